@@ -1,0 +1,127 @@
+"""The paged KV cache as tensors, and what attention sees of it during one step."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vila_triton.models.config import LlamaConfig
+from vila_triton.ops import decode_attention, kv_write, prefill_attention
+
+from .pages import PageTable
+
+PAGE_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a ragged batch: where its s new tokens go, and what their b sequences hold before them.
+
+    A step of one token a sequence is a decode step. `attend` writes the pages in place.
+    """
+
+    k_pages: Tensor  # [layers, p, l, g, d]
+    v_pages: Tensor  # [layers, p, l, g, d]
+    slot_mapping: Tensor  # [s] int64
+    block_table: Tensor  # [b, pages] int32
+    query_start: Tensor  # [b+1] int32
+    history: Tensor  # [b] int32
+    positions: Tensor  # [s] int64: how many tokens of its sequence lie before each new one
+    decode: bool
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        pages = kv_write(k, v, self.k_pages[layer], self.v_pages[layer], self.slot_mapping)
+        if self.decode:
+            return decode_attention(q, *pages, self.block_table, self.history + 1, scale)
+        return prefill_attention(q, k, v, *pages, self.block_table, self.query_start, self.history, scale)
+
+
+class Uncached:
+    """A ragged batch without a past, of which nothing is kept: sequences of the given lengths."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device):
+        self.query_start = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+        self.history = torch.zeros(len(lengths), dtype=torch.int32, device=device)
+        self.block_table = torch.zeros(len(lengths), 1, dtype=torch.int32, device=device)
+        self.positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        pages = k.new_empty(1, PAGE_SIZE, *k.shape[1:])
+        return prefill_attention(q, k, v, pages, pages, self.block_table, self.query_start, self.history, scale)
+
+
+class PagedCache:
+    """Keys and values of many sequences in pages of `page_size` tokens, for all layers of a model.
+
+    `table` says which page is whose. This object is changed in place by whatever runs a model on it.
+    """
+
+    def __init__(
+        self,
+        cfg: LlamaConfig,
+        pages: int,
+        *,
+        page_size: int = PAGE_SIZE,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str = "cpu",
+    ):
+        self.table = PageTable(pages, page_size)
+        shape = (2, cfg.num_hidden_layers, pages, page_size, cfg.num_key_value_heads, cfg.head_dim)
+        self.k_pages, self.v_pages = torch.empty(shape, dtype=dtype, device=device)  # [layers, p, l, g, d] each
+
+    @property
+    def nbytes(self) -> int:
+        return self.k_pages.nbytes + self.v_pages.nbytes
+
+    def length(self, seq: int) -> int:
+        return self.table[seq].length
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of the longest sequence, under the name Hugging Face's caches have for it."""
+        return max((s.length for s in self.table.sequences.values()), default=0)
+
+    def reserve(self, counts: Mapping[int, int]) -> None:
+        """Enlarge the pool, if need be, so that so many tokens can be appended to each sequence. Pages keep their place."""
+        missing = self.table.needed(counts) - len(self.table.free_pages)
+        if missing > 0:
+            self.table.grow(missing)
+            self.k_pages, self.v_pages = (
+                torch.cat((pages, pages.new_empty(pages.shape[0], missing, *pages.shape[2:])), dim=1)
+                for pages in (self.k_pages, self.v_pages)
+            )
+
+    @contextmanager
+    def step(self, counts: Mapping[int, int]) -> Iterator[Step]:
+        """Append so many tokens to each sequence; if the `with` fails, every sequence is as it was before it.
+
+        Errors: `OutOfPages`, before anything is changed.
+        """
+        before = {seq: self.length(seq) for seq in counts}
+        grant = self.table.append(counts)
+        try:
+            for source, target in grant.copies:
+                self.k_pages[:, target] = self.k_pages[:, source]
+                self.v_pages[:, target] = self.v_pages[:, source]
+            yield self._view(before, counts, grant.slots)
+        except BaseException:
+            for seq, length in before.items():
+                self.table.truncate(seq, length)
+            raise
+
+    def _view(self, before: Mapping[int, int], counts: Mapping[int, int], slots: list[int]) -> Step:
+        device = self.k_pages.device
+        tables = [self.table[seq].pages for seq in counts]
+        width = max(1, *map(len, tables)) if tables else 1
+        new = list(counts.values())
+        return Step(
+            self.k_pages,
+            self.v_pages,
+            torch.tensor(slots, dtype=torch.int64, device=device),
+            torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32, device=device),
+            torch.tensor([0, *new], device=device).cumsum(0).int(),
+            torch.tensor([before[seq] for seq in counts], dtype=torch.int32, device=device),
+            torch.cat([torch.arange(before[seq], before[seq] + n, device=device) for seq, n in counts.items()]),
+            decode=all(n == 1 for n in new),
+        )

@@ -1,0 +1,6 @@
+"""The door to kernels/: a top-level package of that name would shadow Hugging Face's `kernels`, so it is not one."""
+
+from pathlib import Path
+
+_here = Path(__file__).resolve().parent
+__path__ = [str(next(d for d in (_here / "kernels", _here.parent / "kernels") if d.is_dir()))]

@@ -1,0 +1,1 @@
+"""The model, as frozen trees of parameters and pure functions over them."""

@@ -1,0 +1,40 @@
+"""The two layers every part is made of: weight and bias, applied as a linear map or as a norm."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vila_triton import ops
+
+from .params import Spec, weight
+
+# A leaf is a Spec when declared and a Tensor when real; a linear's weight may also be an Int4 of either.
+Leaf = Any
+
+
+@dataclass(frozen=True)
+class Affine:
+    weight: Leaf  # [n, k] of a linear map, [e] of a norm
+    bias: Leaf | None  # [n] or [e]
+
+
+def declare_linear(n: int, k: int, key: str, dtype: torch.dtype, bias: bool = True, group: int | None = None) -> Affine:
+    """A linear map from k to n; int4 if a group size is given."""
+    return Affine(weight(n, k, key, dtype, group), Spec((n,), f"{key}.bias", dtype, "zeros") if bias else None)
+
+
+def declare_norm(e: int, key: str, dtype: torch.dtype) -> Affine:
+    """A layer norm over e."""
+    return Affine(Spec((e,), f"{key}.weight", dtype, "ones"), Spec((e,), f"{key}.bias", dtype, "zeros"))
+
+
+def linear(p: Affine, x: Tensor) -> Tensor:
+    """x [..., k] -> [..., n]."""
+    return ops.linear(x, p.weight, p.bias)
+
+
+def layer_norm(p: Affine, x: Tensor, eps: float) -> Tensor:
+    """x [..., e] -> [..., e]."""
+    return ops.layer_norm(x, p.weight, p.bias, eps)

@@ -1,0 +1,107 @@
+"""Params trees: frozen dataclasses, tuples of them, and leaves. A part declares its tree once, with `Spec` leaves;
+the same declaration makes random parameters, loads a checkpoint and counts what there is.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from vila_triton.ops import Int4
+from vila_triton.ops.linear import NIBBLES, check_int4
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A leaf before it has a value: its shape, its name in the checkpoint, its dtype, how it starts out."""
+
+    shape: tuple[int, ...]
+    key: str
+    dtype: torch.dtype
+    init: Literal["normal", "ones", "zeros", "codes"] = "normal"
+
+    def tensor(self, rng: torch.Generator | None) -> Tensor:
+        if self.init == "ones":
+            return torch.ones(self.shape, dtype=self.dtype)
+        if self.init == "zeros":
+            return torch.zeros(self.shape, dtype=self.dtype)
+        if self.init == "codes":
+            return torch.randint(-(2**31), 2**31, self.shape, generator=rng).to(self.dtype)
+        std = 1 / math.sqrt(math.prod(self.shape[1:]) or 1)
+        return (torch.randn(self.shape, generator=rng) * std).to(self.dtype)
+
+
+class LoadError(ValueError):
+    """A checkpoint does not hold exactly the tensors that the model declares."""
+
+
+def weight(n: int, k: int, key: str, dtype: torch.dtype, group: int | None = None) -> Any:
+    """The declaration of a linear's weight [n, k]: a `Spec`, or an `Int4` of them if a group size is given."""
+    if group is None:
+        return Spec((n, k), f"{key}.weight", dtype)
+    check_int4(k, group)
+    return Int4(
+        Spec((n, k // NIBBLES), f"{key}.qweight", torch.int32, "codes"),
+        Spec((n, k // group), f"{key}.scales", dtype),
+        Spec((n, k // group), f"{key}.zeros", dtype, "ones"),
+    )
+
+
+def tree_map(f: Callable[..., Any], tree: T, *rest: T) -> T:
+    """The same tree with f applied to its leaves (and to those of the others, leaf by leaf); None stays None."""
+    if tree is None:
+        return tree
+    if isinstance(tree, tuple):
+        return tuple(tree_map(f, *parts) for parts in zip(tree, *rest, strict=True))  # pyright: ignore
+    if is_dataclass(tree) and not isinstance(tree, Spec):
+        names = [field.name for field in fields(tree)]
+        return type(tree)(*(tree_map(f, getattr(tree, n), *(getattr(r, n) for r in rest)) for n in names))
+    return f(tree, *rest)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves, in the order of declaration."""
+    found: list[Any] = []
+    tree_map(found.append, tree)
+    return found
+
+
+def init(specs: T, rng: torch.Generator | None = None) -> T:
+    """Random parameters for a declared tree."""
+    return tree_map(lambda spec: spec.tensor(rng), specs)
+
+
+def count(tree: Any) -> int:
+    """Numbers in a tree, declared or real (an int4 word counts as one)."""
+    return sum(math.prod(leaf.shape) for leaf in leaves(tree))
+
+
+def load(specs: T, tensors: Mapping[str, Tensor], where: str, ignore: tuple[str, ...] = ()) -> T:
+    """The declared tree filled from a checkpoint's tensors, converted to the declared dtypes.
+
+    Errors: `LoadError`, in one message, for every missing, unexpected (unless its name starts with one of `ignore`)
+    and misshapen tensor, and for one whose kind (whole numbers or real) is not the declared one.
+    """
+    problems = list(mismatches(specs, tensors, ignore))
+    if problems:
+        raise LoadError(f"{where}: {len(problems)} of its tensors do not fit the model:\n  " + "\n  ".join(problems))
+    return tree_map(lambda spec: tensors[spec.key].to(spec.dtype), specs)
+
+
+def mismatches(specs: Any, tensors: Mapping[str, Tensor], ignore: tuple[str, ...]) -> Iterator[str]:
+    declared = {spec.key: spec for spec in leaves(specs)}
+    for key, spec in declared.items():
+        if key not in tensors:
+            yield f"missing     {key} {list(spec.shape)}"
+        elif tuple(tensors[key].shape) != spec.shape:
+            yield f"misshapen   {key} {list(tensors[key].shape)}, expected {list(spec.shape)}"
+        elif tensors[key].is_floating_point() != spec.dtype.is_floating_point:
+            yield f"wrong dtype {key} {tensors[key].dtype}, expected {spec.dtype}"
+    for key in tensors:
+        if key not in declared and not key.startswith(ignore or "\0"):
+            yield f"unexpected  {key} {list(tensors[key].shape)}"

@@ -1,0 +1,109 @@
+"""Norms, rotary embedding and the gated activation: one row of the residual stream in, one row out."""
+# pyright: reportInvalidTypeForm=false
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vila_triton.registry import Sizes, op
+
+from .domain import DTYPES, draw, wide
+from .shapes import axes, same_dtype
+
+
+@op
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis; x [..., e], weight [e]. Zhang & Sennrich 2019."""
+    wx = wide(x)
+    return (wx * torch.rsqrt(wx.square().mean(-1, keepdim=True) + eps) * wide(weight)).to(x.dtype)
+
+
+@rms_norm.requires
+def _(x: Tensor, weight: Tensor, eps: float) -> None:
+    axes("rms_norm", x=(x, "... e"), weight=(weight, "e"))
+
+
+@rms_norm.inputs
+def _(rows: Sizes(1, 40), e: Sizes(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
+    return draw(rows, e, dtype=dtype, rng=rng, device=device), draw(e, dtype=dtype, rng=rng, device=device), 1e-5
+
+
+@rms_norm.costs
+def _(rows, e, dtype):
+    return 4 * rows * e, (2 * rows * e + e) * getattr(torch, dtype).itemsize
+
+
+@op
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) · weight + bias over the last axis; x [..., e], the rest [e]. Ba et al. 2016."""
+    return F.layer_norm(wide(x), weight.shape, wide(weight), wide(bias), eps).to(x.dtype)
+
+
+@layer_norm.requires
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    axes("layer_norm", x=(x, "... e"), weight=(weight, "e"), bias=(bias, "e"))
+
+
+@layer_norm.inputs
+def _(rows: Sizes(1, 40), e: Sizes(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
+    x, weight, bias = (draw(*s, dtype=dtype, rng=rng, device=device) for s in ((rows, e), (e,), (e,)))
+    return x, weight, bias, 1e-6
+
+
+@layer_norm.costs
+def _(rows, e, dtype):
+    return 8 * rows * e, (2 * rows * e + 2 * e) * getattr(torch, dtype).itemsize
+
+
+@op
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[i], x[i + d/2]) by the angles whose cosine and sine are given (half-split order).
+
+    x [s, h, d], cos and sin [s, r] in float32 (one angle a token and pair, shared by all heads) -> [s, h, d].
+    Su et al. 2021, in the layout of Hugging Face's `rotate_half`.
+    """
+    low, high = wide(x).chunk(2, dim=-1)  # [s, h, r] each
+    cos, sin = cos[:, None].to(low.dtype), sin[:, None].to(low.dtype)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+
+
+@rope.requires
+def _(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    sizes = axes("rope", x=(x, "s h d"), cos=(cos, "s r"), sin=(sin, "s r"))
+    if sizes["d"] != 2 * sizes["r"]:
+        raise ValueError(f"rope: x has head dim {sizes['d']}, but cos and sin hold {sizes['r']} pairs")
+
+
+@rope.inputs
+def _(s: Sizes(1, 40), h: Sizes(1, 9), r: Sizes(1, 64), dtype: DTYPES, *, rng: torch.Generator, device: str):
+    angles = torch.rand(s, r, generator=rng) * 1000
+    x = draw(s, h, 2 * r, dtype=dtype, rng=rng, device=device)
+    return x, angles.cos().to(device), angles.sin().to(device)
+
+
+@rope.costs
+def _(s, h, r, dtype):
+    return 6 * s * h * r, 4 * s * h * r * getattr(torch, dtype).itemsize + 8 * s * r
+
+
+@op
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, elementwise; both [s, f] -> [s, f]. Shazeer 2020."""
+    return (F.silu(wide(gate)) * wide(up)).to(gate.dtype)
+
+
+@swiglu.requires
+def _(gate: Tensor, up: Tensor) -> None:
+    axes("swiglu", gate=(gate, "s f"), up=(up, "s f"))
+    same_dtype("swiglu", gate=gate, up=up)
+
+
+@swiglu.inputs
+def _(s: Sizes(1, 40), f: Sizes(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
+    gate, up = (draw(s, f, dtype=dtype, rng=rng, device=device, scale=3) for _ in range(2))
+    return gate, up
+
+
+@swiglu.costs
+def _(s, f, dtype):
+    return 5 * s * f, 3 * s * f * getattr(torch, dtype).itemsize

@@ -1,0 +1,1 @@
+"""A tiny VILA that learns to read pictures it draws itself."""

@@ -1,0 +1,238 @@
+"""Trains the tiny VILA from nothing on a CPU: `python -m vila_triton.tiny.train --out DIR`.
+
+Stage 0 teaches the vision tower alone to name what each patch shows. Stage 1 trains projector and language model on
+questions; the tower stays frozen for its first part and then learns slowly, since at full speed it forgets stage 0.
+"""
+
+import argparse
+import itertools
+import math
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vila_triton.models import llama, params, projector, vision
+from vila_triton.tiny.folder import CONFIG, DECLARE, save
+from vila_triton.tiny.questions import KINDS
+from vila_triton.tiny.rows import Batch, Group, batch, pixels
+from vila_triton.tiny.scenes import COLOURS, SHAPES, Scene, draw, sample
+
+# rows, pictures a row, conversation; about a quarter of the rows are conversations
+PLAN = ((15, 1, False), (8, 2, False), (2, 3, False), (4, 1, True), (3, 2, True), (1, 3, True))
+PATCH_GRID = 8
+SAVE_EVERY = 300.0  # seconds
+
+Trees = dict[str, Any]  # the params tree of each part
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The defaults take about half an hour on two cores."""
+
+    seed: int = 0
+    minutes: float = 43.0  # the learning rate reaches zero by then, whatever the steps
+    vision_steps: int = 900
+    steps: int = 2400
+    vision_rate: float = 1e-3
+    rate: float = 2e-3
+    frozen: float = 0.4  # part of stage 1 in which the tower does not learn
+    tower_factor: float = 0.1
+    warm_up: int = 60
+
+
+class PackedAttention:
+    """Attention among the rows of a batch, in place of a cache. Plain products: masked SDPA is slow backward on CPU."""
+
+    def __init__(self, groups: list[Group]):
+        self.groups = groups
+        self.biases = [torch.zeros(g.visible.shape).masked_fill_(~g.visible, -math.inf)[:, None] for g in groups]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        sizes = [g.rows * g.length for g in self.groups]
+        parts = zip(self.groups, self.biases, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        return torch.cat([self._rows(g, bias, qs * scale, ks, vs) for g, bias, qs, ks, vs in parts])
+
+    @staticmethod
+    def _rows(group: Group, bias: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, s, heads = group.rows, group.length, q.shape[1]
+        q, k, v = (x.unflatten(0, (b, s)).transpose(1, 2) for x in (q, k, v))  # [b, h or g, s, d]
+        q = q.reshape(b, k.shape[1], -1, q.shape[-1])  # [b, g, h/g * s, d]
+        scores = (q @ k.mT).view(b, heads, s, s) + bias
+        out = scores.softmax(-1).view(b, k.shape[1], -1, s) @ v
+        return out.view(b, heads, s, -1).transpose(1, 2).flatten(0, 1)  # [b s, h, d]
+
+
+class Clock:
+    """Progress from 0 to 1 by steps, or by time where the machine is too slow for them; prints now and then."""
+
+    def __init__(self, name: str, steps: int, seconds: float):
+        self.name, self.steps, self.seconds = name, steps, seconds
+        self.start = time.monotonic()
+
+    def ticks(self) -> Iterator[tuple[int, float]]:
+        for step in itertools.count():
+            progress = max(step / self.steps, (time.monotonic() - self.start) / self.seconds)
+            if progress >= 1:
+                return
+            yield step, progress
+
+    def report(self, step: int, progress: float, loss: float) -> None:
+        taken = time.monotonic() - self.start
+        left = taken * (1 - progress) / progress if progress else math.nan
+        each = taken / max(step, 1)
+        print(f"{self.name} step {step:5d}  loss {loss:.4f}  {each:.3f} s/step  ETA {left / 60:.1f} min", flush=True)
+
+
+def cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["base"] * factor
+
+
+def optimise(loss: Tensor, weights: list[Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
+    """One step of all optimizers, gradients clipped to norm 1."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def patch_labels(scene: Scene) -> Tensor:
+    """[64, 2] colour and shape that each patch shows: 0 nothing, -100 between two cells and therefore unsaid."""
+    grid = torch.full((PATCH_GRID, PATCH_GRID, 2), -100)
+    starts = (0, 3, 6)  # a cell covers two patches each way
+    for cell in range(9):
+        thing, (row, column) = scene.at(cell), divmod(cell, 3)
+        label = [1 + list(COLOURS).index(thing.colour), 1 + SHAPES.index(thing.shape)] if thing else [0, 0]
+        grid[starts[row] : starts[row] + 2, starts[column] : starts[column] + 2] = torch.tensor(label)
+    return grid.flatten(0, 1)
+
+
+def train_vision(p: Any, recipe: Recipe, rng: random.Random) -> None:
+    """Stage 0: two linear heads, thrown away afterwards, read colour and shape off each patch."""
+    heads = torch.nn.Linear(CONFIG.vision_tower.hidden_size, 1 + len(COLOURS) + 1 + len(SHAPES))
+    weights = [*params.leaves(p), *heads.parameters()]
+    optimizer = torch.optim.AdamW([{"params": weights, "base": recipe.vision_rate}])
+    clock = Clock("vision", recipe.vision_steps, recipe.minutes * 60 / 4)
+    for step, progress in clock.ticks():
+        scenes = [sample(rng) for _ in range(96)]
+        labels = torch.stack([patch_labels(scene) for scene in scenes]).flatten(0, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = vision.vision_tower(p, pixels([draw(scene, rng) for scene in scenes]), CONFIG.vision_tower)
+            colour, shape = heads(features.flatten(0, 1)).float().split((1 + len(COLOURS), 1 + len(SHAPES)), dim=-1)
+        set_rates([optimizer], cosine(progress) * min(1.0, (step + 1) / recipe.warm_up))
+        loss = F.cross_entropy(colour, labels[:, 0]) + F.cross_entropy(shape, labels[:, 1])
+        optimise(loss, weights, [optimizer])
+        if step % 50 == 0:
+            shown = labels[:, 1] > 0
+            right = (shape.argmax(-1) == labels[:, 1])[shown].float().mean().item()
+            clock.report(step, progress, loss.item())
+            print(f"       shape right on {100 * right:.1f} % of the patches that show one", flush=True)
+
+
+def answer_logits(p: Trees, b: Batch, places: Tensor, tower_learns: bool) -> Tensor:
+    """Logits [m, v] that predict the tokens at `places`."""
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.set_grad_enabled(tower_learns and torch.is_grad_enabled()):
+            features = vision.vision_tower(p["vision_tower"], b.pixels, CONFIG.vision_tower)
+        features = projector.projector(p["mm_projector"], features, CONFIG.mm_projector).flatten(0, 1)
+        x = llama.embed(p["llm"], b.ids.clamp(min=0))
+        x = x.index_copy(0, (b.ids < 0).nonzero()[:, 0], features.to(x.dtype))
+        hidden = llama.llama(p["llm"], x, b.positions, CONFIG.llm, PackedAttention(b.groups))
+        return llama.logits(p["llm"], hidden[places - 1]).float()
+
+
+def initial(seed: int) -> Trees:
+    """Random trainable parameters of the three parts, in fp32."""
+    rng = torch.Generator().manual_seed(seed)
+    specs = {name: declare(getattr(CONFIG, name), torch.float32) for name, declare in DECLARE.items()}
+    trees = {name: params.init(tree, rng) for name, tree in specs.items()}
+    return {name: params.tree_map(Tensor.requires_grad_, tree) for name, tree in trees.items()}
+
+
+def optimizers_of(p: Trees, recipe: Recipe) -> tuple[list[torch.optim.Optimizer], torch.optim.Optimizer]:
+    """Optimizers of projector and language model, and the one of the tower."""
+    language, tower = params.leaves(p["llm"]), params.leaves(p["vision_tower"])
+    matrices = [w for w in params.leaves(p["llm"].layers) if w.ndim == 2]
+    chosen = set(map(id, matrices))
+    others = [w for w in language if id(w) not in chosen] + params.leaves(p["mm_projector"])
+    return [
+        torch.optim.Muon([{"params": matrices, "base": recipe.rate}], adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([{"params": others, "base": recipe.rate}]),
+    ], torch.optim.AdamW([{"params": tower, "base": recipe.rate * recipe.tower_factor}])
+
+
+def train_answers(p: Trees, recipe: Recipe, rng: random.Random, seconds: float, out: Path) -> None:
+    """Stage 1: all questions; the tower joins in after its frozen part."""
+    language, tower = optimizers_of(p, recipe)
+    clock, saved = Clock("answers", recipe.steps, seconds), time.monotonic()
+    for step, progress in clock.ticks():
+        tower_learns = progress >= recipe.frozen
+        active = [*language, tower] if tower_learns else language
+        b = batch(rng, PLAN)
+        places, weights = b.targets()
+        losses = F.cross_entropy(answer_logits(p, b, places, tower_learns), b.ids[places], reduction="none")
+        loss = (losses * weights).sum() / weights.sum()
+        set_rates(active, cosine(progress) * min(1.0, (step + 1) / recipe.warm_up))
+        optimise(loss, [w for o in active for g in o.param_groups for w in g["params"]], active)
+        if step % 25 == 0:
+            clock.report(step, progress, loss.item())
+        if time.monotonic() - saved > SAVE_EVERY:
+            save(out, CONFIG, p)
+            saved = time.monotonic()
+
+
+@torch.no_grad()
+def evaluate(p: Trees, rng: random.Random, batches: int = 12) -> dict[tuple[str, int, bool], list[bool]]:
+    """Exact match on held-out scenes by (kind, pictures, conversation): all tokens most likely given the right ones."""
+    results = defaultdict(list)
+    for _ in range(batches):
+        b = batch(rng, PLAN, "held_out")
+        places, _ = b.targets()
+        right = answer_logits(p, b, places, tower_learns=False).argmax(-1) == b.ids[places]
+        for answer, tokens in zip(b.answers, right.split([a.stop - a.start for a in b.answers]), strict=True):
+            results[answer.kind, answer.pictures, answer.conversation].append(bool(tokens.all()))
+    return results
+
+
+def table(results: dict[tuple[str, int, bool], list[bool]]) -> str:
+    """Percent right by kind, a column for each number of pictures, alone or in conversation."""
+    columns = sorted({key[1:] for key in results})
+    lines = [f"{'kind':14}" + "".join(f"{n} {'chat' if chat else 'alone':>5}  " for n, chat in columns)]
+    for kind in KINDS:
+        cells = (results.get((kind, *column), []) for column in columns)
+        lines.append(f"{kind:14}" + "".join(f"{100 * sum(c) / len(c):7.1f}  " if c else f"{'-':>7}  " for c in cells))
+    every = [right for cell in results.values() for right in cell]
+    return "\n".join([*lines, f"all {100 * sum(every) / len(every):.2f} % of {len(every)} answers"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("tiny_checkpoint"))
+    for field in fields(Recipe):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=field.default)
+    args = vars(parser.parse_args())
+    out, recipe = args.pop("out"), Recipe(**args)
+    start, rng = time.monotonic(), random.Random(recipe.seed)
+    torch.manual_seed(recipe.seed)
+    p = initial(recipe.seed)
+    train_vision(p["vision_tower"], recipe, rng)
+    train_answers(p, recipe, rng, recipe.minutes * 60 - (time.monotonic() - start), out)
+    save(out, CONFIG, p)
+    print(table(evaluate(p, random.Random(recipe.seed + 1))))
+
+
+if __name__ == "__main__":
+    main()
