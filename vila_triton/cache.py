@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vila_triton.models.config import LlamaConfig
 from vila_triton.ops import decode_attention, kv_write, prefill_attention
+from vila_triton.ops.attention import causal, weights
 
 from .pages import PageTable
 
@@ -32,7 +33,7 @@ class Step:
     decode: bool
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        pages = kv_write(k, v, self.k_pages[layer], self.v_pages[layer], self.slot_mapping)
+        pages = kv_write(k.detach(), v.detach(), self.k_pages[layer], self.v_pages[layer], self.slot_mapping)
         if self.decode:
             return decode_attention(q, *pages, self.block_table, self.history + 1, scale)
         return prefill_attention(q, k, v, *pages, self.block_table, self.query_start, self.history, scale)
@@ -40,6 +41,8 @@ class Step:
 
 class Uncached:
     """A ragged batch without a past, of which nothing is kept: sequences of the given lengths."""
+
+    decode = False
 
     def __init__(self, lengths: Sequence[int], device: torch.device):
         self.query_start = torch.tensor([0, *lengths], device=device).cumsum(0).int()
@@ -50,6 +53,26 @@ class Uncached:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         pages = k.new_empty(1, PAGE_SIZE, *k.shape[1:])
         return prefill_attention(q, k, v, pages, pages, self.block_table, self.query_start, self.history, scale)
+
+
+class Watched:
+    """Another cache, whose attention weights are kept too: for each layer, [h, t, t] for each sequence."""
+
+    def __init__(self, inner: Step | Uncached):
+        if inner.history.any():
+            raise ValueError("output_attentions needs the whole sequence in one pass, but part of it is cached already")
+        self.inner = inner
+        self.layers: list[list[Tensor]] = []
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        rows = self.inner.query_start.diff().tolist()
+        self.layers.append(
+            [
+                weights(qi, ki, scale, causal(len(qi), len(ki), q.device)).flatten(0, 1).to(q.dtype)
+                for qi, ki in zip(q.split(rows), k.split(rows))
+            ]
+        )
+        return self.inner.attend(layer, q, k, v, scale)
 
 
 class PagedCache:
@@ -83,7 +106,7 @@ class PagedCache:
         return max((s.length for s in self.table.sequences.values()), default=0)
 
     def reserve(self, counts: Mapping[int, int]) -> None:
-        """Enlarge the pool, if need be, so that so many tokens can be appended to each sequence. Pages keep their place."""
+        """Enlarge the pool, if need be, so that so many tokens can be appended to each sequence; no page moves."""
         missing = self.table.needed(counts) - len(self.table.free_pages)
         if missing > 0:
             self.table.grow(missing)
@@ -125,3 +148,28 @@ class PagedCache:
             torch.cat([torch.arange(before[seq], before[seq] + n, device=device) for seq, n in counts.items()]),
             decode=all(n == 1 for n in new),
         )
+
+
+def resume(
+    own: PagedCache | None, past: PagedCache | None, start_pos: int | Sequence[int] | Tensor | None, rows: int
+) -> tuple[PagedCache | None, list[int]]:
+    """Which cache a call continues, `past` or at `start_pos` the model's `own`, and from which length of each row.
+
+    None stands for a new cache. Errors: ValueError naming both numbers where they do not fit; nothing is changed.
+    """
+    if past is not None and start_pos is not None:
+        raise ValueError("start_pos continues the model's own cache; do not give past_key_values too")
+    if past is not None and not isinstance(past, PagedCache):
+        raise TypeError(f"past_key_values is a {type(past).__name__}, expected the PagedCache of an earlier call")
+    starts = start_pos.tolist() if isinstance(start_pos, Tensor) else start_pos
+    starts = [starts or 0] * rows if starts is None or isinstance(starts, int) else list(starts)
+    cache = past if past is not None else own if any(starts) else None
+    lengths = [s.length for s in cache.table.sequences.values()] if cache else [0] * rows
+    if len(lengths) != rows or len(starts) != rows:
+        raise ValueError(f"{rows} rows of input for {len(lengths)} cached sequences and {len(starts)} of start_pos")
+    if past is not None:
+        return past, lengths
+    for start, length in zip(starts, lengths):
+        if not 0 <= start <= length:
+            raise ValueError(f"start_pos is {start}, but the model's cache holds {length} tokens")
+    return cache, starts

@@ -19,17 +19,22 @@ HEAD_DIMS = OneOf(32, 16, 24, 64, 72, 80, 96, 128)
 RATIOS = OneOf(1, 2, 3, 4, 8)  # query heads per key/value head
 
 
+def weights(q: Tensor, k: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ · scale) for one sequence: q [s, h, d], k [t, g, d], visible [s, t] -> [g, h/g, s, t]."""
+    q = rearrange(q, "s (g n) d -> s g n d", g=k.shape[1])
+    scores = einsum(wide(q), wide(k), "s g n d, t g d -> g n s t") * scale
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    return scores.softmax(-1)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ · scale) v for one sequence: q [s, h, d], k and v [t, g, d], visible [s, t] -> [s, h, d].
 
     Query heads h are g runs of h/g, one run for each key/value head. No key at all gives 0.
     """
-    q = rearrange(q, "s (g n) d -> s g n d", g=k.shape[1])
-    scores = einsum(wide(q), wide(k), "s g n d, t g d -> g n s t") * scale
-    if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
-    weights = scores.softmax(-1).to(v.dtype)
-    return rearrange(einsum(wide(weights), wide(v), "g n s t, t g d -> s g n d"), "s g n d -> s (g n) d").to(q.dtype)
+    p = wide(weights(q, k, scale, visible).to(v.dtype))
+    return rearrange(einsum(p, wide(v), "g n s t, t g d -> s g n d"), "s g n d -> s (g n) d").to(q.dtype)
 
 
 def causal(s: int, t: int, device: torch.device) -> Tensor:
@@ -175,7 +180,9 @@ def _(b, t, g, ratio, d, l, dtype):
 @op
 def encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention of every position to every position of its picture: q, k and v [b, s, h, d] -> [b, s, h, d]."""
-    return torch.stack([attend(*rows, scale) for rows in zip(q, k, v)])
+    scores = einsum(wide(q), wide(k), "b s h d, b t h d -> b h s t") * scale
+    p = wide(scores.softmax(-1).to(v.dtype))
+    return einsum(p, wide(v), "b h s t, b t h d -> b s h d").to(q.dtype)
 
 
 @encoder_attention.requires

@@ -86,7 +86,7 @@ class Clock:
 
     def report(self, step: int, progress: float, loss: float) -> None:
         taken = time.monotonic() - self.start
-        left = taken * (1 - progress) / progress if progress else math.nan
+        left = taken * (1 - progress) / progress if step else math.nan
         each = taken / max(step, 1)
         print(f"{self.name} step {step:5d}  loss {loss:.4f}  {each:.3f} s/step  ETA {left / 60:.1f} min", flush=True)
 

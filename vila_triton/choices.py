@@ -1,0 +1,30 @@
+"""Which kernel runs by default: configs/kernels.toml, by device and phase."""
+
+import tomllib
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+_here = Path(__file__).resolve().parent
+
+
+def configs() -> Path:
+    """The configs/ folder: inside the package in a wheel, beside it in a checkout."""
+    return next(d for d in (_here / "configs", _here.parent / "configs") if d.is_dir())
+
+
+@lru_cache
+def configured(device: str, phase: str) -> Mapping[str, str]:
+    """The choices for a device type ("cpu", "cuda") and a phase ("prefill", "decode"): those of [device], then of
+    [device.phase]. A device the file does not name runs references.
+    """
+    table = tomllib.loads((configs() / "kernels.toml").read_text()).get(device, {})
+    choices = {**table, **table.get(phase, {})}
+    return {op: impl for op, impl in choices.items() if isinstance(impl, str)}
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The named device, or the GPU if there is one, or the CPU."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,193 @@
+"""Running the model on the paged cache: prefill in one piece or in chunks, and generation token by token.
+
+Everything here takes the parameters, the config and the cache, and keeps nothing of its own.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, StoppingCriteriaList, StopStringCriteria
+
+from .cache import PagedCache
+from .choices import configured
+from .models import llama, vila
+from .models.config import VilaConfig
+from .registry import defaults
+
+
+def encode_images(p: vila.Vila, pixels: Tensor, cfg: VilaConfig) -> Tensor:
+    """Pictures [n, c, H, W] -> features [n, tokens, e], with the kernels configured for prefill."""
+    with defaults(configured(pixels.device.type, "prefill")):
+        return vila.encode_images(p, pixels, cfg)
+
+
+def run(
+    p: vila.Vila,
+    rows: Sequence[Tensor],
+    positions: Tensor,
+    cfg: VilaConfig,
+    cache: llama.Cache,
+    features: Tensor | None = None,
+    decode: bool = False,
+    states: list[Tensor] | None = None,
+) -> list[Tensor]:
+    """One pass over rows [t] int64 (spliced) or [t, e]; positions [s] of all of them -> final hidden states [t, e]."""
+    with defaults(configured(positions.device.type, phase(decode))):
+        x = torch.cat([row if row.is_floating_point() else vila.embed(p, row, features) for row in rows])
+        return list(llama.llama(p.llm, x, positions, cfg.llm, cache, states).split([len(row) for row in rows]))
+
+
+def advance(
+    p: vila.Vila,
+    rows: Mapping[int, Tensor],
+    cfg: VilaConfig,
+    cache: PagedCache,
+    features: Tensor | None = None,
+    *,
+    chunk: int | None = None,
+    keep: Mapping[int, int] | None = None,
+    positions: Mapping[int, Tensor] | None = None,
+) -> list[Tensor]:
+    """Append a row of new tokens to each sequence and run the model over them; the cache is written in place.
+
+    rows: by sequence id, a spliced row [t] int64 or its embeddings [t, e]; chunk: at most so many tokens of a sequence
+    at a time, so that activations do not grow with the row; keep: how many of its last hidden states each sequence
+    returns, 1 unless said; positions [t] per sequence, by default what follows the cached tokens
+    -> hidden states [kept, e], in the order of `rows`. Errors: `OutOfPages`; a failure leaves the cache as it was.
+    """
+    before = {seq: cache.length(seq) for seq in rows}
+    longest = max(map(len, rows.values()))
+    kept: dict[int, list[Tensor]] = {seq: [] for seq in rows}
+    try:
+        for start in range(0, longest, chunk or longest):
+            part = {seq: row[start : start + (chunk or longest)] for seq, row in rows.items() if len(row) > start}
+            counts = {seq: len(row) for seq, row in part.items()}
+            with cache.step(counts) as step:
+                at = step.positions
+                if positions:
+                    at = torch.cat([positions[seq][start : start + n] for seq, n in counts.items()])
+                hidden = run(p, list(part.values()), at, cfg, step, features, step.decode)
+            for (seq, n), states in zip(counts.items(), hidden):
+                first_kept = len(rows[seq]) - (keep[seq] if keep else 1) - start
+                if first_kept < n:
+                    kept[seq].append(states[max(first_kept, 0) :].clone())
+    except BaseException:
+        for seq, length in before.items():
+            cache.table.truncate(seq, length)
+        raise
+    width = cfg.llm.hidden_size
+    return [torch.cat(k) if k else p.llm.norm.new_empty(0, width) for k in kept.values()]
+
+
+def phase(decode: bool) -> str:
+    return "decode" if decode else "prefill"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen and when to stop, in transformers' own processors and criteria.
+
+    `seeds`: one a row; None means greedy. Every row draws from its own generator, on the CPU.
+    """
+
+    max_new_tokens: int = 128
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+    seeds: Sequence[int] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        rows: int,
+        *,
+        max_new_tokens: int = 128,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: str | list[str] | None = None,
+        tokenizer: object = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "Sampling":
+        """From the usual arguments. Greedy unless `do_sample`; row i draws with seed + i, or with seed[i]."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        processors = LogitsProcessorList(logits_processor or [])
+        if repetition_penalty != 1.0:
+            processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+        if not do_sample and (temperature != 1.0 or top_k is not None or top_p is not None):
+            raise ValueError("temperature, top_k and top_p need do_sample=True: else the likeliest token is taken")
+        if temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(temperature))
+        if top_k is not None:
+            processors.append(TopKLogitsWarper(top_k))
+        if top_p is not None:
+            processors.append(TopPLogitsWarper(top_p))
+        criteria = StoppingCriteriaList(stopping_criteria or [])
+        if eos_token_id is not None:
+            ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+            criteria.append(EosTokenCriteria(torch.tensor(ids, device=device)))
+        if stop_strings is not None:
+            if tokenizer is None:
+                raise ValueError("stop_strings need tokenizer=, to know how tokens spell them")
+            criteria.append(StopStringCriteria(tokenizer, stop_strings))  # pyright: ignore[reportArgumentType]
+        seeds = None
+        if do_sample:
+            seeds = [seed + i for i in range(rows)] if isinstance(seed, int) else list(seed)
+            if len(seeds) != rows:
+                raise ValueError(f"{len(seeds)} seeds for {rows} prompts")
+        return cls(max_new_tokens, processors, criteria, seeds)
+
+
+@torch.no_grad()
+def stream(
+    p: vila.Vila,
+    rows: Mapping[int, Tensor],
+    cfg: VilaConfig,
+    cache: PagedCache,
+    features: Tensor | None,
+    sampling: Sampling,
+    chunk: int | None = None,
+) -> Iterator[tuple[int, int]]:
+    """Continue conversations, yielding (sequence, token) as tokens are chosen.
+
+    rows: by sequence id, the whole spliced conversation [t]; what of it is cached already is not run again. The last
+    token of an answer is not in the cache afterwards. Processors and criteria see the words so far, without pictures.
+    """
+    new = {seq: row[cache.length(seq) :] for seq, row in rows.items()}
+    for seq, row in new.items():
+        if not len(row):
+            raise ValueError(f"sequence {seq}: all {len(rows[seq])} tokens of the prompt are cached, nothing is new")
+    words: dict[int, Any] = {seq: row[row >= 0][None] for seq, row in rows.items()}
+    draws = {seq: torch.Generator().manual_seed(seed) for seq, seed in zip(rows, sampling.seeds or ())}
+    left = dict.fromkeys(rows, sampling.max_new_tokens)
+    while new:
+        hidden = torch.cat(advance(p, new, cfg, cache, features, chunk=chunk))
+        with defaults(configured(hidden.device.type, "decode")):
+            logits = llama.logits(p.llm, hidden).float()  # [b, v]
+        for seq, raw in zip(list(new), logits.split(1)):
+            scores: Any = sampling.processors(words[seq], raw)  # pyright: ignore[reportArgumentType]
+            if draws:
+                token = torch.multinomial(scores.softmax(-1).cpu(), 1, generator=draws[seq]).to(scores.device)[0]
+            else:
+                token = scores.argmax(-1)
+            words[seq] = torch.cat((words[seq], token[None]), dim=1)
+            new[seq], left[seq] = token, left[seq] - 1
+            yield seq, int(token)
+            if not left[seq] or (sampling.criteria and bool(sampling.criteria(words[seq], scores).any())):
+                del new[seq]

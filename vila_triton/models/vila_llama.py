@@ -1,0 +1,248 @@
+"""`VilaLlamaForCausalLM`: the functional model behind the interface of Hugging Face."""
+
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from vila_triton import checkpoint, engine
+from vila_triton.cache import PagedCache, Uncached, Watched, resume
+from vila_triton.choices import configured, pick_device
+from vila_triton.registry import defaults
+
+from . import llama, vila
+from .batch import causal_loss, pad, pad_square, unpad
+from .params import init
+from .part import Part
+from .vila_llama_config import VilaLlamaConfig, parse_dtype
+
+
+class VilaLlamaForCausalLM(PreTrainedModel):
+    """VILA: `.vision_tower` and `.mm_projector` turn pictures into positions of `.llm`, which answers."""
+
+    config_class = VilaLlamaConfig
+    config: VilaLlamaConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+
+    def __init__(self, config: VilaLlamaConfig):
+        super().__init__(config)
+        self.init_vlm(config)
+        self.post_init()
+
+    def init_vlm(self, config: VilaLlamaConfig, params: vila.Vila | None = None) -> None:
+        """Build the three parts, with random parameters unless they are given; a model that has a part keeps it."""
+        if any(hasattr(self, part) for part in checkpoint.PARTS):
+            return
+        if getattr(config, "model_dtype", None) is None:
+            warnings.warn("model_dtype not found in config, defaulting to torch.float16.", stacklevel=2)
+            config.model_dtype = "torch.float16"
+        parts = config.parts()
+        self.geometry = checkpoint.geometry(config.to_dict(), parts)
+        for part in checkpoint.PARTS:
+            setattr(config, f"{part}_cfg", parts[part])
+        specs = vila.declare(self.geometry, parse_dtype(config.model_dtype))
+        params = init(specs) if params is None else params
+        for part in checkpoint.PARTS:
+            self.add_module(part, Part(getattr(specs, part), getattr(params, part)))
+        self.prompt_rules = {
+            "vocab_size": self.geometry.llm.vocab_size,
+            "max_length": parts["llm"].get("tokenizer_model_max_length"),
+            "padding_side": parts["llm"].get("tokenizer_padding_side") or "right",
+        }
+        self.cache: PagedCache | None = None
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> "VilaLlamaForCausalLM":
+        """Load a VILA folder onto a device (default: the GPU if there is one) in a dtype (default: the config's).
+
+        Errors: `LoadError` naming every tensor that does not fit, `ConfigError` for a config we cannot honour.
+        """
+        top, parts = checkpoint.read_configs(Path(folder))
+        config = VilaLlamaConfig(**{**top, **{f"{part}_cfg": values for part, values in parts.items()}})
+        config._name_or_path = str(folder)
+        if dtype is not None:
+            config.model_dtype = str(dtype)
+        cfg = checkpoint.geometry(top, parts)
+        wanted = parse_dtype(getattr(config, "model_dtype", None) or "torch.float16")
+        params = checkpoint.load_params(Path(folder), cfg, wanted, pick_device(str(device) if device else None))
+        model = cls.__new__(cls)
+        PreTrainedModel.__init__(model, config)
+        model.init_vlm(config, params)
+        model.post_init()
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Write a VILA folder that `from_pretrained` reads back to the same bits."""
+        top = {k: v for k, v in self.config.to_diff_dict().items() if not k.endswith("_cfg")}
+        checkpoint.save(Path(folder), {**top, "architectures": [type(self).__name__]}, self.config.parts(), self.params)
+
+    @property
+    def params(self) -> vila.Vila:
+        """The parameters as the tree that the functional model takes."""
+        return vila.Vila(*(getattr(self, part).params for part in checkpoint.PARTS))
+
+    def encode_images(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+        """Pictures [n, c, H, W] (or [b, n, c, H, W], or a list of either or of [c, H, W]) -> [n, tokens, e]."""
+        if not isinstance(images, Tensor):
+            images = torch.cat([x if x.ndim == 4 else x[None] for x in images])
+        images = images.flatten(0, 1) if images.ndim == 5 else images
+        return engine.encode_images(self.params, images.to(self.device, self.dtype), self.geometry)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        start_pos: int | Sequence[int] | Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PagedCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        images: Tensor | Sequence[Tensor] | None = None,
+        return_dict: bool | None = None,
+        special_token: bool = False,
+        chunk_prefilling: bool = False,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits [b, t, v] of every position given, pictures widened; 0 at padding.
+
+        input_ids [b, t] with -200 for each picture of `images`, or inputs_embeds [b, t, e]. The cache is
+        `past_key_values` (one sequence a row), or with `start_pos` the model's own, continued from there: 0 starts
+        afresh, less than what is cached rolls back (a number for all rows, or one each). Neither: a new one. With
+        `use_cache=False` the past is read but nothing is added to it. `chunk_prefilling` runs at most
+        `config.prefill_chunk_size` tokens of a row at a time. `logits_to_keep=n` returns the last n positions only.
+        Errors: ValueError naming the argument, before anything is changed.
+        """
+        if special_token:
+            raise ValueError("special_token=True means nothing to this model; leave it False")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        if images is not None and inputs_embeds is not None:
+            raise ValueError("images go into input_ids; inputs_embeds already have their places filled")
+        if labels is not None and logits_to_keep:
+            raise ValueError("labels need the logits of all positions, but logits_to_keep is set")
+        if chunk_prefilling and (output_attentions or output_hidden_states):
+            raise ValueError("output_attentions and output_hidden_states need one pass; chunk_prefilling makes many")
+        inputs: Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore
+        use_cache = use_cache if use_cache is not None else getattr(self.config, "use_cache", True)
+        features = self.encode_images(images) if images is not None else None
+        image_tokens = [features.shape[1]] * len(features) if features is not None else []
+        cache, past = resume(self.cache, past_key_values, start_pos, len(inputs))
+        batch = unpad(
+            inputs.to(self.device), attention_mask, position_ids, labels, image_tokens, cached=past, **self.prompt_rules
+        )
+        if cache is None and (use_cache or chunk_prefilling):
+            cache = self.new_cache(len(inputs))
+        if start_pos is not None and use_cache:
+            self.cache = cache
+        sequences = list(cache.table.sequences) if cache else list(range(len(inputs)))
+        borrowed = cache is not None and not use_cache  # read the past through forks, which are dropped again
+        if cache and borrowed:
+            sequences = [cache.table.fork(seq) for seq in sequences]
+        try:
+            for seq, length in zip(sequences, past):
+                if cache:
+                    cache.table.truncate(seq, length)
+            rows = dict(zip(sequences, batch.rows))
+            flat = features.flatten(0, 1) if features is not None else None
+            places = batch.places[:, -logits_to_keep:]
+            states: list[Tensor] | None = [] if output_hidden_states else None
+            watched: Watched | None = None
+            if cache:
+                cache.reserve({seq: len(row) for seq, row in rows.items()})
+            if cache and chunk_prefilling:
+                hidden = engine.advance(
+                    self.params,
+                    rows,
+                    self.geometry,
+                    cache,
+                    flat,
+                    chunk=self.config.prefill_chunk_size,
+                    keep=dict(zip(sequences, places.sum(1).tolist())),
+                    positions=dict(zip(sequences, batch.positions)) if batch.positions else None,
+                )
+            else:
+                counts = {seq: len(row) for seq, row in rows.items()}
+                uncached = Uncached(list(counts.values()), self.device)
+                with cache.step(counts) if cache else nullcontext(uncached) as step:
+                    watched = Watched(step) if output_attentions else None
+                    at = torch.cat(batch.positions) if batch.positions else step.positions
+                    hidden = engine.run(
+                        self.params, batch.rows, at, self.geometry, watched or step, flat, step.decode, states
+                    )
+                hidden = [row[len(row) - n :] for row, n in zip(hidden, places.sum(1).tolist())]
+        finally:
+            if cache and borrowed:
+                for seq in sequences:
+                    cache.table.free(seq)
+        with defaults(configured(self.device.type, engine.phase(max(map(len, batch.rows)) == 1))):
+            logits = llama.logits(self.params.llm, torch.cat(hidden)).split([len(row) for row in hidden])
+        lengths = [len(row) for row in batch.rows]
+        output = CausalLMOutputWithPast(
+            loss=causal_loss(logits, batch.labels) if batch.labels is not None else None,  # pyright: ignore
+            logits=pad(logits, places),  # pyright: ignore[reportArgumentType]
+            past_key_values=cache if use_cache else None,  # pyright: ignore[reportArgumentType]
+            hidden_states=tuple(pad(x.split(lengths), batch.places) for x in states) if states is not None else None,  # pyright: ignore
+            attentions=tuple(pad_square(rows, batch.places) for rows in watched.layers) if watched else None,  # pyright: ignore
+        )
+        wanted = return_dict if return_dict is not None else self.config.return_dict
+        return output if wanted else output.to_tuple()
+
+    def new_cache(self, sequences: int, pages: int = 0) -> PagedCache:
+        """A cache of this model's shape, dtype and device, holding that many empty sequences."""
+        cache = PagedCache(self.geometry.llm, pages, dtype=self.dtype, device=self.device)
+        for _ in range(sequences):
+            cache.table.alloc()
+        return cache
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        images: Tensor | Sequence[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        streamer: BaseStreamer | None = None,
+        chunk_prefilling: bool = False,
+        **sampling: Any,
+    ) -> Tensor:
+        """Answers to a batch of prompts [b, t] (-200 for each picture): the new tokens only, [b, longest].
+
+        `sampling`: the arguments of `engine.Sampling.of`. Shorter answers are padded with the stop token.
+        """
+        if streamer is not None and len(input_ids) != 1:
+            raise ValueError(f"a streamer takes one prompt at a time, got {len(input_ids)}")
+        features = self.encode_images(images) if images is not None else None
+        image_tokens = [features.shape[1]] * len(features) if features is not None else []
+        ids = input_ids.to(self.device)
+        batch = unpad(ids, attention_mask, None, None, image_tokens, **self.prompt_rules)
+        stops = sampling.setdefault("eos_token_id", self.config.parts()["llm"].get("eos_token_id"))
+        how = engine.Sampling.of(len(batch.rows), device=self.device, **sampling)
+        cache = self.new_cache(len(batch.rows))
+        cache.reserve({seq: len(row) + how.max_new_tokens for seq, row in enumerate(batch.rows)})
+        chunk = self.config.prefill_chunk_size if chunk_prefilling else None
+        flat = features.flatten(0, 1) if features is not None else None
+        answers: list[list[int]] = [[] for _ in batch.rows]
+        if streamer is not None:
+            streamer.put(batch.rows[0][batch.rows[0] >= 0].cpu())
+        rows = dict(enumerate(batch.rows))
+        for seq, token in engine.stream(self.params, rows, self.geometry, cache, flat, how, chunk):
+            answers[seq].append(token)
+            if streamer is not None:
+                streamer.put(torch.tensor([token]))
+        if streamer is not None:
+            streamer.end()
+        stop = stops[0] if isinstance(stops, list) else stops or 0
+        longest = max(map(len, answers))
+        return torch.tensor([a + [stop] * (longest - len(a)) for a in answers], device=self.device)

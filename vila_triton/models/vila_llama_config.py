@@ -1,0 +1,56 @@
+"""`VilaLlamaConfig`: the top config.json of a VILA folder as a Hugging Face config."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from vila_triton import checkpoint
+
+from .config import ConfigError
+
+DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype that `model_dtype` names. Errors: `ConfigError`."""
+    if name not in DTYPES:
+        raise ConfigError(f"config: model_dtype {name!r} is not supported ({', '.join(DTYPES)} are)")
+    return DTYPES[name]
+
+
+class VilaLlamaConfig(PreTrainedConfig):
+    """The top config.json of a VILA folder; the three nested configs may be null there and stand in their folders."""
+
+    model_type = "llava_llama"
+
+    llm_cfg: dict | str | None = None
+    vision_tower_cfg: dict | str | None = None
+    mm_projector_cfg: dict | str | None = None
+    hidden_size: int | None = None
+    mm_hidden_size: int | None = None
+    mm_vision_select_layer: int | None = None
+    mm_vision_select_feature: str | None = None
+    s2: bool | None = None
+    resume_path: str | None = None
+    prefill_chunk_size: int = 512
+
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """The three nested configs, read from their folders where they are not given in place.
+
+        Errors: ValueError if one is neither given nor to be found.
+        """
+        root = self._name_or_path or self.resume_path
+        found = {}
+        for part in checkpoint.PARTS:
+            given = getattr(self, f"{part}_cfg")
+            folder = Path(given) if isinstance(given, str) else Path(root) / part if root else None
+            if isinstance(given, dict):
+                found[part] = given
+            elif folder is not None and (folder / "config.json").exists():
+                found[part] = checkpoint.read_json(folder / "config.json")
+        if len(found) != 3:
+            missing = ", ".join(f"`{part}_cfg`" for part in checkpoint.PARTS if part not in found)
+            raise ValueError(f"`llm_cfg` `mm_projector_cfg` `vision_tower_cfg` not found in the config: no {missing}")
+        return found
