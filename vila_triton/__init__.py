@@ -1,0 +1,17 @@
+"""VILA with int4 weights, chunked prefill and a paged KV cache, on Triton kernels that can be swapped and tested."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .models.vila_llama import VilaLlamaConfig, VilaLlamaForCausalLM
+    from .registry import use
+
+__all__ = ["VilaLlamaConfig", "VilaLlamaForCausalLM", "use"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when first asked for: Hugging Face's classes take seconds to load."""
+    if name in __all__:
+        return getattr(import_module(".registry" if name == "use" else ".models.vila_llama", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ Tokens of all sequences lie end to end: x [s, e]. What came before is behind `ca
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -138,3 +138,15 @@ def llama(
 def logits(p: Llama, x: Tensor) -> Tensor:
     """Hidden states [s, e] -> [s, v]."""
     return ops.linear(x, p.embedding if p.head is None else p.head)
+
+
+def quantized(p: Llama, group: int) -> Llama:
+    """The same model with the linears of its layers rounded to int4; embedding, norms and head stay as they are."""
+
+    def rounded(layer: Layer) -> Layer:
+        linears = {f.name: getattr(layer, f.name) for f in fields(layer) if isinstance(getattr(layer, f.name), Affine)}
+        return replace(
+            layer, **{name: Affine(ops.quantize(old.weight, group), old.bias) for name, old in linears.items()}
+        )
+
+    return replace(p, layers=tuple(rounded(layer) for layer in p.layers))

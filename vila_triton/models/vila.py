@@ -41,10 +41,13 @@ def encode_images(p: Vila, pixels: Tensor, cfg: VilaConfig) -> Tensor:
     return projector.projector(p.mm_projector, features, cfg.mm_projector)
 
 
-def splice(rows: Sequence[Tensor], image_tokens: Sequence[int], vocab_size: int) -> list[Tensor]:
+def splice(
+    rows: Sequence[Tensor], image_tokens: Sequence[int], vocab_size: int, first_feature: int = 0
+) -> list[Tensor]:
     """Widen every picture's place to its positions; pictures are taken in order through the whole batch.
 
-    rows: token ids [t] int64 each; image_tokens: the number of features of each picture -> rows [t'] int64.
+    rows: token ids [t] int64 each; image_tokens: the number of features of each picture; first_feature: the row where
+    theirs begin -> rows [t'] int64.
     Errors: ValueError if the pictures are not as many as their places, or an id is not in the vocabulary.
     """
     ids = torch.cat(list(rows)) if rows else torch.empty(0, dtype=torch.int64)
@@ -55,7 +58,7 @@ def splice(rows: Sequence[Tensor], image_tokens: Sequence[int], vocab_size: int)
     if len(words) and not (int(words.min()) >= 0 and int(words.max()) < vocab_size):
         bad = int(words.min()) if int(words.min()) < 0 else int(words.max())
         raise ValueError(f"token id {bad} is not in the vocabulary of {vocab_size}, nor is it {IMAGE_TOKEN_INDEX}")
-    sizes, start, spliced = list(image_tokens), 0, []
+    sizes, start, spliced = list(image_tokens), first_feature, []
     for row in rows:
         parts, begin = [], 0
         for place in (row == IMAGE_TOKEN_INDEX).nonzero()[:, 0].tolist():

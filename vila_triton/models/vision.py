@@ -68,8 +68,8 @@ def embed(p: Siglip, pixels: Tensor, cfg: VisionConfig) -> Tensor:
         raise ValueError(
             f"images have shape {list(pixels.shape)}, expected [pictures, {', '.join(map(str, expected))}]"
         )
-    size = cfg.patch_size
-    patches = rearrange(pixels, "b c (y p) (x q) -> b (y x) (c p q)", p=size, q=size)
+    size, side = cfg.patch_size, cfg.grid * cfg.patch_size  # pixels beyond the last whole patch are not seen
+    patches = rearrange(pixels[..., :side, :side], "b c (y p) (x q) -> b (y x) (c p q)", p=size, q=size)
     return ops.linear(patches, p.patch.weight.flatten(1), p.patch.bias) + p.position
 
 

@@ -1,14 +1,11 @@
 """The geometry of the tiny VILA and its checkpoint folder."""
 
-import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
-from vila_triton.models import llama, params, projector, vision
+from vila_triton import checkpoint
+from vila_triton.models import llama, params, projector, vila, vision
 from vila_triton.models.config import LlamaConfig, ProjectorConfig, VilaConfig, VisionConfig
 from vila_triton.tiny import tokenizer
 from vila_triton.tiny.scenes import SIZE
@@ -37,17 +34,26 @@ CONFIG = VilaConfig(
 )
 
 DECLARE = {"llm": llama.declare, "vision_tower": vision.declare, "mm_projector": projector.declare}
+GROUP_SIZE = 64  # of the int4 checkpoint
 
 
-def configs(cfg: VilaConfig) -> dict[str, dict[str, Any]]:
-    """The config.json of each part, and under "" the one that joins them."""
+def quantization(cfg: VilaConfig) -> dict[str, Any]:
+    """The entry of llm/config.json that says its linears are int4, if they are."""
+    if cfg.llm.group_size is None:
+        return {}
+    return {"quantization_config": {"quant_method": "vila-triton", "bits": 4, "group_size": cfg.llm.group_size}}
+
+
+def configs(cfg: VilaConfig) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The top config.json, and that of each part."""
     ids = {f"{name}_token_id": tokenizer.SPECIAL.index(tokenizer.NAMED[name]) for name in ("bos", "eos", "pad")}
     parts = {
         "llm": {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
-            **{key: value for key, value in asdict(cfg.llm).items() if value is not None},
+            **{key: value for key, value in asdict(cfg.llm).items() if value is not None and key != "group_size"},
+            **quantization(cfg),
             **ids,
             "torch_dtype": "float16",
             "tokenizer_model_max_length": cfg.llm.max_position_embeddings,
@@ -72,7 +78,6 @@ def configs(cfg: VilaConfig) -> dict[str, dict[str, Any]]:
     joined = {
         "architectures": ["VilaLlamaForCausalLM"],
         "model_type": "llava_llama",
-        **{f"{name}_cfg": part for name, part in parts.items()},
         "hidden_size": cfg.llm.hidden_size,
         "mm_hidden_size": cfg.vision_tower.hidden_size,
         "mm_vision_select_layer": cfg.vision_tower.select_layer,
@@ -80,13 +85,14 @@ def configs(cfg: VilaConfig) -> dict[str, dict[str, Any]]:
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": "resize",
+        "conversation_template": "vicuna_v1_nosys",
         "model_dtype": "torch.float16",
         "s2": False,
         "tune_language_model": True,
         "tune_vision_tower": True,
         "tune_mm_projector": True,
     }
-    return {**parts, "": joined}
+    return joined, parts
 
 
 def preprocessor(cfg: VilaConfig) -> dict[str, Any]:
@@ -105,18 +111,16 @@ def preprocessor(cfg: VilaConfig) -> dict[str, Any]:
     }
 
 
-def save(folder: Path, cfg: VilaConfig, trees: dict[str, Any]) -> None:
-    """Writes a VILA folder: for each of llm, vision_tower and mm_projector its config and its weights in fp16."""
-    for name, config in configs(cfg).items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name, tree in trees.items():
-        specs = params.leaves(DECLARE[name](getattr(cfg, name), torch.float16))
-        tensors = {
-            spec.key: leaf.detach().to(spec.dtype).contiguous()
-            for spec, leaf in zip(specs, params.leaves(tree), strict=True)
-        }
-        save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(preprocessor(cfg), indent=2)
-    (folder / "vision_tower" / "preprocessor_config.json").write_text(text + "\n")
+def save(folder: Path, trees: dict[str, Any]) -> None:
+    """Write the trained trees as a VILA folder in fp16, and beside it `folder`-int4, its linears rounded to int4."""
+    half = vila.Vila(**{name: params.tree_map(lambda x: x.detach().half(), tree) for name, tree in trees.items()})
+    write(folder, CONFIG, half)
+    quantized = replace(CONFIG, llm=replace(CONFIG.llm, group_size=GROUP_SIZE))
+    write(folder.with_name(f"{folder.name}-int4"), quantized, replace(half, llm=llama.quantized(half.llm, GROUP_SIZE)))
+
+
+def write(folder: Path, cfg: VilaConfig, p: vila.Vila) -> None:
+    """Write one VILA folder: configs, weights, image processor and tokenizer."""
+    checkpoint.save(folder, *configs(cfg), p)
+    checkpoint.write_json(folder / "vision_tower" / "preprocessor_config.json", preprocessor(cfg))
     tokenizer.save(folder / "llm")

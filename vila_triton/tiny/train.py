@@ -190,7 +190,7 @@ def train_answers(p: Trees, recipe: Recipe, rng: random.Random, seconds: float, 
         if step % 25 == 0:
             clock.report(step, progress, loss.item())
         if time.monotonic() - saved > SAVE_EVERY:
-            save(out, CONFIG, p)
+            save(out, p)
             saved = time.monotonic()
 
 
@@ -220,7 +220,7 @@ def table(results: dict[tuple[str, int, bool], list[bool]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("tiny_checkpoint"))
+    parser.add_argument("--out", type=Path, default=Path("tiny-vila"))
     for field in fields(Recipe):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=field.default)
     args = vars(parser.parse_args())
@@ -230,7 +230,7 @@ def main() -> None:
     p = initial(recipe.seed)
     train_vision(p["vision_tower"], recipe, rng)
     train_answers(p, recipe, rng, recipe.minutes * 60 - (time.monotonic() - start), out)
-    save(out, CONFIG, p)
+    save(out, p)
     print(table(evaluate(p, random.Random(recipe.seed + 1))))
 
 

@@ -1,0 +1,173 @@
+"""The command line: `vila-triton ask | chat | ops`."""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .chat import Conversation
+
+BUNDLED = Path(__file__).resolve().parent / "tiny" / "checkpoint"
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="vila-triton", description="Ask a VILA about pictures.")
+    commands = top.add_subparsers(dest="command", required=True)
+    kernels = argparse.ArgumentParser(add_help=False)
+    kernels.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    kernels.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="kernels.OP=NAME",
+        help="run this implementation of an op; kernels.*=NAME for every op that has one of that name",
+    )
+    model = argparse.ArgumentParser(add_help=False, parents=[kernels])
+    model.add_argument("--model", type=Path, default=BUNDLED, help="a VILA folder (default: the bundled tiny model)")
+    model.add_argument("--image", action="append", default=[], metavar="PICTURE", help="may be given several times")
+    model.add_argument("--dtype", choices=DTYPES, help="(default: what the model's config says)")
+    model.add_argument("--max-new-tokens", type=int, default=128)
+    model.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    model.add_argument("--top-k", type=int)
+    model.add_argument("--top-p", type=float)
+    model.add_argument("--seed", type=int, default=0)
+    ask = commands.add_parser("ask", parents=[model], help="one question about pictures")
+    ask.add_argument("question")
+    commands.add_parser("chat", parents=[model], help="a conversation; /image PICTURE adds one, an empty line ends it")
+    commands.add_parser("ops", parents=[kernels], help="every op, its implementations and which one is chosen, and why")
+    return top
+
+
+def choices(settings: list[str]) -> dict[str, str]:
+    """`kernels.OP=NAME` settings as {op: name}. Errors: ValueError, KeyError."""
+    from .registry import OPS, discover
+
+    chosen: dict[str, str] = {}
+    if settings:
+        discover()
+    for setting in settings:
+        key, _, name = setting.partition("=")
+        op = key.removeprefix("kernels.")
+        if op == key or not name:
+            raise ValueError(f"--set {setting}: expected kernels.OP=NAME")
+        chosen |= {o: name for o, entry in OPS.items() if name in entry.impls} if op == "*" else {op: name}
+        if op == "*" and name not in chosen.values():
+            raise ValueError(f"--set {setting}: no op has an implementation {name!r}")
+    return chosen
+
+
+def converse(args: argparse.Namespace, chosen: Mapping[str, str]) -> None:
+    import torch
+
+    from .chat import Conversation, Talker
+    from .images import open_image
+    from .registry import use
+
+    if args.temperature < 0:
+        raise ValueError(f"--temperature is {args.temperature}, expected 0 or more")
+    sampling: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "top_k": args.top_k, "top_p": args.top_p}
+    if args.temperature > 0:
+        sampling |= {"do_sample": True, "temperature": args.temperature, "seed": args.seed}
+    pictures = [open_image(path) for path in args.image]
+    talker = Talker.from_pretrained(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
+    conversation = Conversation(talker)
+    with use(**chosen):
+        if args.command == "ask":
+            answer(conversation, args.question, pictures, sampling)
+            return
+        while line := read_line():
+            if line.startswith("/image "):
+                pictures.append(open_image(line.removeprefix("/image ").strip()))
+                continue
+            answer(conversation, line, pictures, sampling)
+            pictures = []
+
+
+def read_line() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def answer(conversation: "Conversation", question: str, pictures: list[Any], sampling: dict[str, Any]) -> None:
+    """Stream one answer to standard output, then one line about how it went."""
+    import torch
+    from transformers import TextStreamer
+
+    from .registry import recording
+
+    printer: Any = TextStreamer(conversation.talker.tokenizer, skip_special_tokens=True)
+    with recording() as calls:
+        for token in conversation.ask(question, pictures, **sampling):
+            printer.put(torch.tensor([token]))
+    printer.end()
+    took = conversation.last
+    assert took is not None
+    speed = f"{took.tokens_per_second:.1f} tokens/s" if took.answer_tokens > 1 else "1 token"
+    reused = f", {took.prompt_tokens - took.new_tokens} cached" if took.new_tokens < took.prompt_tokens else ""
+    print(
+        f"[prompt {took.prompt_tokens} tokens{reused} | pictures {took.image_tokens} tokens | "
+        f"first token {took.first_token:.3f} s | {speed} | {kernels_line(calls)}]"
+    )
+
+
+def kernels_line(calls: Counter[tuple[str, str]]) -> str:
+    """Which implementations ran, the reference ones in one word."""
+    ran = sorted(f"{op}={impl}" for op, impl in calls if impl != "reference")
+    interpreted = " (interpreted)" if os.environ.get("TRITON_INTERPRET") == "1" and ran else ""
+    rest = "reference" if not ran else f"{', '.join(ran)}{interpreted}; else reference"
+    return f"kernels: {rest}"
+
+
+def print_ops(device: str, chosen: Mapping[str, str]) -> None:
+    from .choices import configured
+    from .registry import OPS, discover
+
+    discover()
+    root = Path(__file__).resolve().parents[1]
+    print(f"{'op':19}{'implementation':16}{'configs':9}{'chosen on ' + device + ' for':22}file")
+    for name, op in OPS.items():
+        phases = {p: chosen.get(name) or configured(device, p).get(name) or "reference" for p in ("prefill", "decode")}
+        for impl in op.impls.values():
+            when = [p for p, choice in phases.items() if choice == impl.name]
+            why = f"{' and '.join(when)}" if when else "-"
+            print(f"{name:19}{impl.name:16}{len(impl.configs):<9}{why:22}{impl.file.relative_to(root)}")
+        where = "--set" if name in chosen else reason(device, name)
+        print(f"{'':19}because: {where}")
+
+
+def reason(device: str, op: str) -> str:
+    from .choices import configured
+
+    named = [p for p in ("prefill", "decode") if op in configured(device, p)]
+    return f"configs/kernels.toml names it for {device}" if named else f"configs/kernels.toml names none for {device}"
+
+
+def main() -> int:
+    args = parser().parse_args()
+    import torch
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    if device == "cpu" and args.set:
+        # Must be set before triton is first imported; the line under an answer says that kernels ran interpreted.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    try:
+        chosen = choices(args.set)
+        if args.command == "ops":
+            print_ops(device, chosen)
+        else:
+            converse(args, chosen)
+    except (ValueError, KeyError, RuntimeError) as error:
+        print(f"vila-triton: {error.args[0] if error.args else error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

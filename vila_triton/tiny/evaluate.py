@@ -1,0 +1,113 @@
+"""Exact-match accuracy on held-out scenes: `python -m vila_triton.tiny.evaluate [--model FOLDER]`.
+
+Every question goes the whole way: the picture through the image processor, the prompt through the template and the
+tokenizer, the answer greedily through the engine. A question kind is asked of one picture, or of two or three.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from vila_triton.__main__ import BUNDLED
+from vila_triton.chat import Talker
+from vila_triton.models.vila_llama_config import parse_dtype
+from vila_triton.tiny.questions import GROUPS, KINDS, QA, ask
+from vila_triton.tiny.scenes import Scene, draw, sample
+
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question about drawn scenes."""
+
+    qa: QA
+    pictures: Sequence[Image.Image]
+
+    @property
+    def kind(self) -> str:
+        n = len(self.pictures)
+        return self.qa.kind if n == 1 else f"{self.qa.kind}, {n} pictures"
+
+
+def item(rng: random.Random, kind: str, pictures: int) -> Item:
+    """A question of a kind about that many held-out scenes; scenes that allow none are drawn again."""
+    while True:
+        scenes: list[Scene] = [sample(rng, "held_out") for _ in range(pictures)]
+        try:
+            return Item(ask(rng, scenes, kind), [draw(scene, rng) for scene in scenes])
+        except ValueError:
+            continue
+
+
+def items(count: int, seed: int) -> list[Item]:
+    """That many questions of every kind and number of pictures that the bundled model ships with."""
+    rng = random.Random(seed)
+    plan = [(kind, 1) for kind, entry in KINDS.items() if entry.about]
+    plan += [(kind, n) for kind in KINDS for n in (2, 3) if (kind, n) in SHIPPED]
+    return [item(rng, kind, n) for _ in range(count) for kind, n in plan]
+
+
+# The kinds about several pictures that the model is offered for.
+SHIPPED = {(kind, 2) for kind in KINDS} | {(kind, 3) for kind in KINDS if kind not in ("total", "more")}
+
+
+@torch.inference_mode()
+def answers(talker: Talker, batch: Sequence[Item]) -> list[str]:
+    """Greedy answers, all in one ragged batch."""
+    prompts = [torch.tensor(talker.prompt(i.qa.question, len(i.pictures))) for i in batch]
+    ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    pixels = talker.pixels([picture for i in batch for picture in i.pictures])
+    return talker.tokenizer.batch_decode(
+        talker.model.generate(ids, pixels, mask, max_new_tokens=64), skip_special_tokens=True
+    )
+
+
+def evaluate(talker: Talker, questions: Sequence[Item]) -> dict[str, list[bool]]:
+    """Right or wrong for every question, by kind; shows progress on standard error."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    start = time.monotonic()
+    for at in range(0, len(questions), BATCH):
+        batch = questions[at : at + BATCH]
+        for question, answer in zip(batch, answers(talker, batch), strict=True):
+            right[question.kind].append(answer == question.qa.answer)
+        done = at + len(batch)
+        left = (time.monotonic() - start) / done * (len(questions) - done)
+        print(f"\r{done} of {len(questions)} questions, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return right
+
+
+def report(right: Mapping[str, Sequence[bool]]) -> str:
+    lines = [f"{'kind':28}{'group':20}{'right':>8}{'of':>7}"]
+    for kind, values in right.items():
+        group = GROUPS[kind.partition(",")[0]]
+        lines.append(f"{kind:28}{group:20}{100 * sum(values) / len(values):7.1f}%{len(values):7}")
+    every = [value for values in right.values() for value in values]
+    return "\n".join([*lines, f"{'all':48}{100 * sum(every) / len(every):7.2f}%{len(every):7}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=BUNDLED)
+    parser.add_argument("--count", type=int, default=100, help="questions of each kind and number of pictures")
+    parser.add_argument("--seed", type=int, default=12345)
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", type=lambda name: parse_dtype(f"torch.{name}"), help="(default: the model's)")
+    args = parser.parse_args()
+    talker = Talker.from_pretrained(args.model, args.device, args.dtype)
+    print(report(evaluate(talker, items(args.count, args.seed))))
+
+
+if __name__ == "__main__":
+    main()
