@@ -116,6 +116,20 @@ class PagedCache:
             )
 
     @contextmanager
+    def at(self, lengths: Sequence[int], keep: bool) -> Iterator[list[int]]:
+        """All sequences, rolled back to these lengths. Unless `keep`, they are forks, gone after the `with`."""
+        sequences = list(self.table.sequences)
+        if not keep:
+            sequences = [self.table.fork(seq) for seq in sequences]
+        try:
+            for seq, length in zip(sequences, lengths):
+                self.table.truncate(seq, length)
+            yield sequences
+        finally:
+            for seq in [] if keep else sequences:
+                self.table.free(seq)
+
+    @contextmanager
     def step(self, counts: Mapping[int, int]) -> Iterator[Step]:
         """Append so many tokens to each sequence; if the `with` fails, every sequence is as it was before it.
 

@@ -98,6 +98,13 @@ class VilaLlamaForCausalLM(PreTrainedModel):
         images = images.flatten(0, 1) if images.ndim == 5 else images
         return engine.encode_images(self.params, images.to(self.device, self.dtype), self.geometry)
 
+    def _features(self, images: Tensor | Sequence[Tensor] | None) -> tuple[Tensor | None, list[int]]:
+        """Features of all pictures end to end [rows, e], and how many of them each picture has."""
+        if images is None:
+            return None, []
+        features = self.encode_images(images)
+        return features.flatten(0, 1), [features.shape[1]] * len(features)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -125,78 +132,68 @@ class VilaLlamaForCausalLM(PreTrainedModel):
         `config.prefill_chunk_size` tokens of a row at a time. `logits_to_keep=n` returns the last n positions only.
         Errors: ValueError naming the argument, before anything is changed.
         """
-        if special_token:
-            raise ValueError("special_token=True means nothing to this model; leave it False")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
-        if images is not None and inputs_embeds is not None:
-            raise ValueError("images go into input_ids; inputs_embeds already have their places filled")
-        if labels is not None and logits_to_keep:
-            raise ValueError("labels need the logits of all positions, but logits_to_keep is set")
-        if chunk_prefilling and (output_attentions or output_hidden_states):
-            raise ValueError("output_attentions and output_hidden_states need one pass; chunk_prefilling makes many")
+        one_pass = not chunk_prefilling
+        for fine, message in (
+            (not special_token, "special_token=True means nothing to this model; leave it False"),
+            ((input_ids is None) != (inputs_embeds is None), "exactly one of input_ids and inputs_embeds is needed"),
+            (images is None or inputs_embeds is None, "images go into input_ids; inputs_embeds have them already"),
+            (logits_to_keep >= 0, f"logits_to_keep is {logits_to_keep}, expected 0 (all) or more"),
+            (labels is None or not logits_to_keep, "labels need all logits, but logits_to_keep is set"),
+            (one_pass or not output_attentions, "output_attentions needs one pass; chunk_prefilling makes many"),
+            (one_pass or not output_hidden_states, "output_hidden_states needs one pass; chunk_prefilling makes many"),
+        ):
+            if not fine:
+                raise ValueError(message)
         inputs: Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore
-        use_cache = use_cache if use_cache is not None else getattr(self.config, "use_cache", True)
-        features = self.encode_images(images) if images is not None else None
-        image_tokens = [features.shape[1]] * len(features) if features is not None else []
+        use_cache = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
+        features, image_tokens = self._features(images)
         cache, past = resume(self.cache, past_key_values, start_pos, len(inputs))
         batch = unpad(
             inputs.to(self.device), attention_mask, position_ids, labels, image_tokens, cached=past, **self.prompt_rules
         )
         if cache is None and (use_cache or chunk_prefilling):
             cache = self.new_cache(len(inputs))
-        if start_pos is not None and use_cache:
-            self.cache = cache
-        sequences = list(cache.table.sequences) if cache else list(range(len(inputs)))
-        borrowed = cache is not None and not use_cache  # read the past through forks, which are dropped again
-        if cache and borrowed:
-            sequences = [cache.table.fork(seq) for seq in sequences]
-        try:
-            for seq, length in zip(sequences, past):
-                if cache:
-                    cache.table.truncate(seq, length)
-            rows = dict(zip(sequences, batch.rows))
-            flat = features.flatten(0, 1) if features is not None else None
-            places = batch.places[:, -logits_to_keep:]
-            states: list[Tensor] | None = [] if output_hidden_states else None
-            watched: Watched | None = None
+        places = batch.places[:, -logits_to_keep:]
+        kept = places.sum(1).tolist()
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        watched: Watched | None = None
+        with cache.at(past, keep=use_cache) if cache else nullcontext(range(len(past))) as sequences:
+            counts = {seq: len(row) for seq, row in zip(sequences, batch.rows)}
             if cache:
-                cache.reserve({seq: len(row) for seq, row in rows.items()})
+                cache.reserve(counts)
             if cache and chunk_prefilling:
                 hidden = engine.advance(
                     self.params,
-                    rows,
+                    dict(zip(counts, batch.rows)),
                     self.geometry,
                     cache,
-                    flat,
+                    features,
                     chunk=self.config.prefill_chunk_size,
-                    keep=dict(zip(sequences, places.sum(1).tolist())),
-                    positions=dict(zip(sequences, batch.positions)) if batch.positions else None,
+                    keep=dict(zip(counts, kept)),
+                    positions=dict(zip(counts, batch.positions)) if batch.positions else None,
                 )
             else:
-                counts = {seq: len(row) for seq, row in rows.items()}
                 uncached = Uncached(list(counts.values()), self.device)
                 with cache.step(counts) if cache else nullcontext(uncached) as step:
                     watched = Watched(step) if output_attentions else None
                     at = torch.cat(batch.positions) if batch.positions else step.positions
                     hidden = engine.run(
-                        self.params, batch.rows, at, self.geometry, watched or step, flat, step.decode, states
+                        self.params, batch.rows, at, self.geometry, watched or step, features, step.decode, states
                     )
-                hidden = [row[len(row) - n :] for row, n in zip(hidden, places.sum(1).tolist())]
-        finally:
-            if cache and borrowed:
-                for seq in sequences:
-                    cache.table.free(seq)
+                hidden = [row[len(row) - n :] for row, n in zip(hidden, kept)]
         with defaults(configured(self.device.type, engine.phase(max(map(len, batch.rows)) == 1))):
             logits = llama.logits(self.params.llm, torch.cat(hidden)).split([len(row) for row in hidden])
-        lengths = [len(row) for row in batch.rows]
-        output = CausalLMOutputWithPast(
-            loss=causal_loss(logits, batch.labels) if batch.labels is not None else None,  # pyright: ignore
-            logits=pad(logits, places),  # pyright: ignore[reportArgumentType]
-            past_key_values=cache if use_cache else None,  # pyright: ignore[reportArgumentType]
-            hidden_states=tuple(pad(x.split(lengths), batch.places) for x in states) if states is not None else None,  # pyright: ignore
-            attentions=tuple(pad_square(rows, batch.places) for rows in watched.layers) if watched else None,  # pyright: ignore
-        )
+        if start_pos is not None and use_cache:
+            self.cache = cache
+        lengths = list(counts.values())
+        fields: dict[str, Any] = {
+            "loss": causal_loss(logits, batch.labels) if batch.labels is not None else None,
+            "logits": pad(logits, places),
+            "past_key_values": cache if use_cache else None,
+            "hidden_states": tuple(pad(x.split(lengths), batch.places) for x in states) if states else None,
+            "attentions": tuple(pad_square(x, batch.places) for x in watched.layers) if watched else None,
+        }
+        output = CausalLMOutputWithPast(**fields)
         wanted = return_dict if return_dict is not None else self.config.return_dict
         return output if wanted else output.to_tuple()
 
@@ -223,8 +220,7 @@ class VilaLlamaForCausalLM(PreTrainedModel):
         """
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"a streamer takes one prompt at a time, got {len(input_ids)}")
-        features = self.encode_images(images) if images is not None else None
-        image_tokens = [features.shape[1]] * len(features) if features is not None else []
+        features, image_tokens = self._features(images)
         ids = input_ids.to(self.device)
         batch = unpad(ids, attention_mask, None, None, image_tokens, **self.prompt_rules)
         stops = sampling.setdefault("eos_token_id", self.config.parts()["llm"].get("eos_token_id"))
@@ -232,12 +228,11 @@ class VilaLlamaForCausalLM(PreTrainedModel):
         cache = self.new_cache(len(batch.rows))
         cache.reserve({seq: len(row) + how.max_new_tokens for seq, row in enumerate(batch.rows)})
         chunk = self.config.prefill_chunk_size if chunk_prefilling else None
-        flat = features.flatten(0, 1) if features is not None else None
         answers: list[list[int]] = [[] for _ in batch.rows]
         if streamer is not None:
             streamer.put(batch.rows[0][batch.rows[0] >= 0].cpu())
         rows = dict(enumerate(batch.rows))
-        for seq, token in engine.stream(self.params, rows, self.geometry, cache, flat, how, chunk):
+        for seq, token in engine.stream(self.params, rows, self.geometry, cache, features, how, chunk):
             answers[seq].append(token)
             if streamer is not None:
                 streamer.put(torch.tensor([token]))

@@ -1,0 +1,94 @@
+"""Activation memory of a prefill against the length of the prompt: `python -m bench.memory`.
+
+Prefills prompts of several lengths with the bundled model's language model, in one pass and in chunks, and prints the
+cache and the most that tensors took at any moment beyond parameters and cache. The chunked column must stay flat: what
+it holds is one chunk's activations. The reference attention gathers the history of a layer out of its pages, which
+grows; the Triton kernels read the pages where they are (here in the interpreter, whose own buffers stand for registers
+and shared memory, and do not count).
+"""
+
+import argparse
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vila_triton import engine
+from vila_triton.__main__ import choices
+from vila_triton.cache import PagedCache
+from vila_triton.choices import pick_device
+from vila_triton.models import params, vila
+from vila_triton.registry import use
+from vila_triton.tiny.folder import CONFIG
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made inside the `with` held at once, each storage counted once.
+
+    `known`: tensors from before, which do not count, nor do views of them.
+    """
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = {x.untyped_storage()._cdata for x in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.seen:
+                self.add(x.untyped_storage())
+        return out
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self.seen.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.drop, key, size)
+
+    def drop(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size
+
+
+@torch.inference_mode()
+def measure(p: vila.Vila, length: int, chunk: int | None, device: torch.device) -> tuple[int, int]:
+    """Bytes of the cache and peak bytes of everything else for a prompt of `length` tokens."""
+    cache = PagedCache(CONFIG.llm, 0, device=device)
+    cache.table.alloc()
+    cache.reserve({0: length})
+    row = torch.arange(length, device=device) % CONFIG.llm.vocab_size
+    with Peak([*params.leaves(p), cache.k_pages, cache.v_pages, row]) as peak:
+        engine.advance(p, {0: row}, CONFIG, cache, chunk=chunk)
+    return cache.nbytes, peak.peak
+
+
+def table(lengths: Sequence[int], chunk: int, device: torch.device) -> str:
+    specs = vila.declare(CONFIG, torch.float16)
+    p = params.tree_map(lambda x: x.to(device), params.init(specs, torch.Generator().manual_seed(0)))
+    lines = [f"{'tokens':>8}{'cache':>12}{'one pass':>12}{f'chunks of {chunk}':>16}   (KiB)"]
+    for length in lengths:
+        cache, chunked = measure(p, length, chunk, device)
+        whole = measure(p, length, None, device)[1]
+        lines.append(f"{length:8}{cache / 1024:12.0f}{whole / 1024:12.0f}{chunked / 1024:16.0f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--device")
+    parser.add_argument("--set", action="append", default=[], metavar="kernels.OP=NAME")
+    args = parser.parse_args()
+    with use(**choices(args.set)):
+        print(table(args.lengths, args.chunk, pick_device(args.device)))
+
+
+if __name__ == "__main__":
+    main()
