@@ -117,7 +117,10 @@ class PagedCache:
 
     @contextmanager
     def at(self, lengths: Sequence[int], keep: bool) -> Iterator[list[int]]:
-        """All sequences, rolled back to these lengths. Unless `keep`, they are forks, gone after the `with`."""
+        """All sequences, rolled back to these lengths, as they also are if the `with` fails.
+
+        Unless `keep`, they are forks, gone after it.
+        """
         sequences = list(self.table.sequences)
         if not keep:
             sequences = [self.table.fork(seq) for seq in sequences]
@@ -125,6 +128,10 @@ class PagedCache:
             for seq, length in zip(sequences, lengths):
                 self.table.truncate(seq, length)
             yield sequences
+        except BaseException:
+            for seq, length in zip(sequences, lengths):
+                self.table.truncate(seq, min(length, self.length(seq)))
+            raise
         finally:
             for seq in [] if keep else sequences:
                 self.table.free(seq)

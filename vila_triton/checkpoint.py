@@ -76,8 +76,13 @@ def load_params(folder: Path, cfg: VilaConfig, dtype: torch.dtype, device: torch
 def read_tensors(folder: Path, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a folder's safetensors files, by name. Errors: `LoadError` for a missing or broken file."""
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    for name in names:
+    names = {"model.safetensors"}
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise LoadError(f"{index} has no weight_map from tensors to files")
+        names = set(weight_map.values())
+    for name in sorted(names):
         path = folder / name
         if path.resolve().parent != folder.resolve():
             raise LoadError(f"{index} names {name!r}, which is not a file of its folder")

@@ -73,6 +73,8 @@ class LlamaConfig:
         if quantization:
             if quantization.get("quant_method") != "vila-triton":
                 raise ConfigError(f"llm: quantization {quantization.get('quant_method')!r} is not supported")
+            if not quantization.get("group_size"):
+                raise ConfigError("llm quantization_config: missing group_size")
             v["group_size"] = quantization["group_size"]
         cfg = read(cls, v, "llm")
         if cfg.num_attention_heads % cfg.num_key_value_heads:

@@ -181,8 +181,8 @@ class VilaLlamaForCausalLM(PreTrainedModel):
                         self.params, batch.rows, at, self.geometry, watched or step, features, step.decode, states
                     )
                 hidden = [row[len(row) - n :] for row, n in zip(hidden, kept)]
-        with defaults(configured(self.device.type, engine.phase(max(map(len, batch.rows)) == 1))):
-            logits = llama.logits(self.params.llm, torch.cat(hidden)).split([len(row) for row in hidden])
+            with defaults(configured(self.device.type, engine.phase(max(map(len, batch.rows)) == 1))):
+                logits = llama.logits(self.params.llm, torch.cat(hidden)).split([len(row) for row in hidden])
         if start_pos is not None and use_cache:
             self.cache = cache
         lengths = list(counts.values())

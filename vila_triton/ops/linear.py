@@ -92,6 +92,7 @@ def int4_matmul(x: Tensor, w: Int4) -> Tensor:
 def _(x: Tensor, w: Int4) -> None:
     sizes = axes(
         "int4_matmul",
+        x=(x, "... k"),
         **{"w.qweight": (w.qweight, "n words"), "w.scales": (w.scales, "n G"), "w.zeros": (w.zeros, "n G")},
     )
     check_int4(NIBBLES * sizes["words"], w.group)
@@ -136,8 +137,8 @@ def linear(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> Tensor:
 
 @linear.requires
 def _(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> None:
-    if isinstance(w, Tensor):
-        axes("linear", x=(x, "... k"), w=(w, "n k"), **({} if bias is None else {"bias": (bias, "n")}))
+    weight = {"w": (w, "n k")} if isinstance(w, Tensor) else {"w.qweight": (w.qweight, "n words")}
+    axes("linear", x=(x, "... k"), **weight, **({} if bias is None else {"bias": (bias, "n")}))
 
 
 @linear.inputs

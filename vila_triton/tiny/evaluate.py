@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vila_triton.__main__ import BUNDLED
+from vila_triton.__main__ import BUNDLED, choices
 from vila_triton.chat import Talker
 from vila_triton.models.vila_llama_config import parse_dtype
+from vila_triton.registry import recording, use
 from vila_triton.tiny.questions import GROUPS, KINDS, QA, ask
 from vila_triton.tiny.scenes import Scene, draw, sample
 
@@ -97,16 +98,36 @@ def report(right: Mapping[str, Sequence[bool]]) -> str:
     return "\n".join([*lines, f"{'all':48}{100 * sum(every) / len(every):7.2f}%{len(every):7}"])
 
 
+def agreement(talker: Talker, questions: Sequence[Item], kernels: Mapping[str, str]) -> str:
+    """How many answers the given kernels and the default ones share."""
+    expected = [a for at in range(0, len(questions), BATCH) for a in answers(talker, questions[at : at + BATCH])]
+    with use(**kernels), recording() as calls:
+        got = [a for at in range(0, len(questions), BATCH) for a in answers(talker, questions[at : at + BATCH])]
+    ran = ", ".join(sorted(f"{op}={impl}" for op, impl in calls if kernels.get(op) == impl))
+    return f"{sum(map(str.__eq__, got, expected))} of {len(questions)} answers are the same under {ran}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=BUNDLED)
     parser.add_argument("--count", type=int, default=100, help="questions of each kind and number of pictures")
+    parser.add_argument("--limit", type=int, help="stop after so many questions")
     parser.add_argument("--seed", type=int, default=12345)
     parser.add_argument("--device")
     parser.add_argument("--dtype", type=lambda name: parse_dtype(f"torch.{name}"), help="(default: the model's)")
+    parser.add_argument(
+        "--against",
+        action="append",
+        metavar="kernels.OP=NAME",
+        help="count the answers that these kernels change (on a CPU, Triton needs TRITON_INTERPRET=1)",
+    )
     args = parser.parse_args()
     talker = Talker.from_pretrained(args.model, args.device, args.dtype)
-    print(report(evaluate(talker, items(args.count, args.seed))))
+    questions = items(args.count, args.seed)[: args.limit]
+    if args.against:
+        print(agreement(talker, questions, choices(args.against)))
+    else:
+        print(report(evaluate(talker, questions)))
 
 
 if __name__ == "__main__":

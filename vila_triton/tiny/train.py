@@ -25,9 +25,10 @@ from vila_triton.tiny.questions import KINDS
 from vila_triton.tiny.rows import Batch, Group, batch, pixels
 from vila_triton.tiny.scenes import COLOURS, SHAPES, Scene, draw, sample
 
-# rows, pictures a row, conversation; about a quarter of the rows are conversations
-PLAN = ((15, 1, False), (8, 2, False), (2, 3, False), (4, 1, True), (3, 2, True), (1, 3, True))
-PATCH_GRID = 8
+# rows, pictures a row, conversation; a fifth of the rows are conversations
+PLAN = ((15, 1, False), (9, 2, False), (2, 3, False), (3, 1, True), (2, 2, True), (1, 3, True))
+# Of the 8x8 patches, cell by cell: the two by two that lie wholly in it.
+CELL_PATCHES = [8 * (3 * i + y) + 3 * j + x for i in range(3) for j in range(3) for y in (0, 1) for x in (0, 1)]
 SAVE_EVERY = 300.0  # seconds
 
 Trees = dict[str, Any]  # the params tree of each part
@@ -39,8 +40,8 @@ class Recipe:
 
     seed: int = 0
     minutes: float = 43.0  # the learning rate reaches zero by then, whatever the steps
-    vision_steps: int = 900
-    steps: int = 2400
+    vision_steps: int = 800
+    steps: int = 2200
     vision_rate: float = 1e-3
     rate: float = 2e-3
     frozen: float = 0.4  # part of stage 1 in which the tower does not learn
@@ -110,36 +111,39 @@ def optimise(loss: Tensor, weights: list[Tensor], optimizers: list[torch.optim.O
 
 
 def patch_labels(scene: Scene) -> Tensor:
-    """[64, 2] colour and shape that each patch shows: 0 nothing, -100 between two cells and therefore unsaid."""
-    grid = torch.full((PATCH_GRID, PATCH_GRID, 2), -100)
-    starts = (0, 3, 6)  # a cell covers two patches each way
+    """[9, 4, 3] colour, shape and cell for the four patches that lie wholly in each cell; 0, 0 where it is empty.
+
+    The cell is said too, since rotary positions do not put the place of a token into what attention passes on.
+    """
+    labels = torch.zeros(9, 4, 3, dtype=torch.int64)
     for cell in range(9):
-        thing, (row, column) = scene.at(cell), divmod(cell, 3)
-        label = [1 + list(COLOURS).index(thing.colour), 1 + SHAPES.index(thing.shape)] if thing else [0, 0]
-        grid[starts[row] : starts[row] + 2, starts[column] : starts[column] + 2] = torch.tensor(label)
-    return grid.flatten(0, 1)
+        labels[cell, :, 2] = cell
+        if thing := scene.at(cell):
+            labels[cell, :, 0] = 1 + list(COLOURS).index(thing.colour)
+            labels[cell, :, 1] = 1 + SHAPES.index(thing.shape)
+    return labels
 
 
 def train_vision(p: Any, recipe: Recipe, rng: random.Random) -> None:
-    """Stage 0: two linear heads, thrown away afterwards, read colour and shape off each patch."""
-    heads = torch.nn.Linear(CONFIG.vision_tower.hidden_size, 1 + len(COLOURS) + 1 + len(SHAPES))
+    """Stage 0: linear heads, thrown away afterwards, read colour, shape and cell off the patches."""
+    classes = (1 + len(COLOURS), 1 + len(SHAPES), 9)
+    heads = torch.nn.Linear(CONFIG.vision_tower.hidden_size, sum(classes))
     weights = [*params.leaves(p), *heads.parameters()]
     optimizer = torch.optim.AdamW([{"params": weights, "base": recipe.vision_rate}])
     clock = Clock("vision", recipe.vision_steps, recipe.minutes * 60 / 4)
     for step, progress in clock.ticks():
         scenes = [sample(rng) for _ in range(96)]
-        labels = torch.stack([patch_labels(scene) for scene in scenes]).flatten(0, 1)
+        labels = torch.stack([patch_labels(scene) for scene in scenes]).flatten(0, 2)
         with torch.autocast("cpu", torch.bfloat16):
             features = vision.vision_tower(p, pixels([draw(scene, rng) for scene in scenes]), CONFIG.vision_tower)
-            colour, shape = heads(features.flatten(0, 1)).float().split((1 + len(COLOURS), 1 + len(SHAPES)), dim=-1)
+            scores = heads(features[:, CELL_PATCHES].flatten(0, 1)).float().split(classes, dim=-1)
         set_rates([optimizer], cosine(progress) * min(1.0, (step + 1) / recipe.warm_up))
-        loss = F.cross_entropy(colour, labels[:, 0]) + F.cross_entropy(shape, labels[:, 1])
+        loss = torch.stack([F.cross_entropy(*pair) for pair in zip(scores, labels.T, strict=True)]).sum()
         optimise(loss, weights, [optimizer])
         if step % 50 == 0:
-            shown = labels[:, 1] > 0
-            right = (shape.argmax(-1) == labels[:, 1])[shown].float().mean().item()
+            right = torch.stack([s.argmax(-1) for s in scores], dim=-1).eq(labels).all(-1)[labels[:, 1] > 0]
             clock.report(step, progress, loss.item())
-            print(f"       shape right on {100 * right:.1f} % of the patches that show one", flush=True)
+            print(f"       colour, shape and cell of {100 * right.float().mean().item():.1f} % of things", flush=True)
 
 
 def answer_logits(p: Trees, b: Batch, places: Tensor, tower_learns: bool) -> Tensor:

@@ -1,0 +1,134 @@
+"""softmax(q kᵀ · scale) v of one new token per sequence over its cached pages.
+
+One program takes all query heads of one key/value head of one sequence (padded to the 16 rows `tl.dot` needs), so each
+cached key and value is read once. It walks the cached tokens BLOCK_N at a time with an online softmax in base 2.
+
+q [b, h, d], pages [p, l, g, d], any strides; token j of a sequence is row j % l of page block_table[sequence, j // l].
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vila_triton.ops import decode_attention
+
+from ._tile import LOG2_E, attend_block, block_of, check, normalise, page_rows, start_rows
+
+CONFIGS = [
+    {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_N": 16, "num_warps": 2, "num_stages": 3},
+]
+
+
+@triton.jit
+def _decode_attention_kernel(
+    q_ptr,
+    k_pages_ptr,
+    v_pages_ptr,
+    table_ptr,
+    length_ptr,
+    out_ptr,
+    scale,
+    stride_qb,
+    stride_qh,
+    stride_qd,
+    stride_kp,
+    stride_kl,
+    stride_kg,
+    stride_kd,
+    stride_vp,
+    stride_vl,
+    stride_vg,
+    stride_vd,
+    stride_tb,
+    stride_tp,
+    stride_ob,
+    stride_oh,
+    stride_od,
+    RATIO: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tl.static_assert(BLOCK_D >= D and BLOCK_D >= 16, "one block covers the head")
+    tl.static_assert(BLOCK_M >= RATIO and BLOCK_M >= 16, "one block covers the heads of a group")
+    tl.static_assert(BLOCK_N >= 16, "tl.dot needs 16 columns")
+    sequence = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1).to(tl.int64)
+    length = tl.load(length_ptr + sequence)
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    head = group * RATIO + offs_m  # [BLOCK_M]
+    mask_d = offs_d < D
+    mask_q = (offs_m < RATIO)[:, None] & mask_d[None, :]
+    q_ptr += sequence * stride_qb
+    q = tl.load(q_ptr + head[:, None] * stride_qh + offs_d[None, :] * stride_qd, mask=mask_q, other=0)  # [M, D]
+    peak, total, acc = start_rows(BLOCK_M, BLOCK_D)
+
+    table_ptr += sequence * stride_tb
+    k_pages_ptr += group * stride_kg
+    v_pages_ptr += group * stride_vg
+    for n in range(0, length, BLOCK_N):
+        tokens = n + tl.arange(0, BLOCK_N)
+        known = tokens < length
+        at_k = page_rows(table_ptr, tokens, known, stride_tp, stride_kp, stride_kl, PAGE)
+        at_v = page_rows(table_ptr, tokens, known, stride_tp, stride_vp, stride_vl, PAGE)
+        k = tl.load(
+            k_pages_ptr + at_k[None, :] + offs_d[:, None] * stride_kd, mask=mask_d[:, None] & known[None, :], other=0
+        )  # [BLOCK_D, BLOCK_N]
+        v = tl.load(
+            v_pages_ptr + at_v[:, None] + offs_d[None, :] * stride_vd, mask=known[:, None] & mask_d[None, :], other=0
+        )  # [BLOCK_N, BLOCK_D]
+        peak, total, acc = attend_block(q, k.to(q.dtype), v.to(q.dtype), known[None, :], scale, peak, total, acc)
+
+    out_ptr += sequence * stride_ob + head[:, None] * stride_oh + offs_d[None, :] * stride_od
+    tl.store(out_ptr, normalise(acc, total).to(out_ptr.dtype.element_ty), mask=mask_q)
+
+
+@decode_attention.impl("triton", configs=CONFIGS)
+def decode_attention_triton(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    *,
+    BLOCK_N: int,
+    num_warps: int,
+    num_stages: int,
+) -> Tensor:
+    check("decode_attention", q, k_pages, v_pages)
+    (b, h, d), (_, l, g, _) = q.shape, k_pages.shape
+    out = torch.empty(b, h, d, dtype=q.dtype, device=q.device)
+    if out.numel():
+        _decode_attention_kernel[(b, g)](
+            q,
+            k_pages,
+            v_pages,
+            block_table,
+            lengths.contiguous(),
+            out,
+            scale * LOG2_E,
+            *q.stride(),
+            *k_pages.stride(),
+            *v_pages.stride(),
+            *block_table.stride(),
+            *out.stride(),
+            RATIO=h // g,
+            D=d,
+            PAGE=l,
+            BLOCK_M=block_of(h // g),
+            BLOCK_N=BLOCK_N,
+            BLOCK_D=block_of(d),
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    return out

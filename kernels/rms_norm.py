@@ -1,0 +1,58 @@
+"""x / sqrt(mean(x²) + eps) · weight over the last axis.
+
+One program takes one row: it sums the squares BLOCK columns at a time, then reads the row again (from cache) to write
+it. So a row may be of any length.
+
+x [..., e] as rows [m, e], any strides; weight [e]; sums in float32.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vila_triton.ops import rms_norm
+
+from ._tile import check
+
+CONFIGS = [
+    {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
+    {"BLOCK": 128, "num_warps": 1, "num_stages": 1},
+    {"BLOCK": 4096, "num_warps": 8, "num_stages": 1},
+]
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, out_ptr, E, eps, stride_xm, stride_xe, stride_we, stride_om, stride_oe, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * stride_xm
+    out_ptr += row * stride_om
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, E, BLOCK):
+        offs = start + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
+        x = tl.load(x_ptr + offs * stride_xe, mask=offs < E, other=0).to(tl.float32)
+        squares += x * x
+    rms = tl.rsqrt(tl.sum(squares, 0) / E + eps)
+    for start in range(0, E, BLOCK):
+        offs = start + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
+        mask = offs < E
+        x = tl.load(x_ptr + offs * stride_xe, mask=mask, other=0).to(tl.float32)
+        weight = tl.load(weight_ptr + offs * stride_we, mask=mask, other=0).to(tl.float32)
+        tl.store(out_ptr + offs * stride_oe, (x * rms * weight).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@rms_norm.impl("triton", configs=CONFIGS)
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, *, BLOCK: int, num_warps: int, num_stages: int) -> Tensor:
+    check("rms_norm", x, weight)
+    rows = x.reshape(-1, x.shape[-1])  # [m, e]
+    m, e = rows.shape
+    out = torch.empty(m, e, dtype=x.dtype, device=x.device)
+    if out.numel():
+        strides = (*rows.stride(), *weight.stride(), *out.stride())
+        _rms_norm_kernel[(m,)](
+            rows, weight, out, e, eps, *strides, BLOCK=BLOCK, num_warps=num_warps, num_stages=num_stages
+        )
+    return out.view(x.shape)

@@ -1,0 +1,84 @@
+"""(x[i], x[i + d/2]) turned by the angle of pair i: (low · cos - high · sin, high · cos + low · sin).
+
+One program takes BLOCK_H heads of one token, all their pairs at once. The heads of a token share its angles.
+
+x [s, h, d], cos and sin [s, d/2], any strides; computed in float32.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vila_triton.ops import rope
+
+from ._tile import check
+
+CONFIGS = [
+    {"BLOCK_H": 8, "num_warps": 2, "num_stages": 1},
+    {"BLOCK_H": 32, "num_warps": 4, "num_stages": 1},
+]
+
+
+@triton.jit
+def _rope_kernel(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    H,
+    stride_xs,
+    stride_xh,
+    stride_xd,
+    stride_cs,
+    stride_cr,
+    stride_ss,
+    stride_sr,
+    stride_os,
+    stride_oh,
+    stride_od,
+    R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    tl.static_assert(BLOCK_R >= R, "one block covers the pairs of a head")
+    token = tl.program_id(0).to(tl.int64)
+    offs_h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    mask = (offs_h < H)[:, None] & mask_r[None, :]
+    cos = tl.load(cos_ptr + token * stride_cs + offs_r * stride_cr, mask=mask_r, other=0).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + token * stride_ss + offs_r * stride_sr, mask=mask_r, other=0).to(tl.float32)[None, :]
+    x_ptr += token * stride_xs + offs_h[:, None] * stride_xh + offs_r[None, :] * stride_xd
+    out_ptr += token * stride_os + offs_h[:, None] * stride_oh + offs_r[None, :] * stride_od
+    low = tl.load(x_ptr, mask=mask, other=0).to(tl.float32)  # [BLOCK_H, BLOCK_R]
+    high = tl.load(x_ptr + R * stride_xd, mask=mask, other=0).to(tl.float32)  # [BLOCK_H, BLOCK_R]
+    dtype = out_ptr.dtype.element_ty
+    tl.store(out_ptr, (low * cos - high * sin).to(dtype), mask=mask)
+    tl.store(out_ptr + R * stride_od, (high * cos + low * sin).to(dtype), mask=mask)
+
+
+@rope.impl("triton", configs=CONFIGS)
+def rope_triton(x: Tensor, cos: Tensor, sin: Tensor, *, BLOCK_H: int, num_warps: int, num_stages: int) -> Tensor:
+    check("rope", x, cos, sin)
+    s, h, d = x.shape
+    out = torch.empty(s, h, d, dtype=x.dtype, device=x.device)
+    if out.numel():
+        _rope_kernel[(s, triton.cdiv(h, BLOCK_H))](
+            x,
+            cos,
+            sin,
+            out,
+            h,
+            *x.stride(),
+            *cos.stride(),
+            *sin.stride(),
+            *out.stride(),
+            R=d // 2,
+            BLOCK_H=BLOCK_H,
+            BLOCK_R=triton.next_power_of_2(d // 2),
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    return out

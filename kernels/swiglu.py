@@ -1,0 +1,57 @@
+"""silu(gate) · up = gate / (1 + exp(-gate)) · up, elementwise.
+
+One program takes BLOCK columns of one row. Computed in float32.
+
+gate and up [s, f], any strides.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vila_triton.ops import swiglu
+
+from ._tile import check
+
+CONFIGS = [
+    {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
+    {"BLOCK": 128, "num_warps": 1, "num_stages": 1},
+]
+
+
+@triton.jit
+def _swiglu_kernel(
+    gate_ptr,
+    up_ptr,
+    out_ptr,
+    F,
+    stride_gs,
+    stride_gf,
+    stride_us,
+    stride_uf,
+    stride_os,
+    stride_of,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    mask = offs < F
+    gate = tl.load(gate_ptr + row * stride_gs + offs * stride_gf, mask=mask, other=0).to(tl.float32)
+    up = tl.load(up_ptr + row * stride_us + offs * stride_uf, mask=mask, other=0).to(tl.float32)
+    out = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * stride_os + offs * stride_of, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@swiglu.impl("triton", configs=CONFIGS)
+def swiglu_triton(gate: Tensor, up: Tensor, *, BLOCK: int, num_warps: int, num_stages: int) -> Tensor:
+    check("swiglu", gate, up)
+    s, f = gate.shape
+    out = torch.empty(s, f, dtype=gate.dtype, device=gate.device)
+    if out.numel():
+        strides = (*gate.stride(), *up.stride(), *out.stride())
+        _swiglu_kernel[(s, triton.cdiv(f, BLOCK))](
+            gate, up, out, f, *strides, BLOCK=BLOCK, num_warps=num_warps, num_stages=num_stages
+        )
+    return out

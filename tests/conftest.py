@@ -1,0 +1,34 @@
+"""Where the tests run: on a CUDA GPU if there is one, else in Triton's interpreter on the CPU.
+
+Profiles, chosen with HYPOTHESIS_PROFILE: `dev` (the default: a few random cases each), `ci` (more, always the same),
+`thorough` (hundreds).
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
+
+torch.set_num_threads(1)  # tests compute on small tensors, where a second thread costs more than it gives
+_common = settings(
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+)
+settings.register_profile("dev", _common, max_examples=8)
+settings.register_profile("ci", _common, max_examples=20, derandomize=True)
+settings.register_profile("thorough", _common, max_examples=300)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`pytest -m gpu` is everything that says something about a GPU; where there is none, what needs one is skipped."""
+    for item in items:
+        if torch.cuda.is_available() and item.path.stem in ("test_kernels", "test_properties", "test_planted"):
+            item.add_marker("gpu")
+        elif not torch.cuda.is_available() and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none"))

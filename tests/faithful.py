@@ -1,0 +1,168 @@
+"""Does an implementation compute what its op means, and touch nothing else?
+
+`assert_faithful` runs it on guarded memory and compares it with the reference in float64. No tolerance is written down
+anywhere: what an implementation may deviate by is derived from what the reference deviates by, see `budget`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from guarded import Guarded, bits, canaries, guard, mapped, tensors
+from hypothesis import assume
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from torch import Tensor
+from triton import knobs
+
+from vila_triton.registry import Impl, OneOf, Op, Sizes, Unsupported
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter computes wrong numbers in bfloat16 without saying so.
+LEFT_OUT = ("bfloat16",) if knobs.runtime.interpret else ()
+
+
+def strategy(domain: Sizes | OneOf) -> st.SearchStrategy:
+    """Draws from one axis of a domain; shrinks towards its lowest size or its first value."""
+    if isinstance(domain, Sizes):
+        return st.integers(0, (domain.high - domain.low) // domain.step).map(lambda i: domain.low + i * domain.step)
+    return st.sampled_from([v for v in domain.values if v not in LEFT_OUT])
+
+
+def examples(op: Op) -> st.SearchStrategy[dict[str, Any]]:
+    """Sizes of one call of the op, and the seed of its values."""
+    return st.fixed_dictionaries({**{n: strategy(d) for n, d in op.domain.items()}, "seed": st.integers(0, 2**16)})
+
+
+def arguments(op: Op, seed: int, **sizes: Any) -> tuple:
+    """The arguments an example stands for."""
+    return op.example(**sizes, rng=torch.Generator().manual_seed(seed), device=DEVICE)
+
+
+def hold(check: Callable[[], None]) -> None:
+    """Run a hypothesis test that makes its calls through `supported`; skip it if not one of them was supported."""
+    _reasons.clear()
+    try:
+        check()
+    except Unsatisfiable:
+        pytest.skip(f"supports nothing here: {'; '.join(sorted(_reasons))}")
+
+
+def supported(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """fn(*args), or another example if that is Unsupported."""
+    try:
+        return fn(*args, **kwargs)
+    except Unsupported as reason:
+        _reasons.add(str(reason))
+        assume(False)
+
+
+_reasons: set[str] = set()
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def nudged(args: Any, rng: torch.Generator, wide: bool) -> Any:
+    """Neighbouring arguments: each number moved one rounding unit of its dtype up or down (in float64 if `wide`).
+
+    Whole numbers stay: they are codes, and arithmetic on them is exact.
+    """
+
+    def move(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        signs = (torch.randint(0, 2, x.shape, generator=rng) * 2 - 1).to(x.device)
+        steps = unit_roundoff(x.dtype) * (1 if wide else 2)
+        moved = torch.where(x == x.round(), x.double(), x.double() * (1 + steps * signs))
+        return moved if wide else moved.to(x.dtype)
+
+    return mapped(move, args)
+
+
+def exactly(op: Op, args: Any) -> list[Tensor]:
+    """What the reference returns in float64 for the same values."""
+    return tensors(op.reference(*mapped(lambda x: x.double() if x.is_floating_point() else x.clone(), args)))
+
+
+def budget(op: Op, args: Any, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """The exact outputs, and how far from them each element may lie: 2 · (rho · (S + R) + R + W).
+
+    R    one rounding of the output: u · |exact|, u the unit roundoff of its dtype (or half its smallest number)
+    S    how far the exact output moves (root mean square of 16 draws) when every input number moves by one rounding:
+         the conditioning of this very element, which no algorithm that rounds can beat on average
+    rho  the largest |reference - exact| / (S + R) over all elements, for these arguments and for neighbours one
+         rounding away (3 calls, more while that makes fewer than 64 samples): what the reference needs at this dtype
+    W    freedom to sum in any order in float32: a sum of n terms walks √n roundings, the worst of N outputs
+         √(2 ln N) times as far, so √(2 n ln N) · S · u(float32) / u; n is the longest axis of the arguments
+
+    So it is twice the worst error of the reference plus one rounding, scaled to the conditioning of each element. In
+    half precision W is next to nothing, so a sum kept in half precision shows.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    exact = exactly(op, args)
+    moves = [exactly(op, nudged(args, rng, wide=True)) for _ in range(16)]
+    reference = tensors(op.reference(*mapped(torch.clone, args)))
+    longest = max((n for x in tensors(args) for n in x.shape), default=1)
+    allowed = []
+    for i, (want, low) in enumerate(zip(exact, reference)):
+        if not want.numel():
+            allowed.append(want)
+            continue
+        assert torch.isfinite(want).all() and torch.isfinite(low).all(), f"{op.name}: the reference is not finite"
+        u = unit_roundoff(low.dtype)
+        rounding = u * want.abs().clamp(min=torch.finfo(low.dtype).smallest_normal)
+        moved = torch.stack([m[i] - want for m in moves]).square().mean(0).sqrt()
+        rho = ((low.double() - want).abs() / (moved + rounding)).amax()
+        for _ in range(max(2, math.ceil(64 / want.numel()) - 1)):
+            near = nudged(args, rng, wide=False)
+            off = (tensors(op.reference(*mapped(torch.clone, near)))[i].double() - exactly(op, near)[i]).abs()
+            rho = torch.maximum(rho, (off / (moved + rounding)).amax())
+        walk = math.sqrt(2 * longest * math.log(max(want.numel(), 3))) * unit_roundoff(torch.float32) / u
+        allowed.append(2 * (rho * (moved + rounding) + rounding + walk * moved))
+    return exact, allowed
+
+
+def assert_faithful(op: Op, impl: Impl, config: Mapping[str, Any], args: Any, seed: int = 0) -> None:
+    """AssertionError unless the implementation, run on guarded copies of args,
+
+    - returns tensors of the reference's shapes and dtypes, each element within `budget` of the exact value and none
+      NaN; for an `exact` op the very bits of the reference;
+    - leaves its arguments as the reference leaves them, bit for bit, and the memory around them untouched;
+    - writes nothing outside the tensors it allocates, and (interpreted) reads nothing outside them and the arguments.
+    """
+    after = mapped(torch.clone, args)
+    reference = tensors(op.reference(*after))  # may write into `after`, if that is what the op does
+    rng = torch.Generator().manual_seed(seed)
+    guards: list[Guarded] = []
+
+    def guarded(x: Tensor) -> Tensor:
+        guards.append(guard(x, rng))
+        return guards[-1].view
+
+    held = mapped(guarded, args)
+    with canaries(guards):
+        outputs = tensors(impl(*held, config=config))
+    for i, (g, want) in enumerate(zip(guards, tensors(after))):
+        assert torch.equal(bits(g.view), bits(want)), f"tensor {i} of the arguments is not what the reference leaves"
+        g.expect(want)
+        assert g.intact(), f"wrote outside tensor {i} of the arguments"
+    got, expected = ([(list(x.shape), x.dtype) for x in xs] for xs in (outputs, reference))
+    assert got == expected, f"returned {got}, expected {expected}"
+    if op.exact:
+        for i, (out, want) in enumerate(zip(outputs, reference)):
+            assert torch.equal(bits(out), bits(want)), f"output {i} differs from the reference in its bits"
+        return
+    for i, (out, want, allowed) in enumerate(zip(outputs, *budget(op, args, seed))):
+        if not out.numel():
+            continue
+        assert not out.isnan().any(), f"output {i}: {int(out.isnan().sum())} of {out.numel()} elements are NaN"
+        excess = (out.double() - want).abs() / allowed
+        at = tuple(int(j) for j in torch.unravel_index(excess.argmax(), excess.shape))
+        assert excess[at] <= 1, (
+            f"output {i}: {int((excess > 1).sum())} of {out.numel()} elements are off; the worst, at {at}, "
+            f"is {out[at]}, expected {want[at]} ± {allowed[at]:.2e} ({excess[at]:.1f} times the budget)"
+        )

@@ -1,0 +1,135 @@
+"""Memory in which a kernel that reads or writes what it should not is seen to do so."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
+
+
+def mapped(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same tree of tuples, dataclasses (Int4) and numbers, with fn applied to its tensors."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: mapped(fn, getattr(value, f.name)) for f in fields(value)})
+    if isinstance(value, tuple | list):
+        return type(value)(mapped(fn, v) for v in value)
+    return value
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors of a tree, in order."""
+    found: list[Tensor] = []
+    mapped(lambda t: found.append(t) or t, value)
+    return found
+
+
+def bits(x: Tensor) -> Tensor:
+    """The values as integers, so that NaN equals NaN and 0 differs from -0."""
+    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def poison(x: Tensor, integer: int) -> Tensor:
+    return x.fill_(float("nan") if x.is_floating_point() else integer)
+
+
+@dataclass
+class Guarded:
+    """A tensor inside a larger buffer full of NaN."""
+
+    view: Tensor
+    buffer: Tensor
+
+    def __post_init__(self) -> None:
+        self.expected = self.buffer.clone()
+
+    def expect(self, values: Tensor) -> None:
+        """From now on the view must hold these values."""
+        self.expected.as_strided(self.view.shape, self.view.stride(), self.view.storage_offset()).copy_(values)
+
+    def intact(self) -> bool:
+        return torch.equal(bits(self.buffer), bits(self.expected))
+
+    def strays(self, addresses: np.ndarray) -> bool:
+        """Whether one of the addresses lies in the buffer, but on no element of the view."""
+        at = addresses.astype(np.int64) - self.buffer.data_ptr()
+        at = at[(at >= 0) & (at < self.buffer.nbytes)] // self.buffer.itemsize
+        left = at - int(self.view.storage_offset())
+        legal = left >= 0
+        for stride, n in sorted(zip(self.view.stride(), self.view.shape), reverse=True):
+            index = np.minimum(left // stride, n - 1)
+            left = left - index * stride
+        return not (legal & (left == 0)).all()
+
+
+def guard(x: Tensor, rng: torch.Generator) -> Guarded:
+    """The values of x as a view with odd strides and an odd offset; all between and around its elements is NaN.
+
+    Integers are surrounded by 1 or -1: a wrong code, page or length, yet no address that would end the process.
+    """
+    order = torch.randperm(x.dim(), generator=rng).tolist() if x.dim() else []  # outermost axis first
+    gaps = torch.randint(1, 3, (x.dim(),), generator=rng).tolist()
+    strides, size = [0] * x.dim(), 1
+    for axis, gap in zip(reversed(order), gaps):
+        strides[axis] = size * gap + (size > 1)
+        size = strides[axis] * (x.shape[axis] + 1)
+    margin = min(max(4097, 129 * max(strides, default=1)), 2**20 + 1)
+    integer = 1 if torch.rand((), generator=rng) < 0.5 else -1
+    buffer = poison(torch.empty(size + 2 * margin, dtype=x.dtype, device=x.device), integer)
+    view = buffer.as_strided(x.shape, strides, margin)
+    view.copy_(x)
+    return Guarded(view, buffer)
+
+
+class _Canaries(TorchDispatchMode):
+    """Hands out new tensors as views into NaN-filled buffers."""
+
+    makers = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like")
+    filled = ("new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Guarded] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name not in self.makers + self.filled or not out.numel():
+            return out
+        margin = min(max(4096, 128 * max(out.stride())), 2**20) // 64 * 64  # keeps the alignment torch promises
+        size = 1 + sum((n - 1) * s for n, s in zip(out.shape, out.stride()))
+        buffer = poison(torch.empty(size + 2 * margin, dtype=out.dtype, device=out.device), -1)
+        view = buffer.as_strided(out.shape, out.stride(), margin)
+        if not name.startswith(("empty", "new_empty")):
+            view.copy_(out)
+        self.made.append(Guarded(view, buffer))
+        return view
+
+
+@contextmanager
+def canaries(arguments: Sequence[Guarded] = ()) -> Iterator[None]:
+    """Inside, every tensor torch allocates starts as NaN and lies between margins that must be intact at the end.
+
+    Interpreted kernels may not even read between or around the elements of those tensors and of the arguments.
+    """
+    strayed: list[Guarded] = []
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def watched(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        addresses = ptrs.data[mask.data.astype(bool)]
+        strayed.extend(g for g in (*arguments, *mode.made) if g.strays(addresses))
+        return load(self, ptrs, mask, *rest)
+
+    with _Canaries() as mode, patch.object(interpreter.InterpreterBuilder, "create_masked_load", watched):
+        yield
+    assert not strayed, f"read outside a tensor of shape {list(strayed[0].view.shape)}"
+    for made in mode.made:
+        made.expect(made.view)
+        assert made.intact(), f"wrote outside a tensor of shape {list(made.view.shape)} that it allocated"

@@ -1,0 +1,56 @@
+"""Every config of every Triton implementation compiles for GPUs that need not be here, spills nothing and fits them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compiled import TARGETS, Kernel
+
+from vila_triton.registry import OPS, REFERENCE, discover
+
+discover()
+CALLS = [
+    f"{op.name}-{impl.name}-{config}"
+    for op in OPS.values()
+    for impl in op.impls.values()
+    if impl.name != REFERENCE
+    for config in range(len(impl.configs))
+]
+DTYPES = ("float16", "bfloat16")
+
+
+@pytest.fixture(scope="session")
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, list[Kernel]]:
+    """What the selected tests ask for, compiled in a process of its own: one that interprets kernels compiles none."""
+    items: list[Any] = request.session.items
+    asked = [item.callspec.params for item in items if "found" in getattr(item, "fixturenames", ())]
+    targets, dtypes, calls = (sorted({p[name] for p in asked}) for name in ("target", "dtype", "call"))
+    command = [sys.executable, str(Path(__file__).with_name("compiled.py"))]
+    command += ["--targets", *targets, "--dtypes", *dtypes, "--only", *calls]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    out = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
+    rows = defaultdict(list)
+    for line in out.splitlines():
+        kernel = Kernel(**json.loads(line))
+        rows[f"{kernel.op}-{kernel.impl}-{kernel.config}", kernel.target, kernel.dtype].append(kernel)
+    return rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("call", CALLS)
+def test_compiles(call: str, target: str, dtype: str, found: dict[tuple, list[Kernel]]) -> None:
+    kernels = found[call, target, dtype]
+    if not kernels:
+        pytest.skip("launches no Triton kernel for these arguments")
+    for kernel in kernels:
+        assert not kernel.error
+        assert kernel.spills == 0, f"{kernel.name} spills {kernel.spills} and uses {kernel.registers} registers"
+        _, room = TARGETS[target]
+        assert kernel.shared <= room, f"{kernel.name} wants {kernel.shared} bytes of shared memory, there are {room}"

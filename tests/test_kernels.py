@@ -1,0 +1,99 @@
+"""Every implementation of every op, with every config, against the op's reference. The registry is the only list.
+
+`pytest -k "int4_matmul and mine"` runs one variant, `HYPOTHESIS_PROFILE=thorough` hundreds of cases of each.
+"""
+
+import inspect
+
+import pytest
+import torch
+from faithful import DEVICE, LEFT_OUT, arguments, assert_faithful, examples, hold, supported
+from guarded import bits, mapped, tensors
+from hypothesis import given
+
+from vila_triton.registry import OPS, REFERENCE, Impl, OneOf, Op, Unsupported, discover, recording
+
+discover()
+CASES: list = [
+    pytest.param(op, impl, config, id=f"{op.name}-{impl.name}-{i}")
+    for op in OPS.values()
+    for impl in op.impls.values()
+    if impl.name != REFERENCE
+    for i, config in enumerate(impl.configs)
+]
+
+
+def names(op: Op) -> list[str]:
+    return list(inspect.signature(op.reference).parameters)
+
+
+EACH_OP = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+
+@pytest.mark.parametrize("op, impl, config", CASES)
+def test_faithful(op: Op, impl: Impl, config: dict) -> None:
+    @given(sizes=examples(op))
+    def check(sizes: dict) -> None:
+        supported(assert_faithful, op, impl, config, arguments(op, **sizes), sizes["seed"])
+
+    hold(check)
+
+
+@EACH_OP
+def test_references_are_faithful(op: Op) -> None:
+    """They read and write what they should, and two runs of them agree: the harness raises no false alarm."""
+
+    @given(sizes=examples(op))
+    def check(sizes: dict) -> None:
+        assert_faithful(op, op.impls[REFERENCE], {}, arguments(op, **sizes), sizes["seed"])
+
+    check()
+
+
+@EACH_OP
+def test_wrong_shapes_stop_at_the_op(op: Op) -> None:
+    """One axis too many in any tensor is a ValueError before any implementation runs."""
+    sizes = {n: d.values[0] if isinstance(d, OneOf) else min(d.high, max(d.low, 2)) for n, d in op.domain.items()}
+    args = arguments(op, seed=0, **sizes)
+    for wrong in range(len(tensors(args))):
+        left = iter(range(len(tensors(args))))
+        bad = mapped(lambda x, left=left, wrong=wrong: x[..., None] if next(left) == wrong else x, args)
+        with recording() as ran, pytest.raises(ValueError, match=op.name):
+            op(*bad)
+        assert not ran
+
+
+@pytest.mark.parametrize("op, impl, config", CASES)
+def test_float64_is_unsupported(op: Op, impl: Impl, config: dict) -> None:
+    """A launcher says what it cannot do before it launches."""
+    sizes = {n: d.values[0] if isinstance(d, OneOf) else d.high for n, d in op.domain.items()}
+    args = mapped(lambda x: x.double() if x.is_floating_point() else x, arguments(op, seed=0, **sizes))
+    with pytest.raises(Unsupported, match="float64"):
+        impl(*args, config=config)
+
+
+@pytest.mark.parametrize("op, impl, config", [case for case in CASES if "k_pages" in names(case.values[0])])
+def test_pages_beyond_32_bits(op: Op, impl: Impl, config: dict) -> None:
+    """Pages so far apart that the offsets of the last ones, counted in elements, are more than an int32 holds."""
+    sizes = {n: d.values[0] if isinstance(d, OneOf) else d.high for n, d in op.domain.items()} | {"dtype": "float16"}
+    args = arguments(op, seed=0, **sizes)
+    pages = [i for i, name in enumerate(names(op)) if name in ("k_pages", "v_pages")]
+    count, l, g, d = args[pages[0]].shape
+    stride = 2**31 // max(2, count - 3)  # of the last three pages one is never used, and one may be free
+    try:
+        memory = torch.empty(count * stride, dtype=torch.float16, device=DEVICE)  # mostly never touched
+    except RuntimeError:
+        pytest.skip(f"no room for {count * stride} elements")
+    far = list(args)
+    for place, i in enumerate(pages):
+        far[i] = memory.as_strided((count, l, g, d), (stride, g * d, d, 1), place * stride // 2).copy_(args[i])
+    for near_out, far_out in zip(tensors(impl(*args, config=config)), tensors(impl(*far, config=config))):
+        assert torch.equal(bits(near_out), bits(far_out))
+
+
+@pytest.mark.skipif(not LEFT_OUT, reason="kernels are compiled here, not interpreted")
+def test_interpreted_bfloat16_is_unsupported() -> None:
+    """Its numbers would be wrong by powers of ten, see https://github.com/triton-lang/triton/issues/4972."""
+    x = torch.ones(2, 8, dtype=torch.bfloat16, device=DEVICE)
+    with pytest.raises(Unsupported, match="bfloat16"):
+        OPS["swiglu"].impls["triton"](x, x)
