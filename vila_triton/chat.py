@@ -1,7 +1,7 @@
 """Conversations about pictures: rounds that share one cache, each prefilling only what is new."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class Conversation:
 
     def ask(
         self, question: str, images: Sequence[Image.Image] = (), max_new_tokens: int = 128, **sampling: Any
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """The tokens of the answer as they are chosen; `last` holds what the round took.
 
         Errors: ValueError, before anything is run, if the round does not fit the model's context. If the answer is
