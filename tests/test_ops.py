@@ -63,7 +63,7 @@ def test_swiglu_is_silu_of_the_gate_times_up() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "swiglu", "rope", "encoder_attention"])
 def test_half_precision_is_rounded_once_at_the_end(name: str, dtype: torch.dtype) -> None:
-    """Within one unit in the last place of what float64 gives for the same numbers, rounded."""
+    """Within half a unit in the last place of what float64 gives for the same numbers."""
     x = numbers(6, 4, 8, dtype=dtype)
     row = numbers(8, dtype=dtype)
     arguments: dict[str, tuple] = {
@@ -75,8 +75,8 @@ def test_half_precision_is_rounded_once_at_the_end(name: str, dtype: torch.dtype
     }
     got = OPS[name](*arguments[name])
     exact = OPS[name](*(a.to(D) if isinstance(a, Tensor) else a for a in arguments[name]))
-    eps = torch.finfo(dtype).eps * (2 if "attention" in name else 1)  # weights are rounded before they meet values
-    assert got.dtype == dtype and ((got.to(D) - exact).abs() <= eps * exact.abs() + 1e-6).all()
+    half_step = 0.501 * torch.finfo(dtype).eps * (2 if "attention" in name else 1)  # there the weights are rounded too
+    assert got.dtype == dtype and ((got.to(D) - exact).abs() <= half_step * exact.abs() + 1e-6).all()
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -166,7 +166,7 @@ def test_quantizing_takes_the_nearest_of_16_levels_and_keeps_0(G: int, group: in
     levels = (torch.arange(16) - zeros) * scales  # [n, k, 16]
     error = (dequantize(packed, torch.float32) - w).abs()
     assert (error <= (levels - w[..., None]).abs().amin(-1) + 1e-6).all()
-    assert (error <= scales[..., 0] * 1.001).all()  # the range of a group is covered, but for the rounding of its zero
+    assert (error <= scales[..., 0] * 0.501).all()  # the levels cover the range of a group
     assert (levels == 0).any(-1).all() and not dequantize(quantize(0 * w, group), torch.float32).any()
 
 

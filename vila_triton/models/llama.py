@@ -90,10 +90,11 @@ def frequencies(cfg: LlamaConfig) -> Tensor:
     if scaling.rope_type == "linear":
         return inverse / scaling.factor
     # llama3: long waves are stretched, short ones kept, those between blended (Llama 3.1 model card).
-    turns = scaling.original_max_position_embeddings * inverse / (2 * math.pi)
+    wavelength = 2 * math.pi / inverse
+    turns = scaling.original_max_position_embeddings / wavelength
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0, 1)
-    return inverse * (kept + (1 - kept) / scaling.factor)
+    return (1 - kept) * inverse / scaling.factor + kept * inverse
 
 
 def angles(positions: Tensor, cfg: LlamaConfig) -> tuple[Tensor, Tensor]:
