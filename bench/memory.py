@@ -10,6 +10,7 @@ and shared memory, and do not count).
 import argparse
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from vila_triton.__main__ import choices
 from vila_triton.cache import PagedCache
 from vila_triton.choices import pick_device
 from vila_triton.models import params, vila
+from vila_triton.models.config import VilaConfig
 from vila_triton.registry import use
 from vila_triton.tiny.folder import CONFIG
 
@@ -57,37 +59,36 @@ class Peak(TorchDispatchMode):
 
 
 @torch.inference_mode()
-def measure(p: vila.Vila, length: int, chunk: int | None, device: torch.device) -> tuple[int, int]:
+def measure(p: vila.Vila, cfg: VilaConfig, length: int, chunk: int, device: torch.device) -> tuple[int, int]:
     """Bytes of the cache and peak bytes of everything else for a prompt of `length` tokens."""
-    cache = PagedCache(CONFIG.llm, 0, device=device)
+    cache = PagedCache(cfg.llm, 0, device=device)
     cache.table.alloc()
     cache.reserve({0: length})
-    row = torch.arange(length, device=device) % CONFIG.llm.vocab_size
+    row = torch.arange(length, device=device) % cfg.llm.vocab_size
     with Peak([*params.leaves(p), cache.k_pages, cache.v_pages, row]) as peak:
-        engine.advance(p, {0: row}, CONFIG, cache, chunk=chunk)
+        engine.advance(p, {0: row}, cfg, cache, chunk=chunk or None)
     return cache.nbytes, peak.peak
-
-
-def table(lengths: Sequence[int], chunk: int, device: torch.device) -> str:
-    specs = vila.declare(CONFIG, torch.float16)
-    p = params.tree_map(lambda x: x.to(device), params.init(specs, torch.Generator().manual_seed(0)))
-    lines = [f"{'tokens':>8}{'cache':>12}{'one pass':>12}{f'chunks of {chunk}':>16}   (KiB)"]
-    for length in lengths:
-        cache, chunked = measure(p, length, chunk, device)
-        whole = measure(p, length, None, device)[1]
-        lines.append(f"{length:8}{cache / 1024:12.0f}{whole / 1024:12.0f}{chunked / 1024:16.0f}")
-    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
-    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--chunks", type=int, nargs="+", default=[0, 128], help="0 is one pass")
+    parser.add_argument("--layers", type=int, default=CONFIG.llm.num_hidden_layers)
     parser.add_argument("--device")
     parser.add_argument("--set", action="append", default=[], metavar="kernels.OP=NAME")
     args = parser.parse_args()
+    device = pick_device(args.device)
+    cfg = replace(CONFIG, llm=replace(CONFIG.llm, num_hidden_layers=args.layers))
+    specs = vila.declare(cfg, torch.float16)
+    p = params.tree_map(lambda x: x.to(device), params.init(specs, torch.Generator().manual_seed(0)))
+    heads = "".join(f"{f'chunks of {chunk}' if chunk else 'one pass':>16}" for chunk in args.chunks)
+    print(f"{'tokens':>8}{'cache':>12}{heads}   (KiB, {args.layers} layers)")
     with use(**choices(args.set)):
-        print(table(args.lengths, args.chunk, pick_device(args.device)))
+        for length in args.lengths:
+            rows = [measure(p, cfg, length, chunk, device) for chunk in args.chunks]
+            peaks = "".join(f"{peak / 1024:16.0f}" for _, peak in rows)
+            print(f"{length:8}{rows[0][0] / 1024:12.0f}{peaks}", flush=True)
 
 
 if __name__ == "__main__":
