@@ -206,3 +206,34 @@ def test_a_config_that_cannot_be_honoured_is_refused(part: str, change: dict, me
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ConfigError, match=message):
         load(folder)
+
+
+def test_what_is_saved_is_the_model_as_it_is_now_and_can_be_talked_to(tmp_path: Path) -> None:
+    from vila_triton.__main__ import BUNDLED
+    from vila_triton.chat import Talker
+
+    model = VilaLlamaForCausalLM.from_pretrained(BUNDLED, device="cpu").float()
+    model.save_pretrained(tmp_path)
+    again = Talker.from_pretrained(tmp_path, "cpu")
+    assert again.model.dtype == torch.float32 and again.tokenizer("How many?").input_ids
+    assert all(torch.equal(x, again.model.state_dict()[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "part, field, value",
+    [
+        ("llm", "num_attention_heads", "4"),
+        ("llm", "num_attention_heads", 0),
+        ("llm", "rope_scaling", "linear"),
+        ("vision_tower", "patch_size", 0),
+        ("vision_tower", "num_attention_heads", 3),
+    ],
+)
+def test_a_config_of_the_wrong_kind_is_named(part: str, field: str, value: object) -> None:
+    from vila_triton import checkpoint
+    from vila_triton.__main__ import BUNDLED
+
+    top, parts = checkpoint.read_configs(BUNDLED)
+    parts[part][field] = value
+    with pytest.raises(ConfigError, match=f"{part}.*({field}|{value} heads)"):
+        checkpoint.geometry(top, parts)

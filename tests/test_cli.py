@@ -48,10 +48,22 @@ def test_ops_lists_every_op_and_why():
         (["ask", "--set", "kernels.nope=triton", "Why?"], "no op 'nope'"),
         (["ask", "--set", "rope", "Why?"], "expected kernels.OP=NAME"),
         (["ask", "--max-new-tokens", "0", "Why?"], "max_new_tokens is 0"),
-        (["ask", "--top-k", "5", "Why?"], "need do_sample"),
+        (["ask", "--top-k", "5", "Why?"], "need a --temperature"),
+        (["ask", "--temperature", "nan", "Why?"], "--temperature is nan"),
+        (["ask", " "], "the question is empty"),
+        (["ops", "--set", "kernels.rope=fast"], "there are: reference, triton"),
         (["ask", "--model", str(BUNDLED), "<image> Why?"], "places for 1 pictures, but 0"),
     ],
 )
 def test_a_wrong_call_gets_one_clear_line(args, message):
     done = run(*args, "--device", "cpu")
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_wrong_line_does_not_end_a_chat():
+    talk = (
+        f"/image none.png\n/pictures\n/image {FOLDER / 'a.png'}\nHow many blue shapes are there?\n/quit\nnever asked\n"
+    )
+    done = run("chat", "--device", "cpu", stdin=talk)
+    assert done.returncode == 0 and done.stdout.startswith("2\n") and done.stdout.count("\n") == 2
+    assert "none.png does not exist" in done.stderr and "no command '/pictures'" in done.stderr

@@ -1,6 +1,7 @@
 """The command line: `vila-triton ask | chat | ops`."""
 
 import argparse
+import math
 import os
 import sys
 from collections import Counter
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--seed", type=int, default=0)
     ask = commands.add_parser("ask", parents=[model], help="one question about pictures")
     ask.add_argument("question")
-    commands.add_parser("chat", parents=[model], help="a conversation; /image PICTURE adds one, an empty line ends it")
+    commands.add_parser("chat", parents=[model], help="a conversation; /image PICTURE adds one, /quit ends it")
     commands.add_parser("ops", parents=[kernels], help="every op, its implementations and which one is chosen, and why")
     return top
 
@@ -68,8 +69,10 @@ def converse(args: argparse.Namespace, chosen: Mapping[str, str]) -> None:
     from .images import open_image
     from .registry import use
 
-    if args.temperature < 0:
-        raise ValueError(f"--temperature is {args.temperature}, expected 0 or more")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature is {args.temperature}, expected a number from 0 up")
+    if not args.temperature and (args.top_k is not None or args.top_p is not None):
+        raise ValueError("--top-k and --top-p need a --temperature above 0: without it the likeliest token is taken")
     sampling: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "top_k": args.top_k, "top_p": args.top_p}
     if args.temperature > 0:
         sampling |= {"do_sample": True, "temperature": args.temperature, "seed": args.seed}
@@ -80,12 +83,17 @@ def converse(args: argparse.Namespace, chosen: Mapping[str, str]) -> None:
         if args.command == "ask":
             answer(conversation, args.question, pictures, sampling)
             return
-        while line := read_line():
-            if line.startswith("/image "):
-                pictures.append(open_image(line.removeprefix("/image ").strip()))
-                continue
-            answer(conversation, line, pictures, sampling)
-            pictures = []
+        while (line := read_line()) not in ("", "/quit"):
+            try:
+                if line.startswith("/image "):
+                    pictures.append(open_image(line.removeprefix("/image ").strip()))
+                elif line.startswith("/"):
+                    raise ValueError(f"no command {line!r}; there are /image PICTURE and /quit")
+                else:
+                    answer(conversation, line, pictures, sampling)
+                    pictures = []
+            except ValueError as error:  # the conversation is as it was before the line
+                print(f"vila-triton: {error}", file=sys.stderr)
 
 
 def read_line() -> str:
@@ -127,9 +135,10 @@ def kernels_line(calls: Counter[tuple[str, str]]) -> str:
 
 def print_ops(device: str, chosen: Mapping[str, str]) -> None:
     from .choices import configured
-    from .registry import OPS, discover
+    from .registry import OPS, checked, discover
 
     discover()
+    checked(chosen)
     root = Path(__file__).resolve().parents[1]
     print(f"{'op':19}{'implementation':16}{'configs':9}{'chosen on ' + device + ' for':22}file")
     for name, op in OPS.items():
@@ -137,7 +146,8 @@ def print_ops(device: str, chosen: Mapping[str, str]) -> None:
         for impl in op.impls.values():
             when = [p for p, choice in phases.items() if choice == impl.name]
             why = f"{' and '.join(when)}" if when else "-"
-            print(f"{name:19}{impl.name:16}{len(impl.configs):<9}{why:22}{impl.file.relative_to(root)}")
+            file = impl.file.relative_to(root) if impl.file.is_relative_to(root) else impl.file
+            print(f"{name:19}{impl.name:16}{len(impl.configs):<9}{why:22}{file}")
         where = "--set" if name in chosen else reason(device, name)
         print(f"{'':19}because: {where}")
 
@@ -151,19 +161,19 @@ def reason(device: str, op: str) -> str:
 
 def main() -> int:
     args = parser().parse_args()
-    import torch
+    from .choices import pick_device
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-    if device == "cpu" and args.set:
-        # Must be set before triton is first imported; the line under an answer says that kernels ran interpreted.
-        os.environ.setdefault("TRITON_INTERPRET", "1")
     try:
+        device = pick_device(args.device).type
+        if device == "cpu" and args.set:
+            # Must be set before triton is first imported; the line under an answer says that kernels ran interpreted.
+            os.environ.setdefault("TRITON_INTERPRET", "1")
         chosen = choices(args.set)
         if args.command == "ops":
             print_ops(device, chosen)
         else:
             converse(args, chosen)
-    except (ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
         print(f"vila-triton: {error.args[0] if error.args else error}", file=sys.stderr)
         return 1
     return 0

@@ -78,9 +78,11 @@ class Conversation:
     ) -> Generator[int, None, None]:
         """The tokens of the answer as they are chosen; `last` holds what the round took.
 
-        Errors: ValueError, before anything is run, if the round does not fit the model's context. If the answer is
-        given up or fails half-way, the conversation is as it was before the question.
+        Errors: ValueError, before anything is run, if the question is empty or does not fit the model's context. If the
+        answer is given up or fails half-way, the conversation is as it was before the question.
         """
+        if not question.strip():
+            raise ValueError("the question is empty")
         start, model = time.perf_counter(), self.talker.model
         ids = torch.tensor(self.talker.prompt(question, len(images), first=not len(self.row)), device=model.device)
         features, counts = self.features, []
@@ -101,6 +103,7 @@ class Conversation:
         image_tokens = sum(counts)
         taken = Round(len(row), len(row) - cached, image_tokens)
         eos = model.config.parts()["llm"].get("eos_token_id")
+        eos = self.talker.tokenizer.eos_token_id if eos is None else eos
         how = Sampling.of(1, max_new_tokens=max_new_tokens, eos_token_id=eos, device=model.device, **sampling)
         self.cache.reserve({0: len(row) - cached + max_new_tokens})
         chunk = model.config.prefill_chunk_size

@@ -3,6 +3,7 @@ safetensors, whole or in shards.
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,15 @@ def save(folder: Path, top: Mapping[str, Any], parts: Mapping[str, Mapping[str, 
         save_file(tensors, folder / part / "model.safetensors", metadata={"format": "pt"})
         write_json(folder / part / "config.json", parts[part])
     write_json(folder / "config.json", top)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what stands beside the weights and configs of a VILA folder: tokenizer and image processor files."""
+    for part in PARTS:
+        for file in sorted((source / part).glob("*")):
+            written = file.name == "config.json" or file.name.endswith(".index.json")
+            if file.suffix in (".json", ".txt", ".model", ".jinja") and not written:
+                shutil.copy(file, target / part)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -65,6 +65,8 @@ def advance(
     returns, 1 unless said; positions [t] per sequence, by default what follows the cached tokens
     -> hidden states [kept, e], in the order of `rows`. Errors: `OutOfPages`; a failure leaves the cache as it was.
     """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is {chunk}, expected at least 1")
     before = {seq: cache.length(seq) for seq in rows}
     longest = max(map(len, rows.values()))
     kept: dict[int, list[Tensor]] = {seq: [] for seq in rows}

@@ -44,6 +44,8 @@ class PageTable:
 
     def grow(self, pages: int) -> None:
         """Add that many free pages."""
+        if pages < 0:
+            raise ValueError(f"cannot add {pages} pages")
         self.free_pages[:0] = reversed(range(self.pages, self.pages + pages))
         self.pages += pages
 

@@ -55,6 +55,8 @@ def unpad(
 
     Errors: ValueError naming the argument.
     """
+    if inputs.ndim != 2 + inputs.is_floating_point() or not inputs.numel():
+        raise ValueError(f"the input has shape {list(inputs.shape)}, expected ids [b, t] or embeddings [b, t, e]")
     position_ids, labels = (x.to(inputs.device) if x is not None else None for x in (position_ids, labels))
     mask = read_mask(inputs, attention_mask, cached)
     if labels is not None and labels.shape != inputs.shape[:2]:

@@ -17,6 +17,14 @@ def read(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in known]  # pyright: ignore
     if missing:
         raise ConfigError(f"{where}: missing {', '.join(missing)}")
+    for f in fields(cls):  # pyright: ignore
+        value, whole = known.get(f.name), f.type in (int, int | None)
+        if value is None or not (whole or f.type is float):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            raise ConfigError(f"{where}: {f.name} is {value!r}, expected a {'whole ' if whole else ''}number")
+        if whole and value < 1 and f.name != "select_layer":
+            raise ConfigError(f"{where}: {f.name} is {value}, expected at least 1")
     return cls(**known)
 
 
@@ -59,8 +67,10 @@ class LlamaConfig:
             raise ConfigError(f"llm: a silu llama is needed, not {v.get('hidden_act')} {v.get('model_type')}")
         heads = v.get("num_attention_heads")
         v["num_key_value_heads"] = v.get("num_key_value_heads") or heads
-        if not v.get("head_dim") and v.get("hidden_size") and heads:
+        if not v.get("head_dim") and isinstance(v.get("hidden_size"), int) and isinstance(heads, int) and heads > 0:
             v["head_dim"] = v["hidden_size"] // heads
+        if not all(isinstance(v.get(name) or {}, dict) for name in ("rope_scaling", "rope_parameters")):
+            raise ConfigError("llm: rope_scaling and rope_parameters must be objects")
         rope = {**(v.get("rope_scaling") or {}), **(v.get("rope_parameters") or {})}
         v["rope_theta"] = rope.get("rope_theta") or v.get("rope_theta")
         v["rope_scaling"] = None
@@ -113,6 +123,10 @@ class VisionConfig:
         if kind != "siglip_vision_model" or act != "gelu_pytorch_tanh":
             raise ConfigError(f"vision_tower: {kind!r} with {act!r} is not supported (siglip_vision_model is)")
         cfg = read(cls, {**values, "select_layer": select_layer}, "vision_tower")
+        if cfg.hidden_size % cfg.num_attention_heads:
+            raise ConfigError(
+                f"vision_tower: hidden_size {cfg.hidden_size} is not a multiple of {cfg.num_attention_heads} heads"
+            )
         if not -cfg.num_hidden_layers <= cfg.select_layer < 0:
             raise ConfigError(
                 f"vision_tower: mm_vision_select_layer {select_layer} of {cfg.num_hidden_layers} layers; "

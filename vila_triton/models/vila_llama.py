@@ -30,7 +30,6 @@ class VilaLlamaForCausalLM(PreTrainedModel):
     config_class = VilaLlamaConfig
     config: VilaLlamaConfig
     base_model_prefix = ""
-    main_input_name = "input_ids"
 
     def __init__(self, config: VilaLlamaConfig):
         super().__init__(config)
@@ -82,9 +81,12 @@ class VilaLlamaForCausalLM(PreTrainedModel):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Write a VILA folder that `from_pretrained` reads back to the same bits."""
+        """Write a VILA folder that `from_pretrained` reads back to the same bits, with the tokenizer it came with."""
         top = {k: v for k, v in self.config.to_diff_dict().items() if not k.endswith("_cfg")}
-        checkpoint.save(Path(folder), {**top, "architectures": [type(self).__name__]}, self.config.parts(), self.params)
+        top |= {"architectures": [type(self).__name__], "model_dtype": str(self.dtype)}
+        checkpoint.save(Path(folder), top, self.config.parts(), self.params)
+        if self.config._name_or_path:
+            checkpoint.copy_companions(Path(self.config._name_or_path), Path(folder))
 
     @property
     def params(self) -> vila.Vila:
@@ -100,7 +102,7 @@ class VilaLlamaForCausalLM(PreTrainedModel):
 
     def _features(self, images: Tensor | Sequence[Tensor] | None) -> tuple[Tensor | None, list[int]]:
         """Features of all pictures end to end [rows, e], and how many of them each picture has."""
-        if images is None:
+        if images is None or not len(images):
             return None, []
         features = self.encode_images(images)
         return features.flatten(0, 1), [features.shape[1]] * len(features)
@@ -132,15 +134,20 @@ class VilaLlamaForCausalLM(PreTrainedModel):
         `config.prefill_chunk_size` tokens of a row at a time. `logits_to_keep=n` returns the last n positions only.
         Errors: ValueError naming the argument, before anything is changed.
         """
+        output_attentions = output_attentions if output_attentions is not None else self.config.output_attentions
+        states_wanted = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
         one_pass = not chunk_prefilling
         for fine, message in (
             (not special_token, "special_token=True means nothing to this model; leave it False"),
             ((input_ids is None) != (inputs_embeds is None), "exactly one of input_ids and inputs_embeds is needed"),
             (images is None or inputs_embeds is None, "images go into input_ids; inputs_embeds have them already"),
-            (logits_to_keep >= 0, f"logits_to_keep is {logits_to_keep}, expected 0 (all) or more"),
+            (input_ids is None or not input_ids.is_floating_point(), "input_ids must be whole numbers"),
+            (inputs_embeds is None or inputs_embeds.is_floating_point(), "inputs_embeds must not be whole numbers"),
+            (isinstance(logits_to_keep, int) and logits_to_keep >= 0, "logits_to_keep must be 0 (all) or a count"),
+            (one_pass or (self.config.prefill_chunk_size or 0) >= 1, "config.prefill_chunk_size must be at least 1"),
             (labels is None or not logits_to_keep, "labels need all logits, but logits_to_keep is set"),
             (one_pass or not output_attentions, "output_attentions needs one pass; chunk_prefilling makes many"),
-            (one_pass or not output_hidden_states, "output_hidden_states needs one pass; chunk_prefilling makes many"),
+            (one_pass or not states_wanted, "output_hidden_states needs one pass; chunk_prefilling makes many"),
         ):
             if not fine:
                 raise ValueError(message)
@@ -155,7 +162,7 @@ class VilaLlamaForCausalLM(PreTrainedModel):
             cache = self.new_cache(len(inputs))
         places = batch.places[:, -logits_to_keep:]
         kept = places.sum(1).tolist()
-        states: list[Tensor] | None = [] if output_hidden_states else None
+        states: list[Tensor] | None = [] if states_wanted else None
         watched: Watched | None = None
         with cache.at(past, keep=use_cache) if cache else nullcontext(range(len(past))) as sequences:
             counts = {seq: len(row) for seq, row in zip(sequences, batch.rows)}
@@ -223,8 +230,9 @@ class VilaLlamaForCausalLM(PreTrainedModel):
         features, image_tokens = self._features(images)
         ids = input_ids.to(self.device)
         batch = unpad(ids, attention_mask, None, None, image_tokens, **self.prompt_rules)
-        stops = sampling.setdefault("eos_token_id", self.config.parts()["llm"].get("eos_token_id"))
-        how = engine.Sampling.of(len(batch.rows), device=self.device, **sampling)
+        stops = sampling.pop("eos_token_id", self.config.parts()["llm"].get("eos_token_id"))
+        stops = [stops] if isinstance(stops, int) else [int(token) for token in (() if stops is None else stops)]
+        how = engine.Sampling.of(len(batch.rows), device=self.device, eos_token_id=stops or None, **sampling)
         cache = self.new_cache(len(batch.rows))
         cache.reserve({seq: len(row) + how.max_new_tokens for seq, row in enumerate(batch.rows)})
         chunk = self.config.prefill_chunk_size if chunk_prefilling else None
@@ -238,6 +246,5 @@ class VilaLlamaForCausalLM(PreTrainedModel):
                 streamer.put(torch.tensor([token]))
         if streamer is not None:
             streamer.end()
-        stop = stops[0] if isinstance(stops, list) else stops or 0
-        longest = max(map(len, answers))
-        return torch.tensor([a + [stop] * (longest - len(a)) for a in answers], device=self.device)
+        longest, fill = max(map(len, answers)), (stops or [0])[:1]
+        return torch.tensor([a + fill * (longest - len(a)) for a in answers], device=self.device)

@@ -14,10 +14,11 @@ DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float16", "bfloat1
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """The dtype that `model_dtype` names. Errors: `ConfigError`."""
-    if name not in DTYPES:
+    """The dtype that `model_dtype` names, as "torch.float16" or "float16". Errors: `ConfigError`."""
+    full = f"torch.{str(name).removeprefix('torch.')}"
+    if full not in DTYPES:
         raise ConfigError(f"config: model_dtype {name!r} is not supported ({', '.join(DTYPES)} are)")
-    return DTYPES[name]
+    return DTYPES[full]
 
 
 class VilaLlamaConfig(PreTrainedConfig):

@@ -58,7 +58,8 @@ def prefill_attention(
 
     q [s, h, d], k and v [s, g, d] the new tokens; k_pages and v_pages [p, l, g, d]; block_table [b, pages] int32;
     query_start [b+1] int32; history [b] int32 cached tokens before the chunk -> [s, h, d]. The chunk's own keys and
-    values are taken from k and v, so it does not matter whether they have been written to the pages yet.
+    values are taken from k and v, so it does not matter whether they have been written to the pages yet. Not checked,
+    since the values lie on the device: block_table names a page for every cached token, and query_start ends at s.
     """
     out = []
     for i, t in enumerate(history.tolist()):
@@ -68,7 +69,7 @@ def prefill_attention(
             for pages, new in ((k_pages, k), (v_pages, v))
         )
         out.append(attend(q[rows], keys, values, scale, causal(rows.stop - rows.start, len(keys), q.device)))
-    return torch.cat(out)
+    return torch.cat(out) if out else torch.empty_like(q)
 
 
 @prefill_attention.requires
@@ -91,7 +92,7 @@ def _(q, k, v, k_pages, v_pages, block_table, query_start, history, scale) -> No
 
 
 def check_heads(where: str, sizes: dict[str, int]) -> None:
-    if sizes["h"] % sizes["g"]:
+    if not sizes["g"] or sizes["h"] % sizes["g"]:
         raise ValueError(f"{where}: {sizes['h']} query heads are not a multiple of {sizes['g']} key/value heads")
 
 
@@ -131,13 +132,14 @@ def decode_attention(
     """Attention of one new token per sequence to all cached tokens, its own (already written) included.
 
     q [b, h, d]; k_pages and v_pages [p, l, g, d]; block_table [b, pages] int32; lengths [b] int32 -> [b, h, d].
-    A sequence of length 0 gets 0.
+    A sequence of length 0 gets 0. Not checked: block_table names a page for every cached token.
     """
     keys, values = (
         [gather(pages, block_table[i], t).to(q.dtype) for i, t in enumerate(lengths.tolist())]
         for pages in (k_pages, v_pages)
     )
-    return torch.cat([attend(q[i : i + 1], keys[i], values[i], scale) for i in range(len(q))])
+    out = [attend(q[i : i + 1], keys[i], values[i], scale) for i in range(len(q))]
+    return torch.cat(out) if out else torch.empty_like(q)
 
 
 @decode_attention.requires
