@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compiled import TARGETS, Kernel
 
+from bench.compiled import TARGETS, Kernel
 from vila_triton.registry import OPS, REFERENCE, discover
 
 discover()
@@ -22,6 +22,7 @@ CALLS = [
     for config in range(len(impl.configs))
 ]
 DTYPES = ("float16", "bfloat16")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -30,11 +31,11 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     items: list[Any] = request.session.items
     asked = [item.callspec.params for item in items if "found" in getattr(item, "fixturenames", ())]
     targets, dtypes, calls = (sorted({p[name] for p in asked}) for name in ("target", "dtype", "call"))
-    command = [sys.executable, str(Path(__file__).with_name("compiled.py"))]
+    command = [sys.executable, "-m", "bench.compiled"]
     command += ["--targets", *targets, "--dtypes", *dtypes, "--only", *calls]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    out = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
+    out = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
     rows = defaultdict(list)
     for line in out.splitlines():
         kernel = Kernel(**json.loads(line))

@@ -7,10 +7,10 @@ import inspect
 
 import pytest
 import torch
-from faithful import DEVICE, LEFT_OUT, arguments, assert_faithful, examples, hold, supported
-from guarded import bits, mapped, tensors
 from hypothesis import given
 
+from bench.faithful import DEVICE, LEFT_OUT, arguments, assert_faithful, examples, hold, supported
+from bench.guarded import bits, mapped, tensors
 from vila_triton.registry import OPS, REFERENCE, Impl, OneOf, Op, Unsupported, discover, recording
 
 discover()

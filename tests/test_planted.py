@@ -7,10 +7,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from faithful import LEFT_OUT, arguments, assert_faithful, examples
 from hypothesis import Phase, given, settings
 from torch import Tensor
 
+from bench.faithful import LEFT_OUT, arguments, assert_faithful, examples
 from vila_triton import ops
 from vila_triton.ops import Int4
 from vila_triton.ops.attention import attend

@@ -6,11 +6,11 @@ as it is (other pages, other later tokens), not a bit may change.
 
 import pytest
 import torch
-from faithful import DEVICE, arguments, budget, examples, hold, supported, unit_roundoff
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bench.faithful import DEVICE, arguments, budget, examples, hold, supported, unit_roundoff
 from vila_triton import ops
 from vila_triton.ops.linear import codes, pack
 from vila_triton.ops.paged import gather

@@ -1,6 +1,6 @@
 """Compiles the kernels of every implementation for GPUs this machine need not have, and reads what they cost.
 
-    python tests/compiled.py --targets sm_80 gfx942 --dtypes float16 --only int4_matmul-triton-0    one JSON row each
+    python -m bench.compiled --targets sm_80 gfx942 --dtypes float16 --only int4_matmul-triton-0    one JSON row each
 
 The launchers themselves run, on tensors without data and under a driver that only names its target, so a new file of
 `kernels/` is compiled as it is called and listed nowhere. Run it without TRITON_INTERPRET.

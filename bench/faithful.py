@@ -7,10 +7,9 @@ anywhere: what an implementation may deviate by is derived from what the referen
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import SkipTest
 
-import pytest
 import torch
-from guarded import Guarded, bits, canaries, guard, mapped, tensors
 from hypothesis import assume
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
@@ -18,6 +17,8 @@ from torch import Tensor
 from triton import knobs
 
 from vila_triton.registry import Impl, OneOf, Op, Sizes, Unsupported
+
+from .guarded import Guarded, bits, canaries, guard, mapped, tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter computes wrong numbers in bfloat16 without saying so.
@@ -47,7 +48,7 @@ def hold(check: Callable[[], None]) -> None:
     try:
         check()
     except Unsatisfiable:
-        pytest.skip(f"supports nothing here: {'; '.join(sorted(_reasons))}")
+        raise SkipTest(f"supports nothing here: {'; '.join(sorted(_reasons))}") from None
 
 
 def supported(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
