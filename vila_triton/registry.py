@@ -69,7 +69,7 @@ class OneOf:
         return f"OneOf{self.values}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Impl:
     """One implementation of an op; `configs[0]` is what runs unless a caller passes another."""
 
