@@ -2,8 +2,8 @@
 
 A call is timed on several copies of its arguments in turn, so many that together they overflow the last-level cache
 twice: every call then reads from memory, as in a model whose weights do not fit the cache. On a GPU the turn is
-captured in a CUDA graph, so that what is timed is the kernels and not Python. Everything is timed twice; how far the two
-medians lie apart is the noise, printed beside the figure.
+captured in a CUDA graph, so that what is timed is the kernels and not Python. Everything is timed twice; how far the
+two medians lie apart is the noise, printed beside the figure.
 """
 
 import statistics
