@@ -41,7 +41,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL __main__ chat models registry tiny",  # asks through the command line's chat
     "vila_triton": "torch PIL transformers chat choices engine images models prompts registry tiny",  # the rest
-    "bench": "torch triton hypothesis numpy matplotlib vila_triton bench",
+    "bench": "torch triton hypothesis numpy matplotlib cycler vila_triton bench",
 }
 
 
