@@ -25,6 +25,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from vila_triton.registry import OPS, Impl, OneOf, Sizes, Unsupported, discover
@@ -140,7 +141,8 @@ def resources_amd(kernel: Any) -> tuple[int, int]:
 
 def holds_kernels(impl: Impl) -> bool:
     """Whether the file of the implementation defines or imports a Triton kernel."""
-    return any(isinstance(value, JITFunction) for value in vars(sys.modules[impl.fn.__module__]).values())
+    kinds = (JITFunction, InterpretedFunction)
+    return any(isinstance(value, kinds) for value in vars(sys.modules[impl.fn.__module__]).values())
 
 
 def every(targets: Iterable[str], dtypes: Iterable[str], only: Iterable[str] = (), workers: int = 2) -> list[Kernel]:

@@ -1,0 +1,183 @@
+"""How fast is each implementation? `python -m bench.ops int4_matmul --case decode`
+
+First the ceilings of this machine, then for every case and implementation the gate and, only if it is green, the time:
+median and spread with a cold cache, the same again to show the noise, and the rates as shares of the ceilings. On a CPU
+Triton kernels are only interpreted: they pass the gate there and get no time; references and library variants do.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
+
+from vila_triton.choices import pick_device
+from vila_triton.registry import OPS, REFERENCE, Impl, Unsupported
+
+from . import rows
+from .cases import Case, cases, names
+from .compiled import holds_kernels
+from .gate import gate
+from .timing import Ceilings, Timing, ceilings, measure
+
+CPU_FLOPS = 2 * 10**9  # a case with more is left out on a CPU unless it is asked for by name
+
+
+def call_arguments(case: Case, device: torch.device) -> Any:
+    """Random arguments at the sizes of the case, drawn on the device."""
+    with torch.device(device):
+        return OPS[case.op].example(**case.sizes, rng=torch.Generator(device).manual_seed(0), device=str(device))  # pyright: ignore[reportCallIssue]
+
+
+def rates(case: Case, timing: Timing, most: Ceilings) -> dict[str, float]:
+    """Work and traffic of one call, and the rates as shares of the ceilings."""
+    flops, size = case.cost
+    at_best = most.flops[case.sizes.get("dtype", "float32")]
+    return {
+        "flops": flops,
+        "bytes": size,
+        "flops_share": flops / timing.seconds / at_best,
+        "bytes_share": size / timing.seconds / most.bandwidth,
+    }
+
+
+def is_peer(impl: Impl) -> bool:
+    return impl.fn.__module__.startswith("bench.peers")
+
+
+def timed(impl: Impl, config: Mapping[str, Any], case: Case, device: torch.device, budget: float) -> Timing | str:
+    """The time of a call, or why it gets none."""
+    if reason := gate(impl, config, case):
+        return reason
+    if device.type == "cpu" and (holds_kernels(impl) or is_peer(impl)):
+        return "the gate is green, but a time in the interpreter says nothing"
+    try:
+        return measure(lambda *args: impl(*args, config=config), call_arguments(case, device), device, budget)
+    except Unsupported as reason:
+        return f"unsupported: {reason}"
+
+
+def run(
+    chosen: Sequence[Case], impls: Sequence[str], every: bool, device: torch.device, most: Ceilings, budget: float
+) -> Iterator[dict[str, Any]]:
+    """A row for every case, implementation and config (the first, or `every`), as soon as it is known."""
+    here = rows.stamp(device)
+    for case in chosen:
+        for impl in OPS[case.op].impls.values():
+            if impls and impl.name not in impls:
+                continue
+            for config in impl.configs if every else impl.configs[:1]:
+                about = {"op": case.op, "impl": impl.name, "case": case.name, "sizes": dict(case.sizes)}
+                about["config"] = dict(config)
+                found = timed(impl, config, case, device, budget)
+                if isinstance(found, str):
+                    yield {"kind": "refused", **about, "reason": found, **here}
+                else:
+                    extra = {"noise": found.noise, "peer": is_peer(impl)}
+                    yield {"kind": "op", **about, **asdict(found), **extra, **rates(case, found, most), **here}
+
+
+def unit(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    scale, name = next((s, n) for s, n in ((1, "s "), (1e-3, "ms"), (0, "us")) if seconds >= s)
+    return f"{seconds / (scale or 1e-6):8.2f} {name}"
+
+
+def brief(config: Mapping[str, Any]) -> str:
+    """64x32x64 w4 s2: the blocks, the warps, the stages, then what else there is."""
+    rest = dict(config)
+    blocks = "x".join(str(rest.pop(key)) for key in list(rest) if key.startswith("BLOCK"))
+    marks = [f"{mark}{rest.pop(key)}" for key, mark in (("num_warps", "w"), ("num_stages", "s")) if key in rest]
+    return " ".join([blocks, *marks, *(f"{key}={value}" for key, value in rest.items())])
+
+
+HEAD = f"{'':36}{'time':>11}{'spread':>8}{'noise':>7}{'GB/s':>9}{'share':>7}{'TFLOP/s':>10}{'share':>7}  x ref"
+
+
+def show(row: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
+    """One line of the table."""
+    name = f"  {row['impl']} {brief(row['config'])}"
+    if row["kind"] == "refused":
+        return f"{name:36.36}  no time: {row['reason']}"
+    seconds = row["seconds"]
+    faster = f"{reference['seconds'] / seconds:6.2f}" if reference else f"{'-':>6}"
+    spread = (row["high"] - row["low"]) / seconds
+    marks = ("" if row["cold"] else "  cache warm") + ("  no graph" if torch.cuda.is_available() > row["graph"] else "")
+    return (
+        f"{name:36.36}{unit(seconds)}{spread:8.1%}{row['noise']:7.1%}{row['bytes'] / seconds / 1e9:9.1f}"
+        f"{row['bytes_share']:7.1%}{row['flops'] / seconds / 1e12:10.3g}{row['flops_share']:7.1%}{faster}{marks}"
+    )
+
+
+def select(ops: Sequence[str], only: str | None, dtype: str, device: torch.device) -> list[Case]:
+    """The cases to run; those too large for a CPU are left out with a word unless named."""
+    found = [case for op in ops for case in cases(op, only)]
+    found = [replace(c, sizes={**c.sizes, "dtype": dtype}) if "dtype" in c.sizes else c for c in found]
+    fits = [c for c in found if only or device.type == "cuda" or c.cost[0] <= CPU_FLOPS]
+    if len(fits) < len(found):
+        print(f"left out on a CPU: {len(found) - len(fits)} cases of more than {CPU_FLOPS:.0e} flops; --case runs them")
+    return fits
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", metavar="OP", help="default: all")
+    parser.add_argument("--impl", action="append", default=[], help="only this implementation (may be repeated)")
+    parser.add_argument("--case", help="a name of configs/bench/OP.toml; default: all")
+    parser.add_argument("--configs", choices=("first", "all"), default="first")
+    parser.add_argument("--dtype", help="default: float16 on a GPU, float32 on a CPU")
+    parser.add_argument("--peers", action="store_true", help="other libraries' kernels too, where installed")
+    parser.add_argument("--budget", type=float, default=0.2, help="seconds for each of the two runs of a figure")
+    parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
+    parser.add_argument("--device")
+    args = parser.parse_args()
+    try:
+        device = pick_device(args.device)
+        known = names()
+        if args.peers:
+            from .peers import discover
+
+            for peer, reason in discover().items():
+                print(f"peer {peer}: not here: {reason}")
+        dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
+        chosen = select(args.ops or known, args.case, dtype, device)
+        there = {name for case in chosen for name in OPS[case.op].impls}
+        if unknown := set(args.impl) - there:
+            raise ValueError(f"no implementation {', '.join(sorted(unknown))}; there are: {', '.join(sorted(there))}")
+        report(chosen, args, device)
+    except ValueError as error:
+        print(f"bench.ops: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(chosen: Sequence[Case], args: argparse.Namespace, device: torch.device) -> None:
+    """Measure, print and write."""
+    most, here = ceilings(device), rows.stamp(device)
+    products = ", ".join(f"{name} {flops / 1e12:.3g} TFLOP/s" for name, flops in most.flops.items())
+    print(f"{here['device']} | torch {here['torch']} | triton {here['triton']} | {here['commit']} | {here['date']}")
+    print(f"ceilings, measured now: {most.bandwidth / 1e9:.1f} GB/s, {products}\n{HEAD}")
+    if args.out:
+        rows.write(args.out, [{"kind": "ceiling", **asdict(most), **here}])
+    last, reference = None, None
+    for number, case in enumerate(chosen, 1):
+        for row in run([case], args.impl, args.configs == "all", device, most, args.budget):
+            if last is not case:
+                print(f"{case}   [{number} of {len(chosen)}]")
+                last, reference = case, None
+            if row["kind"] == "op" and row["impl"] == REFERENCE:
+                reference = row
+            print(show(row, reference), flush=True)
+            if args.out:
+                rows.write(args.out, [row])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Everything a machine with a GPU should run, the most valuable first: `python -m bench.suite --minutes 9 --out DIR`
+
+Correctness of every kernel, then tuning, then the ops, then the model, then pictures of it all. Every step is a command
+of this repository with a limit of its own, so one that hangs costs no more than its share; DIR/summary.txt is written
+anew after every step, so the suite may be stopped at any time. `--dry-run` runs every step at toy sizes on a CPU:
+kernels interpreted, tuning by the cost model.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import rows
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command, and the most it may take as a share of all the time."""
+
+    name: str
+    share: float
+    command: Sequence[str]
+    env: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    step: Step
+    state: str  # ok | failed | out of time | not reached
+    seconds: float
+    last: str  # the last line it printed
+
+
+def plan(out: Path, minutes: float) -> list[Step]:
+    """The steps on a GPU."""
+    measured = str(out / "rows.jsonl")
+    model = ["bench.model", "--model", "llama3-vila1.5-8b", "--layers", "4", "--weights", "float16,int4"]
+    tuned = [
+        Step(f"tune {op}", share, ["bench.tune", op, "--case", case, "--minutes", f"{share * minutes:.2f}", *tail])
+        for op, case, share, tail in (
+            ("int4_matmul", "decode", 0.16, ["--out", str(out)]),
+            ("decode_attention", "decode", 0.08, ["--out", str(out)]),
+            ("prefill_attention", "whole", 0.08, ["--out", str(out)]),
+        )
+    ]
+    return [
+        Step("correctness", 0.30, ["pytest", "-q", "-x", "-m", "gpu", "--maxfail=20"], [("HYPOTHESIS_PROFILE", "dev")]),
+        *tuned,
+        Step("ops", 0.28, ["bench.ops", "--peers", "--budget", "0.05", "--out", measured]),
+        Step("model", 0.20, [*model, "--out", measured]),
+        Step("pictures", 0.10, ["bench.plot", measured, "--out", str(out / "pictures")]),
+    ]
+
+
+def rehearsal(out: Path) -> list[Step]:
+    """The same steps at toy sizes on a CPU."""
+    measured = str(out / "rows.jsonl")
+    tiny = ["bench.model", "--model", "tiny", "--layers", "1", "--weights", "float32"]
+    return [
+        Step("correctness", 0.4, ["pytest", "-q", "-x", "tests/test_kernels.py", "-k", "swiglu or rms_norm"]),
+        Step("tune swiglu", 0.4, ["bench.tune", "swiglu", "--case", "toy", "--timer", "cost-model", "--out", str(out)]),
+        Step("ops", 0.4, ["bench.ops", "swiglu", "rms_norm", "--case", "toy", "--budget", "0.02", "--out", measured]),
+        Step("model", 0.4, [*tiny, "--out", measured]),
+        Step("pictures", 0.4, ["bench.plot", measured, "--out", str(out / "pictures")]),
+    ]
+
+
+def run(step: Step, limit: float, log: Path) -> Outcome:
+    """Run one step for at most `limit` seconds; what it prints goes to its log."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", *step.command]
+    with log.open("w") as file:
+        file.write(shlex.join(["python", *command[1:]]) + "\n")
+        file.flush()
+        env = {**os.environ, **dict(step.env), "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(command, cwd=rows.ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
+        try:
+            state = "ok" if process.wait(limit) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            state = "out of time"
+        finally:
+            if process.poll() is None:  # and what it started
+                os.killpg(process.pid, 9)
+                process.wait()
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return Outcome(step, state, time.perf_counter() - start, lines[-1] if lines else "")
+
+
+def summary(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """One line a step."""
+    here = rows.stamp(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    yield " | ".join(here[key] for key in ("device", "torch", "triton", "commit", "date"))
+    for outcome in outcomes:
+        yield f"{outcome.state:12}{outcome.seconds:7.1f} s  {outcome.step.name:24}{outcome.last[:120]}"
+
+
+def run_all(steps: Sequence[Step], minutes: float, out: Path) -> list[Outcome]:
+    """Run the steps in order until the time is over; the summary on disk is right after every one of them."""
+    end = time.perf_counter() + 60 * minutes
+    outcomes = [Outcome(step, "not reached", 0.0, "") for step in steps]
+    for i, step in enumerate(steps):
+        left = end - time.perf_counter()
+        if left > 1:
+            limit = min(left, 60 * minutes * step.share)
+            print(f"[{i + 1}/{len(steps)}] {step.name}, at most {limit:.0f} s", file=sys.stderr)
+            outcomes[i] = run(step, limit, out / "logs" / f"{i + 1}-{step.name.replace(' ', '-')}.log")
+        (out / "summary.txt").write_text("\n".join(summary(outcomes)) + "\n")
+    return outcomes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a folder for rows, tables, logs, pictures, summary.txt"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="toy sizes on a CPU")
+    args = parser.parse_args()
+    if not args.dry_run and not torch.cuda.is_available():
+        print("bench.suite: torch sees no GPU here; --dry-run rehearses the steps on a CPU", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step under way ends too
+    (args.out / "logs").mkdir(parents=True, exist_ok=True)
+    steps = rehearsal(args.out) if args.dry_run else plan(args.out, args.minutes)
+    outcomes = run_all(steps, args.minutes, args.out.resolve())
+    print((args.out / "summary.txt").read_text(), end="")
+    return 0 if all(outcome.state == "ok" for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
