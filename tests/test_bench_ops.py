@@ -1,0 +1,115 @@
+"""Times are given to what is right, and say what they rest on."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import ops, rows, suite, timing
+from bench.cases import cases, combinations
+from vila_triton.registry import OPS, discover
+
+discover()
+CPU = torch.device("cpu")
+CEILINGS = timing.Ceilings(1e9, {"float32": 1e12})
+
+
+@pytest.fixture
+def swiglu(monkeypatch: pytest.MonkeyPatch):
+    """The op swiglu with two more implementations, one of them wrong in its last column."""
+    op = OPS["swiglu"]
+    monkeypatch.setattr(op, "impls", dict(op.impls))
+
+    def wrong(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        out = op.reference(gate, up)
+        out[..., -1] *= 1.01
+        return out
+
+    op.impl("wrong")(wrong)
+    op.impl("copy")(lambda gate, up: op.reference(gate, up))
+    return op
+
+
+def test_what_is_wrong_gets_no_time_and_what_is_right_a_whole_row(swiglu: object) -> None:
+    (case,) = ops.select(["swiglu"], "toy", "float32", CPU)
+    found = {row["impl"]: row for row in ops.run([case], [], False, CPU, CEILINGS, budget=0.01)}
+    assert set(found) == {"reference", "triton", "wrong", "copy"}
+    assert found["wrong"]["kind"] == "refused" and "elements are off" in found["wrong"]["reason"]
+    assert found["triton"]["kind"] == "refused" and "interpreter" in found["triton"]["reason"]
+    row = found["copy"]
+    flops, size = case.cost
+    assert row["kind"] == "op" and row["low"] <= row["seconds"] <= row["high"] and row["samples"] >= 5
+    assert row["flops_share"] == pytest.approx(flops / row["seconds"] / 1e12)
+    assert row["bytes_share"] == pytest.approx(size / row["seconds"] / 1e9)
+    assert row["noise"] == pytest.approx(abs(row["again"] - row["seconds"]) / row["seconds"])
+    assert set(rows.stamp(CPU)) <= set(row)
+    assert json.loads(json.dumps(row)) == row
+    for row in found.values():
+        assert row["impl"] in ops.show(row, found["reference"])
+
+
+def test_the_turns_overflow_the_cache_and_are_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 1000)
+    x = torch.ones(100)  # 400 bytes
+    copies, cold = timing.turns((x,), CPU)
+    assert cold and len(copies) == 6 and len({c[0].data_ptr() for c in copies}) == 6
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 10**6)
+    copies, cold = timing.turns((x,), CPU)
+    assert not cold and len(copies) == timing.MOST_COPIES
+
+
+def test_a_time_is_the_time() -> None:
+    found = timing.measure(lambda x: time.sleep(0.01), (torch.ones(1),), CPU, budget=0.02)
+    assert 0.01 <= found.low <= found.seconds <= found.high and found.again >= 0.01 and found.samples >= 5
+
+
+def test_cases_are_every_combination_and_name_what_is_unknown() -> None:
+    (first, *rest) = cases("int4_matmul", "decode")
+    assert first.sizes == {"m": 1, "n": 4096, "G": 32, "group": 128, "dtype": "float16"} and len(rest) == 14
+    op = OPS["int4_matmul"]
+    found = list(combinations({"m": [1, 2], "n-G": [[8, 1], [16, 2]]}, op))
+    assert [(s["m"], s["n"], s["G"]) for s in found] == [(1, 8, 1), (1, 16, 2), (2, 8, 1), (2, 16, 2)]
+    with pytest.raises(ValueError, match="int4_matmul has no size k; it has m, n, G, group, dtype"):
+        list(combinations({"k": 1}, op))
+    with pytest.raises(ValueError, match="no case 'fast'; there are: decode, prefill, toy"):
+        cases("int4_matmul", "fast")
+
+
+def test_rows_come_back_and_a_broken_line_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows.write(file, [{"kind": "op", "x": 1}, {"kind": "ceiling", "x": 2}])
+    rows.write(file, [{"kind": "op", "x": 3}])
+    assert [row["x"] for row in rows.read(file)] == [1, 2, 3]
+    assert [row["x"] for row in rows.read(file, kind="op")] == [1, 3]
+    file.write_text(file.read_text() + '{"kind": "op", "x"')
+    with pytest.raises(ValueError, match=r"rows.jsonl:4 is not a row"):
+        list(rows.read(file))
+
+
+def test_a_step_that_hangs_is_ended_and_the_next_one_runs(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    steps = [
+        suite.Step("hangs", 0.03, ["timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)"]),
+        suite.Step("fails", 0.5, ["no_such_module"]),
+        suite.Step("works", 0.5, ["platform"]),
+    ]
+    outcomes = suite.run_all(steps, 0.5, tmp_path)
+    assert [o.state for o in outcomes] == ["out of time", "failed", "ok"]
+    text = (tmp_path / "summary.txt").read_text().splitlines()
+    assert len(text) == 4 and "No module named no_such_module" in text[2]
+
+
+def test_wrong_names_are_one_line() -> None:
+    for wrong, message in (
+        (["nothing"], "no op 'nothing'; there are: "),
+        (["swiglu", "--impl", "x"], "no implementation x; there are: "),
+        (["swiglu", "--case", "x"], "swiglu has no case 'x'"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.ops", *wrong], cwd=rows.ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
