@@ -3,7 +3,7 @@
     python -m bench.compiled --targets sm_80 gfx942 --dtypes float16 --only int4_matmul-triton-0    one JSON row each
 
 The launchers themselves run, on tensors without data and under a driver that only names its target, so a new file of
-`kernels/` is compiled as it is called and listed nowhere. Run it without TRITON_INTERPRET.
+`kernels/` is compiled as it is called and listed nowhere. It happens in processes of their own.
 """
 
 import argparse
@@ -13,48 +13,52 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
-from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITFunction
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction, KernelInterface
 
-from vila_triton.registry import OPS, Impl, OneOf, Sizes, Unsupported, discover
+from vila_triton import kernels as door
+from vila_triton.registry import OPS, Impl, Unsupported, discover
 
-KiB = 1024
-# Shared memory one block may use: CUDA programming guide, table of compute capabilities; CDNA3 ISA, local data share.
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 * KiB),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 * KiB),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KiB),
-}
+from .cases import representative
+from .targets import TARGETS
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """One kernel that one call launched; `registers` a thread, `spills` in bytes (NVIDIA) or registers (AMD).
-
-    If the call failed, `error` says how, and there is no name.
-    """
+class Call:
+    """A call of an implementation at given sizes, compiled for a target and not run; `config`: one, or its number."""
 
     op: str
     impl: str
-    config: int
+    config: Mapping[str, Any] | int
     target: str
-    dtype: str
-    name: str = ""
-    registers: int = 0
-    spills: int = 0
-    shared: int = 0
+    sizes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What was read of each kernel the call launched with `config`; or why it launched none."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    kernels: list[T] = field(default_factory=list)
+    unsupported: str = ""
     error: str = ""
 
 
@@ -69,7 +73,7 @@ class _NamesItsTarget(DriverBase):
         return False
 
     def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.target][0]
+        return TARGETS[self.target].gpu
 
     def get_current_device(self) -> int:
         return list(TARGETS).index(self.target)
@@ -87,20 +91,37 @@ class _NamesItsTarget(DriverBase):
         raise NotImplementedError
 
 
-def representative(domain: Sizes | OneOf) -> Any:
-    """The largest size, a multiple of 16 if there is one, as the axes of real models are."""
-    if isinstance(domain, OneOf):
-        return max(domain.values)
-    sizes = range(domain.low, domain.high + 1, domain.step)
-    return max((n for n in sizes if n % 16 == 0 and n), default=sizes[-1])
+@contextmanager
+def launching(target: str, launch: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a launch of a kernel is launch(kernel, *args, **kwargs); an autotuned one takes its first config."""
+
+    def first_config(self: Autotuner, *args: Any, **kwargs: Any) -> Any:
+        return self.fn.run(*args, **kwargs, **self.configs[0].all_kwargs())
+
+    run, tuned_run = JITFunction.run, Autotuner.run
+    triton.runtime.driver.set_active(_NamesItsTarget(target))
+    JITFunction.run, Autotuner.run = launch, first_config
+    try:
+        yield
+    finally:
+        JITFunction.run, Autotuner.run = run, tuned_run
 
 
-def kernels(op: str, impl: str, config: int, target: str, dtype: str) -> list[Kernel]:
-    """What one call of an implementation compiles, for representative sizes."""
-    discover()
-    domain = OPS[op].domain
-    sizes = {n: dtype if n == "dtype" else representative(d) for n, d in domain.items()}
-    args = OPS[op].example(**sizes, rng=torch.Generator().manual_seed(0), device="meta")
+def chosen(call: Call) -> tuple[Impl, Mapping[str, Any]]:
+    """The implementation and the config of a call. Errors: ValueError if there is no such one."""
+    impls = OPS[call.op].impls
+    if call.impl not in impls:
+        raise ValueError(f"{call.op} has no implementation {call.impl!r}; there are: {', '.join(impls)}")
+    impl = impls[call.impl]
+    if not isinstance(call.config, int):
+        return impl, call.config
+    if call.config not in range(len(impl.configs)):
+        raise ValueError(f"{call.op} {call.impl} has no config {call.config}; there are {len(impl.configs)}")
+    return impl, impl.configs[call.config]
+
+
+def compile_call(look: Callable[[Any], T], call: Call) -> Outcome[T]:
+    """What `look` says of each kernel the call launches, as Triton's compiler leaves it (`.asm`, `.metadata`)."""
     launched: list[Any] = []
     run = JITFunction.run
 
@@ -108,29 +129,75 @@ def kernels(op: str, impl: str, config: int, target: str, dtype: str) -> list[Ke
         launched.append(run(self, *args, grid=grid, warmup=True, **kwargs))
         return launched[-1]
 
-    triton.runtime.driver.set_active(_NamesItsTarget(target))
-    JITFunction.run = compile_only
+    config: Mapping[str, Any] = {}
     try:
-        chosen = OPS[op].impls[impl]
-        chosen(*args, config=chosen.configs[config])
-    except Unsupported:
-        return []
+        impl, config = chosen(call)
+        args = OPS[call.op].example(**call.sizes, rng=torch.Generator().manual_seed(0), device="meta")
+        with launching(call.target, compile_only):
+            impl(*args, config=config)
+    except Unsupported as reason:
+        return Outcome(config, unsupported=str(reason))
     except Exception as error:
-        return [Kernel(op, impl, config, target, dtype, error=f"{type(error).__name__}: {error}")]
+        return Outcome(config, error=f"{type(error).__name__}: {error}")
+    return Outcome(config, [look(kernel) for kernel in launched])
+
+
+def prepare(folder: str | None, peers: bool) -> dict[str, str]:
+    """Find the implementations: those of `folder` in place of kernels/ if it is given, other libraries' if asked.
+
+    Returns {library: why not} of those that cannot be used here.
+    """
+    if folder:
+        door.__path__[:] = [folder]
+    discover()
+    if not peers:
+        return {}
+    from .peers import discover as discover_peers
+
+    return discover_peers()
+
+
+def elsewhere(
+    work: Callable[[S], T], items: Sequence[S], workers: int = 2, folder: str | None = None, peers: bool = False
+) -> Iterator[T]:
+    """work(item) of each, in order, from processes where the implementations are found and no kernel is interpreted."""
+    interpret = os.environ.pop("TRITON_INTERPRET", None)  # a process inherits what is set as it starts
+    try:
+        with ProcessPoolExecutor(workers, get_context("spawn"), prepare, (folder, peers)) as pool:
+            yield from pool.map(work, items)
     finally:
-        JITFunction.run = run
-    read = resources_amd if target.startswith("gfx") else resources_nvidia
-    return [Kernel(op, impl, config, target, dtype, k.name, *read(k), k.metadata.shared) for k in launched]
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
+
+
+@dataclass(frozen=True)
+class Resources:
+    """`registers` of a thread; `spills` of a thread in bytes (NVIDIA) or registers (AMD); bytes of shared memory."""
+
+    name: str
+    registers: int
+    spills: int
+    shared: int
+
+
+def resources(kernel: Any) -> Resources:
+    """What a compiled kernel takes."""
+    registers, spills = (resources_amd if "amdgcn" in kernel.asm else resources_nvidia)(kernel)
+    return Resources(kernel.name, registers, spills, kernel.metadata.shared)
 
 
 def resources_nvidia(kernel: Any) -> tuple[int, int]:
     """(registers a thread, bytes a thread spills): what `cuobjdump` of the Triton wheel says of the cubin."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(kernel.asm["cubin"])
-        tool = knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    text = run_on_cubin(knobs.nvidia.cuobjdump.path, "-res-usage", cubin=kernel.asm["cubin"])
     registers, stack, local = (int(re.findall(rf"\b{word}:(\d+)", text)[-1]) for word in ("REG", "STACK", "LOCAL"))
     return registers, stack + local
+
+
+def run_on_cubin(*command: str, cubin: bytes) -> str:
+    """What a tool of the Triton wheel prints about a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def resources_amd(kernel: Any) -> tuple[int, int]:
@@ -141,29 +208,7 @@ def resources_amd(kernel: Any) -> tuple[int, int]:
 
 def holds_kernels(impl: Impl) -> bool:
     """Whether the file of the implementation defines or imports a Triton kernel."""
-    kinds = (JITFunction, InterpretedFunction)
-    return any(isinstance(value, kinds) for value in vars(sys.modules[impl.fn.__module__]).values())
-
-
-def every(targets: Iterable[str], dtypes: Iterable[str], only: Iterable[str] = (), workers: int = 2) -> list[Kernel]:
-    """The kernels of every (op, impl, config), or of those named in `only` as op-impl-config."""
-    if knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is set, so kernels are interpreted and nothing is compiled")
-    discover()
-    wanted = set(only)
-    calls = [
-        (op.name, impl.name, config, target, dtype)
-        for op in OPS.values()
-        for impl in op.impls.values()
-        if holds_kernels(impl)
-        for config in range(len(impl.configs))
-        if not wanted or f"{op.name}-{impl.name}-{config}" in wanted
-        for dtype in dtypes
-        for target in targets
-    ]
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        found = pool.map(kernels, *zip(*calls), chunksize=4) if calls else []
-        return [kernel for row in found for kernel in row]
+    return any(isinstance(value, KernelInterface) for value in vars(sys.modules[impl.fn.__module__]).values())
 
 
 def main() -> None:
@@ -173,10 +218,24 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="op-impl-config")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
+    discover()
+    named = {}
+    for op in OPS.values():
+        usual = {name: representative(domain) for name, domain in op.domain.items()}
+        for impl in filter(holds_kernels, op.impls.values()):
+            for number in range(len(impl.configs)):
+                name = f"{op.name}-{impl.name}-{number}"
+                if not options.only or name in options.only:
+                    for dtype, target in product(options.dtypes, options.targets):
+                        sizes = {**usual, "dtype": dtype}
+                        named[name, dtype, target] = Call(op.name, impl.name, number, target, sizes)
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TRITON_CACHE_DIR", folder)
-        for kernel in every(options.targets, options.dtypes, options.only, options.workers):
-            print(json.dumps(asdict(kernel)))
+        outcomes = elsewhere(partial(compile_call, resources), list(named.values()), options.workers)
+        for (call, dtype, target), outcome in zip(named, outcomes):
+            found = [asdict(kernel) for kernel in outcome.kernels] or [{"error": outcome.error}] * bool(outcome.error)
+            for kernel in found:
+                print(json.dumps({"call": call, "target": target, "dtype": dtype, "error": "", **kernel}))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 anywhere: what an implementation may deviate by is derived from what the reference deviates by, see `budget`.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +19,7 @@ from triton import knobs
 
 from vila_triton.registry import Impl, OneOf, Op, Sizes, Unsupported
 
-from .guarded import Guarded, bits, canaries, guard, mapped, tensors
+from .guarded import Guarded, Unfaithful, bits, canaries, guard, mapped, tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter computes wrong numbers in bfloat16 without saying so.
@@ -127,8 +128,20 @@ def budget(op: Op, args: Any, seed: int = 0) -> tuple[list[Tensor], list[Tensor]
     return exact, allowed
 
 
+def excess(got: Tensor, want: Tensor, allowed: Tensor | None) -> Tensor:
+    """How many times its budget each element is off, in float64; infinite for NaN and for a bit that may not differ."""
+    if allowed is None:
+        return torch.where(bits(got) == bits(want), 0.0, math.inf).double()
+    return ((got.double() - want).abs() / allowed).nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def argument_names(op: Op, args: Any) -> list[str]:
+    """For every tensor of the arguments the name of the parameter it belongs to."""
+    return [name for name, value in zip(inspect.signature(op.reference).parameters, args) for _ in tensors(value)]
+
+
 def assert_faithful(op: Op, impl: Impl, config: Mapping[str, Any], args: Any, seed: int = 0) -> None:
-    """AssertionError unless the implementation, run on guarded copies of args,
+    """`Unfaithful` (an AssertionError) unless the implementation, run on guarded copies of args,
 
     - returns tensors of the reference's shapes and dtypes, each element within `budget` of the exact value and none
       NaN; for an `exact` op the very bits of the reference;
@@ -147,23 +160,37 @@ def assert_faithful(op: Op, impl: Impl, config: Mapping[str, Any], args: Any, se
     held = mapped(guarded, args)
     with canaries(guards):
         outputs = tensors(impl(*held, config=config))
-    for i, (g, want) in enumerate(zip(guards, tensors(after))):
-        assert torch.equal(bits(g.view), bits(want)), f"tensor {i} of the arguments is not what the reference leaves"
+    for name, g, want in zip(argument_names(op, args), guards, tensors(after), strict=True):
+        if not torch.equal(bits(g.view), bits(want)):
+            message = f"argument {name} is not what the reference leaves"
+            raise Unfaithful("changed an argument", message, f"argument {name}", g.view, want)
         g.expect(want)
-        assert g.intact(), f"wrote outside tensor {i} of the arguments"
+        if not g.intact():
+            raise Unfaithful("wrote outside", f"wrote outside argument {name}: {g.damage()}")
     got, expected = ([(list(x.shape), x.dtype) for x in xs] for xs in (outputs, reference))
-    assert got == expected, f"returned {got}, expected {expected}"
+    if got != expected:
+        raise Unfaithful("wrong shape", f"returned {got}, expected {expected}")
     if op.exact:
         for i, (out, want) in enumerate(zip(outputs, reference)):
-            assert torch.equal(bits(out), bits(want)), f"output {i} differs from the reference in its bits"
+            if not torch.equal(bits(out), bits(want)):
+                message = f"output {i} differs from the reference in its bits"
+                raise Unfaithful("wrong bits", message, f"output {i}", out, want)
         return
     for i, (out, want, allowed) in enumerate(zip(outputs, *budget(op, args, seed))):
-        if not out.numel():
-            continue
-        assert not out.isnan().any(), f"output {i}: {int(out.isnan().sum())} of {out.numel()} elements are NaN"
-        excess = (out.double() - want).abs() / allowed
-        at = tuple(int(j) for j in torch.unravel_index(excess.argmax(), excess.shape))
-        assert excess[at] <= 1, (
-            f"output {i}: {int((excess > 1).sum())} of {out.numel()} elements are off; the worst, at {at}, "
-            f"is {out[at]}, expected {want[at]} ± {allowed[at]:.2e} ({excess[at]:.1f} times the budget)"
+        if out.numel():
+            within_budget(i, out, want, allowed)
+
+
+def within_budget(i: int, out: Tensor, want: Tensor, allowed: Tensor) -> None:
+    """`Unfaithful` if an element of output i is NaN or further from the exact value than allowed."""
+    if count := int(out.isnan().sum()):
+        message = f"output {i}: {count} of {out.numel()} elements are NaN"
+        raise Unfaithful("NaN", message, f"output {i}", out, want, allowed)
+    times = excess(out, want, allowed)
+    at = tuple(int(j) for j in torch.unravel_index(times.argmax(), times.shape))
+    if not times[at] <= 1:
+        message = (
+            f"output {i}: {int((times > 1).sum())} of {out.numel()} elements are off; the worst, at {at}, "
+            f"is {out[at]}, expected {want[at]} ± {allowed[at]:.2e} ({times[at]:.1f} times the budget)"
         )
+        raise Unfaithful("beyond budget", message, f"output {i}", out, want, allowed)

@@ -1,6 +1,6 @@
 """How every picture looks: axes with units, and under them what was measured where, when and from which commit."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,28 @@ import matplotlib.pyplot as plt
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 # Okabe and Ito's colours, which those who see fewer colours can tell apart.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
+GREY = "#666666"
+MARKERS = "osD^vP*Xh<>p"
 plt.rcParams.update(
     {
         "axes.prop_cycle": cycler(color=COLOURS),
+        "axes.axisbelow": True,
         "axes.grid": True,
         "axes.spines.right": False,
         "axes.spines.top": False,
+        "axes.titlesize": 9,
+        "figure.constrained_layout.h_pad": 0.08,
         "font.size": 10,
         "grid.alpha": 0.3,
+        "hatch.linewidth": 0.5,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
         "savefig.dpi": 144,
+        "svg.fonttype": "none",  # words stay words: they can be searched, and a font of the reader's draws them
         "svg.hashsalt": "vila-triton",  # the same picture from the same rows, byte for byte
     }
 )
@@ -31,19 +41,59 @@ plt.rcParams.update(
 def figure(title: str, width: float = 8, height: float = 4.8) -> tuple[Figure, Axes]:
     """An empty picture with one pair of axes."""
     fig, ax = plt.subplots(figsize=(width, height), layout="constrained")
-    ax.set_title(title, loc="left", fontweight="bold")
+    ax.set_title(title, loc="left", fontweight="bold", fontsize=12)
     return fig, ax
+
+
+def panels(
+    title: str, names: Sequence[str], columns: int = 3, width: float = 3.7, height: float = 2.8, **subplots: Any
+) -> tuple[Figure, list[Axes]]:
+    """A picture of small multiples, one pair of axes for each name."""
+    columns = min(columns, len(names))
+    rows = -(-len(names) // columns)
+    size = (max(width * columns, 5) + 1.5, height * rows + 0.8)
+    fig, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **subplots)
+    fig.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    axes = list(grid.flat)
+    for ax in axes[len(names) :]:
+        ax.set_visible(False)
+    for ax, name in zip(axes, names):
+        ax.set_title(name, loc="left")
+    return fig, axes[: len(names)]
+
+
+def legend(fig: Figure, axes: Iterable[Axes]) -> None:
+    """One legend for all panels, beside them; a name drawn in several panels stands there once."""
+    found = {name: line for ax in axes for line, name in zip(*ax.get_legend_handles_labels())}
+    fig.legend(list(found.values()), list(found), loc="outside right upper")
+
+
+def sizes_axis(ax: Axes, values: Iterable[float]) -> None:
+    """Sizes along x: logarithmic if they spread, with a tick at each as far as there is room."""
+    ticks = sorted(set(values))
+    if len(ticks) > 1 and ticks[0] > 0:
+        ax.set_xscale("log", base=2)
+    kept = [x for i, x in enumerate(ticks) if i == 0 or x >= 1.6 * last] if (last := ticks[0]) else ticks
+    ax.xaxis.set_major_locator(FixedLocator(kept if len(kept) <= 9 else kept[:: -(-len(kept) // 9)]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x < 10000 else f"{x / 1024:g}k"))
+
+
+def unit_axis(axis: Any, unit: str | None) -> None:
+    """A logarithmic axis with the prefixes of units (10 µs, 1 ms): a tick a power of ten, more if it spans little."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(10, subs=(1,) if high > 300 * low else (1, 2, 5)))
+    axis.set_major_formatter(EngFormatter(unit) if unit else FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save(fig: Figure, file: Path, stamp: Mapping[str, Any]) -> list[Path]:
     """Write FILE.png and FILE.svg, with the stamp of the rows they show; returns both paths."""
     words = (str(stamp.get(key, "")) for key in ("device", "date", "commit"))
     versions = " ".join(f"{key} {stamp[key]}" for key in ("torch", "triton") if key in stamp)
-    fig.supxlabel(
-        " | ".join(word for word in (*words, versions) if word), fontsize=7, color="#666666", x=0.01, ha="left"
-    )
+    fig.supxlabel(" | ".join(word for word in (*words, versions) if word), fontsize=7, color=GREY, x=0.01, ha="left")
     file.parent.mkdir(parents=True, exist_ok=True)
-    paths = [file.with_suffix(ending) for ending in (".png", ".svg")]
+    paths = [file.parent / f"{file.name}{ending}" for ending in (".png", ".svg")]
     for path in paths:
         fig.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(fig)

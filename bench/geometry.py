@@ -1,7 +1,7 @@
 """The models of configs/models/: their geometry, and a language model of it with random weights."""
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ from vila_triton.models.config import LlamaConfig
 
 @dataclass(frozen=True)
 class Geometry:
-    """One file of configs/models/. `vision_tower` and `mm_projector` are as in it, under Hugging Face's names."""
+    """One file of configs/models/. `vision_tower` and `mm_projector` are as in it, under Hugging Face's names; both are
+    empty for a language model alone.
+    """
 
     name: str
     template: str
     image_tokens: int
     llm: LlamaConfig
-    vision_tower: dict[str, Any]
-    mm_projector: dict[str, Any]
+    vision_tower: dict[str, Any] = field(default_factory=dict)
+    mm_projector: dict[str, Any] = field(default_factory=dict)
 
 
 def known() -> dict[str, Path]:

@@ -13,6 +13,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 
+class Unfaithful(AssertionError):
+    """An implementation does not do what its op means.
+
+    kind      which check found it, in two or three words
+    where     the tensor that is wrong, as "output 0" or "argument k_pages"; got, want and allowed are of its shape:
+    got       what it holds
+    want      what it should hold (exact values in float64 where there is a budget)
+    allowed   how far each element may lie from that; None: not a bit may differ
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        message: str,
+        where: str = "",
+        got: Tensor | None = None,
+        want: Tensor | None = None,
+        allowed: Tensor | None = None,
+    ):
+        super().__init__(message)
+        self.kind, self.where, self.got, self.want, self.allowed = kind, where, got, want, allowed
+
+
 def mapped(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
     """The same tree of tuples, dataclasses (Int4) and numbers, with fn applied to its tensors."""
     if isinstance(value, Tensor):
@@ -56,6 +79,12 @@ class Guarded:
 
     def intact(self) -> bool:
         return torch.equal(bits(self.buffer), bits(self.expected))
+
+    def damage(self) -> str:
+        """Which elements of the buffer are not as expected, counted from the first of the view."""
+        at = (bits(self.buffer) != bits(self.expected)).nonzero()[:, 0] - int(self.view.storage_offset())
+        last = sum((n - 1) * stride for n, stride in zip(self.view.shape, self.view.stride()))
+        return f"{len(at)} elements, the first at {int(at[0]):+}, the last at {int(at[-1]):+}; its own end at {last:+}"
 
     def strays(self, addresses: np.ndarray) -> bool:
         """Whether one of the addresses lies in the buffer, but on no element of the view."""
@@ -118,6 +147,7 @@ def canaries(arguments: Sequence[Guarded] = ()) -> Iterator[None]:
     """Inside, every tensor torch allocates starts as NaN and lies between margins that must be intact at the end.
 
     Interpreted kernels may not even read between or around the elements of those tensors and of the arguments.
+    Errors: `Unfaithful`.
     """
     strayed: list[Guarded] = []
     load = interpreter.InterpreterBuilder.create_masked_load
@@ -129,7 +159,10 @@ def canaries(arguments: Sequence[Guarded] = ()) -> Iterator[None]:
 
     with _Canaries() as mode, patch.object(interpreter.InterpreterBuilder, "create_masked_load", watched):
         yield
-    assert not strayed, f"read outside a tensor of shape {list(strayed[0].view.shape)}"
+    if strayed:
+        raise Unfaithful("read outside", f"read outside a tensor of shape {list(strayed[0].view.shape)}")
     for made in mode.made:
         made.expect(made.view)
-        assert made.intact(), f"wrote outside a tensor of shape {list(made.view.shape)} that it allocated"
+        if not made.intact():
+            shape = list(made.view.shape)
+            raise Unfaithful("wrote outside", f"wrote outside a tensor of shape {shape} it allocated: {made.damage()}")

@@ -11,6 +11,7 @@ import argparse
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from vila_triton.models import params, vila
 from vila_triton.models.config import VilaConfig
 from vila_triton.registry import use
 from vila_triton.tiny.folder import CONFIG
+
+from . import rows
 
 
 class Peak(TorchDispatchMode):
@@ -77,6 +80,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=CONFIG.llm.num_hidden_layers)
     parser.add_argument("--device")
     parser.add_argument("--set", action="append", default=[], metavar="kernels.OP=NAME")
+    parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     args = parser.parse_args()
     device = pick_device(args.device)
     cfg = replace(CONFIG, llm=replace(CONFIG.llm, num_hidden_layers=args.layers))
@@ -86,9 +90,14 @@ def main() -> None:
     print(f"{'tokens':>8}{'cache':>12}{heads}   (KiB, {args.layers} layers)")
     with use(**choices(args.set)):
         for length in args.lengths:
-            rows = [measure(p, cfg, length, chunk, device) for chunk in args.chunks]
-            peaks = "".join(f"{peak / 1024:16.0f}" for _, peak in rows)
-            print(f"{length:8}{rows[0][0] / 1024:12.0f}{peaks}", flush=True)
+            found = {chunk: measure(p, cfg, length, chunk, device) for chunk in args.chunks}
+            peaks = "".join(f"{peak / 1024:16.0f}" for _, peak in found.values())
+            print(f"{length:8}{found[args.chunks[0]][0] / 1024:12.0f}{peaks}", flush=True)
+            about = {"kind": "memory", "choice": " ".join(args.set) or "default", "layers": args.layers}
+            if args.out:
+                here = rows.stamp(device)
+                sizes = ({"length": length, "chunk": n, "cache": cache, "peak": m} for n, (cache, m) in found.items())
+                rows.write(args.out, [{**about, **row, **here} for row in sizes])
 
 
 if __name__ == "__main__":

@@ -160,7 +160,8 @@ def main() -> int:
 
 def report(chosen: Sequence[Case], args: argparse.Namespace, device: torch.device) -> None:
     """Measure, print and write."""
-    most, here = ceilings(device), rows.stamp(device)
+    dtypes = sorted({case.sizes.get("dtype", "float32") for case in chosen})
+    most, here = ceilings(device, dtypes), rows.stamp(device)
     products = ", ".join(f"{name} {flops / 1e12:.3g} TFLOP/s" for name, flops in most.flops.items())
     print(f"{here['device']} | torch {here['torch']} | triton {here['triton']} | {here['commit']} | {here['date']}")
     print(f"ceilings, measured now: {most.bandwidth / 1e9:.1f} GB/s, {products}\n{HEAD}")

@@ -57,7 +57,7 @@ def plan(out: Path, minutes: float) -> list[Step]:
         *tuned,
         Step("ops", 0.28, ["bench.ops", "--peers", "--budget", "0.05", "--out", measured]),
         Step("model", 0.20, [*model, "--out", measured]),
-        Step("pictures", 0.10, ["bench.plot", measured, "--out", str(out / "pictures")]),
+        Step("pictures", 0.10, ["bench.plot", str(out), "--out", str(out / "pictures")]),
     ]
 
 
@@ -70,7 +70,7 @@ def rehearsal(out: Path) -> list[Step]:
         Step("tune swiglu", 0.4, ["bench.tune", "swiglu", "--case", "toy", "--timer", "cost-model", "--out", str(out)]),
         Step("ops", 0.4, ["bench.ops", "swiglu", "rms_norm", "--case", "toy", "--budget", "0.02", "--out", measured]),
         Step("model", 0.4, [*tiny, "--out", measured]),
-        Step("pictures", 0.4, ["bench.plot", measured, "--out", str(out / "pictures")]),
+        Step("pictures", 0.4, ["bench.plot", str(out), "--out", str(out / "pictures")]),
     ]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton import knobs
 
 from vila_triton.registry import Unsupported
+from vila_triton.space import SIZE, Config, Launch, cdiv, power_of_two
 
 INTERPRETED = bool(knobs.runtime.interpret)  # read when `@triton.jit` reads it: as the kernels are imported
 LOG2_E = math.log2(math.e)
@@ -32,12 +33,26 @@ def check(where: str, *tensors: Tensor) -> None:
 
 def block_of(n: int) -> int:
     """The block that covers an axis of n elements and that `tl.dot` accepts: a power of two, 16 at least."""
-    return max(16, 1 << (n - 1).bit_length())
+    return max(16, power_of_two(n))
 
 
 def rows_of(rows: int, x: Tensor) -> int:
     """The rows of a block of x: those asked for, or half as many in float32, which takes twice the shared memory."""
     return max(16, rows * 2 // x.element_size())
+
+
+def attention_launch(config: Config, heads: int, rows: int, keys: int, d: int, dtype: str) -> Launch:
+    """One launch that takes `rows` rows of each of `heads` heads in blocks of BLOCK_M over `keys` keys each."""
+    size, block_n, block_d = SIZE[dtype], config["BLOCK_N"], block_of(d)
+    block_m = max(16, config.get("BLOCK_M", block_of(rows)) * 2 // size)  # see rows_of
+    lanes = block_n * cdiv(keys, block_n)
+    return Launch(
+        programs=heads * cdiv(rows, block_m),
+        bytes=2 * (keys + block_m) * d * size,
+        stage=2 * block_n * block_d * size,
+        dots=4 * block_m * block_d * lanes,
+        lanes=8 * block_m * lanes,
+    )
 
 
 @triton.jit

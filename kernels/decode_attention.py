@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import decode_attention
+from vila_triton.space import Config, Launch, Space
 
-from ._tile import LOG2_E, attend_block, block_of, check, normalise, page_rows, start_rows
+from ._tile import LOG2_E, attend_block, attention_launch, block_of, check, normalise, page_rows, start_rows
 
 CONFIGS = [
     {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
@@ -24,7 +25,17 @@ CONFIGS = [
 ]
 
 
-@triton.jit
+def launch(config: Config, b: int, t: int, g: int, ratio: int, d: int, l: int, dtype: str) -> Launch:
+    return attention_launch(config, heads=b * g, rows=ratio, keys=t, d=d, dtype=dtype)
+
+
+SPACE = Space(
+    {"BLOCK_N": [16, 32, 64, 128], "num_warps": [1, 2, 4, 8], "num_stages": [1, 2, 3, 4, 5]},
+    launch=launch,
+)
+
+
+@triton.jit(do_not_specialize=["stride_tb"])  # changes with the longest sequence
 def _decode_attention_kernel(
     q_ptr,
     k_pages_ptr,
@@ -92,7 +103,7 @@ def _decode_attention_kernel(
     tl.store(out_ptr, normalise(acc, total).to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
-@decode_attention.impl("triton", configs=CONFIGS)
+@decode_attention.impl("triton", configs=CONFIGS, space=SPACE)
 def decode_attention_triton(
     q: Tensor,
     k_pages: Tensor,

@@ -14,14 +14,31 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import encoder_attention
+from vila_triton.space import Config, Launch, Space, power_of_two
 
-from ._tile import LOG2_E, attend_block, block_of, check, normalise, rows_of, start_rows
+from ._tile import LOG2_E, attend_block, attention_launch, block_of, check, normalise, rows_of, start_rows
 
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
     {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
     {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
 ]
+
+
+def launch(config: Config, b: int, s: int, h: int, d: int, dtype: str) -> Launch:
+    return attention_launch(config, heads=b * h, rows=s, keys=s, d=d, dtype=dtype)
+
+
+SPACE = Space(
+    {
+        "BLOCK_M": [16, 32, 64, 128],
+        "BLOCK_N": [16, 32, 64, 128],
+        "num_warps": [4, 8],
+        "num_stages": [1, 2, 3, 4, 5],
+    },
+    where=lambda config, s, **_: max(config["BLOCK_M"], config["BLOCK_N"]) <= max(16, power_of_two(s)),
+    launch=launch,
+)
 
 
 @triton.jit
@@ -86,7 +103,7 @@ def _encoder_attention_kernel(
     tl.store(out_ptr, normalise(acc, total).to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
-@encoder_attention.impl("triton", configs=CONFIGS)
+@encoder_attention.impl("triton", configs=CONFIGS, space=SPACE)
 def encoder_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int
 ) -> Tensor:

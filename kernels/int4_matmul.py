@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry import Unsupported
+from vila_triton.space import SIZE, Config, Launch, Space, cdiv, power_of_two
 
 from ._tile import check
 
@@ -25,7 +26,38 @@ CONFIGS = [
 ]
 
 
-@triton.jit
+def worth_trying(config: Config, m: int, group: int, **_: object) -> bool:
+    """A block of rows is not mostly padding, one of k lies in a group, and a thread sums 8 to 128 elements."""
+    sums = config["BLOCK_M"] * config["BLOCK_N"] // (32 * config["num_warps"])
+    return config["BLOCK_M"] <= max(16, power_of_two(m)) and config["BLOCK_K"] <= group & -group and 8 <= sums <= 128
+
+
+def launch(config: Config, m: int, n: int, G: int, group: int, dtype: str) -> Launch:
+    block_m, block_n, k, size = config["BLOCK_M"], config["BLOCK_N"], G * group, SIZE[dtype]
+    columns = block_m * size + block_n // 2  # bytes of x and of the weight that a step of one k reads
+    return Launch(
+        programs=cdiv(m, block_m) * cdiv(n, block_n),
+        bytes=k * columns + 2 * block_n * G * size + block_m * block_n * size,
+        stage=config["BLOCK_K"] * columns,
+        dots=2 * block_m * block_n * k,
+        lanes=8 * block_n * k,  # to make a number of a code
+    )
+
+
+SPACE = Space(
+    {
+        "BLOCK_M": [16, 32, 64, 128],
+        "BLOCK_N": [32, 64, 128, 256],
+        "BLOCK_K": [32, 64, 128],
+        "num_warps": [4, 8],
+        "num_stages": [1, 2, 3, 4, 5],
+    },
+    worth_trying,
+    launch,
+)
+
+
+@triton.jit(do_not_specialize_on_alignment=["M"])
 def _int4_matmul_kernel(
     x_ptr,
     qweight_ptr,
@@ -86,7 +118,7 @@ def _int4_matmul_kernel(
     tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-@int4_matmul.impl("triton", configs=CONFIGS)
+@int4_matmul.impl("triton", configs=CONFIGS, space=SPACE)
 def int4_matmul_triton(
     x: Tensor, w: Int4, *, BLOCK_M: int, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int
 ) -> Tensor:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import kv_write
+from vila_triton.space import SIZE, Config, Launch, Space, cdiv, power_of_two
 
 from ._tile import check
 
@@ -19,6 +20,19 @@ CONFIGS = [
     {"BLOCK": 512, "num_warps": 4, "num_stages": 1},
     {"BLOCK": 128, "num_warps": 1, "num_stages": 1},
 ]
+
+
+def launch(config: Config, s: int, g: int, d: int, l: int, dtype: str) -> Launch:
+    block, token = config["BLOCK"], g * d
+    read = 2 * SIZE[dtype] * min(block, token)
+    return Launch(programs=s, bytes=4 * token * SIZE[dtype], stage=read, lanes=16 * block * cdiv(token, block))
+
+
+SPACE = Space(
+    {"BLOCK": [64, 128, 256, 512, 1024, 2048], "num_warps": [1, 2, 4, 8], "num_stages": [1]},
+    where=lambda config, g, d, **_: 32 * config["num_warps"] <= config["BLOCK"] <= max(64, power_of_two(g * d)),
+    launch=launch,
+)
 
 
 @triton.jit
@@ -67,7 +81,7 @@ def _kv_write_kernel(
         tl.store(v_pages_ptr + g * stride_vpg + d * stride_vpd, v.to(v_pages_ptr.dtype.element_ty), mask=mask)
 
 
-@kv_write.impl("triton", configs=CONFIGS)
+@kv_write.impl("triton", configs=CONFIGS, space=SPACE)
 def kv_write_triton(
     k: Tensor,
     v: Tensor,

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import prefill_attention
+from vila_triton.space import Config, Launch, Space, power_of_two
 
-from ._tile import LOG2_E, attend_block, block_of, check, normalise, page_rows, rows_of, start_rows
+from ._tile import LOG2_E, attend_block, attention_launch, block_of, check, normalise, page_rows, rows_of, start_rows
 
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
@@ -26,7 +27,24 @@ CONFIGS = [
 ]
 
 
-@triton.jit
+def launch(config: Config, b: int, s: int, t: int, g: int, ratio: int, d: int, l: int, dtype: str) -> Launch:
+    """A query of the chunk sees half of it on average."""
+    return attention_launch(config, heads=b * g, rows=s * ratio, keys=t + s // 2 + 1, d=d, dtype=dtype)
+
+
+SPACE = Space(
+    {
+        "BLOCK_M": [16, 32, 64, 128],
+        "BLOCK_N": [16, 32, 64, 128],
+        "num_warps": [4, 8],
+        "num_stages": [1, 2, 3, 4, 5],
+    },
+    where=lambda config, s, ratio, **_: config["BLOCK_M"] <= max(16, power_of_two(s * ratio)),
+    launch=launch,
+)
+
+
+@triton.jit(do_not_specialize=["stride_tb"])  # changes with the longest sequence
 def _prefill_attention_kernel(
     q_ptr,
     k_ptr,
@@ -133,7 +151,7 @@ def _prefill_attention_kernel(
     tl.store(out_ptr, normalise(acc, total).to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
-@prefill_attention.impl("triton", configs=CONFIGS)
+@prefill_attention.impl("triton", configs=CONFIGS, space=SPACE)
 def prefill_attention_triton(
     q: Tensor,
     k: Tensor,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import rms_norm
+from vila_triton.space import SIZE, Config, Launch, Space, cdiv, power_of_two
 
 from ._tile import check
 
@@ -21,6 +22,19 @@ CONFIGS = [
     {"BLOCK": 128, "num_warps": 1, "num_stages": 1},
     {"BLOCK": 4096, "num_warps": 8, "num_stages": 1},
 ]
+
+
+def launch(config: Config, rows: int, e: int, dtype: str) -> Launch:
+    """The row is read twice, the weight once."""
+    block, size = config["BLOCK"], SIZE[dtype]
+    return Launch(programs=rows, bytes=4 * e * size, stage=min(block, e) * size, lanes=8 * block * cdiv(e, block))
+
+
+SPACE = Space(
+    {"BLOCK": [128, 256, 512, 1024, 2048, 4096, 8192], "num_warps": [1, 2, 4, 8, 16], "num_stages": [1]},
+    where=lambda config, e, **_: 32 * config["num_warps"] <= config["BLOCK"] <= max(128, power_of_two(e)),
+    launch=launch,
+)
 
 
 @triton.jit
@@ -44,7 +58,7 @@ def _rms_norm_kernel(
         tl.store(out_ptr + offs * stride_oe, (x * rms * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@rms_norm.impl("triton", configs=CONFIGS)
+@rms_norm.impl("triton", configs=CONFIGS, space=SPACE)
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, *, BLOCK: int, num_warps: int, num_stages: int) -> Tensor:
     check("rms_norm", x, weight)
     rows = x.reshape(-1, x.shape[-1])  # [m, e]

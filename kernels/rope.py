@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import rope
+from vila_triton.space import SIZE, Config, Launch, Space, cdiv, power_of_two
 
 from ._tile import check
 
@@ -19,6 +20,20 @@ CONFIGS = [
     {"BLOCK_H": 8, "num_warps": 2, "num_stages": 1},
     {"BLOCK_H": 32, "num_warps": 4, "num_stages": 1},
 ]
+
+
+def launch(config: Config, s: int, h: int, r: int, dtype: str) -> Launch:
+    heads = min(config["BLOCK_H"], h)
+    read = 2 * heads * r * SIZE[dtype]
+    lanes = 6 * config["BLOCK_H"] * power_of_two(r)
+    return Launch(programs=s * cdiv(h, config["BLOCK_H"]), bytes=2 * read + 8 * r, stage=read, lanes=lanes)
+
+
+SPACE = Space(
+    {"BLOCK_H": [1, 2, 4, 8, 16, 32], "num_warps": [1, 2, 4, 8], "num_stages": [1]},
+    where=lambda config, h, **_: config["BLOCK_H"] <= power_of_two(h),
+    launch=launch,
+)
 
 
 @triton.jit
@@ -59,7 +74,7 @@ def _rope_kernel(
     tl.store(out_ptr + R * stride_od, (high * cos + low * sin).to(dtype), mask=mask)
 
 
-@rope.impl("triton", configs=CONFIGS)
+@rope.impl("triton", configs=CONFIGS, space=SPACE)
 def rope_triton(x: Tensor, cos: Tensor, sin: Tensor, *, BLOCK_H: int, num_warps: int, num_stages: int) -> Tensor:
     check("rope", x, cos, sin)
     s, h, d = x.shape

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import swiglu
+from vila_triton.space import SIZE, Config, Launch, Space, cdiv, power_of_two
 
 from ._tile import check
 
@@ -19,6 +20,19 @@ CONFIGS = [
     {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
     {"BLOCK": 128, "num_warps": 1, "num_stages": 1},
 ]
+
+
+def launch(config: Config, s: int, f: int, dtype: str) -> Launch:
+    block = config["BLOCK"]
+    read = 2 * min(block, f) * SIZE[dtype]
+    return Launch(programs=s * cdiv(f, block), bytes=3 * read // 2, stage=read, lanes=12 * block)
+
+
+SPACE = Space(
+    {"BLOCK": [128, 256, 512, 1024, 2048, 4096], "num_warps": [1, 2, 4, 8], "num_stages": [1]},
+    where=lambda config, f, **_: 32 * config["num_warps"] <= config["BLOCK"] <= max(128, power_of_two(f)),
+    launch=launch,
+)
 
 
 @triton.jit
@@ -44,7 +58,7 @@ def _swiglu_kernel(
     tl.store(out_ptr + row * stride_os + offs * stride_of, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@swiglu.impl("triton", configs=CONFIGS)
+@swiglu.impl("triton", configs=CONFIGS, space=SPACE)
 def swiglu_triton(gate: Tensor, up: Tensor, *, BLOCK: int, num_warps: int, num_stages: int) -> Tensor:
     check("swiglu", gate, up)
     s, f = gate.shape

@@ -37,7 +37,7 @@ def swiglu(monkeypatch: pytest.MonkeyPatch):
 def test_what_is_wrong_gets_no_time_and_what_is_right_a_whole_row(swiglu: object) -> None:
     (case,) = ops.select(["swiglu"], "toy", "float32", CPU)
     found = {row["impl"]: row for row in ops.run([case], [], False, CPU, CEILINGS, budget=0.01)}
-    assert set(found) == {"reference", "triton", "wrong", "copy"}
+    assert {"reference", "aten", "triton", "wrong", "copy"} <= set(found)
     assert found["wrong"]["kind"] == "refused" and "elements are off" in found["wrong"]["reason"]
     assert found["triton"]["kind"] == "refused" and "interpreter" in found["triton"]["reason"]
     row = found["copy"]

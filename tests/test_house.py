@@ -23,10 +23,11 @@ FILES = {  # dotted name -> file, as Python will know it
 }
 
 MAY_IMPORT = {  # beside the standard library; a line holds for all that begins so, the longest counts
-    "vila_triton.registry": "ops kernels",  # inside discover()
+    "vila_triton.registry": "ops kernels space tuned",  # inside functions, but for space
+    "vila_triton.tuned": "torch choices registry space",
     "vila_triton.pages": "",
     "vila_triton.choices": "torch",
-    "vila_triton.kernels": "torch triton ops registry kernels",  # nobody else imports triton
+    "vila_triton.kernels": "torch triton ops registry space kernels",  # nobody else imports triton
     "vila_triton.ops": "torch einops ops registry",
     "vila_triton.models.config": "",
     "vila_triton.models.params": "torch ops",
@@ -35,13 +36,14 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.models.vila_llama_config": "torch transformers checkpoint models",
     "vila_triton.cache": "torch ops models.config pages",
     "vila_triton.checkpoint": "torch safetensors models",
+    "vila_triton.formats": "torch einops",
     "vila_triton.engine": "torch transformers cache choices models registry",
     "vila_triton.prompts": "models.vila",
     "vila_triton.images": "torch PIL transformers",
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL __main__ chat models registry tiny",  # asks through the command line's chat
     "vila_triton": "torch PIL transformers chat choices engine images models prompts registry tiny",  # the rest
-    "bench": "torch triton hypothesis numpy matplotlib cycler vila_triton bench",
+    "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",
 }
 
 

@@ -9,7 +9,17 @@ import pytest
 import torch
 from hypothesis import given
 
-from bench.faithful import DEVICE, LEFT_OUT, arguments, assert_faithful, examples, hold, supported
+from bench.faithful import (
+    DEVICE,
+    LEFT_OUT,
+    arguments,
+    assert_faithful,
+    budget,
+    examples,
+    hold,
+    supported,
+    unit_roundoff,
+)
 from bench.guarded import bits, mapped, tensors
 from vila_triton.registry import OPS, REFERENCE, Impl, OneOf, Op, Unsupported, discover, recording
 
@@ -64,12 +74,22 @@ def test_wrong_shapes_stop_at_the_op(op: Op) -> None:
 
 
 @pytest.mark.parametrize("op, impl, config", CASES)
-def test_float64_is_unsupported(op: Op, impl: Impl, config: dict) -> None:
-    """A launcher says what it cannot do before it launches."""
+def test_float64_is_faithful_or_unsupported(op: Op, impl: Impl, config: dict) -> None:
+    """A launcher says what it cannot do before it launches. One that takes float64 computes in it: its error is the
+    budget of float32, as much smaller as float64 rounds finer, twice since the exact values are rounded to it as well.
+    """
     sizes = {n: d.values[0] if isinstance(d, OneOf) else d.high for n, d in op.domain.items()}
-    args = mapped(lambda x: x.double() if x.is_floating_point() else x, arguments(op, seed=0, **sizes))
-    with pytest.raises(Unsupported, match="float64"):
-        impl(*args, config=config)
+    args = arguments(op, seed=0, **sizes)
+    try:
+        outputs = tensors(
+            impl(*mapped(lambda x: x.double() if x.is_floating_point() else x.clone(), args), config=config)
+        )
+    except Unsupported as reason:
+        assert "float64" in str(reason)
+        return
+    finer = unit_roundoff(torch.float64) / unit_roundoff(torch.float32)
+    for out, want, allowed in zip(outputs, *budget(op, args)):
+        assert out.dtype == torch.float64 and ((out - want).abs() <= 2 * finer * allowed).all()
 
 
 @pytest.mark.parametrize("op, impl, config", [case for case in CASES if "k_pages" in names(case.values[0])])

@@ -12,7 +12,10 @@
     @rms_norm.costs                                   # the same names -> (flops, bytes)
     def _(rows, dtype): return 4 * rows, 2 * rows
 
-    @rms_norm.impl("triton", configs=[{"BLOCK": 128}])   # in a file of kernels/
+    @rms_norm.sizes("rows")                           # the inverse of inputs; rows varies from call to call
+    def _(x, weight, eps): return {"rows": len(x), "e": len(weight)}
+
+    @rms_norm.impl("triton", configs=[{"BLOCK": 128}], space=SPACE)   # in a file of kernels/
     def rms_norm_triton(x, weight, eps, *, BLOCK): ...
 
 Calling ``rms_norm(x, weight, eps)`` runs what `use` chose, else what `defaults` says, else the reference. There are no
@@ -30,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from .space import Space
 
 REFERENCE = "reference"
 OPS: dict[str, "Op"] = {}
@@ -71,16 +76,27 @@ class OneOf:
 
 @dataclass(frozen=True, eq=False)
 class Impl:
-    """One implementation of an op; `configs[0]` is what runs unless a caller passes another."""
+    """One implementation of an op. A call runs the config it passes, else the one tuned for this device and these
+    sizes (see `tuned`), else `configs[0]`. `space`: what there is to tune; without it, `configs`.
+    """
 
     op: str
     name: str
     fn: Callable[..., Any]
     configs: Sequence[Mapping[str, Any]]
     file: Path
+    space: Space | None = None
 
     def __call__(self, *args: Any, config: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-        return self.fn(*args, **kwargs, **(self.configs[0] if config is None else config))
+        return self.fn(*args, **kwargs, **(self.chosen(*args, **kwargs) if config is None else config))
+
+    def chosen(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """The config of a call that passes none."""
+        if not self.space and len(self.configs) == 1:
+            return self.configs[0]
+        from . import tuned  # not at import: it needs torch
+
+        return tuned.config(self, OPS[self.op].sizes_of, *args, **kwargs) or self.configs[0]
 
 
 class Op:
@@ -93,6 +109,8 @@ class Op:
         self.impls: dict[str, Impl] = {}
         self.domain: dict[str, Sizes | OneOf] = {}
         self.contract: Callable[..., None] | None = None
+        self.sizes_of: Callable[..., dict[str, Any]] | None = None
+        self.varying: tuple[str, ...] = ()
         self.__doc__ = reference.__doc__
         self.impl(REFERENCE)(reference)
 
@@ -111,7 +129,9 @@ class Op:
         """The name of the implementation a call would run here and now."""
         return _chosen.get().get(self.name) or _default.get().get(self.name) or REFERENCE
 
-    def impl(self, name: str, configs: Sequence[Mapping[str, Any]] = ({},)) -> Callable[[Callable], Callable]:
+    def impl(
+        self, name: str, configs: Sequence[Mapping[str, Any]] = ({},), space: Space | None = None
+    ) -> Callable[[Callable], Callable]:
         """Attach the decorated function as implementation `name`; a second file claiming the name is an error."""
 
         def attach(fn: Callable) -> Callable:
@@ -121,7 +141,7 @@ class Op:
                 raise ValueError(f"{self.name}: implementation {name!r} of {file} is already taken by {old.file}")
             if not configs:
                 raise ValueError(f"{self.name}: implementation {name!r} of {file} has an empty list of configs")
-            self.impls[name] = Impl(self.name, name, fn, configs, file)
+            self.impls[name] = Impl(self.name, name, fn, configs, file, space)
             return fn
 
         return attach
@@ -141,6 +161,19 @@ class Op:
             raise TypeError(f"{self.name}.inputs: {', '.join(bad)} must be annotated with Sizes(...) or OneOf(...)")
         self.example = fn
         return fn
+
+    def sizes(self, *varying: str) -> Callable[[Callable], Callable]:
+        """Register the inverse of `inputs`: arguments -> sizes, from shapes and dtypes alone (it must not wait for the
+        device). `varying`: the sizes that differ from call to call of one model; tuned tables hold ranges of them.
+        """
+        if bad := set(varying) - set(self.domain):
+            raise TypeError(f"{self.name}.sizes: no size {', '.join(sorted(bad))}; there are {', '.join(self.domain)}")
+
+        def attach(fn: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+            self.sizes_of, self.varying = fn, varying
+            return fn
+
+        return attach
 
     def costs(self, fn: Callable[..., tuple[int, int]]) -> Callable[..., tuple[int, int]]:
         """Register (flops, bytes moved at least once) as a function of the names of `inputs`."""

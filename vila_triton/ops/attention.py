@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vila_triton.registry import OneOf, Sizes, op
 
-from .domain import DTYPES, draw, wide
+from .domain import DTYPES, draw, name_of, wide
 from .paged import PAGE_LENGTHS, draw_pages, gather
 from .shapes import axes, same_dtype
 
@@ -119,6 +119,15 @@ def _(
     return q, k, v, k_pages, v_pages, block_table, query_start, torch.tensor(history, device=device).int(), d**-0.5
 
 
+@prefill_attention.sizes("b", "s", "t")
+def _(q, k, v, k_pages, v_pages, block_table, query_start, history, scale):
+    """Lengths lie on the device, so s is their mean, and t what the block table has room for beside s."""
+    (_, h, d), (_, l, g, _) = q.shape, k_pages.shape
+    b, pages = block_table.shape
+    s = -(-len(q) // max(b, 1))
+    return dict(b=b, s=s, t=max(0, pages * l - s), g=g, ratio=h // g, d=d, l=l, dtype=name_of(q.dtype))
+
+
 @prefill_attention.costs
 def _(b, s, t, g, ratio, d, l, dtype):
     size = getattr(torch, dtype).itemsize  # every sequence counted as long as the first
@@ -174,6 +183,13 @@ def _(
     return q, k_pages, v_pages, block_table, torch.tensor(lengths, device=device).int(), d**-0.5
 
 
+@decode_attention.sizes("b", "t")
+def _(q, k_pages, v_pages, block_table, lengths, scale):
+    """Lengths lie on the device, so t is what the block table has room for."""
+    (b, h, d), (_, l, g, _) = q.shape, k_pages.shape
+    return dict(b=b, t=block_table.shape[1] * l, g=g, ratio=h // g, d=d, l=l, dtype=name_of(q.dtype))
+
+
 @decode_attention.costs
 def _(b, t, g, ratio, d, l, dtype):
     return 4 * b * t * g * ratio * d, 2 * b * g * d * (t + ratio) * getattr(torch, dtype).itemsize
@@ -206,6 +222,12 @@ def _(
 ):
     q, k, v = (draw(b, s, h, d, dtype=dtype, rng=rng, device=device) for _ in range(3))
     return q, k, v, d**-0.5
+
+
+@encoder_attention.sizes("b")
+def _(q, k, v, scale):
+    b, s, h, d = q.shape
+    return dict(b=b, s=s, h=h, d=d, dtype=name_of(q.dtype))
 
 
 @encoder_attention.costs

@@ -13,6 +13,11 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype as domains name it: "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def draw(*shape: int, dtype: str, rng: torch.Generator, device: str, scale: float = 1.0) -> Tensor:
     """Normal numbers of the given dtype, drawn on the CPU so that a seed means the same on every device."""
     return (torch.randn(*shape, generator=rng) * scale).to(device, getattr(torch, dtype))

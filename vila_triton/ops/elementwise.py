@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vila_triton.registry import Sizes, op
 
-from .domain import DTYPES, draw, wide
+from .domain import DTYPES, draw, name_of, wide
 from .shapes import axes, same_dtype
 
 
@@ -26,6 +26,11 @@ def _(x: Tensor, weight: Tensor, eps: float) -> None:
 @rms_norm.inputs
 def _(rows: Sizes(1, 40), e: Sizes(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
     return draw(rows, e, dtype=dtype, rng=rng, device=device), draw(e, dtype=dtype, rng=rng, device=device), 1e-5
+
+
+@rms_norm.sizes("rows")
+def _(x, weight, eps):
+    return dict(rows=x.shape[:-1].numel(), e=len(weight), dtype=name_of(x.dtype))
 
 
 @rms_norm.costs
@@ -48,6 +53,11 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
 def _(rows: Sizes(1, 40), e: Sizes(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
     x, weight, bias = (draw(*s, dtype=dtype, rng=rng, device=device) for s in ((rows, e), (e,), (e,)))
     return x, weight, bias, 1e-6
+
+
+@layer_norm.sizes("rows")
+def _(x, weight, bias, eps):
+    return dict(rows=x.shape[:-1].numel(), e=len(weight), dtype=name_of(x.dtype))
 
 
 @layer_norm.costs
@@ -81,6 +91,12 @@ def _(s: Sizes(1, 40), h: Sizes(1, 9), r: Sizes(1, 64), dtype: DTYPES, *, rng: t
     return x, angles.cos().to(device), angles.sin().to(device)
 
 
+@rope.sizes("s")
+def _(x, cos, sin):
+    s, h, d = x.shape
+    return dict(s=s, h=h, r=d // 2, dtype=name_of(x.dtype))
+
+
 @rope.costs
 def _(s, h, r, dtype):
     return 6 * s * h * r, 4 * s * h * r * getattr(torch, dtype).itemsize + 8 * s * r
@@ -102,6 +118,12 @@ def _(gate: Tensor, up: Tensor) -> None:
 def _(s: Sizes(1, 40), f: Sizes(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
     gate, up = (draw(s, f, dtype=dtype, rng=rng, device=device, scale=3) for _ in range(2))
     return gate, up
+
+
+@swiglu.sizes("s")
+def _(gate, up):
+    s, f = gate.shape
+    return dict(s=s, f=f, dtype=name_of(gate.dtype))
 
 
 @swiglu.costs

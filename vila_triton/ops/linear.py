@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vila_triton.registry import OneOf, Sizes, op
 
-from .domain import DTYPES, draw, wide
+from .domain import DTYPES, draw, name_of, wide
 from .shapes import axes
 
 NIBBLES = 8  # 4-bit codes in one int32 word
@@ -120,6 +120,12 @@ def _(
     return draw(m, G * group, dtype=dtype, rng=rng, device=device), Int4(*values)
 
 
+@int4_matmul.sizes("m")
+def _(x, w):
+    n, k = w.shape
+    return dict(m=x.shape[:-1].numel(), n=n, G=k // w.group, group=w.group, dtype=name_of(x.dtype))
+
+
 @int4_matmul.costs
 def _(m, n, G, group, dtype):
     k, size = G * group, getattr(torch, dtype).itemsize
@@ -145,6 +151,12 @@ def _(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> None:
 def _(m: Sizes(1, 40), n: Sizes(1, 80), k: Sizes(1, 200), dtype: DTYPES, *, rng: torch.Generator, device: str):
     x, w, bias = (draw(*s, dtype=dtype, rng=rng, device=device) for s in ((m, k), (n, k), (n,)))
     return x, w, bias
+
+
+@linear.sizes("m")
+def _(x, w, bias=None):
+    n, k = w.shape
+    return dict(m=x.shape[:-1].numel(), n=n, k=k, dtype=name_of(x.dtype))
 
 
 @linear.costs

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vila_triton.registry import OneOf, Sizes, op
 
-from .domain import DTYPES, draw
+from .domain import DTYPES, draw, name_of
 from .shapes import axes, same_dtype
 
 PAGE_LENGTHS = OneOf(16, 32, 64)
@@ -17,8 +17,7 @@ PAGE_LENGTHS = OneOf(16, 32, 64)
 
 def gather(pages: Tensor, block_table: Tensor, length: int) -> Tensor:
     """The first `length` cached tokens of one sequence: pages [p, l, g, d], block_table [pages of it] -> [t, g, d]."""
-    blocks = block_table[: -(-length // pages.shape[1])].long()
-    return pages[blocks].flatten(0, 1)[:length]
+    return pages.index_select(0, block_table[: -(-length // pages.shape[1])]).flatten(0, 1)[:length]
 
 
 def draw_pages(
@@ -90,6 +89,12 @@ def _(
     slots = torch.randperm(pages * l, generator=rng)[:s]
     slots[torch.rand(s, generator=rng) < 1 / 8] = -1
     return k, v, k_pages, v_pages, slots.to(device)
+
+
+@kv_write.sizes("s")
+def _(k, v, k_pages, v_pages, slot_mapping):
+    (s, g, d), l = k.shape, k_pages.shape[1]
+    return dict(s=s, g=g, d=d, l=l, dtype=name_of(k.dtype))
 
 
 @kv_write.costs

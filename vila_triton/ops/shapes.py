@@ -1,6 +1,13 @@
 """Shape contracts: every op states its axes once, and a call that breaks them fails before anything runs."""
 
+from functools import cache
+
 from torch import Tensor
+
+
+@cache
+def letters_of(pattern: str) -> tuple[str, ...]:
+    return tuple(pattern.split())
 
 
 def axes(where: str, **tensors: tuple[Tensor, str]) -> dict[str, int]:
@@ -10,18 +17,17 @@ def axes(where: str, **tensors: tuple[Tensor, str]) -> dict[str, int]:
     Errors: ValueError naming the op, the argument, its shape and what was expected; also if devices differ.
     """
     sizes: dict[str, int] = {}
-    first = next(iter(tensors.values()))[0]
+    device = next(iter(tensors.values()))[0].device
     for name, (x, pattern) in tensors.items():
-        letters = pattern.split()
-        shape = list(x.shape)
+        letters, shape = letters_of(pattern), x.shape
         if letters[0] == "...":
-            letters, shape = letters[1:], shape[len(shape) - len(letters) + 1 :]
-        expected = [sizes.get(a, a) for a in letters]
-        if len(shape) != len(letters) or any(isinstance(want, int) and want != n for want, n in zip(expected, shape)):
-            expected_text = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in letters)
-            raise ValueError(f"{where}: {name} has shape {list(x.shape)}, expected [{expected_text}]")
-        if x.device != first.device:
-            raise ValueError(f"{where}: {name} is on {x.device}, expected {first.device} like the first argument")
+            letters = letters[1:]
+            shape = shape[len(shape) - len(letters) :]
+        if len(shape) != len(letters) or [a for a, n in zip(letters, shape) if sizes.get(a, n) != n]:
+            expected = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in letters)
+            raise ValueError(f"{where}: {name} has shape {list(x.shape)}, expected [{expected}]")
+        if x.device != device:
+            raise ValueError(f"{where}: {name} is on {x.device}, expected {device} like the first argument")
         sizes.update(zip(letters, shape))
     return sizes
 

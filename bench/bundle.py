@@ -1,0 +1,137 @@
+"""One call of an implementation in a file, arguments and all, to be run again after the kernel was mended.
+
+A bundle holds tensors, numbers and text in tuples, lists and dictionaries, and is read with `weights_only=True`: a file
+from somebody else can be wrong, but it cannot run code.
+"""
+
+import inspect
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vila_triton.ops import Int4
+from vila_triton.registry import OPS, Impl, Op, discover
+
+from .faithful import DEVICE
+from .guarded import mapped
+from .rows import stamp
+
+FORMAT = "vila-triton bundle 1"
+FIELDS = {
+    "op": str, "impl": str, "config": dict, "args": tuple, "seed": int, "sizes": dict, "origin": str, "stamp": dict,
+}  # fmt: skip
+
+
+class BundleError(ValueError):
+    """A file is no bundle, or not one of anything that exists here; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A call.
+
+    seed     of the memory layout that `assert_faithful` gives the arguments, and of the values drawn
+    sizes    those the arguments were drawn for; empty if they come from a model
+    origin   where the call comes from, in words
+    stamp    versions and commit it was saved under (`rows.stamp`)
+    """
+
+    op: str
+    impl: str
+    config: Mapping[str, Any]
+    args: tuple
+    seed: int
+    sizes: Mapping[str, Any]
+    origin: str
+    stamp: Mapping[str, str]
+
+
+def save(
+    file: Path, impl: Impl, config: Mapping[str, Any], args: tuple, seed: int, sizes: Mapping[str, Any], origin: str
+):
+    """Write a bundle; tensors are stored dense, on the CPU, whatever memory they are views of."""
+    dense = mapped(lambda x: x.detach().cpu().clone(memory_format=torch.contiguous_format), args)
+    here = {name: str(value) for name, value in stamp(torch.device(DEVICE)).items()}  # torch's version is no plain str
+    fields = (impl.op, impl.name, dict(config), plain(dense), seed, dict(sizes), origin, here)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"format": FORMAT, **dict(zip(FIELDS, fields))}, file)
+
+
+def plain(value: Any) -> Any:
+    """The tree with its int4 leaves as dictionaries."""
+    if isinstance(value, Int4):
+        return {"qweight": value.qweight, "scales": value.scales, "zeros": value.zeros}
+    return type(value)(map(plain, value)) if isinstance(value, tuple | list) else value
+
+
+def restored(value: Any) -> Any:
+    """The inverse of `plain`, on the device that is checked. Errors: BundleError for what no op takes."""
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise BundleError(f"an argument is a {value.layout} tensor on {value.device}, expected a plain one")
+        return value.to(DEVICE)
+    if isinstance(value, dict):
+        if set(value) != {"qweight", "scales", "zeros"} or not all(isinstance(x, Tensor) for x in value.values()):
+            raise BundleError(f"an argument is a dictionary of {sorted(map(str, value))}, expected an int4 weight")
+        return Int4(**{name: restored(x) for name, x in value.items()})
+    if isinstance(value, tuple | list):
+        return type(value)(map(restored, value))
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise BundleError(f"an argument is a {type(value).__name__}, expected a tensor, an int4 weight or a number")
+
+
+def load(file: Path) -> Bundle:
+    """Read a bundle. Errors: `BundleError`, `OSError`."""
+    try:
+        held = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except pickle.UnpicklingError:
+        raise BundleError(f"{file} is no bundle: it is not tensors, numbers and text alone") from None
+    except Exception as error:  # whatever torch's reader may raise for bytes that are not its own
+        raise BundleError(f"{file} is no bundle, or not a whole one: {brief(error)}") from None
+    if not isinstance(held, dict) or held.get("format") != FORMAT:
+        raise BundleError(f"{file} is no bundle: it does not begin with the format {FORMAT!r}")
+    wrong = [name for name, kind in FIELDS.items() if type(held.get(name)) is not kind]
+    if wrong or not 0 <= held["seed"] < 2**63:
+        raise BundleError(f"{file} is no bundle: {', '.join(wrong) or 'seed'} missing or of the wrong type")
+    fields = {name: held[name] for name in FIELDS}
+    try:
+        return Bundle(**{**fields, "args": restored(fields["args"])})
+    except BundleError as error:
+        raise BundleError(f"{file}: {error}") from None
+
+
+def resolve(bundle: Bundle) -> tuple[Op, Impl]:
+    """The op and the implementation, as they are now. Errors: `BundleError` if the call cannot be made any more."""
+    discover()
+    if bundle.op not in OPS:
+        raise BundleError(f"the bundle is of an op {bundle.op!r}, which does not exist; there are: {', '.join(OPS)}")
+    op = OPS[bundle.op]
+    if bundle.impl not in op.impls:
+        raise BundleError(
+            f"the bundle is of {op.name} {bundle.impl!r}, which does not exist; there are: {', '.join(op.impls)}"
+        )
+    impl = op.impls[bundle.impl]
+    try:
+        inspect.signature(impl.fn).bind(*bundle.args, **bundle.config)
+    except TypeError as error:
+        raise BundleError(f"{op.name} {impl.name} no longer takes this call: {error}") from None
+    try:
+        if op.contract:
+            op.contract(*bundle.args)
+        op.reference(*mapped(torch.clone, bundle.args))
+    except Exception as error:  # whatever a reference may raise for arguments that nobody checked
+        raise BundleError(f"the reference of {op.name} does not take these arguments: {brief(error)}") from None
+    return op, impl
+
+
+def brief(error: Exception) -> str:
+    """The first line of an error."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,203 @@
+"""How fast is a whole language model? `python -m bench.model --model vila1.5-3b --layers 2 --weights float32,int4`
+
+Random weights of a released geometry (configs/models) take four kinds of step:
+
+    prefill   a prompt to its first token
+    stream    a question of 32 tokens to its first token, after a history that is cached
+    decode    one more token for each sequence of a batch
+    memory    the most that a prefill takes beyond the weights, keys and values included
+
+for every kind of weights and every choice of kernels, beside Hugging Face's eager model of the same weights in the same
+process. A runner whose logits are wrong gets no time (`bench.runners.wrong`). All runners take turns within a round,
+and a ratio is the median over rounds of the ratio within a round: what else the machine does meets all alike. `limit`
+is the bytes the step must move (bench/work.py) over the bandwidth measured in this run: memory allows nothing faster.
+"""
+
+import argparse
+import statistics
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vila_triton.choices import configs, pick_device
+from vila_triton.registry import Unsupported, checked
+
+from . import geometry, predict, rows, work
+from .runners import HF, Ours, Runner, Theirs, build, chosen, wrong
+from .steps import Step, peak, steps, times, tokens
+from .timing import ceilings
+
+WEIGHTS = ("float32", "float16", "bfloat16", "int4")
+GATE = 24  # tokens of the prompt whose logits are checked
+
+
+def run(
+    name: str, runners: Sequence[Runner], todo: Sequence[Step], rounds: int, bandwidth: float, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """A row for every step and runner. Ratios are seconds over those of Hugging Face's model of the same weights
+    (`ratio_hf`), and over those of the first runner (`ratio_first`).
+    """
+    here = rows.stamp(device)
+    theirs = {runner.model.weights: i for i, runner in enumerate(runners) if isinstance(runner, Theirs)}
+    for step in todo:
+        print(f"measuring {step}", file=sys.stderr)
+        timed = step.what != "memory"
+        seconds = times(runners, step, rounds, device) if timed else []
+        for i, runner in enumerate(runners):
+            model = runner.model
+            about = {
+                "kind": "model", "what": step.what, "model": name, "layers": model.cfg.num_hidden_layers,
+                "weights": model.weights, "dtype": str(model.dtype).removeprefix("torch."), "choice": runner.name,
+                **step.about,
+            }  # fmt: skip
+            if not timed:
+                yield {**about, "peak_bytes": peak(runner, step, device), **here}
+                continue
+            least = work.language(runner.reads, step.batch, step.new, step.history, model.dtype)
+            middle = statistics.median(seconds[i])
+            found = {
+                "seconds": middle, "low": min(seconds[i]), "high": max(seconds[i]), "rounds": rounds,
+                "tokens_per_s": step.batch * step.new / middle, "limit_seconds": least.bytes / bandwidth,
+                "ratio_first": ratio(seconds[i], seconds[0]),
+            }  # fmt: skip
+            if model.weights in theirs:
+                found["ratio_hf"] = ratio(seconds[i], seconds[theirs[model.weights]])
+            yield {**about, **found, **here}
+
+
+def ratio(mine: Sequence[float], other: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(mine, other, strict=True))
+
+
+HEAD = (
+    f"{'':36}{'ms':>10}{'low':>10}{'high':>10}{'tokens/s':>10}{'limit ms':>10}{'of limit':>9}{'x hf':>7}{'x first':>8}"
+)
+
+
+def show(row: Mapping[str, Any]) -> str:
+    """One line of the table."""
+    label = f"  {row['weights']} {row['choice']}"
+    if row["what"] == "memory":
+        return f"{label:36.36}{row['peak_bytes'] / 2**20:10.1f} MiB"
+    ms = "".join(f"{row[key] * 1e3:10.2f}" for key in ("seconds", "low", "high"))
+    limit = f"{row['limit_seconds'] * 1e3:10.2f}{row['limit_seconds'] / row['seconds']:9.1%}"
+    beside = f"{row['ratio_hf']:7.3f}" if "ratio_hf" in row else f"{'-':>7}"
+    return f"{label:36.36}{ms}{row['tokens_per_s']:10.1f}{limit}{beside}{row['ratio_first']:8.3f}"
+
+
+def published(model: str) -> Iterator[str]:
+    """What others published for TinyChat on the same language model, a line for each machine and precision."""
+    table = tomllib.loads((configs() / "bench" / "tinychat.toml").read_text())
+    lines: dict[str, list[str]] = {}
+    for what, length in (("prefill", "length"), ("streaming", "history"), ("decode", None)):
+        for row in table[what]:
+            if row["model"] == model:
+                per_token = row["ms_per_token"] if "ms_per_token" in row else 1e3 / row.get("tokens_per_s", 1)
+                ms = row["seconds"] * 1e3 if "seconds" in row else per_token
+                at = f"{row[length]}: " if length else ""
+                head = f"  {row['gpu']:6}{row['precision']:9}{row['published']:20}{what:10}"
+                lines.setdefault(head, []).append(f"{at}{ms:.4g}")
+    if lines:
+        yield f"not measured here, for context: ms as published, all layers, batch 1 ({table['source']})"
+        yield from (head + ", ".join(found) for head, found in lines.items())
+
+
+def gated(runners: Sequence[Runner]) -> Iterator[Runner]:
+    """The runners whose logits are right; the others are named, and get no time."""
+    for runner in runners:
+        try:
+            reason = wrong(runner, tokens(runner, 1, GATE)[0])
+        except Unsupported as error:
+            reason = f"unsupported: {error}"
+        if reason is None:
+            yield runner
+        else:
+            print(f"  {runner.model.weights} {runner.name}: no time, {reason}", flush=True)
+
+
+def concerns_all(choice: str) -> bool:
+    """Whether a choice says anything to a model without int4 weights."""
+    return set(chosen(choice)) != {"int4_matmul"}
+
+
+def numbers(text: str) -> list[int]:
+    """16,64 -> [16, 64]; nothing stands for none."""
+    found = [int(part) for part in text.split(",") if part]
+    if found and min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected numbers of at least 1, with commas")
+    return found
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Build, check, time, print and write; 1 if a runner got no time."""
+    device = pick_device(args.device)
+    shape = geometry.load(args.model, args.layers)
+    todo = list(steps(args.prompts, args.histories, args.batches, args.contexts))
+    unknown = [w for w in args.weights.split(",") if w not in WEIGHTS]
+    if unknown:
+        raise ValueError(f"no weights {', '.join(unknown)}; there are: {', '.join(WEIGHTS)}")
+    if not todo or args.rounds < 1:
+        raise ValueError("nothing to time: --prompts, --histories and --contexts are empty, or --rounds is 0")
+    longest = max(step.history + step.new for step in todo)
+    if longest > shape.llm.max_position_embeddings:
+        raise ValueError(f"{longest} tokens, but {shape.name} was made for {shape.llm.max_position_embeddings}")
+    for choice in args.choice:
+        checked(chosen(choice))
+    most = ceilings(device, ())
+    here = f"{rows.device_name(device)}, {most.bandwidth / 1e9:.1f} GB/s"
+    print(f"{shape.name}, {shape.llm.num_hidden_layers} layers, {here}", flush=True)
+    runners: list[Runner] = []
+    for weights in args.weights.split(","):
+        print(f"building {weights}", file=sys.stderr)
+        model = build(shape.llm, weights, device)
+        runners += [Ours(model, choice) for choice in args.choice if weights == "int4" or concerns_all(choice)]
+        if args.against == "hf":
+            runners.append(Theirs(model))
+    right = list(gated(runners))
+    print(HEAD)
+    last = None
+    for row in run(args.model, right, todo, args.rounds, most.bandwidth, device) if right else ():
+        step = ", ".join(f"{name} {row[name]}" for name in ("batch", "prompt", "history", "context") if name in row)
+        if (row["what"], step) != last:
+            last = row["what"], step
+            print(f"\n{row['what']}: {step}")
+        print(show(row), flush=True)
+        if args.out:
+            rows.write(args.out, [row])
+    print("", *published(args.model), sep="\n")
+    return int(len(right) < len(runners))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vila1.5-3b", help="a name of configs/models, or a .toml file")
+    parser.add_argument("--layers", type=int, help="only so many of the language model's")
+    parser.add_argument("--weights", default="float32,int4", help=f"of {', '.join(WEIGHTS)}, with commas")
+    help_choice = "default, reference or OP=NAME,OP=NAME; may be repeated"
+    parser.add_argument("--choice", action="append", default=[], metavar="CHOICE", help=help_choice)
+    parser.add_argument("--prompts", type=numbers, default=[128, 512], help="lengths, with commas")
+    parser.add_argument("--histories", type=numbers, default=[16, 64, 256], help="cached tokens before a question")
+    parser.add_argument("--batches", type=numbers, default=[1], help="sequences that decode together")
+    parser.add_argument("--contexts", type=numbers, default=[128, 512], help="tokens a new token attends to")
+    parser.add_argument("--against", choices=("hf", "none"), default="hf", help=HF)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
+    parser.add_argument("--device")
+    parser.add_argument("--predict", metavar="GPU", help="time nothing: what the model could do at best, on paper")
+    args = parser.parse_args(argv)
+    args.choice = args.choice or ["default"]
+    if args.predict:
+        return predict.main(["--gpu", args.predict, "--model", args.model])
+    try:
+        return compare(args)
+    except (ValueError, KeyError, OSError) as error:
+        print(f"bench.model: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

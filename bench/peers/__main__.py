@@ -1,0 +1,51 @@
+"""The peers, what each is an implementation of, and what the property test says of it on this machine.
+
+python -m bench.peers                          # TRITON_INTERPRET=1 before it where there is no GPU
+python -m bench.peers gemlite sglang           # only these
+"""
+
+import argparse
+from importlib import metadata
+
+from vila_triton.registry import OPS, Impl
+
+from ..gate import gate
+from . import discover, names
+
+
+def version(peer: str) -> str:
+    """Of the installed distribution whose name or top-level module the peer's name is; "" if there is none."""
+    for distribution in (peer, *metadata.packages_distributions().get(peer, ())):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def implementations(peer: str) -> list[Impl]:
+    return [impl for op in OPS.values() for impl in op.impls.values() if impl.fn.__module__ == f"{__package__}.{peer}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("peers", nargs="*", metavar="PEER", help=f"of {', '.join(names())} (default: all)")
+    wanted = parser.parse_args().peers or names()
+    if unknown := set(wanted) - set(names()):
+        parser.error(f"no peer {', '.join(sorted(unknown))}; there are: {', '.join(names())}")
+    unusable = discover()
+    for peer in wanted:
+        print(f"{peer} {version(peer)}".rstrip())
+        if peer in unusable:
+            print(f"  {unusable[peer]}")
+        for impl in implementations(peer):
+            for config in impl.configs:
+                name = " ".join([impl.op, impl.name, *(f"{key}={value}" for key, value in config.items())])
+                print(f"  {name}: ", end="", flush=True)
+                print(gate(impl, config) or "faithful", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Running a library's launchers without a GPU: interpreted on CPU tensors, or compiled on tensors without data."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.autotuner import Autotuner
+
+from vila_triton.registry import Unsupported
+
+from ..targets import TARGETS
+
+# By CUDA architecture: a GPU of it, and its multiprocessors (data sheets).
+GPUS = {80: ("NVIDIA A100", 108), 89: ("NVIDIA GeForce RTX 4090", 128), 90: ("NVIDIA H100", 132)}
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def check(
+    where: str, x: Tensor, *others: Tensor, dtypes: Sequence[torch.dtype] = HALVES, interpreted: bool = True
+) -> None:
+    """Unsupported unless a launcher can run on these tensors, which have one dtype.
+
+    `interpreted` says whether Triton's interpreter can run its kernels.
+    """
+    if x.dtype not in dtypes:
+        raise Unsupported(f"{where}: {x.dtype} is not one of {', '.join(map(str, dtypes))}")
+    for y in others:
+        if y.dtype != x.dtype:
+            raise Unsupported(f"{where}: does not mix {x.dtype} and {y.dtype}")
+    if x.device.type == "cpu" and not (interpreted and knobs.runtime.interpret):
+        how = "only interpreted (set TRITON_INTERPRET=1)" if interpreted else "not even interpreted"
+        raise Unsupported(f"{where}: runs on the CPU {how}")
+    if x.dtype == torch.bfloat16 and knobs.runtime.interpret:
+        raise Unsupported(f"{where}: Triton's interpreter computes wrong numbers in bfloat16")
+    if not x.numel():
+        raise Unsupported(f"{where}: does not take an empty tensor")
+
+
+def driver() -> Any:
+    """Triton's driver; where there is none, as in the interpreter, one that names an A100."""
+    try:
+        return triton.runtime.driver.active
+    except RuntimeError:
+        return SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 80, 32))
+
+
+@contextmanager
+def offline(x: Tensor | None = None) -> Iterator[None]:
+    """Inside, a launcher that asks about its GPU is answered, and takes the first config rather than time them all.
+
+    Only where x lies on no GPU (without x: where there is none); else nothing changes. The GPU told of is that which
+    Triton compiles for, and an A100 if kernels are interpreted. Errors: Unsupported if it is not one of `GPUS`.
+    """
+    if torch.cuda.is_available() if x is None else x.is_cuda:
+        yield
+        return
+    active = driver()
+    target = active.get_current_target()
+    if target.backend != "cuda" or target.arch not in GPUS:
+        raise Unsupported(f"compiled without a GPU only for {', '.join(f'sm_{arch}' for arch in GPUS)}")
+    name, processors = GPUS[target.arch]
+    gpu = SimpleNamespace(
+        name=name,
+        major=target.arch // 10,
+        minor=target.arch % 10,
+        multi_processor_count=processors,
+        shared_memory_per_block_optin=TARGETS[f"sm_{target.arch}"].block_shared,
+    )
+    answers = {
+        "get_device_properties": lambda device=None: gpu,
+        "get_device_capability": lambda device=None: (gpu.major, gpu.minor),
+        "current_device": lambda: 0,
+        "is_current_stream_capturing": lambda: False,
+        "device": lambda device=None: nullcontext(),
+    }
+    memory = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": gpu.shared_memory_per_block_optin})
+    with (
+        patch.multiple(torch.cuda, **answers),
+        patch.object(triton.runtime.driver, "_active", active),
+        patch.object(active, "utils", memory, create=True),
+        first_config(),
+    ):
+        yield
+
+
+@contextmanager
+def first_config() -> Iterator[None]:
+    """Inside, `triton.autotune` times nothing: the first config that the library's own pruning leaves is taken."""
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.nargs = dict(zip(self.arg_names, args))
+        config = self.prune_configs(kwargs)[0]
+        if knobs.runtime.interpret:  # which fails on an argument that is a bool and no constexpr
+            kwargs = {name: int(value) if isinstance(value, bool) else value for name, value in kwargs.items()}
+        if config.pre_hook:
+            config.pre_hook({**self.nargs, **kwargs, **config.all_kwargs()})
+        return self.fn.run(*args, **kwargs, **config.all_kwargs())
+
+    with patch.object(Autotuner, "run", run):
+        yield

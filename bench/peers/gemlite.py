@@ -1,0 +1,102 @@
+"""gemlite: Triton kernels chosen by rows: up to 4 a product without tensor cores, below 64 split along k, else whole.
+
+    pip install --no-deps --no-build-isolation gemlite==0.6.0.post2      # it also imports tqdm and numpy
+
+"gemlite" is the library as it is: below 64 rows, parts of a sum are added up by atomics in the dtype of x. In
+"gemlite_float32" they are in float32, its option `output_dtype`, and what it returns is then converted.
+
+`tune=False` runs the config that the library ships for this GPU, shape and group, else the first that its own pruning
+leaves; with `tune=True` it times its candidates for a shape it ships none for (tens of seconds each, the gate's small
+shapes included).
+
+float16 and bfloat16 (its float32 products are TF32); groups are multiples of 32; n is padded to a multiple of 128, as
+it is in every released model. It loads scales and zeros without a mask, past the last group too, where 0 · NaN would
+spoil a sum; so ours are followed by zeros. Without a GPU it is told of the one Triton compiles for, and reads the
+configs shipped for that.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vila_triton.ops import Int4, int4_matmul
+from vila_triton.ops.linear import codes
+from vila_triton.registry import Unsupported
+
+from ._awq import padded
+from ._offline import check, first_config, offline
+from ._prepared import prepared
+
+with offline():
+    gemlite: Any = import_module("gemlite")
+    core: Any = import_module("gemlite.core")
+    utils: Any = import_module("gemlite.triton_kernels.utils")
+
+CONFIGS = [{"tune": False}, {"tune": True}]
+DTYPES = {torch.float16: gemlite.DType.FP16, torch.bfloat16: gemlite.DType.BF16}
+SPARE = 32  # rows of scales and zeros after the last group: k is split 16 ways at most, and a tile is 1024 wide
+
+
+def layer(w: Int4, output: Any) -> Any:
+    """The library's own linear layer with this weight; `output`: the dtype it returns, else that of the weight."""
+    w = padded(w, 128)
+    n, k = w.shape
+    dtype = DTYPES[w.scales.dtype]
+    made = gemlite.GemLiteLinear(4, w.group, k, n, input_dtype=dtype, output_dtype=output or dtype)
+    made.pack(codes(w).to(torch.uint8), w.scales.contiguous(), w.zeros.contiguous())
+    for name in ("scales", "zeros"):  # [G, n]
+        rows = F.pad(getattr(made, name), (0, 0, 0, SPARE))
+        setattr(made, name, torch.nn.Parameter(rows[:-SPARE], requires_grad=False))
+    return made
+
+
+@cache
+def shipped(file: str) -> dict:
+    return json.loads(Path(file).read_text())
+
+
+@contextmanager
+def told(x: Tensor) -> Iterator[None]:
+    """What the library asked of its GPU when it was imported, asked again if x lies on none."""
+    with offline(x):
+        if x.is_cuda:
+            yield
+            return
+        with (
+            patch.object(core, "GEMLITE_TRITON_CONFIG_CACHE", shipped(core.get_default_cache_config())),
+            patch.object(utils, "GPU_COMPUTE_CAPABILITY", torch.cuda.get_device_capability()[0]),
+        ):
+            yield
+
+
+@int4_matmul.impl("gemlite", configs=CONFIGS)
+def int4_matmul_gemlite(x: Tensor, w: Int4, *, tune: bool) -> Tensor:
+    return run(x, w, tune)
+
+
+@int4_matmul.impl("gemlite_float32", configs=CONFIGS)
+def int4_matmul_gemlite_float32(x: Tensor, w: Int4, *, tune: bool) -> Tensor:
+    return run(x, w, tune, output=gemlite.DType.FP32).to(x.dtype)
+
+
+def run(x: Tensor, w: Int4, tune: bool, output: Any = None) -> Tensor:
+    check("gemlite", x, w.scales, dtypes=[*DTYPES])
+    if w.group % 32:
+        raise Unsupported(f"gemlite: the group is {w.group}, expected a multiple of 32")
+    if tune and not x.is_cuda:
+        raise Unsupported("gemlite: tunes itself only on a GPU")
+    n, k = w.shape
+    with told(x), nullcontext() if tune else first_config():
+        made = prepared(layer, w, output=output)
+        # The function under its custom op, since on tensors without data the op itself only tells its shape.
+        out = core.forward_functional._init_fn(x.reshape(-1, k), None, made.get_tensor_args(), made.get_meta_args())
+    return out[:, :n].reshape(*x.shape[:-1], n)

@@ -1,0 +1,51 @@
+"""GPTQModel's Triton AWQ GEMM: the plan its scheduler picks, sums in float32 (its default).
+
+    pip install --no-deps --no-build-isolation gptqmodel==7.7.0
+
+Only the file of the kernel is imported, since the package asks for a newer torch and patches transformers. float16; n
+is padded to a multiple of 8.
+"""
+
+import torch
+from torch import Tensor
+
+from vila_triton.ops import Int4, int4_matmul
+from vila_triton.registry import Unsupported
+
+from ._awq import Awq, awq, padded
+from ._borrow import borrow
+from ._offline import check, offline
+from ._prepared import prepared
+
+gemm = borrow("gptqmodel.quantization.awq.modules.triton.gemm")
+scheduler = borrow("gptqmodel.quantization.awq.modules.triton.scheduler")
+
+
+def layout(w: Int4) -> Awq:
+    return awq(padded(w, 8))
+
+
+@int4_matmul.impl("gptqmodel")
+def int4_matmul_gptqmodel(x: Tensor, w: Int4) -> Tensor:
+    check("gptqmodel", x, w.scales, dtypes=[torch.float16])
+    if w.group not in scheduler.SUPPORTED_GROUP_SIZES:
+        raise Unsupported(f"gptqmodel: the group is {w.group}, supported are {scheduler.SUPPORTED_GROUP_SIZES}")
+    n, k = w.shape
+    qweight, qzeros, scales = prepared(layout, w)
+    rows = x.reshape(-1, k).contiguous()  # [m, k]
+    with offline(x):
+        plan = scheduler.select_awq_triton_plan(
+            M=len(rows),
+            N=scales.shape[1],
+            K=k,
+            group_size=w.group,
+            device=x.device,
+            input_dtype=x.dtype,
+            compute_dtype=x.dtype,
+            output_dtype=x.dtype,
+        )
+        if plan.fused:
+            out = gemm.awq_gemm_triton(rows, qweight, scales, qzeros, output_dtype=x.dtype, **plan.as_kwargs())
+        else:
+            out = rows @ gemm.awq_dequantize_triton(qweight, scales, qzeros)
+    return out[:, :n].reshape(*x.shape[:-1], n)

@@ -1,0 +1,37 @@
+"""lmdeploy's `awq_linear`: Triton with inline PTX, which turns two codes at a time into float16.
+
+    pip install --no-deps lmdeploy==0.18.0
+
+Only `awq_kernels.py` is imported, since the package asks for older torch. float16, groups that are a power of two from
+16 (a block of k is a group); n is padded to a multiple of 128, its widest tile, because its loads have no mask in n.
+Not for the interpreter, which knows no inline PTX. Without a GPU its first config is compiled, with one it times two.
+"""
+
+import torch
+from torch import Tensor
+
+from vila_triton.ops import Int4, int4_matmul
+from vila_triton.registry import Unsupported
+
+from ._awq import Awq, awq, padded
+from ._borrow import borrow
+from ._offline import check, offline
+from ._prepared import prepared
+
+kernels = borrow("lmdeploy.pytorch.kernels.cuda.awq_kernels")
+
+
+def layout(w: Int4) -> Awq:
+    return awq(padded(w, 128))
+
+
+@int4_matmul.impl("lmdeploy")
+def int4_matmul_lmdeploy(x: Tensor, w: Int4) -> Tensor:
+    check("lmdeploy", x, w.scales, dtypes=[torch.float16], interpreted=False)
+    if w.group < 16 or w.group & (w.group - 1):
+        raise Unsupported(f"lmdeploy: the group is {w.group}, but its block of k is a group, a power of two from 16")
+    n, k = w.shape
+    qweight, qzeros, scales = prepared(layout, w)
+    with offline(x):
+        out = kernels.awq_linear(x.reshape(-1, k).contiguous(), qweight, scales, qzeros)
+    return out[:, :n].reshape(*x.shape[:-1], n)

@@ -1,0 +1,48 @@
+"""torchao's int4 linear in tinygemm's layout (`Int4TilePackedTo4dTensor`): CUDA, w = (code - 8) · scale + zero.
+
+    pip install --no-deps torchao==0.18.0
+
+bfloat16 and groups of 32, 64, 128 or 256 only. The zero of a group is (8 - z) · scale rounded to bfloat16, which moves
+every weight of it; k is padded to a multiple of 1024 and n to one of 8, as the library does.
+"""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vila_triton.ops import Int4, int4_matmul
+from vila_triton.ops.linear import codes
+from vila_triton.registry import Unsupported
+
+from ._awq import padded
+from ._borrow import needs_cuda
+from ._offline import check
+from ._prepared import prepared
+
+workflows: Any = import_module("torchao.quantization.quantize_.workflows")
+torchao: Any = import_module("torchao.quantization.utils")
+needs_cuda("torchao")
+GROUPS = (32, 64, 128, 256)
+INNER_K_TILES = 8  # the only one its tensor uses
+
+
+def layout(w: Int4) -> Tensor:
+    """The weight as the library's tensor of shape [n, k]."""
+    wide = padded(w, 8)
+    right = -w.shape[1] % 1024
+    q = F.pad(codes(wide), (0, right))
+    scales, zeros = (F.pad(x, (0, right // w.group)) for x in (wide.scales, (8 - wide.zeros) * wide.scales))
+    packed = torch.ops.aten._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), INNER_K_TILES)
+    shifts = torchao.pack_tinygemm_scales_and_zeros(scales, zeros, scales.dtype)
+    return workflows.Int4TilePackedTo4dTensor(packed, shifts, [1, w.group], torch.Size(w.shape))
+
+
+@int4_matmul.impl("torchao")
+def int4_matmul_torchao(x: Tensor, w: Int4) -> Tensor:
+    check("torchao", x, w.scales, dtypes=[torch.bfloat16], interpreted=False)
+    if w.group not in GROUPS:
+        raise Unsupported(f"torchao: the group is {w.group}, supported are {GROUPS}")
+    return F.linear(x, prepared(layout, w))

@@ -1,0 +1,217 @@
+"""Pictures of timed ops: the roofline, the time against a size, and how many times faster than others."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.ticker import EngFormatter
+
+from bench.figure import COLOURS, GREY, MARKERS, figure, legend, panels, sizes_axis, unit_axis
+from vila_triton.registry import REFERENCE
+
+from .picture import Picture, Row, spelled
+
+USUALLY_SWEPT = ("m", "rows", "s", "t", "b")
+
+
+def impl_styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """A colour for each implementation; peers are dashed, the reference is grey."""
+    names = sorted({(bool(row["peer"]), row["impl"]) for row in rows if row["impl"] != REFERENCE})
+    styles: dict[str, dict[str, Any]] = {REFERENCE: {"color": GREY, "linestyle": ":"}}
+    for (peer, name), colour in zip(names, COLOURS * len(names)):
+        styles[name] = {"color": colour, "linestyle": "--" if peer else "-"}
+    return styles
+
+
+def roofline(rows: Mapping[str, Sequence[Row]]) -> Iterator[Picture]:
+    """Every measured point under the ceilings measured in the same run; the best of ours of each op is named.
+
+    Hollow points were too small to leave the cache, and so may lie above what memory allows.
+    """
+    points, ceilings = rows["op"], rows["ceiling"][-1:]
+    fig, ax = figure("Roofline: every measured point", 9, 5.6)
+    styles, ops = impl_styles(points), sorted({row["op"] for row in points})
+    for row in points:
+        colour, marker = styles[row["impl"]]["color"], MARKERS[ops.index(row["op"]) % len(MARKERS)]
+        face = colour if row["cold"] else "none"
+        ax.plot(*place(row), marker, color=colour, markerfacecolor=face, markersize=5, alpha=0.75, markeredgewidth=0.8)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for most in ceilings:
+        roofs(ax, most, {row["sizes"].get("dtype", "float32") for row in points})
+    for op in ops:
+        ours = [row for row in points if row["op"] == op and not row["peer"]]
+        if ours:
+            name_best(ax, ours, ceilings)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high * (high / low) ** 0.27)  # room for the names
+    unit_axis(ax.xaxis, None)
+    unit_axis(ax.yaxis, "FLOP/s")
+    ax.set_xlabel("FLOP for each byte that must move")
+    ax.set_ylabel("rate")
+    for name in (name for name in styles if any(row["impl"] == name for row in points)):
+        ax.plot([], [], "o", color=styles[name]["color"], label=name)
+    for i, op in enumerate(ops):
+        ax.plot([], [], MARKERS[i % len(MARKERS)], color="#999999", label=op)
+    if not all(row["cold"] for row in points):
+        ax.plot([], [], "o", color="#999999", markerfacecolor="none", label="hollow: out of the cache")
+    legend(fig, [ax])
+    yield Picture("roofline", fig, [*points, *ceilings])
+
+
+def place(row: Row) -> tuple[float, float]:
+    return row["flops"] / row["bytes"], row["flops"] / row["seconds"]
+
+
+def roofs(ax: Axes, most: Row, dtypes: set[str]) -> None:
+    """The bandwidth as a slope, and the rate of each dtype that was timed as a level."""
+    left, right = ax.get_xlim()
+    rates = {dtype: most["flops"][dtype] for dtype in dtypes if dtype in most["flops"]}
+    right = max(right, 2 * max(rates.values(), default=0) / most["bandwidth"])
+    top = max(rates.values(), default=most["bandwidth"] * right)
+    slope = f"memory, {EngFormatter('B/s', places=2)(most['bandwidth'])}"
+    ax.plot([left, top / most["bandwidth"]], [left * most["bandwidth"], top], color="black", linewidth=1, label=slope)
+    for (dtype, rate), line in zip(sorted(rates.items()), ("-", "--", ":")):
+        name = f"{dtype}, {EngFormatter('FLOP/s', places=0)(rate)}"
+        ax.plot([rate / most["bandwidth"], right], [rate, rate], line, color="black", linewidth=1, label=name)
+    ax.set_xlim(left, right)
+
+
+def name_best(ax: Axes, ours: Sequence[Row], ceilings: Sequence[Row]) -> None:
+    """Name the point of the highest rate above the roof, where there are no points."""
+    best = max(ours, key=lambda row: place(row)[1])
+    x, y = place(best)
+    top = y
+    for most in ceilings:
+        top = max(y, min(most["bandwidth"] * x, most["flops"].get(best["sizes"].get("dtype", "float32"), y)))
+    ax.plot([x, x], [y, 1.25 * top], color=GREY, linewidth=0.6)
+    name = f"{best['op']} {best['impl']} {spelled(best['sizes'], varying(ours)[:1])}"
+    ax.annotate(name, (x, 1.25 * top), (0, 3), textcoords="offset points", fontsize=7, color=GREY, rotation=55)
+
+
+def varying(rows: Sequence[Row]) -> list[str]:
+    """The sizes that differ between rows, those first that are usually swept, and of these the one with most values."""
+    values = {name: {row["sizes"][name] for row in rows} for name in rows[0]["sizes"]}
+    found = [name for name, seen in values.items() if len(seen) > 1 and all(isinstance(x, int) for x in seen)]
+    return sorted(found, key=lambda name: (name not in USUALLY_SWEPT, -len(values[name])))
+
+
+def sweeps(rows: Sequence[Row]) -> dict[str, dict[tuple[tuple[str, Any], ...], list[Row]]]:
+    """Rows of one op by the size that varies in their case, then by the sizes that stay; the fastest config of each."""
+    best: dict[Any, Row] = {}
+    for row in rows:
+        key = row["impl"], tuple(row["sizes"].items())
+        if key not in best or row["seconds"] < best[key]["seconds"]:
+            best[key] = row
+    cases: dict[str, list[Row]] = defaultdict(list)
+    for row in best.values():
+        cases[row["case"]].append(row)
+    found: dict[str, dict[Any, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for case in cases.values():
+        swept = (varying(case) or list(case[0]["sizes"]))[0]
+        for row in case:
+            fixed = tuple((name, value) for name, value in row["sizes"].items() if name != swept)
+            found[swept][fixed].append(row)
+    return found
+
+
+def headings(shapes: Sequence[tuple[tuple[str, Any], ...]]) -> tuple[list[str], str]:
+    """What tells the shapes apart, one text each, and what they share."""
+    tables = [dict(shape) for shape in shapes]
+    differ = [name for name in tables[0] if len({str(table.get(name)) for table in tables}) > 1]
+    shared = spelled(tables[0], [name for name in tables[0] if name not in differ])
+    return [spelled(table, differ) or shared for table in tables], shared if differ else ""
+
+
+def time(rows: Mapping[str, Sequence[Row]]) -> Iterator[Picture]:
+    """Seconds against the size that varies, a panel a shape; the band is the 20th to the 80th percentile."""
+    for op in sorted({row["op"] for row in rows["op"]}):
+        of_op = [row for row in rows["op"] if row["op"] == op]
+        styles = impl_styles(of_op)
+        for swept, shapes in sweeps(of_op).items():
+            names, shared = headings(list(shapes))
+            fig, axes = panels(f"{op}: time against {swept}" + f"   {shared}" * bool(shared), names)
+            for ax, found in zip(axes, shapes.values()):
+                for impl in sorted({row["impl"] for row in found}, key=list(styles).index):
+                    line(ax, [row for row in found if row["impl"] == impl], swept, impl, styles[impl])
+                for most in rows["ceiling"][-1:]:
+                    limit(ax, found, swept, most)
+                sizes_axis(ax, [row["sizes"][swept] for row in found])
+                ax.set_yscale("log")
+                unit_axis(ax.yaxis, "s")
+                ax.set_xlabel(swept)
+            axes[0].set_ylabel("time of a call")
+            legend(fig, axes)
+            yield Picture(f"time-{op}-{swept}", fig, [*of_op, *rows["ceiling"][-1:]])
+
+
+def line(ax: Axes, rows: Sequence[Row], swept: str, name: str, style: Mapping[str, Any]) -> None:
+    rows = sorted(rows, key=lambda row: row["sizes"][swept])
+    x = [row["sizes"][swept] for row in rows]
+    ax.plot(x, [row["seconds"] for row in rows], marker=".", label=name, **style)
+    low, high = ([row[end] for row in rows] for end in ("low", "high"))
+    ax.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def limit(ax: Axes, rows: Sequence[Row], swept: str, most: Row) -> None:
+    """The least a call takes under the ceilings: its bytes or its flops, whichever take longer."""
+    least = {}
+    for row in rows:
+        rate = most["flops"].get(row["sizes"].get("dtype", "float32"), float("inf"))
+        least[row["sizes"][swept]] = max(row["bytes"] / most["bandwidth"], row["flops"] / rate)
+    ax.plot(*zip(*sorted(least.items())), color="black", linewidth=0.8, label="limit of this machine")
+
+
+def speedup(rows: Mapping[str, Sequence[Row]]) -> Iterator[Picture]:
+    """How many times longer others take than the fastest of ours, a panel for each of them, shape by size."""
+    for op in sorted({row["op"] for row in rows["op"]}):
+        of_op = [row for row in rows["op"] if row["op"] == op]
+        others = sorted({row["impl"] for row in of_op if row["peer"] or row["impl"] == REFERENCE})
+        for swept, shapes in sweeps(of_op).items():
+            values = sorted({row["sizes"][swept] for found in shapes.values() for row in found})
+            tables = {other: ratios(shapes, swept, values, other) for other in others}
+            tables = {other: table for other, table in tables.items() if not np.isnan(table).all()}
+            if not tables:
+                continue
+            names, shared = headings(list(shapes))
+            if len(names) == 1:
+                names, shared = [""], names[0]
+            fig, axes = panels(
+                f"{op}: ours against others   {shared}",
+                [f"time of {other} / time of our fastest" for other in tables],
+                columns=2,
+                width=1.6 + 0.62 * len(values) + 0.06 * max(map(len, names)),
+                height=0.9 + 0.34 * len(names),
+            )
+            for ax, table in zip(axes, tables.values()):
+                heat(ax, table, [str(x) for x in values], names)
+                ax.set_xlabel(swept)
+            yield Picture(f"speedup-{op}-{swept}", fig, of_op)
+
+
+def ratios(shapes: Mapping[Any, Sequence[Row]], swept: str, values: Sequence[int], other: str) -> np.ndarray:
+    """[shapes, values]: how many times as long as the fastest of ours; NaN where one of the two has no time."""
+    table = np.full((len(shapes), len(values)), np.nan)
+    for i, found in enumerate(shapes.values()):
+        for j, value in enumerate(values):
+            here = [row for row in found if row["sizes"][swept] == value]
+            ours = [row["seconds"] for row in here if not row["peer"] and row["impl"] != REFERENCE]
+            theirs = [row["seconds"] for row in here if row["impl"] == other]
+            if ours and theirs:
+                table[i, j] = min(theirs) / min(ours)
+    return table
+
+
+def heat(ax: Axes, table: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
+    """Blue where ours is faster, red where slower, white at the same, the colours ending at 4 times."""
+    ax.imshow(np.log2(table), cmap="RdBu", norm=TwoSlopeNorm(0, -2, 2), aspect="auto")
+    for (i, j), ratio in np.ndenumerate(table):
+        text = "-" if np.isnan(ratio) else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+        colour = "white" if abs(np.log2(ratio)) > 1.2 else "black"
+        ax.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.grid(False)

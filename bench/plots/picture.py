@@ -1,0 +1,23 @@
+"""What every drawing function gets and gives."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, the name of its files, and the rows it was made from: they give it its stamp."""
+
+    name: str
+    figure: Figure
+    rows: Sequence[Row]
+
+
+def spelled(values: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The named entries, as "n=4096 G=32"."""
+    return " ".join(f"{name}={values[name]}" for name in names)

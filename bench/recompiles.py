@@ -1,0 +1,172 @@
+"""Which arguments cause which recompilation? `python -m bench.recompiles [OP ...]`
+
+Triton compiles a kernel anew for every new key: the types of its arguments, which of the integers are 1 or divisible by
+16, which pointers are aligned, and the values of the compile-time constants. Here the launchers run over a sweep of
+what varies while a model serves, the numbers of tokens, of cached tokens and of sequences, and nothing is compiled: the
+keys alone are made. For each new key the table names the arguments that set it apart from the most similar one before.
+
+The most variants a kernel may have stand in configs/bench/variants.toml; a kernel with more is an error.
+"""
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+
+from vila_triton.choices import configs
+from vila_triton.registry import OPS, Op, Unsupported
+
+from .cases import combinations
+from .compiled import elsewhere, holds_kernels, launching, prepare
+
+TOKENS = (1, 2, 3, 16, 17, 32, 100)
+SWEEP = {  # sizes that vary while one model serves, in the alphabet of vila_triton/ops; the others are the model's
+    "m": TOKENS,
+    "rows": TOKENS,
+    "s": TOKENS,
+    "t": (0, 1, 15, 16, 100, 256, 300),
+    "b": (1, 2, 16),
+}
+Key = dict[str, Any]  # argument -> (type, what Triton assumes of it), option -> value
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A key that made Triton compile, the sizes of the call, and what sets it apart from the nearest key before."""
+
+    key: Key
+    sizes: dict[str, Any]
+    reasons: list[str]
+
+
+@dataclass
+class Trace:
+    """The variants of each kernel, by name, and the calls made."""
+
+    variants: dict[str, list[Variant]] = field(default_factory=dict)
+    calls: int = 0
+
+    def meet(self, kernel: str, key: Key, sizes: dict[str, Any]) -> None:
+        """Take note of a launch."""
+        known = self.variants.setdefault(kernel, [])
+        if all(key != variant.key for variant in known):
+            nearest = min((v.key for v in reversed(known)), key=lambda old: len(list(reasons(old, key))), default=None)
+            known.append(Variant(key, sizes, list(reasons(nearest, key)) if nearest is not None else ["first call"]))
+
+
+def key_of(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Key:
+    """The key Triton would look the launch up by, by name of argument."""
+    device = 0 if not kernel.device_caches else next(iter(kernel.device_caches))
+    *_, binder = kernel.device_caches[device]
+    _, specialization, options = binder(*args, **kwargs)
+    return {p.name: tuple(x) for p, x in zip(kernel.params, specialization, strict=True)} | options
+
+
+def reasons(old: Key, new: Key) -> Iterator[str]:
+    """What differs, argument by argument, in words."""
+    for name in new:
+        a, b = old.get(name), new[name]
+        if a != b:
+            yield f"{name} {words(a, b)}"
+
+
+def words(old: Any, new: Any) -> str:
+    if not isinstance(old, tuple) or not isinstance(new, tuple):
+        return f"{old} -> {new}"
+    (old_type, old_note), (new_type, new_note) = old, new
+    if old_type == new_type == "constexpr":
+        return f"= {old_note} -> {new_note}"
+    if new_type == "constexpr":
+        return f"became {new_note}"
+    if old_type == "constexpr":
+        return f"is no longer {old_note}"
+    if old_type != new_type:
+        return f"{old_type} -> {new_type}"
+    return "became divisible by 16" if "D" in str(new_note) else "is no longer divisible by 16"
+
+
+def sweep(op: Op) -> Iterator[dict[str, Any]]:
+    """The sizes of every call of the sweep: all combinations of those of SWEEP, the rest representative.
+
+    Errors: ValueError if the op has none of them.
+    """
+    varying = [name for name in op.domain if name in SWEEP]
+    if not varying:
+        raise ValueError(f"{op.name} has none of the sizes {', '.join(SWEEP)}, but {', '.join(op.domain)}")
+    usual = next(combinations({}, op))
+    for values in product(*(SWEEP[name] for name in varying)):
+        yield usual | dict(zip(varying, values))
+
+
+def trace(where: tuple[str, str]) -> Trace:
+    """Launch the default config of an implementation, (op, name), over the sweep, compiling nothing."""
+    op = OPS[where[0]]
+    impl = op.impls[where[1]]
+    found = Trace()
+    sizes: dict[str, Any] = {}
+
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        found.meet(self.fn.__name__, key_of(self, args, kwargs), sizes)
+
+    with launching("sm_90", note):
+        for sizes in sweep(op):
+            args = op.example(**sizes, rng=torch.Generator().manual_seed(0), device="meta")
+            try:
+                impl(*args)
+            except Unsupported:
+                continue
+            found.calls += 1
+    return found
+
+
+def limit(kernel: str) -> int:
+    """The most variants a kernel may have in the sweep."""
+    table = tomllib.loads((configs() / "bench" / "variants.toml").read_text())
+    return table.get(kernel, table["default"])
+
+
+def run(ops: Sequence[str], folder: str | None) -> list[str]:
+    """Print the variants of every kernel of the ops, or of all; returns a line for each kernel that has too many.
+
+    Errors: ValueError for an op there is not.
+    """
+    prepare(folder, peers=False)
+    if unknown := set(ops) - set(OPS):
+        raise ValueError(f"no op {', '.join(sorted(unknown))}; there are: {', '.join(OPS)}")
+    chosen = [OPS[name] for name in ops or OPS]
+    places = [(op.name, impl.name) for op in chosen for impl in op.impls.values() if holds_kernels(impl)]
+    many = []
+    for (op, impl), found in zip(places, elsewhere(trace, places, folder=folder)):
+        for kernel, variants in found.variants.items():
+            most = limit(kernel)
+            print(f"{op} {impl} {kernel}: {found.calls} calls, {len(variants)} variants, at most {most}")
+            for variant in variants:
+                at = " ".join(f"{name}={variant.sizes[name]}" for name in variant.sizes if name in SWEEP)
+                print(f"    {at:20} {'; '.join(variant.reasons)}")
+            if len(variants) > most:
+                many.append(f"{kernel}: {len(variants)} variants, at most {most} (configs/bench/variants.toml)")
+    return many
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", metavar="OP", help="default: all")
+    parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
+    args = parser.parse_args()
+    try:
+        many = run(args.ops, args.kernels)
+    except ValueError as error:
+        print(f"bench.recompiles: {error}", file=sys.stderr)
+        return 2
+    for line in many:
+        print(f"bench.recompiles: {line}", file=sys.stderr)
+    return int(bool(many))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Which config of a kernel is fastest at which sizes? `python -m bench.tune int4_matmul --case decode --minutes 30`
+
+Candidates are the configs of an implementation and those of its search space (`Space`, in the kernel's file). Before
+anything is launched one is dropped if the cost model (bench/tuner/cost.py) says it takes --worse-than times as long as
+the best, or if, cross-compiled, it spills registers or wants more shared memory than there is. What is left passes the
+gate and is timed. Without a GPU there is nothing to time Triton kernels with but the cost model itself: such a table
+says so in the name of its device, and no call looks it up.
+
+All that is found is kept in a journal (bench/tuner/journal.py), so that a run that was ended in any way goes on where
+it was. The table goes to configs/tuned/ if it was timed on a GPU. --report prints what journals say without searching
+on, --check the entries of tables that no longer hold.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from vila_triton import tuned
+from vila_triton.registry import OPS, Impl
+
+from . import rows
+from .cases import cases, names
+from .compiled import holds_kernels
+from .tuner import cost, table
+from .tuner.cluster import Cluster
+from .tuner.journal import searches
+from .tuner.search import COST_MODEL, Plan, Search, identity
+from .tuner.workers import Processes, Workers
+
+JOURNALS = rows.RESULTS / "tune"
+
+
+def plan_for(impl: Impl, args: argparse.Namespace) -> Plan:
+    """How to search. Errors: ValueError if the timer cannot time this here."""
+    here = torch.cuda.is_available()
+    device = torch.device("cuda" if here else "cpu")
+    timer = (args.timer or "").replace("-", " ") or ("gpu" if here else COST_MODEL if holds_kernels(impl) else "cpu")
+    arch = args.arch or ("sm_{}{}".format(*torch.cuda.get_device_capability()) if here else "sm_90")
+    if arch not in cost.CHIPS:
+        raise ValueError(f"the cost model does not know {arch}; --arch takes {', '.join(cost.CHIPS)}")
+    if timer == "gpu" and not here:
+        raise ValueError("--timer gpu: torch sees no GPU here")
+    if timer == "cpu" and (here or holds_kernels(impl)):
+        raise ValueError(f"--timer cpu: {'this machine has a GPU' if here else f'{impl.name} runs here interpreted'}")
+    if timer == COST_MODEL and not (impl.space and impl.space.launch):
+        raise ValueError(f"--timer cost-model: {impl.file.name} has no Space with a launch for {impl.name}")
+    gpu = cost.gpu(arch)
+    stamp = rows.stamp(device)
+    if timer == COST_MODEL:
+        stamp["device"] = f"{gpu.name} ({COST_MODEL})"
+    return Plan(timer, stamp["device"], gpu, args.worse_than, args.budget, stamp)
+
+
+def chosen(args: argparse.Namespace) -> list[Impl]:
+    """The implementations to tune: those named, or all with more than one config. Errors: ValueError naming them."""
+    found = []
+    for op in args.ops or names():
+        cases(op)  # the op exists
+        impls = OPS[op].impls
+        if args.impl and args.impl not in impls:
+            raise ValueError(f"{op} has no implementation {args.impl!r}; there are: {', '.join(impls)}")
+        tunable = [impl for impl in impls.values() if impl.space or len(impl.configs) > 1]
+        if args.ops and not tunable:
+            raise ValueError(f"{op} has nothing to tune: no implementation has a space or more than one config")
+        if tunable and OPS[op].sizes_of is None:
+            raise ValueError(f"{op} has no sizes (@{op}.sizes), so nothing could look its table up")
+        found += [impl for impl in tunable if args.impl in (None, impl.name)]
+    if not found:
+        raise ValueError(f"{args.impl} has one config and no space, so there is nothing to tune")
+    return found
+
+
+class Progress:
+    """A line on standard error: how far the search is, and how long the rest takes if it goes on at this rate."""
+
+    def __init__(self, search: Search):
+        self.search, self.before, self.start, self.last = search, search.done, time.monotonic(), 0.0
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        interactive = sys.stderr.isatty()
+        if now - self.last < (0.2 if interactive else 10):
+            return
+        self.last = now
+        text = f"{self.search.impl.op} {self.search.impl.name}: {self.line(now - self.start)}"
+        print(f"\r{text:100}" if interactive else text, end="" if interactive else "\n", file=sys.stderr, flush=True)
+
+    def line(self, gone: float) -> str:
+        done, count = self.search.done, len(self.search.candidates)
+        found = {kind: len(known) for kind, known in self.search.journal.found.items()}
+        new = done - self.before
+        left = clock(gone / new * (count - done)) if new else "unknown until the first round is through"
+        held = f"compiled {found['compiled']}, gated {found['gated']}"
+        return f"{done}/{count} candidates done ({held}), {clock(gone)} gone, time left: {left}"
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline: float) -> bool:
+    """Search on, write the table, print the report; without workers from what the journal has. Whether all is done."""
+    plan = plan_for(impl, args)
+    folder = args.out or JOURNALS
+    now = identity(impl, plan)
+    for file, then in searches(folder, impl.op, impl.name).items():
+        changed = [key for key in now if then.get(key) != now[key]]
+        if changed and "device" not in changed and "timer" not in changed:
+            print(f"stale: {file.name} was made with another {', '.join(changed)}; it is left as it is and not used")
+    search = Search(impl, cases(impl.op, args.case), plan, folder)
+    before = search.done
+    print(f"{impl.op} {impl.name} on {plan.device}: {len(search.candidates)} candidates, {before} done before")
+    progress = Progress(search)
+    stopped = ""
+    if workers:
+        try:
+            search.run(workers, deadline, progress)
+        except KeyboardInterrupt:
+            stopped = "stopped"
+        if not stopped and search.done < len(search.candidates):
+            stopped = "out of time"
+    if stopped:
+        print(f"{stopped} with {search.done} of {len(search.candidates)} candidates done: the best so far follow")
+    rows_found = list(search.journal.found["tune"].values())
+    for status, count in Counter(row["status"] for row in rows_found).items():
+        reasons = Counter(row["reason"] for row in rows_found if row["status"] == status and row["reason"])
+        often = "".join(f"; most often: {reason} ({n})" for reason, n in reasons.most_common(1))
+        print(f"  {status:8}{count:6} candidates x sizes{often}")
+    entry = table.entry(now, rows_found, OPS[impl.op].varying)
+    if entry is None:
+        print("nothing was timed, so there is no table")
+    else:
+        where = args.out or (tuned.folder() if plan.timer == "gpu" else JOURNALS)
+        file = table.write(where, plan.device, entry)
+        if plan.timer == COST_MODEL:
+            print("The timer is the COST MODEL: nothing was run to take a time, these seconds are predictions.")
+        print("\n".join(table.report(rows_found, impl.configs[0], OPS[impl.op].varying)))
+        print(f"table {file}\njournal {search.journal.file}")
+    if stopped == "stopped":
+        raise KeyboardInterrupt
+    return not stopped
+
+
+def stale(folder: Path) -> Iterator[str]:
+    """The entries of the tables of a folder that do not hold, and why."""
+    for file in sorted(folder.glob("*.json")):
+        held = tuned.read(file)
+        if tuned.file_of(held["device"], folder) != file:
+            yield f"{file.name}: was made on {held['device']}"
+        for entry in held["entries"]:
+            impl = OPS[entry["op"]].impls.get(entry["impl"]) if entry["op"] in OPS else None
+            why = list(tuned.changes(entry, impl).values()) if impl else ["there is no such implementation"]
+            if why:
+                yield f"{file.name}: {entry['op']} {entry['impl']}: {'; '.join(why)}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", metavar="OP", help="default: all with something to tune")
+    parser.add_argument("--impl", help="only this implementation")
+    parser.add_argument("--case", help="a name of configs/bench/OP.toml; default: all")
+    parser.add_argument("--timer", choices=("gpu", "cpu", "cost-model"), help="default: what this machine can do")
+    parser.add_argument(
+        "--arch", help=f"compile and predict for it: {', '.join(cost.CHIPS)}; default: the GPU's, or sm_90"
+    )
+    parser.add_argument("--worse-than", type=float, default=3.0, metavar="X", help="default: %(default)s")
+    parser.add_argument("--budget", type=float, default=0.05, help="seconds for each of the two runs of a time")
+    parser.add_argument("--minutes", type=float, help="stop after so long, with the best so far")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile and gate")
+    parser.add_argument(
+        "--ray", nargs="?", const="local", metavar="ADDRESS", help="a Ray cluster; default: a local one"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the journals and the table")
+    parser.add_argument("--report", action="store_true", help="do not search, only show what the journals say")
+    parser.add_argument("--check", action="store_true", help="list entries of tables that no longer hold")
+    args = parser.parse_args()
+    workers: Workers | None = None
+    try:
+        known = chosen(args)
+        if args.check:
+            found = list(stale(args.out or tuned.folder()))
+            print("\n".join(found) or "all entries hold")
+            return 1 if found else 0
+        for impl in known:
+            plan_for(impl, args)
+        if not args.report:
+            workers = Cluster(args.ray, args.workers) if args.ray else Processes(args.workers)
+        end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
+        for i, impl in enumerate(known):
+            now = time.monotonic()
+            tune(impl, args, workers, now + (end - now) / (len(known) - i))
+    except ValueError as error:
+        print(f"bench.tune: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if workers:
+            workers.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""The jobs of a search as tasks of a Ray cluster. https://docs.ray.io"""
+
+import os
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+
+import torch
+
+from ..rows import ROOT
+from .jobs import Answer, Job
+from .workers import Processes
+
+RETRIES = 3  # of a task whose worker dies
+BATCH = 2  # jobs a task
+PRIORITY = {"worker_niceness": 0}  # that of any process; Ray's workers have less
+GPUS = {"compile": 0, "gate": 0.25, "time": 1}  # a task takes, where there are any
+
+
+_processes: dict[str, Processes] = {}  # of a worker, by the GPUs it was given
+
+
+def answers(stage: str, jobs: Sequence[Job]) -> list[Answer]:
+    """What a task does: as in a run without Ray, the jobs of each stage have a process, which the next task finds."""
+    mine = _processes.setdefault(os.environ.get("CUDA_VISIBLE_DEVICES", ""), Processes(1))
+    return [mine.answer(stage, job) for job in jobs]
+
+
+class Cluster:
+    """Tasks of a batch of jobs each. Ray gives a task to another worker when its own dies.
+
+    address: of a running cluster whose GPUs, if any, are like the one here, to which this checkout travels; or "local"
+    to start one of `count` workers. Errors: ValueError if Ray is not installed or does not reach the cluster.
+    """
+
+    def __init__(self, address: str, count: int):
+        try:
+            self.ray = import_module("ray")
+        except ModuleNotFoundError:
+            raise ValueError("--ray: Ray is not installed; pip install ray") from None
+        if address == "local":
+            path = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+            start = {"num_cpus": count, "include_dashboard": False, "runtime_env": path, "_system_config": PRIORITY}
+        else:
+            checkout = {"working_dir": str(ROOT), "excludes": [".git", "bench/results", "*.safetensors"]}
+            start = {"address": address, "runtime_env": checkout}
+        try:
+            self.ray.init(**start, log_to_driver=False, logging_level="error")
+        except ConnectionError as error:
+            raise ValueError(f"--ray: no cluster at {address}: {error}") from None
+        self.width = int(self.ray.cluster_resources().get("CPU", 1))
+        self.task = self.ray.remote(max_retries=RETRIES)(answers)
+
+    def run(self, stage: str, jobs: Sequence[Job]) -> Iterator[tuple[int, Answer]]:
+        gpus = GPUS[stage] if torch.cuda.is_available() else 0
+        task = self.task.options(num_gpus=gpus)
+        batches = [range(i, min(i + BATCH, len(jobs))) for i in range(0, len(jobs), BATCH)]
+        running = {task.remote(stage, [jobs[i] for i in batch]): batch for batch in batches}
+        while running:
+            (done, *_), _ = self.ray.wait(list(running))
+            batch = running.pop(done)
+            try:
+                yield from zip(batch, self.ray.get(done))
+            except self.ray.exceptions.WorkerCrashedError:
+                if len(batch) == 1:
+                    yield batch[0], {"reason": f"its process died {RETRIES + 1} times"}
+                else:  # a job of the batch kills its worker; which one, shows when each is a task
+                    running |= {task.remote(stage, [jobs[i]]): range(i, i + 1) for i in batch}
+
+    def close(self) -> None:
+        self.ray.shutdown()

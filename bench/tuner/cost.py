@@ -1,0 +1,87 @@
+"""How long a launch takes on paper, from what the kernel's file says of it (`Space.launch`) and figures of the GPU.
+
+Programs run in waves, as many at a time as shared memory and warps allow. A wave of p programs takes one latency and
+
+    memory   the larger of its share of the bytes any kernel must move at the memory's bandwidth, and all its bytes at
+             the rate of the L2 cache or, if less, at what is under way at once: p · stage · num_stages a latency
+    compute  dots at the rate of the tensor cores and lanes at that of the others, as far as there are warps: an SM
+             reaches its rate with one warp on each of its four parts
+
+whichever is more, or both in turn where num_stages is 1 and so nothing is loaded ahead.
+
+It knows no registers, bank conflicts, instruction counts or clocks, takes L2 to be 2.5 times as fast as memory and one
+latency to be 0.8 us. So it is for leaving out what cannot be good, and for a run without a GPU; its seconds are never
+those of a table that is served from.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vila_triton.choices import configs
+from vila_triton.registry import OPS, Impl
+from vila_triton.space import Launch
+
+from ..targets import TARGETS
+
+LATENCY = 8e-7  # seconds from a load to its data, memory being busy
+LAUNCH = 3e-6  # seconds
+L2 = 2.5  # times the bandwidth of memory
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the model goes by: SMs, single operations a second on their lanes, and from configs/bench/gpus.toml bytes a
+    second and float16 flops a second of the tensor cores.
+    """
+
+    arch: str
+    name: str
+    sms: int
+    lanes: float
+    bandwidth: float
+    dots: float
+
+
+# By architecture: name in gpus.toml, SMs, lanes · clock. NVIDIA's whitepapers on the architectures.
+CHIPS = {"sm_80": ("A100", 108, 9.7e12), "sm_89": ("4090", 128, 4.13e13), "sm_90": ("H100", 132, 2.97e13)}
+
+
+def gpu(arch: str) -> Gpu:
+    name, sms, lanes = CHIPS[arch]
+    sheet = tomllib.loads((configs() / "bench" / "gpus.toml").read_text())[name]
+    return Gpu(arch, sheet["name"], sms, lanes, sheet["bandwidth"], sheet["flops"])
+
+
+def predict(impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, Any], on: Gpu) -> float | None:
+    """Seconds of one launch; None if the file of the implementation does not say what a launch does."""
+    if not impl.space or not impl.space.launch:
+        return None
+    launch = impl.space.launch(config, **sizes)
+    if not launch.programs:
+        return LAUNCH
+    least = min(1.0, OPS[impl.op].cost(**sizes)[1] / (launch.programs * launch.bytes))  # the share no kernel can spare
+    slots = on.sms * resident(launch, config, on)
+    full, rest = divmod(launch.programs, slots)
+    half = sizes.get("dtype", "float32") != "float32"
+    waves = [(full, slots), (1, rest)]
+    return LAUNCH + sum(n * wave(p, launch, config, least, on, half) for n, p in waves if p)
+
+
+def resident(launch: Launch, config: Mapping[str, Any], on: Gpu) -> int:
+    """Programs that run on one SM at a time."""
+    target = TARGETS[on.arch]
+    shared = target.shared // (launch.stage * config.get("num_stages", 1) + target.reserved)
+    return max(1, min(shared, target.warps // config.get("num_warps", 4), target.blocks))
+
+
+def wave(p: int, launch: Launch, config: Mapping[str, Any], least: float, on: Gpu, half: bool) -> float:
+    """Seconds in which p programs, all under way at once, are done."""
+    stages = config.get("num_stages", 1)
+    rate = min(L2 * on.bandwidth, p * max(launch.stage, 1) * stages / LATENCY)
+    memory = max(p * launch.bytes / rate, p * launch.bytes * least / on.bandwidth)
+    share = min(1.0, p * config.get("num_warps", 4) / (4 * on.sms))
+    dots = on.dots if half else 2 * on.lanes  # float32 is multiplied on the lanes
+    compute = p * (launch.dots / dots + launch.lanes / on.lanes) / share
+    return LATENCY + (memory + compute if stages == 1 else max(memory, compute))

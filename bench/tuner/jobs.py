@@ -1,0 +1,121 @@
+"""The work of a search, a job at a time: compile a candidate, gate it, time it. A job and its answer are plain JSON.
+
+    {"stage": "compile", "op": ..., "impl": ..., "config": {...}, "sizes": {...}, "arch": "sm_90"}
+        -> {"reason": why it may not be launched or None, "registers": ..., "spills": ..., "shared": ...}
+    {"stage": "gate", ...}  -> {"reason": why its numbers are not those of the op, or None}
+    {"stage": "time", ..., "budget": seconds}  -> {"seconds": ..., "again": ...} or {"reason": ...}
+
+`python -m bench.tuner.jobs` answers the jobs on its standard input, one a line. Each stage has processes of its own:
+they differ in their environment, and a kernel that kills its process or its CUDA context does not end the search.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from vila_triton.registry import OPS, Impl, OneOf, Sizes, Unsupported, discover
+
+from ..cases import Case
+from ..compiled import Call, compile_call, resources
+from ..gate import gate
+from ..targets import TARGETS
+from ..timing import measure
+
+Job = Mapping[str, Any]
+Answer = dict[str, Any]
+
+
+def environment(stage: str) -> dict[str, str]:
+    """What the processes of a stage have in their environment; kernels are interpreted only to gate them on a CPU."""
+    interpreted = stage != "compile" and not torch.cuda.is_available()
+    threads = {} if stage == "time" else {"OMP_NUM_THREADS": "1"}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if stage == "compile" else {}
+    return {"TRITON_INTERPRET": str(int(interpreted)), **threads, **hidden}
+
+
+def as_compiled(domain: Mapping[str, Sizes | OneOf], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Small sizes for which the compiler makes the same kernel: it tells 1, multiples of 16 and other numbers apart.
+
+    That holds for sizes that are arguments of a kernel. Where one is a constant, a kernel like it is made, unless it is
+    a `OneOf`, of which each value is kept.
+    """
+    small = dict(sizes)
+    for name, values in domain.items():
+        if isinstance(values, Sizes) and sizes[name] != 1:
+            alike = [
+                n for n in range(values.low, values.high + 1) if n > 1 and (n % 16 == 0) == (sizes[name] % 16 == 0)
+            ]
+            small[name] = max(alike, default=16 + sizes[name] % 16)
+    return small
+
+
+def impl_of(job: Job) -> Impl:
+    discover()
+    return OPS[job["op"]].impls[job["impl"]]
+
+
+def compile_job(job: Job) -> Answer:
+    """Cross-compile: a kernel that spills registers or wants more shared memory than there is, is not launched."""
+    impl_of(job)
+    outcome = compile_call(resources, Call(job["op"], job["impl"], job["config"], job["arch"], job["sizes"]))
+    if reason := outcome.error or outcome.unsupported:
+        return {"reason": reason.splitlines()[0]}
+    worst = {name: max((getattr(k, name) for k in outcome.kernels), default=0) for name in RESOURCES}
+    room = TARGETS[job["arch"]].block_shared
+    reason = None
+    if worst["shared"] > room:
+        reason = f"wants {worst['shared']} bytes of shared memory, a block of {job['arch']} has {room}"
+    elif worst["spills"]:
+        reason = f"spills {worst['spills']} bytes of registers a thread on {job['arch']}"
+    return {"reason": reason, **worst}
+
+
+RESOURCES = ("registers", "spills", "shared")
+
+
+def gate_job(job: Job) -> Answer:
+    reason = gate(impl_of(job), job["config"], Case(job["op"], "tune", job["sizes"]))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # a context the kernel broke ends this process, not the candidates after it
+    return {"reason": reason}
+
+
+@lru_cache(maxsize=1)
+def arguments_of(op: str, sizes: str, device: torch.device) -> Any:
+    from ..ops import call_arguments  # not above: where there is no GPU, its import turns the interpreter on
+
+    return call_arguments(Case(op, "tune", json.loads(sizes)), device)
+
+
+def time_job(job: Job) -> Answer:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    impl, config = impl_of(job), job["config"]
+    args = arguments_of(job["op"], json.dumps(job["sizes"]), device)
+    try:
+        timing = measure(lambda *args: impl(*args, config=config), args, device, job["budget"])
+    except Unsupported as reason:
+        return {"reason": f"unsupported: {reason}"}
+    return {"seconds": timing.seconds, "again": timing.again, "cold": timing.cold, "graph": timing.graph}
+
+
+STAGES: dict[str, Callable[[Job], Answer]] = {"compile": compile_job, "gate": gate_job, "time": time_job}
+
+
+def answer(job: Job) -> Answer:
+    return STAGES[job["stage"]](job)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what kernels print is no answer
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

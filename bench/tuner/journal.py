@@ -1,0 +1,66 @@
+"""All that a search has found, on disk as soon as it is known: one JSON object a line, only ever appended to.
+
+The first row ("search") says what was searched and with what; the name of the file holds a hash of it, so another
+kernel, space, cost model, gate, Triton or device has a journal of its own. Then come, in any order,
+
+    compiled   config, sizes as the compiler tells them apart, registers, spills, shared, reason (null: may be launched)
+    gated      config, sizes as above, reason (null: may be timed)
+    tune       config, sizes, status (timed, gate, compile, cost), reason, seconds, predicted, timer: one a candidate
+
+A last line that was cut off is dropped: what it said is found again.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vila_triton.space import canonical, digest
+
+from .. import rows
+
+Key = tuple[str, str]
+
+
+def key(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> Key:
+    return canonical(config), canonical(sizes)
+
+
+class Journal:
+    """`found[kind]`: the rows of a kind by config and sizes."""
+
+    def __init__(self, folder: Path, search: Mapping[str, Any]):
+        self.file = folder / f"{search['op']}-{search['impl']}-{digest(canonical(search).encode())}.jsonl"
+        self.about = {key: search[key] for key in ("op", "impl")}
+        self.found: dict[str, dict[Key, dict[str, Any]]] = {"compiled": {}, "gated": {}, "tune": {}}
+        if self.file.exists():
+            whole = self.file.read_bytes()
+            if not whole.endswith(b"\n"):
+                with self.file.open("r+b") as out:
+                    out.truncate(whole.rfind(b"\n") + 1)
+            for row in rows.read(self.file):
+                self.keep(row)
+        if not self.file.exists() or not self.file.stat().st_size:
+            rows.write(self.file, [{"kind": "search", **search}])
+
+    def keep(self, row: dict[str, Any]) -> None:
+        if row["kind"] in self.found:
+            self.found[row["kind"]][key(row["config"], row["sizes"])] = row
+
+    def add(self, kind: str, config: Mapping[str, Any], sizes: Mapping[str, Any], **rest: Any) -> None:
+        row = {"kind": kind, **self.about, "config": dict(config), "sizes": dict(sizes), **rest}
+        rows.write(self.file, [row])
+        self.keep(row)
+
+    def get(self, kind: str, config: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any] | None:
+        return self.found[kind].get(key(config, sizes))
+
+
+def searches(folder: Path, op: str, impl: str) -> dict[Path, dict[str, Any]]:
+    """The journals of an implementation in a folder, and what each says was searched."""
+    found = {}
+    for file in sorted(folder.glob(f"{op}-{impl}-*.jsonl")):
+        if b"\n" in file.read_bytes():
+            first = next(rows.read(file))
+            if (first["op"], first["impl"]) == (op, impl):
+                found[file] = first
+    return found

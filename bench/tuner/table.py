@@ -1,0 +1,144 @@
+"""From the journal of a search to its entry in a tuned table (see `vila_triton.tuned`), and what the choice costs.
+
+The same rows give the same bytes, in whatever order they were found. A range of a size that varies ends at the
+geometric mean of two neighbouring sizes that were tuned; the first begins at 0 and the last has no end. With several
+varying sizes the ranges of the second lie within one of the first, and so on: every size lies in exactly one range.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, isqrt
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from vila_triton.space import Config, canonical
+from vila_triton.tuned import file_of, pick, read
+
+from ..ops import brief, unit
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Sizes that were tuned, and the seconds of each config there, by the config's canonical text."""
+
+    sizes: Mapping[str, Any]
+    seconds: Mapping[str, float]
+
+    @property
+    def best(self) -> str:
+        return min(self.seconds, key=lambda config: (self.seconds[config], config))
+
+    def regret(self, config: str) -> float:
+        """How many times as long as the best a config takes; infinite if it has no time here."""
+        return self.seconds.get(config, inf) / self.seconds[self.best]
+
+
+def points(rows: Iterable[Row]) -> list[Point]:
+    """What was timed, by sizes."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["status"] == "timed":
+            found.setdefault(canonical(row["sizes"]), {})[canonical(row["config"])] = row["seconds"]
+    return [Point(json.loads(sizes), found[sizes]) for sizes in sorted(found)]
+
+
+def split(at: Sequence[Point], varying: Sequence[str]) -> Iterator[tuple[dict[str, Any], Point]]:
+    """The ranges around points that differ in the varying sizes only."""
+    if not varying:
+        yield {}, at[0]
+        return
+    name, *rest = varying
+    values = sorted({p.sizes[name] for p in at})
+    for before, value, after in zip([None, *values], values, [*values[1:], None]):
+        first = 0 if before is None else isqrt(before * value) + 1
+        last = None if after is None else isqrt(value * after)
+        for ranges, point in split([p for p in at if p.sizes[name] == value], rest):
+            yield {name: [first, last], **ranges}, point
+
+
+def ranges(at: Sequence[Point], varying: Sequence[str]) -> list[dict[str, Any]]:
+    """The ranges of a table: for each set of fixed sizes that was tuned, those of the varying ones."""
+    groups: dict[str, list[Point]] = {}
+    for point in at:
+        groups.setdefault(canonical({k: v for k, v in point.sizes.items() if k not in varying}), []).append(point)
+    found = []
+    for fixed in sorted(groups):
+        for around, point in split(groups[fixed], varying):
+            tuned_at = {name: point.sizes[name] for name in varying}
+            best = {"config": json.loads(point.best), "seconds": point.seconds[point.best]}
+            found.append({"sizes": {**json.loads(fixed), **around}, "tuned_at": tuned_at, **best})
+    return found
+
+
+def otherwise(at: Sequence[Point]) -> dict[str, Any]:
+    """The config that is timed at most sizes, and of those has the least worst regret."""
+    missing = {c: sum(c not in p.seconds for p in at) for point in at for c in point.seconds}
+    worst = {c: max(p.regret(c) for p in at if c in p.seconds) for c in missing}
+    config = min(missing, key=lambda c: (missing[c], worst[c], c))
+    return {"config": json.loads(config), "worst_regret": worst[config], "sizes_without_time": missing[config]}
+
+
+def entry(search: Row, rows: Sequence[Row], varying: Sequence[str]) -> dict[str, Any] | None:
+    """The entry of a search; None as long as nothing was timed."""
+    at = points(rows)
+    if not at:
+        return None
+    statuses = [row["status"] for row in rows]
+    last = max(rows, key=lambda row: (row["date"], row["commit"]))
+    return {
+        **{key: value for key, value in search.items() if key not in ("kind", "device")},
+        **{key: last[key] for key in ("date", "commit", "torch")},
+        "candidates": {status: statuses.count(status) for status in ("cost", "compile", "gate", "timed")},
+        "ranges": ranges(at, varying),
+        "otherwise": otherwise(at),
+    }
+
+
+def write(folder: Path, device: str, new: Mapping[str, Any]) -> Path:
+    """Put an entry into the table of a device, in place of the one it had for that implementation."""
+    file = file_of(device, folder)
+    held = read(file)["entries"] if file.exists() else []
+    kept = [e for e in held if (e["op"], e["impl"]) != (new["op"], new["impl"])]
+    entries = sorted([*kept, new], key=lambda e: (e["op"], e["impl"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = file.with_suffix(".new")
+    body = ",\n".join(map(text, entries))
+    whole.write_text(f'{{"device": {json.dumps(device)}, "entries": [\n{body}\n]}}\n')
+    whole.replace(file)
+    return file
+
+
+def text(of: Mapping[str, Any]) -> str:
+    """An entry with a line for each range."""
+    head = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in of.items() if k not in ("ranges", "otherwise"))
+    lines = ",\n".join(f"  {json.dumps(r)}" for r in of["ranges"])
+    return f'{{\n{head},\n "ranges": [\n{lines}\n ],\n "otherwise": {json.dumps(of["otherwise"])}\n}}'
+
+
+def report(rows: Sequence[Row], default: Config, varying: Sequence[str]) -> Iterator[str]:
+    """For each tuned size the time of configs[0] and of the tuned config, and what three choices cost beside the best:
+    configs[0], what the table without this size would say (so, how far to trust it in between), and `otherwise`.
+    """
+    at, first = points(rows), canonical(dict(default))
+    rest = canonical(otherwise(at)["config"])
+    names = [name for name in at[0].sizes if name in varying or len({p.sizes[name] for p in at}) > 1]
+    width = 2 + max(len(" ".join(f"{n}={p.sizes[n]}" for n in names)) for p in at)
+    yield f"{'':{width}}{'configs[0]':>12}{'tuned':>12}   regret: configs[0]  neighbour  otherwise   tuned config"
+    regrets: list[tuple[float, ...]] = []
+    for point in at:
+        others = ranges([p for p in at if p is not point], varying)
+        near = canonical(pick({"ranges": others, "otherwise": {"config": json.loads(rest)}}, point.sizes))
+        regrets.append(tuple(point.regret(config) for config in (first, near, rest)))
+        sizes = " ".join(f"{n}={point.sizes[n]}" for n in names)
+        times = [unit(point.seconds[c]) if c in point.seconds else "-" for c in (first, point.best)]
+        shares = "".join(f"{'-' if r == inf else f'{r:.2f}':>11}" for r in regrets[-1])
+        yield f"{sizes:{width}}{times[0]:>12}{times[1]:>12}        {shares}   {brief(json.loads(point.best))}"
+    known = [[r for r in column if r != inf] for column in zip(*regrets)]
+    for word, summary in (("worst", max), ("mean", fmean)):
+        yield f"{word:{width + 32}}" + "".join(f"{f'{summary(k):.2f}' if k else '-':>11}" for k in known)
+    if unknown := sum(r == inf for regret in regrets for r in regret):
+        yield f"- where a config has no time: {unknown} of {3 * len(at)}, left out of worst and mean"

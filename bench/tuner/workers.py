@@ -1,0 +1,115 @@
+"""Who does the jobs of a search: here processes of this machine, in `cluster` those of a Ray cluster."""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Protocol
+
+from ..rows import ROOT
+from .jobs import Answer, Job, environment
+
+TRIES = 2  # for a job whose process dies
+
+
+class Workers(Protocol):
+    """`width`: jobs of a stage that run at a time. `run` yields (number of the job, answer) as answers come, in any
+    order, and does a job again whose process dies.
+    """
+
+    width: int
+
+    def run(self, stage: str, jobs: Sequence[Job]) -> Iterator[tuple[int, Answer]]: ...
+
+    def close(self) -> None: ...
+
+
+class Process:
+    """One `python -m bench.tuner.jobs`. It ends with its standard input, so it does not long outlive this process."""
+
+    def __init__(self, stage: str):
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the object)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.tuner.jobs"],
+            cwd=ROOT,
+            env={**os.environ, **environment(stage)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the search to handle
+        )
+
+    def ask(self, job: Job) -> Answer | None:
+        """The answer; None if the process died of the job or before."""
+        assert self.process.stdin and self.process.stdout
+        try:
+            print(json.dumps(job), file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            return None
+        line = self.process.stdout.readline()
+        return json.loads(line) if line.endswith("\n") else None
+
+    def end(self) -> str:
+        """Kill it if it still runs, and say how it ended: the last line it wrote, or the signal."""
+        self.process.kill()
+        code = self.process.wait()
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").split("\n")
+        said = [line for line in lines if line.strip()]
+        return f"signal {-code}" if code < 0 or not said else said[-1]
+
+
+class Processes:
+    """`count` processes a stage; those that time are one, so that it has the machine to itself."""
+
+    def __init__(self, count: int):
+        self.width = count
+        self.idle: dict[str, queue.SimpleQueue[Process]] = {}
+        self.all: list[Process] = []
+        self.lock = threading.Lock()
+        self.closed = False
+
+    def run(self, stage: str, jobs: Sequence[Job]) -> Iterator[tuple[int, Answer]]:
+        pool = ThreadPoolExecutor(1 if stage == "time" else self.width)
+        try:
+            numbers = {pool.submit(self.answer, stage, job): i for i, job in enumerate(jobs)}
+            for done in as_completed(numbers):
+                yield numbers[done], done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def answer(self, stage: str, job: Job) -> Answer:
+        """Of one job; from the second process if the first dies."""
+        how = ""
+        for _ in range(TRIES):
+            process = self.take(stage)
+            if process is None:
+                break
+            if (found := process.ask(job)) is not None:
+                self.idle[stage].put(process)
+                return found
+            how = process.end()
+        return {"reason": f"its process died {TRIES} times: {how}"}
+
+    def take(self, stage: str) -> Process | None:
+        """A process without a job, a new one if there is none; None once closed."""
+        with self.lock:
+            if self.closed:
+                return None
+            idle = self.idle.setdefault(stage, queue.SimpleQueue())
+            if idle.empty():
+                self.all.append(Process(stage))
+                return self.all[-1]
+            return idle.get()
+
+    def close(self) -> None:
+        with self.lock:
+            self.closed = True
+            for process in self.all:
+                process.end()

@@ -1,0 +1,32 @@
+"""softmax(q kᵀ · scale) v of one new token a sequence by torch's `scaled_dot_product_attention`.
+
+The n = h/g query heads of a key/value head stand where the tokens of a prompt would: one call a sequence, [g, n, d]
+against [g, t, d], and no key is repeated.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vila_triton.ops import decode_attention
+from vila_triton.ops.paged import gather
+
+from ._sdpa import check, quick
+
+
+@decode_attention.impl("aten")
+def decode_attention_aten(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    check("decode_attention", q)
+    out = torch.zeros_like(q)
+    for i, t in enumerate(lengths.tolist()):
+        if not t:
+            continue
+        query = quick(q[i]).unflatten(0, (k_pages.shape[2], -1))  # [g, n, d]
+        keys, values = (
+            quick(gather(pages, block_table[i], t).to(q.dtype)).transpose(0, 1)  # [g, t, d]
+            for pages in (k_pages, v_pages)
+        )
+        out[i] = F.scaled_dot_product_attention(query[None], keys[None], values[None], scale=scale)[0].flatten(0, 1)
+    return out

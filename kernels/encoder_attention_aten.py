@@ -1,0 +1,15 @@
+"""softmax(q kᵀ · scale) v of whole pictures by torch's `scaled_dot_product_attention`: [b, s, h, d], any strides."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vila_triton.ops import encoder_attention
+
+from ._sdpa import check, quick
+
+
+@encoder_attention.impl("aten")
+def encoder_attention_aten(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    check("encoder_attention", q)
+    queries, keys, values = (quick(x).transpose(1, 2) for x in (q, k, v))  # [b, h, s, d] each
+    return F.scaled_dot_product_attention(queries, keys, values, scale=scale).transpose(1, 2).to(q.dtype)

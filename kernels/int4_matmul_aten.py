@@ -1,0 +1,67 @@
+"""x · wᵀ by torch's own int4 product for CPUs, `aten::_weight_int4pack_mm_for_cpu`.
+
+It computes (code - 8) · scale + shift, where shift = (8 - zero) · scale is rounded to x's dtype, and sums in float32.
+Only in bfloat16 is it vectorised; in float32 and float16 it is a scalar loop.
+
+The library has a layout of its own. A weight is packed when it is first used, and the copy is kept as long as
+`qweight`, the tensor object, lives; written to in the meantime, the weight is packed again. A weight made under
+`torch.inference_mode` does not tell when it is written to, and is therefore packed at every call.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from vila_triton.ops import Int4, int4_matmul
+from vila_triton.ops.linear import codes
+from vila_triton.registry import Unsupported
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+GROUPS = (32, 64, 128, 256)
+
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # qweight -> (state of the weight, its leaves, its copy)
+
+
+def state(w: Int4, dtype: torch.dtype) -> tuple:
+    """What changes when the weight does: addresses, and how often each tensor was written to."""
+    return dtype, *((x.data_ptr(), x._version) for x in leaves(w))
+
+
+def leaves(w: Int4) -> tuple[Tensor, Tensor, Tensor]:
+    return w.qweight, w.scales, w.zeros
+
+
+def pack(w: Int4, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The library's layout: words [n, k/2] uint8, and scale and shift [G, n, 2]."""
+    words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes(w), 1)
+    scales = w.scales.to(dtype)
+    shifts = ((8 - w.zeros.float()) * scales.float()).to(dtype)
+    return words, torch.stack((scales, shifts), -1).transpose(0, 1).contiguous()
+
+
+def packed(w: Int4, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if any(x.is_inference() for x in leaves(w)):
+        return pack(w, dtype)
+    now = state(w, dtype)
+    if w.qweight not in _packed or _packed[w.qweight][0] != now:
+        # The memory is held through aliases: while a copy is kept, nothing else can come to lie at these addresses.
+        _packed[w.qweight] = now, [x.detach() for x in leaves(w)], pack(w, dtype)
+    return _packed[w.qweight][-1]
+
+
+@int4_matmul.impl("aten")
+def int4_matmul_aten(x: Tensor, w: Int4) -> Tensor:
+    (n, k), group = w.shape, w.group
+    if x.device.type != "cpu":
+        raise Unsupported(f"int4_matmul: this product is torch's for CPUs, but tensors are on {x.device}")
+    if x.dtype not in DTYPES:
+        raise Unsupported(f"int4_matmul: {x.dtype} is not one of {', '.join(map(str, DTYPES))}")
+    if group not in GROUPS:
+        raise Unsupported(f"int4_matmul: the group is {group}, but torch takes {', '.join(map(str, GROUPS))}")
+    if n % 16:
+        raise Unsupported(f"int4_matmul: w has {n} rows, but torch packs multiples of 16")
+    rows = x.reshape(-1, k).contiguous()  # [m, k]
+    if not len(rows):
+        return x.new_empty(*x.shape[:-1], n)
+    words, scales = packed(w, x.dtype)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, words, group, scales).view(*x.shape[:-1], n)

@@ -1,0 +1,47 @@
+"""x · wᵀ + bias by the quickest product torch has for the dtype on a CPU, measured on AMD's.
+
+float32: oneDNN's; `F.linear` takes MKL's, which needs half as long again for many rows. float16: one row is multiplied
+quickly and many rows slowly, so many rows are multiplied in float32. bfloat16: `F.linear`, which takes oneDNN's; that
+needs twice as long for one row as torch's own, so it is switched off meanwhile (in the whole process: another thread's
+product would be slower, not wrong). Other dtypes, and where a gradient is wanted (oneDNN's has none): `F.linear`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.backends import mkldnn  # which is what torch calls oneDNN
+
+from vila_triton.ops import Int4, linear
+from vila_triton.registry import Unsupported
+
+MANY_ROWS = 8  # from here on converting a float16 weight costs less than multiplying by it
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    before = mkldnn.enabled
+    mkldnn.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        mkldnn.enabled = before  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@linear.impl("aten")
+def linear_aten(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> Tensor:
+    if x.device.type != "cpu" or not mkldnn.is_available():
+        raise Unsupported(f"linear: this product is oneDNN's for CPUs, which this torch lacks on {x.device}")
+    if isinstance(w, Int4):  # which has an op of its own
+        return linear.reference(x, w, bias)
+    rows = x.shape[:-1].numel()
+    gradient = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, w, bias))
+    if not gradient and (x.dtype == torch.float32 or (x.dtype == torch.float16 and rows >= MANY_ROWS)):
+        bias = None if bias is None else bias.float().contiguous()  # oneDNN reads a bias as if it had no strides
+        return torch.ops.mkldnn._linear_pointwise(x.float(), w.float(), bias, "none", [], "").to(x.dtype)
+    if not gradient and x.dtype == torch.bfloat16 and rows == 1:
+        with without_onednn():
+            return F.linear(x, w, bias)
+    return F.linear(x, w, bias)

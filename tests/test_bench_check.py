@@ -1,0 +1,226 @@
+"""`bench.check` shrinks a wrong kernel to its simplest case, says what is wrong where, and replays it."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from planting import Plant, plant  # noqa: F401 (plant: a fixture)
+
+from bench import bundle, check
+from bench.gate import gate
+from bench.guarded import Unfaithful
+from bench.report import error_map, first_wrong
+from bench.search import search
+from vila_triton.registry import OPS, Impl, Unsupported
+
+DOT = 'tl.dot(x, w, acc, input_precision="ieee")'
+STORED = "acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])"
+PLANTED = {  # op, the line, what becomes of it, what check finds, the case it shrinks to
+    "swapped_nibbles": (
+        "int4_matmul",
+        "tl.arange(0, 8) * 4",
+        "(tl.arange(0, 8) ^ 1) * 4",
+        "beyond budget",
+        "m=1 n=1 G=1 group=32 dtype=float32",
+    ),
+    "no_mask_n": (
+        "int4_matmul",
+        STORED,
+        STORED.replace(" & mask_n[None, :]", ""),
+        "wrote outside",
+        "m=1 n=1 G=1 group=32 dtype=float32",
+    ),
+    "half_precision_sum": (
+        "int4_matmul",
+        DOT,
+        f"{DOT}.to(tl.float16).to(tl.float32)",
+        "beyond budget",
+        "m=1 n=1 G=1 group=32 dtype=float32",
+    ),
+    "one_tile": (
+        "int4_matmul",
+        STORED,
+        f"(acc + (tl.program_id(0) * tl.program_id(1) == 1)){STORED.removeprefix('acc')}",
+        "beyond budget",
+        "m=17 n=65 G=1 group=32 dtype=float32",
+    ),
+    "one_token_ahead": (
+        "prefill_attention",
+        "tokens[None, :] <= query[:, None]",
+        "tokens[None, :] <= query[:, None] + 1",
+        "beyond budget",
+        "b=1 s=2 t=0 g=1 ratio=1 d=32 l=16 dtype=float32",
+    ),
+    "no_more_than_six_rows": (
+        "swiglu",
+        "s, f = gate.shape\n",
+        "s, f = gate.shape\n    assert s < 7\n",
+        "crashed",
+        "s=7 f=1 dtype=float32",
+    ),
+}
+FIRST = {"one_tile": "[16, 64]", "one_token_ahead": "[0, 0, 0]", "swapped_nibbles": "[0, 0]"}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_wrong_kernel_is_shrunk_saved_and_replayed(name: str, plant: Plant, tmp_path: Path, capsys) -> None:  # noqa: F811
+    op, old, new, kind, smallest = PLANTED[name]
+    plant(op, name, old, new)
+    assert check.main([op, "--impl", name, "--config", "0", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert re.search(rf"shrunk case  {smallest} seed=\d+\n", said), said
+    assert f"what failed  {kind}" in said
+    assert FIRST.get(name, "") in said[said.find("first wrong") :].partition(" is ")[0]
+    assert gate(OPS[op].impls[name], OPS[op].impls[name].configs[0])  # and no tool times it
+    replay = ["--replay", str(tmp_path / f"{op}-{name}-0.bundle")]
+    assert check.main(replay) == 1
+    assert f"what failed  {kind}" in capsys.readouterr().out
+    plant(op, name)  # mended
+    assert check.main(replay) == 0
+    assert "faithful now" in capsys.readouterr().out
+
+
+def test_the_numbers_of_a_report_are_those_of_the_call(plant: Plant, tmp_path: Path, capsys) -> None:  # noqa: F811
+    plant("int4_matmul", "nibbles", *PLANTED["swapped_nibbles"][1:3])
+    check.main(["int4_matmul", "--impl", "nibbles", "--config", "1", "--out", str(tmp_path)])
+    said = re.search(r"first wrong  output 0\[0, 0\] is (\S+), expected (\S+) ±", capsys.readouterr().out)
+    saved = bundle.load(tmp_path / "int4_matmul-nibbles-1.bundle")
+    op, impl = bundle.resolve(saved)
+    assert said and float(said[1]) == pytest.approx(float(impl(*saved.args, config=saved.config)), rel=1e-6)
+    assert float(said[2]) == pytest.approx(float(op.reference(*saved.args)), rel=1e-5)
+    assert saved.config == impl.configs[1] and saved.sizes["group"] == 32 and "commit" in saved.stamp
+
+
+def test_a_copied_kernel_file_is_checked_and_a_right_one_is_right(plant: Plant, capsys) -> None:  # noqa: F811
+    plant("rms_norm", "mine")
+    assert check.main(["rms_norm", "--examples", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "interpreted" in said or os.environ.get("TRITON_INTERPRET") != "1"
+    ran = [line.split(",")[0] for line in said.splitlines() if line.startswith("rms_norm")]
+    every = [f"rms_norm {i.name}" for i in OPS["rms_norm"].impls.values() for _ in i.configs if i.name != "reference"]
+    assert ran == every and "rms_norm mine" in ran and f"{len(ran)} right, 0 wrong" in said
+
+
+def test_what_supports_nothing_here_is_not_called_right(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def refuse(*args: object) -> None:
+        raise Unsupported("needs a wand")
+
+    monkeypatch.setitem(OPS["rope"].impls, "magic", Impl("rope", "magic", refuse, [{}], Path(__file__)))
+    assert check.main(["rope", "--impl", "magic", "--examples", "5"]) == 0
+    assert "unsupported  needs a wand\n0 right, 0 wrong, 1 unsupported here" in capsys.readouterr().out
+
+
+def test_a_kernel_that_fails_now_and_then_is_said_to() -> None:
+    calls = []
+
+    def moody(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        calls.append(gate)
+        return OPS["swiglu"].reference(gate, up) + (len(calls) == 5)
+
+    verdict = search(OPS["swiglu"], Impl("swiglu", "moody", moody, [{}], Path(__file__)), {}, 20, 10.0)
+    assert verdict.shrunk and "do not fail each time" in verdict.caveat
+
+
+def test_nothing_more_is_said_once_the_gpu_is_lost(plant: Plant, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # noqa: F811
+    plant("swiglu", "deadly", *PLANTED["no_more_than_six_rows"][1:3])
+    monkeypatch.setattr("bench.search.alive", lambda: False)
+    assert check.main(["swiglu", "--impl", "deadly"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("swiglu deadly") == 1 and "the GPU with it" in said and "shrunk case" not in said
+
+
+def test_time_runs_out_and_the_failure_still_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.search.SHRINKING", 0.0)
+    wrong = Impl("swiglu", "wrong", lambda gate, up: OPS["swiglu"].reference(gate, up) * 2, [{}], Path(__file__))
+    verdict = search(OPS["swiglu"], wrong, {}, 20, 0.0)
+    assert verdict.shrunk and "ran out of time" in verdict.caveat
+    right = Impl("swiglu", "right", OPS["swiglu"].reference, [{}], Path(__file__))
+    assert search(OPS["swiglu"], right, {}, 20, 0.0).examples == 1
+
+
+def test_the_map_shows_the_wrong_tile_and_the_first_wrong_element() -> None:
+    want = torch.zeros(40, 80, dtype=torch.float64)
+    got = want.float()
+    got[20, 70], got[39, 3], got[17, 79] = 5e-3, float("nan"), 2.0**-15
+    error = Unfaithful("beyond budget", "", "output 0", got, want, torch.full_like(want, 1e-5))
+    times = torch.where(got.isnan(), torch.inf, got.double().abs() / 1e-5)
+    unit, rows = error_map(times, (16, 64))
+    assert "2 x 1 elements" in unit and "16 x 64" in unit
+    assert rows[8] == "-" * 64 + "+" + "-" * 16
+    marks = {(i, j): c for i, row in enumerate(rows) for j, c in enumerate(row) if c not in ".|-+"}
+    assert marks == {(9, 80): "1", (11, 71): "3", (21, 3): "#"}  # a line after each 8 rows and 64 columns
+    assert first_wrong(error, times) == "output 0[17, 79] is 3.05175781e-05, expected 0 ± 1e-05 (3.05 times the budget)"
+
+
+class Hostile:
+    """Makes a file if it is ever unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.file,)
+
+
+def test_a_bundle_that_is_none_gets_one_line(tmp_path: Path, capsys) -> None:
+    args = (torch.ones(2, 4), torch.ones(4), 1e-5)
+    impl = OPS["rms_norm"].impls["reference"]
+    whole = tmp_path / "whole"
+    bundle.save(whole, impl, {}, args, 0, {}, "a test")
+    assert check.main(["--replay", str(whole)]) == 0
+    held = torch.load(whole, weights_only=True)
+
+    def other(name: str, **changes: object) -> str:
+        torch.save({**held, **changes}, tmp_path / name)
+        return str(tmp_path / name)
+
+    cut = tmp_path / "cut"
+    cut.write_bytes(whole.read_bytes()[:700])
+    (tmp_path / "text").write_text("not a bundle")
+    cases = {
+        str(cut): "not a whole one",
+        str(tmp_path / "text"): "is no bundle",
+        str(tmp_path / "nowhere"): "No such file",
+        other("code", args=(Hostile(tmp_path / "made"),)): "is no bundle",
+        other("format", format="other"): "does not begin with the format",
+        other("seed", seed="0"): "seed missing or of the wrong type",
+        other("huge", seed=2**70): "seed missing or of the wrong type",
+        other("op", op="sorcery"): "op 'sorcery', which does not exist; there are: ",
+        other("impl", impl="mine"): "'mine', which does not exist; there are: reference",
+        other("config", config={"BLOCK": 4}): "no longer takes this call",
+        other("leaf", args=({"qweight": torch.ones(1)}, *args[1:])): "expected an int4 weight",
+        other("shapes", args=(torch.ones(2, 5), *args[1:])): "does not take these arguments",
+        other("values", args=("x", *args[1:])): "does not take these arguments",
+        other("sparse", args=(torch.ones(2, 4).to_sparse(), *args[1:])): "expected a plain one",
+    }
+    capsys.readouterr()
+    for file, message in cases.items():
+        assert check.main(["--replay", file]) == 2, file
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1, said
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["sorcery"], "no op 'sorcery'; there are: "),
+        (["rope", "--impl", "mine"], "rope has no implementation 'mine'; there are: reference"),
+        (["rope", "--impl", "triton", "--config", "99"], "no config 99: triton has"),
+        ([], "expected an OP to check or a bundle"),
+        (["rope", "--examples", "0"], "must be above 0"),
+    ],
+)
+def test_bad_usage_gets_one_line(argv: list[str], message: str, capsys) -> None:
+    assert check.main(argv) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_an_op_with_nothing_to_check_says_so(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(OPS["linear"], "impls", {"reference": OPS["linear"].impls["reference"]})
+    assert check.main(["linear"]) == 2
+    assert "linear has only its reference, which --impl reference checks" in capsys.readouterr().err

@@ -1,0 +1,98 @@
+"""What the variants over torch's own kernels add to the property test: bfloat16, packed copies, gradients."""
+
+import gc
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+
+from bench.faithful import arguments, assert_faithful, examples, hold, supported
+from vila_triton.kernels import int4_matmul_aten as int4  # pyright: ignore
+from vila_triton.ops import Int4, int4_matmul, quantize
+from vila_triton.registry import OPS, Impl, Op, Unsupported, discover, use
+
+discover()
+HERE: list = [
+    pytest.param(op, impl, id=f"{op.name}-{impl.name}")
+    for op in OPS.values()
+    for impl in op.impls.values()
+    if impl.name in ("aten", "blocked")
+]
+SIZES = {"m": 3, "n": 32, "G": 2, "group": 64, "dtype": "bfloat16", "seed": 0}
+
+
+@pytest.mark.parametrize("op, impl", HERE)
+def test_faithful_in_bfloat16(op: Op, impl: Impl) -> None:
+    """The interpreter's trouble with bfloat16 is not theirs."""
+
+    @given(sizes=examples(op))
+    def check(sizes: dict) -> None:
+        args = arguments(op, **{**sizes, "dtype": "bfloat16"})
+        supported(assert_faithful, op, impl, impl.configs[0], args, sizes["seed"])
+
+    hold(check)
+
+
+def product(args: Any) -> torch.Tensor:
+    return int4_matmul.impls["aten"](*args)
+
+
+def test_a_weight_is_packed_once_and_again_when_it_was_written_to() -> None:
+    x, w = arguments(int4_matmul, **SIZES)
+    first = product((x, w))
+    copy = int4._packed[w.qweight][-1][0]
+    assert torch.equal(product((x, w)), first) and int4._packed[w.qweight][-1][0] is copy
+    w.scales.mul_(2)
+    assert torch.equal(product((x, w)), 2 * first)
+    w.qweight.data = torch.zeros_like(w.qweight)  # as `Module.to` replaces what a parameter holds
+    assert_faithful(int4_matmul, int4_matmul.impls["aten"], {}, (x, w))
+
+
+def test_the_same_codes_under_other_scales_are_another_weight() -> None:
+    """Also where the new scales come to lie at the address of those before."""
+    x, w = arguments(int4_matmul, **SIZES)
+    first = product((x, w))
+    scaled = None
+    for factor in (2, 4, 8, 16) * 10:
+        want = factor * first
+        del scaled
+        scaled = replace(w, scales=w.scales * factor)
+        assert torch.equal(product((x, scaled)), want)
+
+
+def test_a_copy_goes_with_its_weight() -> None:
+    x, w = arguments(int4_matmul, **SIZES)
+    product((x, w))
+    before = len(int4._packed)
+    del w
+    gc.collect()
+    assert len(int4._packed) == before - 1
+
+
+def test_a_weight_that_does_not_tell_is_never_remembered() -> None:
+    with torch.inference_mode():
+        x, w = arguments(int4_matmul, **SIZES)
+        first = product((x, w))
+        w.scales.mul_(2)
+        assert torch.equal(product((x, w)), 2 * first) and w.qweight not in int4._packed
+
+
+@pytest.mark.parametrize(
+    ("n", "group", "reason"), [(24, 64, "24 rows"), (32, 16, "group is 16, but torch takes 32"), (32, 512, "is 512")]
+)
+def test_shapes_the_library_does_not_take(n: int, group: int, reason: str) -> None:
+    w = quantize(torch.randn(n, 512), group)
+    with pytest.raises(Unsupported, match=reason):
+        product((torch.randn(1, 512), Int4(w.qweight, w.scales, w.zeros)))
+
+
+def test_gradients_flow_through_the_default_linear() -> None:
+    """oneDNN's product has none, and is not taken where one is wanted."""
+    x, w, bias = (torch.randn(*shape, requires_grad=True) for shape in ((9, 16), (8, 16), (8,)))
+    want = torch.autograd.grad(F.linear(x, w, bias).square().sum(), (x, w, bias))
+    with use(linear="aten"):
+        got = torch.autograd.grad(OPS["linear"](x, w, bias).square().sum(), (x, w, bias))
+    assert all(torch.equal(a, b) for a, b in zip(got, want))

@@ -1,0 +1,75 @@
+"""An op for the tests of the tuner: x + x, whose implementation can be wrong, and can kill a process."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from vila_triton.registry import OPS, Op, discover
+
+TOY = '''
+"""x + x. With wrong=True it is off by one; the first call with BLOCK 8 kills what the file $VICTIM says."""
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+from vila_triton.registry import OneOf, Sizes, op
+from vila_triton.space import Launch, Space
+
+
+@op
+def doubled(x):
+    return x + x
+
+
+@doubled.inputs
+def _(m: Sizes(1, 40), n: Sizes(1, 8), dtype: OneOf("float32"), *, rng, device):
+    return (torch.randn(m, n, generator=rng).to(device),)
+
+
+@doubled.costs
+def _(m, n, dtype):
+    return m * n, 8 * m * n
+
+
+@doubled.sizes("m")
+def _(x):
+    return {"m": len(x), "n": x.shape[1], "dtype": "float32"}
+
+
+SPACE = Space(
+    {"BLOCK": [1, 2, 4, 8, 16, 32, 64], "wrong": [False, True]},
+    where=lambda config, m, **_: config["BLOCK"] <= 2 * m,
+    launch=lambda config, m, n, dtype: Launch(-(-m // config["BLOCK"]), 8 * n, 4 * n, lanes=10**6 * config["BLOCK"]),
+)
+ran = []
+
+
+@doubled.impl("blocks", configs=[{"BLOCK": 1, "wrong": False}], space=SPACE)
+def doubled_blocks(x, *, BLOCK, wrong):
+    ran.append(BLOCK)
+    victim = Path(os.environ.get("VICTIM", "/nowhere"))
+    if BLOCK == 8 and victim.exists():
+        pid = os.getppid() if victim.read_text() == "parent" else os.getpid()
+        victim.unlink()
+        os.kill(pid, signal.SIGKILL)
+    return 2 * x + wrong
+'''
+
+
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Op:
+    """The op of TOY, in a file of its own, forgotten after the test."""
+    file = tmp_path / "kernels" / "doubled.py"
+    file.parent.mkdir()
+    file.write_text(TOY)
+    discover()
+    monkeypatch.setitem(OPS, "doubled", None)  # what is there before is there after
+    spec = importlib.util.spec_from_file_location("toy_doubled", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "toy_doubled", module)
+    spec.loader.exec_module(module)
+    return OPS["doubled"]
