@@ -183,7 +183,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("op")
     parser.add_argument("--impl", nargs="+", help="default: all of kernels/ that launch a Triton kernel")
     parser.add_argument("--config", nargs="+", type=int, help="numbers of configs; default: all")
-    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=["sm_90"])
+    parser.add_argument("--arch", nargs="+", default=["sm_90"], help=f"of {', '.join(TARGETS)}; default: sm_90")
     parser.add_argument("--case", help="a case of configs/bench/OP.toml, of which the first sizes are taken")
     parser.add_argument("--size", nargs="+", default=[], metavar="NAME=VALUE", help="other sizes, dtype among them")
     parser.add_argument("--against", metavar="COMMIT|IMPL")
@@ -192,6 +192,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="append the rows to this file")
     parser.add_argument("--out", type=Path, help="a picture, as .png and .svg")
     args = parser.parse_args(words)
+    args.arch = [name for text in args.arch for name in text.split(",")]
+    if unknown := [name for name in args.arch if name not in TARGETS]:
+        parser.error(f"--arch {', '.join(unknown)}: choose from {', '.join(TARGETS)}")
     if args.asm and args.asm not in ("loop", "all") and not args.asm.isdigit():
         parser.error(f"--asm {args.asm}: expected loop, all or the number of a source line")
     if args.asm and (args.against or args.json or args.out):

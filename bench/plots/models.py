@@ -98,10 +98,15 @@ def split(rows: Sequence[Row], what: str, by: str) -> list[tuple[Any, list[Row]]
     return sorted(found.items())
 
 
+def not_hf(row: Row) -> bool:
+    """Whether the limit of a row is that of the weights it names; Hugging Face's stand-in for int4 is dense."""
+    return not row["choice"].startswith("hf")
+
+
 def limits(ax: Axes, rows: Sequence[Row], x: str, styles: Mapping[str, str]) -> None:
     """Tokens a second if reading weights and cache were all: the memory-bound limit."""
     for weights, style in styles.items():
-        mine = [row for row in rows if row["weights"] == weights and row.get("limit_seconds")]
+        mine = [row for row in rows if row["weights"] == weights and row.get("limit_seconds") and not_hf(row)]
         if mine:
             style = {"label": f"limit of memory, {weights}", "color": "black", "linewidth": 0.8, "linestyle": style}
             curve(ax, mine, x, lambda row: row["batch"] / row["limit_seconds"], **style)
