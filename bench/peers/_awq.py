@@ -1,7 +1,6 @@
 """Our int4 weight in AutoAWQ's layout "gemm", which several libraries share.
 
-Codes are packed along n, eight to a word in the order 0 2 4 6 1 3 5 7 (casper-hansen/AutoAWQ, `WQLinear_GEMM`):
-qweight [k, n/8] int32, qzeros [G, n/8] int32, scales [G, n].
+qweight [k, n/8] int32, qzeros [G, n/8] int32, scales [G, n] (casper-hansen/AutoAWQ, `WQLinear_GEMM`).
 """
 
 from typing import NamedTuple
@@ -9,10 +8,9 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from vila_triton.formats import pack_gemm
 from vila_triton.ops import Int4
-from vila_triton.ops.linear import NIBBLES, codes, pack
-
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word is column ORDER[i] of its eight
+from vila_triton.ops.linear import codes
 
 
 class Awq(NamedTuple):
@@ -21,14 +19,9 @@ class Awq(NamedTuple):
     scales: Tensor
 
 
-def pack_awq(q: Tensor) -> Tensor:
-    """Codes [r, n] of 0 to 15 -> words [r, n/8] int32."""
-    return pack(q.unflatten(1, (-1, NIBBLES))[..., ORDER].flatten(1))  # [r, n] -> [r, n/8, 8] -> [r, n]
-
-
 def awq(w: Int4) -> Awq:
     """w [n, k], n a multiple of 8, in the layout "gemm"."""
-    return Awq(pack_awq(codes(w).t()), pack_awq(w.zeros.t().int()), w.scales.t().contiguous())
+    return Awq(pack_gemm(codes(w)), pack_gemm(w.zeros.int()), w.scales.t().contiguous())
 
 
 def padded(w: Int4, multiple: int) -> Int4:

@@ -1,0 +1,103 @@
+"""How 4-bit codes lie in memory: our tiles, and the three layouts AWQ checkpoints have had.
+
+Every function goes between a packed tensor and the codes q [n, k] (0 to 15, any integer dtype in, int32 out; n outputs,
+k inputs). A layout is a permutation and nothing else: packing and unpacking give every code back bit for bit.
+
+Ours, `pack_tiles`: [n/16, k/64, 32, 4] int32, n and k rounded up. A tile is 16 outputs by 64 inputs, cut up as the
+tensor cores' 16 x 16 operand is held in registers (PTX ISA, mma.m16n8k16, A fragment), so that what a thread loads is
+what it multiplies, without a trip through shared memory:
+
+    lane = 4 r + c             r = 0..7, c = 0..3:  the thread of a warp
+    word = 0..3                one 16 x 16 block of the tile each; a lane's four words are one 16-byte load
+    nibble:  0  4              (row r,     inputs 2c, 2c + 1)            row and input within the 16 x 16 block
+             1  5              (row r + 8, inputs 2c, 2c + 1)
+             2  6              (row r,     inputs 2c + 8, 2c + 9)
+             3  7              (row r + 8, inputs 2c + 8, 2c + 9)
+
+The two codes of a line are 16 bits apart, so one `(word >> 4 i) & 0x000f000f | 0x64006400` makes both of them the
+float16 numbers 1024 + code, side by side in one register as the multiplication wants them.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+NIBBLES = 8  # 4-bit codes in one int32 word
+TILE_N, TILE_K = 16, 64
+GEMM_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output whose code is nibble i of a word
+
+
+def words(nibbles: Tensor) -> Tensor:
+    """Eight codes along the last axis, the first in the lowest bits -> int32 words: [..., 8] -> [...]."""
+    shifts = torch.arange(0, 32, 4, device=nibbles.device, dtype=torch.int64)
+    return (nibbles.long() << shifts).sum(-1).to(torch.uint32).view(torch.int32)  # 0 to 2³² - 1
+
+
+def nibbles(x: Tensor) -> Tensor:
+    """int32 words -> their eight codes, the lowest bits first: [...] -> [..., 8] int32."""
+    shifts = torch.arange(0, 32, 4, device=x.device, dtype=torch.int32)
+    return (x[..., None] >> shifts) & 0xF
+
+
+def pack_tiles(q: Tensor) -> Tensor:
+    """Codes [n, k] -> [ceil(n/16), ceil(k/64), 32, 4] int32; what lies beyond n and k is code 0."""
+    n, k = q.shape
+    q = torch.nn.functional.pad(q, (0, -k % TILE_K, 0, -n % TILE_N))
+    parts = "(i half r) (j word side c pair) -> i j (r c) word (pair side half)"
+    return words(rearrange(q, parts, half=2, r=8, word=4, side=2, c=4, pair=2))
+
+
+def unpack_tiles(x: Tensor, n: int, k: int) -> Tensor:
+    """[ceil(n/16), ceil(k/64), 32, 4] int32 -> codes [n, k] int32."""
+    parts = "i j (r c) word (pair side half) -> (i half r) (j word side c pair)"
+    return rearrange(nibbles(x), parts, r=8, c=4, pair=2, side=2, half=2)[:n, :k]
+
+
+def pack_rows(q: Tensor) -> Tensor:
+    """llm-awq v1 ("gemv"), codes [n, k] -> [n, k/8] int32: eight codes of a row, in order."""
+    return words(rearrange(q, "n (c i) -> n c i", i=NIBBLES))
+
+
+def unpack_rows(x: Tensor) -> Tensor:
+    """[n, k/8] int32 -> codes [n, k] int32."""
+    return nibbles(x).flatten(-2)
+
+
+def pack_gemm(q: Tensor) -> Tensor:
+    """AutoAWQ "gemm", codes [n, k] -> [k, n/8] int32: eight outputs of an input, evens before odds."""
+    return words(rearrange(q, "(c i) k -> k c i", i=NIBBLES)[..., list(GEMM_ORDER)])
+
+
+def unpack_gemm(x: Tensor) -> Tensor:
+    """[k, n/8] int32 -> codes [n, k] int32."""
+    back = torch.tensor(GEMM_ORDER, device=x.device).argsort()
+    return rearrange(nibbles(x)[..., back], "k c i -> (c i) k")
+
+
+def pack_v2(q: Tensor) -> Tensor:
+    """llm-awq v2, codes [n, k] -> [n/4, k] int16. Four outputs and 64 inputs share 64 halfwords:
+
+    input 32 b + 8 s + e of output i (b = 0, 1; s = 0..3; e = 0..7) is nibble s of halfword 16 i + 8 b + e.
+    """
+    parts = rearrange(q.int(), "(n i) (k b s e) -> n (k i b e) s", i=4, b=2, s=4, e=8)
+    shifts = torch.arange(0, 16, 4, device=q.device, dtype=torch.int32)
+    return (parts << shifts).sum(-1).to(torch.uint16).view(torch.int16)
+
+
+def unpack_v2(x: Tensor) -> Tensor:
+    """[n/4, k] int16 -> codes [n, k] int32."""
+    shifts = torch.arange(0, 16, 4, device=x.device, dtype=torch.int32)
+    parts = (x.int()[..., None] >> shifts) & 0xF  # [n/4, k, 4]
+    return rearrange(parts, "n (k i b e) s -> (n i) (k b s e)", i=4, b=2, e=8)
+
+
+def v2_rows(k: int, group: int) -> int:
+    """Rows that v2 stores for scales and zeros, of which the first k/group are real and the others 0.
+
+    Errors: ValueError for a group other than 128 (or a multiple), 64 or 32.
+    """
+    step = {32: 4, 64: 2}.get(group, 1 if group % 128 == 0 else 0)
+    if not step:
+        raise ValueError(f"llm-awq v2 has no groups of {group}: they are 32, 64 or a multiple of 128")
+    width = -(-(k // group) // NIBBLES)
+    return NIBBLES * (-(-width // step) * step)
