@@ -35,6 +35,8 @@ def load(model: str | Path, layers: int | None = None, group_size: int | None = 
     if not file.is_file():
         raise ValueError(f"no model {str(model)!r}; there are: {', '.join(known())}, or give the path of a .toml file")
     table = tomllib.loads(file.read_text())
+    if layers is not None and layers < 1:
+        raise ValueError(f"{layers} layers: a language model has at least 1")
     llm = table["llm"] | ({"num_hidden_layers": layers} if layers else {})
     if group_size:
         llm["quantization_config"] = {"quant_method": "vila-triton", "group_size": group_size}

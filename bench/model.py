@@ -189,9 +189,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device")
     parser.add_argument("--predict", metavar="GPU", help="time nothing: what the model could do at best, on paper")
     args = parser.parse_args(argv)
-    args.choice = args.choice or ["default"]
     if args.predict:
+        others = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+        if ignored := [f"--{name}" for name in others if name not in ("predict", "model")]:
+            parser.error(f"--predict takes --model and nothing else, not {', '.join(ignored)}")
         return predict.main(["--gpu", args.predict, "--model", args.model])
+    args.choice = args.choice or ["default"]
     try:
         return compare(args)
     except (ValueError, KeyError, OSError) as error:

@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
 from vila_triton.choices import pick_device
+from vila_triton.ops.domain import DTYPES
 from vila_triton.registry import OPS, REFERENCE, Impl, Unsupported
 
 from . import rows
@@ -132,12 +133,14 @@ def main() -> int:
     parser.add_argument("--impl", action="append", default=[], help="only this implementation (may be repeated)")
     parser.add_argument("--case", help="a name of configs/bench/OP.toml; default: all")
     parser.add_argument("--configs", choices=("first", "all"), default="first")
-    parser.add_argument("--dtype", help="default: float16 on a GPU, float32 on a CPU")
+    parser.add_argument("--dtype", choices=DTYPES.values, help="default: float16 on a GPU, float32 on a CPU")
     parser.add_argument("--peers", action="store_true", help="other libraries' kernels too, where installed")
     parser.add_argument("--budget", type=float, default=0.2, help="seconds for each of the two runs of a figure")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     parser.add_argument("--device")
     args = parser.parse_args()
+    if args.budget <= 0:
+        parser.error(f"--budget {args.budget}: expected seconds, more than 0")
     try:
         device = pick_device(args.device)
         known = names()
@@ -152,7 +155,7 @@ def main() -> int:
         if unknown := set(args.impl) - there:
             raise ValueError(f"no implementation {', '.join(sorted(unknown))}; there are: {', '.join(sorted(there))}")
         report(chosen, args, device)
-    except ValueError as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"bench.ops: {error}", file=sys.stderr)
         return 2
     return 0

@@ -120,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"no picture {', '.join(unknown)}; there are: {', '.join(PICTURES)}")
         files = [file for path in args.rows for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
         found = load(files, args.run)
+        if not files:
+            raise ValueError(f"no rows (*.jsonl) in {', '.join(map(str, args.rows))}")
         count = draw(found, chosen, args.out)
         if not count:
             raise ValueError("nothing was drawn")

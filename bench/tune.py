@@ -147,6 +147,10 @@ def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline
     return not stopped
 
 
+def tables(folder: Path) -> int:
+    return len(list(folder.glob("*.json")))
+
+
 def stale(folder: Path) -> Iterator[str]:
     """The entries of the tables of a folder that do not hold, and why."""
     for file in sorted(folder.glob("*.json")):
@@ -183,9 +187,11 @@ def main() -> int:
     workers: Workers | None = None
     try:
         known = chosen(args)
+        if (args.check or args.report) and args.out and not args.out.is_dir():
+            raise ValueError(f"--out {args.out}: there is no such folder")
         if args.check:
             found = list(stale(args.out or tuned.folder()))
-            print("\n".join(found) or "all entries hold")
+            print("\n".join(found) or f"all entries hold, of {tables(args.out or tuned.folder())} tables")
             return 1 if found else 0
         for impl in known:
             plan_for(impl, args)

@@ -127,7 +127,7 @@ def name_of(device: torch.device) -> str | None:
 
 def config(impl: Impl, sizes_of: Callable[..., dict[str, Any]] | None, *args: Any, **kwargs: Any) -> Config | None:
     """The config tuned for this call on the device of its first tensor; None if nothing was tuned for it."""
-    device = next((name_of(x.device) for x in args if isinstance(x, Tensor)), None)
+    device = next((name_of(x.device) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
     if device is None or sizes_of is None:
         return None
     return config_at(impl, device, tuple(sizes_of(*args, **kwargs).items()))
