@@ -14,8 +14,8 @@ import linecache
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -88,11 +88,11 @@ def listing(found: Dissection, what: str) -> Iterator[str]:
 
 def kernels_of(ref: str, folder: Path) -> str:
     """kernels/ of a commit, unpacked. Errors: ValueError if there is no such commit."""
-    done = subprocess.run(["git", "archive", ref, "kernels"], cwd=rows.ROOT, capture_output=True)
+    done = subprocess.run(["git", "archive", "--format=zip", ref, "kernels"], cwd=rows.ROOT, capture_output=True)
     if done.returncode:
         raise ValueError(f"{ref!r} is no implementation and no commit: {done.stderr.decode().strip()}")
-    with tarfile.open(fileobj=BytesIO(done.stdout)) as archive:
-        archive.extractall(folder, filter="data")
+    with zipfile.ZipFile(BytesIO(done.stdout)) as archive:
+        archive.extractall(folder)
     return str(folder / "kernels")
 
 
