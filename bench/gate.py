@@ -12,6 +12,7 @@ from vila_triton.registry import OPS, Impl, Op, Unsupported
 from .cases import Case
 from .faithful import DEVICE, arguments, assert_faithful, examples, hold, supported
 from .guarded import tensors
+from .report import crash
 
 EXAMPLES = 12
 # A case is checked itself where float64 takes no longer than this many flops, and its arguments no more bytes.
@@ -58,7 +59,7 @@ def domain_gate(impl: Impl, config: tuple[tuple[str, Any], ...]) -> str | None:
     except SkipTest as reason:
         return str(reason)
     except Exception as error:  # a kernel may fail in any way at all; each is a reason to print no time
-        return first_line(error)
+        return crash(error)
     return None
 
 
@@ -70,9 +71,5 @@ def case_gate(op: Op, impl: Impl, config: Mapping[str, Any], case: Case) -> str 
     except Unsupported as reason:
         return f"unsupported: {reason}"
     except Exception as error:
-        return first_line(error)
+        return crash(error)
     return None
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -106,7 +106,7 @@ def search(op: Op, impl: Impl, config: Mapping[str, Any], count: int, seconds: f
         pass
     except Flaky:
         caveat = "the same arguments do not fail each time"
-    except Exception:
+    except Exception:  # that of a failing example, which hypothesis hands on; it is in `failures`
         if not failures:
             raise
     if not caveat and time.monotonic() > end:

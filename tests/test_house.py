@@ -28,7 +28,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.pages": "",
     "vila_triton.choices": "torch",
     "vila_triton.kernels": "torch triton ops registry space kernels",  # nobody else imports triton
-    "vila_triton.ops": "torch einops ops registry",
+    "vila_triton.ops": "torch einops ops registry formats",
     "vila_triton.models.config": "",
     "vila_triton.models.params": "torch ops",
     "vila_triton.models": "torch einops ops models",

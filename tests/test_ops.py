@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from vila_triton import ops
+from vila_triton.formats import pack_rows
 from vila_triton.ops import Int4, dequantize, quantize
-from vila_triton.ops.linear import codes, pack
+from vila_triton.ops.linear import codes
 from vila_triton.registry import OPS, Sizes, recording
 
 D = torch.float64
@@ -152,7 +153,7 @@ def test_packing_keeps_every_code_and_nibble_i_of_word_c_is_code_8c_plus_i(
     n: int, G: int, group: int, seed: int
 ) -> None:
     q = torch.randint(0, 16, (n, G * group), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
-    words = pack(q)
+    words = pack_rows(q)
     assert torch.equal(codes(Int4(words, torch.ones(n, G), torch.zeros(n, G))), q)
     for i in range(8):
         assert torch.equal((words[:, 0].long() >> 4 * i) & 15, q[:, i].long())

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from bench.faithful import LEFT_OUT, arguments, assert_faithful, examples
 from vila_triton import ops
+from vila_triton.formats import pack_rows
 from vila_triton.ops import Int4
 from vila_triton.ops.attention import attend
-from vila_triton.ops.linear import codes, pack
+from vila_triton.ops.linear import codes
 from vila_triton.ops.paged import gather
 from vila_triton.registry import OPS, Impl
 
@@ -32,12 +33,12 @@ def planted(name: str) -> Callable[[Callable], Callable]:
 @planted("int4_matmul")
 def swapped_nibbles(x: Tensor, w: Int4) -> Tensor:
     q = codes(w).unflatten(1, (-1, 2)).flip(-1).flatten(1)
-    return ops.int4_matmul.reference(x, Int4(pack(q), w.scales, w.zeros))
+    return ops.int4_matmul.reference(x, Int4(pack_rows(q), w.scales, w.zeros))
 
 
 @planted("int4_matmul")
 def code_15_read_as_14(x: Tensor, w: Int4) -> Tensor:
-    return ops.int4_matmul.reference(x, Int4(pack(codes(w).clamp(max=14)), w.scales, w.zeros))
+    return ops.int4_matmul.reference(x, Int4(pack_rows(codes(w).clamp(max=14)), w.scales, w.zeros))
 
 
 @planted("int4_matmul")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bench.faithful import DEVICE, arguments, budget, examples, hold, supported, unit_roundoff
 from vila_triton import ops
-from vila_triton.ops.linear import codes, pack
+from vila_triton.formats import pack_rows
+from vila_triton.ops.linear import codes
 from vila_triton.ops.paged import gather
 from vila_triton.registry import Op, discover, use
 
@@ -220,7 +221,7 @@ def test_int4_matmul_equals_linear_on_the_plain_weight(impl: str) -> None:
 def test_codes_survive_packing(n: int, words: int, seed: int) -> None:
     q = torch.randint(0, 16, (n, 8 * words), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
     q[0, :8], q[-1, -8:] = torch.arange(8), torch.arange(8, 16)  # all 16, the one that sets the sign bit included
-    packed = pack(q)
+    packed = pack_rows(q)
     assert packed.dtype == torch.int32 and packed.shape == (n, words)
     assert torch.equal(codes(ops.Int4(packed, None, None)), q)
 

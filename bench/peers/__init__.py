@@ -17,6 +17,7 @@ or batch (`prepared`), at the first call, and so is not timed.
 import importlib
 import pkgutil
 
+from ..report import crash
 from ._borrow import Unusable
 
 __all__ = ["Unusable", "discover", "names"]
@@ -38,9 +39,5 @@ def discover() -> dict[str, str]:
         except Unusable as reason:
             unusable[name] = str(reason)
         except Exception as error:  # a library may fail to import in any way; the reason is what is asked for
-            unusable[name] = f"import fails: {type(error).__name__}: {first_line(error)}"
+            unusable[name] = f"import fails: {crash(error)}"
     return unusable
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")

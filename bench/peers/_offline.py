@@ -16,9 +16,9 @@ from triton.runtime.autotuner import Autotuner
 from vila_triton.registry import Unsupported
 
 from ..targets import TARGETS
+from ..tuner.cost import CHIPS
 
-# By CUDA architecture: a GPU of it, and its multiprocessors (data sheets).
-GPUS = {80: ("NVIDIA A100", 108), 89: ("NVIDIA GeForce RTX 4090", 128), 90: ("NVIDIA H100", 132)}
+GPUS = {80: "NVIDIA A100", 89: "NVIDIA GeForce RTX 4090", 90: "NVIDIA H100"}  # by CUDA architecture, one of it
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -65,12 +65,11 @@ def offline(x: Tensor | None = None) -> Iterator[None]:
     target = active.get_current_target()
     if target.backend != "cuda" or target.arch not in GPUS:
         raise Unsupported(f"compiled without a GPU only for {', '.join(f'sm_{arch}' for arch in GPUS)}")
-    name, processors = GPUS[target.arch]
     gpu = SimpleNamespace(
-        name=name,
+        name=GPUS[target.arch],
         major=target.arch // 10,
         minor=target.arch % 10,
-        multi_processor_count=processors,
+        multi_processor_count=CHIPS[f"sm_{target.arch}"][1],
         shared_memory_per_block_optin=TARGETS[f"sm_{target.arch}"].block_shared,
     )
     answers = {

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from vila_triton.formats import NIBBLES, pack_rows, unpack_rows
 from vila_triton.registry import OneOf, Sizes, op
 
 from .domain import DTYPES, draw, name_of, wide
 from .shapes import axes
-
-NIBBLES = 8  # 4-bit codes in one int32 word
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ def check_int4(k: int, group: int) -> None:
 
 def codes(w: Int4) -> Tensor:
     """The 4-bit codes as int32, [n, k]."""
-    shifts = torch.arange(0, 32, 4, device=w.qweight.device, dtype=torch.int32)
-    return ((w.qweight[..., None] >> shifts) & 0xF).flatten(-2)  # [n, k/8, 8] -> [n, k]
+    return unpack_rows(w.qweight)
 
 
 def dequantize(w: Int4, dtype: torch.dtype) -> Tensor:
@@ -72,14 +70,7 @@ def quantize(w: Tensor, group: int) -> Int4:
     scales = ((high - low) / 15).clamp(min=torch.finfo(torch.float16).tiny).to(w.dtype)
     zeros = (-low / scales.float()).round().clamp(0, 15)
     q = ((x / scales.float()).round() + zeros).clamp(0, 15).to(torch.int32)
-    return Int4(pack(q.flatten(-2)), scales[..., 0], zeros[..., 0].to(w.dtype))
-
-
-def pack(q: Tensor) -> Tensor:
-    """Codes [n, k] of 0 to 15 -> words [n, k/8] int32; the inverse of `codes`."""
-    shifts = torch.arange(0, 32, 4, device=q.device, dtype=torch.int64)
-    words = (rearrange(q.long(), "n (c i) -> n c i", i=NIBBLES) << shifts).sum(-1)  # 0 to 2³² - 1
-    return words.to(torch.uint32).view(torch.int32)
+    return Int4(pack_rows(q.flatten(-2)), scales[..., 0], zeros[..., 0].to(w.dtype))
 
 
 @op
@@ -116,7 +107,7 @@ def _(
     q = torch.randint(0, 16, (n, G * group), generator=rng)
     scales = (torch.rand(n, G, generator=rng) + 0.5) / 15
     zeros = torch.randint(0, 16, (n, G), generator=rng)
-    values = (pack(q).to(device), *(x.to(device, getattr(torch, dtype)) for x in (scales, zeros)))
+    values = (pack_rows(q).to(device), *(x.to(device, getattr(torch, dtype)) for x in (scales, zeros)))
     return draw(m, G * group, dtype=dtype, rng=rng, device=device), Int4(*values)
 
 

@@ -46,8 +46,8 @@ def kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mappin
     """Write new keys and values into their slots, in place; returns the pages.
 
     k and v [s, g, d]; k_pages and v_pages [p, l, g, d]; slot_mapping [s] int64, each slot at most once; a slot below 0
-    means that the token is not cached. Not checked (it would wait for the device): no slot is
-    beyond the last page.
+    means that the token is not cached. Not checked (it would wait for the device): no slot is beyond the
+    last page.
     """
     kept = slot_mapping >= 0
     page, row = slot_mapping[kept] // k_pages.shape[1], slot_mapping[kept] % k_pages.shape[1]
