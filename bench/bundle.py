@@ -7,7 +7,7 @@ from somebody else can be wrong, but it cannot run code.
 import inspect
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def save(
 def plain(value: Any) -> Any:
     """The tree with its int4 leaves as dictionaries."""
     if isinstance(value, Int4):
-        return {"qweight": value.qweight, "scales": value.scales, "zeros": value.zeros}
+        return dict(vars(value))
     return type(value)(map(plain, value)) if isinstance(value, tuple | list) else value
 
 
@@ -76,7 +76,7 @@ def restored(value: Any) -> Any:
             raise BundleError(f"an argument is a {value.layout} tensor on {value.device}, expected a plain one")
         return value.to(DEVICE)
     if isinstance(value, dict):
-        if set(value) != {"qweight", "scales", "zeros"} or not all(isinstance(x, Tensor) for x in value.values()):
+        if set(value) != {f.name for f in fields(Int4)}:
             raise BundleError(f"an argument is a dictionary of {sorted(map(str, value))}, expected an int4 weight")
         return Int4(**{name: restored(x) for name, x in value.items()})
     if isinstance(value, tuple | list):

@@ -38,9 +38,11 @@ class Case:
 
 
 def representative(domain: Sizes | OneOf) -> Any:
-    """The largest size, a multiple of 16 if there is one, as the axes of real models are; of values the largest."""
+    """The largest size, a multiple of 16 if there is one, as the axes of real models are; of listed values the largest
+    number, or the first where they are no numbers.
+    """
     if isinstance(domain, OneOf):
-        return max(domain.values)
+        return max((x for x in domain.values if type(x) is int), default=domain.values[0])
     sizes = range(domain.low, domain.high + 1, domain.step)
     return max((n for n in sizes if n % 16 == 0 and n), default=sizes[-1])
 

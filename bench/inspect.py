@@ -54,7 +54,7 @@ def sizes_of(op: str, case: str | None, given: Sequence[str]) -> dict[str, Any]:
         name, _, value = text.partition("=")
         if name not in sizes or not (value.isdigit() or isinstance(sizes[name], str)):
             raise ValueError(f"--size {text}: expected NAME=VALUE, a name among {', '.join(sizes)} and its value")
-        sizes[name] = value if isinstance(sizes[name], str) else int(value)
+        sizes[name] = value if isinstance(sizes[name], str) else type(sizes[name])(int(value))  # bias=1 is True
     return sizes
 
 

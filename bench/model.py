@@ -121,7 +121,7 @@ def gated(runners: Sequence[Runner]) -> Iterator[Runner]:
 
 def concerns_all(choice: str) -> bool:
     """Whether a choice says anything to a model without int4 weights."""
-    return set(chosen(choice)) != {"int4_matmul"}
+    return {name.startswith("int4_") for name in chosen(choice)} != {True}
 
 
 def numbers(text: str) -> list[int]:

@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.tokens < 0:
             raise ValueError(f"--tokens is {args.tokens}, expected 0 or more")
         impl = OPS[args.op].impls[args.impl]
-        folder = args.model or (BUNDLED.with_name("checkpoint-int4") if args.op == "int4_matmul" else BUNDLED)
+        folder = args.model or (BUNDLED.with_name("checkpoint-int4") if args.op.startswith("int4") else BUNDLED)
         prompts = questions.read(args.prompts) if args.prompts else questions.bundled(args.count, args.seed)
         talker = Talker.from_pretrained(folder, DEVICE)
         beside, incumbents, shifts = shadow(talker, impl, prompts, args.tokens, args.layers)

@@ -206,7 +206,8 @@ def dense_twin(model: VilaLlamaForCausalLM) -> VilaLlamaForCausalLM:
     values = dict(model.state_dict())
     for key in [k for k in values if k.endswith("qweight")]:
         stem = key.removesuffix(".qweight")
-        w = Int4(*(values.pop(f"{stem}.{leaf}") for leaf in ("qweight", "scales", "zeros")))
+        leaves = (values.pop(f"{stem}.{leaf}") for leaf in ("qweight", "scales", "zeros"))
+        w = Int4(*leaves, group=model.config.parts()["llm"]["quantization_config"]["group_size"])
         values[f"{stem}.weight"] = dequantize(w, model.dtype)
     parts = model.config.parts()
     llm = {k: v for k, v in parts["llm"].items() if k != "quantization_config"}

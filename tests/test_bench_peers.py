@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from weakref import ref
 
 import pytest
@@ -22,7 +23,7 @@ from bench.peers import _awq, _borrow, _offline
 from bench.peers._paged import whole
 from bench.peers._prepared import prepared
 from vila_triton.ops import decode_attention, int4_matmul, prefill_attention
-from vila_triton.ops.linear import codes, dequantize
+from vila_triton.ops.int4 import codes, dequantize
 from vila_triton.registry import OPS, Unsupported
 
 LIBRARIES = ("awq", "exllamav3", "flash_attn", "flashinfer", "gemlite", "gptqmodel", "lmdeploy", "sglang", "torchao")
@@ -120,6 +121,10 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, s
     return write
 
 
+def int4(**sizes: Any) -> tuple:
+    return arguments(int4_matmul, **{"seed": 0, "group": 32, "dtype": "float16", "order": "sub", "bias": False} | sizes)
+
+
 def test_without_libraries_there_are_reasons_and_no_implementations() -> None:
     before = {op.name: list(op.impls) for op in OPS.values()}
     reasons = peers.discover()
@@ -157,11 +162,10 @@ def test_a_library_is_gated_like_any_other(text: str, right: bool, install: Call
 def test_what_a_library_cannot_do_is_unsupported_before_it_runs(install: Callable) -> None:
     install("awq/modules/triton/gemm.py", "AWQ_TRITON_SUPPORTED_GROUP_SIZES = [32]")
     peers.discover()
-    for sizes, message in (({"dtype": "float32"}, "float32"), ({"group": 64}, "group is 64")):
+    wrong = {"dtype": "float32", "group": 64, "bias": True, "order": "fma"}
+    for (name, value), message in zip(wrong.items(), ("float32", "group is 64", "a bias", "not 'fma'"), strict=True):
         with pytest.raises(Unsupported, match=f"autoawq: .*{message}"):
-            int4_matmul.impls["autoawq"](
-                *arguments(int4_matmul, seed=0, **{"m": 1, "n": 8, "G": 2, "group": 32, "dtype": "float16", **sizes})
-            )
+            int4_matmul.impls["autoawq"](*int4(m=1, n=8, G=2, **{name: value}))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-ins compute on the CPU")
@@ -185,7 +189,7 @@ def test_a_conversion_is_made_once_and_freed_with_its_source() -> None:
         made.append(w.shape)
         return torch.ones(3) + add
 
-    _, w = arguments(int4_matmul, seed=0, m=1, n=8, G=1, group=32, dtype="float16")
+    _, w, _ = int4(m=1, n=8, G=1)
     result = prepared(convert, w)
     assert prepared(convert, w) is result and len(made) == 1
     assert prepared(convert, w, add=1) is not result and prepared(convert, w) is result and len(made) == 2
@@ -203,17 +207,17 @@ def test_a_conversion_is_made_once_and_freed_with_its_source() -> None:
 
 
 def test_awq_words_are_those_of_autoawq() -> None:
-    _, w = arguments(int4_matmul, seed=0, m=1, n=24, G=3, group=32, dtype="float16")
+    _, w, _ = int4(m=1, n=24, G=3)
     qweight, qzeros, scales = _awq.awq(w)
     assert codes(w).unique().tolist() == list(range(16))
-    assert list(qweight.shape) == [96, 3] and list(qzeros.shape) == [3, 3] and torch.equal(scales, w.scales.t())
-    for words, want in ((qweight, codes(w)), (qzeros, w.zeros)):
+    assert list(qweight.shape) == [96, 3] and list(qzeros.shape) == [3, 3] and torch.equal(scales, w.scales)
+    for words, want in ((qweight, codes(w)), (qzeros, w.zeros.t())):
         nibbles = words[..., None] >> torch.arange(0, 32, 4, device=words.device) & 15
         assert torch.equal(nibbles[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(1).t(), want.int())
 
 
 def test_padding_adds_zeros_and_conversion_knows_shapes_without_data() -> None:
-    _, w = arguments(int4_matmul, seed=0, m=1, n=5, G=3, group=32, dtype="float16")
+    _, w, _ = int4(m=1, n=5, G=3)
     wide = _awq.padded(w, 8)
     assert wide.shape == (8, 96) and wide.group == 32
     weight = dequantize(wide, torch.float16)

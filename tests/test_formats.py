@@ -1,28 +1,72 @@
 """Layouts of 4-bit codes: golden words, and every code back from every layout."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from vila_triton import formats
 
-LAYOUTS = {  # name -> pack, unpack, what n and k must be multiples of
-    "tiles": (formats.pack_tiles, None, 1, 1),
-    "rows": (formats.pack_rows, formats.unpack_rows, 1, 8),
-    "gemm": (formats.pack_gemm, formats.unpack_gemm, 8, 1),
-    "v2": (formats.pack_v2, formats.unpack_v2, 4, 64),
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout, and what n and k must be multiples of in it."""
+
+    pack: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor, int, int], Tensor]
+    n: int
+    k: int
+
+
+LAYOUTS = {
+    "tiles": Layout(formats.pack_tiles, formats.unpack_tiles, 1, 1),
+    "rows": Layout(formats.pack_rows, lambda x, n, k: formats.unpack_rows(x), 1, 8),
+    "gemm": Layout(formats.pack_gemm, lambda x, n, k: formats.unpack_gemm(x), 8, 1),
+    "v2": Layout(formats.pack_v2, lambda x, n, k: formats.unpack_v2(x), 4, 64),
 }
+TILES = LAYOUTS["tiles"]
+
+
+def random(n: int, k: int, seed: int = 0) -> Tensor:
+    """Codes [n, k], the first 16 of which (or as many as there are) are all there are."""
+    q = torch.randint(0, 16, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    q.view(-1)[:16] = torch.arange(16)[: q.numel()]
+    return q
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(n=st.integers(1, 9), k=st.integers(1, 9), seed=st.integers(0, 99))
-def test_every_code_comes_back(layout: str, n: int, k: int, seed: int) -> None:
-    pack, unpack, step_n, step_k = LAYOUTS[layout]
-    q = torch.randint(0, 16, (n * step_n, k * step_k), generator=torch.Generator().manual_seed(seed))
-    q.view(-1)[: min(16, q.numel())] = torch.arange(min(16, q.numel()))
-    back = unpack(pack(q)) if unpack else formats.unpack_tiles(pack(q), *q.shape)
-    assert torch.equal(back, q.int())
+def test_every_code_comes_back_from_every_place(layout: str, n: int, k: int, seed: int) -> None:
+    """Adding 1 sixteen times, the sixteenth of which is the first again, takes each place through all codes."""
+    x = LAYOUTS[layout]
+    q = random(n * x.n, k * x.k, seed)
+    for code in range(16):
+        added = (q + code) % 16
+        assert torch.equal(x.unpack(x.pack(added), *q.shape), added)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tiles"])
+def test_what_others_pack_becomes_tiles_and_comes_back_to_the_bit(layout: str) -> None:
+    """At every shape that the other layout has, to beyond two tiles of ours either way."""
+    x = LAYOUTS[layout]
+    for n, k in product(range(x.n, 42, x.n), range(x.k, 193, x.k)):
+        theirs = x.pack(random(n, k))
+        ours = TILES.pack(x.unpack(theirs, n, k))
+        assert ours.shape == formats.tiles(n, k) and ours.dtype == torch.int32
+        back = x.pack(TILES.unpack(ours, n, k))
+        assert back.dtype == theirs.dtype and torch.equal(back, theirs), (n, k)
+        assert torch.equal(TILES.pack(x.unpack(back, n, k)), ours), (n, k)
+
+
+@given(n=st.integers(1, 40), k=st.integers(1, 140))
+def test_beyond_the_weight_a_tile_holds_zeros(n: int, k: int) -> None:
+    whole = TILES.unpack(TILES.pack(random(n, k) | 1), *(16 * -(-n // 16), 64 * -(-k // 64)))
+    assert whole[:n, :k].all() and not whole[n:].any() and not whole[:, k:].any()
 
 
 def test_golden_words() -> None:
@@ -30,6 +74,9 @@ def test_golden_words() -> None:
     assert formats.pack_rows(eight[None]).tolist() == [[0x76543210]]
     assert formats.pack_gemm(eight[:, None]).tolist() == [[0x75316420]]
     assert formats.pack_gemm(eight[:, None] + 8).tolist() == [[-38146904]]
+    rows = torch.arange(64).view(2, 32) * 5 % 16
+    for i in range(8):  # nibble i of word c of a row is its code 8c + i
+        assert torch.equal(formats.pack_rows(rows) >> 4 * i & 15, rows[:, i::8].int())
 
 
 def test_golden_halfwords_of_v2() -> None:

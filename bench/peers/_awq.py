@@ -3,14 +3,16 @@
 qweight [k, n/8] int32, qzeros [G, n/8] int32, scales [G, n] (casper-hansen/AutoAWQ, `WQLinear_GEMM`).
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.formats import pack_gemm
+from vila_triton.formats import pack_gemm, pack_tiles
 from vila_triton.ops import Int4
-from vila_triton.ops.linear import codes
+from vila_triton.ops.int4 import codes
+from vila_triton.registry import Unsupported
 
 
 class Awq(NamedTuple):
@@ -21,10 +23,19 @@ class Awq(NamedTuple):
 
 def awq(w: Int4) -> Awq:
     """w [n, k], n a multiple of 8, in the layout "gemm"."""
-    return Awq(pack_gemm(codes(w)), pack_gemm(w.zeros.int()), w.scales.t().contiguous())
+    return Awq(pack_gemm(codes(w)), pack_gemm(w.zeros.t().int()), w.scales.contiguous())
 
 
 def padded(w: Int4, multiple: int) -> Int4:
     """w with rows of zeros below, so that n becomes a multiple of the given number."""
     below = -w.shape[0] % multiple
-    return Int4(*(F.pad(x, (0, 0, 0, below)) for x in (w.qweight, w.scales, w.zeros)))
+    scales, zeros = (F.pad(x, (0, below)) for x in (w.scales, w.zeros))
+    return replace(w, qweight=pack_tiles(F.pad(codes(w), (0, 0, 0, below))), scales=scales, zeros=zeros)
+
+
+def plain(where: str, w: Int4, bias: Tensor | None) -> None:
+    """Unsupported for what the libraries are not asked to do: a bias, or llm-awq's order of rounding."""
+    if bias is not None:
+        raise Unsupported(f"{where}: is compared without a bias")
+    if w.order != "sub":
+        raise Unsupported(f"{where}: is compared in the order 'sub', not {w.order!r}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry import Unsupported
 
-from ._awq import Awq, awq, padded
+from ._awq import Awq, awq, padded, plain
 from ._borrow import borrow
 from ._offline import check, offline
 from ._prepared import prepared
@@ -27,7 +27,8 @@ def layout(w: Int4) -> Awq:
 
 
 @int4_matmul.impl("autoawq")
-def int4_matmul_autoawq(x: Tensor, w: Int4) -> Tensor:
+def int4_matmul_autoawq(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
+    plain("autoawq", w, bias)
     check("autoawq", x, w.scales, dtypes=[torch.float16])
     if w.group not in gemm.AWQ_TRITON_SUPPORTED_GROUP_SIZES and w.group != w.shape[1]:
         raise Unsupported(f"autoawq: the group is {w.group}, supported are {gemm.AWQ_TRITON_SUPPORTED_GROUP_SIZES}")

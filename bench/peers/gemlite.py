@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.ops.linear import codes
+from vila_triton.ops.int4 import codes
 from vila_triton.registry import Unsupported
 
-from ._awq import padded
+from ._awq import padded, plain
 from ._offline import check, first_config, offline
 from ._prepared import prepared
 
@@ -52,7 +52,7 @@ def layer(w: Int4, output: Any) -> Any:
     n, k = w.shape
     dtype = DTYPES[w.scales.dtype]
     made = gemlite.GemLiteLinear(4, w.group, k, n, input_dtype=dtype, output_dtype=output or dtype)
-    made.pack(codes(w).to(torch.uint8), w.scales.contiguous(), w.zeros.contiguous())
+    made.pack(codes(w).to(torch.uint8), w.scales.t().contiguous(), w.zeros.t().contiguous())
     for name in ("scales", "zeros"):  # [G, n]
         rows = F.pad(getattr(made, name), (0, 0, 0, SPARE))
         setattr(made, name, torch.nn.Parameter(rows[:-SPARE], requires_grad=False))
@@ -79,16 +79,17 @@ def told(x: Tensor) -> Iterator[None]:
 
 
 @int4_matmul.impl("gemlite", configs=CONFIGS)
-def int4_matmul_gemlite(x: Tensor, w: Int4, *, tune: bool) -> Tensor:
-    return run(x, w, tune)
+def int4_matmul_gemlite(x: Tensor, w: Int4, bias: Tensor | None = None, *, tune: bool) -> Tensor:
+    return run(x, w, bias, tune)
 
 
 @int4_matmul.impl("gemlite_float32", configs=CONFIGS)
-def int4_matmul_gemlite_float32(x: Tensor, w: Int4, *, tune: bool) -> Tensor:
-    return run(x, w, tune, output=gemlite.DType.FP32).to(x.dtype)
+def int4_matmul_gemlite_float32(x: Tensor, w: Int4, bias: Tensor | None = None, *, tune: bool) -> Tensor:
+    return run(x, w, bias, tune, output=gemlite.DType.FP32).to(x.dtype)
 
 
-def run(x: Tensor, w: Int4, tune: bool, output: Any = None) -> Tensor:
+def run(x: Tensor, w: Int4, bias: Tensor | None, tune: bool, output: Any = None) -> Tensor:
+    plain("gemlite", w, bias)
     check("gemlite", x, w.scales, dtypes=[*DTYPES])
     if w.group % 32:
         raise Unsupported(f"gemlite: the group is {w.group}, expected a multiple of 32")

@@ -12,7 +12,7 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry import Unsupported
 
-from ._awq import Awq, awq, padded
+from ._awq import Awq, awq, padded, plain
 from ._borrow import borrow
 from ._offline import check, offline
 from ._prepared import prepared
@@ -26,7 +26,8 @@ def layout(w: Int4) -> Awq:
 
 
 @int4_matmul.impl("gptqmodel")
-def int4_matmul_gptqmodel(x: Tensor, w: Int4) -> Tensor:
+def int4_matmul_gptqmodel(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
+    plain("gptqmodel", w, bias)
     check("gptqmodel", x, w.scales, dtypes=[torch.float16])
     if w.group not in scheduler.SUPPORTED_GROUP_SIZES:
         raise Unsupported(f"gptqmodel: the group is {w.group}, supported are {scheduler.SUPPORTED_GROUP_SIZES}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry import Unsupported
 
-from ._awq import Awq, awq, padded
+from ._awq import Awq, awq, padded, plain
 from ._borrow import borrow
 from ._offline import check, offline
 from ._prepared import prepared
@@ -26,7 +26,8 @@ def layout(w: Int4) -> Awq:
 
 
 @int4_matmul.impl("lmdeploy")
-def int4_matmul_lmdeploy(x: Tensor, w: Int4) -> Tensor:
+def int4_matmul_lmdeploy(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
+    plain("lmdeploy", w, bias)
     check("lmdeploy", x, w.scales, dtypes=[torch.float16], interpreted=False)
     if w.group < 16 or w.group & (w.group - 1):
         raise Unsupported(f"lmdeploy: the group is {w.group}, but its block of k is a group, a power of two from 16")

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.ops.linear import codes
+from vila_triton.ops.int4 import codes
 from vila_triton.registry import Unsupported
 
-from ._awq import padded
+from ._awq import padded, plain
 from ._borrow import needs_cuda
 from ._offline import check
 from ._prepared import prepared
@@ -34,14 +34,15 @@ def layout(w: Int4) -> Tensor:
     wide = padded(w, 8)
     right = -w.shape[1] % 1024
     q = F.pad(codes(wide), (0, right))
-    scales, zeros = (F.pad(x, (0, right // w.group)) for x in (wide.scales, (8 - wide.zeros) * wide.scales))
+    scales, zeros = (F.pad(x.t(), (0, right // w.group)) for x in (wide.scales, (8 - wide.zeros) * wide.scales))
     packed = torch.ops.aten._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), INNER_K_TILES)
     shifts = torchao.pack_tinygemm_scales_and_zeros(scales, zeros, scales.dtype)
     return workflows.Int4TilePackedTo4dTensor(packed, shifts, [1, w.group], torch.Size(w.shape))
 
 
 @int4_matmul.impl("torchao")
-def int4_matmul_torchao(x: Tensor, w: Int4) -> Tensor:
+def int4_matmul_torchao(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
+    plain("torchao", w, bias)
     check("torchao", x, w.scales, dtypes=[torch.bfloat16], interpreted=False)
     if w.group not in GROUPS:
         raise Unsupported(f"torchao: the group is {w.group}, supported are {GROUPS}")
