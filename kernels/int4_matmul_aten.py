@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.ops.linear import codes
+from vila_triton.ops.int4 import codes
 from vila_triton.registry import Unsupported
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -36,7 +36,7 @@ def pack(w: Int4, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes(w), 1)
     scales = w.scales.to(dtype)
     shifts = ((8 - w.zeros.float()) * scales.float()).to(dtype)
-    return words, torch.stack((scales, shifts), -1).transpose(0, 1).contiguous()
+    return words, torch.stack((scales, shifts), -1).contiguous()
 
 
 def packed(w: Int4, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ def packed(w: Int4, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @int4_matmul.impl("aten")
-def int4_matmul_aten(x: Tensor, w: Int4) -> Tensor:
+def int4_matmul_aten(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
     (n, k), group = w.shape, w.group
     if x.device.type != "cpu":
         raise Unsupported(f"int4_matmul: this product is torch's for CPUs, but tensors are on {x.device}")
@@ -58,10 +58,13 @@ def int4_matmul_aten(x: Tensor, w: Int4) -> Tensor:
         raise Unsupported(f"int4_matmul: {x.dtype} is not one of {', '.join(map(str, DTYPES))}")
     if group not in GROUPS:
         raise Unsupported(f"int4_matmul: the group is {group}, but torch takes {', '.join(map(str, GROUPS))}")
+    if w.order != "sub":
+        raise Unsupported(f"int4_matmul: the order is {w.order!r}, but torch rounds as its own formula says")
     if n % 16:
         raise Unsupported(f"int4_matmul: w has {n} rows, but torch packs multiples of 16")
     rows = x.reshape(-1, k).contiguous()  # [m, k]
     if not len(rows):
         return x.new_empty(*x.shape[:-1], n)
     words, scales = packed(w, x.dtype)
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, words, group, scales).view(*x.shape[:-1], n)
+    out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, words, group, scales).view(*x.shape[:-1], n)
+    return out if bias is None else out + bias

@@ -1,38 +1,56 @@
-"""x · wᵀ by torch's matrix product, the weight unpacked in blocks of rows that stay in the CPU's cache.
+"""x · wᵀ + bias by torch's matrix product, the weight unpacked in blocks of rows that stay in the CPU's cache.
 
 A block of w, BLOCK_N rows of k columns, is unpacked, multiplied while it is in the cache, and forgotten, so that the
 whole weight never stands in memory. It is rounded as in the reference, and every shape and dtype is served.
 
-qweight [n, k/8] int32 is read as bytes, low nibble first: byte j of a row holds columns 2j and 2j + 1.
+The codes are not put in order: a byte of a tile holds a code of row r below and one of row r + 8 above, so bytes & 15
+are eight rows and bytes >> 4 are the eight others, with the inputs in the order of the bytes; x is put in that order.
 """
 
 import sys
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
+from vila_triton.formats import TILE_K, TILE_N
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.ops.domain import wide
+from vila_triton.ops.int4 import rounded
 from vila_triton.registry import Unsupported
 
 CONFIGS = [{"BLOCK_N": 128}, {"BLOCK_N": 32}, {"BLOCK_N": 512}]
 
 
+def in_the_order_of_bytes(x: Tensor) -> Tensor:
+    """[..., k] -> [..., k up to a multiple of 64], columns moved to where their codes lie."""
+    x = F.pad(x, (0, -x.shape[-1] % TILE_K))
+    return rearrange(x, "... (j word side c pair) -> ... (j c word pair side)", word=4, side=2, c=4, pair=2)
+
+
 @int4_matmul.impl("blocked", configs=CONFIGS)
-def int4_matmul_blocked(x: Tensor, w: Int4, *, BLOCK_N: int) -> Tensor:
+def int4_matmul_blocked(x: Tensor, w: Int4, bias: Tensor | None = None, *, BLOCK_N: int) -> Tensor:
     if sys.byteorder != "little":
         raise Unsupported("int4_matmul: the bytes of a word are read low byte first, which this machine does not do")
-    rows = x.reshape(-1, x.shape[-1])  # [m, k]
+    (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
     # A CPU multiplies all dtypes as they are but float16, which is quicker converted.
     widen = wide if x.dtype == torch.float16 else lambda y: y
-    out = x.new_empty(len(rows), w.shape[0])
-    x = widen(rows)
-    for start in range(0, w.shape[0], BLOCK_N):
-        block = slice(start, start + BLOCK_N)
-        packed = w.qweight[block].contiguous().view(torch.uint8)  # [n', k/2]
-        scales, zeros = (y[block, :, None].to(out.dtype) for y in (w.scales, w.zeros))  # [n', G, 1]
-        codes = torch.stack((packed & 0xF, packed >> 4), -1)  # [n', k/2, 2]
-        weight = codes.view(len(scales), -1, w.group).to(out.dtype).sub_(zeros).mul_(scales)  # [n', G, group]
-        out[:, block] = F.linear(x, widen(weight.flatten(1)))
-    return out.view(*x.shape[:-1], -1)
+    inputs = widen(in_the_order_of_bytes(rows))
+    groups = in_the_order_of_bytes(torch.arange(k, device=x.device) // w.group)
+    whole = w.group % TILE_K == 0 or w.group == k  # a group is then a range of columns in either order
+    out = x.new_empty(len(rows), n)
+    for start in range(0, n, BLOCK_N):
+        block = slice(start, min(start + BLOCK_N, n))
+        packed = w.qweight[start // TILE_N : -(-block.stop // TILE_N)].contiguous().view(torch.uint8)
+        packed = rearrange(packed, "i j (r c) byte -> i r (j c byte)", r=8)
+        q = torch.stack((packed & 0xF, packed >> 4), 1).flatten(0, 2)[: block.stop - start].to(x.dtype)  # [n', k']
+        scales, zeros = (y[:, block].to(x.dtype) for y in (w.scales, w.zeros))  # [G, n']
+        if whole:
+            q, scales, zeros = q.unflatten(1, (len(scales), -1)), scales.t()[..., None], zeros.t()[..., None]
+        else:
+            scales, zeros = scales[groups].t(), zeros[groups].t()
+        weight = q.sub_(zeros).mul_(scales) if w.order == "sub" else rounded(q, scales, zeros, w.order)
+        shift = None if bias is None else widen(bias[block])
+        out[:, block] = F.linear(inputs, widen(weight.view(len(q), -1)), shift).to(out.dtype)
+    return out.view(*x.shape[:-1], n)

@@ -39,6 +39,11 @@ def nibbles(x: Tensor) -> Tensor:
     return (x[..., None] >> shifts) & 0xF
 
 
+def tiles(n: int, k: int) -> tuple[int, int, int, int]:
+    """The shape of n x k codes in our tiles."""
+    return -(-n // TILE_N), -(-k // TILE_K), 32, 4
+
+
 def pack_tiles(q: Tensor) -> Tensor:
     """Codes [n, k] -> [ceil(n/16), ceil(k/64), 32, 4] int32; what lies beyond n and k is code 0."""
     n, k = q.shape

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vila_triton import ops
-from vila_triton.ops import rms_norm, rope, swiglu
+from vila_triton.ops import Int4, int4_swiglu, rms_norm, rope, swiglu
 
 from .config import LlamaConfig
 from .layers import Affine, Leaf, declare_linear, linear
@@ -115,7 +115,10 @@ def attention(p: Layer, x: Tensor, rotary: tuple[Tensor, Tensor], i: int, cfg: L
 
 
 def mlp(p: Layer, x: Tensor) -> Tensor:
-    return linear(p.down, swiglu(linear(p.gate, x), linear(p.up, x)))
+    gate, up = p.gate, p.up
+    if isinstance(gate.weight, Int4) and gate.bias is None and up.bias is None:
+        return linear(p.down, int4_swiglu(x, gate.weight, up.weight))
+    return linear(p.down, swiglu(linear(gate, x), linear(up, x)))
 
 
 def llama(

@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from vila_triton.formats import tiles
 from vila_triton.ops import Int4
-from vila_triton.ops.linear import NIBBLES, check_int4
+from vila_triton.ops.int4 import check_int4
 
 T = TypeVar("T")
 
@@ -46,15 +47,16 @@ def weight(n: int, k: int, key: str, dtype: torch.dtype, group: int | None = Non
         return Spec((n, k), f"{key}.weight", dtype)
     check_int4(k, group)
     return Int4(
-        Spec((n, k // NIBBLES), f"{key}.qweight", torch.int32, "codes"),
-        Spec((n, k // group), f"{key}.scales", dtype),
-        Spec((n, k // group), f"{key}.zeros", dtype, "ones"),
+        Spec(tiles(n, k), f"{key}.qweight", torch.int32, "codes"),
+        Spec((k // group, n), f"{key}.scales", dtype),
+        Spec((k // group, n), f"{key}.zeros", dtype, "ones"),
+        group,
     )
 
 
 def tree_map(f: Callable[..., Any], tree: T, *rest: T) -> T:
-    """The same tree with f applied to its leaves (and to those of the others, leaf by leaf); None stays None."""
-    if tree is None:
+    """The same tree with f applied to its leaves (and to those of the others, leaf by leaf); all else stays."""
+    if tree is None or isinstance(tree, int | str):
         return tree
     if isinstance(tree, tuple):
         return tuple(tree_map(f, *parts) for parts in zip(tree, *rest, strict=True))  # pyright: ignore

@@ -14,8 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vila_triton import checkpoint, engine
 from vila_triton.cache import PagedCache, Uncached, Watched, resume
-from vila_triton.choices import configured, pick_device
-from vila_triton.registry import defaults
+from vila_triton.choices import pick_device
 
 from . import llama, vila
 from .batch import causal_loss, pad, pad_square, unpad
@@ -188,7 +187,7 @@ class VilaLlamaForCausalLM(PreTrainedModel):
                         self.params, batch.rows, at, self.geometry, watched or step, features, step.decode, states
                     )
                 hidden = [row[len(row) - n :] for row, n in zip(hidden, kept)]
-            with defaults(configured(self.device.type, engine.phase(max(map(len, batch.rows)) == 1))):
+            with engine.kernels(self.device, decode=max(map(len, batch.rows)) == 1):
                 logits = llama.logits(self.params.llm, torch.cat(hidden)).split([len(row) for row in hidden])
         if start_pos is not None and use_cache:
             self.cache = cache

@@ -12,7 +12,8 @@ References run in any dtype, float64 included, on CPU or GPU. Sums are taken in 
 
 from .attention import decode_attention, encoder_attention, prefill_attention
 from .elementwise import layer_norm, rms_norm, rope, swiglu
-from .linear import Int4, dequantize, int4_matmul, linear, quantize
+from .int4 import Int4, dequantize, int4_matmul, int4_swiglu, quantize
+from .linear import linear
 from .paged import kv_write
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "dequantize",
     "encoder_attention",
     "int4_matmul",
+    "int4_swiglu",
     "kv_write",
     "layer_norm",
     "linear",

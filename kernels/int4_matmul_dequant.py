@@ -1,0 +1,110 @@
+"""x · wᵀ + bias in two steps, for many rows of x: write the weight out as numbers, then torch's matrix product.
+
+The weight stands in memory whole, in x's dtype, rounded as `Int4.order` says, for as long as the call takes.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vila_triton.ops import Int4, int4_matmul
+from vila_triton.space import SIZE, Config, Launch, Space, cdiv
+
+from ._int4 import check_group, lane_rows, leaves, rounding, target, word_pointers
+from ._int4_dot import load_words, weight_block
+from ._tile import check
+
+CONFIGS = [
+    {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1},
+    {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 1},
+]
+
+
+def launch(config: Config, n: int, G: int, group: int, dtype: str, **_: object) -> Launch:
+    block_n, block_k, k = config["BLOCK_N"], config["BLOCK_K"], G * group
+    moved = block_n * block_k * (1 + 2 * SIZE[dtype]) // 2
+    return Launch(cdiv(n, block_n) * cdiv(k, block_k), moved, block_n * block_k // 2, lanes=4 * block_n * block_k)
+
+
+SPACE = Space(
+    {"BLOCK_N": [16, 32, 64], "BLOCK_K": [64, 128, 256], "num_warps": [2, 4, 8], "num_stages": [1]},
+    where=lambda config, **_: 512 <= config["BLOCK_N"] * config["BLOCK_K"] // config["num_warps"] <= 4096,
+    launch=launch,
+)
+
+
+@triton.jit
+def _int4_dequant_kernel(
+    qweight_ptr,
+    scales_ptr,
+    zeros_ptr,
+    out_ptr,
+    N,
+    K,
+    GROUP: tl.constexpr,
+    ORDER: tl.constexpr,
+    ASM: tl.constexpr,
+    MASK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    TILES_N: tl.constexpr = BLOCK_N // 16
+    TILES_K: tl.constexpr = BLOCK_K // 64
+    start = tl.program_id(0) * BLOCK_K
+    tile = (tl.program_id(1).to(tl.int64) * TILES_N + tl.arange(0, TILES_N))[:, None, None, None]
+    tile_k = (start // 64 + tl.arange(0, TILES_K))[None, :, None, None]
+    lane = tl.arange(0, 32)[None, None, :, None]
+    top, low = lane_rows(tile, lane // 4, N)
+    word_ptrs = word_pointers(qweight_ptr, tile, tile_k, lane, tl.arange(0, 4)[None, None, None, :], N, K)
+    w = weight_block(
+        load_words(word_ptrs, start, K, TILES_K, MASK_K),
+        scales_ptr,
+        zeros_ptr,
+        top,
+        low,
+        start,
+        N,
+        K,
+        GROUP,
+        ORDER,
+        out_ptr.dtype.element_ty,
+        ASM,
+        False,
+        TILES_N,
+        TILES_K,
+    )
+    offs_n = (tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    offs_k = (start + tl.arange(0, BLOCK_K))[None, :]
+    tl.store(out_ptr + offs_n * K + offs_k, w, mask=(offs_n < N) & (offs_k < K))
+
+
+@int4_matmul.impl("dequant", configs=CONFIGS, space=SPACE)
+def int4_matmul_dequant(
+    x: Tensor, w: Int4, bias: Tensor | None = None, *, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int
+) -> Tensor:
+    check("int4_matmul", x, w.scales, w.zeros)
+    check_group("int4_matmul", w)
+    n, k = w.shape
+    plain = torch.empty(n, k, dtype=x.dtype, device=x.device)
+    if plain.numel():
+        qweight, scales, zeros = leaves(w)
+        _int4_dequant_kernel[(triton.cdiv(k, BLOCK_K), triton.cdiv(n, BLOCK_N))](
+            qweight,
+            scales,
+            zeros,
+            plain,
+            n,
+            k,
+            GROUP=w.group,
+            ORDER=rounding(w, scale_sums=False),
+            ASM=target()["ASM"],
+            MASK_K=k % BLOCK_K != 0,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    return F.linear(x, plain, bias)

@@ -1,0 +1,110 @@
+"""x · wᵀ + bias, the first rung: every number of w fetches its own word, and takes its code out of it.
+
+One program makes a BLOCK_M by BLOCK_N tile of the product. It serves every group and both orders of rounding, and is
+slow: a word is loaded eight times, four bytes at a time.
+
+x [m, k], any strides; w in the tiles of `formats.pack_tiles`; the sum is kept in float32.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vila_triton.ops import Int4, int4_matmul
+
+from ._int4 import leaves, rounded, rounding
+from ._tile import check
+
+CONFIGS = [
+    {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1},
+]
+
+
+@triton.jit
+def _int4_matmul_naive_kernel(
+    x_ptr,
+    qweight_ptr,
+    scales_ptr,
+    zeros_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_om,
+    GROUP: tl.constexpr,
+    ORDER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    mask_m = (offs_m < M)[:, None]
+    mask_n = offs_n < N
+    tiles_k = (K + 63) // 64
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        row = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + offs_m[:, None] * stride_xm + row[None, :] * stride_xk, mask=mask_m & (row < K), other=0.0)
+        offs_k = row[:, None]
+        mask_w = (offs_k < K) & mask_n  # [BLOCK_K, BLOCK_N]
+        tile = offs_n // 16 * tiles_k + offs_k // 64
+        lane = offs_n % 8 * 4 + offs_k % 8 // 2
+        nibble = offs_k % 2 * 4 + offs_k % 16 // 8 * 2 + offs_n % 16 // 8
+        words = tl.load(qweight_ptr + tile * 128 + lane * 4 + offs_k % 64 // 16, mask=mask_w, other=0)
+        codes = ((words >> (nibble * 4).to(tl.int32)) & 0xF).to(x.dtype)
+        scales = tl.load(scales_ptr + offs_k // GROUP * N + offs_n, mask=mask_w, other=0.0).to(x.dtype)
+        zeros = tl.load(zeros_ptr + offs_k // GROUP * N + offs_n, mask=mask_w, other=0.0).to(x.dtype)
+        acc = tl.dot(x, rounded(codes - zeros, codes, scales, zeros, ORDER), acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offs_m[:, None] * stride_om + offs_n, acc.to(out_ptr.dtype.element_ty), mask=mask_m & mask_n)
+
+
+@int4_matmul.impl("naive", configs=CONFIGS)
+def int4_matmul_naive(
+    x: Tensor,
+    w: Int4,
+    bias: Tensor | None = None,
+    *,
+    BLOCK_M: int,
+    BLOCK_N: int,
+    BLOCK_K: int,
+    num_warps: int,
+    num_stages: int,
+) -> Tensor:
+    check("int4_matmul", x, w.scales, w.zeros)
+    (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
+    m = len(rows)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if out.numel():
+        qweight, scales, zeros = leaves(w)
+        _int4_matmul_naive_kernel[(triton.cdiv(m, BLOCK_M), triton.cdiv(n, BLOCK_N))](
+            rows,
+            qweight,
+            scales,
+            zeros,
+            out if bias is None else bias.contiguous(),
+            out,
+            m,
+            n,
+            k,
+            *rows.stride(),
+            out.stride(0),
+            GROUP=w.group,
+            ORDER=rounding(w, scale_sums=False),
+            HAS_BIAS=bias is not None,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    return out.view(*x.shape[:-1], n)

@@ -1,0 +1,143 @@
+"""x · wᵀ + bias, the second rung: each lane loads four words, 16 bytes, and the tile is put in order afterwards.
+
+One program makes a BLOCK_M by BLOCK_N tile of the product and walks k in whole tiles of w that lie within one group, so
+that a step needs one scale and one zero per row of w; in groups of 32 each word has its own.
+
+x [m, k], any strides; w is rounded to x's dtype as `Int4.order` says; the sum is kept in float32.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vila_triton.ops import Int4, int4_matmul
+from vila_triton.space import Space
+
+from ._int4 import block_k, check_group, leaves, rounded, rounding, word_pointers
+from ._int4_dot import launch, load_words, load_x, worth_trying
+from ._tile import check
+
+CONFIGS = [
+    {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+]
+SPACE = Space(
+    {
+        "BLOCK_M": [16, 32, 64, 128],
+        "BLOCK_N": [32, 64, 128, 256],
+        "BLOCK_K": [64, 128],
+        "num_warps": [4, 8],
+        "num_stages": [1, 2, 3, 4, 5],
+    },
+    worth_trying,
+    launch,
+)
+
+
+@triton.jit
+def codes_of(words, TILES_N: tl.constexpr, TILES_K: tl.constexpr):
+    """[TILES_N, TILES_K, 32, 4] words -> codes [16 TILES_N, 64 TILES_K]."""
+    codes = (words[:, :, :, :, None] >> (tl.arange(0, 8) * 4)) & 0xF
+    codes = tl.reshape(codes, [TILES_N, TILES_K, 8, 4, 4, 2, 2, 2])  # tile, tile_k, r, c, word, pair, side, half
+    codes = tl.permute(codes, [0, 7, 2, 1, 4, 6, 3, 5])  # tile, half, r, tile_k, word, side, c, pair
+    return tl.reshape(codes, [16 * TILES_N, 64 * TILES_K])
+
+
+@triton.jit(do_not_specialize_on_alignment=["M"])
+def _int4_matmul_packed_kernel(
+    x_ptr,
+    qweight_ptr,
+    scales_ptr,
+    zeros_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_om,
+    HAS_BIAS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ORDER: tl.constexpr,
+    MASK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    TILES_N: tl.constexpr = BLOCK_N // 16
+    TILES_K: tl.constexpr = BLOCK_K // 64
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    tile = (tl.program_id(1).to(tl.int64) * TILES_N + tl.arange(0, TILES_N))[:, None, None, None]
+    tile_k = tl.arange(0, TILES_K)[None, :, None, None]
+    lane = tl.arange(0, 32)[None, None, :, None]
+    word_ptrs = word_pointers(qweight_ptr, tile, tile_k, lane, tl.arange(0, 4)[None, None, None, :], N, K)
+    # Rows past the end read row 0 and are not stored, which spares a mask in every load of the loop.
+    x_ptrs = x_ptr + tl.where(offs_m < M, offs_m, 0)[None, :] * stride_xm + offs_k.to(tl.int64)[:, None] * stride_xk
+    row = tl.where(offs_n < N, offs_n, 0)[:, None]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        x = load_x(x_ptrs, start, K, BLOCK_K, MASK_K)
+        codes = codes_of(load_words(word_ptrs, start, K, TILES_K, MASK_K), TILES_N, TILES_K).to(x.dtype)
+        if GROUP == 32:
+            group = tl.minimum((start + offs_k) // 32, (K - 1) // 32).to(tl.int64)[None, :]
+        else:
+            group = tl.full([1, 1], start // GROUP, tl.int64)
+        scales = tl.load(scales_ptr + group * N + row).to(x.dtype)
+        zeros = tl.load(zeros_ptr + group * N + row).to(x.dtype)
+        acc = tl.dot(rounded(codes - zeros, codes, scales, zeros, ORDER), x, acc, input_precision="ieee")
+        word_ptrs += TILES_K * 128
+        x_ptrs += BLOCK_K * stride_xk
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
+    out_ptr += offs_m[None, :] * stride_om + offs_n[:, None]
+    tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+
+
+@int4_matmul.impl("packed", configs=CONFIGS, space=SPACE)
+def int4_matmul_packed(
+    x: Tensor,
+    w: Int4,
+    bias: Tensor | None = None,
+    *,
+    BLOCK_M: int,
+    BLOCK_N: int,
+    BLOCK_K: int,
+    num_warps: int,
+    num_stages: int,
+) -> Tensor:
+    check("int4_matmul", x, w.scales, w.zeros)
+    check_group("int4_matmul", w)
+    (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
+    m, block = len(rows), block_k(BLOCK_K, w)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if out.numel():
+        qweight, scales, zeros = leaves(w)
+        _int4_matmul_packed_kernel[(triton.cdiv(m, BLOCK_M), triton.cdiv(n, BLOCK_N))](
+            rows,
+            qweight,
+            scales,
+            zeros,
+            out if bias is None else bias.contiguous(),
+            out,
+            m,
+            n,
+            k,
+            *rows.stride(),
+            out.stride(0),
+            HAS_BIAS=bias is not None,
+            GROUP=w.group,
+            ORDER=rounding(w, scale_sums=False),
+            MASK_K=k % block != 0,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=block,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    return out.view(*x.shape[:-1], n)

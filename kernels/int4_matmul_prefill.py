@@ -1,0 +1,143 @@
+"""x · wᵀ + bias for many rows of x: large tiles, pipelined, on tensor cores with w in registers (`wgmma` on sm_90).
+
+A program multiplies BLOCK_N rows of w by BLOCK_M rows of x. Scales multiply weights, which are rounded as `Int4.order`
+says: that costs one operation for two weights, where scaling sums would need a second accumulator. Programs that share
+rows of w run one after the other, GROUP_M blocks of x at a time, so that what they share is still in the L2 cache.
+
+x [m, k], any strides; sums are float32; a row of x does not change the result of another.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vila_triton.ops import Int4, int4_matmul
+from vila_triton.space import Space
+
+from ._int4 import block_k, check_group, leaves, rounding, target
+from ._int4_dot import launch, product, worth_trying
+from ._tile import check
+
+GROUP_M = 8
+CONFIGS = [
+    {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
+]
+SPACE = Space(
+    {
+        "BLOCK_M": [64, 128, 256],
+        "BLOCK_N": [64, 128, 256],
+        "BLOCK_K": [64, 128],
+        "num_warps": [4, 8],
+        "num_stages": [1, 2, 3, 4, 5],
+    },
+    worth_trying,
+    launch,
+)
+
+
+@triton.jit(do_not_specialize_on_alignment=["M"])
+def _int4_matmul_prefill_kernel(
+    x_ptr,
+    qweight_ptr,
+    scales_ptr,
+    zeros_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_om,
+    HAS_BIAS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ORDER: tl.constexpr,
+    ASM: tl.constexpr,
+    HIDE: tl.constexpr,
+    MASK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    pid_m, pid_n = tl.swizzle2d(tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n, blocks_m, blocks_n, GROUP_M)
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = product(
+        x_ptr,
+        qweight_ptr,
+        scales_ptr,
+        zeros_ptr,
+        pid_n,
+        offs_m,
+        0,
+        K,
+        M,
+        N,
+        K,
+        stride_xm,
+        stride_xk,
+        GROUP,
+        ORDER,
+        ASM,
+        HIDE,
+        MASK_K,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
+    out_ptr += offs_m[None, :] * stride_om + offs_n[:, None]
+    tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+
+
+@int4_matmul.impl("prefill", configs=CONFIGS, space=SPACE)
+def int4_matmul_prefill(
+    x: Tensor,
+    w: Int4,
+    bias: Tensor | None = None,
+    *,
+    BLOCK_M: int,
+    BLOCK_N: int,
+    BLOCK_K: int,
+    num_warps: int,
+    num_stages: int,
+) -> Tensor:
+    check("int4_matmul", x, w.scales, w.zeros)
+    check_group("int4_matmul", w)
+    (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
+    m, block = len(rows), block_k(BLOCK_K, w)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if out.numel():
+        qweight, scales, zeros = leaves(w)
+        _int4_matmul_prefill_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](
+            rows,
+            qweight,
+            scales,
+            zeros,
+            out if bias is None else bias.contiguous(),
+            out,
+            m,
+            n,
+            k,
+            *rows.stride(),
+            out.stride(0),
+            HAS_BIAS=bias is not None,
+            GROUP=w.group,
+            ORDER=rounding(w, scale_sums=False),
+            **target(),
+            MASK_K=k % block != 0,
+            GROUP_M=GROUP_M,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=block,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    return out.view(*x.shape[:-1], n)

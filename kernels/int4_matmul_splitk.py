@@ -1,0 +1,155 @@
+"""x · wᵀ + bias for 5 to 64 rows of x: k is split among programs, so that few tiles of w still fill the GPU.
+
+A program multiplies BLOCK_N rows of w by BLOCK_M rows of x over its share of k, w being the left operand of `tl.dot`:
+codes become numbers in the very registers the tensor cores read. With SPLIT_K = 1 it writes the result; else float32
+parts [SPLIT_K, m, n], which a second kernel adds up in the order of the splits: the same bits every time.
+
+Scales multiply sums, code - zero being exact, so no weight is rounded; in blocks of 64 rows, which would need a second
+accumulator for that, in groups of 32, and in the order "fma", they multiply weights.
+
+x [m, k], any strides; sums are float32; a row of x does not change the result of another.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vila_triton.ops import Int4, int4_matmul
+from vila_triton.space import Space
+
+from ._int4 import block_k, check_group, leaves, rounding, target
+from ._int4_dot import launch, product, worth_trying
+from ._int4_parts import add_parts
+from ._tile import check
+
+CONFIGS = [
+    {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT_K": 4, "num_warps": 4, "num_stages": 4},
+    {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT_K": 8, "num_warps": 4, "num_stages": 4},
+    {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT_K": 4, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT_K": 1, "num_warps": 8, "num_stages": 4},
+]
+SPACE = Space(
+    {
+        "BLOCK_M": [16, 32, 64],
+        "BLOCK_N": [64, 128, 256],
+        "BLOCK_K": [64, 128],
+        "SPLIT_K": [1, 2, 4, 8, 16],
+        "num_warps": [4, 8],
+        "num_stages": [1, 2, 3, 4, 5],
+    },
+    worth_trying,
+    launch,
+)
+
+
+@triton.jit(do_not_specialize_on_alignment=["M"])
+def _int4_matmul_splitk_kernel(
+    x_ptr,
+    qweight_ptr,
+    scales_ptr,
+    zeros_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    SHARE,
+    stride_xm,
+    stride_xk,
+    stride_os,
+    stride_om,
+    HAS_BIAS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ORDER: tl.constexpr,
+    ASM: tl.constexpr,
+    HIDE: tl.constexpr,
+    MASK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid_n = tl.program_id(0)
+    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = tl.program_id(2) * SHARE
+    acc = product(
+        x_ptr,
+        qweight_ptr,
+        scales_ptr,
+        zeros_ptr,
+        pid_n,
+        offs_m,
+        begin,
+        tl.minimum(begin + SHARE, K),
+        M,
+        N,
+        K,
+        stride_xm,
+        stride_xk,
+        GROUP,
+        ORDER,
+        ASM,
+        HIDE,
+        MASK_K,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
+    out_ptr += tl.program_id(2).to(tl.int64) * stride_os + offs_m[None, :] * stride_om + offs_n[:, None]
+    tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+
+
+@int4_matmul.impl("splitk", configs=CONFIGS, space=SPACE)
+def int4_matmul_splitk(
+    x: Tensor,
+    w: Int4,
+    bias: Tensor | None = None,
+    *,
+    BLOCK_M: int,
+    BLOCK_N: int,
+    BLOCK_K: int,
+    SPLIT_K: int,
+    num_warps: int,
+    num_stages: int,
+) -> Tensor:
+    check("int4_matmul", x, w.scales, w.zeros)
+    check_group("int4_matmul", w)
+    (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
+    m, block = len(rows), block_k(BLOCK_K, w)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if out.numel():
+        qweight, scales, zeros = leaves(w)
+        share = triton.cdiv(triton.cdiv(k, block), SPLIT_K) * block
+        splits = triton.cdiv(k, share)  # at most SPLIT_K, and none of them empty
+        parts = out[None] if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
+        _int4_matmul_splitk_kernel[(triton.cdiv(n, BLOCK_N), triton.cdiv(m, BLOCK_M), splits)](
+            rows,
+            qweight,
+            scales,
+            zeros,
+            out if bias is None else bias.contiguous(),
+            parts,
+            m,
+            n,
+            k,
+            share,
+            *rows.stride(),
+            *parts.stride()[:2],
+            HAS_BIAS=bias is not None and splits == 1,
+            GROUP=w.group,
+            ORDER=rounding(w, scale_sums=BLOCK_M < 64),
+            **target(),
+            MASK_K=k % block != 0,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=block,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+        if splits > 1:
+            add_parts(parts, bias, out)
+    return out.view(*x.shape[:-1], n)

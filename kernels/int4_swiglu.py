@@ -1,0 +1,169 @@
+"""silu(x · gateᵀ) · (x · upᵀ) in one pass over x: each program keeps two sums, and writes one result.
+
+A program multiplies BLOCK_N rows of both weights by BLOCK_M rows of x; see int4_matmul_splitk.py for how codes become
+numbers. Scales multiply sums in blocks of 16 rows, else weights, which are then rounded as `Int4.order` says. Gate and
+up are kept in float32 until they have been multiplied. k is not split: twice the rows of w fill a GPU sooner.
+
+x [m, k], any strides; a row of x does not change the result of another.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vila_triton.ops import Int4, int4_swiglu
+from vila_triton.space import Space
+
+from ._int4 import SUBTRACTED, block_k, check_group, lane_rows, leaves, rounding, target, word_pointers
+from ._int4_dot import launch, load_words, load_x, weight_block, worth_trying
+from ._tile import check
+
+CONFIGS = [
+    {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+]
+SPACE = Space(
+    {
+        "BLOCK_M": [16, 32, 64, 128],
+        "BLOCK_N": [64, 128],
+        "BLOCK_K": [64, 128],
+        "num_warps": [4, 8],
+        "num_stages": [1, 2, 3, 4],
+    },
+    lambda config, **sizes: worth_trying({**config, "BLOCK_N": 2 * config["BLOCK_N"]}, **sizes),
+    lambda config, **sizes: launch({**config, "BLOCK_N": 2 * config["BLOCK_N"]}, **{**sizes, "n": 2 * sizes["n"]}),
+)
+
+
+@triton.jit(do_not_specialize_on_alignment=["M"])
+def _int4_swiglu_kernel(
+    x_ptr,
+    gate_ptr,
+    gate_scales_ptr,
+    gate_zeros_ptr,
+    up_ptr,
+    up_scales_ptr,
+    up_zeros_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_om,
+    GROUP: tl.constexpr,
+    ORDER: tl.constexpr,
+    ASM: tl.constexpr,
+    HIDE: tl.constexpr,
+    MASK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    TILES_N: tl.constexpr = BLOCK_N // 16
+    TILES_K: tl.constexpr = BLOCK_K // 64
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    tile = (tl.program_id(0).to(tl.int64) * TILES_N + tl.arange(0, TILES_N))[:, None, None, None]
+    tile_k = tl.arange(0, TILES_K)[None, :, None, None]
+    lane = tl.arange(0, 32)[None, None, :, None]
+    word = tl.arange(0, 4)[None, None, None, :]
+    top, low = lane_rows(tile, lane // 4, N)
+    gate_ptrs = word_pointers(gate_ptr, tile, tile_k, lane, word, N, K)
+    up_ptrs = word_pointers(up_ptr, tile, tile_k, lane, word, N, K)
+    # Rows past the end read row 0 and are not stored, which spares a mask in every load of the loop.
+    x_ptrs = x_ptr + tl.where(offs_m < M, offs_m, 0)[None, :] * stride_xm + offs_k.to(tl.int64)[:, None] * stride_xk
+    row = tl.where(offs_n < N, offs_n, 0)
+    gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        gate_words = load_words(gate_ptrs, start, K, TILES_K, MASK_K)
+        up_words = load_words(up_ptrs, start, K, TILES_K, MASK_K)
+        x = load_x(x_ptrs, start, K, BLOCK_K, MASK_K)
+        w = weight_block(
+            gate_words,
+            gate_scales_ptr,
+            gate_zeros_ptr,
+            top,
+            low,
+            start,
+            N,
+            K,
+            GROUP,
+            ORDER,
+            DTYPE,
+            ASM,
+            HIDE,
+            TILES_N,
+            TILES_K,
+        )
+        v = weight_block(
+            up_words,
+            up_scales_ptr,
+            up_zeros_ptr,
+            top,
+            low,
+            start,
+            N,
+            K,
+            GROUP,
+            ORDER,
+            DTYPE,
+            ASM,
+            HIDE,
+            TILES_N,
+            TILES_K,
+        )
+        if ORDER == SUBTRACTED:
+            group = tl.full([1], start // GROUP, tl.int64) * N
+            gate_scale = tl.load(gate_scales_ptr + group + row).to(DTYPE).to(tl.float32)  # [BLOCK_N]
+            up_scale = tl.load(up_scales_ptr + group + row).to(DTYPE).to(tl.float32)
+            gate += tl.dot(w, x, input_precision="ieee") * gate_scale[:, None]
+            up += tl.dot(v, x, input_precision="ieee") * up_scale[:, None]
+        else:
+            gate = tl.dot(w, x, gate, input_precision="ieee")
+            up = tl.dot(v, x, up, input_precision="ieee")
+        gate_ptrs += TILES_K * 128
+        up_ptrs += TILES_K * 128
+        x_ptrs += BLOCK_K * stride_xk
+    out = gate / (1.0 + tl.exp(-gate)) * up
+    out_ptr += offs_m[None, :] * stride_om + offs_n[:, None]
+    tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+
+
+@int4_swiglu.impl("triton", configs=CONFIGS, space=SPACE)
+def int4_swiglu_triton(
+    x: Tensor, gate: Int4, up: Int4, *, BLOCK_M: int, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int
+) -> Tensor:
+    check("int4_swiglu", x, gate.scales, gate.zeros, up.scales, up.zeros)
+    check_group("int4_swiglu", gate)
+    (n, k), rows = gate.shape, x.reshape(-1, x.shape[-1])  # [m, k]
+    m, block = len(rows), block_k(BLOCK_K, gate)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if out.numel():
+        _int4_swiglu_kernel[(triton.cdiv(n, BLOCK_N), triton.cdiv(m, BLOCK_M))](
+            rows,
+            *leaves(gate),
+            *leaves(up),
+            out,
+            m,
+            n,
+            k,
+            *rows.stride(),
+            out.stride(0),
+            GROUP=gate.group,
+            ORDER=rounding(gate, scale_sums=BLOCK_M == 16),
+            **target(),
+            MASK_K=k % block != 0,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=block,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    return out.view(*x.shape[:-1], n)

@@ -1,0 +1,221 @@
+"""The int4 leaf type, and the products with it: x · wᵀ, and silu(x · gateᵀ) · (x · upᵀ) in one pass over x."""
+# pyright: reportInvalidTypeForm=false
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from vila_triton.formats import pack_tiles, tiles, unpack_tiles
+from vila_triton.registry import OneOf, Sizes, op
+
+from .domain import DTYPES, draw, name_of, wide
+from .shapes import axes, same_dtype
+
+ORDERS = ("sub", "fma")
+
+
+@dataclass(frozen=True)
+class Int4:
+    """A weight [n, k] in 4 bits: w[i, j] = (code[i, j] - zeros[j // group, i]) · scales[j // group, i].
+
+    qweight  [ceil(n/16), ceil(k/64), 32, 4] int32: the codes, 0 to 15, cut into tiles as `formats.pack_tiles` says
+    scales   [G, n]                                 G = k / group
+    zeros    [G, n]   the code that stands for 0: a whole number 0 to 15, kept in the dtype of scales
+    group    inputs that share a scale; k of them: one scale a row
+    order    where a weight is rounded when it is made a number of the dtype of x:
+             "sub"  (code - zero) · scale, rounded once: codes less their zero are exact
+             "fma"  code · scale + shift, rounded once, where shift = -zero · scale has been rounded: llm-awq's kernels
+             A kernel that multiplies sums of (code - zero) · x by the scale rounds no weight; it serves "sub" only.
+    """
+
+    qweight: Any  # a Tensor, or whatever a params tree of declarations holds in its place
+    scales: Any
+    zeros: Any
+    group: int
+    order: Literal["sub", "fma"] = "sub"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.scales.shape[1], self.scales.shape[0] * self.group
+
+
+def check_int4(k: int, group: int) -> None:
+    """ValueError unless a weight of k columns can be cut into groups."""
+    if k % 8 or group <= 0 or k % group or (group % 16 and group != k):
+        raise ValueError(
+            f"int4 weight: k = {k} and group = {group}, "
+            "but k must be a multiple of 8, and group divide k and be a multiple of 16, unless it is k"
+        )
+
+
+def codes(w: Int4) -> Tensor:
+    """The 4-bit codes as int32, [n, k]."""
+    return unpack_tiles(w.qweight, *w.shape)
+
+
+def rounded(q: Tensor, scales: Tensor, zeros: Tensor, order: str) -> Tensor:
+    """Codes, scales and zeros of one dtype and of shapes that broadcast -> weights, rounded as `Int4.order` says."""
+    if order == "sub":
+        return (q - zeros) * scales
+    shifts = -(zeros * scales)
+    return (q.double() * scales.double() + shifts.double()).to(q.dtype)
+
+
+def dequantize(w: Int4, dtype: torch.dtype) -> Tensor:
+    """The weight as a plain tensor [n, k] of the given dtype."""
+    q = rearrange(codes(w), "n (G i) -> n G i", i=w.group)
+    scales, zeros = (rearrange(x, "G n -> n G 1").to(dtype) for x in (w.scales, w.zeros))
+    return rounded(q.to(dtype), scales, zeros, w.order).flatten(-2)
+
+
+def quantize(w: Tensor, group: int) -> Int4:
+    """Round w [n, k] to the nearest of 16 levels per group, whose range always includes 0.
+
+    Errors: ValueError if k cannot be cut into such groups, or w is not finite.
+    """
+    check_int4(w.shape[1], group)
+    if not torch.isfinite(w).all():
+        raise ValueError("int4 weight: cannot quantize a weight that holds NaN or infinity")
+    x = rearrange(w.float(), "n (G i) -> n G i", i=group)
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    # The scale is rounded before it is used, so that the codes are nearest under the scale that is stored.
+    scales = ((high - low) / 15).clamp(min=torch.finfo(torch.float16).tiny).to(w.dtype)
+    zeros = (-low / scales.float()).round().clamp(0, 15)
+    q = ((x / scales.float()).round() + zeros).clamp(0, 15).to(torch.int32)
+    scales, zeros = (rearrange(y, "n G 1 -> G n").to(w.dtype).contiguous() for y in (scales, zeros))
+    return Int4(pack_tiles(q.flatten(-2)), scales, zeros, group)
+
+
+def require_int4(where: str, x: Tensor, bias: Tensor | None = None, **weights: Int4) -> None:
+    """ValueError unless the weights [n, k] are whole and fit x [..., k], one another and the bias [n]."""
+    for name, w in weights.items():
+        if not isinstance(w, Int4):
+            raise ValueError(f"{where}: {name} is a {type(w).__name__}, expected an Int4")
+        leaves = {f"{name}.scales": (w.scales, "G n"), f"{name}.zeros": (w.zeros, "G n")}
+        sizes = axes(where, x=(x, "... k"), **leaves, **({} if bias is None else {"bias": (bias, "n")}))
+        check_int4(sizes["G"] * w.group, w.group)
+        if w.order not in ORDERS:
+            raise ValueError(f"{where}: {name}.order is {w.order!r}, expected one of {', '.join(ORDERS)}")
+        if x.shape[-1] != w.shape[1]:
+            raise ValueError(f"{where}: x has {x.shape[-1]} columns, but {name} is {list(w.shape)}")
+        if w.qweight.shape != tiles(*w.shape):
+            raise ValueError(
+                f"{where}: {name}.qweight has shape {list(w.qweight.shape)}, expected {list(tiles(*w.shape))}"
+            )
+        if w.qweight.dtype != torch.int32:
+            raise ValueError(f"{where}: {name}.qweight is {w.qweight.dtype}, expected torch.int32")
+        if w.qweight.device != x.device:
+            raise ValueError(f"{where}: {name}.qweight is on {w.qweight.device}, expected {x.device} like x")
+        floating(where, x=x, **{leaf: y for leaf, (y, _) in leaves.items()})
+    if bias is not None:
+        same_dtype(where, x=x, bias=bias)
+
+
+def floating(where: str, **tensors: Tensor) -> None:
+    """ValueError unless all the tensors hold real numbers."""
+    for name, x in tensors.items():
+        if not x.is_floating_point():
+            raise ValueError(f"{where}: {name} is {x.dtype}, expected a floating-point dtype")
+
+
+@op
+def int4_matmul(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
+    """x · wᵀ + bias, w in 4 bits: x [..., k], w [n, k], bias [n] -> [..., n] in x's dtype. Lin et al. 2023 (AWQ)."""
+    return F.linear(wide(x), wide(dequantize(w, x.dtype)), None if bias is None else wide(bias)).to(x.dtype)
+
+
+@int4_matmul.requires
+def _(x: Tensor, w: Int4, bias: Tensor | None = None) -> None:
+    require_int4("int4_matmul", x, bias, w=w)
+
+
+def random_int4(n: int, G: int, group: int, dtype: str, order: Any, rng: torch.Generator, device: str) -> Int4:
+    """All codes, any zeros, and scales of weights of about 1."""
+    q = torch.randint(0, 16, (n, G * group), generator=rng)
+    scales = (torch.rand(G, n, generator=rng) + 0.5) / 15
+    zeros = torch.randint(0, 16, (G, n), generator=rng)
+    scales, zeros = (x.to(device, getattr(torch, dtype)) for x in (scales, zeros))
+    return Int4(pack_tiles(q).to(device), scales, zeros, group, order)
+
+
+@int4_matmul.inputs
+def _(
+    m: Sizes(1, 40),
+    n: Sizes(1, 80),
+    G: Sizes(1, 5),
+    group: OneOf(64, 32, 128, 80),
+    dtype: DTYPES,
+    order: OneOf("sub", "fma"),
+    bias: OneOf(False, True),
+    *,
+    rng: torch.Generator,
+    device: str,
+):
+    w = random_int4(n, G, group, dtype, order, rng, device)
+    x = draw(m, G * group, dtype=dtype, rng=rng, device=device)
+    return x, w, draw(n, dtype=dtype, rng=rng, device=device) if bias else None
+
+
+@int4_matmul.sizes("m")
+def _(x, w, bias=None):
+    n, k = w.shape
+    m = x.shape[:-1].numel()
+    return dict(
+        m=m, n=n, G=k // w.group, group=w.group, dtype=name_of(x.dtype), order=w.order, bias=bias is not None
+    )
+
+
+@int4_matmul.costs
+def _(m, n, G, group, dtype, order, bias):
+    k, size = G * group, getattr(torch, dtype).itemsize
+    return 2 * m * n * k, n * k // 2 + (2 * n * G + m * k + m * n + n * bias) * size
+
+
+@op
+def int4_swiglu(x: Tensor, gate: Int4, up: Int4) -> Tensor:
+    """silu(x · gateᵀ) · (x · upᵀ): x [..., k], gate and up [n, k] in 4 bits -> [..., n]. Shazeer 2020 (SwiGLU)."""
+    a, b = (F.linear(wide(x), wide(dequantize(w, x.dtype))) for w in (gate, up))
+    return (F.silu(a) * b).to(x.dtype)
+
+
+@int4_swiglu.requires
+def _(x: Tensor, gate: Int4, up: Int4) -> None:
+    require_int4("int4_swiglu", x, gate=gate, up=up)
+    if (gate.shape, gate.group, gate.order) != (up.shape, up.group, up.order):
+        raise ValueError(
+            f"int4_swiglu: up is {list(up.shape)} in groups of {up.group}, order {up.order!r}, "
+            f"expected {list(gate.shape)} in groups of {gate.group}, order {gate.order!r}, like gate"
+        )
+
+
+@int4_swiglu.inputs
+def _(
+    m: Sizes(1, 40),
+    n: Sizes(1, 80),
+    G: Sizes(1, 5),
+    group: OneOf(64, 32, 128, 80),
+    dtype: DTYPES,
+    order: OneOf("sub", "fma"),
+    *,
+    rng: torch.Generator,
+    device: str,
+):
+    weights = (random_int4(n, G, group, dtype, order, rng, device) for _ in range(2))
+    return draw(m, G * group, dtype=dtype, rng=rng, device=device, scale=(G * group) ** -0.5), *weights
+
+
+@int4_swiglu.sizes("m")
+def _(x, gate, up):
+    n, k = gate.shape
+    m = x.shape[:-1].numel()
+    return dict(m=m, n=n, G=k // gate.group, group=gate.group, dtype=name_of(x.dtype), order=gate.order)
+
+
+@int4_swiglu.costs
+def _(m, n, G, group, dtype, order):
+    k, size = G * group, getattr(torch, dtype).itemsize
+    return 4 * m * n * k, n * k + (4 * n * G + m * k + m * n) * size
