@@ -17,12 +17,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vila_triton import engine
 from vila_triton.__main__ import choices
 from vila_triton.cache import PagedCache, Uncached
-from vila_triton.choices import configured
 from vila_triton.models import llama, params
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.vila import Vila
 from vila_triton.ops import Int4, dequantize
-from vila_triton.registry import OPS, REFERENCE, defaults, discover, use
+from vila_triton.registry import OPS, REFERENCE, discover, use
 
 HF = "hf eager"
 GROUP = 128
@@ -96,7 +95,7 @@ class Ours:
     def step(self, state: PagedCache, ids: Tensor) -> Tensor:
         with use(**self.kernels):
             hidden = engine.advance(self.vila, dict(zip(state.table.sequences, ids)), self.cfg, state)
-            with defaults(configured(ids.device.type, "decode")):
+            with engine.kernels(ids.device, decode=True):
                 return llama.logits(self.model.p, torch.cat(hidden))
 
     def forget(self, state: PagedCache, length: int) -> None:

@@ -7,11 +7,13 @@ gate and is timed. Without a GPU there is nothing to time Triton kernels with bu
 says so in the name of its device, and no call looks it up.
 
 All that is found is kept in a journal (bench/tuner/journal.py), so that a run that was ended in any way goes on where
-it was. The table goes to configs/tuned/ if it was timed on a GPU. --report prints what journals say without searching
-on, --check the entries of tables that no longer hold.
+it was. The table goes to configs/tuned/ if it was timed on a GPU; with several implementations of an op in it, it also
+says which of them runs at which sizes. --report prints what journals say without searching on, --check the entries and
+choices of tables that no longer hold.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -141,6 +143,8 @@ def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline
         if plan.timer == COST_MODEL:
             print("The timer is the COST MODEL: nothing was run to take a time, these seconds are predictions.")
         print("\n".join(table.report(rows_found, impl.configs[0], OPS[impl.op].varying)))
+        if impl.op in (found := tuned.read(file)["choices"]):
+            print(f"of the implementations tuned, {impl.op} runs: {json.dumps(found[impl.op])}")
         print(f"table {file}\njournal {search.journal.file}")
     if stopped == "stopped":
         raise KeyboardInterrupt
@@ -152,7 +156,7 @@ def tables(folder: Path) -> int:
 
 
 def stale(folder: Path) -> Iterator[str]:
-    """The entries of the tables of a folder that do not hold, and why."""
+    """The entries and choices of the tables of a folder that do not hold, and why."""
     for file in sorted(folder.glob("*.json")):
         held = tuned.read(file)
         if tuned.file_of(held["device"], folder) != file:
@@ -162,6 +166,11 @@ def stale(folder: Path) -> Iterator[str]:
             why = list(tuned.changes(entry, impl).values()) if impl else ["there is no such implementation"]
             if why:
                 yield f"{file.name}: {entry['op']} {entry['impl']}: {'; '.join(why)}"
+        for op in held["choices"]:
+            try:
+                tuned.parsed(held, op, file)
+            except (ValueError, tuned.Stale) as error:
+                yield f"{file.name}: {error}"
 
 
 def main() -> int:

@@ -65,10 +65,10 @@ def served(doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     ]
     otherwise = {"config": {"BLOCK": 8, "wrong": False}}
     entry = {"op": "doubled", "impl": "blocks", **tuned.identity(impl), "ranges": ranges, "otherwise": otherwise}
-    for cached in (tuned.entry_of, tuned.config_at):
+    for cached in (tuned.table_of, tuned.entry_of, tuned.config_at):
         cached.cache_clear()
     yield doubled, entry, table.write(tmp_path / "tuned", "Toy GPU", entry)
-    for cached in (tuned.entry_of, tuned.config_at):
+    for cached in (tuned.table_of, tuned.entry_of, tuned.config_at):
         cached.cache_clear()
 
 

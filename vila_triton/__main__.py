@@ -9,8 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .ranges import names
+
 if TYPE_CHECKING:
+    import torch
+
     from .chat import Conversation
+    from .ranges import Choice
 
 BUNDLED = Path(__file__).resolve().parent / "tiny" / "checkpoint"
 DTYPES = ("float16", "bfloat16", "float32")
@@ -133,30 +138,48 @@ def kernels_line(calls: Counter[tuple[str, str]]) -> str:
     return f"kernels: {rest}"
 
 
-def print_ops(device: str, chosen: Mapping[str, str]) -> None:
-    from .choices import configured
-    from .registry import OPS, checked, discover
+def print_ops(device: "torch.device", chosen: Mapping[str, str]) -> None:
+    from .choices import PHASES
+    from .registry import OPS, checked, discover, use
+    from .tuned import kernels_for
 
     discover()
     checked(chosen)
+    with use(**chosen):
+        choices = {phase: {**kernels_for(device, phase), **chosen} for phase in PHASES}
     root = Path(__file__).resolve().parents[1]
-    print(f"{'op':19}{'implementation':16}{'configs':9}{'chosen on ' + device + ' for':22}file")
+    lines = []
     for name, op in OPS.items():
-        phases = {p: chosen.get(name) or configured(device, p).get(name) or "reference" for p in ("prefill", "decode")}
+        phases = {phase: choices[phase].get(name, "reference") for phase in PHASES}
         for impl in op.impls.values():
-            when = [p for p, choice in phases.items() if choice == impl.name]
-            why = f"{' and '.join(when)}" if when else "-"
+            when: dict[str, list[str]] = {}  # the sizes it runs at -> in which phases
+            for phase, choice in phases.items():
+                if impl.name in names(choice):
+                    when.setdefault(sizes(choice, impl.name, op.varying), []).append(phase)
+            why = "; ".join(" and ".join(of) + (at and f", {at}") for at, of in when.items()) or "-"
             file = impl.file.relative_to(root) if impl.file.is_relative_to(root) else impl.file
-            print(f"{name:19}{impl.name:16}{len(impl.configs):<9}{why:22}{file}")
-        where = "--set" if name in chosen else reason(device, name)
-        print(f"{'':19}because: {where}")
+            lines.append((name, impl.name, str(len(impl.configs)), why, str(file)))
+        lines.append(("", f"because: {'--set' if name in chosen else reason(device, name)}"))
+    head = ("op", "implementation", "configs", f"chosen on {device.type} for", "file")
+    widths = [max(len(line[i]) for line in [head, *lines] if len(line) > 2) + 2 for i in range(4)]
+    for line in [head, *lines]:
+        print("".join(f"{word:{width}}" for word, width in zip(line, widths)) + "".join(line[4:]))
 
 
-def reason(device: str, op: str) -> str:
-    from .choices import configured
+def sizes(choice: "Choice", name: str, varying: tuple[str, ...]) -> str:
+    """At which sizes a choice is this implementation, in words; nothing if at all."""
+    return "" if isinstance(choice, str) else choice.where(name, varying[0])
 
-    named = [p for p in ("prefill", "decode") if op in configured(device, p)]
-    return f"configs/kernels.toml names it for {device}" if named else f"configs/kernels.toml names none for {device}"
+
+def reason(device: "torch.device", op: str) -> str:
+    from .choices import PHASES, configured
+    from .tuned import choice_of, file_of, folder, name_of, table_of
+
+    name = name_of(device)
+    if name and op in table_of(name)["choices"] and choice_of(op, name):
+        return f"configs/tuned/{file_of(name, folder()).name} chooses for this GPU"
+    named = any(op in configured(device.type, phase) for phase in PHASES)
+    return f"configs/kernels.toml names {'it' if named else 'none'} for {device.type}"
 
 
 def main() -> int:
@@ -164,8 +187,8 @@ def main() -> int:
     from .choices import pick_device
 
     try:
-        device = pick_device(args.device).type
-        if device == "cpu" and args.set:
+        device = pick_device(args.device)
+        if device.type == "cpu" and args.set:
             # Must be set before triton is first imported; the line under an answer says that kernels ran interpreted.
             os.environ.setdefault("TRITON_INTERPRET", "1")
         chosen = choices(args.set)

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import torch
 
+from .ranges import Choice
+from .registry import checked
+
+PHASES = ("prefill", "decode")
 _here = Path(__file__).resolve().parent
 
 
@@ -16,13 +20,22 @@ def configs() -> Path:
 
 
 @lru_cache
-def configured(device: str, phase: str) -> Mapping[str, str]:
+def configured(device: str, phase: str) -> Mapping[str, Choice]:
     """The choices for a device type ("cpu", "cuda") and a phase ("prefill", "decode"): those of [device], then of
-    [device.phase]. A device the file does not name runs references.
+    [device.phase]. A device the file does not name runs references. Errors: ValueError naming the file.
     """
-    table = tomllib.loads((configs() / "kernels.toml").read_text()).get(device, {})
-    choices = {**table, **table.get(phase, {})}
-    return {op: impl for op, impl in choices.items() if isinstance(impl, str)}
+    return read(configs() / "kernels.toml", device, phase)
+
+
+def read(file: Path, device: str, phase: str) -> dict[str, Choice]:
+    try:
+        table = tomllib.loads(file.read_text()).get(device, {})
+        wrong = [name for name, value in table.items() if isinstance(value, dict) and name not in PHASES]
+        if wrong:
+            raise ValueError(f"{device}.{wrong[0]} is no section, expected {device}.prefill or {device}.decode")
+        return checked({op: value for op, value in {**table, **table.get(phase, {})}.items() if op not in PHASES})
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{file}, [{device}]: {error.args[0]}") from None
 
 
 def pick_device(name: str | None = None) -> torch.device:

@@ -4,6 +4,7 @@ Everything here takes the parameters, the config and the cache, and keeps nothin
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +20,20 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, StoppingCriteriaList, StopStringCriteria
 
 from .cache import PagedCache
-from .choices import configured
 from .models import llama, vila
 from .models.config import VilaConfig
 from .registry import defaults
+from .tuned import kernels_for
+
+
+def kernels(device: torch.device, decode: bool = False) -> AbstractContextManager[None]:
+    """Inside, ops run by default what the configs say for this device and phase."""
+    return defaults(kernels_for(device, "decode" if decode else "prefill"))
 
 
 def encode_images(p: vila.Vila, pixels: Tensor, cfg: VilaConfig) -> Tensor:
     """Pictures [n, c, H, W] -> features [n, tokens, e], with the kernels configured for prefill."""
-    with defaults(configured(pixels.device.type, "prefill")):
+    with kernels(pixels.device):
         return vila.encode_images(p, pixels, cfg)
 
 
@@ -42,7 +48,7 @@ def run(
     states: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """One pass over rows [t] int64 (spliced) or [t, e]; positions [s] of all of them -> final hidden states [t, e]."""
-    with defaults(configured(positions.device.type, phase(decode))):
+    with kernels(positions.device, decode):
         x = torch.cat([row if row.is_floating_point() else vila.embed(p, row, features) for row in rows])
         return list(llama.llama(p.llm, x, positions, cfg.llm, cache, states).split([len(row) for row in rows]))
 
@@ -89,10 +95,6 @@ def advance(
         raise
     width = cfg.llm.hidden_size
     return [torch.cat(k) if k else p.llm.norm.new_empty(0, width) for k in kept.values()]
-
-
-def phase(decode: bool) -> str:
-    return "decode" if decode else "prefill"
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def stream(
     left = dict.fromkeys(rows, sampling.max_new_tokens)
     while new:
         hidden = torch.cat(advance(p, new, cfg, cache, features, chunk=chunk))
-        with defaults(configured(hidden.device.type, "decode")):
+        with kernels(hidden.device, decode=True):
             logits = llama.logits(p.llm, hidden).float()  # [b, v]
         for seq, raw in zip(list(new), logits.split(1)):
             scores: Any = sampling.processors(words[seq], raw)  # pyright: ignore[reportArgumentType]

@@ -1,15 +1,20 @@
 """Tuned tables: configs/tuned/DEVICE.json, written by `python -m bench.tune` and looked up here. Nothing is tuned while
 serving, and nothing is guessed: a call runs what the table says, and without a table `configs[0]`.
 
-    {"device": ..., "entries": [{"op": ..., "impl": ..., "kernel": ..., "space": ..., "triton": ...,
-      "ranges": [{"sizes": {"m": [0, 2], "n": 4096}, "config": {...}, "seconds": ...}, ...],
-      "otherwise": {"config": {...}, ...}}]}
+    {"device": ..., "choices": {"int4_matmul": [[4, "gemv"], "prefill"], ...},
+     "entries": [{"op": ..., "impl": ..., "kernel": ..., "space": ..., "triton": ...,
+       "ranges": [{"sizes": {"m": [0, 2], "n": 4096}, "config": {...}, "seconds": ...}, ...],
+       "otherwise": {"config": {...}, ...}}]}
 
 The sizes of a range are numbers, or [first, last] of those that vary from call to call (last null: no end). Sizes in no
 range get `otherwise`: the config whose worst ratio to the best, over all sizes that were tuned, was least.
 
-An entry holds for the very source and search space it was tuned with. When they have changed, a call that passes no
-config raises `Stale`; when Triton has, the entry is left aside with a warning.
+A choice (see `ranges`) stands where several implementations of an op were tuned; on that device it holds in place of
+what configs/kernels.toml says.
+
+An entry holds for the very source and search space it was tuned with, a choice as long as the entries of all it names.
+When they have changed, a call that passes no config raises `Stale`, and so does a step that would go by the choice;
+when Triton has, the entry or the choice is left aside with a warning.
 """
 
 import json
@@ -24,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .choices import configs
-from .registry import Impl
+from .choices import configs, configured
+from .ranges import Choice, names
+from .registry import OPS, Impl, checked, explicit
 from .space import Config, canonical, digest
 
 
@@ -71,7 +77,11 @@ def read(file: Path) -> dict[str, Any]:
     """A table. Errors: ValueError naming the file if it is none."""
     try:
         table = json.loads(file.read_text())
-        return {"device": table["device"], "entries": list(table["entries"])}
+        return {
+            "device": table["device"],
+            "choices": dict(table.get("choices", {})),
+            "entries": list(table["entries"]),
+        }
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file} is not a tuned table: {error!r}") from None
 
@@ -94,13 +104,20 @@ def pick(entry: Mapping[str, Any], sizes: Mapping[str, Any]) -> Config:
 
 
 @lru_cache
+def table_of(device: str) -> Mapping[str, Any]:
+    """The table of a device, empty if there is none. Errors: `Stale` if it was made on another."""
+    file = file_of(device, folder())
+    table = read(file) if file.exists() else {"device": device, "choices": {}, "entries": []}
+    if table["device"] != device:
+        raise Stale(f"the tuned table {file.name} was made on {table['device']}, this is {device}")
+    return table
+
+
+@lru_cache
 def entry_of(impl: Impl, device: str) -> Mapping[str, Any] | None:
     """The entry of an implementation in the table of a device, checked once. Errors: `Stale`."""
     file = file_of(device, folder())
-    table = read(file) if file.exists() else {"device": device, "entries": []}
-    if table["device"] != device:
-        raise Stale(f"the tuned table {file.name} was made on {table['device']}, this is {device}")
-    entry = next((e for e in table["entries"] if (e["op"], e["impl"]) == (impl.op, impl.name)), None)
+    entry = next((e for e in table_of(device)["entries"] if (e["op"], e["impl"]) == (impl.op, impl.name)), None)
     changed = changes(entry, impl) if entry else {}
     if changed.keys() - {"triton"}:
         raise Stale(
@@ -111,6 +128,40 @@ def entry_of(impl: Impl, device: str) -> Mapping[str, Any] | None:
         warnings.warn(f"{impl.op} {impl.name}: {file.name} is left aside: {changed['triton']}", stacklevel=2)
         return None
     return entry
+
+
+def parsed(table: Mapping[str, Any], op: str, file: Path) -> Choice:
+    """The choice a table holds for an op. Errors: ValueError naming the file; `Stale` if what it names has no entry."""
+    try:
+        choice = checked({op: table["choices"][op]})[op]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{file}, choices: {error.args[0]}") from None
+    entries = {e["impl"] for e in table["entries"] if e["op"] == op}
+    if missing := [name for name in names(choice) if name not in entries]:
+        raise Stale(
+            f"{op}: the tuned table {file.name} chooses {missing[0]}, which has no entry in it. "
+            f"Run `python -m bench.tune {op} --impl {missing[0]}`, choose explicitly, or delete the choice."
+        )
+    return choice
+
+
+@lru_cache
+def choice_of(op: str, device: str) -> Choice | None:
+    """The choice the table of a device holds for an op, checked once; None if it is left aside. Errors: as `parsed`,
+    and `Stale` if an entry of what it names is.
+    """
+    choice = parsed(table_of(device), op, file_of(device, folder()))
+    entries = [entry_of(OPS[op].impls[name], device) for name in names(choice)]
+    return None if None in entries else choice
+
+
+def kernels_for(device: torch.device, phase: str) -> Mapping[str, Choice]:
+    """What runs by default: as configs/kernels.toml says, but for the ops that the table of this very device chooses
+    for. What `use` chooses is not looked up, so a table gone stale does not stand in its way.
+    """
+    choices, name = configured(device.type, phase), name_of(device)
+    ops = table_of(name)["choices"].keys() - explicit().keys() if name else ()
+    return {**choices, **{op: choice for op in ops if (choice := choice_of(op, name or ""))}}
 
 
 @lru_cache(maxsize=4096)

@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from vila_triton.ranges import Choice, Ranges
+from vila_triton.registry import OPS
 from vila_triton.space import Config, canonical
 from vila_triton.tuned import file_of, pick, read
 
@@ -76,10 +78,48 @@ def ranges(at: Sequence[Point], varying: Sequence[str]) -> list[dict[str, Any]]:
 
 def otherwise(at: Sequence[Point]) -> dict[str, Any]:
     """The config that is timed at most sizes, and of those has the least worst regret."""
+    missing, worst, config = least(at)
+    return {"config": json.loads(config), "worst_regret": worst, "sizes_without_time": missing}
+
+
+def least(at: Sequence[Point]) -> tuple[int, float, str]:
+    """(sizes without a time, worst regret, config) of the config for which they are least."""
     missing = {c: sum(c not in p.seconds for p in at) for point in at for c in point.seconds}
     worst = {c: max(p.regret(c) for p in at if c in p.seconds) for c in missing}
-    config = min(missing, key=lambda c: (missing[c], worst[c], c))
-    return {"config": json.loads(config), "worst_regret": worst[config], "sizes_without_time": missing[config]}
+    return min((missing[c], worst[c], c) for c in missing)
+
+
+def choice(entries: Iterable[Row], varying: str) -> Choice:
+    """Which implementation of an op is to run, by the size that varies, from the entries of several.
+
+    For each value that was tuned it is the one timed at most of the sizes that go with it, and of those the one with
+    the least worst regret; ranges meet where those of configs do.
+    """
+    seconds: dict[str, dict[str, float]] = {}
+    for of in entries:
+        for r in of["ranges"]:
+            seconds.setdefault(canonical({**r["sizes"], **r["tuned_at"]}), {})[of["impl"]] = r["seconds"]
+    at = [Point(json.loads(sizes), found) for sizes, found in seconds.items()]
+    values = sorted({p.sizes[varying] for p in at})
+    best = [least([p for p in at if p.sizes[varying] == value])[2] for value in values]
+    neighbours = list(zip(values, values[1:], best, best[1:]))
+    ends = tuple(isqrt(value * after) for value, after, name, then in neighbours if name != then)
+    names = tuple(name for _, _, name, then in neighbours if name != then)
+    return Ranges(ends, (*names, best[-1])) if ends else best[-1]
+
+
+def choices(entries: Sequence[Row]) -> dict[str, Any]:
+    """The choices of a table, by op, for the ops of which it has several entries."""
+    ops = sorted({e["op"] for e in entries if e["op"] in OPS and OPS[e["op"]].varying})
+    of = {op: [e for e in entries if e["op"] == op] for op in ops}
+    return {op: plain(choice(of[op], OPS[op].varying[0])) for op in ops if len(of[op]) > 1}
+
+
+def plain(choice: Choice) -> Any:
+    """A choice as it stands in a file."""
+    if isinstance(choice, str):
+        return choice
+    return [*map(list, zip(choice.ends, choice.names)), choice.names[-1]]
 
 
 def entry(search: Row, rows: Sequence[Row], varying: Sequence[str]) -> dict[str, Any] | None:
@@ -99,7 +139,9 @@ def entry(search: Row, rows: Sequence[Row], varying: Sequence[str]) -> dict[str,
 
 
 def write(folder: Path, device: str, new: Mapping[str, Any]) -> Path:
-    """Put an entry into the table of a device, in place of the one it had for that implementation."""
+    """Put an entry into the table of a device, in place of the one it had for that implementation; the choices are
+    made anew.
+    """
     file = file_of(device, folder)
     held = read(file)["entries"] if file.exists() else []
     kept = [e for e in held if (e["op"], e["impl"]) != (new["op"], new["impl"])]
@@ -107,7 +149,9 @@ def write(folder: Path, device: str, new: Mapping[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     whole = file.with_suffix(".new")
     body = ",\n".join(map(text, entries))
-    whole.write_text(f'{{"device": {json.dumps(device)}, "entries": [\n{body}\n]}}\n')
+    chosen = ",\n".join(f" {json.dumps(op)}: {json.dumps(found)}" for op, found in choices(entries).items())
+    head = f'"device": {json.dumps(device)}, ' + (chosen and f'"choices": {{\n{chosen}\n}}, ')
+    whole.write_text(f'{{{head}"entries": [\n{body}\n]}}\n')
     whole.replace(file)
     return file
 

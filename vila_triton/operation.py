@@ -1,0 +1,182 @@
+"""An op: its plain-torch reference, its domain, its cost, and every implementation of it (see `registry`)."""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from .ranges import Choice
+from .space import Space
+
+REFERENCE = "reference"
+OPS: dict[str, "Op"] = {}
+
+_NONE: Mapping[str, Choice] = MappingProxyType({})
+CHOSEN: ContextVar[Mapping[str, Choice]] = ContextVar("chosen", default=_NONE)  # by `registry.use`
+DEFAULT: ContextVar[Mapping[str, Choice]] = ContextVar("default", default=_NONE)  # by `registry.defaults`
+RECORD: ContextVar["Counter[tuple[str, str]] | None"] = ContextVar("record", default=None)
+
+
+class Unsupported(ValueError):
+    """Raised by an implementation, before it launches anything, with the reason it cannot serve this call."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The integers low, low + step, ... up to high (inclusive)."""
+
+    low: int
+    high: int
+    step: int = 1
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int) and value in range(self.low, self.high + 1, self.step)
+
+
+class OneOf:
+    """One of the listed values; the first is the simplest, towards which a failing case shrinks."""
+
+    def __init__(self, *values: Any):
+        self.values = values
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.values
+
+    def __repr__(self) -> str:
+        return f"OneOf{self.values}"
+
+
+@dataclass(frozen=True, eq=False)
+class Impl:
+    """One implementation of an op. A call runs the config it passes, else the one tuned for this device and these
+    sizes (see `tuned`), else `configs[0]`. `space`: what there is to tune; without it, `configs`.
+    """
+
+    op: str
+    name: str
+    fn: Callable[..., Any]
+    configs: Sequence[Mapping[str, Any]]
+    file: Path
+    space: Space | None = None
+
+    def __call__(self, *args: Any, config: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        return self.fn(*args, **kwargs, **(self.chosen(*args, **kwargs) if config is None else config))
+
+    def chosen(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """The config of a call that passes none."""
+        if not self.space and len(self.configs) == 1:
+            return self.configs[0]
+        from . import tuned  # not at import: it needs torch
+
+        return tuned.config(self, OPS[self.op].sizes_of, *args, **kwargs) or self.configs[0]
+
+
+class Op:
+    """A named operation: its reference, its domain, its cost and everything that implements it."""
+
+    def __init__(self, reference: Callable[..., Any], exact: bool):
+        self.name = reference.__name__
+        self.reference = reference
+        self.exact = exact  # implementations must equal the reference bit for bit
+        self.impls: dict[str, Impl] = {}
+        self.domain: dict[str, Sizes | OneOf] = {}
+        self.contract: Callable[..., None] | None = None
+        self.sizes_of: Callable[..., dict[str, Any]] | None = None
+        self.varying: tuple[str, ...] = ()
+        self.traced: Callable[..., Any] | None = None  # what `torch.compile` sees of a call
+        self.tracing: Callable[[], bool] = lambda: False
+        self.__doc__ = reference.__doc__
+        self.impl(REFERENCE)(reference)
+
+    def __repr__(self) -> str:
+        return f"Op({self.name}: {', '.join(self.impls)})"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.traced and self.tracing():
+            return self.traced(*args, **kwargs)
+        if self.contract:
+            self.contract(*args, **kwargs)
+        impl = self.impls[self.choice(*args, **kwargs)]
+        if (record := RECORD.get()) is not None:
+            record[self.name, impl.name] += 1
+        return impl(*args, **kwargs)
+
+    def choice(self, *args: Any, **kwargs: Any) -> str:
+        """The name of the implementation a call with these arguments would run here and now."""
+        choice = CHOSEN.get().get(self.name) or DEFAULT.get().get(self.name) or REFERENCE
+        if isinstance(choice, str):
+            return choice
+        assert self.sizes_of  # as `registry.checked` has seen
+        return choice.at(self.sizes_of(*args, **kwargs)[self.varying[0]])
+
+    def impl(
+        self, name: str, configs: Sequence[Mapping[str, Any]] = ({},), space: Space | None = None
+    ) -> Callable[[Callable], Callable]:
+        """Attach the decorated function as implementation `name`; a second file claiming the name is an error."""
+
+        def attach(fn: Callable) -> Callable:
+            file = Path(inspect.getfile(fn)).resolve()
+            old = self.impls.get(name)
+            if old and old.file != file:
+                raise ValueError(f"{self.name}: implementation {name!r} of {file} is already taken by {old.file}")
+            if not configs:
+                raise ValueError(f"{self.name}: implementation {name!r} of {file} has an empty list of configs")
+            self.impls[name] = Impl(self.name, name, fn, configs, file, space)
+            return fn
+
+        return attach
+
+    def requires(self, fn: Callable[..., None]) -> Callable[..., None]:
+        """Register the contract of every call, whichever implementation runs: it raises ValueError or returns."""
+        self.contract = fn
+        return fn
+
+    def inputs(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Register the builder of example arguments; the annotations of its sizes become `self.domain`."""
+        self.domain = {
+            p.name: p.annotation for p in inspect.signature(fn).parameters.values() if p.kind is not p.KEYWORD_ONLY
+        }
+        bad = [name for name, values in self.domain.items() if not isinstance(values, Sizes | OneOf)]
+        if bad:
+            raise TypeError(f"{self.name}.inputs: {', '.join(bad)} must be annotated with Sizes(...) or OneOf(...)")
+        self.example = fn
+        return fn
+
+    def sizes(self, *varying: str) -> Callable[[Callable], Callable]:
+        """Register the inverse of `inputs`: arguments -> sizes, from shapes and dtypes alone (it must not wait for the
+        device). `varying`: the sizes that differ from call to call of one model; tuned tables hold ranges of them.
+        """
+        if bad := set(varying) - set(self.domain):
+            raise TypeError(f"{self.name}.sizes: no size {', '.join(sorted(bad))}; there are {', '.join(self.domain)}")
+
+        def attach(fn: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+            self.sizes_of, self.varying = fn, varying
+            return fn
+
+        return attach
+
+    def costs(self, fn: Callable[..., tuple[int, int]]) -> Callable[..., tuple[int, int]]:
+        """Register (flops, bytes moved at least once) as a function of the names of `inputs`."""
+        if list(inspect.signature(fn).parameters) != list(self.domain):
+            raise TypeError(f"{self.name}.costs must take {', '.join(self.domain)}, as its inputs do")
+        self.cost = fn
+        return fn
+
+    def result(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Register what a call returns, arguments -> an empty tensor, and with it a `torch.library` custom op (see
+        `library`), which is what a call is while `torch.compile` traces it.
+        """
+        from . import library  # not at import: it needs torch
+
+        self.traced, self.tracing = library.expose(self, fn), library.tracing
+        return fn
+
+    def writes(self, *names: str) -> None:
+        """The same for an op that writes these arguments in place and returns them, in this order."""
+        from . import library
+
+        self.traced, self.tracing = library.expose(self, None, names), library.tracing
