@@ -11,23 +11,24 @@ import pytest
 from vila_triton import kernels
 from vila_triton.registry import OPS, discover
 
-KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+ORIGIN = {"int4_matmul": "packed"}  # the variant whose file is changed, where it is not "triton"
 Plant = Callable[..., None]
 
 
 @pytest.fixture
 def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
-    """plant(op, name, old, new): kernels/OP.py as variant `name` with `old` made `new`; once more: another version."""
+    """plant(op, name, old, new): a kernel of the op as variant `name` with `old` made `new`; again: another version."""
     discover()
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
     before = {op: dict(OPS[op].impls) for op in OPS}
 
     def write(op: str, name: str, old: str = "", new: str = "") -> None:
-        text = (KERNELS / f"{op}.py").read_text()
-        assert old in text and 'impl("triton"' in text
+        origin = OPS[op].impls[ORIGIN.get(op, "triton")]
+        text, registers = origin.file.read_text(), f'impl("{origin.name}"'
+        assert old in text and registers in text
         file = tmp_path / f"{op}_{name}.py"
-        file.write_text(text.replace(old, new, 1).replace('impl("triton"', f'impl("{name}"'))
+        file.write_text(text.replace(old, new, 1).replace(registers, f'impl("{name}"'))
         linecache.clearcache()
         importlib.invalidate_caches()
         module = f"{kernels.__name__}.{file.stem}"

@@ -9,42 +9,44 @@ import torch
 from planting import Plant, plant  # noqa: F401 (plant: a fixture)
 
 from bench import bundle, check
+from bench.faithful import arguments
 from bench.gate import gate
-from bench.guarded import Unfaithful
+from bench.guarded import Unfaithful, tensors
 from bench.report import error_map, first_wrong
 from bench.search import search
 from vila_triton.registry import OPS, Impl, Unsupported
 
-DOT = 'tl.dot(x, w, acc, input_precision="ieee")'
-STORED = "acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])"
+DOT = 'x, acc, input_precision="ieee")'
+STORED = "acc.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])"
+ONE = "m=1 n=1 G=1 group=64 dtype=float32 order=sub bias=False"
 PLANTED = {  # op, the line, what becomes of it, what check finds, the case it shrinks to
     "swapped_nibbles": (
         "int4_matmul",
         "tl.arange(0, 8) * 4",
-        "(tl.arange(0, 8) ^ 1) * 4",
+        "(tl.arange(0, 8) ^ 4) * 4",
         "beyond budget",
-        "m=1 n=1 G=1 group=32 dtype=float32",
+        ONE,
     ),
     "no_mask_n": (
         "int4_matmul",
         STORED,
-        STORED.replace(" & mask_n[None, :]", ""),
+        STORED.replace("(offs_n < N)[:, None] & ", ""),
         "wrote outside",
-        "m=1 n=1 G=1 group=32 dtype=float32",
+        ONE,
     ),
     "half_precision_sum": (
         "int4_matmul",
         DOT,
         f"{DOT}.to(tl.float16).to(tl.float32)",
         "beyond budget",
-        "m=1 n=1 G=1 group=32 dtype=float32",
+        ONE,
     ),
     "one_tile": (
         "int4_matmul",
         STORED,
         f"(acc + (tl.program_id(0) * tl.program_id(1) == 1)){STORED.removeprefix('acc')}",
         "beyond budget",
-        "m=17 n=65 G=1 group=32 dtype=float32",
+        ONE.replace("m=1 n=1", "m=17 n=65"),
     ),
     "one_token_ahead": (
         "prefill_attention",
@@ -91,7 +93,7 @@ def test_the_numbers_of_a_report_are_those_of_the_call(plant: Plant, tmp_path: P
     op, impl = bundle.resolve(saved)
     assert said and float(said[1]) == pytest.approx(float(impl(*saved.args, config=saved.config)), rel=1e-6)
     assert float(said[2]) == pytest.approx(float(op.reference(*saved.args)), rel=1e-5)
-    assert saved.config == impl.configs[1] and saved.sizes["group"] == 32 and "commit" in saved.stamp
+    assert saved.config == impl.configs[1] and saved.sizes["group"] == 64 and "commit" in saved.stamp
 
 
 def test_a_copied_kernel_file_is_checked_and_a_right_one_is_right(plant: Plant, capsys) -> None:  # noqa: F811
@@ -165,6 +167,19 @@ class Hostile:
         return Path.touch, (self.file,)
 
 
+INT4 = {"m": 2, "n": 3, "G": 2, "group": 32, "dtype": "float16", "order": "fma", "bias": True}
+
+
+def test_a_bundle_of_an_int4_weight_holds_all_of_it(tmp_path: Path) -> None:
+    op = OPS["int4_matmul"]
+    args = arguments(op, 0, **INT4)
+    bundle.save(tmp_path / "int4", op.impls["reference"], {}, args, 0, INT4, "a test")
+    back = bundle.load(tmp_path / "int4").args
+    assert (back[1].group, back[1].order) == (32, "fma")
+    assert all(torch.equal(x, y) for x, y in zip(tensors(args), tensors(back), strict=True))
+    assert torch.equal(op(*back), op(*args))
+
+
 def test_a_bundle_that_is_none_gets_one_line(tmp_path: Path, capsys) -> None:
     args = (torch.ones(2, 4), torch.ones(4), 1e-5)
     impl = OPS["rms_norm"].impls["reference"]
@@ -177,6 +192,7 @@ def test_a_bundle_that_is_none_gets_one_line(tmp_path: Path, capsys) -> None:
         torch.save({**held, **changes}, tmp_path / name)
         return str(tmp_path / name)
 
+    weight = bundle.plain(arguments(OPS["int4_matmul"], 0, **INT4)[1])
     cut = tmp_path / "cut"
     cut.write_bytes(whole.read_bytes()[:700])
     (tmp_path / "text").write_text("not a bundle")
@@ -192,6 +208,11 @@ def test_a_bundle_that_is_none_gets_one_line(tmp_path: Path, capsys) -> None:
         other("impl", impl="mine"): "'mine', which does not exist; there are: reference",
         other("config", config={"BLOCK": 4}): "no longer takes this call",
         other("leaf", args=({"qweight": torch.ones(1)}, *args[1:])): "expected an int4 weight",
+        **{
+            other(f"no {leaf}", args=({k: x for k, x in weight.items() if k != leaf}, *args[1:])): "an int4 weight"
+            for leaf in weight
+        },
+        other("a group that is no number", args=({**weight, "group": "2"}, *args[1:])): "does not take these arguments",
         other("shapes", args=(torch.ones(2, 5), *args[1:])): "does not take these arguments",
         other("values", args=("x", *args[1:])): "does not take these arguments",
         other("sparse", args=(torch.ones(2, 4).to_sparse(), *args[1:])): "expected a plain one",

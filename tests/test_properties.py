@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bench.faithful import DEVICE, arguments, budget, examples, hold, supported, unit_roundoff
 from vila_triton import ops
-from vila_triton.formats import pack_rows
-from vila_triton.ops.linear import codes
+from vila_triton.formats import pack_tiles
+from vila_triton.ops.int4 import codes
 from vila_triton.ops.paged import gather
 from vila_triton.registry import Op, discover, use
 
@@ -211,25 +211,25 @@ def test_int4_matmul_equals_linear_on_the_plain_weight(impl: str) -> None:
 
     @given(sizes=examples(op))
     def check(sizes: dict) -> None:
-        args = x, w = arguments(op, **sizes)
-        assert_same(run(op, impl, x, w), ops.linear(x, ops.dequantize(w, x.dtype)), op, args)
+        args = x, w, bias = arguments(op, **sizes)
+        assert_same(run(op, impl, *args), ops.linear(x, ops.dequantize(w, x.dtype), bias), op, args)
 
     hold(check)
 
 
-@given(n=st.integers(1, 20), words=st.integers(1, 20), seed=st.integers(0, 2**16))
-def test_codes_survive_packing(n: int, words: int, seed: int) -> None:
-    q = torch.randint(0, 16, (n, 8 * words), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+@given(n=st.integers(1, 40), k=st.integers(1, 20), seed=st.integers(0, 2**16))
+def test_codes_survive_packing(n: int, k: int, seed: int) -> None:
+    q = torch.randint(0, 16, (n, 8 * k), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
     q[0, :8], q[-1, -8:] = torch.arange(8), torch.arange(8, 16)  # all 16, the one that sets the sign bit included
-    packed = pack_rows(q)
-    assert packed.dtype == torch.int32 and packed.shape == (n, words)
-    assert torch.equal(codes(ops.Int4(packed, None, None)), q)
+    packed = pack_tiles(q)
+    assert packed.dtype == torch.int32 and packed.shape == (-(-n // 16), -(-k // 8), 32, 4)
+    assert torch.equal(codes(ops.Int4(packed, torch.ones(1, n), torch.zeros(1, n), 8 * k)), q)
 
 
 @given(
     n=st.integers(1, 20),
     groups=st.integers(1, 5),
-    group=st.sampled_from([8, 32, 128]),
+    group=st.sampled_from([16, 32, 128]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     shift=st.floats(-3, 3),
     seed=st.integers(0, 2**16),
@@ -241,6 +241,6 @@ def test_quantised_weight_is_half_a_step_off(
     rng = torch.Generator().manual_seed(seed)
     plain = (torch.randn(n, groups * group, generator=rng) + shift).to(dtype)
     w = ops.quantize(plain, group)
-    steps = w.scales.double().repeat_interleave(group, 1)
+    steps = w.scales.double().t().repeat_interleave(group, 1)
     off = (ops.dequantize(w, torch.float64) - plain.double()).abs() / steps
     assert off.max() <= 0.5 + 15 * unit_roundoff(dtype)
