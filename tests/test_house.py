@@ -23,26 +23,27 @@ FILES = {  # dotted name -> file, as Python will know it
 }
 
 MAY_IMPORT = {  # beside the standard library; a line holds for all that begins so, the longest counts
-    "vila_triton.registry": "ops kernels space tuned",  # inside functions, but for space
-    "vila_triton.tuned": "torch choices registry space",
+    "vila_triton.registry": "operation ranges ops kernels",  # the last two inside functions
+    "vila_triton.tuned": "torch choices ranges registry space",
     "vila_triton.pages": "",
-    "vila_triton.choices": "torch",
-    "vila_triton.kernels": "torch triton ops registry space kernels",  # nobody else imports triton
+    "vila_triton.choices": "torch ranges registry",
+    "vila_triton.kernels": "torch triton einops ops formats registry space kernels",  # nobody else imports triton
     "vila_triton.ops": "torch einops ops registry formats",
     "vila_triton.models.config": "",
-    "vila_triton.models.params": "torch ops",
+    "vila_triton.models.params": "torch ops formats",
     "vila_triton.models": "torch einops ops models",
     "vila_triton.models.vila_llama": "torch transformers cache checkpoint choices engine registry models",
     "vila_triton.models.vila_llama_config": "torch transformers checkpoint models",
     "vila_triton.cache": "torch ops models.config pages",
     "vila_triton.checkpoint": "torch safetensors models",
     "vila_triton.formats": "torch einops",
-    "vila_triton.engine": "torch transformers cache choices models registry",
+    "vila_triton.engine": "torch transformers cache models registry tuned",
     "vila_triton.prompts": "models.vila",
     "vila_triton.images": "torch PIL transformers",
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL __main__ chat models registry tiny",  # asks through the command line's chat
-    "vila_triton": "torch PIL transformers chat choices engine images models prompts registry tiny",  # the rest
+    "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
+    "vila_triton": "torch PIL transformers chat choices engine images models prompts ranges registry tiny tuned",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",
 }
 
@@ -188,7 +189,6 @@ HUB = """
 STUB = """
 class Anything:
     def __init__(self, *args, **kwargs): pass
-
 def __getattr__(name):
     if name.startswith("__"): raise AttributeError(name)
     return (lambda *args, **kwargs: lambda cls: cls) if name.startswith("use_") else Anything

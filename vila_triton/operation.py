@@ -96,8 +96,12 @@ class Op:
         return f"Op({self.name}: {', '.join(self.impls)})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.traced and self.tracing():
+        if self.traced is not None and self.tracing():
             return self.traced(*args, **kwargs)
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Check the arguments and run the implementation that is chosen here and now."""
         if self.contract:
             self.contract(*args, **kwargs)
         impl = self.impls[self.choice(*args, **kwargs)]

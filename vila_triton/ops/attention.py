@@ -119,6 +119,11 @@ def _(
     return q, k, v, k_pages, v_pages, block_table, query_start, torch.tensor(history, device=device).int(), d**-0.5
 
 
+prefill_attention.result(
+    lambda q, k, v, k_pages, v_pages, block_table, query_start, history, scale: q.new_empty(q.shape)
+)
+
+
 @prefill_attention.sizes("b", "s", "t")
 def _(q, k, v, k_pages, v_pages, block_table, query_start, history, scale):
     """Lengths lie on the device, so s is their mean, and t what the block table has room for beside s."""
@@ -183,6 +188,9 @@ def _(
     return q, k_pages, v_pages, block_table, torch.tensor(lengths, device=device).int(), d**-0.5
 
 
+decode_attention.result(lambda q, k_pages, v_pages, block_table, lengths, scale: q.new_empty(q.shape))
+
+
 @decode_attention.sizes("b", "t")
 def _(q, k_pages, v_pages, block_table, lengths, scale):
     """Lengths lie on the device, so t is what the block table has room for."""
@@ -222,6 +230,9 @@ def _(
 ):
     q, k, v = (draw(b, s, h, d, dtype=dtype, rng=rng, device=device) for _ in range(3))
     return q, k, v, d**-0.5
+
+
+encoder_attention.result(lambda q, k, v, scale: q.new_empty(q.shape))
 
 
 @encoder_attention.sizes("b")

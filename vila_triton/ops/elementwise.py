@@ -28,6 +28,9 @@ def _(rows: Sizes(1, 40), e: Sizes(1, 300), dtype: DTYPES, *, rng: torch.Generat
     return draw(rows, e, dtype=dtype, rng=rng, device=device), draw(e, dtype=dtype, rng=rng, device=device), 1e-5
 
 
+rms_norm.result(lambda x, weight, eps: x.new_empty(x.shape))
+
+
 @rms_norm.sizes("rows")
 def _(x, weight, eps):
     return dict(rows=x.shape[:-1].numel(), e=len(weight), dtype=name_of(x.dtype))
@@ -53,6 +56,9 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
 def _(rows: Sizes(1, 40), e: Sizes(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
     x, weight, bias = (draw(*s, dtype=dtype, rng=rng, device=device) for s in ((rows, e), (e,), (e,)))
     return x, weight, bias, 1e-6
+
+
+layer_norm.result(lambda x, weight, bias, eps: x.new_empty(x.shape))
 
 
 @layer_norm.sizes("rows")
@@ -91,6 +97,9 @@ def _(s: Sizes(1, 40), h: Sizes(1, 9), r: Sizes(1, 64), dtype: DTYPES, *, rng: t
     return x, angles.cos().to(device), angles.sin().to(device)
 
 
+rope.result(lambda x, cos, sin: x.new_empty(x.shape))
+
+
 @rope.sizes("s")
 def _(x, cos, sin):
     s, h, d = x.shape
@@ -118,6 +127,9 @@ def _(gate: Tensor, up: Tensor) -> None:
 def _(s: Sizes(1, 40), f: Sizes(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
     gate, up = (draw(s, f, dtype=dtype, rng=rng, device=device, scale=3) for _ in range(2))
     return gate, up
+
+
+swiglu.result(lambda gate, up: gate.new_empty(gate.shape))
 
 
 @swiglu.sizes("s")

@@ -160,6 +160,9 @@ def _(
     return x, w, draw(n, dtype=dtype, rng=rng, device=device) if bias else None
 
 
+int4_matmul.result(lambda x, w, bias: x.new_empty(*x.shape[:-1], w.shape[0]))
+
+
 @int4_matmul.sizes("m")
 def _(x, w, bias=None):
     n, k = w.shape
@@ -206,6 +209,9 @@ def _(
 ):
     weights = (random_int4(n, G, group, dtype, order, rng, device) for _ in range(2))
     return draw(m, G * group, dtype=dtype, rng=rng, device=device, scale=(G * group) ** -0.5), *weights
+
+
+int4_swiglu.result(lambda x, gate, up: x.new_empty(*x.shape[:-1], gate.shape[0]))
 
 
 @int4_swiglu.sizes("m")

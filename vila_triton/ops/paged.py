@@ -91,6 +91,9 @@ def _(
     return k, v, k_pages, v_pages, slots.to(device)
 
 
+kv_write.writes("k_pages", "v_pages")
+
+
 @kv_write.sizes("s")
 def _(k, v, k_pages, v_pages, slot_mapping):
     (s, g, d), l = k.shape, k_pages.shape[1]
