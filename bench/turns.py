@@ -6,8 +6,8 @@ thread's. So a figure per weight or score needs three things, none of which is g
     turns    bytes a thread loads in the assembly's loop at the source line of its largest load
              / bytes the layout of that load gives a thread in a turn
     units    scores: the elements of the largest tile of which a turn takes the exponential; weights: the codes in the
-             largest integer tile loaded in a turn, 8 in an int32, or 1 if each code has a pointer of its own,
-             whichever number a factor of a product has; all tiles of that shape are counted
+             largest integer tile loaded in a turn, 8 in an int32, or 1 if each code has a pointer of its own: whichever
+             number of weights the turn multiplies; all tiles of that shape are counted
     figure   instructions of the loop · threads of the block / (turns · units)
 
 A loop whose loads say no width (tensor memory accelerator) or whose turns do not come out whole has no figure.
@@ -46,12 +46,18 @@ class Load:
 
 @dataclass(frozen=True)
 class Turn:
-    """A loop of the source, or the whole kernel: the loads of a turn, the elements of the largest tile it
-    exponentiates, and those of the tiles it multiplies, by tensor cores or one by one."""
+    """A loop of the source, or the whole kernel.
+
+    loads           those of a turn
+    exponentials    elements of the largest tile it exponentiates
+    dots            elements of the left and right factors of each product of matrices; one may be cut up along k
+    products        multiplications of single elements
+    """
 
     loads: Sequence[Load]
     exponentials: int
-    multiplied: set[int]
+    dots: Sequence[tuple[int, int]]
+    products: int
 
     @property
     def weights(self) -> int:
@@ -61,8 +67,11 @@ class Turn:
             return 0
         largest = max(packed, key=lambda load: load.elements)
         tiles = sum(load.shape == largest.shape for load in packed)
-        counts = (largest.elements * largest.bits // 4, largest.elements)
-        return next((tiles * n for n in counts if n in self.multiplied), 0)
+        counts = (tiles * largest.elements * largest.bits // 4, tiles * largest.elements)
+        if not self.dots:  # each code is in a product or more
+            return next((n for n in counts if n <= self.products), 0)
+        factors = {sum(side) for side in zip(*self.dots)} | {tiles * n for dot in self.dots for n in dot}
+        return next((n for n in counts if n in factors), 0)
 
 
 def turns(ttgir: str) -> Iterator[Turn]:
@@ -78,18 +87,21 @@ def turns(ttgir: str) -> Iterator[Turn]:
 
 
 def turn(rows: Sequence[str], layouts: dict[str, str], places: dict[str, Place]) -> Turn:
-    loads, exponentials, multiplied = [], 0, set()
+    loads, exponentials, dots, products = [], 0, [], 0
     for row in rows:
         if tile := re.search(r"= math\.exp2? .* : tensor<((?:\d+x)+)", row):
             exponentials = max(exponentials, elements(tile[1]))
-        if re.search(r"\b(arith\.mulf|math\.fma|tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) ", row):
-            multiplied |= {elements(tile) for tile in re.findall(r"(?:tensor|memdesc)<((?:\d+x)+)", row)[:2]}
+        sizes = [elements(tile) for tile in re.findall(r"(?:tensor|memdesc)<((?:\d+x)+)", row)]
+        if re.search(r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) ", row):
+            dots.append((sizes[0], sizes[1]))
+        if re.search(r"\b(arith\.mulf|math\.fma) ", row) and sizes:
+            products += sizes[0]
         if re.search(rf"= (?:{LOADS}) ", row) and (tile := re.search(TILE, row)):
             shape = tuple(map(int, tile[1][:-1].split("x")))
             at = re.search(r"loc\((#\w+)\)$", row)
             place = places.get(at[1], ("", 0)) if at else ("", 0)
             loads.append(Load(place, shape, tile[2] or tile[3], elements_of_a_thread(shape, tile[4], layouts)))
-    return Turn(loads, exponentials, multiplied)
+    return Turn(loads, exponentials, dots, products)
 
 
 def elements(shape: str) -> int:

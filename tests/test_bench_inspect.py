@@ -15,7 +15,6 @@ from bench.assembly import FLOAT, GLOBAL, REST, SHARED, TENSOR, amd, loops, nvid
 from bench.inspect import arguments, run
 from bench.inspect_picture import draw
 from bench.targets import TARGETS, occupancy
-from bench.turns import count, turns
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = shutil.ignore_patterns("__pycache__")
@@ -99,29 +98,6 @@ def test_amd_loops_kinds_and_widths() -> None:
     assert [x.width for x in body if x.loads] == [16, 2] and {(x.file, x.line) for x in body} == {("/k/mine.py", 7)}
 
 
-def test_turns_of_an_unrolled_loop_are_counted_from_its_loads() -> None:
-    ttgir = """
-#blocked = #ttg.blocked<{sizePerThread = [4, 1], threadsPerWarp = [2, 16], warpsPerCTA = [1, 4], order = [0, 1]}>
-#loc1 = loc("/k/mine.py":12:20)
-    %acc = scf.for %k = %a to %b step %c iter_args(%x = %y) -> (f32)  : i32 {
-      %w = tt.load %p : tensor<8x64x!tt.ptr<i32>, #blocked> loc(#loc2)
-      %s = tt.load %q : tensor<64x!tt.ptr<f16>, #ttg.slice<{dim = 0, parent = #blocked}>> loc(#loc1)
-      %e = math.exp2 %w2 : tensor<16x64xf32, #mma> loc(#loc1)
-      %d = tt.dot %a, %b, %c : tensor<16x64xf16, #a> * tensor<64x64xf16, #b> -> tensor<16x64xf32, #mma> loc(#loc1)
-    } loc(#loc1)
-#loc2 = loc("w"(#loc3))
-#loc3 = loc("/k/mine.py":13:20)
-"""
-    loop = next(turns(ttgir))
-    assert [(x.place[1], x.shape, x.of_a_thread) for x in loop.loads] == [(13, (8, 64), 4), (12, (64,), 1)]
-    assert loop.weights == 8 * 64 * 8 and loop.exponentials == 16 * 64
-    assert next(turns(ttgir.replace("<8x64x!", "<64x64x!"))).weights == 64 * 64  # a pointer for every code
-    load = '//## File "/k/mine.py", line 13\n/*0000*/  LDG.E.128 R4, desc[UR4][R2.64] ;\n'
-    once, thrice = count(ttgir, nvidia(load)), count(ttgir, nvidia(3 * load))
-    assert once and thrice and (once[0], thrice[0]) == (1, 3)
-    assert count(ttgir, nvidia(load + load.replace("128", "64"))) is None  # 1.5 turns: no figure, not a wrong one
-
-
 @pytest.mark.parametrize(
     ("target", "registers", "shared", "warps", "blocks", "limit"),
     [  # by hand, from the programming guide's table
@@ -148,9 +124,9 @@ def test_figures_are_what_cuobjdump_counts(tmp_path: Path) -> None:
         from bench.compiled import Call, compile_call, prepare
         from triton import knobs
         prepare(None, False)
-        sizes = dict(m=32, n=64, G=2, group=128, dtype="float16")
+        sizes = dict(m=32, n=64, G=2, group=128, dtype="float16", order="sub", bias=False)
         look = lambda k: (Path({str(tmp_path / "cubin")!r}).write_bytes(k.asm["cubin"]), asdict(dissect(k).anatomy))[1]
-        print(json.dumps(compile_call(look, Call("int4_matmul", "triton", 0, "sm_90", sizes)).kernels))
+        print(json.dumps(compile_call(look, Call("int4_matmul", "packed", 0, "sm_90", sizes)).kernels))
         print(knobs.nvidia.cuobjdump.path)
     """
     file = tmp_path / "dissect.py"
@@ -176,9 +152,9 @@ def test_figures_are_what_cuobjdump_counts(tmp_path: Path) -> None:
     loop = [opcode for address, (opcode, _) in at.items() if back[0] <= address <= back[1]]
     main = found["loops"][0]
     assert len(loop) == main["instructions"] > 100
-    assert main["tensor"] == {"HMMA.16816.F32": sum(x.startswith("HMMA.16816.F32") for x in loop)}
+    assert main["tensor"] == {"HGMMA.64x16x16.F32": sum(x.startswith("HGMMA.64x16x16.F32") for x in loop)}
     assert main["loads"]["LDGSTS.128"] == sum(x.startswith("LDGSTS") and x.endswith("128") for x in loop)
-    assert main["mix"]["convert and bits"] == sum(bool(re.match("I2F|PRMT|LOP3|SHF|F2F|SGXT", x)) for x in loop)
+    assert main["mix"]["convert and bits"] == sum(bool(re.match("I2F|F2F|U?(PRMT|LOP3|SHF|SGXT)", x)) for x in loop)
     assert (main["turns"], main["weights"]) == (1, 64 * 64)
 
 
@@ -193,7 +169,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 def test_a_planted_spill_shows_against_the_last_commit(repository: Path) -> None:
-    file = repository / "kernels" / "int4_matmul.py"
+    file = repository / "kernels" / "int4_matmul_packed.py"
     text = file.read_text()
     config = '{"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}'
     assert config in text
@@ -202,7 +178,7 @@ def test_a_planted_spill_shows_against_the_last_commit(repository: Path) -> None
     imports = "import sys\nfrom pathlib import Path\nfrom bench import inspect, rows\n"
     body = "if __name__ == '__main__':\n    rows.ROOT = Path.cwd()\n    sys.exit(inspect.main())\n"
     tool.write_text(imports + body)
-    words = "int4_matmul --impl triton --config 1 --arch sm_90 --kernels kernels --against HEAD --json found.jsonl"
+    words = "int4_matmul --impl packed --config 1 --arch sm_90 --kernels kernels --against HEAD --json found.jsonl"
     done = python(str(tool), *words.split(), cwd=repository)
     assert done.returncode == 0, done.stderr
     diff = done.stdout.partition("compared with HEAD:")[2]
@@ -213,7 +189,7 @@ def test_a_planted_spill_shows_against_the_last_commit(repository: Path) -> None
     assert (old["source"], new["source"]) == ("HEAD", "") and old["spills"] == 0 < new["spills"]
     assert [p.suffix for p in draw([old, new], repository / "picture")] == [".png", ".svg"]
     svg = (repository / "picture.svg").read_text()
-    assert f"spills {new['spills']}" in svg and "HEAD: triton 1" in svg
+    assert f"spills {new['spills']}" in svg and "HEAD: packed 1" in svg
 
 
 def test_a_copied_kernel_file_appears_and_compares_with_the_original(tmp_path: Path) -> None:
