@@ -23,21 +23,54 @@ SUBTRACTED = tl.constexpr(0)  # code - zero, exact: the scale multiplies a sum
 SUB = tl.constexpr(1)  # (code - zero) * scale, rounded
 FMA = tl.constexpr(2)  # code * scale + shift, rounded
 
-# One logical operation makes two float16 numbers of two codes: 1024 + code of the lower nibble of a byte, or
-# 1024 + 16 code of the upper one. `magic_halves` says the same without assembly.
-MAGIC = tl.constexpr("""
+# One logical operation makes two float16 numbers of two codes: 1024 + code of the lower nibble of a byte, or 1024 + 16
+# code of the upper one; one more subtracts both zeros, exactly. The operands are the word, 1024 + zero of the top row,
+# and -64 - zero of the low one. `differences` says the same without assembly.
+FLOAT16 = tl.constexpr("""
 {
-.reg .b32 h, a, b, c, d;
+.reg .b32 h, a, b, c, d, t, l, s;
+mov.b32 t, {$9, $9};
+mov.b32 l, {$10, $10};
+mov.b32 s, 0x2c002c00;
 shr.u32 h, $8, 8;
 lop3.b32 a, $8, 0x000f000f, 0x64006400, 0xea;
 lop3.b32 b, $8, 0x00f000f0, 0x64006400, 0xea;
 lop3.b32 c, h, 0x000f000f, 0x64006400, 0xea;
 lop3.b32 d, h, 0x00f000f0, 0x64006400, 0xea;
+sub.rn.f16x2 a, a, t;
+fma.rn.f16x2 b, b, s, l;
+sub.rn.f16x2 c, c, t;
+fma.rn.f16x2 d, d, s, l;
 mov.b32 {$0, $1}, a;
 mov.b32 {$2, $3}, b;
 mov.b32 {$4, $5}, c;
 mov.b32 {$6, $7}, d;
 }""")
+# The same in bfloat16, which has 8 bits: 128 + code, and so each nibble is shifted down. The operands are the word and
+# -128 - zero of the top and of the low row.
+BFLOAT16 = tl.constexpr("""
+{
+.reg .b32 h, i, j, a, b, c, d, t, l, o;
+mov.b32 t, {$9, $9};
+mov.b32 l, {$10, $10};
+mov.b32 o, 0x3f803f80;
+shr.u32 h, $8, 4;
+shr.u32 i, $8, 8;
+shr.u32 j, $8, 12;
+lop3.b32 a, $8, 0x000f000f, 0x43004300, 0xea;
+lop3.b32 b, h, 0x000f000f, 0x43004300, 0xea;
+lop3.b32 c, i, 0x000f000f, 0x43004300, 0xea;
+lop3.b32 d, j, 0x000f000f, 0x43004300, 0xea;
+fma.rn.bf16x2 a, a, o, t;
+fma.rn.bf16x2 b, b, o, l;
+fma.rn.bf16x2 c, c, o, t;
+fma.rn.bf16x2 d, d, o, l;
+mov.b32 {$0, $1}, a;
+mov.b32 {$2, $3}, b;
+mov.b32 {$4, $5}, c;
+mov.b32 {$6, $7}, d;
+}""")
+OUT = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,h,h")
 
 
 def leaves(w: Int4) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,84 +122,86 @@ def rounded(differences, codes, scales, zeros, ORDER: tl.constexpr):
 
 @triton.jit
 def half(words, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """A code as the float16 number 1024 + code, or 1024 + 16 code where MASK takes it from the upper nibble."""
     return ((words >> SHIFT) & MASK | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def magic_halves(words, ASM: tl.constexpr):
-    """Eight float16 of a word, of nibbles 0 4 1 5 2 6 3 7: 1024 + code for 0 4 2 6, 1024 + 16 code for the others."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            MAGIC, "=h,=h,=h,=h,=h,=h,=h,=h,r", [words], dtype=(tl.float16,) * 8, is_pure=True, pack=1
-        )
-    else:
-        high = words >> 16
-        return (
-            half(words, 0, 0xF),
-            half(high, 0, 0xF),
-            half(words, 0, 0xF0),
-            half(high, 0, 0xF0),
-            half(words, 8, 0xF),
-            half(high, 8, 0xF),
-            half(words, 8, 0xF0),
-            half(high, 8, 0xF0),
-        )
-
-
-@triton.jit
 def bfloat(words, SHIFT: tl.constexpr):
-    """128 + code as bfloat16, which has 8 bits: one nibble at a time, since 128 + 16 code does not fit."""
+    """A code as the bfloat16 number 128 + code."""
     return ((words >> SHIFT) & 0xF | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def upper(h, zero, scale, ORDER: tl.constexpr, DTYPE: tl.constexpr):
-    """The weight of 1024 + 16 code."""
-    code = h * 0.0625 - 64
-    return rounded((h * 0.0625 - (zero + 64)).to(DTYPE), code.to(DTYPE), scale, zero.to(DTYPE), ORDER)
+def differences(words, zero, low_zero, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """code - zero, in float16 (or bfloat16, if DTYPE is that), of nibbles 0 4 1 5 2 6 3 7 of each word: of inputs 2c
+    and 2c + 1 of the top row, of the low row, of inputs 2c + 8 and 2c + 9 of the top row, of the low row.
+    """
+    if tl.bfloat16 == DTYPE:
+        zero = zero.to(tl.bfloat16) + 128
+        low_zero = low_zero.to(tl.bfloat16) + 128
+        if ASM:
+            return tl.inline_asm_elementwise(
+                BFLOAT16, OUT, [words, -zero, -low_zero], (tl.bfloat16,) * 8, is_pure=True, pack=1
+            )
+        else:
+            return (
+                bfloat(words, 0) - zero,
+                bfloat(words, 16) - zero,
+                bfloat(words, 4) - low_zero,
+                bfloat(words, 20) - low_zero,
+                bfloat(words, 8) - zero,
+                bfloat(words, 24) - zero,
+                bfloat(words, 12) - low_zero,
+                bfloat(words, 28) - low_zero,
+            )
+    else:
+        zero = zero.to(tl.float16) + 1024
+        low_zero = low_zero.to(tl.float16) + 64
+        if ASM:
+            return tl.inline_asm_elementwise(
+                FLOAT16, OUT, [words, zero, -low_zero], (tl.float16,) * 8, is_pure=True, pack=1
+            )
+        else:
+            high = words >> 16
+            return (
+                half(words, 0, 0xF) - zero,
+                half(high, 0, 0xF) - zero,
+                half(words, 0, 0xF0) * 0.0625 - low_zero,
+                half(high, 0, 0xF0) * 0.0625 - low_zero,
+                half(words, 8, 0xF) - zero,
+                half(high, 8, 0xF) - zero,
+                half(words, 8, 0xF0) * 0.0625 - low_zero,
+                half(high, 8, 0xF0) * 0.0625 - low_zero,
+            )
 
 
 @triton.jit
-def lower(h, zero, scale, BASE: tl.constexpr, ORDER: tl.constexpr, DTYPE: tl.constexpr):
-    """The weight of BASE + code."""
-    code = h - BASE
-    return rounded((h - (zero + BASE)).to(DTYPE), code.to(DTYPE), scale, zero.to(DTYPE), ORDER)
+def scaled(difference, scale, zero, ORDER: tl.constexpr, DTYPE: tl.constexpr):
+    """The weight of an exact code - zero, as ORDER says."""
+    difference = difference.to(DTYPE)
+    if ORDER == FMA:
+        return rounded(difference, difference + zero.to(DTYPE), scale, zero.to(DTYPE), ORDER)
+    else:
+        return rounded(difference, difference, scale, zero, ORDER)
 
 
 @triton.jit
 def lane_weights(words, scale, low_scale, zero, low_zero, ORDER: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Eight weights of a word, as ORDER says, in the order: top row, inputs 2c and 2c + 1; low row, the same; top row,
-    inputs 2c + 8 and 2c + 9; low row, the same. `scale` and `zero` are of the top row; zeros are exact in any dtype.
-    """
+    """The eight weights of each word, in the order of `differences`; `scale` and `zero` are of the top row."""
+    a, b, c, d, e, f, g, h = differences(words, zero, low_zero, DTYPE, ASM)
     scale = scale.to(DTYPE)
     low_scale = low_scale.to(DTYPE)
-    if tl.bfloat16 == DTYPE:
-        zero = zero.to(tl.bfloat16)
-        low_zero = low_zero.to(tl.bfloat16)
-        return (
-            lower(bfloat(words, 0), zero, scale, 128, ORDER, DTYPE),
-            lower(bfloat(words, 16), zero, scale, 128, ORDER, DTYPE),
-            lower(bfloat(words, 4), low_zero, low_scale, 128, ORDER, DTYPE),
-            lower(bfloat(words, 20), low_zero, low_scale, 128, ORDER, DTYPE),
-            lower(bfloat(words, 8), zero, scale, 128, ORDER, DTYPE),
-            lower(bfloat(words, 24), zero, scale, 128, ORDER, DTYPE),
-            lower(bfloat(words, 12), low_zero, low_scale, 128, ORDER, DTYPE),
-            lower(bfloat(words, 28), low_zero, low_scale, 128, ORDER, DTYPE),
-        )
-    else:
-        a, b, c, d, e, f, g, h = magic_halves(words, ASM)
-        zero = zero.to(tl.float16)
-        low_zero = low_zero.to(tl.float16)
-        return (
-            lower(a, zero, scale, 1024, ORDER, DTYPE),
-            lower(b, zero, scale, 1024, ORDER, DTYPE),
-            upper(c, low_zero, low_scale, ORDER, DTYPE),
-            upper(d, low_zero, low_scale, ORDER, DTYPE),
-            lower(e, zero, scale, 1024, ORDER, DTYPE),
-            lower(f, zero, scale, 1024, ORDER, DTYPE),
-            upper(g, low_zero, low_scale, ORDER, DTYPE),
-            upper(h, low_zero, low_scale, ORDER, DTYPE),
-        )
+    return (
+        scaled(a, scale, zero, ORDER, DTYPE),
+        scaled(b, scale, zero, ORDER, DTYPE),
+        scaled(c, low_scale, low_zero, ORDER, DTYPE),
+        scaled(d, low_scale, low_zero, ORDER, DTYPE),
+        scaled(e, scale, zero, ORDER, DTYPE),
+        scaled(f, scale, zero, ORDER, DTYPE),
+        scaled(g, low_scale, low_zero, ORDER, DTYPE),
+        scaled(h, low_scale, low_zero, ORDER, DTYPE),
+    )
 
 
 @triton.jit
@@ -202,7 +237,7 @@ def groups_of(start, tile_k, word, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr
     counted within the step; what does not matter is left out of the shape.
     """
     if GROUP % BLOCK_K == 0:
-        return (tl.zeros_like(tile_k).to(tl.int64) + start) // GROUP
+        return tl.full([1], start // GROUP, tl.int64)
     elif GROUP == 32:
         return tl.minimum(tile_k * 2 + word // 2 + start // 32, (K - 1) // 32).to(tl.int64)
     else:

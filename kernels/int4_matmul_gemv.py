@@ -21,12 +21,12 @@ from ._int4 import (
     check_group,
     groups_of,
     lane_rows,
+    lane_weights,
     leaves,
     rounding,
     target,
     word_pointers,
 )
-from ._int4_float import float_weights
 from ._int4_parts import add_parts
 from ._tile import check
 
@@ -80,6 +80,12 @@ def load_inputs(x_ptrs, offs_k, K, stride_xk, MASK_K: tl.constexpr):
     """[BLOCK_M, 1, TILES_K, 1, 4, 4] in float32: few numbers, of which each lane loads those it needs."""
     x_ptrs += offs_k.to(tl.int64) * stride_xk
     return (tl.load(x_ptrs, mask=offs_k < K, other=0.0) if MASK_K else tl.load(x_ptrs)).to(tl.float32)
+
+
+@triton.jit
+def products(a, b, c, d, x0, x1, x2, x3):
+    """The sum of four products in float32."""
+    return a.to(tl.float32) * x0 + b.to(tl.float32) * x1 + c.to(tl.float32) * x2 + d.to(tl.float32) * x3
 
 
 @triton.jit
@@ -145,9 +151,9 @@ def _int4_matmul_gemv_kernel(
         low_zero = tl.load(zeros_ptr + group * N + low)
         scale = tl.load(scales_ptr + group * N + top).to(DTYPE)
         low_scale = tl.load(scales_ptr + group * N + low).to(DTYPE)
-        weights = float_weights(words, scale, low_scale, zero, low_zero, ORDER, DTYPE, ASM)
-        part = weights[0] * x0 + weights[1] * x1 + weights[4] * x2 + weights[5] * x3
-        low_part = weights[2] * x0 + weights[3] * x1 + weights[6] * x2 + weights[7] * x3
+        w = lane_weights(words, scale, low_scale, zero, low_zero, ORDER, DTYPE, ASM)
+        part = products(w[0], w[1], w[4], w[5], x0, x1, x2, x3)
+        low_part = products(w[2], w[3], w[6], w[7], x0, x1, x2, x3)
         if ORDER == SUBTRACTED:
             acc += part * scale.to(tl.float32)
             low_acc += low_part * low_scale.to(tl.float32)
