@@ -1,4 +1,4 @@
-"""Is a kernel right? `python -m bench.check int4_matmul --impl triton`
+"""Is a kernel right? `python -m bench.check int4_matmul --impl packed`
 
 Random examples of the op in guarded memory against the computed error budget, for every implementation but the
 reference and every config. A failure is shrunk to its simplest case, shown with a map of its errors, and saved as a

@@ -1,6 +1,6 @@
 """Compiles the kernels of every implementation for GPUs this machine need not have, and reads what they cost.
 
-    python -m bench.compiled --targets sm_80 gfx942 --dtypes float16 --only int4_matmul-triton-0    one JSON row each
+    python -m bench.compiled --targets sm_80 gfx942 --dtypes float16 --only int4_matmul-packed-0    one JSON row each
 
 The launchers themselves run, on tensors without data and under a driver that only names its target, so a new file of
 `kernels/` is compiled as it is called and listed nowhere. It happens in processes of their own.
@@ -168,42 +168,6 @@ def elsewhere(
     finally:
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
-
-
-@dataclass(frozen=True)
-class Resources:
-    """`registers` of a thread; `spills` of a thread in bytes (NVIDIA) or registers (AMD); bytes of shared memory."""
-
-    name: str
-    registers: int
-    spills: int
-    shared: int
-
-
-def resources(kernel: Any) -> Resources:
-    """What a compiled kernel takes."""
-    registers, spills = (resources_amd if "amdgcn" in kernel.asm else resources_nvidia)(kernel)
-    return Resources(kernel.name, registers, spills, kernel.metadata.shared)
-
-
-def resources_nvidia(kernel: Any) -> tuple[int, int]:
-    """(registers a thread, bytes a thread spills): what `cuobjdump` of the Triton wheel says of the cubin."""
-    text = run_on_cubin(knobs.nvidia.cuobjdump.path, "-res-usage", cubin=kernel.asm["cubin"])
-    registers, stack, local = (int(re.findall(rf"\b{word}:(\d+)", text)[-1]) for word in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local
-
-
-def run_on_cubin(*command: str, cubin: bytes) -> str:
-    """What a tool of the Triton wheel prints about a cubin."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def resources_amd(kernel: Any) -> tuple[int, int]:
-    """(vector registers a thread, registers spilled): the metadata at the end of the assembly."""
-    found = {word: int(n) for word, n in re.findall(r"\.(\w+_count):\s+(\d+)", kernel.asm["amdgcn"])}
-    return found["vgpr_count"], found["vgpr_spill_count"] + found["sgpr_spill_count"]
 
 
 def holds_kernels(impl: Impl) -> bool:

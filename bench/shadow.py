@@ -1,4 +1,4 @@
-"""Would a model notice? `python -m bench.shadow --op int4_matmul --impl triton`
+"""Would a model notice? `python -m bench.shadow --op int4_matmul --impl packed`
 
 Runs a model on real prompts, prefill and decode, with the candidate beside whatever it runs now: every call of the op
 is made by both, on the same arguments, and the model goes on with the incumbent's result. For every layer: how far

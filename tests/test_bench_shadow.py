@@ -47,9 +47,9 @@ def test_the_reference_beside_itself_changes_nothing(capsys) -> None:
 def test_the_first_wrong_layer_is_named_and_its_worst_call_replayed(attach: Any, tmp_path: Path, capsys) -> None:
     calls = []
 
-    def wrong_from_layer_2_on(x: Tensor, w: Int4) -> Tensor:
+    def wrong_from_layer_2_on(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
         calls.append(x)
-        out = OPS["int4_matmul"].reference(x, w)
+        out = OPS["int4_matmul"].reference(x, w, bias)
         return out if len(calls) <= 2 * LINEARS + 5 else out * 1.5
 
     attach("int4_matmul", wrong_from_layer_2_on)
