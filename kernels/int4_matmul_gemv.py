@@ -167,7 +167,7 @@ def _int4_matmul_gemv_kernel(
     finish(across(low_acc), row + 8, offs_m, bias_ptr, out_ptr, M, N, stride_om, HAS_BIAS)
 
 
-@int4_matmul.impl("gemv", configs=CONFIGS, space=SPACE)
+@int4_matmul.impl("gemv", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def int4_matmul_gemv(
     x: Tensor,
     w: Int4,

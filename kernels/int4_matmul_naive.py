@@ -68,7 +68,7 @@ def _int4_matmul_naive_kernel(
     tl.store(out_ptr + offs_m[:, None] * stride_om + offs_n, acc.to(out_ptr.dtype.element_ty), mask=mask_m & mask_n)
 
 
-@int4_matmul.impl("naive", configs=CONFIGS)
+@int4_matmul.impl("naive", configs=CONFIGS, batch_invariant=True)
 def int4_matmul_naive(
     x: Tensor,
     w: Int4,

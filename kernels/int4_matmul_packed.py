@@ -99,7 +99,7 @@ def _int4_matmul_packed_kernel(
     tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
 
 
-@int4_matmul.impl("packed", configs=CONFIGS, space=SPACE)
+@int4_matmul.impl("packed", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def int4_matmul_packed(
     x: Tensor,
     w: Int4,

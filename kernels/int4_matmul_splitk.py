@@ -103,7 +103,7 @@ def _int4_matmul_splitk_kernel(
     tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
 
 
-@int4_matmul.impl("splitk", configs=CONFIGS, space=SPACE)
+@int4_matmul.impl("splitk", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def int4_matmul_splitk(
     x: Tensor,
     w: Int4,

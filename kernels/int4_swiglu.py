@@ -136,7 +136,7 @@ def _int4_swiglu_kernel(
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
 
 
-@int4_swiglu.impl("triton", configs=CONFIGS, space=SPACE)
+@int4_swiglu.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def int4_swiglu_triton(
     x: Tensor, gate: Int4, up: Int4, *, BLOCK_M: int, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int
 ) -> Tensor:

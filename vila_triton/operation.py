@@ -54,6 +54,9 @@ class OneOf:
 class Impl:
     """One implementation of an op. A call runs the config it passes, else the one tuned for this device and these
     sizes (see `tuned`), else `configs[0]`. `space`: what there is to tune; without it, `configs`.
+
+    batch_invariant: a row of the result has the same bits whatever other rows there are, and wherever it lies among
+    them, as long as the config is the same.
     """
 
     op: str
@@ -62,6 +65,7 @@ class Impl:
     configs: Sequence[Mapping[str, Any]]
     file: Path
     space: Space | None = None
+    batch_invariant: bool = False
 
     def __call__(self, *args: Any, config: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs, **(self.chosen(*args, **kwargs) if config is None else config))
@@ -118,7 +122,11 @@ class Op:
         return choice.at(self.sizes_of(*args, **kwargs)[self.varying[0]])
 
     def impl(
-        self, name: str, configs: Sequence[Mapping[str, Any]] = ({},), space: Space | None = None
+        self,
+        name: str,
+        configs: Sequence[Mapping[str, Any]] = ({},),
+        space: Space | None = None,
+        batch_invariant: bool = False,
     ) -> Callable[[Callable], Callable]:
         """Attach the decorated function as implementation `name`; a second file claiming the name is an error."""
 
@@ -129,7 +137,7 @@ class Op:
                 raise ValueError(f"{self.name}: implementation {name!r} of {file} is already taken by {old.file}")
             if not configs:
                 raise ValueError(f"{self.name}: implementation {name!r} of {file} has an empty list of configs")
-            self.impls[name] = Impl(self.name, name, fn, configs, file, space)
+            self.impls[name] = Impl(self.name, name, fn, configs, file, space, batch_invariant)
             return fn
 
         return attach
