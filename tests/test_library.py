@@ -98,17 +98,22 @@ def layer(p: llama.Layer, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Step)
     return x + llama.mlp(p, ops.rms_norm(x, p.mlp_norm, CFG.rms_norm_eps))
 
 
-@torch.no_grad()
-def run(fn: Callable[..., Tensor], weights: str) -> list[Tensor]:
-    """The layer on a ragged prefill, and on two steps of decoding: its outputs, and what it leaves in the pages."""
+def parts(weights: str) -> tuple[llama.Layer, PagedCache, list[int], Tensor]:
+    """A layer, an empty cache, two sequences in it, and 11 rows of input."""
     model = init(llama.declare(CFG, torch.float32), torch.Generator().manual_seed(0))
     p = (llama.quantized(model, 32) if weights == "int4" else model).layers[1]
-    p = tree_map(lambda leaf: leaf.to(DEVICE), p)
     cache = PagedCache(CFG, 8, dtype=torch.float32, device=DEVICE)
     for pages in (cache.k_pages, cache.v_pages):
         pages.zero_()
+    x = torch.randn(11, CFG.hidden_size, generator=torch.Generator().manual_seed(1))
     sequences = [cache.table.alloc(), cache.table.alloc()]
-    x = torch.randn(11, CFG.hidden_size, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    return tree_map(lambda leaf: leaf.to(DEVICE), p), cache, sequences, x.to(DEVICE)
+
+
+@torch.no_grad()
+def run(fn: Callable[..., Tensor], weights: str) -> list[Tensor]:
+    """The layer on a ragged prefill, and on two steps of decoding: its outputs, and what it leaves in the pages."""
+    p, cache, sequences, x = parts(weights)
     outputs = []
     for counts, rows in (((3, 4), x[:7]), ((1, 1), x[7:9]), ((1, 1), x[9:])):
         with cache.step(dict(zip(sequences, counts))) as step, engine.kernels(rows.device, step.decode):
@@ -168,3 +173,20 @@ def test_a_gradient_is_there_uncompiled_and_refused_compiled(fresh: None) -> Non
     assert all(g.isfinite().all() for g in torch.autograd.grad(norm(x, w), (x, w)))
     with pytest.raises(RuntimeError, match="no autograd formula"):
         torch.compile(norm, fullgraph=True, backend="eager")(x, w).backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", ["int4", "dense"])
+@torch.no_grad()
+def test_a_decode_step_is_captured_in_a_cuda_graph(weights: str) -> None:
+    p, cache, sequences, rows = parts(weights)
+    x, others = rows[:2].clone(), rows[2:4]
+    with cache.step(dict.fromkeys(sequences, 1)) as step, engine.kernels(x.device, decode=True):
+        rotary = llama.angles(step.positions, CFG)
+        layer(p, x, rotary, step)  # what is compiled at the first call
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(p, x, rotary, step)
+        x.copy_(others)
+        graph.replay()
+        assert torch.equal(out, layer(p, x, rotary, step))
