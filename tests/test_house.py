@@ -25,7 +25,7 @@ FILES = {  # dotted name -> file, as Python will know it
 MAY_IMPORT = {  # beside the standard library; a line holds for all that begins so, the longest counts
     "vila_triton.registry": "ops kernels space tuned",  # inside functions, but for space
     "vila_triton.tuned": "torch choices registry space",
-    "vila_triton.pages": "",
+    "vila_triton.pages": "prefix",
     "vila_triton.choices": "torch",
     "vila_triton.kernels": "torch triton ops registry space kernels",  # nobody else imports triton
     "vila_triton.ops": "torch einops ops registry formats",
