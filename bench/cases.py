@@ -38,9 +38,9 @@ class Case:
 
 
 def representative(domain: Sizes | OneOf) -> Any:
-    """The largest size, a multiple of 16 if there is one, as the axes of real models are; of values the largest."""
+    """The largest size, a multiple of 16 if there is one, as the axes of real models are; of words the first."""
     if isinstance(domain, OneOf):
-        return max(domain.values)
+        return domain.values[0] if isinstance(domain.values[0], str) else max(domain.values)
     sizes = range(domain.low, domain.high + 1, domain.step)
     return max((n for n in sizes if n % 16 == 0 and n), default=sizes[-1])
 
