@@ -33,7 +33,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.models.params": "torch ops",
     "vila_triton.models": "torch einops ops models",
     "vila_triton.models.vila_llama": "torch transformers cache checkpoint choices engine registry models",
-    "vila_triton.models.vila_llama_config": "torch transformers checkpoint models",
+    "vila_triton.models.vila_llama_config": "torch transformers cache checkpoint models",
     "vila_triton.cache": "torch ops models.config pages",
     "vila_triton.checkpoint": "torch safetensors models",
     "vila_triton.formats": "torch einops",
@@ -42,7 +42,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.images": "torch PIL transformers",
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL __main__ chat models registry tiny",  # asks through the command line's chat
-    "vila_triton": "torch PIL transformers chat choices engine images models prompts registry tiny",  # the rest
+    "vila_triton": "torch PIL transformers cache chat choices engine images models pictures prompts registry tiny",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",
 }
 
