@@ -21,16 +21,16 @@ def head_blocks(d: int) -> tuple[int, int]:
 
 
 @triton.jit
-def load_block(ptr, at, known, stride_d, FROM: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):
-    """Numbers FROM to FROM + BLOCK of the rows at the offsets `at` [n], 0 past D and where not `known`: [n, BLOCK].
+def load_block(ptr, at, known, stride_d, FROM: tl.constexpr, BLOCK: tl.constexpr, END: tl.constexpr):
+    """Numbers FROM to FROM + BLOCK of the rows at the offsets `at` [n], 0 from END on or if not `known`: [n, BLOCK].
 
     `known` is None if every row is.
     """
     dims = FROM + tl.arange(0, BLOCK)
     ptrs = ptr + at[:, None] + dims[None, :] * stride_d
     mask = None
-    if FROM + BLOCK > D:
-        mask = (dims < D)[None, :]
+    if FROM + BLOCK > END:
+        mask = (dims < END)[None, :]
         if known is not None:
             mask = mask & known[:, None]
     elif known is not None:
@@ -42,25 +42,11 @@ def load_block(ptr, at, known, stride_d, FROM: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def load_head(ptr, at, known, stride_d, D: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
-    """A head of the rows at the offsets `at` [n]: [n, FIRST] and [n, REST]."""
-    first = load_block(ptr, at, known, stride_d, 0, FIRST, D)
-    if REST > 0:
-        return first, load_block(ptr, at, known, stride_d, FIRST, REST, D)
-    else:
-        return first, None
-
-
-@triton.jit
-def store_head(ptr, at, known, stride_d, first, rest, D: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
-    """The inverse of `load_head`."""
-    dims = tl.arange(0, FIRST)
-    mask = known[:, None] & (dims < D)[None, :]
-    tl.store(ptr + at[:, None] + dims[None, :] * stride_d, first.to(ptr.dtype.element_ty), mask=mask)
-    if REST > 0:
-        dims = FIRST + tl.arange(0, REST)
-        mask = known[:, None] & (dims < D)[None, :]
-        tl.store(ptr + at[:, None] + dims[None, :] * stride_d, rest.to(ptr.dtype.element_ty), mask=mask)
+def store_block(ptr, at, known, stride_d, x, FROM: tl.constexpr, BLOCK: tl.constexpr, END: tl.constexpr):
+    """The inverse of `load_block`, in the dtype of the pointer."""
+    dims = FROM + tl.arange(0, BLOCK)
+    ptrs = ptr + at[:, None] + dims[None, :] * stride_d
+    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=known[:, None] & (dims < END)[None, :])
 
 
 @triton.jit
@@ -80,7 +66,7 @@ def attend_tile(q, q_rest, k, k_rest, v, v_rest, visible, scale, peak, total, ac
     """One more tile of keys, k and v [n, d]: the running peak, sum of weights and weighted values, in base 2.
 
     `visible` is None if every query sees every key. The explicit fma leaves the compiler no choice of rounding, so a
-    tile gives the same bits with a mask that hides nothing as without one; a tile that hides all changes nothing.
+    tile gives the same bits with a mask that hides nothing as without one; and a tile that hides all changes nothing.
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, n]
     if q_rest is not None:
@@ -95,3 +81,9 @@ def attend_tile(q, q_rest, k, k_rest, v, v_rest, visible, scale, peak, total, ac
     if q_rest is not None:
         acc_rest = tl.dot(weights.to(v.dtype), v_rest, acc_rest * rescale[:, None], input_precision="ieee")
     return new_peak, total, acc, acc_rest
+
+
+@triton.jit
+def log_sum_exp(peak, total):
+    """The natural logarithm of the sum of exponentials, -inf for a row that has seen no key."""
+    return tl.where(total == 0.0, float("-inf"), (peak + tl.log2(total)) * 0.6931471805599453)
