@@ -32,11 +32,14 @@ def check_pools(where: str, *pages: Pages) -> None:
         check(where, *([pool] if isinstance(pool, Tensor) else leaves(pool)[1:]))
 
 
-def parts_of(d: int, pages: Pages) -> dict[str, int]:
-    """How a kernel reads heads of d numbers: the first WIDTH of them in a block of FIRST, the others in one of REST."""
+def parts_of(d: int, pages: Pages, one: bool = False) -> dict[str, int]:
+    """How a kernel reads heads of d numbers: the first WIDTH of them in a block of FIRST, the others in one of REST.
+
+    With `one`, all in one block where bits allow it, which takes fewer registers and more shared memory.
+    """
     if isinstance(pages, QuantizedPages) and pages.bits == 4:
         return {"BITS": 4, "WIDTH": d // 2, "FIRST": block_of(d // 2), "REST": block_of(d // 2)}
-    first, rest = head_blocks(d)
+    first, rest = (block_of(d), 0) if one else head_blocks(d)
     return {"BITS": 8 if isinstance(pages, QuantizedPages) else 0, "WIDTH": min(first, d), "FIRST": first, "REST": rest}
 
 

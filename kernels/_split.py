@@ -79,7 +79,7 @@ def merge_kernel(
     lse_ptr,
     wanted,
     splits,
-    stride_o,
+    stride_o: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     LEAST: tl.constexpr,
