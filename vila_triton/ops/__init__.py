@@ -18,6 +18,7 @@ from .kv import Pages, QuantizedPages, empty_pages, leaves
 from .linear import Int4, dequantize, int4_matmul, linear, quantize
 from .paged import kv_write
 from .prefill import prefill_attention
+from .rope_write import rope_kv_write
 
 __all__ = [
     "Int4",
@@ -37,5 +38,6 @@ __all__ = [
     "quantize",
     "rms_norm",
     "rope",
+    "rope_kv_write",
     "swiglu",
 ]
