@@ -15,7 +15,7 @@ from vila_triton.cache import PagedCache
 from vila_triton.engine import Sampling, admit, contents, stream
 from vila_triton.models import llama
 from vila_triton.models.vila import splice
-from vila_triton.pictures import Pictures
+from vila_triton.pictures import Pictures, fingerprint
 
 MODEL = build(dtype=torch.float32, seed=2, gain=2.0)
 IMAGES = pictures(MODEL, 3)
@@ -127,7 +127,13 @@ def test_the_tower_sees_a_picture_once() -> None:
             torch.testing.assert_close(features[i], MODEL.encode_images(IMAGES[picture : picture + 1])[0])
             assert names[9 * i : 9 * i + 9] == known(IMAGES[picture : picture + 1])[1]
         seen[:] = n
-    assert Pictures(encode)(IMAGES[:1].half())[1] != known(IMAGES[:1])[1]
+
+
+def test_a_picture_is_its_pixels_their_dtype_and_their_shape() -> None:
+    picture = IMAGES[0]
+    others = [IMAGES[1], picture.half(), picture.view(torch.int32), picture.reshape(3, 10, -1), picture.flip(2)]
+    assert len({fingerprint(x) for x in [picture, *others]}) == 6
+    assert fingerprint(picture.clone()) == fingerprint(picture.mT.contiguous().mT) == fingerprint(picture)
 
 
 Question = st.tuples(st.integers(0, 2), st.integers(0, 2), st.sampled_from(["free", "keep", "go on"]))

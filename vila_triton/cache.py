@@ -23,10 +23,6 @@ def mapped(fn: Callable[[Tensor], Tensor], pages: Pages) -> Pages:
     return fn(pages) if isinstance(pages, Tensor) else pages.map(fn)
 
 
-def how(policy: str) -> dict[str, str]:
-    return {} if policy == "fast" else {"policy": policy}
-
-
 def as_cached(x: Tensor, pages: Pages) -> Tensor:
     """New keys or values [s, g, d] as they will be read from these pages."""
     held = encode(x, pages)
@@ -55,11 +51,11 @@ class Step:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         pages = kv_write(k.detach(), v.detach(), self.k_pages[layer], self.v_pages[layer], self.slot_mapping)
         if self.decode:
-            return decode_attention(q, *pages, self.block_table, self.history + 1, scale)
+            return decode_attention(q, *pages, self.block_table, self.history + 1, scale, self.policy)
         if self.policy == "invariant":
             k, v = (as_cached(x, held) for x, held in zip((k, v), pages))
         past = (self.block_table, self.query_start, self.history)
-        return prefill_attention(q, k, v, *pages, *past, scale, **how(self.policy))
+        return prefill_attention(q, k, v, *pages, *past, scale, self.policy)
 
 
 class Uncached:
@@ -77,7 +73,7 @@ class Uncached:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         pages = k.new_empty(1, PAGE_SIZE, *k.shape[1:])
         past = (self.block_table, self.query_start, self.history)
-        return prefill_attention(q, k, v, pages, pages, *past, scale, **how(self.policy))
+        return prefill_attention(q, k, v, pages, pages, *past, scale, self.policy)
 
 
 class Watched:
