@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vila_triton.__main__ import BUNDLED
+from vila_triton.__main__ import BUNDLED, main
 from vila_triton.chat import Conversation, Talker
 from vila_triton.models import vila
 from vila_triton.registry import recording
@@ -143,3 +143,16 @@ def test_a_closed_conversation_holds_nothing(talker: Talker) -> None:
     assert not talker.cache.table.references
     with pytest.raises(KeyError, match="no sequence 0"):
         list(conversation.ask(QUESTIONS[1]))
+
+
+def test_a_new_conversation_on_the_command_line_begins_anew_and_shares_what_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    picture = f"/image {BUNDLED.parent / 'examples' / 'a.png'}"
+    typed = iter([picture, "How many blue shapes are there?", "/new", picture, "How many yellow shapes are there?"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed, "/quit"))
+    monkeypatch.setattr("sys.argv", ["vila-triton", "chat", "--kv-dtype", "int8", "--page-size", "64"])
+    assert main() == 0
+    first, took, second, then = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("2", "1") and took.startswith("[prompt 27 tokens | ")
+    assert then.startswith("[prompt 27 tokens, 21 cached | ") and "encoder_attention" not in then
