@@ -145,7 +145,7 @@ class PagedCache:
     def reserve(self, counts: Mapping[int, int]) -> None:
         """Enlarge the pool, if need be, so that so many tokens can be appended to each sequence; no page moves.
 
-        Idle pages are given away before the pool grows: one that holds more was made larger from the start.
+        Idle pages are given away before the pool grows; for more of them to stay, make it larger from the start.
         """
         missing = self.table.needed(counts) - self.table.available
         if missing > 0:
