@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vila_triton.ops import Int4
+from vila_triton.ops import Int4, QuantizedPages
 from vila_triton.registry import OPS, Impl, Op, discover
 
 from .faithful import DEVICE
@@ -57,15 +57,18 @@ def save(
     """Write a bundle; tensors are stored dense, on the CPU, whatever memory they are views of."""
     dense = mapped(lambda x: x.detach().cpu().clone(memory_format=torch.contiguous_format), args)
     here = {name: str(value) for name, value in stamp(torch.device(DEVICE)).items()}  # torch's version is no plain str
-    fields = (impl.op, impl.name, dict(config), plain(dense), seed, dict(sizes), origin, here)
+    values = (impl.op, impl.name, dict(config), plain(dense), seed, dict(sizes), origin, here)
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"format": FORMAT, **dict(zip(FIELDS, fields))}, file)
+    torch.save({"format": FORMAT, **dict(zip(FIELDS, values))}, file)
+
+
+LEAVES = (Int4, QuantizedPages)
 
 
 def plain(value: Any) -> Any:
-    """The tree with its int4 leaves as dictionaries."""
-    if isinstance(value, Int4):
-        return dict(vars(value))
+    """The tree with its quantised leaves as dictionaries, from which their names tell them apart."""
+    if isinstance(value, LEAVES):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
     return type(value)(map(plain, value)) if isinstance(value, tuple | list) else value
 
 
@@ -76,9 +79,12 @@ def restored(value: Any) -> Any:
             raise BundleError(f"an argument is a {value.layout} tensor on {value.device}, expected a plain one")
         return value.to(DEVICE)
     if isinstance(value, dict):
-        if set(value) != {f.name for f in fields(Int4)}:
-            raise BundleError(f"an argument is a dictionary of {sorted(map(str, value))}, expected an int4 weight")
-        return Int4(**{name: restored(x) for name, x in value.items()})
+        kind = next((leaf for leaf in LEAVES if {field.name for field in fields(leaf)} == set(value)), None)
+        if kind is None:
+            raise BundleError(
+                f"an argument is a dictionary of {sorted(map(str, value))}, expected an int4 weight or quantised pages"
+            )
+        return kind(**{name: restored(x) for name, x in value.items()})
     if isinstance(value, tuple | list):
         return type(value)(map(restored, value))
     if value is None or isinstance(value, bool | int | float | str):
@@ -101,9 +107,9 @@ def load(file: Path) -> Bundle:
     wrong = [name for name, kind in FIELDS.items() if type(held.get(name)) is not kind]
     if wrong or not 0 <= held["seed"] < 2**63:
         raise BundleError(f"{file} is no bundle: {', '.join(wrong) or 'seed'} missing or of the wrong type")
-    fields = {name: held[name] for name in FIELDS}
+    values = {name: held[name] for name in FIELDS}
     try:
-        return Bundle(**{**fields, "args": restored(fields["args"])})
+        return Bundle(**{**values, "args": restored(values["args"])})
     except BundleError as error:
         raise BundleError(f"{file}: {error}") from None
 

@@ -25,6 +25,7 @@ from vila_triton.cache import PagedCache
 from vila_triton.choices import pick_device
 from vila_triton.models import params, vila
 from vila_triton.models.config import VilaConfig
+from vila_triton.ops import leaves
 from vila_triton.registry import use
 from vila_triton.tiny.folder import CONFIG
 
@@ -68,7 +69,7 @@ def measure(p: vila.Vila, cfg: VilaConfig, length: int, chunk: int, device: torc
     cache.table.alloc()
     cache.reserve({0: length})
     row = torch.arange(length, device=device) % cfg.llm.vocab_size
-    with Peak([*params.leaves(p), cache.k_pages, cache.v_pages, row]) as peak:
+    with Peak([*params.leaves(p), *leaves(cache.k_pages), *leaves(cache.v_pages), row]) as peak:
         engine.advance(p, {0: row}, cfg, cache, chunk=chunk or None)
     return cache.nbytes, peak.peak
 

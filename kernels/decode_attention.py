@@ -1,145 +1,222 @@
-"""softmax(q kᵀ · scale) v of one new token per sequence over its cached pages.
+"""softmax(q kᵀ · scale) v of one new token per sequence over its cached pages, split along the keys.
 
-One program takes all query heads of one key/value head of one sequence (padded to the 16 rows `tl.dot` needs), so each
-cached key and value is read once. It walks the cached tokens BLOCK_N at a time with an online softmax in base 2.
+One program takes all query heads of one key/value head (padded to the 16 rows `tl.dot` needs) over one split of the
+keys of one sequence, and walks it BLOCK_N tokens at a time with an online softmax in base 2; only the last tile of a
+sequence needs a mask. What splits leave (sums in float32, not yet divided) a second kernel merges in order; `_split`
+says how many there are, and where there can be but one, it is written at once. Pages in 8 or 4 bits are multiplied as
+codes: scales go to the scores and to the weights.
 
 q [b, h, d], pages [p, l, g, d], any strides; token j of a sequence is row j % l of page block_table[sequence, j // l].
+Under "invariant" splits have a fixed length and the config is the first, whatever it is asked to be.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
+# pyright: reportOperatorIssue=false, reportOptionalMemberAccess=false
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vila_triton.ops import decode_attention
-from vila_triton.space import Config, Launch, Space
+from vila_triton.ops import Pages, decode_attention
+from vila_triton.ops.paged import bytes_of
+from vila_triton.space import SIZE, Config, Launch, Space, cdiv
 
-from ._tile import LOG2_E, attend_block, attention_launch, block_of, check, normalise, page_rows, start_rows
+from ._pool import attend_pools, check_pools, pages_at, parts_of, pool_of, read_parts, store_parts
+from ._softmax import start
+from ._split import MULTIPROCESSORS, keys_of, merge_kernel, multiprocessors, natural, plan
+from ._tile import LOG2_E, block_of
 
 CONFIGS = [
-    {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
-    {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    {"BLOCK_N": 16, "num_warps": 2, "num_stages": 3},
+    {"BLOCK_N": 64, "PLACES": 2, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_N": 32, "PLACES": 4, "num_warps": 4, "num_stages": 4},
+    {"BLOCK_N": 32, "PLACES": 8, "num_warps": 2, "num_stages": 3},
 ]
 
 
-def launch(config: Config, b: int, t: int, g: int, ratio: int, d: int, l: int, dtype: str) -> Launch:
-    return attention_launch(config, heads=b * g, rows=ratio, keys=t, d=d, dtype=dtype)
+def launch(
+    config: Config, b: int, t: int, g: int, ratio: int, d: int, l: int, dtype: str, kv: str, policy: str
+) -> Launch:
+    """The first kernel; the sums it leaves count as stored."""
+    block_n, lanes_d = tile(config["BLOCK_N"], d, SIZE[dtype], kv != "plain"), block_of(d)
+    cut = plan(policy, b * g, t, block_n, config["PLACES"] * MULTIPROCESSORS)
+    keys = cdiv(t, cut.splits)
+    lanes = block_n * cdiv(keys, block_n)
+    return Launch(
+        programs=b * g * cut.splits,
+        bytes=2 * bytes_of(keys, d, dtype, kv) + ratio * d * (SIZE[dtype] + 4),
+        stage=2 * bytes_of(block_n, d, dtype, kv),
+        dots=4 * block_of(ratio) * lanes_d * lanes,
+        lanes=8 * block_of(ratio) * lanes + (0 if kv == "plain" else 6 * lanes_d * lanes),
+    )
 
 
 SPACE = Space(
-    {"BLOCK_N": [16, 32, 64, 128], "num_warps": [1, 2, 4, 8], "num_stages": [1, 2, 3, 4, 5]},
+    {"BLOCK_N": [16, 32, 64, 128], "PLACES": [1, 2, 4, 8], "num_warps": [1, 2, 4, 8], "num_stages": [1, 2, 3, 4, 5]},
     launch=launch,
 )
 
 
-@triton.jit(do_not_specialize=["stride_tb"])  # changes with the longest sequence
+def tile(block_n: int, d: int, size: int, quantised: bool) -> int:
+    """Keys of a tile: half of those asked for where heads are wider than 128, where numbers have 4 bytes, and where
+    pages are quantised, whose codes take more registers than they took memory.
+    """
+    return max(16, block_n >> (block_of(d) > 128) + (size > 2) + quantised)
+
+
+@triton.jit(do_not_specialize=["wanted", "splits", "stride_tb"])  # these change with the longest sequence
 def _decode_attention_kernel(
     q_ptr,
-    k_pages_ptr,
-    v_pages_ptr,
+    k_pool,
+    v_pool,
     table_ptr,
     length_ptr,
     out_ptr,
+    lse_ptr,
+    parts,  # acc, peak and total of the splits, or None if each sequence is one
     scale,
-    stride_qb,
-    stride_qh,
-    stride_qd,
-    stride_kp,
-    stride_kl,
-    stride_kg,
-    stride_kd,
-    stride_vp,
-    stride_vl,
-    stride_vg,
-    stride_vd,
+    wanted,
+    splits,
+    stride_q: tl.constexpr,  # known as it compiles: heads of 72 are whole 16-byte loads only if the compiler sees it
+    stride_k: tl.constexpr,
+    stride_v: tl.constexpr,
     stride_tb,
     stride_tp,
-    stride_ob,
-    stride_oh,
-    stride_od,
+    stride_o: tl.constexpr,
+    G: tl.constexpr,
     RATIO: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
-    tl.static_assert(BLOCK_D >= D and BLOCK_D >= 16, "one block covers the head")
     tl.static_assert(BLOCK_M >= RATIO and BLOCK_M >= 16, "one block covers the heads of a group")
-    tl.static_assert(BLOCK_N >= 16, "tl.dot needs 16 columns")
-    sequence = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1).to(tl.int64)
+    tl.static_assert(FIRST >= WIDTH and WIDTH + REST >= D and FIRST >= 16, "the blocks cover the head")
+    tl.static_assert(BLOCK_N >= 16 and LEAST % BLOCK_N == 0 and MOST % BLOCK_N == 0, "splits are whole tiles")
+    sequence = tl.program_id(0).to(tl.int64) // G
+    group = tl.program_id(0).to(tl.int64) % G
     length = tl.load(length_ptr + sequence)
+    keys = keys_of(length, wanted, LEAST, MOST)
+    begin = tl.program_id(1) * keys
+    if parts is not None and begin >= length:
+        return
+    end = tl.minimum(begin + keys, length)
 
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    head = group * RATIO + offs_m  # [BLOCK_M]
-    mask_d = offs_d < D
-    mask_q = (offs_m < RATIO)[:, None] & mask_d[None, :]
-    q_ptr += sequence * stride_qb
-    q = tl.load(q_ptr + head[:, None] * stride_qh + offs_d[None, :] * stride_qd, mask=mask_q, other=0)  # [M, D]
-    peak, total, acc = start_rows(BLOCK_M, BLOCK_D)
-
+    rows = tl.arange(0, BLOCK_M)
+    mine = rows < RATIO
+    head = group * RATIO + rows  # [BLOCK_M] int64
+    at = sequence * stride_q[0] + head * stride_q[1]
+    q, q_rest = read_parts(q_ptr, at, mine, stride_q[2], D, WIDTH, FIRST, REST)
+    peak, total, acc, acc_rest = start(BLOCK_M, FIRST, REST)
     table_ptr += sequence * stride_tb
-    k_pages_ptr += group * stride_kg
-    v_pages_ptr += group * stride_vg
-    for n in range(0, length, BLOCK_N):
-        tokens = n + tl.arange(0, BLOCK_N)
-        known = tokens < length
-        at_k = page_rows(table_ptr, tokens, known, stride_tp, stride_kp, stride_kl, PAGE)
-        at_v = page_rows(table_ptr, tokens, known, stride_tp, stride_vp, stride_vl, PAGE)
-        k = tl.load(
-            k_pages_ptr + at_k[None, :] + offs_d[:, None] * stride_kd, mask=mask_d[:, None] & known[None, :], other=0
-        )  # [BLOCK_D, BLOCK_N]
-        v = tl.load(
-            v_pages_ptr + at_v[:, None] + offs_d[None, :] * stride_vd, mask=known[:, None] & mask_d[None, :], other=0
-        )  # [BLOCK_N, BLOCK_D]
-        peak, total, acc = attend_block(q, k.to(q.dtype), v.to(q.dtype), known[None, :], scale, peak, total, acc)
+    full = tl.maximum(begin, end // BLOCK_N * BLOCK_N)
+    page = pages_at(table_ptr, stride_tp, begin, end, PAGE, BLOCK_N)
+    for n in range(begin, full, BLOCK_N):
+        ahead = pages_at(table_ptr, stride_tp, n + BLOCK_N, end, PAGE, BLOCK_N)  # a tile early, or keys wait for it
+        peak, total, acc, acc_rest = attend_pools(
+            q, q_rest, k_pool, stride_k, v_pool, stride_v, page, n, None, group, scale, peak, total, acc, acc_rest,
+            D, PAGE, BITS, WIDTH, FIRST, REST, BLOCK_N
+        )  # fmt: skip
+        page = ahead
+    for n in tl.range(full, end, BLOCK_N, num_stages=1):  # one tile at most
+        known = n + tl.arange(0, BLOCK_N) < end
+        peak, total, acc, acc_rest = attend_pools(
+            q, q_rest, k_pool, stride_k, v_pool, stride_v, page, n, known, group, scale, peak, total, acc, acc_rest,
+            D, PAGE, BITS, WIDTH, FIRST, REST, BLOCK_N
+        )  # fmt: skip
 
-    out_ptr += sequence * stride_ob + head[:, None] * stride_oh + offs_d[None, :] * stride_od
-    tl.store(out_ptr, normalise(acc, total).to(out_ptr.dtype.element_ty), mask=mask_q)
+    heads = sequence * (G * RATIO) + head
+    if parts is None:
+        divisor = tl.where(total == 0.0, 1.0, total)[:, None]
+        if REST > 0:
+            acc_rest = acc_rest / divisor
+        at = sequence * stride_o[0] + head * stride_o[1]
+        store_parts(out_ptr, at, mine, stride_o[2], acc / divisor, acc_rest, D, WIDTH)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + heads, natural(peak, total), mask=mine)
+    else:
+        at = heads * splits + tl.program_id(1)
+        store_parts(parts[0], at * D, mine, 1, acc, acc_rest, D, WIDTH)
+        tl.store(parts[1] + at, peak, mask=mine)
+        tl.store(parts[2] + at, total, mask=mine)
 
 
 @decode_attention.impl("triton", configs=CONFIGS, space=SPACE)
 def decode_attention_triton(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    k_pages: Pages,
+    v_pages: Pages,
     block_table: Tensor,
     lengths: Tensor,
     scale: float,
+    policy: str = "fast",
+    lse: bool = False,
     *,
-    BLOCK_N: int,
-    num_warps: int,
-    num_stages: int,
-) -> Tensor:
-    check("decode_attention", q, k_pages, v_pages)
-    (b, h, d), (_, l, g, _) = q.shape, k_pages.shape
+    PLACES: int,
+    **blocks: int,
+) -> Tensor | tuple[Tensor, Tensor]:
+    check_pools("decode_attention", q, k_pages, v_pages)
+    if policy == "invariant":
+        blocks = {name: n for name, n in CONFIGS[0].items() if name != "PLACES"}
+    blocks["BLOCK_N"] = tile(blocks["BLOCK_N"], q.shape[-1], q.element_size(), not isinstance(k_pages, Tensor))
+    (b, h, d), (_, l, g, _), room = q.shape, k_pages.shape, block_table.shape[1] * k_pages.shape[1]
     out = torch.empty(b, h, d, dtype=q.dtype, device=q.device)
+    sums = torch.empty(b, h, dtype=torch.float32, device=q.device) if lse else None
     if out.numel():
-        _decode_attention_kernel[(b, g)](
+        cut = plan(policy, b * g, room, blocks["BLOCK_N"], PLACES * multiprocessors(q.device))
+        parts, lengths = None, lengths.contiguous()
+        if cut.splits > 1:
+            acc = torch.empty(b, h, cut.splits, d, dtype=torch.float32, device=q.device)
+            peak, total = (torch.empty(b, h, cut.splits, dtype=torch.float32, device=q.device) for _ in range(2))
+            parts = (acc, peak, total)
+        (k_pool, stride_k), (v_pool, stride_v) = pool_of(k_pages), pool_of(v_pages)
+        _decode_attention_kernel[(b * g, cut.splits)](
             q,
-            k_pages,
-            v_pages,
+            k_pool,
+            v_pool,
             block_table,
-            lengths.contiguous(),
+            lengths,
             out,
+            sums,
+            parts,
             scale * LOG2_E,
-            *q.stride(),
-            *k_pages.stride(),
-            *v_pages.stride(),
+            cut.wanted,
+            cut.splits,
+            q.stride(),
+            stride_k,
+            stride_v,
             *block_table.stride(),
-            *out.stride(),
+            out.stride(),
+            G=g,
             RATIO=h // g,
             D=d,
             PAGE=l,
+            **parts_of(d, k_pages, one=True),
+            LEAST=cut.least,
+            MOST=cut.most,
             BLOCK_M=block_of(h // g),
-            BLOCK_N=BLOCK_N,
-            BLOCK_D=block_of(d),
-            num_warps=num_warps,
-            num_stages=num_stages,
+            **blocks,
         )
-    return out
+        if parts:
+            merge_kernel[(b * h,)](
+                *parts,
+                lengths,
+                out,
+                sums,
+                cut.wanted,
+                cut.splits,
+                out.stride(),
+                H=h,
+                D=d,
+                LEAST=cut.least,
+                MOST=cut.most,
+                BLOCK_S=16,
+                BLOCK_D=triton.next_power_of_2(d),
+                num_warps=4,
+            )
+    return out if sums is None else (out, sums)

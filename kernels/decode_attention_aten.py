@@ -1,24 +1,34 @@
 """softmax(q kᵀ · scale) v of one new token a sequence by torch's `scaled_dot_product_attention`.
 
 The n = h/g query heads of a key/value head stand where the tokens of a prompt would: one call a sequence, [g, n, d]
-against [g, t, d], and no key is repeated.
+against [g, t, d], and no key is repeated. A call sees one sequence and its length alone, so it is "invariant" as it is.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.ops import decode_attention
+from vila_triton.ops import Pages, decode_attention
 from vila_triton.ops.paged import gather
+from vila_triton.registry import Unsupported
 
 from ._sdpa import check, quick
 
 
 @decode_attention.impl("aten")
 def decode_attention_aten(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    k_pages: Pages,
+    v_pages: Pages,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    policy: str = "fast",
+    lse: bool = False,
 ) -> Tensor:
     check("decode_attention", q)
+    if lse:
+        raise Unsupported("decode_attention: torch's attention does not return its log-sum-exp")
     out = torch.zeros_like(q)
     for i, t in enumerate(lengths.tolist()):
         if not t:

@@ -1,9 +1,11 @@
 """softmax(q kᵀ · scale) v of every position of a picture over every position of it.
 
 One program takes BLOCK_M queries of one head of one picture and walks all keys BLOCK_N at a time with an online
-softmax in base 2. A head dim that is no power of two is padded to the next one with zeros.
+softmax in base 2: whole tiles without a mask, then the rest of the picture, if there is one (729 = 11 · 64 + 25), with
+it. A head of 72 or 80 numbers is a block of 64 and one of 16, so a third of the lanes that 128 would take is not there.
 
-q, k, v and out [b, s, h, d], any strides.
+q, k, v and out [b, s, h, d], any strides. Strides are compile-time constants: a tower has one of each, and unknown ones
+cost the registers that the tiles need.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false
@@ -14,12 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import encoder_attention
+from vila_triton.registry import Unsupported
 from vila_triton.space import Config, Launch, Space, power_of_two
 
-from ._tile import LOG2_E, attend_block, attention_launch, block_of, check, normalise, rows_of, start_rows
+from ._pool import parts_of, read_parts
+from ._softmax import attend_tile, start, store_block
+from ._tile import LOG2_E, attention_launch, check, rows_of
 
 CONFIGS = [
-    {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
     {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
 ]
@@ -49,58 +54,49 @@ def _encoder_attention_kernel(
     out_ptr,
     scale,
     S,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_qd,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_kd,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    stride_vd,
-    stride_ob,
-    stride_os,
-    stride_oh,
-    stride_od,
+    stride_q: tl.constexpr,  # of b, s, h and d
+    stride_k: tl.constexpr,
+    stride_v: tl.constexpr,
+    stride_o: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
 ):
-    tl.static_assert(BLOCK_D >= D and BLOCK_D >= 16, "one block covers the head")
+    tl.static_assert(WIDTH <= FIRST and D - WIDTH <= REST and FIRST >= 16, "the blocks cover the head")
     tl.static_assert(BLOCK_M >= 16 and BLOCK_N >= 16, "tl.dot needs 16 rows and columns")
     head = tl.program_id(1).to(tl.int64)
     picture = tl.program_id(2).to(tl.int64)
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    mask_q = (offs_m < S)[:, None] & mask_d[None, :]
-    q_ptr += picture * stride_qb + head * stride_qh
-    k_ptr += picture * stride_kb + head * stride_kh
-    v_ptr += picture * stride_vb + head * stride_vh
-    q = tl.load(q_ptr + offs_m[:, None] * stride_qs + offs_d[None, :] * stride_qd, mask=mask_q, other=0)  # [M, D]
-    peak, total, acc = start_rows(BLOCK_M, BLOCK_D)
+    k_ptr += picture * stride_k[0] + head * stride_k[2]
+    v_ptr += picture * stride_v[0] + head * stride_v[2]
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    at = picture * stride_q[0] + rows * stride_q[1] + head * stride_q[2]
+    q, q_rest = read_parts(q_ptr, at, rows < S, stride_q[3], D, WIDTH, FIRST, REST)
+    peak, total, acc, acc_rest = start(BLOCK_M, FIRST, REST)
 
-    for n in range(0, S, BLOCK_N):
+    whole = S // BLOCK_N * BLOCK_N
+    for n in range(0, whole, BLOCK_N):
+        tokens = n + tl.arange(0, BLOCK_N).to(tl.int64)
+        k, k_rest = read_parts(k_ptr, tokens * stride_k[1], None, stride_k[3], D, WIDTH, FIRST, REST)
+        v, v_rest = read_parts(v_ptr, tokens * stride_v[1], None, stride_v[3], D, WIDTH, FIRST, REST)
+        peak, total, acc, acc_rest = attend_tile(
+            q, q_rest, k, k_rest, v, v_rest, None, scale, peak, total, acc, acc_rest
+        )
+    for n in tl.range(whole, S, BLOCK_N, num_stages=1):  # once at most
         tokens = n + tl.arange(0, BLOCK_N).to(tl.int64)
         known = tokens < S
-        k = tl.load(
-            k_ptr + tokens[None, :] * stride_ks + offs_d[:, None] * stride_kd,
-            mask=mask_d[:, None] & known[None, :],
-            other=0,
-        )  # [BLOCK_D, BLOCK_N]
-        v = tl.load(
-            v_ptr + tokens[:, None] * stride_vs + offs_d[None, :] * stride_vd,
-            mask=known[:, None] & mask_d[None, :],
-            other=0,
-        )  # [BLOCK_N, BLOCK_D]
-        peak, total, acc = attend_block(q, k, v, known[None, :], scale, peak, total, acc)
+        k, k_rest = read_parts(k_ptr, tokens * stride_k[1], known, stride_k[3], D, WIDTH, FIRST, REST)
+        v, v_rest = read_parts(v_ptr, tokens * stride_v[1], known, stride_v[3], D, WIDTH, FIRST, REST)
+        peak, total, acc, acc_rest = attend_tile(
+            q, q_rest, k, k_rest, v, v_rest, known[None, :], scale, peak, total, acc, acc_rest
+        )
 
-    out_ptr += picture * stride_ob + head * stride_oh + offs_m[:, None] * stride_os + offs_d[None, :] * stride_od
-    tl.store(out_ptr, normalise(acc, total).to(out_ptr.dtype.element_ty), mask=mask_q)
+    at = picture * stride_o[0] + rows * stride_o[1] + head * stride_o[2]
+    store_block(out_ptr, at, rows < S, stride_o[3], acc / total[:, None], 0, FIRST, WIDTH)
+    if REST > 0:
+        store_block(out_ptr, at, rows < S, stride_o[3], acc_rest / total[:, None], WIDTH, REST, D)
 
 
 @encoder_attention.impl("triton", configs=CONFIGS, space=SPACE)
@@ -108,9 +104,12 @@ def encoder_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int
 ) -> Tensor:
     check("encoder_attention", q, k, v)
+    if not scale > 0:
+        raise Unsupported(f"encoder_attention: scale is {scale}, expected a positive number")
     b, s, h, d = q.shape
     out = torch.empty(b, s, h, d, dtype=q.dtype, device=q.device)
     BLOCK_M = rows_of(BLOCK_M, q)
+    parts = parts_of(d, k)
     if out.numel():
         _encoder_attention_kernel[(triton.cdiv(s, BLOCK_M), h, b)](
             q,
@@ -119,14 +118,16 @@ def encoder_attention_triton(
             out,
             scale * LOG2_E,
             s,
-            *q.stride(),
-            *k.stride(),
-            *v.stride(),
-            *out.stride(),
+            stride_q=q.stride(),
+            stride_k=k.stride(),
+            stride_v=v.stride(),
+            stride_o=out.stride(),
             D=d,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
-            BLOCK_D=block_of(d),
+            WIDTH=parts["WIDTH"],
+            FIRST=parts["FIRST"],
+            REST=parts["REST"],
             num_warps=num_warps,
             num_stages=num_stages,
         )

@@ -1,36 +1,44 @@
-"""pages[slot // l, slot % l] = new token, for keys and values at once, in place.
+"""pages[slot // l, slot % l] = new token, for keys and values at once, in place, quantised if the pages are.
 
-One program copies one token, BLOCK elements at a time. A slot below 0 means that the token is not cached: its program
-returns before it touches anything.
+One program takes BLOCK_G heads of one token, keys and values. A slot below 0 means that the token is not cached: its
+programs return before they touch anything.
 
 k and v [s, g, d], pages [p, l, g, d], any strides; slot_mapping [s] int64.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vila_triton.ops import kv_write
-from vila_triton.space import SIZE, Config, Launch, Space, cdiv, power_of_two
+from vila_triton.ops import Pages, kv_write
+from vila_triton.ops.paged import bytes_of
+from vila_triton.space import Config, Launch, Space, cdiv, power_of_two
 
-from ._tile import check
+from ._pool import check_pools, pool_of
+from ._put import put_heads, put_options, take_heads
 
 CONFIGS = [
-    {"BLOCK": 512, "num_warps": 4, "num_stages": 1},
-    {"BLOCK": 128, "num_warps": 1, "num_stages": 1},
+    {"BLOCK_G": 8, "num_warps": 4, "num_stages": 1},
+    {"BLOCK_G": 1, "num_warps": 1, "num_stages": 1},
 ]
 
 
-def launch(config: Config, s: int, g: int, d: int, l: int, dtype: str) -> Launch:
-    block, token = config["BLOCK"], g * d
-    read = 2 * SIZE[dtype] * min(block, token)
-    return Launch(programs=s, bytes=4 * token * SIZE[dtype], stage=read, lanes=16 * block * cdiv(token, block))
+def launch(config: Config, s: int, g: int, d: int, l: int, dtype: str, kv: str) -> Launch:
+    heads = min(config["BLOCK_G"], g)
+    read = 2 * heads * bytes_of(1, d, dtype, "plain")
+    return Launch(
+        programs=s * cdiv(g, config["BLOCK_G"]),
+        bytes=read + 2 * heads * bytes_of(1, d, dtype, kv),
+        stage=read,
+        lanes=(8 if kv == "plain" else 24) * config["BLOCK_G"] * power_of_two(d),
+    )
 
 
 SPACE = Space(
-    {"BLOCK": [64, 128, 256, 512, 1024, 2048], "num_warps": [1, 2, 4, 8], "num_stages": [1]},
-    where=lambda config, g, d, **_: 32 * config["num_warps"] <= config["BLOCK"] <= max(64, power_of_two(g * d)),
+    {"BLOCK_G": [1, 2, 4, 8, 16, 32], "num_warps": [1, 2, 4, 8], "num_stages": [1]},
+    where=lambda config, g, **_: config["BLOCK_G"] <= power_of_two(g),
     launch=launch,
 )
 
@@ -39,79 +47,70 @@ SPACE = Space(
 def _kv_write_kernel(
     k_ptr,
     v_ptr,
-    k_pages_ptr,
-    v_pages_ptr,
+    k_pool,
+    v_pool,
     slot_ptr,
-    stride_ks,
-    stride_kg,
-    stride_kd,
-    stride_vs,
-    stride_vg,
-    stride_vd,
-    stride_kpp,
-    stride_kpl,
-    stride_kpg,
-    stride_kpd,
-    stride_vpp,
-    stride_vpl,
-    stride_vpg,
-    stride_vpd,
+    stride_k: tl.constexpr,  # of s, g and d
+    stride_v: tl.constexpr,
+    stride_kp: tl.constexpr,
+    stride_vp: tl.constexpr,
     stride_slot,
     G: tl.constexpr,
-    D: tl.constexpr,
     PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    TINY: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
+    tl.static_assert(BLOCK_W >= WIDTH and 2 * WIDTH >= D, "two blocks cover the head")
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + token * stride_slot)
     if slot < 0:
         return
     page, row = slot // PAGE, slot % PAGE
-    k_ptr += token * stride_ks
-    v_ptr += token * stride_vs
-    k_pages_ptr += page * stride_kpp + row * stride_kpl
-    v_pages_ptr += page * stride_vpp + row * stride_vpl
-    for start in range(0, G * D, BLOCK):
-        offs = start + tl.arange(0, BLOCK)  # [BLOCK]
-        g, d = (offs // D).to(tl.int64), (offs % D).to(tl.int64)
-        mask = offs < G * D
-        k = tl.load(k_ptr + g * stride_kg + d * stride_kd, mask=mask, other=0)
-        v = tl.load(v_ptr + g * stride_vg + d * stride_vd, mask=mask, other=0)
-        tl.store(k_pages_ptr + g * stride_kpg + d * stride_kpd, k.to(k_pages_ptr.dtype.element_ty), mask=mask)
-        tl.store(v_pages_ptr + g * stride_vpg + d * stride_vpd, v.to(v_pages_ptr.dtype.element_ty), mask=mask)
+    group = tl.program_id(1).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)  # [BLOCK_G]
+    known = group < G
+    low, high = take_heads(k_ptr, token * stride_k[0] + group * stride_k[1], known, stride_k[2], D, WIDTH, BLOCK_W)
+    put_heads(k_pool, stride_kp, page, row, group, known, low, high, D, WIDTH, BITS, TINY, BLOCK_W)
+    low, high = take_heads(v_ptr, token * stride_v[0] + group * stride_v[1], known, stride_v[2], D, WIDTH, BLOCK_W)
+    put_heads(v_pool, stride_vp, page, row, group, known, low, high, D, WIDTH, BITS, TINY, BLOCK_W)
 
 
 @kv_write.impl("triton", configs=CONFIGS, space=SPACE)
 def kv_write_triton(
     k: Tensor,
     v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    k_pages: Pages,
+    v_pages: Pages,
     slot_mapping: Tensor,
     *,
-    BLOCK: int,
+    BLOCK_G: int,
     num_warps: int,
     num_stages: int,
-) -> tuple[Tensor, Tensor]:
-    check("kv_write", k, v, k_pages, v_pages)
+) -> tuple[Pages, Pages]:
+    check_pools("kv_write", k, v, k_pages, v_pages)
     s, g, d = k.shape
-    if s:
-        _kv_write_kernel[(s,)](
+    if k.numel():
+        (k_pool, stride_kp), (v_pool, stride_vp) = pool_of(k_pages), pool_of(v_pages)
+        _kv_write_kernel[(s, triton.cdiv(g, BLOCK_G))](
             k,
             v,
-            k_pages,
-            v_pages,
+            k_pool,
+            v_pool,
             slot_mapping,
-            *k.stride(),
-            *v.stride(),
-            *k_pages.stride(),
-            *v_pages.stride(),
+            k.stride(),
+            v.stride(),
+            stride_kp,
+            stride_vp,
             *slot_mapping.stride(),
             G=g,
-            D=d,
             PAGE=k_pages.shape[1],
-            BLOCK=BLOCK,
+            BLOCK_G=BLOCK_G,
+            **put_options(d, k_pages),
             num_warps=num_warps,
             num_stages=num_stages,
+            enable_fp_fusion=False,  # bits are to be the reference's
         )
     return k_pages, v_pages

@@ -1,11 +1,18 @@
 """softmax(q kᵀ · scale) v of a chunk of new tokens, causal, over the cached pages and then over the chunk itself.
 
 One program takes BLOCK_M rows of one key/value head of one sequence; a row is a pair (query, query head of the group),
-so all heads that share keys share their loads. It walks the cached tokens BLOCK_N at a time through the block table,
-then the keys of the chunk up to its own last query, with an online softmax in base 2.
+so all heads that share keys share their loads. The grid depends on the number of tokens and sequences alone: a program
+finds its sequence by bisection, and those that see the most keys start first. It walks the keys in tiles of BLOCK_N,
+which begin at multiples of BLOCK_N counted from the first token of the sequence: whole tiles of the history in its
+pages; the tile in which the history ends and the chunk begins; tiles of the chunk that all its rows see; and the
+diagonal. Only the second and the last kind need masks. The chunk's own keys are never read from pages.
 
-q [s, h, d], k and v [s, g, d], pages [p, l, g, d], any strides; head h of the h/g that share key/value head g is
-row r % (h/g) of its group. Programs past the end of their sequence return at once, so the grid needs no lengths.
+So a sum runs over the same tiles in the same order wherever a chunk begins and however the pages lie. Under the policy
+"invariant" the tile does not depend on the config either: it is that of CONFIGS[0].
+
+q [s, h, d], k and v [s, g, d], pages [p, l, g, d], any strides, plain or quantised; head h of the h/g that share
+key/value head g is row r % (h/g) of its group. Strides are compile-time constants: a model has few, and unknown ones
+cost the registers the tiles need.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false
@@ -15,21 +22,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vila_triton.ops import prefill_attention
+from vila_triton.ops import Pages, QuantizedPages, prefill_attention
+from vila_triton.registry import Unsupported
 from vila_triton.space import Config, Launch, Space, power_of_two
 
-from ._tile import LOG2_E, attend_block, attention_launch, block_of, check, normalise, page_rows, rows_of, start_rows
+from ._chunk import chosen, place, scaled, sequence_of, tiles_of
+from ._pool import check_pools, parts_of, pool_of, read_parts, read_pool, tile_rows
+from ._softmax import attend_tile, log_sum_exp, start, store_block
+from ._tile import LOG2_E, attention_launch, check, rows_of
 
 CONFIGS = [
-    {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
-    {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
-    {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+    {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+    {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+    {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
 ]
 
 
-def launch(config: Config, b: int, s: int, t: int, g: int, ratio: int, d: int, l: int, dtype: str) -> Launch:
+def launch(config: Config, b: int, s: int, t: int, g: int, ratio: int, d: int, dtype: str, **_) -> Launch:
     """A query of the chunk sees half of it on average."""
     return attention_launch(config, heads=b * g, rows=s * ratio, keys=t + s // 2 + 1, d=d, dtype=dtype)
+
+
+def worth(config: Config, s: int, ratio: int, policy: str = "fast", **_) -> bool:
+    same = all(config[name] == n for name, n in CONFIGS[0].items())
+    return same if policy == "invariant" else config["BLOCK_M"] <= max(16, power_of_two(s * ratio))
 
 
 SPACE = Space(
@@ -39,116 +55,132 @@ SPACE = Space(
         "num_warps": [4, 8],
         "num_stages": [1, 2, 3, 4, 5],
     },
-    where=lambda config, s, ratio, **_: config["BLOCK_M"] <= max(16, power_of_two(s * ratio)),
+    where=worth,
     launch=launch,
 )
 
 
-@triton.jit(do_not_specialize=["stride_tb"])  # changes with the longest sequence
+@triton.jit(do_not_specialize=["b", "stride_tb"])  # stride_tb changes with the longest sequence
 def _prefill_attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    k_pages_ptr,
-    v_pages_ptr,
+    k_pages,  # (values, scales, zeros)
+    v_pages,
     table_ptr,
     start_ptr,
     history_ptr,
     out_ptr,
+    lse_ptr,  # [s, h] or None
     scale,
-    stride_qs,
-    stride_qh,
-    stride_qd,
-    stride_ks,
-    stride_kg,
-    stride_kd,
-    stride_vs,
-    stride_vg,
-    stride_vd,
-    stride_kpp,
-    stride_kpl,
-    stride_kpg,
-    stride_kpd,
-    stride_vpp,
-    stride_vpl,
-    stride_vpg,
-    stride_vpd,
+    b,
     stride_tb,
     stride_tp,
-    stride_os,
-    stride_oh,
-    stride_od,
+    stride_q: tl.constexpr,  # of s, h and d
+    stride_k: tl.constexpr,  # of s, g and d
+    stride_v: tl.constexpr,
+    stride_kp: tl.constexpr,  # of p, l, g and d of the values, then of scales and zeros
+    stride_vp: tl.constexpr,
+    stride_o: tl.constexpr,
     RATIO: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
 ):
-    tl.static_assert(BLOCK_D >= D and BLOCK_D >= 16, "one block covers the head")
+    tl.static_assert(WIDTH <= FIRST and D - WIDTH <= REST and FIRST >= 16, "the blocks cover the head")
     tl.static_assert(BLOCK_M >= 16 and BLOCK_N >= 16, "tl.dot needs 16 rows and columns")
-    sequence = tl.program_id(2).to(tl.int64)
+    sequence, row = sequence_of(tl.num_programs(0) - 1 - tl.program_id(0), start_ptr, b, RATIO, BLOCK_M)
     group = tl.program_id(1).to(tl.int64)
     first = tl.load(start_ptr + sequence).to(tl.int64)
-    length = (tl.load(start_ptr + sequence + 1) - first).to(tl.int32)
-    row = tl.program_id(0) * BLOCK_M
+    length = tl.load(start_ptr + sequence + 1) - first
     if row >= length * RATIO:
         return
     history = tl.load(history_ptr + sequence)
 
-    offs_m = row + tl.arange(0, BLOCK_M)
-    query = offs_m // RATIO  # [BLOCK_M], counted within the chunk
-    head = group * RATIO + offs_m % RATIO  # [BLOCK_M]
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_m = query < length
-    mask_d = offs_d < D
-    mask_q = mask_m[:, None] & mask_d[None, :]
-    rows = first + query  # [BLOCK_M] int64
-    q = tl.load(
-        q_ptr + rows[:, None] * stride_qs + head[:, None] * stride_qh + offs_d[None, :] * stride_qd,
-        mask=mask_q,
-        other=0,
-    )  # [BLOCK_M, BLOCK_D]
-    peak, total, acc = start_rows(BLOCK_M, BLOCK_D)
+    query, head, mine = place(row, group, length, RATIO, BLOCK_M)
+    at = (first + query) * stride_q[0] + head * stride_q[1]
+    q, q_rest = read_parts(q_ptr, at, mine, stride_q[2], D, WIDTH, FIRST, REST)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    peak, total, acc, acc_rest = start(BLOCK_M, FIRST, REST)
 
     table_ptr += sequence * stride_tb
-    k_pages_ptr += group * stride_kpg
-    v_pages_ptr += group * stride_vpg
-    for n in range(0, history, BLOCK_N):
-        tokens = n + tl.arange(0, BLOCK_N)
-        known = tokens < history
-        at_k = page_rows(table_ptr, tokens, known, stride_tp, stride_kpp, stride_kpl, PAGE)
-        at_v = page_rows(table_ptr, tokens, known, stride_tp, stride_vpp, stride_vpl, PAGE)
-        k = tl.load(
-            k_pages_ptr + at_k[None, :] + offs_d[:, None] * stride_kpd, mask=mask_d[:, None] & known[None, :], other=0
-        )  # [BLOCK_D, BLOCK_N]
-        v = tl.load(
-            v_pages_ptr + at_v[:, None] + offs_d[None, :] * stride_vpd, mask=known[:, None] & mask_d[None, :], other=0
-        )  # [BLOCK_N, BLOCK_D]
-        peak, total, acc = attend_block(q, k.to(q.dtype), v.to(q.dtype), known[None, :], scale, peak, total, acc)
+    every = tl.full([BLOCK_N], 1, tl.int1)
+    whole = history // BLOCK_N * BLOCK_N
+    for n in range(0, whole, BLOCK_N):
+        page, line = tile_rows(table_ptr, stride_tp, n, every, PAGE, BLOCK_N)
+        k, k_rest, scales = read_pool(k_pages, stride_kp, page, line, group, every, dtype, BITS, D, WIDTH, FIRST, REST)
+        k, k_rest = scaled(k, scales), scaled(k_rest, scales)
+        v, v_rest, scales = read_pool(v_pages, stride_vp, page, line, group, every, dtype, BITS, D, WIDTH, FIRST, REST)
+        v, v_rest = scaled(v, scales), scaled(v_rest, scales)
+        peak, total, acc, acc_rest = attend_tile(
+            q, q_rest, k, k_rest, v, v_rest, None, scale, peak, total, acc, acc_rest
+        )
 
-    k_ptr += first * stride_ks + group * stride_kg
-    v_ptr += first * stride_vs + group * stride_vg
-    last = tl.minimum((row + BLOCK_M - 1) // RATIO + 1, length)  # keys the last query of the block sees
-    for n in range(0, last, BLOCK_N):
+    k_ptr += group * stride_k[1]
+    v_ptr += group * stride_v[1]
+    position = (history + query).to(tl.int32)  # of the queries in their sequence, [BLOCK_M]
+    end = history + tl.minimum((row + BLOCK_M - 1) // RATIO + 1, length).to(tl.int32)  # keys that the last query sees
+    offset = first - history  # from a token's position in its sequence to its row of k and v
+    for n in tl.range(whole, history, BLOCK_N, num_stages=1):  # once at most
         tokens = n + tl.arange(0, BLOCK_N)
-        known = tokens < last
-        at = tokens.to(tl.int64)
-        k = tl.load(
-            k_ptr + at[None, :] * stride_ks + offs_d[:, None] * stride_kd,
-            mask=mask_d[:, None] & known[None, :],
-            other=0,
-        )  # [BLOCK_D, BLOCK_N]
-        v = tl.load(
-            v_ptr + at[:, None] * stride_vs + offs_d[None, :] * stride_vd,
-            mask=known[:, None] & mask_d[None, :],
-            other=0,
-        )  # [BLOCK_N, BLOCK_D]
-        visible = (tokens[None, :] <= query[:, None]) & known[None, :]
-        peak, total, acc = attend_block(q, k, v, visible, scale, peak, total, acc)
+        old, known, of = tokens < history, (tokens >= history) & (tokens < end), offset + tokens
+        k_new, k_more = read_parts(k_ptr, of * stride_k[0], known, stride_k[2], D, WIDTH, FIRST, REST)
+        v_new, v_more = read_parts(v_ptr, of * stride_v[0], known, stride_v[2], D, WIDTH, FIRST, REST)
+        page, line = tile_rows(table_ptr, stride_tp, n, old, PAGE, BLOCK_N)
+        k, k_rest, scales = read_pool(k_pages, stride_kp, page, line, group, old, dtype, BITS, D, WIDTH, FIRST, REST)
+        k, k_rest = chosen(old, scaled(k, scales), k_new), chosen(old, scaled(k_rest, scales), k_more)
+        v, v_rest, scales = read_pool(v_pages, stride_vp, page, line, group, old, dtype, BITS, D, WIDTH, FIRST, REST)
+        v, v_rest = chosen(old, scaled(v, scales), v_new), chosen(old, scaled(v_rest, scales), v_more)
+        visible = tokens[None, :] <= position[:, None]
+        peak, total, acc, acc_rest = attend_tile(
+            q, q_rest, k, k_rest, v, v_rest, visible, scale, peak, total, acc, acc_rest
+        )
 
-    out_ptr += rows[:, None] * stride_os + head[:, None] * stride_oh + offs_d[None, :] * stride_od
-    tl.store(out_ptr, normalise(acc, total).to(out_ptr.dtype.element_ty), mask=mask_q)
+    begin = tl.cdiv(history, BLOCK_N) * BLOCK_N
+    diagonal = tl.maximum(begin, (history + (row // RATIO).to(tl.int32) + 1) // BLOCK_N * BLOCK_N)
+    for n in range(begin, diagonal, BLOCK_N):
+        of = offset + n + tl.arange(0, BLOCK_N)
+        k, k_rest = read_parts(k_ptr, of * stride_k[0], every, stride_k[2], D, WIDTH, FIRST, REST)
+        v, v_rest = read_parts(v_ptr, of * stride_v[0], every, stride_v[2], D, WIDTH, FIRST, REST)
+        peak, total, acc, acc_rest = attend_tile(
+            q, q_rest, k, k_rest, v, v_rest, None, scale, peak, total, acc, acc_rest
+        )
+    for n in range(diagonal, end, BLOCK_N):
+        tokens = n + tl.arange(0, BLOCK_N)
+        known, of = tokens < end, offset + tokens
+        k, k_rest = read_parts(k_ptr, of * stride_k[0], known, stride_k[2], D, WIDTH, FIRST, REST)
+        v, v_rest = read_parts(v_ptr, of * stride_v[0], known, stride_v[2], D, WIDTH, FIRST, REST)
+        visible = tokens[None, :] <= position[:, None]
+        peak, total, acc, acc_rest = attend_tile(
+            q, q_rest, k, k_rest, v, v_rest, visible, scale, peak, total, acc, acc_rest
+        )
+
+    # Where the rows lie is worked out anew, behind a load the compiler may not merge with the first one: kept through
+    # the loops, it would take the registers that they need.
+    row += tl.load(start_ptr + sequence, volatile=True) - first
+    query, head, mine = place(row, group, length, RATIO, BLOCK_M)
+    at = (first + query) * stride_o[0] + head * stride_o[1]
+    store_block(out_ptr, at, mine, stride_o[2], acc / total[:, None], 0, FIRST, WIDTH)
+    if REST > 0:
+        store_block(out_ptr, at, mine, stride_o[2], acc_rest / total[:, None], WIDTH, REST, D)
+    if lse_ptr is not None:
+        heads = tl.num_programs(1) * RATIO
+        tl.store(lse_ptr + (first + query) * heads + head, log_sum_exp(peak, total), mask=mine)
+
+
+def tile_of(config: Config, q: Tensor, pages: Pages) -> dict[str, int]:
+    """The tile of a config for these operands: smaller where the registers would not hold it."""
+    tile = dict(config)
+    if q.shape[-1] > 128:
+        tile |= {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4}
+    elif isinstance(pages, QuantizedPages):
+        tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
+    return tile | {"BLOCK_M": rows_of(tile["BLOCK_M"], q)}
 
 
 @prefill_attention.impl("triton", configs=CONFIGS, space=SPACE)
@@ -156,49 +188,50 @@ def prefill_attention_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    k_pages: Pages,
+    v_pages: Pages,
     block_table: Tensor,
     query_start: Tensor,
     history: Tensor,
     scale: float,
-    *,
-    BLOCK_M: int,
-    BLOCK_N: int,
-    num_warps: int,
-    num_stages: int,
-) -> Tensor:
-    check("prefill_attention", q, k, v, k_pages, v_pages)
-    (s, h, d), g, b, l = q.shape, k.shape[1], len(history), k_pages.shape[1]
+    policy: str = "fast",
+    lse: bool = False,
+    **config: int,
+) -> Tensor | tuple[Tensor, Tensor]:
+    check("prefill_attention", q, k, v)
+    check_pools("prefill_attention", k_pages, v_pages)
+    if not scale > 0:
+        raise Unsupported(f"prefill_attention: scale is {scale}, expected a positive number")
+    tile = tile_of(CONFIGS[0] if policy == "invariant" else config, q, k_pages)
+    (s, h, d), g, b = q.shape, k.shape[1], len(history)
     out = torch.empty(s, h, d, dtype=q.dtype, device=q.device)
-    BLOCK_M = rows_of(BLOCK_M, q)
+    sums = torch.empty(s, h, dtype=torch.float32, device=q.device) if lse else None
+    (k_pool, stride_kp), (v_pool, stride_vp) = pool_of(k_pages), pool_of(v_pages)
     if out.numel():
-        grid = (triton.cdiv(s * (h // g), BLOCK_M), g, b)
-        _prefill_attention_kernel[grid](
+        _prefill_attention_kernel[(tiles_of(s, b, h // g, tile["BLOCK_M"]), g)](
             q,
             k,
             v,
-            k_pages,
-            v_pages,
+            k_pool,
+            v_pool,
             block_table,
             query_start.contiguous(),
             history.contiguous(),
             out,
+            sums,
             scale * LOG2_E,
-            *q.stride(),
-            *k.stride(),
-            *v.stride(),
-            *k_pages.stride(),
-            *v_pages.stride(),
+            b,
             *block_table.stride(),
-            *out.stride(),
+            stride_q=q.stride(),
+            stride_k=k.stride(),
+            stride_v=v.stride(),
+            stride_kp=stride_kp,
+            stride_vp=stride_vp,
+            stride_o=out.stride(),
             RATIO=h // g,
             D=d,
-            PAGE=l,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            BLOCK_D=block_of(d),
-            num_warps=num_warps,
-            num_stages=num_stages,
+            PAGE=k_pages.shape[1],
+            **parts_of(d, k_pages),
+            **tile,
         )
-    return out
+    return out if sums is None else (out, sums)

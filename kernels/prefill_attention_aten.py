@@ -1,16 +1,18 @@
 """softmax(q kᵀ · scale) v by torch's `scaled_dot_product_attention`, one sequence after the other.
 
-The history is gathered out of its pages and laid before the new keys; head dims, ratios and dtypes are as torch takes
-them. Query heads are g runs of n, and the keys of a run are repeated by a stride of 0, not copied.
+The history is gathered out of its pages, as numbers where those are quantised, and laid before the new keys; head
+dims, ratios and dtypes are as torch takes them. Query heads are g runs of n, and the keys of a run are repeated by a
+stride of 0, not copied.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.ops import prefill_attention
+from vila_triton.ops import Pages, prefill_attention
 from vila_triton.ops.attention import causal
 from vila_triton.ops.paged import gather
+from vila_triton.registry import Unsupported
 
 from ._sdpa import check, quick
 
@@ -20,14 +22,20 @@ def prefill_attention_aten(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    k_pages: Pages,
+    v_pages: Pages,
     block_table: Tensor,
     query_start: Tensor,
     history: Tensor,
     scale: float,
+    policy: str = "fast",
+    lse: bool = False,
 ) -> Tensor:
     check("prefill_attention", q)
+    if policy == "invariant":
+        raise Unsupported("prefill_attention: torch's attention adds up in an order that changes with the chunks")
+    if lse:
+        raise Unsupported("prefill_attention: torch's attention does not return its log-sum-exp")
     g, n = k.shape[1], q.shape[1] // k.shape[1]
     out = torch.empty_like(q)
     starts = query_start.tolist()

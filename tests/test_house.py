@@ -25,15 +25,14 @@ FILES = {  # dotted name -> file, as Python will know it
 MAY_IMPORT = {  # beside the standard library; a line holds for all that begins so, the longest counts
     "vila_triton.registry": "operation ranges ops kernels",  # the last two inside functions
     "vila_triton.tuned": "torch choices ranges registry space",
-    "vila_triton.pages": "",
+    "vila_triton.pages": "prefix",
     "vila_triton.choices": "torch ranges registry",
     "vila_triton.kernels": "torch triton einops ops formats registry space kernels",  # nobody else imports triton
     "vila_triton.ops": "torch einops ops registry formats",
     "vila_triton.models.config": "",
-    "vila_triton.models.params": "torch ops formats",
-    "vila_triton.models": "torch einops ops models",
+    "vila_triton.models": "torch einops ops formats models",
     "vila_triton.models.vila_llama": "torch transformers cache checkpoint choices engine registry models",
-    "vila_triton.models.vila_llama_config": "torch transformers checkpoint models",
+    "vila_triton.models.vila_llama_config": "torch transformers cache checkpoint models",
     "vila_triton.cache": "torch ops models.config pages",
     "vila_triton.checkpoint": "torch safetensors models",
     "vila_triton.formats": "torch einops",
@@ -43,7 +42,8 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL __main__ chat models registry tiny",  # asks through the command line's chat
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
-    "vila_triton": "torch PIL transformers chat choices engine images models prompts ranges registry tiny tuned",
+    "vila_triton": "torch PIL transformers cache chat choices engine images models pictures prompts ranges registry "
+    "tiny tuned",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",
 }
 

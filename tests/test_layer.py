@@ -66,7 +66,7 @@ def decoded(p: llama.Layer, rows: int, dtype: torch.dtype) -> Tensor:
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(max(ROWS), CFG.hidden_size, generator=rng)[:rows].to(DEVICE, dtype)
     past = PagedCache(CFG, 2 * max(ROWS), dtype=dtype, device=DEVICE)
-    for pages in (past.k_pages, past.v_pages):
+    for pages in ops.leaves(past.k_pages) + ops.leaves(past.v_pages):
         pages.copy_(torch.randn(pages.shape, generator=rng))
     sequences = [past.table.alloc() for _ in range(max(ROWS))]
     with past.step(dict.fromkeys(sequences, HISTORY)):

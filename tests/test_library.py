@@ -103,7 +103,7 @@ def parts(weights: str) -> tuple[llama.Layer, PagedCache, list[int], Tensor]:
     model = init(llama.declare(CFG, torch.float32), torch.Generator().manual_seed(0))
     p = (llama.quantized(model, 32) if weights == "int4" else model).layers[1]
     cache = PagedCache(CFG, 8, dtype=torch.float32, device=DEVICE)
-    for pages in (cache.k_pages, cache.v_pages):
+    for pages in ops.leaves(cache.k_pages) + ops.leaves(cache.v_pages):
         pages.zero_()
     x = torch.randn(11, CFG.hidden_size, generator=torch.Generator().manual_seed(1))
     sequences = [cache.table.alloc(), cache.table.alloc()]
@@ -118,7 +118,7 @@ def run(fn: Callable[..., Tensor], weights: str) -> list[Tensor]:
     for counts, rows in (((3, 4), x[:7]), ((1, 1), x[7:9]), ((1, 1), x[9:])):
         with cache.step(dict(zip(sequences, counts))) as step, engine.kernels(rows.device, step.decode):
             outputs.append(fn(p, rows, llama.angles(step.positions, CFG), step))
-    return [*outputs, cache.k_pages, cache.v_pages]
+    return [*outputs, *ops.leaves(cache.k_pages), *ops.leaves(cache.v_pages)]
 
 
 @pytest.fixture

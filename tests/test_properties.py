@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.faithful import DEVICE, arguments, budget, examples, hold, supported, unit_roundoff
+from bench.guarded import mapped
 from vila_triton import ops
 from vila_triton.formats import pack_tiles
 from vila_triton.ops.int4 import codes
@@ -60,7 +61,7 @@ def test_chunked_prefill_equals_whole(impl: str) -> None:
 
     @given(sizes=examples(op), cut=st.floats(0, 1))
     def check(sizes: dict, cut: float) -> None:
-        q, k, v, *_, scale = arguments(op, **{**sizes, "b": 1, "t": 0})
+        q, k, v, *_, scale = arguments(op, **{**sizes, "b": 1, "t": 0, "policy": "fast"})
         s = len(q)
         k_pages, v_pages, table = empty_pages(s, sizes["l"], k)
         whole = (q, k, v, k_pages, v_pages, table, ints(0, s), ints(0), scale)
@@ -95,12 +96,12 @@ def test_sequences_of_a_prefill_batch_do_not_meet(impl: str) -> None:
 
     @given(sizes=examples(op))
     def check(sizes: dict) -> None:
-        args = q, k, v, k_pages, v_pages, table, start, history, scale = arguments(op, **sizes)
+        args = q, k, v, k_pages, v_pages, table, start, history, *rest = arguments(op, **sizes)
         together = run(op, impl, *args)
         for i in range(len(history)):
             rows = slice(int(start[i]), int(start[i + 1]))
             one = (q[rows], k[rows], v[rows], k_pages, v_pages, table[i : i + 1])
-            alone = run(op, impl, *one, ints(0, rows.stop - rows.start), history[i : i + 1], scale)
+            alone = run(op, impl, *one, ints(0, rows.stop - rows.start), history[i : i + 1], *rest)
             assert_same(alone, together[rows], op, args, rows)
 
     hold(check)
@@ -112,12 +113,12 @@ def test_sequences_of_a_decode_batch_do_not_meet(impl: str) -> None:
 
     @given(sizes=examples(op))
     def check(sizes: dict) -> None:
-        args = q, k_pages, v_pages, table, lengths, scale = arguments(op, **sizes)
+        args = q, k_pages, v_pages, table, lengths, *rest = arguments(op, **sizes)
         together = run(op, impl, *args)
         for i in range(len(q)):
             row = slice(i, i + 1)
             assert_same(
-                run(op, impl, q[row], k_pages, v_pages, table[row], lengths[row], scale), together[row], op, args, row
+                run(op, impl, q[row], k_pages, v_pages, table[row], lengths[row], *rest), together[row], op, args, row
             )
 
     hold(check)
@@ -129,13 +130,14 @@ def test_decode_equals_last_row_of_prefill(impl: str) -> None:
 
     @given(sizes=examples(prefill))
     def check(sizes: dict) -> None:
-        q, k, v, k_pages, v_pages, table, start, history, scale = arguments(prefill, **{**sizes, "b": 1})
+        plain = arguments(prefill, **{**sizes, "b": 1, "kv": "plain"})
+        q, k, v, k_pages, v_pages, table, _, history, *rest = plain
         t, s = int(history[0]), len(q)
-        last = prefill.reference(q, k, v, k_pages, v_pages, table, start, history, scale)[-1:]
+        last = prefill.reference(*plain)[-1:]
         new_k, new_v, new_table = empty_pages(t + s, sizes["l"], k)
         k, v = (torch.cat((gather(old, table[0], t), new)) for old, new in ((k_pages, k), (v_pages, v)))
         fill((new_k, new_v), k, v, new_table[0], 0)
-        args = (q[-1:], new_k, new_v, new_table, ints(t + s), scale)
+        args = (q[-1:], new_k, new_v, new_table, ints(t + s), *rest)
         assert_same(run(op, impl, *args), last, op, args)
 
     hold(check)
@@ -160,8 +162,8 @@ def test_which_pages_does_not_matter(op: Op, impl: str) -> None:
     def check(sizes: dict) -> None:
         args = arguments(op, **sizes)
         new, k_pages, v_pages, table, rest = split(op, args)
-        to = torch.randperm(len(k_pages), generator=torch.Generator().manual_seed(sizes["seed"])).to(table.device)
-        moved = (x.new_empty(x.shape).index_copy_(0, to, x) for x in (k_pages, v_pages))
+        to = torch.randperm(k_pages.shape[0], generator=torch.Generator().manual_seed(sizes["seed"])).to(table.device)
+        moved = mapped(lambda x: x.new_empty(x.shape).index_copy_(0, to, x), (k_pages, v_pages))
         after = run(op, impl, *new, *moved, to[table.long()].int(), *rest)
         assert torch.equal(after, run(op, impl, *args))
 
@@ -174,7 +176,7 @@ def test_page_length_does_not_matter(op: Op, impl: str) -> None:
     def check(sizes: dict) -> None:
         args = arguments(op, **{**sizes, "l": 32})
         new, k_pages, v_pages, table, rest = split(op, args)
-        halves = (x.unflatten(1, (2, 16)).flatten(0, 1) for x in (k_pages, v_pages))  # page i -> pages 2i, 2i + 1
+        halves = mapped(lambda x: x.unflatten(1, (2, 16)).flatten(0, 1), (k_pages, v_pages))  # page i -> 2i, 2i + 1
         table = torch.stack((2 * table, 2 * table + 1), -1).flatten(1)
         assert_same(run(op, impl, *new, *halves, table, *rest), run(op, impl, *args), op, args)
 
@@ -187,7 +189,8 @@ def test_shared_heads_equal_repeated_heads(op: Op, impl: str) -> None:
     def check(sizes: dict) -> None:
         args = arguments(op, **sizes)
         (q, *kv), k_pages, v_pages, table, rest = split(op, args)
-        repeated = [x.repeat_interleave(sizes["ratio"], -2) for x in (*kv, k_pages, v_pages)]
+        new = mapped(lambda x: x.repeat_interleave(sizes["ratio"], 1), kv)
+        repeated = [*new, *mapped(lambda x: x.repeat_interleave(sizes["ratio"], 2), (k_pages, v_pages))]
         assert_same(run(op, impl, q, *repeated, table, *rest), run(op, impl, *args), op, args)
 
     hold(check)

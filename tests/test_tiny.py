@@ -94,22 +94,23 @@ def test_later_rounds_prefill_only_what_is_new_and_answer_as_a_full_prefill_does
     conversation = Conversation(talker)
     questions = [("How many shapes are there?", [first]), ("Describe the picture.", []), ("And now?", [second])]
     for question, pictures in questions:
-        cached = conversation.cache.length(0)
+        cached = conversation.cache.length(conversation.seq)
         tokens = list(conversation.ask(question, pictures))
         assert conversation.last is not None and conversation.last.new_tokens < 30 + 16 * len(pictures)
         assert conversation.last.new_tokens == conversation.last.prompt_tokens - cached
         again = Conversation(talker)  # the same tokens, nothing cached
         prompt = conversation.row[: len(conversation.row) - len(tokens)]
-        again.cache.reserve({0: len(prompt) + 128})
+        again.cache.reserve({again.seq: len(prompt) + 128})
         how = Sampling.of(1, eos_token_id=talker.tokenizer.eos_token_id)
-        full = stream(talker.model.params, {0: prompt}, talker.model.geometry, again.cache, conversation.features, how)
+        rows, features = {again.seq: prompt}, conversation.features
+        full = stream(talker.model.params, rows, talker.model.geometry, again.cache, features, how)
         assert [token for _, token in full] == tokens
 
 
 def test_a_refused_or_abandoned_round_leaves_the_conversation_as_it_was(talker):
     conversation = Conversation(talker)
     list(conversation.ask("How many shapes are there?", [Image.new("RGB", (64, 64))]))
-    row, cached = conversation.row.tolist(), conversation.cache.length(0)
+    row, cached = conversation.row.tolist(), conversation.cache.length(conversation.seq)
     with pytest.raises(ValueError, match=r"context is 4096"):
         list(conversation.ask("Why?", max_new_tokens=5000))
     with pytest.raises(ValueError, match="places for 2 pictures, but 1"):
@@ -117,7 +118,7 @@ def test_a_refused_or_abandoned_round_leaves_the_conversation_as_it_was(talker):
     given_up = conversation.ask("Describe the picture.")
     next(given_up)
     given_up.close()
-    assert conversation.row.tolist() == row and conversation.cache.length(0) == cached
+    assert conversation.row.tolist() == row and conversation.cache.length(conversation.seq) == cached
 
 
 def test_prompts_put_pictures_where_they_belong(talker):

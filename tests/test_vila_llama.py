@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vila_triton import use
 from vila_triton.cache import PagedCache
-from vila_triton.ops import linear, rms_norm
+from vila_triton.ops import leaves, linear, rms_norm
 from vila_triton.registry import Op
 
 MODEL = build()
@@ -33,7 +33,7 @@ def same(got: Tensor, expected: Tensor = WHOLE) -> None:
 def state(cache: PagedCache) -> list[tuple[int, list[int], Tensor]]:
     """What each sequence holds: its length, its pages and the keys in them."""
     return [
-        (s.length, list(s.pages), cache.k_pages[:, s.pages].flatten(1, 2)[:, : s.length].clone())
+        (s.length, list(s.pages), leaves(cache.k_pages)[0][:, s.pages].flatten(1, 2)[:, : s.length].clone())
         for s in cache.table.sequences.values()
     ]
 

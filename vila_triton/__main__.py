@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .ranges import Choice
 
 BUNDLED = Path(__file__).resolve().parent / "tiny" / "checkpoint"
+KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
+POLICIES = ("fast", "invariant")
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -37,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--model", type=Path, default=BUNDLED, help="a VILA folder (default: the bundled tiny model)")
     model.add_argument("--image", action="append", default=[], metavar="PICTURE", help="may be given several times")
     model.add_argument("--dtype", choices=DTYPES, help="(default: what the model's config says)")
+    model.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache (default: the model's)")
+    model.add_argument("--page-size", type=int, default=16, help="tokens in a page of the cache: 16 to 256")
+    model.add_argument("--policy", choices=POLICIES, default="fast", help="of attention; invariant: no bit by chance")
     model.add_argument("--max-new-tokens", type=int, default=128)
     model.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
     model.add_argument("--top-k", type=int)
@@ -44,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--seed", type=int, default=0)
     ask = commands.add_parser("ask", parents=[model], help="one question about pictures")
     ask.add_argument("question")
-    commands.add_parser("chat", parents=[model], help="a conversation; /image PICTURE adds one, /quit ends it")
+    commands.add_parser("chat", parents=[model], help="a conversation; /image PICTURE adds one; /new; /quit")
     commands.add_parser("ops", parents=[kernels], help="every op, its implementations and which one is chosen, and why")
     return top
 
@@ -83,6 +88,8 @@ def converse(args: argparse.Namespace, chosen: Mapping[str, str]) -> None:
         sampling |= {"do_sample": True, "temperature": args.temperature, "seed": args.seed}
     pictures = [open_image(path) for path in args.image]
     talker = Talker.from_pretrained(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
+    config = talker.model.config
+    config.kv_dtype, config.page_size, config.attention_policy = args.kv_dtype, args.page_size, args.policy
     conversation = Conversation(talker)
     with use(**chosen):
         if args.command == "ask":
@@ -92,8 +99,10 @@ def converse(args: argparse.Namespace, chosen: Mapping[str, str]) -> None:
             try:
                 if line.startswith("/image "):
                     pictures.append(open_image(line.removeprefix("/image ").strip()))
+                elif line == "/new":
+                    conversation = Conversation(talker)
                 elif line.startswith("/"):
-                    raise ValueError(f"no command {line!r}; there are /image PICTURE and /quit")
+                    raise ValueError(f"no command {line!r}; there are /image PICTURE, /new and /quit")
                 else:
                     answer(conversation, line, pictures, sampling)
                     pictures = []

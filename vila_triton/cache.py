@@ -1,6 +1,6 @@
 """The paged KV cache as tensors, and what attention sees of it during one step."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -8,35 +8,54 @@ import torch
 from torch import Tensor
 
 from vila_triton.models.config import LlamaConfig
-from vila_triton.ops import decode_attention, kv_write, prefill_attention
-from vila_triton.ops.attention import causal, weights
+from vila_triton.ops import Pages, decode_attention, empty_pages, kv_write, leaves, prefill_attention
+from vila_triton.ops.attention import causal, check_policy, weights
+from vila_triton.ops.kv import encode
 
 from .pages import PageTable
 
 PAGE_SIZE = 16
+KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
+
+
+def mapped(fn: Callable[[Tensor], Tensor], pages: Pages) -> Pages:
+    """Pages with fn applied to the tensors they are made of."""
+    return fn(pages) if isinstance(pages, Tensor) else pages.map(fn)
+
+
+def as_cached(x: Tensor, pages: Pages) -> Tensor:
+    """New keys or values [s, g, d] as they will be read from these pages."""
+    held = encode(x, pages)
+    return (held if isinstance(held, Tensor) else held.dense()).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class Step:
     """One step of a ragged batch: where its s new tokens go, and what their b sequences hold before them.
 
-    A step of one token a sequence is a decode step. `attend` writes the pages in place.
+    A step of one token a sequence is a decode step. `attend` writes the pages in place. Under the "invariant" policy no
+    step is, as decode kernels add up in another order; and a chunk sees its own keys and values as later ones will. So
+    it does not matter where chunks end, nor what was prompt and what answer.
     """
 
-    k_pages: Tensor  # [layers, p, l, g, d]
-    v_pages: Tensor  # [layers, p, l, g, d]
+    k_pages: Pages  # [layers, p, l, g, d]
+    v_pages: Pages  # [layers, p, l, g, d]
     slot_mapping: Tensor  # [s] int64
     block_table: Tensor  # [b, pages] int32
     query_start: Tensor  # [b+1] int32
     history: Tensor  # [b] int32
     positions: Tensor  # [s] int64: how many tokens of its sequence lie before each new one
     decode: bool
+    policy: str
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         pages = kv_write(k.detach(), v.detach(), self.k_pages[layer], self.v_pages[layer], self.slot_mapping)
         if self.decode:
-            return decode_attention(q, *pages, self.block_table, self.history + 1, scale)
-        return prefill_attention(q, k, v, *pages, self.block_table, self.query_start, self.history, scale)
+            return decode_attention(q, *pages, self.block_table, self.history + 1, scale, self.policy)
+        if self.policy == "invariant":
+            k, v = (as_cached(x, held) for x, held in zip((k, v), pages))
+        past = (self.block_table, self.query_start, self.history)
+        return prefill_attention(q, k, v, *pages, *past, scale, self.policy)
 
 
 class Uncached:
@@ -44,7 +63,8 @@ class Uncached:
 
     decode = False
 
-    def __init__(self, lengths: Sequence[int], device: torch.device):
+    def __init__(self, lengths: Sequence[int], device: torch.device, policy: str = "fast"):
+        self.policy = policy
         self.query_start = torch.tensor([0, *lengths], device=device).cumsum(0).int()
         self.history = torch.zeros(len(lengths), dtype=torch.int32, device=device)
         self.block_table = torch.zeros(len(lengths), 1, dtype=torch.int32, device=device)
@@ -52,7 +72,8 @@ class Uncached:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         pages = k.new_empty(1, PAGE_SIZE, *k.shape[1:])
-        return prefill_attention(q, k, v, pages, pages, self.block_table, self.query_start, self.history, scale)
+        past = (self.block_table, self.query_start, self.history)
+        return prefill_attention(q, k, v, pages, pages, *past, scale, self.policy)
 
 
 class Watched:
@@ -78,7 +99,11 @@ class Watched:
 class PagedCache:
     """Keys and values of many sequences in pages of `page_size` tokens, for all layers of a model.
 
-    `table` says which page is whose. This object is changed in place by whatever runs a model on it.
+    `table` says which page is whose. This object is changed in place by whatever runs a model on it. What it knows of
+    one model (see `PageTable.publish`) is wrong for another, and after that model's parameters change.
+
+    dtype: of the model; kv_dtype: what keys and values are kept in, one of `KV_DTYPES`, by default the same; policy: of
+    attention, "fast" or "invariant" (see `ops.attention`). Errors: ValueError for other names.
     """
 
     def __init__(
@@ -88,15 +113,27 @@ class PagedCache:
         *,
         page_size: int = PAGE_SIZE,
         dtype: torch.dtype = torch.float16,
+        kv_dtype: str | None = None,
+        policy: str = "fast",
         device: torch.device | str = "cpu",
     ):
+        if kv_dtype not in (None, *KV_DTYPES):
+            raise ValueError(f"kv_dtype is {kv_dtype!r}; there are: {', '.join(KV_DTYPES)}")
+        check_policy("PagedCache", policy)
+        self.policy = policy
         self.table = PageTable(pages, page_size)
-        shape = (2, cfg.num_hidden_layers, pages, page_size, cfg.num_key_value_heads, cfg.head_dim)
-        self.k_pages, self.v_pages = torch.empty(shape, dtype=dtype, device=device)  # [layers, p, l, g, d] each
+        shape = (cfg.num_hidden_layers, pages, page_size, cfg.num_key_value_heads, cfg.head_dim)
+        kind = dtype if kv_dtype is None else getattr(torch, kv_dtype) if "float" in kv_dtype else kv_dtype
+        self.k_pages, self.v_pages = (empty_pages(shape, kind, device) for _ in range(2))  # [layers, p, l, g, d]
 
     @property
     def nbytes(self) -> int:
-        return self.k_pages.nbytes + self.v_pages.nbytes
+        return sum(x.nbytes for x in self.tensors)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that the pages are made of, [layers, p, l, ...] each."""
+        return [*leaves(self.k_pages), *leaves(self.v_pages)]
 
     def length(self, seq: int) -> int:
         return self.table[seq].length
@@ -106,14 +143,18 @@ class PagedCache:
         return max((s.length for s in self.table.sequences.values()), default=0)
 
     def reserve(self, counts: Mapping[int, int]) -> None:
-        """Enlarge the pool, if need be, so that so many tokens can be appended to each sequence; no page moves."""
-        missing = self.table.needed(counts) - len(self.table.free_pages)
+        """Enlarge the pool, if need be, so that so many tokens can be appended to each sequence; no page moves.
+
+        Idle pages are given away before the pool grows; for more of them to stay, make it larger from the start.
+        """
+        missing = self.table.needed(counts) - self.table.available
         if missing > 0:
+
+            def larger(x: Tensor) -> Tensor:
+                return torch.cat((x, x.new_empty(x.shape[0], missing, *x.shape[2:])), dim=1)  # [layers, p', ...]
+
+            self.k_pages, self.v_pages = mapped(larger, self.k_pages), mapped(larger, self.v_pages)
             self.table.grow(missing)
-            self.k_pages, self.v_pages = (
-                torch.cat((pages, pages.new_empty(pages.shape[0], missing, *pages.shape[2:])), dim=1)
-                for pages in (self.k_pages, self.v_pages)
-            )
 
     @contextmanager
     def at(self, lengths: Sequence[int], keep: bool) -> Iterator[list[int]]:
@@ -146,8 +187,8 @@ class PagedCache:
         grant = self.table.append(counts)
         try:
             for source, target in grant.copies:
-                self.k_pages[:, target] = self.k_pages[:, source]
-                self.v_pages[:, target] = self.v_pages[:, source]
+                for x in self.tensors:
+                    x[:, target] = x[:, source]
             yield self._view(before, counts, grant.slots)
         except BaseException:
             for seq, length in before.items():
@@ -167,7 +208,8 @@ class PagedCache:
             torch.tensor([0, *new], device=device).cumsum(0).int(),
             torch.tensor([before[seq] for seq in counts], dtype=torch.int32, device=device),
             torch.cat([torch.arange(before[seq], before[seq] + n, device=device) for seq, n in counts.items()]),
-            decode=all(n == 1 for n in new),
+            decode=self.policy == "fast" and all(n == 1 for n in new),
+            policy=self.policy,
         )
 
 

@@ -1,8 +1,10 @@
 """Conversations about pictures: rounds that share one cache, each prefilling only what is new."""
 
 import time
+import weakref
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .engine import Sampling, stream
+from .cache import PagedCache
+from .engine import Sampling, admit, contents, stream
 from .images import image_processor, pixels
 from .models.vila import splice
 from .models.vila_llama import VilaLlamaForCausalLM
+from .pictures import Pictures
 from .prompts import template, tokenize, with_pictures
 
 
@@ -36,7 +40,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Talker:
-    """A model with what it takes to talk to it: its tokenizer and its image processor."""
+    """A model with what it takes to talk to it: its tokenizer and image processor, and what it has seen and said."""
 
     model: VilaLlamaForCausalLM
     tokenizer: Any
@@ -52,6 +56,16 @@ class Talker:
         model = VilaLlamaForCausalLM.from_pretrained(folder, device=device, dtype=dtype)
         return cls(model, AutoTokenizer.from_pretrained(folder / "llm"), image_processor(folder))
 
+    @cached_property
+    def cache(self) -> PagedCache:
+        """Keys and values of all its conversations: those that begin alike share their pages."""
+        return self.model.new_cache(0)
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """Features of the pictures it was asked about lately."""
+        return Pictures(self.model.encode_images)
+
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures as the tower takes them, [n, 3, H, W]."""
         return pixels(images, self.processor, getattr(self.model.config, "image_aspect_ratio", None))
@@ -64,13 +78,19 @@ class Talker:
 
 
 class Conversation:
-    """Rounds of questions and answers; keeps the spliced tokens, the picture features and the cache over them."""
+    """Rounds of questions and answers; keeps the spliced tokens, the picture features and a sequence of the cache.
+
+    `close` gives its pages back to the cache, as also happens when the conversation is let go.
+    """
 
     def __init__(self, talker: Talker):
         self.talker = talker
-        self.cache = talker.model.new_cache(1)
+        self.cache = talker.cache
+        self.seq = self.cache.table.alloc()
+        self.close = weakref.finalize(self, self.cache.table.free, self.seq)
         self.row = torch.empty(0, dtype=torch.int64, device=talker.model.device)  # [t] spliced
         self.features: Tensor | None = None  # [rows, e]
+        self.names: list[int] = []  # of the rows of features
         self.last: Round | None = None
 
     def ask(
@@ -85,13 +105,14 @@ class Conversation:
             raise ValueError("the question is empty")
         start, model = time.perf_counter(), self.talker.model
         ids = torch.tensor(self.talker.prompt(question, len(images), first=not len(self.row)), device=model.device)
-        features, counts = self.features, []
+        features, names, counts = self.features, self.names, []
         if images:
-            new = model.encode_images(self.talker.pixels(images)).detach()  # [n, tokens, e]
+            pixels = self.talker.pixels(images).to(model.device, model.dtype)
+            new, more = self.talker.pictures(pixels)  # [n, tokens, e]
+            names = [*names, *more]
             counts = [new.shape[1]] * len(new)
             features = torch.cat([*([] if features is None else [features]), new.flatten(0, 1)])
-        known = 0 if self.features is None else len(self.features)
-        (spliced,) = splice([ids], counts, model.geometry.llm.vocab_size, known)
+        (spliced,) = splice([ids], counts, model.geometry.llm.vocab_size, len(self.names))
         row = torch.cat((self.row, spliced))
         limit = model.geometry.llm.max_position_embeddings
         if len(row) + max_new_tokens > limit:
@@ -99,26 +120,27 @@ class Conversation:
                 f"the conversation has {len(row)} tokens, and {max_new_tokens} more may be generated, but the "
                 f"model's context is {limit}"
             )
-        cached = self.cache.length(0)
-        image_tokens = sum(counts)
-        taken = Round(len(row), len(row) - cached, image_tokens)
         eos = model.config.parts()["llm"].get("eos_token_id")
         eos = self.talker.tokenizer.eos_token_id if eos is None else eos
         how = Sampling.of(1, max_new_tokens=max_new_tokens, eos_token_id=eos, device=model.device, **sampling)
-        self.cache.reserve({0: len(row) - cached + max_new_tokens})
-        chunk = model.config.prefill_chunk_size
+        chunk, seq, known = model.config.prefill_chunk_size, self.seq, contents(row, names)
+        before = self.cache.length(seq)
         answer: list[int] = []
         finished = False
         try:
-            for _, token in stream(model.params, {0: row}, model.geometry, self.cache, features, how, chunk):
+            admit(self.cache, {seq: known}, max_new_tokens)
+            taken = Round(len(row), len(row) - self.cache.length(seq), sum(counts))
+            for _, token in stream(model.params, {seq: row}, model.geometry, self.cache, features, how, chunk):
                 answer.append(token)
                 taken.answer_tokens, taken.seconds = len(answer), time.perf_counter() - start
                 taken.first_token = taken.first_token or taken.seconds
                 yield token
             finished = True
         finally:
+            self.cache.table.publish(seq, [*known, *answer][: self.cache.length(seq)])
             if not finished:
-                self.cache.table.truncate(0, cached)
+                self.cache.table.truncate(seq, before)
         stop = self.talker.tokenizer.eos_token_id
         answer += [stop] if stop is not None and answer[-1] != stop else []
-        self.row, self.features, self.last = torch.cat((row, row.new_tensor(answer))), features, taken
+        self.row = torch.cat((row, row.new_tensor(answer)))
+        self.features, self.names, self.last = features, names, taken

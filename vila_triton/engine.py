@@ -97,6 +97,23 @@ def advance(
     return [torch.cat(k) if k else p.llm.norm.new_empty(0, width) for k in kept.values()]
 
 
+def contents(row: Tensor, names: Sequence[int]) -> list[int]:
+    """What the positions of a spliced row [t] are known by: words by their ids, rows of features by these names."""
+    return [token if token >= 0 else names[-1 - token] for token in row.tolist()]
+
+
+def admit(cache: PagedCache, known: Mapping[int, list[int]], max_new_tokens: int) -> None:
+    """Make room in the cache for conversations of these `contents`, by sequence id, and for their answers.
+
+    An empty sequence first takes over what the cache knows of its beginning, all but the last token at most. What a
+    sequence then holds can be made known in turn: `cache.table.publish`.
+    """
+    for seq, tokens in known.items():
+        if not cache.length(seq):
+            cache.table.adopt(seq, tokens[:-1])
+    cache.reserve({seq: len(tokens) - cache.length(seq) + max_new_tokens for seq, tokens in known.items()})
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen and when to stop, in transformers' own processors and criteria.

@@ -8,7 +8,8 @@ The schema is read off the reference's annotations:
 
     Tensor, Tensor | None, int, float, bool, str   as they are
     a dataclass, as `Int4`                         its fields one after the other, NAME_FIELD each
-    Tensor | a dataclass                           a Tensor; a call with the other is traced through the reference
+    Tensor | a dataclass                           a Tensor; a call with the other is traced through the reference,
+                                                   and so is one with `lse`, which returns two tensors
 
 Results are contiguous. There is no gradient: torch says so when one is asked for; uncompiled calls have theirs.
 """
@@ -119,7 +120,8 @@ def expose(op: "Op", result: Callable[..., Tensor] | None, writes: tuple[str, ..
         values = dict(zip(names, args), **kwargs)
         if len(args) > len(names) or any(name not in names for name in kwargs):
             raise TypeError(f"{op.name} takes {', '.join(names)}")
-        if any(is_dataclass(values[a.name]) and not a.fields for a in takes if a.name in values):
+        unions = (values[a.name] for a in takes if a.name in values and not a.fields)
+        if values.get("lse") or any(map(is_dataclass, unions)):
             return op.reference(*args, **kwargs)
         out = overload(*flattened(takes, values))
         return tuple(values[name] for name in writes) if writes else out

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count
 
+from .prefix import Prefixes
+
 
 class OutOfPages(RuntimeError):
     """More pages are needed than are free; nothing was changed."""
@@ -29,7 +31,9 @@ class Grant:
 class PageTable:
     """Pages 0 to `pages` - 1 of `page_size` tokens each, shared by sequences through reference counts.
 
-    A page that several sequences share is never written: the one that appends to it is given a copy first.
+    A page that several sequences share is never written: the one that appends to it is given a copy first. A page of no
+    sequence whose content is known is idle: it waits to be adopted, and is given away when no page is free, the one
+    that was let go first going first.
     """
 
     def __init__(self, pages: int, page_size: int):
@@ -38,9 +42,16 @@ class PageTable:
         self.page_size = page_size
         self.pages = pages
         self.free_pages = list(reversed(range(pages)))
+        self.idle: dict[int, None] = {}  # least recently used first
+        self.prefixes = Prefixes(page_size)
         self.references: Counter[int] = Counter()
         self.sequences: dict[int, Sequence] = {}
         self._ids = count()
+
+    @property
+    def available(self) -> int:
+        """Pages that an append can be given: the free ones and the idle ones."""
+        return len(self.free_pages) + len(self.idle)
 
     def grow(self, pages: int) -> None:
         """Add that many free pages."""
@@ -63,8 +74,32 @@ class PageTable:
         self.references.update(parent.pages)
         return child
 
+    def publish(self, seq: int, tokens: list[int]) -> None:
+        """Make known that the first tokens of the sequence are these, as they lie in its pages, for others to adopt.
+
+        Errors: ValueError if it has fewer, or shares a page that is known to hold others.
+        """
+        s = self[seq]
+        if len(tokens) > s.length:
+            raise ValueError(f"sequence {seq} has {s.length} tokens; {len(tokens)} of them cannot be known")
+        self.prefixes.learn(s.pages[: -(-len(tokens) // self.page_size)], tokens)
+
+    def adopt(self, seq: int, tokens: list[int]) -> int:
+        """Give an empty sequence the pages known to hold the longest beginning of `tokens`; returns its length.
+
+        Errors: ValueError if the sequence is not empty.
+        """
+        s = self[seq]
+        if s.length:
+            raise ValueError(f"sequence {seq} has {s.length} tokens; only an empty one can adopt pages")
+        s.pages, s.length = self.prefixes.find(tokens)
+        for page in s.pages:
+            self.idle.pop(page, None)
+        self.references.update(s.pages)
+        return s.length
+
     def needed(self, counts: Mapping[int, int]) -> int:
-        """Free pages that appending so many tokens to each sequence would take."""
+        """Available pages that appending so many tokens to each sequence would take."""
         fresh, left = 0, Counter[int]()
         for seq, n in counts.items():
             s = self[seq]
@@ -79,19 +114,22 @@ class PageTable:
     def append(self, counts: Mapping[int, int]) -> Grant:
         """Room for so many more tokens in each sequence, for all of them or, with `OutOfPages`, for none."""
         fresh = self.needed(counts)
-        if fresh > len(self.free_pages):
+        if fresh > self.available:
             raise OutOfPages(
-                f"{fresh} more pages of {self.page_size} tokens are needed, but {len(self.free_pages)} of {self.pages} "
+                f"{fresh} more pages of {self.page_size} tokens are needed, but {self.available} of {self.pages} "
                 f"are free ({len(self.sequences)} sequences hold the others)"
             )
         slots, copies = [], []
         for seq, n in counts.items():
             s = self.sequences[seq]
-            if n and s.length % self.page_size and self.references[s.pages[-1]] > 1:
-                shared = s.pages[-1]
-                s.pages[-1] = self._take()
-                self._release(shared)
-                copies.append((shared, s.pages[-1]))
+            if n and s.length % self.page_size:
+                last = s.pages[-1]
+                if self.references[last] > 1:
+                    s.pages[-1] = self._take()
+                    self._release(last)
+                    copies.append((last, s.pages[-1]))
+                else:
+                    self.prefixes.forget(last, s.length % self.page_size)
             s.pages += [self._take() for _ in range(-(-(s.length + n) // self.page_size) - len(s.pages))]
             slots += [
                 s.pages[t // self.page_size] * self.page_size + t % self.page_size
@@ -106,12 +144,12 @@ class PageTable:
         if not 0 <= length <= s.length:
             raise ValueError(f"sequence {seq} has {s.length} tokens; it cannot be cut to {length}")
         keep = -(-length // self.page_size)
-        for page in s.pages[keep:]:
+        for page in reversed(s.pages[keep:]):  # a page is of use only after those before it, so they go last
             self._release(page)
         s.pages, s.length = s.pages[:keep], length
 
     def free(self, seq: int) -> None:
-        """Forget the sequence."""
+        """Forget the sequence; what is known of its pages is kept."""
         self.truncate(seq, 0)
         del self.sequences[seq]
 
@@ -121,7 +159,12 @@ class PageTable:
         return self.sequences[seq]
 
     def _take(self) -> int:
-        page = self.free_pages.pop()
+        if self.free_pages:
+            page = self.free_pages.pop()
+        else:
+            page = next(iter(self.idle))
+            del self.idle[page]
+            self.prefixes.forget(page)
         self.references[page] = 1
         return page
 
@@ -129,4 +172,7 @@ class PageTable:
         self.references[page] -= 1
         if not self.references[page]:
             del self.references[page]
-            self.free_pages.append(page)
+            if page in self.prefixes.known:
+                self.idle[page] = None
+            else:
+                self.free_pages.append(page)

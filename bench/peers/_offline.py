@@ -13,6 +13,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.autotuner import Autotuner
 
+from vila_triton.ops import Pages
 from vila_triton.registry import Unsupported
 
 from ..targets import TARGETS
@@ -23,7 +24,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def check(
-    where: str, x: Tensor, *others: Tensor, dtypes: Sequence[torch.dtype] = HALVES, interpreted: bool = True
+    where: str, x: Tensor, *others: Pages, dtypes: Sequence[torch.dtype] = HALVES, interpreted: bool = True
 ) -> None:
     """Unsupported unless a launcher can run on these tensors, which have one dtype.
 
@@ -32,6 +33,8 @@ def check(
     if x.dtype not in dtypes:
         raise Unsupported(f"{where}: {x.dtype} is not one of {', '.join(map(str, dtypes))}")
     for y in others:
+        if not isinstance(y, Tensor):
+            raise Unsupported(f"{where}: does not read our quantised pages")
         if y.dtype != x.dtype:
             raise Unsupported(f"{where}: does not mix {x.dtype} and {y.dtype}")
     if x.device.type == "cpu" and not (interpreted and knobs.runtime.interpret):
@@ -41,6 +44,14 @@ def check(
         raise Unsupported(f"{where}: Triton's interpreter computes wrong numbers in bfloat16")
     if not x.numel():
         raise Unsupported(f"{where}: does not take an empty tensor")
+
+
+def promises_nothing(where: str, policy: str, lse: bool) -> None:
+    """Unsupported if a call asks for more than the result of attention."""
+    if policy != "fast":
+        raise Unsupported(f"{where}: does not promise what the policy {policy!r} does")
+    if lse:
+        raise Unsupported(f"{where}: is called without its log-sum-exp")
 
 
 def driver() -> Any:

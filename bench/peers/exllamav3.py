@@ -17,7 +17,7 @@ from vila_triton.ops import decode_attention, encoder_attention, prefill_attenti
 from vila_triton.registry import Unsupported
 
 from ._borrow import borrow
-from ._offline import check, offline
+from ._offline import check, offline, promises_nothing
 from ._prepared import prepared
 
 paged = borrow("exllamav3.modules.attention_fn.triton_paged")
@@ -51,7 +51,10 @@ def prefill_attention_exllamav3(
     query_start: Tensor,
     history: Tensor,
     scale: float,
+    policy: str = "fast",
+    lse: bool = False,
 ) -> Tensor:
+    promises_nothing("exllamav3", policy, lse)
     check("exllamav3", q, k_pages, v_pages, dtypes=[torch.float16])
     if not prepared(equal_chunks, query_start):
         raise Unsupported("exllamav3: the sequences have different numbers of new tokens")
@@ -74,8 +77,16 @@ def prefill_attention_exllamav3(
 
 @decode_attention.impl("exllamav3")
 def decode_attention_exllamav3(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    policy: str = "fast",
+    lse: bool = False,
 ) -> Tensor:
+    promises_nothing("exllamav3", policy, lse)
     check("exllamav3", q, k_pages, v_pages, dtypes=[torch.float16])
     with told(q):
         return paged.paged_attn_triton_decode(

@@ -18,7 +18,7 @@ from vila_triton.ops import decode_attention, encoder_attention, prefill_attenti
 from vila_triton.registry import Unsupported
 
 from ._borrow import needs_cuda
-from ._offline import check
+from ._offline import check, promises_nothing
 from ._paged import whole
 from ._prepared import prepared
 
@@ -66,7 +66,10 @@ def prefill_attention_flash_attn(
     query_start: Tensor,
     history: Tensor,
     scale: float,
+    policy: str = "fast",
+    lse: bool = False,
 ) -> Tensor:
+    promises_nothing("flash_attn", policy, lse)
     check_heads(q, k_pages, v_pages)
     keys = prepared(cached, block_table, k_pages, v_pages, history, k, v, query_start)
     return flash_attn.flash_attn_varlen_func(
@@ -85,8 +88,16 @@ def prefill_attention_flash_attn(
 
 @decode_attention.impl("flash_attn")
 def decode_attention_flash_attn(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    policy: str = "fast",
+    lse: bool = False,
 ) -> Tensor:
+    promises_nothing("flash_attn", policy, lse)
     check_heads(q, k_pages, v_pages)
     keys = prepared(cached, block_table, k_pages, v_pages, lengths)
     return flash_attn.flash_attn_with_kvcache(

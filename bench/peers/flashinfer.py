@@ -19,7 +19,7 @@ from vila_triton.ops import decode_attention, prefill_attention
 from vila_triton.registry import Unsupported
 
 from ._borrow import needs_cuda
-from ._offline import check
+from ._offline import check, promises_nothing
 from ._paged import whole
 from ._prepared import prepared
 
@@ -110,7 +110,10 @@ def prefill_attention_flashinfer(
     query_start: Tensor,
     history: Tensor,
     scale: float,
+    policy: str = "fast",
+    lse: bool = False,
 ) -> Tensor:
+    promises_nothing("flashinfer", policy, lse)
     check_heads(q, k_pages, v_pages)
     sources = (block_table, history, q, k, v, k_pages, v_pages, query_start)
     wrapper, *pages = prepared(prefill_plan, *sources, scale=scale)
@@ -119,8 +122,16 @@ def prefill_attention_flashinfer(
 
 @decode_attention.impl("flashinfer")
 def decode_attention_flashinfer(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    policy: str = "fast",
+    lse: bool = False,
 ) -> Tensor:
+    promises_nothing("flashinfer", policy, lse)
     check_heads(q, k_pages, v_pages)
     wrapper = prepared(decode_plan, block_table, lengths, q, k_pages, scale=scale)
     return wrapper.run(q.contiguous(), (k_pages.contiguous(), v_pages.contiguous()))

@@ -19,7 +19,7 @@ from vila_triton.ops import decode_attention, prefill_attention
 from vila_triton.registry import Unsupported
 
 from ._borrow import borrow
-from ._offline import check, offline
+from ._offline import check, offline, promises_nothing
 from ._prepared import prepared
 
 AMD = torch.version.hip is not None
@@ -104,7 +104,10 @@ def prefill_attention_sglang(
     query_start: Tensor,
     history: Tensor,
     scale: float,
+    policy: str = "fast",
+    lse: bool = False,
 ) -> Tensor:
+    promises_nothing("sglang", policy, lse)
     check("sglang", q, k_pages, v_pages)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     with offline(q), patch.object(extend, "CUDA_CAPABILITY", torch.cuda.get_device_capability(), create=True):
@@ -129,8 +132,16 @@ def prefill_attention_sglang(
 
 @decode_attention.impl("sglang")
 def decode_attention_sglang(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, scale: float
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    policy: str = "fast",
+    lse: bool = False,
 ) -> Tensor:
+    promises_nothing("sglang", policy, lse)
     check("sglang", q, k_pages, v_pages)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     with offline(q):

@@ -179,7 +179,7 @@ class VilaLlamaForCausalLM(PreTrainedModel):
                     positions=dict(zip(counts, batch.positions)) if batch.positions else None,
                 )
             else:
-                uncached = Uncached(list(counts.values()), self.device)
+                uncached = Uncached(list(counts.values()), self.device, self.config.attention_policy)
                 with cache.step(counts) if cache else nullcontext(uncached) as step:
                     watched = Watched(step) if output_attentions else None
                     at = torch.cat(batch.positions) if batch.positions else step.positions
@@ -205,7 +205,7 @@ class VilaLlamaForCausalLM(PreTrainedModel):
 
     def new_cache(self, sequences: int, pages: int = 0) -> PagedCache:
         """A cache of this model's shape, dtype and device, holding that many empty sequences."""
-        cache = PagedCache(self.geometry.llm, pages, dtype=self.dtype, device=self.device)
+        cache = PagedCache(self.geometry.llm, pages, dtype=self.dtype, device=self.device, **self.config.cache())
         for _ in range(sequences):
             cache.table.alloc()
         return cache

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from vila_triton import checkpoint
+from vila_triton.cache import PAGE_SIZE
 
 from .config import ConfigError
 
@@ -36,6 +37,13 @@ class VilaLlamaConfig(PreTrainedConfig):
     s2: bool | None = None
     resume_path: str | None = None
     prefill_chunk_size: int = 512
+    page_size: int = PAGE_SIZE
+    kv_dtype: str | None = None
+    attention_policy: str = "fast"
+
+    def cache(self) -> dict[str, Any]:
+        """What `PagedCache` is made with beside the model's shape, dtype and device."""
+        return {"page_size": self.page_size, "kv_dtype": self.kv_dtype, "policy": self.attention_policy}
 
     def parts(self) -> dict[str, dict[str, Any]]:
         """The three nested configs, read from their folders where they are not given in place.

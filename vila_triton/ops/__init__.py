@@ -10,25 +10,36 @@ One axis alphabet, here and everywhere:
 References run in any dtype, float64 included, on CPU or GPU. Sums are taken in float32 at least.
 """
 
-from .attention import decode_attention, encoder_attention, prefill_attention
+from .attention import merge
+from .decode import decode_attention
 from .elementwise import layer_norm, rms_norm, rope, swiglu
+from .encoder import encoder_attention
 from .int4 import Int4, dequantize, int4_matmul, int4_swiglu, quantize
+from .kv import Pages, QuantizedPages, empty_pages, leaves
 from .linear import linear
 from .paged import kv_write
+from .prefill import prefill_attention
+from .rope_write import rope_kv_write
 
 __all__ = [
     "Int4",
+    "Pages",
+    "QuantizedPages",
     "decode_attention",
     "dequantize",
+    "empty_pages",
     "encoder_attention",
     "int4_matmul",
     "int4_swiglu",
     "kv_write",
     "layer_norm",
+    "leaves",
     "linear",
+    "merge",
     "prefill_attention",
     "quantize",
     "rms_norm",
     "rope",
+    "rope_kv_write",
     "swiglu",
 ]

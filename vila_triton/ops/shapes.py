@@ -1,8 +1,20 @@
 """Shape contracts: every op states its axes once, and a call that breaks them fails before anything runs."""
 
 from functools import cache
+from typing import Protocol
 
+import torch
 from torch import Tensor
+
+
+class Shaped(Protocol):
+    """A tensor, or a leaf that stands for one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 @cache
@@ -10,7 +22,7 @@ def letters_of(pattern: str) -> tuple[str, ...]:
     return tuple(pattern.split())
 
 
-def axes(where: str, **tensors: tuple[Tensor, str]) -> dict[str, int]:
+def axes(where: str, **tensors: tuple[Shaped, str]) -> dict[str, int]:
     """Match each tensor against its axis letters, which must mean the same size everywhere; returns the sizes.
 
     ``axes("rms_norm", x=(x, "... e"), weight=(weight, "e"))``; a leading ``...`` stands for any axes.

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vila_triton.__main__ import BUNDLED, choices
+from vila_triton.__main__ import BUNDLED, KV_DTYPES, choices
 from vila_triton.chat import Talker
 from vila_triton.models.vila_llama_config import parse_dtype
 from vila_triton.registry import recording, use
@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="stop after so many questions")
     parser.add_argument("--seed", type=int, default=12345)
     parser.add_argument("--device")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache (default: the model's)")
     parser.add_argument("--dtype", type=lambda name: parse_dtype(f"torch.{name}"), help="(default: the model's)")
     parser.add_argument(
         "--against",
@@ -132,6 +133,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     talker = Talker.from_pretrained(args.model, args.device, args.dtype)
+    talker.model.config.kv_dtype = args.kv_dtype
     questions = items(args.count, args.seed, ALL if args.all else SHIPPED)[: args.limit]
     if args.against:
         print(agreement(talker, questions, choices(args.against)))

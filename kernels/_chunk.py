@@ -1,0 +1,56 @@
+"""Chunks of a ragged batch in kernels: which rows a program takes, and the tile in which old and new keys meet.
+
+A row is a pair (query, query head) of one key/value head; there are RATIO heads, and those of a query lie side by side.
+It registers nothing.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+
+import triton
+import triton.language as tl
+
+
+def tiles_of(tokens: int, sequences: int, ratio: int, rows: int) -> int:
+    """Tiles of `rows` rows for any batch of so many tokens in so many sequences: some may stay empty."""
+    return tokens * ratio // rows + sequences
+
+
+@triton.jit
+def sequence_of(tile, start_ptr, b, RATIO: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(i, row): the sequence that owns one of `tiles_of` tiles, and the first of its rows that the tile holds.
+
+    The tiles of sequence i begin at start[i] · RATIO // BLOCK_M + i, which leaves each enough of them.
+    """
+    low, high = tl.full([], 0, tl.int32), b - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        begins = tl.load(start_ptr + middle).to(tl.int64) * RATIO // BLOCK_M + middle
+        low = tl.where(begins <= tile, middle, low)
+        high = tl.where(begins <= tile, high, middle - 1)
+    begins = tl.load(start_ptr + low).to(tl.int64) * RATIO // BLOCK_M + low
+    return low.to(tl.int64), (tile - begins) * BLOCK_M
+
+
+@triton.jit
+def place(row, group, length, RATIO: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(query, head, mine) [BLOCK_M] of the rows from `row` on; queries are counted within the chunk."""
+    rows = row + tl.arange(0, BLOCK_M)
+    query = rows // RATIO
+    return query, group * RATIO + rows % RATIO, query < length
+
+
+@triton.jit
+def scaled(x, scales):
+    """x [n, d] times the scales [n]; x itself where either is None."""
+    if x is None or scales is None:
+        return x
+    else:
+        return (x.to(tl.float32) * scales[:, None]).to(x.dtype)
+
+
+@triton.jit
+def chosen(first, a, b):
+    """a where `first` [n], else b [n, d]; None if a is."""
+    if a is None:
+        return None
+    else:
+        return tl.where(first[:, None], a, b)

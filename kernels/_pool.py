@@ -1,0 +1,186 @@
+"""Reading pools of pages in kernels, plain ones and `QuantizedPages`. It registers nothing.
+
+A pool is a tuple (values, scales, zeros), the last ones None where there are none, and the strides of all three in one
+flat tuple; BITS is 0, 8 or 4. What is read of quantised pages is codes less their zeros: whole numbers that every dtype
+of a product holds exactly. The scale of a token is one number for all of a head, so it multiplies scores and weights.
+
+A head is read in one or two parts, as `head_blocks` cuts it, or in 4 bits its two halves, each of which is a nibble.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vila_triton.ops import Pages, QuantizedPages, leaves
+
+from ._softmax import head_blocks, load_block
+from ._tile import block_of, check
+
+
+def pool_of(pages: Pages) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """The tensors of a pool and their strides: of values p, l, g, d at 0 to 3, of scales at 4 to 6, of zeros 7 to 9."""
+    parts = leaves(pages)
+    return (*parts, *[None] * (3 - len(parts))), tuple(n for x in parts for n in x.stride())
+
+
+def check_pools(where: str, *pages: Pages) -> None:
+    """Unsupported unless Triton can load the pools."""
+    for pool in pages:
+        check(where, *([pool] if isinstance(pool, Tensor) else leaves(pool)[1:]))
+
+
+def parts_of(d: int, pages: Pages, one: bool = False) -> dict[str, int]:
+    """How a kernel reads heads of d numbers: the first WIDTH of them in a block of FIRST, the others in one of REST.
+
+    With `one`, all in one block where bits allow it, which takes fewer registers and more shared memory.
+    """
+    if isinstance(pages, QuantizedPages) and pages.bits == 4:
+        return {"BITS": 4, "WIDTH": d // 2, "FIRST": block_of(d // 2), "REST": block_of(d // 2)}
+    first, rest = (block_of(d), 0) if one else head_blocks(d)
+    return {"BITS": 8 if isinstance(pages, QuantizedPages) else 0, "WIDTH": min(first, d), "FIRST": first, "REST": rest}
+
+
+@triton.jit
+def load(ptrs, known):
+    """What the pointers point at, 0 where not `known`; all of it if that is None."""
+    if known is None:
+        return tl.load(ptrs)
+    else:  # the compiler visits what comes after a return
+        return tl.load(ptrs, mask=known, other=0)
+
+
+@triton.jit
+def tile_rows(table_ptr, stride_table, n, known, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(page, row) of the tokens n to n + BLOCK_N of one sequence, in int64; n is a multiple of BLOCK_N.
+
+    `known` is None if all of them are cached.
+    """
+    tokens = n + tl.arange(0, BLOCK_N)
+    if PAGE % BLOCK_N == 0:
+        page = tl.load(table_ptr + n // PAGE * stride_table).to(tl.int64)  # one for all of them
+    else:
+        page = load(table_ptr + tokens // PAGE * stride_table, known).to(tl.int64)  # [BLOCK_N]
+    return page, (tokens % PAGE).to(tl.int64)
+
+
+@triton.jit
+def pages_at(table_ptr, stride_table, n, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The pages of the tokens n to n + BLOCK_N of one sequence, n a multiple of BLOCK_N: [BLOCK_N], or one for all.
+
+    Tokens from `end` on are not looked up.
+    """
+    if PAGE % BLOCK_N == 0:
+        return tl.load(table_ptr + n // PAGE * stride_table, mask=n < end, other=0)
+    else:
+        tokens = n + tl.arange(0, BLOCK_N)
+        return tl.load(table_ptr + tokens // PAGE * stride_table, mask=tokens < end, other=0)
+
+
+@triton.jit
+def read_parts(ptr, at, known, stride_d, D: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
+    """Heads of plain numbers at the offsets `at` [n]: [n, FIRST] and [n, REST], or None for the second."""
+    first = load_block(ptr, at, known, stride_d, 0, FIRST, WIDTH)
+    if REST > 0:
+        return first, load_block(ptr, at, known, stride_d, WIDTH, REST, D)
+    else:
+        return first, None
+
+
+@triton.jit
+def store_parts(ptr, at, known, stride_d, first, rest, D: tl.constexpr, WIDTH: tl.constexpr):
+    """The inverse of `read_parts`, in the dtype of the pointer."""
+    offs = tl.arange(0, first.shape[1])
+    ptrs = ptr + at[:, None] + offs[None, :] * stride_d
+    tl.store(ptrs, first.to(ptr.dtype.element_ty), mask=known[:, None] & (offs < WIDTH)[None, :])
+    if rest is not None:
+        offs = WIDTH + tl.arange(0, rest.shape[1])
+        ptrs = ptr + at[:, None] + offs[None, :] * stride_d
+        tl.store(ptrs, rest.to(ptr.dtype.element_ty), mask=known[:, None] & (offs < D)[None, :])
+
+
+@triton.jit
+def read_pool(
+    pool,
+    stride,
+    page,
+    row,
+    group,
+    known,
+    dtype: tl.constexpr,
+    BITS: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """The tokens (page, row) of a head in `dtype`: [n, FIRST], [n, REST] or None, and their scales [n] or None."""
+    at = page * stride[0] + row * stride[1] + group * stride[2]  # [n]
+    if BITS == 0:
+        first, rest = read_parts(pool[0], at, known, stride[3], D, WIDTH, FIRST, REST)
+        if REST > 0:
+            return first.to(dtype), rest.to(dtype), None
+        else:
+            return first.to(dtype), None, None
+    else:
+        at_scale = page * stride[4] + row * stride[5] + group * stride[6]
+        scales = load(pool[1] + at_scale, known).to(tl.float32)  # [n]
+        if BITS == 8:
+            first, rest = read_parts(pool[0], at, known, stride[3], D, WIDTH, FIRST, REST)
+            if REST > 0:
+                return first.to(dtype), rest.to(dtype), scales
+            else:
+                return first.to(dtype), None, scales
+        else:
+            at_zero = page * stride[7] + row * stride[8] + group * stride[9]
+            zeros = load(pool[2] + at_zero, known).to(dtype)[:, None]
+            pairs = load_block(pool[0], at, known, stride[3], 0, FIRST, WIDTH)  # [n, FIRST] bytes
+            return (pairs & 15).to(dtype) - zeros, (pairs >> 4).to(dtype) - zeros, scales
+
+
+@triton.jit
+def attend_keys(q, q_rest, k, k_rest, k_scale, v, v_rest, v_scale, known, scale, peak, total, acc, acc_rest):
+    """One more tile of keys, k and v [n, d] with scales [n] or None: the running peak, sum and weighted values.
+
+    `known` is None if all of them are cached. Weights times scales are kept below 1, as float16 wants them.
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, n]
+    if q_rest is not None:
+        scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
+    scores = scores * scale
+    if k_scale is not None:
+        scores = scores * k_scale[None, :]
+    if known is not None:
+        scores = tl.where(known[None, :], scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))  # [BLOCK_M]
+    weights = tl.exp2(scores - new_peak[:, None])
+    rescale = tl.exp2(peak - new_peak)
+    total = total * rescale + tl.sum(weights, 1)
+    if v_scale is None:
+        weights = weights.to(v.dtype)
+        acc = tl.dot(weights, v, acc * rescale[:, None], input_precision="ieee")  # [BLOCK_M, FIRST]
+        if q_rest is not None:
+            acc_rest = tl.dot(weights, v_rest, acc_rest * rescale[:, None], input_precision="ieee")
+    else:
+        largest = tl.max(v_scale, 0)
+        weights = (weights * (v_scale / largest)[None, :]).to(v.dtype)
+        acc = acc * rescale[:, None] + tl.dot(weights, v, input_precision="ieee") * largest
+        if q_rest is not None:
+            acc_rest = acc_rest * rescale[:, None] + tl.dot(weights, v_rest, input_precision="ieee") * largest
+    return new_peak, total, acc, acc_rest
+
+
+@triton.jit
+def attend_pools(
+    q, q_rest, k_pool, stride_k, v_pool, stride_v, page, n, known, group, scale, peak, total, acc, acc_rest,
+    D: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr,
+    REST: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`attend_keys` to the cached tokens n to n + BLOCK_N, which lie in the pages `page`."""
+    page = page.to(tl.int64)
+    row = ((n + tl.arange(0, BLOCK_N)) % PAGE).to(tl.int64)
+    k, k_rest, k_scale = read_pool(k_pool, stride_k, page, row, group, known, q.dtype, BITS, D, WIDTH, FIRST, REST)
+    v, v_rest, v_scale = read_pool(v_pool, stride_v, page, row, group, known, q.dtype, BITS, D, WIDTH, FIRST, REST)
+    return attend_keys(q, q_rest, k, k_rest, k_scale, v, v_rest, v_scale, known, scale, peak, total, acc, acc_rest)

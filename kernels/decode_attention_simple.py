@@ -1,0 +1,147 @@
+"""softmax(q kᵀ · scale) v of one new token per sequence over its cached pages.
+
+The readable rung: one program takes all query heads of one key/value head of one sequence (padded to the 16 rows
+`tl.dot` needs), so each cached key and value is read once. It walks the cached tokens BLOCK_N at a time with an online
+softmax in base 2, from the first to the last, which is "invariant" as it is but for the config: that is the first one.
+
+q [b, h, d], pages [p, l, g, d], any strides; token j of a sequence is row j % l of page block_table[sequence, j // l].
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vila_triton.ops import Pages, decode_attention
+from vila_triton.registry import Unsupported
+from vila_triton.space import Config, Launch, Space
+
+from ._tile import LOG2_E, attend_block, attention_launch, block_of, check, normalise, page_rows, start_rows
+
+CONFIGS = [
+    {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_N": 16, "num_warps": 2, "num_stages": 3},
+]
+
+
+def launch(config: Config, b: int, t: int, g: int, ratio: int, d: int, dtype: str, **_) -> Launch:
+    return attention_launch(config, heads=b * g, rows=ratio, keys=t, d=d, dtype=dtype)
+
+
+SPACE = Space(
+    {"BLOCK_N": [16, 32, 64, 128], "num_warps": [1, 2, 4, 8], "num_stages": [1, 2, 3, 4, 5]},
+    launch=launch,
+)
+
+
+@triton.jit(do_not_specialize=["stride_tb"])  # changes with the longest sequence
+def _decode_attention_kernel(
+    q_ptr,
+    k_pages_ptr,
+    v_pages_ptr,
+    table_ptr,
+    length_ptr,
+    out_ptr,
+    scale,
+    stride_qb,
+    stride_qh,
+    stride_qd,
+    stride_kp,
+    stride_kl,
+    stride_kg,
+    stride_kd,
+    stride_vp,
+    stride_vl,
+    stride_vg,
+    stride_vd,
+    stride_tb,
+    stride_tp,
+    stride_ob,
+    stride_oh,
+    stride_od,
+    RATIO: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tl.static_assert(BLOCK_D >= D and BLOCK_D >= 16, "one block covers the head")
+    tl.static_assert(BLOCK_M >= RATIO and BLOCK_M >= 16, "one block covers the heads of a group")
+    tl.static_assert(BLOCK_N >= 16, "tl.dot needs 16 columns")
+    sequence = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1).to(tl.int64)
+    length = tl.load(length_ptr + sequence)
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    head = group * RATIO + offs_m  # [BLOCK_M]
+    mask_d = offs_d < D
+    mask_q = (offs_m < RATIO)[:, None] & mask_d[None, :]
+    q_ptr += sequence * stride_qb
+    q = tl.load(q_ptr + head[:, None] * stride_qh + offs_d[None, :] * stride_qd, mask=mask_q, other=0)  # [M, D]
+    peak, total, acc = start_rows(BLOCK_M, BLOCK_D)
+
+    table_ptr += sequence * stride_tb
+    k_pages_ptr += group * stride_kg
+    v_pages_ptr += group * stride_vg
+    for n in range(0, length, BLOCK_N):
+        tokens = n + tl.arange(0, BLOCK_N)
+        known = tokens < length
+        at_k = page_rows(table_ptr, tokens, known, stride_tp, stride_kp, stride_kl, PAGE)
+        at_v = page_rows(table_ptr, tokens, known, stride_tp, stride_vp, stride_vl, PAGE)
+        k = tl.load(
+            k_pages_ptr + at_k[None, :] + offs_d[:, None] * stride_kd, mask=mask_d[:, None] & known[None, :], other=0
+        )  # [BLOCK_D, BLOCK_N]
+        v = tl.load(
+            v_pages_ptr + at_v[:, None] + offs_d[None, :] * stride_vd, mask=known[:, None] & mask_d[None, :], other=0
+        )  # [BLOCK_N, BLOCK_D]
+        peak, total, acc = attend_block(q, k.to(q.dtype), v.to(q.dtype), known[None, :], scale, peak, total, acc)
+
+    out_ptr += sequence * stride_ob + head[:, None] * stride_oh + offs_d[None, :] * stride_od
+    tl.store(out_ptr, normalise(acc, total).to(out_ptr.dtype.element_ty), mask=mask_q)
+
+
+@decode_attention.impl("simple", configs=CONFIGS, space=SPACE)
+def decode_attention_simple(
+    q: Tensor,
+    k_pages: Pages,
+    v_pages: Pages,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    policy: str = "fast",
+    lse: bool = False,
+    **config: int,
+) -> Tensor:
+    if lse or not isinstance(k_pages, Tensor) or not isinstance(v_pages, Tensor):
+        raise Unsupported("decode_attention: the simple kernel has no log-sum-exp and reads no quantised pages")
+    check("decode_attention", q, k_pages, v_pages)
+    config = CONFIGS[0] if policy == "invariant" else config
+    (b, h, d), (_, l, g, _) = q.shape, k_pages.shape
+    out = torch.empty(b, h, d, dtype=q.dtype, device=q.device)
+    if out.numel():
+        _decode_attention_kernel[(b, g)](
+            q,
+            k_pages,
+            v_pages,
+            block_table,
+            lengths.contiguous(),
+            out,
+            scale * LOG2_E,
+            *q.stride(),
+            *k_pages.stride(),
+            *v_pages.stride(),
+            *block_table.stride(),
+            *out.stride(),
+            RATIO=h // g,
+            D=d,
+            PAGE=l,
+            BLOCK_M=block_of(h // g),
+            BLOCK_D=block_of(d),
+            **config,
+        )
+    return out

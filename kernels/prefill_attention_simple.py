@@ -1,0 +1,155 @@
+"""softmax(q kᵀ · scale) v of a chunk of new tokens, causal: the cached keys and the chunk's own in one loop.
+
+One program takes BLOCK_M rows of one key/value head of one sequence; a row is a pair (query, query head of the group),
+so all heads that share keys share their loads. It walks the tokens of the sequence BLOCK_N at a time from the first one
+on, with an online softmax in base 2. A token before `history` is loaded from its page, a later one from k and v; each
+load masks off what the other brings, so a tile may hold both. Since tiles do not depend on where the chunk begins, nor
+on the batch or the pages, neither does a bit of the result: this serves both policies.
+
+q [s, h, d], k and v [s, g, d], plain pages [p, l, g, d], any strides; head h of the h/g that share key/value head g is
+row r % (h/g) of its group. Programs past the end of their sequence return at once, so the grid needs no lengths.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vila_triton.ops import Pages, QuantizedPages, prefill_attention
+from vila_triton.registry import Unsupported
+
+from ._softmax import load_block, log_sum_exp, store_block
+from ._tile import LOG2_E, attend_block, block_of, check, normalise, page_rows, rows_of, start_rows
+
+CONFIGS = [{"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}]
+
+
+@triton.jit(do_not_specialize=["stride_tb"])  # changes with the longest sequence
+def _prefill_simple_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_pages_ptr,
+    v_pages_ptr,
+    table_ptr,
+    start_ptr,
+    history_ptr,
+    out_ptr,
+    lse_ptr,  # [s, h] or None
+    scale,
+    stride_tb,
+    stride_tp,
+    stride_q,  # of s, h and d
+    stride_k,  # of s, g and d
+    stride_v,
+    stride_kp,  # of p, l, g and d
+    stride_vp,
+    stride_o,
+    RATIO: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tl.static_assert(BLOCK_D >= D and BLOCK_D >= 16, "one block covers the head")
+    tl.static_assert(BLOCK_M >= 16 and BLOCK_N >= 16, "tl.dot needs 16 rows and columns")
+    sequence = tl.program_id(2).to(tl.int64)
+    group = tl.program_id(1).to(tl.int64)
+    first = tl.load(start_ptr + sequence).to(tl.int64)
+    length = tl.load(start_ptr + sequence + 1) - first
+    history = tl.load(history_ptr + sequence).to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    if tl.program_id(0).to(tl.int64) * BLOCK_M >= length * RATIO:
+        return
+
+    query = rows // RATIO  # [BLOCK_M], counted within the chunk
+    head = group * RATIO + rows % RATIO
+    mine = query < length
+    at = (first + query) * stride_q[0] + head * stride_q[1]
+    q = load_block(q_ptr, at, mine, stride_q[2], 0, BLOCK_D, D)  # [BLOCK_M, BLOCK_D]
+    peak, total, acc = start_rows(BLOCK_M, BLOCK_D)
+
+    table_ptr += sequence * stride_tb
+    end = history + tl.minimum(tl.max(query) + 1, length)  # keys that the last query of the block sees
+    for n in range(0, end, BLOCK_N):
+        tokens = n + tl.arange(0, BLOCK_N)
+        old = tokens < history
+        new = (tokens >= history) & (tokens < end)
+        of = first + tokens - history  # rows of k and v
+        at_k = page_rows(table_ptr, tokens, old, stride_tp, stride_kp[0], stride_kp[1], PAGE) + group * stride_kp[2]
+        at_v = page_rows(table_ptr, tokens, old, stride_tp, stride_vp[0], stride_vp[1], PAGE) + group * stride_vp[2]
+        k_old = load_block(k_pages_ptr, at_k, old, stride_kp[3], 0, BLOCK_D, D)  # [BLOCK_N, BLOCK_D]
+        v_old = load_block(v_pages_ptr, at_v, old, stride_vp[3], 0, BLOCK_D, D)
+        k_new = load_block(k_ptr, of * stride_k[0] + group * stride_k[1], new, stride_k[2], 0, BLOCK_D, D)
+        v_new = load_block(v_ptr, of * stride_v[0] + group * stride_v[1], new, stride_v[2], 0, BLOCK_D, D)
+        k = tl.where(old[:, None], k_old.to(q.dtype), k_new)
+        v = tl.where(old[:, None], v_old.to(q.dtype), v_new)
+        visible = tokens[None, :] <= (history + query)[:, None]
+        peak, total, acc = attend_block(q, tl.trans(k), v, visible, scale, peak, total, acc)
+
+    at = (first + query) * stride_o[0] + head * stride_o[1]
+    store_block(out_ptr, at, mine, stride_o[2], normalise(acc, total), 0, BLOCK_D, D)
+    if lse_ptr is not None:
+        heads = tl.num_programs(1) * RATIO
+        tl.store(lse_ptr + (first + query) * heads + head, log_sum_exp(peak, total), mask=mine)
+
+
+@prefill_attention.impl("simple", configs=CONFIGS)
+def prefill_attention_simple(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Pages,
+    v_pages: Pages,
+    block_table: Tensor,
+    query_start: Tensor,
+    history: Tensor,
+    scale: float,
+    policy: str = "fast",
+    lse: bool = False,
+    *,
+    BLOCK_M: int,
+    BLOCK_N: int,
+    num_warps: int,
+    num_stages: int,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if isinstance(k_pages, QuantizedPages) or isinstance(v_pages, QuantizedPages):
+        raise Unsupported("prefill_attention: the simple kernel reads plain pages only")
+    check("prefill_attention", q, k, v, k_pages, v_pages)
+    (s, h, d), g, b = q.shape, k.shape[1], len(history)
+    out = torch.empty(s, h, d, dtype=q.dtype, device=q.device)
+    sums = torch.empty(s, h, dtype=torch.float32, device=q.device) if lse else None
+    BLOCK_M = rows_of(BLOCK_M, q)
+    if out.numel():
+        _prefill_simple_kernel[(triton.cdiv(s * (h // g), BLOCK_M), g, b)](
+            q,
+            k,
+            v,
+            k_pages,
+            v_pages,
+            block_table,
+            query_start.contiguous(),
+            history.contiguous(),
+            out,
+            sums,
+            scale * LOG2_E,
+            *block_table.stride(),
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            k_pages.stride(),
+            v_pages.stride(),
+            out.stride(),
+            RATIO=h // g,
+            D=d,
+            PAGE=k_pages.shape[1],
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_D=block_of(d),
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    return out if sums is None else (out, sums)

@@ -1,0 +1,158 @@
+"""Conversations on the bundled model: many at once, and what those that begin alike share."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vila_triton.__main__ import BUNDLED, main
+from vila_triton.chat import Conversation, Talker
+from vila_triton.models import vila
+from vila_triton.registry import recording
+from vila_triton.tiny.evaluate import item
+from vila_triton.tiny.scenes import draw, sample
+
+RNG = random.Random(8)
+KINDS = [
+    ("description", 3),
+    ("count shape", 1),
+    ("at", 2),
+    ("exists", 1),
+    ("more", 2),
+    ("description", 1),
+    ("colour", 3),
+]
+ASKED = [(found.qa.question, found.pictures) for found in (item(RNG, kind, n) for kind, n in KINDS)]
+ASKED.insert(2, ("How many shapes are there?", []))  # of no picture at all
+PICTURES = [draw(sample(RNG, "held_out"), RNG) for _ in range(3)]
+QUESTIONS = ["How many shapes are there?", "Describe the picture.", "What colour is the shape at the top?"]
+
+
+@pytest.fixture
+def talker(tiny: Talker, monkeypatch: pytest.MonkeyPatch) -> Talker:
+    """The bundled model with nothing cached; changes to its config are forgotten after the test."""
+    for name in ("page_size", "kv_dtype", "attention_policy", "prefill_chunk_size"):
+        monkeypatch.setattr(tiny.model.config, name, getattr(tiny.model.config, name))
+    return Talker(tiny.model, tiny.tokenizer, tiny.processor)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Talker:
+    return Talker.from_pretrained(BUNDLED)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many pictures the vision tower was given, each time it ran."""
+    counts: list[int] = []
+    whole = vila.encode_images
+
+    def counted(p: Any, pixels: Tensor, *args: Any) -> Tensor:
+        counts.append(len(pixels))
+        return whole(p, pixels, *args)
+
+    monkeypatch.setattr(vila, "encode_images", counted)
+    yield counts
+
+
+def generate(talker: Talker, asked: list, **how: Any) -> list[list[int]]:
+    """The answers to all in one batch, without what pads them."""
+    prompts = [torch.tensor(talker.prompt(question, len(pictures))) for question, pictures in asked]
+    ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    pictures = [picture for _, some in asked for picture in some]
+    pixels = talker.pixels(pictures) if pictures else None
+    stop = talker.tokenizer.eos_token_id
+    answers = talker.model.generate(ids, pixels, mask, max_new_tokens=64, **how).tolist()
+    return [answer[: answer.index(stop) + 1] for answer in answers]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"prefill_chunk_size": 16}, {"page_size": 64, "kv_dtype": "int8"}, {"page_size": 256, "kv_dtype": "int4"}],
+    ids=str,
+)
+def test_eight_conversations_with_different_numbers_of_pictures_answer_as_each_alone(
+    talker: Talker, config: dict
+) -> None:
+    for name, value in config.items():
+        setattr(talker.model.config, name, value)
+    how = {"chunk_prefilling": "prefill_chunk_size" in config}
+    together = generate(talker, ASKED, **how)
+    assert sorted(len(pictures) for _, pictures in ASKED) == [0, 1, 1, 1, 2, 2, 3, 3]
+    assert len({len(answer) for answer in together}) > 3  # they end at different times
+    assert together == [answer for one in ASKED for answer in generate(talker, [one], **how)]
+
+
+def ask(talker: Talker, picture: int, question: str) -> tuple[Conversation, list[int]]:
+    conversation = Conversation(talker)
+    return conversation, list(conversation.ask(question, [PICTURES[picture]]))
+
+
+@pytest.mark.parametrize("page_size", [16, 256])
+def test_a_second_question_about_a_picture_takes_its_own_tokens_and_no_vision(
+    talker: Talker, page_size: int, seen: list
+) -> None:
+    talker.model.config.page_size = page_size
+    first, _ = ask(talker, 0, QUESTIONS[0])
+    assert first.last and first.last.new_tokens == first.last.prompt_tokens and seen == [1]
+    with recording() as calls:
+        second, answer = ask(talker, 0, QUESTIONS[1])
+    prompts = [talker.prompt(question, 1) for question in QUESTIONS[:2]]
+    alike = next(i for i, (a, b) in enumerate(zip(*prompts)) if a != b)
+    assert second.last and second.last.new_tokens == len(prompts[1]) - alike
+    assert seen == [1] and not any(op == "encoder_attention" for op, _ in calls)
+    other, _ = ask(talker, 1, QUESTIONS[1])
+    before_the_picture = prompts[1].index(-200)
+    assert other.last and other.last.prompt_tokens - other.last.new_tokens == before_the_picture and seen == [1, 1]
+    assert answer == generate(talker, [(QUESTIONS[1], PICTURES[:1])])[0]
+
+
+def test_conversations_in_any_order_answer_as_if_they_were_alone(talker: Talker) -> None:
+    expected = {(i, q): generate(talker, [(q, PICTURES[i : i + 1])])[0] for i in range(3) for q in QUESTIONS}
+    assert len({tuple(answer) for answer in expected.values()}) > 4
+    rng, kept = random.Random(1), []
+    for _ in range(15):
+        asked = rng.choice(list(expected))
+        conversation, answer = ask(talker, *asked)
+        assert answer == expected[asked]
+        kept = [*kept, conversation][-3:]  # the others are let go, and with them their sequences
+    assert len(talker.cache.table.sequences) == 3
+    kept.clear()
+    del conversation
+    assert not talker.cache.table.sequences and not talker.cache.table.references
+
+
+def test_what_was_run_for_a_question_that_was_given_up_is_not_run_again(talker: Talker) -> None:
+    conversation = Conversation(talker)
+    given_up = conversation.ask(QUESTIONS[0], [PICTURES[0]])
+    next(given_up)
+    given_up.close()
+    assert conversation.cache.length(conversation.seq) == 0
+    list(conversation.ask(QUESTIONS[0], [PICTURES[0]]))
+    assert conversation.last and conversation.last.new_tokens == 1
+
+
+def test_a_closed_conversation_holds_nothing(talker: Talker) -> None:
+    conversation, _ = ask(talker, 0, QUESTIONS[0])
+    conversation.close()
+    conversation.close()
+    assert not talker.cache.table.references
+    with pytest.raises(KeyError, match="no sequence 0"):
+        list(conversation.ask(QUESTIONS[1]))
+
+
+def test_a_new_conversation_on_the_command_line_begins_anew_and_shares_what_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    picture = f"/image {BUNDLED.parent / 'examples' / 'a.png'}"
+    typed = iter([picture, "How many blue shapes are there?", "/new", picture, "How many yellow shapes are there?"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed, "/quit"))
+    monkeypatch.setattr("sys.argv", ["vila-triton", "chat", "--kv-dtype", "int8", "--page-size", "64"])
+    assert main() == 0
+    first, took, second, then = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("2", "1") and took.startswith("[prompt 27 tokens | ")
+    assert then.startswith("[prompt 27 tokens, 21 cached | ") and "encoder_attention" not in then
