@@ -10,7 +10,7 @@ from triton import knobs
 
 from . import turns
 from .assembly import KINDS, SHARED, TENSOR, Instruction, Loop, amd, nvidia, reachable, working
-from .compiled import resources, run_on_cubin
+from .resources import resources, run_on_cubin
 from .targets import TARGETS, occupancy
 
 
@@ -18,9 +18,10 @@ from .targets import TARGETS, occupancy
 class LoopFigures:
     """One loop, counted in instructions a thread issues from its head back to it (`whole`: the kernel has no loop).
 
-    `mix` by kind; `tensor`, `loads`, `stores`, `shared` by opcode. `turns`: how many turns of the source's loop it
-    does; `weights` and `scores`: 4-bit codes loaded and exponentials taken by the block in all of them, if it is the
-    loop of an int4 product or of attention; None: unknown.
+    `mix` by kind; `tensor`, `loads`, `stores`, `shared` by opcode; `weight_loads` those of `loads` at the source line
+    that loads 4-bit codes, and `weight_bytes` the least a thread loads by one of them, None if the line loads other
+    operands too. `turns`: how many turns of the source's loop it does; `weights` and `scores`: 4-bit codes loaded and
+    exponentials taken by the block in all of them, if it is the loop of an int4 product or of attention; None: unknown.
     """
 
     where: str
@@ -31,6 +32,8 @@ class LoopFigures:
     loads: dict[str, int]
     stores: dict[str, int]
     shared: dict[str, int]
+    weight_loads: dict[str, int]
+    weight_bytes: int | None
     turns: int | None
     weights: int | None
     scores: int | None
@@ -38,11 +41,13 @@ class LoopFigures:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """One kernel. `registers` and `spills` of a thread, `shared` bytes of a block, `blocks` and `warps` a
-    multiprocessor holds at once, `occupancy` their share of the most, `limit` what stops more. The main loop is first.
+    """One kernel. `tile`: its blocks, warps and stages, as they were compiled; `registers` and `spills` of a thread,
+    `shared` bytes of a block, `blocks` and `warps` a multiprocessor holds at once, `occupancy` their share of the most,
+    `limit` what stops more. The main loop is first.
     """
 
     kernel: str
+    tile: dict[str, int]
     threads: int
     registers: int
     spills: int
@@ -73,6 +78,7 @@ def dissect(kernel: Any) -> Dissection:
     found = working(code)
     anatomy = Anatomy(
         kernel=takes.name,
+        tile=tile_of(kernel),
         threads=meta.num_warps * meta.warp_size,
         registers=takes.registers,
         spills=takes.spills,
@@ -87,6 +93,14 @@ def dissect(kernel: Any) -> Dissection:
     return Dissection(anatomy, code, list(found[0].body))
 
 
+def tile_of(kernel: Any) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N, ..., SPLIT_K, num_warps and num_stages, by whatever names the kernel has for the first."""
+    names = kernel.src.fn.arg_names
+    constants = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
+    blocks = {k.replace("_SIZE", ""): v for k, v in constants.items() if k.startswith("BLOCK") or k == "SPLIT_K"}
+    return {**blocks, "num_warps": kernel.metadata.num_warps, "num_stages": kernel.metadata.num_stages}
+
+
 def read(asm: dict[str, Any]) -> list[Instruction]:
     """The instructions of a compiled kernel, with the source line of each."""
     if "amdgcn" in asm:
@@ -97,8 +111,9 @@ def read(asm: dict[str, Any]) -> list[Instruction]:
 def loop_figures(code: Sequence[Instruction], loop: Loop, ttgir: str) -> LoopFigures:
     body = [code[i] for i in loop.body]
     kinds = Counter(x.kind for x in body)
-    counted = turns.count(ttgir, body)
+    counted = turns.count(ttgir, body, loop.whole)
     number, turn = counted or (None, None)
+    codes, alone = turn.of_weights(body) if turn else ([], False)
     return LoopFigures(
         where=place(code, body),
         whole=loop.whole,
@@ -108,6 +123,8 @@ def loop_figures(code: Sequence[Instruction], loop: Loop, ttgir: str) -> LoopFig
         loads=opcodes(x for x in body if x.loads),
         stores=opcodes(x for x in body if x.stores),
         shared=opcodes(x for x in body if x.kind == SHARED),
+        weight_loads=opcodes(codes),
+        weight_bytes=min((x.width for x in codes), default=None) if alone else None,
         turns=number,
         weights=number * turn.weights if number and turn else None,
         scores=number * turn.exponentials if number and turn else None,

@@ -197,15 +197,23 @@ def reach(start: Iterable[int], after: Sequence[Sequence[int]], without: frozens
 
 def working(code: Sequence[Instruction]) -> list[Loop]:
     """The loops that do the work, the largest first: the innermost with tensor-core instructions; if none has any,
-    with floating-point arithmetic; if none, that touch global memory. Without a loop, the whole kernel."""
+    with floating-point arithmetic; if none, that touch global memory. Without a loop, the whole kernel. A loop around a
+    compare-and-swap, which loads nothing else, is an addition in memory that is tried again.
+    """
+    found = [loop for loop in loops(code) if not retries(code, loop)]
 
     def of(kind: str) -> Iterator[Loop]:
-        doing = [loop for loop in loops(code) if any(code[i].kind == kind for i in loop.body)]
+        doing = [loop for loop in found if any(code[i].kind == kind for i in loop.body)]
         for loop in doing:
             if not any(other is not loop and set(other.body) < set(loop.body) for other in doing):
                 yield loop
 
     for kind in (TENSOR, FLOAT, GLOBAL):
-        if found := sorted(of(kind), key=lambda loop: -len(loop.body)):
-            return found
+        if best := sorted(of(kind), key=lambda loop: -len(loop.body)):
+            return best
     return [Loop(range(len(code)), whole=True)]
+
+
+def retries(code: Sequence[Instruction], loop: Loop) -> bool:
+    body = [code[i] for i in loop.body]
+    return any(re.search(r"\.CAS|cmpswap", x.opcode) for x in body) and not any(x.loads for x in body)

@@ -2,6 +2,9 @@
 
     python -m bench.compiled --targets sm_80 gfx942 --dtypes float16 --only int4_matmul-packed-0    one JSON row each
 
+A row's `wrong` says what may not be: no compilation, spilled registers, more shared memory than there is, weights
+loaded by fewer bytes than configs/bench/inspect.toml says. It exits with 1 if there is any.
+
 The launchers themselves run, on tensors without data and under a driver that only names its target, so a new file of
 `kernels/` is compiled as it is called and listed nowhere. It happens in processes of their own.
 """
@@ -9,23 +12,19 @@ The launchers themselves run, on tensors without data and under a driver that on
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache
 from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.autotuner import Autotuner
@@ -34,7 +33,9 @@ from triton.runtime.jit import JITFunction, KernelInterface
 from vila_triton import kernels as door
 from vila_triton.registry import OPS, Impl, Unsupported, discover
 
-from .cases import representative
+from .anatomy import dissect
+from .production import production
+from .resources import resources
 from .targets import TARGETS
 
 S = TypeVar("S")
@@ -120,6 +121,12 @@ def chosen(call: Call) -> tuple[Impl, Mapping[str, Any]]:
     return impl, impl.configs[call.config]
 
 
+@lru_cache
+def without_data(op: str, sizes: tuple[tuple[str, Any], ...]) -> Any:
+    """Arguments of these sizes; no values, so that large ones take no room."""
+    return OPS[op].example(**dict(sizes), rng=torch.Generator().manual_seed(0), device="meta")
+
+
 def compile_call(look: Callable[[Any], T], call: Call) -> Outcome[T]:
     """What `look` says of each kernel the call launches, as Triton's compiler leaves it (`.asm`, `.metadata`)."""
     launched: list[Any] = []
@@ -132,7 +139,7 @@ def compile_call(look: Callable[[Any], T], call: Call) -> Outcome[T]:
     config: Mapping[str, Any] = {}
     try:
         impl, config = chosen(call)
-        args = OPS[call.op].example(**call.sizes, rng=torch.Generator().manual_seed(0), device="meta")
+        args = without_data(call.op, tuple(call.sizes.items()))
         with launching(call.target, compile_only):
             impl(*args, config=config)
     except Unsupported as reason:
@@ -175,32 +182,61 @@ def holds_kernels(impl: Impl) -> bool:
     return any(isinstance(value, KernelInterface) for value in vars(sys.modules[impl.fn.__module__]).values())
 
 
-def main() -> None:
+def proof(call: Call) -> list[dict[str, Any]]:
+    """A row for each kernel of a call: what it takes, and `wrong`: what no kernel may do, in words."""
+
+    def look(kernel: Any) -> dict[str, Any]:
+        found = dissect(kernel).anatomy if documented else None
+        return {**asdict(resources(kernel)), "weight_bytes": found.loops[0].weight_bytes if found else None}
+
+    target = TARGETS[call.target]
+    documented = None
+    if target.gpu.backend == "cuda":
+        documented = production(OPS[call.op], call.impl, chosen(call)[1]).weights
+    outcome = compile_call(look, call)
+    if outcome.error:
+        return [{"wrong": [outcome.error]}]
+    for row in outcome.kernels:
+        row["wrong"] = [f"spills {row['spills']} and uses {row['registers']} registers"] if row["spills"] else []
+        if row["shared"] > target.block_shared:
+            row["wrong"] += [f"wants {row['shared']} bytes of shared memory, there are {target.block_shared}"]
+    if documented and outcome.kernels:
+        least = min((row["weight_bytes"] for row in outcome.kernels if row["weight_bytes"]), default=None)
+        if least is None or least < documented:
+            said = f"{least} bytes" if least else "an unknown number of bytes"
+            outcome.kernels[0]["wrong"] += [f"a thread loads {said} of weights at a time, documented are {documented}"]
+    return outcome.kernels
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", default=["float16"])
     parser.add_argument("--only", nargs="*", default=[], help="op-impl-config")
+    parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    discover()
+    prepare(options.kernels, peers=False)
     named = {}
     for op in OPS.values():
-        usual = {name: representative(domain) for name, domain in op.domain.items()}
         for impl in filter(holds_kernels, op.impls.values()):
-            for number in range(len(impl.configs)):
+            for number, config in enumerate(impl.configs):
                 name = f"{op.name}-{impl.name}-{number}"
                 if not options.only or name in options.only:
+                    usual = production(op, impl.name, config).sizes
                     for dtype, target in product(options.dtypes, options.targets):
                         sizes = {**usual, "dtype": dtype}
                         named[name, dtype, target] = Call(op.name, impl.name, number, target, sizes)
+    wrong = False
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TRITON_CACHE_DIR", folder)
-        outcomes = elsewhere(partial(compile_call, resources), list(named.values()), options.workers)
-        for (call, dtype, target), outcome in zip(named, outcomes):
-            found = [asdict(kernel) for kernel in outcome.kernels] or [{"error": outcome.error}] * bool(outcome.error)
-            for kernel in found:
-                print(json.dumps({"call": call, "target": target, "dtype": dtype, "error": "", **kernel}))
+        outcomes = elsewhere(proof, list(named.values()), options.workers, options.kernels)
+        for (call, dtype, target), kernels in zip(named, outcomes):
+            for row in kernels:
+                print(json.dumps({"call": call, "target": target, "dtype": dtype, **row}))
+                wrong |= bool(row["wrong"])
+    return int(wrong)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

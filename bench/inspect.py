@@ -1,7 +1,8 @@
 """What did the compiler make of a kernel? No GPU needed: `python -m bench.inspect int4_matmul --arch sm_90 gfx942`
 
 For every implementation, config and architecture: registers, spills, shared memory, occupancy, and what the
-instructions of the main loop are for, down to the number of them per weight or per attention score.
+instructions of the main loop are for, down to the number of them per weight or per attention score. At sizes of
+production, and beside another library's kernel, where configs/bench/inspect.toml says so.
 
     --against HEAD~1      what changed since a commit (or `HEAD`: since the last one)
     --against NAME        the difference to another implementation, other libraries' (bench/peers) included
@@ -28,12 +29,14 @@ import torch
 from vila_triton.ops import Int4
 from vila_triton.registry import OPS, Op
 
+from . import inspect_beside as beside
 from . import rows
 from .anatomy import Dissection, dissect, figures
-from .cases import cases, combinations, names
+from .cases import cases, names
 from .compiled import Call, compile_call, elsewhere, holds_kernels, prepare
 from .inspect_picture import draw
-from .inspect_text import Found, compare, mixtures, refusals, table
+from .inspect_text import Found, compare, mixtures, refusals, spelled, table
+from .production import production
 from .targets import TARGETS
 
 
@@ -44,12 +47,12 @@ def unit_of(op: Op) -> str | None:
     return "score" if "attention" in op.name else None
 
 
-def sizes_of(op: str, case: str | None, given: Sequence[str]) -> dict[str, Any]:
-    """The first sizes of a case (or the representative ones), changed as NAME=VALUE says.
+def sizes_of(op: str, usual: Mapping[str, Any], case: str | None, given: Sequence[str]) -> dict[str, Any]:
+    """The first sizes of a case (or the usual ones), changed as NAME=VALUE says.
 
     Errors: ValueError naming what is no case, no size of the op, or no value.
     """
-    sizes = dict(cases(op, case)[0].sizes) if case else dict(next(combinations({}, OPS[op])))
+    sizes = dict(cases(op, case)[0].sizes if case else usual)
     for text in given:
         name, _, value = text.partition("=")
         if name not in sizes or not (value.isdigit() or isinstance(sizes[name], str)):
@@ -96,7 +99,7 @@ def kernels_of(ref: str, folder: Path) -> str:
     return str(folder / "kernels")
 
 
-def calls_of(args: argparse.Namespace, sizes: Mapping[str, Any]) -> list[Call]:
+def calls_of(args: argparse.Namespace) -> list[Call]:
     """The calls to compile: the configs asked for, or all, of the implementations asked for, or of all with kernels.
 
     Errors: ValueError if there are none, or a number is that of no config.
@@ -109,6 +112,8 @@ def calls_of(args: argparse.Namespace, sizes: Mapping[str, Any]) -> list[Call]:
         for number in range(count) if args.config is None else args.config:
             if number not in range(count):
                 raise ValueError(f"{args.op} {name} has no config {number}; it has {count}, from 0")
+            usual = production(OPS[args.op], name, impls[name].configs[number]).sizes
+            sizes = sizes_of(args.op, usual, args.case, args.size)
             calls += [Call(args.op, name, number, target, sizes) for target in args.arch]
     if not calls:
         raise ValueError(f"{args.op} has no Triton kernel; its implementations: {', '.join(impls)}")
@@ -121,8 +126,9 @@ def others(calls: Sequence[Call], impl: str) -> list[Call]:
     return [replace(x, impl=impl, config=x.config if x.config in range(count) else 0) for x in calls]
 
 
-def find(args: argparse.Namespace) -> bool:
-    """Find the implementations asked for, in other libraries (bench/peers) if need be; returns whether that was so.
+def find(args: argparse.Namespace) -> dict[str, str] | None:
+    """Find the implementations asked for, in other libraries (bench/peers) if need be. Returns {library: why not} of
+    those that cannot be used here; None if none was looked for.
 
     Errors: ValueError naming what is neither here nor there, nor a commit to compare with.
     """
@@ -131,45 +137,48 @@ def find(args: argparse.Namespace) -> bool:
     prepare(args.kernels, peers=False)
     impls = OPS[args.op].impls
     asked = {*(args.impl or []), *([args.against] if args.against and not is_commit(args.against) else [])}
-    if asked <= impls.keys():
-        return False
+    shown = production(OPS[args.op], "", {}).beside if not (args.against or args.asm) else None
+    if asked <= impls.keys() and not shown:
+        return None
     unusable = prepare(args.kernels, peers=True)
     for name in sorted(asked - impls.keys()):
         why = f" ({unusable[name]})" if name in unusable else ""
         or_commit = ", nor is it a commit" if name == args.against else ""
         raise ValueError(f"{args.op} has no implementation {name!r}{why}{or_commit}; there are: {', '.join(impls)}")
-    return True
+    return unusable
 
 
 def run(args: argparse.Namespace) -> int:
-    peers = find(args)
-    sizes = sizes_of(args.op, args.case, args.size)
-    case = args.case or "representative"
-    calls = calls_of(args, sizes)
+    unusable = find(args)
+    peers = unusable is not None
+    case = args.case or "usual"
+    calls = calls_of(args)
     old: list[Found] = []
     if args.against and args.against not in OPS[args.op].impls:
         with tempfile.TemporaryDirectory() as folder:
             old = look(calls, case, kernels_of(args.against, Path(folder)), peers, args.against)
     before = others(calls, args.against) if args.against and not old else []
-    found = look([*before, *calls], case, args.kernels, peers)
-    old, new = old + found[: len(before)], found[len(before) :]
+    rivals = beside.calls(calls) if peers and not (args.against or args.asm) else {}
+    found = look([*before, *calls, *rivals.values()], case, args.kernels, peers)
+    old, new, theirs = old + found[: len(before)], found[len(before) :][: len(calls)], found[len(before) + len(calls) :]
     if args.asm:
         for x in new:
             for found in x.outcome.kernels:
                 print(f"{x.call.op} {x.name} {found.anatomy.kernel}, > marks the main loop:")
                 print(*listing(found, args.asm), sep="\n")
         return 0
-    print(f"{args.op} at {case} sizes: {' '.join(f'{k}={v}' for k, v in sizes.items())}")
+    print(f"{args.op} at {case} sizes: {spelled([x.sizes for x in calls])}")
     if any(x.rows for x in [*old, *new]):
         print("", *table(old + new), "", *mixtures(old + new), sep="\n")
     for line in (*refusals(old + new), *(compare(old, new, args.against) if old else ())):
         print(line)
+    if unusable is not None and not (args.against or args.asm):
+        print("", *beside.table(new, dict(zip(rivals, theirs)), unusable), sep="\n")
     stamp = rows.stamp(torch.device("cpu"))
-    kept = [row | stamp for x in [*old, *new] for row in x.rows]
     if args.json:
-        rows.write(args.json, kept)
+        rows.write(args.json, (row | stamp for x in [*old, *new, *theirs] for row in x.rows))
     if args.out:
-        print("\n" + "\n".join(map(str, draw(kept, args.out))))
+        print("\n" + "\n".join(map(str, draw([row | stamp for x in [*old, *new] for row in x.rows], args.out))))
     return int(not all(x.rows or x.outcome.unsupported for x in new))
 
 

@@ -59,6 +59,12 @@ def mixtures(found: Sequence[Found]) -> Iterator[str]:
     yield from aligned([["instructions of a thread", "lines", *kinds, "all", "of the block"], *lines])
 
 
+def spelled(sizes: Sequence[Mapping[str, Any]]) -> str:
+    """The sizes of several calls, those that differ with all their values: m=1/16 n=4096."""
+    values = {name: dict.fromkeys(str(x[name]) for x in sizes) for name in sizes[0]}
+    return " ".join(f"{name}={'/'.join(found)}" for name, found in values.items())
+
+
 def words(counts: Mapping[str, int]) -> str:
     return " ".join(f"{n}x{name}" for name, n in counts.items()) or "-"
 

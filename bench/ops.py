@@ -26,6 +26,7 @@ from . import rows
 from .cases import Case, cases, names
 from .compiled import holds_kernels
 from .gate import gate
+from .spelling import brief, unit
 from .timing import Ceilings, Timing, ceilings, measure
 
 CPU_FLOPS = 2 * 10**9  # a case with more is left out on a CPU unless it is asked for by name
@@ -83,20 +84,6 @@ def run(
                 else:
                     extra = {"noise": found.noise, "peer": is_peer(impl)}
                     yield {"kind": "op", **about, **asdict(found), **extra, **rates(case, found, most), **here}
-
-
-def unit(seconds: float) -> str:
-    """A time in the unit that suits it."""
-    scale, name = next((s, n) for s, n in ((1, "s "), (1e-3, "ms"), (0, "us")) if seconds >= s)
-    return f"{seconds / (scale or 1e-6):8.2f} {name}"
-
-
-def brief(config: Mapping[str, Any]) -> str:
-    """64x32x64 w4 s2: the blocks, the warps, the stages, then what else there is."""
-    rest = dict(config)
-    blocks = "x".join(str(rest.pop(key)) for key in list(rest) if key.startswith("BLOCK"))
-    marks = [f"{mark}{rest.pop(key)}" for key, mark in (("num_warps", "w"), ("num_stages", "s")) if key in rest]
-    return " ".join([blocks, *marks, *(f"{key}={value}" for key, value in rest.items())])
 
 
 HEAD = f"{'':36}{'time':>11}{'spread':>8}{'noise':>7}{'GB/s':>9}{'share':>7}{'TFLOP/s':>10}{'share':>7}  x ref"

@@ -60,18 +60,29 @@ class Turn:
     products: int
 
     @property
+    def codes(self) -> Sequence[Load]:
+        """The loads of integer tiles of the shape of the largest: of 4-bit codes, if `weights` is not 0."""
+        packed = [load for load in self.loads if load.dtype.startswith("i")]
+        largest = max(packed, key=lambda load: load.elements, default=None)
+        return [load for load in packed if largest and load.shape == largest.shape]
+
+    @property
     def weights(self) -> int:
         """The 4-bit codes that a turn makes numbers of; 0 if none of its products has as many."""
-        packed = [load for load in self.loads if load.dtype.startswith("i")]
-        if not packed:
+        if not self.codes:
             return 0
-        largest = max(packed, key=lambda load: load.elements)
-        tiles = sum(load.shape == largest.shape for load in packed)
-        counts = (tiles * largest.elements * largest.bits // 4, tiles * largest.elements)
+        tiles, of_one = len(self.codes), self.codes[0]
+        counts = (tiles * of_one.elements * of_one.bits // 4, tiles * of_one.elements)
         if not self.dots:  # each code is in a product or more
             return next((n for n in counts if n <= self.products), 0)
         factors = {sum(side) for side in zip(*self.dots)} | {tiles * n for dot in self.dots for n in dot}
         return next((n for n in counts if n in factors), 0)
+
+    def of_weights(self, body: Sequence[Instruction]) -> tuple[list[Instruction], bool]:
+        """The instructions of a loop that load codes, and whether no other load stands at the same source line."""
+        places = {load.place for load in self.codes} if self.weights else set()
+        alone = not places & {load.place for load in self.loads if load not in self.codes}
+        return [x for x in body if x.loads and (x.file, x.line) in places], alone
 
 
 def turns(ttgir: str) -> Iterator[Turn]:
@@ -152,13 +163,18 @@ def locations(ttgir: str) -> dict[str, Place]:
     return found
 
 
-def count(ttgir: str, body: Sequence[Instruction]) -> tuple[int, Turn] | None:
-    """How many turns of which loop of the source a loop of the assembly does; None if it cannot be told."""
+def count(ttgir: str, body: Sequence[Instruction], whole: bool = False) -> tuple[int, Turn] | None:
+    """How many turns of which loop of the source a loop of the assembly does; None if it cannot be told. `whole`: the
+    assembly has no loop; if neither has the source, that is one turn.
+    """
+    found = list(turns(ttgir))
+    if whole and len(found) == 1:
+        return 1, found[0]
     moved: Counter[Place] = Counter()
     for x in body:
         if x.loads:
             moved[x.file, x.line] += x.width
-    best = max(turns(ttgir), key=lambda turn: overlap(turn, moved))
+    best = max(found, key=lambda turn: overlap(turn, moved))
     unknown = {load.place for load in best.loads if load.of_a_thread is None}
     given: Counter[Place] = Counter()
     for load in best.loads:

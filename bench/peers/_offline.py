@@ -1,6 +1,6 @@
 """Running a library's launchers without a GPU: interpreted on CPU tensors, or compiled on tensors without data."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +9,7 @@ from unittest.mock import patch
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
+from triton import Config, knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.autotuner import Autotuner
 
@@ -17,9 +17,14 @@ from vila_triton.ops import Pages
 from vila_triton.registry import Unsupported
 
 from ..targets import TARGETS
-from ..tuner.cost import CHIPS
 
-GPUS = {80: "NVIDIA A100", 89: "NVIDIA GeForce RTX 4090", 90: "NVIDIA H100"}  # by CUDA architecture, one of it
+# By CUDA architecture, one of it, and its multiprocessors.
+GPUS = {
+    80: ("NVIDIA A100", 108),
+    89: ("NVIDIA GeForce RTX 4090", 128),
+    90: ("NVIDIA H100", 132),
+    100: ("NVIDIA B200", 148),
+}
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -76,11 +81,12 @@ def offline(x: Tensor | None = None) -> Iterator[None]:
     target = active.get_current_target()
     if target.backend != "cuda" or target.arch not in GPUS:
         raise Unsupported(f"compiled without a GPU only for {', '.join(f'sm_{arch}' for arch in GPUS)}")
+    name, sms = GPUS[target.arch]
     gpu = SimpleNamespace(
-        name=GPUS[target.arch],
+        name=name,
         major=target.arch // 10,
         minor=target.arch % 10,
-        multi_processor_count=CHIPS[f"sm_{target.arch}"][1],
+        multi_processor_count=sms,
         shared_memory_per_block_optin=TARGETS[f"sm_{target.arch}"].block_shared,
     )
     answers = {
@@ -101,12 +107,16 @@ def offline(x: Tensor | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def first_config() -> Iterator[None]:
-    """Inside, `triton.autotune` times nothing: the first config that the library's own pruning leaves is taken."""
+def first_config(change: Callable[[Config], Config] | None = None) -> Iterator[None]:
+    """Inside, `triton.autotune` times nothing: the first config that the library's own pruning leaves is taken.
+
+    `change` makes of the library's first config the only one that there is to prune.
+    """
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.nargs = dict(zip(self.arg_names, args))
-        config = self.prune_configs(kwargs)[0]
+        with patch.object(self, "configs", [change(self.configs[0])] if change else self.configs):
+            config = self.prune_configs(kwargs)[0]
         if knobs.runtime.interpret:  # which fails on an argument that is a bool and no constexpr
             kwargs = {name: int(value) if isinstance(value, bool) else value for name, value in kwargs.items()}
         if config.pre_hook:

@@ -16,9 +16,9 @@ configs shipped for that.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import cache
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
@@ -60,8 +61,8 @@ def layer(w: Int4, output: Any) -> Any:
 
 
 @cache
-def shipped(file: str) -> dict:
-    return json.loads(Path(file).read_text())
+def shipped(file: str | None) -> dict:
+    return json.loads(Path(file).read_text()) if file else {}
 
 
 @contextmanager
@@ -79,16 +80,39 @@ def told(x: Tensor) -> Iterator[None]:
 
 
 @int4_matmul.impl("gemlite", configs=CONFIGS)
-def int4_matmul_gemlite(x: Tensor, w: Int4, bias: Tensor | None = None, *, tune: bool) -> Tensor:
-    return run(x, w, bias, tune)
+def int4_matmul_gemlite(x: Tensor, w: Int4, bias: Tensor | None = None, *, tune: bool = False, **tile: int) -> Tensor:
+    return run(x, w, bias, tune, tile)
 
 
 @int4_matmul.impl("gemlite_float32", configs=CONFIGS)
-def int4_matmul_gemlite_float32(x: Tensor, w: Int4, bias: Tensor | None = None, *, tune: bool) -> Tensor:
-    return run(x, w, bias, tune, output=gemlite.DType.FP32).to(x.dtype)
+def int4_matmul_gemlite_float32(
+    x: Tensor, w: Int4, bias: Tensor | None = None, *, tune: bool = False, **tile: int
+) -> Tensor:
+    return run(x, w, bias, tune, tile, output=gemlite.DType.FP32).to(x.dtype)
 
 
-def run(x: Tensor, w: Int4, bias: Tensor | None, tune: bool, output: Any = None) -> Tensor:
+def tiled(config: triton.Config, tile: Mapping[str, int]) -> triton.Config:
+    """The library's config with the blocks, warps and stages of a tile in place of its own, as far as it has such."""
+    wanted = {name.replace("BLOCK_", "BLOCK_SIZE_"): value for name, value in tile.items()}
+    blocks = {name: wanted.get(name, value) for name, value in config.kwargs.items()}
+    warps, stages = tile.get("num_warps", config.num_warps), tile.get("num_stages", config.num_stages)
+    return triton.Config(blocks, num_warps=warps, num_stages=stages)
+
+
+@contextmanager
+def configured(tune: bool, tile: Mapping[str, int]) -> Iterator[None]:
+    """The tile, or what `tune` says."""
+    if tune:
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(first_config(partial(tiled, tile=tile) if tile else None))
+        if tile:  # else a config that the library ships for this shape wins
+            stack.enter_context(patch.object(core, "GEMLITE_TRITON_CONFIG_CACHE", {}))
+        yield
+
+
+def run(x: Tensor, w: Int4, bias: Tensor | None, tune: bool, tile: Mapping[str, int], output: Any = None) -> Tensor:
     plain("gemlite", w, bias)
     check("gemlite", x, w.scales, dtypes=[*DTYPES])
     if w.group % 32:
@@ -96,7 +120,9 @@ def run(x: Tensor, w: Int4, bias: Tensor | None, tune: bool, output: Any = None)
     if tune and not x.is_cuda:
         raise Unsupported("gemlite: tunes itself only on a GPU")
     n, k = w.shape
-    with told(x), nullcontext() if tune else first_config():
+    if tune and tile:
+        raise ValueError(f"gemlite: tune and a tile ({', '.join(tile)}) exclude one another")
+    with told(x), configured(tune, tile):
         made = prepared(layer, w, output=output)
         # The function under its custom op, since on tensors without data the op itself only tells its shape.
         out = core.forward_functional._init_fn(x.reshape(-1, k), None, made.get_tensor_args(), made.get_meta_args())

@@ -21,8 +21,9 @@ import torch
 from vila_triton.registry import OPS, Impl, OneOf, Sizes, Unsupported, discover
 
 from ..cases import Case
-from ..compiled import Call, compile_call, resources
+from ..compiled import Call, compile_call
 from ..gate import gate
+from ..resources import resources
 from ..targets import TARGETS
 from ..timing import measure
 

@@ -18,7 +18,7 @@ from vila_triton.registry import OPS
 from vila_triton.space import Config, canonical
 from vila_triton.tuned import file_of, pick, read
 
-from ..ops import brief, unit
+from ..spelling import brief, unit
 
 Row = Mapping[str, Any]
 
