@@ -112,6 +112,14 @@ def test_of_another_picture_only_the_words_before_it_are_shared(ran: list) -> No
     assert ran[0] == 9 + 3
 
 
+def test_idle_pages_are_given_away_before_the_pool_grows() -> None:
+    conversations = Conversations(page_size=4)
+    table = conversations.cache.table
+    for image in range(3):
+        table.free(conversations.ask(image, 0)[0])
+        assert table.pages == 5 and not table.references  # 15 tokens and 5 more
+
+
 def test_the_tower_sees_a_picture_once() -> None:
     seen = []
 
