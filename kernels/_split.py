@@ -40,18 +40,25 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
 
 
+def time(programs: int, room: int, wanted: int, least: int, places: int) -> int:
+    """Rounds times what each takes: the keys of a split and START. A round is what fits on the places at once."""
+    keys = max(least, min(MOST, cdiv(room, wanted)))
+    return cdiv(programs * max(1, cdiv(room, keys)), places) * (keys + START)
+
+
 @lru_cache(maxsize=4096)
 def plan(policy: str, programs: int, room: int, least: int, places: int) -> Plan:
     """For `programs` pairs of a sequence and a key head with room for so many keys each, on `places` at a time.
 
-    Under `fast` the number of splits is the one for which rounds · (keys of a split + START) is least, the smaller of
-    equals; a round is what fits on the places at once. Under `invariant` nothing but the length of a sequence counts.
+    Under `fast` the number of splits is the one that takes least `time`, the smaller of equals. What twice the programs
+    or twice the room may be cut into is no less, so that neither takes more than twice the time: there is no cliff.
+    Under `invariant` nothing but the length of a sequence counts.
     """
     if policy == "invariant":
         return Plan(1, INVARIANT, INVARIANT, max(1, cdiv(room, INVARIANT)))
     least = max(LEAST, least)
-    finest = min(max(1, cdiv(room, least)), cdiv(2 * places, programs))
-    wanted = min(range(1, finest + 1), key=lambda n: cdiv(programs * n, places) * (cdiv(room, n) + START))
+    finest = max(1, min(cdiv(room, least), places))
+    wanted = min(range(1, finest + 1), key=lambda n: time(programs, room, n, least, places))
     return Plan(wanted, least, MOST, max(wanted, cdiv(room, MOST)))
 
 

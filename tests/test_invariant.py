@@ -20,7 +20,7 @@ from vila_triton import engine
 from vila_triton.cache import KV_DTYPES, PagedCache
 from vila_triton.models import llama
 from vila_triton.ops import linear, prefill_attention, swiglu
-from vila_triton.registry import OPS, Unsupported, discover, use
+from vila_triton.registry import OPS, Unsupported, discover, recording, use
 
 discover()
 MODEL = build(dtype=torch.float32, seed=3, gain=2.0, llm={"head_dim": 16})
@@ -98,3 +98,10 @@ def test_not_a_bit_of_the_logits_depends_on_how_a_sequence_is_run(impl: str, kv_
 def test_without_the_policy_chunks_matter_to_quantised_pages() -> None:
     whole, chunked = (logits("reference", "int4", cuts, policy="fast") for cuts in ([], [16]))
     assert torch.equal(whole[:16], chunked[:16]) and not torch.equal(whole[16:], chunked[16:])
+
+
+def test_a_single_token_goes_the_way_of_a_chunk_if_policy_says_so() -> None:
+    for policy, decoded in (("invariant", 0), ("fast", 2 * 3)):  # layers and tokens
+        with recording() as calls:
+            logits("reference", None, [34, 35, 36], policy=policy, known=34)
+        assert calls["decode_attention", "reference"] == decoded

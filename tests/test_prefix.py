@@ -112,6 +112,14 @@ def test_of_another_picture_only_the_words_before_it_are_shared(ran: list) -> No
     assert ran[0] == 9 + 3
 
 
+def test_idle_pages_are_given_away_before_the_pool_grows() -> None:
+    conversations = Conversations(page_size=4)
+    table = conversations.cache.table
+    for image in range(3):
+        table.free(conversations.ask(image, 0)[0])
+        assert table.pages == 5 and not table.references  # 15 tokens and 5 more
+
+
 def test_the_tower_sees_a_picture_once() -> None:
     seen = []
 
@@ -119,14 +127,14 @@ def test_the_tower_sees_a_picture_once() -> None:
         seen.append(len(pixels))
         return MODEL.encode_images(pixels)
 
-    known = Pictures(encode, limit=2)
+    known, apart = Pictures(encode, limit=2), Pictures(MODEL.encode_images)
     for index, n in (([0, 1, 0], [2]), ([1], [2]), ([0, 2], [2, 1]), ([1], [2, 1, 1])):  # 2 drives out 1
         features, names = known(IMAGES[index])
         assert seen == n and len(names) == len(set(names)) + 9 * (len(index) - len(set(index)))
         for i, picture in enumerate(index):
             torch.testing.assert_close(features[i], MODEL.encode_images(IMAGES[picture : picture + 1])[0])
-            assert names[9 * i : 9 * i + 9] == known(IMAGES[picture : picture + 1])[1]
-        seen[:] = n
+            assert names[9 * i : 9 * i + 9] == apart(IMAGES[picture : picture + 1])[1]
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in known.kept.values())  # not those of its batch too
 
 
 def test_a_picture_is_its_pixels_their_dtype_and_their_shape() -> None:
