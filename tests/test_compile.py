@@ -14,6 +14,7 @@ import pytest
 from vila_triton.registry import OPS, REFERENCE, discover
 
 discover()
+pytestmark = pytest.mark.xdist_group("compile")  # what `found` compiles, it compiles once
 CALLS = [
     f"{op.name}-{impl.name}-{config}"
     for op in OPS.values()
