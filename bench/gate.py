@@ -1,7 +1,7 @@
 """The gate: an implementation whose numbers are wrong gets no time. `ops`, `tune` and the peers all pass through it."""
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 from unittest import SkipTest
 
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from vila_triton.registry import OPS, Impl, Op, Unsupported
 
 from .cases import Case
-from .faithful import DEVICE, arguments, assert_faithful, examples, hold, supported
+from .faithful import DEVICE, arguments, assert_faithful, budget, examples, hold, supported, within_budget
 from .guarded import tensors
 from .report import crash
 
@@ -30,6 +30,30 @@ def gate(impl: Impl, config: Mapping[str, Any], case: Case | None = None) -> str
     if reason or case is None or not affordable(case):
         return reason
     return case_gate(OPS[impl.op], impl, config, case)
+
+
+def numbers_gate(impl: Impl, config: Mapping[str, Any], case: Case) -> str | None:
+    """Why the implementation may not be timed at this case, in one line: its numbers are beyond budget there. Nothing
+    else is looked at: for configs that have passed `gate`. What is too large for float64 passes.
+    """
+    if not affordable(case):
+        return None
+    try:
+        args, exact, allowed = expected(case.op, tuple(case.sizes.items()))
+        for i, (out, want, room) in enumerate(zip(tensors(impl(*args, config=config)), exact, allowed, strict=True)):
+            within_budget(i, out, want, room)
+    except Unsupported as reason:
+        return f"unsupported: {reason}"
+    except Exception as error:  # as in `domain_gate`
+        return crash(error)
+    return None
+
+
+@lru_cache(maxsize=1)
+def expected(op: str, sizes: tuple[tuple[str, Any], ...]) -> tuple[Any, Any, Any]:
+    """Arguments, exact outputs and budgets, made once for all implementations at the same sizes."""
+    args = arguments(OPS[op], seed=0, **dict(sizes))
+    return args, *budget(OPS[op], args)
 
 
 def affordable(case: Case) -> bool:

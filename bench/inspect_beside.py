@@ -40,12 +40,14 @@ def table(ours: Sequence[Found], theirs: Mapping[int, Found], unusable: Mapping[
         return
     yield f"beside {peer}, at the same sizes and tile (the tile is what was compiled):"
     head = ["", "m", "tile", "registers", "spills", "shared", "weight loads", "tensor core", "of the main loop", "ours"]
-    lines, ratios, without = [head], {}, []
+    lines, ratios = [head], {}
+    without: dict[str, list[str]] = {}
     for i, other in theirs.items():
         mine, its = work(ours[i]), work(other)
         if mine is None or its is None:
             why = (ours[i] if mine is None else other).outcome
-            without.append(f"not compared: {ours[i].name}: {(why.error or why.unsupported).splitlines()[0]}")
+            reason = why.error or why.unsupported or "launches no Triton kernel"
+            without.setdefault(reason.splitlines()[0], []).append(ours[i].name)
             continue
         ratio = "?"
         if mine["per_unit"] and its["per_unit"]:
@@ -53,11 +55,11 @@ def table(ours: Sequence[Found], theirs: Mapping[int, Found], unusable: Mapping[
             ratios[ours[i].name], ratio = (a, b), f"{a / b:.2f} of it"
         lines += [[ours[i].name, *cells(mine), ratio], [f"  {its['kernel']}", *cells(its), ""]]
     yield from aligned(lines)
-    yield from without
-    more = {name: pair for name, pair in ratios.items() if pair[0] > pair[1]}
+    yield from (f"not compared: {', '.join(names)}: {reason}" for reason, names in without.items())
+    more = {name: pair for name, pair in ratios.items() if pair[0] >= pair[1]}
     yield f"instructions a weight: ours needs fewer in {len(ratios) - len(more)} of {len(ratios)}"
     for name, (a, b) in more.items():
-        yield f"  MORE in {name}: {a:.2f}, {peer} {b:.2f}"
+        yield f"  not fewer in {name}: {a:.2f}, {peer} {b:.2f}"
 
 
 def work(found: Found) -> Row | None:

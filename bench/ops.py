@@ -3,12 +3,15 @@
 First the ceilings of this machine, then for every case and implementation the gate and, only if it is green, the time:
 median and spread with a cold cache, the same again to show the noise, and the rates as shares of the ceilings. On a CPU
 Triton kernels are only interpreted: they pass the gate there and get no time; references and library variants do.
+
+--served takes the implementation and the config that a call runs by default at the sizes of a case, and marks its rows;
+with --impl, those beside it. --gate case checks the numbers of the case alone: for a run after `pytest` and bench.tune.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +24,17 @@ if not torch.cuda.is_available():
 from vila_triton.choices import pick_device
 from vila_triton.ops.domain import DTYPES
 from vila_triton.registry import OPS, REFERENCE, Impl, Unsupported
+from vila_triton.tuned import config_at, kernels_for, name_of
 
 from . import rows
 from .cases import Case, cases, names
 from .compiled import holds_kernels
-from .gate import gate
+from .gate import gate, numbers_gate
 from .spelling import brief, unit
 from .timing import Ceilings, Timing, ceilings, measure
 
+Gate = Callable[[Impl, Mapping[str, Any], Case], str | None]
+GATES: dict[str, Gate] = {"full": gate, "case": numbers_gate}
 CPU_FLOPS = 2 * 10**9  # a case with more is left out on a CPU unless it is asked for by name
 
 
@@ -54,11 +60,34 @@ def is_peer(impl: Impl) -> bool:
     return impl.fn.__module__.startswith("bench.peers")
 
 
-def timed(impl: Impl, config: Mapping[str, Any], case: Case, device: torch.device, budget: float) -> Timing | str:
+def served(case: Case, device: torch.device) -> tuple[str, Mapping[str, Any]]:
+    """The implementation and the config that a call of these sizes runs by default."""
+    op = OPS[case.op]
+    choice = kernels_for(device, "decode").get(op.name, REFERENCE)
+    name = choice if isinstance(choice, str) else choice.at(case.sizes[op.varying[0]])
+    table = name_of(device)
+    tuned = config_at(op.impls[name], table, tuple(case.sizes.items())) if table else None
+    return name, tuned if tuned is not None else op.impls[name].configs[0]
+
+
+def wanted(case: Case, impls: Sequence[str], every: bool, by_default: tuple | None) -> Iterator[tuple[Impl, Any]]:
+    """Implementations and configs to time: by name, or all; the one that runs by default comes first."""
+    if by_default:
+        yield OPS[case.op].impls[by_default[0]], by_default[1]
+    for impl in OPS[case.op].impls.values():
+        if impl.name in impls or not (impls or by_default):
+            for config in impl.configs if every else impl.configs[:1]:
+                if (impl.name, config) != by_default:
+                    yield impl, config
+
+
+def timed(
+    impl: Impl, config: Mapping[str, Any], case: Case, device: torch.device, budget: float, check: Gate = gate
+) -> Timing | str:
     """The time of a call, or why it gets none."""
-    if reason := gate(impl, config, case):
+    if reason := check(impl, config, case):
         return reason
-    if device.type == "cpu" and (holds_kernels(impl) or is_peer(impl)):
+    if device.type == "cpu" and (holds_kernels(impl) or (is_peer(impl) and impl.name != "dense")):
         return "the gate is green, but a time in the interpreter says nothing"
     try:
         return measure(lambda *args: impl(*args, config=config), call_arguments(case, device), device, budget)
@@ -67,23 +96,28 @@ def timed(impl: Impl, config: Mapping[str, Any], case: Case, device: torch.devic
 
 
 def run(
-    chosen: Sequence[Case], impls: Sequence[str], every: bool, device: torch.device, most: Ceilings, budget: float
+    chosen: Sequence[Case],
+    impls: Sequence[str],
+    every: bool,
+    device: torch.device,
+    most: Ceilings,
+    budget: float,
+    check: Gate = gate,
+    default: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """A row for every case, implementation and config (the first, or `every`), as soon as it is known."""
     here = rows.stamp(device)
     for case in chosen:
-        for impl in OPS[case.op].impls.values():
-            if impls and impl.name not in impls:
-                continue
-            for config in impl.configs if every else impl.configs[:1]:
-                about = {"op": case.op, "impl": impl.name, "case": case.name, "sizes": dict(case.sizes)}
-                about["config"] = dict(config)
-                found = timed(impl, config, case, device, budget)
-                if isinstance(found, str):
-                    yield {"kind": "refused", **about, "reason": found, **here}
-                else:
-                    extra = {"noise": found.noise, "peer": is_peer(impl)}
-                    yield {"kind": "op", **about, **asdict(found), **extra, **rates(case, found, most), **here}
+        by_default = served(case, device) if default else None
+        for number, (impl, config) in enumerate(wanted(case, impls, every, by_default)):
+            about = {"op": case.op, "impl": impl.name, "case": case.name, "sizes": dict(case.sizes)}
+            about |= {"config": dict(config), "served": default and not number}
+            found = timed(impl, config, case, device, budget, check)
+            if isinstance(found, str):
+                yield {"kind": "refused", **about, "reason": found, **here}
+            else:
+                extra = {"noise": found.noise, "peer": is_peer(impl)}
+                yield {"kind": "op", **about, **asdict(found), **extra, **rates(case, found, most), **here}
 
 
 HEAD = f"{'':36}{'time':>11}{'spread':>8}{'noise':>7}{'GB/s':>9}{'share':>7}{'TFLOP/s':>10}{'share':>7}  x ref"
@@ -91,7 +125,7 @@ HEAD = f"{'':36}{'time':>11}{'spread':>8}{'noise':>7}{'GB/s':>9}{'share':>7}{'TF
 
 def show(row: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
     """One line of the table."""
-    name = f"  {row['impl']} {brief(row['config'])}"
+    name = f"{'* ' if row['served'] else '  '}{row['impl']} {brief(row['config'])}"
     if row["kind"] == "refused":
         return f"{name:36.36}  no time: {row['reason']}"
     seconds = row["seconds"]
@@ -121,6 +155,8 @@ def main() -> int:
     parser.add_argument("--case", help="a name of configs/bench/OP.toml; default: all")
     parser.add_argument("--configs", choices=("first", "all"), default="first")
     parser.add_argument("--dtype", choices=DTYPES.values, help="default: float16 on a GPU, float32 on a CPU")
+    parser.add_argument("--served", action="store_true", help="what runs by default, and what --impl names")
+    parser.add_argument("--gate", choices=GATES, default="full", help="case: only the numbers of the case itself")
     parser.add_argument("--peers", action="store_true", help="other libraries' kernels too, where installed")
     parser.add_argument("--budget", type=float, default=0.2, help="seconds for each of the two runs of a figure")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
@@ -131,15 +167,16 @@ def main() -> int:
     try:
         device = pick_device(args.device)
         known = names()
-        if args.peers:
-            from .peers import discover
+        from .peers import dense, discover  # noqa: F401 (dense: torch itself, always there)
+        from .peers import names as peer_names
 
+        if args.peers:
             for peer, reason in discover().items():
                 print(f"peer {peer}: not here: {reason}")
         dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
         chosen = select(args.ops or known, args.case, dtype, device)
         there = {name for case in chosen for name in OPS[case.op].impls}
-        if unknown := set(args.impl) - there:
+        if unknown := set(args.impl) - there - (set(peer_names()) if args.peers else set()):
             raise ValueError(f"no implementation {', '.join(sorted(unknown))}; there are: {', '.join(sorted(there))}")
         report(chosen, args, device)
     except (ValueError, RuntimeError, OSError) as error:
@@ -159,7 +196,8 @@ def report(chosen: Sequence[Case], args: argparse.Namespace, device: torch.devic
         rows.write(args.out, [{"kind": "ceiling", **asdict(most), **here}])
     last, reference = None, None
     for number, case in enumerate(chosen, 1):
-        for row in run([case], args.impl, args.configs == "all", device, most, args.budget):
+        every, check = args.configs == "all", GATES[args.gate]
+        for row in run([case], args.impl, every, device, most, args.budget, check, args.served):
             if last is not case:
                 print(f"{case}   [{number} of {len(chosen)}]")
                 last, reference = case, None

@@ -1,9 +1,9 @@
 """Everything a machine with a GPU should run, the most valuable first: `python -m bench.suite --minutes 9 --out DIR`
 
-Correctness of every kernel, then tuning, then the ops, then the model, then pictures of it all. Every step is a command
-of this repository with a limit of its own, so one that hangs costs no more than its share; DIR/summary.txt is written
-anew after every step, so the suite may be stopped at any time. `--dry-run` runs every step at toy sizes on a CPU:
-kernels interpreted, tuning by the cost model.
+Correctness of every kernel, then tuning, then int4_matmul beside its peers and its goals, then the model, then the
+other ops, then pictures of it all. Every step is a command of this repository with a limit of its own, so one that
+hangs costs no more than its share; DIR/summary.txt is written anew after every step, so the suite may be stopped at any
+time. `--dry-run` runs every step at toy sizes on a CPU: kernels interpreted, tuning by the cost model.
 """
 
 import argparse
@@ -20,6 +20,10 @@ from pathlib import Path
 import torch
 
 from . import rows
+from .cases import names
+
+# What int4_matmul is timed beside; those of other libraries only where they are installed.
+INT4_BESIDE = ("dense", "dequant", "gemlite", "gptqmodel", "lmdeploy", "autoawq")
 
 
 @dataclass(frozen=True)
@@ -41,23 +45,36 @@ class Outcome:
 
 
 def plan(out: Path, minutes: float) -> list[Step]:
-    """The steps on a GPU."""
+    """The steps on a GPU. What is tuned is installed, so that the steps after it run by it; prefill comes first, since
+    what was tuned last, if time runs out, must not be chosen for more rows than it was timed with.
+    """
     measured = str(out / "rows.jsonl")
     model = ["bench.model", "--model", "llama3-vila1.5-8b", "--layers", "4", "--weights", "float16,int4"]
     tuned = [
-        Step(f"tune {op}", share, ["bench.tune", op, "--case", case, "--minutes", f"{share * minutes:.2f}", *tail])
-        for op, case, share, tail in (
-            ("int4_matmul", "decode", 0.16, ["--out", str(out)]),
-            ("decode_attention", "decode", 0.08, ["--out", str(out)]),
-            ("prefill_attention", "whole", 0.08, ["--out", str(out)]),
+        Step(f"tune {name}", share, ["bench.tune", *words.split(), "--minutes", f"{share * minutes:.2f}", *keep])
+        for keep in (["--install", "--out", str(out)],)
+        for name, share, words in (
+            ("int4 prefill", 0.05, "int4_matmul --impl prefill dequant --case prefill"),
+            ("int4 splitk", 0.05, "int4_matmul --impl splitk --case decode"),
+            ("int4 gemv", 0.05, "int4_matmul --impl gemv --case decode"),
+            ("decode_attention", 0.05, "decode_attention --case decode"),
+            ("prefill_attention", 0.05, "prefill_attention --case whole"),
         )
     ]
+    others = [name for name in names() if name != "int4_matmul"]
+    int4 = ["bench.ops", "int4_matmul", "--served", "--gate", "case", "--budget", "0.01", "--peers", "--out", measured]
+    beside = [word for name in INT4_BESIDE for word in ("--impl", name)]
     return [
-        Step("correctness", 0.30, ["pytest", "-q", "-x", "-m", "gpu", "--maxfail=20"], [("HYPOTHESIS_PROFILE", "dev")]),
+        Step("correctness", 0.25, ["pytest", "-q", "-x", "-m", "gpu", "--maxfail=20"], [("HYPOTHESIS_PROFILE", "dev")]),
         *tuned,
-        Step("ops", 0.28, ["bench.ops", "--peers", "--budget", "0.05", "--out", measured]),
-        Step("model", 0.20, [*model, "--out", measured]),
-        Step("pictures", 0.10, ["bench.plot", str(out), "--out", str(out / "pictures")]),
+        Step("int4 goals", 0.22, [*int4, "--case", "goals", *beside]),
+        Step("goals", 0.03, ["bench.goals", measured]),
+        Step("int4 errors", 0.04, ["bench.error", "int4_matmul", "--peers", "--out", measured]),
+        Step("model", 0.14, [*model, "--out", measured]),
+        Step("ops", 0.10, ["bench.ops", *others, "--peers", "--budget", "0.05", "--out", measured]),
+        Step("int4 models", 0.12, [*int4, "--case", "models", *beside]),
+        Step("all goals", 0.03, ["bench.goals", measured]),
+        Step("pictures", 0.05, ["bench.plot", str(out), "--out", str(out / "pictures")]),
     ]
 
 
@@ -65,10 +82,16 @@ def rehearsal(out: Path) -> list[Step]:
     """The same steps at toy sizes on a CPU."""
     measured = str(out / "rows.jsonl")
     tiny = ["bench.model", "--model", "tiny", "--layers", "1", "--weights", "float32"]
+    by_model = ["--timer", "cost-model", "--minutes", "0.15", "--install", "--out", str(out)]
+    beside = ["--impl", "dense", "--impl", "dequant", "--gate", "case", "--budget", "0.01"]
     return [
-        Step("correctness", 0.4, ["pytest", "-q", "-x", "tests/test_kernels.py", "-k", "swiglu or rms_norm"]),
+        Step("correctness", 0.4, ["pytest", "-q", "-x", "tests/test_kernels.py", "-k", "swiglu-triton or rms_norm"]),
         Step("tune swiglu", 0.4, ["bench.tune", "swiglu", "--case", "toy", "--timer", "cost-model", "--out", str(out)]),
+        Step("tune int4", 0.4, ["bench.tune", "int4_matmul", "--impl", "dequant", "gemv", "--case", "toy", *by_model]),
         Step("ops", 0.4, ["bench.ops", "swiglu", "rms_norm", "--case", "toy", "--budget", "0.02", "--out", measured]),
+        Step("int4", 0.4, ["bench.ops", "int4_matmul", "--case", "toy", "--served", *beside, "--out", measured]),
+        Step("goals", 0.4, ["bench.goals", measured]),
+        Step("int4 errors", 0.4, ["bench.error", "int4_matmul", "--toy", "--out", measured]),
         Step("model", 0.4, [*tiny, "--out", measured]),
         Step("pictures", 0.4, ["bench.plot", str(out), "--out", str(out / "pictures")]),
     ]

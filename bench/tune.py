@@ -7,9 +7,9 @@ gate and is timed. Without a GPU there is nothing to time Triton kernels with bu
 says so in the name of its device, and no call looks it up.
 
 All that is found is kept in a journal (bench/tuner/journal.py), so that a run that was ended in any way goes on where
-it was. The table goes to configs/tuned/ if it was timed on a GPU; with several implementations of an op in it, it also
-says which of them runs at which sizes. --report prints what journals say without searching on, --check the entries and
-choices of tables that no longer hold.
+it was. The table goes to configs/tuned/ if it was timed on a GPU, with --out to that folder, with --install to both;
+with several implementations of an op in it, it also says which of them runs at which sizes. --report prints what
+journals say without searching on, --check the entries and choices of tables that no longer hold.
 """
 
 import argparse
@@ -65,17 +65,35 @@ def chosen(args: argparse.Namespace) -> list[Impl]:
     for op in args.ops or names():
         cases(op)  # the op exists
         impls = OPS[op].impls
-        if args.impl and args.impl not in impls:
-            raise ValueError(f"{op} has no implementation {args.impl!r}; there are: {', '.join(impls)}")
+        if unknown := [name for name in args.impl or () if name not in impls]:
+            raise ValueError(f"{op} has no implementation {unknown[0]!r}; there are: {', '.join(impls)}")
         tunable = [impl for impl in impls.values() if impl.space or len(impl.configs) > 1]
         if args.ops and not tunable:
             raise ValueError(f"{op} has nothing to tune: no implementation has a space or more than one config")
         if tunable and OPS[op].sizes_of is None:
             raise ValueError(f"{op} has no sizes (@{op}.sizes), so nothing could look its table up")
-        found += [impl for impl in tunable if args.impl in (None, impl.name)]
+        found += [impl for impl in tunable if not args.impl or impl.name in args.impl]
     if not found:
-        raise ValueError(f"{args.impl} has one config and no space, so there is nothing to tune")
+        raise ValueError(f"{', '.join(args.impl)} has one config and no space, so there is nothing to tune")
     return found
+
+
+def timeable(found: list[Impl], args: argparse.Namespace) -> list[Impl]:
+    """Those that the timer asked for can time here; the others are left out with a word, if they were not named.
+
+    Errors: ValueError, that of the first, if none is left or they were named.
+    """
+    reasons: dict[str, ValueError] = {}
+    for impl in found:
+        try:
+            plan_for(impl, args)
+        except ValueError as reason:
+            reasons[f"{impl.op} {impl.name}"] = reason
+    if reasons and (args.impl or len(reasons) == len(found)):
+        raise next(iter(reasons.values()))
+    for name, reason in reasons.items():
+        print(f"{name} is left out: {reason}")
+    return [impl for impl in found if f"{impl.op} {impl.name}" not in reasons]
 
 
 class Progress:
@@ -140,6 +158,8 @@ def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline
     else:
         where = args.out or (tuned.folder() if plan.timer == "gpu" else JOURNALS)
         file = table.write(where, plan.device, entry)
+        if args.install and plan.timer == "gpu":
+            table.write(tuned.folder(), plan.device, entry)
         if plan.timer == COST_MODEL:
             print("The timer is the COST MODEL: nothing was run to take a time, these seconds are predictions.")
         print("\n".join(table.report(rows_found, impl.configs[0], OPS[impl.op].varying)))
@@ -176,7 +196,7 @@ def stale(folder: Path) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all with something to tune")
-    parser.add_argument("--impl", help="only this implementation")
+    parser.add_argument("--impl", nargs="+", help="only these implementations")
     parser.add_argument("--case", help="a name of configs/bench/OP.toml; default: all")
     parser.add_argument("--timer", choices=("gpu", "cpu", "cost-model"), help="default: what this machine can do")
     parser.add_argument(
@@ -190,6 +210,9 @@ def main() -> int:
         "--ray", nargs="?", const="local", metavar="ADDRESS", help="a Ray cluster; default: a local one"
     )
     parser.add_argument("--out", type=Path, help="folder of the journals and the table")
+    parser.add_argument(
+        "--install", action="store_true", help="what a GPU timed, to configs/tuned/ too, where calls look"
+    )
     parser.add_argument("--report", action="store_true", help="do not search, only show what the journals say")
     parser.add_argument("--check", action="store_true", help="list entries of tables that no longer hold")
     args = parser.parse_args()
@@ -202,8 +225,7 @@ def main() -> int:
             found = list(stale(args.out or tuned.folder()))
             print("\n".join(found) or f"all entries hold, of {tables(args.out or tuned.folder())} tables")
             return 1 if found else 0
-        for impl in known:
-            plan_for(impl, args)
+        known = timeable(known, args)
         if not args.report:
             workers = Cluster(args.ray, args.workers) if args.ray else Processes(args.workers)
         end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")

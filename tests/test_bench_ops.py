@@ -52,6 +52,14 @@ def test_what_is_wrong_gets_no_time_and_what_is_right_a_whole_row(swiglu: object
         assert row["impl"] in ops.show(row, found["reference"])
 
 
+def test_what_is_served_is_timed_and_marked_and_its_numbers_are_looked_at(swiglu: object) -> None:
+    (case,) = ops.select(["swiglu"], "toy", "float32", CPU)
+    gate = ops.GATES["case"]
+    found = list(ops.run([case], ["wrong", "copy"], False, CPU, CEILINGS, 0.01, gate, default=True))
+    assert [(row["impl"], row["served"]) for row in found] == [("aten", True), ("wrong", False), ("copy", False)]
+    assert [row["kind"] for row in found] == ["op", "refused", "op"] and "elements are off" in found[1]["reason"]
+
+
 def test_the_turns_overflow_the_cache_and_are_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1000)
     x = torch.ones(100)  # 400 bytes
@@ -79,7 +87,7 @@ def test_cases_are_every_combination_and_name_what_is_unknown() -> None:
     assert [(s["m"], s["n"], s["G"]) for s in found] == [(1, 8, 1), (1, 16, 2), (2, 8, 1), (2, 16, 2)]
     with pytest.raises(ValueError, match="int4_matmul has no size k; it has m, n, G, group, dtype"):
         list(combinations({"k": 1}, op))
-    with pytest.raises(ValueError, match="no case 'fast'; there are: decode, prefill, toy"):
+    with pytest.raises(ValueError, match="no case 'fast'; there are: decode, prefill, goals, models, toy"):
         cases("int4_matmul", "fast")
 
 
