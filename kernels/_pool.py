@@ -6,7 +6,8 @@ of a product holds exactly. The scale of a token is one number for all of a head
 
 A head is read in one or two parts, as `head_blocks` cuts it, or in 4 bits its two halves, each of which is a nibble.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
 
 from typing import Any
 

@@ -157,18 +157,20 @@ def decode_attention_triton(
     policy: str = "fast",
     lse: bool = False,
     *,
+    BLOCK_N: int,
     PLACES: int,
-    **blocks: int,
+    num_warps: int,
+    num_stages: int,
 ) -> Tensor | tuple[Tensor, Tensor]:
     check_pools("decode_attention", q, k_pages, v_pages)
     if policy == "invariant":
-        blocks = {name: n for name, n in CONFIGS[0].items() if name != "PLACES"}
-    blocks["BLOCK_N"] = tile(blocks["BLOCK_N"], q.shape[-1], q.element_size(), not isinstance(k_pages, Tensor))
+        BLOCK_N, num_warps, num_stages = (CONFIGS[0][name] for name in ("BLOCK_N", "num_warps", "num_stages"))
+    BLOCK_N = tile(BLOCK_N, q.shape[-1], q.element_size(), not isinstance(k_pages, Tensor))
     (b, h, d), (_, l, g, _), room = q.shape, k_pages.shape, block_table.shape[1] * k_pages.shape[1]
     out = torch.empty(b, h, d, dtype=q.dtype, device=q.device)
     sums = torch.empty(b, h, dtype=torch.float32, device=q.device) if lse else None
     if out.numel():
-        cut = plan(policy, b * g, room, blocks["BLOCK_N"], PLACES * multiprocessors(q.device))
+        cut = plan(policy, b * g, room, BLOCK_N, PLACES * multiprocessors(q.device))
         parts, lengths = None, lengths.contiguous()
         if cut.splits > 1:
             acc = torch.empty(b, h, cut.splits, d, dtype=torch.float32, device=q.device)
@@ -200,7 +202,9 @@ def decode_attention_triton(
             LEAST=cut.least,
             MOST=cut.most,
             BLOCK_M=block_of(h // g),
-            **blocks,
+            BLOCK_N=BLOCK_N,
+            num_warps=num_warps,
+            num_stages=num_stages,
         )
         if parts:
             merge_kernel[(b * h,)](

@@ -167,9 +167,7 @@ int4_matmul.result(lambda x, w, bias: x.new_empty(*x.shape[:-1], w.shape[0]))
 def _(x, w, bias=None):
     n, k = w.shape
     m = x.shape[:-1].numel()
-    return dict(
-        m=m, n=n, G=k // w.group, group=w.group, dtype=name_of(x.dtype), order=w.order, bias=bias is not None
-    )
+    return dict(m=m, n=n, G=k // w.group, group=w.group, dtype=name_of(x.dtype), order=w.order, bias=bias is not None)
 
 
 @int4_matmul.costs
