@@ -88,8 +88,8 @@ def rehearsal(out: Path) -> list[Step]:
     return [
         Step("correctness", 0.4, ["pytest", "-q", "-x", "tests/test_kernels.py", "-k", "swiglu-triton or rms_norm"]),
         Step("tune swiglu", 0.4, ["bench.tune", "swiglu", "--case", "toy", "--timer", "cost-model", "--out", str(out)]),
-        Step("tune int4", 0.4, ["bench.tune", "int4_matmul", "--impl", "dequant", "gemv", "--case", "toy", *by_model]),
-        Step("ops", 0.4, ["bench.ops", "swiglu", "rms_norm", "--case", "toy", "--budget", "0.02", "--out", measured]),
+        Step("tune int4", 0.4, ["bench.tune", "int4_matmul", "--impl", "dequant", "--case", "toy", *by_model]),
+        Step("ops", 0.4, ["bench.ops", "swiglu", "--case", "toy", "--budget", "0.02", "--out", measured]),
         Step("int4", 0.4, ["bench.ops", "int4_matmul", "--case", "toy", "--served", *beside, "--out", measured]),
         Step("goals", 0.4, ["bench.goals", measured]),
         Step("int4 errors", 0.4, ["bench.error", "int4_matmul", "--toy", "--out", measured]),
