@@ -7,7 +7,8 @@ they take. Three goals:
     decode   up to 16 rows, at 8192 x 8192 and the shapes of Llama-3-VILA1.5-8b, 2.2 times as fast as dense (what Marlin
              and humming reach on an H100); 3 times would be better still
     floor    at any number of rows, no slower than 0.95 of the faster of dense and dequant
-    gemlite  no slower than gemlite anywhere, with the config it ships for a shape, else its first
+    gemlite  no slower than gemlite anywhere, with the config it ships for a shape, else its first, and whatever its
+             numbers are (it adds up in float16)
 
 A goal is met if it is at every point that was measured; points without both times are counted. The rows of a run on
 a CPU rehearse this: goals are for GPUs.

@@ -33,16 +33,21 @@ def refusals(found: Sequence[Found]) -> Iterator[str]:
 
 
 def table(found: Sequence[Found]) -> Iterator[str]:
-    """One line a kernel: what it takes, and the main loop's tensor-core instructions, loads and stores."""
+    """One line a kernel: what it takes, and the main loop's tensor-core instructions, loads and stores; where some are
+    of 4-bit weights, which of the loads these are.
+    """
     columns = ["kernel", "registers", "spills", "shared", "blocks", "warps", "of most", "limit"]
+    weights = any(row["loops"][0]["weight_loads"] for x in found for row in x.rows)
+    kinds = ("tensor", "weight_loads") if weights else ("tensor",)
     lines = []
     for x in found:
         for row in x.rows:
             loop = row["loops"][0]
             takes = [row["kernel"], row["registers"], row["spills"], row["shared"], row["blocks"], row["warps"]]
-            opcodes = (words(loop[name]) for name in ("tensor", "loads", "stores"))
+            opcodes = (words(loop[name]) for name in (*kinds, "loads", "stores"))
             lines.append([x.name, *takes, f"{row['occupancy']:.0%}", row["limit"], *opcodes])
-    yield from aligned([["impl, config, arch", *columns, "tensor core", "loads", "stores"], *lines])
+    names = ["tensor core", "of weights", "all loads"] if weights else ["tensor core", "loads"]
+    yield from aligned([["impl, config, arch", *columns, *names, "stores"], *lines])
 
 
 def mixtures(found: Sequence[Found]) -> Iterator[str]:

@@ -6,6 +6,7 @@ Triton kernels are only interpreted: they pass the gate there and get no time; r
 
 --served takes the implementation and the config that a call runs by default at the sizes of a case, and marks its rows;
 with --impl, those beside it. --gate case checks the numbers of the case alone: for a run after `pytest` and bench.tune.
+A peer named by --ungated is timed whatever its numbers are, and its rows say so: to be faster than it is no less then.
 """
 
 import argparse
@@ -104,6 +105,7 @@ def run(
     budget: float,
     check: Gate = gate,
     default: bool = False,
+    ungated: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """A row for every case, implementation and config (the first, or `every`), as soon as it is known."""
     here = rows.stamp(device)
@@ -111,8 +113,9 @@ def run(
         by_default = served(case, device) if default else None
         for number, (impl, config) in enumerate(wanted(case, impls, every, by_default)):
             about = {"op": case.op, "impl": impl.name, "case": case.name, "sizes": dict(case.sizes)}
-            about |= {"config": dict(config), "served": default and not number}
-            found = timed(impl, config, case, device, budget, check)
+            gated = not (is_peer(impl) and impl.name in ungated)
+            about |= {"config": dict(config), "served": default and not number, "gated": gated}
+            found = timed(impl, config, case, device, budget, check if gated else lambda *_: None)
             if isinstance(found, str):
                 yield {"kind": "refused", **about, "reason": found, **here}
             else:
@@ -131,7 +134,11 @@ def show(row: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
     seconds = row["seconds"]
     faster = f"{reference['seconds'] / seconds:6.2f}" if reference else f"{'-':>6}"
     spread = (row["high"] - row["low"]) / seconds
-    marks = ("" if row["cold"] else "  cache warm") + ("  no graph" if torch.cuda.is_available() > row["graph"] else "")
+    marks = (
+        ("" if row["gated"] else "  not gated")
+        + ("" if row["cold"] else "  cache warm")
+        + ("  no graph" if torch.cuda.is_available() > row["graph"] else "")
+    )
     return (
         f"{name:36.36}{unit(seconds)}{spread:8.1%}{row['noise']:7.1%}{row['bytes'] / seconds / 1e9:9.1f}"
         f"{row['bytes_share']:7.1%}{row['flops'] / seconds / 1e12:10.3g}{row['flops_share']:7.1%}{faster}{marks}"
@@ -157,6 +164,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES.values, help="default: float16 on a GPU, float32 on a CPU")
     parser.add_argument("--served", action="store_true", help="what runs by default, and what --impl names")
     parser.add_argument("--gate", choices=GATES, default="full", help="case: only the numbers of the case itself")
+    parser.add_argument("--ungated", action="append", default=[], metavar="PEER", help="timed whatever its numbers are")
     parser.add_argument("--peers", action="store_true", help="other libraries' kernels too, where installed")
     parser.add_argument("--budget", type=float, default=0.2, help="seconds for each of the two runs of a figure")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
@@ -176,7 +184,7 @@ def main() -> int:
         dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
         chosen = select(args.ops or known, args.case, dtype, device)
         there = {name for case in chosen for name in OPS[case.op].impls}
-        if unknown := set(args.impl) - there - (set(peer_names()) if args.peers else set()):
+        if unknown := set(args.impl) - there - ({*peer_names(), "gemlite_float32"} if args.peers else set()):
             raise ValueError(f"no implementation {', '.join(sorted(unknown))}; there are: {', '.join(sorted(there))}")
         report(chosen, args, device)
     except (ValueError, RuntimeError, OSError) as error:
@@ -197,7 +205,7 @@ def report(chosen: Sequence[Case], args: argparse.Namespace, device: torch.devic
     last, reference = None, None
     for number, case in enumerate(chosen, 1):
         every, check = args.configs == "all", GATES[args.gate]
-        for row in run([case], args.impl, every, device, most, args.budget, check, args.served):
+        for row in run([case], args.impl, every, device, most, args.budget, check, args.served, args.ungated):
             if last is not case:
                 print(f"{case}   [{number} of {len(chosen)}]")
                 last, reference = case, None

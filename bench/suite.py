@@ -23,7 +23,7 @@ from . import rows
 from .cases import names
 
 # What int4_matmul is timed beside; those of other libraries only where they are installed.
-INT4_BESIDE = ("dense", "dequant", "gemlite", "gptqmodel", "lmdeploy", "autoawq")
+INT4_BESIDE = ("dense", "dequant", "gemlite", "gemlite_float32", "gptqmodel", "lmdeploy", "autoawq")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def plan(out: Path, minutes: float) -> list[Step]:
     ]
     others = [name for name in names() if name != "int4_matmul"]
     int4 = ["bench.ops", "int4_matmul", "--served", "--gate", "case", "--budget", "0.01", "--peers", "--out", measured]
-    beside = [word for name in INT4_BESIDE for word in ("--impl", name)]
+    # gemlite adds up in float16 by atomics, beyond our budget of errors; it is to be beaten all the same.
+    beside = [*(word for name in INT4_BESIDE for word in ("--impl", name)), "--ungated", "gemlite"]
     return [
         Step("correctness", 0.25, ["pytest", "-q", "-x", "-m", "gpu", "--maxfail=20"], [("HYPOTHESIS_PROFILE", "dev")]),
         *tuned,
@@ -87,8 +88,8 @@ def rehearsal(out: Path) -> list[Step]:
     return [
         Step("correctness", 0.4, ["pytest", "-q", "-x", "tests/test_kernels.py", "-k", "swiglu-triton or rms_norm"]),
         Step("tune swiglu", 0.4, ["bench.tune", "swiglu", "--case", "toy", "--timer", "cost-model", "--out", str(out)]),
-        Step("tune int4", 0.4, ["bench.tune", "int4_matmul", "--impl", "dequant", "gemv", "--case", "toy", *by_model]),
-        Step("ops", 0.4, ["bench.ops", "swiglu", "rms_norm", "--case", "toy", "--budget", "0.02", "--out", measured]),
+        Step("tune int4", 0.4, ["bench.tune", "int4_matmul", "--impl", "dequant", "--case", "toy", *by_model]),
+        Step("ops", 0.4, ["bench.ops", "swiglu", "--case", "toy", "--budget", "0.02", "--out", measured]),
         Step("int4", 0.4, ["bench.ops", "int4_matmul", "--case", "toy", "--served", *beside, "--out", measured]),
         Step("goals", 0.4, ["bench.goals", measured]),
         Step("int4 errors", 0.4, ["bench.error", "int4_matmul", "--toy", "--out", measured]),

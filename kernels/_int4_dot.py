@@ -155,5 +155,5 @@ def product(
         else:
             acc = tl.dot(w, x, acc, input_precision="ieee")
         word_ptrs += TILES_K * 128
-        x_ptrs += BLOCK_K * stride_xk
+        x_ptrs += tl.full([1, 1], BLOCK_K, tl.int64) * stride_xk
     return acc

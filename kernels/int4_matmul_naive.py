@@ -52,7 +52,8 @@ def _int4_matmul_naive_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + offs_m[:, None] * stride_xm + row[None, :] * stride_xk, mask=mask_m & (row < K), other=0.0)
+        x_ptrs = x_ptr + offs_m[:, None] * stride_xm + row[None, :].to(tl.int64) * stride_xk
+        x = tl.load(x_ptrs, mask=mask_m & (row < K), other=0.0)
         offs_k = row[:, None]
         mask_w = (offs_k < K) & mask_n  # [BLOCK_K, BLOCK_N]
         tile = offs_n // 16 * tiles_k + offs_k // 64

@@ -92,7 +92,7 @@ def _int4_matmul_packed_kernel(
         zeros = tl.load(zeros_ptr + group * N + row).to(x.dtype)
         acc = tl.dot(rounded(codes - zeros, codes, scales, zeros, ORDER), x, acc, input_precision="ieee")
         word_ptrs += TILES_K * 128
-        x_ptrs += BLOCK_K * stride_xk
+        x_ptrs += tl.full([1, 1], BLOCK_K, tl.int64) * stride_xk
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
     out_ptr += offs_m[None, :] * stride_om + offs_n[:, None]

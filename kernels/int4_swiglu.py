@@ -23,7 +23,7 @@ from ._tile import check
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-    {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+    {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
 ]
 SPACE = Space(
     {
@@ -130,7 +130,7 @@ def _int4_swiglu_kernel(
             up = tl.dot(v, x, up, input_precision="ieee")
         gate_ptrs += TILES_K * 128
         up_ptrs += TILES_K * 128
-        x_ptrs += BLOCK_K * stride_xk
+        x_ptrs += tl.full([1, 1], BLOCK_K, tl.int64) * stride_xk
     out = gate / (1.0 + tl.exp(-gate)) * up
     out_ptr += offs_m[None, :] * stride_om + offs_n[:, None]
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
