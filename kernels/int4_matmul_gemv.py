@@ -32,7 +32,6 @@ from ._tile import check
 
 CONFIGS = [
     {"BLOCK_M": 1, "BLOCK_N": 32, "BLOCK_K": 256, "SPLIT_K": 1, "num_warps": 4, "num_stages": 1},
-    {"BLOCK_M": 1, "BLOCK_N": 64, "BLOCK_K": 256, "SPLIT_K": 2, "num_warps": 8, "num_stages": 1},
     {"BLOCK_M": 4, "BLOCK_N": 16, "BLOCK_K": 256, "SPLIT_K": 4, "num_warps": 4, "num_stages": 1},
 ]
 

@@ -196,12 +196,17 @@ def prefill_attention_triton(
     scale: float,
     policy: str = "fast",
     lse: bool = False,
-    **config: int,
+    *,
+    BLOCK_M: int,
+    BLOCK_N: int,
+    num_warps: int,
+    num_stages: int,
 ) -> Tensor | tuple[Tensor, Tensor]:
     check("prefill_attention", q, k, v)
     check_pools("prefill_attention", k_pages, v_pages)
     if not scale > 0:
         raise Unsupported(f"prefill_attention: scale is {scale}, expected a positive number")
+    config = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": num_stages}
     tile = tile_of(CONFIGS[0] if policy == "invariant" else config, q, k_pages)
     (s, h, d), g, b = q.shape, k.shape[1], len(history)
     out = torch.empty(s, h, d, dtype=q.dtype, device=q.device)

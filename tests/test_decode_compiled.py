@@ -15,12 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = "b=4 t=4096 g=8 ratio=4 d=128 dtype=float16"
 RUNS = {
-    "plain": ("decode_attention", f"{LLAMA} l=64", "sm_89,sm_100"),
-    "int8": ("decode_attention", f"{LLAMA} l=16 kv=int8", "sm_90,gfx942"),
-    "int4": ("decode_attention", f"{LLAMA} l=16 kv=int4", "sm_80,gfx942"),
+    "int8": ("decode_attention", f"{LLAMA} l=16 kv=int8", "sm_90"),
+    "int4": ("decode_attention", f"{LLAMA} l=16 kv=int4", "sm_80"),
     "72": ("decode_attention", "b=4 t=4096 g=4 ratio=1 d=72 l=16 dtype=bfloat16", "sm_90"),
-    "256": ("decode_attention", "b=4 t=4096 g=4 ratio=8 d=256 l=16 dtype=float16", "sm_89"),
-    "write": ("rope_kv_write", "s=64 g=8 ratio=4 d=128 l=16 dtype=float16 kv=int4", "sm_80,sm_90,gfx942"),
+    "write": ("rope_kv_write", "s=64 g=8 ratio=4 d=128 l=16 dtype=float16 kv=int4", "sm_90,gfx942"),
 }
 
 
