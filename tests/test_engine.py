@@ -128,7 +128,7 @@ def test_an_answer_has_at_most_max_new_tokens(n: int) -> None:
         ({"do_sample": True, "temperature": 0.0}, "temperature"),
         ({"streamer": TextStreamer(TOKENIZER)}, "streamer takes one prompt"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else ", ".join(value),
 )
 def test_settings_that_contradict_each_other_are_refused(how: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
