@@ -198,7 +198,7 @@ def test_intermediate_sizes_that_groups_do_not_divide(name: str) -> None:
         pytest.skip("torch's groups are powers of two")
     for sizes in ({"n": 107}, {"G": 1, "group": 1368}):
         assert_faithful(int4_matmul, IMPLS[name], IMPLS[name].configs[0], drawn(int4_matmul, **sizes))
-    with pytest.raises(ValueError, match="k = 3420 and group = 3420, but k must be a multiple of 8"):
+    with pytest.raises(ValueError, match="k = 3420 and group = 3420, but k must be a positive multiple of 8"):
         quantize(torch.zeros(1, 3420), 3420)
 
 

@@ -45,10 +45,10 @@ class Int4:
 
 def check_int4(k: int, group: int) -> None:
     """ValueError unless a weight of k columns can be cut into groups."""
-    if k % 8 or group <= 0 or k % group or (group % 16 and group != k):
+    if k <= 0 or k % 8 or group <= 0 or k % group or (group % 16 and group != k):
         raise ValueError(
             f"int4 weight: k = {k} and group = {group}, "
-            "but k must be a multiple of 8, and group divide k and be a multiple of 16, unless it is k"
+            "but k must be a positive multiple of 8, and group divide k and be a multiple of 16, unless it is k"
         )
 
 
@@ -167,9 +167,7 @@ int4_matmul.result(lambda x, w, bias: x.new_empty(*x.shape[:-1], w.shape[0]))
 def _(x, w, bias=None):
     n, k = w.shape
     m = x.shape[:-1].numel()
-    return dict(
-        m=m, n=n, G=k // w.group, group=w.group, dtype=name_of(x.dtype), order=w.order, bias=bias is not None
-    )
+    return dict(m=m, n=n, G=k // w.group, group=w.group, dtype=name_of(x.dtype), order=w.order, bias=bias is not None)
 
 
 @int4_matmul.costs
