@@ -23,8 +23,8 @@ _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # qweight -> (stat
 
 
 def state(w: Int4, dtype: torch.dtype) -> tuple:
-    """What changes when the weight does: addresses, and how often each tensor was written to."""
-    return dtype, *((x.data_ptr(), x._version) for x in leaves(w))
+    """What changes when the weight does: which memory is read how, and how often each tensor was written to."""
+    return dtype, w.group, *((x.data_ptr(), x.dtype, x.shape, x.stride(), x._version) for x in leaves(w))
 
 
 def leaves(w: Int4) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,14 @@ from hypothesis import HealthCheck, Phase, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
+OF_KERNELS = (
+    "test_kernels",
+    "test_properties",
+    "test_planted",
+    "test_int4_laws",
+    "test_int4_issues",
+    "test_int4_input",
+)
 torch.set_num_threads(1)  # tests compute on small tensors, where a second thread costs more than it gives
 _common = settings(
     deadline=None,
@@ -28,7 +36,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`pytest -m gpu` is everything that says something about a GPU; where there is none, what needs one is skipped."""
     for item in items:
-        if torch.cuda.is_available() and item.path.stem in ("test_kernels", "test_properties", "test_planted"):
+        if torch.cuda.is_available() and item.path.stem in OF_KERNELS:
             item.add_marker("gpu")
         elif not torch.cuda.is_available() and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none"))

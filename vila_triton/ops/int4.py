@@ -45,10 +45,10 @@ class Int4:
 
 def check_int4(k: int, group: int) -> None:
     """ValueError unless a weight of k columns can be cut into groups."""
-    if k % 8 or group <= 0 or k % group or (group % 16 and group != k):
+    if k <= 0 or k % 8 or group <= 0 or k % group or (group % 16 and group != k):
         raise ValueError(
             f"int4 weight: k = {k} and group = {group}, "
-            "but k must be a multiple of 8, and group divide k and be a multiple of 16, unless it is k"
+            "but k must be a positive multiple of 8, and group divide k and be a multiple of 16, unless it is k"
         )
 
 
