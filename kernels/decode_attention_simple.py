@@ -115,11 +115,15 @@ def decode_attention_simple(
     scale: float,
     policy: str = "fast",
     lse: bool = False,
-    **config: int,
+    *,
+    BLOCK_N: int,
+    num_warps: int,
+    num_stages: int,
 ) -> Tensor:
     if lse or not isinstance(k_pages, Tensor) or not isinstance(v_pages, Tensor):
         raise Unsupported("decode_attention: the simple kernel has no log-sum-exp and reads no quantised pages")
     check("decode_attention", q, k_pages, v_pages)
+    config = {"BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": num_stages}
     config = CONFIGS[0] if policy == "invariant" else config
     (b, h, d), (_, l, g, _) = q.shape, k_pages.shape
     out = torch.empty(b, h, d, dtype=q.dtype, device=q.device)

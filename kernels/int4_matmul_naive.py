@@ -23,7 +23,7 @@ CONFIGS = [
 ]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["M"])
 def _int4_matmul_naive_kernel(
     x_ptr,
     qweight_ptr,

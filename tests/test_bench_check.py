@@ -50,8 +50,8 @@ PLANTED = {  # op, the line, what becomes of it, what check finds, the case it s
     ),
     "one_token_ahead": (
         "prefill_attention",
-        "tokens[None, :] <= query[:, None]",
-        "tokens[None, :] <= query[:, None] + 1",
+        "tokens[None, :] <= (history + query)[:, None]",
+        "tokens[None, :] <= (history + query)[:, None] + 1",
         "beyond budget",
         "b=1 s=2 t=0 g=1 ratio=1 d=32 l=16 dtype=float32",
     ),
