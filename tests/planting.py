@@ -11,7 +11,8 @@ import pytest
 from vila_triton import kernels
 from vila_triton.registry import OPS, discover
 
-ORIGIN = {"int4_matmul": "packed", "prefill_attention": "simple"}  # the variant whose file is changed, where it is not "triton"
+# The variant whose file is changed, where it is not "triton".
+ORIGIN = {"int4_matmul": "packed", "prefill_attention": "simple"}
 Plant = Callable[..., None]
 
 

@@ -53,7 +53,7 @@ PLANTED = {  # op, the line, what becomes of it, what check finds, the case it s
         "tokens[None, :] <= (history + query)[:, None]",
         "tokens[None, :] <= (history + query)[:, None] + 1",
         "beyond budget",
-        "b=1 s=2 t=0 g=1 ratio=1 d=32 l=16 dtype=float32",
+        "b=1 s=1 t=0 g=1 ratio=1 d=32 l=16 dtype=float32 kv=plain policy=fast",
     ),
     "no_more_than_six_rows": (
         "swiglu",

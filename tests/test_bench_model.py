@@ -96,14 +96,15 @@ def test_what_a_choice_does_not_support_is_said(run: Any, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int4"])
 def test_the_gate_lets_right_models_pass_and_sees_wrong_ones(weights: str) -> None:
-    """Hugging Face's model too; and it sees a decode step that rotates by the wrong position."""
+    """Hugging Face's model too; and it sees a decode step that rotates by the wrong position (and, where rounding to
+    int4 hides that, takes the wrong token)."""
     made = build(geometry.load("tiny", 2).llm, weights, CPU)
     ids = torch.arange(24)
     assert [wrong(runner, ids) for runner in (Ours(made, "default"), Ours(made, REFERENCE), Theirs(made))] == [None] * 3
     late = Theirs(made)
     step = late.step
     late.step = lambda state, ids: step(state, ids) if ids.shape[1] > 1 else late.net(  # pyright: ignore
-        ids, past_key_values=state, position_ids=torch.tensor([[5]])
+        ids + (weights == "int4"), past_key_values=state, position_ids=torch.tensor([[5]])
     ).logits[:, -1]  # fmt: skip
     assert "decode" in str(wrong(late, ids))
 

@@ -127,11 +127,10 @@ def int4(**sizes: Any) -> tuple:
 
 def test_without_libraries_there_are_reasons_and_no_implementations() -> None:
     before = {op.name: list(op.impls) for op in OPS.values()}
-    if "dense" not in before["int4_matmul"]:  # torch itself, which is always there
-        before["int4_matmul"].append("dense")
     reasons = peers.discover()
     assert sorted([*reasons, "dense"]) == peers.names() and len(reasons) == len(LIBRARIES)
     assert all(f"bench/peers/{name}.py says how to install it" in reason for name, reason in reasons.items())
+    before["int4_matmul"] = [*dict.fromkeys([*before["int4_matmul"], "dense"])]  # torch itself, which is always there
     assert {op.name: list(op.impls) for op in OPS.values()} == before
 
 
@@ -174,8 +173,9 @@ def test_what_a_library_cannot_do_is_unsupported_before_it_runs(install: Callabl
 def test_attention_is_called_as_documented(peer: str, install: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The arguments mean to the library what they mean to us: a stand-in with its interface is faithful."""
     monkeypatch.setattr(_borrow, "needs_cuda", lambda library: None)
-    check = _offline.check  # on a CPU too
-    monkeypatch.setattr(_offline, "check", lambda *args, **kwargs: check(*args, **{**kwargs, "interpreted": True}))
+    monkeypatch.setattr(
+        _offline, "check", lambda *x, check=_offline.check, **how: check(*x, **how | {"interpreted": True})
+    )
     install("flash_attn.py", FLASH_ATTN)
     install("flashinfer.py", FLASHINFER)
     assert peer not in peers.discover()
