@@ -1,6 +1,5 @@
 """Other libraries as implementations: found or not, converted once, refused a time if wrong. None is needed here:
-stand-ins in a temporary folder have the interfaces that the libraries document.
-"""
+stand-ins in a temporary folder have the interfaces that the libraries document."""
 
 import gc
 import sys
@@ -173,9 +172,8 @@ def test_what_a_library_cannot_do_is_unsupported_before_it_runs(install: Callabl
 def test_attention_is_called_as_documented(peer: str, install: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The arguments mean to the library what they mean to us: a stand-in with its interface is faithful."""
     monkeypatch.setattr(_borrow, "needs_cuda", lambda library: None)
-    monkeypatch.setattr(
-        _offline, "check", lambda *x, check=_offline.check, **how: check(*x, **how | {"interpreted": True})
-    )
+    usual = _offline.check
+    monkeypatch.setattr(_offline, "check", lambda *x, interpreted=True, **how: usual(*x, **how))
     install("flash_attn.py", FLASH_ATTN)
     install("flashinfer.py", FLASHINFER)
     assert peer not in peers.discover()
