@@ -11,8 +11,7 @@ import pytest
 from vila_triton import kernels
 from vila_triton.registry import OPS, discover
 
-# The variant whose file is changed, where it is not "triton".
-ORIGIN = {"int4_matmul": "packed", "prefill_attention": "simple"}
+ORIGIN = {"int4_matmul": "packed"}  # the variant whose file is changed, where it is not "triton"
 Plant = Callable[..., None]
 
 

@@ -50,10 +50,10 @@ PLANTED = {  # op, the line, what becomes of it, what check finds, the case it s
     ),
     "one_token_ahead": (
         "prefill_attention",
-        "tokens[None, :] <= (history + query)[:, None]",
-        "tokens[None, :] <= (history + query)[:, None] + 1",
+        "visible = tokens[None, :] <= position",
+        "visible = tokens[None, :] - 1 <= position",
         "beyond budget",
-        "b=1 s=1 t=0 g=1 ratio=1 d=32 l=16 dtype=float32 kv=plain policy=fast",
+        "b=1 s=1 t=1 g=1 ratio=1 d=32 l=16 dtype=float32 kv=plain policy=fast",
     ),
     "no_more_than_six_rows": (
         "swiglu",
