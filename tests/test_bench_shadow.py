@@ -14,7 +14,7 @@ from bench import beside, check, questions, rows, shadow
 from bench.beside import Beside
 from bench.faithful import arguments
 from bench.guarded import mapped
-from vila_triton.__main__ import BUNDLED
+from vila_triton.arguments import BUNDLED
 from vila_triton.chat import Talker
 from vila_triton.ops import Int4
 from vila_triton.registry import OPS, Impl, Unsupported, use

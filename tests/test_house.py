@@ -40,8 +40,10 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.prompts": "models.vila",
     "vila_triton.images": "torch PIL transformers",
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models checkpoint",
-    "vila_triton.tiny.evaluate": "torch PIL __main__ chat models registry tiny",  # asks through the command line's chat
+    "vila_triton.tiny.evaluate": "torch PIL arguments chat models registry tiny",
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
+    "vila_triton.arguments": "torch choices registry",
+    "vila_triton.commands": "torch PIL transformers safetensors einops vila_triton",
     "vila_triton": "torch PIL transformers cache chat choices engine images models pictures prompts ranges registry "
     "tiny tuned",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",
