@@ -187,8 +187,10 @@ class Op:
         self.traced, self.tracing = library.expose(self, fn), library.tracing
         return fn
 
-    def writes(self, *names: str) -> None:
-        """The same for an op that writes these arguments in place and returns them, in this order."""
+    def writes(self, *names: str, result: Callable[..., tuple[Any, ...]] | None = None) -> None:
+        """The same for an op that writes these arguments in place and returns them, in this order, after what `result`
+        says it returns besides (several tensors).
+        """
         from . import library
 
-        self.traced, self.tracing = library.expose(self, None, names), library.tracing
+        self.traced, self.tracing = library.expose(self, result, names), library.tracing
