@@ -13,7 +13,7 @@ from .paged import KINDS, PAGE_LENGTHS, bytes_of, check_write, kind_of, kv_write
 from .shapes import axes, same_dtype
 
 
-@op(exact=True)
+@op(exact=True, batch_invariant=True)
 def rope_kv_write(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Pages, v_pages: Pages, slot_mapping: Tensor
 ) -> tuple[Tensor, Tensor, Pages, Pages]:
