@@ -35,7 +35,7 @@ from .targets import TARGETS
 
 WIDEST = 16  # bytes
 ABOUT = ("op", "impl", "config", "d", "dtype", "kv", "arch")
-COLUMNS = (*ABOUT, "kernel", "registers", "spills", "shared", "tensor", "load", "wrong")
+COLUMNS: tuple[str, ...] = (*ABOUT, "kernel", "registers", "spills", "shared", "tensor", "load", "wrong")
 
 
 def could_load(sizes: Mapping[str, Any], found: Dissection) -> int:

@@ -24,7 +24,10 @@ Rotary = tuple[Tensor, Tensor]  # cosine and sine of the rotary angles of the ne
 class Cache(Protocol):
     """What attention needs of the past: it keeps the new keys and values and answers the new queries."""
 
-    policy: str  # "fast" or "invariant", see `ops.attention`
+    @property
+    def policy(self) -> str:
+        """ "fast" or "invariant", see `ops.attention`."""
+        ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, scale: float) -> Tensor:
         """q [s, h, d], k and v [s, g, d] of the new tokens, q and k not yet turned -> [s, h, d]."""
