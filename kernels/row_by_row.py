@@ -17,11 +17,11 @@ from vila_triton.ops.domain import wide
 
 def each_row(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """fn of the first rows of all tensors [..., k], of the second ones, ... -> [..., n]."""
-    matrices = [x.reshape(-1, x.shape[-1]) for x in tensors]  # [m, k]
-    if not len(matrices[0]):
-        return fn(*tensors)
-    rows = zip(*(x.split(1) for x in matrices), strict=True)
-    return torch.cat([fn(*(x.clone() for x in row)) for row in rows]).unflatten(0, tensors[0].shape[:-1])
+    shape = tensors[0].shape[:-1]
+    matrices = [x.reshape(shape.numel(), x.shape[-1]) for x in tensors]  # [m, k]
+    rows = list(zip(*(x.split(1) for x in matrices), strict=True)) if shape.numel() else [matrices]
+    out = torch.cat([fn(*(x.clone() for x in row)) for row in rows])
+    return out.view(*shape, out.shape[-1])
 
 
 @linear.impl("rows", batch_invariant=True)
