@@ -212,7 +212,7 @@ def test_ops_shows_ranges_in_words(
     said = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(said) if line.startswith("doubled"))
     assert [re.split("  +", line)[-2] for line in said[at : at + 3]] == [
-        "-",
+        "invariant",
         "prefill and decode, m from 9",
         "prefill and decode, m up to 8",
     ]

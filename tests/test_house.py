@@ -39,7 +39,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.engine": "torch transformers cache models registry tuned",
     "vila_triton.prompts": "models.vila",
     "vila_triton.images": "torch PIL transformers",
-    "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models checkpoint",
+    "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models ops checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL arguments chat models registry tiny",
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
     "vila_triton.arguments": "torch choices registry",

@@ -97,7 +97,8 @@ class VilaLlamaForCausalLM(PreTrainedModel):
         if not isinstance(images, Tensor):
             images = torch.cat([x if x.ndim == 4 else x[None] for x in images])
         images = images.flatten(0, 1) if images.ndim == 5 else images
-        return engine.encode_images(self.params, images.to(self.device, self.dtype), self.geometry)
+        images, policy = images.to(self.device, self.dtype), self.config.attention_policy
+        return engine.encode_images(self.params, images, self.geometry, policy)
 
     def _features(self, images: Tensor | Sequence[Tensor] | None) -> tuple[Tensor | None, list[int]]:
         """Features of all pictures end to end [rows, e], and how many of them each picture has."""
@@ -167,6 +168,7 @@ class VilaLlamaForCausalLM(PreTrainedModel):
             counts = {seq: len(row) for seq, row in zip(sequences, batch.rows)}
             if cache:
                 cache.reserve(counts)
+            uncached = Uncached(list(counts.values()), self.device, self.config.attention_policy)
             if cache and chunk_prefilling:
                 hidden = engine.advance(
                     self.params,
@@ -179,7 +181,6 @@ class VilaLlamaForCausalLM(PreTrainedModel):
                     positions=dict(zip(counts, batch.positions)) if batch.positions else None,
                 )
             else:
-                uncached = Uncached(list(counts.values()), self.device, self.config.attention_policy)
                 with cache.step(counts) if cache else nullcontext(uncached) as step:
                     watched = Watched(step) if output_attentions else None
                     at = torch.cat(batch.positions) if batch.positions else step.positions
@@ -187,7 +188,7 @@ class VilaLlamaForCausalLM(PreTrainedModel):
                         self.params, batch.rows, at, self.geometry, watched or step, features, step.decode, states
                     )
                 hidden = [row[len(row) - n :] for row, n in zip(hidden, kept)]
-            with engine.kernels(self.device, decode=max(map(len, batch.rows)) == 1):
+            with engine.kernels(self.device, max(map(len, batch.rows)) == 1, (cache or uncached).policy):
                 logits = llama.logits(self.params.llm, torch.cat(hidden)).split([len(row) for row in hidden])
         if start_pos is not None and use_cache:
             self.cache = cache
