@@ -17,7 +17,7 @@ def written_out(image: Image.Image, kind: str, mode: str | None, side: int) -> n
     if mode == "resize":
         image = image.resize((side, side), Image.Resampling.BICUBIC)
     if mode == "pad" and w != h:
-        square = Image.new("RGB", (max(w, h),) * 2, tuple(int(255 * x) for x in mean))
+        square = Image.new("RGB", (max(w, h), max(w, h)), tuple(int(255 * x) for x in mean))
         square.paste(image, (0, (w - h) // 2) if w > h else ((h - w) // 2, 0))
         image = square
     if kind == "clip_vision_model":

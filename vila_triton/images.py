@@ -59,8 +59,8 @@ def opened(path: Path | str, kind: str) -> Iterator[Image.Image]:
 def open_image(path: Path | str) -> Image.Image:
     """The picture as `rgb` has it. Errors: `ImageError` naming the file."""
     with opened(path, "picture") as image:
-        if getattr(image, "n_frames", 1) > 1 and image.format in ANIMATED:
-            raise ImageError(f"it is animated ({image.n_frames} frames); give it as a video, or one frame of it")
+        if (count := getattr(image, "n_frames", 1)) > 1 and image.format in ANIMATED:
+            raise ImageError(f"it is animated ({count} frames); give it as a video, or one frame of it")
         return rgb(image)
 
 
@@ -126,7 +126,7 @@ def image_processor(folder: Path, tower: VisionConfig | None = None) -> Any:
 def as_trained(tower: VisionConfig) -> Any:
     """The image processor that a kind of tower was trained with."""
     from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
-    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     if tower.model_type == "intern_vit_6b":
         return SiglipImageProcessorPil(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
