@@ -37,13 +37,14 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.checkpoint": "torch safetensors models",
     "vila_triton.formats": "torch einops",
     "vila_triton.engine": "torch transformers cache models registry tuned",
-    "vila_triton.prompts": "models.vila",
+    "vila_triton.prompts": "transformers models.vila templates",
+    "vila_triton.templates": "",
     "vila_triton.images": "torch PIL transformers",
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL __main__ chat models registry tiny",  # asks through the command line's chat
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
     "vila_triton": "torch PIL transformers cache chat choices engine images models pictures prompts ranges registry "
-    "tiny tuned",
+    "templates tiny tuned",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",
 }
 
