@@ -32,6 +32,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.models.config": "",
     "vila_triton.models": "torch einops ops formats models",
     "vila_triton.models.vila_llama": "torch transformers cache checkpoint choices engine registry models",
+    "vila_triton.models.generation": "torch transformers cache engine models",
     "vila_triton.models.vila_llama_config": "torch transformers cache checkpoint models",
     "vila_triton.cache": "torch ops models.config pages",
     "vila_triton.checkpoint": "torch safetensors models",
@@ -43,8 +44,8 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL __main__ chat models registry tiny",  # asks through the command line's chat
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
-    "vila_triton": "torch PIL transformers cache chat choices engine images models pictures prompts ranges registry "
-    "templates tiny tuned",
+    "vila_triton": "torch PIL transformers auto cache chat checkpoint choices engine images models pictures processor "
+    "prompts ranges registry templates tiny tuned",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",
 }
 
