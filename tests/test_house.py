@@ -41,6 +41,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.prompts": "transformers models.vila templates",
     "vila_triton.templates": "",
     "vila_triton.images": "torch PIL transformers",
+    "vila_triton.saved": "torch safetensors chat",
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL __main__ chat models registry tiny",  # asks through the command line's chat
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions

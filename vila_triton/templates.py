@@ -122,9 +122,8 @@ FAMILIES = {"<|im_start|>": "hermes-2", "<|start_header_id|>": "llama_3", "</s>"
 
 
 def is_token(text: str, tokenizer: Any) -> bool:
-    """Whether a text is one token, and a known one."""
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    return len(ids) == 1 and ids[0] != tokenizer.unk_token_id
+    """Whether a text is one token."""
+    return tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids) == [text]
 
 
 def template(name: str | None, tokenizer: Any) -> Template:
