@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vila_triton import engine
 from vila_triton.cache import PagedCache
@@ -15,6 +16,8 @@ from vila_triton.cache import PagedCache
 from . import vila
 from .batch import pad, side_by_side, unpad
 
+# What transformers calls it in outputs and in its loop, which changed with its version 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 LOOPS = ("engine", "transformers")
 SAMPLING = [name for name in inspect.signature(engine.Sampling.of).parameters if name not in ("rows", "device")]
 
@@ -62,6 +65,10 @@ class VilaGenerationMixin(GenerationMixin):
         features, image_tokens = self.features(images)
         rules: dict[str, Any] = self.prompt_rules | {"max_length": None}  # a prompt that is too long is an error here
         rows = unpad(input_ids.to(model.device), attention_mask, None, None, image_tokens, **rules).rows
+        if "eos_token_id" in how:
+            given = how["eos_token_id"]
+            stops = [given] if isinstance(given, int) else [int(token) for token in (() if given is None else given)]
+            how |= {"eos_token_id": stops or None, "pad_token_id": how.get("pad_token_id", (stops or [0])[0])}
         if "max_length" not in how and "generation_config" not in how:
             how.setdefault("max_new_tokens", 128)
         check_context(rows, how.get("max_new_tokens") or 1, self.geometry.llm.max_position_embeddings)
@@ -77,10 +84,9 @@ class VilaGenerationMixin(GenerationMixin):
         how: dict[str, Any],
     ) -> Tensor:
         model: Any = self
-        stops = how.pop("eos_token_id", model.generation_config.eos_token_id)
-        stops = [stops] if isinstance(stops, int) else [int(token) for token in (() if stops is None else stops)]
-        fill = how.pop("pad_token_id", None)
-        sampling = engine.Sampling.of(len(rows), device=model.device, eos_token_id=stops or None, **how)
+        how = {"eos_token_id": model.generation_config.eos_token_id, **how}
+        fill = how.pop("pad_token_id", model.generation_config.pad_token_id)
+        sampling = engine.Sampling.of(len(rows), device=model.device, **how)
         cache = self.new_cache(len(rows))
         cache.reserve({seq: len(row) + sampling.max_new_tokens for seq, row in enumerate(rows)})
         chunk = model.config.prefill_chunk_size if chunk_prefilling else None
@@ -94,7 +100,7 @@ class VilaGenerationMixin(GenerationMixin):
                 streamer.put(torch.tensor([token]))
         if streamer is not None:
             streamer.end()
-        longest, fill = max(map(len, answers)), (stops or [0])[0] if fill is None else fill
+        longest = max(map(len, answers))
         return torch.tensor([a + [fill] * (longest - len(a)) for a in answers], device=model.device)
 
     def _by_transformers(
@@ -139,7 +145,6 @@ class VilaGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: Tensor,
-        past_key_values: PagedCache | None = None,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -155,8 +160,8 @@ class VilaGenerationMixin(GenerationMixin):
         """
         asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         asked |= {"logits_to_keep": logits_to_keep, "use_cache": True}
-        if past_key_values is not None:
-            return {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values, **asked}
+        if CACHE in more:
+            return {"input_ids": input_ids[:, -1:], "past_key_values": more[CACHE], **asked}
         assert position_ids is not None
         prompt = {"inputs_embeds": inputs_embeds, "attention_mask": position_ids >= 0}
         return {**prompt, "chunk_prefilling": chunk_prefilling, **asked}
@@ -164,8 +169,7 @@ class VilaGenerationMixin(GenerationMixin):
     def _update_model_kwargs_for_generation(
         self, outputs: Mapping[str, Any], model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        (cache,) = (value for value in outputs.values() if isinstance(value, PagedCache))
-        return model_kwargs | {"past_key_values": cache}
+        return model_kwargs | {CACHE: outputs[CACHE]}
 
     def _reorder_cache(self, past_key_values: PagedCache, beam_idx: Tensor) -> PagedCache:
         past_key_values.table.reorder(beam_idx.tolist())

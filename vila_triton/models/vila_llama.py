@@ -17,12 +17,10 @@ from vila_triton.choices import pick_device
 
 from . import llama, vila
 from .batch import causal_loss, pad, pad_square, unpad
-from .generation import VilaGenerationMixin
+from .generation import CACHE, VilaGenerationMixin
 from .params import init
 from .part import Part
 from .vila_llama_config import BOOKKEEPING, VilaLlamaConfig, parse_dtype
-
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # by transformers' age
 
 
 class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
