@@ -38,7 +38,7 @@ def save(conversation: Conversation, path: Path) -> None:
     try:
         save_file(tensors, unfinished, about)
         os.replace(unfinished, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise SavedError(f"{path} cannot be written: {error}") from None
     finally:
         unfinished.unlink(missing_ok=True)
