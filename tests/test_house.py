@@ -46,7 +46,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.tiny.evaluate": "torch PIL __main__ chat models registry tiny",  # asks through the command line's chat
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
     "vila_triton": "torch PIL transformers auto cache chat checkpoint choices engine images models pictures processor "
-    "prompts ranges registry templates tiny tuned",
+    "prompts ranges registry saved session templates tiny tuned",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",
 }
 
