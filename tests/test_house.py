@@ -38,15 +38,12 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.checkpoint": "torch safetensors models",
     "vila_triton.formats": "torch einops",
     "vila_triton.engine": "torch transformers cache models registry tuned",
-    "vila_triton.prompts": "transformers models.vila templates",
-    "vila_triton.templates": "",
     "vila_triton.images": "torch PIL transformers",
-    "vila_triton.saved": "torch safetensors chat",
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL __main__ chat models registry tiny",  # asks through the command line's chat
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
-    "vila_triton": "torch PIL transformers auto cache chat checkpoint choices engine images models pictures processor "
-    "prompts ranges registry saved session templates tiny tuned",
+    "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine images models "
+    "pictures processor prompts ranges registry saved session templates tiny tuned",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",
 }
 
