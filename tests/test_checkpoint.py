@@ -174,9 +174,9 @@ def test_what_older_checkpoints_hold_besides_is_left_out(tmp_path: Path) -> None
 
 
 CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "another tower": ("vision_tower", {"model_type": "clip_vision_model"}, "'clip_vision_model'.* is not supported"),
-    "another activation": ("vision_tower", {"hidden_act": "gelu"}, "'gelu' is not supported"),
-    "another projector": ("mm_projector", {"mm_projector_type": "mlp2x_gelu"}, "'mlp2x_gelu' is not supported"),
+    "another tower": ("vision_tower", {"model_type": "radio"}, "'radio' is not supported"),
+    "another activation": ("vision_tower", {"hidden_act": "relu"}, "'relu' is not supported"),
+    "another projector": ("mm_projector", {"mm_projector_type": "mlp"}, "'mlp' is not supported"),
     "no projector": ("mm_projector", {"mm_projector_type": None}, "mm_projector: missing mm_projector_type"),
     "another token order": ("mm_projector", {"token_order": "zigzag"}, "'zigzag', expected 'column' or 'row'"),
     "another rope": ("llm", {"rope_scaling": {"type": "yarn", "factor": 2}}, "'yarn' is not supported"),
@@ -190,8 +190,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "another language model": ("llm", {"model_type": "mistral"}, "a silu llama is needed, not .* mistral"),
     "a language model without a width": ("llm", {"hidden_size": None}, "llm: missing hidden_size"),
     "heads that do not divide": ("llm", {"num_key_value_heads": 3}, "4 heads are not a multiple of 3"),
-    "s2": ("", {"s2": True}, "s2 towers are not supported"),
-    "another feature": ("", {"mm_vision_select_feature": "patch"}, "'patch' is not supported"),
+    "s2 of another size": (
+        "",
+        {"s2": True, "s2_scales": "24,48"},
+        "1 tiles of 24 pixels, but the tower takes 20",
+    ),
+    "another feature": ("", {"mm_vision_select_feature": "patch"}, "'patch' drops the class token, and siglip"),
     "a layer the tower has not": ("", {"mm_vision_select_layer": -4}, "-4 of 3 layers; it must be -1 to -3"),
     "a layer counted from the front": ("", {"mm_vision_select_layer": 2}, "2 of 3 layers; it must be -1 to -3"),
     "another width": ("", {"hidden_size": 40}, "hidden_size is 40, but the part it joins is 32 wide"),

@@ -29,7 +29,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.choices": "torch ranges registry",
     "vila_triton.kernels": "torch triton einops ops formats registry space kernels",  # nobody else imports triton
     "vila_triton.ops": "torch einops ops registry formats",
-    "vila_triton.models.config": "",
+    **{f"vila_triton.models.{x}": "models.fields models.vision_config" for x in ("fields", "vision_config", "config")},
     "vila_triton.models": "torch einops ops formats models",
     "vila_triton.models.vila_llama": "torch transformers cache checkpoint choices engine registry models",
     "vila_triton.models.generation": "torch transformers cache engine models",
@@ -38,7 +38,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.checkpoint": "torch safetensors models",
     "vila_triton.formats": "torch einops",
     "vila_triton.engine": "torch transformers cache models registry tuned",
-    "vila_triton.images": "torch PIL transformers",
+    "vila_triton.images": "torch numpy PIL transformers checkpoint models.config",
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL __main__ chat models registry tiny",  # asks through the command line's chat
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions

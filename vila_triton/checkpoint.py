@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .models import vila
-from .models.config import ConfigError, LlamaConfig, ProjectorConfig, VilaConfig, VisionConfig
+from .models.config import LlamaConfig, ProjectorConfig, VilaConfig, VisionConfig
 from .models.params import LoadError, leaves, load, tree_map
 
 PARTS = ("llm", "vision_tower", "mm_projector")
@@ -38,15 +38,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def geometry(top: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> VilaConfig:
     """The model's geometry from the top config and those of its parts, all as dictionaries. Errors: `ConfigError`."""
-    if top.get("s2"):
-        raise ConfigError("config: s2 towers are not supported")
-    if (feature := top.get("mm_vision_select_feature") or "cls_patch") != "cls_patch":
-        raise ConfigError(f"config: mm_vision_select_feature {feature!r} is not supported for SigLIP (cls_patch is)")
-    select = top.get("mm_vision_select_layer")
-    tower = VisionConfig.from_dict(parts["vision_tower"], -2 if select is None else select)
+    tower = VisionConfig.from_dict(parts["vision_tower"], top)
     llm = LlamaConfig.from_dict(parts["llm"])
     widths = {
-        "mm_hidden_size": top.get("mm_hidden_size") or tower.hidden_size,
+        "mm_hidden_size": top.get("mm_hidden_size") or tower.width,
         "hidden_size": top.get("hidden_size") or llm.hidden_size,
     }
     return VilaConfig(llm, tower, ProjectorConfig.from_dict({**parts["mm_projector"], **widths}))
@@ -101,7 +96,7 @@ def save(folder: Path, top: Mapping[str, Any], parts: Mapping[str, Mapping[str, 
     cfg = geometry(top, parts)
     for part in PARTS:
         tree = getattr(p, part)
-        specs = getattr(vila.declare(cfg, leaves(tree)[0].dtype), part)
+        specs = getattr(vila.declare(cfg, (leaves(tree) or leaves(p.llm))[0].dtype), part)
         tensors: dict[str, Tensor] = {}
         tree_map(lambda spec, x, to=tensors: to.setdefault(spec.key, x.detach().contiguous().cpu()), specs, tree)
         (folder / part).mkdir(parents=True, exist_ok=True)

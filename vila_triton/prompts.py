@@ -17,10 +17,13 @@ IMAGE = "<image>"
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a VILA folder; a SentencePiece one treats text behind special tokens as upstream's does."""
+    """The tokenizer in llm/ of a folder, or in the folder if there is no llm/.
+
+    legacy=False, as upstream has it: no space comes before what stands right behind a special token.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder / "llm", legacy=False)
+    return AutoTokenizer.from_pretrained(folder / "llm" if (folder / "llm").is_dir() else folder, legacy=False)
 
 
 def with_pictures(question: str, pictures: int) -> str:
