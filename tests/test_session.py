@@ -42,9 +42,9 @@ def test_a_video_is_shown_in_frames_between_the_pictures_where_it_is_named(typed
     shown = [Image.open(FOLDER / f"{name}.png").convert("RGB") for name in "bcd"]
     shown[0].save("film.gif", save_all=True, append_images=shown[1:])
     named = ["--image", str(FOLDER / "a.png"), "--video", "film.gif", "--frames", "2"]
-    said, _ = typed("ask", *named, "Describe image 1.")
+    said, _ = typed("ask", *named, "Describe the first image.")
     assert "yellow triangle" in said[0] and f"| pictures {(1 + 2) * 16} tokens |" in said[1]
-    said, _ = typed("chat", "--frames", "2", lines=("/video film.gif", "Describe image 1."))
+    said, _ = typed("chat", "--frames", "2", lines=("/video film.gif", "Describe the first image."))
     assert "purple star" in said[0] and f"| pictures {2 * 16} tokens |" in said[1]
 
 
