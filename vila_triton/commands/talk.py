@@ -15,7 +15,17 @@ if TYPE_CHECKING:
 
 def configure(commands: Any) -> None:
     talk = argparse.ArgumentParser(add_help=False, parents=[model_arguments()])
-    talk.add_argument("--image", action="append", default=[], metavar="PICTURE", help="may be given several times")
+    for kind in ("image", "video"):  # in the order given
+        talk.add_argument(
+            f"--{kind}",
+            action="append",
+            default=[],
+            dest="seen",
+            type=lambda path, kind=kind: (kind, path),
+            metavar="FILE",
+            help="may be given several times",
+        )
+    talk.add_argument("--frames", type=int, help="of each video (default: the model's num_video_frames, else 8)")
     talk.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache (default: the model's)")
     talk.add_argument("--page-size", type=int, default=16, help="tokens in a page of the cache: 16 to 256")
     talk.add_argument("--policy", choices=POLICIES, default="fast", help="of attention; invariant: no bit by chance")
@@ -26,7 +36,8 @@ def configure(commands: Any) -> None:
     talk.add_argument("--seed", type=int, default=0)
     ask = commands.add_parser("ask", parents=[talk], help="one question about pictures")
     ask.add_argument("question")
-    chat = commands.add_parser("chat", parents=[talk], help="a conversation; /image PICTURE adds one; /new; /quit")
+    about = "a conversation; in it: /image, /video, /new, /save, /resume, /quit"
+    chat = commands.add_parser("chat", parents=[talk], help=about)
     for parser in (ask, chat):
         parser.set_defaults(run=run)
 
@@ -36,8 +47,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from vila_triton.chat import Conversation, Talker
-    from vila_triton.images import open_image
     from vila_triton.registry import use
+    from vila_triton.session import Session, frames_of, pictures
 
     if not 0 <= args.temperature < math.inf:
         raise ValueError(f"--temperature is {args.temperature}, expected a number from 0 up")
@@ -46,26 +57,25 @@ def run(args: argparse.Namespace) -> None:
     sampling: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "top_k": args.top_k, "top_p": args.top_p}
     if args.temperature > 0:
         sampling |= {"do_sample": True, "temperature": args.temperature, "seed": args.seed}
-    pictures = [open_image(path) for path in args.image]
+    if args.command == "ask" and args.frames is not None and not any(kind == "video" for kind, _ in args.seen):
+        raise ValueError(f"--frames {args.frames} is of a --video, and none is given")
+    frames = frames_of(args.model) if args.frames is None else args.frames
+    seen = pictures(args.seen, frames)
     talker = Talker.from_pretrained(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
     config = talker.model.config
     config.kv_dtype, config.page_size, config.attention_policy = args.kv_dtype, args.page_size, args.policy
-    conversation = Conversation(talker)
+    session = Session(talker, Conversation(talker), frames, seen)
     with use(**chosen):
         if args.command == "ask":
-            answer(conversation, args.question, pictures, sampling)
+            answer(session.conversation, args.question, session.pictures, sampling)
             return
         while (line := read_line()) not in ("", "/quit"):
             try:
-                if line.startswith("/image "):
-                    pictures.append(open_image(line.removeprefix("/image ").strip()))
-                elif line == "/new":
-                    conversation = Conversation(talker)
-                elif line.startswith("/"):
-                    raise ValueError(f"no command {line!r}; there are /image PICTURE, /new and /quit")
+                if line.startswith("/"):
+                    session.obey(line)
                 else:
-                    answer(conversation, line, pictures, sampling)
-                    pictures = []
+                    answer(session.conversation, line, session.pictures, sampling)
+                    session.pictures = []
             except ValueError as error:  # the conversation is as it was before the line
                 print(f"vila-triton: {error}", file=sys.stderr)
 
