@@ -35,6 +35,8 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.models.vila_llama_config": "torch transformers cache checkpoint models",
     "vila_triton.cache": "torch ops models.config pages",
     "vila_triton.checkpoint": "torch safetensors models",
+    "vila_triton.tensors": "torch safetensors models",
+    "vila_triton.shards": "torch tensors",
     "vila_triton.formats": "torch einops",
     "vila_triton.engine": "torch transformers cache models registry tuned",
     "vila_triton.prompts": "models.vila",
