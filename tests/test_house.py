@@ -38,6 +38,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.tensors": "torch safetensors models",
     "vila_triton.shards": "torch tensors",
     "vila_triton.formats": "torch einops",
+    "vila_triton.layouts": "torch formats ops",
     "vila_triton.engine": "torch transformers cache models registry tuned",
     "vila_triton.prompts": "models.vila",
     "vila_triton.images": "torch PIL transformers",
