@@ -5,11 +5,14 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from .formats import tiles
 from .layouts import LAYOUTS, OURS, Layout, layout_of
 from .models.params import Lazy, LoadError
-from .ops import Int4, dequantize
+from .ops import Int4, dequantize, quantize
+from .ops.int4 import check_int4
 
 LEAVES = sorted({leaf for layout in LAYOUTS.values() for leaf in layout.leaves})
 
@@ -121,3 +124,33 @@ def survey(meta: Mapping[str, Tensor], where: str, group: int = 0) -> tuple[Layo
     if group and group != size:
         raise LoadError(f"{where}: the config says groups of {group}, but {kinds[0]}")
     return LAYOUTS[name], size
+
+
+def rounded(tensors: Lazy, stems: list[str], group: int) -> Lazy:
+    """The same tensors with the weights of some linears rounded to the nearest of 16 levels, in the layout of ours."""
+    meta: dict[str, Tensor] = {}
+    origin: dict[str, tuple[str, str]] = {}
+    for name, x in tensors.meta.items():
+        stem = name.removesuffix(".weight")
+        if stem not in stems:
+            meta[name] = x
+            continue
+        n, k = x.shape
+        check_int4(k, group)
+        for leaf, shape, dtype in (
+            ("qweight", tiles(n, k), torch.int32),
+            ("scales", (k // group, n), x.dtype),
+            ("zeros", (k // group, n), x.dtype),
+        ):
+            meta[f"{stem}.{leaf}"] = torch.empty(shape, dtype=dtype, device="meta")
+            origin[f"{stem}.{leaf}"] = stem, leaf
+
+    @lru_cache(maxsize=1)
+    def whole(stem: str) -> Int4:
+        return quantize(tensors[f"{stem}.weight"], group)
+
+    def take(name: str) -> Tensor:
+        stem, leaf = origin.get(name, ("", ""))
+        return getattr(whole(stem), leaf) if stem else tensors[name]
+
+    return Lazy(meta, take, lambda name: tensors.forget(name) if name in tensors.meta else None)

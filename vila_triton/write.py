@@ -46,9 +46,11 @@ def write(
     limit: int = SHARD_BYTES,
     progress: Progress = lambda done, total: None,
     over: bool = False,
+    key: str | None = None,
 ) -> None:
     """Write a checkpoint as a VILA folder; after a kill the same call goes on with the shard that was being written.
 
+    `key`: what the source's bytes depend on, if it has no files.
     `over`: into a folder that may be there, whose files of the same names are replaced at the end; begun afresh.
     Errors: ValueError, `LoadError`, before the target is there; OSError.
     """
@@ -61,7 +63,7 @@ def write(
             shards = Shards(
                 folder / name / ("parts" if name == "llm" and form == V2.name else ""),
                 held[name].meta,
-                f"{form} {identity(source)}",
+                f"{form} {key or identity(source)}",
                 limit,
                 lambda done, _, start=start: progress(start + done, total),
             )
