@@ -36,7 +36,7 @@ from .ops import Int4
 from .ops.int4 import check_int4
 
 Leaves = Mapping[str, Tensor]
-AT_ONCE = 1 << 24  # codes unpacked at a time, so that little memory is held beside the weight
+AT_ONCE = 1 << 22  # codes unpacked at a time, so that little memory is held beside the weight
 V2_GROUPS = (128, 64, 32)
 
 
