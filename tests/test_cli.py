@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from vila_triton.__main__ import BUNDLED
 from vila_triton.tiny.examples import FOLDER
@@ -33,6 +34,24 @@ def test_chat_keeps_the_conversation():
     assert len(lines) == 4 and lines[0] == "2" and "cached" in lines[3]
 
 
+def test_a_chat_is_saved_and_resumed_by_another(tmp_path):
+    first = run(
+        "chat", "--image", str(FOLDER / "a.png"), stdin=f"How many shapes are there?\n/save {tmp_path / 'talk'}\n"
+    )
+    assert first.returncode == 0 and not first.stderr, first.stderr
+    then = f"/resume {tmp_path / 'none'}\n/resume {tmp_path / 'talk'}\nDescribe the picture.\n"
+    second = run("chat", stdin=then)
+    assert second.returncode == 0 and "none does not exist" in second.stderr and second.stderr.count("\n") == 1
+    assert "yellow triangle" in second.stdout and "| pictures 0 tokens |" in second.stdout
+
+
+def test_a_video_is_shown_in_frames(tmp_path):
+    shown = [Image.open(FOLDER / f"{name}.png").convert("RGB") for name in "abcd"]
+    shown[0].save(tmp_path / "film.gif", save_all=True, append_images=shown[1:])
+    done = run("ask", "--video", str(tmp_path / "film.gif"), "--frames", "3", "--device", "cpu", "Describe image 1.")
+    assert done.returncode == 0 and "| pictures 48 tokens |" in done.stdout and "yellow triangle" in done.stdout
+
+
 def test_ops_lists_every_op_and_why():
     done = run("ops", "--device", "cpu", "--set", "kernels.rope=triton")
     assert done.returncode == 0, done.stderr
@@ -51,6 +70,7 @@ def test_ops_lists_every_op_and_why():
         (["ask", "--top-k", "5", "Why?"], "need a --temperature"),
         (["ask", "--temperature", "nan", "Why?"], "--temperature is nan"),
         (["ask", " "], "the question is empty"),
+        (["ask", "--frames", "4", "Why?"], "--frames 4 is of a --video, and none is given"),
         (["ops", "--set", "kernels.rope=fast"], "there are: reference, triton"),
         (["ask", "--model", str(BUNDLED), "<image> Why?"], "places for 1 pictures, but 0"),
     ],

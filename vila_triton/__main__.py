@@ -37,7 +37,17 @@ def parser() -> argparse.ArgumentParser:
     )
     model = argparse.ArgumentParser(add_help=False, parents=[kernels])
     model.add_argument("--model", type=Path, default=BUNDLED, help="a VILA folder (default: the bundled tiny model)")
-    model.add_argument("--image", action="append", default=[], metavar="PICTURE", help="may be given several times")
+    for kind in ("image", "video"):  # in the order given
+        model.add_argument(
+            f"--{kind}",
+            action="append",
+            default=[],
+            dest="seen",
+            type=lambda path, kind=kind: (kind, path),
+            metavar="FILE",
+            help="may be given several times",
+        )
+    model.add_argument("--frames", type=int, help="of each video (default: the model's num_video_frames, else 8)")
     model.add_argument("--dtype", choices=DTYPES, help="(default: what the model's config says)")
     model.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache (default: the model's)")
     model.add_argument("--page-size", type=int, default=16, help="tokens in a page of the cache: 16 to 256")
@@ -49,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--seed", type=int, default=0)
     ask = commands.add_parser("ask", parents=[model], help="one question about pictures")
     ask.add_argument("question")
-    commands.add_parser("chat", parents=[model], help="a conversation; /image PICTURE adds one; /new; /quit")
+    commands.add_parser(
+        "chat", parents=[model], help="a conversation; in it: /image, /video, /new, /save, /resume, /quit"
+    )
     commands.add_parser("ops", parents=[kernels], help="every op, its implementations and which one is chosen, and why")
     return top
 
@@ -76,8 +88,8 @@ def converse(args: argparse.Namespace, chosen: Mapping[str, str]) -> None:
     import torch
 
     from .chat import Conversation, Talker
-    from .images import open_image
     from .registry import use
+    from .session import Session, frames_of, pictures
 
     if not 0 <= args.temperature < math.inf:
         raise ValueError(f"--temperature is {args.temperature}, expected a number from 0 up")
@@ -86,26 +98,25 @@ def converse(args: argparse.Namespace, chosen: Mapping[str, str]) -> None:
     sampling: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "top_k": args.top_k, "top_p": args.top_p}
     if args.temperature > 0:
         sampling |= {"do_sample": True, "temperature": args.temperature, "seed": args.seed}
-    pictures = [open_image(path) for path in args.image]
+    if args.command == "ask" and args.frames is not None and not any(kind == "video" for kind, _ in args.seen):
+        raise ValueError(f"--frames {args.frames} is of a --video, and none is given")
+    frames = frames_of(args.model) if args.frames is None else args.frames
+    seen = pictures(args.seen, frames)
     talker = Talker.from_pretrained(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
     config = talker.model.config
     config.kv_dtype, config.page_size, config.attention_policy = args.kv_dtype, args.page_size, args.policy
-    conversation = Conversation(talker)
+    session = Session(talker, Conversation(talker), frames, seen)
     with use(**chosen):
         if args.command == "ask":
-            answer(conversation, args.question, pictures, sampling)
+            answer(session.conversation, args.question, session.pictures, sampling)
             return
         while (line := read_line()) not in ("", "/quit"):
             try:
-                if line.startswith("/image "):
-                    pictures.append(open_image(line.removeprefix("/image ").strip()))
-                elif line == "/new":
-                    conversation = Conversation(talker)
-                elif line.startswith("/"):
-                    raise ValueError(f"no command {line!r}; there are /image PICTURE, /new and /quit")
+                if line.startswith("/"):
+                    session.obey(line)
                 else:
-                    answer(conversation, line, pictures, sampling)
-                    pictures = []
+                    answer(session.conversation, line, session.pictures, sampling)
+                    session.pictures = []
             except ValueError as error:  # the conversation is as it was before the line
                 print(f"vila-triton: {error}", file=sys.stderr)
 
