@@ -37,7 +37,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.cache": "torch ops models.config pages",
     "vila_triton.checkpoint": "torch layouts llava models shards sources tensors write",
     "vila_triton.tensors": "torch safetensors models",
-    "vila_triton.shards": "torch tensors",
+    "vila_triton.shards": "torch models tensors",
     "vila_triton.quantized": "torch formats layouts models ops",
     "vila_triton.sources": "layouts models quantized tensors",
     "vila_triton.llava": "models sources tensors",
