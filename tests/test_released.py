@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from vila_triton import VilaLlamaForCausalLM, released
+from vila_triton import VilaLlamaForCausalLM, plan, released
 from vila_triton.checkpoint import open_source, require_fits
 from vila_triton.models.params import leaves
 from vila_triton.write import FORMS, write
@@ -85,9 +85,11 @@ def test_it_answers_as_hugging_face_does(folder: Path) -> None:
     assert answer.tolist() == expected.tolist()
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
-    source = open_source(folder)
-    return {f"{part} {name}": lazy[name] for part, lazy in source.tensors.items() for name in lazy}
+@pytest.mark.parametrize("name", NARROW)
+def test_its_file_says_the_bytes_it_takes(name: str) -> None:
+    found = released.table(name)
+    for field, group in (("fp16_bytes", None), ("int4_bytes", 128)):
+        assert found[field] == sum(map(plan.nbytes, released.random_source(found, group=group).tensors.values()))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

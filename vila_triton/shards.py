@@ -176,10 +176,13 @@ def building(target: Path, over: bool = False) -> Iterator[Path]:
     if over and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    kept = f"What was finished is in {folder}: the same command goes on from there"
     try:
         yield folder
     except OSError as error:
-        raise OSError(f"{error}. What was finished is in {folder}: the same command goes on from there") from error
+        raise OSError(f"{error}. {kept}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept) from None
     except Exception:
         shutil.rmtree(folder)
         raise
