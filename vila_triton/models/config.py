@@ -23,7 +23,9 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The language model; names as in Hugging Face's `LlamaConfig`. `group_size` set means int4 linears."""
+    """The language model; names as in Hugging Face's `LlamaConfig`. `group_size` set means int4 linears, `order` then
+    says where their weights are rounded (`Int4.order`).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -40,6 +42,7 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     group_size: int | None = None
+    order: Literal["sub", "fma"] = "sub"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
@@ -67,7 +70,9 @@ class LlamaConfig:
                 raise ConfigError(f"llm: quantization {quantization.get('quant_method')!r} is not supported")
             if not quantization.get("group_size"):
                 raise ConfigError("llm quantization_config: missing group_size")
-            v["group_size"] = quantization["group_size"]
+            v["group_size"], v["order"] = quantization["group_size"], quantization.get("order") or "sub"
+            if v["order"] not in ("sub", "fma"):
+                raise ConfigError(f"llm quantization_config: order is {v['order']!r}, expected 'sub' or 'fma'")
         cfg = read(cls, v, "llm")
         if cfg.num_attention_heads % cfg.num_key_value_heads:
             raise ConfigError(
