@@ -34,16 +34,16 @@ def asked(rows: list[list[int]], side: str = "left") -> dict[str, Any]:
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_both_loops_give_the_same_greedy_answers_to_a_hundred_prompts(batch: int) -> None:
-    lengths = set()
+    rng, early = random.Random(batch), 0
     for start in range(0, len(PROMPTS), batch):
-        inputs = asked(PROMPTS[start : start + batch], side=RNG.choice(["left", "right"]))
+        inputs = asked(PROMPTS[start : start + batch], side=rng.choice(["left", "right"]))
         ours, theirs = (
             MODEL.generate(**inputs, max_new_tokens=6, eos_token_id=STOPS, loop=loop)
             for loop in ("engine", "transformers")
         )
         assert torch.equal(ours, theirs)
-        lengths.add(ours.shape[1])
-    assert len(lengths) > 2  # they stop at different times
+        early += int(torch.isin(ours[:, :5], torch.tensor(STOPS)).any(1).sum())
+    assert 10 < early < 90  # answers end at their stop tokens, or after 6
 
 
 @pytest.mark.parametrize(

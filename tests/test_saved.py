@@ -18,7 +18,11 @@ from vila_triton.tiny.scenes import draw, sample
 
 RNG = random.Random(4)
 FIRST, SECOND = (draw(sample(RNG, "held_out"), RNG) for _ in range(2))
-ROUNDS = [("How many shapes are there?", [FIRST]), ("Describe the picture.", []), ("Describe the second image.", [SECOND])]
+ROUNDS = [
+    ("How many shapes are there?", [FIRST]),
+    ("Describe the picture.", []),
+    ("Describe the second image.", [SECOND]),
+]
 
 
 @pytest.fixture(scope="module")
