@@ -18,6 +18,11 @@ from .tensors import open_tensors
 
 FORMS = (*LAYOUTS, "dense")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
+COMPANIONS = {
+    "llm": ("tokenizer", "special_tokens", "added_tokens", "generation_config", "chat_template"),
+    "vision_tower": ("preprocessor_config", "processor_config"),
+    "mm_projector": (),
+}
 Progress = Callable[[int, int], None]
 
 
@@ -116,7 +121,5 @@ def companions(source: Source) -> Iterator[tuple[Path, str]]:
             if place != source.folder:
                 if not file.name.endswith(WEIGHTS):
                     yield file, name
-            elif file.name.startswith(("preprocessor", "processor", "tokenizer", "special_", "added_", "generation_")):
-                sees = file.name.startswith(("preprocessor", "processor"))
-                if name == ("vision_tower" if sees else "llm"):
-                    yield file, name
+            elif file.name.startswith(COMPANIONS[name]):  # a LLaVA's stand all in one folder
+                yield file, name
