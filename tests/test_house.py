@@ -47,14 +47,16 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.released": "torch tokenizers transformers checkpoint choices layouts models quantized shards sources",
     "vila_triton.formats": "torch einops",
     "vila_triton.layouts": "torch formats ops",
+    "vila_triton.prompts": "transformers models.vila templates",
+    "vila_triton.templates": "",
+    "vila_triton.saved": "torch safetensors chat",
     "vila_triton.engine": "torch transformers cache models registry tuned",
     "vila_triton.images": "torch numpy PIL transformers checkpoint models.config",
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models ops checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL arguments chat models registry tiny",
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
     "vila_triton.arguments": "torch choices registry",
-    "vila_triton.commands": "torch PIL transformers safetensors einops vila_triton",
-    "vila_triton.__main__": "vila_triton.commands",
+    "vila_triton.__main__": "commands",
     "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine images models "
     "pictures processor prompts ranges registry saved session templates tiny tuned",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from bench.faithful import arguments
 from vila_triton import VilaLlamaForCausalLM, engine
-from vila_triton.__main__ import BUNDLED
+from vila_triton.arguments import BUNDLED
 from vila_triton.cache import KV_DTYPES, PagedCache
 from vila_triton.choices import configured
 from vila_triton.models import llama, vila
-from vila_triton.registry import OPS, Impl, discover, recording, use
+from vila_triton.registry import OPS, Impl, Sizes, discover, recording, use
 
 discover()
 pytestmark = pytest.mark.usefixtures("dots_in_order")
@@ -85,7 +85,9 @@ def logits(
     cache = PagedCache(model.cfg.llm, 256, dtype=model.dtype, **how)
     random.Random(len(cuts)).shuffle(cache.table.free_pages)
     choice: dict[str, Any] = {"prefill_attention": kernels} if kernels not in ("cpu", "cuda") else {}
-    with use(**configured("cuda", "invariant") if kernels == "cuda" else choice):
+    if kernels == "cuda":
+        choice = dict(configured("cuda", "invariant"))
+    with use(**choice):
         if known:
             run(model, cache, first := cache.table.alloc(), 0, [known], [])
             cache.table.publish(first, WHOLE[:known].tolist())
@@ -152,7 +154,7 @@ MARKED = [(impl, i) for op in ROWS for impl in OPS[op].impls.values() for i in r
 
 @pytest.mark.parametrize("impl, config", [case for case in MARKED if case[0].batch_invariant])
 def test_a_row_of_what_is_marked_has_the_same_bits_anywhere(impl: Impl, config: int) -> None:
-    sizes: dict[str, Any] = {name: values.high for name, values in OPS[impl.op].domain.items() if name != "dtype"}
+    sizes: dict[str, Any] = {name: x.high for name, x in OPS[impl.op].domain.items() if isinstance(x, Sizes)}
     args = arguments(OPS[impl.op], seed=0, dtype="float32", **sizes)
     whole = impl(*args, config=impl.configs[config])
     for seed in range(3):

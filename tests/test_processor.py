@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, TextStreamer
 
 from vila_triton import VilaLlamaConfig, VilaLlamaForCausalLM, VilaProcessor
-from vila_triton.__main__ import BUNDLED
+from vila_triton.arguments import BUNDLED
 from vila_triton.chat import Conversation, Talker
 from vila_triton.tiny.examples import FOLDER
 

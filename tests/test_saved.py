@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vila_triton.__main__ import BUNDLED
+from vila_triton.arguments import BUNDLED
 from vila_triton.chat import Conversation, Talker
 from vila_triton.prompts import tokenize
 from vila_triton.saved import FORMAT, SavedError, prints, resume, save
