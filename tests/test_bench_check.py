@@ -68,14 +68,7 @@ FIRST = {"one_tile": "[16, 64]", "one_token_ahead": "[0, 0, 0]", "swapped_nibble
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", PLANTED)
-def test_a_wrong_kernel_is_shrunk_saved_and_replayed(
-    name: str,
-    plant: Plant,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys,
-) -> None:
-    monkeypatch.setattr("bench.search.SHRINKING", 300.0)  # to the end, however busy the machine
+def test_a_wrong_kernel_is_shrunk_saved_and_replayed(name: str, plant: Plant, tmp_path: Path, capsys) -> None:  # noqa: F811
     op, old, new, kind, smallest = PLANTED[name]
     plant(op, name, old, new)
     assert check.main([op, "--impl", name, "--config", "0", "--out", str(tmp_path)]) == 1
