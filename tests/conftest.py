@@ -29,7 +29,7 @@ _common = settings(
     phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
 )
 settings.register_profile("dev", _common, max_examples=8)
-settings.register_profile("ci", _common, max_examples=12, derandomize=True)
+settings.register_profile("ci", _common, max_examples=9, derandomize=True)
 settings.register_profile("thorough", _common, max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
