@@ -10,6 +10,7 @@ import torch
 from oracles import build, config
 from PIL import Image
 from preprocessing import written_out
+from safetensors.torch import save_file
 from towers import CLIP, INTERN, SIGLIP
 
 from vila_triton.images import ImageError, image_processor, pixels
@@ -35,6 +36,10 @@ def folder(tmp_path: Path, tower: dict, file: dict | None, **top: Any) -> Path:
         (tmp_path / name / "config.json").write_text(json.dumps(values, default=str))
     (tmp_path / "vision_tower").mkdir(exist_ok=True)
     (tmp_path / "vision_tower" / "config.json").write_text(json.dumps(tower))
+    for name in ("llm", "vision_tower", "mm_projector"):
+        save_file({}, tmp_path / name / "model.safetensors")
+    for name in ("llm", "vision_tower", "mm_projector"):
+        save_file({}, tmp_path / name / "model.safetensors")
     if file is not None:
         (tmp_path / "vision_tower" / "preprocessor_config.json").write_text(json.dumps(file))
     return tmp_path
