@@ -65,7 +65,8 @@ def prefill(name: str, back_end: SDPBackend) -> None:
         lse: bool = False,
     ) -> Tensor:
         check_one(name, len(history), policy, lse, k_pages)
-        return attend(name, back_end, q, *prepared(whole, block_table, k_pages, v_pages, history, k, v), scale)
+        all_k, all_v = prepared(whole, block_table, k_pages, v_pages, history, k, v)
+        return attend(name, back_end, q, all_k, all_v, scale)
 
 
 prefill("sdpa_flash", SDPBackend.FLASH_ATTENTION)
