@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(p.ours for p in at):
         print(f"{OP} on {', '.join(devices)}: others' times as multiples of ours")
         print(*table(at), *goals(at), sep="\n")
-    print(*attention, sep="\n")
+    for line in attention:
+        print(line)
     return 0
 
 

@@ -76,11 +76,16 @@ def rows_of(call: Call) -> list[dict[str, Any]]:
 
 
 def calls_of(args: argparse.Namespace) -> Iterator[Call]:
-    """Errors: ValueError for an op that the file does not name."""
+    """Errors: ValueError for an op that the file does not name, or a size that no op has."""
     table = tomllib.loads((configs() / "bench" / "sweep.toml").read_text())
     if unknown := set(args.op) - table.keys():
         raise ValueError(f"configs/bench/sweep.toml has no {', '.join(unknown)}; it has {', '.join(table)}")
     only = {name: values.split(",") for name, _, values in (text.partition("=") for text in args.size)}
+    known = {size for name in args.op or table for size in OPS[name].domain}
+    if unknown := only.keys() - known:
+        raise ValueError(
+            f"--size {', '.join(sorted(unknown))}: expected NAME=VALUE,..., a name among {', '.join(sorted(known))}"
+        )
     for name in args.op or table:
         for sizes in combinations(table[name], OPS[name]):
             if any(str(sizes[key]) not in values for key, values in only.items() if key in sizes):
@@ -94,7 +99,8 @@ def calls_of(args: argparse.Namespace) -> Iterator[Call]:
 
 def run(args: argparse.Namespace) -> int:
     prepare(args.kernels, peers=False)
-    calls = list(calls_of(args))
+    if not (calls := list(calls_of(args))):
+        raise ValueError("no implementation and sizes are left to compile; see --impl and --size")
     rows: list[dict[str, Any]] = []
     for i, found in enumerate(elsewhere(rows_of, calls, args.workers, args.kernels), 1):
         print(f"\r{i} of {len(calls)} compiled", end="", file=sys.stderr, flush=True)

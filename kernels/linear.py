@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Int4, linear
+from vila_triton.registry import Unsupported
 from vila_triton.space import SIZE, Config, Launch, Space, cdiv, power_of_two
 
 from ._tile import check, rows_of
@@ -103,6 +104,8 @@ def linear_triton(
     if isinstance(w, Int4):  # which has an op of its own
         return linear.reference(x, w, bias)
     check("linear", x, w, *(() if bias is None else (bias,)))
+    if w.dtype != x.dtype:
+        raise Unsupported(f"linear: w is {w.dtype}, expected {x.dtype} like x")
     (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
     m, BLOCK_M, BLOCK_N = len(rows), rows_of(BLOCK_M, x), rows_of(BLOCK_N, x)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)

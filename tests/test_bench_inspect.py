@@ -215,7 +215,7 @@ def test_a_copied_kernel_file_appears_and_compares_with_the_original(tmp_path: P
         ("swiglu --size q=3", "--size q=3: expected NAME=VALUE, a name among s, f, dtype"),
         ("swiglu --size s=many", "--size s=many: expected NAME=VALUE"),
         ("swiglu --config 7", "swiglu triton has no config 7; it has 2, from 0"),
-        ("linear", "linear has no Triton kernel; its implementations: reference"),
+        ("layer_norm", "layer_norm has no Triton kernel; its implementations: reference"),
     ],
 )
 def test_bad_input_is_one_line(words: str, message: str) -> None:

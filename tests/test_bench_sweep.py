@@ -31,6 +31,17 @@ def test_sizes_are_narrowed_as_asked_and_ops_must_be_there() -> None:
     assert {call.sizes["d"] for call in sweep.calls_of(args)} == {72, 96}
     with pytest.raises(ValueError, match=r"sweep\.toml has no rope; it has prefill_attention"):
         list(sweep.calls_of(argparse.Namespace(**{**vars(args), "op": ["rope"]})))
+    with pytest.raises(ValueError, match=r"--size D: expected NAME=VALUE,.*, a name among b, d"):
+        list(sweep.calls_of(argparse.Namespace(**{**vars(args), "size": ["D=72"]})))
+
+
+def test_a_sweep_of_nothing_is_no_success(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["sweep", "encoder_attention", "--impl", "nonsense"])
+    monkeypatch.setattr(sweep, "prepare", lambda kernels, peers: None)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # which it sets
+    with pytest.raises(SystemExit):
+        sweep.main()
+    assert "no implementation and sizes are left to compile" in capsys.readouterr().err
 
 
 def row(op: str, impl: str, seconds: float, served: bool = False, **about: Any) -> dict[str, Any]:

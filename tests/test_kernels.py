@@ -117,3 +117,10 @@ def test_interpreted_bfloat16_is_unsupported() -> None:
     x = torch.ones(2, 8, dtype=torch.bfloat16, device=DEVICE)
     with pytest.raises(Unsupported, match="bfloat16"):
         OPS["swiglu"].impls["triton"](x, x)
+
+
+def test_a_linear_of_two_dtypes_is_unsupported() -> None:
+    """Interpreted it would be worked out in one of them."""
+    x = torch.ones(2, 32, dtype=torch.float16, device=DEVICE)
+    with pytest.raises(Unsupported, match=r"linear: w is torch\.float32, expected torch\.float16 like x"):
+        OPS["linear"].impls["triton"](x, x.float())

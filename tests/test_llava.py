@@ -178,6 +178,10 @@ def test_what_is_missing_is_said(theirs: tuple[Any, Path], tmp_path: Path) -> No
         require_fits(open_source(tmp_path / "y"))
     hf = json.loads((theirs[1] / "config.json").read_text())
     shutil.copytree(theirs[1], tmp_path / "z")
-    (tmp_path / "z/config.json").write_text(json.dumps({**hf, "vision_feature_select_strategy": "cls"}))
-    with pytest.raises(LoadError, match="vision_feature_select_strategy is 'cls', expected 'default' or 'full'"):
-        open_source(tmp_path / "z")
+    for change, message in (
+        ({"vision_feature_select_strategy": "cls"}, "strategy is 'cls', expected 'default' or 'full'"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu', expected 'gelu'"),
+    ):
+        (tmp_path / "z/config.json").write_text(json.dumps(hf | change))
+        with pytest.raises(LoadError, match=message):
+            open_source(tmp_path / "z")

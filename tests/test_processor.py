@@ -106,6 +106,8 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "of another text": ({"text": ["a", "<image>"], "images": [[ONE], []]}, ValueError, "text 0 has places for 0 pict"),
     "lists": ({"text": ["a", "b"], "images": [[]]}, ValueError, "1 lists of pictures were given for 2 texts"),
     "no text": ({"images": ONE}, TypeError, "got no text"),
+    "an empty list": ({"text": []}, ValueError, "got no text: the list is empty"),
+    "padding": ({"text": "a", "padding": "max_length"}, ValueError, "padding is 'max_length', expected True or 'long"),
     "an argument": ({"text": "a", "max_length": 5}, TypeError, "takes text, .*; got max_length"),
     "tensors": ({"text": "a", "return_tensors": "np"}, ValueError, "return_tensors is 'np', expected 'pt' or None"),
 }

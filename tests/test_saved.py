@@ -128,6 +128,7 @@ def test_a_conversation_that_does_not_hold_together_is_damaged(tiny: Talker, who
         ({"row": torch.tensor([1, -17]), "features": wide}, str([-1] * 16), "do not belong together"),
         ({"row": torch.tensor([1, 5]), "features": wide}, "[1]", "do not belong together"),
         ({"row": torch.tensor([1, 5]), "features": wide[:, 1:].clone()}, str([-1] * 16), "do not belong together"),
+        ({"row": torch.tensor([1, 5]), "features": wide}, str([[]] * 16), "do not belong together"),
         ({"row": torch.tensor([1, 128])}, "[]", "do not belong together"),
         ({"features": wide}, "[]", "lacks its tokens"),
         ({"row": torch.tensor([1])}, "[", "lacks its tokens"),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vila_triton.shards import Shards, building
+from vila_triton.shards import OtherWork, Shards, building
 from vila_triton.tensors import open_tensors
 
 DTYPES = (torch.float16, torch.int32, torch.float64, torch.int16)
@@ -104,7 +104,16 @@ def test_other_work_is_not_mixed_in(tmp_path: Path) -> None:
     for held, limit, key in ((HELD, 400, "b"), (HELD, 2000, "a"), (some([40]), 400, "a")):
         with pytest.raises(ValueError, match=r"x.partial holds the beginnings of other work; remove it"):
             Shards(left, held, key, limit)
+    with pytest.raises(OtherWork), building(tmp_path / "x") as folder:
+        Shards(folder, HELD, "b", 400)
     assert contents(left) == before
+
+
+def test_a_folder_of_no_tensors_is_one_all_the_same(tmp_path: Path) -> None:
+    """Such as a projector that is the identity."""
+    for _ in range(2):  # the second time over the first
+        Shards(tmp_path / "x", {}).close()
+        assert not open_tensors(tmp_path / "x").meta
 
 
 def test_errors_leave_nothing_and_what_is_there_is_not_written_over(tmp_path: Path) -> None:
@@ -120,6 +129,10 @@ def test_errors_leave_nothing_and_what_is_there_is_not_written_over(tmp_path: Pa
         pass
     with pytest.raises(OSError, match=r"No space left.*What was finished is in .*y.partial"), building(tmp_path / "y"):
         raise OSError(28, "No space left on device")
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):  # what begins afresh keeps nothing
+        with pytest.raises(type(error)) as raised, building(tmp_path / "z", over=True):
+            raise error
+        assert raised.value is error
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x", "y.partial"]
 
 

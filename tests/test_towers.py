@@ -101,6 +101,16 @@ def test_another_resolution_stretches_the_row_of_positions(values: dict, resolut
         vision.vision_tower(p, torch.zeros(1, 3, 20, 20), cfg)
 
 
+def test_positions_in_half_precision_are_those_of_double_rounded() -> None:
+    """Of more places than float16 can count."""
+    cfg = VisionConfig.from_dict(SIGLIP, {"vision_resolution": 4 * 257})
+    trained = torch.rand(25, 4, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float16, torch.bfloat16):
+        exact = vision_parts.positions(trained.to(dtype).double(), cfg)
+        error = (vision_parts.positions(trained.to(dtype), cfg) - exact).abs().max()
+        assert error <= 2 * torch.finfo(dtype).eps  # of the share and of the result, half a unit each, and of lerp
+
+
 def test_the_trained_resolution_changes_nothing() -> None:
     for resolution in (-1, 20, None):
         assert VisionConfig.from_dict(SIGLIP, {"vision_resolution": resolution}) == VisionConfig.from_dict(SIGLIP)

@@ -78,6 +78,9 @@ def transformers_source(folder: Path, top: Mapping[str, Any]) -> Source:
     strategy = top.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
         raise LoadError(f"{folder}: vision_feature_select_strategy is {strategy!r}, expected 'default' or 'full'")
+    act = top.get("projector_hidden_act", "gelu")
+    if act != "gelu":
+        raise LoadError(f"{folder}: projector_hidden_act is {act!r}, expected 'gelu'")
     fields = {
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": top.get("vision_feature_layer", -2),

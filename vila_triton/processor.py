@@ -68,7 +68,7 @@ class VilaProcessor(ProcessorMixin):
         images: Image.Image | Sequence[Any] | None = None,
         text: str | Sequence[str] | None = None,
         *,
-        padding: bool = True,
+        padding: bool | str = True,
         return_tensors: str | None = "pt",
         add_special_tokens: bool = True,
         **more: Any,
@@ -88,7 +88,11 @@ class VilaProcessor(ProcessorMixin):
             )
         if return_tensors not in ("pt", None):
             raise ValueError(f"return_tensors is {return_tensors!r}, expected 'pt' or None")
+        if padding not in (True, False, "longest"):
+            raise ValueError(f"padding is {padding!r}, expected True or 'longest', or False")
         texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("VilaProcessor got no text: the list is empty")
         pictures = matched(texts, images)
         rows = [tokenize(line, self.tokenizer, first=add_special_tokens) for line in texts]
         ones = [[1] * len(row) for row in rows]

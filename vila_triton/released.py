@@ -15,6 +15,7 @@ from .layouts import OURS
 from .models import vila
 from .models.params import Lazy, Spec, leaves
 from .quantized import rounded
+from .shards import write_json
 from .sources import PARTS, Source, quantization
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -182,8 +183,6 @@ def write_companions(found: Mapping[str, Any], folder: Path) -> dict[str, Path]:
         "do_normalize": True,
         **(IMAGENET if intern else HALF),
     }
-    from .shards import write_json
-
     places["vision_tower"].mkdir()
     write_json(places["vision_tower"] / "preprocessor_config.json", processor)
     return places

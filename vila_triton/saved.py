@@ -62,7 +62,8 @@ def resume(talker: Talker, path: Path) -> Conversation:
     llm, held = talker.model.geometry.llm, len(features) if features is not None else 0
     fits = features is None or features.shape[1:] == (llm.hidden_size,)
     inside = row.dtype == torch.int64 and row.ndim == 1 and bool(((row >= -held) & (row < llm.vocab_size)).all())
-    if not (fits and inside and isinstance(names, list) and len(names) == held):
+    named = isinstance(names, list) and len(names) == held and all(isinstance(name, int) for name in names)
+    if not (fits and inside and named):
         raise SavedError(f"{path} is a damaged conversation: its tokens and pictures do not belong together")
     conversation = Conversation(talker)
     conversation.row = row.to(talker.model.device)

@@ -27,6 +27,10 @@ JOURNAL = ".shards.json"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+class OtherWork(ValueError):
+    """A folder holds the beginnings of something else, which are not thrown away unasked."""
+
+
 @dataclass
 class Shard:
     """One file to be: its header, and the first byte of each tensor still missing from it."""
@@ -66,12 +70,14 @@ class Shards:
         if (folder / JOURNAL).exists():
             before = read_json(folder / JOURNAL)
             if before["key"] != self.journal["key"]:
-                raise ValueError(f"{folder} holds the beginnings of other work; remove it, or write elsewhere")
+                raise OtherWork(f"{folder} holds the beginnings of other work; remove it, or write elsewhere")
             self.journal["done"] = {
                 shard.file.name: before["done"][shard.file.name] for shard in shards if whole(shard, before["done"])
             }
         write_json(folder / JOURNAL, self.journal)
         self.missing = {name for name in meta if self.of[name].file.name not in self.journal["done"]}
+        if not meta:  # a file of no tensors is a file all the same
+            self.finish(shards[0])
 
     def put(self, name: str, x: Tensor) -> None:
         """Write one tensor. Errors: ValueError if it is not the one announced; OSError naming the file."""
@@ -81,23 +87,19 @@ class Shards:
         if x.shape != like.shape or x.dtype != like.dtype:
             raise ValueError(f"{name} is {x.dtype} {list(x.shape)}, but {like.dtype} {list(like.shape)} was announced")
         shard = self.of[name]
-        if shard.opened is None:
-            shard.opened = part(shard.file).open("wb", buffering=0)
-            shard.opened.write(shard.header)
-            shard.opened.truncate(shard.size)
-        shard.opened.seek(shard.starts.pop(name))
+        opened = begun(shard)
+        opened.seek(shard.starts.pop(name))
         left = memoryview(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # pyright: ignore
         while len(left):
-            left = left[shard.opened.write(left) :]
+            left = left[opened.write(left) :]
         self.missing.discard(name)
         if not shard.starts:
             self.finish(shard)
         self.progress(self.total - sum(self.meta[other].nbytes for other in self.missing), self.total)
 
     def finish(self, shard: Shard) -> None:
-        assert shard.opened is not None
-        os.fsync(shard.opened.fileno())
-        shard.opened.close()
+        with begun(shard) as opened:
+            os.fsync(opened.fileno())
         self.journal["done"][shard.file.name] = checksum(part(shard.file))
         part(shard.file).replace(shard.file)
         write_json(self.folder / JOURNAL, self.journal)
@@ -109,6 +111,15 @@ class Shards:
         if self.index:
             index = {"metadata": {"total_size": self.total}, "weight_map": self.index}
             write_json(self.folder / f"{WHOLE[0]}.index.json", index)
+
+
+def begun(shard: Shard) -> BinaryIO:
+    """The file of a shard, with its header and as long as it will be."""
+    if shard.opened is None:
+        shard.opened = part(shard.file).open("wb", buffering=0)
+        shard.opened.write(shard.header)
+        shard.opened.truncate(shard.size)
+    return shard.opened
 
 
 def part(file: Path) -> Path:
@@ -165,9 +176,9 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def building(target: Path, over: bool = False) -> Iterator[Path]:
     """A folder to write into, `target`.partial, which becomes `target` when the block ends well.
 
-    Interrupted or out of space, it stays, and the next `building` of the same target goes on in it. After any other
-    error nothing is left. `over`: begun afresh, and files go into a target that may be there, in place of what
-    weights it had; its own config.json is away meanwhile.
+    Interrupted or out of space, it stays, and the next `building` of the same target goes on in it; `OtherWork` leaves
+    it alone. After any other error nothing is left. `over`: begun afresh, left by no error, and files go into a target
+    that may be there, in place of what weights it had; its own config.json is away meanwhile.
     Errors: ValueError if the target is there and not empty.
     """
     folder = target.with_name(f"{target.name}.partial")
@@ -179,12 +190,13 @@ def building(target: Path, over: bool = False) -> Iterator[Path]:
     kept = f"What was finished is in {folder}: the same command goes on from there"
     try:
         yield folder
-    except OSError as error:
-        raise OSError(f"{error}. {kept}") from error
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(kept) from None
-    except Exception:
-        shutil.rmtree(folder)
+    except BaseException as error:
+        if over or not isinstance(error, OSError | KeyboardInterrupt | OtherWork):
+            shutil.rmtree(folder)
+        elif isinstance(error, OSError):
+            raise OSError(f"{error}. {kept}") from error
+        elif isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(kept) from None
         raise
     for journal in folder.rglob(JOURNAL):
         journal.unlink()

@@ -17,10 +17,11 @@ from ._offline import promises_nothing
 from ._prepared import prepared
 
 
-def keys(block_table: Tensor, pages: Tensor, lengths: Tensor, new: Tensor | None = None) -> Tensor:
-    """All keys or values of the one sequence, [1, g, t, d]."""
-    held = gather(pages, block_table[0], int(lengths[0]))
-    return (held if new is None else torch.cat((held, new))).transpose(0, 1)[None].contiguous()
+def whole(block_table: Tensor, k_pages: Tensor, v_pages: Tensor, lengths: Tensor, *new: Tensor) -> list[Tensor]:
+    """All keys and all values of the one sequence, [1, g, t, d] each; new: k and v of tokens that are in no page."""
+    held = [gather(pages, block_table[0], int(lengths[0])) for pages in (k_pages, v_pages)]
+    both = [torch.cat(parts) for parts in zip(held, new)] if new else held
+    return [x.transpose(0, 1)[None].contiguous() for x in both]
 
 
 def attend(where: str, back_end: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -31,14 +32,14 @@ def attend(where: str, back_end: SDPBackend, q: Tensor, k: Tensor, v: Tensor, sc
     try:
         with sdpa_kernel(back_end):
             grouped = q.shape[1] != k.shape[1]
-            queries, whole = q.transpose(0, 1)[None].contiguous(), s == t > 1
-            out = F.scaled_dot_product_attention(queries, k, v, is_causal=whole, scale=scale, enable_gqa=grouped)
+            queries, causal = q.transpose(0, 1)[None].contiguous(), s == t > 1
+            out = F.scaled_dot_product_attention(queries, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
     except RuntimeError as reason:  # torch's way to say that a back end does not take a call
         raise Unsupported(f"{where}: {str(reason).splitlines()[0]}") from None
     return out[0].transpose(0, 1)
 
 
-def check_one(where: str, b: int, policy: str, lse: bool, q: Tensor, k_pages: Pages) -> None:
+def check_one(where: str, b: int, policy: str, lse: bool, k_pages: Pages) -> None:
     promises_nothing(where, policy, lse)
     if not isinstance(k_pages, Tensor):
         raise Unsupported(f"{where}: does not read our quantised pages")
@@ -63,8 +64,8 @@ def prefill(name: str, back_end: SDPBackend) -> None:
         policy: str = "fast",
         lse: bool = False,
     ) -> Tensor:
-        check_one(name, len(history), policy, lse, q, k_pages)
-        all_k, all_v = (prepared(keys, block_table, *x) for x in ((k_pages, history, k), (v_pages, history, v)))
+        check_one(name, len(history), policy, lse, k_pages)
+        all_k, all_v = prepared(whole, block_table, k_pages, v_pages, history, k, v)
         return attend(name, back_end, q, all_k, all_v, scale)
 
 
@@ -83,6 +84,6 @@ def decode_attention_sdpa(
     policy: str = "fast",
     lse: bool = False,
 ) -> Tensor:
-    check_one("sdpa_flash", len(lengths), policy, lse, q, k_pages)
-    k, v = (prepared(keys, block_table, pages, lengths) for pages in (k_pages, v_pages))
+    check_one("sdpa_flash", len(lengths), policy, lse, k_pages)
+    k, v = prepared(whole, block_table, k_pages, v_pages, lengths)
     return attend("sdpa_flash", SDPBackend.FLASH_ATTENTION, q, k, v, scale)

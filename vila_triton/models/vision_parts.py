@@ -63,7 +63,7 @@ def positions(trained: Tensor, cfg: VisionConfig) -> Tensor:
     n, m = cfg.grid**2, len(grid)
     place = torch.arange(n, device=grid.device) * (m - 1)  # in steps of 1 / (n - 1): whole numbers stay whole
     low = place // max(n - 1, 1)
-    share = (place % max(n - 1, 1))[:, None].to(grid.dtype) / max(n - 1, 1)
+    share = ((place % max(n - 1, 1)).double() / max(n - 1, 1))[:, None].to(grid.dtype)
     return torch.cat((first, torch.lerp(grid[low], grid[(low + 1).clamp(max=m - 1)], share)))
 
 
