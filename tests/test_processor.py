@@ -107,6 +107,8 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lists": ({"text": ["a", "b"], "images": [[]]}, ValueError, "1 lists of pictures were given for 2 texts"),
     "no text": ({"images": ONE}, TypeError, "got no text"),
     "an argument": ({"text": "a", "max_length": 5}, TypeError, "takes text, .*; got max_length"),
+    "no picture": ({"text": "<image>", "images": [3]}, TypeError, "a picture is a PIL image or the path .*, not int"),
+    "no file": ({"text": "<image>", "images": "none.png"}, ValueError, "none.png does not exist"),
     "tensors": ({"text": "a", "return_tensors": "np"}, ValueError, "return_tensors is 'np', expected 'pt' or None"),
 }
 
@@ -115,3 +117,11 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_what_does_not_fit_is_refused(processor: Any, how: dict, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         processor(**how)
+
+
+def test_a_path_is_the_picture_in_the_file(processor: Any) -> None:
+    path = FOLDER / "a.png"
+    parts = [{"type": "image", "path": str(path)}, {"type": "text", "text": "x"}]
+    talk = [{"role": "user", "content": parts}]
+    inputs = processor.apply_chat_template(talk, tokenize=True, return_dict=True)
+    assert torch.equal(inputs["images"], processor(text="<image>", images=Image.open(path))["images"])
