@@ -125,3 +125,8 @@ def test_a_path_is_the_picture_in_the_file(processor: Any) -> None:
     talk = [{"role": "user", "content": parts}]
     inputs = processor.apply_chat_template(talk, tokenize=True, return_dict=True)
     assert torch.equal(inputs["images"], processor(text="<image>", images=Image.open(path))["images"])
+
+
+def test_a_label_outside_the_vocabulary_is_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match="label 1000000 is not in the vocabulary of 128"):
+        model(torch.tensor([[1, 5]]), labels=torch.full((1, 2), 10**6))
