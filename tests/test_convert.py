@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,3 +138,22 @@ def test_what_is_built_is_what_the_seed_says(tmp_path: Path) -> None:
     assert a == b and a.keys() == c.keys() and a["llm/model.safetensors"] != c["llm/model.safetensors"]
     model = VilaLlamaForCausalLM.from_pretrained(tmp_path / "a", device="cpu")
     assert model.geometry.llm.num_hidden_layers == 1 and model.geometry.llm.group_size == 64
+
+
+@pytest.mark.parametrize("layers, narrow", [(1, 8), (1, 1)])
+def test_build_says_the_int4_size_of_any_width(layers: int, narrow: int, tmp_path: Path, capsys: Any) -> None:
+    command("build", "vila1.5-3b", tmp_path / "x", "--layers", layers, "--narrow", narrow, "--dry-run")
+    assert f"int4, groups of {64 if narrow == 8 else 128}: " in capsys.readouterr().out
+
+
+def test_an_error_of_the_system_is_told_in_words(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    (file := tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["vila-triton", "convert", str(INT4), str(file / "x")])
+    assert main() == 1 and "Not a directory" in capsys.readouterr().err
+
+
+def test_saving_onto_a_file_leaves_nothing(tmp_path: Path) -> None:
+    (file := tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file, expected a folder"):
+        write(open_source(INT4), file, over=True)
+    assert list(tmp_path.iterdir()) == [file]

@@ -109,6 +109,8 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "an empty list": ({"text": []}, ValueError, "got no text: the list is empty"),
     "padding": ({"text": "a", "padding": "max_length"}, ValueError, "padding is 'max_length', expected True or 'long"),
     "an argument": ({"text": "a", "max_length": 5}, TypeError, "takes text, .*; got max_length"),
+    "no picture": ({"text": "<image>", "images": [3]}, TypeError, "a picture is a PIL image or the path .*, not int"),
+    "no file": ({"text": "<image>", "images": "none.png"}, ValueError, "none.png does not exist"),
     "tensors": ({"text": "a", "return_tensors": "np"}, ValueError, "return_tensors is 'np', expected 'pt' or None"),
 }
 
@@ -117,3 +119,16 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_what_does_not_fit_is_refused(processor: Any, how: dict, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         processor(**how)
+
+
+def test_a_path_is_the_picture_in_the_file(processor: Any) -> None:
+    path = FOLDER / "a.png"
+    parts = [{"type": "image", "path": str(path)}, {"type": "text", "text": "x"}]
+    talk = [{"role": "user", "content": parts}]
+    inputs = processor.apply_chat_template(talk, tokenize=True, return_dict=True)
+    assert torch.equal(inputs["images"], processor(text="<image>", images=Image.open(path))["images"])
+
+
+def test_a_label_outside_the_vocabulary_is_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match="label 1000000 is not in the vocabulary of 128"):
+        model(torch.tensor([[1, 5]]), labels=torch.full((1, 2), 10**6))

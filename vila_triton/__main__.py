@@ -20,9 +20,15 @@ def main() -> int:
     args = parser().parse_args()
     try:
         return args.run(args) or 0
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
+    except OSError as error:  # its first argument is a number
+        print(f"vila-triton: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, KeyError, RuntimeError) as error:
         print(f"vila-triton: {error.args[0] if error.args else error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as error:
+        print(f"\nvila-triton: {error.args[0] if error.args else 'interrupted'}", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .checkpoint import read_json, write_json
 from .images import image_processor as load_image_processor
-from .images import pixels
+from .images import open_image, pixels
 from .prompts import IMAGE, load_tokenizer, tokenize
 from .templates import template
 
@@ -65,7 +65,7 @@ class VilaProcessor(ProcessorMixin):
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        images: Image.Image | Sequence[Any] | None = None,
+        images: Image.Image | str | Path | Sequence[Any] | None = None,
         text: str | Sequence[str] | None = None,
         *,
         padding: bool | str = True,
@@ -75,9 +75,9 @@ class VilaProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """input_ids [b, t] (-200 for each `<image>`), attention_mask [b, t], and images [n, 3, H, W] if there are any.
 
-        images: one picture, a list of them in the order of all texts, or a list for each text. Texts begin with one BOS
-        if the tokenizer has it so, unless `add_special_tokens` is false. With `padding` on the tokenizer's side, rows
-        are one tensor; without, or with `return_tensors=None`, they are lists.
+        images: one picture or the path of one, a list of them in the order of all texts, or a list for each text. Texts
+        begin with one BOS if the tokenizer has it so, unless `add_special_tokens` is false. With `padding` on the
+        tokenizer's side, rows are one tensor; without, or with `return_tensors=None`, they are lists.
         Errors: ValueError for another number of pictures than of `<image>`; TypeError for other arguments.
         """
         unknown = [name for name, value in more.items() if value is not None]  # transformers gives videos=None
@@ -118,9 +118,10 @@ class VilaProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "images"]
 
 
-def matched(texts: Sequence[str], images: Image.Image | Sequence[Any] | None) -> list[Any]:
+def matched(texts: Sequence[str], images: Image.Image | str | Path | Sequence[Any] | None) -> list[Any]:
     """All pictures in order. Errors: ValueError if they are not as many as the texts have places for them."""
-    listed: list[Any] = [images] if isinstance(images, Image.Image) else list(() if images is None else images)
+    one = isinstance(images, (Image.Image, str, Path))
+    listed: list[Any] = [images] if one else list(() if images is None else images)  # pyright: ignore[reportArgumentType]
     places = [line.count(IMAGE) for line in texts]
     nested = any(isinstance(entry, (list, tuple)) for entry in listed)
     given = [len(entry) for entry in listed] if nested else [len(listed)]
@@ -130,4 +131,13 @@ def matched(texts: Sequence[str], images: Image.Image | Sequence[Any] | None) ->
         if n != wanted:
             where = f"text {i} has" if nested else "the texts have"
             raise ValueError(f"{where} places for {wanted} pictures, but {n} were given; write {IMAGE} once for each")
-    return [picture for entry in listed for picture in (entry if nested else [entry])]
+    return [loaded(picture) for entry in listed for picture in (entry if nested else [entry])]
+
+
+def loaded(picture: Any) -> Image.Image:
+    """A picture, or that of a file. Errors: `ImageError` for a file, TypeError for anything else."""
+    if isinstance(picture, (str, Path)):
+        return open_image(picture)
+    if not isinstance(picture, Image.Image):
+        raise TypeError(f"a picture is a PIL image or the path of a file, not {type(picture).__name__}")
+    return picture

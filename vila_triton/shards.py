@@ -179,11 +179,13 @@ def building(target: Path, over: bool = False) -> Iterator[Path]:
     Interrupted or out of space, it stays, and the next `building` of the same target goes on in it; `OtherWork` leaves
     it alone. After any other error nothing is left. `over`: begun afresh, left by no error, and files go into a target
     that may be there, in place of what weights it had; its own config.json is away meanwhile.
-    Errors: ValueError if the target is there and not empty.
+    Errors: ValueError if the target is there and not empty, or is a file.
     """
     folder = target.with_name(f"{target.name}.partial")
     if not over and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is there already and not empty; give another folder, or remove it")
+    if over and target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file, expected a folder, or the name of a new one")
     if over and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

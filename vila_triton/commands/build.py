@@ -32,9 +32,14 @@ def run(args: argparse.Namespace) -> None:
     source = released.random_source(found, args.dtype, args.int4, args.seed)
     for line in plan.lines(source, args.format):
         print(line)
-    fp16, int4 = (released.random_source(found, group=group) for group in (None, args.int4 or 128))
-    for name, other in (("fp16", fp16), (f"int4, groups of {args.int4 or 128}", int4)):
-        print(f"{name}: {plan.size(sum(map(plan.nbytes, other.tensors.values())))}")
+    inputs = found["llm"]["hidden_size"], found["llm"]["intermediate_size"]
+    fits = (group for group in (128, 64, 32) if not any(k % group for k in inputs))
+    for name, group in (("fp16", None), ("int4", args.int4 or next(fits, None))):
+        if name == "int4" and group is None:
+            continue  # too narrow for any
+        other = released.random_source(found, group=group)
+        words = f"{name}, groups of {group}" if group else name
+        print(f"{words}: {plan.size(sum(map(plan.nbytes, other.tensors.values())))}")
     if args.dry_run:
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -68,6 +68,11 @@ def unpad(
         if label_rows is not None:
             label_rows = splice_labels(rows, label_rows, image_tokens) if image_tokens else label_rows
         rows = splice(rows, image_tokens, vocab_size)
+    for row in label_rows or ():
+        if (wrong := row[(row != IGNORE_INDEX) & ((row < 0) | (row >= vocab_size))]).numel():
+            raise ValueError(
+                f"label {int(wrong[0])} is not in the vocabulary of {vocab_size}, nor is it {IGNORE_INDEX}"
+            )
     if image_tokens:
         if max_length and max(map(len, rows)) > max_length:
             warnings.warn("Inputs truncated!", stacklevel=3)
