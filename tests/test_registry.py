@@ -1,0 +1,71 @@
+"""The registry: a name belongs to one file, a choice is explicit, what is unsupported fails."""
+
+from collections.abc import Callable
+
+import pytest
+
+from vila_triton.registry import OPS, Op, Unsupported, defaults, op, recording, use
+
+
+@pytest.fixture
+def twice(monkeypatch: pytest.MonkeyPatch) -> Op:
+    """An op of its own, forgotten after the test."""
+
+    def twice(x: int) -> int:
+        return 2 * x
+
+    monkeypatch.setitem(OPS, "twice", None)  # what is there before is there after
+    made = op(twice)
+    made.impl("shifted")(lambda x: x << 1)
+    return made
+
+
+def function_of(file: str, body: str = "return x + x") -> Callable:
+    names: dict = {}
+    exec(compile(f"def f(x):\n    {body}", file, "exec"), names)
+    return names["f"]
+
+
+def test_a_name_belongs_to_one_file_which_may_attach_it_again(twice: Op) -> None:
+    twice.impl("sum")(function_of("/a/one.py", "return 0"))
+    twice.impl("sum")(function_of("/a/one.py"))
+    with use(twice="sum"):
+        assert twice(4) == 8
+    with pytest.raises(ValueError, match=r"twice: implementation 'sum' of /b/two.py is already taken by /a/one.py"):
+        twice.impl("sum")(function_of("/b/two.py"))
+    with pytest.raises(ValueError, match="'reference'"):
+        twice.impl("reference")(function_of("/b/two.py"))
+
+
+def test_names_that_do_not_exist_are_key_errors_with_the_choices(twice: Op) -> None:
+    for how in (lambda **choices: use(**choices), lambda **choices: defaults(choices)):
+        for choices, message in (
+            ({"thrice": "sum"}, r"no op 'thrice'; there are: .*rms_norm.*twice"),
+            ({"twice": "sum"}, r"'twice' has no implementation 'sum'; there are: reference, shifted"),
+        ):
+            with pytest.raises(KeyError, match=message), how(**choices):
+                pass
+    assert twice.choice() == "reference"
+
+
+def test_use_wins_over_defaults_and_both_end_with_their_block(twice: Op) -> None:
+    with recording() as calls:
+        with defaults({"twice": "shifted"}):
+            with use(twice="reference"), pytest.raises(ZeroDivisionError):
+                twice(1)
+                raise ZeroDivisionError
+            twice(1)
+            twice(1)
+        twice(1)
+    twice(1)  # no longer counted
+    assert calls == {("twice", "shifted"): 2, ("twice", "reference"): 2}
+
+
+def test_unsupported_calls_fail_and_nothing_else_runs_instead(twice: Op) -> None:
+    def refuse(x: int) -> int:
+        raise Unsupported("x is odd")
+
+    twice.impl("even")(refuse)
+    with use(twice="even"), recording() as calls, pytest.raises(Unsupported, match="x is odd"):
+        twice(1)
+    assert calls == {("twice", "even"): 1}

@@ -1,0 +1,232 @@
+"""The tensors of a checkpoint, by name, read when they are asked for.
+
+Safetensors, whole or in shards; `pytorch_model.bin`, whole or in shards; one `.pt`. All of them hold plain bytes at
+known places, so all are read alike: a file's directory first, then a tensor's own bytes through a private memory map.
+"""
+
+import json
+import math
+import mmap
+import pickle
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .models.params import LoadError
+
+DTYPES = {  # names in a safetensors header
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+WHOLE = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: `size` bytes from byte `start` of a file, and how its elements are found in them."""
+
+    file: Path
+    start: int
+    size: int
+    like: Tensor  # on the meta device: shape, strides, dtype
+    first: int = 0  # element of the bytes that is the tensor's first
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Name -> tensor of a folder or file. `meta` has the same names with tensors on torch's meta device: the shapes and
+    dtypes, for which nothing is read.
+
+    Tensors are views of the file; `forget` gives back the memory of one that has been used up.
+    Errors: `LoadError` naming the file and what to do about it, for everything that can be wrong with it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.places: dict[str, Place] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
+        files, index = weight_files(path)
+        for file in files:
+            for name, place in directory(file):
+                if name in self.places:
+                    raise LoadError(f"{name} is in {file} and in {self.places[name].file}; one of them must go")
+                self.places[name] = place
+        for name, file in index.items():
+            if name not in self.places or self.places[name].file.name != file:
+                raise LoadError(f"{path}: the index says that {name} is in {file}, but it is not; get {file} again")
+        self.meta = {name: place.like for name, place in self.places.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, name: str) -> Tensor:
+        place = self.places[name]
+        like, count = place.like, place.size // place.like.itemsize
+        if not count:
+            return torch.empty_like(like, device="cpu")
+        held = self._map(place.file)
+        if place.start % like.itemsize:  # only as bytes can it be taken from there
+            loose = torch.frombuffer(held, dtype=torch.uint8, count=place.size, offset=place.start)
+            flat = loose.clone().view(like.dtype)
+        else:
+            flat = torch.frombuffer(held, dtype=like.dtype, count=count, offset=place.start)
+        return flat.as_strided(like.shape, like.stride(), place.first)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors together."""
+        return sum(x.nbytes for x in self.meta.values())
+
+    def forget(self, name: str) -> None:
+        """Give back the memory that reading a tensor took. What was handed out is read again if it is touched again,
+        so it must not have been written to.
+        """
+        place, page = self.places[name], mmap.PAGESIZE
+        begin, end = -(-place.start // page) * page, (place.start + place.size) // page * page
+        if end > begin and place.file in self._maps:
+            self._maps[place.file].madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as opened:
+                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[file]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Errors: `LoadError` naming the file if it is missing, is not one, or repeats a key."""
+    try:
+        values = json.loads(path.read_text(), object_pairs_hook=distinct)
+    except FileNotFoundError:
+        raise LoadError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise LoadError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise LoadError(f"{path} holds a {type(values).__name__}, expected an object")
+    return values
+
+
+def distinct(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"it has {key!r} twice")
+        found[key] = value
+    return found
+
+
+def weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files of a folder that hold its tensors, and which of them its index says each is in (if there is one).
+
+    Safetensors come before .bin, as both hold the same. Errors: `LoadError` if there are none, or more than one answer.
+    """
+    if path.is_file():
+        return [path], {}
+    others = sorted(path.glob("*.pt"))
+    for whole in WHOLE:
+        index = path / f"{whole}.index.json"
+        if others and (index.exists() or (path / whole).exists()):
+            raise LoadError(f"{path} holds weights as {whole} and as {others[0].name}; move one of them elsewhere")
+        if index.exists():
+            return shards(index)
+        if (path / whole).exists():
+            return [path / whole], {}
+    if len(others) == 1:
+        return others, {}
+    kinds = f"{', '.join(WHOLE)} (or an .index.json beside shards of them), or one .pt"
+    if not others:
+        strays = [file.name for file in sorted(path.glob("*-of-*")) if file.suffix in (".safetensors", ".bin")]
+        more = f"; there is {strays[0]}, but no index that says what is in the shards" if strays else ""
+        raise LoadError(f"{path}: weights do not exist there{more}. Expected {kinds}")
+    raise LoadError(
+        f"{path} holds {', '.join(file.name for file in others)}. Expected {kinds}; give the file's own path"
+    )
+
+
+def shards(index: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files that an index names, and its map from tensors to their names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise LoadError(f"{index} has no weight_map from tensors to files")
+    files = []
+    for name in sorted(set(weight_map.values())):
+        file = index.parent / name
+        if file.parent.resolve() != index.parent.resolve() or name in ("", ".", ".."):
+            raise LoadError(f"{index} names {name!r}, which is not a file of its folder")
+        if not file.is_file():
+            raise LoadError(f"{file} does not exist, but {index.name} says that tensors are in it; get that shard")
+        files.append(file)
+    return files, weight_map
+
+
+def directory(file: Path) -> Iterator[tuple[str, Place]]:
+    """What a file holds and where. Errors: `LoadError` if it is not whole, or holds anything but tensors."""
+    return safetensors_directory(file) if file.suffix == ".safetensors" else torch_directory(file)
+
+
+def safetensors_directory(file: Path) -> Iterator[tuple[str, Place]]:
+    try:
+        with safe_open(file, framework="pt"):  # checks that header and file fit each other
+            pass
+        with file.open("rb") as opened:
+            (size,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(size), object_pairs_hook=distinct)
+    except (SafetensorError, ValueError) as error:
+        raise LoadError(f"{file} is not a whole safetensors file: {error}. Get it again") from None
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise LoadError(f"{file}: {name} is {entry['dtype']}; known are {', '.join(DTYPES)}")
+        like = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
+        start, end = entry["data_offsets"]
+        yield name, Place(file, 8 + size + start, end - start, like)
+
+
+def torch_directory(file: Path) -> Iterator[tuple[str, Place]]:
+    """Fake tensors remember where in the file their bytes are; nothing but tensors is unpickled."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    try:
+        with FakeTensorMode():
+            held = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise LoadError(
+            f"{file} holds more than tensors. Python code in a checkpoint is never run here: "
+            "get it as safetensors, or save its state dict alone"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise LoadError(
+            f"{file} is not a whole file of torch.save: {str(error).partition('. ')[0]}. Get it again"
+        ) from None
+    if not isinstance(held, dict) or not all(
+        isinstance(x, Tensor) and isinstance(name, str) for name, x in held.items()
+    ):
+        raise LoadError(f"{file} does not hold a state dict (names and their tensors); save that alone")
+    size = file.stat().st_size
+    for name, x in held.items():
+        storage = x.untyped_storage()
+        start = getattr(storage, "_checkpoint_offset", None)
+        if start is None:
+            raise LoadError(f"{file} is in torch's format from before 1.6; load and save it again with a later torch")
+        like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        last = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride()))
+        end = start + storage.nbytes()
+        if math.prod(x.shape) and ((last + 1) * x.itemsize > storage.nbytes() or end > size):
+            raise LoadError(f"{file}: {name} lies beyond the end of the file. Get it again")
+        yield name, Place(file, start, storage.nbytes(), like, x.storage_offset())
