@@ -17,12 +17,11 @@ from typing import Any
 import torch
 
 from vila_triton.models import llama, params, projector, vision
-from vila_triton.models.config import LlamaConfig, ProjectorConfig, VisionConfig, read
+from vila_triton.models.config import LlamaConfig, ProjectorConfig, VisionConfig
 from vila_triton.ops import encoder_attention, prefill_attention
 
 from .geometry import Geometry
 
-CLASS_TOKENS = {"siglip_vision_model": 0, "intern_vit_6b": 1}  # positions of a tower that are no patches
 HALF = torch.float16
 
 
@@ -72,24 +71,24 @@ def language(cfg: LlamaConfig, batch: int, new: int, history: int, dtype: torch.
     return Work(flops, size(llama.declare(cfg, dtype).layers) + size(head) + past_and_new)
 
 
-def seeing(model: Geometry) -> tuple[VisionConfig, vision.Siglip, projector.MlpDownsample, Sequence[int]]:
+def seeing(model: Geometry) -> tuple[VisionConfig, vision.Tower, projector.Projector, Sequence[int]]:
     """The tower, its declared tree and that of the projector, and the pixels of a side at each scale it looks at."""
     if not model.vision_tower:
         raise ValueError(f"{model.name} is a language model alone; it takes no pictures")
-    tower = read(VisionConfig, model.vision_tower, "vision_tower")
-    scales = model.vision_tower.get("s2_scales", [tower.image_size])
-    widths = ProjectorConfig(
-        model.mm_projector["mm_projector_type"], tower.hidden_size * len(scales), model.llm.hidden_size
-    )
-    return tower, vision.declare(tower, HALF), projector.declare(widths, HALF), scales
+    values = model.vision_tower
+    top = {"mm_vision_select_layer": values["select_layer"], "s2": "s2_scales" in values}
+    top |= {"s2_scales": values.get("s2_scales"), "s2_max_split_size": values["image_size"]}
+    tower = VisionConfig.from_dict(values, top)
+    widths = ProjectorConfig(model.mm_projector["mm_projector_type"], tower.width, model.llm.hidden_size)
+    return tower, vision.declare(tower, HALF), projector.declare(widths, HALF), tower.scales or [tower.tile]
 
 
 def pictures(model: Geometry, count: int) -> Work:
     """Tower and projector for `count` pictures together; S2 looks at each in tiles of the tower's size."""
     tower, seen, projected, scales = seeing(model)
     used = seen.layers[: tower.num_hidden_layers + 1 + tower.select_layer]
-    tiles = count * sum(math.ceil(side / tower.image_size) ** 2 for side in scales)
-    positions = tower.grid**2 + CLASS_TOKENS[model.vision_tower["model_type"]]
+    tiles = count * sum((side // tower.tile) ** 2 for side in scales)
+    positions = tower.grid**2 + tower.class_tokens
     d = tower.hidden_size // tower.num_attention_heads
     attention, _ = encoder_attention.cost(b=tiles, s=positions, h=tower.num_attention_heads, d=d, dtype="float16")
     linears = tiles * (positions * numbers(used) + tower.grid**2 * numbers(seen.patch))

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import towers
+from projectors import Projector
 from pytest import MonkeyPatch
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from vila_triton import VilaLlamaConfig, VilaLlamaForCausalLM
@@ -26,16 +28,7 @@ LLM: dict[str, Any] = {
     "max_position_embeddings": 256,
     "eos_token_id": 2,
 }
-VISION: dict[str, Any] = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "image_size": 20,
-    "patch_size": 4,
-    "vision_use_head": False,
-}
+VISION = towers.SIGLIP
 
 
 def config(
@@ -83,7 +76,7 @@ def build(
 
 
 def pictures(model: VilaLlamaForCausalLM, n: int, seed: int = 1) -> Tensor:
-    side = model.geometry.vision_tower.image_size
+    side = model.geometry.vision_tower.input_size
     return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed), dtype=model.dtype)
 
 
@@ -118,65 +111,31 @@ def exact_norms() -> Iterator[None]:
         yield
 
 
-class Projector(nn.Module):
-    """mlp_downsample from torch's modules; the four patches of a token are taken one by one."""
-
-    def __init__(self, m: int, e: int, order: str):
-        super().__init__()
-        self.order = order
-        self.layers = nn.ModuleList(
-            [nn.Identity(), nn.LayerNorm(4 * m), nn.Linear(4 * m, e), nn.GELU(), nn.Linear(e, e)]
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (lambda x: downsample(x, self.order), *self.layers):
-            x = layer(x)
-        return x
-
-
-def downsample(x: Tensor, order: str) -> Tensor:
-    """The closed form: x [n, side², m] -> [n, S², 4m]; block (i, j) is token j·S + i (column) or i·S + j (row)."""
-    side = round(x.shape[1] ** 0.5)
-    S = (side + 1) // 2
-    out = x.new_zeros(len(x), S * S, 4, x.shape[2])
-    for i in range(S):
-        for j in range(S):
-            top_left, top_right, low_left, low_right = [(2 * i + p, 2 * j + q) for p in (0, 1) for q in (0, 1)]
-            for corner, (y, z) in enumerate([top_left, top_right, low_left, low_right]):
-                if y < side and z < side:
-                    out[:, j * S + i if order == "column" else i * S + j, corner] = x[:, y * side + z]
-    return out.flatten(2)
-
-
 @dataclass
 class Oracle:
     """The three parts as others wrote them; every method takes the same prompts as our model."""
 
     llm: Any  # LlamaForCausalLM
-    tower: Any  # SiglipVisionModel
+    tower: Any  # SiglipVisionModel, CLIPVisionModel or InternVLVisionModel
     projector: Projector
-    select: int
+    top: dict[str, Any]  # how a picture is seen
 
     @classmethod
     def of(cls, model: VilaLlamaForCausalLM, attention: str = "sdpa") -> "Oracle":
         llm: Any
-        tower: Any
         parts, cfg = model.config.parts(), model.geometry
+        held = {part: model.get_submodule(part).state_dict() for part in parts}
         llm = LlamaForCausalLM(LlamaConfig(**{**parts["llm"], "attn_implementation": attention}))
-        tower = SiglipVisionModel(SiglipVisionConfig(**{**parts["vision_tower"], "attn_implementation": attention}))
-        projector = Projector(
-            cfg.vision_tower.hidden_size, cfg.llm.hidden_size, parts["mm_projector"].get("token_order", "column")
-        )
-        for theirs, name in ((llm, "llm"), (tower, "vision_tower"), (projector, "mm_projector")):
-            values = model.get_submodule(name).state_dict()
-            missing, unexpected = theirs.to(model.dtype).eval().load_state_dict(values, strict=False)
-            assert not unexpected and missing == ["lm_head.weight"] * (theirs is llm and cfg.llm.tie_word_embeddings)
+        missing, unexpected = llm.to(model.dtype).eval().load_state_dict(held["llm"], strict=False)
+        assert not unexpected and missing == ["lm_head.weight"] * cfg.llm.tie_word_embeddings
         llm.tie_weights()
-        return cls(llm, tower, projector, cfg.vision_tower.select_layer)
+        tower = towers.theirs(parts["vision_tower"], held["vision_tower"], attention)
+        projector = Projector(parts["mm_projector"], cfg.vision_tower.width, cfg.llm.hidden_size, held["mm_projector"])
+        how = {f"mm_vision_select_{name}": getattr(cfg.vision_tower, f"select_{name}") for name in ("layer", "feature")}
+        return cls(llm, tower, projector, {**model.config.to_dict(), **how})
 
     def features(self, images: Tensor) -> Tensor:
-        states = self.tower(images, output_hidden_states=True).hidden_states
-        return self.projector(states[self.select])
+        return self.projector(towers.features(self.tower, images, self.top))
 
     def embeds(self, rows: Sequence[Tensor], images: Tensor | None) -> list[Tensor]:
         """Words and pictures of each row [t] side by side: [t', e]."""

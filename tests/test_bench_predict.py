@@ -151,7 +151,7 @@ def test_s2_looks_at_five_tiles_and_projects_once() -> None:
         for name, g in (("one", one), ("s2", s2))
     }
     assert tower["s2"] == 5 * tower["one"]
-    assert work.seeing(s2)[2].fc1.weight.shape == (2560, 4 * 2304)
+    assert work.seeing(s2)[2].stages[0].linear.weight.shape == (2560, 4 * 2304)
 
 
 def test_the_command_prints_a_table_and_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,7 +118,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "weights cut short": (WEIGHTS, halve, "is not a whole safetensors file"),
     "weights cut in the header": (WEIGHTS, lambda file: file.write_bytes(file.read_bytes()[:100]), "not a whole"),
     "empty weights": (WEIGHTS, write(""), "is not a whole safetensors file"),
-    "no weights": (WEIGHTS, Path.unlink, "does not exist"),
+    "no weights": (WEIGHTS, Path.unlink, "weights do not exist"),
     "no config": ("config.json", Path.unlink, "does not exist"),
     "no config of a part": ("mm_projector/config.json", Path.unlink, "does not exist"),
     "a config that is no JSON": ("llm/config.json", write("{"), "is not JSON"),
@@ -162,36 +162,37 @@ def test_what_older_checkpoints_hold_besides_is_left_out(tmp_path: Path) -> None
         "lm_head.weight": some, "model.layers.1.self_attn.rotary_emb.inv_freq": some.clone(),
     }))  # fmt: skip
 
-    def prefix(held: dict[str, Tensor]) -> None:
-        for key in list(held):
-            held[f"vision_model.{key}"] = held.pop(key)
-        held["vision_model.head.probe"] = some
-        held["vision_model.embeddings.position_ids"] = torch.arange(3)
+    for prefix in ("vision_model.", ""):  # of transformers 4, which we write, and of 5
 
-    rewrite(tmp_path / "vision_tower", prefix)
-    after = load(tmp_path)
-    assert list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
+        def rename(held: dict[str, Tensor], prefix: str = prefix) -> None:
+            for key in list(held):
+                held[prefix + key.removeprefix("vision_model.")] = held.pop(key)
+            held[f"{prefix}head.probe"] = some
+            held[f"{prefix}embeddings.position_ids"] = torch.arange(3)
+
+        rewrite(tmp_path / "vision_tower", rename)
+        after = load(tmp_path)
+        assert list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
 
 
 CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "another tower": ("vision_tower", {"model_type": "clip_vision_model"}, "'clip_vision_model'.* is not supported"),
-    "another activation": ("vision_tower", {"hidden_act": "gelu"}, "'gelu' is not supported"),
-    "another projector": ("mm_projector", {"mm_projector_type": "mlp2x_gelu"}, "'mlp2x_gelu' is not supported"),
+    "another tower": ("vision_tower", {"model_type": "radio"}, "'radio' is not supported"),
+    "another activation": ("vision_tower", {"hidden_act": "relu"}, "'relu' is not supported"),
+    "another projector": ("mm_projector", {"mm_projector_type": "mlp"}, "'mlp' is not supported"),
     "no projector": ("mm_projector", {"mm_projector_type": None}, "mm_projector: missing mm_projector_type"),
     "another token order": ("mm_projector", {"token_order": "zigzag"}, "'zigzag', expected 'column' or 'row'"),
     "another rope": ("llm", {"rope_scaling": {"type": "yarn", "factor": 2}}, "'yarn' is not supported"),
     "a rope without its factor": ("llm", {"rope_scaling": {"type": "linear"}}, "rope_scaling: missing factor"),
-    "another quantization": ("llm", {"quantization_config": {"quant_method": "awq"}}, "'awq' is not supported"),
-    "a quantization without its group": (
-        "llm",
-        {"quantization_config": {"quant_method": "vila-triton"}},
-        "quantization_config: missing group_size",
-    ),
+    "another quantization": ("llm", {"quantization_config": {"quant_method": "gptq"}}, "'gptq' is not supported"),
     "another language model": ("llm", {"model_type": "mistral"}, "a silu llama is needed, not .* mistral"),
     "a language model without a width": ("llm", {"hidden_size": None}, "llm: missing hidden_size"),
     "heads that do not divide": ("llm", {"num_key_value_heads": 3}, "4 heads are not a multiple of 3"),
-    "s2": ("", {"s2": True}, "s2 towers are not supported"),
-    "another feature": ("", {"mm_vision_select_feature": "patch"}, "'patch' is not supported"),
+    "s2 of another size": (
+        "",
+        {"s2": True, "s2_scales": "24,48"},
+        "1 tiles of 24 pixels, but the tower takes 20",
+    ),
+    "another feature": ("", {"mm_vision_select_feature": "patch"}, "'patch' drops the class token, and siglip"),
     "a layer the tower has not": ("", {"mm_vision_select_layer": -4}, "-4 of 3 layers; it must be -1 to -3"),
     "a layer counted from the front": ("", {"mm_vision_select_layer": 2}, "2 of 3 layers; it must be -1 to -3"),
     "another width": ("", {"hidden_size": 40}, "hidden_size is 40, but the part it joins is 32 wide"),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from oracles import Oracle, build, config, padded, pictures, spread
 
-from vila_triton.models import projector, vila
+from vila_triton.models import vila
 from vila_triton.models.batch import unpad
 from vila_triton.models.params import count
 
@@ -87,20 +87,6 @@ def test_rope_may_be_spelled_as_in_transformers_4(old: dict) -> None:
     new["rope_type"] = new.pop("type", "default")
     models = [build(llm=llm) for llm in (old, {"rope_parameters": new})]
     assert torch.equal(*(model(oracles.words(1, 20)).logits for model in models))
-
-
-@pytest.mark.parametrize("order", ["column", "row"])
-@pytest.mark.parametrize("side", [1, 2, 5, 8, 27])
-def test_downsample_is_its_closed_form(side: int, order: str) -> None:
-    x = torch.randn(2, side * side, 3)
-    assert torch.equal(projector.downsample(x, order), oracles.downsample(x, order))
-
-
-def test_729_patches_make_196_tokens_and_the_orders_are_transposes() -> None:
-    column, row = (projector.downsample(torch.randn(1, 729, 1, generator=torch.Generator().manual_seed(0)), order)
-                   for order in ("column", "row"))  # fmt: skip
-    assert column.shape == (1, 196, 4)
-    assert torch.equal(column.view(14, 14, 4).transpose(0, 1), row.view(14, 14, 4))
 
 
 def test_a_picture_takes_one_position_per_token_and_features_are_numbered_through_the_batch() -> None:

@@ -1,123 +1,107 @@
-"""The VILA folder layout: config.json above llm/, vision_tower/ and mm_projector/, each with its own config.json and
-safetensors, whole or in shards.
-"""
+"""Checkpoint folders: what is in one, loaded onto a device a tensor at a time, and written as a VILA folder."""
 
-import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from .layouts import OURS
+from .llava import is_llava, llava_source
 from .models import vila
-from .models.config import ConfigError, LlamaConfig, ProjectorConfig, VilaConfig, VisionConfig
-from .models.params import LoadError, leaves, load, tree_map
+from .models.config import LlamaConfig, ProjectorConfig, VilaConfig, VisionConfig
+from .models.params import Lazy, LoadError, leaves, load, require_fit
+from .shards import write_json
+from .sources import PARTS, Source, vila_source
+from .tensors import read_json
+from .write import write
 
-PARTS = ("llm", "vision_tower", "mm_projector")
+__all__ = ["PARTS", "geometry", "load_params", "open_source", "read_configs", "read_json", "save"]
+__all__ += ["require_fits", "write_json"]
 
 # What a checkpoint may hold beyond the model: tables that are computed, a tied head, SigLIP's unused pooling head.
 IGNORED = {"llm": ("model.rotary_emb.",), "vision_tower": ("head.", "embeddings.position_ids"), "mm_projector": ()}
+TOWER_PREFIX = "vision_model."  # of SigLIP's and CLIP's names as released; transformers 5 leaves it out
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Errors: `LoadError` naming the file if it is missing or is not one."""
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise LoadError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise LoadError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise LoadError(f"{path} holds a {type(values).__name__}, expected an object")
-    return values
+def open_source(folder: Path) -> Source:
+    """What a folder is: a VILA or a LLaVA-1.5 in any of their layouts. Nothing but configs and directories is read.
+
+    Errors: `LoadError`.
+    """
+    if not folder.is_dir():
+        raise LoadError(f"{folder} is not a folder; a VILA folder holds config.json, {', '.join(PARTS)}")
+    top = read_json(folder / "config.json")
+    return llava_source(folder, top) if is_llava(top) else vila_source(folder, top)
 
 
 def geometry(top: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> VilaConfig:
     """The model's geometry from the top config and those of its parts, all as dictionaries. Errors: `ConfigError`."""
-    if top.get("s2"):
-        raise ConfigError("config: s2 towers are not supported")
-    if (feature := top.get("mm_vision_select_feature") or "cls_patch") != "cls_patch":
-        raise ConfigError(f"config: mm_vision_select_feature {feature!r} is not supported for SigLIP (cls_patch is)")
-    select = top.get("mm_vision_select_layer")
-    tower = VisionConfig.from_dict(parts["vision_tower"], -2 if select is None else select)
+    tower = VisionConfig.from_dict(parts["vision_tower"], top)
     llm = LlamaConfig.from_dict(parts["llm"])
     widths = {
-        "mm_hidden_size": top.get("mm_hidden_size") or tower.hidden_size,
+        "mm_hidden_size": top.get("mm_hidden_size") or tower.width,
         "hidden_size": top.get("hidden_size") or llm.hidden_size,
     }
     return VilaConfig(llm, tower, ProjectorConfig.from_dict({**parts["mm_projector"], **widths}))
 
 
 def read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The top config of a VILA folder and those of its parts. Errors: `LoadError`."""
-    if not folder.is_dir():
-        raise LoadError(f"{folder} is not a folder; a VILA folder holds config.json, {', '.join(PARTS)}")
-    top = read_json(folder / "config.json")
-    return top, {part: read_json(folder / part / "config.json") for part in PARTS}
+    """The top config of a folder and those of its parts, as a VILA folder of ours has them. Errors: `LoadError`."""
+    source = open_source(folder)
+    return source.top, source.parts
 
 
 def load_params(folder: Path, cfg: VilaConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> vila.Vila:
-    """All parameters of a VILA folder. Errors: `LoadError`, for each part in one message."""
-    specs = vila.declare(cfg, dtype)
-    trees = []
+    """All parameters of a folder, one at a time onto the device; on a CPU those that have the dtype already stay on
+    disk until they are touched. Errors: `LoadError`, for each part in one message.
+    """
+    specs, source = vila.declare(cfg, dtype), open_source(folder)
+    return vila.Vila(*(load(getattr(specs, part), *fitting(source, cfg, part), device) for part in PARTS))
+
+
+def require_fits(source: Source) -> VilaConfig:
+    """The geometry of a checkpoint. Errors: `ConfigError`, `LoadError` if it or the tensors are of no model of ours."""
+    cfg = geometry(source.top, source.parts)
+    specs = vila.declare(cfg, torch.float16)
     for part in PARTS:
-        tensors = {key.removeprefix("vision_model."): x for key, x in read_tensors(folder / part, device)}
-        ignored = IGNORED[part]
-        if part == "llm":
-            ignored += tuple(f"model.layers.{i}.self_attn.rotary_emb." for i in range(cfg.llm.num_hidden_layers))
-            ignored += ("lm_head.",) if cfg.llm.tie_word_embeddings else ()
-        trees.append(load(getattr(specs, part), tensors, str(folder / part), ignored))
-    return vila.Vila(*trees)
+        tensors, where, ignored = fitting(source, cfg, part)
+        require_fit(getattr(specs, part), tensors.meta, where, ignored)
+    return cfg
 
 
-def read_tensors(folder: Path, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder's safetensors files, by name. Errors: `LoadError` for a missing or broken file."""
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise LoadError(f"{index} has no weight_map from tensors to files")
-        names = set(weight_map.values())
-    for name in sorted(names):
-        path = folder / name
-        if path.resolve().parent != folder.resolve():
-            raise LoadError(f"{index} names {name!r}, which is not a file of its folder")
-        if not path.exists():
-            raise LoadError(f"{path} does not exist")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                yield from ((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise LoadError(f"{path} is not a whole safetensors file: {error}") from None
+def fitting(source: Source, cfg: VilaConfig, part: str) -> tuple[Lazy, str, tuple[str, ...]]:
+    """A part's tensors under the names that the model declares, where they are, and what to ignore among them."""
+    tensors, ignored = source.tensors[part], IGNORED[part]
+    if part == "vision_tower":
+        tensors = tensors.named({name.removeprefix(TOWER_PREFIX): name for name in tensors.meta})
+    elif part == "llm":
+        ignored += tuple(f"model.layers.{i}.self_attn.rotary_emb." for i in range(cfg.llm.num_hidden_layers))
+        ignored += ("lm_head.",) if cfg.llm.tie_word_embeddings else ()
+    return tensors, str(source.beside[part]), ignored
 
 
-def save(folder: Path, top: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]], p: vila.Vila) -> None:
-    """Write a VILA folder that `load_params` reads back to the same bits; the configs are written as they are given."""
+def save(
+    folder: Path,
+    top: Mapping[str, Any],
+    parts: Mapping[str, Mapping[str, Any]],
+    p: vila.Vila,
+    came_from: Path | None = None,
+) -> None:
+    """Write a VILA folder that `load_params` reads back to the same bits; the configs are written as they are given.
+
+    What stood beside the weights of the folder that it came from is copied.
+    """
     cfg = geometry(top, parts)
+    specs = vila.declare(cfg, leaves(p.llm)[0].dtype)
+    prefix = "" if cfg.vision_tower.model_type.startswith("intern") else TOWER_PREFIX
+    tensors = {}
     for part in PARTS:
-        tree = getattr(p, part)
-        specs = getattr(vila.declare(cfg, leaves(tree)[0].dtype), part)
-        tensors: dict[str, Tensor] = {}
-        tree_map(lambda spec, x, to=tensors: to.setdefault(spec.key, x.detach().contiguous().cpu()), specs, tree)
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / part / "model.safetensors", metadata={"format": "pt"})
-        write_json(folder / part / "config.json", parts[part])
-    write_json(folder / "config.json", top)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy what stands beside the weights and configs of a VILA folder: tokenizer and image processor files."""
-    for part in PARTS:
-        for file in sorted((source / part).glob("*")):
-            written = file.name == "config.json" or file.name.endswith(".index.json")
-            if file.suffix in (".json", ".txt", ".model", ".jinja") and not written:
-                shutil.copy(file, target / part)
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        trees = leaves(getattr(specs, part)), leaves(getattr(p, part))
+        before = prefix if part == "vision_tower" else ""
+        tensors[part] = Lazy.of({before + spec.key: x for spec, x in zip(*trees, strict=True)})
+    configs = {part: dict(values) for part, values in parts.items()}
+    layout = OURS if cfg.llm.group_size else None
+    beside = open_source(came_from).beside if came_from is not None else {}
+    source = Source(came_from or folder, "model", dict(top), configs, tensors, beside, layout)
+    write(source, folder, "ours", over=True)

@@ -161,15 +161,19 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def building(target: Path) -> Iterator[Path]:
+def building(target: Path, over: bool = False) -> Iterator[Path]:
     """A folder to write into, `target`.partial, which becomes `target` when the block ends well.
 
     Interrupted or out of space, it stays, and the next `building` of the same target goes on in it. After any other
-    error nothing is left. Errors: ValueError if the target is there and not empty.
+    error nothing is left. `over`: begun afresh, and files go into a target that may be there, in place of what
+    weights it had; its own config.json is away meanwhile.
+    Errors: ValueError if the target is there and not empty.
     """
     folder = target.with_name(f"{target.name}.partial")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not over and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is there already and not empty; give another folder, or remove it")
+    if over and folder.exists():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
@@ -180,6 +184,22 @@ def building(target: Path) -> Iterator[Path]:
         raise
     for journal in folder.rglob(JOURNAL):
         journal.unlink()
-    if target.exists():
-        target.rmdir()
-    folder.replace(target)
+    if over and target.exists():
+        move_into(folder, target)
+    else:
+        if target.exists():
+            target.rmdir()
+        folder.replace(target)
+
+
+def move_into(folder: Path, target: Path) -> None:
+    """Move the files of a folder over those of another; weights that were there go, config.json comes last."""
+    (target / "config.json").unlink(missing_ok=True)
+    files = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    for place in {file.parent for file in files} - {Path()}:
+        (target / place).mkdir(parents=True, exist_ok=True)
+        for old in [*(target / place).glob("model*.safetensors*"), *(target / place).glob("pytorch_model*.bin*")]:
+            old.unlink()
+    for file in sorted(files, key=lambda file: file == Path("config.json")):
+        (folder / file).replace(target / file)
+    shutil.rmtree(folder)

@@ -9,7 +9,7 @@ import math
 import mmap
 import pickle
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .models.params import LoadError
+from .models.params import Lazy, LoadError
 
 DTYPES = {  # names in a safetensors header
     "F64": torch.float64,
@@ -46,41 +46,21 @@ class Place:
     first: int = 0  # element of the bytes that is the tensor's first
 
 
-class Tensors(Mapping[str, Tensor]):
-    """Name -> tensor of a folder or file. `meta` has the same names with tensors on torch's meta device: the shapes and
-    dtypes, for which nothing is read.
+class Files:
+    """Memory maps of files, made when first needed."""
 
-    Tensors are views of the file; `forget` gives back the memory of one that has been used up.
-    Errors: `LoadError` naming the file and what to do about it, for everything that can be wrong with it.
-    """
+    def __init__(self) -> None:
+        self.maps: dict[Path, mmap.mmap] = {}
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.places: dict[str, Place] = {}
-        self._maps: dict[Path, mmap.mmap] = {}
-        files, index = weight_files(path)
-        for file in files:
-            for name, place in directory(file):
-                if name in self.places:
-                    raise LoadError(f"{name} is in {file} and in {self.places[name].file}; one of them must go")
-                self.places[name] = place
-        for name, file in index.items():
-            if name not in self.places or self.places[name].file.name != file:
-                raise LoadError(f"{path}: the index says that {name} is in {file}, but it is not; get {file} again")
-        self.meta = {name: place.like for name, place in self.places.items()}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, name: str) -> Tensor:
-        place = self.places[name]
+    def read(self, place: Place) -> Tensor:
+        """A view of the file: nothing is copied."""
         like, count = place.like, place.size // place.like.itemsize
         if not count:
             return torch.empty_like(like, device="cpu")
-        held = self._map(place.file)
+        if place.file not in self.maps:
+            with place.file.open("rb") as opened:
+                self.maps[place.file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        held = self.maps[place.file]
         if place.start % like.itemsize:  # only as bytes can it be taken from there
             loose = torch.frombuffer(held, dtype=torch.uint8, count=place.size, offset=place.start)
             flat = loose.clone().view(like.dtype)
@@ -88,25 +68,35 @@ class Tensors(Mapping[str, Tensor]):
             flat = torch.frombuffer(held, dtype=like.dtype, count=count, offset=place.start)
         return flat.as_strided(like.shape, like.stride(), place.first)
 
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors together."""
-        return sum(x.nbytes for x in self.meta.values())
+    def forget(self, place: Place) -> None:
+        """Give back the memory that reading took; a view is read again when it is touched again."""
+        begin = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (place.start + place.size) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin and place.file in self.maps:
+            self.maps[place.file].madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
-    def forget(self, name: str) -> None:
-        """Give back the memory that reading a tensor took. What was handed out is read again if it is touched again,
-        so it must not have been written to.
-        """
-        place, page = self.places[name], mmap.PAGESIZE
-        begin, end = -(-place.start // page) * page, (place.start + place.size) // page * page
-        if end > begin and place.file in self._maps:
-            self._maps[place.file].madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
-    def _map(self, file: Path) -> mmap.mmap:
-        if file not in self._maps:
-            with file.open("rb") as opened:
-                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._maps[file]
+def open_tensors(path: Path) -> Lazy:
+    """The tensors of a folder or file, as views of what is on disk.
+
+    Errors: `LoadError` naming the file and what to do about it, for everything that can be wrong with it.
+    """
+    places: dict[str, Place] = {}
+    found, index = weight_files(path)
+    for file in found:
+        for name, place in directory(file):
+            if name in places:
+                raise LoadError(f"{name} is in {file} and in {places[name].file}; one of them must go")
+            places[name] = place
+    for name, file in index.items():
+        if name not in places or places[name].file.name != file:
+            raise LoadError(f"{path}: the index says that {name} is in {file}, but it is not; get {file} again")
+    files = Files()
+    return Lazy(
+        {name: place.like for name, place in places.items()},
+        lambda name: files.read(places[name]),
+        lambda name: files.forget(places[name]),
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

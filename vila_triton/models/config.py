@@ -1,31 +1,13 @@
-"""Geometry of the three parts, read strictly from the dictionaries of a checkpoint's config.json files."""
+"""Geometry of the model and its language part, read strictly from a checkpoint's config.json files."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal
 
-T = TypeVar("T")
+from .fields import ConfigError, read
+from .vision_config import ProjectorConfig, VisionConfig
 
-
-class ConfigError(ValueError):
-    """A config.json says something this code does not know how to honour."""
-
-
-def read(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """A dataclass from the entries of `values` that it declares; null counts as absent. Errors: `ConfigError`."""
-    known = {f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None}  # pyright: ignore
-    missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in known]  # pyright: ignore
-    if missing:
-        raise ConfigError(f"{where}: missing {', '.join(missing)}")
-    for f in fields(cls):  # pyright: ignore
-        value, whole = known.get(f.name), f.type in (int, int | None)
-        if value is None or not (whole or f.type is float):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            raise ConfigError(f"{where}: {f.name} is {value!r}, expected a {'whole ' if whole else ''}number")
-        if whole and value < 1 and f.name != "select_layer":
-            raise ConfigError(f"{where}: {f.name} is {value}, expected at least 1")
-    return cls(**known)
+__all__ = ["ConfigError", "LlamaConfig", "ProjectorConfig", "RopeScaling", "VilaConfig", "VisionConfig", "read"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +23,9 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The language model; names as in Hugging Face's `LlamaConfig`. `group_size` set means int4 linears."""
+    """The language model; names as in Hugging Face's `LlamaConfig`. `group_size` set means int4 linears, `order` then
+    says where their weights are rounded (`Int4.order`).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -58,6 +42,7 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     group_size: int | None = None
+    order: Literal["sub", "fma"] = "sub"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
@@ -85,73 +70,14 @@ class LlamaConfig:
                 raise ConfigError(f"llm: quantization {quantization.get('quant_method')!r} is not supported")
             if not quantization.get("group_size"):
                 raise ConfigError("llm quantization_config: missing group_size")
-            v["group_size"] = quantization["group_size"]
+            v["group_size"], v["order"] = quantization["group_size"], quantization.get("order") or "sub"
+            if v["order"] not in ("sub", "fma"):
+                raise ConfigError(f"llm quantization_config: order is {v['order']!r}, expected 'sub' or 'fma'")
         cfg = read(cls, v, "llm")
         if cfg.num_attention_heads % cfg.num_key_value_heads:
             raise ConfigError(
                 f"llm: {cfg.num_attention_heads} heads are not a multiple of {cfg.num_key_value_heads} key/value heads"
             )
-        return cfg
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """The picture tower; names as in Hugging Face's `SiglipVisionConfig`.
-
-    `select_layer` counts hidden states as VILA does: -1 is the output of the last layer, -2 of the one before.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    image_size: int
-    patch_size: int
-    num_channels: int = 3
-    layer_norm_eps: float = 1e-6
-    select_layer: int = -2
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], select_layer: int = -2) -> "VisionConfig":
-        """From vision_tower/config.json. Errors: `ConfigError` for a tower other than SigLIP's."""
-        kind, act = values.get("model_type"), values.get("hidden_act", "gelu_pytorch_tanh")
-        if kind != "siglip_vision_model" or act != "gelu_pytorch_tanh":
-            raise ConfigError(f"vision_tower: {kind!r} with {act!r} is not supported (siglip_vision_model is)")
-        cfg = read(cls, {**values, "select_layer": select_layer}, "vision_tower")
-        if cfg.hidden_size % cfg.num_attention_heads:
-            raise ConfigError(
-                f"vision_tower: hidden_size {cfg.hidden_size} is not a multiple of {cfg.num_attention_heads} heads"
-            )
-        if not -cfg.num_hidden_layers <= cfg.select_layer < 0:
-            raise ConfigError(
-                f"vision_tower: mm_vision_select_layer {select_layer} of {cfg.num_hidden_layers} layers; "
-                f"it must be -1 to -{cfg.num_hidden_layers}"
-            )
-        return cfg
-
-
-@dataclass(frozen=True)
-class ProjectorConfig:
-    """Vision features to language model width. `token_order` of VILA 1.5 is "column", of later releases "row"."""
-
-    mm_projector_type: str
-    mm_hidden_size: int
-    hidden_size: int
-    token_order: Literal["column", "row"] = "column"
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ProjectorConfig":
-        """From mm_projector/config.json together with the widths of the top config.json."""
-        cfg = read(cls, values, "mm_projector")
-        if cfg.mm_projector_type != "mlp_downsample":
-            raise ConfigError(f"mm_projector: {cfg.mm_projector_type!r} is not supported (mlp_downsample is)")
-        if cfg.token_order not in ("column", "row"):
-            raise ConfigError(f"mm_projector: token_order is {cfg.token_order!r}, expected 'column' or 'row'")
         return cfg
 
 
@@ -164,14 +90,25 @@ class VilaConfig:
     mm_projector: ProjectorConfig
 
     def __post_init__(self) -> None:
+        tower, projector = self.vision_tower, self.mm_projector
         for name, got, want in (
-            ("mm_hidden_size", self.mm_projector.mm_hidden_size, self.vision_tower.hidden_size),
-            ("hidden_size", self.mm_projector.hidden_size, self.llm.hidden_size),
+            ("mm_hidden_size", projector.mm_hidden_size, tower.width),
+            ("hidden_size", projector.hidden_size, self.llm.hidden_size),
         ):
             if got != want:
                 raise ConfigError(f"mm_projector: {name} is {got}, but the part it joins is {want} wide")
+        if projector.side > 1 and tower.features != tower.grid**2:
+            raise ConfigError(
+                f"mm_projector: {projector.mm_projector_type} needs a square of patches, but 'cls_patch' of "
+                f"{tower.model_type} keeps the class token; mm_vision_select_feature must be 'patch'"
+            )
 
     @property
     def image_tokens(self) -> int:
         """Positions one picture takes in the language model."""
-        return (-(-self.vision_tower.grid // 2)) ** 2
+        side = self.mm_projector.side
+        return self.vision_tower.features if side == 1 else (-(-self.vision_tower.grid // side)) ** 2
+
+    def report(self) -> str:
+        """How a picture is seen, in two lines: what was chosen by the config, defaults included."""
+        return f"{self.vision_tower.report()}\n{self.mm_projector.report()}; {self.image_tokens} tokens a picture"

@@ -20,9 +20,11 @@ class Affine:
     bias: Leaf | None  # [n] or [e]
 
 
-def declare_linear(n: int, k: int, key: str, dtype: torch.dtype, bias: bool = True, group: int | None = None) -> Affine:
-    """A linear map from k to n; int4 if a group size is given."""
-    return Affine(weight(n, k, key, dtype, group), Spec((n,), f"{key}.bias", dtype, "zeros") if bias else None)
+def declare_linear(
+    n: int, k: int, key: str, dtype: torch.dtype, bias: bool = True, group: int | None = None, order: str = "sub"
+) -> Affine:
+    """A linear map from k to n; int4 if a group size is given, rounded in that order."""
+    return Affine(weight(n, k, key, dtype, group, order), Spec((n,), f"{key}.bias", dtype, "zeros") if bias else None)
 
 
 def declare_norm(e: int, key: str, dtype: torch.dtype) -> Affine:

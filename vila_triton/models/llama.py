@@ -54,7 +54,7 @@ def declare(cfg: LlamaConfig, dtype: torch.dtype) -> Llama:
     h, g = cfg.num_attention_heads, cfg.num_key_value_heads
 
     def dense(n: int, k: int, key: str, bias: bool) -> Affine:
-        return declare_linear(n, k, key, dtype, bias, cfg.group_size)
+        return declare_linear(n, k, key, dtype, bias, cfg.group_size, cfg.order)
 
     def norm(key: str) -> Spec:
         return Spec((e,), f"{key}.weight", dtype, "ones")

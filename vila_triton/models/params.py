@@ -37,11 +37,43 @@ class Spec:
         return (torch.randn(self.shape, generator=rng) * std).to(self.dtype)
 
 
+@dataclass(frozen=True)
+class Lazy(Mapping[str, Tensor]):
+    """Tensors by name, made when they are asked for.
+
+    meta: name -> a tensor on torch's meta device: the shape and dtype. forget: told that the memory of one may go; it
+    stays valid, as long as nobody wrote to it.
+    """
+
+    meta: Mapping[str, Tensor]
+    read: Callable[[str], Tensor]
+    forget: Callable[[str], None] = lambda name: None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.meta)
+
+    def __len__(self) -> int:
+        return len(self.meta)
+
+    @classmethod
+    def of(cls, held: Mapping[str, Tensor]) -> "Lazy":
+        """Tensors that are there already."""
+        return cls({name: x.to("meta") for name, x in held.items()}, held.__getitem__)
+
+    def named(self, names: Mapping[str, str]) -> "Lazy":
+        """Some of them under other names: new name -> the one here."""
+        meta = {new: self.meta[old] for new, old in names.items()}
+        return Lazy(meta, lambda new: self.read(names[new]), lambda new: self.forget(names[new]))
+
+
 class LoadError(ValueError):
     """A checkpoint does not hold exactly the tensors that the model declares."""
 
 
-def weight(n: int, k: int, key: str, dtype: torch.dtype, group: int | None = None) -> Any:
+def weight(n: int, k: int, key: str, dtype: torch.dtype, group: int | None = None, order: Any = "sub") -> Any:
     """The declaration of a linear's weight [n, k]: a `Spec`, or an `Int4` of them if a group size is given."""
     if group is None:
         return Spec((n, k), f"{key}.weight", dtype)
@@ -51,6 +83,7 @@ def weight(n: int, k: int, key: str, dtype: torch.dtype, group: int | None = Non
         Spec((k // group, n), f"{key}.scales", dtype),
         Spec((k // group, n), f"{key}.zeros", dtype, "ones"),
         group,
+        order,
     )
 
 
@@ -83,16 +116,29 @@ def count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in leaves(tree))
 
 
-def load(specs: T, tensors: Mapping[str, Tensor], where: str, ignore: tuple[str, ...] = ()) -> T:
-    """The declared tree filled from a checkpoint's tensors, converted to the declared dtypes.
+def load(specs: T, tensors: Lazy, where: str, ignore: tuple[str, ...] = (), device: torch.device | str = "cpu") -> T:
+    """The declared tree filled from a checkpoint's tensors, one at a time: onto the device, in the declared dtypes.
 
     Errors: `LoadError`, in one message, for every missing, unexpected (unless its name starts with one of `ignore`)
     and misshapen tensor, and for one whose kind (whole numbers or real) is not the declared one.
     """
-    problems = list(mismatches(specs, tensors, ignore))
+    require_fit(specs, tensors.meta, where, ignore)
+
+    def take(spec: Spec) -> Tensor:
+        x = tensors[spec.key]
+        taken = x.to(device, spec.dtype)
+        if taken.data_ptr() != x.data_ptr():
+            tensors.forget(spec.key)
+        return taken
+
+    return tree_map(take, specs)
+
+
+def require_fit(specs: Any, meta: Mapping[str, Tensor], where: str, ignore: tuple[str, ...] = ()) -> None:
+    """`LoadError` with everything that `load` would find wrong."""
+    problems = list(mismatches(specs, meta, ignore))
     if problems:
         raise LoadError(f"{where}: {len(problems)} of its tensors do not fit the model:\n  " + "\n  ".join(problems))
-    return tree_map(lambda spec: tensors[spec.key].to(spec.dtype), specs)
 
 
 def mismatches(specs: Any, tensors: Mapping[str, Tensor], ignore: tuple[str, ...]) -> Iterator[str]:

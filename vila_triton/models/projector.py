@@ -1,7 +1,8 @@
-"""The projector: picture features to the width of the language model, four patches to one token."""
+"""The projector: picture features to the width of the language model, several patches to one token in most types."""
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -15,38 +16,65 @@ EPS = 1e-5  # torch's default, which the checkpoints were trained with
 
 
 @dataclass(frozen=True)
-class MlpDownsample:
-    norm: Affine  # [4·m]
-    fc1: Affine  # [e, 4·m]
-    fc2: Affine  # [e, e]
+class Stage:
+    norm: Affine | None
+    linear: Affine
 
 
-def declare(cfg: ProjectorConfig, dtype: torch.dtype) -> MlpDownsample:
-    """The tree of VILA's `mlp_downsample`, its leaves named as in the released checkpoints."""
+@dataclass(frozen=True)
+class Projector:
+    stages: tuple[Stage, ...]  # a GELU between one and the next; none in `identity`
+
+
+def widths(cfg: ProjectorConfig) -> tuple[int, ...]:
+    """The numbers a token has before the first stage and after each."""
     m, e = cfg.mm_hidden_size, cfg.hidden_size
-    return MlpDownsample(
-        declare_norm(4 * m, "layers.1", dtype),
-        declare_linear(e, 4 * m, "layers.2", dtype),
-        declare_linear(e, e, "layers.4", dtype),
-    )
+    return {
+        "identity": (m,),
+        "linear": (m, e),
+        "mlp_downsample": (4 * m, e, e),
+        "mlp_downsample_2x2_fix": (4 * m, e, e),
+        "mlp_downsample_3x3_fix": (9 * m, 3 * m, e, e),
+        "mlp_downsample_3x3_s2": (9 * m, 3 * m, m, m // 3, e, e),
+        "mlp_downsample_3x3_s2_new": (9 * m, 4 * m, 2 * m, m, m // 3, e, e),
+    }.get(cfg.mm_projector_type, (m, *[e] * cfg.depth))
 
 
-def downsample(x: Tensor, order: str) -> Tensor:
-    """2×2 patches side by side: [b, side², m] -> [b, ceil(side/2)², 4·m]; an odd side is padded with zeros.
+def declare(cfg: ProjectorConfig, dtype: torch.dtype) -> Projector:
+    """The tree of a projector, its leaves named as in the released checkpoints: by place among downsampling (if any),
+    norms, linear maps and GELUs; `linear` is not one of several and has no number.
+    """
+    sizes, normed = widths(cfg), cfg.side > 1
+    stages, place = [], int(normed)
+    for i, (k, n) in enumerate(pairwise(sizes)):
+        norm = declare_norm(k, f"layers.{place}", dtype) if normed and i < len(sizes) - 2 else None
+        place += norm is not None
+        key = "layers" if cfg.mm_projector_type == "linear" else f"layers.{place}"
+        stages.append(Stage(norm, declare_linear(n, k, key, dtype)))
+        place += 2  # the linear map and the GELU after it
+    return Projector(tuple(stages))
 
-    A token holds its patches as top left, top right, bottom left, bottom right. Tokens go down the columns in
-    VILA 1.5's order, along the rows in later releases'.
+
+def downsample(x: Tensor, order: str, n: int = 2) -> Tensor:
+    """n×n patches side by side: [b, side², m] -> [b, ceil(side/n)², n²·m]; what is missing at the edges is zero.
+
+    A token holds its patches row by row: for n = 2 top left, top right, bottom left, bottom right. Tokens go down the
+    columns in VILA 1.5's order, along the rows in later releases'.
     """
     side = math.isqrt(x.shape[1])
     if side * side != x.shape[1]:
         raise ValueError(f"mlp_downsample needs a square of patches, got {x.shape[1]}")
     x = rearrange(x, "b (y x) m -> b y x m", y=side)
-    x = F.pad(x, (0, 0, 0, side % 2, 0, side % 2))
+    x = F.pad(x, (0, 0, 0, -side % n, 0, -side % n))
     tokens = "(j i)" if order == "column" else "(i j)"
-    return rearrange(x, f"b (i p) (j q) m -> b {tokens} (p q m)", p=2, q=2)
+    return rearrange(x, f"b (i p) (j q) m -> b {tokens} (p q m)", p=n, q=n)
 
 
-def projector(p: MlpDownsample, x: Tensor, cfg: ProjectorConfig) -> Tensor:
-    """Picture features [b, side², m] -> [b, tokens, e]."""
-    x = layer_norm(p.norm, downsample(x, cfg.token_order), EPS)
-    return linear(p.fc2, F.gelu(linear(p.fc1, x)))
+def projector(p: Projector, x: Tensor, cfg: ProjectorConfig) -> Tensor:
+    """Picture features [b, features, m] -> [b, tokens, e]."""
+    x = downsample(x, cfg.order, cfg.side) if cfg.side > 1 else x
+    for i, stage in enumerate(p.stages):
+        x = F.gelu(x) if i else x
+        x = layer_norm(stage.norm, x, EPS) if stage.norm else x
+        x = linear(stage.linear, x)
+    return x

@@ -22,8 +22,8 @@ IMAGE_TOKEN_INDEX = -200  # the place of a picture in a prompt
 @dataclass(frozen=True)
 class Vila:
     llm: Any  # llama.Llama
-    vision_tower: Any  # vision.Siglip
-    mm_projector: Any  # projector.MlpDownsample
+    vision_tower: Any  # vision.Tower
+    mm_projector: Any  # projector.Projector
 
 
 def declare(cfg: VilaConfig, dtype: torch.dtype) -> Vila:

@@ -83,9 +83,9 @@ class VilaLlamaForCausalLM(PreTrainedModel):
         """Write a VILA folder that `from_pretrained` reads back to the same bits, with the tokenizer it came with."""
         top = {k: v for k, v in self.config.to_diff_dict().items() if not k.endswith("_cfg")}
         top |= {"architectures": [type(self).__name__], "model_dtype": str(self.dtype)}
-        checkpoint.save(Path(folder), top, self.config.parts(), self.params)
-        if self.config._name_or_path:
-            checkpoint.copy_companions(Path(self.config._name_or_path), Path(folder))
+        source = Path(self.config._name_or_path) if self.config._name_or_path else None
+        came_from = source if source and source.is_dir() else None
+        checkpoint.save(Path(folder), top, self.config.parts(), self.params, came_from)
 
     @property
     def params(self) -> vila.Vila:

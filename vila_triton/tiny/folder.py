@@ -35,6 +35,11 @@ CONFIG = VilaConfig(
 
 DECLARE = {"llm": llama.declare, "vision_tower": vision.declare, "mm_projector": projector.declare}
 GROUP_SIZE = 64  # of the int4 checkpoint
+INT4 = ("group_size", "order")  # said in quantization_config
+SIGLIP = (  # what is said of the tower
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"),
+    *("num_channels", "layer_norm_eps", "model_type", "hidden_act"),
+)
 
 
 def quantization(cfg: VilaConfig) -> dict[str, Any]:
@@ -52,7 +57,7 @@ def configs(cfg: VilaConfig) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
-            **{key: value for key, value in asdict(cfg.llm).items() if value is not None and key != "group_size"},
+            **{key: value for key, value in asdict(cfg.llm).items() if value is not None and key not in INT4},
             **quantization(cfg),
             **ids,
             "torch_dtype": "float16",
@@ -61,9 +66,7 @@ def configs(cfg: VilaConfig) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
         },
         "vision_tower": {
             "architectures": ["SiglipVisionModel"],
-            "model_type": "siglip_vision_model",
-            "hidden_act": "gelu_pytorch_tanh",
-            **{key: value for key, value in asdict(cfg.vision_tower).items() if key != "select_layer"},
+            **{key: getattr(cfg.vision_tower, key) for key in SIGLIP},
             "attention_dropout": 0.0,
             "vision_use_head": False,
             "torch_dtype": "float16",

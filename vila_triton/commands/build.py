@@ -1,0 +1,44 @@
+"""`vila-triton build`: a released model with random weights, for benchmarks and tests."""
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .convert import FORMS, limit, progress, writing
+
+
+def configure(commands: Any) -> None:
+    about = "a model of configs/models/ with random weights, in the layout of its release"
+    parser = commands.add_parser("build", help=about, description=f"Write {about}, with a tokenizer of single bytes.")
+    parser.add_argument("model", help="such as vila1.5-3b, or the path of a .toml file")
+    parser.add_argument("target", type=Path, help="a folder that is not there yet")
+    parser.add_argument("--layers", type=int, help="only so many of the language model, and as many of the tower")
+    parser.add_argument("--narrow", type=int, default=1, metavar="N", help="all widths divided by N")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="float16")
+    parser.add_argument("--int4", type=int, metavar="GROUP", help="linears rounded to int4 in groups of so many inputs")
+    parser.add_argument("--format", choices=FORMS, default="ours", help="of the int4 linears (ours)")
+    parser.add_argument("--seed", type=int, default=0)
+    writing(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from vila_triton import plan, released
+    from vila_triton.write import write
+
+    found = released.narrowed(released.table(args.model), args.layers, args.narrow)
+    source = released.random_source(found, args.dtype, args.int4, args.seed)
+    for line in plan.lines(source, args.format):
+        print(line)
+    fp16, int4 = (released.random_source(found, group=group) for group in (None, args.int4 or 128))
+    for name, other in (("fp16", fp16), (f"int4, groups of {args.int4 or 128}", int4)):
+        print(f"{name}: {plan.size(sum(map(plan.nbytes, other.tensors.values())))}")
+    if args.dry_run:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source = replace(source, beside=released.write_companions(found, Path(folder)))
+        key = f"{args.model} {args.layers} {args.narrow} {args.dtype} {args.int4} {args.seed}"
+        write(source, args.target, args.format, limit=limit(args), progress=progress(), key=key)
+    print(f"{args.target}: written")

@@ -1,0 +1,223 @@
+"""Geometry of the tower and the projector, and how the top config.json says a picture is to be seen."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .fields import ConfigError, read
+
+TOWERS: dict[str, dict[str, Any]] = {  # what a config.json may leave unsaid, as the tower's own code has it
+    "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    "clip_vision_model": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "intern_vit_6b": {
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "norm_type": "rms_norm",
+        "qkv_bias": False,
+        "qk_normalization": True,
+    },
+}
+ALLOWED = {
+    "hidden_act": ("gelu", "gelu_pytorch_tanh", "quick_gelu"),
+    "norm_type": ("layer_norm", "rms_norm"),
+    "select_feature": ("cls_patch", "patch"),
+}
+DOWNSAMPLES = {  # patches along one side of a token
+    "mlp_downsample": 2,
+    "mlp_downsample_2x2_fix": 2,
+    "mlp_downsample_3x3_fix": 3,
+    "mlp_downsample_3x3_s2": 3,
+    "mlp_downsample_3x3_s2_new": 3,
+}
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The picture tower; names as in Hugging Face's `SiglipVisionConfig`, `CLIPVisionConfig` and InternViT's config.
+
+    `select_layer` counts hidden states as VILA does: -1 is the output of the last layer, -2 of the one before.
+    `select_feature` "patch" drops the class token, "cls_patch" keeps whatever there is. `resolution` is the side in
+    pixels the tower is used at, if not the trained one. `scales` are the sides of S2 (Shi et al. 2024), smallest first.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-6
+    model_type: str = "siglip_vision_model"
+    hidden_act: str = "gelu_pytorch_tanh"
+    norm_type: str = "layer_norm"
+    qkv_bias: bool = True
+    qk_normalization: bool = False
+    select_layer: int = -2
+    select_feature: str = "cls_patch"
+    resolution: int | None = None
+    scales: tuple[int, ...] = ()
+
+    @property
+    def tile(self) -> int:
+        """Pixels along one side of what the transformer sees at once."""
+        return self.resolution or self.image_size
+
+    @property
+    def input_size(self) -> int:
+        """Pixels along one side of a picture."""
+        return max(self.scales, default=self.tile)
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.tile // self.patch_size
+
+    @property
+    def class_tokens(self) -> int:
+        """Positions of the transformer that are no patches."""
+        return 0 if self.model_type == "siglip_vision_model" else 1
+
+    @property
+    def features(self) -> int:
+        """Feature vectors of a picture."""
+        return self.grid**2 + (self.class_tokens if self.select_feature == "cls_patch" else 0)
+
+    @property
+    def width(self) -> int:
+        """Numbers in a feature vector: those of all scales side by side."""
+        return self.hidden_size * max(1, len(self.scales))
+
+    def report(self) -> str:
+        """What is seen, in a line."""
+        what = "patches" if self.features == self.grid**2 else "class token and patches"
+        scales = f", S2 at {', '.join(map(str, self.scales))}" if self.scales else ""
+        return (
+            f"{self.model_type}: {self.grid} x {self.grid} {what} of {self.tile} pixels{scales}, "
+            f"hidden state {self.select_layer} of {self.num_hidden_layers} layers"
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], top: Mapping[str, Any] | None = None) -> "VisionConfig":
+        """From vision_tower/config.json and the fields of the top config.json: `mm_vision_select_layer` (-2 if absent),
+        `mm_vision_select_feature` ("patch" for a tower with a class token), `vision_resolution`, `s2*`.
+
+        Errors: `ConfigError` for what no tower of ours can do.
+        """
+        top, kind = top or {}, values.get("model_type")
+        if kind not in TOWERS:
+            raise ConfigError(f"vision_tower: {kind!r} is not supported ({', '.join(TOWERS)} are)")
+        given = {key: value for key, value in values.items() if value is not None}
+        own = read(cls, {**TOWERS[kind], **given, "scales": None, "resolution": None}, "vision_tower")
+        select, resolution = top.get("mm_vision_select_layer"), top.get("vision_resolution")
+        how = {
+            "select_layer": -2 if select is None else select,
+            "select_feature": top.get("mm_vision_select_feature") or ("patch" if own.class_tokens else "cls_patch"),
+            "resolution": None if resolution in (-1, own.image_size) else resolution,
+        }
+        cfg = read(cls, {**vars(own), **how}, "config")
+        cfg.check(top)
+        return read(cls, {**vars(cfg), "scales": s2_scales(top, cfg)}, "config") if top.get("s2") else cfg
+
+    def check(self, top: Mapping[str, Any]) -> None:
+        """Errors: `ConfigError` for numbers that do not go together."""
+        for name, allowed in ALLOWED.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ConfigError(f"vision_tower: {name} {value!r} is not supported ({', '.join(allowed)} are)")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"vision_tower: hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads"
+            )
+        if not -self.num_hidden_layers <= self.select_layer < 0:
+            raise ConfigError(
+                f"vision_tower: mm_vision_select_layer {self.select_layer} of {self.num_hidden_layers} layers; "
+                f"it must be -1 to -{self.num_hidden_layers}"
+            )
+        if min(self.tile, self.image_size) < self.patch_size:
+            raise ConfigError(f"vision_tower: a patch of {self.patch_size} is more than a side of {self.tile} pixels")
+        if self.select_feature == "patch" and not self.class_tokens:
+            raise ConfigError(
+                f"config: mm_vision_select_feature 'patch' drops the class token, and {self.model_type} has none: it "
+                f"would lose the top left patch; it must be 'cls_patch'"
+            )
+        if self.resolution and top.get("interpolate_mode", "linear") != "linear":
+            raise ConfigError(f"config: interpolate_mode {top['interpolate_mode']!r} is not supported (linear is)")
+        for name in ("dynamic_s2", "ps3", "s2_resize_output_to_scale_idx"):
+            if top.get(name):
+                raise ConfigError(f"config: {name} {top[name]!r} is not supported")
+
+
+def s2_scales(top: Mapping[str, Any], tower: VisionConfig) -> tuple[int, ...]:
+    """`s2_scales` ("384,768" or a list), smallest first. Errors: `ConfigError` for a scale that cannot be cut up."""
+    given, split = top.get("s2_scales") or "336,672,1008", top.get("s2_max_split_size") or 336  # LLaVA-S2's defaults
+    try:
+        scales = tuple(sorted(map(int, given.split(",") if isinstance(given, str) else given)))
+    except (TypeError, ValueError):
+        raise ConfigError(f"config: s2_scales is {given!r}, expected sizes as '384,768'") from None
+    if not isinstance(split, int) or split < 1 or not scales or scales[0] < 1:
+        raise ConfigError(f"config: s2_scales {given!r} and s2_max_split_size {split!r} are not sizes in pixels")
+    for scale in scales:
+        n = math.ceil(scale / split)
+        if scale != n * tower.tile:
+            raise ConfigError(
+                f"config: a side of {scale} (s2_scales) in tiles of at most {split} (s2_max_split_size) makes {n} "
+                f"tiles of {scale / n:g} pixels, but the tower takes {tower.tile}"
+            )
+    if tower.features != tower.grid**2:
+        raise ConfigError("config: s2 needs a square of patches; mm_vision_select_feature must be 'patch'")
+    return scales
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Features of the tower to the width of the language model; the types are VILA's and LLaVA's.
+
+    `token_order` of VILA 1.5's `mlp_downsample` is "column" (None too), of later releases' "row". The configs of the
+    two look alike, so a later checkpoint needs `"token_order": "row"` in its mm_projector/config.json.
+    """
+
+    mm_projector_type: str
+    mm_hidden_size: int
+    hidden_size: int
+    token_order: Literal["column", "row"] | None = None
+
+    def __post_init__(self) -> None:
+        kind = self.mm_projector_type
+        if self.token_order not in (None, "column", "row"):
+            raise ConfigError(f"mm_projector: token_order is {self.token_order!r}, expected 'column' or 'row'")
+        if kind not in (*DOWNSAMPLES, "identity", "linear") and not self.depth:
+            names = ", ".join(("identity", "linear", "mlp{N}x_gelu", *DOWNSAMPLES))
+            raise ConfigError(f"mm_projector: {kind!r} is not supported ({names} are)")
+        if self.token_order and kind != "mlp_downsample" and self.token_order != "row":
+            raise ConfigError(f"mm_projector: {kind} takes its tokens along the rows, not by {self.token_order}")
+        if kind == "identity" and self.mm_hidden_size != self.hidden_size:
+            raise ConfigError(f"mm_projector: identity from {self.mm_hidden_size} to {self.hidden_size} numbers")
+
+    @property
+    def depth(self) -> int:
+        """Linear maps of an `mlp{N}x_gelu`, 0 for another type."""
+        match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", str(self.mm_projector_type))
+        return int(match[1]) if match else 0
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a token."""
+        return DOWNSAMPLES.get(self.mm_projector_type, 1)
+
+    @property
+    def order(self) -> str:
+        """ "column" if tokens go down the columns, "row" if along the rows."""
+        return self.token_order or ("column" if self.mm_projector_type == "mlp_downsample" else "row")
+
+    def report(self) -> str:
+        """The type and, where it has one, the order of its tokens, in a line."""
+        said = "as the config says" if self.token_order else "as released; token_order would say otherwise"
+        order = f", tokens in {self.order} order ({said})" if self.mm_projector_type == "mlp_downsample" else ""
+        return f"{self.mm_projector_type}{order}"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ProjectorConfig":
+        """From mm_projector/config.json together with the widths of the top config.json. Errors: `ConfigError`."""
+        return read(cls, values, "mm_projector")

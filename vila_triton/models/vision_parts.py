@@ -1,0 +1,78 @@
+"""What every picture tower is made of: patches, their positions, the class token before them, attention over all."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from vila_triton import ops
+
+from .config import VisionConfig
+from .layers import Affine
+from .params import Spec
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x · sigmoid(1.702 x), CLIP's approximation of GELU (Hendrycks & Gimpel 2016)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_pytorch_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": gelu_pytorch_tanh,
+    "quick_gelu": quick_gelu,
+}
+
+
+def declare_patch(cfg: VisionConfig, dtype: torch.dtype, bias: bool = True) -> Affine:
+    """The map from a patch to its embedding, weight [e, c, patch, patch]."""
+    key, e, size = "embeddings.patch_embedding", cfg.hidden_size, cfg.patch_size
+    weight = Spec((e, cfg.num_channels, size, size), f"{key}.weight", dtype)
+    return Affine(weight, Spec((e,), f"{key}.bias", dtype, "zeros") if bias else None)
+
+
+def trained_positions(cfg: VisionConfig) -> int:
+    """Rows of the position embeddings in the checkpoint."""
+    return cfg.class_tokens + (cfg.image_size // cfg.patch_size) ** 2
+
+
+def patches(p: Affine, pixels: Tensor, cfg: VisionConfig) -> Tensor:
+    """Tiles [b, c, tile, tile] -> patch embeddings [b, grid², e], row by row."""
+    size, side = cfg.patch_size, cfg.grid * cfg.patch_size  # pixels beyond the last whole patch are not seen
+    x = rearrange(pixels[..., :side, :side], "b c (y p) (x q) -> b (y x) (c p q)", p=size, q=size)
+    return ops.linear(x, p.weight.flatten(1), p.bias)
+
+
+def positions(trained: Tensor, cfg: VisionConfig) -> Tensor:
+    """Position embeddings [class tokens + trained grid², e] -> those of the grid in use, [class tokens + grid², e].
+
+    For `vision_resolution` other than the trained one, VILA stretches the row of patches linearly: patch i of n lies at
+    i (m - 1) / (n - 1) of the m trained ones, end on end, whichever line of the picture that is. Two things differ
+    from upstream, whose results are of no use: a place that is a whole number takes that embedding (there both of its
+    weights are 0), and the class token keeps its own (there it counts as a patch, and then one is missing).
+    """
+    if cfg.tile == cfg.image_size:
+        return trained
+    first, grid = trained[: cfg.class_tokens], trained[cfg.class_tokens :]
+    n, m = cfg.grid**2, len(grid)
+    place = torch.arange(n, device=grid.device) * (m - 1)  # in steps of 1 / (n - 1): whole numbers stay whole
+    low = place // max(n - 1, 1)
+    share = (place % max(n - 1, 1))[:, None].to(grid.dtype) / max(n - 1, 1)
+    return torch.cat((first, torch.lerp(grid[low], grid[(low + 1).clamp(max=m - 1)], share)))
+
+
+def with_class_token(token: Tensor, x: Tensor) -> Tensor:
+    """Patch embeddings [b, grid², e] -> [b, 1 + grid², e]."""
+    return torch.cat((token.expand(len(x), 1, -1), x), dim=1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Every position to every position of its tile: [b, s, e] each -> [b, s, e]."""
+    q, k, v = (rearrange(x, "b s (h d) -> b s h d", h=heads) for x in (q, k, v))
+    return rearrange(ops.encoder_attention(q, k, v, q.shape[-1] ** -0.5), "b s h d -> b s (h d)")

@@ -1,0 +1,35 @@
+"""S2, "scaling on scales" (Shi et al. 2024): one tower looks at a picture at several sizes, in tiles of its own."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from vila_triton.ops.domain import wide
+
+
+def look(pixels: Tensor, side: int) -> Tensor:
+    """Pictures [b, c, H, W] -> [b, c, side, side], bicubic."""
+    return F.interpolate(wide(pixels), size=side, mode="bicubic").to(pixels.dtype)
+
+
+def cut(pixels: Tensor, n: int) -> Tensor:
+    """Pictures [b, c, n·tile, n·tile] -> tiles [n·n·b, c, tile, tile], those of one place in the picture together."""
+    return rearrange(pixels, "b c (i y) (j x) -> (i j b) c y x", i=n, j=n)
+
+
+def side_by_side(scales: Sequence[Tensor], cuts: Sequence[int]) -> Tensor:
+    """Features of the tiles of each scale [n·n·b, grid², e] -> of the pictures, [b, grid², scales·e].
+
+    Each scale is put together and averaged down to the grid of the first (the smallest, one tile in every release).
+    """
+    grid = math.isqrt(scales[0].shape[1])
+    maps = [
+        rearrange(x, "(i j b) (y x) e -> b e (i y) (j x)", i=n, j=n, y=grid) for x, n in zip(scales, cuts, strict=True)
+    ]
+    target = maps[0].shape[-2:]
+    small = [F.interpolate(wide(x), size=target, mode="area").to(x.dtype) for x in maps]
+    return rearrange(torch.cat(small, dim=1), "b e y x -> b (y x) e")

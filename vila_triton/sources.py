@@ -1,0 +1,129 @@
+"""What a checkpoint on disk is: its configs and its tensors, whatever layout it came in.
+
+A VILA folder holds config.json above llm/, vision_tower/ and mm_projector/. The parts' configs may be nested in the top
+one, null there, or paths; weights are safetensors or .bin, whole or in shards; the language model may be int4, also as
+llm-awq releases it: one .pt in llm/. The layouts of LLaVA-1.5 are in llava.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .layouts import GEMM, OURS, V1, V2, Layout
+from .models.params import Lazy, LoadError
+from .quantized import decoded, survey
+from .tensors import open_tensors, read_json
+
+PARTS = ("llm", "vision_tower", "mm_projector")
+OUR_METHOD = "vila-triton"
+VERSIONS = {"gemm": GEMM, "gemv": V1, "gemv_fast": V2}  # AutoAWQ's names
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, read as a VILA folder would be.
+
+    top, parts: the config dictionaries; that of an int4 llm says so in our words, whatever layout it is in on disk.
+    tensors: by part, under the names that a released VILA folder has, int4 linears in our layout.
+    beside: by part, the folder with its other files (tokenizer, image processor).
+    layout: that of the int4 linears on disk, None if there are none.
+    """
+
+    folder: Path
+    kind: str
+    top: dict[str, Any]
+    parts: dict[str, dict[str, Any]]
+    tensors: dict[str, Lazy]
+    beside: dict[str, Path]
+    layout: Layout | None = None
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale; 0 if the model is not int4."""
+        return (self.parts["llm"].get("quantization_config") or {}).get("group_size", 0)
+
+    @property
+    def order(self) -> Any:
+        """Where int4 weights are rounded (`Int4.order`)."""
+        return (self.parts["llm"].get("quantization_config") or {}).get("order", "sub")
+
+    def described(self) -> str:
+        """In one line: what was found."""
+        int4 = f"int4 linears ({self.layout.name}, groups of {self.group})" if self.layout else "no int4"
+        return f"{self.folder}: {self.kind}, {int4}"
+
+
+def vila_source(folder: Path, top: Mapping[str, Any]) -> Source:
+    """A VILA folder. Errors: `LoadError`."""
+    places = {part: part_folder(folder, top, part) for part in PARTS}
+    parts = {part: part_config(places[part], top, part) for part in PARTS}
+    tensors = {part: open_tensors(places[part]) for part in PARTS}
+    parts["llm"], layout = int4_config(parts["llm"], tensors["llm"], str(places["llm"]))
+    if layout is not None:
+        tensors["llm"] = decoded(tensors["llm"], layout)
+    return Source(folder, "VILA folder", dict(top), parts, tensors, places, layout)
+
+
+def part_folder(folder: Path, top: Mapping[str, Any], part: str) -> Path:
+    """Where a part is: in the folder of its name, or where the top config says."""
+    said = top.get(f"{part}_cfg")
+    for place in (folder / part, *((folder / said, Path(said)) if isinstance(said, str) else ())):
+        if place.is_dir():
+            return place
+    said = f", and config.json says {said!r}, which is not there either" if isinstance(said, str) else ""
+    raise LoadError(f"{folder / part} does not exist{said}; a VILA folder holds config.json, {', '.join(PARTS)}")
+
+
+def part_config(place: Path, top: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """A part's config: its own file, or what is nested in the top config if it has none."""
+    nested = top.get(f"{part}_cfg")
+    if isinstance(nested, dict) and not (place / "config.json").exists():
+        return dict(nested)
+    return read_json(place / "config.json")
+
+
+def int4_config(llm: Mapping[str, Any], tensors: Lazy, where: str) -> tuple[dict[str, Any], Layout | None]:
+    """The config of a language model with its int4 linears said in our words, and their layout on disk.
+
+    Errors: `LoadError` if config and tensors contradict each other.
+    """
+    said = llm.get("quantization_config") or {}
+    if not isinstance(said, dict):
+        raise LoadError(f"{where}: quantization_config is a {type(said).__name__}, expected an object")
+    method = said.get("quant_method")
+    if method not in (None, "awq", OUR_METHOD):
+        return dict(llm), None
+    size = said.get("group_size") or said.get("q_group_size") or 0
+    group = size if isinstance(size, int) and size > 0 else 0
+    found = survey(tensors.meta, where, group)
+    if found is None:
+        if said:
+            raise LoadError(f"{where}: the config says int4 ({method}), but there is no .qweight among its tensors")
+        return dict(llm), None
+    layout, group = found
+    version = str(said.get("version") or said.get("format") or "gemm").lower()
+    expected = {"awq": VERSIONS.get(version), OUR_METHOD: OURS, None: layout}[method]
+    if layout is not expected or (layout is OURS and not said):
+        raise LoadError(
+            f"{where}: int4 linears are in the layout {layout.name}, but the config says {said or 'nothing'}"
+        )
+    bits, zero_point = said.get("bits") or said.get("w_bit") or 4, said.get("zero_point", True)
+    if bits != 4 or not zero_point:
+        raise LoadError(f"{where}: {bits} bits, zero_point {zero_point} is not supported (4 bits with zeros is)")
+    rest = {key: value for key, value in llm.items() if key not in ("quantization_config", "int4_order")}
+    return rest | quantization(OURS, group, said.get("order") or llm.get("int4_order") or layout.order), layout
+
+
+def quantization(layout: Layout, group: int, order: str) -> dict[str, Any]:
+    """What the llm's config.json says of int4 linears in a layout; llm-awq's own say nothing."""
+    named = {} if order == layout.order else {"order": order}
+    if layout is OURS:
+        config = {"quant_method": OUR_METHOD, "bits": 4, "group_size": group}
+        return {"quantization_config": {**config, **named}}
+    other = {"int4_order": order} if named else {}
+    if layout is V2:
+        return other
+    version = next(version for version, of in VERSIONS.items() if of is layout)
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": version}
+    return {"quantization_config": config, **other}

@@ -1,0 +1,112 @@
+"""A checkpoint written as a VILA folder, its int4 linears in any layout, a tensor at a time."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .layouts import LAYOUTS, OURS, V2
+from .models.params import Lazy
+from .quantized import dense, encoded
+from .shards import SHARD_BYTES, Shards, building, part, write_json
+from .sources import PARTS, Source, quantization
+from .tensors import open_tensors
+
+FORMS = (*LAYOUTS, "dense")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
+Progress = Callable[[int, int], None]
+
+
+def in_form(source: Source, form: str) -> tuple[dict[str, Any], Lazy]:
+    """The llm's config and tensors in a layout of int4 linears, or "dense": every weight written out.
+
+    Errors: ValueError for an unknown form, or a model that is not int4.
+    """
+    if form not in FORMS:
+        raise ValueError(f"no format {form!r}; there are: {', '.join(FORMS)}")
+    llm, tensors, group = source.parts["llm"], source.tensors["llm"], source.group
+    if not group:
+        if form in LAYOUTS and form != OURS.name:
+            raise ValueError(f"{source.folder} is not int4, so it cannot be written as {form}; quantize it first")
+        return llm, tensors
+    plain = {key: value for key, value in llm.items() if key != "quantization_config"}
+    if form == "dense":
+        return plain, dense(tensors, group, source.order)
+    return plain | quantization(LAYOUTS[form], group, source.order), encoded(tensors, LAYOUTS[form], group)
+
+
+def write(
+    source: Source,
+    target: Path,
+    form: str = "ours",
+    *,
+    limit: int = SHARD_BYTES,
+    progress: Progress = lambda done, total: None,
+    over: bool = False,
+    key: str | None = None,
+) -> None:
+    """Write a checkpoint as a VILA folder; after a kill the same call goes on with the shard that was being written.
+
+    `key`: what the source's bytes depend on, if it has no files.
+    `over`: into a folder that may be there, whose files of the same names are replaced at the end; begun afresh.
+    Errors: ValueError, `LoadError`, before the target is there; OSError.
+    """
+    llm, tensors = in_form(source, form)
+    configs, held = source.parts | {"llm": llm}, source.tensors | {"llm": tensors}
+    total, before = sum(x.nbytes for lazy in held.values() for x in lazy.meta.values()), 0
+    with building(target, over) as folder:
+        for name in reversed(PARTS):  # the llm, the largest by far, last
+            start = before
+            shards = Shards(
+                folder / name / ("parts" if name == "llm" and form == V2.name else ""),
+                held[name].meta,
+                f"{form} {key or identity(source)}",
+                limit,
+                lambda done, _, start=start: progress(start + done, total),
+            )
+            before += shards.total
+            for tensor in held[name]:
+                if tensor in shards.missing:
+                    shards.put(tensor, held[name][tensor])
+                    held[name].forget(tensor)
+            shards.close()
+            write_json(folder / name / "config.json", configs[name])
+        if form == V2.name:
+            save_pt(folder / "llm" / "parts", folder / "llm" / f"{target.name}-w4-g{source.group}-awq-v2.pt")
+        for file, name in companions(source):
+            shutil.copyfile(file, folder / name / file.name)
+        nested = {f"{name}_cfg": configs[name] for name in PARTS if isinstance(source.top.get(f"{name}_cfg"), dict)}
+        write_json(folder / "config.json", source.top | nested)
+
+
+def save_pt(parts: Path, file: Path) -> None:
+    """One .pt of the tensors in a folder of shards, which go: torch.save reads them through their memory maps."""
+    with part(file).open("wb") as opened:
+        torch.save(dict(open_tensors(parts)), opened)
+        os.fsync(opened.fileno())
+    part(file).replace(file)
+    shutil.rmtree(parts)
+
+
+def identity(source: Source) -> str:
+    """What tells whether a checkpoint is the one of before: its files, their sizes and times."""
+    files = sorted({file for place in source.beside.values() for file in place.glob("*") if file.is_file()})
+    return " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+
+
+def companions(source: Source) -> Iterator[tuple[Path, str]]:
+    """What stands beside weights and configs (tokenizer, image processor), and the part it belongs to."""
+    for name, place in source.beside.items():
+        for file in sorted(place.glob("*")):
+            if not file.is_file() or file.name == "config.json" or file.name.startswith("."):
+                continue
+            if place != source.folder:
+                if not file.name.endswith(WEIGHTS):
+                    yield file, name
+            elif file.name.startswith(("preprocessor", "processor", "tokenizer", "special_", "added_", "generation_")):
+                sees = file.name.startswith(("preprocessor", "processor"))
+                if name == ("vision_tower" if sees else "llm"):
+                    yield file, name
