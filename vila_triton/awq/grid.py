@@ -74,8 +74,10 @@ def clipped(w: Tensor, group: int, blocks: Tensor, shrinks: tuple[float, ...]) -
             loss = block_loss(wide.value(wide.snap(w)) - w, blocks)
             better = loss < least
             least = torch.where(better, loss, least)
-            best = tried if best is None else Grid(
-                torch.where(better, tried.scales, best.scales), torch.where(better, tried.zeros, best.zeros)
+            best = (
+                tried
+                if best is None
+                else Grid(torch.where(better, tried.scales, best.scales), torch.where(better, tried.zeros, best.zeros))
             )
     assert best is not None
     return best

@@ -1,6 +1,5 @@
 """Our way to round a layer: scales, clipping and rounding all judged by what the other inputs cannot make good."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from .compensate import compensated, loss
 from .grid import SMALLEST, Grid, between, clipped, extent, packed
 from .moments import Moments, moments, stand_in
 from .scales import PLACES, scaled, search
-from .tokens import Inputs, Tokens, attended, inputs
+from .tokens import Tokens, attended, inputs
 
 SHRINKS = tuple(1 - i / 20 for i in range(6))
 
