@@ -14,7 +14,7 @@ from vila_triton.formats import pack_tiles
 from vila_triton.ops import Int4
 from vila_triton.ops.int4 import check_int4
 
-SMALLEST = torch.finfo(torch.float16).tiny  # of scales: float16 keeps no whole precision below
+SMALLEST, LARGEST = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max  # of scales
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Grid:
 
 def between(low: Tensor, high: Tensor) -> Grid:
     """The grid from low <= 0 to high >= 0, [n, G]."""
-    scales = ((high - low) / 15).clamp(SMALLEST, torch.finfo(torch.float16).max).half().float()
+    scales = ((high - low) / 15).clamp(SMALLEST, LARGEST).half().float()
     return Grid(scales, (-low / scales).round().clamp(0, 15))
 
 
@@ -64,6 +64,8 @@ def block_loss(delta: Tensor, blocks: Tensor) -> Tensor:
 def clipped(w: Tensor, group: int, blocks: Tensor, shrinks: tuple[float, ...]) -> Grid:
     """Per group the grid whose nearest levels lose least: both ends shrunk alike, the zero a level up or down too."""
     low, high = extent(w, group)
+    if (widest := float((high - low).max())) > 15 * LARGEST:
+        raise ValueError(f"a group of the weight is {widest:.3g} wide, more than 15 steps of a float16 scale")
     best: Grid | None = None
     least = torch.full_like(low, torch.inf)
     for shrink in shrinks:

@@ -122,8 +122,8 @@ def search(layer: Layer, given: Inputs, tokens: Tokens, cfg: LlamaConfig, group:
 
 
 def with_scales(layer: Layer, scales: dict[str, Tensor], cfg: LlamaConfig) -> Layer:
-    for place, s in scales.items():
-        layer = scaled(layer, place, s, cfg.num_key_value_heads)
+    for place in (place for place in PLACES if place in scales):
+        layer = scaled(layer, place, scales[place], cfg.num_key_value_heads)
     return layer
 
 
