@@ -1,9 +1,9 @@
 """What int4 costs: `python -m bench.quality [--model bundled outliers smollm2] [--groups 32 64 128] [--out ROWS]`
 
-Rounds language models to the nearest level (rtn), as llm-awq does (upstream) and as we do (ours), and measures on text or
-questions that calibration did not see. `outliers` is the bundled model with some channels of its norms made louder and the
-weights behind them quieter, which changes nothing until weights are rounded. `repaired` is the part of what rtn loses that
-a method does not.
+Rounds language models to the nearest level (rtn), as llm-awq does (upstream) and as we do (ours), and measures on text
+or questions that calibration did not see. `outliers` is the bundled model with some channels of its norms made louder
+and the weights behind them quieter, which changes nothing until weights are rounded. `repaired` is the part of what rtn
+loses in perplexity that a method does not.
 """
 
 import argparse
@@ -159,7 +159,7 @@ def subject(name: str, samples: int, seed: int) -> Subject:
 
 @torch.no_grad()
 def table(s: Subject, methods: Sequence[str], groups: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """A row for the model as it is, then one for each method and group; groups that do not fit it are said and left out."""
+    """A row for the model as it is, then one for each method and group; groups that do not fit are said and left out."""
     base = measure(s, s.p)
     yield {"model": s.name, "method": "float32", "group": 0, **base}
     for group in groups:

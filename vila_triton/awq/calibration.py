@@ -106,7 +106,7 @@ def prompts(samples: Sequence[Sample], tokenizer: Any, processor: Any, config: A
         if sample.pictures:
             text = words.first(with_pictures(sample.text, len(sample.pictures)))
             ids = tokenize(text, tokenizer, True)
-            ids += tokenizer(sample.answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            ids += [*tokenizer(sample.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             pictures += sample.pictures
         else:
             ids = tokenizer(sample.text).input_ids[:LONGEST]

@@ -1,7 +1,7 @@
 """Sixteen levels a group: where they lie (`Grid`), which is nearest, and how far to clip.
 
-A weight [n, k] is cut into G = k / group runs of inputs. The levels of a run are (code - zero) · scale, code and zero whole
-numbers 0 to 15; the scale is a number of float16, so that what is stored is what was searched for.
+A weight [n, k] is cut into G = k / group runs of inputs. The levels of a run are (code - zero) · scale, code and zero
+whole numbers 0 to 15; the scale is a number of float16, so that what is stored is what was searched for.
 """
 
 from dataclasses import dataclass

@@ -12,8 +12,8 @@ class Moments:
 
     second       [k, k]     E[x xᵀ]
     inverse      [k, k]
-    conditional  [G, i, i]  for each group, of what is left of its inputs when all others have done their best to stand in
-                            for them: what matters to a group whose errors the other inputs make good
+    conditional  [G, i, i]  for each group, of what is left of its inputs when all others have done their best to stand
+                            in for them: what matters to a group whose errors the other inputs make good
     mean_abs     [k]        E|x|
     """
 

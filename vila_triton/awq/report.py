@@ -1,4 +1,4 @@
-"""What was done to each layer, as JSON and as a picture (SVG, written by hand so that nothing more need be installed)."""
+"""What was done to each layer, as JSON and as a picture (SVG, written by hand: nothing more need be installed)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,8 +19,8 @@ def write(folder: Path, about: dict[str, Any], layers: Sequence[dict[str, Any]])
     """quantization.json and quantization.svg.
 
     Of a linear: `nearest`, the share of its output's square that rounding to the nearest level would lose on the inputs
-    that it gets; `ours`, the share that is lost; `shrink`, the mean width of its grids, 1 unclipped. Of a place: `ratio`,
-    the exponent of its scale.
+    that it gets; `ours`, the share that is lost; `shrink`, the mean width of its grids, 1 unclipped. Of a place:
+    `ratio`, the exponent of its scale.
     """
     write_json(folder / "quantization.json", about | {"layers": list(layers)})
     (folder / "quantization.svg").write_text(picture(about, layers))

@@ -191,7 +191,7 @@ def joined(source: Source, cfg: VilaConfig, work: Path, how: How) -> Source:
     llm = Lazy(
         meta | {name: tensors.meta[name] for name, tensors in new.items()},
         lambda name: new[name][name] if name in new else held[name],
-        lambda name: (new[name] if name in new else held).forget(name),
+        lambda name: new.get(name, held).forget(name),
     )
     said = source.parts["llm"] | quantization(OURS, how.group, OURS.order)
     return replace(source, parts=source.parts | {"llm": said}, tensors=source.tensors | {"llm": llm}, layout=OURS)
@@ -211,8 +211,10 @@ def save_cache(work: Path, file: Path, dtype: torch.dtype) -> None:
     layers = []
     for path in sorted(work.glob("layer-*.safetensors")):
         held = {n.removeprefix(FOUND): x for n, x in open_tensors(path).items() if n.startswith(FOUND)}
-        kinds = [{n.partition(".")[2]: x for n, x in held.items() if n.startswith(kind)} for kind in ("scale", "clip")]
-        layers.append(Found(*kinds, {}))
+        scales, clips = (
+            {n.partition(".")[2]: x for n, x in held.items() if n.startswith(kind)} for kind in ("scale", "clip")
+        )
+        layers.append(Found(scales, clips, {}))
     cachefile.save(file, layers, dtype)
 
 

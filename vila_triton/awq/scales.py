@@ -1,7 +1,7 @@
 """Which inputs to make louder before rounding, and quieter in what they come from, so that nothing else changes.
 
-Four places of a layer allow it (Lin et al. 2023, AWQ): s divides the norm's weight or the rows of the linear before, and
-multiplies the columns of the linears after.
+Four places of a layer allow it (Lin et al. 2023, AWQ): s divides the norm's weight or the rows of the linear before,
+and multiplies the columns of the linears after.
 """
 
 from dataclasses import dataclass, replace

@@ -31,7 +31,7 @@ class Tokens:
             if held and (n is None or sum(held) + n > AT_ONCE):
                 yield slice(start, start + sum(held)), held
                 start, held = start + sum(held), []
-            held = held + [n] if n is not None else held
+            held = held if n is None else [*held, n]
 
     def through(self, f: Callable[[Tensor, Uncached], Tensor], x: Tensor) -> Tensor:
         """f of the rows [s, e] and of the cache that knows where each begins, some rows at a time: [s, ...]."""
@@ -51,7 +51,7 @@ class Tap:
 
 def attended(layer: llama.Layer, h: Tensor, cfg: LlamaConfig, cache: Uncached) -> Tensor:
     """What `o` is given: normed rows [s, e] -> [s, h·d]."""
-    tap = Tap(cache)
+    tap: Any = Tap(cache)
     llama.attention(layer, h, llama.angles(cache.positions, cfg), 0, cfg, tap)
     return rearrange(tap.last, "s h d -> s (h d)")
 

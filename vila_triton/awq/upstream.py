@@ -1,8 +1,8 @@
 """AWQ as llm-awq searches it (Lin et al. 2023), objective for objective, so that results compare with published caches.
 
-Everything is judged on the layer as it was: no rounding error is carried on, every scale is searched on unscaled weights.
-What that costs is known: groups of one sign are not widened to hold 0, `o` has no scale under grouped queries, q and k are
-not clipped, and fewer than 512 calibration tokens are refused.
+Everything is judged on the layer as it was: no rounding error is carried on, every scale is searched on unscaled
+weights. What that costs is known: groups of one sign are not widened to hold 0, `o` has no scale under grouped queries,
+q and k are not clipped, and fewer than 512 calibration tokens are refused.
 """
 
 from dataclasses import dataclass, replace
@@ -83,8 +83,8 @@ def search_scale(layer: Layer, place: str, given: Inputs, tokens: Tokens, cfg: L
 
 
 def search_clip(w: Tensor, x: Tensor, group: int) -> Tensor:
-    """Per group the bound on |w|, from all of the greatest down to 0.55 of it, that changes least of its own part of the
-    output: w [n, k], x [s, k] -> [n, G].
+    """Per group the bound on |w|, from all of the greatest down to 0.55 of it, that changes least of its own part of
+    the output: w [n, k], x [s, k] -> [n, G].
     """
     if len(x) < CLIP_TOKENS:
         raise ValueError(f"upstream's clipping needs {CLIP_TOKENS} tokens of calibration, there are {len(x)}")

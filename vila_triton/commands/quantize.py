@@ -27,7 +27,7 @@ def configure(commands: Any) -> None:
         nargs="+",
         metavar="FILE",
         help='texts, one a line, or .jsonl of {"text": ...} and {"image": ..., "question": ..., "answer": ...} '
-        "(default: drawn pictures with questions and answers, and pages of Python's manual if the model can spell them)",
+        "(default: drawn pictures, questions and answers; also pages of Python's manual if the model knows its words)",
     )
     parser.add_argument("--samples", type=int, default=128, help="of calibration, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples")
