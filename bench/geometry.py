@@ -19,6 +19,8 @@ class Geometry:
     template: str
     image_tokens: int
     llm: LlamaConfig
+    fp16_bytes: int | None = None  # of all three parts
+    int4_bytes: int | None = None
     vision_tower: dict[str, Any] = field(default_factory=dict)
     mm_projector: dict[str, Any] = field(default_factory=dict)
 

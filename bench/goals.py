@@ -1,4 +1,6 @@
-"""Is int4_matmul as fast as it is to be? `python -m bench.goals ROWS.jsonl`, rows of `bench.ops int4_matmul --served`
+"""Are the kernels as fast as they are to be? `python -m bench.goals ROWS.jsonl`, rows of `bench.ops OP --served`
+
+Of int4_matmul, and, where there are rows of them, of attention (`goals_attention`).
 
 Ours is what runs by default at the sizes (rows marked `served`), beside it stand "dense" (cuBLAS on the plain weight),
 "dequant" (dequantise, then cuBLAS) and other libraries, all timed in the same run. Ratios say how many times as long
@@ -16,68 +18,15 @@ a CPU rehearse this: goals are for GPUs.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from . import rows
+from . import goals_attention, rows
+from .points import Point, goal, points
 from .spelling import brief, unit
 
 OP = "int4_matmul"
 DECODE, STRETCH, FLOOR = 2.2, 3.0, 0.95
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Point:
-    """One shape and number of rows: what ours is there, and the seconds of the others by implementation."""
-
-    case: str
-    sizes: Mapping[str, Any]
-    ours: Row | None
-    seconds: Mapping[str, float]
-
-    def ratio(self, *others: str) -> float | None:
-        """How many times as long as ours the fastest of the others takes; None if one of the two has no time."""
-        known = [self.seconds[name] for name in others if name in self.seconds]
-        return min(known) / self.ours["seconds"] if self.ours and known else None
-
-    def __str__(self) -> str:
-        return f"m={self.sizes['m']} n={self.sizes['n']} k={self.sizes['G'] * self.sizes['group']}"
-
-
-def points(found: Sequence[Row]) -> list[Point]:
-    """By case, shape and rows; of what was measured twice, the last. Rows without a time count as points too."""
-    at: dict[tuple, dict[str, Row]] = {}
-    for row in found:
-        if row.get("op") == OP and row["kind"] in ("op", "refused"):
-            key = row["case"], tuple(row["sizes"].items())
-            at.setdefault(key, {})["" if row["served"] else row["impl"]] = row
-    made = []
-    for (case, sizes), here in at.items():
-        timed = {name: row for name, row in here.items() if row["kind"] == "op"}
-        seconds = {name: row["seconds"] for name, row in timed.items() if name}
-        ours = timed.get("")
-        if ours and ours["impl"] == "dequant":  # what runs by default is timed once
-            seconds["dequant"] = ours["seconds"]
-        made.append(Point(case, dict(sizes), ours, seconds))
-    return made
-
-
-def goal(name: str, least: float, ratio: Callable[[Point], float | None], among: Sequence[Point]) -> Iterator[str]:
-    """A line, and one for each point that falls short."""
-    known = {str(p): r for p in among if (r := ratio(p)) is not None}
-    missing = f"; {len(among) - len(known)} of {len(among)} points not measured" if len(known) < len(among) else ""
-    if not known:
-        yield f"goal {name}: NOT MEASURED{missing}"
-        return
-    short = {point: r for point, r in known.items() if r < least}
-    worst = min(known, key=lambda point: known[point])
-    state = "NOT MET" if short else "met where it was measured" if missing else "MET"
-    met = f"{len(known) - len(short)} of {len(known)} points reach {least}"
-    yield f"goal {name}: {state}: {met}; the least is {known[worst]:.2f} at {worst}{missing}"
-    yield from (f"  {r:.2f} at {point}" for point, r in sorted(short.items(), key=lambda item: item[1]))
 
 
 def floor(point: Point) -> float | None:
@@ -115,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = list(rows.read(*args.rows))
         at = points(found)
-        if not any(p.ours for p in at):
+        attention = list(goals_attention.goals(found))
+        if not attention and not any(p.ours for p in at):
             raise ValueError(
                 f"no row of {OP} is marked as served; python -m bench.ops {OP} --served --out FILE makes some"
             )
@@ -123,8 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench.goals: {error}", file=sys.stderr)
         return 2
     devices = sorted({row["device"] for row in found if row.get("op") == OP})
-    print(f"{OP} on {', '.join(devices)}: others' times as multiples of ours")
-    print(*table(at), *goals(at), sep="\n")
+    if any(p.ours for p in at):
+        print(f"{OP} on {', '.join(devices)}: others' times as multiples of ours")
+        print(*table(at), *goals(at), sep="\n")
+    print(*attention, sep="\n")
     return 0
 
 

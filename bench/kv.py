@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vila_triton.__main__ import BUNDLED
+from vila_triton.arguments import BUNDLED
 from vila_triton.cache import KV_DTYPES, PAGE_SIZE, PagedCache
 from vila_triton.chat import Talker
 from vila_triton.models.config import LlamaConfig

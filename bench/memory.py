@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vila_triton import engine
-from vila_triton.__main__ import choices
+from vila_triton.arguments import choices
 from vila_triton.cache import PagedCache
 from vila_triton.choices import pick_device
 from vila_triton.models import params, vila

@@ -175,7 +175,7 @@ def main() -> int:
     try:
         device = pick_device(args.device)
         known = names()
-        from .peers import dense, discover  # noqa: F401 (dense: torch itself, always there)
+        from .peers import dense, discover, sdpa  # noqa: F401 (dense, sdpa: torch itself, always there)
         from .peers import names as peer_names
 
         if args.peers:

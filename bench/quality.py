@@ -32,6 +32,7 @@ from vila_triton.tiny.evaluate import SHIPPED, items
 
 from . import rows, smollm2
 
+QUESTIONS = 400  # about held-out scenes, of all kinds
 METHODS = ("rtn", "upstream", "ours")
 BUNDLED = Path(vila.__file__).parents[1] / "tiny" / "checkpoint"
 
@@ -98,12 +99,13 @@ def measure(s: Subject, p: llama.Llama) -> dict[str, float]:
     return {"perplexity": math.exp(loss / count), "kl": divergence / count, "right": right / count, "tokens": count}
 
 
-def bundled(samples: int, seed: int) -> Subject:
+def bundled(samples: int, seed: int, questions: int = QUESTIONS) -> Subject:
     """The bundled model, calibrated on drawn training scenes and measured on questions about held-out ones."""
     talker = Talker.from_pretrained(BUNDLED, "cpu", torch.float32)
     model, image_tokens = talker.model, talker.model.geometry.image_tokens
-    asked = [(i.qa.question, i.pictures, i.qa.answer) for i in items(max(1, samples // 32), seed + 1, SHIPPED)]
-    asked = asked[:: max(1, len(asked) // samples)]
+    asked = [(i.qa.question, i.pictures, i.qa.answer) for i in items(1 + questions // 25, seed + 1, SHIPPED)][
+        :questions
+    ]
     groups = [[(d.text, d.pictures, d.answer) for d in drawn(samples, seed)], asked]
 
     def text(group: Sequence[Any]) -> Text:
@@ -159,7 +161,7 @@ def subject(name: str, samples: int, seed: int) -> Subject:
 
 @torch.no_grad()
 def table(s: Subject, methods: Sequence[str], groups: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """A row for the model as it is, then one for each method and group; groups that do not fit are said and left out."""
+    """A row for the model as it is, then one for each method and group; groups that do not fit are named."""
     base = measure(s, s.p)
     yield {"model": s.name, "method": "float32", "group": 0, **base}
     for group in groups:

@@ -12,7 +12,7 @@ from triton import knobs
 
 @dataclass(frozen=True)
 class Resources:
-    """`registers` of a thread; `spills` of a thread in bytes (NVIDIA) or registers (AMD); bytes of shared memory."""
+    """`registers` of a thread; `spills`: bytes of memory a thread keeps others in; bytes of shared memory."""
 
     name: str
     registers: int
@@ -41,6 +41,9 @@ def run_on_cubin(*command: str, cubin: bytes) -> str:
 
 
 def resources_amd(kernel: Any) -> tuple[int, int]:
-    """(vector registers a thread, registers spilled): the metadata at the end of the assembly."""
-    found = {word: int(n) for word, n in re.findall(r"\.(\w+_count):\s+(\d+)", kernel.asm["amdgcn"])}
-    return found["vgpr_count"], found["vgpr_spill_count"] + found["sgpr_spill_count"]
+    """(vector registers a thread, bytes of scratch memory): the metadata at the end of the assembly.
+
+    Scalar registers that are spilled lie in lanes of vector registers; what of them does not fit there is in scratch.
+    """
+    found = {word: int(n) for word, n in re.findall(r"\.(\w+):\s+(\d+)$", kernel.asm["amdgcn"], re.MULTILINE)}
+    return found["vgpr_count"], found["private_segment_fixed_size"]

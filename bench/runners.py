@@ -15,7 +15,7 @@ from transformers import LlamaConfig as TheirConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vila_triton import engine
-from vila_triton.__main__ import choices
+from vila_triton.arguments import choices
 from vila_triton.cache import PagedCache, Uncached
 from vila_triton.models import llama, params
 from vila_triton.models.config import LlamaConfig

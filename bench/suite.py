@@ -25,6 +25,10 @@ from .cases import names
 # What int4_matmul is timed beside; those of other libraries only where they are installed.
 INT4_BESIDE = ("dense", "dequant", "gemlite", "gemlite_float32", "gptqmodel", "lmdeploy", "autoawq")
 
+# What attention is timed beside; the first are torch's.
+PREFILL_BESIDE = ("sdpa_flash", "sdpa_cudnn", "flash_attn", "flashinfer")
+DECODE_BESIDE = ("sdpa_flash", "flash_attn", "flashinfer")
+
 
 @dataclass(frozen=True)
 class Step:
@@ -63,6 +67,8 @@ def plan(out: Path, minutes: float) -> list[Step]:
     ]
     others = [name for name in names() if name != "int4_matmul"]
     int4 = ["bench.ops", "int4_matmul", "--served", "--gate", "case", "--budget", "0.01", "--peers", "--out", measured]
+    attention = ["--served", "--peers", "--budget", "0.02", "--out", measured]
+    prefill, decode = ([w for name in of for w in ("--impl", name)] for of in (PREFILL_BESIDE, DECODE_BESIDE))
     # gemlite adds up in float16 by atomics, beyond our budget of errors; it is to be beaten all the same.
     beside = [*(word for name in INT4_BESIDE for word in ("--impl", name)), "--ungated", "gemlite"]
     return [
@@ -70,6 +76,9 @@ def plan(out: Path, minutes: float) -> list[Step]:
         *tuned,
         Step("int4 goals", 0.22, [*int4, "--case", "goals", *beside]),
         Step("goals", 0.03, ["bench.goals", measured]),
+        Step("prefill goals", 0.06, ["bench.ops", "prefill_attention", "--case", "whole", *prefill, *attention]),
+        Step("decode goals", 0.06, ["bench.ops", "decode_attention", "--case", "decode", *decode, *attention]),
+        Step("streaming", 0.08, [*model, "--prompts", "32", "--histories", "16,1024,16384", "--out", measured]),
         Step("int4 errors", 0.04, ["bench.error", "int4_matmul", "--peers", "--out", measured]),
         Step("model", 0.14, [*model, "--out", measured]),
         Step("ops", 0.10, ["bench.ops", *others, "--peers", "--budget", "0.05", "--out", measured]),
@@ -84,6 +93,7 @@ def rehearsal(out: Path) -> list[Step]:
     measured = str(out / "rows.jsonl")
     tiny = ["bench.model", "--model", "tiny", "--layers", "1", "--weights", "float32"]
     by_model = ["--timer", "cost-model", "--minutes", "0.15", "--install", "--out", str(out)]
+    attention = ["--served", "--impl", "sdpa_flash", "--budget", "0.01", "--out", measured]
     beside = ["--impl", "dense", "--impl", "dequant", "--gate", "case", "--budget", "0.01"]
     return [
         Step("correctness", 0.4, ["pytest", "-q", "-x", "tests/test_kernels.py", "-k", "swiglu-triton or rms_norm"]),
@@ -91,6 +101,9 @@ def rehearsal(out: Path) -> list[Step]:
         Step("tune int4", 0.4, ["bench.tune", "int4_matmul", "--impl", "dequant", "--case", "toy", *by_model]),
         Step("ops", 0.4, ["bench.ops", "swiglu", "--case", "toy", "--budget", "0.02", "--out", measured]),
         Step("int4", 0.4, ["bench.ops", "int4_matmul", "--case", "toy", "--served", *beside, "--out", measured]),
+        Step("prefill", 0.4, ["bench.ops", "prefill_attention", "--case", "toy", *attention]),
+        Step("decode", 0.4, ["bench.ops", "decode_attention", "--case", "toy", *attention]),
+        Step("streaming", 0.4, [*tiny, "--prompts", "8", "--histories", "16,32", "--contexts", "", "--out", measured]),
         Step("goals", 0.4, ["bench.goals", measured]),
         Step("int4 errors", 0.4, ["bench.error", "int4_matmul", "--toy", "--out", measured]),
         Step("model", 0.4, [*tiny, "--out", measured]),

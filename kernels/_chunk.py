@@ -27,7 +27,7 @@ def sequence_of(tile, start_ptr, b, RATIO: tl.constexpr, BLOCK_M: tl.constexpr):
         low = tl.where(begins <= tile, middle, low)
         high = tl.where(begins <= tile, high, middle - 1)
     begins = tl.load(start_ptr + low).to(tl.int64) * RATIO // BLOCK_M + low
-    return low.to(tl.int64), (tile - begins) * BLOCK_M
+    return low.to(tl.int64), ((tile - begins) * BLOCK_M).to(tl.int32)
 
 
 @triton.jit

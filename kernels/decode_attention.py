@@ -146,7 +146,7 @@ def _decode_attention_kernel(
         tl.store(parts[2] + at, total, mask=mine)
 
 
-@decode_attention.impl("triton", configs=CONFIGS, space=SPACE)
+@decode_attention.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def decode_attention_triton(
     q: Tensor,
     k_pages: Pages,

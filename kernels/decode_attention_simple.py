@@ -5,6 +5,7 @@ The readable rung: one program takes all query heads of one key/value head of on
 softmax in base 2, from the first to the last, which is "invariant" as it is but for the config: that is the first one.
 
 q [b, h, d], pages [p, l, g, d], any strides; token j of a sequence is row j % l of page block_table[sequence, j // l].
+Strides are compile-time constants: heads of 72 are whole 16-byte loads only if the compiler sees it.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false
@@ -46,22 +47,12 @@ def _decode_attention_kernel(
     length_ptr,
     out_ptr,
     scale,
-    stride_qb,
-    stride_qh,
-    stride_qd,
-    stride_kp,
-    stride_kl,
-    stride_kg,
-    stride_kd,
-    stride_vp,
-    stride_vl,
-    stride_vg,
-    stride_vd,
+    stride_q: tl.constexpr,  # of b, h and d
+    stride_k: tl.constexpr,  # of p, l, g and d
+    stride_v: tl.constexpr,
     stride_tb,
     stride_tp,
-    stride_ob,
-    stride_oh,
-    stride_od,
+    stride_o: tl.constexpr,
     RATIO: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
@@ -81,31 +72,31 @@ def _decode_attention_kernel(
     head = group * RATIO + offs_m  # [BLOCK_M]
     mask_d = offs_d < D
     mask_q = (offs_m < RATIO)[:, None] & mask_d[None, :]
-    q_ptr += sequence * stride_qb
-    q = tl.load(q_ptr + head[:, None] * stride_qh + offs_d[None, :] * stride_qd, mask=mask_q, other=0)  # [M, D]
+    q_ptr += sequence * stride_q[0]
+    q = tl.load(q_ptr + head[:, None] * stride_q[1] + offs_d[None, :] * stride_q[2], mask=mask_q, other=0)  # [M, D]
     peak, total, acc = start_rows(BLOCK_M, BLOCK_D)
 
     table_ptr += sequence * stride_tb
-    k_pages_ptr += group * stride_kg
-    v_pages_ptr += group * stride_vg
+    k_pages_ptr += group * stride_k[2]
+    v_pages_ptr += group * stride_v[2]
     for n in range(0, length, BLOCK_N):
         tokens = n + tl.arange(0, BLOCK_N)
         known = tokens < length
-        at_k = page_rows(table_ptr, tokens, known, stride_tp, stride_kp, stride_kl, PAGE)
-        at_v = page_rows(table_ptr, tokens, known, stride_tp, stride_vp, stride_vl, PAGE)
+        at_k = page_rows(table_ptr, tokens, known, stride_tp, stride_k[0], stride_k[1], PAGE)
+        at_v = page_rows(table_ptr, tokens, known, stride_tp, stride_v[0], stride_v[1], PAGE)
         k = tl.load(
-            k_pages_ptr + at_k[None, :] + offs_d[:, None] * stride_kd, mask=mask_d[:, None] & known[None, :], other=0
+            k_pages_ptr + at_k[None, :] + offs_d[:, None] * stride_k[3], mask=mask_d[:, None] & known[None, :], other=0
         )  # [BLOCK_D, BLOCK_N]
         v = tl.load(
-            v_pages_ptr + at_v[:, None] + offs_d[None, :] * stride_vd, mask=known[:, None] & mask_d[None, :], other=0
+            v_pages_ptr + at_v[:, None] + offs_d[None, :] * stride_v[3], mask=known[:, None] & mask_d[None, :], other=0
         )  # [BLOCK_N, BLOCK_D]
         peak, total, acc = attend_block(q, k.to(q.dtype), v.to(q.dtype), known[None, :], scale, peak, total, acc)
 
-    out_ptr += sequence * stride_ob + head[:, None] * stride_oh + offs_d[None, :] * stride_od
+    out_ptr += sequence * stride_o[0] + head[:, None] * stride_o[1] + offs_d[None, :] * stride_o[2]
     tl.store(out_ptr, normalise(acc, total).to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
-@decode_attention.impl("simple", configs=CONFIGS, space=SPACE)
+@decode_attention.impl("simple", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def decode_attention_simple(
     q: Tensor,
     k_pages: Pages,
@@ -136,11 +127,11 @@ def decode_attention_simple(
             lengths.contiguous(),
             out,
             scale * LOG2_E,
-            *q.stride(),
-            *k_pages.stride(),
-            *v_pages.stride(),
+            q.stride(),
+            k_pages.stride(),
+            v_pages.stride(),
             *block_table.stride(),
-            *out.stride(),
+            out.stride(),
             RATIO=h // g,
             D=d,
             PAGE=l,

@@ -78,7 +78,7 @@ def _kv_write_kernel(
     put_heads(v_pool, stride_vp, page, row, group, known, low, high, D, WIDTH, BITS, TINY, BLOCK_W)
 
 
-@kv_write.impl("triton", configs=CONFIGS, space=SPACE)
+@kv_write.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def kv_write_triton(
     k: Tensor,
     v: Tensor,

@@ -97,7 +97,7 @@ def _prefill_attention_kernel(
     sequence, row = sequence_of(tl.num_programs(0) - 1 - tl.program_id(0), start_ptr, b, RATIO, BLOCK_M)
     group = tl.program_id(1).to(tl.int64)
     first = tl.load(start_ptr + sequence).to(tl.int64)
-    length = tl.load(start_ptr + sequence + 1) - first
+    length = (tl.load(start_ptr + sequence + 1) - first).to(tl.int32)
     if row >= length * RATIO:
         return
     history = tl.load(history_ptr + sequence)
@@ -123,8 +123,8 @@ def _prefill_attention_kernel(
 
     k_ptr += group * stride_k[1]
     v_ptr += group * stride_v[1]
-    position = (history + query).to(tl.int32)  # of the queries in their sequence, [BLOCK_M]
-    end = history + tl.minimum((row + BLOCK_M - 1) // RATIO + 1, length).to(tl.int32)  # keys that the last query sees
+    position = history + query  # of the queries in their sequence, [BLOCK_M]
+    end = history + tl.minimum((row + BLOCK_M - 1) // RATIO + 1, length)  # keys that the last query sees
     offset = first - history  # from a token's position in its sequence to its row of k and v
     for n in tl.range(whole, history, BLOCK_N, num_stages=1):  # once at most
         tokens = n + tl.arange(0, BLOCK_N)
@@ -142,11 +142,11 @@ def _prefill_attention_kernel(
         )
 
     begin = tl.cdiv(history, BLOCK_N) * BLOCK_N
-    diagonal = tl.maximum(begin, (history + (row // RATIO).to(tl.int32) + 1) // BLOCK_N * BLOCK_N)
+    diagonal = tl.maximum(begin, (history + row // RATIO + 1) // BLOCK_N * BLOCK_N)
     for n in range(begin, diagonal, BLOCK_N):
-        of = offset + n + tl.arange(0, BLOCK_N)
-        k, k_rest = read_parts(k_ptr, of * stride_k[0], every, stride_k[2], D, WIDTH, FIRST, REST)
-        v, v_rest = read_parts(v_ptr, of * stride_v[0], every, stride_v[2], D, WIDTH, FIRST, REST)
+        tile, of = offset + n, tl.arange(0, BLOCK_N).to(tl.int64)
+        k, k_rest = read_parts(k_ptr + tile * stride_k[0], of * stride_k[0], None, stride_k[2], D, WIDTH, FIRST, REST)
+        v, v_rest = read_parts(v_ptr + tile * stride_v[0], of * stride_v[0], None, stride_v[2], D, WIDTH, FIRST, REST)
         peak, total, acc, acc_rest = attend_tile(
             q, q_rest, k, k_rest, v, v_rest, None, scale, peak, total, acc, acc_rest
         )
@@ -162,7 +162,7 @@ def _prefill_attention_kernel(
 
     # Where the rows lie is worked out anew, behind a load the compiler may not merge with the first one: kept through
     # the loops, it would take the registers that they need.
-    row += tl.load(start_ptr + sequence, volatile=True) - first
+    row += (tl.load(start_ptr + sequence, volatile=True) - first).to(tl.int32)
     query, head, mine = place(row, group, length, RATIO, BLOCK_M)
     at = (first + query) * stride_o[0] + head * stride_o[1]
     store_block(out_ptr, at, mine, stride_o[2], acc / total[:, None], 0, FIRST, WIDTH)
@@ -180,10 +180,12 @@ def tile_of(config: Config, q: Tensor, pages: Pages) -> dict[str, int]:
         tile |= {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4}
     elif isinstance(pages, QuantizedPages):
         tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
+        if tile["BLOCK_M"] == 16:  # of which two stages spill on sm_89
+            tile["num_stages"] = max(tile["num_stages"], 3)
     return tile | {"BLOCK_M": rows_of(tile["BLOCK_M"], q)}
 
 
-@prefill_attention.impl("triton", configs=CONFIGS, space=SPACE)
+@prefill_attention.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def prefill_attention_triton(
     q: Tensor,
     k: Tensor,

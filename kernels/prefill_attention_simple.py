@@ -8,6 +8,7 @@ on the batch or the pages, neither does a bit of the result: this serves both po
 
 q [s, h, d], k and v [s, g, d], plain pages [p, l, g, d], any strides; head h of the h/g that share key/value head g is
 row r % (h/g) of its group. Programs past the end of their sequence return at once, so the grid needs no lengths.
+Strides are compile-time constants: heads of 72 are whole 16-byte loads only if the compiler sees it.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false
@@ -41,12 +42,12 @@ def _prefill_simple_kernel(
     scale,
     stride_tb,
     stride_tp,
-    stride_q,  # of s, h and d
-    stride_k,  # of s, g and d
-    stride_v,
-    stride_kp,  # of p, l, g and d
-    stride_vp,
-    stride_o,
+    stride_q: tl.constexpr,  # of s, h and d
+    stride_k: tl.constexpr,  # of s, g and d
+    stride_v: tl.constexpr,
+    stride_kp: tl.constexpr,  # of p, l, g and d
+    stride_vp: tl.constexpr,
+    stride_o: tl.constexpr,
     RATIO: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
@@ -97,7 +98,7 @@ def _prefill_simple_kernel(
         tl.store(lse_ptr + (first + query) * heads + head, log_sum_exp(peak, total), mask=mine)
 
 
-@prefill_attention.impl("simple", configs=CONFIGS)
+@prefill_attention.impl("simple", configs=CONFIGS, batch_invariant=True)
 def prefill_attention_simple(
     q: Tensor,
     k: Tensor,
@@ -122,6 +123,8 @@ def prefill_attention_simple(
     (s, h, d), g, b = q.shape, k.shape[1], len(history)
     out = torch.empty(s, h, d, dtype=q.dtype, device=q.device)
     sums = torch.empty(s, h, dtype=torch.float32, device=q.device) if lse else None
+    if d > 128:  # what the registers and the shared memory of all GPUs hold
+        BLOCK_M, num_stages = min(BLOCK_M, 32), 1
     BLOCK_M = rows_of(BLOCK_M, q)
     if out.numel():
         _prefill_simple_kernel[(triton.cdiv(s * (h // g), BLOCK_M), g, b)](

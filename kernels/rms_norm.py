@@ -58,7 +58,7 @@ def _rms_norm_kernel(
         tl.store(out_ptr + offs * stride_oe, (x * rms * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@rms_norm.impl("triton", configs=CONFIGS, space=SPACE)
+@rms_norm.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, *, BLOCK: int, num_warps: int, num_stages: int) -> Tensor:
     check("rms_norm", x, weight)
     rows = x.reshape(-1, x.shape[-1])  # [m, e]

@@ -74,7 +74,7 @@ def _rope_kernel(
     tl.store(out_ptr + R * stride_od, (high * cos + low * sin).to(dtype), mask=mask)
 
 
-@rope.impl("triton", configs=CONFIGS, space=SPACE)
+@rope.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def rope_triton(x: Tensor, cos: Tensor, sin: Tensor, *, BLOCK_H: int, num_warps: int, num_stages: int) -> Tensor:
     check("rope", x, cos, sin)
     s, h, d = x.shape

@@ -104,7 +104,7 @@ def _rope_kv_write_kernel(
     put_heads(v_pool, stride_vp, page, row, group, known, low, high, D, WIDTH, BITS, TINY, BLOCK_W)
 
 
-@rope_kv_write.impl("triton", configs=CONFIGS, space=SPACE)
+@rope_kv_write.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def rope_kv_write_triton(
     q: Tensor,
     k: Tensor,

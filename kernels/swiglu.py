@@ -58,7 +58,7 @@ def _swiglu_kernel(
     tl.store(out_ptr + row * stride_os + offs * stride_of, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@swiglu.impl("triton", configs=CONFIGS, space=SPACE)
+@swiglu.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def swiglu_triton(gate: Tensor, up: Tensor, *, BLOCK: int, num_warps: int, num_stages: int) -> Tensor:
     check("swiglu", gate, up)
     s, f = gate.shape

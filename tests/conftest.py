@@ -5,6 +5,7 @@ Profiles, chosen with HYPOTHESIS_PROFILE: `dev` (the default: a few random cases
 """
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -40,3 +41,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
         elif not torch.cuda.is_available() and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none"))
+
+
+@pytest.fixture
+def dots_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted products add up in the order of k for every element, as tensor cores do; numpy's BLAS, on some CPUs,
+    goes by where in the matrix an element lies.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        x, y, total = a.data.astype(d.data.dtype), b.data.astype(d.data.dtype), d.data.copy()
+        for i in range(x.shape[-1]):
+            total += x[..., :, i, None] * y[..., i, None, :]
+        return TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

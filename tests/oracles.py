@@ -166,7 +166,7 @@ def dense_twin(model: VilaLlamaForCausalLM) -> VilaLlamaForCausalLM:
     for key in [k for k in values if k.endswith("qweight")]:
         stem = key.removesuffix(".qweight")
         leaves = (values.pop(f"{stem}.{leaf}") for leaf in ("qweight", "scales", "zeros"))
-        w = Int4(*leaves, group=model.config.parts()["llm"]["quantization_config"]["group_size"])
+        w = Int4(*leaves, group=model.geometry.llm.group_size or 0, order=model.geometry.llm.order)
         values[f"{stem}.weight"] = dequantize(w, model.dtype)
     parts = model.config.parts()
     llm = {k: v for k, v in parts["llm"].items() if k != "quantization_config"}

@@ -87,11 +87,11 @@ def test_wrong_logits_get_no_time(run: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_a_choice_does_not_support_is_said(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> Tensor:
-        raise Unsupported("rope: not on Mondays")
+        raise Unsupported("rms_norm: not on Mondays")
 
-    monkeypatch.setitem(OPS["rope"].impls, "monday", Impl("rope", "monday", refuse, ({},), Path(__file__)))
-    code, out, _, rows = run("--weights", "float32", "--choice", "rope=monday", "--against", "none")
-    assert code == 1 and not rows and "no time, unsupported: rope: not on Mondays" in out
+    monkeypatch.setitem(OPS["rms_norm"].impls, "monday", Impl("rms_norm", "monday", refuse, ({},), Path(__file__)))
+    code, out, _, rows = run("--weights", "float32", "--choice", "rms_norm=monday", "--against", "none")
+    assert code == 1 and not rows and "no time, unsupported: rms_norm: not on Mondays" in out
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int4"])

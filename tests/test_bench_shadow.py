@@ -14,7 +14,7 @@ from bench import beside, check, questions, rows, shadow
 from bench.beside import Beside
 from bench.faithful import arguments
 from bench.guarded import mapped
-from vila_triton.__main__ import BUNDLED
+from vila_triton.arguments import BUNDLED
 from vila_triton.chat import Talker
 from vila_triton.ops import Int4
 from vila_triton.registry import OPS, Impl, Unsupported, use
@@ -115,12 +115,13 @@ def test_in_place_the_incumbent_writes_and_the_candidate_gets_copies(attach: Any
 
 
 def test_a_copied_kernel_file_is_shadowed(plant: Plant, capsys) -> None:  # noqa: F811
-    plant("rope", "mine")
+    plant("rms_norm", "mine")
     assert (
-        shadow.main(["--op", "rope", "--impl", "mine", "--layers", "layers[1]", "--count", "1", "--tokens", "0"]) == 0
+        shadow.main(["--op", "rms_norm", "--impl", "mine", "--layers", "layers[1]", "--count", "1", "--tokens", "0"])
+        == 0
     )
     said = capsys.readouterr().out
-    assert "rope: mine beside reference" in said and "llm.layers[1] " in said and "llm.layers[0] " not in said
+    assert "rms_norm: mine beside reference" in said and "llm.layers[1] " in said and "llm.layers[0] " not in said
 
 
 def refuses(*args: object) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vila_triton.__main__ import BUNDLED, main
+from vila_triton.__main__ import main
+from vila_triton.arguments import BUNDLED
 from vila_triton.chat import Conversation, Talker
 from vila_triton.models import vila
 from vila_triton.registry import recording

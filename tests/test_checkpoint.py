@@ -210,7 +210,7 @@ def test_a_config_that_cannot_be_honoured_is_refused(part: str, change: dict, me
 
 
 def test_what_is_saved_is_the_model_as_it_is_now_and_can_be_talked_to(tmp_path: Path) -> None:
-    from vila_triton.__main__ import BUNDLED
+    from vila_triton.arguments import BUNDLED
     from vila_triton.chat import Talker
 
     model = VilaLlamaForCausalLM.from_pretrained(BUNDLED, device="cpu").float()
@@ -232,7 +232,7 @@ def test_what_is_saved_is_the_model_as_it_is_now_and_can_be_talked_to(tmp_path: 
 )
 def test_a_config_of_the_wrong_kind_is_named(part: str, field: str, value: object) -> None:
     from vila_triton import checkpoint
-    from vila_triton.__main__ import BUNDLED
+    from vila_triton.arguments import BUNDLED
 
     top, parts = checkpoint.read_configs(BUNDLED)
     parts[part][field] = value

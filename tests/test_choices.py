@@ -15,9 +15,9 @@ from toys import load
 
 from bench import tune
 from bench.tuner import table
-from vila_triton import __main__ as cli
 from vila_triton import tuned
 from vila_triton.choices import PHASES, configs, configured, read
+from vila_triton.commands.ops import print_ops
 from vila_triton.ranges import Ranges, parse
 from vila_triton.registry import OPS, Op, defaults, recording, use
 
@@ -208,14 +208,14 @@ def test_what_is_wrong_in_a_table_is_one_error_that_names_it(served: Path, choic
 def test_ops_shows_ranges_in_words(
     doubled: Op, served: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli.print_ops(CUDA, {})
+    print_ops(CUDA, {})
     said = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(said) if line.startswith("doubled"))
     assert [re.split("  +", line)[-2] for line in said[at : at + 3]] == [
-        "-",
+        "invariant",
         "prefill and decode, m from 9",
         "prefill and decode, m up to 8",
     ]
     assert said[at + 3].strip() == "because: configs/tuned/toy-gpu.json chooses for this GPU"
-    cli.print_ops(CUDA, {"doubled": "whole"})
+    print_ops(CUDA, {"doubled": "whole"})
     assert "because: --set" in capsys.readouterr().out

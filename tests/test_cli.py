@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from vila_triton.__main__ import BUNDLED
+from vila_triton.arguments import BUNDLED
 from vila_triton.tiny.examples import FOLDER
 
 

@@ -32,27 +32,35 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     **{f"vila_triton.models.{x}": "models.fields models.vision_config" for x in ("fields", "vision_config", "config")},
     "vila_triton.models": "torch einops ops formats models",
     "vila_triton.models.vila_llama": "torch transformers cache checkpoint choices engine registry models",
+    "vila_triton.models.generation": "torch transformers cache engine models",
     "vila_triton.models.vila_llama_config": "torch transformers cache checkpoint models",
     "vila_triton.cache": "torch ops models.config pages",
     "vila_triton.checkpoint": "torch layouts llava models shards sources tensors write",
     "vila_triton.tensors": "torch safetensors models",
-    "vila_triton.shards": "torch tensors",
+    "vila_triton.shards": "torch models tensors",
     "vila_triton.quantized": "torch formats layouts models ops",
     "vila_triton.sources": "layouts models quantized tensors",
     "vila_triton.llava": "models sources tensors",
     "vila_triton.write": "torch layouts models quantized shards sources tensors",
     "vila_triton.plan": "models sources write",
+    "vila_triton.awq": "torch safetensors einops PIL awq cache checkpoint engine formats images layouts models ops "
+    "prompts quantized shards sources templates tensors tiny write",
+    "vila_triton.commands": "torch PIL transformers safetensors einops vila_triton",
     "vila_triton.released": "torch tokenizers transformers checkpoint choices layouts models quantized shards sources",
     "vila_triton.formats": "torch einops",
     "vila_triton.layouts": "torch formats ops",
+    "vila_triton.prompts": "transformers models.vila templates",
+    "vila_triton.templates": "",
+    "vila_triton.saved": "torch safetensors chat",
     "vila_triton.engine": "torch transformers cache models registry tuned",
-    "vila_triton.prompts": "models.vila",
-    "vila_triton.images": "torch PIL transformers",
-    "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models checkpoint",
-    "vila_triton.tiny.evaluate": "torch PIL __main__ chat models registry tiny",  # asks through the command line's chat
+    "vila_triton.images": "torch numpy PIL transformers checkpoint models.config",
+    "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models ops checkpoint",
+    "vila_triton.tiny.evaluate": "torch PIL arguments chat models registry tiny",
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
-    "vila_triton": "torch PIL transformers cache chat choices engine images models pictures prompts ranges registry "
-    "tiny tuned",
+    "vila_triton.arguments": "torch choices registry",
+    "vila_triton.__main__": "commands",
+    "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine images models "
+    "pictures processor prompts ranges registry saved session templates tiny tuned",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",
 }
 

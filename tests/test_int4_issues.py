@@ -26,7 +26,7 @@ from vila_triton.registry import REFERENCE, Impl, Op, discover
 
 discover()
 Config = Mapping[str, Any]
-LIBRARY = (REFERENCE, "aten", "blocked", "apart")  # no kernels of ours
+LIBRARY = (REFERENCE, "aten", "blocked", "apart", "rows")  # no kernels of ours
 OURS: list[tuple[Op, Impl, Config]] = [
     (op, impl, config)
     for op in (int4_matmul, int4_swiglu)

@@ -1,11 +1,11 @@
 """Under the "invariant" policy not a bit of a model's logits depends on company, chunks, pages or what was cached.
 
-Linears go row by row here, as the policy is one of attention and torch's product of matrices adds up as it likes; so
-does swiglu, since torch on a CPU takes another exp for what is left of a vector.
+The engine's own choices run, on a CPU as on a GPU: nothing is put in their place.
 """
 
 import random
-from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -13,46 +13,63 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import build, words
+from oracles import build, padded, words
 from torch import Tensor
 
-from vila_triton import engine
+from bench.faithful import arguments
+from vila_triton import VilaLlamaForCausalLM, engine
+from vila_triton.arguments import BUNDLED
 from vila_triton.cache import KV_DTYPES, PagedCache
-from vila_triton.models import llama
-from vila_triton.ops import linear, prefill_attention, swiglu
-from vila_triton.registry import OPS, Unsupported, discover, recording, use
+from vila_triton.choices import configured
+from vila_triton.models import llama, vila
+from vila_triton.registry import OPS, Impl, Sizes, discover, recording, use
 
 discover()
-MODEL = build(dtype=torch.float32, seed=3, gain=2.0, llm={"head_dim": 16})
+pytestmark = pytest.mark.usefixtures("dots_in_order")
 WHOLE = words(37)
 OTHERS = [words(n) for n in (5, 1, 18)]
-CASES = [("reference", dtype) for dtype in (None, *KV_DTYPES[1:])]
-CASES += [(name, dtype) for name in prefill_attention.impls if name != "reference" for dtype in (None, "int4")]
+CASES = [("small", "cpu", dtype) for dtype in (None, *KV_DTYPES[1:])]
+CASES += [("small", impl, dtype) for impl in ("triton", "simple") for dtype in (None, "int4")]
+CASES += [("checkpoint", "cpu", None), ("checkpoint-int4", "cpu", None), ("one layer", "cuda", None)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def row_by_row() -> Iterator[None]:
-    linear.impl("row by row")(lambda x, *w: torch.cat([linear.reference(row.clone(), *w) for row in x.split(1)]))
-    swiglu.impl("row by row")(lambda x, y: torch.cat([swiglu.reference(*row) for row in zip(x.split(1), y.split(1))]))
-    yield
-    del linear.impls["row by row"], swiglu.impls["row by row"]
+@dataclass(frozen=True)
+class Model:
+    params: vila.Vila
+    cfg: Any
+    dtype: torch.dtype
 
 
-def run(cache: PagedCache, seq: int, start: int, cuts: list[int], others: list[Tensor]) -> Tensor:
+@lru_cache
+def named(name: str) -> Model:
+    """A small model, a bundled one, or the first layer of it."""
+    if name == "small":
+        made: Any = build(dtype=torch.float32, seed=3, gain=2.0, llm={"head_dim": 16})
+        return Model(made.params, made.geometry, made.dtype)
+    made = VilaLlamaForCausalLM.from_pretrained(
+        BUNDLED if name == "one layer" else BUNDLED.with_name(name), device="cpu"
+    )
+    llm = made.params.llm
+    few = replace(llm, layers=llm.layers[:1]) if name == "one layer" else llm
+    return Model(replace(made.params, llm=few), made.geometry, made.dtype)
+
+
+def run(model: Model, cache: PagedCache, seq: int, start: int, cuts: list[int], others: list[Tensor]) -> Tensor:
     """Hidden states of WHOLE from `start` on [t - start, e], in chunks; `others` go along with the first of them."""
     states = []
     for begin, end in pairwise([start, *(cut for cut in cuts if cut > start), len(WHOLE)]):
         company = {cache.table.alloc(): row for row in others} if begin == start else {}
         rows = dict(sorted({**company, seq: WHOLE[begin:end]}.items(), key=lambda item: len(item[1])))
         keep = {one: end - begin if one == seq else 0 for one in rows}
-        hidden = engine.advance(MODEL.params, rows, MODEL.geometry, cache, keep=keep)
+        hidden = engine.advance(model.params, rows, model.cfg, cache, keep=keep)
         states.append(hidden[list(rows).index(seq)])
     return torch.cat(states)
 
 
 @torch.no_grad()
 def logits(
-    impl: str,
+    model: Model,
+    kernels: str,
     kv_dtype: str | None,
     cuts: list[int],
     page_size: int = 16,
@@ -60,48 +77,103 @@ def logits(
     known: int = 0,
     policy: str = "invariant",
 ) -> Tensor:
-    """Of every token of WHOLE but the first `known`, which are adopted from a sequence that was run before."""
+    """Of every token of WHOLE but the first `known`, which are adopted from a sequence that was run before.
+
+    kernels: those a device runs under the policy ("cuda": interpreted, if need be), or one of prefill_attention.
+    """
     how: dict[str, Any] = {"page_size": page_size, "kv_dtype": kv_dtype, "policy": policy}
-    cache = PagedCache(MODEL.geometry.llm, 256, dtype=torch.float32, **how)
+    cache = PagedCache(model.cfg.llm, 256, dtype=model.dtype, **how)
     random.Random(len(cuts)).shuffle(cache.table.free_pages)
-    choice = {name: "reference" for name in OPS} | {"linear": "row by row", "swiglu": "row by row"}
-    with use(**choice | {"prefill_attention": impl}):
+    choice: dict[str, Any] = {"prefill_attention": kernels} if kernels not in ("cpu", "cuda") else {}
+    if kernels == "cuda":
+        choice = dict(configured("cuda", "invariant"))
+    with use(**choice):
         if known:
-            run(cache, first := cache.table.alloc(), 0, [known], [])
+            run(model, cache, first := cache.table.alloc(), 0, [known], [])
             cache.table.publish(first, WHOLE[:known].tolist())
         cache.table.adopt(seq := cache.table.alloc(), WHOLE.tolist())
         assert cache.length(seq) == known
-        return llama.logits(MODEL.params.llm, run(cache, seq, known, cuts, others or []))
+        hidden = run(model, cache, seq, known, cuts, others or [])
+        with engine.kernels(hidden.device, policy=policy):
+            return llama.logits(model.params.llm, hidden)
 
 
-@pytest.mark.parametrize("impl, kv_dtype", CASES)
-def test_not_a_bit_of_the_logits_depends_on_how_a_sequence_is_run(impl: str, kv_dtype: str | None) -> None:
-    try:
-        expected = logits(impl, kv_dtype, [])
-    except Unsupported as reason:
-        pytest.skip(f"{impl}: {reason}")
-    few = max(2, settings().max_examples // (2 if impl == "reference" else 8))
+@pytest.mark.parametrize("name, kernels, kv_dtype", CASES)
+def test_not_a_bit_of_the_logits_depends_on_how_a_sequence_is_run(name: str, kernels: str, kv_dtype: str) -> None:
+    model = named(name)
+    expected = logits(model, kernels, kv_dtype, [])
 
-    @settings(max_examples=few)
+    @settings(max_examples=max(2, settings().max_examples // (2 if name == "small" and kernels == "cpu" else 9)))
     @given(
         cuts=st.lists(st.integers(1, 36), max_size=5, unique=True).map(sorted),
-        page_size=st.sampled_from([1, 4, 16, 32, 64, 128, 256] if impl == "reference" else [16, 32, 64]),
+        page_size=st.sampled_from([1, 4, 16, 32, 64, 128, 256] if kernels == "cpu" else [16, 32, 64]),
         others=st.permutations(OTHERS).flatmap(lambda rows: st.sampled_from([rows[:n] for n in range(4)])),
         known=st.integers(0, 36),
     )
     def holds(cuts: list[int], page_size: int, others: list[Tensor], known: int) -> None:
-        assert torch.equal(logits(impl, kv_dtype, cuts, page_size, others, known), expected[known:])
+        found = logits(model, kernels, kv_dtype, cuts, page_size, others, known)
+        assert torch.equal(found, expected[known:])
 
     holds()
 
 
 def test_without_the_policy_chunks_matter_to_quantised_pages() -> None:
-    whole, chunked = (logits("reference", "int4", cuts, policy="fast") for cuts in ([], [16]))
+    whole, chunked = (logits(named("small"), "cpu", "int4", cuts, policy="fast") for cuts in ([], [16]))
     assert torch.equal(whole[:16], chunked[:16]) and not torch.equal(whole[16:], chunked[16:])
 
 
 def test_a_single_token_goes_the_way_of_a_chunk_if_policy_says_so() -> None:
     for policy, decoded in (("invariant", 0), ("fast", 2 * 3)):  # layers and tokens
         with recording() as calls:
-            logits("reference", None, [34, 35, 36], policy=policy, known=34)
-        assert calls["decode_attention", "reference"] == decoded
+            logits(named("small"), "cpu", None, [34, 35, 36], policy=policy, known=34)
+        assert sum(n for (op, _), n in calls.items() if op == "decode_attention") == decoded
+
+
+@torch.no_grad()
+def test_pictures_and_padded_batches_change_no_bit_either() -> None:
+    """Three conversations with 1, 2 and no pictures, padded to one batch, against each of them alone and in chunks."""
+    model = build(dtype=torch.float32, seed=3, gain=2.0, attention_policy="invariant", prefill_chunk_size=7)
+    images = torch.randn(3, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    rows = [words(n, seed=n) for n in (12, 14, 13)]
+    rows[0][4] = rows[1][0] = rows[1][9] = vila.IMAGE_TOKEN_INDEX
+    ids, mask = padded([row.tolist() for row in rows])
+    together = model(ids, images=images, attention_mask=mask)
+    for row, own, found in zip(rows, images.split([1, 2, 0]), together.logits):
+        alone = model(row[None], images=own if len(own) else None, chunk_prefilling=True).logits[0]
+        assert torch.equal(found[: len(alone)], alone)
+
+
+ROWS = {
+    "linear": 1,
+    "rms_norm": 1,
+    "swiglu": 2,
+    "rope": 3,
+}  # how many of the arguments have a row for each of the result
+MARKED = [(impl, i) for op in ROWS for impl in OPS[op].impls.values() for i in range(len(impl.configs))]
+
+
+@pytest.mark.parametrize("impl, config", [case for case in MARKED if case[0].batch_invariant])
+def test_a_row_of_what_is_marked_has_the_same_bits_anywhere(impl: Impl, config: int) -> None:
+    sizes: dict[str, Any] = {name: x.high for name, x in OPS[impl.op].domain.items() if isinstance(x, Sizes)}
+    args = arguments(OPS[impl.op], seed=0, dtype="float32", **sizes)
+    whole = impl(*args, config=impl.configs[config])
+    for seed in range(3):
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[: 1 + 9 * seed]
+        some = [x[order.to(x.device)] if i < ROWS[impl.op] else x for i, x in enumerate(args)]
+        assert torch.equal(impl(*some, config=impl.configs[config]), whole[order.to(whole.device)])
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"linear": "aten"}, 'linear: aten is not allowed under the policy "invariant", .*: triton, rows'),
+        ({"rms_norm": "reference"}, "rms_norm: reference is not allowed .*: triton, rows"),
+        ({"prefill_attention": "aten"}, "prefill_attention: aten is not allowed .*: reference, triton, simple"),
+        ({"int4_matmul": [[4, "gemv"], "splitk"]}, "int4_matmul: gemv or splitk, by size is not allowed .*gemv"),
+    ],
+)
+def test_what_does_not_keep_the_promise_is_refused_before_anything_runs(choice: Any, message: str) -> None:
+    model = build(dtype=torch.float32, attention_policy="invariant")
+    with use(**choice), recording() as calls, pytest.raises(ValueError, match=message):
+        model.generate(words(5)[None])
+    assert not calls

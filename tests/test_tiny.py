@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vila_triton.__main__ import BUNDLED
+from vila_triton.arguments import BUNDLED
 from vila_triton.chat import Conversation, Talker
 from vila_triton.engine import Sampling, stream
 from vila_triton.images import ImageError, open_image

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from vila_triton.models.config import LlamaConfig
-from vila_triton.ops import Pages, decode_attention, empty_pages, kv_write, leaves, prefill_attention
+from vila_triton.ops import Pages, decode_attention, empty_pages, leaves, prefill_attention, rope, rope_kv_write
 from vila_triton.ops.attention import causal, check_policy, weights
 from vila_triton.ops.kv import encode
 
 from .pages import PageTable
 
 PAGE_SIZE = 16
+Rotary = tuple[Tensor, Tensor]  # as in `models.llama`
 KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 
 
@@ -48,8 +49,9 @@ class Step:
     decode: bool
     policy: str
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        pages = kv_write(k.detach(), v.detach(), self.k_pages[layer], self.v_pages[layer], self.slot_mapping)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, scale: float) -> Tensor:
+        into = (self.k_pages[layer], self.v_pages[layer], self.slot_mapping)
+        q, k, *pages = rope_kv_write(q, k, v, *rotary, *into)
         if self.decode:
             return decode_attention(q, *pages, self.block_table, self.history + 1, scale, self.policy)
         if self.policy == "invariant":
@@ -70,10 +72,10 @@ class Uncached:
         self.block_table = torch.zeros(len(lengths), 1, dtype=torch.int32, device=device)
         self.positions = torch.cat([torch.arange(n, device=device) for n in lengths])
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, scale: float) -> Tensor:
         pages = k.new_empty(1, PAGE_SIZE, *k.shape[1:])
         past = (self.block_table, self.query_start, self.history)
-        return prefill_attention(q, k, v, pages, pages, *past, scale, self.policy)
+        return prefill_attention(rope(q, *rotary), rope(k, *rotary), v, pages, pages, *past, scale, self.policy)
 
 
 class Watched:
@@ -83,17 +85,18 @@ class Watched:
         if inner.history.any():
             raise ValueError("output_attentions needs the whole sequence in one pass, but part of it is cached already")
         self.inner = inner
+        self.policy = inner.policy
         self.layers: list[list[Tensor]] = []
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, scale: float) -> Tensor:
         rows = self.inner.query_start.diff().tolist()
         self.layers.append(
             [
                 weights(qi, ki, scale, causal(len(qi), len(ki), q.device)).flatten(0, 1).to(q.dtype)
-                for qi, ki in zip(q.split(rows), k.split(rows))
+                for qi, ki in zip(rope(q, *rotary).split(rows), rope(k, *rotary).split(rows))
             ]
         )
-        return self.inner.attend(layer, q, k, v, scale)
+        return self.inner.attend(layer, q, k, v, rotary, scale)
 
 
 class PagedCache:

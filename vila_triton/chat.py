@@ -18,7 +18,8 @@ from .images import image_processor, pixels
 from .models.vila import splice
 from .models.vila_llama import VilaLlamaForCausalLM
 from .pictures import Pictures
-from .prompts import template, tokenize, with_pictures
+from .prompts import closing, first_round, load_tokenizer, next_round, stops, with_pictures
+from .templates import Template, template
 
 
 @dataclass
@@ -51,10 +52,8 @@ class Talker:
         cls, folder: Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> "Talker":
         """All of a VILA folder. Errors: `LoadError`, `ConfigError`."""
-        from transformers import AutoTokenizer
-
         model = VilaLlamaForCausalLM.from_pretrained(folder, device=device, dtype=dtype)
-        return cls(model, AutoTokenizer.from_pretrained(folder / "llm"), image_processor(folder))
+        return cls(model, load_tokenizer(folder), image_processor(folder))
 
     @cached_property
     def cache(self) -> PagedCache:
@@ -70,11 +69,25 @@ class Talker:
         """Pictures as the tower takes them, [n, 3, H, W]."""
         return pixels(images, self.processor, getattr(self.model.config, "image_aspect_ratio", None))
 
+    @cached_property
+    def template(self) -> Template:
+        """How conversations are written down. Errors: ValueError for one that does not fit the tokenizer."""
+        return template(getattr(self.model.config, "conversation_template", None), self.tokenizer)
+
+    @cached_property
+    def stops(self) -> list[int]:
+        """Tokens that end an answer."""
+        return stops(self.template, self.tokenizer, self.model.config.parts()["llm"])
+
     def prompt(self, question: str, pictures: int, first: bool = True) -> list[int]:
-        """Token ids of a round up to where its answer begins, -200 for each picture."""
-        words = template(getattr(self.model.config, "conversation_template", "vicuna_v1"))
+        """Token ids of a round up to where its answer begins, -200 for each picture.
+
+        Errors: ValueError if the question is empty, or has places for another number of pictures.
+        """
+        if not question.strip():
+            raise ValueError("the question is empty")
         text = with_pictures(question, pictures)
-        return tokenize(words.first(text) if first else words.following(text), self.tokenizer, first)
+        return (first_round if first else next_round)(text, self.template, self.tokenizer)
 
 
 class Conversation:
@@ -101,8 +114,6 @@ class Conversation:
         Errors: ValueError, before anything is run, if the question is empty or does not fit the model's context. If the
         answer is given up or fails half-way, the conversation is as it was before the question.
         """
-        if not question.strip():
-            raise ValueError("the question is empty")
         start, model = time.perf_counter(), self.talker.model
         ids = torch.tensor(self.talker.prompt(question, len(images), first=not len(self.row)), device=model.device)
         features, names, counts = self.features, self.names, []
@@ -118,11 +129,10 @@ class Conversation:
         if len(row) + max_new_tokens > limit:
             raise ValueError(
                 f"the conversation has {len(row)} tokens, and {max_new_tokens} more may be generated, but the "
-                f"model's context is {limit}"
+                f"model's context is {limit}; lower max_new_tokens or begin a new conversation"
             )
-        eos = model.config.parts()["llm"].get("eos_token_id")
-        eos = self.talker.tokenizer.eos_token_id if eos is None else eos
-        how = Sampling.of(1, max_new_tokens=max_new_tokens, eos_token_id=eos, device=model.device, **sampling)
+        ends, device = self.talker.stops, model.device
+        how = Sampling.of(1, max_new_tokens=max_new_tokens, eos_token_id=ends or None, device=device, **sampling)
         chunk, seq, known = model.config.prefill_chunk_size, self.seq, contents(row, names)
         before = self.cache.length(seq)
         answer: list[int] = []
@@ -140,7 +150,7 @@ class Conversation:
             self.cache.table.publish(seq, [*known, *answer][: self.cache.length(seq)])
             if not finished:
                 self.cache.table.truncate(seq, before)
-        stop = self.talker.tokenizer.eos_token_id
-        answer += [stop] if stop is not None and answer[-1] != stop else []
+        answer = answer[:-1] if answer[-1] in ends else answer  # the last one is not in the cache yet
+        answer += closing(self.talker.template, self.talker.tokenizer)
         self.row = torch.cat((row, row.new_tensor(answer)))
         self.features, self.names, self.last = features, names, taken

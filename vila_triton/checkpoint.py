@@ -16,8 +16,17 @@ from .sources import PARTS, Source, vila_source
 from .tensors import read_json
 from .write import write
 
-__all__ = ["PARTS", "geometry", "load_params", "open_source", "read_configs", "read_json", "save"]
-__all__ += ["require_fits", "write_json"]
+__all__ = [
+    "PARTS",
+    "geometry",
+    "load_params",
+    "open_source",
+    "read_configs",
+    "read_json",
+    "require_fits",
+    "save",
+    "write_json",
+]
 
 # What a checkpoint may hold beyond the model: tables that are computed, a tied head, SigLIP's unused pooling head.
 IGNORED = {"llm": ("model.rotary_emb.",), "vision_tower": ("head.", "embeddings.position_ids"), "mm_projector": ()}

@@ -1,4 +1,4 @@
-"""Which kernel runs by default: configs/kernels.toml, by device and phase."""
+"""Which kernel runs by default: configs/kernels.toml, by device and phase or policy."""
 
 import tomllib
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import torch
 from .ranges import Choice
 from .registry import checked
 
-PHASES = ("prefill", "decode")
+PHASES = ("prefill", "decode", "invariant")  # the last is every phase under that policy
 _here = Path(__file__).resolve().parent
 
 
@@ -21,8 +21,8 @@ def configs() -> Path:
 
 @lru_cache
 def configured(device: str, phase: str) -> Mapping[str, Choice]:
-    """The choices for a device type ("cpu", "cuda") and a phase ("prefill", "decode"): those of [device], then of
-    [device.phase]. A device the file does not name runs references. Errors: ValueError naming the file.
+    """The choices for a device type ("cpu", "cuda") and one of `PHASES`: those of [device], then of [device.phase]. A
+    device the file does not name runs references. Errors: ValueError naming the file.
     """
     return read(configs() / "kernels.toml", device, phase)
 
@@ -32,7 +32,9 @@ def read(file: Path, device: str, phase: str) -> dict[str, Choice]:
         table = tomllib.loads(file.read_text()).get(device, {})
         wrong = [name for name, value in table.items() if isinstance(value, dict) and name not in PHASES]
         if wrong:
-            raise ValueError(f"{device}.{wrong[0]} is no section, expected {device}.prefill or {device}.decode")
+            raise ValueError(
+                f"{device}.{wrong[0]} is no section, expected {' or '.join(f'{device}.{phase}' for phase in PHASES)}"
+            )
         return checked({op: value for op, value in {**table, **table.get(phase, {})}.items() if op not in PHASES})
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}, [{device}]: {error.args[0]}") from None

@@ -26,14 +26,24 @@ from .registry import defaults
 from .tuned import kernels_for
 
 
-def kernels(device: torch.device, decode: bool = False) -> AbstractContextManager[None]:
-    """Inside, ops run by default what the configs say for this device and phase."""
+def kernels(device: torch.device, decode: bool = False, policy: str = "fast") -> AbstractContextManager[None]:
+    """Inside, ops run by default what the configs say for this device and phase, or for the policy "invariant".
+
+    Errors: ValueError for an implementation that `use` chose and that does not keep what the policy promises.
+    """
+    if policy == "invariant":
+        return defaults(kernels_for(device, policy), invariant=True)
     return defaults(kernels_for(device, "decode" if decode else "prefill"))
 
 
-def encode_images(p: vila.Vila, pixels: Tensor, cfg: VilaConfig) -> Tensor:
-    """Pictures [n, c, H, W] -> features [n, tokens, e], with the kernels configured for prefill."""
+def encode_images(p: vila.Vila, pixels: Tensor, cfg: VilaConfig, policy: str = "fast") -> Tensor:
+    """Pictures [n, c, H, W] -> features [n, tokens, e], with the kernels configured for prefill.
+
+    Under the policy "invariant" one picture after the other: each is then the same computation as if it were alone.
+    """
     with kernels(pixels.device):
+        if policy == "invariant" and len(pixels) > 1:
+            return torch.cat([vila.encode_images(p, one.clone(), cfg) for one in pixels.split(1)])
         return vila.encode_images(p, pixels, cfg)
 
 
@@ -48,7 +58,7 @@ def run(
     states: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """One pass over rows [t] int64 (spliced) or [t, e]; positions [s] of all of them -> final hidden states [t, e]."""
-    with kernels(positions.device, decode):
+    with kernels(positions.device, decode, cache.policy):
         x = torch.cat([row if row.is_floating_point() else vila.embed(p, row, features) for row in rows])
         return list(llama.llama(p.llm, x, positions, cfg.llm, cache, states).split([len(row) for row in rows]))
 
@@ -199,7 +209,7 @@ def stream(
     left = dict.fromkeys(rows, sampling.max_new_tokens)
     while new:
         hidden = torch.cat(advance(p, new, cfg, cache, features, chunk=chunk))
-        with kernels(hidden.device, decode=True):
+        with kernels(hidden.device, decode=True, policy=cache.policy):
             logits = llama.logits(p.llm, hidden).float()  # [b, v]
         for seq, raw in zip(list(new), logits.split(1)):
             scores: Any = sampling.processors(words[seq], raw)  # pyright: ignore[reportArgumentType]

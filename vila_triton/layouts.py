@@ -36,7 +36,7 @@ from .ops import Int4
 from .ops.int4 import check_int4
 
 Leaves = Mapping[str, Tensor]
-AT_ONCE = 1 << 24  # codes unpacked at a time, so that little memory is held beside the weight
+AT_ONCE = 1 << 20  # codes unpacked at a time, so that little memory is held beside the weight
 V2_GROUPS = (128, 64, 32)
 
 
@@ -87,6 +87,7 @@ def shapes(leaves: Leaves) -> str:
 def read_ours(leaves: Leaves, group: int) -> Int4:
     qweight, scales, zeros = (leaves[name] for name in OURS.leaves)
     n, k = scales.shape[1], len(scales) * group
+    require(group > 0, "the config does not say the group size: quantization_config is missing")
     fits = scales.shape == zeros.shape and qweight.shape == tiles(n, k) and k > 0
     require(fits, f"{shapes(leaves)} in groups of {group} are not one weight")
     check_int4(k, group)

@@ -67,14 +67,14 @@ def arguments(op: "Op") -> tuple[Argument, ...]:
     return tuple(argument(op, p.name, p.default, hints[p.name]) for p in parameters)
 
 
-def schema(takes: Sequence[Argument], writes: Sequence[str]) -> str:
-    """As torch writes it: "(Tensor x, Tensor w_qweight, int w_group, Tensor? bias) -> Tensor"."""
+def schema(takes: Sequence[Argument], writes: Sequence[str], fresh: int) -> str:
+    """As torch writes it: "(Tensor x, Tensor w_qweight, int w_group, Tensor? bias) -> (Tensor)"."""
     words = []
     for i, a in enumerate(takes):
         types = [f"Tensor(a{i}!)"] if a.name in writes else a.types
         names = [f"{a.name}_{f}" for f in a.fields] or [a.name]
         words += [f"{t} {n}" for t, n in zip(types, names, strict=True)]
-    return f"({', '.join(words)}) -> {'()' if writes else 'Tensor'}"
+    return f"({', '.join(words)}) -> ({', '.join(['Tensor'] * fresh)})"
 
 
 def flattened(takes: Sequence[Argument], values: dict[str, Any]) -> list[Any]:
@@ -92,26 +92,31 @@ def joined(takes: Sequence[Argument], flat: Sequence[Any]) -> list[Any]:
     return [a.made_of(*(next(left) for _ in a.fields)) if a.made_of else next(left) for a in takes]
 
 
-def expose(op: "Op", result: Callable[..., Tensor] | None, writes: tuple[str, ...] = ()) -> Callable[..., Any]:
+def expose(op: "Op", result: Callable[..., Any] | None, writes: tuple[str, ...] = ()) -> Callable[..., Any]:
     """Define the custom op of an op -> a call of it, to take the place of the op's while it is traced.
 
-    result: the op's arguments -> an empty tensor as it returns; writes: or the arguments it writes and returns.
+    result: the op's arguments -> an empty tensor as it returns, or several; writes: the arguments that it writes and
+    returns after those.
     """
     takes = arguments(op)
     if unknown := set(writes) - {a.name for a in takes}:
         raise TypeError(f"{op.name}.writes: no argument {', '.join(sorted(unknown))}")
 
-    def run(*flat: Any) -> Tensor | None:
-        out = op.run(*joined(takes, flat))
-        return None if writes else out.contiguous()
+    fresh = len(get_args(get_type_hints(op.reference)["return"])) - len(writes) if writes else 1
 
-    def fake(*flat: Any) -> Tensor | None:
+    def run(*flat: Any) -> Any:
+        out = op.run(*joined(takes, flat))
+        return tuple(x.contiguous() for x in out[:fresh]) or None if writes else out.contiguous()
+
+    def fake(*flat: Any) -> Any:
         args = joined(takes, flat)
         if op.contract:
             op.contract(*args)
         return result(*args) if result else None
 
-    custom = torch.library.custom_op(f"{NAMESPACE}::{op.name}", run, mutates_args=writes, schema=schema(takes, writes))
+    custom = torch.library.custom_op(
+        f"{NAMESPACE}::{op.name}", run, mutates_args=writes, schema=schema(takes, writes, fresh)
+    )
     custom.register_fake(fake)
     overload = getattr(getattr(torch.ops, NAMESPACE), op.name).default
     names = tuple(a.name for a in takes)
@@ -124,6 +129,6 @@ def expose(op: "Op", result: Callable[..., Tensor] | None, writes: tuple[str, ..
         if values.get("lse") or any(map(is_dataclass, unions)):
             return op.reference(*args, **kwargs)
         out = overload(*flattened(takes, values))
-        return tuple(values[name] for name in writes) if writes else out
+        return (*(out or ()), *(values[name] for name in writes)) if writes else out
 
     return traced

@@ -18,6 +18,7 @@ OPS: dict[str, "Op"] = {}
 _NONE: Mapping[str, Choice] = MappingProxyType({})
 CHOSEN: ContextVar[Mapping[str, Choice]] = ContextVar("chosen", default=_NONE)  # by `registry.use`
 DEFAULT: ContextVar[Mapping[str, Choice]] = ContextVar("default", default=_NONE)  # by `registry.defaults`
+INVARIANT: ContextVar[bool] = ContextVar("invariant", default=False)  # by `registry.defaults`
 RECORD: ContextVar["Counter[tuple[str, str]] | None"] = ContextVar("record", default=None)
 
 
@@ -56,7 +57,7 @@ class Impl:
     sizes (see `tuned`), else `configs[0]`. `space`: what there is to tune; without it, `configs`.
 
     batch_invariant: a row of the result has the same bits whatever other rows there are, and wherever it lies among
-    them, as long as the config is the same.
+    them, as long as the config is the same; of attention: it keeps what the policy "invariant" promises.
     """
 
     op: str
@@ -72,6 +73,8 @@ class Impl:
 
     def chosen(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
         """The config of a call that passes none."""
+        if INVARIANT.get():  # a tuned one would depend on the number of rows
+            return self.configs[0]
         if not self.space and len(self.configs) == 1:
             return self.configs[0]
         from . import tuned  # not at import: it needs torch
@@ -82,7 +85,7 @@ class Impl:
 class Op:
     """A named operation: its reference, its domain, its cost and everything that implements it."""
 
-    def __init__(self, reference: Callable[..., Any], exact: bool):
+    def __init__(self, reference: Callable[..., Any], exact: bool, batch_invariant: bool = False):
         self.name = reference.__name__
         self.reference = reference
         self.exact = exact  # implementations must equal the reference bit for bit
@@ -94,7 +97,7 @@ class Op:
         self.traced: Callable[..., Any] | None = None  # what `torch.compile` sees of a call
         self.tracing: Callable[[], bool] = lambda: False
         self.__doc__ = reference.__doc__
-        self.impl(REFERENCE)(reference)
+        self.impl(REFERENCE, batch_invariant=batch_invariant)(reference)
 
     def __repr__(self) -> str:
         return f"Op({self.name}: {', '.join(self.impls)})"
@@ -116,10 +119,22 @@ class Op:
     def choice(self, *args: Any, **kwargs: Any) -> str:
         """The name of the implementation a call with these arguments would run here and now."""
         choice = CHOSEN.get().get(self.name) or DEFAULT.get().get(self.name) or REFERENCE
+        if INVARIANT.get():
+            self.check_invariant(choice)
         if isinstance(choice, str):
             return choice
         assert self.sizes_of  # as `registry.checked` has seen
         return choice.at(self.sizes_of(*args, **kwargs)[self.varying[0]])
+
+    def check_invariant(self, choice: Choice) -> None:
+        """ValueError unless the choice is one implementation marked batch_invariant, if any of the op's are."""
+        marked = [impl.name for impl in self.impls.values() if impl.batch_invariant]
+        if marked and choice not in marked:
+            one = choice if isinstance(choice, str) else " or ".join(dict.fromkeys(choice.names)) + ", by size"
+            raise ValueError(
+                f'{self.name}: {one} is not allowed under the policy "invariant", expected one implementation that is '
+                f"marked batch_invariant: {', '.join(marked)}"
+            )
 
     def impl(
         self,
@@ -187,8 +202,10 @@ class Op:
         self.traced, self.tracing = library.expose(self, fn), library.tracing
         return fn
 
-    def writes(self, *names: str) -> None:
-        """The same for an op that writes these arguments in place and returns them, in this order."""
+    def writes(self, *names: str, result: Callable[..., tuple[Any, ...]] | None = None) -> None:
+        """The same for an op that writes these arguments in place and returns them, in this order, after what `result`
+        says it returns besides (several tensors).
+        """
         from . import library
 
-        self.traced, self.tracing = library.expose(self, None, names), library.tracing
+        self.traced, self.tracing = library.expose(self, result, names), library.tracing

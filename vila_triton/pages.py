@@ -74,6 +74,14 @@ class PageTable:
         self.references.update(parent.pages)
         return child
 
+    def reorder(self, rows: list[int]) -> None:
+        """All sequences are replaced: the i-th, in order of age, by a fork of what the rows[i]-th was."""
+        old = list(self.sequences)
+        for row in rows:
+            self.fork(old[row])
+        for seq in old:
+            self.free(seq)
+
     def publish(self, seq: int, tokens: list[int]) -> None:
         """Make known that the first tokens of the sequence are these, as they lie in its pages, for others to adopt.
 

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .operation import CHOSEN, DEFAULT, OPS, RECORD, REFERENCE, Impl, OneOf, Op, Sizes, Unsupported
+from .operation import CHOSEN, DEFAULT, INVARIANT, OPS, RECORD, REFERENCE, Impl, OneOf, Op, Sizes, Unsupported
 from .ranges import Choice, Ranges, names, parse
 
 __all__ = [
@@ -53,11 +53,13 @@ __all__ = [
 ]
 
 
-def op(reference: Callable[..., Any] | None = None, *, exact: bool = False) -> Any:
-    """Turn a plain-torch function into an `Op`. `exact=True`: implementations must agree with it bit for bit."""
+def op(reference: Callable[..., Any] | None = None, *, exact: bool = False, batch_invariant: bool = False) -> Any:
+    """Turn a plain-torch function into an `Op`. `exact=True`: implementations must agree with it bit for bit;
+    `batch_invariant`: the reference is, on every device (see `Impl`).
+    """
     if reference is None:
-        return lambda fn: op(fn, exact=exact)
-    OPS[reference.__name__] = Op(reference, exact)
+        return lambda fn: op(fn, exact=exact, batch_invariant=batch_invariant)
+    OPS[reference.__name__] = Op(reference, exact, batch_invariant)
     return OPS[reference.__name__]
 
 
@@ -116,13 +118,21 @@ def use(**choices: str | Sequence[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def defaults(choices: Mapping[str, Any]) -> Iterator[None]:
-    """What runs inside the `with` where `use` says nothing."""
-    token = DEFAULT.set(checked(choices))
+def defaults(choices: Mapping[str, Any], invariant: bool = False) -> Iterator[None]:
+    """What runs inside the `with` where `use` says nothing.
+
+    invariant: of an op that has implementations marked batch_invariant only those may run, with their first config.
+    Errors: ValueError naming them if `choices` or `use` say otherwise.
+    """
+    choices = checked(choices)
+    for name, choice in {**choices, **explicit()}.items() if invariant else ():
+        OPS[name].check_invariant(choice)
+    tokens = DEFAULT.set(choices), INVARIANT.set(invariant)
     try:
         yield
     finally:
-        DEFAULT.reset(token)
+        DEFAULT.reset(tokens[0])
+        INVARIANT.reset(tokens[1])
 
 
 @contextmanager

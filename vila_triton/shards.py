@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .tensors import DTYPES, WHOLE, read_json
+from .models.params import LoadError
+from .tensors import DTYPES, WHOLE, read_json, weight_files
 
 SHARD_BYTES = 5 * 10**9
 JOURNAL = ".shards.json"
@@ -175,10 +176,13 @@ def building(target: Path, over: bool = False) -> Iterator[Path]:
     if over and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    kept = f"What was finished is in {folder}: the same command goes on from there"
     try:
         yield folder
     except OSError as error:
-        raise OSError(f"{error}. What was finished is in {folder}: the same command goes on from there") from error
+        raise OSError(f"{error}. {kept}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept) from None
     except Exception:
         shutil.rmtree(folder)
         raise
@@ -198,8 +202,11 @@ def move_into(folder: Path, target: Path) -> None:
     files = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
     for place in {file.parent for file in files} - {Path()}:
         (target / place).mkdir(parents=True, exist_ok=True)
-        for old in [*(target / place).glob("model*.safetensors*"), *(target / place).glob("pytorch_model*.bin*")]:
-            old.unlink()
+        old = {*(target / place).glob("model*.safetensors*"), *(target / place).glob("pytorch_model*.bin*")}
+        with suppress(LoadError):
+            old |= set(weight_files(target / place)[0])
+        for file in old:
+            file.unlink()
     for file in sorted(files, key=lambda file: file == Path("config.json")):
         (folder / file).replace(target / file)
     shutil.rmtree(folder)

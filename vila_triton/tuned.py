@@ -157,9 +157,10 @@ def choice_of(op: str, device: str) -> Choice | None:
 
 def kernels_for(device: torch.device, phase: str) -> Mapping[str, Choice]:
     """What runs by default: as configs/kernels.toml says, but for the ops that the table of this very device chooses
-    for. What `use` chooses is not looked up, so a table gone stale does not stand in its way.
+    for. What `use` chooses is not looked up, so a table gone stale does not stand in its way; nor is any of them under
+    the policy "invariant", which is a phase here: what is fastest depends on the size.
     """
-    choices, name = configured(device.type, phase), name_of(device)
+    choices, name = configured(device.type, phase), name_of(device) if phase != "invariant" else None
     ops = table_of(name)["choices"].keys() - explicit().keys() if name else ()
     return {**choices, **{op: choice for op in ops if (choice := choice_of(op, name or ""))}}
 

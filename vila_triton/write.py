@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .layouts import LAYOUTS, OURS, V2
 from .models.params import Lazy
@@ -17,6 +18,11 @@ from .tensors import open_tensors
 
 FORMS = (*LAYOUTS, "dense")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
+COMPANIONS = {
+    "llm": ("tokenizer", "special_tokens", "added_tokens", "generation_config", "chat_template"),
+    "vision_tower": ("preprocessor_config", "processor_config"),
+    "mm_projector": (),
+}
 Progress = Callable[[int, int], None]
 
 
@@ -62,13 +68,13 @@ def write(
             start = before
             shards = Shards(
                 folder / name / ("parts" if name == "llm" and form == V2.name else ""),
-                held[name].meta,
+                in_order(held[name]),
                 f"{form} {key or identity(source)}",
                 limit,
                 lambda done, _, start=start: progress(start + done, total),
             )
             before += shards.total
-            for tensor in held[name]:
+            for tensor in shards.meta:
                 if tensor in shards.missing:
                     shards.put(tensor, held[name][tensor])
                     held[name].forget(tensor)
@@ -80,6 +86,15 @@ def write(
             shutil.copyfile(file, folder / name / file.name)
         nested = {f"{name}_cfg": configs[name] for name in PARTS if isinstance(source.top.get(f"{name}_cfg"), dict)}
         write_json(folder / "config.json", source.top | nested)
+
+
+def in_order(tensors: Lazy) -> dict[str, Tensor]:
+    """Names and shapes, layer 2 before layer 10: bytes that do not depend on the order in some other file."""
+
+    def key(name: str) -> list[tuple[bool, int, str]]:
+        return [(not step.isdigit(), int(step) if step.isdigit() else 0, step) for step in name.split(".")]
+
+    return {name: tensors.meta[name] for name in sorted(tensors.meta, key=key)}
 
 
 def save_pt(parts: Path, file: Path) -> None:
@@ -106,7 +121,5 @@ def companions(source: Source) -> Iterator[tuple[Path, str]]:
             if place != source.folder:
                 if not file.name.endswith(WEIGHTS):
                     yield file, name
-            elif file.name.startswith(("preprocessor", "processor", "tokenizer", "special_", "added_", "generation_")):
-                sees = file.name.startswith(("preprocessor", "processor"))
-                if name == ("vision_tower" if sees else "llm"):
-                    yield file, name
+            elif file.name.startswith(COMPANIONS[name]):  # a LLaVA's stand all in one folder
+                yield file, name

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vila_triton.images import open_image, pixels
 from vila_triton.models.vila import splice
-from vila_triton.prompts import template, tokenize, with_pictures
+from vila_triton.prompts import closing, first_round, with_pictures
+from vila_triton.templates import template
 
 LONGEST = 512  # tokens of a row of text
 
@@ -100,13 +101,12 @@ def prompts(samples: Sequence[Sample], tokenizer: Any, processor: Any, config: A
 
     config: the model's, of which `conversation_template` and `image_aspect_ratio` are read.
     """
-    words = template(getattr(config, "conversation_template", None) or "vicuna_v1")
+    words = template(getattr(config, "conversation_template", None), tokenizer)
     rows, pictures = list[Tensor](), list[Image.Image]()
     for sample in samples:
         if sample.pictures:
-            text = words.first(with_pictures(sample.text, len(sample.pictures)))
-            ids = tokenize(text, tokenizer, True)
-            ids += [*tokenizer(sample.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            ids = first_round(with_pictures(sample.text, len(sample.pictures)), words, tokenizer)
+            ids += [*tokenizer(sample.answer, add_special_tokens=False).input_ids, *closing(words, tokenizer)]
             pictures += sample.pictures
         else:
             ids = tokenizer(sample.text).input_ids[:LONGEST]

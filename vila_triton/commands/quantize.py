@@ -84,13 +84,12 @@ def run(args: argparse.Namespace) -> None:
 
 def calibration(args: argparse.Namespace, source: Any, cfg: Any) -> tuple[Any, str]:
     """Prompts, and in words what they are."""
-    from transformers import AutoTokenizer
-
     from vila_triton.awq import calibration as of
     from vila_triton.images import image_processor
     from vila_triton.models.vila_llama_config import VilaLlamaConfig
+    from vila_triton.prompts import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source.beside["llm"])
+    tokenizer = load_tokenizer(source.beside["llm"])
     config = VilaLlamaConfig(**{**source.top, **{f"{part}_cfg": values for part, values in source.parts.items()}})
     if args.calib:
         samples = of.choose(list(of.read(args.calib)), args.samples, args.seed)

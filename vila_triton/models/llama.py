@@ -12,18 +12,25 @@ from einops import rearrange
 from torch import Tensor
 
 from vila_triton import ops
-from vila_triton.ops import Int4, int4_swiglu, rms_norm, rope, swiglu
+from vila_triton.ops import Int4, int4_swiglu, rms_norm, swiglu
 
 from .config import LlamaConfig
 from .layers import Affine, Leaf, declare_linear, linear
 from .params import Spec
 
+Rotary = tuple[Tensor, Tensor]  # cosine and sine of the rotary angles of the new tokens, [s, r] float32 each
+
 
 class Cache(Protocol):
     """What attention needs of the past: it keeps the new keys and values and answers the new queries."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q [s, h, d], k and v [s, g, d] of the new tokens -> [s, h, d]."""
+    @property
+    def policy(self) -> str:
+        """ "fast" or "invariant", see `ops.attention`."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, scale: float) -> Tensor:
+        """q [s, h, d], k and v [s, g, d] of the new tokens, q and k not yet turned -> [s, h, d]."""
         ...
 
 
@@ -97,7 +104,7 @@ def frequencies(cfg: LlamaConfig) -> Tensor:
     return (1 - kept) * inverse / scaling.factor + kept * inverse
 
 
-def angles(positions: Tensor, cfg: LlamaConfig) -> tuple[Tensor, Tensor]:
+def angles(positions: Tensor, cfg: LlamaConfig) -> Rotary:
     """Cosine and sine of the rotary angles: positions [s] -> two [s, r] in float32."""
     theta = positions.float()[:, None] * frequencies(cfg).to(positions.device)
     return theta.cos(), theta.sin()
@@ -108,9 +115,9 @@ def embed(p: Llama, ids: Tensor) -> Tensor:
     return p.embedding[ids]
 
 
-def attention(p: Layer, x: Tensor, rotary: tuple[Tensor, Tensor], i: int, cfg: LlamaConfig, cache: Cache) -> Tensor:
+def attention(p: Layer, x: Tensor, rotary: Rotary, i: int, cfg: LlamaConfig, cache: Cache) -> Tensor:
     q, k, v = (rearrange(linear(w, x), "s (h d) -> s h d", d=cfg.head_dim) for w in (p.q, p.k, p.v))
-    out = cache.attend(i, rope(q, *rotary), rope(k, *rotary), v, cfg.head_dim**-0.5)
+    out = cache.attend(i, q, k, v, rotary, cfg.head_dim**-0.5)
     return linear(p.o, rearrange(out, "s h d -> s (h d)"))
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vila_triton import checkpoint, engine
@@ -18,12 +17,13 @@ from vila_triton.choices import pick_device
 
 from . import llama, vila
 from .batch import causal_loss, pad, pad_square, unpad
+from .generation import CACHE, VilaGenerationMixin
 from .params import init
 from .part import Part
-from .vila_llama_config import VilaLlamaConfig, parse_dtype
+from .vila_llama_config import BOOKKEEPING, VilaLlamaConfig, parse_dtype
 
 
-class VilaLlamaForCausalLM(PreTrainedModel):
+class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
     """VILA: `.vision_tower` and `.mm_projector` turn pictures into positions of `.llm`, which answers."""
 
     config_class = VilaLlamaConfig
@@ -55,20 +55,33 @@ class VilaLlamaForCausalLM(PreTrainedModel):
             "max_length": parts["llm"].get("tokenizer_model_max_length"),
             "padding_side": parts["llm"].get("tokenizer_padding_side") or "right",
         }
+        self.stop_by_default(parts["llm"].get("eos_token_id"))
         self.cache: PagedCache | None = None
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        *,
+        config: VilaLlamaConfig | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        **more: Any,
     ) -> "VilaLlamaForCausalLM":
-        """Load a VILA folder onto a device (default: the GPU if there is one) in a dtype (default: the config's).
+        """Load a VILA folder onto a device (default: the GPU if there is one) in a dtype (default, and "auto": the
+        config's), with its own config or another.
 
-        Errors: `LoadError` naming every tensor that does not fit, `ConfigError` for a config we cannot honour.
+        Errors: `LoadError` naming every tensor that does not fit, `ConfigError` for a config we cannot honour,
+        TypeError for other arguments.
         """
+        if unknown := [name for name in more if name not in BOOKKEEPING]:
+            raise TypeError(f"from_pretrained takes config, device and dtype, and not {', '.join(unknown)}")
         top, parts = checkpoint.read_configs(Path(folder))
+        if config is not None:
+            top = config.to_dict()
         config = VilaLlamaConfig(**{**top, **{f"{part}_cfg": values for part, values in parts.items()}})
         config._name_or_path = str(folder)
-        if dtype is not None:
+        if dtype not in (None, "auto"):
             config.model_dtype = str(dtype)
         cfg = checkpoint.geometry(top, parts)
         wanted = parse_dtype(getattr(config, "model_dtype", None) or "torch.float16")
@@ -97,9 +110,10 @@ class VilaLlamaForCausalLM(PreTrainedModel):
         if not isinstance(images, Tensor):
             images = torch.cat([x if x.ndim == 4 else x[None] for x in images])
         images = images.flatten(0, 1) if images.ndim == 5 else images
-        return engine.encode_images(self.params, images.to(self.device, self.dtype), self.geometry)
+        images, policy = images.to(self.device, self.dtype), self.config.attention_policy
+        return engine.encode_images(self.params, images, self.geometry, policy)
 
-    def _features(self, images: Tensor | Sequence[Tensor] | None) -> tuple[Tensor | None, list[int]]:
+    def features(self, images: Tensor | Sequence[Tensor] | None) -> tuple[Tensor | None, list[int]]:
         """Features of all pictures end to end [rows, e], and how many of them each picture has."""
         if images is None or not len(images):
             return None, []
@@ -152,7 +166,7 @@ class VilaLlamaForCausalLM(PreTrainedModel):
                 raise ValueError(message)
         inputs: Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore
         use_cache = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
-        features, image_tokens = self._features(images)
+        features, image_tokens = self.features(images)
         cache, past = resume(self.cache, past_key_values, start_pos, len(inputs))
         batch = unpad(
             inputs.to(self.device), attention_mask, position_ids, labels, image_tokens, cached=past, **self.prompt_rules
@@ -167,6 +181,7 @@ class VilaLlamaForCausalLM(PreTrainedModel):
             counts = {seq: len(row) for seq, row in zip(sequences, batch.rows)}
             if cache:
                 cache.reserve(counts)
+            uncached = Uncached(list(counts.values()), self.device, self.config.attention_policy)
             if cache and chunk_prefilling:
                 hidden = engine.advance(
                     self.params,
@@ -179,7 +194,6 @@ class VilaLlamaForCausalLM(PreTrainedModel):
                     positions=dict(zip(counts, batch.positions)) if batch.positions else None,
                 )
             else:
-                uncached = Uncached(list(counts.values()), self.device, self.config.attention_policy)
                 with cache.step(counts) if cache else nullcontext(uncached) as step:
                     watched = Watched(step) if output_attentions else None
                     at = torch.cat(batch.positions) if batch.positions else step.positions
@@ -187,7 +201,7 @@ class VilaLlamaForCausalLM(PreTrainedModel):
                         self.params, batch.rows, at, self.geometry, watched or step, features, step.decode, states
                     )
                 hidden = [row[len(row) - n :] for row, n in zip(hidden, kept)]
-            with engine.kernels(self.device, decode=max(map(len, batch.rows)) == 1):
+            with engine.kernels(self.device, max(map(len, batch.rows)) == 1, (cache or uncached).policy):
                 logits = llama.logits(self.params.llm, torch.cat(hidden)).split([len(row) for row in hidden])
         if start_pos is not None and use_cache:
             self.cache = cache
@@ -195,7 +209,7 @@ class VilaLlamaForCausalLM(PreTrainedModel):
         fields: dict[str, Any] = {
             "loss": causal_loss(logits, batch.labels) if batch.labels is not None else None,
             "logits": pad(logits, places),
-            "past_key_values": cache if use_cache else None,
+            CACHE: cache if use_cache else None,
             "hidden_states": tuple(pad(x.split(lengths), batch.places) for x in states) if states else None,
             "attentions": tuple(pad_square(x, batch.places) for x in watched.layers) if watched else None,
         }
@@ -209,41 +223,3 @@ class VilaLlamaForCausalLM(PreTrainedModel):
         for _ in range(sequences):
             cache.table.alloc()
         return cache
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        images: Tensor | Sequence[Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        streamer: BaseStreamer | None = None,
-        chunk_prefilling: bool = False,
-        **sampling: Any,
-    ) -> Tensor:
-        """Answers to a batch of prompts [b, t] (-200 for each picture): the new tokens only, [b, longest].
-
-        `sampling`: the arguments of `engine.Sampling.of`. Shorter answers are padded with the stop token.
-        """
-        if streamer is not None and len(input_ids) != 1:
-            raise ValueError(f"a streamer takes one prompt at a time, got {len(input_ids)}")
-        features, image_tokens = self._features(images)
-        ids = input_ids.to(self.device)
-        batch = unpad(ids, attention_mask, None, None, image_tokens, **self.prompt_rules)
-        stops = sampling.pop("eos_token_id", self.config.parts()["llm"].get("eos_token_id"))
-        stops = [stops] if isinstance(stops, int) else [int(token) for token in (() if stops is None else stops)]
-        how = engine.Sampling.of(len(batch.rows), device=self.device, eos_token_id=stops or None, **sampling)
-        cache = self.new_cache(len(batch.rows))
-        cache.reserve({seq: len(row) + how.max_new_tokens for seq, row in enumerate(batch.rows)})
-        chunk = self.config.prefill_chunk_size if chunk_prefilling else None
-        answers: list[list[int]] = [[] for _ in batch.rows]
-        if streamer is not None:
-            streamer.put(batch.rows[0][batch.rows[0] >= 0].cpu())
-        rows = dict(enumerate(batch.rows))
-        for seq, token in engine.stream(self.params, rows, self.geometry, cache, features, how, chunk):
-            answers[seq].append(token)
-            if streamer is not None:
-                streamer.put(torch.tensor([token]))
-        if streamer is not None:
-            streamer.end()
-        longest, fill = max(map(len, answers)), (stops or [0])[:1]
-        return torch.tensor([a + fill * (longest - len(a)) for a in answers], device=self.device)

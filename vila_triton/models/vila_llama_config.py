@@ -11,6 +11,7 @@ from vila_triton.cache import PAGE_SIZE
 
 from .config import ConfigError
 
+BOOKKEEPING = ("_from_auto", "adapter_kwargs", "revision", "trust_remote_code")  # of transformers' Auto classes
 DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 

@@ -106,7 +106,7 @@ class VisionConfig:
 
         Errors: `ConfigError` for what no tower of ours can do.
         """
-        top, kind = top or {}, values.get("model_type")
+        top, kind = top or {}, str(values.get("model_type"))
         if kind not in TOWERS:
             raise ConfigError(f"vision_tower: {kind!r} is not supported ({', '.join(TOWERS)} are)")
         given = {key: value for key, value in values.items() if value is not None}
@@ -135,15 +135,15 @@ class VisionConfig:
                 f"vision_tower: mm_vision_select_layer {self.select_layer} of {self.num_hidden_layers} layers; "
                 f"it must be -1 to -{self.num_hidden_layers}"
             )
-        if min(self.tile, self.image_size) < self.patch_size:
-            raise ConfigError(f"vision_tower: a patch of {self.patch_size} is more than a side of {self.tile} pixels")
+        if (side := min(self.tile, self.image_size)) < self.patch_size:
+            raise ConfigError(f"vision_tower: a patch of {self.patch_size} is more than a side of {side} pixels")
         if self.select_feature == "patch" and not self.class_tokens:
             raise ConfigError(
                 f"config: mm_vision_select_feature 'patch' drops the class token, and {self.model_type} has none: it "
                 f"would lose the top left patch; it must be 'cls_patch'"
             )
-        if self.resolution and top.get("interpolate_mode", "linear") != "linear":
-            raise ConfigError(f"config: interpolate_mode {top['interpolate_mode']!r} is not supported (linear is)")
+        if self.resolution and (mode := top.get("interpolate_mode") or "linear") != "linear":
+            raise ConfigError(f"config: interpolate_mode {mode!r} is not supported (linear is)")
         for name in ("dynamic_s2", "ps3", "s2_resize_output_to_scale_idx"):
             if top.get(name):
                 raise ConfigError(f"config: {name} {top[name]!r} is not supported")

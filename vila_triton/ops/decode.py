@@ -13,7 +13,7 @@ from .paged import KINDS, PAGE_LENGTHS, bytes_of, draw_pages, gather, kind_of
 from .shapes import axes
 
 
-@op
+@op(batch_invariant=True)
 def decode_attention(
     q: Tensor,
     k_pages: Pages,

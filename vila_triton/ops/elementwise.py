@@ -71,7 +71,7 @@ def _(rows, e, dtype):
     return 8 * rows * e, (2 * rows * e + 2 * e) * getattr(torch, dtype).itemsize
 
 
-@op
+@op(batch_invariant=True)
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x[i], x[i + d/2]) by the angles whose cosine and sine are given (half-split order).
 

@@ -68,7 +68,7 @@ def on(device: str, pages: Pages) -> Pages:
     return pages.to(device) if isinstance(pages, Tensor) else pages.map(lambda x: x.to(device))
 
 
-@op(exact=True)
+@op(exact=True, batch_invariant=True)
 def kv_write(k: Tensor, v: Tensor, k_pages: Pages, v_pages: Pages, slot_mapping: Tensor) -> tuple[Pages, Pages]:
     """Write new keys and values into their slots, in place, quantised as the pages are; returns the pages.
 

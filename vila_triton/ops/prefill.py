@@ -13,7 +13,7 @@ from .paged import KINDS, PAGE_LENGTHS, bytes_of, draw_pages, gather, kind_of
 from .shapes import axes, same_dtype
 
 
-@op
+@op(batch_invariant=True)
 def prefill_attention(
     q: Tensor,
     k: Tensor,

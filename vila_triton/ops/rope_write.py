@@ -13,17 +13,17 @@ from .paged import KINDS, PAGE_LENGTHS, bytes_of, check_write, kind_of, kv_write
 from .shapes import axes, same_dtype
 
 
-@op(exact=True)
+@op(exact=True, batch_invariant=True)
 def rope_kv_write(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Pages, v_pages: Pages, slot_mapping: Tensor
 ) -> tuple[Tensor, Tensor, Pages, Pages]:
     """`rope` of q and k, then `kv_write` of the turned k and of v, in place: (turned q, turned k, k_pages, v_pages).
 
     q [s, h, d], k and v [s, g, d], cos and sin [s, d/2] float32; the rest as in `kv_write`. A token whose slot is below
-    0 is turned, but not cached.
+    0 is turned, but not cached. What is cached has no gradient.
     """
     q, k = rope.reference(q, cos, sin), rope.reference(k, cos, sin)
-    return q, k, *kv_write.reference(k, v, k_pages, v_pages, slot_mapping)
+    return q, k, *kv_write.reference(k.detach(), v.detach(), k_pages, v_pages, slot_mapping)
 
 
 @rope_kv_write.requires
@@ -52,6 +52,13 @@ def _(
     k, v, *cached = kv_write.example(s, g, d, l, dtype, kv, rng=rng, device=device)
     q = draw(s, g * ratio, d, dtype=dtype, rng=rng, device=device)
     return q, k, v, angles.cos().to(device), angles.sin().to(device), *cached
+
+
+rope_kv_write.writes(
+    "k_pages",
+    "v_pages",
+    result=lambda q, k, v, cos, sin, k_pages, v_pages, slot_mapping: (q.new_empty(q.shape), k.new_empty(k.shape)),
+)
 
 
 @rope_kv_write.sizes("s")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vila_triton.__main__ import BUNDLED, KV_DTYPES, choices
+from vila_triton.arguments import BUNDLED, KV_DTYPES, choices
 from vila_triton.chat import Talker
 from vila_triton.models.vila_llama_config import parse_dtype
 from vila_triton.registry import recording, use

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vila_triton.models import llama, params, projector, vision
+from vila_triton.ops import rope
 from vila_triton.tiny.folder import CONFIG, DECLARE, save
 from vila_triton.tiny.questions import KINDS
 from vila_triton.tiny.rows import Batch, Group, batch, pixels
@@ -56,7 +57,10 @@ class PackedAttention:
         self.groups = groups
         self.biases = [torch.zeros(g.visible.shape).masked_fill_(~g.visible, -math.inf)[:, None] for g in groups]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    policy = "fast"
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: llama.Rotary, scale: float) -> Tensor:
+        q, k = rope(q, *rotary), rope(k, *rotary)
         sizes = [g.rows * g.length for g in self.groups]
         parts = zip(self.groups, self.biases, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
         return torch.cat([self._rows(g, bias, qs * scale, ks, vs) for g, bias, qs, ks, vs in parts])

@@ -1,0 +1,128 @@
+"""x · wᵀ + bias in tiles: a program multiplies BLOCK_M rows of x by BLOCK_N rows of w, BLOCK_K inputs at a time.
+
+The first config serves any number of rows in the same tiles, so that a row's sum runs over the same products in the
+same order in any company: what the policy "invariant" runs on a GPU. Programs that share rows of w are neighbours.
+
+x [m, k], w [n, k], any strides; bias [n]; sums in float32.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vila_triton.ops import Int4, linear
+from vila_triton.space import SIZE, Config, Launch, Space, cdiv, power_of_two
+
+from ._tile import check, rows_of
+
+CONFIGS = [
+    {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+]
+
+
+def launch(config: Config, m: int, n: int, k: int, dtype: str) -> Launch:
+    block_m, block_n, size = config["BLOCK_M"], config["BLOCK_N"], SIZE[dtype]
+    steps = cdiv(k, config["BLOCK_K"])
+    read = (min(block_m, m) + block_n) * size
+    return Launch(
+        programs=cdiv(m, block_m) * cdiv(n, block_n),
+        bytes=read * k + block_m * block_n * size,
+        stage=read * config["BLOCK_K"],
+        dots=2 * block_m * block_n * steps * config["BLOCK_K"],
+        lanes=4 * block_m * block_n,
+    )
+
+
+SPACE = Space(
+    {
+        "BLOCK_M": [16, 32, 64, 128],
+        "BLOCK_N": [32, 64, 128, 256],
+        "BLOCK_K": [32, 64, 128],
+        "num_warps": [4, 8],
+        "num_stages": [1, 2, 3, 4, 5],
+    },
+    where=lambda config, m, **_: config["BLOCK_M"] <= max(16, power_of_two(m)),
+    launch=launch,
+)
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_om,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk  # [BLOCK_M, BLOCK_K]
+    w_ptrs = w_ptr + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk  # [BLOCK_K, BLOCK_N]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        known = start + offs_k < K
+        x = tl.load(x_ptrs, mask=(offs_m < M)[:, None] & known[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=known[:, None] & (offs_n < N)[None, :], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        x_ptrs += tl.cast(BLOCK_K, tl.int64) * stride_xk
+        w_ptrs += tl.cast(BLOCK_K, tl.int64) * stride_wk
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_n[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
+@linear.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
+def linear_triton(
+    x: Tensor,
+    w: Tensor | Int4,
+    bias: Tensor | None = None,
+    *,
+    BLOCK_M: int,
+    BLOCK_N: int,
+    BLOCK_K: int,
+    num_warps: int,
+    num_stages: int,
+) -> Tensor:
+    if isinstance(w, Int4):  # which has an op of its own
+        return linear.reference(x, w, bias)
+    check("linear", x, w, *(() if bias is None else (bias,)))
+    (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
+    m, BLOCK_M, BLOCK_N = len(rows), rows_of(BLOCK_M, x), rows_of(BLOCK_N, x)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if out.numel():
+        _linear_kernel[(triton.cdiv(m, BLOCK_M), triton.cdiv(n, BLOCK_N))](
+            rows,
+            w,
+            out if bias is None else bias.contiguous(),
+            out,
+            m,
+            n,
+            k,
+            *rows.stride(),
+            *w.stride(),
+            out.stride(0),
+            HAS_BIAS=bias is not None,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+    return out.view(*x.shape[:-1], n)

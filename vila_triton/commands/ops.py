@@ -1,0 +1,67 @@
+"""`vila-triton ops`: every op, its implementations, and which of them is chosen, and why."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vila_triton.arguments import kernel_arguments, settle
+from vila_triton.ranges import names
+
+if TYPE_CHECKING:
+    import torch
+
+    from vila_triton.ranges import Choice
+
+
+def configure(commands: Any) -> None:
+    about = "every op, its implementations and which one is chosen, and why"
+    commands.add_parser("ops", parents=[kernel_arguments()], help=about).set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    print_ops(*settle(args))
+
+
+def print_ops(device: "torch.device", chosen: Mapping[str, str]) -> None:
+    from vila_triton.choices import PHASES
+    from vila_triton.registry import OPS, checked, discover, use
+    from vila_triton.tuned import kernels_for
+
+    discover()
+    checked(chosen)
+    with use(**chosen):
+        choices = {phase: {**kernels_for(device, phase), **chosen} for phase in PHASES}
+    root = Path(__file__).resolve().parents[2]
+    lines = []
+    for name, op in OPS.items():
+        phases = {phase: choices[phase].get(name, "reference") for phase in PHASES}
+        for impl in op.impls.values():
+            when: dict[str, list[str]] = {}  # the sizes it runs at -> in which phases
+            for phase, choice in phases.items():
+                if impl.name in names(choice):
+                    when.setdefault(sizes(choice, impl.name, op.varying), []).append(phase)
+            why = "; ".join(" and ".join(of) + (at and f", {at}") for at, of in when.items()) or "-"
+            file = impl.file.relative_to(root) if impl.file.is_relative_to(root) else impl.file
+            lines.append((name, impl.name, str(len(impl.configs)), why, str(file)))
+        lines.append(("", f"because: {'--set' if name in chosen else reason(device, name)}"))
+    head = ("op", "implementation", "configs", f"chosen on {device.type} for", "file")
+    widths = [max(len(line[i]) for line in [head, *lines] if len(line) > 2) + 2 for i in range(4)]
+    for line in [head, *lines]:
+        print("".join(f"{word:{width}}" for word, width in zip(line, widths)) + "".join(line[4:]))
+
+
+def sizes(choice: "Choice", name: str, varying: tuple[str, ...]) -> str:
+    """At which sizes a choice is this implementation, in words; nothing if at all."""
+    return "" if isinstance(choice, str) else choice.where(name, varying[0])
+
+
+def reason(device: "torch.device", op: str) -> str:
+    from vila_triton.choices import PHASES, configured
+    from vila_triton.tuned import choice_of, file_of, folder, name_of, table_of
+
+    name = name_of(device)
+    if name and op in table_of(name)["choices"] and choice_of(op, name):
+        return f"configs/tuned/{file_of(name, folder()).name} chooses for this GPU"
+    named = any(op in configured(device.type, phase) for phase in PHASES)
+    return f"configs/kernels.toml names {'it' if named else 'none'} for {device.type}"

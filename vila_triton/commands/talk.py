@@ -1,0 +1,117 @@
+"""`vila-triton ask` and `vila-triton chat`: questions about pictures."""
+
+import argparse
+import math
+import os
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from vila_triton.arguments import KV_DTYPES, POLICIES, model_arguments, settle
+
+if TYPE_CHECKING:
+    from vila_triton.chat import Conversation
+
+
+def configure(commands: Any) -> None:
+    talk = argparse.ArgumentParser(add_help=False, parents=[model_arguments()])
+    for kind in ("image", "video"):  # in the order given
+        talk.add_argument(
+            f"--{kind}",
+            action="append",
+            default=[],
+            dest="seen",
+            type=lambda path, kind=kind: (kind, path),
+            metavar="FILE",
+            help="may be given several times",
+        )
+    talk.add_argument("--frames", type=int, help="of each video (default: the model's num_video_frames, else 8)")
+    talk.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache (default: the model's)")
+    talk.add_argument("--page-size", type=int, default=16, help="tokens in a page of the cache: 16 to 256")
+    talk.add_argument("--policy", choices=POLICIES, default="fast", help="of attention; invariant: no bit by chance")
+    talk.add_argument("--max-new-tokens", type=int, default=128)
+    talk.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    talk.add_argument("--top-k", type=int)
+    talk.add_argument("--top-p", type=float)
+    talk.add_argument("--seed", type=int, default=0)
+    ask = commands.add_parser("ask", parents=[talk], help="one question about pictures")
+    ask.add_argument("question")
+    about = "a conversation; in it: /image, /video, /new, /save, /resume, /quit"
+    chat = commands.add_parser("chat", parents=[talk], help=about)
+    for parser in (ask, chat):
+        parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    _, chosen = settle(args)
+    import torch
+
+    from vila_triton.chat import Conversation, Talker
+    from vila_triton.registry import use
+    from vila_triton.session import Session, frames_of, pictures
+
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature is {args.temperature}, expected a number from 0 up")
+    if not args.temperature and (args.top_k is not None or args.top_p is not None):
+        raise ValueError("--top-k and --top-p need a --temperature above 0: without it the likeliest token is taken")
+    sampling: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "top_k": args.top_k, "top_p": args.top_p}
+    if args.temperature > 0:
+        sampling |= {"do_sample": True, "temperature": args.temperature, "seed": args.seed}
+    if args.command == "ask" and args.frames is not None and not any(kind == "video" for kind, _ in args.seen):
+        raise ValueError(f"--frames {args.frames} is of a --video, and none is given")
+    frames = frames_of(args.model) if args.frames is None else args.frames
+    seen = pictures(args.seen, frames)
+    talker = Talker.from_pretrained(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
+    config = talker.model.config
+    config.kv_dtype, config.page_size, config.attention_policy = args.kv_dtype, args.page_size, args.policy
+    session = Session(talker, Conversation(talker), frames, seen)
+    with use(**chosen):
+        if args.command == "ask":
+            answer(session.conversation, args.question, session.pictures, sampling)
+            return
+        while (line := read_line()) not in ("", "/quit"):
+            try:
+                if line.startswith("/"):
+                    session.obey(line)
+                else:
+                    answer(session.conversation, line, session.pictures, sampling)
+                    session.pictures = []
+            except ValueError as error:  # the conversation is as it was before the line
+                print(f"vila-triton: {error}", file=sys.stderr)
+
+
+def read_line() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def answer(conversation: "Conversation", question: str, pictures: list[Any], sampling: dict[str, Any]) -> None:
+    """Stream one answer to standard output, then one line about how it went."""
+    import torch
+    from transformers import TextStreamer
+
+    from vila_triton.registry import recording
+
+    printer: Any = TextStreamer(conversation.talker.tokenizer, skip_special_tokens=True)
+    with recording() as calls:
+        for token in conversation.ask(question, pictures, **sampling):
+            printer.put(torch.tensor([token]))
+    printer.end()
+    took = conversation.last
+    assert took is not None
+    speed = f"{took.tokens_per_second:.1f} tokens/s" if took.answer_tokens > 1 else "1 token"
+    reused = f", {took.prompt_tokens - took.new_tokens} cached" if took.new_tokens < took.prompt_tokens else ""
+    print(
+        f"[prompt {took.prompt_tokens} tokens{reused} | pictures {took.image_tokens} tokens | "
+        f"first token {took.first_token:.3f} s | {speed} | {kernels_line(calls)}]"
+    )
+
+
+def kernels_line(calls: Counter[tuple[str, str]]) -> str:
+    """Which implementations ran, the reference ones in one word."""
+    ran = sorted(f"{op}={impl}" for op, impl in calls if impl != "reference")
+    interpreted = " (interpreted)" if os.environ.get("TRITON_INTERPRET") == "1" and ran else ""
+    rest = "reference" if not ran else f"{', '.join(ran)}{interpreted}; else reference"
+    return f"kernels: {rest}"

@@ -1,0 +1,129 @@
+"""`VilaProcessor`: texts and pictures to the inputs of the model, as Hugging Face's processors do."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
+
+from .checkpoint import read_json, write_json
+from .images import image_processor as load_image_processor
+from .images import pixels
+from .prompts import IMAGE, load_tokenizer, tokenize
+from .templates import template
+
+OWN = "processor_config.json"
+SETTINGS = ("conversation_template", "image_aspect_ratio")
+
+
+class VilaProcessor(ProcessorMixin):
+    """The tokenizer and the image processor of a VILA folder, with its conversation template.
+
+    `processor(text=..., images=...)` takes texts with one `<image>` for each picture, and `apply_chat_template`
+    messages of roles and contents; what comes out goes into `model(**inputs)` and `model.generate(**inputs)`.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        conversation_template: str | None = None,
+        image_aspect_ratio: str | None = None,
+    ):
+        chat_template = template(conversation_template, tokenizer).jinja
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.conversation_template = conversation_template
+        self.image_aspect_ratio = image_aspect_ratio
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, folder: str | Path, **more: Any
+    ) -> "VilaProcessor":
+        """The processor of a VILA folder, or one that `save_pretrained` wrote.
+
+        Errors: `LoadError` if it is neither; TypeError for arguments, of which it honours none.
+        """
+        if unknown := [name for name, value in more.items() if value and name not in ("_from_auto", "revision")]:
+            raise TypeError(f"VilaProcessor.from_pretrained takes a folder, and not {', '.join(unknown)}")
+        folder = Path(folder)
+        files = [path for name in ("config.json", OWN) if (path := folder / name).exists()]
+        values: dict[str, Any] = {}
+        for path in files or [folder / "config.json"]:
+            values |= read_json(path)
+        return cls(load_image_processor(folder), load_tokenizer(folder), **{key: values.get(key) for key in SETTINGS})
+
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, folder: str | Path
+    ) -> None:
+        """Write what `from_pretrained` reads, beside the model or alone."""
+        self.tokenizer.save_pretrained(Path(folder) / "llm")
+        self.image_processor.save_pretrained(Path(folder) / "vision_tower")
+        settings = {key: getattr(self, key) for key in SETTINGS}
+        write_json(Path(folder) / OWN, {"processor_class": type(self).__name__, **settings})
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        images: Image.Image | Sequence[Any] | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        padding: bool = True,
+        return_tensors: str | None = "pt",
+        add_special_tokens: bool = True,
+        **more: Any,
+    ) -> BatchFeature:
+        """input_ids [b, t] (-200 for each `<image>`), attention_mask [b, t], and images [n, 3, H, W] if there are any.
+
+        images: one picture, a list of them in the order of all texts, or a list for each text. Texts begin with one BOS
+        if the tokenizer has it so, unless `add_special_tokens` is false. With `padding` on the tokenizer's side, rows
+        are one tensor; without, or with `return_tensors=None`, they are lists.
+        Errors: ValueError for another number of pictures than of `<image>`; TypeError for other arguments.
+        """
+        unknown = [name for name, value in more.items() if value is not None]  # transformers gives videos=None
+        if unknown or text is None:
+            asked = ", ".join(unknown) or "no text"
+            raise TypeError(
+                f"VilaProcessor takes text, images, padding, return_tensors, add_special_tokens; got {asked}"
+            )
+        if return_tensors not in ("pt", None):
+            raise ValueError(f"return_tensors is {return_tensors!r}, expected 'pt' or None")
+        texts = [text] if isinstance(text, str) else list(text)
+        pictures = matched(texts, images)
+        rows = [tokenize(line, self.tokenizer, first=add_special_tokens) for line in texts]
+        ones = [[1] * len(row) for row in rows]
+        if padding:
+            fill = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
+            rows, ones = self._padded(rows, fill), self._padded(ones, 0)
+        as_tensors = return_tensors == "pt" and (padding or len(texts) == 1)
+        inputs: dict[str, Any] = {"input_ids": rows, "attention_mask": ones}
+        if as_tensors:
+            inputs = {name: torch.tensor(values) for name, values in inputs.items()}
+        if pictures:
+            inputs["images"] = pixels(pictures, self.image_processor, self.image_aspect_ratio)
+        return BatchFeature(inputs)
+
+    def _padded(self, rows: Sequence[list[int]], fill: int) -> list[list[int]]:
+        longest = max(map(len, rows))
+        pads = [[fill] * (longest - len(row)) for row in rows]
+        left = self.tokenizer.padding_side == "left"
+        return [[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, pads)]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "images"]
+
+
+def matched(texts: Sequence[str], images: Image.Image | Sequence[Any] | None) -> list[Any]:
+    """All pictures in order. Errors: ValueError if they are not as many as the texts have places for them."""
+    listed: list[Any] = [images] if isinstance(images, Image.Image) else list(() if images is None else images)
+    places = [line.count(IMAGE) for line in texts]
+    nested = any(isinstance(entry, (list, tuple)) for entry in listed)
+    given = [len(entry) for entry in listed] if nested else [len(listed)]
+    if nested and len(given) != len(texts):
+        raise ValueError(f"{len(given)} lists of pictures were given for {len(texts)} texts; expected one for each")
+    for i, (n, wanted) in enumerate(zip(given, places if nested else [sum(places)])):
+        if n != wanted:
+            where = f"text {i} has" if nested else "the texts have"
+            raise ValueError(f"{where} places for {wanted} pictures, but {n} were given; write {IMAGE} once for each")
+    return [picture for entry in listed for picture in (entry if nested else [entry])]

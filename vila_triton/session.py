@@ -1,0 +1,52 @@
+"""What a chat on the command line has in hand, and the lines that begin with "/"."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from .chat import Conversation, Talker
+from .checkpoint import read_json
+from .images import frames, open_image
+from .saved import resume, save
+
+COMMANDS = "/image PICTURE, /video FILE, /new, /save FILE, /resume FILE and /quit"
+FRAMES = 8  # of a video, unless a model's num_video_frames says otherwise
+
+
+def frames_of(folder: Path) -> int:
+    """How many frames of a video the model of a folder is shown; read without loading it."""
+    path = folder / "config.json"
+    return (read_json(path).get("num_video_frames") if path.exists() else None) or FRAMES
+
+
+def pictures(seen: Sequence[tuple[str, str]], n: int) -> list[Image.Image]:
+    """Images and n frames of each video, given as (kind, path), in their order. Errors: `ImageError`."""
+    found = [[open_image(path)] if kind == "image" else frames(path, n) for kind, path in seen]
+    return [picture for some in found for picture in some]
+
+
+@dataclass
+class Session:
+    """A conversation, and the pictures for its next question."""
+
+    talker: Talker
+    conversation: Conversation
+    frames: int
+    pictures: list[Image.Image] = field(default_factory=list)
+
+    def obey(self, line: str) -> None:
+        """A line that is no question. Errors: ValueError; nothing has changed then."""
+        command, _, name = line.partition(" ")
+        name = name.strip()
+        if command == "/new" and not name:
+            self.conversation = Conversation(self.talker)
+        elif command in ("/image", "/video") and name:
+            self.pictures += pictures([(command[1:], name)], self.frames)
+        elif command == "/save" and name:
+            save(self.conversation, Path(name))
+        elif command == "/resume" and name:
+            self.conversation = resume(self.talker, Path(name))
+        else:
+            raise ValueError(f"no command {line!r}; there are {COMMANDS}")
