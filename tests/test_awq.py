@@ -98,24 +98,18 @@ def test_a_scale_changes_nothing_until_weights_are_rounded(bias: bool) -> None:
     cfg, layer, x, tokens = small(bias)
     expected = inputs(layer, x, tokens, cfg)
     rng = torch.Generator().manual_seed(2)
-    changed = layer
+    scales = {}
     for place in PLACES:
         names, k = PLACES[place], getattr(layer, PLACES[place][0]).weight.shape[1]
         known = moments(getattr(expected, place), tokens.weights, 32)
         known.mean_abs.mul_(torch.exp(torch.randn(k, generator=rng)))
         found = search([getattr(layer, n).weight for n in names], known, 32, (4, 2) if place == "o" else None)
-        changed = scaled(
-            changed,
-            place,
-            torch.exp(torch.randn(2, 1, 16, generator=rng)).expand(2, 2, 16).flatten()
-            if place == "o"
-            else torch.exp(torch.randn(k, generator=rng)),
-            2,
-        )
+        s = torch.exp(torch.randn(2, 1, 16, generator=rng)).expand(2, 2, 16).flatten()  # as `o` must have it
+        scales[place] = s if place == "o" else torch.exp(torch.randn(k, generator=rng))
         assert found.scale.shape == (k,) and (found.scale > 0).all()
         if place == "o":  # query heads 0 and 1 share a value head, and so do 2 and 3
             assert torch.equal(found.scale[:16], found.scale[16:32])
-    got = inputs(changed, x, tokens, cfg)
+    got = inputs(scaled(layer, scales, 2), x, tokens, cfg)
     torch.testing.assert_close(got.out, expected.out, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(got.o, expected.o, rtol=0.1)
 

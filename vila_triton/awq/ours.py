@@ -14,7 +14,7 @@ from vila_triton.ops import Int4, dequantize, rms_norm
 from .compensate import compensated, loss
 from .grid import SMALLEST, Grid, between, clipped, extent, packed
 from .moments import Moments, moments, stand_in
-from .scales import PLACES, scaled, search
+from .scales import PLACES, rescaled, search, with_norms
 from .tokens import Tokens, attended, inputs
 
 SHRINKS = tuple(1 - i / 20 for i in range(6))
@@ -36,75 +36,70 @@ def quantize_layer(
     """Round the linears of a layer; x [s, e] are its inputs, `seen` those it gets from the rounded layers before.
 
     With `propagate` a linear learns from the inputs that the rounded ones before it give, and makes good what they
-    spoilt; without, from what it always had.
+    spoilt; without, from what it always had. Beside the layer, only linears of one place are held as numbers.
     """
     truth = inputs(layer, x, tokens, cfg)
     heads = (cfg.num_attention_heads, cfg.num_key_value_heads)
     report: dict[str, Any] = {"scales": {}, "linears": {}}
+    scales: dict[str, Tensor] = {}
     for place, names in PLACES.items():
-        found = search(
-            [getattr(layer, name).weight for name in names],
-            moments(getattr(truth, place), tokens.weights, group),
-            group,
-            heads if place == "o" else None,
-        )
-        layer = scaled(layer, place, found.scale, cfg.num_key_value_heads)
+        known = moments(getattr(truth, place), tokens.weights, group)
+        weights = [getattr(layer, name).weight for name in names]
+        found = search(weights, known, group, heads if place == "o" else None)
+        scales[place] = found.scale
         truth = replace(truth, **{place: getattr(truth, place) / found.scale})
         report["scales"][place] = {"ratio": found.ratio, "duo": found.duo, "largest": float(found.scale.max())}
-    dense, packed_layer = layer, layer
+    norms = with_norms(layer, scales)
+    made = norms
+    at_once = sum(getattr(layer, name).weight.numel() for names in PLACES.values() for name in names) // 32
 
-    def round_place(place: str, got: Tensor) -> None:
-        nonlocal dense, packed_layer
-        known, wanted = moments(got, tokens.weights, group), getattr(truth, place)
-        weights = [getattr(layer, name).weight for name in PLACES[place]]
+    def round_place(place: str, got: Tensor) -> Layer:
+        """The layer as it was but for the rounded linears of the place, as numbers."""
+        nonlocal made
+        known, wanted, dense = moments(got, tokens.weights, group), getattr(truth, place), norms
         shift = None if got is wanted else stand_in(wanted, got, tokens.weights, known)
-        for name, new, said in zip(PLACES[place], *round_together(weights, shift, known, group)):
-            bias = getattr(layer, name).bias
-            report["linears"][name] = said
-            packed_layer = replace(packed_layer, **{name: Affine(new, bias)})
-            dense = replace(dense, **{name: Affine(dequantize(new, x.dtype), bias)})
+        for name in PLACES[place]:
+            old = rescaled(layer, name, scales, cfg.num_key_value_heads)
+            new, report["linears"][name] = round_linear(old.weight, shift, known, group, at_once)
+            made = replace(made, **{name: Affine(new, old.bias)})
+            if propagate:
+                dense = replace(dense, **{name: Affine(dequantize(new, x.dtype), old.bias)})
+        return dense
 
     if not propagate:
         for place in PLACES:
             round_place(place, getattr(truth, place))
-        return Rounded(packed_layer, truth.out, truth.out, report)
-    h = rms_norm(seen, layer.attention_norm, cfg.rms_norm_eps)
-    round_place("attention", h)
+        return Rounded(made, truth.out, truth.out, report)
+    h = rms_norm(seen, norms.attention_norm, cfg.rms_norm_eps)
+    dense = round_place("attention", h)
     a = tokens.through(lambda rows, cache: attended(dense, rows, cfg, cache), h)
-    round_place("o", a)
-    seen = seen + linear(dense.o, a)
-    m = rms_norm(seen, layer.mlp_norm, cfg.rms_norm_eps)
-    round_place("mlp", m)
-    g = gated(dense, m)
-    round_place("down", g)
-    return Rounded(packed_layer, truth.out, seen + linear(dense.down, g), report)
+    seen = seen + linear(round_place("o", a).o, a)
+    m = rms_norm(seen, norms.mlp_norm, cfg.rms_norm_eps)
+    g = gated(round_place("mlp", m), m)
+    seen = seen + linear(round_place("down", g).down, g)
+    return Rounded(made, truth.out, seen, report)
 
 
-def round_together(
-    weights: list[Tensor], shift: Tensor | None, known: Moments, group: int
-) -> tuple[list[Int4], list[dict[str, float]]]:
-    """Linears that share their inputs, [n, k] each, after `stand_in` if there is one; and what to say of each."""
-    w = torch.cat(weights)
-    target = w if shift is None else w @ shift
-    grid = clipped(target, group, known.conditional, SHRINKS)
-    codes = compensated(target, grid, known.inverse)
-    plain = between(*extent(w, group)).spread(w.shape[1])
-    size = loss(w, known.second)
-    nearest = loss(plain.value(plain.snap(w)) - w, known.second)
-    ours = loss(grid.spread(w.shape[1]).value(codes) - target, known.second)
-    low, high = extent(target, group)
-    shrink = 15 * grid.scales / (high - low).clamp(min=15 * SMALLEST)
-    sizes, made, said, at = [len(x) for x in weights], [], [], 0
-    for n in sizes:
-        rows = slice(at, at + n)
-        at += n
-        made.append(packed(codes[rows], Grid(grid.scales[rows], grid.zeros[rows]), torch.float16))
-        total = float(size[rows].sum().clamp(min=1e-30))
-        said.append(
-            {
-                "nearest": float(nearest[rows].sum()) / total,
-                "ours": float(ours[rows].sum()) / total,
-                "shrink": float(shrink[rows].mean()),
-            }
-        )
-    return made, said
+def round_linear(
+    w: Tensor, shift: Tensor | None, known: Moments, group: int, at_once: int
+) -> tuple[Int4, dict[str, float]]:
+    """A weight [n, k], after `stand_in` if there is one, some rows at a time; and what to say of it."""
+    codes, grids, sums = [], [], torch.zeros(4, dtype=torch.float64)
+    for rows in w.split(max(16, at_once // w.shape[1])):
+        target = rows if shift is None else rows @ shift
+        grid = clipped(target, group, known.conditional, SHRINKS)
+        found = compensated(target, grid, known.inverse)
+        low, high = extent(rows, group)
+        plain = between(low, high).spread(w.shape[1])
+        ours = loss(grid.spread(w.shape[1]).value(found) - target, known.second)
+        nearest = loss(plain.value(plain.snap(rows)) - rows, known.second)
+        low, high = extent(target, group)
+        shrink = 15 * grid.scales / (high - low).clamp(min=15 * SMALLEST)
+        size = loss(rows, known.second)
+        sums += torch.stack([x.double().sum().cpu() for x in (nearest, ours, size, shrink)])
+        codes.append(found.to(torch.uint8))
+        grids.append(grid)
+    grid = Grid(torch.cat([x.scales for x in grids]), torch.cat([x.zeros for x in grids]))
+    nearest, ours, size, shrink = sums.tolist()
+    said = {"nearest": nearest / max(size, 1e-30), "ours": ours / max(size, 1e-30)}
+    return packed(torch.cat(codes), grid, torch.float16), said | {"shrink": shrink / grid.scales.numel()}

@@ -4,6 +4,7 @@ Four places of a layer allow it (Lin et al. 2023, AWQ): s divides the norm's wei
 and multiplies the columns of the linears after.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,15 +83,27 @@ def rows(linear: Affine, s: Tensor) -> Affine:
     return Affine(linear.weight / s[:, None], None if linear.bias is None else linear.bias / s)
 
 
-def scaled(layer: Layer, place: str, s: Tensor, kv_heads: int) -> Layer:
-    """The same layer, computing the same, with the scale s [k] at a place."""
-    after = {name: columns(getattr(layer, name), s) for name in PLACES[place]}
-    if place == "attention":
-        return replace(layer, attention_norm=layer.attention_norm / s, **after)
-    if place == "mlp":
-        return replace(layer, mlp_norm=layer.mlp_norm / s, **after)
-    if place == "down":
-        return replace(layer, up=rows(layer.up, s), **after)
-    d = layer.v.weight.shape[0] // kv_heads
-    one = rearrange(s, "(g r d) -> g r d", g=kv_heads, d=d)[:, 0].flatten()  # [g·d]
-    return replace(layer, v=rows(layer.v, one), **after)
+def with_norms(layer: Layer, scales: Mapping[str, Tensor]) -> Layer:
+    """The layer with the scales of its places taken out of its norms."""
+    norms = {"attention": "attention_norm", "mlp": "mlp_norm"}
+    return replace(layer, **{n: getattr(layer, n) / scales[place] for place, n in norms.items() if place in scales})
+
+
+def rescaled(layer: Layer, name: str, scales: Mapping[str, Tensor], kv_heads: int) -> Affine:
+    """One linear with the scale of its place on its columns, and with that of the place behind it out of its rows."""
+    linear = getattr(layer, name)
+    (place,) = (place for place, names in PLACES.items() if name in names)
+    if place in scales:
+        linear = columns(linear, scales[place])
+    if name == "up" and "down" in scales:
+        linear = rows(linear, scales["down"])
+    if name == "v" and "o" in scales:
+        d = linear.weight.shape[0] // kv_heads
+        linear = rows(linear, rearrange(scales["o"], "(g r d) -> g r d", g=kv_heads, d=d)[:, 0].flatten())  # [g·d]
+    return linear
+
+
+def scaled(layer: Layer, scales: Mapping[str, Tensor], kv_heads: int) -> Layer:
+    """The same layer, computing the same, with a scale [k] at some of its places."""
+    linears = {name: rescaled(layer, name, scales, kv_heads) for names in PLACES.values() for name in names}
+    return replace(with_norms(layer, scales), **linears)

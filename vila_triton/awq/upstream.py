@@ -112,7 +112,7 @@ def search(layer: Layer, given: Inputs, tokens: Tokens, cfg: LlamaConfig, group:
     places = [p for p in PLACES if p != "o" or layer.v.weight.shape == layer.o.weight.shape]
     found = [search_scale(layer, place, given, tokens, cfg, group) for place in places]
     scales = {place: s for f in found for place, s in f.scales.items()}
-    layer = with_scales(layer, scales, cfg)
+    layer = scaled(layer, scales, cfg.num_key_value_heads)
     clips = {}
     for place, names in PLACES.items():
         x = getattr(given, place)
@@ -121,15 +121,9 @@ def search(layer: Layer, given: Inputs, tokens: Tokens, cfg: LlamaConfig, group:
     return Found(scales, clips, {place: r for f in found for place, r in f.ratios.items()})
 
 
-def with_scales(layer: Layer, scales: dict[str, Tensor], cfg: LlamaConfig) -> Layer:
-    for place in (place for place in PLACES if place in scales):
-        layer = scaled(layer, place, scales[place], cfg.num_key_value_heads)
-    return layer
-
-
 def apply(layer: Layer, found: Found, cfg: LlamaConfig, group: int) -> Layer:
     """The layer scaled, clipped and rounded to int4."""
-    layer = with_scales(layer, found.scales, cfg)
+    layer = scaled(layer, found.scales, cfg.num_key_value_heads)
     for name in (name for names in PLACES.values() for name in names):
         old = getattr(layer, name)
         w = clip(old.weight, found.clips[name]) if name in found.clips else old.weight
