@@ -15,7 +15,7 @@ from vila_triton.registry import Impl, Op, Sizes, Unsupported
 from .faithful import DEVICE, arguments, assert_faithful, examples
 from .guarded import Unfaithful
 
-SHRINKING = 15.0  # seconds, counted from the first failure
+SHRINKING = 60.0  # seconds, counted from the first failure
 
 
 @dataclass(frozen=True)
