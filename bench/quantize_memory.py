@@ -57,9 +57,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     args = parser.parse_args()
-    print(
-        f"{'layers':>8}{'peak':>10}{'layer':>10}{'activations':>13}{'moments':>10}{'beyond both, in layers':>24}   (MiB)"
-    )
+    print("  layers      peak     layer  activations   moments  beyond both, in layers   (MiB)")
     for layers in args.layers:
         found = measure(layers, args.width, args.tokens, args.group)
         beyond = (found["peak"] - found["activations"] - found["moments"]) / found["layer"]

@@ -64,9 +64,10 @@ def search(weights: list[Tensor], seen: Moments, group: int, heads: tuple[int, i
     def loss(choice: Choice) -> float:
         blocks, total = seen.scaled(choice.scale).conditional, torch.zeros(())
         for w, size in zip(weights, sizes):
-            scaled = w * choice.scale
-            grid = between(*extent(scaled, group)).spread(w.shape[1])
-            total = total + block_loss(grid.value(grid.snap(scaled)) - scaled, blocks).sum() / size
+            for some in w.split(64):
+                scaled = some * choice.scale
+                grid = between(*extent(scaled, group)).spread(w.shape[1])
+                total = total + block_loss(grid.value(grid.snap(scaled)) - scaled, blocks).sum() / size
         return float(total)
 
     tried = candidates(mean_abs, weights)
