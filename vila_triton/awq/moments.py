@@ -57,4 +57,6 @@ def stand_in(wanted: Tensor, got: Tensor, weights: Tensor, known: Moments) -> Te
     Least squares, held near the identity by the damping of `known`, the moments of `got`.
     """
     drift = ((wanted - got) * weights[:, None]).T @ got / len(got)
-    return torch.eye(len(drift), device=drift.device) + drift @ known.inverse
+    shift = drift @ known.inverse
+    shift.diagonal().add_(1)
+    return shift

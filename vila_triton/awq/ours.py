@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vila_triton.formats import TILE_N
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.layers import Affine, linear
 from vila_triton.models.llama import Layer, gated
 from vila_triton.ops import Int4, dequantize, rms_norm
 
 from .compensate import compensated, loss
-from .grid import SMALLEST, Grid, between, clipped, extent, packed
+from .grid import SMALLEST, between, clipped, extent, packed
 from .moments import Moments, moments, stand_in
 from .scales import PLACES, rescaled, search, with_norms
 from .tokens import Tokens, attended, inputs
@@ -43,15 +44,18 @@ def quantize_layer(
     report: dict[str, Any] = {"scales": {}, "linears": {}}
     scales: dict[str, Tensor] = {}
     for place, names in PLACES.items():
-        known = moments(getattr(truth, place), tokens.weights, group)
-        weights = [getattr(layer, name).weight for name in names]
-        found = search(weights, known, group, heads if place == "o" else None)
+        found = search(
+            [getattr(layer, name).weight for name in names],
+            moments(getattr(truth, place), tokens.weights, group),
+            group,
+            heads if place == "o" else None,
+        )
         scales[place] = found.scale
         truth = replace(truth, **{place: getattr(truth, place) / found.scale})
         report["scales"][place] = {"ratio": found.ratio, "duo": found.duo, "largest": float(found.scale.max())}
     norms = with_norms(layer, scales)
     made = norms
-    at_once = sum(getattr(layer, name).weight.numel() for names in PLACES.values() for name in names) // 32
+    at_once = sum(getattr(layer, name).weight.numel() for names in PLACES.values() for name in names) // 64
 
     def round_place(place: str, got: Tensor) -> Layer:
         """The layer as it was but for the rounded linears of the place, as numbers."""
@@ -84,8 +88,8 @@ def round_linear(
     w: Tensor, shift: Tensor | None, known: Moments, group: int, at_once: int
 ) -> tuple[Int4, dict[str, float]]:
     """A weight [n, k], after `stand_in` if there is one, some rows at a time; and what to say of it."""
-    codes, grids, sums = [], [], torch.zeros(4, dtype=torch.float64)
-    for rows in w.split(max(16, at_once // w.shape[1])):
+    parts, sums = [], torch.zeros(4, dtype=torch.float64)
+    for rows in w.split(max(1, at_once // w.shape[1] // TILE_N) * TILE_N):
         target = rows if shift is None else rows @ shift
         grid = clipped(target, group, known.conditional, SHRINKS)
         found = compensated(target, grid, known.inverse)
@@ -97,9 +101,13 @@ def round_linear(
         shrink = 15 * grid.scales / (high - low).clamp(min=15 * SMALLEST)
         size = loss(rows, known.second)
         sums += torch.stack([x.double().sum().cpu() for x in (nearest, ours, size, shrink)])
-        codes.append(found.to(torch.uint8))
-        grids.append(grid)
-    grid = Grid(torch.cat([x.scales for x in grids]), torch.cat([x.zeros for x in grids]))
+        parts.append(packed(found, grid, torch.float16))
+    whole = Int4(
+        torch.cat([x.qweight for x in parts]),
+        torch.cat([x.scales for x in parts], 1),
+        torch.cat([x.zeros for x in parts], 1),
+        group,
+    )
     nearest, ours, size, shrink = sums.tolist()
     said = {"nearest": nearest / max(size, 1e-30), "ours": ours / max(size, 1e-30)}
-    return packed(torch.cat(codes), grid, torch.float16), said | {"shrink": shrink / grid.scales.numel()}
+    return whole, said | {"shrink": shrink / whole.scales.numel()}
