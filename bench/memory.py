@@ -46,7 +46,7 @@ class Peak(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.seen:
+            if isinstance(x, Tensor) and not x.is_meta and x.untyped_storage()._cdata not in self.seen:
                 self.add(x.untyped_storage())
         return out
 

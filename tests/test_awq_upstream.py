@@ -1,0 +1,192 @@
+"""Mode upstream against llm-awq's objective written down a second time, token by token; and its cache files."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from vila_triton.awq import cachefile, upstream
+from vila_triton.awq.tokens import Tokens
+from vila_triton.models import llama
+from vila_triton.models.config import LlamaConfig
+from vila_triton.models.params import LoadError, init, tree_map
+from vila_triton.ops import dequantize
+from vila_triton.ops.int4 import codes
+
+GROUP, ROWS, LENGTH = 32, 3, 200
+
+
+def model(kv_heads: int) -> tuple[LlamaConfig, llama.Layer, Tensor]:
+    cfg = LlamaConfig(50, 64, 96, 1, 4, kv_heads, 16)
+    rng = torch.Generator().manual_seed(kv_heads)
+    layer = init(llama.declare(cfg, torch.float64), rng).layers[0]
+    loud = torch.exp(torch.randn(64, generator=rng, dtype=torch.float64))
+    layer = replace(layer, attention_norm=loud, mlp_norm=loud.flip(0))
+    return cfg, layer, torch.randn(ROWS * LENGTH, 64, generator=rng, dtype=torch.float64)
+
+
+class Transcription:
+    """vila.md 3.1 and 3.2 in loops: weights by Hugging Face's names, everything in float64."""
+
+    def __init__(self, p: llama.Layer, cfg: LlamaConfig, x: Tensor) -> None:
+        names = ("q", "k", "v", "o", "gate", "up", "down")
+        self.w = {name: getattr(p, name).weight.clone() for name in names}
+        self.norm1, self.norm2, self.cfg = p.attention_norm.clone(), p.mlp_norm.clone(), cfg
+        self.h = self.normed(x, self.norm1)
+        self.a = self.attend(self.w, self.h)
+        x = x + self.a @ self.w["o"].T
+        self.m = self.normed(x, self.norm2)
+        self.g = silu(self.m @ self.w["gate"].T) * (self.m @ self.w["up"].T)
+
+    def normed(self, x: Tensor, w: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.cfg.rms_norm_eps) * w
+
+    def attend(self, w: dict[str, Tensor], h: Tensor) -> Tensor:
+        d, heads, kv = 16, 4, self.cfg.num_key_value_heads
+        at = torch.arange(LENGTH).float()[:, None] * (1.0 / 10000 ** (torch.arange(0, d, 2).float() / d))
+        cos, sin = (torch.cat((f(at),) * 2, -1).double() for f in (torch.cos, torch.sin))
+        turn = lambda y: y * cos + torch.cat((-y[..., d // 2 :], y[..., : d // 2]), -1) * sin  # noqa: E731
+        out = []
+        for row in h.split(LENGTH):
+            q, k, v = ((row @ w[n].T).view(LENGTH, -1, d).transpose(0, 1) for n in "qkv")
+            k, v = (y.repeat_interleave(heads // kv, 0) for y in (k, v))
+            scores = turn(q) @ turn(k).transpose(1, 2) / d**0.5
+            scores = scores.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), float("-inf"))
+            out.append((scores.softmax(-1) @ v).transpose(0, 1).reshape(LENGTH, -1))
+        return torch.cat(out)
+
+    @staticmethod
+    def quantize(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pseudo-quantised weight, integers, scales, zeros."""
+        rows = w.reshape(-1, GROUP)
+        high, low = rows.amax(1, keepdim=True), rows.amin(1, keepdim=True)
+        s = (high - low).clamp(min=1e-5) / 15
+        z = (-torch.round(low / s)).clamp(0, 15)
+        q = torch.clamp(torch.round(rows / s) + z, 0, 15)
+        return ((q - z) * s).reshape(w.shape), q.reshape(w.shape), s, z
+
+    def scale(self, names: str, x: Tensor, module) -> Tensor:
+        x_max, wanted = x.abs().view(-1, x.shape[-1]).mean(0), module(self.w)
+        best, least = None, float("inf")
+        for i in range(20):
+            s = x_max.pow(i / 20).clamp(min=1e-4).view(-1)
+            s = s / (s.max() * s.min()).sqrt()
+            tried = self.w | {n: self.quantize(self.w[n] * s)[0] / s for n in names.split()}
+            loss = (wanted - module(tried)).pow(2).mean().item()
+            if loss < least:
+                best, least = s, loss
+        assert best is not None
+        return best
+
+    def scales(self) -> dict[str, Tensor]:
+        mlp = lambda w: (silu(self.m @ w["gate"].T) * (self.m @ w["up"].T)) @ w["down"].T  # noqa: E731
+        found = {"attention": self.scale("q k v", self.h, lambda w: self.attend(w, self.h) @ w["o"].T)}
+        if self.w["v"].shape == self.w["o"].shape:
+            found["o"] = self.scale("o", self.a, lambda w: self.a @ w["o"].T)
+        found["mlp"] = self.scale("gate up", self.m, mlp)
+        return found | {"down": self.scale("down", self.g, lambda w: self.g @ w["down"].T)}
+
+    def apply(self, found: dict[str, Tensor]) -> None:
+        s = found["attention"]
+        self.norm1, self.h = self.norm1 / s, self.h / s
+        self.w |= {n: self.w[n] * s for n in "qkv"}
+        if "o" in found:
+            s = found["o"]
+            self.w["v"], self.w["o"], self.a = self.w["v"] / s[:, None], self.w["o"] * s, self.a / s
+        s = found["mlp"]
+        self.norm2, self.m = self.norm2 / s, self.m / s
+        self.w |= {n: self.w[n] * s for n in ("gate", "up")}
+        s = found["down"]
+        self.w["up"], self.w["down"], self.g = self.w["up"] / s[:, None], self.w["down"] * s, self.g / s
+
+    def clips(self) -> dict[str, Tensor]:
+        given = {"v": self.h, "o": self.a, "gate": self.m, "up": self.m, "down": self.g}
+        return {name: self.clip(self.w[name], x) for name, x in given.items()}
+
+    def clip(self, w: Tensor, x: Tensor) -> Tensor:
+        x = x.view(1, len(x), -1, GROUP)
+        x = x[:, 0 :: x.shape[1] // 512]  # [1, tokens, G, group]
+        w = w.reshape(len(w), 1, -1, GROUP)
+        greatest = w.abs().amax(-1, keepdim=True)
+        best, least, wanted = greatest.clone(), torch.ones_like(greatest) * 1e9, (x * w).sum(-1)
+        for i in range(10):
+            bound = greatest * (1 - i / 20)
+            tried = self.quantize(torch.clamp(w, -bound, bound))[0]
+            err = ((x * tried).sum(-1) - wanted).pow(2).mean(1).view(least.shape)
+            better = err < least
+            least[better], best[better] = err[better], bound[better]
+        return best.squeeze(1)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["o scaled", "grouped queries"])
+@torch.no_grad()
+def test_scales_clips_and_integers_are_those_of_the_objective(kv_heads: int, tmp_path: Path) -> None:
+    cfg, layer, x = model(kv_heads)
+    tokens = Tokens((LENGTH,) * ROWS, torch.ones(len(x)))
+    rounded, _, found = upstream.quantize_layer(layer, x, tokens, cfg, GROUP)
+    other = Transcription(layer, cfg, x)
+    scales = other.scales()
+    other.apply(scales)
+    clips = other.clips()
+    last: Any = {"rtol": 1e-13, "atol": 0.0}  # attention may add up in another order
+    assert list(found.scales) == list(scales) and list(found.clips) == list(clips)
+    for place, s in scales.items():
+        torch.testing.assert_close(found.scales[place], s, **last)
+    for name, bound in clips.items():
+        torch.testing.assert_close(found.clips[name], bound[..., 0], **last)
+    assert {r for r in found.ratios.values() if r}, "no scale was worth anything: the test shows nothing"
+    torch.testing.assert_close(rounded.attention_norm, other.norm1, **last)
+    for name, w in other.w.items():
+        if name in clips:
+            bound = clips[name].repeat_interleave(GROUP, 1).view_as(w)
+            w = torch.minimum(torch.maximum(w, -bound), bound)
+        _, q, s, z = other.quantize(w)
+        int4 = getattr(rounded, name).weight
+        assert torch.equal(codes(int4), q.int())
+        assert torch.equal(int4.zeros.T.flatten(), z.flatten().half())
+        assert torch.equal(int4.scales.T.flatten(), s.flatten().half())
+    file = tmp_path / "cache.pt"
+    cachefile.save(file, [found], torch.float64)
+    (again,) = cachefile.load(file, 1)
+    same = upstream.apply(layer, again, cfg, GROUP)
+    tree_map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), rounded, same)
+    held = torch.load(file, weights_only=True)
+    assert held["scale"][0][:2] == (
+        "model.layers.0.input_layernorm",
+        tuple(f"model.layers.0.self_attn.{n}_proj" for n in "qkv"),
+    )
+    assert held["clip"][0][0] == "model.layers.0.self_attn.v_proj" and held["clip"][0][1].shape == (16 * kv_heads, 2, 1)
+
+
+@torch.no_grad()
+def test_what_upstream_does_to_groups_of_one_sign_and_to_few_tokens() -> None:
+    w = torch.linspace(1.0, 1.1, 64).view(2, 32)
+    assert dequantize(upstream.to_int4(w, 32), torch.float32).max() < 0.12  # known, and why ours is the default
+    with pytest.raises(ValueError, match="needs 512 tokens of calibration, there are 511"):
+        upstream.search_clip(w, torch.ones(511, 32), 32)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        upstream.to_int4(w / 0, 32)
+
+
+def test_other_files_are_no_caches(tmp_path: Path) -> None:
+    file = tmp_path / "cache.pt"
+    scale = ("model.layers.0.input_layernorm", tuple(f"model.layers.0.self_attn.{n}_proj" for n in "qkv"))
+    for held, message in (
+        ([1], "expected a dictionary of scale and clip"),
+        (
+            {"scale": [("model.layers.7.mlp.up_proj", ("model.layers.7.mlp.down_proj",), torch.ones(4))], "clip": []},
+            "does not fit a LLaMA of 1 layers",
+        ),
+        ({"scale": [(*scale, torch.ones(4, 4))], "clip": []}, "expected 1 axes"),
+        ({"scale": [], "clip": [("model.layers.0.self_attn.q_proj", torch.ones(4, 1, 1))]}, "does not fit"),
+    ):
+        torch.save(held, file)
+        with pytest.raises(LoadError, match=message):
+            cachefile.load(file, 1)
+    torch.save({"scale": [], "clip": [], "more": Path}, file)
+    with pytest.raises(LoadError, match="is not a cache"):
+        cachefile.load(file, 1)

@@ -1,0 +1,81 @@
+"""llm-awq's `awq_cache/*.pt`: the scales and clips of a whole model under Hugging Face's names."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vila_triton.models.params import LoadError
+
+from .scales import PLACES
+from .upstream import CLIPPED, Found
+
+NAMES = {
+    **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
+    **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+BEFORE = {
+    "attention": "input_layernorm",
+    "o": NAMES["v"],
+    "mlp": "post_attention_layernorm",
+    "down": NAMES["up"],
+}
+
+
+def save(path: Path, layers: Sequence[Found], dtype: torch.dtype) -> None:
+    """Write {"scale": [(before, (after, ...), [k])], "clip": [(linear, [n, G, 1])]}."""
+    scale: list[Any] = []
+    clip: list[Any] = []
+    for i, found in enumerate(layers):
+        at = f"model.layers.{i}."
+        for place, s in found.scales.items():
+            after = tuple(at + NAMES[name] for name in PLACES[place])
+            scale.append((at + BEFORE[place], after, s.to(dtype).cpu()))
+        clip += [(at + NAMES[name], bound[..., None].to(dtype).cpu()) for name, bound in found.clips.items()]
+    torch.save({"scale": scale, "clip": clip}, path)
+
+
+def load(path: Path, layers: int) -> list[Found]:
+    """Read such a file; what it does not mention stays unscaled and unclipped.
+
+    Errors: `LoadError` if it is no such file, or names something that a LLaMA of so many layers does not have.
+    """
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise LoadError(f"{path} is not a cache that llm-awq writes (torch.save of scale and clip): {reason}") from None
+    if not isinstance(held, dict) or set(held) != {"scale", "clip"}:
+        raise LoadError(f"{path} is not a cache that llm-awq writes: expected a dictionary of scale and clip")
+    found = [Found({}, {}, {}) for _ in range(layers)]
+    places = {(BEFORE[place], tuple(NAMES[n] for n in PLACES[place])): place for place in PLACES}
+    linears = {NAMES[name]: name for name in CLIPPED}
+    try:
+        for before, after, s in held["scale"]:
+            (i, first), rest = split(before), [split(name) for name in after]
+            place = places[first, tuple(name for _, name in rest)]
+            if {j for j, _ in rest} != {i}:
+                raise KeyError(before)
+            found[i].scales[place] = checked(s, 1)
+        for name, bound in held["clip"]:
+            i, linear = split(name)
+            found[i].clips[linears[linear]] = checked(bound, 3)[..., 0]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise LoadError(f"{path} does not fit a LLaMA of {layers} layers: {error}") from None
+    return found
+
+
+def split(name: str) -> tuple[int, str]:
+    """ "model.layers.3.mlp.up_proj" -> (3, "mlp.up_proj")."""
+    model, layers, i, rest = name.split(".", 3)
+    if (model, layers) != ("model", "layers"):
+        raise KeyError(name)
+    return int(i), rest
+
+
+def checked(x: Any, axes: int) -> Tensor:
+    if not isinstance(x, Tensor) or x.ndim != axes or not x.is_floating_point() or not torch.isfinite(x).all():
+        raise ValueError(f"an entry is {getattr(x, 'shape', type(x).__name__)}, expected {axes} axes of finite numbers")
+    return x
