@@ -18,6 +18,7 @@ from .moments import Moments, moments, stand_in
 from .scales import PLACES, rescaled, search, with_norms
 from .tokens import Tokens, attended, inputs
 
+AT_ONCE = 1 << 18  # weights rounded at a time, or a 32nd of a layer if that is more
 SHRINKS = tuple(1 - i / 20 for i in range(6))
 
 
@@ -55,7 +56,8 @@ def quantize_layer(
         report["scales"][place] = {"ratio": found.ratio, "duo": found.duo, "largest": float(found.scale.max())}
     norms = with_norms(layer, scales)
     made = norms
-    at_once = sum(getattr(layer, name).weight.numel() for names in PLACES.values() for name in names) // 64
+    weights = [getattr(layer, name).weight.numel() for names in PLACES.values() for name in names]
+    at_once = max(AT_ONCE, sum(weights) // 32)
 
     def round_place(place: str, got: Tensor) -> Layer:
         """The layer as it was but for the rounded linears of the place, as numbers."""
