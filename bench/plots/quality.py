@@ -18,6 +18,8 @@ def quality(rows: Mapping[str, Sequence[Row]]) -> Iterator[Picture]:
         groups = sorted({row["group"] for row in shown if row["model"] == model})
         for i, (method, colour) in enumerate(METHODS.items()):
             found = [row for row in shown if (row["model"], row["method"]) == (model, method)]
+            if not found:
+                continue  # an empty bar would still be in the legend
             places = [groups.index(row["group"]) + 0.27 * (i - 1) for row in found]
             ax.bar(places, [row["kl"] for row in found], 0.25, color=colour, label=method)
         ax.set_yscale("log")
