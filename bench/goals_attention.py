@@ -50,7 +50,7 @@ def streaming(found: Sequence[Row]) -> Iterator[str]:
     """A line for each kind of model and history."""
     models: dict[tuple, dict[int, float]] = {}
     for row in found:
-        key = tuple(row[name] for name in ("model", "layers", "weights", "choice", "prompt"))
+        key = tuple(row[name] for name in ("device", "model", "layers", "weights", "choice", "prompt"))
         models.setdefault(key, {})[row["history"]] = row["seconds"]
     for key, seconds in models.items():
         for history, most in STREAMING.items():

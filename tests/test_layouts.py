@@ -111,6 +111,7 @@ REFUSED_READS = {
     ),
     "a scale of nan": (V2, edit(V2_LEAVES, "scales", _1=float("nan")), "16 of its scaled zeros are not"),
     "scales in the padding": (V2, edit(V2_LEAVES, "scales", _7=1), r"scales beyond the 4 .* are not zero"),
+    "v1 zeros in the padding": (V1, edit(V1_LEAVES, "qzeros", _0=-1), r"zeros beyond the 4 .* are not zero"),
     "a scale too few": (
         V2,
         {**V2_LEAVES, **{k: V2_LEAVES[k][:9] for k in V2.leaves[1:]}},

@@ -105,6 +105,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "too many": ({"text": ["a", "<image>"], "images": [ONE, ONE]}, ValueError, "places for 1 pictures, but 2"),
     "of another text": ({"text": ["a", "<image>"], "images": [[ONE], []]}, ValueError, "text 0 has places for 0 pict"),
     "lists": ({"text": ["a", "b"], "images": [[]]}, ValueError, "1 lists of pictures were given for 2 texts"),
+    "mixed": ({"text": ["a", "b"], "images": [[], ONE]}, ValueError, "images mix pictures and lists of pictures"),
     "no text": ({"images": ONE}, TypeError, "got no text"),
     "an empty list": ({"text": []}, ValueError, "got no text: the list is empty"),
     "padding": ({"text": "a", "padding": "max_length"}, ValueError, "padding is 'max_length', expected True or 'long"),

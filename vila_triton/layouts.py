@@ -128,10 +128,10 @@ def padded(x: Tensor, rows: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, rows - len(x)))
 
 
-def require_padding(x: Tensor, G: int, leaves: Leaves) -> None:
+def require_padding(what: str, x: Tensor, G: int, leaves: Leaves) -> None:
     """What lies beyond the real groups is zero; if not, the group size was not what it seems."""
     if not x.is_meta and x[G:].any():
-        raise ValueError(f"{shapes(leaves)}: scales beyond the {G} that the inputs have are not zero")
+        raise ValueError(f"{shapes(leaves)}: {what} beyond the {G} that the inputs have are not zero")
 
 
 def read_v1(leaves: Leaves, group: int = 0) -> Int4:
@@ -140,9 +140,11 @@ def read_v1(leaves: Leaves, group: int = 0) -> Int4:
     require(scales.shape[0] == qzeros.shape[0] == n, f"{shapes(leaves)} are not one weight")
     group = group_of(k, scales.shape[1], leaves)
     require(8 * qzeros.shape[1] == scales.shape[1], f"{shapes(leaves)} are not one weight")
-    require_padding(scales.T, k // group, leaves)
+    require_padding("scales", scales.T, k // group, leaves)
+    all_zeros = unpack_rows(qzeros).T
+    require_padding("zeros", all_zeros, k // group, leaves)
     scales = scales[:, : k // group].T.contiguous()
-    zeros = unpack_rows(qzeros)[:, : k // group].T.to(scales.dtype).contiguous()
+    zeros = all_zeros[: k // group].to(scales.dtype).contiguous()
     return Int4(repack(n, k, lambda rows: unpack_rows(qweight[rows]), pack_tiles), scales, zeros, group)
 
 
@@ -172,7 +174,7 @@ def read_v2(leaves: Leaves, group: int = 0) -> Int4:
     require(scales.shape == scaled.shape and scales.shape[1] == n, f"{shapes(leaves)} are not one weight")
     require(k % 64 == 0, f"{shapes(leaves)}: {k} inputs are not a multiple of 64")
     group = group_of(k, len(scales), leaves)
-    require_padding(scales, k // group, leaves)
+    require_padding("scales", scales, k // group, leaves)
     scales, scaled = scales[: k // group], scaled[: k // group]
     # A scale of 0 makes all of its group 0, whatever the zero is.
     zeros = torch.where(scales == 0, 0, -scaled.double() / scales.double()).round()

@@ -123,7 +123,10 @@ def matched(texts: Sequence[str], images: Image.Image | str | Path | Sequence[An
     one = isinstance(images, (Image.Image, str, Path))
     listed: list[Any] = [images] if one else list(() if images is None else images)  # pyright: ignore[reportArgumentType]
     places = [line.count(IMAGE) for line in texts]
-    nested = any(isinstance(entry, (list, tuple)) for entry in listed)
+    lists = [isinstance(entry, (list, tuple)) for entry in listed]
+    nested = any(lists)
+    if nested and not all(lists):
+        raise ValueError("images mix pictures and lists of pictures; expected either pictures or a list for each text")
     given = [len(entry) for entry in listed] if nested else [len(listed)]
     if nested and len(given) != len(texts):
         raise ValueError(f"{len(given)} lists of pictures were given for {len(texts)} texts; expected one for each")

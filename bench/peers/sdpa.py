@@ -34,6 +34,8 @@ def attend(where: str, back_end: SDPBackend, q: Tensor, k: Tensor, v: Tensor, sc
             grouped = q.shape[1] != k.shape[1]
             queries, causal = q.transpose(0, 1)[None].contiguous(), s == t > 1
             out = F.scaled_dot_product_attention(queries, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as reason:  # torch's way to say that a back end does not take a call
         raise Unsupported(f"{where}: {str(reason).splitlines()[0]}") from None
     return out[0].transpose(0, 1)
