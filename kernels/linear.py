@@ -51,7 +51,7 @@ SPACE = Space(
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["M"])
 def _linear_kernel(
     x_ptr,
     w_ptr,

@@ -1,6 +1,6 @@
 """Where the tests run: on a CUDA GPU if there is one, else in Triton's interpreter on the CPU.
 
-Profiles, chosen with HYPOTHESIS_PROFILE: `dev` (the default: a few random cases each), `ci` (more, always the same),
+Profiles, chosen with HYPOTHESIS_PROFILE: `dev` (the default: a few random cases each), `ci` (as many, always the same),
 `thorough` (hundreds).
 """
 
@@ -28,8 +28,8 @@ _common = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
 )
-settings.register_profile("dev", _common, max_examples=8)
-settings.register_profile("ci", _common, max_examples=9, derandomize=True)
+settings.register_profile("dev", _common, max_examples=6)
+settings.register_profile("ci", _common, max_examples=6, derandomize=True)
 settings.register_profile("thorough", _common, max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 

@@ -26,7 +26,6 @@ from vila_triton.ops.int4 import codes, dequantize
 from vila_triton.registry import OPS, Unsupported
 
 LIBRARIES = ("awq", "exllamav3", "flash_attn", "flashinfer", "gemlite", "gptqmodel", "lmdeploy", "sglang", "torchao")
-
 AWQ = """
     import torch
     AWQ_TRITON_SUPPORTED_GROUP_SIZES = [32, 64, 128]
@@ -127,10 +126,11 @@ def int4(**sizes: Any) -> tuple:
 def test_without_libraries_there_are_reasons_and_no_implementations() -> None:
     before = {op.name: list(op.impls) for op in OPS.values()}
     reasons = peers.discover()
-    assert sorted([*reasons, "dense"]) == peers.names() and len(reasons) == len(LIBRARIES)
+    assert sorted([*reasons, "dense", "sdpa"]) == peers.names() and len(reasons) == len(LIBRARIES)
     assert all(f"bench/peers/{name}.py says how to install it" in reason for name, reason in reasons.items())
-    before["int4_matmul"] = [*dict.fromkeys([*before["int4_matmul"], "dense"])]  # torch itself, which is always there
-    assert {op.name: list(op.impls) for op in OPS.values()} == before
+    flash = {"sdpa_flash"}  # torch itself is always there
+    own = {"int4_matmul": {"dense"}, "decode_attention": flash, "prefill_attention": flash | {"sdpa_cudnn"}}
+    assert all({*op.impls} == {*before[op.name]} | own.get(op.name, set()) for op in OPS.values())
 
 
 def test_what_fails_to_import_or_needs_a_gpu_says_so(install: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,12 @@ def model_rows() -> Iterator[dict[str, Any]]:
             yield {**about, "what": "decode", "batch": batch, "context": context, **rate}
 
 
+def quality_rows() -> Iterator[dict[str, Any]]:
+    for method, group in (("float32", 0), *itertools.product(("rtn", "ours"), (32, 64))):
+        about = {"kind": "quality", "model": "m", "method": method, "group": group, "samples": 4, "seed": 0}
+        yield {**about, "kl": group / 1e3 / len(method), "perplexity": 2.0}
+
+
 def memory_rows() -> Iterator[dict[str, Any]]:
     for length, chunk in itertools.product((64, 256), (0, 32)):
         about = {"kind": "memory", "choice": "default", "layers": 4, "length": length, "chunk": chunk}
@@ -82,7 +88,7 @@ def predict_rows() -> Iterator[dict[str, Any]]:
 
 SOURCES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     "roofline": op_rows, "time": op_rows, "speedup": op_rows, "tuning": tune_rows,
-    "memory": memory_rows, "model": model_rows, "predict": predict_rows,
+    "memory": memory_rows, "model": model_rows, "predict": predict_rows, "quality": quality_rows,
 }  # fmt: skip
 
 

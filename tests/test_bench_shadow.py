@@ -76,16 +76,16 @@ def talker(name: str = "checkpoint") -> Talker:
 
 
 def test_watching_leaves_the_model_as_it_is(attach: Any) -> None:
-    def wrong(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        return OPS["kv_write"].reference(k * 2, v, k_pages, v_pages, slots)
+    def wrong(q: Tensor, k: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return OPS["rope_kv_write"].reference(q, k * 2, *args)
 
-    attach("kv_write", wrong)
+    attach("rope_kv_write", wrong)
     model, (prompt,) = talker(), questions.bundled(1, 0)
     plain, tokens, prefilled = shadow.run(model, prompt, 3)
     impls = {name: dict(op.impls) for name, op in OPS.items()}
-    watcher, incumbents, shifts = shadow.shadow(model, OPS["kv_write"].impls["candidate"], [prompt], 3, [])
+    watcher, incumbents, shifts = shadow.shadow(model, OPS["rope_kv_write"].impls["candidate"], [prompt], 3, [])
     assert {name: dict(op.impls) for name, op in OPS.items()} == impls
-    watched = Beside(OPS["kv_write"], OPS["kv_write"].impls["candidate"], model.model.params)
+    watched = Beside(OPS["rope_kv_write"], OPS["rope_kv_write"].impls["candidate"], model.model.params)
     with watched.watching():
         assert torch.equal(shadow.run(model, prompt, 3, beside=watched)[0], plain)
     assert prefilled + len(tokens) == len(plain) and incumbents == {"reference"}
@@ -121,7 +121,7 @@ def test_a_copied_kernel_file_is_shadowed(plant: Plant, capsys) -> None:  # noqa
         == 0
     )
     said = capsys.readouterr().out
-    assert "rms_norm: mine beside reference" in said and "llm.layers[1] " in said and "llm.layers[0] " not in said
+    assert "rms_norm: mine beside reference" in said and "llm.layers[1]." in said and "llm.layers[0]." not in said
 
 
 def refuses(*args: object) -> None:

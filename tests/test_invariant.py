@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("dots_in_order")
 WHOLE = words(37)
 OTHERS = [words(n) for n in (5, 1, 18)]
 CASES = [("small", "cpu", dtype) for dtype in (None, *KV_DTYPES[1:])]
-CASES += [("small", impl, dtype) for impl in ("triton", "simple") for dtype in (None, "int4")]
+CASES += [("small", "triton", None), ("small", "triton", "int4"), ("small", "simple", None)]  # which reads plain pages
 CASES += [("checkpoint", "cpu", None), ("checkpoint-int4", "cpu", None), ("one layer", "cuda", None)]
 
 
