@@ -22,6 +22,8 @@ from bench.inspect_text import Found
 from bench.production import production
 from vila_triton.registry import OPS, discover
 
+pytestmark = pytest.mark.slow
+
 discover()
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = "b=4 t=4096 g=8 ratio=4 d=128 dtype=float16"
 RUNS = {
