@@ -168,6 +168,7 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_planted_spill_shows_against_the_last_commit(repository: Path) -> None:
     file = repository / "kernels" / "int4_matmul_packed.py"
     text = file.read_text()
@@ -192,6 +193,7 @@ def test_a_planted_spill_shows_against_the_last_commit(repository: Path) -> None
     assert f"spills {new['spills']}" in svg and "HEAD: packed 1" in svg
 
 
+@pytest.mark.slow
 def test_a_copied_kernel_file_appears_and_compares_with_the_original(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=KERNELS)
     text = (tmp_path / "kernels" / "swiglu.py").read_text()

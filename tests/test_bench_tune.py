@@ -213,6 +213,7 @@ def run(checkout: Path, out: str, victim: str, *options: str) -> tuple[bytes, li
     return next((checkout / out).glob("*.json")).read_bytes(), list(rows.read(journal, kind="tune"))
 
 
+@pytest.mark.slow
 def test_a_worker_killed_half_way_loses_nothing(checkout: Path) -> None:
     _, found = run(checkout, "out", "self")
     count = {status: sum(row["status"] == status for row in found) for status in ("timed", "gate")}
