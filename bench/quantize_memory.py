@@ -15,6 +15,7 @@ import torch
 
 from vila_triton.awq import run as awq
 from vila_triton.awq.calibration import Prompts
+from vila_triton.awq.work import How
 from vila_triton.checkpoint import open_source, save
 from vila_triton.models import vila
 from vila_triton.models.params import count, init
@@ -40,7 +41,7 @@ def measure(layers: int, width: int, tokens: int, group: int) -> dict[str, float
             awq.run(
                 open_source(Path(folder) / "model"),
                 Path(folder) / "work",
-                awq.How(group=group),
+                How(group=group),
                 shown,
                 torch.device("cpu"),
             )

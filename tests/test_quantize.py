@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vila_triton.awq import run as awq
 from vila_triton.awq.calibration import Prompts, Sample, read
-from vila_triton.checkpoint import load_params, open_source, read_configs, save
+from vila_triton.awq.work import How
+from vila_triton.checkpoint import load_params, open_source, read_configs, require_fits, save
 from vila_triton.commands import quantize
 from vila_triton.models import llama, vila
 from vila_triton.models.params import init, leaves
@@ -44,7 +45,7 @@ def shown() -> Prompts:
     return Prompts(rows, torch.randn(1, 3, 64, 64, generator=rng))
 
 
-def made(source: Path, target: Path, how: awq.How, form: str = "ours") -> None:
+def made(source: Path, target: Path, how: How, form: str = "ours") -> None:
     work = target.with_name(f"{target.name}.quantizing")
     write(awq.run(open_source(source), work, how, shown(), torch.device("cpu")), target, form, key="test")
 
@@ -55,7 +56,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_killed_five_times_and_resumed_it_writes_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    how, rng = awq.How(group=64), random.Random(0)
+    how, rng = How(group=64), random.Random(0)
     start = time.monotonic()
     made(source, tmp_path / "whole", how)
     took, killed, done = time.monotonic() - start, 0, set[int]()
@@ -69,13 +70,13 @@ def test_killed_five_times_and_resumed_it_writes_the_same_bytes(source: Path, tm
         time.sleep(rng.uniform(0.1, 0.7) * took)
         os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        done.add(len(list((tmp_path / "broken.quantizing").glob("layer-*.safetensors"))))
+        done.add(len(list((tmp_path / "broken.quantizing").glob("llm-*.safetensors"))))
     assert killed and len(done) > 1, "nothing was interrupted"
     if not (tmp_path / "broken").exists():
         made(source, tmp_path / "broken", how)
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
     with pytest.raises(ValueError, match="holds the beginnings of other work"):
-        awq.run(open_source(source), tmp_path / "broken.quantizing", awq.How(group=32), shown(), torch.device("cpu"))
+        awq.run(open_source(source), tmp_path / "broken.quantizing", How(group=32), shown(), torch.device("cpu"))
 
 
 def logits(folder: Path, ids: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def logits(folder: Path, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def test_every_layout_holds_the_same_model(source: Path, tmp_path: Path) -> None:
     ids = torch.randint(0, 128, (50,), generator=torch.Generator().manual_seed(2))
-    work, how = tmp_path / "work", awq.How(group=64, propagate=False)
+    work, how = tmp_path / "work", How(group=64, propagate=False)
     rounded = awq.run(open_source(source), work, how, shown(), torch.device("cpu"))
     for form in quantize.FORMS:
         write(rounded, tmp_path / form, form, key="test")
@@ -121,7 +122,7 @@ def test_the_command_leaves_a_report_and_a_picture(tmp_path: Path, capsys: pytes
         assert set(layer["scales"]) == {"attention", "o", "mlp", "down"}
         assert all(linear["ours"] < linear["nearest"] for linear in layer["linears"].values())
     assert len(ET.parse(tmp_path / "out" / "quantization.svg").findall(".//{*}polyline")) == 4 + 3 * 7
-    assert open_source(tmp_path / "out").group == 64
+    assert open_source(tmp_path / "out").group() == 64
     with pytest.raises(ValueError, match="is there already and not empty"):
         command(BUNDLED, tmp_path / "out")
     with pytest.raises(ValueError, match="is int4 already"):
@@ -130,7 +131,7 @@ def test_the_command_leaves_a_report_and_a_picture(tmp_path: Path, capsys: pytes
 
 def test_nearest_is_what_the_model_would_round_to(source: Path, tmp_path: Path) -> None:
     command(source, tmp_path / "out", "--method", "rtn", "--group-size", 32)
-    cfg = awq.check(open_source(source), awq.How(group=32))
+    cfg = require_fits(open_source(source))
     expected = llama.quantized(load_params(source, cfg, torch.float16).llm, 32)
     from vila_triton.checkpoint import geometry
 
@@ -167,7 +168,7 @@ def test_a_broken_layer_is_named(tmp_path: Path) -> None:
     p.llm.layers[2].up.weight[3, 5] = torch.nan
     save(tmp_path / "source", *configs(CONFIG), p)
     with pytest.raises(ValueError, match=r"model\.layers\.2: .*NaN or infinit"):
-        awq.run(open_source(tmp_path / "source"), tmp_path / "work", awq.How(), shown(), torch.device("cpu"))
+        awq.run(open_source(tmp_path / "source"), tmp_path / "work", How(), shown(), torch.device("cpu"))
 
 
 def test_calibration_files_are_read_or_refused_by_line(tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ def nbytes(tensors: Lazy) -> int:
 
 def lines(source: Source, form: str) -> Iterator[str]:
     """A table: the parts, their tensors, their bytes in our memory layout and as written, the largest tensor."""
-    _, llm = in_form(source, form)
-    written = source.tensors | {"llm": llm}
+    _, written = in_form(source, form)
     yield source.described()
     yield f"{'':14}{'tensors':>8}{'loaded':>12}{'as ' + form:>16}{'largest tensor':>16}"
     for part in PARTS:

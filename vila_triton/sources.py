@@ -24,10 +24,10 @@ VERSIONS = {"gemm": GEMM, "gemv": V1, "gemv_fast": V2}  # AutoAWQ's names
 class Source:
     """A checkpoint, read as a VILA folder would be.
 
-    top, parts: the config dictionaries; that of an int4 llm says so in our words, whatever layout it is in on disk.
+    top, parts: the config dictionaries; that of an int4 part says so in our words, whatever layout it is in on disk.
     tensors: by part, under the names that a released VILA folder has, int4 linears in our layout.
     beside: by part, the folder with its other files (tokenizer, image processor).
-    layout: that of the int4 linears on disk, None if there are none.
+    layout: that of the llm's int4 linears on disk, None if there are none. Those of the other parts are in ours.
     """
 
     folder: Path
@@ -38,20 +38,20 @@ class Source:
     beside: dict[str, Path]
     layout: Layout | None = None
 
-    @property
-    def group(self) -> int:
-        """Inputs that share a scale; 0 if the model is not int4."""
-        return (self.parts["llm"].get("quantization_config") or {}).get("group_size", 0)
+    def group(self, part: str = "llm") -> int:
+        """Inputs that share a scale; 0 if the part is not int4."""
+        return (self.parts[part].get("quantization_config") or {}).get("group_size", 0)
 
     @property
     def order(self) -> Any:
-        """Where int4 weights are rounded (`Int4.order`)."""
+        """Where the llm's int4 weights are rounded (`Int4.order`)."""
         return (self.parts["llm"].get("quantization_config") or {}).get("order", "sub")
 
     def described(self) -> str:
         """In one line: what was found."""
-        int4 = f"int4 linears ({self.layout.name}, groups of {self.group})" if self.layout else "no int4"
-        return f"{self.folder}: {self.kind}, {int4}"
+        int4 = f"int4 linears ({self.layout.name}, groups of {self.group()})" if self.layout else "no int4"
+        more = "".join(f", {part} int4 (groups of {self.group(part)})" for part in PARTS[1:] if self.group(part))
+        return f"{self.folder}: {self.kind}, {int4}{more}"
 
 
 def vila_source(folder: Path, top: Mapping[str, Any]) -> Source:
@@ -60,6 +60,10 @@ def vila_source(folder: Path, top: Mapping[str, Any]) -> Source:
     parts = {part: part_config(places[part], top, part) for part in PARTS}
     tensors = {part: open_tensors(places[part]) for part in PARTS}
     parts["llm"], layout = int4_config(parts["llm"], tensors["llm"], str(places["llm"]))
+    for part in PARTS[1:]:
+        parts[part], found = int4_config(parts[part], tensors[part], str(places[part]))
+        if found not in (None, OURS):
+            raise LoadError(f"{places[part]}: int4 linears are in the layout {found.name}, expected {OURS.name}")
     if layout is not None:
         tensors["llm"] = decoded(tensors["llm"], layout)
     return Source(folder, "VILA folder", dict(top), parts, tensors, places, layout)
@@ -83,24 +87,24 @@ def part_config(place: Path, top: Mapping[str, Any], part: str) -> dict[str, Any
     return read_json(place / "config.json")
 
 
-def int4_config(llm: Mapping[str, Any], tensors: Lazy, where: str) -> tuple[dict[str, Any], Layout | None]:
-    """The config of a language model with its int4 linears said in our words, and their layout on disk.
+def int4_config(part: Mapping[str, Any], tensors: Lazy, where: str) -> tuple[dict[str, Any], Layout | None]:
+    """The config of a part with its int4 linears said in our words, and their layout on disk.
 
     Errors: `LoadError` if config and tensors contradict each other.
     """
-    said = llm.get("quantization_config") or {}
+    said = part.get("quantization_config") or {}
     if not isinstance(said, dict):
         raise LoadError(f"{where}: quantization_config is a {type(said).__name__}, expected an object")
     method = said.get("quant_method")
     if method not in (None, "awq", OUR_METHOD):
-        return dict(llm), None
+        return dict(part), None
     size = said.get("group_size") or said.get("q_group_size") or 0
     group = size if isinstance(size, int) and size > 0 else 0
     found = survey(tensors.meta, where, group)
     if found is None:
         if said:
             raise LoadError(f"{where}: the config says int4 ({method}), but there is no .qweight among its tensors")
-        return dict(llm), None
+        return dict(part), None
     layout, group = found
     version = str(said.get("version") or said.get("format") or "gemm").lower()
     expected = {"awq": VERSIONS.get(version), OUR_METHOD: OURS, None: layout}[method]
@@ -111,12 +115,12 @@ def int4_config(llm: Mapping[str, Any], tensors: Lazy, where: str) -> tuple[dict
     bits, zero_point = said.get("bits") or said.get("w_bit") or 4, said.get("zero_point", True)
     if bits != 4 or not zero_point:
         raise LoadError(f"{where}: {bits} bits, zero_point {zero_point} is not supported (4 bits with zeros is)")
-    rest = {key: value for key, value in llm.items() if key not in ("quantization_config", "int4_order")}
-    return rest | quantization(OURS, group, said.get("order") or llm.get("int4_order") or layout.order), layout
+    rest = {key: value for key, value in part.items() if key not in ("quantization_config", "int4_order")}
+    return rest | quantization(OURS, group, said.get("order") or part.get("int4_order") or layout.order), layout
 
 
 def quantization(layout: Layout, group: int, order: str) -> dict[str, Any]:
-    """What the llm's config.json says of int4 linears in a layout; llm-awq's own say nothing."""
+    """What a part's config.json says of int4 linears in a layout; llm-awq's own say nothing."""
     named = {} if order == layout.order else {"order": order}
     if layout is OURS:
         config = {"quant_method": OUR_METHOD, "bits": 4, "group_size": group}

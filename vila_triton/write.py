@@ -26,22 +26,26 @@ COMPANIONS = {
 Progress = Callable[[int, int], None]
 
 
-def in_form(source: Source, form: str) -> tuple[dict[str, Any], Lazy]:
-    """The llm's config and tensors in a layout of int4 linears, or "dense": every weight written out.
+def in_form(source: Source, form: str) -> tuple[dict[str, dict[str, Any]], dict[str, Lazy]]:
+    """Configs and tensors by part, the llm's int4 linears in a layout, or "dense": every weight written out.
 
-    Errors: ValueError for an unknown form, or a model that is not int4.
+    Int4 linears of the other parts stay in our layout, which no other tool has a say in. Errors: ValueError for an
+    unknown form, or a model that is not int4.
     """
     if form not in FORMS:
         raise ValueError(f"no format {form!r}; there are: {', '.join(FORMS)}")
-    llm, tensors, group = source.parts["llm"], source.tensors["llm"], source.group
-    if not group:
-        if form in LAYOUTS and form != OURS.name:
-            raise ValueError(f"{source.folder} is not int4, so it cannot be written as {form}; quantize it first")
-        return llm, tensors
-    plain = {key: value for key, value in llm.items() if key != "quantization_config"}
-    if form == "dense":
-        return plain, dense(tensors, group, source.order)
-    return plain | quantization(LAYOUTS[form], group, source.order), encoded(tensors, LAYOUTS[form], group)
+    if form not in ("dense", OURS.name) and not source.group():
+        raise ValueError(f"{source.folder} is not int4, so it cannot be written as {form}; quantize it first")
+    configs, held = dict(source.parts), dict(source.tensors)
+    for name in filter(source.group, PARTS):
+        plain = {key: value for key, value in configs[name].items() if key != "quantization_config"}
+        group, order = source.group(name), source.order if name == "llm" else OURS.order
+        if form == "dense":
+            configs[name], held[name] = plain, dense(held[name], group, order)
+        elif name == "llm":
+            configs[name] = plain | quantization(LAYOUTS[form], group, order)
+            held[name] = encoded(held[name], LAYOUTS[form], group)
+    return configs, held
 
 
 def write(
@@ -60,8 +64,7 @@ def write(
     `over`: into a folder that may be there, whose files of the same names are replaced at the end; begun afresh.
     Errors: ValueError, `LoadError`, before the target is there; OSError.
     """
-    llm, tensors = in_form(source, form)
-    configs, held = source.parts | {"llm": llm}, source.tensors | {"llm": tensors}
+    configs, held = in_form(source, form)
     total, before = sum(x.nbytes for lazy in held.values() for x in lazy.meta.values()), 0
     with building(target, over) as folder:
         for name in reversed(PARTS):  # the llm, the largest by far, last
@@ -81,7 +84,7 @@ def write(
             shards.close()
             write_json(folder / name / "config.json", configs[name])
         if form == V2.name:
-            save_pt(folder / "llm" / "parts", folder / "llm" / f"{target.name}-w4-g{source.group}-awq-v2.pt")
+            save_pt(folder / "llm" / "parts", folder / "llm" / f"{target.name}-w4-g{source.group()}-awq-v2.pt")
         for file, name in companions(source):
             shutil.copyfile(file, folder / name / file.name)
         nested = {f"{name}_cfg": configs[name] for name in PARTS if isinstance(source.top.get(f"{name}_cfg"), dict)}

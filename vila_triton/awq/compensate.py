@@ -11,13 +11,12 @@ from .grid import Grid
 BLOCK = 64  # inputs between updates of all that follow
 
 
-def compensated(w: Tensor, grid: Grid, inverse: Tensor) -> Tensor:
+def compensated(w: Tensor, grid: Grid, order: Tensor, upper: Tensor) -> Tensor:
     """Codes [n, k]: inputs one after the other, loudest first, each error made good by those not yet rounded.
 
-    Frantar et al. 2022 (GPTQ), on a grid that is given; w [n, k], inverse [k, k] of the second moment.
+    Frantar et al. 2022 (GPTQ), on a grid that is given; w [n, k], order and upper as in `Moments`: row j of upper is
+    what the j-th input asks of those after it.
     """
-    order = inverse.diagonal().argsort(stable=True)
-    upper = torch.linalg.cholesky(inverse[order][:, order], upper=True)  # row j: what input j asks of those after it
     wide = grid.spread(w.shape[1])
     scales, zeros, left = (x.T[order] for x in (wide.scales, wide.zeros, w))  # [k, n]: an input is a contiguous row
     codes = torch.empty_like(left)

@@ -11,31 +11,22 @@ class Moments:
     """E[x xᵀ] of the inputs that a rounded linear gets, damped, and what follows from it.
 
     second       [k, k]     E[x xᵀ]
-    inverse      [k, k]
+    order        [k]        inputs, the loudest first: by what of each the others cannot stand in for
+    upper        [k, k]     triangular, upperᵀ upper the inverse of `second` in that order
     conditional  [G, i, i]  for each group, of what is left of its inputs when all others have done their best to stand
                             in for them: what matters to a group whose errors the other inputs make good
     mean_abs     [k]        E|x|
     """
 
     second: Tensor
-    inverse: Tensor
+    order: Tensor
+    upper: Tensor
     conditional: Tensor
     mean_abs: Tensor
 
-    def scaled(self, s: Tensor) -> "Moments":
-        """Of x / s, s [k]."""
-        G, i, _ = self.conditional.shape
-        blocks = s.view(G, i)
-        return Moments(
-            self.second / (s[:, None] * s),
-            self.inverse * (s[:, None] * s),
-            self.conditional / (blocks[:, :, None] * blocks[:, None]),
-            self.mean_abs / s,
-        )
-
 
 def moments(x: Tensor, weights: Tensor, group: int) -> Moments:
-    """x [s, k], weights [s] of mean 1.
+    """x [s, k], weights [s] of mean 1. Of k² numbers four times as many as there are in the result's largest are held.
 
     The diagonal is raised by a share of its mean, the larger the fewer tokens there are for the k² numbers: what
     calibration happened not to show is not free. Errors: ValueError for inputs that are not finite.
@@ -48,7 +39,11 @@ def moments(x: Tensor, weights: Tensor, group: int) -> Moments:
     second.diagonal().add_(damp)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(second))
     blocks = torch.stack([inverse[i : i + group, i : i + group] for i in range(0, k, group)])
-    return Moments(second, inverse, torch.linalg.inv(blocks), (x.abs() * weights[:, None]).mean(0))
+    order = inverse.diagonal().argsort(stable=True)
+    inverse = inverse[order]  # one copy at a time
+    inverse = inverse[:, order]
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    return Moments(second, order, upper, torch.linalg.inv(blocks), (x.abs() * weights[:, None]).mean(0))
 
 
 def stand_in(wanted: Tensor, got: Tensor, weights: Tensor, known: Moments) -> Tensor:
@@ -57,6 +52,9 @@ def stand_in(wanted: Tensor, got: Tensor, weights: Tensor, known: Moments) -> Te
     Least squares, held near the identity by the damping of `known`, the moments of `got`.
     """
     drift = ((wanted - got) * weights[:, None]).T @ got / len(got)
-    shift = drift @ known.inverse
-    shift.diagonal().add_(1)
-    return shift
+    drift = drift[:, known.order]
+    drift = drift @ known.upper.T
+    drift = drift @ known.upper
+    drift = drift[:, known.order.argsort()]
+    drift.diagonal().add_(1)
+    return drift

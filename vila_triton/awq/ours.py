@@ -10,6 +10,7 @@ from vila_triton.formats import TILE_N
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.layers import Affine, linear
 from vila_triton.models.llama import Layer, gated
+from vila_triton.models.params import tree_map
 from vila_triton.ops import Int4, dequantize, rms_norm
 
 from .compensate import compensated, loss
@@ -38,9 +39,10 @@ def quantize_layer(
     """Round the linears of a layer; x [s, e] are its inputs, `seen` those it gets from the rounded layers before.
 
     With `propagate` a linear learns from the inputs that the rounded ones before it give, and makes good what they
-    spoilt; without, from what it always had. Beside the layer, only linears of one place are held as numbers.
+    spoilt; without, from what it always had. The work is done in the dtype of x, whatever that of the layer: beside
+    the layer, only linears of one place are held in it.
     """
-    truth = inputs(layer, x, tokens, cfg)
+    truth = inputs(tree_map(lambda leaf: leaf.to(x.dtype), layer), x, tokens, cfg)
     heads = (cfg.num_attention_heads, cfg.num_key_value_heads)
     report: dict[str, Any] = {"scales": {}, "linears": {}}
     scales: dict[str, Tensor] = {}
@@ -66,19 +68,23 @@ def quantize_layer(
         shift = None if got is wanted else stand_in(wanted, got, tokens.weights, known)
         for name in PLACES[place]:
             old = rescaled(layer, name, scales, cfg.num_key_value_heads)
+            bias = None if old.bias is None else old.bias.to(x.dtype)
             new, report["linears"][name] = round_linear(old.weight, shift, known, group, at_once)
-            made = replace(made, **{name: Affine(new, old.bias)})
+            del old
+            made = replace(made, **{name: Affine(new, bias)})
             if propagate:
-                dense = replace(dense, **{name: Affine(dequantize(new, x.dtype), old.bias)})
+                dense = replace(dense, **{name: Affine(written_out(new, x.dtype, at_once), bias)})
         return dense
+
+    def through(dense: Layer, h: Tensor) -> Tensor:
+        return tokens.through(lambda rows, cache: attended(dense, rows, cfg, cache), h)
 
     if not propagate:
         for place in PLACES:
             round_place(place, getattr(truth, place))
         return Rounded(made, truth.out, truth.out, report)
     h = rms_norm(seen, norms.attention_norm, cfg.rms_norm_eps)
-    dense = round_place("attention", h)
-    a = tokens.through(lambda rows, cache: attended(dense, rows, cfg, cache), h)
+    a = through(round_place("attention", h), h)
     seen = seen + linear(round_place("o", a).o, a)
     m = rms_norm(seen, norms.mlp_norm, cfg.rms_norm_eps)
     g = gated(round_place("mlp", m), m)
@@ -91,10 +97,10 @@ def round_linear(
 ) -> tuple[Int4, dict[str, float]]:
     """A weight [n, k], after `stand_in` if there is one, some rows at a time; and what to say of it."""
     parts, sums = [], torch.zeros(4, dtype=torch.float64)
-    for rows in w.split(max(1, at_once // w.shape[1] // TILE_N) * TILE_N):
+    for rows in w.split(rows_of(w.shape[1], at_once)):
         target = rows if shift is None else rows @ shift
         grid = clipped(target, group, known.conditional, SHRINKS)
-        found = compensated(target, grid, known.inverse)
+        found = compensated(target, grid, known.order, known.upper)
         low, high = extent(rows, group)
         plain = between(low, high).spread(w.shape[1])
         ours = loss(grid.spread(w.shape[1]).value(found) - target, known.second)
@@ -113,3 +119,19 @@ def round_linear(
     nearest, ours, size, shrink = sums.tolist()
     said = {"nearest": nearest / max(size, 1e-30), "ours": ours / max(size, 1e-30)}
     return whole, said | {"shrink": shrink / whole.scales.numel()}
+
+
+def rows_of(k: int, at_once: int) -> int:
+    """Rows [k] of a weight that are worked on together: whole tiles."""
+    return max(1, at_once // k // TILE_N) * TILE_N
+
+
+def written_out(w: Int4, dtype: torch.dtype, at_once: int) -> Tensor:
+    """`dequantize`, some rows at a time."""
+    (n, k), step = w.shape, rows_of(w.shape[1], at_once)
+    out = torch.empty(n, k, dtype=dtype, device=w.scales.device)
+    for i in range(0, n, step):
+        tiles, rows = slice(i // TILE_N, (i + step) // TILE_N), slice(i, i + step)
+        some = replace(w, qweight=w.qweight[tiles], scales=w.scales[:, rows], zeros=w.zeros[:, rows])
+        out[rows] = dequantize(some, dtype)
+    return out

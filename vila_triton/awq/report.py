@@ -1,7 +1,7 @@
 """What was done to each layer, as JSON and as a picture (SVG, written by hand: nothing more need be installed)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -15,38 +15,36 @@ WIDTH, HEIGHT, LEFT, GAP = 760, 180, 60, 60
 Line = tuple[str, str, Sequence[float], str]  # label, colour, a value a layer, dashes
 
 
-def write(folder: Path, about: dict[str, Any], layers: Sequence[dict[str, Any]]) -> None:
-    """quantization.json and quantization.svg.
+def write(folder: Path, about: dict[str, Any], parts: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    """quantization.json and quantization.svg, of reports by part, a list of steps each.
 
     Of a linear: `nearest`, the share of its output's square that rounding to the nearest level would lose on the inputs
     that it gets; `ours`, the share that is lost; `shrink`, the mean width of its grids, 1 unclipped. Of a place:
     `ratio`, the exponent of its scale.
     """
-    write_json(folder / "quantization.json", about | {"layers": list(layers)})
-    (folder / "quantization.svg").write_text(picture(about, layers))
+    write_json(
+        folder / "quantization.json",
+        about | {"layers" if part == "llm" else part: list(steps) for part, steps in parts.items()},
+    )
+    (folder / "quantization.svg").write_text(picture(about, parts))
 
 
-def picture(about: dict[str, Any], layers: Sequence[dict[str, Any]]) -> str:
+def picture(about: dict[str, Any], parts: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    layers = parts["llm"]
     ratios: list[Line] = [
         (place, colour, [layer["scales"].get(place, {}).get("ratio", math.nan) for layer in layers], "")
         for place, colour in zip(PLACES, COLOURS)
     ]
     shown = [("exponents of the scales", ratios, False)]
     if layers and layers[0]["linears"]:
-        errors: list[Line] = []
-        shrinks: list[Line] = []
-        for name, colour in zip(layers[0]["linears"], COLOURS):
-            values = [layer["linears"][name] for layer in layers]
-            errors += [
-                (name, colour, [v["ours"] for v in values], ""),
-                ("", colour, [v["nearest"] for v in values], "3 3"),
-            ]
-            shrinks.append((name, colour, [v["shrink"] for v in values], ""))
         shown = [
-            ("error, as a share of a linear's output (dashed: to the nearest level)", errors, True),
+            ("error, as a share of a linear's output (dashed: to the nearest level)", errors(layers), True),
             *shown,
-            ("width of the grids, as a share of the weights' range", shrinks, False),
+            ("width of the grids, as a share of the weights' range", widths(layers), False),
         ]
+    for part in parts:
+        if part != "llm":
+            shown.append((f"error of {part}", errors(parts[part]), True))
     title = escape(", ".join(f"{key} {value}" for key, value in about.items() if not isinstance(value, list | dict)))
     parts = [panel(head, lines, log, 30 + i * (HEIGHT + GAP)) for i, (head, lines, log) in enumerate(shown)]
     height = 30 + len(shown) * (HEIGHT + GAP)
@@ -59,6 +57,21 @@ def picture(about: dict[str, Any], layers: Sequence[dict[str, Any]]) -> str:
             "</svg>\n",
         ]
     )
+
+
+def errors(steps: Sequence[dict[str, Any]]) -> list[Line]:
+    """Two lines a linear: what is lost, and dashed what the nearest level would lose."""
+    lines = list[Line]()
+    for name, colour in zip(steps[0]["linears"], COLOURS):
+        values = [step["linears"][name] for step in steps]
+        lines += [(name, colour, [v["ours"] for v in values], ""), ("", colour, [v["nearest"] for v in values], "3 3")]
+    return lines
+
+
+def widths(steps: Sequence[dict[str, Any]]) -> list[Line]:
+    """The widths of a linear's grids."""
+    named = zip(steps[0]["linears"], COLOURS)
+    return [(name, colour, [step["linears"][name]["shrink"] for step in steps], "") for name, colour in named]
 
 
 def panel(head: str, lines: Sequence[Line], log: bool, top: int) -> str:

@@ -58,11 +58,12 @@ def search(weights: list[Tensor], seen: Moments, group: int, heads: tuple[int, i
     out. heads: query and value heads, if the scale must be equal for those that share.
     """
     mean_abs = seen.mean_abs if heads is None else shared(seen.mean_abs, *heads)
-    weights = [w[:: -(-len(w) // ROWS)] for w in weights]
+    weights = [w[:: -(-len(w) // ROWS)].to(seen.second.dtype) for w in weights]
     sizes = [((w @ seen.second) * w).sum().clamp(min=1e-12) for w in weights]
 
     def loss(choice: Choice) -> float:
-        blocks, total = seen.scaled(choice.scale).conditional, torch.zeros(())
+        s = choice.scale.view(len(seen.conditional), group)
+        blocks, total = seen.conditional / (s[:, :, None] * s[:, None]), torch.zeros(())
         for w, size in zip(weights, sizes):
             for some in w.split(64):
                 scaled = some * choice.scale

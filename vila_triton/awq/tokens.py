@@ -2,10 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from vila_triton.cache import Uncached
@@ -38,22 +36,9 @@ class Tokens:
         return torch.cat([f(x[at], Uncached(lengths, x.device)) for at, lengths in self.runs()])
 
 
-class Tap:
-    """Another cache that remembers the last attention: what `o` is given."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner, self.policy = inner, inner.policy
-
-    def attend(self, *args: Any) -> Tensor:
-        self.last = self.inner.attend(*args)
-        return self.last
-
-
 def attended(layer: llama.Layer, h: Tensor, cfg: LlamaConfig, cache: Uncached) -> Tensor:
     """What `o` is given: normed rows [s, e] -> [s, h·d]."""
-    tap: Any = Tap(cache)
-    llama.attention(layer, h, llama.angles(cache.positions, cfg), 0, cfg, tap)
-    return rearrange(tap.last, "s h d -> s (h d)")
+    return llama.attended(layer, h, llama.angles(cache.positions, cfg), 0, cfg, cache)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`vila-triton quantize`: a VILA in fp16 to one whose language model is int4."""
+"""`vila-triton quantize`: a VILA in fp16 to one whose language model is int4, and what sees if asked for."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 GROUPS = (32, 64, 128)
+PARTS = ("vision_tower", "mm_projector")
 FORMS = ("ours", "awq-gemm", "awq-v1", "awq-v2")
 
 
@@ -20,6 +21,7 @@ def configure(commands: Any) -> None:
     parser.add_argument("--method", choices=("awq", "rtn"), default="awq", help="rtn: round to nearest, see no input")
     parser.add_argument("--mode", choices=("ours", "upstream"), default="ours", help="upstream: llm-awq's objective")
     parser.add_argument("--group-size", type=int, choices=GROUPS, default=128, help="inputs that share a scale")
+    parser.add_argument("--also", nargs="+", choices=PARTS, default=(), help="parts that are rounded too (none)")
     parser.add_argument("--format", choices=FORMS, default="ours", help="the layout of the int4 linears")
     parser.add_argument(
         "--calib",
@@ -43,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
 
     from vila_triton.awq import cachefile, report
     from vila_triton.awq import run as awq
-    from vila_triton.checkpoint import open_source
+    from vila_triton.awq import work as folder
+    from vila_triton.checkpoint import geometry, open_source
     from vila_triton.choices import pick_device
     from vila_triton.shards import SHARD_BYTES
     from vila_triton.write import write
@@ -55,10 +58,11 @@ def run(args: argparse.Namespace) -> None:
     if args.samples < 1:
         raise ValueError(f"--samples is {args.samples}, expected at least 1")
     source, device = open_source(args.source), pick_device(args.device)
-    how = awq.How(args.mode, args.group_size, not args.no_propagate, args.image_weight)
-    cfg = awq.check(source, how)
+    also = tuple(dict.fromkeys(args.also))
+    how = folder.How(args.mode, args.group_size, not args.no_propagate, args.image_weight, also)
+    cfg = geometry(source.top, awq.opened(source, how).parts)
     if args.method == "rtn":
-        write(awq.nearest(source, cfg, how.group), args.target, args.format, progress=progress())
+        write(awq.nearest(source, how), args.target, args.format, progress=progress())
         print(f"{args.target}: written, every weight at its nearest level in groups of {how.group}")
         return
     work = args.target.with_name(f"{args.target.name}.quantizing")
@@ -74,11 +78,11 @@ def run(args: argparse.Namespace) -> None:
             made, args.target, args.format, limit=SHARD_BYTES, progress=progress(), key=(work / "work.json").read_text()
         )
     about = {"method": args.method, "mode": how.mode, "group": how.group, "calibration": said, "tokens": words}
-    about |= {"seed": args.seed, "propagate": how.propagate, "image_weight": how.image_weight}
-    report.write(args.target, about, awq.reports(work))
+    about |= {"seed": args.seed, "propagate": how.propagate, "image_weight": how.image_weight, "also": also}
+    report.write(args.target, about, {part: folder.reports(work, part) for part in ("llm", *how.also)})
     if how.mode == "upstream":
         awq.save_cache(work, args.target / "awq_cache.pt", torch.float16)
-    awq.finish(work)
+    folder.finish(work)
     print(f"{args.target}: written, with quantization.json and quantization.svg")
 
 

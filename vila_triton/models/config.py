@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .fields import ConfigError, read
+from .fields import ConfigError, int4_fields, read
 from .vision_config import ProjectorConfig, VisionConfig
 
 __all__ = ["ConfigError", "LlamaConfig", "ProjectorConfig", "RopeScaling", "VilaConfig", "VisionConfig", "read"]
@@ -64,16 +64,7 @@ class LlamaConfig:
             raise ConfigError(f"llm: rope_scaling {kind!r} is not supported (default, linear, llama3 are)")
         if kind != "default":
             v["rope_scaling"] = read(RopeScaling, {**rope, "rope_type": kind}, "llm rope_scaling")
-        quantization = v.get("quantization_config")
-        if quantization:
-            if quantization.get("quant_method") != "vila-triton":
-                raise ConfigError(f"llm: quantization {quantization.get('quant_method')!r} is not supported")
-            if not quantization.get("group_size"):
-                raise ConfigError("llm quantization_config: missing group_size")
-            v["group_size"], v["order"] = quantization["group_size"], quantization.get("order") or "sub"
-            if v["order"] not in ("sub", "fma"):
-                raise ConfigError(f"llm quantization_config: order is {v['order']!r}, expected 'sub' or 'fma'")
-        cfg = read(cls, v, "llm")
+        cfg = read(cls, {**v, **int4_fields(v, "llm", ("sub", "fma"))}, "llm")
         if cfg.num_attention_heads % cfg.num_key_value_heads:
             raise ConfigError(
                 f"llm: {cfg.num_attention_heads} heads are not a multiple of {cfg.num_key_value_heads} key/value heads"

@@ -28,3 +28,22 @@ def read(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         if whole and value < 1 and f.name != "select_layer":
             raise ConfigError(f"{where}: {f.name} is {value}, expected at least 1")
     return cls(**known)
+
+
+def int4_fields(values: Mapping[str, Any], where: str, orders: tuple[str, ...] = ("sub",)) -> dict[str, Any]:
+    """`group_size` and `order` of a part whose `quantization_config` says that its linears are int4, else nothing.
+
+    Errors: `ConfigError`.
+    """
+    said = values.get("quantization_config")
+    if not said:
+        return {}
+    if said.get("quant_method") != "vila-triton":
+        raise ConfigError(f"{where}: quantization {said.get('quant_method')!r} is not supported")
+    if not said.get("group_size"):
+        raise ConfigError(f"{where} quantization_config: missing group_size")
+    order = said.get("order") or "sub"
+    if order not in orders:
+        names = " or ".join(map(repr, orders))
+        raise ConfigError(f"{where} quantization_config: order is {order!r}, expected {names}")
+    return {"group_size": said["group_size"], "order": order}

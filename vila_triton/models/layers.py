@@ -1,5 +1,6 @@
 """The two layers every part is made of: weight and bias, applied as a linear map or as a norm."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,9 @@ def declare_norm(e: int, key: str, dtype: torch.dtype) -> Affine:
 def linear(p: Affine, x: Tensor) -> Tensor:
     """x [..., k] -> [..., n]."""
     return ops.linear(x, p.weight, p.bias)
+
+
+Linear = Callable[[Affine, Tensor], Tensor]  # of every block: `linear`, or one that also looks at what it is given
 
 
 def layer_norm(p: Affine, x: Tensor, eps: float) -> Tensor:

@@ -115,10 +115,14 @@ def embed(p: Llama, ids: Tensor) -> Tensor:
     return p.embedding[ids]
 
 
-def attention(p: Layer, x: Tensor, rotary: Rotary, i: int, cfg: LlamaConfig, cache: Cache) -> Tensor:
+def attended(p: Layer, x: Tensor, rotary: Rotary, i: int, cfg: LlamaConfig, cache: Cache) -> Tensor:
+    """What the last linear of the attention is given: [s, e] -> [s, h·d]."""
     q, k, v = (rearrange(linear(w, x), "s (h d) -> s h d", d=cfg.head_dim) for w in (p.q, p.k, p.v))
-    out = cache.attend(i, q, k, v, rotary, cfg.head_dim**-0.5)
-    return linear(p.o, rearrange(out, "s h d -> s (h d)"))
+    return rearrange(cache.attend(i, q, k, v, rotary, cfg.head_dim**-0.5), "s h d -> s (h d)")
+
+
+def attention(p: Layer, x: Tensor, rotary: Rotary, i: int, cfg: LlamaConfig, cache: Cache) -> Tensor:
+    return linear(p.o, attended(p, x, rotary, i, cfg, cache))
 
 
 def gated(p: Layer, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .config import ProjectorConfig
-from .layers import Affine, declare_linear, declare_norm, layer_norm, linear
+from .layers import Affine, Linear, declare_linear, declare_norm, layer_norm, linear
 
 EPS = 1e-5  # torch's default, which the checkpoints were trained with
 
@@ -50,7 +50,7 @@ def declare(cfg: ProjectorConfig, dtype: torch.dtype) -> Projector:
         norm = declare_norm(k, f"layers.{place}", dtype) if normed and i < len(sizes) - 2 else None
         place += norm is not None
         key = "layers" if cfg.mm_projector_type == "linear" else f"layers.{place}"
-        stages.append(Stage(norm, declare_linear(n, k, key, dtype)))
+        stages.append(Stage(norm, declare_linear(n, k, key, dtype, group=cfg.group_size)))
         place += 2  # the linear map and the GELU after it
     return Projector(tuple(stages))
 
@@ -70,7 +70,7 @@ def downsample(x: Tensor, order: str, n: int = 2) -> Tensor:
     return rearrange(x, f"b (i p) (j q) m -> b {tokens} (p q m)", p=n, q=n)
 
 
-def projector(p: Projector, x: Tensor, cfg: ProjectorConfig) -> Tensor:
+def projector(p: Projector, x: Tensor, cfg: ProjectorConfig, linear: Linear = linear) -> Tensor:
     """Picture features [b, features, m] -> [b, tokens, e]."""
     x = downsample(x, cfg.order, cfg.side) if cfg.side > 1 else x
     for i, stage in enumerate(p.stages):

@@ -35,10 +35,13 @@ def vision_tower(p: Tower, pixels: Tensor, cfg: VisionConfig) -> Tensor:
         raise ValueError(
             f"images have shape {list(pixels.shape)}, expected [pictures, {', '.join(map(str, expected))}]"
         )
-    if not cfg.scales:
-        return features(p, pixels, cfg)
-    tiles = [cut(look(pixels, side), side // cfg.tile) for side in cfg.scales]
-    return side_by_side([features(p, x, cfg) for x in tiles], [side // cfg.tile for side in cfg.scales])
+    found = [features(p, x, cfg) for x in tiles(pixels, cfg)]
+    return side_by_side(found, [side // cfg.tile for side in cfg.scales]) if cfg.scales else found[0]
+
+
+def tiles(pixels: Tensor, cfg: VisionConfig) -> list[Tensor]:
+    """What the transformer sees of pictures [b, c, H, W]: for each scale, or once, [b · tiles, c, tile, tile]."""
+    return [cut(look(pixels, side), side // cfg.tile) for side in cfg.scales] or [pixels]
 
 
 def features(p: Tower, pixels: Tensor, cfg: VisionConfig) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .fields import ConfigError, read
+from .fields import ConfigError, int4_fields, read
 
 TOWERS: dict[str, dict[str, Any]] = {  # what a config.json may leave unsaid, as the tower's own code has it
     "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
@@ -40,6 +40,7 @@ class VisionConfig:
     `select_layer` counts hidden states as VILA does: -1 is the output of the last layer, -2 of the one before.
     `select_feature` "patch" drops the class token, "cls_patch" keeps whatever there is. `resolution` is the side in
     pixels the tower is used at, if not the trained one. `scales` are the sides of S2 (Shi et al. 2024), smallest first.
+    `group_size` set means that the linears of the layers are int4.
     """
 
     hidden_size: int
@@ -59,6 +60,7 @@ class VisionConfig:
     select_feature: str = "cls_patch"
     resolution: int | None = None
     scales: tuple[int, ...] = ()
+    group_size: int | None = None
 
     @property
     def tile(self) -> int:
@@ -109,7 +111,7 @@ class VisionConfig:
         top, kind = top or {}, str(values.get("model_type"))
         if kind not in TOWERS:
             raise ConfigError(f"vision_tower: {kind!r} is not supported ({', '.join(TOWERS)} are)")
-        given = {key: value for key, value in values.items() if value is not None}
+        given = {key: value for key, value in values.items() if value is not None} | int4_fields(values, "vision_tower")
         own = read(cls, {**TOWERS[kind], **given, "scales": None, "resolution": None}, "vision_tower")
         select, resolution = top.get("mm_vision_select_layer"), top.get("vision_resolution")
         how = {
@@ -175,13 +177,15 @@ class ProjectorConfig:
     """Features of the tower to the width of the language model; the types are VILA's and LLaVA's.
 
     `token_order` of VILA 1.5's `mlp_downsample` is "column" (None too), of later releases' "row". The configs of the
-    two look alike, so a later checkpoint needs `"token_order": "row"` in its mm_projector/config.json.
+    two look alike, so a later checkpoint needs `"token_order": "row"` in its mm_projector/config.json. `group_size` set
+    means int4 linears.
     """
 
     mm_projector_type: str
     mm_hidden_size: int
     hidden_size: int
     token_order: Literal["column", "row"] | None = None
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         kind = self.mm_projector_type
@@ -220,4 +224,4 @@ class ProjectorConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ProjectorConfig":
         """From mm_projector/config.json together with the widths of the top config.json. Errors: `ConfigError`."""
-        return read(cls, values, "mm_projector")
+        return read(cls, {**values, **int4_fields(values, "mm_projector")}, "mm_projector")

@@ -8,7 +8,7 @@ from torch import Tensor
 from vila_triton import ops
 
 from .config import VisionConfig
-from .layers import Affine, Leaf, declare_linear, declare_norm, layer_norm, linear
+from .layers import Affine, Leaf, Linear, declare_linear, declare_norm, layer_norm, linear
 from .params import Spec
 from .vision_parts import ACTIVATIONS, attend, declare_patch, patches, positions, trained_positions, with_class_token
 
@@ -44,18 +44,21 @@ def declare(cfg: VisionConfig, dtype: torch.dtype) -> InternVit:
     e, f = cfg.hidden_size, cfg.intermediate_size
     norm = declare_rms_norm if cfg.norm_type == "rms_norm" else declare_norm
 
+    def dense(n: int, k: int, key: str, bias: bool = True) -> Affine:
+        return declare_linear(n, k, key, dtype, bias, cfg.group_size)
+
     def layer(i: int) -> Layer:
         at = f"encoder.layers.{i}"
         return Layer(
             norm(e, f"{at}.norm1", dtype),
-            declare_linear(3 * e, e, f"{at}.attn.qkv", dtype, bias=cfg.qkv_bias),
+            dense(3 * e, e, f"{at}.attn.qkv", cfg.qkv_bias),
             declare_rms_norm(e, f"{at}.attn.q_norm", dtype) if cfg.qk_normalization else None,
             declare_rms_norm(e, f"{at}.attn.k_norm", dtype) if cfg.qk_normalization else None,
-            declare_linear(e, e, f"{at}.attn.proj", dtype),
+            dense(e, e, f"{at}.attn.proj"),
             Spec((e,), f"{at}.ls1", dtype, "ones"),
             norm(e, f"{at}.norm2", dtype),
-            declare_linear(f, e, f"{at}.mlp.fc1", dtype),
-            declare_linear(e, f, f"{at}.mlp.fc2", dtype),
+            dense(f, e, f"{at}.mlp.fc1"),
+            dense(e, f, f"{at}.mlp.fc2"),
             Spec((e,), f"{at}.ls2", dtype, "ones"),
         )
 
@@ -79,7 +82,7 @@ def norm(p: Affine | None, x: Tensor, eps: float) -> Tensor:
     return ops.rms_norm(x, p.weight, eps) if p.bias is None else layer_norm(p, x, eps)
 
 
-def block(p: Layer, x: Tensor, cfg: VisionConfig) -> Tensor:
+def block(p: Layer, x: Tensor, cfg: VisionConfig, linear: Linear = linear) -> Tensor:
     """One layer: x [b, s, e] -> [b, s, e]."""
     eps = cfg.layer_norm_eps
     q, k, v = linear(p.qkv, norm(p.norm1, x, eps)).chunk(3, dim=-1)  # [b, s, e] each

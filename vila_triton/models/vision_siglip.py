@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .config import VisionConfig
-from .layers import Affine, Leaf, declare_linear, declare_norm, layer_norm, linear
+from .layers import Affine, Leaf, Linear, declare_linear, declare_norm, layer_norm, linear
 from .params import Spec
 from .vision_parts import ACTIVATIONS, attend, declare_patch, patches, positions, trained_positions
 
@@ -34,15 +34,19 @@ class Siglip:
 def declare_layer(cfg: VisionConfig, i: int, dtype: torch.dtype) -> Layer:
     """A layer as SigLIP and CLIP have it, named as in transformers."""
     e, f, at = cfg.hidden_size, cfg.intermediate_size, f"encoder.layers.{i}"
+
+    def dense(n: int, k: int, key: str) -> Affine:
+        return declare_linear(n, k, f"{at}.{key}", dtype, group=cfg.group_size)
+
     return Layer(
         declare_norm(e, f"{at}.layer_norm1", dtype),
-        declare_linear(e, e, f"{at}.self_attn.q_proj", dtype),
-        declare_linear(e, e, f"{at}.self_attn.k_proj", dtype),
-        declare_linear(e, e, f"{at}.self_attn.v_proj", dtype),
-        declare_linear(e, e, f"{at}.self_attn.out_proj", dtype),
+        dense(e, e, "self_attn.q_proj"),
+        dense(e, e, "self_attn.k_proj"),
+        dense(e, e, "self_attn.v_proj"),
+        dense(e, e, "self_attn.out_proj"),
         declare_norm(e, f"{at}.layer_norm2", dtype),
-        declare_linear(f, e, f"{at}.mlp.fc1", dtype),
-        declare_linear(e, f, f"{at}.mlp.fc2", dtype),
+        dense(f, e, "mlp.fc1"),
+        dense(e, f, "mlp.fc2"),
     )
 
 
@@ -61,7 +65,7 @@ def embed(p: Siglip, pixels: Tensor, cfg: VisionConfig) -> Tensor:
     return patches(p.patch, pixels, cfg) + positions(p.position, cfg)
 
 
-def block(p: Layer, x: Tensor, cfg: VisionConfig) -> Tensor:
+def block(p: Layer, x: Tensor, cfg: VisionConfig, linear: Linear = linear) -> Tensor:
     """One layer: x [b, s, e] -> [b, s, e]."""
     y = layer_norm(p.norm1, x, cfg.layer_norm_eps)
     q, k, v = (linear(w, y) for w in (p.q, p.k, p.v))

@@ -1,0 +1,142 @@
+"""The picture tower and the projector in int4: every linear is rounded knowing its inputs, and nothing is made louder.
+
+AWQ's scales have no place between the linears of an MLP here, which are a GELU apart.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vila_triton.checkpoint import fitting, geometry
+from vila_triton.models import projector, vision
+from vila_triton.models.config import VilaConfig, VisionConfig
+from vila_triton.models.layers import Affine, Linear, linear
+from vila_triton.models.params import Lazy, leaves, load, tree_map
+from vila_triton.sources import Source
+
+from .moments import moments, stand_in
+from .ours import AT_ONCE, round_linear, written_out
+from .work import How, State, Step, Steps, dtype_of
+
+POSITIONS = 1 << 14  # of the tower, that it is calibrated on at most
+T = TypeVar("T")
+
+
+def padded(source: Source, cfg: VisionConfig, group: int) -> Source:
+    """The same tower, the MLPs of its layers widened to whole groups: SigLIP's are 4,304 wide, 16 times a prime.
+
+    What is added is zero before the activation and after, so nothing that is computed changes.
+    """
+    more = -cfg.intermediate_size % group
+    if not more:
+        return source
+    held = source.tensors["vision_tower"]
+    sides = {".mlp.fc1.weight": (0, 0, 0, more), ".mlp.fc1.bias": (0, more), ".mlp.fc2.weight": (0, more)}
+
+    def widened(name: str, x: Tensor) -> Tensor:
+        return next((F.pad(x, side) for end, side in sides.items() if name.endswith(end)), x)
+
+    meta = {name: widened(name, x) for name, x in held.meta.items()}
+    wide = Lazy(meta, lambda name: widened(name, held[name]), held.forget)
+    said = source.parts["vision_tower"] | {"intermediate_size": cfg.intermediate_size + more}
+    return replace(source, parts=source.parts | {"vision_tower": said}, tensors=source.tensors | {"vision_tower": wide})
+
+
+def some(pixels: Tensor, cfg: VisionConfig) -> Tensor:
+    """Of pictures [n, c, H, W] every so manyth, so that they take no more than `POSITIONS`."""
+    tiles = sum((side // cfg.tile) ** 2 for side in cfg.scales) or 1
+    room = max(1, POSITIONS // (tiles * (cfg.grid**2 + cfg.class_tokens)))
+    return pixels[:: -(-len(pixels) // room)]
+
+
+def rounded(
+    tree: T, specs: T, f: Callable[[T, Tensor, Linear], Tensor], state: State, group: int, propagate: bool
+) -> Step:
+    """The tree with every linear that f(tree, x, linear) applies in int4, each rounded when f comes to it.
+
+    tree: in any dtype; the work is done in that of `x`.
+    state: `x`, what f is given, and `seen`, what it is given where all before is rounded. With `propagate` a linear
+    learns from the inputs that the rounded ones before it give, and makes good what they spoilt.
+    """
+    tree = tree_map(lambda leaf: leaf.to(state["x"].dtype), tree)
+    keys = [spec.key.split(".")[-3:-1] for spec in leaves(specs)]
+    names = {id(leaf): ".".join(key) for leaf, key in zip(leaves(tree), keys, strict=True)}
+    given: dict[int, Tensor] = {}
+    made: dict[int, Any] = {}
+    report: dict[str, Any] = {"scales": {}, "linears": {}}
+    last: Any = (None, None, None)  # an input, its moments and what stands in for it: q, k and v share theirs
+
+    def turned(p: Affine, y: Tensor) -> Affine:
+        nonlocal last
+        key, at_once = id(p.weight), max(AT_ONCE, p.weight.numel() // 8)
+        if last[0] is not y:
+            got, wanted = y.flatten(0, -2), given[key].flatten(0, -2)
+            each = torch.ones(len(got), device=y.device)
+            known = moments(got, each, group)
+            last = y, known, stand_in(wanted, got, each, known) if propagate else None
+        made[key], report["linears"][names[key]] = round_linear(p.weight, last[2], last[1], group, at_once)
+        return Affine(written_out(made[key], y.dtype, at_once), p.bias)
+
+    def watched(p: Affine, y: Tensor) -> Tensor:
+        given[id(p.weight)] = y
+        if not propagate:
+            turned(p, y)
+        return linear(p, y)
+
+    truth = seen = f(tree, state["x"], watched)
+    if propagate:
+        seen = f(tree, state["seen"], lambda p, y: linear(turned(p, y), y))
+    return Step(tree_map(lambda leaf: made.get(id(leaf), leaf), tree), report, {"x": truth, "seen": seen}, {})
+
+
+def tower(source: Source, cfg: VilaConfig, how: How, pixels: Tensor, device: torch.device) -> Steps:
+    """A step for each layer, in float32, on what the layers see of some of calibration's pictures [n, c, H, W]."""
+    of, kind = cfg.vision_tower, vision.KINDS[cfg.vision_tower.model_type]
+    dtype = dtype_of(source, "vision_tower")
+    before = vision.declare(of, dtype).layers
+
+    def start() -> State:
+        p = load(vision.declare(of, torch.float32), *fitting(source, cfg, "vision_tower"), device)
+        seen = vision.tiles(some(pixels, of).to(device, torch.float32), of)
+        x = torch.cat([kind.embed(p, tiles, of) for tiles in seen])
+        return {"x": x, "seen": x.clone()}
+
+    def one(i: int, layer: Any, state: State) -> Step:
+        def through(p: Any, x: Tensor, linear: Linear) -> Tensor:
+            return kind.block(p, x, of, linear)
+
+        return rounded(layer, before[i], through, state, how.group, how.propagate)
+
+    after = vision.declare(replace(of, group_size=how.group), dtype).layers
+    return Steps("vision_tower", how.group, before, after, start, one)
+
+
+def connector(source: Source, made: Source, cfg: VilaConfig, how: How, pixels: Tensor, device: torch.device) -> Steps:
+    """One step: the projector, in float32. made: the source, its tower rounded if it is to be."""
+    of, dtype = cfg.mm_projector, dtype_of(source, "mm_projector")
+
+    def features(source: Source) -> Tensor:
+        own = geometry(source.top, source.parts)
+        p = load(vision.declare(own.vision_tower, torch.float32), *fitting(source, own, "vision_tower"), device)
+        return vision.vision_tower(p, some(pixels, own.vision_tower).to(device, torch.float32), own.vision_tower)
+
+    def one(_: int, p: Any, state: State) -> Step:
+        def through(p: Any, x: Tensor, linear: Linear) -> Tensor:
+            return projector.projector(p, x, of, linear)
+
+        return rounded(p, before, through, state, how.group, how.propagate)
+
+    before = projector.declare(of, dtype)
+    after = projector.declare(replace(of, group_size=how.group), dtype)
+    return Steps(
+        "mm_projector",
+        how.group,
+        (before,),
+        (after,),
+        lambda: {"x": features(source), "seen": features(made)},
+        one,
+    )

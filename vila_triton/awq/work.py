@@ -1,0 +1,173 @@
+"""The folder beside the target: for every finished step a file, for the next its inputs; so work outlives a kill."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vila_triton.checkpoint import TOWER_PREFIX
+from vila_triton.layouts import OURS
+from vila_triton.models.params import Lazy, Spec, leaves, tree_map
+from vila_triton.shards import part as temporary
+from vila_triton.shards import write_json
+from vila_triton.sources import Source, quantization
+from vila_triton.tensors import open_tensors, read_json
+
+FOUND = "awq_cache."  # names in a step's file of what was found, beside its tensors
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class How:
+    """mode "ours" or "upstream"; group: inputs that share a scale; propagate: later layers make good what rounding did
+    to earlier ones (ours); image_weight: how much a token of a picture counts, for each 1 of a word's (ours); also: of
+    the tower and the projector those that are rounded too (ours).
+    """
+
+    mode: str = "ours"
+    group: int = 128
+    propagate: bool = True
+    image_weight: float = 1.0
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step leaves: its rounded tree, its report, the inputs of the next, what else is to be kept."""
+
+    tree: Any
+    report: dict[str, Any]
+    state: State
+    found: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A part of a checkpoint and how its trees are rounded, one after the other.
+
+    before, after: the declarations of the trees, in the dtype of the checkpoint and in int4.
+    """
+
+    part: str
+    group: int
+    before: Sequence[Any]
+    after: Sequence[Any]
+    start: Callable[[], State]
+    one: Callable[[int, Any, State], Step]
+
+
+def begin(work: Path, *what: Any) -> None:
+    """The folder of this work. Errors: ValueError if other work was begun there."""
+    text = hashlib.sha256()
+    for x in what:
+        text.update(x.contiguous().view(torch.uint8).numpy() if isinstance(x, Tensor) else repr(x).encode())
+    key = {"key": text.hexdigest()}
+    work.mkdir(parents=True, exist_ok=True)
+    if (work / "work.json").exists() and read_json(work / "work.json") != key:
+        raise ValueError(f"{work} holds the beginnings of other work; remove it, or write elsewhere")
+    write_json(work / "work.json", key)
+
+
+def carry_out(steps: Steps, source: Source, work: Path, device: torch.device, say: Callable[[int], None]) -> Source:
+    """Take the steps that are not done yet; the source with this part rounded.
+
+    say: told of steps finished, as each begins. Errors: ValueError, naming the tree.
+    """
+    part, total, prefix = steps.part, len(steps.before), prefix_of(source, steps.part)
+    done = sum((work / f"{part}-{i:03}.safetensors").exists() for i in range(total))
+    state: State = {}
+    if done < total:
+        state = dict(open_tensors(work / f"inputs-{part}-{done:03}.safetensors")) if done else steps.start()
+        state = {name: x.to(device) for name, x in state.items()}
+
+    def take(spec: Spec) -> Tensor:
+        tensors, name = source.tensors[part], prefix + spec.key
+        x = tensors[name].to(device, spec.dtype, copy=True)
+        tensors.forget(name)
+        return x
+
+    for i in range(done, total):
+        say(i)
+        try:
+            made = steps.one(i, tree_map(take, steps.before[i]), state)
+        except ValueError as error:
+            where = commonpath([spec.key.replace(".", "/") for spec in leaves(steps.before[i])]).replace("/", ".")
+            raise ValueError(f"{where}: {error}") from None
+        state = made.state
+        pairs = zip(leaves(steps.after[i]), leaves(made.tree), strict=True)
+        named = {prefix + spec.key: as_stored(x, spec) for spec, x in pairs}
+        if i + 1 < total:
+            stored(work / f"inputs-{part}-{i + 1:03}.safetensors", state)
+        found = {FOUND + name: x for name, x in made.found.items()}
+        stored(work / f"{part}-{i:03}.safetensors", named | found, made.report)
+        (work / f"inputs-{part}-{i:03}.safetensors").unlink(missing_ok=True)
+    return joined(steps, source, work)
+
+
+def dtype_of(source: Source, part: str) -> torch.dtype:
+    """Of what is not int4 in a part of a checkpoint."""
+    return next(x.dtype for x in source.tensors[part].meta.values() if x.is_floating_point())
+
+
+def prefix_of(source: Source, part: str) -> str:
+    """What stands before the names of a part in a checkpoint, as released."""
+    return TOWER_PREFIX if any(name.startswith(TOWER_PREFIX) for name in source.tensors[part]) else ""
+
+
+def as_stored(x: Tensor, spec: Spec) -> Tensor:
+    """Scales stay float16, which they were rounded to; norms and biases get the checkpoint's dtype."""
+    return x if x.dtype == torch.float16 or not x.is_floating_point() else x.to(spec.dtype)
+
+
+def stored(path: Path, tensors: State, report: dict[str, Any] | None = None) -> None:
+    """A safetensors file that is there whole or not at all."""
+    held = {name: x.contiguous().cpu() for name, x in tensors.items()}
+    save_file(held, temporary(path), metadata={"report": json.dumps(report, sort_keys=True)})
+    temporary(path).replace(path)
+
+
+def joined(steps: Steps, source: Source, work: Path) -> Source:
+    """The source with a part's trees taken from the files in `work`."""
+    part, prefix = steps.part, prefix_of(source, steps.part)
+    old = {prefix + spec.key for spec in leaves(tuple(steps.before))}
+    held, new = source.tensors[part], {}
+    for file in sorted(work.glob(f"{part}-*.safetensors")):
+        tensors = open_tensors(file)
+        new |= {name: tensors for name in tensors if not name.startswith(FOUND)}
+    meta = {name: x for name, x in held.meta.items() if name not in old}
+    lazy = Lazy(
+        meta | {name: tensors.meta[name] for name, tensors in new.items()},
+        lambda name: new[name][name] if name in new else held[name],
+        lambda name: new.get(name, held).forget(name),
+    )
+    return with_int4(source, part, lazy, steps.group)
+
+
+def with_int4(source: Source, part: str, tensors: Lazy, group: int) -> Source:
+    """The source with a part whose linears are int4 in our layout, as its config says."""
+    said = source.parts[part] | quantization(OURS, group, OURS.order)
+    layout = OURS if part == "llm" else source.layout
+    parts, held = source.parts | {part: said}, source.tensors | {part: tensors}
+    return replace(source, parts=parts, tensors=held, layout=layout)
+
+
+def reports(work: Path, part: str) -> list[dict[str, Any]]:
+    """What the finished steps of a part say of themselves, in order."""
+    found = []
+    for file in sorted(work.glob(f"{part}-*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found.append(json.loads(opened.metadata()["report"]))
+    return found
+
+
+def finish(work: Path) -> None:
+    shutil.rmtree(work)
