@@ -22,7 +22,7 @@ from vila_triton.space import Config, Launch, Space
 from ._tile import LOG2_E, attend_block, attention_launch, block_of, check, normalise, page_rows, start_rows
 
 CONFIGS = [
-    {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     {"BLOCK_N": 16, "num_warps": 2, "num_stages": 3},
 ]

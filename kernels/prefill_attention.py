@@ -34,7 +34,7 @@ from ._tile import LOG2_E, attention_launch, check, rows_of
 CONFIGS = [
     {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
     {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
-    {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
 ]
 
 
@@ -180,8 +180,8 @@ def tile_of(config: Config, q: Tensor, pages: Pages) -> dict[str, int]:
         tile |= {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4}
     elif isinstance(pages, QuantizedPages):
         tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
-        if tile["BLOCK_M"] == 16:  # of which two stages spill on sm_89
-            tile["num_stages"] = max(tile["num_stages"], 3)
+        tile["num_warps"] = min(tile["num_warps"], max(4, tile["BLOCK_M"] // 16))
+        tile["num_stages"] = max(tile["num_stages"], 3)  # with two the compiler keeps some spills on sm_80 and sm_89
     return tile | {"BLOCK_M": rows_of(tile["BLOCK_M"], q)}
 
 

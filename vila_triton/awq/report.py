@@ -22,10 +22,8 @@ def write(folder: Path, about: dict[str, Any], parts: Mapping[str, Sequence[dict
     that it gets; `ours`, the share that is lost; `shrink`, the mean width of its grids, 1 unclipped. Of a place:
     `ratio`, the exponent of its scale.
     """
-    write_json(
-        folder / "quantization.json",
-        about | {"layers" if part == "llm" else part: list(steps) for part, steps in parts.items()},
-    )
+    said = {"layers" if part == "llm" else part: list(steps) for part, steps in parts.items()}
+    write_json(folder / "quantization.json", about | said)
     (folder / "quantization.svg").write_text(picture(about, parts))
 
 
@@ -46,14 +44,14 @@ def picture(about: dict[str, Any], parts: Mapping[str, Sequence[dict[str, Any]]]
         if part != "llm":
             shown.append((f"error of {part}", errors(parts[part]), True))
     title = escape(", ".join(f"{key} {value}" for key, value in about.items() if not isinstance(value, list | dict)))
-    parts = [panel(head, lines, log, 30 + i * (HEIGHT + GAP)) for i, (head, lines, log) in enumerate(shown)]
+    panels = [panel(head, lines, log, 30 + i * (HEIGHT + GAP)) for i, (head, lines, log) in enumerate(shown)]
     height = 30 + len(shown) * (HEIGHT + GAP)
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH + 160}" height="{height}" '
             'font-family="sans-serif" font-size="11">',
             f'<rect width="100%" height="100%" fill="white"/><text x="10" y="14">{title}</text>',
-            *parts,
+            *panels,
             "</svg>\n",
         ]
     )

@@ -69,7 +69,8 @@ def begin(work: Path, *what: Any) -> None:
     """The folder of this work. Errors: ValueError if other work was begun there."""
     text = hashlib.sha256()
     for x in what:
-        text.update(x.contiguous().view(torch.uint8).numpy() if isinstance(x, Tensor) else repr(x).encode())
+        held = x.contiguous().view(torch.uint8).numpy().tobytes() if isinstance(x, Tensor) else repr(x).encode()
+        text.update(held)
     key = {"key": text.hexdigest()}
     work.mkdir(parents=True, exist_ok=True)
     if (work / "work.json").exists() and read_json(work / "work.json") != key:
