@@ -56,7 +56,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_killed_five_times_and_resumed_it_writes_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    how, rng = How(group=64), random.Random(0)
+    how, rng = How(group=64, also=("vision_tower", "mm_projector")), random.Random(0)
     start = time.monotonic()
     made(source, tmp_path / "whole", how)
     took, killed, done = time.monotonic() - start, 0, set[int]()
@@ -70,7 +70,7 @@ def test_killed_five_times_and_resumed_it_writes_the_same_bytes(source: Path, tm
         time.sleep(rng.uniform(0.1, 0.7) * took)
         os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        done.add(len(list((tmp_path / "broken.quantizing").glob("llm-*.safetensors"))))
+        done.add(len(list((tmp_path / "broken.quantizing").glob("[!i]*.safetensors"))))  # but for inputs
     assert killed and len(done) > 1, "nothing was interrupted"
     if not (tmp_path / "broken").exists():
         made(source, tmp_path / "broken", how)
@@ -113,7 +113,8 @@ BUNDLED = Path(vila.__file__).parents[1] / "tiny" / "checkpoint"
 
 
 def test_the_command_leaves_a_report_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    command(BUNDLED, tmp_path / "out", "--samples", 8, "--group-size", 64, "--format", "awq-gemm")
+    also = ("--also", "vision_tower", "mm_projector")
+    command(BUNDLED, tmp_path / "out", "--samples", 8, "--group-size", 64, "--format", "awq-gemm", *also)
     assert "8 questions about drawn pictures" in capsys.readouterr().out
     assert not (tmp_path / "out.quantizing").exists()
     said = json.loads((tmp_path / "out" / "quantization.json").read_text())
@@ -121,7 +122,8 @@ def test_the_command_leaves_a_report_and_a_picture(tmp_path: Path, capsys: pytes
     for layer in said["layers"]:
         assert set(layer["scales"]) == {"attention", "o", "mlp", "down"}
         assert all(linear["ours"] < linear["nearest"] for linear in layer["linears"].values())
-    assert len(ET.parse(tmp_path / "out" / "quantization.svg").findall(".//{*}polyline")) == 4 + 3 * 7
+    assert len(said["vision_tower"]) == 5 and len(said["mm_projector"]) == 1
+    assert len(ET.parse(tmp_path / "out" / "quantization.svg").findall(".//{*}polyline")) == 4 + 3 * 7 + 2 * 6 + 2 * 2
     assert open_source(tmp_path / "out").group() == 64
     with pytest.raises(ValueError, match="is there already and not empty"):
         command(BUNDLED, tmp_path / "out")

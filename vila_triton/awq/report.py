@@ -11,7 +11,7 @@ from vila_triton.shards import write_json
 from .scales import PLACES
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#7f7f7f")
-WIDTH, HEIGHT, LEFT, GAP = 760, 180, 60, 60
+WIDTH, HEIGHT, LEFT, TOP, GAP = 760, 180, 60, 46, 60
 Line = tuple[str, str, Sequence[float], str]  # label, colour, a value a layer, dashes
 
 
@@ -43,14 +43,16 @@ def picture(about: dict[str, Any], parts: Mapping[str, Sequence[dict[str, Any]]]
     for part in parts:
         if part != "llm":
             shown.append((f"error of {part}", errors(parts[part]), True))
-    title = escape(", ".join(f"{key} {value}" for key, value in about.items() if not isinstance(value, list | dict)))
-    panels = [panel(head, lines, log, 30 + i * (HEIGHT + GAP)) for i, (head, lines, log) in enumerate(shown)]
-    height = 30 + len(shown) * (HEIGHT + GAP)
+    said = [f"{key} {value}" for key, value in about.items() if not isinstance(value, list | dict)]
+    heads = [", ".join(words for words in said if words.startswith("calibration") is of) for of in (False, True)]
+    panels = [panel(head, lines, log, TOP + i * (HEIGHT + GAP)) for i, (head, lines, log) in enumerate(shown)]
+    height = TOP + len(shown) * (HEIGHT + GAP)
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH + 160}" height="{height}" '
             'font-family="sans-serif" font-size="11">',
-            f'<rect width="100%" height="100%" fill="white"/><text x="10" y="14">{title}</text>',
+            '<rect width="100%" height="100%" fill="white"/>',
+            *(f'<text x="10" y="{14 + 16 * i}">{escape(head)}</text>' for i, head in enumerate(heads)),
             *panels,
             "</svg>\n",
         ]

@@ -59,8 +59,8 @@ def rounded(
     """The tree with every linear that f(tree, x, linear) applies in int4, each rounded when f comes to it.
 
     tree: in any dtype; the work is done in that of `x`.
-    state: `x`, what f is given, and `seen`, what it is given where all before is rounded. With `propagate` a linear
-    learns from the inputs that the rounded ones before it give, and makes good what they spoilt.
+    state: `x`, what f is given, and with `propagate` `seen`, what it is given where all before is rounded: a linear
+    then learns from the inputs that the rounded ones before it give, and makes good what they spoilt.
     """
     tree = tree_map(lambda leaf: leaf.to(state["x"].dtype), tree)
     keys = [spec.key.split(".")[-3:-1] for spec in leaves(specs)]
@@ -87,10 +87,10 @@ def rounded(
             turned(p, y)
         return linear(p, y)
 
-    truth = seen = f(tree, state["x"], watched)
+    out = {"x": f(tree, state["x"], watched)}
     if propagate:
-        seen = f(tree, state["seen"], lambda p, y: linear(turned(p, y), y))
-    return Step(tree_map(lambda leaf: made.get(id(leaf), leaf), tree), report, {"x": truth, "seen": seen}, {})
+        out["seen"] = f(tree, state["seen"], lambda p, y: linear(turned(p, y), y))
+    return Step(tree_map(lambda leaf: made.get(id(leaf), leaf), tree), report, out, {})
 
 
 def tower(source: Source, cfg: VilaConfig, how: How, pixels: Tensor, device: torch.device) -> Steps:
@@ -103,7 +103,7 @@ def tower(source: Source, cfg: VilaConfig, how: How, pixels: Tensor, device: tor
         p = load(vision.declare(of, torch.float32), *fitting(source, cfg, "vision_tower"), device)
         seen = vision.tiles(some(pixels, of).to(device, torch.float32), of)
         x = torch.cat([kind.embed(p, tiles, of) for tiles in seen])
-        return {"x": x, "seen": x.clone()}
+        return {"x": x, "seen": x.clone()} if how.propagate else {"x": x}
 
     def one(i: int, layer: Any, state: State) -> Step:
         def through(p: Any, x: Tensor, linear: Linear) -> Tensor:
@@ -137,6 +137,6 @@ def connector(source: Source, made: Source, cfg: VilaConfig, how: How, pixels: T
         how.group,
         (before,),
         (after,),
-        lambda: {"x": features(source), "seen": features(made)},
+        lambda: {"x": features(source), "seen": features(made)} if how.propagate else {"x": features(source)},
         one,
     )

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
             made, args.target, args.format, limit=SHARD_BYTES, progress=progress(), key=(work / "work.json").read_text()
         )
     about = {"method": args.method, "mode": how.mode, "group": how.group, "calibration": said, "tokens": words}
-    about |= {"seed": args.seed, "propagate": how.propagate, "image_weight": how.image_weight, "also": also}
+    about |= {"seed": args.seed, "propagate": how.propagate, "image_weight": how.image_weight, "also": list(also)}
     report.write(args.target, about, {part: folder.reports(work, part) for part in ("llm", *how.also)})
     if how.mode == "upstream":
         awq.save_cache(work, args.target / "awq_cache.pt", torch.float16)
