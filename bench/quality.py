@@ -39,13 +39,14 @@ BUNDLED = Path(vila.__file__).parents[1] / "tiny" / "checkpoint"
 
 @dataclass(frozen=True)
 class Text:
-    """Rows end to end: what the first layer is given [s, e], their lengths, and the next token of each place [s], -100
-    where none is asked for.
+    """Rows end to end: what the first layer is given [s, e], their lengths, the next token of each place [s] (-100 where
+    none is asked for), and of questions the kinds.
     """
 
     x: Tensor
     lengths: list[int]
     labels: Tensor
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,24 +89,33 @@ def log_odds(p: llama.Llama, cfg: LlamaConfig, text: Text) -> Iterator[tuple[Ten
 
 
 @torch.no_grad()
-def measure(s: Subject, p: llama.Llama) -> dict[str, float]:
-    """Perplexity, divergence KL(fp ‖ rounded) a token in nats, and how often the likeliest token is the right one."""
-    loss = divergence = right = count = 0.0
+def measure(s: Subject, p: llama.Llama) -> dict[str, Any]:
+    """Perplexity, divergence KL(fp ‖ rounded) a token in nats, how often the likeliest token is the right one, and of
+    each kind of question how often all tokens of the answer are.
+    """
+    loss = divergence = count = 0.0
+    hits = list[Tensor]()
     for (truth, labels), (found, _) in zip(log_odds(s.p, s.cfg, s.held_out), log_odds(p, s.cfg, s.held_out)):
         loss += float(F.nll_loss(found, labels, reduction="sum"))
         divergence += float((truth.exp() * (truth - found)).sum())
-        right += int((found.argmax(-1) == labels).sum())
+        hits.append((found.argmax(-1) == labels).float())
         count += len(labels)
-    return {"perplexity": math.exp(loss / count), "kl": divergence / count, "right": right / count, "tokens": count}
+    hit, text = torch.cat(hits), s.held_out
+    row = torch.arange(len(text.lengths)).repeat_interleave(torch.tensor(text.lengths))[text.labels >= 0]
+    whole = torch.ones(len(text.lengths)).scatter_reduce(0, row, hit, "amin")
+    by_kind = {
+        kind: float(whole[[of == kind for of in text.kinds]].mean()) for kind in dict.fromkeys(text.kinds)
+    }  # fmt: skip
+    found = {"perplexity": math.exp(loss / count), "kl": divergence / count, "right": float(hit.mean())}
+    return found | {"tokens": count, "kinds": by_kind}
 
 
 def bundled(samples: int, seed: int, questions: int = QUESTIONS) -> Subject:
     """The bundled model, calibrated on drawn training scenes and measured on questions about held-out ones."""
     talker = Talker.from_pretrained(BUNDLED, "cpu", torch.float32)
     model, image_tokens = talker.model, talker.model.geometry.image_tokens
-    asked = [(i.qa.question, i.pictures, i.qa.answer) for i in items(1 + questions // 25, seed + 1, SHIPPED)][
-        :questions
-    ]
+    held_out = items(1 + questions // 25, seed + 1, SHIPPED)[:questions]
+    asked = [(i.qa.question, i.pictures, i.qa.answer) for i in held_out]
     groups = [[(d.text, d.pictures, d.answer) for d in drawn(samples, seed)], asked]
 
     def text(group: Sequence[Any]) -> Text:
@@ -121,7 +131,9 @@ def bundled(samples: int, seed: int, questions: int = QUESTIONS) -> Subject:
         return Text(x.detach(), [len(row) for row in shown.rows], torch.cat(labels))
 
     p = tree_map(lambda leaf: leaf.detach(), model.params.llm)
-    return Subject("bundled", p, model.geometry.llm, *(text(group) for group in groups))
+    calibration, found = (text(group) for group in groups)
+    kinds = tuple(item.kind for item in held_out)
+    return Subject("bundled", p, model.geometry.llm, calibration, replace(found, kinds=kinds))
 
 
 def with_outliers(s: Subject, seed: int, share: float = 0.05) -> Subject:
@@ -194,7 +206,9 @@ def main() -> None:
     )
     random.seed(args.seed)
     for name in args.model:
+        found = list[dict[str, Any]]()
         for row in table(subject(name, args.samples, args.seed), args.methods, args.groups):
+            found.append(row)
             share = f"{100 * row['repaired']:.1f} %" if row.get("repaired") is not None else ""
             print(
                 f"{row['model']:10}{row['method']:>10}{row['group'] or '':>7}{row['perplexity']:12.4f}{share:>10}"
@@ -204,6 +218,17 @@ def main() -> None:
             if args.out:
                 about = {"kind": "quality", "samples": args.samples, "seed": args.seed}
                 rows.write(args.out, [{**about, **row, **rows.stamp(torch.device("cpu"))}])
+        if found[0]["kinds"]:
+            print(by_kind(found))
+
+
+def by_kind(found: Sequence[dict[str, Any]]) -> str:
+    """A table of wholly right answers, a column for each row of `table`."""
+    heads = "".join(f"{row['method']:>9} {row['group'] or '':<3}" for row in found)
+    lines = [f"{'answers right, %':26}{heads}"]
+    for kind in found[0]["kinds"]:
+        lines.append(f"{kind:26}" + "".join(f"{100 * row['kinds'][kind]:9.1f}    " for row in found))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
