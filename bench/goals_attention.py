@@ -1,13 +1,11 @@
 """The goals of attention, from rows of `bench.ops --served` and `bench.model`; `python -m bench.goals` prints them.
 
-    prefill    a whole prompt of 2,048 tokens or more: 0.75 of the speed of the fastest peer on the same machine
-               (torch's flash and cuDNN back ends unpaged, FlashAttention, FlashInfer); 0.95 would be better still
-    copy       one sequence, 100 MB of keys and values or more: 0.85 of the bandwidth of a device copy
-    decode     0.97 of the speed of FlashInfer, at any batch
-    streaming  the time of 32 new tokens after 1,024 cached ones within 1.05 of that after 16; after 16,384, within 1.3:
-               of a whole model, by `bench.model --prompts 32 --histories 16,1024,16384`
-
-The bytes of a batch are counted as if all its sequences were as long as the first, so `copy` looks at one sequence.
+prefill    a whole prompt of 2,048 tokens or more: 0.75 of the speed of the fastest peer on the same machine
+           (torch's flash and cuDNN back ends unpaged, FlashAttention, FlashInfer); 0.95 would be better still
+copy       100 MB of keys and values or more, at any batch: 0.85 of the bandwidth of a device copy
+decode     0.97 of the speed of FlashInfer, at any batch
+streaming  the time of 32 new tokens after 1,024 cached ones within 1.05 of that after 16; after 16,384, within 1.3:
+           of a whole model, by `bench.model --prompts 32 --histories 16,1024,16384`
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +38,7 @@ def goals(found: Sequence[Row]) -> Iterator[str]:
         yield f"  stretch: {sum(r >= STRETCH for r in known)} of {len(known)} points reach {STRETCH}"
     decode = [p for p in points(found, "decode_attention") if p.case == "decode"]
     if decode:
-        large = [p for p in decode if p.sizes["b"] == 1 and p.ours and p.ours["bytes"] >= LARGE]
+        large = [p for p in decode if p.ours and p.ours["bytes"] >= LARGE]
         yield from goal("copy", COPY, bandwidth, large)
         yield from goal("decode", DECODE, partial(beside, peers=("flashinfer",)), decode)
     yield from streaming([row for row in found if row["kind"] == "model" and row["what"] == "streaming"])

@@ -10,6 +10,7 @@ A peer named by --ungated is timed whatever its numbers are, and its rows say so
 """
 
 import argparse
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,9 +46,18 @@ def call_arguments(case: Case, device: torch.device) -> Any:
         return OPS[case.op].example(**case.sizes, rng=torch.Generator(device).manual_seed(0), device=str(device))  # pyright: ignore[reportCallIssue]
 
 
-def rates(case: Case, timing: Timing, most: Ceilings) -> dict[str, float]:
+def cost_of(case: Case, args: Sequence[Any]) -> tuple[float, float]:
+    """(flops, bytes moved at least once) of a call: where sequences are of any length up to t, their mean counts."""
+    names = inspect.signature(OPS[case.op].reference).parameters
+    lengths = dict(zip(names, args)).get("lengths")
+    if lengths is None:
+        return case.cost
+    return OPS[case.op].cost(**{**case.sizes, "t": lengths.double().mean().item()})
+
+
+def rates(cost: tuple[float, float], case: Case, timing: Timing, most: Ceilings) -> dict[str, float]:
     """Work and traffic of one call, and the rates as shares of the ceilings."""
-    flops, size = case.cost
+    flops, size = cost
     at_best = most.flops[case.sizes.get("dtype", "float32")]
     return {
         "flops": flops,
@@ -84,14 +94,15 @@ def wanted(case: Case, impls: Sequence[str], every: bool, by_default: tuple | No
 
 def timed(
     impl: Impl, config: Mapping[str, Any], case: Case, device: torch.device, budget: float, check: Gate = gate
-) -> Timing | str:
-    """The time of a call, or why it gets none."""
+) -> tuple[Timing, tuple[float, float]] | str:
+    """The time of a call and its cost, or why it gets none."""
     if reason := check(impl, config, case):
         return reason
     if device.type == "cpu" and (holds_kernels(impl) or (is_peer(impl) and impl.name != "dense")):
         return "the gate is green, but a time in the interpreter says nothing"
     try:
-        return measure(lambda *args: impl(*args, config=config), call_arguments(case, device), device, budget)
+        args = call_arguments(case, device)
+        return measure(lambda *args: impl(*args, config=config), args, device, budget), cost_of(case, args)
     except Unsupported as reason:
         return f"unsupported: {reason}"
 
@@ -119,8 +130,9 @@ def run(
             if isinstance(found, str):
                 yield {"kind": "refused", **about, "reason": found, **here}
             else:
-                extra = {"noise": found.noise, "peer": is_peer(impl)}
-                yield {"kind": "op", **about, **asdict(found), **extra, **rates(case, found, most), **here}
+                timing, cost = found
+                extra = {"noise": timing.noise, "peer": is_peer(impl)}
+                yield {"kind": "op", **about, **asdict(timing), **extra, **rates(cost, case, timing, most), **here}
 
 
 HEAD = f"{'':36}{'time':>11}{'spread':>8}{'noise':>7}{'GB/s':>9}{'share':>7}{'TFLOP/s':>10}{'share':>7}  x ref"

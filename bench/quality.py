@@ -39,8 +39,8 @@ BUNDLED = Path(vila.__file__).parents[1] / "tiny" / "checkpoint"
 
 @dataclass(frozen=True)
 class Text:
-    """Rows end to end: what the first layer is given [s, e], their lengths, the next token of each place [s] (-100 where
-    none is asked for), and of questions the kinds.
+    """Rows end to end: what the first layer is given [s, e], their lengths, the next token of each place [s], or -100
+    where none is asked for, and of questions the kinds.
     """
 
     x: Tensor
@@ -103,9 +103,7 @@ def measure(s: Subject, p: llama.Llama) -> dict[str, Any]:
     hit, text = torch.cat(hits), s.held_out
     row = torch.arange(len(text.lengths)).repeat_interleave(torch.tensor(text.lengths))[text.labels >= 0]
     whole = torch.ones(len(text.lengths)).scatter_reduce(0, row, hit, "amin")
-    by_kind = {
-        kind: float(whole[[of == kind for of in text.kinds]].mean()) for kind in dict.fromkeys(text.kinds)
-    }  # fmt: skip
+    by_kind = {kind: float(whole[[of == kind for of in text.kinds]].mean()) for kind in dict.fromkeys(text.kinds)}
     found = {"perplexity": math.exp(loss / count), "kl": divergence / count, "right": float(hit.mean())}
     return found | {"tokens": count, "kinds": by_kind}
 

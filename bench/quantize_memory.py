@@ -3,7 +3,7 @@
 Writes random models of several depths, rounds each, and prints the most that tensors took at any moment: in all, and
 as a multiple of one layer in float32, in which the search works. Depth must not matter. What is not weights is
 counted apart: the activations of one layer (inputs of its linears, as it was and as it is rounded) and the second
-moments of its widest inputs.
+moments of its widest inputs with what is made of them: four matrices, which no width makes small beside a layer.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def measure(layers: int, width: int, tokens: int, group: int) -> dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 16])
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")

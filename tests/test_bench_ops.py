@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import ops, rows, suite, timing
-from bench.cases import cases, combinations
+from bench.cases import Case, cases, combinations
 from vila_triton.registry import OPS, discover
 
 discover()
@@ -125,3 +125,16 @@ def test_wrong_names_are_one_line() -> None:
             [sys.executable, "-m", "bench.ops", *wrong], cwd=rows.ROOT, capture_output=True, text=True
         )
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_ragged_batch_counts_what_it_reads() -> None:
+    sizes = {"b": 3, "t": 100, "g": 2, "ratio": 4, "d": 64, "l": 16, "dtype": "float16"}
+    case = Case("decode_attention", "ragged", sizes)
+    args = ops.call_arguments(case, torch.device("cpu"))
+    total = int(args[4].sum())
+    assert 100 < total < 300
+    flops, size = ops.cost_of(case, args)
+    assert size == pytest.approx(2 * (2 * total + 4 * 2 * 3) * 64 * 2)  # keys and values; q and the result
+    assert flops == pytest.approx(4 * total * 2 * 4 * 64)
+    whole = cases("linear")[0]
+    assert ops.cost_of(whole, (None, None, None)) == whole.cost
