@@ -90,7 +90,12 @@ def rope(folder: Path) -> None:
     edit(folder / "llm/config.json", rope_theta=10000.0, rope_scaling=None, rope_parameters=None)
 
 
-@pytest.mark.parametrize("change", [nested, elsewhere, without_top, rope])
+def older(folder: Path) -> None:
+    """The tower named as LLaVA's configs do."""
+    edit(folder / "config.json", mm_vision_tower="google/siglip-so400m-patch14-384", vision_tower_cfg=None)
+
+
+@pytest.mark.parametrize("change", [nested, elsewhere, without_top, rope, older])
 def test_one_model_said_in_other_words(change: Callable[[Path], None], made: Path, tmp_path: Path) -> None:
     folder = take(made, "dense", tmp_path)
     before = Model.from_pretrained(folder, device="cpu")

@@ -41,7 +41,7 @@ def open_source(folder: Path) -> Source:
     if not folder.is_dir():
         raise LoadError(f"{folder} is not a folder; a VILA folder holds config.json, {', '.join(PARTS)}")
     top = read_json(folder / "config.json")
-    return llava_source(folder, top) if is_llava(top) else vila_source(folder, top)
+    return llava_source(folder, top) if is_llava(folder, top) else vila_source(folder, top)
 
 
 def geometry(top: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> VilaConfig:

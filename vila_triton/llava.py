@@ -50,10 +50,10 @@ TRANSFORMERS = {  # "model." in front of them, or not, by transformers' age
 }
 
 
-def is_llava(top: Mapping[str, Any]) -> bool:
-    """Whether a top config is one of a LLaVA, and not of a VILA folder."""
-    nested = any(top.get(f"{part}_cfg") for part in PARTS)
-    return "text_config" in top or ("mm_vision_tower" in top and not nested)
+def is_llava(folder: Path, top: Mapping[str, Any]) -> bool:
+    """Whether a folder and its top config are a LLaVA's; an older VILA's config names its tower as a LLaVA's does."""
+    parts = (folder / "llm").is_dir() or any(top.get(f"{part}_cfg") for part in PARTS)
+    return "text_config" in top or ("mm_vision_tower" in top and not parts)
 
 
 def llava_source(folder: Path, top: Mapping[str, Any]) -> Source:
