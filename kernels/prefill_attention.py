@@ -180,7 +180,7 @@ def tile_of(config: Config, q: Tensor, pages: Pages) -> dict[str, int]:
         tile |= {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4}
     elif isinstance(pages, QuantizedPages):
         tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
-        if q.shape[-1] > 32:  # with fewer, ptxas spills a register or two at some width on some GPU: see bench.sweep
+        if pages.bits == 8 and q.shape[-1] > 32:  # with fewer stages ptxas spills at some widths: see bench.sweep
             tile["num_stages"] = max(tile["num_stages"], 4)
     return tile | {"BLOCK_M": rows_of(tile["BLOCK_M"], q)}
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vila_triton.checkpoint import fitting, geometry
+from vila_triton.engine import kernels
 from vila_triton.models import projector, vision
 from vila_triton.models.config import VilaConfig, VisionConfig
 from vila_triton.models.layers import Affine, Linear, linear
@@ -87,9 +88,10 @@ def rounded(
             turned(p, y)
         return linear(p, y)
 
-    out = {"x": f(tree, state["x"], watched)}
-    if propagate:
-        out["seen"] = f(tree, state["seen"], lambda p, y: linear(turned(p, y), y))
+    with kernels(state["x"].device):  # attention that holds no scores of all tiles at once
+        out = {"x": f(tree, state["x"], watched)}
+        if propagate:
+            out["seen"] = f(tree, state["seen"], lambda p, y: linear(turned(p, y), y))
     return Step(tree_map(lambda leaf: made.get(id(leaf), leaf), tree), report, out, {})
 
 
@@ -122,7 +124,9 @@ def connector(source: Source, made: Source, cfg: VilaConfig, how: How, pixels: T
     def features(source: Source) -> Tensor:
         own = geometry(source.top, source.parts)
         p = load(vision.declare(own.vision_tower, torch.float32), *fitting(source, own, "vision_tower"), device)
-        return vision.vision_tower(p, some(pixels, own.vision_tower).to(device, torch.float32), own.vision_tower)
+        shown = some(pixels, own.vision_tower).to(device, torch.float32)
+        with kernels(device):
+            return vision.vision_tower(p, shown, own.vision_tower)
 
     def one(_: int, p: Any, state: State) -> Step:
         def through(p: Any, x: Tensor, linear: Linear) -> Tensor:
