@@ -151,7 +151,7 @@ def test_scales_clips_and_integers_are_those_of_the_objective(kv_heads: int, tmp
         assert torch.equal(int4.scales.T.flatten(), s.flatten().half())
     file = tmp_path / "cache.pt"
     cachefile.save(file, [found], torch.float64)
-    (again,) = cachefile.load(file, 1)
+    (again,) = cachefile.load(file, cfg, GROUP)
     same = upstream.apply(layer, again, cfg, GROUP)
     tree_map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), rounded, same)
     held = torch.load(file, weights_only=True)
@@ -173,7 +173,7 @@ def test_what_upstream_does_to_groups_of_one_sign_and_to_few_tokens() -> None:
 
 
 def test_other_files_are_no_caches(tmp_path: Path) -> None:
-    file = tmp_path / "cache.pt"
+    file, up, cfg = tmp_path / "cache.pt", "model.layers.0.mlp.up_proj", LlamaConfig(50, 64, 96, 1, 4, 2, 16)
     scale = ("model.layers.0.input_layernorm", tuple(f"model.layers.0.self_attn.{n}_proj" for n in "qkv"))
     for held, message in (
         ([1], "expected a dictionary of scale and clip"),
@@ -181,12 +181,18 @@ def test_other_files_are_no_caches(tmp_path: Path) -> None:
             {"scale": [("model.layers.7.mlp.up_proj", ("model.layers.7.mlp.down_proj",), torch.ones(4))], "clip": []},
             "does not fit a LLaMA of 1 layers",
         ),
-        ({"scale": [(*scale, torch.ones(4, 4))], "clip": []}, "expected 1 axes"),
+        ({"scale": [(*scale, torch.ones(4, 4))], "clip": []}, r"\[4, 4\], expected finite numbers \[64\]"),
+        ({"scale": [(*scale, torch.arange(64.0))], "clip": []}, "a scale is not above 0"),
+        ({"scale": [(*scale, torch.ones(64) / 0)], "clip": []}, "expected finite numbers"),
+        ({"scale": [(scale[0].replace("0", "-1"), scale[1], torch.ones(64))], "clip": []}, "does not fit"),
         ({"scale": [], "clip": [("model.layers.0.self_attn.q_proj", torch.ones(4, 1, 1))]}, "does not fit"),
+        ({"scale": [], "clip": [(up, torch.ones(96, 1, 1))]}, r"\[96, 1, 1\], expected finite numbers \[96, 2, 1\]"),
+        ({"scale": [], "clip": [(up, -torch.ones(96, 2, 1))]}, "a bound is below 0"),
+        ({"scale": [], "clip": []}, "it holds no scale and no clip"),
     ):
         torch.save(held, file)
         with pytest.raises(LoadError, match=message):
-            cachefile.load(file, 1)
+            cachefile.load(file, cfg, 32)
     torch.save({"scale": [], "clip": [], "more": Path}, file)
     with pytest.raises(LoadError, match="is not a cache"):
-        cachefile.load(file, 1)
+        cachefile.load(file, cfg, 32)

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import time
 import xml.etree.ElementTree as ET
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vila_triton.awq import run as awq
+from vila_triton.awq import work as folder
 from vila_triton.awq.calibration import Prompts, Sample, read
 from vila_triton.awq.work import How
 from vila_triton.checkpoint import load_params, open_source, read_configs, require_fits, save
@@ -155,13 +157,58 @@ def test_upstreams_cache_stands_in_for_its_search(tmp_path: Path) -> None:
         (("--mode", "upstream", "--image-weight", "0.5"), "upstream's objective weighs all tokens alike"),
         (("--awq-cache", "x.pt"), "--awq-cache holds what mode upstream finds"),
         (("--samples", "0"), "--samples is 0"),
-        (("--mode", "upstream", "--samples", "2"), r"model.layers.0: upstream's clipping needs 512 tokens"),
+        (
+            ("--mode", "upstream", "--samples", "2"),
+            r"upstream's clipping needs 512 tokens of calibration, there are \d+",
+        ),
+        (("--mode", "upstream", "--no-propagate"), "--no-propagate would do nothing"),
+        (("--method", "rtn", "--samples", "3", "--no-propagate"), "--samples, --no-propagate would do nothing"),
+        (("--device", "tpu9"), "device 'tpu9' is not to be had here"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_leaves_nothing(words: Sequence[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         command(BUNDLED, tmp_path / "out", *words)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.quantizing").exists()
+
+
+def test_the_beginnings_of_other_work_spoil_nothing(source: Path, tmp_path: Path) -> None:
+    """Neither is a finished folder taken for the result of another command, nor one model mixed with another."""
+    out, work = tmp_path / "out", tmp_path / "out.quantizing"
+    begun = ("--group-size", 64, "--samples", 4)
+    awq.run(open_source(BUNDLED), work, How(group=64), shown(), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"out\.quantizing holds the beginnings of other work"):
+        command(BUNDLED, out, "--method", "rtn")
+    shutil.move(work, tmp_path / "aside")
+    command(BUNDLED, out, "--method", "rtn")
+    before = contents(out)
+    shutil.move(tmp_path / "aside", work)
+    with pytest.raises(ValueError, match="is there already and not empty"):
+        command(BUNDLED, out, *begun)
+    assert contents(out) == before and work.exists()
+
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    awq.run(open_source(copy), tmp_path / "work", How(group=64), shown(), torch.device("cpu"))
+    top = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(top | {"mm_vision_select_layer": -1}))
+    with pytest.raises(ValueError, match="holds the beginnings of other work"):
+        awq.run(open_source(copy), tmp_path / "work", How(group=64), shown(), torch.device("cpu"))
+
+
+def test_killed_after_the_folder_was_written_the_command_only_cleans_up(tmp_path: Path) -> None:
+    words = (BUNDLED, tmp_path / "out", "--samples", 4, "--group-size", 64)
+    finish, folder.finish = folder.finish, lambda work: None
+    try:
+        command(*words)
+    finally:
+        folder.finish = finish
+    before = contents(tmp_path / "out")
+    assert (tmp_path / "out.quantizing").exists()
+    with pytest.raises(ValueError, match="is there already and not empty"):
+        command(*words, "--format", "awq-gemm")
+    command(*words)
+    assert contents(tmp_path / "out") == before and not (tmp_path / "out.quantizing").exists()
 
 
 def test_a_broken_layer_is_named(tmp_path: Path) -> None:
@@ -180,12 +227,20 @@ def test_calibration_files_are_read_or_refused_by_line(tmp_path: Path) -> None:
     pairs.write_text(json.dumps({"text": "x"}) + "\n" + json.dumps({"image": str(example), "question": "Why?"}))
     found = list(read([text, pairs]))
     assert found[:3] == [Sample("one line"), Sample("another"), Sample("x")]
-    assert found[3].text == "Why?" and found[3].pictures[0].size == (64, 64)
+    assert found[3] == Sample("Why?", [example])
     for line, message in (
         ("{", "b.jsonl:1: expected"),
         ('{"image": "x.png"}', r"has image"),
-        ('["text"]', "b.jsonl:1"),
+        ('["text"]', r"b.jsonl:1: expected .* \(has list\)"),
+        ('{"text": null}', "b.jsonl:1: expected .*, all of them strings"),
+        ('{"image": 5, "question": "x"}', "all of them strings"),
+        ('{"image": [], "question": "x"}', "for images a list of some"),
+        ('{"image": "a.png", "question": "x", "answer": null}', "all of them strings"),
+        ('{"image": "nowhere.png", "question": "x"}', r"b.jsonl:1: .*nowhere.png does not exist"),
     ):
         pairs.write_text(line)
         with pytest.raises(ValueError, match=message):
             list(read([pairs]))
+    text.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"a.txt: not text in UTF-8"):
+        list(read([text]))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from towers import CLIP, INTERN, SIGLIP
 
+from bench.memory import Peak
 from vila_triton import engine
 from vila_triton.awq import run as awq
 from vila_triton.awq import seeing
@@ -111,12 +112,15 @@ def test_a_widened_tower_sees_the_same(name: str, tmp_path: Path) -> None:
 
 
 def test_pictures_are_taken_from_all_of_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = CONFIG.vision_tower  # 64 positions a picture
-    monkeypatch.setattr(seeing, "POSITIONS", 64 * 10)
-    assert seeing.some(torch.arange(25), cfg).tolist() == list(range(0, 25, 3))
-    assert len(seeing.some(torch.arange(10), cfg)) == 10
-    monkeypatch.setattr(seeing, "POSITIONS", 1)
-    assert seeing.some(torch.arange(3), cfg).tolist() == [0]
+    assert seeing.positions(CONFIG.vision_tower) == 64
+    monkeypatch.setattr(seeing, "ROOM", 64 * 10)
+    assert seeing.some(torch.arange(25), 64).tolist() == list(range(0, 25, 3))
+    assert len(seeing.some(torch.arange(10), 64)) == 10
+    monkeypatch.setattr(seeing, "ROOM", 1)
+    assert seeing.some(torch.arange(3), 64).tolist() == [0]
+    pixels, how = torch.zeros(300, 1), How(also=BOTH)
+    monkeypatch.setattr(seeing, "ROOM", 64 * 100)
+    assert awq.looked_at(CONFIG, how, pixels) == {"vision_tower": 100, "mm_projector": 300}  # 64 and 16 a picture
 
 
 def test_only_what_was_asked_for_is_rounded(tmp_path: Path) -> None:
@@ -134,7 +138,11 @@ def test_only_what_was_asked_for_is_rounded(tmp_path: Path) -> None:
     [
         (How(mode="upstream", also=BOTH), {}, "upstream's objective has no place for vision_tower, mm_projector"),
         (How(group=32, also=("eyes",)), {}, "no part 'eyes'; there are: llm, vision_tower, mm_projector"),
-        (How(group=64, also=BOTH), {"hidden_size": 96}, "vision_tower: int4 weight: k = 96 and group = 64"),
+        (
+            How(group=64, also=BOTH),
+            {"hidden_size": 96},
+            "vision_tower: encoder.*q_proj: int4 weight: k = 96 and group = 64",
+        ),
     ],
 )
 def test_what_cannot_be_rounded_is_refused(how: How, sizes: dict[str, int], message: str, tmp_path: Path) -> None:
@@ -142,6 +150,30 @@ def test_what_cannot_be_rounded_is_refused(how: How, sizes: dict[str, int], mess
     with pytest.raises(ValueError, match=message):
         awq.run(source, tmp_path / "work", how, shown(source), torch.device("cpu"))
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("part", BOTH)
+@torch.no_grad()
+def test_the_depth_of_the_tower_takes_no_memory(part: str, tmp_path: Path) -> None:
+    peaks = []
+    for layers in (3, 9):
+        source = saved(tmp_path / f"{layers}", *TOWERS["siglip"], num_hidden_layers=layers)
+        how, seen = replace(HOW, also=(part,)), shown(source)
+        with Peak([]) as peak:
+            awq.run(source, tmp_path / f"work {layers}", how, seen, torch.device("cpu"))
+        peaks.append(peak.peak)
+    one = 4 * (4 * 64 * 64 + 2 * 64 * 96)  # bytes of a layer in float32
+    assert peaks[1] - peaks[0] < one
+
+
+def test_a_projector_without_linears_is_refused(tmp_path: Path) -> None:
+    top, parts = configs(CONFIG)
+    parts["vision_tower"] |= {"hidden_size": 256}
+    parts["mm_projector"] |= {"mm_projector_type": "identity"}
+    cfg = geometry(top := top | {"mm_hidden_size": 256}, parts)
+    save(tmp_path / "source", top, parts, init(vila.declare(cfg, torch.float16), torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueError, match="mm_projector has no linear that could be rounded"):
+        awq.opened(open_source(tmp_path / "source"), HOW)
 
 
 def test_what_sees_is_not_rounded_blindly(tmp_path: Path) -> None:

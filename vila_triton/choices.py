@@ -43,7 +43,10 @@ def read(file: Path, device: str, phase: str) -> dict[str, Choice]:
 def pick_device(name: str | None = None) -> torch.device:
     """The named device, or the GPU if there is one, or the CPU. Errors: ValueError for one that is not there."""
     here = torch.cuda.is_available()
-    device = torch.device(name or ("cuda" if here else "cpu"))
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not here):
+    try:
+        device = torch.device(name or ("cuda" if here else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and not here):
         raise ValueError(f"device {name!r} is not to be had here; there is cpu{' and cuda' if here else ''}")
     return device

@@ -1,5 +1,7 @@
 """A checkpoint written as a VILA folder, its int4 linears in any layout, a tensor at a time."""
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -57,10 +59,12 @@ def write(
     progress: Progress = lambda done, total: None,
     over: bool = False,
     key: str | None = None,
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a checkpoint as a VILA folder; after a kill the same call goes on with the shard that was being written.
 
     `key`: what the source's bytes depend on, if it has no files.
+    `beside`: writes what else the folder is to hold, last.
     `over`: into a folder that may be there, whose files of the same names are replaced at the end; begun afresh.
     Errors: ValueError, `LoadError`, before the target is there; OSError.
     """
@@ -89,6 +93,7 @@ def write(
             shutil.copyfile(file, folder / name / file.name)
         nested = {f"{name}_cfg": configs[name] for name in PARTS if isinstance(source.top.get(f"{name}_cfg"), dict)}
         write_json(folder / "config.json", source.top | nested)
+        beside(folder)
 
 
 def in_order(tensors: Lazy) -> dict[str, Tensor]:
@@ -110,9 +115,10 @@ def save_pt(parts: Path, file: Path) -> None:
 
 
 def identity(source: Source) -> str:
-    """What tells whether a checkpoint is the one of before: its files, their sizes and times."""
+    """What tells whether a checkpoint is the one of before: its configs, its files, their sizes and times."""
+    said = hashlib.sha256(json.dumps([source.top, source.parts], sort_keys=True).encode()).hexdigest()
     files = sorted({file for place in source.beside.values() for file in place.glob("*") if file.is_file()})
-    return " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+    return said + "".join(f" {file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
 
 
 def companions(source: Source) -> Iterator[tuple[Path, str]]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vila_triton.models import llama
+from vila_triton.models.config import LlamaConfig
 from vila_triton.models.params import LoadError
 
 from .scales import PLACES
@@ -37,11 +39,12 @@ def save(path: Path, layers: Sequence[Found], dtype: torch.dtype) -> None:
     torch.save({"scale": scale, "clip": clip}, path)
 
 
-def load(path: Path, layers: int) -> list[Found]:
-    """Read such a file; what it does not mention stays unscaled and unclipped.
+def load(path: Path, cfg: LlamaConfig, group: int) -> list[Found]:
+    """Read such a file; of what it finds some of, the rest stays unscaled and unclipped.
 
-    Errors: `LoadError` if it is no such file, or names something that a LLaMA of so many layers does not have.
+    Errors: `LoadError` if it is no such file, or is of another model or another group size.
     """
+    layers, like = cfg.num_hidden_layers, llama.declare(cfg, torch.float16).layers[0]
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -54,28 +57,36 @@ def load(path: Path, layers: int) -> list[Found]:
     linears = {NAMES[name]: name for name in CLIPPED}
     try:
         for before, after, s in held["scale"]:
-            (i, first), rest = split(before), [split(name) for name in after]
+            (i, first), rest = split(before, layers), [split(name, layers) for name in after]
             place = places[first, tuple(name for _, name in rest)]
             if {j for j, _ in rest} != {i}:
                 raise KeyError(before)
-            found[i].scales[place] = checked(s, 1)
+            found[i].scales[place] = checked(before, s, getattr(like, PLACES[place][0]).weight.shape[1:])
+            if not (found[i].scales[place] > 0).all():
+                raise ValueError(f"{before}: a scale is not above 0")
         for name, bound in held["clip"]:
-            i, linear = split(name)
-            found[i].clips[linears[linear]] = checked(bound, 3)[..., 0]
+            i, linear = split(name, layers)
+            n, k = getattr(like, linears[linear]).weight.shape
+            found[i].clips[linears[linear]] = checked(name, bound, (n, k // group, 1))[..., 0]
+            if (bound < 0).any():
+                raise ValueError(f"{name}: a bound is below 0")
+        if not held["scale"] and not held["clip"]:
+            raise ValueError("it holds no scale and no clip")
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise LoadError(f"{path} does not fit a LLaMA of {layers} layers: {error}") from None
+        raise LoadError(f"{path} does not fit a LLaMA of {layers} layers in groups of {group}: {error}") from None
     return found
 
 
-def split(name: str) -> tuple[int, str]:
+def split(name: str, layers: int) -> tuple[int, str]:
     """ "model.layers.3.mlp.up_proj" -> (3, "mlp.up_proj")."""
-    model, layers, i, rest = name.split(".", 3)
-    if (model, layers) != ("model", "layers"):
+    model, of, i, rest = name.split(".", 3)
+    if (model, of) != ("model", "layers") or int(i) not in range(layers):
         raise KeyError(name)
     return int(i), rest
 
 
-def checked(x: Any, axes: int) -> Tensor:
-    if not isinstance(x, Tensor) or x.ndim != axes or not x.is_floating_point() or not torch.isfinite(x).all():
-        raise ValueError(f"an entry is {getattr(x, 'shape', type(x).__name__)}, expected {axes} axes of finite numbers")
+def checked(name: str, x: Any, shape: Sequence[int]) -> Tensor:
+    if not isinstance(x, Tensor) or x.shape != tuple(shape) or not x.is_floating_point() or not torch.isfinite(x).all():
+        got = list(getattr(x, "shape", [type(x).__name__]))
+        raise ValueError(f"{name} is {got}, expected finite numbers [{', '.join(map(str, shape))}]")
     return x

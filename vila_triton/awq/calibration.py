@@ -24,7 +24,7 @@ class Sample:
     """A text, or with pictures a question about them and its answer."""
 
     text: str
-    pictures: Sequence[Image.Image] = ()
+    pictures: Sequence[Image.Image | Path] = ()
     answer: str = ""
 
 
@@ -38,31 +38,44 @@ class Prompts:
 
 def read(files: Sequence[Path]) -> Iterator[Sample]:
     """Samples of files: one text a line, or where a line is a JSON object {"text": ...} or {"image": a path or several,
-    "question": ..., "answer": ...}; paths count from the file's folder. Errors: ValueError naming file and line.
+    "question": ..., "answer": ...}; paths count from the file's folder. No picture is opened yet.
+
+    Errors: ValueError naming file and line.
     """
     for file in files:
-        for number, line in enumerate(file.read_text().splitlines(), 1):
-            if not line.strip():
-                continue
-            if file.suffix not in (".json", ".jsonl"):
-                yield Sample(line)
-                continue
-            try:
-                entry = json.loads(line)
-                names = set(entry)
-                if names == {"text"}:
-                    yield Sample(str(entry["text"]))
-                    continue
-                if not {"image", "question"} <= names <= {"image", "question", "answer"}:
-                    raise ValueError(f"has {', '.join(sorted(names))}")
-            except (ValueError, TypeError) as error:
-                raise ValueError(
-                    f'{file}:{number}: expected {{"text": ...}} or {{"image": ..., "question": ..., "answer": ...}} '
-                    f"({error})"
-                ) from None
-            images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
-            pictures = [open_image(str(file.parent / image)) for image in images]
-            yield Sample(str(entry["question"]), pictures, str(entry.get("answer", "")))
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not text in UTF-8 ({error.reason} at byte {error.start})") from None
+        of = entry if file.suffix.lower() in (".json", ".jsonl") else lambda line, _: Sample(line)
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield of(line, file.parent)
+                except ValueError as error:
+                    raise ValueError(f"{file}:{number}: {error}") from None
+
+
+def entry(line: str, folder: Path) -> Sample:
+    """A line of JSON. Errors: ValueError."""
+    expected = 'expected {"text": ...} or {"image": ..., "question": ..., "answer": ...}'
+    try:
+        held = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{expected} ({error})") from None
+    names = set(held) if isinstance(held, dict) else set()
+    if names != {"text"} and not {"image", "question"} <= names <= {"image", "question", "answer"}:
+        raise ValueError(f"{expected} (has {', '.join(sorted(names)) or type(held).__name__})")
+    images = held.get("image", [])
+    images = images if isinstance(images, list) else [images]
+    words = [held[name] for name in sorted(names - {"image"})]
+    if not all(isinstance(x, str) for x in words + images) or ("image" in names and not images):
+        raise ValueError(f"{expected}, all of them strings, or for images a list of some")
+    paths = [folder / image for image in images]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist, or is no file")
+    return Sample(held["question"], paths, held.get("answer", "")) if paths else Sample(held["text"])
 
 
 def drawn(count: int, seed: int) -> list[Sample]:
@@ -97,7 +110,7 @@ def choose(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
 
 
 def prompts(samples: Sequence[Sample], tokenizer: Any, processor: Any, config: Any, image_tokens: int) -> Prompts:
-    """Rows of token ids as the model would see them in a conversation; plain text without one.
+    """Rows of token ids as the model would see them in a conversation; plain text without one, its first `LONGEST`.
 
     config: the model's, of which `conversation_template` and `image_aspect_ratio` are read.
     """
@@ -107,7 +120,7 @@ def prompts(samples: Sequence[Sample], tokenizer: Any, processor: Any, config: A
         if sample.pictures:
             ids = first_round(with_pictures(sample.text, len(sample.pictures)), words, tokenizer)
             ids += [*tokenizer(sample.answer, add_special_tokens=False).input_ids, *closing(words, tokenizer)]
-            pictures += sample.pictures
+            pictures += [open_image(str(one)) if isinstance(one, Path) else one for one in sample.pictures]
         else:
             ids = tokenizer(sample.text).input_ids[:LONGEST]
         rows.append(torch.tensor(ids))
@@ -121,7 +134,10 @@ def weights(rows: Sequence[Tensor], image_weight: float) -> Tensor:
     """How much each token counts, of mean 1: a picture's `image_weight` for each 1 of a word; [s]."""
     if not 0 <= image_weight < float("inf"):
         raise ValueError(f"image weight is {image_weight}, expected a number from 0 up")
-    w = torch.where(torch.cat(list(rows)) < 0, image_weight, 1.0)
+    seen = torch.cat(list(rows)) < 0
+    if image_weight != 1 and not seen.any():
+        raise ValueError(f"image weight is {image_weight}, but calibration has no pictures")
+    w = torch.where(seen, image_weight, 1.0)
     if not w.sum():
         raise ValueError("with an image weight of 0, calibration needs words too")
     return w / w.mean()

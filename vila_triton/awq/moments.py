@@ -34,7 +34,7 @@ def moments(x: Tensor, weights: Tensor, group: int) -> Moments:
     k = x.shape[1]
     second = (x * weights[:, None]).T @ x / len(x)
     if not torch.isfinite(second).all():
-        raise ValueError("calibration gives this linear inputs that are NaN or infinite")
+        raise ValueError("its inputs are NaN or infinite, by calibration or by the weights before it")
     damp = (0.01 + 0.5 * k / len(x)) * second.diagonal().mean().clamp(min=1e-12)
     second.diagonal().add_(damp)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(second))

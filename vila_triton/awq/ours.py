@@ -69,7 +69,10 @@ def quantize_layer(
         for name in PLACES[place]:
             old = rescaled(layer, name, scales, cfg.num_key_value_heads)
             bias = None if old.bias is None else old.bias.to(x.dtype)
-            new, report["linears"][name] = round_linear(old.weight, shift, known, group, at_once)
+            try:
+                new, report["linears"][name] = round_linear(old.weight, shift, known, group, at_once)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
             del old
             made = replace(made, **{name: Affine(new, bias)})
             if propagate:

@@ -16,7 +16,7 @@ Line = tuple[str, str, Sequence[float], str]  # label, colour, a value a layer, 
 
 
 def write(folder: Path, about: dict[str, Any], parts: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-    """quantization.json and quantization.svg, of reports by part, a list of steps each.
+    """quantization.json and, of reports by part, a list of steps each, quantization.svg.
 
     Of a linear: `nearest`, the share of its output's square that rounding to the nearest level would lose on the inputs
     that it gets; `ours`, the share that is lost; `shrink`, the mean width of its grids, 1 unclipped. Of a place:
@@ -24,7 +24,8 @@ def write(folder: Path, about: dict[str, Any], parts: Mapping[str, Sequence[dict
     """
     said = {"layers" if part == "llm" else part: list(steps) for part, steps in parts.items()}
     write_json(folder / "quantization.json", about | said)
-    (folder / "quantization.svg").write_text(picture(about, parts))
+    if parts:
+        (folder / "quantization.svg").write_text(picture(about, parts))
 
 
 def picture(about: dict[str, Any], parts: Mapping[str, Sequence[dict[str, Any]]]) -> str:

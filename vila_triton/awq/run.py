@@ -39,6 +39,8 @@ def opened(source: Source, how: How) -> Source:
             raise ValueError(f"{source.folder} is int4 already{said}; quantize the fp16 checkpoint that it came from")
     if how.mode not in ("ours", "upstream"):
         raise ValueError(f"no mode {how.mode!r}; there are: ours, upstream")
+    if how.mode == "upstream" and not how.propagate:
+        raise ValueError("upstream never carries errors on; leave propagate as it is")
     if how.mode == "upstream" and (how.image_weight != 1 or how.also):
         what = f"has no place for {', '.join(how.also)}" if how.also else "weighs all tokens alike"
         raise ValueError(f"upstream's objective {what}; that needs mode ours")
@@ -46,10 +48,18 @@ def opened(source: Source, how: How) -> Source:
         source = seeing.padded(source, cfg.vision_tower, how.group)
     for part in parts:
         try:
-            declared(source, part, how.group)
+            keys = [spec.key for spec in leaves(declared(source, part, how.group))]
         except ValueError as error:
             raise ValueError(f"{part}: {error}") from None
+        if not any(key.endswith(".qweight") for key in keys):
+            raise ValueError(f"{part} has no linear that could be rounded")
     return source
+
+
+def looked_at(cfg: VilaConfig, how: How, pixels: Tensor) -> dict[str, int]:
+    """By how many of calibration's pictures the parts that see are rounded."""
+    each = {"vision_tower": seeing.positions(cfg.vision_tower), "mm_projector": cfg.image_tokens}
+    return {part: len(seeing.some(pixels, each[part])) for part in how.also}
 
 
 def declared(source: Source, part: str, group: int | None = None) -> Any:
@@ -60,12 +70,12 @@ def declared(source: Source, part: str, group: int | None = None) -> Any:
 
 def embedded(source: Source, shown: Prompts, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What the first layer is given for all rows of calibration: [s, e]."""
-    cfg = geometry(source.top, source.parts)
-    specs, features = vila.declare(cfg, dtype), None
+    cfg, features = geometry(source.top, source.parts), None
+    specs = vila.declare(cfg, dtype)
     if shown.pixels is not None:
-        eyes = (load(getattr(specs, name), *fitting(source, cfg, name), device) for name in PARTS[1:])
-        p = vila.Vila(None, *eyes)
-        made = [engine.encode_images(p, x.to(device, dtype), cfg) for x in shown.pixels.split(16)]
+        tower, _ = seeing.streamed(source, device, dtype)
+        p = vila.Vila(None, tower, load(specs.mm_projector, *fitting(source, cfg, "mm_projector"), device))
+        made = [engine.encode_images(p, x.to(device, dtype), cfg) for x in shown.pixels.split(seeing.AT_ONCE)]
         features = torch.cat(made).flatten(0, 1)
     table = fitting(source, cfg, "llm")[0][specs.llm.embedding.key]
     row = torch.cat(shown.rows)
@@ -94,13 +104,18 @@ def run(
     cfg, pixels = geometry(source.top, source.parts), shown.pixels
     if how.also and pixels is None:
         raise ValueError(f"{', '.join(how.also)}: rounded by what it sees, but calibration has no pictures")
+    tokens = Tokens(tuple(map(len, shown.rows)), weights(shown.rows, how.image_weight).to(device))
+    if how.mode == "upstream" and cache is None and sum(tokens.lengths) < upstream.CLIP_TOKENS:
+        raise ValueError(
+            f"upstream's clipping needs {upstream.CLIP_TOKENS} tokens of calibration, there are {sum(tokens.lengths)}"
+        )
     kept = [x for found in cache or () for pair in (found.scales | found.clips).items() for x in pair]
     begin(work, how, identity(source), *shown.rows, *(() if pixels is None else (pixels,)), *kept)
     sizes = {"vision_tower": cfg.vision_tower.num_hidden_layers, "mm_projector": 1}
     before, total = 0, cfg.llm.num_hidden_layers + sum(sizes[part] for part in how.also)
     for part in (*sorted(how.also, reverse=True), "llm"):
         if part == "llm" or pixels is None:
-            steps = language(source, made, cfg, how, shown, device, cache)
+            steps = language(source, made, cfg, how, shown, tokens, device, cache)
         elif part == "vision_tower":
             steps = seeing.tower(source, cfg, how, pixels, device)
         else:
@@ -117,13 +132,13 @@ def language(
     cfg: VilaConfig,
     how: How,
     shown: Prompts,
+    tokens: Tokens,
     device: torch.device,
     cache: list[Found] | None,
 ) -> Steps:
     """A step for each layer of the language model. made: the source, rounded already what sees."""
     kind = dtype_of(source, "llm")
     dtype = torch.float32 if how.mode == "ours" else kind
-    tokens = Tokens(tuple(map(len, shown.rows)), weights(shown.rows, how.image_weight).to(device))
 
     def start() -> State:
         x = embedded(source, shown, dtype, device)
@@ -136,7 +151,8 @@ def language(
         if how.mode == "ours":
             r = ours.quantize_layer(layer, x, state.get("seen", x), tokens, cfg.llm, how.group, how.propagate)
             return Step(r.layer, r.report, {"x": r.truth, "seen": r.seen} if how.propagate else {"x": r.truth}, {})
-        new, out, found = upstream.quantize_layer(layer, x, tokens, cfg.llm, how.group, cache[i] if cache else None)
+        known = cache[i].to(device) if cache else None
+        new, out, found = upstream.quantize_layer(layer, x, tokens, cfg.llm, how.group, known)
         kept = {f"scale.{place}": s for place, s in found.scales.items()}
         kept |= {f"clip.{name}": bound for name, bound in found.clips.items()}
         report = {"scales": {place: {"ratio": r} for place, r in found.ratios.items()}, "linears": {}}

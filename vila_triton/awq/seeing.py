@@ -3,7 +3,7 @@
 AWQ's scales have no place between the linears of an MLP here, which are a GELU apart.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -16,14 +16,16 @@ from vila_triton.engine import kernels
 from vila_triton.models import projector, vision
 from vila_triton.models.config import VilaConfig, VisionConfig
 from vila_triton.models.layers import Affine, Linear, linear
-from vila_triton.models.params import Lazy, leaves, load, tree_map
+from vila_triton.models.params import Lazy, Spec, leaves, tree_map
 from vila_triton.sources import Source
 
 from .moments import moments, stand_in
-from .ours import AT_ONCE, round_linear, written_out
+from .ours import AT_ONCE as WEIGHTS
+from .ours import round_linear, written_out
 from .work import How, State, Step, Steps, dtype_of
 
-POSITIONS = 1 << 14  # of the tower, that it is calibrated on at most
+ROOM = 1 << 14  # positions of the tower, and of the projector, that each is calibrated on at most
+AT_ONCE = 16  # pictures that run through the tower together
 T = TypeVar("T")
 
 
@@ -47,11 +49,45 @@ def padded(source: Source, cfg: VisionConfig, group: int) -> Source:
     return replace(source, parts=source.parts | {"vision_tower": said}, tensors=source.tensors | {"vision_tower": wide})
 
 
-def some(pixels: Tensor, cfg: VisionConfig) -> Tensor:
-    """Of pictures [n, c, H, W] every so manyth, so that they take no more than `POSITIONS`."""
+def positions(cfg: VisionConfig) -> int:
+    """Of the tower that a picture takes, in all of its tiles."""
     tiles = sum((side // cfg.tile) ** 2 for side in cfg.scales) or 1
-    room = max(1, POSITIONS // (tiles * (cfg.grid**2 + cfg.class_tokens)))
-    return pixels[:: -(-len(pixels) // room)]
+    return tiles * (cfg.grid**2 + cfg.class_tokens)
+
+
+def some(pixels: Tensor, each: int) -> Tensor:
+    """Of pictures [n, c, H, W] that take `each` positions every so manyth, so that they take no more than `ROOM`."""
+    return pixels[:: -(-len(pixels) // max(1, ROOM // each))]
+
+
+class Layers(Sequence[Any]):
+    """The layers of a tower, each read when it comes up."""
+
+    def __init__(self, specs: Sequence[Any], take: Callable[[Spec], Tensor]) -> None:
+        self.specs, self.take = specs, take
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return Layers(self.specs[at], self.take)
+        return tree_map(self.take, self.specs[at])
+
+
+def streamed(source: Source, device: torch.device, dtype: torch.dtype) -> tuple[Any, VilaConfig]:
+    """A tower that holds no more than one of its layers, and the geometry of its model."""
+    cfg = geometry(source.top, source.parts)
+    tensors, *_ = fitting(source, cfg, "vision_tower")
+
+    def take(spec: Spec) -> Tensor:
+        x = tensors[spec.key].to(device, spec.dtype, copy=True)
+        tensors.forget(spec.key)
+        return x
+
+    specs = vision.declare(cfg.vision_tower, dtype)
+    rest = tree_map(take, replace(specs, layers=()))
+    return replace(rest, layers=Layers(specs.layers, take)), cfg
 
 
 def rounded(
@@ -73,7 +109,7 @@ def rounded(
 
     def turned(p: Affine, y: Tensor) -> Affine:
         nonlocal last
-        key, at_once = id(p.weight), max(AT_ONCE, p.weight.numel() // 8)
+        key, at_once = id(p.weight), max(WEIGHTS, p.weight.numel() // 8)
         if last[0] is not y:
             got, wanted = y.flatten(0, -2), given[key].flatten(0, -2)
             each = torch.ones(len(got), device=y.device)
@@ -102,8 +138,8 @@ def tower(source: Source, cfg: VilaConfig, how: How, pixels: Tensor, device: tor
     before = vision.declare(of, dtype).layers
 
     def start() -> State:
-        p = load(vision.declare(of, torch.float32), *fitting(source, cfg, "vision_tower"), device)
-        seen = vision.tiles(some(pixels, of).to(device, torch.float32), of)
+        p, _ = streamed(source, device, torch.float32)
+        seen = vision.tiles(some(pixels, positions(of)).to(device, torch.float32), of)
         x = torch.cat([kind.embed(p, tiles, of) for tiles in seen])
         return {"x": x, "seen": x.clone()} if how.propagate else {"x": x}
 
@@ -122,11 +158,10 @@ def connector(source: Source, made: Source, cfg: VilaConfig, how: How, pixels: T
     of, dtype = cfg.mm_projector, dtype_of(source, "mm_projector")
 
     def features(source: Source) -> Tensor:
-        own = geometry(source.top, source.parts)
-        p = load(vision.declare(own.vision_tower, torch.float32), *fitting(source, own, "vision_tower"), device)
-        shown = some(pixels, own.vision_tower).to(device, torch.float32)
+        p, own = streamed(source, device, torch.float32)
+        shown = some(pixels, cfg.image_tokens).to(device, torch.float32).split(AT_ONCE)
         with kernels(device):
-            return vision.vision_tower(p, shown, own.vision_tower)
+            return torch.cat([vision.vision_tower(p, x, own.vision_tower) for x in shown])
 
     def one(_: int, p: Any, state: State) -> Step:
         def through(p: Any, x: Tensor, linear: Linear) -> Tensor:

@@ -34,6 +34,10 @@ class Found:
     clips: dict[str, Tensor]
     ratios: dict[str, float]
 
+    def to(self, device: torch.device) -> "Found":
+        scales, clips = ({name: x.to(device) for name, x in of.items()} for of in (self.scales, self.clips))
+        return Found(scales, clips, self.ratios)
+
 
 def grid_of(w: Tensor, group: int) -> Grid:
     """Scales and zeros [n, G] in w's dtype: least to greatest weight of a group, 0 among them or not."""

@@ -69,8 +69,9 @@ def begin(work: Path, *what: Any) -> None:
     """The folder of this work. Errors: ValueError if other work was begun there."""
     text = hashlib.sha256()
     for x in what:
-        held = x.contiguous().view(torch.uint8).numpy().tobytes() if isinstance(x, Tensor) else repr(x).encode()
-        text.update(held)
+        text.update(repr((x.shape, x.dtype) if isinstance(x, Tensor) else x).encode())
+        if isinstance(x, Tensor):
+            text.update(x.contiguous().view(torch.uint8).numpy().tobytes())
     key = {"key": text.hexdigest()}
     work.mkdir(parents=True, exist_ok=True)
     if (work / "work.json").exists() and read_json(work / "work.json") != key:
@@ -102,7 +103,7 @@ def carry_out(steps: Steps, source: Source, work: Path, device: torch.device, sa
             made = steps.one(i, tree_map(take, steps.before[i]), state)
         except ValueError as error:
             where = commonpath([spec.key.replace(".", "/") for spec in leaves(steps.before[i])]).replace("/", ".")
-            raise ValueError(f"{where}: {error}") from None
+            raise ValueError(f"{part}, {where}: {error}") from None
         state = made.state
         pairs = zip(leaves(steps.after[i]), leaves(made.tree), strict=True)
         named = {prefix + spec.key: as_stored(x, spec) for spec, x in pairs}
@@ -116,7 +117,8 @@ def carry_out(steps: Steps, source: Source, work: Path, device: torch.device, sa
 
 def dtype_of(source: Source, part: str) -> torch.dtype:
     """Of what is not int4 in a part of a checkpoint."""
-    return next(x.dtype for x in source.tensors[part].meta.values() if x.is_floating_point())
+    kinds = (x.dtype for x in source.tensors[part].meta.values() if x.is_floating_point())
+    return next(kinds, torch.float16)
 
 
 def prefix_of(source: Source, part: str) -> str:
@@ -168,6 +170,19 @@ def reports(work: Path, part: str) -> list[dict[str, Any]]:
         with safe_open(file, framework="pt") as opened:
             found.append(json.loads(opened.metadata()["report"]))
     return found
+
+
+def wrote(work: Path, target: Path, form: str) -> bool:
+    """Whether a folder is what this work was written as, its report included."""
+    if not (work / "work.json").exists() or not (target / "quantization.json").exists():
+        return False
+    said = read_json(target / "quantization.json")
+    return (said.get("work"), said.get("format")) == (key_of(work), form)
+
+
+def key_of(work: Path) -> str:
+    """What tells one work from another."""
+    return read_json(work / "work.json")["key"]
 
 
 def finish(work: Path) -> None:

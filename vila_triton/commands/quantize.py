@@ -10,11 +10,12 @@ from typing import Any
 GROUPS = (32, 64, 128)
 PARTS = ("vision_tower", "mm_projector")
 FORMS = ("ours", "awq-gemm", "awq-v1", "awq-v2")
+SAMPLES = 128
 
 
 def configure(commands: Any) -> None:
     about = "a VILA in fp16 to one whose language model is int4"
-    more = "Killed, the same command goes on from there. A report and a picture of it are written beside the weights."
+    more = "Killed, the same command goes on from there. A report and its picture are written beside the weights."
     parser = commands.add_parser("quantize", help=about, description=f"Quantize {about}. {more}")
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path, help="a folder that is not there yet")
@@ -28,10 +29,11 @@ def configure(commands: Any) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help='texts, one a line, or .jsonl of {"text": ...} and {"image": ..., "question": ..., "answer": ...} '
+        help='texts, one a line (512 tokens of it), or .jsonl of {"text": ...} and '
+        '{"image": ..., "question": ..., "answer": ...} '
         "(default: drawn pictures, questions and answers; also pages of Python's manual if the model knows its words)",
     )
-    parser.add_argument("--samples", type=int, default=128, help="of calibration, at most")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="of calibration, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples")
     parser.add_argument("--image-weight", type=float, default=1.0, help="a picture's token for each 1 of a word")
     parser.add_argument("--no-propagate", action="store_true", help="later layers do not see earlier ones' errors")
@@ -48,42 +50,70 @@ def run(args: argparse.Namespace) -> None:
     from vila_triton.awq import work as folder
     from vila_triton.checkpoint import geometry, open_source
     from vila_triton.choices import pick_device
-    from vila_triton.shards import SHARD_BYTES
     from vila_triton.write import write
 
     from .convert import progress
 
+    check(args)
+    source, device, target = open_source(args.source), pick_device(args.device), args.target.absolute()
+    how = folder.How(
+        args.mode, args.group_size, not args.no_propagate, args.image_weight, tuple(sorted(set(args.also)))
+    )
+    cfg = geometry(source.top, awq.opened(source, how).parts)
+    work = target.with_name(f"{target.name}.quantizing")
+    about = {"method": args.method, "group": how.group, "format": args.format, "also": list(how.also)}
+    if args.method == "rtn":
+        if work.exists():
+            raise ValueError(f"{work} holds the beginnings of other work; remove it, or write elsewhere")
+
+        def said(at: Path) -> None:
+            report.write(at, about, {})
+
+        write(awq.nearest(source, how), target, args.format, progress=progress(), beside=said)
+        print(f"{args.target}: written, every weight at its nearest level in groups of {how.group}")
+        return
+    there = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if there and not folder.wrote(work, target, args.format):
+        raise ValueError(f"{target} is there already and not empty; give another folder, or remove it")
+    found = cachefile.load(args.awq_cache, cfg.llm, how.group) if args.awq_cache else None
+    shown, words = calibration(args, source, cfg)
+    tokens, seen = sum(map(len, shown.rows)), sum(int((row < 0).sum()) for row in shown.rows)
+    about |= {"mode": how.mode, "seed": args.seed, "propagate": how.propagate and how.mode == "ours"}
+    about |= {"image_weight": how.image_weight, "tokens": tokens, "calibration": words}
+    print(f"calibration: {words}; {tokens} tokens, {seen} of pictures")
+    if shown.pixels is not None and how.also:
+        about["pictures"] = awq.looked_at(cfg, how, shown.pixels)
+        print(*(f"{part}: by {n} of {len(shown.pixels)} pictures" for part, n in about["pictures"].items()), sep="\n")
+    try:
+        made = awq.run(source, work, how, shown, device, telling(), found)
+    except ValueError:
+        print(file=sys.stderr)  # below how far it is
+        raise
+
+    def beside(at: Path) -> None:
+        parts = {part: folder.reports(work, part) for part in ("llm", *how.also)}
+        report.write(at, about | {"work": folder.key_of(work)}, parts)
+        if how.mode == "upstream":
+            awq.save_cache(work, at / "awq_cache.pt", torch.float16)
+
+    if not there:
+        write(made, target, args.format, progress=progress(), key=folder.key_of(work), beside=beside)
+    folder.finish(work)
+    print(f"{args.target}: written, with quantization.json and quantization.svg")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Errors: ValueError for options that do not go together, none of which would change anything."""
     if args.awq_cache and (args.mode != "upstream" or args.method != "awq"):
         raise ValueError("--awq-cache holds what mode upstream finds; give --mode upstream too")
     if args.samples < 1:
         raise ValueError(f"--samples is {args.samples}, expected at least 1")
-    source, device = open_source(args.source), pick_device(args.device)
-    also = tuple(dict.fromkeys(args.also))
-    how = folder.How(args.mode, args.group_size, not args.no_propagate, args.image_weight, also)
-    cfg = geometry(source.top, awq.opened(source, how).parts)
-    if args.method == "rtn":
-        write(awq.nearest(source, how), args.target, args.format, progress=progress())
-        print(f"{args.target}: written, every weight at its nearest level in groups of {how.group}")
-        return
-    work = args.target.with_name(f"{args.target.name}.quantizing")
-    if args.target.exists() and not work.exists() and (not args.target.is_dir() or any(args.target.iterdir())):
-        raise ValueError(f"{args.target} is there already and not empty; give another folder, or remove it")
-    found = cachefile.load(args.awq_cache, cfg.llm.num_hidden_layers) if args.awq_cache else None
-    shown, said = calibration(args, source, cfg)
-    words = sum(map(len, shown.rows))
-    print(f"calibration: {said}; {words} tokens, {sum(int((row < 0).sum()) for row in shown.rows)} of pictures")
-    made = awq.run(source, work, how, shown, device, telling(), found)
-    if not (args.target / "config.json").exists():
-        write(
-            made, args.target, args.format, limit=SHARD_BYTES, progress=progress(), key=(work / "work.json").read_text()
-        )
-    about = {"method": args.method, "mode": how.mode, "group": how.group, "calibration": said, "tokens": words}
-    about |= {"seed": args.seed, "propagate": how.propagate, "image_weight": how.image_weight, "also": list(also)}
-    report.write(args.target, about, {part: folder.reports(work, part) for part in ("llm", *how.also)})
-    if how.mode == "upstream":
-        awq.save_cache(work, args.target / "awq_cache.pt", torch.float16)
-    folder.finish(work)
-    print(f"{args.target}: written, with quantization.json and quantization.svg")
+    blind = {"calib": None, "samples": SAMPLES, "seed": 0, "image_weight": 1.0, "no_propagate": False, "mode": "ours"}
+    if args.method == "rtn" and (given := [name for name, usual in blind.items() if getattr(args, name) != usual]):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"--method rtn looks at no input and leaves nothing to choose: {names} would do nothing")
+    if args.mode == "upstream" and args.no_propagate:
+        raise ValueError("--mode upstream carries no errors on: --no-propagate would do nothing")
 
 
 def calibration(args: argparse.Namespace, source: Any, cfg: Any) -> tuple[Any, str]:

@@ -77,7 +77,10 @@ def weight(n: int, k: int, key: str, dtype: torch.dtype, group: int | None = Non
     """The declaration of a linear's weight [n, k]: a `Spec`, or an `Int4` of them if a group size is given."""
     if group is None:
         return Spec((n, k), f"{key}.weight", dtype)
-    check_int4(k, group)
+    try:
+        check_int4(k, group)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
     return Int4(
         Spec(tiles(n, k), f"{key}.qweight", torch.int32, "codes"),
         Spec((k // group, n), f"{key}.scales", dtype),
