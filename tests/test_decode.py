@@ -114,6 +114,7 @@ def moved(args: tuple, l: int, seed: int, room: int) -> tuple:
 @pytest.mark.parametrize("name", IMPLS)
 @KINDS
 def test_not_a_bit_depends_on_batch_pages_room_or_config(name: str, kv: str) -> None:
+    """https://github.com/Dao-AILab/flash-attention/pull/2448 and https://github.com/sgl-project/sglang/pull/10694"""
     args = drawn(t=700, kv=kv, b=3)  # more than two splits
     if not supports(name, args):
         pytest.skip(f"{name} does not read {kv} pages")

@@ -100,6 +100,7 @@ def logits(
 
 @pytest.mark.parametrize("name, kernels, kv_dtype", CASES)
 def test_not_a_bit_of_the_logits_depends_on_how_a_sequence_is_run(name: str, kernels: str, kv_dtype: str) -> None:
+    """What https://github.com/deepseek-ai/FlashMLA/issues/212 reports: the likeliest token depends on the batch."""
     model = named(name)
     expected = logits(model, kernels, kv_dtype, [])
 
