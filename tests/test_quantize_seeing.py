@@ -14,7 +14,7 @@ from vila_triton import engine
 from vila_triton.awq import run as awq
 from vila_triton.awq import seeing
 from vila_triton.awq.calibration import Prompts
-from vila_triton.awq.work import How
+from vila_triton.awq.work import How, carry_out
 from vila_triton.checkpoint import geometry, load_params, open_source, read_json, save, write_json
 from vila_triton.models import vila
 from vila_triton.models.params import init
@@ -158,9 +158,17 @@ def test_the_depth_of_the_tower_takes_no_memory(part: str, tmp_path: Path) -> No
     peaks = []
     for layers in (3, 9):
         source = saved(tmp_path / f"{layers}", *TOWERS["siglip"], num_hidden_layers=layers)
-        how, seen = replace(HOW, also=(part,)), shown(source)
+        cfg, pixels, cpu = geometry(source.top, source.parts), shown(source).pixels, torch.device("cpu")
+        assert pixels is not None
+        source = seeing.padded(source, cfg.vision_tower, HOW.group)
+        cfg, work = geometry(source.top, source.parts), tmp_path / f"work {layers}"
+        work.mkdir()
         with Peak([]) as peak:
-            awq.run(source, tmp_path / f"work {layers}", how, seen, torch.device("cpu"))
+            if part == "vision_tower":
+                steps = seeing.tower(source, cfg, HOW, pixels, cpu)
+            else:
+                steps = seeing.connector(source, source, cfg, HOW, pixels, cpu)
+            carry_out(steps, source, work, cpu, lambda done: None)
         peaks.append(peak.peak)
     one = 4 * (4 * 64 * 64 + 2 * 64 * 96)  # bytes of a layer in float32
     assert peaks[1] - peaks[0] < one
