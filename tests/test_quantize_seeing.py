@@ -17,7 +17,7 @@ from vila_triton.awq.calibration import Prompts
 from vila_triton.awq.work import How, carry_out
 from vila_triton.checkpoint import geometry, load_params, open_source, read_json, save, write_json
 from vila_triton.models import vila
-from vila_triton.models.params import init
+from vila_triton.models.params import Lazy, init
 from vila_triton.ops import Int4
 from vila_triton.sources import Source
 from vila_triton.tiny.folder import CONFIG, configs
@@ -212,3 +212,14 @@ def test_a_config_that_the_tower_does_not_keep_is_refused(said: dict[str, Any], 
     with pytest.raises(ValueError, match=message):
         found = open_source(tmp_path / "made")
         geometry(found.top, found.parts)
+
+
+def test_a_broken_linear_is_named(tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", *TOWERS["siglip"])
+    name, held = "vision_model.encoder.layers.1.mlp.fc2.weight", source.tensors["vision_tower"]
+    broken = held[name].clone()
+    broken[3, 5] = torch.nan
+    lazy = Lazy(held.meta, lambda key: broken if key == name else held[key])
+    source = replace(source, tensors=source.tensors | {"vision_tower": lazy})
+    with pytest.raises(ValueError, match=r"vision_tower, encoder.layers.1: mlp.fc2: the weight holds NaN or infinity"):
+        awq.run(source, tmp_path / "work", HOW, shown(source), torch.device("cpu"))

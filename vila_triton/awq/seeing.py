@@ -115,7 +115,10 @@ def rounded(
             each = torch.ones(len(got), device=y.device)
             known = moments(got, each, group)
             last = y, known, stand_in(wanted, got, each, known) if propagate else None
-        made[key], report["linears"][names[key]] = round_linear(p.weight, last[2], last[1], group, at_once)
+        try:
+            made[key], report["linears"][names[key]] = round_linear(p.weight, last[2], last[1], group, at_once)
+        except ValueError as error:
+            raise ValueError(f"{names[key]}: {error}") from None
         return Affine(written_out(made[key], y.dtype, at_once), p.bias)
 
     def watched(p: Affine, y: Tensor) -> Tensor:
