@@ -138,6 +138,18 @@ def test_a_rounded_layer_makes_good_what_came_before() -> None:
     assert all(said["ours"] < said["nearest"] for said in aware.report["linears"].values())
 
 
+def test_some_rows_at_a_time_are_what_all_are() -> None:
+    rng = torch.Generator().manual_seed(4)
+    x, w = torch.randn(400, 64, generator=rng), torch.randn(100, 64, generator=rng)
+    known = moments(x, torch.ones(400), 32)
+    whole, said = ours.round_linear(w, None, known, 32, 1 << 20)
+    parts, also = ours.round_linear(w, None, known, 32, 64 * 32)  # 32 rows; the last four are no whole tile
+    for name in ("qweight", "scales", "zeros"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name))
+    assert also == pytest.approx(said)
+    assert torch.equal(ours.written_out(whole, torch.float32, 64 * 32), dequantize(whole, torch.float32))
+
+
 def test_stand_in_turns_what_is_seen_into_what_was_wanted() -> None:
     rng = torch.Generator().manual_seed(3)
     wanted = torch.randn(5000, 32, generator=rng)
