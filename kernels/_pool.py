@@ -145,7 +145,7 @@ def read_pool(
 def attend_keys(q, q_rest, k, k_rest, k_scale, v, v_rest, v_scale, known, scale, peak, total, acc, acc_rest):
     """One more tile of keys, k and v [n, d] with scales [n] or None: the running peak, sum and weighted values.
 
-    `known` is None if all of them are cached. Weights times scales are kept below 1, as float16 wants them.
+    `known` is None if all of them are cached. Weights times scales are at most 1, as float16 wants them.
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, n]
     if q_rest is not None:
@@ -165,8 +165,9 @@ def attend_keys(q, q_rest, k, k_rest, k_scale, v, v_rest, v_scale, known, scale,
         if q_rest is not None:
             acc_rest = tl.dot(weights, v_rest, acc_rest * rescale[:, None], input_precision="ieee")
     else:
-        largest = tl.max(v_scale, 0)
-        weights = (weights * (v_scale / largest)[None, :]).to(v.dtype)
+        weights *= v_scale[None, :]
+        largest = tl.maximum(tl.max(weights, 1), 1e-30)[:, None]  # of a row: a far token must not make the others 0
+        weights = (weights / largest).to(v.dtype)
         acc = acc * rescale[:, None] + tl.dot(weights, v, input_precision="ieee") * largest
         if q_rest is not None:
             acc_rest = acc_rest * rescale[:, None] + tl.dot(weights, v_rest, input_precision="ieee") * largest

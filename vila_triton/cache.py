@@ -163,13 +163,17 @@ class PagedCache:
     def at(self, lengths: Sequence[int], keep: bool) -> Iterator[list[int]]:
         """All sequences, rolled back to these lengths, as they also are if the `with` fails.
 
-        Unless `keep`, they are forks, gone after it.
+        Unless `keep`, they are forks, gone after it. Errors: ValueError for other lengths than they can have, before
+        anything is changed.
         """
         sequences = list(self.table.sequences)
+        held = [self.length(seq) for seq in sequences]
+        if len(lengths) != len(held) or any(not 0 <= to <= n for to, n in zip(lengths, held)):
+            raise ValueError(f"sequences of {held} tokens cannot be rolled back to {list(lengths)}")
         if not keep:
             sequences = [self.table.fork(seq) for seq in sequences]
         try:
-            for seq, length in zip(sequences, lengths):
+            for seq, length in zip(sequences, lengths, strict=True):
                 self.table.truncate(seq, length)
             yield sequences
         except BaseException:

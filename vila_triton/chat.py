@@ -105,15 +105,19 @@ class Conversation:
         self.features: Tensor | None = None  # [rows, e]
         self.names: list[int] = []  # of the rows of features
         self.last: Round | None = None
+        self.answering = False
 
     def ask(
         self, question: str, images: Sequence[Image.Image] = (), max_new_tokens: int = 128, **sampling: Any
     ) -> Generator[int, None, None]:
         """The tokens of the answer as they are chosen; `last` holds what the round took.
 
-        Errors: ValueError, before anything is run, if the question is empty or does not fit the model's context. If the
-        answer is given up or fails half-way, the conversation is as it was before the question.
+        Errors: ValueError, before anything is run, if the question is empty or does not fit the model's context, or the
+        answer before it was not read to its end. If an answer is given up or fails half-way, the conversation is as it
+        was before the question.
         """
+        if self.answering:
+            raise ValueError("the answer to the question before is not read to its end; read it, or close it")
         start, model = time.perf_counter(), self.talker.model
         ids = torch.tensor(self.talker.prompt(question, len(images), first=not len(self.row)), device=model.device)
         features, names, counts = self.features, self.names, []
@@ -137,6 +141,7 @@ class Conversation:
         before = self.cache.length(seq)
         answer: list[int] = []
         finished = False
+        self.answering = True
         try:
             admit(self.cache, {seq: known}, max_new_tokens)
             taken = Round(len(row), len(row) - self.cache.length(seq), sum(counts))
@@ -147,9 +152,11 @@ class Conversation:
                 yield token
             finished = True
         finally:
-            self.cache.table.publish(seq, [*known, *answer][: self.cache.length(seq)])
-            if not finished:
-                self.cache.table.truncate(seq, before)
+            self.answering = False
+            if self.close.alive:
+                self.cache.table.publish(seq, [*known, *answer][: self.cache.length(seq)])
+                if not finished:
+                    self.cache.table.truncate(seq, before)
         answer = answer[:-1] if answer[-1] in ends else answer  # the last one is not in the cache yet
         answer += closing(self.talker.template, self.talker.tokenizer)
         self.row = torch.cat((row, row.new_tensor(answer)))

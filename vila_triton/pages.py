@@ -75,8 +75,13 @@ class PageTable:
         return child
 
     def reorder(self, rows: list[int]) -> None:
-        """All sequences are replaced: the i-th, in order of age, by a fork of what the rows[i]-th was."""
+        """All sequences are replaced: the i-th, in order of age, by a fork of what the rows[i]-th was.
+
+        Errors: ValueError for a row that there is not, before anything is changed.
+        """
         old = list(self.sequences)
+        if bad := [row for row in rows if not 0 <= row < len(old)]:
+            raise ValueError(f"there are {len(old)} sequences, and no row {bad[0]} among them")
         for row in rows:
             self.fork(old[row])
         for seq in old:
@@ -101,9 +106,9 @@ class PageTable:
         if s.length:
             raise ValueError(f"sequence {seq} has {s.length} tokens; only an empty one can adopt pages")
         s.pages, s.length = self.prefixes.find(tokens)
+        self.references.update(s.pages)
         for page in s.pages:
             self.idle.pop(page, None)
-        self.references.update(s.pages)
         return s.length
 
     def needed(self, counts: Mapping[int, int]) -> int:

@@ -44,7 +44,7 @@ def picture(about: dict[str, Any], parts: Mapping[str, Sequence[dict[str, Any]]]
     for part in parts:
         if part != "llm":
             shown.append((f"error of {part}", errors(parts[part]), True))
-    said = [f"{key} {value}" for key, value in about.items() if not isinstance(value, list | dict)]
+    said = [f"{key} {value}" for key, value in about.items() if key != "work" and not isinstance(value, list | dict)]
     heads = [", ".join(words for words in said if words.startswith("calibration") is of) for of in (False, True)]
     panels = [panel(head, lines, log, TOP + i * (HEIGHT + GAP)) for i, (head, lines, log) in enumerate(shown)]
     height = TOP + len(shown) * (HEIGHT + GAP)

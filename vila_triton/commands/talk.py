@@ -28,8 +28,12 @@ def configure(commands: Any) -> None:
     talk.add_argument("--frames", type=int, help="of each video (default: the model's num_video_frames, else 8)")
     talk.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache (default: the model's)")
     sizes = (16, 32, 64, 128, 256)
-    talk.add_argument("--page-size", type=int, choices=sizes, default=16, help="tokens in a page of the cache")
-    talk.add_argument("--policy", choices=POLICIES, default="fast", help="of attention; invariant: no bit by chance")
+    talk.add_argument(
+        "--page-size", type=int, choices=sizes, help="tokens in a page of the cache (default: the model's)"
+    )
+    talk.add_argument(
+        "--policy", choices=POLICIES, help="of attention (default: the model's); invariant: no bit by chance"
+    )
     talk.add_argument("--max-new-tokens", type=int, default=128)
     talk.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
     talk.add_argument("--top-k", type=int)
@@ -64,7 +68,10 @@ def run(args: argparse.Namespace) -> None:
     seen = pictures(args.seen, frames)
     talker = Talker.from_pretrained(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
     config = talker.model.config
-    config.kv_dtype, config.page_size, config.attention_policy = args.kv_dtype, args.page_size, args.policy
+    given = {"kv_dtype": args.kv_dtype, "page_size": args.page_size, "attention_policy": args.policy}
+    for name, value in given.items():
+        if value is not None:
+            setattr(config, name, value)
     session = Session(talker, Conversation(talker), frames, seen)
     with use(**chosen):
         if args.command == "ask":

@@ -168,10 +168,13 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         use_cache = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
         features, image_tokens = self.features(images)
         cache, past = resume(self.cache, past_key_values, start_pos, len(inputs))
+        if output_attentions and any(past):
+            raise ValueError("output_attentions needs the whole sequence in one pass, but part of it is cached already")
         batch = unpad(
             inputs.to(self.device), attention_mask, position_ids, labels, image_tokens, cached=past, **self.prompt_rules
         )
-        if cache is None and (use_cache or chunk_prefilling):
+        # Under "invariant" keys are seen as pages hold them, also where none are kept.
+        if cache is None and (use_cache or chunk_prefilling or self.config.attention_policy == "invariant"):
             cache = self.new_cache(len(inputs))
         places = batch.places[:, -logits_to_keep:]
         kept = places.sum(1).tolist()
