@@ -1,7 +1,10 @@
 """Conversations on the bundled model: many at once, and what those that begin alike share."""
 
+import json
 import random
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +138,35 @@ def test_what_was_run_for_a_question_that_was_given_up_is_not_run_again(talker: 
     assert conversation.cache.length(conversation.seq) == 0
     list(conversation.ask(QUESTIONS[0], [PICTURES[0]]))
     assert conversation.last and conversation.last.new_tokens == 1
+
+
+def test_an_answer_that_is_not_read_to_its_end_mixes_with_no_other(talker: Talker) -> None:
+    _, expected = ask(Talker(talker.model, talker.tokenizer, talker.processor), 1, QUESTIONS[0])
+    conversation = Conversation(talker)
+    unread = conversation.ask(QUESTIONS[0], [PICTURES[0]])
+    next(unread)
+    for question in QUESTIONS[:2]:
+        with pytest.raises(ValueError, match="the question before is not read to its end"):
+            list(conversation.ask(question, [PICTURES[1]]))
+    assert ask(talker, 1, QUESTIONS[0])[1] == expected
+    list(unread)
+    assert conversation.last and list(conversation.ask(QUESTIONS[1]))
+
+
+def test_the_command_line_keeps_the_models_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(BUNDLED, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    own = {"attention_policy": "invariant", "kv_dtype": "int4", "page_size": 256}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    made = list[dict[str, Any]]()
+    monkeypatch.setattr(Talker, "cache", property(lambda self: made.append(self.model.config.cache()) or 1 / 0))
+    for more in ((), ("--kv-dtype", "int8")):
+        argv = ["vila-triton", "ask", "--model", str(tmp_path / "model"), *more, "Why?"]
+        monkeypatch.setattr("sys.argv", argv)
+        with pytest.raises(ZeroDivisionError):
+            main()
+    assert made[0] == {"policy": "invariant", "kv_dtype": "int4", "page_size": 256}
+    assert made[1] == made[0] | {"kv_dtype": "int8"}
 
 
 def test_a_closed_conversation_holds_nothing(talker: Talker) -> None:

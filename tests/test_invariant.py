@@ -144,6 +144,29 @@ def test_pictures_and_padded_batches_change_no_bit_either() -> None:
         assert torch.equal(found[: len(alone)], alone)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kv_dtype", [None, "float16", "int8", "int4"])
+def test_nor_does_a_bit_depend_on_whether_there_is_a_cache(kv_dtype: str | None) -> None:
+    model = build(dtype=torch.float32, seed=3, gain=2.0, attention_policy="invariant", kv_dtype=kv_dtype)
+    ids = words(30, seed=1)[None]
+    assert torch.equal(model(ids, use_cache=False).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_an_argument_that_is_refused_costs_no_token_of_the_cache() -> None:
+    model = build(dtype=torch.float32, seed=3)
+    model(words(5, seed=1)[None], start_pos=0)
+    with pytest.raises(ValueError, match="output_attentions needs the whole sequence in one pass"):
+        model(words(1, seed=1)[None], start_pos=2, output_attentions=True)
+    assert model.cache is not None and model.cache.length(0) == 5
+    model.cache.table.alloc()
+    for lengths in ([2, 999], [2], [-1, 0]):
+        message = r"sequences of \[5, 0\] tokens cannot be rolled back to"
+        with pytest.raises(ValueError, match=message), model.cache.at(lengths, keep=True):
+            pass
+    assert model.cache.length(0) == 5
+
+
 ROWS = {"linear": 1, "rms_norm": 1, "swiglu": 2, "rope": 3}  # arguments that have a row for each of the result
 MARKED = [(impl, i) for op in ROWS for impl in OPS[op].impls.values() for i in range(len(impl.configs))]
 

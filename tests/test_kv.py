@@ -200,6 +200,21 @@ def test_room_in_the_block_table_is_not_taken_for_length_35() -> None:
     assert_faithful(ops.decode_attention, TRITON, TRITON.configs[0], args)
 
 
+@pytest.mark.parametrize("kv", ["int8", "int4"])
+@given(ratio=st.sampled_from([1e2, 1e4, 1e5, 1e6, 1e8]), at=st.integers(0, 15), seed=st.integers(0, 99))
+def test_a_token_with_large_values_that_counts_for_little_spoils_no_other(
+    kv: str, ratio: float, at: int, seed: int
+) -> None:
+    """Its scale is so large beside the others' that weight times scale over it is no number of float16."""
+    rng, d = torch.Generator().manual_seed(seed), 32
+    k, v = 0.3 * torch.randn(16, 1, d, generator=rng), 100 / ratio * torch.randn(16, 1, d, generator=rng)
+    k[at], v[at] = -8, 100 * torch.randn(1, d, generator=rng)
+    pages = [encode(x[None], ops.empty_pages((0, d), kv)) for x in (k, v)]
+    q, table, length = torch.ones(1, 1, d, dtype=torch.float16), torch.zeros(1, 1).int(), torch.tensor([16]).int()
+    args = mapped(lambda x: x.to(DEVICE), (q, *pages, table, length, d**-0.5))
+    assert_faithful(ops.decode_attention, TRITON, TRITON.configs[0], args)
+
+
 def test_harness_sees_scales_read_past_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """A twin of the kernel that reads one token more is found on quantised pages."""
 

@@ -175,3 +175,12 @@ def test_a_page_is_found_only_behind_the_tokens_it_was_written_behind() -> None:
     filled(table, [5, 6, 3, 4, 7])
     assert table.prefixes.find([3, 4]) == ([], 0)
     assert table.prefixes.find([1, 2, 3, 4, 7])[1] == 4 and table.prefixes.find([5, 6, 3, 4, 7])[1] == 5
+
+
+@pytest.mark.parametrize("rows", [[0, 7], [-1], [1]])
+def test_a_row_that_there_is_not_is_refused_and_forks_nothing(rows: list[int]) -> None:
+    table = PageTable(4, 4)
+    filled(table, [1, 2, 3])
+    with pytest.raises(ValueError, match="there are 1 sequences, and no row"):
+        table.reorder(rows)
+    assert list(table.sequences) == [0] and table.references.total() == 1
