@@ -167,7 +167,7 @@ def attend_keys(q, q_rest, k, k_rest, k_scale, v, v_rest, v_scale, known, scale,
     else:
         weights *= v_scale[None, :]
         largest = tl.maximum(tl.max(weights, 1), 1e-30)[:, None]  # of a row: a far token must not make the others 0
-        weights = (weights / largest).to(v.dtype)
+        weights = (weights * (1.0 / largest)).to(v.dtype)
         acc = acc * rescale[:, None] + tl.dot(weights, v, input_precision="ieee") * largest
         if q_rest is not None:
             acc_rest = acc_rest * rescale[:, None] + tl.dot(weights, v_rest, input_precision="ieee") * largest

@@ -28,8 +28,7 @@ from ._tile import LOG2_E, block_of
 
 CONFIGS = [
     {"BLOCK_N": 64, "PLACES": 2, "num_warps": 4, "num_stages": 3},
-    {"BLOCK_N": 32, "PLACES": 4, "num_warps": 4, "num_stages": 4},
-    {"BLOCK_N": 32, "PLACES": 8, "num_warps": 4, "num_stages": 4},
+    {"BLOCK_N": 64, "PLACES": 8, "num_warps": 4, "num_stages": 3},  # more splits, the same kernel
 ]
 
 
