@@ -28,7 +28,7 @@ from ._tile import LOG2_E, block_of
 
 CONFIGS = [
     {"BLOCK_N": 64, "PLACES": 2, "num_warps": 4, "num_stages": 3},
-    {"BLOCK_N": 64, "PLACES": 8, "num_warps": 4, "num_stages": 3},  # more splits, the same kernel
+    {"BLOCK_N": 32, "PLACES": 4, "num_warps": 4, "num_stages": 4},
 ]
 
 
@@ -56,10 +56,11 @@ SPACE = Space(
 
 
 def tile(block_n: int, d: int, size: int, quantised: bool) -> int:
-    """Keys of a tile: half of those asked for where heads are wider than 128, where numbers have 4 bytes, and where
-    pages are quantised, whose codes take more registers than they took memory.
+    """Keys of a tile: half of those asked for where heads are wider than 128, where numbers have 4 bytes, and, if they
+    are more than 32, where pages are quantised, whose codes take more registers than they took memory.
     """
-    return max(16, block_n >> (block_of(d) > 128) + (size > 2) + quantised)
+    block_n = max(min(block_n, 32), block_n // 2) if quantised else block_n
+    return max(16, block_n >> (block_of(d) > 128) + (size > 2))
 
 
 @triton.jit(do_not_specialize=["wanted", "splits", "stride_tb"])  # these change with the longest sequence
@@ -164,7 +165,9 @@ def decode_attention_triton(
     check_pools("decode_attention", q, k_pages, v_pages)
     if policy == "invariant":
         BLOCK_N, num_warps, num_stages = (CONFIGS[0][name] for name in ("BLOCK_N", "num_warps", "num_stages"))
-    BLOCK_N = tile(BLOCK_N, q.shape[-1], q.element_size(), not isinstance(k_pages, Tensor))
+    quantised = not isinstance(k_pages, Tensor)
+    BLOCK_N = tile(BLOCK_N, q.shape[-1], q.element_size(), quantised)
+    num_stages = min(num_stages, 3) if quantised else num_stages  # four make ptxas spill: see bench.sweep
     (b, h, d), (_, l, g, _), room = q.shape, k_pages.shape, block_table.shape[1] * k_pages.shape[1]
     out = torch.empty(b, h, d, dtype=q.dtype, device=q.device)
     sums = torch.empty(b, h, dtype=torch.float32, device=q.device) if lse else None

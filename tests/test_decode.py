@@ -185,7 +185,7 @@ def test_a_planted_bug_is_found(bug: str, plant: Plant) -> None:  # noqa: F811
 def test_every_head_dim(d: int) -> None:
     for i, kv in enumerate(("plain", "int8", "int4")):
         args = drawn(d=d, kv=kv, b=2, t=90)
-        assert_faithful(DECODE, IMPLS["triton"], IMPLS["triton"].configs[i], args)
+        assert_faithful(DECODE, IMPLS["triton"], IMPLS["triton"].configs[i % 2], args)
 
 
 @pytest.mark.parametrize("l", [1, 3, 8, 16, 32, 64, 128, 256])
