@@ -22,7 +22,6 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, Stopping
 from .cache import PagedCache
 from .models import llama, vila
 from .models.config import VilaConfig
-from .ops.attention import check_policy
 from .registry import defaults
 from .tuned import kernels_for
 
@@ -42,7 +41,6 @@ def encode_images(p: vila.Vila, pixels: Tensor, cfg: VilaConfig, policy: str = "
 
     Under the policy "invariant" one picture after the other: each is then the same computation as if it were alone.
     """
-    check_policy("encode_images", policy)
     with kernels(pixels.device):
         if policy == "invariant" and len(pixels) > 1:
             return torch.cat([vila.encode_images(p, one.clone(), cfg) for one in pixels.split(1)])
