@@ -22,7 +22,7 @@ from vila_triton.sources import Source
 from .moments import moments, stand_in
 from .ours import AT_ONCE as WEIGHTS
 from .ours import round_linear, written_out
-from .work import How, State, Step, Steps, dtype_of
+from .work import How, State, Step, Steps, dtype_of, taking
 
 ROOM = 1 << 14  # positions of the tower, and of the projector, that each is calibrated on at most
 AT_ONCE = 16  # pictures that run through the tower together
@@ -78,13 +78,7 @@ class Layers(Sequence[Any]):
 def streamed(source: Source, device: torch.device, dtype: torch.dtype) -> tuple[Any, VilaConfig]:
     """A tower that holds no more than one of its layers, and the geometry of its model."""
     cfg = geometry(source.top, source.parts)
-    tensors, *_ = fitting(source, cfg, "vision_tower")
-
-    def take(spec: Spec) -> Tensor:
-        x = tensors[spec.key].to(device, spec.dtype, copy=True)
-        tensors.forget(spec.key)
-        return x
-
+    take = taking(fitting(source, cfg, "vision_tower")[0], device)
     specs = vision.declare(cfg.vision_tower, dtype)
     rest = tree_map(take, replace(specs, layers=()))
     return replace(rest, layers=Layers(specs.layers, take)), cfg

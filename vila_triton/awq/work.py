@@ -91,16 +91,10 @@ def carry_out(steps: Steps, source: Source, work: Path, device: torch.device, sa
         state = dict(open_tensors(work / f"inputs-{part}-{done:03}.safetensors")) if done else steps.start()
         state = {name: x.to(device) for name, x in state.items()}
 
-    def take(spec: Spec) -> Tensor:
-        tensors, name = source.tensors[part], prefix + spec.key
-        x = tensors[name].to(device, spec.dtype, copy=True)
-        tensors.forget(name)
-        return x
-
     for i in range(done, total):
         say(i)
         try:
-            made = steps.one(i, tree_map(take, steps.before[i]), state)
+            made = steps.one(i, tree_map(taking(source.tensors[part], device, prefix), steps.before[i]), state)
         except ValueError as error:
             where = commonpath([spec.key.replace(".", "/") for spec in leaves(steps.before[i])]).replace("/", ".")
             raise ValueError(f"{part}, {where}: {error}") from None
@@ -113,6 +107,17 @@ def carry_out(steps: Steps, source: Source, work: Path, device: torch.device, sa
         stored(work / f"{part}-{i:03}.safetensors", named | found, made.report)
         (work / f"inputs-{part}-{i:03}.safetensors").unlink(missing_ok=True)
     return joined(steps, source, work)
+
+
+def taking(tensors: Lazy, device: torch.device, prefix: str = "") -> Callable[[Spec], Tensor]:
+    """A leaf of a tree of declarations -> its copy on the device; what was read for it may go."""
+
+    def take(spec: Spec) -> Tensor:
+        x = tensors[prefix + spec.key].to(device, spec.dtype, copy=True)
+        tensors.forget(prefix + spec.key)
+        return x
+
+    return take
 
 
 def dtype_of(source: Source, part: str) -> torch.dtype:
