@@ -63,7 +63,7 @@ class Outcome(Generic[T]):
     error: str = ""
 
 
-class _NamesItsTarget(DriverBase):
+class NamesItsTarget(DriverBase):
     """All of a driver that compiling asks for. Each target counts as a device, since Triton caches by device."""
 
     def __init__(self, target: str):
@@ -100,7 +100,7 @@ def launching(target: str, launch: Callable[..., Any]) -> Iterator[None]:
         return self.fn.run(*args, **kwargs, **self.configs[0].all_kwargs())
 
     run, tuned_run = JITFunction.run, Autotuner.run
-    triton.runtime.driver.set_active(_NamesItsTarget(target))
+    triton.runtime.driver.set_active(NamesItsTarget(target))
     JITFunction.run, Autotuner.run = launch, first_config
     try:
         yield

@@ -1,0 +1,244 @@
+"""`torch.cuda` as an H100 would answer, over the tensors of `device`. Importing this file puts the stand-in in place."""
+
+import contextlib
+import time
+import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._device import DeviceContext
+
+from .device import (
+    DEVICES,
+    Capture,
+    CudaTensor,
+    Factories,
+    captures,
+    cuda_generators,
+    current,
+    index_of,
+    memories,
+    on_device,
+    waits,
+)
+
+NAME = "stand-in for an H100"  # no GPU has this name, so no table tuned on one is taken for it or written over
+CAPABILITY = (9, 0)
+# CUDA C++ programming guide and the data sheet of the H100 SXM, but for the cache: `bench.timing` makes as many copies
+# of its arguments as overflow it, and here that would take long.
+PROPERTIES = SimpleNamespace(
+    name=NAME,
+    major=CAPABILITY[0],
+    minor=CAPABILITY[1],
+    multi_processor_count=132,
+    L2_cache_size=2**16,
+    total_memory=memories[0].total,
+    shared_memory_per_block=48 * 2**10,
+    shared_memory_per_block_optin=227 * 2**10,
+    shared_memory_per_multiprocessor=228 * 2**10,
+    regs_per_multiprocessor=2**16,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+    is_integrated=0,
+    clock_rate=1980000,
+    memory_clock_rate=2619000,
+    memory_bus_width=5120,
+)
+host_generator, host_tensor, host_as_tensor, host_to = torch.Generator, torch.tensor, torch.as_tensor, Tensor.to
+
+
+class _AnyGenerator(type(host_generator)):
+    def __instancecheck__(cls, x: object) -> bool:
+        return isinstance(x, host_generator)
+
+
+class Generator(host_generator, metaclass=_AnyGenerator):
+    """A generator of the CPU that says which device it was made for."""
+
+    def __new__(cls, device: Any = "cpu") -> "Generator":
+        generator = host_generator.__new__(cls, "cpu")
+        if torch.device(device).type == "cuda":
+            cuda_generators.add(generator._cdata)  # an operator is given another object of Python for it
+            weakref.finalize(generator, cuda_generators.discard, generator._cdata)
+        return generator
+
+    def __init__(self, device: Any = "cpu") -> None: ...
+
+    device = property(lambda self: torch.device("cuda" if self._cdata in cuda_generators else "cpu"))  # pyright: ignore
+
+
+def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
+    """`torch.tensor`, whose C++ makes the tensor without asking `Factories`."""
+    device = default_device() if device is None else torch.device(device)
+    made = host_tensor(data.item() if isinstance(data, CudaTensor) else data, **kwargs)
+    return made if device.type == "cpu" else made.to(device)
+
+
+def as_tensor(data: Any, *, dtype: Any = None, device: Any = None) -> Tensor:
+    if isinstance(data, CudaTensor):
+        return data.to(device=device or data.device, dtype=dtype)
+    device = default_device() if device is None else torch.device(device)
+    made = host_as_tensor(data, dtype=dtype, device="cpu" if device.type == "cuda" else device)
+    return made.to(device)
+
+
+def to(self: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
+    """`Tensor.to` of a tensor of the CPU, whose C++ would ask the driver for the device first."""
+    if args and isinstance(args[0], Tensor):
+        args = (args[0].device, args[0].dtype, *args[1:])
+    device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
+    if device is None or device.type != "cuda":
+        return host_to(self, *args, copy=copy, **kwargs)
+    if self.is_meta:
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+    waits("a copy of pageable memory to the device")
+    copied = host_to(self.detach(), dtype or self.dtype, copy=True, memory_format=layout or torch.preserve_format)
+    return on_device(copied, index_of(device)).requires_grad_(self.requires_grad and self.is_leaf)
+
+
+def default_device() -> torch.device:
+    """What a `with torch.device(...)` says."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return next((m.device for m in reversed(modes) if isinstance(m, DeviceContext)), torch.device("cpu"))
+
+
+class Event:
+    def __init__(self, enable_timing: bool = False, **_: Any) -> None:
+        self.timed, self.at = enable_timing, 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        waits("an event")
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "Event") -> float:
+        """Milliseconds. Errors: RuntimeError unless both events were made to take times and were recorded."""
+        if not (self.timed and end.timed and self.at and end.at):
+            raise RuntimeError("Both events must be created with enable_timing=True and recorded.")
+        return 1e3 * max(end.at - self.at, 1e-9)
+
+
+class Stream:
+    cuda_stream = 0
+
+    def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
+        self.device = torch.device("cuda", index_of(device or "cuda"))
+
+    def synchronize(self) -> None:
+        waits("a stream")
+
+    def wait_stream(self, stream: "Stream") -> None: ...
+
+    def wait_event(self, event: Event) -> None: ...
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.record()
+        return event
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
+class CUDAGraph(Capture):
+    def reset(self) -> None:
+        self.calls.clear()
+
+
+@contextlib.contextmanager
+def graph(cuda_graph: CUDAGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
+    """Capture. What was computed inside is not there before the graph is replayed: until then it is NaN."""
+    if captures:
+        raise RuntimeError("CUDA error: a graph is captured already")
+    captures.append(cuda_graph)
+    try:
+        yield
+    finally:
+        captures.clear()
+    for _, result in cuda_graph.calls:
+        if isinstance(result, CudaTensor) and result.is_floating_point() and not result._is_view():
+            result.fill_(float("nan"))
+
+
+@contextlib.contextmanager
+def device(wanted: Any) -> Iterator[None]:
+    before = current[0]
+    set_device(wanted)
+    try:
+        yield
+    finally:
+        current[0] = before
+
+
+def set_device(wanted: Any) -> None:
+    if wanted is not None:
+        current[0] = index_of(torch.device("cuda", wanted) if isinstance(wanted, int) else wanted)
+
+
+def synchronize(device: Any = None) -> None:
+    waits("synchronize")
+
+
+def memory_of(device: Any = None) -> Any:
+    return memories[index_of("cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device)]
+
+
+def reset_peak_memory_stats(device: Any = None) -> None:
+    memory = memory_of(device)
+    memory.peak = memory.allocated
+
+
+ANSWERS = {
+    "is_available": lambda: True,
+    "is_initialized": lambda: True,
+    "init": lambda: None,
+    "_lazy_init": lambda: None,
+    "_is_in_bad_fork": lambda: False,
+    "device_count": lambda: DEVICES,
+    "current_device": lambda: current[0],
+    "set_device": set_device,
+    "device": device,
+    "get_device_name": lambda device=None: NAME,
+    "get_device_capability": lambda device=None: CAPABILITY,
+    "get_device_properties": lambda device=None: PROPERTIES,
+    "get_arch_list": lambda: ["sm_90"],
+    "is_bf16_supported": lambda including_emulation=True: True,
+    "synchronize": synchronize,
+    "empty_cache": lambda: None,
+    "memory_allocated": lambda device=None: memory_of(device).allocated,
+    "max_memory_allocated": lambda device=None: memory_of(device).peak,
+    "memory_reserved": lambda device=None: memory_of(device).allocated,
+    "max_memory_reserved": lambda device=None: memory_of(device).peak,
+    "reset_peak_memory_stats": reset_peak_memory_stats,
+    "mem_get_info": lambda device=None: (memory_of(device).total - memory_of(device).allocated, memory_of(device).total),
+    "memory_stats": lambda device=None: {"allocated_bytes.all.current": memory_of(device).allocated},
+    "manual_seed": lambda seed: None,
+    "manual_seed_all": lambda seed: None,
+    "current_stream": lambda device=None: Stream(device),
+    "default_stream": lambda device=None: Stream(device),
+    "stream": lambda stream: contextlib.nullcontext(),
+    "is_current_stream_capturing": lambda: bool(captures),
+    "Event": Event,
+    "Stream": Stream,
+    "CUDAGraph": CUDAGraph,
+    "graph": graph,
+}
+for name, answer in ANSWERS.items():
+    setattr(torch.cuda, name, answer)
+torch.Generator, torch.tensor, torch.as_tensor = Generator, tensor, as_tensor  # pyright: ignore
+torch.Tensor.to = to  # pyright: ignore
+torch.Tensor.cuda = lambda self, device=None, *args, **kwargs: self.to("cuda" if device is None else device)  # pyright: ignore
+torch.serialization.add_safe_globals([on_device])
+Factories().__enter__()

@@ -1,0 +1,301 @@
+"""The tensor of the stand-in: it says cuda:N, its numbers lie in the memory of the CPU, and its operators refuse what
+CUDA's do.
+
+Every operator comes to `dispatch`, from the tensor's class or, for those that only make tensors, from `Factories`.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .counts import count_operator, count_wait
+
+DEVICES = 2
+MEMORY = 80 * 2**30  # bytes of each device
+
+# Operators that read a value back, and so wait until the device has done all it was given.
+WAITING = {
+    "_local_scalar_dense": "item()",
+    "is_nonzero": "bool()",
+    "equal": "torch.equal",
+    "nonzero": "nonzero",
+    "masked_select": "masked_select",
+    "_unique2": "unique",
+    "unique_dim": "unique",
+    "unique_consecutive": "unique",
+    "bincount": "bincount",
+}
+CROSSING = ("copy_", "_to_copy", "_copy_from", "set_")  # between devices by their nature
+INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
+JOINING = ("cat", "stack")  # which take no number in place of a tensor
+CPU_ONLY = ("_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu", "mkldnn_linear")
+
+
+@dataclass
+class Memory:
+    """Bytes of the tensors of one device: now, the most so far, and all that there is."""
+
+    total: int = MEMORY
+    allocated: int = 0
+    peak: int = 0
+    storages: set[int] = field(default_factory=set)
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.storages:
+            return
+        if self.allocated + size > self.total:
+            raise torch.OutOfMemoryError(
+                f"CUDA out of memory. Tried to allocate {size} bytes; {self.total - self.allocated} of {self.total} "
+                "are free."
+            )
+        self.storages.add(key)
+        self.allocated += size
+        self.peak = max(self.peak, self.allocated)
+        weakref.finalize(storage, self.drop, key, size)
+
+    def drop(self, key: int, size: int) -> None:
+        self.storages.discard(key)
+        self.allocated -= size
+
+
+class Capture:
+    """What a CUDA graph holds: the calls made while it was captured, which ran on no data until it is replayed."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Callable[[], Any], Any]] = []
+
+    def replay(self) -> None:
+        for call, result in self.calls:
+            for old, new in zip(tree_leaves(result), tree_leaves(call())):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    plain(old).copy_(plain(new))
+
+
+memories = [Memory() for _ in range(DEVICES)]
+captures: list[Capture] = []  # the one under way
+cuda_generators: set[int] = set()  # by the address of what they wrap
+current = [0]  # the device that kernels start on
+
+
+def waits(what: str) -> None:
+    """Note that the host waits for the device. Errors: RuntimeError while a graph is captured."""
+    count_wait(what)
+    if captures:
+        raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
+
+
+class CudaTensor(torch.Tensor):
+    """A tensor of the stand-in."""
+
+    index: int
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatch(func, args, kwargs or {})
+
+    # C++ takes the tensor for one of the CPU, so what depends on its device is said here.
+    device = property(lambda self: torch.device("cuda", self.index))  # pyright: ignore
+    is_cuda = property(lambda self: True)  # pyright: ignore
+    is_cpu = property(lambda self: False)  # pyright: ignore
+
+    def get_device(self) -> int:
+        return self.index
+
+    def to(self, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
+        if args and isinstance(args[0], Tensor):
+            args = (args[0].device, args[0].dtype, *args[1:])
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
+        dtype = dtype or self.dtype
+        if device is None or device.type == "cuda" and index_of(device) == self.index:
+            return self if dtype == self.dtype and not copy else super().to(dtype, copy=copy)
+        if device.type == "cuda":
+            return on_device(plain(self).to(dtype, copy=True), index_of(device))
+        if device.type == "cpu":
+            waits("a copy to the CPU")
+            return plain(self).to(dtype, copy=True)
+        return plain(self).to(device, dtype)
+
+    def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.to("cpu")
+
+    def cuda(self, device: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        return self.to("cuda" if device is None else device)
+
+    def tolist(self) -> Any:
+        waits("tolist()")
+        return plain(self).tolist()
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first.")
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.numpy()
+
+    def new_tensor(self, data: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor(data, **{"dtype": self.dtype, "device": self.device, **kwargs})
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return on_device, (plain(self), self.index)
+
+    def __repr__(self, **kwargs: Any) -> str:  # pyright: ignore
+        return f"{plain(self)!r} on {self.device}"
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item() if not self.dim() else repr(self), spec)
+
+
+def index_of(device: Any) -> int:
+    """The index of a device, the current one where it names none. Errors: RuntimeError beyond the last."""
+    index = torch.device(device).index
+    if index is not None and index >= DEVICES:
+        raise RuntimeError(f"CUDA error: invalid device ordinal ({index}, of {DEVICES} devices)")
+    return current[0] if index is None else index
+
+
+def plain(x: Tensor) -> Tensor:
+    """The same memory as a tensor of the CPU."""
+    if not isinstance(x, CudaTensor):
+        return x
+    with torch._C._DisableTorchDispatch():
+        return x.detach()
+
+
+def on_device(x: Tensor, index: int) -> CudaTensor:
+    """The same memory as a tensor of a device of the stand-in."""
+    if isinstance(x, CudaTensor):
+        return x
+    if x.numel():
+        memories[index].add(x.untyped_storage())
+    tensor = torch.Tensor._make_subclass(CudaTensor, x)
+    tensor.index = index
+    return tensor
+
+
+class Factories(TorchDispatchMode):
+    """Sees the operators that take no tensor of the stand-in, but may make one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatch(func, args, kwargs or {})
+
+
+def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operator as CUDA would: refuse what it refuses, count what waits, give back tensors of the device."""
+    operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    ours = [x for x in operands if isinstance(x, CudaTensor)]
+    wanted = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
+    check_generator(kwargs.get("generator"), wanted, bool(ours))
+    if not ours and (wanted is None or wanted.type != "cuda"):
+        return func(*args, **kwargs)
+    name = func.overloadpacket.__name__
+    count_operator(name)
+    if name in CPU_ONLY:
+        raise NotImplementedError(f"Could not run 'aten::{name}' with arguments from the 'CUDA' backend.")
+    index = index_of(wanted) if wanted is not None and wanted.type == "cuda" else ours[0].index if ours else 0
+    check_devices(name, args, operands, ours)
+    wait_for(func, name, args, kwargs, ours)
+    if wanted is not None and wanted.type == "cuda":
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    run = {"div": by_reciprocal, "div_": by_reciprocal_}[name] if divides_by_a_number(name, args, kwargs) else func
+    if wanted is not None and wanted.type == "meta":
+        return run(*tree_map(lambda x: plain(x) if isinstance(x, CudaTensor) else x, args), **kwargs)
+
+    def call() -> Any:
+        with torch._C._DisableTorchDispatch():
+            return run(*args, **kwargs)
+
+    if captures:
+        written = [arg for schema, arg in zip(func._schema.arguments, args) if writes(schema)]
+        written += [kwargs[s.name] for s in func._schema.arguments if writes(s) and s.name in kwargs]
+        if written:
+            captures[0].calls.append((call, None))
+            return written[0] if len(func._schema.returns) == 1 else tuple(written)
+    result = tree_map(lambda x: on_device(x, index) if isinstance(x, Tensor) else x, call())
+    if captures:
+        captures[0].calls.append((call, result))
+    return result
+
+
+def writes(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def check_generator(generator: Any, wanted: torch.device | None, ours: bool) -> None:
+    """Errors: RuntimeError for a generator of another device than that of the numbers drawn."""
+    if generator is None:
+        return
+    drawn = "cuda" if ours or (wanted is not None and wanted.type == "cuda") else "cpu"
+    if wanted is not None and wanted.type == "meta":
+        return
+    of = "cuda" if generator._cdata in cuda_generators else "cpu"
+    if of != drawn:
+        raise RuntimeError(f"Expected a '{drawn}' device type for generator but found '{of}'")
+
+
+def check_devices(name: str, args: Any, operands: Sequence[Tensor], ours: Sequence[CudaTensor]) -> None:
+    """Errors: RuntimeError for operands of two devices. A number may be a CPU tensor without axes, indices may lie on
+    the CPU, copies cross.
+    """
+    if name in CROSSING:
+        return
+    free = [x for x in args[1] if x is not None] if name in INDEXING else []
+    places = {
+        str(x.device)
+        for x in operands
+        if not any(x is y for y in free) and (isinstance(x, CudaTensor) or x.dim() or name in JOINING)
+    }
+    if ours and len(places) > 1:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"{' and '.join(sorted(places, reverse=True))}! ({name})"
+        )
+
+
+def wait_for(func: Any, name: str, args: Any, kwargs: Any, ours: Sequence[CudaTensor]) -> None:
+    """Count the operator if it makes the host wait."""
+    if name in WAITING and ours:
+        waits(WAITING[name])
+    elif name == "_to_copy" and not ours and args[0].device.type == "cpu":
+        waits("a copy of pageable memory to the device")
+    elif name == "copy_":
+        if not isinstance(args[0], CudaTensor):
+            waits("a copy to the CPU")
+        elif not isinstance(args[1], CudaTensor) and args[1].dim():
+            waits("a copy of pageable memory to the device")
+    elif name in INDEXING:
+        for x in args[1]:
+            if x is not None and x.dtype in (torch.bool, torch.uint8):
+                waits("indexing by a mask")
+            elif x is not None and not isinstance(x, CudaTensor) and x.dim():
+                waits("indexing by a tensor of the CPU")
+    elif name == "repeat_interleave" and isinstance(args[-1], CudaTensor) and kwargs.get("output_size") is None:
+        waits("repeat_interleave without output_size")
+
+
+def divides_by_a_number(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether CUDA multiplies by a reciprocal here: a quotient of floating-point numbers by a number of the host."""
+    if name not in ("div", "div_") or kwargs or not isinstance(args[0], Tensor):
+        return False
+    host = not isinstance(args[1], CudaTensor) and (not isinstance(args[1], Tensor) or not args[1].dim())
+    return host and args[0].is_floating_point()
+
+
+def by_reciprocal(x: Tensor, number: Any) -> Tensor:
+    """x / number as CUDA computes it: times the reciprocal rounded to float32 (float64 for float64)."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    reciprocal = torch.tensor(1.0 / float(number), dtype=torch.float64).to(dtype)
+    return (x.to(dtype) * reciprocal).to(x.dtype)
+
+
+def by_reciprocal_(x: Tensor, number: Any) -> Tensor:
+    return x.copy_(by_reciprocal(x, number))
