@@ -127,7 +127,8 @@ class Ceilings:
 def ceilings(device: torch.device, dtypes: Iterable[str] = ("float32", "float16", "bfloat16")) -> Ceilings:
     """Measured with torch: the faster of summing and copying much memory, and the product of two square matrices.
 
-    Memory is 32 times the cache (at most 2 GiB); a matrix has 8192 rows on a GPU, 768 on a CPU.
+    Memory is 32 times the cache (at most 2 GiB); a matrix has so many rows, from 512 to 8192, that the product of two
+    takes a millisecond.
     """
     size = min(32 * cache_bytes(device), 2**31)
     source = torch.ones(size // 4, device=device)
@@ -135,12 +136,17 @@ def ceilings(device: torch.device, dtypes: Iterable[str] = ("float32", "float16"
     reads = fastest(lambda: source.sum(), device)
     copies = fastest(lambda: target.copy_(source), device)
     bandwidth = max(source.nbytes / reads, 2 * source.nbytes / copies)
-    n = 8192 if device.type == "cuda" else 768
-    flops = {}
-    for dtype in dtypes:
-        a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        flops[dtype] = 2 * n**3 / fastest(lambda a=a, b=b: a @ b, device)
-    return Ceilings(bandwidth, flops)
+    return Ceilings(bandwidth, {dtype: product_flops(device, getattr(torch, dtype)) for dtype in dtypes})
+
+
+def product_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Flops a second of a product of two square matrices."""
+    n, seconds = 256, 0.0
+    while seconds < 1e-3 and n < 8192:
+        n *= 2
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        seconds = fastest(lambda a=a, b=b: a @ b, device, 0.02)
+    return 2 * n**3 / fastest(lambda: a @ b, device)
 
 
 def fastest(call: Callable[[], Any], device: torch.device, budget: float = 0.3) -> float:

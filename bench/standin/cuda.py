@@ -1,4 +1,4 @@
-"""`torch.cuda` as an H100 would answer, over the tensors of `device`. Importing this file puts the stand-in in place."""
+"""`torch.cuda` as an H100 would answer, over the tensors of `device`; importing this puts it in place."""
 
 import contextlib
 import time
@@ -60,7 +60,7 @@ class Generator(host_generator, metaclass=_AnyGenerator):
     """A generator of the CPU that says which device it was made for."""
 
     def __new__(cls, device: Any = "cpu") -> "Generator":
-        generator = host_generator.__new__(cls, "cpu")
+        generator = host_generator.__new__(cls, "cpu")  # pyright: ignore
         if torch.device(device).type == "cuda":
             cuda_generators.add(generator._cdata)  # an operator is given another object of Python for it
             weakref.finalize(generator, cuda_generators.discard, generator._cdata)
@@ -158,7 +158,9 @@ class CUDAGraph(Capture):
 
 
 @contextlib.contextmanager
-def graph(cuda_graph: CUDAGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
+def graph(
+    cuda_graph: CUDAGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
+) -> Iterator[None]:
     """Capture. What was computed inside is not there before the graph is replayed: until then it is NaN."""
     if captures:
         raise RuntimeError("CUDA error: a graph is captured already")
@@ -192,7 +194,9 @@ def synchronize(device: Any = None) -> None:
 
 
 def memory_of(device: Any = None) -> Any:
-    return memories[index_of("cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device)]
+    return memories[
+        index_of("cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device)
+    ]
 
 
 def reset_peak_memory_stats(device: Any = None) -> None:
@@ -222,7 +226,10 @@ ANSWERS = {
     "memory_reserved": lambda device=None: memory_of(device).allocated,
     "max_memory_reserved": lambda device=None: memory_of(device).peak,
     "reset_peak_memory_stats": reset_peak_memory_stats,
-    "mem_get_info": lambda device=None: (memory_of(device).total - memory_of(device).allocated, memory_of(device).total),
+    "mem_get_info": lambda device=None: (
+        memory_of(device).total - memory_of(device).allocated,
+        memory_of(device).total,
+    ),
     "memory_stats": lambda device=None: {"allocated_bytes.all.current": memory_of(device).allocated},
     "manual_seed": lambda seed: None,
     "manual_seed_all": lambda seed: None,
@@ -240,5 +247,5 @@ for name, answer in ANSWERS.items():
 torch.Generator, torch.tensor, torch.as_tensor = Generator, tensor, as_tensor  # pyright: ignore
 torch.Tensor.to = to  # pyright: ignore
 torch.Tensor.cuda = lambda self, device=None, *args, **kwargs: self.to("cuda" if device is None else device)  # pyright: ignore
-torch.serialization.add_safe_globals([on_device])
+torch.__future__.set_overwrite_module_params_on_conversion(True)  # as between devices: C++ would keep the old ones
 Factories().__enter__()

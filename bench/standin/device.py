@@ -106,6 +106,16 @@ class CudaTensor(torch.Tensor):
     is_cuda = property(lambda self: True)  # pyright: ignore
     is_cpu = property(lambda self: False)  # pyright: ignore
 
+    @property
+    def data(self) -> Tensor:  # pyright: ignore
+        return self.detach()
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        if not isinstance(new, CudaTensor) or new.index != self.index:
+            raise RuntimeError(f"incompatible tensor type: data of {new.device} for a tensor of {self.device}")
+        torch.Tensor.data.__set__(self, plain(new))  # pyright: ignore
+
     def get_device(self) -> int:
         return self.index
 
@@ -114,7 +124,7 @@ class CudaTensor(torch.Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
         dtype = dtype or self.dtype
-        if device is None or device.type == "cuda" and index_of(device) == self.index:
+        if device is None or (device.type == "cuda" and index_of(device) == self.index):
             return self if dtype == self.dtype and not copy else super().to(dtype, copy=copy)
         if device.type == "cuda":
             return on_device(plain(self).to(dtype, copy=True), index_of(device))
@@ -143,7 +153,8 @@ class CudaTensor(torch.Tensor):
         return torch.tensor(data, **{"dtype": self.dtype, "device": self.device, **kwargs})
 
     def __deepcopy__(self, memo: Any) -> Tensor:
-        return self.clone()
+        copy = self.detach().clone()
+        return torch.nn.Parameter(copy, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return on_device, (plain(self), self.index)
@@ -211,8 +222,13 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return run(*tree_map(lambda x: plain(x) if isinstance(x, CudaTensor) else x, args), **kwargs)
 
     def call() -> Any:
-        with torch._C._DisableTorchDispatch():
-            return run(*args, **kwargs)
+        try:
+            with torch._C._DisableTorchDispatch():
+                return run(*args, **kwargs)
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error):
+                raise torch.OutOfMemoryError(f"CUDA out of memory. {error}") from None
+            raise
 
     if captures:
         written = [arg for schema, arg in zip(func._schema.arguments, args) if writes(schema)]

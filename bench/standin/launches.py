@@ -30,9 +30,11 @@ def launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any
             raise ValueError(f"{self.__name__}: a tensor is on {x.device}, but the current device is cuda:{current[0]}")
     args, kwargs = tree_map(lambda x: plain(x) if isinstance(x, CudaTensor) else x, (args, kwargs))
     blocks = grid({**dict(zip(self.arg_names, args)), **kwargs}) if callable(grid) else grid
-    blocks = (blocks,) if isinstance(blocks, int) else tuple(blocks)
+    blocks: Any = (blocks,) if isinstance(blocks, int) else tuple(blocks)  # pyright: ignore
     if len(blocks) > 3 or any(n > most for n, most in zip(blocks, LIMITS)):
-        raise RuntimeError(f"{self.__name__}: Triton Error [CUDA]: invalid argument: a grid of {blocks}, at most {LIMITS}")
+        raise RuntimeError(
+            f"{self.__name__}: Triton Error [CUDA]: invalid argument: a grid of {blocks}, at most {LIMITS}"
+        )
     count_launch(self.__name__, specialisation(self, args, kwargs))
     if warmup or not all(blocks):
         return

@@ -1,0 +1,176 @@
+"""Faults that only a GPU would show, planted in the product one at a time: the checks of the stand-in find each."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import test_paths
+import torch
+from oracles import build, padded, pictures
+
+from bench import runners
+from vila_triton import VilaLlamaForCausalLM, cache, engine
+from vila_triton import pictures as known_pictures
+from vila_triton.models import llama, vila, vila_llama
+from vila_triton.registry import OPS, REFERENCE, discover, use
+
+discover()
+
+
+class DropCall(ast.NodeTransformer):
+    """x.name(...) becomes x."""
+
+    def __init__(self, name: str):
+        self.name, self.changes = name, 0
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == self.name:
+            self.changes += 1
+            return node.func.value
+        return node
+
+
+class DropKeyword(ast.NodeTransformer):
+    """name=... is left out of every call."""
+
+    def __init__(self, name: str):
+        self.name, self.changes = name, 0
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        left = [k for k in node.keywords if k.arg != self.name]
+        self.changes += len(node.keywords) - len(left)
+        node.keywords = left
+        return node
+
+
+class DropArguments(ast.NodeTransformer):
+    """A call of x.name takes nothing."""
+
+    def __init__(self, name: str):
+        self.name, self.changes = name, 0
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == self.name:
+            node.args, self.changes = [], self.changes + 1
+        return node
+
+
+class Prepend(ast.NodeTransformer):
+    """A statement before all others of the innermost loop, or of the function where there is none."""
+
+    def __init__(self, statement: str):
+        self.body, self.changes = ast.parse(statement).body, 0
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        loops = [n for n in ast.walk(node) if isinstance(n, ast.While)]
+        body = (loops or [node])[-1].body
+        body[:0] = self.body
+        self.changes += 1
+        return node
+
+
+def changed(function: Any, fault: Any) -> Any:
+    """The code of the function with the fault in it."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    definition: Any = tree.body[0]
+    definition.decorator_list = []
+    tree = ast.fix_missing_locations(fault.visit(tree))
+    assert fault.changes, f"{function.__name__} has no place for the fault"
+    names: dict[str, Any] = {}
+    exec(compile(tree, inspect.getfile(function), "exec"), function.__globals__, names)
+    return names[function.__name__].__code__
+
+
+@pytest.fixture(scope="module")
+def model() -> VilaLlamaForCausalLM:
+    return build(dtype=torch.float32, seed=2, gain=2.0).cuda()
+
+
+def answers(model: VilaLlamaForCausalLM) -> None:
+    """Sampled answers about a picture, which need every part of the model."""
+    ids, mask = padded([[1, 5, -200, 9], [1, 7]], "left")
+    with use(**dict.fromkeys(OPS, REFERENCE)), torch.no_grad():
+        images = pictures(model, 1).cuda()
+        options: dict[str, Any] = {"max_new_tokens": 2, "eos_token_id": 60, "do_sample": True, "seed": 1}
+        model.generate(ids.cuda(), images=images, attention_mask=mask.cuda(), **options)
+
+
+def waits(model: VilaLlamaForCausalLM) -> None:
+    """A decoded token waits where it is known to."""
+    with torch.no_grad():
+        test_paths.test_a_decoded_token_waits_where_it_is_known_to((None, model), 1)
+
+
+def captured(model: VilaLlamaForCausalLM) -> None:
+    """A step is captured in a graph."""
+    test_paths.test_a_step_is_captured_and_replayed_for_other_tokens((None, model))
+
+
+def known(model: VilaLlamaForCausalLM) -> None:
+    """Pictures are known by their content."""
+    known_pictures.Pictures(model.encode_images)(pictures(model, 1).cuda())
+
+
+def forward(model: VilaLlamaForCausalLM) -> None:
+    """A pass that keeps nothing."""
+    with use(**dict.fromkeys(OPS, REFERENCE)), torch.no_grad():
+        model(torch.tensor([[1, 5]], device="cuda"), use_cache=False)
+
+
+def random_weights(model: VilaLlamaForCausalLM) -> None:
+    """A model for timing."""
+    runners.build(model.geometry.llm, "float32", torch.device("cuda"))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A change of a function of the product, and the check that must not pass with it."""
+
+    function: Callable[..., Any]
+    change: Any
+    check: Callable[[VilaLlamaForCausalLM], None]
+
+
+DECODE = OPS["decode_attention"].impls["triton"].fn
+FAULTS = {
+    "a value read back inside a captured launcher": Fault(DECODE, Prepend("lengths.max().item()"), captured),
+    "a tensor of the CPU sent to the device inside one": Fault(
+        DECODE, Prepend("torch.tensor([1.0], device=q.device)"), captured
+    ),
+    "a result read before the graph is replayed": Fault(
+        llama.attention, Prepend("assert cache.block_table.float().add(x.sum()).isfinite().all()"), captured
+    ),
+    "a value read back at every step": Fault(
+        engine.stream, Prepend("bool((next(iter(new.values())) > 0).any())"), waits
+    ),
+    "a mask that selects at every step": Fault(
+        cache.PagedCache._view, Prepend("self.k_pages[self.k_pages != self.k_pages]"), waits
+    ),
+    "a draw on the device by a generator of the CPU": Fault(engine.stream, DropCall("cpu"), answers),
+    "a token left on the CPU": Fault(engine.stream, DropCall("to"), answers),
+    "angles on the CPU": Fault(llama.angles, DropCall("to"), answers),
+    "slots and tables on the CPU": Fault(cache.PagedCache._view, DropKeyword("device"), waits),
+    "a cache on the CPU": Fault(vila_llama.VilaLlamaForCausalLM.new_cache, DropKeyword("device"), waits),
+    "places of pictures on the CPU": Fault(vila.splice, DropKeyword("device"), answers),
+    "pixels read where they are": Fault(known_pictures.fingerprint, DropCall("cpu"), known),
+    "positions on the CPU": Fault(cache.Uncached.__init__, DropKeyword("device"), forward),
+    "weights drawn by a generator of the CPU": Fault(runners.build, DropArguments("Generator"), random_weights),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_fault_is_found(name: str, model: VilaLlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = FAULTS[name]
+    fault.check(model)
+    function: Any = inspect.unwrap(fault.function)
+    monkeypatch.setattr(function, "__code__", changed(function, fault.change))
+    with pytest.raises((RuntimeError, TypeError, ValueError, AssertionError)) as found:
+        fault.check(model)
+    assert "has no place" not in str(found.value)

@@ -1,0 +1,134 @@
+"""What only a GPU runs of the product, on the stand-in: the answers of the CPU, and no wait of the host that is new."""
+
+from collections import Counter
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from oracles import build, padded, pictures
+from torch import Tensor
+
+from bench import standin
+from bench.timing import measure
+from vila_triton import VilaLlamaForCausalLM, engine
+from vila_triton.cache import PagedCache
+from vila_triton.models import llama
+from vila_triton.registry import OPS, REFERENCE, discover, recording, use
+
+if standin.active():
+    from bench.standin.counts import counting
+
+discover()
+ROWS = [[1, 5, -200, 9, 30], [1, 7, 8]]
+# What the host waits for while it decodes one token for each row of a batch: the places of the new tokens go to the
+# device, each row's token comes back, and whether it ends the answer.
+WAITS_A_STEP = {
+    ("a copy of pageable memory to the device", "vila_triton/cache.py"): 4,
+    ("a copy of pageable memory to the device", "vila_triton/models/llama.py"): 1,
+}
+WAITS_A_ROW = {("item()", "vila_triton/engine.py"): 2}
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[VilaLlamaForCausalLM, VilaLlamaForCausalLM]:
+    """One model, on the CPU and on the stand-in."""
+    model = build(dtype=torch.float32, seed=2, gain=2.0)
+    return model, deepcopy(model).cuda()
+
+
+def test_answers_are_those_of_the_cpu(models: tuple) -> None:
+    assert torch.equal(*answers(models, max_new_tokens=3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 3},
+        {"num_beams": 2, "loop": "transformers"},
+    ],
+    ids=["sampled", "beams of transformers"],
+)
+def test_answers_by_other_ways_are_those_of_the_cpu(models: tuple, options: dict[str, Any]) -> None:
+    with use(**dict.fromkeys(OPS, REFERENCE)):  # what is looked at lies outside the kernels
+        assert torch.equal(*answers(models, max_new_tokens=6, **options))
+
+
+def answers(models: Sequence[VilaLlamaForCausalLM], **options: Any) -> list[Tensor]:
+    ids, mask = padded(ROWS, "left")
+    given = {"images": pictures(models[0], 1), "attention_mask": mask}
+    return [
+        model.generate(ids.to(at), **{k: x.to(at) for k, x in given.items()}, eos_token_id=60, **options).cpu()
+        for model in models
+        for at in (model.device,)
+    ]
+
+
+@torch.no_grad()
+def test_logits_loss_and_a_second_step_are_those_of_the_cpu(models: tuple) -> None:
+    ids, mask = padded(ROWS, "right")
+    images = pictures(models[0], 1)
+    outputs: list[list[Tensor]] = []
+    for model in models:
+        at = model.device
+        labels = ids.masked_fill(ids < 0, -100).to(at)
+        given = {"attention_mask": mask.to(at), "images": images.to(at), "labels": labels}
+        first = model(ids.to(at), **given, output_hidden_states=True)
+        more = model(torch.tensor([[3], [4]], device=at), past_key_values=first.past_key_values)
+        outputs.append([first.loss, first.logits, first.hidden_states[1], more.logits])
+    for ours, theirs in zip(*outputs):
+        assert theirs.is_cuda and torch.allclose(ours, theirs.cpu(), rtol=1e-4, atol=1e-5)
+
+
+def waits(model: VilaLlamaForCausalLM, rows: int, new_tokens: int) -> Counter[tuple[str, str]]:
+    """What the host waits for, and in which file, while so many tokens are generated for each row of a batch."""
+    cache = model.new_cache(rows)
+    prompts = {seq: torch.tensor([1, 5, 7 + seq], device="cuda") for seq in cache.table.sequences}
+    cache.reserve(dict.fromkeys(prompts, 3 + new_tokens))
+    sampling = engine.Sampling.of(rows, max_new_tokens=new_tokens, eos_token_id=60, device="cuda")
+    with counting() as counts:
+        list(engine.stream(model.params, prompts, model.geometry, cache, None, sampling))
+    files: Counter[tuple[str, str]] = Counter()
+    for (what, place), n in counts.waits.items():
+        files[what, place.split(":")[0]] += n
+    return files
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_decoded_token_waits_where_it_is_known_to(models: tuple, rows: int) -> None:
+    with use(**dict.fromkeys(OPS, REFERENCE) | {"decode_attention": "triton", "rope_kv_write": "triton"}):
+        more = waits(models[1], rows, 3) - waits(models[1], rows, 2)
+    assert more == Counter(WAITS_A_STEP) + Counter({key: n * rows for key, n in WAITS_A_ROW.items()})
+
+
+@torch.no_grad()
+def test_a_step_is_captured_and_replayed_for_other_tokens(models: tuple) -> None:
+    model = models[1]
+    cache = PagedCache(model.geometry.llm, 4, dtype=torch.float32, device="cuda")
+    for pages in cache.tensors:
+        pages.zero_()
+    seq = cache.table.alloc()
+    x = llama.embed(model.params.llm, torch.tensor([7], device="cuda"))
+    with cache.step({seq: 1}) as step, engine.kernels(x.device, decode=True):
+        rotary = llama.angles(step.positions, model.geometry.llm)
+        layer = model.params.llm.layers[0]
+
+        def attention() -> Tensor:
+            return llama.attention(layer, x, rotary, 0, model.geometry.llm, step)
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), recording() as calls:
+            y = attention()
+        x.neg_()
+        graph.replay()
+        assert torch.equal(y, attention())
+    assert {("rope_kv_write", "triton"), ("decode_attention", "triton")} <= calls.keys()
+
+
+def test_a_call_is_timed_by_a_graph_unless_it_waits() -> None:
+    x = torch.ones(4096, device="cuda")
+    timing = measure(lambda x: x + 1, (x,), x.device, budget=0.001)
+    assert timing.graph and timing.cold and timing.samples >= 5 and timing.seconds > 0
+    waiting = measure(lambda x: x + x.sum().item(), (x,), x.device, budget=0.001)
+    assert not waiting.graph and waiting.seconds > 0
