@@ -35,7 +35,7 @@ WAITS_A_ROW = {("item()", "vila_triton/engine.py"): 2}
 def models() -> tuple[VilaLlamaForCausalLM, VilaLlamaForCausalLM]:
     """One model, on the CPU and on the stand-in."""
     model = build(dtype=torch.float32, seed=2, gain=2.0)
-    return model, torch.nn.Module.cuda(deepcopy(model))
+    return model, deepcopy(model).cuda()  # pyright: ignore[reportCallIssue]
 
 
 def test_answers_are_those_of_the_cpu(models: tuple) -> None:
