@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from toys import load
 
 from bench import tune
-from bench.tuner import table
+from bench.tuner import cost, table
 from vila_triton import tuned
 from vila_triton.choices import PHASES, configs, configured, read
 from vila_triton.commands.ops import print_ops
-from vila_triton.ranges import Ranges, Within, name_at, parse
-from vila_triton.registry import OPS, Op, defaults, recording, use
+from vila_triton.ranges import Choice, Ranges, Within, name_at, parse
+from vila_triton.registry import OPS, Op, defaults, discover, recording, use
 
+discover()
 GPU = "Toy GPU"
 CUDA = torch.device("cuda")
 
@@ -132,6 +133,29 @@ def test_a_phase_overrides_its_device(doubled: Op, tmp_path: Path) -> None:
 def test_what_kernels_toml_names_is_there(device: str, phase: str) -> None:
     assert configured(device, phase) == read(configs() / "kernels.toml", device, phase)
     assert "int4_matmul" in configured(device, phase)
+
+
+def predicted(op: str, name: str, m: int, gpu: cost.Gpu, choices: Mapping[str, Choice]) -> float:
+    """Seconds of the first config at sizes of Llama-3-VILA1.5-8b; "apart" is the ops it is made of."""
+    sizes: dict[str, Any] = dict(m=m, n=14336, G=32, group=128, dtype="float16", order="sub")
+    if name == "apart":
+        swiglu = OPS["swiglu"].impls["triton"]
+        each = predicted("int4_matmul", name_at(choices["int4_matmul"], m), m, gpu, choices)
+        return 2 * each + (cost.predict(swiglu, swiglu.configs[0], dict(s=m, f=14336, dtype="float16"), gpu) or 0)
+    impl = OPS[op].impls[name]
+    return cost.predict(impl, impl.configs[0], sizes | ({"bias": False} if op == "int4_matmul" else {}), gpu) or 0
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("op", "impls"), [("int4_matmul", ("gemv", "splitk", "prefill")), ("int4_swiglu", ("triton", "apart"))]
+)
+def test_no_other_choice_is_predicted_to_take_half_the_time(op: str, impls: tuple[str, ...], arch: str) -> None:
+    """From two rows on: at one, what counts is how loads and instructions overlap, and the model knows none of them."""
+    choices = configured("cuda", "prefill")
+    for m in (2, 3, 4, 16, 64, 65, 256, 1024, 4096):
+        times = {name: predicted(op, name, m, cost.gpu(arch), choices) for name in impls}
+        assert times[name_at(choices[op], m)] < 2 * min(times.values()), (m, times)
 
 
 def entry(op: Op, impl: str, seconds: dict[tuple[int, int], float]) -> dict[str, Any]:
