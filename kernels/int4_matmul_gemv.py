@@ -4,7 +4,8 @@ A program makes BLOCK_N results for BLOCK_M rows of x over its share of k; its w
 and sums are float32, code - zero is exact, and scales multiply sums of four products, so no weight is rounded (in the
 order "fma" each is). Only at the end do lanes add up what they have. With SPLIT_K > 1 the parts are added up in order.
 
-x [m, k], any strides; more rows than BLOCK_M take more programs; a row of x does not change the result of another.
+x [m, k], any strides; more rows than BLOCK_M take more programs, neighbours of those with the same rows of w; a row of x
+does not change the result of another.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
@@ -124,9 +125,9 @@ def _int4_matmul_gemv_kernel(
     TILES_N: tl.constexpr = BLOCK_N // 16
     TILES_K: tl.constexpr = BLOCK_K // 64
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    first = (tl.program_id(0) % blocks_n).to(tl.int64) * TILES_N
-    offs_m = (tl.program_id(0) // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    first = (tl.program_id(0) // blocks_m).to(tl.int64) * TILES_N
+    offs_m = (tl.program_id(0) % blocks_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     begin = tl.program_id(1) * SHARE
     # Axes: row of x, tile of rows of w, tile of k, r and c of the lane, word.
     tile = first + tl.arange(0, TILES_N)[None, :, None, None, None, None]
