@@ -38,7 +38,7 @@ from .anatomy import dissect
 from .production import production
 from .resources import resources
 from .rounding import otherwise
-from .targets import TARGETS
+from .targets import CHECKED, TARGETS
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -216,7 +216,7 @@ def proof(call: Call) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=CHECKED)
     parser.add_argument("--dtypes", nargs="+", default=["float16"])
     parser.add_argument("--only", nargs="*", default=[], help="op-impl-config")
     parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
