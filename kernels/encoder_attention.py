@@ -23,6 +23,7 @@ from ._pool import parts_of, read_parts
 from ._softmax import attend_tile, start, store_block
 from ._tile import LOG2_E, attention_launch, check, rows_of
 
+MOST = 2**16 - 1  # programs along the second or third axis of a grid
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
@@ -58,7 +59,6 @@ def _encoder_attention_kernel(
     stride_k: tl.constexpr,
     stride_v: tl.constexpr,
     stride_o: tl.constexpr,
-    H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -68,13 +68,12 @@ def _encoder_attention_kernel(
 ):
     tl.static_assert(WIDTH <= FIRST and D - WIDTH <= REST and FIRST >= 16, "the blocks cover the head")
     tl.static_assert(BLOCK_M >= 16 and BLOCK_N >= 16, "tl.dot needs 16 rows and columns")
-    tiles = tl.cdiv(S, BLOCK_M)
-    head = (tl.program_id(0) // tiles % H).to(tl.int64)
-    picture = (tl.program_id(0) // tiles // H).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    picture = tl.program_id(2).to(tl.int64)
     k_ptr += picture * stride_k[0] + head * stride_k[2]
     v_ptr += picture * stride_v[0] + head * stride_v[2]
     q_ptr += picture * stride_q[0] + head * stride_q[2]
-    rows = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     q, q_rest = read_parts(q_ptr, rows.to(tl.int64) * stride_q[1], rows < S, stride_q[3], D, WIDTH, FIRST, REST)
     peak, total, acc, acc_rest = start(BLOCK_M, FIRST, REST)
 
@@ -126,22 +125,24 @@ def encoder_attention_triton(
     if not scale > 0:
         raise Unsupported(f"encoder_attention: scale is {scale}, expected a positive number")
     b, s, h, d = q.shape
+    if h > MOST:
+        raise Unsupported(f"encoder_attention: {h} heads, a launch has room for {MOST}")
     out = torch.empty(b, s, h, d, dtype=q.dtype, device=q.device)
     config = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": num_stages}
     tile, parts = tile_of(config, q), parts_of(d, k)
-    if out.numel():
-        _encoder_attention_kernel[(triton.cdiv(s, tile["BLOCK_M"]) * h * b,)](
-            q,
-            k,
-            v,
-            out,
+    for first in range(0, b if out.numel() else 0, MOST):
+        pictures = slice(first, first + MOST)
+        _encoder_attention_kernel[(triton.cdiv(s, tile["BLOCK_M"]), h, min(b - first, MOST))](
+            q[pictures],
+            k[pictures],
+            v[pictures],
+            out[pictures],
             scale * LOG2_E,
             s,
             stride_q=q.stride(),
             stride_k=k.stride(),
             stride_v=v.stride(),
             stride_o=out.stride(),
-            H=h,
             D=d,
             WIDTH=parts["WIDTH"],
             FIRST=parts["FIRST"],

@@ -4,7 +4,7 @@ A program makes BLOCK_N results for BLOCK_M rows of x over its share of k; its w
 and sums are float32, code - zero is exact, and scales multiply sums of four products, so no weight is rounded (in the
 order "fma" each is). Only at the end do lanes add up what they have. With SPLIT_K > 1 the parts are added up in order.
 
-x [m, k], any strides; more rows than BLOCK_M take more programs, neighbours of those with the same rows of w; a row of x
+x [m, k], any strides; more rows than BLOCK_M take more programs, those that share rows of w side by side; a row of x
 does not change the result of another.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false

@@ -3,6 +3,7 @@ along the others. Nothing is computed: tensors have no data, and launches are on
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
 from bench.compiled import holds_kernels
-from bench.guarded import tensors
+from bench.faithful import arguments
+from bench.guarded import bits, tensors
 from vila_triton.formats import tiles
 from vila_triton.ops import Int4, Pages, empty_pages
 from vila_triton.registry import OPS, Impl, Unsupported, discover
@@ -90,7 +92,7 @@ HUGE: dict[str, tuple[Callable[..., Any], list[tuple]]] = {
         [(b, t, g, p) for b, t, g in [(2**20, 16, 8), (1, 2**28, 1), (1, 16, MANY)] for p in ("fast", "invariant")],
     ),
     "prefill_attention": (prefill, [(MANY, 2**20, 4), (1, 2**26, 4), (2, 64, MANY)]),
-    "encoder_attention": (encoder, [(MANY, 256, 16), (1, 2**26, 16), (1, 256, MANY)]),
+    "encoder_attention": (encoder, [(MANY, 256, 16), (1, 2**26, 16), (1, 256, OTHERS)]),
 }
 
 
@@ -119,6 +121,19 @@ def test_every_size_that_fits_a_gpu_can_be_launched(impl: Impl, monkeypatch: pyt
         assert seen
         for grid in seen:
             assert 0 < grid[0] <= FIRST and all(0 < n <= OTHERS for n in grid[1:]), (sizes, grid)
+
+
+def test_pictures_in_several_launches_are_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = OPS["encoder_attention"]
+    impl, args = op.impls["triton"], arguments(op, 0, b=5, s=20, h=2, d=32, dtype="float16")
+    one = impl(*args, config=impl.configs[0])
+    monkeypatch.setattr(import_module("vila_triton.kernels.encoder_attention"), "MOST", 2)
+    assert torch.equal(bits(impl(*args, config=impl.configs[0])), bits(one))
+
+
+def test_more_heads_than_a_grid_has_room_for_are_unsupported() -> None:
+    with pytest.raises(Unsupported, match="encoder_attention: 131072 heads, a launch has room for 65535"):
+        OPS["encoder_attention"].impls["triton"](*encoder(1, 16, MANY))
 
 
 def test_prompts_of_a_full_batch_under_invariant(monkeypatch: pytest.MonkeyPatch) -> None:
