@@ -31,7 +31,7 @@ from .anatomy import Dissection, dissect
 from .cases import combinations
 from .compiled import Call, compile_call, elsewhere, holds_kernels, prepare
 from .inspect_text import aligned
-from .targets import TARGETS
+from .targets import CHECKED, TARGETS
 
 WIDEST = 16  # bytes
 ABOUT = ("op", "impl", "config", "d", "dtype", "kv", "arch")
@@ -127,7 +127,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", nargs="*", help="default: all that configs/bench/sweep.toml names")
     parser.add_argument("--impl", nargs="+", help="default: all of kernels/ that launch a Triton kernel")
-    parser.add_argument("--arch", default=",".join(TARGETS), help="default: %(default)s")
+    parser.add_argument("--arch", default=",".join(CHECKED), help="default: %(default)s")
     parser.add_argument("--size", nargs="+", default=[], metavar="NAME=VALUE,...", help="only these of the sizes")
     parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
     parser.add_argument("--workers", type=int, default=2)

@@ -33,11 +33,15 @@ def nvidia(capability: int, block_shared: int, shared: int, warps: int, blocks: 
 
 TARGETS = {
     "sm_80": nvidia(80, 163, 164, 64, 32),
+    "sm_86": nvidia(86, 99, 100, 48, 16),
+    "sm_87": nvidia(87, 163, 164, 48, 16),
     "sm_89": nvidia(89, 99, 100, 48, 24),
     "sm_90": nvidia(90, 227, 228, 64, 32),
     "sm_100": nvidia(100, 227, 228, 64, 32),
+    "sm_120": nvidia(120, 99, 100, 48, 24),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * KiB, 64 * KiB, 0, 32, 16, 32 * KiB, 512, 512),
 }
+CHECKED = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")  # what checks compile for where nobody says
 
 
 @dataclass(frozen=True)

@@ -43,16 +43,14 @@ def plan_for(impl: Impl, args: argparse.Namespace) -> Plan:
     here = torch.cuda.is_available()
     device = torch.device("cuda" if here else "cpu")
     timer = (args.timer or "").replace("-", " ") or ("gpu" if here else COST_MODEL if holds_kernels(impl) else "cpu")
-    arch = args.arch or ("sm_{}{}".format(*torch.cuda.get_device_capability()) if here else "sm_90")
-    if arch not in cost.CHIPS:
-        raise ValueError(f"the cost model does not know {arch}; --arch takes {', '.join(cost.CHIPS)}")
+    of_arch = args.arch or not here
+    gpu = cost.gpu(args.arch or "sm_90") if of_arch else cost.here(torch.cuda.get_device_properties(device))
     if timer == "gpu" and not here:
         raise ValueError("--timer gpu: torch sees no GPU here")
     if timer == "cpu" and (here or holds_kernels(impl)):
         raise ValueError(f"--timer cpu: {'this machine has a GPU' if here else f'{impl.name} runs here interpreted'}")
     if timer == COST_MODEL and not (impl.space and impl.space.launch):
         raise ValueError(f"--timer cost-model: {impl.file.name} has no Space with a launch for {impl.name}")
-    gpu = cost.gpu(arch)
     stamp = rows.stamp(device)
     if timer == COST_MODEL:
         stamp["device"] = f"{gpu.name} ({COST_MODEL})"
@@ -127,6 +125,8 @@ def clock(seconds: float) -> str:
 def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline: float) -> bool:
     """Search on, write the table, print the report; without workers from what the journal has. Whether all is done."""
     plan = plan_for(impl, args)
+    if plan.gpu.guessed:
+        print(plan.gpu.guessed)
     folder = args.out or JOURNALS
     now = identity(impl, plan)
     for file, then in searches(folder, impl.op, impl.name).items():
@@ -200,7 +200,7 @@ def main() -> int:
     parser.add_argument("--case", help="a name of configs/bench/OP.toml; default: all")
     parser.add_argument("--timer", choices=("gpu", "cpu", "cost-model"), help="default: what this machine can do")
     parser.add_argument(
-        "--arch", help=f"compile and predict for it: {', '.join(cost.CHIPS)}; default: the GPU's, or sm_90"
+        "--arch", help=f"compile and predict for it: {', '.join(cost.archs())}; default: the GPU's, or sm_90"
     )
     parser.add_argument("--worse-than", type=float, default=3.0, metavar="X", help="default: %(default)s")
     parser.add_argument("--budget", type=float, default=0.05, help="seconds for each of the two runs of a time")

@@ -23,6 +23,7 @@ from ._pool import parts_of, read_parts
 from ._softmax import attend_tile, start, store_block
 from ._tile import LOG2_E, attention_launch, check, rows_of
 
+MOST = 2**16 - 1  # programs along the second or third axis of a grid
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
@@ -124,15 +125,18 @@ def encoder_attention_triton(
     if not scale > 0:
         raise Unsupported(f"encoder_attention: scale is {scale}, expected a positive number")
     b, s, h, d = q.shape
+    if h > MOST:
+        raise Unsupported(f"encoder_attention: {h} heads, a launch has room for {MOST}")
     out = torch.empty(b, s, h, d, dtype=q.dtype, device=q.device)
     config = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": num_stages}
     tile, parts = tile_of(config, q), parts_of(d, k)
-    if out.numel():
-        _encoder_attention_kernel[(triton.cdiv(s, tile["BLOCK_M"]), h, b)](
-            q,
-            k,
-            v,
-            out,
+    for first in range(0, b if out.numel() else 0, MOST):
+        pictures = slice(first, first + MOST)
+        _encoder_attention_kernel[(triton.cdiv(s, tile["BLOCK_M"]), h, min(b - first, MOST))](
+            q[pictures],
+            k[pictures],
+            v[pictures],
+            out[pictures],
             scale * LOG2_E,
             s,
             stride_q=q.stride(),

@@ -4,7 +4,8 @@ A program makes BLOCK_N results for BLOCK_M rows of x over its share of k; its w
 and sums are float32, code - zero is exact, and scales multiply sums of four products, so no weight is rounded (in the
 order "fma" each is). Only at the end do lanes add up what they have. With SPLIT_K > 1 the parts are added up in order.
 
-x [m, k], any strides; more rows than BLOCK_M take more programs; a row of x does not change the result of another.
+x [m, k], any strides; more rows than BLOCK_M take more programs, those that share rows of w side by side; a row of x
+does not change the result of another.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
@@ -124,9 +125,10 @@ def _int4_matmul_gemv_kernel(
     TILES_N: tl.constexpr = BLOCK_N // 16
     TILES_K: tl.constexpr = BLOCK_K // 64
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    first = tl.program_id(0).to(tl.int64) * TILES_N
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    begin = tl.program_id(2) * SHARE
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    first = (tl.program_id(0) // blocks_m).to(tl.int64) * TILES_N
+    offs_m = (tl.program_id(0) % blocks_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin = tl.program_id(1) * SHARE
     # Axes: row of x, tile of rows of w, tile of k, r and c of the lane, word.
     tile = first + tl.arange(0, TILES_N)[None, :, None, None, None, None]
     tile_k = tl.arange(0, TILES_K)[None, None, :, None, None, None]
@@ -160,7 +162,7 @@ def _int4_matmul_gemv_kernel(
             acc += part
             low_acc += low_part
         word_ptrs += TILES_K * 128
-    out_ptr += tl.program_id(2).to(tl.int64) * stride_os
+    out_ptr += tl.program_id(1).to(tl.int64) * stride_os
     row = (first + tl.arange(0, TILES_N)[:, None]) * 16 + tl.arange(0, 8)[None, :]
     finish(across(acc), row, offs_m, bias_ptr, out_ptr, M, N, stride_om, HAS_BIAS)
     finish(across(low_acc), row + 8, offs_m, bias_ptr, out_ptr, M, N, stride_om, HAS_BIAS)
@@ -189,7 +191,7 @@ def int4_matmul_gemv(
         share = triton.cdiv(triton.cdiv(k, BLOCK_K), SPLIT_K) * BLOCK_K
         splits = triton.cdiv(k, share)  # at most SPLIT_K, and none of them empty
         parts = out[None] if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
-        _int4_matmul_gemv_kernel[(triton.cdiv(n, BLOCK_N), triton.cdiv(m, BLOCK_M), splits)](
+        _int4_matmul_gemv_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N), splits)](
             rows,
             qweight,
             scales,

@@ -230,8 +230,10 @@ def test_many_rows_do_not_run_what_is_made_for_few() -> None:
     """vllm-project/vllm#2551, casper-hansen/AutoAWQ#172, #276, #106, #717: with many rows slower than float16 was."""
     for phase in ("prefill", "decode"):
         choice: Any = configured("cuda", phase)["int4_matmul"]
-        assert [choice.at(m) for m in (1, 4, 5, 64)] == ["gemv", "gemv", "splitk", "splitk"]
+        assert [choice.at(m) for m in (1, 4, 5, 64)] == ["gemv", "splitk", "splitk", "splitk"]
         assert {choice.at(m) for m in (65, 4096, 2**20)} <= {"prefill", "dequant"}
+        gated: Any = configured("cuda", phase)["int4_swiglu"]
+        assert [gated.at(m) for m in (1, 64, 65, 2**20)] == ["triton", "triton", "apart", "apart"]
 
 
 def test_a_weight_takes_fewer_instructions_than_on_the_first_rung(compiled: dict[str, dict[str, Any]]) -> None:

@@ -14,10 +14,14 @@ latency to be 0.8 us. So it is for leaving out what cannot be good, and for a ru
 those of a table that is served from.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+
+import torch
 
 from vila_triton.choices import configs
 from vila_triton.registry import OPS, Impl
@@ -32,8 +36,8 @@ L2 = 2.5  # times the bandwidth of memory
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the model goes by: SMs, single operations a second on their lanes, and from configs/bench/gpus.toml bytes a
-    second and float16 flops a second of the tensor cores.
+    """What the model goes by: SMs, single operations a second on their lanes, bytes a second, and float16 flops a
+    second of the tensor cores. `guessed`: what it is taken for if it is not known; else empty.
     """
 
     arch: str
@@ -42,16 +46,57 @@ class Gpu:
     lanes: float
     bandwidth: float
     dots: float
+    guessed: str = ""
 
 
-# By architecture: name in gpus.toml, SMs, lanes · clock. NVIDIA's whitepapers on the architectures.
-CHIPS = {"sm_80": ("A100", 108, 9.7e12), "sm_89": ("4090", 128, 4.13e13), "sm_90": ("H100", 132, 2.97e13)}
+@lru_cache
+def chips() -> Mapping[str, Gpu]:
+    """The GPUs of configs/bench/chips.toml."""
+    sheets, own = (tomllib.loads((configs() / "bench" / f"{file}.toml").read_text()) for file in ("gpus", "chips"))
+    every = {key: {**sheets.get(key, {}), **values} for key, values in own.items()}
+    return {
+        key: Gpu(v["arch"], v["name"], v["sms"], v["lanes"], v["bandwidth"], v["flops"]) for key, v in every.items()
+    }
+
+
+def archs() -> list[str]:
+    return list(dict.fromkeys(chip.arch for chip in chips().values()))
 
 
 def gpu(arch: str) -> Gpu:
-    name, sms, lanes = CHIPS[arch]
-    sheet = tomllib.loads((configs() / "bench" / "gpus.toml").read_text())[name]
-    return Gpu(arch, sheet["name"], sms, lanes, sheet["bandwidth"], sheet["flops"])
+    """The GPU that stands for an architecture. Errors: ValueError for one the cost model does not know."""
+    if arch not in archs():
+        raise ValueError(f"the cost model does not know {arch}; --arch takes {', '.join(archs())}")
+    return next(chip for chip in chips().values() if chip.arch == arch)
+
+
+def number(arch: str) -> int:
+    """Of an architecture, 10 times its compute capability."""
+    return int(arch.removeprefix("sm_"))
+
+
+def here(device: Any) -> Gpu:
+    """The GPU with these properties (`torch.cuda.get_device_properties`): as its datasheet says, or else the one that
+    stands for its architecture, or for the nearest below that, with as many SMs as it has, and its own bandwidth if the
+    driver says it.
+
+    Errors: ValueError below compute capability 8.0, and for GPUs that are not NVIDIA's.
+    """
+    capability, sms = 10 * device.major + device.minor, device.multi_processor_count
+    if torch.version.hip or capability < 80:
+        raise ValueError(f"{device.name}: the cost model knows NVIDIA's GPUs from compute capability 8.0 on")
+    below = gpu(max((arch for arch in archs() if number(arch) <= capability), key=number))
+    known = [chips()[word] for word in re.split("[^A-Za-z0-9]+", device.name) if word in chips()]
+    if known and (known[0].sms, number(known[0].arch)) == (sms, capability):
+        return known[0]
+    share = sms / below.sms
+    clock_and_bus = 2 * 1000 * device.memory_clock_rate * device.memory_bus_width / 8  # twice a tick; kHz, bits
+    bandwidth = clock_and_bus or share * below.bandwidth
+    guessed = (
+        f"{device.name} (sm_{capability}, {sms} SMs) is not in configs/bench/chips.toml: the cost model takes it for "
+        f"{share:.2f} of {below.name} ({below.arch}, {below.sms} SMs) with {bandwidth / 1e9:.0f} GB/s"
+    )
+    return Gpu(below.arch, device.name, sms, share * below.lanes, bandwidth, share * below.dots, guessed)
 
 
 def predict(impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, Any], on: Gpu) -> float | None:
