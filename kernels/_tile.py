@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.language.target_info import cuda_capability_geq
 
 from vila_triton.registry import Unsupported
 from vila_triton.space import SIZE, Config, Launch, cdiv, power_of_two
@@ -15,6 +16,7 @@ from vila_triton.space import SIZE, Config, Launch, cdiv, power_of_two
 INTERPRETED = bool(knobs.runtime.interpret)  # read when `@triton.jit` reads it: as the kernels are imported
 LOG2_E = math.log2(math.e)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+COMPILED = tl.constexpr(not INTERPRETED)
 
 
 def check(where: str, *tensors: Tensor) -> None:
@@ -56,6 +58,26 @@ def attention_launch(config: Config, heads: int, rows: int, keys: int, d: int, d
 
 
 @triton.jit
+def opaque(x):
+    """x itself; the compiler does not see through the assembly that copies it, in a register as wide as a number is."""
+    if x.dtype.primitive_bitwidth == 32:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+    else:
+        return tl.inline_asm_elementwise("mov.b16 $0, $1;", "=h,h", [x], dtype=x.dtype, is_pure=False, pack=1)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a · b + acc in the precision of a and b, summed in float32. Every product of this folder is one of these.
+
+    For sm_100 Triton rounds float32 numbers to TF32, "ieee" or not, if what they were made of was loaded in fewer bits.
+    """
+    if a.dtype == tl.float32 and COMPILED and cuda_capability_geq(10):
+        a, b = opaque(a), opaque(b)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
 def page_rows(table_ptr, tokens, known, stride_table, stride_page, stride_row, PAGE: tl.constexpr):
     """Offsets of the given tokens of one sequence in its pages; table_ptr is the sequence's row of the block table."""
     pages = tl.load(table_ptr + (tokens // PAGE) * stride_table, mask=known, other=0).to(tl.int64)  # [tokens]
@@ -68,13 +90,13 @@ def attend_block(q, k, v, visible, scale, peak, total, acc):
 
     A query that has seen no key keeps total = 0 and acc = 0.
     """
-    scores = tl.dot(q, k, input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
+    scores = dot(q, k) * scale  # [BLOCK_M, BLOCK_N]
     scores = tl.where(visible, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))  # [BLOCK_M]
     weights = tl.exp2(scores - new_peak[:, None])
     rescale = tl.exp2(peak - new_peak)
     total = total * rescale + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")  # [BLOCK_M, BLOCK_D]
+    acc = dot(weights.to(v.dtype), v, acc * rescale[:, None])  # [BLOCK_M, BLOCK_D]
     return new_peak, total, acc
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 
 from ._int4 import leaves, rounded, rounding
-from ._tile import check
+from ._tile import check, dot
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
@@ -63,7 +63,7 @@ def _int4_matmul_naive_kernel(
         codes = ((words >> (nibble * 4).to(tl.int32)) & 0xF).to(x.dtype)
         scales = tl.load(scales_ptr + offs_k // GROUP * N + offs_n, mask=mask_w, other=0.0).to(x.dtype)
         zeros = tl.load(zeros_ptr + offs_k // GROUP * N + offs_n, mask=mask_w, other=0.0).to(x.dtype)
-        acc = tl.dot(x, rounded(codes - zeros, codes, scales, zeros, ORDER), acc, input_precision="ieee")
+        acc = dot(x, rounded(codes - zeros, codes, scales, zeros, ORDER), acc)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     tl.store(out_ptr + offs_m[:, None] * stride_om + offs_n, acc.to(out_ptr.dtype.element_ty), mask=mask_m & mask_n)

@@ -17,7 +17,7 @@ from vila_triton.space import Space
 
 from ._int4 import block_k, check_group, leaves, rounded, rounding, word_pointers
 from ._int4_dot import launch, load_words, load_x, worth_trying
-from ._tile import check
+from ._tile import check, dot
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
@@ -90,7 +90,7 @@ def _int4_matmul_packed_kernel(
             group = tl.full([1, 1], start // GROUP, tl.int64)
         scales = tl.load(scales_ptr + group * N + row).to(x.dtype)
         zeros = tl.load(zeros_ptr + group * N + row).to(x.dtype)
-        acc = tl.dot(rounded(codes - zeros, codes, scales, zeros, ORDER), x, acc, input_precision="ieee")
+        acc = dot(rounded(codes - zeros, codes, scales, zeros, ORDER), x, acc)
         word_ptrs += TILES_K * 128
         x_ptrs += tl.full([1, 1], BLOCK_K, tl.int64) * stride_xk
     if HAS_BIAS:
