@@ -7,7 +7,6 @@ import triton.language as tl
 from vila_triton.space import SIZE, Config, Launch, cdiv, power_of_two
 
 from ._int4 import SUBTRACTED, assemble, groups_of, lane_rows, lane_weights, word_pointers
-from ._tile import dot
 
 
 def worth_trying(config: Config, m: int, group: int, dtype: str, **_: object) -> bool:
@@ -152,9 +151,9 @@ def product(
         if ORDER == SUBTRACTED:
             group = tl.full([1], start // GROUP, tl.int64)
             scale = tl.load(scale_ptrs + group * N).to(DTYPE).to(tl.float32)  # [BLOCK_N]
-            acc += dot(w, x) * scale[:, None]
+            acc += tl.dot(w, x, input_precision="ieee") * scale[:, None]
         else:
-            acc = dot(w, x, acc)
+            acc = tl.dot(w, x, acc, input_precision="ieee")
         word_ptrs += TILES_K * 128
         x_ptrs += tl.full([1, 1], BLOCK_K, tl.int64) * stride_xk
     return acc

@@ -18,7 +18,7 @@ from torch import Tensor
 from vila_triton.ops import Pages, QuantizedPages, leaves
 
 from ._softmax import add_heads, dot_heads, head_blocks, load_block, store_block
-from ._tile import block_of, check, dot
+from ._tile import block_of, cast, check, exact
 
 
 def pool_of(pages: Pages) -> tuple[tuple[Any, ...], tuple[int, ...]]:
@@ -117,16 +117,17 @@ def read_pool(
     at = page * stride[0] + row * stride[1] + group * stride[2]  # [n]
     if BITS == 4:
         at_zero = page * stride[7] + row * stride[8] + group * stride[9]
-        zeros = load(pool[2] + at_zero, known).to(dtype)[:, None]
+        zeros = cast(load(pool[2] + at_zero, known), dtype)[:, None]
         pairs = load_block(pool[0], at, known, stride[3], 0, FIRST, WIDTH)  # [n, FIRST] bytes
-        head = ((pairs & 15).to(dtype) - zeros, (pairs >> 4).to(dtype) - zeros)
+        head = (cast(pairs & 15, dtype) - zeros, cast(pairs >> 4, dtype) - zeros)
     else:
-        head = [x.to(dtype) for x in read_parts(pool[0], at, known, stride[3], D, WIDTH, FIRST, REST)]
+        head = [cast(x, dtype) for x in read_parts(pool[0], at, known, stride[3], D, WIDTH, FIRST, REST)]
     if BITS == 0:
         return head, ()
     else:
         at_scale = page * stride[4] + row * stride[5] + group * stride[6]
-        return head, (load(pool[1] + at_scale, known).to(tl.float32),)
+        scales = load(pool[1] + at_scale, known).to(tl.float32)
+        return head, (exact(scales) if dtype == tl.float32 else scales,)
 
 
 @triton.jit
@@ -150,9 +151,10 @@ def attend_keys(q, k, k_scale, v, v_scale, known, scale, peak, total, acc):
         weights *= v_scale[0][None, :]
         largest = tl.maximum(tl.max(weights, 1), 1e-30)[:, None]  # of a row: a far token must not make the others 0
         weights = (weights * (1.0 / largest)).to(v[0].dtype)
-        first = acc[0] * rescale[:, None] + dot(weights, v[0]) * largest
+        first = acc[0] * rescale[:, None] + tl.dot(weights, v[0], input_precision="ieee") * largest
         if len(v) > 1:
-            return new_peak, total, (first, acc[1] * rescale[:, None] + dot(weights, v[1]) * largest)
+            rest = acc[1] * rescale[:, None] + tl.dot(weights, v[1], input_precision="ieee") * largest
+            return new_peak, total, (first, rest)
         else:
             return new_peak, total, (first,)
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from vila_triton.space import power_of_two
 
-from ._tile import block_of, dot
+from ._tile import block_of
 
 
 def head_blocks(d: int) -> tuple[int, int]:
@@ -64,18 +64,18 @@ def start(BLOCK_M: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
 @triton.jit
 def dot_heads(q, k):
     """q kᵀ of heads: [m, n]."""
-    scores = dot(q[0], tl.trans(k[0]))
+    scores = tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
     if len(q) > 1:
-        scores = dot(q[1], tl.trans(k[1]), scores)
+        scores = tl.dot(q[1], tl.trans(k[1]), scores, input_precision="ieee")
     return scores
 
 
 @triton.jit
 def add_heads(weights, v, acc, rescale):
     """acc · rescale + weights v: heads again."""
-    first = dot(weights, v[0], acc[0] * rescale[:, None])
+    first = tl.dot(weights, v[0], acc[0] * rescale[:, None], input_precision="ieee")
     if len(v) > 1:
-        return (first, dot(weights, v[1], acc[1] * rescale[:, None]))
+        return (first, tl.dot(weights, v[1], acc[1] * rescale[:, None], input_precision="ieee"))
     else:
         return (first,)
 

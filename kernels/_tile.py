@@ -67,14 +67,24 @@ def opaque(x):
 
 
 @triton.jit
-def dot(a, b, acc=None):
-    """a · b + acc in the precision of a and b, summed in float32. Every product of this folder is one of these.
+def exact(x):
+    """x, of which the compiler for sm_100 does not see what it was made of, if it is float32.
 
-    For sm_100 Triton rounds float32 numbers to TF32, "ieee" or not, if what they were made of was loaded in fewer bits.
+    It would multiply by it in TF32, "ieee" or not, where anything in it was loaded in fewer than 32 bits.
     """
-    if a.dtype == tl.float32 and COMPILED and cuda_capability_geq(10):
-        a, b = opaque(a), opaque(b)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    if x.dtype == tl.float32 and COMPILED and cuda_capability_geq(10):
+        return opaque(x)
+    else:
+        return x
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in dtype, for products: see `exact`."""
+    if x.dtype == dtype:
+        return x
+    else:
+        return exact(x.to(dtype))
 
 
 @triton.jit
@@ -90,13 +100,13 @@ def attend_block(q, k, v, visible, scale, peak, total, acc):
 
     A query that has seen no key keeps total = 0 and acc = 0.
     """
-    scores = dot(q, k) * scale  # [BLOCK_M, BLOCK_N]
+    scores = tl.dot(q, k, input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
     scores = tl.where(visible, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))  # [BLOCK_M]
     weights = tl.exp2(scores - new_peak[:, None])
     rescale = tl.exp2(peak - new_peak)
     total = total * rescale + tl.sum(weights, 1)
-    acc = dot(weights.to(v.dtype), v, acc * rescale[:, None])  # [BLOCK_M, BLOCK_D]
+    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")  # [BLOCK_M, BLOCK_D]
     return new_peak, total, acc
 
 

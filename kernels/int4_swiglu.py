@@ -18,7 +18,7 @@ from vila_triton.space import Space
 
 from ._int4 import SUBTRACTED, block_k, check_group, lane_rows, leaves, rounding, target, word_pointers
 from ._int4_dot import launch, load_words, load_x, weight_block, worth_trying
-from ._tile import check, dot
+from ._tile import check
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
@@ -123,11 +123,11 @@ def _int4_swiglu_kernel(
             group = tl.full([1], start // GROUP, tl.int64) * N
             gate_scale = tl.load(gate_scales_ptr + group + row).to(DTYPE).to(tl.float32)  # [BLOCK_N]
             up_scale = tl.load(up_scales_ptr + group + row).to(DTYPE).to(tl.float32)
-            gate += dot(w, x) * gate_scale[:, None]
-            up += dot(v, x) * up_scale[:, None]
+            gate += tl.dot(w, x, input_precision="ieee") * gate_scale[:, None]
+            up += tl.dot(v, x, input_precision="ieee") * up_scale[:, None]
         else:
-            gate = dot(w, x, gate)
-            up = dot(v, x, up)
+            gate = tl.dot(w, x, gate, input_precision="ieee")
+            up = tl.dot(v, x, up, input_precision="ieee")
         gate_ptrs += TILES_K * 128
         up_ptrs += TILES_K * 128
         x_ptrs += tl.full([1, 1], BLOCK_K, tl.int64) * stride_xk

@@ -16,7 +16,7 @@ from vila_triton.ops import Int4, linear
 from vila_triton.registry import Unsupported
 from vila_triton.space import SIZE, Config, Launch, Space, cdiv, power_of_two
 
-from ._tile import check, dot, rows_of
+from ._tile import check, rows_of
 
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
@@ -80,7 +80,7 @@ def _linear_kernel(
         known = start + offs_k < K
         x = tl.load(x_ptrs, mask=(offs_m < M)[:, None] & known[None, :], other=0.0)
         w = tl.load(w_ptrs, mask=known[:, None] & (offs_n < N)[None, :], other=0.0)
-        acc = dot(x, w, acc)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
         x_ptrs += tl.cast(BLOCK_K, tl.int64) * stride_xk
         w_ptrs += tl.cast(BLOCK_K, tl.int64) * stride_wk
     if HAS_BIAS:

@@ -1,0 +1,43 @@
+"""Whether a compiled kernel computes in the precision it asks for: Triton's form says what was asked, assembly what is done.
+
+Tensor cores that round float32 to TF32 err by 1e-3 where float32 errs by 1e-6, and a register narrower than a number
+keeps half of it; both compile without a word.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+TF32 = r"\b(?:mma|wgmma|tcgen05)\.\S*tf32\S*|\bv_mfma\w*_xf32\w*"
+SUM_OF_HALF = r"\b(?:mma|wgmma)\.\S*k\d+(?:\.(?:row|col))*\.f16\.\S*"  # the first type is that of the sum
+DOT = r"\btt\.dot .* -> tensor<(?:\d+x)*(\w+)>"
+ASSEMBLY = r'\btt\.elementwise_inline_asm ".*?" \{constraints = "(.*?)", packed_element = (\d+).*?\} .*? : (.*) -> (.*)'
+REGISTER = {"h": 16, "r": 32, "f": 32, "l": 64, "d": 64}  # bits, by the last letter of a constraint
+
+
+def imprecise(asm: Mapping[str, Any]) -> list[str]:
+    """What a kernel, as Triton's compiler leaves it (`.asm`), computes in fewer bits than it says, in words."""
+    code = asm["ptx"] if "ptx" in asm else asm["amdgcn"]
+    return [*rounded(asm["ttir"], code), *sums(asm["ttir"], code), *registers(asm["ttir"])]
+
+
+def rounded(ttir: str, code: str) -> Iterator[str]:
+    """Products in TF32 that did not ask for it."""
+    found = re.search(TF32, code)
+    if found and "inputPrecision = tf32" not in ttir:
+        yield f"multiplies in TF32 unasked: {found[0]}"
+
+
+def sums(ttir: str, code: str) -> Iterator[str]:
+    """Products that are summed in float16 or bfloat16."""
+    narrow = [kind for kind in re.findall(DOT, ttir) if kind in ("f16", "bf16")]
+    if narrow or re.search(SUM_OF_HALF, code):
+        yield f"sums products in {narrow[0] if narrow else 'f16'}"
+
+
+def registers(ttir: str) -> Iterator[str]:
+    """Inline assembly whose registers are not as wide as the numbers they carry."""
+    for constraints, pack, operands, results in re.findall(ASSEMBLY, ttir):
+        carried = [int(pack) * int(bits) for bits in re.findall(r"tensor<[^>]*?(\d+)>", f"{results} {operands}")]
+        if [REGISTER.get(letter[-1]) for letter in constraints.split(",")] != carried:
+            yield f"inline assembly holds numbers of {', '.join(map(str, carried))} bits in registers {constraints}"
