@@ -1,4 +1,4 @@
-"""Whether a compiled kernel computes in the precision it asks for: Triton's form says what was asked, assembly what is done.
+"""Whether a compiled kernel computes in the precision it asks for: read of Triton's form of it and of its assembly.
 
 Tensor cores that round float32 to TF32 err by 1e-3 where float32 errs by 1e-6, and a register narrower than a number
 keeps half of it; both compile without a word.
