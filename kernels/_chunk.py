@@ -39,18 +39,19 @@ def place(row, group, length, RATIO: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def scaled(x, scales):
-    """x [n, d] times the scales [n]; x itself where either is None."""
-    if x is None or scales is None:
-        return x
+def scaled(head, scales):
+    """Heads [n, d] times the scales [n] that `read_pool` says; the heads themselves if it says none."""
+    if len(scales) == 0:
+        return head
     else:
-        return (x.to(tl.float32) * scales[:, None]).to(x.dtype)
+        return [(x.to(tl.float32) * scales[0][:, None]).to(x.dtype) for x in head]
 
 
 @triton.jit
 def chosen(first, a, b):
-    """a where `first` [n], else b [n, d]; None if a is."""
-    if a is None:
-        return None
+    """Heads a where `first` [n], else heads b."""
+    mask = first[:, None]
+    if len(a) > 1:
+        return (tl.where(mask, a[0], b[0]), tl.where(mask, a[1], b[1]))
     else:
-        return tl.where(first[:, None], a, b)
+        return (tl.where(mask, a[0], b[0]),)

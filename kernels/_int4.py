@@ -16,7 +16,7 @@ from torch import Tensor
 from vila_triton.ops import Int4
 from vila_triton.registry import Unsupported
 
-from ._tile import INTERPRETED
+from ._tile import INTERPRETED, exact, opaque
 
 # What is done to a weight before it is multiplied.
 SUBTRACTED = tl.constexpr(0)  # code - zero, exact: the scale multiplies a sum
@@ -212,8 +212,9 @@ def assemble(a, b, c, d, e, f, g, h, HIDE: tl.constexpr, TILES_N: tl.constexpr, 
     w = tl.permute(w, [0, 6, 2, 1, 4, 7, 3, 5])  # tile, half, r, tile_k, word, side, c, pair
     w = tl.reshape(w, [16 * TILES_N, 64 * TILES_K])
     if HIDE:
-        w = tl.inline_asm_elementwise("mov.b16 $0, $1;", "=h,h", [w], dtype=w.dtype, is_pure=False, pack=1)
-    return w
+        return opaque(w)
+    else:
+        return exact(w)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ A pool is a tuple (values, scales, zeros), the last ones None where there are no
 flat tuple; BITS is 0, 8 or 4. What is read of quantised pages is codes less their zeros: whole numbers that every dtype
 of a product holds exactly. The scale of a token is one number for all of a head, so it multiplies scores and weights.
 
-A head is read in one or two parts, as `head_blocks` cuts it, or in 4 bits its two halves, each of which is a nibble.
+A head is a tuple of one block or two, as `head_blocks` cuts it, or in 4 bits its two halves, each of which is a nibble.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vila_triton.ops import Pages, QuantizedPages, leaves
 
-from ._softmax import head_blocks, load_block
-from ._tile import block_of, check
+from ._softmax import add_heads, dot_heads, head_blocks, load_block, store_block
+from ._tile import block_of, cast, check, exact
 
 
 def pool_of(pages: Pages) -> tuple[tuple[Any, ...], tuple[int, ...]]:
@@ -82,24 +82,20 @@ def pages_at(table_ptr, stride_table, n, end, PAGE: tl.constexpr, BLOCK_N: tl.co
 
 @triton.jit
 def read_parts(ptr, at, known, stride_d, D: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
-    """Heads of plain numbers at the offsets `at` [n]: [n, FIRST] and [n, REST], or None for the second."""
+    """Heads of plain numbers at the offsets `at` [n]: [n, FIRST] and, if REST is not 0, [n, REST]."""
     first = load_block(ptr, at, known, stride_d, 0, FIRST, WIDTH)
     if REST > 0:
-        return first, load_block(ptr, at, known, stride_d, WIDTH, REST, D)
+        return (first, load_block(ptr, at, known, stride_d, WIDTH, REST, D))
     else:
-        return first, None
+        return (first,)
 
 
 @triton.jit
-def store_parts(ptr, at, known, stride_d, first, rest, D: tl.constexpr, WIDTH: tl.constexpr):
+def store_parts(ptr, at, known, stride_d, head, D: tl.constexpr, WIDTH: tl.constexpr):
     """The inverse of `read_parts`, in the dtype of the pointer."""
-    offs = tl.arange(0, first.shape[1])
-    ptrs = ptr + at[:, None] + offs[None, :] * stride_d
-    tl.store(ptrs, first.to(ptr.dtype.element_ty), mask=known[:, None] & (offs < WIDTH)[None, :])
-    if rest is not None:
-        offs = WIDTH + tl.arange(0, rest.shape[1])
-        ptrs = ptr + at[:, None] + offs[None, :] * stride_d
-        tl.store(ptrs, rest.to(ptr.dtype.element_ty), mask=known[:, None] & (offs < D)[None, :])
+    store_block(ptr, at, known, stride_d, head[0], 0, head[0].shape[1], WIDTH)
+    if len(head) > 1:
+        store_block(ptr, at, known, stride_d, head[1], WIDTH, head[1].shape[1], D)
 
 
 @triton.jit
@@ -117,72 +113,61 @@ def read_pool(
     FIRST: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """The tokens (page, row) of a head in `dtype`: [n, FIRST], [n, REST] or None, and their scales [n] or None."""
+    """The tokens (page, row) of a head in `dtype`, and a tuple of their scales [n]: of one, or none for plain pages."""
     at = page * stride[0] + row * stride[1] + group * stride[2]  # [n]
+    if BITS == 4:
+        at_zero = page * stride[7] + row * stride[8] + group * stride[9]
+        zeros = cast(load(pool[2] + at_zero, known), dtype)[:, None]
+        pairs = load_block(pool[0], at, known, stride[3], 0, FIRST, WIDTH)  # [n, FIRST] bytes
+        head = (cast(pairs & 15, dtype) - zeros, cast(pairs >> 4, dtype) - zeros)
+    else:
+        head = [cast(x, dtype) for x in read_parts(pool[0], at, known, stride[3], D, WIDTH, FIRST, REST)]
     if BITS == 0:
-        first, rest = read_parts(pool[0], at, known, stride[3], D, WIDTH, FIRST, REST)
-        if REST > 0:
-            return first.to(dtype), rest.to(dtype), None
-        else:
-            return first.to(dtype), None, None
+        return head, ()
     else:
         at_scale = page * stride[4] + row * stride[5] + group * stride[6]
-        scales = load(pool[1] + at_scale, known).to(tl.float32)  # [n]
-        if BITS == 8:
-            first, rest = read_parts(pool[0], at, known, stride[3], D, WIDTH, FIRST, REST)
-            if REST > 0:
-                return first.to(dtype), rest.to(dtype), scales
-            else:
-                return first.to(dtype), None, scales
-        else:
-            at_zero = page * stride[7] + row * stride[8] + group * stride[9]
-            zeros = load(pool[2] + at_zero, known).to(dtype)[:, None]
-            pairs = load_block(pool[0], at, known, stride[3], 0, FIRST, WIDTH)  # [n, FIRST] bytes
-            return (pairs & 15).to(dtype) - zeros, (pairs >> 4).to(dtype) - zeros, scales
+        scales = load(pool[1] + at_scale, known).to(tl.float32)
+        return head, (exact(scales) if dtype == tl.float32 else scales,)
 
 
 @triton.jit
-def attend_keys(q, q_rest, k, k_rest, k_scale, v, v_rest, v_scale, known, scale, peak, total, acc, acc_rest):
-    """One more tile of keys, k and v [n, d] with scales [n] or None: the running peak, sum and weighted values.
+def attend_keys(q, k, k_scale, v, v_scale, known, scale, peak, total, acc):
+    """One more tile of keys, k and v [n, d] with scales [n] if any: the running peak, sum and weighted values.
 
     `known` is None if all of them are cached. Weights times scales are at most 1, as float16 wants them.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, n]
-    if q_rest is not None:
-        scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
-    scores = scores * scale
-    if k_scale is not None:
-        scores = scores * k_scale[None, :]
+    scores = dot_heads(q, k) * scale  # [BLOCK_M, n]
+    if len(k_scale) > 0:
+        scores = scores * k_scale[0][None, :]
     if known is not None:
         scores = tl.where(known[None, :], scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))  # [BLOCK_M]
     weights = tl.exp2(scores - new_peak[:, None])
     rescale = tl.exp2(peak - new_peak)
     total = total * rescale + tl.sum(weights, 1)
-    if v_scale is None:
-        weights = weights.to(v.dtype)
-        acc = tl.dot(weights, v, acc * rescale[:, None], input_precision="ieee")  # [BLOCK_M, FIRST]
-        if q_rest is not None:
-            acc_rest = tl.dot(weights, v_rest, acc_rest * rescale[:, None], input_precision="ieee")
+    if len(v_scale) == 0:
+        return new_peak, total, add_heads(weights.to(v[0].dtype), v, acc, rescale)
     else:
-        weights *= v_scale[None, :]
+        weights *= v_scale[0][None, :]
         largest = tl.maximum(tl.max(weights, 1), 1e-30)[:, None]  # of a row: a far token must not make the others 0
-        weights = (weights * (1.0 / largest)).to(v.dtype)
-        acc = acc * rescale[:, None] + tl.dot(weights, v, input_precision="ieee") * largest
-        if q_rest is not None:
-            acc_rest = acc_rest * rescale[:, None] + tl.dot(weights, v_rest, input_precision="ieee") * largest
-    return new_peak, total, acc, acc_rest
+        weights = (weights * (1.0 / largest)).to(v[0].dtype)
+        first = acc[0] * rescale[:, None] + tl.dot(weights, v[0], input_precision="ieee") * largest
+        if len(v) > 1:
+            rest = acc[1] * rescale[:, None] + tl.dot(weights, v[1], input_precision="ieee") * largest
+            return new_peak, total, (first, rest)
+        else:
+            return new_peak, total, (first,)
 
 
 @triton.jit
 def attend_pools(
-    q, q_rest, k_pool, stride_k, v_pool, stride_v, page, n, known, group, scale, peak, total, acc, acc_rest,
+    q, k_pool, stride_k, v_pool, stride_v, page, n, known, group, scale, peak, total, acc,
     D: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr,
     REST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """`attend_keys` to the cached tokens n to n + BLOCK_N, which lie in the pages `page`."""
     page = page.to(tl.int64)
     row = ((n + tl.arange(0, BLOCK_N)) % PAGE).to(tl.int64)
-    k, k_rest, k_scale = read_pool(k_pool, stride_k, page, row, group, known, q.dtype, BITS, D, WIDTH, FIRST, REST)
-    v, v_rest, v_scale = read_pool(v_pool, stride_v, page, row, group, known, q.dtype, BITS, D, WIDTH, FIRST, REST)
-    return attend_keys(q, q_rest, k, k_rest, k_scale, v, v_rest, v_scale, known, scale, peak, total, acc, acc_rest)
+    k, k_scale = read_pool(k_pool, stride_k, page, row, group, known, q[0].dtype, BITS, D, WIDTH, FIRST, REST)
+    v, v_scale = read_pool(v_pool, stride_v, page, row, group, known, q[0].dtype, BITS, D, WIDTH, FIRST, REST)
+    return attend_keys(q, k, k_scale, v, v_scale, known, scale, peak, total, acc)

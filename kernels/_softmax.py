@@ -1,7 +1,7 @@
 """Online softmax over tiles of keys, for the attention kernels that take many queries at once. It registers nothing.
 
 A head of D numbers is one block of a power of two, or two (72 = 64 + 8) where that leaves fewer lanes empty: FIRST and
-REST, as `head_blocks` says. Without a second block its tensors are None, and what is done to them is not compiled.
+REST, as `head_blocks` says. In kernels it is a tuple of one tensor or of two, and so is what is summed of heads.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
@@ -51,36 +51,56 @@ def store_block(ptr, at, known, stride_d, x, FROM: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def start(BLOCK_M: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
-    """(peak, total, acc, acc_rest) before the first tile. The peak is finite, so that -inf - peak is never NaN."""
+    """(peak, total, acc) before the first tile. The peak is finite, so that -inf - peak is never NaN."""
     peak = tl.full([BLOCK_M], -1.0e38, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, FIRST], tl.float32)
     if REST > 0:
-        return peak, total, acc, tl.zeros([BLOCK_M, REST], tl.float32)
+        return peak, total, (acc, tl.zeros([BLOCK_M, REST], tl.float32))
     else:
-        return peak, total, acc, None
+        return peak, total, (acc,)
 
 
 @triton.jit
-def attend_tile(q, q_rest, k, k_rest, v, v_rest, visible, scale, peak, total, acc, acc_rest):
+def dot_heads(q, k):
+    """q kᵀ of heads: [m, n]."""
+    scores = tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
+    if len(q) > 1:
+        scores = tl.dot(q[1], tl.trans(k[1]), scores, input_precision="ieee")
+    return scores
+
+
+@triton.jit
+def add_heads(weights, v, acc, rescale):
+    """acc · rescale + weights v: heads again."""
+    first = tl.dot(weights, v[0], acc[0] * rescale[:, None], input_precision="ieee")
+    if len(v) > 1:
+        return (first, tl.dot(weights, v[1], acc[1] * rescale[:, None], input_precision="ieee"))
+    else:
+        return (first,)
+
+
+@triton.jit
+def over(head, divisors):
+    """Heads [n, d], each over its divisor [n]."""
+    return [x / divisors[:, None] for x in head]
+
+
+@triton.jit
+def attend_tile(q, k, v, visible, scale, peak, total, acc):
     """One more tile of keys, k and v [n, d]: the running peak, sum of weights and weighted values, in base 2.
 
     `visible` is None if every query sees every key. The explicit fma leaves the compiler no choice of rounding, so a
     tile gives the same bits with a mask that hides nothing as without one; and a tile that hides all changes nothing.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, n]
-    if q_rest is not None:
-        scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
+    scores = dot_heads(q, k)  # [BLOCK_M, n]
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)  # [BLOCK_M]
     weights = tl.exp2(tl.fma(scores, scale, -new_peak[:, None]))
     rescale = tl.exp2(peak - new_peak)
     total = tl.fma(total, rescale, tl.sum(weights, 1))
-    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")  # [BLOCK_M, FIRST]
-    if q_rest is not None:
-        acc_rest = tl.dot(weights.to(v.dtype), v_rest, acc_rest * rescale[:, None], input_precision="ieee")
-    return new_peak, total, acc, acc_rest
+    return new_peak, total, add_heads(weights.to(v[0].dtype), v, acc, rescale)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.language.target_info import cuda_capability_geq
 
 from vila_triton.registry import Unsupported
 from vila_triton.space import SIZE, Config, Launch, cdiv, power_of_two
@@ -15,6 +16,7 @@ from vila_triton.space import SIZE, Config, Launch, cdiv, power_of_two
 INTERPRETED = bool(knobs.runtime.interpret)  # read when `@triton.jit` reads it: as the kernels are imported
 LOG2_E = math.log2(math.e)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+COMPILED = tl.constexpr(not INTERPRETED)
 
 
 def check(where: str, *tensors: Tensor) -> None:
@@ -53,6 +55,36 @@ def attention_launch(config: Config, heads: int, rows: int, keys: int, d: int, d
         dots=4 * block_m * block_d * lanes,
         lanes=8 * block_m * lanes,
     )
+
+
+@triton.jit
+def opaque(x):
+    """x itself; the compiler does not see through the assembly that copies it, in a register as wide as a number is."""
+    if x.dtype.primitive_bitwidth == 32:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+    else:
+        return tl.inline_asm_elementwise("mov.b16 $0, $1;", "=h,h", [x], dtype=x.dtype, is_pure=False, pack=1)
+
+
+@triton.jit
+def exact(x):
+    """x, of which the compiler for sm_100 does not see what it was made of, if it is float32.
+
+    It would multiply by it in TF32, "ieee" or not, where anything in it was loaded in fewer than 32 bits.
+    """
+    if x.dtype == tl.float32 and COMPILED and cuda_capability_geq(10):
+        return opaque(x)
+    else:
+        return x
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in dtype, for products: see `exact`."""
+    if x.dtype == dtype:
+        return x
+    else:
+        return exact(x.to(dtype))
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from vila_triton.ops.paged import bytes_of
 from vila_triton.space import SIZE, Config, Launch, Space, cdiv
 
 from ._pool import attend_pools, check_pools, pages_at, parts_of, pool_of, read_parts, store_parts
-from ._softmax import start
+from ._softmax import over, start
 from ._split import MULTIPROCESSORS, keys_of, merge_kernel, multiprocessors, natural, plan
 from ._tile import LOG2_E, block_of
 
@@ -112,37 +112,34 @@ def _decode_attention_kernel(
     mine = rows < RATIO
     head = group * RATIO + rows  # [BLOCK_M] int64
     at = sequence * stride_q[0] + head * stride_q[1]
-    q, q_rest = read_parts(q_ptr, at, mine, stride_q[2], D, WIDTH, FIRST, REST)
-    peak, total, acc, acc_rest = start(BLOCK_M, FIRST, REST)
+    q = read_parts(q_ptr, at, mine, stride_q[2], D, WIDTH, FIRST, REST)
+    peak, total, acc = start(BLOCK_M, FIRST, REST)
     table_ptr += sequence * stride_tb
     full = tl.maximum(begin, end // BLOCK_N * BLOCK_N)
     page = pages_at(table_ptr, stride_tp, begin, end, PAGE, BLOCK_N)
     for n in range(begin, full, BLOCK_N):
         ahead = pages_at(table_ptr, stride_tp, n + BLOCK_N, end, PAGE, BLOCK_N)  # a tile early, or keys wait for it
-        peak, total, acc, acc_rest = attend_pools(
-            q, q_rest, k_pool, stride_k, v_pool, stride_v, page, n, None, group, scale, peak, total, acc, acc_rest,
+        peak, total, acc = attend_pools(
+            q, k_pool, stride_k, v_pool, stride_v, page, n, None, group, scale, peak, total, acc,
             D, PAGE, BITS, WIDTH, FIRST, REST, BLOCK_N
         )  # fmt: skip
         page = ahead
     for n in tl.range(full, end, BLOCK_N, num_stages=1):  # one tile at most
         known = n + tl.arange(0, BLOCK_N) < end
-        peak, total, acc, acc_rest = attend_pools(
-            q, q_rest, k_pool, stride_k, v_pool, stride_v, page, n, known, group, scale, peak, total, acc, acc_rest,
+        peak, total, acc = attend_pools(
+            q, k_pool, stride_k, v_pool, stride_v, page, n, known, group, scale, peak, total, acc,
             D, PAGE, BITS, WIDTH, FIRST, REST, BLOCK_N
         )  # fmt: skip
 
     heads = sequence * (G * RATIO) + head
     if parts is None:
-        divisor = tl.where(total == 0.0, 1.0, total)[:, None]
-        if REST > 0:
-            acc_rest = acc_rest / divisor
         at = sequence * stride_o[0] + head * stride_o[1]
-        store_parts(out_ptr, at, mine, stride_o[2], acc / divisor, acc_rest, D, WIDTH)
+        store_parts(out_ptr, at, mine, stride_o[2], over(acc, tl.where(total == 0.0, 1.0, total)), D, WIDTH)
         if lse_ptr is not None:
             tl.store(lse_ptr + heads, natural(peak, total), mask=mine)
     else:
         at = heads * splits + split
-        store_parts(parts[0], at * D, mine, 1, acc, acc_rest, D, WIDTH)
+        store_parts(parts[0], at * D, mine, 1, acc, D, WIDTH)
         tl.store(parts[1] + at, peak, mask=mine)
         tl.store(parts[2] + at, total, mask=mine)
 

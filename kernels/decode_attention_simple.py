@@ -19,7 +19,7 @@ from vila_triton.ops import Pages, decode_attention
 from vila_triton.registry import Unsupported
 from vila_triton.space import Config, Launch, Space
 
-from ._tile import LOG2_E, attend_block, attention_launch, block_of, check, normalise, page_rows, start_rows
+from ._tile import LOG2_E, attend_block, attention_launch, block_of, cast, check, normalise, page_rows, start_rows
 
 CONFIGS = [
     {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
@@ -91,7 +91,7 @@ def _decode_attention_kernel(
         v = tl.load(
             v_pages_ptr + at_v[:, None] + offs_d[None, :] * stride_v[3], mask=known[:, None] & mask_d[None, :], other=0
         )  # [BLOCK_N, BLOCK_D]
-        peak, total, acc = attend_block(q, k.to(q.dtype), v.to(q.dtype), known[None, :], scale, peak, total, acc)
+        peak, total, acc = attend_block(q, cast(k, q.dtype), cast(v, q.dtype), known[None, :], scale, peak, total, acc)
 
     out_ptr += sequence * stride_o[0] + head[:, None] * stride_o[1] + offs_d[None, :] * stride_o[2]
     tl.store(out_ptr, normalise(acc, total).to(out_ptr.dtype.element_ty), mask=mask_q)

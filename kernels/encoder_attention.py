@@ -19,15 +19,15 @@ from vila_triton.ops import encoder_attention
 from vila_triton.registry import Unsupported
 from vila_triton.space import Config, Launch, Space, power_of_two
 
-from ._pool import parts_of, read_parts
-from ._softmax import attend_tile, start, store_block
+from ._pool import parts_of, read_parts, store_parts
+from ._softmax import attend_tile, over, start
 from ._tile import LOG2_E, attention_launch, check, rows_of
 
 MOST = 2**16 - 1  # programs along the second or third axis of a grid
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
-    {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
 ]
 
 
@@ -74,31 +74,25 @@ def _encoder_attention_kernel(
     v_ptr += picture * stride_v[0] + head * stride_v[2]
     q_ptr += picture * stride_q[0] + head * stride_q[2]
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    q, q_rest = read_parts(q_ptr, rows.to(tl.int64) * stride_q[1], rows < S, stride_q[3], D, WIDTH, FIRST, REST)
-    peak, total, acc, acc_rest = start(BLOCK_M, FIRST, REST)
+    q = read_parts(q_ptr, rows.to(tl.int64) * stride_q[1], rows < S, stride_q[3], D, WIDTH, FIRST, REST)
+    peak, total, acc = start(BLOCK_M, FIRST, REST)
 
     whole = S // BLOCK_N * BLOCK_N
     for n in range(0, whole, BLOCK_N):
         tile, of = tl.cast(n, tl.int64), tl.arange(0, BLOCK_N).to(tl.int64)
-        k, k_rest = read_parts(k_ptr + tile * stride_k[1], of * stride_k[1], None, stride_k[3], D, WIDTH, FIRST, REST)
-        v, v_rest = read_parts(v_ptr + tile * stride_v[1], of * stride_v[1], None, stride_v[3], D, WIDTH, FIRST, REST)
-        peak, total, acc, acc_rest = attend_tile(
-            q, q_rest, k, k_rest, v, v_rest, None, scale, peak, total, acc, acc_rest
-        )
+        k = read_parts(k_ptr + tile * stride_k[1], of * stride_k[1], None, stride_k[3], D, WIDTH, FIRST, REST)
+        v = read_parts(v_ptr + tile * stride_v[1], of * stride_v[1], None, stride_v[3], D, WIDTH, FIRST, REST)
+        peak, total, acc = attend_tile(q, k, v, None, scale, peak, total, acc)
     for n in tl.range(whole, S, BLOCK_N, num_stages=1):  # once at most
         tokens = n + tl.arange(0, BLOCK_N).to(tl.int64)
         known = tokens < S
-        k, k_rest = read_parts(k_ptr, tokens * stride_k[1], known, stride_k[3], D, WIDTH, FIRST, REST)
-        v, v_rest = read_parts(v_ptr, tokens * stride_v[1], known, stride_v[3], D, WIDTH, FIRST, REST)
-        peak, total, acc, acc_rest = attend_tile(
-            q, q_rest, k, k_rest, v, v_rest, known[None, :], scale, peak, total, acc, acc_rest
-        )
+        k = read_parts(k_ptr, tokens * stride_k[1], known, stride_k[3], D, WIDTH, FIRST, REST)
+        v = read_parts(v_ptr, tokens * stride_v[1], known, stride_v[3], D, WIDTH, FIRST, REST)
+        peak, total, acc = attend_tile(q, k, v, known[None, :], scale, peak, total, acc)
 
     out_ptr += picture * stride_o[0] + head * stride_o[2]
     at = rows.to(tl.int64) * stride_o[1]
-    store_block(out_ptr, at, rows < S, stride_o[3], acc / total[:, None], 0, FIRST, WIDTH)
-    if REST > 0:
-        store_block(out_ptr, at, rows < S, stride_o[3], acc_rest / total[:, None], WIDTH, REST, D)
+    store_parts(out_ptr, at, rows < S, stride_o[3], over(acc, total), D, WIDTH)
 
 
 def tile_of(config: Config, q: Tensor) -> dict[str, int]:

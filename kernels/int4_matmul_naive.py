@@ -15,7 +15,7 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 
 from ._int4 import leaves, rounded, rounding
-from ._tile import check
+from ._tile import cast, check
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
@@ -63,8 +63,8 @@ def _int4_matmul_naive_kernel(
         nibble = offs_k % 2 * 4 + offs_k % 16 // 8 * 2 + offs_n % 16 // 8
         words = tl.load(qweight_ptr + tile * 128 + lane * 4 + offs_k % 64 // 16, mask=mask_w, other=0)
         codes = ((words >> (nibble * 4).to(tl.int32)) & 0xF).to(x.dtype)
-        scales = tl.load(scales_ptr + offs_k // GROUP * N + offs_n, mask=mask_w, other=0.0).to(x.dtype)
-        zeros = tl.load(zeros_ptr + offs_k // GROUP * N + offs_n, mask=mask_w, other=0.0).to(x.dtype)
+        scales = cast(tl.load(scales_ptr + offs_k // GROUP * N + offs_n, mask=mask_w, other=0.0), x.dtype)
+        zeros = cast(tl.load(zeros_ptr + offs_k // GROUP * N + offs_n, mask=mask_w, other=0.0), x.dtype)
         acc = tl.dot(x, rounded(codes - zeros, codes, scales, zeros, ORDER), acc, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)

@@ -17,7 +17,7 @@ from vila_triton.space import Space
 
 from ._int4 import block_k, check_group, leaves, rounded, rounding, word_pointers
 from ._int4_dot import launch, load_words, load_x, worth_trying
-from ._tile import check
+from ._tile import cast, check
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
@@ -90,8 +90,8 @@ def _int4_matmul_packed_kernel(
             group = tl.minimum((start + offs_k) // 32, (K - 1) // 32).to(tl.int64)[None, :]
         else:
             group = tl.full([1, 1], start // GROUP, tl.int64)
-        scales = tl.load(scales_ptr + group * N + row).to(x.dtype)
-        zeros = tl.load(zeros_ptr + group * N + row).to(x.dtype)
+        scales = cast(tl.load(scales_ptr + group * N + row), x.dtype)
+        zeros = cast(tl.load(zeros_ptr + group * N + row), x.dtype)
         acc = tl.dot(rounded(codes - zeros, codes, scales, zeros, ORDER), x, acc, input_precision="ieee")
         word_ptrs += TILES_K * 128
         x_ptrs += tl.full([1, 1], BLOCK_K, tl.int64) * stride_xk

@@ -27,13 +27,13 @@ from vila_triton.registry import Unsupported
 from vila_triton.space import Config, Launch, Space, power_of_two
 
 from ._chunk import chosen, place, scaled, sequence_of, tiles_of
-from ._pool import check_pools, parts_of, pool_of, read_parts, read_pool, tile_rows
-from ._softmax import attend_tile, log_sum_exp, start, store_block
+from ._pool import check_pools, parts_of, pool_of, read_parts, read_pool, store_parts, tile_rows
+from ._softmax import attend_tile, log_sum_exp, over, start
 from ._tile import LOG2_E, attention_launch, check, rows_of
 
 CONFIGS = [
     {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
-    {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
+    {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
     {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
 ]
 
@@ -106,22 +106,20 @@ def _prefill_attention_kernel(
 
     query, head, mine = place(row, group, length, RATIO, BLOCK_M)
     at = (first + query) * stride_q[0] + head * stride_q[1]
-    q, q_rest = read_parts(q_ptr, at, mine, stride_q[2], D, WIDTH, FIRST, REST)
+    q = read_parts(q_ptr, at, mine, stride_q[2], D, WIDTH, FIRST, REST)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    peak, total, acc, acc_rest = start(BLOCK_M, FIRST, REST)
+    peak, total, acc = start(BLOCK_M, FIRST, REST)
 
     table_ptr += sequence * stride_tb
     every = tl.full([BLOCK_N], 1, tl.int1)
     whole = history // BLOCK_N * BLOCK_N
     for n in range(0, whole, BLOCK_N):
         page, line = tile_rows(table_ptr, stride_tp, n, every, PAGE, BLOCK_N)
-        k, k_rest, scales = read_pool(k_pages, stride_kp, page, line, group, every, dtype, BITS, D, WIDTH, FIRST, REST)
-        k, k_rest = scaled(k, scales), scaled(k_rest, scales)
-        v, v_rest, scales = read_pool(v_pages, stride_vp, page, line, group, every, dtype, BITS, D, WIDTH, FIRST, REST)
-        v, v_rest = scaled(v, scales), scaled(v_rest, scales)
-        peak, total, acc, acc_rest = attend_tile(
-            q, q_rest, k, k_rest, v, v_rest, None, scale, peak, total, acc, acc_rest
-        )
+        k, scales = read_pool(k_pages, stride_kp, page, line, group, every, dtype, BITS, D, WIDTH, FIRST, REST)
+        k = scaled(k, scales)
+        v, scales = read_pool(v_pages, stride_vp, page, line, group, every, dtype, BITS, D, WIDTH, FIRST, REST)
+        v = scaled(v, scales)
+        peak, total, acc = attend_tile(q, k, v, None, scale, peak, total, acc)
 
     k_ptr += group * stride_k[1]
     v_ptr += group * stride_v[1]
@@ -131,45 +129,37 @@ def _prefill_attention_kernel(
     for n in tl.range(whole, history, BLOCK_N, num_stages=1):  # once at most
         tokens = n + tl.arange(0, BLOCK_N)
         old, known, of = tokens < history, (tokens >= history) & (tokens < end), offset + tokens
-        k_new, k_more = read_parts(k_ptr, of * stride_k[0], known, stride_k[2], D, WIDTH, FIRST, REST)
-        v_new, v_more = read_parts(v_ptr, of * stride_v[0], known, stride_v[2], D, WIDTH, FIRST, REST)
+        k_new = read_parts(k_ptr, of * stride_k[0], known, stride_k[2], D, WIDTH, FIRST, REST)
+        v_new = read_parts(v_ptr, of * stride_v[0], known, stride_v[2], D, WIDTH, FIRST, REST)
         page, line = tile_rows(table_ptr, stride_tp, n, old, PAGE, BLOCK_N)
-        k, k_rest, scales = read_pool(k_pages, stride_kp, page, line, group, old, dtype, BITS, D, WIDTH, FIRST, REST)
-        k, k_rest = chosen(old, scaled(k, scales), k_new), chosen(old, scaled(k_rest, scales), k_more)
-        v, v_rest, scales = read_pool(v_pages, stride_vp, page, line, group, old, dtype, BITS, D, WIDTH, FIRST, REST)
-        v, v_rest = chosen(old, scaled(v, scales), v_new), chosen(old, scaled(v_rest, scales), v_more)
+        k, scales = read_pool(k_pages, stride_kp, page, line, group, old, dtype, BITS, D, WIDTH, FIRST, REST)
+        k = chosen(old, scaled(k, scales), k_new)
+        v, scales = read_pool(v_pages, stride_vp, page, line, group, old, dtype, BITS, D, WIDTH, FIRST, REST)
+        v = chosen(old, scaled(v, scales), v_new)
         visible = tokens[None, :] <= position[:, None]
-        peak, total, acc, acc_rest = attend_tile(
-            q, q_rest, k, k_rest, v, v_rest, visible, scale, peak, total, acc, acc_rest
-        )
+        peak, total, acc = attend_tile(q, k, v, visible, scale, peak, total, acc)
 
     begin = tl.cdiv(history, BLOCK_N) * BLOCK_N
     diagonal = tl.maximum(begin, (history + row // RATIO + 1) // BLOCK_N * BLOCK_N)
     for n in range(begin, diagonal, BLOCK_N):
         tile, of = offset + n, tl.arange(0, BLOCK_N).to(tl.int64)
-        k, k_rest = read_parts(k_ptr + tile * stride_k[0], of * stride_k[0], None, stride_k[2], D, WIDTH, FIRST, REST)
-        v, v_rest = read_parts(v_ptr + tile * stride_v[0], of * stride_v[0], None, stride_v[2], D, WIDTH, FIRST, REST)
-        peak, total, acc, acc_rest = attend_tile(
-            q, q_rest, k, k_rest, v, v_rest, None, scale, peak, total, acc, acc_rest
-        )
+        k = read_parts(k_ptr + tile * stride_k[0], of * stride_k[0], None, stride_k[2], D, WIDTH, FIRST, REST)
+        v = read_parts(v_ptr + tile * stride_v[0], of * stride_v[0], None, stride_v[2], D, WIDTH, FIRST, REST)
+        peak, total, acc = attend_tile(q, k, v, None, scale, peak, total, acc)
     for n in range(diagonal, end, BLOCK_N):
         tokens = n + tl.arange(0, BLOCK_N)
         known, of = tokens < end, offset + tokens
-        k, k_rest = read_parts(k_ptr, of * stride_k[0], known, stride_k[2], D, WIDTH, FIRST, REST)
-        v, v_rest = read_parts(v_ptr, of * stride_v[0], known, stride_v[2], D, WIDTH, FIRST, REST)
+        k = read_parts(k_ptr, of * stride_k[0], known, stride_k[2], D, WIDTH, FIRST, REST)
+        v = read_parts(v_ptr, of * stride_v[0], known, stride_v[2], D, WIDTH, FIRST, REST)
         visible = tokens[None, :] <= position[:, None]
-        peak, total, acc, acc_rest = attend_tile(
-            q, q_rest, k, k_rest, v, v_rest, visible, scale, peak, total, acc, acc_rest
-        )
+        peak, total, acc = attend_tile(q, k, v, visible, scale, peak, total, acc)
 
     # Where the rows lie is worked out anew, behind a load the compiler may not merge with the first one: kept through
     # the loops, it would take the registers that they need.
     row += (tl.load(start_ptr + sequence, volatile=True) - first).to(tl.int32)
     query, head, mine = place(row, group, length, RATIO, BLOCK_M)
     at = (first + query) * stride_o[0] + head * stride_o[1]
-    store_block(out_ptr, at, mine, stride_o[2], acc / total[:, None], 0, FIRST, WIDTH)
-    if REST > 0:
-        store_block(out_ptr, at, mine, stride_o[2], acc_rest / total[:, None], WIDTH, REST, D)
+    store_parts(out_ptr, at, mine, stride_o[2], over(acc, total), D, WIDTH)
     if lse_ptr is not None:
         tl.store(lse_ptr + (first + query) * (G * RATIO) + head, log_sum_exp(peak, total), mask=mine)
 

@@ -23,7 +23,7 @@ from vila_triton.registry import Unsupported
 
 from ._chunk import place, sequence_of, tiles_of
 from ._softmax import load_block, log_sum_exp, store_block
-from ._tile import LOG2_E, attend_block, block_of, check, normalise, page_rows, rows_of, start_rows
+from ._tile import LOG2_E, attend_block, block_of, cast, check, normalise, page_rows, rows_of, start_rows
 
 CONFIGS = [{"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}]
 
@@ -87,8 +87,8 @@ def _prefill_simple_kernel(
         v_old = load_block(v_pages_ptr, at_v, old, stride_vp[3], 0, BLOCK_D, D)
         k_new = load_block(k_ptr, of * stride_k[0] + group * stride_k[1], new, stride_k[2], 0, BLOCK_D, D)
         v_new = load_block(v_ptr, of * stride_v[0] + group * stride_v[1], new, stride_v[2], 0, BLOCK_D, D)
-        k = tl.where(old[:, None], k_old.to(q.dtype), k_new)
-        v = tl.where(old[:, None], v_old.to(q.dtype), v_new)
+        k = tl.where(old[:, None], cast(k_old, q.dtype), k_new)
+        v = tl.where(old[:, None], cast(v_old, q.dtype), v_new)
         visible = tokens[None, :] <= (history + query)[:, None]
         peak, total, acc = attend_block(q, tl.trans(k), v, visible, scale, peak, total, acc)
 

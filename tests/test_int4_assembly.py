@@ -4,6 +4,7 @@ The assembly is read by the few lines below, which know the instructions it is m
 """
 
 import re
+import sys
 from collections.abc import Callable
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import TensorHandle
 
-from bench.faithful import DEVICE, LEFT_OUT
+from bench.faithful import DEVICE, LEFT_OUT, assert_faithful
 from bench.guarded import bits
 from vila_triton.formats import nibbles
-from vila_triton.kernels import _int4  # pyright: ignore
+from vila_triton.kernels import _int4, _tile  # pyright: ignore
+from vila_triton.registry import OPS, discover
 
 HALVES = torch.arange(2**16)
 WORDS = (
@@ -27,7 +30,8 @@ TOP, LOW = torch.arange(16)[:, None], (torch.arange(16)[:, None] * 7 + 3) % 16  
 ORDER, OF_LOW_ROW = [0, 4, 1, 5, 2, 6, 3, 7], torch.tensor([0, 0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
 ASSEMBLY = {torch.float16: _int4.FLOAT16.value, torch.bfloat16: _int4.BFLOAT16.value}
 DTYPES = pytest.mark.parametrize("dtype", ASSEMBLY, ids=str)
-differences = _int4.differences
+differences, opaque = _int4.differences, _tile.opaque
+discover()
 
 
 def expected(dtype: torch.dtype) -> Tensor:
@@ -129,6 +133,61 @@ def launched(dtype: torch.dtype, asm: bool) -> Tensor:
     grid: Any = (len(WORDS) // block, 16)
     _differences_kernel[grid](*operands, out, len(WORDS), DTYPE=kind, ASM=asm, BLOCK=block)  # pyright: ignore
     return out.cpu()
+
+
+@pytest.fixture
+def assembly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter executes inline assembly: a move, in registers of as many bits as constraints say, or codes."""
+    if not _tile.INTERPRETED:
+        pytest.skip("kernels are compiled here, and assembly runs")
+
+    def result(data: Tensor, dtype: tl.dtype, like: Any) -> Any:
+        return tl.core.tensor(TensorHandle(data.numpy(), dtype), tl.block_type(dtype, like.shape))
+
+    def elementwise(asm: Any, constraints: Any, args: list, dtype: Any, **_: Any) -> Any:
+        values = [torch.from_numpy(x.handle.data) for x in args]
+        if move := re.fullmatch(r"mov\.b(16|32) \$0, \$1;", text := str(getattr(asm, "value", asm))):
+            width = {"=h,h": 16, "=r,r": 32}[constraints]
+            assert int(move[1]) == width
+            wide = values[0].element_size() == 4
+            kept = values[0].view(torch.int32 if wide else torch.int16).long() & (1 << width) - 1
+            return result(kept.to(torch.int32 if wide else torch.int16).view(values[0].dtype), dtype, args[0])
+        words, top, low = torch.broadcast_tensors(*values)
+        operands = (words.long() % 2**32, *(bits(x.contiguous()).long() % 2**16 for x in (top, low)))
+        return tuple(result(x, tl.float16, args[0]) for x in executed(text, torch.float16, *operands))
+
+    monkeypatch.setattr(tl, "inline_asm_elementwise", elementwise)
+
+
+@triton.jit
+def _opaque_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, opaque(tl.load(x_ptr + offs)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32], ids=str)
+def test_what_is_hidden_from_the_compiler_keeps_its_bits(dtype: torch.dtype, assembly: None) -> None:
+    x = torch.randn(64).mul(1000).to(dtype)
+    out = torch.zeros_like(x)
+    _opaque_kernel[1,](x, out, BLOCK=64)  # pyright: ignore
+    assert torch.equal(bits(out), bits(x))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    "name", ["int4_matmul-gemv", "int4_matmul-splitk", "int4_matmul-prefill", "int4_swiglu-triton"]
+)
+def test_kernels_with_their_assembly_are_faithful(
+    name: str, dtype: str, assembly: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for sm_80 and sm_89, whose compiler may not see how tiles are put together."""
+    op_name, impl_name = name.split("-")
+    op, impl = OPS[op_name], OPS[op_name].impls[impl_name]
+    monkeypatch.setattr(sys.modules[impl.fn.__module__], "target", lambda: {"ASM": True, "HIDE": True})
+    bias = {"bias": True} if op_name == "int4_matmul" else {}
+    sizes = {"m": 2, "n": 16, "G": 2, "group": 64, "dtype": dtype, "order": "sub", **bias}
+    args = op.example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu")
+    assert_faithful(op, impl, impl.configs[0], args)
 
 
 @DTYPES
