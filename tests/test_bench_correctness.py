@@ -1,6 +1,8 @@
 """`bench.correctness` checks all that runs by default, and loses no more than an item to whatever a kernel does."""
 
+import os
 import sys
+import time
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -119,11 +121,20 @@ def test_a_process_whose_gpu_is_lost_is_asked_no_more(
     assert len(by) == 6 - 2 * len(LEFT_OUT) and len(set(by)) == 3  # each of half precision had its own
 
 
-def test_what_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(correctness, "PYTHON", [sys.executable, "-c", "import time; time.sleep(600)"])
-    status, said = run(capsys, "--op", "swiglu", "--processes", "2", "--seconds", "0.5")
-    assert status == 0 and said.count("not reached           swiglu-triton") == 3 - len(LEFT_OUT)
-    assert f"0 right, 0 wrong, 0 unsupported, {len(LEFT_OUT)} left out, {3 - len(LEFT_OUT)} not reached" in said
+def test_what_hangs_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hangs = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    monkeypatch.setattr(correctness, "PYTHON", [sys.executable, "-c", hangs])
+    start = time.monotonic()
+    status, said = run(capsys, "--op", "swiglu", "--processes", "1", "--seconds", "2")
+    left = len(LEFT_OUT)
+    assert status == 0 and said.count("not reached           swiglu-triton") == 3 - left
+    assert f"0 right, 0 wrong, 0 unsupported, {left} left out, {3 - left} not reached" in said
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < start + 15:
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+            time.sleep(0.1)
 
 
 def test_what_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
