@@ -18,12 +18,13 @@ from vila_triton.ops import Int4, QuantizedPages
 from vila_triton.registry import OPS, Impl, Op, discover
 
 from .faithful import DEVICE
-from .guarded import mapped
+from .guarded import LAYOUTS, Layout, mapped
 from .rows import stamp
 
-FORMAT = "vila-triton bundle 1"
+FORMAT = "vila-triton bundle 2"
 FIELDS = {
-    "op": str, "impl": str, "config": dict, "args": tuple, "seed": int, "sizes": dict, "origin": str, "stamp": dict,
+    "op": str, "impl": str, "config": dict, "args": tuple, "seed": int, "layout": str, "sizes": dict, "origin": str,
+    "stamp": dict,
 }  # fmt: skip
 
 
@@ -35,7 +36,8 @@ class BundleError(ValueError):
 class Bundle:
     """A call.
 
-    seed     of the memory layout that `assert_faithful` gives the arguments, and of the values drawn
+    seed     of the memory that `assert_faithful` lays the arguments in, and of the values drawn
+    layout   how they lie in it
     sizes    those the arguments were drawn for; empty if they come from a model
     origin   where the call comes from, in words
     stamp    versions and commit it was saved under (`rows.stamp`)
@@ -46,18 +48,26 @@ class Bundle:
     config: Mapping[str, Any]
     args: tuple
     seed: int
+    layout: Layout
     sizes: Mapping[str, Any]
     origin: str
     stamp: Mapping[str, str]
 
 
 def save(
-    file: Path, impl: Impl, config: Mapping[str, Any], args: tuple, seed: int, sizes: Mapping[str, Any], origin: str
-):
+    file: Path,
+    impl: Impl,
+    config: Mapping[str, Any],
+    args: tuple,
+    seed: int,
+    layout: Layout,
+    sizes: Mapping[str, Any],
+    origin: str,
+) -> None:
     """Write a bundle; tensors are stored dense, on the CPU, whatever memory they are views of."""
     dense = mapped(lambda x: x.detach().cpu().clone(memory_format=torch.contiguous_format), args)
     here = {name: str(value) for name, value in stamp(torch.device(DEVICE)).items()}  # torch's version is no plain str
-    values = (impl.op, impl.name, dict(config), plain(dense), seed, dict(sizes), origin, here)
+    values = (impl.op, impl.name, dict(config), plain(dense), seed, layout, dict(sizes), origin, here)
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"format": FORMAT, **dict(zip(FIELDS, values))}, file)
 
@@ -107,6 +117,8 @@ def load(file: Path) -> Bundle:
     wrong = [name for name, kind in FIELDS.items() if type(held.get(name)) is not kind]
     if wrong or not 0 <= held["seed"] < 2**63:
         raise BundleError(f"{file} is no bundle: {', '.join(wrong) or 'seed'} missing or of the wrong type")
+    if held["layout"] not in LAYOUTS:
+        raise BundleError(f"{file} is no bundle: its layout is {held['layout']!r}, expected {' or '.join(LAYOUTS)}")
     values = {name: held[name] for name in FIELDS}
     try:
         return Bundle(**{**values, "args": restored(values["args"])})

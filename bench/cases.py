@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import torch
+
 from vila_triton.choices import configs
 from vila_triton.registry import OPS, OneOf, Op, Sizes, discover
 
@@ -35,6 +37,12 @@ class Case:
     def cost(self) -> tuple[int, int]:
         """(flops, bytes moved at least once)."""
         return OPS[self.op].cost(**self.sizes)
+
+
+def call_arguments(case: Case, device: torch.device) -> Any:
+    """Random arguments at the sizes of the case, drawn on the device."""
+    with torch.device(device):
+        return OPS[case.op].example(**case.sizes, rng=torch.Generator(device).manual_seed(0), device=str(device))  # pyright: ignore[reportCallIssue]
 
 
 def representative(domain: Sizes | OneOf) -> Any:

@@ -1,9 +1,10 @@
 """Is a kernel right? `python -m bench.check int4_matmul --impl packed`
 
-Random examples of the op in guarded memory against the computed error budget, for every implementation but the
-reference and every config. A failure is shrunk to its simplest case, shown with a map of its errors, and saved as a
-bundle; `--replay FILE` makes that very call again, on the kernel as it is now. Without a GPU kernels run in Triton's
-interpreter, which has no bfloat16. Exit code: 0 nothing is wrong, 1 something is, 2 the command itself.
+Random examples of the op in guarded memory, aligned or with odd strides, against the computed error budget, for every
+implementation but the reference and every config. A failure is shrunk to its simplest case, shown with a map of its
+errors, and saved as a bundle; `--replay FILE` makes that very call again, on the kernel as it is now. Without a GPU
+kernels run in Triton's interpreter, which has no bfloat16. Exit code: 0 nothing is wrong, 1 something is, 2 the
+command itself.
 """
 
 import argparse
@@ -80,10 +81,13 @@ def outcome(op: Op, impl: Impl, number: int, verdict: Verdict, before: Sequence[
         yield f"{line('right')}{spent}"
     else:
         sizes = dict(shrunk.sizes)
-        bundle.save(file, impl, config, arguments(op, **sizes), sizes.pop("seed"), sizes, "bench.check")
+        args, seed = arguments(op, **sizes), sizes.pop("seed")
+        bundle.save(file, impl, config, args, seed, shrunk.layout, sizes, "bench.check")
         yield f"{line('wrong')}{shrunk.kind}; {spent}"
         yield f"{line('shrunk case')}{settings(shrunk.sizes)}{verdict.caveat and f'  ({verdict.caveat})'}"
-        if not any(v.shrunk and v.shrunk.kind == shrunk.kind and v.shrunk.sizes == shrunk.sizes for v in before):
+        yield f"{line('layout')}its arguments were {shrunk.layout}"
+        alike = (shrunk.kind, shrunk.sizes, shrunk.layout)
+        if not any(v.shrunk and (v.shrunk.kind, v.shrunk.sizes, v.shrunk.layout) == alike for v in before):
             yield from described(shrunk.error, impl, config)
             if largest.elements > shrunk.elements:
                 yield f"{line('larger case')}{settings(largest.sizes)}"
@@ -96,10 +100,10 @@ def replay(file: Path) -> bool:
     saved = bundle.load(file)
     op, impl = bundle.resolve(saved)
     print(f"{op.name} {impl.name}: {settings(saved.config)}")
-    print(f"{line('call')}{settings({**saved.sizes, 'seed': saved.seed})}, from {saved.origin}")
+    print(f"{line('call')}{settings({**saved.sizes, 'seed': saved.seed})}, {saved.layout}, from {saved.origin}")
     print(f"{line('saved with')}{settings(saved.stamp)}")
     try:
-        assert_faithful(op, impl, saved.config, saved.args, saved.seed)
+        assert_faithful(op, impl, saved.config, saved.args, saved.seed, saved.layout)
     except Unsupported as reason:
         print(f"{line('unsupported')}{reason}")
         return False

@@ -6,7 +6,10 @@ anywhere: what an implementation may deviate by is derived from what the referen
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 from unittest import SkipTest
 
@@ -19,11 +22,13 @@ from triton import knobs
 
 from vila_triton.registry import Impl, OneOf, Op, Sizes, Unsupported
 
-from .guarded import Guarded, Unfaithful, bits, canaries, guard, mapped, tensors
+from .guarded import Guarded, Layout, Unfaithful, bits, canaries, guard, mapped, tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter computes wrong numbers in bfloat16 without saying so.
 LEFT_OUT = ("bfloat16",) if knobs.runtime.interpret else ()
+DRAWS = 16  # of neighbouring arguments, from which the conditioning of an element is taken
+KEPT_BYTES = {"cpu": 2**28, "cuda": 2**31}  # of the examples that are shared
 
 
 def strategy(domain: Sizes | OneOf) -> st.SearchStrategy:
@@ -68,21 +73,32 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def nudged(args: Any, rng: torch.Generator, wide: bool) -> Any:
-    """Neighbouring arguments: each number moved one rounding unit of its dtype up or down (in float64 if `wide`).
+def coins(shape: torch.Size, rng: torch.Generator) -> Tensor:
+    """As many fair coins, drawn on the device of the generator: eight from a random byte."""
+    count = shape.numel()
+    drawn = torch.empty(-(-count // 8), dtype=torch.uint8, device=rng.device).random_(0, 256, generator=rng)
+    places = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=rng.device)
+    return (drawn & places[:, None]).ne(0).flatten()[:count].view(shape)
 
-    Whole numbers stay: they are codes, and arithmetic on them is exact.
+
+def neighbours(args: Any, rng: torch.Generator, wide: bool) -> Iterator[Any]:
+    """Neighbouring arguments, without end: each number moved one rounding unit of its dtype up or down (in float64 if
+    `wide`). Whole numbers stay: they are codes, and arithmetic on them is exact.
     """
 
-    def move(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
-        signs = (torch.randint(0, 2, x.shape, generator=rng) * 2 - 1).to(x.device)
-        steps = unit_roundoff(x.dtype) * (1 if wide else 2)
-        moved = torch.where(x == x.round(), x.double(), x.double() * (1 + steps * signs))
-        return moved if wide else moved.to(x.dtype)
+    def ends(x: Tensor) -> tuple[Tensor, Tensor]:
+        step = unit_roundoff(x.dtype) * (1 if wide else 2)
+        exact, whole = x.double(), x == x.round()
+        low, high = (torch.where(whole, exact, exact * (1 + s)) for s in (-step, step))
+        return (low, high) if wide else (low.to(x.dtype), high.to(x.dtype))
 
-    return mapped(move, args)
+    def either(pairs: Iterator[tuple[Tensor, Tensor] | None], x: Tensor) -> Tensor:
+        pair = next(pairs)
+        return torch.where(coins(x.shape, rng), *pair) if pair else x
+
+    pairs = [ends(x) if x.is_floating_point() else None for x in tensors(args)]
+    while True:
+        yield mapped(partial(either, iter(pairs)), args)
 
 
 def exactly(op: Op, args: Any) -> list[Tensor]:
@@ -104,24 +120,28 @@ def budget(op: Op, args: Any, seed: int = 0) -> tuple[list[Tensor], list[Tensor]
     So it is twice the worst error of the reference plus one rounding, scaled to the conditioning of each element. In
     half precision W is next to nothing, so a sum kept in half precision shows.
     """
-    rng = torch.Generator().manual_seed(seed)
+    device = next((x.device for x in tensors(args)), torch.device(DEVICE))
+    rng = torch.Generator(device).manual_seed(seed)
     exact = exactly(op, args)
-    moves = [exactly(op, nudged(args, rng, wide=True)) for _ in range(16)]
+    squares = [torch.zeros_like(x) for x in exact]
+    for far in islice(neighbours(args, rng, wide=True), DRAWS):
+        for total, want, move in zip(squares, exact, exactly(op, far)):
+            total += (move - want).square()
+    near = neighbours(args, rng, wide=False)
     reference = tensors(op.reference(*mapped(torch.clone, args)))
     longest = max((n for x in tensors(args) for n in x.shape), default=1)
     allowed = []
-    for i, (want, low) in enumerate(zip(exact, reference)):
+    for i, (want, low, total) in enumerate(zip(exact, reference, squares)):
         if not want.numel():
             allowed.append(want)
             continue
         assert torch.isfinite(want).all() and torch.isfinite(low).all(), f"{op.name}: the reference is not finite"
         u = unit_roundoff(low.dtype)
         rounding = u * want.abs().clamp(min=torch.finfo(low.dtype).smallest_normal)
-        moved = torch.stack([m[i] - want for m in moves]).square().mean(0).sqrt()
+        moved = (total / DRAWS).sqrt()
         rho = ((low.double() - want).abs() / (moved + rounding)).amax()
-        for _ in range(max(2, math.ceil(64 / want.numel()) - 1)):
-            near = nudged(args, rng, wide=False)
-            off = (tensors(op.reference(*mapped(torch.clone, near)))[i].double() - exactly(op, near)[i]).abs()
+        for beside in islice(near, max(2, math.ceil(64 / want.numel()) - 1)):
+            off = (tensors(op.reference(*mapped(torch.clone, beside)))[i].double() - exactly(op, beside)[i]).abs()
             rho = torch.maximum(rho, (off / (moved + rounding)).amax())
         walk = math.sqrt(2 * longest * math.log(max(want.numel(), 3))) * unit_roundoff(torch.float32) / u
         allowed.append(2 * (rho * (moved + rounding) + rounding + walk * moved))
@@ -140,49 +160,121 @@ def argument_names(op: Op, args: Any) -> list[str]:
     return [name for name, value in zip(inspect.signature(op.reference).parameters, args) for _ in tensors(value)]
 
 
-def assert_faithful(op: Op, impl: Impl, config: Mapping[str, Any], args: Any, seed: int = 0) -> None:
-    """`Unfaithful` (an AssertionError) unless the implementation, run on guarded copies of args,
+@dataclass(frozen=True)
+class Expected:
+    """What a call should do.
+
+    after    its arguments as the reference leaves them
+    outputs  (shape, dtype) of each
+    exact    the outputs, and
+    allowed  how far from them an element may lie (see `budget`); of an `exact` op those of the reference, and None
+    """
+
+    after: Sequence[Tensor]
+    outputs: Sequence[tuple[list[int], torch.dtype]]
+    exact: Sequence[Tensor]
+    allowed: Sequence[Tensor | None]
+
+
+class Example:
+    """Arguments, and what a call with them should do, which is worked out once for all implementations and configs.
+
+    seed  of the memory the arguments are laid in, and of the draws of the budget
+    """
+
+    def __init__(self, op: Op, args: Any, seed: int = 0):
+        self.op, self.args, self.seed = op, args, seed
+        self.nbytes = sum(x.nbytes for x in tensors(args))
+
+    @cached_property
+    def expected(self) -> Expected:
+        left = mapped(torch.clone, self.args)
+        outputs = tensors(self.op.reference(*left))  # may write into `left`, if that is what the op does
+        both = zip(tensors(self.args), tensors(left))
+        after = [x if torch.equal(bits(x), bits(y)) else y for x, y in both]  # the same memory where nothing is written
+        exact, allowed = (outputs, [None] * len(outputs)) if self.op.exact else budget(self.op, self.args, self.seed)
+        self.nbytes += sum(x.nbytes for x in (*exact, *allowed, *after) if x is not None)
+        return Expected(after, [shape_of(x) for x in outputs], exact, allowed)
+
+    def check(self, impl: Impl, config: Mapping[str, Any], layout: Layout) -> None:
+        """As `assert_faithful`."""
+        rng = torch.Generator().manual_seed(self.seed)
+        guards: list[Guarded] = []
+
+        def guarded(x: Tensor) -> Tensor:
+            guards.append(guard(x, rng, layout))
+            return guards[-1].view
+
+        held = mapped(guarded, self.args)
+        with canaries(guards):
+            outputs = tensors(impl(*held, config=config))
+        expected = self.expected
+        for name, g, want in zip(argument_names(self.op, self.args), guards, expected.after, strict=True):
+            if not torch.equal(bits(g.view), bits(want)):
+                message = f"argument {name} is not what the reference leaves"
+                raise Unfaithful("changed an argument", message, f"argument {name}", g.view, want)
+            g.expect(want)
+            if not g.intact():
+                raise Unfaithful("wrote outside", f"wrote outside argument {name}: {g.damage()}")
+        if (got := [shape_of(x) for x in outputs]) != expected.outputs:
+            raise Unfaithful("wrong shape", f"returned {got}, expected {expected.outputs}")
+        self.check_numbers(outputs)
+
+    def check_numbers(self, outputs: Sequence[Tensor]) -> None:
+        """`Unfaithful` if an element lies beyond its budget, or a bit differs where none may."""
+        each = zip(outputs, self.expected.exact, self.expected.allowed, strict=True)
+        for i, (out, want, allowed) in enumerate(each):
+            if allowed is not None:
+                within_budget(i, out, want, allowed)
+            elif not torch.equal(bits(out), bits(want)):
+                message = f"output {i} differs from the reference in its bits"
+                raise Unfaithful("wrong bits", message, f"output {i}", out, want)
+
+
+def shape_of(x: Tensor) -> tuple[list[int], torch.dtype]:
+    return list(x.shape), x.dtype
+
+
+class Examples:
+    """The examples asked for last: together of at most so many bytes, or one of more."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.held: dict[Hashable, Example] = {}  # the latest last
+
+    def get(self, key: Hashable, draw: Callable[[], Example]) -> Example:
+        """The example of that name; drawn if it is not held."""
+        self.held[key] = latest = self.held.pop(key, None) or draw()
+        while len(self.held) > 1 and sum(x.nbytes for x in self.held.values()) > self.most:
+            del self.held[next(iter(self.held))]
+        return latest
+
+
+SHARED = Examples(KEPT_BYTES[DEVICE])
+
+
+def example(op: Op, seed: int, **sizes: Any) -> Example:
+    """The example of these sizes and this seed, shared by all that ask for it."""
+    return SHARED.get((op, seed, *sizes.items()), lambda: Example(op, arguments(op, seed, **sizes), seed))
+
+
+def assert_faithful(
+    op: Op, impl: Impl, config: Mapping[str, Any], args: Any, seed: int = 0, layout: Layout = "strided"
+) -> None:
+    """`Unfaithful` (an AssertionError) unless the implementation, run on guarded copies of args laid out so,
 
     - returns tensors of the reference's shapes and dtypes, each element within `budget` of the exact value and none
       NaN; for an `exact` op the very bits of the reference;
     - leaves its arguments as the reference leaves them, bit for bit, and the memory around them untouched;
     - writes nothing outside the tensors it allocates, and (interpreted) reads nothing outside them and the arguments.
     """
-    after = mapped(torch.clone, args)
-    reference = tensors(op.reference(*after))  # may write into `after`, if that is what the op does
-    rng = torch.Generator().manual_seed(seed)
-    guards: list[Guarded] = []
-
-    def guarded(x: Tensor) -> Tensor:
-        guards.append(guard(x, rng))
-        return guards[-1].view
-
-    held = mapped(guarded, args)
-    with canaries(guards):
-        outputs = tensors(impl(*held, config=config))
-    for name, g, want in zip(argument_names(op, args), guards, tensors(after), strict=True):
-        if not torch.equal(bits(g.view), bits(want)):
-            message = f"argument {name} is not what the reference leaves"
-            raise Unfaithful("changed an argument", message, f"argument {name}", g.view, want)
-        g.expect(want)
-        if not g.intact():
-            raise Unfaithful("wrote outside", f"wrote outside argument {name}: {g.damage()}")
-    got, expected = ([(list(x.shape), x.dtype) for x in xs] for xs in (outputs, reference))
-    if got != expected:
-        raise Unfaithful("wrong shape", f"returned {got}, expected {expected}")
-    if op.exact:
-        for i, (out, want) in enumerate(zip(outputs, reference)):
-            if not torch.equal(bits(out), bits(want)):
-                message = f"output {i} differs from the reference in its bits"
-                raise Unfaithful("wrong bits", message, f"output {i}", out, want)
-        return
-    for i, (out, want, allowed) in enumerate(zip(outputs, *budget(op, args, seed))):
-        if out.numel():
-            within_budget(i, out, want, allowed)
+    Example(op, args, seed).check(impl, config, layout)
 
 
 def within_budget(i: int, out: Tensor, want: Tensor, allowed: Tensor) -> None:
     """`Unfaithful` if an element of output i is NaN or further from the exact value than allowed."""
+    if not out.numel():
+        return
     if count := int(out.isnan().sum()):
         message = f"output {i}: {count} of {out.numel()} elements are NaN"
         raise Unfaithful("NaN", message, f"output {i}", out, want, allowed)

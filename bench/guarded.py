@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 from unittest.mock import patch
 
 import numpy as np
@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
+
+# aligned   contiguous from an address that is a multiple of ALIGNED bytes on, as what is timed
+# strided   odd strides in any order of the axes, from an odd element on
+# Triton compiles a kernel of its own for each: it tells strides of 1, and multiples of 16, from other numbers.
+Layout = Literal["aligned", "strided"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+ALIGNED = 128
 
 
 class Unfaithful(AssertionError):
@@ -98,23 +105,32 @@ class Guarded:
         return not (legal & (left == 0)).all()
 
 
-def guard(x: Tensor, rng: torch.Generator) -> Guarded:
-    """The values of x as a view with odd strides and an odd offset; all between and around its elements is NaN.
+def guard(x: Tensor, rng: torch.Generator, layout: Layout = "strided") -> Guarded:
+    """The values of x as a view of that layout; all between and around its elements is NaN.
 
     Integers are surrounded by 1 or -1: a wrong code, page or length, yet no address that would end the process.
     """
+    contiguous = torch.empty(x.shape, device="meta").stride()
+    strides, size = odd_strides(x, rng) if layout == "strided" else (contiguous, x.numel())
+    margin = min(max(4096, 129 * max(strides, default=1)), 2**20) | 1
+    integer = 1 if torch.rand((), generator=rng) < 0.5 else -1
+    buffer = poison(torch.empty(size + 2 * margin + ALIGNED, dtype=x.dtype, device=x.device), integer)
+    if layout == "aligned":
+        margin += -(buffer.data_ptr() // x.itemsize + margin) % (ALIGNED // x.itemsize)
+    view = buffer.as_strided(x.shape, strides, margin)
+    view.copy_(x)
+    return Guarded(view, buffer)
+
+
+def odd_strides(x: Tensor, rng: torch.Generator) -> tuple[list[int], int]:
+    """Strides with gaps for the axes in any order, and how many elements they span at most."""
     order = torch.randperm(x.dim(), generator=rng).tolist() if x.dim() else []  # outermost axis first
     gaps = torch.randint(1, 3, (x.dim(),), generator=rng).tolist()
     strides, size = [0] * x.dim(), 1
     for axis, gap in zip(reversed(order), gaps):
         strides[axis] = size * gap + (size > 1)
         size = strides[axis] * (x.shape[axis] + 1)
-    margin = min(max(4097, 129 * max(strides, default=1)), 2**20 + 1)
-    integer = 1 if torch.rand((), generator=rng) < 0.5 else -1
-    buffer = poison(torch.empty(size + 2 * margin, dtype=x.dtype, device=x.device), integer)
-    view = buffer.as_strided(x.shape, strides, margin)
-    view.copy_(x)
-    return Guarded(view, buffer)
+    return strides, size
 
 
 class _Canaries(TorchDispatchMode):

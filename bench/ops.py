@@ -29,7 +29,7 @@ from vila_triton.registry import OPS, REFERENCE, Impl, Unsupported
 from vila_triton.tuned import config_at, kernels_for, name_of
 
 from . import rows
-from .cases import Case, cases, names
+from .cases import Case, call_arguments, cases, names
 from .compiled import holds_kernels
 from .gate import gate, numbers_gate
 from .spelling import brief, unit
@@ -38,12 +38,6 @@ from .timing import Ceilings, Timing, ceilings, measure
 Gate = Callable[[Impl, Mapping[str, Any], Case], str | None]
 GATES: dict[str, Gate] = {"full": gate, "case": numbers_gate}
 CPU_FLOPS = 2 * 10**9  # a case with more is left out on a CPU unless it is asked for by name
-
-
-def call_arguments(case: Case, device: torch.device) -> Any:
-    """Random arguments at the sizes of the case, drawn on the device."""
-    with torch.device(device):
-        return OPS[case.op].example(**case.sizes, rng=torch.Generator(device).manual_seed(0), device=str(device))  # pyright: ignore[reportCallIssue]
 
 
 def cost_of(case: Case, args: Sequence[Any]) -> tuple[float, float]:

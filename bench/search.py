@@ -8,21 +8,23 @@ from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import strategies as st
 from hypothesis.errors import Flaky, Unsatisfiable
 
 from vila_triton.registry import Impl, Op, Sizes, Unsupported
 
-from .faithful import DEVICE, arguments, assert_faithful, examples
-from .guarded import Unfaithful
+from .faithful import DEVICE, example, examples
+from .guarded import LAYOUTS, Layout, Unfaithful
 
 SHRINKING = 60.0  # seconds, counted from the first failure
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A call that went wrong: its sizes, "seed" among them, and what was raised."""
+    """A call that went wrong: its sizes, "seed" among them, how its arguments lay in memory, and what was raised."""
 
     sizes: Mapping[str, Any]
+    layout: Layout
     error: Exception
 
     @property
@@ -78,15 +80,15 @@ def search(op: Op, impl: Impl, config: Mapping[str, Any], count: int, seconds: f
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     )
-    @given(sizes=examples(op))
-    def check(sizes: dict[str, Any]) -> None:
+    @given(sizes=examples(op), layout=st.sampled_from(LAYOUTS))
+    def check(sizes: dict[str, Any], layout: Layout) -> None:
         nonlocal end
         sizes = {name: sizes[name] for name in (*op.domain, "seed")}  # while shrinking, hypothesis reorders them
-        key = tuple(sizes.values())
+        key = (*sizes.values(), layout)
         if time.monotonic() > end and checked and key not in failures:
             return  # out of time
         try:
-            found = failure(op, impl, config, sizes)
+            found = failure(op, impl, config, sizes, layout)
         except Unsupported as reason:
             reasons.add(str(reason))
             assume(False)
@@ -115,7 +117,7 @@ def search(op: Op, impl: Impl, config: Mapping[str, Any], count: int, seconds: f
         return Verdict(len(checked), time.monotonic() - start, frozenset(reasons))
     shrunk = list(failures.values())[-1]
     with suppress(Unsupported):
-        if found := failure(op, impl, config, enlarged(op, shrunk.sizes)):
+        if found := failure(op, impl, config, enlarged(op, shrunk.sizes), shrunk.layout):
             failures[()] = found
     largest = max((f for f in failures.values() if f.kind == shrunk.kind), key=lambda f: f.elements)
     return Verdict(len(checked), time.monotonic() - start, frozenset(reasons), shrunk, largest, caveat)
@@ -126,16 +128,16 @@ def enlarged(op: Op, sizes: Mapping[str, Any]) -> dict[str, Any]:
     return {**sizes, **{name: axis.high for name, axis in op.domain.items() if isinstance(axis, Sizes)}}
 
 
-def failure(op: Op, impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, Any]) -> Failure | None:
+def failure(op: Op, impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, Any], layout: Layout) -> Failure | None:
     """How an example fails, if it does. Errors: `Unsupported`, `DeviceLost`."""
     try:
-        assert_faithful(op, impl, config, arguments(op, **sizes), sizes["seed"])
+        example(op, **sizes).check(impl, config, layout)
     except Unsupported:
         raise
     except Exception as error:  # a kernel may fail in any way at all
         if not alive():
             raise DeviceLost(str(error)) from error
-        return Failure(sizes, error)
+        return Failure(sizes, layout, error)
     return None
 
 

@@ -157,7 +157,8 @@ def save(beside: Beside, file: Path) -> None:
     """The worst call as a bundle."""
     worst = beside.worst
     assert worst is not None
-    bundle.save(file, beside.candidate, worst.config, worst.args, 0, {}, f"bench.shadow: {worst.name}, {worst.phase}")
+    origin = f"bench.shadow: {worst.name}, {worst.phase}"
+    bundle.save(file, beside.candidate, worst.config, worst.args, 0, "aligned", {}, origin)
     print(f"worst call: {worst.name}, {worst.phase}: python -m bench.check --replay {file}")
 
 

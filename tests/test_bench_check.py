@@ -173,7 +173,7 @@ INT4 = {"m": 2, "n": 3, "G": 2, "group": 32, "dtype": "float16", "order": "fma",
 def test_a_bundle_of_an_int4_weight_holds_all_of_it(tmp_path: Path) -> None:
     op = OPS["int4_matmul"]
     args = arguments(op, 0, **INT4)
-    bundle.save(tmp_path / "int4", op.impls["reference"], {}, args, 0, INT4, "a test")
+    bundle.save(tmp_path / "int4", op.impls["reference"], {}, args, 0, "aligned", INT4, "a test")
     back = bundle.load(tmp_path / "int4").args
     assert (back[1].group, back[1].order) == (32, "fma")
     assert all(torch.equal(x, y) for x, y in zip(tensors(args), tensors(back), strict=True))
@@ -184,7 +184,7 @@ def test_a_bundle_that_is_none_gets_one_line(tmp_path: Path, capsys) -> None:
     args = (torch.ones(2, 4), torch.ones(4), 1e-5)
     impl = OPS["rms_norm"].impls["reference"]
     whole = tmp_path / "whole"
-    bundle.save(whole, impl, {}, args, 0, {}, "a test")
+    bundle.save(whole, impl, {}, args, 0, "strided", {}, "a test")
     assert check.main(["--replay", str(whole)]) == 0
     held = torch.load(whole, weights_only=True)
 
@@ -204,6 +204,7 @@ def test_a_bundle_that_is_none_gets_one_line(tmp_path: Path, capsys) -> None:
         other("format", format="other"): "does not begin with the format",
         other("seed", seed="0"): "seed missing or of the wrong type",
         other("huge", seed=2**70): "seed missing or of the wrong type",
+        other("layout", layout="upside down"): "its layout is 'upside down', expected aligned or strided",
         other("op", op="sorcery"): "op 'sorcery', which does not exist; there are: ",
         other("impl", impl="mine"): "'mine', which does not exist; there are: reference",
         other("config", config={"BLOCK": 4}): "no longer takes this call",

@@ -20,7 +20,7 @@ import torch
 
 from vila_triton.registry import OPS, Impl, OneOf, Sizes, Unsupported, discover
 
-from ..cases import Case
+from ..cases import Case, call_arguments
 from ..compiled import Call, compile_call
 from ..gate import gate
 from ..resources import resources
@@ -88,8 +88,6 @@ def gate_job(job: Job) -> Answer:
 
 @lru_cache(maxsize=1)
 def arguments_of(op: str, sizes: str, device: torch.device) -> Any:
-    from ..ops import call_arguments  # not above: where there is no GPU, its import turns the interpreter on
-
     return call_arguments(Case(op, "tune", json.loads(sizes)), device)
 
 
