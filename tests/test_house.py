@@ -96,9 +96,9 @@ def test_nobody_imports_the_folder_kernels_by_its_own_name() -> None:
     assert not [path.name for path in files if any(within(x, ["kernels"]) for x in imports("", path))]
 
 
-def test_no_file_is_longer_than_250_lines() -> None:
+def test_no_file_is_longer_than_400_lines() -> None:
     files = [path for folder in ("vila_triton", "kernels", "tests", "bench") for path in (ROOT / folder).rglob("*.py")]
-    assert not {path.name: n for path in files if (n := len(path.read_text().splitlines())) > 250}
+    assert not {path.name: n for path in files if (n := len(path.read_text().splitlines())) > 400}
 
 
 def test_every_kernel_file_is_an_implementation() -> None:
