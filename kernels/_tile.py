@@ -15,6 +15,7 @@ from vila_triton.space import SIZE, Config, Launch, cdiv, power_of_two
 
 INTERPRETED = bool(knobs.runtime.interpret)  # read when `@triton.jit` reads it: as the kernels are imported
 LOG2_E = math.log2(math.e)
+MOST = 2**16 - 1  # programs along the second or third axis of a grid
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 COMPILED = tl.constexpr(not INTERPRETED)
 

@@ -21,9 +21,8 @@ from vila_triton.space import Config, Launch, Space, power_of_two
 
 from ._pool import parts_of, read_parts, store_parts
 from ._softmax import attend_tile, over, start
-from ._tile import LOG2_E, attention_launch, check, rows_of
+from ._tile import LOG2_E, MOST, attention_launch, check, rows_of
 
-MOST = 2**16 - 1  # programs along the second or third axis of a grid
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},

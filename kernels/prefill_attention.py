@@ -29,7 +29,7 @@ from vila_triton.space import Config, Launch, Space, power_of_two
 from ._chunk import chosen, place, scaled, sequence_of, tiles_of
 from ._pool import check_pools, parts_of, pool_of, read_parts, read_pool, store_parts, tile_rows
 from ._softmax import attend_tile, log_sum_exp, over, start
-from ._tile import LOG2_E, attention_launch, check, rows_of
+from ._tile import LOG2_E, MOST, attention_launch, check, rows_of
 
 CONFIGS = [
     {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
@@ -82,7 +82,6 @@ def _prefill_attention_kernel(
     stride_kp: tl.constexpr,  # of p, l, g and d of the values, then of scales and zeros
     stride_vp: tl.constexpr,
     stride_o: tl.constexpr,
-    G: tl.constexpr,
     RATIO: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
@@ -95,9 +94,8 @@ def _prefill_attention_kernel(
 ):
     tl.static_assert(WIDTH <= FIRST and D - WIDTH <= REST and FIRST >= 16, "the blocks cover the head")
     tl.static_assert(BLOCK_M >= 16 and BLOCK_N >= 16, "tl.dot needs 16 rows and columns")
-    tiles = tl.num_programs(0) // G
-    sequence, row = sequence_of(tiles - 1 - tl.program_id(0) % tiles, start_ptr, b, RATIO, BLOCK_M)
-    group = (tl.program_id(0) // tiles).to(tl.int64)
+    sequence, row = sequence_of(tl.num_programs(0) - 1 - tl.program_id(0), start_ptr, b, RATIO, BLOCK_M)
+    group = tl.program_id(1).to(tl.int64)
     first = tl.load(start_ptr + sequence).to(tl.int64)
     length = (tl.load(start_ptr + sequence + 1) - first).to(tl.int32)
     if row >= length * RATIO:
@@ -161,7 +159,8 @@ def _prefill_attention_kernel(
     at = (first + query) * stride_o[0] + head * stride_o[1]
     store_parts(out_ptr, at, mine, stride_o[2], over(acc, total), D, WIDTH)
     if lse_ptr is not None:
-        tl.store(lse_ptr + (first + query) * (G * RATIO) + head, log_sum_exp(peak, total), mask=mine)
+        heads = tl.num_programs(1) * RATIO
+        tl.store(lse_ptr + (first + query) * heads + head, log_sum_exp(peak, total), mask=mine)
 
 
 def tile_of(config: Config, q: Tensor, pages: Pages) -> dict[str, int]:
@@ -202,11 +201,13 @@ def prefill_attention_triton(
     config = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": num_stages}
     tile = tile_of(CONFIGS[0] if policy == "invariant" else config, q, k_pages)
     (s, h, d), g, b = q.shape, k.shape[1], len(history)
+    if g > MOST:
+        raise Unsupported(f"prefill_attention: {g} key heads, a launch has room for {MOST}")
     out = torch.empty(s, h, d, dtype=q.dtype, device=q.device)
     sums = torch.empty(s, h, dtype=torch.float32, device=q.device) if lse else None
     (k_pool, stride_kp), (v_pool, stride_vp) = pool_of(k_pages), pool_of(v_pages)
     if out.numel():
-        _prefill_attention_kernel[(tiles_of(s, b, h // g, tile["BLOCK_M"]) * g,)](
+        _prefill_attention_kernel[(tiles_of(s, b, h // g, tile["BLOCK_M"]), g)](
             q,
             k,
             v,
@@ -226,7 +227,6 @@ def prefill_attention_triton(
             stride_kp=stride_kp,
             stride_vp=stride_vp,
             stride_o=out.stride(),
-            G=g,
             RATIO=h // g,
             D=d,
             PAGE=k_pages.shape[1],
