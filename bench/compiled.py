@@ -3,7 +3,8 @@
     python -m bench.compiled --targets sm_80 gfx942 --dtypes float16 --only int4_matmul-packed-0    one JSON row each
 
 A row's `wrong` says what may not be: no compilation, spilled registers, more shared memory than there is, weights
-loaded by fewer bytes than configs/bench/inspect.toml says. It exits with 1 if there is any.
+loaded by fewer bytes than configs/bench/inspect.toml says, in an exact op other roundings than the source's. It exits
+with 1 if there is any.
 
 The launchers themselves run, on tensors without data and under a driver that only names its target, so a new file of
 `kernels/` is compiled as it is called and listed nowhere. It happens in processes of their own.
@@ -36,6 +37,7 @@ from vila_triton.registry import OPS, Impl, Unsupported, discover
 from .anatomy import dissect
 from .production import production
 from .resources import resources
+from .rounding import otherwise
 from .targets import TARGETS
 
 S = TypeVar("S")
@@ -187,7 +189,9 @@ def proof(call: Call) -> list[dict[str, Any]]:
 
     def look(kernel: Any) -> dict[str, Any]:
         found = dissect(kernel).anatomy if documented else None
-        return {**asdict(resources(kernel)), "weight_bytes": found.loops[0].weight_bytes if found else None}
+        inexact = otherwise(kernel.asm.get("ptx", "")) if OPS[call.op].exact else []
+        of_weights = found.loops[0].weight_bytes if found else None
+        return {**asdict(resources(kernel)), "weight_bytes": of_weights, "inexact": inexact}
 
     target = TARGETS[call.target]
     documented = None
@@ -200,6 +204,8 @@ def proof(call: Call) -> list[dict[str, Any]]:
         row["wrong"] = [f"spills {row['spills']} and uses {row['registers']} registers"] if row["spills"] else []
         if row["shared"] > target.block_shared:
             row["wrong"] += [f"wants {row['shared']} bytes of shared memory, there are {target.block_shared}"]
+        if row["inexact"]:
+            row["wrong"] += [f"is not rounded as it is written: {', '.join(row['inexact'])}"]
     if documented and outcome.kernels:
         least = min((row["weight_bytes"] for row in outcome.kernels if row["weight_bytes"]), default=None)
         if least is None or least < documented:

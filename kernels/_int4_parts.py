@@ -13,8 +13,9 @@ BLOCK = 512
 def _add_parts_kernel(
     parts_ptr, bias_ptr, out_ptr, M, N, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(1).to(tl.int64)
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(N, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    offs_n = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs_n < N
     total = tl.zeros([BLOCK], tl.float32)
     for part in range(PARTS):
@@ -27,7 +28,7 @@ def _add_parts_kernel(
 def add_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """parts [p, m, n] float32 and bias [n] -> out [m, n], all contiguous."""
     count, m, n = parts.shape
-    _add_parts_kernel[(triton.cdiv(n, BLOCK), m)](
+    _add_parts_kernel[(m * triton.cdiv(n, BLOCK),)](
         parts,
         out if bias is None else bias.contiguous(),
         out,

@@ -87,7 +87,7 @@ def put_heads(
         dtype = pool[1].dtype.element_ty
         if BITS == 8:
             largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
-            scales = (tl.maximum(tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32)), TINY) + bad).to(dtype)
+            scales = (tl.maximum(largest * (1 / 127), TINY) + bad).to(dtype)
             step = scales.to(tl.float32)[:, None]
             low = tl.minimum(tl.maximum(steps(low, step), -127.0), 127.0)
             high = tl.minimum(tl.maximum(steps(high, step), -127.0), 127.0)
@@ -96,7 +96,7 @@ def put_heads(
             least = tl.minimum(tl.minimum(tl.min(low, 1), tl.min(high, 1)), 0.0)
             most = tl.maximum(tl.maximum(tl.max(low, 1), tl.max(high, 1)), 0.0)
             span = most - least
-            scales = (tl.maximum(tl.div_rn(span, tl.full(span.shape, 15.0, tl.float32)), TINY) + bad).to(dtype)
+            scales = (tl.maximum(span * (1 / 15), TINY) + bad).to(dtype)
             step = scales.to(tl.float32)
             zeros = tl.minimum(tl.maximum(steps(-least, step), 0.0), 15.0)
             low = tl.minimum(tl.maximum(steps(low, step[:, None]) + zeros[:, None], 0.0), 15.0).to(tl.uint8)

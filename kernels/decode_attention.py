@@ -98,11 +98,12 @@ def _decode_attention_kernel(
     tl.static_assert(BLOCK_M >= RATIO and BLOCK_M >= 16, "one block covers the heads of a group")
     tl.static_assert(FIRST >= WIDTH and WIDTH + REST >= D and FIRST >= 16, "the blocks cover the head")
     tl.static_assert(BLOCK_N >= 16 and LEAST % BLOCK_N == 0 and MOST % BLOCK_N == 0, "splits are whole tiles")
-    sequence = tl.program_id(0).to(tl.int64) // G
-    group = tl.program_id(0).to(tl.int64) % G
+    programs = tl.num_programs(0) // splits  # of each split
+    split, program = tl.program_id(0) // programs, (tl.program_id(0) % programs).to(tl.int64)
+    sequence, group = program // G, program % G
     length = tl.load(length_ptr + sequence)
     keys = keys_of(length, wanted, LEAST, MOST)
-    begin = tl.program_id(1) * keys
+    begin = split * keys
     if parts is not None and begin >= length:
         return
     end = tl.minimum(begin + keys, length)
@@ -140,7 +141,7 @@ def _decode_attention_kernel(
         if lse_ptr is not None:
             tl.store(lse_ptr + heads, natural(peak, total), mask=mine)
     else:
-        at = heads * splits + tl.program_id(1)
+        at = heads * splits + split
         store_parts(parts[0], at * D, mine, 1, acc, acc_rest, D, WIDTH)
         tl.store(parts[1] + at, peak, mask=mine)
         tl.store(parts[2] + at, total, mask=mine)
@@ -179,7 +180,7 @@ def decode_attention_triton(
             peak, total = (torch.empty(b, h, cut.splits, dtype=torch.float32, device=q.device) for _ in range(2))
             parts = (acc, peak, total)
         (k_pool, stride_k), (v_pool, stride_v) = pool_of(k_pages), pool_of(v_pages)
-        _decode_attention_kernel[(b * g, cut.splits)](
+        _decode_attention_kernel[(b * g * cut.splits,)](
             q,
             k_pool,
             v_pool,

@@ -53,6 +53,7 @@ def _decode_attention_kernel(
     stride_tb,
     stride_tp,
     stride_o: tl.constexpr,
+    G: tl.constexpr,
     RATIO: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
@@ -63,8 +64,8 @@ def _decode_attention_kernel(
     tl.static_assert(BLOCK_D >= D and BLOCK_D >= 16, "one block covers the head")
     tl.static_assert(BLOCK_M >= RATIO and BLOCK_M >= 16, "one block covers the heads of a group")
     tl.static_assert(BLOCK_N >= 16, "tl.dot needs 16 columns")
-    sequence = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1).to(tl.int64)
+    sequence = (tl.program_id(0) // G).to(tl.int64)
+    group = (tl.program_id(0) % G).to(tl.int64)
     length = tl.load(length_ptr + sequence)
 
     offs_m = tl.arange(0, BLOCK_M)
@@ -119,7 +120,7 @@ def decode_attention_simple(
     (b, h, d), (_, l, g, _) = q.shape, k_pages.shape
     out = torch.empty(b, h, d, dtype=q.dtype, device=q.device)
     if out.numel():
-        _decode_attention_kernel[(b, g)](
+        _decode_attention_kernel[(b * g,)](
             q,
             k_pages,
             v_pages,
@@ -132,6 +133,7 @@ def decode_attention_simple(
             v_pages.stride(),
             *block_table.stride(),
             out.stride(),
+            G=g,
             RATIO=h // g,
             D=d,
             PAGE=l,

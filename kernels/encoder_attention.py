@@ -58,6 +58,7 @@ def _encoder_attention_kernel(
     stride_k: tl.constexpr,
     stride_v: tl.constexpr,
     stride_o: tl.constexpr,
+    H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -67,12 +68,13 @@ def _encoder_attention_kernel(
 ):
     tl.static_assert(WIDTH <= FIRST and D - WIDTH <= REST and FIRST >= 16, "the blocks cover the head")
     tl.static_assert(BLOCK_M >= 16 and BLOCK_N >= 16, "tl.dot needs 16 rows and columns")
-    head = tl.program_id(1).to(tl.int64)
-    picture = tl.program_id(2).to(tl.int64)
+    tiles = tl.cdiv(S, BLOCK_M)
+    head = (tl.program_id(0) // tiles % H).to(tl.int64)
+    picture = (tl.program_id(0) // tiles // H).to(tl.int64)
     k_ptr += picture * stride_k[0] + head * stride_k[2]
     v_ptr += picture * stride_v[0] + head * stride_v[2]
     q_ptr += picture * stride_q[0] + head * stride_q[2]
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    rows = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     q, q_rest = read_parts(q_ptr, rows.to(tl.int64) * stride_q[1], rows < S, stride_q[3], D, WIDTH, FIRST, REST)
     peak, total, acc, acc_rest = start(BLOCK_M, FIRST, REST)
 
@@ -128,7 +130,7 @@ def encoder_attention_triton(
     config = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": num_stages}
     tile, parts = tile_of(config, q), parts_of(d, k)
     if out.numel():
-        _encoder_attention_kernel[(triton.cdiv(s, tile["BLOCK_M"]), h, b)](
+        _encoder_attention_kernel[(triton.cdiv(s, tile["BLOCK_M"]) * h * b,)](
             q,
             k,
             v,
@@ -139,6 +141,7 @@ def encoder_attention_triton(
             stride_k=k.stride(),
             stride_v=v.stride(),
             stride_o=out.stride(),
+            H=h,
             D=d,
             WIDTH=parts["WIDTH"],
             FIRST=parts["FIRST"],

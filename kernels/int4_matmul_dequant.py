@@ -53,8 +53,10 @@ def _int4_dequant_kernel(
 ):
     TILES_N: tl.constexpr = BLOCK_N // 16
     TILES_K: tl.constexpr = BLOCK_K // 64
-    start = tl.program_id(0) * BLOCK_K
-    tile = (tl.program_id(1).to(tl.int64) * TILES_N + tl.arange(0, TILES_N))[:, None, None, None]
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    pid_n, pid_k = tl.program_id(0) // blocks_k, tl.program_id(0) % blocks_k
+    start = pid_k * BLOCK_K
+    tile = (pid_n.to(tl.int64) * TILES_N + tl.arange(0, TILES_N))[:, None, None, None]
     tile_k = (start // 64 + tl.arange(0, TILES_K))[None, :, None, None]
     lane = tl.arange(0, 32)[None, None, :, None]
     top, low = lane_rows(tile, lane // 4, N)
@@ -76,7 +78,7 @@ def _int4_dequant_kernel(
         TILES_N,
         TILES_K,
     )
-    offs_n = (tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    offs_n = (pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     offs_k = (start + tl.arange(0, BLOCK_K))[None, :]
     tl.store(out_ptr + offs_n * K + offs_k, w, mask=(offs_n < N) & (offs_k < K))
 
@@ -91,7 +93,7 @@ def int4_matmul_dequant(
     plain = torch.empty(n, k, dtype=x.dtype, device=x.device)
     if plain.numel():
         qweight, scales, zeros = leaves(w)
-        _int4_dequant_kernel[(triton.cdiv(k, BLOCK_K), triton.cdiv(n, BLOCK_N))](
+        _int4_dequant_kernel[(triton.cdiv(n, BLOCK_N) * triton.cdiv(k, BLOCK_K),)](
             qweight,
             scales,
             zeros,

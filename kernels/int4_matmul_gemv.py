@@ -124,9 +124,10 @@ def _int4_matmul_gemv_kernel(
     TILES_N: tl.constexpr = BLOCK_N // 16
     TILES_K: tl.constexpr = BLOCK_K // 64
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    first = tl.program_id(0).to(tl.int64) * TILES_N
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    begin = tl.program_id(2) * SHARE
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    first = (tl.program_id(0) % blocks_n).to(tl.int64) * TILES_N
+    offs_m = (tl.program_id(0) // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin = tl.program_id(1) * SHARE
     # Axes: row of x, tile of rows of w, tile of k, r and c of the lane, word.
     tile = first + tl.arange(0, TILES_N)[None, :, None, None, None, None]
     tile_k = tl.arange(0, TILES_K)[None, None, :, None, None, None]
@@ -160,7 +161,7 @@ def _int4_matmul_gemv_kernel(
             acc += part
             low_acc += low_part
         word_ptrs += TILES_K * 128
-    out_ptr += tl.program_id(2).to(tl.int64) * stride_os
+    out_ptr += tl.program_id(1).to(tl.int64) * stride_os
     row = (first + tl.arange(0, TILES_N)[:, None]) * 16 + tl.arange(0, 8)[None, :]
     finish(across(acc), row, offs_m, bias_ptr, out_ptr, M, N, stride_om, HAS_BIAS)
     finish(across(low_acc), row + 8, offs_m, bias_ptr, out_ptr, M, N, stride_om, HAS_BIAS)
@@ -189,7 +190,7 @@ def int4_matmul_gemv(
         share = triton.cdiv(triton.cdiv(k, BLOCK_K), SPLIT_K) * BLOCK_K
         splits = triton.cdiv(k, share)  # at most SPLIT_K, and none of them empty
         parts = out[None] if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
-        _int4_matmul_gemv_kernel[(triton.cdiv(n, BLOCK_N), triton.cdiv(m, BLOCK_M), splits)](
+        _int4_matmul_gemv_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N), splits)](
             rows,
             qweight,
             scales,

@@ -44,8 +44,10 @@ def _int4_matmul_naive_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid_m, pid_n = tl.program_id(0) % blocks_m, tl.program_id(0) // blocks_m
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     mask_m = (offs_m < M)[:, None]
     mask_n = offs_n < N
     tiles_k = (K + 63) // 64
@@ -87,7 +89,7 @@ def int4_matmul_naive(
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if out.numel():
         qweight, scales, zeros = leaves(w)
-        _int4_matmul_naive_kernel[(triton.cdiv(m, BLOCK_M), triton.cdiv(n, BLOCK_N))](
+        _int4_matmul_naive_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](
             rows,
             qweight,
             scales,

@@ -70,10 +70,12 @@ def _int4_matmul_packed_kernel(
 ):
     TILES_N: tl.constexpr = BLOCK_N // 16
     TILES_K: tl.constexpr = BLOCK_K // 64
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid_m, pid_n = tl.program_id(0) % blocks_m, tl.program_id(0) // blocks_m
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    tile = (tl.program_id(1).to(tl.int64) * TILES_N + tl.arange(0, TILES_N))[:, None, None, None]
+    tile = (pid_n.to(tl.int64) * TILES_N + tl.arange(0, TILES_N))[:, None, None, None]
     tile_k = tl.arange(0, TILES_K)[None, :, None, None]
     lane = tl.arange(0, 32)[None, None, :, None]
     word_ptrs = word_pointers(qweight_ptr, tile, tile_k, lane, tl.arange(0, 4)[None, None, None, :], N, K)
@@ -118,7 +120,7 @@ def int4_matmul_packed(
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if out.numel():
         qweight, scales, zeros = leaves(w)
-        _int4_matmul_packed_kernel[(triton.cdiv(m, BLOCK_M), triton.cdiv(n, BLOCK_N))](
+        _int4_matmul_packed_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](
             rows,
             qweight,
             scales,

@@ -70,10 +70,11 @@ def _int4_matmul_splitk_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    pid_n = tl.program_id(0)
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    pid_m, pid_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    begin = tl.program_id(2) * SHARE
+    begin = tl.program_id(1) * SHARE
     acc = product(
         x_ptr,
         qweight_ptr,
@@ -99,7 +100,7 @@ def _int4_matmul_splitk_kernel(
     )
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
-    out_ptr += tl.program_id(2).to(tl.int64) * stride_os + offs_m[None, :] * stride_om + offs_n[:, None]
+    out_ptr += tl.program_id(1).to(tl.int64) * stride_os + offs_m[None, :] * stride_om + offs_n[:, None]
     tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
 
 
@@ -126,7 +127,7 @@ def int4_matmul_splitk(
         share = triton.cdiv(triton.cdiv(k, block), SPLIT_K) * block
         splits = triton.cdiv(k, share)  # at most SPLIT_K, and none of them empty
         parts = out[None] if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
-        _int4_matmul_splitk_kernel[(triton.cdiv(n, BLOCK_N), triton.cdiv(m, BLOCK_M), splits)](
+        _int4_matmul_splitk_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N), splits)](
             rows,
             qweight,
             scales,

@@ -66,10 +66,12 @@ def _int4_swiglu_kernel(
     TILES_N: tl.constexpr = BLOCK_N // 16
     TILES_K: tl.constexpr = BLOCK_K // 64
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    pid_m, pid_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    tile = (tl.program_id(0).to(tl.int64) * TILES_N + tl.arange(0, TILES_N))[:, None, None, None]
+    tile = (pid_n.to(tl.int64) * TILES_N + tl.arange(0, TILES_N))[:, None, None, None]
     tile_k = tl.arange(0, TILES_K)[None, :, None, None]
     lane = tl.arange(0, 32)[None, None, :, None]
     word = tl.arange(0, 4)[None, None, None, :]
@@ -146,7 +148,7 @@ def int4_swiglu_triton(
     m, block = len(rows), block_k(BLOCK_K, gate)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if out.numel():
-        _int4_swiglu_kernel[(triton.cdiv(n, BLOCK_N), triton.cdiv(m, BLOCK_M))](
+        _int4_swiglu_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](
             rows,
             *leaves(gate),
             *leaves(up),

@@ -65,12 +65,13 @@ def _kv_write_kernel(
     BLOCK_W: tl.constexpr,
 ):
     tl.static_assert(BLOCK_W >= WIDTH and 2 * WIDTH >= D, "two blocks cover the head")
-    token = tl.program_id(0).to(tl.int64)
+    blocks: tl.constexpr = (G + BLOCK_G - 1) // BLOCK_G
+    token = (tl.program_id(0) // blocks).to(tl.int64)
     slot = tl.load(slot_ptr + token * stride_slot)
     if slot < 0:
         return
     page, row = slot // PAGE, slot % PAGE
-    group = tl.program_id(1).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)  # [BLOCK_G]
+    group = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)  # [BLOCK_G]
     known = group < G
     low, high = take_heads(k_ptr, token * stride_k[0] + group * stride_k[1], known, stride_k[2], D, WIDTH, BLOCK_W)
     put_heads(k_pool, stride_kp, page, row, group, known, low, high, D, WIDTH, BITS, TINY, BLOCK_W)
@@ -94,7 +95,7 @@ def kv_write_triton(
     s, g, d = k.shape
     if k.numel():
         (k_pool, stride_kp), (v_pool, stride_vp) = pool_of(k_pages), pool_of(v_pages)
-        _kv_write_kernel[(s, triton.cdiv(g, BLOCK_G))](
+        _kv_write_kernel[(s * triton.cdiv(g, BLOCK_G),)](
             k,
             v,
             k_pool,

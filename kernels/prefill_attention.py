@@ -82,6 +82,7 @@ def _prefill_attention_kernel(
     stride_kp: tl.constexpr,  # of p, l, g and d of the values, then of scales and zeros
     stride_vp: tl.constexpr,
     stride_o: tl.constexpr,
+    G: tl.constexpr,
     RATIO: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
@@ -94,8 +95,9 @@ def _prefill_attention_kernel(
 ):
     tl.static_assert(WIDTH <= FIRST and D - WIDTH <= REST and FIRST >= 16, "the blocks cover the head")
     tl.static_assert(BLOCK_M >= 16 and BLOCK_N >= 16, "tl.dot needs 16 rows and columns")
-    sequence, row = sequence_of(tl.num_programs(0) - 1 - tl.program_id(0), start_ptr, b, RATIO, BLOCK_M)
-    group = tl.program_id(1).to(tl.int64)
+    tiles = tl.num_programs(0) // G
+    sequence, row = sequence_of(tiles - 1 - tl.program_id(0) % tiles, start_ptr, b, RATIO, BLOCK_M)
+    group = (tl.program_id(0) // tiles).to(tl.int64)
     first = tl.load(start_ptr + sequence).to(tl.int64)
     length = (tl.load(start_ptr + sequence + 1) - first).to(tl.int32)
     if row >= length * RATIO:
@@ -169,8 +171,7 @@ def _prefill_attention_kernel(
     if REST > 0:
         store_block(out_ptr, at, mine, stride_o[2], acc_rest / total[:, None], WIDTH, REST, D)
     if lse_ptr is not None:
-        heads = tl.num_programs(1) * RATIO
-        tl.store(lse_ptr + (first + query) * heads + head, log_sum_exp(peak, total), mask=mine)
+        tl.store(lse_ptr + (first + query) * (G * RATIO) + head, log_sum_exp(peak, total), mask=mine)
 
 
 def tile_of(config: Config, q: Tensor, pages: Pages) -> dict[str, int]:
@@ -215,7 +216,7 @@ def prefill_attention_triton(
     sums = torch.empty(s, h, dtype=torch.float32, device=q.device) if lse else None
     (k_pool, stride_kp), (v_pool, stride_vp) = pool_of(k_pages), pool_of(v_pages)
     if out.numel():
-        _prefill_attention_kernel[(tiles_of(s, b, h // g, tile["BLOCK_M"]), g)](
+        _prefill_attention_kernel[(tiles_of(s, b, h // g, tile["BLOCK_M"]) * g,)](
             q,
             k,
             v,
@@ -235,6 +236,7 @@ def prefill_attention_triton(
             stride_kp=stride_kp,
             stride_vp=stride_vp,
             stride_o=out.stride(),
+            G=g,
             RATIO=h // g,
             D=d,
             PAGE=k_pages.shape[1],

@@ -21,13 +21,14 @@ from torch import Tensor
 from vila_triton.ops import Pages, QuantizedPages, prefill_attention
 from vila_triton.registry import Unsupported
 
+from ._chunk import place, sequence_of, tiles_of
 from ._softmax import load_block, log_sum_exp, store_block
 from ._tile import LOG2_E, attend_block, block_of, check, normalise, page_rows, rows_of, start_rows
 
 CONFIGS = [{"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}]
 
 
-@triton.jit(do_not_specialize=["stride_tb"])  # changes with the longest sequence
+@triton.jit(do_not_specialize=["b", "stride_tb"])  # stride_tb changes with the longest sequence
 def _prefill_simple_kernel(
     q_ptr,
     k_ptr,
@@ -40,6 +41,7 @@ def _prefill_simple_kernel(
     out_ptr,
     lse_ptr,  # [s, h] or None
     scale,
+    b,
     stride_tb,
     stride_tp,
     stride_q: tl.constexpr,  # of s, h and d
@@ -48,6 +50,7 @@ def _prefill_simple_kernel(
     stride_kp: tl.constexpr,  # of p, l, g and d
     stride_vp: tl.constexpr,
     stride_o: tl.constexpr,
+    G: tl.constexpr,
     RATIO: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
@@ -57,18 +60,16 @@ def _prefill_simple_kernel(
 ):
     tl.static_assert(BLOCK_D >= D and BLOCK_D >= 16, "one block covers the head")
     tl.static_assert(BLOCK_M >= 16 and BLOCK_N >= 16, "tl.dot needs 16 rows and columns")
-    sequence = tl.program_id(2).to(tl.int64)
-    group = tl.program_id(1).to(tl.int64)
+    tiles = tl.num_programs(0) // G
+    sequence, row = sequence_of(tl.program_id(0) % tiles, start_ptr, b, RATIO, BLOCK_M)
+    group = (tl.program_id(0) // tiles).to(tl.int64)
     first = tl.load(start_ptr + sequence).to(tl.int64)
     length = tl.load(start_ptr + sequence + 1) - first
     history = tl.load(history_ptr + sequence).to(tl.int64)
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    if tl.program_id(0).to(tl.int64) * BLOCK_M >= length * RATIO:
+    if row >= length * RATIO:
         return
 
-    query = rows // RATIO  # [BLOCK_M], counted within the chunk
-    head = group * RATIO + rows % RATIO
-    mine = query < length
+    query, head, mine = place(row.to(tl.int64), group, length, RATIO, BLOCK_M)  # [BLOCK_M]
     at = (first + query) * stride_q[0] + head * stride_q[1]
     q = load_block(q_ptr, at, mine, stride_q[2], 0, BLOCK_D, D)  # [BLOCK_M, BLOCK_D]
     peak, total, acc = start_rows(BLOCK_M, BLOCK_D)
@@ -94,8 +95,7 @@ def _prefill_simple_kernel(
     at = (first + query) * stride_o[0] + head * stride_o[1]
     store_block(out_ptr, at, mine, stride_o[2], normalise(acc, total), 0, BLOCK_D, D)
     if lse_ptr is not None:
-        heads = tl.num_programs(1) * RATIO
-        tl.store(lse_ptr + (first + query) * heads + head, log_sum_exp(peak, total), mask=mine)
+        tl.store(lse_ptr + (first + query) * (G * RATIO) + head, log_sum_exp(peak, total), mask=mine)
 
 
 @prefill_attention.impl("simple", configs=CONFIGS, batch_invariant=True)
@@ -127,7 +127,7 @@ def prefill_attention_simple(
         BLOCK_M, num_stages = min(BLOCK_M, 32), 1
     BLOCK_M = rows_of(BLOCK_M, q)
     if out.numel():
-        _prefill_simple_kernel[(triton.cdiv(s * (h // g), BLOCK_M), g, b)](
+        _prefill_simple_kernel[(tiles_of(s, b, h // g, BLOCK_M) * g,)](
             q,
             k,
             v,
@@ -139,6 +139,7 @@ def prefill_attention_simple(
             out,
             sums,
             scale * LOG2_E,
+            b,
             *block_table.stride(),
             q.stride(),
             k.stride(),
@@ -146,6 +147,7 @@ def prefill_attention_simple(
             k_pages.stride(),
             v_pages.stride(),
             out.stride(),
+            G=g,
             RATIO=h // g,
             D=d,
             PAGE=k_pages.shape[1],

@@ -58,8 +58,9 @@ def _rope_kernel(
     BLOCK_R: tl.constexpr,
 ):
     tl.static_assert(BLOCK_R >= R, "one block covers the pairs of a head")
-    token = tl.program_id(0).to(tl.int64)
-    offs_h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
+    blocks = tl.cdiv(H, BLOCK_H)
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    offs_h = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_r = tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     mask = (offs_h < H)[:, None] & mask_r[None, :]
@@ -80,7 +81,7 @@ def rope_triton(x: Tensor, cos: Tensor, sin: Tensor, *, BLOCK_H: int, num_warps:
     s, h, d = x.shape
     out = torch.empty(s, h, d, dtype=x.dtype, device=x.device)
     if out.numel():
-        _rope_kernel[(s, triton.cdiv(h, BLOCK_H))](
+        _rope_kernel[(s * triton.cdiv(h, BLOCK_H),)](
             x,
             cos,
             sin,

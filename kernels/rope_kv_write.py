@@ -73,13 +73,14 @@ def _rope_kv_write_kernel(
     BLOCK_W: tl.constexpr,
 ):
     tl.static_assert(2 * WIDTH == D and BLOCK_W >= WIDTH, "one block covers the pairs of a head")
-    token = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1).to(tl.int64)
+    of_q: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    blocks: tl.constexpr = of_q + (G + BLOCK_H - 1) // BLOCK_H
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    block = (tl.program_id(0) % blocks).to(tl.int64)
     pairs = tl.arange(0, BLOCK_W)
     cos = tl.load(cos_ptr + token * stride_cos[0] + pairs * stride_cos[1], mask=pairs < WIDTH, other=0)
     sin = tl.load(sin_ptr + token * stride_sin[0] + pairs * stride_sin[1], mask=pairs < WIDTH, other=0)
     cos, sin = cos.to(tl.float32)[None, :], sin.to(tl.float32)[None, :]
-    of_q = (H + BLOCK_H - 1) // BLOCK_H
     if block < of_q:
         head = block * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H]
         known = head < H
@@ -124,7 +125,7 @@ def rope_kv_write_triton(
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     if s:
         (k_pool, stride_kp), (v_pool, stride_vp) = pool_of(k_pages), pool_of(v_pages)
-        _rope_kv_write_kernel[(s, triton.cdiv(h, BLOCK_H) + triton.cdiv(g, BLOCK_H))](
+        _rope_kv_write_kernel[(s * (triton.cdiv(h, BLOCK_H) + triton.cdiv(g, BLOCK_H)),)](
             q,
             k,
             v,

@@ -49,8 +49,9 @@ def _swiglu_kernel(
     stride_of,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    offs = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    blocks = tl.cdiv(F, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    offs = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = offs < F
     gate = tl.load(gate_ptr + row * stride_gs + offs * stride_gf, mask=mask, other=0).to(tl.float32)
     up = tl.load(up_ptr + row * stride_us + offs * stride_uf, mask=mask, other=0).to(tl.float32)
@@ -65,7 +66,7 @@ def swiglu_triton(gate: Tensor, up: Tensor, *, BLOCK: int, num_warps: int, num_s
     out = torch.empty(s, f, dtype=gate.dtype, device=gate.device)
     if out.numel():
         strides = (*gate.stride(), *up.stride(), *out.stride())
-        _swiglu_kernel[(s, triton.cdiv(f, BLOCK))](
+        _swiglu_kernel[(s * triton.cdiv(f, BLOCK),)](
             gate, up, out, f, *strides, BLOCK=BLOCK, num_warps=num_warps, num_stages=num_stages
         )
     return out

@@ -18,7 +18,7 @@ from bench.tuner import table
 from vila_triton import tuned
 from vila_triton.choices import PHASES, configs, configured, read
 from vila_triton.commands.ops import print_ops
-from vila_triton.ranges import Ranges, parse
+from vila_triton.ranges import Ranges, Within, name_at, parse
 from vila_triton.registry import OPS, Op, defaults, recording, use
 
 GPU = "Toy GPU"
@@ -63,6 +63,24 @@ def test_every_size_lies_in_the_first_range_that_ends_at_it_or_later(ends: set[i
         want = next((name for end, name in pairs if size <= end), "beyond")
         assert (choice if isinstance(choice, str) else choice.at(size)) == want
     assert table.plain(choice) == ([*pairs, "beyond"] if pairs else "beyond")
+
+
+CHOICES = st.lists(st.integers(0, 30), max_size=4, unique=True).flatmap(
+    lambda ends: st.lists(st.sampled_from("abc"), min_size=len(ends) + 1, max_size=len(ends) + 1).map(
+        lambda names: Ranges(tuple(sorted(ends)), tuple(names)) if ends else names[0]
+    )
+)
+
+
+@given(CHOICES, CHOICES, st.integers(0, 30), st.integers(0, 30))
+def test_a_choice_within_sizes_leaves_all_others_as_they_were(
+    inside: Ranges | str, outside: Ranges | str, first: int, more: int
+) -> None:
+    both = Within(first, first + more, inside).over(outside)
+    for size in range(64):
+        assert name_at(both, size) == name_at(inside if first <= size <= first + more else outside, size)
+    if isinstance(both, Ranges):
+        assert all(a != b for a, b in zip(both.names, both.names[1:])) and parse(table.plain(both)) == both
 
 
 def test_ranges_in_words() -> None:
@@ -132,12 +150,16 @@ BLOCKS = {(1, 8): 3.0, (4, 8): 3.0, (16, 8): 3.0, (64, 8): 3.0, (256, 8): 3.0, (
 WHOLE = {(1, 8): 1.0, (4, 8): 2.0, (16, 8): 4.0, (64, 8): 9.0, (256, 8): 1.0, (1, 9): 9.5}
 
 
+USUAL = {"doubled": Ranges((500,), ("blocks", "reference")), "rope": "reference"}  # by configs/kernels.toml
+
+
 @pytest.fixture
 def served(doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The toy op on a GPU with a table in which both implementations are tuned: the file."""
     monkeypatch.setattr(tuned, "folder", lambda: tmp_path / "tuned")
     monkeypatch.setattr(tuned, "name_of", lambda device: GPU if device.type == "cuda" else None)
-    monkeypatch.setattr(tuned, "configured", lambda device, phase: {"doubled": "reference", "rope": "reference"})
+    for module in (tuned, table):
+        monkeypatch.setattr(module, "configured", lambda device, phase: USUAL)
     caches = (tuned.table_of, tuned.entry_of, tuned.choice_of, tuned.config_at)
     for cached in caches:
         cached.cache_clear()
@@ -148,22 +170,41 @@ def served(doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def test_the_tuner_writes_the_fastest_by_range_and_the_device_goes_by_it(doubled: Op, served: Path) -> None:
-    assert ' "doubled": [[8, "whole"], "blocks"]\n' in served.read_text()
-    assert tuned.kernels_for(CUDA, "decode") == {"doubled": Ranges((8,), ("whole", "blocks")), "rope": "reference"}
-    assert tuned.kernels_for(torch.device("cpu"), "decode")["doubled"] == "reference"
+    assert ' "doubled": {"first": 1, "last": 256, "choice": [[8, "whole"], "blocks"]}\n' in served.read_text()
+    assert tuned.kernels_for(torch.device("cpu"), "decode") == USUAL
     with defaults(tuned.kernels_for(CUDA, "prefill")):
-        assert ran(doubled, 1, 8, 9, 500) == ["whole", "whole", "blocks", "blocks"]
+        assert ran(doubled, 1, 8, 9, 256) == ["whole", "whole", "blocks", "blocks"]
         with use(doubled="reference"):
             assert ran(doubled, 1) == ["reference"]
     assert list(tune.stale(served.parent)) == []
 
 
-def test_the_choice_does_not_depend_on_the_order_of_entries(doubled: Op) -> None:
+def test_beyond_the_sizes_that_were_compared_kernels_toml_holds(doubled: Op, served: Path) -> None:
+    """As after a search that was ended early: of one implementation it knows two sizes, of the usual one more."""
+    table.write(served.parent, GPU, entry(doubled, "whole", {(16, 8): 1.0, (64, 8): 1.0}))
+    tuned.table_of.cache_clear()
+    with defaults(tuned.kernels_for(CUDA, "decode")):
+        assert ran(doubled, 1, 8, 9, 128, 129, 257) == ["blocks"] * 2 + ["whole"] * 2 + ["blocks"] * 2
+        assert ran(doubled, 500, 501) == ["blocks", "reference"]
+    table.write(served.parent, GPU, entry(doubled, "blocks", {(64, 8): 3.0}))  # the usual one knows fewer sizes
+    tuned.choice_of.cache_clear()
+    tuned.table_of.cache_clear()
+    with defaults(tuned.kernels_for(CUDA, "decode")):
+        assert ran(doubled, 1, 63, 64, 65, 501) == ["blocks", "blocks", "whole", "blocks", "reference"]
+
+
+def test_what_was_not_compared_with_the_usual_is_not_chosen(doubled: Op, served: Path) -> None:
+    entries = [entry(doubled, "whole", WHOLE), {**entry(doubled, "whole", WHOLE), "impl": "reference"}]
+    assert table.choices(entries) == {}
+
+
+def test_the_choice_does_not_depend_on_the_order_of_entries(doubled: Op, served: Path) -> None:
     entries = [entry(doubled, "whole", WHOLE), entry(doubled, "blocks", BLOCKS)]
     entries.append({**entry(doubled, "blocks", {k: 3.0 for k in WHOLE}), "impl": "reference"})
     assert len({json.dumps(table.choices(order)) for order in permutations(entries)}) == 1
     assert table.choices(entries[:1]) == {}
-    assert table.choices([entries[0], {**entries[0], "impl": "blocks"}]) == {"doubled": "blocks"}  # a tie: by name
+    tie = table.choices([entries[0], {**entries[0], "impl": "blocks"}])
+    assert tie == {"doubled": {"first": 1, "last": 256, "choice": "blocks"}}  # by name
 
 
 def test_a_choice_is_as_stale_as_the_entries_of_what_it_names(doubled: Op, served: Path) -> None:
@@ -172,7 +213,7 @@ def test_a_choice_is_as_stale_as_the_entries_of_what_it_names(doubled: Op, serve
     with pytest.raises(tuned.Stale, match=r"doubled blocks: the tuned table toy-gpu.json is stale: kernel was"):
         tuned.kernels_for(CUDA, "prefill")
     with use(doubled="whole"):  # an explicit choice needs no table
-        assert tuned.kernels_for(CUDA, "prefill")["doubled"] == "reference"
+        assert tuned.kernels_for(CUDA, "prefill") == USUAL
 
 
 def test_a_choice_without_entries_is_stale(served: Path) -> None:
@@ -186,15 +227,17 @@ def test_a_choice_without_entries_is_stale(served: Path) -> None:
 def test_another_triton_sets_the_choice_aside_with_a_warning(doubled: Op, served: Path) -> None:
     table.write(served.parent, GPU, {**entry(doubled, "whole", WHOLE), "triton": "3.0.0"})
     with pytest.warns(UserWarning, match="left aside: triton was 3.0.0"):
-        assert tuned.kernels_for(CUDA, "prefill")["doubled"] == "reference"
+        assert tuned.kernels_for(CUDA, "prefill") == USUAL
 
 
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("halves", "no implementation 'halves'"),
-        ([[4, "whole"]], "is at the end"),
-        ([[4, "whole"], [1, "blocks"], "blocks"], "increasing"),
+        ({"first": 1, "last": 4, "choice": "halves"}, "no implementation 'halves'"),
+        ({"first": 1, "last": 4, "choice": [[4, "whole"]]}, "is at the end"),
+        ({"first": 1, "last": 4, "choice": [[4, "whole"], [1, "blocks"], "blocks"]}, "increasing"),
+        ({"first": 1, "choice": "whole"}, "is no choice, expected"),
+        ([[4, "whole"], "blocks"], "is no choice, expected"),
     ],
 )
 def test_what_is_wrong_in_a_table_is_one_error_that_names_it(served: Path, choice: Any, message: str) -> None:
@@ -212,10 +255,11 @@ def test_ops_shows_ranges_in_words(
     said = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(said) if line.startswith("doubled"))
     assert [re.split("  +", line)[-2] for line in said[at : at + 3]] == [
-        "invariant",
-        "prefill and decode, m from 9",
-        "prefill and decode, m up to 8",
+        "prefill and decode and invariant, m from 501",
+        "prefill and decode, m up to 0, m 9 to 500; invariant, m up to 500",
+        "prefill and decode, m 1 to 8",
     ]
-    assert said[at + 3].strip() == "because: configs/tuned/toy-gpu.json chooses for this GPU"
+    because = "configs/tuned/toy-gpu.json chooses for this GPU, m 1 to 256; configs/kernels.toml beyond"
+    assert said[at + 3].strip() == f"because: {because}"
     print_ops(CUDA, {"doubled": "whole"})
     assert "because: --set" in capsys.readouterr().out

@@ -8,6 +8,7 @@ is "gemv" up to size 4, "splitk" up to 64, "prefill" beyond. The size is the fir
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -34,6 +35,35 @@ class Ranges:
 
 
 Choice = str | Ranges
+
+
+def name_at(choice: Choice, size: int) -> str:
+    return choice if isinstance(choice, str) else choice.at(size)
+
+
+def joined(pieces: Sequence[tuple[int, str]], beyond: str) -> Choice:
+    """The choice of pieces (last size, name) and what runs beyond them; neighbours of one name become one range."""
+    changes = [(end, name) for (end, name), (_, after) in pairwise([*pieces, (0, beyond)]) if name != after]
+    return Ranges(tuple(end for end, _ in changes), (*(name for _, name in changes), beyond)) if changes else beyond
+
+
+@dataclass(frozen=True)
+class Within:
+    """A choice that holds for sizes from `first` to `last`, both included."""
+
+    first: int
+    last: int
+    choice: Choice
+
+    def over(self, outside: Choice) -> Choice:
+        """This choice for the sizes it holds for, `outside` for all others."""
+
+        def name(size: int) -> str:
+            return name_at(self.choice if self.first <= size <= self.last else outside, size)
+
+        both = (choice.ends for choice in (self.choice, outside) if isinstance(choice, Ranges))
+        ends = sorted({self.first - 1, self.last}.union(*both) - {-1})
+        return joined([(end, name(end)) for end in ends], name(ends[-1] + 1))
 
 
 def parse(value: Any) -> Choice:

@@ -1,7 +1,7 @@
 """Tuned tables: configs/tuned/DEVICE.json, written by `python -m bench.tune` and looked up here. Nothing is tuned while
 serving, and nothing is guessed: a call runs what the table says, and without a table `configs[0]`.
 
-    {"device": ..., "choices": {"int4_matmul": [[4, "gemv"], "prefill"], ...},
+    {"device": ..., "choices": {"int4_matmul": {"first": 1, "last": 4096, "choice": [[4, "gemv"], "prefill"]}, ...},
      "entries": [{"op": ..., "impl": ..., "kernel": ..., "space": ..., "triton": ...,
        "ranges": [{"sizes": {"m": [0, 2], "n": 4096}, "config": {...}, "seconds": ...}, ...],
        "otherwise": {"config": {...}, ...}}]}
@@ -10,7 +10,7 @@ The sizes of a range are numbers, or [first, last] of those that vary from call 
 range get `otherwise`: the config whose worst ratio to the best, over all sizes that were tuned, was least.
 
 A choice (see `ranges`) stands where several implementations of an op were tuned; on that device it holds in place of
-what configs/kernels.toml says.
+what configs/kernels.toml says, from the first to the last size at which they were compared.
 
 An entry holds for the very source and search space it was tuned with, a choice as long as the entries of all it names.
 When they have changed, a call that passes no config raises `Stale`, and so does a step that would go by the choice;
@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from .choices import configs, configured
-from .ranges import Choice, names
-from .registry import OPS, Impl, checked, explicit
+from .ranges import Choice, Within, names
+from .registry import OPS, REFERENCE, Impl, checked, explicit
 from .space import Config, canonical, digest
 
 
@@ -130,39 +130,45 @@ def entry_of(impl: Impl, device: str) -> Mapping[str, Any] | None:
     return entry
 
 
-def parsed(table: Mapping[str, Any], op: str, file: Path) -> Choice:
+def parsed(table: Mapping[str, Any], op: str, file: Path) -> Within:
     """The choice a table holds for an op. Errors: ValueError naming the file; `Stale` if what it names has no entry."""
+    value = table["choices"][op]
     try:
-        choice = checked({op: table["choices"][op]})[op]
+        if not isinstance(value, dict) or [type(value.get(key)) for key in ("first", "last")] != [int, int]:
+            raise ValueError(
+                f'op {op!r}: {value!r} is no choice, expected {{"first": size, "last": size, "choice": ...}}'
+            )
+        within = Within(value["first"], value["last"], checked({op: value.get("choice")})[op])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}, choices: {error.args[0]}") from None
     entries = {e["impl"] for e in table["entries"] if e["op"] == op}
-    if missing := [name for name in names(choice) if name not in entries]:
+    if missing := [name for name in names(within.choice) if name not in entries]:
         raise Stale(
             f"{op}: the tuned table {file.name} chooses {missing[0]}, which has no entry in it. "
             f"Run `python -m bench.tune {op} --impl {missing[0]}`, choose explicitly, or delete the choice."
         )
-    return choice
+    return within
 
 
 @lru_cache
-def choice_of(op: str, device: str) -> Choice | None:
+def choice_of(op: str, device: str) -> Within | None:
     """The choice the table of a device holds for an op, checked once; None if it is left aside. Errors: as `parsed`,
     and `Stale` if an entry of what it names is.
     """
-    choice = parsed(table_of(device), op, file_of(device, folder()))
-    entries = [entry_of(OPS[op].impls[name], device) for name in names(choice)]
-    return None if None in entries else choice
+    within = parsed(table_of(device), op, file_of(device, folder()))
+    entries = [entry_of(OPS[op].impls[name], device) for name in names(within.choice)]
+    return None if None in entries else within
 
 
 def kernels_for(device: torch.device, phase: str) -> Mapping[str, Choice]:
-    """What runs by default: as configs/kernels.toml says, but for the ops that the table of this very device chooses
-    for. What `use` chooses is not looked up, so a table gone stale does not stand in its way; nor is any of them under
-    the policy "invariant", which is a phase here: what is fastest depends on the size.
+    """What runs by default: as configs/kernels.toml says, but for the ops and sizes that the table of this very device
+    chooses for. What `use` chooses is not looked up, so a table gone stale does not stand in its way; nor is any of
+    them under the policy "invariant", which is a phase here: what is fastest depends on the size.
     """
     choices, name = configured(device.type, phase), name_of(device) if phase != "invariant" else None
     ops = table_of(name)["choices"].keys() - explicit().keys() if name else ()
-    return {**choices, **{op: choice for op in ops if (choice := choice_of(op, name or ""))}}
+    tuned = {op: within for op in ops if (within := choice_of(op, name or ""))}
+    return {**choices, **{op: within.over(choices.get(op, REFERENCE)) for op, within in tuned.items()}}
 
 
 @lru_cache(maxsize=4096)

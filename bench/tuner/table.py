@@ -13,8 +13,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vila_triton.ranges import Choice, Ranges
-from vila_triton.registry import OPS
+from vila_triton.choices import configured
+from vila_triton.ranges import Choice, Within, joined, name_at
+from vila_triton.registry import OPS, REFERENCE
 from vila_triton.space import Config, canonical
 from vila_triton.tuned import file_of, pick, read
 
@@ -89,30 +90,40 @@ def least(at: Sequence[Point]) -> tuple[int, float, str]:
     return min((missing[c], worst[c], c) for c in missing)
 
 
-def choice(entries: Iterable[Row], varying: str) -> Choice:
+def usual(op: str, size: int) -> set[str]:
+    """What configs/kernels.toml runs at this size on a GPU, in either phase."""
+    return {name_at(configured("cuda", phase).get(op, REFERENCE), size) for phase in ("prefill", "decode")}
+
+
+def choice(op: str, entries: Iterable[Row]) -> Within | None:
     """Which implementation of an op is to run, by the size that varies, from the entries of several.
 
-    For each value that was tuned it is the one timed at most of the sizes that go with it, and of those the one with
-    the least worst regret; ranges meet where those of configs do.
+    Sizes count at which what configs/kernels.toml runs was timed, too: a search that was ended early may know nothing
+    else of the others but that they can be run. For each value it is the one timed at most of the sizes that go with
+    it, and of those the one with the least worst regret; ranges meet where those of configs do. It holds from the
+    first to the last value; None if no size counts.
     """
+    varying = OPS[op].varying[0]
     seconds: dict[str, dict[str, float]] = {}
     for of in entries:
         for r in of["ranges"]:
             seconds.setdefault(canonical({**r["sizes"], **r["tuned_at"]}), {})[of["impl"]] = r["seconds"]
     at = [Point(json.loads(sizes), found) for sizes, found in seconds.items()]
+    at = [p for p in at if usual(op, p.sizes[varying]) <= p.seconds.keys()]
+    if not at:
+        return None
     values = sorted({p.sizes[varying] for p in at})
     best = [least([p for p in at if p.sizes[varying] == value])[2] for value in values]
-    neighbours = list(zip(values, values[1:], best, best[1:]))
-    ends = tuple(isqrt(value * after) for value, after, name, then in neighbours if name != then)
-    names = tuple(name for _, _, name, then in neighbours if name != then)
-    return Ranges(ends, (*names, best[-1])) if ends else best[-1]
+    pieces = [(isqrt(value * after), name) for value, after, name in zip(values, values[1:], best)]
+    return Within(values[0], values[-1], joined(pieces, best[-1]))
 
 
 def choices(entries: Sequence[Row]) -> dict[str, Any]:
     """The choices of a table, by op, for the ops of which it has several entries."""
     ops = sorted({e["op"] for e in entries if e["op"] in OPS and OPS[e["op"]].varying})
     of = {op: [e for e in entries if e["op"] == op] for op in ops}
-    return {op: plain(choice(of[op], OPS[op].varying[0])) for op in ops if len(of[op]) > 1}
+    within = {op: choice(op, of[op]) for op in ops if len(of[op]) > 1}
+    return {op: {"first": w.first, "last": w.last, "choice": plain(w.choice)} for op, w in within.items() if w}
 
 
 def plain(choice: Choice) -> Any:

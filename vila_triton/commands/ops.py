@@ -58,10 +58,14 @@ def sizes(choice: "Choice", name: str, varying: tuple[str, ...]) -> str:
 
 def reason(device: "torch.device", op: str) -> str:
     from vila_triton.choices import PHASES, configured
+    from vila_triton.registry import OPS
     from vila_triton.tuned import choice_of, file_of, folder, name_of, table_of
 
     name = name_of(device)
-    if name and op in table_of(name)["choices"] and choice_of(op, name):
-        return f"configs/tuned/{file_of(name, folder()).name} chooses for this GPU"
+    if name and op in table_of(name)["choices"] and (within := choice_of(op, name)):
+        sizes = f"{OPS[op].varying[0]} {within.first} to {within.last}"
+        return (
+            f"configs/tuned/{file_of(name, folder()).name} chooses for this GPU, {sizes}; configs/kernels.toml beyond"
+        )
     named = any(op in configured(device.type, phase) for phase in PHASES)
     return f"configs/kernels.toml names {'it' if named else 'none'} for {device.type}"

@@ -107,17 +107,20 @@ def encode(x: Tensor, like: Pages) -> Pages:
     8 bits: the largest |x| of a token and head is code 127. 4 bits: the 16 codes span its values and 0, which is one of
     them. A scale is rounded to its dtype first, and is a normal number at least, so that a value is at most half a
     scale off, and at the ends of the range 127 (or 15) roundings of the scale more. Halves are rounded up.
+
+    Scales are products with a rounded reciprocal: torch divides by a Python number in that way on a GPU, but not on a
+    CPU, while a product has the same bits everywhere. Codes are quotients of tensors, which are true ones everywhere.
     """
     if isinstance(like, Tensor):
         return x.to(like.dtype)
     x, dtype = wide(x), like.scales.dtype
     tiny = torch.finfo(dtype).smallest_normal
     if like.zeros is None:
-        scales = (x.abs().amax(-1) / 127).clamp(min=tiny).to(dtype)
+        scales = (x.abs().amax(-1) * (1 / 127)).clamp(min=tiny).to(dtype)
         codes = torch.floor(x / scales[..., None].to(x.dtype) + 0.5).clamp(-127, 127)
         return QuantizedPages(codes.to(torch.int8), scales)
     low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-    scales = ((high - low) / 15).clamp(min=tiny).to(dtype)
+    scales = ((high - low) * (1 / 15)).clamp(min=tiny).to(dtype)
     step = scales.to(x.dtype)
     zeros = torch.floor(-low / step + 0.5).clamp(0, 15)
     codes = (torch.floor(x / step[..., None] + 0.5) + zeros[..., None]).clamp(0, 15).to(torch.uint8)
