@@ -22,8 +22,9 @@ from vila_triton.registry import Impl, OneOf, Op, Sizes, Unsupported
 from .guarded import Guarded, Unfaithful, bits, canaries, guard, mapped, tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = knobs.runtime.interpret
 # Triton's interpreter computes wrong numbers in bfloat16 without saying so.
-LEFT_OUT = ("bfloat16",) if knobs.runtime.interpret else ()
+LEFT_OUT = ("bfloat16",) if INTERPRETED else ()
 
 
 def strategy(domain: Sizes | OneOf) -> st.SearchStrategy:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.faithful import DEVICE
 from vila_triton.arguments import BUNDLED
 from vila_triton.chat import Conversation, Talker
 from vila_triton.engine import Sampling, stream
@@ -28,7 +29,7 @@ def talker() -> Talker:
 
 @pytest.fixture(scope="module")
 def talker_int4() -> Talker:
-    return Talker.from_pretrained(INT4)
+    return Talker.from_pretrained(INT4, DEVICE)
 
 
 def test_no_training_scene_is_held_out():
@@ -68,6 +69,7 @@ def test_answers_about_held_out_pictures_are_right(folder):
     assert sum(every) / len(every) > 0.9
 
 
+@pytest.mark.on_gpu
 def test_triton_kernels_give_the_answers_of_the_references(talker_int4):
     discover()
     batch = [i for i in items(2, seed=5) if "escribe" not in i.qa.question][::60]
