@@ -38,7 +38,6 @@ def run(name: str, args: tuple, *more: Any, config: dict | None = None) -> Any:
     return impl(*args, *more, config=impl.configs[0] if config is None else config)
 
 
-@pytest.mark.on_gpu
 @pytest.mark.parametrize("wanted", [1, 3, 40])
 @KINDS
 def test_number_of_splits_does_not_matter(kv: str, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:

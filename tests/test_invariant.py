@@ -42,7 +42,8 @@ class Model:
 
 
 def built(**changes: Any) -> VilaLlamaForCausalLM:
-    return torch.nn.Module.to(build(dtype=torch.float32, seed=3, **changes), DEVICE)
+    model: Any = build(dtype=torch.float32, seed=3, **changes)
+    return model.to(DEVICE)
 
 
 @lru_cache
