@@ -250,6 +250,7 @@ for name, answer in ANSWERS.items():
 torch.Generator, torch.tensor, torch.as_tensor = Generator, tensor, as_tensor  # pyright: ignore
 torch.Tensor.to = to  # pyright: ignore
 torch.nn.functional.scaled_dot_product_attention = attention
+torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to: `param.data = x` leaves what param says
 torch.Tensor.cuda = lambda self, device=None, *args, **kwargs: self.to("cuda" if device is None else device)  # pyright: ignore
 torch.serialization.add_safe_globals([on_device])
 Factories().__enter__()
