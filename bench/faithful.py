@@ -25,8 +25,9 @@ from vila_triton.registry import Impl, OneOf, Op, Sizes, Unsupported
 from .guarded import Guarded, Layout, Unfaithful, bits, canaries, guard, mapped, tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = knobs.runtime.interpret
 # Triton's interpreter computes wrong numbers in bfloat16 without saying so.
-LEFT_OUT = ("bfloat16",) if knobs.runtime.interpret else ()
+LEFT_OUT = ("bfloat16",) if INTERPRETED else ()
 DRAWS = 16  # of neighbouring arguments, from which the conditioning of an element is taken
 KEPT_BYTES = {"cpu": 2**28, "cuda": 2**31}  # of the examples that are shared
 

@@ -1,7 +1,8 @@
 """Where the tests run: on a CUDA GPU if there is one, else in Triton's interpreter on the CPU.
 
 Profiles, chosen with HYPOTHESIS_PROFILE: `dev` (the default: a few random cases each), `ci` (as many, always the same),
-`thorough` (hundreds).
+`thorough` (hundreds), `compiled` (the default on a GPU, where nearly every case compiles a kernel: two, always the
+same).
 """
 
 import os
@@ -14,14 +15,11 @@ from hypothesis import HealthCheck, Phase, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
-OF_KERNELS = (
-    "test_kernels",
-    "test_properties",
-    "test_planted",
-    "test_int4_laws",
-    "test_int4_issues",
-    "test_int4_input",
-)
+
+from far import far  # noqa: F401 (a fixture)
+
+from vila_triton.registry import Unsupported
+
 torch.set_num_threads(1)  # tests compute on small tensors, where a second thread costs more than it gives
 _common = settings(
     deadline=None,
@@ -31,16 +29,40 @@ _common = settings(
 settings.register_profile("dev", _common, max_examples=6)
 settings.register_profile("ci", _common, max_examples=6, derandomize=True)
 settings.register_profile("thorough", _common, max_examples=300)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+settings.register_profile("compiled", _common, max_examples=2, derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "compiled" if torch.cuda.is_available() else "dev"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`pytest -m gpu` is everything that says something about a GPU; where there is none, what needs one is skipped."""
+    """`pytest -m gpu` selects what says most about a GPU in two minutes of it; all tests run there without -m.
+
+    Selected are the tests that need a GPU, which are marked `gpu` and skipped where there is none; and of the tests
+    marked `on_gpu`, which run interpreted too, those with the first config of an implementation, or with none.
+    """
     for item in items:
-        if torch.cuda.is_available() and item.path.stem in OF_KERNELS:
+        if not torch.cuda.is_available():
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none"))
+        elif item.get_closest_marker("on_gpu") and has_first_config(item):
             item.add_marker("gpu")
-        elif not torch.cuda.is_available() and item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none"))
+
+
+def has_first_config(item: pytest.Item) -> bool:
+    """Whether its parameter `config` is absent, the number 0, or the first of those of its parameter `impl`."""
+    parameters: Any = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    config = parameters.get("config", 0)
+    return config == 0 if isinstance(config, int) else config is parameters["impl"].configs[0]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    """On a GPU, a test of an implementation over a library's product for CPUs is skipped, as that says itself."""
+    try:
+        return (yield)
+    except Unsupported as reason:
+        if not torch.cuda.is_available() or "for CPUs" not in str(reason):
+            raise
+        pytest.skip(str(reason))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Decoding over a paged cache: splits, parts merged by their log-sum-exp, and the bits that "invariant" promises."""
 
+import math
 from importlib import import_module
 from typing import Any
 
@@ -44,6 +45,7 @@ def test_number_of_splits_does_not_matter(kv: str, wanted: int, monkeypatch: pyt
     assert_faithful(DECODE, IMPLS["triton"], IMPLS["triton"].configs[0], drawn(kv=kv, t=410))
 
 
+@pytest.mark.on_gpu
 @KINDS
 def test_log_sum_exp_is_faithful(kv: str) -> None:
     q, k_pages, v_pages, table, lengths, scale = drawn(kv=kv)
@@ -82,10 +84,10 @@ def test_parts_of_the_pages_merged_are_attention_to_all(name: str, kv: str) -> N
 
 
 def test_merge_of_nothing_is_nothing_and_what_a_part_without_keys_holds_does_not_matter() -> None:
-    nan, none = torch.full((2, 3, 4), float("nan")), torch.full((2, 3), float("-inf"))
+    nan, none = (torch.full(shape, x, device=DEVICE) for shape, x in (((2, 3, 4), math.nan), ((2, 3), -math.inf)))
     out, lse = ops.merge(nan[None], none[None])
     assert not out.any() and lse.isneginf().all()
-    some, sums = torch.randn(2, 3, 4), torch.randn(2, 3)
+    some, sums = torch.randn(2, 3, 4, device=DEVICE), torch.randn(2, 3, device=DEVICE)
     out, lse = ops.merge(torch.stack((nan, some)), torch.stack((none, sums)))
     assert torch.equal(out, some) and torch.equal(lse, sums)
     with pytest.raises(ValueError, match=r"merge: outputs are \[2, 2, 3, 4\] and lses \[2, 3\]"):
@@ -111,6 +113,7 @@ def moved(args: tuple, l: int, seed: int, room: int) -> tuple:
     return q, *mapped(spread, (k_pages, v_pages)), new_table, lengths, scale
 
 
+@pytest.mark.on_gpu
 @pytest.mark.parametrize("name", IMPLS)
 @KINDS
 def test_not_a_bit_depends_on_batch_pages_room_or_config(name: str, kv: str) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from oracles import build, padded, words
 from torch import Tensor
 
-from bench.faithful import arguments
+from bench.faithful import DEVICE, LEFT_OUT, arguments
 from vila_triton import VilaLlamaForCausalLM, engine
 from vila_triton.arguments import BUNDLED
 from vila_triton.cache import KV_DTYPES, PagedCache
@@ -26,11 +26,13 @@ from vila_triton.registry import OPS, Impl, Sizes, discover, recording, use
 
 discover()
 pytestmark = pytest.mark.usefixtures("dots_in_order")
-WHOLE = words(37)
-OTHERS = [words(n) for n in (5, 1, 18)]
-CASES = [("small", "cpu", dtype) for dtype in (None, *KV_DTYPES[1:])]
+WHOLE = words(37).to(DEVICE)
+OTHERS = [words(n).to(DEVICE) for n in (5, 1, 18)]
+HELD = [dtype for dtype in KV_DTYPES[1:] if DEVICE == "cpu" or dtype not in LEFT_OUT]
+CASES: list[Any] = [("small", "own", dtype) for dtype in (None, *HELD)]
 CASES += [("small", "triton", None), ("small", "triton", "int4"), ("small", "simple", None)]  # which reads plain pages
-CASES += [("checkpoint", "cpu", None), ("checkpoint-int4", "cpu", None), ("one layer", "cuda", None)]
+CASES += [("checkpoint", "own", None), ("checkpoint-int4", "own", None)]
+CASES += [pytest.param("one layer", "cuda", None, marks=pytest.mark.on_gpu)]
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,19 @@ class Model:
     dtype: torch.dtype
 
 
+def built(**changes: Any) -> VilaLlamaForCausalLM:
+    model: Any = build(dtype=torch.float32, seed=3, **changes)
+    return model.to(DEVICE)
+
+
 @lru_cache
 def named(name: str) -> Model:
     """A small model, a bundled one, or the first layer of it."""
     if name == "small":
-        made: Any = build(dtype=torch.float32, seed=3, gain=2.0, llm={"head_dim": 16})
+        made: Any = built(gain=2.0, llm={"head_dim": 16})
         return Model(made.params, made.geometry, made.dtype)
-    made = VilaLlamaForCausalLM.from_pretrained(
-        BUNDLED if name == "one layer" else BUNDLED.with_name(name), device="cpu"
-    )
+    folder = BUNDLED if name == "one layer" else BUNDLED.with_name(name)
+    made = VilaLlamaForCausalLM.from_pretrained(folder, device=DEVICE)
     llm = made.params.llm
     few = replace(llm, layers=llm.layers[:1]) if name == "one layer" else llm
     return Model(replace(made.params, llm=few), made.geometry, made.dtype)
@@ -79,12 +85,13 @@ def logits(
 ) -> Tensor:
     """Of every token of WHOLE but the first `known`, which are adopted from a sequence that was run before.
 
-    kernels: those a device runs under the policy ("cuda": interpreted, if need be), or one of prefill_attention.
+    kernels: those this device runs under the policy ("own"), those a GPU does ("cuda": interpreted, if need be), or one
+    of prefill_attention.
     """
     how: dict[str, Any] = {"page_size": page_size, "kv_dtype": kv_dtype, "policy": policy}
-    cache = PagedCache(model.cfg.llm, 256, dtype=model.dtype, **how)
+    cache = PagedCache(model.cfg.llm, 256, dtype=model.dtype, device=DEVICE, **how)
     random.Random(len(cuts)).shuffle(cache.table.free_pages)
-    choice: dict[str, Any] = {"prefill_attention": kernels} if kernels not in ("cpu", "cuda") else {}
+    choice: dict[str, Any] = {"prefill_attention": kernels} if kernels not in ("own", "cuda") else {}
     if kernels == "cuda":
         choice = dict(configured("cuda", "invariant"))
     with use(**choice):
@@ -104,10 +111,10 @@ def test_not_a_bit_of_the_logits_depends_on_how_a_sequence_is_run(name: str, ker
     model = named(name)
     expected = logits(model, kernels, kv_dtype, [])
 
-    @settings(max_examples=max(1, settings().max_examples // (2 if name == "small" and kernels == "cpu" else 9)))
+    @settings(max_examples=max(1, settings().max_examples // (2 if name == "small" and kernels == "own" else 9)))
     @given(
         cuts=st.lists(st.integers(1, 36), max_size=5, unique=True).map(sorted),
-        page_size=st.sampled_from([1, 4, 16, 32, 64, 128, 256] if kernels == "cpu" else [16, 32, 64]),
+        page_size=st.sampled_from([1, 4, 16, 32, 64, 128, 256] if kernels == "own" else [16, 32, 64]),
         others=st.permutations(OTHERS).flatmap(lambda rows: st.sampled_from([rows[:n] for n in range(4)])),
         known=st.integers(0, 36),
     )
@@ -118,26 +125,27 @@ def test_not_a_bit_of_the_logits_depends_on_how_a_sequence_is_run(name: str, ker
     holds()
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's library multiplies 16 rows otherwise than the first 16 of 37")
 def test_without_the_policy_chunks_matter_to_quantised_pages() -> None:
-    whole, chunked = (logits(named("small"), "cpu", "int4", cuts, policy="fast") for cuts in ([], [16]))
+    whole, chunked = (logits(named("small"), "own", "int4", cuts, policy="fast") for cuts in ([], [16]))
     assert torch.equal(whole[:16], chunked[:16]) and not torch.equal(whole[16:], chunked[16:])
 
 
 def test_a_single_token_goes_the_way_of_a_chunk_if_policy_says_so() -> None:
     for policy, decoded in (("invariant", 0), ("fast", 2 * 3)):  # layers and tokens
         with recording() as calls:
-            logits(named("small"), "cpu", None, [34, 35, 36], policy=policy, known=34)
+            logits(named("small"), "own", None, [34, 35, 36], policy=policy, known=34)
         assert sum(n for (op, _), n in calls.items() if op == "decode_attention") == decoded
 
 
 @torch.no_grad()
 def test_pictures_and_padded_batches_change_no_bit_either() -> None:
     """Three conversations with 1, 2 and no pictures, padded to one batch, against each of them alone and in chunks."""
-    model = build(dtype=torch.float32, seed=3, gain=2.0, attention_policy="invariant", prefill_chunk_size=7)
-    images = torch.randn(3, 3, 20, 20, generator=torch.Generator().manual_seed(0))
-    rows = [words(n, seed=n) for n in (12, 14, 13)]
+    model = built(gain=2.0, attention_policy="invariant", prefill_chunk_size=7)
+    images = torch.randn(3, 3, 20, 20, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    rows = [words(n, seed=n).to(DEVICE) for n in (12, 14, 13)]
     rows[0][4] = rows[1][0] = rows[1][9] = vila.IMAGE_TOKEN_INDEX
-    ids, mask = padded([row.tolist() for row in rows])
+    ids, mask = (x.to(DEVICE) for x in padded([row.tolist() for row in rows]))
     together = model(ids, images=images, attention_mask=mask)
     for row, own, found in zip(rows, images.split([1, 2, 0]), together.logits):
         alone = model(row[None], images=own if len(own) else None, chunk_prefilling=True).logits[0]
@@ -147,17 +155,17 @@ def test_pictures_and_padded_batches_change_no_bit_either() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("kv_dtype", [None, "float16", "int8", "int4"])
 def test_nor_does_a_bit_depend_on_whether_there_is_a_cache(kv_dtype: str | None) -> None:
-    model = build(dtype=torch.float32, seed=3, gain=2.0, attention_policy="invariant", kv_dtype=kv_dtype)
-    ids = words(30, seed=1)[None]
+    model = built(gain=2.0, attention_policy="invariant", kv_dtype=kv_dtype)
+    ids = words(30, seed=1).to(DEVICE)[None]
     assert torch.equal(model(ids, use_cache=False).logits, model(ids).logits)
 
 
 @torch.no_grad()
 def test_an_argument_that_is_refused_costs_no_token_of_the_cache() -> None:
-    model = build(dtype=torch.float32, seed=3)
-    model(words(5, seed=1)[None], start_pos=0)
+    model = built()
+    model(words(5, seed=1).to(DEVICE)[None], start_pos=0)
     with pytest.raises(ValueError, match="output_attentions needs the whole sequence in one pass"):
-        model(words(1, seed=1)[None], start_pos=2, output_attentions=True)
+        model(words(1, seed=1).to(DEVICE)[None], start_pos=2, output_attentions=True)
     assert model.cache is not None and model.cache.length(0) == 5
     model.cache.table.alloc()
     for lengths in ([2, 999], [2], [-1, 0]):
@@ -171,6 +179,7 @@ ROWS = {"linear": 1, "rms_norm": 1, "swiglu": 2, "rope": 3}  # arguments that ha
 MARKED = [(impl, i) for op in ROWS for impl in OPS[op].impls.values() for i in range(len(impl.configs))]
 
 
+@pytest.mark.on_gpu
 @pytest.mark.parametrize("impl, config", [case for case in MARKED if case[0].batch_invariant])
 def test_a_row_of_what_is_marked_has_the_same_bits_anywhere(impl: Impl, config: int) -> None:
     sizes: dict[str, Any] = {name: x.high for name, x in OPS[impl.op].domain.items() if isinstance(x, Sizes)}
@@ -192,7 +201,7 @@ def test_a_row_of_what_is_marked_has_the_same_bits_anywhere(impl: Impl, config: 
     ],
 )
 def test_what_does_not_keep_the_promise_is_refused_before_anything_runs(choice: Any, message: str) -> None:
-    model = build(dtype=torch.float32, attention_policy="invariant")
+    model = built(attention_policy="invariant")
     with use(**choice), recording() as calls, pytest.raises(ValueError, match=message):
-        model.generate(words(5)[None])
+        model.generate(words(5).to(DEVICE)[None])
     assert not calls

@@ -7,7 +7,9 @@ import inspect
 
 import pytest
 import torch
+from far import apart
 from hypothesis import given
+from torch import Tensor
 
 from bench.faithful import (
     DEVICE,
@@ -40,6 +42,7 @@ def names(op: Op) -> list[str]:
 EACH_OP = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
+@pytest.mark.on_gpu
 @pytest.mark.parametrize("op, impl, config", CASES)
 def test_faithful(op: Op, impl: Impl, config: dict) -> None:
     @given(sizes=examples(op))
@@ -92,22 +95,18 @@ def test_float64_is_faithful_or_unsupported(op: Op, impl: Impl, config: dict) ->
         assert out.dtype == torch.float64 and ((out - want).abs() <= 2 * finer * allowed).all()
 
 
+@pytest.mark.on_gpu
 @pytest.mark.parametrize("op, impl, config", [case for case in CASES if "k_pages" in names(case.values[0])])
-def test_pages_beyond_32_bits(op: Op, impl: Impl, config: dict) -> None:
+def test_pages_beyond_32_bits(op: Op, impl: Impl, config: dict, far: Tensor) -> None:
     """Pages so far apart that the offsets of the last ones, counted in elements, are more than an int32 holds."""
     sizes = {n: d.values[0] if isinstance(d, OneOf) else d.high for n, d in op.domain.items()} | {"dtype": "float16"}
-    args = arguments(op, seed=0, **sizes)
-    pages = [i for i, name in enumerate(names(op)) if name in ("k_pages", "v_pages")]
-    count, l, g, d = args[pages[0]].shape
-    stride = 2**31 // max(2, count - 3)  # of the last three pages one is never used, and one may be free
-    try:
-        memory = torch.empty(count * stride, dtype=torch.float16, device=DEVICE)  # mostly never touched
-    except RuntimeError:
-        pytest.skip(f"no room for {count * stride} elements")
-    far = list(args)
-    for place, i in enumerate(pages):
-        far[i] = memory.as_strided((count, l, g, d), (stride, g * d, d, 1), place * stride // 2).copy_(args[i])
-    for near_out, far_out in zip(tensors(impl(*args, config=config)), tensors(impl(*far, config=config))):
+    reads = "t" in sizes
+    args = arguments(op, seed=0, **sizes | ({"t": 400} if reads else {}))
+    there = list(args)
+    for place, name in enumerate(("k_pages", "v_pages")):
+        i = names(op).index(name)  # of the last three pages that are read one is never used, and one may be free
+        there[i] = apart(args[i], far, place, last=-3 if reads else -1)
+    for near_out, far_out in zip(tensors(impl(*args, config=config)), tensors(impl(*there, config=config))):
         assert torch.equal(bits(near_out), bits(far_out))
 
 

@@ -4,10 +4,12 @@ Numbers at the end of a name are those of the list of issues that a test is ther
 """
 
 from importlib import import_module
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
+from far import apart
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,8 +40,8 @@ def test_a_quantised_number_is_half_a_scale_off(
     kv: str, scales: torch.dtype, shape: tuple, shift: float, size: float, seed: int
 ) -> None:
     """And at the ends of the range as many roundings of the scale more as there are codes."""
-    x = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + shift) * 2**size
-    held = encode(x, ops.empty_pages((0, shape[-1]), kv, scales=scales))
+    x = ((torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + shift) * 2**size).to(DEVICE)
+    held = encode(x, ops.empty_pages((0, shape[-1]), kv, DEVICE, scales=scales))
     assert isinstance(held, ops.QuantizedPages)
     step = held.scales.double()[..., None]
     exact = held.map(lambda y: y.double() if y.is_floating_point() else y).dense()
@@ -56,7 +58,8 @@ def test_a_quantised_number_is_half_a_scale_off(
 
 @KINDS
 def test_nothing_is_all_that_zeros_become(kv: str) -> None:
-    held = encode(torch.zeros(3, 2, 8), ops.empty_pages((0, 8), torch.float16 if kv == "plain" else kv))
+    like = ops.empty_pages((0, 8), torch.float16 if kv == "plain" else kv, DEVICE)
+    held = encode(torch.zeros(3, 2, 8, device=DEVICE), like)
     assert not (held if isinstance(held, torch.Tensor) else held.dense()).any()
 
 
@@ -93,50 +96,59 @@ def test_pools_that_are_not_what_they_say_stop_at_the_op() -> None:
         ops.decode_attention.impls["simple"](*args, lse=True)
 
 
+@pytest.mark.on_gpu
 @pytest.mark.parametrize("name", ["kv_write", "rope_kv_write"])
 @KINDS
-def test_slots_below_0_touch_nothing_and_pages_beyond_32_bits_are_reached_2(name: str, kv: str) -> None:
+def test_slots_below_0_touch_nothing_and_pages_beyond_32_bits_are_reached_2(
+    name: str, kv: str, far: torch.Tensor
+) -> None:
     """vllm 47671: a page number times a stride, in 32 bits. By a strided view of memory that is mostly never touched:
-    the last page of a pool begins more than 2³¹ bytes from the first."""
+    the last page of a pool begins more than 2³¹ elements from the first."""
     op = ops.kv_write if name == "kv_write" else ops.rope_kv_write
     sizes = dict(s=20, g=2, d=16, l=16, dtype="float16", kv=kv) | ({"ratio": 2} if op is ops.rope_kv_write else {})
     args = list(arguments(op, 0, **sizes))
     args[-1][::3] = -1
-    far = [*args[:-3], *mapped(apart, tuple(args[-3:-1])), args[-1]]
+    pools = narrow(tuple(args[-3:-1]))
+    args[-3:-1] = pools
+    there = [*args[:-3], *moved_apart(pools, far), args[-1]]
     impl = op.impls["triton"]
     for got, want in zip(
-        tensors(impl(*far, config=impl.configs[0])), tensors(op.reference(*mapped(torch.clone, args)))
+        tensors(impl(*there, config=impl.configs[0])), tensors(op.reference(*mapped(torch.clone, args)))
     ):
         assert torch.equal(bits(got), bits(want))
 
 
-def apart(x: torch.Tensor) -> torch.Tensor:
-    """A pool as a view of memory in which its last page begins 2³¹ elements after the first."""
-    stride = 2**31 // (len(x) - 1) + 1
-    inner = [*torch.empty(x.shape[1:], device="meta").stride()]
-    try:
-        memory = torch.empty((len(x) - 1) * stride + x[0].numel(), dtype=x.dtype, device=x.device)
-    except RuntimeError:
-        pytest.skip("no room for 2³¹ elements")
-    return memory.as_strided(x.shape, (stride, *inner)).copy_(x)
+def moved_apart(pools: Any, far: torch.Tensor) -> Any:
+    """The pools as views of memory in which their last pages begin 2³¹ elements after the first."""
+    place = count()
+    return mapped(lambda x: apart(x, far, next(place)), pools)
 
 
+def narrow(pools: Any) -> Any:
+    """The pools with scales and zeros of two bytes each, as `far` has room for."""
+    return mapped(lambda x: x.half() if x.is_floating_point() else x, pools)
+
+
+@pytest.mark.on_gpu
 @KINDS
-def test_decode_reaches_pages_and_scales_beyond_32_bits_2_3_39(kv: str) -> None:
+def test_decode_reaches_pages_and_scales_beyond_32_bits_2_3_39(kv: str, far: torch.Tensor) -> None:
     """vllm 47671, 50427; vllm 49716: strides of scales of their own."""
     q, k_pages, v_pages, *rest = arguments(ops.decode_attention, **{**DECODE, "kv": kv})
+    k_pages, v_pages = narrow((k_pages, v_pages))
     near = TRITON(q, k_pages, v_pages, *rest, config=TRITON.configs[0])
-    far = TRITON(q, mapped(apart, k_pages), v_pages, *rest, config=TRITON.configs[0])
-    assert torch.equal(bits(near), bits(far))
+    there = TRITON(q, moved_apart(k_pages, far), v_pages, *rest, config=TRITON.configs[0])
+    assert torch.equal(bits(near), bits(there))
 
 
-def test_queries_beyond_32_bits_1_4() -> None:
+@pytest.mark.on_gpu
+def test_queries_beyond_32_bits_1_4(far: torch.Tensor) -> None:
     """sglang 20389, SageAttention 386: an index of a query times its stride, of views that are not contiguous."""
     q, *rest = arguments(ops.decode_attention, **{**DECODE, "b": 3})
-    near, far = (TRITON(x, *rest, config=TRITON.configs[0]) for x in (q, apart(q)))
-    assert torch.equal(bits(near), bits(far))
+    near, there = (TRITON(x, *rest, config=TRITON.configs[0]) for x in (q, apart(q, far)))
+    assert torch.equal(bits(near), bits(there))
 
 
+@pytest.mark.on_gpu
 @KINDS
 def test_what_is_not_cached_is_never_in_a_sum_6_7_10_36(kv: str) -> None:
     """vllm 47305, flash-attention 1745, flashinfer 725: 0 · NaN beyond the length, in tails of pages, pages of nobody,
@@ -149,6 +161,7 @@ def test_what_is_not_cached_is_never_in_a_sum_6_7_10_36(kv: str) -> None:
         assert all(torch.isfinite(x).all() for x in out)
 
 
+@pytest.mark.on_gpu
 @KINDS
 def test_a_split_that_is_empty_and_a_sequence_without_tokens_9_33(kv: str) -> None:
     """LMCache 3092, sglang 38142, aiter 5004: -inf - -inf where a split, or all of a sequence, holds no key."""
@@ -161,6 +174,7 @@ def test_a_split_that_is_empty_and_a_sequence_without_tokens_9_33(kv: str) -> No
         assert lse[1].isneginf().all() == (short == 0) and bool(out[1].any()) == (short > 0)
 
 
+@pytest.mark.on_gpu
 def test_logits_far_from_0_8() -> None:
     """vllm 56578: powers that overflow. The largest score is taken off before any is raised."""
     q, k_pages, *rest, scale = arguments(ops.decode_attention, **{**DECODE, "dtype": "float32"})
@@ -209,7 +223,7 @@ def test_a_token_with_large_values_that_counts_for_little_spoils_no_other(
     rng, d = torch.Generator().manual_seed(seed), 32
     k, v = 0.3 * torch.randn(16, 1, d, generator=rng), 100 / ratio * torch.randn(16, 1, d, generator=rng)
     k[at], v[at] = -8, 100 * torch.randn(1, d, generator=rng)
-    pages = [encode(x[None], ops.empty_pages((0, d), kv)) for x in (k, v)]
+    pages = [encode(x[None].to(DEVICE), ops.empty_pages((0, d), kv, DEVICE)) for x in (k, v)]
     q, table, length = torch.ones(1, 1, d, dtype=torch.float16), torch.zeros(1, 1).int(), torch.tensor([16]).int()
     args = mapped(lambda x: x.to(DEVICE), (q, *pages, table, length, d**-0.5))
     assert_faithful(ops.decode_attention, TRITON, TRITON.configs[0], args)

@@ -76,12 +76,14 @@ def check_invariance(impl: Impl, examples: int) -> None:
     holds()
 
 
+@pytest.mark.on_gpu
 @pytest.mark.usefixtures("dots_in_order")
 @pytest.mark.parametrize("name", NAMES)
 def test_not_a_bit_depends_on_chunks_pages_company_or_config(name: str) -> None:
     check_invariance(prefill_attention.impls[name], max(3, settings().max_examples // 2))
 
 
+@pytest.mark.on_gpu
 @pytest.mark.parametrize("name, config", CASES)
 @pytest.mark.parametrize("kv", ["plain", "int8", "int4"])
 def test_log_sum_exp_is_faithful(name: str, config: int, kv: str) -> None:
@@ -93,6 +95,7 @@ def test_log_sum_exp_is_faithful(name: str, config: int, kv: str) -> None:
         pytest.skip(str(reason))
 
 
+@pytest.mark.on_gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_merged_with_attention_to_the_history_alone_it_is_attention_to_both(name: str) -> None:
     """Queries see the chunk causally and all of the history: a call without pages, one whose only keys are in them."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from far import apart
 from torch import Tensor
 
 from bench.faithful import DEVICE, arguments, assert_faithful
@@ -36,35 +37,26 @@ def faithful(impl: Impl, change: Callable[[tuple], tuple] = lambda args: args, *
         pytest.skip(str(reason))
 
 
-def far(*shape: int) -> Tensor:
-    """float16 memory of that shape in which the last index of the first axis begins beyond 2³¹ elements."""
-    stride = 2**31 // (shape[0] - 1) + 8
-    try:
-        memory = torch.empty(stride * shape[0], dtype=torch.float16, device=DEVICE)
-    except RuntimeError:
-        pytest.skip(f"no room for {stride * shape[0]} elements")
-    return memory.as_strided(shape, (stride, *torch.empty(shape, device="meta").stride()[1:]))
-
-
+@pytest.mark.on_gpu
 @each(prefill_attention)
-def test_tokens_beyond_32_bits_in_views_of_one_packed_tensor(op: Op, impl: Impl) -> None:
+def test_tokens_beyond_32_bits_in_views_of_one_packed_tensor(op: Op, impl: Impl, far: Tensor) -> None:
     """An int32 query_start times a stride; q, k and v as views of one product.
 
     https://github.com/sgl-project/sglang/issues/20389 https://github.com/thu-ml/SageAttention/issues/386
     https://github.com/pytorch/pytorch/issues/190857
     """
     q, k, v, *rest = arguments(op, **{**SIZES, "dtype": "float16", "b": 2})
-    packed = far(len(q), 5, SIZES["d"])
-    views = packed[:, :3].copy_(q), packed[:, 3:4].copy_(k), packed[:, 4:].copy_(v)
+    views = apart(torch.cat((q, k, v), 1), far).split([3, 1, 1], 1)
     config = impl.configs[0]
     assert torch.equal(bits(impl(*views, *rest, config=config)), bits(impl(q, k, v, *rest, config=config)))
 
 
+@pytest.mark.on_gpu
 @each(encoder_attention)
-def test_pictures_beyond_32_bits_in_views_of_one_packed_tensor(op: Op, impl: Impl) -> None:
+def test_pictures_beyond_32_bits_in_views_of_one_packed_tensor(op: Op, impl: Impl, far: Tensor) -> None:
     """https://github.com/thu-ml/SageAttention/issues/386"""
     q, k, v, scale = arguments(op, b=2, s=9, h=2, d=24, dtype="float16", seed=0)
-    views = [place.copy_(x) for place, x in zip(far(2, 9, 3, 2, 24).unbind(2), (q, k, v))]
+    views = apart(torch.stack((q, k, v), 2), far).unbind(2)
     config = impl.configs[0]
     assert torch.equal(bits(impl(*views, scale, config=config)), bits(impl(q, k, v, scale, config=config)))
 
@@ -76,12 +68,14 @@ def test_nan_behind_the_history_does_not_enter(op: Op, impl: Impl, t: int) -> No
     faithful(impl, t=t)
 
 
+@pytest.mark.on_gpu
 @each(prefill_attention)
 def test_rows_without_a_query_do_not_spoil_the_others(op: Op, impl: Impl) -> None:
     """NaN out of padding: https://github.com/Dao-AILab/flash-attention/issues/1745"""
     faithful(impl, b=3, s=7, t=40)
 
 
+@pytest.mark.on_gpu
 @each(prefill_attention)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_logits_beyond_the_range_of_exp(op: Op, impl: Impl, dtype: str) -> None:

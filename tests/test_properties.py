@@ -224,9 +224,11 @@ def test_int4_matmul_equals_linear_on_the_plain_weight(impl: str) -> None:
 def test_codes_survive_packing(n: int, k: int, seed: int) -> None:
     q = torch.randint(0, 16, (n, 8 * k), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
     q[0, :8], q[-1, -8:] = torch.arange(8), torch.arange(8, 16)  # all 16, the one that sets the sign bit included
+    q = q.to(DEVICE)
     packed = pack_tiles(q)
     assert packed.dtype == torch.int32 and packed.shape == (-(-n // 16), -(-k // 8), 32, 4)
-    assert torch.equal(codes(ops.Int4(packed, torch.ones(1, n), torch.zeros(1, n), 8 * k)), q)
+    scales, zeros = (torch.full((1, n), x, device=DEVICE) for x in (1.0, 0.0))
+    assert torch.equal(codes(ops.Int4(packed, scales, zeros, 8 * k)), q)
 
 
 @given(
@@ -242,7 +244,7 @@ def test_quantised_weight_is_half_a_step_off(
 ) -> None:
     """The range is 15 steps and 0 is one of them, but the step is rounded, which moves the ends by 15 roundings."""
     rng = torch.Generator().manual_seed(seed)
-    plain = (torch.randn(n, groups * group, generator=rng) + shift).to(dtype)
+    plain = (torch.randn(n, groups * group, generator=rng) + shift).to(DEVICE, dtype)
     w = ops.quantize(plain, group)
     steps = w.scales.double().t().repeat_interleave(group, 1)
     off = (ops.dequantize(w, torch.float64) - plain.double()).abs() / steps

@@ -49,6 +49,7 @@ PROPERTIES = SimpleNamespace(
     memory_bus_width=5120,
 )
 host_generator, host_tensor, host_as_tensor, host_to = torch.Generator, torch.tensor, torch.as_tensor, Tensor.to
+host_attention = torch.nn.functional.scaled_dot_product_attention
 
 
 class _AnyGenerator(type(host_generator)):
@@ -104,6 +105,15 @@ def default_device() -> torch.device:
     """What a `with torch.device(...)` says."""
     modes = torch.overrides._get_current_function_mode_stack()
     return next((m.device for m in reversed(modes) if isinstance(m, DeviceContext)), torch.device("cpu"))
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+    """torch's scaled_dot_product_attention, which in C++ would make the mask of a causal one on the CPU."""
+    if kwargs.get("is_causal") and isinstance(query, CudaTensor):
+        size = query.shape[-2], key.shape[-2]
+        attn_mask = torch.ones(size, dtype=torch.bool, device=query.device).tril()
+        kwargs["is_causal"] = False
+    return host_attention(query, key, value, attn_mask, *args, **kwargs)
 
 
 class Event:
@@ -246,6 +256,7 @@ for name, answer in ANSWERS.items():
     setattr(torch.cuda, name, answer)
 torch.Generator, torch.tensor, torch.as_tensor = Generator, tensor, as_tensor  # pyright: ignore
 torch.Tensor.to = to  # pyright: ignore
+torch.nn.functional.scaled_dot_product_attention = attention
+torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to: `param.data = x` leaves what param says
 torch.Tensor.cuda = lambda self, device=None, *args, **kwargs: self.to("cuda" if device is None else device)  # pyright: ignore
-torch.__future__.set_overwrite_module_params_on_conversion(True)  # as between devices: C++ would keep the old ones
 Factories().__enter__()
