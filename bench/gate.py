@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from vila_triton.registry import OPS, Impl, Op, Unsupported
 
 from .cases import Case
+from .failure import crash
 from .faithful import DEVICE, arguments, assert_faithful, budget, examples, hold, supported, within_budget
 from .guarded import tensors
-from .report import crash
 
 EXAMPLES = 12
 # A case is checked itself where float64 takes no longer than this many flops, and its arguments no more bytes.

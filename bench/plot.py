@@ -34,7 +34,7 @@ FIELDS = {
     "op": ("op impl case sizes config", "seconds low high cold flops bytes peer"),
     "ceiling": ("", "bandwidth flops"),
     "tune timed": ("op impl sizes config", "seconds timer"),
-    **{f"tune {status}": ("op impl sizes config", "") for status in ("gate", "compile", "cost")},
+    **{f"tune {status}": ("op impl sizes config", "") for status in ("gate", "compile", "cost", "time")},
     "memory": ("choice layers length chunk", "cache peak"),
     "model prefill": ("model layers weights choice batch prompt", "seconds"),
     "model stream": ("model layers weights choice batch prompt history", "seconds"),

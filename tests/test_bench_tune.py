@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ class Inline:
     def __init__(self, seconds: float = 0.0):
         self.seconds, self.asked = seconds, []
 
-    def run(self, stage: str, jobs: Sequence[Job]) -> Iterator[tuple[int, Answer]]:
+    def run(self, stage: str, jobs: Sequence[Job], deadline: float = inf) -> Iterator[tuple[int, Answer]]:
         for i, job in enumerate(jobs):
             self.asked.append((stage, job["config"]["BLOCK"]))
             time.sleep(self.seconds)

@@ -1,15 +1,17 @@
-"""A failure in words and as a map of its errors, the way `check` prints it."""
+"""A failure in words and as a map of its errors, the way `check` prints it; and what is to be done after one."""
 
+import gc
 import math
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.registry import Impl
+from vila_triton.registry import Impl, Unsupported
 
 from .faithful import excess
 from .guarded import Unfaithful
@@ -52,6 +54,21 @@ def crash(error: Exception) -> str:
     """The exception in one line; if the interpreter wrapped another in it, that one."""
     inner = error.__cause__ or error
     return f"{type(inner).__name__}: {inner}".splitlines()[0]
+
+
+def refusal(error: Exception) -> str:
+    """Why something got no time, in one line."""
+    return f"unsupported: {error}" if isinstance(error, Unsupported) else crash(error)
+
+
+def release(device: torch.device) -> None:
+    """After a failure: give back what it left allocated, which is not before its traceback is gone, so not while it is
+    handled. Errors: RuntimeError if the failure broke the CUDA context, so that nothing after it would be true.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 def places(error: BaseException, impl: Impl) -> list[str]:
