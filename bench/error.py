@@ -108,7 +108,7 @@ def report(args: argparse.Namespace) -> None:
                 rows.write(args.out, [row])
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", metavar="OP", help=f"of {', '.join(tables())}")
     parser.add_argument("--impl", action="append", default=[], help="only this implementation (may be repeated)")
@@ -116,7 +116,11 @@ def main() -> int:
     parser.add_argument("--toy", action="store_true", help="few inputs: for a rehearsal")
     parser.add_argument("--peers", action="store_true", help="other libraries' kernels too, where installed")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = parser().parse_args()
     try:
         names()
         if args.peers:

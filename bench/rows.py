@@ -19,6 +19,7 @@ import torch
 import triton
 
 ROOT = Path(__file__).resolve().parent.parent
+STAMP = ("device", "torch", "triton", "python", "commit", "date")  # where and when a row was measured
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -51,14 +52,8 @@ def commit() -> str:
 
 def stamp(device: torch.device) -> dict[str, str]:
     """Where and when a row was measured: goes into every row."""
-    return {
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": commit(),
-        "date": date.today().isoformat(),
-    }
+    versions = torch.__version__, triton.__version__, platform.python_version()
+    return dict(zip(STAMP, (device_name(device), *versions, commit(), date.today().isoformat()), strict=True))
 
 
 def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
