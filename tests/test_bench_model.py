@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench import geometry, model, steps, work
 from bench.runners import HF, Ours, Theirs, build, wrong
-from bench.steps import Step, peak, times
+from bench.steps import Step, peak_bytes, times
 from bench.timing import Ceilings
 from vila_triton.registry import OPS, REFERENCE, Impl, Unsupported
 
@@ -162,7 +162,7 @@ def test_runners_take_turns_and_start_each_from_the_same_cache() -> None:
 
 def test_peak_memory_counts_cache_and_activations_but_no_weights() -> None:
     made = build(geometry.load("tiny", 2).llm, "float32", CPU)
-    short, long = (peak(Ours(made, "default"), Step("memory", 1, n, 0), CPU) for n in (64, 640))
+    short, long = (peak_bytes(Ours(made, "default"), Step("memory", 1, n, 0), CPU) for n in (64, 640))
     cache = work.cache_bytes(made.cfg, torch.float32)
     assert 64 * cache < short < 64 * cache + 2 * 2**20
     assert long - short > 576 * cache
