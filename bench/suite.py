@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from . import estimate, rows
+from . import rows
 from .goals import met
 from .plan import Step, allot, left_out, steps
 
@@ -138,6 +138,8 @@ def main() -> int:
     seconds = 60 * args.minutes - OWN
     plan = steps((args.out or Path("out")).resolve(), args.stand_in)
     if args.estimate:
+        from . import estimate  # not above: where there is no GPU, its import turns the interpreter on, for steps too
+
         print(*estimate.lines(plan, seconds), *left_out(plan, seconds), sep="\n")
         return 0
     if args.out is None:

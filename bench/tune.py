@@ -245,6 +245,8 @@ def main() -> int:
     workers: Workers | None = None
     try:
         known = chosen(args)
+        if args.candidates is not None and args.candidates < 1:
+            raise ValueError(f"--candidates {args.candidates}: expected 1 or more")
         if (args.check or args.report) and args.out and not args.out.is_dir():
             raise ValueError(f"--out {args.out}: there is no such folder")
         if args.check:
