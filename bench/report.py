@@ -44,14 +44,18 @@ def text(values: Mapping[str, Any]) -> str:
 
 
 def correctness(found: Sequence[Row]) -> Iterator[Html]:
-    """How many of each op are right, then those that are not."""
-    wrong = [row for row in found if row["reason"]]
-    count = {row["op"]: [0, 0] for row in found}
+    """How many of each op are right, or what else became of them, then those that are wrong; the rest by the reason."""
+    states = list(dict.fromkeys(["right", *(row["state"] for row in found)]))
+    count = {row["op"]: Counter[str]() for row in found}
     for row in found:
-        count[row["op"]][bool(row["reason"])] += 1
-    yield table(["op", "right", "wrong"], [[op, *map(str, both)] for op, both in count.items()], "-nn")
+        count[row["op"]][row["state"]] += 1
+    yield table(
+        ["op", *states], [[op, *(str(of[s]) for s in states)] for op, of in count.items()], "-" + "n" * len(states)
+    )
+    wrong = [row for row in found if row["state"] in ("wrong", "crashed")]
     if wrong:
         yield table(["op", "what", "why"], [[row["op"], about(row), mark(row["reason"], "bad")] for row in wrong])
+    yield from refused([row for row in found if row["state"] not in ("right", "wrong", "crashed")])
 
 
 def about(row: Row) -> str:
@@ -181,7 +185,7 @@ class Section:
 TIME = "op case sizes impl config served gated seconds low high noise bytes bytes_share flops flops_share cold"
 SECTIONS = {  # by kind of row, in the order of the page
     "step": Section("Steps", steps, "step state seconds last"),
-    "correctness": Section("Correctness", correctness, "op reason"),
+    "correctness": Section("Correctness", correctness, "op state reason"),
     "ceiling": Section("Times", ceilings, "bandwidth flops"),
     "op": Section("", times, TIME),
     "model": Section("The model", model, "model layers what weights choice"),

@@ -98,8 +98,8 @@ def summary(outcomes: Sequence[Outcome], measured: Path) -> Iterator[str]:
     for outcome in outcomes:
         yield f"{outcome.state:12}{outcome.seconds:7.1f} s  {outcome.step.name:24}{outcome.last[:120]}"
     found = list(rows.read(measured)) if measured.exists() else []
-    if right := [not row["reason"] for row in found if row["kind"] == "correctness"]:
-        yield f"correctness: {sum(right)} of {len(right)} are right"
+    if states := Counter(row["state"] for row in found if row["kind"] == "correctness"):
+        yield "correctness: " + ", ".join(f"{count} {state}" for state, count in states.items())
     if reasons := Counter(row["reason"] for row in found if row["kind"] == "refused"):
         reason, often = reasons.most_common(1)[0]
         yield f"no time: {reasons.total()}; most often, {often} times: {reason[:120]}"

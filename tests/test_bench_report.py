@@ -87,8 +87,9 @@ def test_runs_stand_apart_and_tables_of_what_is_right_and_searches_are_made(tmp_
     rows.write(
         file,
         [
-            {"kind": "correctness", "op": "rope", "reason": None, **here},
-            {"kind": "correctness", "op": "rope", "impl": "triton", "reason": "Unfaithful: off", **here},
+            {"kind": "correctness", "op": "rope", "state": "right", "reason": "", **here},
+            {"kind": "correctness", "op": "rope", "state": "wrong", "reason": "Unfaithful: off", **here},
+            {"kind": "correctness", "op": "rope", "state": "not reached", "reason": "150 s were over", **here},
             {"kind": "step", "step": "model", "state": "out of time", "seconds": 70.0, "last": "x", **here},
             {**tuned, "config": {"BLOCK": 1}, "seconds": 2e-6, **here},
             {**tuned, "config": {"BLOCK": 2}, "seconds": 1e-6, **here},
@@ -98,7 +99,12 @@ def test_runs_stand_apart_and_tables_of_what_is_right_and_searches_are_made(tmp_
     html = page(file)
     seen = words(html)
     assert re.findall("<h1>(.*?)</h1>", html) == ["GPU one", "GPU two"]
-    assert "rope 1 1" in seen and "Unfaithful: off" in seen and "model out of time 70.0 s" in seen
+    assert (
+        "op right wrong not reached rope 1 1 1" in seen
+        and "1 x 150 s were over" in seen
+        and "Unfaithful: off" in seen
+        and "model out of time 70.0 s" in seen
+    )
     assert re.search(r"s=8 2 +1\.00 us 2\.00 2", seen) and "1 x OutOfMemoryError: 20 GiB" in seen
 
 
