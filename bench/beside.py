@@ -20,10 +20,10 @@ from vila_triton.models.layers import Affine
 from vila_triton.ops import Int4
 from vila_triton.registry import OPS, Impl, Op, discover
 
+from .failure import crash
 from .faithful import DEVICE, budget, exactly, excess
 from .gate import CASE_BYTES
 from .guarded import bits, mapped, tensors
-from .report import crash
 
 MOST_ULPS = (0, 1, 3, 7, 63)  # the last of each bucket of the histogram but the last two: more, and NaN
 BUCKETS = ("0", "1", "2-3", "4-7", "8-63", "64+", "NaN")

@@ -23,8 +23,8 @@ if not torch.cuda.is_available():
 from vila_triton.registry import OPS, REFERENCE, Impl, Op, Unsupported, discover
 
 from . import bundle
+from .failure import described, elements, line, settings
 from .faithful import DEVICE, arguments, assert_faithful
-from .report import described, elements, line, settings
 from .search import DeviceLost, Verdict, search
 
 Pair = tuple[Impl, int]  # an implementation and the number of one of its configs

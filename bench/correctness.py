@@ -43,10 +43,10 @@ from vila_triton.space import Config, canonical
 
 from . import rows
 from .compiled import holds_kernels
+from .failure import settings
 from .faithful import DEVICE, LEFT_OUT, example
 from .gate import fault
 from .guarded import LAYOUTS
-from .report import settings
 from .search import alive
 
 PYTHON = [sys.executable, "-m"]  # what starts a process

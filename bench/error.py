@@ -22,13 +22,13 @@ if not torch.cuda.is_available():
 import tomllib
 
 from vila_triton.choices import configs
-from vila_triton.registry import OPS, Impl, Unsupported
+from vila_triton.registry import OPS, Impl
 
 from . import peers, rows
 from .cases import combinations, names
+from .failure import refusal, release
 from .faithful import DEVICE, LEFT_OUT, arguments, exactly
 from .guarded import mapped, tensors
-from .report import crash
 from .spelling import brief
 
 HALF = "float16"
@@ -53,26 +53,30 @@ def error_of(impl: Impl, config: Mapping[str, Any], args: Any, exact: torch.Tens
     """`rms` and `worst`, as shares of the root mean square of the exact results; or why there are none."""
     try:
         (out,) = tensors(impl(*mapped(torch.clone, args), config=config))
-    except Unsupported as reason:
-        return f"unsupported: {reason}"
     except Exception as error:  # an implementation may fail in any way; the others go on
-        return crash(error)
+        return refusal(error)
     off, size = (out.double() - exact).abs(), exact.square().mean().sqrt()
     return {"rms": (off.square().mean().sqrt() / size).item(), "worst": (off.amax() / size).item()}
 
 
 def measured(op: str, sizes: Mapping[str, Any], impls: Sequence[str], every: bool) -> Iterator[dict[str, Any]]:
     """A row for each implementation and config at these sizes."""
-    args, here = arguments(OPS[op], seed=0, **sizes), rows.stamp(torch.device(DEVICE))
-    (exact,) = exactly(OPS[op], args)
+    here, args, exact, missing = rows.stamp(torch.device(DEVICE)), None, None, ""
+    try:
+        args = arguments(OPS[op], seed=0, **sizes)
+        (exact,) = exactly(OPS[op], args)
+    except Exception as error:  # these sizes may fail in any way; the others go on
+        missing = refusal(error)
     for impl in OPS[op].impls.values():
         if impls and impl.name not in impls:
             continue
         for config in impl.configs if every else impl.configs[:1]:
             about = {"op": op, "impl": impl.name, "sizes": dict(sizes), "config": dict(config)}
-            found = error_of(impl, config, args, exact)
+            found = missing if exact is None else error_of(impl, config, args, exact)
             error = {"rms": None, "worst": None, "reason": found} if isinstance(found, str) else {**found, "reason": ""}
             yield {"kind": "error", **about, **error, **here}
+            if error["reason"]:
+                release(torch.device(DEVICE))
 
 
 def line(row: Mapping[str, Any], yardstick: float | None) -> str:
@@ -104,7 +108,7 @@ def report(args: argparse.Namespace) -> None:
                 rows.write(args.out, [row])
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", metavar="OP", help=f"of {', '.join(tables())}")
     parser.add_argument("--impl", action="append", default=[], help="only this implementation (may be repeated)")
@@ -112,7 +116,11 @@ def main() -> int:
     parser.add_argument("--toy", action="store_true", help="few inputs: for a rehearsal")
     parser.add_argument("--peers", action="store_true", help="other libraries' kernels too, where installed")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = parser().parse_args()
     try:
         names()
         if args.peers:

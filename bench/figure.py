@@ -87,13 +87,13 @@ def unit_axis(axis: Any, unit: str | None) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def save(fig: Figure, file: Path, stamp: Mapping[str, Any]) -> list[Path]:
-    """Write FILE.png and FILE.svg, with the stamp of the rows they show; returns both paths."""
+def save(fig: Figure, file: Path, stamp: Mapping[str, Any], endings: Sequence[str] = (".png", ".svg")) -> list[Path]:
+    """Write FILE.png and FILE.svg, with the stamp of the rows they show; returns the paths."""
     words = (str(stamp.get(key, "")) for key in ("device", "date", "commit"))
     versions = " ".join(f"{key} {stamp[key]}" for key in ("torch", "triton") if key in stamp)
     fig.supxlabel(" | ".join(word for word in (*words, versions) if word), fontsize=7, color=GREY, x=0.01, ha="left")
     file.parent.mkdir(parents=True, exist_ok=True)
-    paths = [file.parent / f"{file.name}{ending}" for ending in (".png", ".svg")]
+    paths = [file.parent / f"{file.name}{ending}" for ending in endings]
     for path in paths:
         fig.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(fig)

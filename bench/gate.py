@@ -11,9 +11,9 @@ import torch
 from vila_triton.registry import OPS, Impl, Op, Sizes, Unsupported
 
 from .cases import Case, call_arguments
+from .failure import crash
 from .faithful import DEVICE, LEFT_OUT, SHARED, Example, example
 from .guarded import LAYOUTS, Layout, mapped, tensors
-from .report import crash
 
 EXAMPLES = 12
 TRIES = 10 * EXAMPLES  # examples an implementation may refuse before it is said to support nothing

@@ -18,8 +18,9 @@ a CPU rehearse this: goals are for GPUs.
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import goals_attention, rows
 from .points import Point, goal, points
@@ -40,6 +41,12 @@ def goals(at: Sequence[Point]) -> Iterator[str]:
     yield f"  stretch: {sum(r >= STRETCH for r in stretch)} of {len(stretch)} points reach {STRETCH}"
     yield from goal("floor", FLOOR, floor, at)
     yield from goal("gemlite", 1.0, lambda p: p.ratio("gemlite", "gemlite_float32"), at)
+
+
+def met(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines that say which goals are met, of what there are rows of."""
+    at = points(found)
+    return [*(goals(at) if any(p.ours for p in at) else ()), *goals_attention.goals(found)]
 
 
 def table(at: Sequence[Point]) -> Iterator[str]:

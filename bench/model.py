@@ -17,21 +17,24 @@ import argparse
 import statistics
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from vila_triton.choices import configs, pick_device
-from vila_triton.registry import Unsupported, checked
+from vila_triton.registry import checked
 
 from . import geometry, predict, rows, work
+from .failure import refusal, release
 from .runners import HF, Ours, Runner, Theirs, build, chosen, wrong
 from .steps import Step, peak, steps, times, tokens
 from .timing import ceilings
 
 WEIGHTS = ("float32", "float16", "bfloat16", "int4")
+T = TypeVar("T")
 GATE = 24  # tokens of the prompt whose logits are checked
 
 
@@ -42,31 +45,37 @@ def run(
     (`ratio_hf`), and over those of the first runner (`ratio_first`).
     """
     here = rows.stamp(device)
-    theirs = {runner.model.weights: i for i, runner in enumerate(runners) if isinstance(runner, Theirs)}
+    hf = {runner.model.weights: i for i, runner in enumerate(runners) if isinstance(runner, Theirs)}
     for step in todo:
         print(f"measuring {step}", file=sys.stderr)
         timed = step.what != "memory"
         seconds = times(runners, step, rounds, device) if timed else []
         for i, runner in enumerate(runners):
             model = runner.model
-            about = {
-                "kind": "model", "what": step.what, "model": name, "layers": model.cfg.num_hidden_layers,
-                "weights": model.weights, "dtype": str(model.dtype).removeprefix("torch."), "choice": runner.name,
-                **step.about,
-            }  # fmt: skip
-            if not timed:
-                yield {**about, "peak_bytes": peak(runner, step, device), **here}
+            about = {"what": step.what, **described(name, runner), **step.about}
+            found = seconds[i] if timed else peak(runner, step, device)
+            if isinstance(found, str):
+                yield {"kind": "refused", **about, "reason": found, **here}
+                continue
+            if isinstance(found, int):
+                yield {"kind": "model", **about, "peak_bytes": found, **here}
                 continue
             least = work.language(runner.reads, step.batch, step.new, step.history, model.dtype)
-            middle = statistics.median(seconds[i])
-            found = {
-                "seconds": middle, "low": min(seconds[i]), "high": max(seconds[i]), "rounds": rounds,
+            middle = statistics.median(found)
+            figures = {
+                "seconds": middle, "low": min(found), "high": max(found), "rounds": rounds,
                 "tokens_per_s": step.batch * step.new / middle, "limit_seconds": least.bytes / bandwidth,
-                "ratio_first": ratio(seconds[i], seconds[0]),
             }  # fmt: skip
-            if model.weights in theirs:
-                found["ratio_hf"] = ratio(seconds[i], seconds[theirs[model.weights]])
-            yield {**about, **found, **here}
+            beside = {"ratio_first": seconds[0], "ratio_hf": seconds[hf[model.weights]] if model.weights in hf else ""}
+            figures |= {key: ratio(found, other) for key, other in beside.items() if not isinstance(other, str)}
+            yield {"kind": "model", **about, **figures, **here}
+
+
+def described(name: str, runner: Runner) -> dict[str, Any]:
+    """What a row says of a runner."""
+    model, dtype = runner.model, str(runner.model.dtype).removeprefix("torch.")
+    about = {"model": name, "layers": model.cfg.num_hidden_layers}
+    return {**about, "weights": model.weights, "dtype": dtype, "choice": runner.name}
 
 
 def ratio(mine: Sequence[float], other: Sequence[float]) -> float:
@@ -74,19 +83,21 @@ def ratio(mine: Sequence[float], other: Sequence[float]) -> float:
 
 
 HEAD = (
-    f"{'':36}{'ms':>10}{'low':>10}{'high':>10}{'tokens/s':>10}{'limit ms':>10}{'of limit':>9}{'x hf':>7}{'x first':>8}"
+    f"{'':36}{'ms':>10}{'low':>10}{'high':>10}{'tokens/s':>10}{'limit ms':>10}{'of limit':>9}{'x hf':>8}{'x first':>8}"
 )
 
 
 def show(row: Mapping[str, Any]) -> str:
     """One line of the table."""
     label = f"  {row['weights']} {row['choice']}"
+    if row["kind"] == "refused":
+        return f"{label:36.36}  no time: {row['reason']}"
     if row["what"] == "memory":
         return f"{label:36.36}{row['peak_bytes'] / 2**20:10.1f} MiB"
     ms = "".join(f"{row[key] * 1e3:10.2f}" for key in ("seconds", "low", "high"))
     limit = f"{row['limit_seconds'] * 1e3:10.2f}{row['limit_seconds'] / row['seconds']:9.1%}"
-    beside = f"{row['ratio_hf']:7.3f}" if "ratio_hf" in row else f"{'-':>7}"
-    return f"{label:36.36}{ms}{row['tokens_per_s']:10.1f}{limit}{beside}{row['ratio_first']:8.3f}"
+    ratios = (f"{row[key]:8.3f}" if key in row else f"{'-':>8}" for key in ("ratio_hf", "ratio_first"))
+    return f"{label:36.36}{ms}{row['tokens_per_s']:10.1f}{limit}{''.join(ratios)}"
 
 
 def published(model: str) -> Iterator[str]:
@@ -106,17 +117,14 @@ def published(model: str) -> Iterator[str]:
         yield from (head + ", ".join(found) for head, found in lines.items())
 
 
-def gated(runners: Sequence[Runner]) -> Iterator[Runner]:
-    """The runners whose logits are right; the others are named, and get no time."""
-    for runner in runners:
-        try:
-            reason = wrong(runner, tokens(runner, 1, GATE)[0])
-        except Unsupported as error:
-            reason = f"unsupported: {error}"
-        if reason is None:
-            yield runner
-        else:
-            print(f"  {runner.model.weights} {runner.name}: no time, {reason}", flush=True)
+def attempt(do: Callable[[], T], device: torch.device) -> T | str:
+    """What it returns, or why it failed: one kind of weights or one runner may, in any way, and the others go on."""
+    try:
+        return do()
+    except Exception as error:
+        reason = refusal(error)
+    release(device)
+    return reason
 
 
 def concerns_all(choice: str) -> bool:
@@ -133,7 +141,7 @@ def numbers(text: str) -> list[int]:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Build, check, time, print and write; 1 if a runner got no time."""
+    """Build, check, time, print and write; 1 if something got no time."""
     device = pick_device(args.device)
     shape = geometry.load(args.model, args.layers)
     todo = list(steps(args.prompts, args.histories, args.batches, args.contexts))
@@ -147,17 +155,39 @@ def compare(args: argparse.Namespace) -> int:
         raise ValueError(f"{longest} tokens, but {shape.name} was made for {shape.llm.max_position_embeddings}")
     for choice in args.choice:
         checked(chosen(choice))
-    most = ceilings(device, ())
-    here = f"{rows.device_name(device)}, {most.bandwidth / 1e9:.1f} GB/s"
-    print(f"{shape.name}, {shape.llm.num_hidden_layers} layers, {here}", flush=True)
+    most, here = ceilings(device, ()), rows.stamp(device)
+    print(f"{shape.name}, {shape.llm.num_hidden_layers} layers, {here['device']}, {most.bandwidth / 1e9:.1f} GB/s")
+    refused = 0
+
+    def refuse(about: Mapping[str, Any], reason: str) -> None:
+        nonlocal refused
+        refused += 1
+        print(f"  {about['weights']} {about['choice']}: no time, {reason}", flush=True)
+        if args.out:
+            rows.write(args.out, [{"kind": "refused", **about, "reason": reason, **here}])
+
     runners: list[Runner] = []
     for weights in args.weights.split(","):
         print(f"building {weights}", file=sys.stderr)
-        model = build(shape.llm, weights, device)
+        model = attempt(partial(build, shape.llm, weights, device), device)
+        if isinstance(model, str):
+            about = {"what": "build", "model": args.model, "layers": shape.llm.num_hidden_layers, "choice": "all"}
+            refuse({**about, "weights": weights}, model)
+            continue
         runners += [Ours(model, choice) for choice in args.choice if weights == "int4" or concerns_all(choice)]
         if args.against == "hf":
-            runners.append(Theirs(model))
-    right = list(gated(runners))
+            theirs = attempt(partial(Theirs, model), device)
+            if isinstance(theirs, str):
+                refuse({"what": "build", "model": args.model, "weights": weights, "choice": HF}, theirs)
+            else:
+                runners.append(theirs)
+    right: list[Runner] = []
+    for runner in runners:
+        reason = attempt(partial(wrong, runner, tokens(runner, 1, GATE)[0]), device)
+        if reason is None:
+            right.append(runner)
+        else:
+            refuse({"what": "logits", **described(args.model, runner)}, reason)
     print(HEAD)
     last = None
     for row in run(args.model, right, todo, args.rounds, most.bandwidth, device) if right else ():
@@ -166,13 +196,14 @@ def compare(args: argparse.Namespace) -> int:
             last = row["what"], step
             print(f"\n{row['what']}: {step}")
         print(show(row), flush=True)
+        refused += row["kind"] == "refused"
         if args.out:
             rows.write(args.out, [row])
     print("", *published(args.model), sep="\n")
-    return int(len(right) < len(runners))
+    return int(refused > 0)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vila1.5-3b", help="a name of configs/models, or a .toml file")
     parser.add_argument("--layers", type=int, help="only so many of the language model's")
@@ -188,11 +219,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     parser.add_argument("--device")
     parser.add_argument("--predict", metavar="GPU", help="time nothing: what the model could do at best, on paper")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     if args.predict:
-        others = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+        others = [name for name, value in vars(args).items() if value != parser().get_default(name)]
         if ignored := [f"--{name}" for name in others if name not in ("predict", "model")]:
-            parser.error(f"--predict takes --model and nothing else, not {', '.join(ignored)}")
+            parser().error(f"--predict takes --model and nothing else, not {', '.join(ignored)}")
         return predict.main(["--gpu", args.predict, "--model", args.model])
     args.choice = args.choice or ["default"]
     try:

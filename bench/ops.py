@@ -25,12 +25,13 @@ if not torch.cuda.is_available():
 
 from vila_triton.choices import pick_device
 from vila_triton.ops.domain import DTYPES
-from vila_triton.registry import OPS, REFERENCE, Impl, Unsupported
+from vila_triton.registry import OPS, REFERENCE, Impl
 from vila_triton.tuned import config_at, kernels_for, name_of
 
 from . import rows
 from .cases import Case, call_arguments, cases, names
 from .compiled import holds_kernels
+from .failure import refusal, release
 from .gate import gate, numbers_gate
 from .spelling import brief, unit
 from .timing import Ceilings, Timing, ceilings, measure
@@ -97,8 +98,8 @@ def timed(
     try:
         args = call_arguments(case, device)
         return measure(lambda *args: impl(*args, config=config), args, device, budget), cost_of(case, args)
-    except Unsupported as reason:
-        return f"unsupported: {reason}"
+    except Exception as error:  # whatever is wrong with one, memory that is not there included, the others go on
+        return refusal(error)
 
 
 def run(
@@ -123,6 +124,7 @@ def run(
             found = timed(impl, config, case, device, budget, check if gated else lambda *_: None)
             if isinstance(found, str):
                 yield {"kind": "refused", **about, "reason": found, **here}
+                release(device)
             else:
                 timing, cost = found
                 extra = {"noise": timing.noise, "peer": is_peer(impl)}
@@ -161,7 +163,7 @@ def select(ops: Sequence[str], only: str | None, dtype: str, device: torch.devic
     return fits
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all")
     parser.add_argument("--impl", action="append", default=[], help="only this implementation (may be repeated)")
@@ -175,9 +177,13 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=0.2, help="seconds for each of the two runs of a figure")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     parser.add_argument("--device")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = parser().parse_args()
     if args.budget <= 0:
-        parser.error(f"--budget {args.budget}: expected seconds, more than 0")
+        parser().error(f"--budget {args.budget}: expected seconds, more than 0")
     try:
         device = pick_device(args.device)
         known = names()

@@ -34,7 +34,7 @@ FIELDS = {
     "op": ("op impl case sizes config", "seconds low high cold flops bytes peer"),
     "ceiling": ("", "bandwidth flops"),
     "tune timed": ("op impl sizes config", "seconds timer"),
-    **{f"tune {status}": ("op impl sizes config", "") for status in ("gate", "compile", "cost")},
+    **{f"tune {status}": ("op impl sizes config", "") for status in ("gate", "compile", "cost", "time")},
     "memory": ("choice layers length chunk", "cache peak"),
     "model prefill": ("model layers weights choice batch prompt", "seconds"),
     "model stream": ("model layers weights choice batch prompt history", "seconds"),
@@ -96,6 +96,11 @@ def load(files: Sequence[Path], run: str) -> dict[str, list[Row]]:
     return {kind: [row for row in latest.values() if row["kind"] == kind] for kind in KINDS}
 
 
+def files_of(paths: Sequence[Path]) -> list[Path]:
+    """Files of rows, and those in folders."""
+    return [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+
+
 def run_of(row: Row) -> str:
     return " | ".join(str(row[name]) for name in RUN.split())
 
@@ -120,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = args.only.split(",")
         if unknown := [name for name in chosen if name not in PICTURES]:
             raise ValueError(f"no picture {', '.join(unknown)}; there are: {', '.join(PICTURES)}")
-        files = [file for path in args.rows for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+        files = files_of(args.rows)
         found = load(files, args.run)
         if not files:
             raise ValueError(f"no rows (*.jsonl) in {', '.join(map(str, args.rows))}")

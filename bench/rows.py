@@ -1,8 +1,14 @@
-"""Results as rows: one JSON object a line, each with what it was measured on. Plots are made from rows alone."""
+"""Results as rows: one JSON object a line, each with what it was measured on. Plots are made from rows alone.
+
+A process may be killed at any moment: a line goes to its file in one write, and one that was cut off nevertheless is
+left out by who reads and dropped by who writes next.
+"""
 
 import json
+import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from datetime import date
 from functools import lru_cache
@@ -13,6 +19,7 @@ import torch
 import triton
 
 ROOT = Path(__file__).resolve().parent.parent
+STAMP = ("device", "torch", "triton", "python", "commit", "date")  # where and when a row was measured
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -45,32 +52,35 @@ def commit() -> str:
 
 def stamp(device: torch.device) -> dict[str, str]:
     """Where and when a row was measured: goes into every row."""
-    return {
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": commit(),
-        "date": date.today().isoformat(),
-    }
+    versions = torch.__version__, triton.__version__, platform.python_version()
+    return dict(zip(STAMP, (device_name(device), *versions, commit(), date.today().isoformat()), strict=True))
 
 
 def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows; each is on disk before the next is asked for."""
+    """Append rows; each is on disk before the next is asked for. One process at a time writes to a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as out:
+    with file.open("a+b", buffering=0) as out:
+        if out.tell():
+            out.seek(-1, os.SEEK_END)
+            if out.read(1) != b"\n":
+                out.truncate(file.read_bytes().rfind(b"\n") + 1)
         for row in rows:
-            out.write(json.dumps(row) + "\n")
-            out.flush()
+            out.write(json.dumps(row).encode() + b"\n")
 
 
 def read(*files: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of the files, or those of one kind. Errors: ValueError naming file and line of what is no row."""
+    """The rows of the files, or those of one kind; a last line without its end is left out, with a word.
+
+    Errors: ValueError naming file and line of what is no row.
+    """
     for file in files:
-        for number, line in enumerate(file.read_text().splitlines(), 1):
+        *lines, rest = file.read_bytes().split(b"\n")
+        if rest:
+            print(f"{file}:{len(lines) + 1} was cut off in the middle and is left out", file=sys.stderr)
+        for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise ValueError(f"{file}:{number} is not a row: {error}") from None
             if kind is None or row.get("kind") == kind:
                 yield row

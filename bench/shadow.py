@@ -29,9 +29,9 @@ from vila_triton.registry import OPS, Impl, checked, recording, use
 
 from . import bundle, questions, rows
 from .beside import BUCKETS, Beside
+from .failure import crash
 from .faithful import DEVICE
 from .questions import Prompt
-from .report import crash
 
 SHOWN = 10  # flips that are listed
 

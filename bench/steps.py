@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .failure import refusal, release
 from .memory import Peak
 from .runners import Runner
 
@@ -55,37 +56,63 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-@torch.inference_mode()
-def times(runners: Sequence[Runner], step: Step, rounds: int, device: torch.device) -> list[list[float]]:
-    """Seconds of every runner in every round, [runner][round]; the order turns from round to round, one is not counted.
-
-    A prompt starts with an empty state each time, a question and a new token after the same cached tokens.
+class Turns:
+    """One runner at one step, again and again: a prompt starts with an empty state each time, a question and a new
+    token after the same cached tokens. `failed` says why it does not go on.
     """
-    room = step.history + step.new
-    ids = [tokens(runner, step.batch, room).split([step.history, step.new], 1) for runner in runners]
-    states: list[Any] = [None] * len(runners)
-    for i, runner in enumerate(runners):
-        if step.history:
-            states[i] = runner.start(step.batch, room)
-            runner.step(states[i], ids[i][0])
-    found: list[list[float]] = [[] for _ in runners]
-    for turn in range(rounds + 1):
-        for i in range(len(runners))[:: 1 if turn % 2 else -1]:
-            if not step.history:
-                states[i] = runners[i].start(step.batch, room)
-            start = clock(device)
-            runners[i].step(states[i], ids[i][1])
-            seconds = clock(device) - start
-            if step.history:
-                runners[i].forget(states[i], step.history)
-            if turn:
-                found[i].append(seconds)
-    return found
+
+    def __init__(self, runner: Runner, step: Step):
+        self.runner, self.step = runner, step
+        self.room = step.history + step.new
+        self.history, self.new = tokens(runner, step.batch, self.room).split([step.history, step.new], 1)
+        self.state: Any = None
+        self.seconds: list[float] = []
+        self.failed: str | None = None
+
+    def prepare(self) -> None:
+        if self.step.history:
+            self.state = self.runner.start(self.step.batch, self.room)
+            self.runner.step(self.state, self.history)
+
+    def take(self, device: torch.device) -> None:
+        if not self.step.history:
+            self.state = self.runner.start(self.step.batch, self.room)
+        start = clock(device)
+        self.runner.step(self.state, self.new)
+        self.seconds.append(clock(device) - start)
+        if self.step.history:
+            self.runner.forget(self.state, self.step.history)
 
 
 @torch.inference_mode()
-def peak(runner: Runner, step: Step, device: torch.device) -> int:
-    """The most bytes that a step from nothing takes beyond the weights, at any moment."""
+def times(runners: Sequence[Runner], step: Step, rounds: int, device: torch.device) -> list[list[float] | str]:
+    """Seconds of every runner in every round, [runner][round], or why it got none; the order turns every round."""
+    all_turns = [Turns(runner, step) for runner in runners]
+    for number in range(rounds + 2):
+        for turns in all_turns[:: -1 if number % 2 else 1]:
+            if turns.failed is None:
+                try:
+                    turns.take(device) if number else turns.prepare()
+                except Exception as error:  # one may fail in any way; the others go on
+                    turns.failed = refusal(error)
+                if turns.failed is not None:
+                    turns.state = None
+                    release(device)
+    return [turns.failed or turns.seconds[1:] for turns in all_turns]  # in the first, kernels are compiled
+
+
+@torch.inference_mode()
+def peak(runner: Runner, step: Step, device: torch.device) -> int | str:
+    """The most bytes that a step from nothing takes beyond the weights, at any moment; or why it was not done."""
+    try:
+        return peak_bytes(runner, step, device)
+    except Exception as error:  # as in `times`
+        reason = refusal(error)
+    release(device)
+    return reason
+
+
+def peak_bytes(runner: Runner, step: Step, device: torch.device) -> int:
     ids = tokens(runner, step.batch, step.new)
     if device.type == "cuda":
         runner.step(runner.start(step.batch, step.new), ids)  # compiles

@@ -47,25 +47,30 @@ def cache_bytes(device: torch.device) -> int:
     return max((int(s[:-1]) * {"K": 2**10, "M": 2**20}[s[-1]] for s in sizes if s[-1:] in "KM"), default=CPU_CACHE)
 
 
+def copies(size: int, cache: int) -> tuple[int, int]:
+    """(how many are made, how many overflow the cache twice) of arguments of so many bytes."""
+    wanted = -(-2 * cache // size) + 1
+    return max(2, min(MOST_COPIES, wanted)), wanted
+
+
 def turns(args: Any, device: torch.device) -> tuple[list[Any], bool]:
     """Copies of the arguments, and whether together they overflow the cache twice."""
     size = max(1, sum(x.nbytes for x in tensors(args)))
-    wanted = -(-2 * cache_bytes(device) // size) + 1
-    count = max(2, min(MOST_COPIES, wanted))
+    count, wanted = copies(size, cache_bytes(device))
     return [args, *(mapped(torch.clone, args) for _ in range(count - 1))], count >= wanted
 
 
 def measure(call: Callable[..., Any], args: Any, device: torch.device, budget: float = 0.2) -> Timing:
     """Time call(*args); `budget`: about so many seconds for each of the two runs, five samples at least."""
-    copies, cold = turns(args, device)
-    for copy in copies:  # compiles, allocates, and lets a library prepare each copy
+    held, cold = turns(args, device)
+    for copy in held:  # compiles, allocates, and lets a library prepare each copy
         call(*copy)
     if device.type == "cpu":
-        runs = [on_cpu(call, copies, budget) for _ in range(2)]
+        runs = [on_cpu(call, held, budget) for _ in range(2)]
         graph = False
     else:
-        turn, graph = captured(call, copies)
-        runs = [on_gpu(turn, len(copies), budget) for _ in range(2)]
+        turn, graph = captured(call, held)
+        runs = [on_gpu(turn, len(held), budget) for _ in range(2)]
     first = sorted(runs[0])
     low, high = (first[int(share * (len(first) - 1))] for share in (0.2, 0.8))
     return Timing(statistics.median(first), low, high, statistics.median(runs[1]), len(first), cold, graph)

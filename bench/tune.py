@@ -7,7 +7,8 @@ gate and is timed. Without a GPU there is nothing to time Triton kernels with bu
 says so in the name of its device, and no call looks it up.
 
 All that is found is kept in a journal (bench/tuner/journal.py), so that a run that was ended in any way goes on where
-it was. The table goes to configs/tuned/ if it was timed on a GPU, with --out to that folder, with --install to both;
+it was. Ctrl-C, SIGTERM and the end of --minutes stop it in the middle of what it does, with the table of the best so
+far. The table goes to configs/tuned/ if it was timed on a GPU, with --out to that folder, with --install to both;
 with several implementations of an op in it, it also says which of them runs at which sizes. --report prints what
 journals say without searching on, --check the entries and choices of tables that no longer hold.
 """
@@ -15,10 +16,12 @@ journals say without searching on, --check the entries and choices of tables tha
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -133,7 +136,7 @@ def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline
         changed = [key for key in now if then.get(key) != now[key]]
         if changed and "device" not in changed and "timer" not in changed:
             print(f"stale: {file.name} was made with another {', '.join(changed)}; it is left as it is and not used")
-    search = Search(impl, cases(impl.op, args.case), plan, folder)
+    search = Search(impl, cases(impl.op, args.case), plan, folder, args.candidates)
     before = search.done
     print(f"{impl.op} {impl.name} on {plan.device}: {len(search.candidates)} candidates, {before} done before")
     progress = Progress(search)
@@ -157,9 +160,10 @@ def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline
         print("nothing was timed, so there is no table")
     else:
         where = args.out or (tuned.folder() if plan.timer == "gpu" else JOURNALS)
-        file = table.write(where, plan.device, entry)
-        if args.install and plan.timer == "gpu":
-            table.write(tuned.folder(), plan.device, entry)
+        with undisturbed():
+            file = table.write(where, plan.device, entry)
+            if args.install and plan.timer == "gpu":
+                table.write(tuned.folder(), plan.device, entry)
         if plan.timer == COST_MODEL:
             print("The timer is the COST MODEL: nothing was run to take a time, these seconds are predictions.")
         print("\n".join(table.report(rows_found, impl.configs[0], OPS[impl.op].varying)))
@@ -169,6 +173,21 @@ def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline
     if stopped == "stopped":
         raise KeyboardInterrupt
     return not stopped
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the end of what is inside."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def tables(folder: Path) -> int:
@@ -193,7 +212,7 @@ def stale(folder: Path) -> Iterator[str]:
                 yield f"{file.name}: {error}"
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all with something to tune")
     parser.add_argument("--impl", nargs="+", help="only these implementations")
@@ -204,6 +223,7 @@ def main() -> int:
     )
     parser.add_argument("--worse-than", type=float, default=3.0, metavar="X", help="default: %(default)s")
     parser.add_argument("--budget", type=float, default=0.05, help="seconds for each of the two runs of a time")
+    parser.add_argument("--candidates", type=int, metavar="N", help="of each implementation, the most promising ones")
     parser.add_argument("--minutes", type=float, help="stop after so long, with the best so far")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile and gate")
     parser.add_argument(
@@ -215,10 +235,18 @@ def main() -> int:
     )
     parser.add_argument("--report", action="store_true", help="do not search, only show what the journals say")
     parser.add_argument("--check", action="store_true", help="list entries of tables that no longer hold")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     workers: Workers | None = None
     try:
         known = chosen(args)
+        if args.candidates is not None and args.candidates < 1:
+            raise ValueError(f"--candidates {args.candidates}: expected 1 or more")
         if (args.check or args.report) and args.out and not args.out.is_dir():
             raise ValueError(f"--out {args.out}: there is no such folder")
         if args.check:
@@ -228,7 +256,6 @@ def main() -> int:
         known = timeable(known, args)
         if not args.report:
             workers = Cluster(args.ray, args.workers) if args.ray else Processes(args.workers)
-        end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
         for i, impl in enumerate(known):
             now = time.monotonic()
             tune(impl, args, workers, now + (end - now) / (len(known) - i))

@@ -9,10 +9,10 @@ import torch
 from planting import Plant, plant  # noqa: F401 (plant: a fixture)
 
 from bench import bundle, check
+from bench.failure import error_map, first_wrong
 from bench.faithful import arguments
 from bench.gate import gate
 from bench.guarded import Unfaithful, tensors
-from bench.report import error_map, first_wrong
 from bench.search import search
 from vila_triton.registry import OPS, Impl, Unsupported
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench import geometry, model, steps, work
 from bench.runners import HF, Ours, Theirs, build, wrong
-from bench.steps import Step, peak, times
+from bench.steps import Step, peak_bytes, times
 from bench.timing import Ceilings
 from vila_triton.registry import OPS, REFERENCE, Impl, Unsupported
 
@@ -82,7 +82,9 @@ def test_wrong_logits_get_no_time(run: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(OPS["swiglu"].impls, "leaky", planted)
     code, out, _, rows = run("--weights", "float32", "--choice", "swiglu=leaky", "--choice", "default")
     assert code == 1 and "float32 swiglu=leaky: no time, the logits of a prefill are off by" in out
-    assert rows and not any(row["choice"] == "swiglu=leaky" for row in rows)
+    assert {row["choice"] for row in rows if row["kind"] == "model"} == {"default", HF}
+    (refused,) = [row for row in rows if row["kind"] == "refused"]
+    assert refused["choice"] == "swiglu=leaky" and "are off by" in refused["reason"]
 
 
 def test_what_a_choice_does_not_support_is_said(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +93,28 @@ def test_what_a_choice_does_not_support_is_said(run: Any, monkeypatch: pytest.Mo
 
     monkeypatch.setitem(OPS["rms_norm"].impls, "monday", Impl("rms_norm", "monday", refuse, ({},), Path(__file__)))
     code, out, _, rows = run("--weights", "float32", "--choice", "rms_norm=monday", "--against", "none")
-    assert code == 1 and not rows and "no time, unsupported: rms_norm: not on Mondays" in out
+    assert code == 1 and [row["kind"] for row in rows] == ["refused"]
+    assert "no time, unsupported: rms_norm: not on Mondays" in out
+
+
+def test_a_runner_without_memory_for_a_step_gets_a_row_and_the_others_their_times(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one kind of step it fails in the middle of its turns; its other steps are timed."""
+
+    def full(self: Theirs, state: Any, ids: Tensor) -> Tensor:
+        if ids.shape[0] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return step(self, state, ids)
+
+    step = Theirs.step
+    monkeypatch.setattr(Theirs, "step", full)
+    code, out, _, rows = run("--weights", "float32", "--batches", "1,3")
+    refused = [row for row in rows if row["kind"] == "refused"]
+    assert code == 1 and "no time: OutOfMemoryError: CUDA out of memory" in out
+    assert [(row["what"], row["batch"], row["choice"]) for row in refused] == [("decode", 3, HF)]
+    timed = {(row["choice"], row["what"], row["batch"]) for row in rows if row["kind"] == "model"}
+    assert {("default", "decode", 3), (HF, "decode", 1), (HF, "prefill", 1)} <= timed
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int4"])
@@ -139,7 +162,7 @@ def test_runners_take_turns_and_start_each_from_the_same_cache() -> None:
 
 def test_peak_memory_counts_cache_and_activations_but_no_weights() -> None:
     made = build(geometry.load("tiny", 2).llm, "float32", CPU)
-    short, long = (peak(Ours(made, "default"), Step("memory", 1, n, 0), CPU) for n in (64, 640))
+    short, long = (peak_bytes(Ours(made, "default"), Step("memory", 1, n, 0), CPU) for n in (64, 640))
     cache = work.cache_bytes(made.cfg, torch.float32)
     assert 64 * cache < short < 64 * cache + 2 * 2**20
     assert long - short > 576 * cache

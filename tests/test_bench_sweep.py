@@ -53,7 +53,7 @@ def row(op: str, impl: str, seconds: float, served: bool = False, **about: Any) 
 def test_goals_of_attention_are_ratios_of_rows() -> None:
     found = [row("prefill_attention", "triton", 1.0, True), row("prefill_attention", "sdpa_cudnn", 0.8)]
     found += [row("decode_attention", "triton", 1.0, True, case="decode")]
-    about = {"kind": "model", "what": "streaming", "device": "d", "model": "m", "layers": 4}
+    about = {"kind": "model", "what": "stream", "device": "d", "model": "m", "layers": 4}
     about |= {"weights": "int4", "choice": "default"}
     found += [{**about, "prompt": 32, "history": n, "seconds": s} for n, s in ((16, 1.0), (1024, 1.04), (16384, 1.4))]
     prefill, stretch, copy, decode, near, far = goals_attention.goals(found)

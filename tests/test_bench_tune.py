@@ -9,9 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
+import torch
+from processes import alive, children, gone
 from toys import TOY, load
 
 from bench import rows, tune
@@ -20,6 +24,7 @@ from bench.compiled import holds_kernels
 from bench.tuner import cost, search, table
 from bench.tuner.jobs import STAGES, Answer, Job, answer
 from bench.tuner.workers import Processes
+from vila_triton import tuned
 from vila_triton.registry import OPS, Impl, Op, discover
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +44,7 @@ class Inline:
     def __init__(self, seconds: float = 0.0):
         self.seconds, self.asked = seconds, []
 
-    def run(self, stage: str, jobs: Sequence[Job]) -> Iterator[tuple[int, Answer]]:
+    def run(self, stage: str, jobs: Sequence[Job], deadline: float = inf) -> Iterator[tuple[int, Answer]]:
         for i, job in enumerate(jobs):
             self.asked.append((stage, job["config"]["BLOCK"]))
             time.sleep(self.seconds)
@@ -211,6 +216,73 @@ def run(checkout: Path, out: str, victim: str, *options: str) -> tuple[bytes, li
     assert "The timer is the COST MODEL" in done.stdout
     (journal,) = (checkout / out).glob("*.jsonl")
     return next((checkout / out).glob("*.json")).read_bytes(), list(rows.read(journal, kind="tune"))
+
+
+def hanging(checkout: Path, out: Path, *options: str) -> subprocess.Popen:
+    """A search in which candidates of BLOCK 16 never end, once it hangs."""
+    (out / "hangs").unlink(missing_ok=True)
+    command = [sys.executable, "-m", "bench.tune", "doubled", "--timer", "cost-model", "--worse-than", "1e9"]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"HANGING": str(out / "hangs")}
+    process = subprocess.Popen(
+        [*command, "--workers", "1", "--out", str(out), *options], cwd=checkout, env=env, stdout=subprocess.PIPE
+    )
+    while not (out / "hangs").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    return process
+
+
+def test_a_search_that_is_ended_leaves_its_table_and_no_process(checkout: Path, tmp_path: Path) -> None:
+    """By SIGTERM, by its deadline, by SIGKILL, each time in the middle of a candidate that never ends."""
+
+    def ends(process: subprocess.Popen, code: int) -> str:
+        assert process.wait(30) == code and all(map(gone, started))
+        assert process.stdout and not list(tmp_path.glob("*.new"))
+        return process.stdout.read().decode()
+
+    def entry() -> dict:
+        (file,) = tmp_path.glob("*.json")
+        (found,) = tuned.read(file)["entries"]
+        file.unlink()
+        return found
+
+    process = hanging(checkout, tmp_path)
+    started = list(children(process.pid))
+    assert started and all(map(alive, started))
+    process.send_signal(signal.SIGTERM)
+    assert "stopped with" in ends(process, 130)
+    first = entry()
+    assert first["ranges"] and first["candidates"]["timed"]
+
+    process = hanging(checkout, tmp_path, "--minutes", "0.3")
+    started = list(children(process.pid))
+    assert "out of time with" in ends(process, 0)
+    assert entry()["ranges"] == first["ranges"]
+
+    process = hanging(checkout, tmp_path)
+    started = list(children(process.pid))
+    process.kill()
+    ends(process, -signal.SIGKILL)
+
+
+def test_no_memory_for_the_time_of_a_candidate_is_its_row(
+    doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("bench.tuner.jobs.measure", full)
+    looked = search.Search(doubled.impls["blocks"], cases(doubled)[:1], replace(PLAN, timer="cpu"), tmp_path, 2)
+    looked.run(Inline(), inf, lambda: None)
+    told = list(looked.journal.found["tune"].values())
+    assert [row["status"] for row in told if not row["config"]["wrong"]] == ["time"]
+    assert {row["reason"] for row in told if row["status"] == "time"} == {"OutOfMemoryError: CUDA out of memory"}
+
+
+def test_few_candidates_are_the_most_promising_ones(doubled: Op, tmp_path: Path) -> None:
+    every = search.Search(doubled.impls["blocks"], cases(doubled), PLAN, tmp_path).candidates
+    few = search.Search(doubled.impls["blocks"], cases(doubled), PLAN, tmp_path, 5).candidates
+    assert few == every[:5] and len(every) > 5
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""An op for the tests of the tuner: x + x, whose implementation can be wrong, and can kill a process."""
+"""An op for the tests of the tuner: x + x, whose implementation can be wrong, kill a process, and never end."""
 
 import importlib.util
 import sys
@@ -9,9 +9,12 @@ import pytest
 from vila_triton.registry import OPS, Op, discover
 
 TOY = '''
-"""x + x. With wrong=True it is off by one; the first call with BLOCK 8 kills what the file $VICTIM says."""
+"""x + x. With wrong=True it is off by one; the first call with BLOCK 8 kills what the file $VICTIM says; with BLOCK 16
+it makes the file $HANGING, if there is such a variable, and never ends.
+"""
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -56,6 +59,9 @@ def doubled_blocks(x, *, BLOCK, wrong):
         pid = os.getppid() if victim.read_text() == "parent" else os.getpid()
         victim.unlink()
         os.kill(pid, signal.SIGKILL)
+    if BLOCK == 16 and "HANGING" in os.environ:
+        Path(os.environ["HANGING"]).touch()
+        time.sleep(600)
     return 2 * x + wrong
 '''
 

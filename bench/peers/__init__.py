@@ -17,7 +17,7 @@ or batch (`prepared`), at the first call, and so is not timed.
 import importlib
 import pkgutil
 
-from ..report import crash
+from ..failure import crash
 from ._borrow import Unusable
 
 __all__ = ["Unusable", "discover", "names"]

@@ -1,8 +1,10 @@
 """The jobs of a search as tasks of a Ray cluster. https://docs.ray.io"""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from math import inf
 
 import torch
 
@@ -50,13 +52,19 @@ class Cluster:
         self.width = int(self.ray.cluster_resources().get("CPU", 1))
         self.task = self.ray.remote(max_retries=RETRIES)(answers)
 
-    def run(self, stage: str, jobs: Sequence[Job]) -> Iterator[tuple[int, Answer]]:
+    def run(self, stage: str, jobs: Sequence[Job], deadline: float = inf) -> Iterator[tuple[int, Answer]]:
         gpus = GPUS[stage] if torch.cuda.is_available() else 0
         task = self.task.options(num_gpus=gpus)
         batches = [range(i, min(i + BATCH, len(jobs))) for i in range(0, len(jobs), BATCH)]
         running = {task.remote(stage, [jobs[i] for i in batch]): batch for batch in batches}
         while running:
-            (done, *_), _ = self.ray.wait(list(running))
+            left = None if deadline == inf else max(0.0, deadline - time.monotonic())
+            ready, _ = self.ray.wait(list(running), timeout=left)
+            if not ready:
+                for under_way in running:
+                    self.ray.cancel(under_way, force=True)
+                raise TimeoutError
+            done = ready[0]
             batch = running.pop(done)
             try:
                 yield from zip(batch, self.ray.get(done))

@@ -5,23 +5,28 @@
     {"stage": "gate", ...}  -> {"reason": why its numbers are not those of the op, or None}
     {"stage": "time", ..., "budget": seconds}  -> {"seconds": ..., "again": ...} or {"reason": ...}
 
-`python -m bench.tuner.jobs` answers the jobs on its standard input, one a line. Each stage has processes of its own:
-they differ in their environment, and a kernel that kills its process or its CUDA context does not end the search.
+`python -m bench.tuner.jobs` answers the jobs on its standard input, one a line, and ends with it, in the middle of a
+job if need be. Each stage has processes of its own: they differ in their environment, and a kernel that kills its
+process or its CUDA context does not end the search.
 """
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import torch
 
-from vila_triton.registry import OPS, Impl, OneOf, Sizes, Unsupported, discover
+from vila_triton.registry import OPS, Impl, OneOf, Sizes, discover
 
 from ..cases import Case, call_arguments
 from ..compiled import Call, compile_call
+from ..failure import refusal, release
 from ..gate import gate
 from ..resources import resources
 from ..targets import TARGETS
@@ -79,10 +84,13 @@ def compile_job(job: Job) -> Answer:
 RESOURCES = ("registers", "spills", "shared")
 
 
+def here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def gate_job(job: Job) -> Answer:
     reason = gate(impl_of(job), job["config"], Case(job["op"], "tune", job["sizes"]))
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # a context the kernel broke ends this process, not the candidates after it
+    release(here())  # a context the kernel broke ends this process, not the candidates after it
     return {"reason": reason}
 
 
@@ -92,14 +100,18 @@ def arguments_of(op: str, sizes: str, device: torch.device) -> Any:
 
 
 def time_job(job: Job) -> Answer:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = here()
     impl, config = impl_of(job), job["config"]
-    args = arguments_of(job["op"], json.dumps(job["sizes"]), device)
     try:
+        args = arguments_of(job["op"], json.dumps(job["sizes"]), device)
         timing = measure(lambda *args: impl(*args, config=config), args, device, job["budget"])
-    except Unsupported as reason:
-        return {"reason": f"unsupported: {reason}"}
-    return {"seconds": timing.seconds, "again": timing.again, "cold": timing.cold, "graph": timing.graph}
+    except Exception as error:  # whatever is wrong with one candidate, the others go on
+        reason = refusal(error)
+    else:
+        return {"seconds": timing.seconds, "again": timing.again, "cold": timing.cold, "graph": timing.graph}
+    arguments_of.cache_clear()
+    release(device)
+    return {"reason": reason}
 
 
 STAGES: dict[str, Callable[[Job], Answer]] = {"compile": compile_job, "gate": gate_job, "time": time_job}
@@ -112,8 +124,17 @@ def answer(job: Job) -> Answer:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what kernels print is no answer
-    for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search to handle
+    jobs: SimpleQueue[str] = SimpleQueue()
+
+    def receive() -> None:
+        for line in sys.stdin:
+            jobs.put(line)
+        os._exit(0)
+
+    Thread(target=receive, daemon=True).start()
+    while True:
+        print(json.dumps(answer(json.loads(jobs.get()))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

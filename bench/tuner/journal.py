@@ -5,7 +5,8 @@ kernel, space, cost model, gate, Triton or device has a journal of its own. Then
 
     compiled   config, sizes as the compiler tells them apart, registers, spills, shared, reason (null: may be launched)
     gated      config, sizes as above, reason (null: may be timed)
-    tune       config, sizes, status (timed, gate, compile, cost), reason, seconds, predicted, timer: one a candidate
+    tune       config, sizes, status, reason, seconds, predicted, timer: one a candidate; the status is "timed", or the
+               stage that was not passed: cost, compile, gate, time
 
 A last line that was cut off is dropped: what it said is found again.
 """
@@ -32,14 +33,10 @@ class Journal:
         self.file = folder / f"{search['op']}-{search['impl']}-{digest(canonical(search).encode())}.jsonl"
         self.about = {key: search[key] for key in ("op", "impl")}
         self.found: dict[str, dict[Key, dict[str, Any]]] = {"compiled": {}, "gated": {}, "tune": {}}
-        if self.file.exists():
-            whole = self.file.read_bytes()
-            if not whole.endswith(b"\n"):
-                with self.file.open("r+b") as out:
-                    out.truncate(whole.rfind(b"\n") + 1)
-            for row in rows.read(self.file):
-                self.keep(row)
-        if not self.file.exists() or not self.file.stat().st_size:
+        known = list(rows.read(self.file)) if self.file.exists() else []
+        for row in known:
+            self.keep(row)
+        if not known:
             rows.write(self.file, [{"kind": "search", **search}])
 
     def keep(self, row: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ They go in rounds, so that a run that is stopped early has times for the best of
 sizes for which the compiler makes one kernel of it: it is compiled and gated once, and timed at each of them.
 """
 
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -73,14 +72,18 @@ def configs(impl: Impl, sizes: Mapping[str, Any]) -> list[Config]:
 
 
 class Search:
-    """A search and its journal. `done` and `candidates` say how far it is."""
+    """A search and its journal. `done` says of how many of the candidates all is known."""
 
-    def __init__(self, impl: Impl, chosen: Sequence[Case], plan: Plan, folder: Path):
+    def __init__(self, impl: Impl, chosen: Sequence[Case], plan: Plan, folder: Path, most: int | None = None):
+        """`most`: only so many candidates, the most promising ones."""
         self.impl, self.plan = impl, plan
         self.journal = Journal(folder, identity(impl, plan))
         self.sizes = [dict(case.sizes) for case in chosen]
-        self.candidates = self.find()
-        self.done = sum(self.finished(c) for c in self.candidates)
+        self.candidates = self.find()[:most]
+
+    @property
+    def done(self) -> int:
+        return sum(self.finished(c) for c in self.candidates)
 
     def find(self) -> list[Candidate]:
         """The candidates the cost model leaves, those it drops go to the journal: first the file's own configs, which
@@ -117,23 +120,26 @@ class Search:
         return all(self.journal.get("tune", candidate.config, sizes) for sizes, _ in candidate.at)
 
     def run(self, workers: Workers, deadline: float, progress: Callable[[], None]) -> None:
-        """Go on until all is known or the deadline (of `time.monotonic`) has passed."""
+        """Go on until all is known or the deadline (of `time.monotonic`) has passed, whatever is under way then."""
         left = [c for c in self.candidates if not self.finished(c)]
         step = ROUND * workers.width
         for start in range(0, len(left), step):
             batch = left[start : start + step]
-            for _ in self.round(batch, workers):
-                progress()
-                if time.monotonic() > deadline:
-                    return
-            self.done += len(batch)
+            try:
+                for _ in self.round(batch, workers, deadline):
+                    progress()
+            except TimeoutError:
+                break
             progress()
 
-    def round(self, batch: Sequence[Candidate], workers: Workers) -> Iterator[None]:
-        """Compile, gate and time some candidates; yields after each answer, which is in the journal by then."""
+    def round(self, batch: Sequence[Candidate], workers: Workers, deadline: float) -> Iterator[None]:
+        """Compile, gate and time some candidates; yields after each answer, which is in the journal by then.
+
+        Errors: TimeoutError at the deadline.
+        """
         if holds_kernels(self.impl):
-            batch = yield from self.filtered("compile", "compiled", batch, workers)
-        batch = yield from self.filtered("gate", "gated", batch, workers)
+            batch = yield from self.filtered("compile", "compiled", batch, workers, deadline)
+        batch = yield from self.filtered("gate", "gated", batch, workers, deadline)
         if self.plan.timer == COST_MODEL:
             for c in batch:
                 for sizes, predicted in c.at:
@@ -142,18 +148,18 @@ class Search:
         calls = [(c.config, *at) for c in batch for at in c.at if not self.journal.get("tune", c.config, at[0])]
         calls.sort(key=lambda call: canonical(call[1]))  # arguments are made once for all configs at the same sizes
         jobs = [self.job("time", config, sizes) for config, sizes, _ in calls]
-        for i, answer in workers.run("time", jobs):
-            self.tell(*calls[i], "timed" if "seconds" in answer else "compile", **answer)
+        for i, answer in workers.run("time", jobs, deadline):
+            self.tell(*calls[i], "timed" if "seconds" in answer else "time", **answer)
             yield
 
     def filtered(
-        self, stage: str, kind: str, batch: Sequence[Candidate], workers: Workers
+        self, stage: str, kind: str, batch: Sequence[Candidate], workers: Workers, deadline: float
     ) -> Generator[None, None, list[Candidate]]:
         """The candidates that pass a stage; those that do not get their rows, with the reason."""
         new = [c for c in batch if not self.journal.get(kind, c.config, c.compiled)]
         cheapest = [min((sizes for sizes, _ in c.at), key=lambda s: OPS[self.impl.op].cost(**s)) for c in new]
         jobs = [self.job(stage, c.config, c.compiled if stage == "compile" else s) for c, s in zip(new, cheapest)]
-        for i, answer in workers.run(stage, jobs):
+        for i, answer in workers.run(stage, jobs, deadline):
             self.journal.add(kind, new[i].config, new[i].compiled, **answer)
             yield
         passed = []

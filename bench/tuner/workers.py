@@ -1,4 +1,8 @@
-"""Who does the jobs of a search: here processes of this machine, in `cluster` those of a Ray cluster."""
+"""Who does the jobs of a search: here processes of this machine, in `cluster` those of a Ray cluster.
+
+Processes are in the group of the search: who kills the group leaves none behind. If the search alone is killed, they
+end as their standard input does.
+"""
 
 import json
 import os
@@ -7,8 +11,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from math import inf
 from typing import Protocol
 
 from ..rows import ROOT
@@ -19,20 +25,22 @@ TRIES = 2  # for a job whose process dies
 
 class Workers(Protocol):
     """`width`: jobs of a stage that run at a time. `run` yields (number of the job, answer) as answers come, in any
-    order, and does a job again whose process dies.
+    order, and does a job again whose process dies. Errors: TimeoutError once the deadline, of `time.monotonic`, has
+    passed; jobs under way are given up then.
     """
 
     width: int
 
-    def run(self, stage: str, jobs: Sequence[Job]) -> Iterator[tuple[int, Answer]]: ...
+    def run(self, stage: str, jobs: Sequence[Job], deadline: float = inf) -> Iterator[tuple[int, Answer]]: ...
 
     def close(self) -> None: ...
 
 
 class Process:
-    """One `python -m bench.tuner.jobs`. It ends with its standard input, so it does not long outlive this process."""
+    """One `python -m bench.tuner.jobs`."""
 
     def __init__(self, stage: str):
+        self.unwanted = False  # ended on purpose, so that nobody waits for its answer
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the object)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bench.tuner.jobs"],
@@ -42,7 +50,6 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            start_new_session=True,  # Ctrl-C is for the search to handle
         )
 
     def ask(self, job: Job) -> Answer | None:
@@ -71,18 +78,21 @@ class Processes:
     def __init__(self, count: int):
         self.width = count
         self.idle: dict[str, queue.SimpleQueue[Process]] = {}
-        self.all: list[Process] = []
+        self.all: set[Process] = set()
+        self.busy: set[Process] = set()
         self.lock = threading.Lock()
         self.closed = False
 
-    def run(self, stage: str, jobs: Sequence[Job]) -> Iterator[tuple[int, Answer]]:
+    def run(self, stage: str, jobs: Sequence[Job], deadline: float = inf) -> Iterator[tuple[int, Answer]]:
         pool = ThreadPoolExecutor(1 if stage == "time" else self.width)
         try:
             numbers = {pool.submit(self.answer, stage, job): i for i, job in enumerate(jobs)}
-            for done in as_completed(numbers):
+            left = None if deadline == inf else deadline - time.monotonic()
+            for done in as_completed(numbers, left):
                 yield numbers[done], done.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            self.end(self.busy)
 
     def answer(self, stage: str, job: Job) -> Answer:
         """Of one job; from the second process if the first dies."""
@@ -91,9 +101,13 @@ class Processes:
             process = self.take(stage)
             if process is None:
                 break
-            if (found := process.ask(job)) is not None:
-                self.idle[stage].put(process)
-                return found
+            found = process.ask(job)
+            with self.lock:
+                self.busy.discard(process)
+                if found is not None and not process.unwanted:
+                    self.idle[stage].put(process)
+            if found is not None or process.unwanted:
+                return found or {}
             how = process.end()
         return {"reason": f"its process died {TRIES} times: {how}"}
 
@@ -103,13 +117,19 @@ class Processes:
             if self.closed:
                 return None
             idle = self.idle.setdefault(stage, queue.SimpleQueue())
-            if idle.empty():
-                self.all.append(Process(stage))
-                return self.all[-1]
-            return idle.get()
+            process = Process(stage) if idle.empty() else idle.get()
+            self.all.add(process)
+            self.busy.add(process)
+            return process
+
+    def end(self, processes: set[Process]) -> None:
+        """End what is no longer wanted, working or not."""
+        with self.lock:
+            for process in processes:
+                process.unwanted = True
+                process.process.kill()
+                process.process.wait()
 
     def close(self) -> None:
-        with self.lock:
-            self.closed = True
-            for process in self.all:
-                process.end()
+        self.closed = True
+        self.end(self.all)

@@ -1,0 +1,67 @@
+"""One page of HTML that needs nothing beside it: tables, marks and pictures as text."""
+
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from html import escape
+
+STYLE = """
+:root { --ink: #1b1f24; --soft: #5d6772; --line: #e3e6ea; --good: #00734f; --bad: #b3400a; --none: #7a7f86; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 72rem; margin: 3rem auto; padding: 0 1.5rem; }
+h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; } h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
+p.stamp, p.note { color: var(--soft); margin: .2rem 0; }
+div.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .87rem; margin: .4rem 0; font-variant-numeric: tabular-nums; }
+th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 1px solid var(--ink); white-space: nowrap; }
+th, td { padding: .22rem .9rem .22rem 0; vertical-align: top; } td { border-bottom: 1px solid var(--line); }
+th.n, td.n { text-align: right; white-space: nowrap; }
+tr.ours td { font-weight: 600; }
+.mark { font-weight: 600; white-space: nowrap; } .good { color: var(--good); } .bad { color: var(--bad); } .none { color: var(--none); }
+img { max-width: 100%; margin: .6rem 0; } pre { font-size: .78rem; overflow-x: auto; } summary { cursor: pointer; color: var(--soft); }
+"""  # noqa: E501
+
+
+class Html(str):
+    """Text that is HTML already."""
+
+
+def mark(text: str, kind: str) -> Html:
+    """kind: good, bad, none."""
+    return Html(f'<span class="mark {kind}">{escape(text)}</span>')
+
+
+def cell(value: str) -> str:
+    return value if isinstance(value, Html) else escape(value)
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], numbers: str = "", ours: Iterable[int] = ()) -> Html:
+    """`numbers`: an n for each column that holds numbers, else any other letter; `ours`: lines that stand out."""
+    kinds = [' class="n"' if kind == "n" else "" for kind in numbers.ljust(len(head), "-")]
+    out = ['<div class="wide"><table><tr>', *(f"<th{k}>{cell(name)}</th>" for k, name in zip(kinds, head)), "</tr>"]
+    strong = set(ours)
+    for i, line in enumerate(lines):
+        out.append('\n<tr class="ours">' if i in strong else "\n<tr>")
+        out += [f"<td{k}>{cell(value)}</td>" for k, value in zip(kinds, line, strict=True)]
+        out.append("</tr>")
+    return Html("".join([*out, "</table></div>"]))
+
+
+def heading(level: int, text: str) -> Html:
+    return Html(f"<h{level}>{escape(text)}</h{level}>")
+
+
+def paragraph(text: str, kind: str = "note") -> Html:
+    return Html(f'<p class="{kind}">{cell(text)}</p>')
+
+
+def folded(title: str, text: str) -> Html:
+    """What is shown when the title is clicked."""
+    return Html(f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>")
+
+
+def picture(svg: bytes, name: str) -> Html:
+    return Html(f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{b64encode(svg).decode()}">')
+
+
+def page(title: str, parts: Iterable[Html]) -> str:
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"

@@ -1,0 +1,29 @@
+"""Whether processes are there, for tests that end them."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that waits to be buried does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def gone(pid: int, within: float = 5.0) -> bool:
+    """Whether it ends within so many seconds: to be killed takes a moment."""
+    end = time.monotonic() + within
+    while alive(pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not alive(pid)
+
+
+def children(pid: int) -> Iterator[int]:
+    """The processes that one has started, and those that they have."""
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            yield child
+            yield from children(child)
