@@ -41,7 +41,7 @@ from vila_triton.ranges import names
 from vila_triton.registry import OPS, REFERENCE, Impl, OneOf, Op, Unsupported, discover
 from vila_triton.space import Config, canonical
 
-from . import rows
+from . import rows, standin
 from .compiled import holds_kernels
 from .failure import settings
 from .faithful import DEVICE, LEFT_OUT, example
@@ -49,7 +49,7 @@ from .gate import fault
 from .guarded import LAYOUTS
 from .search import alive
 
-PYTHON = [sys.executable, "-m"]  # what starts a process
+PYTHON = standin.prefix()  # what starts a process
 COMPILE = 1.5  # seconds that compiling a kernel takes, about
 DYING = 10  # seconds a process may take to end of itself
 

@@ -108,8 +108,7 @@ def steps(out: Path, toy: bool) -> list[Step]:
     others = [name for name in names() if name not in ("int4_matmul", "prefill_attention", "decode_attention")]
     rest = ["bench.ops", *sized(f"{' '.join(others)} --budget 0.05", "swiglu --case toy --budget 0.01")]
     checked = ["bench.correctness", "--processes", str(os.cpu_count()), "--seconds", "{seconds}", "--out", measured]
-    if toy:
-        checked = ["pytest", "-q", "-x", "tests/test_kernels.py", "-k", "swiglu-triton"]
+    checked += sized("", "--op swiglu")
     return [
         step("correctness", 1, 80, 165, checked),
         step("int4 goals", 2, 65, 120, int4, "--case", sized("goals", "toy")),

@@ -6,7 +6,8 @@ with a limit of its own: at its end the step is asked to stop, and GRACE seconds
 What a step leaves of its time goes to those after it; what does not fit is left out, the least valuable first. After
 every step DIR/summary.txt is written anew, so the suite, too, may be stopped at any time.
 
-`--estimate` runs nothing and says what each step would take. `--stand-in` runs every step at toy sizes on a CPU.
+`--estimate` runs nothing and says what each step would take. `--dry-run` runs every step at toy sizes, on a CPU where
+there is no GPU; `--stand-in` does that on the stand-in for one (`bench.standin`), as a GPU would.
 """
 
 import argparse
@@ -24,11 +25,12 @@ from pathlib import Path
 
 import torch
 
-from . import rows
+from . import rows, standin
 from .goals import met
 from .plan import Step, allot, left_out, steps
 
 GRACE = 5.0  # seconds from being asked to stop to being killed
+PYTHON = standin.prefix()  # what starts a step
 OWN = 12.0  # seconds in which the suite itself starts, and sums up
 
 
@@ -45,11 +47,6 @@ class Outcome:
         return {"step": self.step.name, "state": self.state, "seconds": self.seconds, "last": self.last}
 
 
-def prefix() -> list[str]:
-    """What every step's command begins with."""
-    return [sys.executable, "-m"]
-
-
 def run(step: Step, limit: float, log: Path) -> Outcome:
     """Run one step for at most `limit` seconds; what it prints goes to its log."""
     start = time.perf_counter()
@@ -59,7 +56,7 @@ def run(step: Step, limit: float, log: Path) -> Outcome:
         file.write(shlex.join(["python", "-m", *words]) + "\n")
         file.flush()
         process = subprocess.Popen(
-            [*prefix(), *words],
+            [*PYTHON, *words],
             cwd=rows.ROOT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
@@ -133,10 +130,14 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=12)
     parser.add_argument("--out", type=Path, help="a folder for rows, tables, logs, pictures, report.html, summary.txt")
     parser.add_argument("--estimate", action="store_true", help="say what each step would take on a GPU")
-    parser.add_argument("--stand-in", "--dry-run", action="store_true", help="toy sizes on a CPU")
+    parser.add_argument("--dry-run", action="store_true", help="toy sizes, on a CPU where there is no GPU")
+    parser.add_argument("--stand-in", action="store_true", help="toy sizes, on the stand-in for a GPU")
     args = parser.parse_args()
+    if args.stand_in and not standin.active():
+        os.execv(sys.executable, [sys.executable, "-m", "bench.standin", "bench.suite", *sys.argv[1:]])
+    toy = args.dry_run or args.stand_in
     seconds = 60 * args.minutes - OWN
-    plan = steps((args.out or Path("out")).resolve(), args.stand_in)
+    plan = steps((args.out or Path("out")).resolve(), toy)
     if args.estimate:
         from . import estimate  # not above: where there is no GPU, its import turns the interpreter on, for steps too
 
@@ -144,8 +145,8 @@ def main() -> int:
         return 0
     if args.out is None:
         parser.error("--out: which folder is to hold what it finds?")
-    if not args.stand_in and not torch.cuda.is_available():
-        print("bench.suite: torch sees no GPU here; --stand-in rehearses the steps on a CPU", file=sys.stderr)
+    if not toy and not torch.cuda.is_available():
+        print("bench.suite: torch sees no GPU here; --dry-run rehearses the steps on a CPU", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step under way ends too
     (args.out / "logs").mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,6 @@ def active() -> bool:
     return "bench.standin.cuda" in sys.modules
 
 
-def command(module: str) -> list[str]:
-    """The command that runs a module in a new process as this one runs: on the stand-in if this one does."""
-    return [sys.executable, "-m", *(["bench.standin"] if active() else []), module]
+def prefix() -> list[str]:
+    """What begins a command that runs a module as this process runs: on the stand-in if this one does."""
+    return [sys.executable, "-m", *(["bench.standin"] if active() else [])]

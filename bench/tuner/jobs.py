@@ -24,6 +24,7 @@ import torch
 
 from vila_triton.registry import OPS, Impl, OneOf, Sizes, discover
 
+from .. import standin
 from ..cases import Case, call_arguments
 from ..compiled import Call, compile_call
 from ..failure import refusal, release
@@ -34,6 +35,11 @@ from ..timing import measure
 
 Job = Mapping[str, Any]
 Answer = dict[str, Any]
+
+
+def prefix(stage: str) -> list[str]:
+    """What begins the command of a process of a stage; compilers run where they are, on no stand-in."""
+    return [sys.executable, "-m"] if stage == "compile" else standin.prefix()
 
 
 def environment(stage: str) -> dict[str, str]:

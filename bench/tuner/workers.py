@@ -8,7 +8,6 @@ import json
 import os
 import queue
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -18,7 +17,7 @@ from math import inf
 from typing import Protocol
 
 from ..rows import ROOT
-from .jobs import Answer, Job, environment
+from .jobs import Answer, Job, environment, prefix
 
 TRIES = 2  # for a job whose process dies
 
@@ -43,7 +42,7 @@ class Process:
         self.unwanted = False  # ended on purpose, so that nobody waits for its answer
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the object)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.tuner.jobs"],
+            [*prefix(stage), "bench.tuner.jobs"],
             cwd=ROOT,
             env={**os.environ, **environment(stage)},
             stdin=subprocess.PIPE,
