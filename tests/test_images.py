@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from oracles import build, config
 from PIL import Image
 from preprocessing import written_out
@@ -132,7 +131,7 @@ def test_a_processor_needs_pillow_alone(
 ) -> None:
     """Whatever is installed: transformers 5.17's Auto class wants torchvision, and may take it where it is."""
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    monkeypatch.setattr(transformers, "AutoImageProcessor", None)
+    monkeypatch.setitem(vars(sys.modules["transformers"]), "AutoImageProcessor", None)  # setattr would load it first
     code = {"auto_map": {"AutoImageProcessor": "mine.Mine"}}  # which is never looked at
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({key: name, "size": {"height": 9, "width": 9}, **code})
