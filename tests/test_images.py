@@ -1,6 +1,7 @@
 """Pixels of every image mode and tower against arithmetic written out, and image processors that fit their tower."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,40 @@ def test_pictures_of_other_modes_are_taken_as_they_are_shown(image: Image.Image,
     assert torch.equal(pixels([image], processor, mode), pixels([shown], processor, mode))
 
 
+NAMES = {  # as files of old and new versions of transformers have them
+    "CLIPImageProcessor": "CLIPImageProcessorPil",
+    "CLIPImageProcessorFast": "CLIPImageProcessorPil",
+    "CLIPFeatureExtractor": "CLIPImageProcessorPil",
+    "SiglipImageProcessor": "SiglipImageProcessorPil",
+    "SiglipImageProcessorFast": "SiglipImageProcessorPil",
+    "SiglipImageProcessorPil": "SiglipImageProcessorPil",
+}
+
+
+@pytest.mark.parametrize("key", ["image_processor_type", "feature_extractor_type"])
+@pytest.mark.parametrize("name, expected", NAMES.items(), ids=NAMES)
+def test_a_processor_needs_pillow_alone(
+    name: str, expected: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is installed: transformers 5.17's Auto class wants torchvision, and may take it where it is."""
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(vars(sys.modules["transformers"]), "AutoImageProcessor", None)  # setattr would load it first
+    code = {"auto_map": {"AutoImageProcessor": "mine.Mine"}}  # which is never looked at
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({key: name, "size": {"height": 9, "width": 9}, **code})
+    )
+    processor = image_processor(tmp_path)
+    assert (type(processor).__name__, processor.size["height"]) == (expected, 9)
+
+
 BROKEN: dict[str, tuple[str | None, str]] = {
     "nothing": (None, "has neither a config.json nor a preprocessor_config.json"),
-    "no processor of transformers": ('{"image_processor_type": "Mine"}', "is no image processor"),
+    "another processor": (
+        '{"image_processor_type": "ViTImageProcessor", "auto_map": {"AutoImageProcessor": "mine.Mine"}}',
+        "image_processor_type is ViTImageProcessor, expected CLIPImageProcessor or SiglipImageProcessor",
+    ),
+    "no name": ("{}", "image_processor_type is None, expected CLIP"),
+    "a size that is none": ('{"image_processor_type": "CLIPImageProcessor", "size": "big"}', "is no image processor"),
     "no JSON": ("{", "is no image processor"),
 }
 

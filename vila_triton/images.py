@@ -1,7 +1,8 @@
 """Pictures and videos to what the vision tower takes, through transformers' image processors."""
 
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .checkpoint import read_configs
+from .checkpoint import read_configs, read_json
 from .models.config import VisionConfig
 
 MODES = ("resize", "pad", "square", None)
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # formats whose further pictures are meant to be seen, one after another
+IN_PILLOW = {"CLIP": "CLIPImageProcessorPil", "Siglip": "SiglipImageProcessorPil"}  # by how their names in files begin
 
 
 class ImageError(ValueError):
@@ -105,8 +107,6 @@ def image_processor(folder: Path, tower: VisionConfig | None = None) -> Any:
     folder's configs if not given; a folder without them, as processors are saved alone, has its sizes in its file.
     Errors: `ImageError` for a file that transformers makes nothing of; `LoadError`, `ConfigError` for wrong configs.
     """
-    from transformers import AutoImageProcessor
-
     folder = Path(folder)
     if tower is None and (folder / "config.json").exists():
         top, parts = read_configs(folder)
@@ -116,21 +116,47 @@ def image_processor(folder: Path, tower: VisionConfig | None = None) -> Any:
         return fitted(as_trained(tower), tower.input_size)
     if not places:
         raise ImageError(f"{folder} has neither a config.json nor a preprocessor_config.json")
+    file = places[0] / "preprocessor_config.json"
     try:
-        processor = AutoImageProcessor.from_pretrained(places[0], backend="pil")
+        values = read_json(file)
+        processor = in_pillow(kind_in(values), values)
     except (OSError, ValueError, TypeError) as error:
-        raise ImageError(f"{places[0] / 'preprocessor_config.json'} is no image processor: {error}") from None
+        raise ImageError(f"{file} is no image processor: {error}") from None
     return fitted(processor, tower.input_size) if tower else processor
+
+
+def kind_in(values: Mapping[str, Any]) -> str:
+    """The kind of processor that a file names, as old and new versions of transformers write it.
+
+    Errors: ValueError for a name that is none of `IN_PILLOW`.
+    """
+    name = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
+    kind = re.sub("(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", name)
+    if kind not in IN_PILLOW:
+        raise ValueError(
+            f"image_processor_type is {name}, expected {' or '.join(f'{x}ImageProcessor' for x in IN_PILLOW)}"
+        )
+    return kind
+
+
+def in_pillow(kind: str, values: Mapping[str, Any]) -> Any:
+    """transformers' image processor of a kind that needs Pillow alone.
+
+    Taken by name: `AutoImageProcessor` of transformers 5.17 wants torchvision even for it, and that of any version asks
+    whether it may run code that a file names.
+    """
+    import transformers
+
+    return getattr(transformers, IN_PILLOW[kind])(**values)
 
 
 def as_trained(tower: VisionConfig) -> Any:
     """The image processor that a kind of tower was trained with."""
-    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
     from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     if tower.model_type == "intern_vit_6b":
-        return SiglipImageProcessorPil(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
-    return CLIPImageProcessorPil() if tower.model_type == "clip_vision_model" else SiglipImageProcessorPil()
+        return in_pillow("Siglip", {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD})
+    return in_pillow("CLIP" if tower.model_type == "clip_vision_model" else "Siglip", {})
 
 
 def fitted(processor: Any, side: int) -> Any:

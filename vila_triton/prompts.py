@@ -23,7 +23,8 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder / "llm" if (folder / "llm").is_dir() else folder, legacy=False)
+    place = folder / "llm" if (folder / "llm").is_dir() else folder
+    return AutoTokenizer.from_pretrained(place, legacy=False, trust_remote_code=False)
 
 
 def with_pictures(question: str, pictures: int) -> str:

@@ -46,6 +46,7 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         self.geometry = checkpoint.geometry(config.to_dict(), parts)
         for part in checkpoint.PARTS:
             setattr(config, f"{part}_cfg", parts[part])
+        config.vocab_size = self.geometry.llm.vocab_size
         specs = vila.declare(self.geometry, parse_dtype(config.model_dtype))
         params = init(specs) if params is None else params
         for part in checkpoint.PARTS:

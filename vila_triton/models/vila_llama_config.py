@@ -32,6 +32,7 @@ class VilaLlamaConfig(PreTrainedConfig):
     vision_tower_cfg: dict | str | None = None
     mm_projector_cfg: dict | str | None = None
     hidden_size: int | None = None
+    vocab_size: int | None = None  # the language model's, set by the model: transformers' beams and scores ask here
     mm_hidden_size: int | None = None
     mm_vision_select_layer: int | None = None
     mm_vision_select_feature: str | None = None

@@ -1,0 +1,26 @@
+"""Triton 3.6's interpreter under numpy 2.4 and later.
+
+A loop `for start in range(0, E, BLOCK)` asks for E as an index, which the interpreter holds as an array of one element.
+Triton 3.6 gives int(array), which numpy takes only of arrays without dimensions since 2.4; Triton 3.7 squeezes it
+first. No bound in pyproject.toml can say "this numpy with that Triton", so the one method is put right here.
+"""
+
+from typing import Any
+
+import triton
+from triton.runtime import interpreter
+
+
+def take_scalars_as_indices() -> None:
+    """Make interpreted scalars good as indices under every numpy."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if triton.__version__.startswith("3.6."):
+    take_scalars_as_indices()
