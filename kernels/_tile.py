@@ -60,7 +60,7 @@ def attention_launch(config: Config, heads: int, rows: int, keys: int, d: int, d
 
 @triton.jit
 def opaque(x):
-    """x itself; the compiler does not see through the assembly that copies it, in a register as wide as a number is."""
+    """x, copied by assembly that the compiler does not see through, in registers as wide as its numbers."""
     if x.dtype.primitive_bitwidth == 32:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
     else:
@@ -69,9 +69,10 @@ def opaque(x):
 
 @triton.jit
 def exact(x):
-    """x, of which the compiler for sm_100 does not see what it was made of, if it is float32.
+    """x; if it is float32, the compiler for sm_100 does not see what it was made of.
 
-    It would multiply by it in TF32, "ieee" or not, where anything in it was loaded in fewer than 32 bits.
+    Triton takes a product there to be TF32, whatever `input_precision` says, if what made one of its operands was
+    loaded in fewer than 32 bits.
     """
     if x.dtype == tl.float32 and COMPILED and cuda_capability_geq(10):
         return opaque(x)
