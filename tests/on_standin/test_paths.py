@@ -10,14 +10,19 @@ import torch
 from oracles import build, padded, pictures
 from torch import Tensor
 
-from bench import standin
+from bench import standin, tune
+from bench.runners import Ours
+from bench.runners import build as build_random
+from bench.steps import Step, peak
 from bench.timing import measure
+from bench.tuner import jobs
 from vila_triton import VilaLlamaForCausalLM, engine
 from vila_triton.cache import PagedCache
 from vila_triton.models import llama
 from vila_triton.registry import OPS, REFERENCE, discover, recording, use
 
 if standin.active():
+    from bench.standin import device
     from bench.standin.counts import counting
 
 discover()
@@ -132,3 +137,33 @@ def test_a_call_is_timed_by_a_graph_unless_it_waits() -> None:
     assert timing.graph and timing.cold and timing.samples >= 5 and timing.seconds > 0
     waiting = measure(lambda x: x + x.sum().item(), (x,), x.device, budget=0.001)
     assert not waiting.graph and waiting.seconds > 0
+
+
+JOB = {"op": "swiglu", "impl": "triton", "sizes": {"s": 2, "f": 48, "dtype": "float16"}, "budget": 0.001}
+
+
+def test_a_candidate_of_a_search_is_gated_and_timed() -> None:
+    job = {**JOB, "config": dict(OPS["swiglu"].impls["triton"].configs[0])}
+    assert jobs.answer({**job, "stage": "gate"}) == {"reason": None}
+    answer = jobs.answer({**job, "stage": "time"})
+    assert answer["graph"] and answer["cold"] and answer["seconds"] > 0
+
+
+def test_a_candidate_without_room_is_refused_and_the_next_one_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {**JOB, "config": dict(OPS["swiglu"].impls["triton"].configs[0]), "stage": "time"}
+    with monkeypatch.context() as patch:
+        patch.setattr(device.memories[0], "total", torch.cuda.memory_allocated() + 512)
+        assert "out of memory" in jobs.answer({**job, "sizes": {**JOB["sizes"], "s": 4096}})["reason"]
+    assert jobs.answer(job)["seconds"] > 0
+
+
+def test_a_search_is_for_the_gpu_that_is_there() -> None:
+    args = tune.parser().parse_args(["swiglu", "--impl", "triton"])
+    plan = tune.plan_for(OPS["swiglu"].impls["triton"], args)
+    assert (plan.timer, plan.gpu.arch, plan.device) == ("gpu", "sm_90", torch.cuda.get_device_name())
+
+
+def test_the_memory_of_a_prefill_is_what_its_tensors_take_at_once(models: tuple) -> None:
+    runner = Ours(build_random(models[0].geometry.llm, "float32", torch.device("cuda")), REFERENCE)
+    short, long = (peak(runner, Step("memory", 1, n, 0), torch.device("cuda")) for n in (16, 64))
+    assert isinstance(short, int) and isinstance(long, int) and 0 < short < long < 64 * 2**20
