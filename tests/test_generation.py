@@ -79,7 +79,7 @@ def test_an_output_in_full_holds_new_tokens_their_scores_and_states() -> None:
     )
     assert torch.equal(out.sequences, MODEL.generate(**inputs, max_new_tokens=5))
     assert torch.equal(torch.stack(out.scores).argmax(-1).T, out.sequences)
-    of_tokens = MODEL.compute_transition_scores(out.sequences, out.scores)
+    of_tokens = MODEL.compute_transition_scores(out.sequences, out.scores)  # pyright: ignore[reportAttributeAccessIssue]
     assert torch.equal(of_tokens, torch.stack(out.scores).amax(-1).T)
     assert [len(states) for states in out.hidden_states] == [3] * 5
     assert out.hidden_states[0][0].shape == (2, 12, 32) and out.hidden_states[4][2].shape == (2, 1, 32)
