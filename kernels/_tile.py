@@ -44,6 +44,11 @@ def rows_of(rows: int, x: Tensor) -> int:
     return max(16, rows * 2 // x.element_size())
 
 
+def stages_of(stages: int, x: Tensor) -> int:
+    """The stages of a pipeline that loads x: those asked for, or half as many in float32 (see `rows_of`)."""
+    return max(1, stages * 2 // x.element_size())
+
+
 def attention_launch(config: Config, heads: int, rows: int, keys: int, d: int, dtype: str) -> Launch:
     """One launch that takes `rows` rows of each of `heads` heads in blocks of BLOCK_M over `keys` keys each."""
     size, block_n, block_d = SIZE[dtype], config["BLOCK_N"], block_of(d)

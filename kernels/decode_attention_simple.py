@@ -19,7 +19,18 @@ from vila_triton.ops import Pages, decode_attention
 from vila_triton.registry import Unsupported
 from vila_triton.space import Config, Launch, Space
 
-from ._tile import LOG2_E, attend_block, attention_launch, block_of, cast, check, normalise, page_rows, start_rows
+from ._tile import (
+    LOG2_E,
+    attend_block,
+    attention_launch,
+    block_of,
+    cast,
+    check,
+    normalise,
+    page_rows,
+    stages_of,
+    start_rows,
+)
 
 CONFIGS = [
     {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
@@ -117,6 +128,7 @@ def decode_attention_simple(
     check("decode_attention", q, k_pages, v_pages)
     config = {"BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": num_stages}
     config = CONFIGS[0] if policy == "invariant" else config
+    config = {**config, "num_stages": stages_of(config["num_stages"], q)}
     (b, h, d), (_, l, g, _) = q.shape, k_pages.shape
     out = torch.empty(b, h, d, dtype=q.dtype, device=q.device)
     if out.numel():

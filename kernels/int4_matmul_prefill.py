@@ -18,7 +18,7 @@ from vila_triton.space import Space
 
 from ._int4 import block_k, check_group, leaves, rounding, target
 from ._int4_dot import launch, product, worth_trying
-from ._tile import check
+from ._tile import check, stages_of
 
 GROUP_M = 8
 CONFIGS = [
@@ -138,6 +138,6 @@ def int4_matmul_prefill(
             BLOCK_N=BLOCK_N,
             BLOCK_K=block,
             num_warps=num_warps,
-            num_stages=num_stages,
+            num_stages=stages_of(num_stages, x),
         )
     return out.view(*x.shape[:-1], n)

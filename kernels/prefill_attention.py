@@ -29,7 +29,7 @@ from vila_triton.space import Config, Launch, Space, power_of_two
 from ._chunk import chosen, place, scaled, sequence_of, tiles_of
 from ._pool import check_pools, parts_of, pool_of, read_parts, read_pool, store_parts, tile_rows
 from ._softmax import attend_tile, log_sum_exp, over, start
-from ._tile import LOG2_E, MOST, attention_launch, check, rows_of
+from ._tile import LOG2_E, MOST, attention_launch, check, rows_of, stages_of
 
 CONFIGS = [
     {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
@@ -172,7 +172,7 @@ def tile_of(config: Config, q: Tensor, pages: Pages) -> dict[str, int]:
         tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
         if pages.bits == 8 and q.shape[-1] > 32:  # with fewer stages ptxas spills at some widths: see bench.sweep
             tile["num_stages"] = max(tile["num_stages"], 4)
-    return tile | {"BLOCK_M": rows_of(tile["BLOCK_M"], q)}
+    return tile | {"BLOCK_M": rows_of(tile["BLOCK_M"], q), "num_stages": stages_of(tile["num_stages"], q)}
 
 
 @prefill_attention.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)

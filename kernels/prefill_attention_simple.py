@@ -23,7 +23,7 @@ from vila_triton.registry import Unsupported
 
 from ._chunk import place, sequence_of, tiles_of
 from ._softmax import load_block, log_sum_exp, store_block
-from ._tile import LOG2_E, attend_block, block_of, cast, check, normalise, page_rows, rows_of, start_rows
+from ._tile import LOG2_E, attend_block, block_of, cast, check, normalise, page_rows, rows_of, stages_of, start_rows
 
 CONFIGS = [{"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}]
 
@@ -125,7 +125,7 @@ def prefill_attention_simple(
     sums = torch.empty(s, h, dtype=torch.float32, device=q.device) if lse else None
     if d > 128:  # what the registers and the shared memory of all GPUs hold
         BLOCK_M, num_stages = min(BLOCK_M, 32), 1
-    BLOCK_M = rows_of(BLOCK_M, q)
+    BLOCK_M, num_stages = rows_of(BLOCK_M, q), stages_of(num_stages, q)
     if out.numel():
         _prefill_simple_kernel[(tiles_of(s, b, h // g, BLOCK_M) * g,)](
             q,
