@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work()
         return 0
     try:
-        if args.processes < 1 or args.seconds <= 0:
+        if args.processes < 1 or not args.seconds > 0:
             raise ValueError("--processes and --seconds must be above 0")
         every = items(torch.device(DEVICE))
         if unknown := set(args.op) - OPS.keys():

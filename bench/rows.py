@@ -82,5 +82,7 @@ def read(*files: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{file}:{number} is not a row: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{file}:{number} is not a row: it is no object")
             if kind is None or row.get("kind") == kind:
                 yield row

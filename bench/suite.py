@@ -135,6 +135,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.stand_in and not standin.active():
         os.execv(sys.executable, [sys.executable, "-m", "bench.standin", "bench.suite", *sys.argv[1:]])
+    if not args.minutes > 0:
+        parser.error("--minutes must be above 0")
     toy = args.dry_run or args.stand_in
     seconds = 60 * args.minutes - OWN
     plan = steps((args.out or Path("out")).resolve(), toy)

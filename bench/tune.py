@@ -247,6 +247,8 @@ def main() -> int:
         known = chosen(args)
         if args.candidates is not None and args.candidates < 1:
             raise ValueError(f"--candidates {args.candidates}: expected 1 or more")
+        if args.minutes is not None and not args.minutes > 0:
+            raise ValueError(f"--minutes {args.minutes}: expected more than 0")
         if (args.check or args.report) and args.out and not args.out.is_dir():
             raise ValueError(f"--out {args.out}: there is no such folder")
         if args.check:

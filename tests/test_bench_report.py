@@ -111,3 +111,10 @@ def test_runs_stand_apart_and_tables_of_what_is_right_and_searches_are_made(tmp_
 def test_no_rows_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(tmp_path), "--out", str(tmp_path / "report.html")]) == 2
     assert "bench.report: no rows in" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_what_is_no_object_is_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"kind": "weather"}\n[1, 2]\n')
+    assert report.main([str(file), "--out", str(tmp_path / "report.html")]) == 2
+    assert "rows.jsonl:2 is not a row" in capsys.readouterr().err and list(tmp_path.iterdir()) == [file]

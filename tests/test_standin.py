@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from triton.runtime.jit import KernelInterface
 
 from bench.compiled import holds_kernels
@@ -56,3 +57,23 @@ def test_a_selection_of_the_gpu_tests_passes_on_the_stand_in(tmp_path: Path) -> 
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.match(rf"{len(tests)} passed(, \d+ warnings?)? in ", done.stdout.splitlines()[-1]), done.stdout
     assert json.loads(counts.read_text())["launches"].keys() >= every_kernel()
+
+
+def test_the_tests_of_the_stand_in_pass_on_it() -> None:
+    words = ["pytest", "-q", "-p", "no:cacheprovider", "tests/on_standin"]
+    done = subprocess.run([sys.executable, "-m", "bench.standin", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.match(r"\d+ passed(, \d+ warnings?)? in ", done.stdout.splitlines()[-1]), done.stdout
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["bench.sorcery"], "there is no module bench.sorcery that can be run"),
+        (["bench"], "there is no module bench that can be run"),
+        (["--counts", "nowhere/counts.json", "this"], "--counts: there is no folder"),
+    ],
+)
+def test_bad_usage_gets_one_line(words: list[str], said: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "bench.standin", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

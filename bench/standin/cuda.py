@@ -165,6 +165,7 @@ class Stream:
 class CUDAGraph(Capture):
     def reset(self) -> None:
         self.calls.clear()
+        self.made.clear()
 
 
 @contextlib.contextmanager
@@ -179,9 +180,9 @@ def graph(
         yield
     finally:
         captures.clear()
-    for _, result in cuda_graph.calls:
-        if isinstance(result, CudaTensor) and result.is_floating_point() and not result._is_view():
-            result.fill_(float("nan"))
+    for x in cuda_graph.made:
+        if x.is_floating_point():
+            x.fill_(float("nan"))
 
 
 @contextlib.contextmanager
@@ -258,5 +259,5 @@ torch.Generator, torch.tensor, torch.as_tensor = Generator, tensor, as_tensor  #
 torch.Tensor.to = to  # pyright: ignore
 torch.nn.functional.scaled_dot_product_attention = attention
 torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to: `param.data = x` leaves what param says
-torch.Tensor.cuda = lambda self, device=None, *args, **kwargs: self.to("cuda" if device is None else device)  # pyright: ignore
+torch.Tensor.cuda = CudaTensor.cuda  # pyright: ignore
 Factories().__enter__()

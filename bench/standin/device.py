@@ -24,6 +24,7 @@ WAITING = {
     "_local_scalar_dense": "item()",
     "is_nonzero": "bool()",
     "equal": "torch.equal",
+    "allclose": "torch.allclose",
     "nonzero": "nonzero",
     "masked_select": "masked_select",
     "_unique2": "unique",
@@ -33,6 +34,7 @@ WAITING = {
 }
 CROSSING = ("copy_", "_to_copy", "_copy_from", "set_")  # between devices by their nature
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "dot")  # of floating-point numbers only
 JOINING = ("cat", "stack")  # which take no number in place of a tensor
 CPU_ONLY = ("_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu", "mkldnn_linear")
 
@@ -70,6 +72,7 @@ class Capture:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Callable[[], Any], Any]] = []
+        self.made: list[Tensor] = []  # in memory of their own
 
     def replay(self) -> None:
         for call, result in self.calls:
@@ -137,7 +140,7 @@ class CudaTensor(torch.Tensor):
         return self.to("cpu")
 
     def cuda(self, device: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        return self.to("cuda" if device is None else device)
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
 
     def tolist(self) -> Any:
         waits("tolist()")
@@ -212,6 +215,8 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     count_operator(name)
     if name in CPU_ONLY:
         raise NotImplementedError(f"Could not run 'aten::{name}' with arguments from the 'CUDA' backend.")
+    if name in PRODUCTS and not (ours[0].is_floating_point() or ours[0].is_complex()):
+        raise RuntimeError(f"\"{name}_cuda\" not implemented for '{ours[0].dtype}'")
     index = index_of(wanted) if wanted is not None and wanted.type == "cuda" else ours[0].index if ours else 0
     check_devices(name, args, operands, ours)
     wait_for(func, name, args, kwargs, ours)
@@ -239,6 +244,8 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     result = tree_map(lambda x: on_device(x, index) if isinstance(x, Tensor) else x, call())
     if captures:
         captures[0].calls.append((call, result))
+        held = {x.untyped_storage()._cdata for x in operands}
+        captures[0].made += [x for x in tree_leaves(result) if x.untyped_storage()._cdata not in held]
     return result
 
 
@@ -260,11 +267,15 @@ def check_generator(generator: Any, wanted: torch.device | None, ours: bool) -> 
 
 def check_devices(name: str, args: Any, operands: Sequence[Tensor], ours: Sequence[CudaTensor]) -> None:
     """Errors: RuntimeError for operands of two devices. A number may be a CPU tensor without axes, indices may lie on
-    the CPU, copies cross.
+    the CPU whatever they index, copies cross.
     """
     if name in CROSSING:
         return
     free = [x for x in args[1] if x is not None] if name in INDEXING else []
+    if any(isinstance(x, CudaTensor) and x.device != args[0].device for x in free):
+        raise RuntimeError(
+            f"indices should be either on cpu or on the same device as the indexed tensor ({args[0].device})"
+        )
     places = {
         str(x.device)
         for x in operands
@@ -307,10 +318,9 @@ def divides_by_a_number(name: str, args: Any, kwargs: Any) -> bool:
 
 
 def by_reciprocal(x: Tensor, number: Any) -> Tensor:
-    """x / number as CUDA computes it: times the reciprocal rounded to float32 (float64 for float64)."""
+    """x / number as CUDA computes it: times the reciprocal of the number in float32 (float64 for float64)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    reciprocal = torch.tensor(1.0 / float(number), dtype=torch.float64).to(dtype)
-    return (x.to(dtype) * reciprocal).to(x.dtype)
+    return (x.to(dtype) * (1 / torch.tensor(float(number), dtype=dtype))).to(x.dtype)
 
 
 def by_reciprocal_(x: Tensor, number: Any) -> Tensor:

@@ -69,6 +69,21 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         RuntimeError,
         "Expected a 'cpu' device type for generator but found 'cuda'",
     ),
+    "indices of a GPU into a tensor of the CPU": (
+        lambda: torch.arange(4)[ones(2, dtype=torch.int64)],
+        RuntimeError,
+        "indices should be either on cpu or on the same device",
+    ),
+    "a place of a GPU in a tensor of the CPU": (
+        lambda: torch.zeros(4).index_put_((ones(2, dtype=torch.int64),), torch.ones(2)),
+        RuntimeError,
+        "indices should be either on cpu or on the same device",
+    ),
+    "a product of whole numbers": (
+        lambda: ones(2, 2, dtype=torch.int64) @ ones(2, 2, dtype=torch.int64),
+        RuntimeError,
+        "not implemented for 'torch.int64'",
+    ),
     "numpy": (lambda: ones(2).numpy(), TypeError, "can't convert cuda:0"),
     "a device there is not": (lambda: torch.ones(2, device="cuda:7"), RuntimeError, "invalid device ordinal"),
     "an operator of CPUs": (
@@ -127,6 +142,7 @@ WAITS: dict[str, Callable[[Tensor], Any]] = {
     "a copy of pageable memory to the device": lambda x: torch.tensor([1.0], device=x.device),
     "nonzero": lambda x: x.nonzero(),
     "indexing by a mask": lambda x: x[x > 0],
+    "torch.allclose": lambda x: torch.allclose(x, x),
     "torch.equal": lambda x: torch.equal(x, x),
     "unique": lambda x: x.unique(),
     "repeat_interleave without output_size": lambda x: x.repeat_interleave(x.int()),
@@ -170,6 +186,18 @@ def test_a_graph_computes_when_it_is_replayed_on_what_its_inputs_then_hold() -> 
     assert y.tolist() == [11] * 4 and total.tolist() == [14] * 4
 
 
+def test_a_capture_leaves_alone_what_its_views_look_at() -> None:
+    x = ones(4)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        views = [x.detach(), x.data, x[1:], x.view(2, 2)]
+        low, _ = (views[0] * 2).min(0)
+    assert x.tolist() == [1] * 4 and low.isnan()
+
+
+def test_a_tensor_goes_to_the_device_of_a_number() -> None:
+    assert torch.ones(1).cuda(1).device == ones(1).cuda(1).device == torch.device("cuda", 1)
+
+
 def test_kernels_to_compile_are_counted_once_a_specialisation() -> None:
     with counting() as counts:
         for n in (16, 32, 7, 9, 1):  # divisible by 16 twice, neither twice, and the constant 1
@@ -185,6 +213,9 @@ def test_division_by_a_number_is_a_product_with_its_reciprocal() -> None:
     assert torch.equal(ours, x * (torch.ones(()) / 127)) and not torch.equal(ours, x / 127)
     assert torch.equal((x.cuda() / torch.full((), 127.0, device="cuda")).cpu(), x / 127)
     assert torch.equal(x.cuda().div_(127).cpu(), ours)
+    for number in (0.3, 3.3, 1e-5):  # which float32 does not hold exactly
+        assert torch.equal((x.cuda() / number).cpu(), x * (1 / torch.tensor(number)))
+    assert (ones(2) / 0).tolist() == [float("inf")] * 2
 
 
 def test_memory_is_counted_and_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
