@@ -129,12 +129,18 @@ def test_what_hangs_is_not_waited_for(
     start = time.monotonic()
     status, said = run(capsys, "--op", "swiglu", "--processes", "1", "--seconds", "2")
     left = len(LEFT_OUT)
-    assert status == 0 and said.count("not reached           swiglu-triton") == 3 - left
+    assert status == 1 and said.count("not reached           swiglu-triton") == 3 - left
     assert f"0 right, 0 wrong, 0 unsupported, {left} left out, {3 - left} not reached" in said
     with pytest.raises(ProcessLookupError):
         while time.monotonic() < start + 15:
             os.kill(int((tmp_path / "pid").read_text()), 0)
             time.sleep(0.1)
+
+
+def test_what_cannot_be_started_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(correctness, "PYTHON", ["no-such-python"])
+    status, said = run(capsys, "--op", "swiglu", "--processes", "1")
+    assert status == 1 and said.count("could not be started") == 3 - len(LEFT_OUT)
 
 
 def test_what_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

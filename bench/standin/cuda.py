@@ -1,9 +1,11 @@
 """`torch.cuda` as an H100 would answer, over the tensors of `device`; importing this puts it in place."""
 
 import contextlib
+import threading
 import time
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.utils._device import DeviceContext
 from .device import (
     DEVICES,
     Capture,
+    Crossing,
     CudaTensor,
     Factories,
     captures,
@@ -22,6 +25,7 @@ from .device import (
     index_of,
     memories,
     on_device,
+    plain,
     waits,
 )
 
@@ -97,8 +101,9 @@ def to(self: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
     if self.is_meta:
         raise NotImplementedError("Cannot copy out of meta tensor; no data!")
     waits("a copy of pageable memory to the device")
-    copied = host_to(self.detach(), dtype or self.dtype, copy=True, memory_format=layout or torch.preserve_format)
-    return on_device(copied, index_of(device)).requires_grad_(self.requires_grad and self.is_leaf)
+    order, index = layout or torch.preserve_format, index_of(device)
+    move = partial(host_to, dtype=dtype or self.dtype, copy=True, memory_format=order)
+    return Crossing.apply(self, lambda x: on_device(move(x), index), plain)  # pyright: ignore
 
 
 def default_device() -> torch.device:
@@ -172,7 +177,9 @@ class CUDAGraph(Capture):
 def graph(
     cuda_graph: CUDAGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
 ) -> Iterator[None]:
-    """Capture. What was computed inside is not there before the graph is replayed: until then it is NaN."""
+    """Capture. What was computed inside is not there before the graph is replayed: until then it is NaN, or the
+    least of whole numbers.
+    """
     if captures:
         raise RuntimeError("CUDA error: a graph is captured already")
     captures.append(cuda_graph)
@@ -181,8 +188,8 @@ def graph(
     finally:
         captures.clear()
     for x in cuda_graph.made:
-        if x.is_floating_point():
-            x.fill_(float("nan"))
+        if x.dtype != torch.bool:
+            x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min)
 
 
 @contextlib.contextmanager
@@ -260,4 +267,13 @@ torch.Tensor.to = to  # pyright: ignore
 torch.nn.functional.scaled_dot_product_attention = attention
 torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to: `param.data = x` leaves what param says
 torch.Tensor.cuda = CudaTensor.cuda  # pyright: ignore
+run_thread = threading.Thread.run
+
+
+def run_on_the_stand_in(self: threading.Thread) -> None:
+    with Factories():  # a mode holds for one thread
+        run_thread(self)
+
+
+threading.Thread.run = run_on_the_stand_in
 Factories().__enter__()

@@ -130,10 +130,14 @@ class CudaTensor(torch.Tensor):
         if device is None or (device.type == "cuda" and index_of(device) == self.index):
             return self if dtype == self.dtype and not copy else super().to(dtype, copy=copy)
         if device.type == "cuda":
-            return on_device(plain(self).to(dtype, copy=True), index_of(device))
+            index, back = index_of(device), self.index
+            return Crossing.apply(
+                self, lambda x: on_device(plain(x).to(dtype, copy=True), index), lambda x: on_device(plain(x), back)
+            )  # pyright: ignore
         if device.type == "cpu":
             waits("a copy to the CPU")
-            return plain(self).to(dtype, copy=True)
+            back = self.index
+            return Crossing.apply(self, lambda x: plain(x).to(dtype, copy=True), lambda x: on_device(x, back))  # pyright: ignore
         return plain(self).to(device, dtype)
 
     def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -160,13 +164,26 @@ class CudaTensor(torch.Tensor):
         return torch.nn.Parameter(copy, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return on_device, (plain(self), self.index)
+        return plain(self).__reduce_ex__(protocol)  # as a file that is read with map_location="cpu"
 
     def __repr__(self, **kwargs: Any) -> str:  # pyright: ignore
         return f"{plain(self)!r} on {self.device}"
 
     def __format__(self, spec: str) -> str:
         return format(self.item() if not self.dim() else repr(self), spec)
+
+
+class Crossing(torch.autograd.Function):
+    """A copy to another device, whose gradient goes back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, move: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return move(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return ctx.back(gradients[0]), None, None
 
 
 def index_of(device: Any) -> int:

@@ -1,6 +1,8 @@
 """What the stand-in refuses, counts and computes as CUDA does."""
 
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +49,36 @@ def test_an_inplace_operator_writes_the_memory_that_views_share() -> None:
     with torch.inference_mode():
         x[1:].mul_(3)
     assert x.tolist() == [1, 3, 3, 3]
+
+
+def test_gradients_cross_devices() -> None:
+    x = torch.ones(3, requires_grad=True)
+    (x.cuda() * 2).cpu().sum().backward()
+    assert x.grad is not None and not x.grad.is_cuda and x.grad.tolist() == [2, 2, 2]
+
+
+def test_another_thread_is_on_the_stand_in_too() -> None:
+    places: list[torch.device] = []
+    thread = threading.Thread(target=lambda: places.append(torch.zeros(2, device="cuda").device))
+    thread.start()
+    thread.join()
+    assert places == [torch.device("cuda", 0)]
+
+
+def test_a_saved_tensor_is_read_as_one_of_a_gpu_is_with_map_location(tmp_path: Path) -> None:
+    torch.save({"x": ones(3)}, tmp_path / "x.pt")
+    held = torch.load(tmp_path / "x.pt", map_location="cpu", weights_only=True)["x"]
+    assert not held.is_cuda and held.tolist() == [1, 1, 1]
+
+
+def test_whole_numbers_of_a_graph_are_not_there_before_it_is_replayed() -> None:
+    x = ones(3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token = x.argmax()
+    assert token.item() < 0
+    graph.replay()
+    assert token.item() == 0
 
 
 def test_gradients_flow() -> None:
