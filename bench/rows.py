@@ -63,19 +63,35 @@ def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
         if out.tell():
             out.seek(-1, os.SEEK_END)
             if out.read(1) != b"\n":
-                out.truncate(file.read_bytes().rfind(b"\n") + 1)
+                held = file.read_bytes()
+                start = held.rfind(b"\n") + 1
+                if whole(held[start:]):
+                    out.write(b"\n")
+                else:
+                    out.truncate(start)
         for row in rows:
             out.write(json.dumps(row).encode() + b"\n")
 
 
+def whole(line: bytes) -> bool:
+    """Whether a last line without its end is a row all the same: what is cut off in the middle is no JSON."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
 def read(*files: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of the files, or those of one kind; a last line without its end is left out, with a word.
+    """The rows of the files, or those of one kind; a last line that was cut off is left out, with a word.
 
     Errors: ValueError naming file and line of what is no row.
     """
     for file in files:
         *lines, rest = file.read_bytes().split(b"\n")
-        if rest:
+        if whole(rest):
+            lines.append(rest)
+        elif rest:
             print(f"{file}:{len(lines) + 1} was cut off in the middle and is left out", file=sys.stderr)
         for number, line in enumerate(lines, 1):
             try:

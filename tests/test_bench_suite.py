@@ -169,6 +169,10 @@ def test_a_row_cut_off_in_the_middle_is_left_out_and_the_next_one_is_whole(
     assert "rows.jsonl:2 was cut off in the middle and is left out" in capsys.readouterr().err
     rows.write(file, [{"kind": "a", "n": 3}])
     assert [row["n"] for row in rows.read(file)] == [1, 3] and not capsys.readouterr().err
+    os.truncate(file, file.stat().st_size - 1)  # a whole row, without the end of its line
+    assert [row["n"] for row in rows.read(file)] == [1, 3]
+    rows.write(file, [{"kind": "a", "n": 4}])
+    assert [row["n"] for row in rows.read(file)] == [1, 3, 4] and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", ["bench.suite", "bench.tune"])
