@@ -44,7 +44,7 @@ PLANTED = {  # op, the line, what becomes of it, what check finds, the case it s
     "one_tile": (
         "int4_matmul",
         STORED,
-        f"(acc + (tl.program_id(0) * tl.program_id(1) == 1)){STORED.removeprefix('acc')}",
+        f"(acc + (pid_m * pid_n == 1)){STORED.removeprefix('acc')}",
         "beyond budget",
         ONE.replace("m=1 n=1", "m=17 n=65"),
     ),

@@ -168,7 +168,7 @@ def test_a_kernel_that_breaks_the_promise_is_found(shortcut: str, plant: Plant) 
 
 BUGS = {
     "pages are not looked up ahead": ("stride_tp, n + BLOCK_N, end", "stride_tp, n, end"),
-    "splits overlap": ("begin = tl.program_id(1) * keys", "begin = tl.maximum(tl.program_id(1) * keys - BLOCK_N, 0)"),
+    "splits overlap": ("begin = split * keys", "begin = tl.maximum(split * keys - BLOCK_N, 0)"),
     "a head is not written": ("mine = rows < RATIO", "mine = rows < RATIO - 1"),
     "sums of splits are halves": ("cut.splits, d, dtype=torch.float32", "cut.splits, d, dtype=torch.float16"),
 }
