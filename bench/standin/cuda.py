@@ -79,16 +79,15 @@ class Generator(host_generator, metaclass=_AnyGenerator):
 def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
     """`torch.tensor`, whose C++ makes the tensor without asking `Factories`."""
     device = default_device() if device is None else torch.device(device)
-    made = host_tensor(data.item() if isinstance(data, CudaTensor) else data, **kwargs)
-    return made if device.type == "cpu" else made.to(device)
+    values = host_tensor(data.item() if isinstance(data, CudaTensor) else data, **kwargs)
+    return values if device.type == "cpu" else values.to(device)
 
 
 def as_tensor(data: Any, *, dtype: Any = None, device: Any = None) -> Tensor:
     if isinstance(data, CudaTensor):
         return data.to(device=device or data.device, dtype=dtype)
     device = default_device() if device is None else torch.device(device)
-    made = host_as_tensor(data, dtype=dtype, device="cpu" if device.type == "cuda" else device)
-    return made.to(device)
+    return host_as_tensor(data, dtype=dtype, device="cpu" if device.type == "cuda" else device).to(device)
 
 
 def to(self: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
@@ -170,7 +169,7 @@ class Stream:
 class CUDAGraph(Capture):
     def reset(self) -> None:
         self.calls.clear()
-        self.made.clear()
+        self.results.clear()
 
 
 @contextlib.contextmanager
@@ -187,7 +186,7 @@ def graph(
         yield
     finally:
         captures.clear()
-    for x in cuda_graph.made:
+    for x in cuda_graph.results:
         if x.dtype != torch.bool:
             x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min)
 

@@ -72,7 +72,7 @@ class Capture:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Callable[[], Any], Any]] = []
-        self.made: list[Tensor] = []  # in memory of their own
+        self.results: list[Tensor] = []  # in memory of their own
 
     def replay(self) -> None:
         for call, result in self.calls:
@@ -262,7 +262,8 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if captures:
         captures[0].calls.append((call, result))
         held = {x.untyped_storage()._cdata for x in operands}
-        captures[0].made += [x for x in tree_leaves(result) if x.untyped_storage()._cdata not in held]
+        results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        captures[0].results += [x for x in results if x.untyped_storage()._cdata not in held]
     return result
 
 
