@@ -20,6 +20,7 @@ from far import far  # noqa: F401 (a fixture)
 
 from vila_triton.registry import Unsupported
 
+LONGEST = ("test_standin", "test_compile", "test_bench_tune")  # first, so that no process is left with one at the end
 torch.set_num_threads(1)  # tests compute on small tensors, where a second thread costs more than it gives
 _common = settings(
     deadline=None,
@@ -39,6 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Selected are the tests that need a GPU, which are marked `gpu` and skipped where there is none; and of the tests
     marked `on_gpu`, which run interpreted too, those with the first config of an implementation, or with none.
     """
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     for item in items:
         if not torch.cuda.is_available():
             if item.get_closest_marker("gpu"):
