@@ -98,3 +98,11 @@ def test_gradients_flow_through_the_default_linear() -> None:
     with use(linear="aten"):
         got = torch.autograd.grad(OPS["linear"](x, w, bias).square().sum(), (x, w, bias))
     assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_swiglu_is_rounded_once_where_its_silu_is_below_the_normal_numbers() -> None:
+    gate, up = torch.linspace(-14, -9, 500).half(), torch.linspace(3, 8, 500).half()
+    exact = torch.nn.functional.silu(gate.double()) * up.double()
+    out = OPS["swiglu"].impls["aten"](gate[None], up[None])[0]
+    assert torch.equal(out, exact.half())
+    assert not torch.equal(torch.nn.functional.silu(gate) * up, exact.half())
