@@ -57,7 +57,8 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.images": "torch numpy PIL transformers checkpoint models.config",
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models ops checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL arguments chat models registry tiny",
-    "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
+    "vila_triton.operation": "ranges space gradient library tuned",  # the last three inside functions
+    "vila_triton.gradient": "torch",
     "vila_triton.arguments": "torch choices registry",
     "vila_triton.__main__": "commands",
     "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine images models "

@@ -12,7 +12,7 @@ from vila_triton.registry import OPS, Impl, OneOf, Op, discover
 
 discover()
 MOVING = [OPS["rope"], *(op for op in OPS.values() if op.exact)]
-KINDS = [(op, kv) for op in MOVING for kv in (op.domain["kv"].values if "kv" in op.domain else (None,))]
+KINDS = [(op, kv) for op in MOVING for kv in getattr(op.domain.get("kv"), "values", [None])]
 CASES = [
     pytest.param(op, kv, impl, id=f"{op.name}-{kv}-{impl.name}")
     for op, kv in KINDS

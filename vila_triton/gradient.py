@@ -1,0 +1,41 @@
+"""Kernels have no gradient. Whoever asks for one is told; torch would leave out what lies before them, in silence."""
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Missing(torch.autograd.Function):
+    """A result as it is, whose gradient is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, out: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.message = message
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        op = ctx.where.partition(":")[0]
+        raise RuntimeError(
+            f'{ctx.where} has no gradient; `with use({op}="reference")` runs the reference, which has one'
+        )
+
+
+def told(op: str, impl: str, out: Any, *args: Any) -> Any:
+    """The results of a call; those that lost the gradient of an argument say so when it is asked for."""
+    if not torch.is_grad_enabled():
+        return out
+    leaves = [getattr(x, f.name) for x in args if is_dataclass(x) for f in fields(x)]
+    learning = [x for x in (*args, *leaves) if isinstance(x, Tensor) and x.requires_grad]
+    if not learning:
+        return out
+
+    message = f'{op}: {impl!r} has no gradient; `with use({op}="reference")` runs the reference, which has one'
+
+    def tell(x: Any) -> Any:
+        lost = isinstance(x, Tensor) and not x.requires_grad and x.is_floating_point() and all(x is not y for y in args)
+        return Missing.apply(message, x, *learning) if lost else x
+
+    return tuple(map(tell, out)) if isinstance(out, tuple) else tell(out)
