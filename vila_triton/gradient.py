@@ -11,16 +11,13 @@ class Missing(torch.autograd.Function):
     """A result as it is, whose gradient is an error."""
 
     @staticmethod
-    def forward(ctx: Any, message: str, out: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, message: str, out: Tensor, *learning: Tensor) -> Tensor:
         ctx.message = message
         return out
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        op = ctx.where.partition(":")[0]
-        raise RuntimeError(
-            f'{ctx.where} has no gradient; `with use({op}="reference")` runs the reference, which has one'
-        )
+        raise RuntimeError(ctx.message)
 
 
 def told(op: str, impl: str, out: Any, *args: Any) -> Any:
@@ -31,11 +28,10 @@ def told(op: str, impl: str, out: Any, *args: Any) -> Any:
     learning = [x for x in (*args, *leaves) if isinstance(x, Tensor) and x.requires_grad]
     if not learning:
         return out
-
     message = f'{op}: {impl!r} has no gradient; `with use({op}="reference")` runs the reference, which has one'
 
     def tell(x: Any) -> Any:
-        lost = isinstance(x, Tensor) and not x.requires_grad and x.is_floating_point() and all(x is not y for y in args)
-        return Missing.apply(message, x, *learning) if lost else x
+        new = isinstance(x, Tensor) and x.is_floating_point() and all(x is not y for y in args)
+        return Missing.apply(message, x, *learning) if new and not x.requires_grad else x
 
     return tuple(map(tell, out)) if isinstance(out, tuple) else tell(out)
