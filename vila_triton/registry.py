@@ -126,7 +126,8 @@ def fault(error: Exception, package: ModuleType) -> str:
         here = [frame for frame in frames if os.path.dirname(frame.filename) in package.__path__]
         file, line = (here[-1].filename, here[-1].lineno) if here else (package.__name__, None)
         reason = (str(error) or "no reason given").splitlines()[0]
-    return f"{os.path.relpath(file)}, line {line}: {type(error).__name__}: {reason}"
+    near = os.path.relpath(file)
+    return f"{file if near.startswith('..') else near}, line {line}: {type(error).__name__}: {reason}"
 
 
 def broken() -> list[str]:
