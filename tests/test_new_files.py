@@ -113,7 +113,7 @@ def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Put]:
             del sys.modules[name]
     for name in OPS.keys() - there:
         del OPS[name]
-        vars(ops).pop(name, None)
+        delattr(ops, name)
     for name, impls in there.items():
         OPS[name].impls.clear()
         OPS[name].impls.update(impls)

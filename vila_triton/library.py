@@ -18,7 +18,8 @@ gradient: torch says so when one is asked for; uncompiled calls of what torch co
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -68,6 +69,11 @@ def arguments(op: "Op") -> tuple[Argument, ...]:
     return tuple(argument(op, p.name, p.default, hints[p.name]) for p in parameters)
 
 
+def is_union(hint: Any) -> bool:
+    """Whether a Tensor is one of what a hint allows."""
+    return get_origin(hint) in (Union, UnionType) and Tensor in get_args(hint)
+
+
 def fresh_results(op: "Op", writes: Sequence[str]) -> int:
     """How many new tensors a call returns, by the annotation of the reference. Errors: TypeError for what no schema
     holds.
@@ -75,7 +81,7 @@ def fresh_results(op: "Op", writes: Sequence[str]) -> int:
     hint = get_type_hints(op.reference).get("return")
     results = get_args(hint) if get_origin(hint) is tuple else (hint,)
     fresh = results[: len(results) - len(writes)]
-    if len(results) < len(writes) or not all(x is Tensor or Tensor in get_args(x) for x in fresh):
+    if len(results) < len(writes) or not all(x is Tensor or is_union(x) for x in fresh):
         after = f", and after them {', '.join(writes)}" if writes else ""
         raise TypeError(f"{op.name} returns {hint}, expected a Tensor or a tuple of so many Tensors{after}")
     return len(fresh)
