@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class Missing(torch.autograd.Function):
-    """A result as it is, whose gradient is an error."""
+    """A result as it is, whose gradient is an error. It does not hold on to what the arguments came from."""
 
     @staticmethod
-    def forward(ctx: Any, message: str, out: Tensor, *learning: Tensor) -> Tensor:
+    def forward(ctx: Any, message: str, out: Tensor, learning: Tensor) -> Tensor:
         ctx.message = message
         return out
 
@@ -25,13 +25,12 @@ def told(op: str, impl: str, out: Any, *args: Any) -> Any:
     if not torch.is_grad_enabled():
         return out
     leaves = [getattr(x, f.name) for x in args if is_dataclass(x) for f in fields(x)]
-    learning = [x for x in (*args, *leaves) if isinstance(x, Tensor) and x.requires_grad]
-    if not learning:
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *leaves)):
         return out
     message = f'{op}: {impl!r} has no gradient; `with use({op}="reference")` runs the reference, which has one'
 
     def tell(x: Any) -> Any:
         new = isinstance(x, Tensor) and x.is_floating_point() and all(x is not y for y in args)
-        return Missing.apply(message, x, *learning) if new and not x.requires_grad else x
+        return Missing.apply(message, x, torch.empty(0, requires_grad=True)) if new and not x.requires_grad else x
 
     return tuple(map(tell, out)) if isinstance(out, tuple) else tell(out)
