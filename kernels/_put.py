@@ -75,7 +75,7 @@ def put_heads(
 ):
     """Write the heads `group` [n] of one token into its slot; the strides are those of `pool_of`.
 
-    No NaN reaches `tl.maximum`, which drops it when compiled.
+    No NaN reaches `tl.maximum`, which would drop it.
     """
     at = page * stride[0] + row * stride[1] + group * stride[2]  # [n]
     if BITS == 0:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_house import python
 from torch import Tensor
 
 from bench.faithful import arguments, budget, within_budget
@@ -52,9 +51,7 @@ def test_a_call_under_the_policy_invariant_runs_what_keeps_it(name: str) -> None
 
 @EACH
 def test_where_there_is_nothing_to_compute_the_reference_tells_shapes(op: Op) -> None:
-    args = mapped(lambda x: x.to("meta"), example(op))
-    if not any(isinstance(x, Tensor) and not x.is_floating_point() for x in args):  # indices must be known
-        assert ran(op, args) == "reference"
+    assert op.choice(*mapped(lambda x: x.to("meta"), example(op))) == "reference"
 
 
 @CPU
@@ -127,14 +124,6 @@ def test_a_compiled_call_runs_the_same() -> None:
     with recording() as calls:
         out = torch.compile(ops.linear, fullgraph=True, backend="eager")(*args)
     assert calls == {("linear", "aten"): 1} and torch.equal(out, ops.linear(*args))
-
-
-def test_importing_ops_imports_no_kernel() -> None:
-    code = """
-        import sys, vila_triton.ops
-        print(*[name for name in sys.modules if name.split(".")[0] == "triton" or "kernels" in name])
-    """
-    assert python(code) == ""
 
 
 def test_an_int4_product_is_not_the_reference_by_accident() -> None:
