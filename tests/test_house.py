@@ -27,7 +27,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.tuned": "torch choices ranges registry space",
     "vila_triton.pages": "prefix",
     "vila_triton.choices": "torch ranges registry",
-    "vila_triton.kernels": "torch triton einops ops formats registry space kernels interpreter",
+    "vila_triton.kernels": "torch triton einops ops formats lock registry space kernels interpreter",
     "vila_triton.interpreter": "triton",  # nobody else imports triton
     "vila_triton.ops": "torch einops ops registry formats",
     **{f"vila_triton.models.{x}": "models.fields models.vision_config" for x in ("fields", "vision_config", "config")},
@@ -61,7 +61,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
     "vila_triton.arguments": "torch choices registry",
     "vila_triton.__main__": "commands",
-    "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine images models "
+    "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine images lock memory models "
     "pictures processor prompts ranges registry saved session templates tiny tuned",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",
 }

@@ -135,7 +135,9 @@ class PagedCache:
             raise ValueError(f"kv_dtype is {kv_dtype!r}; there are: {', '.join(KV_DTYPES)}")
         check_policy("PagedCache", policy)
         self.policy = policy
+        self.settings = {"page_size": page_size, "kv_dtype": kv_dtype, "policy": policy}
         self.limit = limit
+        self.parameters: object = None  # `models.params.written` of those the tokens were run with, where it is known
         self.lock = Lock()
         self.table = PageTable(pages, page_size)
         shape = (cfg.num_hidden_layers, pages, page_size, cfg.num_key_value_heads, cfg.head_dim)
@@ -151,6 +153,19 @@ class PagedCache:
     def tensors(self) -> list[Tensor]:
         """All that the pages are made of, [layers, p, l, ...] each."""
         return [*leaves(self.k_pages), *leaves(self.v_pages)]
+
+    def check(self, cfg: LlamaConfig, device: torch.device) -> None:
+        """Errors: ValueError unless the pages are of the shape and on the device of such a model."""
+        layers, _, _, heads, width = self.k_pages.shape
+        held, wanted = (
+            f"{layers} layers of {heads} key heads of {width} numbers on {device}"
+            for layers, heads, width, device in (
+                (layers, heads, width, self.k_pages.device),
+                (cfg.num_hidden_layers, cfg.num_key_value_heads, cfg.head_dim, device),
+            )
+        )
+        if held != wanted:
+            raise ValueError(f"the cache is of {held}, but the model has {wanted}")
 
     def length(self, seq: int) -> int:
         return self.table[seq].length
