@@ -3,7 +3,8 @@
 float32: oneDNN's; `F.linear` takes MKL's, which needs half as long again for many rows. float16: one row is multiplied
 quickly and many rows slowly, so many rows are multiplied in float32. bfloat16: `F.linear`, which takes oneDNN's; that
 needs twice as long for one row as torch's own, so it is switched off meanwhile (in the whole process: a product of
-another thread at that moment may be slower, not wrong). Other dtypes, and where a gradient is wanted (oneDNN's has none): `F.linear`.
+another thread at that moment may be slower, not wrong). Other dtypes, and where a gradient is wanted (oneDNN's has
+none): `F.linear`.
 """
 
 from collections.abc import Iterator

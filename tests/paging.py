@@ -112,7 +112,7 @@ class World:
         return length
 
     def needed(self, counts: dict[int, int]) -> int:
-        """Pages that appending takes: to grow by, and to copy a page of several sequences for all but its last writer."""
+        """Pages that appending takes: to grow by, and for copies of a shared page for all but its last writer."""
         writers, grown = Counter[int](), 0
         for seq, n in counts.items():
             pages, length = self.table[seq].pages, len(self.expected[seq])
@@ -170,7 +170,8 @@ class World:
         assert before == self.snapshot(), "counting changed something"
         if owed > available:
             kept = f", {owed - needed} of them promised to others" if owed > needed else ""
-            with pytest.raises(OutOfPages, match=f"^{needed} more pages .* {available} of {self.total} are free{kept} "):
+            message = f"^{needed} more pages .* {available} of {self.total} are free{kept} "
+            with pytest.raises(OutOfPages, match=message):
                 self.table.append(counts)
             assert before == self.snapshot(), "a refused append changed something"
             assert any(length + counts[seq] > self.promised.get(seq, 0) for seq, length in lengths.items() if new[seq])

@@ -247,7 +247,7 @@ class PagedCache:
         except BaseException:
             for seq, length in before.items():
                 self.table.truncate(seq, length)
-            self._copy(grant.copies)  # a sequence keeps the page it was given, and the first time may have been cut short
+            self._copy(grant.copies)  # sequences keep the pages they were given, and the first time may be cut short
             raise
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:

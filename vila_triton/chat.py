@@ -140,7 +140,7 @@ class Conversation:
             return other
 
     def undo(self, rounds: int = 1) -> None:
-        """Take the last rounds back. Errors: ValueError if there are fewer, or while an answer is not read to its end."""
+        """Take the last rounds back. Errors: ValueError if there are fewer, or an answer is not read to its end."""
         with self._alone():
             if not 1 <= rounds <= len(self.rounds):
                 raise ValueError(f"{rounds} rounds cannot be taken back; there are {len(self.rounds)}")

@@ -1,4 +1,4 @@
-"""One thread at a time, without a finalizer ever waiting; and settings of the whole process, changed by many at once."""
+"""One thread at a time, without a finalizer ever waiting; settings of the whole process that many change at once."""
 
 import threading
 from collections import deque

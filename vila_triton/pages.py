@@ -33,8 +33,8 @@ class PageTable:
 
     A page that several sequences share is never written: the one that appends to it is given a copy first. So is one
     that appends to a page of which more is known than it reads, while there are pages: what is known is lost only when
-    they run out. A page of no sequence whose content is known is idle: it waits to be adopted, and is given away when no
-    page is free, the one that was let go first going first. Pages promised to a sequence are given to no other.
+    they run out. A page of no sequence whose content is known is idle: it waits to be adopted, and is given away when
+    no page is free, the one that was let go first going first. Pages promised to a sequence are given to no other.
     """
 
     def __init__(self, pages: int, page_size: int):
