@@ -5,7 +5,10 @@ import gc
 import json
 import random
 import shutil
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +157,26 @@ def test_an_answer_that_is_not_read_to_its_end_mixes_with_no_other(talker: Talke
     assert ask(talker, 1, QUESTIONS[0])[1] == expected
     list(unread)
     assert conversation.last and list(conversation.ask(QUESTIONS[1]))
+
+
+def test_a_tokenizer_is_asked_by_one_thread_at_a_time(talker: Talker) -> None:
+    """Those in Rust say "Already borrowed" to the second where the first has to change how they pad or truncate."""
+    inside = threading.Lock()
+
+    class Borrowed:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(talker.tokenizer, name)
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            assert inside.acquire(blocking=False), "Already borrowed"
+            time.sleep(0.01)
+            inside.release()
+            return talker.tokenizer(*args, **kwargs)
+
+    shared = Talker(talker.model, Borrowed(), talker.processor)
+    with ThreadPoolExecutor(4) as pool:
+        answers = pool.map(lambda _: list(Conversation(shared).ask(QUESTIONS[0])), range(4))
+        assert list(answers) == [list(Conversation(talker).ask(QUESTIONS[0]))] * 4
 
 
 @pytest.mark.parametrize("n", [2, 8])

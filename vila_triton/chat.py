@@ -17,6 +17,7 @@ from torch import Tensor
 from .cache import PagedCache
 from .engine import Sampling, admit, contents, stream
 from .images import image_processor, pixels
+from .lock import Lock
 from .memory import Memory
 from .models.params import written
 from .models.vila import splice
@@ -55,6 +56,7 @@ class Talker:
     processor: Any
     limit: int | None = None
     memory: Memory = field(init=False, repr=False, compare=False)
+    spelling: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)  # tokenizers are for one thread
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory", Memory(self.model, self.limit))
@@ -168,7 +170,10 @@ class Conversation:
         self, question: str, images: Sequence[Image.Image], max_new_tokens: int, sampling: dict[str, Any]
     ) -> Generator[int, None, None]:
         start, model = time.perf_counter(), self.talker.model
-        ids = torch.tensor(self.talker.prompt(question, len(images), first=not len(self.row)), device=model.device)
+        with self.talker.spelling:
+            prompt = self.talker.prompt(question, len(images), first=not len(self.row))
+            ends, end = self.talker.stops, closing(self.talker.template, self.talker.tokenizer)
+        ids = torch.tensor(prompt, device=model.device)
         parameters = list(model.parameters())
         before, known = written(parameters), self.talker.memory.holding()
         if self.features is not None and self.eyes != known.eyes:
@@ -194,8 +199,7 @@ class Conversation:
                 f"the conversation has {len(row)} tokens, and {max_new_tokens} more may be generated, but the "
                 f"model's context is {limit}; lower max_new_tokens or begin a new conversation"
             )
-        ends, device = self.talker.stops, model.device
-        how = Sampling.of(1, max_new_tokens=max_new_tokens, eos_token_id=ends or None, device=device, **sampling)
+        how = Sampling.of(1, max_new_tokens=max_new_tokens, eos_token_id=ends or None, device=model.device, **sampling)
         chunk, cache, seq, content = model.config.prefill_chunk_size, self.cache, self.seq, contents(row, names)
         with cache.lock:
             kept = cache.length(seq)
@@ -215,7 +219,7 @@ class Conversation:
         finally:
             cache.lock.soon(partial(keep, cache, seq, [*content, *answer], None if finished else kept))
         answer = answer[:-1] if answer[-1] in ends else answer  # the last one is not in the cache yet
-        answer += closing(self.talker.template, self.talker.tokenizer)
+        answer += end
         self.rounds.append((len(self.row), len(self.names)))
         self.row = torch.cat((row, row.new_tensor(answer)))
         self.features, self.names, self.eyes, self.last = features, names, known.eyes, taken
