@@ -1,7 +1,6 @@
 """Pictures and videos to what the vision tower takes, through transformers' image processors."""
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,10 +47,8 @@ def rgb(image: Image.Image) -> Image.Image:
 def opened(path: Path | str, kind: str) -> Iterator[Image.Image]:
     """A file as Pillow opens it. Errors: `ImageError` naming the file, for whatever is wrong with it."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of twice that size it is an error
-            with Image.open(path) as image:
-                yield image
+        with Image.open(path) as image:
+            yield image
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist") from None
     except Exception as error:  # a broken file fails in Pillow's decoders as OSError, SyntaxError, struct.error, ...

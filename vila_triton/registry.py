@@ -177,7 +177,12 @@ def explicit() -> Mapping[str, Choice]:
 def use(**choices: str | Sequence[Any]) -> Iterator[None]:
     """Run the named implementations inside the `with`: ``use(rope="triton", int4_matmul=[[4, "gemv"], "prefill"])``.
 
-    Wins over `defaults`.
+    Wins over `defaults`. It holds in this thread and this asyncio task. Another thread takes it along if it runs in a
+    copy of the context, ``Thread(target=contextvars.copy_context().run, args=(answer,))`` inside the `with`. A
+    generator that is left half-read goes on with what holds where it is read.
+
+    What was cached under one choice serves another: both keep to the error budget. Only under the policy "invariant",
+    where every bit counts, does a `chat.Talker` forget it.
     """
     token = CHOSEN.set({**CHOSEN.get(), **checked(choices)})
     try:
