@@ -50,7 +50,10 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.released": "torch tokenizers transformers checkpoint choices layouts models quantized shards sources",
     "vila_triton.formats": "torch einops",
     "vila_triton.layouts": "torch formats ops",
-    "vila_triton.prompts": "transformers models.vila templates",
+    "vila_triton.prompts": "markers models.vila templates",
+    "vila_triton.markers": "tokenizers sentencepiece transformers templates",
+    "vila_triton.tokenizer": "tokenizers transformers llama_tokenizer models tensors",
+    "vila_triton.llama_tokenizer": "sentencepiece transformers",
     "vila_triton.templates": "",
     "vila_triton.saved": "torch safetensors chat",
     "vila_triton.engine": "torch transformers cache models registry tuned",
@@ -60,8 +63,8 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
     "vila_triton.arguments": "torch choices registry",
     "vila_triton.__main__": "commands",
-    "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine images models "
-    "pictures processor prompts ranges registry saved session templates tiny tuned",
+    "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine images markers models "
+    "pictures processor prompts ranges registry saved session templates tiny tokenizer tuned",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",
 }
 

@@ -1,14 +1,12 @@
 """Templates and the token ids of prompts, against what is written down here by hand."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from spelling import CHATML, HEADERS, PIECES, of_bytes, pieces, spelled
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from vila_triton.prompts import closing, first_round, load_tokenizer, next_round, stops, tokenize, with_pictures
+from vila_triton.prompts import closing, first_round, next_round, stops, tokenize, with_pictures
 from vila_triton.templates import TEMPLATES, template
 
 VICUNA = (
@@ -65,11 +63,11 @@ def test_a_message_template_takes_a_system_text_and_pictures_and_refuses_what_it
 
 def test_pieces_begin_with_a_space_behind_a_picture_but_not_behind_what_ended_an_answer() -> None:
     tokenizer, how = pieces(), TEMPLATES["vicuna_v1_nosys"]
-    # <s> ▁USER : ▁ [picture] ▁ \n What ▁is ▁it ? ▁ASSISTANT :
-    first = [1, 5, 7, 4, -200, 4, 3, 10, 11, 12, 13, 8, 7]
+    # <s> ▁ ▁USER : ▁ [picture] ▁ \n What ▁is ▁it ? ▁ASSISTANT :
+    first = [1, 4, 5, 7, 4, -200, 4, 3, 10, 11, 12, 13, 8, 7]
     assert first_round("<image>\nWhat is it?", how, tokenizer) == first
-    # USER : ▁Sure [picture] ▁not ? ▁ASSISTANT :
-    second = [6, 7, 17, -200, 18, 13, 8, 7]
+    # USER : ▁Sure [picture] ▁ ▁not ? ▁ASSISTANT :
+    second = [6, 7, 17, -200, 4, 18, 13, 8, 7]
     assert next_round("Sure<image> not?", how, tokenizer) == second
     assert tokenize(how.round("Sure<image> not?"), tokenizer, first=False)[0] == 5  # alone, it would begin with ▁USER
     # ▁A ▁cat . </s>
@@ -134,18 +132,3 @@ def test_a_question_has_as_many_places_as_pictures() -> None:
 
 def test_a_vocabulary_is_what_its_tokenizer_says() -> None:
     assert pieces().convert_ids_to_tokens(list(range(len(PIECES)))) == PIECES
-
-
-def test_code_that_a_folder_brings_is_neither_run_nor_asked_about(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pieces().save_pretrained(tmp_path)
-    file = tmp_path / "tokenizer_config.json"
-    own = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
-    file.write_text(json.dumps(json.loads(file.read_text()) | own))
-    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    asked: list[str] = []
-    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
-    with pytest.raises(ValueError, match="contains custom code"):
-        load_tokenizer(tmp_path)
-    assert not asked and not (tmp_path / "ran").exists()

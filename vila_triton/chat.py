@@ -18,8 +18,9 @@ from .images import image_processor, pixels
 from .models.vila import splice
 from .models.vila_llama import VilaLlamaForCausalLM
 from .pictures import Pictures
-from .prompts import closing, first_round, load_tokenizer, next_round, stops, with_pictures
+from .prompts import closing, first_round, next_round, stops, with_pictures
 from .templates import Template, template
+from .tokenizer import load_tokenizer
 
 
 @dataclass

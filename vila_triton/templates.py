@@ -1,7 +1,8 @@
 """How conversations are written down for the language models that VILA is built on."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 CONTENT = (  # a message's content: a text, or a list of texts and pictures
@@ -35,6 +36,12 @@ class Template:
     def first(self, question: str) -> str:
         """The same of the first round, which has the system text before it."""
         return self.opening.replace("{system}", self.system) + self.round(question)
+
+    def spelled(self, names: Mapping[str, str]) -> "Template":
+        """The same with other names for its special tokens."""
+        find = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "$^")
+        parts = ("system", "opening", "user", "assistant", "lead", "end")
+        return replace(self, **{part: find.sub(lambda hit: names[hit[0]], getattr(self, part)) for part in parts})
 
     @property
     def tokens(self) -> list[str]:
@@ -122,8 +129,9 @@ FAMILIES = {"<|im_start|>": "hermes-2", "<|start_header_id|>": "llama_3", "</s>"
 
 
 def is_token(text: str, tokenizer: Any) -> bool:
-    """Whether a text is one token."""
-    return tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids) == [text]
+    """Whether a text is one token, but for the space that may come before it."""
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids)
+    return [token for token in tokens if token != "▁"] == [text]
 
 
 def template(name: str | None, tokenizer: Any) -> Template:
