@@ -32,17 +32,18 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.ops": "torch einops ops registry formats",
     **{f"vila_triton.models.{x}": "models.fields models.vision_config" for x in ("fields", "vision_config", "config")},
     "vila_triton.models": "torch einops ops formats models",
-    "vila_triton.models.vila_llama": "torch transformers cache checkpoint choices engine registry models",
-    "vila_triton.models.generation": "torch transformers cache engine models",
+    "vila_triton.models.vila_llama": "torch transformers cache checkpoint choices engine generation_config registry "
+    "models",
+    "vila_triton.models.generation": "torch transformers cache engine generation_config models stopping",
     "vila_triton.models.vila_llama_config": "torch transformers cache checkpoint models",
     "vila_triton.cache": "torch ops models.config pages",
-    "vila_triton.checkpoint": "torch layouts llava models shards sources tensors write",
+    "vila_triton.checkpoint": "torch generation_config layouts llava models shards sources tensors write",
     "vila_triton.tensors": "torch safetensors models",
     "vila_triton.shards": "torch models tensors",
     "vila_triton.quantized": "torch formats layouts models ops",
     "vila_triton.sources": "layouts models quantized tensors",
     "vila_triton.llava": "models sources tensors",
-    "vila_triton.write": "torch layouts models quantized shards sources tensors",
+    "vila_triton.write": "torch generation_config layouts models quantized shards sources tensors",
     "vila_triton.plan": "models sources write",
     "vila_triton.awq": "torch safetensors einops PIL awq cache checkpoint engine formats images layouts models ops "
     "prompts quantized shards sources templates tensors tiny write",
@@ -56,15 +57,17 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.llama_tokenizer": "sentencepiece transformers",
     "vila_triton.templates": "",
     "vila_triton.saved": "torch safetensors chat",
-    "vila_triton.engine": "torch transformers cache models registry tuned",
+    "vila_triton.generation_config": "models tensors",
+    "vila_triton.stopping": "torch transformers",
+    "vila_triton.engine": "torch transformers cache models registry stopping tuned",
     "vila_triton.images": "torch numpy PIL transformers checkpoint models.config",
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models ops checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL arguments chat models registry tiny",
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
     "vila_triton.arguments": "torch choices registry",
     "vila_triton.__main__": "commands",
-    "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine images markers models "
-    "pictures processor prompts ranges registry saved session templates tiny tokenizer tuned",
+    "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine generation_config "
+    "images markers models pictures processor prompts ranges registry saved session templates tiny tokenizer tuned",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",
 }
 

@@ -44,6 +44,10 @@ def test_a_template_writes_what_vila_was_trained_on(name: str) -> None:
     messages = [{"role": role, "content": content} for role, content in MESSAGES]
     ((rendered,), _) = render_jinja_template([messages], chat_template=how.jinja, add_generation_prompt=True)
     assert rendered == expected
+    finished = [{"role": role, "content": content} for role, content in MESSAGES[:2]]
+    ((rendered,), _) = render_jinja_template([finished], chat_template=how.jinja)
+    ending = "<|end_of_text|>" if name == "llama_3_corrected" else how.end
+    assert rendered == f"{how.first('Q')}{how.lead}A{ending}"
 
 
 def test_a_message_template_takes_a_system_text_and_pictures_and_refuses_what_it_has_no_place_for() -> None:
@@ -92,10 +96,10 @@ def test_bytes_have_no_such_space_and_the_bos_that_the_template_writes_is_the_on
     assert first_round("<image>\nWhat is it?", how, tokenizer) == first
     second = [*header("user"), sure, ask, end, *header(role)]
     assert next_round("Sure?", how, tokenizer) == second
-    assert closing(how, tokenizer) == [end]
+    assert closing(how, tokenizer) == [end] and closing(how, tokenizer, last=True) == [1]
     whole = f"{how.first('<image>' + chr(10) + 'What is it?')}Hi{how.end}{how.round('Sure?')}"
     assert tokenize(whole, tokenizer) == [*first, hi, end, *second]
-    assert stops(how, tokenizer, {"eos_token_id": [1, 9]}) == [1, 4, 9]
+    assert stops(how, tokenizer, [1, 9], None, 3) == [1, 4, 9, 3]
 
 
 def test_the_tokenizer_tells_its_template() -> None:

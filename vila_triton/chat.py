@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .cache import PagedCache
 from .engine import Sampling, admit, contents, stream
+from .generation_config import settled
 from .images import image_processor, pixels
 from .models.vila import splice
 from .models.vila_llama import VilaLlamaForCausalLM
@@ -78,7 +79,8 @@ class Talker:
     @cached_property
     def stops(self) -> list[int]:
         """Tokens that end an answer."""
-        return stops(self.template, self.tokenizer, self.model.config.parts()["llm"])
+        said = getattr(self.model.generation_config, "eos_token_id", None)
+        return stops(self.template, self.tokenizer, self.model.config.parts()["llm"].get("eos_token_id"), said)
 
     def prompt(self, question: str, pictures: int, first: bool = True) -> list[int]:
         """Token ids of a round up to where its answer begins, -200 for each picture.
@@ -109,9 +111,10 @@ class Conversation:
         self.answering = False
 
     def ask(
-        self, question: str, images: Sequence[Image.Image] = (), max_new_tokens: int = 128, **sampling: Any
+        self, question: str, images: Sequence[Image.Image] = (), max_new_tokens: int | None = None, **sampling: Any
     ) -> Generator[int, None, None]:
-        """The tokens of the answer as they are chosen; `last` holds what the round took.
+        """The tokens of the answer as they are chosen; `last` holds what the round took. What is not said is as in the
+        model's generation config, else at most 128 tokens are made, each the likeliest.
 
         Errors: ValueError, before anything is run, if the question is empty or does not fit the model's context, or the
         answer before it was not read to its end. If an answer is given up or fails half-way, the conversation is as it
@@ -131,13 +134,14 @@ class Conversation:
         (spliced,) = splice([ids], counts, model.geometry.llm.vocab_size, len(self.names))
         row = torch.cat((self.row, spliced))
         limit = model.geometry.llm.max_position_embeddings
-        if len(row) + max_new_tokens > limit:
+        asked = settled(model.answers(), {**sampling, "max_new_tokens": max_new_tokens}, len(row), limit)
+        if len(row) + (max_new_tokens := asked["max_new_tokens"]) > limit:
             raise ValueError(
                 f"the conversation has {len(row)} tokens, and {max_new_tokens} more may be generated, but the "
                 f"model's context is {limit}; lower max_new_tokens or begin a new conversation"
             )
         ends, device = self.talker.stops, model.device
-        how = Sampling.of(1, max_new_tokens=max_new_tokens, eos_token_id=ends or None, device=device, **sampling)
+        how = Sampling.of(1, eos_token_id=ends or None, device=device, **asked)
         chunk, seq, known = model.config.prefill_chunk_size, self.seq, contents(row, names)
         before = self.cache.length(seq)
         answer: list[int] = []

@@ -1,8 +1,8 @@
 """What only a template may say: special tokens, which a user's text cannot spell.
 
 A prompt is tokenized as one text, since a word and the space before it may come from the two sides. So what the
-template says is told from what a user types by its names: in a tokenizer that is otherwise the same, special tokens have
-names that are drawn anew in every process and that nobody can know, and a template is written with those.
+template says is told from what a user types by its names: in a tokenizer that is otherwise the same, special tokens
+have names that are drawn anew in every process and that nobody can know, and a template is written with those.
 """
 
 import json

@@ -96,14 +96,15 @@ def typed(
     return tokenize(write(template.spelled(names.of), question), tokenizer, first, names)
 
 
-def closing(template: Template, tokenizer: Any) -> list[int]:
-    """What ends an answer, whatever the model ended it with."""
-    return tokenize(template.end, tokenizer, first=False)
+def closing(template: Template, tokenizer: Any, last: bool = False) -> list[int]:
+    """What ends an answer, whatever the model ended it with; or the last answer of a finished conversation."""
+    return tokenize((last and template.finish) or template.end, tokenizer, first=False)
 
 
-def stops(template: Template, tokenizer: Any, config: dict[str, Any]) -> list[int]:
-    """Ids that end an answer: the template's, the tokenizer's and those of llm/config.json."""
+def stops(template: Template, tokenizer: Any, *configured: int | list[int] | None) -> list[int]:
+    """Ids that end an answer: the template's, the tokenizer's and those of the model's configs."""
     named = [tokenizer.convert_tokens_to_ids(text) for text in template.stops if is_token(text, tokenizer)]
-    eos = config.get("eos_token_id")
-    ids = [*named, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
+    ids = [*named, tokenizer.eos_token_id]
+    for eos in configured:
+        ids += eos if isinstance(eos, list) else [eos]
     return list(dict.fromkeys(i for i in ids if i is not None))

@@ -28,6 +28,7 @@ class Template:
     lead: str
     end: str
     stops: tuple[str, ...]
+    finish: str | None = None  # what ends the last answer of all, if it is not `end`
 
     def round(self, question: str) -> str:
         """The text of a round, up to where its answer begins."""
@@ -46,7 +47,7 @@ class Template:
     @property
     def tokens(self) -> list[str]:
         """The texts in it that must each be one token."""
-        text = "".join((self.opening, self.user, self.assistant, self.end))
+        text = "".join((self.opening, self.user, self.assistant, self.end, self.finish or ""))
         return re.findall(r"<\|\w+\|>|</?s>", text)
 
     @property
@@ -64,7 +65,8 @@ class Template:
             f"{{{{ {self.user!r} }}}}{{{{ body(message.content) }}}}"
             f"{{%- if add_generation_prompt or not loop.last -%}}{{{{ {self.assistant!r} }}}}{{%- endif -%}}"
             "{%- elif message.role == 'assistant' -%}"
-            f"{{{{ {self.lead!r} }}}}{{{{ body(message.content) }}}}{{{{ {self.end!r} }}}}"
+            f"{{{{ {self.lead!r} }}}}{{{{ body(message.content) }}}}"
+            f"{{{{ {self.finish or self.end!r} if loop.last else {self.end!r} }}}}"
             "{%- elif not (told and loop.first) -%}"
             "{{ raise_exception('this template has no place for a message of role ' ~ message.role) }}"
             "{%- endif -%}{%- endfor -%}"
@@ -100,6 +102,7 @@ def _llama_3(role: str, end: str) -> Template:
         "",
         end,
         ("<|end_of_text|>", "<|eot_id|>"),
+        "<|end_of_text|>",
     )
 
 

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from vila_triton import checkpoint, engine
 from vila_triton.cache import PagedCache, Uncached, Watched, resume
 from vila_triton.choices import pick_device
+from vila_triton.generation_config import FILE
 
 from . import llama, vila
 from .batch import causal_loss, pad, pad_square, unpad
@@ -91,6 +92,7 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         PreTrainedModel.__init__(model, config)
         model.init_vlm(config, params)
         model.post_init()
+        model.answer_as(checkpoint.generation(Path(folder), cfg.llm.vocab_size), str(folder))
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -100,6 +102,9 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         source = Path(self.config._name_or_path) if self.config._name_or_path else None
         came_from = source if source and source.is_dir() else None
         checkpoint.save(Path(folder), top, self.config.parts(), self.params, came_from)
+        said, eos = self.answers(), getattr(self.generation_config, "eos_token_id", None)
+        if said or eos != self.config.parts()["llm"].get("eos_token_id"):
+            checkpoint.write_json(Path(folder) / FILE, {**said, "eos_token_id": eos})
 
     @property
     def params(self) -> vila.Vila:
