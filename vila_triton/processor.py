@@ -12,6 +12,7 @@ from .checkpoint import read_json, write_json
 from .images import image_processor as load_image_processor
 from .images import open_image, pixels
 from .markers import renamed
+from .models.surface import refusing
 from .models.vila import IMAGE_TOKEN_INDEX
 from .prompts import IMAGE, tokenize
 from .templates import TEMPLATES, template
@@ -20,6 +21,10 @@ from .tokenizer import load_tokenizer
 OWN = "processor_config.json"
 PLAIN = TEMPLATES["plain"]  # of no special tokens
 SETTINGS = ("conversation_template", "image_aspect_ratio")
+
+
+NO_PARSER = "answers are plain text: `decode` and `batch_decode` give it"
+NO_HUB = "`save_pretrained` writes a folder, which huggingface_hub's upload_folder sends"
 
 
 class VilaProcessor(ProcessorMixin):
@@ -134,6 +139,10 @@ class VilaProcessor(ProcessorMixin):
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **more: Any) -> list[str]:
         """The same of several rows."""
         return [self.decode(row, skip_special_tokens, **more) for row in sequences]
+
+    push_to_hub = refusing("push_to_hub", NO_HUB)
+    parse_response = refusing("parse_response", NO_PARSER)
+    post_process_multimodal_output = refusing("post_process_multimodal_output", NO_PARSER)
 
     @property
     def model_input_names(self) -> list[str]:

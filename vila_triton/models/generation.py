@@ -19,15 +19,12 @@ from vila_triton.stopping import StopStrings
 
 from . import vila
 from .batch import pad, side_by_side, unpad
+from .surface import ARGUMENTS, check_numbers
 
 # What transformers calls it in outputs and in its loop, which changed with its version 5.24.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 LOOPS = ("engine", "transformers")
 SAMPLING = [name for name in inspect.signature(engine.Sampling.of).parameters if name not in ("rows", "device")]
-
-# What transformers' loop would take and then not honour over a cache of ours, or over prompts with pictures in them.
-REFUSED = ("assistant_model", "cache", "cache_implementation", "inputs", "inputs_embeds", "past_key_values")
-REFUSED += ("position_ids", "prefill_chunk_size", "prompt_lookup_num_tokens", "use_cache")
 
 
 class VilaGenerationMixin(GenerationMixin):
@@ -64,6 +61,7 @@ class VilaGenerationMixin(GenerationMixin):
         """
         model: Any = self
         check_arguments(loop, how)
+        check_numbers(model.device, model.dtype)
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"a streamer takes one prompt at a time, got {len(input_ids)}")
         features, image_tokens = self.features(images)
@@ -152,7 +150,7 @@ class VilaGenerationMixin(GenerationMixin):
     def answer_as(self, said: Mapping[str, Any], where: str) -> None:
         """Answer as a checkpoint's generation_config.json says, and warn of what of it is not honoured."""
         generation: Any = self.generation_config
-        known = {name: value for name, value in said.items() if hasattr(generation, name) and name not in REFUSED}
+        known = {name: value for name, value in said.items() if hasattr(generation, name) and name not in ARGUMENTS}
         for name, value in known.items():
             setattr(generation, name, value)
         if "eos_token_id" in known and "pad_token_id" not in known:
@@ -162,11 +160,9 @@ class VilaGenerationMixin(GenerationMixin):
             warnings.warn(
                 f"{where}: of {FILE}, {', '.join(beams)} counts in generate(loop='transformers') only", stacklevel=2
             )
-        if refused := ignored({name: said[name] for name in said if name in REFUSED}):
-            warnings.warn(
-                f"{where}: of {FILE}, {', '.join(refused)} does not count: the cache is paged, and of its own kind",
-                stacklevel=2,
-            )
+        for refused in ignored({name: said[name] for name in said if name in ARGUMENTS}):
+            why = ARGUMENTS[refused.partition("=")[0]]
+            warnings.warn(f"{where}: of {FILE}, {refused} does not count: {why}", stacklevel=2)
 
     def answers(self) -> dict[str, Any]:
         """What the model's generation config says beyond its stop tokens, and what is the same in any model."""
@@ -216,8 +212,11 @@ def check_arguments(loop: str, how: Mapping[str, Any]) -> None:
     if loop not in LOOPS:
         raise ValueError(f"generate: loop is {loop!r}; there are: {', '.join(LOOPS)}")
     if loop == "transformers":
-        if refused := [name for name in how if name in REFUSED]:
-            raise ValueError(f"generate: loop='transformers' over a paged cache does not honour {', '.join(refused)}")
+        config = how.get("generation_config")
+        asked = {**(config.to_diff_dict() if config else {}), **how}
+        for name, value in asked.items():
+            if name in ARGUMENTS and (value is not None if name in how else ignored({name: value})):
+                raise ValueError(f"generate: loop='transformers' does not honour {name}: {ARGUMENTS[name]}")
     elif unknown := [name for name in how if name not in (*SAMPLING, "pad_token_id")]:
         raise ValueError(
             f"generate: loop='engine' does not know {', '.join(unknown)}, only {', '.join(SAMPLING)}, pad_token_id; "
