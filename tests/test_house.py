@@ -60,7 +60,8 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.generation_config": "models tensors",
     "vila_triton.stopping": "torch transformers",
     "vila_triton.engine": "torch transformers cache models registry stopping tuned",
-    "vila_triton.images": "torch numpy PIL transformers checkpoint models.config",
+    "vila_triton.images": "torch numpy PIL transformers checkpoint models.config preprocessor",
+    "vila_triton.preprocessor": "",
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models ops checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL arguments chat models registry tiny",
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions

@@ -27,14 +27,15 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in llm/ of a folder, or in the folder if there is no llm/. Errors: `LoadError` naming the file."""
     place = folder / "llm" if (folder / "llm").is_dir() else folder
     config = values_of(place / CONFIG)
+    with naming(place / CONFIG):
+        said = settings(config)
     kind = config.get("tokenizer_class")
     pieces = (place / MODEL).exists() and kind in LLAMA and not is_tiktoken(place / MODEL)
     if not pieces and not (place / JSON).exists():
         if (place / MODEL).exists():
-            raise LoadError(f"{place / MODEL} is no SentencePiece model of a LLaMA, and there is no {JSON} beside it")
+            why = f"{CONFIG} says it is of class {kind!r}" if kind not in LLAMA else "it is tiktoken's"
+            raise LoadError(f"{place / MODEL} is no SentencePiece model of a LLaMA ({why}), and there is no {JSON}")
         raise LoadError(f"{place} holds no tokenizer: neither {MODEL} nor {JSON}")
-    with naming(place / CONFIG):
-        said = settings(config)
     if "added_tokens_decoder" not in said:
         said |= legacy(place)
     with naming(place / (MODEL if pieces else JSON)):
@@ -83,6 +84,7 @@ def is_tiktoken(file: Path) -> bool:
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What tokenizer_config.json says, of what counts here. Errors: ValueError naming the field."""
     said: dict[str, Any] = {name: token(config[name], name) for name in NAMED if config.get(name) is not None}
+    expected(config.get("tokenizer_class") or "", str, "tokenizer_class", "a name")
     for name in EXTRA:
         if (value := config.get(name)) is not None:
             listed = list(value.values()) if isinstance(value, dict) else value
@@ -92,7 +94,8 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         named = {key: f"added_tokens_decoder[{key!r}]" for key in decoder}
         if wrong := [name for key, name in named.items() if not re.fullmatch(r"\d{1,9}", key)]:
             raise ValueError(f"{wrong[0]}: expected the id of a token as its key")
-        said["added_tokens_decoder"] = {int(key): token(decoder[key], name) for key, name in named.items()}
+        objects = {key: expected(decoder[key], dict, name, "an object") for key, name in named.items()}
+        said["added_tokens_decoder"] = {int(key): token(objects[key], name) for key, name in named.items()}
     for name in ("add_bos_token", "add_eos_token", "clean_up_tokenization_spaces"):
         if config.get(name) is not None:
             said[name] = expected(config[name], bool, name, "true or false")
@@ -129,12 +132,13 @@ def token(value: Any, name: str) -> Any:
     """A token that a file writes as a text or as an object. Errors: ValueError naming the field."""
     from transformers import AddedToken
 
-    if isinstance(value, str) and value:
-        return value
-    if not isinstance(value, dict) or not isinstance(value.get("content"), str) or not value["content"]:
+    content = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(content, str) or not content or re.search("[\ud800-\udfff]", content):
         raise ValueError(f"{name} is {cut(value)}, expected a token: a text, or an object with its content")
+    if isinstance(value, str):
+        return value
     flags = {flag: expected(value[flag], bool, f"{name} {flag}", "true or false") for flag in FLAGS if flag in value}
-    return AddedToken(value["content"], **flags)
+    return AddedToken(content, **flags)
 
 
 def expected(value: Any, kind: type, name: str, words: str) -> Any:
@@ -166,6 +170,7 @@ def of_json(file: Path, llama: bool, said: Mapping[str, Any]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     values = read_json(file)
+    check(values)
     changed = values | begun_once(values) if llama else values
     backend = Tokenizer.from_str(json.dumps(changed, ensure_ascii=False)) if changed != values else None
     source: dict[str, Any] = {"tokenizer_file": str(file)} if backend is None else {"tokenizer_object": backend}
@@ -174,6 +179,22 @@ def of_json(file: Path, llama: bool, said: Mapping[str, Any]) -> Any:
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """Errors: ValueError for what the tokenizers library takes and then ends the process, or prints a trace, over."""
+    model, steps = values.get("model"), values.get("post_processor") or {}
+    if not isinstance(model, dict) or not model.get("vocab"):
+        raise ValueError("model is without a vocab, expected one of tokens")
+    if model.get("continuing_subword_prefix") and model.get("merges"):
+        raise ValueError("model continuing_subword_prefix is not supported with merges, expected null")
+    expected(steps, dict, "post_processor", "an object")
+    for step in [steps, *(steps.get("processors") or ())]:
+        if isinstance(step, dict) and step.get("type") == "TemplateProcessing":
+            known = step.get("special_tokens") or {}
+            parts = [part.get("SpecialToken", {}).get("id") for part in [*step["single"], *step["pair"]]]
+            if missing := [part for part in parts if part is not None and part not in known]:
+                raise ValueError(f"post_processor special_tokens is without {cut(missing[0])}, which it adds")
 
 
 def begun_once(values: Mapping[str, Any]) -> dict[str, Any]:
