@@ -16,14 +16,16 @@ from torch import Tensor
 
 from .cache import PagedCache
 from .engine import Sampling, admit, contents, stream
+from .generation_config import settled
 from .images import image_processor, pixels
 from .lock import Lock
 from .memory import Memory
 from .models.params import written
 from .models.vila import splice
 from .models.vila_llama import VilaLlamaForCausalLM
-from .prompts import closing, first_round, load_tokenizer, next_round, stops, with_pictures
+from .prompts import closing, first_round, next_round, stops, with_pictures
 from .templates import Template, template
+from .tokenizer import load_tokenizer
 
 
 @dataclass
@@ -86,7 +88,8 @@ class Talker:
     @cached_property
     def stops(self) -> list[int]:
         """Tokens that end an answer."""
-        return stops(self.template, self.tokenizer, self.model.config.parts()["llm"])
+        said = getattr(self.model.generation_config, "eos_token_id", None)
+        return stops(self.template, self.tokenizer, self.model.config.parts()["llm"].get("eos_token_id"), said)
 
     def prompt(self, question: str, pictures: int, first: bool = True) -> list[int]:
         """Token ids of a round up to where its answer begins, -200 for each picture.
@@ -154,9 +157,10 @@ class Conversation:
             self.features = self.features[:rows] if self.features is not None and rows else None
 
     def ask(
-        self, question: str, images: Sequence[Image.Image] = (), max_new_tokens: int = 128, **sampling: Any
+        self, question: str, images: Sequence[Image.Image] = (), max_new_tokens: int | None = None, **sampling: Any
     ) -> Generator[int, None, None]:
-        """The tokens of the answer as they are chosen; `last` holds what the round took.
+        """The tokens of the answer as they are chosen; `last` holds what the round took. What is not said is as in the
+        model's generation config, else at most 128 tokens are made, each the likeliest.
 
         Errors: ValueError, before anything is run, if the question is empty or does not fit the model's context, if the
         answer before it was not read to its end, or if the model has changed since it was shown pictures; `OutOfPages`
@@ -167,7 +171,7 @@ class Conversation:
             yield from self._answer(question, images, max_new_tokens, sampling)
 
     def _answer(
-        self, question: str, images: Sequence[Image.Image], max_new_tokens: int, sampling: dict[str, Any]
+        self, question: str, images: Sequence[Image.Image], max_new_tokens: int | None, sampling: dict[str, Any]
     ) -> Generator[int, None, None]:
         start, model = time.perf_counter(), self.talker.model
         with self.talker.spelling:
@@ -194,19 +198,20 @@ class Conversation:
         (spliced,) = splice([ids], counts, model.geometry.llm.vocab_size, len(self.names))
         row = torch.cat((self.row, spliced))
         limit = model.geometry.llm.max_position_embeddings
-        if len(row) + max_new_tokens > limit:
+        asked = settled(model.answers(), {**sampling, "max_new_tokens": max_new_tokens}, len(row), limit)
+        if len(row) + (new_tokens := asked["max_new_tokens"]) > limit:
             raise ValueError(
-                f"the conversation has {len(row)} tokens, and {max_new_tokens} more may be generated, but the "
+                f"the conversation has {len(row)} tokens, and {new_tokens} more may be generated, but the "
                 f"model's context is {limit}; lower max_new_tokens or begin a new conversation"
             )
-        how = Sampling.of(1, max_new_tokens=max_new_tokens, eos_token_id=ends or None, device=model.device, **sampling)
+        how = Sampling.of(1, eos_token_id=ends or None, device=model.device, **asked)
         chunk, cache, seq, content = model.config.prefill_chunk_size, self.cache, self.seq, contents(row, names)
         with cache.lock:
             kept = cache.length(seq)
         answer: list[int] = []
         finished = False
         try:
-            admit(cache, {seq: content}, max_new_tokens)
+            admit(cache, {seq: content}, new_tokens)
             taken = Round(len(row), len(row) - cache.length(seq), sum(counts))
             for _, token in stream(model.params, {seq: row}, model.geometry, cache, features, how, chunk):
                 answer.append(token)

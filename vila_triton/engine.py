@@ -18,12 +18,13 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.stopping_criteria import EosTokenCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, StoppingCriteriaList
 
 from .cache import PagedCache
 from .models import llama, vila
 from .models.config import VilaConfig
 from .registry import defaults
+from .stopping import StopStrings
 from .tuned import kernels_for
 
 
@@ -175,9 +176,7 @@ class Sampling:
             ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
             criteria.append(EosTokenCriteria(torch.tensor(ids, device=device)))
         if stop_strings is not None:
-            if tokenizer is None:
-                raise ValueError("stop_strings need tokenizer=, to know how tokens spell them")
-            criteria.append(StopStringCriteria(tokenizer, stop_strings))  # pyright: ignore[reportArgumentType]
+            criteria.append(StopStrings(tokenizer, stop_strings))
         seeds = None
         if do_sample:
             seeds = [seed + i for i in range(rows)] if isinstance(seed, int) else list(seed)

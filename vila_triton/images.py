@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .checkpoint import read_configs, read_json
 from .models.config import VisionConfig
+from .preprocessor import settings
 
 MODES = ("resize", "pad", "square", None)
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # formats whose further pictures are meant to be seen, one after another
@@ -116,8 +117,8 @@ def image_processor(folder: Path, tower: VisionConfig | None = None) -> Any:
     file = places[0] / "preprocessor_config.json"
     try:
         values = read_json(file)
-        processor = in_pillow(kind_in(values), values)
-    except (OSError, ValueError, TypeError) as error:
+        processor = in_pillow(kind_in(values), settings(values))
+    except (OSError, ValueError) as error:
         raise ImageError(f"{file} is no image processor: {error}") from None
     return fitted(processor, tower.input_size) if tower else processor
 
@@ -131,7 +132,7 @@ def kind_in(values: Mapping[str, Any]) -> str:
     kind = re.sub("(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", name)
     if kind not in IN_PILLOW:
         raise ValueError(
-            f"image_processor_type is {name}, expected {' or '.join(f'{x}ImageProcessor' for x in IN_PILLOW)}"
+            f"image_processor_type is {name[:60]}, expected {' or '.join(f'{x}ImageProcessor' for x in IN_PILLOW)}"
         )
     return kind
 

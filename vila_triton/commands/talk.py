@@ -34,8 +34,12 @@ def configure(commands: Any) -> None:
     talk.add_argument(
         "--policy", choices=POLICIES, help="of attention (default: the model's); invariant: no bit by chance"
     )
-    talk.add_argument("--max-new-tokens", type=int, default=128)
-    talk.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    talk.add_argument("--max-new-tokens", type=int, help="(default: the model's generation_config.json, else 128)")
+    talk.add_argument(
+        "--temperature",
+        type=float,
+        help="0 takes the likeliest token (default: the model's generation_config.json, else 0)",
+    )
     talk.add_argument("--top-k", type=int)
     talk.add_argument("--top-p", type=float)
     talk.add_argument("--seed", type=int, default=0)
@@ -55,18 +59,20 @@ def run(args: argparse.Namespace) -> None:
     from vila_triton.registry import use
     from vila_triton.session import Session, frames_of, pictures
 
-    if not 0 <= args.temperature < math.inf:
+    if args.temperature is not None and not 0 <= args.temperature < math.inf:
         raise ValueError(f"--temperature is {args.temperature}, expected a number from 0 up")
-    if not args.temperature and (args.top_k is not None or args.top_p is not None):
-        raise ValueError("--top-k and --top-p need a --temperature above 0: without it the likeliest token is taken")
     sampling: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "top_k": args.top_k, "top_p": args.top_p}
-    if args.temperature > 0:
-        sampling |= {"do_sample": True, "temperature": args.temperature, "seed": args.seed}
+    sampling |= {"seed": args.seed}
+    if args.temperature is not None:
+        sampling |= {"do_sample": args.temperature > 0, "temperature": args.temperature or None}
     if args.command == "ask" and args.frames is not None and not any(kind == "video" for kind, _ in args.seen):
         raise ValueError(f"--frames {args.frames} is of a --video, and none is given")
     frames = frames_of(args.model) if args.frames is None else args.frames
     seen = pictures(args.seen, frames)
     talker = Talker.from_pretrained(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
+    draws = args.temperature if args.temperature is not None else talker.model.answers().get("do_sample")
+    if not draws and (args.top_k is not None or args.top_p is not None):
+        raise ValueError("--top-k and --top-p need a --temperature above 0: without it the likeliest token is taken")
     config = talker.model.config
     given = {"kv_dtype": args.kv_dtype, "page_size": args.page_size, "attention_policy": args.policy}
     for name, value in given.items():
@@ -113,8 +119,16 @@ def answer(conversation: "Conversation", question: str, pictures: list[Any], sam
     reused = f", {took.prompt_tokens - took.new_tokens} cached" if took.new_tokens < took.prompt_tokens else ""
     print(
         f"[prompt {took.prompt_tokens} tokens{reused} | pictures {took.image_tokens} tokens | "
-        f"first token {took.first_token:.3f} s | {speed} | {kernels_line(calls)}]"
+        f"first token {took.first_token:.3f} s | {speed} | {by_file(conversation, sampling)}{kernels_line(calls)}]"
     )
+
+
+def by_file(conversation: "Conversation", sampling: dict[str, Any]) -> str:
+    """What the model's generation_config.json decided about an answer, as nobody else did."""
+    from vila_triton.generation_config import FILE, decided
+
+    said = decided(conversation.talker.model.answers(), sampling)
+    return f"{', '.join(f'{name} {value}' for name, value in said.items())} by {FILE} | " if said else ""
 
 
 def kernels_line(calls: Counter[tuple[str, str]]) -> str:

@@ -14,16 +14,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from vila_triton import checkpoint, engine
 from vila_triton.cache import PagedCache, Uncached, Watched, resume
 from vila_triton.choices import pick_device
+from vila_triton.generation_config import FILE
 
 from . import llama, vila
 from .batch import causal_loss, pad, pad_square, unpad
 from .generation import CACHE, VilaGenerationMixin
 from .params import init, written
 from .part import Part
+from .surface import Refusing, check_numbers
 from .vila_llama_config import BOOKKEEPING, VilaLlamaConfig, parse_dtype
 
 
-class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
+class VilaLlamaForCausalLM(Refusing, PreTrainedModel, VilaGenerationMixin):
     """VILA: `.vision_tower` and `.mm_projector` turn pictures into positions of `.llm`, which answers."""
 
     config_class = VilaLlamaConfig
@@ -93,6 +95,7 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         PreTrainedModel.__init__(model, config)
         model.init_vlm(config, params)
         model.post_init()
+        model.answer_as(checkpoint.generation(Path(folder), cfg.llm.vocab_size), str(folder))
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -102,6 +105,24 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         source = Path(self.config._name_or_path) if self.config._name_or_path else None
         came_from = source if source and source.is_dir() else None
         checkpoint.save(Path(folder), top, self.config.parts(), self.params, came_from)
+        said, eos = self.answers(), getattr(self.generation_config, "eos_token_id", None)
+        if said or eos != self.config.parts()["llm"].get("eos_token_id"):
+            checkpoint.write_json(Path(folder) / FILE, {**said, "eos_token_id": eos})
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        """The embeddings of words as a torch module, which holds the model's own parameter."""
+        weight: Any = self.params.llm.embedding
+        table = torch.nn.Embedding(*weight.shape, device="meta")
+        table.weight = weight
+        return table
+
+    def get_output_embeddings(self) -> torch.nn.Linear:
+        """The head as a torch module, which holds the model's own parameter."""
+        llm: Any = self.params.llm
+        weight = llm.embedding if llm.head is None else llm.head
+        head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        head.weight = weight
+        return head
 
     @property
     def params(self) -> vila.Vila:
@@ -113,6 +134,13 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         if not isinstance(images, Tensor):
             images = torch.cat([x if x.ndim == 4 else x[None] for x in images])
         images = images.flatten(0, 1) if images.ndim == 5 else images
+        dtypes = {
+            part: next(x.dtype for x in getattr(self, part).parameters() if x.is_floating_point())
+            for part in checkpoint.PARTS
+        }
+        if len(set(dtypes.values())) > 1:
+            said = ", ".join(f"{part} is in {dtype}" for part, dtype in dtypes.items())
+            raise ValueError(f"{said}; pictures need all parts in one dtype: model.to(dtype)")
         images, policy = images.to(self.device, self.dtype), self.config.attention_policy
         return engine.encode_images(self.params, images, self.geometry, policy)
 
@@ -150,6 +178,7 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         `config.prefill_chunk_size` tokens of a row at a time. `logits_to_keep=n` returns the last n positions only.
         Errors: ValueError naming the argument, before anything is changed.
         """
+        check_numbers(self.device, self.dtype)
         output_attentions = output_attentions if output_attentions is not None else self.config.output_attentions
         states_wanted = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
         one_pass = not chunk_prefilling
