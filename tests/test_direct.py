@@ -118,14 +118,6 @@ def test_the_way_out_is_named_once_and_of_the_op_that_does_not_serve(monkeypatch
     assert str(error.value) == "no ('aten' runs here by default; `with use(swiglu=\"reference\")` runs the reference)"
 
 
-def test_a_compiled_call_runs_the_same() -> None:
-    torch.compiler.reset()
-    args = example(ops.linear)
-    with recording() as calls:
-        out = torch.compile(ops.linear, fullgraph=True, backend="eager")(*args)
-    assert calls == {("linear", "aten"): 1} and torch.equal(out, ops.linear(*args))
-
-
 def test_an_int4_product_is_not_the_reference_by_accident() -> None:
     """The call that made the fault known: 4096 × 4096 took 40 times as long outside an engine."""
     args = arguments(ops.int4_matmul, 0, m=1, n=64, G=2, group=64, dtype="float32", order="sub", bias=True)

@@ -90,6 +90,16 @@ def test_what_no_schema_holds_is_refused(doubled: Op) -> None:
         library.expose(Op(listed, False), None)
     with pytest.raises(TypeError, match=r"test_doubled.writes: no argument z"):
         doubled.writes("z")
+    with pytest.raises(TypeError, match=r"test_doubled returns .*, expected a tuple of Tensors, and after them x,"):
+        doubled.writes("x")
+
+
+def test_as_many_results_as_the_reference_says(doubled: Op, fresh: None) -> None:
+    doubled.result(lambda x, y: x.new_empty(x.shape))
+    doubled.impl("two")(lambda x, y: (2 * x, 2 * y))
+    compiled = torch.compile(lambda x: doubled(x, x), fullgraph=True, backend="eager")
+    with use(test_doubled="two"), pytest.raises(TypeError, match="test_doubled returns 2 new tensors, expected 1"):
+        compiled(torch.ones(3))
 
 
 def layer(p: llama.Layer, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Step) -> Tensor:

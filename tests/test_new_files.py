@@ -140,9 +140,10 @@ def test_a_new_op_is_a_file_and_its_kernel_another(put: Put, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("returns", "told"),
     [
-        ("list[Tensor]", "returns list[torch.Tensor], expected a Tensor or a tuple of so many Tensors"),
-        ("tuple[Tensor, ...]", "returns tuple[torch.Tensor, ...], expected a Tensor or a tuple of so many Tensors"),
-        ("tuple[Tensor, int]", "returns tuple[torch.Tensor, int], expected a Tensor or a tuple of so many Tensors"),
+        ("list[Tensor]", "returns list[torch.Tensor], expected a Tensor or a tuple of Tensors"),
+        ("tuple[Tensor, ...]", "returns tuple[torch.Tensor, ...], expected a Tensor or a tuple of Tensors"),
+        ("tuple[Tensor, int]", "returns tuple[torch.Tensor, int], expected a Tensor or a tuple of Tensors"),
+        ("Tensor | None", "returns "),
         ("Any", "returns typing.Any, expected a Tensor"),
     ],
 )

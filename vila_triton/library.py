@@ -18,8 +18,7 @@ gradient: torch says so when one is asked for; uncompiled calls of what torch co
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -69,22 +68,22 @@ def arguments(op: "Op") -> tuple[Argument, ...]:
     return tuple(argument(op, p.name, p.default, hints[p.name]) for p in parameters)
 
 
-def is_union(hint: Any) -> bool:
-    """Whether a Tensor is one of what a hint allows."""
-    return get_origin(hint) in (Union, UnionType) and Tensor in get_args(hint)
+def fresh_results(op: "Op", writes: Sequence[str]) -> tuple[int, bool]:
+    """How many new tensors a call returns by the annotation of the reference, and whether in a tuple.
 
-
-def fresh_results(op: "Op", writes: Sequence[str]) -> int:
-    """How many new tensors a call returns, by the annotation of the reference. Errors: TypeError for what no schema
-    holds.
+    Errors: TypeError for what no schema holds.
     """
     hint = get_type_hints(op.reference).get("return")
-    results = get_args(hint) if get_origin(hint) is tuple else (hint,)
+    several = get_origin(hint) is tuple
+    results = get_args(hint) if several else (hint,)
     fresh = results[: len(results) - len(writes)]
-    if len(results) < len(writes) or not all(x is Tensor or is_union(x) for x in fresh):
-        after = f", and after them {', '.join(writes)}" if writes else ""
-        raise TypeError(f"{op.name} returns {hint}, expected a Tensor or a tuple of so many Tensors{after}")
-    return len(fresh)
+    with_lse = Tensor | tuple[Tensor, Tensor]
+    if (writes and not several) or len(results) < len(writes) or any(x not in (Tensor, with_lse) for x in fresh):
+        wanted = (
+            f"a tuple of Tensors, and after them {', '.join(writes)}" if writes else "a Tensor or a tuple of Tensors"
+        )
+        raise TypeError(f"{op.name} returns {hint}, expected {wanted}, as many as it always returns")
+    return len(fresh), several
 
 
 def schema(takes: Sequence[Argument], writes: Sequence[str], fresh: int) -> str:
@@ -122,17 +121,20 @@ def expose(op: "Op", result: Callable[..., Any] | None, writes: tuple[str, ...] 
     if unknown := set(writes) - {a.name for a in takes}:
         raise TypeError(f"{op.name}.writes: no argument {', '.join(sorted(unknown))}")
 
-    fresh = fresh_results(op, writes)
+    fresh, several = fresh_results(op, writes)
 
     def returned(out: Any) -> Any:
-        """The new tensors of a call, as torch takes them of so many."""
-        new = tuple(x.contiguous() for x in out[:fresh]) if isinstance(out, tuple) else (out.contiguous(),)
+        """New tensors as torch takes them of so many."""
+        new = tuple(x.contiguous() for x in (out if isinstance(out, tuple) else (out,)))
         if len(new) != fresh:
-            raise TypeError(f"{op.name}: {len(new)} tensors are returned, expected {fresh}")
+            raise TypeError(
+                f"{op.name} returns {len(new)} new tensors, expected {fresh} by the annotation of its reference"
+            )
         return new if fresh > 1 else new[0] if new else None
 
     def run(*flat: Any) -> Any:
-        return returned(op.run(*joined(takes, flat)))
+        out = op.run(*joined(takes, flat))
+        return returned(out[: len(out) - len(writes)] if writes else out)
 
     def fake(*flat: Any) -> Any:
         args = joined(takes, flat)
@@ -155,9 +157,7 @@ def expose(op: "Op", result: Callable[..., Any] | None, writes: tuple[str, ...] 
         if values.get("lse") or any(map(is_dataclass, unions)):
             return op.reference(*args, **kwargs)
         out = overload(*flattened(takes, values))
-        if not writes:
-            return out
         new = () if out is None else out if fresh > 1 else (out,)
-        return (*new, *(values[name] for name in writes))
+        return (*new, *(values[name] for name in writes)) if several else out
 
     return traced
