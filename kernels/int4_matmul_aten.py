@@ -5,7 +5,8 @@ Only in bfloat16 is it vectorised; in float32 and float16 it is a scalar loop.
 
 The library has a layout of its own. A weight is packed when it is first used, and the copy is kept as long as
 `qweight`, the tensor object, lives; written to in the meantime, the weight is packed again. A weight made under
-`torch.inference_mode` does not tell when it is written to, and is therefore packed at every call.
+`torch.inference_mode` does not tell when it is written to, and is therefore packed at every call. Nor does any weight
+tell what is written through `.data`: that is not seen here.
 """
 
 import torch

@@ -183,11 +183,14 @@ def test_a_tokenizer_is_asked_by_one_thread_at_a_time(talker: Talker) -> None:
 def test_conversations_answered_in_turns_at_default_settings_answer_as_each_alone(talker: Talker, n: int) -> None:
     asked = [(i, QUESTIONS[i % 3]) for i in range(n)]
     expected = [generate(talker, [(question, PICTURES[i % 3 : i % 3 + 1])])[0] for i, question in asked]
-    unread = [Conversation(talker).ask(question, [PICTURES[i % 3]]) for i, question in asked]
-    answers: list[list[int]] = [[] for _ in unread]
-    while turns := [(answer, tokens) for answer, tokens in zip(unread, answers) if answer.gi_frame is not None]:
-        for answer, tokens in turns:
-            tokens += [token for token in [next(answer, None)] if token is not None]
+    unread = {i: Conversation(talker).ask(question, [PICTURES[i % 3]]) for i, question in asked}
+    answers: list[list[int]] = [[] for _ in asked]
+    while unread:
+        for i, answer in list(unread.items()):
+            if (token := next(answer, None)) is None:
+                del unread[i]
+            else:
+                answers[i].append(token)
     assert answers == expected and not talker.cache.table.promised
 
 

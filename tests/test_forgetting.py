@@ -173,15 +173,14 @@ MODEL = build(seed=2)
 IDS = words(1, 6)
 
 
-@pytest.mark.parametrize("change", [lambda m: m.float(), lambda m: m.llm.model.norm.weight.data.mul_(2)], ids=str)
-def test_a_past_of_other_parameters_is_refused(change: Callable) -> None:
-    model, other = copy.deepcopy(MODEL), copy.deepcopy(MODEL)
+@torch.no_grad()
+def test_a_past_of_other_parameters_is_refused() -> None:
+    model: Any = copy.deepcopy(MODEL)
     past = model(IDS).past_key_values
     model(IDS, start_pos=0)
     with pytest.raises(ValueError, match="keys and values of other parameters"):
-        other(IDS, past_key_values=past)
-    with torch.no_grad():
-        model.llm.model.norm.weight.mul_(2)
+        copy.deepcopy(MODEL)(IDS, past_key_values=past)
+    model.llm.model.norm.weight.mul_(2)
     for how in ({"past_key_values": past}, {"start_pos": 6}):
         with pytest.raises(ValueError, match="keys and values of other parameters"):
             model(IDS, **how)

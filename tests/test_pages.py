@@ -1,6 +1,7 @@
 """The page allocator and its prefix cache against a model that keeps what every sequence should read as plain lists."""
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 from paging import World
 
+from vila_triton.cache import PagedCache
 from vila_triton.pages import OutOfPages, PageTable
+
+CONFIG: Any = SimpleNamespace(num_hidden_layers=2, num_key_value_heads=1, head_dim=4)
 
 THOROUGH = settings().max_examples >= 300
 TOKENS = st.lists(st.integers(0, 1), max_size=10)  # two words: beginnings are often the same
@@ -82,13 +86,13 @@ Pages.TestCase.settings = settings(stateful_step_count=40, max_examples=max(40, 
 TestPages = Pages.TestCase
 
 
-@pytest.mark.parametrize("page_size, steps", [(1, 400_000), (4, 400_000), (16, 190_000), (256, 10_000)])
+@pytest.mark.parametrize("page_size, steps", [(1, 400_000), (4, 400_000), (16, 190_000), (256, 20_000)])
 def test_many_random_operations(page_size: int, steps: int) -> None:
     """All pages are in use most of the time. A million operations under HYPOTHESIS_PROFILE=thorough."""
     rng = random.Random(page_size)
     world = World(12, page_size)
     served = evicted = refused = kept = 0
-    for step in range(steps if THOROUGH else 2_000):
+    for step in range(steps if THOROUGH else min(2_000, steps // 16)):
         alive = list(world.expected)
         seq = rng.choice(alive) if alive else world.alloc()
         length = len(world.expected[seq])
@@ -129,6 +133,41 @@ def test_an_append_is_for_all_sequences_or_for_none() -> None:
     with pytest.raises(OutOfPages, match="3 more pages of 4 tokens are needed, but 2 of 3 are free"):
         table.append({a: 4, b: 5})
     assert (table[a].length, table[b].length, len(table.free_pages)) == (4, 0, 2)
+
+
+def test_where_a_promise_needs_every_page_nothing_is_forked_and_nothing_stays_of_it() -> None:
+    cache = PagedCache(CONFIG, 2, page_size=4)
+    seq = cache.table.alloc()
+    assert not cache.table.admit({seq: [1, 2, 3, 4, 5]}, 3)
+    cache.table.append({seq: 5})
+    assert cache.table.missing({seq: 3}) == 0 == cache.table.available
+    with pytest.raises(OutOfPages, match="sequence 0 cannot be forked: all 0 free pages are promised"):  # noqa: SIM117
+        with cache.at([2], keep=False):
+            raise AssertionError
+    assert list(cache.table.sequences) == [seq] and cache.length(seq) == 5 and cache.table.promised == {seq: 8}
+
+
+def test_a_copy_that_is_cut_short_is_made_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = PagedCache(CONFIG, 4, page_size=4)
+    first = cache.table.alloc()
+    cache.table.append({first: 2})
+    for i, x in enumerate(cache.tensors):
+        x.fill_(i + 1)
+    second, whole = cache.table.fork(first), PagedCache._copy
+    cut = iter([KeyboardInterrupt])
+
+    def copy(self: PagedCache, copies: Any) -> None:
+        if error := next(cut, None):
+            raise error
+        whole(self, copies)
+
+    monkeypatch.setattr(PagedCache, "_copy", copy)
+    cache.tensors[0][:, 1:] = cache.tensors[1][:, 1:] = 0
+    with pytest.raises(KeyboardInterrupt), cache.step({second: 1}):
+        pass
+    (page,) = cache.table[second].pages
+    assert page != cache.table[first].pages[0] and cache.length(second) == 2
+    assert all((x[:, page] == i + 1).all() for i, x in enumerate(cache.tensors))
 
 
 def test_the_last_of_two_writers_keeps_a_shared_page() -> None:

@@ -49,7 +49,7 @@ def configured(policy: str, page_size: int) -> Iterator[None]:
         config.attention_policy, config.page_size = before
 
 
-@dataclass
+@dataclass(eq=False)
 class Answer:
     """A question on its way: the tokens read so far, and the logits they were chosen by."""
 
@@ -93,8 +93,8 @@ class Play:
 
     def __init__(self, seed: int):
         self.rng = random.Random(seed)
-        self.how = self.rng.choice(["invariant", "fast"]), self.rng.choice([1, 4, 16])
-        limit = self.rng.choice([None, None, 400 // self.how[1]])  # about four conversations' worth
+        self.how = self.rng.choice(["invariant", "fast"]), self.rng.choice([4, 16])
+        limit = self.rng.choice([None, None, 112 // self.how[1]])  # room for two or three conversations
         self.talker = talker(limit)
         self.rounds: dict[Conversation, tuple[Asked, ...]] = {}
         self.answers: list[Answer] = []
@@ -164,14 +164,14 @@ class Play:
     def threads(self) -> None:
         """The rest of all answers, and new ones of the other conversations, each in its own thread."""
         together = self.answers + [Answer(one, self.drawn()) for one in self.idle()]
-        ready, failed = Barrier(len(together)), list[Exception]()
+        ready, failed, refused = Barrier(len(together)), list[Exception](), list[Answer]()
 
         def run(answer: Answer) -> None:
             ready.wait()
             try:
                 assert answer.read()
             except OutOfPages:
-                together.remove(answer)
+                refused.append(answer)
             except Exception as error:
                 failed.append(error)
 
@@ -182,8 +182,11 @@ class Play:
             thread.join()
         assert not failed, failed
         self.answers = []
+        self.refused += len(refused)
+        assert not any(answer.tokens for answer in refused), "an answer that was promised its pages ran out of them"
         for answer in together:
-            self.check(answer, True)
+            if answer not in refused:
+                self.check(answer, True)
 
     def step(self) -> None:
         moves = [(self.go_on, 4 * len(self.answers)), (self.give_up, len(self.answers)), (self.fork, len(self.idle()))]
@@ -207,11 +210,14 @@ class Play:
         assert self.talker.limit is None or table.pages <= self.talker.limit
 
 
-@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(3, 300), marks=pytest.mark.slow)], ids=str)
+SEEDS = [range(first, first + 50) for first in range(0, 300, 50)]
+
+
+@pytest.mark.parametrize("seeds", [range(3), *(pytest.param(s, marks=pytest.mark.slow) for s in SEEDS)], ids=str)
 def test_conversations_in_turns_and_threads_answer_as_if_they_were_alone(seeds: range) -> None:
     right = refused = 0
     for seed in seeds:
         play = Play(seed)
         play.run(12)
         right, refused = right + play.right, refused + play.refused
-    assert right > 5 * len(seeds) and refused >= len(seeds) // 50
+    assert right > 4 * len(seeds) and refused >= len(seeds) // 50

@@ -219,18 +219,20 @@ class PagedCache:
         held = [self.length(seq) for seq in sequences]
         if len(lengths) != len(held) or any(not 0 <= to <= n for to, n in zip(lengths, held)):
             raise ValueError(f"sequences of {held} tokens cannot be rolled back to {list(lengths)}")
-        if not keep:
-            sequences = [self.table.fork(seq) for seq in sequences]
+        forks: list[int] = []
         try:
+            for seq in [] if keep else sequences:
+                forks.append(self.table.fork(seq))
+            sequences = sequences if keep else forks
             for seq, length in zip(sequences, lengths, strict=True):
                 self.table.truncate(seq, length)
             yield sequences
         except BaseException:
-            for seq, length in zip(sequences, lengths):
+            for seq, length in zip(sequences, lengths) if keep else ():
                 self.table.truncate(seq, min(length, self.length(seq)))
             raise
         finally:
-            for seq in [] if keep else sequences:
+            for seq in forks:
                 self.table.free(seq)
 
     @contextmanager

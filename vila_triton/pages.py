@@ -83,13 +83,14 @@ class PageTable:
         return child
 
     def reorder(self, rows: list[int]) -> None:
-        """All sequences are replaced: the i-th, in order of age, by a fork of what the rows[i]-th was.
+        """All sequences are replaced: the i-th, in order of age, by a fork of what the rows[i]-th was; promises end.
 
         Errors: ValueError for a row that there is not, before anything is changed.
         """
         old = list(self.sequences)
         if bad := [row for row in rows if not 0 <= row < len(old)]:
             raise ValueError(f"there are {len(old)} sequences, and no row {bad[0]} among them")
+        self.promised.clear()
         for row in rows:
             self.fork(old[row])
         for seq in old:

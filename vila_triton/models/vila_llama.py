@@ -274,8 +274,8 @@ class VilaLlamaForCausalLM(Refusing, PreTrainedModel, VilaGenerationMixin):
 
     def new_cache(self, sequences: int, pages: int = 0, limit: int | None = None) -> PagedCache:
         """A cache of this model's shape, dtype and device, holding that many empty sequences."""
-        how = {"dtype": self.dtype, "device": self.device, **self.config.cache()}
-        cache = PagedCache(self.geometry.llm, pages, limit=limit, **how)
+        llm, how = self.geometry.llm, self.config.cache()
+        cache = PagedCache(llm, pages, dtype=self.dtype, device=self.device, limit=limit, **how)
         for _ in range(sequences):
             cache.table.alloc()
         return cache
