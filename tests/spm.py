@@ -56,7 +56,7 @@ def texts(count: int, seed: int = 0) -> Iterator[str]:
         "🙂",
         "\u200b",
     ]
-    others += ["1234", "<0x0A>", "USER:", "<", "s>", "I'm", "\x00", "\ufeff", "\u00a0"]
+    others += ["1234", "<0x0A>", "USER:", "<", "s)", "I'm", "\x00", "\ufeff", "\u00a0"]
     for _ in range(count):
         parts = rng.choices((0, 1), (2, 3), k=rng.randint(0, 12))
         yield "".join(rng.choice(words) + rng.choice(["", " "]) if word else rng.choice(others) for word in parts)

@@ -14,7 +14,7 @@ from vila_triton.arguments import BUNDLED
 from vila_triton.models.config import ConfigError, LlamaConfig
 from vila_triton.models.surface import ARGUMENTS, METHODS
 
-MODEL = build()
+MODEL: Any = build()
 IDS = torch.tensor([[1, 5, 6, 9]])
 HUGGING_FACES = {*PreTrainedModel.__mro__, *GenerationMixin.__mro__} - {*torch.nn.Module.__mro__}
 

@@ -207,7 +207,7 @@ def test_half_a_character_is_refused() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x0a\x05\xff\xff\xff\xff\xff", "tiktoken", "cut"])
 def test_a_model_that_is_none_is_one_error(content: Any, tmp_path: Path) -> None:
-    named = {"tiktoken": b"IQ== 0\nIg== 1\n", "cut": spm.trained("bpe")[:-1000]}
-    (tmp_path / "tokenizer.model").write_bytes(named.get(content, content))
+    named: dict[Any, bytes] = {"tiktoken": b"IQ== 0\nIg== 1\n", "cut": spm.trained("bpe")[:-1000]}
+    (tmp_path / "tokenizer.model").write_bytes(content if isinstance(content, bytes) else named[content])
     with pytest.raises(LoadError, match=r"tokenizer\.model"):
         load_tokenizer(tmp_path)

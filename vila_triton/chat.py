@@ -199,7 +199,7 @@ class Conversation:
         row = torch.cat((self.row, spliced))
         limit = model.geometry.llm.max_position_embeddings
         asked = settled(model.answers(), {**sampling, "max_new_tokens": max_new_tokens}, len(row), limit)
-        if len(row) + (new_tokens := asked["max_new_tokens"]) > limit:
+        if len(row) + (new_tokens := int(asked["max_new_tokens"])) > limit:
             raise ValueError(
                 f"the conversation has {len(row)} tokens, and {new_tokens} more may be generated, but the "
                 f"model's context is {limit}; lower max_new_tokens or begin a new conversation"

@@ -85,9 +85,9 @@ class LlamaTokenizer(SentencePieceBackend):
         return [part for part in parts if part]
 
     def _pieces(self, text: str, model: SentencePieceProcessor) -> list[int]:
-        if not text.startswith((SPACE, " ")):
+        if not text.startswith((SPACE, " ")) or model.normalize("  a") == f"{SPACE}{SPACE}a":
             return model.encode(text)
-        before = str(self.unk_token)  # behind any other text the model keeps leading spaces
+        before = str(self.unk_token)  # a model that takes leading spaces away keeps them behind any other text
         return model.encode(before + text)[len(model.encode(before)) :]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
