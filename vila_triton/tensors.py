@@ -4,21 +4,20 @@ Safetensors, whole or in shards; `pytorch_model.bin`, whole or in shards; one `.
 known places, so all are read alike: a file's directory first, then a tensor's own bytes through a private memory map.
 """
 
-import json
 import math
 import mmap
 import pickle
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .models.params import Lazy, LoadError
+from .files import LoadError, parse_json, read_json, require_file
+from .models.params import Lazy
 
 DTYPES = {  # names in a safetensors header
     "F64": torch.float64,
@@ -99,28 +98,6 @@ def open_tensors(path: Path) -> Lazy:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Errors: `LoadError` naming the file if it is missing, is not one, or repeats a key."""
-    try:
-        values = json.loads(path.read_text(), object_pairs_hook=distinct)
-    except FileNotFoundError:
-        raise LoadError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise LoadError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise LoadError(f"{path} holds a {type(values).__name__}, expected an object")
-    return values
-
-
-def distinct(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"it has {key!r} twice")
-        found[key] = value
-    return found
-
-
 def weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
     """The files of a folder that hold its tensors, and which of them its index says each is in (if there is one).
 
@@ -171,13 +148,14 @@ def directory(file: Path) -> Iterator[tuple[str, Place]]:
 
 
 def safetensors_directory(file: Path) -> Iterator[tuple[str, Place]]:
+    require_file(file)
     try:
         with safe_open(file, framework="pt"):  # checks that header and file fit each other
             pass
         with file.open("rb") as opened:
             (size,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(size), object_pairs_hook=distinct)
-    except (SafetensorError, ValueError) as error:
+            header = parse_json(opened.read(size), f"{file}, its header,")
+    except SafetensorError as error:
         raise LoadError(f"{file} is not a whole safetensors file: {error}. Get it again") from None
     header.pop("__metadata__", None)
     for name, entry in header.items():
