@@ -19,8 +19,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .files import read_json
 from .models.params import LoadError
-from .tensors import DTYPES, WHOLE, read_json, weight_files
+from .places import DTYPES
+from .tensors import WHOLE, weight_files
 
 SHARD_BYTES = 5 * 10**9
 JOURNAL = ".shards.json"
