@@ -57,7 +57,7 @@ MAY_IMPORT = {  # beside the standard library and `files`; a line holds for all 
     "vila_triton.templates": "",
     "vila_triton.saved": "torch safetensors chat",
     "vila_triton.engine": "torch transformers cache models registry tuned",
-    "vila_triton.images": "torch numpy PIL transformers checkpoint models.config",
+    "vila_triton.images": "torch numpy PIL transformers checkpoint models.config models.fields",
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models ops checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL arguments chat models registry tiny",
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions

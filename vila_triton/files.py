@@ -61,6 +61,18 @@ def require_own(checkpoint: Path, *places: Path) -> None:
             require_file(path)
 
 
+def folder_in(checkpoint: Path, said: str) -> Path | None:
+    """The folder that a config names, if there is one. Errors: `LoadError` if it is not in the checkpoint."""
+    try:
+        place = checkpoint / said
+        if not place.is_dir():
+            return None
+    except (OSError, ValueError):  # no name that a folder could have
+        return None
+    require_own(checkpoint, place)
+    return place
+
+
 def read_json(path: Path, limit: int = LIMIT) -> dict[str, Any]:
     """The object in a JSON file. Errors: `LoadError` naming the file, for whatever is wrong with it."""
     require_file(path)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .files import LoadError, folder_in, read_json, shown
 from .layouts import GEMM, OURS, V1, V2, Layout
-from .models.params import Lazy, LoadError
+from .models.params import Lazy
 from .quantized import decoded, survey
-from .tensors import open_tensors, read_json
+from .tensors import open_tensors
 
 PARTS = ("llm", "vision_tower", "mm_projector")
 OUR_METHOD = "vila-triton"
@@ -70,12 +71,12 @@ def vila_source(folder: Path, top: Mapping[str, Any]) -> Source:
 
 
 def part_folder(folder: Path, top: Mapping[str, Any], part: str) -> Path:
-    """Where a part is: in the folder of its name, or where the top config says."""
+    """Where a part is: in the folder of its name, or where the top config says, but in the checkpoint."""
     said = top.get(f"{part}_cfg")
-    for place in (folder / part, *((folder / said, Path(said)) if isinstance(said, str) else ())):
-        if place.is_dir():
+    for name in (part, *([said] if isinstance(said, str) else [])):
+        if place := folder_in(folder, name):
             return place
-    said = f", and config.json says {said!r}, which is not there either" if isinstance(said, str) else ""
+    said = f", and config.json says {shown(said)}, which is not there either" if isinstance(said, str) else ""
     raise LoadError(f"{folder / part} does not exist{said}; a VILA folder holds config.json, {', '.join(PARTS)}")
 
 

@@ -21,7 +21,7 @@ from .tensors import open_tensors
 FORMS = (*LAYOUTS, "dense")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
 COMPANIONS = {
-    "llm": ("tokenizer", "special_tokens", "added_tokens", "generation_config", "chat_template"),
+    "llm": ("tokenizer", "special_tokens", "added_tokens", "vocab.", "merges.", "generation_config", "chat_template"),
     "vision_tower": ("preprocessor_config", "processor_config"),
     "mm_projector": (),
 }
@@ -122,13 +122,8 @@ def identity(source: Source) -> str:
 
 
 def companions(source: Source) -> Iterator[tuple[Path, str]]:
-    """What stands beside weights and configs (tokenizer, image processor), and the part it belongs to."""
+    """The files of the tokenizer and of the image processor, and the part each belongs to; strays are left behind."""
     for name, place in source.beside.items():
         for file in sorted(place.glob("*")):
-            if not file.is_file() or file.name == "config.json" or file.name.startswith("."):
-                continue
-            if place != source.folder:
-                if not file.name.endswith(WEIGHTS):
-                    yield file, name
-            elif file.name.startswith(COMPANIONS[name]):  # a LLaVA's stand all in one folder
+            if file.is_file() and file.name.startswith(COMPANIONS[name]) and not file.name.endswith(WEIGHTS):
                 yield file, name
