@@ -45,7 +45,8 @@ def in_form(source: Source, form: str) -> tuple[dict[str, dict[str, Any]], dict[
         if form == "dense":
             configs[name], held[name] = plain, dense(held[name], group, order)
         elif name == "llm":
-            configs[name] = plain | quantization(LAYOUTS[form], group, order)
+            left = configs[name]["quantization_config"].get("modules_to_not_convert", ())
+            configs[name] = plain | quantization(LAYOUTS[form], group, order, left)
             held[name] = encoded(held[name], LAYOUTS[form], group)
     return configs, held
 

@@ -45,7 +45,7 @@ class LlamaConfig:
     num_key_value_heads: Count
     head_dim: Count
     rms_norm_eps: Epsilon = 1e-6
-    rope_theta: Annotated[float, Bounds(0, 1e30, above=True)] = 10000.0
+    rope_theta: Annotated[float, Bounds(0, 1e18, above=True)] = 10000.0
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: Count = 2048
     tie_word_embeddings: bool = False

@@ -71,9 +71,10 @@ class Lazy(Mapping[str, Tensor]):
 
 
 def weight(n: int, k: int, key: str, dtype: torch.dtype, group: int | None = None, order: Any = "sub") -> Any:
-    """The declaration of a linear's weight [n, k]: a `Spec`, or an `Int4` of them if a group size is given."""
+    """The declaration of a linear's weight [n, k]: a `Spec`, or an `Int4` of them if a group size is given (-1: k)."""
     if group is None:
         return Spec((n, k), f"{key}.weight", dtype)
+    group = k if group == -1 else group
     try:
         check_int4(k, group)
     except ValueError as error:
