@@ -184,7 +184,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "another rope": ("llm", {"rope_scaling": {"type": "yarn", "factor": 2}}, "'yarn' is not supported"),
     "a rope without its factor": ("llm", {"rope_scaling": {"type": "linear"}}, "rope_scaling: missing factor"),
     "another quantization": ("llm", {"quantization_config": {"quant_method": "gptq"}}, "'gptq' is not supported"),
-    "another language model": ("llm", {"model_type": "mistral"}, "a silu llama is needed, not .* mistral"),
+    "another language model": ("llm", {"model_type": "mistral"}, "model_type is 'mistral', expected 'llama'"),
     "a language model without a width": ("llm", {"hidden_size": None}, "llm: missing hidden_size"),
     "heads that do not divide": ("llm", {"num_key_value_heads": 3}, "4 heads are not a multiple of 3"),
     "s2 of another size": (

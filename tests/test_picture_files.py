@@ -123,7 +123,7 @@ def test_a_picture_cut_short_or_damaged_is_named_or_read(suffix: str, tmp_path: 
 
 def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello")
-    for path, message in ((tmp_path / "a.txt", "cannot identify"), (tmp_path, "cannot be read")):
+    for path, message in ((tmp_path / "a.txt", "cannot identify"), (tmp_path, "is a folder, expected a file")):
         with pytest.raises(ImageError, match=message):
             open_image(path)
     with pytest.raises(ImageError, match=r"none.png does not exist"):

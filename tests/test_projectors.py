@@ -101,7 +101,7 @@ def test_the_order_of_the_tokens_and_who_chose_it_are_in_the_report() -> None:
 
 REFUSED: dict[str, tuple[dict, dict, str]] = {
     "unknown": ({"mm_projector_type": "mlp0x_gelu"}, {}, r"'mlp0x_gelu' is not supported \(identity, linear, mlp{N}x"),
-    "no name": ({"mm_projector_type": 3}, {}, "3 is not supported"),
+    "no name": ({"mm_projector_type": 3}, {}, "is 3, expected a text"),
     "columns of a type that has rows": (
         {"mm_projector_type": "mlp_downsample_2x2_fix", "token_order": "column"},
         {},

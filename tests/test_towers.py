@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[dict, dict, str]] = {
     "another norm": (INTERN | {"norm_type": "batch_norm"}, {}, "norm_type 'batch_norm' is not supported"),
     "tiles of another size": (SIGLIP, S2 | {"s2_max_split_size": 16}, "2 tiles of 10 pixels, but the tower takes 20"),
     "scales that are no sizes": (SIGLIP, S2 | {"s2_scales": "20,x"}, "s2_scales is '20,x', expected sizes"),
-    "a scale of nothing": (SIGLIP, S2 | {"s2_scales": "0,20"}, "are not sizes in pixels"),
+    "a scale of nothing": (SIGLIP, S2 | {"s2_scales": "0,20"}, "expected up to 16 sizes"),
     "s2 of a class token": (CLIP, S2 | {"mm_vision_select_feature": "cls_patch"}, "s2 needs a square of patches"),
     "dynamic s2": (SIGLIP, {"dynamic_s2": True}, "dynamic_s2 True is not supported"),
     "a smaller picture than a patch": (SIGLIP, {"vision_resolution": 3}, "a patch of 4 is more than a side of 3"),

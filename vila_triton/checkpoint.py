@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
+from .files import read_json, require_own
 from .generation_config import read_generation
 from .layouts import OURS
 from .llava import is_llava, llava_source
 from .models import vila
-from .models.config import LlamaConfig, ProjectorConfig, VilaConfig, VisionConfig
+from .models.config import LlamaConfig, ProjectorConfig, Settings, VilaConfig, VisionConfig, Words, read
+from .models.fields import object_in, of_folder
 from .models.params import Lazy, LoadError, leaves, load, require_fit
 from .shards import write_json
 from .sources import PARTS, Source, vila_source
-from .tensors import read_json
 from .write import write
 
 __all__ = [
@@ -42,18 +43,23 @@ def open_source(folder: Path) -> Source:
     """
     if not folder.is_dir():
         raise LoadError(f"{folder} is not a folder; a VILA folder holds config.json, {', '.join(PARTS)}")
+    require_own(folder, folder)
     top = read_json(folder / "config.json")
     return llava_source(folder, top) if is_llava(folder, top) else vila_source(folder, top)
 
 
 def geometry(top: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> VilaConfig:
-    """The model's geometry from the top config and those of its parts, all as dictionaries. Errors: `ConfigError`."""
+    """The model's geometry from the top config and those of its parts, all as dictionaries.
+
+    Errors: `ConfigError`, for what else the configs say too.
+    """
+    read(Settings, top, "config")
+    read(Words, parts["llm"], "llm")
+    object_in(top, "quantization_config", "config")
     tower = VisionConfig.from_dict(parts["vision_tower"], top)
     llm = LlamaConfig.from_dict(parts["llm"])
-    widths = {
-        "mm_hidden_size": top.get("mm_hidden_size") or tower.width,
-        "hidden_size": top.get("hidden_size") or llm.hidden_size,
-    }
+    widths = {"mm_hidden_size": tower.width, "hidden_size": llm.hidden_size}
+    widths |= {name: top[name] for name in widths if top.get(name) is not None}
     return VilaConfig(llm, tower, ProjectorConfig.from_dict({**parts["mm_projector"], **widths}))
 
 
@@ -72,18 +78,30 @@ def load_params(folder: Path, cfg: VilaConfig, dtype: torch.dtype, device: torch
     """All parameters of a folder, one at a time onto the device; on a CPU those that have the dtype already stay on
     disk until they are touched. Errors: `LoadError`, for each part in one message.
     """
-    specs, source = vila.declare(cfg, dtype), open_source(folder)
+    source = open_source(folder)
+    require_layers(source, cfg)
+    specs = vila.declare(cfg, dtype)
     return vila.Vila(*(load(getattr(specs, part), *fitting(source, cfg, part), device) for part in PARTS))
 
 
 def require_fits(source: Source) -> VilaConfig:
     """The geometry of a checkpoint. Errors: `ConfigError`, `LoadError` if it or the tensors are of no model of ours."""
-    cfg = geometry(source.top, source.parts)
+    with of_folder(source.folder):
+        cfg = geometry(source.top, source.parts)
+    require_layers(source, cfg)
     specs = vila.declare(cfg, torch.float16)
     for part in PARTS:
         tensors, where, ignored = fitting(source, cfg, part)
         require_fit(getattr(specs, part), tensors.meta, where, ignored)
     return cfg
+
+
+def require_layers(source: Source, cfg: VilaConfig) -> None:
+    """`LoadError` if a part has more layers than tensors: what it would be is not even declared."""
+    layers = cfg.llm.num_hidden_layers, cfg.vision_tower.num_hidden_layers, cfg.mm_projector.depth
+    for part, count in zip(PARTS, layers):
+        if count > (there := len(source.tensors[part])):
+            raise LoadError(f"{source.beside[part]}: the config says {count} layers, but there are {there} tensors")
 
 
 def fitting(source: Source, cfg: VilaConfig, part: str) -> tuple[Lazy, str, tuple[str, ...]]:

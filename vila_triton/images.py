@@ -11,11 +11,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .checkpoint import read_configs, read_json
+from .checkpoint import read_configs
+from .files import LoadError, read_json, require_file, require_own
 from .models.config import VisionConfig
 from .preprocessor import settings
 
 MODES = ("resize", "pad", "square", None)
+MOST_FRAMES = 1024
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # formats whose further pictures are meant to be seen, one after another
 IN_PILLOW = {"CLIP": "CLIPImageProcessorPil", "Siglip": "SiglipImageProcessorPil"}  # by how their names in files begin
 
@@ -48,10 +50,11 @@ def rgb(image: Image.Image) -> Image.Image:
 def opened(path: Path | str, kind: str) -> Iterator[Image.Image]:
     """A file as Pillow opens it. Errors: `ImageError` naming the file, for whatever is wrong with it."""
     try:
+        require_file(Path(path))
         with Image.open(path) as image:
             yield image
-    except FileNotFoundError:
-        raise ImageError(f"{path} does not exist") from None
+    except LoadError as error:
+        raise ImageError(str(error)) from None
     except Exception as error:  # a broken file fails in Pillow's decoders as OSError, SyntaxError, struct.error, ...
         raise ImageError(f"{path} cannot be read as a {kind}: {error}") from None
 
@@ -71,10 +74,12 @@ def frames(video: Path | str | Sequence[Image.Image], n: int) -> list[Image.Imag
     asked for, as films often hold one less than they say. A video shorter than n comes whole, after black frames of its
     size, so that what stands next to the question are real frames. A video of just n comes whole too; upstream fails
     on it, as its n places are only n - 1 different ones.
-    Errors: `ImageError` naming the file; ValueError for n < 1 or an empty list.
+    Errors: `ImageError` naming the file; ValueError for n < 1 or beyond `MOST_FRAMES`, or an empty list.
     """
     if n < 1:
         raise ValueError(f"a video is seen in at least 1 frame, not {n}")
+    if n > MOST_FRAMES:
+        raise ValueError(f"a video is seen in at most {MOST_FRAMES} frames, not {n}")
     if isinstance(video, (Path, str)):
         with opened(video, "video (an animated GIF, WebP or PNG)") as image:
             first = int(getattr(image, "default_image", False))  # of an APNG: shown only where nothing moves
@@ -106,6 +111,7 @@ def image_processor(folder: Path, tower: VisionConfig | None = None) -> Any:
     Errors: `ImageError` for a file that transformers makes nothing of; `LoadError`, `ConfigError` for wrong configs.
     """
     folder = Path(folder)
+    require_own(folder, *(place for place in (folder, folder / "vision_tower", folder / "llm") if place.is_dir()))
     if tower is None and (folder / "config.json").exists():
         top, parts = read_configs(folder)
         tower = VisionConfig.from_dict(parts["vision_tower"], top)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from .formats import (
+    NIBBLES,
+    TILE_K,
     TILE_N,
     pack_gemm,
     pack_rows,
@@ -44,7 +46,8 @@ V2_GROUPS = (128, 64, 32)
 class Layout:
     """`read` makes an `Int4` of a linear's leaves, `write` leaves of an `Int4`; both raise ValueError with the reason.
 
-    `read` takes the group size too, which ours alone cannot tell from shapes.
+    `read` takes the group size that the config says too, which ours alone cannot tell from shapes: -1 for one group a
+    row, 0 if nothing is said.
     `order` is where the kernels of the format round, unless the checkpoint says otherwise (`Int4.order`).
     """
 
@@ -86,6 +89,8 @@ def shapes(leaves: Leaves) -> str:
 
 def read_ours(leaves: Leaves, group: int) -> Int4:
     qweight, scales, zeros = (leaves[name] for name in OURS.leaves)
+    if group == -1 and len(scales) == 1 and len(qweight.shape) == 4:
+        group = TILE_K * qweight.shape[1]
     n, k = scales.shape[1], len(scales) * group
     require(group > 0, "the config does not say the group size: quantization_config is missing")
     fits = scales.shape == zeros.shape and qweight.shape == tiles(n, k) and k > 0
@@ -115,8 +120,12 @@ def write_gemm(w: Int4) -> dict[str, Tensor]:
     return {"qweight": qweight, "qzeros": pack_gemm(whole_zeros(w).T), "scales": w.scales}
 
 
-def group_of(k: int, rows: int, leaves: Leaves) -> int:
-    """The group size that k inputs and `rows` stored scales tell."""
+def group_of(k: int, rows: int, leaves: Leaves, said: int) -> int:
+    """The group size that k inputs and `rows` stored scales tell; k if it is said to be -1."""
+    if said == -1 and rows == NIBBLES * {32: 4, 64: 2}.get(k, 1):
+        return k
+    if said == -1:
+        raise ValueError(f"{shapes(leaves)}: {rows} scales for {k} inputs are not those of one group a row")
     for group in V2_GROUPS:
         if k % group == 0 and v2_rows(k, group) == rows:
             return group
@@ -134,16 +143,26 @@ def require_padding(what: str, x: Tensor, G: int, leaves: Leaves) -> None:
         raise ValueError(f"{shapes(leaves)}: {what} beyond the {G} that the inputs have are not zero")
 
 
+def require_scales(scales: Tensor, group: int) -> None:
+    """Of groups larger than they seem, as many are stored and the rows of the others are zero."""
+    if not scales.is_meta and (empty := int((scales == 0).all(1).sum())):
+        raise ValueError(
+            f"{empty} of its {len(scales)} rows of scales are zero: its groups are not of {group}; the config's "
+            "quantization_config must say their group_size (-1: all inputs)"
+        )
+
+
 def read_v1(leaves: Leaves, group: int = 0) -> Int4:
     qweight, scales, qzeros = (leaves[name] for name in V1.leaves)
     n, k = qweight.shape[0], 8 * qweight.shape[1]
     require(scales.shape[0] == qzeros.shape[0] == n, f"{shapes(leaves)} are not one weight")
-    group = group_of(k, scales.shape[1], leaves)
+    group = group_of(k, scales.shape[1], leaves, group)
     require(8 * qzeros.shape[1] == scales.shape[1], f"{shapes(leaves)} are not one weight")
     require_padding("scales", scales.T, k // group, leaves)
     all_zeros = unpack_rows(qzeros).T
     require_padding("zeros", all_zeros, k // group, leaves)
     scales = scales[:, : k // group].T.contiguous()
+    require_scales(scales, group)
     zeros = all_zeros[: k // group].to(scales.dtype).contiguous()
     return Int4(repack(n, k, lambda rows: unpack_rows(qweight[rows]), pack_tiles), scales, zeros, group)
 
@@ -173,9 +192,10 @@ def read_v2(leaves: Leaves, group: int = 0) -> Int4:
     n, k = 4 * qweight.shape[0], qweight.shape[1]
     require(scales.shape == scaled.shape and scales.shape[1] == n, f"{shapes(leaves)} are not one weight")
     require(k % 64 == 0, f"{shapes(leaves)}: {k} inputs are not a multiple of 64")
-    group = group_of(k, len(scales), leaves)
+    group = group_of(k, len(scales), leaves, group)
     require_padding("scales", scales, k // group, leaves)
     scales, scaled = scales[: k // group], scaled[: k // group]
+    require_scales(scales, group)
     # A scale of 0 makes all of its group 0, whatever the zero is.
     zeros = torch.where(scales == 0, 0, -scaled.double() / scales.double()).round()
     if not scales.is_meta:

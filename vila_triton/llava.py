@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .models.params import Lazy, LoadError
+from .files import LoadError, folder_in, read_json, shown
+from .models.config import Dtype
+from .models.fields import expected, object_in
+from .models.params import Lazy
 from .sources import PARTS, Source, int4_config
-from .tensors import open_tensors, read_json
+from .tensors import open_tensors
 
 CLIP = {  # openai/clip-vit-large-patch14-336, as its config.json has it
     "model_type": "clip_vision_model",
@@ -73,14 +76,15 @@ def original_source(folder: Path, top: Mapping[str, Any]) -> Source:
 
 def transformers_source(folder: Path, top: Mapping[str, Any]) -> Source:
     tensors = sorted_out(open_tensors(folder), TRANSFORMERS)
-    llm = LLAMA | {k: v for k, v in top["text_config"].items() if v is not None}
-    tower = {k: v for k, v in (top.get("vision_config") or {}).items() if v is not None}
+    llm, tower = (object_in(top, name, f"{folder}/config.json") for name in ("text_config", "vision_config"))
+    llm = LLAMA | {k: v for k, v in llm.items() if v is not None}
+    tower = {k: v for k, v in tower.items() if v is not None}
     strategy = top.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
-        raise LoadError(f"{folder}: vision_feature_select_strategy is {strategy!r}, expected 'default' or 'full'")
+        raise LoadError(f"{folder}: vision_feature_select_strategy is {shown(strategy)}, expected 'default' or 'full'")
     act = top.get("projector_hidden_act", "gelu")
     if act != "gelu":
-        raise LoadError(f"{folder}: projector_hidden_act is {act!r}, expected 'gelu'")
+        raise LoadError(f"{folder}: projector_hidden_act is {shown(act)}, expected 'gelu'")
     fields = {
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": top.get("vision_feature_layer", -2),
@@ -105,15 +109,16 @@ def sorted_out(tensors: Lazy, prefixes: Mapping[str, tuple[str, str]]) -> dict[s
 def clip_of(folder: Path, top: Mapping[str, Any], has_weights: bool) -> tuple[dict[str, Any], Path]:
     """The config of the tower that `mm_vision_tower` names, and the folder it stands in (else the model's)."""
     name = str(top.get("mm_vision_tower") or top.get("vision_tower"))
-    for place in (Path(name), folder / name, folder / Path(name).name, folder / "vision_tower"):
-        if (place / "config.json").exists():
+    for said in (name, Path(name).name, "vision_tower"):
+        place = folder_in(folder, said)
+        if place and (place / "config.json").exists():
             config = read_json(place / "config.json")
-            return config.get("vision_config") or config, place  # of a whole CLIP, its half that sees
+            return object_in(config, "vision_config", f"{place}/config.json") or config, place  # of a CLIP what sees
     if has_weights and name == CLIP_NAME:
         return dict(CLIP), folder
     wanted = "its config.json" if has_weights else "its config.json and weights"
     raise LoadError(
-        f"{folder}: mm_vision_tower is {name!r}, which is not here; put {wanted} into {folder / 'vision_tower'}"
+        f"{folder}: mm_vision_tower is {shown(name)}, which is not here; put {wanted} into {folder / 'vision_tower'}"
     )
 
 
@@ -135,7 +140,10 @@ def assembled(
     missing = [part for part in PARTS if part not in tensors]
     if missing:
         raise LoadError(f"{folder}: no tensors of {', '.join(missing)} among those of a {kind}")
-    dtype = str(fields.get("torch_dtype") or fields.get("dtype") or "float16").removeprefix("torch.")
+    said = fields.get("torch_dtype") or fields.get("dtype") or "float16"
+    dtype = str(said).removeprefix("torch.")
+    if wanted := expected(Dtype, dtype):
+        raise LoadError(f"{folder}/config.json: torch_dtype is {shown(said)}, expected {wanted}")
     top = {
         "architectures": ["VilaLlamaForCausalLM"],
         "model_type": "llava_llama",

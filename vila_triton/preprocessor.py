@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-LONGEST = 2**14  # a side in pixels
+from .files import shown
+from .models.fields import Side, expected
 
 
 def number(value: Any) -> bool:
@@ -12,7 +13,7 @@ def number(value: Any) -> bool:
 
 
 def side(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LONGEST
+    return not expected(Side, value)
 
 
 def sides(value: Any, names: tuple[set[str], ...]) -> bool:
@@ -42,7 +43,7 @@ def settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of an image processor. Errors: ValueError naming the field."""
     said = {name: values[name] for name in FIELDS if values.get(name) is not None}
     for name, value in said.items():
-        fine, expected = FIELDS[name]
+        fine, wanted = FIELDS[name]
         if not fine(value):
-            raise ValueError(f"{name} is {repr(value)[:60]}, expected {expected}")
+            raise ValueError(f"{name} is {shown(value)}, expected {wanted}")
     return said | {name: [said[name]] * 3 for name in ("image_mean", "image_std") if number(said.get(name))}

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .formats import tiles
+from .formats import TILE_K, tiles
 from .layouts import LAYOUTS, OURS, Layout, layout_of
 from .models.params import Lazy, LoadError
 from .ops import Int4, dequantize, quantize
@@ -79,9 +79,9 @@ def converted(
     return Lazy(meta, take, forget)
 
 
-def decoded(tensors: Lazy, layout: Layout) -> Lazy:
+def decoded(tensors: Lazy, layout: Layout, group: int) -> Lazy:
     """A checkpoint's tensors under the names and in the layout of ours."""
-    return tensors if layout is OURS else converted(tensors, lambda leaves: layout.read(leaves, 0), OURS.write)
+    return tensors if layout is OURS else converted(tensors, lambda leaves: layout.read(leaves, group), OURS.write)
 
 
 def encoded(tensors: Lazy, layout: Layout, group: int) -> Lazy:
@@ -99,7 +99,8 @@ def dense(tensors: Lazy, group: int, order: Literal["sub", "fma"]) -> Lazy:
 
 
 def survey(meta: Mapping[str, Tensor], where: str, group: int = 0) -> tuple[Layout, int] | None:
-    """The layout and group size of a checkpoint's int4 linears, None if it has none; `group`: what its config says.
+    """The layout and group size of a checkpoint's int4 linears, None if it has none; `group`: what its config says,
+    -1 for one group a row.
 
     Errors: `LoadError` if they are of no layout, or not all alike, or not what the config says.
     """
@@ -111,7 +112,7 @@ def survey(meta: Mapping[str, Tensor], where: str, group: int = 0) -> tuple[Layo
         if shapes not in known:
             try:
                 layout = layout_of(leaves)
-                known[shapes] = layout.name, layout.read(leaves, group).group
+                known[shapes] = layout.name, group_said(layout.read(leaves, group), group)
             except ValueError as error:
                 raise LoadError(f"{where}: {stem}: {error}") from None
         found.setdefault(known[shapes], stem)
@@ -124,6 +125,16 @@ def survey(meta: Mapping[str, Tensor], where: str, group: int = 0) -> tuple[Layo
     if group and group != size:
         raise LoadError(f"{where}: the config says groups of {group}, but {kinds[0]}")
     return LAYOUTS[name], size
+
+
+def group_said(w: Int4, said: int) -> int:
+    """The group size of a weight, -1 if that is said and its rows are a group each. Errors: ValueError."""
+    k = w.shape[1]
+    if said != -1 or w.group != k:
+        return w.group
+    if k % TILE_K:
+        raise ValueError(f"one group a row of {k} inputs is not supported (of multiples of {TILE_K} it is)")
+    return -1
 
 
 def rounded(tensors: Lazy, stems: list[str], group: int) -> Lazy:

@@ -7,18 +7,19 @@ from pathlib import Path
 from PIL import Image
 
 from .chat import Conversation, Talker
-from .checkpoint import read_json
+from .files import read_json
 from .images import frames, open_image
+from .models.config import Settings, read
 from .saved import resume, save
 
 COMMANDS = "/image PICTURE, /video FILE, /new, /save FILE, /resume FILE and /quit"
-FRAMES = 8  # of a video, unless a model's num_video_frames says otherwise
+FRAMES = Settings.num_video_frames
 
 
 def frames_of(folder: Path) -> int:
     """How many frames of a video the model of a folder is shown; read without loading it."""
     path = folder / "config.json"
-    return (read_json(path).get("num_video_frames") if path.exists() else None) or FRAMES
+    return read(Settings, read_json(path), str(path)).num_video_frames if path.exists() else FRAMES
 
 
 def pictures(seen: Sequence[tuple[str, str]], n: int) -> list[Image.Image]:

@@ -5,6 +5,7 @@ when it is whole; one that is cut off is `.part`, and is begun again. What is fi
 checksum, and is kept when the same work is taken up again.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -19,11 +20,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .files import read_json
 from .models.params import LoadError
-from .tensors import DTYPES, WHOLE, read_json, weight_files
+from .places import DTYPES
+from .tensors import WHOLE, weight_files
 
 SHARD_BYTES = 5 * 10**9
 JOURNAL = ".shards.json"
+LOCK = ".lock"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -179,16 +183,42 @@ def building(target: Path, over: bool = False) -> Iterator[Path]:
     Interrupted or out of space, it stays, and the next `building` of the same target goes on in it; `OtherWork` leaves
     it alone. After any other error nothing is left. `over`: begun afresh, left by no error, and files go into a target
     that may be there, in place of what weights it had; its own config.json is away meanwhile.
-    Errors: ValueError if the target is there and not empty, or is a file.
+    Errors: ValueError if the target is there and not empty, or is a file; `OtherWork` if another process writes it.
     """
     folder = target.with_name(f"{target.name}.partial")
+    require_free(target, over)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        require_free(target, over)  # whoever wrote it may just have finished
+        yield from written(folder, target, over)
+
+
+def require_free(target: Path, over: bool) -> None:
+    """Errors: ValueError if something stands where a folder is to be written."""
     if not over and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is there already and not empty; give another folder, or remove it")
     if over and target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, expected a folder, or the name of a new one")
-    if over and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Nobody else writes into the folder meanwhile. The lock of a writer that died is free.
+
+    Errors: `OtherWork` at once if somebody does.
+    """
+    with (folder / LOCK).open("a") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OtherWork(f"{folder} is being written by another process; wait for it, or write elsewhere") from None
+        yield
+
+
+def written(folder: Path, target: Path, over: bool) -> Iterator[Path]:
+    """What `building` does once it is alone."""
+    if over:
+        empty(folder)
     kept = f"What was finished is in {folder}: the same command goes on from there"
     try:
         yield folder
@@ -208,12 +238,22 @@ def building(target: Path, over: bool = False) -> Iterator[Path]:
         if target.exists():
             target.rmdir()
         folder.replace(target)
+        (target / LOCK).unlink()  # which others still find held
+
+
+def empty(folder: Path) -> None:
+    """Remove what is in a folder that was begun, but for its lock."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def move_into(folder: Path, target: Path) -> None:
     """Move the files of a folder over those of another; weights that were there go, config.json comes last."""
     (target / "config.json").unlink(missing_ok=True)
-    files = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    files = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file() and file.name != LOCK)
     for place in {file.parent for file in files} - {Path()}:
         (target / place).mkdir(parents=True, exist_ok=True)
         old = {*(target / place).glob("model*.safetensors*"), *(target / place).glob("pytorch_model*.bin*")}

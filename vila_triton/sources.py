@@ -5,19 +5,27 @@ one, null there, or paths; weights are safetensors or .bin, whole or in shards; 
 llm-awq releases it: one .pt in llm/. The layouts of LLaVA-1.5 are in llava.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .files import LoadError, folder_in, read_json, shown
 from .layouts import GEMM, OURS, V1, V2, Layout
-from .models.params import Lazy, LoadError
+from .models.fields import Group, expected
+from .models.params import Lazy
 from .quantized import decoded, survey
-from .tensors import open_tensors, read_json
+from .tensors import open_tensors
 
 PARTS = ("llm", "vision_tower", "mm_projector")
 OUR_METHOD = "vila-triton"
-VERSIONS = {"gemm": GEMM, "gemv": V1, "gemv_fast": V2}  # AutoAWQ's names
+VERSIONS = {  # AutoAWQ's names and Hugging Face's, and what each may be on disk
+    "gemm": (GEMM,),
+    "gemv": (V1,),
+    "gemv_fast": (V2,),
+    "exllama": (GEMM,),
+    "llm-awq": (V1, V2),
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Source:
     layout: Layout | None = None
 
     def group(self, part: str = "llm") -> int:
-        """Inputs that share a scale; 0 if the part is not int4."""
+        """Inputs that share a scale, -1 for all of them; 0 if the part is not int4."""
         return (self.parts[part].get("quantization_config") or {}).get("group_size", 0)
 
     @property
@@ -49,7 +57,8 @@ class Source:
 
     def described(self) -> str:
         """In one line: what was found."""
-        int4 = f"int4 linears ({self.layout.name}, groups of {self.group()})" if self.layout else "no int4"
+        groups = "one group a row" if self.group() == -1 else f"groups of {self.group()}"
+        int4 = f"int4 linears ({self.layout.name}, {groups})" if self.layout else "no int4"
         more = "".join(f", {part} int4 (groups of {self.group(part)})" for part in PARTS[1:] if self.group(part))
         return f"{self.folder}: {self.kind}, {int4}{more}"
 
@@ -65,17 +74,17 @@ def vila_source(folder: Path, top: Mapping[str, Any]) -> Source:
         if found not in (None, OURS):
             raise LoadError(f"{places[part]}: int4 linears are in the layout {found.name}, expected {OURS.name}")
     if layout is not None:
-        tensors["llm"] = decoded(tensors["llm"], layout)
+        tensors["llm"] = decoded(tensors["llm"], layout, parts["llm"]["quantization_config"]["group_size"])
     return Source(folder, "VILA folder", dict(top), parts, tensors, places, layout)
 
 
 def part_folder(folder: Path, top: Mapping[str, Any], part: str) -> Path:
-    """Where a part is: in the folder of its name, or where the top config says."""
+    """Where a part is: in the folder of its name, or where the top config says, but in the checkpoint."""
     said = top.get(f"{part}_cfg")
-    for place in (folder / part, *((folder / said, Path(said)) if isinstance(said, str) else ())):
-        if place.is_dir():
+    for name in (part, *([said] if isinstance(said, str) else [])):
+        if place := folder_in(folder, name):
             return place
-    said = f", and config.json says {said!r}, which is not there either" if isinstance(said, str) else ""
+    said = f", and config.json says {shown(said)}, which is not there either" if isinstance(said, str) else ""
     raise LoadError(f"{folder / part} does not exist{said}; a VILA folder holds config.json, {', '.join(PARTS)}")
 
 
@@ -98,36 +107,46 @@ def int4_config(part: Mapping[str, Any], tensors: Lazy, where: str) -> tuple[dic
     method = said.get("quant_method")
     if method not in (None, "awq", OUR_METHOD):
         return dict(part), None
-    size = said.get("group_size") or said.get("q_group_size") or 0
-    group = size if isinstance(size, int) and size > 0 else 0
-    found = survey(tensors.meta, where, group)
+    group = said.get("group_size", said.get("q_group_size"))
+    if group is not None and (expected(Group, group) or not group):
+        raise LoadError(f"{where}: group_size is {shown(group)}, expected inputs, or -1 for all of them")
+    found = survey(tensors.meta, where, group or 0)
     if found is None:
         if said:
             raise LoadError(f"{where}: the config says int4 ({method}), but there is no .qweight among its tensors")
         return dict(part), None
     layout, group = found
     version = str(said.get("version") or said.get("format") or "gemm").lower()
-    expected = {"awq": VERSIONS.get(version), OUR_METHOD: OURS, None: layout}[method]
-    if layout is not expected or (layout is OURS and not said):
+    allowed = {"awq": VERSIONS.get(version, ()), OUR_METHOD: (OURS,), None: (layout,)}[method]
+    if layout not in allowed or (layout is OURS and not said):
+        what = shown(said) if said else "nothing"
+        raise LoadError(f"{where}: int4 linears are in the layout {layout.name}, but the config says {what}")
+    bits, zero_point = said.get("bits", said.get("w_bit", 4)), said.get("zero_point", True)
+    if bits != 4 or zero_point is not True:
         raise LoadError(
-            f"{where}: int4 linears are in the layout {layout.name}, but the config says {said or 'nothing'}"
+            f"{where}: {shown(bits)} bits, zero_point {shown(zero_point)} is not supported (4 bits with zeros is)"
         )
-    bits, zero_point = said.get("bits") or said.get("w_bit") or 4, said.get("zero_point", True)
-    if bits != 4 or not zero_point:
-        raise LoadError(f"{where}: {bits} bits, zero_point {zero_point} is not supported (4 bits with zeros is)")
     rest = {key: value for key, value in part.items() if key not in ("quantization_config", "int4_order")}
-    return rest | quantization(OURS, group, said.get("order") or part.get("int4_order") or layout.order), layout
+    order = said.get("order") or part.get("int4_order") or layout.order
+    return rest | quantization(OURS, group, order, dense_linears(tensors)), layout
 
 
-def quantization(layout: Layout, group: int, order: str) -> dict[str, Any]:
-    """What a part's config.json says of int4 linears in a layout; llm-awq's own say nothing."""
+def dense_linears(tensors: Lazy) -> list[str]:
+    """The linears of the language model's layers that were not made int4."""
+    found = (name.removesuffix(".weight") for name in tensors.meta if name.startswith("model.layers."))
+    return [name for name in found if name.endswith("_proj")]
+
+
+def quantization(layout: Layout, group: int, order: str, dense: Sequence[str] = ()) -> dict[str, Any]:
+    """What a part's config.json says of int4 linears in a layout and of dense ones; llm-awq's own say nothing."""
     named = {} if order == layout.order else {"order": order}
+    left = {"modules_to_not_convert": list(dense)} if dense else {}
     if layout is OURS:
         config = {"quant_method": OUR_METHOD, "bits": 4, "group_size": group}
-        return {"quantization_config": {**config, **named}}
+        return {"quantization_config": {**config, **left, **named}}
     other = {"int4_order": order} if named else {}
     if layout is V2:
         return other
-    version = next(version for version, of in VERSIONS.items() if of is layout)
+    version = next(version for version, of in VERSIONS.items() if layout in of)
     config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": version}
-    return {"quantization_config": config, **other}
+    return {"quantization_config": config | left, **other}

@@ -4,76 +4,18 @@ Safetensors, whole or in shards; `pytorch_model.bin`, whole or in shards; one `.
 known places, so all are read alike: a file's directory first, then a tensor's own bytes through a private memory map.
 """
 
-import json
-import math
-import mmap
-import pickle
 import struct
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from .models.params import Lazy, LoadError
+from .files import LoadError, listed, parse_json, read_json, require_file, shown
+from .models.params import Lazy
+from .places import DTYPES, Files, Place, like, require_within
+from .torchfile import torch_directory
 
-DTYPES = {  # names in a safetensors header
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 WHOLE = ("model.safetensors", "pytorch_model.bin")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies: `size` bytes from byte `start` of a file, and how its elements are found in them."""
-
-    file: Path
-    start: int
-    size: int
-    like: Tensor  # on the meta device: shape, strides, dtype
-    first: int = 0  # element of the bytes that is the tensor's first
-
-
-class Files:
-    """Memory maps of files, made when first needed."""
-
-    def __init__(self) -> None:
-        self.maps: dict[Path, mmap.mmap] = {}
-
-    def read(self, place: Place) -> Tensor:
-        """A view of the file: nothing is copied."""
-        like, count = place.like, place.size // place.like.itemsize
-        if not count:
-            return torch.empty_like(like, device="cpu")
-        if place.file not in self.maps:
-            with place.file.open("rb") as opened:
-                self.maps[place.file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-        held = self.maps[place.file]
-        if place.start % like.itemsize:  # only as bytes can it be taken from there
-            loose = torch.frombuffer(held, dtype=torch.uint8, count=place.size, offset=place.start)
-            flat = loose.clone().view(like.dtype)
-        else:
-            flat = torch.frombuffer(held, dtype=like.dtype, count=count, offset=place.start)
-        return flat.as_strided(like.shape, like.stride(), place.first)
-
-    def forget(self, place: Place) -> None:
-        """Give back the memory that reading took; a view is read again when it is touched again."""
-        begin = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (place.start + place.size) // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > begin and place.file in self.maps:
-            self.maps[place.file].madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def open_tensors(path: Path) -> Lazy:
@@ -99,28 +41,6 @@ def open_tensors(path: Path) -> Lazy:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Errors: `LoadError` naming the file if it is missing, is not one, or repeats a key."""
-    try:
-        values = json.loads(path.read_text(), object_pairs_hook=distinct)
-    except FileNotFoundError:
-        raise LoadError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise LoadError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise LoadError(f"{path} holds a {type(values).__name__}, expected an object")
-    return values
-
-
-def distinct(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"it has {key!r} twice")
-        found[key] = value
-    return found
-
-
 def weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
     """The files of a folder that hold its tensors, and which of them its index says each is in (if there is one).
 
@@ -144,9 +64,7 @@ def weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
         strays = [file.name for file in sorted(path.glob("*-of-*")) if file.suffix in (".safetensors", ".bin")]
         more = f"; there is {strays[0]}, but no index that says what is in the shards" if strays else ""
         raise LoadError(f"{path}: weights do not exist there{more}. Expected {kinds}")
-    raise LoadError(
-        f"{path} holds {', '.join(file.name for file in others)}. Expected {kinds}; give the file's own path"
-    )
+    raise LoadError(f"{path} holds {listed(file.name for file in others)}. Expected {kinds}; give the file's own path")
 
 
 def shards(index: Path) -> tuple[list[Path], dict[str, str]]:
@@ -157,8 +75,8 @@ def shards(index: Path) -> tuple[list[Path], dict[str, str]]:
     files = []
     for name in sorted(set(weight_map.values())):
         file = index.parent / name
-        if file.parent.resolve() != index.parent.resolve() or name in ("", ".", ".."):
-            raise LoadError(f"{index} names {name!r}, which is not a file of its folder")
+        if file.name != name or len(name.encode()) > 255:
+            raise LoadError(f"{index} names {shown(name)}, which is not a file of its folder")
         if not file.is_file():
             raise LoadError(f"{file} does not exist, but {index.name} says that tensors are in it; get that shard")
         files.append(file)
@@ -171,52 +89,21 @@ def directory(file: Path) -> Iterator[tuple[str, Place]]:
 
 
 def safetensors_directory(file: Path) -> Iterator[tuple[str, Place]]:
+    require_file(file)
     try:
         with safe_open(file, framework="pt"):  # checks that header and file fit each other
             pass
-        with file.open("rb") as opened:
-            (size,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(size), object_pairs_hook=distinct)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise LoadError(f"{file} is not a whole safetensors file: {error}. Get it again") from None
+    with file.open("rb") as opened:
+        (size,) = struct.unpack("<Q", opened.read(8))
+        header = parse_json(opened.read(size), f"{file}, its header,")
     header.pop("__metadata__", None)
     for name, entry in header.items():
+        what = f"{file}: {shown(name)[1:-1]}"
         if entry["dtype"] not in DTYPES:
-            raise LoadError(f"{file}: {name} is {entry['dtype']}; known are {', '.join(DTYPES)}")
-        like = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
+            raise LoadError(f"{what} is {entry['dtype']}; known are {', '.join(DTYPES)}")
         start, end = entry["data_offsets"]
-        yield name, Place(file, 8 + size + start, end - start, like)
-
-
-def torch_directory(file: Path) -> Iterator[tuple[str, Place]]:
-    """Fake tensors remember where in the file their bytes are; nothing but tensors is unpickled."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    try:
-        with FakeTensorMode():
-            held = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise LoadError(
-            f"{file} holds more than tensors. Python code in a checkpoint is never run here: "
-            "get it as safetensors, or save its state dict alone"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise LoadError(
-            f"{file} is not a whole file of torch.save: {str(error).partition('. ')[0]}. Get it again"
-        ) from None
-    if not isinstance(held, dict) or not all(
-        isinstance(x, Tensor) and isinstance(name, str) for name, x in held.items()
-    ):
-        raise LoadError(f"{file} does not hold a state dict (names and their tensors); save that alone")
-    size = file.stat().st_size
-    for name, x in held.items():
-        storage = x.untyped_storage()
-        start = getattr(storage, "_checkpoint_offset", None)
-        if start is None:
-            raise LoadError(f"{file} is in torch's format from before 1.6; load and save it again with a later torch")
-        like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        last = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride()))
-        end = start + storage.nbytes()
-        if math.prod(x.shape) and ((last + 1) * x.itemsize > storage.nbytes() or end > size):
-            raise LoadError(f"{file}: {name} lies beyond the end of the file. Get it again")
-        yield name, Place(file, start, storage.nbytes(), like, x.storage_offset())
+        place = Place(file, 8 + size + start, end - start, like(what, DTYPES[entry["dtype"]], entry["shape"]))
+        require_within(what, place)
+        yield name, place

@@ -22,7 +22,7 @@ from .tensors import open_tensors
 FORMS = (*LAYOUTS, "dense")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
 COMPANIONS = {
-    "llm": ("tokenizer", "special_tokens", "added_tokens", "generation_config", "chat_template"),
+    "llm": ("tokenizer", "special_tokens", "added_tokens", "vocab.", "merges.", "generation_config", "chat_template"),
     "vision_tower": ("preprocessor_config", "processor_config"),
     "mm_projector": (),
 }
@@ -46,7 +46,8 @@ def in_form(source: Source, form: str) -> tuple[dict[str, dict[str, Any]], dict[
         if form == "dense":
             configs[name], held[name] = plain, dense(held[name], group, order)
         elif name == "llm":
-            configs[name] = plain | quantization(LAYOUTS[form], group, order)
+            left = configs[name]["quantization_config"].get("modules_to_not_convert", ())
+            configs[name] = plain | quantization(LAYOUTS[form], group, order, left)
             held[name] = encoded(held[name], LAYOUTS[form], group)
     return configs, held
 
@@ -123,15 +124,10 @@ def identity(source: Source) -> str:
 
 
 def companions(source: Source) -> Iterator[tuple[Path, str]]:
-    """What stands beside weights and configs (tokenizer, image processor), and the part it belongs to; "." is none."""
+    """Files of the tokenizer, the image processor and generation, and the part of each, "." for none; no strays."""
     if (own := source.folder / FILE).is_file() and source.beside["llm"] != source.folder:
         yield own, "."
     for name, place in source.beside.items():
         for file in sorted(place.glob("*")):
-            if not file.is_file() or file.name == "config.json" or file.name.startswith("."):
-                continue
-            if place != source.folder:
-                if not file.name.endswith(WEIGHTS):
-                    yield file, name
-            elif file.name.startswith(COMPANIONS[name]):  # a LLaVA's stand all in one folder
+            if file.is_file() and file.name.startswith(COMPANIONS[name]) and not file.name.endswith(WEIGHTS):
                 yield file, name

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from .fields import ConfigError, int4_fields, read
+from vila_triton.files import shown
+
+from .fields import Bounds, ConfigError, Count, Epsilon, Factor, Group, Layers, int4_fields, object_in, read
 from .vision_config import ProjectorConfig, VisionConfig
 
 __all__ = ["ConfigError", "LlamaConfig", "ProjectorConfig", "RopeScaling", "VilaConfig", "VisionConfig", "read"]
@@ -15,64 +17,113 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context: `linear` (Chen 2023) or `llama3` (Meta 2024)."""
 
     rope_type: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    factor: Factor
+    low_freq_factor: Factor = 1.0
+    high_freq_factor: Factor = 4.0
+    original_max_position_embeddings: Count = 8192
+
+    def __post_init__(self) -> None:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ConfigError(
+                f"llm rope_scaling: low_freq_factor is {self.low_freq_factor}, expected less than high_freq_factor, "
+                f"{self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """The language model; names as in Hugging Face's `LlamaConfig`. `group_size` set means int4 linears, `order` then
-    says where their weights are rounded (`Int4.order`).
+    says where their weights are rounded (`Int4.order`); those named in `dense` are not int4 all the same. A group size
+    of -1 is all inputs of a linear.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Layers
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count
+    rms_norm_eps: Epsilon = 1e-6
+    rope_theta: Annotated[float, Bounds(0, 1e18, above=True)] = 10000.0
     rope_scaling: RopeScaling | None = None
-    max_position_embeddings: int = 2048
+    max_position_embeddings: Count = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    group_size: int | None = None
+    group_size: Group | None = None
     order: Literal["sub", "fma"] = "sub"
+    dense: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
         """From llm/config.json, in the spelling of transformers 4 (rope_theta) or 5 (rope_parameters)."""
         v = dict(values)
-        if v.get("model_type", "llama") != "llama" or v.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"llm: a silu llama is needed, not {v.get('hidden_act')} {v.get('model_type')}")
+        for name, wanted in (("model_type", "llama"), ("hidden_act", "silu")):
+            if v.get(name) not in (None, wanted):
+                raise ConfigError(f"llm: {name} is {shown(v[name])}, expected {wanted!r}")
         heads = v.get("num_attention_heads")
-        v["num_key_value_heads"] = v.get("num_key_value_heads") or heads
-        if not v.get("head_dim") and isinstance(v.get("hidden_size"), int) and isinstance(heads, int) and heads > 0:
+        if v.get("num_key_value_heads") is None:
+            v["num_key_value_heads"] = heads
+        if v.get("head_dim") is None and isinstance(v.get("hidden_size"), int) and isinstance(heads, int) and heads > 0:
             v["head_dim"] = v["hidden_size"] // heads
-        if not all(isinstance(v.get(name) or {}, dict) for name in ("rope_scaling", "rope_parameters")):
-            raise ConfigError("llm: rope_scaling and rope_parameters must be objects")
-        rope = {**(v.get("rope_scaling") or {}), **(v.get("rope_parameters") or {})}
-        v["rope_theta"] = rope.get("rope_theta") or v.get("rope_theta")
+        rope = object_in(v, "rope_scaling", "llm") | object_in(v, "rope_parameters", "llm")
+        theta = rope.get("rope_theta")
+        v["rope_theta"] = v.get("rope_theta") if theta is None else theta
         v["rope_scaling"] = None
         kind = rope.get("rope_type") or rope.get("type")
         if kind is None and (scaled := sorted(rope.keys() - {"rope_theta", "rope_type", "type"})):
             raise ConfigError(f"llm: rope_scaling has {', '.join(scaled)}, but no rope_type, expected linear or llama3")
         kind = kind or "default"
         if kind not in ("default", "linear", "llama3"):
-            raise ConfigError(f"llm: rope_scaling {kind!r} is not supported (default, linear, llama3 are)")
+            raise ConfigError(f"llm: rope_scaling {shown(kind)} is not supported (default, linear, llama3 are)")
         if kind != "default":
             v["rope_scaling"] = read(RopeScaling, {**rope, "rope_type": kind}, "llm rope_scaling")
         cfg = read(cls, {**v, **int4_fields(v, "llm", ("sub", "fma"))}, "llm")
+        if cfg.head_dim % 2:
+            raise ConfigError(f"llm: head_dim is {cfg.head_dim}, expected an even number: rotary angles turn pairs")
         if cfg.num_attention_heads % cfg.num_key_value_heads:
             raise ConfigError(
                 f"llm: {cfg.num_attention_heads} heads are not a multiple of {cfg.num_key_value_heads} key/value heads"
             )
         return cfg
+
+
+Dtype = Literal["float16", "bfloat16", "float32", "float64"]
+Token = Annotated[int, Bounds(0, 2**31 - 1)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the top config.json says beside the geometry: how the model is run, and how it is asked."""
+
+    prefill_chunk_size: Count = 512
+    page_size: Annotated[int, Bounds(1, 1024)] = 16
+    kv_dtype: Literal["float32", "float16", "bfloat16", "int8", "int4"] | None = None
+    attention_policy: Literal["fast", "invariant"] = "fast"
+    num_video_frames: Annotated[int, Bounds(1, 1024)] = 8
+    model_dtype: str | None = None
+    dtype: Dtype | None = None
+    torch_dtype: Dtype | None = None
+    use_cache: bool = True
+    return_dict: bool = True
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    conversation_template: str | None = None
+    image_aspect_ratio: str | None = None
+
+
+@dataclass(frozen=True)
+class Words:
+    """What llm/config.json says of the tokens."""
+
+    eos_token_id: Token | list[Token] | None = None
+    tokenizer_model_max_length: Annotated[int, Bounds(1, 2**128)] | None = None
+    tokenizer_padding_side: Literal["left", "right"] = "right"
+
+    def __post_init__(self) -> None:
+        if self.eos_token_id == []:
+            raise ConfigError("llm: eos_token_id is [], expected a token, or a list of some")
 
 
 @dataclass(frozen=True)

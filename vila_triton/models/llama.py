@@ -61,7 +61,7 @@ def declare(cfg: LlamaConfig, dtype: torch.dtype) -> Llama:
     h, g = cfg.num_attention_heads, cfg.num_key_value_heads
 
     def dense(n: int, k: int, key: str, bias: bool) -> Affine:
-        return declare_linear(n, k, key, dtype, bias, cfg.group_size, cfg.order)
+        return declare_linear(n, k, key, dtype, bias, None if key in cfg.dense else cfg.group_size, cfg.order)
 
     def norm(key: str) -> Spec:
         return Spec((e,), f"{key}.weight", dtype, "ones")
@@ -128,7 +128,7 @@ def attention(p: Layer, x: Tensor, rotary: Rotary, i: int, cfg: LlamaConfig, cac
 def gated(p: Layer, x: Tensor) -> Tensor:
     """What the last linear of the MLP is given: [s, e] -> [s, f]."""
     gate, up = p.gate, p.up
-    if isinstance(gate.weight, Int4) and gate.bias is None and up.bias is None:
+    if isinstance(gate.weight, Int4) and isinstance(up.weight, Int4) and gate.bias is None and up.bias is None:
         return int4_swiglu(x, gate.weight, up.weight)
     return swiglu(linear(gate, x), linear(up, x))
 

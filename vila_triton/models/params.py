@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from vila_triton.files import LoadError, listed
 from vila_triton.formats import tiles
 from vila_triton.ops import Int4
 from vila_triton.ops.int4 import check_int4
@@ -69,14 +70,11 @@ class Lazy(Mapping[str, Tensor]):
         return Lazy(meta, lambda new: self.read(names[new]), lambda new: self.forget(names[new]))
 
 
-class LoadError(ValueError):
-    """A checkpoint does not hold exactly the tensors that the model declares."""
-
-
 def weight(n: int, k: int, key: str, dtype: torch.dtype, group: int | None = None, order: Any = "sub") -> Any:
-    """The declaration of a linear's weight [n, k]: a `Spec`, or an `Int4` of them if a group size is given."""
+    """The declaration of a linear's weight [n, k]: a `Spec`, or an `Int4` of them if a group size is given (-1: k)."""
     if group is None:
         return Spec((n, k), f"{key}.weight", dtype)
+    group = k if group == -1 else group
     try:
         check_int4(k, group)
     except ValueError as error:
@@ -160,7 +158,8 @@ def require_fit(specs: Any, meta: Mapping[str, Tensor], where: str, ignore: tupl
     """`LoadError` with everything that `load` would find wrong."""
     problems = list(mismatches(specs, meta, ignore))
     if problems:
-        raise LoadError(f"{where}: {len(problems)} of its tensors do not fit the model:\n  " + "\n  ".join(problems))
+        lines = listed(problems, most=20, between="\n  ")
+        raise LoadError(f"{where}: {len(problems)} of its tensors do not fit the model:\n  {lines}")
 
 
 def mismatches(specs: Any, tensors: Mapping[str, Tensor], ignore: tuple[str, ...]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from vila_triton.generation_config import FILE
 
 from . import llama, vila
 from .batch import causal_loss, pad, pad_square, unpad
+from .fields import of_folder
 from .generation import CACHE, VilaGenerationMixin
 from .params import init, written
 from .part import Part
@@ -84,12 +85,14 @@ class VilaLlamaForCausalLM(Refusing, PreTrainedModel, VilaGenerationMixin):
         top, parts = checkpoint.read_configs(Path(folder))
         if config is not None:
             top = config.to_dict()
-        config = VilaLlamaConfig(**{**top, **{f"{part}_cfg": values for part, values in parts.items()}})
-        config._name_or_path = str(folder)
-        if dtype not in (None, "auto"):
-            config.model_dtype = str(dtype)
-        cfg = checkpoint.geometry(top, parts)
-        wanted = parse_dtype(getattr(config, "model_dtype", None) or "torch.float16")
+        with of_folder(Path(folder)):
+            cfg = checkpoint.geometry(top, parts)
+            config = VilaLlamaConfig.of(top, parts)
+            config._name_or_path = str(folder)
+            if dtype not in (None, "auto"):
+                config.model_dtype = str(dtype)
+            said = getattr(config, "model_dtype", None)
+            wanted = parse_dtype("torch.float16" if said is None else said)
         params = checkpoint.load_params(Path(folder), cfg, wanted, pick_device(str(device) if device else None))
         model = cls.__new__(cls)
         PreTrainedModel.__init__(model, config)

@@ -1,5 +1,7 @@
 """`VilaLlamaConfig`: the top config.json of a VILA folder as a Hugging Face config."""
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,12 @@ import torch
 from transformers import PreTrainedConfig
 
 from vila_triton import checkpoint
-from vila_triton.cache import PAGE_SIZE
+from vila_triton.files import folder_in, shown
 
-from .config import ConfigError
+from .config import ConfigError, Settings, read
 
 BOOKKEEPING = ("_from_auto", "adapter_kwargs", "revision", "trust_remote_code")  # of transformers' Auto classes
+CLASSIFIERS = ("num_labels", "id2label", "label2id")  # say nothing here; transformers makes lists as long as they say
 DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 
@@ -19,7 +22,7 @@ def parse_dtype(name: str) -> torch.dtype:
     """The dtype that `model_dtype` names, as "torch.float16" or "float16". Errors: `ConfigError`."""
     full = f"torch.{str(name).removeprefix('torch.')}"
     if full not in DTYPES:
-        raise ConfigError(f"config: model_dtype {name!r} is not supported ({', '.join(DTYPES)} are)")
+        raise ConfigError(f"config: model_dtype {shown(name)} is not supported ({', '.join(DTYPES)} are)")
     return DTYPES[full]
 
 
@@ -39,13 +42,27 @@ class VilaLlamaConfig(PreTrainedConfig):
     s2: bool | None = None
     resume_path: str | None = None
     prefill_chunk_size: int = 512
-    page_size: int = PAGE_SIZE
+    page_size: int = Settings.page_size
     kv_dtype: str | None = None
     attention_policy: str = "fast"
 
+    @classmethod
+    def of(cls, top: Mapping[str, Any], parts: Mapping[str, Any]) -> "VilaLlamaConfig":
+        """From the config.json of a folder and those of its parts. Errors: `ConfigError` if transformers takes none."""
+        left_out = [*CLASSIFIERS, *(f.name for f in fields(Settings) if top.get(f.name) is None)]
+        values = {name: value for name, value in top.items() if name not in left_out}
+        try:
+            return cls(**values | {f"{part}_cfg": said for part, said in parts.items()})
+        except Exception as error:  # transformers checks its fields in ways of many kinds
+            raise ConfigError(
+                f"config: transformers refuses it: {str(error).strip() or type(error).__name__}"
+            ) from None
+
     def cache(self) -> dict[str, Any]:
-        """What `PagedCache` is made with beside the model's shape, dtype and device."""
-        return {"page_size": self.page_size, "kv_dtype": self.kv_dtype, "policy": self.attention_policy}
+        """What `PagedCache` is made with beside the model's shape, dtype and device. Errors: `ConfigError`."""
+        said = {name: getattr(self, name) for name in ("page_size", "kv_dtype", "attention_policy")}
+        how = read(Settings, said, "config")
+        return {"page_size": how.page_size, "kv_dtype": how.kv_dtype, "policy": how.attention_policy}
 
     def parts(self) -> dict[str, dict[str, Any]]:
         """The three nested configs, read from their folders where they are not given in place.
@@ -56,10 +73,10 @@ class VilaLlamaConfig(PreTrainedConfig):
         found = {}
         for part in checkpoint.PARTS:
             given = getattr(self, f"{part}_cfg")
-            folder = Path(given) if isinstance(given, str) else Path(root) / part if root else None
+            folder = folder_in(Path(root), given if isinstance(given, str) else part) if root else None
             if isinstance(given, dict):
                 found[part] = given
-            elif folder is not None and (folder / "config.json").exists():
+            elif folder and (folder / "config.json").exists():
                 found[part] = checkpoint.read_json(folder / "config.json")
         if len(found) != 3:
             missing = ", ".join(f"`{part}_cfg`" for part in checkpoint.PARTS if part not in found)

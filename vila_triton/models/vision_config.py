@@ -3,10 +3,12 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
-from .fields import ConfigError, int4_fields, read
+from vila_triton.files import shown
+
+from .fields import Bounds, ConfigError, Count, Epsilon, Group, Layers, Side, expected, int4_fields, read
 
 TOWERS: dict[str, dict[str, Any]] = {  # what a config.json may leave unsaid, as the tower's own code has it
     "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
@@ -34,6 +36,19 @@ DOWNSAMPLES = {  # patches along one side of a token
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What the top config.json says of how the tower is used; those of S2 are LLaVA-S2's defaults."""
+
+    mm_vision_select_layer: Annotated[int, Bounds(-4096, 4096)] = -2
+    mm_vision_select_feature: str | None = None  # "patch" for a tower with a class token
+    vision_resolution: Annotated[int, Bounds(-1, 4096)] = -1
+    interpolate_mode: str = "linear"
+    s2: bool = False
+    s2_scales: str | list[Side] = "336,672,1008"
+    s2_max_split_size: Side = 336
+
+
+@dataclass(frozen=True)
 class VisionConfig:
     """The picture tower; names as in Hugging Face's `SiglipVisionConfig`, `CLIPVisionConfig` and InternViT's config.
 
@@ -43,14 +58,14 @@ class VisionConfig:
     `group_size` set means that the linears of the layers are int4.
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    image_size: int
-    patch_size: int
-    num_channels: int = 3
-    layer_norm_eps: float = 1e-6
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Layers
+    num_attention_heads: Count
+    image_size: Side
+    patch_size: Side
+    num_channels: Annotated[int, Bounds(1, 1024)] = 3
+    layer_norm_eps: Epsilon = 1e-6
     model_type: str = "siglip_vision_model"
     hidden_act: str = "gelu_pytorch_tanh"
     norm_type: str = "layer_norm"
@@ -58,9 +73,9 @@ class VisionConfig:
     qk_normalization: bool = False
     select_layer: int = -2
     select_feature: str = "cls_patch"
-    resolution: int | None = None
+    resolution: Side | None = None
     scales: tuple[int, ...] = ()
-    group_size: int | None = None
+    group_size: Group | None = None
 
     @property
     def tile(self) -> int:
@@ -103,31 +118,30 @@ class VisionConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], top: Mapping[str, Any] | None = None) -> "VisionConfig":
-        """From vision_tower/config.json and the fields of the top config.json: `mm_vision_select_layer` (-2 if absent),
-        `mm_vision_select_feature` ("patch" for a tower with a class token), `vision_resolution`, `s2*`.
+        """From vision_tower/config.json and those fields of the top config.json that `Seen` has.
 
         Errors: `ConfigError` for what no tower of ours can do.
         """
-        top, kind = top or {}, str(values.get("model_type"))
-        if kind not in TOWERS:
-            raise ConfigError(f"vision_tower: {kind!r} is not supported ({', '.join(TOWERS)} are)")
+        top, kind = top or {}, values.get("model_type")
+        if not isinstance(kind, str) or kind not in TOWERS:
+            raise ConfigError(f"vision_tower: {shown(kind)} is not supported ({', '.join(TOWERS)} are)")
         given = {key: value for key, value in values.items() if value is not None} | int4_fields(values, "vision_tower")
         own = read(cls, {**TOWERS[kind], **given, "scales": None, "resolution": None}, "vision_tower")
-        select, resolution = top.get("mm_vision_select_layer"), top.get("vision_resolution")
-        how = {
-            "select_layer": -2 if select is None else select,
-            "select_feature": top.get("mm_vision_select_feature") or ("patch" if own.class_tokens else "cls_patch"),
-            "resolution": None if resolution in (-1, own.image_size) else resolution,
-        }
-        cfg = read(cls, {**vars(own), **how}, "config")
-        cfg.check(top)
-        return read(cls, {**vars(cfg), "scales": s2_scales(top, cfg)}, "config") if top.get("s2") else cfg
+        how = read(Seen, top, "config")
+        cfg = replace(
+            own,
+            select_layer=how.mm_vision_select_layer,
+            select_feature=how.mm_vision_select_feature or ("patch" if own.class_tokens else "cls_patch"),
+            resolution=None if how.vision_resolution in (-1, own.image_size) else how.vision_resolution,
+        )
+        cfg.check(how, top)
+        return replace(cfg, scales=s2_scales(how, cfg)) if how.s2 else cfg
 
-    def check(self, top: Mapping[str, Any]) -> None:
+    def check(self, how: "Seen", top: Mapping[str, Any]) -> None:
         """Errors: `ConfigError` for numbers that do not go together."""
         for name, allowed in ALLOWED.items():
             if (value := getattr(self, name)) not in allowed:
-                raise ConfigError(f"vision_tower: {name} {value!r} is not supported ({', '.join(allowed)} are)")
+                raise ConfigError(f"vision_tower: {name} {shown(value)} is not supported ({', '.join(allowed)} are)")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"vision_tower: hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads"
@@ -144,22 +158,22 @@ class VisionConfig:
                 f"config: mm_vision_select_feature 'patch' drops the class token, and {self.model_type} has none: it "
                 f"would lose the top left patch; it must be 'cls_patch'"
             )
-        if self.resolution and (mode := top.get("interpolate_mode") or "linear") != "linear":
-            raise ConfigError(f"config: interpolate_mode {mode!r} is not supported (linear is)")
+        if self.resolution is not None and (mode := how.interpolate_mode) != "linear":
+            raise ConfigError(f"config: interpolate_mode {shown(mode)} is not supported (linear is)")
         for name in ("dynamic_s2", "ps3", "s2_resize_output_to_scale_idx"):
             if top.get(name):
-                raise ConfigError(f"config: {name} {top[name]!r} is not supported")
+                raise ConfigError(f"config: {name} {shown(top[name])} is not supported")
 
 
-def s2_scales(top: Mapping[str, Any], tower: VisionConfig) -> tuple[int, ...]:
-    """`s2_scales` ("384,768" or a list), smallest first. Errors: `ConfigError` for a scale that cannot be cut up."""
-    given, split = top.get("s2_scales") or "336,672,1008", top.get("s2_max_split_size") or 336  # LLaVA-S2's defaults
+def s2_scales(how: Seen, tower: VisionConfig) -> tuple[int, ...]:
+    """The sides of S2, smallest first. Errors: `ConfigError` for a scale that cannot be cut up."""
+    given, split = how.s2_scales, how.s2_max_split_size
     try:
         scales = tuple(sorted(map(int, given.split(",") if isinstance(given, str) else given)))
-    except (TypeError, ValueError):
-        raise ConfigError(f"config: s2_scales is {given!r}, expected sizes as '384,768'") from None
-    if not isinstance(split, int) or split < 1 or not scales or scales[0] < 1:
-        raise ConfigError(f"config: s2_scales {given!r} and s2_max_split_size {split!r} are not sizes in pixels")
+    except ValueError:
+        raise ConfigError(f"config: s2_scales is {shown(given)}, expected sizes as '384,768'") from None
+    if not 1 <= len(scales) <= 16 or any(expected(Side, x) for x in scales):
+        raise ConfigError(f"config: s2_scales is {shown(given)}, expected up to 16 sizes, each {expected(Side, None)}")
     for scale in scales:
         n = math.ceil(scale / split)
         if scale != n * tower.tile:
@@ -182,18 +196,16 @@ class ProjectorConfig:
     """
 
     mm_projector_type: str
-    mm_hidden_size: int
-    hidden_size: int
+    mm_hidden_size: Count
+    hidden_size: Count
     token_order: Literal["column", "row"] | None = None
-    group_size: int | None = None
+    group_size: Group | None = None
 
     def __post_init__(self) -> None:
         kind = self.mm_projector_type
-        if self.token_order not in (None, "column", "row"):
-            raise ConfigError(f"mm_projector: token_order is {self.token_order!r}, expected 'column' or 'row'")
         if kind not in (*DOWNSAMPLES, "identity", "linear") and not self.depth:
             names = ", ".join(("identity", "linear", "mlp{N}x_gelu", *DOWNSAMPLES))
-            raise ConfigError(f"mm_projector: {kind!r} is not supported ({names} are)")
+            raise ConfigError(f"mm_projector: {shown(kind)} is not supported ({names} are)")
         if self.token_order and kind != "mlp_downsample" and self.token_order != "row":
             raise ConfigError(f"mm_projector: {kind} takes its tokens along the rows, not by {self.token_order}")
         if kind == "identity" and self.mm_hidden_size != self.hidden_size:
@@ -202,7 +214,7 @@ class ProjectorConfig:
     @property
     def depth(self) -> int:
         """Linear maps of an `mlp{N}x_gelu`, 0 for another type."""
-        match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", str(self.mm_projector_type))
+        match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", self.mm_projector_type)
         return int(match[1]) if match else 0
 
     @property

@@ -35,7 +35,7 @@ CONFIG = VilaConfig(
 
 DECLARE = {"llm": llama.declare, "vision_tower": vision.declare, "mm_projector": projector.declare}
 GROUP_SIZE = 64  # of the int4 checkpoint
-INT4 = ("group_size", "order")  # said in quantization_config
+INT4 = ("group_size", "order", "dense")  # said in quantization_config
 SIGLIP = (  # what is said of the tower
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"),
     *("num_channels", "layer_norm_eps", "model_type", "hidden_act"),
