@@ -24,8 +24,9 @@ FILES = {  # dotted name -> file, as Python will know it
 
 MAY_IMPORT = {  # beside the standard library and `files`; a line holds for all that begins so, the longest counts
     "vila_triton.files": "",
+    "vila_triton.forms": "",
     "vila_triton.registry": "operation ranges ops kernels",  # the last two inside functions
-    "vila_triton.tuned": "torch choices ranges registry space",
+    "vila_triton.tuned": "torch choices forms ranges registry space",
     "vila_triton.pages": "prefix",
     "vila_triton.choices": "torch ranges registry",
     "vila_triton.kernels": "torch triton einops ops formats registry space kernels interpreter",
@@ -39,14 +40,14 @@ MAY_IMPORT = {  # beside the standard library and `files`; a line holds for all 
     "vila_triton.cache": "torch ops models.config pages",
     "vila_triton.checkpoint": "torch layouts llava models shards sources tensors write",
     "vila_triton.tensors": "torch safetensors models",
-    "vila_triton.shards": "torch models tensors",
+    "vila_triton.shards": "torch forms models tensors",
     "vila_triton.quantized": "torch formats layouts models ops",
     "vila_triton.sources": "layouts models quantized tensors",
     "vila_triton.llava": "models sources tensors",
     "vila_triton.write": "torch layouts models quantized shards sources tensors",
     "vila_triton.plan": "models sources write",
-    "vila_triton.awq": "torch safetensors einops PIL awq cache checkpoint engine formats images layouts models ops "
-    "prompts quantized shards sources templates tensors tiny write",
+    "vila_triton.awq": "torch safetensors einops PIL awq cache checkpoint engine formats forms images layouts models "
+    "ops prompts quantized shards sources templates tensors tiny write",
     "vila_triton.commands": "torch PIL transformers safetensors einops vila_triton",
     "vila_triton.released": "torch tokenizers transformers checkpoint choices layouts models quantized shards sources",
     "vila_triton.formats": "torch einops",

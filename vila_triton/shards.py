@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .forms import require_form
 from .models.params import LoadError
 from .tensors import DTYPES, WHOLE, read_json, weight_files
 
@@ -69,6 +70,7 @@ class Shards:
         self.journal = {"key": digest.hexdigest(), "done": {}}
         if (folder / JOURNAL).exists():
             before = read_json(folder / JOURNAL)
+            require_form(before, {"key": str, "done": dict}, folder / JOURNAL)
             if before["key"] != self.journal["key"]:
                 raise OtherWork(f"{folder} holds the beginnings of other work; remove it, or write elsewhere")
             self.journal["done"] = {
