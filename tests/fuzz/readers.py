@@ -174,13 +174,14 @@ def go_on(folder: Path) -> None:
 
 
 def drawn(kind: str, folder: Path) -> list[bytes]:
-    """Pictures of a format in each mode that it has."""
-    found = []
+    """Pictures of a format in each mode that it has, one of them on its side."""
+    found, exif = [], Image.Exif()
+    exif[0x0112] = 6
     for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"):
         image = picture().resize((24, 20))
         image = image.convert("L").convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
         try:
-            image.save(out := io.BytesIO(), kind)
+            image.save(out := io.BytesIO(), kind, **({"exif": exif} if mode == "RGB" else {}))
         except (OSError, ValueError):  # the format has no such mode
             continue
         found.append(out.getvalue())

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vila_triton.checkpoint import TOWER_PREFIX
-from vila_triton.files import LoadError
+from vila_triton.files import parse_json
 from vila_triton.forms import require_form
 from vila_triton.layouts import OURS
 from vila_triton.models.params import Lazy, Spec, leaves, require_fit, tree_map
@@ -25,6 +25,7 @@ from vila_triton.sources import Source, quantization
 from vila_triton.tensors import open_tensors, read_json
 
 FOUND = "awq_cache."  # names in a step's file of what was found, beside its tensors
+SHARES = ("nearest", "ours", "shrink")  # what a step's report says of a linear
 State = dict[str, Tensor]
 
 
@@ -178,12 +179,11 @@ def reports(work: Path, part: str) -> list[dict[str, Any]]:
     for file in sorted(work.glob(f"{part}-*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             text = (opened.metadata() or {}).get("report", "")
-        try:
-            said = json.loads(text)  # in which a share may be NaN
-            require_form(said, {"scales": dict, "linears": dict}, f"{file}, its report")
-            require_form(said["scales"], dict.fromkeys(said["scales"], dict), f"{file}, its report, scales")
-        except (ValueError, RecursionError) as error:
-            raise LoadError(f"{file} holds no report: {error}") from None
+        said = parse_json(text, where := f"{file}, its report,")
+        require_form(said, {"scales": dict, "linears": dict}, where)
+        linears = (found[0] if found else said)["linears"]
+        require_form(said["linears"], {name: dict.fromkeys(SHARES, float) for name in linears}, f"{where} linears")
+        require_form(said["scales"], {place: {"ratio": float} for place in said["scales"]}, f"{where} scales")
         found.append(said)
     return found
 
