@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vila_triton.files import shown
 from vila_triton.ops import Int4, QuantizedPages
-from vila_triton.registry import OPS, Impl, Op, discover
+from vila_triton.registry import OPS, Impl, Op, discover, there
 
 from .faithful import DEVICE
 from .guarded import LAYOUTS, Layout, mapped
@@ -134,13 +134,12 @@ def resolve(bundle: Bundle) -> tuple[Op, Impl]:
     discover()
     if bundle.op not in OPS:
         raise BundleError(
-            f"{bundle.file} is of an op {shown(bundle.op)}, which does not exist; there are: {', '.join(OPS)}"
+            f"{bundle.file} is of an op {shown(bundle.op)}, which does not exist; there are: {there(OPS)}"
         )
     op = OPS[bundle.op]
     if bundle.impl not in op.impls:
         raise BundleError(
-            f"{bundle.file} is of {op.name} {shown(bundle.impl)}, "
-            f"which does not exist; there are: {', '.join(op.impls)}"
+            f"{bundle.file} is of {op.name} {shown(bundle.impl)}, which does not exist; there are: {there(op.impls)}"
         )
     impl = op.impls[bundle.impl]
     try:
@@ -148,8 +147,7 @@ def resolve(bundle: Bundle) -> tuple[Op, Impl]:
     except TypeError as error:
         raise BundleError(f"{bundle.file}: {op.name} {impl.name} no longer takes this call: {error}") from None
     try:
-        if op.contract:
-            op.contract(*bundle.args)
+        op.check(*mapped(Tensor.cpu, bundle.args))  # where the values of indices are always looked at
         op.reference(*mapped(torch.clone, bundle.args))
     except Exception as error:  # whatever a reference may raise for arguments that nobody checked
         raise BundleError(

@@ -29,7 +29,7 @@ MAY_IMPORT = {  # beside the standard library, `files`, `forms`; a line holds fo
     "vila_triton.tuned": "torch choices ranges registry space",
     "vila_triton.pages": "prefix",
     "vila_triton.choices": "torch ranges registry",
-    "vila_triton.kernels": "torch triton einops ops formats registry space kernels interpreter",
+    "vila_triton.kernels": "torch triton einops ops formats lock registry space kernels interpreter",
     "vila_triton.interpreter": "triton",  # nobody else imports triton
     "vila_triton.ops": "torch einops ops registry formats",
     **{f"vila_triton.models.{x}": "models.fields models.vision_config" for x in ("fields", "vision_config", "config")},
@@ -37,7 +37,8 @@ MAY_IMPORT = {  # beside the standard library, `files`, `forms`; a line holds fo
     "vila_triton.models.vila_llama": "torch transformers cache checkpoint choices engine registry models",
     "vila_triton.models.generation": "torch transformers cache engine models",
     "vila_triton.models.vila_llama_config": "torch transformers cache checkpoint models",
-    "vila_triton.cache": "torch ops models.config pages",
+    "vila_triton.cache": "torch ops models.config lock pages",
+    "vila_triton.lock": "",
     "vila_triton.checkpoint": "torch layouts llava models shards sources tensors write",
     "vila_triton.tensors": "torch safetensors models",
     "vila_triton.shards": "torch models tensors",
@@ -59,11 +60,12 @@ MAY_IMPORT = {  # beside the standard library, `files`, `forms`; a line holds fo
     "vila_triton.images": "torch numpy PIL transformers checkpoint models.config",
     "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models ops checkpoint",
     "vila_triton.tiny.evaluate": "torch PIL arguments chat models registry tiny",
-    "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
+    "vila_triton.operation": "ranges space gradient library tuned",  # the last three inside functions
+    "vila_triton.gradient": "torch",
     "vila_triton.arguments": "torch choices registry",
     "vila_triton.__main__": "commands",
-    "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine images models "
-    "pictures processor prompts ranges registry saved session templates tiny tuned",
+    "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine images lock memory "
+    "models pictures processor prompts ranges registry saved session templates tiny tuned",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",
 }
 

@@ -1,7 +1,6 @@
 """Pictures and videos to what the vision tower takes, through transformers' image processors."""
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -61,10 +60,10 @@ def coloured(image: Image.Image) -> Image.Image:
 def opened(path: Path | str, kind: str) -> Iterator[Image.Image]:
     """A file as Pillow opens it. Errors: `ImageError` naming the file, for whatever is wrong with it."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # as it is from twice that size on
-            with Image.open(path) as image:
-                yield image
+        with Image.open(path) as image:
+            if (limit := Image.MAX_IMAGE_PIXELS) and image.width * image.height > limit:  # Pillow only warns
+                raise ImageError(f"it has {image.width} x {image.height} pixels, more than {limit}; make it smaller")
+            yield image
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist") from None
     except Exception as error:  # a broken file fails in Pillow's decoders as OSError, SyntaxError, struct.error, ...

@@ -121,8 +121,7 @@ def serve(outer: Any, pipe: Any, reader: Reader, folder: Path, limits: Limits) -
     faulthandler.disable()  # the signal is told by who waits
     os.chdir(folder)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    most = size + 2 * limits.memory
+    most = pages()[0] * resource.getpagesize() + 2 * limits.memory
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     said = open("said", "w+")  # noqa: SIM115 (until the process ends)
     for number in (1, 2):
@@ -145,6 +144,11 @@ def serve(outer: Any, pipe: Any, reader: Reader, folder: Path, limits: Limits) -
         pipe.send(found)
 
 
+def pages() -> list[int]:
+    """How many pages of memory this process has, and how many of them are there."""
+    return [int(word) for word in Path("/proc/self/statm").read_text().split()]
+
+
 class Asked:
     """Standard input that nobody may read."""
 
@@ -164,8 +168,8 @@ def forbid(done: list[Fault], what: str) -> None:
 
 def outcome(reader: Reader, folder: Path, content: bytes, memory: int) -> Fault | None:
     """The fault in reading one file, in this process."""
-    file, before = folder / reader.file, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    file.write_bytes(content)
+    (folder / reader.file).write_bytes(content)
+    before = pages()[1] * resource.getpagesize()
     found = None
     try:
         reader.read(folder)
@@ -176,7 +180,7 @@ def outcome(reader: Reader, folder: Path, content: bytes, memory: int) -> Fault 
     if (planted := Path(PLANTED)).exists():
         planted.unlink()
         return Fault("code", "what a file held was run")
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     return Fault("memory", f"{grown / 2**30:.1f} GB more") if grown > memory else found
 
 

@@ -172,7 +172,8 @@ class VilaGenerationMixin(GenerationMixin):
         return model_kwargs | {CACHE: outputs[CACHE]}
 
     def _reorder_cache(self, past_key_values: PagedCache, beam_idx: Tensor) -> PagedCache:
-        past_key_values.table.reorder(beam_idx.tolist())
+        with past_key_values.lock:
+            past_key_values.table.reorder(beam_idx.tolist())
         return past_key_values
 
 

@@ -18,7 +18,7 @@ from vila_triton.choices import pick_device
 from . import llama, vila
 from .batch import causal_loss, pad, pad_square, unpad
 from .generation import CACHE, VilaGenerationMixin
-from .params import init
+from .params import init, written
 from .part import Part
 from .vila_llama_config import BOOKKEEPING, VilaLlamaConfig, parse_dtype
 
@@ -35,6 +35,7 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         self.init_vlm(config)
         self.post_init()
 
+    @torch.inference_mode(False)  # else nobody could train them, nor see that they were written to
     def init_vlm(self, config: VilaLlamaConfig, params: vila.Vila | None = None) -> None:
         """Build the three parts, with random parameters unless they are given; a model that has a part keeps it."""
         if any(hasattr(self, part) for part in checkpoint.PARTS):
@@ -60,6 +61,7 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         self.cache: PagedCache | None = None
 
     @classmethod
+    @torch.inference_mode(False)
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls,
         folder: str | Path,
@@ -169,6 +171,8 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         use_cache = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
         features, image_tokens = self.features(images)
         cache, past = resume(self.cache, past_key_values, start_pos, len(inputs))
+        if cache:
+            self.check_cache(cache, any(past))
         if output_attentions and any(past):
             raise ValueError("output_attentions needs the whole sequence in one pass, but part of it is cached already")
         batch = unpad(
@@ -181,7 +185,8 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         kept = places.sum(1).tolist()
         states: list[Tensor] | None = [] if states_wanted else None
         watched: Watched | None = None
-        with cache.at(past, keep=use_cache) if cache else nullcontext(range(len(past))) as sequences:
+        lock = cache.lock if cache else nullcontext()
+        with lock, cache.at(past, keep=use_cache) if cache else nullcontext(range(len(past))) as sequences:
             counts = {seq: len(row) for seq, row in zip(sequences, batch.rows)}
             if cache:
                 cache.reserve(counts)
@@ -209,6 +214,8 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
                 logits = llama.logits(self.params.llm, torch.cat(hidden)).split([len(row) for row in hidden])
         if start_pos is not None and use_cache:
             self.cache = cache
+        if cache and use_cache:
+            cache.parameters = written(list(self.parameters()))
         lengths = list(counts.values())
         fields: dict[str, Any] = {
             "loss": causal_loss(logits, batch.labels) if batch.labels is not None else None,
@@ -221,9 +228,25 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         wanted = return_dict if return_dict is not None else self.config.return_dict
         return output if wanted else output.to_tuple()
 
-    def new_cache(self, sequences: int, pages: int = 0) -> PagedCache:
+    def check_cache(self, cache: PagedCache, holds: bool) -> None:
+        """Errors: ValueError for a cache of another shape, or with tokens that this model would not cache as they are:
+        after its parameters changed, or of its own cache the config.
+        """
+        cache.check(self.geometry.llm, self.device)
+        if holds and cache.parameters not in (None, written(list(self.parameters()))):
+            raise ValueError(
+                "the cache holds keys and values of other parameters than the model now has; begin with a new cache"
+            )
+        if cache is self.cache and cache.settings != self.config.cache():
+            raise ValueError(
+                f"the model's own cache was begun with {cache.settings}, but its config now says "
+                f"{self.config.cache()}; begin a new one with start_pos=0"
+            )
+
+    def new_cache(self, sequences: int, pages: int = 0, limit: int | None = None) -> PagedCache:
         """A cache of this model's shape, dtype and device, holding that many empty sequences."""
-        cache = PagedCache(self.geometry.llm, pages, dtype=self.dtype, device=self.device, **self.config.cache())
+        how = {"dtype": self.dtype, "device": self.device, **self.config.cache()}
+        cache = PagedCache(self.geometry.llm, pages, limit=limit, **how)
         for _ in range(sequences):
             cache.table.alloc()
         return cache
