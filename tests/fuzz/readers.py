@@ -367,7 +367,7 @@ def json_of_checkpoint(
     name: str, count: int, file: str, prepare: Callable[[Path], Sequence[bytes]] | None = None
 ) -> Reader:
     place = str(Path(file).parent)
-    names = (file, f"/{place}") if place != "." else (file, "folder/")
+    names = (file, f"/{place}", f"/folder: {place}") if place != "." else ("/folder",)
     return Reader(name, count, file, prepare or partial(checkpoint, file), mutate.of_json, talk, names)
 
 
