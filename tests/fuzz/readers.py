@@ -133,7 +133,7 @@ def whole_sentencepiece(folder: Path) -> list[bytes]:
     for kind in ("bpe", "unigram"):
         lines, out = iter([TEXT * 3, TEXT[::-1]]), io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=out, vocab_size=80, model_type=kind, minloglevel=2
+            sentence_iterator=lines, model_writer=out, vocab_size=50, model_type=kind, minloglevel=2
         )
         models.append(out.getvalue())
     return models
@@ -141,7 +141,7 @@ def whole_sentencepiece(folder: Path) -> list[bytes]:
 
 def whole_processor(folder: Path) -> list[bytes]:
     VilaProcessor.from_pretrained(BUNDLED).save_pretrained(folder)
-    checkpoint("config.json", folder, folder)
+    (folder / "planted.py").write_text(f"open({PLANTED!r}, 'w')\n")
     return [(folder / "processor_config.json").read_bytes()]
 
 
@@ -366,9 +366,7 @@ def whole_lines(folder: Path) -> list[bytes]:
 def json_of_checkpoint(
     name: str, count: int, file: str, prepare: Callable[[Path], Sequence[bytes]] | None = None
 ) -> Reader:
-    place = str(Path(file).parent)
-    names = (file, f"/{place}", f"/folder: {place}") if place != "." else ("/folder",)
-    return Reader(name, count, file, prepare or partial(checkpoint, file), mutate.of_json, talk, names)
+    return Reader(name, count, file, prepare or partial(checkpoint, file), mutate.of_json, talk, ("/folder",))
 
 
 READERS = {
