@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vila_triton.files import shown
 from vila_triton.ops import Int4, QuantizedPages
 from vila_triton.registry import OPS, Impl, Op, discover, there
 
@@ -36,6 +37,7 @@ class BundleError(ValueError):
 class Bundle:
     """A call.
 
+    file     where it was read from
     seed     of the memory that `assert_faithful` lays the arguments in, and of the values drawn
     layout   how they lie in it
     sizes    those the arguments were drawn for; empty if they come from a model
@@ -43,6 +45,7 @@ class Bundle:
     stamp    versions and commit it was saved under (`rows.stamp`)
     """
 
+    file: Path
     op: str
     impl: str
     config: Mapping[str, Any]
@@ -121,7 +124,7 @@ def load(file: Path) -> Bundle:
         raise BundleError(f"{file} is no bundle: its layout is {held['layout']!r}, expected {' or '.join(LAYOUTS)}")
     values = {name: held[name] for name in FIELDS}
     try:
-        return Bundle(**{**values, "args": restored(values["args"])})
+        return Bundle(file, **{**values, "args": restored(values["args"])})
     except BundleError as error:
         raise BundleError(f"{file}: {error}") from None
 
@@ -130,22 +133,26 @@ def resolve(bundle: Bundle) -> tuple[Op, Impl]:
     """The op and the implementation, as they are now. Errors: `BundleError` if the call cannot be made any more."""
     discover()
     if bundle.op not in OPS:
-        raise BundleError(f"the bundle is of an op {bundle.op!r}, which does not exist; there are: {there(OPS)}")
+        raise BundleError(
+            f"{bundle.file} is of an op {shown(bundle.op)}, which does not exist; there are: {there(OPS)}"
+        )
     op = OPS[bundle.op]
     if bundle.impl not in op.impls:
         raise BundleError(
-            f"the bundle is of {op.name} {bundle.impl!r}, which does not exist; there are: {there(op.impls)}"
+            f"{bundle.file} is of {op.name} {shown(bundle.impl)}, which does not exist; there are: {there(op.impls)}"
         )
     impl = op.impls[bundle.impl]
     try:
         inspect.signature(impl.fn).bind(*bundle.args, **bundle.config)
     except TypeError as error:
-        raise BundleError(f"{op.name} {impl.name} no longer takes this call: {error}") from None
+        raise BundleError(f"{bundle.file}: {op.name} {impl.name} no longer takes this call: {error}") from None
     try:
         op.check(*mapped(Tensor.cpu, bundle.args))  # where the values of indices are always looked at
         op.reference(*mapped(torch.clone, bundle.args))
     except Exception as error:  # whatever a reference may raise for arguments that nobody checked
-        raise BundleError(f"the reference of {op.name} does not take these arguments: {brief(error)}") from None
+        raise BundleError(
+            f"{bundle.file}: the reference of {op.name} does not take these arguments: {brief(error)}"
+        ) from None
     return op, impl
 
 

@@ -77,7 +77,7 @@ def whole(line: bytes) -> bool:
     """Whether a last line without its end is a row all the same: what is cut off in the middle is no JSON."""
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -96,7 +96,7 @@ def read(*files: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file}:{number} is not a row: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{file}:{number} is not a row: it is no object")

@@ -222,7 +222,7 @@ def test_a_bundle_that_is_none_gets_one_line(tmp_path: Path, capsys) -> None:
     for file, message in cases.items():
         assert check.main(["--replay", file]) == 2, file
         said = capsys.readouterr().err
-        assert message in said and said.count("\n") == 1, said
+        assert message in said and file in said and said.count("\n") == 1, said
     assert not (tmp_path / "made").exists()
 
 

@@ -96,12 +96,23 @@ def test_a_picture_that_cannot_be_shown_is_refused(image: Image.Image, message: 
 
 def test_a_huge_picture_is_read_up_to_pillows_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (60, 50)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    assert open_image(tmp_path / "a.png").size == (60, 50)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # Pillow warns beyond it, and refuses beyond twice that
-    with pytest.warns(Image.DecompressionBombWarning):
-        assert open_image(tmp_path / "a.png").size == (60, 50)
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ImageError, match=r"a.png .* more than 2000"):
+        open_image(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match=r"a.png cannot be read as a picture: .*3000 pixels.*exceeds limit"):
         open_image(tmp_path / "a.png")
+
+
+def test_frames_are_as_many_pixels_as_a_picture_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *rest = film(9)
+    first.save(tmp_path / "a.gif", save_all=True, append_images=rest)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4 * 96)
+    assert len(frames(tmp_path / "a.gif", 4)) == 4
+    with pytest.raises(ImageError, match=r"a.gif .*: 5 frames of 12 x 8 are more than 384 pixels"):
+        frames(tmp_path / "a.gif", 5)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tiff", "bmp"])

@@ -60,8 +60,9 @@ def served(doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(tuned, "name_of", lambda device: "Toy GPU")
     impl = doubled.impls["blocks"]
     ranges = [
-        {"sizes": {"m": [0, 4], "n": 8, "dtype": "float32"}, "config": {"BLOCK": 2, "wrong": False}},
-        {"sizes": {"m": [5, None], "n": 8, "dtype": "float32"}, "config": {"BLOCK": 4, "wrong": False}},
+        {"sizes": {"m": m, "n": 8, "dtype": "float32"}, "config": {"BLOCK": block, "wrong": False}}
+        | {"tuned_at": {"m": block}, "seconds": 1e-5}
+        for m, block in (([0, 4], 2), ([5, None], 4))
     ]
     otherwise = {"config": {"BLOCK": 8, "wrong": False}}
     entry = {"op": "doubled", "impl": "blocks", **tuned.identity(impl), "ranges": ranges, "otherwise": otherwise}

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from .preprocessor import settings
 MODES = ("resize", "pad", "square", None)
 MOST_FRAMES = 1024
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # formats whose further pictures are meant to be seen, one after another
+ORIENTATION = 0x0112  # EXIF's tag
+TILE = 1024  # pixels a side: what a picture is coloured in, so that copies of it are not held
 IN_PILLOW = {"CLIP": "CLIPImageProcessorPil", "Siglip": "SiglipImageProcessorPil"}  # by how their names in files begin
 
 
@@ -34,7 +37,17 @@ def rgb(image: Image.Image) -> Image.Image:
     """
     if not image.width or not image.height:
         raise ImageError(f"it has {image.width} x {image.height} pixels")
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    found = Image.new("RGB", image.size)
+    for top, left in product(range(0, image.height, TILE), range(0, image.width, TILE)):
+        box = left, top, min(left + TILE, image.width), min(top + TILE, image.height)
+        found.paste(coloured(image.crop(box)), box)
+    return found
+
+
+def coloured(image: Image.Image) -> Image.Image:
+    """A picture, or a tile of one, in RGB. Errors: `ImageError`."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
@@ -52,6 +65,8 @@ def opened(path: Path | str, kind: str) -> Iterator[Image.Image]:
     try:
         require_file(Path(path))
         with Image.open(path) as image:
+            if (limit := Image.MAX_IMAGE_PIXELS) and image.width * image.height > limit:  # Pillow only warns
+                raise ImageError(f"it has {image.width} x {image.height} pixels, more than {limit}; make it smaller")
             yield image
     except LoadError as error:
         raise ImageError(str(error)) from None
@@ -86,7 +101,12 @@ def frames(video: Path | str | Sequence[Image.Image], n: int) -> list[Image.Imag
             count = getattr(image, "n_frames", 1) - first
             if count < 2:
                 raise ImageError("it is one picture; give it as such")
-            seen = []
+            seen, limit = [], Image.MAX_IMAGE_PIXELS
+            if limit and image.width * image.height * min(count, n) > limit:
+                raise ImageError(
+                    f"{min(count, n)} frames of {image.width} x {image.height} are more than {limit} pixels; "
+                    "make it smaller, or look at fewer frames"
+                )
             for i in moments(count, n):
                 image.seek(first + i)
                 seen.append(rgb(image))
@@ -211,8 +231,8 @@ def expand2square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 def limited(image: Image.Image, width: int, height: int) -> None:
     """Errors: `ImageError` if so many pixels are more than Pillow would read from a file."""
     limit = Image.MAX_IMAGE_PIXELS
-    if limit and width * height > 2 * limit:
+    if limit and width * height > limit:
         raise ImageError(
-            f"a picture of {image.width} x {image.height} would grow to {width * height} pixels, beyond {2 * limit}; "
+            f"a picture of {image.width} x {image.height} would grow to {width * height} pixels, beyond {limit}; "
             f"cut it, or use image_aspect_ratio 'resize'"
         )

@@ -73,8 +73,10 @@ class Shards:
         self.journal = {"key": digest.hexdigest(), "done": {}}
         if (folder / JOURNAL).exists():
             before = read_json(folder / JOURNAL)
-            if before["key"] != self.journal["key"]:
+            if before.get("key") != self.journal["key"]:
                 raise OtherWork(f"{folder} holds the beginnings of other work; remove it, or write elsewhere")
+            if not isinstance(before.get("done"), dict):
+                raise LoadError(f"{folder / JOURNAL} does not say which shards are done; remove {folder}")
             self.journal["done"] = {
                 shard.file.name: before["done"][shard.file.name] for shard in shards if whole(shard, before["done"])
             }

@@ -3,7 +3,7 @@ serving, and nothing is guessed: a call runs what the table says, and without a 
 
     {"device": ..., "choices": {"int4_matmul": {"first": 1, "last": 4096, "choice": [[4, "gemv"], "prefill"]}, ...},
      "entries": [{"op": ..., "impl": ..., "kernel": ..., "space": ..., "triton": ...,
-       "ranges": [{"sizes": {"m": [0, 2], "n": 4096}, "config": {...}, "seconds": ...}, ...],
+       "ranges": [{"sizes": {"m": [0, 2], "n": 4096}, "tuned_at": {"m": 1}, "config": {...}, "seconds": ...}, ...],
        "otherwise": {"config": {...}, ...}}]}
 
 The sizes of a range are numbers, or [first, last] of those that vary from call to call (last null: no end). Sizes in no
@@ -17,7 +17,6 @@ When they have changed, a call that passes no config raises `Stale`, and so does
 when Triton has, the entry or the choice is left aside with a warning.
 """
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -30,6 +29,8 @@ import torch
 from torch import Tensor
 
 from .choices import configs, configured
+from .files import LoadError, read_json, shown
+from .forms import is_a, require_form
 from .ranges import Choice, Within, names
 from .registry import OPS, REFERENCE, Impl, checked, explicit
 from .space import Config, canonical, digest
@@ -73,17 +74,35 @@ def changes(entry: Mapping[str, Any], impl: Impl) -> dict[str, str]:
     }
 
 
+NUMBERS = {
+    "ranges": [{"sizes": dict, "tuned_at": dict, "config": dict, "seconds": float}],
+    "otherwise": {"config": dict},
+}
+ENTRY = {**dict.fromkeys(("op", "impl", "kernel", "space", "triton"), str), **NUMBERS}
+
+
 def read(file: Path) -> dict[str, Any]:
-    """A table. Errors: ValueError naming the file if it is none."""
-    try:
-        table = json.loads(file.read_text())
-        return {
-            "device": table["device"],
-            "choices": dict(table.get("choices", {})),
-            "entries": list(table["entries"]),
-        }
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} is not a tuned table: {error!r}") from None
+    """A table. Errors: `LoadError` naming the file and the field if it is none."""
+    table = {"choices": {}, **read_json(file)}
+    require_form(table, {"device": str, "choices": dict, "entries": [ENTRY]}, file)
+    for i, entry in enumerate(table["entries"]):
+        for j, ran in enumerate(entry["ranges"]):
+            require_range(ran, entry["op"], f"{file}, entries {i}, ranges {j}")
+    return {name: table[name] for name in ("device", "choices", "entries")}
+
+
+def require_range(of: Mapping[str, Any], op: str, where: str) -> None:
+    """Errors: `LoadError` for sizes that cannot be looked up, and for a time that is none."""
+    for name, size in of["sizes"].items():
+        ends = isinstance(size, list) and len(size) == 2 and is_a(size[0], int) and isinstance(size[1], int | None)
+        if not ends and not isinstance(size, str | int | float | None):
+            raise LoadError(f"{where}, sizes, {name} is {shown(size)}, expected a size or [first, last]")
+    for name in OPS[op].varying if op in OPS else ():
+        require_form(of["tuned_at"], {name: int}, f"{where}, tuned_at")
+        if of["tuned_at"][name] < 0:
+            raise LoadError(f"{where}, tuned_at, {name} is {of['tuned_at'][name]}, expected a size from 0 up")
+    if of["seconds"] <= 0:
+        raise LoadError(f"{where}, seconds is {of['seconds']}, expected a time above 0")
 
 
 def matches(wanted: Mapping[str, Any], sizes: Mapping[str, Any]) -> bool:
@@ -127,7 +146,17 @@ def entry_of(impl: Impl, device: str) -> Mapping[str, Any] | None:
     if changed:
         warnings.warn(f"{impl.op} {impl.name}: {file.name} is left aside: {changed['triton']}", stacklevel=2)
         return None
+    for config in (*(ran["config"] for ran in entry["ranges"]), entry["otherwise"]["config"]) if entry else ():
+        if not offered(config, impl):
+            raise ValueError(f"{file}: {impl.op} {impl.name} has no config {shown(config)}, in its file or its space")
     return entry
+
+
+def offered(config: Config, impl: Impl) -> bool:
+    """Whether an implementation has a config, in its file or its space."""
+    axes = impl.space.axes if impl.space else {}
+    in_space = config.keys() == axes.keys() and all(value in axes[name] for name, value in config.items())
+    return in_space or config in [dict(own) for own in impl.configs]
 
 
 def parsed(table: Mapping[str, Any], op: str, file: Path) -> Within:
@@ -138,6 +167,8 @@ def parsed(table: Mapping[str, Any], op: str, file: Path) -> Within:
             raise ValueError(
                 f'op {op!r}: {value!r} is no choice, expected {{"first": size, "last": size, "choice": ...}}'
             )
+        if not 0 <= value["first"] <= value["last"]:
+            raise ValueError(f"op {op!r}: from {value['first']} to {value['last']} are no sizes")
         within = Within(value["first"], value["last"], checked({op: value.get("choice")})[op])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}, choices: {error.args[0]}") from None

@@ -1,9 +1,9 @@
 """What a model is shown before its weights are rounded: prompts with pictures, as in inference, and plain text."""
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vila_triton.files import parse_json, shown
 from vila_triton.images import open_image, pixels
 from vila_triton.models.vila import splice
 from vila_triton.prompts import closing, first_round, with_pictures
@@ -59,10 +60,7 @@ def read(files: Sequence[Path]) -> Iterator[Sample]:
 def entry(line: str, folder: Path) -> Sample:
     """A line of JSON. Errors: ValueError."""
     expected = 'expected {"text": ...} or {"image": ..., "question": ..., "answer": ...}'
-    try:
-        held = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{expected} ({error})") from None
+    held = parse_json(line, f"{expected}; the line")
     names = set(held) if isinstance(held, dict) else set()
     if names != {"text"} and not {"image", "question"} <= names <= {"image", "question", "answer"}:
         raise ValueError(f"{expected} (has {', '.join(sorted(names)) or type(held).__name__})")
@@ -73,9 +71,12 @@ def entry(line: str, folder: Path) -> Sample:
         raise ValueError(f"{expected}, all of them strings, or for images a list of some")
     paths = [folder / image for image in images]
     for path in paths:
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist, or is no file")
-    return Sample(held["question"], paths, held.get("answer", "")) if paths else Sample(held["text"])
+        if not isfile(path):  # false as well for what cannot be a name
+            raise ValueError(f"{shown(str(path))[1:-1]} does not exist, or is no file")
+    if not paths:
+        return Sample(held["text"])
+    with_pictures(held["question"], len(paths))  # it has a place for each
+    return Sample(held["question"], paths, held.get("answer", ""))
 
 
 def drawn(count: int, seed: int) -> list[Sample]:

@@ -15,14 +15,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vila_triton.checkpoint import TOWER_PREFIX
+from vila_triton.files import parse_json
+from vila_triton.forms import require_form
 from vila_triton.layouts import OURS
-from vila_triton.models.params import Lazy, Spec, leaves, tree_map
+from vila_triton.models.params import Lazy, Spec, leaves, require_fit, tree_map
 from vila_triton.shards import part as temporary
 from vila_triton.shards import write_json
 from vila_triton.sources import Source, quantization
 from vila_triton.tensors import open_tensors, read_json
 
 FOUND = "awq_cache."  # names in a step's file of what was found, beside its tensors
+SHARES = ("nearest", "ours", "shrink")  # what a step's report says of a linear
 State = dict[str, Tensor]
 
 
@@ -148,9 +151,11 @@ def joined(steps: Steps, source: Source, work: Path) -> Source:
     part, prefix = steps.part, prefix_of(source, steps.part)
     old = {prefix + spec.key for spec in leaves(tuple(steps.before))}
     held, new = source.tensors[part], {}
-    for file in sorted(work.glob(f"{part}-*.safetensors")):
+    for file, tree in zip(sorted(work.glob(f"{part}-*.safetensors")), steps.after, strict=True):
         tensors = open_tensors(file)
-        new |= {name: tensors for name in tensors if not name.startswith(FOUND)}
+        names = [name for name in tensors if not name.startswith(FOUND)]
+        require_fit(tree, {name.removeprefix(prefix): tensors.meta[name] for name in names}, str(file))
+        new |= dict.fromkeys(names, tensors)
     meta = {name: x for name, x in held.meta.items() if name not in old}
     lazy = Lazy(
         meta | {name: tensors.meta[name] for name, tensors in new.items()},
@@ -169,11 +174,17 @@ def with_int4(source: Source, part: str, tensors: Lazy, group: int) -> Source:
 
 
 def reports(work: Path, part: str) -> list[dict[str, Any]]:
-    """What the finished steps of a part say of themselves, in order."""
+    """What the finished steps of a part say of themselves, in order. Errors: `LoadError`, naming the file."""
     found = []
     for file in sorted(work.glob(f"{part}-*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            found.append(json.loads(opened.metadata()["report"]))
+            text = (opened.metadata() or {}).get("report", "")
+        said = parse_json(text, where := f"{file}, its report,")
+        require_form(said, {"scales": dict, "linears": dict}, where)
+        linears = (found[0] if found else said)["linears"]
+        require_form(said["linears"], {name: dict.fromkeys(SHARES, float) for name in linears}, f"{where} linears")
+        require_form(said["scales"], {place: {"ratio": float} for place in said["scales"]}, f"{where} scales")
+        found.append(said)
     return found
 
 
@@ -187,7 +198,9 @@ def wrote(work: Path, target: Path, form: str) -> bool:
 
 def key_of(work: Path) -> str:
     """What tells one work from another."""
-    return read_json(work / "work.json")["key"]
+    held = read_json(work / "work.json")
+    require_form(held, {"key": str}, work / "work.json")
+    return held["key"]
 
 
 def finish(work: Path) -> None:

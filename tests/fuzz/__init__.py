@@ -1,0 +1,1 @@
+"""Damaged files for every reader: `pytest -m fuzz` (see CONTRIBUTING.md)."""

@@ -1,0 +1,362 @@
+"""What each reader is given whole, and how the product reads it."""
+
+import io
+import json
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from bench import bundle, tune
+from bench.faithful import arguments
+from bench.tuner import journal, table
+from vila_triton import tuned
+from vila_triton.arguments import BUNDLED
+from vila_triton.awq import cachefile, calibration, report, work
+from vila_triton.awq import run as awq
+from vila_triton.chat import Conversation, Talker
+from vila_triton.checkpoint import open_source, read_json, require_fits
+from vila_triton.images import frames, open_image
+from vila_triton.models.config import LlamaConfig
+from vila_triton.processor import VilaProcessor
+from vila_triton.registry import OPS, discover
+from vila_triton.saved import resume
+from vila_triton.saved import save as save_conversation
+from vila_triton.session import frames_of
+from vila_triton.shards import JOURNAL, Shards
+from vila_triton.space import canonical, digest
+from vila_triton.tensors import open_tensors
+from vila_triton.tiny.examples import FOLDER as EXAMPLES
+
+from . import mutate
+from .worker import PLANTED
+
+INT4 = BUNDLED.with_name("checkpoint-int4")
+TEXT = "How many shapes are there? Describe the picture: a yellow triangle left of two blue squares, and 3 stars. "
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+# Tensors
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    kinds = {"half": torch.float16, "brain": torch.bfloat16, "whole": torch.int64, "bytes": torch.uint8}
+    drawn = {name: torch.randint(0, 9, (3, 4), generator=generator()).to(kind) for name, kind in kinds.items()}
+    return {**drawn, "number": torch.tensor(1.5), "none": torch.empty(0, 3), "truth": torch.tensor([True, False])}
+
+
+def touch_all(path: Path) -> None:
+    tensors = open_tensors(path)
+    for name in tensors:
+        tensors[name].clone()
+        tensors.forget(name)
+
+
+def whole_safetensors(folder: Path) -> list[bytes]:
+    return [save(some_tensors(), {"format": "pt"}), save({"x": torch.arange(6.0)})]
+
+
+def saved_by_torch(held: Any, zipped: bool = True) -> bytes:
+    torch.save(held, out := io.BytesIO(), _use_new_zipfile_serialization=zipped)
+    return out.getvalue()
+
+
+def whole_torch(folder: Path) -> list[bytes]:
+    x = torch.arange(12.0).reshape(3, 4)
+    return [saved_by_torch(some_tensors()), saved_by_torch({"x": x, "view": x.T, "row": x[1], "odd": x.half()[1:, 1:]})]
+
+
+def whole_index(suffix: str, folder: Path) -> list[bytes]:
+    parts = [{"a": torch.ones(2), "b": torch.ones(3)}, {"c": torch.ones(4)}]
+    names = [f"model-0000{i}-of-00002.{suffix}" for i in (1, 2)]
+    for part, name in zip(parts, names):
+        (folder / name).write_bytes(save(part) if suffix == "safetensors" else saved_by_torch(part))
+    weight_map = {key: name for part, name in zip(parts, names) for key in part}
+    return [json.dumps({"metadata": {"total_size": 36}, "weight_map": weight_map}).encode()]
+
+
+# Checkpoints
+
+
+def checkpoint(file: str, folder: Path, source: Path = BUNDLED, whole: bytes = b"") -> list[bytes]:
+    """A copy of a model, with Python beside its files that must not run; the file of it that is to be damaged."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    for place in (folder, folder / "llm", folder / "vision_tower"):
+        (place / "planted.py").write_text(f"open({PLANTED!r}, 'w')\n")
+    return [whole or (folder / file).read_bytes()]
+
+
+def talk(folder: Path) -> None:
+    """What `ask` does: everything is read, a question with a picture is answered."""
+    frames_of(folder)
+    talker = Talker.from_pretrained(folder, "cpu")
+    list(Conversation(talker).ask("How many shapes?", [picture()], max_new_tokens=2))
+
+
+@lru_cache
+def picture() -> Image.Image:
+    return open_image(EXAMPLES / "a.png")
+
+
+def with_file(file: str, whole: bytes, folder: Path) -> list[bytes]:
+    return checkpoint(file, folder, whole=whole)
+
+
+GENERATION = json.dumps(
+    {"bos_token_id": 1, "eos_token_id": [2, 5], "do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 5}
+    | {"max_length": 512, "pad_token_id": 3, "transformers_version": "4.36.2"}
+).encode()
+SPECIAL = json.dumps(
+    {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False, "normalized": False, "special": True}}
+    | {"unk_token": "<unk>", "pad_token": "<pad>", "additional_special_tokens": ["<image>"]}
+).encode()
+
+
+def whole_sentencepiece(folder: Path) -> list[bytes]:
+    """VILA's folder as upstream saves it: tokenizer.model and no tokenizer.json."""
+    import sentencepiece
+
+    checkpoint("config.json", folder)
+    (folder / "llm" / "tokenizer.json").unlink()
+    about = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "llm" / "tokenizer_config.json").write_text(json.dumps({**about, "add_bos_token": True, "legacy": False}))
+    models = []
+    for kind in ("bpe", "unigram"):
+        lines, out = iter([TEXT * 3, TEXT[::-1]]), io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=out, vocab_size=50, model_type=kind, minloglevel=2
+        )
+        models.append(out.getvalue())
+    return models
+
+
+def whole_processor(folder: Path) -> list[bytes]:
+    VilaProcessor.from_pretrained(BUNDLED).save_pretrained(folder)
+    (folder / "planted.py").write_text(f"open({PLANTED!r}, 'w')\n")
+    return [(folder / "processor_config.json").read_bytes()]
+
+
+def process(folder: Path) -> None:
+    VilaProcessor.from_pretrained(folder)(text="<image> What?", images=picture())
+
+
+# Conversations and pictures
+
+
+@lru_cache
+def talker() -> Talker:
+    return Talker.from_pretrained(BUNDLED, "cpu")
+
+
+def whole_conversations(folder: Path) -> list[bytes]:
+    found = []
+    for name, pictures in (("words", []), ("pictures", [picture()])):
+        conversation = Conversation(talker())
+        list(conversation.ask("How many shapes are there?", pictures, max_new_tokens=3))
+        save_conversation(conversation, folder / name)
+        found.append((folder / name).read_bytes())
+    return found
+
+
+def go_on(folder: Path) -> None:
+    conversation = resume(talker(), folder / "talk")
+    list(conversation.ask("Describe the picture.", max_new_tokens=2))
+    save_conversation(conversation, folder / "talk")
+
+
+def drawn(kind: str, folder: Path) -> list[bytes]:
+    """Pictures of a format in each mode that it has, one of them on its side."""
+    found, exif = [], Image.Exif()
+    exif[0x0112] = 6
+    for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"):
+        image = picture().resize((24, 20))
+        image = image.convert("L").convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
+        try:
+            image.save(out := io.BytesIO(), kind, **({"exif": exif} if mode == "RGB" else {}))
+        except (OSError, ValueError):  # the format has no such mode
+            continue
+        found.append(out.getvalue())
+    return found
+
+
+def filmed(kind: str, folder: Path) -> list[bytes]:
+    first, *rest = [picture().resize((24, 20)).rotate(30 * i) for i in range(4)]
+    first.save(out := io.BytesIO(), kind, save_all=True, append_images=rest, duration=40)
+    return [out.getvalue()]
+
+
+def look(folder: Path) -> None:
+    talker().pixels([open_image(folder / "picture")])
+
+
+def watch(folder: Path) -> None:
+    frames(folder / "film", 3)
+
+
+# Bundles, tables, journals
+
+
+def whole_bundles(folder: Path) -> list[bytes]:
+    discover()
+    weight = {"m": 2, "n": 3, "G": 2, "group": 32, "dtype": "float16", "order": "fma", "bias": True}
+    norm = {"rows": 2, "e": 8, "dtype": "float16"}
+    found = []
+    for op, sizes in (("int4_matmul", weight), ("rms_norm", norm)):
+        args = arguments(OPS[op], 0, **sizes)
+        bundle.save(folder / op, OPS[op].impls["reference"], {}, args, 0, "strided", sizes, "a test")
+        found.append((folder / op).read_bytes())
+    return found
+
+
+def call_again(folder: Path) -> None:
+    bundle.resolve(bundle.load(folder / "call.bundle"))
+
+
+SEARCH = {"op": "int4_matmul", "impl": "gemv", "kernel": "a", "space": "b", "triton": "3", "device": "Toy GPU"}
+ROWS = f"int4_matmul-gemv-{digest(canonical(SEARCH).encode())}.jsonl"
+CONFIGS = ({"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4}, {"BLOCK_N": 32, "BLOCK_K": 256, "num_warps": 2})
+
+
+def whole_journals(folder: Path) -> list[bytes]:
+    discover()
+    held = journal.Journal(folder, SEARCH)
+    stamp = {"date": "2026-01-01", "commit": "abc", "torch": "2.11", "timer": "gpu"}
+    for m in (1, 4, 16):
+        sizes = {"m": m, "n": 64, "G": 2, "group": 64, "dtype": "float16"}
+        for i, config in enumerate(CONFIGS):
+            held.add("compiled", config, sizes, registers=40, spills=0, shared=1024, reason=None)
+            held.add("gated", config, sizes, reason=None)
+            times = {"seconds": 1e-5 * (i + m), "predicted": 2e-5, "reason": None}
+            held.add("tune", config, sizes, status="timed", **times, **stamp)
+        late = {"status": "cost", "seconds": None, "predicted": None, "reason": "predicted 9 times as long"}
+        held.add("tune", {**CONFIGS[0], "num_warps": 8}, sizes, **late, **stamp)
+    return [held.file.read_bytes()]
+
+
+def search_on(folder: Path) -> None:
+    """What `bench.tune` does with a journal that it finds."""
+    journal.searches(folder, "int4_matmul", "gemv")
+    held = journal.Journal(folder, SEARCH)
+    rows, varying = list(held.found["tune"].values()), OPS["int4_matmul"].varying
+    for kind in held.found:
+        held.get(kind, CONFIGS[0], {"m": 1})
+    if entry := table.entry(SEARCH, rows, varying):
+        table.write(folder / "tables", "Toy GPU", entry)
+        list(table.report(rows, CONFIGS[0], varying))
+
+
+def whole_tables(folder: Path) -> list[bytes]:
+    discover()
+    sizes = {"n": 64, "G": 2, "group": 64, "dtype": "float16"}
+    for name in ("packed", "gemv"):
+        impl = OPS["int4_matmul"].impls[name]
+        ranges = [
+            {"sizes": {**sizes, "m": m}, "tuned_at": {"m": at}, "config": dict(impl.configs[0]), "seconds": 1e-5 * at}
+            for m, at in (([0, 2], 1), ([3, None], 8))
+        ]
+        otherwise = {"config": dict(impl.configs[-1]), "worst_regret": 1.1, "sizes_without_time": 0}
+        entry = {"op": "int4_matmul", "impl": name, **tuned.identity(impl), "ranges": ranges, "otherwise": otherwise}
+        file = table.write(folder, "Toy GPU", entry)
+    held = json.loads(file.read_text())
+    held["choices"]["int4_matmul"] = {"first": 1, "last": 8, "choice": [[1, "gemv"], "packed"]}
+    return [json.dumps(held).encode()]
+
+
+def look_up(folder: Path) -> None:
+    """What a call on a GPU does, then `bench.tune`: it lists what is stale, and writes an entry anew."""
+    for cached in (tuned.table_of, tuned.entry_of, tuned.choice_of, tuned.config_at):
+        cached.cache_clear()
+    with patch.object(tuned, "folder", lambda: folder), patch.object(tuned, "name_of", lambda device: "Toy GPU"):
+        for phase in ("prefill", "decode"):
+            tuned.kernels_for(torch.device("cuda"), phase)
+        for name in ("packed", "gemv"):
+            for m in (1, 8, 10**6):
+                sizes = {"m": m, "n": 64, "G": 2, "group": 64, "dtype": "float16"}
+                config = tuned.config_at(OPS["int4_matmul"].impls[name], "Toy GPU", tuple(sizes.items()))
+                assert config is None or dict(**config)
+    list(tune.stale(folder))
+    kept = next((e for e in tuned.read(folder / "toy-gpu.json")["entries"] if e["impl"] == "packed"), None)
+    if kept:
+        table.write(folder, "Toy GPU", {**kept, "impl": "splitk"})
+
+
+# The quantiser
+
+
+META = {name: torch.empty(4, 4, device="meta", dtype=torch.float16) for name in "abc"}
+
+
+def shards(folder: Path) -> Shards:
+    return Shards(folder, META, "a test", limit=40)
+
+
+def whole_shard_journals(folder: Path) -> list[bytes]:
+    begun = shards(folder)
+    for name in ("a", "b"):
+        begun.put(name, torch.ones(4, 4, dtype=torch.float16))
+    return [(folder / JOURNAL).read_bytes()]
+
+
+def write_on(folder: Path) -> None:
+    held = shards(folder)
+    for name in sorted(held.missing):
+        held.put(name, torch.ones(4, 4, dtype=torch.float16))
+    held.close()
+    touch_all(folder)
+
+
+def prompts() -> calibration.Prompts:
+    return calibration.Prompts([torch.randint(0, 128, (8,), generator=generator()) for _ in range(2)], None)
+
+
+def rounded(folder: Path) -> None:
+    """`quantize` goes on with its work, which is done, and writes its report."""
+    work.wrote(folder, folder, "ours")
+    source, how = open_source(BUNDLED), work.How(group=64)
+    made = awq.run(source, folder, how, prompts(), torch.device("cpu"))
+    for name in made.tensors["llm"]:
+        made.tensors["llm"][name].clone()
+    require_fits(made)
+    about = {"method": "awq", "work": work.key_of(folder), "format": "ours"}
+    report.write(folder, about, {"llm": work.reports(folder, "llm")})
+
+
+def whole_work(file: str, folder: Path) -> list[bytes]:
+    rounded(folder)
+    return [(folder / file).read_bytes()]
+
+
+def only_header(change: mutate.Mutate, rng: Any, whole: bytes) -> bytes:
+    """Damage near the beginning of a large file."""
+    return change(rng, whole[:8192]) + whole[8192:] if rng.random() < 0.9 else change(rng, whole)
+
+
+def whole_caches(folder: Path) -> list[bytes]:
+    llm = "model.layers.0."
+    scale = [(llm + "input_layernorm", tuple(f"{llm}self_attn.{x}_proj" for x in "qkv"), torch.ones(256))]
+    clip = [(llm + "mlp.down_proj", torch.ones(256, 8, 1))]
+    return [saved_by_torch({"scale": scale, "clip": clip})]
+
+
+def load_cache(folder: Path) -> None:
+    cachefile.load(folder / "found.pt", LlamaConfig.from_dict(read_json(BUNDLED / "llm" / "config.json")), 64)
+
+
+def calibrate(file: str, folder: Path) -> None:
+    samples = calibration.choose(list(calibration.read([folder / file])), 4, 0)
+    calibration.prompts(samples, talker().tokenizer, talker().processor, talker().model.config, 16)
+
+
+def whole_lines(folder: Path) -> list[bytes]:
+    shutil.copy(EXAMPLES / "a.png", folder)
+    samples: list[Any] = [{"text": TEXT}, {"image": "a.png", "question": "How many?", "answer": "3"}]
+    samples.append({"image": ["a.png", "a.png"], "question": "Which <image> and <image>?"})
+    return ["\n".join(map(json.dumps, samples)).encode()]
