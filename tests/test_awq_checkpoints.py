@@ -166,7 +166,5 @@ def test_groups_larger_than_they_seem_are_not_read_as_smaller_ones(layout: Layou
     w = Int4(pack_tiles(torch.randint(0, 16, (16, 256), generator=rng)), scales, zeros, 256)
     leaves = (v1 if layout is V1 else v2)(w)
     assert layout.read(leaves, -1).group == 256 and torch.equal(codes(layout.read(leaves, -1)), codes(w))
-    with pytest.raises(
-        ValueError, match=r"1 of its 2 rows of scales are zero: its groups are not of 128; .*group_size"
-    ):
+    with pytest.raises(ValueError, match=r"1 of its 2 rows of scales are zero: .* not of 128; .*group_size"):
         layout.read(leaves, 0)

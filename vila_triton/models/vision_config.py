@@ -205,7 +205,7 @@ class ProjectorConfig:
         kind = self.mm_projector_type
         if kind not in (*DOWNSAMPLES, "identity", "linear") and not self.depth:
             names = ", ".join(("identity", "linear", "mlp{N}x_gelu", *DOWNSAMPLES))
-            raise ConfigError(f"mm_projector: {shown(kind)} is not supported ({names} are)")
+            raise ConfigError(f"mm_projector: mm_projector_type {shown(kind)} is not supported ({names} are)")
         if self.token_order and kind != "mlp_downsample" and self.token_order != "row":
             raise ConfigError(f"mm_projector: {kind} takes its tokens along the rows, not by {self.token_order}")
         if kind == "identity" and self.mm_hidden_size != self.hidden_size:
