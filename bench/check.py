@@ -24,7 +24,7 @@ from vila_triton.registry import OPS, REFERENCE, Impl, Op, Unsupported, discover
 
 from . import bundle
 from .failure import described, elements, line, settings
-from .faithful import DEVICE, arguments, assert_faithful
+from .faithful import DEVICE, Example, arguments
 from .search import DeviceLost, Verdict, search
 
 Pair = tuple[Impl, int]  # an implementation and the number of one of its configs
@@ -103,7 +103,9 @@ def replay(file: Path) -> bool:
     print(f"{line('call')}{settings({**saved.sizes, 'seed': saved.seed})}, {saved.layout}, from {saved.origin}")
     print(f"{line('saved with')}{settings(saved.stamp)}")
     try:
-        assert_faithful(op, impl, saved.config, saved.args, saved.seed, saved.layout)
+        sizes = saved.sizes if set(saved.sizes) == set(op.domain) else None
+        held = Example(op, saved.args, saved.seed, sizes)
+        held.check(impl, saved.config, saved.layout, held.twice)
     except Unsupported as reason:
         print(f"{line('unsupported')}{reason}")
         return False

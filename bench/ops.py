@@ -4,6 +4,9 @@ First the ceilings of this machine, then for every case and implementation the g
 median and spread with a cold cache, the same again to show the noise, and the rates as shares of the ceilings. On a CPU
 Triton kernels are only interpreted: they pass the gate there and get no time; references and library variants do.
 
+With a cold cache no call is faster than the ceilings, by more than the noise: a figure that is, is no time but an error,
+and the exit code is 1 then.
+
 --served takes the implementation and the config that a call runs by default at the sizes of a case, and marks its rows;
 with --impl, those beside it. --gate case checks the numbers of the case alone: for a run after `pytest` and bench.tune.
 A peer named by --ungated is timed whatever its numbers are, and its rows say so: to be faster than it is no less then.
@@ -60,6 +63,21 @@ def rates(cost: tuple[float, float], case: Case, timing: Timing, most: Ceilings)
         "flops_share": flops / timing.seconds / at_best,
         "bytes_share": size / timing.seconds / most.bandwidth,
     }
+
+
+def impossible(row: Mapping[str, Any], most: Ceilings) -> str | None:
+    """Why a time cannot be that of the whole work: it is above a ceiling by more than the noise, though the cache is
+    cold. The highest rate of any dtype counts, since half precision may be computed in float32.
+    """
+    if not row["cold"]:
+        return None
+    best = max(most.flops.values())
+    shares = {
+        f"the bandwidth of {most.bandwidth / 1e9:.1f} GB/s": row["bytes"] / row["seconds"] / most.bandwidth,
+        f"the product's {best / 1e12:.3g} TFLOP/s": row["flops"] / row["seconds"] / best,
+    }
+    above = [f"{share:.0%} of {name}" for name, share in shares.items() if share > 1 + row["noise"]]
+    return f"impossible: {' and '.join(above)} with a cold cache, so not all was computed or read" if above else None
 
 
 def is_peer(impl: Impl) -> bool:
@@ -128,7 +146,9 @@ def run(
             else:
                 timing, cost = found
                 extra = {"noise": timing.noise, "peer": is_peer(impl)}
-                yield {"kind": "op", **about, **asdict(timing), **extra, **rates(cost, case, timing, most), **here}
+                row = {"kind": "op", **about, **asdict(timing), **extra, **rates(cost, case, timing, most), **here}
+                reason = impossible(row, most)
+                yield {"kind": "refused", **about, "reason": reason, **here} if reason else row
 
 
 HEAD = f"{'':36}{'time':>11}{'spread':>8}{'noise':>7}{'GB/s':>9}{'share':>7}{'TFLOP/s':>10}{'share':>7}  x ref"

@@ -131,7 +131,8 @@ def enlarged(op: Op, sizes: Mapping[str, Any]) -> dict[str, Any]:
 def failure(op: Op, impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, Any], layout: Layout) -> Failure | None:
     """How an example fails, if it does. Errors: `Unsupported`, `DeviceLost`."""
     try:
-        example(op, **sizes).check(impl, config, layout)
+        held = example(op, **sizes)
+        held.check(impl, config, layout, held.twice)
     except Unsupported:
         raise
     except Exception as error:  # a kernel may fail in any way at all
