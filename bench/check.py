@@ -26,6 +26,7 @@ from . import bundle
 from .failure import described, elements, line, settings
 from .faithful import DEVICE, Example, arguments
 from .search import DeviceLost, Verdict, search
+from .tool import tool
 
 Pair = tuple[Impl, int]  # an implementation and the number of one of its configs
 
@@ -82,6 +83,7 @@ def outcome(op: Op, impl: Impl, number: int, verdict: Verdict, before: Sequence[
     else:
         sizes = dict(shrunk.sizes)
         args, seed = arguments(op, **sizes), sizes.pop("seed")
+        file = bundle.unused(file)
         bundle.save(file, impl, config, args, seed, shrunk.layout, sizes, "bench.check")
         yield f"{line('wrong')}{shrunk.kind}; {spent}"
         yield f"{line('shrunk case')}{settings(shrunk.sizes)}{verdict.caveat and f'  ({verdict.caveat})'}"
@@ -116,6 +118,7 @@ def replay(file: Path) -> bool:
     return True
 
 
+@tool
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", nargs="?", metavar="OP")
@@ -128,22 +131,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--replay", type=Path, metavar="FILE", help="make the call of this bundle again")
     args = parser.parse_args(argv)
     how = "interpreted (no GPU)" if DEVICE == "cpu" else f"compiled for {torch.cuda.get_device_name()}"
-    try:
-        if args.peers:
-            from .peers import discover as find_peers
+    if args.peers:
+        from .peers import discover as find_peers
 
-            for peer, reason in find_peers().items():
-                print(f"peer {peer}: not here: {reason}")
-        if (args.op is None) == (args.replay is None):
-            raise ValueError("expected an OP to check or a bundle to --replay, and not both")
-        if args.examples < 1 or args.seconds <= 0:
-            raise ValueError("--examples and --seconds must be above 0")
-        pairs = [] if args.replay else chosen(args.op, args.impl, args.config)
-        print(f"kernels run {how}")
-        right = replay(args.replay) if args.replay else check(pairs, args.examples, args.seconds, args.out)
-    except (ValueError, OSError) as error:
-        print(f"bench.check: {error}", file=sys.stderr)
-        return 2
+        for peer, reason in find_peers().items():
+            print(f"peer {peer}: not here: {reason}")
+    if (args.op is None) == (args.replay is None):
+        raise ValueError("expected an OP to check or a bundle to --replay, and not both")
+    if args.examples < 1 or args.seconds <= 0:
+        raise ValueError("--examples and --seconds must be above 0")
+    pairs = [] if args.replay else chosen(args.op, args.impl, args.config)
+    print(f"kernels run {how}")
+    right = replay(args.replay) if args.replay else check(pairs, args.examples, args.seconds, args.out)
     return 0 if right else 1
 
 

@@ -38,6 +38,7 @@ from .inspect_picture import draw
 from .inspect_text import Found, compare, mixtures, refusals, spelled, table
 from .production import production
 from .targets import TARGETS
+from .tool import progress, tool
 
 
 def unit_of(op: Op) -> str | None:
@@ -66,12 +67,12 @@ def look(calls: Sequence[Call], case: str, folder: str | None, peers: bool, sour
     found = []
     outcomes = elsewhere(partial(compile_call, dissect), calls, folder=folder, peers=peers)
     for i, (call, outcome) in enumerate(zip(calls, outcomes), 1):
-        print(f"\r{i} of {len(calls)} compiled", end="", file=sys.stderr, flush=True)
+        progress(f"{i} of {len(calls)} compiled")
         head = {"kind": "inspect", "op": call.op, "impl": call.impl, "number": call.config, "config": outcome.config}
         head |= {"target": call.target, "source": source, "case": case, "sizes": dict(call.sizes)}
         unit = unit_of(OPS[call.op])
         found.append(Found(call, source, outcome, [head | figures(x.anatomy, unit) for x in outcome.kernels]))
-    print(file=sys.stderr)
+    progress("")
     return found
 
 
@@ -211,15 +212,12 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@tool
 def main() -> int:
     args = arguments()
-    try:
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ["TRITON_CACHE_DIR"] = cache  # Triton's own keeps the places of whoever compiled first
-            return run(args)
-    except ValueError as error:
-        print(f"bench.inspect: {error}", file=sys.stderr)
-        return 2
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # Triton's own keeps the places of whoever compiled first
+        return run(args)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from vila_triton.registry import OPS, Op, Unsupported
 
 from .cases import combinations
 from .compiled import elsewhere, holds_kernels, launching, prepare
+from .tool import tool
 
 TOKENS = (1, 2, 3, 16, 17, 32, 100)
 SWEEP = {  # sizes that vary while one model serves, in the alphabet of vila_triton/ops; the others are the model's
@@ -153,16 +154,13 @@ def run(ops: Sequence[str], folder: str | None) -> list[str]:
     return many
 
 
+@tool
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all")
     parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
     args = parser.parse_args()
-    try:
-        many = run(args.ops, args.kernels)
-    except ValueError as error:
-        print(f"bench.recompiles: {error}", file=sys.stderr)
-        return 2
+    many = run(args.ops, args.kernels)
     for line in many:
         print(f"bench.recompiles: {line}", file=sys.stderr)
     return int(bool(many))

@@ -22,6 +22,7 @@ from .goals import met
 from .page import Html, folded, heading, mark, page, paragraph, picture, table
 from .plots.picture import spelled
 from .spelling import brief, unit
+from .tool import tool
 
 Row = Mapping[str, Any]
 DRAWN = ("roofline", "speedup", "time", "model", "memory", "quality")
@@ -252,20 +253,17 @@ def report(files: Sequence[Path]) -> str:
     return page("vila-triton: " + ", ".join(dict.fromkeys(run.split(" | ")[0] for run in runs)), parts)
 
 
+@tool
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl", help="or a folder of such files")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html")
     args = parser.parse_args(argv)
-    try:
-        text = report(plot.files_of(args.rows))
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        whole = args.out.with_name(f"{args.out.name}.new")
-        whole.write_text(text)
-        whole.replace(args.out)
-    except (ValueError, OSError) as error:
-        print(f"bench.report: {error}", file=sys.stderr)
-        return 2
+    text = report(plot.files_of(args.rows))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    whole = args.out.with_name(f"{args.out.name}.new")
+    whole.write_text(text)
+    whole.replace(args.out)
     print(f"{args.out}: {len(text) / 1e3:.0f} kB")
     return 0
 
