@@ -17,6 +17,7 @@ from .figure import save
 from .plots import models, ops, quality, tuning
 from .plots.picture import Picture, Row
 from .tool import tool
+from .tuner.table import TIMES
 
 # Which kinds of rows a picture is made from; the first one it cannot do without.
 PICTURES: dict[str, tuple[Callable[[Mapping[str, Sequence[Row]]], Iterator[Picture]], list[str]]] = {
@@ -34,7 +35,7 @@ RUN = "device date commit"
 FIELDS = {
     "op": ("op impl case sizes config", "seconds low high cold flops bytes peer"),
     "ceiling": ("", "bandwidth flops"),
-    "tune timed": ("op impl sizes config", "seconds timer"),
+    **{f"tune {status}": ("op impl sizes config", "seconds timer") for status in TIMES},
     **{f"tune {status}": ("op impl sizes config", "") for status in ("gate", "compile", "cost", "time")},
     "memory": ("choice layers length chunk", "cache peak"),
     "model prefill": ("model layers weights choice batch prompt", "seconds"),

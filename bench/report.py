@@ -23,6 +23,7 @@ from .page import Html, folded, heading, mark, page, paragraph, picture, table
 from .plots.picture import spelled
 from .spelling import brief, unit
 from .tool import tool
+from .tuner.table import TIMES
 
 Row = Mapping[str, Any]
 DRAWN = ("roofline", "speedup", "time", "model", "memory", "quality")
@@ -134,7 +135,7 @@ def tuning(found: Sequence[Row]) -> Iterator[Html]:
         states = Counter(row["status"] for row in search)
         yield paragraph(", ".join(f"{state}: {count}" for state, count in states.items()) + " candidates x sizes")
         lines = []
-        for at in grouped([row for row in search if row["status"] == "timed"], "sizes").values():
+        for at in grouped([row for row in search if row["status"] in TIMES], "sizes").values():
             best, worst = (which(at, key=lambda row: row["seconds"]) for which in (min, max))
             ratio = f"{worst['seconds'] / best['seconds']:.2f}"
             lines.append([text(best["sizes"]), brief(best["config"]), unit(best["seconds"]), ratio, str(len(at))])

@@ -3,8 +3,8 @@
 Candidates are the configs of an implementation and those of its search space (`Space`, in the kernel's file). Before
 anything is launched one is dropped if the cost model (bench/tuner/cost.py) says it takes --worse-than times as long as
 the best, or if, cross-compiled, it spills registers or wants more shared memory than there is. What is left passes the
-gate and is timed. Without a GPU there is nothing to time Triton kernels with but the cost model itself: such a table
-says so in the name of its device, and no call looks it up.
+gate and is timed. Without a GPU there is nothing to time Triton kernels with but the cost model itself: then only those
+that it calls best at some sizes pass the gate, and the table says so in the name of its device; no call looks it up.
 
 All that is found is kept in a journal (bench/tuner/journal.py), so that a run that was ended in any way goes on where
 it was. Ctrl-C, SIGTERM and the end of --minutes stop it in the middle of what it does, with the table of the best so
@@ -153,7 +153,7 @@ def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline
     for status, count in Counter(row["status"] for row in rows_found).items():
         reasons = Counter(row["reason"] for row in rows_found if row["status"] == status and row["reason"])
         often = "".join(f"; most often: {reason} ({n})" for reason, n in reasons.most_common(1))
-        print(f"  {status:8}{count:6} candidates x sizes{often}")
+        print(f"  {status:9}{count:6} candidates x sizes{often}")
     entry = table.entry(now, rows_found, OPS[impl.op].varying)
     if entry is None:
         print("nothing was timed, so there is no table")
@@ -165,6 +165,7 @@ def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline
                 table.write(tuned.folder(), plan.device, entry)
         if plan.timer == COST_MODEL:
             print("The timer is the COST MODEL: nothing was run to take a time, these seconds are predictions.")
+            print("Only what is best at some sizes passed the gate; the others are predictions, unchecked.")
         print("\n".join(table.report(rows_found, impl.configs[0], OPS[impl.op].varying)))
         if impl.op in (found := tuned.read(file)["choices"]):
             print(f"of the implementations tuned, {impl.op} runs: {json.dumps(found[impl.op])}")

@@ -21,7 +21,7 @@ from toys import TOY, load
 from bench import rows, tune
 from bench.cases import Case
 from bench.compiled import holds_kernels
-from bench.tuner import cost, search, table
+from bench.tuner import cost, jobs, search, table
 from bench.tuner.jobs import STAGES, Answer, Job, answer
 from bench.tuner.workers import Processes
 from vila_triton import tuned
@@ -30,7 +30,8 @@ from vila_triton.registry import OPS, Impl, Op, discover
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = f"{cost.gpu('sm_90').name} (cost model)"
 STAMP = {"device": DEVICE, "date": "2026-01-01", "commit": "abc", "torch": "2"}
-PLAN = search.Plan(search.COST_MODEL, DEVICE, cost.gpu("sm_90"), 1e9, 0.01, STAMP)
+PLAN = search.Plan("cpu", DEVICE, cost.gpu("sm_90"), 1e9, 0.01, STAMP)
+ON_PAPER = replace(PLAN, timer=search.COST_MODEL)
 
 
 IGNORED = shutil.ignore_patterns("__pycache__", "*.safetensors", "peers")
@@ -56,6 +57,9 @@ class Inline:
 
 @pytest.fixture
 def doubled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Op:
+    """The toy, of which a call takes as long every time; nothing lies on a device, whose release takes seconds."""
+    monkeypatch.setattr(jobs, "release", lambda device: None)
+    monkeypatch.setitem(STAGES, "time", lambda job: {"seconds": 1e-6 * job["config"]["BLOCK"], "again": 0.0})
     return load(tmp_path, monkeypatch)
 
 
@@ -112,6 +116,30 @@ def test_wrong_numbers_get_no_time(doubled: Op, tmp_path: Path) -> None:
     assert {row["config"]["wrong"] for row in found if row["status"] == "timed"} == {False}
     refused = [row for row in found if row["config"]["wrong"]]
     assert refused and all(r["status"] == "gate" and r["seconds"] is None and "are off" in r["reason"] for r in refused)
+
+
+def gated(job: Job, least: int) -> Answer:
+    """What the gate says, were all smaller blocks wrong."""
+    return {"reason": "wrong" if job["config"]["wrong"] or job["config"]["BLOCK"] < least else None}
+
+
+@pytest.mark.parametrize("least", [1, 2])
+def test_by_the_cost_model_only_what_a_table_names_is_gated(
+    least: int, doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here what is wrong is predicted to be the fastest."""
+    monkeypatch.setattr(cost, "predict", lambda _, config, sizes, gpu: 1e-6 * config["BLOCK"] - 1e-7 * config["wrong"])
+    monkeypatch.setitem(STAGES, "gate", lambda job: gated(job, least))
+    workers = Inline()
+    looked = searched(doubled, tmp_path, workers, ON_PAPER)
+    told = list(looked.journal.found["tune"].values())
+    assert looked.done == len(looked.candidates) and len(told) == sum(len(c.at) for c in looked.candidates)
+    assert {block for _, block in workers.asked} == set(range(1, least + 1))  # not the others
+    found = table.entry({}, told, doubled.varying)
+    assert found and {r["config"]["BLOCK"] for r in found["ranges"]} == {least}
+    assert not any(r["config"]["wrong"] for r in [*found["ranges"], found["otherwise"]])
+    assert found["candidates"]["timed"] == len(cases(doubled)) and found["candidates"]["predicted"] > 0
+    assert all(row["seconds"] for row in told if row["status"] in table.TIMES)
 
 
 def test_what_the_cost_model_or_the_compiler_rules_out_is_not_run(
@@ -171,13 +199,13 @@ def test_a_journal_of_a_changed_kernel_is_said_to_be_stale_and_not_used(
     doubled: Op, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    file = searched(doubled, out, Inline()).journal.file
+    file = searched(doubled, out, Inline(), ON_PAPER).journal.file
     content = file.read_bytes()
     source = doubled.impls["blocks"].file
     source.write_text(source.read_text() + "\n")
     options = ["doubled", "--timer", "cost-model", "--worse-than", "1e9", "--report", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["tune", *options])
-    assert tune.main() == 0
+    assert tune.main() == 1
     said = capsys.readouterr().out
     assert f"stale: {file.name} was made with another kernel; it is left as it is and not used" in said
     assert "nothing was timed" in said and file.read_bytes() == content and len(list(out.iterdir())) == 2
@@ -204,7 +232,7 @@ def run(checkout: Path, out: str, victim: str, *options: str) -> tuple[bytes, li
         "bench.tune",
         "doubled",
         "--timer",
-        "cost-model",
+        "cpu",
         "--worse-than",
         "1e9",
         "--workers",
@@ -213,7 +241,6 @@ def run(checkout: Path, out: str, victim: str, *options: str) -> tuple[bytes, li
     done = subprocess.run([*command, "--out", out, *options], cwd=checkout, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not (checkout / "victim").exists(), "nobody was killed"
-    assert "The timer is the COST MODEL" in done.stdout
     (journal,) = (checkout / out).glob("*.jsonl")
     return next((checkout / out).glob("*.json")).read_bytes(), list(rows.read(journal, kind="tune"))
 
@@ -221,7 +248,7 @@ def run(checkout: Path, out: str, victim: str, *options: str) -> tuple[bytes, li
 def hanging(checkout: Path, out: Path, *options: str) -> subprocess.Popen:
     """A search in which candidates of BLOCK 16 never end, once it hangs."""
     (out / "hangs").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "bench.tune", "doubled", "--timer", "cost-model", "--worse-than", "1e9"]
+    command = [sys.executable, "-m", "bench.tune", "doubled", "--timer", "cpu", "--worse-than", "1e9"]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"HANGING": str(out / "hangs")}
     process = subprocess.Popen(
         [*command, "--workers", "1", "--out", str(out), *options], cwd=checkout, env=env, stdout=subprocess.PIPE
@@ -271,8 +298,9 @@ def test_no_memory_for_the_time_of_a_candidate_is_its_row(
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("bench.tuner.jobs.measure", full)
-    looked = search.Search(doubled.impls["blocks"], cases(doubled)[:1], replace(PLAN, timer="cpu"), tmp_path, 2)
+    monkeypatch.setattr(jobs, "measure", full)
+    monkeypatch.setitem(STAGES, "time", jobs.time_job)
+    looked = search.Search(doubled.impls["blocks"], cases(doubled)[:1], PLAN, tmp_path, 2)
     looked.run(Inline(), inf, lambda: None)
     told = list(looked.journal.found["tune"].values())
     assert [row["status"] for row in told if not row["config"]["wrong"]] == ["time"]
