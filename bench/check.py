@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
 from pathlib import Path
 
 import torch
@@ -20,9 +21,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS, REFERENCE, Impl, Op, Unsupported, discover
 
 from . import bundle
+from .coverage import coverage
 from .failure import described, elements, line, settings
 from .faithful import DEVICE, Example, arguments
 from .search import DeviceLost, Verdict, search
@@ -80,6 +83,8 @@ def outcome(op: Op, impl: Impl, number: int, verdict: Verdict, before: Sequence[
         yield f"{line('unsupported')}{'; '.join(sorted(verdict.reasons))}"
     elif not shrunk or not largest:
         yield f"{line('right')}{spent}"
+        for text, head in zip(coverage(config, verdict.calls), chain(["covered"], repeat(""))):
+            yield f"{line(head)}{text}"
     else:
         sizes = dict(shrunk.sizes)
         args, seed = arguments(op, **sizes), sizes.pop("seed")
@@ -141,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.examples < 1 or args.seconds <= 0:
         raise ValueError("--examples and --seconds must be above 0")
     pairs = [] if args.replay else chosen(args.op, args.impl, args.config)
-    print(f"kernels run {how}")
+    if not pairs or any(holds_kernels(impl) for impl, _ in pairs):
+        print(f"Triton kernels run {how}")
     right = replay(args.replay) if args.replay else check(pairs, args.examples, args.seconds, args.out)
     return 0 if right else 1
 

@@ -31,9 +31,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.autotuner import Autotuner
-from triton.runtime.jit import JITFunction, KernelInterface
+from triton.runtime.jit import JITFunction
 
 from vila_triton import kernels as door
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS, Impl, Unsupported, discover
 
 from .anatomy import dissect
@@ -194,11 +195,6 @@ def elsewhere(
         pool.shutdown(cancel_futures=True)
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
-
-
-def holds_kernels(impl: Impl) -> bool:
-    """Whether the file of the implementation defines or imports a Triton kernel."""
-    return any(isinstance(value, KernelInterface) for value in vars(sys.modules[impl.fn.__module__]).values())
 
 
 def proof(call: Call) -> list[dict[str, Any]]:

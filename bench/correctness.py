@@ -37,12 +37,12 @@ from triton import knobs
 
 from vila_triton import tuned
 from vila_triton.choices import PHASES, configs, configured
+from vila_triton.interpreter import holds_kernels
 from vila_triton.ranges import names
 from vila_triton.registry import OPS, REFERENCE, Impl, OneOf, Op, Unsupported, discover
 from vila_triton.space import Config, canonical
 
 from . import rows, standin
-from .compiled import holds_kernels
 from .failure import settings
 from .faithful import DEVICE, LEFT_OUT, example
 from .gate import fault

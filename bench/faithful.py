@@ -7,7 +7,7 @@ anywhere: what an implementation may deviate by is derived from what the referen
 import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any
@@ -158,8 +158,13 @@ def excess(got: Tensor, want: Tensor, allowed: Tensor | None) -> Tensor:
 
 
 def argument_names(op: Op, args: Any) -> list[str]:
-    """For every tensor of the arguments the name of the parameter it belongs to."""
-    return [name for name, value in zip(inspect.signature(op.reference).parameters, args) for _ in tensors(value)]
+    """For every tensor of the arguments the name of its parameter, and of its field in it: x, w.scales."""
+    found = []
+    for name, value in zip(inspect.signature(op.reference).parameters, args):
+        parts = fields(value) if is_dataclass(value) else ()
+        inner = [f"{name}.{part.name}" for part in parts for _ in tensors(getattr(value, part.name))]
+        found += inner or [name for _ in tensors(value)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -236,14 +241,16 @@ class Example:
 
         def guarded(x: Tensor) -> Tensor:
             guards.append(guard(x, rng, layout))
+            guards[-1].name = names[len(guards) - 1]
             return guards[-1].view
 
+        names = argument_names(self.op, self.args)
         held = mapped(guarded, self.args)
         before = self.called_before(impl, config, held) if twice else []
         with canaries(guards):
             outputs = tensors(impl(*held, config=config))
         expected = self.expected
-        for name, g, want in zip(argument_names(self.op, self.args), guards, expected.after, strict=True):
+        for name, g, want in zip(names, guards, expected.after, strict=True):
             if not torch.equal(bits(g.view), bits(want)):
                 message = f"argument {name} is not what the reference leaves"
                 raise Unfaithful("changed an argument", message, f"argument {name}", g.view, want)

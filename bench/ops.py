@@ -27,13 +27,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
 from vila_triton.choices import pick_device
+from vila_triton.interpreter import holds_kernels
 from vila_triton.ops.domain import DTYPES
 from vila_triton.registry import OPS, REFERENCE, Impl
 from vila_triton.tuned import config_at, kernels_for, name_of
 
 from . import rows
 from .cases import Case, call_arguments, cases, names
-from .compiled import holds_kernels
 from .failure import refusal, release
 from .gate import gate, numbers_gate
 from .spelling import brief, unit

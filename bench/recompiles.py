@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from vila_triton.choices import configs
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS, Op, Unsupported
 
 from .cases import combinations
-from .compiled import elsewhere, holds_kernels, launching, prepare
+from .compiled import elsewhere, launching, prepare
 from .tool import tool
 
 TOKENS = (1, 2, 3, 16, 17, 32, 100)

@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 
 from vila_triton.arguments import BUNDLED
 from vila_triton.chat import Talker
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS, Impl, checked, recording, use
 
 from . import bundle, questions, rows
@@ -196,7 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{folder.name} makes no call of {args.op}{named} on these prompts")
     how = "interpreted (no GPU)" if DEVICE == "cpu" else "compiled"
     print(f"{args.op}: {args.impl} beside {' and '.join(sorted(incumbents))}; {folder.name}, prompts: {len(prompts)}")
-    print(f"Triton kernels run {how}")
+    if any(holds_kernels(OPS[args.op].impls[name]) for name in (args.impl, *incumbents)):
+        print(f"Triton kernels run {how}")
     print("\n".join(table(beside)))
     if isinstance(shifts, str):
         print(f"the model does not run on the candidate alone: {shifts}")

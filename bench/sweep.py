@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from vila_triton.choices import configs
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS
 
 from .anatomy import Dissection, dissect
 from .cases import combinations
-from .compiled import Call, compile_call, elsewhere, holds_kernels, prepare
+from .compiled import Call, compile_call, elsewhere, prepare
 from .inspect_text import aligned
 from .rows import WRITTEN
 from .targets import CHECKED, TARGETS

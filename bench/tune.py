@@ -28,11 +28,11 @@ from pathlib import Path
 import torch
 
 from vila_triton import tuned
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS, Impl
 
 from . import rows
 from .cases import cases, names
-from .compiled import holds_kernels
 from .tool import progress, tool
 from .tuner import cost, table
 from .tuner.cluster import Cluster

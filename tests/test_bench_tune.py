@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -20,11 +21,11 @@ from toys import TOY, load
 
 from bench import rows, tune
 from bench.cases import Case
-from bench.compiled import holds_kernels
-from bench.tuner import cost, jobs, search, table
+from bench.tuner import cost, jobs, search, table, workers
 from bench.tuner.jobs import STAGES, Answer, Job, answer
 from bench.tuner.workers import Processes
 from vila_triton import tuned
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS, Impl, Op, discover
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -245,51 +246,66 @@ def run(checkout: Path, out: str, victim: str, *options: str) -> tuple[bytes, li
     return next((checkout / out).glob("*.json")).read_bytes(), list(rows.read(journal, kind="tune"))
 
 
-def hanging(checkout: Path, out: Path, *options: str) -> subprocess.Popen:
-    """A search in which candidates of BLOCK 16 never end, once it hangs."""
+class TimesHere(Processes):
+    """Processes, but what is timed is timed in this one: one start less."""
+
+    def run(self, stage: str, jobs: Sequence[Job], deadline: float = inf) -> Iterator[tuple[int, Answer]]:
+        return enumerate(map(answer, jobs)) if stage == "time" else super().run(stage, jobs, deadline)
+
+
+@contextmanager
+def hanging(checkout: Path, out: Path, *options: str) -> Iterator[int]:
+    """A search in a process of its own, which has come to a candidate that never ends; all it started is gone after."""
     (out / "hangs").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "bench.tune", "doubled", "--timer", "cpu", "--worse-than", "1e9"]
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"HANGING": str(out / "hangs")}
-    process = subprocess.Popen(
-        [*command, "--workers", "1", "--out", str(out), *options], cwd=checkout, env=env, stdout=subprocess.PIPE
-    )
+    searching = os.fork()
+    if not searching:
+        os.environ["HANGING"] = str(out / "hangs")
+        sys.stdout = (out / "said").open("w")
+        common = ["doubled", "--timer", "cpu", "--worse-than", "1e9", "--workers", "1", "--out", str(out)]
+        sys.argv = ["bench.tune", *common, *options]
+        workers.ROOT, tune.Processes = checkout, TimesHere
+        os._exit(tune.main())
     while not (out / "hangs").exists():
         time.sleep(0.05)
-        assert process.poll() is None
-    return process
+        assert os.waitpid(searching, os.WNOHANG) == (0, 0)
+    started = list(children(searching))
+    assert started and all(map(alive, started))
+    yield searching
+    assert all(map(gone, started)) and not list(out.glob("*.new"))
 
 
-def test_a_search_that_is_ended_leaves_its_table_and_no_process(checkout: Path, tmp_path: Path) -> None:
+def ended(process: int) -> int:
+    """The exit code of a process, within 30 seconds."""
+    assert gone(process, 30)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def test_a_search_that_is_ended_leaves_its_table_and_no_process(doubled: Op, checkout: Path, tmp_path: Path) -> None:
     """By SIGTERM, by its deadline, by SIGKILL, each time in the middle of a candidate that never ends."""
-
-    def ends(process: subprocess.Popen, code: int) -> str:
-        assert process.wait(30) == code and all(map(gone, started))
-        assert process.stdout and not list(tmp_path.glob("*.new"))
-        return process.stdout.read().decode()
+    out = tmp_path / "out"
+    out.mkdir()
 
     def entry() -> dict:
-        (file,) = tmp_path.glob("*.json")
+        (file,) = out.glob("*.json")
         (found,) = tuned.read(file)["entries"]
         file.unlink()
         return found
 
-    process = hanging(checkout, tmp_path)
-    started = list(children(process.pid))
-    assert started and all(map(alive, started))
-    process.send_signal(signal.SIGTERM)
-    assert "stopped with" in ends(process, 130)
+    with hanging(checkout, out) as process:
+        os.kill(process, signal.SIGTERM)
+        assert ended(process) == 130
+    assert "stopped with" in (out / "said").read_text()
     first = entry()
     assert first["ranges"] and first["candidates"]["timed"]
 
-    process = hanging(checkout, tmp_path, "--minutes", "0.3")
-    started = list(children(process.pid))
-    assert "out of time with" in ends(process, 0)
+    with hanging(checkout, out, "--minutes", "0.3") as process:
+        assert ended(process) == 0
+    assert "out of time with" in (out / "said").read_text()
     assert entry()["ranges"] == first["ranges"]
 
-    process = hanging(checkout, tmp_path)
-    started = list(children(process.pid))
-    process.kill()
-    ends(process, -signal.SIGKILL)
+    with hanging(checkout, out) as process:
+        os.kill(process, signal.SIGKILL)
+        assert ended(process) == -signal.SIGKILL
 
 
 def test_no_memory_for_the_time_of_a_candidate_is_its_row(

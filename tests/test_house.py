@@ -28,7 +28,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.pages": "prefix",
     "vila_triton.choices": "torch ranges registry",
     "vila_triton.kernels": "torch triton einops ops formats registry space kernels interpreter",
-    "vila_triton.interpreter": "triton",  # nobody else imports triton
+    "vila_triton.interpreter": "triton registry",  # nobody else imports triton
     "vila_triton.ops": "torch einops ops registry formats",
     **{f"vila_triton.models.{x}": "models.fields models.vision_config" for x in ("fields", "vision_config", "config")},
     "vila_triton.models": "torch einops ops formats models",

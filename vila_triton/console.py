@@ -14,7 +14,8 @@ EXPECTED = (OSError, ValueError, KeyError, RuntimeError, MemoryError)  # what ou
 def exit_code(name: str, run: Callable[[], int | None], failed: int = FAILED) -> int:
     """Run a command of this name, its parsing of arguments included -> what to hand to `sys.exit`.
 
-    An expected error is said in one line on standard error, and its code is `failed`. Ctrl-C and a reader that has gone (`| head`) end it too.
+    An expected error is said in one line on standard error and is the code `failed`. Ctrl-C and a reader that has gone
+    (`| head`) end it too.
     """
     try:
         try:

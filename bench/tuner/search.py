@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from vila_triton import tuned
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS, Impl
 from vila_triton.space import Config, canonical, digest
 
 from .. import faithful, gate, guarded
 from ..cases import Case
-from ..compiled import holds_kernels
 from . import cost
 from .jobs import as_compiled
 from .journal import Journal
