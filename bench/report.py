@@ -87,7 +87,7 @@ def times(found: Sequence[Row]) -> Iterator[Html]:
         yield heading(3, f"{of_op[0]['op']}, {of_op[0]['case']}")
         lines, ours = [], []
         for at in grouped(of_op, "sizes").values():
-            for i, row in enumerate(at):
+            for i, row in enumerate(sorted(at, key=lambda row: not row["served"])):
                 ours += [len(lines)] if row["served"] else []
                 lines.append(["" if i else text(row["sizes"]), *figures(row)])
         head = ["sizes", "implementation", "time", "spread", "noise", "GB/s", "of ceiling", "TFLOP/s", "of ceiling", ""]
@@ -110,11 +110,17 @@ def figures(row: Row) -> list[str]:
     ]
 
 
+def default_first(found: Sequence[Row]) -> list[Row]:
+    """The rows as they were measured, but of one step and weights what runs by default first."""
+    steps = grouped(found, "what", "weights", "batch", "prompt", "history", "context").values()
+    return [row for of_step in steps for row in sorted(of_step, key=lambda row: row["choice"] != "default")]
+
+
 def model(found: Sequence[Row]) -> Iterator[Html]:
     for of_model in grouped(found, "model", "layers").values():
         yield heading(3, f"{of_model[0]['model']}, {of_model[0]['layers']} layers of its language model")
         lines = []
-        for row in of_model:
+        for row in default_first(of_model):
             step = text({k: row[k] for k in ("batch", "prompt", "history", "context") if k in row})
             name = [f"{row['what']}: {step}", row["weights"], row["choice"]]
             if row["what"] == "memory":
