@@ -107,6 +107,13 @@ def test_two_bundles_of_one_kernel_are_two_files(tmp_path: Path) -> None:
     assert made == ["op-mine-0.bundle", "op-mine-0-2.bundle", "op-mine-0-3.bundle"]
 
 
+def test_ctrl_c_during_imports_is_one_line_and_a_bug_is_a_traceback() -> None:
+    for error, lines, code in (("KeyboardInterrupt", 1, -signal.SIGINT), ("AssertionError", 3, 1)):
+        command = [sys.executable, "-c", f"import bench; raise {error}"]
+        done = subprocess.run(command, cwd=rows.ROOT, capture_output=True, text=True)
+        assert (len(done.stderr.splitlines()), done.returncode) == (lines, code), done.stderr
+
+
 INTERRUPTED = """
 import sys, time
 from bench.compiled import elsewhere
