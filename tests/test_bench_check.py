@@ -146,6 +146,7 @@ def test_nothing_is_said_to_be_interpreted_that_is_not(capsys) -> None:
 
 def test_what_is_read_outside_is_named(plant: Plant) -> None:  # noqa: F811
     plant("swiglu", "beyond", "mask = offs < F", "mask = offs <= F")
+    discover()
     refused = gate(OPS["swiglu"].impls["beyond"], OPS["swiglu"].impls["beyond"].configs[0])
     assert refused and "read outside argument gate, of shape [1, 1]" in refused
     args = arguments(OPS["int4_matmul"], 0, m=1, n=8, G=1, group=32, dtype="float16", order="sub", bias=True)
@@ -167,7 +168,7 @@ def test_a_kernel_that_fails_now_and_then_is_said_to() -> None:
 
     def moody(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         calls.append(gate)
-        return OPS["swiglu"].reference(gate, up) + (len(calls) == 5)
+        return OPS["swiglu"].reference(gate, up) + (len(calls) in (5, 6))  # of two calls in the same memory one is checked
 
     verdict = search(OPS["swiglu"], Impl("swiglu", "moody", moody, [{}], Path(__file__)), {}, 20, 10.0)
     assert verdict.shrunk and "do not fail each time" in verdict.caveat
