@@ -168,7 +168,9 @@ def test_a_kernel_that_fails_now_and_then_is_said_to() -> None:
 
     def moody(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         calls.append(gate)
-        return OPS["swiglu"].reference(gate, up) + (len(calls) in (5, 6))  # of two calls in the same memory one is checked
+        return OPS["swiglu"].reference(gate, up) + (
+            len(calls) in (5, 6)
+        )  # of two calls in the same memory one is checked
 
     verdict = search(OPS["swiglu"], Impl("swiglu", "moody", moody, [{}], Path(__file__)), {}, 20, 10.0)
     assert verdict.shrunk and "do not fail each time" in verdict.caveat
