@@ -13,6 +13,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 # Okabe and Ito's colours, which those who see fewer colours can tell apart.
@@ -97,11 +98,12 @@ def tidy(fig: Figure) -> None:
     for ax in axes:
         for axis, side in ((ax.xaxis, 0), (ax.yaxis, 1)):
             thin(axis, side)
-        title = next((x for x in (ax._left_title, ax.title) if x.get_text()), None)
-        if title:
+        named = {ax.get_title(), ax.get_title("left")} - {""}
+        for title in (x for x in ax.get_children() if isinstance(x, Text) and x.get_text() in named):
             box, beside = title.get_window_extent(), [x.get_window_extent() for x in axes]
             ends = [x.x0 for x in beside if x.x0 > box.x0 + 1 and x.y0 < box.y1 and box.y0 < x.y1 + 2 * box.height]
-            title.set_fontsize(title.get_fontsize() * min(1, (min(ends, default=fig.bbox.x1) - box.x0) / box.width))
+            share = (min(ends, default=fig.bbox.x1) - box.x0) / box.width
+            title.set_fontsize(float(title.get_fontsize()) * min(1, share))
 
 
 def thin(axis: Axis, side: int) -> None:
