@@ -211,19 +211,6 @@ class Example:
 
         return tuple(map(other, self.args))
 
-    def called_before(self, impl: Impl, config: Mapping[str, Any], held: Any) -> list[Tensor]:
-        """What a call returns with other values in the memory of `held`, which holds the example's own again after it.
-
-        An implementation that remembers something by its address is wrong in the call that follows.
-        """
-        views = tensors(held)
-        for view, other in zip(views, tensors(self.others()), strict=True):
-            view.copy_(other)
-        outputs = [x.clone() for x in tensors(impl(*held, config=config))]
-        for view, own in zip(views, tensors(self.args), strict=True):
-            view.copy_(own)
-        return outputs
-
     @cached_property
     def expected(self) -> Expected:
         left = mapped(torch.clone, self.args)
@@ -235,7 +222,9 @@ class Example:
         return Expected(after, [shape_of(x) for x in outputs], exact, allowed)
 
     def check(self, impl: Impl, config: Mapping[str, Any], layout: Layout, twice: bool = False) -> None:
-        """As `assert_faithful`; `twice`: after a call with other values in the same memory."""
+        """As `assert_faithful`; `twice`: after a call with other values in the same memory, so that who remembers
+        something by its address is wrong.
+        """
         rng = torch.Generator().manual_seed(self.seed)
         guards: list[Guarded] = []
 
@@ -246,7 +235,12 @@ class Example:
 
         names = argument_names(self.op, self.args)
         held = mapped(guarded, self.args)
-        before = self.called_before(impl, config, held) if twice else []
+        before = list[Tensor]()
+        if twice:
+            fill(held, self.others())
+            with canaries(guards):
+                before = [x.clone() for x in tensors(impl(*held, config=config))]
+            fill(held, self.args)
         with canaries(guards):
             outputs = tensors(impl(*held, config=config))
         expected = self.expected
@@ -282,6 +276,12 @@ class Example:
             elif not torch.equal(bits(out), bits(want)):
                 message = f"output {i} differs from the reference in its bits"
                 raise Unfaithful("wrong bits", message, f"output {i}", out, want)
+
+
+def fill(held: Any, values: Any) -> None:
+    """Write other values into the tensors of a tree."""
+    for x, other in zip(tensors(held), tensors(values), strict=True):
+        x.copy_(other)
 
 
 def shape_of(x: Tensor) -> tuple[list[int], torch.dtype]:
@@ -321,7 +321,7 @@ def assert_faithful(
     - leaves its arguments as the reference leaves them, bit for bit, and the memory around them untouched;
     - writes nothing outside the tensors it allocates, and (interpreted) reads nothing outside them and the arguments.
 
-    `bench.check` and the gates make every other call twice, see `Example.called_before`.
+    `bench.check` and the gates make every other call twice, see `Example.others`.
     """
     Example(op, args, seed).check(impl, config, layout)
 
