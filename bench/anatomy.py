@@ -143,13 +143,20 @@ def place(code: Sequence[Instruction], body: Sequence[Instruction]) -> str:
     return f"{Path(file).name}:{min(lines)}-{max(lines)}" if lines else ""
 
 
-def figures(anatomy: Anatomy, unit: str | None) -> dict[str, Any]:
+def figures(anatomy: Anatomy, unit: str | None, rows: int | None = None) -> dict[str, Any]:
     """All of it as one row of JSON. Of weights and scores only the unit is kept: `units` of a loop, and `per_unit`,
     the instructions that all threads of a block issue in the loop for each of them; the row's is the main loop's.
+
+    rows: how many rows of queries share their keys; a tile is padded to so many, which are no scores.
     """
     row: dict[str, Any] = {**asdict(anatomy), "unit": unit}
     for loop in row["loops"]:
-        counts = {"weight": loop.pop("weights"), "score": loop.pop("scores")}
+        scores = loop.pop("scores")
+        of_a_turn = anatomy.tile.get("BLOCK_N", 0) * (loop["turns"] or 0)
+        if scores and rows and of_a_turn and scores % of_a_turn == 0:
+            tile = scores // of_a_turn
+            scores *= rows / (-(-rows // tile) * tile)
+        counts = {"weight": loop.pop("weights"), "score": scores}
         loop["units"] = counts.get(unit or "") or None
         loop["per_unit"] = loop["instructions"] * anatomy.threads / loop["units"] if loop["units"] else None
     return row | {"per_unit": row["loops"][0]["per_unit"]}

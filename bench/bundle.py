@@ -7,7 +7,9 @@ from somebody else can be wrong, but it cannot run code.
 import inspect
 import pickle
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,19 @@ class Bundle:
     sizes: Mapping[str, Any]
     origin: str
     stamp: Mapping[str, str]
+
+
+def unused(file: Path) -> Path:
+    """That file; if there is one, the first free one of swiglu-mine-0-2.bundle, swiglu-mine-0-3.bundle, ...
+
+    It is made, empty, so that nobody else takes the name.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for name in chain([file], (file.with_stem(f"{file.stem}-{i}") for i in count(2))):
+        with suppress(FileExistsError):
+            name.touch(exist_ok=False)
+            return name
+    raise AssertionError
 
 
 def save(

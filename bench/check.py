@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
 from pathlib import Path
 
 import torch
@@ -20,12 +21,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS, REFERENCE, Impl, Op, Unsupported, discover, there
 
 from . import bundle
+from .coverage import coverage
 from .failure import described, elements, line, settings
-from .faithful import DEVICE, arguments, assert_faithful
+from .faithful import DEVICE, Example, arguments
 from .search import DeviceLost, Verdict, search
+from .tool import tool
 
 Pair = tuple[Impl, int]  # an implementation and the number of one of its configs
 
@@ -79,9 +83,12 @@ def outcome(op: Op, impl: Impl, number: int, verdict: Verdict, before: Sequence[
         yield f"{line('unsupported')}{'; '.join(sorted(verdict.reasons))}"
     elif not shrunk or not largest:
         yield f"{line('right')}{spent}"
+        for text, head in zip(coverage(config, verdict.calls), chain(["covered"], repeat(""))):
+            yield f"{line(head)}{text}"
     else:
         sizes = dict(shrunk.sizes)
         args, seed = arguments(op, **sizes), sizes.pop("seed")
+        file = bundle.unused(file)
         bundle.save(file, impl, config, args, seed, shrunk.layout, sizes, "bench.check")
         yield f"{line('wrong')}{shrunk.kind}; {spent}"
         yield f"{line('shrunk case')}{settings(shrunk.sizes)}{verdict.caveat and f'  ({verdict.caveat})'}"
@@ -103,7 +110,9 @@ def replay(file: Path) -> bool:
     print(f"{line('call')}{settings({**saved.sizes, 'seed': saved.seed})}, {saved.layout}, from {saved.origin}")
     print(f"{line('saved with')}{settings(saved.stamp)}")
     try:
-        assert_faithful(op, impl, saved.config, saved.args, saved.seed, saved.layout)
+        sizes = saved.sizes if set(saved.sizes) == set(op.domain) else None
+        held = Example(op, saved.args, saved.seed, sizes)
+        held.check(impl, saved.config, saved.layout, held.twice)
     except Unsupported as reason:
         print(f"{line('unsupported')}{reason}")
         return False
@@ -114,6 +123,7 @@ def replay(file: Path) -> bool:
     return True
 
 
+@tool
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", nargs="?", metavar="OP")
@@ -126,22 +136,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--replay", type=Path, metavar="FILE", help="make the call of this bundle again")
     args = parser.parse_args(argv)
     how = "interpreted (no GPU)" if DEVICE == "cpu" else f"compiled for {torch.cuda.get_device_name()}"
-    try:
-        if args.peers:
-            from .peers import discover as find_peers
+    if args.peers:
+        from .peers import discover as find_peers
 
-            for peer, reason in find_peers().items():
-                print(f"peer {peer}: not here: {reason}")
-        if (args.op is None) == (args.replay is None):
-            raise ValueError("expected an OP to check or a bundle to --replay, and not both")
-        if args.examples < 1 or args.seconds <= 0:
-            raise ValueError("--examples and --seconds must be above 0")
-        pairs = [] if args.replay else chosen(args.op, args.impl, args.config)
-        print(f"kernels run {how}")
-        right = replay(args.replay) if args.replay else check(pairs, args.examples, args.seconds, args.out)
-    except (ValueError, OSError) as error:
-        print(f"bench.check: {error}", file=sys.stderr)
-        return 2
+        for peer, reason in find_peers().items():
+            print(f"peer {peer}: not here: {reason}")
+    if (args.op is None) == (args.replay is None):
+        raise ValueError("expected an OP to check or a bundle to --replay, and not both")
+    if args.examples < 1 or args.seconds <= 0:
+        raise ValueError("--examples and --seconds must be above 0")
+    pairs = [] if args.replay else chosen(args.op, args.impl, args.config)
+    if not pairs or any(holds_kernels(impl) for impl, _ in pairs):
+        print(f"Triton kernels run {how}")
+    right = replay(args.replay) if args.replay else check(pairs, args.examples, args.seconds, args.out)
     return 0 if right else 1
 
 

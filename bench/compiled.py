@@ -14,6 +14,7 @@ The launchers themselves run, on tensors without data and under a driver that on
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -30,9 +31,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.autotuner import Autotuner
-from triton.runtime.jit import JITFunction, KernelInterface
+from triton.runtime.jit import JITFunction
 
 from vila_triton import kernels as door
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS, Impl, Unsupported, discover, there
 
 from .anatomy import dissect
@@ -40,6 +42,7 @@ from .precision import imprecise
 from .production import production
 from .resources import resources
 from .targets import CHECKED, TARGETS
+from .tool import tool
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -170,19 +173,28 @@ def prepare(folder: str | None, peers: bool) -> dict[str, str]:
 def elsewhere(
     work: Callable[[S], T], items: Sequence[S], workers: int = 2, folder: str | None = None, peers: bool = False
 ) -> Iterator[T]:
-    """work(item) of each, in order, from processes where the implementations are found and no kernel is interpreted."""
+    """work(item) of each, in order, from processes where the implementations are found and no kernel is interpreted.
+
+    Ctrl-C is for this process to handle: it ends the others.
+    """
     interpret = os.environ.pop("TRITON_INTERPRET", None)  # a process inherits what is set as it starts
+    before = set(active_children())
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), prepare, (folder, peers))
     try:
-        with ProcessPoolExecutor(workers, get_context("spawn"), prepare, (folder, peers)) as pool:
-            yield from pool.map(work, items)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited as well
+        try:
+            answers = pool.map(work, items)  # starts them
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        yield from answers
+    except BaseException:
+        for process in set(active_children()) - before:
+            process.kill()
+        raise
     finally:
+        pool.shutdown(cancel_futures=True)
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
-
-
-def holds_kernels(impl: Impl) -> bool:
-    """Whether the file of the implementation defines or imports a Triton kernel."""
-    return any(isinstance(value, KernelInterface) for value in vars(sys.modules[impl.fn.__module__]).values())
 
 
 def proof(call: Call) -> list[dict[str, Any]]:
@@ -214,6 +226,7 @@ def proof(call: Call) -> list[dict[str, Any]]:
     return outcome.kernels
 
 
+@tool
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=CHECKED)

@@ -37,17 +37,18 @@ from triton import knobs
 
 from vila_triton import tuned
 from vila_triton.choices import PHASES, configs, configured
+from vila_triton.interpreter import holds_kernels
 from vila_triton.ranges import names
 from vila_triton.registry import OPS, REFERENCE, Impl, OneOf, Op, Unsupported, discover
 from vila_triton.space import Config, canonical
 
 from . import rows, standin
-from .compiled import holds_kernels
 from .failure import settings
 from .faithful import DEVICE, LEFT_OUT, example
 from .gate import fault
 from .guarded import LAYOUTS
 from .search import alive
+from .tool import tool
 
 PYTHON = standin.prefix()  # what starts a process
 COMPILE = 1.5  # seconds that compiling a kernel takes, about
@@ -289,6 +290,7 @@ def check(chosen: Sequence[Item], processes: int, seconds: float, out: Path | No
     return counts
 
 
+@tool
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", action="append", default=[], help="only this op (may be repeated)")
@@ -301,19 +303,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.work:
         work()
         return 0
-    try:
-        if args.processes < 1 or not args.seconds > 0:
-            raise ValueError("--processes and --seconds must be above 0")
-        every = items(torch.device(DEVICE))
-        if unknown := set(args.op) - OPS.keys():
-            raise ValueError(f"no op {', '.join(sorted(unknown))}; there are: {', '.join(OPS)}")
-        chosen = [x for x in every if x.op in (args.op or OPS) and args.only in str(x)]
-        if not chosen:
-            raise ValueError(f"no item of {', '.join(args.op or ['any op'])} holds {args.only!r}")
-        counts = check(chosen, args.processes, args.seconds, args.out)
-    except (ValueError, OSError, tuned.Stale) as error:
-        print(f"bench.correctness: {error}", file=sys.stderr)
-        return 2
+    if args.processes < 1 or not args.seconds > 0:
+        raise ValueError("--processes and --seconds must be above 0")
+    every = items(torch.device(DEVICE))
+    if unknown := set(args.op) - OPS.keys():
+        raise ValueError(f"no op {', '.join(sorted(unknown))}; there are: {', '.join(OPS)}")
+    chosen = [x for x in every if x.op in (args.op or OPS) and args.only in str(x)]
+    if not chosen:
+        raise ValueError(f"no item of {', '.join(args.op or ['any op'])} holds {args.only!r}")
+    counts = check(chosen, args.processes, args.seconds, args.out)
     unknown = counts["not reached"] and not counts["right"]  # of a machine that hangs nothing is known to be right
     return 1 if counts["wrong"] + counts["crashed"] or unknown else 0
 

@@ -30,6 +30,7 @@ from .failure import refusal, release
 from .faithful import DEVICE, LEFT_OUT, arguments, exactly
 from .guarded import mapped, tensors
 from .spelling import brief
+from .tool import tool
 
 HALF = "float16"
 
@@ -119,19 +120,16 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+@tool
 def main() -> int:
     args = parser().parse_args()
-    try:
-        names()
-        if args.peers:
-            for peer, reason in peers.discover().items():
-                print(f"peer {peer}: not here: {reason}")
-        from .peers import dense  # noqa: F401 (registers the yardstick)
+    names()
+    if args.peers:
+        for peer, reason in peers.discover().items():
+            print(f"peer {peer}: not here: {reason}")
+    from .peers import dense  # noqa: F401 (registers the yardstick)
 
-        report(args)
-    except (ValueError, OSError) as error:
-        print(f"bench.error: {error}", file=sys.stderr)
-        return 2
+    report(args)
     return 0
 
 

@@ -18,12 +18,12 @@ from unittest.mock import patch
 import torch
 
 from vila_triton.choices import configs, configured
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS, REFERENCE, Impl
 from vila_triton.space import canonical
 
 from . import error, gate, geometry, model, ops, tune, work
 from .cases import Case, cases
-from .compiled import holds_kernels
 from .faithful import budget
 from .plan import Step, allot
 from .steps import steps as steps_of_model

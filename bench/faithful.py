@@ -7,7 +7,7 @@ anywhere: what an implementation may deviate by is derived from what the referen
 import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any
@@ -29,6 +29,7 @@ INTERPRETED = knobs.runtime.interpret
 # Triton's interpreter computes wrong numbers in bfloat16 without saying so.
 LEFT_OUT = ("bfloat16",) if INTERPRETED else ()
 DRAWS = 16  # of neighbouring arguments, from which the conditioning of an element is taken
+TRIES = 8  # draws, one of which may have the shapes of an example
 KEPT_BYTES = {"cpu": 2**28, "cuda": 2**31}  # of the examples that are shared
 
 
@@ -157,8 +158,13 @@ def excess(got: Tensor, want: Tensor, allowed: Tensor | None) -> Tensor:
 
 
 def argument_names(op: Op, args: Any) -> list[str]:
-    """For every tensor of the arguments the name of the parameter it belongs to."""
-    return [name for name, value in zip(inspect.signature(op.reference).parameters, args) for _ in tensors(value)]
+    """For every tensor of the arguments the name of its parameter, and of its field in it: x, w.scales."""
+    found = []
+    for name, value in zip(inspect.signature(op.reference).parameters, args):
+        parts = fields(value) if is_dataclass(value) else ()
+        inner = [f"{name}.{part.name}" for part in parts for _ in tensors(getattr(value, part.name))]
+        found += inner or [name for _ in tensors(value)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -180,12 +186,30 @@ class Expected:
 class Example:
     """Arguments, and what a call with them should do, which is worked out once for all implementations and configs.
 
-    seed  of the memory the arguments are laid in, and of the draws of the budget
+    seed    of the memory the arguments are laid in, and of the draws of the budget
+    sizes   what the arguments were drawn for, if they were
+    twice   whether a check is to make its call a second time: every other seed
     """
 
-    def __init__(self, op: Op, args: Any, seed: int = 0):
-        self.op, self.args, self.seed = op, args, seed
+    def __init__(self, op: Op, args: Any, seed: int = 0, sizes: Mapping[str, Any] | None = None):
+        self.op, self.args, self.seed, self.sizes = op, args, seed, sizes or {}
+        self.twice = seed % 2 == 0
         self.nbytes = sum(x.nbytes for x in tensors(args))
+
+    def others(self) -> Any:
+        """Other values for the same memory: drawn anew where that gives the same shapes; else numbers are halved and
+        codes of quantised leaves inverted, and what indexes stays, since not every index exists.
+        """
+        for seed in range(self.seed + 1, self.seed + TRIES) if self.sizes else ():
+            drawn = arguments(self.op, seed, **self.sizes)
+            if [shape_of(x) for x in tensors(drawn)] == [shape_of(x) for x in tensors(self.args)]:
+                return drawn
+
+        def other(value: Any) -> Any:
+            codes = not isinstance(value, Tensor)
+            return mapped(lambda x: x / 2 if x.is_floating_point() else ~x if codes else x, value)
+
+        return tuple(map(other, self.args))
 
     @cached_property
     def expected(self) -> Expected:
@@ -197,20 +221,30 @@ class Example:
         self.nbytes += sum(x.nbytes for x in (*exact, *allowed, *after) if x is not None)
         return Expected(after, [shape_of(x) for x in outputs], exact, allowed)
 
-    def check(self, impl: Impl, config: Mapping[str, Any], layout: Layout) -> None:
-        """As `assert_faithful`."""
+    def check(self, impl: Impl, config: Mapping[str, Any], layout: Layout, twice: bool = False) -> None:
+        """As `assert_faithful`; `twice`: after a call with other values in the same memory, so that who remembers
+        something by its address is wrong.
+        """
         rng = torch.Generator().manual_seed(self.seed)
         guards: list[Guarded] = []
 
         def guarded(x: Tensor) -> Tensor:
             guards.append(guard(x, rng, layout))
+            guards[-1].name = names[len(guards) - 1]
             return guards[-1].view
 
+        names = argument_names(self.op, self.args)
         held = mapped(guarded, self.args)
+        before = list[Tensor]()
+        if twice:
+            fill(held, self.others())
+            with canaries(guards):
+                before = [x.clone() for x in tensors(impl(*held, config=config))]
+            fill(held, self.args)
         with canaries(guards):
             outputs = tensors(impl(*held, config=config))
         expected = self.expected
-        for name, g, want in zip(argument_names(self.op, self.args), guards, expected.after, strict=True):
+        for name, g, want in zip(names, guards, expected.after, strict=True):
             if not torch.equal(bits(g.view), bits(want)):
                 message = f"argument {name} is not what the reference leaves"
                 raise Unfaithful("changed an argument", message, f"argument {name}", g.view, want)
@@ -219,10 +253,22 @@ class Example:
                 raise Unfaithful("wrote outside", f"wrote outside argument {name}: {g.damage()}")
         if (got := [shape_of(x) for x in outputs]) != expected.outputs:
             raise Unfaithful("wrong shape", f"returned {got}, expected {expected.outputs}")
-        self.check_numbers(outputs)
+        self.check_numbers(outputs, before)
 
-    def check_numbers(self, outputs: Sequence[Tensor]) -> None:
-        """`Unfaithful` if an element lies beyond its budget, or a bit differs where none may."""
+    def check_numbers(self, outputs: Sequence[Tensor], before: Sequence[Tensor] = ()) -> None:
+        """`Unfaithful` if an element lies beyond its budget, or a bit differs where none may. `before`: what a call
+        with other values in the same memory returned.
+        """
+        try:
+            self.compare(outputs)
+        except Unfaithful as error:
+            alike = [shape_of(x) for x in before] == [shape_of(x) for x in outputs]
+            if before and alike and all(torch.equal(bits(x), bits(y)) for x, y in zip(before, outputs)):
+                error.kind = "remembered"
+                error.args = (f"{error}; a call with other values in the same memory returned just that before it",)
+            raise
+
+    def compare(self, outputs: Sequence[Tensor]) -> None:
         each = zip(outputs, self.expected.exact, self.expected.allowed, strict=True)
         for i, (out, want, allowed) in enumerate(each):
             if allowed is not None:
@@ -230,6 +276,12 @@ class Example:
             elif not torch.equal(bits(out), bits(want)):
                 message = f"output {i} differs from the reference in its bits"
                 raise Unfaithful("wrong bits", message, f"output {i}", out, want)
+
+
+def fill(held: Any, values: Any) -> None:
+    """Write other values into the tensors of a tree."""
+    for x, other in zip(tensors(held), tensors(values), strict=True):
+        x.copy_(other)
 
 
 def shape_of(x: Tensor) -> tuple[list[int], torch.dtype]:
@@ -256,7 +308,7 @@ SHARED = Examples(KEPT_BYTES[DEVICE])
 
 def example(op: Op, seed: int, **sizes: Any) -> Example:
     """The example of these sizes and this seed, shared by all that ask for it."""
-    return SHARED.get((op, seed, *sizes.items()), lambda: Example(op, arguments(op, seed, **sizes), seed))
+    return SHARED.get((op, seed, *sizes.items()), lambda: Example(op, arguments(op, seed, **sizes), seed, sizes))
 
 
 def assert_faithful(
@@ -268,6 +320,8 @@ def assert_faithful(
       NaN; for an `exact` op the very bits of the reference;
     - leaves its arguments as the reference leaves them, bit for bit, and the memory around them untouched;
     - writes nothing outside the tensors it allocates, and (interpreted) reads nothing outside them and the arguments.
+
+    `bench.check` and the gates make every other call twice, see `Example.others`.
     """
     Example(op, args, seed).check(impl, config, layout)
 

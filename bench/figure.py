@@ -1,5 +1,6 @@
 """How every picture looks: axes with units, and under them what was measured where, when and from which commit."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 # Okabe and Ito's colours, which those who see fewer colours can tell apart.
@@ -69,12 +72,11 @@ def legend(fig: Figure, axes: Iterable[Axes]) -> None:
 
 
 def sizes_axis(ax: Axes, values: Iterable[float]) -> None:
-    """Sizes along x: logarithmic if they spread, with a tick at each as far as there is room."""
+    """Sizes along x: logarithmic if they spread, with a tick at each, and its number where there is room (`tidy`)."""
     ticks = sorted(set(values))
     if len(ticks) > 1 and ticks[0] > 0:
         ax.set_xscale("log", base=2)
-    kept = [x for i, x in enumerate(ticks) if i == 0 or x >= 1.6 * last] if (last := ticks[0]) else ticks
-    ax.xaxis.set_major_locator(FixedLocator(kept if len(kept) <= 9 else kept[:: -(-len(kept) // 9)]))
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x < 10000 else f"{x / 1024:g}k"))
 
@@ -87,11 +89,45 @@ def unit_axis(axis: Any, unit: str | None) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def tidy(fig: Figure) -> None:
+    """Lay the picture out, and take away what would be printed over other words: numbers of ticks that reach into the
+    one before; titles of panels are made smaller until they end where the next begins.
+    """
+    fig.draw_without_rendering()
+    axes = [ax for ax in fig.axes if ax.get_visible()]
+    for ax in axes:
+        for axis, side in ((ax.xaxis, 0), (ax.yaxis, 1)):
+            thin(axis, side)
+        named = {ax.get_title(), ax.get_title("left")} - {""}
+        for title in (x for x in ax.get_children() if isinstance(x, Text) and x.get_text() in named):
+            box, beside = title.get_window_extent(), [x.get_window_extent() for x in axes]
+            ends = [x.x0 for x in beside if x.x0 > box.x0 + 1 and x.y0 < box.y1 and box.y0 < x.y1 + 2 * box.height]
+            share = (min(ends, default=fig.bbox.x1) - box.x0) / box.width
+            title.set_fontsize(float(title.get_fontsize()) * min(1, share))
+
+
+def thin(axis: Axis, side: int) -> None:
+    """Keep of an axis the labels that do not overlap the last one kept."""
+    low, high = sorted(axis.get_view_interval())
+    ticks = [x for x in axis.get_major_ticks() if low <= x.get_loc() <= high and x.label1.get_text()]
+    if not all(x.label1.get_visible() for x in ticks):  # those of a panel that shares another's
+        return
+    spans = {x: sorted(x.label1.get_window_extent().get_points()[:, side]) for x in ticks}
+    texts, end = dict[Any, str](), -math.inf
+    for tick in sorted(ticks, key=lambda x: spans[x][0]):
+        fits = spans[tick][0] >= end
+        texts[tick.get_loc()] = tick.label1.get_text() if fits else ""
+        end = spans[tick][1] if fits else end
+    if not all(texts.values()):
+        axis.set_ticks(list(texts), list(texts.values()))
+
+
 def save(fig: Figure, file: Path, stamp: Mapping[str, Any], endings: Sequence[str] = (".png", ".svg")) -> list[Path]:
     """Write FILE.png and FILE.svg, with the stamp of the rows they show; returns the paths."""
     words = (str(stamp.get(key, "")) for key in ("device", "date", "commit"))
     versions = " ".join(f"{key} {stamp[key]}" for key in ("torch", "triton") if key in stamp)
     fig.supxlabel(" | ".join(word for word in (*words, versions) if word), fontsize=7, color=GREY, x=0.01, ha="left")
+    tidy(fig)
     file.parent.mkdir(parents=True, exist_ok=True)
     paths = [file.parent / f"{file.name}{ending}" for ending in endings]
     for path in paths:

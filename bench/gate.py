@@ -12,7 +12,7 @@ from vila_triton.registry import OPS, Impl, Op, Sizes, Unsupported
 
 from .cases import Case, call_arguments
 from .failure import crash
-from .faithful import DEVICE, LEFT_OUT, SHARED, Example, example
+from .faithful import DEVICE, LEFT_OUT, SHARED, Example, example, fill
 from .guarded import LAYOUTS, Layout, mapped, tensors
 
 EXAMPLES = 12
@@ -26,7 +26,8 @@ def gate(impl: Impl, config: Mapping[str, Any], case: Case | None = None) -> str
     """Why the implementation with this config may not be timed, in one line; None if it may.
 
     It must be faithful (guarded memory, computed budget) on random examples of the op's whole domain, the same each
-    time, in either layout by turns, and at the sizes of the case in both, if those are not too large for float64.
+    time, in either layout by turns, and at the sizes of the case in both, if those are not too large for float64; half
+    of the examples, and the case, after a call with other values at the same addresses.
     """
     reason = domain_gate(impl, tuple(sorted(config.items())))
     if reason or case is None or not affordable(case):
@@ -49,7 +50,11 @@ def numbers_gate(impl: Impl, config: Mapping[str, Any], case: Case) -> str | Non
         return None
     try:
         held = case_example(case)
-        held.check_numbers(tensors(impl(*mapped(torch.clone, held.args), config=config)))
+        args = mapped(torch.clone, held.args)
+        fill(args, held.others())
+        before = [x.clone() for x in tensors(impl(*args, config=config))]
+        fill(args, held.args)
+        held.check_numbers(tensors(impl(*args, config=config)), before)
     except Unsupported as reason:
         return f"unsupported: {reason}"
     except Exception as error:  # as in `fault`
@@ -60,7 +65,7 @@ def numbers_gate(impl: Impl, config: Mapping[str, Any], case: Case) -> str | Non
 def fault(held: Example, impl: Impl, config: Mapping[str, Any], layout: Layout) -> str | None:
     """What is wrong with a call, in one line. Errors: `Unsupported`."""
     try:
-        held.check(impl, config, layout)
+        held.check(impl, config, layout, held.twice)
     except Unsupported:
         raise
     except Exception as error:  # a kernel may fail in any way at all; each is a reason to print no time

@@ -25,6 +25,7 @@ from typing import Any
 from . import goals_attention, rows
 from .points import Point, goal, points
 from .spelling import brief, unit
+from .tool import tool
 
 OP = "int4_matmul"
 DECODE, STRETCH, FLOOR = 2.2, 3.0, 0.95
@@ -64,21 +65,16 @@ def table(at: Sequence[Point]) -> Iterator[str]:
         yield f"{p!s:28}{name:36.36}{unit(p.ours['seconds'])}{shares}{times}"
 
 
+@tool
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl")
     args = parser.parse_args(argv)
-    try:
-        found = list(rows.read(*args.rows))
-        at = points(found)
-        attention = list(goals_attention.goals(found))
-        if not attention and not any(p.ours for p in at):
-            raise ValueError(
-                f"no row of {OP} is marked as served; python -m bench.ops {OP} --served --out FILE makes some"
-            )
-    except (ValueError, OSError, KeyError) as error:
-        print(f"bench.goals: {error}", file=sys.stderr)
-        return 2
+    found = list(rows.read(*args.rows))
+    at = points(found)
+    attention = list(goals_attention.goals(found))
+    if not attention and not any(p.ours for p in at):
+        raise ValueError(f"no row of {OP} is marked as served; python -m bench.ops {OP} --served --out FILE makes some")
     devices = sorted({row["device"] for row in found if row.get("op") == OP})
     if any(p.ours for p in at):
         print(f"{OP} on {', '.join(devices)}: others' times as multiples of ours")

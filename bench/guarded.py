@@ -72,10 +72,11 @@ def poison(x: Tensor, integer: int) -> Tensor:
 
 @dataclass
 class Guarded:
-    """A tensor inside a larger buffer full of NaN."""
+    """A tensor inside a larger buffer full of NaN. `name`: of the argument it is, if it is one."""
 
     view: Tensor
     buffer: Tensor
+    name: str = ""
 
     def __post_init__(self) -> None:
         self.expected = self.buffer.clone()
@@ -176,7 +177,9 @@ def canaries(arguments: Sequence[Guarded] = ()) -> Iterator[None]:
     with _Canaries() as mode, patch.object(interpreter.InterpreterBuilder, "create_masked_load", watched):
         yield
     if strayed:
-        raise Unfaithful("read outside", f"read outside a tensor of shape {list(strayed[0].view.shape)}")
+        shape = list(strayed[0].view.shape)
+        of = f"argument {strayed[0].name}" if strayed[0].name else "a tensor it allocated"
+        raise Unfaithful("read outside", f"read outside {of}, of shape {shape}")
     for made in mode.made:
         made.expect(made.view)
         if not made.intact():

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from vila_triton.interpreter import holds_kernels
 from vila_triton.ops import Int4
 from vila_triton.registry import OPS, Op, there
 
@@ -33,11 +34,12 @@ from . import inspect_beside as beside
 from . import rows
 from .anatomy import Dissection, dissect, figures
 from .cases import cases, names
-from .compiled import Call, compile_call, elsewhere, holds_kernels, prepare
+from .compiled import Call, compile_call, elsewhere, prepare
 from .inspect_picture import draw
 from .inspect_text import Found, compare, mixtures, refusals, spelled, table
 from .production import production
 from .targets import TARGETS
+from .tool import progress, tool
 
 
 def unit_of(op: Op) -> str | None:
@@ -45,6 +47,11 @@ def unit_of(op: Op) -> str | None:
     if any(p.annotation is Int4 for p in inspect.signature(op.reference).parameters.values()):
         return "weight"
     return "score" if "attention" in op.name else None
+
+
+def rows_of(sizes: Mapping[str, Any]) -> int:
+    """How many rows of queries share their keys, at the sizes of attention."""
+    return sizes.get("s", 1) * sizes.get("ratio", 1)
 
 
 def sizes_of(op: str, usual: Mapping[str, Any], case: str | None, given: Sequence[str]) -> dict[str, Any]:
@@ -66,12 +73,12 @@ def look(calls: Sequence[Call], case: str, folder: str | None, peers: bool, sour
     found = []
     outcomes = elsewhere(partial(compile_call, dissect), calls, folder=folder, peers=peers)
     for i, (call, outcome) in enumerate(zip(calls, outcomes), 1):
-        print(f"\r{i} of {len(calls)} compiled", end="", file=sys.stderr, flush=True)
+        progress(f"{i} of {len(calls)} compiled")
         head = {"kind": "inspect", "op": call.op, "impl": call.impl, "number": call.config, "config": outcome.config}
         head |= {"target": call.target, "source": source, "case": case, "sizes": dict(call.sizes)}
-        unit = unit_of(OPS[call.op])
-        found.append(Found(call, source, outcome, [head | figures(x.anatomy, unit) for x in outcome.kernels]))
-    print(file=sys.stderr)
+        unit, count = unit_of(OPS[call.op]), rows_of(call.sizes)
+        found.append(Found(call, source, outcome, [head | figures(x.anatomy, unit, count) for x in outcome.kernels]))
+    progress("")
     return found
 
 
@@ -97,6 +104,22 @@ def kernels_of(ref: str, folder: Path) -> str:
     with zipfile.ZipFile(BytesIO(done.stdout)) as archive:
         archive.extractall(folder)
     return str(folder / "kernels")
+
+
+def of_commit(calls: Sequence[Call], folder: str, ref: str) -> list[Call]:
+    """The calls of implementations whose file a commit has, its kernels/ being in the folder; of the others a line.
+
+    Errors: ValueError if it has none of them.
+    """
+    files = {x.impl: OPS[x.op].impls[x.impl].file.name for x in calls}
+    new = [f"{impl} ({file})" for impl, file in files.items() if not (Path(folder) / file).exists()]
+    kept = [x for x in calls if (Path(folder) / files[x.impl]).exists()]
+    said = f"{ref} has no file of {', '.join(new)}, so there is nothing to compare with"
+    if not kept:
+        raise ValueError(said)
+    if new:
+        print(said)
+    return kept
 
 
 def calls_of(args: argparse.Namespace) -> list[Call]:
@@ -156,7 +179,8 @@ def run(args: argparse.Namespace) -> int:
     old: list[Found] = []
     if args.against and args.against not in OPS[args.op].impls:
         with tempfile.TemporaryDirectory() as folder:
-            old = look(calls, case, kernels_of(args.against, Path(folder)), peers, args.against)
+            calls = of_commit(calls, before := kernels_of(args.against, Path(folder)), args.against)
+            old = look(calls, case, before, peers, args.against)
     before = others(calls, args.against) if args.against and not old else []
     rivals = beside.calls(calls) if peers and not (args.against or args.asm) else {}
     found = look([*before, *calls, *rivals.values()], case, args.kernels, peers)
@@ -211,15 +235,12 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@tool
 def main() -> int:
     args = arguments()
-    try:
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ["TRITON_CACHE_DIR"] = cache  # Triton's own keeps the places of whoever compiled first
-            return run(args)
-    except ValueError as error:
-        print(f"bench.inspect: {error}", file=sys.stderr)
-        return 2
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # Triton's own keeps the places of whoever compiled first
+        return run(args)
 
 
 if __name__ == "__main__":

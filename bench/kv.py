@@ -20,6 +20,7 @@ from vila_triton.chat import Talker
 from vila_triton.models.config import LlamaConfig
 
 from . import geometry, questions, rows, shadow
+from .tool import tool
 
 BEFORE = "float16"
 
@@ -49,6 +50,7 @@ def error(talker: Talker, kv_dtype: str, prompts: Sequence[questions.Prompt], st
     }
 
 
+@tool
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=BUNDLED, help="a VILA folder to measure the error on")
@@ -64,12 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{model:24}{''.join(f'{n:12,.0f}' for n in taken.values())}")
         found += [{"kind": "kv bytes", "model": model, "kv_dtype": name, "bytes": n} for name, n in taken.items()]
     if args.count:
-        try:
-            prompts = questions.bundled(args.count, args.seed)
-            talker = Talker.from_pretrained(args.folder)
-        except (ValueError, OSError) as problem:
-            print(f"bench.kv: {problem}", file=sys.stderr)
-            return 1
+        prompts = questions.bundled(args.count, args.seed)
+        talker = Talker.from_pretrained(args.folder)
         heads = ("positions", "logits off", "KL mean", "KL most", "flips")
         print(f"\n{'against ' + BEFORE + ' pages':24}{''.join(f'{head:>12}' for head in heads)}")
         for name in KV_DTYPES:

@@ -17,6 +17,7 @@ from vila_triton.checkpoint import open_source
 from vila_triton.write import write
 
 from . import rows
+from .tool import progress, tool
 
 LOAD = """
 import re, sys
@@ -67,6 +68,7 @@ def measure(folder: Path, dtype: str, device: str) -> tuple[int, int]:
     return peak, held
 
 
+@tool
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
@@ -77,7 +79,7 @@ def main() -> None:
         for form, dtype in CASES:
             folder = Path(place) / form
             if not folder.exists():
-                print(f"writing {form}", file=sys.stderr)
+                progress(f"writing {form}", "\n")
                 ours, group = Path(place) / "ours", None if form == "dense" else 128
                 if ours.exists():
                     source = open_source(ours)
@@ -91,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ and shared memory, and do not count).
 """
 
 import argparse
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ from vila_triton.registry import use
 from vila_triton.tiny.folder import CONFIG
 
 from . import rows
+from .tool import tool
 
 
 class Peak(TorchDispatchMode):
@@ -74,6 +76,7 @@ def measure(p: vila.Vila, cfg: VilaConfig, length: int, chunk: int, device: torc
     return cache.nbytes, peak.peak
 
 
+@tool
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
@@ -102,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -32,6 +32,7 @@ from .failure import refusal, release
 from .runners import HF, Ours, Runner, Theirs, build, chosen, wrong
 from .steps import Step, peak, steps, times, tokens
 from .timing import ceilings
+from .tool import progress, tool
 
 WEIGHTS = ("float32", "float16", "bfloat16", "int4")
 T = TypeVar("T")
@@ -47,7 +48,7 @@ def run(
     here = rows.stamp(device)
     hf = {runner.model.weights: i for i, runner in enumerate(runners) if isinstance(runner, Theirs)}
     for step in todo:
-        print(f"measuring {step}", file=sys.stderr)
+        progress(f"measuring {step}", "\n")
         timed = step.what != "memory"
         seconds = times(runners, step, rounds, device) if timed else []
         for i, runner in enumerate(runners):
@@ -168,7 +169,7 @@ def compare(args: argparse.Namespace) -> int:
 
     runners: list[Runner] = []
     for weights in args.weights.split(","):
-        print(f"building {weights}", file=sys.stderr)
+        progress(f"building {weights}", "\n")
         model = attempt(partial(build, shape.llm, weights, device), device)
         if isinstance(model, str):
             about = {"what": "build", "model": args.model, "layers": shape.llm.num_hidden_layers, "choice": "all"}
@@ -222,6 +223,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+@tool
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.predict:
@@ -230,11 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser().error(f"--predict takes --model and nothing else, not {', '.join(ignored)}")
         return predict.main(["--gpu", args.predict, "--model", args.model])
     args.choice = args.choice or ["default"]
-    try:
-        return compare(args)
-    except (ValueError, KeyError, OSError) as error:
-        print(f"bench.model: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
-        return 2
+    return compare(args)
 
 
 if __name__ == "__main__":

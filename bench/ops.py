@@ -4,6 +4,9 @@ First the ceilings of this machine, then for every case and implementation the g
 median and spread with a cold cache, the same again to show the noise, and the rates as shares of the ceilings. On a CPU
 Triton kernels are only interpreted: they pass the gate there and get no time; references and library variants do.
 
+With a cold cache no call is faster than the ceilings by more than the noise: such a figure is no time but an error, and
+the exit code is 1 then.
+
 --served takes the implementation and the config that a call runs by default at the sizes of a case, and marks its rows;
 with --impl, those beside it. --gate case checks the numbers of the case alone: for a run after `pytest` and bench.tune.
 A peer named by --ungated is timed whatever its numbers are, and its rows say so: to be faster than it is no less then.
@@ -24,20 +27,22 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
 from vila_triton.choices import pick_device
+from vila_triton.interpreter import holds_kernels
 from vila_triton.ops.domain import DTYPES
 from vila_triton.registry import OPS, REFERENCE, Impl
 from vila_triton.tuned import config_at, kernels_for, name_of
 
 from . import rows
 from .cases import Case, call_arguments, cases, names
-from .compiled import holds_kernels
 from .failure import refusal, release
 from .gate import gate, numbers_gate
 from .spelling import brief, unit
 from .timing import Ceilings, Timing, ceilings, measure
+from .tool import tool
 
 Gate = Callable[[Impl, Mapping[str, Any], Case], str | None]
 GATES: dict[str, Gate] = {"full": gate, "case": numbers_gate}
+IMPOSSIBLE = "impossible"
 CPU_FLOPS = 2 * 10**9  # a case with more is left out on a CPU unless it is asked for by name
 
 
@@ -60,6 +65,21 @@ def rates(cost: tuple[float, float], case: Case, timing: Timing, most: Ceilings)
         "flops_share": flops / timing.seconds / at_best,
         "bytes_share": size / timing.seconds / most.bandwidth,
     }
+
+
+def impossible(row: Mapping[str, Any], most: Ceilings) -> str | None:
+    """Why a time cannot be that of the whole work: it is above a ceiling by more than the noise, though the cache is
+    cold. The highest rate of any dtype counts, since half precision may be computed in float32.
+    """
+    if not row["cold"]:
+        return None
+    best = max(most.flops.values())
+    shares = {
+        f"the bandwidth of {most.bandwidth / 1e9:.1f} GB/s": row["bytes"] / row["seconds"] / most.bandwidth,
+        f"the product's {best / 1e12:.3g} TFLOP/s": row["flops"] / row["seconds"] / best,
+    }
+    above = [f"{share:.0%} of {name}" for name, share in shares.items() if share > 1 + row["noise"]]
+    return f"{IMPOSSIBLE}: {' and '.join(above)} with a cold cache, so not all was computed or read" if above else None
 
 
 def is_peer(impl: Impl) -> bool:
@@ -128,7 +148,9 @@ def run(
             else:
                 timing, cost = found
                 extra = {"noise": timing.noise, "peer": is_peer(impl)}
-                yield {"kind": "op", **about, **asdict(timing), **extra, **rates(cost, case, timing, most), **here}
+                row = {"kind": "op", **about, **asdict(timing), **extra, **rates(cost, case, timing, most), **here}
+                reason = impossible(row, most)
+                yield {"kind": "refused", **about, "reason": reason, **here} if reason else row
 
 
 HEAD = f"{'':36}{'time':>11}{'spread':>8}{'noise':>7}{'GB/s':>9}{'share':>7}{'TFLOP/s':>10}{'share':>7}  x ref"
@@ -180,33 +202,29 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+@tool
 def main() -> int:
     args = parser().parse_args()
     if args.budget <= 0:
         parser().error(f"--budget {args.budget}: expected seconds, more than 0")
-    try:
-        device = pick_device(args.device)
-        known = names()
-        from .peers import dense, discover, sdpa  # noqa: F401 (dense, sdpa: torch itself, always there)
-        from .peers import names as peer_names
+    device = pick_device(args.device)
+    known = names()
+    from .peers import dense, discover, sdpa  # noqa: F401 (dense, sdpa: torch itself, always there)
+    from .peers import names as peer_names
 
-        if args.peers:
-            for peer, reason in discover().items():
-                print(f"peer {peer}: not here: {reason}")
-        dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
-        chosen = select(args.ops or known, args.case, dtype, device)
-        there = {name for case in chosen for name in OPS[case.op].impls}
-        if unknown := set(args.impl) - there - ({*peer_names(), "gemlite_float32"} if args.peers else set()):
-            raise ValueError(f"no implementation {', '.join(sorted(unknown))}; there are: {', '.join(sorted(there))}")
-        report(chosen, args, device)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"bench.ops: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if args.peers:
+        for peer, reason in discover().items():
+            print(f"peer {peer}: not here: {reason}")
+    dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
+    chosen = select(args.ops or known, args.case, dtype, device)
+    there = {name for case in chosen for name in OPS[case.op].impls}
+    if unknown := set(args.impl) - there - ({*peer_names(), "gemlite_float32"} if args.peers else set()):
+        raise ValueError(f"no implementation {', '.join(sorted(unknown))}; there are: {', '.join(sorted(there))}")
+    return int(report(chosen, args, device))
 
 
-def report(chosen: Sequence[Case], args: argparse.Namespace, device: torch.device) -> None:
-    """Measure, print and write."""
+def report(chosen: Sequence[Case], args: argparse.Namespace, device: torch.device) -> bool:
+    """Measure, print and write; whether a figure was impossible."""
     dtypes = sorted({case.sizes.get("dtype", "float32") for case in chosen})
     most, here = ceilings(device, dtypes), rows.stamp(device)
     products = ", ".join(f"{name} {flops / 1e12:.3g} TFLOP/s" for name, flops in most.flops.items())
@@ -214,7 +232,7 @@ def report(chosen: Sequence[Case], args: argparse.Namespace, device: torch.devic
     print(f"ceilings, measured now: {most.bandwidth / 1e9:.1f} GB/s, {products}\n{HEAD}")
     if args.out:
         rows.write(args.out, [{"kind": "ceiling", **asdict(most), **here}])
-    last, reference = None, None
+    last, reference, beyond = None, None, False
     for number, case in enumerate(chosen, 1):
         every, check = args.configs == "all", GATES[args.gate]
         for row in run([case], args.impl, every, device, most, args.budget, check, args.served, args.ungated):
@@ -224,8 +242,10 @@ def report(chosen: Sequence[Case], args: argparse.Namespace, device: torch.devic
             if row["kind"] == "op" and row["impl"] == REFERENCE:
                 reference = row
             print(show(row, reference), flush=True)
+            beyond |= row.get("reason", "").startswith(IMPOSSIBLE)
             if args.out:
                 rows.write(args.out, [row])
+    return beyond
 
 
 if __name__ == "__main__":

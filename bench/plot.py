@@ -16,6 +16,8 @@ from . import rows
 from .figure import save
 from .plots import models, ops, quality, tuning
 from .plots.picture import Picture, Row
+from .tool import tool
+from .tuner.table import TIMES
 
 # Which kinds of rows a picture is made from; the first one it cannot do without.
 PICTURES: dict[str, tuple[Callable[[Mapping[str, Sequence[Row]]], Iterator[Picture]], list[str]]] = {
@@ -33,7 +35,7 @@ RUN = "device date commit"
 FIELDS = {
     "op": ("op impl case sizes config", "seconds low high cold flops bytes peer"),
     "ceiling": ("", "bandwidth flops"),
-    "tune timed": ("op impl sizes config", "seconds timer"),
+    **{f"tune {status}": ("op impl sizes config", "seconds timer") for status in TIMES},
     **{f"tune {status}": ("op impl sizes config", "") for status in ("gate", "compile", "cost", "time")},
     "memory": ("choice layers length chunk", "cache peak"),
     "model prefill": ("model layers weights choice batch prompt", "seconds"),
@@ -114,6 +116,7 @@ def one_run(picture: Picture) -> Row:
     return next(iter(runs.values()))
 
 
+@tool
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl", help="or a folder of such files")
@@ -121,20 +124,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(PICTURES), help=f"with commas, of {','.join(PICTURES)}")
     parser.add_argument("--run", default="", metavar="TEXT", help="only rows with TEXT in device | date | commit")
     args = parser.parse_args(argv)
-    try:
-        chosen = args.only.split(",")
-        if unknown := [name for name in chosen if name not in PICTURES]:
-            raise ValueError(f"no picture {', '.join(unknown)}; there are: {', '.join(PICTURES)}")
-        files = files_of(args.rows)
-        found = load(files, args.run)
-        if not files:
-            raise ValueError(f"no rows (*.jsonl) in {', '.join(map(str, args.rows))}")
-        count = draw(found, chosen, args.out)
-        if not count:
-            raise ValueError("nothing was drawn")
-    except (ValueError, OSError) as error:
-        print(f"bench.plot: {error}", file=sys.stderr)
-        return 2
+    chosen = args.only.split(",")
+    if unknown := [name for name in chosen if name not in PICTURES]:
+        raise ValueError(f"no picture {', '.join(unknown)}; there are: {', '.join(PICTURES)}")
+    files = files_of(args.rows)
+    found = load(files, args.run)
+    if not files:
+        raise ValueError(f"no rows (*.jsonl) in {', '.join(map(str, args.rows))}")
+    count = draw(found, chosen, args.out)
+    if not count:
+        raise ValueError("nothing was drawn")
     return 0
 
 

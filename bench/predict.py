@@ -22,6 +22,7 @@ import torch
 from vila_triton.choices import configs
 
 from . import geometry, rows, work
+from .tool import tool
 
 GROUPS = {"float16": None, "int4": 128}
 GIB = 2**30
@@ -138,6 +139,7 @@ def listed(text: str, known: Sequence[str], what: str) -> list[str]:
     return chosen
 
 
+@tool
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", help="names of configs/bench/gpus.toml, with commas; default: all")
@@ -149,30 +151,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 4096], help="tokens a new one attends to")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     args = parser.parse_args(argv)
-    try:
-        if args.gpu and args.measured:
-            raise ValueError("--gpu takes datasheets and --measured takes rows; give one of them")
-        machines = measured(args.measured) if args.measured else list(table().values())
-        if args.gpu:
-            machines = [table()[gpu] for gpu in listed(args.gpu, list(table()), "GPU")]
-        models = released() if args.model == "all" else listed(args.model, list(geometry.known()), "model")
-        precisions = listed(args.weights, list(GROUPS), "weights")
-        if min(args.prompts) < 1 or min(args.contexts) < 1 or args.pictures < 0:
-            raise ValueError("prompts and contexts are at least 1 token, pictures at least 0")
-        for machine in machines:
-            print(heading(machine, args.pictures, args.prompts, args.contexts))
-            for model in models:
-                for weights in precisions:
-                    found = list(predict(machine, model, weights, args.pictures, args.prompts, args.contexts))
-                    cells = "".join(f"{cell(row):>{16 if row['what'] == 'prefill' else 18}}" for row in found)
-                    least = min(row["needs"] for row in found) / GIB
-                    print(f"{model if weights == precisions[0] else '':20}{weights:8}{least:8.1f}{cells}", flush=True)
-                    if args.out:
-                        rows.write(args.out, found)
-        print("\nc: bound by compute, all else by memory. Lower bounds: what runs is slower.")
-    except (ValueError, OSError) as error:
-        print(f"bench.predict: {error}", file=sys.stderr)
-        return 2
+    if args.gpu and args.measured:
+        raise ValueError("--gpu takes datasheets and --measured takes rows; give one of them")
+    machines = measured(args.measured) if args.measured else list(table().values())
+    if args.gpu:
+        machines = [table()[gpu] for gpu in listed(args.gpu, list(table()), "GPU")]
+    models = released() if args.model == "all" else listed(args.model, list(geometry.known()), "model")
+    precisions = listed(args.weights, list(GROUPS), "weights")
+    if min(args.prompts) < 1 or min(args.contexts) < 1 or args.pictures < 0:
+        raise ValueError("prompts and contexts are at least 1 token, pictures at least 0")
+    for machine in machines:
+        print(heading(machine, args.pictures, args.prompts, args.contexts))
+        for model in models:
+            for weights in precisions:
+                found = list(predict(machine, model, weights, args.pictures, args.prompts, args.contexts))
+                cells = "".join(f"{cell(row):>{16 if row['what'] == 'prefill' else 18}}" for row in found)
+                least = min(row["needs"] for row in found) / GIB
+                print(f"{model if weights == precisions[0] else '':20}{weights:8}{least:8.1f}{cells}", flush=True)
+                if args.out:
+                    rows.write(args.out, found)
+    print("\nc: bound by compute, all else by memory. Lower bounds: what runs is slower.")
     return 0
 
 

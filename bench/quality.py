@@ -31,6 +31,7 @@ from vila_triton.models.params import tree_map
 from vila_triton.tiny.evaluate import SHIPPED, items
 
 from . import rows, smollm2
+from .tool import progress, tool
 
 QUESTIONS = 400  # about held-out scenes, of all kinds
 METHODS = ("rtn", "upstream", "ours")
@@ -73,9 +74,8 @@ def rounded(s: Subject, method: str, group: int) -> llama.Llama:
             new, x, _ = upstream.quantize_layer(layer, x, tokens, s.cfg, group)
         made.append(new)
         left = (time.monotonic() - start) / (i + 1) * (len(s.p.layers) - i - 1)
-        say = f"\r{s.name} {method} {group}: {i + 1} of {len(s.p.layers)} layers, {left:.0f} s left   "
-        print(say, end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        progress(f"{s.name} {method} {group}: {i + 1} of {len(s.p.layers)} layers, {left:.0f} s left")
+    progress("")
     return replace(s.p, layers=tuple(made))
 
 
@@ -188,6 +188,7 @@ def table(s: Subject, methods: Sequence[str], groups: Sequence[int]) -> Iterator
             yield {"model": s.name, "method": method, "group": group, **found, "repaired": repaired}
 
 
+@tool
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -230,4 +231,4 @@ def by_kind(found: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

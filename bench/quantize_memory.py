@@ -7,6 +7,7 @@ moments of its widest inputs with what is made of them: four matrices, which no 
 """
 
 import argparse
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from vila_triton.tiny.folder import CONFIG, configs
 
 from . import rows
 from .memory import Peak
+from .tool import tool
 
 
 def measure(layers: int, width: int, tokens: int, group: int) -> dict[str, float]:
@@ -50,6 +52,7 @@ def measure(layers: int, width: int, tokens: int, group: int) -> dict[str, float
     return {"peak": peak.peak, "layer": layer, "activations": activations, "moments": 4 * 4 * f * f}
 
 
+@tool
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 16])
@@ -70,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 
 from vila_triton.choices import configs
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS, Op, Unsupported
 
 from .cases import combinations
-from .compiled import elsewhere, holds_kernels, launching, prepare
+from .compiled import elsewhere, launching, prepare
+from .tool import tool
 
 TOKENS = (1, 2, 3, 16, 17, 32, 100)
 SWEEP = {  # sizes that vary while one model serves, in the alphabet of vila_triton/ops; the others are the model's
@@ -153,16 +155,13 @@ def run(ops: Sequence[str], folder: str | None) -> list[str]:
     return many
 
 
+@tool
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all")
     parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
     args = parser.parse_args()
-    try:
-        many = run(args.ops, args.kernels)
-    except ValueError as error:
-        print(f"bench.recompiles: {error}", file=sys.stderr)
-        return 2
+    many = run(args.ops, args.kernels)
     for line in many:
         print(f"bench.recompiles: {line}", file=sys.stderr)
     return int(bool(many))

@@ -22,6 +22,8 @@ from .goals import met
 from .page import Html, folded, heading, mark, page, paragraph, picture, table
 from .plots.picture import spelled
 from .spelling import brief, unit
+from .tool import tool
+from .tuner.table import TIMES
 
 Row = Mapping[str, Any]
 DRAWN = ("roofline", "speedup", "time", "model", "memory", "quality")
@@ -85,7 +87,7 @@ def times(found: Sequence[Row]) -> Iterator[Html]:
         yield heading(3, f"{of_op[0]['op']}, {of_op[0]['case']}")
         lines, ours = [], []
         for at in grouped(of_op, "sizes").values():
-            for i, row in enumerate(at):
+            for i, row in enumerate(sorted(at, key=lambda row: not row["served"])):
                 ours += [len(lines)] if row["served"] else []
                 lines.append(["" if i else text(row["sizes"]), *figures(row)])
         head = ["sizes", "implementation", "time", "spread", "noise", "GB/s", "of ceiling", "TFLOP/s", "of ceiling", ""]
@@ -108,11 +110,17 @@ def figures(row: Row) -> list[str]:
     ]
 
 
+def default_first(found: Sequence[Row]) -> list[Row]:
+    """The rows as they were measured, but of one step and weights what runs by default first."""
+    steps = grouped(found, "what", "weights", "batch", "prompt", "history", "context").values()
+    return [row for of_step in steps for row in sorted(of_step, key=lambda row: row["choice"] != "default")]
+
+
 def model(found: Sequence[Row]) -> Iterator[Html]:
     for of_model in grouped(found, "model", "layers").values():
         yield heading(3, f"{of_model[0]['model']}, {of_model[0]['layers']} layers of its language model")
         lines = []
-        for row in of_model:
+        for row in default_first(of_model):
             step = text({k: row[k] for k in ("batch", "prompt", "history", "context") if k in row})
             name = [f"{row['what']}: {step}", row["weights"], row["choice"]]
             if row["what"] == "memory":
@@ -133,7 +141,7 @@ def tuning(found: Sequence[Row]) -> Iterator[Html]:
         states = Counter(row["status"] for row in search)
         yield paragraph(", ".join(f"{state}: {count}" for state, count in states.items()) + " candidates x sizes")
         lines = []
-        for at in grouped([row for row in search if row["status"] == "timed"], "sizes").values():
+        for at in grouped([row for row in search if row["status"] in TIMES], "sizes").values():
             best, worst = (which(at, key=lambda row: row["seconds"]) for which in (min, max))
             ratio = f"{worst['seconds'] / best['seconds']:.2f}"
             lines.append([text(best["sizes"]), brief(best["config"]), unit(best["seconds"]), ratio, str(len(at))])
@@ -252,20 +260,17 @@ def report(files: Sequence[Path]) -> str:
     return page("vila-triton: " + ", ".join(dict.fromkeys(run.split(" | ")[0] for run in runs)), parts)
 
 
+@tool
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl", help="or a folder of such files")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html")
     args = parser.parse_args(argv)
-    try:
-        text = report(plot.files_of(args.rows))
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        whole = args.out.with_name(f"{args.out.name}.new")
-        whole.write_text(text)
-        whole.replace(args.out)
-    except (ValueError, OSError) as error:
-        print(f"bench.report: {error}", file=sys.stderr)
-        return 2
+    text = report(plot.files_of(args.rows))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    whole = args.out.with_name(f"{args.out.name}.new")
+    whole.write_text(text)
+    whole.replace(args.out)
     print(f"{args.out}: {len(text) / 1e3:.0f} kB")
     return 0
 

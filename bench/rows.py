@@ -21,6 +21,7 @@ import triton
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = ("device", "torch", "triton", "python", "commit", "date")  # where and when a row was measured
 RESULTS = Path(__file__).resolve().parent / "results"
+WRITTEN: dict[Path, None] = {}  # the files this process wrote rows to, for who interrupts it
 
 
 def device_name(device: torch.device) -> str:
@@ -59,6 +60,7 @@ def stamp(device: torch.device) -> dict[str, str]:
 def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Append rows; each is on disk before the next is asked for. One process at a time writes to a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    WRITTEN[file] = None
     with file.open("a+b", buffering=0) as out:
         if out.tell():
             out.seek(-1, os.SEEK_END)

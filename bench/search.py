@@ -1,7 +1,7 @@
 """The generic property test as a search for the simplest example on which an implementation is unfaithful."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -42,18 +42,22 @@ class Failure:
 class Verdict:
     """What a search found.
 
-    examples     how many calls were checked (not one: all were unsupported, for the reasons given)
+    calls        the sizes of those that were checked (none: all were unsupported, for the reasons given)
     shrunk       the simplest failing call; None: all were faithful
     largest      the failing call of the same kind whose wrong tensor is largest, in which a pattern shows best
     caveat       why `shrunk` may not be the simplest, or does not fail each time
     """
 
-    examples: int
+    calls: Sequence[Mapping[str, Any]]
     seconds: float
     reasons: frozenset[str]
     shrunk: Failure | None = None
     largest: Failure | None = None
     caveat: str = ""
+
+    @property
+    def examples(self) -> int:
+        return len(self.calls)
 
 
 class DeviceLost(BaseException):
@@ -68,7 +72,7 @@ def search(op: Op, impl: Impl, config: Mapping[str, Any], count: int, seconds: f
     start = time.monotonic()
     end = start + seconds
     failures: dict[tuple, Failure] = {}  # the latest last
-    checked: set[tuple] = set()
+    checked: dict[tuple, Mapping[str, Any]] = {}
     reasons: set[str] = set()
 
     @settings(
@@ -93,7 +97,7 @@ def search(op: Op, impl: Impl, config: Mapping[str, Any], count: int, seconds: f
             reasons.add(str(reason))
             assume(False)
             return
-        checked.add(key)
+        checked[key] = sizes
         if found:
             if not failures:
                 end = time.monotonic() + SHRINKING
@@ -114,13 +118,13 @@ def search(op: Op, impl: Impl, config: Mapping[str, Any], count: int, seconds: f
     if not caveat and time.monotonic() > end:
         caveat = "shrinking ran out of time; simpler cases may fail too"
     if not failures:
-        return Verdict(len(checked), time.monotonic() - start, frozenset(reasons))
+        return Verdict(list(checked.values()), time.monotonic() - start, frozenset(reasons))
     shrunk = list(failures.values())[-1]
     with suppress(Unsupported):
         if found := failure(op, impl, config, enlarged(op, shrunk.sizes), shrunk.layout):
             failures[()] = found
     largest = max((f for f in failures.values() if f.kind == shrunk.kind), key=lambda f: f.elements)
-    return Verdict(len(checked), time.monotonic() - start, frozenset(reasons), shrunk, largest, caveat)
+    return Verdict(list(checked.values()), time.monotonic() - start, frozenset(reasons), shrunk, largest, caveat)
 
 
 def enlarged(op: Op, sizes: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +135,8 @@ def enlarged(op: Op, sizes: Mapping[str, Any]) -> dict[str, Any]:
 def failure(op: Op, impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, Any], layout: Layout) -> Failure | None:
     """How an example fails, if it does. Errors: `Unsupported`, `DeviceLost`."""
     try:
-        example(op, **sizes).check(impl, config, layout)
+        held = example(op, **sizes)
+        held.check(impl, config, layout, held.twice)
     except Unsupported:
         raise
     except Exception as error:  # a kernel may fail in any way at all

@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 
 from vila_triton.arguments import BUNDLED
 from vila_triton.chat import Talker
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS, Impl, checked, recording, use
 
 from . import bundle, questions, rows
@@ -32,6 +33,7 @@ from .beside import BUCKETS, Beside
 from .failure import crash
 from .faithful import DEVICE
 from .questions import Prompt
+from .tool import progress, tool
 
 SHOWN = 10  # flips that are listed
 
@@ -107,23 +109,23 @@ def shadow(
     beside = Beside(OPS[impl.op], impl, talker.model.params, only)
     shifts: list[Shift] = []
     with recording() as calls, beside.watching():
-        before = [run(talker, prompt, steps, beside=beside) for prompt in progress(prompts, "beside")]
+        before = [run(talker, prompt, steps, beside=beside) for prompt in counted(prompts, "beside")]
     incumbents = {name for op, name in calls if op == impl.op}
     try:
         with use(**{impl.op: impl.name}):
-            for prompt, (logits, tokens, prefilled) in zip(progress(prompts, "alone"), before):
+            for prompt, (logits, tokens, prefilled) in zip(counted(prompts, "alone"), before):
                 shifts.append(shift(logits, run(talker, prompt, steps, tokens)[0], prefilled))
     except Exception as error:  # a kernel may fail in any way at all
         return beside, incumbents, crash(error)
     return beside, incumbents, shifts
 
 
-def progress(prompts: Sequence[Prompt], what: str) -> Iterator[Prompt]:
+def counted(prompts: Sequence[Prompt], what: str) -> Iterator[Prompt]:
     """The prompts, counted on standard error."""
     for i, prompt in enumerate(prompts, 1):
-        print(f"\r{what}: prompt {i} of {len(prompts)} ", end="", file=sys.stderr, flush=True)
+        progress(f"{what}: prompt {i} of {len(prompts)}")
         yield prompt
-    print(file=sys.stderr)
+    progress("")
 
 
 def summary(shifts: Sequence[Shift], words: Callable[[int], str]) -> Iterator[str]:
@@ -179,32 +181,31 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@tool
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
-    try:
-        checked({args.op: args.impl})
-        if args.tokens < 0:
-            raise ValueError(f"--tokens is {args.tokens}, expected 0 or more")
-        impl = OPS[args.op].impls[args.impl]
-        folder = args.model or (BUNDLED.with_name("checkpoint-int4") if args.op.startswith("int4") else BUNDLED)
-        prompts = questions.read(args.prompts) if args.prompts else questions.bundled(args.count, args.seed)
-        talker = Talker.from_pretrained(folder, DEVICE)
-        beside, incumbents, shifts = shadow(talker, impl, prompts, args.tokens, args.layers)
-        if not beside.lines:
-            named = f" in a layer named like {', '.join(args.layers)}" if args.layers else ""
-            raise ValueError(f"{folder.name} makes no call of {args.op}{named} on these prompts")
-    except (ValueError, KeyError, OSError) as error:
-        print(f"bench.shadow: {error.args[0] if error.args else error}", file=sys.stderr)
-        return 2
+    checked({args.op: args.impl})
+    if args.tokens < 0:
+        raise ValueError(f"--tokens is {args.tokens}, expected 0 or more")
+    impl = OPS[args.op].impls[args.impl]
+    folder = args.model or (BUNDLED.with_name("checkpoint-int4") if args.op.startswith("int4") else BUNDLED)
+    prompts = questions.read(args.prompts) if args.prompts else questions.bundled(args.count, args.seed)
+    talker = Talker.from_pretrained(folder, DEVICE)
+    beside, incumbents, shifts = shadow(talker, impl, prompts, args.tokens, args.layers)
+    if not beside.lines:
+        named = f" in a layer named like {', '.join(args.layers)}" if args.layers else ""
+        raise ValueError(f"{folder.name} makes no call of {args.op}{named} on these prompts")
     how = "interpreted (no GPU)" if DEVICE == "cpu" else "compiled"
     print(f"{args.op}: {args.impl} beside {' and '.join(sorted(incumbents))}; {folder.name}, prompts: {len(prompts)}")
-    print(f"Triton kernels run {how}")
+    if any(holds_kernels(OPS[args.op].impls[name]) for name in (args.impl, *incumbents)):
+        print(f"Triton kernels run {how}")
     print("\n".join(table(beside)))
     if isinstance(shifts, str):
         print(f"the model does not run on the candidate alone: {shifts}")
     else:
         print("\n".join(summary(shifts, lambda token: talker.tokenizer.decode([token]))))
-    save(beside, args.save or Path(tempfile.gettempdir()) / f"{args.op}-{args.impl}-shadow.bundle")
+    usual = Path(tempfile.gettempdir()) / f"{args.op}-{args.impl}-shadow.bundle"
+    save(beside, args.save or bundle.unused(usual))
     if args.json:
         rows.write(args.json, found(beside, shifts, folder.name))
     return 1 if isinstance(shifts, str) or beside.first else 0

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+BLOCKS = "MNK"
+
 
 def unit(seconds: float) -> str:
     """A time in the unit that suits it."""
@@ -11,8 +13,9 @@ def unit(seconds: float) -> str:
 
 
 def brief(config: Mapping[str, Any]) -> str:
-    """64x32x64 w4 s2: the blocks, the warps, the stages, then what else there is."""
+    """64x32x64 w4 s2: the blocks, always M, N and K in that order, the warps, the stages, then what else there is."""
     rest = dict(config)
-    blocks = "x".join(str(rest.pop(key)) for key in list(rest) if key.startswith("BLOCK"))
+    names = sorted((key for key in rest if key.startswith("BLOCK")), key=lambda key: (BLOCKS.find(key[-1]), key))
+    blocks = "x".join(str(rest.pop(key)) for key in names)
     marks = [f"{mark}{rest.pop(key)}" for key, mark in (("num_warps", "w"), ("num_stages", "s")) if key in rest]
     return " ".join([blocks, *marks, *(f"{key}={value}" for key, value in rest.items())])

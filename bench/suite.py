@@ -28,6 +28,7 @@ import torch
 from . import rows, standin
 from .goals import met
 from .plan import Step, allot, left_out, steps
+from .tool import tool
 
 GRACE = 5.0  # seconds from being asked to stop to being killed
 PYTHON = standin.prefix()  # what starts a step
@@ -125,6 +126,7 @@ def run_all(plan: Sequence[Step], seconds: float, out: Path) -> list[Outcome]:
     return outcomes
 
 
+@tool
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=12)

@@ -25,13 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from vila_triton.choices import configs
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS
 
 from .anatomy import Dissection, dissect
 from .cases import combinations
-from .compiled import Call, compile_call, elsewhere, holds_kernels, prepare
+from .compiled import Call, compile_call, elsewhere, prepare
 from .inspect_text import aligned
+from .rows import WRITTEN
 from .targets import CHECKED, TARGETS
+from .tool import progress, tool
 
 WIDEST = 16  # bytes
 ABOUT = ("op", "impl", "config", "d", "dtype", "kv", "arch")
@@ -103,11 +106,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("no implementation and sizes are left to compile; see --impl and --size")
     rows: list[dict[str, Any]] = []
     for i, found in enumerate(elsewhere(rows_of, calls, args.workers, args.kernels), 1):
-        print(f"\r{i} of {len(calls)} compiled", end="", file=sys.stderr, flush=True)
+        progress(f"{i} of {len(calls)} compiled")
         rows += found
         if args.csv:
             write(args.csv, found)
-    print(file=sys.stderr)
+    progress("")
     print(*aligned([COLUMNS, *([row.get(name, "") for name in COLUMNS] for row in rows)]), sep="\n")
     wrong = sum(bool(row["wrong"]) for row in rows)
     print(f"{len(rows)} kernels, {wrong} of them wrong")
@@ -116,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 def write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     new = not file.exists()
+    WRITTEN[file] = None
     with file.open("a", newline="") as out:
         to = csv.DictWriter(out, COLUMNS, lineterminator="\n")
         if new:
@@ -123,6 +127,7 @@ def write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         to.writerows(rows)
 
 
+@tool
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", nargs="*", help="default: all that configs/bench/sweep.toml names")

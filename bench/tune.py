@@ -3,13 +3,14 @@
 Candidates are the configs of an implementation and those of its search space (`Space`, in the kernel's file). Before
 anything is launched one is dropped if the cost model (bench/tuner/cost.py) says it takes --worse-than times as long as
 the best, or if, cross-compiled, it spills registers or wants more shared memory than there is. What is left passes the
-gate and is timed. Without a GPU there is nothing to time Triton kernels with but the cost model itself: such a table
-says so in the name of its device, and no call looks it up.
+gate and is timed. Without a GPU there is nothing to time Triton kernels with but the cost model itself: then only those
+that it calls best at some sizes pass the gate, and the table says so in the name of its device; no call looks it up.
 
 All that is found is kept in a journal (bench/tuner/journal.py), so that a run that was ended in any way goes on where
 it was. Ctrl-C, SIGTERM and the end of --minutes stop it in the middle of what it does, with the table of the best so
 far. The table goes to configs/tuned/ if it was timed on a GPU, with --out to that folder, with --install to both;
-with several implementations of an op in it, it also says which of them runs at which sizes. --report prints what
+with several implementations of an op in it, it also says which of them runs at which sizes. The exit code is 1 where
+nothing was timed. --report prints what
 journals say without searching on, --check the entries and choices of tables that no longer hold.
 """
 
@@ -27,11 +28,12 @@ from pathlib import Path
 import torch
 
 from vila_triton import tuned
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS, Impl, there
 
 from . import rows
 from .cases import cases, names
-from .compiled import holds_kernels
+from .tool import progress, tool
 from .tuner import cost, table
 from .tuner.cluster import Cluster
 from .tuner.journal import searches
@@ -105,12 +107,9 @@ class Progress:
 
     def __call__(self) -> None:
         now = time.monotonic()
-        interactive = sys.stderr.isatty()
-        if now - self.last < (0.2 if interactive else 10):
-            return
-        self.last = now
-        text = f"{self.search.impl.op} {self.search.impl.name}: {self.line(now - self.start)}"
-        print(f"\r{text:100}" if interactive else text, end="" if interactive else "\n", file=sys.stderr, flush=True)
+        if now - self.last >= 0.2:
+            self.last = now
+            progress(f"{self.search.impl.op} {self.search.impl.name}: {self.line(now - self.start)}")
 
     def line(self, gone: float) -> str:
         done, count = self.search.done, len(self.search.candidates)
@@ -126,7 +125,7 @@ def clock(seconds: float) -> str:
 
 
 def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline: float) -> bool:
-    """Search on, write the table, print the report; without workers from what the journal has. Whether all is done."""
+    """Search on, write the table, print the report; without workers from the journal. Whether there are times."""
     plan = plan_for(impl, args)
     if plan.gpu.guessed:
         print(plan.gpu.guessed)
@@ -139,13 +138,13 @@ def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline
     search = Search(impl, cases(impl.op, args.case), plan, folder, args.candidates)
     before = search.done
     print(f"{impl.op} {impl.name} on {plan.device}: {len(search.candidates)} candidates, {before} done before")
-    progress = Progress(search)
     stopped = ""
     if workers:
         try:
-            search.run(workers, deadline, progress)
+            search.run(workers, deadline, Progress(search))
         except KeyboardInterrupt:
             stopped = "stopped"
+        progress("")
         if not stopped and search.done < len(search.candidates):
             stopped = "out of time"
     if stopped:
@@ -154,7 +153,7 @@ def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline
     for status, count in Counter(row["status"] for row in rows_found).items():
         reasons = Counter(row["reason"] for row in rows_found if row["status"] == status and row["reason"])
         often = "".join(f"; most often: {reason} ({n})" for reason, n in reasons.most_common(1))
-        print(f"  {status:8}{count:6} candidates x sizes{often}")
+        print(f"  {status:9}{count:6} candidates x sizes{often}")
     entry = table.entry(now, rows_found, OPS[impl.op].varying)
     if entry is None:
         print("nothing was timed, so there is no table")
@@ -166,13 +165,14 @@ def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline
                 table.write(tuned.folder(), plan.device, entry)
         if plan.timer == COST_MODEL:
             print("The timer is the COST MODEL: nothing was run to take a time, these seconds are predictions.")
+            print("Only what is best at some sizes passed the gate; the others are predictions, unchecked.")
         print("\n".join(table.report(rows_found, impl.configs[0], OPS[impl.op].varying)))
         if impl.op in (found := tuned.read(file)["choices"]):
             print(f"of the implementations tuned, {impl.op} runs: {json.dumps(found[impl.op])}")
         print(f"table {file}\njournal {search.journal.file}")
     if stopped == "stopped":
-        raise KeyboardInterrupt
-    return not stopped
+        raise KeyboardInterrupt(f"stopped; the same command goes on from {search.journal.file}")
+    return entry is not None
 
 
 @contextmanager
@@ -238,6 +238,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+@tool
 def main() -> int:
     args = parser().parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -258,18 +259,14 @@ def main() -> int:
         known = timeable(known, args)
         if not args.report:
             workers = Cluster(args.ray, args.workers) if args.ray else Processes(args.workers)
+        timed = False
         for i, impl in enumerate(known):
             now = time.monotonic()
-            tune(impl, args, workers, now + (end - now) / (len(known) - i))
-    except ValueError as error:
-        print(f"bench.tune: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+            timed |= tune(impl, args, workers, now + (end - now) / (len(known) - i))
+        return 0 if timed else 1
     finally:
         if workers:
             workers.close()
-    return 0
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ import torch
 from planting import Plant, plant  # noqa: F401 (plant: a fixture)
 
 from bench import bundle, check
+from bench.coverage import coverage
 from bench.failure import error_map, first_wrong
-from bench.faithful import arguments
+from bench.faithful import argument_names, arguments
 from bench.gate import gate
 from bench.guarded import Unfaithful, tensors
 from bench.search import search
-from vila_triton.registry import OPS, Impl, Unsupported
+from vila_triton.registry import OPS, Impl, Sizes, Unsupported, discover
 
 DOT = 'x, acc, input_precision="ieee")'
 STORED = "acc.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])"
@@ -106,6 +107,53 @@ def test_a_copied_kernel_file_is_checked_and_a_right_one_is_right(plant: Plant, 
     assert ran == every and "rms_norm mine" in ran and f"{len(ran)} right, 0 wrong" in said
 
 
+@pytest.mark.parametrize(
+    ("config", "sizes", "said"),
+    [
+        ({"BLOCK_M": 16}, [{"m": 1}, {"m": 16}], "m: 1 tile of 16, NEVER MORE THAN ONE"),
+        ({"BLOCK_M": 16}, [{"m": 1}, {"m": 33}], "m: 1–3 tiles of 16, last tile partial"),
+        ({"BLOCK_N": 32}, [{"n": 64}, {"n": 32}], "n: 1–2 tiles of 32, the last never partial"),
+        ({"BLOCK_K": 64}, [{"G": 5, "group": 80}, {"G": 1, "group": 64}], "k: 1–7 tiles of 64, last tile partial"),
+        ({"BLOCK_M": 16}, [{"s": 9, "ratio": 4, "t": 3}], "rows of queries: 3 tiles of 16, last tile partial"),
+        ({"BLOCK_N": 64}, [{"s": 9, "t": 100}, {"s": 1, "t": 0}], "keys, at most: 0–2 tiles of 64, last tile partial"),
+        ({"BLOCK_H": 4}, [{"g": 3, "ratio": 2}], "heads: 2 tiles of 4, last tile partial"),
+        ({"BLOCK_X": 4}, [{"m": 3}], "BLOCK_X: what it cuts is not known here"),
+    ],
+)
+def test_what_was_covered_is_counted_in_tiles(config: dict, sizes: list[dict], said: str) -> None:
+    assert list(coverage({**config, "num_warps": 4}, sizes)) == [said]
+
+
+def test_every_block_of_our_kernels_is_known_to_cut_something() -> None:
+    discover()
+    for op in OPS.values():
+        lowest = {name: axis.low if isinstance(axis, Sizes) else axis.values[0] for name, axis in op.domain.items()}
+        for impl in op.impls.values():
+            assert not [text for text in coverage(impl.configs[0], [lowest]) if "not known" in text], impl
+
+
+def test_a_kernel_that_never_met_a_second_tile_is_said_to(capsys) -> None:
+    assert check.main(["rms_norm", "--impl", "triton", "--config", "0", "--examples", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "right        2 examples" in said and "\n  covered      e: 1 tile of 1024, NEVER MORE THAN ONE\n" in said
+
+
+def test_nothing_is_said_to_be_interpreted_that_is_not(capsys) -> None:
+    for impl, interpreted in (("aten", False), ("triton", True)):
+        check.main(["swiglu", "--impl", impl, "--config", "0", "--examples", "2"])
+        assert ("Triton kernels run " in capsys.readouterr().out) == interpreted
+
+
+def test_what_is_read_outside_is_named(plant: Plant) -> None:  # noqa: F811
+    plant("swiglu", "beyond", "mask = offs < F", "mask = offs <= F")
+    discover()
+    refused = gate(OPS["swiglu"].impls["beyond"], OPS["swiglu"].impls["beyond"].configs[0])
+    assert refused and "read outside argument gate, of shape [1, 1]" in refused
+    args = arguments(OPS["int4_matmul"], 0, m=1, n=8, G=1, group=32, dtype="float16", order="sub", bias=True)
+    names = ["x", "w.qweight", "w.scales", "w.zeros", "bias"]
+    assert argument_names(OPS["int4_matmul"], args) == names
+
+
 def test_what_supports_nothing_here_is_not_called_right(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def refuse(*args: object) -> None:
         raise Unsupported("needs a wand")
@@ -120,7 +168,9 @@ def test_a_kernel_that_fails_now_and_then_is_said_to() -> None:
 
     def moody(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         calls.append(gate)
-        return OPS["swiglu"].reference(gate, up) + (len(calls) == 5)
+        return OPS["swiglu"].reference(gate, up) + (
+            len(calls) in (5, 6)
+        )  # of two calls in the same memory one is checked
 
     verdict = search(OPS["swiglu"], Impl("swiglu", "moody", moody, [{}], Path(__file__)), {}, 20, 10.0)
     assert verdict.shrunk and "do not fail each time" in verdict.caveat

@@ -1,6 +1,7 @@
 """The gate sees the memory that is timed and memory that is not, and works out what a call should do once for all."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,8 @@ from bench import check, faithful, ops
 from bench.cases import Case
 from bench.faithful import DEVICE, Example, Examples, arguments, budget, coins, neighbours, unit_roundoff
 from bench.gate import domain_gate, gate, numbers_gate
-from bench.guarded import ALIGNED, LAYOUTS, Layout, bits, guard, tensors
+from bench.guarded import ALIGNED, LAYOUTS, Layout, bits, guard, mapped, tensors
+from bench.search import search
 from vila_triton.registry import OPS, Impl, discover
 
 discover()
@@ -59,6 +61,45 @@ def test_the_case_itself_is_checked_in_both(layout: Layout) -> None:
     impl = Impl("swiglu", "wrong", wrong, [{}], Path(__file__))
     assert gate(impl, {}) is None
     assert (gate(impl, {}, CASE) or "").endswith(f"(its arguments were {layout})")
+
+
+def remembering(op: str, names: Sequence[str]) -> Impl:
+    """The reference, but for these arguments, of which it goes on with what lay at their addresses first."""
+    known: dict[tuple, Any] = {}
+    parameters = list(inspect.signature(OPS[op].reference).parameters)
+
+    def remembers(*args: Any) -> Any:
+        def first(name: str, value: Any) -> Any:
+            key = (op, name, *((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors(value)))
+            return known.setdefault(key, mapped(torch.clone, value)) if name in names else value
+
+        return OPS[op].reference(*map(first, parameters, args))
+
+    return Impl(op, "remembers", remembers, [{}], Path(__file__))
+
+
+REMEMBERED = [
+    ("swiglu", "gate up"),  # the whole answer
+    ("linear", "w"),
+    ("int4_matmul", "w"),  # as who unpacks a weight once
+    ("decode_attention", "block_table lengths"),  # as who plans a batch once
+    ("prefill_attention", "k_pages v_pages"),
+    ("kv_write", "slot_mapping"),
+    ("rope", "cos"),
+]
+
+
+@pytest.mark.parametrize("op, names", REMEMBERED)
+def test_what_remembers_by_address_is_refused_and_found(op: str, names: str) -> None:
+    refused = gate(remembering(op, names.split()), {})
+    assert refused and "Unfaithful" in refused
+    found = search(OPS[op], remembering(op, names.split()), {}, 30, 20.0).shrunk
+    assert found and (names != "gate up" or found.kind == "remembered")
+
+
+def test_the_numbers_of_a_case_are_not_taken_from_memory() -> None:
+    refused = numbers_gate(remembering("swiglu", ["gate", "up"]), {}, CASE)
+    assert refused and refused.endswith("a call with other values in the same memory returned just that before it")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8, torch.int64])
@@ -113,7 +154,7 @@ def test_the_case_is_gated_on_the_arguments_that_are_timed() -> None:
     timed, checked = ops.call_arguments(CASE, torch.device(DEVICE)), []
     fn: Callable = lambda *args: checked.append([x.clone() for x in args]) or SWIGLU.reference(*args)  # noqa: E731
     assert gate(Impl("swiglu", "a", fn, [{}], Path(__file__)), {}, CASE) is None
-    for args in checked[-2:]:  # in both layouts
+    for args in checked[-3::2]:  # in both layouts, each after a call with other values
         assert all(torch.equal(x, y) for x, y in zip(args, timed, strict=True))
 
 

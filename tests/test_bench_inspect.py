@@ -6,15 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench import rows
+from bench import inspect, rows
+from bench.anatomy import Anatomy, LoopFigures, figures
 from bench.assembly import FLOAT, GLOBAL, REST, SHARED, TENSOR, amd, loops, nvidia, working
+from bench.compiled import Call
 from bench.inspect import arguments, run
 from bench.inspect_picture import draw
+from bench.spelling import brief
 from bench.targets import TARGETS, occupancy
+from vila_triton.registry import OPS, discover
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = shutil.ignore_patterns("__pycache__")
@@ -166,6 +171,44 @@ def repository(tmp_path: Path) -> Path:
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "kernels"]):
         subprocess.run([*git, *words], cwd=tmp_path, check=True)
     return tmp_path
+
+
+def test_a_file_that_a_commit_does_not_have_is_one_sentence(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    discover()
+    monkeypatch.setattr(rows, "ROOT", repository)
+    impls = {name: OPS["swiglu"].impls[name] for name in ("triton", "aten")}
+    new = replace(impls["triton"], name="mine", file=repository / "kernels" / "swiglu_mine.py")
+    monkeypatch.setattr(OPS["swiglu"], "impls", {**impls, "mine": new})
+    folder = inspect.kernels_of("HEAD", repository / "head")
+    calls = [Call("swiglu", name, 0, "sm_90", {}) for name in ("triton", "mine")]
+    assert inspect.of_commit(calls, folder, "HEAD") == calls[:1]
+    said = "HEAD has no file of mine (swiglu_mine.py), so there is nothing to compare with"
+    assert capsys.readouterr().out == f"{said}\n"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        inspect.of_commit(calls[1:], folder, "HEAD")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "scores"),
+    [
+        ({"ratio": 1}, 64),  # of decode: one row of sixteen is a query
+        ({"ratio": 16}, 16 * 64),
+        ({"s": 10, "ratio": 2}, 10 * 64),  # two tiles, of which the second holds four
+        ({"s": 512, "ratio": 4}, 16 * 64),
+    ],
+)
+def test_padded_rows_are_no_scores(sizes: dict, scores: float) -> None:
+    loop = LoopFigures("", False, 320, {}, {}, {}, {}, {}, {}, None, turns=2, weights=None, scores=2 * 16 * 64)
+    found = Anatomy("k", {"BLOCK_N": 64}, 128, 1, 0, 0, 1, 1, 1.0, "", 1, [loop])
+    assert figures(found, "score", inspect.rows_of(sizes))["per_unit"] == pytest.approx(320 * 128 / (2 * scores))
+
+
+def test_a_tile_is_m_by_n_by_k_in_whatever_order_it_is_kept() -> None:
+    config = {"num_stages": 3, "BLOCK_K": 128, "BLOCK_M": 16, "SPLIT_K": 4, "BLOCK_N": 64, "num_warps": 4}
+    assert brief(config) == brief(dict(sorted(config.items()))) == "16x64x128 w4 s3 SPLIT_K=4"
+    assert brief({"BLOCK_G": 8, "num_warps": 2}) == "8 w2"
 
 
 @pytest.mark.slow

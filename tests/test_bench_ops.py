@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -52,6 +51,29 @@ def test_what_is_wrong_gets_no_time_and_what_is_right_a_whole_row(swiglu: object
     assert json.loads(json.dumps(row)) == row
     for row in found.values():
         assert row["impl"] in ops.show(row, found["reference"])
+
+
+def test_a_time_above_a_ceiling_is_an_error_unless_the_cache_is_warm(
+    swiglu: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An implementation that remembers its outputs, which no gate has seen; beside one as fast as the ceiling."""
+    (case,) = ops.select(["swiglu"], "toy", "float32", CPU)
+    _, size = case.cost
+
+    def figure(call: Any, *rest: object) -> timing.Timing:
+        seconds = 1e-9 if is_copy(call) else size / CEILINGS.bandwidth / 1.05
+        return timing.Timing(seconds, seconds, seconds, 1.06 * seconds, 5, cold, False)
+
+    monkeypatch.setattr(ops, "measure", figure)
+    monkeypatch.setattr(ops, "ceilings", lambda *_: CEILINGS)
+    options = ["swiglu", "--case", "toy", "--impl", "copy", "--impl", "aten", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", ["bench.ops", *options])
+    share = f"impossible: {size / 1e-9 / CEILINGS.bandwidth:.0%} of the bandwidth"
+    for cold, status in ((True, 1), (False, 0)):
+        found = list(ops.run([case], ["aten", "copy"], False, CPU, CEILINGS, 0.01, lambda *_: None))
+        assert {row["impl"]: row["kind"] for row in found} == {"aten": "op", "copy": "refused" if cold else "op"}
+        assert ops.main() == status
+        assert (share in capsys.readouterr().out) == cold
 
 
 def test_no_memory_for_one_implementation_is_its_row_and_the_others_go_on(
@@ -128,16 +150,16 @@ def test_rows_come_back_and_a_broken_line_is_named(tmp_path: Path) -> None:
         list(rows.read(file))
 
 
-def test_wrong_names_are_one_line() -> None:
+def test_wrong_names_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, message in (
         (["nothing"], "no op 'nothing'; there are: "),
         (["swiglu", "--impl", "x"], "no implementation x; there are: "),
         (["swiglu", "--case", "x"], "swiglu has no case 'x'"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.ops", *wrong], cwd=rows.ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+        monkeypatch.setattr(sys, "argv", ["bench.ops", *wrong])
+        assert ops.main() == 2
+        said = capsys.readouterr().err
+        assert message in said and len(said.splitlines()) == 1
 
 
 def test_a_ragged_batch_counts_what_it_reads() -> None:

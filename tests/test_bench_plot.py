@@ -11,8 +11,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from bench import memory, plot, rows
+from bench.figure import save
 from bench.plots import ops, tuning
 
 HERE = {
@@ -142,6 +146,65 @@ WORDS = {
 def test_pictures_say_what_they_show(name: str, drawn: Callable[[str], dict[str, bytes]]) -> None:
     text = b" ".join(content for file, content in drawn(name).items() if file.endswith(".svg")).decode()
     assert [word for word in WORDS[name] if word not in re.sub(r"\s", " ", text)] == []
+
+
+def crowded(name: str) -> list[dict[str, Any]]:
+    """Rows in which more sizes than fit lie close together, after one that lies far away; long names; ops alike."""
+    found = list(SOURCES[name]())
+    if name in ("roofline", "time", "speedup"):
+        sizes = [1, *range(4000, 4200, 8), 4201, 4202, 8000]
+        one = [row for row in found if row["kind"] == "op" and row["sizes"]["m"] == 64 and row["sizes"]["n"] == 256]
+        found += [{**row, "sizes": {**row["sizes"], "m": m}} for row in one for m in sizes]
+        found += [{**row, "op": f"another_op_{i}"} for row in one for i in range(5)]
+    if name == "memory":
+        found += [{**found[0], "length": length} for length in (4096, 4097, 4160, 4200)]
+    if name == "model":
+        found += [{**found[0], "prompt": n} for n in (100, 126, 127, 129)]
+        found += [
+            {**found[0], "what": "decode", "tokens_per_s": 3.0, "batch": 1, "context": n} for n in (255, 257, 300)
+        ]
+    if name == "predict":
+        found += [{**row, "gpu": f"H100 of another maker {i}"} for row in found for i in range(4)]
+    if name == "tuning":
+        found += [{**found[0], "config": {**found[0]["config"], "num_stages": 1000 + i}} for i in range(30)]
+    if name == "quality":
+        found += [{**found[1], "group": group} for group in (16, 128, 256, 512, 1024)]
+    return [{**HERE, **row} for row in found]
+
+
+def boxes(fig: Figure) -> Iterator[list[tuple[str, Bbox]]]:
+    """Texts that may not lie over each other, and where they lie: labels of an axis, titles, numbers in the panels."""
+    fig.draw_without_rendering()
+    axes = [ax for ax in fig.axes if ax.get_visible()]
+
+    def shown(texts: Sequence[Text]) -> list[tuple[str, Bbox]]:
+        return [(x.get_text(), x.get_window_extent()) for x in texts if x.get_text() and x.get_visible()]
+
+    yield shown([x for ax in axes for x in (ax.title, ax._left_title)])  # pyright: ignore[reportAttributeAccessIssue]
+    for ax in axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            yield shown([x.label1 for x in axis.get_major_ticks() if low <= x.get_loc() <= high])
+        yield shown([text for text in ax.texts if not text.get_rotation()])
+
+
+@pytest.mark.parametrize("name", plot.PICTURES)
+def test_nothing_is_printed_over_other_words(name: str, tmp_path: Path) -> None:
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in plot.KINDS}
+    for row in crowded(name):
+        found[row["kind"]].append(row)
+    for picture in plot.PICTURES[name][0](found):
+        save(picture.figure, tmp_path / picture.name, HERE)
+        for texts in boxes(picture.figure):
+            for (one, a), (other, b) in itertools.combinations(texts, 2):
+                across, up = (min(x1, y1) - max(x0, y0) for x0, x1, y0, y1 in zip(a.min, a.max, b.min, b.max))
+                assert min(across, up) < 1, f"{picture.name}: {one!r} lies over {other!r}"
+        for ax in picture.figure.axes:  # names at an angle, by the distance of their lines
+            lines = [x.get_window_extent().min for x in ax.texts if x.get_rotation() == ops.NAMES]
+            slope = np.radians(ops.NAMES)
+            across = sorted(x * np.sin(slope) - y * np.cos(slope) for x, y in lines)
+            assert all(b - a > 7 for a, b in itertools.pairwise(across)), picture.name
+    plt.close("all")
 
 
 def test_everything_is_drawn_from_one_file_and_other_kinds_are_named(

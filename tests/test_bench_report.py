@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from html import unescape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,52 @@ def test_what_is_no_object_is_no_row(tmp_path: Path, capsys: pytest.CaptureFixtu
     file.write_text('{"kind": "weather"}\n[1, 2]\n')
     assert report.main([str(file), "--out", str(tmp_path / "report.html")]) == 2
     assert "rows.jsonl:2 is not a row" in capsys.readouterr().err and list(tmp_path.iterdir()) == [file]
+
+
+SPEEDS = "2026-11-24-amd-epyc.jsonl"
+STEPS = {  # of README's table
+    "prefill 512 tokens": {"what": "prefill", "prompt": 512},
+    "32 new tokens after 256": {"what": "stream", "history": 256},
+    "decode after 128": {"what": "decode", "context": 128},
+    "decode after 512": {"what": "decode", "context": 512},
+}
+MODELS = [
+    ("float32", "default"),
+    ("float32", "hf eager"),
+    ("int4", "default"),
+    ("int4", "int4_matmul=aten"),
+    ("int4", "hf eager, dequantized"),
+]
+
+
+def test_readme_s_speeds_are_those_of_its_rows_the_default_first() -> None:
+    readme = (rows.ROOT / "README.md").read_text()
+    assert SPEEDS in readme
+    found = list(rows.read(rows.RESULTS / SPEEDS, kind="model"))
+    for name, step in STEPS.items():
+        cells = []
+        for weights, choice in MODELS:
+            about = {"model": "vila1.5-3b", "layers": 2, "batch": 1, "weights": weights, "choice": choice, **step}
+            (row,) = (row for row in found if about.items() <= row.items())
+            ours = "" if choice.startswith("hf") else f" ({row['ratio_hf']:.2f})"
+            cells.append(f"{row['seconds'] * 1e3:.1f}{ours}")
+        assert f"| {' | '.join([name, *cells])} |\n" in readme
+
+
+def test_what_runs_by_default_stands_first() -> None:
+    found = list(rows.read(rows.RESULTS / SPEEDS, kind="model"))
+    shown = report.default_first(sorted(found, key=lambda row: row["choice"] == "default"))
+    assert len(shown) == len(found)
+    step = ("what", "weights", "batch", "prompt", "history", "context")
+    for row, after in pairwise(shown):
+        assert after["choice"] != "default" or any(row.get(name) != after.get(name) for name in step)
+
+
+def test_commands_of_the_documents_leave_nothing_in_the_repository() -> None:
+    written = r"^.*(?:python -m|vila-triton).* (?:build \S+|convert \S+|quantize \S+|--out|--counts) ([\w./-]+)"
+    text = "".join((rows.ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+    targets = {x for x in re.findall(written, text, re.M) if not x.startswith("/") and not x.isupper()}
+    assert {"3b", "tiny-int4", "counts.json"} <= targets
+    command = ["git", "check-ignore", "--no-index", *targets]
+    done = subprocess.run(command, cwd=rows.ROOT, capture_output=True, text=True)
+    assert set(done.stdout.split()) == targets

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -20,17 +21,18 @@ from toys import TOY, load
 
 from bench import rows, tune
 from bench.cases import Case
-from bench.compiled import holds_kernels
-from bench.tuner import cost, search, table
+from bench.tuner import cost, jobs, search, table, workers
 from bench.tuner.jobs import STAGES, Answer, Job, answer
 from bench.tuner.workers import Processes
 from vila_triton import tuned
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS, Impl, Op, discover
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = f"{cost.gpu('sm_90').name} (cost model)"
 STAMP = {"device": DEVICE, "date": "2026-01-01", "commit": "abc", "torch": "2"}
-PLAN = search.Plan(search.COST_MODEL, DEVICE, cost.gpu("sm_90"), 1e9, 0.01, STAMP)
+PLAN = search.Plan("cpu", DEVICE, cost.gpu("sm_90"), 1e9, 0.01, STAMP)
+ON_PAPER = replace(PLAN, timer=search.COST_MODEL)
 
 
 IGNORED = shutil.ignore_patterns("__pycache__", "*.safetensors", "peers")
@@ -56,6 +58,9 @@ class Inline:
 
 @pytest.fixture
 def doubled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Op:
+    """The toy, of which a call takes as long every time; nothing lies on a device, whose release takes seconds."""
+    monkeypatch.setattr(jobs, "release", lambda device: None)
+    monkeypatch.setitem(STAGES, "time", lambda job: {"seconds": 1e-6 * job["config"]["BLOCK"], "again": 0.0})
     return load(tmp_path, monkeypatch)
 
 
@@ -112,6 +117,30 @@ def test_wrong_numbers_get_no_time(doubled: Op, tmp_path: Path) -> None:
     assert {row["config"]["wrong"] for row in found if row["status"] == "timed"} == {False}
     refused = [row for row in found if row["config"]["wrong"]]
     assert refused and all(r["status"] == "gate" and r["seconds"] is None and "are off" in r["reason"] for r in refused)
+
+
+def gated(job: Job, least: int) -> Answer:
+    """What the gate says, were all smaller blocks wrong."""
+    return {"reason": "wrong" if job["config"]["wrong"] or job["config"]["BLOCK"] < least else None}
+
+
+@pytest.mark.parametrize("least", [1, 2])
+def test_by_the_cost_model_only_what_a_table_names_is_gated(
+    least: int, doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here what is wrong is predicted to be the fastest."""
+    monkeypatch.setattr(cost, "predict", lambda _, config, sizes, gpu: 1e-6 * config["BLOCK"] - 1e-7 * config["wrong"])
+    monkeypatch.setitem(STAGES, "gate", lambda job: gated(job, least))
+    workers = Inline()
+    looked = searched(doubled, tmp_path, workers, ON_PAPER)
+    told = list(looked.journal.found["tune"].values())
+    assert looked.done == len(looked.candidates) and len(told) == sum(len(c.at) for c in looked.candidates)
+    assert {block for _, block in workers.asked} == set(range(1, least + 1))  # not the others
+    found = table.entry({}, told, doubled.varying)
+    assert found and {r["config"]["BLOCK"] for r in found["ranges"]} == {least}
+    assert not any(r["config"]["wrong"] for r in [*found["ranges"], found["otherwise"]])
+    assert found["candidates"]["timed"] == len(cases(doubled)) and found["candidates"]["predicted"] > 0
+    assert all(row["seconds"] for row in told if row["status"] in table.TIMES)
 
 
 def test_what_the_cost_model_or_the_compiler_rules_out_is_not_run(
@@ -171,13 +200,13 @@ def test_a_journal_of_a_changed_kernel_is_said_to_be_stale_and_not_used(
     doubled: Op, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    file = searched(doubled, out, Inline()).journal.file
+    file = searched(doubled, out, Inline(), ON_PAPER).journal.file
     content = file.read_bytes()
     source = doubled.impls["blocks"].file
     source.write_text(source.read_text() + "\n")
     options = ["doubled", "--timer", "cost-model", "--worse-than", "1e9", "--report", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["tune", *options])
-    assert tune.main() == 0
+    assert tune.main() == 1
     said = capsys.readouterr().out
     assert f"stale: {file.name} was made with another kernel; it is left as it is and not used" in said
     assert "nothing was timed" in said and file.read_bytes() == content and len(list(out.iterdir())) == 2
@@ -204,7 +233,7 @@ def run(checkout: Path, out: str, victim: str, *options: str) -> tuple[bytes, li
         "bench.tune",
         "doubled",
         "--timer",
-        "cost-model",
+        "cpu",
         "--worse-than",
         "1e9",
         "--workers",
@@ -213,56 +242,70 @@ def run(checkout: Path, out: str, victim: str, *options: str) -> tuple[bytes, li
     done = subprocess.run([*command, "--out", out, *options], cwd=checkout, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not (checkout / "victim").exists(), "nobody was killed"
-    assert "The timer is the COST MODEL" in done.stdout
     (journal,) = (checkout / out).glob("*.jsonl")
     return next((checkout / out).glob("*.json")).read_bytes(), list(rows.read(journal, kind="tune"))
 
 
-def hanging(checkout: Path, out: Path, *options: str) -> subprocess.Popen:
-    """A search in which candidates of BLOCK 16 never end, once it hangs."""
+class TimesHere(Processes):
+    """Processes, but what is timed is timed in this one: one start less."""
+
+    def run(self, stage: str, jobs: Sequence[Job], deadline: float = inf) -> Iterator[tuple[int, Answer]]:
+        return enumerate(map(answer, jobs)) if stage == "time" else super().run(stage, jobs, deadline)
+
+
+@contextmanager
+def hanging(checkout: Path, out: Path, *options: str) -> Iterator[int]:
+    """A search in a process of its own, which has come to a candidate that never ends; all it started is gone after."""
     (out / "hangs").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "bench.tune", "doubled", "--timer", "cost-model", "--worse-than", "1e9"]
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"HANGING": str(out / "hangs")}
-    process = subprocess.Popen(
-        [*command, "--workers", "1", "--out", str(out), *options], cwd=checkout, env=env, stdout=subprocess.PIPE
-    )
+    searching = os.fork()
+    if not searching:
+        os.environ["HANGING"] = str(out / "hangs")
+        sys.stdout = (out / "said").open("w")
+        common = ["doubled", "--timer", "cpu", "--worse-than", "1e9", "--workers", "1", "--out", str(out)]
+        sys.argv = ["bench.tune", *common, *options]
+        workers.ROOT, tune.Processes = checkout, TimesHere
+        os._exit(tune.main())
     while not (out / "hangs").exists():
         time.sleep(0.05)
-        assert process.poll() is None
-    return process
+        assert os.waitpid(searching, os.WNOHANG) == (0, 0)
+    started = list(children(searching))
+    assert started and all(map(alive, started))
+    yield searching
+    assert all(map(gone, started)) and not list(out.glob("*.new"))
 
 
-def test_a_search_that_is_ended_leaves_its_table_and_no_process(checkout: Path, tmp_path: Path) -> None:
+def ended(process: int) -> int:
+    """The exit code of a process, within 30 seconds."""
+    assert gone(process, 30)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def test_a_search_that_is_ended_leaves_its_table_and_no_process(doubled: Op, checkout: Path, tmp_path: Path) -> None:
     """By SIGTERM, by its deadline, by SIGKILL, each time in the middle of a candidate that never ends."""
-
-    def ends(process: subprocess.Popen, code: int) -> str:
-        assert process.wait(30) == code and all(map(gone, started))
-        assert process.stdout and not list(tmp_path.glob("*.new"))
-        return process.stdout.read().decode()
+    out = tmp_path / "out"
+    out.mkdir()
 
     def entry() -> dict:
-        (file,) = tmp_path.glob("*.json")
+        (file,) = out.glob("*.json")
         (found,) = tuned.read(file)["entries"]
         file.unlink()
         return found
 
-    process = hanging(checkout, tmp_path)
-    started = list(children(process.pid))
-    assert started and all(map(alive, started))
-    process.send_signal(signal.SIGTERM)
-    assert "stopped with" in ends(process, 130)
+    with hanging(checkout, out) as process:
+        os.kill(process, signal.SIGTERM)
+        assert ended(process) == 130
+    assert "stopped with" in (out / "said").read_text()
     first = entry()
     assert first["ranges"] and first["candidates"]["timed"]
 
-    process = hanging(checkout, tmp_path, "--minutes", "0.3")
-    started = list(children(process.pid))
-    assert "out of time with" in ends(process, 0)
+    with hanging(checkout, out, "--minutes", "0.3") as process:
+        assert ended(process) == 0
+    assert "out of time with" in (out / "said").read_text()
     assert entry()["ranges"] == first["ranges"]
 
-    process = hanging(checkout, tmp_path)
-    started = list(children(process.pid))
-    process.kill()
-    ends(process, -signal.SIGKILL)
+    with hanging(checkout, out) as process:
+        os.kill(process, signal.SIGKILL)
+        assert ended(process) == -signal.SIGKILL
 
 
 def test_no_memory_for_the_time_of_a_candidate_is_its_row(
@@ -271,8 +314,9 @@ def test_no_memory_for_the_time_of_a_candidate_is_its_row(
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("bench.tuner.jobs.measure", full)
-    looked = search.Search(doubled.impls["blocks"], cases(doubled)[:1], replace(PLAN, timer="cpu"), tmp_path, 2)
+    monkeypatch.setattr(jobs, "measure", full)
+    monkeypatch.setitem(STAGES, "time", jobs.time_job)
+    looked = search.Search(doubled.impls["blocks"], cases(doubled)[:1], PLAN, tmp_path, 2)
     looked.run(Inline(), inf, lambda: None)
     told = list(looked.journal.found["tune"].values())
     assert [row["status"] for row in told if not row["config"]["wrong"]] == ["time"]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-from bench.compiled import holds_kernels
 from bench.faithful import arguments
 from bench.guarded import bits, tensors
 from vila_triton.formats import tiles
+from vila_triton.interpreter import holds_kernels
 from vila_triton.ops import Int4, Pages, empty_pages
 from vila_triton.registry import OPS, Impl, Unsupported, discover
 

@@ -30,7 +30,7 @@ MAY_IMPORT = {  # beside the standard library, `files`, `forms`; a line holds fo
     "vila_triton.pages": "prefix",
     "vila_triton.choices": "torch ranges registry",
     "vila_triton.kernels": "torch triton einops ops formats lock registry space kernels interpreter",
-    "vila_triton.interpreter": "triton",  # nobody else imports triton
+    "vila_triton.interpreter": "triton registry",  # nobody else imports triton
     "vila_triton.ops": "torch einops ops registry formats",
     **{f"vila_triton.models.{x}": "models.fields models.vision_config" for x in ("fields", "vision_config", "config")},
     "vila_triton.models": "torch einops ops formats models",
@@ -72,7 +72,8 @@ MAY_IMPORT = {  # beside the standard library, `files`, `forms`; a line holds fo
     "vila_triton.operation": "ranges space gradient library tuned",  # the last three inside functions
     "vila_triton.gradient": "torch",
     "vila_triton.arguments": "torch choices registry",
-    "vila_triton.__main__": "commands",
+    "vila_triton.__main__": "commands console",
+    "vila_triton.console": "",
     "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine generation_config "
     "images lock markers memory models pictures processor prompts ranges registry saved session templates tiny "
     "tokenizer tuned",

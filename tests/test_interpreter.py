@@ -1,5 +1,6 @@
 """Triton's interpreter under every numpy, whichever of its methods the installed Triton brings."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from triton.runtime import interpreter
 
 from bench.faithful import DEVICE
+from vila_triton.commands.talk import kernels_line
 from vila_triton.interpreter import take_scalars_as_indices
 from vila_triton.ops import rms_norm
 from vila_triton.registry import discover, use
@@ -32,3 +34,15 @@ def test_a_loop_up_to_an_argument_runs_where_triton_takes_no_array_as_an_index(m
             rms_norm(x, weight, 1e-5)
         take_scalars_as_indices()
         torch.testing.assert_close(rms_norm(x, weight, 1e-5), rms_norm.reference(x, weight, 1e-5))
+
+
+def test_only_what_is_interpreted_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    discover()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels_line(Counter({("linear", "reference"): 3})) == "kernels: reference"
+    aten = Counter({("linear", "aten"): 3, ("rope", "reference"): 1})
+    assert kernels_line(aten) == "kernels: linear=aten; else reference"
+    ran = Counter({("linear", "aten"): 3, ("rope", "triton"): 1})
+    assert kernels_line(ran) == "kernels: linear=aten, rope=triton (interpreted); else reference"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "interpreted" not in kernels_line(ran)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.compiled import holds_kernels
 from bench.faithful import DEVICE, INTERPRETED, budget, within_budget
 from vila_triton import engine, ops
 from vila_triton.cache import PagedCache
 from vila_triton.formats import TILE_N, tiles
+from vila_triton.interpreter import holds_kernels
 from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.layers import Affine

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from triton.runtime.jit import KernelInterface
 
-from bench.compiled import holds_kernels
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS, discover
 
 ROOT = Path(__file__).resolve().parent.parent

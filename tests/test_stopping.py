@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import spm
@@ -35,11 +36,12 @@ def test_stop_strings_end_an_answer_with_any_tokenizer(loop: str, tmp_path: Path
 
 def test_stop_strings_end_where_transformers_criterion_would() -> None:
     tokenizer, rng = of_bytes(HEADERS), random.Random(3)
+    unused: Any = torch.zeros(1)
     for texts in ("ta", ["it", " is"], ["?"]):
         ours, theirs = StopStrings(tokenizer, texts), StopStringCriteria(tokenizer, texts)
         for _ in range(60):
-            row = torch.tensor([[rng.randrange(5, len(tokenizer)) for _ in range(rng.randint(2, 9))]])
-            assert ours(row).tolist() == theirs(row, torch.zeros(1)).tolist(), tokenizer.decode(row[0])
+            row: Any = torch.tensor([[rng.randrange(5, len(tokenizer)) for _ in range(rng.randint(2, 9))]])
+            assert ours(row).tolist() == theirs(row, unused).tolist(), tokenizer.decode(row[0])
     with pytest.raises(ValueError, match="expected a text or several, none of them empty"):
         StopStrings(tokenizer, [""])
     with pytest.raises(ValueError, match="stop_strings need tokenizer="):

@@ -50,7 +50,8 @@ def test_otherwise_is_the_least_worst_of_those_with_most_times() -> None:
         table.Point({"m": 1}, {a: 1.0, b: 1.5, c: 1.0}),
         table.Point({"m": 2}, {a: 9.0, b: 4.0}),
     ]
-    assert table.otherwise(at) == {"config": {"c": "b"}, "worst_regret": 1.5, "sizes_without_time": 0}
+    assert table.otherwise(at, {a, b, c}) == {"config": {"c": "b"}, "worst_regret": 1.5, "sizes_without_time": 0}
+    assert table.otherwise(at, {a, c}) == {"config": {"c": "a"}, "worst_regret": 2.25, "sizes_without_time": 0}
 
 
 @pytest.fixture

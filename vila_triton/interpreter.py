@@ -5,15 +5,25 @@ the grid stands in one object. So one runs at a time.
 
 A loop `for start in range(0, E, BLOCK)` asks for E as an index, which the interpreter holds as an array of one element.
 Triton 3.6 gives int(array), which numpy takes only of arrays without dimensions since 2.4; Triton 3.7 squeezes it
-first. No bound in pyproject.toml can say "this numpy with that Triton", so the one method is put right here.
+first. No bound in pyproject.toml can say "this numpy with that Triton", so the one method is put right here; and what
+is interpreted at all: the implementations that hold Triton kernels.
 """
 
+import sys
 import threading
 from functools import wraps
 from typing import Any
 
 import triton
 from triton.runtime import interpreter
+from triton.runtime.jit import KernelInterface
+
+from .registry import Impl
+
+
+def holds_kernels(impl: Impl) -> bool:
+    """Whether the file of the implementation defines or imports a Triton kernel."""
+    return any(isinstance(value, KernelInterface) for value in vars(sys.modules[impl.fn.__module__]).values())
 
 
 def take_scalars_as_indices() -> None:

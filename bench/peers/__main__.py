@@ -5,11 +5,13 @@ python -m bench.peers gemlite sglang           # only these
 """
 
 import argparse
+import sys
 from importlib import metadata
 
 from vila_triton.registry import OPS, Impl
 
 from ..gate import gate
+from ..tool import tool
 from . import discover, names
 
 
@@ -27,6 +29,7 @@ def implementations(peer: str) -> list[Impl]:
     return [impl for op in OPS.values() for impl in op.impls.values() if impl.fn.__module__ == f"{__package__}.{peer}"]
 
 
+@tool
 def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -48,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

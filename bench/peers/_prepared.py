@@ -6,17 +6,20 @@ from weakref import ref
 
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..guarded import tensors
+
 _made: Any = WeakIdKeyDictionary()
 
 
 def prepared(convert: Callable[..., Any], first: Any, *rest: Any, **options: Hashable) -> Any:
-    """convert(first, *rest, **options), remembered for these very objects and forgotten with the first of them.
+    """convert(first, *rest, **options), remembered for these very objects (weights, tensors) until torch writes into
+    one of them, and forgotten with the first of them.
 
-    The objects (weights, tensors) must keep their values, as arguments of a timed call do; what comes out may not
-    refer to `first`, or neither would ever be freed.
+    What comes out may not refer to `first`, or neither would ever be freed.
     """
     known = _made.setdefault(first, {})
     key = convert, *sorted(options.items())
-    if key not in known or any(old() is not new for old, new in zip(known[key][0], rest)):
-        known[key] = tuple(map(ref, rest)), convert(first, *rest, **options)
-    return known[key][1]
+    writes = [x._version for x in tensors((first, *rest)) if not x.is_inference()]
+    if key not in known or known[key][1] != writes or any(old() is not new for old, new in zip(known[key][0], rest)):
+        known[key] = tuple(map(ref, rest)), writes, convert(first, *rest, **options)
+    return known[key][2]

@@ -52,7 +52,9 @@ def model(rows: Mapping[str, Sequence[Row]]) -> Iterator[Picture]:
         plots = list(parts(found))
         fig, axes = panels(f"{name}, {layers} layers of its language model", [title for title, *_ in plots], width=4)
         weights = sorted({row["weights"] for row in found})
-        choices = sorted({row["choice"] for row in found}, key=lambda choice: (choice.startswith("hf"), choice))
+        choices = sorted(
+            {row["choice"] for row in found}, key=lambda choice: (choice.startswith("hf"), choice != "default", choice)
+        )
         colours = {c: GREY if c.startswith("hf") else COLOURS[i % len(COLOURS)] for i, c in enumerate(choices)}
         for ax, (_, shown, x, y, unit) in zip(axes, plots):
             for choice in choices:

@@ -1,5 +1,6 @@
 """Pictures of timed ops: the roofline, the time against a size, and how many times faster than others."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from bench.figure import COLOURS, GREY, MARKERS, figure, legend, panels, sizes_axis, unit_axis
@@ -14,6 +16,7 @@ from vila_triton.registry import REFERENCE
 
 from .picture import Picture, Row, spelled
 
+NAMES = 55  # degrees at which names stand in a roofline
 USUALLY_SWEPT = ("m", "rows", "s", "t", "b")
 
 
@@ -42,10 +45,6 @@ def roofline(rows: Mapping[str, Sequence[Row]]) -> Iterator[Picture]:
     ax.set_yscale("log")
     for most in ceilings:
         roofs(ax, most, {row["sizes"].get("dtype", "float32") for row in points})
-    for op in ops:
-        ours = [row for row in points if row["op"] == op and not row["peer"]]
-        if ours:
-            name_best(ax, ours, ceilings)
     low, high = ax.get_ylim()
     ax.set_ylim(low, high * (high / low) ** 0.27)  # room for the names
     unit_axis(ax.xaxis, None)
@@ -59,6 +58,8 @@ def roofline(rows: Mapping[str, Sequence[Row]]) -> Iterator[Picture]:
     if not all(row["cold"] for row in points):
         ax.plot([], [], "o", color="#999999", markerfacecolor="none", label="hollow: out of the cache")
     legend(fig, [ax])
+    ours = [[row for row in points if row["op"] == op and not row["peer"]] for op in ops]
+    name_best(fig, ax, [of_op for of_op in ours if of_op], ceilings)
     yield Picture("roofline", fig, [*points, *ceilings])
 
 
@@ -80,16 +81,26 @@ def roofs(ax: Axes, most: Row, dtypes: set[str]) -> None:
     ax.set_xlim(left, right)
 
 
-def name_best(ax: Axes, ours: Sequence[Row], ceilings: Sequence[Row]) -> None:
-    """Name the point of the highest rate above the roof, where there are no points."""
-    best = max(ours, key=lambda row: place(row)[1])
-    x, y = place(best)
-    top = y
-    for most in ceilings:
-        top = max(y, min(most["bandwidth"] * x, most["flops"].get(best["sizes"].get("dtype", "float32"), y)))
-    ax.plot([x, x], [y, 1.25 * top], color=GREY, linewidth=0.6)
-    name = f"{best['op']} {best['impl']} {spelled(best['sizes'], varying(ours)[:1])}"
-    ax.annotate(name, (x, 1.25 * top), (0, 3), textcoords="offset points", fontsize=7, color=GREY, rotation=55)
+def name_best(fig: Figure, ax: Axes, ours: Sequence[Sequence[Row]], ceilings: Sequence[Row]) -> None:
+    """Name each op's point of the highest rate above the roof, where there are no points; names that would lie over
+    those before them move to the right.
+    """
+    fig.draw_without_rendering()
+    slope, step = math.radians(NAMES), 9 * fig.dpi / 72
+    taken = -math.inf  # how far right the last name lies, across the direction of the names
+    best = [max(of_op, key=lambda row: place(row)[1]) for of_op in ours]
+    for row, of_op in sorted(zip(best, ours), key=lambda pair: place(pair[0])[0]):
+        x, y = place(row)
+        roofs = (min(m["bandwidth"] * x, m["flops"].get(row["sizes"].get("dtype", "float32"), y)) for m in ceilings)
+        top = 1.25 * max(y, *roofs)
+        right, up = ax.transData.transform((x, top))
+        across = right * math.sin(slope) - up * math.cos(slope)
+        shift = max(0.0, taken + step - across) / math.sin(slope)
+        taken = across + shift * math.sin(slope)
+        ax.plot([x, x], [y, top], color=GREY, linewidth=0.6)
+        name = f"{row['op']} {row['impl']} {spelled(row['sizes'], varying(of_op)[:1])}"
+        at = 72 * shift / fig.dpi, 3
+        ax.annotate(name, (x, top), at, textcoords="offset points", fontsize=7, color=GREY, rotation=NAMES)
 
 
 def varying(rows: Sequence[Row]) -> list[str]:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from bench.figure import panels
+from bench.tuner.table import TIMES
 
 from .picture import Picture, Row, spelled
 
@@ -29,7 +30,7 @@ def tuning(rows: Mapping[str, Sequence[Row]]) -> Iterator[Picture]:
 
 
 def landscape(op: str, impl: str, sizes: Mapping[str, Any], rows: Sequence[Row]) -> Any:
-    timed = [row for row in rows if row["status"] == "timed"]
+    timed = [row for row in rows if row["status"] in TIMES]
     settings = {name for row in rows for name in row["config"]}
     varied = [name for name in sorted(settings) if len({str(row["config"].get(name)) for row in rows}) > 1]
     shown = sorted(varied, key=lambda name: -effect(timed, name))[:AXES] or sorted(settings)[:1]
@@ -39,7 +40,8 @@ def landscape(op: str, impl: str, sizes: Mapping[str, Any], rows: Sequence[Row])
     title = f"{op} {impl}: {spelled(sizes, sizes)}\ntimes of the best, {best * 1e6:.4g} µs ({timer or 'none timed'})"
     if left := [name for name in varied if name not in shown]:
         title += f"; of less effect, not drawn: {', '.join(left)}"
-    fig, axes = panels(title, ["" for _ in pairs], width=3.4, height=2.7)
+    most = max(len(ordered(rows, name)) for name in shown)
+    fig, axes = panels(title, ["" for _ in pairs], width=max(3.4, 0.45 * most), height=max(2.7, 0.25 * most))
     for ax, (x, y) in zip(axes, pairs):
         cells(ax, rows, x, y, best)
     return fig
@@ -62,7 +64,7 @@ def cells(ax: Axes, rows: Sequence[Row], x: str, y: str | None, best: float) -> 
         here = [
             row for row in rows if row["config"].get(x) == columns[j] and (not y or row["config"].get(y) == lines[i])
         ]
-        times = [row["seconds"] for row in here if row["status"] == "timed"]
+        times = [row["seconds"] for row in here if row["status"] in TIMES]
         if times:
             table[i, j] = min(times) / best
             dark = table[i, j] > 1 + 0.6 * (SLOWEST - 1)

@@ -96,7 +96,8 @@ def here() -> torch.device:
 
 def gate_job(job: Job) -> Answer:
     reason = gate(impl_of(job), job["config"], Case(job["op"], "tune", job["sizes"]))
-    release(here())  # a context the kernel broke ends this process, not the candidates after it
+    if reason:
+        release(here())  # a context the kernel broke ends this process, not the candidates after it
     return {"reason": reason}
 
 

@@ -5,8 +5,9 @@ kernel, space, cost model, gate, Triton or device has a journal of its own. Then
 
     compiled   config, sizes as the compiler tells them apart, registers, spills, shared, reason (null: may be launched)
     gated      config, sizes as above, reason (null: may be timed)
-    tune       config, sizes, status, reason, seconds, predicted, timer: one a candidate; the status is "timed", or the
-               stage that was not passed: cost, compile, gate, time
+    tune       config, sizes, status, reason, seconds, predicted, timer: one a candidate; the status is "timed", or
+               "predicted" for one that the cost model does not call the best and that no gate has seen, or the stage
+               that was not passed: cost, compile, gate, time
 
 A last line that was cut off is dropped: what it said is found again.
 """

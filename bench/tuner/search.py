@@ -1,5 +1,8 @@
 """One search: the candidates of an implementation, most promising first, through cost model, compiler, gate and timer.
 
+Where the cost model is the timer, nothing is timed, and only those that a table may name pass the gate: that is then
+nearly all of the work, interpreted, and what is predicted of the others does not depend on it.
+
 They go in rounds, so that a run that is stopped early has times for the best of them. A candidate is a config and the
 sizes for which the compiler makes one kernel of it: it is compiled and gated once, and timed at each of them.
 """
@@ -12,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from vila_triton import tuned
+from vila_triton.interpreter import holds_kernels
 from vila_triton.registry import OPS, Impl
 from vila_triton.space import Config, canonical, digest
 
 from .. import faithful, gate, guarded
 from ..cases import Case
-from ..compiled import holds_kernels
 from . import cost
 from .jobs import as_compiled
 from .journal import Journal
@@ -139,18 +142,40 @@ class Search:
         """
         if holds_kernels(self.impl):
             batch = yield from self.filtered("compile", "compiled", batch, workers, deadline)
-        batch = yield from self.filtered("gate", "gated", batch, workers, deadline)
         if self.plan.timer == COST_MODEL:
-            for c in batch:
-                for sizes, predicted in c.at:
-                    self.tell(c.config, sizes, predicted, "timed", seconds=predicted)
+            yield from self.winners(batch, workers, deadline)
             return
+        batch = yield from self.filtered("gate", "gated", batch, workers, deadline)
         calls = [(c.config, *at) for c in batch for at in c.at if not self.journal.get("tune", c.config, at[0])]
         calls.sort(key=lambda call: canonical(call[1]))  # arguments are made once for all configs at the same sizes
         jobs = [self.job("time", config, sizes) for config, sizes, _ in calls]
         for i, answer in workers.run("time", jobs, deadline):
             self.tell(*calls[i], "timed" if "seconds" in answer else "time", **answer)
             yield
+
+    def winners(self, batch: Sequence[Candidate], workers: Workers, deadline: float) -> Iterator[None]:
+        """Gate those that are predicted to be the best so far at some of their sizes, until the best of all sizes have
+        passed; of the others, which no table will name, the prediction alone is kept.
+        """
+        left = list(batch)
+        while first := self.best(left):
+            for c in (yield from self.filtered("gate", "gated", first, workers, deadline)):
+                for sizes, seconds in c.at:
+                    self.tell(c.config, sizes, seconds, "timed", seconds=seconds)
+            left = [c for c in left if c not in first]
+        for c in left:
+            for sizes, seconds in c.at:
+                self.tell(c.config, sizes, seconds, "predicted", seconds=seconds)
+
+    def best(self, left: Sequence[Candidate]) -> list[Candidate]:
+        """Those that are predicted to be faster, at some sizes, than all others and than what has passed the gate."""
+        gated = [row for row in self.journal.found["tune"].values() if row["status"] == "timed"]
+        times = [(row["seconds"], canonical(row["config"]), row["sizes"]) for row in gated]
+        times += [(seconds, canonical(dict(c.config)), sizes) for c in left for sizes, seconds in c.at]
+        fastest: dict[str, str] = {}
+        for _, config, sizes in sorted(times, key=lambda time: time[:2], reverse=True):
+            fastest[canonical(sizes)] = config
+        return [c for c in left if any(fastest[canonical(s)] == canonical(dict(c.config)) for s, _ in c.at)]
 
     def filtered(
         self, stage: str, kind: str, batch: Sequence[Candidate], workers: Workers, deadline: float

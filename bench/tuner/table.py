@@ -6,7 +6,7 @@ varying sizes the ranges of the second lie within one of the first, and so on: e
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import inf, isqrt
 from pathlib import Path
@@ -40,11 +40,14 @@ class Point:
         return self.seconds.get(config, inf) / self.seconds[self.best]
 
 
+TIMES = ("timed", "predicted")  # the second: by the cost model, and nobody looked whether it is right
+
+
 def points(rows: Iterable[Row]) -> list[Point]:
-    """What was timed, by sizes."""
+    """What has a time, by sizes."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row["status"] == "timed":
+        if row["status"] in TIMES:
             found.setdefault(canonical(row["sizes"]), {})[canonical(row["config"])] = row["seconds"]
     return [Point(json.loads(sizes), found[sizes]) for sizes in sorted(found)]
 
@@ -77,15 +80,21 @@ def ranges(at: Sequence[Point], varying: Sequence[str]) -> list[dict[str, Any]]:
     return found
 
 
-def otherwise(at: Sequence[Point]) -> dict[str, Any]:
-    """The config that is timed at most sizes, and of those has the least worst regret."""
-    missing, worst, config = least(at)
+def otherwise(at: Sequence[Point], right: Set[str]) -> dict[str, Any]:
+    """Of the configs that passed the gate that with times at most sizes, and of those with the least worst regret."""
+    missing, worst, config = least(at, right)
     return {"config": json.loads(config), "worst_regret": worst, "sizes_without_time": missing}
 
 
-def least(at: Sequence[Point]) -> tuple[int, float, str]:
+def gated(rows: Iterable[Row]) -> set[str]:
+    """The configs that passed the gate, by their canonical text."""
+    return {canonical(row["config"]) for row in rows if row["status"] == "timed"}
+
+
+def least(at: Sequence[Point], among: Set[str] | None = None) -> tuple[int, float, str]:
     """(sizes without a time, worst regret, config) of the config for which they are least."""
-    missing = {c: sum(c not in p.seconds for p in at) for point in at for c in point.seconds}
+    every = {c for point in at for c in point.seconds if among is None or c in among}
+    missing = {c: sum(c not in p.seconds for p in at) for c in every}
     worst = {c: max(p.regret(c) for p in at if c in p.seconds) for c in missing}
     return min((missing[c], worst[c], c) for c in missing)
 
@@ -143,9 +152,9 @@ def entry(search: Row, rows: Sequence[Row], varying: Sequence[str]) -> dict[str,
     return {
         **{key: value for key, value in search.items() if key not in ("kind", "device")},
         **{key: last[key] for key in ("date", "commit", "torch")},
-        "candidates": {status: statuses.count(status) for status in ("cost", "compile", "gate", "timed")},
+        "candidates": {status: statuses.count(status) for status in ("cost", "compile", "gate", *TIMES)},
         "ranges": ranges(at, varying),
-        "otherwise": otherwise(at),
+        "otherwise": otherwise(at, gated(rows)),
     }
 
 
@@ -179,7 +188,7 @@ def report(rows: Sequence[Row], default: Config, varying: Sequence[str]) -> Iter
     configs[0], what the table without this size would say (so, how far to trust it in between), and `otherwise`.
     """
     at, first = points(rows), canonical(dict(default))
-    rest = canonical(otherwise(at)["config"])
+    rest = canonical(otherwise(at, gated(rows))["config"])
     names = [name for name in at[0].sizes if name in varying or len({p.sizes[name] for p in at}) > 1]
     width = 2 + max(len(" ".join(f"{n}={p.sizes[n]}" for n in names)) for p in at)
     yield f"{'':{width}}{'configs[0]':>12}{'tuned':>12}   regret: configs[0]  neighbour  otherwise   tuned config"

@@ -132,8 +132,12 @@ def by_file(conversation: "Conversation", sampling: dict[str, Any]) -> str:
 
 
 def kernels_line(calls: Counter[tuple[str, str]]) -> str:
-    """Which implementations ran, the reference ones in one word."""
+    """Which implementations ran, the reference ones in one word; whether there were Triton kernels, and interpreted."""
+    from vila_triton.interpreter import holds_kernels
+    from vila_triton.registry import OPS
+
     ran = sorted(f"{op}={impl}" for op, impl in calls if impl != "reference")
-    interpreted = " (interpreted)" if os.environ.get("TRITON_INTERPRET") == "1" and ran else ""
+    triton = any(holds_kernels(OPS[op].impls[impl]) for op, impl in calls)
+    interpreted = " (interpreted)" if os.environ.get("TRITON_INTERPRET") == "1" and triton else ""
     rest = "reference" if not ran else f"{', '.join(ran)}{interpreted}; else reference"
     return f"kernels: {rest}"

@@ -1,0 +1,45 @@
+"""How much of a config's tiling the sizes of some calls have met, as `check` prints it.
+
+A block's name says what it cuts: BLOCK_M rows, BLOCK_N columns or keys, BLOCK_K the sum of a product, BLOCK_H and
+BLOCK_G heads, BLOCK a row. Lengths are those drawn: a sequence may be shorter than `t`, and a kernel may take a smaller
+block than its config says.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+Axis = tuple[str, int]  # the name of what a block cuts, and its length
+
+
+def axis(block: str, sizes: Mapping[str, Any]) -> Axis | None:
+    """What a block of that name cuts at these sizes; None if that is not known."""
+    rows, groups = sizes.get("s", 1) * sizes.get("ratio", 1), sizes.get("g", 0) * sizes.get("ratio", 1)
+    depth = sizes.get("G", 0) * sizes.get("group", 0)
+    named = {
+        "BLOCK_M": [("m", sizes.get("m")), ("rows of queries", rows)],
+        "BLOCK_N": [("n", sizes.get("n")), ("keys, at most", sizes.get("t")), ("keys", sizes.get("s"))],
+        "BLOCK_K": [("k", sizes.get("k")), ("k", depth)],
+        "BLOCK_H": [("heads", sizes.get("h")), ("heads", groups)],
+        "BLOCK_G": [("heads", sizes.get("g"))],
+        "BLOCK": [("e", sizes.get("e")), ("f", sizes.get("f"))],
+    }
+    return next(((name, length) for name, length in named.get(block, []) if length is not None), None)
+
+
+def coverage(config: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each block of a config: how many tiles of it the calls had, and what none of them met."""
+    for block in (name for name in config if name.startswith("BLOCK")):
+        met = [found for sizes in calls if (found := axis(block, sizes))]
+        if not met:
+            yield f"{block}: what it cuts is not known here"
+            continue
+        size, lengths = config[block], [length for _, length in met]
+        tiles = [-(-length // size) for length in lengths]
+        span = f"{min(tiles)}" if min(tiles) == max(tiles) else f"{min(tiles)}–{max(tiles)}"
+        said = f"{met[0][0]}: {span} tile{'s' * (max(tiles) > 1)} of {size}"
+        if max(tiles) < 2:
+            yield f"{said}, NEVER MORE THAN ONE"
+        elif any(length > size and length % size for length in lengths):
+            yield f"{said}, last tile partial"
+        else:
+            yield f"{said}, the last never partial"
