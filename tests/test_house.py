@@ -59,7 +59,8 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.tiny.evaluate": "torch PIL arguments chat models registry tiny",
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
     "vila_triton.arguments": "torch choices registry",
-    "vila_triton.__main__": "commands",
+    "vila_triton.__main__": "commands console",
+    "vila_triton.console": "",
     "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine images models "
     "pictures processor prompts ranges registry saved session templates tiny tuned",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",

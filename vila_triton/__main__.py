@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 from . import commands
+from .console import exit_code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,19 +17,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main() -> int:
+def run() -> int | None:
     args = parser().parse_args()
-    try:
-        return args.run(args) or 0
-    except OSError as error:  # its first argument is a number
-        print(f"vila-triton: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, KeyError, RuntimeError) as error:
-        print(f"vila-triton: {error.args[0] if error.args else error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        print(f"\nvila-triton: {error.args[0] if error.args else 'interrupted'}", file=sys.stderr)
-        return 130
+    return args.run(args)
+
+
+def main() -> int:
+    return exit_code("vila-triton", run)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+"""How a command ends: an error in one line, an exit code as shells know it, and no traceback for what is no bug."""
+
+import os
+import select
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TextIO
+
+FAILED, INTERRUPTED, UNREAD = 1, 130, 141  # the last two: 128 and the number of the signal
+EXPECTED = (OSError, ValueError, KeyError, RuntimeError, MemoryError)  # what our errors are
+
+
+def exit_code(name: str, run: Callable[[], int | None]) -> int:
+    """Run a command of this name, its parsing of arguments included -> what to hand to `sys.exit`.
+
+    An expected error is said in one line on standard error. Ctrl-C and a reader that has gone (`| head`) end it too.
+    """
+    try:
+        try:
+            return run() or 0
+        finally:
+            if sys.stdout:  # None where the shell closed it
+                sys.stdout.flush()  # not first at Python's exit, where nobody could catch what it raises
+    except KeyboardInterrupt as error:
+        code, ended = INTERRUPTED, error
+    except EXPECTED as error:
+        code, ended = FAILED, error
+    if isinstance(ended, BrokenPipeError) and (unread(sys.stdout) or unread(sys.stderr)):
+        code = UNREAD
+    else:
+        with suppress(OSError):
+            print(f"{name}: {reason_of(ended)}", file=sys.stderr, flush=True)
+    for stream in (sys.stdout, sys.stderr):
+        discard(stream)
+    return code
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says of itself, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    if error.args:
+        return str(error.args[0])
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+
+
+def unread(stream: TextIO | None) -> bool:
+    """Whether a stream is a pipe whose reader has gone."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # pyright: ignore[reportOptionalMemberAccess]
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # closed, or no file
+        return False
+
+
+def discard(stream: TextIO | None) -> None:
+    """Let go of what a stream could not write: Python would try once more at its exit, and complain."""
+    try:
+        if stream:
+            stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # pyright: ignore[reportOptionalMemberAccess]
