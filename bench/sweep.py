@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_triton.choices import configs
+from vila_triton.locks import locked
 from vila_triton.registry import OPS
 
 from .anatomy import Dissection, dissect
@@ -115,12 +116,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    new = not file.exists()
-    with file.open("a", newline="") as out:
+    with file.open("a", newline="") as out, locked(out):
         to = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-        if new:
+        if not out.seek(0, os.SEEK_END):
             to.writeheader()
         to.writerows(rows)
+        out.flush()
 
 
 def main() -> int:

@@ -45,7 +45,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.write": "torch layouts models quantized shards sources tensors",
     "vila_triton.plan": "models sources write",
     "vila_triton.awq": "torch safetensors einops PIL awq cache checkpoint engine formats images layouts models ops "
-    "prompts quantized shards sources templates tensors tiny write",
+    "locks prompts quantized shards sources templates tensors tiny write",
     "vila_triton.commands": "torch PIL transformers safetensors einops vila_triton",
     "vila_triton.released": "torch tokenizers transformers checkpoint choices layouts models quantized shards sources",
     "vila_triton.formats": "torch einops",
@@ -61,6 +61,7 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.arguments": "torch choices registry",
     "vila_triton.__main__": "commands console",
     "vila_triton.console": "",
+    "vila_triton.locks": "",
     "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine images models "
     "pictures processor prompts ranges registry saved session templates tiny tuned",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",

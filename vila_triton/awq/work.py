@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonpath
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vila_triton.checkpoint import TOWER_PREFIX
 from vila_triton.layouts import OURS
+from vila_triton.locks import claim
 from vila_triton.models.params import Lazy, Spec, leaves, tree_map
 from vila_triton.shards import part as temporary
 from vila_triton.shards import write_json
@@ -65,8 +66,10 @@ class Steps:
     one: Callable[[int, Any, State], Step]
 
 
-def begin(work: Path, *what: Any) -> None:
-    """The folder of this work. Errors: ValueError if other work was begun there."""
+def begin(work: Path, *what: Any) -> IO:
+    """The folder of this work, and this process's lock on it. Errors: ValueError if other work was begun there, or
+    another process is at it.
+    """
     text = hashlib.sha256()
     for x in what:
         text.update(repr((x.shape, x.dtype) if isinstance(x, Tensor) else x).encode())
@@ -74,9 +77,12 @@ def begin(work: Path, *what: Any) -> None:
             text.update(x.contiguous().view(torch.uint8).numpy().tobytes())
     key = {"key": text.hexdigest()}
     work.mkdir(parents=True, exist_ok=True)
+    lock = claim(work)
     if (work / "work.json").exists() and read_json(work / "work.json") != key:
+        lock.close()
         raise ValueError(f"{work} holds the beginnings of other work; remove it, or write elsewhere")
     write_json(work / "work.json", key)
+    return lock
 
 
 def carry_out(steps: Steps, source: Source, work: Path, device: torch.device, say: Callable[[int], None]) -> Source:

@@ -43,8 +43,6 @@ def configure(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
-
     from vila_triton.awq import cachefile, report
     from vila_triton.awq import run as awq
     from vila_triton.awq import work as folder
@@ -75,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
     there = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if there and not folder.wrote(work, target, args.format):
         raise ValueError(f"{target} is there already and not empty; give another folder, or remove it")
-    found = cachefile.load(args.awq_cache, cfg.llm, how.group) if args.awq_cache else None
+    kind = folder.dtype_of(source, "llm")
+    found = cachefile.load(args.awq_cache, cfg.llm, how.group, kind) if args.awq_cache else None
     shown, words = calibration(args, source, cfg)
     tokens, seen = sum(map(len, shown.rows)), sum(int((row < 0).sum()) for row in shown.rows)
     about |= {"mode": how.mode, "seed": args.seed, "propagate": how.propagate and how.mode == "ours"}
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         parts = {part: folder.reports(work, part) for part in ("llm", *how.also)}
         report.write(at, about | {"work": folder.key_of(work)}, parts)
         if how.mode == "upstream":
-            awq.save_cache(work, at / "awq_cache.pt", torch.float16)
+            awq.save_cache(work, at / "awq_cache.pt")
 
     if not there:
         write(made, target, args.format, progress=progress(), key=folder.key_of(work), beside=beside)
