@@ -89,6 +89,15 @@ def test_a_linear_that_is_next_to_nothing_counts_if_the_one_behind_it_makes_it_l
     assert (rounded.seen - rounded.truth).norm() <= 0.2 * (rounded.truth - x).norm()
 
 
+@torch.no_grad()
+def test_no_scale_is_chosen_that_the_linear_before_has_no_room_for() -> None:
+    layer = layer_with("gate", "dead rows")
+    layer = replace(layer, up=Affine(layer.up.weight * 5e4, None), mlp_norm=layer.mlp_norm * 1e-3)
+    x, tokens = inputs(torch.float16)
+    new, _, _ = upstream.quantize_layer(layer, x, tokens, CFG, GROUP)
+    assert torch.isfinite(new.up.weight.scales).all()
+
+
 @pytest.mark.parametrize("size", [2.0**-i for i in range(0, 25, 3)])
 def test_the_nearest_level_is_at_most_half_a_step_away_at_any_size(size: float) -> None:
     w = (torch.rand(64, 64, generator=torch.Generator().manual_seed(3)) * 2 - 1).mul(size).half()
