@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_triton.choices import configs
+from vila_triton.limits import COUNT
 from vila_triton.locks import locked
 from vila_triton.registry import OPS
 
@@ -131,7 +132,7 @@ def main() -> int:
     parser.add_argument("--arch", default=",".join(CHECKED), help="default: %(default)s")
     parser.add_argument("--size", nargs="+", default=[], metavar="NAME=VALUE,...", help="only these of the sizes")
     parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=COUNT, default=2)
     parser.add_argument("--csv", type=Path, help="append the lines to this file")
     args = parser.parse_args()
     args.arch = args.arch.split(",")

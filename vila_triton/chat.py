@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from .cache import PagedCache
-from .engine import Sampling, admit, contents, stream
+from .engine import Sampling, admit, check_numbers, contents, stream
 from .images import image_processor, pixels
 from .models.vila import splice
 from .models.vila_llama import VilaLlamaForCausalLM
@@ -24,7 +24,9 @@ from .templates import Template, template
 
 @dataclass
 class Round:
-    """What a round took; times in seconds, `new_tokens` is what was prefilled."""
+    """What a round took; times in seconds, `new_tokens` is what was prefilled; `seed`: what its answer was drawn with,
+    None if it was not drawn: asked with the same it is the same.
+    """
 
     prompt_tokens: int
     new_tokens: int
@@ -32,6 +34,7 @@ class Round:
     answer_tokens: int = 0
     first_token: float = 0.0
     seconds: float = 0.0
+    seed: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -118,6 +121,7 @@ class Conversation:
         """
         if self.answering:
             raise ValueError("the answer to the question before is not read to its end; read it, or close it")
+        check_numbers({"max_new_tokens": max_new_tokens, **sampling})
         start, model = time.perf_counter(), self.talker.model
         ids = torch.tensor(self.talker.prompt(question, len(images), first=not len(self.row)), device=model.device)
         features, names, counts = self.features, self.names, []
@@ -145,6 +149,7 @@ class Conversation:
         try:
             admit(self.cache, {seq: known}, max_new_tokens)
             taken = Round(len(row), len(row) - self.cache.length(seq), sum(counts))
+            taken.seed = how.seeds[0] if how.seeds else None
             for _, token in stream(model.params, {seq: row}, model.geometry, self.cache, features, how, chunk):
                 answer.append(token)
                 taken.answer_tokens, taken.seconds = len(answer), time.perf_counter() - start

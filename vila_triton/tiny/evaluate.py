@@ -18,6 +18,7 @@ from PIL import Image
 
 from vila_triton.arguments import BUNDLED, KV_DTYPES, choices
 from vila_triton.chat import Talker
+from vila_triton.limits import COUNT, SEED
 from vila_triton.models.vila_llama_config import parse_dtype
 from vila_triton.registry import recording, use
 from vila_triton.tiny.questions import GROUPS, KINDS, QA, ask
@@ -118,10 +119,10 @@ def agreement(talker: Talker, questions: Sequence[Item], kernels: Mapping[str, s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=BUNDLED)
-    parser.add_argument("--count", type=int, default=100, help="questions of each kind and number of pictures")
+    parser.add_argument("--count", type=COUNT, default=100, help="questions of each kind and number of pictures")
     parser.add_argument("--all", action="store_true", help="also the kinds that the model is not offered for")
-    parser.add_argument("--limit", type=int, help="stop after so many questions")
-    parser.add_argument("--seed", type=int, default=12345)
+    parser.add_argument("--limit", type=COUNT, help="stop after so many questions")
+    parser.add_argument("--seed", type=SEED, default=12345)
     parser.add_argument("--device")
     parser.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache (default: the model's)")
     parser.add_argument("--dtype", type=lambda name: parse_dtype(f"torch.{name}"), help="(default: the model's)")
