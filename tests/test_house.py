@@ -44,8 +44,8 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.llava": "models sources tensors",
     "vila_triton.write": "torch layouts models quantized shards sources tensors",
     "vila_triton.plan": "models sources write",
-    "vila_triton.awq": "torch safetensors einops PIL awq cache checkpoint engine formats images layouts models ops "
-    "locks prompts quantized shards sources templates tensors tiny write",
+    "vila_triton.awq": "torch safetensors einops PIL awq cache checkpoint console engine formats images layouts locks "
+    "models ops prompts quantized shards sources templates tensors tiny write",
     "vila_triton.commands": "torch PIL transformers safetensors einops vila_triton",
     "vila_triton.released": "torch tokenizers transformers checkpoint choices layouts models quantized shards sources",
     "vila_triton.formats": "torch einops",

@@ -10,6 +10,7 @@ from torch import Tensor
 from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.params import LoadError
+from vila_triton.write import write_pt
 
 from .scales import PLACES
 from .upstream import CLIPPED, Found
@@ -38,7 +39,7 @@ def save(path: Path, layers: Sequence[Found]) -> None:
             after = tuple(at + NAMES[name] for name in PLACES[place])
             scale.append((at + BEFORE[place], after, found.scales[place].cpu()))
         clip += [(at + NAMES[name], found.clips[name][..., None].cpu()) for name in CLIPPED if name in found.clips]
-    torch.save({"scale": scale, "clip": clip}, path)
+    write_pt(path, {"scale": scale, "clip": clip})
 
 
 def load(path: Path, cfg: LlamaConfig, group: int, dtype: torch.dtype) -> list[Found]:

@@ -22,7 +22,7 @@ from . import cachefile, ours, seeing, upstream
 from .calibration import Prompts, weights
 from .tokens import Tokens
 from .upstream import Found
-from .work import FOUND, How, State, Step, Steps, begin, carry_out, dtype_of, prefix_of, with_int4
+from .work import FOUND, How, State, Step, Steps, begun, carry_out, dtype_of, prefix_of, with_int4
 
 DECLARE: dict[str, Any] = {"llm": llama, "vision_tower": vision, "mm_projector": projector}
 Say = Callable[[int, int], None]  # steps finished, steps
@@ -110,7 +110,7 @@ def run(
             f"upstream's clipping needs {upstream.CLIP_TOKENS} tokens of calibration, there are {sum(tokens.lengths)}"
         )
     kept = [x for found in cache or () for pair in (found.scales | found.clips).items() for x in pair]
-    with begin(work, how, identity(source), *shown.rows, *(() if pixels is None else (pixels,)), *kept):
+    with begun(work, how, identity(source), *shown.rows, *(() if pixels is None else (pixels,)), *kept):
         sizes = {"vision_tower": cfg.vision_tower.num_hidden_layers, "mm_projector": 1}
         before, total = 0, cfg.llm.num_hidden_layers + sum(sizes[part] for part in how.also)
         for part in (*sorted(how.also, reverse=True), "llm"):

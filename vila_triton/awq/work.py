@@ -3,18 +3,20 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os.path import commonpath
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vila_triton.checkpoint import TOWER_PREFIX
+from vila_triton.console import reason_of
 from vila_triton.layouts import OURS
 from vila_triton.locks import claim
 from vila_triton.models.params import Lazy, Spec, leaves, tree_map
@@ -66,10 +68,24 @@ class Steps:
     one: Callable[[int, Any, State], Step]
 
 
-def begin(work: Path, *what: Any) -> IO:
-    """The folder of this work, and this process's lock on it. Errors: ValueError if other work was begun there, or
-    another process is at it.
+@contextmanager
+def begun(work: Path, *what: Any) -> Iterator[None]:
+    """Inside, the folder of this work is there for this process alone; what ends it early says what is kept.
+
+    Errors: ValueError if other work was begun there, or another process is at it; OSError.
     """
+    kept = f"What was finished is in {work}: the same command goes on from there"
+    try:
+        with begin(work, *what):
+            yield
+    except OSError as error:
+        raise OSError(f"{reason_of(error)}. {kept}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept) from None
+
+
+def begin(work: Path, *what: Any) -> IO:
+    """The folder of this work, and the lock that keeps others out of it."""
     text = hashlib.sha256()
     for x in what:
         text.update(repr((x.shape, x.dtype) if isinstance(x, Tensor) else x).encode())
@@ -143,9 +159,12 @@ def as_stored(x: Tensor, spec: Spec) -> Tensor:
 
 
 def stored(path: Path, tensors: State, report: dict[str, Any] | None = None) -> None:
-    """A safetensors file that is there whole or not at all."""
+    """A safetensors file that is there whole or not at all. Errors: OSError."""
     held = {name: x.contiguous().cpu() for name, x in tensors.items()}
-    save_file(held, temporary(path), metadata={"report": json.dumps(report, sort_keys=True)})
+    try:
+        save_file(held, temporary(path), metadata={"report": json.dumps(report, sort_keys=True)})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
     temporary(path).replace(path)
 
 
