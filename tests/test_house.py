@@ -55,8 +55,8 @@ MAY_IMPORT = {  # beside the standard library; a line holds for all that begins 
     "vila_triton.saved": "torch safetensors chat",
     "vila_triton.engine": "torch transformers cache limits models registry tuned",
     "vila_triton.images": "torch numpy PIL transformers checkpoint models.config",
-    "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers limits tiny models ops checkpoint",
-    "vila_triton.tiny.evaluate": "torch PIL arguments chat limits models registry tiny",
+    "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers console limits tiny models ops checkpoint",
+    "vila_triton.tiny.evaluate": "torch PIL arguments chat console limits models registry tiny",
     "vila_triton.operation": "ranges space library tuned",  # the last two inside functions
     "vila_triton.arguments": "torch choices registry",
     "vila_triton.__main__": "commands console",

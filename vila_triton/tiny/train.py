@@ -8,6 +8,7 @@ import argparse
 import itertools
 import math
 import random
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vila_triton.console import exit_code
 from vila_triton.limits import COUNT, POSITIVE, SEED, Limits
 from vila_triton.models import llama, params, projector, vision
 from vila_triton.ops import rope
@@ -237,7 +239,7 @@ def table(results: dict[tuple[str, int, bool], list[bool]]) -> str:
     return "\n".join([*lines, f"all {100 * sum(every) / len(every):.2f} % of {len(every)} answers"])
 
 
-def main() -> None:
+def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tiny-vila"))
     for field in fields(Recipe):
@@ -253,5 +255,9 @@ def main() -> None:
     print(table(evaluate(p, random.Random(recipe.seed + 1))))
 
 
+def main() -> int:
+    return exit_code("vila_triton.tiny.train", run)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
