@@ -12,10 +12,11 @@ WIPE = "\r\033[K"  # a terminal's line
 EXPECTED = (OSError, ValueError, KeyError, RuntimeError, MemoryError)  # what our errors are
 
 
-def exit_code(name: str, run: Callable[[], int | None]) -> int:
+def exit_code(name: str, run: Callable[[], int | None], failed: int = FAILED) -> int:
     """Run a command of this name, its parsing of arguments included -> what to hand to `sys.exit`.
 
-    An expected error is said in one line on standard error. Ctrl-C and a reader that has gone (`| head`) end it too.
+    An expected error is said in one line on standard error and is the code `failed`. Ctrl-C and a reader that has gone
+    (`| head`) end it too.
     """
     try:
         try:
@@ -26,7 +27,7 @@ def exit_code(name: str, run: Callable[[], int | None]) -> int:
     except KeyboardInterrupt as error:
         code, ended = INTERRUPTED, error
     except EXPECTED as error:
-        code, ended = FAILED, error
+        code, ended = failed, error
     if isinstance(ended, BrokenPipeError) and (unread(sys.stdout) or unread(sys.stderr)):
         code = UNREAD
     else:
