@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vila_triton.ops import Int4, QuantizedPages
-from vila_triton.registry import OPS, Impl, Op, discover
+from vila_triton.registry import OPS, Impl, Op, discover, there
 
 from .faithful import DEVICE
 from .guarded import LAYOUTS, Layout, mapped
@@ -130,11 +130,11 @@ def resolve(bundle: Bundle) -> tuple[Op, Impl]:
     """The op and the implementation, as they are now. Errors: `BundleError` if the call cannot be made any more."""
     discover()
     if bundle.op not in OPS:
-        raise BundleError(f"the bundle is of an op {bundle.op!r}, which does not exist; there are: {', '.join(OPS)}")
+        raise BundleError(f"the bundle is of an op {bundle.op!r}, which does not exist; there are: {there(OPS)}")
     op = OPS[bundle.op]
     if bundle.impl not in op.impls:
         raise BundleError(
-            f"the bundle is of {op.name} {bundle.impl!r}, which does not exist; there are: {', '.join(op.impls)}"
+            f"the bundle is of {op.name} {bundle.impl!r}, which does not exist; there are: {there(op.impls)}"
         )
     impl = op.impls[bundle.impl]
     try:
@@ -142,8 +142,7 @@ def resolve(bundle: Bundle) -> tuple[Op, Impl]:
     except TypeError as error:
         raise BundleError(f"{op.name} {impl.name} no longer takes this call: {error}") from None
     try:
-        if op.contract:
-            op.contract(*bundle.args)
+        op.check(*mapped(Tensor.cpu, bundle.args))  # where the values of indices are always looked at
         op.reference(*mapped(torch.clone, bundle.args))
     except Exception as error:  # whatever a reference may raise for arguments that nobody checked
         raise BundleError(f"the reference of {op.name} does not take these arguments: {brief(error)}") from None

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from vila_triton.choices import configs
-from vila_triton.registry import OPS, OneOf, Op, Sizes, discover
+from vila_triton.registry import OPS, OneOf, Op, Sizes, discover, there
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def combinations(table: Mapping[str, Any], op: Op) -> Iterator[dict[str, Any]]:
 def cases(op: str, only: str | None = None) -> list[Case]:
     """The cases of an op, or those of one name. Errors: ValueError naming the names there are."""
     if op not in names():
-        raise ValueError(f"no op {op!r}; there are: {', '.join(OPS)}")
+        raise ValueError(f"no op {op!r}; there are: {there(OPS)}")
     file = configs() / "bench" / f"{op}.toml"
     tables = tomllib.loads(file.read_text()) if file.exists() else {"representative": {}}
     if only is not None and only not in tables:

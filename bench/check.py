@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
 from vila_triton.limits import COUNT, MANY, POSITIVE
-from vila_triton.registry import OPS, REFERENCE, Impl, Op, Unsupported, discover
+from vila_triton.registry import OPS, REFERENCE, Impl, Op, Unsupported, discover, there
 
 from . import bundle
 from .failure import described, elements, line, settings
@@ -35,11 +35,11 @@ def chosen(op: str, impl: str | None, config: int | None) -> list[Pair]:
     """What is to be checked. Errors: ValueError naming the choices."""
     discover()
     if op not in OPS:
-        raise ValueError(f"no op {op!r}; there are: {', '.join(OPS)}")
-    there = OPS[op].impls
-    if impl is not None and impl not in there:
-        raise ValueError(f"{op} has no implementation {impl!r}; there are: {', '.join(there)}")
-    impls = [there[impl]] if impl else [x for x in there.values() if x.name != REFERENCE]
+        raise ValueError(f"no op {op!r}; there are: {there(OPS)}")
+    every = OPS[op].impls
+    if impl is not None and impl not in every:
+        raise ValueError(f"{op} has no implementation {impl!r}; there are: {there(every)}")
+    impls = [every[impl]] if impl else [x for x in every.values() if x.name != REFERENCE]
     pairs = [(x, i) for x in impls for i in range(len(x.configs)) if config in (None, i)]
     if impls and not pairs:
         raise ValueError(f"no config {config}: {', '.join(f'{x.name} has {len(x.configs)}, from 0' for x in impls)}")

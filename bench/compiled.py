@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction, KernelInterface
 
 from vila_triton import kernels as door
 from vila_triton.limits import COUNT
-from vila_triton.registry import OPS, Impl, Unsupported, discover
+from vila_triton.registry import OPS, Impl, Unsupported, discover, there
 
 from .anatomy import dissect
 from .precision import imprecise
@@ -116,7 +116,7 @@ def chosen(call: Call) -> tuple[Impl, Mapping[str, Any]]:
     """The implementation and the config of a call. Errors: ValueError if there is no such one."""
     impls = OPS[call.op].impls
     if call.impl not in impls:
-        raise ValueError(f"{call.op} has no implementation {call.impl!r}; there are: {', '.join(impls)}")
+        raise ValueError(f"{call.op} has no implementation {call.impl!r}; there are: {there(impls)}")
     impl = impls[call.impl]
     if not isinstance(call.config, int):
         return impl, call.config

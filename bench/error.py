@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 import tomllib
 
 from vila_triton.choices import configs
-from vila_triton.registry import OPS, Impl
+from vila_triton.registry import OPS, Impl, there
 
 from . import peers, rows
 from .cases import combinations, names
@@ -92,7 +92,7 @@ def report(args: argparse.Namespace) -> None:
     yardstick, sizes = sizes_of(args.op, args.toy)
     if unknown := set(args.impl) - OPS[args.op].impls.keys():
         raise ValueError(
-            f"{args.op} has no implementation {', '.join(unknown)}; there are: {', '.join(OPS[args.op].impls)}"
+            f"{args.op} has no implementation {', '.join(unknown)}; there are: {there(OPS[args.op].impls)}"
         )
     here = rows.stamp(torch.device(DEVICE))
     print(f"{here['device']} | torch {here['torch']} | triton {here['triton']} | {here['commit']} | {here['date']}")

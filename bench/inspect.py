@@ -28,7 +28,7 @@ import torch
 
 from vila_triton.limits import MANY
 from vila_triton.ops import Int4
-from vila_triton.registry import OPS, Op
+from vila_triton.registry import OPS, Op, there
 
 from . import inspect_beside as beside
 from . import rows
@@ -145,7 +145,7 @@ def find(args: argparse.Namespace) -> dict[str, str] | None:
     for name in sorted(asked - impls.keys()):
         why = f" ({unusable[name]})" if name in unusable else ""
         or_commit = ", nor is it a commit" if name == args.against else ""
-        raise ValueError(f"{args.op} has no implementation {name!r}{why}{or_commit}; there are: {', '.join(impls)}")
+        raise ValueError(f"{args.op} has no implementation {name!r}{why}{or_commit}; there are: {there(impls)}")
     return unusable
 
 

@@ -174,9 +174,10 @@ def exact(model: Model, ids: Tensor) -> Tensor:
     p: Any = replace(model.p, layers=(params.tree_map(wide, layer) for layer in model.p.layers))  # pyright: ignore
     p = replace(p, norm=wide(p.norm))
     past = Uncached([len(ids)], ids.device)
-    x = llama.llama(p, wide(llama.embed(p, ids)), past.positions, model.cfg, past)[-1:]
     head = p.embedding if p.head is None else p.head
-    return llama.logits(replace(p, head=wide(head)), x)[0]
+    with use(**dict.fromkeys(OPS, REFERENCE)):
+        x = llama.llama(p, wide(llama.embed(p, ids)), past.positions, model.cfg, past)[-1:]
+        return llama.logits(replace(p, head=wide(head)), x)[0]
 
 
 @torch.inference_mode()

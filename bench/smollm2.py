@@ -41,8 +41,8 @@ def hugging_face() -> tuple[Any, Any]:
     """Transformers' model in float32, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder(), gguf_file=FILE, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder(), gguf_file=FILE)
+    model = AutoModelForCausalLM.from_pretrained(folder(), gguf_file=FILE, dtype=torch.float32, trust_remote_code=False)
+    return model.eval(), AutoTokenizer.from_pretrained(folder(), gguf_file=FILE, trust_remote_code=False)
 
 
 def ours(model: Any) -> tuple[llama.Llama, LlamaConfig]:

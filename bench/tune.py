@@ -28,7 +28,7 @@ import torch
 
 from vila_triton import tuned
 from vila_triton.limits import COUNT, POSITIVE, Limits
-from vila_triton.registry import OPS, Impl
+from vila_triton.registry import OPS, Impl, there
 
 from . import rows
 from .cases import cases, names
@@ -68,7 +68,7 @@ def chosen(args: argparse.Namespace) -> list[Impl]:
         cases(op)  # the op exists
         impls = OPS[op].impls
         if unknown := [name for name in args.impl or () if name not in impls]:
-            raise ValueError(f"{op} has no implementation {unknown[0]!r}; there are: {', '.join(impls)}")
+            raise ValueError(f"{op} has no implementation {unknown[0]!r}; there are: {there(impls)}")
         tunable = [impl for impl in impls.values() if impl.space or len(impl.configs) > 1]
         if args.ops and not tunable:
             raise ValueError(f"{op} has nothing to tune: no implementation has a space or more than one config")

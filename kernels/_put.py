@@ -75,19 +75,20 @@ def put_heads(
 ):
     """Write the heads `group` [n] of one token into its slot; the strides are those of `pool_of`.
 
-    A number that is not finite makes the scale NaN, so that it is not lost.
+    No NaN reaches `tl.maximum`, which would drop it.
     """
     at = page * stride[0] + row * stride[1] + group * stride[2]  # [n]
     if BITS == 0:
         give_heads(pool[0], at, known, stride[3], low, high, D, WIDTH, BLOCK_W)
     else:
         low, high = low.to(tl.float32), high.to(tl.float32)
-        bad = tl.sum(low * 0, 1) + tl.sum(high * 0, 1)  # 0, or NaN
+        finite = tl.sum(low * 0, 1) + tl.sum(high * 0, 1) == 0  # of a number that is not, it is NaN
+        low, high = tl.where(finite[:, None], low, 0.0), tl.where(finite[:, None], high, 0.0)
         at_scale = page * stride[4] + row * stride[5] + group * stride[6]
         dtype = pool[1].dtype.element_ty
         if BITS == 8:
             largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
-            scales = (tl.maximum(largest * (1 / 127), TINY) + bad).to(dtype)
+            scales = tl.maximum(largest * (1 / 127), TINY).to(dtype)
             step = scales.to(tl.float32)[:, None]
             low = tl.minimum(tl.maximum(steps(low, step), -127.0), 127.0)
             high = tl.minimum(tl.maximum(steps(high, step), -127.0), 127.0)
@@ -96,7 +97,7 @@ def put_heads(
             least = tl.minimum(tl.minimum(tl.min(low, 1), tl.min(high, 1)), 0.0)
             most = tl.maximum(tl.maximum(tl.max(low, 1), tl.max(high, 1)), 0.0)
             span = most - least
-            scales = (tl.maximum(span * (1 / 15), TINY) + bad).to(dtype)
+            scales = tl.maximum(span * (1 / 15), TINY).to(dtype)
             step = scales.to(tl.float32)
             zeros = tl.minimum(tl.maximum(steps(-least, step), 0.0), 15.0)
             low = tl.minimum(tl.maximum(steps(low, step[:, None]) + zeros[:, None], 0.0), 15.0).to(tl.uint8)
@@ -105,5 +106,5 @@ def put_heads(
             ptrs = pool[0] + at[:, None] + offs[None, :] * stride[3]
             tl.store(ptrs, low | (high << 4), mask=known[:, None] & (offs < WIDTH)[None, :])
             at_zero = page * stride[7] + row * stride[8] + group * stride[9]
-            tl.store(pool[2] + at_zero, zeros.to(pool[2].dtype.element_ty), mask=known)
-        tl.store(pool[1] + at_scale, scales, mask=known)
+            tl.store(pool[2] + at_zero, tl.where(finite, zeros.to(pool[2].dtype.element_ty), float("nan")), mask=known)
+        tl.store(pool[1] + at_scale, tl.where(finite, scales, float("nan")), mask=known)

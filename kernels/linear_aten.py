@@ -2,8 +2,9 @@
 
 float32: oneDNN's; `F.linear` takes MKL's, which needs half as long again for many rows. float16: one row is multiplied
 quickly and many rows slowly, so many rows are multiplied in float32. bfloat16: `F.linear`, which takes oneDNN's; that
-needs twice as long for one row as torch's own, so it is switched off meanwhile (in the whole process: another thread's
-product would be slower, not wrong). Other dtypes, and where a gradient is wanted (oneDNN's has none): `F.linear`.
+needs twice as long for one row as torch's own, so it is switched off meanwhile (in the whole process: a product of
+another thread at that moment may be slower, not wrong). Other dtypes, and where a gradient is wanted (oneDNN's has
+none): `F.linear`.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends import mkldnn  # which is what torch calls oneDNN
 
+from vila_triton.lock import Shared
 from vila_triton.ops import Int4, linear
 from vila_triton.registry import Unsupported
 
@@ -30,6 +32,9 @@ def without_onednn() -> Iterator[None]:
         mkldnn.enabled = before  # pyright: ignore[reportAttributeAccessIssue]
 
 
+TORCHS_OWN = Shared(without_onednn)
+
+
 @linear.impl("aten")
 def linear_aten(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> Tensor:
     if x.device.type != "cpu" or not mkldnn.is_available():
@@ -42,6 +47,6 @@ def linear_aten(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> Tens
         bias = None if bias is None else bias.float().contiguous()  # oneDNN reads a bias as if it had no strides
         return torch.ops.mkldnn._linear_pointwise(x.float(), w.float(), bias, "none", [], "").to(x.dtype)
     if not gradient and x.dtype == torch.bfloat16 and rows == 1:
-        with without_onednn():
+        with TORCHS_OWN:
             return F.linear(x, w, bias)
     return F.linear(x, w, bias)

@@ -28,6 +28,7 @@ class World:
         self.memory: dict[int, Tokens] = {}  # by slot
         self.known: dict[int, Tokens] = {}  # by page: the published tokens up to its last known row
         self.unused: list[int] = []  # pages of no sequence whose content is known, the one let go first at the front
+        self.promised: dict[int, int] = {}  # by sequence: how long it may become
         self.ids: set[int] = set()
 
     def born(self, seq: int, tokens: list[int]) -> int:
@@ -39,13 +40,23 @@ class World:
     def alloc(self) -> int:
         return self.born(self.table.alloc(), [])
 
-    def fork(self, parent: int) -> int:
-        return self.born(self.table.fork(parent), list(self.expected[parent]))
+    def fork(self, parent: int) -> int | None:
+        """None if a promise to the parent leaves no page for the copy of the one in which they will part."""
+        before = self.snapshot()
+        try:
+            child = self.table.fork(parent)
+        except OutOfPages as error:
+            assert str(error).startswith(f"sequence {parent} cannot be forked: all ")
+            assert self.owed() == self.table.available and self.promised.get(parent, 0) > len(self.expected[parent])
+            assert before == self.snapshot(), "a refused fork changed something"
+            return None
+        return self.born(child, list(self.expected[parent]))
 
     def free(self, seq: int) -> None:
         self.let_go(seq, 0)
         self.table.free(seq)
         del self.expected[seq]
+        self.promised.pop(seq, None)
         with pytest.raises(KeyError, match=f"no sequence {seq}"):
             self.table.free(seq)
 
@@ -62,6 +73,7 @@ class World:
     def truncate(self, seq: int, length: int) -> None:
         self.let_go(seq, length)
         self.table.truncate(seq, length)
+        self.promised.pop(seq, None)
         del self.expected[seq][length:]
 
     def truncate_wrongly(self, seq: int, length: int) -> None:
@@ -99,10 +111,48 @@ class World:
             length = longest
         return length
 
+    def needed(self, counts: dict[int, int]) -> int:
+        """Pages that appending takes: to grow by, and for copies of a shared page for all but its last writer."""
+        writers, grown = Counter[int](), 0
+        for seq, n in counts.items():
+            pages, length = self.table[seq].pages, len(self.expected[seq])
+            grown += -(-(length + n) // self.size) - len(pages)
+            if n and length % self.size:
+                writers[pages[-1]] += 1
+        return grown + sum(min(n, self.table.references[page] - 1) for page, n in writers.items())
+
+    def owed(self, counts: dict[int, int] | None = None) -> int:
+        """Pages needed for what is promised and for so many tokens more."""
+        left = {seq: max(0, n - len(self.expected[seq])) for seq, n in self.promised.items()}
+        counts = counts or {}
+        return self.needed({seq: max(counts.get(seq, 0), left.get(seq, 0)) for seq in {**counts, **left}})
+
+    def release(self, seq: int) -> None:
+        self.table.release(seq)
+        self.promised.pop(seq, None)
+
+    def admit(self, asked: dict[int, list[int]], new: int) -> None:
+        """Promises to sequences that go on with these tokens; empty ones adopt what is known of them."""
+        known = {seq: [*self.expected[seq], *more] for seq, more in asked.items()}
+        begun = {seq: tokens[: self.longest(tokens[:-1])] for seq, tokens in known.items() if not self.expected[seq]}
+        before, promised = self.snapshot(), dict(self.promised)
+        missing = self.table.admit(known, new)
+        if missing:
+            assert before == self.snapshot(), "a refused promise changed something"
+            return
+        for seq, tokens in begun.items():
+            assert self.table[seq].length == len(tokens), "not the longest known beginning"
+            self.expected[seq] = tokens
+        self.promised = {**promised, **{seq: len(tokens) + new for seq, tokens in known.items()}}
+        self.unused = [page for page in self.unused if not self.table.references[page]]
+
     def adopt(self, tokens: list[int]) -> int:
         """A new sequence over what is known of these tokens."""
         seq, length = self.alloc(), self.longest(tokens)
-        assert self.table.adopt(seq, tokens) == length, "not the longest known beginning"
+        adopted = self.table.adopt(seq, tokens)
+        if adopted < length:
+            assert not adopted and self.promised, "not the longest known beginning"
+            return seq
         self.expected[seq] = tokens[:length]
         self.unused = [page for page in self.unused if page not in self.table[seq].pages]
         if length:
@@ -114,17 +164,22 @@ class World:
         counts = {seq: len(tokens) for seq, tokens in new.items()}
         before, lengths = self.snapshot(), {seq: len(self.expected[seq]) for seq in new}
         free, waiting = list(self.table.free_pages), list(self.unused)
-        needed = self.table.needed(counts)
+        needed, owed = self.table.needed(counts), self.owed(counts)
         available = len(free) + len(waiting)
+        assert needed == self.needed(counts)
         assert before == self.snapshot(), "counting changed something"
-        if needed > available:
-            with pytest.raises(OutOfPages, match=f"^{needed} more pages .* {available} of {self.total} "):
+        if owed > available:
+            kept = f", {owed - needed} of them promised to others" if owed > needed else ""
+            message = f"^{needed} more pages .* {available} of {self.total} are free{kept} "
+            with pytest.raises(OutOfPages, match=message):
                 self.table.append(counts)
             assert before == self.snapshot(), "a refused append changed something"
+            assert any(length + counts[seq] > self.promised.get(seq, 0) for seq, length in lengths.items() if new[seq])
             return
         grant = self.table.append(counts)
-        evicted = waiting[: max(0, needed - len(free))]
-        self.unused = waiting[len(evicted) :]
+        saved = [source for source in dict(grant.copies) if not self.table.references[source]]
+        evicted = waiting[: max(0, needed + len(saved) - len(free))]
+        self.unused = [*waiting[len(evicted) :], *saved]
         assert available - self.table.available == needed
         assert len(grant.slots) == len(set(grant.slots)) == sum(counts.values())
         for page in evicted:
@@ -140,13 +195,15 @@ class World:
                 assert self.table.references[page] == 1, "a shared page was written"
                 self.expected[seq].append(token)
                 self.memory[slot] = tuple(self.expected[seq])
-                if page in self.known:  # what its rows held before is not known any more
+                if len(self.known.get(page, ())) > lengths[seq]:  # what its rows held before is not known any more
+                    assert len(saved) == available - needed, "what is known was lost though there are pages"
                     self.known[page] = self.known[page][: lengths[seq]]
 
     def snapshot(self) -> object:
         table = self.table
         sequences = {seq: (list(s.pages), s.length) for seq, s in table.sequences.items()}
-        return list(table.free_pages), list(table.idle), dict(table.references), sequences, dict(table.prefixes.known)
+        held = list(table.free_pages), list(table.idle), dict(table.references), dict(table.promised)
+        return *held, sequences, dict(table.prefixes.known)
 
     def every_sequence_reads_its_own_tokens(self) -> None:
         assert self.table.sequences.keys() == self.expected.keys()
@@ -163,6 +220,7 @@ class World:
         assert held == table.references
         assert list(table.idle) == self.unused, "idle pages are not in the order in which they were let go"
         assert sorted([*table.free_pages, *table.idle, *held]) == list(range(self.total)) and table.pages == self.total
+        assert table.promised == self.promised and self.owed() <= table.available, "a promise cannot be kept"
 
     def what_is_known_is_there(self) -> None:
         known = self.table.prefixes.known

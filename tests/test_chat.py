@@ -1,9 +1,14 @@
 """Conversations on the bundled model: many at once, and what those that begin alike share."""
 
+import copy
+import gc
 import json
 import random
 import shutil
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,8 @@ from torch import Tensor
 from vila_triton.__main__ import main
 from vila_triton.arguments import BUNDLED
 from vila_triton.chat import Conversation, Talker
-from vila_triton.models import vila
+from vila_triton.models import llama, vila
+from vila_triton.pages import OutOfPages
 from vila_triton.registry import recording
 from vila_triton.tiny.evaluate import item
 from vila_triton.tiny.scenes import draw, sample
@@ -174,6 +180,109 @@ def test_an_answer_that_is_not_read_to_its_end_mixes_with_no_other(talker: Talke
     assert conversation.last and list(conversation.ask(QUESTIONS[1]))
 
 
+def test_a_tokenizer_is_asked_by_one_thread_at_a_time(talker: Talker) -> None:
+    """Those in Rust say "Already borrowed" to the second where the first has to change how they pad or truncate."""
+    inside = threading.Lock()
+
+    class Borrowed:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(talker.tokenizer, name)
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            assert inside.acquire(blocking=False), "Already borrowed"
+            time.sleep(0.01)
+            inside.release()
+            return talker.tokenizer(*args, **kwargs)
+
+    shared = Talker(talker.model, Borrowed(), talker.processor)
+    with ThreadPoolExecutor(4) as pool:
+        answers = pool.map(lambda _: list(Conversation(shared).ask(QUESTIONS[0])), range(4))
+        assert list(answers) == [list(Conversation(talker).ask(QUESTIONS[0]))] * 4
+
+
+@pytest.mark.parametrize("n", [2, 8])
+def test_conversations_answered_in_turns_at_default_settings_answer_as_each_alone(talker: Talker, n: int) -> None:
+    asked = [(i, QUESTIONS[i % 3]) for i in range(n)]
+    expected = [generate(talker, [(question, PICTURES[i % 3 : i % 3 + 1])])[0] for i, question in asked]
+    unread = [Conversation(talker).ask(question, [PICTURES[i % 3]]) for i, question in asked]
+    answers: list[list[int]] = [[] for _ in unread]
+    while turns := [(answer, tokens) for answer, tokens in zip(unread, answers) if answer.gi_frame is not None]:
+        for answer, tokens in turns:
+            tokens += [token for token in [next(answer, None)] if token is not None]
+    assert answers == expected and not talker.cache.table.promised
+
+
+def test_a_pool_with_a_limit_refuses_what_it_could_not_finish(talker: Talker) -> None:
+    few = Talker(talker.model, talker.tokenizer, talker.processor, limit=20)
+    first, second = Conversation(few), Conversation(few)
+    unread = first.ask(QUESTIONS[1], [PICTURES[0]], 150)
+    next(unread)
+    table = few.cache.table
+    before = copy.deepcopy(table.sequences), dict(table.idle), dict(table.promised), list(table.free_pages), table.pages
+    with pytest.raises(OutOfPages, match=r"^2\d pages of 16 tokens are needed .* but the limit is 20 \(2 sequences"):
+        list(second.ask(QUESTIONS[0], [PICTURES[1]], 150))
+    assert before == (table.sequences, table.idle, table.promised, table.free_pages, table.pages)
+    list(unread)
+    assert list(second.ask(QUESTIONS[0], [PICTURES[1]], 150)) == generate(talker, [(QUESTIONS[0], PICTURES[1:2])])[0]
+    assert table.pages <= 20
+
+
+def test_a_question_about_another_picture_leaves_what_is_known_while_pages_are_unused(talker: Talker) -> None:
+    talker.cache.grow(40)
+    for picture in (0, 1, 2):
+        conversation, _ = ask(talker, picture, QUESTIONS[0])
+        del conversation
+    for picture in (0, 1, 2):
+        conversation, _ = ask(talker, picture, QUESTIONS[0])
+        assert conversation.last and conversation.last.new_tokens == 1
+
+
+def test_a_round_taken_back_is_still_known_and_forks_go_their_own_ways(talker: Talker) -> None:
+    conversation, first = ask(talker, 0, QUESTIONS[0])
+    talker.cache.grow(20)
+    described = list(conversation.ask(QUESTIONS[1]))
+    conversation.undo()
+    assert list(conversation.ask(QUESTIONS[2])) != described
+    conversation.undo()
+    fork = conversation.fork()
+    assert list(fork.ask(QUESTIONS[1])) == described
+    assert fork.last and fork.last.new_tokens == 1
+    conversation.undo()
+    assert not len(conversation.row) and conversation.features is None
+    assert list(conversation.ask(QUESTIONS[0], [PICTURES[0]])) == first
+    for n in (0, 2, -1):
+        with pytest.raises(ValueError, match=f"^{n} rounds cannot be taken back; there are 1$"):
+            conversation.undo(n)
+    unread = conversation.ask(QUESTIONS[1])
+    next(unread)
+    for what in (conversation.fork, conversation.undo):
+        with pytest.raises(ValueError, match="not read to its end"):
+            what()
+
+
+def test_an_answer_that_the_garbage_collector_ends_in_the_middle_of_a_step_waits_for_nothing(
+    talker: Talker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ask(talker, 0, QUESTIONS[0])[1]
+    circle: list[Any] = [Conversation(talker)]
+    circle += [circle, circle[0].ask(QUESTIONS[1], [PICTURES[1]])]
+    next(circle[2])
+    whole = llama.llama
+
+    def collecting(*args: Any) -> Tensor:
+        gc.collect()
+        return whole(*args)
+
+    monkeypatch.setattr(llama, "llama", collecting)
+    gc.disable()
+    try:
+        del circle
+        assert ask(talker, 0, QUESTIONS[0])[1] == expected
+    finally:
+        gc.enable()
+    assert not talker.cache.table.sequences and not talker.cache.table.promised
+
+
 def test_the_command_line_keeps_the_models_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(BUNDLED, tmp_path / "model")
     file = tmp_path / "model" / "config.json"
@@ -207,6 +316,7 @@ def test_a_new_conversation_on_the_command_line_begins_anew_and_shares_what_is_t
     monkeypatch.setattr("builtins.input", lambda _: next(typed, "/quit"))
     monkeypatch.setattr("sys.argv", ["vila-triton", "chat", "--kv-dtype", "int8", "--page-size", "64"])
     assert main() == 0
-    first, took, second, then = capsys.readouterr().out.splitlines()
-    assert (first, second) == ("2", "1") and took.startswith("[prompt 27 tokens | ")
+    said, about = capsys.readouterr()
+    took, then = about.splitlines()
+    assert said == "2\n1\n" and took.startswith("[prompt 27 tokens | ")
     assert then.startswith("[prompt 27 tokens, 21 cached | ") and "encoder_attention" not in then

@@ -183,7 +183,7 @@ def served(doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(tuned, "folder", lambda: tmp_path / "tuned")
     monkeypatch.setattr(tuned, "name_of", lambda device: GPU if device.type == "cuda" else None)
     for module in (tuned, table):
-        monkeypatch.setattr(module, "configured", lambda device, phase: USUAL)
+        monkeypatch.setattr(module, "configured", lambda device, phase, only=None: USUAL)
     caches = (tuned.table_of, tuned.entry_of, tuned.choice_of, tuned.config_at)
     for cached in caches:
         cached.cache_clear()

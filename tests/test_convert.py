@@ -42,9 +42,8 @@ def ask(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.setattr(sys, "argv", ["vila-triton", *map(str, words)])
     status, (out, err) = main(), capsys.readouterr()
     assert status == 0, err
-    answer, last = out.rstrip().rsplit("\n", 1)
-    assert last.startswith("[prompt ")
-    return answer.strip()
+    assert err.startswith("[prompt ")
+    return out.strip()
 
 
 @pytest.mark.parametrize("form", FORMS)

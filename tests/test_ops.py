@@ -37,26 +37,26 @@ def test_rms_norm_is_llamas(shape: tuple[int, ...]) -> None:
     x, norm = numbers(*shape), LlamaRMSNorm(shape[-1], eps=1e-3).to(D)
     norm.weight.data = numbers(shape[-1])
     with exact_norms():
-        close(ops.rms_norm(x, norm.weight.data, 1e-3), norm(x).detach())
+        close(ops.rms_norm.reference(x, norm.weight.data, 1e-3), norm(x).detach())
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 40), (2, 3, 17)])
 def test_layer_norm_is_torchs(shape: tuple[int, ...]) -> None:
     x, norm = numbers(*shape), torch.nn.LayerNorm(shape[-1], eps=1e-3).to(D)
     norm.weight.data, norm.bias.data = numbers(shape[-1]), numbers(shape[-1] + 1)[1:]
-    close(ops.layer_norm(x, norm.weight.data, norm.bias.data, 1e-3), norm(x).detach())
+    close(ops.layer_norm.reference(x, norm.weight.data, norm.bias.data, 1e-3), norm(x).detach())
 
 
 def test_rope_is_hugging_faces_rotate_half() -> None:
     x, theta = numbers(7, 3, 10), numbers(7, 5)
     cos, sin = (f(torch.cat((theta, theta), dim=-1))[None] for f in (torch.cos, torch.sin))
     expected, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
-    close(ops.rope(x, theta.cos(), theta.sin()), expected[0].transpose(0, 1))
+    close(ops.rope.reference(x, theta.cos(), theta.sin()), expected[0].transpose(0, 1))
 
 
 def test_swiglu_is_silu_of_the_gate_times_up() -> None:
     gate, up = numbers(5, 9), numbers(9, 5).T
-    close(ops.swiglu(gate, up), gate / (1 + torch.exp(-gate)) * up)
+    close(ops.swiglu.reference(gate, up), gate / (1 + torch.exp(-gate)) * up)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -72,8 +72,8 @@ def test_half_precision_is_rounded_once_at_the_end(name: str, dtype: torch.dtype
         "rope": (x, x[:, 0, :4].float(), x[:, 1, :4].float()),
         "encoder_attention": (x[None], x[None], torch.eye(4, 8, dtype=dtype).expand(1, 6, 4, 8), 0.3),
     }
-    got = OPS[name](*arguments[name])
-    exact = OPS[name](*(a.to(D) if isinstance(a, Tensor) else a for a in arguments[name]))
+    got = OPS[name].reference(*arguments[name])
+    exact = OPS[name].reference(*(a.to(D) if isinstance(a, Tensor) else a for a in arguments[name]))
     half_step = 0.501 * torch.finfo(dtype).eps * (2 if "attention" in name else 1)  # there the weights are rounded too
     assert got.dtype == dtype and ((got.to(D) - exact).abs() <= half_step * exact.abs() + 1e-6).all()
 
@@ -109,7 +109,7 @@ def test_prefill_attention_is_torchs(lengths: list[tuple[int, int]], size: int, 
     new_k, new_v = (torch.cat([x[t:] for x, (t, _) in zip(xs, lengths)]) for xs in (all_k, all_v))
     starts = torch.tensor([0, *(s for _, s in lengths)]).cumsum(0).int()
     history = torch.tensor([t for t, _ in lengths]).int()
-    got = ops.prefill_attention(torch.cat(qs), new_k, new_v, k_pages, v_pages, table, starts, history, 0.4)
+    got = ops.prefill_attention.reference(torch.cat(qs), new_k, new_v, k_pages, v_pages, table, starts, history, 0.4)
     expected = [
         sdpa(q, k, v, 0.4, torch.tensor([[j <= t + i for j in range(t + s)] for i in range(s)]))
         for q, k, v, (t, s) in zip(qs, all_k, all_v, lengths)
@@ -123,24 +123,26 @@ def test_decode_attention_is_torchs(lengths: list[int], size: int, heads: tuple[
     h, g = heads
     pairs = [(numbers(t, g, 8), -numbers(t, g, 8)) for t in lengths]
     q = numbers(len(lengths), h, 8)
-    got = ops.decode_attention(q, *paged(pairs, size), torch.tensor(lengths).int(), 0.4)
+    got = ops.decode_attention.reference(q, *paged(pairs, size), torch.tensor(lengths).int(), 0.4)
     close(got, torch.cat([sdpa(q[i : i + 1], k, v, 0.4) for i, (k, v) in enumerate(pairs)]))
 
 
 def test_a_sequence_without_tokens_decodes_to_zero() -> None:
     pages = torch.full((1, 4, 1, 8), float("nan"), dtype=D)
-    got = ops.decode_attention(numbers(1, 2, 8), pages, pages, torch.zeros(1, 1).int(), torch.zeros(1).int(), 1.0)
+    got = ops.decode_attention.reference(
+        numbers(1, 2, 8), pages, pages, torch.zeros(1, 1).int(), torch.zeros(1).int(), 1.0
+    )
     assert got.shape == (1, 2, 8) and not got.any()
 
 
 def test_encoder_attention_is_torchs() -> None:
     q, k, v = numbers(2, 7, 3, 8), numbers(2, 3, 7, 8).transpose(1, 2), numbers(7, 2, 3, 8).transpose(0, 1)
-    close(ops.encoder_attention(q, k, v, 0.4), torch.stack([sdpa(*x, 0.4) for x in zip(q, k, v)]))
+    close(ops.encoder_attention.reference(q, k, v, 0.4), torch.stack([sdpa(*x, 0.4) for x in zip(q, k, v)]))
 
 
 def test_kv_write_writes_the_named_slots_and_no_other() -> None:
     k, v, pages = numbers(4, 2, 8), -numbers(4, 2, 8), torch.zeros(2, 3, 4, 2, 8, dtype=D)
-    got = ops.kv_write(k, v, *pages, torch.tensor([11, -1, 0, 5]))
+    got = ops.kv_write.reference(k, v, *pages, torch.tensor([11, -1, 0, 5]))
     assert [x.data_ptr() for x in got] == [x.data_ptr() for x in pages]  # in place
     for written, x in zip(pages.flatten(1, 2), (k, v)):
         assert torch.equal(written[[11, 0, 5]], x[[0, 2, 3]]) and written.abs().sum() == x[[0, 2, 3]].abs().sum()
@@ -149,8 +151,8 @@ def test_kv_write_writes_the_named_slots_and_no_other() -> None:
 @pytest.mark.parametrize("bias", [None, numbers(5)])
 def test_linear_takes_plain_and_int4_weights(bias: Tensor | None) -> None:
     w, x = quantize(numbers(5, 32), 16), numbers(2, 3, 32)
-    close(ops.linear(x, w, bias), F.linear(x, dequantize(w, D), bias))
-    close(ops.linear(x, numbers(5, 32), bias), F.linear(x, numbers(5, 32), bias))
+    close(ops.linear.reference(x, w, bias), F.linear(x, dequantize(w, D), bias))
+    close(ops.linear.reference(x, numbers(5, 32), bias), F.linear(x, numbers(5, 32), bias))
 
 
 def example(name: str) -> list:

@@ -1,11 +1,12 @@
 """The page allocator and its prefix cache against a model that keeps what every sequence should read as plain lists."""
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 from paging import World
 
 from vila_triton.pages import OutOfPages, PageTable
@@ -32,8 +33,17 @@ class Pages(RuleBasedStateMachine):
         return self.world.adopt(tokens)
 
     @rule(target=alive, parent=alive)
-    def fork(self, parent: int) -> int:
-        return self.world.fork(parent)
+    def fork(self, parent: int) -> Any:
+        child = self.world.fork(parent)
+        return multiple() if child is None else child
+
+    @rule(seqs=st.lists(alive, min_size=1, max_size=3, unique=True), new=st.integers(1, 8), data=st.data())
+    def admit(self, seqs: list[int], new: int, data: st.DataObject) -> None:
+        self.world.admit({seq: data.draw(TOKENS) for seq in seqs}, new)
+
+    @rule(seq=alive)
+    def release(self, seq: int) -> None:
+        self.world.release(seq)
 
     @rule(seq=consumes(alive))
     def free(self, seq: int) -> None:
@@ -77,13 +87,13 @@ def test_many_random_operations(page_size: int, steps: int) -> None:
     """All pages are in use most of the time. A million operations under HYPOTHESIS_PROFILE=thorough."""
     rng = random.Random(page_size)
     world = World(12, page_size)
-    served = evicted = refused = 0
+    served = evicted = refused = kept = 0
     for step in range(steps if THOROUGH else 2_000):
         alive = list(world.expected)
         seq = rng.choice(alive) if alive else world.alloc()
         length = len(world.expected[seq])
         some = [rng.randint(0, 1) for _ in range(rng.randint(0, 3 * page_size))]
-        what = rng.randrange(12)
+        what = rng.randrange(14)
         if what < 4:
             known, more = len(world.known), {one: some for one in rng.sample(alive, min(len(alive), 2))}
             world.append(more)
@@ -98,13 +108,18 @@ def test_many_random_operations(page_size: int, steps: int) -> None:
             world.truncate(seq, rng.randint(0, length))
         elif what == 9:
             world.fork(seq)
+        elif what == 12:
+            world.admit({one: some for one in rng.sample(alive, min(len(alive), 2))}, rng.randint(1, 2 * page_size))
+            kept += len(world.promised) > 1
+        elif what == 13:
+            world.release(seq)
         elif what == 10:
             world.publish_a_lie(seq, rng.randint(0, 2 * page_size))
         if what == 11 or len(world.expected) > 6:
             world.free(seq)
         if step % 10 == 0:
             world.check()
-    assert min(served, evicted, refused) > 20, "the walk does not go everywhere"
+    assert min(served, evicted, refused, kept) > 20, "the walk does not go everywhere"
 
 
 def test_an_append_is_for_all_sequences_or_for_none() -> None:

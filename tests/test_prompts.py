@@ -1,14 +1,12 @@
 """Templates and the token ids of prompts, against what is written down here by hand."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from spelling import CHATML, HEADERS, PIECES, of_bytes, pieces, spelled
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from vila_triton.prompts import closing, first_round, load_tokenizer, next_round, stops, tokenize, with_pictures
+from vila_triton.prompts import closing, first_round, next_round, stops, tokenize, with_pictures
 from vila_triton.templates import TEMPLATES, template
 
 VICUNA = (
@@ -46,6 +44,10 @@ def test_a_template_writes_what_vila_was_trained_on(name: str) -> None:
     messages = [{"role": role, "content": content} for role, content in MESSAGES]
     ((rendered,), _) = render_jinja_template([messages], chat_template=how.jinja, add_generation_prompt=True)
     assert rendered == expected
+    finished = [{"role": role, "content": content} for role, content in MESSAGES[:2]]
+    ((rendered,), _) = render_jinja_template([finished], chat_template=how.jinja)
+    ending = "<|end_of_text|>" if name == "llama_3_corrected" else how.end
+    assert rendered == f"{how.first('Q')}{how.lead}A{ending}"
 
 
 def test_a_message_template_takes_a_system_text_and_pictures_and_refuses_what_it_has_no_place_for() -> None:
@@ -65,11 +67,11 @@ def test_a_message_template_takes_a_system_text_and_pictures_and_refuses_what_it
 
 def test_pieces_begin_with_a_space_behind_a_picture_but_not_behind_what_ended_an_answer() -> None:
     tokenizer, how = pieces(), TEMPLATES["vicuna_v1_nosys"]
-    # <s> ▁USER : ▁ [picture] ▁ \n What ▁is ▁it ? ▁ASSISTANT :
-    first = [1, 5, 7, 4, -200, 4, 3, 10, 11, 12, 13, 8, 7]
+    # <s> ▁ ▁USER : ▁ [picture] ▁ \n What ▁is ▁it ? ▁ASSISTANT :
+    first = [1, 4, 5, 7, 4, -200, 4, 3, 10, 11, 12, 13, 8, 7]
     assert first_round("<image>\nWhat is it?", how, tokenizer) == first
-    # USER : ▁Sure [picture] ▁not ? ▁ASSISTANT :
-    second = [6, 7, 17, -200, 18, 13, 8, 7]
+    # USER : ▁Sure [picture] ▁ ▁not ? ▁ASSISTANT :
+    second = [6, 7, 17, -200, 4, 18, 13, 8, 7]
     assert next_round("Sure<image> not?", how, tokenizer) == second
     assert tokenize(how.round("Sure<image> not?"), tokenizer, first=False)[0] == 5  # alone, it would begin with ▁USER
     # ▁A ▁cat . </s>
@@ -94,10 +96,10 @@ def test_bytes_have_no_such_space_and_the_bos_that_the_template_writes_is_the_on
     assert first_round("<image>\nWhat is it?", how, tokenizer) == first
     second = [*header("user"), sure, ask, end, *header(role)]
     assert next_round("Sure?", how, tokenizer) == second
-    assert closing(how, tokenizer) == [end]
+    assert closing(how, tokenizer) == [end] and closing(how, tokenizer, last=True) == [1]
     whole = f"{how.first('<image>' + chr(10) + 'What is it?')}Hi{how.end}{how.round('Sure?')}"
     assert tokenize(whole, tokenizer) == [*first, hi, end, *second]
-    assert stops(how, tokenizer, {"eos_token_id": [1, 9]}) == [1, 4, 9]
+    assert stops(how, tokenizer, [1, 9], None, 3) == [1, 4, 9, 3]
 
 
 def test_the_tokenizer_tells_its_template() -> None:
@@ -134,18 +136,3 @@ def test_a_question_has_as_many_places_as_pictures() -> None:
 
 def test_a_vocabulary_is_what_its_tokenizer_says() -> None:
     assert pieces().convert_ids_to_tokens(list(range(len(PIECES)))) == PIECES
-
-
-def test_code_that_a_folder_brings_is_neither_run_nor_asked_about(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pieces().save_pretrained(tmp_path)
-    file = tmp_path / "tokenizer_config.json"
-    own = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
-    file.write_text(json.dumps(json.loads(file.read_text()) | own))
-    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    asked: list[str] = []
-    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
-    with pytest.raises(ValueError, match="contains custom code"):
-        load_tokenizer(tmp_path)
-    assert not asked and not (tmp_path / "ran").exists()

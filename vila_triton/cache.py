@@ -12,11 +12,19 @@ from vila_triton.ops import Pages, decode_attention, empty_pages, leaves, prefil
 from vila_triton.ops.attention import causal, check_policy, weights
 from vila_triton.ops.kv import encode
 
-from .pages import PageTable
+from .lock import Lock
+from .pages import OutOfPages, PageTable
 
 PAGE_SIZE = 16
 Rotary = tuple[Tensor, Tensor]  # as in `models.llama`
 KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Tensors made inside can be used and written anywhere later, though `torch.inference_mode` is around it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def mapped(fn: Callable[[Tensor], Tensor], pages: Pages) -> Pages:
@@ -102,11 +110,13 @@ class Watched:
 class PagedCache:
     """Keys and values of many sequences in pages of `page_size` tokens, for all layers of a model.
 
-    `table` says which page is whose. This object is changed in place by whatever runs a model on it. What it knows of
-    one model (see `PageTable.publish`) is wrong for another, and after that model's parameters change.
+    `table` says which page is whose. This object is changed in place by whatever runs a model on it, which holds `lock`
+    meanwhile: threads take turns. What it knows of one model (see `PageTable.publish`) is wrong for another, and after
+    that model's parameters change.
 
     dtype: of the model; kv_dtype: what keys and values are kept in, one of `KV_DTYPES`, by default the same; policy: of
-    attention, "fast" or "invariant" (see `ops.attention`). Errors: ValueError for other names.
+    attention, "fast" or "invariant" (see `ops.attention`); limit: how many pages the pool may grow to, None for no
+    limit. Errors: ValueError for other names.
     """
 
     def __init__(
@@ -119,15 +129,21 @@ class PagedCache:
         kv_dtype: str | None = None,
         policy: str = "fast",
         device: torch.device | str = "cpu",
+        limit: int | None = None,
     ):
         if kv_dtype not in (None, *KV_DTYPES):
             raise ValueError(f"kv_dtype is {kv_dtype!r}; there are: {', '.join(KV_DTYPES)}")
         check_policy("PagedCache", policy)
         self.policy = policy
+        self.settings = {"page_size": page_size, "kv_dtype": kv_dtype, "policy": policy}
+        self.limit = limit
+        self.parameters: object = None  # `models.params.written` of those the tokens were run with, where it is known
+        self.lock = Lock()
         self.table = PageTable(pages, page_size)
         shape = (cfg.num_hidden_layers, pages, page_size, cfg.num_key_value_heads, cfg.head_dim)
         kind = dtype if kv_dtype is None else getattr(torch, kv_dtype) if "float" in kv_dtype else kv_dtype
-        self.k_pages, self.v_pages = (empty_pages(shape, kind, device) for _ in range(2))  # [layers, p, l, g, d]
+        with lasting():
+            self.k_pages, self.v_pages = (empty_pages(shape, kind, device) for _ in range(2))  # [layers, p, l, g, d]
 
     @property
     def nbytes(self) -> int:
@@ -137,6 +153,19 @@ class PagedCache:
     def tensors(self) -> list[Tensor]:
         """All that the pages are made of, [layers, p, l, ...] each."""
         return [*leaves(self.k_pages), *leaves(self.v_pages)]
+
+    def check(self, cfg: LlamaConfig, device: torch.device) -> None:
+        """Errors: ValueError unless the pages are of the shape and on the device of such a model."""
+        layers, _, _, heads, width = self.k_pages.shape
+        held, wanted = (
+            f"{layers} layers of {heads} key heads of {width} numbers on {device}"
+            for layers, heads, width, device in (
+                (layers, heads, width, self.k_pages.device),
+                (cfg.num_hidden_layers, cfg.num_key_value_heads, cfg.head_dim, device),
+            )
+        )
+        if held != wanted:
+            raise ValueError(f"the cache is of {held}, but the model has {wanted}")
 
     def length(self, seq: int) -> int:
         return self.table[seq].length
@@ -149,15 +178,35 @@ class PagedCache:
         """Enlarge the pool, if need be, so that so many tokens can be appended to each sequence; no page moves.
 
         Idle pages are given away before the pool grows; for more of them to stay, make it larger from the start.
+        Errors: `OutOfPages` beyond its limit.
         """
-        missing = self.table.needed(counts) - self.table.available
-        if missing > 0:
+        self.grow(self.table.missing(counts))
 
-            def larger(x: Tensor) -> Tensor:
-                return torch.cat((x, x.new_empty(x.shape[0], missing, *x.shape[2:])), dim=1)  # [layers, p', ...]
+    def admit(self, known: Mapping[int, list[int]], new: int) -> None:
+        """`PageTable.admit`, with a pool that grows as it must. Errors: `OutOfPages` beyond its limit; nothing has
+        changed then.
+        """
+        if missing := self.table.admit(known, new):
+            self.grow(missing)
+            self.table.admit(known, new)
 
-            self.k_pages, self.v_pages = mapped(larger, self.k_pages), mapped(larger, self.v_pages)
-            self.table.grow(missing)
+    def grow(self, pages: int) -> None:
+        """Add that many free pages. Errors: `OutOfPages` beyond the limit."""
+        total = self.table.pages + pages
+        if self.limit is not None and pages and total > self.limit:
+            raise OutOfPages(
+                f"{total} pages of {self.table.page_size} tokens are needed for this and for what was promised to "
+                f"others, but the limit is {self.limit} ({len(self.table.sequences)} sequences hold "
+                f"{self.table.pages - self.table.available})"
+            )
+
+        def larger(x: Tensor) -> Tensor:
+            return torch.cat((x, x.new_empty(x.shape[0], pages, *x.shape[2:])), dim=1)  # [layers, p', ...]
+
+        if pages:
+            with lasting():
+                self.k_pages, self.v_pages = mapped(larger, self.k_pages), mapped(larger, self.v_pages)
+            self.table.grow(pages)
 
     @contextmanager
     def at(self, lengths: Sequence[int], keep: bool) -> Iterator[list[int]]:
@@ -193,14 +242,18 @@ class PagedCache:
         before = {seq: self.length(seq) for seq in counts}
         grant = self.table.append(counts)
         try:
-            for source, target in grant.copies:
-                for x in self.tensors:
-                    x[:, target] = x[:, source]
+            self._copy(grant.copies)
             yield self._view(before, counts, grant.slots)
         except BaseException:
             for seq, length in before.items():
                 self.table.truncate(seq, length)
+            self._copy(grant.copies)  # sequences keep the pages they were given, and the first time may be cut short
             raise
+
+    def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        for source, target in copies:
+            for x in self.tensors:
+                x[:, target] = x[:, source]
 
     def _view(self, before: Mapping[int, int], counts: Mapping[int, int], slots: list[int]) -> Step:
         device = self.k_pages.device

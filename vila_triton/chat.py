@@ -1,10 +1,12 @@
 """Conversations about pictures: rounds that share one cache, each prefilling only what is new."""
 
+import threading
 import time
 import weakref
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,16 @@ from torch import Tensor
 
 from .cache import PagedCache
 from .engine import Sampling, admit, check_numbers, contents, stream
+from .generation_config import settled
 from .images import image_processor, pixels
+from .lock import Lock
+from .memory import Memory
+from .models.params import written
 from .models.vila import splice
 from .models.vila_llama import VilaLlamaForCausalLM
-from .pictures import Pictures
-from .prompts import closing, first_round, load_tokenizer, next_round, stops, with_pictures
+from .prompts import closing, first_round, next_round, stops, with_pictures
 from .templates import Template, template
+from .tokenizer import load_tokenizer
 
 
 @dataclass
@@ -44,11 +50,21 @@ class Round:
 
 @dataclass(frozen=True)
 class Talker:
-    """A model with what it takes to talk to it: its tokenizer and image processor, and what it has seen and said."""
+    """A model with what it takes to talk to it: its tokenizer and image processor, and what it has seen and said.
+
+    Many conversations may go on at once, in turns or in threads: each answer is what it would be alone. limit: how many
+    pages of the cache they may take together; an answer for which there are no more is refused (`OutOfPages`).
+    """
 
     model: VilaLlamaForCausalLM
     tokenizer: Any
     processor: Any
+    limit: int | None = None
+    memory: Memory = field(init=False, repr=False, compare=False)
+    spelling: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)  # tokenizers are for one thread
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "memory", Memory(self.model, self.limit))
 
     @classmethod
     def from_pretrained(
@@ -58,15 +74,10 @@ class Talker:
         model = VilaLlamaForCausalLM.from_pretrained(folder, device=device, dtype=dtype)
         return cls(model, load_tokenizer(folder), image_processor(folder))
 
-    @cached_property
+    @property
     def cache(self) -> PagedCache:
         """Keys and values of all its conversations: those that begin alike share their pages."""
-        return self.model.new_cache(0)
-
-    @cached_property
-    def pictures(self) -> Pictures:
-        """Features of the pictures it was asked about lately."""
-        return Pictures(self.model.encode_images)
+        return self.memory.latest().cache
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures as the tower takes them, [n, 3, H, W]."""
@@ -80,7 +91,8 @@ class Talker:
     @cached_property
     def stops(self) -> list[int]:
         """Tokens that end an answer."""
-        return stops(self.template, self.tokenizer, self.model.config.parts()["llm"])
+        said = getattr(self.model.generation_config, "eos_token_id", None)
+        return stops(self.template, self.tokenizer, self.model.config.parts()["llm"].get("eos_token_id"), said)
 
     def prompt(self, question: str, pictures: int, first: bool = True) -> list[int]:
         """Token ids of a round up to where its answer begins, -200 for each picture.
@@ -101,68 +113,131 @@ class Conversation:
 
     def __init__(self, talker: Talker):
         self.talker = talker
-        self.cache = talker.cache
-        self.seq = self.cache.table.alloc()
-        self.close = weakref.finalize(self, self.cache.table.free, self.seq)
         self.row = torch.empty(0, dtype=torch.int64, device=talker.model.device)  # [t] spliced
         self.features: Tensor | None = None  # [rows, e]
         self.names: list[int] = []  # of the rows of features
+        self.eyes: tuple | None = None  # what the features depend on, as in `memory.Known`
+        self.rounds: list[tuple[int, int]] = []  # how long row and names were before each
         self.last: Round | None = None
-        self.answering = False
+        self._turn = threading.Lock()
+        self._begin(talker.cache)
+
+    def _begin(self, cache: PagedCache) -> None:
+        with cache.lock:
+            self.cache, self.seq = cache, cache.table.alloc()
+        self.close = weakref.finalize(self, cache.lock.soon, partial(cache.table.free, self.seq))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._turn.acquire(blocking=False):
+            raise ValueError("the answer to the question before is not read to its end; read it, or close it")
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    def fork(self) -> "Conversation":
+        """Another conversation with the same rounds, which goes on by itself; both share the pages of these rounds.
+
+        Errors: ValueError while an answer is not read to its end.
+        """
+        with self._alone():
+            other = Conversation(self.talker)
+            other.row, other.features, other.names, other.eyes = self.row, self.features, self.names, self.eyes
+            other.rounds, other.last = [*self.rounds], self.last
+            return other
+
+    def undo(self, rounds: int = 1) -> None:
+        """Take the last rounds back. Errors: ValueError if there are fewer, or an answer is not read to its end."""
+        with self._alone():
+            if not 1 <= rounds <= len(self.rounds):
+                raise ValueError(f"{rounds} rounds cannot be taken back; there are {len(self.rounds)}")
+            length, rows = self.rounds[-rounds]
+            with self.cache.lock:
+                self.cache.table.truncate(self.seq, min(length, self.cache.length(self.seq)))
+            del self.rounds[-rounds:]
+            self.row, self.names, self.last = self.row[:length], self.names[:rows], None
+            self.features = self.features[:rows] if self.features is not None and rows else None
 
     def ask(
-        self, question: str, images: Sequence[Image.Image] = (), max_new_tokens: int = 128, **sampling: Any
+        self, question: str, images: Sequence[Image.Image] = (), max_new_tokens: int | None = None, **sampling: Any
     ) -> Generator[int, None, None]:
-        """The tokens of the answer as they are chosen; `last` holds what the round took.
+        """The tokens of the answer as they are chosen; `last` holds what the round took. What is not said is as in the
+        model's generation config, else at most 128 tokens are made, each the likeliest.
 
-        Errors: ValueError, before anything is run, if the question is empty or does not fit the model's context, or the
-        answer before it was not read to its end. If an answer is given up or fails half-way, the conversation is as it
-        was before the question.
+        Errors: ValueError, before anything is run, if the question is empty or does not fit the model's context, if the
+        answer before it was not read to its end, or if the model has changed since it was shown pictures; `OutOfPages`
+        beyond the talker's limit; RuntimeError if the model changes meanwhile. If an answer is given up or fails
+        half-way, the conversation is as it was before the question.
         """
-        if self.answering:
-            raise ValueError("the answer to the question before is not read to its end; read it, or close it")
+        with self._alone():
+            yield from self._answer(question, images, max_new_tokens, sampling)
+
+    def _answer(
+        self, question: str, images: Sequence[Image.Image], max_new_tokens: int | None, sampling: dict[str, Any]
+    ) -> Generator[int, None, None]:
         check_numbers({"max_new_tokens": max_new_tokens, **sampling})
         start, model = time.perf_counter(), self.talker.model
-        ids = torch.tensor(self.talker.prompt(question, len(images), first=not len(self.row)), device=model.device)
+        with self.talker.spelling:
+            prompt = self.talker.prompt(question, len(images), first=not len(self.row))
+            ends, end = self.talker.stops, closing(self.talker.template, self.talker.tokenizer)
+        ids = torch.tensor(prompt, device=model.device)
+        parameters = list(model.parameters())
+        before, known = written(parameters), self.talker.memory.holding()
+        if self.features is not None and self.eyes != known.eyes:
+            raise ValueError(
+                "the model's parameters, policy or kernels are others than when this conversation was shown its "
+                "pictures; begin a new one"
+            )
+        if known.cache is not self.cache and self.close.alive:
+            self.close()
+            self._begin(known.cache)
         features, names, counts = self.features, self.names, []
         if images:
             pixels = self.talker.pixels(images).to(model.device, model.dtype)
-            new, more = self.talker.pictures(pixels)  # [n, tokens, e]
+            new, more = known.pictures(pixels)  # [n, tokens, e]
             names = [*names, *more]
             counts = [new.shape[1]] * len(new)
             features = torch.cat([*([] if features is None else [features]), new.flatten(0, 1)])
         (spliced,) = splice([ids], counts, model.geometry.llm.vocab_size, len(self.names))
         row = torch.cat((self.row, spliced))
         limit = model.geometry.llm.max_position_embeddings
-        if len(row) + max_new_tokens > limit:
+        asked = settled(model.answers(), {**sampling, "max_new_tokens": max_new_tokens}, len(row), limit)
+        if len(row) + (new_tokens := asked["max_new_tokens"]) > limit:
             raise ValueError(
-                f"the conversation has {len(row)} tokens, and {max_new_tokens} more may be generated, but the "
+                f"the conversation has {len(row)} tokens, and {new_tokens} more may be generated, but the "
                 f"model's context is {limit}; lower max_new_tokens or begin a new conversation"
             )
-        ends, device = self.talker.stops, model.device
-        how = Sampling.of(1, max_new_tokens=max_new_tokens, eos_token_id=ends or None, device=device, **sampling)
-        chunk, seq, known = model.config.prefill_chunk_size, self.seq, contents(row, names)
-        before = self.cache.length(seq)
+        how = Sampling.of(1, eos_token_id=ends or None, device=model.device, **asked)
+        chunk, cache, seq, content = model.config.prefill_chunk_size, self.cache, self.seq, contents(row, names)
+        with cache.lock:
+            kept = cache.length(seq)
         answer: list[int] = []
         finished = False
-        self.answering = True
         try:
-            admit(self.cache, {seq: known}, max_new_tokens)
-            taken = Round(len(row), len(row) - self.cache.length(seq), sum(counts))
+            admit(cache, {seq: content}, new_tokens)
+            taken = Round(len(row), len(row) - cache.length(seq), sum(counts))
             taken.seed = how.seeds[0] if how.seeds else None
-            for _, token in stream(model.params, {seq: row}, model.geometry, self.cache, features, how, chunk):
+            for _, token in stream(model.params, {seq: row}, model.geometry, cache, features, how, chunk):
                 answer.append(token)
                 taken.answer_tokens, taken.seconds = len(answer), time.perf_counter() - start
                 taken.first_token = taken.first_token or taken.seconds
                 yield token
+            if written(parameters) != before:
+                raise RuntimeError("the model's parameters changed while it answered; ask again")
             finished = True
         finally:
-            self.answering = False
-            if self.close.alive:
-                self.cache.table.publish(seq, [*known, *answer][: self.cache.length(seq)])
-                if not finished:
-                    self.cache.table.truncate(seq, before)
+            cache.lock.soon(partial(keep, cache, seq, [*content, *answer], None if finished else kept))
         answer = answer[:-1] if answer[-1] in ends else answer  # the last one is not in the cache yet
-        answer += closing(self.talker.template, self.talker.tokenizer)
+        answer += end
+        self.rounds.append((len(self.row), len(self.names)))
         self.row = torch.cat((row, row.new_tensor(answer)))
-        self.features, self.names, self.last = features, names, taken
+        self.features, self.names, self.eyes, self.last = features, names, known.eyes, taken
+
+
+def keep(cache: PagedCache, seq: int, tokens: list[int], length: int | None) -> None:
+    """Make known what a sequence has of these tokens, and cut it to a length; nothing if it was closed meanwhile."""
+    if seq in cache.table.sequences:
+        cache.table.publish(seq, tokens[: cache.length(seq)])
+        if length is not None:
+            cache.table.truncate(seq, length)

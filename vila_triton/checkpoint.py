@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .generation_config import read_generation
 from .layouts import OURS
 from .llava import is_llava, llava_source
 from .models import vila
@@ -18,6 +19,7 @@ from .write import write
 
 __all__ = [
     "PARTS",
+    "generation",
     "geometry",
     "load_params",
     "open_source",
@@ -59,6 +61,11 @@ def read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]
     """The top config of a folder and those of its parts, as a VILA folder of ours has them. Errors: `LoadError`."""
     source = open_source(folder)
     return source.top, source.parts
+
+
+def generation(folder: Path, vocab_size: int) -> dict[str, Any]:
+    """What generation_config.json says, beside the model's config or the language model's. Errors: `LoadError`."""
+    return read_generation([folder, open_source(folder).beside["llm"]], vocab_size)
 
 
 def load_params(folder: Path, cfg: VilaConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> vila.Vila:

@@ -20,14 +20,14 @@ def configs() -> Path:
 
 
 @lru_cache
-def configured(device: str, phase: str) -> Mapping[str, Choice]:
-    """The choices for a device type ("cpu", "cuda") and one of `PHASES`: those of [device], then of [device.phase]. A
-    device the file does not name runs references. Errors: ValueError naming the file.
+def configured(device: str, phase: str | None, only: str | None = None) -> Mapping[str, Choice]:
+    """The choices for a device type ("cpu", "cuda") and one of `PHASES`: those of [device], then of [device.phase]; of
+    all ops, or of one. A device the file does not name runs references. Errors: ValueError naming the file.
     """
-    return read(configs() / "kernels.toml", device, phase)
+    return read(configs() / "kernels.toml", device, phase, only)
 
 
-def read(file: Path, device: str, phase: str) -> dict[str, Choice]:
+def read(file: Path, device: str, phase: str | None, only: str | None = None) -> dict[str, Choice]:
     try:
         table = tomllib.loads(file.read_text()).get(device, {})
         wrong = [name for name, value in table.items() if isinstance(value, dict) and name not in PHASES]
@@ -35,7 +35,8 @@ def read(file: Path, device: str, phase: str) -> dict[str, Choice]:
             raise ValueError(
                 f"{device}.{wrong[0]} is no section, expected {' or '.join(f'{device}.{phase}' for phase in PHASES)}"
             )
-        return checked({op: value for op, value in {**table, **table.get(phase, {})}.items() if op not in PHASES})
+        chosen = {op: value for op, value in {**table, **table.get(phase, {})}.items() if op not in PHASES}
+        return checked({op: value for op, value in chosen.items() if only in (None, op)})
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}, [{device}]: {error.args[0]}") from None
 

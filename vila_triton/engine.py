@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +19,14 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.stopping_criteria import EosTokenCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, StoppingCriteriaList
 
 from .cache import PagedCache
 from .limits import COUNT, POSITIVE, SEED, Limits
 from .models import llama, vila
 from .models.config import VilaConfig
 from .registry import defaults
+from .stopping import StopStrings
 from .tuned import kernels_for
 
 
@@ -115,15 +117,15 @@ def contents(row: Tensor, names: Sequence[int]) -> list[int]:
 
 
 def admit(cache: PagedCache, known: Mapping[int, list[int]], max_new_tokens: int) -> None:
-    """Make room in the cache for conversations of these `contents`, by sequence id, and for their answers.
+    """Make room in the cache for conversations of these `contents`, by sequence id, and keep it for their answers until
+    `stream` has ended them.
 
     An empty sequence first takes over what the cache knows of its beginning, all but the last token at most. What a
     sequence then holds can be made known in turn: `cache.table.publish`.
+    Errors: `OutOfPages` beyond the limit of the pool; nothing has changed then.
     """
-    for seq, tokens in known.items():
-        if not cache.length(seq):
-            cache.table.adopt(seq, tokens[:-1])
-    cache.reserve({seq: len(tokens) - cache.length(seq) + max_new_tokens for seq, tokens in known.items()})
+    with cache.lock:
+        cache.admit(known, max_new_tokens)
 
 
 NUMBERS = {
@@ -196,9 +198,7 @@ class Sampling:
             ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
             criteria.append(EosTokenCriteria(torch.tensor(ids, device=device)))
         if stop_strings is not None:
-            if tokenizer is None:
-                raise ValueError("stop_strings need tokenizer=, to know how tokens spell them")
-            criteria.append(StopStringCriteria(tokenizer, stop_strings))  # pyright: ignore[reportArgumentType]
+            criteria.append(StopStrings(tokenizer, stop_strings))
         seeds = None
         if do_sample:
             seed = secrets.randbits(32) if seed is None else seed
@@ -218,7 +218,8 @@ def stream(
     sampling: Sampling,
     chunk: int | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """Continue conversations, yielding (sequence, token) as tokens are chosen.
+    """Continue conversations, yielding (sequence, token) as tokens are chosen. Between two steps the cache may serve
+    other threads, and other streams that are read in turns with this one.
 
     rows: by sequence id, the whole spliced conversation [t]; what of it is cached already is not run again. The last
     token of an answer is not in the cache afterwards. Processors and criteria see the words so far, without pictures.
@@ -230,18 +231,24 @@ def stream(
     words: dict[int, Any] = {seq: row[row >= 0][None] for seq, row in rows.items()}
     draws = {seq: torch.Generator().manual_seed(seed) for seq, seed in zip(rows, sampling.seeds or ())}
     left = dict.fromkeys(rows, sampling.max_new_tokens)
-    while new:
-        hidden = torch.cat(advance(p, new, cfg, cache, features, chunk=chunk))
-        with kernels(hidden.device, decode=True, policy=cache.policy):
-            logits = llama.logits(p.llm, hidden).float()  # [b, v]
-        for seq, raw in zip(list(new), logits.split(1)):
-            scores: Any = sampling.processors(words[seq], raw)  # pyright: ignore[reportArgumentType]
-            if draws:
-                token = torch.multinomial(scores.softmax(-1).cpu(), 1, generator=draws[seq]).to(scores.device)[0]
-            else:
-                token = scores.argmax(-1)
-            words[seq] = torch.cat((words[seq], token[None]), dim=1)
-            new[seq], left[seq] = token, left[seq] - 1
-            yield seq, int(token)
-            if not left[seq] or (sampling.criteria and bool(sampling.criteria(words[seq], scores).any())):
-                del new[seq]
+    try:
+        while new:
+            with cache.lock:
+                hidden = torch.cat(advance(p, new, cfg, cache, features, chunk=chunk))
+            with kernels(hidden.device, decode=True, policy=cache.policy):
+                logits = llama.logits(p.llm, hidden).float()  # [b, v]
+            for seq, raw in zip(list(new), logits.split(1)):
+                scores: Any = sampling.processors(words[seq], raw)  # pyright: ignore[reportArgumentType]
+                if draws:
+                    token = torch.multinomial(scores.softmax(-1).cpu(), 1, generator=draws[seq]).to(scores.device)[0]
+                else:
+                    token = scores.argmax(-1)
+                words[seq] = torch.cat((words[seq], token[None]), dim=1)
+                new[seq], left[seq] = token, left[seq] - 1
+                yield seq, int(token)
+                if not left[seq] or (sampling.criteria and bool(sampling.criteria(words[seq], scores).any())):
+                    del new[seq]
+                    cache.lock.soon(partial(cache.table.release, seq))
+    finally:
+        for seq in new:
+            cache.lock.soon(partial(cache.table.release, seq))

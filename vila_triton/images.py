@@ -1,7 +1,6 @@
 """Pictures and videos to what the vision tower takes, through transformers' image processors."""
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from .checkpoint import read_configs, read_json
 from .models.config import VisionConfig
+from .preprocessor import settings
 
 MODES = ("resize", "pad", "square", None)
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # formats whose further pictures are meant to be seen, one after another
@@ -48,10 +48,8 @@ def rgb(image: Image.Image) -> Image.Image:
 def opened(path: Path | str, kind: str) -> Iterator[Image.Image]:
     """A file as Pillow opens it. Errors: `ImageError` naming the file, for whatever is wrong with it."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of twice that size it is an error
-            with Image.open(path) as image:
-                yield image
+        with Image.open(path) as image:
+            yield image
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist") from None
     except Exception as error:  # a broken file fails in Pillow's decoders as OSError, SyntaxError, struct.error, ...
@@ -119,8 +117,8 @@ def image_processor(folder: Path, tower: VisionConfig | None = None) -> Any:
     file = places[0] / "preprocessor_config.json"
     try:
         values = read_json(file)
-        processor = in_pillow(kind_in(values), values)
-    except (OSError, ValueError, TypeError) as error:
+        processor = in_pillow(kind_in(values), settings(values))
+    except (OSError, ValueError) as error:
         raise ImageError(f"{file} is no image processor: {error}") from None
     return fitted(processor, tower.input_size) if tower else processor
 
@@ -134,7 +132,7 @@ def kind_in(values: Mapping[str, Any]) -> str:
     kind = re.sub("(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", name)
     if kind not in IN_PILLOW:
         raise ValueError(
-            f"image_processor_type is {name}, expected {' or '.join(f'{x}ImageProcessor' for x in IN_PILLOW)}"
+            f"image_processor_type is {name[:60]}, expected {' or '.join(f'{x}ImageProcessor' for x in IN_PILLOW)}"
         )
     return kind
 

@@ -11,13 +11,15 @@ The schema is read off the reference's annotations:
     Tensor | a dataclass                           a Tensor; a call with the other is traced through the reference,
                                                    and so is one with `lse`, which returns two tensors
 
-Results are contiguous. There is no gradient: torch says so when one is asked for; uncompiled calls have theirs.
+A reference returns a Tensor or a tuple of them, the arguments that it writes last. Results are contiguous. There is no
+gradient: torch says so when one is asked for; uncompiled calls of what torch computes have theirs.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -67,6 +69,24 @@ def arguments(op: "Op") -> tuple[Argument, ...]:
     return tuple(argument(op, p.name, p.default, hints[p.name]) for p in parameters)
 
 
+def is_union(hint: Any) -> bool:
+    """Whether a Tensor is one of what a hint allows."""
+    return get_origin(hint) in (Union, UnionType) and Tensor in get_args(hint)
+
+
+def fresh_results(op: "Op", writes: Sequence[str]) -> int:
+    """How many new tensors a call returns, by the annotation of the reference. Errors: TypeError for what no schema
+    holds.
+    """
+    hint = get_type_hints(op.reference).get("return")
+    results = get_args(hint) if get_origin(hint) is tuple else (hint,)
+    fresh = results[: len(results) - len(writes)]
+    if len(results) < len(writes) or not all(x is Tensor or is_union(x) for x in fresh):
+        after = f", and after them {', '.join(writes)}" if writes else ""
+        raise TypeError(f"{op.name} returns {hint}, expected a Tensor or a tuple of so many Tensors{after}")
+    return len(fresh)
+
+
 def schema(takes: Sequence[Argument], writes: Sequence[str], fresh: int) -> str:
     """As torch writes it: "(Tensor x, Tensor w_qweight, int w_group, Tensor? bias) -> (Tensor)"."""
     words = []
@@ -102,17 +122,23 @@ def expose(op: "Op", result: Callable[..., Any] | None, writes: tuple[str, ...] 
     if unknown := set(writes) - {a.name for a in takes}:
         raise TypeError(f"{op.name}.writes: no argument {', '.join(sorted(unknown))}")
 
-    fresh = len(get_args(get_type_hints(op.reference)["return"])) - len(writes) if writes else 1
+    fresh = fresh_results(op, writes)
+
+    def returned(out: Any) -> Any:
+        """The new tensors of a call, as torch takes them of so many."""
+        new = tuple(x.contiguous() for x in out[:fresh]) if isinstance(out, tuple) else (out.contiguous(),)
+        if len(new) != fresh:
+            raise TypeError(f"{op.name}: {len(new)} tensors are returned, expected {fresh}")
+        return new if fresh > 1 else new[0] if new else None
 
     def run(*flat: Any) -> Any:
-        out = op.run(*joined(takes, flat))
-        return tuple(x.contiguous() for x in out[:fresh]) or None if writes else out.contiguous()
+        return returned(op.run(*joined(takes, flat)))
 
     def fake(*flat: Any) -> Any:
         args = joined(takes, flat)
         if op.contract:
             op.contract(*args)
-        return result(*args) if result else None
+        return returned(result(*args) if result else ())
 
     custom = torch.library.custom_op(
         f"{NAMESPACE}::{op.name}", run, mutates_args=writes, schema=schema(takes, writes, fresh)
@@ -129,6 +155,9 @@ def expose(op: "Op", result: Callable[..., Any] | None, writes: tuple[str, ...] 
         if values.get("lse") or any(map(is_dataclass, unions)):
             return op.reference(*args, **kwargs)
         out = overload(*flattened(takes, values))
-        return (*(out or ()), *(values[name] for name in writes)) if writes else out
+        if not writes:
+            return out
+        new = () if out is None else out if fresh > 1 else (out,)
+        return (*new, *(values[name] for name in writes))
 
     return traced

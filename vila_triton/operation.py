@@ -17,7 +17,7 @@ OPS: dict[str, "Op"] = {}
 
 _NONE: Mapping[str, Choice] = MappingProxyType({})
 CHOSEN: ContextVar[Mapping[str, Choice]] = ContextVar("chosen", default=_NONE)  # by `registry.use`
-DEFAULT: ContextVar[Mapping[str, Choice]] = ContextVar("default", default=_NONE)  # by `registry.defaults`
+DEFAULT: ContextVar[Mapping[str, Choice] | None] = ContextVar("default", default=None)  # by `registry.defaults`
 INVARIANT: ContextVar[bool] = ContextVar("invariant", default=False)  # by `registry.defaults`
 RECORD: ContextVar["Counter[tuple[str, str]] | None"] = ContextVar("record", default=None)
 
@@ -92,6 +92,9 @@ class Op:
         self.impls: dict[str, Impl] = {}
         self.domain: dict[str, Sizes | OneOf] = {}
         self.contract: Callable[..., None] | None = None
+        self.in_range: Callable[..., None] | None = None
+        self.example = self.absent("inputs")
+        self.cost = self._no_cost = self.absent("costs")
         self.sizes_of: Callable[..., dict[str, Any]] | None = None
         self.varying: tuple[str, ...] = ()
         self.traced: Callable[..., Any] | None = None  # what `torch.compile` sees of a call
@@ -109,22 +112,50 @@ class Op:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Check the arguments and run the implementation that is chosen here and now."""
-        if self.contract:
-            self.contract(*args, **kwargs)
+        self.check(*args, **kwargs)
         impl = self.impls[self.choice(*args, **kwargs)]
         if (record := RECORD.get()) is not None:
             record[self.name, impl.name] += 1
-        return impl(*args, **kwargs)
+        try:
+            out = impl(*args, **kwargs)
+        except Unsupported as reason:
+            if self.name in CHOSEN.get() or isinstance(reason.__cause__, Unsupported):  # which says it already
+                raise
+            raise Unsupported(
+                f'{reason} ({impl.name!r} runs here by default; `with use({self.name}="reference")` runs the reference)'
+            ) from reason
+        if impl.name == REFERENCE:
+            return out
+        from . import gradient  # not at import: it needs torch
+
+        return gradient.told(self.name, impl.name, out, *args, *kwargs.values())
+
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """What every call is held to: the contract, and that what its indices name exists."""
+        if self.contract:
+            self.contract(*args, **kwargs)
+        if self.in_range:
+            self.in_range(*args, **kwargs)
 
     def choice(self, *args: Any, **kwargs: Any) -> str:
         """The name of the implementation a call with these arguments would run here and now."""
-        choice = CHOSEN.get().get(self.name) or DEFAULT.get().get(self.name) or REFERENCE
+        defaults = DEFAULT.get()
+        choice = CHOSEN.get().get(self.name)
+        if choice is None:
+            choice = self.usual(*args, **kwargs) if defaults is None else defaults.get(self.name, REFERENCE)
         if INVARIANT.get():
             self.check_invariant(choice)
         if isinstance(choice, str):
             return choice
         assert self.sizes_of  # as `registry.checked` has seen
         return choice.at(self.sizes_of(*args, **kwargs)[self.varying[0]])
+
+    def usual(self, *args: Any, **kwargs: Any) -> Choice:
+        """What a call outside an engine runs where `use` says nothing: what an engine would on the tensors' device."""
+        from . import tuned  # not at import: it needs torch
+
+        policy = self.sizes_of(*args, **kwargs)["policy"] if self.sizes_of and "policy" in self.domain else "fast"
+        return tuned.usual(self.name, policy, *args, **kwargs)
 
     def check_invariant(self, choice: Choice) -> None:
         """ValueError unless the choice is one implementation marked batch_invariant, if any of the op's are."""
@@ -157,9 +188,41 @@ class Op:
 
         return attach
 
+    @property
+    def file(self) -> Path:
+        return self.impls[REFERENCE].file
+
+    def absent(self, what: str) -> Callable[..., Any]:
+        """In place of what has not been registered: TypeError that says so."""
+
+        def tell(*args: Any, **kwargs: Any) -> Any:
+            raise TypeError(f"{self.file}: op {self.name!r} has no {what}, expected @{self.name}.{what}")
+
+        return tell
+
+    @property
+    def missing(self) -> list[str]:
+        """What has not been registered of all that an op has."""
+        there = {
+            "requires": self.contract,
+            "inputs": self.domain,
+            "sizes": self.sizes_of,
+            "costs": self.cost is not self._no_cost,
+            "result or writes": self.traced,
+        }
+        return [name for name, value in there.items() if not value]
+
     def requires(self, fn: Callable[..., None]) -> Callable[..., None]:
         """Register the contract of every call, whichever implementation runs: it raises ValueError or returns."""
         self.contract = fn
+        return fn
+
+    def bounds(self, fn: Callable[..., None]) -> Callable[..., None]:
+        """Register what looks at the values of index arguments (see `ops.indices`): it raises IndexError or returns.
+
+        Apart from the contract, since nothing but shapes is known while a model is traced.
+        """
+        self.in_range = fn
         return fn
 
     def inputs(self, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,8 +257,8 @@ class Op:
         return fn
 
     def result(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Register what a call returns, arguments -> an empty tensor, and with it a `torch.library` custom op (see
-        `library`), which is what a call is while `torch.compile` traces it.
+        """Register what a call returns, arguments -> an empty tensor or a tuple of them, and with it a `torch.library`
+        custom op (see `library`), which is what a call is while `torch.compile` traces it.
         """
         from . import library  # not at import: it needs torch
 
@@ -204,7 +267,7 @@ class Op:
 
     def writes(self, *names: str, result: Callable[..., tuple[Any, ...]] | None = None) -> None:
         """The same for an op that writes these arguments in place and returns them, in this order, after what `result`
-        says it returns besides (several tensors).
+        says it returns besides.
         """
         from . import library
 

@@ -31,9 +31,10 @@ class Grant:
 class PageTable:
     """Pages 0 to `pages` - 1 of `page_size` tokens each, shared by sequences through reference counts.
 
-    A page that several sequences share is never written: the one that appends to it is given a copy first. A page of no
-    sequence whose content is known is idle: it waits to be adopted, and is given away when no page is free, the one
-    that was let go first going first.
+    A page that several sequences share is never written: the one that appends to it is given a copy first. So is one
+    that appends to a page of which more is known than it reads, while there are pages: what is known is lost only when
+    they run out. A page of no sequence whose content is known is idle: it waits to be adopted, and is given away when
+    no page is free, the one that was let go first going first. Pages promised to a sequence are given to no other.
     """
 
     def __init__(self, pages: int, page_size: int):
@@ -46,6 +47,7 @@ class PageTable:
         self.prefixes = Prefixes(page_size)
         self.references: Counter[int] = Counter()
         self.sequences: dict[int, Sequence] = {}
+        self.promised: dict[int, int] = {}  # by sequence: how long it may become
         self._ids = count()
 
     @property
@@ -67,11 +69,17 @@ class PageTable:
         return seq
 
     def fork(self, seq: int) -> int:
-        """A new sequence with the same tokens, sharing all pages; returns its id."""
+        """A new sequence with the same tokens, sharing all pages; returns its id. It is promised nothing.
+
+        Errors: `OutOfPages` where a promise would then need one more, for a copy.
+        """
         parent = self[seq]
         child = self.alloc()
         self.sequences[child] = Sequence(list(parent.pages), parent.length)
         self.references.update(parent.pages)
+        if self.missing({}):
+            self.free(child)
+            raise OutOfPages(f"sequence {seq} cannot be forked: all {self.available} free pages are promised")
         return child
 
     def reorder(self, rows: list[int]) -> None:
@@ -98,18 +106,44 @@ class PageTable:
         self.prefixes.learn(s.pages[: -(-len(tokens) // self.page_size)], tokens)
 
     def adopt(self, seq: int, tokens: list[int]) -> int:
-        """Give an empty sequence the pages known to hold the longest beginning of `tokens`; returns its length.
+        """Give an empty sequence the pages known to hold the longest beginning of `tokens`; returns its length, 0 also
+        if promises need those pages.
 
         Errors: ValueError if the sequence is not empty.
         """
-        s = self[seq]
-        if s.length:
-            raise ValueError(f"sequence {seq} has {s.length} tokens; only an empty one can adopt pages")
-        s.pages, s.length = self.prefixes.find(tokens)
-        self.references.update(s.pages)
-        for page in s.pages:
-            self.idle.pop(page, None)
-        return s.length
+        idle = dict(self.idle)
+        self._adopt(seq, tokens)
+        if self.missing({}):
+            self.truncate(seq, 0)
+            self.idle = idle
+        return self[seq].length
+
+    def admit(self, known: Mapping[int, list[int]], new: int) -> int:
+        """Promise each sequence room for these tokens, of which it holds the first, and `new` more; an empty one adopts
+        what is known of all but the last. Returns how many pages lack; unless 0, nothing has changed.
+
+        A promise takes the place of the one before it. It ends by `release`, or when the sequence is cut.
+        """
+        before, idle = self.promised, dict(self.idle)
+        adopted = [seq for seq in known if not self[seq].length]
+        for seq in adopted:
+            self._adopt(seq, known[seq][:-1])
+        self.promised = {**before, **{seq: len(tokens) + new for seq, tokens in known.items()}}
+        if missing := self.missing({}):
+            for seq in adopted:
+                self.truncate(seq, 0)
+            self.promised, self.idle = before, idle
+        return missing
+
+    def release(self, seq: int) -> None:
+        """End what was promised to the sequence."""
+        self.promised.pop(seq, None)
+
+    def missing(self, counts: Mapping[int, int]) -> int:
+        """Pages that lack for appending so many tokens to each sequence and keeping all promises."""
+        left = {seq: max(0, total - self[seq].length) for seq, total in self.promised.items()}
+        wanted = {seq: max(counts.get(seq, 0), left.get(seq, 0)) for seq in {**counts, **left}}
+        return max(0, self.needed(wanted) - self.available)
 
     def needed(self, counts: Mapping[int, int]) -> int:
         """Available pages that appending so many tokens to each sequence would take."""
@@ -127,22 +161,22 @@ class PageTable:
     def append(self, counts: Mapping[int, int]) -> Grant:
         """Room for so many more tokens in each sequence, for all of them or, with `OutOfPages`, for none."""
         fresh = self.needed(counts)
-        if fresh > self.available:
-            raise OutOfPages(
-                f"{fresh} more pages of {self.page_size} tokens are needed, but {self.available} of {self.pages} "
-                f"are free ({len(self.sequences)} sequences hold the others)"
-            )
+        if self.missing(counts):
+            raise self._out(counts)
+        spare = self.available - fresh  # a copy that saves what is known takes one and gives back the page it is of
         slots, copies = [], []
         for seq, n in counts.items():
             s = self.sequences[seq]
-            if n and s.length % self.page_size:
+            if n and (rows := s.length % self.page_size):
                 last = s.pages[-1]
-                if self.references[last] > 1:
+                saves = self.references[last] == 1 and self.prefixes.rows(last) > rows and spare > 0
+                if saves or self.references[last] > 1:
+                    spare -= saves
                     s.pages[-1] = self._take()
                     self._release(last)
                     copies.append((last, s.pages[-1]))
                 else:
-                    self.prefixes.forget(last, s.length % self.page_size)
+                    self.prefixes.forget(last, rows)
             s.pages += [self._take() for _ in range(-(-(s.length + n) // self.page_size) - len(s.pages))]
             slots += [
                 s.pages[t // self.page_size] * self.page_size + t % self.page_size
@@ -160,6 +194,7 @@ class PageTable:
         for page in reversed(s.pages[keep:]):  # a page is of use only after those before it, so they go last
             self._release(page)
         s.pages, s.length = s.pages[:keep], length
+        self.release(seq)
 
     def free(self, seq: int) -> None:
         """Forget the sequence; what is known of its pages is kept."""
@@ -170,6 +205,24 @@ class PageTable:
         if seq not in self.sequences:
             raise KeyError(f"no sequence {seq} in the cache; there are: {list(self.sequences)}")
         return self.sequences[seq]
+
+    def _adopt(self, seq: int, tokens: list[int]) -> None:
+        s = self[seq]
+        if s.length:
+            raise ValueError(f"sequence {seq} has {s.length} tokens; only an empty one can adopt pages")
+        s.pages, s.length = self.prefixes.find(tokens)
+        self.references.update(s.pages)
+        for page in s.pages:
+            self.idle.pop(page, None)
+
+    def _out(self, counts: Mapping[int, int]) -> OutOfPages:
+        fresh = self.needed(counts)
+        promised = self.missing(counts) + self.available - fresh
+        return OutOfPages(
+            f"{fresh} more pages of {self.page_size} tokens are needed, but {self.available} of {self.pages} "
+            f"are free{f', {promised} of them promised to others' if promised else ''} "
+            f"({len(self.sequences)} sequences hold the others)"
+        )
 
     def _take(self) -> int:
         if self.free_pages:

@@ -6,6 +6,9 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from .cache import lasting
+from .lock import Lock
+
 LIMIT = 64
 
 
@@ -21,7 +24,8 @@ def name(picture: bytes, position: int) -> int:
 
 
 class Pictures:
-    """Features of pictures, of which the `limit` most recently asked for are kept on the model's device.
+    """Features of pictures, of which the `limit` most recently asked for are kept on the model's device; threads take
+    turns.
 
     encode: pictures [n, c, H, W] -> features [n, tokens, e]. What is kept is wrong once its parameters change.
     """
@@ -30,16 +34,17 @@ class Pictures:
         self.encode = encode
         self.limit = limit
         self.kept: dict[bytes, Tensor] = {}  # [tokens, e] each, the least recently asked for first
+        self.lock = Lock()
 
-    @torch.no_grad()
     def __call__(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
         """Pictures [n, c, H, W] -> features [n, tokens, e], and the name of each of the n·tokens positions."""
         prints = [fingerprint(picture) for picture in pixels]
-        new = {key: picture for key, picture in zip(prints, pixels) if key not in self.kept}
-        if new:
-            self.kept |= zip(new, map(torch.clone, self.encode(torch.stack([*new.values()]))))
-        self.kept |= {key: self.kept.pop(key) for key in dict.fromkeys(prints)}
-        features = torch.stack([self.kept[key] for key in prints])
-        for key in [*self.kept][: -self.limit]:
-            del self.kept[key]
+        with self.lock, lasting():
+            new = {key: picture for key, picture in zip(prints, pixels) if key not in self.kept}
+            if new:
+                self.kept |= zip(new, map(torch.clone, self.encode(torch.stack([*new.values()]))))
+            self.kept |= {key: self.kept.pop(key) for key in dict.fromkeys(prints)}
+            features = torch.stack([self.kept[key] for key in prints])
+            for key in [*self.kept][: -self.limit]:
+                del self.kept[key]
         return features, [name(key, i) for key in prints for i in range(features.shape[1])]

@@ -67,6 +67,10 @@ class Prefixes:
             self.known[page] = known
             self.after.setdefault(known.before, {})[page] = None
 
+    def rows(self, page: int) -> int:
+        """How many rows of the page are known."""
+        return len(self.known[page].tokens) if page in self.known else 0
+
     def forget(self, page: int, rows: int = 0) -> None:
         """Only the first `rows` of the page are still as they were."""
         if (known := self.known.get(page)) is None:

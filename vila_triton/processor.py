@@ -11,11 +11,20 @@ from transformers import BatchFeature, ProcessorMixin
 from .checkpoint import read_json, write_json
 from .images import image_processor as load_image_processor
 from .images import open_image, pixels
-from .prompts import IMAGE, load_tokenizer, tokenize
-from .templates import template
+from .markers import renamed
+from .models.surface import refusing
+from .models.vila import IMAGE_TOKEN_INDEX
+from .prompts import IMAGE, tokenize
+from .templates import TEMPLATES, template
+from .tokenizer import load_tokenizer
 
 OWN = "processor_config.json"
+PLAIN = TEMPLATES["plain"]  # of no special tokens
 SETTINGS = ("conversation_template", "image_aspect_ratio")
+
+
+NO_PARSER = "answers are plain text: `decode` and `batch_decode` give it"
+NO_HUB = "`save_pretrained` writes a folder, which huggingface_hub's upload_folder sends"
 
 
 class VilaProcessor(ProcessorMixin):
@@ -71,20 +80,23 @@ class VilaProcessor(ProcessorMixin):
         padding: bool | str = True,
         return_tensors: str | None = "pt",
         add_special_tokens: bool = True,
+        split_special_tokens: bool = False,
         **more: Any,
     ) -> BatchFeature:
         """input_ids [b, t] (-200 for each `<image>`), attention_mask [b, t], and images [n, 3, H, W] if there are any.
 
         images: one picture or the path of one, a list of them in the order of all texts, or a list for each text. Texts
-        begin with one BOS if the tokenizer has it so, unless `add_special_tokens` is false. With `padding` on the
-        tokenizer's side, rows are one tensor; without, or with `return_tensors=None`, they are lists.
+        begin with one BOS if the tokenizer has it so, unless `add_special_tokens` is false. Special tokens that a text
+        spells are such, as upstream has it; with `split_special_tokens` they are text, but for `<image>`. With
+        `padding` on the tokenizer's side, rows are one tensor; without, or with `return_tensors=None`, they are lists.
         Errors: ValueError for another number of pictures than of `<image>`; TypeError for other arguments.
         """
         unknown = [name for name, value in more.items() if value is not None]  # transformers gives videos=None
         if unknown or text is None:
             asked = ", ".join(unknown) or "no text"
             raise TypeError(
-                f"VilaProcessor takes text, images, padding, return_tensors, add_special_tokens; got {asked}"
+                "VilaProcessor takes text, images, padding, return_tensors, add_special_tokens, split_special_tokens; "
+                f"got {asked}"
             )
         if return_tensors not in ("pt", None):
             raise ValueError(f"return_tensors is {return_tensors!r}, expected 'pt' or None")
@@ -94,7 +106,8 @@ class VilaProcessor(ProcessorMixin):
         if not texts:
             raise ValueError("VilaProcessor got no text: the list is empty")
         pictures = matched(texts, images)
-        rows = [tokenize(line, self.tokenizer, first=add_special_tokens) for line in texts]
+        names = renamed(self.tokenizer, PLAIN) if split_special_tokens else None
+        rows = [tokenize(line, self.tokenizer, add_special_tokens, names) for line in texts]
         ones = [[1] * len(row) for row in rows]
         if padding:
             fill = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
@@ -112,6 +125,24 @@ class VilaProcessor(ProcessorMixin):
         pads = [[fill] * (longest - len(row)) for row in rows]
         left = self.tokenizer.padding_side == "left"
         return [[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, pads)]
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **more: Any) -> str:
+        """The text of token ids, with `<image>` where a picture is, unless special tokens are left out."""
+        ids = torch.as_tensor(token_ids).flatten().tolist()
+        ends = [i for i, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
+        parts = [ids[start:end] for start, end in zip([0, *(i + 1 for i in ends)], [*ends, len(ids)])]
+        if below := [token for part in parts for token in part if token < 0]:
+            raise ValueError(f"token {below[0]} is of no text: only {IMAGE_TOKEN_INDEX}, a picture, is below 0")
+        texts = [self.tokenizer.decode(part, skip_special_tokens=skip_special_tokens, **more) for part in parts]
+        return ("" if skip_special_tokens else IMAGE).join(texts)
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **more: Any) -> list[str]:
+        """The same of several rows."""
+        return [self.decode(row, skip_special_tokens, **more) for row in sequences]
+
+    push_to_hub = refusing("push_to_hub", NO_HUB)
+    parse_response = refusing("parse_response", NO_PARSER)
+    post_process_multimodal_output = refusing("post_process_multimodal_output", NO_PARSER)
 
     @property
     def model_input_names(self) -> list[str]:

@@ -7,24 +7,15 @@ SentencePiece vocabulary a text begins with a space, but "USER" right after "</s
 An answer keeps the ids it was generated with: should the tokenizer spell its text otherwise, they are not replaced.
 """
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+from .markers import Names, control, renamed
 from .models.vila import IMAGE_TOKEN_INDEX
 from .templates import Template, is_token
 
 IMAGE = "<image>"
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in llm/ of a folder, or in the folder if there is no llm/.
-
-    legacy=False, as upstream has it: no space comes before what stands right behind a special token.
-    """
-    from transformers import AutoTokenizer
-
-    place = folder / "llm" if (folder / "llm").is_dir() else folder
-    return AutoTokenizer.from_pretrained(place, legacy=False, trust_remote_code=False)
+SPACE = "▁"  # how SentencePiece writes it
 
 
 def with_pictures(question: str, pictures: int) -> str:
@@ -43,39 +34,77 @@ def with_pictures(question: str, pictures: int) -> str:
     return question
 
 
-def tokenize(text: str, tokenizer: Any, first: bool = True) -> list[int]:
-    """Token ids of a text, -200 for each `<image>`; the text between is tokenized piecewise.
+def tokenize(text: str, tokenizer: Any, first: bool = True, names: Names | None = None) -> list[int]:
+    """Token ids of a text, -200 for each `<image>`; the text between is tokenized piecewise, as VILA does.
 
-    `first`: the text begins with the BOS, once, if it says so itself or if the tokenizer adds one.
+    `first`: the text begins with the BOS, once, if it says so itself or if the tokenizer adds one. Else it goes on from
+    another: the space that a tokenizer puts before a text does not come before a special token.
+    `names`: the special tokens are not spelled as usual, but by these.
+    Errors: ValueError for what is no text, as half a surrogate pair.
     """
-    pieces = [tokenizer(piece, add_special_tokens=False).input_ids if piece else [] for piece in text.split(IMAGE)]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} of the text is no character ({error.reason})") from None
+    pieces = [spell(piece, tokenizer, names) for piece in text.split(IMAGE)]
     bos = [tokenizer.bos_token_id]
     adds = first and tokenizer("").input_ids[:1] == bos != [None]
     ids = bos if adds and pieces[0][:1] != bos else []
+    if not first and len(pieces[0]) > 1:
+        space, token = tokenizer.convert_ids_to_tokens(pieces[0][:2])
+        if space == SPACE and text.startswith(names.of.get(token, token) if names else token):
+            pieces[0] = pieces[0][1:]
     for i, piece in enumerate(pieces):
         ids = ids + [IMAGE_TOKEN_INDEX] * bool(i) + piece
     return ids
 
 
+def spell(piece: str, tokenizer: Any, names: Names | None = None) -> list[int]:
+    """Ids of a text without pictures, which lose none of the spaces that it begins with.
+
+    Tokenizers that put a space before a text only if it has none would lose one: they are given one more.
+    """
+    ids = names.ids if names else lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    if piece.startswith((" ", SPACE)) and ids("a") == ids(" a") != ids("  a"):
+        piece = f" {piece}"
+    return ids(piece) if piece else []
+
+
 def first_round(question: str, template: Template, tokenizer: Any) -> list[int]:
     """Ids of a first question, up to where its answer begins."""
-    return tokenize(template.first(question), tokenizer)
+    return typed(question, template, tokenizer, Template.first)
 
 
 def next_round(question: str, template: Template, tokenizer: Any) -> list[int]:
     """Ids of a later question; they come behind those of `closing`."""
-    ids = tokenize(template.end + template.round(question), tokenizer, first=False)
+    ids = typed(question, template, tokenizer, lambda how, text: how.end + how.round(text), first=False)
     return ids[len(closing(template, tokenizer)) :]
 
 
-def closing(template: Template, tokenizer: Any) -> list[int]:
-    """What ends an answer, whatever the model ended it with."""
-    return tokenize(template.end, tokenizer, first=False)
+def typed(
+    question: str, template: Template, tokenizer: Any, write: Callable[[Template, str], str], first: bool = True
+) -> list[int]:
+    """Ids of what a template makes of a question. Special tokens are only those of the template: what a user types is
+    text, whatever it spells.
+    """
+    ids = tokenize(write(template, question), tokenizer, first)
+    special = {*control(tokenizer, template).values()}
+    own = tokenize(write(template, ""), tokenizer, first)
+    if sum(i in special for i in ids) == sum(i in special for i in own):
+        return ids
+    names = renamed(tokenizer, template)
+    return tokenize(write(template.spelled(names.of), question), tokenizer, first, names)
 
 
-def stops(template: Template, tokenizer: Any, config: dict[str, Any]) -> list[int]:
-    """Ids that end an answer: the template's, the tokenizer's and those of llm/config.json."""
+def closing(template: Template, tokenizer: Any, last: bool = False) -> list[int]:
+    """What ends an answer, whatever the model ended it with; or the last answer of a finished conversation."""
+    return tokenize((last and template.finish) or template.end, tokenizer, first=False)
+
+
+def stops(template: Template, tokenizer: Any, *configured: int | list[int] | None) -> list[int]:
+    """Ids that end an answer: the template's, the tokenizer's and those of the model's configs."""
     named = [tokenizer.convert_tokens_to_ids(text) for text in template.stops if is_token(text, tokenizer)]
-    eos = config.get("eos_token_id")
-    ids = [*named, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
+    ids = [*named, tokenizer.eos_token_id]
+    for eos in configured:
+        ids += eos if isinstance(eos, list) else [eos]
     return list(dict.fromkeys(i for i in ids if i is not None))

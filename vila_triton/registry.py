@@ -20,16 +20,24 @@
 
     rms_norm.result(lambda x, weight, eps: x.new_empty(x.shape))      # what torch.compile must know of a call
 
-Calling ``rms_norm(x, weight, eps)`` runs what `use` chose, else what `defaults` says, else the reference. A choice is a
-name, or names by ranges of the size that varies (see `ranges`). There are no priorities and no fallback: an
-implementation that cannot serve a call raises `Unsupported` and the call fails.
+Calling ``rms_norm(x, weight, eps)`` runs what `use` chose; else what `defaults` says, within an engine; else what it
+would say there of the tensors' device (see `tuned.kernels_for`); ``rms_norm.reference(x, weight, eps)`` the reference.
+A choice is a name, or names by ranges of the size that varies (see `ranges`). There are no priorities and no fallback:
+an implementation that cannot serve a call raises `Unsupported` and the call fails.
+
+Files are found where they lie, in ops/ and kernels/. One that cannot be imported is named on standard error and left
+aside, until something is asked for that is not there without it.
 """
 
 import importlib
+import os
 import pkgutil
+import sys
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from .operation import CHOSEN, DEFAULT, INVARIANT, OPS, RECORD, REFERENCE, Impl, OneOf, Op, Sizes, Unsupported
@@ -43,12 +51,14 @@ __all__ = [
     "Op",
     "Sizes",
     "Unsupported",
+    "broken",
     "checked",
     "defaults",
     "discover",
     "explicit",
     "op",
     "recording",
+    "there",
     "use",
 ]
 
@@ -63,14 +73,71 @@ def op(reference: Callable[..., Any] | None = None, *, exact: bool = False, batc
     return OPS[reference.__name__]
 
 
-def discover() -> list[str]:
-    """Import every file of `kernels/`, so that each attaches its implementation; returns the module names."""
-    from vila_triton import kernels, ops  # noqa: F401 (ops: the list of all ops)
+_broken: dict[str, str] = {}  # a module, or an op -> what is wrong with which line of which file
 
-    names = sorted(f"{kernels.__name__}.{m.name}" for m in pkgutil.iter_modules(kernels.__path__))
-    for name in names:
-        importlib.import_module(name)
-    return names
+
+def discover() -> list[str]:
+    """Import every file of `ops/` and of `kernels/`, so that each attaches its implementations; returns the names of
+    the modules of kernels.
+    """
+    from vila_triton import kernels, ops
+
+    ops.find()
+    return load(kernels)
+
+
+def load(package: ModuleType) -> list[str]:
+    """Import every module of a package; returns their names, without those that fail, which `broken` is about."""
+    loaded = []
+    for name in sorted(f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__)):
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a file that somebody is at work on may fail in any way
+            forget(name)
+            tell(name, f"left aside: {fault(error, package)}")
+        else:
+            tell(name, "")
+            loaded.append(name)
+    return loaded
+
+
+def tell(name: str, wrong: str) -> None:
+    """Keep what is wrong with a module or an op, and say it on standard error, once; "": nothing is any more."""
+    if wrong and wrong not in _broken.values():
+        print(f"vila-triton: {wrong}", file=sys.stderr)
+    _broken[name] = wrong
+
+
+def forget(module: str) -> None:
+    """Take back the ops and implementations that a module registered before it failed."""
+    for name, of in list(OPS.items()):
+        if of.reference.__module__ == module:
+            del OPS[name]
+        for impl in [impl for impl in of.impls.values() if impl.fn.__module__ == module]:
+            del of.impls[impl.name]
+
+
+def fault(error: Exception, package: ModuleType) -> str:
+    """File and line of the package at which an import failed, and the reason."""
+    if isinstance(error, SyntaxError) and error.filename:
+        file, line, reason = error.filename, error.lineno, error.msg
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        here = [frame for frame in frames if os.path.dirname(frame.filename) in package.__path__]
+        file, line = (here[-1].filename, here[-1].lineno) if here else (package.__name__, None)
+        reason = (str(error) or "no reason given").splitlines()[0]
+    near = os.path.relpath(file)
+    return f"{file if near.startswith('..') else near}, line {line}: {type(error).__name__}: {reason}"
+
+
+def broken() -> list[str]:
+    """What is wrong with files that were found, in words."""
+    return [wrong for wrong in dict.fromkeys(_broken.values()) if wrong]
+
+
+def there(names: Iterable[str]) -> str:
+    """The names there are, for an error about one there is not: with the files it may be in that are `broken`."""
+    return "; ".join([", ".join(names), *broken()])
 
 
 def checked(choices: Mapping[str, Any]) -> dict[str, Choice]:
@@ -83,7 +150,9 @@ def checked(choices: Mapping[str, Any]) -> dict[str, Choice]:
 
 def _checked(name: str, value: object) -> Choice:
     if name not in OPS:
-        raise KeyError(f"no op {name!r}; there are: {', '.join(sorted(OPS))}")
+        discover()
+    if name not in OPS:
+        raise KeyError(f"no op {name!r}; there are: {there(sorted(OPS))}")
     of = OPS[name]
     try:
         choice = parse(value)
@@ -93,7 +162,7 @@ def _checked(name: str, value: object) -> Choice:
         if impl not in of.impls:
             discover()
         if impl not in of.impls:
-            raise KeyError(f"op {name!r} has no implementation {impl!r}; there are: {', '.join(of.impls)}")
+            raise KeyError(f"op {name!r} has no implementation {impl!r}; there are: {there(of.impls)}")
     if isinstance(choice, Ranges) and not of.varying:
         raise ValueError(f"op {name!r} has no size that varies from call to call, expected one name, not ranges")
     return choice
@@ -108,7 +177,12 @@ def explicit() -> Mapping[str, Choice]:
 def use(**choices: str | Sequence[Any]) -> Iterator[None]:
     """Run the named implementations inside the `with`: ``use(rope="triton", int4_matmul=[[4, "gemv"], "prefill"])``.
 
-    Wins over `defaults`.
+    Wins over `defaults`. It holds in this thread and this asyncio task. Another thread takes it along if it runs in a
+    copy of the context, ``Thread(target=contextvars.copy_context().run, args=(answer,))`` inside the `with`. A
+    generator that is left half-read goes on with what holds where it is read.
+
+    What was cached under one choice serves another: both keep to the error budget. Only under the policy "invariant",
+    where every bit counts, does a `chat.Talker` forget it.
     """
     token = CHOSEN.set({**CHOSEN.get(), **checked(choices)})
     try:

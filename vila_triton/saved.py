@@ -75,6 +75,7 @@ def resume(talker: Talker, path: Path) -> Conversation:
     conversation.row = row.to(talker.model.device)
     conversation.features = features.to(talker.model.device) if features is not None else None
     conversation.names = names
+    conversation.eyes = talker.memory.holding().eyes
     return conversation
 
 

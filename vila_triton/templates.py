@@ -1,7 +1,8 @@
 """How conversations are written down for the language models that VILA is built on."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 CONTENT = (  # a message's content: a text, or a list of texts and pictures
@@ -27,6 +28,7 @@ class Template:
     lead: str
     end: str
     stops: tuple[str, ...]
+    finish: str | None = None  # what ends the last answer of all, if it is not `end`
 
     def round(self, question: str) -> str:
         """The text of a round, up to where its answer begins."""
@@ -36,10 +38,16 @@ class Template:
         """The same of the first round, which has the system text before it."""
         return self.opening.replace("{system}", self.system) + self.round(question)
 
+    def spelled(self, names: Mapping[str, str]) -> "Template":
+        """The same with other names for its special tokens."""
+        find = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "$^")
+        parts = ("system", "opening", "user", "assistant", "lead", "end")
+        return replace(self, **{part: find.sub(lambda hit: names[hit[0]], getattr(self, part)) for part in parts})
+
     @property
     def tokens(self) -> list[str]:
         """The texts in it that must each be one token."""
-        text = "".join((self.opening, self.user, self.assistant, self.end))
+        text = "".join((self.opening, self.user, self.assistant, self.end, self.finish or ""))
         return re.findall(r"<\|\w+\|>|</?s>", text)
 
     @property
@@ -57,7 +65,8 @@ class Template:
             f"{{{{ {self.user!r} }}}}{{{{ body(message.content) }}}}"
             f"{{%- if add_generation_prompt or not loop.last -%}}{{{{ {self.assistant!r} }}}}{{%- endif -%}}"
             "{%- elif message.role == 'assistant' -%}"
-            f"{{{{ {self.lead!r} }}}}{{{{ body(message.content) }}}}{{{{ {self.end!r} }}}}"
+            f"{{{{ {self.lead!r} }}}}{{{{ body(message.content) }}}}"
+            f"{{{{ {self.finish or self.end!r} if loop.last else {self.end!r} }}}}"
             "{%- elif not (told and loop.first) -%}"
             "{{ raise_exception('this template has no place for a message of role ' ~ message.role) }}"
             "{%- endif -%}{%- endfor -%}"
@@ -93,6 +102,7 @@ def _llama_3(role: str, end: str) -> Template:
         "",
         end,
         ("<|end_of_text|>", "<|eot_id|>"),
+        "<|end_of_text|>",
     )
 
 
@@ -122,8 +132,9 @@ FAMILIES = {"<|im_start|>": "hermes-2", "<|start_header_id|>": "llama_3", "</s>"
 
 
 def is_token(text: str, tokenizer: Any) -> bool:
-    """Whether a text is one token."""
-    return tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids) == [text]
+    """Whether a text is one token, but for the space that may come before it."""
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids)
+    return [token for token in tokens if token != "▁"] == [text]
 
 
 def template(name: str | None, tokenizer: Any) -> Template:

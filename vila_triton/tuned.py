@@ -160,15 +160,30 @@ def choice_of(op: str, device: str) -> Within | None:
     return None if None in entries else within
 
 
-def kernels_for(device: torch.device, phase: str) -> Mapping[str, Choice]:
+def kernels_for(device: torch.device, phase: str | None, only: str | None = None) -> Mapping[str, Choice]:
     """What runs by default: as configs/kernels.toml says, but for the ops and sizes that the table of this very device
     chooses for. What `use` chooses is not looked up, so a table gone stale does not stand in its way; nor is any of
-    them under the policy "invariant", which is a phase here: what is fastest depends on the size.
+    them under the policy "invariant", which is a phase here: what is fastest depends on the size. `only`: of one op.
     """
-    choices, name = configured(device.type, phase), name_of(device) if phase != "invariant" else None
+    choices, name = configured(device.type, phase, only), name_of(device) if phase != "invariant" else None
     ops = table_of(name)["choices"].keys() - explicit().keys() if name else ()
-    tuned = {op: within for op in ops if (within := choice_of(op, name or ""))}
+    tuned = {op: within for op in ops if only in (None, op) and (within := choice_of(op, name or ""))}
     return {**choices, **{op: within.over(choices.get(op, REFERENCE)) for op, within in tuned.items()}}
+
+
+def usual(op: str, policy: str, *args: Any, **kwargs: Any) -> Choice:
+    """What a call outside an engine runs. It is of no phase, so what one of them alone is given in kernels.toml is not
+    for it; without a tensor it runs the reference.
+    """
+    device = device_of(*args, **kwargs)
+    if device is None:
+        return REFERENCE
+    return kernels_for(device, "invariant" if policy == "invariant" else None, op).get(op, REFERENCE)
+
+
+def device_of(*args: Any, **kwargs: Any) -> torch.device | None:
+    """The device of a call: that of its first tensor."""
+    return next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
 
 
 @lru_cache(maxsize=4096)
@@ -179,13 +194,13 @@ def config_at(impl: Impl, device: str, sizes: tuple[tuple[str, Any], ...]) -> Co
 
 @lru_cache
 def name_of(device: torch.device) -> str | None:
-    """The device whose table holds; on a CPU there is none."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    """The device whose table holds; of a CPU, and of a GPU that is not here, there is none."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else None
 
 
 def config(impl: Impl, sizes_of: Callable[..., dict[str, Any]] | None, *args: Any, **kwargs: Any) -> Config | None:
     """The config tuned for this call on the device of its first tensor; None if nothing was tuned for it."""
-    device = next((name_of(x.device) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-    if device is None or sizes_of is None:
+    device = device_of(*args, **kwargs)
+    if device is None or sizes_of is None or (name := name_of(device)) is None:
         return None
-    return config_at(impl, device, tuple(sizes_of(*args, **kwargs).items()))
+    return config_at(impl, name, tuple(sizes_of(*args, **kwargs).items()))

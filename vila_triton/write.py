@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .generation_config import FILE
 from .layouts import LAYOUTS, OURS, V2
 from .models.params import Lazy
 from .quantized import dense, encoded
@@ -132,7 +133,9 @@ def identity(source: Source) -> str:
 
 
 def companions(source: Source) -> Iterator[tuple[Path, str]]:
-    """What stands beside weights and configs (tokenizer, image processor), and the part it belongs to."""
+    """What stands beside weights and configs (tokenizer, image processor), and the part it belongs to; "." is none."""
+    if (own := source.folder / FILE).is_file() and source.beside["llm"] != source.folder:
+        yield own, "."
     for name, place in source.beside.items():
         for file in sorted(place.glob("*")):
             if not file.is_file() or file.name == "config.json" or file.name.startswith("."):

@@ -123,7 +123,10 @@ def prompts(samples: Sequence[Sample], tokenizer: Any, processor: Any, config: A
     for sample in samples:
         if sample.pictures:
             ids = first_round(with_pictures(sample.text, len(sample.pictures)), words, tokenizer)
-            ids += [*tokenizer(sample.answer, add_special_tokens=False).input_ids, *closing(words, tokenizer)]
+            ids += [
+                *tokenizer(sample.answer, add_special_tokens=False).input_ids,
+                *closing(words, tokenizer, last=True),
+            ]
             pictures += [open_image(str(one)) if isinstance(one, Path) else one for one in sample.pictures]
         else:
             ids = tokenizer(sample.text).input_ids[:LONGEST]

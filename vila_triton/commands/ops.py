@@ -5,13 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vila_triton.arguments import kernel_arguments, settle
+from vila_triton.arguments import choices, kernel_arguments
 from vila_triton.ranges import names
 
 if TYPE_CHECKING:
     import torch
 
     from vila_triton.ranges import Choice
+
+RULE = """A call runs what is chosen here, in an engine or outside of one. To choose another: --set kernels.OP=NAME in a
+command, `with use(OP="NAME")` in Python; the reference is `with use(OP="reference")`, or OP.reference(...)."""
 
 
 def configure(commands: Any) -> None:
@@ -20,12 +23,26 @@ def configure(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    print_ops(*settle(args))
+    import torch
+
+    from vila_triton.choices import pick_device
+
+    absent = args.device == "cuda" and not torch.cuda.is_available()
+    print_ops(torch.device("cuda") if absent else pick_device(args.device), choices(args.set))
+    if absent:
+        print(f"There is no GPU here; one with a tuned table goes by that first: {tables() or 'no GPU has one'}.")
+
+
+def tables() -> str:
+    """The GPUs that are tuned."""
+    from vila_triton.tuned import folder
+
+    return ", ".join(file.stem for file in sorted(folder().glob("*.json")))
 
 
 def print_ops(device: "torch.device", chosen: Mapping[str, str]) -> None:
     from vila_triton.choices import PHASES
-    from vila_triton.registry import OPS, checked, discover, use
+    from vila_triton.registry import OPS, broken, checked, discover, use
     from vila_triton.tuned import kernels_for
 
     discover()
@@ -49,6 +66,7 @@ def print_ops(device: "torch.device", chosen: Mapping[str, str]) -> None:
     widths = [max(len(line[i]) for line in [head, *lines] if len(line) > 2) + 2 for i in range(4)]
     for line in [head, *lines]:
         print("".join(f"{word:{width}}" for word, width in zip(line, widths)) + "".join(line[4:]))
+    print("\n".join([*broken(), RULE]))
 
 
 def sizes(choice: "Choice", name: str, varying: tuple[str, ...]) -> str:

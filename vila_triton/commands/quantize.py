@@ -118,7 +118,7 @@ def calibration(args: argparse.Namespace, source: Any, cfg: Any) -> tuple[Any, s
     from vila_triton.awq import calibration as of
     from vila_triton.images import image_processor
     from vila_triton.models.vila_llama_config import VilaLlamaConfig
-    from vila_triton.prompts import load_tokenizer
+    from vila_triton.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(source.beside["llm"])
     config = VilaLlamaConfig(**{**source.top, **{f"{part}_cfg": values for part, values in source.parts.items()}})

@@ -14,6 +14,7 @@ from vila_triton.console import EXPECTED, complain
 from vila_triton.limits import COUNT, POSITIVE, SEED, Limits
 
 if TYPE_CHECKING:
+    from vila_triton.chat import Conversation
     from vila_triton.session import Session
 
 
@@ -38,14 +39,15 @@ def configure(commands: Any) -> None:
     talk.add_argument(
         "--policy", choices=POLICIES, help="of attention (default: the model's); invariant: no bit by chance"
     )
-    talk.add_argument("--max-new-tokens", type=COUNT, default=128)
-    warm = Limits(float, 0, POSITIVE.most)
-    talk.add_argument("--temperature", type=warm, default=0.0, help="0 (default) takes the likeliest token")
+    talk.add_argument("--max-new-tokens", type=COUNT, help="(default: the model's generation_config.json, else 128)")
+    talk.add_argument(
+        "--temperature",
+        type=Limits(float, 0, POSITIVE.most),
+        help="0 takes the likeliest token (default: the model's generation_config.json, else 0)",
+    )
     talk.add_argument("--top-k", type=COUNT)
     talk.add_argument("--top-p", type=Limits(float, 0, 1, above=True))
-    talk.add_argument(
-        "--seed", type=SEED, help="of a --temperature (default: another each time; the line below says it)"
-    )
+    talk.add_argument("--seed", type=SEED, help="of what is drawn (default: a new one; the last line says it)")
     ask = commands.add_parser("ask", parents=[talk], help="one question about pictures")
     ask.add_argument("question")
     about = "a conversation; in it: /image, /video, /new, /save, /resume, /quit"
@@ -62,16 +64,18 @@ def run(args: argparse.Namespace) -> None:
     from vila_triton.registry import use
     from vila_triton.session import Session, frames_of, pictures
 
-    if not args.temperature and (args.top_k is not None or args.top_p is not None):
-        raise ValueError("--top-k and --top-p need a --temperature above 0: without it the likeliest token is taken")
     sampling: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "top_k": args.top_k, "top_p": args.top_p}
-    if args.temperature > 0:
-        sampling |= {"do_sample": True, "temperature": args.temperature, "seed": args.seed}
+    sampling |= {"seed": args.seed}
+    if args.temperature is not None:
+        sampling |= {"do_sample": args.temperature > 0, "temperature": args.temperature or None}
     if args.command == "ask" and args.frames is not None and not any(kind == "video" for kind, _ in args.seen):
         raise ValueError(f"--frames {args.frames} is of a --video, and none is given")
     frames = frames_of(args.model) if args.frames is None else args.frames
     seen = pictures(args.seen, frames)
     talker = Talker.from_pretrained(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
+    draws = args.temperature if args.temperature is not None else talker.model.answers().get("do_sample")
+    if not draws and (args.top_k is not None or args.top_p is not None):
+        raise ValueError("--top-k and --top-p need a --temperature above 0: without it the likeliest token is taken")
     config = talker.model.config
     given = {"kv_dtype": args.kv_dtype, "page_size": args.page_size, "attention_policy": args.policy}
     for name, value in given.items():
@@ -152,9 +156,18 @@ def answer(session: "Session", question: str, sampling: dict[str, Any]) -> None:
     reused = f", {took.prompt_tokens - took.new_tokens} cached" if took.new_tokens < took.prompt_tokens else ""
     print(
         f"[prompt {took.prompt_tokens} tokens{reused} | pictures {took.image_tokens} tokens | "
-        f"first token {took.first_token:.3f} s | {speed} | {seed}{kernels_line(calls)}]",
+        f"first token {took.first_token:.3f} s | {speed} | "
+        f"{by_file(conversation, sampling)}{seed}{kernels_line(calls)}]",
         file=sys.stderr,
     )
+
+
+def by_file(conversation: "Conversation", sampling: dict[str, Any]) -> str:
+    """What the model's generation_config.json decided about an answer, as nobody else did."""
+    from vila_triton.generation_config import FILE, decided
+
+    said = decided(conversation.talker.model.answers(), sampling)
+    return f"{', '.join(f'{name} {value}' for name, value in said.items())} by {FILE} | " if said else ""
 
 
 def kernels_line(calls: Counter[tuple[str, str]]) -> str:

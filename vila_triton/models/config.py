@@ -59,7 +59,10 @@ class LlamaConfig:
         rope = {**(v.get("rope_scaling") or {}), **(v.get("rope_parameters") or {})}
         v["rope_theta"] = rope.get("rope_theta") or v.get("rope_theta")
         v["rope_scaling"] = None
-        kind = rope.get("rope_type") or rope.get("type") or "default"
+        kind = rope.get("rope_type") or rope.get("type")
+        if kind is None and (scaled := sorted(rope.keys() - {"rope_theta", "rope_type", "type"})):
+            raise ConfigError(f"llm: rope_scaling has {', '.join(scaled)}, but no rope_type, expected linear or llama3")
+        kind = kind or "default"
         if kind not in ("default", "linear", "llama3"):
             raise ConfigError(f"llm: rope_scaling {kind!r} is not supported (default, linear, llama3 are)")
         if kind != "default":

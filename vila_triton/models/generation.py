@@ -1,29 +1,30 @@
 """`generate` of `VilaLlamaForCausalLM`, by our engine or by transformers' own loop over `forward`."""
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vila_triton import engine
 from vila_triton.cache import PagedCache
+from vila_triton.generation_config import ANSWERING, FILE, ignored, settled
+from vila_triton.stopping import StopStrings
 
 from . import vila
 from .batch import pad, side_by_side, unpad
+from .surface import ARGUMENTS, check_numbers
 
 # What transformers calls it in outputs and in its loop, which changed with its version 5.24.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 LOOPS = ("engine", "transformers")
 SAMPLING = [name for name in inspect.signature(engine.Sampling.of).parameters if name not in ("rows", "device")]
-
-# What transformers' loop would take and then not honour over a cache of ours, or over prompts with pictures in them.
-REFUSED = ("assistant_model", "cache", "cache_implementation", "inputs", "inputs_embeds", "past_key_values")
-REFUSED += ("position_ids", "prefill_chunk_size", "prompt_lookup_num_tokens", "use_cache")
 
 
 class VilaGenerationMixin(GenerationMixin):
@@ -49,8 +50,8 @@ class VilaGenerationMixin(GenerationMixin):
     ) -> Any:
         """Answers to a batch of prompts [b, t] (-200 for each picture): the new tokens only, [b, longest].
 
-        Shorter answers are padded with `pad_token_id`, by default the first stop token; at most 128 tokens are made
-        unless `max_new_tokens` says otherwise.
+        Shorter answers are padded with `pad_token_id`, by default the first stop token. What is not said is as in the
+        checkpoint's generation_config.json, else at most 128 tokens are made, each the likeliest.
 
         loop="engine" is ours: `how` are the arguments of `engine.Sampling.of`, but without a `seed` that is drawn from
         torch's random numbers, as transformers' loop draws: `torch.manual_seed` brings an answer back.
@@ -61,6 +62,7 @@ class VilaGenerationMixin(GenerationMixin):
         """
         model: Any = self
         check_arguments(loop, how)
+        check_numbers(model.device, model.dtype)
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"a streamer takes one prompt at a time, got {len(input_ids)}")
         features, image_tokens = self.features(images)
@@ -70,9 +72,12 @@ class VilaGenerationMixin(GenerationMixin):
             given = how["eos_token_id"]
             stops = [given] if isinstance(given, int) else [int(token) for token in (() if given is None else given)]
             how |= {"eos_token_id": stops or None, "pad_token_id": how.get("pad_token_id", (stops or [0])[0])}
-        if "max_length" not in how and "generation_config" not in how:
-            how.setdefault("max_new_tokens", 128)
-        check_context(rows, how.get("max_new_tokens") or 1, self.geometry.llm.max_position_embeddings)
+        context, longest = self.geometry.llm.max_position_embeddings, max(map(len, rows))
+        if loop == "engine":
+            how = settled(self.answers(), how, longest, context)
+        elif "max_length" not in how and "generation_config" not in how:
+            how["max_new_tokens"] = settled(self.answers(), how, longest, context)["max_new_tokens"]
+        check_context(rows, how.get("max_new_tokens") or 1, context)
         answer = self._by_engine if loop == "engine" else self._by_transformers
         return answer(rows, features, streamer, chunk_prefilling, how)
 
@@ -114,6 +119,9 @@ class VilaGenerationMixin(GenerationMixin):
         chunk_prefilling: bool,
         how: dict[str, Any],
     ) -> Any:
+        texts, stopping = how.pop("stop_strings", None), how.pop("stopping_criteria", None)
+        if texts is not None:
+            stopping = [*(stopping or ()), StopStrings(how.pop("tokenizer", None), texts)]
         words = [row[row >= 0] for row in rows]
         known, places = (side_by_side([len(row) for row in some], "left").to(rows[0].device) for some in (words, rows))
         width = known.shape[1]
@@ -127,6 +135,7 @@ class VilaGenerationMixin(GenerationMixin):
             position_ids=places.long().cumsum(1).masked_fill(~places, 0) - 1,  # [b, t'], -1 at padding
             streamer=streamer,
             chunk_prefilling=chunk_prefilling,
+            stopping_criteria=StoppingCriteriaList(stopping or ()),
             **how,
         )
         if isinstance(out, Tensor):
@@ -140,6 +149,28 @@ class VilaGenerationMixin(GenerationMixin):
         generation.eos_token_id = eos
         generation.pad_token_id = eos[0] if isinstance(eos, list) else eos or 0
         generation.prefill_chunk_size = None  # the config's is ours, and not what transformers means by it
+
+    def answer_as(self, said: Mapping[str, Any], where: str) -> None:
+        """Answer as a checkpoint's generation_config.json says, and warn of what of it is not honoured."""
+        generation: Any = self.generation_config
+        known = {name: value for name, value in said.items() if hasattr(generation, name) and name not in ARGUMENTS}
+        for name, value in known.items():
+            setattr(generation, name, value)
+        if "eos_token_id" in known and "pad_token_id" not in known:
+            eos = known["eos_token_id"]
+            generation.pad_token_id = eos[0] if isinstance(eos, list) else eos
+        if beams := ignored(known):
+            warnings.warn(
+                f"{where}: of {FILE}, {', '.join(beams)} counts in generate(loop='transformers') only", stacklevel=2
+            )
+        for refused in ignored({name: said[name] for name in said if name in ARGUMENTS}):
+            why = ARGUMENTS[refused.partition("=")[0]]
+            warnings.warn(f"{where}: of {FILE}, {refused} does not count: {why}", stacklevel=2)
+
+    def answers(self) -> dict[str, Any]:
+        """What the model's generation config says beyond its stop tokens, and what is the same in any model."""
+        generation: Any = self.generation_config
+        return {name: value for name in ANSWERING if (value := getattr(generation, name)) is not None}
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -175,7 +206,8 @@ class VilaGenerationMixin(GenerationMixin):
         return model_kwargs | {CACHE: outputs[CACHE]}
 
     def _reorder_cache(self, past_key_values: PagedCache, beam_idx: Tensor) -> PagedCache:
-        past_key_values.table.reorder(beam_idx.tolist())
+        with past_key_values.lock:
+            past_key_values.table.reorder(beam_idx.tolist())
         return past_key_values
 
 
@@ -186,8 +218,11 @@ def check_arguments(loop: str, how: Mapping[str, Any]) -> None:
     # transformers' loop takes 0 for "not at all".
     engine.check_numbers(how if loop == "engine" else {name: how[name] for name in engine.NUMBERS if how.get(name)})
     if loop == "transformers":
-        if refused := [name for name in how if name in REFUSED]:
-            raise ValueError(f"generate: loop='transformers' over a paged cache does not honour {', '.join(refused)}")
+        config = how.get("generation_config")
+        asked = {**(config.to_diff_dict() if config else {}), **how}
+        for name, value in asked.items():
+            if name in ARGUMENTS and (value is not None if name in how else ignored({name: value})):
+                raise ValueError(f"generate: loop='transformers' does not honour {name}: {ARGUMENTS[name]}")
     elif unknown := [name for name in how if name not in (*SAMPLING, "pad_token_id")]:
         raise ValueError(
             f"generate: loop='engine' does not know {', '.join(unknown)}, only {', '.join(SAMPLING)}, pad_token_id; "

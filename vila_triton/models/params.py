@@ -3,7 +3,7 @@ the same declaration makes random parameters, loads a checkpoint and counts what
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
@@ -107,6 +107,25 @@ def leaves(tree: Any) -> list[Any]:
     found: list[Any] = []
     tree_map(found.append, tree)
     return found
+
+
+def checksums(parameters: Sequence[Tensor]) -> list[int]:
+    """The sum of the bytes of each, as integers of 64 bits."""
+
+    def total(x: Tensor) -> Tensor:
+        flat = x.detach().contiguous().flatten().view(torch.uint8)
+        flat = flat.clone() if flat.storage_offset() % 8 else flat  # which cannot be seen as integers of 8 bytes
+        whole = len(flat) // 8 * 8
+        return flat[:whole].view(torch.int64).sum() + flat[whole:].sum()
+
+    return torch.stack([total(x) for x in parameters]).tolist()
+
+
+def written(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """What changes when parameters are replaced or written to: where each lies, and how often torch has counted a write
+    to it. It counts none through `.data`, nor any to a tensor made under `inference_mode`: of such a one the checksum.
+    """
+    return [(x.data_ptr(), checksums([x])[0] if x.is_inference() else x._version) for x in parameters]
 
 
 def init(specs: T, rng: torch.Generator | None = None) -> T:

@@ -14,16 +14,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from vila_triton import checkpoint, engine
 from vila_triton.cache import PagedCache, Uncached, Watched, resume
 from vila_triton.choices import pick_device
+from vila_triton.generation_config import FILE
 
 from . import llama, vila
 from .batch import causal_loss, pad, pad_square, unpad
 from .generation import CACHE, VilaGenerationMixin
-from .params import init
+from .params import init, written
 from .part import Part
+from .surface import Refusing, check_numbers
 from .vila_llama_config import BOOKKEEPING, VilaLlamaConfig, parse_dtype
 
 
-class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
+class VilaLlamaForCausalLM(Refusing, PreTrainedModel, VilaGenerationMixin):
     """VILA: `.vision_tower` and `.mm_projector` turn pictures into positions of `.llm`, which answers."""
 
     config_class = VilaLlamaConfig
@@ -35,6 +37,7 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         self.init_vlm(config)
         self.post_init()
 
+    @torch.inference_mode(False)  # else nobody could train them, nor see that they were written to
     def init_vlm(self, config: VilaLlamaConfig, params: vila.Vila | None = None) -> None:
         """Build the three parts, with random parameters unless they are given; a model that has a part keeps it."""
         if any(hasattr(self, part) for part in checkpoint.PARTS):
@@ -60,6 +63,7 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         self.cache: PagedCache | None = None
 
     @classmethod
+    @torch.inference_mode(False)
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls,
         folder: str | Path,
@@ -91,6 +95,7 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         PreTrainedModel.__init__(model, config)
         model.init_vlm(config, params)
         model.post_init()
+        model.answer_as(checkpoint.generation(Path(folder), cfg.llm.vocab_size), str(folder))
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -100,6 +105,24 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         source = Path(self.config._name_or_path) if self.config._name_or_path else None
         came_from = source if source and source.is_dir() else None
         checkpoint.save(Path(folder), top, self.config.parts(), self.params, came_from)
+        said, eos = self.answers(), getattr(self.generation_config, "eos_token_id", None)
+        if said or eos != self.config.parts()["llm"].get("eos_token_id"):
+            checkpoint.write_json(Path(folder) / FILE, {**said, "eos_token_id": eos})
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        """The embeddings of words as a torch module, which holds the model's own parameter."""
+        weight: Any = self.params.llm.embedding
+        table = torch.nn.Embedding(*weight.shape, device="meta")
+        table.weight = weight
+        return table
+
+    def get_output_embeddings(self) -> torch.nn.Linear:
+        """The head as a torch module, which holds the model's own parameter."""
+        llm: Any = self.params.llm
+        weight = llm.embedding if llm.head is None else llm.head
+        head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        head.weight = weight
+        return head
 
     @property
     def params(self) -> vila.Vila:
@@ -111,6 +134,13 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         if not isinstance(images, Tensor):
             images = torch.cat([x if x.ndim == 4 else x[None] for x in images])
         images = images.flatten(0, 1) if images.ndim == 5 else images
+        dtypes = {
+            part: next(x.dtype for x in getattr(self, part).parameters() if x.is_floating_point())
+            for part in checkpoint.PARTS
+        }
+        if len(set(dtypes.values())) > 1:
+            said = ", ".join(f"{part} is in {dtype}" for part, dtype in dtypes.items())
+            raise ValueError(f"{said}; pictures need all parts in one dtype: model.to(dtype)")
         images, policy = images.to(self.device, self.dtype), self.config.attention_policy
         return engine.encode_images(self.params, images, self.geometry, policy)
 
@@ -148,6 +178,7 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         `config.prefill_chunk_size` tokens of a row at a time. `logits_to_keep=n` returns the last n positions only.
         Errors: ValueError naming the argument, before anything is changed.
         """
+        check_numbers(self.device, self.dtype)
         output_attentions = output_attentions if output_attentions is not None else self.config.output_attentions
         states_wanted = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
         one_pass = not chunk_prefilling
@@ -169,6 +200,8 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         use_cache = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache)
         features, image_tokens = self.features(images)
         cache, past = resume(self.cache, past_key_values, start_pos, len(inputs))
+        if cache:
+            self.check_cache(cache, any(past))
         if output_attentions and any(past):
             raise ValueError("output_attentions needs the whole sequence in one pass, but part of it is cached already")
         batch = unpad(
@@ -181,7 +214,8 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         kept = places.sum(1).tolist()
         states: list[Tensor] | None = [] if states_wanted else None
         watched: Watched | None = None
-        with cache.at(past, keep=use_cache) if cache else nullcontext(range(len(past))) as sequences:
+        lock = cache.lock if cache else nullcontext()
+        with lock, cache.at(past, keep=use_cache) if cache else nullcontext(range(len(past))) as sequences:
             counts = {seq: len(row) for seq, row in zip(sequences, batch.rows)}
             if cache:
                 cache.reserve(counts)
@@ -209,6 +243,8 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
                 logits = llama.logits(self.params.llm, torch.cat(hidden)).split([len(row) for row in hidden])
         if start_pos is not None and use_cache:
             self.cache = cache
+        if cache and use_cache:
+            cache.parameters = written(list(self.parameters()))
         lengths = list(counts.values())
         fields: dict[str, Any] = {
             "loss": causal_loss(logits, batch.labels) if batch.labels is not None else None,
@@ -221,9 +257,25 @@ class VilaLlamaForCausalLM(PreTrainedModel, VilaGenerationMixin):
         wanted = return_dict if return_dict is not None else self.config.return_dict
         return output if wanted else output.to_tuple()
 
-    def new_cache(self, sequences: int, pages: int = 0) -> PagedCache:
+    def check_cache(self, cache: PagedCache, holds: bool) -> None:
+        """Errors: ValueError for a cache of another shape, or with tokens that this model would not cache as they are:
+        after its parameters changed, or of its own cache the config.
+        """
+        cache.check(self.geometry.llm, self.device)
+        if holds and cache.parameters not in (None, written(list(self.parameters()))):
+            raise ValueError(
+                "the cache holds keys and values of other parameters than the model now has; begin with a new cache"
+            )
+        if cache is self.cache and cache.settings != self.config.cache():
+            raise ValueError(
+                f"the model's own cache was begun with {cache.settings}, but its config now says "
+                f"{self.config.cache()}; begin a new one with start_pos=0"
+            )
+
+    def new_cache(self, sequences: int, pages: int = 0, limit: int | None = None) -> PagedCache:
         """A cache of this model's shape, dtype and device, holding that many empty sequences."""
-        cache = PagedCache(self.geometry.llm, pages, dtype=self.dtype, device=self.device, **self.config.cache())
+        how = {"dtype": self.dtype, "device": self.device, **self.config.cache()}
+        cache = PagedCache(self.geometry.llm, pages, limit=limit, **how)
         for _ in range(sequences):
             cache.table.alloc()
         return cache

@@ -8,7 +8,13 @@ One axis alphabet, here and everywhere:
     m, n, k matrix product (rows, columns, summed)   G groups along k
 
 References run in any dtype, float64 included, on CPU or GPU. Sums are taken in float32 at least.
+
+Every file here is found, and an op in it is `vila_triton.ops.NAME`, named below or not.
 """
+
+import sys
+
+from vila_triton.registry import OPS, load, tell
 
 from .attention import merge
 from .decode import decode_attention
@@ -43,3 +49,15 @@ __all__ = [
     "rope_kv_write",
     "swiglu",
 ]
+
+
+def find() -> None:
+    """Import what lies here, and tell what an op of it lacks."""
+    load(sys.modules[__name__])
+    for name, op in OPS.items():
+        if op.reference.__module__.startswith(f"{__name__}."):
+            globals()[name] = op
+            tell(name, f"{op.file.name}: op {name!r} lacks {', '.join(op.missing)}" if op.missing else "")
+
+
+find()

@@ -8,9 +8,10 @@ from vila_triton.registry import Sizes, op
 
 from .attention import HEAD_DIMS, POLICIES, RATIOS, attend_last, check_heads, check_policy
 from .domain import DTYPES, draw, name_of, wide
+from .indices import check_cached
 from .kv import Pages, check_pages
 from .paged import KINDS, PAGE_LENGTHS, bytes_of, draw_pages, gather, kind_of
-from .shapes import axes
+from .shapes import axes, of_dtype
 
 
 @op(batch_invariant=True)
@@ -27,8 +28,7 @@ def decode_attention(
     """Attention of one new token per sequence to all cached tokens, its own (already written) included.
 
     q [b, h, d]; k_pages and v_pages [p, l, g, d]; block_table [b, pages] int32; lengths [b] int32 -> [b, h, d],
-    or with `lse` (that, [b, h]). A sequence of length 0 gets 0 and -inf. Not checked: block_table names a page for
-    every cached token.
+    or with `lse` (that, [b, h]). A sequence of length 0 gets 0 and -inf.
     """
     keys, values = (
         [gather(pages, block_table[i], t).to(q.dtype) for i, t in enumerate(lengths.tolist())]
@@ -49,9 +49,15 @@ def _(q, k_pages, v_pages, block_table, lengths, scale, policy="fast", lse=False
         block_table=(block_table, "b pages"),
         lengths=(lengths, "b"),
     )
+    of_dtype("decode_attention", torch.int32, block_table=block_table, lengths=lengths)
     check_pages("decode_attention", k_pages, v_pages)
     check_policy("decode_attention", policy)
     check_heads("decode_attention", sizes)
+
+
+@decode_attention.bounds
+def _(q, k_pages, v_pages, block_table, lengths, scale, policy="fast", lse=False) -> None:
+    check_cached("decode_attention", block_table, "lengths", lengths, *k_pages.shape[:2])
 
 
 @decode_attention.inputs

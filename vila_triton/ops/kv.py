@@ -4,6 +4,7 @@ Plain: [p, l, g, d] in any dtype. Quantised: `QuantizedPages`. Axes before p, su
 are made and cut (`empty_pages`, `pages[layer]`); ops take one layer.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ class QuantizedPages:
              j in its low four bits and code j + d/2 in its high four
     scales   [p, l, g] float32 or float16, above 0
     zeros    None with 8 bits; with 4 the code that stands for 0, [p, l, g] whole numbers 0 to 15 in the dtype of scales
+
+    A head that held NaN or infinity has codes 0, and NaN for its scale and zero: it is read as NaN.
     """
 
     values: Tensor
@@ -115,17 +118,20 @@ def encode(x: Tensor, like: Pages) -> Pages:
         return x.to(like.dtype)
     x, dtype = wide(x), like.scales.dtype
     tiny = torch.finfo(dtype).smallest_normal
+    finite = x.isfinite().all(-1)
+    x = torch.where(finite[..., None], x, 0.0)
     if like.zeros is None:
         scales = (x.abs().amax(-1) * (1 / 127)).clamp(min=tiny).to(dtype)
         codes = torch.floor(x / scales[..., None].to(x.dtype) + 0.5).clamp(-127, 127)
-        return QuantizedPages(codes.to(torch.int8), scales)
+        return QuantizedPages(codes.to(torch.int8), scales.masked_fill(~finite, math.nan))
     low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
     scales = ((high - low) * (1 / 15)).clamp(min=tiny).to(dtype)
     step = scales.to(x.dtype)
     zeros = torch.floor(-low / step + 0.5).clamp(0, 15)
     codes = (torch.floor(x / step[..., None] + 0.5) + zeros[..., None]).clamp(0, 15).to(torch.uint8)
     first, second = codes.chunk(2, -1)
-    return QuantizedPages(first | second << 4, scales, zeros.to(dtype))
+    values = first | second << 4
+    return QuantizedPages(values, *(y.to(dtype).masked_fill(~finite, math.nan) for y in (scales, zeros)))
 
 
 def check_pages(where: str, k_pages: Pages, v_pages: Pages) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 from vila_triton.registry import OneOf, Sizes, op
 
 from .domain import DTYPES, draw, name_of
+from .indices import check_slots
 from .kv import BITS, Pages, QuantizedPages, check_pages, empty_pages, encode, leaves
-from .shapes import axes
+from .shapes import axes, of_dtype
 
 PAGE_LENGTHS = OneOf(16, 32, 64, 128, 256)
 KINDS = OneOf("plain", *BITS)  # of pools of pages; plain: in the dtype of the new tokens
@@ -73,8 +74,7 @@ def kv_write(k: Tensor, v: Tensor, k_pages: Pages, v_pages: Pages, slot_mapping:
     """Write new keys and values into their slots, in place, quantised as the pages are; returns the pages.
 
     k and v [s, g, d]; k_pages and v_pages [p, l, g, d]; slot_mapping [s] int64, each slot at most once; a slot below 0
-    means that the token is not cached. Not checked (it would wait for the device): no slot is beyond the
-    last page.
+    means that the token is not cached.
     """
     kept = slot_mapping >= 0
     page, row = slot_mapping[kept] // k_pages.shape[1], slot_mapping[kept] % k_pages.shape[1]
@@ -99,8 +99,12 @@ def check_write(where: str, k: Tensor, v: Tensor, k_pages: Pages, v_pages: Pages
         slot_mapping=(slot_mapping, "s"),
     )
     check_pages(where, k_pages, v_pages)
-    if slot_mapping.dtype != torch.int64:
-        raise ValueError(f"{where}: slot_mapping is {slot_mapping.dtype}, expected torch.int64")
+    of_dtype(where, torch.int64, slot_mapping=slot_mapping)
+
+
+@kv_write.bounds
+def _(k: Tensor, v: Tensor, k_pages: Pages, v_pages: Pages, slot_mapping: Tensor) -> None:
+    check_slots("kv_write", slot_mapping, *k_pages.shape[:2])
 
 
 @kv_write.inputs

@@ -8,9 +8,10 @@ from vila_triton.registry import Sizes, op
 
 from .attention import HEAD_DIMS, POLICIES, RATIOS, attend_last, check_heads, check_policy
 from .domain import DTYPES, draw, name_of, wide
+from .indices import check_cached, check_starts
 from .kv import Pages, check_pages
 from .paged import KINDS, PAGE_LENGTHS, bytes_of, draw_pages, gather, kind_of
-from .shapes import axes, same_dtype
+from .shapes import axes, of_dtype, same_dtype
 
 
 @op(batch_invariant=True)
@@ -32,8 +33,7 @@ def prefill_attention(
     q [s, h, d], k and v [s, g, d] the new tokens; k_pages and v_pages [p, l, g, d]; block_table [b, pages] int32;
     query_start [b+1] int32; history [b] int32 cached tokens before the chunk -> [s, h, d], or with `lse` (that,
     [s, h]). The chunk's own keys and values are taken from k and v, so it does not matter whether they have been
-    written to the pages yet, nor whether pages are quantised. Not checked, since the values lie on the device:
-    block_table names a page for every cached token, and query_start ends at s.
+    written to the pages yet, nor whether pages are quantised.
     """
     out, sums = [q[:0]], [wide(q.new_empty(0, q.shape[1]))]
     for i, t in enumerate(history.tolist()):
@@ -62,11 +62,18 @@ def _(q, k, v, k_pages, v_pages, block_table, query_start, history, scale, polic
         query_start=(query_start, "b+1"),
     )
     same_dtype("prefill_attention", q=q, k=k, v=v)
+    of_dtype("prefill_attention", torch.int32, block_table=block_table, query_start=query_start, history=history)
     check_pages("prefill_attention", k_pages, v_pages)
     check_policy("prefill_attention", policy)
     check_heads("prefill_attention", sizes)
     if sizes["b+1"] != sizes["b"] + 1:
         raise ValueError(f"prefill_attention: query_start has {sizes['b+1']} entries for {sizes['b']} sequences")
+
+
+@prefill_attention.bounds
+def _(q, k, v, k_pages, v_pages, block_table, query_start, history, scale, policy="fast", lse=False) -> None:
+    check_starts("prefill_attention", query_start, len(q))
+    check_cached("prefill_attention", block_table, "history", history, *k_pages.shape[:2])
 
 
 @prefill_attention.inputs

@@ -8,6 +8,7 @@ from vila_triton.registry import OneOf, Sizes, op
 
 from .domain import DTYPES, draw, name_of
 from .elementwise import rope
+from .indices import check_slots
 from .kv import Pages
 from .paged import KINDS, PAGE_LENGTHS, bytes_of, check_write, kind_of, kv_write
 from .shapes import axes, same_dtype
@@ -33,6 +34,11 @@ def _(q, k, v, cos, sin, k_pages, v_pages, slot_mapping) -> None:
         raise ValueError(f"rope_kv_write: q has head dim {sizes['d']}, but cos and sin hold {sizes['r']} pairs")
     same_dtype("rope_kv_write", q=q, k=k, v=v)
     check_write("rope_kv_write", k, v, k_pages, v_pages, slot_mapping)
+
+
+@rope_kv_write.bounds
+def _(q, k, v, cos, sin, k_pages, v_pages, slot_mapping) -> None:
+    check_slots("rope_kv_write", slot_mapping, *k_pages.shape[:2])
 
 
 @rope_kv_write.inputs

@@ -50,3 +50,10 @@ def same_dtype(where: str, **tensors: Tensor) -> None:
     for name, y in rest:
         if y.dtype != x.dtype:
             raise ValueError(f"{where}: {name} is {y.dtype}, expected {x.dtype} like {first}")
+
+
+def of_dtype(where: str, dtype: torch.dtype, **tensors: Tensor) -> None:
+    """ValueError unless all the tensors have this dtype."""
+    for name, x in tensors.items():
+        if x.dtype != dtype:
+            raise ValueError(f"{where}: {name} is {x.dtype}, expected {dtype}")

@@ -1,0 +1,36 @@
+"""Kernels have no gradient. Whoever asks for one is told; torch would leave out what lies before them, in silence."""
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Missing(torch.autograd.Function):
+    """A result as it is, whose gradient is an error. It does not hold on to what the arguments came from."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, out: Tensor, learning: Tensor) -> Tensor:
+        ctx.message = message
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(ctx.message)
+
+
+def told(op: str, impl: str, out: Any, *args: Any) -> Any:
+    """The results of a call; those that lost the gradient of an argument say so when it is asked for."""
+    if not torch.is_grad_enabled():
+        return out
+    leaves = [getattr(x, f.name) for x in args if is_dataclass(x) for f in fields(x)]
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *leaves)):
+        return out
+    message = f'{op}: {impl!r} has no gradient; `with use({op}="reference")` runs the reference, which has one'
+
+    def tell(x: Any) -> Any:
+        new = isinstance(x, Tensor) and x.is_floating_point() and all(x is not y for y in args)
+        return Missing.apply(message, x, torch.empty(0, requires_grad=True)) if new and not x.requires_grad else x
+
+    return tuple(map(tell, out)) if isinstance(out, tuple) else tell(out)
