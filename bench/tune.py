@@ -223,7 +223,7 @@ def parser() -> argparse.ArgumentParser:
         "--arch", help=f"compile and predict for it: {', '.join(cost.archs())}; default: the GPU's, or sm_90"
     )
     parser.add_argument(
-        "--worse-than", type=Limits(float, 1, 1e6), default=3.0, metavar="X", help="default: %(default)s"
+        "--worse-than", type=Limits(float, 1, 1e12), default=3.0, metavar="X", help="default: %(default)s"
     )
     parser.add_argument("--budget", type=POSITIVE, default=0.05, help="seconds for each of the two runs of a time")
     parser.add_argument("--candidates", type=COUNT, metavar="N", help="of each implementation, the most promising ones")
