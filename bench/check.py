@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
 from vila_triton.interpreter import holds_kernels
+from vila_triton.limits import COUNT, MANY, POSITIVE
 from vila_triton.registry import OPS, REFERENCE, Impl, Op, Unsupported, discover, there
 
 from . import bundle
@@ -128,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", nargs="?", metavar="OP")
     parser.add_argument("--impl", metavar="NAME", help="only this implementation; default: all but the reference")
-    parser.add_argument("--config", type=int, metavar="N", help="only the config of this number, counted from 0")
-    parser.add_argument("--examples", type=int, default=100, help="for each config, at most (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=45, help="for all, without shrinking (default: %(default)s)")
+    parser.add_argument("--config", type=MANY, metavar="N", help="only the config of this number, counted from 0")
+    parser.add_argument("--examples", type=COUNT, default=100, help="for each config, at most (default: %(default)s)")
+    parser.add_argument("--seconds", type=POSITIVE, default=45, help="for all, but for shrinking (%(default)s)")
     parser.add_argument("--peers", action="store_true", help="other libraries' kernels too, where installed")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()), help="folder for bundles")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="make the call of this bundle again")
@@ -143,8 +144,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"peer {peer}: not here: {reason}")
     if (args.op is None) == (args.replay is None):
         raise ValueError("expected an OP to check or a bundle to --replay, and not both")
-    if args.examples < 1 or args.seconds <= 0:
-        raise ValueError("--examples and --seconds must be above 0")
     pairs = [] if args.replay else chosen(args.op, args.impl, args.config)
     if not pairs or any(holds_kernels(impl) for impl, _ in pairs):
         print(f"Triton kernels run {how}")

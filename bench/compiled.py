@@ -35,6 +35,7 @@ from triton.runtime.jit import JITFunction
 
 from vila_triton import kernels as door
 from vila_triton.interpreter import holds_kernels
+from vila_triton.limits import COUNT
 from vila_triton.registry import OPS, Impl, Unsupported, discover, there
 
 from .anatomy import dissect
@@ -233,7 +234,7 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", default=["float16"])
     parser.add_argument("--only", nargs="*", default=[], help="op-impl-config")
     parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=COUNT, default=2)
     options = parser.parse_args()
     prepare(options.kernels, peers=False)
     named = {}

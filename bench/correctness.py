@@ -38,6 +38,7 @@ from triton import knobs
 from vila_triton import tuned
 from vila_triton.choices import PHASES, configs, configured
 from vila_triton.interpreter import holds_kernels
+from vila_triton.limits import COUNT, POSITIVE
 from vila_triton.ranges import names
 from vila_triton.registry import OPS, REFERENCE, Impl, OneOf, Op, Unsupported, discover
 from vila_triton.space import Config, canonical
@@ -295,16 +296,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", action="append", default=[], help="only this op (may be repeated)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only items whose line holds this text")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at a time (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=inf, help="stop then, and say what was not reached")
+    parser.add_argument("--processes", type=COUNT, default=os.cpu_count(), help="at a time (default: %(default)s)")
+    parser.add_argument("--seconds", type=POSITIVE, default=inf, help="stop then, and say what was not reached")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # be one of the processes
     args = parser.parse_args(argv)
     if args.work:
         work()
         return 0
-    if args.processes < 1 or not args.seconds > 0:
-        raise ValueError("--processes and --seconds must be above 0")
     every = items(torch.device(DEVICE))
     if unknown := set(args.op) - OPS.keys():
         raise ValueError(f"no op {', '.join(sorted(unknown))}; there are: {', '.join(OPS)}")

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from vila_triton.interpreter import holds_kernels
+from vila_triton.limits import MANY
 from vila_triton.ops import Int4
 from vila_triton.registry import OPS, Op, there
 
@@ -215,7 +216,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op")
     parser.add_argument("--impl", nargs="+", help="default: all of kernels/ that launch a Triton kernel")
-    parser.add_argument("--config", nargs="+", type=int, help="numbers of configs; default: all")
+    parser.add_argument("--config", nargs="+", type=MANY, help="numbers of configs; default: all")
     parser.add_argument("--arch", nargs="+", default=["sm_90"], help=f"of {', '.join(TARGETS)}; default: sm_90")
     parser.add_argument("--case", help="a case of configs/bench/OP.toml, of which the first sizes are taken")
     parser.add_argument("--size", nargs="+", default=[], metavar="NAME=VALUE", help="other sizes, dtype among them")

@@ -17,6 +17,7 @@ import torch
 from vila_triton.arguments import BUNDLED
 from vila_triton.cache import KV_DTYPES, PAGE_SIZE, PagedCache
 from vila_triton.chat import Talker
+from vila_triton.limits import COUNT, MANY, SEED
 from vila_triton.models.config import LlamaConfig
 
 from . import geometry, questions, rows, shadow
@@ -54,9 +55,9 @@ def error(talker: Talker, kv_dtype: str, prompts: Sequence[questions.Prompt], st
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=BUNDLED, help="a VILA folder to measure the error on")
-    parser.add_argument("--count", type=int, default=20, help="questions; 0: bytes only")
-    parser.add_argument("--steps", type=int, default=32, help="tokens of an answer at most")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=MANY, default=20, help="questions; 0: bytes only")
+    parser.add_argument("--steps", type=COUNT, default=32, help="tokens of an answer at most")
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     args = parser.parse_args(argv)
     found: list[dict[str, Any]] = []

@@ -14,6 +14,7 @@ from typing import Any
 
 from vila_triton import plan, released
 from vila_triton.checkpoint import open_source
+from vila_triton.limits import Limits
 from vila_triton.write import write
 
 from . import rows
@@ -71,7 +72,7 @@ def measure(folder: Path, dtype: str, device: str) -> tuple[int, int]:
 @tool
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--gigabytes", type=Limits(float, 1e-3, 1e3), default=1.0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     print(f"{'on disk':>18}{'size':>10}{'loaded as':>12}{'parameters':>12}{'peak':>10}{'peak / size':>13}")

@@ -24,6 +24,7 @@ from vila_triton import engine
 from vila_triton.arguments import choices
 from vila_triton.cache import PagedCache
 from vila_triton.choices import pick_device
+from vila_triton.limits import COUNT, MANY
 from vila_triton.models import params, vila
 from vila_triton.models.config import VilaConfig
 from vila_triton.ops import leaves
@@ -79,9 +80,9 @@ def measure(p: vila.Vila, cfg: VilaConfig, length: int, chunk: int, device: torc
 @tool
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
-    parser.add_argument("--chunks", type=int, nargs="+", default=[0, 128], help="0 is one pass")
-    parser.add_argument("--layers", type=int, default=CONFIG.llm.num_hidden_layers)
+    parser.add_argument("--lengths", type=COUNT, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--chunks", type=MANY, nargs="+", default=[0, 128], help="0 is one pass")
+    parser.add_argument("--layers", type=COUNT, default=CONFIG.llm.num_hidden_layers)
     parser.add_argument("--device")
     parser.add_argument("--set", action="append", default=[], metavar="kernels.OP=NAME")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")

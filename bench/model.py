@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 
 from vila_triton.choices import configs, pick_device
+from vila_triton.limits import COUNT
 from vila_triton.registry import checked
 
 from . import geometry, predict, rows, work
@@ -135,10 +136,7 @@ def concerns_all(choice: str) -> bool:
 
 def numbers(text: str) -> list[int]:
     """16,64 -> [16, 64]; nothing stands for none."""
-    found = [int(part) for part in text.split(",") if part]
-    if found and min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected numbers of at least 1, with commas")
-    return found
+    return [COUNT(part) for part in text.split(",") if part]
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -149,8 +147,8 @@ def compare(args: argparse.Namespace) -> int:
     unknown = [w for w in args.weights.split(",") if w not in WEIGHTS]
     if unknown:
         raise ValueError(f"no weights {', '.join(unknown)}; there are: {', '.join(WEIGHTS)}")
-    if not todo or args.rounds < 1:
-        raise ValueError("nothing to time: --prompts, --histories and --contexts are empty, or --rounds is 0")
+    if not todo:
+        raise ValueError("nothing to time: --prompts, --histories and --contexts are empty")
     longest = max(step.history + step.new for step in todo)
     if longest > shape.llm.max_position_embeddings:
         raise ValueError(f"{longest} tokens, but {shape.name} was made for {shape.llm.max_position_embeddings}")
@@ -207,7 +205,7 @@ def compare(args: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vila1.5-3b", help="a name of configs/models, or a .toml file")
-    parser.add_argument("--layers", type=int, help="only so many of the language model's")
+    parser.add_argument("--layers", type=COUNT, help="only so many of the language model's")
     parser.add_argument("--weights", default="float32,int4", help=f"of {', '.join(WEIGHTS)}, with commas")
     help_choice = "default, reference or OP=NAME,OP=NAME; may be repeated"
     parser.add_argument("--choice", action="append", default=[], metavar="CHOICE", help=help_choice)
@@ -216,7 +214,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=numbers, default=[1], help="sequences that decode together")
     parser.add_argument("--contexts", type=numbers, default=[128, 512], help="tokens a new token attends to")
     parser.add_argument("--against", choices=("hf", "none"), default="hf", help=HF)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=COUNT, default=7)
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     parser.add_argument("--device")
     parser.add_argument("--predict", metavar="GPU", help="time nothing: what the model could do at best, on paper")

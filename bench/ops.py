@@ -28,6 +28,7 @@ if not torch.cuda.is_available():
 
 from vila_triton.choices import pick_device
 from vila_triton.interpreter import holds_kernels
+from vila_triton.limits import POSITIVE
 from vila_triton.ops.domain import DTYPES
 from vila_triton.registry import OPS, REFERENCE, Impl
 from vila_triton.tuned import config_at, kernels_for, name_of
@@ -196,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--gate", choices=GATES, default="full", help="case: only the numbers of the case itself")
     parser.add_argument("--ungated", action="append", default=[], metavar="PEER", help="timed whatever its numbers are")
     parser.add_argument("--peers", action="store_true", help="other libraries' kernels too, where installed")
-    parser.add_argument("--budget", type=float, default=0.2, help="seconds for each of the two runs of a figure")
+    parser.add_argument("--budget", type=POSITIVE, default=0.2, help="seconds for each of the two runs of a figure")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     parser.add_argument("--device")
     return parser
@@ -205,8 +206,6 @@ def parser() -> argparse.ArgumentParser:
 @tool
 def main() -> int:
     args = parser().parse_args()
-    if args.budget <= 0:
-        parser().error(f"--budget {args.budget}: expected seconds, more than 0")
     device = pick_device(args.device)
     known = names()
     from .peers import dense, discover, sdpa  # noqa: F401 (dense, sdpa: torch itself, always there)

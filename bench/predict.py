@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from vila_triton.choices import configs
+from vila_triton.limits import COUNT, MANY
 
 from . import geometry, rows, work
 from .tool import tool
@@ -146,9 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measured", type=Path, nargs="+", metavar="ROWS", help="instead: the ceilings of these rows")
     parser.add_argument("--model", default="all", help="names of configs/models, with commas, or all: those released")
     parser.add_argument("--weights", default="float16,int4")
-    parser.add_argument("--pictures", type=int, default=1)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 512, 2048], help="tokens beside the pictures")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 4096], help="tokens a new one attends to")
+    parser.add_argument("--pictures", type=MANY, default=1)
+    parser.add_argument("--prompts", type=COUNT, nargs="+", default=[32, 512, 2048], help="tokens beside the pictures")
+    parser.add_argument("--contexts", type=COUNT, nargs="+", default=[256, 4096], help="tokens a new one attends to")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     args = parser.parse_args(argv)
     if args.gpu and args.measured:
@@ -158,8 +159,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         machines = [table()[gpu] for gpu in listed(args.gpu, list(table()), "GPU")]
     models = released() if args.model == "all" else listed(args.model, list(geometry.known()), "model")
     precisions = listed(args.weights, list(GROUPS), "weights")
-    if min(args.prompts) < 1 or min(args.contexts) < 1 or args.pictures < 0:
-        raise ValueError("prompts and contexts are at least 1 token, pictures at least 0")
     for machine in machines:
         print(heading(machine, args.pictures, args.prompts, args.contexts))
         for model in models:

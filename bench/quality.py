@@ -25,6 +25,7 @@ from vila_triton.awq.calibration import drawn, prompts
 from vila_triton.awq.tokens import Tokens
 from vila_triton.cache import Uncached
 from vila_triton.chat import Talker
+from vila_triton.limits import COUNT, SEED
 from vila_triton.models import llama, vila
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.params import tree_map
@@ -195,9 +196,9 @@ def main() -> None:
         "--model", nargs="+", choices=("bundled", "outliers", "smollm2"), default=["bundled", "outliers"]
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--groups", type=int, nargs="+", default=[32, 64, 128])
-    parser.add_argument("--samples", type=int, default=128, help="of calibration; 16 of SmolLM2's tokens make one")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--groups", type=COUNT, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--samples", type=COUNT, default=128, help="of calibration; 16 of SmolLM2's tokens make one")
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     args = parser.parse_args()
     print(

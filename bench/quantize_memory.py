@@ -18,6 +18,7 @@ from vila_triton.awq import run as awq
 from vila_triton.awq.calibration import Prompts
 from vila_triton.awq.work import How
 from vila_triton.checkpoint import open_source, save
+from vila_triton.limits import COUNT
 from vila_triton.models import vila
 from vila_triton.models.params import count, init
 from vila_triton.tiny.folder import CONFIG, configs
@@ -55,10 +56,10 @@ def measure(layers: int, width: int, tokens: int, group: int) -> dict[str, float
 @tool
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 16])
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--layers", type=COUNT, nargs="+", default=[2, 16])
+    parser.add_argument("--width", type=COUNT, default=512)
+    parser.add_argument("--tokens", type=COUNT, default=512)
+    parser.add_argument("--group", type=COUNT, default=128)
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     args = parser.parse_args()
     print("  layers      peak     layer  activations   moments  beyond both, in layers   (MiB)")

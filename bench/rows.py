@@ -13,10 +13,12 @@ from collections.abc import Iterable, Iterator
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import triton
+
+from vila_triton.file_locks import locked
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = ("device", "torch", "triton", "python", "commit", "date")  # where and when a row was measured
@@ -58,21 +60,29 @@ def stamp(device: torch.device) -> dict[str, str]:
 
 
 def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows; each is on disk before the next is asked for. One process at a time writes to a file."""
+    """Append rows; each is on disk before the next is asked for. Others may append to the file at the same time."""
     file.parent.mkdir(parents=True, exist_ok=True)
     WRITTEN[file] = None
     with file.open("a+b", buffering=0) as out:
-        if out.tell():
-            out.seek(-1, os.SEEK_END)
-            if out.read(1) != b"\n":
-                held = file.read_bytes()
-                start = held.rfind(b"\n") + 1
-                if whole(held[start:]):
-                    out.write(b"\n")
-                else:
-                    out.truncate(start)
         for row in rows:
-            out.write(json.dumps(row).encode() + b"\n")
+            with locked(out):
+                mend(out)
+                out.write(json.dumps(row).encode() + b"\n")
+
+
+def mend(out: BinaryIO) -> None:
+    """End the last line of a file, or drop it if it was cut off."""
+    if not out.seek(0, os.SEEK_END):
+        return
+    out.seek(-1, os.SEEK_END)
+    if out.read(1) != b"\n":
+        out.seek(0)
+        held = out.read()
+        start = held.rfind(b"\n") + 1
+        if whole(held[start:]):
+            out.write(b"\n")
+        else:
+            out.truncate(start)
 
 
 def whole(line: bytes) -> bool:

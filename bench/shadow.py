@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 from vila_triton.arguments import BUNDLED
 from vila_triton.chat import Talker
 from vila_triton.interpreter import holds_kernels
+from vila_triton.limits import COUNT, MANY, SEED
 from vila_triton.registry import OPS, Impl, checked, recording, use
 
 from . import bundle, questions, rows
@@ -172,9 +173,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help='lines of {"question": ..., "images": [FILE, ...]}'
     )
-    parser.add_argument("--count", type=int, default=2, help="bundled questions (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="which questions")
-    parser.add_argument("--tokens", type=int, default=8, help="decoded for each prompt, at most (default: %(default)s)")
+    parser.add_argument("--count", type=COUNT, default=2, help="bundled questions (default: %(default)s)")
+    parser.add_argument("--seed", type=SEED, default=0, help="which questions")
+    parser.add_argument("--tokens", type=MANY, default=8, help="decoded for each prompt, at most (%(default)s)")
     parser.add_argument("--layers", nargs="+", default=[], metavar="TEXT", help="only calls named like one of these")
     parser.add_argument("--save", type=Path, metavar="FILE", help="bundle of the worst call")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append rows to this file")
@@ -185,8 +186,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     checked({args.op: args.impl})
-    if args.tokens < 0:
-        raise ValueError(f"--tokens is {args.tokens}, expected 0 or more")
     impl = OPS[args.op].impls[args.impl]
     folder = args.model or (BUNDLED.with_name("checkpoint-int4") if args.op.startswith("int4") else BUNDLED)
     prompts = questions.read(args.prompts) if args.prompts else questions.bundled(args.count, args.seed)

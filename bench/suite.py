@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from vila_triton.limits import POSITIVE
+
 from . import rows, standin
 from .goals import met
 from .plan import Step, allot, left_out, steps
@@ -129,7 +131,7 @@ def run_all(plan: Sequence[Step], seconds: float, out: Path) -> list[Outcome]:
 @tool
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=12)
+    parser.add_argument("--minutes", type=POSITIVE, default=12)
     parser.add_argument("--out", type=Path, help="a folder for rows, tables, logs, pictures, report.html, summary.txt")
     parser.add_argument("--estimate", action="store_true", help="say what each step would take on a GPU")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes, on a CPU where there is no GPU")
@@ -137,8 +139,6 @@ def main() -> int:
     args = parser.parse_args()
     if args.stand_in and not standin.active():
         os.execv(sys.executable, [sys.executable, "-m", "bench.standin", "bench.suite", *sys.argv[1:]])
-    if not args.minutes > 0:
-        parser.error("--minutes must be above 0")
     toy = args.dry_run or args.stand_in
     seconds = 60 * args.minutes - OWN
     plan = steps((args.out or Path("out")).resolve(), toy)

@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from vila_triton.choices import configs
+from vila_triton.file_locks import locked
 from vila_triton.interpreter import holds_kernels
+from vila_triton.limits import COUNT
 from vila_triton.registry import OPS
 
 from .anatomy import Dissection, dissect
@@ -118,13 +120,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    new = not file.exists()
     WRITTEN[file] = None
-    with file.open("a", newline="") as out:
+    with file.open("a", newline="") as out, locked(out):
         to = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-        if new:
+        if not out.seek(0, os.SEEK_END):
             to.writeheader()
         to.writerows(rows)
+        out.flush()
 
 
 @tool
@@ -135,7 +137,7 @@ def main() -> int:
     parser.add_argument("--arch", default=",".join(CHECKED), help="default: %(default)s")
     parser.add_argument("--size", nargs="+", default=[], metavar="NAME=VALUE,...", help="only these of the sizes")
     parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=COUNT, default=2)
     parser.add_argument("--csv", type=Path, help="append the lines to this file")
     args = parser.parse_args()
     args.arch = args.arch.split(",")

@@ -29,6 +29,7 @@ import torch
 
 from vila_triton import tuned
 from vila_triton.interpreter import holds_kernels
+from vila_triton.limits import COUNT, POSITIVE, Limits
 from vila_triton.registry import OPS, Impl, there
 
 from . import rows
@@ -221,11 +222,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--arch", help=f"compile and predict for it: {', '.join(cost.archs())}; default: the GPU's, or sm_90"
     )
-    parser.add_argument("--worse-than", type=float, default=3.0, metavar="X", help="default: %(default)s")
-    parser.add_argument("--budget", type=float, default=0.05, help="seconds for each of the two runs of a time")
-    parser.add_argument("--candidates", type=int, metavar="N", help="of each implementation, the most promising ones")
-    parser.add_argument("--minutes", type=float, help="stop after so long, with the best so far")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile and gate")
+    parser.add_argument(
+        "--worse-than", type=Limits(float, 1, 1e12), default=3.0, metavar="X", help="default: %(default)s"
+    )
+    parser.add_argument("--budget", type=POSITIVE, default=0.05, help="seconds for each of the two runs of a time")
+    parser.add_argument("--candidates", type=COUNT, metavar="N", help="of each implementation, the most promising ones")
+    parser.add_argument("--minutes", type=POSITIVE, help="stop after so long, with the best so far")
+    parser.add_argument("--workers", type=COUNT, default=os.cpu_count() or 1, help="processes that compile and gate")
     parser.add_argument(
         "--ray", nargs="?", const="local", metavar="ADDRESS", help="a Ray cluster; default: a local one"
     )
@@ -246,10 +249,6 @@ def main() -> int:
     workers: Workers | None = None
     try:
         known = chosen(args)
-        if args.candidates is not None and args.candidates < 1:
-            raise ValueError(f"--candidates {args.candidates}: expected 1 or more")
-        if args.minutes is not None and not args.minutes > 0:
-            raise ValueError(f"--minutes {args.minutes}: expected more than 0")
         if (args.check or args.report) and args.out and not args.out.is_dir():
             raise ValueError(f"--out {args.out}: there is no such folder")
         if args.check:

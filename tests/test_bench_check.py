@@ -283,7 +283,6 @@ def test_a_bundle_that_is_none_gets_one_line(tmp_path: Path, capsys) -> None:
         (["rope", "--impl", "mine"], "rope has no implementation 'mine'; there are: reference"),
         (["rope", "--impl", "triton", "--config", "99"], "no config 99: triton has"),
         ([], "expected an OP to check or a bundle"),
-        (["rope", "--examples", "0"], "must be above 0"),
     ],
 )
 def test_bad_usage_gets_one_line(argv: list[str], message: str, capsys) -> None:

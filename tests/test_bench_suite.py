@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -173,18 +172,3 @@ def test_a_row_cut_off_in_the_middle_is_left_out_and_the_next_one_is_whole(
     assert [row["n"] for row in rows.read(file)] == [1, 3]
     rows.write(file, [{"kind": "a", "n": 4}])
     assert [row["n"] for row in rows.read(file)] == [1, 3, 4] and not capsys.readouterr().err
-
-
-@pytest.mark.parametrize("module", ["bench.suite", "bench.tune"])
-@pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
-def test_no_time_is_said_to_be_none(
-    module: str, minutes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = {"bench.suite": "--minutes must be above 0", "bench.tune": "expected more than 0"}[module]
-    words = ["--estimate"] if module == "bench.suite" else ["swiglu", "--case", "toy"]
-    monkeypatch.setattr(sys, "argv", [module, *words, "--minutes", minutes])
-    try:
-        status = import_module(module).main()
-    except SystemExit as end:
-        status = end.code
-    assert status == 2 and said in capsys.readouterr().err

@@ -68,6 +68,27 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield counts
 
 
+def test_every_answer_is_drawn_anew_and_its_seed_draws_it_again(talker: Talker) -> None:
+    question, how = ASKED[0], {"do_sample": True, "temperature": 5.0, "max_new_tokens": 12}
+    drawn = []
+    for seed in (None, None, 0):
+        conversation = Conversation(talker)
+        tokens = list(conversation.ask(*question, seed=seed, **how))
+        assert conversation.last and conversation.last.seed is not None
+        assert list(Conversation(talker).ask(*question, seed=conversation.last.seed, **how)) == tokens
+        drawn.append((tokens, conversation.last.seed))
+    assert drawn[0][0] != drawn[1][0] and drawn[0][1] != drawn[1][1] and drawn[2][1] == 0
+    conversation = Conversation(talker)
+    list(conversation.ask(*question))
+    assert conversation.last and conversation.last.seed is None
+
+
+def test_a_number_that_is_none_is_refused_before_a_picture_is_looked_at(talker: Talker, seen: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"^top_p is nan"):
+        list(Conversation(talker).ask("Why?", PICTURES[:1], do_sample=True, top_p=float("nan")))
+    assert not seen
+
+
 def generate(talker: Talker, asked: list, **how: Any) -> list[list[int]]:
     """The answers to all in one batch, without what pads them."""
     prompts = [torch.tensor(talker.prompt(question, len(pictures))) for question, pictures in asked]
@@ -298,6 +319,7 @@ def test_a_new_conversation_on_the_command_line_begins_anew_and_shares_what_is_t
     monkeypatch.setattr("builtins.input", lambda _: next(typed, "/quit"))
     monkeypatch.setattr("sys.argv", ["vila-triton", "chat", "--kv-dtype", "int8", "--page-size", "64"])
     assert main() == 0
-    first, took, second, then = capsys.readouterr().out.splitlines()
-    assert (first, second) == ("2", "1") and took.startswith("[prompt 27 tokens | ")
+    said, about = capsys.readouterr()
+    took, then = about.splitlines()
+    assert said == "2\n1\n" and took.startswith("[prompt 27 tokens | ")
     assert then.startswith("[prompt 27 tokens, 21 cached | ") and "encoder_attention" not in then

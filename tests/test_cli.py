@@ -19,18 +19,18 @@ def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
 def test_ask_prints_the_answer_and_one_line_about_it():
     done = run("ask", "--image", str(FOLDER / "a.png"), "--device", "cpu", "How many blue shapes are there?")
     assert done.returncode == 0, done.stderr
-    answer, line = done.stdout.strip().split("\n")
-    assert answer == "2"
+    assert done.stdout == "2\n"
+    (line,) = done.stderr.splitlines()
     for part in ("prompt 27 tokens", "pictures 16 tokens", "first token", "decode_attention=aten"):
         assert part in line
 
 
 def test_chat_keeps_the_conversation():
-    talk = f"How many blue shapes are there?\n/image {FOLDER / 'b.png'}\nHow many shapes are there?\n\n"
+    talk = f"How many blue shapes are there?\n\n/image {FOLDER / 'b.png'}\nHow many shapes are there?\n"
     done = run("chat", "--image", str(FOLDER / "a.png"), "--device", "cpu", stdin=talk)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.strip().split("\n")
-    assert len(lines) == 4 and lines[0] == "2" and "cached" in lines[3]
+    assert done.stdout.startswith("2\n") and done.stdout.count("\n") == 2
+    assert done.stderr.count("\n") == 2 and "cached" in done.stderr.splitlines()[1]
 
 
 def test_ops_lists_every_op_and_why():
@@ -47,9 +47,7 @@ def test_ops_lists_every_op_and_why():
         (["ask", "--set", "kernels.rope=fast", "Why?"], "there are: reference, triton"),
         (["ask", "--set", "kernels.nope=triton", "Why?"], "no op 'nope'"),
         (["ask", "--set", "rope", "Why?"], "expected kernels.OP=NAME"),
-        (["ask", "--max-new-tokens", "0", "Why?"], "max_new_tokens is 0"),
         (["ask", "--top-k", "5", "Why?"], "need a --temperature"),
-        (["ask", "--temperature", "nan", "Why?"], "--temperature is nan"),
         (["ask", " "], "the question is empty"),
         (["ops", "--set", "kernels.rope=fast"], "there are: reference, triton"),
         (["ask", "--model", str(BUNDLED), "<image> Why?"], "places for 1 pictures, but 0"),
@@ -65,5 +63,5 @@ def test_a_wrong_line_does_not_end_a_chat():
         f"/image none.png\n/pictures\n/image {FOLDER / 'a.png'}\nHow many blue shapes are there?\n/quit\nnever asked\n"
     )
     done = run("chat", "--device", "cpu", stdin=talk)
-    assert done.returncode == 0 and done.stdout.startswith("2\n") and done.stdout.count("\n") == 2
+    assert done.returncode == 0 and done.stdout == "2\n"
     assert "none.png does not exist" in done.stderr and "no command '/pictures'" in done.stderr

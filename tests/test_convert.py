@@ -42,9 +42,8 @@ def ask(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.setattr(sys, "argv", ["vila-triton", *map(str, words)])
     status, (out, err) = main(), capsys.readouterr()
     assert status == 0, err
-    answer, last = out.rstrip().rsplit("\n", 1)
-    assert last.startswith("[prompt ")
-    return answer.strip()
+    assert err.startswith("[prompt ")
+    return out.strip()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -122,9 +121,7 @@ def test_what_goes_wrong_leaves_nothing(tmp_path: Path) -> None:
         (("build", "vila2", out), "no model 'vila2'; there are: .*vila1.5-13b"),
         (("build", "llama-2-7b", out), "has no vision_tower, mm_projector: it is no VILA"),
         (("build", "vila1.5-3b", out, "--narrow", 7), "2560 numbers in 20 heads cannot be divided by 7"),
-        (("build", "vila1.5-3b", out, "--layers", 0), "0 layers: a model has at least 1"),
         (("build", "vila1.5-3b", out, "--int4", 48), "k = 2560 and group = 48"),
-        (("convert", INT4, out, "--shard-size", 0), "--shard-size is 0, expected gigabytes above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             command(*words)

@@ -94,6 +94,18 @@ def test_a_seed_means_the_same_in_every_batch() -> None:
     assert others[1:] == alone[1:] and others[0] != alone[0]
 
 
+def test_without_a_seed_every_answer_is_drawn_anew_and_torchs_brings_it_back() -> None:
+    drawn = [generate(ROWS[1:2] * 2, do_sample=True) for _ in range(2)]
+    assert drawn[0] != drawn[1] and drawn[0][0] != drawn[0][1]
+    again = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        again.append(generate(ROWS[1:2], do_sample=True))
+    assert again[0] == again[1]
+    assert Sampling.of(2, do_sample=True).seeds != Sampling.of(2, do_sample=True).seeds
+    assert Sampling.of(2).seeds is None
+
+
 def test_an_answer_ends_with_its_stop_token_and_shorter_ones_are_padded_with_it() -> None:
     stop = next(token for i, token in enumerate(ANSWERS[0][2:], 2) if token not in ANSWERS[0][:i])
     expected = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in ANSWERS]

@@ -130,4 +130,4 @@ def test_the_command_line_says_what_it_decided(
     ):
         monkeypatch.setattr("sys.argv", ["vila-triton", "ask", "--model", str(model), *more, QUESTION])
         assert main() == 0
-        assert f"| {expected} generation_config.json |" in capsys.readouterr().out
+        assert f"| {expected} generation_config.json | " in capsys.readouterr().err

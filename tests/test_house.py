@@ -50,8 +50,8 @@ MAY_IMPORT = {  # beside the standard library, `files`, `forms`; a line holds fo
     "vila_triton.llava": "models sources tensors",
     "vila_triton.write": "torch generation_config layouts models quantized shards sources tensors",
     "vila_triton.plan": "models sources write",
-    "vila_triton.awq": "torch safetensors einops PIL awq cache checkpoint engine formats images layouts models ops "
-    "prompts quantized shards sources templates tensors tiny write",
+    "vila_triton.awq": "torch safetensors einops PIL awq cache checkpoint console engine formats images layouts locks "
+    "models ops prompts quantized shards sources templates tensors tiny write",
     "vila_triton.commands": "torch PIL transformers safetensors einops vila_triton",
     "vila_triton.released": "torch tokenizers transformers checkpoint choices layouts models quantized shards sources",
     "vila_triton.formats": "torch einops",
@@ -64,16 +64,18 @@ MAY_IMPORT = {  # beside the standard library, `files`, `forms`; a line holds fo
     "vila_triton.saved": "torch safetensors chat",
     "vila_triton.generation_config": "models tensors",
     "vila_triton.stopping": "torch transformers",
-    "vila_triton.engine": "torch transformers cache models registry stopping tuned",
+    "vila_triton.engine": "torch transformers cache limits models registry stopping tuned",
     "vila_triton.images": "torch numpy PIL transformers checkpoint models.config preprocessor",
     "vila_triton.preprocessor": "models.fields",
-    "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers tiny models ops checkpoint",
-    "vila_triton.tiny.evaluate": "torch PIL arguments chat models registry tiny",
+    "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers console limits tiny models ops checkpoint",
+    "vila_triton.tiny.evaluate": "torch PIL arguments chat console limits models registry tiny",
     "vila_triton.operation": "ranges space gradient library tuned",  # the last three inside functions
     "vila_triton.gradient": "torch",
     "vila_triton.arguments": "torch choices registry",
     "vila_triton.__main__": "commands console",
     "vila_triton.console": "",
+    "vila_triton.file_locks": "",
+    "vila_triton.limits": "",
     "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine generation_config "
     "images lock markers memory models pictures processor prompts ranges registry saved session templates tiny "
     "tokenizer tuned",

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from .cache import PagedCache
-from .engine import Sampling, admit, contents, stream
+from .engine import Sampling, admit, check_numbers, contents, stream
 from .generation_config import settled
 from .images import image_processor, pixels
 from .lock import Lock
@@ -30,7 +30,9 @@ from .tokenizer import load_tokenizer
 
 @dataclass
 class Round:
-    """What a round took; times in seconds, `new_tokens` is what was prefilled."""
+    """What a round took; times in seconds, `new_tokens` is what was prefilled; `seed`: what its answer was drawn with,
+    None if it was not drawn: asked with the same it is the same.
+    """
 
     prompt_tokens: int
     new_tokens: int
@@ -38,6 +40,7 @@ class Round:
     answer_tokens: int = 0
     first_token: float = 0.0
     seconds: float = 0.0
+    seed: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -173,6 +176,7 @@ class Conversation:
     def _answer(
         self, question: str, images: Sequence[Image.Image], max_new_tokens: int | None, sampling: dict[str, Any]
     ) -> Generator[int, None, None]:
+        check_numbers({"max_new_tokens": max_new_tokens, **sampling})
         start, model = time.perf_counter(), self.talker.model
         with self.talker.spelling:
             prompt = self.talker.prompt(question, len(images), first=not len(self.row))
@@ -213,6 +217,7 @@ class Conversation:
         try:
             admit(cache, {seq: content}, new_tokens)
             taken = Round(len(row), len(row) - cache.length(seq), sum(counts))
+            taken.seed = how.seeds[0] if how.seeds else None
             for _, token in stream(model.params, {seq: row}, model.geometry, cache, features, how, chunk):
                 answer.append(token)
                 taken.answer_tokens, taken.seconds = len(answer), time.perf_counter() - start

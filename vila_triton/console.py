@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TextIO
 
 FAILED, INTERRUPTED, UNREAD = 1, 130, 141  # the last two: 128 and the number of the signal
+WIPE = "\r\033[K"  # a terminal's line
 EXPECTED = (OSError, ValueError, KeyError, RuntimeError, MemoryError)  # what our errors are
 
 
@@ -30,11 +31,26 @@ def exit_code(name: str, run: Callable[[], int | None], failed: int = FAILED) ->
     if isinstance(ended, BrokenPipeError) and (unread(sys.stdout) or unread(sys.stderr)):
         code = UNREAD
     else:
-        with suppress(OSError):
-            print(f"{name}: {reason_of(ended)}", file=sys.stderr, flush=True)
+        complain(name, ended)
     for stream in (sys.stdout, sys.stderr):
         discard(stream)
     return code
+
+
+def complain(name: str, error: BaseException) -> None:
+    """Say in one line on standard error what is wrong."""
+    with suppress(OSError):
+        print(f"{WIPE if on_terminal() else ''}{name}: {reason_of(error)}", file=sys.stderr, flush=True)
+
+
+def bar(text: str, last: bool) -> None:
+    """How far something is: on a terminal a line that the next takes the place of, but for the last; else nothing."""
+    if on_terminal():
+        print(f"{WIPE}{text}", end="\n" if last else "", file=sys.stderr, flush=True)
+
+
+def on_terminal() -> bool:
+    return bool(sys.stderr) and sys.stderr.isatty()
 
 
 def reason_of(error: BaseException) -> str:
@@ -42,7 +58,7 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     if error.args:
-        return str(error.args[0])
+        return str(error if isinstance(error, OSError | UnicodeError) else error.args[0])
     return "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
 
 

@@ -3,6 +3,7 @@
 Everything here takes the parameters, the config and the cache, and keeps nothing of its own.
 """
 
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, StoppingCriteriaList
 
 from .cache import PagedCache
+from .limits import COUNT, POSITIVE, SEED, Limits
 from .models import llama, vila
 from .models.config import VilaConfig
 from .registry import defaults
@@ -126,6 +128,25 @@ def admit(cache: PagedCache, known: Mapping[int, list[int]], max_new_tokens: int
         cache.admit(known, max_new_tokens)
 
 
+NUMBERS = {
+    "max_new_tokens": COUNT,
+    "temperature": POSITIVE,
+    "top_k": COUNT,
+    "top_p": Limits(float, 0, 1, above=True),
+    "repetition_penalty": POSITIVE,
+}
+
+
+def check_numbers(how: Mapping[str, Any]) -> None:
+    """Errors: ValueError naming one of the arguments of `Sampling.of` that is no number it could be."""
+    for name, limits in NUMBERS.items():
+        if how.get(name) is not None:
+            limits.check(name, how[name])
+    seed = how.get("seed")
+    for one in seed if isinstance(seed, Sequence) else () if seed is None else (seed,):
+        SEED.check("seed", one)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen and when to stop, in transformers' own processors and criteria.
@@ -149,7 +170,7 @@ class Sampling:
         top_k: int | None = None,
         top_p: float | None = None,
         repetition_penalty: float = 1.0,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         stop_strings: str | list[str] | None = None,
         tokenizer: object = None,
@@ -157,20 +178,21 @@ class Sampling:
         stopping_criteria: StoppingCriteriaList | None = None,
         device: torch.device | str = "cpu",
     ) -> "Sampling":
-        """From the usual arguments. Greedy unless `do_sample`; row i draws with seed + i, or with seed[i]."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        """From the usual arguments. Greedy unless `do_sample`; row i draws with seed + i, or with seed[i]; without a
+        seed with one that nobody could know, which is then in `seeds`. Errors: ValueError naming the argument.
+        """
+        check_numbers(locals())
         processors = LogitsProcessorList(logits_processor or [])
         if repetition_penalty != 1.0:
-            processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+            processors.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
         if not do_sample and (temperature != 1.0 or top_k is not None or top_p is not None):
             raise ValueError("temperature, top_k and top_p need do_sample=True: else the likeliest token is taken")
         if temperature != 1.0:
-            processors.append(TemperatureLogitsWarper(temperature))
+            processors.append(TemperatureLogitsWarper(float(temperature)))
         if top_k is not None:
             processors.append(TopKLogitsWarper(top_k))
         if top_p is not None:
-            processors.append(TopPLogitsWarper(top_p))
+            processors.append(TopPLogitsWarper(float(top_p)))
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if eos_token_id is not None:
             ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
@@ -179,6 +201,7 @@ class Sampling:
             criteria.append(StopStrings(tokenizer, stop_strings))
         seeds = None
         if do_sample:
+            seed = secrets.randbits(32) if seed is None else seed
             seeds = [seed + i for i in range(rows)] if isinstance(seed, int) else list(seed)
             if len(seeds) != rows:
                 raise ValueError(f"{len(seeds)} seeds for {rows} prompts")

@@ -5,6 +5,7 @@ It holds the spliced tokens and the picture features; keys and values are comput
 
 import json
 import os
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,11 @@ class SavedError(ValueError):
 
 def save(conversation: Conversation, path: Path) -> None:
     """Write a conversation; the file is there whole or not at all. Errors: `SavedError` rather than replace another."""
-    if path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise SavedError(f"{path} cannot be written: {error.strerror}") from None
+    if there:
         try:
             read(path)
         except SavedError:
@@ -34,14 +39,15 @@ def save(conversation: Conversation, path: Path) -> None:
     if conversation.features is not None:
         tensors["features"] = conversation.features.cpu()
     about = {"format": FORMAT, "names": json.dumps(conversation.names), **prints(conversation.talker)}
-    unfinished = path.with_name(f"{path.name}.part")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")  # another may be writing the same
     try:
         save_file(tensors, unfinished, about)
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         raise SavedError(f"{path} cannot be written: {error}") from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def resume(talker: Talker, path: Path) -> Conversation:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 from PIL import Image
@@ -12,7 +13,7 @@ from .images import frames, open_image
 from .models.config import Settings, read
 from .saved import resume, save
 
-COMMANDS = "/image PICTURE, /video FILE, /new, /save FILE, /resume FILE and /quit"
+COMMANDS = {"/image": "PICTURE", "/video": "FILE", "/new": "", "/save": "FILE", "/resume": "FILE", "/quit": ""}
 FRAMES = Settings.num_video_frames
 
 
@@ -38,16 +39,24 @@ class Session:
     pictures: list[Image.Image] = field(default_factory=list)
 
     def obey(self, line: str) -> None:
-        """A line that is no question. Errors: ValueError; nothing has changed then."""
+        """A line that is no question. Errors: ValueError, OSError; nothing has changed then."""
         command, _, name = line.partition(" ")
         name = name.strip()
-        if command == "/new" and not name:
+        if command not in COMMANDS:
+            near = get_close_matches(command, COMMANDS, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"no command {command!r}; {hint}There are {', '.join(map(usage, COMMANDS))}")
+        if bool(name) != bool(COMMANDS[command]):
+            raise ValueError(f"{line!r}: expected {usage(command)}")
+        if command == "/new":
             self.conversation = Conversation(self.talker)
-        elif command in ("/image", "/video") and name:
+        elif command in ("/image", "/video"):
             self.pictures += pictures([(command[1:], name)], self.frames)
-        elif command == "/save" and name:
+        elif command == "/save":
             save(self.conversation, Path(name))
-        elif command == "/resume" and name:
-            self.conversation = resume(self.talker, Path(name))
         else:
-            raise ValueError(f"no command {line!r}; there are {COMMANDS}")
+            self.conversation = resume(self.talker, Path(name))
+
+
+def usage(command: str) -> str:
+    return f"{command} {COMMANDS[command]}".strip()

@@ -5,7 +5,6 @@ when it is whole; one that is cut off is `.part`, and is begun again. What is fi
 checksum, and is kept when the same work is taken up again.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .file_locks import LOCK, OtherWork, claim
 from .files import read_json
 from .models.params import LoadError
 from .places import DTYPES
@@ -27,12 +27,7 @@ from .tensors import WHOLE, weight_files
 
 SHARD_BYTES = 5 * 10**9
 JOURNAL = ".shards.json"
-LOCK = ".lock"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class OtherWork(ValueError):
-    """A folder holds the beginnings of something else, which are not thrown away unasked."""
 
 
 @dataclass
@@ -190,7 +185,7 @@ def building(target: Path, over: bool = False) -> Iterator[Path]:
     folder = target.with_name(f"{target.name}.partial")
     require_free(target, over)
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder):
+    with claim(folder):
         require_free(target, over)  # whoever wrote it may just have finished
         yield from written(folder, target, over)
 
@@ -201,20 +196,6 @@ def require_free(target: Path, over: bool) -> None:
         raise ValueError(f"{target} is there already and not empty; give another folder, or remove it")
     if over and target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, expected a folder, or the name of a new one")
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Nobody else writes into the folder meanwhile. The lock of a writer that died is free.
-
-    Errors: `OtherWork` at once if somebody does.
-    """
-    with (folder / LOCK).open("a") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OtherWork(f"{folder} is being written by another process; wait for it, or write elsewhere") from None
-        yield
 
 
 def written(folder: Path, target: Path, over: bool) -> Iterator[Path]:

@@ -109,11 +109,21 @@ def in_order(tensors: Lazy) -> dict[str, Tensor]:
 
 def save_pt(parts: Path, file: Path) -> None:
     """One .pt of the tensors in a folder of shards, which go: torch.save reads them through their memory maps."""
+    write_pt(file, dict(open_tensors(parts)))
+    shutil.rmtree(parts)
+
+
+def write_pt(file: Path, held: dict[str, Any]) -> None:
+    """A file of torch.save that is there whole or not at all. Errors: OSError."""
     with part(file).open("wb") as opened:
-        torch.save(dict(open_tensors(parts)), opened)
+        try:
+            torch.save(held, opened)
+        except RuntimeError as error:  # what torch makes of it if only a part of a write was taken
+            opened.flush()
+            raise OSError(f"{file} cannot be written: {str(error).splitlines()[0]}") from None
+        opened.flush()
         os.fsync(opened.fileno())
     part(file).replace(file)
-    shutil.rmtree(parts)
 
 
 def identity(source: Source) -> str:

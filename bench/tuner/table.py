@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from vila_triton.choices import configured
+from vila_triton.file_locks import alone
 from vila_triton.ranges import Choice, Within, joined, name_at
 from vila_triton.registry import OPS, REFERENCE
 from vila_triton.space import Config, canonical
@@ -160,20 +161,25 @@ def entry(search: Row, rows: Sequence[Row], varying: Sequence[str]) -> dict[str,
 
 def write(folder: Path, device: str, new: Mapping[str, Any]) -> Path:
     """Put an entry into the table of a device, in place of the one it had for that implementation; the choices are
-    made anew.
+    made anew. Others may write to the table at the same time.
     """
     file = file_of(device, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(file):
+        put(file, device, new)
+    return file
+
+
+def put(file: Path, device: str, new: Mapping[str, Any]) -> None:
     held = read(file)["entries"] if file.exists() else []
     kept = [e for e in held if (e["op"], e["impl"]) != (new["op"], new["impl"])]
     entries = sorted([*kept, new], key=lambda e: (e["op"], e["impl"]))
-    folder.mkdir(parents=True, exist_ok=True)
     whole = file.with_suffix(".new")
     body = ",\n".join(map(text, entries))
     chosen = ",\n".join(f" {json.dumps(op)}: {json.dumps(found)}" for op, found in choices(entries).items())
     head = f'"device": {json.dumps(device)}, ' + (chosen and f'"choices": {{\n{chosen}\n}}, ')
     whole.write_text(f'{{{head}"entries": [\n{body}\n]}}\n')
     whole.replace(file)
-    return file
 
 
 def text(of: Mapping[str, Any]) -> str:

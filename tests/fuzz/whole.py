@@ -347,7 +347,9 @@ def whole_caches(folder: Path) -> list[bytes]:
 
 
 def load_cache(folder: Path) -> None:
-    cachefile.load(folder / "found.pt", LlamaConfig.from_dict(read_json(BUNDLED / "llm" / "config.json")), 64)
+    cachefile.load(
+        folder / "found.pt", LlamaConfig.from_dict(read_json(BUNDLED / "llm" / "config.json")), 64, torch.float16
+    )
 
 
 def calibrate(file: str, folder: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.params import LoadError
+from vila_triton.write import write_pt
 
 from .scales import PLACES
 from .upstream import CLIPPED, Found
@@ -26,21 +27,24 @@ BEFORE = {
 }
 
 
-def save(path: Path, layers: Sequence[Found], dtype: torch.dtype) -> None:
-    """Write {"scale": [(before, (after, ...), [k])], "clip": [(linear, [n, G, 1])]}."""
+def save(path: Path, layers: Sequence[Found]) -> None:
+    """Write {"scale": [(before, (after, ...), [k])], "clip": [(linear, [n, G, 1])]}, in the order that llm-awq finds
+    them in: it applies them in the order of the file, and rounds after each.
+    """
     scale: list[Any] = []
     clip: list[Any] = []
     for i, found in enumerate(layers):
         at = f"model.layers.{i}."
-        for place, s in found.scales.items():
+        for place in filter(found.scales.__contains__, PLACES):
             after = tuple(at + NAMES[name] for name in PLACES[place])
-            scale.append((at + BEFORE[place], after, s.to(dtype).cpu()))
-        clip += [(at + NAMES[name], bound[..., None].to(dtype).cpu()) for name, bound in found.clips.items()]
-    torch.save({"scale": scale, "clip": clip}, path)
+            scale.append((at + BEFORE[place], after, found.scales[place].cpu()))
+        clip += [(at + NAMES[name], found.clips[name][..., None].cpu()) for name in CLIPPED if name in found.clips]
+    write_pt(path, {"scale": scale, "clip": clip})
 
 
-def load(path: Path, cfg: LlamaConfig, group: int) -> list[Found]:
-    """Read such a file; of what it finds some of, the rest stays unscaled and unclipped.
+def load(path: Path, cfg: LlamaConfig, group: int, dtype: torch.dtype) -> list[Found]:
+    """Read such a file, as numbers of the checkpoint's dtype, in its order; of what it finds some of, the rest stays
+    unscaled and unclipped.
 
     Errors: `LoadError` if it is no such file, or is of another model or another group size.
     """
@@ -61,13 +65,13 @@ def load(path: Path, cfg: LlamaConfig, group: int) -> list[Found]:
             place = places[first, tuple(name for _, name in rest)]
             if {j for j, _ in rest} != {i}:
                 raise KeyError(before)
-            found[i].scales[place] = checked(before, s, getattr(like, PLACES[place][0]).weight.shape[1:])
+            found[i].scales[place] = checked(before, s, getattr(like, PLACES[place][0]).weight.shape[1:], dtype)
             if not (found[i].scales[place] > 0).all():
-                raise ValueError(f"{before}: a scale is not above 0")
+                raise ValueError(f"{before}: a scale is not above 0 in {dtype}")
         for name, bound in held["clip"]:
             i, linear = split(name, layers)
             n, k = getattr(like, linears[linear]).weight.shape
-            found[i].clips[linears[linear]] = checked(name, bound, (n, k // group, 1))[..., 0]
+            found[i].clips[linears[linear]] = checked(name, bound, (n, k // group, 1), dtype)[..., 0]
             if (bound < 0).any():
                 raise ValueError(f"{name}: a bound is below 0")
         if not held["scale"] and not held["clip"]:
@@ -85,8 +89,11 @@ def split(name: str, layers: int) -> tuple[int, str]:
     return int(i), rest
 
 
-def checked(name: str, x: Any, shape: Sequence[int]) -> Tensor:
+def checked(name: str, x: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """x in this dtype. Errors: ValueError if it is of another shape, or not finite."""
     if not isinstance(x, Tensor) or x.shape != tuple(shape) or not x.is_floating_point() or not torch.isfinite(x).all():
         got = list(getattr(x, "shape", [type(x).__name__]))
         raise ValueError(f"{name} is {got}, expected finite numbers [{', '.join(map(str, shape))}]")
-    return x
+    if not torch.isfinite(x.to(dtype)).all():
+        raise ValueError(f"{name} holds numbers beyond {dtype}, which the checkpoint is in")
+    return x.to(dtype)

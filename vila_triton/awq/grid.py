@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vila_triton.formats import pack_tiles
 from vila_triton.ops import Int4
-from vila_triton.ops.int4 import check_int4
+from vila_triton.ops.int4 import check_int4, step
 
-SMALLEST, LARGEST = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max  # of scales
+LARGEST = torch.finfo(torch.float16).max  # scale
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Grid:
 
 def between(low: Tensor, high: Tensor) -> Grid:
     """The grid from low <= 0 to high >= 0, [n, G]."""
-    scales = ((high - low) / 15).clamp(SMALLEST, LARGEST).half().float()
+    scales = step((high - low).clamp(max=15 * LARGEST), torch.float16).float()
     return Grid(scales, (-low / scales).round().clamp(0, 15))
 
 
@@ -70,8 +70,8 @@ def clipped(w: Tensor, group: int, blocks: Tensor, shrinks: tuple[float, ...]) -
     least = torch.full_like(low, torch.inf)
     for shrink in shrinks:
         grid = between(low * shrink, high * shrink)
-        for step in (0, -1, 1):
-            tried = Grid(grid.scales, (grid.zeros + step).clamp(0, 15))
+        for shift in (0, -1, 1):
+            tried = Grid(grid.scales, (grid.zeros + shift).clamp(0, 15))
             wide = tried.spread(w.shape[1])
             loss = block_loss(wide.value(wide.snap(w)) - w, blocks)
             better = loss < least

@@ -29,12 +29,14 @@ def moments(x: Tensor, weights: Tensor, group: int) -> Moments:
     """x [s, k], weights [s] of mean 1. Of k² numbers four times as many as there are in the result's largest are held.
 
     The diagonal is raised by a share of its mean, the larger the fewer tokens there are for the k² numbers: what
-    calibration happened not to show is not free. Errors: ValueError for inputs that are not finite.
+    calibration happened not to show is not free. Errors: ValueError for inputs that are not finite, or too large.
     """
     k = x.shape[1]
+    if not torch.isfinite(x).all():
+        raise ValueError("its inputs are NaN or infinite, by calibration or by the weights before it")
     second = (x * weights[:, None]).T @ x / len(x)
     if not torch.isfinite(second).all():
-        raise ValueError("its inputs are NaN or infinite, by calibration or by the weights before it")
+        raise ValueError(f"the squares of its inputs, up to {float(x.abs().max()):.3g}, are beyond {x.dtype}")
     damp = (0.01 + 0.5 * k / len(x)) * second.diagonal().mean().clamp(min=1e-12)
     second.diagonal().add_(damp)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(second))

@@ -12,9 +12,10 @@ from vila_triton.models.layers import Affine, linear
 from vila_triton.models.llama import Layer, gated
 from vila_triton.models.params import tree_map
 from vila_triton.ops import Int4, dequantize, rms_norm
+from vila_triton.ops.int4 import LEAST
 
 from .compensate import compensated, loss
-from .grid import SMALLEST, between, clipped, extent, packed
+from .grid import between, clipped, extent, packed
 from .moments import Moments, moments, stand_in
 from .scales import PLACES, rescaled, search, with_norms
 from .tokens import Tokens, attended, inputs
@@ -99,6 +100,8 @@ def round_linear(
     w: Tensor, shift: Tensor | None, known: Moments, group: int, at_once: int
 ) -> tuple[Int4, dict[str, float]]:
     """A weight [n, k], after `stand_in` if there is one, some rows at a time; and what to say of it."""
+    if 0 < (largest := float(w.abs().max())) < LEAST:
+        raise ValueError(f"its largest weight is {largest:.3g}, which no float16 scale can tell from 0")
     parts, sums = [], torch.zeros(4, dtype=torch.float64)
     for rows in w.split(rows_of(w.shape[1], at_once)):
         target = rows if shift is None else rows @ shift
@@ -109,7 +112,7 @@ def round_linear(
         ours = loss(grid.spread(w.shape[1]).value(found) - target, known.second)
         nearest = loss(plain.value(plain.snap(rows)) - rows, known.second)
         low, high = extent(target, group)
-        shrink = 15 * grid.scales / (high - low).clamp(min=15 * SMALLEST)
+        shrink = 15 * grid.scales / (high - low).clamp(min=15 * LEAST)
         size = loss(rows, known.second)
         sums += torch.stack([x.double().sum().cpu() for x in (nearest, ours, size, shrink)])
         parts.append(packed(found, grid, torch.float16))
@@ -120,7 +123,7 @@ def round_linear(
         group,
     )
     nearest, ours, size, shrink = sums.tolist()
-    said = {"nearest": nearest / max(size, 1e-30), "ours": ours / max(size, 1e-30)}
+    said = {"nearest": nearest / size, "ours": ours / size} if size else {"nearest": 0.0, "ours": 0.0}
     return whole, said | {"shrink": shrink / whole.scales.numel()}
 
 

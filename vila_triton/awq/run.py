@@ -22,7 +22,7 @@ from . import cachefile, ours, seeing, upstream
 from .calibration import Prompts, weights
 from .tokens import Tokens
 from .upstream import Found
-from .work import FOUND, How, State, Step, Steps, begin, carry_out, dtype_of, prefix_of, with_int4
+from .work import FOUND, How, State, Step, Steps, begun, carry_out, dtype_of, prefix_of, with_int4
 
 DECLARE: dict[str, Any] = {"llm": llama, "vision_tower": vision, "mm_projector": projector}
 Say = Callable[[int, int], None]  # steps finished, steps
@@ -110,19 +110,19 @@ def run(
             f"upstream's clipping needs {upstream.CLIP_TOKENS} tokens of calibration, there are {sum(tokens.lengths)}"
         )
     kept = [x for found in cache or () for pair in (found.scales | found.clips).items() for x in pair]
-    begin(work, how, identity(source), *shown.rows, *(() if pixels is None else (pixels,)), *kept)
-    sizes = {"vision_tower": cfg.vision_tower.num_hidden_layers, "mm_projector": 1}
-    before, total = 0, cfg.llm.num_hidden_layers + sum(sizes[part] for part in how.also)
-    for part in (*sorted(how.also, reverse=True), "llm"):
-        if part == "llm" or pixels is None:
-            steps = language(source, made, cfg, how, shown, tokens, device, cache)
-        elif part == "vision_tower":
-            steps = seeing.tower(source, cfg, how, pixels, device)
-        else:
-            steps = seeing.connector(source, made, cfg, how, pixels, device)
-        made = carry_out(steps, made, work, device, lambda done, before=before: say(before + done, total))
-        before += len(steps.before)
-    say(total, total)
+    with begun(work, how, identity(source), *shown.rows, *(() if pixels is None else (pixels,)), *kept):
+        sizes = {"vision_tower": cfg.vision_tower.num_hidden_layers, "mm_projector": 1}
+        before, total = 0, cfg.llm.num_hidden_layers + sum(sizes[part] for part in how.also)
+        for part in (*sorted(how.also, reverse=True), "llm"):
+            if part == "llm" or pixels is None:
+                steps = language(source, made, cfg, how, shown, tokens, device, cache)
+            elif part == "vision_tower":
+                steps = seeing.tower(source, cfg, how, pixels, device)
+            else:
+                steps = seeing.connector(source, made, cfg, how, pixels, device)
+            made = carry_out(steps, made, work, device, lambda done, before=before: say(before + done, total))
+            before += len(steps.before)
+        say(total, total)
     return made
 
 
@@ -162,7 +162,7 @@ def language(
     return Steps("llm", how.group, before, after, start, one)
 
 
-def save_cache(work: Path, file: Path, dtype: torch.dtype) -> None:
+def save_cache(work: Path, file: Path) -> None:
     """What mode upstream found, as llm-awq's cache."""
     layers = []
     for path in sorted(work.glob("llm-*.safetensors")):
@@ -171,7 +171,7 @@ def save_cache(work: Path, file: Path, dtype: torch.dtype) -> None:
             {n.partition(".")[2]: x for n, x in held.items() if n.startswith(kind)} for kind in ("scale", "clip")
         )
         layers.append(Found(scales, clips, {}))
-    cachefile.save(file, layers, dtype)
+    cachefile.save(file, layers)
 
 
 def nearest(source: Source, how: How) -> Source:

@@ -59,7 +59,7 @@ def search(weights: list[Tensor], seen: Moments, group: int, heads: tuple[int, i
     """
     mean_abs = seen.mean_abs if heads is None else shared(seen.mean_abs, *heads)
     weights = [w[:: -(-len(w) // ROWS)].to(seen.second.dtype) for w in weights]
-    sizes = [((w @ seen.second) * w).sum().clamp(min=1e-12) for w in weights]
+    sizes = [((w @ seen.second) * w).sum().clamp(min=torch.finfo(w.dtype).tiny) for w in weights]
 
     def loss(choice: Choice) -> float:
         s = choice.scale.view(len(seen.conditional), group)
@@ -92,16 +92,18 @@ def with_norms(layer: Layer, scales: Mapping[str, Tensor]) -> Layer:
 
 
 def rescaled(layer: Layer, name: str, scales: Mapping[str, Tensor], kv_heads: int) -> Affine:
-    """One linear with the scale of its place on its columns, and with that of the place behind it out of its rows."""
+    """One linear with the scale of its place on its columns, and with that of the place behind it out of its rows, one
+    after the other as the scales are listed.
+    """
     linear = getattr(layer, name)
-    (place,) = (place for place, names in PLACES.items() if name in names)
-    if place in scales:
-        linear = columns(linear, scales[place])
-    if name == "up" and "down" in scales:
-        linear = rows(linear, scales["down"])
-    if name == "v" and "o" in scales:
-        d = linear.weight.shape[0] // kv_heads
-        linear = rows(linear, rearrange(scales["o"], "(g r d) -> g r d", g=kv_heads, d=d)[:, 0].flatten())  # [g·d]
+    for place, s in scales.items():
+        if name in PLACES[place]:
+            linear = columns(linear, s)
+        elif (name, place) == ("up", "down"):
+            linear = rows(linear, s)
+        elif (name, place) == ("v", "o"):
+            d = linear.weight.shape[0] // kv_heads
+            linear = rows(linear, rearrange(s, "(g r d) -> g r d", g=kv_heads, d=d)[:, 0].flatten())  # [g·d]
     return linear
 
 

@@ -5,7 +5,7 @@ weights. What that costs is known: groups of one sign are not widened to hold 0,
 q and k are not clipped, and fewer than 512 calibration tokens are refused.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from einops import rearrange
@@ -15,6 +15,7 @@ from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.layers import Affine, linear
 from vila_triton.models.llama import Layer
+from vila_triton.models.params import leaves
 from vila_triton.ops import Int4
 
 from .grid import Grid, block_loss, packed
@@ -53,9 +54,7 @@ def codes(w: Tensor, grid: Grid) -> Tensor:
 
 
 def pseudo(w: Tensor, group: int) -> Tensor:
-    """w rounded, as numbers: [n, k]. Errors: ValueError for NaN and infinities."""
-    if not torch.isfinite(w).all():
-        raise ValueError("the weight holds NaN or infinity")
+    """w rounded, as numbers: [n, k]."""
     grid = grid_of(w, group)
     return grid.spread(w.shape[1]).value(codes(w, grid))
 
@@ -70,13 +69,18 @@ def search_scale(layer: Layer, place: str, given: Inputs, tokens: Tokens, cfg: L
             return linear(p.o, a)
         return llama.mlp(p, x) if place == "mlp" else linear(getattr(p, place), x)
 
+    if not torch.isfinite(x).all():
+        raise ValueError(f"what {place} is given is NaN or infinite, by calibration or by the weights before it")
     mean_abs, wanted = x.abs().mean(0), out(layer)
     best, least, ratio = torch.ones_like(mean_abs), torch.inf, 0.0
     for step in range(GRID):
         s = (mean_abs ** (step / GRID)).clamp(min=1e-4)
         s = s / (s.max() * s.min()).sqrt()
-        tried = {name: getattr(layer, name) for name in PLACES[place]}
-        tried = {name: Affine(pseudo(p.weight * s, group) / s, p.bias) for name, p in tried.items()}
+        louder = scaled(layer, {place: s}, cfg.num_key_value_heads)
+        if not all(torch.isfinite(leaf).all() for leaf in leaves(louder)):
+            continue  # inputs that are nearly all 0: the product, or what is scaled by its root, leaves a float16
+        tried = {name: getattr(louder, name) for name in PLACES[place]}
+        tried = {name: Affine(pseudo(p.weight, group) / s, p.bias) for name, p in tried.items()}
         difference = wanted - out(replace(layer, **tried))
         loss = float((difference.float() if x.itemsize < 4 else difference).square().mean())
         if loss < least:
@@ -126,8 +130,9 @@ def search(layer: Layer, given: Inputs, tokens: Tokens, cfg: LlamaConfig, group:
 
 
 def apply(layer: Layer, found: Found, cfg: LlamaConfig, group: int) -> Layer:
-    """The layer scaled, clipped and rounded to int4."""
+    """The layer scaled, clipped and rounded to int4. Errors: as `check`."""
     layer = scaled(layer, found.scales, cfg.num_key_value_heads)
+    check(layer, group, " with the scales of its inputs and outputs")
     for name in (name for names in PLACES.values() for name in names):
         old = getattr(layer, name)
         w = clip(old.weight, found.clips[name]) if name in found.clips else old.weight
@@ -135,9 +140,17 @@ def apply(layer: Layer, found: Found, cfg: LlamaConfig, group: int) -> Layer:
     return layer
 
 
+def check(layer: Layer, group: int, when: str = "") -> None:
+    """Errors: ValueError naming what of the layer is not finite, or too wide for float16 scales."""
+    for name in (field.name for field in fields(layer)):
+        part = getattr(layer, name)
+        if not all(torch.isfinite(leaf).all() for leaf in leaves(part)):
+            raise ValueError(f"{name}{when} holds NaN or infinity")
+        if isinstance(part, Affine) and not torch.isfinite(grid_of(part.weight, group).scales.half()).all():
+            raise ValueError(f"{name}{when} has a group wider than its dtype or 15 float16 scales")
+
+
 def to_int4(w: Tensor, group: int) -> Int4:
-    if not torch.isfinite(w).all():
-        raise ValueError("the weight holds NaN or infinity")
     grid = grid_of(w, group)
     return packed(codes(w, grid), grid, torch.float16)
 
@@ -145,7 +158,8 @@ def to_int4(w: Tensor, group: int) -> Int4:
 def quantize_layer(
     layer: Layer, x: Tensor, tokens: Tokens, cfg: LlamaConfig, group: int, found: Found | None = None
 ) -> tuple[Layer, Tensor, Found]:
-    """One layer rounded, what it gave out before that, and what was found (or given)."""
+    """One layer rounded, what it gave out before that, and what was found (or given). Errors: as `check`."""
+    check(layer, group)
     given = inputs(layer, x, tokens, cfg)
     found = search(layer, given, tokens, cfg, group) if found is None else found
     return apply(layer, found, cfg, group), given.out, found

@@ -3,18 +3,21 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os.path import commonpath
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vila_triton.checkpoint import TOWER_PREFIX
+from vila_triton.console import reason_of
+from vila_triton.file_locks import claim
 from vila_triton.files import parse_json
 from vila_triton.forms import require_form
 from vila_triton.layouts import OURS
@@ -68,8 +71,24 @@ class Steps:
     one: Callable[[int, Any, State], Step]
 
 
-def begin(work: Path, *what: Any) -> None:
-    """The folder of this work. Errors: ValueError if other work was begun there."""
+@contextmanager
+def begun(work: Path, *what: Any) -> Iterator[None]:
+    """Inside, the folder of this work is there for this process alone; what ends it early says what is kept.
+
+    Errors: ValueError if other work was begun there, or another process is at it; OSError.
+    """
+    kept = f"What was finished is in {work}: the same command goes on from there"
+    try:
+        with begin(work, *what):
+            yield
+    except OSError as error:
+        raise OSError(f"{reason_of(error)}. {kept}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept) from None
+
+
+def begin(work: Path, *what: Any) -> IO:
+    """The folder of this work, and the lock that keeps others out of it."""
     text = hashlib.sha256()
     for x in what:
         text.update(repr((x.shape, x.dtype) if isinstance(x, Tensor) else x).encode())
@@ -77,9 +96,12 @@ def begin(work: Path, *what: Any) -> None:
             text.update(x.contiguous().view(torch.uint8).numpy().tobytes())
     key = {"key": text.hexdigest()}
     work.mkdir(parents=True, exist_ok=True)
+    lock = claim(work)
     if (work / "work.json").exists() and read_json(work / "work.json") != key:
+        lock.close()
         raise ValueError(f"{work} holds the beginnings of other work; remove it, or write elsewhere")
     write_json(work / "work.json", key)
+    return lock
 
 
 def carry_out(steps: Steps, source: Source, work: Path, device: torch.device, say: Callable[[int], None]) -> Source:
@@ -140,9 +162,12 @@ def as_stored(x: Tensor, spec: Spec) -> Tensor:
 
 
 def stored(path: Path, tensors: State, report: dict[str, Any] | None = None) -> None:
-    """A safetensors file that is there whole or not at all."""
+    """A safetensors file that is there whole or not at all. Errors: OSError."""
     held = {name: x.contiguous().cpu() for name, x in tensors.items()}
-    save_file(held, temporary(path), metadata={"report": json.dumps(report, sort_keys=True)})
+    try:
+        save_file(held, temporary(path), metadata={"report": json.dumps(report, sort_keys=True)})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
     temporary(path).replace(path)
 
 

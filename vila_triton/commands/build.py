@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vila_triton.limits import COUNT, SEED
+
 from .convert import FORMS, limit, progress, writing
 
 
@@ -14,12 +16,14 @@ def configure(commands: Any) -> None:
     parser = commands.add_parser("build", help=about, description=f"Write {about}, with a tokenizer of single bytes.")
     parser.add_argument("model", help="such as vila1.5-3b, or the path of a .toml file")
     parser.add_argument("target", type=Path, help="a folder that is not there yet")
-    parser.add_argument("--layers", type=int, help="only so many of the language model, and as many of the tower")
-    parser.add_argument("--narrow", type=int, default=1, metavar="N", help="all widths divided by N")
+    parser.add_argument("--layers", type=COUNT, help="only so many of the language model, and as many of the tower")
+    parser.add_argument("--narrow", type=COUNT, default=1, metavar="N", help="all widths divided by N")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="float16")
-    parser.add_argument("--int4", type=int, metavar="GROUP", help="linears rounded to int4 in groups of so many inputs")
+    parser.add_argument(
+        "--int4", type=COUNT, metavar="GROUP", help="linears rounded to int4 in groups of so many inputs"
+    )
     parser.add_argument("--format", choices=FORMS, default="ours", help="of the int4 linears (ours)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     writing(parser)
     parser.set_defaults(run=run)
 

@@ -1,11 +1,13 @@
 """`vila-triton convert`: a checkpoint in one layout to a VILA folder in another."""
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from vila_triton.console import bar
+from vila_triton.limits import Limits
 
 FORMS = ("ours", "awq-gemm", "awq-v1", "awq-v2", "dense")
 
@@ -22,7 +24,9 @@ def configure(commands: Any) -> None:
 
 def writing(parser: argparse.ArgumentParser) -> None:
     """The arguments of every command that writes a checkpoint."""
-    parser.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="of a file, at most (5)")
+    parser.add_argument(
+        "--shard-size", type=Limits(float, 1e-9, 1e6), default=5.0, metavar="GB", help="of a file, at most (5)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the sizes, write nothing")
 
 
@@ -41,14 +45,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def limit(args: argparse.Namespace) -> int:
-    """Bytes of a shard. Errors: ValueError."""
-    if not args.shard_size > 0:
-        raise ValueError(f"--shard-size is {args.shard_size:g}, expected gigabytes above 0")
-    return max(1, int(args.shard_size * 1e9))
+    """Bytes of a shard."""
+    return round(args.shard_size * 1e9)
 
 
 def progress() -> Callable[[int, int], None]:
-    """Says on standard error, about twice a second, how far it is."""
+    """Says on a terminal, about twice a second, how far it is."""
     from vila_triton.plan import size
 
     begun = last = time.monotonic()
@@ -61,7 +63,6 @@ def progress() -> Callable[[int, int], None]:
         if now - last > 0.5 or done == total:
             last, speed = now, (done - first[0]) / max(now - begun, 1e-9)
             left = f", {(total - done) / speed:.0f} s left" if speed and done < total else ""
-            end = "\n" if done == total else ""
-            print(f"\r{size(done)} of {size(total)}{left}          ", end=end, file=sys.stderr, flush=True)
+            bar(f"{size(done)} of {size(total)}{left}", done == total)
 
     return say

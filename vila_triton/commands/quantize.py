@@ -1,11 +1,13 @@
 """`vila-triton quantize`: a VILA in fp16 to one whose language model is int4, and what sees if asked for."""
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from vila_triton.console import bar
+from vila_triton.limits import COUNT, SEED, Limits
 
 GROUPS = (32, 64, 128)
 PARTS = ("vision_tower", "mm_projector")
@@ -33,9 +35,11 @@ def configure(commands: Any) -> None:
         '{"image": ..., "question": ..., "answer": ...} '
         "(default: drawn pictures, questions and answers; also pages of Python's manual if the model knows its words)",
     )
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="of calibration, at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples")
-    parser.add_argument("--image-weight", type=float, default=1.0, help="a picture's token for each 1 of a word")
+    parser.add_argument("--samples", type=COUNT, default=SAMPLES, help="of calibration, at most")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the choice of samples")
+    parser.add_argument(
+        "--image-weight", type=Limits(float, 0, 1e6), default=1.0, help="a picture's token for each 1 of a word"
+    )
     parser.add_argument("--no-propagate", action="store_true", help="later layers do not see earlier ones' errors")
     parser.add_argument("--awq-cache", type=Path, metavar="FILE.pt", help="llm-awq's scales and clips; no search")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
@@ -43,8 +47,6 @@ def configure(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
-
     from vila_triton.awq import cachefile, report
     from vila_triton.awq import run as awq
     from vila_triton.awq import work as folder
@@ -75,7 +77,8 @@ def run(args: argparse.Namespace) -> None:
     there = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if there and not folder.wrote(work, target, args.format):
         raise ValueError(f"{target} is there already and not empty; give another folder, or remove it")
-    found = cachefile.load(args.awq_cache, cfg.llm, how.group) if args.awq_cache else None
+    kind = folder.dtype_of(source, "llm")
+    found = cachefile.load(args.awq_cache, cfg.llm, how.group, kind) if args.awq_cache else None
     shown, words = calibration(args, source, cfg)
     tokens, seen = sum(map(len, shown.rows)), sum(int((row < 0).sum()) for row in shown.rows)
     about |= {"mode": how.mode, "seed": args.seed, "propagate": how.propagate and how.mode == "ours"}
@@ -84,17 +87,13 @@ def run(args: argparse.Namespace) -> None:
     if shown.pixels is not None and how.also:
         about["pictures"] = awq.looked_at(cfg, how, shown.pixels)
         print(*(f"{part}: by {n} of {len(shown.pixels)} pictures" for part, n in about["pictures"].items()), sep="\n")
-    try:
-        made = awq.run(source, work, how, shown, device, telling(), found)
-    except ValueError:
-        print(file=sys.stderr)  # below how far it is
-        raise
+    made = awq.run(source, work, how, shown, device, telling(), found)
 
     def beside(at: Path) -> None:
         parts = {part: folder.reports(work, part) for part in ("llm", *how.also)}
         report.write(at, about | {"work": folder.key_of(work)}, parts)
         if how.mode == "upstream":
-            awq.save_cache(work, at / "awq_cache.pt", torch.float16)
+            awq.save_cache(work, at / "awq_cache.pt")
 
     if not there:
         write(made, target, args.format, progress=progress(), key=folder.key_of(work), beside=beside)
@@ -106,8 +105,6 @@ def check(args: argparse.Namespace) -> None:
     """Errors: ValueError for options that do not go together, none of which would change anything."""
     if args.awq_cache and (args.mode != "upstream" or args.method != "awq"):
         raise ValueError("--awq-cache holds what mode upstream finds; give --mode upstream too")
-    if args.samples < 1:
-        raise ValueError(f"--samples is {args.samples}, expected at least 1")
     blind = {"calib": None, "samples": SAMPLES, "seed": 0, "image_weight": 1.0, "no_propagate": False, "mode": "ours"}
     if args.method == "rtn" and (given := [name for name, usual in blind.items() if getattr(args, name) != usual]):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -140,14 +137,13 @@ def calibration(args: argparse.Namespace, source: Any, cfg: Any) -> tuple[Any, s
 
 
 def telling() -> Callable[[int, int], None]:
-    """Says on standard error which layer it is at, and how long the rest will take."""
+    """Says on a terminal which layer it is at, and how long the rest will take."""
     begun, first = time.monotonic(), list[int]()
 
     def say(done: int, total: int) -> None:
         first.append(done)
         each = (time.monotonic() - begun) / max(1, done - first[0])
         left = f", {each:.1f} s each, {each * (total - done):.0f} s left" if done > first[0] else ""
-        end = "\n" if done == total else ""
-        print(f"\r{done} of {total} layers{left}          ", end=end, file=sys.stderr, flush=True)
+        bar(f"{done} of {total} layers{left}", done == total)
 
     return say

@@ -1,16 +1,21 @@
 """`vila-triton ask` and `vila-triton chat`: questions about pictures."""
 
 import argparse
-import math
+import io
 import os
 import sys
+import traceback
 from collections import Counter
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from vila_triton.arguments import KV_DTYPES, POLICIES, model_arguments, settle
+from vila_triton.console import EXPECTED, complain
+from vila_triton.limits import COUNT, POSITIVE, SEED, Limits
 
 if TYPE_CHECKING:
     from vila_triton.chat import Conversation
+    from vila_triton.session import Session
 
 
 def configure(commands: Any) -> None:
@@ -25,7 +30,7 @@ def configure(commands: Any) -> None:
             metavar="FILE",
             help="may be given several times",
         )
-    talk.add_argument("--frames", type=int, help="of each video (default: the model's num_video_frames, else 8)")
+    talk.add_argument("--frames", type=COUNT, help="of each video (default: the model's num_video_frames, else 8)")
     talk.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache (default: the model's)")
     sizes = (16, 32, 64, 128, 256)
     talk.add_argument(
@@ -34,15 +39,15 @@ def configure(commands: Any) -> None:
     talk.add_argument(
         "--policy", choices=POLICIES, help="of attention (default: the model's); invariant: no bit by chance"
     )
-    talk.add_argument("--max-new-tokens", type=int, help="(default: the model's generation_config.json, else 128)")
+    talk.add_argument("--max-new-tokens", type=COUNT, help="(default: the model's generation_config.json, else 128)")
     talk.add_argument(
         "--temperature",
-        type=float,
+        type=Limits(float, 0, POSITIVE.most),
         help="0 takes the likeliest token (default: the model's generation_config.json, else 0)",
     )
-    talk.add_argument("--top-k", type=int)
-    talk.add_argument("--top-p", type=float)
-    talk.add_argument("--seed", type=int, default=0)
+    talk.add_argument("--top-k", type=COUNT)
+    talk.add_argument("--top-p", type=Limits(float, 0, 1, above=True))
+    talk.add_argument("--seed", type=SEED, help="of what is drawn (default: a new one; the last line says it)")
     ask = commands.add_parser("ask", parents=[talk], help="one question about pictures")
     ask.add_argument("question")
     about = "a conversation; in it: /image, /video, /new, /save, /resume, /quit"
@@ -59,8 +64,6 @@ def run(args: argparse.Namespace) -> None:
     from vila_triton.registry import use
     from vila_triton.session import Session, frames_of, pictures
 
-    if args.temperature is not None and not 0 <= args.temperature < math.inf:
-        raise ValueError(f"--temperature is {args.temperature}, expected a number from 0 up")
     sampling: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "top_k": args.top_k, "top_p": args.top_p}
     sampling |= {"seed": args.seed}
     if args.temperature is not None:
@@ -81,45 +84,81 @@ def run(args: argparse.Namespace) -> None:
     session = Session(talker, Conversation(talker), frames, seen)
     with use(**chosen):
         if args.command == "ask":
-            answer(session.conversation, args.question, session.pictures, sampling)
-            return
-        while (line := read_line()) not in ("", "/quit"):
-            try:
-                if line.startswith("/"):
-                    session.obey(line)
-                else:
-                    answer(session.conversation, line, session.pictures, sampling)
-                    session.pictures = []
-            except ValueError as error:  # the conversation is as it was before the line
-                print(f"vila-triton: {error}", file=sys.stderr)
+            answer(session, args.question, sampling)
+        else:
+            chat(session, sampling)
 
 
-def read_line() -> str:
+def chat(session: "Session", sampling: dict[str, Any]) -> None:
+    """Lines from standard input until there are no more, or /quit. Whatever goes wrong with one, Ctrl-C included, the
+    conversation is then as it was before the line; Ctrl-C in place of a line ends it.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # else what is no UTF-8 takes the lines after it with it
+    while (line := read_line()) not in (None, "/quit"):
+        try:
+            if line.startswith("/"):
+                session.obey(line)
+            elif line:
+                answer(session, line, sampling)
+        except BrokenPipeError:
+            raise
+        except (*EXPECTED, KeyboardInterrupt) as error:
+            complain("vila-triton", error)
+        except Exception:  # a mistake of ours, which is not to cost what was said so far
+            traceback.print_exc()
+
+
+def read_line() -> str | None:
+    """The next line without the blanks around it; None if there are no more."""
+    prompt = "> " if sys.stdin and sys.stdin.isatty() else ""
+    if not sys.stdout.isatty():  # where `input` would write it to
+        print(prompt, end="", file=sys.stderr, flush=True)
+        prompt = ""
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        return input(prompt).strip()
     except EOFError:
-        return ""
+        return None
 
 
-def answer(conversation: "Conversation", question: str, pictures: list[Any], sampling: dict[str, Any]) -> None:
-    """Stream one answer to standard output, then one line about how it went."""
+def answer(session: "Session", question: str, sampling: dict[str, Any]) -> None:
+    """Stream one answer to standard output, then say in one line on standard error how it went.
+
+    Errors: ValueError, RuntimeError, KeyboardInterrupt; the conversation is as it was before the question then, and its
+    pictures are still to be asked about.
+    """
     import torch
     from transformers import TextStreamer
 
     from vila_triton.registry import recording
 
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the question is no text in UTF-8, from its character {error.start + 1} on") from None
+    conversation = session.conversation
     printer: Any = TextStreamer(conversation.talker.tokenizer, skip_special_tokens=True)
-    with recording() as calls:
-        for token in conversation.ask(question, pictures, **sampling):
-            printer.put(torch.tensor([token]))
+    tokens = conversation.ask(question, session.pictures, **sampling)
+    with recording() as calls, closing(tokens):
+        try:
+            for token in tokens:
+                printer.put(torch.tensor([token]))
+        except BaseException:
+            if printer.print_len or printer.token_cache:
+                print(flush=True)  # below the part that was said
+            raise
     printer.end()
+    session.pictures = []
     took = conversation.last
     assert took is not None
     speed = f"{took.tokens_per_second:.1f} tokens/s" if took.answer_tokens > 1 else "1 token"
+    seed = "" if took.seed is None else f"seed {took.seed} | "
     reused = f", {took.prompt_tokens - took.new_tokens} cached" if took.new_tokens < took.prompt_tokens else ""
     print(
         f"[prompt {took.prompt_tokens} tokens{reused} | pictures {took.image_tokens} tokens | "
-        f"first token {took.first_token:.3f} s | {speed} | {by_file(conversation, sampling)}{kernels_line(calls)}]"
+        f"first token {took.first_token:.3f} s | {speed} | "
+        f"{by_file(conversation, sampling)}{seed}{kernels_line(calls)}]",
+        file=sys.stderr,
     )
 
 

@@ -53,8 +53,9 @@ class VilaGenerationMixin(GenerationMixin):
         Shorter answers are padded with `pad_token_id`, by default the first stop token. What is not said is as in the
         checkpoint's generation_config.json, else at most 128 tokens are made, each the likeliest.
 
-        loop="engine" is ours: `how` are the arguments of `engine.Sampling.of`. loop="transformers" is `GenerationMixin`
-        with its arguments (beams, `return_dict_in_generate`, ...; its own random numbers when it samples); a row's
+        loop="engine" is ours: `how` are the arguments of `engine.Sampling.of`, but without a `seed` that is drawn from
+        torch's random numbers, as transformers' loop draws: `torch.manual_seed` brings an answer back.
+        loop="transformers" is `GenerationMixin` with its arguments (beams, `return_dict_in_generate`, ...); a row's
         processors see its words without pictures, padded on the left with the first of them. Greedy answers of both are
         the same.
         Errors: ValueError naming the argument, before any token is made.
@@ -90,6 +91,8 @@ class VilaGenerationMixin(GenerationMixin):
     ) -> Tensor:
         model: Any = self
         how = {"eos_token_id": model.generation_config.eos_token_id, **how}
+        if how.get("do_sample") and how.get("seed") is None:
+            how["seed"] = int(torch.randint(2**32, ()))
         fill = how.pop("pad_token_id", model.generation_config.pad_token_id)
         sampling = engine.Sampling.of(len(rows), device=model.device, **how)
         cache = self.new_cache(len(rows))
@@ -212,6 +215,8 @@ def check_arguments(loop: str, how: Mapping[str, Any]) -> None:
     """Errors: ValueError for arguments of `generate` that the loop does not honour."""
     if loop not in LOOPS:
         raise ValueError(f"generate: loop is {loop!r}; there are: {', '.join(LOOPS)}")
+    # transformers' loop takes 0 for "not at all".
+    engine.check_numbers(how if loop == "engine" else {name: how[name] for name in engine.NUMBERS if how.get(name)})
     if loop == "transformers":
         config = how.get("generation_config")
         asked = {**(config.to_diff_dict() if config else {}), **how}

@@ -16,6 +16,7 @@ from .domain import DTYPES, draw, name_of, wide
 from .shapes import axes, same_dtype
 
 ORDERS = ("sub", "fma")
+LEAST = 2.0**-24  # above 0 in float16
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,14 @@ def dequantize(w: Int4, dtype: torch.dtype) -> Tensor:
     return rounded(q.to(dtype), scales, zeros, w.order).flatten(-2)
 
 
+def step(width: Tensor, dtype: torch.dtype) -> Tensor:
+    """Between sixteen levels that span a width: a number of the dtype, and one that float16 can tell from 0."""
+    exact = (width / 15).clamp(min=LEAST)
+    near = exact.to(dtype)
+    # Among the least numbers of float16 the nearest may be a third too small: then the levels would not reach the ends.
+    return torch.where(near.float() < exact * (1 - 2**-10), (near.float() + LEAST).to(dtype), near)
+
+
 def quantize(w: Tensor, group: int) -> Int4:
     """Round w [n, k] to the nearest of 16 levels per group, whose range always includes 0.
 
@@ -83,7 +92,7 @@ def quantize(w: Tensor, group: int) -> Int4:
     x = rearrange(w.float(), "n (G i) -> n G i", i=group)
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     # The scale is rounded before it is used, so that the codes are nearest under the scale that is stored.
-    scales = ((high - low) / 15).clamp(min=torch.finfo(torch.float16).tiny).to(w.dtype)
+    scales = step(high - low, w.dtype)
     zeros = (-low / scales.float()).round().clamp(0, 15)
     q = ((x / scales.float()).round() + zeros).clamp(0, 15).to(torch.int32)
     scales, zeros = (rearrange(y, "n G 1 -> G n").to(w.dtype).contiguous() for y in (scales, zeros))

@@ -18,6 +18,8 @@ from PIL import Image
 
 from vila_triton.arguments import BUNDLED, KV_DTYPES, choices
 from vila_triton.chat import Talker
+from vila_triton.console import bar, exit_code
+from vila_triton.limits import COUNT, SEED
 from vila_triton.models.vila_llama_config import parse_dtype
 from vila_triton.registry import recording, use
 from vila_triton.tiny.questions import GROUPS, KINDS, QA, ask
@@ -92,8 +94,7 @@ def evaluate(talker: Talker, questions: Sequence[Item]) -> dict[str, list[bool]]
             right[question.kind].append(answer == question.qa.answer)
         done = at + len(batch)
         left = (time.monotonic() - start) / done * (len(questions) - done)
-        print(f"\r{done} of {len(questions)} questions, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        bar(f"{done} of {len(questions)} questions, {left:.0f} s left", done == len(questions))
     return right
 
 
@@ -115,13 +116,13 @@ def agreement(talker: Talker, questions: Sequence[Item], kernels: Mapping[str, s
     return f"{sum(map(str.__eq__, got, expected))} of {len(questions)} answers are the same under {ran}"
 
 
-def main() -> None:
+def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=BUNDLED)
-    parser.add_argument("--count", type=int, default=100, help="questions of each kind and number of pictures")
+    parser.add_argument("--count", type=COUNT, default=100, help="questions of each kind and number of pictures")
     parser.add_argument("--all", action="store_true", help="also the kinds that the model is not offered for")
-    parser.add_argument("--limit", type=int, help="stop after so many questions")
-    parser.add_argument("--seed", type=int, default=12345)
+    parser.add_argument("--limit", type=COUNT, help="stop after so many questions")
+    parser.add_argument("--seed", type=SEED, default=12345)
     parser.add_argument("--device")
     parser.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache (default: the model's)")
     parser.add_argument("--dtype", type=lambda name: parse_dtype(f"torch.{name}"), help="(default: the model's)")
@@ -141,5 +142,9 @@ def main() -> None:
         print(report(evaluate(talker, questions)))
 
 
+def main() -> int:
+    return exit_code("vila_triton.tiny.evaluate", run)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

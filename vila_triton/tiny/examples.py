@@ -1,15 +1,17 @@
 """Draws the example pictures: `python -m vila_triton.tiny.examples`. Their layouts are held out of training."""
 
 import random
+import sys
 from pathlib import Path
 
+from vila_triton.console import exit_code
 from vila_triton.tiny.questions import describe
 from vila_triton.tiny.scenes import draw, sample
 
 FOLDER = Path(__file__).resolve().parent / "examples"
 
 
-def main() -> None:
+def run() -> None:
     rng = random.Random(2)
     FOLDER.mkdir(exist_ok=True)
     for name in ("a", "b", "c", "d"):
@@ -20,5 +22,9 @@ def main() -> None:
         print(f"{name}.png: {describe(scene)}")
 
 
+def main() -> int:
+    return exit_code("vila_triton.tiny.examples", run)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

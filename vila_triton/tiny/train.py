@@ -8,6 +8,7 @@ import argparse
 import itertools
 import math
 import random
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vila_triton.console import exit_code
+from vila_triton.limits import COUNT, POSITIVE, SEED, Limits
 from vila_triton.models import llama, params, projector, vision
 from vila_triton.ops import rope
 from vila_triton.tiny.folder import CONFIG, DECLARE, save
@@ -48,6 +51,16 @@ class Recipe:
     frozen: float = 0.4  # part of stage 1 in which the tower does not learn
     tower_factor: float = 0.1
     warm_up: int = 60
+
+
+LIMITS = dict.fromkeys(("vision_steps", "steps", "warm_up"), COUNT) | {
+    "seed": SEED,
+    "minutes": POSITIVE,
+    "vision_rate": POSITIVE,
+    "rate": POSITIVE,
+    "frozen": Limits(float, 0, 1),
+    "tower_factor": Limits(float, 0, 1),
+}
 
 
 class PackedAttention:
@@ -226,11 +239,11 @@ def table(results: dict[tuple[str, int, bool], list[bool]]) -> str:
     return "\n".join([*lines, f"all {100 * sum(every) / len(every):.2f} % of {len(every)} answers"])
 
 
-def main() -> None:
+def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tiny-vila"))
     for field in fields(Recipe):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=field.default)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=LIMITS[field.name], default=field.default)
     args = vars(parser.parse_args())
     out, recipe = args.pop("out"), Recipe(**args)
     start, rng = time.monotonic(), random.Random(recipe.seed)
@@ -242,5 +255,9 @@ def main() -> None:
     print(table(evaluate(p, random.Random(recipe.seed + 1))))
 
 
+def main() -> int:
+    return exit_code("vila_triton.tiny.train", run)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
