@@ -31,7 +31,7 @@ def alone(file: Path) -> Iterator[None]:
 
 
 def claim(folder: Path) -> IO:
-    """A folder for this process alone, until what is returned is closed. Errors: `OtherWork` at once if another has it."""
+    """A folder for this process alone, until what is returned is closed. Errors: `OtherWork` if another has it."""
     opened = (folder / LOCK).open("a")
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
