@@ -182,7 +182,6 @@ def test_published_numbers_are_context_only() -> None:
         (["--choice", "rope=fast"], "there are: reference"),
         (["--choice", "fast"], "expected kernels.OP=NAME"),
         (["--prompts", "5000"], "5000 tokens, but tiny was made for 4096"),
-        (["--rounds", "0"], "nothing to time"),
     ],
 )
 def test_a_wrong_call_gets_one_clear_line(run: Any, args: list[str], message: str) -> None:

@@ -180,7 +180,6 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         (["--op", "sorcery", "--impl", "x"], "no op 'sorcery'; there are: "),
         (["--op", "rope", "--impl", "x"], "op 'rope' has no implementation 'x'; there are: reference"),
         (["--op", "rope", "--impl", "triton", "--count", "99"], "99 bundled questions, expected 1 to "),
-        (["--op", "rope", "--impl", "triton", "--tokens", "-1"], "--tokens is -1"),
         (["--op", "rope", "--impl", "triton", "--model", "nowhere"], "nowhere"),
         (["--op", "rope", "--impl", "triton", "--prompts", __file__], ':1: expected {"question": '),
         (["--op", "int4_matmul", "--impl", "reference", "--model", str(BUNDLED), *ONE], "makes no call of int4_matmul"),

@@ -19,7 +19,7 @@ WRONG = {
     "an infinity": (b'{"a": -Infinity}', "-Infinity is not a finite number"),
     "a number like one": (b'{"a": 1e999}', "1e999 is not a finite number"),
     "five thousand digits": (b'{"a": 1' + b"0" * 5000 + b"}", "is not JSON: .*digits"),
-    "half a pair of surrogates": (b'{"a": "\\ud83d"}', "is not JSON: .*surrogates"),
+    "half a pair of surrogates": (b'{"a": "\\ud83d"}', "holds half of a character"),
     "a list": (b"[1]", "holds a list, expected an object"),
     "a text": (b'"a"', "holds a str, expected an object"),
     "one level too many": (b'{"a":' * (DEPTH + 1) + b"1" + b"}" * (DEPTH + 1), "is nested deeper than 64"),

@@ -26,7 +26,7 @@ LOOPS = ("engine", "transformers")
 def folder(tmp_path: Path, said: dict[str, Any], root: dict[str, Any] | None = None) -> Path:
     """The bundled model with these files."""
     target = tmp_path / "model"
-    shutil.copytree(BUNDLED, target, copy_function=lambda a, b: Path(b).symlink_to(a))
+    shutil.copytree(BUNDLED, target)
     (target / "llm" / "generation_config.json").write_text(json.dumps(said))
     if root is not None:
         (target / "generation_config.json").write_text(json.dumps(root))
@@ -97,7 +97,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "eos": ({"eos_token_id": 128}, "eos_token_id is 128, expected the id of a token below 128, or several"),
     "eos of a kind": ({"eos_token_id": [2, "3"]}, "eos_token_id is .*expected the id of a token"),
     "huge": ({"eos_token_id": 10**30}, "eos_token_id is 1000"),
-    "nan": ({"temperature": float("nan")}, "temperature is nan, expected a number above 0"),
+    "nan": ({"temperature": float("nan")}, "is not JSON: NaN is not a finite number"),
     "negative": ({"repetition_penalty": -1}, "repetition_penalty is -1, expected a number above 0"),
     "top_p": ({"top_p": 1.5}, "top_p is 1.5, expected a number above 0 and up to 1"),
     "length": ({"max_new_tokens": 0}, "max_new_tokens is 0, expected a whole number from 1 up"),

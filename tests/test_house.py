@@ -44,14 +44,14 @@ MAY_IMPORT = {  # beside the standard library, `files`, `forms`; a line holds fo
     "vila_triton.places": "torch",
     "vila_triton.torchfile": "torch places",
     "vila_triton.tensors": "torch safetensors models places torchfile",
-    "vila_triton.shards": "torch models places tensors",
+    "vila_triton.shards": "torch file_locks models places tensors",
     "vila_triton.quantized": "torch formats layouts models ops",
     "vila_triton.sources": "layouts models quantized tensors",
     "vila_triton.llava": "models sources tensors",
     "vila_triton.write": "torch generation_config layouts models quantized shards sources tensors",
     "vila_triton.plan": "models sources write",
-    "vila_triton.awq": "torch safetensors einops PIL awq cache checkpoint console engine formats images layouts locks "
-    "models ops prompts quantized shards sources templates tensors tiny write",
+    "vila_triton.awq": "torch safetensors einops PIL awq cache checkpoint console engine file_locks formats images "
+    "layouts models ops prompts quantized shards sources templates tensors tiny write",
     "vila_triton.commands": "torch PIL transformers safetensors einops vila_triton",
     "vila_triton.released": "torch tokenizers transformers checkpoint choices layouts models quantized shards sources",
     "vila_triton.formats": "torch einops",

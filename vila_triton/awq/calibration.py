@@ -1,7 +1,6 @@
 """What a model is shown before its weights are rounded: prompts with pictures, as in inference, and plain text."""
 
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os.path import isfile
@@ -19,7 +18,6 @@ from vila_triton.prompts import closing, first_round, with_pictures
 from vila_triton.templates import template
 
 LONGEST = 512  # tokens of a row of text
-LONE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,6 @@ def entry(line: str, folder: Path) -> Sample:
     words = [held[name] for name in sorted(names - {"image"})]
     if not all(isinstance(x, str) for x in words + images) or ("image" in names and not images):
         raise ValueError(f"{expected}, all of them strings, or for images a list of some")
-    if lone := next((x for x in words if LONE.search(x)), None):
-        raise ValueError(f"a character of {lone[:40]!a} is half of one (a lone surrogate), which is no text")
     paths = [folder / image for image in images]
     for path in paths:
         if not isfile(path):  # false as well for what cannot be a name
