@@ -307,8 +307,16 @@ def test_a_closed_conversation_holds_nothing(talker: Talker) -> None:
     conversation.close()
     conversation.close()
     assert not talker.cache.table.references
-    with pytest.raises(KeyError, match="no sequence 0"):
-        list(conversation.ask(QUESTIONS[1]))
+    for use in (lambda: list(conversation.ask(QUESTIONS[1])), conversation.undo, conversation.fork):
+        with pytest.raises(ValueError, match="the conversation is closed; begin a new one"):
+            use()
+    answered = Conversation(talker)
+    answer = answered.ask(QUESTIONS[0])
+    next(answer)
+    answered.close()
+    with pytest.raises(ValueError, match="the conversation is closed; begin a new one"):
+        next(answer)
+    assert not talker.cache.table.sequences and not talker.cache.table.promised
 
 
 def test_a_new_conversation_on_the_command_line_begins_anew_and_shares_what_is_the_same(

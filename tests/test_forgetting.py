@@ -86,6 +86,14 @@ def one_number(model: Any) -> None:
     of(model).data[3, 5] = 9.0
 
 
+def rows_in_place(model: Any) -> None:
+    of(model).data.copy_(of(model).data.flip(0))
+
+
+def columns_in_place(model: Any) -> None:
+    of(model).data.copy_(of(model).data.roll(8, 1))
+
+
 def beside_torch(model: Any) -> None:
     of(model).detach().numpy()[:] *= 2
 
@@ -107,7 +115,7 @@ def projector(model: Any) -> None:
 
 
 CHANGES: list[Callable[[Any], Any]] = [step, load, replace, assign, merge, one_number, beside_torch, under_inference]
-CHANGES += [moved_under_inference, projector, lambda model: model.float()]
+CHANGES += [rows_in_place, columns_in_place, moved_under_inference, projector, lambda model: model.float()]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)

@@ -132,14 +132,19 @@ class Conversation:
         if not self._turn.acquire(blocking=False):
             raise ValueError("the answer to the question before is not read to its end; read it, or close it")
         try:
+            self._require_open()
             yield
         finally:
             self._turn.release()
 
+    def _require_open(self) -> None:
+        if not self.close.alive:
+            raise ValueError("the conversation is closed; begin a new one")
+
     def fork(self) -> "Conversation":
         """Another conversation with the same rounds, which goes on by itself; both share the pages of these rounds.
 
-        Errors: ValueError while an answer is not read to its end.
+        Errors: ValueError if it is closed, or an answer is not read to its end.
         """
         with self._alone():
             other = Conversation(self.talker)
@@ -148,7 +153,7 @@ class Conversation:
             return other
 
     def undo(self, rounds: int = 1) -> None:
-        """Take the last rounds back. Errors: ValueError if there are fewer, or an answer is not read to its end."""
+        """Take the last rounds back. Errors: ValueError if there are fewer; as `fork`."""
         with self._alone():
             if not 1 <= rounds <= len(self.rounds):
                 raise ValueError(f"{rounds} rounds cannot be taken back; there are {len(self.rounds)}")
@@ -189,7 +194,7 @@ class Conversation:
                 "the model's parameters, policy or kernels are others than when this conversation was shown its "
                 "pictures; begin a new one"
             )
-        if known.cache is not self.cache and self.close.alive:
+        if known.cache is not self.cache:
             self.close()
             self._begin(known.cache)
         features, names, counts = self.features, self.names, []
@@ -223,6 +228,7 @@ class Conversation:
                 taken.answer_tokens, taken.seconds = len(answer), time.perf_counter() - start
                 taken.first_token = taken.first_token or taken.seconds
                 yield token
+                self._require_open()
             if written(parameters) != before:
                 raise RuntimeError("the model's parameters changed while it answered; ask again")
             finished = True

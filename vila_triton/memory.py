@@ -5,7 +5,7 @@ from typing import Any
 
 from .cache import PagedCache
 from .lock import Lock
-from .models.params import checksums, written
+from .models.params import checksum, written
 from .models.vila_llama import VilaLlamaForCausalLM
 from .pictures import Pictures
 from .registry import explicit
@@ -30,7 +30,7 @@ class Memory:
 
     All is forgotten when it would come out otherwise: after a parameter was replaced or written to, in whatever way,
     and when the config's policy, kv_dtype or page_size change; under the policy "invariant", where every bit counts,
-    also when `use` says something else. To see that takes as long as reading all parameters, about one token.
+    also when `use` says something else. To see that takes as long as reading all parameters twice, about two tokens.
     """
 
     def __init__(self, model: VilaLlamaForCausalLM, limit: int | None = None):
@@ -50,7 +50,7 @@ class Memory:
         model, parameters = self.model, list(self.model.parameters())
         policy = model.config.attention_policy
         kernels = {**kernels_for(model.device, policy), **explicit()} if policy == "invariant" else {}
-        eyes = written(parameters), checksums(parameters), model.geometry, policy, kernels
+        eyes = written(parameters), checksum(parameters), model.geometry, policy, kernels
         with self._lock:
             known = self._known or self._empty()
             if known.settings != model.config.cache() or known.eyes not in (None, eyes):

@@ -16,6 +16,7 @@ from vila_triton.ops import Int4
 from vila_triton.ops.int4 import check_int4
 
 T = TypeVar("T")
+SIDE = 1024  # integers of a row, of which a checksum has the sum
 
 
 @dataclass(frozen=True)
@@ -107,23 +108,28 @@ def leaves(tree: Any) -> list[Any]:
     return found
 
 
-def checksums(parameters: Sequence[Tensor]) -> list[int]:
-    """The sum of the bytes of each, as integers of 64 bits."""
+def checksum(parameters: Sequence[Tensor]) -> int:
+    """A number that other bytes change, and the same in other places: of the bytes as integers of 64 bits the sums of
+    rows and of columns, which then count by their place.
+    """
 
-    def total(x: Tensor) -> Tensor:
+    def sums(x: Tensor) -> list[Tensor]:
         flat = x.detach().contiguous().flatten().view(torch.uint8)
         flat = flat.clone() if flat.storage_offset() % 8 else flat  # which cannot be seen as integers of 8 bytes
-        whole = len(flat) // 8 * 8
-        return flat[:whole].view(torch.int64).sum() + flat[whole:].sum()
+        words, rest = flat[: len(flat) // 8 * 8].view(torch.int64), flat[len(flat) // 8 * 8 :]
+        square = words[: len(words) // SIDE * SIDE].view(-1, SIDE)
+        return [square.sum(0), square.sum(1), words[square.numel() :], rest.long()]
 
-    return torch.stack([total(x) for x in parameters]).tolist()
+    parts = torch.cat([part for x in parameters for part in sums(x)])
+    places = 2 * torch.arange(len(parts), device=parts.device) + 1
+    return int(((parts ^ parts >> 29) * places).sum())
 
 
 def written(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
     """What changes when parameters are replaced or written to: where each lies, and how often torch has counted a write
     to it. It counts none through `.data`, nor any to a tensor made under `inference_mode`: of such a one the checksum.
     """
-    return [(x.data_ptr(), checksums([x])[0] if x.is_inference() else x._version) for x in parameters]
+    return [(x.data_ptr(), checksum([x]) if x.is_inference() else x._version) for x in parameters]
 
 
 def init(specs: T, rng: torch.Generator | None = None) -> T:
