@@ -20,6 +20,7 @@ from .generation_config import settled
 from .images import image_processor, pixels
 from .lock import Lock
 from .memory import Memory
+from .models.fields import ConfigError
 from .models.params import written
 from .models.vila import splice
 from .models.vila_llama import VilaLlamaForCausalLM
@@ -72,7 +73,12 @@ class Talker:
     ) -> "Talker":
         """All of a VILA folder. Errors: `LoadError`, `ConfigError`."""
         model = VilaLlamaForCausalLM.from_pretrained(folder, device=device, dtype=dtype)
-        return cls(model, load_tokenizer(folder), image_processor(folder))
+        talker = cls(model, load_tokenizer(folder), image_processor(folder))
+        try:
+            _ = talker.template  # said now, and of the folder
+        except ValueError as error:
+            raise ConfigError(f"{folder}: {error}") from None
+        return talker
 
     @property
     def cache(self) -> PagedCache:
@@ -97,12 +103,16 @@ class Talker:
     def prompt(self, question: str, pictures: int, first: bool = True) -> list[int]:
         """Token ids of a round up to where its answer begins, -200 for each picture.
 
-        Errors: ValueError if the question is empty, or has places for another number of pictures.
+        Errors: ValueError if the question is empty, has places for another number of pictures, or the tokenizer is of
+        another model.
         """
         if not question.strip():
             raise ValueError("the question is empty")
         text = with_pictures(question, pictures)
-        return (first_round if first else next_round)(text, self.template, self.tokenizer)
+        ids = (first_round if first else next_round)(text, self.template, self.tokenizer)
+        if max(ids) >= (size := self.model.geometry.llm.vocab_size):
+            raise ValueError(f"tokenizer.json or .model has token {max(ids)}, but vocab_size in config.json is {size}")
+        return ids
 
 
 class Conversation:
@@ -210,8 +220,8 @@ class Conversation:
         asked = settled(model.answers(), {**sampling, "max_new_tokens": max_new_tokens}, len(row), limit)
         if len(row) + (new_tokens := int(asked["max_new_tokens"])) > limit:
             raise ValueError(
-                f"the conversation has {len(row)} tokens, and {new_tokens} more may be generated, but the "
-                f"model's context is {limit}; lower max_new_tokens or begin a new conversation"
+                f"the conversation has {len(row)} tokens, and {new_tokens} more may be generated, but the model's "
+                f"context is {limit} (max_position_embeddings in config.json); lower max_new_tokens or begin a new one"
             )
         how = Sampling.of(1, eos_token_id=ends or None, device=model.device, **asked)
         chunk, cache, seq, content = model.config.prefill_chunk_size, self.cache, self.seq, contents(row, names)

@@ -80,7 +80,8 @@ def load_params(folder: Path, cfg: VilaConfig, dtype: torch.dtype, device: torch
     """
     source = open_source(folder)
     require_layers(source, cfg)
-    specs = vila.declare(cfg, dtype)
+    with of_folder(folder):
+        specs = vila.declare(cfg, dtype)
     return vila.Vila(*(load(getattr(specs, part), *fitting(source, cfg, part), device) for part in PARTS))
 
 
@@ -88,8 +89,8 @@ def require_fits(source: Source) -> VilaConfig:
     """The geometry of a checkpoint. Errors: `ConfigError`, `LoadError` if it or the tensors are of no model of ours."""
     with of_folder(source.folder):
         cfg = geometry(source.top, source.parts)
-    require_layers(source, cfg)
-    specs = vila.declare(cfg, torch.float16)
+        require_layers(source, cfg)
+        specs = vila.declare(cfg, torch.float16)
     for part in PARTS:
         tensors, where, ignored = fitting(source, cfg, part)
         require_fit(getattr(specs, part), tensors.meta, where, ignored)

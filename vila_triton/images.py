@@ -17,6 +17,7 @@ from .files import LoadError, read_json, require_file, require_own
 from .models.config import VisionConfig
 from .preprocessor import settings
 
+FILE = "preprocessor_config.json"
 MODES = ("resize", "pad", "square", None)
 MOST_FRAMES = 1024
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # formats whose further pictures are meant to be seen, one after another
@@ -135,12 +136,12 @@ def image_processor(folder: Path, tower: VisionConfig | None = None) -> Any:
     if tower is None and (folder / "config.json").exists():
         top, parts = read_configs(folder)
         tower = VisionConfig.from_dict(parts["vision_tower"], top)
-    places = [x for x in (folder / "vision_tower", folder) if (x / "preprocessor_config.json").exists()]
+    places = [x for x in (folder / "vision_tower", folder) if (x / FILE).exists()]
     if tower is not None and (not places or tower.model_type == "intern_vit_6b"):
         return fitted(as_trained(tower), tower.input_size)
     if not places:
-        raise ImageError(f"{folder} has neither a config.json nor a preprocessor_config.json")
-    file = places[0] / "preprocessor_config.json"
+        raise ImageError(f"{folder} has neither a config.json nor a {FILE}")
+    file = places[0] / FILE
     try:
         values = read_json(file)
         processor = in_pillow(kind_in(values), settings(values))
@@ -206,6 +207,8 @@ def pixels(images: Sequence[Image.Image], processor: Any, mode: str | None) -> T
     pictures = [rgb(image) for image in images]
     if mode == "resize":
         size = getattr(processor, "crop_size", None) or processor.size
+        if "width" not in size:
+            raise ImageError(f"image_aspect_ratio 'resize' needs a height and a width, and size in {FILE} is {size}")
         pictures = [image.resize((size["width"], size["height"]), Image.Resampling.BICUBIC) for image in pictures]
     elif mode == "pad":
         colour = tuple(int(255 * x) for x in processor.image_mean)

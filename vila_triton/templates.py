@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .files import shown
+
 CONTENT = (  # a message's content: a text, or a list of texts and pictures
     "{%- macro body(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
     "{%- if part.type == 'image' -%}{{ '<image>\\n' }}{%- elif part.type == 'text' -%}{{ part.text }}"
@@ -151,8 +153,8 @@ def template(name: str | None, tokenizer: Any) -> Template:
         )
         if name is None:
             raise ValueError(f"the tokenizer knows none of {', '.join(FAMILIES)}, which tell its template; {advice}")
-    if name not in TEMPLATES:
-        raise ValueError(f"no conversation template {name!r}; there are: auto, {', '.join(TEMPLATES)}")
+    if not isinstance(name, str) or name not in TEMPLATES:
+        raise ValueError(f"no conversation template {shown(name)}; there are: auto, {', '.join(TEMPLATES)}")
     if name not in fitting:
         missing = ", ".join(text for text in dict.fromkeys(TEMPLATES[name].tokens) if not is_token(text, tokenizer))
         raise ValueError(f"conversation template {name!r} is of tokens that the tokenizer lacks: {missing}; {advice}")

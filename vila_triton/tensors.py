@@ -94,7 +94,7 @@ def safetensors_directory(file: Path) -> Iterator[tuple[str, Place]]:
         with safe_open(file, framework="pt"):  # checks that header and file fit each other
             pass
     except (SafetensorError, OSError, ValueError) as error:
-        raise LoadError(f"{file} is not a whole safetensors file: {error}. Get it again") from None
+        raise LoadError(f"{file} is not a whole safetensors file: {str(error)[:200]}. Get it again") from None
     with file.open("rb") as opened:
         (size,) = struct.unpack("<Q", opened.read(8))
         header = parse_json(opened.read(size), f"{file}, its header,")

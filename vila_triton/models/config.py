@@ -110,7 +110,7 @@ class Settings:
     output_attentions: bool = False
     output_hidden_states: bool = False
     conversation_template: str | None = None
-    image_aspect_ratio: str | None = None
+    image_aspect_ratio: Literal["resize", "pad", "square"] | None = None
 
 
 @dataclass(frozen=True)

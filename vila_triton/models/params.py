@@ -15,6 +15,8 @@ from vila_triton.formats import tiles
 from vila_triton.ops import Int4
 from vila_triton.ops.int4 import check_int4
 
+from .fields import ConfigError
+
 T = TypeVar("T")
 SIDE = 1024  # integers of a row, of which a checksum has the sum
 
@@ -72,14 +74,17 @@ class Lazy(Mapping[str, Tensor]):
 
 
 def weight(n: int, k: int, key: str, dtype: torch.dtype, group: int | None = None, order: Any = "sub") -> Any:
-    """The declaration of a linear's weight [n, k]: a `Spec`, or an `Int4` of them if a group size is given (-1: k)."""
+    """The declaration of a linear's weight [n, k]: a `Spec`, or an `Int4` of them if a group size is given (-1: k).
+
+    Errors: `ConfigError` for groups that are none of k.
+    """
     if group is None:
         return Spec((n, k), f"{key}.weight", dtype)
     group = k if group == -1 else group
     try:
         check_int4(k, group)
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
+        raise ConfigError(f"{key}: {error}") from None
     return Int4(
         Spec(tiles(n, k), f"{key}.qweight", torch.int32, "codes"),
         Spec((k // group, n), f"{key}.scales", dtype),
