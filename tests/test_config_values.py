@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,15 @@ import torch
 from oracles import build
 
 from vila_triton import VilaLlamaForCausalLM as Model
+from vila_triton.arguments import BUNDLED
 from vila_triton.checkpoint import open_source, require_fits
 from vila_triton.files import LoadError
 from vila_triton.images import ImageError, frames, open_image
 from vila_triton.models.config import ConfigError
+from vila_triton.processor import VilaProcessor
 from vila_triton.session import frames_of
 from vila_triton.shards import OtherWork, building
+from vila_triton.tokenizer import load_tokenizer
 from vila_triton.write import write
 
 
@@ -155,6 +159,34 @@ def test_parts_lie_in_the_checkpoint_and_strays_stay_behind(folder: Path, tmp_pa
     (tmp_path / "x/llm").symlink_to(tmp_path / "llm")
     with pytest.raises(LoadError, match="llm leads out of the checkpoint, to "):
         open_source(tmp_path / "x")
+
+
+@pytest.fixture
+def bundled(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(BUNDLED, tmp_path / "bundled"))
+
+
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json"])
+@pytest.mark.parametrize("value", [{}, [], 5, "zzz"], ids=str)
+def test_a_processor_is_told_what_its_configs_may_say(file: str, value: Any, bundled: Path) -> None:
+    before = json.loads((bundled / "config.json").read_text())
+    for field in ("conversation_template", "image_aspect_ratio")[: 1 if value == "zzz" else 2]:
+        (bundled / file).write_text(json.dumps(before | {field: value}))
+        with pytest.raises(ConfigError) as error:
+            VilaProcessor.from_pretrained(bundled)
+        assert str(bundled) in str(error.value) and field.replace("_", " ") in str(error.value).replace("_", " ")
+
+
+def test_a_tokenizer_lies_in_the_checkpoint(bundled: Path) -> None:
+    outside = (bundled / "llm").rename(bundled.parent / "outside")
+    (bundled / "llm").symlink_to(outside)
+    with pytest.raises(LoadError, match="llm leads out of the checkpoint, to "):
+        load_tokenizer(bundled)
+    (bundled / "llm").unlink()
+    (bundled / "llm").mkdir()
+    (bundled / "llm/tokenizer.json").symlink_to(outside / "tokenizer.json")
+    with pytest.raises(LoadError, match=r"tokenizer.json leads out of the checkpoint, to "):
+        load_tokenizer(bundled)
 
 
 def test_the_second_writer_of_a_target_is_told_at_once_and_a_dead_one_holds_nobody_up(tmp_path: Path) -> None:

@@ -144,6 +144,9 @@ class Conversation:
         try:
             self._require_open()
             yield
+        except KeyError:  # its sequence is gone: another thread closed it meanwhile
+            self._require_open()
+            raise
         finally:
             self._turn.release()
 
@@ -238,7 +241,6 @@ class Conversation:
                 taken.answer_tokens, taken.seconds = len(answer), time.perf_counter() - start
                 taken.first_token = taken.first_token or taken.seconds
                 yield token
-                self._require_open()
             if written(parameters) != before:
                 raise RuntimeError("the model's parameters changed while it answered; ask again")
             finished = True

@@ -22,7 +22,8 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, StoppingCriteriaList
 
 from .cache import PagedCache
-from .limits import COUNT, POSITIVE, SEED, Limits
+from .generation_config import NUMBERS
+from .limits import SEED
 from .models import llama, vila
 from .models.config import VilaConfig
 from .registry import defaults
@@ -126,15 +127,6 @@ def admit(cache: PagedCache, known: Mapping[int, list[int]], max_new_tokens: int
     """
     with cache.lock:
         cache.admit(known, max_new_tokens)
-
-
-NUMBERS = {
-    "max_new_tokens": COUNT,
-    "temperature": POSITIVE,
-    "top_k": COUNT,
-    "top_p": Limits(float, 0, 1, above=True),
-    "repetition_penalty": POSITIVE,
-}
 
 
 def check_numbers(how: Mapping[str, Any]) -> None:

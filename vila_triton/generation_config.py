@@ -4,18 +4,23 @@ As in Hugging Face: what a caller says counts first, then this file, then a defa
 model's config.json before that of the language model's folder.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .models.params import LoadError
-from .tensors import read_json
+from .files import LoadError, read_json
+from .limits import COUNT, MANY, POSITIVE, Limits
 
 FILE = "generation_config.json"
 DEFAULT_NEW_TOKENS = 128
-NUMBERS = {"temperature": 0.0, "top_p": 0.0, "repetition_penalty": 0.0}  # from here up
-COUNTS = {"top_k": 0, "max_new_tokens": 1, "max_length": 1}
+NUMBERS = {  # that an answer may be asked for with
+    "max_new_tokens": COUNT,
+    "temperature": POSITIVE,
+    "top_k": COUNT,
+    "top_p": Limits(float, 0, 1, above=True),
+    "repetition_penalty": POSITIVE,
+}
+IN_FILE = NUMBERS | {"temperature": Limits(float, 0, 1e6), "top_k": MANY, "max_length": Limits(int, 1, 2**31 - 1)}
 TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
 DRAWN = ("temperature", "top_k", "top_p")  # mean something only where tokens are drawn
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
@@ -46,16 +51,10 @@ def read_generation(folders: Sequence[Path], vocab_size: int) -> dict[str, Any]:
 
 def wrong(name: str, value: Any, vocab_size: int) -> str | None:
     """What is expected instead of a value, if it is no value of that name."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
     if name == "do_sample":
         return None if isinstance(value, bool) else "true or false"
-    if name in NUMBERS:
-        number = isinstance(value, float) or whole
-        high = 1 if name == "top_p" else math.inf
-        fine = number and NUMBERS[name] <= value <= high and value < math.inf and (value > 0 or name == "temperature")
-        return None if fine else "a number above 0" + (" and up to 1" if name == "top_p" else "")
-    if name in COUNTS:
-        return None if whole and COUNTS[name] <= value < 2**31 else f"a whole number from {COUNTS[name]} up"
+    if name in IN_FILE:
+        return None if IN_FILE[name].hold(value) else str(IN_FILE[name])
     if name in TOKENS:
         ids = value if name == "eos_token_id" and isinstance(value, list) and value else [value]
         low = -1 if name == "pad_token_id" else 0

@@ -132,7 +132,7 @@ def image_processor(folder: Path, tower: VisionConfig | None = None) -> Any:
     Errors: `ImageError` for a file that transformers makes nothing of; `LoadError`, `ConfigError` for wrong configs.
     """
     folder = Path(folder)
-    require_own(folder, *(place for place in (folder, folder / "vision_tower", folder / "llm") if place.is_dir()))
+    require_own(folder, *(place for place in (folder, folder / "vision_tower") if place.is_dir()))
     if tower is None and (folder / "config.json").exists():
         top, parts = read_configs(folder)
         tower = VisionConfig.from_dict(parts["vision_tower"], top)

@@ -12,6 +12,7 @@ from .checkpoint import read_json, write_json
 from .images import image_processor as load_image_processor
 from .images import open_image, pixels
 from .markers import renamed
+from .models.config import ConfigError, Settings, read
 from .models.surface import refusing
 from .models.vila import IMAGE_TOKEN_INDEX
 from .prompts import IMAGE, tokenize
@@ -52,7 +53,8 @@ class VilaProcessor(ProcessorMixin):
     ) -> "VilaProcessor":
         """The processor of a VILA folder, or one that `save_pretrained` wrote.
 
-        Errors: `LoadError` if it is neither; TypeError for arguments, of which it honours none.
+        Errors: `LoadError` if it is neither, `ConfigError` for what its configs say; TypeError for arguments, of which
+        it honours none.
         """
         if unknown := [name for name, value in more.items() if value and name not in ("_from_auto", "revision")]:
             raise TypeError(f"VilaProcessor.from_pretrained takes a folder, and not {', '.join(unknown)}")
@@ -60,8 +62,14 @@ class VilaProcessor(ProcessorMixin):
         files = [path for name in ("config.json", OWN) if (path := folder / name).exists()]
         values: dict[str, Any] = {}
         for path in files or [folder / "config.json"]:
-            values |= read_json(path)
-        return cls(load_image_processor(folder), load_tokenizer(folder), **{key: values.get(key) for key in SETTINGS})
+            said = {key: value for key, value in read_json(path).items() if key in SETTINGS}
+            read(Settings, said, str(path))
+            values |= said
+        parts = load_image_processor(folder), load_tokenizer(folder)
+        try:
+            return cls(*parts, **values)
+        except ValueError as error:
+            raise ConfigError(f"{folder}: {error}") from None
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, folder: str | Path

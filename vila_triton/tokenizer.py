@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .models.params import LoadError
-from .tensors import read_json
+from .files import LoadError, read_json, require_own
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"  # SentencePiece's, and that of Hugging Face's tokenizers
 CONFIG, NAMES, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -26,6 +25,8 @@ FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in llm/ of a folder, or in the folder if there is no llm/. Errors: `LoadError` naming the file."""
     place = folder / "llm" if (folder / "llm").is_dir() else folder
+    if place.is_dir():
+        require_own(folder, place)
     config = values_of(place / CONFIG)
     with naming(place / CONFIG):
         said = settings(config)
