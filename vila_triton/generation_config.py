@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from .files import LoadError, read_json
-from .limits import COUNT, MANY, POSITIVE, Limits
+from .limits import COUNT, MANY, Limits
 
 FILE = "generation_config.json"
 DEFAULT_NEW_TOKENS = 128
+FACTOR = Limits(float, 1e-6, 1e6)  # below it logits become infinite
 NUMBERS = {  # that an answer may be asked for with
     "max_new_tokens": COUNT,
-    "temperature": POSITIVE,
+    "temperature": FACTOR,
     "top_k": COUNT,
     "top_p": Limits(float, 0, 1, above=True),
-    "repetition_penalty": POSITIVE,
+    "repetition_penalty": FACTOR,
 }
 IN_FILE = NUMBERS | {"temperature": Limits(float, 0, 1e6), "top_k": MANY, "max_length": Limits(int, 1, 2**31 - 1)}
 TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
@@ -41,8 +42,8 @@ def read_generation(folders: Sequence[Path], vocab_size: int) -> dict[str, Any]:
             for name, value in values.items():
                 if wanted := wrong(name, value, vocab_size):
                     raise LoadError(f"{file}: {name} is {str(value)[:60]}, expected {wanted}")
-            if values.get("do_sample") and values.get("temperature") == 0:
-                raise LoadError(f"{file}: temperature is 0 and do_sample true, which contradict each other")
+            if values.get("do_sample") and (heat := values.get("temperature", 1)) < FACTOR.least:
+                raise LoadError(f"{file}: temperature is {heat} and do_sample true, which contradict each other")
             said |= values
     if isinstance(said.get("pad_token_id"), int) and said["pad_token_id"] < 0:  # none, as LLaMA's first versions say it
         del said["pad_token_id"]
