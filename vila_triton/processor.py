@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from .checkpoint import read_json, write_json
+from .files import listed
 from .images import image_processor as load_image_processor
 from .images import open_image, pixels
 from .markers import renamed
@@ -59,9 +60,9 @@ class VilaProcessor(ProcessorMixin):
         if unknown := [name for name, value in more.items() if value and name not in ("_from_auto", "revision")]:
             raise TypeError(f"VilaProcessor.from_pretrained takes a folder, and not {', '.join(unknown)}")
         folder = Path(folder)
-        files = [path for name in ("config.json", OWN) if (path := folder / name).exists()]
+        files = [path for name in ("config.json", OWN) if (path := folder / name).exists()] or [folder / "config.json"]
         values: dict[str, Any] = {}
-        for path in files or [folder / "config.json"]:
+        for path in files:
             said = {key: value for key, value in read_json(path).items() if key in SETTINGS}
             read(Settings, said, str(path))
             values |= said
@@ -69,7 +70,7 @@ class VilaProcessor(ProcessorMixin):
         try:
             return cls(*parts, **values)
         except ValueError as error:
-            raise ConfigError(f"{folder}: {error}") from None
+            raise ConfigError(f"{listed(files)}: {error}") from None
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, folder: str | Path

@@ -55,7 +55,8 @@ from .worker import Reader
 def json_of_checkpoint(
     name: str, count: int, file: str, prepare: Callable[[Path], Sequence[bytes]] | None = None
 ) -> Reader:
-    return Reader(name, count, file, prepare or partial(checkpoint, file), mutate.of_json, talk, ("/folder",))
+    names = ("/folder", Path(file).name)  # the second where a question shows what the file says wrongly
+    return Reader(name, count, file, prepare or partial(checkpoint, file), mutate.of_json, talk, names)
 
 
 READERS = {

@@ -192,7 +192,8 @@ def wrong(error: BaseException, reader: Reader) -> Fault | None:
         return Fault(f"memory, {kind}", begun)
     if not isinstance(error, reader.errors):
         return Fault(kind, begun)
-    if not any(name in words for name in reader.names or (reader.file,)) and not words.startswith(reader.said or "\0"):
+    names = reader.names or (Path(reader.file).name,)
+    if not any(name in words for name in names) and not words.startswith(reader.said or "\0"):
         return Fault(f"no name, {kind}", begun)
     return Fault(f"{len(words)} characters, {kind}", begun) if len(words) > LONGEST else None
 
