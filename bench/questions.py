@@ -1,6 +1,5 @@
 """Prompts with pictures to run a model on: a sample of the bundled generator's held-out questions, or a file's."""
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from vila_triton.files import LoadError, parse_json
 from vila_triton.images import open_image
 from vila_triton.tiny.evaluate import items
 
@@ -34,12 +34,12 @@ def read(file: Path) -> list[Prompt]:
     found = []
     for number, text in enumerate(file.read_text().splitlines(), 1):
         try:
-            held = json.loads(text)
+            held = parse_json(text, file)
             question, images = held["question"], held.get("images", [])
             pictures = [file.parent / name for name in images]
             if not isinstance(question, str):
                 raise TypeError
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        except (LoadError, KeyError, TypeError, AttributeError):
             raise ValueError(f'{file}:{number}: expected {{"question": "...", "images": ["FILE"]}}') from None
         found.append(Prompt(question, [open_image(picture) for picture in pictures]))
     if not found:

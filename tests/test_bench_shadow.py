@@ -169,9 +169,10 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     file.write_text(json.dumps({"question": "What is red?", "images": [str(picture)]}) + "\n")
     (prompt,) = questions.read(file)
     assert prompt.question == "What is red?" and len(prompt.pictures) == 1
-    file.write_text('{"question": 3}')
-    with pytest.raises(ValueError, match=":1: expected"):
-        questions.read(file)
+    for text in ('{"question": 3}', '{"question": ' + "[" * 100_000):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=":1: expected"):
+            questions.read(file)
 
 
 @pytest.mark.parametrize(

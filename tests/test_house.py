@@ -61,7 +61,7 @@ MAY_IMPORT = {  # beside the standard library, `files`, `forms`; a line holds fo
     "vila_triton.tokenizer": "tokenizers transformers llama_tokenizer",
     "vila_triton.llama_tokenizer": "sentencepiece transformers",
     "vila_triton.templates": "",
-    "vila_triton.saved": "torch safetensors chat",
+    "vila_triton.saved": "torch safetensors chat pictures",
     "vila_triton.generation_config": "files limits",
     "vila_triton.stopping": "torch transformers",
     "vila_triton.engine": "torch transformers cache generation_config limits models registry stopping tuned",

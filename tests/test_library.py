@@ -102,6 +102,16 @@ def test_as_many_results_as_the_reference_says(doubled: Op, fresh: None) -> None
         compiled(torch.ones(3))
 
 
+def test_a_call_with_lse_runs_what_is_chosen_between_two_graphs(fresh: None) -> None:
+    sizes = {"b": 2, "s": 4, "t": 3, "g": 1, "ratio": 1, "d": 32, "l": 16, "dtype": "float32"}
+    args = ops.prefill_attention.example(**sizes, rng=torch.Generator().manual_seed(0), device=DEVICE)
+    compiled = torch.compile(lambda *args: ops.prefill_attention(*args, lse=True), backend="eager")
+    with use(prefill_attention="simple"), recording() as ran:
+        out = compiled(*args)
+    assert set(ran) == {("prefill_attention", "simple")}
+    torch.testing.assert_close(out, ops.prefill_attention.reference(*args, lse=True))
+
+
 def layer(p: llama.Layer, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Step) -> Tensor:
     """One decoder layer, as `llama.llama` runs it."""
     x = x + llama.attention(p, ops.rms_norm(x, p.attention_norm, CFG.rms_norm_eps), rotary, 1, CFG, cache)

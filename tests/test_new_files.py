@@ -192,6 +192,7 @@ BROKEN = {
     "import": ("import math\nimport no_such\n", "line 2: ModuleNotFoundError: No module named 'no_such"),
     "name": ("from vila_triton.ops import no_such_op\n", "line 1: ImportError: cannot import name 'no_such_op'"),
     "half": (HALF, "line 9: ZeroDivisionError: division by zero"),
+    "script": ("import sys\n\nsys.exit(3)\n", "line 3: SystemExit: 3"),
 }
 
 

@@ -8,8 +8,9 @@ The schema is read off the reference's annotations:
 
     Tensor, Tensor | None, int, float, bool, str   as they are
     a dataclass, as `Int4`                         its fields one after the other, NAME_FIELD each
-    Tensor | a dataclass                           a Tensor; a call with the other is traced through the reference,
-                                                   and so is one with `lse`, which returns two tensors
+    Tensor | a dataclass                           a Tensor; a call with the other is traced through the reference
+
+A call with `lse`, which returns two tensors, is left uncompiled, between two graphs.
 
 A reference returns a Tensor or a tuple of them, the arguments that it writes last. Results are contiguous. There is no
 gradient: torch says so when one is asked for; uncompiled calls of what torch computes have theirs.
@@ -149,12 +150,18 @@ def expose(op: "Op", result: Callable[..., Any] | None, writes: tuple[str, ...] 
     overload = getattr(getattr(torch.ops, NAMESPACE), op.name).default
     names = tuple(a.name for a in takes)
 
+    @torch.compiler.disable
+    def uncompiled(*args: Any, **kwargs: Any) -> Any:
+        return op.run(*args, **kwargs)
+
     def traced(*args: Any, **kwargs: Any) -> Any:
         values = dict(zip(names, args), **kwargs)
         if len(args) > len(names) or any(name not in names for name in kwargs):
             raise TypeError(f"{op.name} takes {', '.join(names)}")
         unions = (values[a.name] for a in takes if a.name in values and not a.fields)
-        if values.get("lse") or any(map(is_dataclass, unions)):
+        if values.get("lse"):
+            return uncompiled(*args, **kwargs)
+        if any(map(is_dataclass, unions)):
             return op.reference(*args, **kwargs)
         out = overload(*flattened(takes, values))
         new = () if out is None else out if fresh > 1 else (out,)

@@ -92,7 +92,7 @@ def load(package: ModuleType) -> list[str]:
     for name in sorted(f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__)):
         try:
             importlib.import_module(name)
-        except Exception as error:  # a file that somebody is at work on may fail in any way
+        except (Exception, SystemExit) as error:  # a file that somebody is at work on may fail in any way
             forget(name)
             tell(name, f"left aside: {fault(error, package)}")
         else:
@@ -117,7 +117,7 @@ def forget(module: str) -> None:
             del of.impls[impl.name]
 
 
-def fault(error: Exception, package: ModuleType) -> str:
+def fault(error: BaseException, package: ModuleType) -> str:
     """File and line of the package at which an import failed, and the reason."""
     if isinstance(error, SyntaxError) and error.filename:
         file, line, reason = error.filename, error.lineno, error.msg

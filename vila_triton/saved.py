@@ -1,9 +1,9 @@
 """Conversations on disk: one safetensors file with JSON in its header, so that nothing in it is code.
 
 It holds the spliced tokens and the picture features; keys and values are computed again when the conversation goes on.
+Pictures are then known by their features: a file cannot pass others off as those of a picture that somebody asks about.
 """
 
-import json
 import os
 from contextlib import suppress
 from hashlib import blake2b
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .chat import Conversation, Talker
+from .pictures import fingerprint, name
 
 FORMAT = "vila-triton conversation 1"
 
@@ -38,7 +39,7 @@ def save(conversation: Conversation, path: Path) -> None:
     tensors = {"row": conversation.row.cpu()}
     if conversation.features is not None:
         tensors["features"] = conversation.features.cpu()
-    about = {"format": FORMAT, "names": json.dumps(conversation.names), **prints(conversation.talker)}
+    about = {"format": FORMAT, **prints(conversation.talker)}
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")  # another may be writing the same
     try:
         save_file(tensors, unfinished, about)
@@ -60,21 +61,18 @@ def resume(talker: Talker, path: Path) -> Conversation:
         if about.get(what) != mine:
             raise SavedError(f"{path} is a conversation with another {what}; resume it with the one it was held with")
     try:
-        row, names, features = tensors["row"], json.loads(about["names"]), tensors.get("features")
-    except (KeyError, ValueError):
-        raise SavedError(
-            f"{path} is a damaged conversation: it lacks its tokens or the names of its pictures"
-        ) from None
+        row, features = tensors["row"], tensors.get("features")
+    except KeyError:
+        raise SavedError(f"{path} is a damaged conversation: it lacks its tokens") from None
     llm, held = talker.model.geometry.llm, len(features) if features is not None else 0
     fits = features is None or features.shape[1:] == (llm.hidden_size,)
     inside = row.dtype == torch.int64 and row.ndim == 1 and bool(((row >= -held) & (row < llm.vocab_size)).all())
-    named = isinstance(names, list) and len(names) == held and all(isinstance(name, int) for name in names)
-    if not (fits and inside and named):
+    if not (fits and inside):
         raise SavedError(f"{path} is a damaged conversation: its tokens and pictures do not belong together")
     conversation = Conversation(talker)
     conversation.row = row.to(talker.model.device)
     conversation.features = features.to(talker.model.device) if features is not None else None
-    conversation.names = names
+    conversation.names = [name(fingerprint(x), 0) for x in features] if features is not None else []
     conversation.eyes = talker.memory.holding().eyes
     return conversation
 
