@@ -41,13 +41,11 @@ def measure(layers: int, width: int, tokens: int, group: int) -> dict[str, float
         del p
         shown = Prompts(list(torch.randint(0, 128, (tokens,), generator=rng).split(64)), None)
         with Peak([]) as peak:
-            awq.run(
-                open_source(Path(folder) / "model"),
-                Path(folder) / "work",
-                How(group=group),
-                shown,
-                torch.device("cpu"),
-            )
+            try:
+                source, how = open_source(Path(folder) / "model"), How(group=group)
+                awq.run(source, Path(folder) / "work", how, shown, torch.device("cpu"))
+            except KeyboardInterrupt:  # without the advice to go on: the folder goes, too
+                raise KeyboardInterrupt from None
     # x and seen before and after, the inputs of the four places before and after, and what leaves the layer
     activations = 4 * tokens * (6 * width + 2 * (3 * width + f) + width)
     return {"peak": peak.peak, "layer": layer, "activations": activations, "moments": 4 * 4 * f * f}

@@ -77,7 +77,7 @@ MAY_IMPORT = {  # beside the standard library, `files`, `forms`; a line holds fo
     "vila_triton.file_locks": "",
     "vila_triton.limits": "",
     "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine generation_config "
-    "images lock markers memory models pictures processor prompts ranges registry saved session templates tiny "
+    "images limits lock markers memory models pictures processor prompts ranges registry saved session templates tiny "
     "tokenizer tuned",
     "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",
 }

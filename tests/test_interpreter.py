@@ -46,3 +46,5 @@ def test_only_what_is_interpreted_is_said_to_be(monkeypatch: pytest.MonkeyPatch)
     assert kernels_line(ran) == "kernels: linear=aten, rope=triton (interpreted); else reference"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "interpreted" not in kernels_line(ran)
+    with use(rope="triton", swiglu="reference"):
+        assert kernels_line(aten) == "kernels: linear=aten; else reference; nothing called swiglu"

@@ -170,10 +170,12 @@ def test_an_op_that_lacks_a_part_says_which(put: Put, capsys: pytest.CaptureFixt
     assert said.startswith("vila-triton: cut_in_two.py: op 'cut_in_two' lacks ") and part in said
     if part in ("inputs", "costs"):
         op = OPS["cut_in_two"]
-        with pytest.raises(
-            TypeError, match=f"cut_in_two.py: op 'cut_in_two' has no {part}, expected @cut_in_two.{part}"
-        ):
+        told = f"cut_in_two.py: op 'cut_in_two' has no {part}, expected @cut_in_two.{part}"
+        with pytest.raises(NotImplementedError, match=told):
             (op.example if part == "inputs" else op.cost)()
+        if part == "inputs":
+            assert check.main(["cut_in_two", "--impl", "reference"]) == 2
+            assert capsys.readouterr().err.endswith(f"{told}\n")  # no traceback
 
 
 HALF = """

@@ -17,7 +17,8 @@ from torch import Tensor
 from .cache import PagedCache
 from .engine import Sampling, admit, check_numbers, contents, stream
 from .generation_config import settled
-from .images import image_processor, pixels
+from .images import Images, image_processor, listed, loaded, pixels
+from .limits import COUNT
 from .lock import Lock
 from .memory import Memory
 from .models.fields import ConfigError
@@ -65,15 +66,21 @@ class Talker:
     spelling: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)  # tokenizers are for one thread
 
     def __post_init__(self) -> None:
+        if self.limit is not None:
+            COUNT.check("limit", self.limit)
         object.__setattr__(self, "memory", Memory(self.model, self.limit))
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        limit: int | None = None,
     ) -> "Talker":
         """All of a VILA folder. Errors: `LoadError`, `ConfigError`."""
         model = VilaLlamaForCausalLM.from_pretrained(folder, device=device, dtype=dtype)
-        talker = cls(model, load_tokenizer(folder), image_processor(folder))
+        talker = cls(model, load_tokenizer(Path(folder)), image_processor(Path(folder)), limit)
         try:
             _ = talker.template  # said now, and of the folder
         except ValueError as error:
@@ -178,7 +185,7 @@ class Conversation:
             self.features = self.features[:rows] if self.features is not None and rows else None
 
     def ask(
-        self, question: str, images: Sequence[Image.Image] = (), max_new_tokens: int | None = None, **sampling: Any
+        self, question: str, images: Images = (), max_new_tokens: int | None = None, **sampling: Any
     ) -> Generator[int, None, None]:
         """The tokens of the answer as they are chosen; `last` holds what the round took. What is not said is as in the
         model's generation config, else at most 128 tokens are made, each the likeliest.
@@ -192,8 +199,11 @@ class Conversation:
             yield from self._answer(question, images, max_new_tokens, sampling)
 
     def _answer(
-        self, question: str, images: Sequence[Image.Image], max_new_tokens: int | None, sampling: dict[str, Any]
+        self, question: str, images: Images, max_new_tokens: int | None, sampling: dict[str, Any]
     ) -> Generator[int, None, None]:
+        if not isinstance(question, str):
+            raise TypeError(f"the question is a {type(question).__name__}, expected a text")
+        images = [loaded(picture) for picture in listed(images)]
         check_numbers({"max_new_tokens": max_new_tokens, **sampling})
         start, model = time.perf_counter(), self.talker.model
         with self.talker.spelling:

@@ -1,4 +1,4 @@
-"""Pictures and videos to what the vision tower takes, through transformers' image processors."""
+"""Images and videos to what the vision tower takes, through transformers' image processors."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +24,9 @@ ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # formats whose further pictures are 
 ORIENTATION = 0x0112  # EXIF's tag
 TILE = 1024  # pixels a side: what a picture is coloured in, so that copies of it are not held
 IN_PILLOW = {"CLIP": "CLIPImageProcessorPil", "Siglip": "SiglipImageProcessorPil"}  # by how their names in files begin
+
+
+Images = Image.Image | str | Path | Sequence[Any] | None
 
 
 class ImageError(ValueError):
@@ -194,7 +197,7 @@ def fitted(processor: Any, side: int) -> Any:
 
 
 def pixels(images: Sequence[Image.Image], processor: Any, mode: str | None) -> Tensor:
-    """Pictures to [n, 3, H, W] float32.
+    """Images to [n, 3, H, W] float32.
 
     Mode "resize" stretches them to the tower's size first (bicubic), "pad" puts them in the middle of a square of the
     processor's mean colour; "square" (LLaVA's word) and None leave all to the processor: SigLIP and InternViT stretch,
@@ -239,3 +242,21 @@ def limited(image: Image.Image, width: int, height: int) -> None:
             f"a picture of {image.width} x {image.height} would grow to {width * height} pixels, beyond {limit}; "
             f"cut it, or use image_aspect_ratio 'resize'"
         )
+
+
+def listed(images: Images) -> list[Any]:
+    """Images as a list, of one picture too. Errors: TypeError for what is none."""
+    if isinstance(images, (Image.Image, str, Path)):
+        return [images]
+    if images is not None and not isinstance(images, (list, tuple)):
+        raise TypeError(f"pictures are PIL images or paths of files, or a list of them, not {type(images).__name__}")
+    return list(images or ())
+
+
+def loaded(picture: Any) -> Image.Image:
+    """A picture, or that of a file. Errors: `ImageError` for a file, TypeError for anything else."""
+    if isinstance(picture, (str, Path)):
+        return open_image(picture)
+    if not isinstance(picture, Image.Image):
+        raise TypeError(f"a picture is a PIL image or the path of a file, not {type(picture).__name__}")
+    return picture

@@ -193,10 +193,10 @@ class Op:
         return self.impls[REFERENCE].file
 
     def absent(self, what: str) -> Callable[..., Any]:
-        """In place of what has not been registered: TypeError that says so."""
+        """In place of what has not been registered: NotImplementedError that says so."""
 
         def tell(*args: Any, **kwargs: Any) -> Any:
-            raise TypeError(f"{self.file}: op {self.name!r} has no {what}, expected @{self.name}.{what}")
+            raise NotImplementedError(f"{self.file}: op {self.name!r} has no {what}, expected @{self.name}.{what}")
 
         return tell
 
@@ -214,6 +214,7 @@ class Op:
 
     def requires(self, fn: Callable[..., None]) -> Callable[..., None]:
         """Register the contract of every call, whichever implementation runs: it raises ValueError or returns."""
+        fn.__qualname__ = self.name  # what Python calls it where arguments are missing
         self.contract = fn
         return fn
 

@@ -1,17 +1,17 @@
 """`VilaProcessor`: texts and pictures to the inputs of the model, as Hugging Face's processors do."""
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from .checkpoint import read_json, write_json
-from .files import listed
+from .files import shown
+from .images import Images, listed, loaded, pixels
 from .images import image_processor as load_image_processor
-from .images import open_image, pixels
 from .markers import renamed
 from .models.config import ConfigError, Settings, read
 from .models.surface import refusing
@@ -70,7 +70,7 @@ class VilaProcessor(ProcessorMixin):
         try:
             return cls(*parts, **values)
         except ValueError as error:
-            raise ConfigError(f"{listed(files)}: {error}") from None
+            raise ConfigError(f"{', '.join(map(str, files))}: {error}") from None
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, folder: str | Path
@@ -83,7 +83,7 @@ class VilaProcessor(ProcessorMixin):
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        images: Image.Image | str | Path | Sequence[Any] | None = None,
+        images: Images = None,
         text: str | Sequence[str] | None = None,
         *,
         padding: bool | str = True,
@@ -111,7 +111,9 @@ class VilaProcessor(ProcessorMixin):
             raise ValueError(f"return_tensors is {return_tensors!r}, expected 'pt' or None")
         if padding not in (True, False, "longest"):
             raise ValueError(f"padding is {padding!r}, expected True or 'longest', or False")
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = list(text) if isinstance(text, (list, tuple)) else [text]
+        if wrong := [line for line in texts if not isinstance(line, str)]:
+            raise TypeError(f"a text is a str, not {type(wrong[0]).__name__}")
         if not texts:
             raise ValueError("VilaProcessor got no text: the list is empty")
         pictures = matched(texts, images)
@@ -135,9 +137,18 @@ class VilaProcessor(ProcessorMixin):
         left = self.tokenizer.padding_side == "left"
         return [[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, pads)]
 
+    def apply_chat_template(self, conversation: Any, *args: Any, **more: Any) -> Any:
+        """As every processor does. Errors: ValueError for a conversation without messages."""
+        if not len(conversation):
+            raise ValueError("there is no message in the conversation")
+        return super().apply_chat_template(conversation, *args, **more)
+
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **more: Any) -> str:
         """The text of token ids, with `<image>` where a picture is, unless special tokens are left out."""
-        ids = torch.as_tensor(token_ids).flatten().tolist()
+        try:
+            ids = [operator.index(token) for token in torch.as_tensor(token_ids).flatten().tolist()]
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"token ids are whole numbers, not {shown(token_ids)}") from None
         ends = [i for i, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
         parts = [ids[start:end] for start, end in zip([0, *(i + 1 for i in ends)], [*ends, len(ids)])]
         if below := [token for part in parts for token in part if token < 0]:
@@ -158,29 +169,19 @@ class VilaProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "images"]
 
 
-def matched(texts: Sequence[str], images: Image.Image | str | Path | Sequence[Any] | None) -> list[Any]:
+def matched(texts: Sequence[str], images: Images) -> list[Any]:
     """All pictures in order. Errors: ValueError if they are not as many as the texts have places for them."""
-    one = isinstance(images, (Image.Image, str, Path))
-    listed: list[Any] = [images] if one else list(() if images is None else images)  # pyright: ignore[reportArgumentType]
+    given_pictures = listed(images)
     places = [line.count(IMAGE) for line in texts]
-    lists = [isinstance(entry, (list, tuple)) for entry in listed]
+    lists = [isinstance(entry, (list, tuple)) for entry in given_pictures]
     nested = any(lists)
     if nested and not all(lists):
         raise ValueError("images mix pictures and lists of pictures; expected either pictures or a list for each text")
-    given = [len(entry) for entry in listed] if nested else [len(listed)]
+    given = [len(entry) for entry in given_pictures] if nested else [len(given_pictures)]
     if nested and len(given) != len(texts):
         raise ValueError(f"{len(given)} lists of pictures were given for {len(texts)} texts; expected one for each")
     for i, (n, wanted) in enumerate(zip(given, places if nested else [sum(places)])):
         if n != wanted:
             where = f"text {i} has" if nested else "the texts have"
             raise ValueError(f"{where} places for {wanted} pictures, but {n} were given; write {IMAGE} once for each")
-    return [loaded(picture) for entry in listed for picture in (entry if nested else [entry])]
-
-
-def loaded(picture: Any) -> Image.Image:
-    """A picture, or that of a file. Errors: `ImageError` for a file, TypeError for anything else."""
-    if isinstance(picture, (str, Path)):
-        return open_image(picture)
-    if not isinstance(picture, Image.Image):
-        raise TypeError(f"a picture is a PIL image or the path of a file, not {type(picture).__name__}")
-    return picture
+    return [loaded(picture) for entry in given_pictures for picture in (entry if nested else [entry])]

@@ -34,7 +34,10 @@ def table(model: str | Path) -> dict[str, Any]:
     file = known.get(str(model), Path(model))
     if not file.is_file():
         raise ValueError(f"no model {str(model)!r}; there are: {', '.join(known)}, or give the path of a .toml file")
-    found = tomllib.loads(file.read_text())
+    try:
+        found = tomllib.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no TOML: {error}") from None
     if missing := [part for part in PARTS if part not in found]:
         raise ValueError(f"{file} has no {', '.join(missing)}: it is no VILA")
     return found

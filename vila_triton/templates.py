@@ -8,6 +8,9 @@ from typing import Any
 from .files import shown
 
 CONTENT = (  # a message's content: a text, or a list of texts and pictures
+    "{%- for message in messages -%}"
+    "{%- if message.content is not defined or message.content is none -%}"
+    "{{ raise_exception('a message of role ' ~ message.role ~ ' has no content') }}{%- endif -%}{%- endfor -%}"
     "{%- macro body(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
     "{%- if part.type == 'image' -%}{{ '<image>\\n' }}{%- elif part.type == 'text' -%}{{ part.text }}"
     "{%- else -%}{{ raise_exception('a message holds text and image parts, not ' ~ part.type) }}{%- endif -%}"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vila_triton.files import require_file
 from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.params import LoadError
@@ -49,11 +50,11 @@ def load(path: Path, cfg: LlamaConfig, group: int, dtype: torch.dtype) -> list[F
     Errors: `LoadError` if it is no such file, or is of another model or another group size.
     """
     layers, like = cfg.num_hidden_layers, llama.declare(cfg, torch.float16).layers[0]
+    require_file(path)
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise LoadError(f"{path} is not a cache that llm-awq writes (torch.save of scale and clip): {reason}") from None
+    except Exception:  # torch's words advise to load it without weights_only, which runs what the file says
+        raise LoadError(f"{path} is not a cache that llm-awq writes (torch.save of scale and clip)") from None
     if not isinstance(held, dict) or set(held) != {"scale", "clip"}:
         raise LoadError(f"{path} is not a cache that llm-awq writes: expected a dictionary of scale and clip")
     found = [Found({}, {}, {}) for _ in range(layers)]

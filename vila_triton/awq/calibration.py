@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vila_triton.files import parse_json, shown
+from vila_triton.files import parse_json, require_file, shown
 from vila_triton.images import open_image, pixels
 from vila_triton.models.vila import splice
 from vila_triton.prompts import closing, first_round, with_pictures
@@ -44,6 +44,7 @@ def read(files: Sequence[Path]) -> Iterator[Sample]:
     Errors: ValueError naming file and line.
     """
     for file in files:
+        require_file(file)
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:

@@ -171,12 +171,15 @@ def by_file(conversation: "Conversation", sampling: dict[str, Any]) -> str:
 
 
 def kernels_line(calls: Counter[tuple[str, str]]) -> str:
-    """Which implementations ran, the reference ones in one word; whether there were Triton kernels, and interpreted."""
+    """Which implementations ran, the reference ones in one word, and whether Triton kernels were interpreted; also
+    for which ops one was chosen that were never called.
+    """
     from vila_triton.interpreter import holds_kernels
-    from vila_triton.registry import OPS
+    from vila_triton.registry import OPS, explicit
 
     ran = sorted(f"{op}={impl}" for op, impl in calls if impl != "reference")
     triton = any(holds_kernels(OPS[op].impls[impl]) for op, impl in calls)
     interpreted = " (interpreted)" if os.environ.get("TRITON_INTERPRET") == "1" and triton else ""
     rest = "reference" if not ran else f"{', '.join(ran)}{interpreted}; else reference"
-    return f"kernels: {rest}"
+    unused = sorted({*explicit()} - {op for op, _ in calls})
+    return f"kernels: {rest}" + (f"; nothing called {', '.join(unused)}" if unused else "")

@@ -10,6 +10,12 @@ from torch import Tensor
 from .vila import IGNORE_INDEX, splice, splice_labels
 
 
+def require_tensor(name: str, x: object, expected: str) -> None:
+    """TypeError for what a model takes as a tensor and is none."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: a {type(x).__name__} is no {expected}, as VilaProcessor makes it")
+
+
 @dataclass(frozen=True)
 class Batch:
     """The rows of a batch without padding, and the places they have in the padded layout."""
@@ -56,7 +62,10 @@ def unpad(
     Errors: ValueError naming the argument.
     """
     if inputs.ndim != 2 + inputs.is_floating_point() or not inputs.numel():
-        raise ValueError(f"the input has shape {list(inputs.shape)}, expected ids [b, t] or embeddings [b, t, e]")
+        raise ValueError(
+            f"the input is {inputs.dtype} of shape {list(inputs.shape)}, expected at least one of whole ids [b, t] or "
+            "embeddings [b, t, e]"
+        )
     position_ids, labels = (x.to(inputs.device) if x is not None else None for x in (position_ids, labels))
     mask = read_mask(inputs, attention_mask, cached)
     if labels is not None and labels.shape != inputs.shape[:2]:

@@ -18,7 +18,7 @@ from vila_triton.generation_config import ANSWERING, FILE, ignored, settled
 from vila_triton.stopping import StopStrings
 
 from . import vila
-from .batch import pad, side_by_side, unpad
+from .batch import pad, require_tensor, side_by_side, unpad
 from .surface import ARGUMENTS, check_numbers
 
 # What transformers calls it in outputs and in its loop, which changed with its version 5.24.
@@ -63,6 +63,7 @@ class VilaGenerationMixin(GenerationMixin):
         model: Any = self
         check_arguments(loop, how)
         check_numbers(model.device, model.dtype)
+        require_tensor("input_ids", input_ids, "tensor of token ids [b, t]")
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"a streamer takes one prompt at a time, got {len(input_ids)}")
         features, image_tokens = self.features(images)

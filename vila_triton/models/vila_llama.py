@@ -17,7 +17,7 @@ from vila_triton.choices import pick_device
 from vila_triton.generation_config import FILE
 
 from . import llama, vila
-from .batch import causal_loss, pad, pad_square, unpad
+from .batch import causal_loss, pad, pad_square, require_tensor, unpad
 from .fields import of_folder
 from .generation import CACHE, VilaGenerationMixin
 from .params import init, written
@@ -83,6 +83,8 @@ class VilaLlamaForCausalLM(Refusing, PreTrainedModel, VilaGenerationMixin):
         if unknown := [name for name in more if name not in BOOKKEEPING]:
             raise TypeError(f"from_pretrained takes config, device and dtype, and not {', '.join(unknown)}")
         top, parts = checkpoint.read_configs(Path(folder))
+        if config is not None and not isinstance(config, VilaLlamaConfig):
+            raise TypeError(f"config is a {type(config).__name__}, expected a VilaLlamaConfig")
         if config is not None:
             top = config.to_dict()
         with of_folder(Path(folder)):
@@ -134,6 +136,8 @@ class VilaLlamaForCausalLM(Refusing, PreTrainedModel, VilaGenerationMixin):
 
     def encode_images(self, images: Tensor | Sequence[Tensor]) -> Tensor:
         """Pictures [n, c, H, W] (or [b, n, c, H, W], or a list of either or of [c, H, W]) -> [n, tokens, e]."""
+        for x in images if isinstance(images, (list, tuple)) else [images]:
+            require_tensor("images", x, "tensor of pixels")
         if not isinstance(images, Tensor):
             images = torch.cat([x if x.ndim == 4 else x[None] for x in images])
         images = images.flatten(0, 1) if images.ndim == 5 else images
@@ -149,7 +153,7 @@ class VilaLlamaForCausalLM(Refusing, PreTrainedModel, VilaGenerationMixin):
 
     def features(self, images: Tensor | Sequence[Tensor] | None) -> tuple[Tensor | None, list[int]]:
         """Features of all pictures end to end [rows, e], and how many of them each picture has."""
-        if images is None or not len(images):
+        if images is None or (isinstance(images, (list, tuple)) and not images):
             return None, []
         features = self.encode_images(images)
         return features.flatten(0, 1), [features.shape[1]] * len(features)
@@ -185,6 +189,9 @@ class VilaLlamaForCausalLM(Refusing, PreTrainedModel, VilaGenerationMixin):
         output_attentions = output_attentions if output_attentions is not None else self.config.output_attentions
         states_wanted = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
         one_pass = not chunk_prefilling
+        for name, x in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds)):
+            if x is not None:
+                require_tensor(name, x, "tensor [b, t] of ids or [b, t, e] of embeddings")
         for fine, message in (
             (not special_token, "special_token=True means nothing to this model; leave it False"),
             ((input_ids is None) != (inputs_embeds is None), "exactly one of input_ids and inputs_embeds is needed"),

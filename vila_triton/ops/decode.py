@@ -11,7 +11,7 @@ from .domain import DTYPES, draw, name_of, wide
 from .indices import check_cached
 from .kv import Pages, check_pages
 from .paged import KINDS, PAGE_LENGTHS, bytes_of, draw_pages, gather, kind_of
-from .shapes import axes, of_dtype
+from .shapes import axes, finite, floating, of_dtype
 
 
 @op(batch_invariant=True)
@@ -49,6 +49,8 @@ def _(q, k_pages, v_pages, block_table, lengths, scale, policy="fast", lse=False
         block_table=(block_table, "b pages"),
         lengths=(lengths, "b"),
     )
+    floating("decode_attention", q=q)
+    finite("decode_attention", scale=scale)
     of_dtype("decode_attention", torch.int32, block_table=block_table, lengths=lengths)
     check_pages("decode_attention", k_pages, v_pages)
     check_policy("decode_attention", policy)

@@ -8,7 +8,7 @@ from torch import Tensor
 from vila_triton.registry import Sizes, op
 
 from .domain import DTYPES, draw, name_of, wide
-from .shapes import axes, same_dtype
+from .shapes import axes, finite, floating, same_dtype
 
 
 @op
@@ -21,6 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @rms_norm.requires
 def _(x: Tensor, weight: Tensor, eps: float) -> None:
     axes("rms_norm", x=(x, "... e"), weight=(weight, "e"))
+    floating("rms_norm", x=x, weight=weight)
+    finite("rms_norm", eps=eps)
 
 
 @rms_norm.inputs
@@ -50,6 +52,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 @layer_norm.requires
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
     axes("layer_norm", x=(x, "... e"), weight=(weight, "e"), bias=(bias, "e"))
+    floating("layer_norm", x=x, weight=weight, bias=bias)
+    finite("layer_norm", eps=eps)
 
 
 @layer_norm.inputs
@@ -86,6 +90,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @rope.requires
 def _(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     sizes = axes("rope", x=(x, "s h d"), cos=(cos, "s r"), sin=(sin, "s r"))
+    floating("rope", x=x, cos=cos, sin=sin)
     if sizes["d"] != 2 * sizes["r"]:
         raise ValueError(f"rope: x has head dim {sizes['d']}, but cos and sin hold {sizes['r']} pairs")
 
@@ -120,6 +125,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 @swiglu.requires
 def _(gate: Tensor, up: Tensor) -> None:
     axes("swiglu", gate=(gate, "s f"), up=(up, "s f"))
+    floating("swiglu", gate=gate)
     same_dtype("swiglu", gate=gate, up=up)
 
 

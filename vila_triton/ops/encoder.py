@@ -9,7 +9,7 @@ from vila_triton.registry import Sizes, op
 
 from .attention import HEAD_DIMS
 from .domain import DTYPES, draw, name_of, wide
-from .shapes import axes, same_dtype
+from .shapes import axes, finite, floating, same_dtype
 
 
 @op
@@ -23,7 +23,9 @@ def encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 @encoder_attention.requires
 def _(q, k, v, scale) -> None:
     axes("encoder_attention", q=(q, "b s h d"), k=(k, "b s h d"), v=(v, "b s h d"))
+    floating("encoder_attention", q=q)
     same_dtype("encoder_attention", q=q, k=k, v=v)
+    finite("encoder_attention", scale=scale)
 
 
 @encoder_attention.inputs

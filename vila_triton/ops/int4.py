@@ -13,7 +13,7 @@ from vila_triton.formats import pack_tiles, tiles, unpack_tiles
 from vila_triton.registry import OneOf, Sizes, op
 
 from .domain import DTYPES, draw, name_of, wide
-from .shapes import axes, same_dtype
+from .shapes import axes, floating, same_dtype
 
 ORDERS = ("sub", "fma")
 LEAST = 2.0**-24  # above 0 in float16
@@ -122,13 +122,6 @@ def require_int4(where: str, x: Tensor, bias: Tensor | None = None, **weights: I
         floating(where, x=x, **{leaf: y for leaf, (y, _) in leaves.items()})
     if bias is not None:
         same_dtype(where, x=x, bias=bias)
-
-
-def floating(where: str, **tensors: Tensor) -> None:
-    """ValueError unless all the tensors hold real numbers."""
-    for name, x in tensors.items():
-        if not x.is_floating_point():
-            raise ValueError(f"{where}: {name} is {x.dtype}, expected a floating-point dtype")
 
 
 @op

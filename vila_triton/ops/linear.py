@@ -9,7 +9,7 @@ from vila_triton.registry import Sizes, op
 
 from .domain import DTYPES, draw, name_of
 from .int4 import Int4, int4_matmul
-from .shapes import axes
+from .shapes import axes, floating
 
 
 @op
@@ -22,8 +22,9 @@ def linear(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> Tensor:
 
 @linear.requires
 def _(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> None:
-    weight = {"w": (w, "n k")} if isinstance(w, Tensor) else {"w.scales": (w.scales, "G n")}
+    weight = {"w.scales": (w.scales, "G n")} if isinstance(w, Int4) else {"w": (w, "n k")}
     axes("linear", x=(x, "... k"), **weight, **({} if bias is None else {"bias": (bias, "n")}))
+    floating("linear", x=x, **({} if isinstance(w, Int4) else {"w": w}), **({} if bias is None else {"bias": bias}))
 
 
 @linear.inputs

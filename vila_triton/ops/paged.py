@@ -12,7 +12,7 @@ from vila_triton.registry import OneOf, Sizes, op
 from .domain import DTYPES, draw, name_of
 from .indices import check_slots
 from .kv import BITS, Pages, QuantizedPages, check_pages, empty_pages, encode, leaves
-from .shapes import axes, of_dtype
+from .shapes import axes, floating, of_dtype
 
 PAGE_LENGTHS = OneOf(16, 32, 64, 128, 256)
 KINDS = OneOf("plain", *BITS)  # of pools of pages; plain: in the dtype of the new tokens
@@ -99,6 +99,7 @@ def check_write(where: str, k: Tensor, v: Tensor, k_pages: Pages, v_pages: Pages
         slot_mapping=(slot_mapping, "s"),
     )
     check_pages(where, k_pages, v_pages)
+    floating(where, k=k, v=v)
     of_dtype(where, torch.int64, slot_mapping=slot_mapping)
 
 

@@ -11,7 +11,7 @@ from .domain import DTYPES, draw, name_of, wide
 from .indices import check_cached, check_starts
 from .kv import Pages, check_pages
 from .paged import KINDS, PAGE_LENGTHS, bytes_of, draw_pages, gather, kind_of
-from .shapes import axes, of_dtype, same_dtype
+from .shapes import axes, finite, floating, of_dtype, same_dtype
 
 
 @op(batch_invariant=True)
@@ -61,7 +61,9 @@ def _(q, k, v, k_pages, v_pages, block_table, query_start, history, scale, polic
         block_table=(block_table, "b pages"),
         query_start=(query_start, "b+1"),
     )
+    floating("prefill_attention", q=q)
     same_dtype("prefill_attention", q=q, k=k, v=v)
+    finite("prefill_attention", scale=scale)
     of_dtype("prefill_attention", torch.int32, block_table=block_table, query_start=query_start, history=history)
     check_pages("prefill_attention", k_pages, v_pages)
     check_policy("prefill_attention", policy)

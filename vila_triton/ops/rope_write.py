@@ -11,7 +11,7 @@ from .elementwise import rope
 from .indices import check_slots
 from .kv import Pages
 from .paged import KINDS, PAGE_LENGTHS, bytes_of, check_write, kind_of, kv_write
-from .shapes import axes, same_dtype
+from .shapes import axes, floating, same_dtype
 
 
 @op(exact=True, batch_invariant=True)
@@ -32,6 +32,7 @@ def _(q, k, v, cos, sin, k_pages, v_pages, slot_mapping) -> None:
     sizes = axes("rope_kv_write", q=(q, "s h d"), k=(k, "s g d"), v=(v, "s g d"), cos=(cos, "s r"), sin=(sin, "s r"))
     if sizes["d"] != 2 * sizes["r"]:
         raise ValueError(f"rope_kv_write: q has head dim {sizes['d']}, but cos and sin hold {sizes['r']} pairs")
+    floating("rope_kv_write", q=q, cos=cos, sin=sin)
     same_dtype("rope_kv_write", q=q, k=k, v=v)
     check_write("rope_kv_write", k, v, k_pages, v_pages, slot_mapping)
 

@@ -1,5 +1,7 @@
 """Shape contracts: every op states its axes once, and a call that breaks them fails before anything runs."""
 
+import math
+import numbers
 from functools import cache
 from typing import Protocol
 
@@ -26,8 +28,12 @@ def axes(where: str, **tensors: tuple[Shaped, str]) -> dict[str, int]:
     """Match each tensor against its axis letters, which must mean the same size everywhere; returns the sizes.
 
     ``axes("rms_norm", x=(x, "... e"), weight=(weight, "e"))``; a leading ``...`` stands for any axes.
-    Errors: ValueError naming the op, the argument, its shape and what was expected; also if devices differ.
+    Errors: ValueError naming the op, the argument, its shape and what was expected; also if devices differ. TypeError
+    for what is no tensor.
     """
+    for name, (x, _) in tensors.items():
+        if not isinstance(getattr(x, "device", None), torch.device):
+            raise TypeError(f"{where}: {name} is a {type(x).__name__}, expected a tensor")
     sizes: dict[str, int] = {}
     device = next(iter(tensors.values()))[0].device
     for name, (x, pattern) in tensors.items():
@@ -57,3 +63,19 @@ def of_dtype(where: str, dtype: torch.dtype, **tensors: Tensor) -> None:
     for name, x in tensors.items():
         if x.dtype != dtype:
             raise ValueError(f"{where}: {name} is {x.dtype}, expected {dtype}")
+
+
+def floating(where: str, **tensors: Tensor) -> None:
+    """ValueError unless all the tensors hold real numbers."""
+    for name, x in tensors.items():
+        if not x.is_floating_point():
+            raise ValueError(f"{where}: {name} is {x.dtype}, expected a floating-point dtype")
+
+
+def finite(where: str, **values: float) -> None:
+    """TypeError unless all the values are numbers, ValueError unless they are finite."""
+    for name, x in values.items():
+        if not isinstance(x, numbers.Real | torch.SymFloat | torch.SymInt):
+            raise TypeError(f"{where}: {name} is a {type(x).__name__}, expected a number")
+        if isinstance(x, float) and not math.isfinite(x):
+            raise ValueError(f"{where}: {name} is {x}, expected a finite number")
