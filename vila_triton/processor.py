@@ -111,7 +111,7 @@ class VilaProcessor(ProcessorMixin):
             raise ValueError(f"return_tensors is {return_tensors!r}, expected 'pt' or None")
         if padding not in (True, False, "longest"):
             raise ValueError(f"padding is {padding!r}, expected True or 'longest', or False")
-        texts = list(text) if isinstance(text, (list, tuple)) else [text]
+        texts: list[Any] = list(text) if isinstance(text, (list, tuple)) else [text]
         if wrong := [line for line in texts if not isinstance(line, str)]:
             raise TypeError(f"a text is a str, not {type(wrong[0]).__name__}")
         if not texts:
