@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vila_triton.files import shown
+from vila_triton.files import require_file, shown
 from vila_triton.ops import Int4, QuantizedPages
 from vila_triton.registry import OPS, Impl, Op, discover, there
 
@@ -121,7 +121,8 @@ def restored(value: Any) -> Any:
 
 
 def load(file: Path) -> Bundle:
-    """Read a bundle. Errors: `BundleError`, `OSError`."""
+    """Read a bundle. Errors: `BundleError`, `OSError`, `LoadError` for what is no file."""
+    require_file(file)
     try:
         held = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
@@ -129,7 +130,7 @@ def load(file: Path) -> Bundle:
     except pickle.UnpicklingError:
         raise BundleError(f"{file} is no bundle: it is not tensors, numbers and text alone") from None
     except Exception as error:  # whatever torch's reader may raise for bytes that are not its own
-        raise BundleError(f"{file} is no bundle, or not a whole one: {brief(error)}") from None
+        raise BundleError(f"{file} is no bundle, or not a whole one ({type(error).__name__})") from None
     if not isinstance(held, dict) or held.get("format") != FORMAT:
         raise BundleError(f"{file} is no bundle: it does not begin with the format {FORMAT!r}")
     wrong = [name for name, kind in FIELDS.items() if type(held.get(name)) is not kind]

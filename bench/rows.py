@@ -19,6 +19,7 @@ import torch
 import triton
 
 from vila_triton.file_locks import locked
+from vila_triton.files import require_file
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = ("device", "torch", "triton", "python", "commit", "date")  # where and when a row was measured
@@ -97,9 +98,10 @@ def whole(line: bytes) -> bool:
 def read(*files: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
     """The rows of the files, or those of one kind; a last line that was cut off is left out, with a word.
 
-    Errors: ValueError naming file and line of what is no row.
+    Errors: ValueError naming file and line of what is no row; `LoadError` for what is no file.
     """
     for file in files:
+        require_file(file)
         *lines, rest = file.read_bytes().split(b"\n")
         if whole(rest):
             lines.append(rest)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bench import bundle, rows
 from vila_triton import VilaProcessor, ops
 from vila_triton.awq import cachefile, calibration
 from vila_triton.chat import Conversation, Talker
@@ -113,6 +114,9 @@ def test_files_that_are_none_are_named(tmp_path: Path) -> None:
         next(calibration.read([tmp_path / "fifo"]))
     with pytest.raises(ValueError, match=r"a\.png is no TOML"):
         table(A)
+    for read in (bundle.load, lambda path: next(rows.read(path))):
+        with pytest.raises(ValueError, match="fifo is a FIFO, expected a file"):
+            read(tmp_path / "fifo")
     for path, told in ((tmp_path / "fifo", "is a FIFO, expected a file"), (A, r"\(torch.save of scale and clip\)$")):
         with pytest.raises(ValueError, match=told):  # without torch's advice, which is to run what the file says
             cachefile.load(path, LlamaConfig(128, 64, 128, 1, 2, 2, 32), 32, torch.float16)
