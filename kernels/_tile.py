@@ -23,8 +23,6 @@ COMPILED = tl.constexpr(not INTERPRETED)
 def check(where: str, *tensors: Tensor) -> None:
     """Unsupported unless Triton can run on the device of the tensors and load their dtypes."""
     device = tensors[0].device
-    if device.type == "meta":
-        raise Unsupported(f"{where}: tensors are on meta, where there is nothing to compute")
     if device.type == "cpu" and not INTERPRETED:
         raise Unsupported(f"{where}: Triton runs on the CPU only interpreted (set TRITON_INTERPRET=1)")
     if device.type == "cuda" and device.index != torch.cuda.current_device():

@@ -249,7 +249,7 @@ def test_a_bundle_that_is_none_gets_one_line(tmp_path: Path, capsys) -> None:
     cases = {
         str(cut): "not a whole one",
         str(tmp_path / "text"): "is no bundle",
-        str(tmp_path / "nowhere"): "No such file",
+        str(tmp_path / "nowhere"): "does not exist",
         other("code", args=(Hostile(tmp_path / "made"),)): "is no bundle",
         other("format", format="other"): "does not begin with the format",
         other("seed", seed="0"): "seed missing or of the wrong type",

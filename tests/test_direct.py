@@ -51,11 +51,7 @@ def test_a_call_under_the_policy_invariant_runs_what_keeps_it(name: str) -> None
 
 @EACH
 def test_where_there_is_nothing_to_compute_the_reference_tells_shapes(op: Op) -> None:
-    on_meta = mapped(lambda x: x.to("meta"), example(op))
-    assert op.choice(*on_meta) == "reference"
-    if "triton" in op.impls:
-        with use(**{op.name: "triton"}), pytest.raises(Unsupported, match="on meta, where there is nothing to compute"):
-            op(*on_meta)
+    assert op.choice(*mapped(lambda x: x.to("meta"), example(op))) == "reference"
 
 
 @CPU

@@ -98,13 +98,13 @@ WRONG: dict[str, tuple[Any, str]] = {
     "eos of a kind": ({"eos_token_id": [2, "3"]}, "eos_token_id is .*expected the id of a token"),
     "huge": ({"eos_token_id": 10**30}, "eos_token_id is 1000"),
     "nan": ({"temperature": float("nan")}, "is not JSON: NaN is not a finite number"),
-    "negative": ({"repetition_penalty": -1}, "repetition_penalty is -1, expected a number above 0"),
+    "negative": ({"repetition_penalty": -1}, "repetition_penalty is -1, expected a number of at least 1e-06"),
     "top_p": ({"top_p": 1.5}, "top_p is 1.5, expected a number above 0 and at most 1$"),
     "length": ({"max_new_tokens": 0}, "max_new_tokens is 0, expected a whole number of at least 1 and at most"),
     "hot": ({"temperature": 2**31}, "temperature is 2147483648, expected a number of at least 0 and at most 1000000"),
     "many": ({"top_k": 10**8}, "top_k is 100000000, expected a whole number of at least 0 and at most 1000000"),
     "flag": ({"do_sample": "yes"}, "do_sample is yes, expected true or false"),
-    "cold": ({"do_sample": True, "temperature": 0.0}, "temperature is 0 and do_sample true, which contradict"),
+    "cold": ({"do_sample": True, "temperature": 0.0}, "temperature is 0.0 and do_sample true, which contradict"),
     "list": ([1], "holds a list, expected an object"),
 }
 
