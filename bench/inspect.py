@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from vila_triton.console import bar
 from vila_triton.interpreter import holds_kernels
 from vila_triton.limits import MANY
 from vila_triton.ops import Int4
@@ -40,7 +41,7 @@ from .inspect_picture import draw
 from .inspect_text import Found, compare, mixtures, refusals, spelled, table
 from .production import production
 from .targets import TARGETS
-from .tool import progress, tool
+from .tool import tool
 
 
 def unit_of(op: Op) -> str | None:
@@ -74,12 +75,12 @@ def look(calls: Sequence[Call], case: str, folder: str | None, peers: bool, sour
     found = []
     outcomes = elsewhere(partial(compile_call, dissect), calls, folder=folder, peers=peers)
     for i, (call, outcome) in enumerate(zip(calls, outcomes), 1):
-        progress(f"{i} of {len(calls)} compiled")
+        bar(f"{i} of {len(calls)} compiled")
         head = {"kind": "inspect", "op": call.op, "impl": call.impl, "number": call.config, "config": outcome.config}
         head |= {"target": call.target, "source": source, "case": case, "sizes": dict(call.sizes)}
         unit, count = unit_of(OPS[call.op]), rows_of(call.sizes)
         found.append(Found(call, source, outcome, [head | figures(x.anatomy, unit, count) for x in outcome.kernels]))
-    progress("")
+    bar("")
     return found
 
 

@@ -14,11 +14,12 @@ from typing import Any
 
 from vila_triton import plan, released
 from vila_triton.checkpoint import open_source
+from vila_triton.console import bar
 from vila_triton.limits import Limits
 from vila_triton.write import write
 
 from . import rows
-from .tool import progress, tool
+from .tool import tool
 
 LOAD = """
 import re, sys
@@ -80,7 +81,7 @@ def main() -> None:
         for form, dtype in CASES:
             folder = Path(place) / form
             if not folder.exists():
-                progress(f"writing {form}", "\n")
+                bar(f"writing {form}", last=True)
                 ours, group = Path(place) / "ours", None if form == "dense" else 128
                 if ours.exists():
                     source = open_source(ours)

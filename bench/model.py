@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 
 from vila_triton.choices import configs, pick_device
+from vila_triton.console import bar
 from vila_triton.limits import COUNT
 from vila_triton.registry import checked
 
@@ -33,7 +34,7 @@ from .failure import refusal, release
 from .runners import HF, Ours, Runner, Theirs, build, chosen, wrong
 from .steps import Step, peak, steps, times, tokens
 from .timing import ceilings
-from .tool import progress, tool
+from .tool import tool
 
 WEIGHTS = ("float32", "float16", "bfloat16", "int4")
 T = TypeVar("T")
@@ -49,7 +50,7 @@ def run(
     here = rows.stamp(device)
     hf = {runner.model.weights: i for i, runner in enumerate(runners) if isinstance(runner, Theirs)}
     for step in todo:
-        progress(f"measuring {step}", "\n")
+        bar(f"measuring {step}", last=True)
         timed = step.what != "memory"
         seconds = times(runners, step, rounds, device) if timed else []
         for i, runner in enumerate(runners):
@@ -167,7 +168,7 @@ def compare(args: argparse.Namespace) -> int:
 
     runners: list[Runner] = []
     for weights in args.weights.split(","):
-        progress(f"building {weights}", "\n")
+        bar(f"building {weights}", last=True)
         model = attempt(partial(build, shape.llm, weights, device), device)
         if isinstance(model, str):
             about = {"what": "build", "model": args.model, "layers": shape.llm.num_hidden_layers, "choice": "all"}

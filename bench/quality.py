@@ -25,6 +25,7 @@ from vila_triton.awq.calibration import drawn, prompts
 from vila_triton.awq.tokens import Tokens
 from vila_triton.cache import Uncached
 from vila_triton.chat import Talker
+from vila_triton.console import bar
 from vila_triton.limits import COUNT, SEED
 from vila_triton.models import llama, vila
 from vila_triton.models.config import LlamaConfig
@@ -32,7 +33,7 @@ from vila_triton.models.params import tree_map
 from vila_triton.tiny.evaluate import SHIPPED, items
 
 from . import rows, smollm2
-from .tool import progress, tool
+from .tool import tool
 
 QUESTIONS = 400  # about held-out scenes, of all kinds
 METHODS = ("rtn", "upstream", "ours")
@@ -75,8 +76,8 @@ def rounded(s: Subject, method: str, group: int) -> llama.Llama:
             new, x, _ = upstream.quantize_layer(layer, x, tokens, s.cfg, group)
         made.append(new)
         left = (time.monotonic() - start) / (i + 1) * (len(s.p.layers) - i - 1)
-        progress(f"{s.name} {method} {group}: {i + 1} of {len(s.p.layers)} layers, {left:.0f} s left")
-    progress("")
+        bar(f"{s.name} {method} {group}: {i + 1} of {len(s.p.layers)} layers, {left:.0f} s left")
+    bar("")
     return replace(s.p, layers=tuple(made))
 
 

@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 
 from vila_triton.arguments import BUNDLED
 from vila_triton.chat import Talker
+from vila_triton.console import bar
 from vila_triton.interpreter import holds_kernels
 from vila_triton.limits import COUNT, MANY, SEED
 from vila_triton.registry import OPS, Impl, checked, recording, use
@@ -34,7 +35,7 @@ from .beside import BUCKETS, Beside
 from .failure import crash
 from .faithful import DEVICE
 from .questions import Prompt
-from .tool import progress, tool
+from .tool import tool
 
 SHOWN = 10  # flips that are listed
 
@@ -124,9 +125,9 @@ def shadow(
 def counted(prompts: Sequence[Prompt], what: str) -> Iterator[Prompt]:
     """The prompts, counted on standard error."""
     for i, prompt in enumerate(prompts, 1):
-        progress(f"{what}: prompt {i} of {len(prompts)}")
+        bar(f"{what}: prompt {i} of {len(prompts)}")
         yield prompt
-    progress("")
+    bar("")
 
 
 def summary(shifts: Sequence[Shift], words: Callable[[int], str]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_triton.choices import configs
+from vila_triton.console import bar
 from vila_triton.file_locks import locked
 from vila_triton.interpreter import holds_kernels
 from vila_triton.limits import COUNT
@@ -36,7 +37,7 @@ from .compiled import Call, compile_call, elsewhere, prepare
 from .inspect_text import aligned
 from .rows import WRITTEN
 from .targets import CHECKED, TARGETS
-from .tool import progress, tool
+from .tool import tool
 
 WIDEST = 16  # bytes
 ABOUT = ("op", "impl", "config", "d", "dtype", "kv", "arch")
@@ -108,11 +109,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("no implementation and sizes are left to compile; see --impl and --size")
     rows: list[dict[str, Any]] = []
     for i, found in enumerate(elsewhere(rows_of, calls, args.workers, args.kernels), 1):
-        progress(f"{i} of {len(calls)} compiled")
+        bar(f"{i} of {len(calls)} compiled")
         rows += found
         if args.csv:
             write(args.csv, found)
-    progress("")
+    bar("")
     print(*aligned([COLUMNS, *([row.get(name, "") for name in COLUMNS] for row in rows)]), sep="\n")
     wrong = sum(bool(row["wrong"]) for row in rows)
     print(f"{len(rows)} kernels, {wrong} of them wrong")

@@ -1,6 +1,5 @@
-"""How every tool ends and shows how far it is; what `vila_triton.console` says of commands holds for tools."""
+"""How every tool ends; what `vila_triton.console` says of commands holds for tools."""
 
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
@@ -34,9 +33,3 @@ def tool(main: Callable[P, int | None]) -> Callable[P, int]:
         return exit_code(name, run, WRONG_COMMAND)
 
     return ended
-
-
-def progress(text: str, end: str = "") -> None:
-    """Say how far a tool is, on a terminal only, in place of what was said last; without text nothing stays there."""
-    if sys.stderr and sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end=end, file=sys.stderr, flush=True)

@@ -28,13 +28,14 @@ from pathlib import Path
 import torch
 
 from vila_triton import tuned
+from vila_triton.console import bar
 from vila_triton.interpreter import holds_kernels
 from vila_triton.limits import COUNT, POSITIVE, Limits
 from vila_triton.registry import OPS, Impl, there
 
 from . import rows
 from .cases import cases, names
-from .tool import progress, tool
+from .tool import tool
 from .tuner import cost, table
 from .tuner.cluster import Cluster
 from .tuner.journal import searches
@@ -110,7 +111,7 @@ class Progress:
         now = time.monotonic()
         if now - self.last >= 0.2:
             self.last = now
-            progress(f"{self.search.impl.op} {self.search.impl.name}: {self.line(now - self.start)}")
+            bar(f"{self.search.impl.op} {self.search.impl.name}: {self.line(now - self.start)}")
 
     def line(self, gone: float) -> str:
         done, count = self.search.done, len(self.search.candidates)
@@ -145,7 +146,7 @@ def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline
             search.run(workers, deadline, Progress(search))
         except KeyboardInterrupt:
             stopped = "stopped"
-        progress("")
+        bar("")
         if not stopped and search.done < len(search.candidates):
             stopped = "out of time"
     if stopped:

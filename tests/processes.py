@@ -1,8 +1,21 @@
-"""Whether processes are there, for tests that end them."""
+"""Processes that tests interrupt, and whether those that they end are there."""
 
+import signal
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+
+def interruptible(command: Sequence[str], **more: Any) -> subprocess.Popen[str]:
+    """A process that Ctrl-C reaches, also from tests that a script runs in the background: those ignore it, and what
+    they start would inherit that.
+    """
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, preexec_fn=heed, **pipes, **more)
 
 
 def alive(pid: int) -> bool:

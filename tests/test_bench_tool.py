@@ -14,10 +14,12 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from processes import interruptible
 
 import bench
 from bench import bundle, rows
-from bench.tool import progress, tool
+from bench.tool import tool
+from vila_triton.console import bar
 
 
 def source(name: str) -> str:
@@ -96,10 +98,10 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
         stream = io.StringIO()
         monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal)
         monkeypatch.setattr(sys, "stderr", stream)
-        progress("1 of 2")
-        progress("")
+        bar("1 of 2")
+        bar("")
         assert stream.getvalue() == ("\r\x1b[K1 of 2\r\x1b[K" if terminal else "")
-    assert not [name for name in MODULES if "\\r" in source(name) and name != "bench.tool"]  # no bars of their own
+    assert not [name for name in MODULES if "\\r" in source(name)]  # no bars of their own
 
 
 def test_two_bundles_of_one_kernel_are_two_files(tmp_path: Path) -> None:
@@ -133,12 +135,9 @@ if __name__ == "__main__":
 def test_ctrl_c_while_processes_compile_is_one_line(tmp_path: Path) -> None:
     """As a terminal does it: the signal goes to the whole group, to a process that is still starting among others."""
     (tmp_path / "interrupted.py").write_text(INTERRUPTED)
-    process = subprocess.Popen(
+    process = interruptible(
         [sys.executable, "-m", "interrupted"],
         env={**os.environ, "PYTHONPATH": f"{rows.ROOT}:{tmp_path}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
         start_new_session=True,
     )
     assert process.stdout and process.stdout.readline() == "one\n"

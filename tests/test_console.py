@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from processes import interruptible
 
 ENDS = """
 import sys
@@ -66,7 +67,7 @@ def test_what_nobody_reads_ends_it_without_a_traceback(
 
 def test_a_command_that_is_interrupted_says_so_in_one_line() -> None:
     code = ENDS.format("import time; print('begun', flush=True); time.sleep(60)")
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = interruptible([sys.executable, "-c", code])
     assert process.stdout and process.stdout.readline() == "begun\n"
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)

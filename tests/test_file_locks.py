@@ -17,7 +17,6 @@ from vila_triton import tuned
 from vila_triton.file_locks import alone, claim, locked
 
 WRITERS, EACH = 8, 12
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 
 def together(f: Callable[[int], None]) -> None:

@@ -115,7 +115,7 @@ def overlapping(patch: pytest.MonkeyPatch, owner: Any, name: str, work: Callable
         return in_threads([lambda: run(True), lambda: run(False)])
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the product is one for CPUs")
+@pytest.mark.skipif(DEVICE != "cpu", reason="oneDNN, whose setting it is, multiplies on a CPU alone")
 def test_one_row_in_two_threads_leaves_onednn_on(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = torch.ones(1, 8, dtype=torch.bfloat16), torch.ones(4, 8, dtype=torch.bfloat16)
     with use(linear="aten"):

@@ -43,8 +43,10 @@ def complain(name: str, error: BaseException) -> None:
         print(f"{WIPE if on_terminal() else ''}{name}: {reason_of(error)}", file=sys.stderr, flush=True)
 
 
-def bar(text: str, last: bool) -> None:
-    """How far something is: on a terminal a line that the next takes the place of, but for the last; else nothing."""
+def bar(text: str, last: bool = False) -> None:
+    """How far something is: on a terminal a line that the next takes the place of, but for the last; else nothing.
+    Without text the line is empty.
+    """
     if on_terminal():
         print(f"{WIPE}{text}", end="\n" if last else "", file=sys.stderr, flush=True)
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .files import LoadError, read_json, require_own
+from .files import LoadError, read_json, require_own, shown
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"  # SentencePiece's, and that of Hugging Face's tokenizers
 CONFIG, NAMES, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -51,9 +51,7 @@ def naming(file: Path) -> Iterator[None]:
     """Errors: `LoadError` naming the file, whatever goes wrong inside."""
     try:
         yield
-    except LoadError:
-        raise
-    except MemoryError:
+    except (LoadError, MemoryError):
         raise
     except Exception as error:
         raise LoadError(f"{file} cannot be used: {shortened(error)}") from None
@@ -123,9 +121,9 @@ def legacy(place: Path) -> dict[str, Any]:
     with naming(place / ADDED):
         for text, i in added.items():
             if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 10**9:
-                raise ValueError(f"{cut(text)} is {cut(i)}, expected the id of a token")
+                raise ValueError(f"{shown(text)} is {shown(i)}, expected the id of a token")
         flags = {text: {"special": text in special, "normalized": text not in special} for text in added}
-        decoder = {i: token({"content": text, **flags[text]}, cut(text)) for text, i in added.items()}
+        decoder = {i: token({"content": text, **flags[text]}, shown(text)) for text, i in added.items()}
     return said | ({"added_tokens_decoder": decoder} if decoder else {})
 
 
@@ -134,8 +132,8 @@ def token(value: Any, name: str) -> Any:
     from transformers import AddedToken
 
     content = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(content, str) or not content or re.search("[\ud800-\udfff]", content):
-        raise ValueError(f"{name} is {cut(value)}, expected a token: a text, or an object with its content")
+    if not isinstance(content, str) or not content:
+        raise ValueError(f"{name} is {shown(value)}, expected a token: a text, or an object with its content")
     if isinstance(value, str):
         return value
     flags = {flag: expected(value[flag], bool, f"{name} {flag}", "true or false") for flag in FLAGS if flag in value}
@@ -145,13 +143,8 @@ def token(value: Any, name: str) -> Any:
 def expected(value: Any, kind: type, name: str, words: str) -> Any:
     """Errors: ValueError naming the field, for a value of another kind."""
     if not isinstance(value, kind):
-        raise ValueError(f"{name} is {cut(value)}, expected {words}")
+        raise ValueError(f"{name} is {shown(value)}, expected {words}")
     return value
-
-
-def cut(value: Any) -> str:
-    words = repr(value)
-    return words if len(words) < 60 else f"{words[:60]} ..."
 
 
 def of_pieces(file: Path, said: Mapping[str, Any]) -> Any:
@@ -195,7 +188,7 @@ def check(values: Mapping[str, Any]) -> None:
             known = step.get("special_tokens") or {}
             parts = [part.get("SpecialToken", {}).get("id") for part in [*step["single"], *step["pair"]]]
             if missing := [part for part in parts if part is not None and part not in known]:
-                raise ValueError(f"post_processor special_tokens is without {cut(missing[0])}, which it adds")
+                raise ValueError(f"post_processor special_tokens is without {shown(missing[0])}, which it adds")
 
 
 def begun_once(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Every reader of files, and how many damaged ones it is tried on."""
 
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from vila_triton import tuned
+from vila_triton.arguments import BUNDLED
 from vila_triton.awq import work
 from vila_triton.shards import JOURNAL
 
@@ -46,17 +46,16 @@ from .whole import (
     whole_tables,
     whole_torch,
     whole_work,
-    with_file,
     write_on,
 )
 from .worker import Reader
 
 
-def json_of_checkpoint(
-    name: str, count: int, file: str, prepare: Callable[[Path], Sequence[bytes]] | None = None
-) -> Reader:
+def json_of_checkpoint(name: str, count: int, file: str, source: Path = BUNDLED, whole: bytes = b"") -> Reader:
+    """A JSON file of a model, or `whole` in its place."""
     names = ("/folder", Path(file).name)  # the second where a question shows what the file says wrongly
-    return Reader(name, count, file, prepare or partial(checkpoint, file), mutate.of_json, talk, names)
+    prepare = partial(checkpoint, file, source=source, whole=whole)
+    return Reader(name, count, file, prepare, mutate.of_json, talk, names)
 
 
 READERS = {
@@ -99,24 +98,14 @@ READERS = {
         ),
         json_of_checkpoint("root config", 1000, "config.json"),
         json_of_checkpoint("llm config", 1000, "llm/config.json"),
-        json_of_checkpoint("int4 config", 600, "llm/config.json", partial(checkpoint, "llm/config.json", source=INT4)),
+        json_of_checkpoint("int4 config", 600, "llm/config.json", INT4),
         json_of_checkpoint("tower config", 800, "vision_tower/config.json"),
         json_of_checkpoint("projector config", 400, "mm_projector/config.json"),
-        json_of_checkpoint(
-            "generation config",
-            500,
-            "llm/generation_config.json",
-            partial(with_file, "llm/generation_config.json", GENERATION),
-        ),
+        json_of_checkpoint("generation config", 500, "llm/generation_config.json", whole=GENERATION),
         json_of_checkpoint("preprocessor", 800, "vision_tower/preprocessor_config.json"),
         json_of_checkpoint("tokenizer.json", 1000, "llm/tokenizer.json"),
         json_of_checkpoint("tokenizer config", 800, "llm/tokenizer_config.json"),
-        json_of_checkpoint(
-            "special tokens",
-            400,
-            "llm/special_tokens_map.json",
-            partial(with_file, "llm/special_tokens_map.json", SPECIAL),
-        ),
+        json_of_checkpoint("special tokens", 400, "llm/special_tokens_map.json", whole=SPECIAL),
         Reader("tokenizer.model", 700, "llm/tokenizer.model", whole_sentencepiece, mutate.of_bytes, talk, ("/llm",)),
         Reader("processor config", 300, "processor_config.json", whole_processor, mutate.of_json, process),
         Reader(

@@ -106,10 +106,6 @@ def picture() -> Image.Image:
     return open_image(EXAMPLES / "a.png")
 
 
-def with_file(file: str, whole: bytes, folder: Path) -> list[bytes]:
-    return checkpoint(file, folder, whole=whole)
-
-
 GENERATION = json.dumps(
     {"bos_token_id": 1, "eos_token_id": [2, 5], "do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 5}
     | {"max_length": 512, "pad_token_id": 3, "transformers_version": "4.36.2"}
