@@ -21,16 +21,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
-from vila_triton.interpreter import holds_kernels
 from vila_triton.limits import COUNT, MANY, POSITIVE
 from vila_triton.registry import OPS, REFERENCE, Impl, Op, Unsupported, discover, there
+from vila_triton.registry.interpreter import holds_kernels
 
-from . import bundle
-from .coverage import coverage
-from .failure import described, elements, line, settings
-from .faithful import DEVICE, Example, arguments
-from .search import DeviceLost, Verdict, search
-from .tool import tool
+from ._tool import tool
+from .correctness import repro_bundle
+from .correctness.error_budget import DEVICE, Example, arguments
+from .correctness.failure_report import described, elements, line, settings
+from .correctness.find_failure import DeviceLost, Verdict, search
+from .correctness.tile_coverage import coverage
 
 Pair = tuple[Impl, int]  # an implementation and the number of one of its configs
 
@@ -89,8 +89,8 @@ def outcome(op: Op, impl: Impl, number: int, verdict: Verdict, before: Sequence[
     else:
         sizes = dict(shrunk.sizes)
         args, seed = arguments(op, **sizes), sizes.pop("seed")
-        file = bundle.unused(file)
-        bundle.save(file, impl, config, args, seed, shrunk.layout, sizes, "bench.check")
+        file = repro_bundle.unused(file)
+        repro_bundle.save(file, impl, config, args, seed, shrunk.layout, sizes, "bench.check")
         yield f"{line('wrong')}{shrunk.kind}; {spent}"
         yield f"{line('shrunk case')}{settings(shrunk.sizes)}{verdict.caveat and f'  ({verdict.caveat})'}"
         yield f"{line('layout')}its arguments were {shrunk.layout}"
@@ -105,8 +105,8 @@ def outcome(op: Op, impl: Impl, number: int, verdict: Verdict, before: Sequence[
 
 def replay(file: Path) -> bool:
     """Make the call of a bundle again and print how it went; whether it is right. Errors: `BundleError`, OSError."""
-    saved = bundle.load(file)
-    op, impl = bundle.resolve(saved)
+    saved = repro_bundle.load(file)
+    op, impl = repro_bundle.resolve(saved)
     print(f"{op.name} {impl.name}: {settings(saved.config)}")
     print(f"{line('call')}{settings({**saved.sizes, 'seed': saved.seed})}, {saved.layout}, from {saved.origin}")
     print(f"{line('saved with')}{settings(saved.stamp)}")

@@ -4,8 +4,8 @@
 
 A row's `wrong` says what may not be: no compilation, spilled registers (in float32, which is there to compare with,
 `spills` only lists them), more shared memory than there is, less precision than was asked for, in an exact op other
-roundings than the source's (`bench.precision`), weights loaded by fewer bytes than configs/bench/inspect.toml says. It
-exits with 1 if there is any.
+roundings than the source's (`bench.compiler.precision`), weights loaded by fewer bytes than
+configs/bench/inspect.toml says. It exits with 1 if there is any.
 
 The launchers themselves run, on tensors without data and under a driver that only names its target, so a new file of
 `kernels/` is compiled as it is called and listed nowhere. It happens in processes of their own.
@@ -34,16 +34,16 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from vila_triton import kernels as door
-from vila_triton.interpreter import holds_kernels
 from vila_triton.limits import COUNT
 from vila_triton.registry import OPS, Impl, Unsupported, discover, there
+from vila_triton.registry.interpreter import holds_kernels
 
-from .anatomy import dissect
-from .precision import imprecise
-from .production import production
-from .resources import resources
-from .targets import CHECKED, TARGETS
-from .tool import tool
+from ._tool import tool
+from .compiler.gpus import CHECKED, TARGETS
+from .compiler.kernel_stats import dissect
+from .compiler.precision import imprecise
+from .compiler.production_sizes import production
+from .compiler.resources import resources
 
 S = TypeVar("S")
 T = TypeVar("T")

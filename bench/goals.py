@@ -22,10 +22,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import goals_attention, rows
-from .points import Point, goal, points
-from .spelling import brief, unit
-from .tool import tool
+from ._tool import tool
+from .measure import goals_attention, rows
+from .measure.format import brief, unit
+from .measure.measured_points import Point, goal, points
 
 OP = "int4_matmul"
 DECODE, STRETCH, FLOOR = 2.2, 3.0, 0.95

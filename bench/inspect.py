@@ -27,21 +27,21 @@ from typing import Any
 import torch
 
 from vila_triton.console import bar
-from vila_triton.interpreter import holds_kernels
 from vila_triton.limits import MANY
 from vila_triton.ops import Int4
 from vila_triton.registry import OPS, Op, there
+from vila_triton.registry.interpreter import holds_kernels
 
-from . import inspect_beside as beside
-from . import rows
-from .anatomy import Dissection, dissect, figures
-from .cases import cases, names
+from ._tool import tool
 from .compiled import Call, compile_call, elsewhere, prepare
-from .inspect_picture import draw
-from .inspect_text import Found, compare, mixtures, refusals, spelled, table
-from .production import production
-from .targets import TARGETS
-from .tool import tool
+from .compiler import inspect_peer as beside
+from .compiler.gpus import TARGETS
+from .compiler.inspect_plot import draw
+from .compiler.inspect_text import Found, compare, mixtures, refusals, spelled, table
+from .compiler.kernel_stats import Dissection, dissect, figures
+from .compiler.production_sizes import production
+from .measure import rows
+from .measure.cases import cases, names
 
 
 def unit_of(op: Op) -> str | None:

@@ -8,9 +8,10 @@ Random weights of a released geometry (configs/models) take four kinds of step:
     memory    the most that a prefill takes beyond the weights, keys and values included
 
 for every kind of weights and every choice of kernels, beside Hugging Face's eager model of the same weights in the same
-process. A runner whose logits are wrong gets no time (`bench.runners.wrong`). All runners take turns within a round,
-and a ratio is the median over rounds of the ratio within a round: what else the machine does meets all alike. `limit`
-is the bytes the step must move (bench/work.py) over the bandwidth measured in this run: memory allows nothing faster.
+process. A runner whose logits are wrong gets no time (`bench.measure.runners.wrong`). All runners take turns within
+a round, and a ratio is the median over rounds of the ratio within a round: what else the machine does meets all alike. `limit`
+is the bytes the step must move (bench/measure/step_cost.py) over the bandwidth measured in this run: memory allows
+nothing faster.
 """
 
 import argparse
@@ -24,17 +25,19 @@ from typing import Any, TypeVar
 
 import torch
 
-from vila_triton.choices import configs, pick_device
 from vila_triton.console import bar
 from vila_triton.limits import COUNT
+from vila_triton.paths import config_dir
 from vila_triton.registry import checked
+from vila_triton.registry.kernel_config import pick_device
 
-from . import geometry, predict, rows, work
-from .failure import refusal, release
-from .runners import HF, Ours, Runner, Theirs, build, chosen, wrong
-from .steps import Step, peak, steps, times, tokens
-from .timing import ceilings
-from .tool import tool
+from . import roofline
+from ._tool import tool
+from .correctness.failure_report import refusal, release
+from .measure import model_configs, rows, step_cost
+from .measure.model_steps import Step, peak, steps, times, tokens
+from .measure.runners import HF, Ours, Runner, Theirs, build, chosen, wrong
+from .measure.timing import ceilings
 
 WEIGHTS = ("float32", "float16", "bfloat16", "int4")
 T = TypeVar("T")
@@ -63,7 +66,7 @@ def run(
             if isinstance(found, int):
                 yield {"kind": "model", **about, "peak_bytes": found, **here}
                 continue
-            least = work.language(runner.reads, step.batch, step.new, step.history, model.dtype)
+            least = step_cost.language(runner.reads, step.batch, step.new, step.history, model.dtype)
             middle = statistics.median(found)
             figures = {
                 "seconds": middle, "low": min(found), "high": max(found), "rounds": rounds,
@@ -105,7 +108,7 @@ def show(row: Mapping[str, Any]) -> str:
 
 def published(model: str) -> Iterator[str]:
     """What others published for TinyChat on the same language model, a line for each machine and precision."""
-    table = tomllib.loads((configs() / "bench" / "tinychat.toml").read_text())
+    table = tomllib.loads((config_dir() / "bench" / "tinychat.toml").read_text())
     lines: dict[str, list[str]] = {}
     for what, length in (("prefill", "length"), ("streaming", "history"), ("decode", None)):
         for row in table[what]:
@@ -143,7 +146,7 @@ def numbers(text: str) -> list[int]:
 def compare(args: argparse.Namespace) -> int:
     """Build, check, time, print and write; 1 if something got no time."""
     device = pick_device(args.device)
-    shape = geometry.load(args.model, args.layers)
+    shape = model_configs.load(args.model, args.layers)
     todo = list(steps(args.prompts, args.histories, args.batches, args.contexts))
     unknown = [w for w in args.weights.split(",") if w not in WEIGHTS]
     if unknown:
@@ -229,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         others = [name for name, value in vars(args).items() if value != parser().get_default(name)]
         if ignored := [f"--{name}" for name in others if name not in ("predict", "model")]:
             parser().error(f"--predict takes --model and nothing else, not {', '.join(ignored)}")
-        return predict.main(["--gpu", args.predict, "--model", args.model])
+        return roofline.main(["--gpu", args.predict, "--model", args.model])
     args.choice = args.choice or ["default"]
     return compare(args)
 

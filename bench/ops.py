@@ -26,20 +26,20 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
-from vila_triton.choices import pick_device
-from vila_triton.interpreter import holds_kernels
 from vila_triton.limits import POSITIVE
-from vila_triton.ops.domain import DTYPES
+from vila_triton.ops.dtypes import DTYPES
 from vila_triton.registry import OPS, REFERENCE, Impl
-from vila_triton.tuned import config_at, kernels_for, name_of
+from vila_triton.registry.interpreter import holds_kernels
+from vila_triton.registry.kernel_config import pick_device
+from vila_triton.registry.tuned_tables import config_at, kernels_for, name_of
 
-from . import rows
-from .cases import Case, call_arguments, cases, names
-from .failure import refusal, release
-from .gate import gate, numbers_gate
-from .spelling import brief, unit
-from .timing import Ceilings, Timing, ceilings, measure
-from .tool import tool
+from ._tool import tool
+from .correctness.failure_report import refusal, release
+from .correctness.gate import gate, numbers_gate
+from .measure import rows
+from .measure.cases import Case, call_arguments, cases, names
+from .measure.format import brief, unit
+from .measure.timing import Ceilings, Timing, ceilings, measure
 
 Gate = Callable[[Impl, Mapping[str, Any], Case], str | None]
 GATES: dict[str, Gate] = {"full": gate, "case": numbers_gate}

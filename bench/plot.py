@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from . import rows
-from .figure import save
+from ._tool import tool
+from .measure import rows
 from .plots import models, ops, quality, tuning
-from .plots.picture import Picture, Row
-from .tool import tool
+from .plots.figure import Picture, Row
+from .plots.style import save
 from .tuner.table import TIMES
 
 # Which kinds of rows a picture is made from; the first one it cannot do without.

@@ -20,24 +20,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.awq import ours, upstream
-from vila_triton.awq.calibration import drawn, prompts
-from vila_triton.awq.tokens import Tokens
-from vila_triton.cache import Uncached
-from vila_triton.chat import Talker
+from vila_triton.cache.paged_cache import Uncached
+from vila_triton.chat.conversation import Talker
 from vila_triton.console import bar
 from vila_triton.limits import COUNT, SEED
 from vila_triton.models import llama, vila
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.params import tree_map
+from vila_triton.paths import BUNDLED_CHECKPOINT
+from vila_triton.quantization import awq_gptq, llm_awq
+from vila_triton.quantization.activations import Tokens
+from vila_triton.quantization.calibration_data import drawn, prompts
 from vila_triton.tiny.evaluate import SHIPPED, items
 
-from . import rows, smollm2
-from .tool import tool
+from ._tool import tool
+from .measure import rows, smollm2
 
 QUESTIONS = 400  # about held-out scenes, of all kinds
 METHODS = ("rtn", "upstream", "ours")
-BUNDLED = Path(vila.__file__).parents[1] / "tiny" / "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ def rounded(s: Subject, method: str, group: int) -> llama.Llama:
     made, start = [], time.monotonic()
     for i, layer in enumerate(s.p.layers):
         if method == "ours":
-            done = ours.quantize_layer(layer, x, seen, tokens, s.cfg, group)
+            done = awq_gptq.quantize_layer(layer, x, seen, tokens, s.cfg, group)
             new, x, seen = done.layer, done.truth, done.seen
         else:
-            new, x, _ = upstream.quantize_layer(layer, x, tokens, s.cfg, group)
+            new, x, _ = llm_awq.quantize_layer(layer, x, tokens, s.cfg, group)
         made.append(new)
         left = (time.monotonic() - start) / (i + 1) * (len(s.p.layers) - i - 1)
         bar(f"{s.name} {method} {group}: {i + 1} of {len(s.p.layers)} layers, {left:.0f} s left")
@@ -112,14 +112,14 @@ def measure(s: Subject, p: llama.Llama) -> dict[str, Any]:
 
 def bundled(samples: int, seed: int, questions: int = QUESTIONS) -> Subject:
     """The bundled model, calibrated on drawn training scenes and measured on questions about held-out ones."""
-    talker = Talker.from_pretrained(BUNDLED, "cpu", torch.float32)
+    talker = Talker.from_pretrained(BUNDLED_CHECKPOINT, "cpu", torch.float32)
     model, image_tokens = talker.model, talker.model.geometry.image_tokens
     held_out = items(1 + questions // 25, seed + 1, SHIPPED)[:questions]
     asked = [(i.qa.question, i.pictures, i.qa.answer) for i in held_out]
     groups = [[(d.text, d.pictures, d.answer) for d in drawn(samples, seed)], asked]
 
     def text(group: Sequence[Any]) -> Text:
-        from vila_triton.awq.calibration import Sample
+        from vila_triton.quantization.calibration_data import Sample
 
         shown = prompts([Sample(*s) for s in group], talker.tokenizer, talker.processor, model.config, image_tokens)
         features = model.encode_images(shown.pixels).flatten(0, 1) if shown.pixels is not None else None

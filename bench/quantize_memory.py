@@ -14,18 +14,18 @@ from pathlib import Path
 
 import torch
 
-from vila_triton.awq import run as awq
-from vila_triton.awq.calibration import Prompts
-from vila_triton.awq.work import How
-from vila_triton.checkpoint import open_source, save
+from vila_triton.checkpoints.loading import open_source, save
 from vila_triton.limits import COUNT
 from vila_triton.models import vila
 from vila_triton.models.params import count, init
-from vila_triton.tiny.folder import CONFIG, configs
+from vila_triton.quantization import pipeline as awq
+from vila_triton.quantization.calibration_data import Prompts
+from vila_triton.quantization.resumable import How
+from vila_triton.tiny.config import CONFIG, configs
 
-from . import rows
-from .memory import Peak
-from .tool import tool
+from ._tool import tool
+from .measure import rows
+from .prefill_memory import Peak
 
 
 def measure(layers: int, width: int, tokens: int, group: int) -> dict[str, float]:

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from vila_triton.choices import configs
-from vila_triton.interpreter import holds_kernels
+from vila_triton.paths import config_dir
 from vila_triton.registry import OPS, Op, Unsupported
+from vila_triton.registry.interpreter import holds_kernels
 
-from .cases import combinations
+from ._tool import tool
 from .compiled import elsewhere, launching, prepare
-from .tool import tool
+from .measure.cases import combinations
 
 TOKENS = (1, 2, 3, 16, 17, 32, 100)
 SWEEP = {  # sizes that vary while one model serves, in the alphabet of vila_triton/ops; the others are the model's
@@ -128,7 +128,7 @@ def trace(where: tuple[str, str]) -> Trace:
 
 def limit(kernel: str) -> int:
     """The most variants a kernel may have in the sweep."""
-    table = tomllib.loads((configs() / "bench" / "variants.toml").read_text())
+    table = tomllib.loads((config_dir() / "bench" / "variants.toml").read_text())
     return table.get(kernel, table["default"])
 
 

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import plot, rows
-from .figure import save
+from . import plot
+from ._tool import tool
 from .goals import met
-from .page import Html, folded, heading, mark, page, paragraph, picture, table
-from .plots.picture import spelled
-from .spelling import brief, unit
-from .tool import tool
+from .measure import rows
+from .measure.format import brief, unit
+from .plots.figure import spelled
+from .plots.html_page import Html, folded, heading, mark, page, paragraph, picture, table
+from .plots.style import save
 from .tuner.table import TIMES
 
 Row = Mapping[str, Any]

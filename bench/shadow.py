@@ -23,19 +23,21 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
-from vila_triton.arguments import BUNDLED
-from vila_triton.chat import Talker
+from vila_triton.chat.conversation import Talker
 from vila_triton.console import bar
-from vila_triton.interpreter import holds_kernels
 from vila_triton.limits import COUNT, MANY, SEED
+from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import OPS, Impl, checked, recording, use
+from vila_triton.registry.interpreter import holds_kernels
 
-from . import bundle, questions, rows
-from .beside import BUCKETS, Beside
-from .failure import crash
-from .faithful import DEVICE
-from .questions import Prompt
-from .tool import tool
+from ._tool import tool
+from .correctness import repro_bundle
+from .correctness.error_budget import DEVICE
+from .correctness.failure_report import crash
+from .correctness.shadow_recorder import BUCKETS, Beside
+from .measure import prompts as questions
+from .measure import rows
+from .measure.prompts import Prompt
 
 SHOWN = 10  # flips that are listed
 
@@ -162,7 +164,7 @@ def save(beside: Beside, file: Path) -> None:
     worst = beside.worst
     assert worst is not None
     origin = f"bench.shadow: {worst.name}, {worst.phase}"
-    bundle.save(file, beside.candidate, worst.config, worst.args, 0, "aligned", {}, origin)
+    repro_bundle.save(file, beside.candidate, worst.config, worst.args, 0, "aligned", {}, origin)
     print(f"worst call: {worst.name}, {worst.phase}: python -m bench.check --replay {file}")
 
 
@@ -188,7 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     checked({args.op: args.impl})
     impl = OPS[args.op].impls[args.impl]
-    folder = args.model or (BUNDLED.with_name("checkpoint-int4") if args.op.startswith("int4") else BUNDLED)
+    folder = args.model or (
+        BUNDLED_CHECKPOINT.with_name("checkpoint-int4") if args.op.startswith("int4") else BUNDLED_CHECKPOINT
+    )
     prompts = questions.read(args.prompts) if args.prompts else questions.bundled(args.count, args.seed)
     talker = Talker.from_pretrained(folder, DEVICE)
     beside, incumbents, shifts = shadow(talker, impl, prompts, args.tokens, args.layers)
@@ -205,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print("\n".join(summary(shifts, lambda token: talker.tokenizer.decode([token]))))
     usual = Path(tempfile.gettempdir()) / f"{args.op}-{args.impl}-shadow.bundle"
-    save(beside, args.save or bundle.unused(usual))
+    save(beside, args.save or repro_bundle.unused(usual))
     if args.json:
         rows.write(args.json, found(beside, shifts, folder.name))
     return 1 if isinstance(shifts, str) or beside.first else 0

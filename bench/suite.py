@@ -1,8 +1,8 @@
 """Everything a machine with a GPU should run: `python -m bench.suite --minutes 12 --out DIR`
 
 Correctness of every kernel, then int4_matmul and attention beside their peers and their goals, then the model, then a
-few candidates of each search, then pictures and a report (bench/plan.py). Every step is a command of this repository
-with a limit of its own: at its end the step is asked to stop, and GRACE seconds later it is killed with all it started.
+few candidates of each search, then pictures and a report (bench/measure/suite_plan.py). Every step is a command of
+this repository with a limit of its own: at its end the step is asked to stop, and GRACE seconds later it is killed with all it started.
 What a step leaves of its time goes to those after it; what does not fit is left out, the least valuable first. After
 every step DIR/summary.txt is written anew, so the suite, too, may be stopped at any time.
 
@@ -27,10 +27,11 @@ import torch
 
 from vila_triton.limits import POSITIVE
 
-from . import rows, standin
+from . import standin
+from ._tool import tool
 from .goals import met
-from .plan import Step, allot, left_out, steps
-from .tool import tool
+from .measure import rows
+from .measure.suite_plan import Step, allot, left_out, steps
 
 GRACE = 5.0  # seconds from being asked to stop to being killed
 PYTHON = standin.prefix()  # what starts a step
@@ -143,9 +144,11 @@ def main() -> int:
     seconds = 60 * args.minutes - OWN
     plan = steps((args.out or Path("out")).resolve(), toy)
     if args.estimate:
-        from . import estimate  # not above: where there is no GPU, its import turns the interpreter on, for steps too
+        from .measure import (
+            suite_estimate,  # not above: where there is no GPU, its import turns the interpreter on, for steps too
+        )
 
-        print(*estimate.lines(plan, seconds), *left_out(plan, seconds), sep="\n")
+        print(*suite_estimate.lines(plan, seconds), *left_out(plan, seconds), sep="\n")
         return 0
     if args.out is None:
         parser.error("--out: which folder is to hold what it finds?")

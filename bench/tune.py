@@ -1,8 +1,8 @@
 """Which config of a kernel is fastest at which sizes? `python -m bench.tune int4_matmul --case decode --minutes 30`
 
 Candidates are the configs of an implementation and those of its search space (`Space`, in the kernel's file). Before
-anything is launched one is dropped if the cost model (bench/tuner/cost.py) says it takes --worse-than times as long as
-the best, or if, cross-compiled, it spills registers or wants more shared memory than there is. What is left passes the
+anything is launched one is dropped if the cost model (bench/tuner/cost_model.py) says it takes --worse-than times as
+long as the best, or if, cross-compiled, it spills registers or wants more shared memory than there is. What is left passes the
 gate and is timed. Without a GPU there is nothing to time Triton kernels with but the cost model itself: then only those
 that it calls best at some sizes pass the gate, and the table says so in the name of its device; no call looks it up.
 
@@ -27,16 +27,15 @@ from pathlib import Path
 
 import torch
 
-from vila_triton import tuned
 from vila_triton.console import bar
-from vila_triton.interpreter import holds_kernels
 from vila_triton.limits import COUNT, POSITIVE, Limits
-from vila_triton.registry import OPS, Impl, there
+from vila_triton.registry import OPS, Impl, there, tuned_tables
+from vila_triton.registry.interpreter import holds_kernels
 
-from . import rows
-from .cases import cases, names
-from .tool import tool
-from .tuner import cost, table
+from ._tool import tool
+from .measure import rows
+from .measure.cases import cases, names
+from .tuner import cost_model, table
 from .tuner.cluster import Cluster
 from .tuner.journal import searches
 from .tuner.search import COST_MODEL, Plan, Search, identity
@@ -51,7 +50,7 @@ def plan_for(impl: Impl, args: argparse.Namespace) -> Plan:
     device = torch.device("cuda" if here else "cpu")
     timer = (args.timer or "").replace("-", " ") or ("gpu" if here else COST_MODEL if holds_kernels(impl) else "cpu")
     of_arch = args.arch or not here
-    gpu = cost.gpu(args.arch or "sm_90") if of_arch else cost.here(torch.cuda.get_device_properties(device))
+    gpu = cost_model.gpu(args.arch or "sm_90") if of_arch else cost_model.here(torch.cuda.get_device_properties(device))
     if timer == "gpu" and not here:
         raise ValueError("--timer gpu: torch sees no GPU here")
     if timer == "cpu" and (here or holds_kernels(impl)):
@@ -160,16 +159,16 @@ def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline
     if entry is None:
         print("nothing was timed, so there is no table")
     else:
-        where = args.out or (tuned.folder() if plan.timer == "gpu" else JOURNALS)
+        where = args.out or (tuned_tables.folder() if plan.timer == "gpu" else JOURNALS)
         with undisturbed():
             file = table.write(where, plan.device, entry)
             if args.install and plan.timer == "gpu":
-                table.write(tuned.folder(), plan.device, entry)
+                table.write(tuned_tables.folder(), plan.device, entry)
         if plan.timer == COST_MODEL:
             print("The timer is the COST MODEL: nothing was run to take a time, these seconds are predictions.")
             print("Only what is best at some sizes passed the gate; the others are predictions, unchecked.")
         print("\n".join(table.report(rows_found, impl.configs[0], OPS[impl.op].varying)))
-        if impl.op in (found := tuned.read(file)["choices"]):
+        if impl.op in (found := tuned_tables.read(file)["choices"]):
             print(f"of the implementations tuned, {impl.op} runs: {json.dumps(found[impl.op])}")
         print(f"table {file}\njournal {search.journal.file}")
     if stopped == "stopped":
@@ -199,18 +198,18 @@ def tables(folder: Path) -> int:
 def stale(folder: Path) -> Iterator[str]:
     """The entries and choices of the tables of a folder that do not hold, and why."""
     for file in sorted(folder.glob("*.json")):
-        held = tuned.read(file)
-        if tuned.file_of(held["device"], folder) != file:
+        held = tuned_tables.read(file)
+        if tuned_tables.file_of(held["device"], folder) != file:
             yield f"{file.name}: was made on {held['device']}"
         for entry in held["entries"]:
             impl = OPS[entry["op"]].impls.get(entry["impl"]) if entry["op"] in OPS else None
-            why = list(tuned.changes(entry, impl).values()) if impl else ["there is no such implementation"]
+            why = list(tuned_tables.changes(entry, impl).values()) if impl else ["there is no such implementation"]
             if why:
                 yield f"{file.name}: {entry['op']} {entry['impl']}: {'; '.join(why)}"
         for op in held["choices"]:
             try:
-                tuned.parsed(held, op, file)
-            except (ValueError, tuned.Stale) as error:
+                tuned_tables.parsed(held, op, file)
+            except (ValueError, tuned_tables.Stale) as error:
                 yield f"{file.name}: {error}"
 
 
@@ -221,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--case", help="a name of configs/bench/OP.toml; default: all")
     parser.add_argument("--timer", choices=("gpu", "cpu", "cost-model"), help="default: what this machine can do")
     parser.add_argument(
-        "--arch", help=f"compile and predict for it: {', '.join(cost.archs())}; default: the GPU's, or sm_90"
+        "--arch", help=f"compile and predict for it: {', '.join(cost_model.archs())}; default: the GPU's, or sm_90"
     )
     parser.add_argument(
         "--worse-than", type=Limits(float, 1, 1e12), default=3.0, metavar="X", help="default: %(default)s"
@@ -253,8 +252,8 @@ def main() -> int:
         if (args.check or args.report) and args.out and not args.out.is_dir():
             raise ValueError(f"--out {args.out}: there is no such folder")
         if args.check:
-            found = list(stale(args.out or tuned.folder()))
-            print("\n".join(found) or f"all entries hold, of {tables(args.out or tuned.folder())} tables")
+            found = list(stale(args.out or tuned_tables.folder()))
+            print("\n".join(found) or f"all entries hold, of {tables(args.out or tuned_tables.folder())} tables")
             return 1 if found else 0
         known = timeable(known, args)
         if not args.report:

@@ -18,13 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Pages, decode_attention
-from vila_triton.ops.paged import bytes_of
-from vila_triton.space import SIZE, Config, Launch, Space, cdiv
+from vila_triton.ops.kv_write import bytes_of
+from vila_triton.registry.search_space import SIZE, Config, Launch, Space, cdiv
 
-from ._pool import attend_pools, check_pools, pages_at, parts_of, pool_of, read_parts, store_parts
-from ._softmax import over, start
-from ._split import MULTIPROCESSORS, keys_of, merge_kernel, multiprocessors, natural, plan
-from ._tile import LOG2_E, block_of, stages_of
+from ._kv_pages import attend_pools, check_pools, pages_at, parts_of, pool_of, read_parts, store_parts
+from ._launch import LOG2_E, block_of, stages_of
+from ._online_softmax import over, start
+from ._split_kv import MULTIPROCESSORS, keys_of, merge_kernel, multiprocessors, natural, plan
 
 CONFIGS = [
     {"BLOCK_N": 64, "PLACES": 2, "num_warps": 4, "num_stages": 3},
@@ -165,7 +165,9 @@ def decode_attention_triton(
         BLOCK_N, num_warps, num_stages = (CONFIGS[0][name] for name in ("BLOCK_N", "num_warps", "num_stages"))
     quantised = not isinstance(k_pages, Tensor)
     BLOCK_N = tile(BLOCK_N, q.shape[-1], q.element_size(), quantised)
-    num_stages = stages_of(min(num_stages, 3) if quantised else num_stages, q)  # four make ptxas spill: see bench.sweep
+    num_stages = stages_of(
+        min(num_stages, 3) if quantised else num_stages, q
+    )  # four make ptxas spill: see bench.compile_sweep
     (b, h, d), (_, l, g, _), room = q.shape, k_pages.shape, block_table.shape[1] * k_pages.shape[1]
     out = torch.empty(b, h, d, dtype=q.dtype, device=q.device)
     sums = torch.empty(b, h, dtype=torch.float32, device=q.device) if lse else None

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vila_triton.ops import Pages, decode_attention
-from vila_triton.ops.paged import gather
+from vila_triton.ops.kv_write import gather
 from vila_triton.registry import Unsupported
 
 from ._sdpa import check, quick

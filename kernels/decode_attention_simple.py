@@ -17,9 +17,9 @@ from torch import Tensor
 
 from vila_triton.ops import Pages, decode_attention
 from vila_triton.registry import Unsupported
-from vila_triton.space import Config, Launch, Space
+from vila_triton.registry.search_space import Config, Launch, Space
 
-from ._tile import (
+from ._launch import (
     LOG2_E,
     attend_block,
     attention_launch,

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from vila_triton.ops import encoder_attention
 from vila_triton.registry import Unsupported
-from vila_triton.space import Config, Launch, Space, power_of_two
+from vila_triton.registry.search_space import Config, Launch, Space, power_of_two
 
-from ._pool import parts_of, read_parts, store_parts
-from ._softmax import attend_tile, over, start
-from ._tile import LOG2_E, MOST, attention_launch, check, rows_of
+from ._kv_pages import parts_of, read_parts, store_parts
+from ._launch import LOG2_E, MOST, attention_launch, check, rows_of
+from ._online_softmax import attend_tile, over, start
 
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vila_triton.formats import TILE_K, TILE_N
+from vila_triton.checkpoints.int4_packing import TILE_K, TILE_N
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.ops.domain import wide
+from vila_triton.ops.dtypes import wide
 from vila_triton.ops.int4 import rounded
 from vila_triton.registry import Unsupported
 

@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.space import SIZE, Config, Launch, Space, cdiv
+from vila_triton.registry.search_space import SIZE, Config, Launch, Space, cdiv
 
-from ._int4 import check_group, lane_rows, leaves, rounding, target, word_pointers
-from ._int4_dot import load_words, weight_block
-from ._tile import check
+from ._int4_dequant import check_group, lane_rows, leaves, rounding, target, word_pointers
+from ._int4_gemm import load_words, weight_block
+from ._launch import check
 
 CONFIGS = [
     {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1},

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.space import SIZE, Config, Launch, Space, cdiv, power_of_two
+from vila_triton.registry.search_space import SIZE, Config, Launch, Space, cdiv, power_of_two
 
-from ._int4 import (
+from ._int4_dequant import (
     SUBTRACTED,
     check_group,
     groups_of,
@@ -28,8 +28,8 @@ from ._int4 import (
     target,
     word_pointers,
 )
-from ._int4_parts import add_parts
-from ._tile import check
+from ._launch import check
+from ._splitk_reduce import add_parts
 
 CONFIGS = [
     {"BLOCK_M": 1, "BLOCK_N": 32, "BLOCK_K": 256, "SPLIT_K": 1, "num_warps": 4, "num_stages": 1},

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
 
-from ._int4 import leaves, rounded, rounding
-from ._tile import cast, check
+from ._int4_dequant import leaves, rounded, rounding
+from ._launch import cast, check
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},

@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.space import Space
+from vila_triton.registry.search_space import Space
 
-from ._int4 import block_k, check_group, leaves, rounded, rounding, word_pointers
-from ._int4_dot import launch, load_words, load_x, worth_trying
-from ._tile import cast, check
+from ._int4_dequant import block_k, check_group, leaves, rounded, rounding, word_pointers
+from ._int4_gemm import launch, load_words, load_x, worth_trying
+from ._launch import cast, check
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},

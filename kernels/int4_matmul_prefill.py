@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.space import Space
+from vila_triton.registry.search_space import Space
 
-from ._int4 import block_k, check_group, leaves, rounding, target
-from ._int4_dot import launch, product, worth_trying
-from ._tile import check, stages_of
+from ._int4_dequant import block_k, check_group, leaves, rounding, target
+from ._int4_gemm import launch, product, worth_trying
+from ._launch import check, stages_of
 
 GROUP_M = 8
 CONFIGS = [

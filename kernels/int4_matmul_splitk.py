@@ -17,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.space import Space
+from vila_triton.registry.search_space import Space
 
-from ._int4 import block_k, check_group, leaves, rounding, target
-from ._int4_dot import launch, product, worth_trying
-from ._int4_parts import add_parts
-from ._tile import check
+from ._int4_dequant import block_k, check_group, leaves, rounding, target
+from ._int4_gemm import launch, product, worth_trying
+from ._launch import check
+from ._splitk_reduce import add_parts
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT_K": 4, "num_warps": 4, "num_stages": 4},

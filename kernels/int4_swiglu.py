@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_swiglu
-from vila_triton.space import Space
+from vila_triton.registry.search_space import Space
 
-from ._int4 import SUBTRACTED, block_k, check_group, lane_rows, leaves, rounding, target, word_pointers
-from ._int4_dot import launch, load_words, load_x, weight_block, worth_trying
-from ._tile import check
+from ._int4_dequant import SUBTRACTED, block_k, check_group, lane_rows, leaves, rounding, target, word_pointers
+from ._int4_gemm import launch, load_words, load_x, weight_block, worth_trying
+from ._launch import check
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from vila_triton.ops import Int4, linear
 from vila_triton.registry import Unsupported
-from vila_triton.space import SIZE, Config, Launch, Space, cdiv, power_of_two
+from vila_triton.registry.search_space import SIZE, Config, Launch, Space, cdiv, power_of_two
 
-from ._tile import check, rows_of
+from ._launch import check, rows_of
 
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},

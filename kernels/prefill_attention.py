@@ -24,12 +24,12 @@ from torch import Tensor
 
 from vila_triton.ops import Pages, QuantizedPages, prefill_attention
 from vila_triton.registry import Unsupported
-from vila_triton.space import Config, Launch, Space, power_of_two
+from vila_triton.registry.search_space import Config, Launch, Space, power_of_two
 
-from ._chunk import chosen, place, scaled, sequence_of, tiles_of
-from ._pool import check_pools, parts_of, pool_of, read_parts, read_pool, store_parts, tile_rows
-from ._softmax import attend_tile, log_sum_exp, over, start
-from ._tile import LOG2_E, MOST, attention_launch, check, rows_of, stages_of
+from ._kv_pages import check_pools, parts_of, pool_of, read_parts, read_pool, store_parts, tile_rows
+from ._launch import LOG2_E, MOST, attention_launch, check, rows_of, stages_of
+from ._online_softmax import attend_tile, log_sum_exp, over, start
+from ._varlen import chosen, place, scaled, sequence_of, tiles_of
 
 CONFIGS = [
     {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
@@ -170,7 +170,9 @@ def tile_of(config: Config, q: Tensor, pages: Pages) -> dict[str, int]:
         tile |= {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4}
     elif isinstance(pages, QuantizedPages):
         tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
-        if pages.bits == 8 and q.shape[-1] > 32:  # with fewer stages ptxas spills at some widths: see bench.sweep
+        if (
+            pages.bits == 8 and q.shape[-1] > 32
+        ):  # with fewer stages ptxas spills at some widths: see bench.compile_sweep
             tile["num_stages"] = max(tile["num_stages"], 4)
     return tile | {"BLOCK_M": rows_of(tile["BLOCK_M"], q), "num_stages": stages_of(tile["num_stages"], q)}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vila_triton.ops import Pages, prefill_attention
 from vila_triton.ops.attention import causal
-from vila_triton.ops.paged import gather
+from vila_triton.ops.kv_write import gather
 from vila_triton.registry import Unsupported
 
 from ._sdpa import check, quick

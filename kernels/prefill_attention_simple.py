@@ -21,9 +21,9 @@ from torch import Tensor
 from vila_triton.ops import Pages, QuantizedPages, prefill_attention
 from vila_triton.registry import Unsupported
 
-from ._chunk import place, sequence_of, tiles_of
-from ._softmax import load_block, log_sum_exp, store_block
-from ._tile import LOG2_E, attend_block, block_of, cast, check, normalise, page_rows, rows_of, stages_of, start_rows
+from ._launch import LOG2_E, attend_block, block_of, cast, check, normalise, page_rows, rows_of, stages_of, start_rows
+from ._online_softmax import load_block, log_sum_exp, store_block
+from ._varlen import place, sequence_of, tiles_of
 
 CONFIGS = [{"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}]
 

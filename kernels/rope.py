@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import rope
-from vila_triton.space import SIZE, Config, Launch, Space, cdiv, power_of_two
+from vila_triton.registry.search_space import SIZE, Config, Launch, Space, cdiv, power_of_two
 
-from ._tile import check
+from ._launch import check
 
 CONFIGS = [
     {"BLOCK_H": 8, "num_warps": 2, "num_stages": 1},

@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Pages, rope_kv_write
-from vila_triton.ops.paged import bytes_of
-from vila_triton.space import Config, Launch, Space, cdiv, power_of_two
+from vila_triton.ops.kv_write import bytes_of
+from vila_triton.registry.search_space import Config, Launch, Space, cdiv, power_of_two
 
-from ._pool import check_pools, pool_of
-from ._put import give_heads, put_heads, put_options, take_heads, turn
+from ._kv_pages import check_pools, pool_of
+from ._kv_store import give_heads, put_heads, put_options, take_heads, turn
 
 CONFIGS = [
     {"BLOCK_H": 8, "num_warps": 4, "num_stages": 1},

@@ -16,11 +16,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
 
-from far import far  # noqa: F401 (a fixture)
+from far_memory import far  # noqa: F401 (a fixture)
 
 from vila_triton.registry import Unsupported
 
-LONGEST = ("test_standin", "test_compile", "test_bench_tune")  # first, so that no process is left with one at the end
+LONGEST = (
+    "test_standin",
+    "test_every_kernel_compiles",
+    "test_bench_tune",
+)  # first, so that no process is left with one at the end
 torch.set_num_threads(1)  # tests compute on small tensors, where a second thread costs more than it gives
 _common = settings(
     deadline=None,

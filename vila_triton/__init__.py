@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .auto import VilaLlamaConfig, VilaLlamaForCausalLM, VilaProcessor
+    from .hf.auto import VilaLlamaConfig, VilaLlamaForCausalLM, VilaProcessor
     from .registry import use
 
 __all__ = ["VilaLlamaConfig", "VilaLlamaForCausalLM", "VilaProcessor", "use"]
@@ -13,5 +13,5 @@ __all__ = ["VilaLlamaConfig", "VilaLlamaForCausalLM", "VilaProcessor", "use"]
 def __getattr__(name: str) -> Any:
     """The public names, imported when first asked for: Hugging Face's classes take seconds to load."""
     if name in __all__:
-        return getattr(import_module(".registry" if name == "use" else ".auto", __name__), name)
+        return getattr(import_module(".registry" if name == "use" else ".hf.auto", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

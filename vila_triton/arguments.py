@@ -5,10 +5,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .paths import BUNDLED_CHECKPOINT
+
 if TYPE_CHECKING:
     import torch
 
-BUNDLED = Path(__file__).resolve().parent / "tiny" / "checkpoint"
 KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 POLICIES = ("fast", "invariant")
 DTYPES = ("float16", "bfloat16", "float32")
@@ -31,7 +32,9 @@ def kernel_arguments() -> argparse.ArgumentParser:
 def model_arguments() -> argparse.ArgumentParser:
     """Those of `kernel_arguments`, and which model, for `parents=`."""
     parser = argparse.ArgumentParser(add_help=False, parents=[kernel_arguments()])
-    parser.add_argument("--model", type=Path, default=BUNDLED, help="a VILA folder (default: the bundled tiny model)")
+    parser.add_argument(
+        "--model", type=Path, default=BUNDLED_CHECKPOINT, help="a VILA folder (default: the bundled tiny model)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="(default: what the model's config says)")
     return parser
 
@@ -56,7 +59,7 @@ def choices(settings: list[str]) -> dict[str, str]:
 
 def settle(args: argparse.Namespace) -> tuple["torch.device", dict[str, str]]:
     """The device and the chosen kernels. Errors: ValueError, KeyError for what is not there."""
-    from .choices import pick_device
+    from .registry.kernel_config import pick_device
 
     device = pick_device(args.device)
     if device.type == "cpu" and args.set:

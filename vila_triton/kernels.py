@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from . import interpreter  # noqa: F401 (what it mends is mended before any kernel runs)
+from .registry import interpreter  # noqa: F401 (what it mends is mended before any kernel runs)
 
 _here = Path(__file__).resolve().parent
 __path__ = [str(next(d for d in (_here / "kernels", _here.parent / "kernels") if d.is_dir()))]

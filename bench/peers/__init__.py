@@ -17,8 +17,8 @@ or batch (`prepared`), at the first call, and so is not timed.
 import importlib
 import pkgutil
 
-from ..failure import crash
-from ._borrow import Unusable
+from ..correctness.failure_report import crash
+from ._import_file import Unusable
 
 __all__ = ["Unusable", "discover", "names"]
 

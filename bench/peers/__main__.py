@@ -10,8 +10,8 @@ from importlib import metadata
 
 from vila_triton.registry import OPS, Impl
 
-from ..gate import gate
-from ..tool import tool
+from .._tool import tool
+from ..correctness.gate import gate
 from . import discover, names
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.formats import pack_gemm, pack_tiles
+from vila_triton.checkpoints.int4_packing import pack_gemm, pack_tiles
 from vila_triton.ops import Int4
 from vila_triton.ops.int4 import codes
 from vila_triton.registry import Unsupported

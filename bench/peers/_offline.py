@@ -16,7 +16,7 @@ from triton.runtime.autotuner import Autotuner
 from vila_triton.ops import Pages
 from vila_triton.registry import Unsupported
 
-from ..targets import TARGETS
+from ..compiler.gpus import TARGETS
 
 # By CUDA architecture, one of it, and its multiprocessors.
 GPUS = {

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.ops.paged import gather
+from vila_triton.ops.kv_write import gather
 
 
 class Whole(NamedTuple):

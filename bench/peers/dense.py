@@ -11,7 +11,7 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.ops.int4 import dequantize
 
-from ._prepared import prepared
+from ._cached_conversion import prepared
 
 
 def plain(w: Int4, dtype: torch.dtype) -> Tensor:

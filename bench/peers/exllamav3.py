@@ -16,9 +16,9 @@ from torch import Tensor
 from vila_triton.ops import decode_attention, encoder_attention, prefill_attention
 from vila_triton.registry import Unsupported
 
-from ._borrow import borrow
+from ._cached_conversion import prepared
+from ._import_file import borrow
 from ._offline import check, offline, promises_nothing
-from ._prepared import prepared
 
 paged = borrow("exllamav3.modules.attention_fn.triton_paged")
 

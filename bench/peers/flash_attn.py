@@ -17,10 +17,10 @@ from torch import Tensor
 from vila_triton.ops import decode_attention, encoder_attention, prefill_attention
 from vila_triton.registry import Unsupported
 
-from ._borrow import needs_cuda
+from ._cached_conversion import prepared
+from ._import_file import needs_cuda
 from ._offline import check, promises_nothing
 from ._paged import whole
-from ._prepared import prepared
 
 flash_attn: Any = import_module("flash_attn")
 needs_cuda("flash-attn")

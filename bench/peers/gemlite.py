@@ -34,8 +34,8 @@ from vila_triton.ops.int4 import codes
 from vila_triton.registry import Unsupported
 
 from ._awq import padded, plain
+from ._cached_conversion import prepared
 from ._offline import check, first_config, offline
-from ._prepared import prepared
 
 with offline():
     gemlite: Any = import_module("gemlite")

@@ -13,9 +13,9 @@ from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry import Unsupported
 
 from ._awq import Awq, awq, padded, plain
-from ._borrow import borrow
+from ._cached_conversion import prepared
+from ._import_file import borrow
 from ._offline import check, offline
-from ._prepared import prepared
 
 gemm = borrow("gptqmodel.quantization.awq.modules.triton.gemm")
 scheduler = borrow("gptqmodel.quantization.awq.modules.triton.scheduler")

@@ -14,9 +14,9 @@ from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry import Unsupported
 
 from ._awq import Awq, awq, padded, plain
-from ._borrow import borrow
+from ._cached_conversion import prepared
+from ._import_file import borrow
 from ._offline import check, offline
-from ._prepared import prepared
 
 kernels = borrow("lmdeploy.pytorch.kernels.cuda.awq_kernels")
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vila_triton.ops import Pages, decode_attention, prefill_attention
-from vila_triton.ops.paged import gather
+from vila_triton.ops.kv_write import gather
 from vila_triton.registry import Unsupported
 
+from ._cached_conversion import prepared
 from ._offline import promises_nothing
-from ._prepared import prepared
 
 
 def whole(block_table: Tensor, k_pages: Tensor, v_pages: Tensor, lengths: Tensor, *new: Tensor) -> list[Tensor]:

@@ -18,9 +18,9 @@ from torch import Tensor
 from vila_triton.ops import decode_attention, prefill_attention
 from vila_triton.registry import Unsupported
 
-from ._borrow import borrow
+from ._cached_conversion import prepared
+from ._import_file import borrow
 from ._offline import check, offline, promises_nothing
-from ._prepared import prepared
 
 AMD = torch.version.hip is not None
 STUBS = {

@@ -18,9 +18,9 @@ from vila_triton.ops.int4 import codes
 from vila_triton.registry import Unsupported
 
 from ._awq import padded, plain
-from ._borrow import needs_cuda
+from ._cached_conversion import prepared
+from ._import_file import needs_cuda
 from ._offline import check
-from ._prepared import prepared
 
 workflows: Any = import_module("torchao.quantization.quantize_.workflows")
 torchao: Any = import_module("torchao.quantization.utils")

@@ -7,9 +7,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
-from bench.figure import COLOURS, GREY, figure, legend, panels, sizes_axis, unit_axis
+from bench.plots.style import COLOURS, GREY, figure, legend, panels, sizes_axis, unit_axis
 
-from .picture import Picture, Row
+from .figure import Picture, Row
 
 LINES = ["-", "--", ":", "-."]
 BARS = {"float16": COLOURS[5], "int4": COLOURS[0]}

@@ -11,10 +11,10 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from bench.figure import COLOURS, GREY, MARKERS, figure, legend, panels, sizes_axis, unit_axis
+from bench.plots.style import COLOURS, GREY, MARKERS, figure, legend, panels, sizes_axis, unit_axis
 from vila_triton.registry import REFERENCE
 
-from .picture import Picture, Row, spelled
+from .figure import Picture, Row, spelled
 
 NAMES = 55  # degrees at which names stand in a roofline
 USUALLY_SWEPT = ("m", "rows", "s", "t", "b")

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from bench.figure import COLOURS, GREY, legend, panels
+from bench.plots.style import COLOURS, GREY, legend, panels
 
-from .picture import Picture, Row
+from .figure import Picture, Row
 
 METHODS = {"rtn": GREY, "upstream": COLOURS[1], "ours": COLOURS[0]}
 

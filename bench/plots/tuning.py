@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from bench.figure import panels
+from bench.plots.style import panels
 from bench.tuner.table import TIMES
 
-from .picture import Picture, Row, spelled
+from .figure import Picture, Row, spelled
 
 AXES = 4  # settings drawn, those of most effect
 SLOWEST = 3.0  # times the best: the end of the colours

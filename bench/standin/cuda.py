@@ -31,8 +31,8 @@ from .device import (
 
 NAME = "stand-in for an H100"  # no GPU has this name, so no table tuned on one is taken for it or written over
 CAPABILITY = (9, 0)
-# CUDA C++ programming guide and the data sheet of the H100 SXM, but for the cache: `bench.timing` makes as many copies
-# of its arguments as overflow it, and here that would take long.
+# CUDA C++ programming guide and the data sheet of the H100 SXM, but for the cache: `bench.measure.timing` makes as
+# many copies of its arguments as overflow it, and here that would take long.
 PROPERTIES = SimpleNamespace(
     name=NAME,
     major=CAPABILITY[0],

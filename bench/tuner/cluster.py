@@ -8,7 +8,7 @@ from math import inf
 
 import torch
 
-from ..rows import ROOT
+from ..measure.rows import ROOT
 from .jobs import Answer, Job
 from .workers import Processes
 

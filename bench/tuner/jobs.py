@@ -25,13 +25,13 @@ import torch
 from vila_triton.registry import OPS, Impl, OneOf, Sizes, discover
 
 from .. import standin
-from ..cases import Case, call_arguments
 from ..compiled import Call, compile_call
-from ..failure import refusal, release
-from ..gate import gate
-from ..resources import resources
-from ..targets import TARGETS
-from ..timing import measure
+from ..compiler.gpus import TARGETS
+from ..compiler.resources import resources
+from ..correctness.failure_report import refusal, release
+from ..correctness.gate import gate
+from ..measure.cases import Case, call_arguments
+from ..measure.timing import measure
 
 Job = Mapping[str, Any]
 Answer = dict[str, Any]

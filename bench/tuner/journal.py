@@ -16,12 +16,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vila_triton.files import LoadError, shown
-from vila_triton.forms import is_a, require_form
+from vila_triton.files.json_schema import is_a, require_form
+from vila_triton.files.reading import LoadError, shown
 from vila_triton.registry import OPS
-from vila_triton.space import canonical, digest
+from vila_triton.registry.search_space import canonical, digest
 
-from .. import rows
+from ..measure import rows
 
 Key = tuple[str, str]
 FOUND = {"config": dict, "sizes": dict, "reason": (str, None)}

@@ -14,14 +14,13 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from vila_triton import tuned
-from vila_triton.interpreter import holds_kernels
-from vila_triton.registry import OPS, Impl
-from vila_triton.space import Config, canonical, digest
+from vila_triton.registry import OPS, Impl, tuned_tables
+from vila_triton.registry.interpreter import holds_kernels
+from vila_triton.registry.search_space import Config, canonical, digest
 
-from .. import faithful, gate, guarded
-from ..cases import Case
-from . import cost
+from ..correctness import error_budget, gate, guarded_memory
+from ..measure.cases import Case
+from . import cost_model
 from .jobs import as_compiled
 from .journal import Journal
 from .workers import Workers
@@ -36,7 +35,7 @@ class Plan:
 
     timer: str
     device: str
-    gpu: cost.Gpu
+    gpu: cost_model.Gpu
     worse_than: float
     budget: float
     stamp: Mapping[str, str]
@@ -60,9 +59,9 @@ def identity(impl: Impl, plan: Plan) -> dict[str, Any]:
     return {
         "op": impl.op,
         "impl": impl.name,
-        **tuned.identity(impl),
-        "pruner": digest(source(cost).encode(), repr((plan.gpu, plan.worse_than)).encode()),
-        "gate": source(gate, faithful, guarded),
+        **tuned_tables.identity(impl),
+        "pruner": digest(source(cost_model).encode(), repr((plan.gpu, plan.worse_than)).encode()),
+        "gate": source(gate, error_budget, guarded_memory),
         "device": plan.device,
         "timer": plan.timer,
     }
@@ -97,7 +96,7 @@ class Search:
         domain = OPS[self.impl.op].domain
         for sizes in self.sizes:
             compiled = as_compiled(domain, sizes)
-            predicted = [(c, cost.predict(self.impl, c, sizes, self.plan.gpu)) for c in configs(self.impl, sizes)]
+            predicted = [(c, cost_model.predict(self.impl, c, sizes, self.plan.gpu)) for c in configs(self.impl, sizes)]
             best = min((p for _, p in predicted if p is not None), default=None)
             for number, (config, seconds) in enumerate(predicted):
                 worse = seconds / best if seconds is not None and best else 1.0

@@ -1,4 +1,4 @@
-"""From the journal of a search to its entry in a tuned table (see `vila_triton.tuned`), and what the choice costs.
+"""From the journal of a search to its entry in a tuned table (`vila_triton.registry.tuned_tables`), and what the choice costs.
 
 The same rows give the same bytes, in whatever order they were found. A range of a size that varies ends at the
 geometric mean of two neighbouring sizes that were tuned; the first begins at 0 and the last has no end. With several
@@ -13,14 +13,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vila_triton.choices import configured
-from vila_triton.file_locks import alone
-from vila_triton.ranges import Choice, Within, joined, name_at
+from vila_triton.files.file_locks import alone
 from vila_triton.registry import OPS, REFERENCE
-from vila_triton.space import Config, canonical
-from vila_triton.tuned import file_of, pick, read
+from vila_triton.registry.kernel_config import configured
+from vila_triton.registry.search_space import Config, canonical
+from vila_triton.registry.size_ranges import Choice, Within, joined, name_at
+from vila_triton.registry.tuned_tables import file_of, pick, read
 
-from ..spelling import brief, unit
+from ..measure.format import brief, unit
 
 Row = Mapping[str, Any]
 

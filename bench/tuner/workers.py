@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from math import inf
 from typing import Protocol
 
-from ..rows import ROOT
+from ..measure.rows import ROOT
 from .jobs import Answer, Job, environment, prefix
 
 TRIES = 2  # for a job whose process dies

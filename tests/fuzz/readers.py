@@ -3,10 +3,10 @@
 from functools import partial
 from pathlib import Path
 
-from vila_triton import tuned
-from vila_triton.arguments import BUNDLED
-from vila_triton.awq import work
-from vila_triton.shards import JOURNAL
+from vila_triton.checkpoints.shard_writer import JOURNAL
+from vila_triton.paths import BUNDLED_CHECKPOINT
+from vila_triton.quantization import resumable
+from vila_triton.registry import tuned_tables
 
 from . import mutate
 from .whole import (
@@ -51,7 +51,9 @@ from .whole import (
 from .worker import Reader
 
 
-def json_of_checkpoint(name: str, count: int, file: str, source: Path = BUNDLED, whole: bytes = b"") -> Reader:
+def json_of_checkpoint(
+    name: str, count: int, file: str, source: Path = BUNDLED_CHECKPOINT, whole: bytes = b""
+) -> Reader:
     """A JSON file of a model, or `whole` in its place."""
     names = ("/folder", Path(file).name)  # the second where a question shows what the file says wrongly
     prepare = partial(checkpoint, file, source=source, whole=whole)
@@ -126,7 +128,7 @@ READERS = {
             whole_tables,
             mutate.of_json,
             look_up,
-            errors=(ValueError, OSError, tuned.Stale),
+            errors=(ValueError, OSError, tuned_tables.Stale),
         ),
         Reader("tuner journal", 1000, ROWS, whole_journals, mutate.of_lines, search_on),
         Reader(
@@ -153,7 +155,7 @@ READERS = {
             "quantization.json",
             partial(whole_work, "quantization.json"),
             mutate.of_json,
-            lambda folder: work.wrote(folder, folder, "ours"),
+            lambda folder: resumable.wrote(folder, folder, "ours"),
         ),
         Reader(
             "step of the quantiser",

@@ -12,31 +12,31 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from bench import bundle, tune
-from bench.faithful import arguments
+from bench import tune
+from bench.correctness import repro_bundle
+from bench.correctness.error_budget import arguments
 from bench.tuner import journal, table
-from vila_triton import tuned
-from vila_triton.arguments import BUNDLED
-from vila_triton.awq import cachefile, calibration, report, work
-from vila_triton.awq import run as awq
-from vila_triton.chat import Conversation, Talker
-from vila_triton.checkpoint import open_source, read_json, require_fits
-from vila_triton.images import frames, open_image
+from vila_triton.chat.cli_session import frames_of
+from vila_triton.chat.conversation import Conversation, Talker
+from vila_triton.chat.conversation_file import resume
+from vila_triton.chat.conversation_file import save as save_conversation
+from vila_triton.checkpoints.loading import open_source, read_json, require_fits
+from vila_triton.checkpoints.shard_writer import JOURNAL, Shards
+from vila_triton.checkpoints.tensor_files import open_tensors
+from vila_triton.hf.processing_vila import VilaProcessor
+from vila_triton.images.processing import frames, open_image
 from vila_triton.models.config import LlamaConfig
-from vila_triton.processor import VilaProcessor
-from vila_triton.registry import OPS, discover
-from vila_triton.saved import resume
-from vila_triton.saved import save as save_conversation
-from vila_triton.session import frames_of
-from vila_triton.shards import JOURNAL, Shards
-from vila_triton.space import canonical, digest
-from vila_triton.tensors import open_tensors
+from vila_triton.paths import BUNDLED_CHECKPOINT
+from vila_triton.quantization import awq_cache_file, calibration_data, report, resumable
+from vila_triton.quantization import pipeline as awq
+from vila_triton.registry import OPS, discover, tuned_tables
+from vila_triton.registry.search_space import canonical, digest
 from vila_triton.tiny.examples import FOLDER as EXAMPLES
 
 from . import mutate
 from .worker import PLANTED
 
-INT4 = BUNDLED.with_name("checkpoint-int4")
+INT4 = BUNDLED_CHECKPOINT.with_name("checkpoint-int4")
 TEXT = "How many shapes are there? Describe the picture: a yellow triangle left of two blue squares, and 3 stars. "
 
 
@@ -86,7 +86,7 @@ def whole_index(suffix: str, folder: Path) -> list[bytes]:
 # Checkpoints
 
 
-def checkpoint(file: str, folder: Path, source: Path = BUNDLED, whole: bytes = b"") -> list[bytes]:
+def checkpoint(file: str, folder: Path, source: Path = BUNDLED_CHECKPOINT, whole: bytes = b"") -> list[bytes]:
     """A copy of a model, with Python beside its files that must not run; the file of it that is to be damaged."""
     shutil.copytree(source, folder, dirs_exist_ok=True)
     for place in (folder, folder / "llm", folder / "vision_tower"):
@@ -135,7 +135,7 @@ def whole_sentencepiece(folder: Path) -> list[bytes]:
 
 
 def whole_processor(folder: Path) -> list[bytes]:
-    VilaProcessor.from_pretrained(BUNDLED).save_pretrained(folder)
+    VilaProcessor.from_pretrained(BUNDLED_CHECKPOINT).save_pretrained(folder)
     (folder / "planted.py").write_text(f"open({PLANTED!r}, 'w')\n")
     return [(folder / "processor_config.json").read_bytes()]
 
@@ -149,7 +149,7 @@ def process(folder: Path) -> None:
 
 @lru_cache
 def talker() -> Talker:
-    return Talker.from_pretrained(BUNDLED, "cpu")
+    return Talker.from_pretrained(BUNDLED_CHECKPOINT, "cpu")
 
 
 def whole_conversations(folder: Path) -> list[bytes]:
@@ -207,13 +207,13 @@ def whole_bundles(folder: Path) -> list[bytes]:
     found = []
     for op, sizes in (("int4_matmul", weight), ("rms_norm", norm)):
         args = arguments(OPS[op], 0, **sizes)
-        bundle.save(folder / op, OPS[op].impls["reference"], {}, args, 0, "strided", sizes, "a test")
+        repro_bundle.save(folder / op, OPS[op].impls["reference"], {}, args, 0, "strided", sizes, "a test")
         found.append((folder / op).read_bytes())
     return found
 
 
 def call_again(folder: Path) -> None:
-    bundle.resolve(bundle.load(folder / "call.bundle"))
+    repro_bundle.resolve(repro_bundle.load(folder / "call.bundle"))
 
 
 SEARCH = {"op": "int4_matmul", "impl": "gemv", "kernel": "a", "space": "b", "triton": "3", "device": "Toy GPU"}
@@ -259,7 +259,13 @@ def whole_tables(folder: Path) -> list[bytes]:
             for m, at in (([0, 2], 1), ([3, None], 8))
         ]
         otherwise = {"config": dict(impl.configs[-1]), "worst_regret": 1.1, "sizes_without_time": 0}
-        entry = {"op": "int4_matmul", "impl": name, **tuned.identity(impl), "ranges": ranges, "otherwise": otherwise}
+        entry = {
+            "op": "int4_matmul",
+            "impl": name,
+            **tuned_tables.identity(impl),
+            "ranges": ranges,
+            "otherwise": otherwise,
+        }
         file = table.write(folder, "Toy GPU", entry)
     held = json.loads(file.read_text())
     held["choices"]["int4_matmul"] = {"first": 1, "last": 8, "choice": [[1, "gemv"], "packed"]}
@@ -268,18 +274,21 @@ def whole_tables(folder: Path) -> list[bytes]:
 
 def look_up(folder: Path) -> None:
     """What a call on a GPU does, then `bench.tune`: it lists what is stale, and writes an entry anew."""
-    for cached in (tuned.table_of, tuned.entry_of, tuned.choice_of, tuned.config_at):
+    for cached in (tuned_tables.table_of, tuned_tables.entry_of, tuned_tables.choice_of, tuned_tables.config_at):
         cached.cache_clear()
-    with patch.object(tuned, "folder", lambda: folder), patch.object(tuned, "name_of", lambda device: "Toy GPU"):
+    with (
+        patch.object(tuned_tables, "folder", lambda: folder),
+        patch.object(tuned_tables, "name_of", lambda device: "Toy GPU"),
+    ):
         for phase in ("prefill", "decode"):
-            tuned.kernels_for(torch.device("cuda"), phase)
+            tuned_tables.kernels_for(torch.device("cuda"), phase)
         for name in ("packed", "gemv"):
             for m in (1, 8, 10**6):
                 sizes = {"m": m, "n": 64, "G": 2, "group": 64, "dtype": "float16"}
-                config = tuned.config_at(OPS["int4_matmul"].impls[name], "Toy GPU", tuple(sizes.items()))
+                config = tuned_tables.config_at(OPS["int4_matmul"].impls[name], "Toy GPU", tuple(sizes.items()))
                 assert config is None or dict(**config)
     list(tune.stale(folder))
-    kept = next((e for e in tuned.read(folder / "toy-gpu.json")["entries"] if e["impl"] == "packed"), None)
+    kept = next((e for e in tuned_tables.read(folder / "toy-gpu.json")["entries"] if e["impl"] == "packed"), None)
     if kept:
         table.write(folder, "Toy GPU", {**kept, "impl": "splitk"})
 
@@ -309,20 +318,20 @@ def write_on(folder: Path) -> None:
     touch_all(folder)
 
 
-def prompts() -> calibration.Prompts:
-    return calibration.Prompts([torch.randint(0, 128, (8,), generator=generator()) for _ in range(2)], None)
+def prompts() -> calibration_data.Prompts:
+    return calibration_data.Prompts([torch.randint(0, 128, (8,), generator=generator()) for _ in range(2)], None)
 
 
 def rounded(folder: Path) -> None:
     """`quantize` goes on with its work, which is done, and writes its report."""
-    work.wrote(folder, folder, "ours")
-    source, how = open_source(BUNDLED), work.How(group=64)
+    resumable.wrote(folder, folder, "ours")
+    source, how = open_source(BUNDLED_CHECKPOINT), resumable.How(group=64)
     made = awq.run(source, folder, how, prompts(), torch.device("cpu"))
     for name in made.tensors["llm"]:
         made.tensors["llm"][name].clone()
     require_fits(made)
-    about = {"method": "awq", "work": work.key_of(folder), "format": "ours"}
-    report.write(folder, about, {"llm": work.reports(folder, "llm")})
+    about = {"method": "awq", "work": resumable.key_of(folder), "format": "ours"}
+    report.write(folder, about, {"llm": resumable.reports(folder, "llm")})
 
 
 def whole_work(file: str, folder: Path) -> list[bytes]:
@@ -343,14 +352,17 @@ def whole_caches(folder: Path) -> list[bytes]:
 
 
 def load_cache(folder: Path) -> None:
-    cachefile.load(
-        folder / "found.pt", LlamaConfig.from_dict(read_json(BUNDLED / "llm" / "config.json")), 64, torch.float16
+    awq_cache_file.load(
+        folder / "found.pt",
+        LlamaConfig.from_dict(read_json(BUNDLED_CHECKPOINT / "llm" / "config.json")),
+        64,
+        torch.float16,
     )
 
 
 def calibrate(file: str, folder: Path) -> None:
-    samples = calibration.choose(list(calibration.read([folder / file])), 4, 0)
-    calibration.prompts(samples, talker().tokenizer, talker().processor, talker().model.config, 16)
+    samples = calibration_data.choose(list(calibration_data.read([folder / file])), 4, 0)
+    calibration_data.prompts(samples, talker().tokenizer, talker().processor, talker().model.config, 16)
 
 
 def whole_lines(folder: Path) -> list[bytes]:

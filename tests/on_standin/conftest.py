@@ -10,4 +10,4 @@ from bench import standin
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent) and not standin.active():
-            item.add_marker(pytest.mark.skip(reason="runs on the stand-in for a GPU, in tests/test_standin.py"))
+            item.add_marker(pytest.mark.skip(reason="runs on the stand-in for a GPU, in tests/bench/test_standin.py"))

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import test_paths
 import torch
-from oracles import build, padded, pictures
+from hf_reference import build, padded, pictures
 
-from bench import runners
-from vila_triton import VilaLlamaForCausalLM, cache, engine
-from vila_triton import pictures as known_pictures
-from vila_triton.models import llama, vila, vila_llama
+from bench.measure import runners
+from vila_triton import VilaLlamaForCausalLM
+from vila_triton.cache import paged_cache
+from vila_triton.engine import engine
+from vila_triton.hf import modeling_vila_llama
+from vila_triton.images import feature_cache as known_pictures
+from vila_triton.models import llama, vila
 from vila_triton.registry import OPS, REFERENCE, discover, use
 
 discover()
@@ -156,17 +159,19 @@ FAULTS = {
         engine.stream, Prepend("bool((next(iter(new.values())) > 0).any())"), waits, COUNTER
     ),
     "a mask that selects at every step": Fault(
-        cache.PagedCache._view, Prepend("self.k_pages[self.k_pages != self.k_pages]"), waits, COUNTER
+        paged_cache.PagedCache._view, Prepend("self.k_pages[self.k_pages != self.k_pages]"), waits, COUNTER
     ),
     "a draw on the device by a generator of the CPU": Fault(engine.stream, DropCall("cpu"), answers, OF_CPU),
     "a token left on the CPU": Fault(engine.stream, DropCall("to"), answers, TWO),
     "angles on the CPU": Fault(llama.angles, DropCall("to"), answers, TWO),
-    "slots and tables on the CPU": Fault(cache.PagedCache._view, DropKeyword("device"), waits, "cpu"),
-    "a cache on the CPU": Fault(vila_llama.VilaLlamaForCausalLM.new_cache, DropKeyword("device"), waits, "cpu"),
+    "slots and tables on the CPU": Fault(paged_cache.PagedCache._view, DropKeyword("device"), waits, "cpu"),
+    "a cache on the CPU": Fault(
+        modeling_vila_llama.VilaLlamaForCausalLM.new_cache, DropKeyword("device"), waits, "cpu"
+    ),
     "places of pictures on the CPU": Fault(vila.splice, DropKeyword("device"), answers, TWO),
     "pixels read where they are": Fault(known_pictures.fingerprint, DropCall("cpu"), known, "can't convert cuda:0"),
     "positions on the CPU": Fault(
-        cache.Uncached.__init__, DropKeyword("device"), forward, "cos is on cpu, expected cuda:0"
+        paged_cache.Uncached.__init__, DropKeyword("device"), forward, "cos is on cpu, expected cuda:0"
     ),
     "weights drawn by a generator of the CPU": Fault(runners.build, DropArguments("Generator"), random_weights, OF_CPU),
 }

@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import build, padded, pictures
+from hf_reference import build, padded, pictures
 from torch import Tensor
 
 from bench import standin, tune
-from bench.runners import Ours
-from bench.runners import build as build_random
-from bench.steps import Step, peak
-from bench.timing import measure
+from bench.measure.model_steps import Step, peak
+from bench.measure.runners import Ours
+from bench.measure.runners import build as build_random
+from bench.measure.timing import measure
 from bench.tuner import jobs
-from vila_triton import VilaLlamaForCausalLM, engine
-from vila_triton.cache import PagedCache
+from vila_triton import VilaLlamaForCausalLM
+from vila_triton.cache.paged_cache import PagedCache
+from vila_triton.engine import engine
 from vila_triton.models import llama
 from vila_triton.registry import OPS, REFERENCE, discover, recording, use
 
@@ -30,10 +31,10 @@ ROWS = [[1, 5, -200, 9, 30], [1, 7, 8]]
 # What the host waits for while it decodes one token for each row of a batch: the places of the new tokens go to the
 # device, each row's token comes back, and whether it ends the answer.
 WAITS_A_STEP = {
-    ("a copy of pageable memory to the device", "vila_triton/cache.py"): 4,
+    ("a copy of pageable memory to the device", "vila_triton/cache/paged_cache.py"): 4,
     ("a copy of pageable memory to the device", "vila_triton/models/llama.py"): 1,
 }
-WAITS_A_ROW = {("item()", "vila_triton/engine.py"): 2}
+WAITS_A_ROW = {("item()", "vila_triton/engine/engine.py"): 2}
 
 
 @pytest.fixture(scope="module")

@@ -29,25 +29,25 @@ def configure(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from vila_triton import plan, released
-    from vila_triton.write import write
+    from vila_triton.checkpoints import random_checkpoint, size_report
+    from vila_triton.checkpoints.writing import write
 
-    found = released.narrowed(released.table(args.model), args.layers, args.narrow)
-    source = released.random_source(found, args.dtype, args.int4, args.seed)
-    for line in plan.lines(source, args.format):
+    found = random_checkpoint.narrowed(random_checkpoint.table(args.model), args.layers, args.narrow)
+    source = random_checkpoint.random_source(found, args.dtype, args.int4, args.seed)
+    for line in size_report.lines(source, args.format):
         print(line)
     inputs = found["llm"]["hidden_size"], found["llm"]["intermediate_size"]
     fits = (group for group in (128, 64, 32) if not any(k % group for k in inputs))
     for name, group in (("fp16", None), ("int4", args.int4 or next(fits, None))):
         if name == "int4" and group is None:
             continue  # too narrow for any
-        other = released.random_source(found, group=group)
+        other = random_checkpoint.random_source(found, group=group)
         words = f"{name}, groups of {group}" if group else name
-        print(f"{words}: {plan.size(sum(map(plan.nbytes, other.tensors.values())))}")
+        print(f"{words}: {size_report.size(sum(map(size_report.nbytes, other.tensors.values())))}")
     if args.dry_run:
         return
     with tempfile.TemporaryDirectory() as folder:
-        source = replace(source, beside=released.write_companions(found, Path(folder)))
+        source = replace(source, beside=random_checkpoint.write_companions(found, Path(folder)))
         key = f"{args.model} {args.layers} {args.narrow} {args.dtype} {args.int4} {args.seed}"
         write(source, args.target, args.format, limit=limit(args), progress=progress(), key=key)
     print(f"{args.target}: written")

@@ -31,13 +31,13 @@ def writing(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from vila_triton import plan
-    from vila_triton.checkpoint import open_source, require_fits
-    from vila_triton.write import write
+    from vila_triton.checkpoints import size_report
+    from vila_triton.checkpoints.loading import open_source, require_fits
+    from vila_triton.checkpoints.writing import write
 
     source = open_source(args.source)
     print(require_fits(source).report())
-    for line in plan.lines(source, args.format):
+    for line in size_report.lines(source, args.format):
         print(line)
     if not args.dry_run:
         write(source, args.target, args.format, limit=limit(args), progress=progress())
@@ -51,7 +51,7 @@ def limit(args: argparse.Namespace) -> int:
 
 def progress() -> Callable[[int, int], None]:
     """Says on a terminal, about twice a second, how far it is."""
-    from vila_triton.plan import size
+    from vila_triton.checkpoints.size_report import size
 
     begun = last = time.monotonic()
     first: list[int] = []

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vila_triton.arguments import choices, kernel_arguments
-from vila_triton.ranges import names
+from vila_triton.registry.size_ranges import names
 
 if TYPE_CHECKING:
     import torch
 
-    from vila_triton.ranges import Choice
+    from vila_triton.registry.size_ranges import Choice
 
 RULE = """A call runs what is chosen here, in an engine or outside of one. To choose another: --set kernels.OP=NAME in a
 command, `with use(OP="NAME")` in Python; the reference is `with use(OP="reference")`, or OP.reference(...)."""
@@ -25,7 +25,7 @@ def configure(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from vila_triton.choices import pick_device
+    from vila_triton.registry.kernel_config import pick_device
 
     absent = args.device == "cuda" and not torch.cuda.is_available()
     print_ops(torch.device("cuda") if absent else pick_device(args.device), choices(args.set))
@@ -35,15 +35,15 @@ def run(args: argparse.Namespace) -> None:
 
 def tables() -> str:
     """The GPUs that are tuned."""
-    from vila_triton.tuned import folder
+    from vila_triton.registry.tuned_tables import folder
 
     return ", ".join(file.stem for file in sorted(folder().glob("*.json")))
 
 
 def print_ops(device: "torch.device", chosen: Mapping[str, str]) -> None:
-    from vila_triton.choices import PHASES
     from vila_triton.registry import OPS, broken, checked, discover, use
-    from vila_triton.tuned import kernels_for
+    from vila_triton.registry.kernel_config import PHASES
+    from vila_triton.registry.tuned_tables import kernels_for
 
     discover()
     checked(chosen)
@@ -75,9 +75,9 @@ def sizes(choice: "Choice", name: str, varying: tuple[str, ...]) -> str:
 
 
 def reason(device: "torch.device", op: str) -> str:
-    from vila_triton.choices import PHASES, configured
     from vila_triton.registry import OPS
-    from vila_triton.tuned import choice_of, file_of, folder, name_of, table_of
+    from vila_triton.registry.kernel_config import PHASES, configured
+    from vila_triton.registry.tuned_tables import choice_of, file_of, folder, name_of, table_of
 
     name = name_of(device)
     if name and op in table_of(name)["choices"] and (within := choice_of(op, name)):

@@ -47,12 +47,12 @@ def configure(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from vila_triton.awq import cachefile, report
-    from vila_triton.awq import run as awq
-    from vila_triton.awq import work as folder
-    from vila_triton.checkpoint import geometry, open_source
-    from vila_triton.choices import pick_device
-    from vila_triton.write import write
+    from vila_triton.checkpoints.loading import geometry, open_source
+    from vila_triton.checkpoints.writing import write
+    from vila_triton.quantization import awq_cache_file, report
+    from vila_triton.quantization import pipeline as awq
+    from vila_triton.quantization import resumable as folder
+    from vila_triton.registry.kernel_config import pick_device
 
     from .convert import progress
 
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     if there and not folder.wrote(work, target, args.format):
         raise ValueError(f"{target} is there already and not empty; give another folder, or remove it")
     kind = folder.dtype_of(source, "llm")
-    found = cachefile.load(args.awq_cache, cfg.llm, how.group, kind) if args.awq_cache else None
+    found = awq_cache_file.load(args.awq_cache, cfg.llm, how.group, kind) if args.awq_cache else None
     shown, words = calibration(args, source, cfg)
     tokens, seen = sum(map(len, shown.rows)), sum(int((row < 0).sum()) for row in shown.rows)
     about |= {"mode": how.mode, "seed": args.seed, "propagate": how.propagate and how.mode == "ours"}
@@ -115,10 +115,10 @@ def check(args: argparse.Namespace) -> None:
 
 def calibration(args: argparse.Namespace, source: Any, cfg: Any) -> tuple[Any, str]:
     """Prompts, and in words what they are."""
-    from vila_triton.awq import calibration as of
-    from vila_triton.images import image_processor
-    from vila_triton.models.vila_llama_config import VilaLlamaConfig
-    from vila_triton.tokenizer import load_tokenizer
+    from vila_triton.chat.tokenizer import load_tokenizer
+    from vila_triton.hf.configuration_vila_llama import VilaLlamaConfig
+    from vila_triton.images.processing import image_processor
+    from vila_triton.quantization import calibration_data as of
 
     tokenizer = load_tokenizer(source.beside["llm"])
     config = VilaLlamaConfig(**{**source.top, **{f"{part}_cfg": values for part, values in source.parts.items()}})

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from vila_triton.files import shown
+from vila_triton.files.reading import shown
 
-from .fields import Bounds, ConfigError, Count, Epsilon, Factor, Group, Layers, int4_fields, object_in, read
+from .config_fields import Bounds, ConfigError, Count, Epsilon, Factor, Group, Layers, int4_fields, object_in, read
 from .vision_config import ProjectorConfig, VisionConfig
 
 __all__ = ["ConfigError", "LlamaConfig", "ProjectorConfig", "RopeScaling", "VilaConfig", "VisionConfig", "read"]

@@ -10,12 +10,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from vila_triton.files import LoadError, listed
-from vila_triton.formats import tiles
+from vila_triton.checkpoints.int4_packing import tiles
+from vila_triton.files.reading import LoadError, listed
 from vila_triton.ops import Int4
 from vila_triton.ops.int4 import check_int4
 
-from .fields import ConfigError
+from .config_fields import ConfigError
 
 T = TypeVar("T")
 SIDE = 1024  # integers of a row, of which a checksum has the sum

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import vision_clip, vision_intern, vision_siglip
+from . import vision_clip, vision_internvit, vision_siglip
 from .config import VisionConfig
 from .vision_clip import Clip
-from .vision_intern import InternVit
+from .vision_internvit import InternVit
 from .vision_s2 import cut, look, side_by_side
 from .vision_siglip import Siglip
 
@@ -16,7 +16,7 @@ Tower = Siglip | Clip | InternVit
 KINDS: dict[str, Any] = {
     "siglip_vision_model": vision_siglip,
     "clip_vision_model": vision_clip,
-    "intern_vit_6b": vision_intern,
+    "intern_vit_6b": vision_internvit,
 }
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .config import VisionConfig
 from .layers import Affine, Leaf, declare_norm, layer_norm
 from .params import Spec
-from .vision_parts import declare_patch, patches, positions, trained_positions, with_class_token
+from .vision_layers import declare_patch, patches, positions, trained_positions, with_class_token
 from .vision_siglip import Layer, block, declare_layer
 
 __all__ = ["Clip", "block", "declare", "embed"]

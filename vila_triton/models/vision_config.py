@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from vila_triton.files import shown
+from vila_triton.files.reading import shown
 
-from .fields import Bounds, ConfigError, Count, Epsilon, Group, Layers, Side, expected, int4_fields, read
+from .config_fields import Bounds, ConfigError, Count, Epsilon, Group, Layers, Side, expected, int4_fields, read
 
 TOWERS: dict[str, dict[str, Any]] = {  # what a config.json may leave unsaid, as the tower's own code has it
     "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vila_triton.ops.domain import wide
+from vila_triton.ops.dtypes import wide
 
 
 def look(pixels: Tensor, side: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .config import VisionConfig
 from .layers import Affine, Leaf, Linear, declare_linear, declare_norm, layer_norm, linear
 from .params import Spec
-from .vision_parts import ACTIVATIONS, attend, declare_patch, patches, positions, trained_positions
+from .vision_layers import ACTIVATIONS, attend, declare_patch, patches, positions, trained_positions
 
 
 @dataclass(frozen=True)

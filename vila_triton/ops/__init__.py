@@ -14,18 +14,19 @@ Every file here is found, and an op in it is `vila_triton.ops.NAME`, named below
 
 import sys
 
-from vila_triton.registry import OPS, load, tell
+from vila_triton.registry import OPS
+from vila_triton.registry.registry import load, tell
 
 from .attention import merge
-from .decode import decode_attention
+from .decode_attention import decode_attention
 from .elementwise import layer_norm, rms_norm, rope, swiglu
-from .encoder import encoder_attention
+from .encoder_attention import encoder_attention
 from .int4 import Int4, dequantize, int4_matmul, int4_swiglu, quantize
-from .kv import Pages, QuantizedPages, empty_pages, leaves
+from .kv_pages import Pages, QuantizedPages, empty_pages, leaves
+from .kv_write import kv_write
 from .linear import linear
-from .paged import kv_write
-from .prefill import prefill_attention
-from .rope_write import rope_kv_write
+from .prefill_attention import prefill_attention
+from .rope_kv_write import rope_kv_write
 
 __all__ = [
     "Int4",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vila_triton.registry import OneOf
 
-from .domain import wide
+from .dtypes import wide
 
 HEAD_DIMS = OneOf(32, 16, 24, 64, 72, 80, 96, 128)
 RATIOS = OneOf(1, 2, 3, 4, 8)  # query heads per key/value head

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vila_triton.registry import Sizes, op
 
-from .domain import DTYPES, draw, name_of, wide
+from .dtypes import DTYPES, draw, name_of, wide
 from .shapes import axes, finite, floating, same_dtype
 
 

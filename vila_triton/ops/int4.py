@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vila_triton.formats import pack_tiles, tiles, unpack_tiles
+from vila_triton.checkpoints.int4_packing import pack_tiles, tiles, unpack_tiles
 from vila_triton.registry import OneOf, Sizes, op
 
-from .domain import DTYPES, draw, name_of, wide
+from .dtypes import DTYPES, draw, name_of, wide
 from .shapes import axes, floating, same_dtype
 
 ORDERS = ("sub", "fma")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vila_triton.registry import Sizes, op
 
-from .domain import DTYPES, draw, name_of
+from .dtypes import DTYPES, draw, name_of
 from .int4 import Int4, int4_matmul
 from .shapes import axes, floating
 

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vila_triton.arguments import BUNDLED, KV_DTYPES, choices
-from vila_triton.chat import Talker
+from vila_triton.arguments import KV_DTYPES, choices
+from vila_triton.chat.conversation import Talker
 from vila_triton.console import bar, exit_code
+from vila_triton.hf.configuration_vila_llama import parse_dtype
 from vila_triton.limits import COUNT, SEED
-from vila_triton.models.vila_llama_config import parse_dtype
+from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import recording, use
 from vila_triton.tiny.questions import GROUPS, KINDS, QA, ask
 from vila_triton.tiny.scenes import Scene, draw, sample
@@ -118,7 +119,7 @@ def agreement(talker: Talker, questions: Sequence[Item], kernels: Mapping[str, s
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=BUNDLED)
+    parser.add_argument("--model", type=Path, default=BUNDLED_CHECKPOINT)
     parser.add_argument("--count", type=COUNT, default=100, help="questions of each kind and number of pictures")
     parser.add_argument("--all", action="store_true", help="also the kinds that the model is not offered for")
     parser.add_argument("--limit", type=COUNT, help="stop after so many questions")

@@ -24,10 +24,10 @@ from vila_triton.console import exit_code
 from vila_triton.limits import COUNT, POSITIVE, SEED, Limits
 from vila_triton.models import llama, params, projector, vision
 from vila_triton.ops import rope
-from vila_triton.tiny.folder import CONFIG, DECLARE, save
+from vila_triton.tiny.config import CONFIG, DECLARE, save
 from vila_triton.tiny.questions import KINDS
-from vila_triton.tiny.rows import Batch, Group, batch, pixels
 from vila_triton.tiny.scenes import COLOURS, SHAPES, Scene, draw, sample
+from vila_triton.tiny.training_data import Batch, Group, batch, pixels
 
 # rows, pictures a row, conversation; a fifth of the rows are conversations
 PLAN = ((15, 1, False), (9, 2, False), (2, 3, False), (3, 1, True), (2, 2, True), (1, 3, True))

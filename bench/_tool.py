@@ -1,0 +1,35 @@
+"""How every tool ends; what `vila_triton.console` says of commands holds for tools."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
+
+from vila_triton.console import exit_code
+
+from .measure import rows
+
+P = ParamSpec("P")
+WRONG_COMMAND = 2  # since 1 is the answer that something is wrong
+
+
+def tool(main: Callable[P, int | None]) -> Callable[P, int]:
+    """The `main` of a tool; returns what to hand to `sys.exit`.
+
+    An error is one line and the code 2; Ctrl-C is one line, which names the files of rows that were written, and 130.
+    """
+    name = main.__globals__["__spec__"].name.removesuffix(".__main__")  # `__module__` is "__main__" in what is run
+
+    @wraps(main)
+    def ended(*args: P.args, **kwargs: P.kwargs) -> int:
+        def run() -> int | None:
+            try:
+                return main(*args, **kwargs)
+            except KeyboardInterrupt as error:
+                if error.args or not rows.WRITTEN:
+                    raise
+                kept = ", ".join(map(str, rows.WRITTEN))
+                raise KeyboardInterrupt(f"interrupted; what was known by then is in {kept}") from None
+
+        return exit_code(name, run, WRONG_COMMAND)
+
+    return ended

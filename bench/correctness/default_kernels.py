@@ -1,0 +1,320 @@
+"""Is all that runs by default right on this machine? `python -m bench.correctness --seconds 150 --out rows.jsonl`
+
+Every kernel with its first config, and with what a tuned table of this device holds, in three dtypes, on aligned and on
+strided memory, against float64: at sizes of configs/bench/correctness.toml, each a little more than some tiles of it.
+The most valuable come first: half precision before float32, defaults before what must be asked for, int4 and attention
+before the rest. Processes take item after item; one that dies, or whose CUDA context breaks, costs its item only.
+Without a GPU what a GPU runs by default is checked in Triton's interpreter, which has no bfloat16.
+
+A line and a row (kind "correctness") for each item as soon as it is known. Exit code: 0 nothing is wrong, 1 something
+is or nothing was reached, 2 the command itself.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from math import inf
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
+
+from triton import knobs
+
+from vila_triton.limits import COUNT, POSITIVE
+from vila_triton.paths import config_dir
+from vila_triton.registry import OPS, REFERENCE, Impl, OneOf, Op, Unsupported, discover, tuned_tables
+from vila_triton.registry.interpreter import holds_kernels
+from vila_triton.registry.kernel_config import PHASES, configured
+from vila_triton.registry.search_space import Config, canonical
+from vila_triton.registry.size_ranges import names
+
+from .. import standin
+from .._tool import tool
+from ..measure import rows
+from .error_budget import DEVICE, LEFT_OUT, example
+from .failure_report import settings
+from .find_failure import alive
+from .gate import fault
+from .guarded_memory import LAYOUTS
+
+PYTHON = standin.prefix()  # what starts a process
+COMPILE = 1.5  # seconds that compiling a kernel takes, about
+DYING = 10  # seconds a process may take to end of itself
+
+
+@dataclass(frozen=True)
+class Item:
+    """One config of an implementation at some sizes, to be checked in both layouts.
+
+    default  whether it runs by default on a GPU, in some phase and at some sizes
+    usual    whether the sizes are those that all dtypes and implementations are checked at
+    """
+
+    op: str
+    impl: str
+    config: Config
+    sizes: Mapping[str, Any]
+    default: bool
+    usual: bool
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.impl} {settings(self.sizes)}"
+
+    @property
+    def rank(self) -> tuple[bool, ...]:
+        """The most valuable first."""
+        first = self.op.startswith("int4") or self.op.endswith("attention")
+        return self.sizes["dtype"] == "float32", not self.usual, not self.default, not first
+
+
+def places(op: Op, impl: str) -> list[dict[str, Any]]:
+    """The usual sizes, then those with one of them changed. Errors: ValueError for a size the op does not have."""
+    table = tomllib.loads((config_dir() / "bench" / "correctness.toml").read_text()).get(op.name, {})
+    sizes = {name: value for name, value in table.items() if name != "impl"} | table.get("impl", {}).get(impl, {})
+    if unknown := set(sizes) - set(op.domain):
+        raise ValueError(f"correctness.toml: {op.name} has no size {', '.join(sorted(unknown))}")
+    usual = {name: domain.values[0] if isinstance(domain, OneOf) else domain.high for name, domain in op.domain.items()}
+    usual |= {name: value[0] if isinstance(value, list) else value for name, value in sizes.items()}
+    lists = {name: value for name, value in sizes.items() if isinstance(value, list)}
+    return [usual, *({**usual, name: value} for name, values in lists.items() for value in values[1:])]
+
+
+def defaults(device: torch.device) -> set[tuple[str, str]]:
+    """(op, implementation) of all that runs by default: on this GPU, or without one on any."""
+    gpu = device.type == "cuda"
+    choices = [tuned_tables.kernels_for(device, phase) if gpu else configured("cuda", phase) for phase in PHASES]
+    return {(op, impl) for chosen in choices for op, choice in chosen.items() for impl in names(choice)}
+
+
+def configs_of(impl: Impl, device: torch.device) -> list[Config]:
+    """The first config, and those that were tuned on this device."""
+    name = tuned_tables.name_of(device)
+    entry = tuned_tables.entry_of(impl, name) if name else None
+    found = [*(at["config"] for at in entry["ranges"]), entry["otherwise"]["config"]] if entry else []
+    return list({canonical(dict(config)): config for config in (impl.configs[0], *found)}.values())
+
+
+def items(device: torch.device) -> list[Item]:
+    """All there is to check, the most valuable first."""
+    discover()
+    by_default = defaults(device)
+    found = []
+    for op in OPS.values():
+        for impl in op.impls.values():
+            default = (op.name, impl.name) in by_default
+            if impl.name == REFERENCE or not (default or holds_kernels(impl)):
+                continue
+            dtypes = op.domain["dtype"]
+            assert isinstance(dtypes, OneOf)
+            for (number, sizes), dtype in product(enumerate(places(op, impl.name)), dtypes.values):
+                at = {**sizes, "dtype": dtype}
+                found += [Item(op.name, impl.name, x, at, default, not number) for x in configs_of(impl, device)]
+    return sorted(found, key=lambda item: item.rank)
+
+
+def checked(item: Item) -> dict[str, Any]:
+    """What became of an item: its state, why, how many kernels were compiled, and the seconds of that and of all."""
+    start, compiling = time.perf_counter(), []
+
+    def compiled(times: Any, cache_hit: bool, **_: Any) -> None:
+        compiling.extend([] if cache_hit else [times.total / 1e6])
+
+    impl, states, reasons = OPS[item.op].impls[item.impl], [], []
+    knobs.compilation.listener = compiled
+    try:
+        for layout in LAYOUTS:
+            try:
+                wrong = fault(example(OPS[item.op], 0, **item.sizes), impl, item.config, layout)
+                states.append("wrong" if wrong else "right")
+                reasons += [wrong] if wrong else []
+            except Unsupported as reason:
+                states.append("unsupported")
+                reasons.append(f"{layout}: {reason}")
+    finally:
+        knobs.compilation.listener = None
+    state = next(state for state in ("wrong", "right", "unsupported") if state in states)
+    spent = {"compiled": len(compiling), "compiling": sum(compiling), "seconds": time.perf_counter() - start}
+    return {"state": state, "reason": "; ".join(dict.fromkeys(reasons)), **spent, "alive": alive()}
+
+
+def work() -> None:
+    """Answer the items on standard input, one a line; ends with it."""
+    said = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what kernels print is no answer
+    asked: SimpleQueue[str] = SimpleQueue()
+
+    def receive() -> None:
+        for line in sys.stdin:
+            asked.put(line)
+        os._exit(0)  # whatever is under way
+
+    discover()
+    Thread(target=receive, daemon=True).start()
+    while True:
+        print(json.dumps(checked(Item(**json.loads(asked.get())))), file=said, flush=True)
+
+
+class Process:
+    """One `python -m bench.correctness --work`; it ends with its standard input."""
+
+    def __init__(self) -> None:
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the object)
+        self.process = subprocess.Popen(
+            [*PYTHON, "bench.correctness", "--work"],
+            cwd=rows.ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+
+    def ask(self, item: Item) -> dict[str, Any]:
+        """The answer; if the process died of the item, that it did."""
+        assert self.process.stdin and self.process.stdout
+        try:
+            print(json.dumps(asdict(item)), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if line.endswith("\n"):
+            return json.loads(line)
+        return {"state": "crashed", "reason": self.death(), "alive": False}
+
+    def death(self) -> str:
+        """How it ended: the last line it wrote, or the signal."""
+        try:
+            code = self.process.wait(DYING)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        self.errors.seek(0)
+        lines = [line for line in self.errors.read().decode(errors="replace").splitlines() if line.strip()]
+        return f"its process died of signal {-code}" if code < 0 or not lines else lines[-1]
+
+
+def answers(chosen: Sequence[Item], count: int, deadline: float) -> Iterator[tuple[Item, dict[str, Any]]]:
+    """Each item with its answer, as answers come, from so many processes; until the deadline (of `time.monotonic`)."""
+    left, running = deque(chosen), set[Process]()
+    known: SimpleQueue[tuple[Item, dict[str, Any]]] = SimpleQueue()
+
+    def take_turns() -> None:
+        process = None
+        while left:
+            try:
+                item = left.popleft()
+            except IndexError:  # another was faster
+                break
+            try:
+                if process is None:
+                    running.add(process := Process())
+            except OSError as error:
+                known.put((item, {"state": "crashed", "reason": f"its process could not be started: {error}"}))
+                continue
+            answer = process.ask(item)
+            if not answer.pop("alive"):
+                process.process.kill()
+                running.discard(process)
+                process = None
+            known.put((item, answer))
+
+    for _ in range(min(count, len(chosen))):
+        Thread(target=take_turns, daemon=True).start()
+    try:
+        for _ in chosen:
+            yield known.get(timeout=None if deadline == inf else max(0.0, deadline - time.monotonic()))
+    except Empty:
+        pass
+    finally:
+        left.clear()
+        for process in list(running):
+            process.process.kill()
+
+
+def left_out(item: Item) -> bool:
+    """Whether kernels are interpreted here and the interpreter computes this dtype wrongly."""
+    return item.sizes["dtype"] in LEFT_OUT and holds_kernels(OPS[item.op].impls[item.impl])
+
+
+def check(chosen: Sequence[Item], processes: int, seconds: float, out: Path | None) -> Counter[str]:
+    """Check the items, print and write how it went, and count the states."""
+    deadline, here = time.monotonic() + seconds, rows.stamp(torch.device(DEVICE))
+    counts: Counter[str] = Counter()
+
+    def write(item: Item, answer: Mapping[str, Any]) -> None:
+        counts[answer["state"]] += 1
+        if out:
+            rows.write(out, [{"kind": "correctness", **asdict(item), **answer, **here}])
+
+    wanted = []
+    for item in chosen:
+        if left_out(item):
+            write(item, {"state": "left out", "reason": "Triton's interpreter computes it wrongly"})
+        else:
+            wanted.append(item)
+    if counts:
+        print(f"left out: {counts['left out']} items that Triton's interpreter computes wrongly: {', '.join(LEFT_OUT)}")
+    calls = len(LAYOUTS) * len(wanted)
+    least = f"{calls} kernels or more, at {COMPILE} s each {calls * COMPILE / processes:.0f} s"
+    print(f"{len(wanted)} items in {len(LAYOUTS)} layouts on {processes} processes; where they are compiled {least}")
+    reached, compiled, compiling = [], 0, 0.0
+    for item, answer in answers(wanted, processes, deadline):
+        reached.append(item)
+        compiled += answer.get("compiled", 0)
+        compiling += answer.get("compiling", 0.0)
+        line = f"{answer['state']:12}{answer.get('seconds', 0.0):6.1f} s  {item}  {answer['reason']}"
+        print(line.rstrip(), flush=True)
+        write(item, answer)
+    for item in wanted:
+        if item not in reached:
+            print(f"not reached           {item}")
+            write(item, {"state": "not reached", "reason": f"{seconds:.0f} s were over"})
+    print(f"compiled {compiled} kernels in {compiling:.1f} s of a process")
+    said = {"right": counts["right"], "wrong": counts["wrong"] + counts["crashed"]}
+    said |= {state: counts[state] for state in ("unsupported", "left out")}
+    said |= {"not reached": counts["not reached"]} if counts["not reached"] else {}
+    print(", ".join(f"{count} {state}" for state, count in said.items()))
+    return counts
+
+
+@tool
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", action="append", default=[], help="only this op (may be repeated)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only items whose line holds this text")
+    parser.add_argument("--processes", type=COUNT, default=os.cpu_count(), help="at a time (default: %(default)s)")
+    parser.add_argument("--seconds", type=POSITIVE, default=inf, help="stop then, and say what was not reached")
+    parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # be one of the processes
+    args = parser.parse_args(argv)
+    if args.work:
+        work()
+        return 0
+    every = items(torch.device(DEVICE))
+    if unknown := set(args.op) - OPS.keys():
+        raise ValueError(f"no op {', '.join(sorted(unknown))}; there are: {', '.join(OPS)}")
+    chosen = [x for x in every if x.op in (args.op or OPS) and args.only in str(x)]
+    if not chosen:
+        raise ValueError(f"no item of {', '.join(args.op or ['any op'])} holds {args.only!r}")
+    counts = check(chosen, args.processes, args.seconds, args.out)
+    unknown = counts["not reached"] and not counts["right"]  # of a machine that hangs nothing is known to be right
+    return 1 if counts["wrong"] + counts["crashed"] or unknown else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The gate: an implementation whose numbers are wrong gets no time. `ops`, `tune` and the peers all pass through it."""
+
+import random
+from collections.abc import Iterator, Mapping
+from functools import cache
+from itertools import islice
+from typing import Any
+
+import torch
+
+from vila_triton.registry import OPS, Impl, Op, Sizes, Unsupported
+
+from ..measure.cases import Case, call_arguments
+from .error_budget import DEVICE, LEFT_OUT, SHARED, Example, example, fill
+from .failure_report import crash
+from .guarded_memory import LAYOUTS, Layout, mapped, tensors
+
+EXAMPLES = 12
+TRIES = 10 * EXAMPLES  # examples an implementation may refuse before it is said to support nothing
+# A case is checked itself where float64 takes no longer than this many flops, and its arguments no more bytes.
+CASE_FLOPS = {"cpu": 10**8, "cuda": 10**12}
+CASE_BYTES = {"cpu": 2**24, "cuda": 2**30}
+
+
+def gate(impl: Impl, config: Mapping[str, Any], case: Case | None = None) -> str | None:
+    """Why the implementation with this config may not be timed, in one line; None if it may.
+
+    It must be faithful (guarded memory, computed budget) on random examples of the op's whole domain, the same each
+    time, in either layout by turns, and at the sizes of the case in both, if those are not too large for float64; half
+    of the examples, and the case, after a call with other values at the same addresses.
+    """
+    reason = domain_gate(impl, tuple(sorted(config.items())))
+    if reason or case is None or not affordable(case):
+        return reason
+    for layout in LAYOUTS:
+        try:
+            if wrong := fault(case_example(case), impl, config, layout):
+                return wrong
+        except Unsupported as reason:
+            if layout == "aligned":  # as it is timed
+                return f"unsupported: {reason}"
+    return None
+
+
+def numbers_gate(impl: Impl, config: Mapping[str, Any], case: Case) -> str | None:
+    """Why the implementation may not be timed at this case, in one line: its numbers are beyond budget there. Nothing
+    else is looked at: for configs that have passed `gate`. What is too large for float64 passes.
+    """
+    if not affordable(case):
+        return None
+    try:
+        held = case_example(case)
+        args = mapped(torch.clone, held.args)
+        fill(args, held.others())
+        before = [x.clone() for x in tensors(impl(*args, config=config))]
+        fill(args, held.args)
+        held.check_numbers(tensors(impl(*args, config=config)), before)
+    except Unsupported as reason:
+        return f"unsupported: {reason}"
+    except Exception as error:  # as in `fault`
+        return crash(error)
+    return None
+
+
+def fault(held: Example, impl: Impl, config: Mapping[str, Any], layout: Layout) -> str | None:
+    """What is wrong with a call, in one line. Errors: `Unsupported`."""
+    try:
+        held.check(impl, config, layout, held.twice)
+    except Unsupported:
+        raise
+    except Exception as error:  # a kernel may fail in any way at all; each is a reason to print no time
+        return f"{crash(error)} (its arguments were {layout})"
+    return None
+
+
+def case_example(case: Case) -> Example:
+    """The very arguments that are timed at the case, shared by all implementations."""
+    key = OPS[case.op], *case.sizes.items()
+    return SHARED.get(key, lambda: Example(OPS[case.op], call_arguments(case, torch.device(DEVICE))))
+
+
+def affordable(case: Case) -> bool:
+    """Whether the case itself is checked, or the domain only."""
+    flops, size = case.cost
+    return flops <= CASE_FLOPS[DEVICE] and size <= CASE_BYTES[DEVICE]
+
+
+def drawn(op: Op) -> Iterator[dict[str, Any]]:
+    """Random sizes from all of the domain, the same each time: first the smallest; an end of an axis is drawn often."""
+    rng = random.Random(op.name)
+    yield {**{n: d.low if isinstance(d, Sizes) else d.values[0] for n, d in op.domain.items()}, "seed": 0}
+    while True:
+        sizes = {}
+        for name, domain in op.domain.items():
+            if isinstance(domain, Sizes):
+                every = range(domain.low, domain.high + 1, domain.step)
+                sizes[name] = rng.choice((every[0], every[-1], rng.choice(every)))
+            else:
+                sizes[name] = rng.choice([value for value in domain.values if value not in LEFT_OUT])
+        yield {**sizes, "seed": rng.randrange(2**16)}
+
+
+@cache
+def domain_gate(impl: Impl, config: tuple[tuple[str, Any], ...]) -> str | None:
+    op = OPS[impl.op]
+    reasons: set[str] = set()
+    checked = 0
+    for number, sizes in enumerate(islice(drawn(op), TRIES)):
+        try:
+            if wrong := fault(example(op, **sizes), impl, dict(config), LAYOUTS[number % len(LAYOUTS)]):
+                return wrong
+        except Unsupported as reason:
+            reasons.add(str(reason))
+            continue
+        checked += 1
+        if checked == EXAMPLES:
+            return None
+    return None if checked else f"supports nothing here: {'; '.join(sorted(reasons))}"

@@ -1,0 +1,177 @@
+"""One call of an implementation in a file, arguments and all, to be run again after the kernel was mended.
+
+A bundle holds tensors, numbers and text in tuples, lists and dictionaries, and is read with `weights_only=True`: a file
+from somebody else can be wrong, but it cannot run code.
+"""
+
+import inspect
+import pickle
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vila_triton.files.reading import require_file, shown
+from vila_triton.ops import Int4, QuantizedPages
+from vila_triton.registry import OPS, Impl, Op, discover, there
+
+from ..measure.rows import stamp
+from .error_budget import DEVICE
+from .guarded_memory import LAYOUTS, Layout, mapped
+
+FORMAT = "vila-triton bundle 2"
+FIELDS = {
+    "op": str, "impl": str, "config": dict, "args": tuple, "seed": int, "layout": str, "sizes": dict, "origin": str,
+    "stamp": dict,
+}  # fmt: skip
+
+
+class BundleError(ValueError):
+    """A file is no bundle, or not one of anything that exists here; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A call.
+
+    file     where it was read from
+    seed     of the memory that `assert_faithful` lays the arguments in, and of the values drawn
+    layout   how they lie in it
+    sizes    those the arguments were drawn for; empty if they come from a model
+    origin   where the call comes from, in words
+    stamp    versions and commit it was saved under (`rows.stamp`)
+    """
+
+    file: Path
+    op: str
+    impl: str
+    config: Mapping[str, Any]
+    args: tuple
+    seed: int
+    layout: Layout
+    sizes: Mapping[str, Any]
+    origin: str
+    stamp: Mapping[str, str]
+
+
+def unused(file: Path) -> Path:
+    """That file; if there is one, the first free one of swiglu-mine-0-2.bundle, swiglu-mine-0-3.bundle, ...
+
+    It is made, empty, so that nobody else takes the name.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for name in chain([file], (file.with_stem(f"{file.stem}-{i}") for i in count(2))):
+        with suppress(FileExistsError):
+            name.touch(exist_ok=False)
+            return name
+    raise AssertionError
+
+
+def save(
+    file: Path,
+    impl: Impl,
+    config: Mapping[str, Any],
+    args: tuple,
+    seed: int,
+    layout: Layout,
+    sizes: Mapping[str, Any],
+    origin: str,
+) -> None:
+    """Write a bundle; tensors are stored dense, on the CPU, whatever memory they are views of."""
+    dense = mapped(lambda x: x.detach().cpu().clone(memory_format=torch.contiguous_format), args)
+    here = {name: str(value) for name, value in stamp(torch.device(DEVICE)).items()}  # torch's version is no plain str
+    values = (impl.op, impl.name, dict(config), plain(dense), seed, layout, dict(sizes), origin, here)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"format": FORMAT, **dict(zip(FIELDS, values))}, file)
+
+
+LEAVES = (Int4, QuantizedPages)
+
+
+def plain(value: Any) -> Any:
+    """The tree with its quantised leaves as dictionaries, from which their names tell them apart."""
+    if isinstance(value, LEAVES):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return type(value)(map(plain, value)) if isinstance(value, tuple | list) else value
+
+
+def restored(value: Any) -> Any:
+    """The inverse of `plain`, on the device that is checked. Errors: BundleError for what no op takes."""
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise BundleError(f"an argument is a {value.layout} tensor on {value.device}, expected a plain one")
+        return value.to(DEVICE)
+    if isinstance(value, dict):
+        kind = next((leaf for leaf in LEAVES if {field.name for field in fields(leaf)} == set(value)), None)
+        if kind is None:
+            raise BundleError(
+                f"an argument is a dictionary of {sorted(map(str, value))}, expected an int4 weight or quantised pages"
+            )
+        return kind(**{name: restored(x) for name, x in value.items()})
+    if isinstance(value, tuple | list):
+        return type(value)(map(restored, value))
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise BundleError(f"an argument is a {type(value).__name__}, expected a tensor, an int4 weight or a number")
+
+
+def load(file: Path) -> Bundle:
+    """Read a bundle. Errors: `BundleError`, `OSError`, `LoadError` for what is no file."""
+    require_file(file)
+    try:
+        held = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except pickle.UnpicklingError:
+        raise BundleError(f"{file} is no bundle: it is not tensors, numbers and text alone") from None
+    except Exception as error:  # whatever torch's reader may raise for bytes that are not its own
+        raise BundleError(f"{file} is no bundle, or not a whole one ({type(error).__name__})") from None
+    if not isinstance(held, dict) or held.get("format") != FORMAT:
+        raise BundleError(f"{file} is no bundle: it does not begin with the format {FORMAT!r}")
+    wrong = [name for name, kind in FIELDS.items() if type(held.get(name)) is not kind]
+    if wrong or not 0 <= held["seed"] < 2**63:
+        raise BundleError(f"{file} is no bundle: {', '.join(wrong) or 'seed'} missing or of the wrong type")
+    if held["layout"] not in LAYOUTS:
+        raise BundleError(f"{file} is no bundle: its layout is {held['layout']!r}, expected {' or '.join(LAYOUTS)}")
+    values = {name: held[name] for name in FIELDS}
+    try:
+        return Bundle(file, **{**values, "args": restored(values["args"])})
+    except BundleError as error:
+        raise BundleError(f"{file}: {error}") from None
+
+
+def resolve(bundle: Bundle) -> tuple[Op, Impl]:
+    """The op and the implementation, as they are now. Errors: `BundleError` if the call cannot be made any more."""
+    discover()
+    if bundle.op not in OPS:
+        raise BundleError(
+            f"{bundle.file} is of an op {shown(bundle.op)}, which does not exist; there are: {there(OPS)}"
+        )
+    op = OPS[bundle.op]
+    if bundle.impl not in op.impls:
+        raise BundleError(
+            f"{bundle.file} is of {op.name} {shown(bundle.impl)}, which does not exist; there are: {there(op.impls)}"
+        )
+    impl = op.impls[bundle.impl]
+    try:
+        inspect.signature(impl.fn).bind(*bundle.args, **bundle.config)
+    except TypeError as error:
+        raise BundleError(f"{bundle.file}: {op.name} {impl.name} no longer takes this call: {error}") from None
+    try:
+        op.check(*mapped(Tensor.cpu, bundle.args))  # where the values of indices are always looked at
+        op.reference(*mapped(torch.clone, bundle.args))
+    except Exception as error:  # whatever a reference may raise for arguments that nobody checked
+        raise BundleError(
+            f"{bundle.file}: the reference of {op.name} does not take these arguments: {brief(error)}"
+        ) from None
+    return op, impl
+
+
+def brief(error: Exception) -> str:
+    """The first line of an error."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,89 @@
+"""Named sizes to time and tune at: configs/bench/OP.toml, one table a case.
+
+    [decode]                     # the case decode; an entry is one size or a list of them
+    m = [1, 4, 16]
+    n-G = [[4096, 32], [14336, 32]]   # names joined by - vary together
+    group = 128
+    dtype = "float16"
+
+stands for every combination, in that order. An op without a file, or a size without an entry, is taken at its
+`representative`: so a new op has a case of its own before anybody writes one.
+"""
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+
+from vila_triton.paths import config_dir
+from vila_triton.registry import OPS, OneOf, Op, Sizes, discover, there
+
+
+@dataclass(frozen=True)
+class Case:
+    """The sizes of one call of an op, under the name of the list they come from."""
+
+    op: str
+    name: str
+    sizes: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name} " + " ".join(f"{k}={v}" for k, v in self.sizes.items())
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """(flops, bytes moved at least once)."""
+        return OPS[self.op].cost(**self.sizes)
+
+
+def call_arguments(case: Case, device: torch.device) -> Any:
+    """Random arguments at the sizes of the case, drawn on the device."""
+    with torch.device(device):
+        return OPS[case.op].example(**case.sizes, rng=torch.Generator(device).manual_seed(0), device=str(device))  # pyright: ignore[reportCallIssue]
+
+
+def representative(domain: Sizes | OneOf) -> Any:
+    """The largest size, a multiple of 16 if there is one, as the axes of real models are; of listed values the largest
+    number, or the first where they are no numbers.
+    """
+    if isinstance(domain, OneOf):
+        return max((x for x in domain.values if type(x) is int), default=domain.values[0])
+    sizes = range(domain.low, domain.high + 1, domain.step)
+    return max((n for n in sizes if n % 16 == 0 and n), default=sizes[-1])
+
+
+def names() -> list[str]:
+    """The ops there are."""
+    discover()
+    return list(OPS)
+
+
+def combinations(table: Mapping[str, Any], op: Op) -> Iterator[dict[str, Any]]:
+    """Every combination of the values of a table. Errors: ValueError for a size the op does not have, or no value."""
+    axes = [(key.split("-"), values if isinstance(values, list) else [values]) for key, values in table.items()]
+    unknown = {name for names, _ in axes for name in names} - set(op.domain)
+    if unknown:
+        raise ValueError(f"{op.name} has no size {', '.join(sorted(unknown))}; it has {', '.join(op.domain)}")
+    usual = {name: representative(domain) for name, domain in op.domain.items()}
+    if "dtype" in usual:
+        usual["dtype"] = "float16"
+    for choice in product(*(values for _, values in axes)):
+        sizes = dict(usual)
+        for (keys, _), value in zip(axes, choice):
+            sizes.update(zip(keys, value if len(keys) > 1 else [value], strict=True))
+        yield sizes
+
+
+def cases(op: str, only: str | None = None) -> list[Case]:
+    """The cases of an op, or those of one name. Errors: ValueError naming the names there are."""
+    if op not in names():
+        raise ValueError(f"no op {op!r}; there are: {there(OPS)}")
+    file = config_dir() / "bench" / f"{op}.toml"
+    tables = tomllib.loads(file.read_text()) if file.exists() else {"representative": {}}
+    if only is not None and only not in tables:
+        raise ValueError(f"{op} has no case {only!r}; there are: {', '.join(tables)}")
+    chosen = [only] if only else list(tables)
+    return [Case(op, name, sizes) for name in chosen for sizes in combinations(tables[name], OPS[op])]

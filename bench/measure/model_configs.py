@@ -1,0 +1,45 @@
+"""The models of configs/models/: their geometry, and a language model of it with random weights."""
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vila_triton.models.config import LlamaConfig
+from vila_triton.paths import config_dir
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One file of configs/models/. `vision_tower` and `mm_projector` are as in it, under Hugging Face's names; both are
+    empty for a language model alone.
+    """
+
+    name: str
+    template: str
+    image_tokens: int
+    llm: LlamaConfig
+    fp16_bytes: int | None = None  # of all three parts
+    int4_bytes: int | None = None
+    vision_tower: dict[str, Any] = field(default_factory=dict)
+    mm_projector: dict[str, Any] = field(default_factory=dict)
+
+
+def known() -> dict[str, Path]:
+    return {file.stem: file for file in sorted((config_dir() / "models").glob("*.toml"))}
+
+
+def load(model: str | Path, layers: int | None = None, group_size: int | None = None) -> Geometry:
+    """A file, or the name of one in configs/models/; `layers`: only so many of its language model; `group_size`: its
+    linears in int4. Errors: ValueError naming the models there are.
+    """
+    file = known().get(str(model), Path(model))
+    if not file.is_file():
+        raise ValueError(f"no model {str(model)!r}; there are: {', '.join(known())}, or give the path of a .toml file")
+    table = tomllib.loads(file.read_text())
+    if layers is not None and layers < 1:
+        raise ValueError(f"{layers} layers: a language model has at least 1")
+    llm = table["llm"] | ({"num_hidden_layers": layers} if layers else {})
+    if group_size:
+        llm["quantization_config"] = {"quant_method": "vila-triton", "group_size": group_size}
+    return Geometry(**{**table, "llm": LlamaConfig.from_dict(llm)})

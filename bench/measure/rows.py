@@ -1,0 +1,118 @@
+"""Results as rows: one JSON object a line, each with what it was measured on. Plots are made from rows alone.
+
+A process may be killed at any moment: a line goes to its file in one write, and one that was cut off nevertheless is
+left out by who reads and dropped by who writes next.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import date
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import triton
+
+from vila_triton.files.file_locks import locked
+from vila_triton.files.reading import require_file
+
+ROOT = Path(__file__).resolve().parents[2]
+STAMP = ("device", "torch", "triton", "python", "commit", "date")  # where and when a row was measured
+RESULTS = ROOT / "bench" / "results"
+WRITTEN: dict[Path, None] = {}  # the files this process wrote rows to, for who interrupts it
+
+
+def device_name(device: torch.device) -> str:
+    """What the machine calls its processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = [x for x in cpu_info() if x.startswith("model name")]
+    cores = f"{torch.get_num_threads()} threads"
+    return f"{found[0].split(':')[1].strip()}, {cores}" if found else f"{platform.machine()} CPU, {cores}"
+
+
+def cpu_info() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.exists() else []
+
+
+@lru_cache
+def commit() -> str:
+    """The commit checked out, with a + if files differ from it; "unknown" outside a checkout."""
+    try:
+        head, changed = (
+            subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for args in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")
+
+
+def stamp(device: torch.device) -> dict[str, str]:
+    """Where and when a row was measured: goes into every row."""
+    versions = torch.__version__, triton.__version__, platform.python_version()
+    return dict(zip(STAMP, (device_name(device), *versions, commit(), date.today().isoformat()), strict=True))
+
+
+def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append rows; each is on disk before the next is asked for. Others may append to the file at the same time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    WRITTEN[file] = None
+    with file.open("a+b", buffering=0) as out:
+        for row in rows:
+            with locked(out):
+                mend(out)
+                out.write(json.dumps(row).encode() + b"\n")
+
+
+def mend(out: BinaryIO) -> None:
+    """End the last line of a file, or drop it if it was cut off."""
+    if not out.seek(0, os.SEEK_END):
+        return
+    out.seek(-1, os.SEEK_END)
+    if out.read(1) != b"\n":
+        out.seek(0)
+        held = out.read()
+        start = held.rfind(b"\n") + 1
+        if whole(held[start:]):
+            out.write(b"\n")
+        else:
+            out.truncate(start)
+
+
+def whole(line: bytes) -> bool:
+    """Whether a last line without its end is a row all the same: what is cut off in the middle is no JSON."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def read(*files: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of the files, or those of one kind; a last line that was cut off is left out, with a word.
+
+    Errors: ValueError naming file and line of what is no row; `LoadError` for what is no file.
+    """
+    for file in files:
+        require_file(file)
+        *lines, rest = file.read_bytes().split(b"\n")
+        if whole(rest):
+            lines.append(rest)
+        elif rest:
+            print(f"{file}:{len(lines) + 1} was cut off in the middle and is left out", file=sys.stderr)
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{file}:{number} is not a row: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{file}:{number} is not a row: it is no object")
+            if kind is None or row.get("kind") == kind:
+                yield row

@@ -1,0 +1,181 @@
+"""How fast the released models could be at best, on paper: `python -m bench.roofline --gpu H100,4090`
+
+What a step must do at least (bench/measure/step_cost.py) and what a machine can do in a second bound its time:
+
+    time >= max(bytes / bandwidth, flops / rate), bytes and flops summed over the whole step
+
+The maximum of the sums and not the sum of each op's maximum: while one op computes, the weights of the next may already
+be on their way, so that only the former holds whatever the kernels overlap. Ceilings are those of datasheets
+(configs/bench/gpus.toml), or measured ones: `--measured ROWS` takes them from rows of bench.ops.
+"""
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vila_triton.limits import COUNT, MANY
+from vila_triton.paths import config_dir
+
+from ._tool import tool
+from .measure import model_configs, rows, step_cost
+
+GROUPS = {"float16": None, "int4": 128}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What bounds a time: bytes and flops a second. `memory` in bytes, None if it is not known."""
+
+    gpu: str
+    name: str
+    memory: int | None
+    bandwidth: float
+    flops: float
+    source: str
+
+
+def table() -> dict[str, Machine]:
+    """The machines of configs/bench/gpus.toml."""
+    file = config_dir() / "bench" / "gpus.toml"
+    return {gpu: Machine(gpu, **values) for gpu, values in tomllib.loads(file.read_text()).items()}
+
+
+def measured(files: Sequence[Path]) -> list[Machine]:
+    """The machines that rows of kind "ceiling" were measured on, the last row of each; memory from the datasheet."""
+    found = {}
+    for row in rows.read(*files, kind="ceiling"):
+        if missing := [name for name in ("device", "date", "commit", "bandwidth", "flops") if name not in row]:
+            raise ValueError(f"a row of kind 'ceiling' has no {', '.join(missing)}")
+        if "float16" not in row["flops"]:
+            raise ValueError(f"the ceilings of {row['device']} say nothing of float16, only {', '.join(row['flops'])}")
+        known = [machine for gpu, machine in table().items() if gpu in row["device"]]
+        gpu, memory = (known[0].gpu, known[0].memory) if known else (row["device"], None)
+        source = f"measured {row['date']} at {row['commit']}"
+        found[gpu] = Machine(gpu, row["device"], memory, row["bandwidth"], row["flops"]["float16"], source)
+    if not found:
+        raise ValueError(f"no row of kind 'ceiling' in {', '.join(map(str, files))}; bench.ops --out writes them")
+    return list(found.values())
+
+
+def predict(
+    machine: Machine, model: str, weights: str, pictures: int, prompts: Sequence[int], contexts: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """A row for every prompt (tokens beside the pictures) and every context of one model on one machine, batch 1.
+
+    A row whose `beyond` is set names why there is no such step: "memory", or the "positions" the model was made for.
+    """
+    shape = model_configs.load(model, group_size=GROUPS[weights])
+    seen = pictures * shape.image_tokens
+    steps: list[tuple[dict[str, Any], int, step_cost.Work]] = [
+        (
+            {"what": "prefill", "pictures": pictures, "prompt": words},
+            words + seen,
+            step_cost.prefill(shape, words, pictures),
+        )
+        for words in prompts
+    ]
+    steps += [({"what": "decode", "context": n}, n, step_cost.decode(shape, 1, n)) for n in contexts]
+    for step, tokens, todo in steps:
+        bytes_needed = step_cost.needs(shape, tokens)
+        beyond = "positions" if tokens > shape.llm.max_position_embeddings else None
+        if machine.memory is not None and bytes_needed > machine.memory:
+            beyond = "memory"
+        yield {
+            "kind": "predict",
+            **step,
+            "gpu": machine.gpu,
+            "source": machine.source,
+            "model": model,
+            "weights": weights,
+            "batch": 1,
+            "tokens": tokens,
+            "seconds": todo.seconds(machine.bandwidth, machine.flops),
+            "limit": "memory" if todo.bytes / machine.bandwidth > todo.flops / machine.flops else "compute",
+            "flops": todo.flops,
+            "bytes": todo.bytes,
+            "needs": bytes_needed,
+            "beyond": beyond,
+            **rows.stamp(torch.device("cpu")),
+            "device": "on paper",
+        }
+
+
+def cell(row: dict[str, Any]) -> str:
+    """Milliseconds, with a c where compute is the limit, or why there is no such step."""
+    if row["beyond"]:
+        return {"memory": "does not fit  ", "positions": "too long  "}[row["beyond"]]
+    ms = row["seconds"] * 1e3
+    rate = f" ({1 / row['seconds']:.0f}/s)" if row["what"] == "decode" else ""
+    return f"{ms:.{2 if ms < 10 else 1 if ms < 100 else 0}f}{rate}{' c' if row['limit'] == 'compute' else '  '}"
+
+
+def heading(machine: Machine, pictures: int, prompts: Sequence[int], contexts: Sequence[int]) -> str:
+    memory = "memory unknown" if machine.memory is None else f"{machine.memory / GIB:.0f} GiB"
+    rates = f"{machine.bandwidth / 1e9:.5g} GB/s, {machine.flops / 1e12:.4g} TFLOP/s float16"
+    first = f"first token, ms: {pictures} picture{'s' * (pictures != 1)}, and words:  "
+    columns = "".join(f"{n:>14}  " for n in prompts) + "".join(f"{n:>16}  " for n in contexts)
+    return (
+        f"\n{machine.name}: {memory}, {rates}\n({machine.source})\n"
+        f"{'at least':36}{first:>{16 * len(prompts)}}{'a token, ms, attending to tokens:  ':>{18 * len(contexts)}}\n"
+        f"{'':20}{'weights':8}{'GiB':>8}{columns}"
+    )
+
+
+def released() -> list[str]:
+    """The models that see, without the bundled one, the smallest first."""
+    shapes = {name: model_configs.load(name) for name in model_configs.known() if name != "tiny"}
+    return sorted(
+        (name for name, shape in shapes.items() if shape.vision_tower), key=lambda n: step_cost.needs(shapes[n], 0)
+    )
+
+
+def listed(text: str, known: Sequence[str], what: str) -> list[str]:
+    """The names of a list with commas. Errors: ValueError for one that is not known."""
+    chosen = text.split(",")
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"no {what} {', '.join(unknown)}; there are: {', '.join(known)}")
+    return chosen
+
+
+@tool
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", help="names of configs/bench/gpus.toml, with commas; default: all")
+    parser.add_argument("--measured", type=Path, nargs="+", metavar="ROWS", help="instead: the ceilings of these rows")
+    parser.add_argument("--model", default="all", help="names of configs/models, with commas, or all: those released")
+    parser.add_argument("--weights", default="float16,int4")
+    parser.add_argument("--pictures", type=MANY, default=1)
+    parser.add_argument("--prompts", type=COUNT, nargs="+", default=[32, 512, 2048], help="tokens beside the pictures")
+    parser.add_argument("--contexts", type=COUNT, nargs="+", default=[256, 4096], help="tokens a new one attends to")
+    parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
+    args = parser.parse_args(argv)
+    if args.gpu and args.measured:
+        raise ValueError("--gpu takes datasheets and --measured takes rows; give one of them")
+    machines = measured(args.measured) if args.measured else list(table().values())
+    if args.gpu:
+        machines = [table()[gpu] for gpu in listed(args.gpu, list(table()), "GPU")]
+    models = released() if args.model == "all" else listed(args.model, list(model_configs.known()), "model")
+    precisions = listed(args.weights, list(GROUPS), "weights")
+    for machine in machines:
+        print(heading(machine, args.pictures, args.prompts, args.contexts))
+        for model in models:
+            for weights in precisions:
+                found = list(predict(machine, model, weights, args.pictures, args.prompts, args.contexts))
+                cells = "".join(f"{cell(row):>{16 if row['what'] == 'prefill' else 18}}" for row in found)
+                least = min(row["needs"] for row in found) / GIB
+                print(f"{model if weights == precisions[0] else '':20}{weights:8}{least:8.1f}{cells}", flush=True)
+                if args.out:
+                    rows.write(args.out, found)
+    print("\nc: bound by compute, all else by memory. Lower bounds: what runs is slower.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

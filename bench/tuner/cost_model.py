@@ -1,0 +1,132 @@
+"""How long a launch takes on paper, from what the kernel's file says of it (`Space.launch`) and figures of the GPU.
+
+Programs run in waves, as many at a time as shared memory and warps allow. A wave of p programs takes one latency and
+
+    memory   the larger of its share of the bytes any kernel must move at the memory's bandwidth, and all its bytes at
+             the rate of the L2 cache or, if less, at what is under way at once: p · stage · num_stages a latency
+    compute  dots at the rate of the tensor cores and lanes at that of the others, as far as there are warps: an SM
+             reaches its rate with one warp on each of its four parts
+
+whichever is more, or both in turn where num_stages is 1 and so nothing is loaded ahead.
+
+It knows no registers, bank conflicts, instruction counts or clocks, takes L2 to be 2.5 times as fast as memory and one
+latency to be 0.8 us. So it is for leaving out what cannot be good, and for a run without a GPU; its seconds are never
+those of a table that is served from.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from vila_triton.paths import config_dir
+from vila_triton.registry import OPS, Impl
+from vila_triton.registry.search_space import Launch
+
+from ..compiler.gpus import TARGETS
+
+LATENCY = 8e-7  # seconds from a load to its data, memory being busy
+LAUNCH = 3e-6  # seconds
+L2 = 2.5  # times the bandwidth of memory
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the model goes by: SMs, single operations a second on their lanes, bytes a second, and float16 flops a
+    second of the tensor cores. `guessed`: what it is taken for if it is not known; else empty.
+    """
+
+    arch: str
+    name: str
+    sms: int
+    lanes: float
+    bandwidth: float
+    dots: float
+    guessed: str = ""
+
+
+@lru_cache
+def chips() -> Mapping[str, Gpu]:
+    """The GPUs of configs/bench/chips.toml."""
+    sheets, own = (tomllib.loads((config_dir() / "bench" / f"{file}.toml").read_text()) for file in ("gpus", "chips"))
+    every = {key: {**sheets.get(key, {}), **values} for key, values in own.items()}
+    return {
+        key: Gpu(v["arch"], v["name"], v["sms"], v["lanes"], v["bandwidth"], v["flops"]) for key, v in every.items()
+    }
+
+
+def archs() -> list[str]:
+    return list(dict.fromkeys(chip.arch for chip in chips().values()))
+
+
+def gpu(arch: str) -> Gpu:
+    """The GPU that stands for an architecture. Errors: ValueError for one the cost model does not know."""
+    if arch not in archs():
+        raise ValueError(f"the cost model does not know {arch}; --arch takes {', '.join(archs())}")
+    return next(chip for chip in chips().values() if chip.arch == arch)
+
+
+def number(arch: str) -> int:
+    """Of an architecture, 10 times its compute capability."""
+    return int(arch.removeprefix("sm_"))
+
+
+def here(device: Any) -> Gpu:
+    """The GPU with these properties (`torch.cuda.get_device_properties`): as its datasheet says, or else the one that
+    stands for its architecture, or for the nearest below that, with as many SMs as it has, and its own bandwidth if the
+    driver says it.
+
+    Errors: ValueError below compute capability 8.0, and for GPUs that are not NVIDIA's.
+    """
+    capability, sms = 10 * device.major + device.minor, device.multi_processor_count
+    if torch.version.hip or capability < 80:
+        raise ValueError(f"{device.name}: the cost model knows NVIDIA's GPUs from compute capability 8.0 on")
+    below = gpu(max((arch for arch in archs() if number(arch) <= capability), key=number))
+    known = [chips()[word] for word in re.split("[^A-Za-z0-9]+", device.name) if word in chips()]
+    if known and (known[0].sms, number(known[0].arch)) == (sms, capability):
+        return known[0]
+    share = sms / below.sms
+    clock_and_bus = 2 * 1000 * device.memory_clock_rate * device.memory_bus_width / 8  # twice a tick; kHz, bits
+    bandwidth = clock_and_bus or share * below.bandwidth
+    guessed = (
+        f"{device.name} (sm_{capability}, {sms} SMs) is not in configs/bench/chips.toml: the cost model takes it for "
+        f"{share:.2f} of {below.name} ({below.arch}, {below.sms} SMs) with {bandwidth / 1e9:.0f} GB/s"
+    )
+    return Gpu(below.arch, device.name, sms, share * below.lanes, bandwidth, share * below.dots, guessed)
+
+
+def predict(impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, Any], on: Gpu) -> float | None:
+    """Seconds of one launch; None if the file of the implementation does not say what a launch does."""
+    if not impl.space or not impl.space.launch:
+        return None
+    launch = impl.space.launch(config, **sizes)
+    if not launch.programs:
+        return LAUNCH
+    least = min(1.0, OPS[impl.op].cost(**sizes)[1] / (launch.programs * launch.bytes))  # the share no kernel can spare
+    slots = on.sms * resident(launch, config, on)
+    full, rest = divmod(launch.programs, slots)
+    half = sizes.get("dtype", "float32") != "float32"
+    waves = [(full, slots), (1, rest)]
+    return LAUNCH + sum(n * wave(p, launch, config, least, on, half) for n, p in waves if p)
+
+
+def resident(launch: Launch, config: Mapping[str, Any], on: Gpu) -> int:
+    """Programs that run on one SM at a time."""
+    target = TARGETS[on.arch]
+    shared = target.shared // (launch.stage * config.get("num_stages", 1) + target.reserved)
+    return max(1, min(shared, target.warps // config.get("num_warps", 4), target.blocks))
+
+
+def wave(p: int, launch: Launch, config: Mapping[str, Any], least: float, on: Gpu, half: bool) -> float:
+    """Seconds in which p programs, all under way at once, are done."""
+    stages = config.get("num_stages", 1)
+    rate = min(L2 * on.bandwidth, p * max(launch.stage, 1) * stages / LATENCY)
+    memory = max(p * launch.bytes / rate, p * launch.bytes * least / on.bandwidth)
+    share = min(1.0, p * config.get("num_warps", 4) / (4 * on.sms))
+    dots = on.dots if half else 2 * on.lanes  # float32 is multiplied on the lanes
+    compute = p * (launch.dots / dots + launch.lanes / on.lanes) / share
+    return LATENCY + (memory + compute if stages == 1 else max(memory, compute))

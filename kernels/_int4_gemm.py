@@ -1,0 +1,159 @@
+"""Int4 weights as the left operand of `tl.dot`, and the loop that multiplies with them. It registers nothing."""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+
+import triton
+import triton.language as tl
+
+from vila_triton.registry.search_space import SIZE, Config, Launch, cdiv, power_of_two
+
+from ._int4_dequant import SUBTRACTED, assemble, groups_of, lane_rows, lane_weights, word_pointers
+
+
+def worth_trying(config: Config, m: int, group: int, dtype: str, **_: object) -> bool:
+    """A block of rows is not mostly padding, one of k lies in a group, a thread sums 8 to 128 elements, and the words
+    and inputs under way fit a GPU's shared memory."""
+    sums = config["BLOCK_M"] * config["BLOCK_N"] // (32 * config["num_warps"])
+    step = config["BLOCK_K"] * (config["BLOCK_M"] * SIZE[dtype] + config["BLOCK_N"] // 2)
+    inside = group == 32 or group % config["BLOCK_K"] == 0
+    return (
+        config["BLOCK_M"] <= max(16, power_of_two(m))
+        and inside
+        and 8 <= sums <= 128
+        and (step * config["num_stages"] <= 200_000)
+    )
+
+
+def launch(config: Config, m: int, n: int, G: int, group: int, dtype: str, **_: object) -> Launch:
+    block_m, block_n, size, splits = config["BLOCK_M"], config["BLOCK_N"], SIZE[dtype], config.get("SPLIT_K", 1)
+    k = cdiv(G * group, splits)
+    columns = block_m * size + block_n // 2  # bytes of x and of the weight that a step of one k reads
+    out = block_m * block_n * (size if splits == 1 else 8)  # a partial sum is written and read in float32
+    return Launch(
+        programs=cdiv(m, block_m) * cdiv(n, block_n) * splits,
+        bytes=k * columns + 2 * block_n * cdiv(k, group) * size + out,
+        stage=config["BLOCK_K"] * columns,
+        dots=2 * block_m * block_n * k,
+        lanes=2 * block_n * k,  # to make a number of a code
+    )
+
+
+@triton.jit
+def load_words(word_ptrs, start, K, TILES_K: tl.constexpr, MASK_K: tl.constexpr):
+    """Codes past the last tile are 0."""
+    if MASK_K:
+        tile_k = (start // 64 + tl.arange(0, TILES_K))[None, :, None, None]
+        return tl.load(word_ptrs, mask=tile_k < (K + 63) // 64, other=0)
+    else:
+        return tl.load(word_ptrs)
+
+
+@triton.jit
+def load_x(x_ptrs, start, K, BLOCK_K: tl.constexpr, MASK_K: tl.constexpr):
+    """[BLOCK_K, BLOCK_M]; 0 past k, where a weight is -zero."""
+    if MASK_K:
+        return tl.load(x_ptrs, mask=(start + tl.arange(0, BLOCK_K) < K)[:, None], other=0.0)
+    else:
+        return tl.load(x_ptrs)
+
+
+@triton.jit
+def weight_block(
+    words,
+    scales_ptr,
+    zeros_ptr,
+    top,
+    low,
+    start,
+    N,
+    K,
+    GROUP: tl.constexpr,
+    ORDER: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ASM: tl.constexpr,
+    HIDE: tl.constexpr,
+    TILES_N: tl.constexpr,
+    TILES_K: tl.constexpr,
+):
+    """Words of a step [TILES_N, TILES_K, 32, 4] and the rows they are of (`lane_rows`) -> w [BLOCK_N, BLOCK_K]."""
+    tile_k = tl.arange(0, TILES_K)[None, :, None, None]
+    group = groups_of(start, tile_k, tl.arange(0, 4)[None, None, None, :], K, GROUP, 64 * TILES_K)
+    zero = tl.load(zeros_ptr + group * N + top)
+    low_zero = tl.load(zeros_ptr + group * N + low)
+    if ORDER == SUBTRACTED:
+        a, b, c, d, e, f, g, h = lane_weights(words, zero, zero, zero, low_zero, ORDER, DTYPE, ASM)
+    else:
+        scale = tl.load(scales_ptr + group * N + top)
+        low_scale = tl.load(scales_ptr + group * N + low)
+        a, b, c, d, e, f, g, h = lane_weights(words, scale, low_scale, zero, low_zero, ORDER, DTYPE, ASM)
+    return assemble(a, b, c, d, e, f, g, h, HIDE, TILES_N, TILES_K)
+
+
+@triton.jit
+def product(
+    x_ptr,
+    qweight_ptr,
+    scales_ptr,
+    zeros_ptr,
+    pid_n,
+    offs_m,
+    begin,
+    end,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    GROUP: tl.constexpr,
+    ORDER: tl.constexpr,
+    ASM: tl.constexpr,
+    HIDE: tl.constexpr,
+    MASK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_N rows of w times rows `offs_m` of x over the inputs from `begin` to `end`: [BLOCK_N, BLOCK_M] float32."""
+    tl.static_assert(BLOCK_K % 64 == 0, "a block of k is whole tiles")
+    TILES_N: tl.constexpr = BLOCK_N // 16
+    TILES_K: tl.constexpr = BLOCK_K // 64
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    tile = pid_n.to(tl.int64) * TILES_N + tl.arange(0, TILES_N)
+    tile, tile_k = tile[:, None, None, None], (begin // 64 + tl.arange(0, TILES_K))[None, :, None, None]
+    lane = tl.arange(0, 32)[None, None, :, None]
+    top, low = lane_rows(tile, lane // 4, N)
+    word_ptrs = word_pointers(qweight_ptr, tile, tile_k, lane, tl.arange(0, 4)[None, None, None, :], N, K)
+    offs_k = begin + tl.arange(0, BLOCK_K)
+    # Rows past the end read row 0 and are not stored, which spares a mask in every load of the loop.
+    x_ptrs = x_ptr + tl.where(offs_m < M, offs_m, 0)[None, :] * stride_xm + offs_k.to(tl.int64)[:, None] * stride_xk
+    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    scale_ptrs = scales_ptr + tl.where(offs_n < N, offs_n, 0)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        words = load_words(word_ptrs, start, K, TILES_K, MASK_K)
+        x = load_x(x_ptrs, start, K, BLOCK_K, MASK_K)
+        w = weight_block(
+            words,
+            scales_ptr,
+            zeros_ptr,
+            top,
+            low,
+            start,
+            N,
+            K,
+            GROUP,
+            ORDER,
+            DTYPE,
+            ASM,
+            HIDE,
+            TILES_N,
+            TILES_K,
+        )
+        if ORDER == SUBTRACTED:
+            group = tl.full([1], start // GROUP, tl.int64)
+            scale = tl.load(scale_ptrs + group * N).to(DTYPE).to(tl.float32)  # [BLOCK_N]
+            acc += tl.dot(w, x, input_precision="ieee") * scale[:, None]
+        else:
+            acc = tl.dot(w, x, acc, input_precision="ieee")
+        word_ptrs += TILES_K * 128
+        x_ptrs += tl.full([1, 1], BLOCK_K, tl.int64) * stride_xk
+    return acc

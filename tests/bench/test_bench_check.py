@@ -1,0 +1,298 @@
+"""`bench.check` shrinks a wrong kernel to its simplest case, says what is wrong where, and replays it."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from mutants import Plant, plant  # noqa: F401 (plant: a fixture)
+
+from bench import check
+from bench.correctness import repro_bundle
+from bench.correctness.error_budget import argument_names, arguments
+from bench.correctness.failure_report import error_map, first_wrong
+from bench.correctness.find_failure import search
+from bench.correctness.gate import gate
+from bench.correctness.guarded_memory import Unfaithful, tensors
+from bench.correctness.tile_coverage import coverage
+from vila_triton.registry import OPS, Impl, Sizes, Unsupported, discover
+
+DOT = 'x, acc, input_precision="ieee")'
+STORED = "acc.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])"
+ONE = "m=1 n=1 G=1 group=64 dtype=float32 order=sub bias=False"
+PLANTED = {  # op, the line, what becomes of it, what check finds, the case it shrinks to
+    "swapped_nibbles": (
+        "int4_matmul",
+        "tl.arange(0, 8) * 4",
+        "(tl.arange(0, 8) ^ 4) * 4",
+        "beyond budget",
+        ONE,
+    ),
+    "no_mask_n": (
+        "int4_matmul",
+        STORED,
+        STORED.replace("(offs_n < N)[:, None] & ", ""),
+        "wrote outside",
+        ONE,
+    ),
+    "half_precision_sum": (
+        "int4_matmul",
+        DOT,
+        f"{DOT}.to(tl.float16).to(tl.float32)",
+        "beyond budget",
+        ONE,
+    ),
+    "one_tile": (
+        "int4_matmul",
+        STORED,
+        f"(acc + (pid_m * pid_n == 1)){STORED.removeprefix('acc')}",
+        "beyond budget",
+        ONE.replace("m=1 n=1", "m=17 n=65"),
+    ),
+    "one_token_ahead": (
+        "prefill_attention",
+        "visible = tokens[None, :] <= position",
+        "visible = tokens[None, :] - 1 <= position",
+        "beyond budget",
+        "b=1 s=1 t=1 g=1 ratio=1 d=32 l=16 dtype=float32 kv=plain policy=fast",
+    ),
+    "no_more_than_six_rows": (
+        "swiglu",
+        "s, f = gate.shape\n",
+        "s, f = gate.shape\n    assert s < 7\n",
+        "crashed",
+        "s=7 f=1 dtype=float32",
+    ),
+}
+FIRST = {"one_tile": "[16, 64]", "one_token_ahead": "[0, 0, 0]", "swapped_nibbles": "[0, 0]"}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_wrong_kernel_is_shrunk_saved_and_replayed(name: str, plant: Plant, tmp_path: Path, capsys) -> None:  # noqa: F811
+    op, old, new, kind, smallest = PLANTED[name]
+    plant(op, name, old, new)
+    assert check.main([op, "--impl", name, "--config", "0", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert re.search(rf"shrunk case  {smallest} seed=\d+\n", said), said
+    assert f"what failed  {kind}" in said
+    assert FIRST.get(name, "") in said[said.find("first wrong") :].partition(" is ")[0]
+    assert gate(OPS[op].impls[name], OPS[op].impls[name].configs[0])  # and no tool times it
+    replay = ["--replay", str(tmp_path / f"{op}-{name}-0.bundle")]
+    assert check.main(replay) == 1
+    assert f"what failed  {kind}" in capsys.readouterr().out
+    plant(op, name)  # mended
+    assert check.main(replay) == 0
+    assert "faithful now" in capsys.readouterr().out
+
+
+def test_the_numbers_of_a_report_are_those_of_the_call(plant: Plant, tmp_path: Path, capsys) -> None:  # noqa: F811
+    plant("int4_matmul", "nibbles", *PLANTED["swapped_nibbles"][1:3])
+    check.main(["int4_matmul", "--impl", "nibbles", "--config", "1", "--out", str(tmp_path)])
+    said = re.search(r"first wrong  output 0\[0, 0\] is (\S+), expected (\S+) ±", capsys.readouterr().out)
+    saved = repro_bundle.load(tmp_path / "int4_matmul-nibbles-1.bundle")
+    op, impl = repro_bundle.resolve(saved)
+    assert said and float(said[1]) == pytest.approx(float(impl(*saved.args, config=saved.config)), rel=1e-6)
+    assert float(said[2]) == pytest.approx(float(op.reference(*saved.args)), rel=1e-5)
+    assert saved.config == impl.configs[1] and saved.sizes["group"] == 64 and "commit" in saved.stamp
+
+
+def test_a_copied_kernel_file_is_checked_and_a_right_one_is_right(plant: Plant, capsys) -> None:  # noqa: F811
+    plant("rms_norm", "mine")
+    assert check.main(["rms_norm", "--examples", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "interpreted" in said or os.environ.get("TRITON_INTERPRET") != "1"
+    ran = [line.split(",")[0] for line in said.splitlines() if line.startswith("rms_norm")]
+    every = [f"rms_norm {i.name}" for i in OPS["rms_norm"].impls.values() for _ in i.configs if i.name != "reference"]
+    assert ran == every and "rms_norm mine" in ran and f"{len(ran)} right, 0 wrong" in said
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes", "said"),
+    [
+        ({"BLOCK_M": 16}, [{"m": 1}, {"m": 16}], "m: 1 tile of 16, NEVER MORE THAN ONE"),
+        ({"BLOCK_M": 16}, [{"m": 1}, {"m": 33}], "m: 1–3 tiles of 16, last tile partial"),
+        ({"BLOCK_N": 32}, [{"n": 64}, {"n": 32}], "n: 1–2 tiles of 32, the last never partial"),
+        ({"BLOCK_K": 64}, [{"G": 5, "group": 80}, {"G": 1, "group": 64}], "k: 1–7 tiles of 64, last tile partial"),
+        ({"BLOCK_M": 16}, [{"s": 9, "ratio": 4, "t": 3}], "rows of queries: 3 tiles of 16, last tile partial"),
+        ({"BLOCK_N": 64}, [{"s": 9, "t": 100}, {"s": 1, "t": 0}], "keys, at most: 0–2 tiles of 64, last tile partial"),
+        ({"BLOCK_H": 4}, [{"g": 3, "ratio": 2}], "heads: 2 tiles of 4, last tile partial"),
+        ({"BLOCK_X": 4}, [{"m": 3}], "BLOCK_X: what it cuts is not known here"),
+    ],
+)
+def test_what_was_covered_is_counted_in_tiles(config: dict, sizes: list[dict], said: str) -> None:
+    assert list(coverage({**config, "num_warps": 4}, sizes)) == [said]
+
+
+def test_every_block_of_our_kernels_is_known_to_cut_something() -> None:
+    discover()
+    for op in OPS.values():
+        lowest = {name: axis.low if isinstance(axis, Sizes) else axis.values[0] for name, axis in op.domain.items()}
+        for impl in op.impls.values():
+            assert not [text for text in coverage(impl.configs[0], [lowest]) if "not known" in text], impl
+
+
+def test_a_kernel_that_never_met_a_second_tile_is_said_to(capsys) -> None:
+    assert check.main(["rms_norm", "--impl", "triton", "--config", "0", "--examples", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "right        2 examples" in said and "\n  covered      e: 1 tile of 1024, NEVER MORE THAN ONE\n" in said
+
+
+def test_nothing_is_said_to_be_interpreted_that_is_not(capsys) -> None:
+    for impl, interpreted in (("aten", False), ("triton", True)):
+        check.main(["swiglu", "--impl", impl, "--config", "0", "--examples", "2"])
+        assert ("Triton kernels run " in capsys.readouterr().out) == interpreted
+
+
+def test_what_is_read_outside_is_named(plant: Plant) -> None:  # noqa: F811
+    plant("swiglu", "beyond", "mask = offs < F", "mask = offs <= F")
+    discover()
+    refused = gate(OPS["swiglu"].impls["beyond"], OPS["swiglu"].impls["beyond"].configs[0])
+    assert refused and "read outside argument gate, of shape [1, 1]" in refused
+    args = arguments(OPS["int4_matmul"], 0, m=1, n=8, G=1, group=32, dtype="float16", order="sub", bias=True)
+    names = ["x", "w.qweight", "w.scales", "w.zeros", "bias"]
+    assert argument_names(OPS["int4_matmul"], args) == names
+
+
+def test_what_supports_nothing_here_is_not_called_right(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def refuse(*args: object) -> None:
+        raise Unsupported("needs a wand")
+
+    monkeypatch.setitem(OPS["rope"].impls, "magic", Impl("rope", "magic", refuse, [{}], Path(__file__)))
+    assert check.main(["rope", "--impl", "magic", "--examples", "5"]) == 0
+    assert "unsupported  needs a wand\n0 right, 0 wrong, 1 unsupported here" in capsys.readouterr().out
+
+
+def test_a_kernel_that_fails_now_and_then_is_said_to() -> None:
+    calls = []
+
+    def moody(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        calls.append(gate)
+        return OPS["swiglu"].reference(gate, up) + (
+            len(calls) in (5, 6)
+        )  # of two calls in the same memory one is checked
+
+    verdict = search(OPS["swiglu"], Impl("swiglu", "moody", moody, [{}], Path(__file__)), {}, 20, 10.0)
+    assert verdict.shrunk and "do not fail each time" in verdict.caveat
+
+
+def test_nothing_more_is_said_once_the_gpu_is_lost(plant: Plant, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # noqa: F811
+    plant("swiglu", "deadly", *PLANTED["no_more_than_six_rows"][1:3])
+    monkeypatch.setattr("bench.correctness.find_failure.alive", lambda: False)
+    assert check.main(["swiglu", "--impl", "deadly"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("swiglu deadly") == 1 and "the GPU with it" in said and "shrunk case" not in said
+
+
+def test_time_runs_out_and_the_failure_still_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.correctness.find_failure.SHRINKING", 0.0)
+    wrong = Impl("swiglu", "wrong", lambda gate, up: OPS["swiglu"].reference(gate, up) * 2, [{}], Path(__file__))
+    verdict = search(OPS["swiglu"], wrong, {}, 20, 0.0)
+    assert verdict.shrunk and "ran out of time" in verdict.caveat
+    right = Impl("swiglu", "right", OPS["swiglu"].reference, [{}], Path(__file__))
+    assert search(OPS["swiglu"], right, {}, 20, 0.0).examples == 1
+
+
+def test_the_map_shows_the_wrong_tile_and_the_first_wrong_element() -> None:
+    want = torch.zeros(40, 80, dtype=torch.float64)
+    got = want.float()
+    got[20, 70], got[39, 3], got[17, 79] = 5e-3, float("nan"), 2.0**-15
+    error = Unfaithful("beyond budget", "", "output 0", got, want, torch.full_like(want, 1e-5))
+    times = torch.where(got.isnan(), torch.inf, got.double().abs() / 1e-5)
+    unit, rows = error_map(times, (16, 64))
+    assert "2 x 1 elements" in unit and "16 x 64" in unit
+    assert rows[8] == "-" * 64 + "+" + "-" * 16
+    marks = {(i, j): c for i, row in enumerate(rows) for j, c in enumerate(row) if c not in ".|-+"}
+    assert marks == {(9, 80): "1", (11, 71): "3", (21, 3): "#"}  # a line after each 8 rows and 64 columns
+    assert first_wrong(error, times) == "output 0[17, 79] is 3.05175781e-05, expected 0 ± 1e-05 (3.05 times the budget)"
+
+
+class Hostile:
+    """Makes a file if it is ever unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.file,)
+
+
+INT4 = {"m": 2, "n": 3, "G": 2, "group": 32, "dtype": "float16", "order": "fma", "bias": True}
+
+
+def test_a_bundle_of_an_int4_weight_holds_all_of_it(tmp_path: Path) -> None:
+    op = OPS["int4_matmul"]
+    args = arguments(op, 0, **INT4)
+    repro_bundle.save(tmp_path / "int4", op.impls["reference"], {}, args, 0, "aligned", INT4, "a test")
+    back = repro_bundle.load(tmp_path / "int4").args
+    assert (back[1].group, back[1].order) == (32, "fma")
+    assert all(torch.equal(x, y) for x, y in zip(tensors(args), tensors(back), strict=True))
+    assert torch.equal(op(*back), op(*args))
+
+
+def test_a_bundle_that_is_none_gets_one_line(tmp_path: Path, capsys) -> None:
+    args = (torch.ones(2, 4), torch.ones(4), 1e-5)
+    impl = OPS["rms_norm"].impls["reference"]
+    whole = tmp_path / "whole"
+    repro_bundle.save(whole, impl, {}, args, 0, "strided", {}, "a test")
+    assert check.main(["--replay", str(whole)]) == 0
+    held = torch.load(whole, weights_only=True)
+
+    def other(name: str, **changes: object) -> str:
+        torch.save({**held, **changes}, tmp_path / name)
+        return str(tmp_path / name)
+
+    weight = repro_bundle.plain(arguments(OPS["int4_matmul"], 0, **INT4)[1])
+    cut = tmp_path / "cut"
+    cut.write_bytes(whole.read_bytes()[:700])
+    (tmp_path / "text").write_text("not a bundle")
+    cases = {
+        str(cut): "not a whole one",
+        str(tmp_path / "text"): "is no bundle",
+        str(tmp_path / "nowhere"): "does not exist",
+        other("code", args=(Hostile(tmp_path / "made"),)): "is no bundle",
+        other("format", format="other"): "does not begin with the format",
+        other("seed", seed="0"): "seed missing or of the wrong type",
+        other("huge", seed=2**70): "seed missing or of the wrong type",
+        other("layout", layout="upside down"): "its layout is 'upside down', expected aligned or strided",
+        other("op", op="sorcery"): "op 'sorcery', which does not exist; there are: ",
+        other("impl", impl="mine"): "'mine', which does not exist; there are: reference",
+        other("config", config={"BLOCK": 4}): "no longer takes this call",
+        other("leaf", args=({"qweight": torch.ones(1)}, *args[1:])): "expected an int4 weight",
+        **{
+            other(f"no {leaf}", args=({k: x for k, x in weight.items() if k != leaf}, *args[1:])): "an int4 weight"
+            for leaf in weight
+        },
+        other("a group that is no number", args=({**weight, "group": "2"}, *args[1:])): "does not take these arguments",
+        other("shapes", args=(torch.ones(2, 5), *args[1:])): "does not take these arguments",
+        other("values", args=("x", *args[1:])): "does not take these arguments",
+        other("sparse", args=(torch.ones(2, 4).to_sparse(), *args[1:])): "expected a plain one",
+    }
+    capsys.readouterr()
+    for file, message in cases.items():
+        assert check.main(["--replay", file]) == 2, file
+        said = capsys.readouterr().err
+        assert message in said and file in said and said.count("\n") == 1, said
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["sorcery"], "no op 'sorcery'; there are: "),
+        (["rope", "--impl", "mine"], "rope has no implementation 'mine'; there are: reference"),
+        (["rope", "--impl", "triton", "--config", "99"], "no config 99: triton has"),
+        ([], "expected an OP to check or a bundle"),
+    ],
+)
+def test_bad_usage_gets_one_line(argv: list[str], message: str, capsys) -> None:
+    assert check.main(argv) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_an_op_with_nothing_to_check_says_so(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(OPS["linear"], "impls", {"reference": OPS["linear"].impls["reference"]})
+    assert check.main(["linear"]) == 2
+    assert "linear has only its reference, which --impl reference checks" in capsys.readouterr().err

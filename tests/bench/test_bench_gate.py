@@ -1,0 +1,232 @@
+"""The gate sees the memory that is timed and memory that is not, and works out what a call should do once for all."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mutants import Plant, plant  # noqa: F401 (plant: a fixture)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import check, ops
+from bench.correctness import error_budget
+from bench.correctness.error_budget import (
+    DEVICE,
+    Example,
+    Examples,
+    arguments,
+    budget,
+    coins,
+    neighbours,
+    unit_roundoff,
+)
+from bench.correctness.find_failure import search
+from bench.correctness.gate import domain_gate, gate, numbers_gate
+from bench.correctness.guarded_memory import ALIGNED, LAYOUTS, Layout, bits, guard, mapped, tensors
+from bench.measure.cases import Case
+from vila_triton.registry import OPS, Impl, discover
+
+discover()
+SWIGLU = OPS["swiglu"]
+CASE = Case("swiglu", "test", {"s": 64, "f": 48, "dtype": "float16"})
+ONE = "    out = gate / (1.0 + tl.exp(-gate)) * up\n"
+WRONG = {  # in the kernel of swiglu, by the layout of the arguments that it is wrong for
+    "aligned": f"{ONE}    out += stride_gf == 1 and stride_gs == F\n",
+    "strided": f"{ONE}    out += stride_gs != F\n",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_kernel_wrong_in_one_layout_is_refused_found_and_replayed(
+    layout: Layout,
+    plant: Plant,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plant("swiglu", layout, ONE, WRONG[layout])
+    discover()
+    impl = SWIGLU.impls[layout]
+    refused = gate(impl, impl.configs[0])
+    assert refused and "elements are off" in refused and refused.endswith(f"(its arguments were {layout})")
+    assert check.main(["swiglu", "--impl", layout, "--config", "0", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert f"layout       its arguments were {layout}\n" in said and "do not fail each time" not in said
+    replay = ["--replay", str(tmp_path / f"swiglu-{layout}-0.bundle")]
+    assert check.main(replay) == 1
+    assert f", {layout}, from bench.check\n" in capsys.readouterr().out
+    plant("swiglu", layout)  # mended
+    assert check.main(replay) == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_case_itself_is_checked_in_both(layout: Layout) -> None:
+    def wrong(x: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        at_the_case = len(x) == 64 and x.is_contiguous() == (layout == "aligned")
+        return SWIGLU.reference(x, up) + at_the_case
+
+    impl = Impl("swiglu", "wrong", wrong, [{}], Path(__file__))
+    assert gate(impl, {}) is None
+    assert (gate(impl, {}, CASE) or "").endswith(f"(its arguments were {layout})")
+
+
+def remembering(op: str, names: Sequence[str]) -> Impl:
+    """The reference, but for these arguments, of which it goes on with what lay at their addresses first."""
+    known: dict[tuple, Any] = {}
+    parameters = list(inspect.signature(OPS[op].reference).parameters)
+
+    def remembers(*args: Any) -> Any:
+        def first(name: str, value: Any) -> Any:
+            key = (op, name, *((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors(value)))
+            return known.setdefault(key, mapped(torch.clone, value)) if name in names else value
+
+        return OPS[op].reference(*map(first, parameters, args))
+
+    return Impl(op, "remembers", remembers, [{}], Path(__file__))
+
+
+REMEMBERED = [
+    ("swiglu", "gate up"),  # the whole answer
+    ("linear", "w"),
+    ("int4_matmul", "w"),  # as who unpacks a weight once
+    ("decode_attention", "block_table lengths"),  # as who plans a batch once
+    ("prefill_attention", "k_pages v_pages"),
+    ("kv_write", "slot_mapping"),
+    ("rope", "cos"),
+]
+
+
+@pytest.mark.parametrize("op, names", REMEMBERED)
+def test_what_remembers_by_address_is_refused_and_found(op: str, names: str) -> None:
+    refused = gate(remembering(op, names.split()), {})
+    assert refused and "Unfaithful" in refused
+    found = search(OPS[op], remembering(op, names.split()), {}, 30, 20.0).shrunk
+    assert found and (names != "gate up" or found.kind == "remembered")
+
+
+def test_the_numbers_of_a_case_are_not_taken_from_memory() -> None:
+    refused = numbers_gate(remembering("swiglu", ["gate", "up"]), {}, CASE)
+    assert refused and refused.endswith("a call with other values in the same memory returned just that before it")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8, torch.int64])
+@pytest.mark.parametrize("shape", [(), (0, 3), (1, 1), (5, 7, 3), (2, 300)])
+def test_memory_is_as_its_layout_says(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = (torch.rand(shape, device=DEVICE) * 100).to(dtype)
+    for seed in range(8):
+        rng = torch.Generator().manual_seed(seed)
+        aligned, strided = (guard(x, rng, layout) for layout in ("aligned", "strided"))
+        first, last = (int(g.view.storage_offset()) for g in (aligned, strided))
+        for g in (aligned, strided):
+            assert torch.equal(bits(g.view), bits(x)) and g.intact()
+            assert 4096 <= int(g.view.storage_offset()) <= len(g.buffer) - x.numel() - 4096
+        assert aligned.view.is_contiguous() and (aligned.buffer.data_ptr() + first * x.itemsize) % ALIGNED == 0
+        assert (strided.buffer.data_ptr() + last * x.itemsize) % 16
+        assert x.numel() < 2 or not strided.view.is_contiguous()
+        aligned.buffer[first + x.numel()] = 3
+        assert not aligned.intact()
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The dtypes swiglu's reference was called with; nothing is held yet."""
+    calls: list[torch.dtype] = []
+    reference = SWIGLU.reference
+
+    @wraps(reference)
+    def count(x: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        calls.append(x.dtype)
+        return reference(x, up)
+
+    monkeypatch.setattr(SWIGLU, "reference", count)
+    error_budget.SHARED.held.clear()
+    domain_gate.cache_clear()
+    return calls
+
+
+def test_what_a_call_should_do_is_worked_out_once_for_all_implementations(counted: list[torch.dtype]) -> None:
+    def right(x: torch.Tensor, up: torch.Tensor, **_: Any) -> torch.Tensor:
+        return (torch.nn.functional.silu(x.float()) * up.float()).to(x.dtype)
+
+    impls = [Impl("swiglu", name, right, [{}], Path(__file__)) for name in "abc"]
+    assert gate(impls[0], {}, CASE) is None
+    once = counted.copy()
+    assert once.count(torch.float64) >= 13 * (1 + error_budget.DRAWS + 2)  # 12 examples and the case
+    for impl in impls:
+        assert gate(impl, {"BLOCK": 1}, CASE) is None and numbers_gate(impl, {}, CASE) is None
+    assert counted == once
+
+
+def test_the_case_is_gated_on_the_arguments_that_are_timed() -> None:
+    timed, checked = ops.call_arguments(CASE, torch.device(DEVICE)), []
+    fn: Callable = lambda *args: checked.append([x.clone() for x in args]) or SWIGLU.reference(*args)  # noqa: E731
+    assert gate(Impl("swiglu", "a", fn, [{}], Path(__file__)), {}, CASE) is None
+    for args in checked[-3::2]:  # in both layouts, each after a call with other values
+        assert all(torch.equal(x, y) for x, y in zip(args, timed, strict=True))
+
+
+def test_what_is_held_is_bounded_and_the_latest_stays() -> None:
+    def draw(n: int) -> Callable[[], Example]:
+        return lambda: Example(SWIGLU, arguments(SWIGLU, 0, s=n, f=10, dtype="float32"))
+
+    held = Examples(10_000)
+    small = held.get("small", draw(1))
+    assert held.get("small", draw(1)) is small
+    large = held.get("large", draw(100))  # 8,000 bytes
+    assert set(held.held) == {"small", "large"}
+    assert len(large.expected.exact[0]) == 100 and large.nbytes > 10_000
+    assert held.get("large", draw(100)) is large and set(held.held) == {"large"}
+    held.get("small", draw(1))
+    assert set(held.held) == {"small"}
+
+
+class Randomness(TorchDispatchMode):
+    """Counts the bytes that random numbers take, and where they are drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.devices = 0, set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (kwargs or {}).get("generator") is not None:
+            self.bytes += out.nbytes
+            self.devices.add(kwargs["generator"].device.type)
+        return out
+
+
+def test_neighbours_cost_a_byte_a_number_and_are_the_same_for_a_seed() -> None:
+    args = arguments(SWIGLU, 0, s=40, f=300, dtype="float16")
+    numbers = sum(x.numel() for x in tensors(args))
+    with Randomness() as drawn:
+        first = budget(SWIGLU, args, seed=3)
+    assert 0 < drawn.bytes <= (error_budget.DRAWS + 2) * numbers and drawn.devices == {DEVICE}
+    for x, y in zip(tensors(first), tensors(budget(SWIGLU, args, seed=3))):
+        assert torch.equal(x, y)
+    assert not torch.equal(first[1][0], budget(SWIGLU, args, seed=4)[1][0])
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_neighbour_lies_one_rounding_to_either_side_and_whole_numbers_stay(wide: bool) -> None:
+    x = (torch.rand(1000, 9, device=DEVICE) / 2 + 0.25).half()  # none of them whole
+    x[0], codes = 3.0, torch.arange(9, device=DEVICE)
+    rng = torch.Generator(DEVICE).manual_seed(0)
+    rounds = list(islice(neighbours((x, codes), rng, wide), 20))
+    moved = torch.stack([near.double() / x.double() - 1 for near, _ in rounds])  # [20, 1000, 9]
+    assert all(torch.equal(kept, codes) for _, kept in rounds) and not moved[:, 0].any()
+    steps = moved[:, 1:] / unit_roundoff(x.dtype)
+    if wide:
+        torch.testing.assert_close(steps.abs(), torch.ones_like(steps))
+    else:
+        assert ((steps.abs() >= 1) & (steps.abs() <= 3)).all()  # one or two numbers of the dtype on
+    up = (steps > 0).double()
+    assert (up.mean(0) - 0.5).abs().max() < 0.5 and abs(up.mean().item() - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5), (64,)])
+def test_coins_are_as_many_as_asked_for(shape: tuple[int, ...]) -> None:
+    drawn = coins(torch.Size(shape), torch.Generator(DEVICE).manual_seed(0))
+    assert drawn.shape == shape and drawn.dtype == torch.bool

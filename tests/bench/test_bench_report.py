@@ -1,0 +1,171 @@
+"""The report shows the numbers of the rows, needs nothing beside it, and drops nothing."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from html import unescape
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import report
+from bench.measure import rows
+from bench.measure.format import brief, unit
+
+TOYS = "--case toy --budget 0.01 --gate case"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of an actual run, and of a model."""
+    file = tmp_path_factory.mktemp("report") / "rows.jsonl"
+    model = (
+        "bench.model --model tiny --layers 1 --weights float32 --prompts 8 --contexts 16 --rounds 1 --histories 16,32"
+    )
+    for command in (f"bench.ops int4_matmul --served --impl dense --impl prefill {TOYS}", model):
+        done = subprocess.run(
+            [sys.executable, "-m", *command.split(), "--out", str(file)], cwd=rows.ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    return file
+
+
+def page(*files: Path) -> str:
+    return report.report(files)
+
+
+def words(html: str) -> str:
+    """What a reader sees, in one line."""
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", html)))
+
+
+def test_every_number_of_the_rows_is_in_the_page_and_nothing_beside_it_is_needed(measured: Path) -> None:
+    html = page(measured)
+    seen, found = words(html), list(rows.read(measured))
+    assert {row["kind"] for row in found} == {"ceiling", "op", "refused", "model"}
+    for row in found:
+        if row["kind"] == "op":
+            figures = [unit(row["seconds"]), f"{row['bytes_share']:.1%}", f"{row['flops_share']:.1%}"]
+            assert f"{row['impl']} {brief(row['config'])}".strip() in seen
+        elif row["kind"] == "refused":
+            figures = [row["reason"]]
+        elif row["kind"] == "model":
+            figures = [unit(row["seconds"])] if "seconds" in row else [f"{row['peak_bytes'] / 2**20:.1f} MiB"]
+        else:
+            figures = [f"{row['bandwidth'] / 1e9:.1f} GB/s"]
+        assert [figure for figure in figures if re.sub(r"\s+", " ", figure).strip() not in seen] == []
+    assert all(found[0][field] in seen for field in rows.STAMP)
+    assert "NOT MET" in seen or "MET" in seen
+    assert html.count("<img") >= 3 and html.count('src="data:') == html.count("src=")
+    assert "http" not in re.sub(r'src="data:[^"]*"', "", html) and "<script" not in html
+
+
+def test_a_row_cut_off_in_the_middle_costs_that_row_alone(measured: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "rows.jsonl"
+    copy.write_bytes(measured.read_bytes())
+    os.truncate(copy, copy.stat().st_size - 20)
+    assert report.main([str(copy), "--out", str(tmp_path / "report.html")]) == 0
+    whole = list(rows.read(measured))
+    assert len(list(rows.read(copy))) == len(whole) - 1
+    assert unit(next(row["seconds"] for row in whole if row["kind"] == "op")) in (tmp_path / "report.html").read_text()
+
+
+def test_rows_it_does_not_know_and_rows_of_old_are_listed(measured: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    strange: list[dict[str, Any]] = [{"kind": "weather", "of": "to<day>"}, {"kind": "op", "op": "rope", "seconds": 1}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*strange, *rows.read(measured)]))
+    seen = words(page(file))
+    assert "2 rows this page has no place for" in seen and all(json.dumps(row) in seen for row in strange)
+
+
+def test_runs_stand_apart_and_tables_of_what_is_right_and_searches_are_made(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    here = dict(zip(rows.STAMP, ("GPU one", "2.11", "3.6", "3.12", "abc", "2026-11-28")))
+    tuned = {"kind": "tune", "op": "swiglu", "impl": "triton", "sizes": {"s": 8}, "timer": "gpu", "status": "timed"}
+    rows.write(
+        file,
+        [
+            {"kind": "correctness", "op": "rope", "state": "right", "reason": "", **here},
+            {"kind": "correctness", "op": "rope", "state": "wrong", "reason": "Unfaithful: off", **here},
+            {"kind": "correctness", "op": "rope", "state": "not reached", "reason": "150 s were over", **here},
+            {"kind": "step", "step": "model", "state": "out of time", "seconds": 70.0, "last": "x", **here},
+            {**tuned, "config": {"BLOCK": 1}, "seconds": 2e-6, **here},
+            {**tuned, "config": {"BLOCK": 2}, "seconds": 1e-6, **here},
+            {"kind": "refused", "op": "rope", "reason": "OutOfMemoryError: 20 GiB", **here, "device": "GPU two"},
+        ],
+    )
+    html = page(file)
+    seen = words(html)
+    assert re.findall("<h1>(.*?)</h1>", html) == ["GPU one", "GPU two"]
+    assert (
+        "op right wrong not reached rope 1 1 1" in seen
+        and "1 x 150 s were over" in seen
+        and "Unfaithful: off" in seen
+        and "model out of time 70.0 s" in seen
+    )
+    assert re.search(r"s=8 2 +1\.00 us 2\.00 2", seen) and "1 x OutOfMemoryError: 20 GiB" in seen
+
+
+def test_no_rows_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "report.html")]) == 2
+    assert "bench.report: no rows in" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_what_is_no_object_is_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"kind": "weather"}\n[1, 2]\n')
+    assert report.main([str(file), "--out", str(tmp_path / "report.html")]) == 2
+    assert "rows.jsonl:2 is not a row" in capsys.readouterr().err and list(tmp_path.iterdir()) == [file]
+
+
+SPEEDS = "2026-11-24-amd-epyc.jsonl"
+STEPS = {  # of README's table
+    "prefill 512 tokens": {"what": "prefill", "prompt": 512},
+    "32 new tokens after 256": {"what": "stream", "history": 256},
+    "decode after 128": {"what": "decode", "context": 128},
+    "decode after 512": {"what": "decode", "context": 512},
+}
+MODELS = [
+    ("float32", "default"),
+    ("float32", "hf eager"),
+    ("int4", "default"),
+    ("int4", "int4_matmul=aten"),
+    ("int4", "hf eager, dequantized"),
+]
+
+
+def test_readme_s_speeds_are_those_of_its_rows_the_default_first() -> None:
+    readme = (rows.ROOT / "README.md").read_text()
+    assert SPEEDS in readme
+    found = list(rows.read(rows.RESULTS / SPEEDS, kind="model"))
+    for name, step in STEPS.items():
+        cells = []
+        for weights, choice in MODELS:
+            about = {"model": "vila1.5-3b", "layers": 2, "batch": 1, "weights": weights, "choice": choice, **step}
+            (row,) = (row for row in found if about.items() <= row.items())
+            ours = "" if choice.startswith("hf") else f" ({row['ratio_hf']:.2f})"
+            cells.append(f"{row['seconds'] * 1e3:.1f}{ours}")
+        assert f"| {' | '.join([name, *cells])} |\n" in readme
+
+
+def test_what_runs_by_default_stands_first() -> None:
+    found = list(rows.read(rows.RESULTS / SPEEDS, kind="model"))
+    shown = report.default_first(sorted(found, key=lambda row: row["choice"] == "default"))
+    assert len(shown) == len(found)
+    step = ("what", "weights", "batch", "prompt", "history", "context")
+    for row, after in pairwise(shown):
+        assert after["choice"] != "default" or any(row.get(name) != after.get(name) for name in step)
+
+
+def test_commands_of_the_documents_leave_nothing_in_the_repository() -> None:
+    written = r"^.*(?:python -m|vila-triton).* (?:build \S+|convert \S+|quantize \S+|--out|--counts) ([\w./-]+)"
+    text = "".join((rows.ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+    targets = {x for x in re.findall(written, text, re.M) if not x.startswith("/") and not x.isupper()}
+    assert {"3b", "tiny-int4", "counts.json"} <= targets
+    command = ["git", "check-ignore", "--no-index", *targets]
+    done = subprocess.run(command, cwd=rows.ROOT, capture_output=True, text=True)
+    assert set(done.stdout.split()) == targets

@@ -1,0 +1,79 @@
+"""What `pytest -m gpu` says on a GPU, said by the stand-in for one: of its selection the tests that are named here.
+
+Each runs every launch through what CUDA would refuse: tensors of the CPU, two devices, waiting inside a capture.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from triton.runtime.jit import KernelInterface
+
+from vila_triton.registry import OPS, discover
+from vila_triton.registry.interpreter import holds_kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+SPECIAL = """
+    test_library.py::test_a_decode_step_is_captured_in_a_cuda_graph[int4]
+    test_library.py::test_a_decode_step_is_captured_in_a_cuda_graph[dense]
+    test_tiny.py::test_triton_kernels_give_the_answers_of_the_references
+    test_kv.py::test_slots_below_0_touch_nothing_and_pages_beyond_32_bits_are_reached_2[int4-rope_kv_write]
+    test_kv.py::test_decode_reaches_pages_and_scales_beyond_32_bits_2_3_39[int8]
+    test_kv.py::test_what_is_not_cached_is_never_in_a_sum_6_7_10_36[int4]
+    test_decode.py::test_not_a_bit_depends_on_batch_pages_room_or_config[plain-triton]
+    test_prefill.py::test_not_a_bit_depends_on_chunks_pages_company_or_config[triton]
+    test_prefill_known.py::test_pictures_beyond_32_bits_in_views_of_one_packed_tensor[encoder_attention-triton]
+    test_int4_issues.py::test_rows_and_columns_of_x_beyond_32_bits[rows-int4_swiglu-triton-0]
+    test_int4_laws.py::test_a_row_of_x_does_not_see_the_others[float32-sub-int4_matmul-splitk-0]
+    test_invariant.py::test_not_a_bit_of_the_logits_depends_on_how_a_sequence_is_run[one layer-cuda-None]
+"""
+
+
+def named() -> list[str]:
+    """A faithful test of every implementation with a Triton kernel, and the special cases."""
+    discover()
+    kernels = [impl for op in OPS.values() for impl in op.impls.values() if holds_kernels(impl)]
+    faithful = [f"test_kernels.py::test_faithful[{impl.op}-{impl.name}-0]" for impl in kernels]
+    return [f"tests/{name}" for name in (*(line.strip() for line in SPECIAL.strip().splitlines()), *faithful)]
+
+
+def every_kernel() -> set[str]:
+    """Names of the functions of kernels/ that are launched, not called by others."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("vila_triton.kernels.")]
+    functions = {name: value for module in modules for name, value in vars(module).items()}
+    return {name for name, x in functions.items() if isinstance(x, KernelInterface) and name.endswith("kernel")}
+
+
+def test_a_selection_of_the_gpu_tests_passes_on_the_stand_in(tmp_path: Path) -> None:
+    tests, counts = named(), tmp_path / "counts.json"
+    words = ["--counts", str(counts), "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *tests]
+    env = {**os.environ, "HYPOTHESIS_PROFILE": "compiled"}
+    command = [sys.executable, "-m", "bench.standin", *words]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.match(rf"{len(tests)} passed(, \d+ warnings?)? in ", done.stdout.splitlines()[-1]), done.stdout
+    assert json.loads(counts.read_text())["launches"].keys() >= every_kernel()
+
+
+def test_the_tests_of_the_stand_in_pass_on_it() -> None:
+    words = ["pytest", "-q", "-p", "no:cacheprovider", "tests/on_standin"]
+    done = subprocess.run([sys.executable, "-m", "bench.standin", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.match(r"\d+ passed(, \d+ warnings?)? in ", done.stdout.splitlines()[-1]), done.stdout
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["bench.sorcery"], "there is no module bench.sorcery that can be run"),
+        (["bench"], "there is no module bench that can be run"),
+        (["--counts", "nowhere/counts.json", "this"], "--counts: there is no folder"),
+    ],
+)
+def test_bad_usage_gets_one_line(words: list[str], said: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "bench.standin", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,138 @@
+"""Templates and the token ids of prompts, against what is written down here by hand."""
+
+from dataclasses import replace
+
+import pytest
+from small_tokenizers import CHATML, HEADERS, PIECES, of_bytes, pieces, spelled
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from vila_triton.chat.prompts import closing, first_round, next_round, stops, tokenize, with_pictures
+from vila_triton.chat.templates import TEMPLATES, template
+
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+LLAMA = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+USER, SYSTEM, ASSISTANT = (
+    f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "system", "assistant")
+)
+TEXTS = {  # two rounds up to the second answer, in which Q and R are asked and A is answered
+    "vicuna_v1": f"{VICUNA} USER: Q ASSISTANT: A</s>USER: R ASSISTANT:",
+    "vicuna_v1_nosys": " USER: Q ASSISTANT: A</s>USER: R ASSISTANT:",
+    "mpt": f"<|im_start|>system\n{MPT}<|im_end|><|im_start|>user\nQ<|im_end|><|im_start|>assistant\nA<|im_end|>"
+    "<|im_start|>user\nR<|im_end|><|im_start|>assistant\n",
+    "hermes-2": "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\nQ<|im_end|>"
+    "<|im_start|>assistant\nA<|im_end|><|im_start|>user\nR<|im_end|><|im_start|>assistant\n",
+    "llama_3": f"<|begin_of_text|>{SYSTEM}{LLAMA}<|end_of_text|>{USER}Q<|end_of_text|>{SYSTEM}A<|end_of_text|>"
+    f"{USER}R<|end_of_text|>{SYSTEM}",
+    "llama_3_corrected": f"<|begin_of_text|>{SYSTEM}{LLAMA}<|eot_id|>{USER}Q<|eot_id|>{ASSISTANT}A<|eot_id|>"
+    f"{USER}R<|eot_id|>{ASSISTANT}",
+    "plain": "Q\nAR\n",
+}
+MESSAGES = [("user", "Q"), ("assistant", "A"), ("user", [{"type": "text", "text": "R"}])]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_writes_what_vila_was_trained_on(name: str) -> None:
+    how, expected = TEMPLATES[name], TEXTS[name.replace("v1", "vicuna_v1") if name == "v1" else name]
+    assert f"{how.first('Q')}{how.lead}A{how.end}{how.round('R')}" == expected
+    messages = [{"role": role, "content": content} for role, content in MESSAGES]
+    ((rendered,), _) = render_jinja_template([messages], chat_template=how.jinja, add_generation_prompt=True)
+    assert rendered == expected
+    finished = [{"role": role, "content": content} for role, content in MESSAGES[:2]]
+    ((rendered,), _) = render_jinja_template([finished], chat_template=how.jinja)
+    ending = "<|end_of_text|>" if name == "llama_3_corrected" else how.end
+    assert rendered == f"{how.first('Q')}{how.lead}A{ending}"
+
+
+def test_a_message_template_takes_a_system_text_and_pictures_and_refuses_what_it_has_no_place_for() -> None:
+    picture = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}
+    told = [{"role": "system", "content": "Be kind."}, picture]
+    ((text,), _) = render_jinja_template([told], chat_template=TEMPLATES["hermes-2"].jinja)
+    assert text == "<|im_start|>system\nBe kind.<|im_end|><|im_start|>user\n<image>\nQ"
+    for messages, message in (
+        ([{"role": "tool", "content": "7"}], "no place for a message of role tool"),
+        ([picture, {"role": "user", "content": [{"type": "video"}]}], "text and image parts, not video"),
+    ):
+        with pytest.raises(Exception, match=message):
+            render_jinja_template([messages], chat_template=TEMPLATES["vicuna_v1"].jinja)
+    with pytest.raises(Exception, match="no place for a message of role system"):
+        render_jinja_template([told], chat_template=TEMPLATES["plain"].jinja)
+
+
+def test_pieces_begin_with_a_space_behind_a_picture_but_not_behind_what_ended_an_answer() -> None:
+    tokenizer, how = pieces(), TEMPLATES["vicuna_v1_nosys"]
+    # <s> ▁ ▁USER : ▁ [picture] ▁ \n What ▁is ▁it ? ▁ASSISTANT :
+    first = [1, 4, 5, 7, 4, -200, 4, 3, 10, 11, 12, 13, 8, 7]
+    assert first_round("<image>\nWhat is it?", how, tokenizer) == first
+    # USER : ▁Sure [picture] ▁ ▁not ? ▁ASSISTANT :
+    second = [6, 7, 17, -200, 4, 18, 13, 8, 7]
+    assert next_round("Sure<image> not?", how, tokenizer) == second
+    assert tokenize(how.round("Sure<image> not?"), tokenizer, first=False)[0] == 5  # alone, it would begin with ▁USER
+    # ▁A ▁cat . </s>
+    answer = [14, 15, 16, *closing(how, tokenizer)]
+    assert answer == [14, 15, 16, 2]
+    whole = f"{how.first('<image>' + chr(10) + 'What is it?')} A cat.</s>{how.round('Sure<image> not?')}"
+    assert tokenize(whole, tokenizer) == first + answer + second
+
+
+@pytest.mark.parametrize("name, end, role", [("llama_3", 1, "system"), ("llama_3_corrected", 4, "assistant")])
+def test_bytes_have_no_such_space_and_the_bos_that_the_template_writes_is_the_only_one(
+    name: str, end: int, role: str
+) -> None:
+    tokenizer, how = of_bytes(HEADERS), replace(TEMPLATES[name], system="Hi")
+    vocabulary = spelled(HEADERS)
+
+    def header(role: str) -> list[int]:
+        return [2, vocabulary.index(role), 3, vocabulary.index("ĊĊ")]
+
+    what, is_, it, ask, sure, hi, line = map(vocabulary.index, ("What", "Ġis", "Ġit", "?", "Sure", "Hi", "Ċ"))
+    first = [0, *header("system"), hi, end, *header("user"), -200, line, what, is_, it, ask, end, *header(role)]
+    assert first_round("<image>\nWhat is it?", how, tokenizer) == first
+    second = [*header("user"), sure, ask, end, *header(role)]
+    assert next_round("Sure?", how, tokenizer) == second
+    assert closing(how, tokenizer) == [end] and closing(how, tokenizer, last=True) == [1]
+    whole = f"{how.first('<image>' + chr(10) + 'What is it?')}Hi{how.end}{how.round('Sure?')}"
+    assert tokenize(whole, tokenizer) == [*first, hi, end, *second]
+    assert stops(how, tokenizer, [1, 9], None, 3) == [1, 4, 9, 3]
+
+
+def test_the_tokenizer_tells_its_template() -> None:
+    for tokenizer, name in ((pieces(), "vicuna_v1"), (of_bytes(HEADERS), "llama_3"), (of_bytes(CHATML), "hermes-2")):
+        assert template("auto", tokenizer) is template(None, tokenizer) is TEMPLATES[name]
+        assert template(name, tokenizer) is TEMPLATES[name]
+
+
+@pytest.mark.parametrize(
+    "name, special, message",
+    [
+        ("vicuna_v2", HEADERS, r"no conversation template 'vicuna_v2'; there are: auto, vicuna_v1, .*llama_3, .*plain"),
+        (
+            "mpt",
+            HEADERS,
+            r"'mpt' is of tokens that the tokenizer lacks: <\|im_start\|>, <\|im_end\|>; set conversation_",
+        ),
+        ("llama_3_corrected", HEADERS[:4], r"lacks: <\|eot_id\|>; .* fits this tokenizer: llama_3, plain"),
+        ("auto", ["[", "]"], r"the tokenizer knows none of <\|im_start\|>, .* fits this tokenizer: plain"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_refused_with_those_that_do(
+    name: str, special: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        template(name, of_bytes(special))
+
+
+def test_a_question_has_as_many_places_as_pictures() -> None:
+    assert with_pictures("Q", 2) == "<image>\n<image>\nQ" and with_pictures("<image> or <image>?", 2).count("<") == 2
+    with pytest.raises(ValueError, match="places for 1 pictures, but 0 were given; write <image> once for each"):
+        with_pictures("What does <image> mean?", 0)
+
+
+def test_a_vocabulary_is_what_its_tokenizer_says() -> None:
+    assert pieces().convert_ids_to_tokens(list(range(len(PIECES)))) == PIECES

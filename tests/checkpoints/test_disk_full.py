@@ -1,0 +1,116 @@
+"""A disk that is full: one sentence, and nothing half-written looks whole."""
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from vila_triton.__main__ import main
+from vila_triton.chat.conversation import Conversation, Talker
+from vila_triton.chat.conversation_file import SavedError, save
+from vila_triton.images.processing import open_image
+from vila_triton.paths import BUNDLED_CHECKPOINT
+from vila_triton.quantization import awq_cache_file
+from vila_triton.quantization.calibration_data import read
+from vila_triton.quantization.llm_awq import Found
+from vila_triton.quantization.resumable import stored
+from vila_triton.tiny.examples import FOLDER
+
+INT4 = BUNDLED_CHECKPOINT.with_name("checkpoint-int4")
+
+
+@contextmanager
+def room(size: int) -> Iterator[None]:
+    """Inside, no file of this process grows beyond so many bytes; writing more fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr("sys.argv", ["vila-triton", *map(str, words)])
+    return main()
+
+
+QUANTIZE = ("quantize", BUNDLED_CHECKPOINT, "--group-size", 64, "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes"),
+    [
+        (("convert", INT4), (0, 100, 10_000, 300_000)),
+        (("convert", INT4, "--format", "awq-v2"), (300_000, 1_000_000)),
+        (("build", "vila1.5-3b", "--layers", 1, "--narrow", 8), (10_000, 300_000)),
+        ((*QUANTIZE, "--method", "rtn"), (10_000, 600_000)),
+        pytest.param((*QUANTIZE, "--samples", 4), (0, 10_000, 200_000, 600_000), marks=pytest.mark.slow),
+        pytest.param((*QUANTIZE, "--samples", 16, "--mode", "upstream"), (30_000, 600_000), marks=pytest.mark.slow),
+    ],
+    ids=lambda value: " ".join(str(word) for word in value if not isinstance(word, Path)),
+)
+def test_a_full_disk_is_said_and_the_command_goes_on_when_there_is_room(
+    words: tuple, sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    name, source, *more = words
+    target, other = tmp_path / "tight" / "out", tmp_path / "wide" / "out"
+    for size in sizes:
+        with room(size):
+            status = command(monkeypatch, name, source, target, *more)
+        said = capsys.readouterr().err
+        assert status == 1 and said.count("\n") == 1 and said.startswith("vila-triton: "), said
+        assert not target.exists()
+    assert command(monkeypatch, name, source, target, *more) == 0
+    assert command(monkeypatch, name, source, other, *more) == 0
+    assert contents(target) == contents(other) and [*target.parent.iterdir()] == [target]
+
+
+def test_a_file_of_a_step_or_a_cache_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    scales = {"attention": torch.ones(4096)}
+    for name, write in (
+        ("step.safetensors", lambda file: stored(file, scales, {})),
+        ("cache.pt", lambda file: awq_cache_file.save(file, [Found(scales, {}, {})])),
+    ):
+        for size in (0, 100, 10_000):
+            with room(size), pytest.raises(OSError, match=r"cannot be written|File too large"):
+                write(tmp_path / name)
+            assert not (tmp_path / name).exists()
+        write(tmp_path / name)
+        assert (tmp_path / name).exists()
+
+
+def test_a_conversation_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
+    conversation = Conversation(Talker.from_pretrained(BUNDLED_CHECKPOINT, "cpu"))
+    list(conversation.ask("How many shapes are there?", [open_image(str(FOLDER / "a.png"))]))
+    save(conversation, tmp_path / "talk")
+    before = contents(tmp_path)
+    for size in (0, 100, 1000):
+        for name in ("talk", "other"):
+            with room(size), pytest.raises(SavedError, match=f"{name} cannot be written"):
+                save(conversation, tmp_path / name)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"text": "half \ud800"},
+        {"image": "a.png", "question": "\udfff?"},
+        {"image": "a.png", "question": "x", "answer": "\ud83d"},
+    ],
+)
+def test_half_a_character_in_calibration_is_refused_by_its_line(entry: dict, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes((FOLDER / "a.png").read_bytes())
+    file = tmp_path / "calib.jsonl"
+    file.write_text(json.dumps({"text": "a whole \U0001f600"}) + "\n" + json.dumps(entry) + "\n")
+    with pytest.raises(ValueError, match=r"calib\.jsonl:2: .*the line holds half of a character"):
+        list(read([file]))

@@ -1,0 +1,122 @@
+"""The five released models, narrow and of two layers, in the layout of their release: they load, answer, give the
+logits of Hugging Face's modules reading the same files, and go through every int4 layout and back to the same bits.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference_towers
+import torch
+from hf_reference import Oracle, exact_norms
+from reference_projectors import Projector
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from vila_triton import VilaLlamaForCausalLM
+from vila_triton.checkpoints import random_checkpoint, size_report
+from vila_triton.checkpoints.loading import open_source, require_fits
+from vila_triton.checkpoints.writing import FORMS, write
+from vila_triton.commands import convert
+from vila_triton.models.params import leaves
+
+NARROW = {"vila1.5-3b": 8, "vila1.5-3b-s2": 8, "llama3-vila1.5-8b": 8, "vila1.5-13b": 8, "vila1.5-40b": 16}
+
+
+def narrow(name: str) -> dict[str, Any]:
+    return random_checkpoint.narrowed(random_checkpoint.table(name), layers=2, narrow=NARROW[name])
+
+
+@pytest.fixture(scope="module", params=NARROW)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in float32, in shards."""
+    at = tmp_path_factory.mktemp(request.param)
+    found = narrow(request.param)
+    source = random_checkpoint.random_source(found, "float32", seed=1)
+    source = replace(source, beside=random_checkpoint.write_companions(found, at / "beside"))
+    write(source, at / "dense", key="", limit=5 * 10**6)
+    assert (at / "dense/llm/model.safetensors.index.json").exists()
+    return at
+
+
+def theirs(folder: Path, model: VilaLlamaForCausalLM) -> Oracle:
+    """Hugging Face's modules from the files: its own loader where it has one for them."""
+    configs = {
+        part: json.loads((folder / part / "config.json").read_text()) for part in ("vision_tower", "mm_projector")
+    }
+    top = json.loads((folder / "config.json").read_text())
+    held = {
+        part: {name: x for file in (folder / part).glob("*.safetensors") for name, x in load_file(file).items()}
+        for part in configs
+    }
+    tower = {name.removeprefix("vision_model."): x.to(model.dtype) for name, x in held["vision_tower"].items()}
+    projector = {name: x.to(model.dtype) for name, x in held["mm_projector"].items()}
+    return Oracle(
+        LlamaForCausalLM.from_pretrained(folder / "llm", dtype=model.dtype).eval(),
+        reference_towers.theirs(configs["vision_tower"], tower),
+        Projector(configs["mm_projector"], top["mm_hidden_size"], top["hidden_size"], projector),
+        top,
+    )
+
+
+@torch.no_grad()
+def test_logits_are_those_of_hugging_faces_modules(folder: Path) -> None:
+    ids = torch.tensor([5, 300, -200, 7, 41, 900])
+    for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
+        model = VilaLlamaForCausalLM.from_pretrained(folder / "dense", device="cpu", dtype=dtype)
+        side = model.geometry.vision_tower.input_size
+        images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        ours = model(ids[None], images=images).logits[0]
+        with exact_norms():
+            expected = theirs(folder / "dense", model).run([ids], images)[0].logits[0]
+        assert ours.shape == (5 + model.geometry.image_tokens, model.geometry.llm.vocab_size) == expected.shape
+        assert (ours - expected).abs().max() <= bound and expected.std() > 0.1
+
+
+def test_it_answers_as_hugging_face_does(folder: Path) -> None:
+    """Greedily, in float64; and its table of configs/models/ says how many tokens a picture is."""
+    model = VilaLlamaForCausalLM.from_pretrained(folder / "dense", device="cpu", dtype=torch.float64)
+    assert model.geometry.image_tokens == random_checkpoint.table(folder.name.removesuffix("0"))["image_tokens"]
+    ids = torch.tensor([[9, 8, 7, 250]])
+    answer = model.generate(ids, max_new_tokens=6)
+    with exact_norms():
+        expected = theirs(folder / "dense", model).llm.generate(ids, max_new_tokens=6, do_sample=False)[:, 4:]
+    assert answer.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_its_file_says_the_bytes_it_takes(name: str) -> None:
+    found = random_checkpoint.table(name)
+    for field, group in (("fp16_bytes", None), ("int4_bytes", 128)):
+        assert found[field] == sum(
+            map(size_report.nbytes, random_checkpoint.random_source(found, group=group).tensors.values())
+        )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_every_layout_and_back_is_the_same_to_the_bit(folder: Path) -> None:
+    ours = folder / "ours"
+    write(random_checkpoint.random_source(narrow(folder.name.removesuffix("0")), "float16", group=64), ours, key="")
+    before, params = contents(ours), load(ours)
+    for form in ("awq-gemm", "awq-v1", "awq-v2"):
+        there, back = folder / form, folder / f"{form} and back"
+        source = open_source(ours)
+        require_fits(source)
+        write(source, there, form)
+        assert open_source(there).layout.name == form  # pyright: ignore
+        assert all(map(torch.equal, load(there), params))
+        write(open_source(there), back)
+        assert contents(back) == before
+    (pt,) = (folder / "awq-v2/llm").glob("*.pt")
+    assert pt.name == "awq-v2-w4-g64-awq-v2.pt" and not list((folder / "awq-v2/llm").glob("*.safetensors"))
+    assert FORMS == convert.FORMS  # said there once more, so that --help need not import torch
+
+
+def load(folder: Path) -> list[Tensor]:
+    return leaves(VilaLlamaForCausalLM.from_pretrained(folder, device="cpu").params)

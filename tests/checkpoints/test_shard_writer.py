@@ -1,0 +1,149 @@
+"""Writing shards: the bytes depend on nothing but the tensors, and no kill or error leaves what looks whole."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vila_triton.checkpoints.shard_writer import OtherWork, Shards, building
+from vila_triton.checkpoints.tensor_files import open_tensors
+
+DTYPES = (torch.float16, torch.int32, torch.float64, torch.int16)
+
+
+def some(sizes: list[int]) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(len(sizes))
+    draw = (torch.randint(-99, 99, (n, 3), generator=rng) for n in sizes)
+    return {f"t{i}": x.to(DTYPES[i % 4]) for i, x in enumerate(draw)}
+
+
+def write(folder: Path, held: dict[str, Tensor], limit: int, key: str = "", order: list[str] | None = None) -> set[str]:
+    """Write what is missing; returns its names."""
+    shards = Shards(folder, {name: x.to("meta") for name, x in held.items()}, key, limit)
+    missing = set(shards.missing)
+    for name in order or held:
+        if name in missing:
+            shards.put(name, held[name])
+    shards.close()
+    return missing
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=9), st.integers(1, 2000), st.randoms())
+def test_what_is_written_in_any_order_is_read_back(tmp_path_factory, sizes, limit, random) -> None:
+    held, folders = some(sizes), []
+    for _ in range(2):
+        order = list(held)
+        random.shuffle(order)
+        folders.append(tmp_path_factory.mktemp("shards"))
+        write(folders[-1], held, limit, order=order)
+        read = open_tensors(folders[-1])
+        assert sorted(read) == sorted(held) and all(torch.equal(read[name], x) for name, x in held.items())
+        for file in folders[-1].glob("*.safetensors"):
+            sizes_of = [x.nbytes for x in open_tensors(file).meta.values()]
+            assert len(sizes_of) == 1 or sum(sizes_of) <= limit
+    assert contents(folders[0]) == contents(folders[1])
+
+
+HELD = some([40, 0, 30, 7, 20, 50, 8])
+
+
+def test_a_killed_writer_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    with building(tmp_path / "whole") as folder:
+        write(folder / "llm", HELD, 400)
+    target = tmp_path / "killed"
+    for puts in (1, 2, 3):  # three processes, each killed after so many tensors
+        if not (child := os.fork()):
+            with building(target) as folder:
+                shards = Shards(folder / "llm", HELD, limit=400)
+                for name in [name for name in HELD if name in shards.missing][:puts]:
+                    shards.put(name, HELD[name])
+                os.kill(os.getpid(), signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        assert not target.exists()
+    with building(target) as folder:
+        assert 0 < len(write(folder / "llm", HELD, 400)) < len(HELD)
+    assert contents(target) == contents(tmp_path / "whole")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def interrupted(target: Path) -> Path:
+    """A folder left by an interrupt, with two of its shards whole."""
+    with pytest.raises(KeyboardInterrupt, match=r"What was finished is in .*partial"), building(target) as folder:
+        shards = Shards(folder, HELD, "a", 400)
+        for name in list(HELD)[:4]:
+            shards.put(name, HELD[name])
+        raise KeyboardInterrupt
+    return target.with_name(f"{target.name}.partial")
+
+
+def test_a_finished_shard_that_was_damaged_is_written_again(tmp_path: Path) -> None:
+    left = interrupted(tmp_path / "x")
+    shard, *others = sorted(left.glob("*.safetensors"))
+    damaged = set(open_tensors(shard))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    again = write(left, HELD, 400, "a")
+    assert damaged < again and not again & set(open_tensors(others[0]))
+    assert all(torch.equal(open_tensors(left)[name], x) for name, x in HELD.items())
+
+
+def test_other_work_is_not_mixed_in(tmp_path: Path) -> None:
+    left = interrupted(tmp_path / "x")
+    before = contents(left)
+    for held, limit, key in ((HELD, 400, "b"), (HELD, 2000, "a"), (some([40]), 400, "a")):
+        with pytest.raises(ValueError, match=r"x.partial holds the beginnings of other work; remove it"):
+            Shards(left, held, key, limit)
+    with pytest.raises(OtherWork), building(tmp_path / "x") as folder:
+        Shards(folder, HELD, "b", 400)
+    assert contents(left) == before
+
+
+def test_a_folder_of_no_tensors_is_one_all_the_same(tmp_path: Path) -> None:
+    """Such as a projector that is the identity."""
+    for _ in range(2):  # the second time over the first
+        Shards(tmp_path / "x", {}).close()
+        assert not open_tensors(tmp_path / "x").meta
+
+
+def test_errors_leave_nothing_and_what_is_there_is_not_written_over(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    with pytest.raises(ZeroDivisionError), building(target) as folder:
+        write(folder, HELD, 400)
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    target.mkdir()
+    with building(target) as folder:  # an empty folder is fine
+        write(folder, HELD, 400)
+    with pytest.raises(ValueError, match="x is there already and not empty"), building(target):
+        pass
+    with pytest.raises(OSError, match=r"No space left.*What was finished is in .*y.partial"), building(tmp_path / "y"):
+        raise OSError(28, "No space left on device")
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):  # what begins afresh keeps nothing
+        with pytest.raises(type(error)) as raised, building(tmp_path / "z", over=True):
+            raise error
+        assert raised.value is error
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x", "y.partial"]
+
+
+def test_what_was_not_announced_is_refused(tmp_path: Path) -> None:
+    shards = Shards(tmp_path, HELD)
+    with pytest.raises(ValueError, match=r"t0 is torch.float32 \[40, 3\], but torch.float16 \[40, 3\] was announced"):
+        shards.put("t0", HELD["t0"].float())
+    shards.put("t0", HELD["t0"])
+    with pytest.raises(ValueError, match="t0 has been written already"):
+        shards.put("t0", HELD["t0"])
+    with pytest.raises(ValueError, match="6 tensors were not written, among them t1"):
+        shards.close()
+    with pytest.raises(ValueError, match=r"x is torch\.complex64, which is not written"):
+        Shards(tmp_path / "other", {"x": torch.zeros(1, dtype=torch.complex64)})

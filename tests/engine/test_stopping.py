@@ -1,0 +1,48 @@
+"""Texts that end answers."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_sentencepiece
+import torch
+from small_tokenizers import HEADERS, of_bytes
+from transformers.generation.stopping_criteria import StopStringCriteria
+
+from vila_triton import VilaLlamaForCausalLM
+from vila_triton.chat.prompts import first_round
+from vila_triton.chat.templates import TEMPLATES
+from vila_triton.chat.tokenizer import load_tokenizer
+from vila_triton.engine.stopping import StopStrings
+from vila_triton.paths import BUNDLED_CHECKPOINT
+
+
+@pytest.mark.parametrize("loop", ["engine", "transformers"])
+def test_stop_strings_end_an_answer_with_any_tokenizer(loop: str, tmp_path: Path) -> None:
+    small_sentencepiece.place(tmp_path, "small")
+    model = VilaLlamaForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, device="cpu", dtype=torch.float32)
+    for tokenizer in (load_tokenizer(BUNDLED_CHECKPOINT), load_tokenizer(tmp_path)):
+        ids = torch.tensor([first_round("Describe the picture.", TEMPLATES["vicuna_v1_nosys"], tokenizer)])
+        whole = model.generate(ids, max_new_tokens=12, eos_token_id=None)[0].tolist()
+        for end in (2, 5, 9):
+            text = tokenizer.decode(whole[:end])[-3:]
+            expected = next(n for n in range(1, 13) if text in tokenizer.decode(whole[:n]))
+            answer = model.generate(
+                ids, max_new_tokens=12, eos_token_id=None, stop_strings=[text, "never"], tokenizer=tokenizer, loop=loop
+            )
+            assert answer[0].tolist() == whole[:expected] and expected <= end
+
+
+def test_stop_strings_end_where_transformers_criterion_would() -> None:
+    tokenizer, rng = of_bytes(HEADERS), random.Random(3)
+    unused: Any = torch.zeros(1)
+    for texts in ("ta", ["it", " is"], ["?"]):
+        ours, theirs = StopStrings(tokenizer, texts), StopStringCriteria(tokenizer, texts)
+        for _ in range(60):
+            row: Any = torch.tensor([[rng.randrange(5, len(tokenizer)) for _ in range(rng.randint(2, 9))]])
+            assert ours(row).tolist() == theirs(row, unused).tolist(), tokenizer.decode(row[0])
+    with pytest.raises(ValueError, match="expected a text or several, none of them empty"):
+        StopStrings(tokenizer, [""])
+    with pytest.raises(ValueError, match="stop_strings need tokenizer="):
+        StopStrings(None, "a")

@@ -1,0 +1,103 @@
+"""Many processes, one file: nothing is lost, nothing is torn, and nobody waits for the dead."""
+
+import csv
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench import compile_sweep
+from bench.measure import rows
+from bench.tuner import table
+from vila_triton.files.file_locks import alone, claim, locked
+from vila_triton.registry import tuned_tables
+
+WRITERS, EACH = 8, 12
+
+
+def together(f: Callable[[int], None]) -> None:
+    """f(0), f(1), ... in processes of their own that begin at the same moment."""
+    fork = multiprocessing.get_context("fork")
+    start = fork.Barrier(WRITERS)
+
+    def one(i: int) -> None:
+        start.wait()
+        f(i)
+
+    processes = [fork.Process(target=one, args=(i,)) for i in range(WRITERS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * WRITERS
+
+
+def test_processes_that_write_one_tuned_table_lose_no_entry(tmp_path: Path) -> None:
+    def tune(i: int) -> None:
+        for j in range(EACH):
+            known = dict.fromkeys(("kernel", "space", "triton"), "") | {
+                "ranges": [],
+                "otherwise": {"config": {"BLOCK": 8}},
+            }
+            table.write(tmp_path, "Toy GPU", {"op": "none", "impl": f"{i}-{j}", **known})
+
+    together(tune)
+    held = tuned_tables.read(tuned_tables.file_of("Toy GPU", tmp_path))
+    assert {e["impl"] for e in held["entries"]} == {f"{i}-{j}" for i in range(WRITERS) for j in range(EACH)}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["toy-gpu.json", "toy-gpu.json.lock"]
+
+
+@pytest.mark.parametrize("before", ["", '{"kind": "whole"}', '{"kind": "cut o'])
+def test_processes_that_append_rows_lose_none(before: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(before)
+    filler = "x" * 20_000  # more than a pipe or a page takes at once
+    together(lambda i: rows.write(file, ({"kind": "row", "at": [i, j], "filler": filler} for j in range(EACH))))
+    held = [json.loads(line) for line in file.read_text().splitlines()]
+    assert sorted(row["at"] for row in held if row["kind"] == "row") == [
+        [i, j] for i in range(WRITERS) for j in range(EACH)
+    ]
+    assert len(held) == WRITERS * EACH + before.endswith("}")
+
+
+def test_processes_that_append_to_one_table_of_a_sweep_write_one_head(tmp_path: Path) -> None:
+    together(lambda i: compile_sweep.write(tmp_path / "sweep.csv", [{"op": f"op {i}"}] * EACH))
+    with (tmp_path / "sweep.csv").open(newline="") as opened:
+        found = [row["op"] for row in csv.DictReader(opened)]
+    assert sorted(found) == sorted(f"op {i}" for i in range(WRITERS) for _ in range(EACH))
+
+
+def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
+    ready, told = os.pipe()
+    child = os.fork()
+    if not child:
+        with alone(tmp_path / "table.json"), claim(tmp_path):
+            os.write(told, b"1")
+            signal.pause()
+    os.read(ready, 1)
+    with pytest.raises(ValueError, match="is being written by another process"):
+        claim(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with alone(tmp_path / "table.json"), claim(tmp_path):
+        pass
+
+
+def test_who_appends_waits_for_who_mends(tmp_path: Path) -> None:
+    """A line that another is still writing looks like one that was cut off."""
+    file = tmp_path / "rows.jsonl"
+    with file.open("ab", buffering=0) as opened, locked(opened):
+        opened.write(b'{"kind": "fir')
+        child = os.fork()
+        if not child:
+            rows.write(file, [{"kind": "second"}])
+            os._exit(0)
+        time.sleep(0.3)
+        opened.write(b'st"}\n')
+    assert os.waitpid(child, 0)[1] == 0
+    assert [row["kind"] for row in rows.read(file)] == ["first", "second"]

@@ -1,0 +1,200 @@
+"""Decoding over a paged cache: splits, parts merged by their log-sum-exp, and the bits that "invariant" promises."""
+
+import math
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from mutants import Plant, plant  # noqa: F401 (a fixture)
+from torch import Tensor
+
+from bench.correctness.error_budget import DEVICE, arguments, assert_faithful, budget, within_budget
+from bench.correctness.guarded_memory import Unfaithful, bits, mapped
+from vila_triton import ops
+from vila_triton.registry import REFERENCE, Impl, discover
+
+discover()
+kernel = import_module("vila_triton.kernels.decode_attention")  # pyright sees no module behind that door
+Plan = import_module("vila_triton.kernels._split_kv").Plan
+
+
+DECODE = ops.decode_attention
+IMPLS = DECODE.impls
+SIZES = dict(b=2, t=200, g=1, ratio=3, d=32, l=16, dtype="float16", kv="plain", policy="fast", seed=1)
+KINDS = pytest.mark.parametrize("kv", ["plain", "int8", "int4"])
+OTHER = {"BLOCK_N": 16, "PLACES": 1, "num_warps": 1, "num_stages": 1}  # a config that a tuned table might name
+
+
+def drawn(**changes: Any) -> tuple:
+    """(q, k_pages, v_pages, table, lengths, scale)."""
+    return arguments(DECODE, **{**SIZES, **changes})
+
+
+def run(name: str, args: tuple, *more: Any, config: dict | None = None) -> Any:
+    impl = IMPLS[name]
+    return impl(*args, *more, config=impl.configs[0] if config is None else config)
+
+
+@pytest.mark.parametrize("wanted", [1, 3, 40])
+@KINDS
+def test_number_of_splits_does_not_matter(kv: str, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "plan", lambda *_: Plan(wanted, 64, 2048, wanted))
+    assert_faithful(DECODE, IMPLS["triton"], IMPLS["triton"].configs[0], drawn(kv=kv, t=410))
+
+
+@pytest.mark.on_gpu
+@KINDS
+def test_log_sum_exp_is_faithful(kv: str) -> None:
+    q, k_pages, v_pages, table, lengths, scale = drawn(kv=kv)
+    for room in (1, 13):  # of one split, and of several
+        own = lengths.clamp(1, room * 16)
+        args = (q[:1], k_pages, v_pages, table[:1, :room], own[:1], scale, "fast", True)
+        assert_faithful(DECODE, IMPLS["triton"], IMPLS["triton"].configs[0], args)
+
+
+@pytest.mark.parametrize("name", [REFERENCE, "triton"])
+@KINDS
+def test_parts_of_the_pages_merged_are_attention_to_all(name: str, kv: str) -> None:
+    @settings(max_examples=4)
+    @given(ends=st.lists(st.integers(0, 13), max_size=3).map(sorted), seed=st.integers(0, 2**16))
+    def holds(ends: list[int], seed: int) -> None:
+        q, k_pages, v_pages, table, lengths, scale = args = drawn(kv=kv, dtype="float32", seed=seed)
+        l, last = k_pages.shape[1], table.shape[1]
+        parts = [
+            run(
+                name, (q, k_pages, v_pages, table[:, a:b], (lengths - a * l).clamp(0, (b - a) * l), scale, "fast", True)
+            )
+            for a, b in zip([0, *ends], [*ends, last])
+            if a < b
+        ]
+        out, lse = ops.merge(*(torch.stack(x) for x in zip(*parts)))
+        (exact,), (allowed,) = budget(DECODE, args)
+        within_budget(0, out, exact, (len(parts) + 1) * allowed)  # a budget for each call and one for the merge
+        assert torch.equal(lse.isneginf(), (lengths == 0)[:, None].expand_as(lse))
+        assert not out[lengths == 0].any()
+        one, rest = (ops.merge(*(torch.stack(x) for x in zip(*some))) for some in (parts[:1], parts[1:] or parts[:1]))
+        if len(parts) > 1:  # in another grouping
+            again, _ = ops.merge(torch.stack((one[0], rest[0])), torch.stack((one[1], rest[1])))
+            within_budget(0, again, exact, (len(parts) + 2) * allowed)
+
+    holds()
+
+
+def test_merge_of_nothing_is_nothing_and_what_a_part_without_keys_holds_does_not_matter() -> None:
+    nan, none = (torch.full(shape, x, device=DEVICE) for shape, x in (((2, 3, 4), math.nan), ((2, 3), -math.inf)))
+    out, lse = ops.merge(nan[None], none[None])
+    assert not out.any() and lse.isneginf().all()
+    some, sums = torch.randn(2, 3, 4, device=DEVICE), torch.randn(2, 3, device=DEVICE)
+    out, lse = ops.merge(torch.stack((nan, some)), torch.stack((none, sums)))
+    assert torch.equal(out, some) and torch.equal(lse, sums)
+    with pytest.raises(ValueError, match=r"merge: outputs are \[2, 2, 3, 4\] and lses \[2, 3\]"):
+        ops.merge(torch.stack((nan, some)), none)
+
+
+def moved(args: tuple, l: int, seed: int, room: int) -> tuple:
+    """The same tokens in pages of l tokens in another order, and a table with room for more."""
+    q, k_pages, v_pages, table, lengths, scale = args
+    count = -(-int(lengths.max()) // l) if len(lengths) else 0
+    order = torch.randperm(len(lengths) * count + 1, generator=torch.Generator().manual_seed(seed)).int().to(DEVICE)
+    last = len(order) - 1
+    new_table = torch.cat((order[:last].view(len(lengths), count), order[last:].expand(len(lengths), room)), 1)
+
+    def spread(x: Tensor) -> Tensor:
+        new = x.new_full((last + 1, l, *x.shape[2:]), float("nan") if x.is_floating_point() else 1)
+        for i, t in enumerate(lengths.tolist()):
+            at = torch.arange(t, device=DEVICE)
+            old = x[table[i, at // x.shape[1]].long(), at % x.shape[1]]
+            new[new_table[i, at // l].long(), at % l] = old
+        return new
+
+    return q, *mapped(spread, (k_pages, v_pages)), new_table, lengths, scale
+
+
+@pytest.mark.on_gpu
+@pytest.mark.parametrize("name", IMPLS)
+@KINDS
+def test_not_a_bit_depends_on_batch_pages_room_or_config(name: str, kv: str) -> None:
+    """https://github.com/Dao-AILab/flash-attention/pull/2448 and https://github.com/sgl-project/sglang/pull/10694"""
+    args = drawn(t=700, kv=kv, b=3)  # more than two splits
+    if not supports(name, args):
+        pytest.skip(f"{name} does not read {kv} pages")
+    check_invariance(IMPLS[name], args)
+
+
+def supports(name: str, args: tuple) -> bool:
+    try:
+        return run(name, args) is not None
+    except ValueError:
+        return False
+
+
+def check_invariance(impl: Impl, args: tuple) -> None:
+    expected = impl(*args, "invariant", config=impl.configs[0])
+
+    @settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
+    @example(rows=[0], l=16, room=0, config=impl.configs[-1], seed=0)
+    @given(
+        rows=st.lists(st.integers(0, len(expected) - 1), min_size=1, max_size=5),
+        l=st.sampled_from([256, 128, 64, 32, 16, 20, 1]),
+        room=st.sampled_from([0, 1, 40]),
+        config=st.sampled_from([*impl.configs, *([OTHER] if impl.name == "triton" else [])]),
+        seed=st.integers(0, 2**16),
+    )
+    def holds(rows: list[int], l: int, room: int, config: dict, seed: int) -> None:
+        q, k_pages, v_pages, table, lengths, scale = moved(args, l, seed, room)
+        some = (q[rows], k_pages, v_pages, table[rows], lengths[rows], scale)
+        assert torch.equal(bits(impl(*some, "invariant", config=config)), bits(expected[rows]))
+
+    holds()
+
+
+SHORTCUTS = {
+    "its config": ('if policy == "invariant"', 'if policy == "never"'),
+    "one sequence alone": ("plan(policy, b * g, room", 'plan(policy if b > 1 else "fast", b * g, room'),
+}
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_a_kernel_that_breaks_the_promise_is_found(shortcut: str, plant: Plant) -> None:  # noqa: F811
+    plant("decode_attention", "unsteady", *SHORTCUTS[shortcut])
+    discover()
+    with pytest.raises(AssertionError):
+        for seed in range(4):
+            check_invariance(IMPLS["unsteady"], drawn(t=700, dtype="float32", seed=seed))
+
+
+BUGS = {
+    "pages are not looked up ahead": ("stride_tp, n + BLOCK_N, end", "stride_tp, n, end"),
+    "splits overlap": ("begin = split * keys", "begin = tl.maximum(split * keys - BLOCK_N, 0)"),
+    "a head is not written": ("mine = rows < RATIO", "mine = rows < RATIO - 1"),
+    "sums of splits are halves": ("cut.splits, d, dtype=torch.float32", "cut.splits, d, dtype=torch.float16"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found(bug: str, plant: Plant) -> None:  # noqa: F811
+    plant("decode_attention", "planted", *BUGS[bug])
+    discover()
+    impl = IMPLS["planted"]
+    with pytest.raises(Unfaithful):
+        for seed in range(2):
+            assert_faithful(DECODE, impl, impl.configs[0], drawn(seed=seed, t=700, dtype="float32", policy="invariant"))
+
+
+@pytest.mark.parametrize("d", [8, 40, 72, 80, 96, 112, 160, 256])
+def test_every_head_dim(d: int) -> None:
+    for i, kv in enumerate(("plain", "int8", "int4")):
+        args = drawn(d=d, kv=kv, b=2, t=90)
+        assert_faithful(DECODE, IMPLS["triton"], IMPLS["triton"].configs[i % 2], args)
+
+
+@pytest.mark.parametrize("l", [1, 3, 8, 16, 32, 64, 128, 256])
+def test_every_page_size_at_the_lengths_around_a_page(l: int) -> None:
+    q, *_ = drawn(b=5)
+    _, k_pages, v_pages, table, held, scale = drawn(b=1, t=260)
+    lengths = torch.tensor([0, 1, l - 1, l, l + 1], device=DEVICE).int().minimum(held)
+    args = moved((q, k_pages, v_pages, table.expand(5, -1), lengths, scale), l, seed=l, room=1)
+    assert_faithful(DECODE, IMPLS["triton"], IMPLS["triton"].configs[1], args)

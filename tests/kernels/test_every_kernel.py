@@ -1,0 +1,125 @@
+"""Every implementation of every op, with every config, against the op's reference. The registry is the only list.
+
+`pytest -k "int4_matmul and mine"` runs one variant, `HYPOTHESIS_PROFILE=thorough` hundreds of cases of each.
+"""
+
+import inspect
+
+import pytest
+import torch
+from far_memory import apart
+from hypothesis import given
+from torch import Tensor
+
+from bench.correctness.error_budget import (
+    DEVICE,
+    LEFT_OUT,
+    arguments,
+    assert_faithful,
+    budget,
+    examples,
+    hold,
+    supported,
+    unit_roundoff,
+)
+from bench.correctness.guarded_memory import bits, mapped, tensors
+from vila_triton.registry import OPS, REFERENCE, Impl, OneOf, Op, Unsupported, discover, recording
+
+discover()
+CASES: list = [
+    pytest.param(op, impl, config, id=f"{op.name}-{impl.name}-{i}")
+    for op in OPS.values()
+    for impl in op.impls.values()
+    if impl.name != REFERENCE
+    for i, config in enumerate(impl.configs)
+]
+
+
+def names(op: Op) -> list[str]:
+    return list(inspect.signature(op.reference).parameters)
+
+
+EACH_OP = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+
+@pytest.mark.on_gpu
+@pytest.mark.parametrize("op, impl, config", CASES)
+def test_faithful(op: Op, impl: Impl, config: dict) -> None:
+    @given(sizes=examples(op))
+    def check(sizes: dict) -> None:
+        supported(assert_faithful, op, impl, config, arguments(op, **sizes), sizes["seed"])
+
+    hold(check)
+
+
+@EACH_OP
+def test_references_are_faithful(op: Op) -> None:
+    """They read and write what they should, and two runs of them agree: the harness raises no false alarm."""
+
+    @given(sizes=examples(op))
+    def check(sizes: dict) -> None:
+        assert_faithful(op, op.impls[REFERENCE], {}, arguments(op, **sizes), sizes["seed"])
+
+    check()
+
+
+@EACH_OP
+def test_wrong_shapes_stop_at_the_op(op: Op) -> None:
+    """One axis too many in any tensor is a ValueError before any implementation runs."""
+    sizes = {n: d.values[0] if isinstance(d, OneOf) else min(d.high, max(d.low, 2)) for n, d in op.domain.items()}
+    args = arguments(op, seed=0, **sizes)
+    for wrong in range(len(tensors(args))):
+        left = iter(range(len(tensors(args))))
+        bad = mapped(lambda x, left=left, wrong=wrong: x[..., None] if next(left) == wrong else x, args)
+        with recording() as ran, pytest.raises(ValueError, match=op.name):
+            op(*bad)
+        assert not ran
+
+
+@pytest.mark.parametrize("op, impl, config", CASES)
+def test_float64_is_faithful_or_unsupported(op: Op, impl: Impl, config: dict) -> None:
+    """A launcher says what it cannot do before it launches. One that takes float64 computes in it: its error is the
+    budget of float32, as much smaller as float64 rounds finer, twice since the exact values are rounded to it as well.
+    """
+    sizes = {n: d.values[0] if isinstance(d, OneOf) else d.high for n, d in op.domain.items()}
+    args = arguments(op, seed=0, **sizes)
+    try:
+        outputs = tensors(
+            impl(*mapped(lambda x: x.double() if x.is_floating_point() else x.clone(), args), config=config)
+        )
+    except Unsupported as reason:
+        assert "float64" in str(reason)
+        return
+    finer = unit_roundoff(torch.float64) / unit_roundoff(torch.float32)
+    for out, want, allowed in zip(outputs, *budget(op, args)):
+        assert out.dtype == torch.float64 and ((out - want).abs() <= 2 * finer * allowed).all()
+
+
+@pytest.mark.on_gpu
+@pytest.mark.parametrize("op, impl, config", [case for case in CASES if "k_pages" in names(case.values[0])])
+def test_pages_beyond_32_bits(op: Op, impl: Impl, config: dict, far: Tensor) -> None:
+    """Pages so far apart that the offsets of the last ones, counted in elements, are more than an int32 holds."""
+    sizes = {n: d.values[0] if isinstance(d, OneOf) else d.high for n, d in op.domain.items()} | {"dtype": "float16"}
+    reads = "t" in sizes
+    args = arguments(op, seed=0, **sizes | ({"t": 400} if reads else {}))
+    there = list(args)
+    for place, name in enumerate(("k_pages", "v_pages")):
+        i = names(op).index(name)  # of the last three pages that are read one is never used, and one may be free
+        there[i] = apart(args[i], far, place, last=-3 if reads else -1)
+    for near_out, far_out in zip(tensors(impl(*args, config=config)), tensors(impl(*there, config=config))):
+        assert torch.equal(bits(near_out), bits(far_out))
+
+
+@pytest.mark.skipif(not LEFT_OUT, reason="kernels are compiled here, not interpreted")
+def test_interpreted_bfloat16_is_unsupported() -> None:
+    """Its numbers would be wrong by powers of ten, see https://github.com/triton-lang/triton/issues/4972."""
+    x = torch.ones(2, 8, dtype=torch.bfloat16, device=DEVICE)
+    with pytest.raises(Unsupported, match="bfloat16"):
+        OPS["swiglu"].impls["triton"](x, x)
+
+
+def test_a_linear_of_two_dtypes_is_unsupported() -> None:
+    """Interpreted it would be worked out in one of them."""
+    x = torch.ones(2, 32, dtype=torch.float16, device=DEVICE)
+    with pytest.raises(Unsupported, match=r"linear: w is torch\.float32, expected torch\.float16 like x"):
+        OPS["linear"].impls["triton"](x, x.float())

@@ -1,0 +1,130 @@
+"""The tests of int4 kernels go red: each finds a bug planted in a copy of the kernels."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import test_int4_metamorphic as laws
+import test_int4_regressions as issues
+from mutants import plant  # noqa: F401 (a fixture)
+
+from vila_triton import kernels
+from vila_triton.ops import int4_matmul, int4_swiglu
+from vila_triton.registry import Impl, Op
+
+SHARED = ("_int4", "_int4_dot", "_int4_parts")
+
+
+def with_bug(folder: Path, op: Op, name: str, file: str, old: str, new: str) -> Impl:
+    """A copy of an implementation, and of the files it shares, with `old` in one of them made `new`."""
+    here = op.impls[name].file.parent
+    for stem in (*SHARED, f"{op.name}_{name}" if name != "triton" else op.name):
+        text = (here / f"{stem}.py").read_text()
+        if stem == file:
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        text = text.replace("from ._int4", "from ._planted_int4").replace(f'impl("{name}"', 'impl("planted"')
+        (folder / (f"_planted{stem}.py" if stem in SHARED else "planted.py")).write_text(text)
+    importlib.invalidate_caches()
+    importlib.import_module(f"{kernels.__name__}.planted")
+    return op.impls["planted"]
+
+
+BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
+    "two nibbles change places": (
+        int4_matmul,
+        "splitk",
+        "_int4",
+        "tl.join(tl.join(a, b), tl.join(c, d))",
+        "tl.join(tl.join(c, b), tl.join(a, d))",
+        lambda op, impl: laws.test_every_weight_is_rounded_as_its_order_says(
+            op, impl, impl.configs[0], "float16", "sub", 2, 64
+        ),
+    ),
+    "rounded in the other order": (
+        int4_matmul,
+        "gemv",
+        "_int4",
+        "shifts = -(zeros * scales)",
+        "shifts = -(zeros.to(tl.float32) * scales.to(tl.float32))",
+        lambda op, impl: laws.test_every_weight_is_rounded_as_its_order_says(
+            op, impl, impl.configs[0], "float16", "fma", 2, 64
+        ),
+    ),
+    "groups of 32 shifted by a word": (
+        int4_matmul,
+        "gemv",
+        "_int4",
+        "tile_k * 2 + word // 2",
+        "tile_k * 2 + (word + 1) // 2",
+        lambda op, impl: issues.test_a_block_of_k_longer_than_a_group(op, impl, impl.configs[0], 5, 32),
+    ),
+    "a block of k spans groups": (
+        int4_matmul,
+        "splitk",
+        "_int4",
+        "max(64, min(asked, group & -group))",
+        "128",
+        lambda op, impl: issues.test_a_block_of_k_longer_than_a_group(op, impl, impl.configs[0], 3, 64),
+    ),
+    "the mask of x forgotten": (
+        int4_matmul,
+        "prefill",
+        "_int4_dot",
+        "mask=(start + tl.arange(0, BLOCK_K) < K)[:, None], other=0.0",
+        "",
+        lambda op, impl: issues.test_ragged_weights_are_not_read_beyond(op, impl, impl.configs[0]),
+    ),
+    "the mask of rows of w forgotten": (
+        int4_matmul,
+        "gemv",
+        "int4_matmul_gemv",
+        "& (row < N)[None]",
+        "",
+        lambda op, impl: issues.test_ragged_weights_are_not_read_beyond(op, impl, impl.configs[0]),
+    ),
+    "parts in half precision": (
+        int4_matmul,
+        "splitk",
+        "int4_matmul_splitk",
+        "torch.empty(splits, m, n, dtype=torch.float32",
+        "torch.empty(splits, m, n, dtype=torch.float16",
+        lambda op, impl: issues.test_parts_are_added_in_float32(impl.name),
+    ),
+    "sums in half precision before their scale": (
+        int4_swiglu,
+        "triton",
+        "int4_swiglu",
+        'gate += tl.dot(w, x, input_precision="ieee") *',
+        'gate += tl.dot(w, x, input_precision="ieee").to(DTYPE) *',
+        lambda op, impl: issues.test_sums_beyond_float16_end_within(op, impl, impl.configs[0]),
+    ),
+    "splits by the number of rows": (
+        int4_matmul,
+        "splitk",
+        "int4_matmul_splitk",
+        "block), SPLIT_K) * block",
+        "block), 1 if m < 4 else SPLIT_K) * block",
+        lambda op, impl: laws.test_a_row_of_x_does_not_see_the_others(op, impl, impl.configs[0], "float32", "sub"),
+    ),
+    "a part too many is added": (
+        int4_matmul,
+        "splitk",
+        "_int4_parts",
+        "for part in range(PARTS)",
+        "for part in range(PARTS + 1)",
+        lambda op, impl: laws.test_two_runs_have_the_same_bits(op, impl, impl.configs[0], "float32", "sub"),
+    ),
+}
+
+
+@pytest.mark.usefixtures("plant")  # forgets what is planted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a kernel that reads past a row computes with garbage
+@pytest.mark.parametrize("bug", BUGS)
+def test_is_found(bug: str, tmp_path: Path) -> None:
+    op, name, file, old, new, test = BUGS[bug]
+    test(op, op.impls[name])
+    impl = with_bug(tmp_path, op, name, file, old, new)
+    with pytest.raises(AssertionError):
+        test(op, impl)

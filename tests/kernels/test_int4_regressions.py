@@ -1,0 +1,255 @@
+"""What others' kernels have got wrong, as reported to them: each report is a test here, and named in its docstring."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from far_memory import spread
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
+
+from bench.correctness.error_budget import DEVICE, arguments, assert_faithful
+from bench.correctness.guarded_memory import canaries
+from vila_triton.kernels import _int4_dequant  # pyright: ignore
+from vila_triton.ops import int4_matmul, int4_swiglu, quantize
+from vila_triton.registry import REFERENCE, Impl, Op, discover
+from vila_triton.registry.kernel_config import configured
+
+discover()
+Config = Mapping[str, Any]
+LIBRARY = (REFERENCE, "aten", "blocked", "apart", "rows")  # no kernels of ours
+OURS: list[tuple[Op, Impl, Config]] = [
+    (op, impl, config)
+    for op in (int4_matmul, int4_swiglu)
+    for impl in op.impls.values()
+    if impl.name not in LIBRARY
+    for config in impl.configs
+]
+
+
+def each(cases: list[tuple[Op, Impl, Config]]) -> pytest.MarkDecorator:
+    ids = [f"{op.name}-{impl.name}-{list(impl.configs).index(config)}" for op, impl, config in cases]
+    return pytest.mark.parametrize("op, impl, config", cases, ids=ids)
+
+
+EACH_CONFIG, EACH_KERNEL = each(OURS), each([case for case in OURS if case[2] is case[1].configs[0]])
+IMPLS = int4_matmul.impls
+EACH_SPLIT = pytest.mark.parametrize("name", ["gemv", "splitk"])
+SERVED = pytest.mark.parametrize("name", [name for name in IMPLS if name != REFERENCE])
+ROOT = Path(__file__).resolve().parents[2]
+word_pointers = _int4_dequant.word_pointers
+
+
+def drawn(op: Op, **sizes: Any) -> tuple[Any, ...]:
+    usual = {"m": 2, "n": 17, "G": 2, "group": 64, "dtype": "float16", "order": "sub", "seed": 0}
+    return arguments(op, **{**usual, **({"bias": False} if op is int4_matmul else {}), **sizes})
+
+
+@pytest.mark.on_gpu
+@EACH_CONFIG
+@pytest.mark.parametrize("strides", [(2**30 + 1, 1), (1, 2**31 // 127 + 1)], ids=["rows", "columns"])
+def test_rows_and_columns_of_x_beyond_32_bits(
+    op: Op,
+    impl: Impl,
+    config: Config,
+    strides: tuple,
+    far: Tensor,
+) -> None:
+    """sgl-project/sglang#20389: a row's number times a stride, in 32 bits; here also a column's."""
+    x, *weights = drawn(op, m=3, n=16)
+    there = spread(x, strides, far)
+    assert torch.equal(impl(there, *weights, config=config), impl(x, *weights, config=config))
+
+
+@EACH_KERNEL
+def test_rows_of_the_result_beyond_32_bits(op: Op, impl: Impl, config: Config, far: Tensor) -> None:
+    """sgl-project/sglang#20389, where a kernel writes."""
+    if impl.name == "dequant":
+        pytest.skip("a library writes the result")
+    args, config = drawn(op, m=3, n=16), {**config, **({"SPLIT_K": 1} if "SPLIT_K" in config else {})}
+    want = impl(*args, config=config)
+    place = spread(torch.zeros_like(want), (2**30 + 1, 1), far)
+    with patch.object(torch, "empty", lambda *shape, **_: place):
+        assert torch.equal(impl(*args, config=config), want)
+
+
+@triton.jit
+def _word_offsets_kernel(tiles_ptr, out_ptr, N, K, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    at = word_pointers(tl.zeros([BLOCK], tl.int64), tl.load(tiles_ptr + offs), 3, 31, 2, N, K)
+    tl.store(out_ptr + offs, at)
+
+
+@pytest.mark.on_gpu
+def test_words_of_a_weight_beyond_32_bits() -> None:
+    """vllm-project/vllm#47671: the number of a page, here of a tile, times its stride, in 32 bits."""
+    n, k = 2**20, 2**16
+    tiles = torch.tensor([0, 1, 2**15, n // 16 - 1], device=DEVICE)
+    found = torch.empty_like(tiles)
+    _word_offsets_kernel[(1,)](tiles, found, n, k, BLOCK=4)  # pyright: ignore
+    assert found.tolist() == [(tile * k // 64 + 3) * 128 + 31 * 4 + 2 for tile in tiles.tolist()]
+
+
+@EACH_KERNEL
+def test_x_that_is_a_view_of_something_larger(op: Op, impl: Impl, config: Config) -> None:
+    """thu-ml/SageAttention#386: parts of one fused tensor, and turned ones, read as if they were contiguous."""
+    x, *weights = drawn(op, m=3)
+    want = impl(x, *weights, config=config)
+    part, turned = torch.cat((x - 1, x, x + 1), 1)[:, 128:256], x.t().contiguous().t()
+    for view in (part, turned, part.unflatten(0, (3, 1)), x[:1].expand(3, -1)):
+        found = impl(view, *weights, config=config)
+        assert found.shape == (*view.shape[:-1], 17)
+        if impl.name != "dequant":  # a library sums in another order where the strides are others
+            assert torch.equal(found.view(3, 17), want[:1].expand(3, -1) if view.stride(0) == 0 else want)
+
+
+@EACH_CONFIG
+@pytest.mark.parametrize("G, group", [(5, 32), (3, 64)])
+def test_a_block_of_k_longer_than_a_group(op: Op, impl: Impl, config: Config, G: int, group: int) -> None:
+    """vllm-project/vllm#39705: the scale of its first group was taken for all of a block. Here no two are alike."""
+    x, *weights = drawn(op, G=G, group=group)
+    factors = 2.0 ** (3 * torch.arange(G, device=DEVICE)[:, None] % 5)
+    unlike = [w and replace(w, scales=w.scales * factors) for w in weights]
+    assert_faithful(op, impl, config, (x, *unlike))
+
+
+@pytest.mark.on_gpu
+@EACH_CONFIG
+def test_ragged_weights_are_not_read_beyond(op: Op, impl: Impl, config: Config) -> None:
+    """vllm-project/vllm#52576: packed words past the end, by a tile that spans groups. Guarded memory sees loads."""
+    for sizes in ({"n": 1, "G": 3, "group": 32}, {"n": 35, "G": 1, "group": 72}):
+        assert_faithful(op, impl, config, drawn(op, **sizes))
+
+
+@pytest.mark.parametrize("op", [int4_matmul, int4_swiglu], ids=lambda op: op.name)
+def test_zeros_of_another_shape_are_refused(op: Op) -> None:
+    """vllm-project/vllm#47159: zeros of the wrong shape, packed or turned, were taken and read."""
+    x, *weights = drawn(op, n=16)
+    name = "w" if op is int4_matmul else "up"
+    at, w = next((i, w) for i, w in reversed([*enumerate(weights)]) if w)
+    for zeros in (w.zeros.t(), w.zeros[:, ::8].int(), w.zeros[0], w.zeros[:1], w.zeros[:, :15]):
+        wrong = [replace(w, zeros=zeros) if i == at else y for i, y in enumerate(weights)]
+        with pytest.raises(ValueError, match=rf"{name}\.zeros has shape .*, expected \[G=2, n=16\]"):
+            op(x, *wrong)
+
+
+@pytest.mark.on_gpu
+@EACH_SPLIT
+def test_parts_are_added_in_float32(name: str) -> None:
+    """vllm-project/vllm#6795: parts of a split k were added in half precision. These are whole numbers that need more
+    digits than it has, and nearly cancel."""
+    x, w, _ = drawn(int4_matmul, G=8, group=128)
+    sign = torch.where(torch.arange(1024) < 512, 1, -1).to(DEVICE)
+    w = replace(w, scales=torch.ones_like(w.scales), zeros=torch.zeros_like(w.zeros))
+    x = ((x * 4).round().abs() * sign).to(x.dtype)
+    for count in (2, 4):
+        assert_faithful(int4_matmul, IMPLS[name], {**IMPLS[name].configs[0], "SPLIT_K": count}, (x, w, None))
+
+
+@EACH_SPLIT
+def test_parts_are_not_added_as_they_come(name: str) -> None:
+    """sgl-project/sglang#39455: atomic additions, whose order is another each time, where equal results were promised.
+    There are none: parts lie side by side until all are there."""
+    args = drawn(int4_matmul, G=8, group=128, dtype="float32")
+    config = {**IMPLS[name].configs[0], "SPLIT_K": 4}
+    with patch.object(InterpreterBuilder, "create_atomic_rmw", side_effect=AssertionError), canaries():
+        runs = [IMPLS[name](*args, config=config) for _ in range(3)]
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.on_gpu
+@EACH_KERNEL
+@pytest.mark.filterwarnings("ignore:overflow")  # numpy's, of that exponential
+def test_sums_beyond_float16_end_within(op: Op, impl: Impl, config: Config) -> None:
+    """vllm-project/vllm#33972: sums beyond 65504 became infinite, before a scale or the rest of the sum made them small
+    again. A gate is besides so far below 0 that its exponential is infinite."""
+    x, w, up = drawn(op, G=8)
+    x, w = 1000 + x.abs(), replace(w, zeros=torch.zeros_like(w.zeros))
+    nearly = x * torch.where(torch.arange(512) < 260, 1, -1).to(DEVICE)
+    small = replace(w, scales=w.scales / 512)
+    calls = (nearly, w, None), (x, small, None)
+    if op is int4_swiglu:
+        up = replace(up, scales=up.scales / 512)
+        calls = (nearly, small, up), (x, replace(small, zeros=w.zeros + 15), up)
+    for args in calls:
+        assert_faithful(op, impl, config, args)
+
+
+@SERVED
+@pytest.mark.parametrize("k", [10944, 8256])
+def test_k_of_real_models_that_large_groups_do_not_divide(name: str, k: int) -> None:
+    """vllm-project/vllm#9913, vllm-project/vllm#13119, vllm-project/llm-compressor#1489: no kernel for such a layer, or
+    a slow one in its place. Every variant serves them, in the groups there are."""
+    args = drawn(int4_matmul, m=1, n=16, G=k // 64)
+    assert_faithful(int4_matmul, IMPLS[name], IMPLS[name].configs[0], args)
+    with pytest.raises(ValueError, match=f"k = {k} and group = 128, but .* group divide k"):
+        quantize(torch.zeros(1, k), 128)
+
+
+@SERVED
+def test_intermediate_sizes_that_groups_do_not_divide(name: str) -> None:
+    """vllm-project/llm-compressor#57, QwenLM/Qwen3-VL#230, vllm-project/vllm#13640: feed-forward layers of odd widths.
+    Rows may be any number; columns a multiple of 8, then in one group."""
+    if name == "aten":
+        pytest.skip("torch's groups are powers of two")
+    for sizes in ({"n": 107}, {"G": 1, "group": 1368}):
+        assert_faithful(int4_matmul, IMPLS[name], IMPLS[name].configs[0], drawn(int4_matmul, **sizes))
+    with pytest.raises(ValueError, match="k = 3420 and group = 3420, but k must be a positive multiple of 8"):
+        quantize(torch.zeros(1, 3420), 3420)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What bench.inspect says of variants compiled for a Hopper GPU in bfloat16, by variant."""
+    file = tmp_path_factory.mktemp("inspect") / "rows.jsonl"
+    words = "int4_matmul --impl naive gemv splitk prefill --config 0 --size dtype=bfloat16 m=64 n=4096 G=32 --json"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.inspect", *words.split(), str(file)]
+    subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=True)
+    found = map(json.loads, file.read_text().splitlines())
+    return {row["impl"]: row for row in found if row["kernel"].startswith("_int4_matmul")}
+
+
+def test_hopper_gets_hoppers_instructions(compiled: dict[str, dict[str, Any]]) -> None:
+    """vllm-project/vllm#15809: barely faster on an H100 than on an A100. Products in kernels for many rows are `wgmma`,
+    and all but the first rung load weights 16 bytes at a time."""
+    for name in ("splitk", "prefill"):
+        products = compiled[name]["loops"][0]["tensor"]
+        assert products and all(opcode.startswith("HGMMA") for opcode in products)
+    assert {row["loops"][0]["weight_bytes"] for name, row in compiled.items() if name != "naive"} == {16}
+
+
+def test_many_rows_do_not_run_what_is_made_for_few() -> None:
+    """vllm-project/vllm#2551, casper-hansen/AutoAWQ#172, #276, #106, #717: with many rows slower than float16 was."""
+    for phase in ("prefill", "decode"):
+        choice: Any = configured("cuda", phase)["int4_matmul"]
+        assert [choice.at(m) for m in (1, 4, 5, 64)] == ["gemv", "splitk", "splitk", "splitk"]
+        assert {choice.at(m) for m in (65, 4096, 2**20)} <= {"prefill", "dequant"}
+        gated: Any = configured("cuda", phase)["int4_swiglu"]
+        assert [gated.at(m) for m in (1, 64, 65, 2**20)] == ["triton", "triton", "apart", "apart"]
+
+
+def test_a_weight_takes_fewer_instructions_than_on_the_first_rung(compiled: dict[str, dict[str, Any]]) -> None:
+    """NVIDIA/TensorRT-LLM#2509: making numbers of codes cost more than reading fewer bytes gained."""
+    for name in ("gemv", "splitk", "prefill"):
+        assert compiled[name]["per_unit"] < compiled["naive"]["per_unit"] / 2
+
+
+@pytest.mark.parametrize("name", ["blocked", "aten"])
+def test_bfloat16_is_served(name: str, compiled: dict[str, dict[str, Any]]) -> None:
+    """vllm-project/vllm#37387: float16 only. Here numbers are checked where they can be, and the instructions of the
+    others are those of bfloat16; `test_int4_assembly` has the arithmetic between."""
+    args = drawn(int4_matmul, n=16, G=4, dtype="bfloat16")
+    assert_faithful(int4_matmul, IMPLS[name], IMPLS[name].configs[0], args)
+    for impl in ("naive", "splitk", "prefill"):
+        assert all("BF16" in opcode for opcode in compiled[impl]["loops"][0]["tensor"])

@@ -1,0 +1,144 @@
+"""Launches stay within what CUDA allows, whatever the sizes: 2³¹ - 1 programs along the first axis of a grid and 65,535
+along the others. Nothing is computed: tensors have no data, and launches are only looked at.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime.jit import KernelInterface
+
+from bench.correctness.error_budget import arguments
+from bench.correctness.guarded_memory import bits, tensors
+from vila_triton.checkpoints.int4_packing import tiles
+from vila_triton.ops import Int4, Pages, empty_pages
+from vila_triton.registry import OPS, Impl, Unsupported, discover
+from vila_triton.registry.interpreter import holds_kernels
+
+discover()
+MEMORY = 2**38  # bytes: a GPU has no more
+FIRST, OTHERS = 2**31 - 1, 2**16 - 1
+IMPLS = [
+    pytest.param(impl, id=f"{op.name}-{impl.name}")
+    for op in OPS.values()
+    for impl in op.impls.values()
+    if holds_kernels(impl)
+]
+
+
+def half(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float16, device="meta")
+
+
+def whole(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def int4(n: int, k: int) -> Int4:
+    return Int4(whole(*tiles(n, k)), half(k // 64, n), half(k // 64, n), 64, "sub")
+
+
+def pages(tokens: int, g: int, d: int) -> tuple[Pages, Pages]:
+    pool = empty_pages((-(-tokens // 16), 16, g, d), torch.float16, "meta")
+    return pool, pool
+
+
+def product(m: int, n: int, k: int) -> Any:
+    return half(m, k), int4(n, k), half(n)
+
+
+def turned(s: int, h: int, d: int) -> Any:
+    return half(s, h, d), half(s, d // 2), half(s, d // 2)
+
+
+def write(s: int, g: int, d: int) -> Any:
+    return half(s, g, d), half(s, g, d), *pages(s, g, d), whole(s, dtype=torch.int64)
+
+
+def turn_and_write(s: int, g: int, d: int) -> Any:
+    return half(s, 4 * g, d), half(s, g, d), half(s, g, d), half(s, d // 2), half(s, d // 2), *write(s, g, d)[2:]
+
+
+def decode(b: int, t: int, g: int, policy: str) -> Any:
+    held = (*pages(b * t, g, 16), whole(b, -(-t // 16)), whole(b))
+    return half(b, 4 * g, 16), *held, 0.25, policy
+
+
+def prefill(b: int, s: int, g: int) -> Any:
+    held = (*pages(16 * b, g, 16), whole(b, 1), whole(b + 1), whole(b))
+    return half(s, 4 * g, 16), half(s, g, 16), half(s, g, 16), *held, 0.25, "fast", True
+
+
+def encoder(b: int, s: int, h: int) -> Any:
+    return *(half(b, s, h, 32) for _ in range(3)), 0.25
+
+
+MANY = 2**17  # what no axis but the first has room for, as blocks of 16, 64 and 128 rows or columns below
+PRODUCTS = [(2**24, 64, 64), (1, 2**27, 64), (2**17, 2**15, 128)]
+HUGE: dict[str, tuple[Callable[..., Any], list[tuple]]] = {
+    "rms_norm": (lambda rows, e: (half(rows, e), half(e), 1e-5), [(2**30, 64), (1, 2**16)]),
+    "swiglu": (lambda s, f: (half(s, f), half(s, f)), [(2**30, 16), (1, 2**30), (MANY, 2**14)]),
+    "rope": (turned, [(2**24, 32, 64), (1, 64 * MANY, 64)]),
+    "linear": (lambda m, n, k: (half(m, k), half(n, k), half(n)), PRODUCTS),
+    "int4_matmul": (product, PRODUCTS),
+    "int4_swiglu": (lambda m, n, k: (half(m, k), int4(n, k), int4(n, k)), PRODUCTS),
+    "kv_write": (write, [(2**24, 8, 64), (1, 64 * MANY, 16)]),
+    "rope_kv_write": (turn_and_write, [(2**22, 8, 64), (1, 64 * MANY, 16)]),
+    "decode_attention": (
+        decode,
+        [(b, t, g, p) for b, t, g in [(2**20, 16, 8), (1, 2**28, 1), (1, 16, MANY)] for p in ("fast", "invariant")],
+    ),
+    "prefill_attention": (prefill, [(MANY, 2**20, 4), (1, 2**26, 4), (2, 64, OTHERS)]),
+    "encoder_attention": (encoder, [(MANY, 256, 16), (1, 2**26, 16), (1, 256, OTHERS)]),
+}
+
+
+def grids(monkeypatch: pytest.MonkeyPatch, impl: Impl, args: Any, config: dict[str, Any]) -> list[tuple[int, ...]]:
+    """The grids of the kernels a call launches; none if it is unsupported."""
+    launched: list[tuple[int, ...]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(KernelInterface, "__getitem__", lambda _, grid: lambda *__, **___: launched.append(grid))
+        try:
+            impl(*args, config=config)
+        except Unsupported:
+            return []
+    return launched
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_size_that_fits_a_gpu_can_be_launched(impl: Impl, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, every = HUGE[impl.op]
+    configs = [dict(config) for config in impl.configs]
+    if impl.space:
+        configs += [{name: end(values) for name, values in impl.space.axes.items()} for end in (min, max)]
+    for sizes in every:
+        args = arguments(*sizes)
+        assert sum(x.nbytes for x in tensors(args)) <= MEMORY, (impl.op, sizes)
+        seen = [grid for config in configs for grid in grids(monkeypatch, impl, args, config)]
+        assert seen
+        for grid in seen:
+            assert 0 < grid[0] <= FIRST and all(0 < n <= OTHERS for n in grid[1:]), (sizes, grid)
+
+
+def test_pictures_in_several_launches_are_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = OPS["encoder_attention"]
+    impl, args = op.impls["triton"], arguments(op, 0, b=5, s=20, h=2, d=32, dtype="float16")
+    one = impl(*args, config=impl.configs[0])
+    monkeypatch.setattr(import_module("vila_triton.kernels.encoder_attention"), "MOST", 2)
+    assert torch.equal(bits(impl(*args, config=impl.configs[0])), bits(one))
+
+
+def test_more_heads_than_a_grid_has_room_for_are_unsupported() -> None:
+    for op, args in (("encoder_attention", encoder(1, 16, MANY)), ("prefill_attention", prefill(1, 16, MANY))):
+        with pytest.raises(Unsupported, match=f"{op}: 131072 (key )?heads, a launch has room for 65535"):
+            OPS[op].impls["triton"](*args)
+
+
+def test_prompts_of_a_full_batch_under_invariant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 prompts of 4,097 tokens: 65,552 rows, of which parts are added up one at a time."""
+    impl = OPS["int4_matmul"].impls["splitk"]
+    seen = grids(monkeypatch, impl, product(16 * 4097, 4096, 4096), dict(impl.configs[0]))
+    assert len(seen) == 2 and all(n <= OTHERS for grid in seen for n in grid[1:])

@@ -1,0 +1,251 @@
+"""Laws that hold whatever the numbers are, for every implementation with its first config.
+
+Two calls that mean the same may differ by what `faithful.budget` allows each of them. Where a law leaves the arithmetic
+as it is (other pages, other later tokens), not a bit may change.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bench.correctness.error_budget import DEVICE, arguments, budget, examples, hold, supported, unit_roundoff
+from bench.correctness.guarded_memory import mapped
+from vila_triton import ops
+from vila_triton.checkpoints.int4_packing import pack_tiles
+from vila_triton.ops.int4 import codes
+from vila_triton.ops.kv_write import gather
+from vila_triton.registry import Op, discover, use
+
+discover()
+
+
+def each_impl(op: Op) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("impl", op.impls, ids=lambda name: f"{op.name}-{name}")
+
+
+def run(op: Op, impl: str, *args: object) -> Tensor:
+    with use(**{op.name: impl}):
+        return supported(op, *args)
+
+
+def assert_same(a: Tensor, b: Tensor, op: Op, args: tuple, rows: slice = slice(None)) -> None:
+    """a and b are (rows of) the output for args, each within the budget of the exact one."""
+    _, (allowed,) = budget(op, args)
+    worst = ((a.double() - b.double()).abs() / (2 * allowed[rows])).amax() if a.numel() else 0
+    assert worst <= 1, f"they differ by {worst:.1f} times what rounding explains"
+
+
+def fill(pages: tuple[Tensor, Tensor], k: Tensor, v: Tensor, block_table: Tensor, start: int) -> None:
+    """Cache the tokens of one sequence from position `start` on, in the pages its row of the block table names."""
+    l = pages[0].shape[1]
+    at = torch.arange(start, start + len(k), device=k.device)
+    ops.kv_write.reference(k, v, *pages, block_table[at // l].long() * l + at % l)
+
+
+def empty_pages(tokens: int, l: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """NaN pages for one sequence of up to `tokens` tokens, and its block table [1, pages], in reversed order."""
+    count = -(-tokens // l) + 1
+    k_pages, v_pages = (like.new_full((count, l, *like.shape[1:]), float("nan")) for _ in range(2))
+    return k_pages, v_pages, torch.arange(count - 1, -1, -1, device=like.device).int()[None]
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, device=DEVICE).int()
+
+
+@each_impl(ops.prefill_attention)
+def test_chunked_prefill_equals_whole(impl: str) -> None:
+    op = ops.prefill_attention
+
+    @given(sizes=examples(op), cut=st.floats(0, 1))
+    def check(sizes: dict, cut: float) -> None:
+        q, k, v, *_, scale = arguments(op, **{**sizes, "b": 1, "t": 0, "policy": "fast"})
+        s = len(q)
+        k_pages, v_pages, table = empty_pages(s, sizes["l"], k)
+        whole = (q, k, v, k_pages, v_pages, table, ints(0, s), ints(0), scale)
+        expected = run(op, impl, *whole)
+        c = round(cut * s)
+        first = run(op, impl, q[:c], k[:c], v[:c], k_pages, v_pages, table, ints(0, c), ints(0), scale)
+        fill((k_pages, v_pages), k[:c], v[:c], table[0], 0)
+        second = run(op, impl, q[c:], k[c:], v[c:], k_pages, v_pages, table, ints(0, s - c), ints(c), scale)
+        assert_same(torch.cat((first, second)), expected, op, whole)
+
+    hold(check)
+
+
+@each_impl(ops.prefill_attention)
+def test_later_tokens_do_not_matter(impl: str) -> None:
+    op = ops.prefill_attention
+
+    @given(sizes=examples(op), cut=st.floats(0, 1))
+    def check(sizes: dict, cut: float) -> None:
+        q, k, v, *rest = arguments(op, **{**sizes, "b": 1})
+        c = round(cut * len(q))
+        before = run(op, impl, q, k, v, *rest)
+        k, v = (torch.cat((x[:c], 3 - x[c:])) for x in (k, v))
+        assert torch.equal(run(op, impl, q, k, v, *rest)[:c], before[:c])
+
+    hold(check)
+
+
+@each_impl(ops.prefill_attention)
+def test_sequences_of_a_prefill_batch_do_not_meet(impl: str) -> None:
+    op = ops.prefill_attention
+
+    @given(sizes=examples(op))
+    def check(sizes: dict) -> None:
+        args = q, k, v, k_pages, v_pages, table, start, history, *rest = arguments(op, **sizes)
+        together = run(op, impl, *args)
+        for i in range(len(history)):
+            rows = slice(int(start[i]), int(start[i + 1]))
+            one = (q[rows], k[rows], v[rows], k_pages, v_pages, table[i : i + 1])
+            alone = run(op, impl, *one, ints(0, rows.stop - rows.start), history[i : i + 1], *rest)
+            assert_same(alone, together[rows], op, args, rows)
+
+    hold(check)
+
+
+@each_impl(ops.decode_attention)
+def test_sequences_of_a_decode_batch_do_not_meet(impl: str) -> None:
+    op = ops.decode_attention
+
+    @given(sizes=examples(op))
+    def check(sizes: dict) -> None:
+        args = q, k_pages, v_pages, table, lengths, *rest = arguments(op, **sizes)
+        together = run(op, impl, *args)
+        for i in range(len(q)):
+            row = slice(i, i + 1)
+            assert_same(
+                run(op, impl, q[row], k_pages, v_pages, table[row], lengths[row], *rest), together[row], op, args, row
+            )
+
+    hold(check)
+
+
+@each_impl(ops.decode_attention)
+def test_decode_equals_last_row_of_prefill(impl: str) -> None:
+    op, prefill = ops.decode_attention, ops.prefill_attention
+
+    @given(sizes=examples(prefill))
+    def check(sizes: dict) -> None:
+        plain = arguments(prefill, **{**sizes, "b": 1, "kv": "plain"})
+        q, k, v, k_pages, v_pages, table, _, history, *rest = plain
+        t, s = int(history[0]), len(q)
+        last = prefill.reference(*plain)[-1:]
+        new_k, new_v, new_table = empty_pages(t + s, sizes["l"], k)
+        k, v = (torch.cat((gather(old, table[0], t), new)) for old, new in ((k_pages, k), (v_pages, v)))
+        fill((new_k, new_v), k, v, new_table[0], 0)
+        args = (q[-1:], new_k, new_v, new_table, ints(t + s), *rest)
+        assert_same(run(op, impl, *args), last, op, args)
+
+    hold(check)
+
+
+PAGED: list = [
+    pytest.param(op, impl, id=f"{op.name}-{impl}")
+    for op in (ops.prefill_attention, ops.decode_attention)
+    for impl in op.impls
+]
+
+
+def split(op: Op, args: tuple) -> tuple[tuple, Tensor, Tensor, Tensor, tuple]:
+    """The arguments as (before the pages, k_pages, v_pages, block_table, after it)."""
+    at = 3 if op is ops.prefill_attention else 1
+    return args[:at], *args[at : at + 3], args[at + 3 :]
+
+
+@pytest.mark.parametrize("op, impl", PAGED)
+def test_which_pages_does_not_matter(op: Op, impl: str) -> None:
+    @given(sizes=examples(op))
+    def check(sizes: dict) -> None:
+        args = arguments(op, **sizes)
+        new, k_pages, v_pages, table, rest = split(op, args)
+        to = torch.randperm(k_pages.shape[0], generator=torch.Generator().manual_seed(sizes["seed"])).to(table.device)
+        moved = mapped(lambda x: x.new_empty(x.shape).index_copy_(0, to, x), (k_pages, v_pages))
+        after = run(op, impl, *new, *moved, to[table.long()].int(), *rest)
+        assert torch.equal(after, run(op, impl, *args))
+
+    hold(check)
+
+
+@pytest.mark.parametrize("op, impl", PAGED)
+def test_page_length_does_not_matter(op: Op, impl: str) -> None:
+    @given(sizes=examples(op))
+    def check(sizes: dict) -> None:
+        args = arguments(op, **{**sizes, "l": 32})
+        new, k_pages, v_pages, table, rest = split(op, args)
+        halves = mapped(lambda x: x.unflatten(1, (2, 16)).flatten(0, 1), (k_pages, v_pages))  # page i -> 2i, 2i + 1
+        table = torch.stack((2 * table, 2 * table + 1), -1).flatten(1)
+        assert_same(run(op, impl, *new, *halves, table, *rest), run(op, impl, *args), op, args)
+
+    hold(check)
+
+
+@pytest.mark.parametrize("op, impl", PAGED)
+def test_shared_heads_equal_repeated_heads(op: Op, impl: str) -> None:
+    @given(sizes=examples(op))
+    def check(sizes: dict) -> None:
+        args = arguments(op, **sizes)
+        (q, *kv), k_pages, v_pages, table, rest = split(op, args)
+        new = mapped(lambda x: x.repeat_interleave(sizes["ratio"], 1), kv)
+        repeated = [*new, *mapped(lambda x: x.repeat_interleave(sizes["ratio"], 2), (k_pages, v_pages))]
+        assert_same(run(op, impl, q, *repeated, table, *rest), run(op, impl, *args), op, args)
+
+    hold(check)
+
+
+@each_impl(ops.encoder_attention)
+def test_order_of_positions_does_not_matter(impl: str) -> None:
+    op = ops.encoder_attention
+
+    @given(sizes=examples(op))
+    def check(sizes: dict) -> None:
+        args = q, k, v, scale = arguments(op, **sizes)
+        assert_same(run(op, impl, q, k.flip(1), v.flip(1), scale), run(op, impl, *args), op, args)
+
+    hold(check)
+
+
+@each_impl(ops.int4_matmul)
+def test_int4_matmul_equals_linear_on_the_plain_weight(impl: str) -> None:
+    op = ops.int4_matmul
+
+    @given(sizes=examples(op))
+    def check(sizes: dict) -> None:
+        args = x, w, bias = arguments(op, **sizes)
+        assert_same(run(op, impl, *args), ops.linear.reference(x, ops.dequantize(w, x.dtype), bias), op, args)
+
+    hold(check)
+
+
+@given(n=st.integers(1, 40), k=st.integers(1, 20), seed=st.integers(0, 2**16))
+def test_codes_survive_packing(n: int, k: int, seed: int) -> None:
+    q = torch.randint(0, 16, (n, 8 * k), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    q[0, :8], q[-1, -8:] = torch.arange(8), torch.arange(8, 16)  # all 16, the one that sets the sign bit included
+    q = q.to(DEVICE)
+    packed = pack_tiles(q)
+    assert packed.dtype == torch.int32 and packed.shape == (-(-n // 16), -(-k // 8), 32, 4)
+    scales, zeros = (torch.full((1, n), x, device=DEVICE) for x in (1.0, 0.0))
+    assert torch.equal(codes(ops.Int4(packed, scales, zeros, 8 * k)), q)
+
+
+@given(
+    n=st.integers(1, 20),
+    groups=st.integers(1, 5),
+    group=st.sampled_from([16, 32, 128]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    shift=st.floats(-3, 3),
+    seed=st.integers(0, 2**16),
+)
+def test_quantised_weight_is_half_a_step_off(
+    n: int, groups: int, group: int, dtype: torch.dtype, shift: float, seed: int
+) -> None:
+    """The range is 15 steps and 0 is one of them, but the step is rounded, which moves the ends by 15 roundings."""
+    rng = torch.Generator().manual_seed(seed)
+    plain = (torch.randn(n, groups * group, generator=rng) + shift).to(DEVICE, dtype)
+    w = ops.quantize(plain, group)
+    steps = w.scales.double().t().repeat_interleave(group, 1)
+    off = (ops.dequantize(w, torch.float64) - plain.double()).abs() / steps
+    assert off.max() <= 0.5 + 15 * unit_roundoff(dtype)

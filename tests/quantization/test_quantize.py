@@ -1,0 +1,242 @@
+"""`vila-triton quantize`: killed and resumed, in every layout, and what it refuses."""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from vila_triton.checkpoints.loading import load_params, open_source, read_configs, require_fits, save
+from vila_triton.checkpoints.writing import write
+from vila_triton.commands import quantize
+from vila_triton.models import llama, vila
+from vila_triton.models.params import init, leaves
+from vila_triton.paths import BUNDLED_CHECKPOINT
+from vila_triton.quantization import pipeline as awq
+from vila_triton.quantization import resumable as folder
+from vila_triton.quantization.calibration_data import Prompts, Sample, read
+from vila_triton.quantization.resumable import How
+from vila_triton.tiny.config import CONFIG, DECLARE, configs
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled geometry with random weights in float16."""
+    folder = tmp_path_factory.mktemp("source") / "vila"
+    rng = torch.Generator().manual_seed(0)
+    save(
+        folder,
+        *configs(CONFIG),
+        vila.Vila(**{n: init(f(getattr(CONFIG, n), torch.float16), rng) for n, f in DECLARE.items()}),
+    )
+    return folder
+
+
+def shown() -> Prompts:
+    rng = torch.Generator().manual_seed(1)
+    rows = [torch.randint(0, 128, (n,), generator=rng) for n in (40, 25, 300, 200)]
+    rows[0][3:19] = -1 - torch.arange(16)
+    return Prompts(rows, torch.randn(1, 3, 64, 64, generator=rng))
+
+
+def made(source: Path, target: Path, how: How, form: str = "ours") -> None:
+    work = target.with_name(f"{target.name}.quantizing")
+    write(awq.run(open_source(source), work, how, shown(), torch.device("cpu")), target, form, key="test")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+def test_killed_five_times_and_resumed_it_writes_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    how, rng = How(group=64, also=("vision_tower", "mm_projector")), random.Random(0)
+    start = time.monotonic()
+    made(source, tmp_path / "whole", how)
+    took, killed, done = time.monotonic() - start, 0, set[int]()
+    for _ in range(5):
+        child = os.fork()
+        if not child:
+            try:
+                made(source, tmp_path / "broken", how)
+            finally:
+                os._exit(0)
+        time.sleep(rng.uniform(0.1, 0.7) * took)
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        done.add(len(list((tmp_path / "broken.quantizing").glob("[!i]*.safetensors"))))  # but for inputs
+    assert killed and len(done) > 1, "nothing was interrupted"
+    if not (tmp_path / "broken").exists():
+        made(source, tmp_path / "broken", how)
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+    with pytest.raises(ValueError, match="holds the beginnings of other work"):
+        awq.run(open_source(source), tmp_path / "broken.quantizing", How(group=32), shown(), torch.device("cpu"))
+
+
+def logits(folder: Path, ids: Tensor) -> Tensor:
+    from vila_triton.cache.paged_cache import Uncached
+    from vila_triton.checkpoints.loading import geometry
+
+    cfg = geometry(*read_configs(folder))
+    p = load_params(folder, cfg, torch.float32).llm
+    cache = Uncached([len(ids)], ids.device)
+    return llama.logits(p, llama.llama(p, llama.embed(p, ids), cache.positions, cfg.llm, cache))
+
+
+@torch.no_grad()
+def test_every_layout_holds_the_same_model(source: Path, tmp_path: Path) -> None:
+    ids = torch.randint(0, 128, (50,), generator=torch.Generator().manual_seed(2))
+    work, how = tmp_path / "work", How(group=64, propagate=False)
+    rounded = awq.run(open_source(source), work, how, shown(), torch.device("cpu"))
+    for form in quantize.FORMS:
+        write(rounded, tmp_path / form, form, key="test")
+    expected = logits(tmp_path / "ours", ids)
+    assert not torch.equal(expected, logits(source, ids))
+    for form in quantize.FORMS:
+        assert torch.equal(logits(tmp_path / form, ids), expected)
+
+
+def command(*words: object) -> None:
+    parser = argparse.ArgumentParser()
+    quantize.configure(parser.add_subparsers())
+    args = parser.parse_args(["quantize", *map(str, words)])
+    args.run(args)
+
+
+def test_the_command_leaves_a_report_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    also = ("--also", "vision_tower", "mm_projector")
+    command(BUNDLED_CHECKPOINT, tmp_path / "out", "--samples", 8, "--group-size", 64, "--format", "awq-gemm", *also)
+    assert "8 questions about drawn pictures" in capsys.readouterr().out
+    assert not (tmp_path / "out.quantizing").exists()
+    said = json.loads((tmp_path / "out" / "quantization.json").read_text())
+    assert said["group"] == 64 and len(said["layers"]) == 4
+    for layer in said["layers"]:
+        assert set(layer["scales"]) == {"attention", "o", "mlp", "down"}
+        assert all(linear["ours"] < linear["nearest"] for linear in layer["linears"].values())
+    assert len(said["vision_tower"]) == 5 and len(said["mm_projector"]) == 1
+    assert len(ET.parse(tmp_path / "out" / "quantization.svg").findall(".//{*}polyline")) == 4 + 3 * 7 + 2 * 6 + 2 * 2
+    assert open_source(tmp_path / "out").group() == 64
+    with pytest.raises(ValueError, match="is there already and not empty"):
+        command(BUNDLED_CHECKPOINT, tmp_path / "out")
+    with pytest.raises(ValueError, match="is int4 already"):
+        command(tmp_path / "out", tmp_path / "again")
+
+
+def test_nearest_is_what_the_model_would_round_to(source: Path, tmp_path: Path) -> None:
+    command(source, tmp_path / "out", "--method", "rtn", "--group-size", 32)
+    cfg = require_fits(open_source(source))
+    expected = llama.quantized(load_params(source, cfg, torch.float16).llm, 32)
+    from vila_triton.checkpoints.loading import geometry
+
+    found = load_params(tmp_path / "out", geometry(*read_configs(tmp_path / "out")), torch.float16).llm
+    assert all(torch.equal(a, b) for a, b in zip(leaves(found), leaves(expected), strict=True))
+
+
+def test_upstreams_cache_stands_in_for_its_search(tmp_path: Path) -> None:
+    for name, more in (("searched", ()), ("given", ("--awq-cache", tmp_path / "searched" / "awq_cache.pt"))):
+        command(BUNDLED_CHECKPOINT, tmp_path / name, "--mode", "upstream", "--samples", 16, "--group-size", 64, *more)
+    a, b = (contents(tmp_path / name / "llm") for name in ("searched", "given"))
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--mode", "upstream", "--image-weight", "0.5"), "upstream's objective weighs all tokens alike"),
+        (("--awq-cache", "x.pt"), "--awq-cache holds what mode upstream finds"),
+        (
+            ("--mode", "upstream", "--samples", "2"),
+            r"upstream's clipping needs 512 tokens of calibration, there are \d+",
+        ),
+        (("--mode", "upstream", "--no-propagate"), "--no-propagate would do nothing"),
+        (("--method", "rtn", "--samples", "3", "--no-propagate"), "--samples, --no-propagate would do nothing"),
+        (("--device", "tpu9"), "device 'tpu9' is not to be had here"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_leaves_nothing(words: Sequence[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        command(BUNDLED_CHECKPOINT, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.quantizing").exists()
+
+
+def test_the_beginnings_of_other_work_spoil_nothing(source: Path, tmp_path: Path) -> None:
+    """Neither is a finished folder taken for the result of another command, nor one model mixed with another."""
+    out, work = tmp_path / "out", tmp_path / "out.quantizing"
+    begun = ("--group-size", 64, "--samples", 4)
+    awq.run(open_source(BUNDLED_CHECKPOINT), work, How(group=64), shown(), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"out\.quantizing holds the beginnings of other work"):
+        command(BUNDLED_CHECKPOINT, out, "--method", "rtn")
+    shutil.move(work, tmp_path / "aside")
+    command(BUNDLED_CHECKPOINT, out, "--method", "rtn")
+    before = contents(out)
+    shutil.move(tmp_path / "aside", work)
+    with pytest.raises(ValueError, match="is there already and not empty"):
+        command(BUNDLED_CHECKPOINT, out, *begun)
+    assert contents(out) == before and work.exists()
+
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    awq.run(open_source(copy), tmp_path / "work", How(group=64), shown(), torch.device("cpu"))
+    top = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(top | {"mm_vision_select_layer": -1}))
+    with pytest.raises(ValueError, match="holds the beginnings of other work"):
+        awq.run(open_source(copy), tmp_path / "work", How(group=64), shown(), torch.device("cpu"))
+
+
+def test_killed_after_the_folder_was_written_the_command_only_cleans_up(tmp_path: Path) -> None:
+    words = (BUNDLED_CHECKPOINT, tmp_path / "out", "--samples", 4, "--group-size", 64)
+    finish, folder.finish = folder.finish, lambda work: None
+    try:
+        command(*words)
+    finally:
+        folder.finish = finish
+    before = contents(tmp_path / "out")
+    assert (tmp_path / "out.quantizing").exists()
+    with pytest.raises(ValueError, match="is there already and not empty"):
+        command(*words, "--format", "awq-gemm")
+    command(*words)
+    assert contents(tmp_path / "out") == before and not (tmp_path / "out.quantizing").exists()
+
+
+def test_a_broken_layer_is_named(tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    p = vila.Vila(**{n: init(f(getattr(CONFIG, n), torch.float16), rng) for n, f in DECLARE.items()})
+    p.llm.layers[2].up.weight[3, 5] = torch.nan
+    save(tmp_path / "source", *configs(CONFIG), p)
+    with pytest.raises(ValueError, match=r"model\.layers\.2: .*NaN or infinit"):
+        awq.run(open_source(tmp_path / "source"), tmp_path / "work", How(), shown(), torch.device("cpu"))
+
+
+def test_calibration_files_are_read_or_refused_by_line(tmp_path: Path) -> None:
+    text, pairs = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    text.write_text("one line\n\nanother\n")
+    example = BUNDLED_CHECKPOINT.with_name("examples") / "a.png"
+    pairs.write_text(json.dumps({"text": "x"}) + "\n" + json.dumps({"image": str(example), "question": "Why?"}))
+    found = list(read([text, pairs]))
+    assert found[:3] == [Sample("one line"), Sample("another"), Sample("x")]
+    assert found[3] == Sample("Why?", [example])
+    for line, message in (
+        ("{", "b.jsonl:1: expected"),
+        ('{"image": "x.png"}', r"has image"),
+        ('["text"]', r"b.jsonl:1: expected .* \(has list\)"),
+        ('{"text": null}', "b.jsonl:1: expected .*, all of them strings"),
+        ('{"image": 5, "question": "x"}', "all of them strings"),
+        ('{"image": [], "question": "x"}', "for images a list of some"),
+        ('{"image": "a.png", "question": "x", "answer": null}', "all of them strings"),
+        ('{"image": "nowhere.png", "question": "x"}', r"b.jsonl:1: .*nowhere.png does not exist"),
+    ):
+        pairs.write_text(line)
+        with pytest.raises(ValueError, match=message):
+            list(read([pairs]))
+    text.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"a.txt: not text in UTF-8"):
+        list(read([text]))

@@ -1,0 +1,218 @@
+"""The picture tower and the projector in int4: every kind of tower, written, read again, and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference_towers import CLIP, INTERN, SIGLIP
+from torch import Tensor
+
+from bench.prefill_memory import Peak
+from vila_triton.checkpoints.loading import geometry, load_params, open_source, read_json, save, write_json
+from vila_triton.checkpoints.sources import Source
+from vila_triton.checkpoints.writing import write
+from vila_triton.engine import engine
+from vila_triton.models import vila, vision
+from vila_triton.models.params import Lazy, init
+from vila_triton.ops import Int4
+from vila_triton.quantization import pipeline as awq
+from vila_triton.quantization import vision as seeing
+from vila_triton.quantization.calibration_data import Prompts
+from vila_triton.quantization.resumable import How
+from vila_triton.tiny.config import CONFIG, configs
+
+BOTH = ("vision_tower", "mm_projector")
+HOW = How(group=32, also=BOTH)
+S2 = {"s2": True, "s2_scales": "20,40", "s2_max_split_size": 20}
+TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "siglip": (SIGLIP, {"mm_vision_select_feature": "cls_patch"}),
+    "clip s2": (CLIP, {"mm_vision_select_feature": "patch", **S2}),
+    "intern": (INTERN, {"mm_vision_select_feature": "patch", "mm_vision_select_layer": -1}),
+}
+
+
+def saved(folder: Path, tower: dict[str, Any], more: dict[str, Any], **sizes: int) -> Source:
+    """The bundled model's language model, random, behind another tower, whose MLPs are no whole groups of 32."""
+    top, parts = configs(CONFIG)
+    tower = tower | {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 4} | sizes
+    width = tower["hidden_size"] * len(more.get("s2_scales", "20").split(","))
+    top |= {"mm_hidden_size": width, **more}
+    parts |= {"vision_tower": tower, "mm_projector": parts["mm_projector"] | {"mm_projector_type": "mlp2x_gelu"}}
+    p = init(vila.declare(geometry(top, parts), torch.float16), torch.Generator().manual_seed(0))
+    save(folder, top, parts, p)
+    return open_source(folder)
+
+
+def shown(source: Source, pictures: int = 40) -> Prompts:
+    cfg = geometry(source.top, source.parts)
+    rng = torch.Generator().manual_seed(1)
+    rows = [torch.randint(0, 128, (200,), generator=rng) for _ in range(3)]
+    rows[0][: cfg.image_tokens] = -1 - torch.arange(cfg.image_tokens)
+    side = cfg.vision_tower.input_size
+    smooth = torch.randn(pictures, 3, 4, 4, generator=rng)  # as pictures are: neighbours know of one another
+    return Prompts(rows, torch.nn.functional.interpolate(smooth, (side, side), mode="bilinear"))
+
+
+def features(folder: Path, pixels: Tensor) -> Tensor:
+    """Of pictures in float32, [n, tokens, e]."""
+    source = open_source(folder)
+    cfg = geometry(source.top, source.parts)
+    return engine.encode_images(load_params(folder, cfg, torch.float32), pixels, cfg)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_tower_and_its_projector_lose_less_than_to_the_nearest_level(name: str, tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", *TOWERS[name])
+    seen, fresh = shown(source), shown(source, 60).pixels
+    assert seen.pixels is not None and fresh is not None
+    made = {
+        "ours": awq.run(source, tmp_path / "work", HOW, seen, torch.device("cpu")),
+        "blind": awq.run(source, tmp_path / "work2", replace(HOW, propagate=False), seen, torch.device("cpu")),
+        "nearest": awq.nearest(source, HOW),
+    }
+    for how, result in made.items():
+        write(result, tmp_path / how, key=how)
+    again = open_source(tmp_path / "ours")
+    assert [again.group(part) for part in ("llm", *BOTH)] == [32, 32, 32]
+    assert again.parts["vision_tower"]["intermediate_size"] == 96
+    assert "vision_tower int4 (groups of 32), mm_projector int4 (groups of 32)" in again.described()
+    p = load_params(tmp_path / "ours", geometry(again.top, again.parts), torch.float32)
+    layer = p.vision_tower.layers[0]
+    assert isinstance(layer.fc2.weight, Int4) and layer.fc2.weight.shape == (64, 96)
+    assert isinstance(p.mm_projector.stages[1].linear.weight, Int4)
+    expected = features(tmp_path / "source", fresh[40:])
+    lost = {how: float((features(tmp_path / how, fresh[40:]) - expected).square().mean()) for how in made}
+    assert 0 < lost["ours"] < 0.7 * lost["nearest"] and lost["ours"] < lost["blind"] < lost["nearest"]
+
+    found = features(tmp_path / "ours", fresh[40:])
+    write(again, tmp_path / "v2", "awq-v2")  # the language model's layout is no matter of the tower's
+    assert torch.equal(features(tmp_path / "v2", fresh[40:]), found)
+    write(again, tmp_path / "dense", "dense")  # in float16
+    assert open_source(tmp_path / "dense").group("vision_tower") == 0
+    assert (features(tmp_path / "dense", fresh[40:]) - found).square().mean() < 0.01 * lost["ours"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_widened_tower_sees_the_same(name: str, tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", *TOWERS[name])
+    cfg = geometry(source.top, source.parts)
+    wide = seeing.padded(source, cfg.vision_tower, 32)
+    assert wide.tensors["vision_tower"].meta.keys() == source.tensors["vision_tower"].meta.keys()
+    write(wide, tmp_path / "wide", key="wide")
+    pixels = shown(source, 2).pixels
+    assert pixels is not None
+    torch.testing.assert_close(
+        features(tmp_path / "wide", pixels), features(tmp_path / "source", pixels), rtol=1e-5, atol=1e-5
+    )
+    assert seeing.padded(source, cfg.vision_tower, 16) is source
+
+
+def test_pictures_are_taken_from_all_of_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert seeing.positions(CONFIG.vision_tower) == 64
+    monkeypatch.setattr(seeing, "ROOM", 64 * 10)
+    assert seeing.some(torch.arange(25), 64).tolist() == list(range(0, 25, 3))
+    assert len(seeing.some(torch.arange(10), 64)) == 10
+    monkeypatch.setattr(seeing, "ROOM", 1)
+    assert seeing.some(torch.arange(3), 64).tolist() == [0]
+    pixels, how = torch.zeros(300, 1), How(also=BOTH)
+    monkeypatch.setattr(seeing, "ROOM", 64 * 100)
+    assert awq.looked_at(CONFIG, how, pixels) == {"vision_tower": 100, "mm_projector": 300}  # 64 and 16 a picture
+
+
+def test_only_what_was_asked_for_is_rounded(tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", *TOWERS["siglip"])
+    made = awq.run(source, tmp_path / "work", replace(HOW, also=BOTH[1:]), shown(source), torch.device("cpu"))
+    assert [made.group(part) for part in ("llm", *BOTH)] == [32, 0, 32]
+    assert made.parts["vision_tower"] == source.parts["vision_tower"]
+    write(made, tmp_path / "made", key="")
+    with pytest.raises(ValueError, match="made is int4 already; quantize"):
+        awq.opened(open_source(tmp_path / "made"), HOW)
+
+
+@pytest.mark.parametrize(
+    "how, sizes, message",
+    [
+        (How(mode="upstream", also=BOTH), {}, "upstream's objective has no place for vision_tower, mm_projector"),
+        (How(group=32, also=("eyes",)), {}, "no part 'eyes'; there are: llm, vision_tower, mm_projector"),
+        (
+            How(group=64, also=BOTH),
+            {"hidden_size": 96},
+            "vision_tower: encoder.*q_proj: int4 weight: k = 96 and group = 64",
+        ),
+    ],
+)
+def test_what_cannot_be_rounded_is_refused(how: How, sizes: dict[str, int], message: str, tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", *TOWERS["siglip"], **sizes)
+    with pytest.raises(ValueError, match=message):
+        awq.run(source, tmp_path / "work", how, shown(source), torch.device("cpu"))
+    assert not (tmp_path / "work").exists()
+
+
+@torch.no_grad()
+def test_the_depth_of_the_tower_takes_no_memory(tmp_path: Path) -> None:
+    peaks = []
+    for layers in (3, 20):
+        source = saved(tmp_path / f"{layers}", *TOWERS["siglip"], num_hidden_layers=layers)
+        pixels = shown(source, 1).pixels
+        assert pixels is not None
+        with Peak([pixels]) as peak:
+            p, cfg = seeing.streamed(source, torch.device("cpu"), torch.float32)
+            vision.vision_tower(p, pixels, cfg.vision_tower)
+        peaks.append(peak.peak)
+    one = 4 * (4 * 64 * 64 + 2 * 64 * 80)  # bytes of the linears of a layer in float32
+    assert peaks[1] - peaks[0] < one / 2
+
+
+def test_a_projector_without_linears_is_refused(tmp_path: Path) -> None:
+    top, parts = configs(CONFIG)
+    parts["vision_tower"] |= {"hidden_size": 256}
+    parts["mm_projector"] |= {"mm_projector_type": "identity"}
+    cfg = geometry(top := top | {"mm_hidden_size": 256}, parts)
+    save(tmp_path / "source", top, parts, init(vila.declare(cfg, torch.float16), torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueError, match="mm_projector has no linear that could be rounded"):
+        awq.opened(open_source(tmp_path / "source"), HOW)
+
+
+def test_what_sees_is_not_rounded_blindly(tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", *TOWERS["siglip"])
+    words = [row.clamp(min=0) for row in shown(source).rows]
+    with pytest.raises(ValueError, match=r"vision_tower, mm_projector: .* but calibration has no pictures"):
+        awq.run(source, tmp_path / "work", HOW, Prompts(words, None), torch.device("cpu"))
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    "said, message",
+    [
+        ({"quant_method": "bitsandbytes", "bits": 4}, "vision_tower: quantization 'bitsandbytes' is not supported"),
+        ({"quant_method": "vila-triton", "group_size": 32, "order": "fma"}, "order is 'fma', expected 'sub'"),
+        (
+            {"quant_method": "vila-triton", "group_size": 64},
+            "in groups of 64 are not one weight",
+        ),
+        ({"quant_method": "awq", "group_size": 32}, "in the layout ours, but the config says"),
+    ],
+)
+def test_a_config_that_the_tower_does_not_keep_is_refused(said: dict[str, Any], message: str, tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", *TOWERS["siglip"])
+    write(awq.nearest(source, HOW), tmp_path / "made", key="")
+    file = tmp_path / "made" / "vision_tower" / "config.json"
+    write_json(file, read_json(file) | {"quantization_config": said})
+    with pytest.raises(ValueError, match=message):
+        found = open_source(tmp_path / "made")
+        geometry(found.top, found.parts)
+
+
+def test_a_broken_linear_is_named(tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", *TOWERS["siglip"])
+    name, held = "vision_model.encoder.layers.1.mlp.fc2.weight", source.tensors["vision_tower"]
+    broken = held[name].clone()
+    broken[3, 5] = torch.nan
+    lazy = Lazy(held.meta, lambda key: broken if key == name else held[key])
+    source = replace(source, tensors=source.tensors | {"vision_tower": lazy})
+    with pytest.raises(ValueError, match=r"vision_tower, encoder.layers.1: mlp.fc2: the weight holds NaN or infinity"):
+        awq.run(source, tmp_path / "work", HOW, shown(source), torch.device("cpu"))

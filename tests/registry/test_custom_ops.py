@@ -1,0 +1,213 @@
+"""Ops as `torch.library` custom ops: what torch asks of one, and a decoder layer compiled in one piece."""
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo import config as dynamo
+
+from bench.correctness.error_budget import DEVICE, arguments
+from vila_triton import ops
+from vila_triton.cache.paged_cache import PagedCache, Step
+from vila_triton.engine import engine
+from vila_triton.models import llama
+from vila_triton.models.config import LlamaConfig
+from vila_triton.models.params import init, tree_map
+from vila_triton.registry import OPS, OneOf, Op, custom_ops, discover, op, recording, use
+
+discover()
+CFG = LlamaConfig(
+    vocab_size=16,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+OF_A_MODEL = """int4_matmul int4_swiglu linear rms_norm rope swiglu kv_write prefill_attention decode_attention
+    encoder_attention layer_norm"""
+
+
+def example(op: Op, seed: int, **sizes: Any) -> tuple:
+    """Arguments of the custom op of an op."""
+    usual = {n: d.values[0] if isinstance(d, OneOf) else max(d.low, min(d.high, 3)) for n, d in op.domain.items()}
+    takes = custom_ops.arguments(op)
+    values = dict(zip((a.name for a in takes), arguments(op, seed, **usual | sizes)))
+    return tuple(custom_ops.flattened(takes, values))
+
+
+def opcheck(op: Op, **sizes: Any) -> None:
+    """torch's own: the schema tells what is written, the fake call what comes back, at fixed and at free shapes."""
+    torch.library.opcheck(getattr(torch.ops.vila_triton, op.name).default, example(op, 0, **sizes))
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.traced], ids=lambda op: op.name)
+def test_opcheck(op: Op) -> None:
+    opcheck(op)
+
+
+def test_opcheck_without_the_optional_tensor() -> None:
+    opcheck(ops.int4_matmul, order="fma", bias=False)
+
+
+def test_every_op_of_a_model_is_one() -> None:
+    assert {name for name, op in OPS.items() if op.traced} >= set(OF_A_MODEL.split())
+
+
+@pytest.fixture
+def doubled(monkeypatch: pytest.MonkeyPatch) -> Op:
+    """An op of its own, forgotten after the test."""
+
+    def test_doubled(x: Tensor, y: Tensor) -> Tensor:
+        return 2 * x
+
+    monkeypatch.setitem(OPS, "test_doubled", None)
+    made = op(test_doubled)
+    made.inputs(lambda *, rng, device: (torch.ones(3, device=device), torch.ones(3, device=device)))
+    return made
+
+
+def test_opcheck_finds_a_wrong_declaration(doubled: Op) -> None:
+    doubled.result(lambda x, y: x.new_empty(x.shape))
+    opcheck(doubled)
+    doubled.result(lambda x, y: x.new_empty(len(x) + 1))
+    with pytest.raises(Exception, match=r"[Ss]hape"):
+        opcheck(doubled)
+    doubled.result(lambda x, y: x.new_empty(x.shape))
+    doubled.impl("writes")(lambda x, y: 2 * x.add_(1))
+    with use(test_doubled="writes"), pytest.raises(Exception, match="mutated"):
+        opcheck(doubled)
+
+
+def test_what_no_schema_holds_is_refused(doubled: Op) -> None:
+    def listed(x: list[Tensor]) -> Tensor:
+        return x[0]
+
+    with pytest.raises(TypeError, match=r"listed: x is annotated list\[.*expected a dataclass or one of Tensor"):
+        custom_ops.expose(Op(listed, False), None)
+    with pytest.raises(TypeError, match=r"test_doubled.writes: no argument z"):
+        doubled.writes("z")
+    with pytest.raises(TypeError, match=r"test_doubled returns .*, expected a tuple of Tensors, and after them x,"):
+        doubled.writes("x")
+
+
+def test_as_many_results_as_the_reference_says(doubled: Op, fresh: None) -> None:
+    doubled.result(lambda x, y: x.new_empty(x.shape))
+    doubled.impl("two")(lambda x, y: (2 * x, 2 * y))
+    compiled = torch.compile(lambda x: doubled(x, x), fullgraph=True, backend="eager")
+    with use(test_doubled="two"), pytest.raises(TypeError, match="test_doubled returns 2 new tensors, expected 1"):
+        compiled(torch.ones(3))
+
+
+def test_a_call_with_lse_runs_what_is_chosen_between_two_graphs(fresh: None) -> None:
+    sizes = {"b": 2, "s": 4, "t": 3, "g": 1, "ratio": 1, "d": 32, "l": 16, "dtype": "float32"}
+    args = ops.prefill_attention.example(**sizes, rng=torch.Generator().manual_seed(0), device=DEVICE)
+    compiled = torch.compile(lambda *args: ops.prefill_attention(*args, lse=True), backend="eager")
+    with use(prefill_attention="simple"), recording() as ran:
+        out = compiled(*args)
+    assert set(ran) == {("prefill_attention", "simple")}
+    torch.testing.assert_close(out, ops.prefill_attention.reference(*args, lse=True))
+
+
+def layer(p: llama.Layer, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Step) -> Tensor:
+    """One decoder layer, as `llama.llama` runs it."""
+    x = x + llama.attention(p, ops.rms_norm(x, p.attention_norm, CFG.rms_norm_eps), rotary, 1, CFG, cache)
+    return x + llama.mlp(p, ops.rms_norm(x, p.mlp_norm, CFG.rms_norm_eps))
+
+
+def parts(weights: str) -> tuple[llama.Layer, PagedCache, list[int], Tensor]:
+    """A layer, an empty cache, two sequences in it, and 11 rows of input."""
+    model = init(llama.declare(CFG, torch.float32), torch.Generator().manual_seed(0))
+    p = (llama.quantized(model, 32) if weights == "int4" else model).layers[1]
+    cache = PagedCache(CFG, 8, dtype=torch.float32, device=DEVICE)
+    for pages in ops.leaves(cache.k_pages) + ops.leaves(cache.v_pages):
+        pages.zero_()
+    x = torch.randn(11, CFG.hidden_size, generator=torch.Generator().manual_seed(1))
+    sequences = [cache.table.alloc(), cache.table.alloc()]
+    return tree_map(lambda leaf: leaf.to(DEVICE), p), cache, sequences, x.to(DEVICE)
+
+
+@torch.no_grad()
+def run(fn: Callable[..., Tensor], weights: str) -> list[Tensor]:
+    """The layer on a ragged prefill, and on two steps of decoding: its outputs, and what it leaves in the pages."""
+    p, cache, sequences, x = parts(weights)
+    outputs = []
+    for counts, rows in (((3, 4), x[:7]), ((1, 1), x[7:9]), ((1, 1), x[9:])):
+        with cache.step(dict(zip(sequences, counts))) as step, engine.kernels(rows.device, step.decode):
+            outputs.append(fn(p, rows, llama.angles(step.positions, CFG), step))
+    return [*outputs, *ops.leaves(cache.k_pages), *ops.leaves(cache.v_pages)]
+
+
+@pytest.fixture
+def fresh() -> None:
+    torch.compiler.reset()
+
+
+COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a compiler, and there is none")
+CASES = [("aot_eager", "dense"), ("aot_eager", "int4"), pytest.param("inductor", "int4", marks=COMPILER)]
+
+
+@pytest.mark.parametrize(("backend", "weights"), CASES)
+def test_a_layer_compiles_in_one_piece_and_gives_the_eager_result(backend: str, weights: str, fresh: None) -> None:
+    want = run(layer, weights)
+    with recording() as calls:
+        got = run(torch.compile(layer, fullgraph=True, backend=backend), weights)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    ran = {name for name, _ in calls}
+    assert ran >= {"rms_norm", "rope_kv_write", "prefill_attention", "decode_attention"}
+    assert ran >= ({"int4_matmul", "int4_swiglu"} if weights == "int4" else {"linear", "swiglu"})
+
+
+def test_the_choice_is_made_when_compiled_code_runs(fresh: None) -> None:
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with use(rms_norm="reference"):
+        run(compiled, "dense")
+    OPS["rms_norm"].impl("zero")(lambda x, weight, eps: torch.zeros_like(x))
+    try:
+        with use(rms_norm="zero"), recording() as calls, dynamo.patch(error_on_recompile=True):
+            outputs = run(compiled, "dense")
+    finally:
+        del OPS["rms_norm"].impls["zero"]
+    assert calls["rms_norm", "zero"] == 6 and not calls["rms_norm", "reference"]
+    assert not outputs[-1].any()  # the values that were written
+
+
+def test_bad_arguments_are_told_while_tracing(fresh: None) -> None:
+    compiled = torch.compile(lambda x, w: ops.rms_norm(x, w, 1e-5), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"rms_norm: weight has shape \[5\], expected \[e=8\]"):
+        compiled(torch.ones(2, 8), torch.ones(5))
+    assert ops.rms_norm.traced
+    with pytest.raises(TypeError, match="rms_norm takes x, weight, eps"):
+        ops.rms_norm.traced(torch.ones(2, 8), torch.ones(8), epsilon=1)
+
+
+def test_a_gradient_is_there_uncompiled_and_refused_compiled(fresh: None) -> None:
+    x, w = (torch.ones(s, requires_grad=True) for s in ((2, 8), (8,)))
+
+    def norm(x: Tensor, w: Tensor) -> Tensor:
+        return ops.rms_norm(x, w, eps=1e-5).square().sum()
+
+    assert all(g.isfinite().all() for g in torch.autograd.grad(norm(x, w), (x, w)))
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.compile(norm, fullgraph=True, backend="eager")(x, w).backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", ["int4", "dense"])
+@torch.no_grad()
+def test_a_decode_step_is_captured_in_a_cuda_graph(weights: str) -> None:
+    p, cache, sequences, rows = parts(weights)
+    x, others = rows[:2].clone(), rows[2:4]
+    with cache.step(dict.fromkeys(sequences, 1)) as step, engine.kernels(x.device, decode=True):
+        rotary = llama.angles(step.positions, CFG)
+        layer(p, x, rotary, step)  # what is compiled at the first call
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(p, x, rotary, step)
+        x.copy_(others)
+        graph.replay()
+        assert torch.equal(out, layer(p, x, rotary, step))

@@ -1,0 +1,142 @@
+"""A call of an op outside an engine runs what an engine would run on its device; the reference is one choice."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.correctness.error_budget import arguments, budget, within_budget
+from bench.correctness.guarded_memory import mapped
+from vila_triton import ops
+from vila_triton.engine import engine
+from vila_triton.registry import OPS, OneOf, Op, Unsupported, discover, recording, use
+from vila_triton.registry.kernel_config import configured
+
+discover()
+EACH = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+CPU = pytest.mark.parametrize("op", [OPS[name] for name in configured("cpu", None)], ids=lambda op: op.name)
+
+
+def example(op: Op, **sizes: Any) -> tuple:
+    usual = {n: d.values[0] if isinstance(d, OneOf) else max(d.low, min(d.high, 5)) for n, d in op.domain.items()}
+    return op.example(**usual | sizes, rng=torch.Generator().manual_seed(0), device="cpu")
+
+
+def ran(op: Op, args: tuple) -> str:
+    with recording() as calls:
+        op(*mapped(torch.clone, args))
+    return next(impl for name, impl in calls if name == op.name)
+
+
+@EACH
+def test_a_call_runs_the_same_inside_an_engine_and_outside(op: Op) -> None:
+    args = example(op)
+    outside = ran(op, args)
+    for decode in (False, True):
+        with engine.kernels(torch.device("cpu"), decode):
+            assert ran(op, args) == outside
+    assert outside == configured("cpu", None).get(op.name, "reference")
+    with use(**{op.name: "reference"}):
+        assert ran(op, args) == "reference"
+
+
+@pytest.mark.parametrize("name", ["prefill_attention", "decode_attention"])
+def test_a_call_under_the_policy_invariant_runs_what_keeps_it(name: str) -> None:
+    args = example(OPS[name], policy="invariant")
+    with engine.kernels(torch.device("cpu"), policy="invariant"):
+        inside = ran(OPS[name], args)
+    assert ran(OPS[name], args) == inside
+
+
+@EACH
+def test_where_there_is_nothing_to_compute_the_reference_tells_shapes(op: Op) -> None:
+    assert op.choice(*mapped(lambda x: x.to("meta"), example(op))) == "reference"
+
+
+@CPU
+def test_float64_is_computed_in_float64(op: Op) -> None:
+    args = mapped(lambda x: x.double() if x.is_floating_point() else x, example(op))
+    torch.testing.assert_close(op(*args), op.reference(*args), rtol=1e-12, atol=1e-12)
+
+
+def gradients(fn: Any, args: tuple) -> list[Tensor]:
+    """Of all arguments but pages and weights in 4 bits: of the sum of squares of what is returned."""
+    args = tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
+    learning = [x for x in args if isinstance(x, Tensor) and x.is_floating_point() and not x.isnan().any()]
+    for x in learning:
+        x.requires_grad_()
+    return list(torch.autograd.grad(fn(*args).square().sum(), learning, allow_unused=True, materialize_grads=True))
+
+
+@CPU
+def test_gradients_are_those_of_the_reference(op: Op) -> None:
+    args = example(op)
+    for got, want in zip(gradients(op, args), gradients(op.reference, args), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kernel_without_a_gradient_says_so() -> None:
+    x, w = example(ops.rms_norm)[:2]
+    with use(rms_norm="triton"):
+        out = ops.rms_norm(x.requires_grad_(), w, 1e-5)
+        with pytest.raises(
+            RuntimeError, match=r"rms_norm: 'triton' has no gradient; `with use\(rms_norm=\"reference\"\)"
+        ):
+            out.sum().backward()
+        with torch.no_grad():
+            assert not ops.rms_norm(x, w, 1e-5).requires_grad
+    args = list(example(OPS["rope_kv_write"]))
+    args[0].requires_grad_()
+    with use(rope_kv_write="triton"):
+        q, k, k_pages, v_pages = OPS["rope_kv_write"](*args)
+    assert q.requires_grad and k_pages is args[5] and v_pages is args[6] and not k_pages.requires_grad
+    with pytest.raises(RuntimeError, match="rope_kv_write: 'triton' has no gradient"):
+        (q.sum() + k.sum()).backward()
+
+
+def test_what_does_not_serve_a_call_names_the_way_out() -> None:
+    args = example(ops.decode_attention)
+    with pytest.raises(
+        Unsupported, match=r"log-sum-exp \('aten' runs here by default; `with use\(decode_attention=\"ref"
+    ):
+        ops.decode_attention(*args, lse=True)
+    with use(decode_attention="reference"):
+        out, lse = ops.decode_attention(*args, lse=True)
+    assert lse.shape == out.shape[:2]
+    with use(decode_attention="aten"), pytest.raises(Unsupported, match=r"log-sum-exp$"):  # chosen, so known
+        ops.decode_attention(*args, lse=True)
+
+
+def test_the_way_out_is_named_once_and_of_the_op_that_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise Unsupported("no")
+
+    monkeypatch.setitem(OPS["swiglu"].impls, "aten", replace(OPS["swiglu"].impls["aten"], fn=refuse))
+    with pytest.raises(Unsupported) as error:
+        ops.int4_swiglu(*example(ops.int4_swiglu))
+    assert str(error.value) == "no ('aten' runs here by default; `with use(swiglu=\"reference\")` runs the reference)"
+
+
+def test_an_int4_product_is_not_the_reference_by_accident() -> None:
+    """The call that made the fault known: 4096 × 4096 took 40 times as long outside an engine."""
+    args = arguments(ops.int4_matmul, 0, m=1, n=64, G=2, group=64, dtype="float32", order="sub", bias=True)
+    args = mapped(lambda x: x.cpu(), args)
+    with recording() as calls:
+        out = ops.int4_matmul(*args)
+    (exact,), (allowed,) = budget(ops.int4_matmul, args)
+    within_budget(0, out, exact, allowed)
+    assert calls == {("int4_matmul", "blocked"): 1}
+
+
+def test_ops_shows_what_a_gpu_would_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from vila_triton.__main__ import main
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["vila-triton", "ops", "--device", "cuda"])
+    assert main() == 0
+    said = capsys.readouterr().out
+    assert "chosen on cuda for" in said and "There is no GPU here" in said and 'use(OP="reference")' in said
+    (line,) = [line for line in said.splitlines() if line.split()[:2] == ["rms_norm", "triton"]]
+    assert "prefill and decode and invariant" in line

@@ -1,0 +1,50 @@
+"""Triton's interpreter under every numpy, whichever of its methods the installed Triton brings."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from bench.correctness.error_budget import DEVICE
+from vila_triton.commands.chat import kernels_line
+from vila_triton.ops import rms_norm
+from vila_triton.registry import discover, use
+from vila_triton.registry.interpreter import take_scalars_as_indices
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="kernels are compiled here, not interpreted")
+def test_a_loop_up_to_an_argument_runs_where_triton_takes_no_array_as_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Triton 3.6 has it under numpy 2.4, and later a Triton that is put right already."""
+    discover()
+    patch = interpreter._patch_lang_tensor
+
+    def refusing(self: Any) -> int:
+        raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+
+    def without_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", refusing)
+
+    x, weight = torch.randn(2, 40), torch.randn(40)
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", without_index)
+    with use(rms_norm="triton"):
+        with pytest.raises(interpreter.InterpreterError, match="only 0-dimensional arrays"):
+            rms_norm(x, weight, 1e-5)
+        take_scalars_as_indices()
+        torch.testing.assert_close(rms_norm(x, weight, 1e-5), rms_norm.reference(x, weight, 1e-5))
+
+
+def test_only_what_is_interpreted_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    discover()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels_line(Counter({("linear", "reference"): 3})) == "kernels: reference"
+    aten = Counter({("linear", "aten"): 3, ("rope", "reference"): 1})
+    assert kernels_line(aten) == "kernels: linear=aten; else reference"
+    ran = Counter({("linear", "aten"): 3, ("rope", "triton"): 1})
+    assert kernels_line(ran) == "kernels: linear=aten, rope=triton (interpreted); else reference"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "interpreted" not in kernels_line(ran)
+    with use(rope="triton", swiglu="reference"):
+        assert kernels_line(aten) == "kernels: linear=aten; else reference; nothing called swiglu"

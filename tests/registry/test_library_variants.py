@@ -1,0 +1,108 @@
+"""What the variants over torch's own kernels add to the property test: bfloat16, packed copies, gradients."""
+
+import gc
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+
+from bench.correctness.error_budget import arguments, assert_faithful, examples, hold, supported
+from vila_triton.kernels import int4_matmul_aten as int4  # pyright: ignore
+from vila_triton.ops import int4_matmul, quantize
+from vila_triton.registry import OPS, Impl, Op, Unsupported, discover, use
+
+discover()
+HERE: list = [
+    pytest.param(op, impl, id=f"{op.name}-{impl.name}")
+    for op in OPS.values()
+    for impl in op.impls.values()
+    if impl.name in ("aten", "blocked", "apart")
+]
+SIZES = {"m": 3, "n": 32, "G": 2, "group": 64, "dtype": "bfloat16", "order": "sub", "bias": False, "seed": 0}
+
+
+@pytest.mark.parametrize("op, impl", HERE)
+def test_faithful_in_bfloat16(op: Op, impl: Impl) -> None:
+    """The interpreter's trouble with bfloat16 is not theirs. The one that takes few weights gets those it takes."""
+    few = (op, impl.name) == (int4_matmul, "aten")
+
+    @given(sizes=examples(op))
+    def check(sizes: dict) -> None:
+        taken = {"n": 16 * -(-sizes["n"] // 16), "order": "sub"} if few else {}
+        args = arguments(op, **{**sizes, **taken, "dtype": "bfloat16"})
+        supported(assert_faithful, op, impl, impl.configs[0], args, sizes["seed"])
+
+    hold(check)
+
+
+def product(args: Any) -> torch.Tensor:
+    return int4_matmul.impls["aten"](*args)
+
+
+def test_a_weight_is_packed_once_and_again_when_it_was_written_to() -> None:
+    x, w, _ = arguments(int4_matmul, **SIZES)
+    first = product((x, w))
+    copy = int4._packed[w.qweight][-1][0]
+    assert torch.equal(product((x, w)), first) and int4._packed[w.qweight][-1][0] is copy
+    w.scales.mul_(2)
+    assert torch.equal(product((x, w)), 2 * first)
+    w.qweight.data = torch.zeros_like(w.qweight)  # as `Module.to` replaces what a parameter holds
+    assert_faithful(int4_matmul, int4_matmul.impls["aten"], {}, (x, w))
+
+
+def test_the_same_codes_under_other_scales_are_another_weight() -> None:
+    """Also where the new scales come to lie at the address of those before."""
+    x, w, _ = arguments(int4_matmul, **SIZES)
+    first = product((x, w))
+    scaled = None
+    for factor in (2, 4, 8, 16) * 10:
+        want = factor * first
+        del scaled
+        scaled = replace(w, scales=w.scales * factor)
+        assert torch.equal(product((x, scaled)), want)
+
+
+def test_a_copy_goes_with_its_weight() -> None:
+    x, w, _ = arguments(int4_matmul, **SIZES)
+    product((x, w))
+    before = len(int4._packed)
+    del w
+    gc.collect()
+    assert len(int4._packed) == before - 1
+
+
+def test_a_weight_that_does_not_tell_is_never_remembered() -> None:
+    with torch.inference_mode():
+        x, w, _ = arguments(int4_matmul, **SIZES)
+        first = product((x, w))
+        w.scales.mul_(2)
+        assert torch.equal(product((x, w)), 2 * first) and w.qweight not in int4._packed
+
+
+@pytest.mark.parametrize(
+    ("n", "group", "reason"), [(24, 64, "24 rows"), (32, 16, "group is 16, but torch takes 32"), (32, 512, "is 512")]
+)
+def test_shapes_the_library_does_not_take(n: int, group: int, reason: str) -> None:
+    w = quantize(torch.randn(n, 512), group)
+    with pytest.raises(Unsupported, match=reason):
+        product((torch.randn(1, 512), w))
+
+
+def test_gradients_flow_through_the_default_linear() -> None:
+    """oneDNN's product has none, and is not taken where one is wanted."""
+    x, w, bias = (torch.randn(*shape, requires_grad=True) for shape in ((9, 16), (8, 16), (8,)))
+    want = torch.autograd.grad(F.linear(x, w, bias).square().sum(), (x, w, bias))
+    with use(linear="aten"):
+        got = torch.autograd.grad(OPS["linear"](x, w, bias).square().sum(), (x, w, bias))
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_swiglu_is_rounded_once_where_its_silu_is_below_the_normal_numbers() -> None:
+    gate, up = torch.linspace(-14, -9, 500).half(), torch.linspace(3, 8, 500).half()
+    exact = torch.nn.functional.silu(gate.double()) * up.double()
+    out = OPS["swiglu"].impls["aten"](gate[None], up[None])[0]
+    assert torch.equal(out, exact.half())
+    assert not torch.equal(torch.nn.functional.silu(gate) * up, exact.half())

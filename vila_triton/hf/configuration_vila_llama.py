@@ -1,0 +1,84 @@
+"""`VilaLlamaConfig`: the top config.json of a VILA folder as a Hugging Face config."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from vila_triton.checkpoints import loading
+from vila_triton.files.reading import folder_in, shown
+
+from ..models.config import ConfigError, Settings, read
+
+BOOKKEEPING = ("_from_auto", "adapter_kwargs", "revision", "trust_remote_code")  # of transformers' Auto classes
+CLASSIFIERS = ("num_labels", "id2label", "label2id")  # say nothing here; transformers makes lists as long as they say
+DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype that `model_dtype` names, as "torch.float16" or "float16". Errors: `ConfigError`."""
+    full = f"torch.{str(name).removeprefix('torch.')}"
+    if full not in DTYPES:
+        raise ConfigError(f"config: model_dtype {shown(name)} is not supported ({', '.join(DTYPES)} are)")
+    return DTYPES[full]
+
+
+class VilaLlamaConfig(PreTrainedConfig):
+    """The top config.json of a VILA folder; the three nested configs may be null there and stand in their folders."""
+
+    model_type = "llava_llama"
+
+    llm_cfg: dict | str | None = None
+    vision_tower_cfg: dict | str | None = None
+    mm_projector_cfg: dict | str | None = None
+    hidden_size: int | None = None
+    vocab_size: int | None = None  # the language model's, set by the model: transformers' beams and scores ask here
+    mm_hidden_size: int | None = None
+    mm_vision_select_layer: int | None = None
+    mm_vision_select_feature: str | None = None
+    s2: bool | None = None
+    resume_path: str | None = None
+    prefill_chunk_size: int = 512
+    page_size: int = Settings.page_size
+    kv_dtype: str | None = None
+    attention_policy: str = "fast"
+
+    @classmethod
+    def of(cls, top: Mapping[str, Any], parts: Mapping[str, Any]) -> "VilaLlamaConfig":
+        """From the config.json of a folder and those of its parts. Errors: `ConfigError` if transformers takes none."""
+        left_out = [*CLASSIFIERS, *(f.name for f in fields(Settings) if top.get(f.name) is None)]
+        values = {name: value for name, value in top.items() if name not in left_out}
+        try:
+            return cls(**values | {f"{part}_cfg": said for part, said in parts.items()})
+        except Exception as error:  # transformers checks its fields in ways of many kinds
+            raise ConfigError(
+                f"config: transformers refuses it: {str(error).strip() or type(error).__name__}"
+            ) from None
+
+    def cache(self) -> dict[str, Any]:
+        """What `PagedCache` is made with beside the model's shape, dtype and device. Errors: `ConfigError`."""
+        said = {name: getattr(self, name) for name in ("page_size", "kv_dtype", "attention_policy")}
+        how = read(Settings, said, "config")
+        return {"page_size": how.page_size, "kv_dtype": how.kv_dtype, "policy": how.attention_policy}
+
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """The three nested configs, read from their folders where they are not given in place.
+
+        Errors: ValueError if one is neither given nor to be found.
+        """
+        root = self._name_or_path or self.resume_path
+        found = {}
+        for part in loading.PARTS:
+            given = getattr(self, f"{part}_cfg")
+            folder = folder_in(Path(root), given if isinstance(given, str) else part) if root else None
+            if isinstance(given, dict):
+                found[part] = given
+            elif folder and (folder / "config.json").exists():
+                found[part] = loading.read_json(folder / "config.json")
+        if len(found) != 3:
+            missing = ", ".join(f"`{part}_cfg`" for part in loading.PARTS if part not in found)
+            raise ValueError(f"`llm_cfg` `mm_projector_cfg` `vision_tower_cfg` not found in the config: no {missing}")
+        return found

@@ -1,0 +1,187 @@
+"""`VilaProcessor`: texts and pictures to the inputs of the model, as Hugging Face's processors do."""
+
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+from ..chat.prompts import IMAGE, tokenize
+from ..chat.special_tokens import renamed
+from ..chat.templates import TEMPLATES, template
+from ..chat.tokenizer import load_tokenizer
+from ..checkpoints.loading import read_json, write_json
+from ..files.reading import shown
+from ..images.processing import Images, listed, loaded, pixels
+from ..images.processing import image_processor as load_image_processor
+from ..models.config import ConfigError, Settings, read
+from ..models.vila import IMAGE_TOKEN_INDEX
+from .unsupported import refusing
+
+OWN = "processor_config.json"
+PLAIN = TEMPLATES["plain"]  # of no special tokens
+SETTINGS = ("conversation_template", "image_aspect_ratio")
+
+
+NO_PARSER = "answers are plain text: `decode` and `batch_decode` give it"
+NO_HUB = "`save_pretrained` writes a folder, which huggingface_hub's upload_folder sends"
+
+
+class VilaProcessor(ProcessorMixin):
+    """The tokenizer and the image processor of a VILA folder, with its conversation template.
+
+    `processor(text=..., images=...)` takes texts with one `<image>` for each picture, and `apply_chat_template`
+    messages of roles and contents; what comes out goes into `model(**inputs)` and `model.generate(**inputs)`.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        conversation_template: str | None = None,
+        image_aspect_ratio: str | None = None,
+    ):
+        chat_template = template(conversation_template, tokenizer).jinja
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.conversation_template = conversation_template
+        self.image_aspect_ratio = image_aspect_ratio
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, folder: str | Path, **more: Any
+    ) -> "VilaProcessor":
+        """The processor of a VILA folder, or one that `save_pretrained` wrote.
+
+        Errors: `LoadError` if it is neither, `ConfigError` for what its configs say; TypeError for arguments, of which
+        it honours none.
+        """
+        if unknown := [name for name, value in more.items() if value and name not in ("_from_auto", "revision")]:
+            raise TypeError(f"VilaProcessor.from_pretrained takes a folder, and not {', '.join(unknown)}")
+        folder = Path(folder)
+        files = [path for name in ("config.json", OWN) if (path := folder / name).exists()] or [folder / "config.json"]
+        values: dict[str, Any] = {}
+        for path in files:
+            said = {key: value for key, value in read_json(path).items() if key in SETTINGS}
+            read(Settings, said, str(path))
+            values |= said
+        parts = load_image_processor(folder), load_tokenizer(folder)
+        try:
+            return cls(*parts, **values)
+        except ValueError as error:
+            raise ConfigError(f"{', '.join(map(str, files))}: {error}") from None
+
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, folder: str | Path
+    ) -> None:
+        """Write what `from_pretrained` reads, beside the model or alone."""
+        self.tokenizer.save_pretrained(Path(folder) / "llm")
+        self.image_processor.save_pretrained(Path(folder) / "vision_tower")
+        settings = {key: getattr(self, key) for key in SETTINGS}
+        write_json(Path(folder) / OWN, {"processor_class": type(self).__name__, **settings})
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        images: Images = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        padding: bool | str = True,
+        return_tensors: str | None = "pt",
+        add_special_tokens: bool = True,
+        split_special_tokens: bool = False,
+        **more: Any,
+    ) -> BatchFeature:
+        """input_ids [b, t] (-200 for each `<image>`), attention_mask [b, t], and images [n, 3, H, W] if there are any.
+
+        images: one picture or the path of one, a list of them in the order of all texts, or a list for each text. Texts
+        begin with one BOS if the tokenizer has it so, unless `add_special_tokens` is false. Special tokens that a text
+        spells are such, as upstream has it; with `split_special_tokens` they are text, but for `<image>`. With
+        `padding` on the tokenizer's side, rows are one tensor; without, or with `return_tensors=None`, they are lists.
+        Errors: ValueError for another number of pictures than of `<image>`; TypeError for other arguments.
+        """
+        unknown = [name for name, value in more.items() if value is not None]  # transformers gives videos=None
+        if unknown or text is None:
+            asked = ", ".join(unknown) or "no text"
+            raise TypeError(
+                "VilaProcessor takes text, images, padding, return_tensors, add_special_tokens, split_special_tokens; "
+                f"got {asked}"
+            )
+        if return_tensors not in ("pt", None):
+            raise ValueError(f"return_tensors is {return_tensors!r}, expected 'pt' or None")
+        if padding not in (True, False, "longest"):
+            raise ValueError(f"padding is {padding!r}, expected True or 'longest', or False")
+        texts: list[Any] = list(text) if isinstance(text, (list, tuple)) else [text]
+        if wrong := [line for line in texts if not isinstance(line, str)]:
+            raise TypeError(f"a text is a str, not {type(wrong[0]).__name__}")
+        if not texts:
+            raise ValueError("VilaProcessor got no text: the list is empty")
+        pictures = matched(texts, images)
+        names = renamed(self.tokenizer, PLAIN) if split_special_tokens else None
+        rows = [tokenize(line, self.tokenizer, add_special_tokens, names) for line in texts]
+        ones = [[1] * len(row) for row in rows]
+        if padding:
+            fill = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
+            rows, ones = self._padded(rows, fill), self._padded(ones, 0)
+        as_tensors = return_tensors == "pt" and (padding or len(texts) == 1)
+        inputs: dict[str, Any] = {"input_ids": rows, "attention_mask": ones}
+        if as_tensors:
+            inputs = {name: torch.tensor(values) for name, values in inputs.items()}
+        if pictures:
+            inputs["images"] = pixels(pictures, self.image_processor, self.image_aspect_ratio)
+        return BatchFeature(inputs)
+
+    def _padded(self, rows: Sequence[list[int]], fill: int) -> list[list[int]]:
+        longest = max(map(len, rows))
+        pads = [[fill] * (longest - len(row)) for row in rows]
+        left = self.tokenizer.padding_side == "left"
+        return [[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, pads)]
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **more: Any) -> Any:
+        """As every processor does. Errors: ValueError for a conversation without messages."""
+        if not len(conversation):
+            raise ValueError("there is no message in the conversation")
+        return super().apply_chat_template(conversation, *args, **more)
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **more: Any) -> str:
+        """The text of token ids, with `<image>` where a picture is, unless special tokens are left out."""
+        try:
+            ids = [operator.index(token) for token in torch.as_tensor(token_ids).flatten().tolist()]
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"token ids are whole numbers, not {shown(token_ids)}") from None
+        ends = [i for i, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
+        parts = [ids[start:end] for start, end in zip([0, *(i + 1 for i in ends)], [*ends, len(ids)])]
+        if below := [token for part in parts for token in part if token < 0]:
+            raise ValueError(f"token {below[0]} is of no text: only {IMAGE_TOKEN_INDEX}, a picture, is below 0")
+        texts = [self.tokenizer.decode(part, skip_special_tokens=skip_special_tokens, **more) for part in parts]
+        return ("" if skip_special_tokens else IMAGE).join(texts)
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **more: Any) -> list[str]:
+        """The same of several rows."""
+        return [self.decode(row, skip_special_tokens, **more) for row in sequences]
+
+    push_to_hub = refusing("push_to_hub", NO_HUB)
+    parse_response = refusing("parse_response", NO_PARSER)
+    post_process_multimodal_output = refusing("post_process_multimodal_output", NO_PARSER)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "images"]
+
+
+def matched(texts: Sequence[str], images: Images) -> list[Any]:
+    """All pictures in order. Errors: ValueError if they are not as many as the texts have places for them."""
+    given_pictures = listed(images)
+    places = [line.count(IMAGE) for line in texts]
+    lists = [isinstance(entry, (list, tuple)) for entry in given_pictures]
+    nested = any(lists)
+    if nested and not all(lists):
+        raise ValueError("images mix pictures and lists of pictures; expected either pictures or a list for each text")
+    given = [len(entry) for entry in given_pictures] if nested else [len(given_pictures)]
+    if nested and len(given) != len(texts):
+        raise ValueError(f"{len(given)} lists of pictures were given for {len(texts)} texts; expected one for each")
+    for i, (n, wanted) in enumerate(zip(given, places if nested else [sum(places)])):
+        if n != wanted:
+            where = f"text {i} has" if nested else "the texts have"
+            raise ValueError(f"{where} places for {wanted} pictures, but {n} were given; write {IMAGE} once for each")
+    return [loaded(picture) for entry in given_pictures for picture in (entry if nested else [entry])]

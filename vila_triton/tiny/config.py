@@ -1,0 +1,129 @@
+"""The geometry of the tiny VILA and its checkpoint folder."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from vila_triton.checkpoints import loading
+from vila_triton.models import llama, params, projector, vila, vision
+from vila_triton.models.config import LlamaConfig, ProjectorConfig, VilaConfig, VisionConfig
+from vila_triton.tiny import tokenizer
+from vila_triton.tiny.scenes import SIZE
+
+CONFIG = VilaConfig(
+    llm=LlamaConfig(
+        vocab_size=tokenizer.VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=4096,
+    ),
+    vision_tower=VisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=8,
+    ),
+    mm_projector=ProjectorConfig("mlp_downsample", mm_hidden_size=128, hidden_size=256),
+)
+
+DECLARE = {"llm": llama.declare, "vision_tower": vision.declare, "mm_projector": projector.declare}
+GROUP_SIZE = 64  # of the int4 checkpoint
+INT4 = ("group_size", "order", "dense")  # said in quantization_config
+SIGLIP = (  # what is said of the tower
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"),
+    *("num_channels", "layer_norm_eps", "model_type", "hidden_act"),
+)
+
+
+def quantization(cfg: VilaConfig) -> dict[str, Any]:
+    """The entry of llm/config.json that says its linears are int4, if they are."""
+    if cfg.llm.group_size is None:
+        return {}
+    return {"quantization_config": {"quant_method": "vila-triton", "bits": 4, "group_size": cfg.llm.group_size}}
+
+
+def configs(cfg: VilaConfig) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The top config.json, and that of each part."""
+    ids = {f"{name}_token_id": tokenizer.SPECIAL.index(tokenizer.NAMED[name]) for name in ("bos", "eos", "pad")}
+    parts = {
+        "llm": {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            **{key: value for key, value in asdict(cfg.llm).items() if value is not None and key not in INT4},
+            **quantization(cfg),
+            **ids,
+            "torch_dtype": "float16",
+            "tokenizer_model_max_length": cfg.llm.max_position_embeddings,
+            "tokenizer_padding_side": "right",
+        },
+        "vision_tower": {
+            "architectures": ["SiglipVisionModel"],
+            **{key: getattr(cfg.vision_tower, key) for key in SIGLIP},
+            "attention_dropout": 0.0,
+            "vision_use_head": False,
+            "torch_dtype": "float16",
+        },
+        "mm_projector": {
+            "architectures": ["MultimodalProjector"],
+            "model_type": "v2l_projector",
+            "mm_projector_type": cfg.mm_projector.mm_projector_type,
+            "torch_dtype": "float16",
+        },
+    }
+    joined = {
+        "architectures": ["VilaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "hidden_size": cfg.llm.hidden_size,
+        "mm_hidden_size": cfg.vision_tower.hidden_size,
+        "mm_vision_select_layer": cfg.vision_tower.select_layer,
+        "mm_vision_select_feature": "cls_patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "resize",
+        "conversation_template": "vicuna_v1_nosys",
+        "model_dtype": "torch.float16",
+        "s2": False,
+        "tune_language_model": True,
+        "tune_vision_tower": True,
+        "tune_mm_projector": True,
+    }
+    return joined, parts
+
+
+def preprocessor(cfg: VilaConfig) -> dict[str, Any]:
+    """What the image processor does; to a picture of the right size, only scale [0, 255] to [-1, 1]."""
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_resize": True,
+        "size": {"height": cfg.vision_tower.image_size, "width": cfg.vision_tower.image_size},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_convert_rgb": True,
+    }
+
+
+def save(folder: Path, trees: dict[str, Any]) -> None:
+    """Write the trained trees as a VILA folder in fp16, and beside it `folder`-int4, its linears rounded to int4."""
+    half = vila.Vila(**{name: params.tree_map(lambda x: x.detach().half(), tree) for name, tree in trees.items()})
+    write(folder, CONFIG, half)
+    quantized = replace(CONFIG, llm=replace(CONFIG.llm, group_size=GROUP_SIZE))
+    write(folder.with_name(f"{folder.name}-int4"), quantized, replace(half, llm=llama.quantized(half.llm, GROUP_SIZE)))
+
+
+def write(folder: Path, cfg: VilaConfig, p: vila.Vila) -> None:
+    """Write one VILA folder: configs, weights, image processor and tokenizer."""
+    loading.save(folder, *configs(cfg), p)
+    loading.write_json(folder / "vision_tower" / "preprocessor_config.json", preprocessor(cfg))
+    tokenizer.save(folder / "llm")
