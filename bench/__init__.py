@@ -3,14 +3,14 @@
 import sys
 from types import TracebackType
 
-_show = sys.excepthook
+_default_excepthook = sys.excepthook
 
 
-def _interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
+def _excepthook(error_type: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(error_type, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     else:
-        _show(kind, error, trace)
+        _default_excepthook(error_type, error, trace)
 
 
-sys.excepthook = _interrupted
+sys.excepthook = _excepthook

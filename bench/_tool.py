@@ -20,16 +20,16 @@ def tool(main: Callable[P, int | None]) -> Callable[P, int]:
     name = main.__globals__["__spec__"].name.removesuffix(".__main__")  # `__module__` is "__main__" in what is run
 
     @wraps(main)
-    def ended(*args: P.args, **kwargs: P.kwargs) -> int:
-        def run() -> int | None:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
+        def call_main() -> int | None:
             try:
                 return main(*args, **kwargs)
             except KeyboardInterrupt as error:
-                if error.args or not rows.WRITTEN:
+                if error.args or not rows.WRITTEN_FILES:
                     raise
-                kept = ", ".join(map(str, rows.WRITTEN))
+                kept = ", ".join(map(str, rows.WRITTEN_FILES))
                 raise KeyboardInterrupt(f"interrupted; what was known by then is in {kept}") from None
 
-        return exit_code(name, run, WRONG_COMMAND)
+        return exit_code(name, call_main, WRONG_COMMAND)
 
-    return ended
+    return wrapper

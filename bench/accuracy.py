@@ -22,97 +22,101 @@ if not torch.cuda.is_available():
 import tomllib
 
 from vila_triton.paths import config_dir
-from vila_triton.registry import OPS, Impl, there
+from vila_triton.registry import OPS, Impl, describe_available
 
 from . import peers
 from ._tool import tool
-from .correctness.error_budget import DEVICE, LEFT_OUT, arguments, exactly
-from .correctness.failure_report import refusal, release
-from .correctness.guarded_memory import mapped, tensors
+from .correctness.error_budget import DEVICE, UNSUPPORTED_DTYPES, example_args, float64_reference
+from .correctness.failure_report import refusal_reason, release_memory
+from .correctness.guarded_memory import map_tensors, tensors
 from .measure import rows
-from .measure.cases import combinations, names
-from .measure.format import brief
+from .measure.cases import op_names, size_combinations
+from .measure.format import format_config
 
-HALF = "float16"
+YARDSTICK_DTYPE = "float16"
 
 
-def tables() -> dict[str, Any]:
+def read_tables() -> dict[str, Any]:
     return tomllib.loads((config_dir() / "bench" / "error.toml").read_text())
 
 
-def sizes_of(op: str, toy: bool) -> tuple[str, list[dict[str, Any]]]:
+def yardstick_and_sizes(op: str, toy: bool) -> tuple[str, list[dict[str, Any]]]:
     """The yardstick and the sizes. Errors: ValueError for an op without any."""
-    found = tables()
-    if op not in names() or op not in found:
-        raise ValueError(f"configs/bench/error.toml has no {op!r}; it has: {', '.join(found)}")
-    table = {**found[op], **(found[op].get("toy", {}) if toy else {})}
+    tables = read_tables()
+    if op not in op_names() or op not in tables:
+        raise ValueError(f"configs/bench/error.toml has no {op!r}; it has: {', '.join(tables)}")
+    table = {**tables[op], **(tables[op].get("toy", {}) if toy else {})}
     yardstick = table.pop("yardstick")
     table.pop("toy", None)
-    return yardstick, [s for s in combinations(table, OPS[op]) if s["dtype"] not in LEFT_OUT]
+    return yardstick, [s for s in size_combinations(table, OPS[op]) if s["dtype"] not in UNSUPPORTED_DTYPES]
 
 
-def error_of(impl: Impl, config: Mapping[str, Any], args: Any, exact: torch.Tensor) -> dict[str, float] | str:
+def relative_error(impl: Impl, config: Mapping[str, Any], args: Any, exact: torch.Tensor) -> dict[str, float] | str:
     """`rms` and `worst`, as shares of the root mean square of the exact results; or why there are none."""
     try:
-        (out,) = tensors(impl(*mapped(torch.clone, args), config=config))
+        (out,) = tensors(impl(*map_tensors(torch.clone, args), config=config))
     except Exception as error:  # an implementation may fail in any way; the others go on
-        return refusal(error)
-    off, size = (out.double() - exact).abs(), exact.square().mean().sqrt()
-    return {"rms": (off.square().mean().sqrt() / size).item(), "worst": (off.amax() / size).item()}
+        return refusal_reason(error)
+    difference, size = (out.double() - exact).abs(), exact.square().mean().sqrt()
+    return {"rms": (difference.square().mean().sqrt() / size).item(), "worst": (difference.amax() / size).item()}
 
 
-def measured(op: str, sizes: Mapping[str, Any], impls: Sequence[str], every: bool) -> Iterator[dict[str, Any]]:
+def measure(op: str, sizes: Mapping[str, Any], impls: Sequence[str], all_configs: bool) -> Iterator[dict[str, Any]]:
     """A row for each implementation and config at these sizes."""
-    here, args, exact, missing = rows.stamp(torch.device(DEVICE)), None, None, ""
+    stamp, args, exact, missing = rows.stamp(torch.device(DEVICE)), None, None, ""
     try:
-        args = arguments(OPS[op], seed=0, **sizes)
-        (exact,) = exactly(OPS[op], args)
+        args = example_args(OPS[op], seed=0, **sizes)
+        (exact,) = float64_reference(OPS[op], args)
     except Exception as error:  # these sizes may fail in any way; the others go on
-        missing = refusal(error)
+        missing = refusal_reason(error)
     for impl in OPS[op].impls.values():
         if impls and impl.name not in impls:
             continue
-        for config in impl.configs if every else impl.configs[:1]:
-            about = {"op": op, "impl": impl.name, "sizes": dict(sizes), "config": dict(config)}
-            found = missing if exact is None else error_of(impl, config, args, exact)
-            error = {"rms": None, "worst": None, "reason": found} if isinstance(found, str) else {**found, "reason": ""}
-            yield {"kind": "error", **about, **error, **here}
+        for config in impl.configs if all_configs else impl.configs[:1]:
+            fields = {"op": op, "impl": impl.name, "sizes": dict(sizes), "config": dict(config)}
+            result = missing if exact is None else relative_error(impl, config, args, exact)
+            error = (
+                {"rms": None, "worst": None, "reason": result} if isinstance(result, str) else {**result, "reason": ""}
+            )
+            yield {"kind": "error", **fields, **error, **stamp}
             if error["reason"]:
-                release(torch.device(DEVICE))
+                release_memory(torch.device(DEVICE))
 
 
-def line(row: Mapping[str, Any], yardstick: float | None) -> str:
-    name = f"  {row['impl']} {brief(row['config'])}"
+def format_row(row: Mapping[str, Any], yardstick: float | None) -> str:
+    name = f"  {row['impl']} {format_config(row['config'])}"
     if row["reason"]:
         return f"{name:44.44}  none: {row['reason']}"
-    times = f"{row['rms'] / yardstick:9.2g}" if yardstick else f"{'-':>9}"
-    return f"{name:44.44}{row['rms']:11.2e}{row['worst']:11.2e}{times}"
+    multiple = f"{row['rms'] / yardstick:9.2g}" if yardstick else f"{'-':>9}"
+    return f"{name:44.44}{row['rms']:11.2e}{row['worst']:11.2e}{multiple}"
 
 
-def report(args: argparse.Namespace) -> None:
+def measure_and_print(args: argparse.Namespace) -> None:
     """Measure, print and write, a table for each of the sizes."""
-    yardstick, sizes = sizes_of(args.op, args.toy)
+    yardstick, sizes = yardstick_and_sizes(args.op, args.toy)
     if unknown := set(args.impl) - OPS[args.op].impls.keys():
         raise ValueError(
-            f"{args.op} has no implementation {', '.join(unknown)}; there are: {there(OPS[args.op].impls)}"
+            f"{args.op} has no implementation {', '.join(unknown)}; there are: {describe_available(OPS[args.op].impls)}"
         )
-    here = rows.stamp(torch.device(DEVICE))
-    print(f"{here['device']} | torch {here['torch']} | triton {here['triton']} | {here['commit']} | {here['date']}")
+    stamp = rows.stamp(torch.device(DEVICE))
+    print(
+        f"{stamp['device']} | torch {stamp['torch']} | triton {stamp['triton']} | {stamp['commit']} | {stamp['date']}"
+    )
     print("errors as shares of the exact results' root mean square")
-    print(f"{'':44}{'rms':>11}{'worst':>11}  x {yardstick} {HALF}")
+    print(f"{'':44}{'rms':>11}{'worst':>11}  x {yardstick} {YARDSTICK_DTYPE}")
     impls = [*args.impl, yardstick] if args.impl else []
-    for at in sizes:
-        half = next(measured(args.op, {**at, "dtype": HALF}, [yardstick], False))
-        print(f"{args.op} {' '.join(f'{k}={v}' for k, v in at.items())}")
-        for row in measured(args.op, at, impls, args.configs == "all"):
-            print(line(row, half["rms"]), flush=True)
+    for case_sizes in sizes:
+        baseline = next(measure(args.op, {**case_sizes, "dtype": YARDSTICK_DTYPE}, [yardstick], False))
+        print(f"{args.op} {' '.join(f'{k}={v}' for k, v in case_sizes.items())}")
+        for row in measure(args.op, case_sizes, impls, args.configs == "all"):
+            print(format_row(row, baseline["rms"]), flush=True)
             if args.out:
                 rows.write(args.out, [row])
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("op", metavar="OP", help=f"of {', '.join(tables())}")
+    parser.add_argument("op", metavar="OP", help=f"of {', '.join(read_tables())}")
     parser.add_argument("--impl", action="append", default=[], help="only this implementation (may be repeated)")
     parser.add_argument("--configs", choices=("first", "all"), default="first")
     parser.add_argument("--toy", action="store_true", help="few inputs: for a rehearsal")
@@ -123,14 +127,14 @@ def parser() -> argparse.ArgumentParser:
 
 @tool
 def main() -> int:
-    args = parser().parse_args()
-    names()
+    args = build_parser().parse_args()
+    op_names()
     if args.peers:
-        for peer, reason in peers.discover().items():
+        for peer, reason in peers.discover_peers().items():
             print(f"peer {peer}: not here: {reason}")
     from .peers import dense  # noqa: F401 (registers the yardstick)
 
-    report(args)
+    measure_and_print(args)
     return 0
 
 

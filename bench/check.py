@@ -21,29 +21,29 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
-from vila_triton.limits import COUNT, MANY, POSITIVE
-from vila_triton.registry import OPS, REFERENCE, Impl, Op, Unsupported, discover, there
-from vila_triton.registry.interpreter import holds_kernels
+from vila_triton.limits import COUNT, COUNT_OR_ZERO, POSITIVE
+from vila_triton.registry import OPS, REFERENCE, Impl, Op, Unsupported, describe_available, discover
+from vila_triton.registry.interpreter import uses_triton_kernels
 
 from ._tool import tool
 from .correctness import repro_bundle
-from .correctness.error_budget import DEVICE, Example, arguments
-from .correctness.failure_report import described, elements, line, settings
-from .correctness.find_failure import DeviceLost, Verdict, search
-from .correctness.tile_coverage import coverage
+from .correctness.error_budget import DEVICE, Example, example_args
+from .correctness.failure_report import describe_elements, describe_failure, format_settings, label
+from .correctness.find_failure import DeviceLost, SearchResult, find_failure
+from .correctness.tile_coverage import coverage_lines
 
-Pair = tuple[Impl, int]  # an implementation and the number of one of its configs
+ImplConfig = tuple[Impl, int]  # an implementation and the number of one of its configs
 
 
-def chosen(op: str, impl: str | None, config: int | None) -> list[Pair]:
+def select_pairs(op: str, impl: str | None, config: int | None) -> list[ImplConfig]:
     """What is to be checked. Errors: ValueError naming the choices."""
     discover()
     if op not in OPS:
-        raise ValueError(f"no op {op!r}; there are: {there(OPS)}")
-    every = OPS[op].impls
-    if impl is not None and impl not in every:
-        raise ValueError(f"{op} has no implementation {impl!r}; there are: {there(every)}")
-    impls = [every[impl]] if impl else [x for x in every.values() if x.name != REFERENCE]
+        raise ValueError(f"no op {op!r}; there are: {describe_available(OPS)}")
+    available = OPS[op].impls
+    if impl is not None and impl not in available:
+        raise ValueError(f"{op} has no implementation {impl!r}; there are: {describe_available(available)}")
+    impls = [available[impl]] if impl else [x for x in available.values() if x.name != REFERENCE]
     pairs = [(x, i) for x in impls for i in range(len(x.configs)) if config in (None, i)]
     if impls and not pairs:
         raise ValueError(f"no config {config}: {', '.join(f'{x.name} has {len(x.configs)}, from 0' for x in impls)}")
@@ -52,75 +52,77 @@ def chosen(op: str, impl: str | None, config: int | None) -> list[Pair]:
     return pairs
 
 
-def check(pairs: Sequence[Pair], examples: int, seconds: float, out: Path) -> bool:
+def check_pairs(pairs: Sequence[ImplConfig], examples: int, seconds: float, out: Path) -> bool:
     """Check each and print how it went; whether nothing is wrong."""
-    verdicts: list[Verdict] = []
+    verdicts: list[SearchResult] = []
     start, shrinking = time.monotonic(), 0.0
     for impl, number in pairs:
         op, config = OPS[impl.op], impl.configs[number]
-        share = (start + seconds + shrinking - time.monotonic()) / (len(pairs) - len(verdicts))
-        print(f"{op.name} {impl.name}, config {number}: {settings(config)}", flush=True)
+        seconds_each = (start + seconds + shrinking - time.monotonic()) / (len(pairs) - len(verdicts))
+        print(f"{op.name} {impl.name}, config {number}: {format_settings(config)}", flush=True)
         try:
-            verdict = search(op, impl, config, examples, share)
+            verdict = find_failure(op, impl, config, examples, seconds_each)
         except DeviceLost as lost:
-            print(f"{line('wrong')}crashed, and the GPU with it: nothing can be shrunk, nor checked after it: {lost}")
+            print(f"{label('wrong')}crashed, and the GPU with it: nothing can be shrunk, nor checked after it: {lost}")
             return False
-        shrinking += max(0.0, verdict.seconds - share) if verdict.shrunk else 0.0
+        shrinking += max(0.0, verdict.seconds - seconds_each) if verdict.simplest else 0.0
         file = out / f"{op.name}-{impl.name}-{number}.bundle"
-        before = [v for (other, _), v in zip(pairs, verdicts) if other is impl]
-        for text in outcome(op, impl, number, verdict, before, file):
+        earlier = [v for (other, _), v in zip(pairs, verdicts) if other is impl]
+        for text in outcome_lines(op, impl, number, verdict, earlier, file):
             print(text, flush=True)
         verdicts.append(verdict)
-    wrong, idle = sum(bool(v.shrunk) for v in verdicts), sum(not v.examples for v in verdicts)
-    print(f"{len(verdicts) - wrong - idle} right, {wrong} wrong, {idle} unsupported here")
+    wrong, unsupported = sum(bool(v.simplest) for v in verdicts), sum(not v.num_examples for v in verdicts)
+    print(f"{len(verdicts) - wrong - unsupported} right, {wrong} wrong, {unsupported} unsupported here")
     return not wrong
 
 
-def outcome(op: Op, impl: Impl, number: int, verdict: Verdict, before: Sequence[Verdict], file: Path) -> Iterator[str]:
+def outcome_lines(
+    op: Op, impl: Impl, number: int, verdict: SearchResult, earlier: Sequence[SearchResult], file: Path
+) -> Iterator[str]:
     """The verdict in lines; a failure is saved first, and not described again if a config `before` failed alike."""
-    spent = f"{verdict.examples} examples in {verdict.seconds:.1f} s"
-    shrunk, largest, config = verdict.shrunk, verdict.largest, impl.configs[number]
-    if not verdict.examples:
-        yield f"{line('unsupported')}{'; '.join(sorted(verdict.reasons))}"
+    effort = f"{verdict.num_examples} examples in {verdict.seconds:.1f} s"
+    shrunk, largest, config = verdict.simplest, verdict.largest, impl.configs[number]
+    if not verdict.num_examples:
+        yield f"{label('unsupported')}{'; '.join(sorted(verdict.reasons))}"
     elif not shrunk or not largest:
-        yield f"{line('right')}{spent}"
-        for text, head in zip(coverage(config, verdict.calls), chain(["covered"], repeat(""))):
-            yield f"{line(head)}{text}"
+        yield f"{label('right')}{effort}"
+        for text, head in zip(coverage_lines(config, verdict.calls), chain(["covered"], repeat(""))):
+            yield f"{label(head)}{text}"
     else:
         sizes = dict(shrunk.sizes)
-        args, seed = arguments(op, **sizes), sizes.pop("seed")
-        file = repro_bundle.unused(file)
+        args, seed = example_args(op, **sizes), sizes.pop("seed")
+        file = repro_bundle.unused_path(file)
         repro_bundle.save(file, impl, config, args, seed, shrunk.layout, sizes, "bench.check")
-        yield f"{line('wrong')}{shrunk.kind}; {spent}"
-        yield f"{line('shrunk case')}{settings(shrunk.sizes)}{verdict.caveat and f'  ({verdict.caveat})'}"
-        yield f"{line('layout')}its arguments were {shrunk.layout}"
-        alike = (shrunk.kind, shrunk.sizes, shrunk.layout)
-        if not any(v.shrunk and (v.shrunk.kind, v.shrunk.sizes, v.shrunk.layout) == alike for v in before):
-            yield from described(shrunk.error, impl, config)
-            if largest.elements > shrunk.elements:
-                yield f"{line('larger case')}{settings(largest.sizes)}"
-                yield from elements(largest.error, config)
-        yield f"{line('bundle')}python -m bench.check --replay {file}"
+        yield f"{label('wrong')}{shrunk.kind}; {effort}"
+        yield f"{label('shrunk case')}{format_settings(shrunk.sizes)}{verdict.caveat and f'  ({verdict.caveat})'}"
+        yield f"{label('layout')}its arguments were {shrunk.layout}"
+        signature = (shrunk.kind, shrunk.sizes, shrunk.layout)
+        if not any(v.simplest and (v.simplest.kind, v.simplest.sizes, v.simplest.layout) == signature for v in earlier):
+            yield from describe_failure(shrunk.error, impl, config)
+            if largest.num_elements > shrunk.num_elements:
+                yield f"{label('larger case')}{format_settings(largest.sizes)}"
+                yield from describe_elements(largest.error, config)
+        yield f"{label('bundle')}python -m bench.check --replay {file}"
 
 
 def replay(file: Path) -> bool:
     """Make the call of a bundle again and print how it went; whether it is right. Errors: `BundleError`, OSError."""
     saved = repro_bundle.load(file)
     op, impl = repro_bundle.resolve(saved)
-    print(f"{op.name} {impl.name}: {settings(saved.config)}")
-    print(f"{line('call')}{settings({**saved.sizes, 'seed': saved.seed})}, {saved.layout}, from {saved.origin}")
-    print(f"{line('saved with')}{settings(saved.stamp)}")
+    print(f"{op.name} {impl.name}: {format_settings(saved.config)}")
+    print(f"{label('call')}{format_settings({**saved.sizes, 'seed': saved.seed})}, {saved.layout}, from {saved.origin}")
+    print(f"{label('saved with')}{format_settings(saved.stamp)}")
     try:
         sizes = saved.sizes if set(saved.sizes) == set(op.domain) else None
-        held = Example(op, saved.args, saved.seed, sizes)
-        held.check(impl, saved.config, saved.layout, held.twice)
+        example = Example(op, saved.args, saved.seed, sizes)
+        example.check(impl, saved.config, saved.layout, example.call_twice)
     except Unsupported as reason:
-        print(f"{line('unsupported')}{reason}")
+        print(f"{label('unsupported')}{reason}")
         return False
     except Exception as error:  # a kernel may fail in any way at all
-        print("\n".join(described(error, impl, saved.config)))
+        print("\n".join(describe_failure(error, impl, saved.config)))
         return False
-    print(f"{line('right')}the call is faithful now")
+    print(f"{label('right')}the call is faithful now")
     return True
 
 
@@ -129,26 +131,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", nargs="?", metavar="OP")
     parser.add_argument("--impl", metavar="NAME", help="only this implementation; default: all but the reference")
-    parser.add_argument("--config", type=MANY, metavar="N", help="only the config of this number, counted from 0")
+    parser.add_argument(
+        "--config", type=COUNT_OR_ZERO, metavar="N", help="only the config of this number, counted from 0"
+    )
     parser.add_argument("--examples", type=COUNT, default=100, help="for each config, at most (default: %(default)s)")
     parser.add_argument("--seconds", type=POSITIVE, default=45, help="for all, but for shrinking (%(default)s)")
     parser.add_argument("--peers", action="store_true", help="other libraries' kernels too, where installed")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()), help="folder for bundles")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="make the call of this bundle again")
     args = parser.parse_args(argv)
-    how = "interpreted (no GPU)" if DEVICE == "cpu" else f"compiled for {torch.cuda.get_device_name()}"
+    mode = "interpreted (no GPU)" if DEVICE == "cpu" else f"compiled for {torch.cuda.get_device_name()}"
     if args.peers:
-        from .peers import discover as find_peers
+        from .peers import discover_peers as find_peers
 
         for peer, reason in find_peers().items():
             print(f"peer {peer}: not here: {reason}")
     if (args.op is None) == (args.replay is None):
         raise ValueError("expected an OP to check or a bundle to --replay, and not both")
-    pairs = [] if args.replay else chosen(args.op, args.impl, args.config)
-    if not pairs or any(holds_kernels(impl) for impl, _ in pairs):
-        print(f"Triton kernels run {how}")
-    right = replay(args.replay) if args.replay else check(pairs, args.examples, args.seconds, args.out)
-    return 0 if right else 1
+    pairs = [] if args.replay else select_pairs(args.op, args.impl, args.config)
+    if not pairs or any(uses_triton_kernels(impl) for impl, _ in pairs):
+        print(f"Triton kernels run {mode}")
+    passed = replay(args.replay) if args.replay else check_pairs(pairs, args.examples, args.seconds, args.out)
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

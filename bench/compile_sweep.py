@@ -24,109 +24,109 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vila_triton.console import bar
-from vila_triton.files.file_locks import locked
+from vila_triton.console import print_progress
+from vila_triton.files.file_locks import exclusive_lock
 from vila_triton.limits import COUNT
 from vila_triton.paths import config_dir
 from vila_triton.registry import OPS
-from vila_triton.registry.interpreter import holds_kernels
+from vila_triton.registry.interpreter import uses_triton_kernels
 
 from ._tool import tool
-from .compiled import Call, compile_call, elsewhere, prepare
-from .compiler.gpus import CHECKED, TARGETS
-from .compiler.inspect_text import aligned
-from .compiler.kernel_stats import Dissection, dissect
-from .measure.cases import combinations
-from .measure.rows import WRITTEN
+from .compiled import CompileRequest, compile_request, load_implementations, run_in_subprocesses
+from .compiler.gpus import DEFAULT_TARGETS, TARGETS
+from .compiler.inspect_text import format_table
+from .compiler.kernel_stats import KernelAnalysis, analyze_kernel
+from .measure.cases import size_combinations
+from .measure.rows import WRITTEN_FILES
 
-WIDEST = 16  # bytes
-ABOUT = ("op", "impl", "config", "d", "dtype", "kv", "arch")
-COLUMNS: tuple[str, ...] = (*ABOUT, "kernel", "registers", "spills", "shared", "tensor", "load", "wrong")
+WIDEST_LOAD = 16  # bytes
+LABELS = ("op", "impl", "config", "d", "dtype", "kv", "arch")
+COLUMNS: tuple[str, ...] = (*LABELS, "kernel", "registers", "spills", "shared", "tensor", "load", "wrong")
 
 
-def could_load(sizes: Mapping[str, Any], found: Dissection) -> int:
+def possible_load_bytes(sizes: Mapping[str, Any], analysis: KernelAnalysis) -> int:
     """Bytes that a load of keys can bring: rows of a head lie one after the other, a tile is dealt to all threads."""
     row = sizes["d"] * {"plain": 16, "int8": 8, "int4": 4}[sizes.get("kv", "plain")] // 8
-    mine = row * found.anatomy.tile["BLOCK_N"] // found.anatomy.threads
-    return min(WIDEST, row & -row, 1 << max(0, mine.bit_length() - 1))
+    thread_bytes = row * analysis.stats.tile["BLOCK_N"] // analysis.stats.threads
+    return min(WIDEST_LOAD, row & -row, 1 << max(0, thread_bytes.bit_length() - 1))
 
 
-def look(sizes: Mapping[str, Any], kernel: Any) -> dict[str, Any]:
+def kernel_row(sizes: Mapping[str, Any], kernel: Any) -> dict[str, Any]:
     """The figures of one kernel, and what is wrong with them."""
-    found = dissect(kernel)
-    of, gpu = found.anatomy, kernel.metadata.target
+    analysis = analyze_kernel(kernel)
+    stats, gpu = analysis.stats, kernel.metadata.target
     target = TARGETS[gpu.arch if gpu.backend == "hip" else f"sm_{gpu.arch}"]
-    widths = {x.short: x.width for x in found.code}
-    row = {name: getattr(of, name) for name in ("kernel", "registers", "spills", "shared")}
-    row["tensor"] = min(sum(loop.tensor.values()) for loop in of.loops)
-    row["load"] = min(max((widths[name] for name in loop.loads), default=0) for loop in of.loops)
-    wrong = [f"spills {of.spills}"] if of.spills else []
-    if of.shared > target.block_shared:
-        wrong += [f"{of.shared - target.block_shared} bytes of shared memory too many"]
+    widths = {x.base_opcode: x.bytes_per_thread for x in analysis.instructions}
+    row = {name: getattr(stats, name) for name in ("kernel", "registers", "spills", "shared")}
+    row["tensor"] = min(sum(loop.tensor.values()) for loop in stats.loops)
+    row["load"] = min(max((widths[name] for name in loop.loads), default=0) for loop in stats.loops)
+    wrong = [f"spills {stats.spills}"] if stats.spills else []
+    if stats.shared > target.max_shared_per_block:
+        wrong += [f"{stats.shared - target.max_shared_per_block} bytes of shared memory too many"]
     if "tt.dot" in kernel.asm["ttir"]:
         if not row["tensor"]:
             wrong += ["no tensor cores"]
-        if target.gpu.backend == "cuda" and row["load"] < (could := could_load(sizes, found)):
-            wrong += [f"could load {could}"]
+        if target.triton_target.backend == "cuda" and row["load"] < (possible := possible_load_bytes(sizes, analysis)):
+            wrong += [f"could load {possible}"]
     return row | {"wrong": "; ".join(wrong)}
 
 
-def rows_of(call: Call) -> list[dict[str, Any]]:
+def compile_rows(request: CompileRequest) -> list[dict[str, Any]]:
     """A row for each kernel of a call; one row if it does not compile, none if it is not supported."""
-    head = {"op": call.op, "impl": call.impl, "config": call.config, "arch": call.target}
-    head |= {name: call.sizes.get(name, "") for name in ("d", "dtype", "kv")}
-    outcome = compile_call(partial(look, call.sizes), call)
+    head = {"op": request.op, "impl": request.impl, "config": request.config, "arch": request.target}
+    head |= {name: request.sizes.get(name, "") for name in ("d", "dtype", "kv")}
+    outcome = compile_request(partial(kernel_row, request.sizes), request)
     if outcome.error:
         return [head | {"wrong": outcome.error.splitlines()[0]}]
     return [head | row for row in outcome.kernels]
 
 
-def calls_of(args: argparse.Namespace) -> Iterator[Call]:
+def build_requests(args: argparse.Namespace) -> Iterator[CompileRequest]:
     """Errors: ValueError for an op that the file does not name, or a size that no op has."""
     table = tomllib.loads((config_dir() / "bench" / "sweep.toml").read_text())
     if unknown := set(args.op) - table.keys():
         raise ValueError(f"configs/bench/sweep.toml has no {', '.join(unknown)}; it has {', '.join(table)}")
-    only = {name: values.split(",") for name, _, values in (text.partition("=") for text in args.size)}
-    known = {size for name in args.op or table for size in OPS[name].domain}
-    if unknown := only.keys() - known:
+    selected = {name: values.split(",") for name, _, values in (text.partition("=") for text in args.size)}
+    size_names = {size for name in args.op or table for size in OPS[name].domain}
+    if unknown := selected.keys() - size_names:
         raise ValueError(
-            f"--size {', '.join(sorted(unknown))}: expected NAME=VALUE,..., a name among {', '.join(sorted(known))}"
+            f"--size {', '.join(sorted(unknown))}: expected NAME=VALUE,..., a name among {', '.join(sorted(size_names))}"
         )
     for name in args.op or table:
-        for sizes in combinations(table[name], OPS[name]):
-            if any(str(sizes[key]) not in values for key, values in only.items() if key in sizes):
+        for sizes in size_combinations(table[name], OPS[name]):
+            if any(str(sizes[key]) not in values for key, values in selected.items() if key in sizes):
                 continue
-            for impl in filter(holds_kernels, OPS[name].impls.values()):
+            for impl in filter(uses_triton_kernels, OPS[name].impls.values()):
                 if args.impl and impl.name not in args.impl:
                     continue
                 for number in range(len(impl.configs)):
-                    yield from (Call(name, impl.name, number, arch, sizes) for arch in args.arch)
+                    yield from (CompileRequest(name, impl.name, number, arch, sizes) for arch in args.arch)
 
 
-def run(args: argparse.Namespace) -> int:
-    prepare(args.kernels, peers=False)
-    if not (calls := list(calls_of(args))):
+def run_sweep(args: argparse.Namespace) -> int:
+    load_implementations(args.kernels, peers=False)
+    if not (requests := list(build_requests(args))):
         raise ValueError("no implementation and sizes are left to compile; see --impl and --size")
     rows: list[dict[str, Any]] = []
-    for i, found in enumerate(elsewhere(rows_of, calls, args.workers, args.kernels), 1):
-        bar(f"{i} of {len(calls)} compiled")
-        rows += found
+    for i, call_rows in enumerate(run_in_subprocesses(compile_rows, requests, args.workers, args.kernels), 1):
+        print_progress(f"{i} of {len(requests)} compiled")
+        rows += call_rows
         if args.csv:
-            write(args.csv, found)
-    bar("")
-    print(*aligned([COLUMNS, *([row.get(name, "") for name in COLUMNS] for row in rows)]), sep="\n")
+            append_csv(args.csv, call_rows)
+    print_progress("")
+    print(*format_table([COLUMNS, *([row.get(name, "") for name in COLUMNS] for row in rows)]), sep="\n")
     wrong = sum(bool(row["wrong"]) for row in rows)
     print(f"{len(rows)} kernels, {wrong} of them wrong")
     return int(bool(wrong))
 
 
-def write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    WRITTEN[file] = None
-    with file.open("a", newline="") as out, locked(out):
-        to = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+def append_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    WRITTEN_FILES[file] = None
+    with file.open("a", newline="") as out, exclusive_lock(out):
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
         if not out.seek(0, os.SEEK_END):
-            to.writeheader()
-        to.writerows(rows)
+            writer.writeheader()
+        writer.writerows(rows)
         out.flush()
 
 
@@ -135,7 +135,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", nargs="*", help="default: all that configs/bench/sweep.toml names")
     parser.add_argument("--impl", nargs="+", help="default: all of kernels/ that launch a Triton kernel")
-    parser.add_argument("--arch", default=",".join(CHECKED), help="default: %(default)s")
+    parser.add_argument("--arch", default=",".join(DEFAULT_TARGETS), help="default: %(default)s")
     parser.add_argument("--size", nargs="+", default=[], metavar="NAME=VALUE,...", help="only these of the sizes")
     parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
     parser.add_argument("--workers", type=COUNT, default=2)
@@ -147,7 +147,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         try:
-            return run(args)
+            return run_sweep(args)
         except ValueError as error:
             parser.error(str(error))
 

@@ -35,22 +35,22 @@ from triton.runtime.jit import JITFunction
 
 from vila_triton import kernels as door
 from vila_triton.limits import COUNT
-from vila_triton.registry import OPS, Impl, Unsupported, discover, there
-from vila_triton.registry.interpreter import holds_kernels
+from vila_triton.registry import OPS, Impl, Unsupported, describe_available, discover
+from vila_triton.registry.interpreter import uses_triton_kernels
 
 from ._tool import tool
-from .compiler.gpus import CHECKED, TARGETS
-from .compiler.kernel_stats import dissect
-from .compiler.precision import imprecise
-from .compiler.production_sizes import production
-from .compiler.resources import resources
+from .compiler.gpus import DEFAULT_TARGETS, TARGETS
+from .compiler.kernel_stats import analyze_kernel
+from .compiler.precision import find_imprecision
+from .compiler.production_sizes import compile_spec
+from .compiler.resources import kernel_resources
 
-S = TypeVar("S")
-T = TypeVar("T")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Call:
+class CompileRequest:
     """A call of an implementation at given sizes, compiled for a target and not run; `config`: one, or its number."""
 
     op: str
@@ -61,16 +61,16 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[T]):
+class CompileResult(Generic[Result]):
     """What was read of each kernel the call launched with `config`; or why it launched none."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
-    kernels: list[T] = field(default_factory=list)
+    kernels: list[Result] = field(default_factory=list)
     unsupported: str = ""
     error: str = ""
 
 
-class NamesItsTarget(DriverBase):
+class CrossCompileDriver(DriverBase):
     """All of a driver that compiling asks for. Each target counts as a device, since Triton caches by device."""
 
     def __init__(self, target: str):
@@ -81,7 +81,7 @@ class NamesItsTarget(DriverBase):
         return False
 
     def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.target].gpu
+        return TARGETS[self.target].triton_target
 
     def get_current_device(self) -> int:
         return list(TARGETS).index(self.target)
@@ -100,14 +100,14 @@ class NamesItsTarget(DriverBase):
 
 
 @contextmanager
-def launching(target: str, launch: Callable[..., Any]) -> Iterator[None]:
+def intercept_launches(target: str, launch: Callable[..., Any]) -> Iterator[None]:
     """Inside, a launch of a kernel is launch(kernel, *args, **kwargs); an autotuned one takes its first config."""
 
     def first_config(self: Autotuner, *args: Any, **kwargs: Any) -> Any:
         return self.fn.run(*args, **kwargs, **self.configs[0].all_kwargs())
 
     run, tuned_run = JITFunction.run, Autotuner.run
-    triton.runtime.driver.set_active(NamesItsTarget(target))
+    triton.runtime.driver.set_active(CrossCompileDriver(target))
     JITFunction.run, Autotuner.run = launch, first_config
     try:
         yield
@@ -115,26 +115,26 @@ def launching(target: str, launch: Callable[..., Any]) -> Iterator[None]:
         JITFunction.run, Autotuner.run = run, tuned_run
 
 
-def chosen(call: Call) -> tuple[Impl, Mapping[str, Any]]:
+def resolve_request(request: CompileRequest) -> tuple[Impl, Mapping[str, Any]]:
     """The implementation and the config of a call. Errors: ValueError if there is no such one."""
-    impls = OPS[call.op].impls
-    if call.impl not in impls:
-        raise ValueError(f"{call.op} has no implementation {call.impl!r}; there are: {there(impls)}")
-    impl = impls[call.impl]
-    if not isinstance(call.config, int):
-        return impl, call.config
-    if call.config not in range(len(impl.configs)):
-        raise ValueError(f"{call.op} {call.impl} has no config {call.config}; there are {len(impl.configs)}")
-    return impl, impl.configs[call.config]
+    impls = OPS[request.op].impls
+    if request.impl not in impls:
+        raise ValueError(f"{request.op} has no implementation {request.impl!r}; there are: {describe_available(impls)}")
+    impl = impls[request.impl]
+    if not isinstance(request.config, int):
+        return impl, request.config
+    if request.config not in range(len(impl.configs)):
+        raise ValueError(f"{request.op} {request.impl} has no config {request.config}; there are {len(impl.configs)}")
+    return impl, impl.configs[request.config]
 
 
 @lru_cache
-def without_data(op: str, sizes: tuple[tuple[str, Any], ...]) -> Any:
+def meta_arguments(op: str, sizes: tuple[tuple[str, Any], ...]) -> Any:
     """Arguments of these sizes; no values, so that large ones take no room."""
-    return OPS[op].example(**dict(sizes), rng=torch.Generator().manual_seed(0), device="meta")
+    return OPS[op].make_example(**dict(sizes), rng=torch.Generator().manual_seed(0), device="meta")
 
 
-def compile_call(look: Callable[[Any], T], call: Call) -> Outcome[T]:
+def compile_request(analyze: Callable[[Any], Result], request: CompileRequest) -> CompileResult[Result]:
     """What `look` says of each kernel the call launches, as Triton's compiler leaves it (`.asm`, `.metadata`)."""
     launched: list[Any] = []
     run = JITFunction.run
@@ -145,18 +145,18 @@ def compile_call(look: Callable[[Any], T], call: Call) -> Outcome[T]:
 
     config: Mapping[str, Any] = {}
     try:
-        impl, config = chosen(call)
-        args = without_data(call.op, tuple(call.sizes.items()))
-        with launching(call.target, compile_only):
+        impl, config = resolve_request(request)
+        args = meta_arguments(request.op, tuple(request.sizes.items()))
+        with intercept_launches(request.target, compile_only):
             impl(*args, config=config)
     except Unsupported as reason:
-        return Outcome(config, unsupported=str(reason))
+        return CompileResult(config, unsupported=str(reason))
     except Exception as error:
-        return Outcome(config, error=f"{type(error).__name__}: {error}")
-    return Outcome(config, [look(kernel) for kernel in launched])
+        return CompileResult(config, error=f"{type(error).__name__}: {error}")
+    return CompileResult(config, [analyze(kernel) for kernel in launched])
 
 
-def prepare(folder: str | None, peers: bool) -> dict[str, str]:
+def load_implementations(folder: str | None, peers: bool) -> dict[str, str]:
     """Find the implementations: those of `folder` in place of kernels/ if it is given, other libraries' if asked.
 
     Returns {library: why not} of those that cannot be used here.
@@ -166,30 +166,34 @@ def prepare(folder: str | None, peers: bool) -> dict[str, str]:
     discover()
     if not peers:
         return {}
-    from .peers import discover as discover_peers
+    from .peers import discover_peers as discover_peers
 
     return discover_peers()
 
 
-def elsewhere(
-    work: Callable[[S], T], items: Sequence[S], workers: int = 2, folder: str | None = None, peers: bool = False
-) -> Iterator[T]:
+def run_in_subprocesses(
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int = 2,
+    folder: str | None = None,
+    peers: bool = False,
+) -> Iterator[Result]:
     """work(item) of each, in order, from processes where the implementations are found and no kernel is interpreted.
 
     Ctrl-C is for this process to handle: it ends the others.
     """
     interpret = os.environ.pop("TRITON_INTERPRET", None)  # a process inherits what is set as it starts
-    before = set(active_children())
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), prepare, (folder, peers))
+    other_children = set(active_children())
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), load_implementations, (folder, peers))
     try:
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited as well
         try:
-            answers = pool.map(work, items)  # starts them
+            results = pool.map(work, items)  # starts them
         finally:
             signal.signal(signal.SIGINT, handler)
-        yield from answers
+        yield from results
     except BaseException:
-        for process in set(active_children()) - before:
+        for process in set(active_children()) - other_children:
             process.kill()
         raise
     finally:
@@ -198,60 +202,62 @@ def elsewhere(
             os.environ["TRITON_INTERPRET"] = interpret
 
 
-def proof(call: Call) -> list[dict[str, Any]]:
+def check_compiled(request: CompileRequest) -> list[dict[str, Any]]:
     """A row for each kernel of a call: what it takes, and `wrong`: what no kernel may do, in words."""
 
-    def look(kernel: Any) -> dict[str, Any]:
-        found = dissect(kernel).anatomy if documented else None
+    def analyze(kernel: Any) -> dict[str, Any]:
+        found = analyze_kernel(kernel).stats if documented_bytes else None
         width = found.loops[0].weight_bytes if found else None
-        wrong = imprecise(kernel.asm, OPS[call.op].exact)
-        return {**asdict(resources(kernel)), "weight_bytes": width, "wrong": wrong}
+        wrong = find_imprecision(kernel.asm, OPS[request.op].bitwise_exact)
+        return {**asdict(kernel_resources(kernel)), "weight_bytes": width, "wrong": wrong}
 
-    target = TARGETS[call.target]
-    documented = None
-    if target.gpu.backend == "cuda":
-        documented = production(OPS[call.op], call.impl, chosen(call)[1]).weights
-    outcome = compile_call(look, call)
+    target = TARGETS[request.target]
+    documented_bytes = None
+    if target.triton_target.backend == "cuda":
+        documented_bytes = compile_spec(OPS[request.op], request.impl, resolve_request(request)[1]).weight_load_bytes
+    outcome = compile_request(analyze, request)
     if outcome.error:
         return [{"wrong": [outcome.error]}]
     for row in outcome.kernels:
-        if row["spills"] and call.sizes["dtype"] != "float32":
+        if row["spills"] and request.sizes["dtype"] != "float32":
             row["wrong"] += [f"spills {row['spills']} and uses {row['registers']} registers"]
-        if row["shared"] > target.block_shared:
-            row["wrong"] += [f"wants {row['shared']} bytes of shared memory, there are {target.block_shared}"]
-    if documented and outcome.kernels:
-        least = min((row["weight_bytes"] for row in outcome.kernels if row["weight_bytes"]), default=None)
-        if least is None or least < documented:
-            said = f"{least} bytes" if least else "an unknown number of bytes"
-            outcome.kernels[0]["wrong"] += [f"a thread loads {said} of weights at a time, documented are {documented}"]
+        if row["shared"] > target.max_shared_per_block:
+            row["wrong"] += [f"wants {row['shared']} bytes of shared memory, there are {target.max_shared_per_block}"]
+    if documented_bytes and outcome.kernels:
+        smallest_load = min((row["weight_bytes"] for row in outcome.kernels if row["weight_bytes"]), default=None)
+        if smallest_load is None or smallest_load < documented_bytes:
+            loaded = f"{smallest_load} bytes" if smallest_load else "an unknown number of bytes"
+            outcome.kernels[0]["wrong"] += [
+                f"a thread loads {loaded} of weights at a time, documented are {documented_bytes}"
+            ]
     return outcome.kernels
 
 
 @tool
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=CHECKED)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=DEFAULT_TARGETS)
     parser.add_argument("--dtypes", nargs="+", default=["float16"])
     parser.add_argument("--only", nargs="*", default=[], help="op-impl-config")
     parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
     parser.add_argument("--workers", type=COUNT, default=2)
-    options = parser.parse_args()
-    prepare(options.kernels, peers=False)
-    named = {}
+    args = parser.parse_args()
+    load_implementations(args.kernels, peers=False)
+    requests = {}
     for op in OPS.values():
-        for impl in filter(holds_kernels, op.impls.values()):
+        for impl in filter(uses_triton_kernels, op.impls.values()):
             for number, config in enumerate(impl.configs):
                 name = f"{op.name}-{impl.name}-{number}"
-                if not options.only or name in options.only:
-                    usual = production(op, impl.name, config).sizes
-                    for dtype, target in product(options.dtypes, options.targets):
-                        sizes = {**usual, "dtype": dtype}
-                        named[name, dtype, target] = Call(op.name, impl.name, number, target, sizes)
+                if not args.only or name in args.only:
+                    default_sizes = compile_spec(op, impl.name, config).sizes
+                    for dtype, target in product(args.dtypes, args.targets):
+                        sizes = {**default_sizes, "dtype": dtype}
+                        requests[name, dtype, target] = CompileRequest(op.name, impl.name, number, target, sizes)
     wrong = False
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TRITON_CACHE_DIR", folder)
-        outcomes = elsewhere(proof, list(named.values()), options.workers, options.kernels)
-        for (call, dtype, target), kernels in zip(named, outcomes):
+        outcomes = run_in_subprocesses(check_compiled, list(requests.values()), args.workers, args.kernels)
+        for (call, dtype, target), kernels in zip(requests, outcomes):
             for row in kernels:
                 print(json.dumps({"call": call, "target": target, "dtype": dtype, **row}))
                 wrong |= bool(row["wrong"])

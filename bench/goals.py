@@ -24,45 +24,50 @@ from typing import Any
 
 from ._tool import tool
 from .measure import goals_attention, rows
-from .measure.format import brief, unit
-from .measure.measured_points import Point, goal, points
+from .measure.format import format_config, format_seconds
+from .measure.measured_points import MeasuredPoint, measured_points, report_goal
 
 OP = "int4_matmul"
 DECODE, STRETCH, FLOOR = 2.2, 3.0, 0.95
 
 
-def floor(point: Point) -> float | None:
+def floor_ratio(point: MeasuredPoint) -> float | None:
     return point.ratio("dense", "dequant") if {"dense", "dequant"} <= point.seconds.keys() else None
 
 
-def goals(at: Sequence[Point]) -> Iterator[str]:
-    few = [p for p in at if p.case != "models" and p.sizes["m"] <= 16]
-    yield from goal("decode", DECODE, lambda p: p.ratio("dense"), few)
-    stretch = [r for p in few if (r := p.ratio("dense")) is not None]
-    yield f"  stretch: {sum(r >= STRETCH for r in stretch)} of {len(stretch)} points reach {STRETCH}"
-    yield from goal("floor", FLOOR, floor, at)
-    yield from goal("gemlite", 1.0, lambda p: p.ratio("gemlite", "gemlite_float32"), at)
+def report_goals(points: Sequence[MeasuredPoint]) -> Iterator[str]:
+    decode_points = [p for p in points if p.case != "models" and p.sizes["m"] <= 16]
+    yield from report_goal("decode", DECODE, lambda p: p.ratio("dense"), decode_points)
+    ratios = [r for p in decode_points if (r := p.ratio("dense")) is not None]
+    yield f"  stretch: {sum(r >= STRETCH for r in ratios)} of {len(ratios)} points reach {STRETCH}"
+    yield from report_goal("floor", FLOOR, floor_ratio, points)
+    yield from report_goal("gemlite", 1.0, lambda p: p.ratio("gemlite", "gemlite_float32"), points)
 
 
-def met(found: Sequence[Mapping[str, Any]]) -> list[str]:
+def report_all_goals(measured_rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The lines that say which goals are met, of what there are rows of."""
-    at = points(found)
-    return [*(goals(at) if any(p.ours for p in at) else ()), *goals_attention.goals(found)]
+    measured = measured_points(measured_rows)
+    return [
+        *(report_goals(measured) if any(p.default_row for p in measured) else ()),
+        *goals_attention.report_attention_goals(measured_rows),
+    ]
 
 
-def table(at: Sequence[Point]) -> Iterator[str]:
+def points_table(points: Sequence[MeasuredPoint]) -> Iterator[str]:
     """One line a point: ours, its rates as shares of the ceilings, and how many times as long the others take."""
-    others = list(dict.fromkeys(name for p in at for name in p.seconds))
-    yield f"{'':28}{'ours':36}{'time':>11}{'of GB/s':>9}{'of FLOP/s':>10}" + "".join(f"{name:>17}" for name in others)
-    for p in at:
-        if p.ours is None:
+    other_impls = list(dict.fromkeys(name for p in points for name in p.seconds))
+    yield f"{'':28}{'ours':36}{'time':>11}{'of GB/s':>9}{'of FLOP/s':>10}" + "".join(
+        f"{name:>17}" for name in other_impls
+    )
+    for p in points:
+        if p.default_row is None:
             yield f"{p!s:28}no time"
             continue
-        name = f"{p.ours['impl']} {brief(p.ours['config'])}"
-        shares = f"{p.ours['bytes_share']:9.1%}{p.ours['flops_share']:10.1%}"
-        ratios = [p.ratio(other) for other in others]
+        name = f"{p.default_row['impl']} {format_config(p.default_row['config'])}"
+        shares = f"{p.default_row['bytes_share']:9.1%}{p.default_row['flops_share']:10.1%}"
+        ratios = [p.ratio(other) for other in other_impls]
         times = "".join(f"{'-' if r is None else f'{r:.2f} x':>17}" for r in ratios)
-        yield f"{p!s:28}{name:36.36}{unit(p.ours['seconds'])}{shares}{times}"
+        yield f"{p!s:28}{name:36.36}{format_seconds(p.default_row['seconds'])}{shares}{times}"
 
 
 @tool
@@ -70,15 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl")
     args = parser.parse_args(argv)
-    found = list(rows.read(*args.rows))
-    at = points(found)
-    attention = list(goals_attention.goals(found))
-    if not attention and not any(p.ours for p in at):
+    measured_rows = list(rows.read(*args.rows))
+    measured = measured_points(measured_rows)
+    attention = list(goals_attention.report_attention_goals(measured_rows))
+    if not attention and not any(p.default_row for p in measured):
         raise ValueError(f"no row of {OP} is marked as served; python -m bench.ops {OP} --served --out FILE makes some")
-    devices = sorted({row["device"] for row in found if row.get("op") == OP})
-    if any(p.ours for p in at):
+    devices = sorted({row["device"] for row in measured_rows if row.get("op") == OP})
+    if any(p.default_row for p in measured):
         print(f"{OP} on {', '.join(devices)}: others' times as multiples of ours")
-        print(*table(at), *goals(at), sep="\n")
+        print(*points_table(measured), *report_goals(measured), sep="\n")
     for line in attention:
         print(line)
     return 0

@@ -26,43 +26,52 @@ from typing import Any
 
 import torch
 
-from vila_triton.console import bar
-from vila_triton.limits import MANY
+from vila_triton.console import print_progress
+from vila_triton.limits import COUNT_OR_ZERO
 from vila_triton.ops import Int4
-from vila_triton.registry import OPS, Op, there
-from vila_triton.registry.interpreter import holds_kernels
+from vila_triton.registry import OPS, Op, describe_available
+from vila_triton.registry.interpreter import uses_triton_kernels
 
 from ._tool import tool
-from .compiled import Call, compile_call, elsewhere, prepare
+from .compiled import CompileRequest, compile_request, load_implementations, run_in_subprocesses
 from .compiler import inspect_peer as beside
 from .compiler.gpus import TARGETS
-from .compiler.inspect_plot import draw
-from .compiler.inspect_text import Found, compare, mixtures, refusals, spelled, table
-from .compiler.kernel_stats import Dissection, dissect, figures
-from .compiler.production_sizes import production
+from .compiler.inspect_plot import plot_main_loops
+from .compiler.inspect_text import (
+    InspectedCall,
+    compare_calls,
+    format_sizes,
+    instruction_mix_table,
+    kernel_table,
+    refusal_lines,
+)
+from .compiler.kernel_stats import KernelAnalysis, analyze_kernel, to_row
+from .compiler.production_sizes import compile_spec
 from .measure import rows
-from .measure.cases import cases, names
+from .measure.cases import cases, op_names
 
 
-def unit_of(op: Op) -> str | None:
+def work_unit(op: Op) -> str | None:
     """What the work of an op is counted in: int4 weights, attention scores, or nothing."""
     if any(p.annotation is Int4 for p in inspect.signature(op.reference).parameters.values()):
         return "weight"
     return "score" if "attention" in op.name else None
 
 
-def rows_of(sizes: Mapping[str, Any]) -> int:
+def query_rows_per_key(sizes: Mapping[str, Any]) -> int:
     """How many rows of queries share their keys, at the sizes of attention."""
     return sizes.get("s", 1) * sizes.get("ratio", 1)
 
 
-def sizes_of(op: str, usual: Mapping[str, Any], case: str | None, given: Sequence[str]) -> dict[str, Any]:
+def resolve_sizes(
+    op: str, default_sizes: Mapping[str, Any], case: str | None, settings: Sequence[str]
+) -> dict[str, Any]:
     """The first sizes of a case (or the usual ones), changed as NAME=VALUE says.
 
     Errors: ValueError naming what is no case, no size of the op, or no value.
     """
-    sizes = dict(cases(op, case)[0].sizes if case else usual)
-    for text in given:
+    sizes = dict(cases(op, case)[0].sizes if case else default_sizes)
+    for text in settings:
         name, _, value = text.partition("=")
         if name not in sizes or not (value.isdigit() or isinstance(sizes[name], str)):
             raise ValueError(f"--size {text}: expected NAME=VALUE, a name among {', '.join(sizes)} and its value")
@@ -70,142 +79,162 @@ def sizes_of(op: str, usual: Mapping[str, Any], case: str | None, given: Sequenc
     return sizes
 
 
-def look(calls: Sequence[Call], case: str, folder: str | None, peers: bool, source: str = "") -> list[Found]:
+def compile_and_analyze(
+    requests: Sequence[CompileRequest], case: str, folder: str | None, peers: bool, source: str = ""
+) -> list[InspectedCall]:
     """Compile and take apart, with a line of progress. `source`: the commit that the kernels in `folder` are of."""
-    found = []
-    outcomes = elsewhere(partial(compile_call, dissect), calls, folder=folder, peers=peers)
-    for i, (call, outcome) in enumerate(zip(calls, outcomes), 1):
-        bar(f"{i} of {len(calls)} compiled")
-        head = {"kind": "inspect", "op": call.op, "impl": call.impl, "number": call.config, "config": outcome.config}
-        head |= {"target": call.target, "source": source, "case": case, "sizes": dict(call.sizes)}
-        unit, count = unit_of(OPS[call.op]), rows_of(call.sizes)
-        found.append(Found(call, source, outcome, [head | figures(x.anatomy, unit, count) for x in outcome.kernels]))
-    bar("")
-    return found
+    inspected = []
+    outcomes = run_in_subprocesses(partial(compile_request, analyze_kernel), requests, folder=folder, peers=peers)
+    for i, (request, outcome) in enumerate(zip(requests, outcomes), 1):
+        print_progress(f"{i} of {len(requests)} compiled")
+        head = {
+            "kind": "inspect",
+            "op": request.op,
+            "impl": request.impl,
+            "number": request.config,
+            "config": outcome.config,
+        }
+        head |= {"target": request.target, "source": source, "case": case, "sizes": dict(request.sizes)}
+        unit, count = work_unit(OPS[request.op]), query_rows_per_key(request.sizes)
+        inspected.append(
+            InspectedCall(request, source, outcome, [head | to_row(x.stats, unit, count) for x in outcome.kernels])
+        )
+    print_progress("")
+    return inspected
 
 
-def listing(found: Dissection, what: str) -> Iterator[str]:
+def assembly_listing(analysis: KernelAnalysis, selection: str) -> Iterator[str]:
     """The instructions of the main loop, of the kernel, or of one source line, under the source lines they are of."""
-    chosen = range(len(found.code)) if what == "all" or what.isdigit() else found.main
-    above = None
-    for i in chosen:
-        x = found.code[i]
-        if what.isdigit() and x.line != int(what):
+    indices = range(len(analysis.instructions)) if selection == "all" or selection.isdigit() else analysis.main_loop
+    previous = None
+    for i in indices:
+        x = analysis.instructions[i]
+        if selection.isdigit() and x.line != int(selection):
             continue
-        if (x.file, x.line) != above:
-            above = x.file, x.line
+        if (x.file, x.line) != previous:
+            previous = x.file, x.line
             yield f"{Path(x.file).name}:{x.line}  {linecache.getline(x.file, x.line).strip()}"
-        yield f"    {'>' if i in found.main else ' '} {f'{x.label}:' if x.label else '':8}{x.text}"
+        yield f"    {'>' if i in analysis.main_loop else ' '} {f'{x.label}:' if x.label else '':8}{x.text}"
 
 
-def kernels_of(ref: str, folder: Path) -> str:
+def extract_kernels(ref: str, folder: Path) -> str:
     """kernels/ of a commit, unpacked. Errors: ValueError if there is no such commit."""
-    done = subprocess.run(["git", "archive", "--format=zip", ref, "kernels"], cwd=rows.ROOT, capture_output=True)
-    if done.returncode:
-        raise ValueError(f"{ref!r} is no implementation and no commit: {done.stderr.decode().strip()}")
-    with zipfile.ZipFile(BytesIO(done.stdout)) as archive:
+    process = subprocess.run(["git", "archive", "--format=zip", ref, "kernels"], cwd=rows.ROOT, capture_output=True)
+    if process.returncode:
+        raise ValueError(f"{ref!r} is no implementation and no commit: {process.stderr.decode().strip()}")
+    with zipfile.ZipFile(BytesIO(process.stdout)) as archive:
         archive.extractall(folder)
     return str(folder / "kernels")
 
 
-def of_commit(calls: Sequence[Call], folder: str, ref: str) -> list[Call]:
+def requests_in_commit(requests: Sequence[CompileRequest], folder: str, ref: str) -> list[CompileRequest]:
     """The calls of implementations whose file a commit has, its kernels/ being in the folder; of the others a line.
 
     Errors: ValueError if it has none of them.
     """
-    files = {x.impl: OPS[x.op].impls[x.impl].file.name for x in calls}
+    files = {x.impl: OPS[x.op].impls[x.impl].file.name for x in requests}
     new = [f"{impl} ({file})" for impl, file in files.items() if not (Path(folder) / file).exists()]
-    kept = [x for x in calls if (Path(folder) / files[x.impl]).exists()]
-    said = f"{ref} has no file of {', '.join(new)}, so there is nothing to compare with"
+    kept = [x for x in requests if (Path(folder) / files[x.impl]).exists()]
+    message = f"{ref} has no file of {', '.join(new)}, so there is nothing to compare with"
     if not kept:
-        raise ValueError(said)
+        raise ValueError(message)
     if new:
-        print(said)
+        print(message)
     return kept
 
 
-def calls_of(args: argparse.Namespace) -> list[Call]:
+def build_requests(args: argparse.Namespace) -> list[CompileRequest]:
     """The calls to compile: the configs asked for, or all, of the implementations asked for, or of all with kernels.
 
     Errors: ValueError if there are none, or a number is that of no config.
     """
     impls = OPS[args.op].impls
-    ours = [x.name for x in impls.values() if holds_kernels(x) and not x.fn.__module__.startswith("bench.")]
-    calls = []
-    for name in args.impl or ours:
+    own_impls = [x.name for x in impls.values() if uses_triton_kernels(x) and not x.fn.__module__.startswith("bench.")]
+    requests = []
+    for name in args.impl or own_impls:
         count = len(impls[name].configs)
         for number in range(count) if args.config is None else args.config:
             if number not in range(count):
                 raise ValueError(f"{args.op} {name} has no config {number}; it has {count}, from 0")
-            usual = production(OPS[args.op], name, impls[name].configs[number]).sizes
-            sizes = sizes_of(args.op, usual, args.case, args.size)
-            calls += [Call(args.op, name, number, target, sizes) for target in args.arch]
-    if not calls:
+            default_sizes = compile_spec(OPS[args.op], name, impls[name].configs[number]).sizes
+            sizes = resolve_sizes(args.op, default_sizes, args.case, args.size)
+            requests += [CompileRequest(args.op, name, number, target, sizes) for target in args.arch]
+    if not requests:
         raise ValueError(f"{args.op} has no Triton kernel; its implementations: {', '.join(impls)}")
-    return calls
+    return requests
 
 
-def others(calls: Sequence[Call], impl: str) -> list[Call]:
+def requests_of_impl(requests: Sequence[CompileRequest], impl: str) -> list[CompileRequest]:
     """The same calls of another implementation; a number it does not have is its first config."""
-    count = len(OPS[calls[0].op].impls[impl].configs)
-    return [replace(x, impl=impl, config=x.config if x.config in range(count) else 0) for x in calls]
+    count = len(OPS[requests[0].op].impls[impl].configs)
+    return [replace(x, impl=impl, config=x.config if x.config in range(count) else 0) for x in requests]
 
 
-def find(args: argparse.Namespace) -> dict[str, str] | None:
+def find_implementations(args: argparse.Namespace) -> dict[str, str] | None:
     """Find the implementations asked for, in other libraries (bench/peers) if need be. Returns {library: why not} of
     those that cannot be used here; None if none was looked for.
 
     Errors: ValueError naming what is neither here nor there, nor a commit to compare with.
     """
-    if args.op not in names():
+    if args.op not in op_names():
         raise ValueError(f"no op {args.op!r}; there are: {', '.join(OPS)}")
-    prepare(args.kernels, peers=False)
+    load_implementations(args.kernels, peers=False)
     impls = OPS[args.op].impls
-    asked = {*(args.impl or []), *([args.against] if args.against and not is_commit(args.against) else [])}
-    shown = production(OPS[args.op], "", {}).beside if not (args.against or args.asm) else None
-    if asked <= impls.keys() and not shown:
+    requested = {*(args.impl or []), *([args.against] if args.against and not is_commit(args.against) else [])}
+    peer = compile_spec(OPS[args.op], "", {}).peer if not (args.against or args.asm) else None
+    if requested <= impls.keys() and not peer:
         return None
-    unusable = prepare(args.kernels, peers=True)
-    for name in sorted(asked - impls.keys()):
+    unusable = load_implementations(args.kernels, peers=True)
+    for name in sorted(requested - impls.keys()):
         why = f" ({unusable[name]})" if name in unusable else ""
         or_commit = ", nor is it a commit" if name == args.against else ""
-        raise ValueError(f"{args.op} has no implementation {name!r}{why}{or_commit}; there are: {there(impls)}")
+        raise ValueError(
+            f"{args.op} has no implementation {name!r}{why}{or_commit}; there are: {describe_available(impls)}"
+        )
     return unusable
 
 
 def run(args: argparse.Namespace) -> int:
-    unusable = find(args)
+    unusable = find_implementations(args)
     peers = unusable is not None
     case = args.case or "usual"
-    calls = calls_of(args)
-    old: list[Found] = []
+    requests = build_requests(args)
+    old: list[InspectedCall] = []
     if args.against and args.against not in OPS[args.op].impls:
         with tempfile.TemporaryDirectory() as folder:
-            calls = of_commit(calls, before := kernels_of(args.against, Path(folder)), args.against)
-            old = look(calls, case, before, peers, args.against)
-    before = others(calls, args.against) if args.against and not old else []
-    rivals = beside.calls(calls) if peers and not (args.against or args.asm) else {}
-    found = look([*before, *calls, *rivals.values()], case, args.kernels, peers)
-    old, new, theirs = old + found[: len(before)], found[len(before) :][: len(calls)], found[len(before) + len(calls) :]
+            requests = requests_in_commit(
+                requests, baseline := extract_kernels(args.against, Path(folder)), args.against
+            )
+            old = compile_and_analyze(requests, case, baseline, peers, args.against)
+    baseline = requests_of_impl(requests, args.against) if args.against and not old else []
+    peer_requests = beside.peer_requests(requests) if peers and not (args.against or args.asm) else {}
+    inspected = compile_and_analyze([*baseline, *requests, *peer_requests.values()], case, args.kernels, peers)
+    old, new, inspected_peers = (
+        old + inspected[: len(baseline)],
+        inspected[len(baseline) :][: len(requests)],
+        inspected[len(baseline) + len(requests) :],
+    )
     if args.asm:
         for x in new:
-            for found in x.outcome.kernels:
-                print(f"{x.call.op} {x.name} {found.anatomy.kernel}, > marks the main loop:")
-                print(*listing(found, args.asm), sep="\n")
+            for inspected in x.result.kernels:
+                print(f"{x.request.op} {x.name} {inspected.stats.kernel}, > marks the main loop:")
+                print(*assembly_listing(inspected, args.asm), sep="\n")
         return 0
-    print(f"{args.op} at {case} sizes: {spelled([x.sizes for x in calls])}")
+    print(f"{args.op} at {case} sizes: {format_sizes([x.sizes for x in requests])}")
     if any(x.rows for x in [*old, *new]):
-        print("", *table(old + new), "", *mixtures(old + new), sep="\n")
-    for line in (*refusals(old + new), *(compare(old, new, args.against) if old else ())):
+        print("", *kernel_table(old + new), "", *instruction_mix_table(old + new), sep="\n")
+    for line in (*refusal_lines(old + new), *(compare_calls(old, new, args.against) if old else ())):
         print(line)
     if unusable is not None and not (args.against or args.asm):
-        print("", *beside.table(new, dict(zip(rivals, theirs)), unusable), sep="\n")
+        print("", *beside.peer_table(new, dict(zip(peer_requests, inspected_peers)), unusable), sep="\n")
     stamp = rows.stamp(torch.device("cpu"))
     if args.json:
-        rows.write(args.json, (row | stamp for x in [*old, *new, *theirs] for row in x.rows))
+        rows.write(args.json, (row | stamp for x in [*old, *new, *inspected_peers] for row in x.rows))
     if args.out:
-        print("\n" + "\n".join(map(str, draw([row | stamp for x in [*old, *new] for row in x.rows], args.out))))
-    return int(not all(x.rows or x.outcome.unsupported for x in new))
+        print(
+            "\n" + "\n".join(map(str, plot_main_loops([row | stamp for x in [*old, *new] for row in x.rows], args.out)))
+        )
+    return int(not all(x.rows or x.result.unsupported for x in new))
 
 
 def is_commit(name: str) -> bool:
@@ -213,11 +242,11 @@ def is_commit(name: str) -> bool:
     return not subprocess.run(command, cwd=rows.ROOT, capture_output=True).returncode
 
 
-def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op")
     parser.add_argument("--impl", nargs="+", help="default: all of kernels/ that launch a Triton kernel")
-    parser.add_argument("--config", nargs="+", type=MANY, help="numbers of configs; default: all")
+    parser.add_argument("--config", nargs="+", type=COUNT_OR_ZERO, help="numbers of configs; default: all")
     parser.add_argument("--arch", nargs="+", default=["sm_90"], help=f"of {', '.join(TARGETS)}; default: sm_90")
     parser.add_argument("--case", help="a case of configs/bench/OP.toml, of which the first sizes are taken")
     parser.add_argument("--size", nargs="+", default=[], metavar="NAME=VALUE", help="other sizes, dtype among them")
@@ -226,7 +255,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
     parser.add_argument("--json", type=Path, help="append the rows to this file")
     parser.add_argument("--out", type=Path, help="a picture, as .png and .svg")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     args.arch = [name for text in args.arch for name in text.split(",")]
     if unknown := [name for name in args.arch if name not in TARGETS]:
         parser.error(f"--arch {', '.join(unknown)}: choose from {', '.join(TARGETS)}")
@@ -239,7 +268,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 @tool
 def main() -> int:
-    args = arguments()
+    args = parse_arguments()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # Triton's own keeps the places of whoever compiled first
         return run(args)

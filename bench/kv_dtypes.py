@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from vila_triton.cache.paged_cache import KV_DTYPES, PAGE_SIZE, PagedCache
-from vila_triton.chat.conversation import Talker
-from vila_triton.limits import COUNT, MANY, SEED
+from vila_triton.cache.paged_cache import DEFAULT_PAGE_SIZE, KV_DTYPES, PagedKVCache
+from vila_triton.chat.conversation import ChatModel
+from vila_triton.limits import COUNT, COUNT_OR_ZERO, SEED
 from vila_triton.models.config import LlamaConfig
 from vila_triton.paths import BUNDLED_CHECKPOINT
 
@@ -25,25 +25,25 @@ from ._tool import tool
 from .measure import model_configs, rows
 from .measure import prompts as questions
 
-BEFORE = "float16"
+BASELINE_DTYPE = "float16"
 
 
-def bytes_of_token(cfg: LlamaConfig, kv_dtype: str) -> float:
+def bytes_per_token(cfg: LlamaConfig, kv_dtype: str) -> float:
     """Bytes of a cached token's keys and values in all layers."""
-    return PagedCache(cfg, 1, kv_dtype=kv_dtype, device="meta").nbytes / PAGE_SIZE
+    return PagedKVCache(cfg, 1, kv_dtype=kv_dtype, device="meta").nbytes / DEFAULT_PAGE_SIZE
 
 
-def error(talker: Talker, kv_dtype: str, prompts: Sequence[questions.Prompt], steps: int) -> dict[str, Any]:
+def logits_error(talker: ChatModel, kv_dtype: str, prompts: Sequence[questions.Prompt], steps: int) -> dict[str, Any]:
     """What becomes of the decoded tokens' logits over all prompts, relative to those over float16 pages."""
-    before, now = [], []
+    baseline_logits, kv_logits = [], []
     for prompt in prompts:
-        talker.model.config.kv_dtype = BEFORE
-        logits, tokens, prefilled = shadow.run(talker, prompt, steps)
-        before.append(logits[prefilled:].float())
+        talker.model.config.kv_dtype = BASELINE_DTYPE
+        logits, tokens, prefilled = shadow.run_prompt(talker, prompt, steps)
+        baseline_logits.append(logits[prefilled:].float())
         talker.model.config.kv_dtype = kv_dtype
-        now.append(shadow.run(talker, prompt, steps, tokens)[0][prefilled:].float())
-    old, new = torch.cat(before), torch.cat(now)  # [t, v]
-    shift = shadow.shift(old, new, 0)
+        kv_logits.append(shadow.run_prompt(talker, prompt, steps, tokens)[0][prefilled:].float())
+    old, new = torch.cat(baseline_logits), torch.cat(kv_logits)  # [t, v]
+    shift = shadow.logit_shift(old, new, 0)
     return {
         "positions": len(old),
         "relative": ((new - old).norm() / old.norm()).item(),
@@ -57,30 +57,32 @@ def error(talker: Talker, kv_dtype: str, prompts: Sequence[questions.Prompt], st
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=BUNDLED_CHECKPOINT, help="a VILA folder to measure the error on")
-    parser.add_argument("--count", type=MANY, default=20, help="questions; 0: bytes only")
+    parser.add_argument("--count", type=COUNT_OR_ZERO, default=20, help="questions; 0: bytes only")
     parser.add_argument("--steps", type=COUNT, default=32, help="tokens of an answer at most")
     parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     args = parser.parse_args(argv)
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     print(f"{'bytes a cached token':24}{''.join(f'{name:>12}' for name in KV_DTYPES)}")
-    for model in model_configs.known():
-        taken = {name: bytes_of_token(model_configs.load(model).llm, name) for name in KV_DTYPES}
-        print(f"{model:24}{''.join(f'{n:12,.0f}' for n in taken.values())}")
-        found += [{"kind": "kv bytes", "model": model, "kv_dtype": name, "bytes": n} for name, n in taken.items()]
+    for model in model_configs.model_files():
+        token_bytes = {name: bytes_per_token(model_configs.load_model(model).llm, name) for name in KV_DTYPES}
+        print(f"{model:24}{''.join(f'{n:12,.0f}' for n in token_bytes.values())}")
+        results += [
+            {"kind": "kv bytes", "model": model, "kv_dtype": name, "bytes": n} for name, n in token_bytes.items()
+        ]
     if args.count:
-        prompts = questions.bundled(args.count, args.seed)
-        talker = Talker.from_pretrained(args.folder)
+        prompts = questions.bundled_prompts(args.count, args.seed)
+        talker = ChatModel.from_pretrained(args.folder)
         heads = ("positions", "logits off", "KL mean", "KL most", "flips")
-        print(f"\n{'against ' + BEFORE + ' pages':24}{''.join(f'{head:>12}' for head in heads)}")
+        print(f"\n{'against ' + BASELINE_DTYPE + ' pages':24}{''.join(f'{head:>12}' for head in heads)}")
         for name in KV_DTYPES:
-            row = error(talker, name, prompts, args.steps)
-            about = "".join(f"{row[key]:12.2e}" for key in ("relative", "divergence", "most"))
-            print(f"{name:24}{row['positions']:12}{about}{row['flips']:12}")
-            found.append({"kind": "kv error", "model": args.folder.name, "kv_dtype": name, "seed": args.seed, **row})
+            row = logits_error(talker, name, prompts, args.steps)
+            figures = "".join(f"{row[key]:12.2e}" for key in ("relative", "divergence", "most"))
+            print(f"{name:24}{row['positions']:12}{figures}{row['flips']:12}")
+            results.append({"kind": "kv error", "model": args.folder.name, "kv_dtype": name, "seed": args.seed, **row})
     if args.out:
         stamp = rows.stamp(torch.device("cpu") if not args.count else talker.model.device)
-        rows.write(args.out, [{**row, **stamp} for row in found])
+        rows.write(args.out, [{**row, **stamp} for row in results])
     return 0
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from vila_triton.checkpoints import random_checkpoint, size_report
-from vila_triton.checkpoints.loading import open_source
-from vila_triton.checkpoints.writing import write
-from vila_triton.console import bar
+from vila_triton.checkpoints.loading import open_checkpoint
+from vila_triton.checkpoints.writing import write_checkpoint
+from vila_triton.console import print_progress
 from vila_triton.limits import Limits
 
 from ._tool import tool
@@ -50,24 +50,32 @@ CASES = (
 )
 
 
-def smallest(size: float, group: int | None) -> dict[str, Any]:
+def smallest_model(min_bytes: float, group_size: int | None) -> dict[str, Any]:
     """VILA1.5-3b with as few layers as reach a size in bytes."""
-    found = random_checkpoint.table("vila1.5-3b")
-    for layers in range(1, found["llm"]["num_hidden_layers"] + 1):
-        less = random_checkpoint.narrowed(found, layers, 1)
-        if sum(map(size_report.nbytes, random_checkpoint.random_source(less, group=group).tensors.values())) >= size:
-            return less
-    raise ValueError(f"VILA1.5-3b is smaller than {size_report.size(size)}")
+    model_table = random_checkpoint.read_model_toml("vila1.5-3b")
+    for layers in range(1, model_table["llm"]["num_hidden_layers"] + 1):
+        candidate = random_checkpoint.scale_down(model_table, layers, 1)
+        if (
+            sum(
+                map(
+                    size_report.total_bytes,
+                    random_checkpoint.random_checkpoint(candidate, group_size=group_size).tensors.values(),
+                )
+            )
+            >= min_bytes
+        ):
+            return candidate
+    raise ValueError(f"VILA1.5-3b is smaller than {size_report.format_bytes(min_bytes)}")
 
 
-def measure(folder: Path, dtype: str, device: str) -> tuple[int, int]:
+def measure_loading(folder: Path, dtype: str, device: str) -> tuple[int, int]:
     """Peak bytes of loading, and bytes of the parameters."""
     command = [sys.executable, "-c", LOAD, str(folder), dtype, device]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=rows.ROOT)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    peak, held = map(int, done.stdout.split())
-    return peak, held
+    process = subprocess.run(command, capture_output=True, text=True, cwd=rows.ROOT)
+    if process.returncode:
+        raise RuntimeError(process.stderr.strip().splitlines()[-1])
+    peak, param_bytes = map(int, process.stdout.split())
+    return peak, param_bytes
 
 
 @tool
@@ -77,21 +85,23 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     print(f"{'on disk':>18}{'size':>10}{'loaded as':>12}{'parameters':>12}{'peak':>10}{'peak / size':>13}")
-    with tempfile.TemporaryDirectory() as place:
-        for form, dtype in CASES:
-            folder = Path(place) / form
+    with tempfile.TemporaryDirectory() as work_dir:
+        for layout, dtype in CASES:
+            folder = Path(work_dir) / layout
             if not folder.exists():
-                bar(f"writing {form}", last=True)
-                ours, group = Path(place) / "ours", None if form == "dense" else 128
-                if ours.exists():
-                    source = open_source(ours)
+                print_progress(f"writing {layout}", is_last=True)
+                native_folder, group_size = Path(work_dir) / "ours", None if layout == "dense" else 128
+                if native_folder.exists():
+                    source = open_checkpoint(native_folder)
                 else:
-                    source = random_checkpoint.random_source(smallest(args.gigabytes * 1e9, group), group=group)
-                write(source, folder, form, limit=int(args.gigabytes * 2e8), key=form)
+                    source = random_checkpoint.random_checkpoint(
+                        smallest_model(args.gigabytes * 1e9, group_size), group_size=group_size
+                    )
+                write_checkpoint(source, folder, layout, max_shard_bytes=int(args.gigabytes * 2e8), source_key=layout)
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in (".safetensors", ".pt"))
-            peak, held = measure(folder, dtype, args.device)
-            sizes = f"{size_report.size(size):>10}{dtype:>12}{size_report.size(held):>12}{size_report.size(peak):>10}"
-            print(f"{form:>18}{sizes}{peak / size:13.3f}", flush=True)
+            peak, param_bytes = measure_loading(folder, dtype, args.device)
+            sizes = f"{size_report.format_bytes(size):>10}{dtype:>12}{size_report.format_bytes(param_bytes):>12}{size_report.format_bytes(peak):>10}"
+            print(f"{layout:>18}{sizes}{peak / size:13.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,67 +25,91 @@ from typing import Any, TypeVar
 
 import torch
 
-from vila_triton.console import bar
+from vila_triton.console import print_progress
 from vila_triton.limits import COUNT
 from vila_triton.paths import config_dir
-from vila_triton.registry import checked
+from vila_triton.registry import validate_choices
 from vila_triton.registry.kernel_config import pick_device
 
 from . import roofline
 from ._tool import tool
-from .correctness.failure_report import refusal, release
+from .correctness.failure_report import refusal_reason, release_memory
 from .measure import model_configs, rows, step_cost
-from .measure.model_steps import Step, peak, steps, times, tokens
-from .measure.runners import HF, Ours, Runner, Theirs, build, chosen, wrong
-from .measure.timing import ceilings
+from .measure.model_steps import ModelStep, plan_steps, random_tokens, time_runners, try_peak_bytes
+from .measure.runners import (
+    HF,
+    HuggingFaceRunner,
+    Runner,
+    VilaTritonRunner,
+    build_model,
+    logits_error,
+    parse_kernel_choices,
+)
+from .measure.timing import measure_peaks
 
 WEIGHTS = ("float32", "float16", "bfloat16", "int4")
-T = TypeVar("T")
-GATE = 24  # tokens of the prompt whose logits are checked
+Result = TypeVar("Result")
+GATE_TOKENS = 24  # tokens of the prompt whose logits are checked
 
 
-def run(
-    name: str, runners: Sequence[Runner], todo: Sequence[Step], rounds: int, bandwidth: float, device: torch.device
+def time_steps(
+    name: str,
+    runners: Sequence[Runner],
+    steps: Sequence[ModelStep],
+    rounds: int,
+    bandwidth: float,
+    device: torch.device,
 ) -> Iterator[dict[str, Any]]:
     """A row for every step and runner. Ratios are seconds over those of Hugging Face's model of the same weights
     (`ratio_hf`), and over those of the first runner (`ratio_first`).
     """
-    here = rows.stamp(device)
-    hf = {runner.model.weights: i for i, runner in enumerate(runners) if isinstance(runner, Theirs)}
-    for step in todo:
-        bar(f"measuring {step}", last=True)
-        timed = step.what != "memory"
-        seconds = times(runners, step, rounds, device) if timed else []
+    stamp = rows.stamp(device)
+    hf_index = {
+        runner.model.weight_format: i for i, runner in enumerate(runners) if isinstance(runner, HuggingFaceRunner)
+    }
+    for step in steps:
+        print_progress(f"measuring {step}", is_last=True)
+        is_timed = step.kind != "memory"
+        seconds = time_runners(runners, step, rounds, device) if is_timed else []
         for i, runner in enumerate(runners):
             model = runner.model
-            about = {"what": step.what, **described(name, runner), **step.about}
-            found = seconds[i] if timed else peak(runner, step, device)
-            if isinstance(found, str):
-                yield {"kind": "refused", **about, "reason": found, **here}
+            labels = {"what": step.kind, **runner_labels(name, runner), **step.labels}
+            result = seconds[i] if is_timed else try_peak_bytes(runner, step, device)
+            if isinstance(result, str):
+                yield {"kind": "refused", **labels, "reason": result, **stamp}
                 continue
-            if isinstance(found, int):
-                yield {"kind": "model", **about, "peak_bytes": found, **here}
+            if isinstance(result, int):
+                yield {"kind": "model", **labels, "peak_bytes": result, **stamp}
                 continue
-            least = step_cost.language(runner.reads, step.batch, step.new, step.history, model.dtype)
-            middle = statistics.median(found)
+            cost = step_cost.language_cost(
+                runner.weight_config, step.batch, step.new_tokens, step.cached_tokens, model.dtype
+            )
+            median = statistics.median(result)
             figures = {
-                "seconds": middle, "low": min(found), "high": max(found), "rounds": rounds,
-                "tokens_per_s": step.batch * step.new / middle, "limit_seconds": least.bytes / bandwidth,
+                "seconds": median, "low": min(result), "high": max(result), "rounds": rounds,
+                "tokens_per_s": step.batch * step.new_tokens / median, "limit_seconds": cost.bytes / bandwidth,
             }  # fmt: skip
-            beside = {"ratio_first": seconds[0], "ratio_hf": seconds[hf[model.weights]] if model.weights in hf else ""}
-            figures |= {key: ratio(found, other) for key, other in beside.items() if not isinstance(other, str)}
-            yield {"kind": "model", **about, **figures, **here}
+            baselines = {
+                "ratio_first": seconds[0],
+                "ratio_hf": seconds[hf_index[model.weight_format]] if model.weight_format in hf_index else "",
+            }
+            figures |= {
+                key: median_ratio(result, baseline)
+                for key, baseline in baselines.items()
+                if not isinstance(baseline, str)
+            }
+            yield {"kind": "model", **labels, **figures, **stamp}
 
 
-def described(name: str, runner: Runner) -> dict[str, Any]:
+def runner_labels(name: str, runner: Runner) -> dict[str, Any]:
     """What a row says of a runner."""
     model, dtype = runner.model, str(runner.model.dtype).removeprefix("torch.")
-    about = {"model": name, "layers": model.cfg.num_hidden_layers}
-    return {**about, "weights": model.weights, "dtype": dtype, "choice": runner.name}
+    labels = {"model": name, "layers": model.cfg.num_hidden_layers}
+    return {**labels, "weights": model.weight_format, "dtype": dtype, "choice": runner.name}
 
 
-def ratio(mine: Sequence[float], other: Sequence[float]) -> float:
-    return statistics.median(a / b for a, b in zip(mine, other, strict=True))
+def median_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(seconds, baseline, strict=True))
 
 
 HEAD = (
@@ -93,7 +117,7 @@ HEAD = (
 )
 
 
-def show(row: Mapping[str, Any]) -> str:
+def format_row(row: Mapping[str, Any]) -> str:
     """One line of the table."""
     label = f"  {row['weights']} {row['choice']}"
     if row["kind"] == "refused":
@@ -106,104 +130,112 @@ def show(row: Mapping[str, Any]) -> str:
     return f"{label:36.36}{ms}{row['tokens_per_s']:10.1f}{limit}{''.join(ratios)}"
 
 
-def published(model: str) -> Iterator[str]:
+def published_lines(model: str) -> Iterator[str]:
     """What others published for TinyChat on the same language model, a line for each machine and precision."""
     table = tomllib.loads((config_dir() / "bench" / "tinychat.toml").read_text())
     lines: dict[str, list[str]] = {}
-    for what, length in (("prefill", "length"), ("streaming", "history"), ("decode", None)):
-        for row in table[what]:
+    for step_kind, length in (("prefill", "length"), ("streaming", "history"), ("decode", None)):
+        for row in table[step_kind]:
             if row["model"] == model:
                 per_token = row["ms_per_token"] if "ms_per_token" in row else 1e3 / row.get("tokens_per_s", 1)
                 ms = row["seconds"] * 1e3 if "seconds" in row else per_token
-                at = f"{row[length]}: " if length else ""
-                head = f"  {row['gpu']:6}{row['precision']:9}{row['published']:20}{what:10}"
-                lines.setdefault(head, []).append(f"{at}{ms:.4g}")
+                length_label = f"{row[length]}: " if length else ""
+                head = f"  {row['gpu']:6}{row['precision']:9}{row['published']:20}{step_kind:10}"
+                lines.setdefault(head, []).append(f"{length_label}{ms:.4g}")
     if lines:
         yield f"not measured here, for context: ms as published, all layers, batch 1 ({table['source']})"
-        yield from (head + ", ".join(found) for head, found in lines.items())
+        yield from (head + ", ".join(times) for head, times in lines.items())
 
 
-def attempt(do: Callable[[], T], device: torch.device) -> T | str:
+def attempt(action: Callable[[], Result], device: torch.device) -> Result | str:
     """What it returns, or why it failed: one kind of weights or one runner may, in any way, and the others go on."""
     try:
-        return do()
+        return action()
     except Exception as error:
-        reason = refusal(error)
-    release(device)
+        reason = refusal_reason(error)
+    release_memory(device)
     return reason
 
 
-def concerns_all(choice: str) -> bool:
+def applies_without_int4(choice: str) -> bool:
     """Whether a choice says anything to a model without int4 weights."""
-    return {name.startswith("int4_") for name in chosen(choice)} != {True}
+    return {name.startswith("int4_") for name in parse_kernel_choices(choice)} != {True}
 
 
-def numbers(text: str) -> list[int]:
+def parse_lengths(text: str) -> list[int]:
     """16,64 -> [16, 64]; nothing stands for none."""
     return [COUNT(part) for part in text.split(",") if part]
 
 
-def compare(args: argparse.Namespace) -> int:
+def time_models(args: argparse.Namespace) -> int:
     """Build, check, time, print and write; 1 if something got no time."""
     device = pick_device(args.device)
-    shape = model_configs.load(args.model, args.layers)
-    todo = list(steps(args.prompts, args.histories, args.batches, args.contexts))
+    config = model_configs.load_model(args.model, args.layers)
+    planned_steps = list(plan_steps(args.prompts, args.histories, args.batches, args.contexts))
     unknown = [w for w in args.weights.split(",") if w not in WEIGHTS]
     if unknown:
         raise ValueError(f"no weights {', '.join(unknown)}; there are: {', '.join(WEIGHTS)}")
-    if not todo:
+    if not planned_steps:
         raise ValueError("nothing to time: --prompts, --histories and --contexts are empty")
-    longest = max(step.history + step.new for step in todo)
-    if longest > shape.llm.max_position_embeddings:
-        raise ValueError(f"{longest} tokens, but {shape.name} was made for {shape.llm.max_position_embeddings}")
+    longest = max(step.cached_tokens + step.new_tokens for step in planned_steps)
+    if longest > config.llm.max_position_embeddings:
+        raise ValueError(f"{longest} tokens, but {config.name} was made for {config.llm.max_position_embeddings}")
     for choice in args.choice:
-        checked(chosen(choice))
-    most, here = ceilings(device, ()), rows.stamp(device)
-    print(f"{shape.name}, {shape.llm.num_hidden_layers} layers, {here['device']}, {most.bandwidth / 1e9:.1f} GB/s")
-    refused = 0
+        validate_choices(parse_kernel_choices(choice))
+    peaks, stamp = measure_peaks(device, ()), rows.stamp(device)
+    print(f"{config.name}, {config.llm.num_hidden_layers} layers, {stamp['device']}, {peaks.bandwidth / 1e9:.1f} GB/s")
+    num_refused = 0
 
     def refuse(about: Mapping[str, Any], reason: str) -> None:
-        nonlocal refused
-        refused += 1
+        nonlocal num_refused
+        num_refused += 1
         print(f"  {about['weights']} {about['choice']}: no time, {reason}", flush=True)
         if args.out:
-            rows.write(args.out, [{"kind": "refused", **about, "reason": reason, **here}])
+            rows.write(args.out, [{"kind": "refused", **about, "reason": reason, **stamp}])
 
     runners: list[Runner] = []
     for weights in args.weights.split(","):
-        bar(f"building {weights}", last=True)
-        model = attempt(partial(build, shape.llm, weights, device), device)
+        print_progress(f"building {weights}", is_last=True)
+        model = attempt(partial(build_model, config.llm, weights, device), device)
         if isinstance(model, str):
-            about = {"what": "build", "model": args.model, "layers": shape.llm.num_hidden_layers, "choice": "all"}
+            about = {"what": "build", "model": args.model, "layers": config.llm.num_hidden_layers, "choice": "all"}
             refuse({**about, "weights": weights}, model)
             continue
-        runners += [Ours(model, choice) for choice in args.choice if weights == "int4" or concerns_all(choice)]
+        runners += [
+            VilaTritonRunner(model, choice)
+            for choice in args.choice
+            if weights == "int4" or applies_without_int4(choice)
+        ]
         if args.against == "hf":
-            theirs = attempt(partial(Theirs, model), device)
-            if isinstance(theirs, str):
-                refuse({"what": "build", "model": args.model, "weights": weights, "choice": HF}, theirs)
+            hf_runner = attempt(partial(HuggingFaceRunner, model), device)
+            if isinstance(hf_runner, str):
+                refuse({"what": "build", "model": args.model, "weights": weights, "choice": HF}, hf_runner)
             else:
-                runners.append(theirs)
-    right: list[Runner] = []
+                runners.append(hf_runner)
+    correct_runners: list[Runner] = []
     for runner in runners:
-        reason = attempt(partial(wrong, runner, tokens(runner, 1, GATE)[0]), device)
+        reason = attempt(partial(logits_error, runner, random_tokens(runner, 1, GATE_TOKENS)[0]), device)
         if reason is None:
-            right.append(runner)
+            correct_runners.append(runner)
         else:
-            refuse({"what": "logits", **described(args.model, runner)}, reason)
+            refuse({"what": "logits", **runner_labels(args.model, runner)}, reason)
     print(HEAD)
     last = None
-    for row in run(args.model, right, todo, args.rounds, most.bandwidth, device) if right else ():
+    for row in (
+        time_steps(args.model, correct_runners, planned_steps, args.rounds, peaks.bandwidth, device)
+        if correct_runners
+        else ()
+    ):
         step = ", ".join(f"{name} {row[name]}" for name in ("batch", "prompt", "history", "context") if name in row)
         if (row["what"], step) != last:
             last = row["what"], step
             print(f"\n{row['what']}: {step}")
-        print(show(row), flush=True)
-        refused += row["kind"] == "refused"
+        print(format_row(row), flush=True)
+        num_refused += row["kind"] == "refused"
         if args.out:
             rows.write(args.out, [row])
-    print("", *published(args.model), sep="\n")
-    return int(refused > 0)
+    print("", *published_lines(args.model), sep="\n")
+    return int(num_refused > 0)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -213,10 +245,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", default="float32,int4", help=f"of {', '.join(WEIGHTS)}, with commas")
     help_choice = "default, reference or OP=NAME,OP=NAME; may be repeated"
     parser.add_argument("--choice", action="append", default=[], metavar="CHOICE", help=help_choice)
-    parser.add_argument("--prompts", type=numbers, default=[128, 512], help="lengths, with commas")
-    parser.add_argument("--histories", type=numbers, default=[16, 64, 256], help="cached tokens before a question")
-    parser.add_argument("--batches", type=numbers, default=[1], help="sequences that decode together")
-    parser.add_argument("--contexts", type=numbers, default=[128, 512], help="tokens a new token attends to")
+    parser.add_argument("--prompts", type=parse_lengths, default=[128, 512], help="lengths, with commas")
+    parser.add_argument(
+        "--histories", type=parse_lengths, default=[16, 64, 256], help="cached tokens before a question"
+    )
+    parser.add_argument("--batches", type=parse_lengths, default=[1], help="sequences that decode together")
+    parser.add_argument("--contexts", type=parse_lengths, default=[128, 512], help="tokens a new token attends to")
     parser.add_argument("--against", choices=("hf", "none"), default="hf", help=HF)
     parser.add_argument("--rounds", type=COUNT, default=7)
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
@@ -229,12 +263,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.predict:
-        others = [name for name, value in vars(args).items() if value != parser().get_default(name)]
-        if ignored := [f"--{name}" for name in others if name not in ("predict", "model")]:
+        changed = [name for name, value in vars(args).items() if value != parser().get_default(name)]
+        if ignored := [f"--{name}" for name in changed if name not in ("predict", "model")]:
             parser().error(f"--predict takes --model and nothing else, not {', '.join(ignored)}")
         return roofline.main(["--gpu", args.predict, "--model", args.model])
     args.choice = args.choice or ["default"]
-    return compare(args)
+    return time_models(args)
 
 
 if __name__ == "__main__":

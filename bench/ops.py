@@ -29,141 +29,147 @@ if not torch.cuda.is_available():
 from vila_triton.limits import POSITIVE
 from vila_triton.ops.dtypes import DTYPES
 from vila_triton.registry import OPS, REFERENCE, Impl
-from vila_triton.registry.interpreter import holds_kernels
+from vila_triton.registry.interpreter import uses_triton_kernels
 from vila_triton.registry.kernel_config import pick_device
-from vila_triton.registry.tuned_tables import config_at, kernels_for, name_of
+from vila_triton.registry.tuned_tables import default_choices_for, gpu_name, tuned_config_at
 
 from ._tool import tool
-from .correctness.failure_report import refusal, release
-from .correctness.gate import gate, numbers_gate
+from .correctness.failure_report import refusal_reason, release_memory
+from .correctness.gate import case_error_gate, gate
 from .measure import rows
-from .measure.cases import Case, call_arguments, cases, names
-from .measure.format import brief, unit
-from .measure.timing import Ceilings, Timing, ceilings, measure
+from .measure.cases import Case, cases, op_names, random_arguments
+from .measure.format import format_config, format_seconds
+from .measure.timing import MachinePeaks, Timing, measure_peaks, time_call
 
 Gate = Callable[[Impl, Mapping[str, Any], Case], str | None]
-GATES: dict[str, Gate] = {"full": gate, "case": numbers_gate}
+GATES: dict[str, Gate] = {"full": gate, "case": case_error_gate}
 IMPOSSIBLE = "impossible"
 CPU_FLOPS = 2 * 10**9  # a case with more is left out on a CPU unless it is asked for by name
 
 
-def cost_of(case: Case, args: Sequence[Any]) -> tuple[float, float]:
+def mean_cost(case: Case, args: Sequence[Any]) -> tuple[float, float]:
     """(flops, bytes moved at least once) of a call: where sequences are of any length up to t, their mean counts."""
-    names = inspect.signature(OPS[case.op].reference).parameters
-    lengths = dict(zip(names, args)).get("lengths")
+    parameters = inspect.signature(OPS[case.op].reference).parameters
+    lengths = dict(zip(parameters, args)).get("lengths")
     if lengths is None:
         return case.cost
     return OPS[case.op].cost(**{**case.sizes, "t": lengths.double().mean().item()})
 
 
-def rates(cost: tuple[float, float], case: Case, timing: Timing, most: Ceilings) -> dict[str, float]:
+def rates(cost: tuple[float, float], case: Case, timing: Timing, peaks: MachinePeaks) -> dict[str, float]:
     """Work and traffic of one call, and the rates as shares of the ceilings."""
     flops, size = cost
-    at_best = most.flops[case.sizes.get("dtype", "float32")]
+    peak_flops = peaks.flops[case.sizes.get("dtype", "float32")]
     return {
         "flops": flops,
         "bytes": size,
-        "flops_share": flops / timing.seconds / at_best,
-        "bytes_share": size / timing.seconds / most.bandwidth,
+        "flops_share": flops / timing.seconds / peak_flops,
+        "bytes_share": size / timing.seconds / peaks.bandwidth,
     }
 
 
-def impossible(row: Mapping[str, Any], most: Ceilings) -> str | None:
+def impossible_reason(row: Mapping[str, Any], peaks: MachinePeaks) -> str | None:
     """Why a time cannot be that of the whole work: it is above a ceiling by more than the noise, though the cache is
     cold. The highest rate of any dtype counts, since half precision may be computed in float32.
     """
     if not row["cold"]:
         return None
-    best = max(most.flops.values())
+    peak_flops = max(peaks.flops.values())
     shares = {
-        f"the bandwidth of {most.bandwidth / 1e9:.1f} GB/s": row["bytes"] / row["seconds"] / most.bandwidth,
-        f"the product's {best / 1e12:.3g} TFLOP/s": row["flops"] / row["seconds"] / best,
+        f"the bandwidth of {peaks.bandwidth / 1e9:.1f} GB/s": row["bytes"] / row["seconds"] / peaks.bandwidth,
+        f"the product's {peak_flops / 1e12:.3g} TFLOP/s": row["flops"] / row["seconds"] / peak_flops,
     }
-    above = [f"{share:.0%} of {name}" for name, share in shares.items() if share > 1 + row["noise"]]
-    return f"{IMPOSSIBLE}: {' and '.join(above)} with a cold cache, so not all was computed or read" if above else None
+    exceeded = [f"{share:.0%} of {name}" for name, share in shares.items() if share > 1 + row["noise"]]
+    return (
+        f"{IMPOSSIBLE}: {' and '.join(exceeded)} with a cold cache, so not all was computed or read"
+        if exceeded
+        else None
+    )
 
 
 def is_peer(impl: Impl) -> bool:
     return impl.fn.__module__.startswith("bench.peers")
 
 
-def served(case: Case, device: torch.device) -> tuple[str, Mapping[str, Any]]:
+def default_impl(case: Case, device: torch.device) -> tuple[str, Mapping[str, Any]]:
     """The implementation and the config that a call of these sizes runs by default."""
     op = OPS[case.op]
-    choice = kernels_for(device, "decode").get(op.name, REFERENCE)
-    name = choice if isinstance(choice, str) else choice.at(case.sizes[op.varying[0]])
-    table = name_of(device)
-    tuned = config_at(op.impls[name], table, tuple(case.sizes.items())) if table else None
+    choice = default_choices_for(device, "decode").get(op.name, REFERENCE)
+    name = choice if isinstance(choice, str) else choice.lookup(case.sizes[op.dynamic_sizes[0]])
+    table = gpu_name(device)
+    tuned = tuned_config_at(op.impls[name], table, tuple(case.sizes.items())) if table else None
     return name, tuned if tuned is not None else op.impls[name].configs[0]
 
 
-def wanted(case: Case, impls: Sequence[str], every: bool, by_default: tuple | None) -> Iterator[tuple[Impl, Any]]:
+def select_impls(
+    case: Case, impls: Sequence[str], all_configs: bool, default: tuple | None
+) -> Iterator[tuple[Impl, Any]]:
     """Implementations and configs to time: by name, or all; the one that runs by default comes first."""
-    if by_default:
-        yield OPS[case.op].impls[by_default[0]], by_default[1]
+    if default:
+        yield OPS[case.op].impls[default[0]], default[1]
     for impl in OPS[case.op].impls.values():
-        if impl.name in impls or not (impls or by_default):
-            for config in impl.configs if every else impl.configs[:1]:
-                if (impl.name, config) != by_default:
+        if impl.name in impls or not (impls or default):
+            for config in impl.configs if all_configs else impl.configs[:1]:
+                if (impl.name, config) != default:
                     yield impl, config
 
 
-def timed(
+def time_impl(
     impl: Impl, config: Mapping[str, Any], case: Case, device: torch.device, budget: float, check: Gate = gate
 ) -> tuple[Timing, tuple[float, float]] | str:
     """The time of a call and its cost, or why it gets none."""
     if reason := check(impl, config, case):
         return reason
-    if device.type == "cpu" and (holds_kernels(impl) or (is_peer(impl) and impl.name != "dense")):
+    if device.type == "cpu" and (uses_triton_kernels(impl) or (is_peer(impl) and impl.name != "dense")):
         return "the gate is green, but a time in the interpreter says nothing"
     try:
-        args = call_arguments(case, device)
-        return measure(lambda *args: impl(*args, config=config), args, device, budget), cost_of(case, args)
+        args = random_arguments(case, device)
+        return time_call(lambda *args: impl(*args, config=config), args, device, budget), mean_cost(case, args)
     except Exception as error:  # whatever is wrong with one, memory that is not there included, the others go on
-        return refusal(error)
+        return refusal_reason(error)
 
 
-def run(
-    chosen: Sequence[Case],
+def time_cases(
+    selected: Sequence[Case],
     impls: Sequence[str],
-    every: bool,
+    all_configs: bool,
     device: torch.device,
-    most: Ceilings,
+    peaks: MachinePeaks,
     budget: float,
     check: Gate = gate,
-    default: bool = False,
-    ungated: Sequence[str] = (),
+    include_default: bool = False,
+    skip_gate: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """A row for every case, implementation and config (the first, or `every`), as soon as it is known."""
-    here = rows.stamp(device)
-    for case in chosen:
-        by_default = served(case, device) if default else None
-        for number, (impl, config) in enumerate(wanted(case, impls, every, by_default)):
-            about = {"op": case.op, "impl": impl.name, "case": case.name, "sizes": dict(case.sizes)}
-            gated = not (is_peer(impl) and impl.name in ungated)
-            about |= {"config": dict(config), "served": default and not number, "gated": gated}
-            found = timed(impl, config, case, device, budget, check if gated else lambda *_: None)
-            if isinstance(found, str):
-                yield {"kind": "refused", **about, "reason": found, **here}
-                release(device)
+    stamp = rows.stamp(device)
+    for case in selected:
+        default = default_impl(case, device) if include_default else None
+        for number, (impl, config) in enumerate(select_impls(case, impls, all_configs, default)):
+            labels = {"op": case.op, "impl": impl.name, "case": case.name, "sizes": dict(case.sizes)}
+            gated = not (is_peer(impl) and impl.name in skip_gate)
+            labels |= {"config": dict(config), "served": include_default and not number, "gated": gated}
+            result = time_impl(impl, config, case, device, budget, check if gated else lambda *_: None)
+            if isinstance(result, str):
+                yield {"kind": "refused", **labels, "reason": result, **stamp}
+                release_memory(device)
             else:
-                timing, cost = found
+                timing, cost = result
                 extra = {"noise": timing.noise, "peer": is_peer(impl)}
-                row = {"kind": "op", **about, **asdict(timing), **extra, **rates(cost, case, timing, most), **here}
-                reason = impossible(row, most)
-                yield {"kind": "refused", **about, "reason": reason, **here} if reason else row
+                row = {"kind": "op", **labels, **asdict(timing), **extra, **rates(cost, case, timing, peaks), **stamp}
+                reason = impossible_reason(row, peaks)
+                yield {"kind": "refused", **labels, "reason": reason, **stamp} if reason else row
 
 
 HEAD = f"{'':36}{'time':>11}{'spread':>8}{'noise':>7}{'GB/s':>9}{'share':>7}{'TFLOP/s':>10}{'share':>7}  x ref"
 
 
-def show(row: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
+def format_row(row: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
     """One line of the table."""
-    name = f"{'* ' if row['served'] else '  '}{row['impl']} {brief(row['config'])}"
+    name = f"{'* ' if row['served'] else '  '}{row['impl']} {format_config(row['config'])}"
     if row["kind"] == "refused":
         return f"{name:36.36}  no time: {row['reason']}"
     seconds = row["seconds"]
-    faster = f"{reference['seconds'] / seconds:6.2f}" if reference else f"{'-':>6}"
+    speedup = f"{reference['seconds'] / seconds:6.2f}" if reference else f"{'-':>6}"
     spread = (row["high"] - row["low"]) / seconds
     marks = (
         ("" if row["gated"] else "  not gated")
@@ -171,18 +177,20 @@ def show(row: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
         + ("  no graph" if torch.cuda.is_available() > row["graph"] else "")
     )
     return (
-        f"{name:36.36}{unit(seconds)}{spread:8.1%}{row['noise']:7.1%}{row['bytes'] / seconds / 1e9:9.1f}"
-        f"{row['bytes_share']:7.1%}{row['flops'] / seconds / 1e12:10.3g}{row['flops_share']:7.1%}{faster}{marks}"
+        f"{name:36.36}{format_seconds(seconds)}{spread:8.1%}{row['noise']:7.1%}{row['bytes'] / seconds / 1e9:9.1f}"
+        f"{row['bytes_share']:7.1%}{row['flops'] / seconds / 1e12:10.3g}{row['flops_share']:7.1%}{speedup}{marks}"
     )
 
 
-def select(ops: Sequence[str], only: str | None, dtype: str, device: torch.device) -> list[Case]:
+def select_cases(ops: Sequence[str], case_name: str | None, dtype: str, device: torch.device) -> list[Case]:
     """The cases to run; those too large for a CPU are left out with a word unless named."""
-    found = [case for op in ops for case in cases(op, only)]
-    found = [replace(c, sizes={**c.sizes, "dtype": dtype}) if "dtype" in c.sizes else c for c in found]
-    fits = [c for c in found if only or device.type == "cuda" or c.cost[0] <= CPU_FLOPS]
-    if len(fits) < len(found):
-        print(f"left out on a CPU: {len(found) - len(fits)} cases of more than {CPU_FLOPS:.0e} flops; --case runs them")
+    candidates = [case for op in ops for case in cases(op, case_name)]
+    candidates = [replace(c, sizes={**c.sizes, "dtype": dtype}) if "dtype" in c.sizes else c for c in candidates]
+    fits = [c for c in candidates if case_name or device.type == "cuda" or c.cost[0] <= CPU_FLOPS]
+    if len(fits) < len(candidates):
+        print(
+            f"left out on a CPU: {len(candidates) - len(fits)} cases of more than {CPU_FLOPS:.0e} flops; --case runs them"
+        )
     return fits
 
 
@@ -207,44 +215,48 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = parser().parse_args()
     device = pick_device(args.device)
-    known = names()
-    from .peers import dense, discover, sdpa  # noqa: F401 (dense, sdpa: torch itself, always there)
-    from .peers import names as peer_names
+    all_ops = op_names()
+    from .peers import dense, discover_peers, sdpa  # noqa: F401 (dense, sdpa: torch itself, always there)
+    from .peers import peer_names as peer_names
 
     if args.peers:
-        for peer, reason in discover().items():
+        for peer, reason in discover_peers().items():
             print(f"peer {peer}: not here: {reason}")
     dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
-    chosen = select(args.ops or known, args.case, dtype, device)
-    there = {name for case in chosen for name in OPS[case.op].impls}
-    if unknown := set(args.impl) - there - ({*peer_names(), "gemlite_float32"} if args.peers else set()):
-        raise ValueError(f"no implementation {', '.join(sorted(unknown))}; there are: {', '.join(sorted(there))}")
-    return int(report(chosen, args, device))
+    selected = select_cases(args.ops or all_ops, args.case, dtype, device)
+    available = {name for case in selected for name in OPS[case.op].impls}
+    if unknown := set(args.impl) - available - ({*peer_names(), "gemlite_float32"} if args.peers else set()):
+        raise ValueError(f"no implementation {', '.join(sorted(unknown))}; there are: {', '.join(sorted(available))}")
+    return int(run_and_print(selected, args, device))
 
 
-def report(chosen: Sequence[Case], args: argparse.Namespace, device: torch.device) -> bool:
+def run_and_print(selected: Sequence[Case], args: argparse.Namespace, device: torch.device) -> bool:
     """Measure, print and write; whether a figure was impossible."""
-    dtypes = sorted({case.sizes.get("dtype", "float32") for case in chosen})
-    most, here = ceilings(device, dtypes), rows.stamp(device)
-    products = ", ".join(f"{name} {flops / 1e12:.3g} TFLOP/s" for name, flops in most.flops.items())
-    print(f"{here['device']} | torch {here['torch']} | triton {here['triton']} | {here['commit']} | {here['date']}")
-    print(f"ceilings, measured now: {most.bandwidth / 1e9:.1f} GB/s, {products}\n{HEAD}")
+    dtypes = sorted({case.sizes.get("dtype", "float32") for case in selected})
+    peaks, stamp = measure_peaks(device, dtypes), rows.stamp(device)
+    products = ", ".join(f"{name} {flops / 1e12:.3g} TFLOP/s" for name, flops in peaks.flops.items())
+    print(
+        f"{stamp['device']} | torch {stamp['torch']} | triton {stamp['triton']} | {stamp['commit']} | {stamp['date']}"
+    )
+    print(f"ceilings, measured now: {peaks.bandwidth / 1e9:.1f} GB/s, {products}\n{HEAD}")
     if args.out:
-        rows.write(args.out, [{"kind": "ceiling", **asdict(most), **here}])
-    last, reference, beyond = None, None, False
-    for number, case in enumerate(chosen, 1):
-        every, check = args.configs == "all", GATES[args.gate]
-        for row in run([case], args.impl, every, device, most, args.budget, check, args.served, args.ungated):
+        rows.write(args.out, [{"kind": "ceiling", **asdict(peaks), **stamp}])
+    last, reference, any_impossible = None, None, False
+    for number, case in enumerate(selected, 1):
+        all_configs, check = args.configs == "all", GATES[args.gate]
+        for row in time_cases(
+            [case], args.impl, all_configs, device, peaks, args.budget, check, args.served, args.ungated
+        ):
             if last is not case:
-                print(f"{case}   [{number} of {len(chosen)}]")
+                print(f"{case}   [{number} of {len(selected)}]")
                 last, reference = case, None
             if row["kind"] == "op" and row["impl"] == REFERENCE:
                 reference = row
-            print(show(row, reference), flush=True)
-            beyond |= row.get("reason", "").startswith(IMPOSSIBLE)
+            print(format_row(row, reference), flush=True)
+            any_impossible |= row.get("reason", "").startswith(IMPOSSIBLE)
             if args.out:
                 rows.write(args.out, [row])
-    return beyond
+    return any_impossible
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vila_triton.arguments import choices
-from vila_triton.cache.paged_cache import PagedCache
+from vila_triton.arguments import parse_kernel_settings
+from vila_triton.cache.paged_cache import PagedKVCache
 from vila_triton.engine import engine
-from vila_triton.limits import COUNT, MANY
+from vila_triton.limits import COUNT, COUNT_OR_ZERO
 from vila_triton.models import params, vila
 from vila_triton.models.config import VilaConfig
-from vila_triton.ops import leaves
+from vila_triton.ops import page_tensors
 from vila_triton.registry import use
 from vila_triton.registry.kernel_config import pick_device
 from vila_triton.tiny.config import CONFIG
@@ -35,53 +35,53 @@ from ._tool import tool
 from .measure import rows
 
 
-class Peak(TorchDispatchMode):
+class PeakMemory(TorchDispatchMode):
     """The most bytes that tensors made inside the `with` held at once, each storage counted once.
 
     `known`: tensors from before, which do not count, nor do views of them.
     """
 
-    def __init__(self, known: Sequence[Tensor]) -> None:
+    def __init__(self, existing: Sequence[Tensor]) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self.seen = {x.untyped_storage()._cdata for x in known}
+        self.live_bytes = self.peak_bytes = 0
+        self.known_storages = {x.untyped_storage()._cdata for x in existing}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, Tensor) and not x.is_meta and x.untyped_storage()._cdata not in self.seen:
+            if isinstance(x, Tensor) and not x.is_meta and x.untyped_storage()._cdata not in self.known_storages:
                 self.add(x.untyped_storage())
         return out
 
     def add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        self.seen.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        self.known_storages.add(key)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         weakref.finalize(storage, self.drop, key, size)
 
     def drop(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.live -= size
+        self.known_storages.discard(key)
+        self.live_bytes -= size
 
 
 @torch.inference_mode()
-def measure(p: vila.Vila, cfg: VilaConfig, length: int, chunk: int, device: torch.device) -> tuple[int, int]:
+def measure_prefill(p: vila.Vila, cfg: VilaConfig, length: int, chunk: int, device: torch.device) -> tuple[int, int]:
     """Bytes of the cache and peak bytes of everything else for a prompt of `length` tokens."""
-    cache = PagedCache(cfg.llm, 0, device=device)
-    cache.table.alloc()
-    cache.reserve({0: length})
-    row = torch.arange(length, device=device) % cfg.llm.vocab_size
-    with Peak([*params.leaves(p), *leaves(cache.k_pages), *leaves(cache.v_pages), row]) as peak:
-        engine.advance(p, {0: row}, cfg, cache, chunk=chunk or None)
-    return cache.nbytes, peak.peak
+    cache = PagedKVCache(cfg.llm, 0, device=device)
+    cache.allocator.add_sequence()
+    cache.ensure_capacity({0: length})
+    ids = torch.arange(length, device=device) % cfg.llm.vocab_size
+    with PeakMemory([*params.leaves(p), *page_tensors(cache.k_pages), *page_tensors(cache.v_pages), ids]) as peak:
+        engine.extend(p, {0: ids}, cfg, cache, chunk_size=chunk or None)
+    return cache.nbytes, peak.peak_bytes
 
 
 @tool
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=COUNT, nargs="+", default=[512, 1024, 2048, 4096])
-    parser.add_argument("--chunks", type=MANY, nargs="+", default=[0, 128], help="0 is one pass")
+    parser.add_argument("--chunks", type=COUNT_OR_ZERO, nargs="+", default=[0, 128], help="0 is one pass")
     parser.add_argument("--layers", type=COUNT, default=CONFIG.llm.num_hidden_layers)
     parser.add_argument("--device")
     parser.add_argument("--set", action="append", default=[], metavar="kernels.OP=NAME")
@@ -89,20 +89,20 @@ def main() -> None:
     args = parser.parse_args()
     device = pick_device(args.device)
     cfg = replace(CONFIG, llm=replace(CONFIG.llm, num_hidden_layers=args.layers))
-    specs = vila.declare(cfg, torch.float16)
-    p = params.tree_map(lambda x: x.to(device), params.init(specs, torch.Generator().manual_seed(0)))
+    specs = vila.param_specs(cfg, torch.float16)
+    p = params.tree_map(lambda x: x.to(device), params.init_tree(specs, torch.Generator().manual_seed(0)))
     heads = "".join(f"{f'chunks of {chunk}' if chunk else 'one pass':>16}" for chunk in args.chunks)
     print(f"{'tokens':>8}{'cache':>12}{heads}   (KiB, {args.layers} layers)")
-    with use(**choices(args.set)):
+    with use(**parse_kernel_settings(args.set)):
         for length in args.lengths:
-            found = {chunk: measure(p, cfg, length, chunk, device) for chunk in args.chunks}
-            peaks = "".join(f"{peak / 1024:16.0f}" for _, peak in found.values())
-            print(f"{length:8}{found[args.chunks[0]][0] / 1024:12.0f}{peaks}", flush=True)
-            about = {"kind": "memory", "choice": " ".join(args.set) or "default", "layers": args.layers}
+            results = {chunk: measure_prefill(p, cfg, length, chunk, device) for chunk in args.chunks}
+            peaks = "".join(f"{peak / 1024:16.0f}" for _, peak in results.values())
+            print(f"{length:8}{results[args.chunks[0]][0] / 1024:12.0f}{peaks}", flush=True)
+            labels = {"kind": "memory", "choice": " ".join(args.set) or "default", "layers": args.layers}
             if args.out:
-                here = rows.stamp(device)
-                sizes = ({"length": length, "chunk": n, "cache": cache, "peak": m} for n, (cache, m) in found.items())
-                rows.write(args.out, [{**about, **row, **here} for row in sizes])
+                stamp = rows.stamp(device)
+                sizes = ({"length": length, "chunk": n, "cache": cache, "peak": m} for n, (cache, m) in results.items())
+                rows.write(args.out, [{**labels, **row, **stamp} for row in sizes])
 
 
 if __name__ == "__main__":

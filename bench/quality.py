@@ -20,174 +20,200 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.cache.paged_cache import Uncached
-from vila_triton.chat.conversation import Talker
-from vila_triton.console import bar
+from vila_triton.cache.paged_cache import UncachedBatch
+from vila_triton.chat.conversation import ChatModel
+from vila_triton.console import print_progress
 from vila_triton.limits import COUNT, SEED
 from vila_triton.models import llama, vila
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.params import tree_map
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.quantization import awq_gptq, llm_awq
-from vila_triton.quantization.activations import Tokens
-from vila_triton.quantization.calibration_data import drawn, prompts
-from vila_triton.tiny.evaluate import SHIPPED, items
+from vila_triton.quantization.activations import CalibrationTokens
+from vila_triton.quantization.calibration_data import build_calibration_set, synthetic_samples
+from vila_triton.tiny.evaluate import SUPPORTED_KINDS, build_questions
 
 from ._tool import tool
 from .measure import rows, smollm2
 
-QUESTIONS = 400  # about held-out scenes, of all kinds
+NUM_QUESTIONS = 400  # about held-out scenes, of all kinds
 METHODS = ("rtn", "upstream", "ours")
 
 
 @dataclass(frozen=True)
-class Text:
+class EvaluationText:
     """Rows end to end: what the first layer is given [s, e], their lengths, the next token of each place [s], or -100
     where none is asked for, and of questions the kinds.
     """
 
-    x: Tensor
+    embeddings: Tensor
     lengths: list[int]
     labels: Tensor
     kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     name: str
     p: llama.Llama
     cfg: LlamaConfig
-    calibration: Text
-    held_out: Text
+    calibration: EvaluationText
+    held_out: EvaluationText
 
 
-def rounded(s: Subject, method: str, group: int) -> llama.Llama:
+def quantize_model(subject: EvaluatedModel, method: str, group_size: int) -> llama.Llama:
     """The model with int4 linears; shows progress on standard error."""
     if method == "rtn":
-        return llama.quantized(s.p, group)
-    tokens = Tokens(tuple(s.calibration.lengths), torch.ones(len(s.calibration.x)))
-    x = seen = s.calibration.x
-    made, start = [], time.monotonic()
-    for i, layer in enumerate(s.p.layers):
+        return llama.quantize_linears_rtn(subject.p, group_size)
+    tokens = CalibrationTokens(tuple(subject.calibration.lengths), torch.ones(len(subject.calibration.embeddings)))
+    hidden_states = quantized_hidden_states = subject.calibration.embeddings
+    layers, start = [], time.monotonic()
+    for i, layer in enumerate(subject.p.layers):
         if method == "ours":
-            done = awq_gptq.quantize_layer(layer, x, seen, tokens, s.cfg, group)
-            new, x, seen = done.layer, done.truth, done.seen
+            result = awq_gptq.quantize_layer(
+                layer, hidden_states, quantized_hidden_states, tokens, subject.cfg, group_size
+            )
+            new, hidden_states, quantized_hidden_states = result.layer, result.reference_out, result.quantized_out
         else:
-            new, x, _ = llm_awq.quantize_layer(layer, x, tokens, s.cfg, group)
-        made.append(new)
-        left = (time.monotonic() - start) / (i + 1) * (len(s.p.layers) - i - 1)
-        bar(f"{s.name} {method} {group}: {i + 1} of {len(s.p.layers)} layers, {left:.0f} s left")
-    bar("")
-    return replace(s.p, layers=tuple(made))
+            new, hidden_states, _ = llm_awq.quantize_layer(layer, hidden_states, tokens, subject.cfg, group_size)
+        layers.append(new)
+        seconds_left = (time.monotonic() - start) / (i + 1) * (len(subject.p.layers) - i - 1)
+        print_progress(
+            f"{subject.name} {method} {group_size}: {i + 1} of {len(subject.p.layers)} layers, {seconds_left:.0f} s left"
+        )
+    print_progress("")
+    return replace(subject.p, layers=tuple(layers))
 
 
-def log_odds(p: llama.Llama, cfg: LlamaConfig, text: Text) -> Iterator[tuple[Tensor, Tensor]]:
+def log_probabilities(p: llama.Llama, cfg: LlamaConfig, text: EvaluationText) -> Iterator[tuple[Tensor, Tensor]]:
     """Of some rows at a time: log probabilities [s, v] where a token is asked for, and those tokens [s]."""
-    for at, lengths in Tokens(tuple(text.lengths), torch.empty(0)).runs():
-        cache = Uncached(lengths, text.x.device)
-        asked = text.labels[at] >= 0
-        hidden = llama.llama(p, text.x[at], cache.positions, cfg, cache)[asked]
-        yield llama.logits(p, hidden).float().log_softmax(-1), text.labels[at][asked]
+    for positions, lengths in CalibrationTokens(tuple(text.lengths), torch.empty(0)).batches():
+        cache = UncachedBatch(lengths, text.embeddings.device)
+        has_label = text.labels[positions] >= 0
+        hidden = llama.forward(p, text.embeddings[positions], cache.positions, cfg, cache)[has_label]
+        yield llama.logits(p, hidden).float().log_softmax(-1), text.labels[positions][has_label]
 
 
 @torch.no_grad()
-def measure(s: Subject, p: llama.Llama) -> dict[str, Any]:
+def evaluate_model(subject: EvaluatedModel, p: llama.Llama) -> dict[str, Any]:
     """Perplexity, divergence KL(fp ‖ rounded) a token in nats, how often the likeliest token is the right one, and of
     each kind of question how often all tokens of the answer are.
     """
     loss = divergence = count = 0.0
     hits = list[Tensor]()
-    for (truth, labels), (found, _) in zip(log_odds(s.p, s.cfg, s.held_out), log_odds(p, s.cfg, s.held_out)):
+    for (expected, labels), (found, _) in zip(
+        log_probabilities(subject.p, subject.cfg, subject.held_out), log_probabilities(p, subject.cfg, subject.held_out)
+    ):
         loss += float(F.nll_loss(found, labels, reduction="sum"))
-        divergence += float((truth.exp() * (truth - found)).sum())
+        divergence += float((expected.exp() * (expected - found)).sum())
         hits.append((found.argmax(-1) == labels).float())
         count += len(labels)
-    hit, text = torch.cat(hits), s.held_out
+    hit, text = torch.cat(hits), subject.held_out
     row = torch.arange(len(text.lengths)).repeat_interleave(torch.tensor(text.lengths))[text.labels >= 0]
-    whole = torch.ones(len(text.lengths)).scatter_reduce(0, row, hit, "amin")
-    by_kind = {kind: float(whole[[of == kind for of in text.kinds]].mean()) for kind in dict.fromkeys(text.kinds)}
+    all_correct = torch.ones(len(text.lengths)).scatter_reduce(0, row, hit, "amin")
+    by_kind = {
+        kind: float(all_correct[[text_kind == kind for text_kind in text.kinds]].mean())
+        for kind in dict.fromkeys(text.kinds)
+    }
     found = {"perplexity": math.exp(loss / count), "kl": divergence / count, "right": float(hit.mean())}
     return found | {"tokens": count, "kinds": by_kind}
 
 
-def bundled(samples: int, seed: int, questions: int = QUESTIONS) -> Subject:
+def bundled_subject(samples: int, seed: int, num_questions: int = NUM_QUESTIONS) -> EvaluatedModel:
     """The bundled model, calibrated on drawn training scenes and measured on questions about held-out ones."""
-    talker = Talker.from_pretrained(BUNDLED_CHECKPOINT, "cpu", torch.float32)
-    model, image_tokens = talker.model, talker.model.geometry.image_tokens
-    held_out = items(1 + questions // 25, seed + 1, SHIPPED)[:questions]
-    asked = [(i.qa.question, i.pictures, i.qa.answer) for i in held_out]
-    groups = [[(d.text, d.pictures, d.answer) for d in drawn(samples, seed)], asked]
+    talker = ChatModel.from_pretrained(BUNDLED_CHECKPOINT, "cpu", torch.float32)
+    model, image_tokens = talker.model, talker.model.vila_config.image_tokens
+    held_out = build_questions(1 + num_questions // 25, seed + 1, SUPPORTED_KINDS)[:num_questions]
+    qa_samples = [(i.qa.question, i.images, i.qa.answer) for i in held_out]
+    groups = [[(d.text, d.images, d.answer) for d in synthetic_samples(samples, seed)], qa_samples]
 
-    def text(group: Sequence[Any]) -> Text:
+    def build_text(group: Sequence[Any]) -> EvaluationText:
         from vila_triton.quantization.calibration_data import Sample
 
-        shown = prompts([Sample(*s) for s in group], talker.tokenizer, talker.processor, model.config, image_tokens)
-        features = model.encode_images(shown.pixels).flatten(0, 1) if shown.pixels is not None else None
-        x = torch.cat([vila.embed(model.params, row, features) for row in shown.rows])
+        prompt_batch = build_calibration_set(
+            [Sample(*s) for s in group], talker.tokenizer, talker.processor, model.config, image_tokens
+        )
+        features = (
+            model.encode_images(prompt_batch.pixel_values).flatten(0, 1)
+            if prompt_batch.pixel_values is not None
+            else None
+        )
+        x = torch.cat([vila.embed_spliced(model.params, row, features) for row in prompt_batch.sequences])
         answers = [len(talker.tokenizer(a, add_special_tokens=False).input_ids) + 1 for _, _, a in group]
-        labels = [torch.cat((row[1:], row.new_tensor([-100]))) for row in shown.rows]
+        labels = [torch.cat((row[1:], row.new_tensor([-100]))) for row in prompt_batch.sequences]
         for label, n in zip(labels, answers):
             label[: len(label) - 1 - n] = -100
-        return Text(x.detach(), [len(row) for row in shown.rows], torch.cat(labels))
+        return EvaluationText(x.detach(), [len(row) for row in prompt_batch.sequences], torch.cat(labels))
 
     p = tree_map(lambda leaf: leaf.detach(), model.params.llm)
-    calibration, found = (text(group) for group in groups)
+    calibration, held_out_text = (build_text(group) for group in groups)
     kinds = tuple(item.kind for item in held_out)
-    return Subject("bundled", p, model.geometry.llm, calibration, replace(found, kinds=kinds))
+    return EvaluatedModel("bundled", p, model.vila_config.llm, calibration, replace(held_out_text, kinds=kinds))
 
 
-def with_outliers(s: Subject, seed: int, share: float = 0.05) -> Subject:
+def add_outliers(subject: EvaluatedModel, seed: int, share: float = 0.05) -> EvaluatedModel:
     """The same function with outliers: in every norm of a layer a share of the channels is 2³ to 2⁶ times as loud."""
     rng = torch.Generator().manual_seed(seed)
 
-    def louder(layer: llama.Layer) -> llama.Layer:
-        for norm, after in (("attention_norm", "q k v"), ("mlp_norm", "gate up")):
+    def scale_channels(layer: llama.Layer) -> llama.Layer:
+        for norm, linear_names in (("attention_norm", "q k v"), ("mlp_norm", "gate up")):
             e = len(getattr(layer, norm))
-            loud = torch.rand(e, generator=rng) < share
-            factor = torch.where(loud, 2 ** (3 + 3 * torch.rand(e, generator=rng)), 1.0)
-            linears = {name: getattr(layer, name) for name in after.split()}
+            is_outlier = torch.rand(e, generator=rng) < share
+            factor = torch.where(is_outlier, 2 ** (3 + 3 * torch.rand(e, generator=rng)), 1.0)
+            linears = {name: getattr(layer, name) for name in linear_names.split()}
             quiet = {name: replace(linear, weight=linear.weight / factor) for name, linear in linears.items()}
             layer = replace(layer, **{norm: getattr(layer, norm) * factor}, **quiet)
         return layer
 
-    return replace(s, name="outliers", p=replace(s.p, layers=tuple(louder(layer) for layer in s.p.layers)))
+    return replace(
+        subject,
+        name="outliers",
+        p=replace(subject.p, layers=tuple(scale_channels(layer) for layer in subject.p.layers)),
+    )
 
 
-def smol(each: int, seed: int) -> Subject:
+def smollm2_subject(num_blocks: int, seed: int) -> EvaluatedModel:
     """SmolLM2-135M-Instruct on English that packages ship."""
-    model, tokenizer = smollm2.hugging_face()
-    p, cfg = smollm2.ours(model)
+    model, tokenizer = smollm2.load_hugging_face()
+    p, cfg = smollm2.convert_model(model)
 
-    def text(ids: Tensor) -> Text:
+    def build_text(ids: Tensor) -> EvaluationText:
         labels = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), 1)
-        return Text(llama.embed(p, ids.flatten()), [ids.shape[1]] * len(ids), labels.flatten())
+        return EvaluationText(llama.embed(p, ids.flatten()), [ids.shape[1]] * len(ids), labels.flatten())
 
-    return Subject("smollm2", p, cfg, *(text(ids) for ids in smollm2.split(tokenizer, each, seed=seed)))
+    return EvaluatedModel(
+        "smollm2",
+        p,
+        cfg,
+        *(build_text(ids) for ids in smollm2.calibration_and_held_out(tokenizer, num_blocks, seed=seed)),
+    )
 
 
-def subject(name: str, samples: int, seed: int) -> Subject:
+def load_subject(name: str, samples: int, seed: int) -> EvaluatedModel:
     if name == "smollm2":
-        return smol(samples // 16, seed)
-    return bundled(samples, seed) if name == "bundled" else with_outliers(bundled(samples, seed), seed)
+        return smollm2_subject(samples // 16, seed)
+    return bundled_subject(samples, seed) if name == "bundled" else add_outliers(bundled_subject(samples, seed), seed)
 
 
 @torch.no_grad()
-def table(s: Subject, methods: Sequence[str], groups: Sequence[int]) -> Iterator[dict[str, Any]]:
+def quality_rows(
+    subject: EvaluatedModel, methods: Sequence[str], group_sizes: Sequence[int]
+) -> Iterator[dict[str, Any]]:
     """A row for the model as it is, then one for each method and group; groups that do not fit are named."""
-    base = measure(s, s.p)
-    yield {"model": s.name, "method": "float32", "group": 0, **base}
-    for group in groups:
-        if s.cfg.hidden_size % group or s.cfg.intermediate_size % group:
-            print(f"{s.name}: {s.cfg.hidden_size} inputs cannot be cut into groups of {group}")
+    baseline = evaluate_model(subject, subject.p)
+    yield {"model": subject.name, "method": "float32", "group": 0, **baseline}
+    for group_size in group_sizes:
+        if subject.cfg.hidden_size % group_size or subject.cfg.intermediate_size % group_size:
+            print(f"{subject.name}: {subject.cfg.hidden_size} inputs cannot be cut into groups of {group_size}")
             continue
-        lost = math.nan
+        rtn_loss = math.nan
         for method in methods:
             start = time.monotonic()
-            p = rounded(s, method, group)
-            found = {"seconds": time.monotonic() - start, **measure(s, p)}
-            lost = found["perplexity"] - base["perplexity"] if method == "rtn" else lost
-            repaired = 1 - (found["perplexity"] - base["perplexity"]) / lost if lost > 0 else None
-            yield {"model": s.name, "method": method, "group": group, **found, "repaired": repaired}
+            p = quantize_model(subject, method, group_size)
+            metrics = {"seconds": time.monotonic() - start, **evaluate_model(subject, p)}
+            rtn_loss = metrics["perplexity"] - baseline["perplexity"] if method == "rtn" else rtn_loss
+            repaired = 1 - (metrics["perplexity"] - baseline["perplexity"]) / rtn_loss if rtn_loss > 0 else None
+            yield {"model": subject.name, "method": method, "group": group_size, **metrics, "repaired": repaired}
 
 
 @tool
@@ -207,9 +233,9 @@ def main() -> None:
     )
     random.seed(args.seed)
     for name in args.model:
-        found = list[dict[str, Any]]()
-        for row in table(subject(name, args.samples, args.seed), args.methods, args.groups):
-            found.append(row)
+        model_rows = list[dict[str, Any]]()
+        for row in quality_rows(load_subject(name, args.samples, args.seed), args.methods, args.groups):
+            model_rows.append(row)
             share = f"{100 * row['repaired']:.1f} %" if row.get("repaired") is not None else ""
             print(
                 f"{row['model']:10}{row['method']:>10}{row['group'] or '':>7}{row['perplexity']:12.4f}{share:>10}"
@@ -217,18 +243,18 @@ def main() -> None:
                 flush=True,
             )
             if args.out:
-                about = {"kind": "quality", "samples": args.samples, "seed": args.seed}
-                rows.write(args.out, [{**about, **row, **rows.stamp(torch.device("cpu"))}])
-        if found[0]["kinds"]:
-            print(by_kind(found))
+                labels = {"kind": "quality", "samples": args.samples, "seed": args.seed}
+                rows.write(args.out, [{**labels, **row, **rows.stamp(torch.device("cpu"))}])
+        if model_rows[0]["kinds"]:
+            print(answers_table(model_rows))
 
 
-def by_kind(found: Sequence[dict[str, Any]]) -> str:
+def answers_table(model_rows: Sequence[dict[str, Any]]) -> str:
     """A table of wholly right answers, a column for each row of `table`."""
-    heads = "".join(f"{row['method']:>9} {row['group'] or '':<3}" for row in found)
+    heads = "".join(f"{row['method']:>9} {row['group'] or '':<3}" for row in model_rows)
     lines = [f"{'answers right, %':26}{heads}"]
-    for kind in found[0]["kinds"]:
-        lines.append(f"{kind:26}" + "".join(f"{100 * row['kinds'][kind]:9.1f}    " for row in found))
+    for kind in model_rows[0]["kinds"]:
+        lines.append(f"{kind:26}" + "".join(f"{100 * row['kinds'][kind]:9.1f}    " for row in model_rows))
     return "\n".join(lines)
 
 

@@ -14,41 +14,41 @@ from pathlib import Path
 
 import torch
 
-from vila_triton.checkpoints.loading import open_source, save
+from vila_triton.checkpoints.loading import open_checkpoint, save_checkpoint
 from vila_triton.limits import COUNT
 from vila_triton.models import vila
-from vila_triton.models.params import count, init
+from vila_triton.models.params import init_tree, num_parameters
 from vila_triton.quantization import pipeline as awq
-from vila_triton.quantization.calibration_data import Prompts
-from vila_triton.quantization.resumable import How
-from vila_triton.tiny.config import CONFIG, configs
+from vila_triton.quantization.calibration_data import CalibrationSet
+from vila_triton.quantization.resumable import QuantizeConfig
+from vila_triton.tiny.config import CONFIG, config_files
 
 from ._tool import tool
 from .measure import rows
-from .prefill_memory import Peak
+from .prefill_memory import PeakMemory
 
 
-def measure(layers: int, width: int, tokens: int, group: int) -> dict[str, float]:
+def measure_peak(layers: int, width: int, tokens: int, group_size: int) -> dict[str, float]:
     """Bytes: the peak, one layer, activations, moments."""
     f = 2 * width
     llm = replace(CONFIG.llm, num_hidden_layers=layers, hidden_size=width, intermediate_size=f, head_dim=width // 8)
     cfg = replace(CONFIG, llm=llm, mm_projector=replace(CONFIG.mm_projector, hidden_size=width))
     rng = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        p = init(vila.declare(cfg, torch.float16), rng)
-        layer = 4 * count(p.llm.layers[0])
-        save(Path(folder) / "model", *configs(cfg), p)
+        p = init_tree(vila.param_specs(cfg, torch.float16), rng)
+        layer = 4 * num_parameters(p.llm.layers[0])
+        save_checkpoint(Path(folder) / "model", *config_files(cfg), p)
         del p
-        shown = Prompts(list(torch.randint(0, 128, (tokens,), generator=rng).split(64)), None)
-        with Peak([]) as peak:
+        prompts = CalibrationSet(list(torch.randint(0, 128, (tokens,), generator=rng).split(64)), None)
+        with PeakMemory([]) as peak:
             try:
-                source, how = open_source(Path(folder) / "model"), How(group=group)
-                awq.run(source, Path(folder) / "work", how, shown, torch.device("cpu"))
+                source, options = open_checkpoint(Path(folder) / "model"), QuantizeConfig(group_size=group_size)
+                awq.quantize_checkpoint(source, Path(folder) / "work", options, prompts, torch.device("cpu"))
             except KeyboardInterrupt:  # without the advice to go on: the folder goes, too
                 raise KeyboardInterrupt from None
     # x and seen before and after, the inputs of the four places before and after, and what leaves the layer
     activations = 4 * tokens * (6 * width + 2 * (3 * width + f) + width)
-    return {"peak": peak.peak, "layer": layer, "activations": activations, "moments": 4 * 4 * f * f}
+    return {"peak": peak.peak_bytes, "layer": layer, "activations": activations, "moments": 4 * 4 * f * f}
 
 
 @tool
@@ -62,13 +62,13 @@ def main() -> None:
     args = parser.parse_args()
     print("  layers      peak     layer  activations   moments  beyond both, in layers   (MiB)")
     for layers in args.layers:
-        found = measure(layers, args.width, args.tokens, args.group)
-        beyond = (found["peak"] - found["activations"] - found["moments"]) / found["layer"]
-        sizes = [found[name] / 2**20 for name in ("peak", "layer", "activations", "moments")]
-        print(f"{layers:8}{sizes[0]:10.2f}{sizes[1]:10.2f}{sizes[2]:13.2f}{sizes[3]:10.2f}{beyond:24.2f}", flush=True)
+        result = measure_peak(layers, args.width, args.tokens, args.group)
+        ratio = (result["peak"] - result["activations"] - result["moments"]) / result["layer"]
+        sizes = [result[name] / 2**20 for name in ("peak", "layer", "activations", "moments")]
+        print(f"{layers:8}{sizes[0]:10.2f}{sizes[1]:10.2f}{sizes[2]:13.2f}{sizes[3]:10.2f}{ratio:24.2f}", flush=True)
         if args.out:
-            about = {"kind": "quantize memory", "layers": layers, "width": args.width, "tokens": args.tokens}
-            rows.write(args.out, [{**about, **found, **rows.stamp(torch.device("cpu"))}])
+            labels = {"kind": "quantize memory", "layers": layers, "width": args.width, "tokens": args.tokens}
+            rows.write(args.out, [{**labels, **result, **rows.stamp(torch.device("cpu"))}])
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ import torch
 
 from vila_triton.paths import config_dir
 from vila_triton.registry import OPS, Op, Unsupported
-from vila_triton.registry.interpreter import holds_kernels
+from vila_triton.registry.interpreter import uses_triton_kernels
 
 from ._tool import tool
-from .compiled import elsewhere, launching, prepare
-from .measure.cases import combinations
+from .compiled import intercept_launches, load_implementations, run_in_subprocesses
+from .measure.cases import size_combinations
 
 TOKENS = (1, 2, 3, 16, 17, 32, 100)
 SWEEP = {  # sizes that vary while one model serves, in the alphabet of vila_triton/ops; the others are the model's
@@ -47,21 +47,25 @@ class Variant:
 
 
 @dataclass
-class Trace:
+class LaunchTrace:
     """The variants of each kernel, by name, and the calls made."""
 
     variants: dict[str, list[Variant]] = field(default_factory=dict)
     calls: int = 0
 
-    def meet(self, kernel: str, key: Key, sizes: dict[str, Any]) -> None:
+    def record(self, kernel: str, key: Key, sizes: dict[str, Any]) -> None:
         """Take note of a launch."""
-        known = self.variants.setdefault(kernel, [])
-        if all(key != variant.key for variant in known):
-            nearest = min((v.key for v in reversed(known)), key=lambda old: len(list(reasons(old, key))), default=None)
-            known.append(Variant(key, sizes, list(reasons(nearest, key)) if nearest is not None else ["first call"]))
+        variants = self.variants.setdefault(kernel, [])
+        if all(key != variant.key for variant in variants):
+            nearest = min(
+                (v.key for v in reversed(variants)), key=lambda old: len(list(key_differences(old, key))), default=None
+            )
+            variants.append(
+                Variant(key, sizes, list(key_differences(nearest, key)) if nearest is not None else ["first call"])
+            )
 
 
-def key_of(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Key:
+def specialization_key(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Key:
     """The key Triton would look the launch up by, by name of argument."""
     device = 0 if not kernel.device_caches else next(iter(kernel.device_caches))
     *_, binder = kernel.device_caches[device]
@@ -69,15 +73,15 @@ def key_of(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Key:
     return {p.name: tuple(x) for p, x in zip(kernel.params, specialization, strict=True)} | options
 
 
-def reasons(old: Key, new: Key) -> Iterator[str]:
+def key_differences(old: Key, new: Key) -> Iterator[str]:
     """What differs, argument by argument, in words."""
     for name in new:
         a, b = old.get(name), new[name]
         if a != b:
-            yield f"{name} {words(a, b)}"
+            yield f"{name} {describe_difference(a, b)}"
 
 
-def words(old: Any, new: Any) -> str:
+def describe_difference(old: Any, new: Any) -> str:
     if not isinstance(old, tuple) or not isinstance(new, tuple):
         return f"{old} -> {new}"
     (old_type, old_note), (new_type, new_note) = old, new
@@ -92,7 +96,7 @@ def words(old: Any, new: Any) -> str:
     return "became divisible by 16" if "D" in str(new_note) else "is no longer divisible by 16"
 
 
-def sweep(op: Op) -> Iterator[dict[str, Any]]:
+def size_sweep(op: Op) -> Iterator[dict[str, Any]]:
     """The sizes of every call of the sweep: all combinations of those of SWEEP, the rest representative.
 
     Errors: ValueError if the op has none of them.
@@ -100,59 +104,59 @@ def sweep(op: Op) -> Iterator[dict[str, Any]]:
     varying = [name for name in op.domain if name in SWEEP]
     if not varying:
         raise ValueError(f"{op.name} has none of the sizes {', '.join(SWEEP)}, but {', '.join(op.domain)}")
-    usual = next(combinations({}, op))
+    defaults = next(size_combinations({}, op))
     for values in product(*(SWEEP[name] for name in varying)):
-        yield usual | dict(zip(varying, values))
+        yield defaults | dict(zip(varying, values))
 
 
-def trace(where: tuple[str, str]) -> Trace:
+def trace_launches(impl_key: tuple[str, str]) -> LaunchTrace:
     """Launch the default config of an implementation, (op, name), over the sweep, compiling nothing."""
-    op = OPS[where[0]]
-    impl = op.impls[where[1]]
-    found = Trace()
+    op = OPS[impl_key[0]]
+    impl = op.impls[impl_key[1]]
+    launches = LaunchTrace()
     sizes: dict[str, Any] = {}
 
-    def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        found.meet(self.fn.__name__, key_of(self, args, kwargs), sizes)
+    def record_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.record(self.fn.__name__, specialization_key(self, args, kwargs), sizes)
 
-    with launching("sm_90", note):
-        for sizes in sweep(op):
-            args = op.example(**sizes, rng=torch.Generator().manual_seed(0), device="meta")
+    with intercept_launches("sm_90", record_launch):
+        for sizes in size_sweep(op):
+            args = op.make_example(**sizes, rng=torch.Generator().manual_seed(0), device="meta")
             try:
                 impl(*args)
             except Unsupported:
                 continue
-            found.calls += 1
-    return found
+            launches.calls += 1
+    return launches
 
 
-def limit(kernel: str) -> int:
+def max_variants(kernel: str) -> int:
     """The most variants a kernel may have in the sweep."""
     table = tomllib.loads((config_dir() / "bench" / "variants.toml").read_text())
     return table.get(kernel, table["default"])
 
 
-def run(ops: Sequence[str], folder: str | None) -> list[str]:
+def check_ops(ops: Sequence[str], folder: str | None) -> list[str]:
     """Print the variants of every kernel of the ops, or of all; returns a line for each kernel that has too many.
 
     Errors: ValueError for an op there is not.
     """
-    prepare(folder, peers=False)
+    load_implementations(folder, peers=False)
     if unknown := set(ops) - set(OPS):
         raise ValueError(f"no op {', '.join(sorted(unknown))}; there are: {', '.join(OPS)}")
-    chosen = [OPS[name] for name in ops or OPS]
-    places = [(op.name, impl.name) for op in chosen for impl in op.impls.values() if holds_kernels(impl)]
-    many = []
-    for (op, impl), found in zip(places, elsewhere(trace, places, folder=folder)):
-        for kernel, variants in found.variants.items():
-            most = limit(kernel)
-            print(f"{op} {impl} {kernel}: {found.calls} calls, {len(variants)} variants, at most {most}")
+    selected = [OPS[name] for name in ops or OPS]
+    impl_keys = [(op.name, impl.name) for op in selected for impl in op.impls.values() if uses_triton_kernels(impl)]
+    too_many = []
+    for (op, impl), launches in zip(impl_keys, run_in_subprocesses(trace_launches, impl_keys, folder=folder)):
+        for kernel, variants in launches.variants.items():
+            allowed = max_variants(kernel)
+            print(f"{op} {impl} {kernel}: {launches.calls} calls, {len(variants)} variants, at most {allowed}")
             for variant in variants:
-                at = " ".join(f"{name}={variant.sizes[name]}" for name in variant.sizes if name in SWEEP)
-                print(f"    {at:20} {'; '.join(variant.reasons)}")
-            if len(variants) > most:
-                many.append(f"{kernel}: {len(variants)} variants, at most {most} (configs/bench/variants.toml)")
-    return many
+                sizes_text = " ".join(f"{name}={variant.sizes[name]}" for name in variant.sizes if name in SWEEP)
+                print(f"    {sizes_text:20} {'; '.join(variant.reasons)}")
+            if len(variants) > allowed:
+                too_many.append(f"{kernel}: {len(variants)} variants, at most {allowed} (configs/bench/variants.toml)")
+    return too_many
 
 
 @tool
@@ -161,10 +165,10 @@ def main() -> int:
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all")
     parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
     args = parser.parse_args()
-    many = run(args.ops, args.kernels)
-    for line in many:
+    too_many = check_ops(args.ops, args.kernels)
+    for line in too_many:
         print(f"bench.recompiles: {line}", file=sys.stderr)
-    return int(bool(many))
+    return int(bool(too_many))
 
 
 if __name__ == "__main__":

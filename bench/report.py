@@ -18,63 +18,69 @@ from typing import Any
 
 from . import plot
 from ._tool import tool
-from .goals import met
+from .goals import report_all_goals
 from .measure import rows
-from .measure.format import brief, unit
-from .plots.figure import spelled
-from .plots.html_page import Html, folded, heading, mark, page, paragraph, picture, table
-from .plots.style import save
-from .tuner.table import TIMES
+from .measure.format import format_config, format_seconds
+from .plots.figure import format_entries
+from .plots.html_page import Html, details, heading, mark, page, paragraph, svg_image, table
+from .plots.style import save_figure
+from .tuner.table import TIMED_STATUSES
 
 Row = Mapping[str, Any]
-DRAWN = ("roofline", "speedup", "time", "model", "memory", "quality")
-STATES = {"MET": "good", "NOT MET": "bad", "NOT MEASURED": "none", "met where it was measured": "none"}
+PLOTS = ("roofline", "speedup", "time", "model", "memory", "quality")
+GOAL_STYLES = {"MET": "good", "NOT MET": "bad", "NOT MEASURED": "none", "met where it was measured": "none"}
 
 
-def grouped(found: Sequence[Row], *names: str) -> dict[tuple, list[Row]]:
+def group_rows(records: Sequence[Row], *names: str) -> dict[tuple, list[Row]]:
     groups: dict[tuple, list[Row]] = defaultdict(list)
-    for row in found:
+    for row in records:
         groups[tuple(json.dumps(row.get(name)) for name in names)].append(row)
     return groups
 
 
-def share(value: float) -> str:
+def percent(value: float) -> str:
     return f"{value:.1%}"
 
 
-def text(values: Mapping[str, Any]) -> str:
-    return spelled(values, values)
+def format_values(values: Mapping[str, Any]) -> str:
+    return format_entries(values, values)
 
 
-def correctness(found: Sequence[Row]) -> Iterator[Html]:
+def correctness_tables(records: Sequence[Row]) -> Iterator[Html]:
     """How many of each op are right, or what else became of them, then those that are wrong; the rest by the reason."""
-    states = list(dict.fromkeys(["right", *(row["state"] for row in found)]))
-    count = {row["op"]: Counter[str]() for row in found}
-    for row in found:
+    states = list(dict.fromkeys(["right", *(row["state"] for row in records)]))
+    count = {row["op"]: Counter[str]() for row in records}
+    for row in records:
         count[row["op"]][row["state"]] += 1
     yield table(
-        ["op", *states], [[op, *(str(of[s]) for s in states)] for op, of in count.items()], "-" + "n" * len(states)
+        ["op", *states],
+        [[op, *(str(counter[s]) for s in states)] for op, counter in count.items()],
+        "-" + "n" * len(states),
     )
-    wrong = [row for row in found if row["state"] in ("wrong", "crashed")]
-    if wrong:
-        yield table(["op", "what", "why"], [[row["op"], about(row), mark(row["reason"], "bad")] for row in wrong])
-    yield from refused([row for row in found if row["state"] not in ("right", "wrong", "crashed")])
+    failures = [row for row in records if row["state"] in ("wrong", "crashed")]
+    if failures:
+        yield table(
+            ["op", "what", "why"], [[row["op"], describe_row(row), mark(row["reason"], "bad")] for row in failures]
+        )
+    yield from refused_groups([row for row in records if row["state"] not in ("right", "wrong", "crashed")])
 
 
-def about(row: Row) -> str:
+def describe_row(row: Row) -> str:
     """What a row without a place for each of its fields is about."""
-    left = ("kind", "op", "reason", "impl", "config", "sizes", *rows.STAMP)
-    parts = [row.get("impl", ""), brief(row.get("config") or {}), text(row.get("sizes") or {})]
-    return " ".join(part for part in [*parts, text({k: v for k, v in row.items() if k not in left})] if part)
+    omitted = ("kind", "op", "reason", "impl", "config", "sizes", *rows.STAMP)
+    parts = [row.get("impl", ""), format_config(row.get("config") or {}), format_values(row.get("sizes") or {})]
+    return " ".join(
+        part for part in [*parts, format_values({k: v for k, v in row.items() if k not in omitted})] if part
+    )
 
 
-def goals(found: Sequence[Row]) -> Iterator[Html]:
+def goal_table(records: Sequence[Row]) -> Iterator[Html]:
     """A line for each goal; under it the points that fall short."""
     lines: list[list[str]] = []
-    for line in met([row for row in found if "op" not in row or "served" in row]):
-        if parts := re.match(r"goal (.+?): (NOT MEASURED|NOT MET|MET|met where it was measured)[:;]? ?(.*)", line):
-            name, state, words = parts.groups()
-            lines.append([name, mark(state, STATES[state]), words])
+    for line in report_all_goals([row for row in records if "op" not in row or "served" in row]):
+        if match := re.match(r"goal (.+?): (NOT MEASURED|NOT MET|MET|met where it was measured)[:;]? ?(.*)", line):
+            name, state, ratios = match.groups()
+            lines.append([name, mark(state, GOAL_STYLES[state]), ratios])
         else:
             lines.append(["", "", line.strip()])
     if lines:
@@ -82,102 +88,110 @@ def goals(found: Sequence[Row]) -> Iterator[Html]:
         yield table(["goal", "", "ratios"], lines)
 
 
-def times(found: Sequence[Row]) -> Iterator[Html]:
+def time_tables(records: Sequence[Row]) -> Iterator[Html]:
     """A table for each op, case and sizes; what runs by default stands out."""
-    for of_op in grouped(found, "op", "case").values():
+    for of_op in group_rows(records, "op", "case").values():
         yield heading(3, f"{of_op[0]['op']}, {of_op[0]['case']}")
-        lines, ours = [], []
-        for at in grouped(of_op, "sizes").values():
-            for i, row in enumerate(sorted(at, key=lambda row: not row["served"])):
-                ours += [len(lines)] if row["served"] else []
-                lines.append(["" if i else text(row["sizes"]), *figures(row)])
+        lines, default_lines = [], []
+        for of_sizes in group_rows(of_op, "sizes").values():
+            for i, row in enumerate(sorted(of_sizes, key=lambda row: not row["served"])):
+                default_lines += [len(lines)] if row["served"] else []
+                lines.append(["" if i else format_values(row["sizes"]), *time_cells(row)])
         head = ["sizes", "implementation", "time", "spread", "noise", "GB/s", "of ceiling", "TFLOP/s", "of ceiling", ""]
-        yield table(head, lines, "--nnnnnnn", ours)
+        yield table(head, lines, "--nnnnnnn", default_lines)
 
 
-def figures(row: Row) -> list[str]:
+def time_cells(row: Row) -> list[str]:
     seconds = row["seconds"]
-    marks = {"not gated": not row["gated"], "cache warm": not row["cold"]}
+    flags = {"not gated": not row["gated"], "cache warm": not row["cold"]}
     return [
-        f"{row['impl']} {brief(row['config'])}",
-        unit(seconds),
-        share((row["high"] - row["low"]) / seconds),
-        share(row["noise"]),
+        f"{row['impl']} {format_config(row['config'])}",
+        format_seconds(seconds),
+        percent((row["high"] - row["low"]) / seconds),
+        percent(row["noise"]),
         f"{row['bytes'] / seconds / 1e9:.1f}",
-        share(row["bytes_share"]),
+        percent(row["bytes_share"]),
         f"{row['flops'] / seconds / 1e12:.3g}",
-        share(row["flops_share"]),
-        ", ".join(name for name, odd in marks.items() if odd),
+        percent(row["flops_share"]),
+        ", ".join(name for name, odd in flags.items() if odd),
     ]
 
 
-def default_first(found: Sequence[Row]) -> list[Row]:
+def default_first(records: Sequence[Row]) -> list[Row]:
     """The rows as they were measured, but of one step and weights what runs by default first."""
-    steps = grouped(found, "what", "weights", "batch", "prompt", "history", "context").values()
+    steps = group_rows(records, "what", "weights", "batch", "prompt", "history", "context").values()
     return [row for of_step in steps for row in sorted(of_step, key=lambda row: row["choice"] != "default")]
 
 
-def model(found: Sequence[Row]) -> Iterator[Html]:
-    for of_model in grouped(found, "model", "layers").values():
+def model_tables(records: Sequence[Row]) -> Iterator[Html]:
+    for of_model in group_rows(records, "model", "layers").values():
         yield heading(3, f"{of_model[0]['model']}, {of_model[0]['layers']} layers of its language model")
         lines = []
         for row in default_first(of_model):
-            step = text({k: row[k] for k in ("batch", "prompt", "history", "context") if k in row})
+            step = format_values({k: row[k] for k in ("batch", "prompt", "history", "context") if k in row})
             name = [f"{row['what']}: {step}", row["weights"], row["choice"]]
             if row["what"] == "memory":
                 lines.append([*name, f"{row['peak_bytes'] / 2**20:.1f} MiB", "", "", "", ""])
                 continue
             ratios = [f"{row[key]:.3f}" if key in row else "" for key in ("ratio_hf", "ratio_first")]
-            limit = share(row["limit_seconds"] / row["seconds"])
-            lines.append([*name, unit(row["seconds"]), f"{row['tokens_per_s']:.1f}", limit, *ratios])
+            limit = percent(row["limit_seconds"] / row["seconds"])
+            lines.append([*name, format_seconds(row["seconds"]), f"{row['tokens_per_s']:.1f}", limit, *ratios])
         head = ["step", "weights", "kernels", "time, memory", "tokens/s", "of limit", "x Hugging Face", "x first"]
         yield table(head, lines, "---nnnnn")
 
 
-def tuning(found: Sequence[Row]) -> Iterator[Html]:
+def tuning_tables(records: Sequence[Row]) -> Iterator[Html]:
     """What became of the candidates of each search, and the best at each of the sizes."""
-    for search in grouped(found, "op", "impl").values():
-        timers = ", ".join(sorted({row["timer"] for row in search}))
-        yield heading(3, f"{search[0]['op']} {search[0]['impl']}, by {timers}")
-        states = Counter(row["status"] for row in search)
+    for of_search in group_rows(records, "op", "impl").values():
+        timers = ", ".join(sorted({row["timer"] for row in of_search}))
+        yield heading(3, f"{of_search[0]['op']} {of_search[0]['impl']}, by {timers}")
+        states = Counter(row["status"] for row in of_search)
         yield paragraph(", ".join(f"{state}: {count}" for state, count in states.items()) + " candidates x sizes")
         lines = []
-        for at in grouped([row for row in search if row["status"] in TIMES], "sizes").values():
-            best, worst = (which(at, key=lambda row: row["seconds"]) for which in (min, max))
+        for of_sizes in group_rows([row for row in of_search if row["status"] in TIMED_STATUSES], "sizes").values():
+            best, worst = (which(of_sizes, key=lambda row: row["seconds"]) for which in (min, max))
             ratio = f"{worst['seconds'] / best['seconds']:.2f}"
-            lines.append([text(best["sizes"]), brief(best["config"]), unit(best["seconds"]), ratio, str(len(at))])
+            lines.append(
+                [
+                    format_values(best["sizes"]),
+                    format_config(best["config"]),
+                    format_seconds(best["seconds"]),
+                    ratio,
+                    str(len(of_sizes)),
+                ]
+            )
         if lines:
             yield table(["sizes", "best config", "time", "x slowest", "timed"], lines, "--nnn")
 
 
-def errors(found: Sequence[Row]) -> Iterator[Html]:
+def error_table(records: Sequence[Row]) -> Iterator[Html]:
     lines = [
-        [text(row["sizes"]), f"{row['impl']} {brief(row['config'])}"]
+        [format_values(row["sizes"]), f"{row['impl']} {format_config(row['config'])}"]
         + ([row["reason"], ""] if row["reason"] else [f"{row['rms']:.2e}", f"{row['worst']:.2e}"])
-        for row in found
+        for row in records
     ]
     yield table(["sizes", "implementation", "rms", "worst"], lines, "--nn")
 
 
-def refused(found: Sequence[Row]) -> Iterator[Html]:
+def refused_groups(records: Sequence[Row]) -> Iterator[Html]:
     """What got no time, by the reason."""
-    groups = sorted(grouped(found, "reason").values(), key=len, reverse=True)
+    groups = sorted(group_rows(records, "reason").values(), key=len, reverse=True)
     for of_reason in groups:
         title = f"{len(of_reason)} x {of_reason[0]['reason']}"
-        yield folded(title, "\n".join(f"{row.get('op', '')} {about(row)}".strip() for row in of_reason))
+        yield details(title, "\n".join(f"{row.get('op', '')} {describe_row(row)}".strip() for row in of_reason))
 
 
-def ceilings(found: Sequence[Row]) -> Iterator[Html]:
-    last = found[-1]
+def ceiling_paragraph(records: Sequence[Row]) -> Iterator[Html]:
+    last = records[-1]
     rates = ", ".join(f"{name} {flops / 1e12:.3g} TFLOP/s" for name, flops in last["flops"].items())
     yield paragraph(f"Ceilings, measured last: {last['bandwidth'] / 1e9:.1f} GB/s, {rates}.")
 
 
-def steps(found: Sequence[Row]) -> Iterator[Html]:
-    kinds = {"ok": "good", "left out": "none"}
+def step_table(records: Sequence[Row]) -> Iterator[Html]:
+    styles = {"ok": "good", "left out": "none"}
     lines = [
-        [row["step"], mark(row["state"], kinds.get(row["state"], "bad")), f"{row['seconds']:.1f} s", row["last"][:160]]
-        for row in found
+        [row["step"], mark(row["state"], styles.get(row["state"], "bad")), f"{row['seconds']:.1f} s", row["last"][:160]]
+        for row in records
     ]
     yield table(["step", "", "took", "its last line"], lines, "--n-")
 
@@ -187,77 +201,79 @@ class Section:
     """What is made of the rows of a kind that have these fields."""
 
     title: str
-    make: Callable[[Sequence[Row]], Iterator[Html]]
+    render: Callable[[Sequence[Row]], Iterator[Html]]
     fields: str
 
 
 TIME = "op case sizes impl config served gated seconds low high noise bytes bytes_share flops flops_share cold"
 SECTIONS = {  # by kind of row, in the order of the page
-    "step": Section("Steps", steps, "step state seconds last"),
-    "correctness": Section("Correctness", correctness, "op state reason"),
-    "ceiling": Section("Times", ceilings, "bandwidth flops"),
-    "op": Section("", times, TIME),
-    "model": Section("The model", model, "model layers what weights choice"),
-    "tune": Section("Searches", tuning, "op impl config sizes status seconds timer"),
-    "error": Section("Errors beside float64", errors, "sizes impl config rms worst reason"),
-    "refused": Section("Without a time", refused, "reason"),
+    "step": Section("Steps", step_table, "step state seconds last"),
+    "correctness": Section("Correctness", correctness_tables, "op state reason"),
+    "ceiling": Section("Times", ceiling_paragraph, "bandwidth flops"),
+    "op": Section("", time_tables, TIME),
+    "model": Section("The model", model_tables, "model layers what weights choice"),
+    "tune": Section("Searches", tuning_tables, "op impl config sizes status seconds timer"),
+    "error": Section("Errors beside float64", error_table, "sizes impl config rms worst reason"),
+    "refused": Section("Without a time", refused_groups, "reason"),
 }
-IN_OTHERS = ("search", "compiled", "gated")  # rows of a journal that its `tune` rows say all of
+COVERED_KINDS = ("search", "compiled", "gated")  # rows of a journal that its `tune` rows say all of
 
 
-def run_parts(found: Sequence[Row], files: Sequence[Path]) -> Iterator[Html]:
+def run_html(records: Sequence[Row], files: Sequence[Path]) -> Iterator[Html]:
     """All of one run."""
-    first = found[0]
+    first = records[0]
     yield heading(1, first["device"])
     yield paragraph(" · ".join(f"{k} {first[k]}" for k in rows.STAMP if k in first and k != "device"), "stamp")
-    yield from goals(found)
+    yield from goal_table(records)
     for kind, section in SECTIONS.items():
-        of_kind = [row for row in found if row["kind"] == kind]
+        of_kind = [row for row in records if row["kind"] == kind]
         if of_kind:
             if section.title:
                 yield heading(2, section.title)
-            yield from section.make(of_kind)
-    yield from pictures(files, plot.run_of(first))
+            yield from section.render(of_kind)
+    yield from plot_images(files, plot.run_label(first))
 
 
-def pictures(files: Sequence[Path], run: str) -> Iterator[Html]:
+def plot_images(files: Sequence[Path], run: str) -> Iterator[Html]:
     """Those that bench.plot makes of the rows; searches stand in tables, a picture of each would be too many."""
     yield heading(2, "Pictures")
     try:
-        loaded = plot.load(files, run)
+        loaded = plot.load_rows(files, run)
     except ValueError as error:
         yield paragraph(f"none: {error}")
         return
     with tempfile.TemporaryDirectory() as folder:
-        for name in DRAWN:
-            make, kinds = plot.PICTURES[name]
-            for drawn in make(loaded) if loaded[kinds[0]] else ():
-                (svg,) = save(drawn.figure, Path(folder) / drawn.name, plot.one_run(drawn), [".svg"])
-                yield picture(svg.read_bytes(), drawn.name)
+        for name in PLOTS:
+            make, kinds = plot.PLOTS[name]
+            for plotted in make(loaded) if loaded[kinds[0]] else ():
+                (svg,) = save_figure(
+                    plotted.figure, Path(folder) / plotted.name, plot.single_run_stamp(plotted), [".svg"]
+                )
+                yield svg_image(svg.read_bytes(), plotted.name)
 
 
-def place(row: Any) -> bool:
+def has_section(row: Any) -> bool:
     """Whether there is one for a row."""
     section = SECTIONS.get(row["kind"]) if isinstance(row, dict) and "kind" in row else None
     return section is not None and all(field in row for field in f"{plot.RUN} {section.fields}".split())
 
 
-def report(files: Sequence[Path]) -> str:
+def render_report(files: Sequence[Path]) -> str:
     """The page. Errors: ValueError if there is no row, or one is broken."""
-    found = list(rows.read(*files))
-    if not found:
+    records = list(rows.read(*files))
+    if not records:
         raise ValueError(f"no rows in {', '.join(map(str, files)) or 'no files'}")
     runs: dict[str, list[Row]] = defaultdict(list)
-    others = []
-    for row in found:
-        if place(row):
-            runs[plot.run_of(row)].append(row)
-        elif not (isinstance(row, dict) and row.get("kind") in IN_OTHERS):
-            others.append(row)
-    parts = [part for of_run in runs.values() for part in run_parts(of_run, files)]
-    if others:
-        lines = "\n".join(json.dumps(row) for row in others)
-        parts += [heading(2, "Other rows"), folded(f"{len(others)} rows this page has no place for", lines)]
+    unplaced = []
+    for row in records:
+        if has_section(row):
+            runs[plot.run_label(row)].append(row)
+        elif not (isinstance(row, dict) and row.get("kind") in COVERED_KINDS):
+            unplaced.append(row)
+    parts = [part for of_run in runs.values() for part in run_html(of_run, files)]
+    if unplaced:
+        lines = "\n".join(json.dumps(row) for row in unplaced)
+        parts += [heading(2, "Other rows"), details(f"{len(unplaced)} rows this page has no place for", lines)]
     return page("vila-triton: " + ", ".join(dict.fromkeys(run.split(" | ")[0] for run in runs)), parts)
 
 
@@ -267,12 +283,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl", help="or a folder of such files")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html")
     args = parser.parse_args(argv)
-    text = report(plot.files_of(args.rows))
+    html = render_report(plot.row_files(args.rows))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    whole = args.out.with_name(f"{args.out.name}.new")
-    whole.write_text(text)
-    whole.replace(args.out)
-    print(f"{args.out}: {len(text) / 1e3:.0f} kB")
+    temporary = args.out.with_name(f"{args.out.name}.new")
+    temporary.write_text(html)
+    temporary.replace(args.out)
+    print(f"{args.out}: {len(html) / 1e3:.0f} kB")
     return 0
 
 

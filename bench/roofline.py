@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from vila_triton.limits import COUNT, MANY
+from vila_triton.limits import COUNT, COUNT_OR_ZERO
 from vila_triton.paths import config_dir
 
 from ._tool import tool
@@ -41,52 +41,57 @@ class Machine:
     source: str
 
 
-def table() -> dict[str, Machine]:
+def datasheet_machines() -> dict[str, Machine]:
     """The machines of configs/bench/gpus.toml."""
     file = config_dir() / "bench" / "gpus.toml"
     return {gpu: Machine(gpu, **values) for gpu, values in tomllib.loads(file.read_text()).items()}
 
 
-def measured(files: Sequence[Path]) -> list[Machine]:
+def measured_machines(files: Sequence[Path]) -> list[Machine]:
     """The machines that rows of kind "ceiling" were measured on, the last row of each; memory from the datasheet."""
-    found = {}
+    machines = {}
     for row in rows.read(*files, kind="ceiling"):
         if missing := [name for name in ("device", "date", "commit", "bandwidth", "flops") if name not in row]:
             raise ValueError(f"a row of kind 'ceiling' has no {', '.join(missing)}")
         if "float16" not in row["flops"]:
             raise ValueError(f"the ceilings of {row['device']} say nothing of float16, only {', '.join(row['flops'])}")
-        known = [machine for gpu, machine in table().items() if gpu in row["device"]]
-        gpu, memory = (known[0].gpu, known[0].memory) if known else (row["device"], None)
+        datasheets = [machine for gpu, machine in datasheet_machines().items() if gpu in row["device"]]
+        gpu, memory = (datasheets[0].gpu, datasheets[0].memory) if datasheets else (row["device"], None)
         source = f"measured {row['date']} at {row['commit']}"
-        found[gpu] = Machine(gpu, row["device"], memory, row["bandwidth"], row["flops"]["float16"], source)
-    if not found:
+        machines[gpu] = Machine(gpu, row["device"], memory, row["bandwidth"], row["flops"]["float16"], source)
+    if not machines:
         raise ValueError(f"no row of kind 'ceiling' in {', '.join(map(str, files))}; bench.ops --out writes them")
-    return list(found.values())
+    return list(machines.values())
 
 
-def predict(
-    machine: Machine, model: str, weights: str, pictures: int, prompts: Sequence[int], contexts: Sequence[int]
+def predict_steps(
+    machine: Machine,
+    model: str,
+    weights: str,
+    num_images: int,
+    prompt_lengths: Sequence[int],
+    context_lengths: Sequence[int],
 ) -> Iterator[dict[str, Any]]:
     """A row for every prompt (tokens beside the pictures) and every context of one model on one machine, batch 1.
 
     A row whose `beyond` is set names why there is no such step: "memory", or the "positions" the model was made for.
     """
-    shape = model_configs.load(model, group_size=GROUPS[weights])
-    seen = pictures * shape.image_tokens
-    steps: list[tuple[dict[str, Any], int, step_cost.Work]] = [
+    config = model_configs.load_model(model, group_size=GROUPS[weights])
+    image_tokens = num_images * config.image_tokens
+    steps: list[tuple[dict[str, Any], int, step_cost.StepCost]] = [
         (
-            {"what": "prefill", "pictures": pictures, "prompt": words},
-            words + seen,
-            step_cost.prefill(shape, words, pictures),
+            {"what": "prefill", "pictures": num_images, "prompt": text_tokens},
+            text_tokens + image_tokens,
+            step_cost.prefill_cost(config, text_tokens, num_images),
         )
-        for words in prompts
+        for text_tokens in prompt_lengths
     ]
-    steps += [({"what": "decode", "context": n}, n, step_cost.decode(shape, 1, n)) for n in contexts]
-    for step, tokens, todo in steps:
-        bytes_needed = step_cost.needs(shape, tokens)
-        beyond = "positions" if tokens > shape.llm.max_position_embeddings else None
-        if machine.memory is not None and bytes_needed > machine.memory:
-            beyond = "memory"
+    steps += [({"what": "decode", "context": n}, n, step_cost.decode_cost(config, 1, n)) for n in context_lengths]
+    for step, tokens, cost in steps:
+        memory_bytes = step_cost.memory_bytes(config, tokens)
+        exceeded = "positions" if tokens > config.llm.max_position_embeddings else None
+        if machine.memory is not None and memory_bytes > machine.memory:
+            exceeded = "memory"
         yield {
             "kind": "predict",
             **step,
@@ -96,18 +101,18 @@ def predict(
             "weights": weights,
             "batch": 1,
             "tokens": tokens,
-            "seconds": todo.seconds(machine.bandwidth, machine.flops),
-            "limit": "memory" if todo.bytes / machine.bandwidth > todo.flops / machine.flops else "compute",
-            "flops": todo.flops,
-            "bytes": todo.bytes,
-            "needs": bytes_needed,
-            "beyond": beyond,
+            "seconds": cost.seconds(machine.bandwidth, machine.flops),
+            "limit": "memory" if cost.bytes / machine.bandwidth > cost.flops / machine.flops else "compute",
+            "flops": cost.flops,
+            "bytes": cost.bytes,
+            "needs": memory_bytes,
+            "beyond": exceeded,
             **rows.stamp(torch.device("cpu")),
             "device": "on paper",
         }
 
 
-def cell(row: dict[str, Any]) -> str:
+def format_cell(row: dict[str, Any]) -> str:
     """Milliseconds, with a c where compute is the limit, or why there is no such step."""
     if row["beyond"]:
         return {"memory": "does not fit  ", "positions": "too long  "}[row["beyond"]]
@@ -116,10 +121,10 @@ def cell(row: dict[str, Any]) -> str:
     return f"{ms:.{2 if ms < 10 else 1 if ms < 100 else 0}f}{rate}{' c' if row['limit'] == 'compute' else '  '}"
 
 
-def heading(machine: Machine, pictures: int, prompts: Sequence[int], contexts: Sequence[int]) -> str:
+def format_heading(machine: Machine, num_images: int, prompts: Sequence[int], contexts: Sequence[int]) -> str:
     memory = "memory unknown" if machine.memory is None else f"{machine.memory / GIB:.0f} GiB"
     rates = f"{machine.bandwidth / 1e9:.5g} GB/s, {machine.flops / 1e12:.4g} TFLOP/s float16"
-    first = f"first token, ms: {pictures} picture{'s' * (pictures != 1)}, and words:  "
+    first = f"first token, ms: {num_images} picture{'s' * (num_images != 1)}, and words:  "
     columns = "".join(f"{n:>14}  " for n in prompts) + "".join(f"{n:>16}  " for n in contexts)
     return (
         f"\n{machine.name}: {memory}, {rates}\n({machine.source})\n"
@@ -128,20 +133,21 @@ def heading(machine: Machine, pictures: int, prompts: Sequence[int], contexts: S
     )
 
 
-def released() -> list[str]:
+def vision_models() -> list[str]:
     """The models that see, without the bundled one, the smallest first."""
-    shapes = {name: model_configs.load(name) for name in model_configs.known() if name != "tiny"}
+    configs_by_name = {name: model_configs.load_model(name) for name in model_configs.model_files() if name != "tiny"}
     return sorted(
-        (name for name, shape in shapes.items() if shape.vision_tower), key=lambda n: step_cost.needs(shapes[n], 0)
+        (name for name, shape in configs_by_name.items() if shape.vision_tower),
+        key=lambda n: step_cost.memory_bytes(configs_by_name[n], 0),
     )
 
 
-def listed(text: str, known: Sequence[str], what: str) -> list[str]:
+def parse_names(text: str, valid: Sequence[str], description: str) -> list[str]:
     """The names of a list with commas. Errors: ValueError for one that is not known."""
-    chosen = text.split(",")
-    if unknown := [name for name in chosen if name not in known]:
-        raise ValueError(f"no {what} {', '.join(unknown)}; there are: {', '.join(known)}")
-    return chosen
+    names = text.split(",")
+    if unknown := [name for name in names if name not in valid]:
+        raise ValueError(f"no {description} {', '.join(unknown)}; there are: {', '.join(valid)}")
+    return names
 
 
 @tool
@@ -151,28 +157,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measured", type=Path, nargs="+", metavar="ROWS", help="instead: the ceilings of these rows")
     parser.add_argument("--model", default="all", help="names of configs/models, with commas, or all: those released")
     parser.add_argument("--weights", default="float16,int4")
-    parser.add_argument("--pictures", type=MANY, default=1)
+    parser.add_argument("--pictures", type=COUNT_OR_ZERO, default=1)
     parser.add_argument("--prompts", type=COUNT, nargs="+", default=[32, 512, 2048], help="tokens beside the pictures")
     parser.add_argument("--contexts", type=COUNT, nargs="+", default=[256, 4096], help="tokens a new one attends to")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     args = parser.parse_args(argv)
     if args.gpu and args.measured:
         raise ValueError("--gpu takes datasheets and --measured takes rows; give one of them")
-    machines = measured(args.measured) if args.measured else list(table().values())
+    machines = measured_machines(args.measured) if args.measured else list(datasheet_machines().values())
     if args.gpu:
-        machines = [table()[gpu] for gpu in listed(args.gpu, list(table()), "GPU")]
-    models = released() if args.model == "all" else listed(args.model, list(model_configs.known()), "model")
-    precisions = listed(args.weights, list(GROUPS), "weights")
+        machines = [datasheet_machines()[gpu] for gpu in parse_names(args.gpu, list(datasheet_machines()), "GPU")]
+    models = (
+        vision_models() if args.model == "all" else parse_names(args.model, list(model_configs.model_files()), "model")
+    )
+    precisions = parse_names(args.weights, list(GROUPS), "weights")
     for machine in machines:
-        print(heading(machine, args.pictures, args.prompts, args.contexts))
+        print(format_heading(machine, args.pictures, args.prompts, args.contexts))
         for model in models:
             for weights in precisions:
-                found = list(predict(machine, model, weights, args.pictures, args.prompts, args.contexts))
-                cells = "".join(f"{cell(row):>{16 if row['what'] == 'prefill' else 18}}" for row in found)
-                least = min(row["needs"] for row in found) / GIB
-                print(f"{model if weights == precisions[0] else '':20}{weights:8}{least:8.1f}{cells}", flush=True)
+                predictions = list(predict_steps(machine, model, weights, args.pictures, args.prompts, args.contexts))
+                cells = "".join(f"{format_cell(row):>{16 if row['what'] == 'prefill' else 18}}" for row in predictions)
+                memory_gib = min(row["needs"] for row in predictions) / GIB
+                print(f"{model if weights == precisions[0] else '':20}{weights:8}{memory_gib:8.1f}{cells}", flush=True)
                 if args.out:
-                    rows.write(args.out, found)
+                    rows.write(args.out, predictions)
     print("\nc: bound by compute, all else by memory. Lower bounds: what runs is slower.")
     return 0
 

@@ -29,38 +29,38 @@ from vila_triton.limits import POSITIVE
 
 from . import standin
 from ._tool import tool
-from .goals import met
+from .goals import report_all_goals
 from .measure import rows
-from .measure.suite_plan import Step, allot, left_out, steps
+from .measure.suite_plan import SuiteStep, allot_seconds, left_out_lines, suite_steps
 
-GRACE = 5.0  # seconds from being asked to stop to being killed
-PYTHON = standin.prefix()  # what starts a step
-OWN = 12.0  # seconds in which the suite itself starts, and sums up
+GRACE_SECONDS = 5.0  # seconds from being asked to stop to being killed
+PYTHON_COMMAND = standin.command_prefix()  # what starts a step
+OWN_SECONDS = 12.0  # seconds in which the suite itself starts, and sums up
 
 
 @dataclass(frozen=True)
 class Outcome:
-    step: Step
+    step: SuiteStep
     state: str  # ok | failed | out of time | left out | stopped | not reached
     seconds: float
-    last: str  # the last line it printed
+    last_line: str  # the last line it printed
 
     @property
-    def about(self) -> dict[str, str | float]:
+    def row_fields(self) -> dict[str, str | float]:
         """What a row says of it."""
-        return {"step": self.step.name, "state": self.state, "seconds": self.seconds, "last": self.last}
+        return {"step": self.step.name, "state": self.state, "seconds": self.seconds, "last": self.last_line}
 
 
-def run(step: Step, limit: float, log: Path) -> Outcome:
+def run_step(step: SuiteStep, limit: float, log: Path) -> Outcome:
     """Run one step for at most `limit` seconds; what it prints goes to its log."""
     start = time.perf_counter()
-    words = step.command(limit)
-    grace = min(GRACE, limit / 4)
+    argv = step.command(limit)
+    grace = min(GRACE_SECONDS, limit / 4)
     with log.open("w") as file:
-        file.write(shlex.join(["python", "-m", *words]) + "\n")
+        file.write(shlex.join(["python", "-m", *argv]) + "\n")
         file.flush()
         process = subprocess.Popen(
-            [*PYTHON, *words],
+            [*PYTHON_COMMAND, *argv],
             cwd=rows.ROOT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
@@ -73,12 +73,12 @@ def run(step: Step, limit: float, log: Path) -> Outcome:
         except subprocess.TimeoutExpired:
             state = "out of time"
         finally:
-            end(process, grace)
+            stop_process(process, grace)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return Outcome(step, state, time.perf_counter() - start, lines[-1] if lines else "")
 
 
-def end(process: subprocess.Popen, grace: float) -> None:
+def stop_process(process: subprocess.Popen, grace: float) -> None:
     """Ask a process to stop if it still runs, and kill what is left of its group."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
@@ -92,39 +92,39 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def summary(outcomes: Sequence[Outcome], measured: Path) -> Iterator[str]:
+def summary_lines(outcomes: Sequence[Outcome], measured: Path) -> Iterator[str]:
     """A page: where, one line a step, what is right, which goals are met."""
-    here = rows.stamp(device())
-    yield " | ".join([here["device"], *(f"{k} {here[k]}" for k in ("torch", "triton", "python", "commit", "date"))])
+    stamp = rows.stamp(device())
+    yield " | ".join([stamp["device"], *(f"{k} {stamp[k]}" for k in ("torch", "triton", "python", "commit", "date"))])
     for outcome in outcomes:
-        yield f"{outcome.state:12}{outcome.seconds:7.1f} s  {outcome.step.name:24}{outcome.last[:120]}"
-    found = list(rows.read(measured)) if measured.exists() else []
-    if states := Counter(row["state"] for row in found if row["kind"] == "correctness"):
+        yield f"{outcome.state:12}{outcome.seconds:7.1f} s  {outcome.step.name:24}{outcome.last_line[:120]}"
+    results = list(rows.read(measured)) if measured.exists() else []
+    if states := Counter(row["state"] for row in results if row["kind"] == "correctness"):
         yield "correctness: " + ", ".join(f"{count} {state}" for state, count in states.items())
-    if reasons := Counter(row["reason"] for row in found if row["kind"] == "refused"):
-        reason, often = reasons.most_common(1)[0]
-        yield f"no time: {reasons.total()}; most often, {often} times: {reason[:120]}"
-    yield from met(found)
+    if reasons := Counter(row["reason"] for row in results if row["kind"] == "refused"):
+        reason, frequency = reasons.most_common(1)[0]
+        yield f"no time: {reasons.total()}; most often, {frequency} times: {reason[:120]}"
+    yield from report_all_goals(results)
 
 
-def run_all(plan: Sequence[Step], seconds: float, out: Path) -> list[Outcome]:
+def run_plan(plan: Sequence[SuiteStep], seconds: float, out: Path) -> list[Outcome]:
     """Run the steps in order until the time is over; the summary on disk is right after every one of them."""
     end, measured = time.perf_counter() + seconds, out / "rows.jsonl"
     outcomes = [Outcome(step, "not reached", 0.0, "") for step in plan]
     for i, step in enumerate(plan):
-        left = end - time.perf_counter()
-        limit = allot(plan[i:], left).get(step.name)
+        remaining = end - time.perf_counter()
+        limit = allot_seconds(plan[i:], remaining).get(step.name)
         try:
             if limit is None:
-                reason = next(line for line in left_out(plan[i:], left) if line.startswith(f"{step.name}: "))
+                reason = next(line for line in left_out_lines(plan[i:], remaining) if line.startswith(f"{step.name}: "))
                 outcomes[i] = Outcome(step, "left out", 0.0, reason)
             else:
                 outcomes[i] = Outcome(step, "stopped", 0.0, "")
                 print(f"[{i + 1}/{len(plan)}] {step.name}, at most {limit:.0f} s", file=sys.stderr)
-                outcomes[i] = run(step, limit, out / "logs" / f"{i + 1}-{step.name.replace(' ', '-')}.log")
-            rows.write(measured, [{"kind": "step", **outcomes[i].about, **rows.stamp(device())}])
+                outcomes[i] = run_step(step, limit, out / "logs" / f"{i + 1}-{step.name.replace(' ', '-')}.log")
+            rows.write(measured, [{"kind": "step", **outcomes[i].row_fields, **rows.stamp(device())}])
         finally:
-            (out / "summary.new").write_text("\n".join(summary(outcomes, measured)) + "\n")
+            (out / "summary.new").write_text("\n".join(summary_lines(outcomes, measured)) + "\n")
             (out / "summary.new").replace(out / "summary.txt")
     return outcomes
 
@@ -138,17 +138,17 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="toy sizes, on a CPU where there is no GPU")
     parser.add_argument("--stand-in", action="store_true", help="toy sizes, on the stand-in for a GPU")
     args = parser.parse_args()
-    if args.stand_in and not standin.active():
+    if args.stand_in and not standin.is_active():
         os.execv(sys.executable, [sys.executable, "-m", "bench.standin", "bench.suite", *sys.argv[1:]])
     toy = args.dry_run or args.stand_in
-    seconds = 60 * args.minutes - OWN
-    plan = steps((args.out or Path("out")).resolve(), toy)
+    seconds = 60 * args.minutes - OWN_SECONDS
+    plan = suite_steps((args.out or Path("out")).resolve(), toy)
     if args.estimate:
         from .measure import (
             suite_estimate,  # not above: where there is no GPU, its import turns the interpreter on, for steps too
         )
 
-        print(*suite_estimate.lines(plan, seconds), *left_out(plan, seconds), sep="\n")
+        print(*suite_estimate.estimate_table(plan, seconds), *left_out_lines(plan, seconds), sep="\n")
         return 0
     if args.out is None:
         parser.error("--out: which folder is to hold what it finds?")
@@ -157,8 +157,8 @@ def main() -> int:
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step under way ends too
     (args.out / "logs").mkdir(parents=True, exist_ok=True)
-    print(*left_out(plan, seconds), sep="\n", file=sys.stderr)
-    outcomes = run_all(plan, seconds, args.out.resolve())
+    print(*left_out_lines(plan, seconds), sep="\n", file=sys.stderr)
+    outcomes = run_plan(plan, seconds, args.out.resolve())
     print((args.out / "summary.txt").read_text(), end="")
     return 0 if all(outcome.state in ("ok", "left out") for outcome in outcomes) else 1
 

@@ -27,149 +27,157 @@ from pathlib import Path
 
 import torch
 
-from vila_triton.console import bar
+from vila_triton.console import print_progress
 from vila_triton.limits import COUNT, POSITIVE, Limits
-from vila_triton.registry import OPS, Impl, there, tuned_tables
-from vila_triton.registry.interpreter import holds_kernels
+from vila_triton.registry import OPS, Impl, describe_available, tuned_tables
+from vila_triton.registry.interpreter import uses_triton_kernels
 
 from ._tool import tool
 from .measure import rows
-from .measure.cases import cases, names
+from .measure.cases import cases, op_names
 from .tuner import cost_model, table
-from .tuner.cluster import Cluster
-from .tuner.journal import searches
-from .tuner.search import COST_MODEL, Plan, Search, identity
-from .tuner.workers import Processes, Workers
+from .tuner.cluster import RayCluster
+from .tuner.journal import find_journals
+from .tuner.search import COST_MODEL, Search, SearchPlan, search_fingerprint
+from .tuner.workers import ProcessPool, Workers
 
 JOURNALS = rows.RESULTS / "tune"
 
 
-def plan_for(impl: Impl, args: argparse.Namespace) -> Plan:
+def plan_search(impl: Impl, args: argparse.Namespace) -> SearchPlan:
     """How to search. Errors: ValueError if the timer cannot time this here."""
-    here = torch.cuda.is_available()
-    device = torch.device("cuda" if here else "cpu")
-    timer = (args.timer or "").replace("-", " ") or ("gpu" if here else COST_MODEL if holds_kernels(impl) else "cpu")
-    of_arch = args.arch or not here
-    gpu = cost_model.gpu(args.arch or "sm_90") if of_arch else cost_model.here(torch.cuda.get_device_properties(device))
-    if timer == "gpu" and not here:
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if has_gpu else "cpu")
+    timer = (args.timer or "").replace("-", " ") or (
+        "gpu" if has_gpu else COST_MODEL if uses_triton_kernels(impl) else "cpu"
+    )
+    by_arch = args.arch or not has_gpu
+    gpu = (
+        cost_model.gpu_of_arch(args.arch or "sm_90")
+        if by_arch
+        else cost_model.gpu_of_device(torch.cuda.get_device_properties(device))
+    )
+    if timer == "gpu" and not has_gpu:
         raise ValueError("--timer gpu: torch sees no GPU here")
-    if timer == "cpu" and (here or holds_kernels(impl)):
-        raise ValueError(f"--timer cpu: {'this machine has a GPU' if here else f'{impl.name} runs here interpreted'}")
-    if timer == COST_MODEL and not (impl.space and impl.space.launch):
+    if timer == "cpu" and (has_gpu or uses_triton_kernels(impl)):
+        raise ValueError(
+            f"--timer cpu: {'this machine has a GPU' if has_gpu else f'{impl.name} runs here interpreted'}"
+        )
+    if timer == COST_MODEL and not (impl.space and impl.space.launch_cost):
         raise ValueError(f"--timer cost-model: {impl.file.name} has no Space with a launch for {impl.name}")
     stamp = rows.stamp(device)
     if timer == COST_MODEL:
         stamp["device"] = f"{gpu.name} ({COST_MODEL})"
-    return Plan(timer, stamp["device"], gpu, args.worse_than, args.budget, stamp)
+    return SearchPlan(timer, stamp["device"], gpu, args.worse_than, args.budget, stamp)
 
 
-def chosen(args: argparse.Namespace) -> list[Impl]:
+def select_impls(args: argparse.Namespace) -> list[Impl]:
     """The implementations to tune: those named, or all with more than one config. Errors: ValueError naming them."""
-    found = []
-    for op in args.ops or names():
+    selected = []
+    for op in args.ops or op_names():
         cases(op)  # the op exists
         impls = OPS[op].impls
         if unknown := [name for name in args.impl or () if name not in impls]:
-            raise ValueError(f"{op} has no implementation {unknown[0]!r}; there are: {there(impls)}")
+            raise ValueError(f"{op} has no implementation {unknown[0]!r}; there are: {describe_available(impls)}")
         tunable = [impl for impl in impls.values() if impl.space or len(impl.configs) > 1]
         if args.ops and not tunable:
             raise ValueError(f"{op} has nothing to tune: no implementation has a space or more than one config")
         if tunable and OPS[op].sizes_of is None:
             raise ValueError(f"{op} has no sizes (@{op}.sizes), so nothing could look its table up")
-        found += [impl for impl in tunable if not args.impl or impl.name in args.impl]
-    if not found:
+        selected += [impl for impl in tunable if not args.impl or impl.name in args.impl]
+    if not selected:
         raise ValueError(f"{', '.join(args.impl)} has one config and no space, so there is nothing to tune")
-    return found
+    return selected
 
 
-def timeable(found: list[Impl], args: argparse.Namespace) -> list[Impl]:
+def keep_timeable(impls: list[Impl], args: argparse.Namespace) -> list[Impl]:
     """Those that the timer asked for can time here; the others are left out with a word, if they were not named.
 
     Errors: ValueError, that of the first, if none is left or they were named.
     """
     reasons: dict[str, ValueError] = {}
-    for impl in found:
+    for impl in impls:
         try:
-            plan_for(impl, args)
+            plan_search(impl, args)
         except ValueError as reason:
             reasons[f"{impl.op} {impl.name}"] = reason
-    if reasons and (args.impl or len(reasons) == len(found)):
+    if reasons and (args.impl or len(reasons) == len(impls)):
         raise next(iter(reasons.values()))
     for name, reason in reasons.items():
         print(f"{name} is left out: {reason}")
-    return [impl for impl in found if f"{impl.op} {impl.name}" not in reasons]
+    return [impl for impl in impls if f"{impl.op} {impl.name}" not in reasons]
 
 
 class Progress:
     """A line on standard error: how far the search is, and how long the rest takes if it goes on at this rate."""
 
     def __init__(self, search: Search):
-        self.search, self.before, self.start, self.last = search, search.done, time.monotonic(), 0.0
+        self.search, self.initially_done, self.start, self.last_update = search, search.num_done, time.monotonic(), 0.0
 
     def __call__(self) -> None:
         now = time.monotonic()
-        if now - self.last >= 0.2:
-            self.last = now
-            bar(f"{self.search.impl.op} {self.search.impl.name}: {self.line(now - self.start)}")
+        if now - self.last_update >= 0.2:
+            self.last_update = now
+            print_progress(f"{self.search.impl.op} {self.search.impl.name}: {self.line(now - self.start)}")
 
-    def line(self, gone: float) -> str:
-        done, count = self.search.done, len(self.search.candidates)
-        found = {kind: len(known) for kind, known in self.search.journal.found.items()}
-        new = done - self.before
-        left = clock(gone / new * (count - done)) if new else "unknown until the first round is through"
-        held = f"compiled {found['compiled']}, gated {found['gated']}"
-        return f"{done}/{count} candidates done ({held}), {clock(gone)} gone, time left: {left}"
+    def line(self, elapsed: float) -> str:
+        done, count = self.search.num_done, len(self.search.candidates)
+        counts = {kind: len(entries) for kind, entries in self.search.journal.entries.items()}
+        new = done - self.initially_done
+        left = format_clock(elapsed / new * (count - done)) if new else "unknown until the first round is through"
+        stages = f"compiled {counts['compiled']}, gated {counts['gated']}"
+        return f"{done}/{count} candidates done ({stages}), {format_clock(elapsed)} gone, time left: {left}"
 
 
-def clock(seconds: float) -> str:
+def format_clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline: float) -> bool:
+def tune_impl(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline: float) -> bool:
     """Search on, write the table, print the report; without workers from the journal. Whether there are times."""
-    plan = plan_for(impl, args)
-    if plan.gpu.guessed:
-        print(plan.gpu.guessed)
+    plan = plan_search(impl, args)
+    if plan.gpu.guess:
+        print(plan.gpu.guess)
     folder = args.out or JOURNALS
-    now = identity(impl, plan)
-    for file, then in searches(folder, impl.op, impl.name).items():
-        changed = [key for key in now if then.get(key) != now[key]]
+    fingerprint = search_fingerprint(impl, plan)
+    for file, recorded in find_journals(folder, impl.op, impl.name).items():
+        changed = [key for key in fingerprint if recorded.get(key) != fingerprint[key]]
         if changed and "device" not in changed and "timer" not in changed:
             print(f"stale: {file.name} was made with another {', '.join(changed)}; it is left as it is and not used")
     search = Search(impl, cases(impl.op, args.case), plan, folder, args.candidates)
-    before = search.done
-    print(f"{impl.op} {impl.name} on {plan.device}: {len(search.candidates)} candidates, {before} done before")
+    already_done = search.num_done
+    print(f"{impl.op} {impl.name} on {plan.device}: {len(search.candidates)} candidates, {already_done} done before")
     stopped = ""
     if workers:
         try:
             search.run(workers, deadline, Progress(search))
         except KeyboardInterrupt:
             stopped = "stopped"
-        bar("")
-        if not stopped and search.done < len(search.candidates):
+        print_progress("")
+        if not stopped and search.num_done < len(search.candidates):
             stopped = "out of time"
     if stopped:
-        print(f"{stopped} with {search.done} of {len(search.candidates)} candidates done: the best so far follow")
-    rows_found = list(search.journal.found["tune"].values())
-    for status, count in Counter(row["status"] for row in rows_found).items():
-        reasons = Counter(row["reason"] for row in rows_found if row["status"] == status and row["reason"])
-        often = "".join(f"; most often: {reason} ({n})" for reason, n in reasons.most_common(1))
-        print(f"  {status:9}{count:6} candidates x sizes{often}")
-    entry = table.entry(now, rows_found, OPS[impl.op].varying)
+        print(f"{stopped} with {search.num_done} of {len(search.candidates)} candidates done: the best so far follow")
+    tune_rows = list(search.journal.entries["tune"].values())
+    for status, count in Counter(row["status"] for row in tune_rows).items():
+        reasons = Counter(row["reason"] for row in tune_rows if row["status"] == status and row["reason"])
+        most_frequent = "".join(f"; most often: {reason} ({n})" for reason, n in reasons.most_common(1))
+        print(f"  {status:9}{count:6} candidates x sizes{most_frequent}")
+    entry = table.build_entry(fingerprint, tune_rows, OPS[impl.op].dynamic_sizes)
     if entry is None:
         print("nothing was timed, so there is no table")
     else:
-        where = args.out or (tuned_tables.folder() if plan.timer == "gpu" else JOURNALS)
-        with undisturbed():
-            file = table.write(where, plan.device, entry)
+        table_folder = args.out or (tuned_tables.tables_dir() if plan.timer == "gpu" else JOURNALS)
+        with deferred_interrupts():
+            file = table.write_table(table_folder, plan.device, entry)
             if args.install and plan.timer == "gpu":
-                table.write(tuned_tables.folder(), plan.device, entry)
+                table.write_table(tuned_tables.tables_dir(), plan.device, entry)
         if plan.timer == COST_MODEL:
             print("The timer is the COST MODEL: nothing was run to take a time, these seconds are predictions.")
             print("Only what is best at some sizes passed the gate; the others are predictions, unchecked.")
-        print("\n".join(table.report(rows_found, impl.configs[0], OPS[impl.op].varying)))
-        if impl.op in (found := tuned_tables.read(file)["choices"]):
-            print(f"of the implementations tuned, {impl.op} runs: {json.dumps(found[impl.op])}")
+        print("\n".join(table.regret_report(tune_rows, impl.configs[0], OPS[impl.op].dynamic_sizes)))
+        if impl.op in (choices := tuned_tables.read_table(file)["choices"]):
+            print(f"of the implementations tuned, {impl.op} runs: {json.dumps(choices[impl.op])}")
         print(f"table {file}\njournal {search.journal.file}")
     if stopped == "stopped":
         raise KeyboardInterrupt(f"stopped; the same command goes on from {search.journal.file}")
@@ -177,39 +185,41 @@ def tune(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def deferred_interrupts() -> Iterator[None]:
     """Ctrl-C and SIGTERM wait until the end of what is inside."""
-    came: list[int] = []
+    received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
+    handlers = [signal.signal(number, lambda number, _: received.append(number)) for number in numbers]
     try:
         yield
     finally:
         for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
-    if came:
+    if received:
         raise KeyboardInterrupt
 
 
-def tables(folder: Path) -> int:
+def num_tables(folder: Path) -> int:
     return len(list(folder.glob("*.json")))
 
 
-def stale(folder: Path) -> Iterator[str]:
+def stale_entries(folder: Path) -> Iterator[str]:
     """The entries and choices of the tables of a folder that do not hold, and why."""
     for file in sorted(folder.glob("*.json")):
-        held = tuned_tables.read(file)
-        if tuned_tables.file_of(held["device"], folder) != file:
-            yield f"{file.name}: was made on {held['device']}"
-        for entry in held["entries"]:
+        tuned_table = tuned_tables.read_table(file)
+        if tuned_tables.table_path(tuned_table["device"], folder) != file:
+            yield f"{file.name}: was made on {tuned_table['device']}"
+        for entry in tuned_table["entries"]:
             impl = OPS[entry["op"]].impls.get(entry["impl"]) if entry["op"] in OPS else None
-            why = list(tuned_tables.changes(entry, impl).values()) if impl else ["there is no such implementation"]
-            if why:
-                yield f"{file.name}: {entry['op']} {entry['impl']}: {'; '.join(why)}"
-        for op in held["choices"]:
+            reasons = (
+                list(tuned_tables.stale_reasons(entry, impl).values()) if impl else ["there is no such implementation"]
+            )
+            if reasons:
+                yield f"{file.name}: {entry['op']} {entry['impl']}: {'; '.join(reasons)}"
+        for op in tuned_table["choices"]:
             try:
-                tuned_tables.parsed(held, op, file)
-            except (ValueError, tuned_tables.Stale) as error:
+                tuned_tables.parse_table_choice(tuned_table, op, file)
+            except (ValueError, tuned_tables.StaleTableError) as error:
                 yield f"{file.name}: {error}"
 
 
@@ -220,7 +230,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--case", help="a name of configs/bench/OP.toml; default: all")
     parser.add_argument("--timer", choices=("gpu", "cpu", "cost-model"), help="default: what this machine can do")
     parser.add_argument(
-        "--arch", help=f"compile and predict for it: {', '.join(cost_model.archs())}; default: the GPU's, or sm_90"
+        "--arch",
+        help=f"compile and predict for it: {', '.join(cost_model.known_archs())}; default: the GPU's, or sm_90",
     )
     parser.add_argument(
         "--worse-than", type=Limits(float, 1, 1e12), default=3.0, metavar="X", help="default: %(default)s"
@@ -248,20 +259,23 @@ def main() -> int:
     end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     workers: Workers | None = None
     try:
-        known = chosen(args)
+        impls = select_impls(args)
         if (args.check or args.report) and args.out and not args.out.is_dir():
             raise ValueError(f"--out {args.out}: there is no such folder")
         if args.check:
-            found = list(stale(args.out or tuned_tables.folder()))
-            print("\n".join(found) or f"all entries hold, of {tables(args.out or tuned_tables.folder())} tables")
-            return 1 if found else 0
-        known = timeable(known, args)
+            stale_lines = list(stale_entries(args.out or tuned_tables.tables_dir()))
+            print(
+                "\n".join(stale_lines)
+                or f"all entries hold, of {num_tables(args.out or tuned_tables.tables_dir())} tables"
+            )
+            return 1 if stale_lines else 0
+        impls = keep_timeable(impls, args)
         if not args.report:
-            workers = Cluster(args.ray, args.workers) if args.ray else Processes(args.workers)
+            workers = RayCluster(args.ray, args.workers) if args.ray else ProcessPool(args.workers)
         timed = False
-        for i, impl in enumerate(known):
-            now = time.monotonic()
-            timed |= tune(impl, args, workers, now + (end - now) / (len(known) - i))
+        for i, impl in enumerate(impls):
+            start = time.monotonic()
+            timed |= tune_impl(impl, args, workers, start + (end - start) / (len(impls) - i))
         return 0 if timed else 1
     finally:
         if workers:

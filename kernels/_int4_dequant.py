@@ -16,17 +16,17 @@ from torch import Tensor
 from vila_triton.ops import Int4
 from vila_triton.registry import Unsupported
 
-from ._launch import INTERPRETED, exact, opaque
+from ._launch import INTERPRETED, ieee_operand, opaque_copy
 
 # What is done to a weight before it is multiplied.
-SUBTRACTED = tl.constexpr(0)  # code - zero, exact: the scale multiplies a sum
+UNSCALED = tl.constexpr(0)  # code - zero, exact: the scale multiplies a sum
 SUB = tl.constexpr(1)  # (code - zero) * scale, rounded
 FMA = tl.constexpr(2)  # code * scale + shift, rounded
 
 # One logical operation makes two float16 numbers of two codes: 1024 + code of the lower nibble of a byte, or 1024 + 16
 # code of the upper one; one more subtracts both zeros, exactly. The operands are the word, 1024 + zero of the top row,
 # and -64 - zero of the low one. `differences` says the same without assembly.
-FLOAT16 = tl.constexpr("""
+FLOAT16_ASM = tl.constexpr("""
 {
 .reg .b32 h, a, b, c, d, t, l, s;
 mov.b32 t, {$9, $9};
@@ -48,7 +48,7 @@ mov.b32 {$6, $7}, d;
 }""")
 # The same in bfloat16, which has 8 bits: 128 + code, and so each nibble is shifted down. The operands are the word and
 # -128 - zero of the top and of the low row.
-BFLOAT16 = tl.constexpr("""
+BFLOAT16_ASM = tl.constexpr("""
 {
 .reg .b32 h, i, j, a, b, c, d, t, l, o;
 mov.b32 t, {$9, $9};
@@ -70,46 +70,48 @@ mov.b32 {$2, $3}, b;
 mov.b32 {$4, $5}, c;
 mov.b32 {$6, $7}, d;
 }""")
-OUT = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,h,h")
+ASM_CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,h,h")
 
 
-def leaves(w: Int4) -> tuple[Tensor, Tensor, Tensor]:
+def contiguous_tensors(w: Int4) -> tuple[Tensor, Tensor, Tensor]:
     """qweight, scales and zeros, contiguous as kernels read them; copied only if they are not."""
     return w.qweight.contiguous(), w.scales.contiguous(), w.zeros.contiguous()
 
 
-def check_group(where: str, w: Int4) -> None:
+def check_group_size(op_name: str, w: Int4) -> None:
     """Unsupported unless a group is 32, whole tiles, or all of k."""
-    if w.group != 32 and w.group % 64 and w.group != w.shape[1]:
-        raise Unsupported(f"{where}: the group is {w.group}, but 32, multiples of 64 and all of k are served")
+    if w.group_size != 32 and w.group_size % 64 and w.group_size != w.shape[1]:
+        raise Unsupported(f"{op_name}: the group is {w.group_size}, but 32, multiples of 64 and all of k are served")
 
 
-def block_k(asked: int, w: Int4) -> int:
+def fit_block_k(requested: int, w: Int4) -> int:
     """The inputs of a step: those asked for, or fewer, so that a step lies in one group (a group of 32 is no hindrance:
     its scales are loaded by the word)."""
-    group = w.group
-    return asked if group == 32 or group == w.shape[1] else max(64, min(asked, group & -group))
+    group_size = w.group_size
+    return (
+        requested if group_size == 32 or group_size == w.shape[1] else max(64, min(requested, group_size & -group_size))
+    )
 
 
-def rounding(w: Int4, scale_sums: bool) -> int:
+def rounding_mode(w: Int4, scale_sums: bool) -> int:
     """SUBTRACTED if scales shall multiply sums and can: in the order "sub", where a step lies in one group."""
-    if w.order == "fma":
+    if w.rounding == "fma":
         return FMA.value
-    return SUBTRACTED.value if scale_sums and w.group != 32 else SUB.value
+    return UNSCALED.value if scale_sums and w.group_size != 32 else SUB.value
 
 
-def target() -> dict[str, Any]:
+def target_flags() -> dict[str, Any]:
     """ASM: the target has the instructions. HIDE: its compiler must not see how a tile is put together, or it would
     choose a layout for `tl.dot` that costs shuffles.
     """
     if INTERPRETED:
         return {"ASM": False, "HIDE": False}
-    now: Any = triton.runtime.driver.active.get_current_target()
-    return {"ASM": now.backend == "cuda", "HIDE": now.backend == "cuda" and now.arch < 90}
+    current: Any = triton.runtime.driver.active.get_current_target()
+    return {"ASM": current.backend == "cuda", "HIDE": current.backend == "cuda" and current.arch < 90}
 
 
 @triton.jit
-def rounded(differences, codes, scales, zeros, ORDER: tl.constexpr):
+def apply_scale(differences, codes, scales, zeros, ORDER: tl.constexpr):
     """A weight of code - zero and code, as ORDER says."""
     if ORDER == FMA:
         shifts = -(zeros * scales)
@@ -121,19 +123,19 @@ def rounded(differences, codes, scales, zeros, ORDER: tl.constexpr):
 
 
 @triton.jit
-def half(words, SHIFT: tl.constexpr, MASK: tl.constexpr):
+def code_to_float16(words, SHIFT: tl.constexpr, MASK: tl.constexpr):
     """A code as the float16 number 1024 + code, or 1024 + 16 code where MASK takes it from the upper nibble."""
     return ((words >> SHIFT) & MASK | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def bfloat(words, SHIFT: tl.constexpr):
+def code_to_bfloat16(words, SHIFT: tl.constexpr):
     """A code as the bfloat16 number 128 + code."""
     return ((words >> SHIFT) & 0xF | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def differences(words, zero, low_zero, DTYPE: tl.constexpr, ASM: tl.constexpr):
+def codes_minus_zero(words, zero, low_zero, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """code - zero, in float16 (or bfloat16, if DTYPE is that), of nibbles 0 4 1 5 2 6 3 7 of each word: of inputs 2c
     and 2c + 1 of the top row, of the low row, of inputs 2c + 8 and 2c + 9 of the top row, of the low row.
     """
@@ -142,79 +144,79 @@ def differences(words, zero, low_zero, DTYPE: tl.constexpr, ASM: tl.constexpr):
         low_zero = low_zero.to(tl.bfloat16) + 128
         if ASM:
             return tl.inline_asm_elementwise(
-                BFLOAT16, OUT, [words, -zero, -low_zero], (tl.bfloat16,) * 8, is_pure=True, pack=1
+                BFLOAT16_ASM, ASM_CONSTRAINTS, [words, -zero, -low_zero], (tl.bfloat16,) * 8, is_pure=True, pack=1
             )
         else:
             return (
-                bfloat(words, 0) - zero,
-                bfloat(words, 16) - zero,
-                bfloat(words, 4) - low_zero,
-                bfloat(words, 20) - low_zero,
-                bfloat(words, 8) - zero,
-                bfloat(words, 24) - zero,
-                bfloat(words, 12) - low_zero,
-                bfloat(words, 28) - low_zero,
+                code_to_bfloat16(words, 0) - zero,
+                code_to_bfloat16(words, 16) - zero,
+                code_to_bfloat16(words, 4) - low_zero,
+                code_to_bfloat16(words, 20) - low_zero,
+                code_to_bfloat16(words, 8) - zero,
+                code_to_bfloat16(words, 24) - zero,
+                code_to_bfloat16(words, 12) - low_zero,
+                code_to_bfloat16(words, 28) - low_zero,
             )
     else:
         zero = zero.to(tl.float16) + 1024
         low_zero = low_zero.to(tl.float16) + 64
         if ASM:
             return tl.inline_asm_elementwise(
-                FLOAT16, OUT, [words, zero, -low_zero], (tl.float16,) * 8, is_pure=True, pack=1
+                FLOAT16_ASM, ASM_CONSTRAINTS, [words, zero, -low_zero], (tl.float16,) * 8, is_pure=True, pack=1
             )
         else:
             high = words >> 16
             return (
-                half(words, 0, 0xF) - zero,
-                half(high, 0, 0xF) - zero,
-                half(words, 0, 0xF0) * 0.0625 - low_zero,
-                half(high, 0, 0xF0) * 0.0625 - low_zero,
-                half(words, 8, 0xF) - zero,
-                half(high, 8, 0xF) - zero,
-                half(words, 8, 0xF0) * 0.0625 - low_zero,
-                half(high, 8, 0xF0) * 0.0625 - low_zero,
+                code_to_float16(words, 0, 0xF) - zero,
+                code_to_float16(high, 0, 0xF) - zero,
+                code_to_float16(words, 0, 0xF0) * 0.0625 - low_zero,
+                code_to_float16(high, 0, 0xF0) * 0.0625 - low_zero,
+                code_to_float16(words, 8, 0xF) - zero,
+                code_to_float16(high, 8, 0xF) - zero,
+                code_to_float16(words, 8, 0xF0) * 0.0625 - low_zero,
+                code_to_float16(high, 8, 0xF0) * 0.0625 - low_zero,
             )
 
 
 @triton.jit
-def scaled(difference, scale, zero, ORDER: tl.constexpr, DTYPE: tl.constexpr):
+def scale_difference(difference, scale, zero, ORDER: tl.constexpr, DTYPE: tl.constexpr):
     """The weight of an exact code - zero, as ORDER says."""
     difference = difference.to(DTYPE)
     if ORDER == FMA:
-        return rounded(difference, difference + zero.to(DTYPE), scale, zero.to(DTYPE), ORDER)
+        return apply_scale(difference, difference + zero.to(DTYPE), scale, zero.to(DTYPE), ORDER)
     else:
-        return rounded(difference, difference, scale, zero, ORDER)
+        return apply_scale(difference, difference, scale, zero, ORDER)
 
 
 @triton.jit
 def lane_weights(words, scale, low_scale, zero, low_zero, ORDER: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """The eight weights of each word, in the order of `differences`; `scale` and `zero` are of the top row."""
-    a, b, c, d, e, f, g, h = differences(words, zero, low_zero, DTYPE, ASM)
+    a, b, c, d, e, f, g, h = codes_minus_zero(words, zero, low_zero, DTYPE, ASM)
     scale = scale.to(DTYPE)
     low_scale = low_scale.to(DTYPE)
     return (
-        scaled(a, scale, zero, ORDER, DTYPE),
-        scaled(b, scale, zero, ORDER, DTYPE),
-        scaled(c, low_scale, low_zero, ORDER, DTYPE),
-        scaled(d, low_scale, low_zero, ORDER, DTYPE),
-        scaled(e, scale, zero, ORDER, DTYPE),
-        scaled(f, scale, zero, ORDER, DTYPE),
-        scaled(g, low_scale, low_zero, ORDER, DTYPE),
-        scaled(h, low_scale, low_zero, ORDER, DTYPE),
+        scale_difference(a, scale, zero, ORDER, DTYPE),
+        scale_difference(b, scale, zero, ORDER, DTYPE),
+        scale_difference(c, low_scale, low_zero, ORDER, DTYPE),
+        scale_difference(d, low_scale, low_zero, ORDER, DTYPE),
+        scale_difference(e, scale, zero, ORDER, DTYPE),
+        scale_difference(f, scale, zero, ORDER, DTYPE),
+        scale_difference(g, low_scale, low_zero, ORDER, DTYPE),
+        scale_difference(h, low_scale, low_zero, ORDER, DTYPE),
     )
 
 
 @triton.jit
-def assemble(a, b, c, d, e, f, g, h, HIDE: tl.constexpr, TILES_N: tl.constexpr, TILES_K: tl.constexpr):
+def lanes_to_tile(a, b, c, d, e, f, g, h, HIDE: tl.constexpr, TILES_N: tl.constexpr, TILES_K: tl.constexpr):
     """The eight tensors of `lane_weights` -> w [16 TILES_N, 64 TILES_K]."""
     w = tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h)))
     w = tl.reshape(w, [TILES_N, TILES_K, 8, 4, 4, 2, 2, 2])  # tile, tile_k, r, c, word, pair, half, side
     w = tl.permute(w, [0, 6, 2, 1, 4, 7, 3, 5])  # tile, half, r, tile_k, word, side, c, pair
     w = tl.reshape(w, [16 * TILES_N, 64 * TILES_K])
     if HIDE:
-        return opaque(w)
+        return opaque_copy(w)
     else:
-        return exact(w)
+        return ieee_operand(w)
 
 
 @triton.jit
@@ -233,7 +235,7 @@ def word_pointers(qweight_ptr, tile, tile_k, lane, word, N, K):
 
 
 @triton.jit
-def groups_of(start, tile_k, word, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
+def group_ids(start, tile_k, word, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
     """The group of each word of a step of BLOCK_K inputs from `start` on; past k, the last. `tile_k` and `word` are
     counted within the step; what does not matter is left out of the shape.
     """

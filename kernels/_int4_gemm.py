@@ -4,36 +4,36 @@
 import triton
 import triton.language as tl
 
-from vila_triton.registry.search_space import SIZE, Config, Launch, cdiv, power_of_two
+from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, cdiv, next_power_of_2
 
-from ._int4_dequant import SUBTRACTED, assemble, groups_of, lane_rows, lane_weights, word_pointers
+from ._int4_dequant import UNSCALED, group_ids, lane_rows, lane_weights, lanes_to_tile, word_pointers
 
 
-def worth_trying(config: Config, m: int, group: int, dtype: str, **_: object) -> bool:
+def is_promising(config: Config, m: int, group: int, dtype: str, **_: object) -> bool:
     """A block of rows is not mostly padding, one of k lies in a group, a thread sums 8 to 128 elements, and the words
     and inputs under way fit a GPU's shared memory."""
-    sums = config["BLOCK_M"] * config["BLOCK_N"] // (32 * config["num_warps"])
-    step = config["BLOCK_K"] * (config["BLOCK_M"] * SIZE[dtype] + config["BLOCK_N"] // 2)
-    inside = group == 32 or group % config["BLOCK_K"] == 0
+    sums_per_thread = config["BLOCK_M"] * config["BLOCK_N"] // (32 * config["num_warps"])
+    bytes_per_stage = config["BLOCK_K"] * (config["BLOCK_M"] * DTYPE_BYTES[dtype] + config["BLOCK_N"] // 2)
+    within_group = group == 32 or group % config["BLOCK_K"] == 0
     return (
-        config["BLOCK_M"] <= max(16, power_of_two(m))
-        and inside
-        and 8 <= sums <= 128
-        and (step * config["num_stages"] <= 200_000)
+        config["BLOCK_M"] <= max(16, next_power_of_2(m))
+        and within_group
+        and 8 <= sums_per_thread <= 128
+        and (bytes_per_stage * config["num_stages"] <= 200_000)
     )
 
 
-def launch(config: Config, m: int, n: int, G: int, group: int, dtype: str, **_: object) -> Launch:
-    block_m, block_n, size, splits = config["BLOCK_M"], config["BLOCK_N"], SIZE[dtype], config.get("SPLIT_K", 1)
+def launch_cost(config: Config, m: int, n: int, G: int, group: int, dtype: str, **_: object) -> LaunchCost:
+    block_m, block_n, size, splits = config["BLOCK_M"], config["BLOCK_N"], DTYPE_BYTES[dtype], config.get("SPLIT_K", 1)
     k = cdiv(G * group, splits)
-    columns = block_m * size + block_n // 2  # bytes of x and of the weight that a step of one k reads
-    out = block_m * block_n * (size if splits == 1 else 8)  # a partial sum is written and read in float32
-    return Launch(
+    bytes_per_k = block_m * size + block_n // 2  # bytes of x and of the weight that a step of one k reads
+    out_bytes = block_m * block_n * (size if splits == 1 else 8)  # a partial sum is written and read in float32
+    return LaunchCost(
         programs=cdiv(m, block_m) * cdiv(n, block_n) * splits,
-        bytes=k * columns + 2 * block_n * cdiv(k, group) * size + out,
-        stage=config["BLOCK_K"] * columns,
-        dots=2 * block_m * block_n * k,
-        lanes=2 * block_n * k,  # to make a number of a code
+        bytes=k * bytes_per_k + 2 * block_n * cdiv(k, group) * size + out_bytes,
+        bytes_per_stage=config["BLOCK_K"] * bytes_per_k,
+        dot_flops=2 * block_m * block_n * k,
+        elementwise_ops=2 * block_n * k,  # to make a number of a code
     )
 
 
@@ -57,7 +57,7 @@ def load_x(x_ptrs, start, K, BLOCK_K: tl.constexpr, MASK_K: tl.constexpr):
 
 
 @triton.jit
-def weight_block(
+def dequantize_block(
     words,
     scales_ptr,
     zeros_ptr,
@@ -76,20 +76,20 @@ def weight_block(
 ):
     """Words of a step [TILES_N, TILES_K, 32, 4] and the rows they are of (`lane_rows`) -> w [BLOCK_N, BLOCK_K]."""
     tile_k = tl.arange(0, TILES_K)[None, :, None, None]
-    group = groups_of(start, tile_k, tl.arange(0, 4)[None, None, None, :], K, GROUP, 64 * TILES_K)
+    group = group_ids(start, tile_k, tl.arange(0, 4)[None, None, None, :], K, GROUP, 64 * TILES_K)
     zero = tl.load(zeros_ptr + group * N + top)
     low_zero = tl.load(zeros_ptr + group * N + low)
-    if ORDER == SUBTRACTED:
+    if ORDER == UNSCALED:
         a, b, c, d, e, f, g, h = lane_weights(words, zero, zero, zero, low_zero, ORDER, DTYPE, ASM)
     else:
         scale = tl.load(scales_ptr + group * N + top)
         low_scale = tl.load(scales_ptr + group * N + low)
         a, b, c, d, e, f, g, h = lane_weights(words, scale, low_scale, zero, low_zero, ORDER, DTYPE, ASM)
-    return assemble(a, b, c, d, e, f, g, h, HIDE, TILES_N, TILES_K)
+    return lanes_to_tile(a, b, c, d, e, f, g, h, HIDE, TILES_N, TILES_K)
 
 
 @triton.jit
-def product(
+def int4_gemm_tile(
     x_ptr,
     qweight_ptr,
     scales_ptr,
@@ -131,7 +131,7 @@ def product(
     for start in range(begin, end, BLOCK_K):
         words = load_words(word_ptrs, start, K, TILES_K, MASK_K)
         x = load_x(x_ptrs, start, K, BLOCK_K, MASK_K)
-        w = weight_block(
+        w = dequantize_block(
             words,
             scales_ptr,
             zeros_ptr,
@@ -148,7 +148,7 @@ def product(
             TILES_N,
             TILES_K,
         )
-        if ORDER == SUBTRACTED:
+        if ORDER == UNSCALED:
             group = tl.full([1], start // GROUP, tl.int64)
             scale = tl.load(scale_ptrs + group * N).to(DTYPE).to(tl.float32)  # [BLOCK_N]
             acc += tl.dot(w, x, input_precision="ieee") * scale[:, None]

@@ -15,37 +15,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vila_triton.ops import Pages, QuantizedPages, leaves
+from vila_triton.ops import KVPages, QuantizedKVPages, page_tensors
 
-from ._launch import block_of, cast, check, exact
-from ._online_softmax import add_heads, dot_heads, head_blocks, load_block, store_block
+from ._launch import cast_operand, check_supported, dot_block, ieee_operand
+from ._online_softmax import accumulate_values, head_blocks, load_block, qk_scores, store_block
 
 
-def pool_of(pages: Pages) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+def page_tensors_and_strides(pages: KVPages) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """The tensors of a pool and their strides: of values p, l, g, d at 0 to 3, of scales at 4 to 6, of zeros 7 to 9."""
-    parts = leaves(pages)
-    return (*parts, *[None] * (3 - len(parts))), tuple(n for x in parts for n in x.stride())
+    tensors = page_tensors(pages)
+    return (*tensors, *[None] * (3 - len(tensors))), tuple(n for x in tensors for n in x.stride())
 
 
-def check_pools(where: str, *pages: Pages) -> None:
+def check_pages_supported(op_name: str, *pages: KVPages) -> None:
     """Unsupported unless Triton can load the pools."""
-    for pool in pages:
-        check(where, *([pool] if isinstance(pool, Tensor) else leaves(pool)[1:]))
+    for page_tensor in pages:
+        check_supported(op_name, *([page_tensor] if isinstance(page_tensor, Tensor) else page_tensors(page_tensor)[1:]))
 
 
-def parts_of(d: int, pages: Pages, one: bool = False) -> dict[str, int]:
+def head_constants(d: int, pages: KVPages, single_block: bool = False) -> dict[str, int]:
     """How a kernel reads heads of d numbers: the first WIDTH of them in a block of FIRST, the others in one of REST.
 
     With `one`, all in one block where bits allow it, which takes fewer registers and more shared memory.
     """
-    if isinstance(pages, QuantizedPages) and pages.bits == 4:
-        return {"BITS": 4, "WIDTH": d // 2, "FIRST": block_of(d // 2), "REST": block_of(d // 2)}
-    first, rest = (block_of(d), 0) if one else head_blocks(d)
-    return {"BITS": 8 if isinstance(pages, QuantizedPages) else 0, "WIDTH": min(first, d), "FIRST": first, "REST": rest}
+    if isinstance(pages, QuantizedKVPages) and pages.bits == 4:
+        return {"BITS": 4, "WIDTH": d // 2, "FIRST": dot_block(d // 2), "REST": dot_block(d // 2)}
+    block_d0, block_d1 = (dot_block(d), 0) if single_block else head_blocks(d)
+    return {
+        "BITS": 8 if isinstance(pages, QuantizedKVPages) else 0,
+        "WIDTH": min(block_d0, d),
+        "FIRST": block_d0,
+        "REST": block_d1,
+    }
 
 
 @triton.jit
-def load(ptrs, known):
+def load_masked(ptrs, known):
     """What the pointers point at, 0 where not `known`; all of it if that is None."""
     if known is None:
         return tl.load(ptrs)
@@ -54,7 +59,7 @@ def load(ptrs, known):
 
 
 @triton.jit
-def tile_rows(table_ptr, stride_table, n, known, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+def pages_and_rows(table_ptr, stride_table, n, known, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     """(page, row) of the tokens n to n + BLOCK_N of one sequence, in int64; n is a multiple of BLOCK_N.
 
     `known` is None if all of them are cached.
@@ -63,12 +68,12 @@ def tile_rows(table_ptr, stride_table, n, known, PAGE: tl.constexpr, BLOCK_N: tl
     if PAGE % BLOCK_N == 0:
         page = tl.load(table_ptr + n // PAGE * stride_table).to(tl.int64)  # one for all of them
     else:
-        page = load(table_ptr + tokens // PAGE * stride_table, known).to(tl.int64)  # [BLOCK_N]
+        page = load_masked(table_ptr + tokens // PAGE * stride_table, known).to(tl.int64)  # [BLOCK_N]
     return page, (tokens % PAGE).to(tl.int64)
 
 
 @triton.jit
-def pages_at(table_ptr, stride_table, n, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+def load_page_ids(table_ptr, stride_table, n, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     """The pages of the tokens n to n + BLOCK_N of one sequence, n a multiple of BLOCK_N: [BLOCK_N], or one for all.
 
     Tokens from `end` on are not looked up.
@@ -81,7 +86,7 @@ def pages_at(table_ptr, stride_table, n, end, PAGE: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
-def read_parts(ptr, at, known, stride_d, D: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
+def load_heads(ptr, at, known, stride_d, D: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
     """Heads of plain numbers at the offsets `at` [n]: [n, FIRST] and, if REST is not 0, [n, REST]."""
     first = load_block(ptr, at, known, stride_d, 0, FIRST, WIDTH)
     if REST > 0:
@@ -91,7 +96,7 @@ def read_parts(ptr, at, known, stride_d, D: tl.constexpr, WIDTH: tl.constexpr, F
 
 
 @triton.jit
-def store_parts(ptr, at, known, stride_d, head, D: tl.constexpr, WIDTH: tl.constexpr):
+def store_heads(ptr, at, known, stride_d, head, D: tl.constexpr, WIDTH: tl.constexpr):
     """The inverse of `read_parts`, in the dtype of the pointer."""
     store_block(ptr, at, known, stride_d, head[0], 0, head[0].shape[1], WIDTH)
     if len(head) > 1:
@@ -99,7 +104,7 @@ def store_parts(ptr, at, known, stride_d, head, D: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
-def read_pool(
+def load_paged_heads(
     pool,
     stride,
     page,
@@ -117,26 +122,26 @@ def read_pool(
     at = page * stride[0] + row * stride[1] + group * stride[2]  # [n]
     if BITS == 4:
         at_zero = page * stride[7] + row * stride[8] + group * stride[9]
-        zeros = cast(load(pool[2] + at_zero, known), dtype)[:, None]
+        zeros = cast_operand(load_masked(pool[2] + at_zero, known), dtype)[:, None]
         pairs = load_block(pool[0], at, known, stride[3], 0, FIRST, WIDTH)  # [n, FIRST] bytes
-        head = (cast(pairs & 15, dtype) - zeros, cast(pairs >> 4, dtype) - zeros)
+        head = (cast_operand(pairs & 15, dtype) - zeros, cast_operand(pairs >> 4, dtype) - zeros)
     else:
-        head = [cast(x, dtype) for x in read_parts(pool[0], at, known, stride[3], D, WIDTH, FIRST, REST)]
+        head = [cast_operand(x, dtype) for x in load_heads(pool[0], at, known, stride[3], D, WIDTH, FIRST, REST)]
     if BITS == 0:
         return head, ()
     else:
         at_scale = page * stride[4] + row * stride[5] + group * stride[6]
-        scales = load(pool[1] + at_scale, known).to(tl.float32)
-        return head, (exact(scales) if dtype == tl.float32 else scales,)
+        scales = load_masked(pool[1] + at_scale, known).to(tl.float32)
+        return head, (ieee_operand(scales) if dtype == tl.float32 else scales,)
 
 
 @triton.jit
-def attend_keys(q, k, k_scale, v, v_scale, known, scale, peak, total, acc):
+def attend_scaled_tile(q, k, k_scale, v, v_scale, known, scale, peak, total, acc):
     """One more tile of keys, k and v [n, d] with scales [n] if any: the running peak, sum and weighted values.
 
     `known` is None if all of them are cached. Weights times scales are at most 1, as float16 wants them.
     """
-    scores = dot_heads(q, k) * scale  # [BLOCK_M, n]
+    scores = qk_scores(q, k) * scale  # [BLOCK_M, n]
     if len(k_scale) > 0:
         scores = scores * k_scale[0][None, :]
     if known is not None:
@@ -146,7 +151,7 @@ def attend_keys(q, k, k_scale, v, v_scale, known, scale, peak, total, acc):
     rescale = tl.exp2(peak - new_peak)
     total = total * rescale + tl.sum(weights, 1)
     if len(v_scale) == 0:
-        return new_peak, total, add_heads(weights.to(v[0].dtype), v, acc, rescale)
+        return new_peak, total, accumulate_values(weights.to(v[0].dtype), v, acc, rescale)
     else:
         weights *= v_scale[0][None, :]
         largest = tl.maximum(tl.max(weights, 1), 1e-30)[:, None]  # of a row: a far token must not make the others 0
@@ -160,7 +165,7 @@ def attend_keys(q, k, k_scale, v, v_scale, known, scale, peak, total, acc):
 
 
 @triton.jit
-def attend_pools(
+def attend_paged_tile(
     q, k_pool, stride_k, v_pool, stride_v, page, n, known, group, scale, peak, total, acc,
     D: tl.constexpr, PAGE: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr,
     REST: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -168,6 +173,6 @@ def attend_pools(
     """`attend_keys` to the cached tokens n to n + BLOCK_N, which lie in the pages `page`."""
     page = page.to(tl.int64)
     row = ((n + tl.arange(0, BLOCK_N)) % PAGE).to(tl.int64)
-    k, k_scale = read_pool(k_pool, stride_k, page, row, group, known, q[0].dtype, BITS, D, WIDTH, FIRST, REST)
-    v, v_scale = read_pool(v_pool, stride_v, page, row, group, known, q[0].dtype, BITS, D, WIDTH, FIRST, REST)
-    return attend_keys(q, k, k_scale, v, v_scale, known, scale, peak, total, acc)
+    k, k_scale = load_paged_heads(k_pool, stride_k, page, row, group, known, q[0].dtype, BITS, D, WIDTH, FIRST, REST)
+    v, v_scale = load_paged_heads(v_pool, stride_v, page, row, group, known, q[0].dtype, BITS, D, WIDTH, FIRST, REST)
+    return attend_scaled_tile(q, k, k_scale, v, v_scale, known, scale, peak, total, acc)

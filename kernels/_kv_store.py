@@ -12,21 +12,27 @@ import torch
 import triton
 import triton.language as tl
 
-from vila_triton.ops import Pages, QuantizedPages
+from vila_triton.ops import KVPages, QuantizedKVPages
 
-from ._kv_pages import parts_of
+from ._kv_pages import head_constants
 
 
-def put_options(d: int, pages: Pages) -> dict[str, Any]:
+def store_constants(d: int, pages: KVPages) -> dict[str, Any]:
     """The constants of `put_heads`; TINY is the smallest scale."""
-    quantised = isinstance(pages, QuantizedPages)
-    tiny = torch.finfo(pages.scales.dtype).smallest_normal if quantised else 0.0
-    bits = parts_of(d, pages)["BITS"]
-    return {"D": d, "WIDTH": (d + 1) // 2, "BITS": bits, "TINY": tiny, "BLOCK_W": triton.next_power_of_2((d + 1) // 2)}
+    quantized = isinstance(pages, QuantizedKVPages)
+    min_scale = torch.finfo(pages.scales.dtype).smallest_normal if quantized else 0.0
+    bits = head_constants(d, pages)["BITS"]
+    return {
+        "D": d,
+        "WIDTH": (d + 1) // 2,
+        "BITS": bits,
+        "TINY": min_scale,
+        "BLOCK_W": triton.next_power_of_2((d + 1) // 2),
+    }
 
 
 @triton.jit
-def take_heads(ptr, at, known, stride_d, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+def load_half_heads(ptr, at, known, stride_d, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
     """The two halves of the heads at the offsets `at` [n], 0 past their ends: [n, BLOCK_W] each."""
     offs = tl.arange(0, BLOCK_W)
     ptrs = ptr + at[:, None] + offs[None, :] * stride_d
@@ -36,7 +42,7 @@ def take_heads(ptr, at, known, stride_d, D: tl.constexpr, WIDTH: tl.constexpr, B
 
 
 @triton.jit
-def give_heads(ptr, at, known, stride_d, low, high, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
+def store_half_heads(ptr, at, known, stride_d, low, high, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
     """The inverse of `take_heads`, in the dtype of the pointer."""
     offs = tl.arange(0, BLOCK_W)
     ptrs = ptr + at[:, None] + offs[None, :] * stride_d
@@ -45,20 +51,20 @@ def give_heads(ptr, at, known, stride_d, low, high, D: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
-def turn(low, high, cos, sin):
+def rotate(low, high, cos, sin):
     """RoPE: the pairs (low, high) turned by the angles, in float32."""
     low, high = low.to(tl.float32), high.to(tl.float32)
     return low * cos - high * sin, high * cos + low * sin
 
 
 @triton.jit
-def steps(x, step):
+def round_half_up(x, step):
     """x in whole steps, halves up."""
     return tl.floor(tl.div_rn(x, tl.broadcast_to(step, x.shape)) + 0.5)
 
 
 @triton.jit
-def put_heads(
+def store_paged_heads(
     pool,
     stride,
     page,
@@ -79,7 +85,7 @@ def put_heads(
     """
     at = page * stride[0] + row * stride[1] + group * stride[2]  # [n]
     if BITS == 0:
-        give_heads(pool[0], at, known, stride[3], low, high, D, WIDTH, BLOCK_W)
+        store_half_heads(pool[0], at, known, stride[3], low, high, D, WIDTH, BLOCK_W)
     else:
         low, high = low.to(tl.float32), high.to(tl.float32)
         finite = tl.sum(low * 0, 1) + tl.sum(high * 0, 1) == 0  # of a number that is not, it is NaN
@@ -90,18 +96,18 @@ def put_heads(
             largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
             scales = tl.maximum(largest * (1 / 127), TINY).to(dtype)
             step = scales.to(tl.float32)[:, None]
-            low = tl.minimum(tl.maximum(steps(low, step), -127.0), 127.0)
-            high = tl.minimum(tl.maximum(steps(high, step), -127.0), 127.0)
-            give_heads(pool[0], at, known, stride[3], low, high, D, WIDTH, BLOCK_W)
+            low = tl.minimum(tl.maximum(round_half_up(low, step), -127.0), 127.0)
+            high = tl.minimum(tl.maximum(round_half_up(high, step), -127.0), 127.0)
+            store_half_heads(pool[0], at, known, stride[3], low, high, D, WIDTH, BLOCK_W)
         else:
             least = tl.minimum(tl.minimum(tl.min(low, 1), tl.min(high, 1)), 0.0)
             most = tl.maximum(tl.maximum(tl.max(low, 1), tl.max(high, 1)), 0.0)
             span = most - least
             scales = tl.maximum(span * (1 / 15), TINY).to(dtype)
             step = scales.to(tl.float32)
-            zeros = tl.minimum(tl.maximum(steps(-least, step), 0.0), 15.0)
-            low = tl.minimum(tl.maximum(steps(low, step[:, None]) + zeros[:, None], 0.0), 15.0).to(tl.uint8)
-            high = tl.minimum(tl.maximum(steps(high, step[:, None]) + zeros[:, None], 0.0), 15.0).to(tl.uint8)
+            zeros = tl.minimum(tl.maximum(round_half_up(-least, step), 0.0), 15.0)
+            low = tl.minimum(tl.maximum(round_half_up(low, step[:, None]) + zeros[:, None], 0.0), 15.0).to(tl.uint8)
+            high = tl.minimum(tl.maximum(round_half_up(high, step[:, None]) + zeros[:, None], 0.0), 15.0).to(tl.uint8)
             offs = tl.arange(0, BLOCK_W)
             ptrs = pool[0] + at[:, None] + offs[None, :] * stride[3]
             tl.store(ptrs, low | (high << 4), mask=known[:, None] & (offs < WIDTH)[None, :])

@@ -11,60 +11,62 @@ from triton import knobs
 from triton.language.target_info import cuda_capability_geq
 
 from vila_triton.registry import Unsupported
-from vila_triton.registry.search_space import SIZE, Config, Launch, cdiv, power_of_two
+from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, cdiv, next_power_of_2
 
 INTERPRETED = bool(knobs.runtime.interpret)  # read when `@triton.jit` reads it: as the kernels are imported
 LOG2_E = math.log2(math.e)
-MOST = 2**16 - 1  # programs along the second or third axis of a grid
+MAX_GRID_YZ = 2**16 - 1  # programs along the second or third axis of a grid
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 COMPILED = tl.constexpr(not INTERPRETED)
 
 
-def check(where: str, *tensors: Tensor) -> None:
+def check_supported(op_name: str, *tensors: Tensor) -> None:
     """Unsupported unless Triton can run on the device of the tensors and load their dtypes."""
     device = tensors[0].device
     if device.type == "cpu" and not INTERPRETED:
-        raise Unsupported(f"{where}: Triton runs on the CPU only interpreted (set TRITON_INTERPRET=1)")
+        raise Unsupported(f"{op_name}: Triton runs on the CPU only interpreted (set TRITON_INTERPRET=1)")
     if device.type == "cuda" and device.index != torch.cuda.current_device():
-        raise Unsupported(f"{where}: tensors are on {device}, but kernels start on cuda:{torch.cuda.current_device()}")
+        raise Unsupported(
+            f"{op_name}: tensors are on {device}, but kernels start on cuda:{torch.cuda.current_device()}"
+        )
     for dtype in {x.dtype for x in tensors}:
         if dtype not in DTYPES:
-            raise Unsupported(f"{where}: {dtype} is not one of {', '.join(map(str, DTYPES))}")
+            raise Unsupported(f"{op_name}: {dtype} is not one of {', '.join(map(str, DTYPES))}")
         if dtype == torch.bfloat16 and INTERPRETED:
-            raise Unsupported(f"{where}: Triton's interpreter computes wrong numbers in bfloat16")
+            raise Unsupported(f"{op_name}: Triton's interpreter computes wrong numbers in bfloat16")
 
 
-def block_of(n: int) -> int:
+def dot_block(n: int) -> int:
     """The block that covers an axis of n elements and that `tl.dot` accepts: a power of two, 16 at least."""
-    return max(16, power_of_two(n))
+    return max(16, next_power_of_2(n))
 
 
-def rows_of(rows: int, x: Tensor) -> int:
+def rows_for_dtype(rows: int, x: Tensor) -> int:
     """The rows of a block of x: those asked for, or half as many in float32, which takes twice the shared memory."""
     return max(16, rows * 2 // x.element_size())
 
 
-def stages_of(stages: int, x: Tensor) -> int:
+def stages_for_dtype(stages: int, x: Tensor) -> int:
     """The stages of a pipeline that loads x: those asked for, or half as many in float32 (see `rows_of`)."""
     return max(1, stages * 2 // x.element_size())
 
 
-def attention_launch(config: Config, heads: int, rows: int, keys: int, d: int, dtype: str) -> Launch:
+def attention_launch_cost(config: Config, heads: int, rows: int, keys: int, d: int, dtype: str) -> LaunchCost:
     """One launch that takes `rows` rows of each of `heads` heads in blocks of BLOCK_M over `keys` keys each."""
-    size, block_n, block_d = SIZE[dtype], config["BLOCK_N"], block_of(d)
-    block_m = max(16, config.get("BLOCK_M", block_of(rows)) * 2 // size)  # see rows_of
-    lanes = block_n * cdiv(keys, block_n)
-    return Launch(
+    size, block_n, block_d = DTYPE_BYTES[dtype], config["BLOCK_N"], dot_block(d)
+    block_m = max(16, config.get("BLOCK_M", dot_block(rows)) * 2 // size)  # see rows_of
+    padded_keys = block_n * cdiv(keys, block_n)
+    return LaunchCost(
         programs=heads * cdiv(rows, block_m),
         bytes=2 * (keys + block_m) * d * size,
-        stage=2 * block_n * block_d * size,
-        dots=4 * block_m * block_d * lanes,
-        lanes=8 * block_m * lanes,
+        bytes_per_stage=2 * block_n * block_d * size,
+        dot_flops=4 * block_m * block_d * padded_keys,
+        elementwise_ops=8 * block_m * padded_keys,
     )
 
 
 @triton.jit
-def opaque(x):
+def opaque_copy(x):
     """x, copied by assembly that the compiler does not see through, in registers as wide as its numbers."""
     if x.dtype.primitive_bitwidth == 32:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
@@ -73,36 +75,36 @@ def opaque(x):
 
 
 @triton.jit
-def exact(x):
+def ieee_operand(x):
     """x; if it is float32, the compiler for sm_100 does not see what it was made of.
 
     Triton takes a product there to be TF32, whatever `input_precision` says, if what made one of its operands was
     loaded in fewer than 32 bits.
     """
     if x.dtype == tl.float32 and COMPILED and cuda_capability_geq(10):
-        return opaque(x)
+        return opaque_copy(x)
     else:
         return x
 
 
 @triton.jit
-def cast(x, dtype: tl.constexpr):
+def cast_operand(x, dtype: tl.constexpr):
     """x in dtype, for products: see `exact`."""
     if x.dtype == dtype:
         return x
     else:
-        return exact(x.to(dtype))
+        return ieee_operand(x.to(dtype))
 
 
 @triton.jit
-def page_rows(table_ptr, tokens, known, stride_table, stride_page, stride_row, PAGE: tl.constexpr):
+def page_offsets(table_ptr, tokens, known, stride_table, stride_page, stride_row, PAGE: tl.constexpr):
     """Offsets of the given tokens of one sequence in its pages; table_ptr is the sequence's row of the block table."""
     pages = tl.load(table_ptr + (tokens // PAGE) * stride_table, mask=known, other=0).to(tl.int64)  # [tokens]
     return pages * stride_page + (tokens % PAGE).to(tl.int64) * stride_row
 
 
 @triton.jit
-def attend_block(q, k, v, visible, scale, peak, total, acc):
+def attend_simple_tile(q, k, v, visible, scale, peak, total, acc):
     """Online softmax (base 2) over one more block of keys: the running peak, sum of weights and weighted values.
 
     A query that has seen no key keeps total = 0 and acc = 0.
@@ -118,13 +120,13 @@ def attend_block(q, k, v, visible, scale, peak, total, acc):
 
 
 @triton.jit
-def start_rows(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+def init_simple_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """(peak, total, acc) before the first block. The peak is finite, so that -inf - peak is never NaN."""
     peak = tl.full([BLOCK_M], -1.0e38, tl.float32)
     return peak, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
 
 @triton.jit
-def normalise(acc, total):
+def normalize(acc, total):
     """Weighted values over the sum of weights; 0 for a row that has seen no key."""
     return acc / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -8,16 +8,16 @@ REST, as `head_blocks` says. In kernels it is a tuple of one tensor or of two, a
 import triton
 import triton.language as tl
 
-from vila_triton.registry.search_space import power_of_two
+from vila_triton.registry.search_space import next_power_of_2
 
-from ._launch import block_of
+from ._launch import dot_block
 
 
 def head_blocks(d: int) -> tuple[int, int]:
     """(FIRST, REST): blocks that cover a head of d numbers. REST is 0 if a second block would save nothing."""
-    first = power_of_two(d + 1) // 2
-    rest = block_of(d - first)
-    return (first, rest) if first < d and first + rest < block_of(d) else (block_of(d), 0)
+    block_d0 = next_power_of_2(d + 1) // 2
+    block_d1 = dot_block(d - block_d0)
+    return (block_d0, block_d1) if block_d0 < d and block_d0 + block_d1 < dot_block(d) else (dot_block(d), 0)
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def store_block(ptr, at, known, stride_d, x, FROM: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def start(BLOCK_M: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
+def init_softmax(BLOCK_M: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
     """(peak, total, acc) before the first tile. The peak is finite, so that -inf - peak is never NaN."""
     peak = tl.full([BLOCK_M], -1.0e38, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -62,7 +62,7 @@ def start(BLOCK_M: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
 
 
 @triton.jit
-def dot_heads(q, k):
+def qk_scores(q, k):
     """q kᵀ of heads: [m, n]."""
     scores = tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
     if len(q) > 1:
@@ -71,7 +71,7 @@ def dot_heads(q, k):
 
 
 @triton.jit
-def add_heads(weights, v, acc, rescale):
+def accumulate_values(weights, v, acc, rescale):
     """acc · rescale + weights v: heads again."""
     first = tl.dot(weights, v[0], acc[0] * rescale[:, None], input_precision="ieee")
     if len(v) > 1:
@@ -81,7 +81,7 @@ def add_heads(weights, v, acc, rescale):
 
 
 @triton.jit
-def over(head, divisors):
+def divide_heads(head, divisors):
     """Heads [n, d], each over its divisor [n]."""
     return [x / divisors[:, None] for x in head]
 
@@ -93,14 +93,14 @@ def attend_tile(q, k, v, visible, scale, peak, total, acc):
     `visible` is None if every query sees every key. The explicit fma leaves the compiler no choice of rounding, so a
     tile gives the same bits with a mask that hides nothing as without one; and a tile that hides all changes nothing.
     """
-    scores = dot_heads(q, k)  # [BLOCK_M, n]
+    scores = qk_scores(q, k)  # [BLOCK_M, n]
     if visible is not None:
         scores = tl.where(visible, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)  # [BLOCK_M]
     weights = tl.exp2(tl.fma(scores, scale, -new_peak[:, None]))
     rescale = tl.exp2(peak - new_peak)
     total = tl.fma(total, rescale, tl.sum(weights, 1))
-    return new_peak, total, add_heads(weights.to(v[0].dtype), v, acc, rescale)
+    return new_peak, total, accumulate_values(weights.to(v[0].dtype), v, acc, rescale)
 
 
 @triton.jit

@@ -20,64 +20,66 @@ import triton.language as tl
 
 from vila_triton.registry.search_space import cdiv
 
-LEAST, MOST = 64, 2048  # keys
-INVARIANT = 256  # keys of every split but the last of a sequence
-START = 64  # starting a program and merging what it leaves takes as long as so many keys
-MULTIPROCESSORS = 132  # where there is no GPU to ask
+MIN_SPLIT, MAX_SPLIT = 64, 2048  # keys
+INVARIANT_SPLIT = 256  # keys of every split but the last of a sequence
+SPLIT_OVERHEAD = 64  # starting a program and merging what it leaves takes as long as so many keys
+DEFAULT_NUM_SMS = 132  # where there is no GPU to ask
 
 
 @dataclass(frozen=True)
-class Plan:
+class SplitPlan:
     """How sequences are cut; `splits`: the most there can be of one sequence."""
 
-    wanted: int
-    least: int
-    most: int
-    splits: int
+    num_splits: int
+    min_keys: int
+    max_keys: int
+    max_splits: int
 
 
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
+def num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else DEFAULT_NUM_SMS
 
 
-def time(programs: int, room: int, wanted: int, least: int, places: int) -> int:
+def estimated_time(programs: int, capacity: int, num_splits: int, min_keys: int, resident_programs: int) -> int:
     """Rounds times what each takes: the keys of a split and START. A round is what fits on the places at once."""
-    keys = max(least, min(MOST, cdiv(room, wanted)))
-    return cdiv(programs * max(1, cdiv(room, keys)), places) * (keys + START)
+    keys = max(min_keys, min(MAX_SPLIT, cdiv(capacity, num_splits)))
+    return cdiv(programs * max(1, cdiv(capacity, keys)), resident_programs) * (keys + SPLIT_OVERHEAD)
 
 
 @lru_cache(maxsize=4096)
-def plan(policy: str, programs: int, room: int, least: int, places: int) -> Plan:
+def plan_splits(numerics: str, programs: int, capacity: int, min_keys: int, resident_programs: int) -> SplitPlan:
     """For `programs` pairs of a sequence and a key head with room for so many keys each, on `places` at a time.
 
     Under `fast` the number of splits is the one that takes least `time`, the smaller of equals. What twice the programs
     or twice the room may be cut into is no less, so that neither takes more than twice the time: there is no cliff.
     Under `invariant` nothing but the length of a sequence counts.
     """
-    if policy == "invariant":
-        return Plan(1, INVARIANT, INVARIANT, max(1, cdiv(room, INVARIANT)))
-    least = max(LEAST, least)
-    finest = max(1, min(cdiv(room, least), places))
-    wanted = min(range(1, finest + 1), key=lambda n: time(programs, room, n, least, places))
-    return Plan(wanted, least, MOST, max(wanted, cdiv(room, MOST)))
+    if numerics == "invariant":
+        return SplitPlan(1, INVARIANT_SPLIT, INVARIANT_SPLIT, max(1, cdiv(capacity, INVARIANT_SPLIT)))
+    min_keys = max(MIN_SPLIT, min_keys)
+    max_splits = max(1, min(cdiv(capacity, min_keys), resident_programs))
+    num_splits = min(
+        range(1, max_splits + 1), key=lambda n: estimated_time(programs, capacity, n, min_keys, resident_programs)
+    )
+    return SplitPlan(num_splits, min_keys, MAX_SPLIT, max(num_splits, cdiv(capacity, MAX_SPLIT)))
 
 
 @triton.jit
-def keys_of(length, wanted, LEAST: tl.constexpr, MOST: tl.constexpr):
+def keys_per_split(length, wanted, LEAST: tl.constexpr, MOST: tl.constexpr):
     """The keys of each split of a sequence; the last one may have fewer."""
     keys = tl.cdiv(tl.cdiv(length, wanted), LEAST) * LEAST
     return tl.minimum(tl.maximum(keys, LEAST), MOST)
 
 
 @triton.jit
-def natural(peak, total):
+def lse_or_minus_inf(peak, total):
     """log(sum(exp)) from the peak and the sum of the powers of 2 below it; -inf for no key."""
     ln_2 = 0.6931471805599453
     return tl.where(total > 0.0, (peak + tl.log2(tl.where(total > 0.0, total, 1.0))) * ln_2, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["wanted", "splits"])
-def merge_kernel(
+def merge_splits_kernel(
     acc_ptr,
     peak_ptr,
     total_ptr,
@@ -101,7 +103,7 @@ def merge_kernel(
     program = tl.program_id(0).to(tl.int64)
     sequence, head = program // H, program % H
     length = tl.load(length_ptr + sequence)
-    count = tl.cdiv(length, keys_of(length, wanted, LEAST, MOST))
+    count = tl.cdiv(length, keys_per_split(length, wanted, LEAST, MOST))
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     peak = tl.full([1], -1.0e38, tl.float32)
@@ -126,4 +128,4 @@ def merge_kernel(
     out_ptr += sequence * stride_o[0] + head * stride_o[1] + offs_d * stride_o[2]
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=mask_d)
     if lse_ptr is not None:
-        tl.store(lse_ptr + program + tl.arange(0, 1), natural(peak, total))
+        tl.store(lse_ptr + program + tl.arange(0, 1), lse_or_minus_inf(peak, total))

@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 
 
-def tiles_of(tokens: int, sequences: int, ratio: int, rows: int) -> int:
+def max_tiles(tokens: int, sequences: int, queries_per_kv: int, block_m: int) -> int:
     """Tiles of `rows` rows for any batch of so many tokens in so many sequences: some may stay empty."""
-    return tokens * ratio // rows + sequences
+    return tokens * queries_per_kv // block_m + sequences
 
 
 @triton.jit
-def sequence_of(tile, start_ptr, b, RATIO: tl.constexpr, BLOCK_M: tl.constexpr):
+def find_sequence(tile, start_ptr, b, RATIO: tl.constexpr, BLOCK_M: tl.constexpr):
     """(i, row): the sequence that owns one of `tiles_of` tiles, and the first of its rows that the tile holds.
 
     The tiles of sequence i begin at start[i] · RATIO // BLOCK_M + i, which leaves each enough of them.
@@ -31,7 +31,7 @@ def sequence_of(tile, start_ptr, b, RATIO: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def place(row, group, length, RATIO: tl.constexpr, BLOCK_M: tl.constexpr):
+def query_and_head(row, group, length, RATIO: tl.constexpr, BLOCK_M: tl.constexpr):
     """(query, head, mine) [BLOCK_M] of the rows from `row` on; queries are counted within the chunk."""
     rows = row + tl.arange(0, BLOCK_M)
     query = rows // RATIO
@@ -39,7 +39,7 @@ def place(row, group, length, RATIO: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def scaled(head, scales):
+def apply_token_scales(head, scales):
     """Heads [n, d] times the scales [n] that `read_pool` says; the heads themselves if it says none."""
     if len(scales) == 0:
         return head
@@ -48,7 +48,7 @@ def scaled(head, scales):
 
 
 @triton.jit
-def chosen(first, a, b):
+def select_heads(first, a, b):
     """Heads a where `first` [n], else heads b."""
     mask = first[:, None]
     if len(a) > 1:

@@ -17,14 +17,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vila_triton.ops import Pages, decode_attention
-from vila_triton.ops.kv_write import bytes_of
-from vila_triton.registry.search_space import SIZE, Config, Launch, Space, cdiv
+from vila_triton.ops import KVPages, decode_attention
+from vila_triton.ops.kv_write import kv_bytes
+from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, SearchSpace, cdiv
 
-from ._kv_pages import attend_pools, check_pools, pages_at, parts_of, pool_of, read_parts, store_parts
-from ._launch import LOG2_E, block_of, stages_of
-from ._online_softmax import over, start
-from ._split_kv import MULTIPROCESSORS, keys_of, merge_kernel, multiprocessors, natural, plan
+from ._kv_pages import (
+    attend_paged_tile,
+    check_pages_supported,
+    head_constants,
+    load_heads,
+    load_page_ids,
+    page_tensors_and_strides,
+    store_heads,
+)
+from ._launch import LOG2_E, dot_block, stages_for_dtype
+from ._online_softmax import divide_heads, init_softmax
+from ._split_kv import DEFAULT_NUM_SMS, keys_per_split, lse_or_minus_inf, merge_splits_kernel, num_sms, plan_splits
 
 CONFIGS = [
     {"BLOCK_N": 64, "PLACES": 2, "num_warps": 4, "num_stages": 3},
@@ -32,35 +40,35 @@ CONFIGS = [
 ]
 
 
-def launch(
-    config: Config, b: int, t: int, g: int, ratio: int, d: int, l: int, dtype: str, kv: str, policy: str
-) -> Launch:
+def launch_cost(
+    config: Config, b: int, t: int, g: int, ratio: int, d: int, l: int, dtype: str, kv: str, numerics: str
+) -> LaunchCost:
     """The first kernel; the sums it leaves count as stored."""
-    block_n, lanes_d = tile(config["BLOCK_N"], d, SIZE[dtype], kv != "plain"), block_of(d)
-    cut = plan(policy, b * g, t, block_n, config["PLACES"] * MULTIPROCESSORS)
-    keys = cdiv(t, cut.splits)
-    lanes = block_n * cdiv(keys, block_n)
-    return Launch(
-        programs=b * g * cut.splits,
-        bytes=2 * bytes_of(keys, d, dtype, kv) + ratio * d * (SIZE[dtype] + 4),
-        stage=2 * bytes_of(block_n, d, dtype, kv),
-        dots=4 * block_of(ratio) * lanes_d * lanes,
-        lanes=8 * block_of(ratio) * lanes + (0 if kv == "plain" else 6 * lanes_d * lanes),
+    block_n, block_d = keys_per_tile(config["BLOCK_N"], d, DTYPE_BYTES[dtype], kv != "plain"), dot_block(d)
+    split_plan = plan_splits(numerics, b * g, t, block_n, config["PLACES"] * DEFAULT_NUM_SMS)
+    keys = cdiv(t, split_plan.max_splits)
+    padded_keys = block_n * cdiv(keys, block_n)
+    return LaunchCost(
+        programs=b * g * split_plan.max_splits,
+        bytes=2 * kv_bytes(keys, d, dtype, kv) + ratio * d * (DTYPE_BYTES[dtype] + 4),
+        bytes_per_stage=2 * kv_bytes(block_n, d, dtype, kv),
+        dot_flops=4 * dot_block(ratio) * block_d * padded_keys,
+        elementwise_ops=8 * dot_block(ratio) * padded_keys + (0 if kv == "plain" else 6 * block_d * padded_keys),
     )
 
 
-SPACE = Space(
+SPACE = SearchSpace(
     {"BLOCK_N": [16, 32, 64, 128], "PLACES": [1, 2, 4, 8], "num_warps": [1, 2, 4, 8], "num_stages": [1, 2, 3, 4, 5]},
-    launch=launch,
+    launch_cost=launch_cost,
 )
 
 
-def tile(block_n: int, d: int, size: int, quantised: bool) -> int:
+def keys_per_tile(block_n: int, d: int, itemsize: int, quantized: bool) -> int:
     """Keys of a tile: half of those asked for where heads are wider than 128, where numbers have 4 bytes, and, if they
     are more than 32, where pages are quantised, whose codes take more registers than they took memory.
     """
-    block_n = max(min(block_n, 32), block_n // 2) if quantised else block_n
-    return max(16, block_n >> (block_of(d) > 128) + (size > 2))
+    block_n = max(min(block_n, 32), block_n // 2) if quantized else block_n
+    return max(16, block_n >> (dot_block(d) > 128) + (itemsize > 2))
 
 
 @triton.jit(do_not_specialize=["wanted", "splits", "stride_tb"])  # these change with the longest sequence
@@ -102,7 +110,7 @@ def _decode_attention_kernel(
     split, program = tl.program_id(0) // programs, (tl.program_id(0) % programs).to(tl.int64)
     sequence, group = program // G, program % G
     length = tl.load(length_ptr + sequence)
-    keys = keys_of(length, wanted, LEAST, MOST)
+    keys = keys_per_split(length, wanted, LEAST, MOST)
     begin = split * keys
     if parts is not None and begin >= length:
         return
@@ -112,21 +120,23 @@ def _decode_attention_kernel(
     mine = rows < RATIO
     head = group * RATIO + rows  # [BLOCK_M] int64
     at = sequence * stride_q[0] + head * stride_q[1]
-    q = read_parts(q_ptr, at, mine, stride_q[2], D, WIDTH, FIRST, REST)
-    peak, total, acc = start(BLOCK_M, FIRST, REST)
+    q = load_heads(q_ptr, at, mine, stride_q[2], D, WIDTH, FIRST, REST)
+    peak, total, acc = init_softmax(BLOCK_M, FIRST, REST)
     table_ptr += sequence * stride_tb
     full = tl.maximum(begin, end // BLOCK_N * BLOCK_N)
-    page = pages_at(table_ptr, stride_tp, begin, end, PAGE, BLOCK_N)
+    page = load_page_ids(table_ptr, stride_tp, begin, end, PAGE, BLOCK_N)
     for n in range(begin, full, BLOCK_N):
-        ahead = pages_at(table_ptr, stride_tp, n + BLOCK_N, end, PAGE, BLOCK_N)  # a tile early, or keys wait for it
-        peak, total, acc = attend_pools(
+        ahead = load_page_ids(
+            table_ptr, stride_tp, n + BLOCK_N, end, PAGE, BLOCK_N
+        )  # a tile early, or keys wait for it
+        peak, total, acc = attend_paged_tile(
             q, k_pool, stride_k, v_pool, stride_v, page, n, None, group, scale, peak, total, acc,
             D, PAGE, BITS, WIDTH, FIRST, REST, BLOCK_N
         )  # fmt: skip
         page = ahead
     for n in tl.range(full, end, BLOCK_N, num_stages=1):  # one tile at most
         known = n + tl.arange(0, BLOCK_N) < end
-        peak, total, acc = attend_pools(
+        peak, total, acc = attend_paged_tile(
             q, k_pool, stride_k, v_pool, stride_v, page, n, known, group, scale, peak, total, acc,
             D, PAGE, BITS, WIDTH, FIRST, REST, BLOCK_N
         )  # fmt: skip
@@ -134,12 +144,12 @@ def _decode_attention_kernel(
     heads = sequence * (G * RATIO) + head
     if parts is None:
         at = sequence * stride_o[0] + head * stride_o[1]
-        store_parts(out_ptr, at, mine, stride_o[2], over(acc, tl.where(total == 0.0, 1.0, total)), D, WIDTH)
+        store_heads(out_ptr, at, mine, stride_o[2], divide_heads(acc, tl.where(total == 0.0, 1.0, total)), D, WIDTH)
         if lse_ptr is not None:
-            tl.store(lse_ptr + heads, natural(peak, total), mask=mine)
+            tl.store(lse_ptr + heads, lse_or_minus_inf(peak, total), mask=mine)
     else:
         at = heads * splits + split
-        store_parts(parts[0], at * D, mine, 1, acc, D, WIDTH)
+        store_heads(parts[0], at * D, mine, 1, acc, D, WIDTH)
         tl.store(parts[1] + at, peak, mask=mine)
         tl.store(parts[2] + at, total, mask=mine)
 
@@ -147,50 +157,52 @@ def _decode_attention_kernel(
 @decode_attention.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def decode_attention_triton(
     q: Tensor,
-    k_pages: Pages,
-    v_pages: Pages,
+    k_pages: KVPages,
+    v_pages: KVPages,
     block_table: Tensor,
-    lengths: Tensor,
-    scale: float,
-    policy: str = "fast",
-    lse: bool = False,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    numerics: str = "fast",
+    return_lse: bool = False,
     *,
     BLOCK_N: int,
     PLACES: int,
     num_warps: int,
     num_stages: int,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    check_pools("decode_attention", q, k_pages, v_pages)
-    if policy == "invariant":
+    check_pages_supported("decode_attention", q, k_pages, v_pages)
+    if numerics == "invariant":
         BLOCK_N, num_warps, num_stages = (CONFIGS[0][name] for name in ("BLOCK_N", "num_warps", "num_stages"))
-    quantised = not isinstance(k_pages, Tensor)
-    BLOCK_N = tile(BLOCK_N, q.shape[-1], q.element_size(), quantised)
-    num_stages = stages_of(
-        min(num_stages, 3) if quantised else num_stages, q
+    quantized = not isinstance(k_pages, Tensor)
+    BLOCK_N = keys_per_tile(BLOCK_N, q.shape[-1], q.element_size(), quantized)
+    num_stages = stages_for_dtype(
+        min(num_stages, 3) if quantized else num_stages, q
     )  # four make ptxas spill: see bench.compile_sweep
-    (b, h, d), (_, l, g, _), room = q.shape, k_pages.shape, block_table.shape[1] * k_pages.shape[1]
+    (b, h, d), (_, l, g, _), capacity = q.shape, k_pages.shape, block_table.shape[1] * k_pages.shape[1]
     out = torch.empty(b, h, d, dtype=q.dtype, device=q.device)
-    sums = torch.empty(b, h, dtype=torch.float32, device=q.device) if lse else None
+    lse = torch.empty(b, h, dtype=torch.float32, device=q.device) if return_lse else None
     if out.numel():
-        cut = plan(policy, b * g, room, BLOCK_N, PLACES * multiprocessors(q.device))
-        parts, lengths = None, lengths.contiguous()
-        if cut.splits > 1:
-            acc = torch.empty(b, h, cut.splits, d, dtype=torch.float32, device=q.device)
-            peak, total = (torch.empty(b, h, cut.splits, dtype=torch.float32, device=q.device) for _ in range(2))
-            parts = (acc, peak, total)
-        (k_pool, stride_k), (v_pool, stride_v) = pool_of(k_pages), pool_of(v_pages)
-        _decode_attention_kernel[(b * g * cut.splits,)](
+        split_plan = plan_splits(numerics, b * g, capacity, BLOCK_N, PLACES * num_sms(q.device))
+        split_states, seq_lens = None, seq_lens.contiguous()
+        if split_plan.max_splits > 1:
+            acc = torch.empty(b, h, split_plan.max_splits, d, dtype=torch.float32, device=q.device)
+            m_i, l_i = (
+                torch.empty(b, h, split_plan.max_splits, dtype=torch.float32, device=q.device) for _ in range(2)
+            )
+            split_states = (acc, m_i, l_i)
+        (k_pool, stride_k), (v_pool, stride_v) = page_tensors_and_strides(k_pages), page_tensors_and_strides(v_pages)
+        _decode_attention_kernel[(b * g * split_plan.max_splits,)](
             q,
             k_pool,
             v_pool,
             block_table,
-            lengths,
+            seq_lens,
             out,
-            sums,
-            parts,
-            scale * LOG2_E,
-            cut.wanted,
-            cut.splits,
+            lse,
+            split_states,
+            softmax_scale * LOG2_E,
+            split_plan.num_splits,
+            split_plan.max_splits,
             q.stride(),
             stride_k,
             stride_v,
@@ -200,29 +212,29 @@ def decode_attention_triton(
             RATIO=h // g,
             D=d,
             PAGE=l,
-            **parts_of(d, k_pages, one=True),
-            LEAST=cut.least,
-            MOST=cut.most,
-            BLOCK_M=block_of(h // g),
+            **head_constants(d, k_pages, single_block=True),
+            LEAST=split_plan.min_keys,
+            MOST=split_plan.max_keys,
+            BLOCK_M=dot_block(h // g),
             BLOCK_N=BLOCK_N,
             num_warps=num_warps,
             num_stages=num_stages,
         )
-        if parts:
-            merge_kernel[(b * h,)](
-                *parts,
-                lengths,
+        if split_states:
+            merge_splits_kernel[(b * h,)](
+                *split_states,
+                seq_lens,
                 out,
-                sums,
-                cut.wanted,
-                cut.splits,
+                lse,
+                split_plan.num_splits,
+                split_plan.max_splits,
                 out.stride(),
                 H=h,
                 D=d,
-                LEAST=cut.least,
-                MOST=cut.most,
+                LEAST=split_plan.min_keys,
+                MOST=split_plan.max_keys,
                 BLOCK_S=16,
                 BLOCK_D=triton.next_power_of_2(d),
                 num_warps=4,
             )
-    return out if sums is None else (out, sums)
+    return out if lse is None else (out, lse)

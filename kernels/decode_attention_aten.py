@@ -8,35 +8,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.ops import Pages, decode_attention
-from vila_triton.ops.kv_write import gather
+from vila_triton.ops import KVPages, decode_attention
+from vila_triton.ops.kv_write import gather_tokens
 from vila_triton.registry import Unsupported
 
-from ._sdpa import check, quick
+from ._sdpa import check_readable, upcast_on_cpu
 
 
 @decode_attention.impl("aten")
 def decode_attention_aten(
     q: Tensor,
-    k_pages: Pages,
-    v_pages: Pages,
+    k_pages: KVPages,
+    v_pages: KVPages,
     block_table: Tensor,
-    lengths: Tensor,
-    scale: float,
-    policy: str = "fast",
-    lse: bool = False,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    numerics: str = "fast",
+    return_lse: bool = False,
 ) -> Tensor:
-    check("decode_attention", q)
-    if lse:
+    check_readable("decode_attention", q)
+    if return_lse:
         raise Unsupported("decode_attention: torch's attention does not return its log-sum-exp")
     out = torch.zeros_like(q)
-    for i, t in enumerate(lengths.tolist()):
+    for i, t in enumerate(seq_lens.tolist()):
         if not t:
             continue
-        query = quick(q[i]).unflatten(0, (k_pages.shape[2], -1))  # [g, n, d]
+        query = upcast_on_cpu(q[i]).unflatten(0, (k_pages.shape[2], -1))  # [g, n, d]
         keys, values = (
-            quick(gather(pages, block_table[i], t).to(q.dtype)).transpose(0, 1)  # [g, t, d]
+            upcast_on_cpu(gather_tokens(pages, block_table[i], t).to(q.dtype)).transpose(0, 1)  # [g, t, d]
             for pages in (k_pages, v_pages)
         )
-        out[i] = F.scaled_dot_product_attention(query[None], keys[None], values[None], scale=scale)[0].flatten(0, 1)
+        out[i] = F.scaled_dot_product_attention(query[None], keys[None], values[None], scale=softmax_scale)[0].flatten(
+            0, 1
+        )
     return out

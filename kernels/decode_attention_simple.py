@@ -15,21 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vila_triton.ops import Pages, decode_attention
+from vila_triton.ops import KVPages, decode_attention
 from vila_triton.registry import Unsupported
-from vila_triton.registry.search_space import Config, Launch, Space
+from vila_triton.registry.search_space import Config, LaunchCost, SearchSpace
 
 from ._launch import (
     LOG2_E,
-    attend_block,
-    attention_launch,
-    block_of,
-    cast,
-    check,
-    normalise,
-    page_rows,
-    stages_of,
-    start_rows,
+    attend_simple_tile,
+    attention_launch_cost,
+    cast_operand,
+    check_supported,
+    dot_block,
+    init_simple_softmax,
+    normalize,
+    page_offsets,
+    stages_for_dtype,
 )
 
 CONFIGS = [
@@ -39,18 +39,18 @@ CONFIGS = [
 ]
 
 
-def launch(config: Config, b: int, t: int, g: int, ratio: int, d: int, dtype: str, **_) -> Launch:
-    return attention_launch(config, heads=b * g, rows=ratio, keys=t, d=d, dtype=dtype)
+def launch_cost(config: Config, b: int, t: int, g: int, ratio: int, d: int, dtype: str, **_) -> LaunchCost:
+    return attention_launch_cost(config, heads=b * g, rows=ratio, keys=t, d=d, dtype=dtype)
 
 
-SPACE = Space(
+SPACE = SearchSpace(
     {"BLOCK_N": [16, 32, 64, 128], "num_warps": [1, 2, 4, 8], "num_stages": [1, 2, 3, 4, 5]},
-    launch=launch,
+    launch_cost=launch_cost,
 )
 
 
 @triton.jit(do_not_specialize=["stride_tb"])  # changes with the longest sequence
-def _decode_attention_kernel(
+def _decode_attention_simple_kernel(
     q_ptr,
     k_pages_ptr,
     v_pages_ptr,
@@ -86,7 +86,7 @@ def _decode_attention_kernel(
     mask_q = (offs_m < RATIO)[:, None] & mask_d[None, :]
     q_ptr += sequence * stride_q[0]
     q = tl.load(q_ptr + head[:, None] * stride_q[1] + offs_d[None, :] * stride_q[2], mask=mask_q, other=0)  # [M, D]
-    peak, total, acc = start_rows(BLOCK_M, BLOCK_D)
+    peak, total, acc = init_simple_softmax(BLOCK_M, BLOCK_D)
 
     table_ptr += sequence * stride_tb
     k_pages_ptr += group * stride_k[2]
@@ -94,52 +94,54 @@ def _decode_attention_kernel(
     for n in range(0, length, BLOCK_N):
         tokens = n + tl.arange(0, BLOCK_N)
         known = tokens < length
-        at_k = page_rows(table_ptr, tokens, known, stride_tp, stride_k[0], stride_k[1], PAGE)
-        at_v = page_rows(table_ptr, tokens, known, stride_tp, stride_v[0], stride_v[1], PAGE)
+        at_k = page_offsets(table_ptr, tokens, known, stride_tp, stride_k[0], stride_k[1], PAGE)
+        at_v = page_offsets(table_ptr, tokens, known, stride_tp, stride_v[0], stride_v[1], PAGE)
         k = tl.load(
             k_pages_ptr + at_k[None, :] + offs_d[:, None] * stride_k[3], mask=mask_d[:, None] & known[None, :], other=0
         )  # [BLOCK_D, BLOCK_N]
         v = tl.load(
             v_pages_ptr + at_v[:, None] + offs_d[None, :] * stride_v[3], mask=known[:, None] & mask_d[None, :], other=0
         )  # [BLOCK_N, BLOCK_D]
-        peak, total, acc = attend_block(q, cast(k, q.dtype), cast(v, q.dtype), known[None, :], scale, peak, total, acc)
+        peak, total, acc = attend_simple_tile(
+            q, cast_operand(k, q.dtype), cast_operand(v, q.dtype), known[None, :], scale, peak, total, acc
+        )
 
     out_ptr += sequence * stride_o[0] + head[:, None] * stride_o[1] + offs_d[None, :] * stride_o[2]
-    tl.store(out_ptr, normalise(acc, total).to(out_ptr.dtype.element_ty), mask=mask_q)
+    tl.store(out_ptr, normalize(acc, total).to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
 @decode_attention.impl("simple", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def decode_attention_simple(
     q: Tensor,
-    k_pages: Pages,
-    v_pages: Pages,
+    k_pages: KVPages,
+    v_pages: KVPages,
     block_table: Tensor,
-    lengths: Tensor,
-    scale: float,
-    policy: str = "fast",
-    lse: bool = False,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    numerics: str = "fast",
+    return_lse: bool = False,
     *,
     BLOCK_N: int,
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    if lse or not isinstance(k_pages, Tensor) or not isinstance(v_pages, Tensor):
+    if return_lse or not isinstance(k_pages, Tensor) or not isinstance(v_pages, Tensor):
         raise Unsupported("decode_attention: the simple kernel has no log-sum-exp and reads no quantised pages")
-    check("decode_attention", q, k_pages, v_pages)
+    check_supported("decode_attention", q, k_pages, v_pages)
     config = {"BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": num_stages}
-    config = CONFIGS[0] if policy == "invariant" else config
-    config = {**config, "num_stages": stages_of(config["num_stages"], q)}
+    config = CONFIGS[0] if numerics == "invariant" else config
+    config = {**config, "num_stages": stages_for_dtype(config["num_stages"], q)}
     (b, h, d), (_, l, g, _) = q.shape, k_pages.shape
     out = torch.empty(b, h, d, dtype=q.dtype, device=q.device)
     if out.numel():
-        _decode_attention_kernel[(b * g,)](
+        _decode_attention_simple_kernel[(b * g,)](
             q,
             k_pages,
             v_pages,
             block_table,
-            lengths.contiguous(),
+            seq_lens.contiguous(),
             out,
-            scale * LOG2_E,
+            softmax_scale * LOG2_E,
             q.stride(),
             k_pages.stride(),
             v_pages.stride(),
@@ -149,8 +151,8 @@ def decode_attention_simple(
             RATIO=h // g,
             D=d,
             PAGE=l,
-            BLOCK_M=block_of(h // g),
-            BLOCK_D=block_of(d),
+            BLOCK_M=dot_block(h // g),
+            BLOCK_D=dot_block(d),
             **config,
         )
     return out

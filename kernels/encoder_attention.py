@@ -17,11 +17,11 @@ from torch import Tensor
 
 from vila_triton.ops import encoder_attention
 from vila_triton.registry import Unsupported
-from vila_triton.registry.search_space import Config, Launch, Space, power_of_two
+from vila_triton.registry.search_space import Config, LaunchCost, SearchSpace, next_power_of_2
 
-from ._kv_pages import parts_of, read_parts, store_parts
-from ._launch import LOG2_E, MOST, attention_launch, check, rows_of
-from ._online_softmax import attend_tile, over, start
+from ._kv_pages import head_constants, load_heads, store_heads
+from ._launch import LOG2_E, MAX_GRID_YZ, attention_launch_cost, check_supported, rows_for_dtype
+from ._online_softmax import attend_tile, divide_heads, init_softmax
 
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
@@ -30,19 +30,19 @@ CONFIGS = [
 ]
 
 
-def launch(config: Config, b: int, s: int, h: int, d: int, dtype: str) -> Launch:
-    return attention_launch(config, heads=b * h, rows=s, keys=s, d=d, dtype=dtype)
+def launch_cost(config: Config, b: int, s: int, h: int, d: int, dtype: str) -> LaunchCost:
+    return attention_launch_cost(config, heads=b * h, rows=s, keys=s, d=d, dtype=dtype)
 
 
-SPACE = Space(
+SPACE = SearchSpace(
     {
         "BLOCK_M": [16, 32, 64, 128],
         "BLOCK_N": [16, 32, 64, 128],
         "num_warps": [4, 8],
         "num_stages": [1, 2, 3, 4, 5],
     },
-    where=lambda config, s, **_: max(config["BLOCK_M"], config["BLOCK_N"]) <= max(16, power_of_two(s)),
-    launch=launch,
+    is_valid=lambda config, s, **_: max(config["BLOCK_M"], config["BLOCK_N"]) <= max(16, next_power_of_2(s)),
+    launch_cost=launch_cost,
 )
 
 
@@ -73,28 +73,28 @@ def _encoder_attention_kernel(
     v_ptr += picture * stride_v[0] + head * stride_v[2]
     q_ptr += picture * stride_q[0] + head * stride_q[2]
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    q = read_parts(q_ptr, rows.to(tl.int64) * stride_q[1], rows < S, stride_q[3], D, WIDTH, FIRST, REST)
-    peak, total, acc = start(BLOCK_M, FIRST, REST)
+    q = load_heads(q_ptr, rows.to(tl.int64) * stride_q[1], rows < S, stride_q[3], D, WIDTH, FIRST, REST)
+    peak, total, acc = init_softmax(BLOCK_M, FIRST, REST)
 
     whole = S // BLOCK_N * BLOCK_N
     for n in range(0, whole, BLOCK_N):
         tile, of = tl.cast(n, tl.int64), tl.arange(0, BLOCK_N).to(tl.int64)
-        k = read_parts(k_ptr + tile * stride_k[1], of * stride_k[1], None, stride_k[3], D, WIDTH, FIRST, REST)
-        v = read_parts(v_ptr + tile * stride_v[1], of * stride_v[1], None, stride_v[3], D, WIDTH, FIRST, REST)
+        k = load_heads(k_ptr + tile * stride_k[1], of * stride_k[1], None, stride_k[3], D, WIDTH, FIRST, REST)
+        v = load_heads(v_ptr + tile * stride_v[1], of * stride_v[1], None, stride_v[3], D, WIDTH, FIRST, REST)
         peak, total, acc = attend_tile(q, k, v, None, scale, peak, total, acc)
     for n in tl.range(whole, S, BLOCK_N, num_stages=1):  # once at most
         tokens = n + tl.arange(0, BLOCK_N).to(tl.int64)
         known = tokens < S
-        k = read_parts(k_ptr, tokens * stride_k[1], known, stride_k[3], D, WIDTH, FIRST, REST)
-        v = read_parts(v_ptr, tokens * stride_v[1], known, stride_v[3], D, WIDTH, FIRST, REST)
+        k = load_heads(k_ptr, tokens * stride_k[1], known, stride_k[3], D, WIDTH, FIRST, REST)
+        v = load_heads(v_ptr, tokens * stride_v[1], known, stride_v[3], D, WIDTH, FIRST, REST)
         peak, total, acc = attend_tile(q, k, v, known[None, :], scale, peak, total, acc)
 
     out_ptr += picture * stride_o[0] + head * stride_o[2]
     at = rows.to(tl.int64) * stride_o[1]
-    store_parts(out_ptr, at, rows < S, stride_o[3], over(acc, total), D, WIDTH)
+    store_heads(out_ptr, at, rows < S, stride_o[3], divide_heads(acc, total), D, WIDTH)
 
 
-def tile_of(config: Config, q: Tensor) -> dict[str, int]:
+def fit_tile(config: Config, q: Tensor) -> dict[str, int]:
     """The tile of a config for these operands, one that the registers hold:
 
     d up to 128     as it is, but of one stage for 81 to 127: more spill on sm_100
@@ -107,39 +107,47 @@ def tile_of(config: Config, q: Tensor) -> dict[str, int]:
     if q.shape[-1] > 128:
         rows = min(tile["BLOCK_M"], 64)
         tile |= {"BLOCK_M": rows, "BLOCK_N": min(tile["BLOCK_N"], 32), "num_warps": 8 if rows == 64 else 4}
-    return tile | {"BLOCK_M": rows_of(tile["BLOCK_M"], q)}
+    return tile | {"BLOCK_M": rows_for_dtype(tile["BLOCK_M"], q)}
 
 
 @encoder_attention.impl("triton", configs=CONFIGS, space=SPACE)
 def encoder_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, BLOCK_M: int, BLOCK_N: int, num_warps: int, num_stages: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    *,
+    BLOCK_M: int,
+    BLOCK_N: int,
+    num_warps: int,
+    num_stages: int,
 ) -> Tensor:
-    check("encoder_attention", q, k, v)
-    if not scale > 0:
-        raise Unsupported(f"encoder_attention: scale is {scale}, expected a positive number")
+    check_supported("encoder_attention", q, k, v)
+    if not softmax_scale > 0:
+        raise Unsupported(f"encoder_attention: scale is {softmax_scale}, expected a positive number")
     b, s, h, d = q.shape
-    if h > MOST:
-        raise Unsupported(f"encoder_attention: {h} heads, a launch has room for {MOST}")
+    if h > MAX_GRID_YZ:
+        raise Unsupported(f"encoder_attention: {h} heads, a launch has room for {MAX_GRID_YZ}")
     out = torch.empty(b, s, h, d, dtype=q.dtype, device=q.device)
     config = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": num_stages}
-    tile, parts = tile_of(config, q), parts_of(d, k)
-    for first in range(0, b if out.numel() else 0, MOST):
-        pictures = slice(first, first + MOST)
-        _encoder_attention_kernel[(triton.cdiv(s, tile["BLOCK_M"]), h, min(b - first, MOST))](
-            q[pictures],
-            k[pictures],
-            v[pictures],
-            out[pictures],
-            scale * LOG2_E,
+    tile, constants = fit_tile(config, q), head_constants(d, k)
+    for first in range(0, b if out.numel() else 0, MAX_GRID_YZ):
+        images = slice(first, first + MAX_GRID_YZ)
+        _encoder_attention_kernel[(triton.cdiv(s, tile["BLOCK_M"]), h, min(b - first, MAX_GRID_YZ))](
+            q[images],
+            k[images],
+            v[images],
+            out[images],
+            softmax_scale * LOG2_E,
             s,
             stride_q=q.stride(),
             stride_k=k.stride(),
             stride_v=v.stride(),
             stride_o=out.stride(),
             D=d,
-            WIDTH=parts["WIDTH"],
-            FIRST=parts["FIRST"],
-            REST=parts["REST"],
+            WIDTH=constants["WIDTH"],
+            FIRST=constants["FIRST"],
+            REST=constants["REST"],
             **tile,
         )
     return out

@@ -14,58 +14,60 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.ops.int4 import codes
+from vila_triton.ops.int4 import unpack_codes
 from vila_triton.registry import Unsupported
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-GROUPS = (32, 64, 128, 256)
+GROUP_SIZES = (32, 64, 128, 256)
 
-_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # qweight -> (state of the weight, its leaves, its copy)
+_packed_weights: WeakTensorKeyDictionary = (
+    WeakTensorKeyDictionary()
+)  # qweight -> (state of the weight, its leaves, its copy)
 
 
-def state(w: Int4, dtype: torch.dtype) -> tuple:
+def weight_version(w: Int4, dtype: torch.dtype) -> tuple:
     """What changes when the weight does: which memory is read how, and how often each tensor was written to."""
-    return dtype, w.group, *((x.data_ptr(), x.dtype, x.shape, x.stride(), x._version) for x in leaves(w))
+    return dtype, w.group_size, *((x.data_ptr(), x.dtype, x.shape, x.stride(), x._version) for x in weight_tensors(w))
 
 
-def leaves(w: Int4) -> tuple[Tensor, Tensor, Tensor]:
+def weight_tensors(w: Int4) -> tuple[Tensor, Tensor, Tensor]:
     return w.qweight, w.scales, w.zeros
 
 
-def pack(w: Int4, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def pack_for_aten(w: Int4, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The library's layout: words [n, k/2] uint8, and scale and shift [G, n, 2]."""
-    words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes(w), 1)
+    words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_codes(w), 1)
     scales = w.scales.to(dtype)
     shifts = ((8 - w.zeros.float()) * scales.float()).to(dtype)
     return words, torch.stack((scales, shifts), -1).contiguous()
 
 
-def packed(w: Int4, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if any(x.is_inference() for x in leaves(w)):
-        return pack(w, dtype)
-    now = state(w, dtype)
-    if w.qweight not in _packed or _packed[w.qweight][0] != now:
+def packed_weight(w: Int4, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if any(x.is_inference() for x in weight_tensors(w)):
+        return pack_for_aten(w, dtype)
+    version = weight_version(w, dtype)
+    if w.qweight not in _packed_weights or _packed_weights[w.qweight][0] != version:
         # The memory is held through aliases: while a copy is kept, nothing else can come to lie at these addresses.
-        _packed[w.qweight] = now, [x.detach() for x in leaves(w)], pack(w, dtype)
-    return _packed[w.qweight][-1]
+        _packed_weights[w.qweight] = version, [x.detach() for x in weight_tensors(w)], pack_for_aten(w, dtype)
+    return _packed_weights[w.qweight][-1]
 
 
 @int4_matmul.impl("aten")
 def int4_matmul_aten(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
-    (n, k), group = w.shape, w.group
+    (n, k), group_size = w.shape, w.group_size
     if x.device.type != "cpu":
         raise Unsupported(f"int4_matmul: this product is torch's for CPUs, but tensors are on {x.device}")
     if x.dtype not in DTYPES:
         raise Unsupported(f"int4_matmul: {x.dtype} is not one of {', '.join(map(str, DTYPES))}")
-    if group not in GROUPS:
-        raise Unsupported(f"int4_matmul: the group is {group}, but torch takes {', '.join(map(str, GROUPS))}")
-    if w.order != "sub":
-        raise Unsupported(f"int4_matmul: the order is {w.order!r}, but torch rounds as its own formula says")
+    if group_size not in GROUP_SIZES:
+        raise Unsupported(f"int4_matmul: the group is {group_size}, but torch takes {', '.join(map(str, GROUP_SIZES))}")
+    if w.rounding != "sub":
+        raise Unsupported(f"int4_matmul: the order is {w.rounding!r}, but torch rounds as its own formula says")
     if n % 16:
         raise Unsupported(f"int4_matmul: w has {n} rows, but torch packs multiples of 16")
     rows = x.reshape(-1, k).contiguous()  # [m, k]
     if not len(rows):
         return x.new_empty(*x.shape[:-1], n)
-    words, scales = packed(w, x.dtype)
-    out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, words, group, scales).view(*x.shape[:-1], n)
+    words, scales = packed_weight(w, x.dtype)
+    out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, words, group_size, scales).view(*x.shape[:-1], n)
     return out if bias is None else out + bias

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from vila_triton.checkpoints.int4_packing import TILE_K, TILE_N
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.ops.dtypes import wide
-from vila_triton.ops.int4 import rounded
+from vila_triton.ops.dtypes import upcast
+from vila_triton.ops.int4 import apply_scale_and_zero
 from vila_triton.registry import Unsupported
 
 CONFIGS = [{"BLOCK_N": 128}, {"BLOCK_N": 32}, {"BLOCK_N": 512}]
 
 
-def in_the_order_of_bytes(x: Tensor) -> Tensor:
+def permute_to_byte_order(x: Tensor) -> Tensor:
     """[..., k] -> [..., k up to a multiple of 64], columns moved to where their codes lie."""
     x = F.pad(x, (0, -x.shape[-1] % TILE_K))
     return rearrange(x, "... (j word side c pair) -> ... (j c word pair side)", word=4, side=2, c=4, pair=2)
@@ -35,22 +35,26 @@ def int4_matmul_blocked(x: Tensor, w: Int4, bias: Tensor | None = None, *, BLOCK
         raise Unsupported("int4_matmul: the bytes of a word are read low byte first, which this machine does not do")
     (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
     # A CPU multiplies all dtypes as they are but float16, which is quicker converted.
-    widen = wide if x.dtype == torch.float16 else lambda y: y
-    inputs = widen(in_the_order_of_bytes(rows))
-    groups = in_the_order_of_bytes(torch.arange(k, device=x.device) // w.group)
-    whole = w.group % TILE_K == 0 or w.group == k  # a group is then a range of columns in either order
+    widen = upcast if x.dtype == torch.float16 else lambda y: y
+    inputs = widen(permute_to_byte_order(rows))
+    group_ids = permute_to_byte_order(torch.arange(k, device=x.device) // w.group_size)
+    whole_groups = w.group_size % TILE_K == 0 or w.group_size == k  # a group is then a range of columns in either order
     out = x.new_empty(len(rows), n)
     for start in range(0, n, BLOCK_N):
         block = slice(start, min(start + BLOCK_N, n))
-        packed = w.qweight[start // TILE_N : -(-block.stop // TILE_N)].contiguous().view(torch.uint8)
-        packed = rearrange(packed, "i j (r c) byte -> i r (j c byte)", r=8)
-        q = torch.stack((packed & 0xF, packed >> 4), 1).flatten(0, 2)[: block.stop - start].to(x.dtype)  # [n', k']
+        tile_bytes = w.qweight[start // TILE_N : -(-block.stop // TILE_N)].contiguous().view(torch.uint8)
+        tile_bytes = rearrange(tile_bytes, "i j (r c) byte -> i r (j c byte)", r=8)
+        q = (
+            torch.stack((tile_bytes & 0xF, tile_bytes >> 4), 1).flatten(0, 2)[: block.stop - start].to(x.dtype)
+        )  # [n', k']
         scales, zeros = (y[:, block].to(x.dtype) for y in (w.scales, w.zeros))  # [G, n']
-        if whole:
+        if whole_groups:
             q, scales, zeros = q.unflatten(1, (len(scales), -1)), scales.t()[..., None], zeros.t()[..., None]
         else:
-            scales, zeros = scales[groups].t(), zeros[groups].t()
-        weight = q.sub_(zeros).mul_(scales) if w.order == "sub" else rounded(q, scales, zeros, w.order)
-        shift = None if bias is None else widen(bias[block])
-        out[:, block] = F.linear(inputs, widen(weight.view(len(q), -1)), shift).to(out.dtype)
+            scales, zeros = scales[group_ids].t(), zeros[group_ids].t()
+        weight = (
+            q.sub_(zeros).mul_(scales) if w.rounding == "sub" else apply_scale_and_zero(q, scales, zeros, w.rounding)
+        )
+        block_bias = None if bias is None else widen(bias[block])
+        out[:, block] = F.linear(inputs, widen(weight.view(len(q), -1)), block_bias).to(out.dtype)
     return out.view(*x.shape[:-1], n)

@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.registry.search_space import SIZE, Config, Launch, Space, cdiv
+from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, SearchSpace, cdiv
 
-from ._int4_dequant import check_group, lane_rows, leaves, rounding, target, word_pointers
-from ._int4_gemm import load_words, weight_block
-from ._launch import check
+from ._int4_dequant import check_group_size, contiguous_tensors, lane_rows, rounding_mode, target_flags, word_pointers
+from ._int4_gemm import dequantize_block, load_words
+from ._launch import check_supported
 
 CONFIGS = [
     {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1},
@@ -23,16 +23,18 @@ CONFIGS = [
 ]
 
 
-def launch(config: Config, n: int, G: int, group: int, dtype: str, **_: object) -> Launch:
+def launch_cost(config: Config, n: int, G: int, group: int, dtype: str, **_: object) -> LaunchCost:
     block_n, block_k, k = config["BLOCK_N"], config["BLOCK_K"], G * group
-    moved = block_n * block_k * (1 + 2 * SIZE[dtype]) // 2
-    return Launch(cdiv(n, block_n) * cdiv(k, block_k), moved, block_n * block_k // 2, lanes=4 * block_n * block_k)
+    bytes_moved = block_n * block_k * (1 + 2 * DTYPE_BYTES[dtype]) // 2
+    return LaunchCost(
+        cdiv(n, block_n) * cdiv(k, block_k), bytes_moved, block_n * block_k // 2, elementwise_ops=4 * block_n * block_k
+    )
 
 
-SPACE = Space(
+SPACE = SearchSpace(
     {"BLOCK_N": [16, 32, 64], "BLOCK_K": [64, 128, 256], "num_warps": [2, 4, 8], "num_stages": [1]},
-    where=lambda config, **_: 512 <= config["BLOCK_N"] * config["BLOCK_K"] // config["num_warps"] <= 4096,
-    launch=launch,
+    is_valid=lambda config, **_: 512 <= config["BLOCK_N"] * config["BLOCK_K"] // config["num_warps"] <= 4096,
+    launch_cost=launch_cost,
 )
 
 
@@ -61,7 +63,7 @@ def _int4_dequant_kernel(
     lane = tl.arange(0, 32)[None, None, :, None]
     top, low = lane_rows(tile, lane // 4, N)
     word_ptrs = word_pointers(qweight_ptr, tile, tile_k, lane, tl.arange(0, 4)[None, None, None, :], N, K)
-    w = weight_block(
+    w = dequantize_block(
         load_words(word_ptrs, start, K, TILES_K, MASK_K),
         scales_ptr,
         zeros_ptr,
@@ -87,26 +89,26 @@ def _int4_dequant_kernel(
 def int4_matmul_dequant(
     x: Tensor, w: Int4, bias: Tensor | None = None, *, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int
 ) -> Tensor:
-    check("int4_matmul", x, w.scales, w.zeros)
-    check_group("int4_matmul", w)
+    check_supported("int4_matmul", x, w.scales, w.zeros)
+    check_group_size("int4_matmul", w)
     n, k = w.shape
-    plain = torch.empty(n, k, dtype=x.dtype, device=x.device)
-    if plain.numel():
-        qweight, scales, zeros = leaves(w)
+    weight = torch.empty(n, k, dtype=x.dtype, device=x.device)
+    if weight.numel():
+        qweight, scales, zeros = contiguous_tensors(w)
         _int4_dequant_kernel[(triton.cdiv(n, BLOCK_N) * triton.cdiv(k, BLOCK_K),)](
             qweight,
             scales,
             zeros,
-            plain,
+            weight,
             n,
             k,
-            GROUP=w.group,
-            ORDER=rounding(w, scale_sums=False),
-            ASM=target()["ASM"],
+            GROUP=w.group_size,
+            ORDER=rounding_mode(w, scale_sums=False),
+            ASM=target_flags()["ASM"],
             MASK_K=k % BLOCK_K != 0,
             BLOCK_N=BLOCK_N,
             BLOCK_K=BLOCK_K,
             num_warps=num_warps,
             num_stages=num_stages,
         )
-    return F.linear(x, plain, bias)
+    return F.linear(x, weight, bias)

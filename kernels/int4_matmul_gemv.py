@@ -15,21 +15,21 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.registry.search_space import SIZE, Config, Launch, Space, cdiv, power_of_two
+from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, SearchSpace, cdiv, next_power_of_2
 
 from ._int4_dequant import (
-    SUBTRACTED,
-    check_group,
-    groups_of,
+    UNSCALED,
+    check_group_size,
+    contiguous_tensors,
+    group_ids,
     lane_rows,
     lane_weights,
-    leaves,
-    rounding,
-    target,
+    rounding_mode,
+    target_flags,
     word_pointers,
 )
-from ._launch import check
-from ._splitk_reduce import add_parts
+from ._launch import check_supported
+from ._splitk_reduce import reduce_splits
 
 CONFIGS = [
     {"BLOCK_M": 1, "BLOCK_N": 32, "BLOCK_K": 256, "SPLIT_K": 1, "num_warps": 4, "num_stages": 1},
@@ -37,25 +37,27 @@ CONFIGS = [
 ]
 
 
-def worth_trying(config: Config, m: int, group: int, **_: object) -> bool:
+def is_promising(config: Config, m: int, group: int, **_: object) -> bool:
     """No block of rows is more than half padding, and a lane keeps at most 64 sums."""
-    sums = 2 * config["BLOCK_M"] * config["BLOCK_N"] // 16 * config["BLOCK_K"] // 64 * 4 // config["num_warps"]
-    return config["BLOCK_M"] <= power_of_two(m) and 8 <= sums <= 64
+    sums_per_thread = (
+        2 * config["BLOCK_M"] * config["BLOCK_N"] // 16 * config["BLOCK_K"] // 64 * 4 // config["num_warps"]
+    )
+    return config["BLOCK_M"] <= next_power_of_2(m) and 8 <= sums_per_thread <= 64
 
 
-def launch(config: Config, m: int, n: int, G: int, group: int, dtype: str, **_: object) -> Launch:
-    block_m, block_n, size, splits = config["BLOCK_M"], config["BLOCK_N"], SIZE[dtype], config["SPLIT_K"]
+def launch_cost(config: Config, m: int, n: int, G: int, group: int, dtype: str, **_: object) -> LaunchCost:
+    block_m, block_n, size, splits = config["BLOCK_M"], config["BLOCK_N"], DTYPE_BYTES[dtype], config["SPLIT_K"]
     k = cdiv(G * group, splits)
-    columns = block_m * size + block_n // 2
-    return Launch(
+    bytes_per_k = block_m * size + block_n // 2
+    return LaunchCost(
         programs=cdiv(m, block_m) * cdiv(n, block_n) * splits,
-        bytes=k * columns + 2 * block_n * cdiv(k, group) * size + block_m * block_n * (size if splits == 1 else 8),
-        stage=config["BLOCK_K"] * columns,
-        lanes=(2 + block_m) * block_n * k,
+        bytes=k * bytes_per_k + 2 * block_n * cdiv(k, group) * size + block_m * block_n * (size if splits == 1 else 8),
+        bytes_per_stage=config["BLOCK_K"] * bytes_per_k,
+        elementwise_ops=(2 + block_m) * block_n * k,
     )
 
 
-SPACE = Space(
+SPACE = SearchSpace(
     {
         "BLOCK_M": [1, 2, 4],
         "BLOCK_N": [16, 32, 64],
@@ -64,13 +66,13 @@ SPACE = Space(
         "num_warps": [2, 4, 8],
         "num_stages": [1],
     },
-    worth_trying,
-    launch,
+    is_promising,
+    launch_cost,
 )
 
 
 @triton.jit
-def across(parts):
+def reduce_lanes(parts):
     """[BLOCK_M, TILES_N, TILES_K, 8, 4, 4] -> [BLOCK_M, TILES_N, 8]: words, lanes of a row and tiles of k added up."""
     return tl.sum(tl.sum(tl.sum(parts, 5), 4), 2)
 
@@ -83,13 +85,13 @@ def load_inputs(x_ptrs, offs_k, K, stride_xk, MASK_K: tl.constexpr):
 
 
 @triton.jit
-def products(a, b, c, d, x0, x1, x2, x3):
+def dot4(a, b, c, d, x0, x1, x2, x3):
     """The sum of four products in float32."""
     return a.to(tl.float32) * x0 + b.to(tl.float32) * x1 + c.to(tl.float32) * x2 + d.to(tl.float32) * x3
 
 
 @triton.jit
-def finish(total, row, offs_m, bias_ptr, out_ptr, M, N, stride_om, HAS_BIAS: tl.constexpr):
+def store_rows(total, row, offs_m, bias_ptr, out_ptr, M, N, stride_om, HAS_BIAS: tl.constexpr):
     """Store [BLOCK_M, TILES_N, 8] results of rows `row` [TILES_N, 8] of w."""
     if HAS_BIAS:
         total += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)[None]
@@ -126,11 +128,11 @@ def _int4_matmul_gemv_kernel(
     TILES_K: tl.constexpr = BLOCK_K // 64
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     blocks_m = tl.cdiv(M, BLOCK_M)
-    first = (tl.program_id(0) // blocks_m).to(tl.int64) * TILES_N
+    first_tile = (tl.program_id(0) // blocks_m).to(tl.int64) * TILES_N
     offs_m = (tl.program_id(0) % blocks_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     begin = tl.program_id(1) * SHARE
     # Axes: row of x, tile of rows of w, tile of k, r and c of the lane, word.
-    tile = first + tl.arange(0, TILES_N)[None, :, None, None, None, None]
+    tile = first_tile + tl.arange(0, TILES_N)[None, :, None, None, None, None]
     tile_k = tl.arange(0, TILES_K)[None, None, :, None, None, None]
     r = tl.arange(0, 8)[None, None, None, :, None, None]
     c = tl.arange(0, 4)[None, None, None, None, :, None]
@@ -142,30 +144,30 @@ def _int4_matmul_gemv_kernel(
     low_acc = tl.zeros([BLOCK_M, TILES_N, TILES_K, 8, 4, 4], tl.float32)
     for start in range(begin, tl.minimum(begin + SHARE, K), BLOCK_K):
         words = tl.load(word_ptrs, mask=tile_k * 64 + start < K, other=0) if MASK_K else tl.load(word_ptrs)
-        at = start + tile_k * 64 + word * 16 + c * 2
-        x0 = load_inputs(x_ptrs, at, K, stride_xk, MASK_K)
-        x1 = load_inputs(x_ptrs, at + 1, K, stride_xk, MASK_K)
-        x2 = load_inputs(x_ptrs, at + 8, K, stride_xk, MASK_K)
-        x3 = load_inputs(x_ptrs, at + 9, K, stride_xk, MASK_K)
-        group = groups_of(start, tile_k, word, K, GROUP, BLOCK_K)
+        offs_k = start + tile_k * 64 + word * 16 + c * 2
+        x0 = load_inputs(x_ptrs, offs_k, K, stride_xk, MASK_K)
+        x1 = load_inputs(x_ptrs, offs_k + 1, K, stride_xk, MASK_K)
+        x2 = load_inputs(x_ptrs, offs_k + 8, K, stride_xk, MASK_K)
+        x3 = load_inputs(x_ptrs, offs_k + 9, K, stride_xk, MASK_K)
+        group = group_ids(start, tile_k, word, K, GROUP, BLOCK_K)
         zero = tl.load(zeros_ptr + group * N + top)
         low_zero = tl.load(zeros_ptr + group * N + low)
         scale = tl.load(scales_ptr + group * N + top).to(DTYPE)
         low_scale = tl.load(scales_ptr + group * N + low).to(DTYPE)
         w = lane_weights(words, scale, low_scale, zero, low_zero, ORDER, DTYPE, ASM)
-        part = products(w[0], w[1], w[4], w[5], x0, x1, x2, x3)
-        low_part = products(w[2], w[3], w[6], w[7], x0, x1, x2, x3)
-        if ORDER == SUBTRACTED:
-            acc += part * scale.to(tl.float32)
-            low_acc += low_part * low_scale.to(tl.float32)
+        partial = dot4(w[0], w[1], w[4], w[5], x0, x1, x2, x3)
+        low_partial = dot4(w[2], w[3], w[6], w[7], x0, x1, x2, x3)
+        if ORDER == UNSCALED:
+            acc += partial * scale.to(tl.float32)
+            low_acc += low_partial * low_scale.to(tl.float32)
         else:
-            acc += part
-            low_acc += low_part
+            acc += partial
+            low_acc += low_partial
         word_ptrs += TILES_K * 128
     out_ptr += tl.program_id(1).to(tl.int64) * stride_os
-    row = (first + tl.arange(0, TILES_N)[:, None]) * 16 + tl.arange(0, 8)[None, :]
-    finish(across(acc), row, offs_m, bias_ptr, out_ptr, M, N, stride_om, HAS_BIAS)
-    finish(across(low_acc), row + 8, offs_m, bias_ptr, out_ptr, M, N, stride_om, HAS_BIAS)
+    row = (first_tile + tl.arange(0, TILES_N)[:, None]) * 16 + tl.arange(0, 8)[None, :]
+    store_rows(reduce_lanes(acc), row, offs_m, bias_ptr, out_ptr, M, N, stride_om, HAS_BIAS)
+    store_rows(reduce_lanes(low_acc), row + 8, offs_m, bias_ptr, out_ptr, M, N, stride_om, HAS_BIAS)
 
 
 @int4_matmul.impl("gemv", configs=CONFIGS, space=SPACE, batch_invariant=True)
@@ -181,33 +183,33 @@ def int4_matmul_gemv(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    check("int4_matmul", x, w.scales, w.zeros)
-    check_group("int4_matmul", w)
+    check_supported("int4_matmul", x, w.scales, w.zeros)
+    check_group_size("int4_matmul", w)
     (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
     m = len(rows)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if out.numel():
-        qweight, scales, zeros = leaves(w)
-        share = triton.cdiv(triton.cdiv(k, BLOCK_K), SPLIT_K) * BLOCK_K
-        splits = triton.cdiv(k, share)  # at most SPLIT_K, and none of them empty
-        parts = out[None] if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
+        qweight, scales, zeros = contiguous_tensors(w)
+        k_per_split = triton.cdiv(triton.cdiv(k, BLOCK_K), SPLIT_K) * BLOCK_K
+        splits = triton.cdiv(k, k_per_split)  # at most SPLIT_K, and none of them empty
+        partial_sums = out[None] if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
         _int4_matmul_gemv_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N), splits)](
             rows,
             qweight,
             scales,
             zeros,
             out if bias is None else bias.contiguous(),
-            parts,
+            partial_sums,
             m,
             n,
             k,
-            share,
+            k_per_split,
             *rows.stride(),
-            *parts.stride()[:2],
+            *partial_sums.stride()[:2],
             HAS_BIAS=bias is not None and splits == 1,
-            GROUP=w.group,
-            ORDER=rounding(w, scale_sums=True),
-            ASM=target()["ASM"],
+            GROUP=w.group_size,
+            ORDER=rounding_mode(w, scale_sums=True),
+            ASM=target_flags()["ASM"],
             MASK_K=k % BLOCK_K != 0,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
@@ -216,5 +218,5 @@ def int4_matmul_gemv(
             num_stages=num_stages,
         )
         if splits > 1:
-            add_parts(parts, bias, out)
+            reduce_splits(partial_sums, bias, out)
     return out.view(*x.shape[:-1], n)

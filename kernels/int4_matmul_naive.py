@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
 
-from ._int4_dequant import leaves, rounded, rounding
-from ._launch import cast, check
+from ._int4_dequant import apply_scale, contiguous_tensors, rounding_mode
+from ._launch import cast_operand, check_supported
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
@@ -63,9 +63,9 @@ def _int4_matmul_naive_kernel(
         nibble = offs_k % 2 * 4 + offs_k % 16 // 8 * 2 + offs_n % 16 // 8
         words = tl.load(qweight_ptr + tile * 128 + lane * 4 + offs_k % 64 // 16, mask=mask_w, other=0)
         codes = ((words >> (nibble * 4).to(tl.int32)) & 0xF).to(x.dtype)
-        scales = cast(tl.load(scales_ptr + offs_k // GROUP * N + offs_n, mask=mask_w, other=0.0), x.dtype)
-        zeros = cast(tl.load(zeros_ptr + offs_k // GROUP * N + offs_n, mask=mask_w, other=0.0), x.dtype)
-        acc = tl.dot(x, rounded(codes - zeros, codes, scales, zeros, ORDER), acc, input_precision="ieee")
+        scales = cast_operand(tl.load(scales_ptr + offs_k // GROUP * N + offs_n, mask=mask_w, other=0.0), x.dtype)
+        zeros = cast_operand(tl.load(zeros_ptr + offs_k // GROUP * N + offs_n, mask=mask_w, other=0.0), x.dtype)
+        acc = tl.dot(x, apply_scale(codes - zeros, codes, scales, zeros, ORDER), acc, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     tl.store(out_ptr + offs_m[:, None] * stride_om + offs_n, acc.to(out_ptr.dtype.element_ty), mask=mask_m & mask_n)
@@ -83,12 +83,12 @@ def int4_matmul_naive(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    check("int4_matmul", x, w.scales, w.zeros)
+    check_supported("int4_matmul", x, w.scales, w.zeros)
     (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
     m = len(rows)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if out.numel():
-        qweight, scales, zeros = leaves(w)
+        qweight, scales, zeros = contiguous_tensors(w)
         _int4_matmul_naive_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](
             rows,
             qweight,
@@ -101,8 +101,8 @@ def int4_matmul_naive(
             k,
             *rows.stride(),
             out.stride(0),
-            GROUP=w.group,
-            ORDER=rounding(w, scale_sums=False),
+            GROUP=w.group_size,
+            ORDER=rounding_mode(w, scale_sums=False),
             HAS_BIAS=bias is not None,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,

@@ -13,18 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.registry.search_space import Space
+from vila_triton.registry.search_space import SearchSpace
 
-from ._int4_dequant import block_k, check_group, leaves, rounded, rounding, word_pointers
-from ._int4_gemm import launch, load_words, load_x, worth_trying
-from ._launch import cast, check
+from ._int4_dequant import apply_scale, check_group_size, contiguous_tensors, fit_block_k, rounding_mode, word_pointers
+from ._int4_gemm import is_promising, launch_cost, load_words, load_x
+from ._launch import cast_operand, check_supported
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
 ]
-SPACE = Space(
+SPACE = SearchSpace(
     {
         "BLOCK_M": [16, 32, 64, 128],
         "BLOCK_N": [32, 64, 128, 256],
@@ -32,13 +32,13 @@ SPACE = Space(
         "num_warps": [4, 8],
         "num_stages": [1, 2, 3, 4, 5],
     },
-    worth_trying,
-    launch,
+    is_promising,
+    launch_cost,
 )
 
 
 @triton.jit
-def codes_of(words, TILES_N: tl.constexpr, TILES_K: tl.constexpr):
+def words_to_codes(words, TILES_N: tl.constexpr, TILES_K: tl.constexpr):
     """[TILES_N, TILES_K, 32, 4] words -> codes [16 TILES_N, 64 TILES_K]."""
     codes = (words[:, :, :, :, None] >> (tl.arange(0, 8) * 4)) & 0xF
     codes = tl.reshape(codes, [TILES_N, TILES_K, 8, 4, 4, 2, 2, 2])  # tile, tile_k, r, c, word, pair, side, half
@@ -85,14 +85,14 @@ def _int4_matmul_packed_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, K, BLOCK_K):
         x = load_x(x_ptrs, start, K, BLOCK_K, MASK_K)
-        codes = codes_of(load_words(word_ptrs, start, K, TILES_K, MASK_K), TILES_N, TILES_K).to(x.dtype)
+        codes = words_to_codes(load_words(word_ptrs, start, K, TILES_K, MASK_K), TILES_N, TILES_K).to(x.dtype)
         if GROUP == 32:
             group = tl.minimum((start + offs_k) // 32, (K - 1) // 32).to(tl.int64)[None, :]
         else:
             group = tl.full([1, 1], start // GROUP, tl.int64)
-        scales = cast(tl.load(scales_ptr + group * N + row), x.dtype)
-        zeros = cast(tl.load(zeros_ptr + group * N + row), x.dtype)
-        acc = tl.dot(rounded(codes - zeros, codes, scales, zeros, ORDER), x, acc, input_precision="ieee")
+        scales = cast_operand(tl.load(scales_ptr + group * N + row), x.dtype)
+        zeros = cast_operand(tl.load(zeros_ptr + group * N + row), x.dtype)
+        acc = tl.dot(apply_scale(codes - zeros, codes, scales, zeros, ORDER), x, acc, input_precision="ieee")
         word_ptrs += TILES_K * 128
         x_ptrs += tl.full([1, 1], BLOCK_K, tl.int64) * stride_xk
     if HAS_BIAS:
@@ -113,13 +113,13 @@ def int4_matmul_packed(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    check("int4_matmul", x, w.scales, w.zeros)
-    check_group("int4_matmul", w)
+    check_supported("int4_matmul", x, w.scales, w.zeros)
+    check_group_size("int4_matmul", w)
     (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
-    m, block = len(rows), block_k(BLOCK_K, w)
+    m, block = len(rows), fit_block_k(BLOCK_K, w)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if out.numel():
-        qweight, scales, zeros = leaves(w)
+        qweight, scales, zeros = contiguous_tensors(w)
         _int4_matmul_packed_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](
             rows,
             qweight,
@@ -133,8 +133,8 @@ def int4_matmul_packed(
             *rows.stride(),
             out.stride(0),
             HAS_BIAS=bias is not None,
-            GROUP=w.group,
-            ORDER=rounding(w, scale_sums=False),
+            GROUP=w.group_size,
+            ORDER=rounding_mode(w, scale_sums=False),
             MASK_K=k % block != 0,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,

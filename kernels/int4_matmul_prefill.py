@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.registry.search_space import Space
+from vila_triton.registry.search_space import SearchSpace
 
-from ._int4_dequant import block_k, check_group, leaves, rounding, target
-from ._int4_gemm import launch, product, worth_trying
-from ._launch import check, stages_of
+from ._int4_dequant import check_group_size, contiguous_tensors, fit_block_k, rounding_mode, target_flags
+from ._int4_gemm import int4_gemm_tile, is_promising, launch_cost
+from ._launch import check_supported, stages_for_dtype
 
 GROUP_M = 8
 CONFIGS = [
@@ -26,7 +26,7 @@ CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
 ]
-SPACE = Space(
+SPACE = SearchSpace(
     {
         "BLOCK_M": [64, 128, 256],
         "BLOCK_N": [64, 128, 256],
@@ -34,8 +34,8 @@ SPACE = Space(
         "num_warps": [4, 8],
         "num_stages": [1, 2, 3, 4, 5],
     },
-    worth_trying,
-    launch,
+    is_promising,
+    launch_cost,
 )
 
 
@@ -68,7 +68,7 @@ def _int4_matmul_prefill_kernel(
     pid_m, pid_n = tl.swizzle2d(tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n, blocks_m, blocks_n, GROUP_M)
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = product(
+    acc = int4_gemm_tile(
         x_ptr,
         qweight_ptr,
         scales_ptr,
@@ -109,13 +109,13 @@ def int4_matmul_prefill(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    check("int4_matmul", x, w.scales, w.zeros)
-    check_group("int4_matmul", w)
+    check_supported("int4_matmul", x, w.scales, w.zeros)
+    check_group_size("int4_matmul", w)
     (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
-    m, block = len(rows), block_k(BLOCK_K, w)
+    m, block = len(rows), fit_block_k(BLOCK_K, w)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if out.numel():
-        qweight, scales, zeros = leaves(w)
+        qweight, scales, zeros = contiguous_tensors(w)
         _int4_matmul_prefill_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](
             rows,
             qweight,
@@ -129,15 +129,15 @@ def int4_matmul_prefill(
             *rows.stride(),
             out.stride(0),
             HAS_BIAS=bias is not None,
-            GROUP=w.group,
-            ORDER=rounding(w, scale_sums=False),
-            **target(),
+            GROUP=w.group_size,
+            ORDER=rounding_mode(w, scale_sums=False),
+            **target_flags(),
             MASK_K=k % block != 0,
             GROUP_M=GROUP_M,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
             BLOCK_K=block,
             num_warps=num_warps,
-            num_stages=stages_of(num_stages, x),
+            num_stages=stages_for_dtype(num_stages, x),
         )
     return out.view(*x.shape[:-1], n)

@@ -17,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.registry.search_space import Space
+from vila_triton.registry.search_space import SearchSpace
 
-from ._int4_dequant import block_k, check_group, leaves, rounding, target
-from ._int4_gemm import launch, product, worth_trying
-from ._launch import check
-from ._splitk_reduce import add_parts
+from ._int4_dequant import check_group_size, contiguous_tensors, fit_block_k, rounding_mode, target_flags
+from ._int4_gemm import int4_gemm_tile, is_promising, launch_cost
+from ._launch import check_supported
+from ._splitk_reduce import reduce_splits
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT_K": 4, "num_warps": 4, "num_stages": 4},
@@ -30,7 +30,7 @@ CONFIGS = [
     {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT_K": 4, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT_K": 2, "num_warps": 4, "num_stages": 2},
 ]
-SPACE = Space(
+SPACE = SearchSpace(
     {
         "BLOCK_M": [16, 32, 64],
         "BLOCK_N": [64, 128, 256],
@@ -39,8 +39,8 @@ SPACE = Space(
         "num_warps": [4, 8],
         "num_stages": [1, 2, 3, 4, 5],
     },
-    worth_trying,
-    launch,
+    is_promising,
+    launch_cost,
 )
 
 
@@ -75,7 +75,7 @@ def _int4_matmul_splitk_kernel(
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * SHARE
-    acc = product(
+    acc = int4_gemm_tile(
         x_ptr,
         qweight_ptr,
         scales_ptr,
@@ -117,33 +117,33 @@ def int4_matmul_splitk(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    check("int4_matmul", x, w.scales, w.zeros)
-    check_group("int4_matmul", w)
+    check_supported("int4_matmul", x, w.scales, w.zeros)
+    check_group_size("int4_matmul", w)
     (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
-    m, block = len(rows), block_k(BLOCK_K, w)
+    m, block = len(rows), fit_block_k(BLOCK_K, w)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if out.numel():
-        qweight, scales, zeros = leaves(w)
-        share = triton.cdiv(triton.cdiv(k, block), SPLIT_K) * block
-        splits = triton.cdiv(k, share)  # at most SPLIT_K, and none of them empty
-        parts = out[None] if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
+        qweight, scales, zeros = contiguous_tensors(w)
+        k_per_split = triton.cdiv(triton.cdiv(k, block), SPLIT_K) * block
+        splits = triton.cdiv(k, k_per_split)  # at most SPLIT_K, and none of them empty
+        partial_sums = out[None] if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
         _int4_matmul_splitk_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N), splits)](
             rows,
             qweight,
             scales,
             zeros,
             out if bias is None else bias.contiguous(),
-            parts,
+            partial_sums,
             m,
             n,
             k,
-            share,
+            k_per_split,
             *rows.stride(),
-            *parts.stride()[:2],
+            *partial_sums.stride()[:2],
             HAS_BIAS=bias is not None and splits == 1,
-            GROUP=w.group,
-            ORDER=rounding(w, scale_sums=BLOCK_M < 64),
-            **target(),
+            GROUP=w.group_size,
+            ORDER=rounding_mode(w, scale_sums=BLOCK_M < 64),
+            **target_flags(),
             MASK_K=k % block != 0,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
@@ -152,5 +152,5 @@ def int4_matmul_splitk(
             num_stages=num_stages,
         )
         if splits > 1:
-            add_parts(parts, bias, out)
+            reduce_splits(partial_sums, bias, out)
     return out.view(*x.shape[:-1], n)

@@ -14,18 +14,27 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_swiglu
-from vila_triton.registry.search_space import Space
+from vila_triton.registry.search_space import SearchSpace
 
-from ._int4_dequant import SUBTRACTED, block_k, check_group, lane_rows, leaves, rounding, target, word_pointers
-from ._int4_gemm import launch, load_words, load_x, weight_block, worth_trying
-from ._launch import check
+from ._int4_dequant import (
+    UNSCALED,
+    check_group_size,
+    contiguous_tensors,
+    fit_block_k,
+    lane_rows,
+    rounding_mode,
+    target_flags,
+    word_pointers,
+)
+from ._int4_gemm import dequantize_block, is_promising, launch_cost, load_words, load_x
+from ._launch import check_supported
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
 ]
-SPACE = Space(
+SPACE = SearchSpace(
     {
         "BLOCK_M": [16, 32, 64, 128],
         "BLOCK_N": [64, 128],
@@ -33,8 +42,8 @@ SPACE = Space(
         "num_warps": [4, 8],
         "num_stages": [1, 2, 3, 4],
     },
-    lambda config, **sizes: worth_trying({**config, "BLOCK_N": 2 * config["BLOCK_N"]}, **sizes),
-    lambda config, **sizes: launch({**config, "BLOCK_N": 2 * config["BLOCK_N"]}, **{**sizes, "n": 2 * sizes["n"]}),
+    lambda config, **sizes: is_promising({**config, "BLOCK_N": 2 * config["BLOCK_N"]}, **sizes),
+    lambda config, **sizes: launch_cost({**config, "BLOCK_N": 2 * config["BLOCK_N"]}, **{**sizes, "n": 2 * sizes["n"]}),
 )
 
 
@@ -87,7 +96,7 @@ def _int4_swiglu_kernel(
         gate_words = load_words(gate_ptrs, start, K, TILES_K, MASK_K)
         up_words = load_words(up_ptrs, start, K, TILES_K, MASK_K)
         x = load_x(x_ptrs, start, K, BLOCK_K, MASK_K)
-        w = weight_block(
+        gate_w = dequantize_block(
             gate_words,
             gate_scales_ptr,
             gate_zeros_ptr,
@@ -104,7 +113,7 @@ def _int4_swiglu_kernel(
             TILES_N,
             TILES_K,
         )
-        v = weight_block(
+        up_w = dequantize_block(
             up_words,
             up_scales_ptr,
             up_zeros_ptr,
@@ -121,15 +130,15 @@ def _int4_swiglu_kernel(
             TILES_N,
             TILES_K,
         )
-        if ORDER == SUBTRACTED:
+        if ORDER == UNSCALED:
             group = tl.full([1], start // GROUP, tl.int64) * N
             gate_scale = tl.load(gate_scales_ptr + group + row).to(DTYPE).to(tl.float32)  # [BLOCK_N]
             up_scale = tl.load(up_scales_ptr + group + row).to(DTYPE).to(tl.float32)
-            gate += tl.dot(w, x, input_precision="ieee") * gate_scale[:, None]
-            up += tl.dot(v, x, input_precision="ieee") * up_scale[:, None]
+            gate += tl.dot(gate_w, x, input_precision="ieee") * gate_scale[:, None]
+            up += tl.dot(up_w, x, input_precision="ieee") * up_scale[:, None]
         else:
-            gate = tl.dot(w, x, gate, input_precision="ieee")
-            up = tl.dot(v, x, up, input_precision="ieee")
+            gate = tl.dot(gate_w, x, gate, input_precision="ieee")
+            up = tl.dot(up_w, x, up, input_precision="ieee")
         gate_ptrs += TILES_K * 128
         up_ptrs += TILES_K * 128
         x_ptrs += tl.full([1, 1], BLOCK_K, tl.int64) * stride_xk
@@ -142,25 +151,25 @@ def _int4_swiglu_kernel(
 def int4_swiglu_triton(
     x: Tensor, gate: Int4, up: Int4, *, BLOCK_M: int, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int
 ) -> Tensor:
-    check("int4_swiglu", x, gate.scales, gate.zeros, up.scales, up.zeros)
-    check_group("int4_swiglu", gate)
+    check_supported("int4_swiglu", x, gate.scales, gate.zeros, up.scales, up.zeros)
+    check_group_size("int4_swiglu", gate)
     (n, k), rows = gate.shape, x.reshape(-1, x.shape[-1])  # [m, k]
-    m, block = len(rows), block_k(BLOCK_K, gate)
+    m, block = len(rows), fit_block_k(BLOCK_K, gate)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if out.numel():
         _int4_swiglu_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](
             rows,
-            *leaves(gate),
-            *leaves(up),
+            *contiguous_tensors(gate),
+            *contiguous_tensors(up),
             out,
             m,
             n,
             k,
             *rows.stride(),
             out.stride(0),
-            GROUP=gate.group,
-            ORDER=rounding(gate, scale_sums=BLOCK_M == 16),
-            **target(),
+            GROUP=gate.group_size,
+            ORDER=rounding_mode(gate, scale_sums=BLOCK_M == 16),
+            **target_flags(),
             MASK_K=k % block != 0,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,

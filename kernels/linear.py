@@ -1,7 +1,7 @@
 """x · wᵀ + bias in tiles: a program multiplies BLOCK_M rows of x by BLOCK_N rows of w, BLOCK_K inputs at a time.
 
 The first config serves any number of rows in the same tiles, so that a row's sum runs over the same products in the
-same order in any company: what the policy "invariant" runs on a GPU. Programs that share rows of w are neighbours.
+same order in any company: what the numerics "invariant" runs on a GPU. Programs that share rows of w are neighbours.
 
 x [m, k], w [n, k], any strides; bias [n]; sums in float32.
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from vila_triton.ops import Int4, linear
 from vila_triton.registry import Unsupported
-from vila_triton.registry.search_space import SIZE, Config, Launch, Space, cdiv, power_of_two
+from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, SearchSpace, cdiv, next_power_of_2
 
-from ._launch import check, rows_of
+from ._launch import check_supported, rows_for_dtype
 
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
@@ -25,20 +25,20 @@ CONFIGS = [
 ]
 
 
-def launch(config: Config, m: int, n: int, k: int, dtype: str) -> Launch:
-    block_m, block_n, size = config["BLOCK_M"], config["BLOCK_N"], SIZE[dtype]
-    steps = cdiv(k, config["BLOCK_K"])
-    read = (min(block_m, m) + block_n) * size
-    return Launch(
+def launch_cost(config: Config, m: int, n: int, k: int, dtype: str) -> LaunchCost:
+    block_m, block_n, size = config["BLOCK_M"], config["BLOCK_N"], DTYPE_BYTES[dtype]
+    k_steps = cdiv(k, config["BLOCK_K"])
+    bytes_per_k = (min(block_m, m) + block_n) * size
+    return LaunchCost(
         programs=cdiv(m, block_m) * cdiv(n, block_n),
-        bytes=read * k + block_m * block_n * size,
-        stage=read * config["BLOCK_K"],
-        dots=2 * block_m * block_n * steps * config["BLOCK_K"],
-        lanes=4 * block_m * block_n,
+        bytes=bytes_per_k * k + block_m * block_n * size,
+        bytes_per_stage=bytes_per_k * config["BLOCK_K"],
+        dot_flops=2 * block_m * block_n * k_steps * config["BLOCK_K"],
+        elementwise_ops=4 * block_m * block_n,
     )
 
 
-SPACE = Space(
+SPACE = SearchSpace(
     {
         "BLOCK_M": [16, 32, 64, 128],
         "BLOCK_N": [32, 64, 128, 256],
@@ -46,8 +46,8 @@ SPACE = Space(
         "num_warps": [4, 8],
         "num_stages": [1, 2, 3, 4, 5],
     },
-    where=lambda config, m, **_: config["BLOCK_M"] <= max(16, power_of_two(m)),
-    launch=launch,
+    is_valid=lambda config, m, **_: config["BLOCK_M"] <= max(16, next_power_of_2(m)),
+    launch_cost=launch_cost,
 )
 
 
@@ -79,9 +79,9 @@ def _linear_kernel(
     w_ptrs = w_ptr + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk  # [BLOCK_K, BLOCK_N]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
-        known = start + offs_k < K
-        x = tl.load(x_ptrs, mask=(offs_m < M)[:, None] & known[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=known[:, None] & (offs_n < N)[None, :], other=0.0)
+        mask_k = start + offs_k < K
+        x = tl.load(x_ptrs, mask=(offs_m < M)[:, None] & mask_k[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=mask_k[:, None] & (offs_n < N)[None, :], other=0.0)
         acc = tl.dot(x, w, acc, input_precision="ieee")
         x_ptrs += tl.cast(BLOCK_K, tl.int64) * stride_xk
         w_ptrs += tl.cast(BLOCK_K, tl.int64) * stride_wk
@@ -105,11 +105,11 @@ def linear_triton(
 ) -> Tensor:
     if isinstance(w, Int4):  # which has an op of its own
         return linear.reference(x, w, bias)
-    check("linear", x, w, *(() if bias is None else (bias,)))
+    check_supported("linear", x, w, *(() if bias is None else (bias,)))
     if w.dtype != x.dtype:
         raise Unsupported(f"linear: w is {w.dtype}, expected {x.dtype} like x")
     (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
-    m, BLOCK_M, BLOCK_N = len(rows), rows_of(BLOCK_M, x), rows_of(BLOCK_N, x)
+    m, BLOCK_M, BLOCK_N = len(rows), rows_for_dtype(BLOCK_M, x), rows_for_dtype(BLOCK_N, x)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if out.numel():
         _linear_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](

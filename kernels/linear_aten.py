@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends import mkldnn  # which is what torch calls oneDNN
 
-from vila_triton.lock import Shared
+from vila_triton.lock import SharedContext
 from vila_triton.ops import Int4, linear
 from vila_triton.registry import Unsupported
 
@@ -24,15 +24,15 @@ MANY_ROWS = 8  # from here on converting a float16 weight costs less than multip
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    before = mkldnn.enabled
+    was_enabled = mkldnn.enabled
     mkldnn.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        mkldnn.enabled = before  # pyright: ignore[reportAttributeAccessIssue]
+        mkldnn.enabled = was_enabled  # pyright: ignore[reportAttributeAccessIssue]
 
 
-TORCHS_OWN = Shared(without_onednn)
+ONEDNN_OFF = SharedContext(without_onednn)
 
 
 @linear.impl("aten")
@@ -42,11 +42,11 @@ def linear_aten(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> Tens
     if isinstance(w, Int4):  # which has an op of its own
         return linear.reference(x, w, bias)
     rows = x.shape[:-1].numel()
-    gradient = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, w, bias))
-    if not gradient and (x.dtype == torch.float32 or (x.dtype == torch.float16 and rows >= MANY_ROWS)):
+    needs_grad = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, w, bias))
+    if not needs_grad and (x.dtype == torch.float32 or (x.dtype == torch.float16 and rows >= MANY_ROWS)):
         bias = None if bias is None else bias.float().contiguous()  # oneDNN reads a bias as if it had no strides
         return torch.ops.mkldnn._linear_pointwise(x.float(), w.float(), bias, "none", [], "").to(x.dtype)
-    if not gradient and x.dtype == torch.bfloat16 and rows == 1:
-        with TORCHS_OWN:
+    if not needs_grad and x.dtype == torch.bfloat16 and rows == 1:
+        with ONEDNN_OFF:
             return F.linear(x, w, bias)
     return F.linear(x, w, bias)

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.ops import Pages, prefill_attention
-from vila_triton.ops.attention import causal
-from vila_triton.ops.kv_write import gather
+from vila_triton.ops import KVPages, prefill_attention
+from vila_triton.ops.attention import causal_mask
+from vila_triton.ops.kv_write import gather_tokens
 from vila_triton.registry import Unsupported
 
-from ._sdpa import check, quick
+from ._sdpa import check_readable, upcast_on_cpu
 
 
 @prefill_attention.impl("aten")
@@ -22,36 +22,38 @@ def prefill_attention_aten(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_pages: Pages,
-    v_pages: Pages,
+    k_pages: KVPages,
+    v_pages: KVPages,
     block_table: Tensor,
-    query_start: Tensor,
-    history: Tensor,
-    scale: float,
-    policy: str = "fast",
-    lse: bool = False,
+    query_start_loc: Tensor,
+    context_lens: Tensor,
+    softmax_scale: float,
+    numerics: str = "fast",
+    return_lse: bool = False,
 ) -> Tensor:
-    check("prefill_attention", q)
-    if policy == "invariant":
+    check_readable("prefill_attention", q)
+    if numerics == "invariant":
         raise Unsupported("prefill_attention: torch's attention adds up in an order that changes with the chunks")
-    if lse:
+    if return_lse:
         raise Unsupported("prefill_attention: torch's attention does not return its log-sum-exp")
-    g, n = k.shape[1], q.shape[1] // k.shape[1]
+    g, queries_per_kv = k.shape[1], q.shape[1] // k.shape[1]
     out = torch.empty_like(q)
-    starts = query_start.tolist()
-    for i, t in enumerate(history.tolist()):
-        rows = slice(starts[i], starts[i + 1])
+    offsets = query_start_loc.tolist()
+    for i, t in enumerate(context_lens.tolist()):
+        rows = slice(offsets[i], offsets[i + 1])
         s = rows.stop - rows.start
         if not s:
             continue
         keys, values = k[rows], v[rows]
         if t:
-            keys = torch.cat((gather(k_pages, block_table[i], t).to(k.dtype), keys))
-            values = torch.cat((gather(v_pages, block_table[i], t).to(v.dtype), values))
-        queries = quick(q[rows]).unflatten(1, (g, n)).permute(1, 2, 0, 3)  # [g, n, s, d]
-        keys, values = (quick(x).transpose(0, 1)[:, None].expand(-1, n, -1, -1) for x in (keys, values))  # [g, n, t, d]
+            keys = torch.cat((gather_tokens(k_pages, block_table[i], t).to(k.dtype), keys))
+            values = torch.cat((gather_tokens(v_pages, block_table[i], t).to(v.dtype), values))
+        queries = upcast_on_cpu(q[rows]).unflatten(1, (g, queries_per_kv)).permute(1, 2, 0, 3)  # [g, n, s, d]
+        keys, values = (
+            upcast_on_cpu(x).transpose(0, 1)[:, None].expand(-1, queries_per_kv, -1, -1) for x in (keys, values)
+        )  # [g, n, t, d]
         # Without a history the mask is the usual triangle, which torch need not read.
-        mask = causal(s, s + t, q.device) if t and s > 1 else None
-        o = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=not t, scale=scale)
-        out[rows] = o.permute(2, 0, 1, 3).flatten(1, 2)  # [g, n, s, d] -> [s, h, d]
+        mask = causal_mask(s, s + t, q.device) if t and s > 1 else None
+        seq_out = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=not t, scale=softmax_scale)
+        out[rows] = seq_out.permute(2, 0, 1, 3).flatten(1, 2)  # [g, n, s, d] -> [s, h, d]
     return out

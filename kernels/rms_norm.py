@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import rms_norm
-from vila_triton.registry.search_space import SIZE, Config, Launch, Space, cdiv, power_of_two
+from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, SearchSpace, cdiv, next_power_of_2
 
-from ._launch import check
+from ._launch import check_supported
 
 CONFIGS = [
     {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
@@ -24,16 +24,21 @@ CONFIGS = [
 ]
 
 
-def launch(config: Config, rows: int, e: int, dtype: str) -> Launch:
+def launch_cost(config: Config, rows: int, e: int, dtype: str) -> LaunchCost:
     """The row is read twice, the weight once."""
-    block, size = config["BLOCK"], SIZE[dtype]
-    return Launch(programs=rows, bytes=4 * e * size, stage=min(block, e) * size, lanes=8 * block * cdiv(e, block))
+    block, size = config["BLOCK"], DTYPE_BYTES[dtype]
+    return LaunchCost(
+        programs=rows,
+        bytes=4 * e * size,
+        bytes_per_stage=min(block, e) * size,
+        elementwise_ops=8 * block * cdiv(e, block),
+    )
 
 
-SPACE = Space(
+SPACE = SearchSpace(
     {"BLOCK": [128, 256, 512, 1024, 2048, 4096, 8192], "num_warps": [1, 2, 4, 8, 16], "num_stages": [1]},
-    where=lambda config, e, **_: 32 * config["num_warps"] <= config["BLOCK"] <= max(128, power_of_two(e)),
-    launch=launch,
+    is_valid=lambda config, e, **_: 32 * config["num_warps"] <= config["BLOCK"] <= max(128, next_power_of_2(e)),
+    launch_cost=launch_cost,
 )
 
 
@@ -60,7 +65,7 @@ def _rms_norm_kernel(
 
 @rms_norm.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, *, BLOCK: int, num_warps: int, num_stages: int) -> Tensor:
-    check("rms_norm", x, weight)
+    check_supported("rms_norm", x, weight)
     rows = x.reshape(-1, x.shape[-1])  # [m, e]
     m, e = rows.shape
     out = torch.empty(m, e, dtype=x.dtype, device=x.device)

@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import rope
-from vila_triton.registry.search_space import SIZE, Config, Launch, Space, cdiv, power_of_two
+from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, SearchSpace, cdiv, next_power_of_2
 
-from ._launch import check
+from ._launch import check_supported
 
 CONFIGS = [
     {"BLOCK_H": 8, "num_warps": 2, "num_stages": 1},
@@ -22,17 +22,22 @@ CONFIGS = [
 ]
 
 
-def launch(config: Config, s: int, h: int, r: int, dtype: str) -> Launch:
+def launch_cost(config: Config, s: int, h: int, r: int, dtype: str) -> LaunchCost:
     heads = min(config["BLOCK_H"], h)
-    read = 2 * heads * r * SIZE[dtype]
-    lanes = 6 * config["BLOCK_H"] * power_of_two(r)
-    return Launch(programs=s * cdiv(h, config["BLOCK_H"]), bytes=2 * read + 8 * r, stage=read, lanes=lanes)
+    read = 2 * heads * r * DTYPE_BYTES[dtype]
+    padded_elements = 6 * config["BLOCK_H"] * next_power_of_2(r)
+    return LaunchCost(
+        programs=s * cdiv(h, config["BLOCK_H"]),
+        bytes=2 * read + 8 * r,
+        bytes_per_stage=read,
+        elementwise_ops=padded_elements,
+    )
 
 
-SPACE = Space(
+SPACE = SearchSpace(
     {"BLOCK_H": [1, 2, 4, 8, 16, 32], "num_warps": [1, 2, 4, 8], "num_stages": [1]},
-    where=lambda config, h, **_: config["BLOCK_H"] <= power_of_two(h),
-    launch=launch,
+    is_valid=lambda config, h, **_: config["BLOCK_H"] <= next_power_of_2(h),
+    launch_cost=launch_cost,
 )
 
 
@@ -77,7 +82,7 @@ def _rope_kernel(
 
 @rope.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def rope_triton(x: Tensor, cos: Tensor, sin: Tensor, *, BLOCK_H: int, num_warps: int, num_stages: int) -> Tensor:
-    check("rope", x, cos, sin)
+    check_supported("rope", x, cos, sin)
     s, h, d = x.shape
     out = torch.empty(s, h, d, dtype=x.dtype, device=x.device)
     if out.numel():

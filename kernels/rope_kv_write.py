@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vila_triton.ops import Pages, rope_kv_write
-from vila_triton.ops.kv_write import bytes_of
-from vila_triton.registry.search_space import Config, Launch, Space, cdiv, power_of_two
+from vila_triton.ops import KVPages, rope_kv_write
+from vila_triton.ops.kv_write import kv_bytes
+from vila_triton.registry.search_space import Config, LaunchCost, SearchSpace, cdiv, next_power_of_2
 
-from ._kv_pages import check_pools, pool_of
-from ._kv_store import give_heads, put_heads, put_options, take_heads, turn
+from ._kv_pages import check_pages_supported, page_tensors_and_strides
+from ._kv_store import load_half_heads, rotate, store_constants, store_half_heads, store_paged_heads
 
 CONFIGS = [
     {"BLOCK_H": 8, "num_warps": 4, "num_stages": 1},
@@ -26,17 +26,19 @@ CONFIGS = [
 ]
 
 
-def launch(config: Config, s: int, g: int, ratio: int, d: int, l: int, dtype: str, kv: str) -> Launch:
+def launch_cost(config: Config, s: int, g: int, ratio: int, d: int, l: int, dtype: str, kv: str) -> LaunchCost:
     block = config["BLOCK_H"]
-    read = min(block, g * ratio) * bytes_of(1, d, dtype, "plain")
+    read = min(block, g * ratio) * kv_bytes(1, d, dtype, "plain")
     programs = s * (cdiv(g * ratio, block) + cdiv(g, block))
-    return Launch(programs=programs, bytes=2 * read + 4 * d, stage=read, lanes=12 * block * power_of_two(d))
+    return LaunchCost(
+        programs=programs, bytes=2 * read + 4 * d, bytes_per_stage=read, elementwise_ops=12 * block * next_power_of_2(d)
+    )
 
 
-SPACE = Space(
+SPACE = SearchSpace(
     {"BLOCK_H": [1, 2, 4, 8, 16, 32], "num_warps": [1, 2, 4, 8], "num_stages": [1]},
-    where=lambda config, g, ratio, **_: config["BLOCK_H"] <= power_of_two(g * ratio),
-    launch=launch,
+    is_valid=lambda config, g, ratio, **_: config["BLOCK_H"] <= next_power_of_2(g * ratio),
+    launch_cost=launch_cost,
 )
 
 
@@ -84,25 +86,27 @@ def _rope_kv_write_kernel(
     if block < of_q:
         head = block * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H]
         known = head < H
-        low, high = take_heads(q_ptr, token * stride_q[0] + head * stride_q[1], known, stride_q[2], D, WIDTH, BLOCK_W)
-        low, high = turn(low, high, cos, sin)
+        low, high = load_half_heads(
+            q_ptr, token * stride_q[0] + head * stride_q[1], known, stride_q[2], D, WIDTH, BLOCK_W
+        )
+        low, high = rotate(low, high, cos, sin)
         at = token * stride_q_out[0] + head * stride_q_out[1]
-        give_heads(q_out_ptr, at, known, stride_q_out[2], low, high, D, WIDTH, BLOCK_W)
+        store_half_heads(q_out_ptr, at, known, stride_q_out[2], low, high, D, WIDTH, BLOCK_W)
         return
     group = (block - of_q) * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H]
     known = group < G
-    low, high = take_heads(k_ptr, token * stride_k[0] + group * stride_k[1], known, stride_k[2], D, WIDTH, BLOCK_W)
-    low, high = turn(low, high, cos, sin)
+    low, high = load_half_heads(k_ptr, token * stride_k[0] + group * stride_k[1], known, stride_k[2], D, WIDTH, BLOCK_W)
+    low, high = rotate(low, high, cos, sin)
     low, high = low.to(k_ptr.dtype.element_ty), high.to(k_ptr.dtype.element_ty)
     at = token * stride_k_out[0] + group * stride_k_out[1]
-    give_heads(k_out_ptr, at, known, stride_k_out[2], low, high, D, WIDTH, BLOCK_W)
+    store_half_heads(k_out_ptr, at, known, stride_k_out[2], low, high, D, WIDTH, BLOCK_W)
     slot = tl.load(slot_ptr + token * stride_slot)
     if slot < 0:
         return
     page, row = slot // PAGE, slot % PAGE
-    put_heads(k_pool, stride_kp, page, row, group, known, low, high, D, WIDTH, BITS, TINY, BLOCK_W)
-    low, high = take_heads(v_ptr, token * stride_v[0] + group * stride_v[1], known, stride_v[2], D, WIDTH, BLOCK_W)
-    put_heads(v_pool, stride_vp, page, row, group, known, low, high, D, WIDTH, BITS, TINY, BLOCK_W)
+    store_paged_heads(k_pool, stride_kp, page, row, group, known, low, high, D, WIDTH, BITS, TINY, BLOCK_W)
+    low, high = load_half_heads(v_ptr, token * stride_v[0] + group * stride_v[1], known, stride_v[2], D, WIDTH, BLOCK_W)
+    store_paged_heads(v_pool, stride_vp, page, row, group, known, low, high, D, WIDTH, BITS, TINY, BLOCK_W)
 
 
 @rope_kv_write.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
@@ -112,19 +116,19 @@ def rope_kv_write_triton(
     v: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k_pages: Pages,
-    v_pages: Pages,
+    k_pages: KVPages,
+    v_pages: KVPages,
     slot_mapping: Tensor,
     *,
     BLOCK_H: int,
     num_warps: int,
     num_stages: int,
-) -> tuple[Tensor, Tensor, Pages, Pages]:
-    check_pools("rope_kv_write", q, k, v, cos, sin, k_pages, v_pages)
+) -> tuple[Tensor, Tensor, KVPages, KVPages]:
+    check_pages_supported("rope_kv_write", q, k, v, cos, sin, k_pages, v_pages)
     (s, h, d), g = q.shape, k.shape[1]
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     if s:
-        (k_pool, stride_kp), (v_pool, stride_vp) = pool_of(k_pages), pool_of(v_pages)
+        (k_pool, stride_kp), (v_pool, stride_vp) = page_tensors_and_strides(k_pages), page_tensors_and_strides(v_pages)
         _rope_kv_write_kernel[(s * (triton.cdiv(h, BLOCK_H) + triton.cdiv(g, BLOCK_H)),)](
             q,
             k,
@@ -144,7 +148,7 @@ def rope_kv_write_triton(
             G=g,
             PAGE=k_pages.shape[1],
             BLOCK_H=BLOCK_H,
-            **put_options(d, k_pages),
+            **store_constants(d, k_pages),
             num_warps=num_warps,
             num_stages=num_stages,
             enable_fp_fusion=False,  # bits are to be the reference's

@@ -1,7 +1,7 @@
 """What a layer does to its rows, one row after the other: a row is the same computation wherever it stands.
 
 torch's product of matrices adds up as suits the number of rows, and its `silu` on a CPU takes another `exp` for what is
-left of a vector at the end. Here every row is a call of the same shape, on memory of its own. It is what the policy
+left of a vector at the end. Here every row is a call of the same shape, on memory of its own. It is what the numerics
 "invariant" runs on a CPU: slow for many rows, since each reads the whole weight.
 """
 
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vila_triton.ops import Int4, dequantize, int4_matmul, int4_swiglu, linear, rms_norm, swiglu
-from vila_triton.ops.dtypes import wide
+from vila_triton.ops.dtypes import upcast
 
 
-def each_row(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def map_rows(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """fn of the first rows of all tensors [..., k], of the second ones, ... -> [..., n]."""
     shape = tensors[0].shape[:-1]
     matrices = [x.reshape(shape.numel(), x.shape[-1]) for x in tensors]  # [m, k]
@@ -25,28 +25,28 @@ def each_row(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 @linear.impl("rows", batch_invariant=True)
-def linear_rows(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> Tensor:
+def linear_rowwise(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> Tensor:
     if isinstance(w, Int4):  # which has an op of its own
         return linear.reference(x, w, bias)
-    return each_row(lambda row: F.linear(row, w, bias), x)
+    return map_rows(lambda row: F.linear(row, w, bias), x)
 
 
 @int4_matmul.impl("rows", batch_invariant=True)
-def int4_matmul_rows(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
-    weight, shift = wide(dequantize(w, x.dtype)), None if bias is None else wide(bias)
-    return each_row(lambda row: F.linear(wide(row), weight, shift).to(x.dtype), x)
+def int4_matmul_rowwise(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
+    weight, upcast_bias = upcast(dequantize(w, x.dtype)), None if bias is None else upcast(bias)
+    return map_rows(lambda row: F.linear(upcast(row), weight, upcast_bias).to(x.dtype), x)
 
 
 @int4_swiglu.impl("rows", batch_invariant=True)
-def int4_swiglu_rows(x: Tensor, gate: Int4, up: Int4) -> Tensor:
-    return swiglu_rows(int4_matmul_rows(x, gate), int4_matmul_rows(x, up))
+def int4_swiglu_rowwise(x: Tensor, gate: Int4, up: Int4) -> Tensor:
+    return swiglu_rowwise(int4_matmul_rowwise(x, gate), int4_matmul_rowwise(x, up))
 
 
 @rms_norm.impl("rows", batch_invariant=True)
-def rms_norm_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return each_row(lambda row: rms_norm.reference(row, weight, eps), x)
+def rms_norm_rowwise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return map_rows(lambda row: rms_norm.reference(row, weight, eps), x)
 
 
 @swiglu.impl("rows", batch_invariant=True)
-def swiglu_rows(gate: Tensor, up: Tensor) -> Tensor:
-    return each_row(swiglu.reference, gate, up)
+def swiglu_rowwise(gate: Tensor, up: Tensor) -> Tensor:
+    return map_rows(swiglu.reference, gate, up)

@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import swiglu
-from vila_triton.registry.search_space import SIZE, Config, Launch, Space, cdiv, power_of_two
+from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, SearchSpace, cdiv, next_power_of_2
 
-from ._launch import check
+from ._launch import check_supported
 
 CONFIGS = [
     {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
@@ -22,16 +22,18 @@ CONFIGS = [
 ]
 
 
-def launch(config: Config, s: int, f: int, dtype: str) -> Launch:
+def launch_cost(config: Config, s: int, f: int, dtype: str) -> LaunchCost:
     block = config["BLOCK"]
-    read = 2 * min(block, f) * SIZE[dtype]
-    return Launch(programs=s * cdiv(f, block), bytes=3 * read // 2, stage=read, lanes=12 * block)
+    bytes_read = 2 * min(block, f) * DTYPE_BYTES[dtype]
+    return LaunchCost(
+        programs=s * cdiv(f, block), bytes=3 * bytes_read // 2, bytes_per_stage=bytes_read, elementwise_ops=12 * block
+    )
 
 
-SPACE = Space(
+SPACE = SearchSpace(
     {"BLOCK": [128, 256, 512, 1024, 2048, 4096], "num_warps": [1, 2, 4, 8], "num_stages": [1]},
-    where=lambda config, f, **_: 32 * config["num_warps"] <= config["BLOCK"] <= max(128, power_of_two(f)),
-    launch=launch,
+    is_valid=lambda config, f, **_: 32 * config["num_warps"] <= config["BLOCK"] <= max(128, next_power_of_2(f)),
+    launch_cost=launch_cost,
 )
 
 
@@ -61,7 +63,7 @@ def _swiglu_kernel(
 
 @swiglu.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def swiglu_triton(gate: Tensor, up: Tensor, *, BLOCK: int, num_warps: int, num_stages: int) -> Tensor:
-    check("swiglu", gate, up)
+    check_supported("swiglu", gate, up)
     s, f = gate.shape
     out = torch.empty(s, f, dtype=gate.dtype, device=gate.device)
     if out.numel():

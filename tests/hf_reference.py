@@ -76,7 +76,7 @@ def build(
 
 
 def pictures(model: VilaLlamaForCausalLM, n: int, seed: int = 1) -> Tensor:
-    side = model.geometry.vision_tower.input_size
+    side = model.vila_config.vision_tower.input_size
     return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed), dtype=model.dtype)
 
 
@@ -123,7 +123,7 @@ class Oracle:
     @classmethod
     def of(cls, model: VilaLlamaForCausalLM, attention: str = "sdpa") -> "Oracle":
         llm: Any
-        parts, cfg = model.config.parts(), model.geometry
+        parts, cfg = model.config.part_configs(), model.vila_config
         held = {part: model.get_submodule(part).state_dict() for part in parts}
         llm = LlamaForCausalLM(LlamaConfig(**{**parts["llm"], "attn_implementation": attention}))
         missing, unexpected = llm.to(model.dtype).eval().load_state_dict(held["llm"], strict=False)
@@ -166,9 +166,9 @@ def dense_twin(model: VilaLlamaForCausalLM) -> VilaLlamaForCausalLM:
     for key in [k for k in values if k.endswith("qweight")]:
         stem = key.removesuffix(".qweight")
         leaves = (values.pop(f"{stem}.{leaf}") for leaf in ("qweight", "scales", "zeros"))
-        w = Int4(*leaves, group=model.geometry.llm.group_size or 0, order=model.geometry.llm.order)
+        w = Int4(*leaves, group_size=model.vila_config.llm.group_size or 0, rounding=model.vila_config.llm.order)
         values[f"{stem}.weight"] = dequantize(w, model.dtype)
-    parts = model.config.parts()
+    parts = model.config.part_configs()
     llm = {k: v for k, v in parts["llm"].items() if k != "quantization_config"}
     twin = build(VilaLlamaConfig(**{**model.config.to_dict(), "llm_cfg": llm}))
     twin.load_state_dict(values)

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import textwrap
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
@@ -22,91 +23,108 @@ FILES = {  # dotted name -> file, as Python will know it
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
 
-MAY_IMPORT = {  # beside the standard library, `files`, `forms`; a line holds for all that begins so, the longest counts
-    "vila_triton.files.reading": "",
-    "vila_triton.files.json_schema": "",
-    "vila_triton.registry": "operation ranges ops kernels",  # the last two inside functions
-    "vila_triton.registry.tuned_tables": "torch choices ranges registry space",
-    "vila_triton.cache.page_allocator": "prefix",
-    "vila_triton.registry.kernel_config": "torch ranges registry",
-    "vila_triton.kernels": "torch triton einops ops formats lock registry space kernels interpreter",
-    "vila_triton.registry.interpreter": "triton registry",  # nobody else imports triton
-    "vila_triton.ops": "torch einops ops registry formats",
-    **{f"vila_triton.models.{x}": "models.fields models.vision_config" for x in ("fields", "vision_config", "config")},
-    "vila_triton.models": "torch einops ops formats models",
-    "vila_triton.hf.modeling_vila_llama": "torch transformers cache checkpoint choices engine generation_config registry "
+FLOORS = (  # rooms of vila_triton, the lowest first; a file imports from lower rooms and from its own
+    "console files limits lock paths",
+    "registry",
+    "ops",
     "models",
-    "vila_triton.hf.generation": "torch transformers cache engine generation_config models stopping",
-    "vila_triton.hf.configuration_vila_llama": "torch transformers cache checkpoint models",
-    "vila_triton.cache.paged_cache": "torch ops models.config lock pages",
-    "vila_triton.lock": "",
-    "vila_triton.checkpoints.loading": "torch generation_config layouts llava models shards sources tensors write",
-    "vila_triton.checkpoints.tensor_locations": "torch",
-    "vila_triton.checkpoints.torch_files": "torch places",
-    "vila_triton.checkpoints.tensor_files": "torch safetensors models places torchfile",
-    "vila_triton.checkpoints.shard_writer": "torch file_locks models places tensors",
-    "vila_triton.checkpoints.int4_views": "torch formats layouts models ops",
-    "vila_triton.checkpoints.sources": "layouts models quantized tensors",
-    "vila_triton.checkpoints.llava": "models sources tensors",
-    "vila_triton.checkpoints.writing": "torch generation_config layouts models quantized shards sources tensors",
-    "vila_triton.checkpoints.size_report": "models sources write",
-    "vila_triton.quantization": "torch safetensors einops PIL awq cache checkpoint console engine file_locks formats images "
-    "layouts models ops prompts quantized shards sources templates tensors tiny write",
-    "vila_triton.commands": "torch PIL transformers safetensors einops vila_triton",
-    "vila_triton.checkpoints.random_checkpoint": "torch tokenizers transformers checkpoint choices layouts models quantized shards sources",
-    "vila_triton.checkpoints.int4_packing": "torch einops",
-    "vila_triton.checkpoints.int4_layouts": "torch formats ops",
-    "vila_triton.chat.prompts": "markers models.vila templates",
-    "vila_triton.chat.special_tokens": "tokenizers sentencepiece transformers templates",
-    "vila_triton.chat.tokenizer": "tokenizers transformers llama_tokenizer",
-    "vila_triton.chat.llama_tokenizer": "sentencepiece transformers",
-    "vila_triton.chat.templates": "",
-    "vila_triton.chat.conversation_file": "torch safetensors chat pictures",
-    "vila_triton.engine.generation_config": "files limits",
-    "vila_triton.engine.stopping": "torch transformers",
-    "vila_triton.engine.engine": "torch transformers cache generation_config limits models registry stopping tuned",
-    "vila_triton.images.processing": "torch numpy PIL transformers checkpoint models.config preprocessor",
-    "vila_triton.images.preprocessor_config": "models.fields",
-    "vila_triton.tiny": "torch numpy PIL safetensors tokenizers transformers console limits tiny models ops checkpoint",
-    "vila_triton.tiny.evaluate": "torch PIL arguments chat console limits models registry tiny",
-    "vila_triton.registry.op": "ranges space gradient library tuned",  # the last three inside functions
-    "vila_triton.registry.gradients": "torch",
-    "vila_triton.arguments": "torch choices registry",
-    "vila_triton.__main__": "commands console",
-    "vila_triton.console": "",
-    "vila_triton.files.file_locks": "",
-    "vila_triton.limits": "",
-    "vila_triton": "torch PIL safetensors transformers auto cache chat checkpoint choices engine generation_config "
-    "images limits lock markers memory models pictures processor prompts ranges registry saved session templates tiny "
-    "tokenizer tuned",
-    "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL vila_triton bench",
+    "cache checkpoints",
+    "engine images",
+    "chat",
+    "arguments hf",
+    "tiny",
+    "quantization",
+    "commands",
+    "__main__",
+)
+PACKAGES = {  # room -> what it imports besides the standard library
+    "registry": "torch triton",
+    "ops": "torch einops",
+    "models": "torch einops",
+    "cache": "torch",
+    "checkpoints": "torch einops safetensors tokenizers transformers",
+    "engine": "torch transformers",
+    "images": "torch numpy PIL transformers",
+    "chat": "torch PIL safetensors sentencepiece tokenizers transformers",
+    "arguments": "torch",
+    "hf": "torch transformers",
+    "tiny": "torch einops numpy PIL safetensors tokenizers transformers",
+    "quantization": "torch einops PIL safetensors transformers",
+    "commands": "torch PIL transformers",
+    "kernels": "torch triton einops",
+    "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL einops safetensors",
+}
+DISCOVERY = {  # what finds files by looking for them; every other circle is one
+    ("vila_triton.registry.registry", "vila_triton.ops"),
+    ("vila_triton.registry.registry", "vila_triton.kernels"),
 }
 
 
-def imports(name: str, path: Path) -> Iterator[str]:
-    """The dotted names of the modules that a file imports anywhere in it."""
+def room(name: str) -> str:
+    """The folder or file of vila_triton, or the package, that a module lies in."""
+    first, _, rest = name.partition(".")
+    return rest.partition(".")[0] if first == "vila_triton" else first
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """The dotted names of the modules that a file imports anywhere in it, inside functions too."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: 1 - node.level or None] if node.level else []
             module = ".".join((*above, *([node.module] if node.module else [])))
-            yield from (f"{module}.{a.name}" if f"{module}.{a.name}" in FILES else module for a in node.names)
+            modules |= {f"{module}.{a.name}" if f"{module}.{a.name}" in FILES else module for a in node.names}
+    return modules
+
+
+IMPORTS = {name: imports(name, path) for name, path in FILES.items()}
 
 
 def within(name: str, prefixes: Iterable[str]) -> bool:
     return any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def test_modules_import_only_what_they_may() -> None:
-    wrong = set()
-    for name, path in FILES.items():
-        rule = MAY_IMPORT[max((key for key in MAY_IMPORT if within(name, [key])), key=len)].split()
-        allowed = [f"vila_triton.{x}" if f"vila_triton.{x}" in FILES else x for x in (*rule, "files", "forms")]
-        found = {x for x in imports(name, path) if x.split(".")[0] not in sys.stdlib_module_names}
-        wrong |= {f"{name} imports {x}" for x in found if not within(x, allowed)}
-    assert not wrong
+def test_imports_run_downwards() -> None:
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
+    assert {room(name) for name in FILES} <= {*floor, "", "auto", "kernels", "bench"}
+    upwards = set()
+    for name, modules in IMPORTS.items():
+        for module in modules & FILES.keys():
+            here, there = room(name), room(module)
+            if here == there or here in ("", "auto") or (name, module) in DISCOVERY:
+                continue  # vila_triton itself and vila_triton.auto show names of rooms at the top
+            if here == "bench":
+                continue
+            allowed = (
+                there in ("registry", "ops", "files", "lock")
+                if here == "kernels"
+                else floor.get(there, 99) < floor[here]
+            )
+            if not allowed:
+                upwards.add(f"{name} imports {module}")
+    assert not upwards
+
+
+def test_packages_from_elsewhere_are_imported_where_they_are_needed() -> None:
+    strangers = set()
+    for name, modules in IMPORTS.items():
+        allowed = {"vila_triton", *PACKAGES.get(room(name), "").split()} | (
+            {"bench"} if room(name) == "bench" else set()
+        )
+        packages = {x.split(".")[0] for x in modules} - sys.stdlib_module_names
+        strangers |= {f"{name} imports {x}" for x in packages - allowed}
+    assert not strangers
+
+
+def test_imports_form_no_circle() -> None:
+    graph = {a: {b for b in found & FILES.keys() if b != a and (a, b) not in DISCOVERY} for a, found in IMPORTS.items()}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_nobody_imports_the_folder_kernels_by_its_own_name() -> None:

@@ -9,21 +9,21 @@ from . import commands
 from .console import exit_code
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="vila-triton", description="Ask a VILA about pictures.")
-    into = top.add_subparsers(dest="command", required=True)
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vila-triton", description="Ask a VILA about pictures.")
+    subparsers = parser.add_subparsers(dest="command", required=True)
     for module in pkgutil.iter_modules(commands.__path__):
-        import_module(f"{commands.__name__}.{module.name}").configure(into)
-    return top
+        import_module(f"{commands.__name__}.{module.name}").configure(subparsers)
+    return parser
 
 
-def run() -> int | None:
-    args = parser().parse_args()
+def run_command() -> int | None:
+    args = build_parser().parse_args()
     return args.run(args)
 
 
 def main() -> int:
-    return exit_code("vila-triton", run)
+    return exit_code("vila-triton", run_command)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
-POLICIES = ("fast", "invariant")
+NUMERICS = ("fast", "invariant")
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -39,11 +39,11 @@ def model_arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def choices(settings: list[str]) -> dict[str, str]:
+def parse_kernel_settings(settings: list[str]) -> dict[str, str]:
     """`kernels.OP=NAME` settings as {op: name}. Errors: ValueError, KeyError."""
     from .registry import OPS, discover
 
-    chosen: dict[str, str] = {}
+    kernel_choices: dict[str, str] = {}
     if settings:
         discover()
     for setting in settings:
@@ -51,13 +51,13 @@ def choices(settings: list[str]) -> dict[str, str]:
         op = key.removeprefix("kernels.")
         if op == key or not name:
             raise ValueError(f"--set {setting}: expected kernels.OP=NAME")
-        chosen |= {o: name for o, entry in OPS.items() if name in entry.impls} if op == "*" else {op: name}
-        if op == "*" and name not in chosen.values():
+        kernel_choices |= {o: name for o, entry in OPS.items() if name in entry.impls} if op == "*" else {op: name}
+        if op == "*" and name not in kernel_choices.values():
             raise ValueError(f"--set {setting}: no op has an implementation {name!r}")
-    return chosen
+    return kernel_choices
 
 
-def settle(args: argparse.Namespace) -> tuple["torch.device", dict[str, str]]:
+def resolve_device_and_kernels(args: argparse.Namespace) -> tuple["torch.device", dict[str, str]]:
     """The device and the chosen kernels. Errors: ValueError, KeyError for what is not there."""
     from .registry.kernel_config import pick_device
 
@@ -65,4 +65,4 @@ def settle(args: argparse.Namespace) -> tuple["torch.device", dict[str, str]]:
     if device.type == "cpu" and args.set:
         # Must be set before triton is first imported; the line under an answer says that kernels ran interpreted.
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    return device, choices(args.set)
+    return device, parse_kernel_settings(args.set)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO
 
-FAILED, INTERRUPTED, UNREAD = 1, 130, 141  # the last two: 128 and the number of the signal
-WIPE = "\r\033[K"  # a terminal's line
-EXPECTED = (OSError, ValueError, KeyError, RuntimeError, MemoryError)  # what our errors are
+EXIT_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141  # the last two: 128 and the number of the signal
+CLEAR_LINE = "\r\033[K"  # a terminal's line
+EXPECTED_ERRORS = (OSError, ValueError, KeyError, RuntimeError, MemoryError)  # what our errors are
 
 
-def exit_code(name: str, run: Callable[[], int | None], failed: int = FAILED) -> int:
+def exit_code(name: str, run: Callable[[], int | None], failure_code: int = EXIT_FAILED) -> int:
     """Run a command of this name, its parsing of arguments included -> what to hand to `sys.exit`.
 
     An expected error is said in one line on standard error and is the code `failed`. Ctrl-C and a reader that has gone
@@ -25,37 +25,37 @@ def exit_code(name: str, run: Callable[[], int | None], failed: int = FAILED) ->
             if sys.stdout:  # None where the shell closed it
                 sys.stdout.flush()  # not first at Python's exit, where nobody could catch what it raises
     except KeyboardInterrupt as error:
-        code, ended = INTERRUPTED, error
-    except EXPECTED as error:
-        code, ended = failed, error
-    if isinstance(ended, BrokenPipeError) and (unread(sys.stdout) or unread(sys.stderr)):
-        code = UNREAD
+        code, cause = EXIT_INTERRUPTED, error
+    except EXPECTED_ERRORS as error:
+        code, cause = failure_code, error
+    if isinstance(cause, BrokenPipeError) and (reader_is_gone(sys.stdout) or reader_is_gone(sys.stderr)):
+        code = EXIT_BROKEN_PIPE
     else:
-        complain(name, ended)
+        print_error(name, cause)
     for stream in (sys.stdout, sys.stderr):
-        discard(stream)
+        discard_unwritten(stream)
     return code
 
 
-def complain(name: str, error: BaseException) -> None:
+def print_error(name: str, error: BaseException) -> None:
     """Say in one line on standard error what is wrong."""
     with suppress(OSError):
-        print(f"{WIPE if on_terminal() else ''}{name}: {reason_of(error)}", file=sys.stderr, flush=True)
+        print(f"{CLEAR_LINE if stderr_is_terminal() else ''}{name}: {error_text(error)}", file=sys.stderr, flush=True)
 
 
-def bar(text: str, last: bool = False) -> None:
+def print_progress(text: str, is_last: bool = False) -> None:
     """How far something is: on a terminal a line that the next takes the place of, but for the last; else nothing.
     Without text the line is empty.
     """
-    if on_terminal():
-        print(f"{WIPE}{text}", end="\n" if last else "", file=sys.stderr, flush=True)
+    if stderr_is_terminal():
+        print(f"{CLEAR_LINE}{text}", end="\n" if is_last else "", file=sys.stderr, flush=True)
 
 
-def on_terminal() -> bool:
+def stderr_is_terminal() -> bool:
     return bool(sys.stderr) and sys.stderr.isatty()
 
 
-def reason_of(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """What an error says of itself, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
@@ -64,7 +64,7 @@ def reason_of(error: BaseException) -> str:
     return "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
 
 
-def unread(stream: TextIO | None) -> bool:
+def reader_is_gone(stream: TextIO | None) -> bool:
     """Whether a stream is a pipe whose reader has gone."""
     try:
         poll = select.poll()
@@ -74,7 +74,7 @@ def unread(stream: TextIO | None) -> bool:
         return False
 
 
-def discard(stream: TextIO | None) -> None:
+def discard_unwritten(stream: TextIO | None) -> None:
     """Let go of what a stream could not write: Python would try once more at its exit, and complain."""
     try:
         if stream:

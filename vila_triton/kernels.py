@@ -4,5 +4,5 @@ from pathlib import Path
 
 from .registry import interpreter  # noqa: F401 (what it mends is mended before any kernel runs)
 
-_here = Path(__file__).resolve().parent
-__path__ = [str(next(d for d in (_here / "kernels", _here.parent / "kernels") if d.is_dir()))]
+_package_dir = Path(__file__).resolve().parent
+__path__ = [str(next(d for d in (_package_dir / "kernels", _package_dir.parent / "kernels") if d.is_dir()))]

@@ -13,38 +13,38 @@ class Limits:
     As `type=` of an option it reads a number, and argparse names the option of one that is refused.
     """
 
-    kind: type[int] | type[float]
-    least: float
-    most: float
-    above: bool = False
+    number_type: type[int] | type[float]
+    minimum: float
+    maximum: float
+    exclude_minimum: bool = False
 
     def __str__(self) -> str:
-        what = "a whole number" if self.kind is int else "a number"
-        return f"{what} {'above' if self.above else 'of at least'} {self.least:g} and at most {self.most:.7g}"
+        noun = "a whole number" if self.number_type is int else "a number"
+        return f"{noun} {'above' if self.exclude_minimum else 'of at least'} {self.minimum:g} and at most {self.maximum:.7g}"
 
-    def hold(self, x: Any) -> bool:
-        if isinstance(x, bool) or not isinstance(x, numbers.Integral if self.kind is int else numbers.Real):
+    def contains(self, x: Any) -> bool:
+        if isinstance(x, bool) or not isinstance(x, numbers.Integral if self.number_type is int else numbers.Real):
             return False
-        within = self.least <= x <= self.most  # pyright: ignore[reportOperatorIssue]
-        return within and not (self.above and x == self.least)
+        within = self.minimum <= x <= self.maximum  # pyright: ignore[reportOperatorIssue]
+        return within and not (self.exclude_minimum and x == self.minimum)
 
     def __call__(self, text: str) -> Any:
         try:
-            x = self.kind(text)
+            x = self.number_type(text)
         except ValueError:
             x = None
-        if not self.hold(x):
+        if not self.contains(x):
             raise argparse.ArgumentTypeError(f"{text!r} is given, expected {self}")
         return x
 
-    def check(self, name: str, x: Any) -> Any:
+    def validate(self, name: str, x: Any) -> Any:
         """x as a number of the kind. Errors: ValueError naming the argument."""
-        if not self.hold(x):
+        if not self.contains(x):
             raise ValueError(f"{name} is {x!r}, expected {self}")
-        return self.kind(x)
+        return self.number_type(x)
 
 
 COUNT = Limits(int, 1, 10**6)
-MANY = Limits(int, 0, 10**6)  # or none
+COUNT_OR_ZERO = Limits(int, 0, 10**6)  # or none
 SEED = Limits(int, 0, 2**63 - 1)
-POSITIVE = Limits(float, 0, 1e6, above=True)
+POSITIVE = Limits(float, 0, 1e6, exclude_minimum=True)

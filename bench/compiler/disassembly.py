@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 TENSOR, GLOBAL, SHARED, SPILL = "tensor core", "global memory", "shared memory", "spill"
 CONVERT, FLOAT, SPECIAL = "convert and bits", "float", "special function"
-INTEGER, BARRIER, REST = "integer and address", "barrier and wait", "move and branch"
-KINDS = (TENSOR, FLOAT, SPECIAL, CONVERT, INTEGER, GLOBAL, SHARED, SPILL, BARRIER, REST)
+INTEGER, BARRIER, OTHER = "integer and address", "barrier and wait", "move and branch"
+KINDS = (TENSOR, FLOAT, SPECIAL, CONVERT, INTEGER, GLOBAL, SHARED, SPILL, BARRIER, OTHER)
 
 # The whole first word of an opcode. CUDA binary utilities, instruction set reference.
-NVIDIA = {
+SASS_PATTERNS = {
     TENSOR: r"(H|I|Q|B|D|O)G?MMA|UTC[A-Z]*MMA",
     GLOBAL: r"LDG|LDGSTS|STG|LD|ST|RED|REDG|ATOM|ATOMG|UTMA(LDG|STG|REDG|PF)|UBLK(CP|RED|PF)",
     SHARED: r"LDSM?|STSM?|ATOMS|SHFL|LDTM|STTM|UTCCP",
@@ -25,7 +25,7 @@ NVIDIA = {
     BARRIER: r"BAR|U?DEPBAR|LDGDEPBAR|LDGSTS?DEPBAR|WARPSYNC|SYNCS|MEMBAR|FENCE|ARRIVES|WARPGROUP|UTCBAR|ERRBAR|BSYNC",
 }
 # How an opcode begins. AMD, CDNA3 instruction set architecture.
-AMD = {
+AMDGCN_PATTERNS = {
     TENSOR: r"v_s?mfma",
     GLOBAL: r"(global|buffer|flat|s)_(load|store|atomic)|s_buffer_load",
     SHARED: r"ds_",
@@ -37,8 +37,8 @@ AMD = {
     BARRIER: r"s_barrier|s_waitcnt|s_sleep",
 }
 # Bytes a thread moves, by what the opcode says of it; NVIDIA's default is a word.
-WIDTHS_NVIDIA = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-WIDTHS_AMD = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1, "b128": 16, "b64": 8}
+SASS_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+AMDGCN_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1, "b128": 16, "b64": 8}
 
 
 @dataclass(frozen=True)
@@ -52,168 +52,172 @@ class Instruction:
     line: int
     label: str = ""
     target: str = ""
-    falls: bool = True
+    falls_through: bool = True
 
     @property
-    def width(self) -> int:
+    def bytes_per_thread(self) -> int:
         """Bytes one thread moves between memory and registers (or shared memory)."""
         if "_" in self.opcode:
-            return next((n for word, n in WIDTHS_AMD.items() if word in self.opcode), 4)
-        return next((n for word, n in WIDTHS_NVIDIA.items() if word in self.opcode.split(".")), 4)
+            return next((n for word, n in AMDGCN_WIDTHS.items() if word in self.opcode), 4)
+        return next((n for word, n in SASS_WIDTHS.items() if word in self.opcode.split(".")), 4)
 
     @property
-    def loads(self) -> bool:
+    def is_load(self) -> bool:
         """Whether it reads global memory."""
         return self.kind == GLOBAL and bool(re.match(r"LD|U\w+LDG|\w+_load", self.opcode))
 
     @property
-    def stores(self) -> bool:
+    def is_store(self) -> bool:
         return self.kind == GLOBAL and bool(re.match(r"ST|RED|ATOM|U\w+(STG|RED)|\w+_(store|atomic)", self.opcode))
 
     @property
-    def short(self) -> str:
+    def base_opcode(self) -> str:
         """The opcode without modifiers that are about caches: LDG.E.128 -> LDG.128, buffer_load_dwordx4 as it is."""
-        words = [w for w in self.opcode.split(".") if not re.fullmatch(r"E|EF|EL|LU|SYS|GPU|STRONG|CONSTANT|NA|EU", w)]
-        return ".".join(w for w in words if not re.fullmatch(r"BYPASS|LTC\w+|DEFER_BLOCKING|ALIGNED|SYNC", w))
+        parts = [w for w in self.opcode.split(".") if not re.fullmatch(r"E|EF|EL|LU|SYS|GPU|STRONG|CONSTANT|NA|EU", w)]
+        return ".".join(w for w in parts if not re.fullmatch(r"BYPASS|LTC\w+|DEFER_BLOCKING|ALIGNED|SYNC", w))
 
 
-def kind_of(opcode: str, table: dict[str, str], whole: bool) -> str:
+def classify(opcode: str, patterns: dict[str, str], full_match: bool) -> str:
     word = opcode.split(".")[0]
-    match = re.fullmatch if whole else re.match
-    return next((kind for kind, pattern in table.items() if match(pattern, word)), REST)
+    match = re.fullmatch if full_match else re.match
+    return next((kind for kind, pattern in patterns.items() if match(pattern, word)), OTHER)
 
 
-def nvidia(text: str) -> list[Instruction]:
+def parse_sass(text: str) -> list[Instruction]:
     """The instructions of what `nvdisasm -g -c` prints."""
-    found, file, line, label = [], "", 0, ""
+    instructions, file, line, label = [], "", 0, ""
     for row in text.splitlines():
-        if place := re.search(r'//## File "(.+?)", line (\d+)', row):
-            file, line = place[1], int(place[2])
-        elif mark := re.match(r"(\.L_x_\d+):", row):
-            label = mark[1]
+        if location := re.search(r'//## File "(.+?)", line (\d+)', row):
+            file, line = location[1], int(location[2])
+        elif label_line := re.match(r"(\.L_x_\d+):", row):
+            label = label_line[1]
         elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P(?:\d|T)\s+)?([A-Z][A-Zx0-9_.]*)\s*(.*?)\s*;", row):
             predicate, opcode, operands = code.groups()
-            never = predicate is not None and predicate.strip() == "@!PT"  # fills a slot and does nothing
+            disabled = predicate is not None and predicate.strip() == "@!PT"  # fills a slot and does nothing
             target = re.search(r"`\((\.L_x_\d+)\)", operands) if opcode.startswith("BRA") else None
-            sure = not predicate and (opcode == "EXIT" or bool(target and operands.startswith("`")))
-            kind = REST if never else kind_of(opcode, NVIDIA, whole=True)
+            unconditional = not predicate and (opcode == "EXIT" or bool(target and operands.startswith("`")))
+            kind = OTHER if disabled else classify(opcode, SASS_PATTERNS, full_match=True)
             body = f"{predicate or ''}{opcode} {operands}".strip()
-            found.append(Instruction(body, opcode, kind, file, line, label, target[1] if target else "", not sure))
+            instructions.append(
+                Instruction(body, opcode, kind, file, line, label, target[1] if target else "", not unconditional)
+            )
             label = ""
-    return found
+    return instructions
 
 
-def amd(text: str) -> list[Instruction]:
+def parse_amdgcn(text: str) -> list[Instruction]:
     """The instructions of Triton's `amdgcn` text."""
     files = {n: f"{folder}/{name}" for n, folder, name in re.findall(r'\.file\s+(\d+) "(.+?)" "(.+?)"', text)}
-    found, file, line, label = [], "", 0, ""
+    instructions, file, line, label = [], "", 0, ""
     for row in text.splitlines():
         row = row.split(";")[0]
-        if place := re.match(r"\s+\.loc\s+(\d+) (\d+)", row):
-            file, line = files.get(place[1], ""), int(place[2])
-        elif mark := re.match(r"(\.LBB\w+):", row):
-            label = mark[1]
+        if location := re.match(r"\s+\.loc\s+(\d+) (\d+)", row):
+            file, line = files.get(location[1], ""), int(location[2])
+        elif label_line := re.match(r"(\.LBB\w+):", row):
+            label = label_line[1]
         elif code := re.match(r"\s+([a-z]\w+)\s*(.*?)\s*$", row):
             opcode, operands = code.groups()
             target = operands if opcode == "s_branch" or opcode.startswith("s_cbranch") else ""
-            falls = opcode not in ("s_branch", "s_endpgm")
-            kind = kind_of(opcode, AMD, whole=False)
-            found.append(Instruction(f"{opcode} {operands}", opcode, kind, file, line, label, target, falls))
+            falls_through = opcode not in ("s_branch", "s_endpgm")
+            kind = classify(opcode, AMDGCN_PATTERNS, full_match=False)
+            instructions.append(
+                Instruction(f"{opcode} {operands}", opcode, kind, file, line, label, target, falls_through)
+            )
             label = ""
             if opcode == "s_endpgm":
                 break
-    return found
+    return instructions
 
 
 @dataclass(frozen=True)
 class Loop:
     """A natural loop: the numbers of its instructions, in order. The whole kernel stands in where there is none."""
 
-    body: Sequence[int]
-    whole: bool = False
+    indices: Sequence[int]
+    is_whole_kernel: bool = False
 
 
-def blocks_of(code: Sequence[Instruction]) -> tuple[list[range], list[list[int]]]:
+def basic_blocks(code: Sequence[Instruction]) -> tuple[list[range], list[list[int]]]:
     """The basic blocks, and to which blocks each may go."""
     starts = {
         0,
-        *(i + 1 for i, x in enumerate(code) if x.target or not x.falls),
+        *(i + 1 for i, x in enumerate(code) if x.target or not x.falls_through),
         *(i for i, x in enumerate(code) if x.label),
     }
-    edges = sorted(s for s in starts if s < len(code))
-    blocks = [range(a, b) for a, b in zip(edges, [*edges[1:], len(code)])]
-    at = {code[block[0]].label: i for i, block in enumerate(blocks) if code[block[0]].label}
-    after = []
+    bounds = sorted(s for s in starts if s < len(code))
+    blocks = [range(a, b) for a, b in zip(bounds, [*bounds[1:], len(code)])]
+    block_of_label = {code[block[0]].label: i for i, block in enumerate(blocks) if code[block[0]].label}
+    successors = []
     for i, block in enumerate(blocks):
         last = code[block[-1]]
-        next_ones = [i + 1] if last.falls and i + 1 < len(blocks) else []
-        after.append(next_ones + ([at[last.target]] if last.target in at else []))
-    return blocks, after
+        targets = [i + 1] if last.falls_through and i + 1 < len(blocks) else []
+        successors.append(targets + ([block_of_label[last.target]] if last.target in block_of_label else []))
+    return blocks, successors
 
 
-def loops(code: Sequence[Instruction]) -> list[Loop]:
+def natural_loops(code: Sequence[Instruction]) -> list[Loop]:
     """The natural loops, in the order of their first instructions: an edge to a block that dominates where it comes
     from closes one, and to it belongs all that reaches the edge without passing that block."""
-    blocks, after = blocks_of(code)
-    before: list[list[int]] = [[] for _ in blocks]
-    for i, targets in enumerate(after):
+    blocks, successors = basic_blocks(code)
+    predecessors: list[list[int]] = [[] for _ in blocks]
+    for i, targets in enumerate(successors):
         for j in targets:
-            before[j].append(i)
-    reached = reach([0], after, frozenset())
+            predecessors[j].append(i)
+    reached = reachable_blocks([0], successors, frozenset())
     dominators = {i: set(reached) for i in reached}
     dominators[0] = {0}
     changed = True
     while changed:
         changed = False
         for i in sorted(reached - {0}):
-            new = {i} | set.intersection(*(dominators[j] for j in before[i] if j in reached))
-            changed |= new != dominators[i]
-            dominators[i] = new
+            dominating = {i} | set.intersection(*(dominators[j] for j in predecessors[i] if j in reached))
+            changed |= dominating != dominators[i]
+            dominators[i] = dominating
     bodies: dict[int, set[int]] = {}
     for i in reached:
-        for head in after[i]:
+        for head in successors[i]:
             if head in dominators[i]:
-                bodies.setdefault(head, set()).update({head} | reach([i], before, frozenset([head])))
+                bodies.setdefault(head, set()).update({head} | reachable_blocks([i], predecessors, frozenset([head])))
     return [Loop([n for i in sorted(body) for n in blocks[i]]) for _, body in sorted(bodies.items())]
 
 
-def reachable(code: Sequence[Instruction]) -> list[int]:
+def reachable_instructions(code: Sequence[Instruction]) -> list[int]:
     """The instructions that can run: not what pads the end."""
-    blocks, after = blocks_of(code)
-    return [n for i in sorted(reach([0], after, frozenset())) for n in blocks[i]]
+    blocks, successors = basic_blocks(code)
+    return [n for i in sorted(reachable_blocks([0], successors, frozenset())) for n in blocks[i]]
 
 
-def reach(start: Iterable[int], after: Sequence[Sequence[int]], without: frozenset[int]) -> set[int]:
+def reachable_blocks(start: Iterable[int], edges: Sequence[Sequence[int]], excluded: frozenset[int]) -> set[int]:
     """The blocks that can be reached without entering those left out."""
-    seen: set[int] = set()
-    todo = [i for i in start if i not in without]
-    while todo:
-        i = todo.pop()
-        if i not in seen:
-            seen.add(i)
-            todo += [j for j in after[i] if j not in without]
-    return seen
+    visited: set[int] = set()
+    pending = [i for i in start if i not in excluded]
+    while pending:
+        i = pending.pop()
+        if i not in visited:
+            visited.add(i)
+            pending += [j for j in edges[i] if j not in excluded]
+    return visited
 
 
-def working(code: Sequence[Instruction]) -> list[Loop]:
+def main_loops(code: Sequence[Instruction]) -> list[Loop]:
     """The loops that do the work, the largest first: the innermost with tensor-core instructions; if none has any,
     with floating-point arithmetic; if none, that touch global memory. Without a loop, the whole kernel. A loop around a
     compare-and-swap, which loads nothing else, is an addition in memory that is tried again.
     """
-    found = [loop for loop in loops(code) if not retries(code, loop)]
+    candidates = [loop for loop in natural_loops(code) if not is_cas_retry_loop(code, loop)]
 
-    def of(kind: str) -> Iterator[Loop]:
-        doing = [loop for loop in found if any(code[i].kind == kind for i in loop.body)]
-        for loop in doing:
-            if not any(other is not loop and set(other.body) < set(loop.body) for other in doing):
+    def innermost(kind: str) -> Iterator[Loop]:
+        containing = [loop for loop in candidates if any(code[i].kind == kind for i in loop.indices)]
+        for loop in containing:
+            if not any(other is not loop and set(other.indices) < set(loop.indices) for other in containing):
                 yield loop
 
     for kind in (TENSOR, FLOAT, GLOBAL):
-        if best := sorted(of(kind), key=lambda loop: -len(loop.body)):
+        if best := sorted(innermost(kind), key=lambda loop: -len(loop.indices)):
             return best
-    return [Loop(range(len(code)), whole=True)]
+    return [Loop(range(len(code)), is_whole_kernel=True)]
 
 
-def retries(code: Sequence[Instruction], loop: Loop) -> bool:
-    body = [code[i] for i in loop.body]
-    return any(re.search(r"\.CAS|cmpswap", x.opcode) for x in body) and not any(x.loads for x in body)
+def is_cas_retry_loop(code: Sequence[Instruction], loop: Loop) -> bool:
+    body = [code[i] for i in loop.indices]
+    return any(re.search(r"\.CAS|cmpswap", x.opcode) for x in body) and not any(x.is_load for x in body)

@@ -8,40 +8,40 @@ KiB = 1024
 
 
 @dataclass(frozen=True)
-class Target:
+class GpuSpec:
     """One architecture. A multiprocessor is four partitions, each with registers of its own.
 
     NVIDIA: CUDA C++ programming guide, technical specifications per compute capability. AMD: CDNA3 instruction set
     architecture, and the limits of LLVM's AMDGPU back end for gfx942.
     """
 
-    gpu: GPUTarget
-    block_shared: int  # bytes of shared memory, the most a block may use
-    shared: int  # bytes in a multiprocessor
-    reserved: int  # bytes the system takes of every block's
-    warps: int  # the most a multiprocessor holds
-    blocks: int
-    partition_registers: int  # 32 bits each
+    triton_target: GPUTarget
+    max_shared_per_block: int  # bytes of shared memory, the most a block may use
+    shared_per_sm: int  # bytes in a multiprocessor
+    reserved_per_block: int  # bytes the system takes of every block's
+    warps_per_sm: int  # the most a multiprocessor holds
+    blocks_per_sm: int
+    registers_per_partition: int  # 32 bits each
     register_unit: int  # a warp's registers are rounded up to a multiple of it
-    most_registers: int  # a thread may use
+    max_registers_per_thread: int  # a thread may use
 
 
-def nvidia(capability: int, block_shared: int, shared: int, warps: int, blocks: int) -> Target:
+def nvidia_spec(capability: int, block_shared: int, shared: int, warps: int, blocks: int) -> GpuSpec:
     gpu = GPUTarget("cuda", capability, 32)
-    return Target(gpu, block_shared * KiB, shared * KiB, KiB, warps, blocks, 16 * KiB, 256, 255)
+    return GpuSpec(gpu, block_shared * KiB, shared * KiB, KiB, warps, blocks, 16 * KiB, 256, 255)
 
 
 TARGETS = {
-    "sm_80": nvidia(80, 163, 164, 64, 32),
-    "sm_86": nvidia(86, 99, 100, 48, 16),
-    "sm_87": nvidia(87, 163, 164, 48, 16),
-    "sm_89": nvidia(89, 99, 100, 48, 24),
-    "sm_90": nvidia(90, 227, 228, 64, 32),
-    "sm_100": nvidia(100, 227, 228, 64, 32),
-    "sm_120": nvidia(120, 99, 100, 48, 24),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * KiB, 64 * KiB, 0, 32, 16, 32 * KiB, 512, 512),
+    "sm_80": nvidia_spec(80, 163, 164, 64, 32),
+    "sm_86": nvidia_spec(86, 99, 100, 48, 16),
+    "sm_87": nvidia_spec(87, 163, 164, 48, 16),
+    "sm_89": nvidia_spec(89, 99, 100, 48, 24),
+    "sm_90": nvidia_spec(90, 227, 228, 64, 32),
+    "sm_100": nvidia_spec(100, 227, 228, 64, 32),
+    "sm_120": nvidia_spec(120, 99, 100, 48, 24),
+    "gfx942": GpuSpec(GPUTarget("hip", "gfx942", 64), 64 * KiB, 64 * KiB, 0, 32, 16, 32 * KiB, 512, 512),
 }
-CHECKED = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")  # what checks compile for where nobody says
+DEFAULT_TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")  # what checks compile for where nobody says
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,17 @@ class Occupancy:
     limit: str
 
 
-def occupancy(target: Target, registers: int, shared: int, warps: int) -> Occupancy:
+def occupancy(target: GpuSpec, registers: int, shared: int, warps: int) -> Occupancy:
     """For a kernel of so many registers a thread, bytes of shared memory a block and warps a block."""
     unit = target.register_unit
-    of_a_warp = -(-max(registers, 1) * target.gpu.warp_size // unit) * unit
-    taken = shared + target.reserved
-    room = {
-        "registers": 4 * (target.partition_registers // of_a_warp) // warps,
-        "blocks": target.blocks,
-        "warps": target.warps // warps,
-        "shared memory": target.shared // taken if taken else target.blocks,
+    registers_per_warp = -(-max(registers, 1) * target.triton_target.warp_size // unit) * unit
+    shared_per_block = shared + target.reserved_per_block
+    limits = {
+        "registers": 4 * (target.registers_per_partition // registers_per_warp) // warps,
+        "blocks": target.blocks_per_sm,
+        "warps": target.warps_per_sm // warps,
+        "shared memory": target.shared_per_sm // shared_per_block if shared_per_block else target.blocks_per_sm,
     }
-    limit = min(room, key=lambda name: room[name])
-    blocks = room[limit]
-    return Occupancy(blocks, blocks * warps, blocks * warps / target.warps, limit)
+    limit = min(limits, key=lambda name: limits[name])
+    blocks = limits[limit]
+    return Occupancy(blocks, blocks * warps, blocks * warps / target.warps_per_sm, limit)

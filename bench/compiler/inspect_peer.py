@@ -5,79 +5,91 @@ from typing import Any
 
 from vila_triton.registry import OPS
 
-from ..compiled import Call
-from ..measure.format import brief
-from .inspect_text import Found, aligned, words
-from .production_sizes import production
+from ..compiled import CompileRequest
+from ..measure.format import format_config
+from .inspect_text import InspectedCall, format_counts, format_table
+from .production_sizes import compile_spec
 
 Row = Mapping[str, Any]
 
 
-def calls(ours: Sequence[Call]) -> dict[int, Call]:
+def peer_requests(requests: Sequence[CompileRequest]) -> dict[int, CompileRequest]:
     """Calls of the peer that configs/bench/inspect.toml names, by the place of the call of ours they go with.
 
     None for a config without BLOCK_M: that is no tile of a product.
     """
-    found = {}
-    for i, call in enumerate(ours):
-        impls = OPS[call.op].impls
-        peer, impl = production(OPS[call.op], "", {}).beside, impls[call.impl]
-        config = impl.configs[call.config] if isinstance(call.config, int) else call.config
+    by_index = {}
+    for i, request in enumerate(requests):
+        impls = OPS[request.op].impls
+        peer, impl = compile_spec(OPS[request.op], "", {}).peer, impls[request.impl]
+        config = impl.configs[request.config] if isinstance(request.config, int) else request.config
         if peer in impls and "BLOCK_M" in config and not impl.fn.__module__.startswith("bench."):
-            found[i] = Call(call.op, peer, config, call.target, call.sizes)
-    return found
+            by_index[i] = CompileRequest(request.op, peer, config, request.target, request.sizes)
+    return by_index
 
 
-def table(ours: Sequence[Found], theirs: Mapping[int, Found], unusable: Mapping[str, str]) -> Iterator[str]:
+def peer_table(
+    inspected: Sequence[InspectedCall], inspected_peers: Mapping[int, InspectedCall], unusable: Mapping[str, str]
+) -> Iterator[str]:
     """Two lines a config, and where ours issues more instructions for a weight than theirs, all rows of x together: a
     tile of fewer rows makes a number of every weight so many times as often.
     """
-    call = ours[0].call
-    peer = production(OPS[call.op], "", {}).beside or ""
+    request = inspected[0].request
+    peer = compile_spec(OPS[request.op], "", {}).peer or ""
     if peer in unusable:
         yield f"beside {peer}: not compared, it is not here: {unusable[peer]}"
-    if not theirs:
+    if not inspected_peers:
         return
     yield f"beside {peer}, at the same sizes and tile (the tile is what was compiled):"
     head = ["", "m", "tile", "registers", "spills", "shared", "weight loads", "tensor core", "of the main loop", "ours"]
     lines, ratios = [head], {}
-    without: dict[str, list[str]] = {}
-    for i, other in theirs.items():
-        mine, its = work(ours[i]), work(other)
-        if mine is None or its is None:
-            why = (ours[i] if mine is None else other).outcome
-            reason = why.error or why.unsupported or "launches no Triton kernel"
-            without.setdefault(reason.splitlines()[0], []).append(ours[i].name)
+    not_compared: dict[str, list[str]] = {}
+    for i, peer_call in inspected_peers.items():
+        own_row, peer_row = weight_kernel_row(inspected[i]), weight_kernel_row(peer_call)
+        if own_row is None or peer_row is None:
+            result = (inspected[i] if own_row is None else peer_call).result
+            reason = result.error or result.unsupported or "launches no Triton kernel"
+            not_compared.setdefault(reason.splitlines()[0], []).append(inspected[i].name)
             continue
         ratio = "?"
-        if mine["per_unit"] and its["per_unit"]:
-            a, b = (row["per_unit"] * passes(row) for row in (mine, its))
-            ratios[ours[i].name], ratio = (a, b), f"{a / b:.2f} of it"
-        lines += [[ours[i].name, *cells(mine), ratio], [f"  {its['kernel']}", *cells(its), ""]]
-    yield from aligned(lines)
-    yield from (f"not compared: {', '.join(names)}: {reason}" for reason, names in without.items())
-    more = {name: pair for name, pair in ratios.items() if pair[0] >= pair[1]}
-    yield f"instructions a weight: ours needs fewer in {len(ratios) - len(more)} of {len(ratios)}"
-    for name, (a, b) in more.items():
+        if own_row["per_unit"] and peer_row["per_unit"]:
+            a, b = (row["per_unit"] * dequant_passes(row) for row in (own_row, peer_row))
+            ratios[inspected[i].name], ratio = (a, b), f"{a / b:.2f} of it"
+        lines += [
+            [inspected[i].name, *format_cells(own_row), ratio],
+            [f"  {peer_row['kernel']}", *format_cells(peer_row), ""],
+        ]
+    yield from format_table(lines)
+    yield from (f"not compared: {', '.join(names)}: {reason}" for reason, names in not_compared.items())
+    slower = {name: pair for name, pair in ratios.items() if pair[0] >= pair[1]}
+    yield f"instructions a weight: ours needs fewer in {len(ratios) - len(slower)} of {len(ratios)}"
+    for name, (a, b) in slower.items():
         yield f"  not fewer in {name}: {a:.2f}, {peer} {b:.2f}"
 
 
-def work(found: Found) -> Row | None:
+def weight_kernel_row(inspected: InspectedCall) -> Row | None:
     """The kernel that reads the weights, of those a call launches."""
-    return next((row for row in found.rows if row["per_unit"]), next(iter(found.rows), None))
+    return next((row for row in inspected.rows if row["per_unit"]), next(iter(inspected.rows), None))
 
 
-def passes(row: Row) -> int:
+def dequant_passes(row: Row) -> int:
     """How often every weight is made a number of."""
     return -(-row["sizes"]["m"] // row["tile"].get("BLOCK_M", row["sizes"]["m"]))
 
 
-def cells(row: Row) -> list[Any]:
+def format_cells(row: Row) -> list[Any]:
     loop = row["loops"][0]
     shared = "" if loop["weight_bytes"] or not loop["weight_loads"] else " (and x)"
-    often = f" x {passes(row)}" if passes(row) > 1 else ""
-    each = f"{row['per_unit']:.2f}{often} a {row['unit']}" if row["per_unit"] else "?"
-    takes = [row["registers"], row["spills"], row["shared"]]
-    loads = words(loop["weight_loads"]) + shared
-    whole = " (no loop)" if loop["whole"] else ""
-    return [row["sizes"]["m"], brief(row["tile"]), *takes, loads, words(loop["tensor"]), each + whole]
+    repeats = f" x {dequant_passes(row)}" if dequant_passes(row) > 1 else ""
+    per_unit = f"{row['per_unit']:.2f}{repeats} a {row['unit']}" if row["per_unit"] else "?"
+    usage = [row["registers"], row["spills"], row["shared"]]
+    loads = format_counts(loop["weight_loads"]) + shared
+    remark = " (no loop)" if loop["whole"] else ""
+    return [
+        row["sizes"]["m"],
+        format_config(row["tile"]),
+        *usage,
+        loads,
+        format_counts(loop["tensor"]),
+        per_unit + remark,
+    ]

@@ -23,17 +23,17 @@ from .disassembly import Instruction
 
 LOADS = r"tt\.load|ttg\.async_copy_global_to_local|amdg\.buffer_load|tt\.descriptor_load"
 TILE = r"tensor<((?:\d+x)+)(?:!tt\.ptr<(\w+)>|(\w+)), (#.+?)>(?: loc|,| ->)"
-Place = tuple[str, int]  # file, line
+SourceLine = tuple[str, int]  # file, line
 
 
 @dataclass(frozen=True)
 class Load:
     """A tile loaded from global memory: its elements, their type, and how many of them a thread gets, if known."""
 
-    place: Place
+    source_line: SourceLine
     shape: tuple[int, ...]
     dtype: str
-    of_a_thread: int | None
+    elements_per_thread: int | None
 
     @property
     def elements(self) -> int:
@@ -45,7 +45,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Turn:
+class LoopIteration:
     """A loop of the source, or the whole kernel.
 
     loads           those of a turn
@@ -71,123 +71,125 @@ class Turn:
         """The 4-bit codes that a turn makes numbers of; 0 if none of its products has as many."""
         if not self.codes:
             return 0
-        tiles, of_one = len(self.codes), self.codes[0]
-        counts = (tiles * of_one.elements * of_one.bits // 4, tiles * of_one.elements)
+        tiles, load = len(self.codes), self.codes[0]
+        counts = (tiles * load.elements * load.bits // 4, tiles * load.elements)
         if not self.dots:  # each code is in a product or more
             return next((n for n in counts if n <= self.products), 0)
         factors = {sum(side) for side in zip(*self.dots)} | {tiles * n for dot in self.dots for n in dot}
         return next((n for n in counts if n in factors), 0)
 
-    def of_weights(self, body: Sequence[Instruction]) -> tuple[list[Instruction], bool]:
+    def weight_loads(self, body: Sequence[Instruction]) -> tuple[list[Instruction], bool]:
         """The instructions of a loop that load codes, and whether no other load stands at the same source line."""
-        places = {load.place for load in self.codes} if self.weights else set()
-        alone = not places & {load.place for load in self.loads if load not in self.codes}
-        return [x for x in body if x.loads and (x.file, x.line) in places], alone
+        lines = {load.source_line for load in self.codes} if self.weights else set()
+        exclusive = not lines & {load.source_line for load in self.loads if load not in self.codes}
+        return [x for x in body if x.is_load and (x.file, x.line) in lines], exclusive
 
 
-def turns(ttgir: str) -> Iterator[Turn]:
+def source_loops(ttgir: str) -> Iterator[LoopIteration]:
     """Every loop of the kernel, and last the kernel itself."""
     rows = ttgir.splitlines()
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.+>)$", ttgir, re.M))
-    places = locations(ttgir)
+    source_lines = source_locations(ttgir)
     for start, row in enumerate(rows):
         if opened := re.match(r"( *)(?:%\S+ = )?scf\.(?:for|while) ", row):
             end = next(i for i in range(start + 1, len(rows)) if rows[i].startswith(opened[1] + "}"))
-            yield turn(rows[start + 1 : end], layouts, places)
-    yield turn(rows, layouts, places)
+            yield parse_iteration(rows[start + 1 : end], layouts, source_lines)
+    yield parse_iteration(rows, layouts, source_lines)
 
 
-def turn(rows: Sequence[str], layouts: dict[str, str], places: dict[str, Place]) -> Turn:
+def parse_iteration(rows: Sequence[str], layouts: dict[str, str], source_lines: dict[str, SourceLine]) -> LoopIteration:
     loads, exponentials, dots, products = [], 0, [], 0
     for row in rows:
         if tile := re.search(r"= math\.exp2? .* : tensor<((?:\d+x)+)", row):
-            exponentials = max(exponentials, elements(tile[1]))
-        sizes = [elements(tile) for tile in re.findall(r"(?:tensor|memdesc)<((?:\d+x)+)", row)]
+            exponentials = max(exponentials, num_elements(tile[1]))
+        sizes = [num_elements(tile) for tile in re.findall(r"(?:tensor|memdesc)<((?:\d+x)+)", row)]
         if re.search(r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) ", row):
             dots.append((sizes[0], sizes[1]))
         if re.search(r"\b(arith\.mulf|math\.fma) ", row) and sizes:
             products += sizes[0]
         if re.search(rf"= (?:{LOADS}) ", row) and (tile := re.search(TILE, row)):
             shape = tuple(map(int, tile[1][:-1].split("x")))
-            at = re.search(r"loc\((#\w+)\)$", row)
-            place = places.get(at[1], ("", 0)) if at else ("", 0)
-            loads.append(Load(place, shape, tile[2] or tile[3], elements_of_a_thread(shape, tile[4], layouts)))
-    return Turn(loads, exponentials, dots, products)
+            location = re.search(r"loc\((#\w+)\)$", row)
+            source_line = source_lines.get(location[1], ("", 0)) if location else ("", 0)
+            loads.append(Load(source_line, shape, tile[2] or tile[3], elements_per_thread(shape, tile[4], layouts)))
+    return LoopIteration(loads, exponentials, dots, products)
 
 
-def elements(shape: str) -> int:
+def num_elements(shape: str) -> int:
     """Of a shape as MLIR writes it: 16x64x."""
     return math.prod(map(int, shape[:-1].split("x")))
 
 
-def elements_of_a_thread(shape: Sequence[int], layout: str, layouts: dict[str, str]) -> int | None:
+def elements_per_thread(shape: Sequence[int], layout: str, layouts: dict[str, str]) -> int | None:
     """How many elements of a tile one thread holds in a blocked layout or a slice of one; else None."""
-    if cut := re.fullmatch(r"#ttg\.slice<\{dim = (\d), parent = (#.+)\}>?", layout):
-        parent = layouts.get(cut[2], cut[2])
+    if sliced := re.fullmatch(r"#ttg\.slice<\{dim = (\d), parent = (#.+)\}>?", layout):
+        parent = layouts.get(sliced[2], sliced[2])
         if not parent.startswith("#ttg.blocked"):
             return None
-        dim = int(cut[1])
-        spans = [axis for i, axis in enumerate(blocked(parent)) if i != dim]
+        dim = int(sliced[1])
+        spans = [axis for i, axis in enumerate(blocked_layout(parent)) if i != dim]
     else:
         parent = layouts.get(layout, layout)
         if not parent.startswith("#ttg.blocked"):
             return None
-        spans = blocked(parent)
+        spans = blocked_layout(parent)
     return math.prod(per * -(-n // (per * threads)) for n, (per, threads) in zip(shape, spans, strict=True))
 
 
-def blocked(layout: str) -> list[tuple[int, int]]:
+def blocked_layout(layout: str) -> list[tuple[int, int]]:
     """For each axis of a blocked layout: elements that lie together in a thread, threads along the axis."""
     per, threads, warps = (
-        list(map(int, re.findall(r"\d+", found[1])))
+        list(map(int, re.findall(r"\d+", match[1])))
         for name in ("sizePerThread", "threadsPerWarp", "warpsPerCTA")
-        if (found := re.search(rf"{name} = \[(.+?)\]", layout))
+        if (match := re.search(rf"{name} = \[(.+?)\]", layout))
     )
     return [(n, t * w) for n, t, w in zip(per, threads, warps, strict=True)]
 
 
-def locations(ttgir: str) -> dict[str, Place]:
+def source_locations(ttgir: str) -> dict[str, SourceLine]:
     """Names of places -> file and line. Of inlined code its own place, not the call's, as line tables have it."""
-    found: dict[str, Place] = {}
-    means = dict(re.findall(r"^(#loc\d*) = loc\((.+)\)$", ttgir, re.M))
-    for name in means:
-        end, seen = name, set()
-        while end in means and end not in seen:
-            seen.add(end)
-            text = means[end]
-            if place := re.match(r'"(.+?)":(\d+):', text):
-                found[name] = place[1], int(place[2])
+    resolved: dict[str, SourceLine] = {}
+    definitions = dict(re.findall(r"^(#loc\d*) = loc\((.+)\)$", ttgir, re.M))
+    for name in definitions:
+        end, visited = name, set()
+        while end in definitions and end not in visited:
+            visited.add(end)
+            text = definitions[end]
+            if location := re.match(r'"(.+?)":(\d+):', text):
+                resolved[name] = location[1], int(location[2])
                 break
             inner = re.search(r"#loc\d*", text)
             end = inner[0] if inner else ""
-    return found
+    return resolved
 
 
-def count(ttgir: str, body: Sequence[Instruction], whole: bool = False) -> tuple[int, Turn] | None:
+def unroll_factor(
+    ttgir: str, body: Sequence[Instruction], whole_kernel: bool = False
+) -> tuple[int, LoopIteration] | None:
     """How many turns of which loop of the source a loop of the assembly does; None if it cannot be told. `whole`: the
     assembly has no loop; if neither has the source, that is one turn.
     """
-    found = list(turns(ttgir))
-    if whole and len(found) == 1:
-        return 1, found[0]
-    moved: Counter[Place] = Counter()
+    iterations = list(source_loops(ttgir))
+    if whole_kernel and len(iterations) == 1:
+        return 1, iterations[0]
+    loaded_bytes: Counter[SourceLine] = Counter()
     for x in body:
-        if x.loads:
-            moved[x.file, x.line] += x.width
-    best = max(found, key=lambda turn: overlap(turn, moved))
-    unknown = {load.place for load in best.loads if load.of_a_thread is None}
-    given: Counter[Place] = Counter()
+        if x.is_load:
+            loaded_bytes[x.file, x.line] += x.bytes_per_thread
+    best = max(iterations, key=lambda turn: overlap(turn, loaded_bytes))
+    unknown = {load.source_line for load in best.loads if load.elements_per_thread is None}
+    tile_bytes: Counter[SourceLine] = Counter()
     for load in best.loads:
-        if load.of_a_thread is not None and load.place not in unknown:
-            given[load.place] += load.of_a_thread * load.bits // 8
-    if not given:
+        if load.elements_per_thread is not None and load.source_line not in unknown:
+            tile_bytes[load.source_line] += load.elements_per_thread * load.bits // 8
+    if not tile_bytes:
         return None
-    largest = max(given, key=lambda place: given[place])
-    number, rest = divmod(moved[largest], given[largest])
-    return None if rest or not number else (number, best)
+    largest = max(tile_bytes, key=lambda place: tile_bytes[place])
+    factor, remainder = divmod(loaded_bytes[largest], tile_bytes[largest])
+    return None if remainder or not factor else (factor, best)
 
 
-def overlap(turn: Turn, moved: Counter[Place]) -> float:
+def overlap(iteration: LoopIteration, loaded_bytes: Counter[SourceLine]) -> float:
     """The share of places that the loads of a turn and of a loop have in common."""
-    places = {load.place for load in turn.loads}
-    return len(places & moved.keys()) / max(1, len(places | moved.keys()))
+    lines = {load.source_line for load in iteration.loads}
+    return len(lines & loaded_bytes.keys()) / max(1, len(lines | loaded_bytes.keys()))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 TF32 = r"\b(?:mma|wgmma|tcgen05)\.\S*tf32\S*|\bv_mfma\w*_xf32\w*"
-SUM_OF_HALF = r"\b(?:mma|wgmma)\.\S*k\d+(?:\.(?:row|col))*\.f16\.\S*"  # the first type is that of the sum
+HALF_SUM = r"\b(?:mma|wgmma)\.\S*k\d+(?:\.(?:row|col))*\.f16\.\S*"  # the first type is that of the sum
 DOT = r"\btt\.dot .* -> tensor<(?:\d+x)*(\w+)>"
 ASSEMBLY = r'\btt\.elementwise_inline_asm ".*?" \{constraints = "(.*?)", packed_element = (\d+).*?\} .*? : (.*) -> (.*)'
 REGISTER = {"h": 16, "r": 32, "f": 32, "l": 64, "d": 64}  # bits, by the last letter of a constraint
@@ -18,43 +18,43 @@ REGISTER = {"h": 16, "r": 32, "f": 32, "l": 64, "d": 64}  # bits, by the last le
 OPCODE = re.compile(r"^\s*(?:@!?%p\d+\s+)?([a-z]\w*\.[\w.]+)", re.MULTILINE)
 # Products contracted with sums, or left for ptxas to contract; approximations; numbers below the normal ones flushed.
 # Triton's floor flushes them too, which changes only floors of such numbers: x + 0.5 is none of them.
-OTHERWISE = re.compile(r"(?:fma|mad)\..*f\d\d|(?:add|sub|mul)\.f\d\d|(?!cvt\.rmi).*\.(?:approx|full|ftz)")
+INEXACT = re.compile(r"(?:fma|mad)\..*f\d\d|(?:add|sub|mul)\.f\d\d|(?!cvt\.rmi).*\.(?:approx|full|ftz)")
 
 
-def imprecise(asm: Mapping[str, Any], exact: bool = False) -> list[str]:
+def find_imprecision(asm: Mapping[str, Any], exact: bool = False) -> list[str]:
     """What a kernel, as Triton's compiler leaves it (`.asm`), computes in fewer bits than it says, in words.
 
     exact: every operation must round as the one in the source does; that is read of PTX alone.
     """
     code = asm["ptx"] if "ptx" in asm else asm["amdgcn"]
-    wrong = [*rounded(asm["ttir"], code), *sums(asm["ttir"], code), *registers(asm["ttir"])]
-    if exact and (inexact := rounded_otherwise(asm.get("ptx", ""))):
-        wrong.append(f"is not rounded as it is written: {', '.join(inexact)}")
-    return wrong
+    findings = [*tf32_products(asm["ttir"], code), *narrow_sums(asm["ttir"], code), *narrow_registers(asm["ttir"])]
+    if exact and (inexact := inexact_instructions(asm.get("ptx", ""))):
+        findings.append(f"is not rounded as it is written: {', '.join(inexact)}")
+    return findings
 
 
-def rounded(ttir: str, code: str) -> Iterator[str]:
+def tf32_products(ttir: str, code: str) -> Iterator[str]:
     """Products in TF32 that did not ask for it."""
-    found = re.search(TF32, code)
-    if found and "inputPrecision = tf32" not in ttir:
-        yield f"multiplies in TF32 unasked: {found[0]}"
+    match = re.search(TF32, code)
+    if match and "inputPrecision = tf32" not in ttir:
+        yield f"multiplies in TF32 unasked: {match[0]}"
 
 
-def sums(ttir: str, code: str) -> Iterator[str]:
+def narrow_sums(ttir: str, code: str) -> Iterator[str]:
     """Products that are summed in float16 or bfloat16."""
-    narrow = [kind for kind in re.findall(DOT, ttir) if kind in ("f16", "bf16")]
-    if narrow or re.search(SUM_OF_HALF, code):
+    narrow = [dtype for dtype in re.findall(DOT, ttir) if dtype in ("f16", "bf16")]
+    if narrow or re.search(HALF_SUM, code):
         yield f"sums products in {narrow[0] if narrow else 'f16'}"
 
 
-def registers(ttir: str) -> Iterator[str]:
+def narrow_registers(ttir: str) -> Iterator[str]:
     """Inline assembly whose registers are not as wide as the numbers they carry."""
     for constraints, pack, operands, results in re.findall(ASSEMBLY, ttir):
-        carried = [int(pack) * int(bits) for bits in re.findall(r"tensor<[^>]*?(\d+)>", f"{results} {operands}")]
-        if [REGISTER.get(letter[-1]) for letter in constraints.split(",")] != carried:
-            yield f"inline assembly holds numbers of {', '.join(map(str, carried))} bits in registers {constraints}"
+        value_bits = [int(pack) * int(bits) for bits in re.findall(r"tensor<[^>]*?(\d+)>", f"{results} {operands}")]
+        if [REGISTER.get(letter[-1]) for letter in constraints.split(",")] != value_bits:
+            yield f"inline assembly holds numbers of {', '.join(map(str, value_bits))} bits in registers {constraints}"
 
 
-def rounded_otherwise(ptx: str) -> list[str]:
+def inexact_instructions(ptx: str) -> list[str]:
     """The instructions whose results may differ in their bits from those of the operations in the source."""
-    return sorted({opcode for opcode in OPCODE.findall(ptx) if OTHERWISE.match(opcode)})
+    return sorted({opcode for opcode in OPCODE.findall(ptx) if INEXACT.match(opcode)})

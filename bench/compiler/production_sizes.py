@@ -9,30 +9,30 @@ from typing import Any
 from vila_triton.paths import config_dir
 from vila_triton.registry import Op
 
-from ..measure.cases import combinations
+from ..measure.cases import size_combinations
 
 
 @dataclass(frozen=True)
-class Production:
+class CompileSpec:
     """Sizes to compile a config for, the bytes of weights a thread's load is documented to bring on NVIDIA, and the
     peer whose kernel is shown beside it.
     """
 
     sizes: Mapping[str, Any]
-    weights: int | None = None
-    beside: str | None = None
+    weight_load_bytes: int | None = None
+    peer: str | None = None
 
 
 @lru_cache
-def table() -> Mapping[str, Any]:
+def inspect_config() -> Mapping[str, Any]:
     return tomllib.loads((config_dir() / "bench" / "inspect.toml").read_text())
 
 
-def production(op: Op, impl: str, config: Mapping[str, Any]) -> Production:
+def compile_spec(op: Op, impl: str, config: Mapping[str, Any]) -> CompileSpec:
     """Of one config. Errors: ValueError for a size the op does not have."""
-    of_op = table().get(op.name, {})
-    own = of_op.get("impl", {}).get(impl, {})
-    sizes = dict(next(combinations({**of_op.get("sizes", {}), **own.get("sizes", {})}, op)))
-    if of_op and "m" in sizes:
+    op_table = inspect_config().get(op.name, {})
+    impl_table = op_table.get("impl", {}).get(impl, {})
+    sizes = dict(next(size_combinations({**op_table.get("sizes", {}), **impl_table.get("sizes", {})}, op)))
+    if op_table and "m" in sizes:
         sizes["m"] = max(sizes["m"], config.get("BLOCK_M", 1))
-    return Production(sizes, own.get("weights", of_op.get("weights")), of_op.get("beside"))
+    return CompileSpec(sizes, impl_table.get("weights", op_table.get("weights")), op_table.get("beside"))

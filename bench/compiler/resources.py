@@ -20,13 +20,13 @@ class Resources:
     shared: int
 
 
-def resources(kernel: Any) -> Resources:
+def kernel_resources(kernel: Any) -> Resources:
     """What a compiled kernel takes."""
-    registers, spills = (resources_amd if "amdgcn" in kernel.asm else resources_nvidia)(kernel)
+    registers, spills = (amd_resources if "amdgcn" in kernel.asm else nvidia_resources)(kernel)
     return Resources(kernel.name, registers, spills, kernel.metadata.shared)
 
 
-def resources_nvidia(kernel: Any) -> tuple[int, int]:
+def nvidia_resources(kernel: Any) -> tuple[int, int]:
     """(registers a thread, bytes a thread spills): what `cuobjdump` of the Triton wheel says of the cubin."""
     text = run_on_cubin(knobs.nvidia.cuobjdump.path, "-res-usage", cubin=kernel.asm["cubin"])
     registers, stack, local = (int(re.findall(rf"\b{word}:(\d+)", text)[-1]) for word in ("REG", "STACK", "LOCAL"))
@@ -40,10 +40,10 @@ def run_on_cubin(*command: str, cubin: bytes) -> str:
         return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def resources_amd(kernel: Any) -> tuple[int, int]:
+def amd_resources(kernel: Any) -> tuple[int, int]:
     """(vector registers a thread, bytes of scratch memory): the metadata at the end of the assembly.
 
     Scalar registers that are spilled lie in lanes of vector registers; what of them does not fit there is in scratch.
     """
-    found = {word: int(n) for word, n in re.findall(r"\.(\w+):\s+(\d+)$", kernel.asm["amdgcn"], re.MULTILINE)}
-    return found["vgpr_count"], found["private_segment_fixed_size"]
+    metadata = {word: int(n) for word, n in re.findall(r"\.(\w+):\s+(\d+)$", kernel.asm["amdgcn"], re.MULTILINE)}
+    return metadata["vgpr_count"], metadata["private_segment_fixed_size"]

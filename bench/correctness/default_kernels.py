@@ -38,23 +38,23 @@ from triton import knobs
 from vila_triton.limits import COUNT, POSITIVE
 from vila_triton.paths import config_dir
 from vila_triton.registry import OPS, REFERENCE, Impl, OneOf, Op, Unsupported, discover, tuned_tables
-from vila_triton.registry.interpreter import holds_kernels
-from vila_triton.registry.kernel_config import PHASES, configured
-from vila_triton.registry.search_space import Config, canonical
-from vila_triton.registry.size_ranges import names
+from vila_triton.registry.interpreter import uses_triton_kernels
+from vila_triton.registry.kernel_config import PHASES, configured_choices
+from vila_triton.registry.search_space import Config, canonical_json
+from vila_triton.registry.size_ranges import implementation_names
 
 from .. import standin
 from .._tool import tool
 from ..measure import rows
-from .error_budget import DEVICE, LEFT_OUT, example
-from .failure_report import settings
-from .find_failure import alive
-from .gate import fault
-from .guarded_memory import LAYOUTS
+from .error_budget import DEVICE, UNSUPPORTED_DTYPES, shared_example
+from .failure_report import format_settings
+from .find_failure import gpu_responds
+from .gate import find_fault
+from .guarded_memory import MEMORY_LAYOUTS
 
-PYTHON = standin.prefix()  # what starts a process
-COMPILE = 1.5  # seconds that compiling a kernel takes, about
-DYING = 10  # seconds a process may take to end of itself
+PYTHON_COMMAND = standin.command_prefix()  # what starts a process
+COMPILE_SECONDS = 1.5  # seconds that compiling a kernel takes, about
+EXIT_SECONDS = 10  # seconds a process may take to end of itself
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Item:
     usual: bool
 
     def __str__(self) -> str:
-        return f"{self.op}-{self.impl} {settings(self.sizes)}"
+        return f"{self.op}-{self.impl} {format_settings(self.sizes)}"
 
     @property
     def rank(self) -> tuple[bool, ...]:
@@ -82,7 +82,7 @@ class Item:
         return self.sizes["dtype"] == "float32", not self.usual, not self.default, not first
 
 
-def places(op: Op, impl: str) -> list[dict[str, Any]]:
+def sizes_to_check(op: Op, impl: str) -> list[dict[str, Any]]:
     """The usual sizes, then those with one of them changed. Errors: ValueError for a size the op does not have."""
     table = tomllib.loads((config_dir() / "bench" / "correctness.toml").read_text()).get(op.name, {})
     sizes = {name: value for name, value in table.items() if name != "impl"} | table.get("impl", {}).get(impl, {})
@@ -94,88 +94,98 @@ def places(op: Op, impl: str) -> list[dict[str, Any]]:
     return [usual, *({**usual, name: value} for name, values in lists.items() for value in values[1:])]
 
 
-def defaults(device: torch.device) -> set[tuple[str, str]]:
+def default_impls(device: torch.device) -> set[tuple[str, str]]:
     """(op, implementation) of all that runs by default: on this GPU, or without one on any."""
     gpu = device.type == "cuda"
-    choices = [tuned_tables.kernels_for(device, phase) if gpu else configured("cuda", phase) for phase in PHASES]
-    return {(op, impl) for chosen in choices for op, choice in chosen.items() for impl in names(choice)}
+    choices = [
+        tuned_tables.default_choices_for(device, phase) if gpu else configured_choices("cuda", phase)
+        for phase in PHASES
+    ]
+    return {
+        (op, impl) for kernels in choices for op, choice in kernels.items() for impl in implementation_names(choice)
+    }
 
 
-def configs_of(impl: Impl, device: torch.device) -> list[Config]:
+def configs_to_check(impl: Impl, device: torch.device) -> list[Config]:
     """The first config, and those that were tuned on this device."""
-    name = tuned_tables.name_of(device)
-    entry = tuned_tables.entry_of(impl, name) if name else None
-    found = [*(at["config"] for at in entry["ranges"]), entry["otherwise"]["config"]] if entry else []
-    return list({canonical(dict(config)): config for config in (impl.configs[0], *found)}.values())
+    name = tuned_tables.gpu_name(device)
+    entry = tuned_tables.valid_entry(impl, name) if name else None
+    tuned_configs = (
+        [*(size_range["config"] for size_range in entry["ranges"]), entry["otherwise"]["config"]] if entry else []
+    )
+    return list({canonical_json(dict(config)): config for config in (impl.configs[0], *tuned_configs)}.values())
 
 
-def items(device: torch.device) -> list[Item]:
+def all_items(device: torch.device) -> list[Item]:
     """All there is to check, the most valuable first."""
     discover()
-    by_default = defaults(device)
-    found = []
+    by_default = default_impls(device)
+    result = []
     for op in OPS.values():
         for impl in op.impls.values():
             default = (op.name, impl.name) in by_default
-            if impl.name == REFERENCE or not (default or holds_kernels(impl)):
+            if impl.name == REFERENCE or not (default or uses_triton_kernels(impl)):
                 continue
             dtypes = op.domain["dtype"]
             assert isinstance(dtypes, OneOf)
-            for (number, sizes), dtype in product(enumerate(places(op, impl.name)), dtypes.values):
-                at = {**sizes, "dtype": dtype}
-                found += [Item(op.name, impl.name, x, at, default, not number) for x in configs_of(impl, device)]
-    return sorted(found, key=lambda item: item.rank)
+            for (number, sizes), dtype in product(enumerate(sizes_to_check(op, impl.name)), dtypes.values):
+                dtype_sizes = {**sizes, "dtype": dtype}
+                result += [
+                    Item(op.name, impl.name, x, dtype_sizes, default, not number)
+                    for x in configs_to_check(impl, device)
+                ]
+    return sorted(result, key=lambda item: item.rank)
 
 
-def checked(item: Item) -> dict[str, Any]:
+def check_item(item: Item) -> dict[str, Any]:
     """What became of an item: its state, why, how many kernels were compiled, and the seconds of that and of all."""
     start, compiling = time.perf_counter(), []
 
-    def compiled(times: Any, cache_hit: bool, **_: Any) -> None:
+    def on_compile(times: Any, cache_hit: bool, **_: Any) -> None:
         compiling.extend([] if cache_hit else [times.total / 1e6])
 
     impl, states, reasons = OPS[item.op].impls[item.impl], [], []
-    knobs.compilation.listener = compiled
+    knobs.compilation.listener = on_compile
     try:
-        for layout in LAYOUTS:
+        for layout in MEMORY_LAYOUTS:
             try:
-                wrong = fault(example(OPS[item.op], 0, **item.sizes), impl, item.config, layout)
-                states.append("wrong" if wrong else "right")
-                reasons += [wrong] if wrong else []
+                fault = find_fault(shared_example(OPS[item.op], 0, **item.sizes), impl, item.config, layout)
+                states.append("wrong" if fault else "right")
+                reasons += [fault] if fault else []
             except Unsupported as reason:
                 states.append("unsupported")
                 reasons.append(f"{layout}: {reason}")
     finally:
         knobs.compilation.listener = None
     state = next(state for state in ("wrong", "right", "unsupported") if state in states)
-    spent = {"compiled": len(compiling), "compiling": sum(compiling), "seconds": time.perf_counter() - start}
-    return {"state": state, "reason": "; ".join(dict.fromkeys(reasons)), **spent, "alive": alive()}
+    timing = {"compiled": len(compiling), "compiling": sum(compiling), "seconds": time.perf_counter() - start}
+    return {"state": state, "reason": "; ".join(dict.fromkeys(reasons)), **timing, "alive": gpu_responds()}
 
 
-def work() -> None:
+def serve_items() -> None:
     """Answer the items on standard input, one a line; ends with it."""
-    said = os.fdopen(os.dup(1), "w")
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what kernels print is no answer
-    asked: SimpleQueue[str] = SimpleQueue()
+    requests: SimpleQueue[str] = SimpleQueue()
 
     def receive() -> None:
         for line in sys.stdin:
-            asked.put(line)
+            requests.put(line)
         os._exit(0)  # whatever is under way
 
     discover()
     Thread(target=receive, daemon=True).start()
     while True:
-        print(json.dumps(checked(Item(**json.loads(asked.get())))), file=said, flush=True)
+        print(json.dumps(check_item(Item(**json.loads(requests.get())))), file=output, flush=True)
 
 
-class Process:
+class Worker:
     """One `python -m bench.correctness --work`; it ends with its standard input."""
 
     def __init__(self) -> None:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the object)
         self.process = subprocess.Popen(
-            [*PYTHON, "bench.correctness", "--work"],
+            [*PYTHON_COMMAND, "bench.correctness", "--work"],
             cwd=rows.ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
@@ -194,12 +204,12 @@ class Process:
             line = ""
         if line.endswith("\n"):
             return json.loads(line)
-        return {"state": "crashed", "reason": self.death(), "alive": False}
+        return {"state": "crashed", "reason": self.exit_reason(), "alive": False}
 
-    def death(self) -> str:
+    def exit_reason(self) -> str:
         """How it ended: the last line it wrote, or the signal."""
         try:
-            code = self.process.wait(DYING)
+            code = self.process.wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
@@ -208,87 +218,91 @@ class Process:
         return f"its process died of signal {-code}" if code < 0 or not lines else lines[-1]
 
 
-def answers(chosen: Sequence[Item], count: int, deadline: float) -> Iterator[tuple[Item, dict[str, Any]]]:
+def run_items(chosen: Sequence[Item], count: int, deadline: float) -> Iterator[tuple[Item, dict[str, Any]]]:
     """Each item with its answer, as answers come, from so many processes; until the deadline (of `time.monotonic`)."""
-    left, running = deque(chosen), set[Process]()
-    known: SimpleQueue[tuple[Item, dict[str, Any]]] = SimpleQueue()
+    pending, workers = deque(chosen), set[Worker]()
+    results: SimpleQueue[tuple[Item, dict[str, Any]]] = SimpleQueue()
 
-    def take_turns() -> None:
-        process = None
-        while left:
+    def run_worker() -> None:
+        worker = None
+        while pending:
             try:
-                item = left.popleft()
+                item = pending.popleft()
             except IndexError:  # another was faster
                 break
             try:
-                if process is None:
-                    running.add(process := Process())
+                if worker is None:
+                    workers.add(worker := Worker())
             except OSError as error:
-                known.put((item, {"state": "crashed", "reason": f"its process could not be started: {error}"}))
+                results.put((item, {"state": "crashed", "reason": f"its process could not be started: {error}"}))
                 continue
-            answer = process.ask(item)
+            answer = worker.ask(item)
             if not answer.pop("alive"):
-                process.process.kill()
-                running.discard(process)
-                process = None
-            known.put((item, answer))
+                worker.process.kill()
+                workers.discard(worker)
+                worker = None
+            results.put((item, answer))
 
     for _ in range(min(count, len(chosen))):
-        Thread(target=take_turns, daemon=True).start()
+        Thread(target=run_worker, daemon=True).start()
     try:
         for _ in chosen:
-            yield known.get(timeout=None if deadline == inf else max(0.0, deadline - time.monotonic()))
+            yield results.get(timeout=None if deadline == inf else max(0.0, deadline - time.monotonic()))
     except Empty:
         pass
     finally:
-        left.clear()
-        for process in list(running):
+        pending.clear()
+        for process in list(workers):
             process.process.kill()
 
 
-def left_out(item: Item) -> bool:
+def is_left_out(item: Item) -> bool:
     """Whether kernels are interpreted here and the interpreter computes this dtype wrongly."""
-    return item.sizes["dtype"] in LEFT_OUT and holds_kernels(OPS[item.op].impls[item.impl])
+    return item.sizes["dtype"] in UNSUPPORTED_DTYPES and uses_triton_kernels(OPS[item.op].impls[item.impl])
 
 
-def check(chosen: Sequence[Item], processes: int, seconds: float, out: Path | None) -> Counter[str]:
+def check_items(chosen: Sequence[Item], processes: int, seconds: float, out: Path | None) -> Counter[str]:
     """Check the items, print and write how it went, and count the states."""
-    deadline, here = time.monotonic() + seconds, rows.stamp(torch.device(DEVICE))
+    deadline, stamp = time.monotonic() + seconds, rows.stamp(torch.device(DEVICE))
     counts: Counter[str] = Counter()
 
     def write(item: Item, answer: Mapping[str, Any]) -> None:
         counts[answer["state"]] += 1
         if out:
-            rows.write(out, [{"kind": "correctness", **asdict(item), **answer, **here}])
+            rows.write(out, [{"kind": "correctness", **asdict(item), **answer, **stamp}])
 
-    wanted = []
+    to_run = []
     for item in chosen:
-        if left_out(item):
+        if is_left_out(item):
             write(item, {"state": "left out", "reason": "Triton's interpreter computes it wrongly"})
         else:
-            wanted.append(item)
+            to_run.append(item)
     if counts:
-        print(f"left out: {counts['left out']} items that Triton's interpreter computes wrongly: {', '.join(LEFT_OUT)}")
-    calls = len(LAYOUTS) * len(wanted)
-    least = f"{calls} kernels or more, at {COMPILE} s each {calls * COMPILE / processes:.0f} s"
-    print(f"{len(wanted)} items in {len(LAYOUTS)} layouts on {processes} processes; where they are compiled {least}")
+        print(
+            f"left out: {counts['left out']} items that Triton's interpreter computes wrongly: {', '.join(UNSUPPORTED_DTYPES)}"
+        )
+    calls = len(MEMORY_LAYOUTS) * len(to_run)
+    estimate = f"{calls} kernels or more, at {COMPILE_SECONDS} s each {calls * COMPILE_SECONDS / processes:.0f} s"
+    print(
+        f"{len(to_run)} items in {len(MEMORY_LAYOUTS)} layouts on {processes} processes; where they are compiled {estimate}"
+    )
     reached, compiled, compiling = [], 0, 0.0
-    for item, answer in answers(wanted, processes, deadline):
+    for item, answer in run_items(to_run, processes, deadline):
         reached.append(item)
         compiled += answer.get("compiled", 0)
         compiling += answer.get("compiling", 0.0)
         line = f"{answer['state']:12}{answer.get('seconds', 0.0):6.1f} s  {item}  {answer['reason']}"
         print(line.rstrip(), flush=True)
         write(item, answer)
-    for item in wanted:
+    for item in to_run:
         if item not in reached:
             print(f"not reached           {item}")
             write(item, {"state": "not reached", "reason": f"{seconds:.0f} s were over"})
     print(f"compiled {compiled} kernels in {compiling:.1f} s of a process")
-    said = {"right": counts["right"], "wrong": counts["wrong"] + counts["crashed"]}
-    said |= {state: counts[state] for state in ("unsupported", "left out")}
-    said |= {"not reached": counts["not reached"]} if counts["not reached"] else {}
-    print(", ".join(f"{count} {state}" for state, count in said.items()))
+    totals = {"right": counts["right"], "wrong": counts["wrong"] + counts["crashed"]}
+    totals |= {state: counts[state] for state in ("unsupported", "left out")}
+    totals |= {"not reached": counts["not reached"]} if counts["not reached"] else {}
+    print(", ".join(f"{count} {state}" for state, count in totals.items()))
     return counts
 
 
@@ -303,15 +317,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # be one of the processes
     args = parser.parse_args(argv)
     if args.work:
-        work()
+        serve_items()
         return 0
-    every = items(torch.device(DEVICE))
+    available = all_items(torch.device(DEVICE))
     if unknown := set(args.op) - OPS.keys():
         raise ValueError(f"no op {', '.join(sorted(unknown))}; there are: {', '.join(OPS)}")
-    chosen = [x for x in every if x.op in (args.op or OPS) and args.only in str(x)]
+    chosen = [x for x in available if x.op in (args.op or OPS) and args.only in str(x)]
     if not chosen:
         raise ValueError(f"no item of {', '.join(args.op or ['any op'])} holds {args.only!r}")
-    counts = check(chosen, args.processes, args.seconds, args.out)
+    counts = check_items(chosen, args.processes, args.seconds, args.out)
     unknown = counts["not reached"] and not counts["right"]  # of a machine that hangs nothing is known to be right
     return 1 if counts["wrong"] + counts["crashed"] or unknown else 0
 

@@ -13,55 +13,62 @@ from torch import Tensor
 
 from vila_triton.registry import Impl, Unsupported
 
-from .error_budget import excess
-from .guarded_memory import Unfaithful
+from .error_budget import error_over_budget
+from .guarded_memory import MismatchError
 
 ROWS, COLUMNS = 24, 100  # of characters
 TILE = 16
 LEGEND = f"{'':15}. is within the budget, 1 up to 10 times it, 2 up to 100 times, ...; # NaN, infinite or a wrong bit"
 
 
-def line(head: str) -> str:
+def label(title: str) -> str:
     """The left column of a report."""
-    return f"  {head:13}"
+    return f"  {title:13}"
 
 
-def settings(values: Mapping[str, Any]) -> str:
+def format_settings(values: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
-def described(error: Exception, impl: Impl, config: Mapping[str, Any]) -> list[str]:
+def describe_failure(error: Exception, impl: Impl, config: Mapping[str, Any]) -> list[str]:
     """Lines: what failed and, where a tensor is wrong, `elements`; of a crash the exception and where it arose."""
-    if not isinstance(error, Unfaithful):
-        return [f"{line('what failed')}crashed: {crash(error)}", *(f"{line('')}at {x}" for x in places(error, impl))]
-    return [f"{line('what failed')}{error.kind}: {error}", *elements(error, config), *([LEGEND] if error.where else [])]
-
-
-def elements(error: Exception, config: Mapping[str, Any]) -> list[str]:
-    """Lines: the first wrong element and the error map; none where no tensor is wrong."""
-    if not isinstance(error, Unfaithful) or error.got is None or error.want is None:
-        return []
-    times = excess(error.got, error.want, error.allowed)
-    unit, rows = error_map(times, (config.get("BLOCK_M", TILE), config.get("BLOCK_N", TILE)))
+    if not isinstance(error, MismatchError):
+        return [
+            f"{label('what failed')}crashed: {exception_line(error)}",
+            *(f"{label('')}at {x}" for x in source_lines(error, impl)),
+        ]
     return [
-        f"{line('first wrong')}{first_wrong(error, times)}",
-        f"{line('error map')}{error.where} {list(error.got.shape)}; {unit}",
-        *(f"{line('')}{row}" for row in rows),
+        f"{label('what failed')}{error.kind}: {error}",
+        *describe_elements(error, config),
+        *([LEGEND] if error.tensor_name else []),
     ]
 
 
-def crash(error: Exception) -> str:
+def describe_elements(error: Exception, config: Mapping[str, Any]) -> list[str]:
+    """Lines: the first wrong element and the error map; none where no tensor is wrong."""
+    if not isinstance(error, MismatchError) or error.actual is None or error.expected is None:
+        return []
+    multiples = error_over_budget(error.actual, error.expected, error.budget)
+    unit, rows = error_map(multiples, (config.get("BLOCK_M", TILE), config.get("BLOCK_N", TILE)))
+    return [
+        f"{label('first wrong')}{describe_first_wrong(error, multiples)}",
+        f"{label('error map')}{error.tensor_name} {list(error.actual.shape)}; {unit}",
+        *(f"{label('')}{row}" for row in rows),
+    ]
+
+
+def exception_line(error: Exception) -> str:
     """The exception in one line; if the interpreter wrapped another in it, that one."""
     inner = error.__cause__ or error
     return f"{type(inner).__name__}: {inner}".splitlines()[0]
 
 
-def refusal(error: Exception) -> str:
+def refusal_reason(error: Exception) -> str:
     """Why something got no time, in one line."""
-    return f"unsupported: {error}" if isinstance(error, Unsupported) else crash(error)
+    return f"unsupported: {error}" if isinstance(error, Unsupported) else exception_line(error)
 
 
-def release(device: torch.device) -> None:
+def release_memory(device: torch.device) -> None:
     """After a failure: give back what it left allocated, which is not before its traceback is gone, so not while it is
     handled. Errors: RuntimeError if the failure broke the CUDA context, so that nothing after it would be true.
     """
@@ -71,33 +78,33 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def places(error: BaseException, impl: Impl) -> list[str]:
+def source_lines(error: BaseException, impl: Impl) -> list[str]:
     """The lines of the implementation's own file that were running, outermost first."""
     frames = [f for e in (error, error.__cause__) if e for f in traceback.extract_tb(e.__traceback__)]
     return [f"{impl.file.name}:{f.lineno}  {f.line}" for f in frames if Path(f.filename).resolve() == impl.file]
 
 
-def first_wrong(error: Unfaithful, times: Tensor) -> str:
+def describe_first_wrong(error: MismatchError, multiples: Tensor) -> str:
     """The first element, in the order of its index, that is off."""
-    assert error.got is not None and error.want is not None
-    at = tuple((times > 1).nonzero()[0].tolist())
-    got, want = (f"{x[at].item():.9g}" for x in (error.got, error.want))
-    room = "to the bit" if error.allowed is None else f"± {error.allowed[at].item():.3g}"
-    often = f" ({times[at].item():.3g} times the budget)" if times[at].isfinite() else ""
-    return f"{error.where}{list(at)} is {got}, expected {want} {room}{often}"
+    assert error.actual is not None and error.expected is not None
+    index = tuple((multiples > 1).nonzero()[0].tolist())
+    actual, expected = (f"{x[index].item():.9g}" for x in (error.actual, error.expected))
+    tolerance = "to the bit" if error.budget is None else f"± {error.budget[index].item():.3g}"
+    suffix = f" ({multiples[index].item():.3g} times the budget)" if multiples[index].isfinite() else ""
+    return f"{error.tensor_name}{list(index)} is {actual}, expected {expected} {tolerance}{suffix}"
 
 
-def error_map(times: Tensor, tile: tuple[int, int]) -> tuple[str, list[str]]:
+def error_map(multiples: Tensor, tile: tuple[int, int]) -> tuple[str, list[str]]:
     """How many times its budget each element is off, as characters: (what one of them stands for, the rows).
 
     Leading axes are folded into the rows. A character is one element, or the worst of as many as it takes to fit;
     lines are drawn between tiles as long as these are larger than that.
     """
-    grid = times.reshape(-1, times.shape[-1] if times.dim() else 1).cpu()  # [rows, columns]
-    cell = [1 << max(0, math.ceil(n / most) - 1).bit_length() for n, most in zip(grid.shape, (ROWS, COLUMNS))]
+    grid = multiples.reshape(-1, multiples.shape[-1] if multiples.dim() else 1).cpu()  # [rows, columns]
+    cell = [1 << max(0, math.ceil(n / limit) - 1).bit_length() for n, limit in zip(grid.shape, (ROWS, COLUMNS))]
     worst = F.max_pool2d(grid[None], cell, ceil_mode=True)[0]
     down, across = (max(1, t // c) for t, c in zip(tile, cell))  # characters of a tile
-    rows = ["".join(map(symbol, row)) for row in worst.tolist()]
+    rows = ["".join(map(map_symbol, row)) for row in worst.tolist()]
     unit = f"a character is {'one element' if cell == [1, 1] else f'the worst of {cell[0]} x {cell[1]} elements'}"
     if down == across == 1:
         return unit, rows
@@ -107,7 +114,7 @@ def error_map(times: Tensor, tile: tuple[int, int]) -> tuple[str, list[str]]:
     return f"{unit}, lines part tiles of {tile[0]} x {tile[1]}", ruled
 
 
-def symbol(times: float) -> str:
-    if times <= 1:
+def map_symbol(multiple: float) -> str:
+    if multiple <= 1:
         return "."
-    return "#" if math.isinf(times) else str(min(9, 1 + int(math.log10(times))))
+    return "#" if math.isinf(multiple) else str(min(9, 1 + int(math.log10(multiple))))

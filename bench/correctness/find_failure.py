@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky, Unsatisfiable
 
-from vila_triton.registry import Impl, Op, Sizes, Unsupported
+from vila_triton.registry import Impl, IntRange, Op, Unsupported
 
-from .error_budget import DEVICE, example, examples
-from .guarded_memory import LAYOUTS, Layout, Unfaithful
+from .error_budget import DEVICE, example_strategy, shared_example
+from .guarded_memory import MEMORY_LAYOUTS, MemoryLayout, MismatchError
 
-SHRINKING = 60.0  # seconds, counted from the first failure
+SHRINK_SECONDS = 60.0  # seconds, counted from the first failure
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,22 @@ class Failure:
     """A call that went wrong: its sizes, "seed" among them, how its arguments lay in memory, and what was raised."""
 
     sizes: Mapping[str, Any]
-    layout: Layout
+    layout: MemoryLayout
     error: Exception
 
     @property
     def kind(self) -> str:
-        return self.error.kind if isinstance(self.error, Unfaithful) else "crashed"
+        return self.error.kind if isinstance(self.error, MismatchError) else "crashed"
 
     @property
-    def elements(self) -> int:
+    def num_elements(self) -> int:
         """Elements of the tensor that is wrong, 0 if there is none."""
         got = getattr(self.error, "got", None)
         return 0 if got is None else got.numel()
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SearchResult:
     """What a search found.
 
     calls        the sizes of those that were checked (none: all were unsupported, for the reasons given)
@@ -51,12 +51,12 @@ class Verdict:
     calls: Sequence[Mapping[str, Any]]
     seconds: float
     reasons: frozenset[str]
-    shrunk: Failure | None = None
+    simplest: Failure | None = None
     largest: Failure | None = None
     caveat: str = ""
 
     @property
-    def examples(self) -> int:
+    def num_examples(self) -> int:
         return len(self.calls)
 
 
@@ -64,7 +64,7 @@ class DeviceLost(BaseException):
     """A kernel left the GPU unusable: whatever runs after it in this process fails too. Not for hypothesis to catch."""
 
 
-def search(op: Op, impl: Impl, config: Mapping[str, Any], count: int, seconds: float) -> Verdict:
+def find_failure(op: Op, impl: Impl, config: Mapping[str, Any], count: int, seconds: float) -> SearchResult:
     """Check up to `count` examples, the same each time, in about so many seconds; shrink the first that fails.
 
     Errors: `DeviceLost`, from the failing call.
@@ -84,26 +84,26 @@ def search(op: Op, impl: Impl, config: Mapping[str, Any], count: int, seconds: f
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     )
-    @given(sizes=examples(op), layout=st.sampled_from(LAYOUTS))
-    def check(sizes: dict[str, Any], layout: Layout) -> None:
+    @given(sizes=example_strategy(op), layout=st.sampled_from(MEMORY_LAYOUTS))
+    def check(sizes: dict[str, Any], layout: MemoryLayout) -> None:
         nonlocal end
         sizes = {name: sizes[name] for name in (*op.domain, "seed")}  # while shrinking, hypothesis reorders them
         key = (*sizes.values(), layout)
         if time.monotonic() > end and checked and key not in failures:
             return  # out of time
         try:
-            found = failure(op, impl, config, sizes, layout)
+            failure = run_example(op, impl, config, sizes, layout)
         except Unsupported as reason:
             reasons.add(str(reason))
             assume(False)
             return
         checked[key] = sizes
-        if found:
+        if failure:
             if not failures:
-                end = time.monotonic() + SHRINKING
+                end = time.monotonic() + SHRINK_SECONDS
             failures.pop(key, None)
-            failures[key] = found
-            raise found.error
+            failures[key] = failure
+            raise failure.error
 
     caveat = ""
     try:
@@ -118,35 +118,37 @@ def search(op: Op, impl: Impl, config: Mapping[str, Any], count: int, seconds: f
     if not caveat and time.monotonic() > end:
         caveat = "shrinking ran out of time; simpler cases may fail too"
     if not failures:
-        return Verdict(list(checked.values()), time.monotonic() - start, frozenset(reasons))
-    shrunk = list(failures.values())[-1]
+        return SearchResult(list(checked.values()), time.monotonic() - start, frozenset(reasons))
+    simplest = list(failures.values())[-1]
     with suppress(Unsupported):
-        if found := failure(op, impl, config, enlarged(op, shrunk.sizes), shrunk.layout):
-            failures[()] = found
-    largest = max((f for f in failures.values() if f.kind == shrunk.kind), key=lambda f: f.elements)
-    return Verdict(list(checked.values()), time.monotonic() - start, frozenset(reasons), shrunk, largest, caveat)
+        if failure := run_example(op, impl, config, largest_sizes(op, simplest.sizes), simplest.layout):
+            failures[()] = failure
+    largest = max((f for f in failures.values() if f.kind == simplest.kind), key=lambda f: f.num_elements)
+    return SearchResult(list(checked.values()), time.monotonic() - start, frozenset(reasons), simplest, largest, caveat)
 
 
-def enlarged(op: Op, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def largest_sizes(op: Op, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """The same example with every axis as long as it gets."""
-    return {**sizes, **{name: axis.high for name, axis in op.domain.items() if isinstance(axis, Sizes)}}
+    return {**sizes, **{name: axis.high for name, axis in op.domain.items() if isinstance(axis, IntRange)}}
 
 
-def failure(op: Op, impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, Any], layout: Layout) -> Failure | None:
+def run_example(
+    op: Op, impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, Any], layout: MemoryLayout
+) -> Failure | None:
     """How an example fails, if it does. Errors: `Unsupported`, `DeviceLost`."""
     try:
-        held = example(op, **sizes)
-        held.check(impl, config, layout, held.twice)
+        example = shared_example(op, **sizes)
+        example.check(impl, config, layout, example.call_twice)
     except Unsupported:
         raise
     except Exception as error:  # a kernel may fail in any way at all
-        if not alive():
+        if not gpu_responds():
             raise DeviceLost(str(error)) from error
         return Failure(sizes, layout, error)
     return None
 
 
-def alive() -> bool:
+def gpu_responds() -> bool:
     """Whether the GPU, if there is one, still answers."""
     try:
         if DEVICE == "cuda":

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from vila_triton.registry import OPS, Impl, Op, Sizes, Unsupported
+from vila_triton.registry import OPS, Impl, IntRange, Op, Unsupported
 
-from ..measure.cases import Case, call_arguments
-from .error_budget import DEVICE, LEFT_OUT, SHARED, Example, example, fill
-from .failure_report import crash
-from .guarded_memory import LAYOUTS, Layout, mapped, tensors
+from ..measure.cases import Case, random_arguments
+from .error_budget import DEVICE, SHARED_EXAMPLES, UNSUPPORTED_DTYPES, Example, copy_into, shared_example
+from .failure_report import exception_line
+from .guarded_memory import MEMORY_LAYOUTS, MemoryLayout, map_tensors, tensors
 
-EXAMPLES = 12
-TRIES = 10 * EXAMPLES  # examples an implementation may refuse before it is said to support nothing
+NUM_EXAMPLES = 12
+MAX_DRAWS = 10 * NUM_EXAMPLES  # examples an implementation may refuse before it is said to support nothing
 # A case is checked itself where float64 takes no longer than this many flops, and its arguments no more bytes.
 CASE_FLOPS = {"cpu": 10**8, "cuda": 10**12}
 CASE_BYTES = {"cpu": 2**24, "cuda": 2**30}
@@ -30,73 +30,73 @@ def gate(impl: Impl, config: Mapping[str, Any], case: Case | None = None) -> str
     of the examples, and the case, after a call with other values at the same addresses.
     """
     reason = domain_gate(impl, tuple(sorted(config.items())))
-    if reason or case is None or not affordable(case):
+    if reason or case is None or not fits_float64_check(case):
         return reason
-    for layout in LAYOUTS:
+    for layout in MEMORY_LAYOUTS:
         try:
-            if wrong := fault(case_example(case), impl, config, layout):
-                return wrong
+            if fault := find_fault(case_example(case), impl, config, layout):
+                return fault
         except Unsupported as reason:
             if layout == "aligned":  # as it is timed
                 return f"unsupported: {reason}"
     return None
 
 
-def numbers_gate(impl: Impl, config: Mapping[str, Any], case: Case) -> str | None:
+def case_error_gate(impl: Impl, config: Mapping[str, Any], case: Case) -> str | None:
     """Why the implementation may not be timed at this case, in one line: its numbers are beyond budget there. Nothing
     else is looked at: for configs that have passed `gate`. What is too large for float64 passes.
     """
-    if not affordable(case):
+    if not fits_float64_check(case):
         return None
     try:
-        held = case_example(case)
-        args = mapped(torch.clone, held.args)
-        fill(args, held.others())
-        before = [x.clone() for x in tensors(impl(*args, config=config))]
-        fill(args, held.args)
-        held.check_numbers(tensors(impl(*args, config=config)), before)
+        example = case_example(case)
+        args = map_tensors(torch.clone, example.args)
+        copy_into(args, example.other_values())
+        stale_outputs = [x.clone() for x in tensors(impl(*args, config=config))]
+        copy_into(args, example.args)
+        example.check_outputs(tensors(impl(*args, config=config)), stale_outputs)
     except Unsupported as reason:
         return f"unsupported: {reason}"
     except Exception as error:  # as in `fault`
-        return crash(error)
+        return exception_line(error)
     return None
 
 
-def fault(held: Example, impl: Impl, config: Mapping[str, Any], layout: Layout) -> str | None:
+def find_fault(example: Example, impl: Impl, config: Mapping[str, Any], layout: MemoryLayout) -> str | None:
     """What is wrong with a call, in one line. Errors: `Unsupported`."""
     try:
-        held.check(impl, config, layout, held.twice)
+        example.check(impl, config, layout, example.call_twice)
     except Unsupported:
         raise
     except Exception as error:  # a kernel may fail in any way at all; each is a reason to print no time
-        return f"{crash(error)} (its arguments were {layout})"
+        return f"{exception_line(error)} (its arguments were {layout})"
     return None
 
 
 def case_example(case: Case) -> Example:
     """The very arguments that are timed at the case, shared by all implementations."""
     key = OPS[case.op], *case.sizes.items()
-    return SHARED.get(key, lambda: Example(OPS[case.op], call_arguments(case, torch.device(DEVICE))))
+    return SHARED_EXAMPLES.get(key, lambda: Example(OPS[case.op], random_arguments(case, torch.device(DEVICE))))
 
 
-def affordable(case: Case) -> bool:
+def fits_float64_check(case: Case) -> bool:
     """Whether the case itself is checked, or the domain only."""
     flops, size = case.cost
     return flops <= CASE_FLOPS[DEVICE] and size <= CASE_BYTES[DEVICE]
 
 
-def drawn(op: Op) -> Iterator[dict[str, Any]]:
+def random_sizes(op: Op) -> Iterator[dict[str, Any]]:
     """Random sizes from all of the domain, the same each time: first the smallest; an end of an axis is drawn often."""
     rng = random.Random(op.name)
-    yield {**{n: d.low if isinstance(d, Sizes) else d.values[0] for n, d in op.domain.items()}, "seed": 0}
+    yield {**{n: d.low if isinstance(d, IntRange) else d.values[0] for n, d in op.domain.items()}, "seed": 0}
     while True:
         sizes = {}
         for name, domain in op.domain.items():
-            if isinstance(domain, Sizes):
-                every = range(domain.low, domain.high + 1, domain.step)
-                sizes[name] = rng.choice((every[0], every[-1], rng.choice(every)))
+            if isinstance(domain, IntRange):
+                values = range(domain.low, domain.high + 1, domain.step)
+                sizes[name] = rng.choice((values[0], values[-1], rng.choice(values)))
             else:
-                sizes[name] = rng.choice([value for value in domain.values if value not in LEFT_OUT])
+                sizes[name] = rng.choice([value for value in domain.values if value not in UNSUPPORTED_DTYPES])
         yield {**sizes, "seed": rng.randrange(2**16)}
 
 
@@ -105,14 +105,16 @@ def domain_gate(impl: Impl, config: tuple[tuple[str, Any], ...]) -> str | None:
     op = OPS[impl.op]
     reasons: set[str] = set()
     checked = 0
-    for number, sizes in enumerate(islice(drawn(op), TRIES)):
+    for i, sizes in enumerate(islice(random_sizes(op), MAX_DRAWS)):
         try:
-            if wrong := fault(example(op, **sizes), impl, dict(config), LAYOUTS[number % len(LAYOUTS)]):
-                return wrong
+            if fault := find_fault(
+                shared_example(op, **sizes), impl, dict(config), MEMORY_LAYOUTS[i % len(MEMORY_LAYOUTS)]
+            ):
+                return fault
         except Unsupported as reason:
             reasons.add(str(reason))
             continue
         checked += 1
-        if checked == EXAMPLES:
+        if checked == NUM_EXAMPLES:
             return None
     return None if checked else f"supports nothing here: {'; '.join(sorted(reasons))}"

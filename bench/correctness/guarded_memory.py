@@ -15,12 +15,12 @@ from triton.runtime import interpreter
 # aligned   contiguous from an address that is a multiple of ALIGNED bytes on, as what is timed
 # strided   odd strides in any order of the axes, from an odd element on
 # Triton compiles a kernel of its own for each: it tells strides of 1, and multiples of 16, from other numbers.
-Layout = Literal["aligned", "strided"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-ALIGNED = 128
+MemoryLayout = Literal["aligned", "strided"]
+MEMORY_LAYOUTS: tuple[MemoryLayout, ...] = get_args(MemoryLayout)
+ALIGNMENT = 128
 
 
-class Unfaithful(AssertionError):
+class MismatchError(AssertionError):
     """An implementation does not do what its op means.
 
     kind      which check found it, in two or three words
@@ -34,34 +34,40 @@ class Unfaithful(AssertionError):
         self,
         kind: str,
         message: str,
-        where: str = "",
-        got: Tensor | None = None,
-        want: Tensor | None = None,
-        allowed: Tensor | None = None,
+        tensor_name: str = "",
+        actual: Tensor | None = None,
+        expected: Tensor | None = None,
+        budget: Tensor | None = None,
     ):
         super().__init__(message)
-        self.kind, self.where, self.got, self.want, self.allowed = kind, where, got, want, allowed
+        self.kind, self.tensor_name, self.actual, self.expected, self.budget = (
+            kind,
+            tensor_name,
+            actual,
+            expected,
+            budget,
+        )
 
 
-def mapped(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
+def map_tensors(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
     """The same tree of tuples, dataclasses (Int4) and numbers, with fn applied to its tensors."""
     if isinstance(value, Tensor):
         return fn(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: mapped(fn, getattr(value, f.name)) for f in fields(value)})
+        return replace(value, **{f.name: map_tensors(fn, getattr(value, f.name)) for f in fields(value)})
     if isinstance(value, tuple | list):
-        return type(value)(mapped(fn, v) for v in value)
+        return type(value)(map_tensors(fn, v) for v in value)
     return value
 
 
 def tensors(value: Any) -> list[Tensor]:
     """The tensors of a tree, in order."""
-    found: list[Tensor] = []
-    mapped(lambda t: found.append(t) or t, value)
-    return found
+    leaves: list[Tensor] = []
+    map_tensors(lambda t: leaves.append(t) or t, value)
+    return leaves
 
 
-def bits(x: Tensor) -> Tensor:
+def bit_pattern(x: Tensor) -> Tensor:
     """The values as integers, so that NaN equals NaN and 0 differs from -0."""
     return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
@@ -71,7 +77,7 @@ def poison(x: Tensor, integer: int) -> Tensor:
 
 
 @dataclass
-class Guarded:
+class GuardedTensor:
     """A tensor inside a larger buffer full of NaN. `name`: of the argument it is, if it is one."""
 
     view: Tensor
@@ -81,32 +87,34 @@ class Guarded:
     def __post_init__(self) -> None:
         self.expected = self.buffer.clone()
 
-    def expect(self, values: Tensor) -> None:
+    def set_expected(self, values: Tensor) -> None:
         """From now on the view must hold these values."""
         self.expected.as_strided(self.view.shape, self.view.stride(), self.view.storage_offset()).copy_(values)
 
-    def intact(self) -> bool:
-        return torch.equal(bits(self.buffer), bits(self.expected))
+    def is_intact(self) -> bool:
+        return torch.equal(bit_pattern(self.buffer), bit_pattern(self.expected))
 
-    def damage(self) -> str:
+    def describe_damage(self) -> str:
         """Which elements of the buffer are not as expected, counted from the first of the view."""
-        at = (bits(self.buffer) != bits(self.expected)).nonzero()[:, 0] - int(self.view.storage_offset())
-        last = sum((n - 1) * stride for n, stride in zip(self.view.shape, self.view.stride()))
-        return f"{len(at)} elements, the first at {int(at[0]):+}, the last at {int(at[-1]):+}; its own end at {last:+}"
+        offsets = (bit_pattern(self.buffer) != bit_pattern(self.expected)).nonzero()[:, 0] - int(
+            self.view.storage_offset()
+        )
+        last_offset = sum((n - 1) * stride for n, stride in zip(self.view.shape, self.view.stride()))
+        return f"{len(offsets)} elements, the first at {int(offsets[0]):+}, the last at {int(offsets[-1]):+}; its own end at {last_offset:+}"
 
-    def strays(self, addresses: np.ndarray) -> bool:
+    def reads_outside(self, addresses: np.ndarray) -> bool:
         """Whether one of the addresses lies in the buffer, but on no element of the view."""
-        at = addresses.astype(np.int64) - self.buffer.data_ptr()
-        at = at[(at >= 0) & (at < self.buffer.nbytes)] // self.buffer.itemsize
-        left = at - int(self.view.storage_offset())
-        legal = left >= 0
+        offsets = addresses.astype(np.int64) - self.buffer.data_ptr()
+        offsets = offsets[(offsets >= 0) & (offsets < self.buffer.nbytes)] // self.buffer.itemsize
+        remainders = offsets - int(self.view.storage_offset())
+        is_element = remainders >= 0
         for stride, n in sorted(zip(self.view.stride(), self.view.shape), reverse=True):
-            index = np.minimum(left // stride, n - 1)
-            left = left - index * stride
-        return not (legal & (left == 0)).all()
+            index = np.minimum(remainders // stride, n - 1)
+            remainders = remainders - index * stride
+        return not (is_element & (remainders == 0)).all()
 
 
-def guard(x: Tensor, rng: torch.Generator, layout: Layout = "strided") -> Guarded:
+def guard_tensor(x: Tensor, rng: torch.Generator, layout: MemoryLayout = "strided") -> GuardedTensor:
     """The values of x as a view of that layout; all between and around its elements is NaN.
 
     Integers are surrounded by 1 or -1: a wrong code, page or length, yet no address that would end the process.
@@ -115,39 +123,39 @@ def guard(x: Tensor, rng: torch.Generator, layout: Layout = "strided") -> Guarde
     strides, size = odd_strides(x, rng) if layout == "strided" else (contiguous, x.numel())
     margin = min(max(4096, 129 * max(strides, default=1)), 2**20) | 1
     integer = 1 if torch.rand((), generator=rng) < 0.5 else -1
-    buffer = poison(torch.empty(size + 2 * margin + ALIGNED, dtype=x.dtype, device=x.device), integer)
+    buffer = poison(torch.empty(size + 2 * margin + ALIGNMENT, dtype=x.dtype, device=x.device), integer)
     if layout == "aligned":
-        margin += -(buffer.data_ptr() // x.itemsize + margin) % (ALIGNED // x.itemsize)
+        margin += -(buffer.data_ptr() // x.itemsize + margin) % (ALIGNMENT // x.itemsize)
     view = buffer.as_strided(x.shape, strides, margin)
     view.copy_(x)
-    return Guarded(view, buffer)
+    return GuardedTensor(view, buffer)
 
 
 def odd_strides(x: Tensor, rng: torch.Generator) -> tuple[list[int], int]:
     """Strides with gaps for the axes in any order, and how many elements they span at most."""
-    order = torch.randperm(x.dim(), generator=rng).tolist() if x.dim() else []  # outermost axis first
+    axes = torch.randperm(x.dim(), generator=rng).tolist() if x.dim() else []  # outermost axis first
     gaps = torch.randint(1, 3, (x.dim(),), generator=rng).tolist()
     strides, size = [0] * x.dim(), 1
-    for axis, gap in zip(reversed(order), gaps):
+    for axis, gap in zip(reversed(axes), gaps):
         strides[axis] = size * gap + (size > 1)
         size = strides[axis] * (x.shape[axis] + 1)
     return strides, size
 
 
-class _Canaries(TorchDispatchMode):
+class _GuardedAllocations(TorchDispatchMode):
     """Hands out new tensors as views into NaN-filled buffers."""
 
-    makers = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like")
-    filled = ("new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full")
+    factories = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like")
+    filled_factories = ("new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full")
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[Guarded] = []
+        self.allocations: list[GuardedTensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name not in self.makers + self.filled or not out.numel():
+        if name not in self.factories + self.filled_factories or not out.numel():
             return out
         margin = min(max(4096, 128 * max(out.stride())), 2**20) // 64 * 64  # keeps the alignment torch promises
         size = 1 + sum((n - 1) * s for n, s in zip(out.shape, out.stride()))
@@ -155,33 +163,38 @@ class _Canaries(TorchDispatchMode):
         view = buffer.as_strided(out.shape, out.stride(), margin)
         if not name.startswith(("empty", "new_empty")):
             view.copy_(out)
-        self.made.append(Guarded(view, buffer))
+        self.allocations.append(GuardedTensor(view, buffer))
         return view
 
 
 @contextmanager
-def canaries(arguments: Sequence[Guarded] = ()) -> Iterator[None]:
+def guarded_allocations(arguments: Sequence[GuardedTensor] = ()) -> Iterator[None]:
     """Inside, every tensor torch allocates starts as NaN and lies between margins that must be intact at the end.
 
     Interpreted kernels may not even read between or around the elements of those tensors and of the arguments.
     Errors: `Unfaithful`.
     """
-    strayed: list[Guarded] = []
-    load = interpreter.InterpreterBuilder.create_masked_load
+    violations: list[GuardedTensor] = []
+    masked_load = interpreter.InterpreterBuilder.create_masked_load
 
-    def watched(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+    def checked_load(self: Any, ptrs: Any, mask: Any, *args: Any) -> Any:
         addresses = ptrs.data[mask.data.astype(bool)]
-        strayed.extend(g for g in (*arguments, *mode.made) if g.strays(addresses))
-        return load(self, ptrs, mask, *rest)
+        violations.extend(g for g in (*arguments, *mode.allocations) if g.reads_outside(addresses))
+        return masked_load(self, ptrs, mask, *args)
 
-    with _Canaries() as mode, patch.object(interpreter.InterpreterBuilder, "create_masked_load", watched):
+    with (
+        _GuardedAllocations() as mode,
+        patch.object(interpreter.InterpreterBuilder, "create_masked_load", checked_load),
+    ):
         yield
-    if strayed:
-        shape = list(strayed[0].view.shape)
-        of = f"argument {strayed[0].name}" if strayed[0].name else "a tensor it allocated"
-        raise Unfaithful("read outside", f"read outside {of}, of shape {shape}")
-    for made in mode.made:
-        made.expect(made.view)
-        if not made.intact():
-            shape = list(made.view.shape)
-            raise Unfaithful("wrote outside", f"wrote outside a tensor of shape {shape} it allocated: {made.damage()}")
+    if violations:
+        shape = list(violations[0].view.shape)
+        owner = f"argument {violations[0].name}" if violations[0].name else "a tensor it allocated"
+        raise MismatchError("read outside", f"read outside {owner}, of shape {shape}")
+    for allocation in mode.allocations:
+        allocation.set_expected(allocation.view)
+        if not allocation.is_intact():
+            shape = list(allocation.view.shape)
+            raise MismatchError(
+                "wrote outside", f"wrote outside a tensor of shape {shape} it allocated: {allocation.describe_damage()}"
+            )

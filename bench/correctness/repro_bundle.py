@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vila_triton.files.reading import require_file, shown
-from vila_triton.ops import Int4, QuantizedPages
-from vila_triton.registry import OPS, Impl, Op, discover, there
+from vila_triton.files.reading import require_file, short_repr
+from vila_triton.ops import Int4, QuantizedKVPages
+from vila_triton.registry import OPS, Impl, Op, describe_available, discover
 
 from ..measure.rows import stamp
 from .error_budget import DEVICE
-from .guarded_memory import LAYOUTS, Layout, mapped
+from .guarded_memory import MEMORY_LAYOUTS, MemoryLayout, map_tensors
 
 FORMAT = "vila-triton bundle 2"
 FIELDS = {
@@ -53,22 +53,22 @@ class Bundle:
     config: Mapping[str, Any]
     args: tuple
     seed: int
-    layout: Layout
+    layout: MemoryLayout
     sizes: Mapping[str, Any]
     origin: str
     stamp: Mapping[str, str]
 
 
-def unused(file: Path) -> Path:
+def unused_path(file: Path) -> Path:
     """That file; if there is one, the first free one of swiglu-mine-0-2.bundle, swiglu-mine-0-3.bundle, ...
 
     It is made, empty, so that nobody else takes the name.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    for name in chain([file], (file.with_stem(f"{file.stem}-{i}") for i in count(2))):
+    for candidate in chain([file], (file.with_stem(f"{file.stem}-{i}") for i in count(2))):
         with suppress(FileExistsError):
-            name.touch(exist_ok=False)
-            return name
+            candidate.touch(exist_ok=False)
+            return candidate
     raise AssertionError
 
 
@@ -78,43 +78,45 @@ def save(
     config: Mapping[str, Any],
     args: tuple,
     seed: int,
-    layout: Layout,
+    layout: MemoryLayout,
     sizes: Mapping[str, Any],
     origin: str,
 ) -> None:
     """Write a bundle; tensors are stored dense, on the CPU, whatever memory they are views of."""
-    dense = mapped(lambda x: x.detach().cpu().clone(memory_format=torch.contiguous_format), args)
-    here = {name: str(value) for name, value in stamp(torch.device(DEVICE)).items()}  # torch's version is no plain str
-    values = (impl.op, impl.name, dict(config), plain(dense), seed, layout, dict(sizes), origin, here)
+    dense = map_tensors(lambda x: x.detach().cpu().clone(memory_format=torch.contiguous_format), args)
+    versions = {
+        name: str(value) for name, value in stamp(torch.device(DEVICE)).items()
+    }  # torch's version is no plain str
+    values = (impl.op, impl.name, dict(config), to_plain(dense), seed, layout, dict(sizes), origin, versions)
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"format": FORMAT, **dict(zip(FIELDS, values))}, file)
 
 
-LEAVES = (Int4, QuantizedPages)
+LEAF_TYPES = (Int4, QuantizedKVPages)
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """The tree with its quantised leaves as dictionaries, from which their names tell them apart."""
-    if isinstance(value, LEAVES):
+    if isinstance(value, LEAF_TYPES):
         return {field.name: getattr(value, field.name) for field in fields(value)}
-    return type(value)(map(plain, value)) if isinstance(value, tuple | list) else value
+    return type(value)(map(to_plain, value)) if isinstance(value, tuple | list) else value
 
 
-def restored(value: Any) -> Any:
+def from_plain(value: Any) -> Any:
     """The inverse of `plain`, on the device that is checked. Errors: BundleError for what no op takes."""
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise BundleError(f"an argument is a {value.layout} tensor on {value.device}, expected a plain one")
         return value.to(DEVICE)
     if isinstance(value, dict):
-        kind = next((leaf for leaf in LEAVES if {field.name for field in fields(leaf)} == set(value)), None)
-        if kind is None:
+        leaf_type = next((leaf for leaf in LEAF_TYPES if {field.name for field in fields(leaf)} == set(value)), None)
+        if leaf_type is None:
             raise BundleError(
                 f"an argument is a dictionary of {sorted(map(str, value))}, expected an int4 weight or quantised pages"
             )
-        return kind(**{name: restored(x) for name, x in value.items()})
+        return leaf_type(**{name: from_plain(x) for name, x in value.items()})
     if isinstance(value, tuple | list):
-        return type(value)(map(restored, value))
+        return type(value)(map(from_plain, value))
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise BundleError(f"an argument is a {type(value).__name__}, expected a tensor, an int4 weight or a number")
@@ -124,23 +126,25 @@ def load(file: Path) -> Bundle:
     """Read a bundle. Errors: `BundleError`, `OSError`, `LoadError` for what is no file."""
     require_file(file)
     try:
-        held = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except pickle.UnpicklingError:
         raise BundleError(f"{file} is no bundle: it is not tensors, numbers and text alone") from None
     except Exception as error:  # whatever torch's reader may raise for bytes that are not its own
         raise BundleError(f"{file} is no bundle, or not a whole one ({type(error).__name__})") from None
-    if not isinstance(held, dict) or held.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BundleError(f"{file} is no bundle: it does not begin with the format {FORMAT!r}")
-    wrong = [name for name, kind in FIELDS.items() if type(held.get(name)) is not kind]
-    if wrong or not 0 <= held["seed"] < 2**63:
-        raise BundleError(f"{file} is no bundle: {', '.join(wrong) or 'seed'} missing or of the wrong type")
-    if held["layout"] not in LAYOUTS:
-        raise BundleError(f"{file} is no bundle: its layout is {held['layout']!r}, expected {' or '.join(LAYOUTS)}")
-    values = {name: held[name] for name in FIELDS}
+    invalid = [name for name, field_type in FIELDS.items() if type(content.get(name)) is not field_type]
+    if invalid or not 0 <= content["seed"] < 2**63:
+        raise BundleError(f"{file} is no bundle: {', '.join(invalid) or 'seed'} missing or of the wrong type")
+    if content["layout"] not in MEMORY_LAYOUTS:
+        raise BundleError(
+            f"{file} is no bundle: its layout is {content['layout']!r}, expected {' or '.join(MEMORY_LAYOUTS)}"
+        )
+    values = {name: content[name] for name in FIELDS}
     try:
-        return Bundle(file, **{**values, "args": restored(values["args"])})
+        return Bundle(file, **{**values, "args": from_plain(values["args"])})
     except BundleError as error:
         raise BundleError(f"{file}: {error}") from None
 
@@ -150,12 +154,12 @@ def resolve(bundle: Bundle) -> tuple[Op, Impl]:
     discover()
     if bundle.op not in OPS:
         raise BundleError(
-            f"{bundle.file} is of an op {shown(bundle.op)}, which does not exist; there are: {there(OPS)}"
+            f"{bundle.file} is of an op {short_repr(bundle.op)}, which does not exist; there are: {describe_available(OPS)}"
         )
     op = OPS[bundle.op]
     if bundle.impl not in op.impls:
         raise BundleError(
-            f"{bundle.file} is of {op.name} {shown(bundle.impl)}, which does not exist; there are: {there(op.impls)}"
+            f"{bundle.file} is of {op.name} {short_repr(bundle.impl)}, which does not exist; there are: {describe_available(op.impls)}"
         )
     impl = op.impls[bundle.impl]
     try:
@@ -163,15 +167,15 @@ def resolve(bundle: Bundle) -> tuple[Op, Impl]:
     except TypeError as error:
         raise BundleError(f"{bundle.file}: {op.name} {impl.name} no longer takes this call: {error}") from None
     try:
-        op.check(*mapped(Tensor.cpu, bundle.args))  # where the values of indices are always looked at
-        op.reference(*mapped(torch.clone, bundle.args))
+        op.check(*map_tensors(Tensor.cpu, bundle.args))  # where the values of indices are always looked at
+        op.reference(*map_tensors(torch.clone, bundle.args))
     except Exception as error:  # whatever a reference may raise for arguments that nobody checked
         raise BundleError(
-            f"{bundle.file}: the reference of {op.name} does not take these arguments: {brief(error)}"
+            f"{bundle.file}: the reference of {op.name} does not take these arguments: {first_line(error)}"
         ) from None
     return op, impl
 
 
-def brief(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of an error."""
     return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -20,18 +20,18 @@ from vila_triton.models.layers import Affine
 from vila_triton.ops import Int4
 from vila_triton.registry import OPS, Impl, Op, discover
 
-from .error_budget import DEVICE, budget, exactly, excess
-from .failure_report import crash
+from .error_budget import DEVICE, error_budget, error_over_budget, float64_reference
+from .failure_report import exception_line
 from .gate import CASE_BYTES
-from .guarded_memory import bits, mapped, tensors
+from .guarded_memory import bit_pattern, map_tensors, tensors
 
-MOST_ULPS = (0, 1, 3, 7, 63)  # the last of each bucket of the histogram but the last two: more, and NaN
-BUCKETS = ("0", "1", "2-3", "4-7", "8-63", "64+", "NaN")
+ULP_BUCKET_ENDS = (0, 1, 3, 7, 63)  # the last of each bucket of the histogram but the last two: more, and NaN
+ULP_BUCKETS = ("0", "1", "2-3", "4-7", "8-63", "64+", "NaN")
 BUDGET_CALLS, BUDGET_SECONDS = 20, 10.0  # a budget takes about so many references in float64, and may take so long
 
 
 @dataclass
-class Line:
+class LayerComparison:
     """What was seen of one layer over all its calls.
 
     ulps       how many elements lie how many steps of their dtype from the incumbent's, by bucket
@@ -56,31 +56,31 @@ class Line:
 
     def add(self, outputs: Sequence[Tensor], result: Sequence[Tensor]) -> float:
         """Count the differences of one call; its relative error."""
-        off, size = 0.0, 0.0  # sums of squares
+        squared_error, squared_norm = 0.0, 0.0  # sums of squares
         for got, want in zip(outputs, result):
-            self.ulps.update(histogram(got, want))
-            apart = difference(got, want)
-            self.largest = max(self.largest, apart.max().item() if apart.numel() else 0.0)
-            off += apart.square().sum().item()
-            size += want.double().nan_to_num(0, 0, 0).square().sum().item()
-        relative = math.sqrt(off / size) if size else math.inf if off else 0.0
+            self.ulps.update(ulp_histogram(got, want))
+            distance = absolute_difference(got, want)
+            self.largest = max(self.largest, distance.max().item() if distance.numel() else 0.0)
+            squared_error += distance.square().sum().item()
+            squared_norm += want.double().nan_to_num(0, 0, 0).square().sum().item()
+        relative = math.sqrt(squared_error / squared_norm) if squared_norm else math.inf if squared_error else 0.0
         self.relative = max(self.relative, relative)
         return relative
 
 
-class TooMuch(Exception):
+class BudgetUnaffordable(Exception):
     """A budget is not affordable, for the reason given."""
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """The worst call so far, with its arguments as they were before it."""
 
     name: str
     phase: str
     args: tuple
     config: Mapping[str, Any]
-    badness: tuple[float, float]
+    severity: tuple[float, float]
 
 
 def weight_paths(tree: Any, path: str = "") -> Iterator[tuple[int, str]]:
@@ -88,127 +88,133 @@ def weight_paths(tree: Any, path: str = "") -> Iterator[tuple[int, str]]:
     if isinstance(tree, Tensor):
         yield tree.data_ptr(), path
     elif isinstance(tree, tuple):
-        for i, part in enumerate(tree):
-            yield from weight_paths(part, f"{path}[{i}]")
+        for i, child in enumerate(tree):
+            yield from weight_paths(child, f"{path}[{i}]")
     elif is_dataclass(tree):
         for f in fields(tree):
-            below = path if isinstance(tree, Affine | Int4) else f"{path}.{f.name}".lstrip(".")
-            yield from weight_paths(getattr(tree, f.name), below)
+            child_path = path if isinstance(tree, Affine | Int4) else f"{path}.{f.name}".lstrip(".")
+            yield from weight_paths(getattr(tree, f.name), child_path)
 
 
-class Beside:
+class ShadowRecorder:
     """Watches the calls of one op inside `watching`; `lines` by the name of the layer, in the order they first ran."""
 
-    def __init__(self, op: Op, candidate: Impl, tree: Any, only: Sequence[str] = ()):
-        self.op, self.candidate, self.only = op, candidate, only
+    def __init__(self, op: Op, candidate: Impl, tree: Any, name_filters: Sequence[str] = ()):
+        self.op, self.candidate, self.name_filters = op, candidate, name_filters
         self.paths = dict(weight_paths(tree))
-        self.lines: dict[str, Line] = {}
-        self.checked: dict[str, float] = {}  # of each layer the largest relative error of a call that was checked
-        self.worst: Call | None = None
-        self.first = ""  # the first call, in time, that was wrong
+        self.layers: dict[str, LayerComparison] = {}
+        self.largest_checked: dict[
+            str, float
+        ] = {}  # of each layer the largest relative error of a call that was checked
+        self.worst: RecordedCall | None = None
+        self.first_failure = ""  # the first call, in time, that was wrong
         self.phase = "prefill"
-        self.place = ""  # the path of the weight used last, by any op
+        self.last_weight_path = ""  # the path of the weight used last, by any op
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         """Inside, every implementation of the op runs the candidate too; choices and results stay as they are."""
         discover()  # what is found later would go unwatched
-        before = {name: dict(op.impls) for name, op in OPS.items()}
+        original_impls = {name: dict(op.impls) for name, op in OPS.items()}
         for op in OPS.values():
-            op.impls.update({name: self.watched(impl) for name, impl in op.impls.items()})
+            op.impls.update({name: self.wrap_impl(impl) for name, impl in op.impls.items()})
         try:
             yield
         finally:
-            for name, impls in before.items():
+            for name, impls in original_impls.items():
                 OPS[name].impls.update(impls)
 
-    def watched(self, impl: Impl) -> Impl:
+    def wrap_impl(self, impl: Impl) -> Impl:
         def call(*args: Any, **config: Any) -> Any:
-            self.place = self.weight(args) or self.place
-            if impl.op != self.op.name or (self.only and not any(text in self.name(args) for text in self.only)):
+            self.last_weight_path = self.weight_path(args) or self.last_weight_path
+            if impl.op != self.op.name or (
+                self.name_filters and not any(text in self.call_name(args) for text in self.name_filters)
+            ):
                 return impl.fn(*args, **config)
-            before = mapped(torch.clone, args)
+            args_before = map_tensors(torch.clone, args)
             result = impl.fn(*args, **config)
-            self.compare(self.name(args), before, tensors(result), tensors(args))
+            self.compare(self.call_name(args), args_before, tensors(result), tensors(args))
             return result
 
         return replace(impl, fn=call)
 
-    def weight(self, args: Any) -> str:
+    def weight_path(self, args: Any) -> str:
         return next((self.paths[x.data_ptr()] for x in tensors(args) if x.data_ptr() in self.paths), "")
 
-    def name(self, args: Any) -> str:
-        layer = re.match(r".*layers\[\d+\]", self.place)
-        return self.weight(args) or (layer.group() if layer else self.place or self.op.name)
+    def call_name(self, args: Any) -> str:
+        layer = re.match(r".*layers\[\d+\]", self.last_weight_path)
+        return self.weight_path(args) or (layer.group() if layer else self.last_weight_path or self.op.name)
 
-    def compare(self, name: str, before: tuple, result: list[Tensor], after: list[Tensor]) -> None:
+    def compare(self, name: str, args_before: tuple, result: list[Tensor], args_after: list[Tensor]) -> None:
         """Run the candidate on the arguments as they were, and keep how its results and arguments differ."""
-        line = self.lines.setdefault(name, Line())
-        line.calls += 1
-        args = mapped(torch.clone, before)
+        layer = self.layers.setdefault(name, LayerComparison())
+        layer.calls += 1
+        args = map_tensors(torch.clone, args_before)
         config: Mapping[str, Any] = {}
-        times, relative, failure = 0.0, 0.0, ""
+        multiple, relative, failure = 0.0, 0.0, ""
         try:
-            config = self.candidate.chosen(*args)
+            config = self.candidate.resolve_config(*args)
             outputs = tensors(self.candidate(*args, config=config))
         except Exception as error:  # a kernel may fail in any way at all
-            outputs, failure = [], crash(error)
+            outputs, failure = [], exception_line(error)
         got, expected = ([(list(x.shape), x.dtype) for x in xs] for xs in (outputs, result))
         if got == expected:
-            relative = line.add(outputs, result)
-            if relative > self.checked.get(name, -1.0):
-                self.checked[name] = relative
-                times = self.times_budget(line, before, outputs)
-            if any(not torch.equal(bits(x), bits(y)) for x, y in zip(tensors(args), after)):
+            relative = layer.add(outputs, result)
+            if relative > self.largest_checked.get(name, -1.0):
+                self.largest_checked[name] = relative
+                multiple = self.budget_multiple(layer, args_before, outputs)
+            if any(not torch.equal(bit_pattern(x), bit_pattern(y)) for x, y in zip(tensors(args), args_after)):
                 failure = "leaves its arguments otherwise"
         failure = failure or ("" if got == expected else f"returned {got}, expected {expected}")
-        line.failure = line.failure or (f"{self.phase}: {failure}" if failure else "")
-        badness = (math.inf, math.inf) if failure else (times, relative)
-        if not self.first and badness[0] > 1:
-            self.first = f"{name}, {self.phase}"
-        if self.worst is None or badness > self.worst.badness:
-            self.worst = Call(name, self.phase, before, config, badness)
+        layer.failure = layer.failure or (f"{self.phase}: {failure}" if failure else "")
+        severity = (math.inf, math.inf) if failure else (multiple, relative)
+        if not self.first_failure and severity[0] > 1:
+            self.first_failure = f"{name}, {self.phase}"
+        if self.worst is None or severity > self.worst.severity:
+            self.worst = RecordedCall(name, self.phase, args_before, config, severity)
 
-    def times_budget(self, line: Line, before: tuple, outputs: list[Tensor]) -> float:
+    def budget_multiple(self, layer: LayerComparison, args_before: tuple, outputs: list[Tensor]) -> float:
         """How many times its budget the worst element is off; 0 if that is not known, and the line says why."""
         try:
-            exact, allowed = self.bounds(before)
-        except (TooMuch, AssertionError) as reason:  # an assertion: the reference is not finite
-            line.unchecked = str(reason)
+            exact, budgets = self.exact_and_budgets(args_before)
+        except (BudgetUnaffordable, AssertionError) as reason:  # an assertion: the reference is not finite
+            layer.unchecked = str(reason)
             return 0.0
-        each = zip(outputs, exact, allowed)
-        times = max((excess(x, want, room).max().item() for x, want, room in each if x.numel()), default=0.0)
-        line.times = max(line.times or 0.0, times)
-        return times
+        triples = zip(outputs, exact, budgets)
+        multiple = max(
+            (error_over_budget(x, want, budget).max().item() for x, want, budget in triples if x.numel()), default=0.0
+        )
+        layer.times = max(layer.times or 0.0, multiple)
+        return multiple
 
-    def bounds(self, args: tuple) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+    def exact_and_budgets(self, args: tuple) -> tuple[list[Tensor], Sequence[Tensor | None]]:
         """What the op should return for these arguments, and the budget (None: not a bit may differ)."""
-        if self.op.exact:
-            wants = tensors(self.op.reference(*mapped(torch.clone, args)))
-            return wants, [None] * len(wants)
+        if self.op.bitwise_exact:
+            exact = tensors(self.op.reference(*map_tensors(torch.clone, args)))
+            return exact, [None] * len(exact)
         if sum(x.nbytes for x in tensors(args)) > CASE_BYTES[DEVICE]:
-            raise TooMuch("the arguments are too large for float64")
+            raise BudgetUnaffordable("the arguments are too large for float64")
         start = time.monotonic()
-        exactly(self.op, args)
+        float64_reference(self.op, args)
         if (time.monotonic() - start) * BUDGET_CALLS > BUDGET_SECONDS:
-            raise TooMuch("float64 takes too long")
-        return budget(self.op, args)
+            raise BudgetUnaffordable("float64 takes too long")
+        return error_budget(self.op, args)
 
 
-def difference(got: Tensor, want: Tensor) -> Tensor:
+def absolute_difference(got: Tensor, want: Tensor) -> Tensor:
     """|got - want| in float64: 0 where the bits agree, infinite where only one is NaN."""
-    off = (got.double() - want.double()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
-    return torch.where(bits(got) == bits(want), 0.0, off)
+    distance = (got.double() - want.double()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+    return torch.where(bit_pattern(got) == bit_pattern(want), 0.0, distance)
 
 
-def histogram(got: Tensor, want: Tensor) -> dict[str, int]:
+def ulp_histogram(got: Tensor, want: Tensor) -> dict[str, int]:
     """Elements by the number of representable values from one to the other, in the buckets of `BUCKETS`."""
-    whole = [bits(x).long() for x in (got, want)]
+    integers = [bit_pattern(x).long() for x in (got, want)]
     low = -(2 ** (8 * got.element_size() - 1))
-    ranks = [torch.where(x < 0, low - x, x) for x in whole]  # in the order of the numbers; 0 and -0 are the same
+    ranks = [torch.where(x < 0, low - x, x) for x in integers]  # in the order of the numbers; 0 and -0 are the same
     ulps = (ranks[0] - ranks[1]).abs()
-    lost = (got.isnan() | want.isnan()) & (whole[0] != whole[1])
-    edges = torch.tensor(MOST_ULPS, device=got.device)
-    bucket = torch.where(lost, len(BUCKETS) - 1, torch.bucketize(ulps, edges))
-    counts = torch.bincount(bucket.flatten(), minlength=len(BUCKETS)).tolist()
-    return dict(zip(BUCKETS, counts))
+    is_nan = (got.isnan() | want.isnan()) & (integers[0] != integers[1])
+    edges = torch.tensor(ULP_BUCKET_ENDS, device=got.device)
+    bucket = torch.where(is_nan, len(ULP_BUCKETS) - 1, torch.bucketize(ulps, edges))
+    counts = torch.bincount(bucket.flatten(), minlength=len(ULP_BUCKETS)).tolist()
+    return dict(zip(ULP_BUCKETS, counts))

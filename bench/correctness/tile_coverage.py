@@ -11,11 +11,11 @@ from typing import Any
 Axis = tuple[str, int]  # the name of what a block cuts, and its length
 
 
-def axis(block: str, sizes: Mapping[str, Any]) -> Axis | None:
+def cut_axis(block: str, sizes: Mapping[str, Any]) -> Axis | None:
     """What a block of that name cuts at these sizes; None if that is not known."""
     rows, groups = sizes.get("s", 1) * sizes.get("ratio", 1), sizes.get("g", 0) * sizes.get("ratio", 1)
     depth = sizes.get("G", 0) * sizes.get("group", 0)
-    named = {
+    candidates = {
         "BLOCK_M": [("m", sizes.get("m")), ("rows of queries", rows)],
         "BLOCK_N": [("n", sizes.get("n")), ("keys, at most", sizes.get("t")), ("keys", sizes.get("s"))],
         "BLOCK_K": [("k", sizes.get("k")), ("k", depth)],
@@ -23,23 +23,23 @@ def axis(block: str, sizes: Mapping[str, Any]) -> Axis | None:
         "BLOCK_G": [("heads", sizes.get("g"))],
         "BLOCK": [("e", sizes.get("e")), ("f", sizes.get("f"))],
     }
-    return next(((name, length) for name, length in named.get(block, []) if length is not None), None)
+    return next(((name, length) for name, length in candidates.get(block, []) if length is not None), None)
 
 
-def coverage(config: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def coverage_lines(config: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A line for each block of a config: how many tiles of it the calls had, and what none of them met."""
     for block in (name for name in config if name.startswith("BLOCK")):
-        met = [found for sizes in calls if (found := axis(block, sizes))]
-        if not met:
+        axes = [axis for sizes in calls if (axis := cut_axis(block, sizes))]
+        if not axes:
             yield f"{block}: what it cuts is not known here"
             continue
-        size, lengths = config[block], [length for _, length in met]
+        size, lengths = config[block], [length for _, length in axes]
         tiles = [-(-length // size) for length in lengths]
         span = f"{min(tiles)}" if min(tiles) == max(tiles) else f"{min(tiles)}–{max(tiles)}"
-        said = f"{met[0][0]}: {span} tile{'s' * (max(tiles) > 1)} of {size}"
+        prefix = f"{axes[0][0]}: {span} tile{'s' * (max(tiles) > 1)} of {size}"
         if max(tiles) < 2:
-            yield f"{said}, NEVER MORE THAN ONE"
+            yield f"{prefix}, NEVER MORE THAN ONE"
         elif any(length > size and length % size for length in lengths):
-            yield f"{said}, last tile partial"
+            yield f"{prefix}, last tile partial"
         else:
-            yield f"{said}, the last never partial"
+            yield f"{prefix}, the last never partial"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from vila_triton.paths import config_dir
-from vila_triton.registry import OPS, OneOf, Op, Sizes, discover, there
+from vila_triton.registry import OPS, IntRange, OneOf, Op, describe_available, discover
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Case:
         return OPS[self.op].cost(**self.sizes)
 
 
-def call_arguments(case: Case, device: torch.device) -> Any:
+def random_arguments(case: Case, device: torch.device) -> Any:
     """Random arguments at the sizes of the case, drawn on the device."""
     with torch.device(device):
-        return OPS[case.op].example(**case.sizes, rng=torch.Generator(device).manual_seed(0), device=str(device))  # pyright: ignore[reportCallIssue]
+        return OPS[case.op].make_example(**case.sizes, rng=torch.Generator(device).manual_seed(0), device=str(device))  # pyright: ignore[reportCallIssue]
 
 
-def representative(domain: Sizes | OneOf) -> Any:
+def representative_size(domain: IntRange | OneOf) -> Any:
     """The largest size, a multiple of 16 if there is one, as the axes of real models are; of listed values the largest
     number, or the first where they are no numbers.
     """
@@ -55,35 +55,35 @@ def representative(domain: Sizes | OneOf) -> Any:
     return max((n for n in sizes if n % 16 == 0 and n), default=sizes[-1])
 
 
-def names() -> list[str]:
+def op_names() -> list[str]:
     """The ops there are."""
     discover()
     return list(OPS)
 
 
-def combinations(table: Mapping[str, Any], op: Op) -> Iterator[dict[str, Any]]:
+def size_combinations(table: Mapping[str, Any], op: Op) -> Iterator[dict[str, Any]]:
     """Every combination of the values of a table. Errors: ValueError for a size the op does not have, or no value."""
     axes = [(key.split("-"), values if isinstance(values, list) else [values]) for key, values in table.items()]
     unknown = {name for names, _ in axes for name in names} - set(op.domain)
     if unknown:
         raise ValueError(f"{op.name} has no size {', '.join(sorted(unknown))}; it has {', '.join(op.domain)}")
-    usual = {name: representative(domain) for name, domain in op.domain.items()}
-    if "dtype" in usual:
-        usual["dtype"] = "float16"
+    defaults = {name: representative_size(domain) for name, domain in op.domain.items()}
+    if "dtype" in defaults:
+        defaults["dtype"] = "float16"
     for choice in product(*(values for _, values in axes)):
-        sizes = dict(usual)
+        sizes = dict(defaults)
         for (keys, _), value in zip(axes, choice):
             sizes.update(zip(keys, value if len(keys) > 1 else [value], strict=True))
         yield sizes
 
 
-def cases(op: str, only: str | None = None) -> list[Case]:
+def cases(op: str, case_name: str | None = None) -> list[Case]:
     """The cases of an op, or those of one name. Errors: ValueError naming the names there are."""
-    if op not in names():
-        raise ValueError(f"no op {op!r}; there are: {there(OPS)}")
+    if op not in op_names():
+        raise ValueError(f"no op {op!r}; there are: {describe_available(OPS)}")
     file = config_dir() / "bench" / f"{op}.toml"
     tables = tomllib.loads(file.read_text()) if file.exists() else {"representative": {}}
-    if only is not None and only not in tables:
-        raise ValueError(f"{op} has no case {only!r}; there are: {', '.join(tables)}")
-    chosen = [only] if only else list(tables)
-    return [Case(op, name, sizes) for name in chosen for sizes in combinations(tables[name], OPS[op])]
+    if case_name is not None and case_name not in tables:
+        raise ValueError(f"{op} has no case {case_name!r}; there are: {', '.join(tables)}")
+    selected = [case_name] if case_name else list(tables)
+    return [Case(op, name, sizes) for name in selected for sizes in size_combinations(tables[name], OPS[op])]

@@ -12,52 +12,54 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 
-from .measured_points import Point, Row, goal, points
+from .measured_points import MeasuredPoint, Row, measured_points, report_goal
 
 PREFILL, STRETCH, COPY, DECODE = 0.75, 0.95, 0.85, 0.97
 PEERS = ("sdpa_flash", "sdpa_cudnn", "flash_attn", "flashinfer")
-LARGE = 100e6  # bytes
-SHORT = 16  # tokens of the history that others are compared with
+LARGE_BYTES = 100e6  # bytes
+SHORT_HISTORY = 16  # tokens of the history that others are compared with
 STREAMING = {1024: 1.05, 16384: 1.3}  # tokens of the history, up to: times as long at most
 
 
-def bandwidth(point: Point) -> float | None:
+def bandwidth_share(point: MeasuredPoint) -> float | None:
     """Share of what a device copy reaches."""
-    return point.ours["bytes_share"] if point.ours else None
+    return point.default_row["bytes_share"] if point.default_row else None
 
 
-def beside(point: Point, peers: Sequence[str]) -> float | None:
+def peer_ratio(point: MeasuredPoint, peers: Sequence[str]) -> float | None:
     return point.ratio(*peers)
 
 
-def goals(found: Sequence[Row]) -> Iterator[str]:
+def report_attention_goals(measured_rows: Sequence[Row]) -> Iterator[str]:
     """Lines for those goals that there are rows of."""
-    whole = [p for p in points(found, "prefill_attention") if p.case == "whole" and p.sizes["s"] >= 2048]
-    if whole:
-        yield from goal("prefill", PREFILL, partial(beside, peers=PEERS), whole)
-        known = [r for p in whole if (r := p.ratio(*PEERS)) is not None]
-        yield f"  stretch: {sum(r >= STRETCH for r in known)} of {len(known)} points reach {STRETCH}"
-    decode = [p for p in points(found, "decode_attention") if p.case == "decode"]
-    if decode:
-        large = [p for p in decode if p.ours and p.ours["bytes"] >= LARGE]
-        yield from goal("copy", COPY, bandwidth, large)
-        yield from goal("decode", DECODE, partial(beside, peers=("flashinfer",)), decode)
-    yield from streaming([row for row in found if row["kind"] == "model" and row["what"] == "stream"])
+    prefill_points = [
+        p for p in measured_points(measured_rows, "prefill_attention") if p.case == "whole" and p.sizes["s"] >= 2048
+    ]
+    if prefill_points:
+        yield from report_goal("prefill", PREFILL, partial(peer_ratio, peers=PEERS), prefill_points)
+        ratios = [r for p in prefill_points if (r := p.ratio(*PEERS)) is not None]
+        yield f"  stretch: {sum(r >= STRETCH for r in ratios)} of {len(ratios)} points reach {STRETCH}"
+    decode_points = [p for p in measured_points(measured_rows, "decode_attention") if p.case == "decode"]
+    if decode_points:
+        large_points = [p for p in decode_points if p.default_row and p.default_row["bytes"] >= LARGE_BYTES]
+        yield from report_goal("copy", COPY, bandwidth_share, large_points)
+        yield from report_goal("decode", DECODE, partial(peer_ratio, peers=("flashinfer",)), decode_points)
+    yield from report_streaming([row for row in measured_rows if row["kind"] == "model" and row["what"] == "stream"])
 
 
-def streaming(found: Sequence[Row]) -> Iterator[str]:
+def report_streaming(measured_rows: Sequence[Row]) -> Iterator[str]:
     """A line for each kind of model and history."""
     models: dict[tuple, dict[int, float]] = {}
-    for row in found:
+    for row in measured_rows:
         key = tuple(row[name] for name in ("device", "model", "layers", "weights", "choice", "prompt"))
         models.setdefault(key, {})[row["history"]] = row["seconds"]
     for key, seconds in models.items():
         name = f"goal streaming {' '.join(map(str, key))}"
-        for shortest, longest in pairwise([SHORT, *STREAMING]):
+        for shortest, longest in pairwise([SHORT_HISTORY, *STREAMING]):
             history = max((h for h in seconds if shortest < h <= longest), default=None)
-            if SHORT not in seconds or history is None:
+            if SHORT_HISTORY not in seconds or history is None:
                 yield f"{name} after up to {longest}: NOT MEASURED"
                 continue
-            ratio, most = seconds[history] / seconds[SHORT], STREAMING[longest]
-            state = "MET" if ratio <= most else "NOT MET"
-            yield f"{name} after {history}: {state}: {ratio:.3f} of the time after {SHORT}, at most {most}"
+            ratio, limit = seconds[history] / seconds[SHORT_HISTORY], STREAMING[longest]
+            state = "MET" if ratio <= limit else "NOT MET"
+            yield f"{name} after {history}: {state}: {ratio:.3f} of the time after {SHORT_HISTORY}, at most {limit}"

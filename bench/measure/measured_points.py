@@ -8,18 +8,18 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Point:
+class MeasuredPoint:
     """One shape and number of rows: what ours is there, and the seconds of the others by implementation."""
 
     case: str
     sizes: Mapping[str, Any]
-    ours: Row | None
+    default_row: Row | None
     seconds: Mapping[str, float]
 
-    def ratio(self, *others: str) -> float | None:
+    def ratio(self, *impls: str) -> float | None:
         """How many times as long as ours the fastest of the others takes; None if one of the two has no time."""
-        known = [self.seconds[name] for name in others if name in self.seconds]
-        return min(known) / self.ours["seconds"] if self.ours and known else None
+        times = [self.seconds[name] for name in impls if name in self.seconds]
+        return min(times) / self.default_row["seconds"] if self.default_row and times else None
 
     def __str__(self) -> str:
         if "m" not in self.sizes:
@@ -27,34 +27,36 @@ class Point:
         return f"m={self.sizes['m']} n={self.sizes['n']} k={self.sizes['G'] * self.sizes['group']}"
 
 
-def points(found: Sequence[Row], op: str = "int4_matmul") -> list[Point]:
+def measured_points(measured_rows: Sequence[Row], op: str = "int4_matmul") -> list[MeasuredPoint]:
     """By case, shape and rows; of what was measured twice, the last. Rows without a time count as points too."""
-    at: dict[tuple, dict[str, Row]] = {}
-    for row in found:
+    rows_by_shape: dict[tuple, dict[str, Row]] = {}
+    for row in measured_rows:
         if row.get("op") == op and row["kind"] in ("op", "refused"):
             key = row["case"], tuple(row["sizes"].items())
-            at.setdefault(key, {})["" if row["served"] else row["impl"]] = row
-    made = []
-    for (case, sizes), here in at.items():
-        timed = {name: row for name, row in here.items() if row["kind"] == "op"}
+            rows_by_shape.setdefault(key, {})["" if row["served"] else row["impl"]] = row
+    result = []
+    for (case, sizes), shape_rows in rows_by_shape.items():
+        timed = {name: row for name, row in shape_rows.items() if row["kind"] == "op"}
         seconds = {name: row["seconds"] for name, row in timed.items() if name}
-        ours = timed.get("")
-        if ours and ours["impl"] == "dequant":  # what runs by default is timed once
-            seconds["dequant"] = ours["seconds"]
-        made.append(Point(case, dict(sizes), ours, seconds))
-    return made
+        default_row = timed.get("")
+        if default_row and default_row["impl"] == "dequant":  # what runs by default is timed once
+            seconds["dequant"] = default_row["seconds"]
+        result.append(MeasuredPoint(case, dict(sizes), default_row, seconds))
+    return result
 
 
-def goal(name: str, least: float, ratio: Callable[[Point], float | None], among: Sequence[Point]) -> Iterator[str]:
+def report_goal(
+    name: str, min_ratio: float, ratio: Callable[[MeasuredPoint], float | None], points: Sequence[MeasuredPoint]
+) -> Iterator[str]:
     """A line, and one for each point that falls short."""
-    known = {str(p): r for p in among if (r := ratio(p)) is not None}
-    missing = f"; {len(among) - len(known)} of {len(among)} points not measured" if len(known) < len(among) else ""
-    if not known:
+    ratios = {str(p): r for p in points if (r := ratio(p)) is not None}
+    missing = f"; {len(points) - len(ratios)} of {len(points)} points not measured" if len(ratios) < len(points) else ""
+    if not ratios:
         yield f"goal {name}: NOT MEASURED{missing}"
         return
-    short = {point: r for point, r in known.items() if r < least}
-    worst = min(known, key=lambda point: known[point])
-    state = "NOT MET" if short else "met where it was measured" if missing else "MET"
-    met = f"{len(known) - len(short)} of {len(known)} points reach {least}"
-    yield f"goal {name}: {state}: {met}; the least is {known[worst]:.2f} at {worst}{missing}"
-    yield from (f"  {r:.2f} at {point}" for point, r in sorted(short.items(), key=lambda item: item[1]))
+    shortfalls = {point: r for point, r in ratios.items() if r < min_ratio}
+    worst = min(ratios, key=lambda point: ratios[point])
+    state = "NOT MET" if shortfalls else "met where it was measured" if missing else "MET"
+    summary = f"{len(ratios) - len(shortfalls)} of {len(ratios)} points reach {min_ratio}"
+    yield f"goal {name}: {state}: {summary}; the least is {ratios[worst]:.2f} at {worst}{missing}"
+    yield from (f"  {r:.2f} at {point}" for point, r in sorted(shortfalls.items(), key=lambda item: item[1]))

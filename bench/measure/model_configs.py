@@ -10,7 +10,7 @@ from vila_triton.paths import config_dir
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ReleasedModel:
     """One file of configs/models/. `vision_tower` and `mm_projector` are as in it, under Hugging Face's names; both are
     empty for a language model alone.
     """
@@ -25,21 +25,23 @@ class Geometry:
     mm_projector: dict[str, Any] = field(default_factory=dict)
 
 
-def known() -> dict[str, Path]:
+def model_files() -> dict[str, Path]:
     return {file.stem: file for file in sorted((config_dir() / "models").glob("*.toml"))}
 
 
-def load(model: str | Path, layers: int | None = None, group_size: int | None = None) -> Geometry:
+def load_model(model: str | Path, layers: int | None = None, group_size: int | None = None) -> ReleasedModel:
     """A file, or the name of one in configs/models/; `layers`: only so many of its language model; `group_size`: its
     linears in int4. Errors: ValueError naming the models there are.
     """
-    file = known().get(str(model), Path(model))
+    file = model_files().get(str(model), Path(model))
     if not file.is_file():
-        raise ValueError(f"no model {str(model)!r}; there are: {', '.join(known())}, or give the path of a .toml file")
+        raise ValueError(
+            f"no model {str(model)!r}; there are: {', '.join(model_files())}, or give the path of a .toml file"
+        )
     table = tomllib.loads(file.read_text())
     if layers is not None and layers < 1:
         raise ValueError(f"{layers} layers: a language model has at least 1")
     llm = table["llm"] | ({"num_hidden_layers": layers} if layers else {})
     if group_size:
         llm["quantization_config"] = {"quant_method": "vila-triton", "group_size": group_size}
-    return Geometry(**{**table, "llm": LlamaConfig.from_dict(llm)})
+    return ReleasedModel(**{**table, "llm": LlamaConfig.from_dict(llm)})

@@ -9,39 +9,39 @@ from PIL import Image
 
 from vila_triton.files.reading import LoadError, parse_json
 from vila_triton.images.processing import open_image
-from vila_triton.tiny.evaluate import items
+from vila_triton.tiny.evaluate import build_questions
 
 
 @dataclass(frozen=True)
 class Prompt:
     question: str
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
 
 
-def bundled(count: int, seed: int) -> list[Prompt]:
+def bundled_prompts(count: int, seed: int) -> list[Prompt]:
     """Questions of different kinds about held-out scenes. Errors: ValueError for more than there are kinds."""
-    there = items(1, seed)
-    if not 1 <= count <= len(there):
-        raise ValueError(f"{count} bundled questions, expected 1 to {len(there)}")
-    return [Prompt(item.qa.question, item.pictures) for item in random.Random(seed).sample(there, count)]
+    candidates = build_questions(1, seed)
+    if not 1 <= count <= len(candidates):
+        raise ValueError(f"{count} bundled questions, expected 1 to {len(candidates)}")
+    return [Prompt(item.qa.question, item.images) for item in random.Random(seed).sample(candidates, count)]
 
 
-def read(file: Path) -> list[Prompt]:
+def read_prompts(file: Path) -> list[Prompt]:
     """One JSON object a line: {"question": "...", "images": ["FILE", ...]}, files relative to this one.
 
     Errors: ValueError naming the line, OSError.
     """
-    found = []
+    prompts = []
     for number, text in enumerate(file.read_text().splitlines(), 1):
         try:
-            held = parse_json(text, file)
-            question, images = held["question"], held.get("images", [])
-            pictures = [file.parent / name for name in images]
+            record = parse_json(text, file)
+            question, images = record["question"], record.get("images", [])
+            image_files = [file.parent / name for name in images]
             if not isinstance(question, str):
                 raise TypeError
         except (LoadError, KeyError, TypeError, AttributeError):
             raise ValueError(f'{file}:{number}: expected {{"question": "...", "images": ["FILE"]}}') from None
-        found.append(Prompt(question, [open_image(picture) for picture in pictures]))
-    if not found:
+        prompts.append(Prompt(question, [open_image(image_file) for image_file in image_files]))
+    if not prompts:
         raise ValueError(f"{file} holds no prompt")
-    return found
+    return prompts

@@ -18,22 +18,22 @@ from typing import Any, BinaryIO
 import torch
 import triton
 
-from vila_triton.files.file_locks import locked
+from vila_triton.files.file_locks import exclusive_lock
 from vila_triton.files.reading import require_file
 
 ROOT = Path(__file__).resolve().parents[2]
 STAMP = ("device", "torch", "triton", "python", "commit", "date")  # where and when a row was measured
 RESULTS = ROOT / "bench" / "results"
-WRITTEN: dict[Path, None] = {}  # the files this process wrote rows to, for who interrupts it
+WRITTEN_FILES: dict[Path, None] = {}  # the files this process wrote rows to, for who interrupts it
 
 
 def device_name(device: torch.device) -> str:
     """What the machine calls its processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    found = [x for x in cpu_info() if x.startswith("model name")]
+    model_names = [x for x in cpu_info() if x.startswith("model name")]
     cores = f"{torch.get_num_threads()} threads"
-    return f"{found[0].split(':')[1].strip()}, {cores}" if found else f"{platform.machine()} CPU, {cores}"
+    return f"{model_names[0].split(':')[1].strip()}, {cores}" if model_names else f"{platform.machine()} CPU, {cores}"
 
 
 def cpu_info() -> list[str]:
@@ -63,30 +63,30 @@ def stamp(device: torch.device) -> dict[str, str]:
 def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Append rows; each is on disk before the next is asked for. Others may append to the file at the same time."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    WRITTEN[file] = None
+    WRITTEN_FILES[file] = None
     with file.open("a+b", buffering=0) as out:
         for row in rows:
-            with locked(out):
-                mend(out)
+            with exclusive_lock(out):
+                repair_last_line(out)
                 out.write(json.dumps(row).encode() + b"\n")
 
 
-def mend(out: BinaryIO) -> None:
+def repair_last_line(out: BinaryIO) -> None:
     """End the last line of a file, or drop it if it was cut off."""
     if not out.seek(0, os.SEEK_END):
         return
     out.seek(-1, os.SEEK_END)
     if out.read(1) != b"\n":
         out.seek(0)
-        held = out.read()
-        start = held.rfind(b"\n") + 1
-        if whole(held[start:]):
+        content = out.read()
+        start = content.rfind(b"\n") + 1
+        if is_complete_row(content[start:]):
             out.write(b"\n")
         else:
             out.truncate(start)
 
 
-def whole(line: bytes) -> bool:
+def is_complete_row(line: bytes) -> bool:
     """Whether a last line without its end is a row all the same: what is cut off in the middle is no JSON."""
     try:
         json.loads(line)
@@ -102,10 +102,10 @@ def read(*files: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
     """
     for file in files:
         require_file(file)
-        *lines, rest = file.read_bytes().split(b"\n")
-        if whole(rest):
-            lines.append(rest)
-        elif rest:
+        *lines, last_line = file.read_bytes().split(b"\n")
+        if is_complete_row(last_line):
+            lines.append(last_line)
+        elif last_line:
             print(f"{file}:{len(lines) + 1} was cut off in the middle and is left out", file=sys.stderr)
         for number, line in enumerate(lines, 1):
             try:

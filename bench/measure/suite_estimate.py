@@ -19,61 +19,63 @@ import torch
 
 from vila_triton.paths import config_dir
 from vila_triton.registry import OPS, REFERENCE, Impl
-from vila_triton.registry.interpreter import holds_kernels
-from vila_triton.registry.kernel_config import configured
-from vila_triton.registry.search_space import canonical
+from vila_triton.registry.interpreter import uses_triton_kernels
+from vila_triton.registry.kernel_config import configured_choices
+from vila_triton.registry.search_space import canonical_json
 
 from .. import accuracy, model, ops, tune
 from ..correctness import gate
-from ..correctness.error_budget import budget
+from ..correctness.error_budget import error_budget
 from ..tuner import cost_model
-from ..tuner.jobs import as_compiled
-from ..tuner.search import Plan, Search
+from ..tuner.jobs import compile_equivalent_sizes
+from ..tuner.search import Search, SearchPlan
 from . import model_configs, step_cost
 from .cases import Case, cases
-from .model_steps import steps as steps_of_model
-from .suite_plan import Step, allot
-from .timing import copies
+from .model_steps import plan_steps as steps_of_model
+from .suite_plan import SuiteStep, allot_seconds
+from .timing import num_copies
 
-Call = tuple[Impl, Mapping[str, Any], Mapping[str, Any]]  # implementation, config, sizes
+KernelCall = tuple[Impl, Mapping[str, Any], Mapping[str, Any]]  # implementation, config, sizes
 ARCH = "sm_90"
-VARIETIES = 3 * 2  # dtypes and layouts in which bench.correctness runs a config
-STAGES = 3  # of a search, each with processes of its own
+CORRECTNESS_VARIANTS = 3 * 2  # dtypes and layouts in which bench.correctness runs a config
+SEARCH_STAGES = 3  # of a search, each with processes of its own
 
 
 @cache
-def table() -> Mapping[str, Any]:
+def suite_config() -> Mapping[str, Any]:
     return tomllib.loads((config_dir() / "bench" / "suite.toml").read_text())
 
 
 @cache
-def machine() -> Mapping[str, Any]:
+def machine_config() -> Mapping[str, Any]:
     sheets = tomllib.loads((config_dir() / "bench" / "gpus.toml").read_text())
-    return {**table()["machine"], **sheets[table()["machine"]["gpu"]]}
+    return {**suite_config()["machine"], **sheets[suite_config()["machine"]["gpu"]]}
 
 
-def unit(name: str) -> float:
-    return 1.0 if name == "second" else table()["units"][name]
+def unit_seconds(name: str) -> float:
+    return 1.0 if name == "second" else suite_config()["units"][name]
 
 
-def seconds(counts: Mapping[str, float]) -> float:
-    return sum(unit(name) * count for name, count in counts.items())
+def total_seconds(counts: Mapping[str, float]) -> float:
+    return sum(unit_seconds(name) * count for name, count in counts.items())
 
 
-def lines(plan: Sequence[Step], limit: float) -> Iterator[str]:
+def estimate_table(plan: Sequence[SuiteStep], limit: float) -> Iterator[str]:
     """The estimate of each step that is kept beside its limit, what it is made of, and all of them together."""
-    limits = allot(plan, limit)
-    kept = [step for step in plan if step.name in limits]
+    limits = allot_seconds(plan, limit)
+    included = [step for step in plan if step.name in limits]
     total = 0.0
     yield f"{'':24}{'estimate':>10}{'limit':>8}"
-    for step in kept:
-        found = count(step, limits[step.name], kept)
-        total += min(seconds(found), limits[step.name])
-        too_long = "  ends early, by its own clock" if step.keeps_time else "  DOES NOT FIT"
-        fits = "" if seconds(found) <= limits[step.name] else too_long
-        parts = sorted(found, key=lambda name: -unit(name) * found[name])
-        made_of = ", ".join(f"{found[name]:.4g} {name} {unit(name) * found[name]:.1f} s" for name in parts)
-        yield f"{step.name:24}{seconds(found):8.0f} s{limits[step.name]:6.0f} s  {made_of}{fits}"
+    for step in included:
+        step_counts = count_step(step, limits[step.name], included)
+        total += min(total_seconds(step_counts), limits[step.name])
+        verdict = "  ends early, by its own clock" if step.has_own_clock else "  DOES NOT FIT"
+        remark = "" if total_seconds(step_counts) <= limits[step.name] else verdict
+        ordered = sorted(step_counts, key=lambda name: -unit_seconds(name) * step_counts[name])
+        breakdown = ", ".join(
+            f"{step_counts[name]:.4g} {name} {unit_seconds(name) * step_counts[name]:.1f} s" for name in ordered
+        )
+        yield f"{step.name:24}{total_seconds(step_counts):8.0f} s{limits[step.name]:6.0f} s  {breakdown}{remark}"
     yield f"{'together':24}{total:8.0f} s{sum(limits.values()):6.0f} s, of {limit:.0f} s"
 
 
@@ -81,25 +83,30 @@ def counts(**each: float) -> Counter[str]:
     return Counter(each)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
-def count(step: Step, limit: float, plan: Sequence[Step]) -> Counter[str]:
+def count_step(step: SuiteStep, limit: float, plan: Sequence[SuiteStep]) -> Counter[str]:
     """How often a step does what units are of."""
-    name, *words = step.command(limit)
-    return COUNTS[name](words, plan)
+    name, *arguments = step.command(limit)
+    return COUNTS[name](arguments, plan)
 
 
-def kernels(calls: Sequence[Call]) -> int:
+def num_kernels(calls: Sequence[KernelCall]) -> int:
     """How many of the calls are of Triton kernels and told apart by the compiler."""
     return len(
         {
-            (impl.op, impl.name, canonical(dict(config)), canonical(as_compiled(OPS[impl.op].domain, sizes)))
+            (
+                impl.op,
+                impl.name,
+                canonical_json(dict(config)),
+                canonical_json(compile_equivalent_sizes(OPS[impl.op].domain, sizes)),
+            )
             for impl, config, sizes in calls
-            if holds_kernels(impl)
+            if uses_triton_kernels(impl)
         }
     )
 
 
 @cache
-def float64_calls() -> int:
+def float64_calls_per_case() -> int:
     """References in float64 for the budget of one case, counted at a small one."""
     op, calls = OPS["swiglu"], 0
     reference = op.reference
@@ -109,119 +116,135 @@ def float64_calls() -> int:
         calls += args[0].dtype == torch.float64
         return reference(*args)
 
-    args = op.example(s=8, f=16, dtype="float32", rng=torch.Generator().manual_seed(0), device="cpu")
+    args = op.make_example(s=8, f=16, dtype="float32", rng=torch.Generator().manual_seed(0), device="cpu")
     with patch.object(op, "reference", counted):
-        budget(op, args)
+        error_budget(op, args)
     return calls
 
 
-def checked(found: Sequence[Case]) -> Counter[str]:
+def count_reference_checks(checked_cases: Sequence[Case]) -> Counter[str]:
     """The references of those cases whose own numbers are checked."""
-    flops = [c.cost[0] for c in found if c.cost[0] <= gate.CASE_FLOPS["cuda"] and c.cost[1] <= gate.CASE_BYTES["cuda"]]
-    return counts(float64_call=len(flops) * float64_calls(), float64_flop=sum(flops) * float64_calls())
+    flops = [
+        c.cost[0]
+        for c in checked_cases
+        if c.cost[0] <= gate.CASE_FLOPS["cuda"] and c.cost[1] <= gate.CASE_BYTES["cuda"]
+    ]
+    return counts(
+        float64_call=len(flops) * float64_calls_per_case(), float64_flop=sum(flops) * float64_calls_per_case()
+    )
 
 
-def call_seconds(flops: float, size: float) -> float:
-    return unit("slack") * max(flops / machine()["flops"], size / machine()["bandwidth"])
+def predicted_call_seconds(flops: float, size: float) -> float:
+    return unit_seconds("slack") * max(flops / machine_config()["flops"], size / machine_config()["bandwidth"])
 
 
-def timed(case: Case, budget: float) -> Counter[str]:
+def count_timing(case: Case, budget: float) -> Counter[str]:
     """One figure: arguments and copies, a turn over them that warms up, one captured, two runs of five or more."""
     flops, size = case.cost
-    held, _ = copies(max(1, size), machine()["cache"])
-    turn = held * call_seconds(flops, size)
-    return counts(figure=1, byte=size * held, launch=2 * held, second=2 * turn + 2 * max(budget, 5 * turn))
+    copies, _ = num_copies(max(1, size), machine_config()["cache"])
+    pass_seconds = copies * predicted_call_seconds(flops, size)
+    return counts(
+        figure=1,
+        byte=size * copies,
+        launch=2 * copies,
+        second=2 * pass_seconds + 2 * max(budget, 5 * pass_seconds),
+    )
 
 
-def served(case: Case) -> tuple[str, Mapping[str, Any]]:
+def default_impl(case: Case) -> tuple[str, Mapping[str, Any]]:
     """What a call runs by default on a GPU of which there is no table."""
     op = OPS[case.op]
-    choice = configured("cuda", "decode").get(case.op, REFERENCE)
-    name = choice if isinstance(choice, str) else choice.at(case.sizes[op.varying[0]])
+    choice = configured_choices("cuda", "decode").get(case.op, REFERENCE)
+    name = choice if isinstance(choice, str) else choice.lookup(case.sizes[op.dynamic_sizes[0]])
     return name, op.impls[name].configs[0]
 
 
-def of_ops(words: Sequence[str], plan: Sequence[Step]) -> Counter[str]:
+def count_ops(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[str]:
     from ..peers import dense, sdpa  # noqa: F401 (torch's own, which are sure to be there)
 
-    args = ops.parser().parse_args(words)
-    chosen = [case for op in args.ops for case in cases(op, args.case)]
-    total = counts(start=1) + checked(chosen)
-    calls: list[Call] = []
-    for case in chosen:
-        by_default = served(case) if args.served else None
-        for impl, config in ops.wanted(case, args.impl, args.configs == "all", by_default):
+    args = ops.parser().parse_args(arguments)
+    selected = [case for op in args.ops for case in cases(op, args.case)]
+    total = counts(start=1) + count_reference_checks(selected)
+    calls: list[KernelCall] = []
+    for case in selected:
+        default = default_impl(case) if args.served else None
+        for impl, config in ops.select_impls(case, args.impl, args.configs == "all", default):
             calls.append((impl, config, case.sizes))
-            total += timed(case, args.budget)
-    total["compile"] = kernels(calls)
+            total += count_timing(case, args.budget)
+    total["compile"] = num_kernels(calls)
     if args.gate == "full":
-        kinds = {(impl.op, impl.name): impl for impl, _, _ in calls}
-        total["correct"] = gate.EXAMPLES * len(kinds)
-        total["compile"] += gate.EXAMPLES * sum(map(holds_kernels, kinds.values()))
+        impls_by_name = {(impl.op, impl.name): impl for impl, _, _ in calls}
+        total["correct"] = gate.NUM_EXAMPLES * len(impls_by_name)
+        total["compile"] += gate.NUM_EXAMPLES * sum(map(uses_triton_kernels, impls_by_name.values()))
     return total
 
 
-def of_tune(words: Sequence[str], plan: Sequence[Step]) -> Counter[str]:
-    args = tune.parser().parse_args(words)
-    total = counts(start=1 + STAGES)
+def count_tune(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[str]:
+    args = tune.parser().parse_args(arguments)
+    total = counts(start=1 + SEARCH_STAGES)
     with tempfile.TemporaryDirectory() as folder:
-        for impl in tune.chosen(args):
-            about = Plan("gpu", ARCH, cost_model.gpu(ARCH), args.worse_than, args.budget, {})
-            search = Search(impl, cases(impl.op, args.case), about, Path(folder), args.candidates)
-            rounds = -(-len(search.candidates) // machine()["cores"])
-            total += counts(end=1, compile=rounds * (1 + gate.EXAMPLES), correct=rounds * gate.EXAMPLES)
+        for impl in tune.select_impls(args):
+            search_plan = SearchPlan("gpu", ARCH, cost_model.gpu_of_arch(ARCH), args.worse_than, args.budget, {})
+            search = Search(impl, cases(impl.op, args.case), search_plan, Path(folder), args.candidates)
+            rounds = -(-len(search.candidates) // machine_config()["cores"])
+            total += counts(end=1, compile=rounds * (1 + gate.NUM_EXAMPLES), correct=rounds * gate.NUM_EXAMPLES)
             for candidate in search.candidates:
                 total += counts(compile=1)  # by the one process that times
-                for sizes, _ in candidate.at:
-                    total += timed(Case(impl.op, "tune", sizes), args.budget)
+                for sizes, _ in candidate.timed_sizes:
+                    total += count_timing(Case(impl.op, "tune", sizes), args.budget)
     return total
 
 
-def of_model(words: Sequence[str], plan: Sequence[Step]) -> Counter[str]:
-    args = model.parser().parse_args(words)
-    cfg, weights = model_configs.load(args.model, args.layers).llm, args.weights.split(",")
+def count_model(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[str]:
+    args = model.parser().parse_args(arguments)
+    cfg, weights = model_configs.load_model(args.model, args.layers).llm, args.weights.split(",")
     runners = len(weights) * (1 + (args.against == "hf"))
-    size = step_cost.language(cfg, 1, 1, 0).bytes
-    by_default = [name for phase in ("prefill", "decode") for name in configured("cuda", phase)]
-    total = counts(start=1, compile=len(weights) * len(by_default), byte=(len(weights) + 4 * runners) * size)
-    total["float64_flop"] = runners * step_cost.language(cfg, 1, model.GATE, 0).flops
+    size = step_cost.language_cost(cfg, 1, 1, 0).bytes
+    default_kernels = [name for phase in ("prefill", "decode") for name in configured_choices("cuda", phase)]
+    total = counts(start=1, compile=len(weights) * len(default_kernels), byte=(len(weights) + 4 * runners) * size)
+    total["float64_flop"] = runners * step_cost.language_cost(cfg, 1, model.GATE_TOKENS, 0).flops
     for step in steps_of_model(args.prompts, args.histories, args.batches, args.contexts):
-        for new, history, turns in ((step.new, step.history, args.rounds + 1), (step.history, 0, 1)):
+        for new, history, repeats in (
+            (step.new_tokens, step.cached_tokens, args.rounds + 1),
+            (step.cached_tokens, 0, 1),
+        ):
             if new:
-                needed = step_cost.language(cfg, step.batch, new, history)
-                eager = unit("layer_step") * cfg.num_hidden_layers
-                each = max(eager, call_seconds(needed.flops, needed.bytes))
-                total["second"] += runners * turns * each  # pyright: ignore[reportArgumentType]
+                cost = step_cost.language_cost(cfg, step.batch, new, history)
+                eager = unit_seconds("layer_step") * cfg.num_hidden_layers
+                step_seconds = max(eager, predicted_call_seconds(cost.flops, cost.bytes))
+                total["second"] += runners * repeats * step_seconds  # pyright: ignore[reportArgumentType]
     return total
 
 
-def of_error(words: Sequence[str], plan: Sequence[Step]) -> Counter[str]:
-    args = accuracy.parser().parse_args(words)
-    _, sizes = accuracy.sizes_of(args.op, args.toy)
-    calls = [(impl, impl.configs[0], at) for impl in OPS[args.op].impls.values() for at in sizes]
-    return counts(start=1, compile=kernels(calls), float64_call=2 * len(sizes), correct=len(calls))
+def count_error(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[str]:
+    args = accuracy.build_parser().parse_args(arguments)
+    _, sizes = accuracy.yardstick_and_sizes(args.op, args.toy)
+    calls = [(impl, impl.configs[0], case_sizes) for impl in OPS[args.op].impls.values() for case_sizes in sizes]
+    return counts(start=1, compile=num_kernels(calls), float64_call=2 * len(sizes), correct=len(calls))
 
 
-def of_correctness(words: Sequence[str], plan: Sequence[Step]) -> Counter[str]:
-    hands = min(machine()["cores"], int(words[words.index("--processes") + 1]))
+def count_correctness(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[str]:
+    num_processes = min(machine_config()["cores"], int(arguments[arguments.index("--processes") + 1]))
     impls = [impl for op in OPS.values() for impl in op.impls.values()]
-    rounds = VARIETIES / hands
-    return counts(start=2.0, compile=rounds * sum(map(holds_kernels, impls)), correct=rounds * len(impls))
+    rounds = CORRECTNESS_VARIANTS / num_processes
+    return counts(start=2.0, compile=rounds * sum(map(uses_triton_kernels, impls)), correct=rounds * len(impls))
 
 
-def of_pictures(words: Sequence[str], plan: Sequence[Step]) -> Counter[str]:
+def count_plots(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[str]:
     """A roofline, of each op that is timed the times and the ratios, and one of the model."""
-    drawn = {op for step in plan if step.words[0] == "bench.ops" for op in ops.parser().parse_args(step.words[1:]).ops}
-    return counts(start=1, picture=2 + 2 * len(drawn))
+    plotted_ops = {
+        op for step in plan if step.argv[0] == "bench.ops" for op in ops.parser().parse_args(step.argv[1:]).ops
+    }
+    return counts(start=1, picture=2 + 2 * len(plotted_ops))
 
 
-COUNTS: dict[str, Callable[[Sequence[str], Sequence[Step]], Counter[str]]] = {
-    "bench.correctness": of_correctness,
-    "bench.ops": of_ops,
+COUNTS: dict[str, Callable[[Sequence[str], Sequence[SuiteStep]], Counter[str]]] = {
+    "bench.correctness": count_correctness,
+    "bench.ops": count_ops,
     "bench.goals": lambda words, plan: counts(start=1),
-    "bench.model": of_model,
-    "bench.tune": of_tune,
-    "bench.accuracy": of_error,
-    "bench.plot": of_pictures,
-    "bench.report": of_pictures,
+    "bench.model": count_model,
+    "bench.tune": count_tune,
+    "bench.accuracy": count_error,
+    "bench.plot": count_plots,
+    "bench.report": count_plots,
 }

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..correctness.guarded_memory import mapped, tensors
+from ..correctness.guarded_memory import map_tensors, tensors
 
 MOST_COPIES = 64
 CPU_CACHE = 64 * 2**20  # bytes, where the machine does not say
@@ -47,36 +47,36 @@ def cache_bytes(device: torch.device) -> int:
     return max((int(s[:-1]) * {"K": 2**10, "M": 2**20}[s[-1]] for s in sizes if s[-1:] in "KM"), default=CPU_CACHE)
 
 
-def copies(size: int, cache: int) -> tuple[int, int]:
+def num_copies(size: int, cache: int) -> tuple[int, int]:
     """(how many are made, how many overflow the cache twice) of arguments of so many bytes."""
-    wanted = -(-2 * cache // size) + 1
-    return max(2, min(MOST_COPIES, wanted)), wanted
+    needed = -(-2 * cache // size) + 1
+    return max(2, min(MOST_COPIES, needed)), needed
 
 
-def turns(args: Any, device: torch.device) -> tuple[list[Any], bool]:
+def copies_of_args(args: Any, device: torch.device) -> tuple[list[Any], bool]:
     """Copies of the arguments, and whether together they overflow the cache twice."""
     size = max(1, sum(x.nbytes for x in tensors(args)))
-    count, wanted = copies(size, cache_bytes(device))
-    return [args, *(mapped(torch.clone, args) for _ in range(count - 1))], count >= wanted
+    count, needed = num_copies(size, cache_bytes(device))
+    return [args, *(map_tensors(torch.clone, args) for _ in range(count - 1))], count >= needed
 
 
-def measure(call: Callable[..., Any], args: Any, device: torch.device, budget: float = 0.2) -> Timing:
+def time_call(call: Callable[..., Any], args: Any, device: torch.device, budget: float = 0.2) -> Timing:
     """Time call(*args); `budget`: about so many seconds for each of the two runs, five samples at least."""
-    held, cold = turns(args, device)
-    for copy in held:  # compiles, allocates, and lets a library prepare each copy
+    arg_copies, cold = copies_of_args(args, device)
+    for copy in arg_copies:  # compiles, allocates, and lets a library prepare each copy
         call(*copy)
     if device.type == "cpu":
-        runs = [on_cpu(call, held, budget) for _ in range(2)]
+        runs = [sample_on_cpu(call, arg_copies, budget) for _ in range(2)]
         graph = False
     else:
-        turn, graph = captured(call, held)
-        runs = [on_gpu(turn, len(held), budget) for _ in range(2)]
-    first = sorted(runs[0])
-    low, high = (first[int(share * (len(first) - 1))] for share in (0.2, 0.8))
-    return Timing(statistics.median(first), low, high, statistics.median(runs[1]), len(first), cold, graph)
+        replay, graph = capture_cuda_graph(call, arg_copies)
+        runs = [sample_on_gpu(replay, len(arg_copies), budget) for _ in range(2)]
+    samples = sorted(runs[0])
+    low, high = (samples[int(share * (len(samples) - 1))] for share in (0.2, 0.8))
+    return Timing(statistics.median(samples), low, high, statistics.median(runs[1]), len(samples), cold, graph)
 
 
-def on_cpu(call: Callable[..., Any], copies: Sequence[Any], budget: float) -> list[float]:
+def sample_on_cpu(call: Callable[..., Any], copies: Sequence[Any], budget: float) -> list[float]:
     samples: list[float] = []
     end = time.perf_counter() + budget
     while len(samples) < 5 or time.perf_counter() < end:
@@ -87,10 +87,10 @@ def on_cpu(call: Callable[..., Any], copies: Sequence[Any], budget: float) -> li
     return samples
 
 
-def captured(call: Callable[..., Any], copies: Sequence[Any]) -> tuple[Callable[[], Any], bool]:
+def capture_cuda_graph(call: Callable[..., Any], copies: Sequence[Any]) -> tuple[Callable[[], Any], bool]:
     """One turn over the copies as a CUDA graph, or as calls if the implementation waits for the device inside."""
 
-    def turn() -> None:
+    def call_copies() -> None:
         for copy in copies:
             call(*copy)
 
@@ -98,23 +98,23 @@ def captured(call: Callable[..., Any], copies: Sequence[Any]) -> tuple[Callable[
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
-            turn()
+            call_copies()
     except RuntimeError:
         torch.cuda.synchronize()
-        return turn, False
+        return call_copies, False
     return graph.replay, True
 
 
-def on_gpu(turn: Callable[[], Any], calls: int, budget: float) -> list[float]:
+def sample_on_gpu(replay: Callable[[], Any], calls: int, budget: float) -> list[float]:
     """Seconds a call, one sample a turn."""
     samples: list[float] = []
-    turn()
+    replay()
     torch.cuda.synchronize()
     end = time.perf_counter() + budget
     while len(samples) < 5 or time.perf_counter() < end:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        turn()
+        replay()
         stop.record()
         stop.synchronize()
         samples.append(start.elapsed_time(stop) / 1e3 / calls)
@@ -122,14 +122,14 @@ def on_gpu(turn: Callable[[], Any], calls: int, budget: float) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Ceilings:
+class MachinePeaks:
     """What this machine reached just now: bytes a second read or copied, and flops a second of a matrix product."""
 
     bandwidth: float
     flops: dict[str, float]  # by dtype
 
 
-def ceilings(device: torch.device, dtypes: Iterable[str] = ("float32", "float16", "bfloat16")) -> Ceilings:
+def measure_peaks(device: torch.device, dtypes: Iterable[str] = ("float32", "float16", "bfloat16")) -> MachinePeaks:
     """Measured with torch: the faster of summing and copying much memory, and the product of two square matrices.
 
     Memory is 32 times the cache (at most 2 GiB); a matrix has so many rows, from 512 to 8192, that the product of two
@@ -138,25 +138,25 @@ def ceilings(device: torch.device, dtypes: Iterable[str] = ("float32", "float16"
     size = min(32 * cache_bytes(device), 2**31)
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    reads = fastest(lambda: source.sum(), device)
-    copies = fastest(lambda: target.copy_(source), device)
+    reads = min_seconds(lambda: source.sum(), device)
+    copies = min_seconds(lambda: target.copy_(source), device)
     bandwidth = max(source.nbytes / reads, 2 * source.nbytes / copies)
-    return Ceilings(bandwidth, {dtype: product_flops(device, getattr(torch, dtype)) for dtype in dtypes})
+    return MachinePeaks(bandwidth, {dtype: matmul_flops(device, getattr(torch, dtype)) for dtype in dtypes})
 
 
-def product_flops(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Flops a second of a product of two square matrices."""
     n, seconds = 256, 0.0
     while seconds < 1e-3 and n < 8192:
         n *= 2
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        seconds = fastest(lambda a=a, b=b: a @ b, device)
+        seconds = min_seconds(lambda a=a, b=b: a @ b, device)
     return 2 * n**3 / seconds
 
 
-def fastest(call: Callable[[], Any], device: torch.device, budget: float = 0.3) -> float:
+def min_seconds(call: Callable[[], Any], device: torch.device, budget: float = 0.3) -> float:
     """The least seconds one call took."""
     call()
     if device.type == "cpu":
-        return min(on_cpu(call, [()], budget))
-    return min(on_gpu(call, 1, budget))
+        return min(sample_on_cpu(call, [()], budget))
+    return min(sample_on_gpu(call, 1, budget))

@@ -17,27 +17,27 @@ or batch (`prepared`), at the first call, and so is not timed.
 import importlib
 import pkgutil
 
-from ..correctness.failure_report import crash
-from ._import_file import Unusable
+from ..correctness.failure_report import exception_line
+from ._import_file import PeerUnavailable
 
-__all__ = ["Unusable", "discover", "names"]
+__all__ = ["PeerUnavailable", "discover_peers", "peer_names"]
 
 
-def names() -> list[str]:
+def peer_names() -> list[str]:
     """The libraries there are files for; each is also the name of its implementations."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
-def discover() -> dict[str, str]:
+def discover_peers() -> dict[str, str]:
     """Import every peer, so that it attaches its implementations; {peer: why not} of those that cannot be used here."""
     unusable = {}
-    for name in names():
+    for name in peer_names():
         try:
             importlib.import_module(f"{__name__}.{name}")
         except ModuleNotFoundError as error:
             unusable[name] = f"{error}; bench/peers/{name}.py says how to install it"
-        except Unusable as reason:
+        except PeerUnavailable as reason:
             unusable[name] = str(reason)
         except Exception as error:  # a library may fail to import in any way; the reason is what is asked for
-            unusable[name] = f"import fails: {crash(error)}"
+            unusable[name] = f"import fails: {exception_line(error)}"
     return unusable

@@ -12,10 +12,10 @@ from vila_triton.registry import OPS, Impl
 
 from .._tool import tool
 from ..correctness.gate import gate
-from . import discover, names
+from . import discover_peers, peer_names
 
 
-def version(peer: str) -> str:
+def installed_version(peer: str) -> str:
     """Of the installed distribution whose name or top-level module the peer's name is; "" if there is none."""
     for distribution in (peer, *metadata.packages_distributions().get(peer, ())):
         try:
@@ -25,7 +25,7 @@ def version(peer: str) -> str:
     return ""
 
 
-def implementations(peer: str) -> list[Impl]:
+def peer_impls(peer: str) -> list[Impl]:
     return [impl for op in OPS.values() for impl in op.impls.values() if impl.fn.__module__ == f"{__package__}.{peer}"]
 
 
@@ -34,16 +34,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("peers", nargs="*", metavar="PEER", help=f"of {', '.join(names())} (default: all)")
-    wanted = parser.parse_args().peers or names()
-    if unknown := set(wanted) - set(names()):
-        parser.error(f"no peer {', '.join(sorted(unknown))}; there are: {', '.join(names())}")
-    unusable = discover()
-    for peer in wanted:
-        print(f"{peer} {version(peer)}".rstrip())
+    parser.add_argument("peers", nargs="*", metavar="PEER", help=f"of {', '.join(peer_names())} (default: all)")
+    selected = parser.parse_args().peers or peer_names()
+    if unknown := set(selected) - set(peer_names()):
+        parser.error(f"no peer {', '.join(sorted(unknown))}; there are: {', '.join(peer_names())}")
+    unusable = discover_peers()
+    for peer in selected:
+        print(f"{peer} {installed_version(peer)}".rstrip())
         if peer in unusable:
             print(f"  {unusable[peer]}")
-        for impl in implementations(peer):
+        for impl in peer_impls(peer):
             for config in impl.configs:
                 name = " ".join([impl.op, impl.name, *(f"{key}={value}" for key, value in config.items())])
                 print(f"  {name}: ", end="", flush=True)

@@ -9,33 +9,33 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.checkpoints.int4_packing import pack_gemm, pack_tiles
+from vila_triton.checkpoints.int4_packing import pack_awq_gemm, pack_tiles
 from vila_triton.ops import Int4
-from vila_triton.ops.int4 import codes
+from vila_triton.ops.int4 import unpack_codes
 from vila_triton.registry import Unsupported
 
 
-class Awq(NamedTuple):
+class AwqTensors(NamedTuple):
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
 
 
-def awq(w: Int4) -> Awq:
+def to_awq_layout(w: Int4) -> AwqTensors:
     """w [n, k], n a multiple of 8, in the layout "gemm"."""
-    return Awq(pack_gemm(codes(w)), pack_gemm(w.zeros.t().int()), w.scales.contiguous())
+    return AwqTensors(pack_awq_gemm(unpack_codes(w)), pack_awq_gemm(w.zeros.t().int()), w.scales.contiguous())
 
 
-def padded(w: Int4, multiple: int) -> Int4:
+def pad_rows(w: Int4, multiple: int) -> Int4:
     """w with rows of zeros below, so that n becomes a multiple of the given number."""
-    below = -w.shape[0] % multiple
-    scales, zeros = (F.pad(x, (0, below)) for x in (w.scales, w.zeros))
-    return replace(w, qweight=pack_tiles(F.pad(codes(w), (0, 0, 0, below))), scales=scales, zeros=zeros)
+    extra_rows = -w.shape[0] % multiple
+    scales, zeros = (F.pad(x, (0, extra_rows)) for x in (w.scales, w.zeros))
+    return replace(w, qweight=pack_tiles(F.pad(unpack_codes(w), (0, 0, 0, extra_rows))), scales=scales, zeros=zeros)
 
 
-def plain(where: str, w: Int4, bias: Tensor | None) -> None:
+def check_plain_call(peer: str, w: Int4, bias: Tensor | None) -> None:
     """Unsupported for what the libraries are not asked to do: a bias, or llm-awq's order of rounding."""
     if bias is not None:
-        raise Unsupported(f"{where}: is compared without a bias")
-    if w.order != "sub":
-        raise Unsupported(f"{where}: is compared in the order 'sub', not {w.order!r}")
+        raise Unsupported(f"{peer}: is compared without a bias")
+    if w.rounding != "sub":
+        raise Unsupported(f"{peer}: is compared in the order 'sub', not {w.rounding!r}")

@@ -8,18 +8,22 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..correctness.guarded_memory import tensors
 
-_made: Any = WeakIdKeyDictionary()
+_conversions: Any = WeakIdKeyDictionary()
 
 
-def prepared(convert: Callable[..., Any], first: Any, *rest: Any, **options: Hashable) -> Any:
+def convert_once(convert: Callable[..., Any], first: Any, *others: Any, **options: Hashable) -> Any:
     """convert(first, *rest, **options), remembered for these very objects (weights, tensors) until torch writes into
     one of them, and forgotten with the first of them.
 
     What comes out may not refer to `first`, or neither would ever be freed.
     """
-    known = _made.setdefault(first, {})
+    conversions = _conversions.setdefault(first, {})
     key = convert, *sorted(options.items())
-    writes = [x._version for x in tensors((first, *rest)) if not x.is_inference()]
-    if key not in known or known[key][1] != writes or any(old() is not new for old, new in zip(known[key][0], rest)):
-        known[key] = tuple(map(ref, rest)), writes, convert(first, *rest, **options)
-    return known[key][2]
+    versions = [x._version for x in tensors((first, *others)) if not x.is_inference()]
+    if (
+        key not in conversions
+        or conversions[key][1] != versions
+        or any(old() is not new for old, new in zip(conversions[key][0], others))
+    ):
+        conversions[key] = tuple(map(ref, others)), versions, convert(first, *others, **options)
+    return conversions[key][2]

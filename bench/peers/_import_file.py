@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 
-class Unusable(ImportError):
+class PeerUnavailable(ImportError):
     """Raised while a peer is imported, with the reason it can do nothing on this machine."""
 
 
-def borrow(name: str, **stubs: dict) -> ModuleType:
+def import_single_file(name: str, **stubs: dict) -> ModuleType:
     """Import the module `name` of a library whose packages are not executed, only searched.
 
     stubs  dotted name (with "__" for ".") -> the names a module has that stands in for the library's own
@@ -27,10 +27,12 @@ def borrow(name: str, **stubs: dict) -> ModuleType:
     root = name.partition(".")[0]
     if importlib.util.find_spec(root) is None:
         raise ModuleNotFoundError(f"No module named {root!r}", name=root)
-    kept = {key: module for key, module in sys.modules.items() if within(key, root)}
-    for key in kept:
+    saved_modules = {
+        module_name: module for module_name, module in sys.modules.items() if is_submodule(module_name, root)
+    }
+    for key in saved_modules:
         del sys.modules[key]
-    finder = _Bare(root)
+    finder = _EmptyPackageFinder(root)
     try:
         sys.meta_path.insert(0, finder)
         for key, content in stubs.items():
@@ -40,33 +42,33 @@ def borrow(name: str, **stubs: dict) -> ModuleType:
         return importlib.import_module(name)
     finally:
         sys.meta_path.remove(finder)
-        for key in [key for key in sys.modules if within(key, root)]:
+        for key in [key for key in sys.modules if is_submodule(key, root)]:
             del sys.modules[key]
-        sys.modules.update(kept)
+        sys.modules.update(saved_modules)
 
 
-def within(name: str, root: str) -> bool:
+def is_submodule(name: str, root: str) -> bool:
     return name == root or name.startswith(f"{root}.")
 
 
-class _Bare:
+class _EmptyPackageFinder:
     """Finds the packages of a library as if each __init__ were empty, and its modules as they are."""
 
     def __init__(self, root: str):
         self.root = root
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
-        if not within(name, self.root):
+        if not is_submodule(name, self.root):
             return None
-        found = PathFinder.find_spec(name, path)
-        if found is None or found.submodule_search_locations is None:
-            return found
-        bare = ModuleSpec(name, None, is_package=True)
-        bare.submodule_search_locations = found.submodule_search_locations
-        return bare
+        spec = PathFinder.find_spec(name, path)
+        if spec is None or spec.submodule_search_locations is None:
+            return spec
+        package = ModuleSpec(name, None, is_package=True)
+        package.submodule_search_locations = spec.submodule_search_locations
+        return package
 
 
-def needs_cuda(library: str) -> None:
+def require_cuda(peer: str) -> None:
     """Unusable unless there is a GPU for kernels that are neither Triton nor compiled for a CPU."""
     if not torch.cuda.is_available():
-        raise Unusable(f"{library} needs a CUDA GPU, and torch sees none")
+        raise PeerUnavailable(f"{peer} needs a CUDA GPU, and torch sees none")

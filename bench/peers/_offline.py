@@ -13,7 +13,7 @@ from triton import Config, knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.autotuner import Autotuner
 
-from vila_triton.ops import Pages
+from vila_triton.ops import KVPages
 from vila_triton.registry import Unsupported
 
 from ..compiler.gpus import TARGETS
@@ -25,41 +25,41 @@ GPUS = {
     90: ("NVIDIA H100", 132),
     100: ("NVIDIA B200", 148),
 }
-HALVES = (torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def check(
-    where: str, x: Tensor, *others: Pages, dtypes: Sequence[torch.dtype] = HALVES, interpreted: bool = True
+def check_tensors(
+    peer: str, x: Tensor, *others: KVPages, dtypes: Sequence[torch.dtype] = HALF_DTYPES, interpreted: bool = True
 ) -> None:
     """Unsupported unless a launcher can run on these tensors, which have one dtype.
 
     `interpreted` says whether Triton's interpreter can run its kernels.
     """
     if x.dtype not in dtypes:
-        raise Unsupported(f"{where}: {x.dtype} is not one of {', '.join(map(str, dtypes))}")
+        raise Unsupported(f"{peer}: {x.dtype} is not one of {', '.join(map(str, dtypes))}")
     for y in others:
         if not isinstance(y, Tensor):
-            raise Unsupported(f"{where}: does not read our quantised pages")
+            raise Unsupported(f"{peer}: does not read our quantised pages")
         if y.dtype != x.dtype:
-            raise Unsupported(f"{where}: does not mix {x.dtype} and {y.dtype}")
+            raise Unsupported(f"{peer}: does not mix {x.dtype} and {y.dtype}")
     if x.device.type == "cpu" and not (interpreted and knobs.runtime.interpret):
-        how = "only interpreted (set TRITON_INTERPRET=1)" if interpreted else "not even interpreted"
-        raise Unsupported(f"{where}: runs on the CPU {how}")
+        reason = "only interpreted (set TRITON_INTERPRET=1)" if interpreted else "not even interpreted"
+        raise Unsupported(f"{peer}: runs on the CPU {reason}")
     if x.dtype == torch.bfloat16 and knobs.runtime.interpret:
-        raise Unsupported(f"{where}: Triton's interpreter computes wrong numbers in bfloat16")
+        raise Unsupported(f"{peer}: Triton's interpreter computes wrong numbers in bfloat16")
     if not x.numel():
-        raise Unsupported(f"{where}: does not take an empty tensor")
+        raise Unsupported(f"{peer}: does not take an empty tensor")
 
 
-def promises_nothing(where: str, policy: str, lse: bool) -> None:
+def check_plain_attention(peer: str, numerics: str, return_lse: bool) -> None:
     """Unsupported if a call asks for more than the result of attention."""
-    if policy != "fast":
-        raise Unsupported(f"{where}: does not promise what the policy {policy!r} does")
-    if lse:
-        raise Unsupported(f"{where}: is called without its log-sum-exp")
+    if numerics != "fast":
+        raise Unsupported(f"{peer}: does not promise what the policy {numerics!r} does")
+    if return_lse:
+        raise Unsupported(f"{peer}: is called without its log-sum-exp")
 
 
-def driver() -> Any:
+def active_driver() -> Any:
     """Triton's driver; where there is none, as in the interpreter, one that names an A100."""
     try:
         return triton.runtime.driver.active
@@ -68,7 +68,7 @@ def driver() -> Any:
 
 
 @contextmanager
-def offline(x: Tensor | None = None) -> Iterator[None]:
+def fake_gpu(x: Tensor | None = None) -> Iterator[None]:
     """Inside, a launcher that asks about its GPU is answered, and takes the first config rather than time them all.
 
     Only where x lies on no GPU (without x: where there is none); else nothing changes. The GPU told of is that which
@@ -77,8 +77,8 @@ def offline(x: Tensor | None = None) -> Iterator[None]:
     if torch.cuda.is_available() if x is None else x.is_cuda:
         yield
         return
-    active = driver()
-    target = active.get_current_target()
+    driver = active_driver()
+    target = driver.get_current_target()
     if target.backend != "cuda" or target.arch not in GPUS:
         raise Unsupported(f"compiled without a GPU only for {', '.join(f'sm_{arch}' for arch in GPUS)}")
     name, sms = GPUS[target.arch]
@@ -87,27 +87,29 @@ def offline(x: Tensor | None = None) -> Iterator[None]:
         major=target.arch // 10,
         minor=target.arch % 10,
         multi_processor_count=sms,
-        shared_memory_per_block_optin=TARGETS[f"sm_{target.arch}"].block_shared,
+        shared_memory_per_block_optin=TARGETS[f"sm_{target.arch}"].max_shared_per_block,
     )
-    answers = {
+    cuda_functions = {
         "get_device_properties": lambda device=None: gpu,
         "get_device_capability": lambda device=None: (gpu.major, gpu.minor),
         "current_device": lambda: 0,
         "is_current_stream_capturing": lambda: False,
         "device": lambda device=None: nullcontext(),
     }
-    memory = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": gpu.shared_memory_per_block_optin})
+    driver_utils = SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": gpu.shared_memory_per_block_optin}
+    )
     with (
-        patch.multiple(torch.cuda, **answers),
-        patch.object(triton.runtime.driver, "_active", active),
-        patch.object(active, "utils", memory, create=True),
-        first_config(),
+        patch.multiple(torch.cuda, **cuda_functions),
+        patch.object(triton.runtime.driver, "_active", driver),
+        patch.object(driver, "utils", driver_utils, create=True),
+        use_first_config(),
     ):
         yield
 
 
 @contextmanager
-def first_config(change: Callable[[Config], Config] | None = None) -> Iterator[None]:
+def use_first_config(change: Callable[[Config], Config] | None = None) -> Iterator[None]:
     """Inside, `triton.autotune` times nothing: the first config that the library's own pruning leaves is taken.
 
     `change` makes of the library's first config the only one that there is to prune.

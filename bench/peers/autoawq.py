@@ -12,31 +12,33 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry import Unsupported
 
-from ._awq import Awq, awq, padded, plain
-from ._cached_conversion import prepared
-from ._import_file import borrow
-from ._offline import check, offline
+from ._awq import AwqTensors, check_plain_call, pad_rows, to_awq_layout
+from ._cached_conversion import convert_once
+from ._import_file import import_single_file
+from ._offline import check_tensors, fake_gpu
 
-gemm = borrow("awq.modules.triton.gemm")
-DENSE_ROWS = 1024
+gemm = import_single_file("awq.modules.triton.gemm")
+MIN_DENSE_ROWS = 1024
 SPLIT_K = 8
 
 
-def layout(w: Int4) -> Awq:
-    return awq(padded(w, 8))
+def pack_weight(w: Int4) -> AwqTensors:
+    return to_awq_layout(pad_rows(w, 8))
 
 
 @int4_matmul.impl("autoawq")
 def int4_matmul_autoawq(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
-    plain("autoawq", w, bias)
-    check("autoawq", x, w.scales, dtypes=[torch.float16])
-    if w.group not in gemm.AWQ_TRITON_SUPPORTED_GROUP_SIZES and w.group != w.shape[1]:
-        raise Unsupported(f"autoawq: the group is {w.group}, supported are {gemm.AWQ_TRITON_SUPPORTED_GROUP_SIZES}")
+    check_plain_call("autoawq", w, bias)
+    check_tensors("autoawq", x, w.scales, dtypes=[torch.float16])
+    if w.group_size not in gemm.AWQ_TRITON_SUPPORTED_GROUP_SIZES and w.group_size != w.shape[1]:
+        raise Unsupported(
+            f"autoawq: the group is {w.group_size}, supported are {gemm.AWQ_TRITON_SUPPORTED_GROUP_SIZES}"
+        )
     n, k = w.shape
-    qweight, qzeros, scales = prepared(layout, w)
+    qweight, qzeros, scales = convert_once(pack_weight, w)
     rows = x.reshape(-1, k).contiguous()  # [m, k]
-    with offline(x):
-        if len(rows) >= DENSE_ROWS:
+    with fake_gpu(x):
+        if len(rows) >= MIN_DENSE_ROWS:
             out = rows @ gemm.awq_dequantize_triton(qweight, scales, qzeros)
         else:
             out = gemm.awq_gemm_triton(rows, qweight, scales, qzeros, SPLIT_K)

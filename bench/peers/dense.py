@@ -11,13 +11,13 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.ops.int4 import dequantize
 
-from ._cached_conversion import prepared
+from ._cached_conversion import convert_once
 
 
-def plain(w: Int4, dtype: torch.dtype) -> Tensor:
+def dequantize_weight(w: Int4, dtype: torch.dtype) -> Tensor:
     return dequantize(w, dtype)
 
 
 @int4_matmul.impl("dense")
 def int4_matmul_dense(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
-    return F.linear(x, prepared(plain, w, dtype=x.dtype), bias)
+    return F.linear(x, convert_once(dequantize_weight, w, dtype=x.dtype), bias)

@@ -16,17 +16,17 @@ from torch import Tensor
 from vila_triton.ops import decode_attention, encoder_attention, prefill_attention
 from vila_triton.registry import Unsupported
 
-from ._cached_conversion import prepared
-from ._import_file import borrow
-from ._offline import check, offline, promises_nothing
+from ._cached_conversion import convert_once
+from ._import_file import import_single_file
+from ._offline import check_plain_attention, check_tensors, fake_gpu
 
-paged = borrow("exllamav3.modules.attention_fn.triton_paged")
+paged = import_single_file("exllamav3.modules.attention_fn.triton_paged")
 
 
-def told(x: Tensor) -> ExitStack:
+def fake_gpu_checks(x: Tensor) -> ExitStack:
     """What the library checks and measures on its GPU, left out if x lies on none."""
     stack = ExitStack()
-    stack.enter_context(offline(x))
+    stack.enter_context(fake_gpu(x))
     if not x.is_cuda:
         stack.enter_context(patch.object(paged, "_check_tensor", lambda name, tensor, dtype=None: None))
         stack.enter_context(
@@ -35,9 +35,9 @@ def told(x: Tensor) -> ExitStack:
     return stack
 
 
-def equal_chunks(query_start: Tensor) -> bool:
+def has_equal_chunks(query_start_loc: Tensor) -> bool:
     """Whether all sequences have as many new tokens. Waits for the device."""
-    return query_start.is_meta or len(query_start.diff().unique()) <= 1
+    return query_start_loc.is_meta or len(query_start_loc.diff().unique()) <= 1
 
 
 @prefill_attention.impl("exllamav3")
@@ -48,27 +48,27 @@ def prefill_attention_exllamav3(
     k_pages: Tensor,
     v_pages: Tensor,
     block_table: Tensor,
-    query_start: Tensor,
-    history: Tensor,
-    scale: float,
-    policy: str = "fast",
-    lse: bool = False,
+    query_start_loc: Tensor,
+    context_lens: Tensor,
+    softmax_scale: float,
+    numerics: str = "fast",
+    return_lse: bool = False,
 ) -> Tensor:
-    promises_nothing("exllamav3", policy, lse)
-    check("exllamav3", q, k_pages, v_pages, dtypes=[torch.float16])
-    if not prepared(equal_chunks, query_start):
+    check_plain_attention("exllamav3", numerics, return_lse)
+    check_tensors("exllamav3", q, k_pages, v_pages, dtypes=[torch.float16])
+    if not convert_once(has_equal_chunks, query_start_loc):
         raise Unsupported("exllamav3: the sequences have different numbers of new tokens")
-    b = len(history)
-    new = (x.contiguous().unflatten(0, (b, -1)) for x in (q, k, v))  # [b, s/b, h or g, d]
-    queries, keys, values = new
-    with told(q):
+    b = len(context_lens)
+    chunks = (x.contiguous().unflatten(0, (b, -1)) for x in (q, k, v))  # [b, s/b, h or g, d]
+    queries, keys, values = chunks
+    with fake_gpu_checks(q):
         out = paged.paged_attn_triton_prefill(
             queries,
             None,
             None,
-            *(x.contiguous() for x in (k_pages, v_pages, block_table, history)),
+            *(x.contiguous() for x in (k_pages, v_pages, block_table, context_lens)),
             causal=True,
-            softmax_scale=scale,
+            softmax_scale=softmax_scale,
             k_new=keys,
             v_new=values,
         )
@@ -81,33 +81,33 @@ def decode_attention_exllamav3(
     k_pages: Tensor,
     v_pages: Tensor,
     block_table: Tensor,
-    lengths: Tensor,
-    scale: float,
-    policy: str = "fast",
-    lse: bool = False,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    numerics: str = "fast",
+    return_lse: bool = False,
 ) -> Tensor:
-    promises_nothing("exllamav3", policy, lse)
-    check("exllamav3", q, k_pages, v_pages, dtypes=[torch.float16])
-    with told(q):
+    check_plain_attention("exllamav3", numerics, return_lse)
+    check_tensors("exllamav3", q, k_pages, v_pages, dtypes=[torch.float16])
+    with fake_gpu_checks(q):
         return paged.paged_attn_triton_decode(
             q.contiguous()[:, None],  # [b, 1, h, d]
             None,
             None,
-            *(x.contiguous() for x in (k_pages, v_pages, block_table, lengths)),
-            softmax_scale=scale,
+            *(x.contiguous() for x in (k_pages, v_pages, block_table, seq_lens)),
+            softmax_scale=softmax_scale,
         )[:, 0]
 
 
 @encoder_attention.impl("exllamav3")
-def encoder_attention_exllamav3(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    check("exllamav3", q, k, v, dtypes=[torch.float16])
-    with told(q):
-        start = prepared(starts, q)
+def encoder_attention_exllamav3(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    check_tensors("exllamav3", q, k, v, dtypes=[torch.float16])
+    with fake_gpu_checks(q):
+        cu_seqlens = convert_once(image_offsets, q)
         flat = (x.contiguous().flatten(0, 1) for x in (q, k, v))  # [b·s, h, d]
-        return paged.varlen_attn_triton(*flat, start, q.shape[1], softmax_scale=scale).view(q.shape)
+        return paged.varlen_attn_triton(*flat, cu_seqlens, q.shape[1], softmax_scale=softmax_scale).view(q.shape)
 
 
-def starts(q: Tensor) -> Tensor:
+def image_offsets(q: Tensor) -> Tensor:
     """Where each picture begins in the positions of all: [b+1] int32."""
     b, s = q.shape[:2]
     return torch.arange(0, (b + 1) * s, s, device=q.device, dtype=torch.int32)

@@ -17,42 +17,44 @@ from torch import Tensor
 from vila_triton.ops import decode_attention, encoder_attention, prefill_attention
 from vila_triton.registry import Unsupported
 
-from ._cached_conversion import prepared
-from ._import_file import needs_cuda
-from ._offline import check, promises_nothing
-from ._paged import whole
+from ._cached_conversion import convert_once
+from ._import_file import require_cuda
+from ._offline import check_plain_attention, check_tensors
+from ._paged import repage
 
 flash_attn: Any = import_module("flash_attn")
-needs_cuda("flash-attn")
-PAGE = 256
+require_cuda("flash-attn")
+PAGE_SIZE = 256
 
 
 def check_heads(q: Tensor, *others: Tensor) -> None:
-    check("flash_attn", q, *others, interpreted=False)
+    check_tensors("flash_attn", q, *others, interpreted=False)
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         raise Unsupported(f"flash_attn: heads are {q.shape[-1]} wide, expected a multiple of 8 up to 256")
 
 
-class Keys(NamedTuple):
+class RepagedKV(NamedTuple):
     """All keys and values of a batch in pages of 256, and where those of each sequence would begin without pages."""
 
     k_pages: Tensor
     v_pages: Tensor
     block_table: Tensor
-    start: Tensor  # [b+1] int32
-    longest: int  # tokens of the sequence that has most
+    cu_seqlens: Tensor  # [b+1] int32
+    max_seqlen: int  # tokens of the sequence that has most
 
 
-def cached(block_table: Tensor, k_pages: Tensor, v_pages: Tensor, lengths: Tensor, *new: Tensor) -> Keys:
+def repage_for_flash_attn(
+    block_table: Tensor, k_pages: Tensor, v_pages: Tensor, seq_lens: Tensor, *new: Tensor
+) -> RepagedKV:
     """new: k, v and query_start, if there are tokens that are not in the pages."""
-    made = whole(PAGE, k_pages, v_pages, block_table, lengths, *new)
-    start = F.pad(made.lengths.cumsum(0), (1, 0)).to(k_pages.device, torch.int32)
-    return Keys(made.k_pages, made.v_pages, made.block_table(), start, int(made.lengths.max()))
+    repaged = repage(PAGE_SIZE, k_pages, v_pages, block_table, seq_lens, *new)
+    cu_seqlens = F.pad(repaged.seq_lens.cumsum(0), (1, 0)).to(k_pages.device, torch.int32)
+    return RepagedKV(repaged.k_pages, repaged.v_pages, repaged.block_table(), cu_seqlens, int(repaged.seq_lens.max()))
 
 
-def longest(query_start: Tensor) -> int:
+def max_query_len(query_start_loc: Tensor) -> int:
     """New tokens of the sequence that has most."""
-    return int(query_start.diff().max())
+    return int(query_start_loc.diff().max())
 
 
 @prefill_attention.impl("flash_attn")
@@ -63,26 +65,26 @@ def prefill_attention_flash_attn(
     k_pages: Tensor,
     v_pages: Tensor,
     block_table: Tensor,
-    query_start: Tensor,
-    history: Tensor,
-    scale: float,
-    policy: str = "fast",
-    lse: bool = False,
+    query_start_loc: Tensor,
+    context_lens: Tensor,
+    softmax_scale: float,
+    numerics: str = "fast",
+    return_lse: bool = False,
 ) -> Tensor:
-    promises_nothing("flash_attn", policy, lse)
+    check_plain_attention("flash_attn", numerics, return_lse)
     check_heads(q, k_pages, v_pages)
-    keys = prepared(cached, block_table, k_pages, v_pages, history, k, v, query_start)
+    kv = convert_once(repage_for_flash_attn, block_table, k_pages, v_pages, context_lens, k, v, query_start_loc)
     return flash_attn.flash_attn_varlen_func(
         q.contiguous(),
-        keys.k_pages,
-        keys.v_pages,
-        cu_seqlens_q=query_start.contiguous(),
-        cu_seqlens_k=keys.start,
-        max_seqlen_q=prepared(longest, query_start),
-        max_seqlen_k=keys.longest,
-        softmax_scale=scale,
+        kv.k_pages,
+        kv.v_pages,
+        cu_seqlens_q=query_start_loc.contiguous(),
+        cu_seqlens_k=kv.start,
+        max_seqlen_q=convert_once(max_query_len, query_start_loc),
+        max_seqlen_k=kv.longest,
+        softmax_scale=softmax_scale,
         causal=True,
-        block_table=keys.block_table,
+        block_table=kv.block_table,
     )
 
 
@@ -92,25 +94,25 @@ def decode_attention_flash_attn(
     k_pages: Tensor,
     v_pages: Tensor,
     block_table: Tensor,
-    lengths: Tensor,
-    scale: float,
-    policy: str = "fast",
-    lse: bool = False,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    numerics: str = "fast",
+    return_lse: bool = False,
 ) -> Tensor:
-    promises_nothing("flash_attn", policy, lse)
+    check_plain_attention("flash_attn", numerics, return_lse)
     check_heads(q, k_pages, v_pages)
-    keys = prepared(cached, block_table, k_pages, v_pages, lengths)
+    kv = convert_once(repage_for_flash_attn, block_table, k_pages, v_pages, seq_lens)
     return flash_attn.flash_attn_with_kvcache(
         q.contiguous()[:, None],  # [b, 1, h, d]
-        keys.k_pages,
-        keys.v_pages,
-        cache_seqlens=lengths.contiguous(),
-        block_table=keys.block_table,
-        softmax_scale=scale,
+        kv.k_pages,
+        kv.v_pages,
+        cache_seqlens=seq_lens.contiguous(),
+        block_table=kv.block_table,
+        softmax_scale=softmax_scale,
     )[:, 0]
 
 
 @encoder_attention.impl("flash_attn")
-def encoder_attention_flash_attn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def encoder_attention_flash_attn(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
     check_heads(q)
-    return flash_attn.flash_attn_func(*(x.contiguous() for x in (q, k, v)), softmax_scale=scale)
+    return flash_attn.flash_attn_func(*(x.contiguous() for x in (q, k, v)), softmax_scale=softmax_scale)

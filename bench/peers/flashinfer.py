@@ -18,85 +18,87 @@ from torch import Tensor
 from vila_triton.ops import decode_attention, prefill_attention
 from vila_triton.registry import Unsupported
 
-from ._cached_conversion import prepared
-from ._import_file import needs_cuda
-from ._offline import check, promises_nothing
-from ._paged import whole
+from ._cached_conversion import convert_once
+from ._import_file import require_cuda
+from ._offline import check_plain_attention, check_tensors
+from ._paged import repage
 
 flashinfer: Any = import_module("flashinfer")
-needs_cuda("flashinfer")
-WORKSPACE = 128 * 2**20  # bytes, as its documentation advises
-WIDTHS = (64, 128, 256)
-TENSOR_CORE_RATIO = 4  # query heads per key head from which its decode uses tensor cores, as its engines choose
+require_cuda("flashinfer")
+WORKSPACE_BYTES = 128 * 2**20  # bytes, as its documentation advises
+HEAD_DIMS = (64, 128, 256)
+TENSOR_CORE_QUERIES_PER_KV = (
+    4  # query heads per key head from which its decode uses tensor cores, as its engines choose
+)
 
 
 @cache
 def workspace(device: torch.device) -> Tensor:
-    return torch.zeros(WORKSPACE, dtype=torch.uint8, device=device)
+    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
-class Pages(NamedTuple):
+class PageIndices(NamedTuple):
     """The pages of each sequence, all sequences end to end."""
 
-    start: Tensor  # [b+1] int32
-    page: Tensor  # int32, one a page
-    in_last: Tensor  # [b] int32: tokens in the last page of a sequence
+    indptr: Tensor  # [b+1] int32
+    indices: Tensor  # int32, one a page
+    last_page_len: Tensor  # [b] int32: tokens in the last page of a sequence
 
 
-def pages_of(lengths: Tensor, table: Tensor, page_length: int) -> Pages:
+def page_indices(seq_lens: Tensor, block_table: Tensor, page_size: int) -> PageIndices:
     """Errors: Unsupported if a sequence has no token."""
-    if not lengths.all():
+    if not seq_lens.all():
         raise Unsupported("flashinfer: a sequence has no token")
-    counts = (lengths - 1) // page_length + 1
-    used = torch.arange(table.shape[1], device=table.device) < counts[:, None]
-    return Pages(F.pad(counts.cumsum(0), (1, 0)).int(), table[used], (lengths - 1) % page_length + 1)
+    counts = (seq_lens - 1) // page_size + 1
+    is_used = torch.arange(block_table.shape[1], device=block_table.device) < counts[:, None]
+    return PageIndices(F.pad(counts.cumsum(0), (1, 0)).int(), block_table[is_used], (seq_lens - 1) % page_size + 1)
 
 
-def decode_plan(block_table: Tensor, lengths: Tensor, q: Tensor, pages: Tensor, scale: float) -> Any:
+def plan_decode(block_table: Tensor, seq_lens: Tensor, q: Tensor, pages: Tensor, softmax_scale: float) -> Any:
     (_, l, g, d), h = pages.shape, q.shape[1]
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        workspace(q.device), "NHD", use_tensor_cores=h // g >= TENSOR_CORE_RATIO
+        workspace(q.device), "NHD", use_tensor_cores=h // g >= TENSOR_CORE_QUERIES_PER_KV
     )
-    held = pages_of(lengths, block_table, l)
-    wrapper.plan(*held, h, g, d, l, q_data_type=q.dtype, kv_data_type=q.dtype, sm_scale=scale)
+    indices = page_indices(seq_lens, block_table, l)
+    wrapper.plan(*indices, h, g, d, l, q_data_type=q.dtype, kv_data_type=q.dtype, sm_scale=softmax_scale)
     return wrapper
 
 
-def prefill_plan(
+def plan_prefill(
     block_table: Tensor,
-    history: Tensor,
+    context_lens: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    query_start: Tensor,
-    scale: float,
+    query_start_loc: Tensor,
+    softmax_scale: float,
 ) -> tuple[Any, Tensor, Tensor]:
     """The wrapper, and a copy of the pages in which the new tokens are."""
     (_, l, g, d), h = k_pages.shape, q.shape[1]
-    made = whole(l, k_pages, v_pages, block_table, history, k, v, query_start)
-    held = pages_of(made.lengths.to(q.device), made.block_table(), l)
+    repaged = repage(l, k_pages, v_pages, block_table, context_lens, k, v, query_start_loc)
+    indices = page_indices(repaged.seq_lens.to(q.device), repaged.block_table(), l)
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(q.device), "NHD")
     wrapper.plan(
-        query_start.contiguous(),
-        *held,
+        query_start_loc.contiguous(),
+        *indices,
         h,
         g,
         d,
         l,
         causal=True,
-        sm_scale=scale,
+        sm_scale=softmax_scale,
         q_data_type=q.dtype,
         kv_data_type=q.dtype,
     )
-    return wrapper, made.k_pages, made.v_pages
+    return wrapper, repaged.k_pages, repaged.v_pages
 
 
 def check_heads(q: Tensor, *pages: Tensor) -> None:
-    check("flashinfer", q, *pages, interpreted=False)
-    if q.shape[-1] not in WIDTHS:
-        raise Unsupported(f"flashinfer: heads are {q.shape[-1]} wide, supported are {WIDTHS}")
+    check_tensors("flashinfer", q, *pages, interpreted=False)
+    if q.shape[-1] not in HEAD_DIMS:
+        raise Unsupported(f"flashinfer: heads are {q.shape[-1]} wide, supported are {HEAD_DIMS}")
 
 
 @prefill_attention.impl("flashinfer")
@@ -107,16 +109,16 @@ def prefill_attention_flashinfer(
     k_pages: Tensor,
     v_pages: Tensor,
     block_table: Tensor,
-    query_start: Tensor,
-    history: Tensor,
-    scale: float,
-    policy: str = "fast",
-    lse: bool = False,
+    query_start_loc: Tensor,
+    context_lens: Tensor,
+    softmax_scale: float,
+    numerics: str = "fast",
+    return_lse: bool = False,
 ) -> Tensor:
-    promises_nothing("flashinfer", policy, lse)
+    check_plain_attention("flashinfer", numerics, return_lse)
     check_heads(q, k_pages, v_pages)
-    sources = (block_table, history, q, k, v, k_pages, v_pages, query_start)
-    wrapper, *pages = prepared(prefill_plan, *sources, scale=scale)
+    inputs = (block_table, context_lens, q, k, v, k_pages, v_pages, query_start_loc)
+    wrapper, *pages = convert_once(plan_prefill, *inputs, scale=softmax_scale)
     return wrapper.run(q.contiguous(), tuple(pages))
 
 
@@ -126,12 +128,12 @@ def decode_attention_flashinfer(
     k_pages: Tensor,
     v_pages: Tensor,
     block_table: Tensor,
-    lengths: Tensor,
-    scale: float,
-    policy: str = "fast",
-    lse: bool = False,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    numerics: str = "fast",
+    return_lse: bool = False,
 ) -> Tensor:
-    promises_nothing("flashinfer", policy, lse)
+    check_plain_attention("flashinfer", numerics, return_lse)
     check_heads(q, k_pages, v_pages)
-    wrapper = prepared(decode_plan, block_table, lengths, q, k_pages, scale=scale)
+    wrapper = convert_once(plan_decode, block_table, seq_lens, q, k_pages, scale=softmax_scale)
     return wrapper.run(q.contiguous(), (k_pages.contiguous(), v_pages.contiguous()))

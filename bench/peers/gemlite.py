@@ -30,50 +30,52 @@ import triton
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.ops.int4 import codes
+from vila_triton.ops.int4 import unpack_codes
 from vila_triton.registry import Unsupported
 
-from ._awq import padded, plain
-from ._cached_conversion import prepared
-from ._offline import check, first_config, offline
+from ._awq import check_plain_call, pad_rows
+from ._cached_conversion import convert_once
+from ._offline import check_tensors, fake_gpu, use_first_config
 
-with offline():
+with fake_gpu():
     gemlite: Any = import_module("gemlite")
     core: Any = import_module("gemlite.core")
     utils: Any = import_module("gemlite.triton_kernels.utils")
 
 CONFIGS = [{"tune": False}, {"tune": True}]
 DTYPES = {torch.float16: gemlite.DType.FP16, torch.bfloat16: gemlite.DType.BF16}
-SPARE = 32  # rows of scales and zeros after the last group: k is split 16 ways at most, and a tile is 1024 wide
+PADDING_GROUPS = (
+    32  # rows of scales and zeros after the last group: k is split 16 ways at most, and a tile is 1024 wide
+)
 
 
-def layer(w: Int4, output: Any) -> Any:
+def to_gemlite_layer(w: Int4, output_dtype: Any) -> Any:
     """The library's own linear layer with this weight; `output`: the dtype it returns, else that of the weight."""
-    w = padded(w, 128)
+    w = pad_rows(w, 128)
     n, k = w.shape
     dtype = DTYPES[w.scales.dtype]
-    made = gemlite.GemLiteLinear(4, w.group, k, n, input_dtype=dtype, output_dtype=output or dtype)
-    made.pack(codes(w).to(torch.uint8), w.scales.t().contiguous(), w.zeros.t().contiguous())
+    layer = gemlite.GemLiteLinear(4, w.group_size, k, n, input_dtype=dtype, output_dtype=output_dtype or dtype)
+    layer.pack(unpack_codes(w).to(torch.uint8), w.scales.t().contiguous(), w.zeros.t().contiguous())
     for name in ("scales", "zeros"):  # [G, n]
-        rows = F.pad(getattr(made, name), (0, 0, 0, SPARE))
-        setattr(made, name, torch.nn.Parameter(rows[:-SPARE], requires_grad=False))
-    return made
+        rows = F.pad(getattr(layer, name), (0, 0, 0, PADDING_GROUPS))
+        setattr(layer, name, torch.nn.Parameter(rows[:-PADDING_GROUPS], requires_grad=False))
+    return layer
 
 
 @cache
-def shipped(file: str | None) -> dict:
+def read_shipped_configs(file: str | None) -> dict:
     return json.loads(Path(file).read_text()) if file else {}
 
 
 @contextmanager
-def told(x: Tensor) -> Iterator[None]:
+def fake_gpu_queries(x: Tensor) -> Iterator[None]:
     """What the library asked of its GPU when it was imported, asked again if x lies on none."""
-    with offline(x):
+    with fake_gpu(x):
         if x.is_cuda:
             yield
             return
         with (
-            patch.object(core, "GEMLITE_TRITON_CONFIG_CACHE", shipped(core.get_default_cache_config())),
+            patch.object(core, "GEMLITE_TRITON_CONFIG_CACHE", read_shipped_configs(core.get_default_cache_config())),
             patch.object(utils, "GPU_COMPUTE_CAPABILITY", torch.cuda.get_device_capability()[0]),
         ):
             yield
@@ -81,49 +83,51 @@ def told(x: Tensor) -> Iterator[None]:
 
 @int4_matmul.impl("gemlite", configs=CONFIGS)
 def int4_matmul_gemlite(x: Tensor, w: Int4, bias: Tensor | None = None, *, tune: bool = False, **tile: int) -> Tensor:
-    return run(x, w, bias, tune, tile)
+    return run_gemlite(x, w, bias, tune, tile)
 
 
 @int4_matmul.impl("gemlite_float32", configs=CONFIGS)
 def int4_matmul_gemlite_float32(
     x: Tensor, w: Int4, bias: Tensor | None = None, *, tune: bool = False, **tile: int
 ) -> Tensor:
-    return run(x, w, bias, tune, tile, output=gemlite.DType.FP32).to(x.dtype)
+    return run_gemlite(x, w, bias, tune, tile, output_dtype=gemlite.DType.FP32).to(x.dtype)
 
 
-def tiled(config: triton.Config, tile: Mapping[str, int]) -> triton.Config:
+def override_config(config: triton.Config, tile: Mapping[str, int]) -> triton.Config:
     """The library's config with the blocks, warps and stages of a tile in place of its own, as far as it has such."""
-    wanted = {name.replace("BLOCK_", "BLOCK_SIZE_"): value for name, value in tile.items()}
-    blocks = {name: wanted.get(name, value) for name, value in config.kwargs.items()}
+    overrides = {name.replace("BLOCK_", "BLOCK_SIZE_"): value for name, value in tile.items()}
+    blocks = {name: overrides.get(name, value) for name, value in config.kwargs.items()}
     warps, stages = tile.get("num_warps", config.num_warps), tile.get("num_stages", config.num_stages)
     return triton.Config(blocks, num_warps=warps, num_stages=stages)
 
 
 @contextmanager
-def configured(tune: bool, tile: Mapping[str, int]) -> Iterator[None]:
+def select_config(tune: bool, tile: Mapping[str, int]) -> Iterator[None]:
     """The tile, or what `tune` says."""
     if tune:
         yield
         return
     with ExitStack() as stack:
-        stack.enter_context(first_config(partial(tiled, tile=tile) if tile else None))
+        stack.enter_context(use_first_config(partial(override_config, tile=tile) if tile else None))
         if tile:  # else a config that the library ships for this shape wins
             stack.enter_context(patch.object(core, "GEMLITE_TRITON_CONFIG_CACHE", {}))
         yield
 
 
-def run(x: Tensor, w: Int4, bias: Tensor | None, tune: bool, tile: Mapping[str, int], output: Any = None) -> Tensor:
-    plain("gemlite", w, bias)
-    check("gemlite", x, w.scales, dtypes=[*DTYPES])
-    if w.group % 32:
-        raise Unsupported(f"gemlite: the group is {w.group}, expected a multiple of 32")
+def run_gemlite(
+    x: Tensor, w: Int4, bias: Tensor | None, tune: bool, tile: Mapping[str, int], output_dtype: Any = None
+) -> Tensor:
+    check_plain_call("gemlite", w, bias)
+    check_tensors("gemlite", x, w.scales, dtypes=[*DTYPES])
+    if w.group_size % 32:
+        raise Unsupported(f"gemlite: the group is {w.group_size}, expected a multiple of 32")
     if tune and not x.is_cuda:
         raise Unsupported("gemlite: tunes itself only on a GPU")
     n, k = w.shape
     if tune and tile:
         raise ValueError(f"gemlite: tune and a tile ({', '.join(tile)}) exclude one another")
-    with told(x), configured(tune, tile):
-        made = prepared(layer, w, output=output)
+    with fake_gpu_queries(x), select_config(tune, tile):
+        layer = convert_once(to_gemlite_layer, w, output=output_dtype)
         # The function under its custom op, since on tensors without data the op itself only tells its shape.
-        out = core.forward_functional._init_fn(x.reshape(-1, k), None, made.get_tensor_args(), made.get_meta_args())
+        out = core.forward_functional._init_fn(x.reshape(-1, k), None, layer.get_tensor_args(), layer.get_meta_args())
     return out[:, :n].reshape(*x.shape[:-1], n)

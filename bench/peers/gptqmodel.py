@@ -12,34 +12,34 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry import Unsupported
 
-from ._awq import Awq, awq, padded, plain
-from ._cached_conversion import prepared
-from ._import_file import borrow
-from ._offline import check, offline
+from ._awq import AwqTensors, check_plain_call, pad_rows, to_awq_layout
+from ._cached_conversion import convert_once
+from ._import_file import import_single_file
+from ._offline import check_tensors, fake_gpu
 
-gemm = borrow("gptqmodel.quantization.awq.modules.triton.gemm")
-scheduler = borrow("gptqmodel.quantization.awq.modules.triton.scheduler")
+gemm = import_single_file("gptqmodel.quantization.awq.modules.triton.gemm")
+scheduler = import_single_file("gptqmodel.quantization.awq.modules.triton.scheduler")
 
 
-def layout(w: Int4) -> Awq:
-    return awq(padded(w, 8))
+def pack_weight(w: Int4) -> AwqTensors:
+    return to_awq_layout(pad_rows(w, 8))
 
 
 @int4_matmul.impl("gptqmodel")
 def int4_matmul_gptqmodel(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
-    plain("gptqmodel", w, bias)
-    check("gptqmodel", x, w.scales, dtypes=[torch.float16])
-    if w.group not in scheduler.SUPPORTED_GROUP_SIZES:
-        raise Unsupported(f"gptqmodel: the group is {w.group}, supported are {scheduler.SUPPORTED_GROUP_SIZES}")
+    check_plain_call("gptqmodel", w, bias)
+    check_tensors("gptqmodel", x, w.scales, dtypes=[torch.float16])
+    if w.group_size not in scheduler.SUPPORTED_GROUP_SIZES:
+        raise Unsupported(f"gptqmodel: the group is {w.group_size}, supported are {scheduler.SUPPORTED_GROUP_SIZES}")
     n, k = w.shape
-    qweight, qzeros, scales = prepared(layout, w)
+    qweight, qzeros, scales = convert_once(pack_weight, w)
     rows = x.reshape(-1, k).contiguous()  # [m, k]
-    with offline(x):
+    with fake_gpu(x):
         plan = scheduler.select_awq_triton_plan(
             M=len(rows),
             N=scales.shape[1],
             K=k,
-            group_size=w.group,
+            group_size=w.group_size,
             device=x.device,
             input_dtype=x.dtype,
             compute_dtype=x.dtype,

@@ -13,26 +13,28 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry import Unsupported
 
-from ._awq import Awq, awq, padded, plain
-from ._cached_conversion import prepared
-from ._import_file import borrow
-from ._offline import check, offline
+from ._awq import AwqTensors, check_plain_call, pad_rows, to_awq_layout
+from ._cached_conversion import convert_once
+from ._import_file import import_single_file
+from ._offline import check_tensors, fake_gpu
 
-kernels = borrow("lmdeploy.pytorch.kernels.cuda.awq_kernels")
+kernels = import_single_file("lmdeploy.pytorch.kernels.cuda.awq_kernels")
 
 
-def layout(w: Int4) -> Awq:
-    return awq(padded(w, 128))
+def pack_weight(w: Int4) -> AwqTensors:
+    return to_awq_layout(pad_rows(w, 128))
 
 
 @int4_matmul.impl("lmdeploy")
 def int4_matmul_lmdeploy(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
-    plain("lmdeploy", w, bias)
-    check("lmdeploy", x, w.scales, dtypes=[torch.float16], interpreted=False)
-    if w.group < 16 or w.group & (w.group - 1):
-        raise Unsupported(f"lmdeploy: the group is {w.group}, but its block of k is a group, a power of two from 16")
+    check_plain_call("lmdeploy", w, bias)
+    check_tensors("lmdeploy", x, w.scales, dtypes=[torch.float16], interpreted=False)
+    if w.group_size < 16 or w.group_size & (w.group_size - 1):
+        raise Unsupported(
+            f"lmdeploy: the group is {w.group_size}, but its block of k is a group, a power of two from 16"
+        )
     n, k = w.shape
-    qweight, qzeros, scales = prepared(layout, w)
-    with offline(x):
+    qweight, qzeros, scales = convert_once(pack_weight, w)
+    with fake_gpu(x):
         out = kernels.awq_linear(x.reshape(-1, k).contiguous(), qweight, scales, qzeros)
     return out[:, :n].reshape(*x.shape[:-1], n)

@@ -9,47 +9,49 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vila_triton.ops import Pages, decode_attention, prefill_attention
-from vila_triton.ops.kv_write import gather
+from vila_triton.ops import KVPages, decode_attention, prefill_attention
+from vila_triton.ops.kv_write import gather_tokens
 from vila_triton.registry import Unsupported
 
-from ._cached_conversion import prepared
-from ._offline import promises_nothing
+from ._cached_conversion import convert_once
+from ._offline import check_plain_attention
 
 
-def whole(block_table: Tensor, k_pages: Tensor, v_pages: Tensor, lengths: Tensor, *new: Tensor) -> list[Tensor]:
+def gather_all(block_table: Tensor, k_pages: Tensor, v_pages: Tensor, seq_lens: Tensor, *new: Tensor) -> list[Tensor]:
     """All keys and all values of the one sequence, [1, g, t, d] each; new: k and v of tokens that are in no page."""
-    held = [gather(pages, block_table[0], int(lengths[0])) for pages in (k_pages, v_pages)]
-    both = [torch.cat(parts) for parts in zip(held, new)] if new else held
-    return [x.transpose(0, 1)[None].contiguous() for x in both]
+    cached = [gather_tokens(pages, block_table[0], int(seq_lens[0])) for pages in (k_pages, v_pages)]
+    keys_and_values = [torch.cat(parts) for parts in zip(cached, new)] if new else cached
+    return [x.transpose(0, 1)[None].contiguous() for x in keys_and_values]
 
 
-def attend(where: str, back_end: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def run_backend(peer: str, backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
     """q [s, h, d], the last of the tokens of k and v [1, g, t, d] -> [s, h, d]."""
     s, t = len(q), k.shape[2]
     if 1 < s < t:
-        raise Unsupported(f"{where}: {s} new tokens after {t - s} need a mask that it does not take")
+        raise Unsupported(f"{peer}: {s} new tokens after {t - s} need a mask that it does not take")
     try:
-        with sdpa_kernel(back_end):
-            grouped = q.shape[1] != k.shape[1]
-            queries, causal = q.transpose(0, 1)[None].contiguous(), s == t > 1
-            out = F.scaled_dot_product_attention(queries, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+        with sdpa_kernel(backend):
+            has_gqa = q.shape[1] != k.shape[1]
+            queries, is_causal = q.transpose(0, 1)[None].contiguous(), s == t > 1
+            out = F.scaled_dot_product_attention(
+                queries, k, v, is_causal=is_causal, scale=softmax_scale, enable_gqa=has_gqa
+            )
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as reason:  # torch's way to say that a back end does not take a call
-        raise Unsupported(f"{where}: {str(reason).splitlines()[0]}") from None
+    except RuntimeError as error:  # torch's way to say that a back end does not take a call
+        raise Unsupported(f"{peer}: {str(error).splitlines()[0]}") from None
     return out[0].transpose(0, 1)
 
 
-def check_one(where: str, b: int, policy: str, lse: bool, k_pages: Pages) -> None:
-    promises_nothing(where, policy, lse)
+def check_single_sequence(peer: str, b: int, numerics: str, return_lse: bool, k_pages: KVPages) -> None:
+    check_plain_attention(peer, numerics, return_lse)
     if not isinstance(k_pages, Tensor):
-        raise Unsupported(f"{where}: does not read our quantised pages")
+        raise Unsupported(f"{peer}: does not read our quantised pages")
     if b != 1:
-        raise Unsupported(f"{where}: {b} sequences of different lengths, expected one")
+        raise Unsupported(f"{peer}: {b} sequences of different lengths, expected one")
 
 
-def prefill(name: str, back_end: SDPBackend) -> None:
+def register_prefill(name: str, backend: SDPBackend) -> None:
     """Attach one back end as implementation `name`."""
 
     @prefill_attention.impl(name)
@@ -60,19 +62,19 @@ def prefill(name: str, back_end: SDPBackend) -> None:
         k_pages: Tensor,
         v_pages: Tensor,
         block_table: Tensor,
-        query_start: Tensor,
-        history: Tensor,
-        scale: float,
-        policy: str = "fast",
-        lse: bool = False,
+        query_start_loc: Tensor,
+        context_lens: Tensor,
+        softmax_scale: float,
+        numerics: str = "fast",
+        return_lse: bool = False,
     ) -> Tensor:
-        check_one(name, len(history), policy, lse, k_pages)
-        all_k, all_v = prepared(whole, block_table, k_pages, v_pages, history, k, v)
-        return attend(name, back_end, q, all_k, all_v, scale)
+        check_single_sequence(name, len(context_lens), numerics, return_lse, k_pages)
+        all_k, all_v = convert_once(gather_all, block_table, k_pages, v_pages, context_lens, k, v)
+        return run_backend(name, backend, q, all_k, all_v, softmax_scale)
 
 
-prefill("sdpa_flash", SDPBackend.FLASH_ATTENTION)
-prefill("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION)
+register_prefill("sdpa_flash", SDPBackend.FLASH_ATTENTION)
+register_prefill("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION)
 
 
 @decode_attention.impl("sdpa_flash")
@@ -81,11 +83,11 @@ def decode_attention_sdpa(
     k_pages: Tensor,
     v_pages: Tensor,
     block_table: Tensor,
-    lengths: Tensor,
-    scale: float,
-    policy: str = "fast",
-    lse: bool = False,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    numerics: str = "fast",
+    return_lse: bool = False,
 ) -> Tensor:
-    check_one("sdpa_flash", len(lengths), policy, lse, k_pages)
-    k, v = prepared(whole, block_table, k_pages, v_pages, lengths)
-    return attend("sdpa_flash", SDPBackend.FLASH_ATTENTION, q, k, v, scale)
+    check_single_sequence("sdpa_flash", len(seq_lens), numerics, return_lse, k_pages)
+    k, v = convert_once(gather_all, block_table, k_pages, v_pages, seq_lens)
+    return run_backend("sdpa_flash", SDPBackend.FLASH_ATTENTION, q, k, v, softmax_scale)

@@ -18,9 +18,9 @@ from torch import Tensor
 from vila_triton.ops import decode_attention, prefill_attention
 from vila_triton.registry import Unsupported
 
-from ._cached_conversion import prepared
-from ._import_file import borrow
-from ._offline import check, offline, promises_nothing
+from ._cached_conversion import convert_once
+from ._import_file import import_single_file
+from ._offline import check_plain_attention, check_tensors, fake_gpu
 
 AMD = torch.version.hip is not None
 STUBS = {
@@ -32,65 +32,67 @@ STUBS = {
         "get_device_core_count": lambda device=0: torch.cuda.get_device_properties(device).multi_processor_count,
     }
 }
-with offline():
-    extend = borrow("sglang.kernels.ops.attention.extend_attention", **STUBS)
-    decode = borrow("sglang.kernels.ops.attention.decode_attention", **STUBS)
-    metadata = borrow("sglang.kernels.ops.attention.metadata")
-SPLITS = 8  # the most a sequence is cut into: its default `--triton-attention-num-kv-splits`
+with fake_gpu():
+    extend = import_single_file("sglang.kernels.ops.attention.extend_attention", **STUBS)
+    decode = import_single_file("sglang.kernels.ops.attention.decode_attention", **STUBS)
+    metadata = import_single_file("sglang.kernels.ops.attention.metadata")
+MAX_KV_SPLITS = 8  # the most a sequence is cut into: its default `--triton-attention-num-kv-splits`
 
 
-class Slots(NamedTuple):
+class KVIndices(NamedTuple):
     """Where the cached tokens of each sequence lie, all sequences end to end."""
 
-    start: Tensor  # [b+1] int32
-    slot: Tensor  # int64, one a cached token
+    kv_indptr: Tensor  # [b+1] int32
+    kv_indices: Tensor  # int64, one a cached token
 
 
-def slots(block_table: Tensor, lengths: Tensor, pages: Tensor) -> Slots:
+def build_kv_indices(block_table: Tensor, seq_lens: Tensor, pages: Tensor) -> KVIndices:
     """Waits for the device, since the number of cached tokens is known only there."""
-    length = pages.shape[1]
-    slot = block_table.long()[..., None] * length + torch.arange(length, device=pages.device)  # [b, pages, l]
-    slot = slot.flatten(1)
-    start = F.pad(lengths.cumsum(0), (1, 0)).int()
+    page_size = pages.shape[1]
+    kv_indices = block_table.long()[..., None] * page_size + torch.arange(
+        page_size, device=pages.device
+    )  # [b, pages, l]
+    kv_indices = kv_indices.flatten(1)
+    kv_indptr = F.pad(seq_lens.cumsum(0), (1, 0)).int()
     if pages.is_meta:  # no one knows how many
-        return Slots(start, slot.flatten())
-    return Slots(start, slot[torch.arange(slot.shape[1], device=pages.device) < lengths[:, None]])
+        return KVIndices(kv_indptr, kv_indices.flatten())
+    return KVIndices(kv_indptr, kv_indices[torch.arange(kv_indices.shape[1], device=pages.device) < seq_lens[:, None]])
 
 
-class Parts(NamedTuple):
+class SplitBuffers(NamedTuple):
     """Into how many splits each sequence is cut, and what the splits leave behind."""
 
-    splits: Tensor  # [b] int32
-    values: Tensor  # [b, h, SPLITS, d] float32
-    peaks: Tensor  # [b, h, SPLITS] float32
+    num_kv_splits: Tensor  # [b] int32
+    attn_logits: Tensor  # [b, h, SPLITS, d] float32
+    attn_lse: Tensor  # [b, h, SPLITS] float32
 
 
-def parts(lengths: Tensor, q: Tensor, pages: Tensor) -> Parts:
+def allocate_splits(seq_lens: Tensor, q: Tensor, pages: Tensor) -> SplitBuffers:
     """Errors: Unsupported if a sequence has no token, which the library divides by."""
-    if not lengths.is_meta and not lengths.all():
+    if not seq_lens.is_meta and not seq_lens.all():
         raise Unsupported("sglang: a sequence has no cached token")
     (b, h, d), g = q.shape, pages.shape[2]
-    splits = lengths.new_empty(b)
-    if not lengths.is_meta:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    num_kv_splits = seq_lens.new_empty(b)
+    if not seq_lens.is_meta:
+        num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
         metadata.get_num_kv_splits_triton[(1,)](
-            splits,
-            lengths.contiguous(),
+            num_kv_splits,
+            seq_lens.contiguous(),
             b,
             1,
             h,
             g,
-            SPLITS,
-            processors,
+            MAX_KV_SPLITS,
+            num_sms,
             MAX_NUM_SEQ=max(256, triton.next_power_of_2(b)),
         )
-    values = q.new_empty(b, h, SPLITS, d, dtype=torch.float32)
-    return Parts(splits, values, values.new_empty(b, h, SPLITS))
+    attn_logits = q.new_empty(b, h, MAX_KV_SPLITS, d, dtype=torch.float32)
+    return SplitBuffers(num_kv_splits, attn_logits, attn_logits.new_empty(b, h, MAX_KV_SPLITS))
 
 
-def longest(query_start: Tensor) -> int:
+def max_query_len(query_start_loc: Tensor) -> int:
     """New tokens of the sequence that has most."""
-    return 1024 if query_start.is_meta else int(query_start.diff().max())
+    return 1024 if query_start_loc.is_meta else int(query_start_loc.diff().max())
 
 
 @prefill_attention.impl("sglang")
@@ -101,31 +103,31 @@ def prefill_attention_sglang(
     k_pages: Tensor,
     v_pages: Tensor,
     block_table: Tensor,
-    query_start: Tensor,
-    history: Tensor,
-    scale: float,
-    policy: str = "fast",
-    lse: bool = False,
+    query_start_loc: Tensor,
+    context_lens: Tensor,
+    softmax_scale: float,
+    numerics: str = "fast",
+    return_lse: bool = False,
 ) -> Tensor:
-    promises_nothing("sglang", policy, lse)
-    check("sglang", q, k_pages, v_pages)
+    check_plain_attention("sglang", numerics, return_lse)
+    check_tensors("sglang", q, k_pages, v_pages)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    with offline(q), patch.object(extend, "CUDA_CAPABILITY", torch.cuda.get_device_capability(), create=True):
-        start, slot = prepared(slots, block_table, history, k_pages)
+    with fake_gpu(q), patch.object(extend, "CUDA_CAPABILITY", torch.cuda.get_device_capability(), create=True):
+        kv_indptr, kv_indices = convert_once(build_kv_indices, block_table, context_lens, k_pages)
         extend.extend_attention_fwd(
             *(x.contiguous() for x in (q, k, v)),
             out,
             *(x.contiguous().flatten(0, 1) for x in (k_pages, v_pages)),  # [p·l, g, d]
-            query_start.contiguous(),
-            start,
-            slot,
+            query_start_loc.contiguous(),
+            kv_indptr,
+            kv_indices,
             custom_mask=None,
             is_causal=True,
             mask_indptr=None,
-            max_len_extend=prepared(longest, query_start),
+            max_len_extend=convert_once(max_query_len, query_start_loc),
             k_scale=1.0,
             v_scale=1.0,
-            sm_scale=scale,
+            sm_scale=softmax_scale,
         )
     return out
 
@@ -136,28 +138,28 @@ def decode_attention_sglang(
     k_pages: Tensor,
     v_pages: Tensor,
     block_table: Tensor,
-    lengths: Tensor,
-    scale: float,
-    policy: str = "fast",
-    lse: bool = False,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    numerics: str = "fast",
+    return_lse: bool = False,
 ) -> Tensor:
-    promises_nothing("sglang", policy, lse)
-    check("sglang", q, k_pages, v_pages)
+    check_plain_attention("sglang", numerics, return_lse)
+    check_tensors("sglang", q, k_pages, v_pages)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    with offline(q):
-        start, slot = prepared(slots, block_table, lengths, k_pages)
-        splits, values, peaks = prepared(parts, lengths, q, k_pages)
+    with fake_gpu(q):
+        kv_indptr, kv_indices = convert_once(build_kv_indices, block_table, seq_lens, k_pages)
+        num_kv_splits, attn_logits, attn_lse = convert_once(allocate_splits, seq_lens, q, k_pages)
         decode.decode_attention_fwd(
             q.contiguous(),
             *(x.contiguous().flatten(0, 1) for x in (k_pages, v_pages)),  # [p·l, g, d]
             out,
-            start,
-            slot,
-            values,
-            peaks,
-            splits,
-            SPLITS,
-            scale,
+            kv_indptr,
+            kv_indices,
+            attn_logits,
+            attn_lse,
+            num_kv_splits,
+            MAX_KV_SPLITS,
+            softmax_scale,
             k_scale=1.0,
             v_scale=1.0,
         )

@@ -14,36 +14,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.ops.int4 import codes
+from vila_triton.ops.int4 import unpack_codes
 from vila_triton.registry import Unsupported
 
-from ._awq import padded, plain
-from ._cached_conversion import prepared
-from ._import_file import needs_cuda
-from ._offline import check
+from ._awq import check_plain_call, pad_rows
+from ._cached_conversion import convert_once
+from ._import_file import require_cuda
+from ._offline import check_tensors
 
 workflows: Any = import_module("torchao.quantization.quantize_.workflows")
 torchao: Any = import_module("torchao.quantization.utils")
-needs_cuda("torchao")
-GROUPS = (32, 64, 128, 256)
+require_cuda("torchao")
+GROUP_SIZES = (32, 64, 128, 256)
 INNER_K_TILES = 8  # the only one its tensor uses
 
 
-def layout(w: Int4) -> Tensor:
+def pack_tinygemm(w: Int4) -> Tensor:
     """The weight as the library's tensor of shape [n, k]."""
-    wide = padded(w, 8)
-    right = -w.shape[1] % 1024
-    q = F.pad(codes(wide), (0, right))
-    scales, zeros = (F.pad(x.t(), (0, right // w.group)) for x in (wide.scales, (8 - wide.zeros) * wide.scales))
+    w_padded = pad_rows(w, 8)
+    extra_k = -w.shape[1] % 1024
+    q = F.pad(unpack_codes(w_padded), (0, extra_k))
+    scales, zeros = (
+        F.pad(x.t(), (0, extra_k // w.group_size)) for x in (w_padded.scales, (8 - w_padded.zeros) * w_padded.scales)
+    )
     packed = torch.ops.aten._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), INNER_K_TILES)
     shifts = torchao.pack_tinygemm_scales_and_zeros(scales, zeros, scales.dtype)
-    return workflows.Int4TilePackedTo4dTensor(packed, shifts, [1, w.group], torch.Size(w.shape))
+    return workflows.Int4TilePackedTo4dTensor(packed, shifts, [1, w.group_size], torch.Size(w.shape))
 
 
 @int4_matmul.impl("torchao")
 def int4_matmul_torchao(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
-    plain("torchao", w, bias)
-    check("torchao", x, w.scales, dtypes=[torch.bfloat16], interpreted=False)
-    if w.group not in GROUPS:
-        raise Unsupported(f"torchao: the group is {w.group}, supported are {GROUPS}")
-    return F.linear(x, prepared(layout, w))
+    check_plain_call("torchao", w, bias)
+    check_tensors("torchao", x, w.scales, dtypes=[torch.bfloat16], interpreted=False)
+    if w.group_size not in GROUP_SIZES:
+        raise Unsupported(f"torchao: the group is {w.group_size}, supported are {GROUP_SIZES}")
+    return F.linear(x, convert_once(pack_tinygemm, w))

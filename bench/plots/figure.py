@@ -10,7 +10,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Picture:
+class PlottedFigure:
     """A figure, the name of its files, and the rows it was made from: they give it its stamp."""
 
     name: str
@@ -18,6 +18,6 @@ class Picture:
     rows: Sequence[Row]
 
 
-def spelled(values: Mapping[str, Any], names: Iterable[str]) -> str:
+def format_entries(values: Mapping[str, Any], names: Iterable[str]) -> str:
     """The named entries, as "n=4096 G=32"."""
     return " ".join(f"{name}={values[name]}" for name in names)

@@ -24,23 +24,29 @@ class Html(str):
     """Text that is HTML already."""
 
 
-def mark(text: str, kind: str) -> Html:
+def mark(text: str, style: str) -> Html:
     """kind: good, bad, none."""
-    return Html(f'<span class="mark {kind}">{escape(text)}</span>')
+    return Html(f'<span class="mark {style}">{escape(text)}</span>')
 
 
-def cell(value: str) -> str:
+def html_cell(value: str) -> str:
     return value if isinstance(value, Html) else escape(value)
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]], numbers: str = "", ours: Iterable[int] = ()) -> Html:
+def table(
+    head: Sequence[str], lines: Iterable[Sequence[str]], numbers: str = "", highlighted: Iterable[int] = ()
+) -> Html:
     """`numbers`: an n for each column that holds numbers, else any other letter; `ours`: lines that stand out."""
-    kinds = [' class="n"' if kind == "n" else "" for kind in numbers.ljust(len(head), "-")]
-    out = ['<div class="wide"><table><tr>', *(f"<th{k}>{cell(name)}</th>" for k, name in zip(kinds, head)), "</tr>"]
-    strong = set(ours)
+    classes = [' class="n"' if column == "n" else "" for column in numbers.ljust(len(head), "-")]
+    out = [
+        '<div class="wide"><table><tr>',
+        *(f"<th{k}>{html_cell(name)}</th>" for k, name in zip(classes, head)),
+        "</tr>",
+    ]
+    strong = set(highlighted)
     for i, line in enumerate(lines):
         out.append('\n<tr class="ours">' if i in strong else "\n<tr>")
-        out += [f"<td{k}>{cell(value)}</td>" for k, value in zip(kinds, line, strict=True)]
+        out += [f"<td{k}>{html_cell(value)}</td>" for k, value in zip(classes, line, strict=True)]
         out.append("</tr>")
     return Html("".join([*out, "</table></div>"]))
 
@@ -49,16 +55,16 @@ def heading(level: int, text: str) -> Html:
     return Html(f"<h{level}>{escape(text)}</h{level}>")
 
 
-def paragraph(text: str, kind: str = "note") -> Html:
-    return Html(f'<p class="{kind}">{cell(text)}</p>')
+def paragraph(text: str, style: str = "note") -> Html:
+    return Html(f'<p class="{style}">{html_cell(text)}</p>')
 
 
-def folded(title: str, text: str) -> Html:
+def details(title: str, text: str) -> Html:
     """What is shown when the title is clicked."""
     return Html(f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>")
 
 
-def picture(svg: bytes, name: str) -> Html:
+def svg_image(svg: bytes, name: str) -> Html:
     return Html(f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{b64encode(svg).decode()}">')
 
 

@@ -11,44 +11,61 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from bench.plots.style import COLOURS, GREY, MARKERS, figure, legend, panels, sizes_axis, unit_axis
+from bench.plots.style import (
+    COLORS,
+    GRAY,
+    MARKERS,
+    format_size_axis,
+    format_unit_axis,
+    new_figure,
+    panels,
+    shared_legend,
+)
 from vila_triton.registry import REFERENCE
 
-from .figure import Picture, Row, spelled
+from .figure import PlottedFigure, Row, format_entries
 
-NAMES = 55  # degrees at which names stand in a roofline
+NAME_ANGLE = 55  # degrees at which names stand in a roofline
 USUALLY_SWEPT = ("m", "rows", "s", "t", "b")
 
 
 def impl_styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """A colour for each implementation; peers are dashed, the reference is grey."""
     names = sorted({(bool(row["peer"]), row["impl"]) for row in rows if row["impl"] != REFERENCE})
-    styles: dict[str, dict[str, Any]] = {REFERENCE: {"color": GREY, "linestyle": ":"}}
-    for (peer, name), colour in zip(names, COLOURS * len(names)):
-        styles[name] = {"color": colour, "linestyle": "--" if peer else "-"}
+    styles: dict[str, dict[str, Any]] = {REFERENCE: {"color": GRAY, "linestyle": ":"}}
+    for (peer, name), color in zip(names, COLORS * len(names)):
+        styles[name] = {"color": color, "linestyle": "--" if peer else "-"}
     return styles
 
 
-def roofline(rows: Mapping[str, Sequence[Row]]) -> Iterator[Picture]:
+def plot_roofline(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
     """Every measured point under the ceilings measured in the same run; the best of ours of each op is named.
 
     Hollow points were too small to leave the cache, and so may lie above what memory allows.
     """
     points, ceilings = rows["op"], rows["ceiling"][-1:]
-    fig, ax = figure("Roofline: every measured point", 9, 5.6)
+    fig, ax = new_figure("Roofline: every measured point", 9, 5.6)
     styles, ops = impl_styles(points), sorted({row["op"] for row in points})
     for row in points:
-        colour, marker = styles[row["impl"]]["color"], MARKERS[ops.index(row["op"]) % len(MARKERS)]
-        face = colour if row["cold"] else "none"
-        ax.plot(*place(row), marker, color=colour, markerfacecolor=face, markersize=5, alpha=0.75, markeredgewidth=0.8)
+        color, marker = styles[row["impl"]]["color"], MARKERS[ops.index(row["op"]) % len(MARKERS)]
+        face = color if row["cold"] else "none"
+        ax.plot(
+            *roofline_point(row),
+            marker,
+            color=color,
+            markerfacecolor=face,
+            markersize=5,
+            alpha=0.75,
+            markeredgewidth=0.8,
+        )
     ax.set_xscale("log")
     ax.set_yscale("log")
-    for most in ceilings:
-        roofs(ax, most, {row["sizes"].get("dtype", "float32") for row in points})
+    for peaks in ceilings:
+        draw_roofs(ax, peaks, {row["sizes"].get("dtype", "float32") for row in points})
     low, high = ax.get_ylim()
     ax.set_ylim(low, high * (high / low) ** 0.27)  # room for the names
-    unit_axis(ax.xaxis, None)
-    unit_axis(ax.yaxis, "FLOP/s")
+    format_unit_axis(ax.xaxis, None)
+    format_unit_axis(ax.yaxis, "FLOP/s")
     ax.set_xlabel("FLOP for each byte that must move")
     ax.set_ylabel("rate")
     for name in (name for name in styles if any(row["impl"] == name for row in points)):
@@ -57,60 +74,62 @@ def roofline(rows: Mapping[str, Sequence[Row]]) -> Iterator[Picture]:
         ax.plot([], [], MARKERS[i % len(MARKERS)], color="#999999", label=op)
     if not all(row["cold"] for row in points):
         ax.plot([], [], "o", color="#999999", markerfacecolor="none", label="hollow: out of the cache")
-    legend(fig, [ax])
-    ours = [[row for row in points if row["op"] == op and not row["peer"]] for op in ops]
-    name_best(fig, ax, [of_op for of_op in ours if of_op], ceilings)
-    yield Picture("roofline", fig, [*points, *ceilings])
+    shared_legend(fig, [ax])
+    own_rows = [[row for row in points if row["op"] == op and not row["peer"]] for op in ops]
+    label_best_points(fig, ax, [op_rows for op_rows in own_rows if op_rows], ceilings)
+    yield PlottedFigure("roofline", fig, [*points, *ceilings])
 
 
-def place(row: Row) -> tuple[float, float]:
+def roofline_point(row: Row) -> tuple[float, float]:
     return row["flops"] / row["bytes"], row["flops"] / row["seconds"]
 
 
-def roofs(ax: Axes, most: Row, dtypes: set[str]) -> None:
+def draw_roofs(ax: Axes, peaks: Row, dtypes: set[str]) -> None:
     """The bandwidth as a slope, and the rate of each dtype that was timed as a level."""
     left, right = ax.get_xlim()
-    rates = {dtype: most["flops"][dtype] for dtype in dtypes if dtype in most["flops"]}
-    right = max(right, 2 * max(rates.values(), default=0) / most["bandwidth"])
-    top = max(rates.values(), default=most["bandwidth"] * right)
-    slope = f"memory, {EngFormatter('B/s', places=2)(most['bandwidth'])}"
-    ax.plot([left, top / most["bandwidth"]], [left * most["bandwidth"], top], color="black", linewidth=1, label=slope)
+    rates = {dtype: peaks["flops"][dtype] for dtype in dtypes if dtype in peaks["flops"]}
+    right = max(right, 2 * max(rates.values(), default=0) / peaks["bandwidth"])
+    top = max(rates.values(), default=peaks["bandwidth"] * right)
+    slope = f"memory, {EngFormatter('B/s', places=2)(peaks['bandwidth'])}"
+    ax.plot([left, top / peaks["bandwidth"]], [left * peaks["bandwidth"], top], color="black", linewidth=1, label=slope)
     for (dtype, rate), line in zip(sorted(rates.items()), ("-", "--", ":")):
         name = f"{dtype}, {EngFormatter('FLOP/s', places=0)(rate)}"
-        ax.plot([rate / most["bandwidth"], right], [rate, rate], line, color="black", linewidth=1, label=name)
+        ax.plot([rate / peaks["bandwidth"], right], [rate, rate], line, color="black", linewidth=1, label=name)
     ax.set_xlim(left, right)
 
 
-def name_best(fig: Figure, ax: Axes, ours: Sequence[Sequence[Row]], ceilings: Sequence[Row]) -> None:
+def label_best_points(fig: Figure, ax: Axes, own_rows: Sequence[Sequence[Row]], ceilings: Sequence[Row]) -> None:
     """Name each op's point of the highest rate above the roof, where there are no points; names that would lie over
     those before them move to the right.
     """
     fig.draw_without_rendering()
-    slope, step = math.radians(NAMES), 9 * fig.dpi / 72
-    taken = -math.inf  # how far right the last name lies, across the direction of the names
-    best = [max(of_op, key=lambda row: place(row)[1]) for of_op in ours]
-    for row, of_op in sorted(zip(best, ours), key=lambda pair: place(pair[0])[0]):
-        x, y = place(row)
+    slope, step = math.radians(NAME_ANGLE), 9 * fig.dpi / 72
+    occupied = -math.inf  # how far right the last name lies, across the direction of the names
+    best = [max(op_rows, key=lambda row: roofline_point(row)[1]) for op_rows in own_rows]
+    for row, of_op in sorted(zip(best, own_rows), key=lambda pair: roofline_point(pair[0])[0]):
+        x, y = roofline_point(row)
         roofs = (min(m["bandwidth"] * x, m["flops"].get(row["sizes"].get("dtype", "float32"), y)) for m in ceilings)
         top = 1.25 * max(y, *roofs)
         right, up = ax.transData.transform((x, top))
         across = right * math.sin(slope) - up * math.cos(slope)
-        shift = max(0.0, taken + step - across) / math.sin(slope)
-        taken = across + shift * math.sin(slope)
-        ax.plot([x, x], [y, top], color=GREY, linewidth=0.6)
-        name = f"{row['op']} {row['impl']} {spelled(row['sizes'], varying(of_op)[:1])}"
-        at = 72 * shift / fig.dpi, 3
-        ax.annotate(name, (x, top), at, textcoords="offset points", fontsize=7, color=GREY, rotation=NAMES)
+        shift = max(0.0, occupied + step - across) / math.sin(slope)
+        occupied = across + shift * math.sin(slope)
+        ax.plot([x, x], [y, top], color=GRAY, linewidth=0.6)
+        name = f"{row['op']} {row['impl']} {format_entries(row['sizes'], varying_sizes(of_op)[:1])}"
+        offset = 72 * shift / fig.dpi, 3
+        ax.annotate(name, (x, top), offset, textcoords="offset points", fontsize=7, color=GRAY, rotation=NAME_ANGLE)
 
 
-def varying(rows: Sequence[Row]) -> list[str]:
+def varying_sizes(rows: Sequence[Row]) -> list[str]:
     """The sizes that differ between rows, those first that are usually swept, and of these the one with most values."""
     values = {name: {row["sizes"][name] for row in rows} for name in rows[0]["sizes"]}
-    found = [name for name, seen in values.items() if len(seen) > 1 and all(isinstance(x, int) for x in seen)]
-    return sorted(found, key=lambda name: (name not in USUALLY_SWEPT, -len(values[name])))
+    varied = [
+        name for name, distinct in values.items() if len(distinct) > 1 and all(isinstance(x, int) for x in distinct)
+    ]
+    return sorted(varied, key=lambda name: (name not in USUALLY_SWEPT, -len(values[name])))
 
 
-def sweeps(rows: Sequence[Row]) -> dict[str, dict[tuple[tuple[str, Any], ...], list[Row]]]:
+def group_by_sweep(rows: Sequence[Row]) -> dict[str, dict[tuple[tuple[str, Any], ...], list[Row]]]:
     """Rows of one op by the size that varies in their case, then by the sizes that stay; the fastest config of each."""
     best: dict[Any, Row] = {}
     for row in rows:
@@ -120,46 +139,46 @@ def sweeps(rows: Sequence[Row]) -> dict[str, dict[tuple[tuple[str, Any], ...], l
     cases: dict[str, list[Row]] = defaultdict(list)
     for row in best.values():
         cases[row["case"]].append(row)
-    found: dict[str, dict[Any, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[str, dict[Any, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for case in cases.values():
-        swept = (varying(case) or list(case[0]["sizes"]))[0]
+        swept = (varying_sizes(case) or list(case[0]["sizes"]))[0]
         for row in case:
             fixed = tuple((name, value) for name, value in row["sizes"].items() if name != swept)
-            found[swept][fixed].append(row)
-    return found
+            groups[swept][fixed].append(row)
+    return groups
 
 
-def headings(shapes: Sequence[tuple[tuple[str, Any], ...]]) -> tuple[list[str], str]:
+def shape_titles(shapes: Sequence[tuple[tuple[str, Any], ...]]) -> tuple[list[str], str]:
     """What tells the shapes apart, one text each, and what they share."""
     tables = [dict(shape) for shape in shapes]
     differ = [name for name in tables[0] if len({str(table.get(name)) for table in tables}) > 1]
-    shared = spelled(tables[0], [name for name in tables[0] if name not in differ])
-    return [spelled(table, differ) or shared for table in tables], shared if differ else ""
+    shared = format_entries(tables[0], [name for name in tables[0] if name not in differ])
+    return [format_entries(table, differ) or shared for table in tables], shared if differ else ""
 
 
-def time(rows: Mapping[str, Sequence[Row]]) -> Iterator[Picture]:
+def plot_time(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
     """Seconds against the size that varies, a panel a shape; the band is the 20th to the 80th percentile."""
     for op in sorted({row["op"] for row in rows["op"]}):
-        of_op = [row for row in rows["op"] if row["op"] == op]
-        styles = impl_styles(of_op)
-        for swept, shapes in sweeps(of_op).items():
-            names, shared = headings(list(shapes))
+        op_rows = [row for row in rows["op"] if row["op"] == op]
+        styles = impl_styles(op_rows)
+        for swept, shapes in group_by_sweep(op_rows).items():
+            names, shared = shape_titles(list(shapes))
             fig, axes = panels(f"{op}: time against {swept}" + f"   {shared}" * bool(shared), names)
-            for ax, found in zip(axes, shapes.values()):
-                for impl in sorted({row["impl"] for row in found}, key=list(styles).index):
-                    line(ax, [row for row in found if row["impl"] == impl], swept, impl, styles[impl])
-                for most in rows["ceiling"][-1:]:
-                    limit(ax, found, swept, most)
-                sizes_axis(ax, [row["sizes"][swept] for row in found])
+            for ax, shape_rows in zip(axes, shapes.values()):
+                for impl in sorted({row["impl"] for row in shape_rows}, key=list(styles).index):
+                    draw_time(ax, [row for row in shape_rows if row["impl"] == impl], swept, impl, styles[impl])
+                for peaks in rows["ceiling"][-1:]:
+                    draw_limit(ax, shape_rows, swept, peaks)
+                format_size_axis(ax, [row["sizes"][swept] for row in shape_rows])
                 ax.set_yscale("log")
-                unit_axis(ax.yaxis, "s")
+                format_unit_axis(ax.yaxis, "s")
                 ax.set_xlabel(swept)
             axes[0].set_ylabel("time of a call")
-            legend(fig, axes)
-            yield Picture(f"time-{op}-{swept}", fig, [*of_op, *rows["ceiling"][-1:]])
+            shared_legend(fig, axes)
+            yield PlottedFigure(f"time-{op}-{swept}", fig, [*op_rows, *rows["ceiling"][-1:]])
 
 
-def line(ax: Axes, rows: Sequence[Row], swept: str, name: str, style: Mapping[str, Any]) -> None:
+def draw_time(ax: Axes, rows: Sequence[Row], swept: str, name: str, style: Mapping[str, Any]) -> None:
     rows = sorted(rows, key=lambda row: row["sizes"][swept])
     x = [row["sizes"][swept] for row in rows]
     ax.plot(x, [row["seconds"] for row in rows], marker=".", label=name, **style)
@@ -167,27 +186,27 @@ def line(ax: Axes, rows: Sequence[Row], swept: str, name: str, style: Mapping[st
     ax.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def limit(ax: Axes, rows: Sequence[Row], swept: str, most: Row) -> None:
+def draw_limit(ax: Axes, rows: Sequence[Row], swept: str, peaks: Row) -> None:
     """The least a call takes under the ceilings: its bytes or its flops, whichever take longer."""
-    least = {}
+    min_seconds = {}
     for row in rows:
-        rate = most["flops"].get(row["sizes"].get("dtype", "float32"), float("inf"))
-        least[row["sizes"][swept]] = max(row["bytes"] / most["bandwidth"], row["flops"] / rate)
-    ax.plot(*zip(*sorted(least.items())), color="black", linewidth=0.8, label="limit of this machine")
+        rate = peaks["flops"].get(row["sizes"].get("dtype", "float32"), float("inf"))
+        min_seconds[row["sizes"][swept]] = max(row["bytes"] / peaks["bandwidth"], row["flops"] / rate)
+    ax.plot(*zip(*sorted(min_seconds.items())), color="black", linewidth=0.8, label="limit of this machine")
 
 
-def speedup(rows: Mapping[str, Sequence[Row]]) -> Iterator[Picture]:
+def plot_speedup(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
     """How many times longer others take than the fastest of ours, a panel for each of them, shape by size."""
     for op in sorted({row["op"] for row in rows["op"]}):
-        of_op = [row for row in rows["op"] if row["op"] == op]
-        others = sorted({row["impl"] for row in of_op if row["peer"] or row["impl"] == REFERENCE})
-        for swept, shapes in sweeps(of_op).items():
-            values = sorted({row["sizes"][swept] for found in shapes.values() for row in found})
-            tables = {other: ratios(shapes, swept, values, other) for other in others}
+        op_rows = [row for row in rows["op"] if row["op"] == op]
+        baselines = sorted({row["impl"] for row in op_rows if row["peer"] or row["impl"] == REFERENCE})
+        for swept, shapes in group_by_sweep(op_rows).items():
+            values = sorted({row["sizes"][swept] for shape_rows in shapes.values() for row in shape_rows})
+            tables = {baseline: speedup_table(shapes, swept, values, baseline) for baseline in baselines}
             tables = {other: table for other, table in tables.items() if not np.isnan(table).all()}
             if not tables:
                 continue
-            names, shared = headings(list(shapes))
+            names, shared = shape_titles(list(shapes))
             if len(names) == 1:
                 names, shared = [""], names[0]
             fig, axes = panels(
@@ -198,31 +217,31 @@ def speedup(rows: Mapping[str, Sequence[Row]]) -> Iterator[Picture]:
                 height=0.9 + 0.34 * len(names),
             )
             for ax, table in zip(axes, tables.values()):
-                heat(ax, table, [str(x) for x in values], names)
+                draw_heatmap(ax, table, [str(x) for x in values], names)
                 ax.set_xlabel(swept)
-            yield Picture(f"speedup-{op}-{swept}", fig, of_op)
+            yield PlottedFigure(f"speedup-{op}-{swept}", fig, op_rows)
 
 
-def ratios(shapes: Mapping[Any, Sequence[Row]], swept: str, values: Sequence[int], other: str) -> np.ndarray:
+def speedup_table(shapes: Mapping[Any, Sequence[Row]], swept: str, values: Sequence[int], baseline: str) -> np.ndarray:
     """[shapes, values]: how many times as long as the fastest of ours; NaN where one of the two has no time."""
     table = np.full((len(shapes), len(values)), np.nan)
-    for i, found in enumerate(shapes.values()):
+    for i, shape_rows in enumerate(shapes.values()):
         for j, value in enumerate(values):
-            here = [row for row in found if row["sizes"][swept] == value]
-            ours = [row["seconds"] for row in here if not row["peer"] and row["impl"] != REFERENCE]
-            theirs = [row["seconds"] for row in here if row["impl"] == other]
-            if ours and theirs:
-                table[i, j] = min(theirs) / min(ours)
+            matching = [row for row in shape_rows if row["sizes"][swept] == value]
+            own_seconds = [row["seconds"] for row in matching if not row["peer"] and row["impl"] != REFERENCE]
+            baseline_seconds = [row["seconds"] for row in matching if row["impl"] == baseline]
+            if own_seconds and baseline_seconds:
+                table[i, j] = min(baseline_seconds) / min(own_seconds)
     return table
 
 
-def heat(ax: Axes, table: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
+def draw_heatmap(ax: Axes, table: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
     """Blue where ours is faster, red where slower, white at the same, the colours ending at 4 times."""
     ax.imshow(np.log2(table), cmap="RdBu", norm=TwoSlopeNorm(0, -2, 2), aspect="auto")
     for (i, j), ratio in np.ndenumerate(table):
         text = "-" if np.isnan(ratio) else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
-        colour = "white" if abs(np.log2(ratio)) > 1.2 else "black"
-        ax.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
+        color = "white" if abs(np.log2(ratio)) > 1.2 else "black"
+        ax.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
     ax.set_xticks(range(len(columns)), columns)
     ax.set_yticks(range(len(rows)), rows)
     ax.grid(False)

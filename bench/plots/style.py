@@ -17,12 +17,12 @@ from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 # Okabe and Ito's colours, which those who see fewer colours can tell apart.
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
-GREY = "#666666"
+COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
+GRAY = "#666666"
 MARKERS = "osD^vP*Xh<>p"
 plt.rcParams.update(
     {
-        "axes.prop_cycle": cycler(color=COLOURS),
+        "axes.prop_cycle": cycler(color=COLORS),
         "axes.axisbelow": True,
         "axes.grid": True,
         "axes.spines.right": False,
@@ -41,7 +41,7 @@ plt.rcParams.update(
 )
 
 
-def figure(title: str, width: float = 8, height: float = 4.8) -> tuple[Figure, Axes]:
+def new_figure(title: str, width: float = 8, height: float = 4.8) -> tuple[Figure, Axes]:
     """An empty picture with one pair of axes."""
     fig, ax = plt.subplots(figsize=(width, height), layout="constrained")
     ax.set_title(title, loc="left", fontweight="bold", fontsize=12)
@@ -65,13 +65,13 @@ def panels(
     return fig, axes[: len(names)]
 
 
-def legend(fig: Figure, axes: Iterable[Axes]) -> None:
+def shared_legend(fig: Figure, axes: Iterable[Axes]) -> None:
     """One legend for all panels, beside them; a name drawn in several panels stands there once."""
-    found = {name: line for ax in axes for line, name in zip(*ax.get_legend_handles_labels())}
-    fig.legend(list(found.values()), list(found), loc="outside right upper")
+    handles = {name: line for ax in axes for line, name in zip(*ax.get_legend_handles_labels())}
+    fig.legend(list(handles.values()), list(handles), loc="outside right upper")
 
 
-def sizes_axis(ax: Axes, values: Iterable[float]) -> None:
+def format_size_axis(ax: Axes, values: Iterable[float]) -> None:
     """Sizes along x: logarithmic if they spread, with a tick at each, and its number where there is room (`tidy`)."""
     ticks = sorted(set(values))
     if len(ticks) > 1 and ticks[0] > 0:
@@ -81,7 +81,7 @@ def sizes_axis(ax: Axes, values: Iterable[float]) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x < 10000 else f"{x / 1024:g}k"))
 
 
-def unit_axis(axis: Any, unit: str | None) -> None:
+def format_unit_axis(axis: Any, unit: str | None) -> None:
     """A logarithmic axis with the prefixes of units (10 µs, 1 ms): a tick a power of ten, more if it spans little."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(10, subs=(1,) if high > 300 * low else (1, 2, 5)))
@@ -89,7 +89,7 @@ def unit_axis(axis: Any, unit: str | None) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def tidy(fig: Figure) -> None:
+def remove_overlaps(fig: Figure) -> None:
     """Lay the picture out, and take away what would be printed over other words: numbers of ticks that reach into the
     one before; titles of panels are made smaller until they end where the next begins.
     """
@@ -97,16 +97,18 @@ def tidy(fig: Figure) -> None:
     axes = [ax for ax in fig.axes if ax.get_visible()]
     for ax in axes:
         for axis, side in ((ax.xaxis, 0), (ax.yaxis, 1)):
-            thin(axis, side)
-        named = {ax.get_title(), ax.get_title("left")} - {""}
-        for title in (x for x in ax.get_children() if isinstance(x, Text) and x.get_text() in named):
-            box, beside = title.get_window_extent(), [x.get_window_extent() for x in axes]
-            ends = [x.x0 for x in beside if x.x0 > box.x0 + 1 and x.y0 < box.y1 and box.y0 < x.y1 + 2 * box.height]
-            share = (min(ends, default=fig.bbox.x1) - box.x0) / box.width
-            title.set_fontsize(float(title.get_fontsize()) * min(1, share))
+            drop_overlapping_ticks(axis, side)
+        titles = {ax.get_title(), ax.get_title("left")} - {""}
+        for title in (x for x in ax.get_children() if isinstance(x, Text) and x.get_text() in titles):
+            box, boxes = title.get_window_extent(), [x.get_window_extent() for x in axes]
+            right_bounds = [
+                x.x0 for x in boxes if x.x0 > box.x0 + 1 and x.y0 < box.y1 and box.y0 < x.y1 + 2 * box.height
+            ]
+            scale = (min(right_bounds, default=fig.bbox.x1) - box.x0) / box.width
+            title.set_fontsize(float(title.get_fontsize()) * min(1, scale))
 
 
-def thin(axis: Axis, side: int) -> None:
+def drop_overlapping_ticks(axis: Axis, side: int) -> None:
     """Keep of an axis the labels that do not overlap the last one kept."""
     low, high = sorted(axis.get_view_interval())
     ticks = [x for x in axis.get_major_ticks() if low <= x.get_loc() <= high and x.label1.get_text()]
@@ -122,14 +124,16 @@ def thin(axis: Axis, side: int) -> None:
         axis.set_ticks(list(texts), list(texts.values()))
 
 
-def save(fig: Figure, file: Path, stamp: Mapping[str, Any], endings: Sequence[str] = (".png", ".svg")) -> list[Path]:
+def save_figure(
+    fig: Figure, file: Path, stamp: Mapping[str, Any], suffixes: Sequence[str] = (".png", ".svg")
+) -> list[Path]:
     """Write FILE.png and FILE.svg, with the stamp of the rows they show; returns the paths."""
-    words = (str(stamp.get(key, "")) for key in ("device", "date", "commit"))
+    origin = (str(stamp.get(key, "")) for key in ("device", "date", "commit"))
     versions = " ".join(f"{key} {stamp[key]}" for key in ("torch", "triton") if key in stamp)
-    fig.supxlabel(" | ".join(word for word in (*words, versions) if word), fontsize=7, color=GREY, x=0.01, ha="left")
-    tidy(fig)
+    fig.supxlabel(" | ".join(word for word in (*origin, versions) if word), fontsize=7, color=GRAY, x=0.01, ha="left")
+    remove_overlaps(fig)
     file.parent.mkdir(parents=True, exist_ok=True)
-    paths = [file.parent / f"{file.name}{ending}" for ending in endings]
+    paths = [file.parent / f"{file.name}{suffix}" for suffix in suffixes]
     for path in paths:
         fig.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(fig)

@@ -21,11 +21,11 @@ Times mean nothing. bfloat16 kernels are not run: Triton's interpreter would com
 import sys
 
 
-def active() -> bool:
+def is_active() -> bool:
     """Whether this process runs on the stand-in."""
     return "bench.standin.cuda" in sys.modules
 
 
-def prefix() -> list[str]:
+def command_prefix() -> list[str]:
     """What begins a command that runs a module as this process runs: on the stand-in if this one does."""
-    return [sys.executable, "-m", *(["bench.standin"] if active() else [])]
+    return [sys.executable, "-m", *(["bench.standin"] if is_active() else [])]

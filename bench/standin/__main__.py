@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-def found(module: str) -> bool:
+def is_runnable(module: str) -> bool:
     """Whether there is a module of this name, or a package that can be run; packages it lies in are imported."""
     if not module or module.startswith("."):
         return False
@@ -19,30 +19,30 @@ def found(module: str) -> bool:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # what a package of the name needs
         return False
-    return spec is not None and (spec.submodule_search_locations is None or found(f"{module}.__main__"))
+    return spec is not None and (spec.submodule_search_locations is None or is_runnable(f"{module}.__main__"))
 
 
 def main() -> None:
     import bench.standin as package
 
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("bench.standin", description=package.__doc__, formatter_class=raw)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("bench.standin", description=package.__doc__, formatter_class=formatter)
     parser.add_argument("--counts", type=Path, metavar="FILE", help="write what was counted to this file, as JSON")
     parser.add_argument("module", help="as after `python -m`")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    options = parser.parse_args()
-    if options.counts and not options.counts.resolve().parent.is_dir():
-        parser.error(f"--counts: there is no folder {options.counts.resolve().parent}")
+    args = parser.parse_args()
+    if args.counts and not args.counts.resolve().parent.is_dir():
+        parser.error(f"--counts: there is no folder {args.counts.resolve().parent}")
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
     from . import cuda, launches  # noqa: F401  (puts the stand-in in place)
     from .counts import counters
 
-    if not found(options.module):
-        parser.error(f"there is no module {options.module} that can be run")
-    if options.counts:
-        atexit.register(counters[0].write, options.counts.resolve())
-    sys.argv = [options.module, *options.arguments]
-    runpy.run_module(options.module, run_name="__main__", alter_sys=True)
+    if not is_runnable(args.module):
+        parser.error(f"there is no module {args.module} that can be run")
+    if args.counts:
+        atexit.register(counters[0].write, args.counts.resolve())
+    sys.argv = [args.module, *args.arguments]
+    runpy.run_module(args.module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

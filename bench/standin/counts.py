@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent
+STANDIN_FOLDER = Path(__file__).resolve().parent
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Counts:
         rows = {
             "launches": dict(self.launches),
             "compiled": dict(Counter(kernel for kernel, _ in self.compiled)),
-            "waits": {f"{place}: {what}": n for (what, place), n in self.waits.most_common()},
+            "waits": {f"{line}: {operation}": n for (operation, line), n in self.waits.most_common()},
             "operators": dict(self.operators),
         }
         file.write_text(json.dumps(rows, indent=1) + "\n")
@@ -46,27 +46,27 @@ def counting() -> Iterator[Counts]:
         counters.remove(counts)
 
 
-def place() -> str:
+def calling_line() -> str:
     """The line of this repository that is running, leaving out the stand-in itself."""
     frame = sys._getframe(1)
     while frame is not None:
         file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(ROOT) and file.parent != HERE and "site-packages" not in file.parts:
+        if file.is_relative_to(ROOT) and file.parent != STANDIN_FOLDER and "site-packages" not in file.parts:
             return f"{file.relative_to(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
     return "elsewhere"
 
 
-def count_wait(what: str) -> None:
-    where = place()
+def count_wait(operation: str) -> None:
+    line = calling_line()
     for counts in counters:
-        counts.waits[what, where] += 1
+        counts.waits[operation, line] += 1
 
 
-def count_launch(kernel: str, specialisation: str) -> None:
+def count_launch(kernel: str, specialization: str) -> None:
     for counts in counters:
         counts.launches[kernel] += 1
-        counts.compiled.add((kernel, specialisation))
+        counts.compiled.add((kernel, specialization))
 
 
 def count_operator(name: str) -> None:

@@ -16,25 +16,25 @@ from torch.utils._device import DeviceContext
 from .device import (
     DEVICES,
     Capture,
-    Crossing,
     CudaTensor,
-    Factories,
+    DeviceCopy,
+    FactoryMode,
     captures,
     cuda_generators,
-    current,
-    index_of,
+    current_device,
+    device_index,
+    device_view,
+    host_view,
     memories,
-    on_device,
-    plain,
-    waits,
+    note_wait,
 )
 
-NAME = "stand-in for an H100"  # no GPU has this name, so no table tuned on one is taken for it or written over
+DEVICE_NAME = "stand-in for an H100"  # no GPU has this name, so no table tuned on one is taken for it or written over
 CAPABILITY = (9, 0)
 # CUDA C++ programming guide and the data sheet of the H100 SXM, but for the cache: `bench.measure.timing` makes as
 # many copies of its arguments as overflow it, and here that would take long.
 PROPERTIES = SimpleNamespace(
-    name=NAME,
+    name=DEVICE_NAME,
     major=CAPABILITY[0],
     minor=CAPABILITY[1],
     multi_processor_count=132,
@@ -99,10 +99,10 @@ def to(self: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
         return host_to(self, *args, copy=copy, **kwargs)
     if self.is_meta:
         raise NotImplementedError("Cannot copy out of meta tensor; no data!")
-    waits("a copy of pageable memory to the device")
-    order, index = layout or torch.preserve_format, index_of(device)
+    note_wait("a copy of pageable memory to the device")
+    order, index = layout or torch.preserve_format, device_index(device)
     move = partial(host_to, dtype=dtype or self.dtype, copy=True, memory_format=order)
-    return Crossing.apply(self, lambda x: on_device(move(x), index), plain)  # pyright: ignore
+    return DeviceCopy.apply(self, lambda x: device_view(move(x), index), host_view)  # pyright: ignore
 
 
 def default_device() -> torch.device:
@@ -122,13 +122,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, 
 
 class Event:
     def __init__(self, enable_timing: bool = False, **_: Any) -> None:
-        self.timed, self.at = enable_timing, 0.0
+        self.enable_timing, self.recorded_at = enable_timing, 0.0
 
     def record(self, stream: Any = None) -> None:
-        self.at = time.perf_counter()
+        self.recorded_at = time.perf_counter()
 
     def synchronize(self) -> None:
-        waits("an event")
+        note_wait("an event")
 
     def wait(self, stream: Any = None) -> None: ...
 
@@ -137,19 +137,19 @@ class Event:
 
     def elapsed_time(self, end: "Event") -> float:
         """Milliseconds. Errors: RuntimeError unless both events were made to take times and were recorded."""
-        if not (self.timed and end.timed and self.at and end.at):
+        if not (self.enable_timing and end.enable_timing and self.recorded_at and end.recorded_at):
             raise RuntimeError("Both events must be created with enable_timing=True and recorded.")
-        return 1e3 * max(end.at - self.at, 1e-9)
+        return 1e3 * max(end.recorded_at - self.recorded_at, 1e-9)
 
 
 class Stream:
     cuda_stream = 0
 
     def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
-        self.device = torch.device("cuda", index_of(device or "cuda"))
+        self.device = torch.device("cuda", device_index(device or "cuda"))
 
     def synchronize(self) -> None:
-        waits("a stream")
+        note_wait("a stream")
 
     def wait_stream(self, stream: "Stream") -> None: ...
 
@@ -192,27 +192,27 @@ def graph(
 
 
 @contextlib.contextmanager
-def device(wanted: Any) -> Iterator[None]:
-    before = current[0]
-    set_device(wanted)
+def device(target: Any) -> Iterator[None]:
+    previous = current_device[0]
+    set_device(target)
     try:
         yield
     finally:
-        current[0] = before
+        current_device[0] = previous
 
 
-def set_device(wanted: Any) -> None:
-    if wanted is not None:
-        current[0] = index_of(torch.device("cuda", wanted) if isinstance(wanted, int) else wanted)
+def set_device(target: Any) -> None:
+    if target is not None:
+        current_device[0] = device_index(torch.device("cuda", target) if isinstance(target, int) else target)
 
 
 def synchronize(device: Any = None) -> None:
-    waits("synchronize")
+    note_wait("synchronize")
 
 
 def memory_of(device: Any = None) -> Any:
     return memories[
-        index_of("cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device)
+        device_index("cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device)
     ]
 
 
@@ -221,17 +221,17 @@ def reset_peak_memory_stats(device: Any = None) -> None:
     memory.peak = memory.allocated
 
 
-ANSWERS = {
+CUDA_FUNCTIONS = {
     "is_available": lambda: True,
     "is_initialized": lambda: True,
     "init": lambda: None,
     "_lazy_init": lambda: None,
     "_is_in_bad_fork": lambda: False,
     "device_count": lambda: DEVICES,
-    "current_device": lambda: current[0],
+    "current_device": lambda: current_device[0],
     "set_device": set_device,
     "device": device,
-    "get_device_name": lambda device=None: NAME,
+    "get_device_name": lambda device=None: DEVICE_NAME,
     "get_device_capability": lambda device=None: CAPABILITY,
     "get_device_properties": lambda device=None: PROPERTIES,
     "get_arch_list": lambda: ["sm_90"],
@@ -259,7 +259,7 @@ ANSWERS = {
     "CUDAGraph": CUDAGraph,
     "graph": graph,
 }
-for name, answer in ANSWERS.items():
+for name, answer in CUDA_FUNCTIONS.items():
     setattr(torch.cuda, name, answer)
 torch.Generator, torch.tensor, torch.as_tensor = Generator, tensor, as_tensor  # pyright: ignore
 torch.Tensor.to = to  # pyright: ignore
@@ -269,10 +269,10 @@ torch.Tensor.cuda = CudaTensor.cuda  # pyright: ignore
 run_thread = threading.Thread.run
 
 
-def run_on_the_stand_in(self: threading.Thread) -> None:
-    with Factories():  # a mode holds for one thread
+def run_on_standin(self: threading.Thread) -> None:
+    with FactoryMode():  # a mode holds for one thread
         run_thread(self)
 
 
-threading.Thread.run = run_on_the_stand_in
-Factories().__enter__()
+threading.Thread.run = run_on_standin
+FactoryMode().__enter__()

@@ -32,7 +32,7 @@ WAITING = {
     "unique_consecutive": "unique",
     "bincount": "bincount",
 }
-CROSSING = ("copy_", "_to_copy", "_copy_from", "set_")  # between devices by their nature
+CROSS_DEVICE = ("copy_", "_to_copy", "_copy_from", "set_")  # between devices by their nature
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "dot")  # of floating-point numbers only
 JOINING = ("cat", "stack")  # which take no number in place of a tensor
@@ -78,20 +78,20 @@ class Capture:
         for call, result in self.calls:
             for old, new in zip(tree_leaves(result), tree_leaves(call())):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    plain(old).copy_(plain(new))
+                    host_view(old).copy_(host_view(new))
 
 
 memories = [Memory() for _ in range(DEVICES)]
 captures: list[Capture] = []  # the one under way
 cuda_generators: set[int] = set()  # by the address of what they wrap
-current = [0]  # the device that kernels start on
+current_device = [0]  # the device that kernels start on
 
 
-def waits(what: str) -> None:
+def note_wait(operation: str) -> None:
     """Note that the host waits for the device. Errors: RuntimeError while a graph is captured."""
-    count_wait(what)
+    count_wait(operation)
     if captures:
-        raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
+        raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({operation})")
 
 
 class CudaTensor(torch.Tensor):
@@ -117,7 +117,7 @@ class CudaTensor(torch.Tensor):
     def data(self, new: Tensor) -> None:
         if not isinstance(new, CudaTensor) or new.index != self.index:
             raise RuntimeError(f"incompatible tensor type: data of {new.device} for a tensor of {self.device}")
-        torch.Tensor.data.__set__(self, plain(new))  # pyright: ignore
+        torch.Tensor.data.__set__(self, host_view(new))  # pyright: ignore
 
     def get_device(self) -> int:
         return self.index
@@ -127,18 +127,20 @@ class CudaTensor(torch.Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
         dtype = dtype or self.dtype
-        if device is None or (device.type == "cuda" and index_of(device) == self.index):
+        if device is None or (device.type == "cuda" and device_index(device) == self.index):
             return self if dtype == self.dtype and not copy else super().to(dtype, copy=copy)
         if device.type == "cuda":
-            index, back = index_of(device), self.index
-            return Crossing.apply(
-                self, lambda x: on_device(plain(x).to(dtype, copy=True), index), lambda x: on_device(plain(x), back)
+            index, back = device_index(device), self.index
+            return DeviceCopy.apply(
+                self,
+                lambda x: device_view(host_view(x).to(dtype, copy=True), index),
+                lambda x: device_view(host_view(x), back),
             )  # pyright: ignore
         if device.type == "cpu":
-            waits("a copy to the CPU")
+            note_wait("a copy to the CPU")
             back = self.index
-            return Crossing.apply(self, lambda x: plain(x).to(dtype, copy=True), lambda x: on_device(x, back))  # pyright: ignore
-        return plain(self).to(device, dtype)
+            return DeviceCopy.apply(self, lambda x: host_view(x).to(dtype, copy=True), lambda x: device_view(x, back))  # pyright: ignore
+        return host_view(self).to(device, dtype)
 
     def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.to("cpu")
@@ -147,8 +149,8 @@ class CudaTensor(torch.Tensor):
         return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
 
     def tolist(self) -> Any:
-        waits("tolist()")
-        return plain(self).tolist()
+        note_wait("tolist()")
+        return host_view(self).tolist()
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first.")
@@ -164,16 +166,16 @@ class CudaTensor(torch.Tensor):
         return torch.nn.Parameter(copy, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return plain(self).__reduce_ex__(protocol)  # as a file that is read with map_location="cpu"
+        return host_view(self).__reduce_ex__(protocol)  # as a file that is read with map_location="cpu"
 
     def __repr__(self, **kwargs: Any) -> str:  # pyright: ignore
-        return f"{plain(self)!r} on {self.device}"
+        return f"{host_view(self)!r} on {self.device}"
 
     def __format__(self, spec: str) -> str:
         return format(self.item() if not self.dim() else repr(self), spec)
 
 
-class Crossing(torch.autograd.Function):
+class DeviceCopy(torch.autograd.Function):
     """A copy to another device, whose gradient goes back."""
 
     @staticmethod
@@ -186,15 +188,15 @@ class Crossing(torch.autograd.Function):
         return ctx.back(gradients[0]), None, None
 
 
-def index_of(device: Any) -> int:
+def device_index(device: Any) -> int:
     """The index of a device, the current one where it names none. Errors: RuntimeError beyond the last."""
     index = torch.device(device).index
     if index is not None and index >= DEVICES:
         raise RuntimeError(f"CUDA error: invalid device ordinal ({index}, of {DEVICES} devices)")
-    return current[0] if index is None else index
+    return current_device[0] if index is None else index
 
 
-def plain(x: Tensor) -> Tensor:
+def host_view(x: Tensor) -> Tensor:
     """The same memory as a tensor of the CPU."""
     if not isinstance(x, CudaTensor):
         return x
@@ -202,7 +204,7 @@ def plain(x: Tensor) -> Tensor:
         return x.detach()
 
 
-def on_device(x: Tensor, index: int) -> CudaTensor:
+def device_view(x: Tensor, index: int) -> CudaTensor:
     """The same memory as a tensor of a device of the stand-in."""
     if isinstance(x, CudaTensor):
         return x
@@ -213,7 +215,7 @@ def on_device(x: Tensor, index: int) -> CudaTensor:
     return tensor
 
 
-class Factories(TorchDispatchMode):
+class FactoryMode(TorchDispatchMode):
     """Sees the operators that take no tensor of the stand-in, but may make one."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -223,25 +225,35 @@ class Factories(TorchDispatchMode):
 def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator as CUDA would: refuse what it refuses, count what waits, give back tensors of the device."""
     operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    ours = [x for x in operands if isinstance(x, CudaTensor)]
-    wanted = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
-    check_generator(kwargs.get("generator"), wanted, bool(ours))
-    if not ours and (wanted is None or wanted.type != "cuda"):
+    device_tensors = [x for x in operands if isinstance(x, CudaTensor)]
+    target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
+    check_generator(kwargs.get("generator"), target, bool(device_tensors))
+    if not device_tensors and (target is None or target.type != "cuda"):
         return func(*args, **kwargs)
     name = func.overloadpacket.__name__
     count_operator(name)
     if name in CPU_ONLY:
         raise NotImplementedError(f"Could not run 'aten::{name}' with arguments from the 'CUDA' backend.")
-    if name in PRODUCTS and not (ours[0].is_floating_point() or ours[0].is_complex()):
-        raise RuntimeError(f"\"{name}_cuda\" not implemented for '{ours[0].dtype}'")
-    index = index_of(wanted) if wanted is not None and wanted.type == "cuda" else ours[0].index if ours else 0
-    check_devices(name, args, operands, ours)
-    wait_for(func, name, args, kwargs, ours)
-    if wanted is not None and wanted.type == "cuda":
+    if name in PRODUCTS and not (device_tensors[0].is_floating_point() or device_tensors[0].is_complex()):
+        raise RuntimeError(f"\"{name}_cuda\" not implemented for '{device_tensors[0].dtype}'")
+    index = (
+        device_index(target)
+        if target is not None and target.type == "cuda"
+        else device_tensors[0].index
+        if device_tensors
+        else 0
+    )
+    check_devices(name, args, operands, device_tensors)
+    count_waits(func, name, args, kwargs, device_tensors)
+    if target is not None and target.type == "cuda":
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    run = {"div": by_reciprocal, "div_": by_reciprocal_}[name] if divides_by_a_number(name, args, kwargs) else func
-    if wanted is not None and wanted.type == "meta":
-        return run(*tree_map(lambda x: plain(x) if isinstance(x, CudaTensor) else x, args), **kwargs)
+    run = (
+        {"div": divide_by_reciprocal, "div_": divide_by_reciprocal_}[name]
+        if divides_by_host_number(name, args, kwargs)
+        else func
+    )
+    if target is not None and target.type == "meta":
+        return run(*tree_map(lambda x: host_view(x) if isinstance(x, CudaTensor) else x, args), **kwargs)
 
     def call() -> Any:
         try:
@@ -253,81 +265,81 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             raise
 
     if captures:
-        written = [arg for schema, arg in zip(func._schema.arguments, args) if writes(schema)]
-        written += [kwargs[s.name] for s in func._schema.arguments if writes(s) and s.name in kwargs]
+        written = [arg for schema, arg in zip(func._schema.arguments, args) if is_written(schema)]
+        written += [kwargs[s.name] for s in func._schema.arguments if is_written(s) and s.name in kwargs]
         if written:
             captures[0].calls.append((call, None))
             return written[0] if len(func._schema.returns) == 1 else tuple(written)
-    result = tree_map(lambda x: on_device(x, index) if isinstance(x, Tensor) else x, call())
+    result = tree_map(lambda x: device_view(x, index) if isinstance(x, Tensor) else x, call())
     if captures:
         captures[0].calls.append((call, result))
-        held = {x.untyped_storage()._cdata for x in operands}
+        operand_storages = {x.untyped_storage()._cdata for x in operands}
         results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        captures[0].results += [x for x in results if x.untyped_storage()._cdata not in held]
+        captures[0].results += [x for x in results if x.untyped_storage()._cdata not in operand_storages]
     return result
 
 
-def writes(argument: Any) -> bool:
+def is_written(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
 
-def check_generator(generator: Any, wanted: torch.device | None, ours: bool) -> None:
+def check_generator(generator: Any, target: torch.device | None, on_device: bool) -> None:
     """Errors: RuntimeError for a generator of another device than that of the numbers drawn."""
     if generator is None:
         return
-    drawn = "cuda" if ours or (wanted is not None and wanted.type == "cuda") else "cpu"
-    if wanted is not None and wanted.type == "meta":
+    expected = "cuda" if on_device or (target is not None and target.type == "cuda") else "cpu"
+    if target is not None and target.type == "meta":
         return
-    of = "cuda" if generator._cdata in cuda_generators else "cpu"
-    if of != drawn:
-        raise RuntimeError(f"Expected a '{drawn}' device type for generator but found '{of}'")
+    actual = "cuda" if generator._cdata in cuda_generators else "cpu"
+    if actual != expected:
+        raise RuntimeError(f"Expected a '{expected}' device type for generator but found '{actual}'")
 
 
-def check_devices(name: str, args: Any, operands: Sequence[Tensor], ours: Sequence[CudaTensor]) -> None:
+def check_devices(name: str, args: Any, operands: Sequence[Tensor], device_tensors: Sequence[CudaTensor]) -> None:
     """Errors: RuntimeError for operands of two devices. A number may be a CPU tensor without axes, indices may lie on
     the CPU whatever they index, copies cross.
     """
-    if name in CROSSING:
+    if name in CROSS_DEVICE:
         return
-    free = [x for x in args[1] if x is not None] if name in INDEXING else []
-    if any(isinstance(x, CudaTensor) and x.device != args[0].device for x in free):
+    exempt = [x for x in args[1] if x is not None] if name in INDEXING else []
+    if any(isinstance(x, CudaTensor) and x.device != args[0].device for x in exempt):
         raise RuntimeError(
             f"indices should be either on cpu or on the same device as the indexed tensor ({args[0].device})"
         )
-    places = {
+    devices = {
         str(x.device)
         for x in operands
-        if not any(x is y for y in free) and (isinstance(x, CudaTensor) or x.dim() or name in JOINING)
+        if not any(x is y for y in exempt) and (isinstance(x, CudaTensor) or x.dim() or name in JOINING)
     }
-    if ours and len(places) > 1:
+    if device_tensors and len(devices) > 1:
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, "
-            f"{' and '.join(sorted(places, reverse=True))}! ({name})"
+            f"{' and '.join(sorted(devices, reverse=True))}! ({name})"
         )
 
 
-def wait_for(func: Any, name: str, args: Any, kwargs: Any, ours: Sequence[CudaTensor]) -> None:
+def count_waits(func: Any, name: str, args: Any, kwargs: Any, device_tensors: Sequence[CudaTensor]) -> None:
     """Count the operator if it makes the host wait."""
-    if name in WAITING and ours:
-        waits(WAITING[name])
-    elif name == "_to_copy" and not ours and args[0].device.type == "cpu":
-        waits("a copy of pageable memory to the device")
+    if name in WAITING and device_tensors:
+        note_wait(WAITING[name])
+    elif name == "_to_copy" and not device_tensors and args[0].device.type == "cpu":
+        note_wait("a copy of pageable memory to the device")
     elif name == "copy_":
         if not isinstance(args[0], CudaTensor):
-            waits("a copy to the CPU")
+            note_wait("a copy to the CPU")
         elif not isinstance(args[1], CudaTensor) and args[1].dim():
-            waits("a copy of pageable memory to the device")
+            note_wait("a copy of pageable memory to the device")
     elif name in INDEXING:
         for x in args[1]:
             if x is not None and x.dtype in (torch.bool, torch.uint8):
-                waits("indexing by a mask")
+                note_wait("indexing by a mask")
             elif x is not None and not isinstance(x, CudaTensor) and x.dim():
-                waits("indexing by a tensor of the CPU")
+                note_wait("indexing by a tensor of the CPU")
     elif name == "repeat_interleave" and isinstance(args[-1], CudaTensor) and kwargs.get("output_size") is None:
-        waits("repeat_interleave without output_size")
+        note_wait("repeat_interleave without output_size")
 
 
-def divides_by_a_number(name: str, args: Any, kwargs: Any) -> bool:
+def divides_by_host_number(name: str, args: Any, kwargs: Any) -> bool:
     """Whether CUDA multiplies by a reciprocal here: a quotient of floating-point numbers by a number of the host."""
     if name not in ("div", "div_") or kwargs or not isinstance(args[0], Tensor):
         return False
@@ -335,11 +347,11 @@ def divides_by_a_number(name: str, args: Any, kwargs: Any) -> bool:
     return host and args[0].is_floating_point()
 
 
-def by_reciprocal(x: Tensor, number: Any) -> Tensor:
+def divide_by_reciprocal(x: Tensor, number: Any) -> Tensor:
     """x / number as CUDA computes it: times the reciprocal of the number in float32 (float64 for float64)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (x.to(dtype) * (1 / torch.tensor(float(number), dtype=dtype))).to(x.dtype)
 
 
-def by_reciprocal_(x: Tensor, number: Any) -> Tensor:
-    return x.copy_(by_reciprocal(x, number))
+def divide_by_reciprocal_(x: Tensor, number: Any) -> Tensor:
+    return x.copy_(divide_by_reciprocal(x, number))

@@ -8,14 +8,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-from ..compiled import NamesItsTarget
+from ..compiled import CrossCompileDriver
 from .counts import count_launch
-from .device import CudaTensor, captures, current, plain
+from .device import CudaTensor, captures, current_device, host_view
 
 # Blocks along x, y and z: CUDA C++ programming guide, technical specifications per compute capability.
 LIMITS = (2**31 - 1, 65535, 65535)
 TARGET = "sm_90"
-twins: dict[Any, JITFunction] = {}  # the function that a GPU would compile, by the one that is interpreted
+compiled_twins: dict[Any, JITFunction] = {}  # the function that a GPU would compile, by the one that is interpreted
 run_interpreted = interpreter.InterpretedFunction.run
 
 
@@ -26,16 +26,18 @@ def launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any
     for x in tree_leaves((args, kwargs)):
         if isinstance(x, torch.Tensor) and not isinstance(x, CudaTensor):
             raise ValueError(f"{self.__name__}: Pointer argument cannot be accessed from Triton (cpu tensor?)")
-        if isinstance(x, CudaTensor) and x.index != current[0]:
-            raise ValueError(f"{self.__name__}: a tensor is on {x.device}, but the current device is cuda:{current[0]}")
-    args, kwargs = tree_map(lambda x: plain(x) if isinstance(x, CudaTensor) else x, (args, kwargs))
+        if isinstance(x, CudaTensor) and x.index != current_device[0]:
+            raise ValueError(
+                f"{self.__name__}: a tensor is on {x.device}, but the current device is cuda:{current_device[0]}"
+            )
+    args, kwargs = tree_map(lambda x: host_view(x) if isinstance(x, CudaTensor) else x, (args, kwargs))
     blocks = grid({**dict(zip(self.arg_names, args)), **kwargs}) if callable(grid) else grid
     blocks: Any = (blocks,) if isinstance(blocks, int) else tuple(blocks)  # pyright: ignore
-    if len(blocks) > 3 or any(n > most for n, most in zip(blocks, LIMITS)):
+    if len(blocks) > 3 or any(n > limit for n, limit in zip(blocks, LIMITS)):
         raise RuntimeError(
             f"{self.__name__}: Triton Error [CUDA]: invalid argument: a grid of {blocks}, at most {LIMITS}"
         )
-    count_launch(self.__name__, specialisation(self, args, kwargs))
+    count_launch(self.__name__, specialization_key(self, args, kwargs))
     if warmup or not all(blocks):
         return
 
@@ -48,15 +50,17 @@ def launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any
         call()
 
 
-def specialisation(function: Any, args: Any, kwargs: Any) -> str:
+def specialization_key(function: Any, args: Any, kwargs: Any) -> str:
     """What tells one compiled kernel of the function from another: the key of Triton's own cache."""
-    if function not in twins:
-        names = ("do_not_specialize", "do_not_specialize_on_alignment")
-        twins[function] = JITFunction(function.fn, **{k: v for k, v in function.kwargs.items() if k in names})
-    binder = twins[function].device_caches[0][-1]
+    if function not in compiled_twins:
+        options_kept = ("do_not_specialize", "do_not_specialize_on_alignment")
+        compiled_twins[function] = JITFunction(
+            function.fn, **{k: v for k, v in function.kwargs.items() if k in options_kept}
+        )
+    binder = compiled_twins[function].device_caches[0][-1]
     _, key, options = binder(*args, **{**kwargs, "debug": False})
     return f"{key}{sorted(options.items())}"
 
 
-triton.runtime.driver.set_active(NamesItsTarget(TARGET))
+triton.runtime.driver.set_active(CrossCompileDriver(TARGET))
 interpreter.InterpretedFunction.run = launch

@@ -10,24 +10,24 @@ import torch
 
 from ..measure.rows import ROOT
 from .jobs import Answer, Job
-from .workers import Processes
+from .workers import ProcessPool
 
 RETRIES = 3  # of a task whose worker dies
 BATCH = 2  # jobs a task
-PRIORITY = {"worker_niceness": 0}  # that of any process; Ray's workers have less
-GPUS = {"compile": 0, "gate": 0.25, "time": 1}  # a task takes, where there are any
+RAY_CONFIG = {"worker_niceness": 0}  # that of any process; Ray's workers have less
+GPUS_PER_TASK = {"compile": 0, "gate": 0.25, "time": 1}  # a task takes, where there are any
 
 
-_processes: dict[str, Processes] = {}  # of a worker, by the GPUs it was given
+_processes: dict[str, ProcessPool] = {}  # of a worker, by the GPUs it was given
 
 
-def answers(stage: str, jobs: Sequence[Job]) -> list[Answer]:
+def run_jobs(stage: str, jobs: Sequence[Job]) -> list[Answer]:
     """What a task does: as in a run without Ray, the jobs of each stage have a process, which the next task finds."""
-    mine = _processes.setdefault(os.environ.get("CUDA_VISIBLE_DEVICES", ""), Processes(1))
-    return [mine.answer(stage, job) for job in jobs]
+    processes = _processes.setdefault(os.environ.get("CUDA_VISIBLE_DEVICES", ""), ProcessPool(1))
+    return [processes.run_job(stage, job) for job in jobs]
 
 
-class Cluster:
+class RayCluster:
     """Tasks of a batch of jobs each. Ray gives a task to another worker when its own dies.
 
     address: of a running cluster whose GPUs, if any, are like the one here, to which this checkout travels; or "local"
@@ -41,7 +41,7 @@ class Cluster:
             raise ValueError("--ray: Ray is not installed; pip install ray") from None
         if address == "local":
             path = {"env_vars": {"PYTHONPATH": str(ROOT)}}
-            start = {"num_cpus": count, "include_dashboard": False, "runtime_env": path, "_system_config": PRIORITY}
+            start = {"num_cpus": count, "include_dashboard": False, "runtime_env": path, "_system_config": RAY_CONFIG}
         else:
             checkout = {"working_dir": str(ROOT), "excludes": [".git", "bench/results", "*.safetensors"]}
             start = {"address": address, "runtime_env": checkout}
@@ -49,11 +49,11 @@ class Cluster:
             self.ray.init(**start, log_to_driver=False, logging_level="error")
         except ConnectionError as error:
             raise ValueError(f"--ray: no cluster at {address}: {error}") from None
-        self.width = int(self.ray.cluster_resources().get("CPU", 1))
-        self.task = self.ray.remote(max_retries=RETRIES)(answers)
+        self.num_workers = int(self.ray.cluster_resources().get("CPU", 1))
+        self.task = self.ray.remote(max_retries=RETRIES)(run_jobs)
 
     def run(self, stage: str, jobs: Sequence[Job], deadline: float = inf) -> Iterator[tuple[int, Answer]]:
-        gpus = GPUS[stage] if torch.cuda.is_available() else 0
+        gpus = GPUS_PER_TASK[stage] if torch.cuda.is_available() else 0
         task = self.task.options(num_gpus=gpus)
         batches = [range(i, min(i + BATCH, len(jobs))) for i in range(0, len(jobs), BATCH)]
         running = {task.remote(stage, [jobs[i] for i in batch]): batch for batch in batches}
@@ -61,13 +61,13 @@ class Cluster:
             left = None if deadline == inf else max(0.0, deadline - time.monotonic())
             ready, _ = self.ray.wait(list(running), timeout=left)
             if not ready:
-                for under_way in running:
-                    self.ray.cancel(under_way, force=True)
+                for task_ref in running:
+                    self.ray.cancel(task_ref, force=True)
                 raise TimeoutError
-            done = ready[0]
-            batch = running.pop(done)
+            finished = ready[0]
+            batch = running.pop(finished)
             try:
-                yield from zip(batch, self.ray.get(done))
+                yield from zip(batch, self.ray.get(finished))
             except self.ray.exceptions.WorkerCrashedError:
                 if len(batch) == 1:
                     yield batch[0], {"reason": f"its process died {RETRIES + 1} times"}

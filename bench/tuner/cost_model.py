@@ -25,17 +25,17 @@ import torch
 
 from vila_triton.paths import config_dir
 from vila_triton.registry import OPS, Impl
-from vila_triton.registry.search_space import Launch
+from vila_triton.registry.search_space import LaunchCost
 
 from ..compiler.gpus import TARGETS
 
 LATENCY = 8e-7  # seconds from a load to its data, memory being busy
-LAUNCH = 3e-6  # seconds
-L2 = 2.5  # times the bandwidth of memory
+LAUNCH_SECONDS = 3e-6  # seconds
+L2_SPEEDUP = 2.5  # times the bandwidth of memory
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuModel:
     """What the model goes by: SMs, single operations a second on their lanes, bytes a second, and float16 flops a
     second of the tensor cores. `guessed`: what it is taken for if it is not known; else empty.
     """
@@ -43,39 +43,40 @@ class Gpu:
     arch: str
     name: str
     sms: int
-    lanes: float
+    elementwise_rate: float
     bandwidth: float
-    dots: float
-    guessed: str = ""
+    dot_rate: float
+    guess: str = ""
 
 
 @lru_cache
-def chips() -> Mapping[str, Gpu]:
+def known_gpus() -> Mapping[str, GpuModel]:
     """The GPUs of configs/bench/chips.toml."""
     sheets, own = (tomllib.loads((config_dir() / "bench" / f"{file}.toml").read_text()) for file in ("gpus", "chips"))
-    every = {key: {**sheets.get(key, {}), **values} for key, values in own.items()}
+    tables = {key: {**sheets.get(key, {}), **values} for key, values in own.items()}
     return {
-        key: Gpu(v["arch"], v["name"], v["sms"], v["lanes"], v["bandwidth"], v["flops"]) for key, v in every.items()
+        key: GpuModel(v["arch"], v["name"], v["sms"], v["lanes"], v["bandwidth"], v["flops"])
+        for key, v in tables.items()
     }
 
 
-def archs() -> list[str]:
-    return list(dict.fromkeys(chip.arch for chip in chips().values()))
+def known_archs() -> list[str]:
+    return list(dict.fromkeys(chip.arch for chip in known_gpus().values()))
 
 
-def gpu(arch: str) -> Gpu:
+def gpu_of_arch(arch: str) -> GpuModel:
     """The GPU that stands for an architecture. Errors: ValueError for one the cost model does not know."""
-    if arch not in archs():
-        raise ValueError(f"the cost model does not know {arch}; --arch takes {', '.join(archs())}")
-    return next(chip for chip in chips().values() if chip.arch == arch)
+    if arch not in known_archs():
+        raise ValueError(f"the cost model does not know {arch}; --arch takes {', '.join(known_archs())}")
+    return next(chip for chip in known_gpus().values() if chip.arch == arch)
 
 
-def number(arch: str) -> int:
+def arch_number(arch: str) -> int:
     """Of an architecture, 10 times its compute capability."""
     return int(arch.removeprefix("sm_"))
 
 
-def here(device: Any) -> Gpu:
+def gpu_of_device(device: Any) -> GpuModel:
     """The GPU with these properties (`torch.cuda.get_device_properties`): as its datasheet says, or else the one that
     stands for its architecture, or for the nearest below that, with as many SMs as it has, and its own bandwidth if the
     driver says it.
@@ -85,48 +86,56 @@ def here(device: Any) -> Gpu:
     capability, sms = 10 * device.major + device.minor, device.multi_processor_count
     if torch.version.hip or capability < 80:
         raise ValueError(f"{device.name}: the cost model knows NVIDIA's GPUs from compute capability 8.0 on")
-    below = gpu(max((arch for arch in archs() if number(arch) <= capability), key=number))
-    known = [chips()[word] for word in re.split("[^A-Za-z0-9]+", device.name) if word in chips()]
-    if known and (known[0].sms, number(known[0].arch)) == (sms, capability):
-        return known[0]
+    below = gpu_of_arch(max((arch for arch in known_archs() if arch_number(arch) <= capability), key=arch_number))
+    listed = [known_gpus()[word] for word in re.split("[^A-Za-z0-9]+", device.name) if word in known_gpus()]
+    if listed and (listed[0].sms, arch_number(listed[0].arch)) == (sms, capability):
+        return listed[0]
     share = sms / below.sms
     clock_and_bus = 2 * 1000 * device.memory_clock_rate * device.memory_bus_width / 8  # twice a tick; kHz, bits
     bandwidth = clock_and_bus or share * below.bandwidth
-    guessed = (
+    guess = (
         f"{device.name} (sm_{capability}, {sms} SMs) is not in configs/bench/chips.toml: the cost model takes it for "
         f"{share:.2f} of {below.name} ({below.arch}, {below.sms} SMs) with {bandwidth / 1e9:.0f} GB/s"
     )
-    return Gpu(below.arch, device.name, sms, share * below.lanes, bandwidth, share * below.dots, guessed)
+    return GpuModel(
+        below.arch, device.name, sms, share * below.elementwise_rate, bandwidth, share * below.dot_rate, guess
+    )
 
 
-def predict(impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, Any], on: Gpu) -> float | None:
+def predict_seconds(impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, Any], gpu: GpuModel) -> float | None:
     """Seconds of one launch; None if the file of the implementation does not say what a launch does."""
-    if not impl.space or not impl.space.launch:
+    if not impl.space or not impl.space.launch_cost:
         return None
-    launch = impl.space.launch(config, **sizes)
+    launch = impl.space.launch_cost(config, **sizes)
     if not launch.programs:
-        return LAUNCH
-    least = min(1.0, OPS[impl.op].cost(**sizes)[1] / (launch.programs * launch.bytes))  # the share no kernel can spare
-    slots = on.sms * resident(launch, config, on)
-    full, rest = divmod(launch.programs, slots)
-    half = sizes.get("dtype", "float32") != "float32"
-    waves = [(full, slots), (1, rest)]
-    return LAUNCH + sum(n * wave(p, launch, config, least, on, half) for n, p in waves if p)
+        return LAUNCH_SECONDS
+    min_share = min(
+        1.0, OPS[impl.op].cost(**sizes)[1] / (launch.programs * launch.bytes)
+    )  # the share no kernel can spare
+    slots = gpu.sms * programs_per_sm(launch, config, gpu)
+    full_waves, remainder = divmod(launch.programs, slots)
+    half_precision = sizes.get("dtype", "float32") != "float32"
+    waves = [(full_waves, slots), (1, remainder)]
+    return LAUNCH_SECONDS + sum(
+        n * wave_seconds(p, launch, config, min_share, gpu, half_precision) for n, p in waves if p
+    )
 
 
-def resident(launch: Launch, config: Mapping[str, Any], on: Gpu) -> int:
+def programs_per_sm(launch: LaunchCost, config: Mapping[str, Any], gpu: GpuModel) -> int:
     """Programs that run on one SM at a time."""
-    target = TARGETS[on.arch]
-    shared = target.shared // (launch.stage * config.get("num_stages", 1) + target.reserved)
-    return max(1, min(shared, target.warps // config.get("num_warps", 4), target.blocks))
+    target = TARGETS[gpu.arch]
+    shared = target.shared_per_sm // (launch.bytes_per_stage * config.get("num_stages", 1) + target.reserved_per_block)
+    return max(1, min(shared, target.warps_per_sm // config.get("num_warps", 4), target.blocks_per_sm))
 
 
-def wave(p: int, launch: Launch, config: Mapping[str, Any], least: float, on: Gpu, half: bool) -> float:
+def wave_seconds(
+    programs: int, launch: LaunchCost, config: Mapping[str, Any], min_share: float, gpu: GpuModel, half_precision: bool
+) -> float:
     """Seconds in which p programs, all under way at once, are done."""
     stages = config.get("num_stages", 1)
-    rate = min(L2 * on.bandwidth, p * max(launch.stage, 1) * stages / LATENCY)
-    memory = max(p * launch.bytes / rate, p * launch.bytes * least / on.bandwidth)
-    share = min(1.0, p * config.get("num_warps", 4) / (4 * on.sms))
-    dots = on.dots if half else 2 * on.lanes  # float32 is multiplied on the lanes
-    compute = p * (launch.dots / dots + launch.lanes / on.lanes) / share
+    rate = min(L2_SPEEDUP * gpu.bandwidth, programs * max(launch.bytes_per_stage, 1) * stages / LATENCY)
+    memory = max(programs * launch.bytes / rate, programs * launch.bytes * min_share / gpu.bandwidth)
+    share = min(1.0, programs * config.get("num_warps", 4) / (4 * gpu.sms))
+    dot_rate = gpu.dot_rate if half_precision else 2 * gpu.elementwise_rate  # float32 is multiplied on the lanes
+    compute = programs * (launch.dot_flops / dot_rate + launch.elementwise_ops / gpu.elementwise_rate) / share
     return LATENCY + (memory + compute if stages == 1 else max(memory, compute))

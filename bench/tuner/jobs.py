@@ -22,27 +22,27 @@ from typing import Any
 
 import torch
 
-from vila_triton.registry import OPS, Impl, OneOf, Sizes, discover
+from vila_triton.registry import OPS, Impl, IntRange, OneOf, discover
 
 from .. import standin
-from ..compiled import Call, compile_call
+from ..compiled import CompileRequest, compile_request
 from ..compiler.gpus import TARGETS
-from ..compiler.resources import resources
-from ..correctness.failure_report import refusal, release
+from ..compiler.resources import kernel_resources
+from ..correctness.failure_report import refusal_reason, release_memory
 from ..correctness.gate import gate
-from ..measure.cases import Case, call_arguments
-from ..measure.timing import measure
+from ..measure.cases import Case, random_arguments
+from ..measure.timing import time_call
 
 Job = Mapping[str, Any]
 Answer = dict[str, Any]
 
 
-def prefix(stage: str) -> list[str]:
+def command_prefix(stage: str) -> list[str]:
     """What begins the command of a process of a stage; compilers run where they are, on no stand-in."""
-    return [sys.executable, "-m"] if stage == "compile" else standin.prefix()
+    return [sys.executable, "-m"] if stage == "compile" else standin.command_prefix()
 
 
-def environment(stage: str) -> dict[str, str]:
+def stage_environment(stage: str) -> dict[str, str]:
     """What the processes of a stage have in their environment; kernels are interpreted only to gate them on a CPU."""
     interpreted = stage != "compile" and not torch.cuda.is_available()
     threads = {} if stage == "time" else {"OMP_NUM_THREADS": "1"}
@@ -50,81 +50,83 @@ def environment(stage: str) -> dict[str, str]:
     return {"TRITON_INTERPRET": str(int(interpreted)), **threads, **hidden}
 
 
-def as_compiled(domain: Mapping[str, Sizes | OneOf], sizes: Mapping[str, Any]) -> dict[str, Any]:
+def compile_equivalent_sizes(domain: Mapping[str, IntRange | OneOf], sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Small sizes for which the compiler makes the same kernel: it tells 1, multiples of 16 and other numbers apart.
 
     That holds for sizes that are arguments of a kernel. Where one is a constant, a kernel like it is made, unless it is
     a `OneOf`, of which each value is kept.
     """
-    small = dict(sizes)
+    equivalent = dict(sizes)
     for name, values in domain.items():
-        if isinstance(values, Sizes) and sizes[name] != 1:
+        if isinstance(values, IntRange) and sizes[name] != 1:
             alike = [
                 n for n in range(values.low, values.high + 1) if n > 1 and (n % 16 == 0) == (sizes[name] % 16 == 0)
             ]
-            small[name] = max(alike, default=16 + sizes[name] % 16)
-    return small
+            equivalent[name] = max(alike, default=16 + sizes[name] % 16)
+    return equivalent
 
 
-def impl_of(job: Job) -> Impl:
+def find_impl(job: Job) -> Impl:
     discover()
     return OPS[job["op"]].impls[job["impl"]]
 
 
 def compile_job(job: Job) -> Answer:
     """Cross-compile: a kernel that spills registers or wants more shared memory than there is, is not launched."""
-    impl_of(job)
-    outcome = compile_call(resources, Call(job["op"], job["impl"], job["config"], job["arch"], job["sizes"]))
+    find_impl(job)
+    outcome = compile_request(
+        kernel_resources, CompileRequest(job["op"], job["impl"], job["config"], job["arch"], job["sizes"])
+    )
     if reason := outcome.error or outcome.unsupported:
         return {"reason": reason.splitlines()[0]}
-    worst = {name: max((getattr(k, name) for k in outcome.kernels), default=0) for name in RESOURCES}
-    room = TARGETS[job["arch"]].block_shared
+    worst = {name: max((getattr(k, name) for k in outcome.kernels), default=0) for name in RESOURCE_FIELDS}
+    max_shared = TARGETS[job["arch"]].max_shared_per_block
     reason = None
-    if worst["shared"] > room:
-        reason = f"wants {worst['shared']} bytes of shared memory, a block of {job['arch']} has {room}"
+    if worst["shared"] > max_shared:
+        reason = f"wants {worst['shared']} bytes of shared memory, a block of {job['arch']} has {max_shared}"
     elif worst["spills"]:
         reason = f"spills {worst['spills']} bytes of registers a thread on {job['arch']}"
     return {"reason": reason, **worst}
 
 
-RESOURCES = ("registers", "spills", "shared")
+RESOURCE_FIELDS = ("registers", "spills", "shared")
 
 
-def here() -> torch.device:
+def current_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def gate_job(job: Job) -> Answer:
-    reason = gate(impl_of(job), job["config"], Case(job["op"], "tune", job["sizes"]))
+    reason = gate(find_impl(job), job["config"], Case(job["op"], "tune", job["sizes"]))
     if reason:
-        release(here())  # a context the kernel broke ends this process, not the candidates after it
+        release_memory(current_device())  # a context the kernel broke ends this process, not the candidates after it
     return {"reason": reason}
 
 
 @lru_cache(maxsize=1)
-def arguments_of(op: str, sizes: str, device: torch.device) -> Any:
-    return call_arguments(Case(op, "tune", json.loads(sizes)), device)
+def cached_arguments(op: str, sizes: str, device: torch.device) -> Any:
+    return random_arguments(Case(op, "tune", json.loads(sizes)), device)
 
 
 def time_job(job: Job) -> Answer:
-    device = here()
-    impl, config = impl_of(job), job["config"]
+    device = current_device()
+    impl, config = find_impl(job), job["config"]
     try:
-        args = arguments_of(job["op"], json.dumps(job["sizes"]), device)
-        timing = measure(lambda *args: impl(*args, config=config), args, device, job["budget"])
+        args = cached_arguments(job["op"], json.dumps(job["sizes"]), device)
+        timing = time_call(lambda *args: impl(*args, config=config), args, device, job["budget"])
     except Exception as error:  # whatever is wrong with one candidate, the others go on
-        reason = refusal(error)
+        reason = refusal_reason(error)
     else:
         return {"seconds": timing.seconds, "again": timing.again, "cold": timing.cold, "graph": timing.graph}
-    arguments_of.cache_clear()
-    release(device)
+    cached_arguments.cache_clear()
+    release_memory(device)
     return {"reason": reason}
 
 
 STAGES: dict[str, Callable[[Job], Answer]] = {"compile": compile_job, "gate": gate_job, "time": time_job}
 
 
-def answer(job: Job) -> Answer:
+def run_job(job: Job) -> Answer:
     return STAGES[job["stage"]](job)
 
 
@@ -141,7 +143,7 @@ def main() -> None:
 
     Thread(target=receive, daemon=True).start()
     while True:
-        print(json.dumps(answer(json.loads(jobs.get()))), file=answers, flush=True)
+        print(json.dumps(run_job(json.loads(jobs.get()))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vila_triton.files.file_locks import alone
+from vila_triton.files.file_locks import sidecar_lock
 from vila_triton.registry import OPS, REFERENCE
-from vila_triton.registry.kernel_config import configured
-from vila_triton.registry.search_space import Config, canonical
-from vila_triton.registry.size_ranges import Choice, Within, joined, name_at
-from vila_triton.registry.tuned_tables import file_of, pick, read
+from vila_triton.registry.kernel_config import configured_choices
+from vila_triton.registry.search_space import Config, canonical_json
+from vila_triton.registry.size_ranges import BoundedChoice, Choice, implementation_at, merge_ranges
+from vila_triton.registry.tuned_tables import config_for_sizes, read_table, table_path
 
-from ..measure.format import brief, unit
+from ..measure.format import format_config, format_seconds
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Point:
+class TunedPoint:
     """Sizes that were tuned, and the seconds of each config there, by the config's canonical text."""
 
     sizes: Mapping[str, Any]
@@ -41,71 +41,75 @@ class Point:
         return self.seconds.get(config, inf) / self.seconds[self.best]
 
 
-TIMES = ("timed", "predicted")  # the second: by the cost model, and nobody looked whether it is right
+TIMED_STATUSES = ("timed", "predicted")  # the second: by the cost model, and nobody looked whether it is right
 
 
-def points(rows: Iterable[Row]) -> list[Point]:
+def tuned_points(rows: Iterable[Row]) -> list[TunedPoint]:
     """What has a time, by sizes."""
-    found: dict[str, dict[str, float]] = {}
+    seconds_by_sizes: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row["status"] in TIMES:
-            found.setdefault(canonical(row["sizes"]), {})[canonical(row["config"])] = row["seconds"]
-    return [Point(json.loads(sizes), found[sizes]) for sizes in sorted(found)]
+        if row["status"] in TIMED_STATUSES:
+            seconds_by_sizes.setdefault(canonical_json(row["sizes"]), {})[canonical_json(row["config"])] = row[
+                "seconds"
+            ]
+    return [TunedPoint(json.loads(sizes), seconds_by_sizes[sizes]) for sizes in sorted(seconds_by_sizes)]
 
 
-def split(at: Sequence[Point], varying: Sequence[str]) -> Iterator[tuple[dict[str, Any], Point]]:
+def split_ranges(points: Sequence[TunedPoint], varying: Sequence[str]) -> Iterator[tuple[dict[str, Any], TunedPoint]]:
     """The ranges around points that differ in the varying sizes only."""
     if not varying:
-        yield {}, at[0]
+        yield {}, points[0]
         return
     name, *rest = varying
-    values = sorted({p.sizes[name] for p in at})
-    for before, value, after in zip([None, *values], values, [*values[1:], None]):
-        first = 0 if before is None else isqrt(before * value) + 1
-        last = None if after is None else isqrt(value * after)
-        for ranges, point in split([p for p in at if p.sizes[name] == value], rest):
+    values = sorted({p.sizes[name] for p in points})
+    for lower, value, upper in zip([None, *values], values, [*values[1:], None]):
+        first = 0 if lower is None else isqrt(lower * value) + 1
+        last = None if upper is None else isqrt(value * upper)
+        for ranges, point in split_ranges([p for p in points if p.sizes[name] == value], rest):
             yield {name: [first, last], **ranges}, point
 
 
-def ranges(at: Sequence[Point], varying: Sequence[str]) -> list[dict[str, Any]]:
+def table_ranges(points: Sequence[TunedPoint], varying: Sequence[str]) -> list[dict[str, Any]]:
     """The ranges of a table: for each set of fixed sizes that was tuned, those of the varying ones."""
-    groups: dict[str, list[Point]] = {}
-    for point in at:
-        groups.setdefault(canonical({k: v for k, v in point.sizes.items() if k not in varying}), []).append(point)
-    found = []
+    groups: dict[str, list[TunedPoint]] = {}
+    for point in points:
+        groups.setdefault(canonical_json({k: v for k, v in point.sizes.items() if k not in varying}), []).append(point)
+    result = []
     for fixed in sorted(groups):
-        for around, point in split(groups[fixed], varying):
+        for varying_ranges, point in split_ranges(groups[fixed], varying):
             tuned_at = {name: point.sizes[name] for name in varying}
             best = {"config": json.loads(point.best), "seconds": point.seconds[point.best]}
-            found.append({"sizes": {**json.loads(fixed), **around}, "tuned_at": tuned_at, **best})
-    return found
+            result.append({"sizes": {**json.loads(fixed), **varying_ranges}, "tuned_at": tuned_at, **best})
+    return result
 
 
-def otherwise(at: Sequence[Point], right: Set[str]) -> dict[str, Any]:
+def fallback_config(points: Sequence[TunedPoint], allowed: Set[str]) -> dict[str, Any]:
     """Of the configs that passed the gate that with times at most sizes, and of those with the least worst regret."""
-    missing, worst, config = least(at, right)
+    missing, worst, config = least_regret_config(points, allowed)
     return {"config": json.loads(config), "worst_regret": worst, "sizes_without_time": missing}
 
 
-def gated(rows: Iterable[Row]) -> set[str]:
+def gated_configs(rows: Iterable[Row]) -> set[str]:
     """The configs that passed the gate, by their canonical text."""
-    return {canonical(row["config"]) for row in rows if row["status"] == "timed"}
+    return {canonical_json(row["config"]) for row in rows if row["status"] == "timed"}
 
 
-def least(at: Sequence[Point], among: Set[str] | None = None) -> tuple[int, float, str]:
+def least_regret_config(points: Sequence[TunedPoint], allowed: Set[str] | None = None) -> tuple[int, float, str]:
     """(sizes without a time, worst regret, config) of the config for which they are least."""
-    every = {c for point in at for c in point.seconds if among is None or c in among}
-    missing = {c: sum(c not in p.seconds for p in at) for c in every}
-    worst = {c: max(p.regret(c) for p in at if c in p.seconds) for c in missing}
+    configs = {c for point in points for c in point.seconds if allowed is None or c in allowed}
+    missing = {c: sum(c not in p.seconds for p in points) for c in configs}
+    worst = {c: max(p.regret(c) for p in points if c in p.seconds) for c in missing}
     return min((missing[c], worst[c], c) for c in missing)
 
 
-def usual(op: str, size: int) -> set[str]:
+def default_impls(op: str, size: int) -> set[str]:
     """What configs/kernels.toml runs at this size on a GPU, in either phase."""
-    return {name_at(configured("cuda", phase).get(op, REFERENCE), size) for phase in ("prefill", "decode")}
+    return {
+        implementation_at(configured_choices("cuda", phase).get(op, REFERENCE), size) for phase in ("prefill", "decode")
+    }
 
 
-def choice(op: str, entries: Iterable[Row]) -> Within | None:
+def choose_impl(op: str, entries: Iterable[Row]) -> BoundedChoice | None:
     """Which implementation of an op is to run, by the size that varies, from the entries of several.
 
     Sizes count at which what configs/kernels.toml runs was timed, too: a search that was ended early may know nothing
@@ -113,102 +117,106 @@ def choice(op: str, entries: Iterable[Row]) -> Within | None:
     it, and of those the one with the least worst regret; ranges meet where those of configs do. It holds from the
     first to the last value; None if no size counts.
     """
-    varying = OPS[op].varying[0]
+    varying = OPS[op].dynamic_sizes[0]
     seconds: dict[str, dict[str, float]] = {}
-    for of in entries:
-        for r in of["ranges"]:
-            seconds.setdefault(canonical({**r["sizes"], **r["tuned_at"]}), {})[of["impl"]] = r["seconds"]
-    at = [Point(json.loads(sizes), found) for sizes, found in seconds.items()]
-    at = [p for p in at if usual(op, p.sizes[varying]) <= p.seconds.keys()]
-    if not at:
+    for table_entry in entries:
+        for r in table_entry["ranges"]:
+            seconds.setdefault(canonical_json({**r["sizes"], **r["tuned_at"]}), {})[table_entry["impl"]] = r["seconds"]
+    points = [TunedPoint(json.loads(sizes), config_seconds) for sizes, config_seconds in seconds.items()]
+    points = [p for p in points if default_impls(op, p.sizes[varying]) <= p.seconds.keys()]
+    if not points:
         return None
-    values = sorted({p.sizes[varying] for p in at})
-    best = [least([p for p in at if p.sizes[varying] == value])[2] for value in values]
-    pieces = [(isqrt(value * after), name) for value, after, name in zip(values, values[1:], best)]
-    return Within(values[0], values[-1], joined(pieces, best[-1]))
+    values = sorted({p.sizes[varying] for p in points})
+    best = [least_regret_config([p for p in points if p.sizes[varying] == value])[2] for value in values]
+    pieces = [(isqrt(value * upper), name) for value, upper, name in zip(values, values[1:], best)]
+    return BoundedChoice(values[0], values[-1], merge_ranges(pieces, best[-1]))
 
 
-def choices(entries: Sequence[Row]) -> dict[str, Any]:
+def choose_impls(entries: Sequence[Row]) -> dict[str, Any]:
     """The choices of a table, by op, for the ops of which it has several entries."""
-    ops = sorted({e["op"] for e in entries if e["op"] in OPS and OPS[e["op"]].varying})
-    of = {op: [e for e in entries if e["op"] == op] for op in ops}
-    within = {op: choice(op, of[op]) for op in ops if len(of[op]) > 1}
-    return {op: {"first": w.first, "last": w.last, "choice": plain(w.choice)} for op, w in within.items() if w}
+    ops = sorted({e["op"] for e in entries if e["op"] in OPS and OPS[e["op"]].dynamic_sizes})
+    entries_of_op = {op: [e for e in entries if e["op"] == op] for op in ops}
+    chosen = {op: choose_impl(op, entries_of_op[op]) for op in ops if len(entries_of_op[op]) > 1}
+    return {op: {"first": w.first, "last": w.last, "choice": choice_to_json(w.choice)} for op, w in chosen.items() if w}
 
 
-def plain(choice: Choice) -> Any:
+def choice_to_json(choice: Choice) -> Any:
     """A choice as it stands in a file."""
     if isinstance(choice, str):
         return choice
     return [*map(list, zip(choice.ends, choice.names)), choice.names[-1]]
 
 
-def entry(search: Row, rows: Sequence[Row], varying: Sequence[str]) -> dict[str, Any] | None:
+def build_entry(search: Row, rows: Sequence[Row], varying: Sequence[str]) -> dict[str, Any] | None:
     """The entry of a search; None as long as nothing was timed."""
-    at = points(rows)
-    if not at:
+    points = tuned_points(rows)
+    if not points:
         return None
     statuses = [row["status"] for row in rows]
     last = max(rows, key=lambda row: (row["date"], row["commit"]))
     return {
         **{key: value for key, value in search.items() if key not in ("kind", "device")},
         **{key: last[key] for key in ("date", "commit", "torch")},
-        "candidates": {status: statuses.count(status) for status in ("cost", "compile", "gate", *TIMES)},
-        "ranges": ranges(at, varying),
-        "otherwise": otherwise(at, gated(rows)),
+        "candidates": {status: statuses.count(status) for status in ("cost", "compile", "gate", *TIMED_STATUSES)},
+        "ranges": table_ranges(points, varying),
+        "otherwise": fallback_config(points, gated_configs(rows)),
     }
 
 
-def write(folder: Path, device: str, new: Mapping[str, Any]) -> Path:
+def write_table(folder: Path, device: str, new: Mapping[str, Any]) -> Path:
     """Put an entry into the table of a device, in place of the one it had for that implementation; the choices are
     made anew. Others may write to the table at the same time.
     """
-    file = file_of(device, folder)
+    file = table_path(device, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(file):
-        put(file, device, new)
+    with sidecar_lock(file):
+        replace_entry(file, device, new)
     return file
 
 
-def put(file: Path, device: str, new: Mapping[str, Any]) -> None:
-    held = read(file)["entries"] if file.exists() else []
-    kept = [e for e in held if (e["op"], e["impl"]) != (new["op"], new["impl"])]
+def replace_entry(file: Path, device: str, new: Mapping[str, Any]) -> None:
+    old_entries = read_table(file)["entries"] if file.exists() else []
+    kept = [e for e in old_entries if (e["op"], e["impl"]) != (new["op"], new["impl"])]
     entries = sorted([*kept, new], key=lambda e: (e["op"], e["impl"]))
-    whole = file.with_suffix(".new")
-    body = ",\n".join(map(text, entries))
-    chosen = ",\n".join(f" {json.dumps(op)}: {json.dumps(found)}" for op, found in choices(entries).items())
+    new_file = file.with_suffix(".new")
+    body = ",\n".join(map(format_entry, entries))
+    chosen = ",\n".join(f" {json.dumps(op)}: {json.dumps(choice)}" for op, choice in choose_impls(entries).items())
     head = f'"device": {json.dumps(device)}, ' + (chosen and f'"choices": {{\n{chosen}\n}}, ')
-    whole.write_text(f'{{{head}"entries": [\n{body}\n]}}\n')
-    whole.replace(file)
+    new_file.write_text(f'{{{head}"entries": [\n{body}\n]}}\n')
+    new_file.replace(file)
 
 
-def text(of: Mapping[str, Any]) -> str:
+def format_entry(entry: Mapping[str, Any]) -> str:
     """An entry with a line for each range."""
-    head = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in of.items() if k not in ("ranges", "otherwise"))
-    lines = ",\n".join(f"  {json.dumps(r)}" for r in of["ranges"])
-    return f'{{\n{head},\n "ranges": [\n{lines}\n ],\n "otherwise": {json.dumps(of["otherwise"])}\n}}'
+    head = ",\n".join(
+        f" {json.dumps(k)}: {json.dumps(v)}" for k, v in entry.items() if k not in ("ranges", "otherwise")
+    )
+    lines = ",\n".join(f"  {json.dumps(r)}" for r in entry["ranges"])
+    return f'{{\n{head},\n "ranges": [\n{lines}\n ],\n "otherwise": {json.dumps(entry["otherwise"])}\n}}'
 
 
-def report(rows: Sequence[Row], default: Config, varying: Sequence[str]) -> Iterator[str]:
+def regret_report(rows: Sequence[Row], default_config: Config, varying: Sequence[str]) -> Iterator[str]:
     """For each tuned size the time of configs[0] and of the tuned config, and what three choices cost beside the best:
     configs[0], what the table without this size would say (so, how far to trust it in between), and `otherwise`.
     """
-    at, first = points(rows), canonical(dict(default))
-    rest = canonical(otherwise(at, gated(rows))["config"])
-    names = [name for name in at[0].sizes if name in varying or len({p.sizes[name] for p in at}) > 1]
-    width = 2 + max(len(" ".join(f"{n}={p.sizes[n]}" for n in names)) for p in at)
+    points, default = tuned_points(rows), canonical_json(dict(default_config))
+    fallback = canonical_json(fallback_config(points, gated_configs(rows))["config"])
+    names = [name for name in points[0].sizes if name in varying or len({p.sizes[name] for p in points}) > 1]
+    width = 2 + max(len(" ".join(f"{n}={p.sizes[n]}" for n in names)) for p in points)
     yield f"{'':{width}}{'configs[0]':>12}{'tuned':>12}   regret: configs[0]  neighbour  otherwise   tuned config"
     regrets: list[tuple[float, ...]] = []
-    for point in at:
-        others = ranges([p for p in at if p is not point], varying)
-        near = canonical(pick({"ranges": others, "otherwise": {"config": json.loads(rest)}}, point.sizes))
-        regrets.append(tuple(point.regret(config) for config in (first, near, rest)))
+    for point in points:
+        other_ranges = table_ranges([p for p in points if p is not point], varying)
+        neighbor = canonical_json(
+            config_for_sizes({"ranges": other_ranges, "otherwise": {"config": json.loads(fallback)}}, point.sizes)
+        )
+        regrets.append(tuple(point.regret(config) for config in (default, neighbor, fallback)))
         sizes = " ".join(f"{n}={point.sizes[n]}" for n in names)
-        times = [unit(point.seconds[c]) if c in point.seconds else "-" for c in (first, point.best)]
+        times = [format_seconds(point.seconds[c]) if c in point.seconds else "-" for c in (default, point.best)]
         shares = "".join(f"{'-' if r == inf else f'{r:.2f}':>11}" for r in regrets[-1])
-        yield f"{sizes:{width}}{times[0]:>12}{times[1]:>12}        {shares}   {brief(json.loads(point.best))}"
+        yield f"{sizes:{width}}{times[0]:>12}{times[1]:>12}        {shares}   {format_config(json.loads(point.best))}"
     known = [[r for r in column if r != inf] for column in zip(*regrets)]
     for word, summary in (("worst", max), ("mean", fmean)):
         yield f"{word:{width + 32}}" + "".join(f"{f'{summary(k):.2f}' if k else '-':>11}" for k in known)
     if unknown := sum(r == inf for regret in regrets for r in regret):
-        yield f"- where a config has no time: {unknown} of {3 * len(at)}, left out of worst and mean"
+        yield f"- where a config has no time: {unknown} of {3 * len(points)}, left out of worst and mean"

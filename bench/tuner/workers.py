@@ -17,9 +17,9 @@ from math import inf
 from typing import Protocol
 
 from ..measure.rows import ROOT
-from .jobs import Answer, Job, environment, prefix
+from .jobs import Answer, Job, command_prefix, stage_environment
 
-TRIES = 2  # for a job whose process dies
+MAX_TRIES = 2  # for a job whose process dies
 
 
 class Workers(Protocol):
@@ -28,7 +28,7 @@ class Workers(Protocol):
     passed; jobs under way are given up then.
     """
 
-    width: int
+    num_workers: int
 
     def run(self, stage: str, jobs: Sequence[Job], deadline: float = inf) -> Iterator[tuple[int, Answer]]: ...
 
@@ -39,15 +39,15 @@ class Process:
     """One `python -m bench.tuner.jobs`."""
 
     def __init__(self, stage: str):
-        self.unwanted = False  # ended on purpose, so that nobody waits for its answer
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the object)
+        self.abandoned = False  # ended on purpose, so that nobody waits for its answer
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the object)
         self.process = subprocess.Popen(
-            [*prefix(stage), "bench.tuner.jobs"],
+            [*command_prefix(stage), "bench.tuner.jobs"],
             cwd=ROOT,
-            env={**os.environ, **environment(stage)},
+            env={**os.environ, **stage_environment(stage)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.errors,
+            stderr=self.stderr,
             text=True,
         )
 
@@ -61,21 +61,21 @@ class Process:
         line = self.process.stdout.readline()
         return json.loads(line) if line.endswith("\n") else None
 
-    def end(self) -> str:
+    def kill(self) -> str:
         """Kill it if it still runs, and say how it ended: the last line it wrote, or the signal."""
         self.process.kill()
         code = self.process.wait()
-        self.errors.seek(0)
-        lines = self.errors.read().decode(errors="replace").split("\n")
-        said = [line for line in lines if line.strip()]
-        return f"signal {-code}" if code < 0 or not said else said[-1]
+        self.stderr.seek(0)
+        lines = self.stderr.read().decode(errors="replace").split("\n")
+        output = [line for line in lines if line.strip()]
+        return f"signal {-code}" if code < 0 or not output else output[-1]
 
 
-class Processes:
+class ProcessPool:
     """`count` processes a stage; those that time are one, so that it has the machine to itself."""
 
     def __init__(self, count: int):
-        self.width = count
+        self.num_workers = count
         self.idle: dict[str, queue.SimpleQueue[Process]] = {}
         self.all: set[Process] = set()
         self.busy: set[Process] = set()
@@ -83,34 +83,34 @@ class Processes:
         self.closed = False
 
     def run(self, stage: str, jobs: Sequence[Job], deadline: float = inf) -> Iterator[tuple[int, Answer]]:
-        pool = ThreadPoolExecutor(1 if stage == "time" else self.width)
+        pool = ThreadPoolExecutor(1 if stage == "time" else self.num_workers)
         try:
-            numbers = {pool.submit(self.answer, stage, job): i for i, job in enumerate(jobs)}
+            numbers = {pool.submit(self.run_job, stage, job): i for i, job in enumerate(jobs)}
             left = None if deadline == inf else deadline - time.monotonic()
             for done in as_completed(numbers, left):
                 yield numbers[done], done.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            self.end(self.busy)
+            self.kill(self.busy)
 
-    def answer(self, stage: str, job: Job) -> Answer:
+    def run_job(self, stage: str, job: Job) -> Answer:
         """Of one job; from the second process if the first dies."""
-        how = ""
-        for _ in range(TRIES):
-            process = self.take(stage)
+        failure = ""
+        for _ in range(MAX_TRIES):
+            process = self.acquire(stage)
             if process is None:
                 break
-            found = process.ask(job)
+            answer = process.ask(job)
             with self.lock:
                 self.busy.discard(process)
-                if found is not None and not process.unwanted:
+                if answer is not None and not process.abandoned:
                     self.idle[stage].put(process)
-            if found is not None or process.unwanted:
-                return found or {}
-            how = process.end()
-        return {"reason": f"its process died {TRIES} times: {how}"}
+            if answer is not None or process.abandoned:
+                return answer or {}
+            failure = process.kill()
+        return {"reason": f"its process died {MAX_TRIES} times: {failure}"}
 
-    def take(self, stage: str) -> Process | None:
+    def acquire(self, stage: str) -> Process | None:
         """A process without a job, a new one if there is none; None once closed."""
         with self.lock:
             if self.closed:
@@ -121,14 +121,14 @@ class Processes:
             self.busy.add(process)
             return process
 
-    def end(self, processes: set[Process]) -> None:
+    def kill(self, processes: set[Process]) -> None:
         """End what is no longer wanted, working or not."""
         with self.lock:
             for process in processes:
-                process.unwanted = True
+                process.abandoned = True
                 process.process.kill()
                 process.process.wait()
 
     def close(self) -> None:
         self.closed = True
-        self.end(self.all)
+        self.kill(self.all)

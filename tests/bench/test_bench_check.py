@@ -10,13 +10,13 @@ from mutants import Plant, plant  # noqa: F401 (plant: a fixture)
 
 from bench import check
 from bench.correctness import repro_bundle
-from bench.correctness.error_budget import argument_names, arguments
-from bench.correctness.failure_report import error_map, first_wrong
-from bench.correctness.find_failure import search
+from bench.correctness.error_budget import argument_names, example_args
+from bench.correctness.failure_report import describe_first_wrong, error_map
+from bench.correctness.find_failure import find_failure
 from bench.correctness.gate import gate
-from bench.correctness.guarded_memory import Unfaithful, tensors
-from bench.correctness.tile_coverage import coverage
-from vila_triton.registry import OPS, Impl, Sizes, Unsupported, discover
+from bench.correctness.guarded_memory import MismatchError, tensors
+from bench.correctness.tile_coverage import coverage_lines
+from vila_triton.registry import OPS, Impl, IntRange, Unsupported, discover
 
 DOT = 'x, acc, input_precision="ieee")'
 STORED = "acc.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])"
@@ -55,7 +55,7 @@ PLANTED = {  # op, the line, what becomes of it, what check finds, the case it s
         "visible = tokens[None, :] <= position",
         "visible = tokens[None, :] - 1 <= position",
         "beyond budget",
-        "b=1 s=1 t=1 g=1 ratio=1 d=32 l=16 dtype=float32 kv=plain policy=fast",
+        "b=1 s=1 t=1 g=1 ratio=1 d=32 l=16 dtype=float32 kv=plain numerics=fast",
     ),
     "no_more_than_six_rows": (
         "swiglu",
@@ -122,15 +122,15 @@ def test_a_copied_kernel_file_is_checked_and_a_right_one_is_right(plant: Plant, 
     ],
 )
 def test_what_was_covered_is_counted_in_tiles(config: dict, sizes: list[dict], said: str) -> None:
-    assert list(coverage({**config, "num_warps": 4}, sizes)) == [said]
+    assert list(coverage_lines({**config, "num_warps": 4}, sizes)) == [said]
 
 
 def test_every_block_of_our_kernels_is_known_to_cut_something() -> None:
     discover()
     for op in OPS.values():
-        lowest = {name: axis.low if isinstance(axis, Sizes) else axis.values[0] for name, axis in op.domain.items()}
+        lowest = {name: axis.low if isinstance(axis, IntRange) else axis.values[0] for name, axis in op.domain.items()}
         for impl in op.impls.values():
-            assert not [text for text in coverage(impl.configs[0], [lowest]) if "not known" in text], impl
+            assert not [text for text in coverage_lines(impl.configs[0], [lowest]) if "not known" in text], impl
 
 
 def test_a_kernel_that_never_met_a_second_tile_is_said_to(capsys) -> None:
@@ -150,7 +150,7 @@ def test_what_is_read_outside_is_named(plant: Plant) -> None:  # noqa: F811
     discover()
     refused = gate(OPS["swiglu"].impls["beyond"], OPS["swiglu"].impls["beyond"].configs[0])
     assert refused and "read outside argument gate, of shape [1, 1]" in refused
-    args = arguments(OPS["int4_matmul"], 0, m=1, n=8, G=1, group=32, dtype="float16", order="sub", bias=True)
+    args = example_args(OPS["int4_matmul"], 0, m=1, n=8, G=1, group=32, dtype="float16", order="sub", bias=True)
     names = ["x", "w.qweight", "w.scales", "w.zeros", "bias"]
     assert argument_names(OPS["int4_matmul"], args) == names
 
@@ -173,8 +173,8 @@ def test_a_kernel_that_fails_now_and_then_is_said_to() -> None:
             len(calls) in (5, 6)
         )  # of two calls in the same memory one is checked
 
-    verdict = search(OPS["swiglu"], Impl("swiglu", "moody", moody, [{}], Path(__file__)), {}, 20, 10.0)
-    assert verdict.shrunk and "do not fail each time" in verdict.caveat
+    verdict = find_failure(OPS["swiglu"], Impl("swiglu", "moody", moody, [{}], Path(__file__)), {}, 20, 10.0)
+    assert verdict.simplest and "do not fail each time" in verdict.caveat
 
 
 def test_nothing_more_is_said_once_the_gpu_is_lost(plant: Plant, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # noqa: F811
@@ -188,24 +188,27 @@ def test_nothing_more_is_said_once_the_gpu_is_lost(plant: Plant, monkeypatch: py
 def test_time_runs_out_and_the_failure_still_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.correctness.find_failure.SHRINKING", 0.0)
     wrong = Impl("swiglu", "wrong", lambda gate, up: OPS["swiglu"].reference(gate, up) * 2, [{}], Path(__file__))
-    verdict = search(OPS["swiglu"], wrong, {}, 20, 0.0)
-    assert verdict.shrunk and "ran out of time" in verdict.caveat
+    verdict = find_failure(OPS["swiglu"], wrong, {}, 20, 0.0)
+    assert verdict.simplest and "ran out of time" in verdict.caveat
     right = Impl("swiglu", "right", OPS["swiglu"].reference, [{}], Path(__file__))
-    assert search(OPS["swiglu"], right, {}, 20, 0.0).examples == 1
+    assert find_failure(OPS["swiglu"], right, {}, 20, 0.0).num_examples == 1
 
 
 def test_the_map_shows_the_wrong_tile_and_the_first_wrong_element() -> None:
     want = torch.zeros(40, 80, dtype=torch.float64)
     got = want.float()
     got[20, 70], got[39, 3], got[17, 79] = 5e-3, float("nan"), 2.0**-15
-    error = Unfaithful("beyond budget", "", "output 0", got, want, torch.full_like(want, 1e-5))
+    error = MismatchError("beyond budget", "", "output 0", got, want, torch.full_like(want, 1e-5))
     times = torch.where(got.isnan(), torch.inf, got.double().abs() / 1e-5)
     unit, rows = error_map(times, (16, 64))
     assert "2 x 1 elements" in unit and "16 x 64" in unit
     assert rows[8] == "-" * 64 + "+" + "-" * 16
     marks = {(i, j): c for i, row in enumerate(rows) for j, c in enumerate(row) if c not in ".|-+"}
     assert marks == {(9, 80): "1", (11, 71): "3", (21, 3): "#"}  # a line after each 8 rows and 64 columns
-    assert first_wrong(error, times) == "output 0[17, 79] is 3.05175781e-05, expected 0 ± 1e-05 (3.05 times the budget)"
+    assert (
+        describe_first_wrong(error, times)
+        == "output 0[17, 79] is 3.05175781e-05, expected 0 ± 1e-05 (3.05 times the budget)"
+    )
 
 
 class Hostile:
@@ -223,7 +226,7 @@ INT4 = {"m": 2, "n": 3, "G": 2, "group": 32, "dtype": "float16", "order": "fma",
 
 def test_a_bundle_of_an_int4_weight_holds_all_of_it(tmp_path: Path) -> None:
     op = OPS["int4_matmul"]
-    args = arguments(op, 0, **INT4)
+    args = example_args(op, 0, **INT4)
     repro_bundle.save(tmp_path / "int4", op.impls["reference"], {}, args, 0, "aligned", INT4, "a test")
     back = repro_bundle.load(tmp_path / "int4").args
     assert (back[1].group, back[1].order) == (32, "fma")
@@ -243,7 +246,7 @@ def test_a_bundle_that_is_none_gets_one_line(tmp_path: Path, capsys) -> None:
         torch.save({**held, **changes}, tmp_path / name)
         return str(tmp_path / name)
 
-    weight = repro_bundle.plain(arguments(OPS["int4_matmul"], 0, **INT4)[1])
+    weight = repro_bundle.to_plain(example_args(OPS["int4_matmul"], 0, **INT4)[1])
     cut = tmp_path / "cut"
     cut.write_bytes(whole.read_bytes()[:700])
     (tmp_path / "text").write_text("not a bundle")

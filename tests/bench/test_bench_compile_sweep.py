@@ -24,16 +24,16 @@ discover()
 )
 def test_a_load_is_as_wide_as_rows_and_tile_let_it_be(sizes: dict, keys: int, threads: int, bytes_: int) -> None:
     found: Any = SimpleNamespace(anatomy=SimpleNamespace(tile={"BLOCK_N": keys}, threads=threads))
-    assert compile_sweep.could_load(sizes, found) == bytes_
+    assert compile_sweep.possible_load_bytes(sizes, found) == bytes_
 
 
 def test_sizes_are_narrowed_as_asked_and_ops_must_be_there() -> None:
     args = argparse.Namespace(op=["encoder_attention"], impl=None, arch=["sm_90"], size=["d=72,96", "dtype=float16"])
-    assert {call.sizes["d"] for call in compile_sweep.calls_of(args)} == {72, 96}
+    assert {call.sizes["d"] for call in compile_sweep.build_requests(args)} == {72, 96}
     with pytest.raises(ValueError, match=r"sweep\.toml has no rope; it has prefill_attention"):
-        list(compile_sweep.calls_of(argparse.Namespace(**{**vars(args), "op": ["rope"]})))
+        list(compile_sweep.build_requests(argparse.Namespace(**{**vars(args), "op": ["rope"]})))
     with pytest.raises(ValueError, match=r"--size D: expected NAME=VALUE,.*, a name among b, d"):
-        list(compile_sweep.calls_of(argparse.Namespace(**{**vars(args), "size": ["D=72"]})))
+        list(compile_sweep.build_requests(argparse.Namespace(**{**vars(args), "size": ["D=72"]})))
 
 
 def test_a_sweep_of_nothing_is_no_success(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +57,7 @@ def test_goals_of_attention_are_ratios_of_rows() -> None:
     about = {"kind": "model", "what": "stream", "device": "d", "model": "m", "layers": 4}
     about |= {"weights": "int4", "choice": "default"}
     found += [{**about, "prompt": 32, "history": n, "seconds": s} for n, s in ((16, 1.0), (1024, 1.04), (16384, 1.4))]
-    prefill, stretch, copy, decode, near, far = goals_attention.goals(found)
+    prefill, stretch, copy, decode, near, far = goals_attention.report_attention_goals(found)
     assert prefill.startswith("goal prefill: MET: 1 of 1 points reach 0.75; the least is 0.80 at b=1 s=2048 t=0")
     assert stretch.strip() == "stretch: 0 of 1 points reach 0.95" and copy.startswith("goal copy: MET")
     assert decode.startswith("goal decode: NOT MEASURED")

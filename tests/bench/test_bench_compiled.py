@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from bench.compiled import Call, Outcome
+from bench.compiled import CompileRequest, CompileResult
 from bench.compiler import inspect_peer as beside
-from bench.compiler.inspect_text import Found
-from bench.compiler.kernel_stats import Dissection
-from bench.compiler.production_sizes import production
+from bench.compiler.inspect_text import InspectedCall
+from bench.compiler.kernel_stats import KernelAnalysis
+from bench.compiler.production_sizes import compile_spec
 from vila_triton.registry import OPS, discover
 
 pytestmark = pytest.mark.slow
@@ -64,32 +64,40 @@ def test_the_documented_width_is_that_of_the_files() -> None:
     op = OPS["int4_matmul"]
     assert "a lane's four words, one 16-byte load" in " ".join((ROOT / "kernels" / "_int4.py").read_text().split())
     for name in ("packed", "gemv", "splitk", "prefill", "dequant"):
-        assert production(op, name, {}).weights == 16 and "from ._int4 import" in op.impls[name].file.read_text()
-    assert production(op, "naive", {}).weights == 4 and "four bytes at a time" in op.impls["naive"].file.read_text()
+        assert (
+            compile_spec(op, name, {}).weight_load_bytes == 16
+            and "from ._int4 import" in op.impls[name].file.read_text()
+        )
+    assert (
+        compile_spec(op, "naive", {}).weight_load_bytes == 4
+        and "four bytes at a time" in op.impls["naive"].file.read_text()
+    )
 
 
 def test_sizes_of_production_are_by_variant_and_hold_a_whole_tile() -> None:
     op = OPS["int4_matmul"]
-    sizes = {name: production(op, name, {"BLOCK_M": 1}).sizes for name in ("gemv", "splitk", "prefill", "mine")}
+    sizes = {name: compile_spec(op, name, {"BLOCK_M": 1}).sizes for name in ("gemv", "splitk", "prefill", "mine")}
     assert {name: s["m"] for name, s in sizes.items()} == {"gemv": 1, "splitk": 16, "prefill": 1024, "mine": 16}
     assert all((s["n"], s["G"] * s["group"], s["group"]) == (4096, 4096, 128) for s in sizes.values())
-    assert production(op, "splitk", {"BLOCK_M": 64}).sizes["m"] == 64
-    assert production(OPS["rope"], "triton", {}).beside is None
+    assert compile_spec(op, "splitk", {"BLOCK_M": 64}).sizes["m"] == 64
+    assert compile_spec(OPS["rope"], "triton", {}).peer is None
 
 
-def found(impl: str, per_unit: float | None, rows_of_x: int = 16, refused: str = "") -> Found:
+def found(impl: str, per_unit: float | None, rows_of_x: int = 16, refused: str = "") -> InspectedCall:
     """As inspect finds a kernel."""
     loop = {"weight_loads": {"LDG.128": 2}, "weight_bytes": 16, "tensor": {}, "whole": False}
     row = {"kernel": f"_{impl}", "unit": "weight", "per_unit": per_unit, "loops": [loop], "sizes": {"m": 16}}
     row |= {"registers": 90, "spills": 0, "shared": 256, "tile": {"BLOCK_M": rows_of_x, "num_warps": 4}}
-    outcome: Outcome[Dissection] = Outcome(unsupported=refused)
-    return Found(Call("int4_matmul", impl, 0, "sm_90", row["sizes"]), "", outcome, [] if refused else [row])
+    outcome: CompileResult[KernelAnalysis] = CompileResult(unsupported=refused)
+    return InspectedCall(
+        CompileRequest("int4_matmul", impl, 0, "sm_90", row["sizes"]), "", outcome, [] if refused else [row]
+    )
 
 
 def test_beside_says_where_ours_needs_more() -> None:
     ours = [found("splitk", 3.0), found("packed", 18.0), found("gemv", 12.0)]
     theirs = {0: found("gemlite", 7.0), 1: found("gemlite", 8.0), 2: found("gemlite", 7.0, rows_of_x=4)}
-    lines = list(beside.table(ours, theirs, {}))
+    lines = list(beside.peer_table(ours, theirs, {}))
     assert "0.43 of it" in lines[2] and "2.25 of it" in lines[4] and "0.43 of it" in lines[6]
     assert "7.00 x 4 a weight" in lines[7]  # four tiles of 4 rows make a number of it four times
     assert lines[-2].endswith("ours needs fewer in 2 of 3")
@@ -98,16 +106,16 @@ def test_beside_says_where_ours_needs_more() -> None:
 
 def test_without_the_peer_beside_is_one_line_and_what_it_refuses_is_named() -> None:
     ours = [found("splitk", 3.0)]
-    assert list(beside.table(ours, {}, {"gemlite": "No module"})) == [
+    assert list(beside.peer_table(ours, {}, {"gemlite": "No module"})) == [
         "beside gemlite: not compared, it is not here: No module"
     ]
-    lines = list(beside.table(ours, {0: found("gemlite", None, refused="only for sm_80\nand more")}, {}))
+    lines = list(beside.peer_table(ours, {0: found("gemlite", None, refused="only for sm_80\nand more")}, {}))
     assert "not compared: splitk 0 sm_90: only for sm_80" in lines and lines[-1].endswith("fewer in 0 of 0")
 
 
 def test_the_peer_gets_our_tile_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     op = OPS["int4_matmul"]
     monkeypatch.setattr(op, "impls", {**op.impls, "gemlite": op.impls["naive"]})
-    splitk, dequant = (Call("int4_matmul", name, 0, "sm_90", {"m": 16}) for name in ("splitk", "dequant"))
-    calls = beside.calls([dequant, splitk])  # dequant has no tile of a product
-    assert calls == {1: Call("int4_matmul", "gemlite", op.impls["splitk"].configs[0], "sm_90", {"m": 16})}
+    splitk, dequant = (CompileRequest("int4_matmul", name, 0, "sm_90", {"m": 16}) for name in ("splitk", "dequant"))
+    calls = beside.peer_requests([dequant, splitk])  # dequant has no tile of a product
+    assert calls == {1: CompileRequest("int4_matmul", "gemlite", op.impls["splitk"].configs[0], "sm_90", {"m": 16})}

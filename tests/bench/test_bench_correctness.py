@@ -13,16 +13,16 @@ import torch
 from mutants import Plant, plant  # noqa: F401 (plant: a fixture)
 
 from bench.correctness import default_kernels
-from bench.correctness.default_kernels import Item, checked, items
-from bench.correctness.error_budget import DEVICE, LEFT_OUT
-from bench.correctness.guarded_memory import LAYOUTS, Layout
+from bench.correctness.default_kernels import Item, all_items, check_item
+from bench.correctness.error_budget import DEVICE, UNSUPPORTED_DTYPES
+from bench.correctness.guarded_memory import MEMORY_LAYOUTS, MemoryLayout
 from bench.measure import rows
 from vila_triton.ops.dtypes import DTYPES
 from vila_triton.registry import OPS, discover
-from vila_triton.registry.kernel_config import PHASES, configured
-from vila_triton.registry.size_ranges import names
+from vila_triton.registry.kernel_config import PHASES, configured_choices
+from vila_triton.registry.size_ranges import implementation_names
 
-EVERY = items(torch.device(DEVICE))
+EVERY = all_items(torch.device(DEVICE))
 VALUABLE = ("int4_matmul", "int4_swiglu", "prefill_attention", "decode_attention", "encoder_attention")
 TILED = {  # the axes of each op that a block of a config cuts; several: their product, or sum with +
     "BLOCK": ("e", "f"),
@@ -52,8 +52,8 @@ def length(axes: str, sizes: Any) -> int:
 
 def test_all_that_runs_by_default_is_checked_in_every_dtype_the_most_valuable_first() -> None:
     for phase in PHASES:
-        for op, choice in configured("cuda", phase).items():
-            for impl in names(choice):
+        for op, choice in configured_choices("cuda", phase).items():
+            for impl in implementation_names(choice):
                 mine = [x for x in EVERY if (x.op, x.impl, x.usual, x.default) == (op, impl, True, True)]
                 assert {x.sizes["dtype"] for x in mine} == set(DTYPES.values)
                 assert all(x.config in OPS[op].impls[impl].configs for x in mine)
@@ -73,16 +73,16 @@ def test_sizes_are_more_than_a_tile_and_a_part_of_one(item: Item) -> None:
             assert at % size or there == "G group", f"{there} is whole tiles of {block}"  # groups are
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_wrong_in_one_layout_is_wrong(layout: Layout, plant: Plant) -> None:  # noqa: F811
+@pytest.mark.parametrize("layout", MEMORY_LAYOUTS)
+def test_what_is_wrong_in_one_layout_is_wrong(layout: MemoryLayout, plant: Plant) -> None:  # noqa: F811
     one = "    out = gate / (1.0 + tl.exp(-gate)) * up\n"
     plant("swiglu", "mine", one, f"{one}    out += (stride_gs == F) == {layout == 'aligned'}\n")
     discover()
     (item,) = (x for x in EVERY if x.op == "swiglu" and x.sizes["dtype"] == "float16")
-    assert checked(item)["state"] == "right"
-    answer = checked(replace(item, impl="mine"))
+    assert check_item(item)["state"] == "right"
+    answer = check_item(replace(item, impl="mine"))
     assert answer["state"] == "wrong" and answer["reason"].endswith(f"(its arguments were {layout})")
-    other = next(x for x in LAYOUTS if x != layout)
+    other = next(x for x in MEMORY_LAYOUTS if x != layout)
     assert f"were {other}" not in answer["reason"]
 
 
@@ -96,8 +96,8 @@ def test_processes_check_and_tell(tmp_path: Path, capsys: pytest.CaptureFixture[
         and set(rows.stamp(torch.device(DEVICE))) <= set(found["float32"])
     )
     assert found["float16"]["state"] == found["float32"]["state"] == "right" and found["float32"]["seconds"] > 0
-    assert all(found[dtype]["state"] == "left out" for dtype in LEFT_OUT)
-    left = len(LEFT_OUT)
+    assert all(found[dtype]["state"] == "left out" for dtype in UNSUPPORTED_DTYPES)
+    left = len(UNSUPPORTED_DTYPES)
     assert said.splitlines()[-1] == f"{3 - left} right, 0 wrong, 0 unsupported, {left} left out"
 
 
@@ -107,7 +107,7 @@ def test_an_item_that_kills_its_process_costs_only_itself(
     worker, out = WORKER.format(body="half and os.kill(os.getpid(), 9)", alive=True), tmp_path / "rows.jsonl"
     monkeypatch.setattr(default_kernels, "PYTHON", [sys.executable, "-c", worker])
     status, said = run(capsys, "--op", "swiglu", "--op", "rope", "--processes", "2", "--out", str(out))
-    left = 2 * len(LEFT_OUT)
+    left = 2 * len(UNSUPPORTED_DTYPES)
     assert status == 1 and said.splitlines()[-1] == f"{4 - left} right, 2 wrong, 0 unsupported, {left} left out"
     crashed = {row["op"]: row for row in rows.read(out, kind="correctness") if row["state"] == "crashed"}
     assert set(crashed) == {"swiglu", "rope"} and all("signal 9" in row["reason"] for row in crashed.values())
@@ -119,7 +119,7 @@ def test_a_process_whose_gpu_is_lost_is_asked_no_more(
     monkeypatch.setattr(default_kernels, "PYTHON", [sys.executable, "-c", WORKER.format(body="", alive="not half")])
     _, said = run(capsys, "--op", "swiglu", "--op", "rope", "--processes", "1")
     by = [line.split()[-1] for line in said.splitlines() if " by " in line]
-    assert len(by) == 6 - 2 * len(LEFT_OUT) and len(set(by)) == 3  # each of half precision had its own
+    assert len(by) == 6 - 2 * len(UNSUPPORTED_DTYPES) and len(set(by)) == 3  # each of half precision had its own
 
 
 def test_what_hangs_is_not_waited_for(
@@ -129,7 +129,7 @@ def test_what_hangs_is_not_waited_for(
     monkeypatch.setattr(default_kernels, "PYTHON", [sys.executable, "-c", hangs])
     start = time.monotonic()
     status, said = run(capsys, "--op", "swiglu", "--processes", "1", "--seconds", "2")
-    left = len(LEFT_OUT)
+    left = len(UNSUPPORTED_DTYPES)
     assert status == 1 and said.count("not reached           swiglu-triton") == 3 - left
     assert f"0 right, 0 wrong, 0 unsupported, {left} left out, {3 - left} not reached" in said
     with pytest.raises(ProcessLookupError):
@@ -141,13 +141,13 @@ def test_what_hangs_is_not_waited_for(
 def test_what_cannot_be_started_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(default_kernels, "PYTHON", ["no-such-python"])
     status, said = run(capsys, "--op", "swiglu", "--processes", "1")
-    assert status == 1 and said.count("could not be started") == 3 - len(LEFT_OUT)
+    assert status == 1 and said.count("could not be started") == 3 - len(UNSUPPORTED_DTYPES)
 
 
 def test_what_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(default_kernels, "PYTHON", [sys.executable, "-c", "raise SystemExit('there is no torch')"])
     status, said = run(capsys, "--op", "swiglu", "--processes", "1")
-    assert status == 1 and said.count("there is no torch") == 3 - len(LEFT_OUT)
+    assert status == 1 and said.count("there is no torch") == 3 - len(UNSUPPORTED_DTYPES)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bench import tune
-from bench.compiled import Call, elsewhere, proof
-from bench.compiler.gpus import CHECKED, TARGETS
+from bench.compiled import CompileRequest, check_compiled, run_in_subprocesses
+from bench.compiler.gpus import DEFAULT_TARGETS, TARGETS
 from bench.measure.cases import cases
 from bench.tuner import cost_model
 from vila_triton.registry import OPS, discover
@@ -37,8 +37,8 @@ def device(name: str, major: int, minor: int, sms: int) -> Any:
     ],
 )
 def test_known_gpus_are_as_their_datasheets_say(name: str, capability: tuple[int, int], sms: int, key: str) -> None:
-    found = cost_model.here(device(name, *capability, sms))
-    assert found == cost_model.chips()[key] and not found.guessed
+    found = cost_model.gpu_of_device(device(name, *capability, sms))
+    assert found == cost_model.known_gpus()[key] and not found.guess
 
 
 @pytest.mark.parametrize(
@@ -56,42 +56,52 @@ def test_known_gpus_are_as_their_datasheets_say(name: str, capability: tuple[int
 def test_other_gpus_are_taken_for_so_much_of_their_nearest_kin(
     name: str, capability: tuple[int, int], sms: int, kin: str
 ) -> None:
-    found, like = cost_model.here(device(name, *capability, sms)), cost_model.chips()[kin]
+    found, like = cost_model.gpu_of_device(device(name, *capability, sms)), cost_model.known_gpus()[kin]
     assert (found.arch, found.name, found.sms) == (like.arch, name, sms)
-    rates = [(found.lanes, like.lanes), (found.bandwidth, like.bandwidth), (found.dots, like.dots)]
+    rates = [
+        (found.elementwise_rate, like.elementwise_rate),
+        (found.bandwidth, like.bandwidth),
+        (found.dot_rate, like.dot_rate),
+    ]
     assert all(mine / theirs == pytest.approx(sms / like.sms) for mine, theirs in rates)
-    assert found.guessed.startswith(f"{name} (sm_{capability[0]}{capability[1]}, {sms} SMs) is not in configs/bench")
-    assert f"for {sms / like.sms:.2f} of {like.name} ({like.arch}" in found.guessed
+    assert found.guess.startswith(f"{name} (sm_{capability[0]}{capability[1]}, {sms} SMs) is not in configs/bench")
+    assert f"for {sms / like.sms:.2f} of {like.name} ({like.arch}" in found.guess
 
 
 def test_a_bandwidth_that_the_driver_says_is_taken() -> None:
     pcie = device("NVIDIA H100 PCIe", 9, 0, 114)
     pcie.memory_clock_rate, pcie.memory_bus_width = 1_593_000, 5120  # kHz, bits: 2.04 TB/s by its datasheet
-    assert cost_model.here(pcie).bandwidth == pytest.approx(2.04e12, rel=0.001)
-    assert cost_model.here(pcie).guessed.endswith("132 SMs) with 2039 GB/s")
+    assert cost_model.gpu_of_device(pcie).bandwidth == pytest.approx(2.04e12, rel=0.001)
+    assert cost_model.gpu_of_device(pcie).guess.endswith("132 SMs) with 2039 GB/s")
 
 
 def test_what_cannot_run_our_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"Tesla T4: the cost model knows NVIDIA's GPUs from compute capability 8\.0"):
-        cost_model.here(device("Tesla T4", 7, 5, 40))
+        cost_model.gpu_of_device(device("Tesla T4", 7, 5, 40))
     with pytest.raises(ValueError, match="the cost model does not know sm_99; --arch takes sm_80, sm_86, "):
-        cost_model.gpu("sm_99")
+        cost_model.gpu_of_arch("sm_99")
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with pytest.raises(ValueError, match="MI300X: the cost model knows NVIDIA's"):
-        cost_model.here(device("AMD Instinct MI300X", 9, 4, 304))
+        cost_model.gpu_of_device(device("AMD Instinct MI300X", 9, 4, 304))
 
 
-@pytest.mark.parametrize("arch", cost_model.archs())
+@pytest.mark.parametrize("arch", cost_model.known_archs())
 def test_each_architecture_has_a_target_and_predictions(arch: str) -> None:
-    assert arch in TARGETS and cost_model.gpu(arch).arch == arch
+    assert arch in TARGETS and cost_model.gpu_of_arch(arch).arch == arch
     for case in cases("rms_norm"):
-        assert (cost_model.predict(RMS_NORM, RMS_NORM.configs[0], case.sizes, cost_model.gpu(arch)) or 0) > 0
+        assert (
+            cost_model.predict_seconds(RMS_NORM, RMS_NORM.configs[0], case.sizes, cost_model.gpu_of_arch(arch)) or 0
+        ) > 0
 
 
 def test_kernels_compile_for_the_targets_that_checks_leave_out() -> None:
     sizes = dict(rows=32, e=288, dtype="float16")
-    calls = [Call("rms_norm", "triton", 0, target, sizes) for target in TARGETS if target not in CHECKED]
-    assert calls and [[row["wrong"] for row in rows] for rows in elsewhere(proof, calls, 1)] == [[[]]] * len(calls)
+    calls = [
+        CompileRequest("rms_norm", "triton", 0, target, sizes) for target in TARGETS if target not in DEFAULT_TARGETS
+    ]
+    assert calls and [[row["wrong"] for row in rows] for rows in run_in_subprocesses(check_compiled, calls, 1)] == [
+        [[]]
+    ] * len(calls)
 
 
 def test_a_gpu_of_any_kind_gets_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +109,7 @@ def test_a_gpu_of_any_kind_gets_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device("NVIDIA GB10", 12, 1, 48))
     monkeypatch.setattr(tune.rows, "stamp", lambda _: {"device": "NVIDIA GB10"})
     args = argparse.Namespace(timer=None, arch=None, worse_than=3.0, budget=0.05)
-    plan = tune.plan_for(RMS_NORM, args)
-    assert (plan.timer, plan.device, plan.gpu.arch) == ("gpu", "NVIDIA GB10", "sm_120") and plan.gpu.guessed
+    plan = tune.plan_search(RMS_NORM, args)
+    assert (plan.timer, plan.device, plan.gpu.arch) == ("gpu", "NVIDIA GB10", "sm_120") and plan.gpu.guess
     args.arch = "sm_90"
-    assert tune.plan_for(RMS_NORM, args).gpu == cost_model.chips()["H100"]
+    assert tune.plan_search(RMS_NORM, args).gpu == cost_model.known_gpus()["H100"]

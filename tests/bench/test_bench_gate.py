@@ -13,20 +13,28 @@ from mutants import Plant, plant  # noqa: F401 (plant: a fixture)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import check, ops
-from bench.correctness import error_budget
+from bench.correctness import error_budget as budgets
 from bench.correctness.error_budget import (
     DEVICE,
     Example,
-    Examples,
-    arguments,
-    budget,
-    coins,
-    neighbours,
+    ExampleCache,
+    error_budget,
+    example_args,
+    perturbed_args,
+    random_bools,
     unit_roundoff,
 )
-from bench.correctness.find_failure import search
-from bench.correctness.gate import domain_gate, gate, numbers_gate
-from bench.correctness.guarded_memory import ALIGNED, LAYOUTS, Layout, bits, guard, mapped, tensors
+from bench.correctness.find_failure import find_failure
+from bench.correctness.gate import case_error_gate, domain_gate, gate
+from bench.correctness.guarded_memory import (
+    ALIGNMENT,
+    MEMORY_LAYOUTS,
+    MemoryLayout,
+    bit_pattern,
+    guard_tensor,
+    map_tensors,
+    tensors,
+)
 from bench.measure.cases import Case
 from vila_triton.registry import OPS, Impl, discover
 
@@ -40,9 +48,9 @@ WRONG = {  # in the kernel of swiglu, by the layout of the arguments that it is 
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY_LAYOUTS)
 def test_a_kernel_wrong_in_one_layout_is_refused_found_and_replayed(
-    layout: Layout,
+    layout: MemoryLayout,
     plant: Plant,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -62,8 +70,8 @@ def test_a_kernel_wrong_in_one_layout_is_refused_found_and_replayed(
     assert check.main(replay) == 0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_case_itself_is_checked_in_both(layout: Layout) -> None:
+@pytest.mark.parametrize("layout", MEMORY_LAYOUTS)
+def test_the_case_itself_is_checked_in_both(layout: MemoryLayout) -> None:
     def wrong(x: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         at_the_case = len(x) == 64 and x.is_contiguous() == (layout == "aligned")
         return SWIGLU.reference(x, up) + at_the_case
@@ -81,7 +89,7 @@ def remembering(op: str, names: Sequence[str]) -> Impl:
     def remembers(*args: Any) -> Any:
         def first(name: str, value: Any) -> Any:
             key = (op, name, *((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors(value)))
-            return known.setdefault(key, mapped(torch.clone, value)) if name in names else value
+            return known.setdefault(key, map_tensors(torch.clone, value)) if name in names else value
 
         return OPS[op].reference(*map(first, parameters, args))
 
@@ -103,12 +111,12 @@ REMEMBERED = [
 def test_what_remembers_by_address_is_refused_and_found(op: str, names: str) -> None:
     refused = gate(remembering(op, names.split()), {})
     assert refused and "Unfaithful" in refused
-    found = search(OPS[op], remembering(op, names.split()), {}, 30, 20.0).shrunk
+    found = find_failure(OPS[op], remembering(op, names.split()), {}, 30, 20.0).simplest
     assert found and (names != "gate up" or found.kind == "remembered")
 
 
 def test_the_numbers_of_a_case_are_not_taken_from_memory() -> None:
-    refused = numbers_gate(remembering("swiglu", ["gate", "up"]), {}, CASE)
+    refused = case_error_gate(remembering("swiglu", ["gate", "up"]), {}, CASE)
     assert refused and refused.endswith("a call with other values in the same memory returned just that before it")
 
 
@@ -118,16 +126,16 @@ def test_memory_is_as_its_layout_says(dtype: torch.dtype, shape: tuple[int, ...]
     x = (torch.rand(shape, device=DEVICE) * 100).to(dtype)
     for seed in range(8):
         rng = torch.Generator().manual_seed(seed)
-        aligned, strided = (guard(x, rng, layout) for layout in ("aligned", "strided"))
+        aligned, strided = (guard_tensor(x, rng, layout) for layout in ("aligned", "strided"))
         first, last = (int(g.view.storage_offset()) for g in (aligned, strided))
         for g in (aligned, strided):
-            assert torch.equal(bits(g.view), bits(x)) and g.intact()
+            assert torch.equal(bit_pattern(g.view), bit_pattern(x)) and g.is_intact()
             assert 4096 <= int(g.view.storage_offset()) <= len(g.buffer) - x.numel() - 4096
-        assert aligned.view.is_contiguous() and (aligned.buffer.data_ptr() + first * x.itemsize) % ALIGNED == 0
+        assert aligned.view.is_contiguous() and (aligned.buffer.data_ptr() + first * x.itemsize) % ALIGNMENT == 0
         assert (strided.buffer.data_ptr() + last * x.itemsize) % 16
         assert x.numel() < 2 or not strided.view.is_contiguous()
         aligned.buffer[first + x.numel()] = 3
-        assert not aligned.intact()
+        assert not aligned.is_intact()
 
 
 @pytest.fixture
@@ -142,7 +150,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
         return reference(x, up)
 
     monkeypatch.setattr(SWIGLU, "reference", count)
-    error_budget.SHARED.held.clear()
+    budgets.SHARED_EXAMPLES.examples.clear()
     domain_gate.cache_clear()
     return calls
 
@@ -154,14 +162,14 @@ def test_what_a_call_should_do_is_worked_out_once_for_all_implementations(counte
     impls = [Impl("swiglu", name, right, [{}], Path(__file__)) for name in "abc"]
     assert gate(impls[0], {}, CASE) is None
     once = counted.copy()
-    assert once.count(torch.float64) >= 13 * (1 + error_budget.DRAWS + 2)  # 12 examples and the case
+    assert once.count(torch.float64) >= 13 * (1 + budgets.NUM_PERTURBATIONS + 2)  # 12 examples and the case
     for impl in impls:
-        assert gate(impl, {"BLOCK": 1}, CASE) is None and numbers_gate(impl, {}, CASE) is None
+        assert gate(impl, {"BLOCK": 1}, CASE) is None and case_error_gate(impl, {}, CASE) is None
     assert counted == once
 
 
 def test_the_case_is_gated_on_the_arguments_that_are_timed() -> None:
-    timed, checked = ops.call_arguments(CASE, torch.device(DEVICE)), []
+    timed, checked = ops.random_arguments(CASE, torch.device(DEVICE)), []
     fn: Callable = lambda *args: checked.append([x.clone() for x in args]) or SWIGLU.reference(*args)  # noqa: E731
     assert gate(Impl("swiglu", "a", fn, [{}], Path(__file__)), {}, CASE) is None
     for args in checked[-3::2]:  # in both layouts, each after a call with other values
@@ -170,17 +178,17 @@ def test_the_case_is_gated_on_the_arguments_that_are_timed() -> None:
 
 def test_what_is_held_is_bounded_and_the_latest_stays() -> None:
     def draw(n: int) -> Callable[[], Example]:
-        return lambda: Example(SWIGLU, arguments(SWIGLU, 0, s=n, f=10, dtype="float32"))
+        return lambda: Example(SWIGLU, example_args(SWIGLU, 0, s=n, f=10, dtype="float32"))
 
-    held = Examples(10_000)
+    held = ExampleCache(10_000)
     small = held.get("small", draw(1))
     assert held.get("small", draw(1)) is small
     large = held.get("large", draw(100))  # 8,000 bytes
-    assert set(held.held) == {"small", "large"}
+    assert set(held.examples) == {"small", "large"}
     assert len(large.expected.exact[0]) == 100 and large.nbytes > 10_000
-    assert held.get("large", draw(100)) is large and set(held.held) == {"large"}
+    assert held.get("large", draw(100)) is large and set(held.examples) == {"large"}
     held.get("small", draw(1))
-    assert set(held.held) == {"small"}
+    assert set(held.examples) == {"small"}
 
 
 class Randomness(TorchDispatchMode):
@@ -199,14 +207,14 @@ class Randomness(TorchDispatchMode):
 
 
 def test_neighbours_cost_a_byte_a_number_and_are_the_same_for_a_seed() -> None:
-    args = arguments(SWIGLU, 0, s=40, f=300, dtype="float16")
+    args = example_args(SWIGLU, 0, s=40, f=300, dtype="float16")
     numbers = sum(x.numel() for x in tensors(args))
     with Randomness() as drawn:
-        first = budget(SWIGLU, args, seed=3)
-    assert 0 < drawn.bytes <= (error_budget.DRAWS + 2) * numbers and drawn.devices == {DEVICE}
-    for x, y in zip(tensors(first), tensors(budget(SWIGLU, args, seed=3))):
+        first = error_budget(SWIGLU, args, seed=3)
+    assert 0 < drawn.bytes <= (budgets.NUM_PERTURBATIONS + 2) * numbers and drawn.devices == {DEVICE}
+    for x, y in zip(tensors(first), tensors(error_budget(SWIGLU, args, seed=3))):
         assert torch.equal(x, y)
-    assert not torch.equal(first[1][0], budget(SWIGLU, args, seed=4)[1][0])
+    assert not torch.equal(first[1][0], error_budget(SWIGLU, args, seed=4)[1][0])
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -214,7 +222,7 @@ def test_a_neighbour_lies_one_rounding_to_either_side_and_whole_numbers_stay(wid
     x = (torch.rand(1000, 9, device=DEVICE) / 2 + 0.25).half()  # none of them whole
     x[0], codes = 3.0, torch.arange(9, device=DEVICE)
     rng = torch.Generator(DEVICE).manual_seed(0)
-    rounds = list(islice(neighbours((x, codes), rng, wide), 20))
+    rounds = list(islice(perturbed_args((x, codes), rng, wide), 20))
     moved = torch.stack([near.double() / x.double() - 1 for near, _ in rounds])  # [20, 1000, 9]
     assert all(torch.equal(kept, codes) for _, kept in rounds) and not moved[:, 0].any()
     steps = moved[:, 1:] / unit_roundoff(x.dtype)
@@ -228,5 +236,5 @@ def test_a_neighbour_lies_one_rounding_to_either_side_and_whole_numbers_stay(wid
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5), (64,)])
 def test_coins_are_as_many_as_asked_for(shape: tuple[int, ...]) -> None:
-    drawn = coins(torch.Size(shape), torch.Generator(DEVICE).manual_seed(0))
+    drawn = random_bools(torch.Size(shape), torch.Generator(DEVICE).manual_seed(0))
     assert drawn.shape == shape and drawn.dtype == torch.bool

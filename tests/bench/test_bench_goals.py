@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import accuracy, goals
-from bench.correctness.error_budget import arguments, exactly
+from bench.correctness.error_budget import example_args, float64_reference
 from bench.measure import rows
 from vila_triton.registry import OPS, Impl, discover
 
@@ -26,7 +26,7 @@ def row(impl: str, seconds: float | None, m: int = 1, served: bool = False, case
 
 
 def said(*found: dict[str, Any]) -> list[str]:
-    return [line for line in goals.goals(goals.points(found)) if line.startswith("goal")]
+    return [line for line in goals.report_goals(goals.measured_points(found)) if line.startswith("goal")]
 
 
 def test_a_goal_is_met_if_it_is_at_every_point() -> None:
@@ -42,7 +42,7 @@ def test_a_goal_is_met_if_it_is_at_every_point() -> None:
 def test_one_point_that_falls_short_is_named() -> None:
     many = [row("splitk", 1.0, 32, served=True), row("dense", 1.0, 32), row("dequant", 0.9, 32)]  # 0.9 < 0.95
     found = [row("gemv", 1.0, served=True), row("dense", 3.0), row("dequant", 4.0), *many]
-    lines = list(goals.goals(goals.points(found)))
+    lines = list(goals.report_goals(goals.measured_points(found)))
     assert lines[0].startswith("goal decode: MET: 1 of 1")  # 32 rows are no decode
     assert "stretch: 1 of 1" in lines[1]
     assert lines[2].startswith("goal floor: NOT MET: 1 of 2") and lines[3] == "  0.90 at m=32 n=8192 k=8192"
@@ -79,24 +79,24 @@ def impl(name: str, fn: Callable[..., Any]) -> Impl:
 def test_errors_are_shares_of_the_exact_results() -> None:
     op = OPS["int4_matmul"]
     sizes = dict(m=2, n=16, G=2, group=64, dtype="float32", order="sub", bias=False)
-    args = arguments(op, seed=0, **sizes)
-    (exact,) = exactly(op, args)
+    args = example_args(op, seed=0, **sizes)
+    (exact,) = float64_reference(op, args)
     size = exact.square().mean().sqrt()
 
     def shifted(*args: Any) -> torch.Tensor:
         return exact + 0.5 * size
 
-    found = accuracy.error_of(impl("shifted", shifted), {}, args, exact)
+    found = accuracy.relative_error(impl("shifted", shifted), {}, args, exact)
     assert isinstance(found, dict)
     assert found["rms"] == pytest.approx(0.5) and found["worst"] == pytest.approx(0.5)
-    broken = accuracy.error_of(impl("broken", lambda *_: 1 // 0), {}, args, exact)
+    broken = accuracy.relative_error(impl("broken", lambda *_: 1 // 0), {}, args, exact)
     assert broken == "ZeroDivisionError: integer division or modulo by zero"
 
 
 def test_sizes_of_errors_are_those_of_production_in_both_orders() -> None:
-    yardstick, sizes = accuracy.sizes_of("int4_matmul", toy=False)
+    yardstick, sizes = accuracy.yardstick_and_sizes("int4_matmul", toy=False)
     assert yardstick == "dense"
     assert {s["G"] * s["group"] for s in sizes} == {4096, 8192, 14336}
     assert {(s["order"], s["dtype"]) for s in sizes} == {(o, d) for o in ("sub", "fma") for d in ("float16", "float32")}
     with pytest.raises(ValueError, match=r"error\.toml has no 'rope'; it has: int4_matmul"):
-        accuracy.sizes_of("rope", toy=False)
+        accuracy.yardstick_and_sizes("rope", toy=False)

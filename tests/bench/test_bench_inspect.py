@@ -12,14 +12,24 @@ from pathlib import Path
 import pytest
 
 from bench import inspect
-from bench.compiled import Call
-from bench.compiler.disassembly import FLOAT, GLOBAL, REST, SHARED, TENSOR, amd, loops, nvidia, working
+from bench.compiled import CompileRequest
+from bench.compiler.disassembly import (
+    FLOAT,
+    GLOBAL,
+    OTHER,
+    SHARED,
+    TENSOR,
+    main_loops,
+    natural_loops,
+    parse_amdgcn,
+    parse_sass,
+)
 from bench.compiler.gpus import TARGETS, occupancy
-from bench.compiler.inspect_plot import draw
-from bench.compiler.kernel_stats import Anatomy, LoopFigures, figures
-from bench.inspect import arguments, run
+from bench.compiler.inspect_plot import plot_main_loops
+from bench.compiler.kernel_stats import KernelStats, LoopStats, to_row
+from bench.inspect import parse_arguments, run
 from bench.measure import rows
-from bench.measure.format import brief
+from bench.measure.format import format_config
 from vila_triton.registry import OPS, discover
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,33 +85,39 @@ def python(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_main_loop_is_the_innermost_with_tensor_cores_and_holds_its_slow_path() -> None:
-    code = nvidia(NESTED)
-    assert [code[loop.body[0]].label for loop in loops(code)] == [".L_x_0", ".L_x_1", ".L_x_3"]  # a way back is none
-    (loop,) = working(code)
-    assert [code[i].opcode for i in loop.body] == [
+    code = parse_sass(NESTED)
+    assert [code[loop.indices[0]].label for loop in natural_loops(code)] == [
+        ".L_x_0",
+        ".L_x_1",
+        ".L_x_3",
+    ]  # a way back is none
+    (loop,) = main_loops(code)
+    assert [code[i].opcode for i in loop.indices] == [
         *("LDG.E.128", "LDGSTS.E.BYPASS.64", "LDS", "HMMA.16816.F32", "BRA", "HGMMA.64x32x16.F32", "BRA"),
         *("SYNCS.PHASECHK.TRANS64.TRYWAIT", "BRA", "BRA"),  # waits out of line, and comes back
     ]
-    body = [code[i] for i in loop.body]
-    assert [x.width for x in body if x.loads] == [16, 8]
-    assert [x.short for x in body if x.kind == GLOBAL] == ["LDG.128", "LDGSTS.64"]
-    assert [x.kind for x in body[2:4]] == [REST, TENSOR]  # a load under a predicate that is never true moves nothing
+    body = [code[i] for i in loop.indices]
+    assert [x.bytes_per_thread for x in body if x.is_load] == [16, 8]
+    assert [x.base_opcode for x in body if x.kind == GLOBAL] == ["LDG.128", "LDGSTS.64"]
+    assert [x.kind for x in body[2:4]] == [OTHER, TENSOR]  # a load under a predicate that is never true moves nothing
     assert [x.line for x in body[:6]] == [12, 12, 12, 12, 12, 13]
 
 
 def test_without_tensor_cores_arithmetic_counts_and_without_loops_all_does() -> None:
-    code = nvidia(re.sub("HG?MMA", "NOP", NESTED).replace("LDG.E.128", "FFMA"))
-    assert code[working(code)[0].body[0]].opcode == "FFMA"
-    straight = nvidia("/*0000*/  FADD R1, R1, R2 ;\n/*0010*/  EXIT ;\n")
-    assert [(len(x.body), x.whole) for x in working(straight)] == [(2, True)]
+    code = parse_sass(re.sub("HG?MMA", "NOP", NESTED).replace("LDG.E.128", "FFMA"))
+    assert code[main_loops(code)[0].indices[0]].opcode == "FFMA"
+    straight = parse_sass("/*0000*/  FADD R1, R1, R2 ;\n/*0010*/  EXIT ;\n")
+    assert [(len(x.indices), x.is_whole_kernel) for x in main_loops(straight)] == [(2, True)]
 
 
 def test_amd_loops_kinds_and_widths() -> None:
-    code = amd(GCN)
-    (loop,) = working(code)
-    body = [code[i] for i in loop.body]
-    assert [x.kind for x in body] == [GLOBAL, GLOBAL, SHARED, TENSOR, FLOAT, REST]
-    assert [x.width for x in body if x.loads] == [16, 2] and {(x.file, x.line) for x in body} == {("/k/mine.py", 7)}
+    code = parse_amdgcn(GCN)
+    (loop,) = main_loops(code)
+    body = [code[i] for i in loop.indices]
+    assert [x.kind for x in body] == [GLOBAL, GLOBAL, SHARED, TENSOR, FLOAT, OTHER]
+    assert [x.bytes_per_thread for x in body if x.is_load] == [16, 2] and {(x.file, x.line) for x in body} == {
+        ("/k/mine.py", 7)
+    }
 
 
 @pytest.mark.parametrize(
@@ -118,7 +134,7 @@ def test_amd_loops_kinds_and_widths() -> None:
 def test_occupancy(target: str, registers: int, shared: int, warps: int, blocks: int, limit: str) -> None:
     held = occupancy(TARGETS[target], registers, shared, warps)
     assert (held.blocks, held.warps, held.limit) == (blocks, blocks * warps, limit)
-    assert held.share == blocks * warps / TARGETS[target].warps
+    assert held.share == blocks * warps / TARGETS[target].warps_per_sm
 
 
 def test_figures_are_what_cuobjdump_counts(tmp_path: Path) -> None:
@@ -182,13 +198,13 @@ def test_a_file_that_a_commit_does_not_have_is_one_sentence(
     impls = {name: OPS["swiglu"].impls[name] for name in ("triton", "aten")}
     new = replace(impls["triton"], name="mine", file=repository / "kernels" / "swiglu_mine.py")
     monkeypatch.setattr(OPS["swiglu"], "impls", {**impls, "mine": new})
-    folder = inspect.kernels_of("HEAD", repository / "head")
-    calls = [Call("swiglu", name, 0, "sm_90", {}) for name in ("triton", "mine")]
-    assert inspect.of_commit(calls, folder, "HEAD") == calls[:1]
+    folder = inspect.extract_kernels("HEAD", repository / "head")
+    calls = [CompileRequest("swiglu", name, 0, "sm_90", {}) for name in ("triton", "mine")]
+    assert inspect.requests_in_commit(calls, folder, "HEAD") == calls[:1]
     said = "HEAD has no file of mine (swiglu_mine.py), so there is nothing to compare with"
     assert capsys.readouterr().out == f"{said}\n"
     with pytest.raises(ValueError, match=re.escape(said)):
-        inspect.of_commit(calls[1:], folder, "HEAD")
+        inspect.requests_in_commit(calls[1:], folder, "HEAD")
 
 
 @pytest.mark.parametrize(
@@ -201,15 +217,17 @@ def test_a_file_that_a_commit_does_not_have_is_one_sentence(
     ],
 )
 def test_padded_rows_are_no_scores(sizes: dict, scores: float) -> None:
-    loop = LoopFigures("", False, 320, {}, {}, {}, {}, {}, {}, None, turns=2, weights=None, scores=2 * 16 * 64)
-    found = Anatomy("k", {"BLOCK_N": 64}, 128, 1, 0, 0, 1, 1, 1.0, "", 1, [loop])
-    assert figures(found, "score", inspect.rows_of(sizes))["per_unit"] == pytest.approx(320 * 128 / (2 * scores))
+    loop = LoopStats("", False, 320, {}, {}, {}, {}, {}, {}, None, turns=2, weights=None, scores=2 * 16 * 64)
+    found = KernelStats("k", {"BLOCK_N": 64}, 128, 1, 0, 0, 1, 1, 1.0, "", 1, [loop])
+    assert to_row(found, "score", inspect.query_rows_per_key(sizes))["per_unit"] == pytest.approx(
+        320 * 128 / (2 * scores)
+    )
 
 
 def test_a_tile_is_m_by_n_by_k_in_whatever_order_it_is_kept() -> None:
     config = {"num_stages": 3, "BLOCK_K": 128, "BLOCK_M": 16, "SPLIT_K": 4, "BLOCK_N": 64, "num_warps": 4}
-    assert brief(config) == brief(dict(sorted(config.items()))) == "16x64x128 w4 s3 SPLIT_K=4"
-    assert brief({"BLOCK_G": 8, "num_warps": 2}) == "8 w2"
+    assert format_config(config) == format_config(dict(sorted(config.items()))) == "16x64x128 w4 s3 SPLIT_K=4"
+    assert format_config({"BLOCK_G": 8, "num_warps": 2}) == "8 w2"
 
 
 @pytest.mark.slow
@@ -232,7 +250,7 @@ def test_a_planted_spill_shows_against_the_last_commit(repository: Path) -> None
     assert "num_stages" not in diff
     old, new = rows.read(repository / "found.jsonl", kind="inspect")
     assert (old["source"], new["source"]) == ("HEAD", "") and old["spills"] == 0 < new["spills"]
-    assert [p.suffix for p in draw([old, new], repository / "picture")] == [".png", ".svg"]
+    assert [p.suffix for p in plot_main_loops([old, new], repository / "picture")] == [".png", ".svg"]
     svg = (repository / "picture.svg").read_text()
     assert f"spills {new['spills']}" in svg and "HEAD: packed 1" in svg
 
@@ -266,4 +284,4 @@ def test_a_copied_kernel_file_appears_and_compares_with_the_original(tmp_path: P
 )
 def test_bad_input_is_one_line(words: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        run(arguments(words.split()))
+        run(parse_arguments(words.split()))

@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.compiler.disassembly import nvidia
-from bench.compiler.loops import Turn, count, turns
+from bench.compiler.disassembly import parse_sass
+from bench.compiler.loops import LoopIteration, source_loops, unroll_factor
 
 TTGIR = """
 #blocked = #ttg.blocked<{sizePerThread = [4, 1], threadsPerWarp = [2, 16], warpsPerCTA = [1, 4], order = [0, 1]}>
@@ -29,13 +29,16 @@ PRODUCT = "%p = arith.mulf %w, %x : tensor<2x8x64xf16, #blocked> loc(#loc1)"  # 
 WORDS, CODES = 8 * 64, 8 * 64 * 8
 
 
-def loop(*products: str) -> Turn:
-    return next(turns(TTGIR.replace("DOT", "\n      ".join(products))))
+def loop(*products: str) -> LoopIteration:
+    return next(source_loops(TTGIR.replace("DOT", "\n      ".join(products))))
 
 
 def test_loads_and_exponentials_of_a_turn() -> None:
     turn = loop(DOT)
-    assert [(x.place[1], x.shape, x.of_a_thread) for x in turn.loads] == [(13, (8, 64), 4), (12, (64,), 1)]
+    assert [(x.source_line[1], x.shape, x.elements_per_thread) for x in turn.loads] == [
+        (13, (8, 64), 4),
+        (12, (64,), 1),
+    ]
     assert turn.weights == CODES and turn.exponentials == 16 * 64
 
 
@@ -59,16 +62,18 @@ def test_weights_are_those_that_are_multiplied(products: list[str], weights: int
 
 def test_a_pointer_for_every_code_and_two_weights_of_one_loop() -> None:
     whole = TTGIR.replace("DOT", DOT)
-    assert next(turns(whole.replace("<8x64x!", "<64x64x!"))).weights == 64 * 64
+    assert next(source_loops(whole.replace("<8x64x!", "<64x64x!"))).weights == 64 * 64
     load = next(row for row in whole.splitlines() if "%w =" in row)
     two = whole.replace(load, f"{load}\n{load}")
-    assert next(turns(two)).weights == next(turns(two.replace(DOT, f"{DOT}\n{DOT}"))).weights == 2 * CODES
-    assert next(turns(two.replace(DOT, "\n".join([HALF] * 4)))).weights == 2 * CODES
+    assert next(source_loops(two)).weights == next(source_loops(two.replace(DOT, f"{DOT}\n{DOT}"))).weights == 2 * CODES
+    assert next(source_loops(two.replace(DOT, "\n".join([HALF] * 4)))).weights == 2 * CODES
 
 
 def test_turns_of_an_unrolled_loop_are_counted_from_its_loads() -> None:
     ttgir = TTGIR.replace("DOT", DOT)
     load = '//## File "/k/mine.py", line 13\n/*0000*/  LDG.E.128 R4, desc[UR4][R2.64] ;\n'
-    once, thrice = count(ttgir, nvidia(load)), count(ttgir, nvidia(3 * load))
+    once, thrice = unroll_factor(ttgir, parse_sass(load)), unroll_factor(ttgir, parse_sass(3 * load))
     assert once and thrice and (once[0], thrice[0]) == (1, 3)
-    assert count(ttgir, nvidia(load + load.replace("128", "64"))) is None  # 1.5 turns: no figure, not a wrong one
+    assert (
+        unroll_factor(ttgir, parse_sass(load + load.replace("128", "64"))) is None
+    )  # 1.5 turns: no figure, not a wrong one

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bench import model
 from bench.measure import model_configs, model_steps, step_cost
-from bench.measure.model_steps import Step, peak_bytes, times
-from bench.measure.runners import HF, Ours, Theirs, build, wrong
-from bench.measure.timing import Ceilings
+from bench.measure.model_steps import ModelStep, peak_bytes, time_runners
+from bench.measure.runners import HF, HuggingFaceRunner, VilaTritonRunner, build_model, logits_error
+from bench.measure.timing import MachinePeaks
 from vila_triton.registry import OPS, REFERENCE, Impl, Unsupported
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ SHORT = ["--model", "tiny", "--layers", "2", "--prompts", "8", "--histories", "1
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Any:
     """Run the command: (exit code, stdout, stderr, rows). The bandwidth is given, not measured."""
-    monkeypatch.setattr(model, "ceilings", lambda device, dtypes: Ceilings(BANDWIDTH, {}))
+    monkeypatch.setattr(model, "ceilings", lambda device, dtypes: MachinePeaks(BANDWIDTH, {}))
 
     def run(*args: str) -> tuple[int, str, str, list[dict[str, Any]]]:
         file = tmp_path / "rows.jsonl"
@@ -103,13 +103,13 @@ def test_a_runner_without_memory_for_a_step_gets_a_row_and_the_others_their_time
 ) -> None:
     """Of one kind of step it fails in the middle of its turns; its other steps are timed."""
 
-    def full(self: Theirs, state: Any, ids: Tensor) -> Tensor:
+    def full(self: HuggingFaceRunner, state: Any, ids: Tensor) -> Tensor:
         if ids.shape[0] == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return step(self, state, ids)
 
-    step = Theirs.step
-    monkeypatch.setattr(Theirs, "step", full)
+    step = HuggingFaceRunner.step
+    monkeypatch.setattr(HuggingFaceRunner, "step", full)
     code, out, _, rows = run("--weights", "float32", "--batches", "1,3")
     refused = [row for row in rows if row["kind"] == "refused"]
     assert code == 1 and "no time: OutOfMemoryError: CUDA out of memory" in out
@@ -122,26 +122,29 @@ def test_a_runner_without_memory_for_a_step_gets_a_row_and_the_others_their_time
 def test_the_gate_lets_right_models_pass_and_sees_wrong_ones(weights: str) -> None:
     """Hugging Face's model too; and it sees a decode step that rotates by the wrong position (and, where rounding to
     int4 hides that, takes the wrong token)."""
-    made = build(model_configs.load("tiny", 2).llm, weights, CPU)
+    made = build_model(model_configs.load_model("tiny", 2).llm, weights, CPU)
     ids = torch.arange(24)
-    assert [wrong(runner, ids) for runner in (Ours(made, "default"), Ours(made, REFERENCE), Theirs(made))] == [None] * 3
-    late = Theirs(made)
+    assert [
+        logits_error(runner, ids)
+        for runner in (VilaTritonRunner(made, "default"), VilaTritonRunner(made, REFERENCE), HuggingFaceRunner(made))
+    ] == [None] * 3
+    late = HuggingFaceRunner(made)
     step = late.step
     late.step = lambda state, ids: step(state, ids) if ids.shape[1] > 1 else late.net(  # pyright: ignore
         ids + (weights == "int4"), past_key_values=state, position_ids=torch.tensor([[5]])
     ).logits[:, -1]  # fmt: skip
-    assert "decode" in str(wrong(late, ids))
+    assert "decode" in str(logits_error(late, ids))
 
 
 class Counting:
     """A runner that only writes down its turns."""
 
     def __init__(self, name: str, turns: list[str]):
-        self.model = build(model_configs.load("tiny", 1).llm, "float32", CPU)
+        self.model = build_model(model_configs.load_model("tiny", 1).llm, "float32", CPU)
         self.name, self.turns, self.length = name, turns, 0
-        self.held, self.reads = [], self.model.cfg
+        self.weights, self.weight_config = [], self.model.cfg
 
-    def start(self, batch: int, room: int) -> None:
+    def start(self, batch: int, capacity: int) -> None:
         self.length = 0
 
     def step(self, state: None, ids: Tensor) -> Tensor:
@@ -149,30 +152,30 @@ class Counting:
         self.length += ids.shape[1]
         return ids
 
-    def forget(self, state: None, length: int) -> None:
+    def truncate(self, state: None, length: int) -> None:
         self.length = length
 
 
 def test_runners_take_turns_and_start_each_from_the_same_cache() -> None:
     turns: list[str] = []
-    found = times([Counting("a", turns), Counting("b", turns)], Step("decode", 2, 1, 6), 2, CPU)
+    found = time_runners([Counting("a", turns), Counting("b", turns)], ModelStep("decode", 2, 1, 6), 2, CPU)
     assert turns[:2] == ["a0", "b0"]  # the history
     assert turns[2:] == ["b6", "a6", "a6", "b6", "b6", "a6"]
     assert [len(mine) for mine in found] == [2, 2]
 
 
 def test_peak_memory_counts_cache_and_activations_but_no_weights() -> None:
-    made = build(model_configs.load("tiny", 2).llm, "float32", CPU)
-    short, long = (peak_bytes(Ours(made, "default"), Step("memory", 1, n, 0), CPU) for n in (64, 640))
-    cache = step_cost.cache_bytes(made.cfg, torch.float32)
+    made = build_model(model_configs.load_model("tiny", 2).llm, "float32", CPU)
+    short, long = (peak_bytes(VilaTritonRunner(made, "default"), ModelStep("memory", 1, n, 0), CPU) for n in (64, 640))
+    cache = step_cost.kv_bytes_per_token(made.cfg, torch.float32)
     assert 64 * cache < short < 64 * cache + 2 * 2**20
     assert long - short > 576 * cache
 
 
 def test_published_numbers_are_context_only() -> None:
-    lines = list(model.published("vila1.5-3b"))
+    lines = list(model.published_lines("vila1.5-3b"))
     assert "not measured here" in lines[0] and any("A100" in x and "int4" in x and "5.47" in x for x in lines)
-    assert not list(model.published("tiny"))
+    assert not list(model.published_lines("tiny"))
 
 
 @pytest.mark.parametrize(
@@ -191,6 +194,9 @@ def test_a_wrong_call_gets_one_clear_line(run: Any, args: list[str], message: st
 
 
 def test_steps_are_named_as_their_rows() -> None:
-    found = list(model_steps.steps([8], [16], [1, 2], [20]))
-    assert [step.what for step in found] == ["prefill", "stream", "decode", "decode", "memory"]
-    assert found[1].about == {"batch": 1, "prompt": 32, "history": 16} and found[3].about == {"batch": 2, "context": 20}
+    found = list(model_steps.plan_steps([8], [16], [1, 2], [20]))
+    assert [step.kind for step in found] == ["prefill", "stream", "decode", "decode", "memory"]
+    assert found[1].labels == {"batch": 1, "prompt": 32, "history": 16} and found[3].labels == {
+        "batch": 2,
+        "context": 20,
+    }

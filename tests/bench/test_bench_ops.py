@@ -12,12 +12,12 @@ import torch
 
 from bench import ops
 from bench.measure import rows, timing
-from bench.measure.cases import Case, cases, combinations
+from bench.measure.cases import Case, cases, size_combinations
 from vila_triton.registry import OPS, discover
 
 discover()
 CPU = torch.device("cpu")
-CEILINGS = timing.Ceilings(1e9, {"float32": 1e12})
+CEILINGS = timing.MachinePeaks(1e9, {"float32": 1e12})
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def swiglu(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_is_wrong_gets_no_time_and_what_is_right_a_whole_row(swiglu: object) -> None:
-    (case,) = ops.select(["swiglu"], "toy", "float32", CPU)
-    found = {row["impl"]: row for row in ops.run([case], [], False, CPU, CEILINGS, budget=0.01)}
+    (case,) = ops.select_cases(["swiglu"], "toy", "float32", CPU)
+    found = {row["impl"]: row for row in ops.time_cases([case], [], False, CPU, CEILINGS, budget=0.01)}
     assert {"reference", "aten", "triton", "wrong", "copy"} <= set(found)
     assert found["wrong"]["kind"] == "refused" and "elements are off" in found["wrong"]["reason"]
     assert found["triton"]["kind"] == "refused" and "interpreter" in found["triton"]["reason"]
@@ -51,14 +51,14 @@ def test_what_is_wrong_gets_no_time_and_what_is_right_a_whole_row(swiglu: object
     assert set(rows.stamp(CPU)) <= set(row)
     assert json.loads(json.dumps(row)) == row
     for row in found.values():
-        assert row["impl"] in ops.show(row, found["reference"])
+        assert row["impl"] in ops.format_row(row, found["reference"])
 
 
 def test_a_time_above_a_ceiling_is_an_error_unless_the_cache_is_warm(
     swiglu: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An implementation that remembers its outputs, which no gate has seen; beside one as fast as the ceiling."""
-    (case,) = ops.select(["swiglu"], "toy", "float32", CPU)
+    (case,) = ops.select_cases(["swiglu"], "toy", "float32", CPU)
     _, size = case.cost
 
     def figure(call: Any, *rest: object) -> timing.Timing:
@@ -71,7 +71,7 @@ def test_a_time_above_a_ceiling_is_an_error_unless_the_cache_is_warm(
     monkeypatch.setattr(sys, "argv", ["bench.ops", *options])
     share = f"impossible: {size / 1e-9 / CEILINGS.bandwidth:.0%} of the bandwidth"
     for cold, status in ((True, 1), (False, 0)):
-        found = list(ops.run([case], ["aten", "copy"], False, CPU, CEILINGS, 0.01, lambda *_: None))
+        found = list(ops.time_cases([case], ["aten", "copy"], False, CPU, CEILINGS, 0.01, lambda *_: None))
         assert {row["impl"]: row["kind"] for row in found} == {"aten": "op", "copy": "refused" if cold else "op"}
         assert ops.main() == status
         assert (share in capsys.readouterr().out) == cold
@@ -85,14 +85,14 @@ def test_no_memory_for_one_implementation_is_its_row_and_the_others_go_on(
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    (case,) = ops.select(["swiglu"], "toy", "float32", CPU)
-    whole = ops.measure
+    (case,) = ops.select_cases(["swiglu"], "toy", "float32", CPU)
+    whole = ops.time_call
     monkeypatch.setattr(ops, "measure", lambda call, args, *rest: (full if is_copy(call) else whole)(call, args, *rest))
-    found = list(ops.run([case], ["copy", "aten"], False, CPU, CEILINGS, 0.01, lambda *_: None))
+    found = list(ops.time_cases([case], ["copy", "aten"], False, CPU, CEILINGS, 0.01, lambda *_: None))
     assert {row["impl"]: row["kind"] for row in found} == {"aten": "op", "copy": "refused"}
     assert found[-1]["reason"] == "OutOfMemoryError: CUDA out of memory"
     monkeypatch.setattr(ops, "call_arguments", full)
-    found = list(ops.run([case], ["copy", "aten"], False, CPU, CEILINGS, 0.01, lambda *_: None))
+    found = list(ops.time_cases([case], ["copy", "aten"], False, CPU, CEILINGS, 0.01, lambda *_: None))
     assert [row["kind"] for row in found] == ["refused", "refused"]
 
 
@@ -102,9 +102,9 @@ def is_copy(call: Any) -> bool:
 
 
 def test_what_is_served_is_timed_and_marked_and_its_numbers_are_looked_at(swiglu: object) -> None:
-    (case,) = ops.select(["swiglu"], "toy", "float32", CPU)
+    (case,) = ops.select_cases(["swiglu"], "toy", "float32", CPU)
     gate = ops.GATES["case"]
-    found = list(ops.run([case], ["wrong", "copy"], False, CPU, CEILINGS, 0.01, gate, default=True))
+    found = list(ops.time_cases([case], ["wrong", "copy"], False, CPU, CEILINGS, 0.01, gate, include_default=True))
     assert [(row["impl"], row["served"]) for row in found] == [("aten", True), ("wrong", False), ("copy", False)]
     assert [row["kind"] for row in found] == ["op", "refused", "op"] and "elements are off" in found[1]["reason"]
 
@@ -112,15 +112,15 @@ def test_what_is_served_is_timed_and_marked_and_its_numbers_are_looked_at(swiglu
 def test_the_turns_overflow_the_cache_and_are_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1000)
     x = torch.ones(100)  # 400 bytes
-    copies, cold = timing.turns((x,), CPU)
+    copies, cold = timing.copies_of_args((x,), CPU)
     assert cold and len(copies) == 6 and len({c[0].data_ptr() for c in copies}) == 6
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 10**6)
-    copies, cold = timing.turns((x,), CPU)
+    copies, cold = timing.copies_of_args((x,), CPU)
     assert not cold and len(copies) == timing.MOST_COPIES
 
 
 def test_a_time_is_the_time() -> None:
-    found = timing.measure(lambda x: time.sleep(0.01), (torch.ones(1),), CPU, budget=0.02)
+    found = timing.time_call(lambda x: time.sleep(0.01), (torch.ones(1),), CPU, budget=0.02)
     assert 0.01 <= found.low <= found.seconds <= found.high and found.again >= 0.01 and found.samples >= 5
 
 
@@ -132,10 +132,10 @@ def test_cases_are_every_combination_and_name_what_is_unknown() -> None:
     }
     assert len(rest) == 14
     op = OPS["int4_matmul"]
-    found = list(combinations({"m": [1, 2], "n-G": [[8, 1], [16, 2]]}, op))
+    found = list(size_combinations({"m": [1, 2], "n-G": [[8, 1], [16, 2]]}, op))
     assert [(s["m"], s["n"], s["G"]) for s in found] == [(1, 8, 1), (1, 16, 2), (2, 8, 1), (2, 16, 2)]
     with pytest.raises(ValueError, match="int4_matmul has no size k; it has m, n, G, group, dtype"):
-        list(combinations({"k": 1}, op))
+        list(size_combinations({"k": 1}, op))
     with pytest.raises(ValueError, match="no case 'fast'; there are: decode, prefill, goals, models, toy"):
         cases("int4_matmul", "fast")
 
@@ -166,11 +166,11 @@ def test_wrong_names_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_a_ragged_batch_counts_what_it_reads() -> None:
     sizes = {"b": 3, "t": 100, "g": 2, "ratio": 4, "d": 64, "l": 16, "dtype": "float16"}
     case = Case("decode_attention", "ragged", sizes)
-    args = ops.call_arguments(case, torch.device("cpu"))
+    args = ops.random_arguments(case, torch.device("cpu"))
     total = int(args[4].sum())
     assert 100 < total < 300
-    flops, size = ops.cost_of(case, args)
+    flops, size = ops.mean_cost(case, args)
     assert size == pytest.approx(2 * (2 * total + 4 * 2 * 3) * 64 * 2)  # keys and values; q and the result
     assert flops == pytest.approx(4 * total * 2 * 4 * 64)
     whole = cases("linear")[0]
-    assert ops.cost_of(whole, (None, None, None)) == whole.cost
+    assert ops.mean_cost(whole, (None, None, None)) == whole.cost

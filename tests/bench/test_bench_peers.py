@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from bench import peers
-from bench.correctness.error_budget import arguments
+from bench.correctness.error_budget import example_args
 from bench.correctness.gate import gate
-from bench.correctness.guarded_memory import mapped
+from bench.correctness.guarded_memory import map_tensors
 from bench.peers import __main__ as table
 from bench.peers import _awq, _import_file, _offline
-from bench.peers._cached_conversion import prepared
-from bench.peers._paged import whole
+from bench.peers._cached_conversion import convert_once
+from bench.peers._paged import repage
 from vila_triton.ops import decode_attention, int4_matmul, prefill_attention
-from vila_triton.ops.int4 import codes, dequantize
+from vila_triton.ops.int4 import dequantize, unpack_codes
 from vila_triton.registry import OPS, Unsupported
 
 LIBRARIES = ("awq", "exllamav3", "flash_attn", "flashinfer", "gemlite", "gptqmodel", "lmdeploy", "sglang", "torchao")
@@ -97,12 +97,12 @@ def without_peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No library is installed, and what a test registers is gone after it."""
     for op in OPS.values():
         monkeypatch.setattr(op, "impls", dict(op.impls))
-    for name in peers.names():
+    for name in peers.peer_names():
         monkeypatch.delitem(sys.modules, f"bench.peers.{name}", raising=False)
     for library in LIBRARIES:
         monkeypatch.setitem(sys.modules, library, None)
     yield
-    for name in peers.names():
+    for name in peers.peer_names():
         sys.modules.pop(f"bench.peers.{name}", None)
 
 
@@ -120,13 +120,15 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, s
 
 
 def int4(**sizes: Any) -> tuple:
-    return arguments(int4_matmul, **{"seed": 0, "group": 32, "dtype": "float16", "order": "sub", "bias": False} | sizes)
+    return example_args(
+        int4_matmul, **{"seed": 0, "group": 32, "dtype": "float16", "order": "sub", "bias": False} | sizes
+    )
 
 
 def test_without_libraries_there_are_reasons_and_no_implementations() -> None:
     before = {op.name: list(op.impls) for op in OPS.values()}
-    reasons = peers.discover()
-    assert sorted([*reasons, "dense", "sdpa"]) == peers.names() and len(reasons) == len(LIBRARIES)
+    reasons = peers.discover_peers()
+    assert sorted([*reasons, "dense", "sdpa"]) == peers.peer_names() and len(reasons) == len(LIBRARIES)
     assert all(f"bench/peers/{name}.py says how to install it" in reason for name, reason in reasons.items())
     flash = {"sdpa_flash"}  # torch itself is always there
     own = {"int4_matmul": {"dense"}, "decode_attention": flash, "prefill_attention": flash | {"sdpa_cudnn"}}
@@ -137,7 +139,7 @@ def test_what_fails_to_import_or_needs_a_gpu_says_so(install: Callable, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     install("gemlite/__init__.py", "raise RuntimeError('no such symbol\\nand more')")
     install("flash_attn.py", FLASH_ATTN)
-    reasons = peers.discover()
+    reasons = peers.discover_peers()
     assert reasons["gemlite"] == "import fails: RuntimeError: no such symbol"
     assert reasons["flash_attn"] == "flash-attn needs a CUDA GPU, and torch sees none"
 
@@ -147,7 +149,7 @@ def test_what_fails_to_import_or_needs_a_gpu_says_so(install: Callable, monkeypa
 def test_a_library_is_gated_like_any_other(text: str, right: bool, install: Callable, capsys, monkeypatch) -> None:
     install("awq/modules/triton/gemm.py", text)
     install("awq/__init__.py", "raise RuntimeError('the package itself is not imported')")
-    assert "autoawq" not in peers.discover()
+    assert "autoawq" not in peers.discover_peers()
     assert "awq" not in sys.modules  # what was borrowed is not taken for the library
     reason = gate(int4_matmul.impls["autoawq"], {})
     assert reason is None if right else reason and "off" in reason
@@ -160,7 +162,7 @@ def test_a_library_is_gated_like_any_other(text: str, right: bool, install: Call
 
 def test_what_a_library_cannot_do_is_unsupported_before_it_runs(install: Callable) -> None:
     install("awq/modules/triton/gemm.py", "AWQ_TRITON_SUPPORTED_GROUP_SIZES = [32]")
-    peers.discover()
+    peers.discover_peers()
     wrong = {"dtype": "float32", "group": 64, "bias": True, "order": "fma"}
     for (name, value), message in zip(wrong.items(), ("float32", "group is 64", "a bias", "not 'fma'"), strict=True):
         with pytest.raises(Unsupported, match=f"autoawq: .*{message}"):
@@ -172,12 +174,12 @@ def test_what_a_library_cannot_do_is_unsupported_before_it_runs(install: Callabl
 def test_attention_is_called_as_documented(peer: str, install: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The arguments mean to the library what they mean to us: a stand-in with its interface is faithful."""
     monkeypatch.setattr(_import_file, "needs_cuda", lambda library: None)
-    usual = _offline.check
+    usual = _offline.check_tensors
     monkeypatch.setattr(_offline, "check", lambda *x, interpreted=True, **how: usual(*x, **how))
     install("flash_attn.py", FLASH_ATTN)
     install("flashinfer.py", FLASHINFER)
-    assert peer not in peers.discover()
-    found = table.implementations(peer)
+    assert peer not in peers.discover_peers()
+    found = table.peer_impls(peer)
     assert {impl.op for impl in found} >= {"prefill_attention", "decode_attention"}
     assert {impl.op: gate(impl, {}) for impl in found} == {impl.op: None for impl in found}
 
@@ -190,14 +192,14 @@ def test_a_conversion_is_made_once_and_freed_with_its_source() -> None:
         return torch.ones(3) + add
 
     _, w, _ = int4(m=1, n=8, G=1)
-    result = prepared(convert, w)
-    assert prepared(convert, w) is result and len(made) == 1
-    assert prepared(convert, w, add=1) is not result and prepared(convert, w) is result and len(made) == 2
-    assert prepared(convert, replace(w)) is not result and len(made) == 3  # another weight
+    result = convert_once(convert, w)
+    assert convert_once(convert, w) is result and len(made) == 1
+    assert convert_once(convert, w, add=1) is not result and convert_once(convert, w) is result and len(made) == 2
+    assert convert_once(convert, replace(w)) is not result and len(made) == 3  # another weight
     first, other = torch.ones(1), torch.ones(1)
-    with_first = prepared(convert, w.scales, first)
-    assert prepared(convert, w.scales, first) is with_first
-    assert prepared(convert, w.scales, other) is not with_first  # equal, but not the same
+    with_first = convert_once(convert, w.scales, first)
+    assert convert_once(convert, w.scales, first) is with_first
+    assert convert_once(convert, w.scales, other) is not with_first  # equal, but not the same
     alive = ref(result)
     del result
     assert alive() is not None
@@ -208,33 +210,33 @@ def test_a_conversion_is_made_once_and_freed_with_its_source() -> None:
 
 def test_awq_words_are_those_of_autoawq() -> None:
     _, w, _ = int4(m=1, n=24, G=3)
-    qweight, qzeros, scales = _awq.awq(w)
-    assert codes(w).unique().tolist() == list(range(16))
+    qweight, qzeros, scales = _awq.to_awq_layout(w)
+    assert unpack_codes(w).unique().tolist() == list(range(16))
     assert list(qweight.shape) == [96, 3] and list(qzeros.shape) == [3, 3] and torch.equal(scales, w.scales)
-    for words, want in ((qweight, codes(w)), (qzeros, w.zeros.t())):
+    for words, want in ((qweight, unpack_codes(w)), (qzeros, w.zeros.t())):
         nibbles = words[..., None] >> torch.arange(0, 32, 4, device=words.device) & 15
         assert torch.equal(nibbles[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(1).t(), want.int())
 
 
 def test_padding_adds_zeros_and_conversion_knows_shapes_without_data() -> None:
     _, w, _ = int4(m=1, n=5, G=3)
-    wide = _awq.padded(w, 8)
-    assert wide.shape == (8, 96) and wide.group == 32
+    wide = _awq.pad_rows(w, 8)
+    assert wide.shape == (8, 96) and wide.group_size == 32
     weight = dequantize(wide, torch.float16)
     assert torch.equal(weight[:5], dequantize(w, torch.float16)) and not weight[5:].any()
-    meta = _awq.awq(mapped(lambda x: x.to("meta"), wide))
-    assert [list(x.shape) for x in meta] == [list(x.shape) for x in _awq.awq(wide)] and meta.qweight.is_meta
+    meta = _awq.to_awq_layout(map_tensors(lambda x: x.to("meta"), wide))
+    assert [list(x.shape) for x in meta] == [list(x.shape) for x in _awq.to_awq_layout(wide)] and meta.qweight.is_meta
 
 
 @pytest.mark.parametrize("length", [16, 256])
 def test_pages_made_whole_hold_the_same_tokens(length: int) -> None:
     sizes = {"b": 3, "s": 19, "t": 45, "g": 2, "ratio": 2, "d": 16, "l": 32, "dtype": "float32"}
-    q, k, v, *cached, query_start, history, scale = arguments(prefill_attention, seed=0, **sizes)
-    made = whole(length, *cached, history, k, v, query_start)
-    assert made.lengths.tolist() == (history + query_start.diff()).tolist() and made.k_pages.shape[1] == length
-    assert made.pages.tolist() == [max(1, -(-n // length)) for n in made.lengths.tolist()]
+    q, k, v, *cached, query_start, history, scale = example_args(prefill_attention, seed=0, **sizes)
+    made = repage(length, *cached, history, k, v, query_start)
+    assert made.seq_lens.tolist() == (history + query_start.diff()).tolist() and made.k_pages.shape[1] == length
+    assert made.page_counts.tolist() == [max(1, -(-n // length)) for n in made.seq_lens.tolist()]
     last = query_start[1:].long() - 1  # the last token of each chunk sees all of its sequence, as in decode
-    out = decode_attention.reference(q[last], *made[:2], made.block_table(), made.lengths.to(q.device), scale)
+    out = decode_attention.reference(q[last], *made[:2], made.block_table(), made.seq_lens.to(q.device), scale)
     want = prefill_attention.reference(q, k, v, *cached, query_start, history, scale)[last]
     kept = query_start.diff() > 0
     assert kept.any() and torch.allclose(out[kept], want[kept], atol=1e-6)
@@ -243,7 +245,7 @@ def test_pages_made_whole_hold_the_same_tokens(length: int) -> None:
 
 def test_a_launcher_without_a_gpu_is_told_of_one() -> None:
     asked = torch.cuda.get_device_properties
-    with _offline.offline(torch.empty(1, device="meta")):
+    with _offline.fake_gpu(torch.empty(1, device="meta")):
         assert (
             torch.cuda.get_device_capability() == (8, 0) and torch.cuda.get_device_properties(0).name == "NVIDIA A100"
         )

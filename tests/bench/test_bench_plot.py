@@ -18,7 +18,7 @@ from matplotlib.transforms import Bbox
 from bench import plot, prefill_memory
 from bench.measure import rows
 from bench.plots import ops, tuning
-from bench.plots.style import save
+from bench.plots.style import save_figure
 
 HERE = {
     "device": "Imaginary GPU 9000",
@@ -119,7 +119,7 @@ def draw(folder: Path, name: str) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted((folder / "out").iterdir())}
 
 
-@pytest.mark.parametrize("name", plot.PICTURES)
+@pytest.mark.parametrize("name", plot.PLOTS)
 def test_pictures_carry_their_stamp_and_are_the_same_each_time(
     name: str, drawn: Callable[[str], dict[str, bytes]], tmp_path: Path
 ) -> None:
@@ -189,20 +189,20 @@ def boxes(fig: Figure) -> Iterator[list[tuple[str, Bbox]]]:
         yield shown([text for text in ax.texts if not text.get_rotation()])
 
 
-@pytest.mark.parametrize("name", plot.PICTURES)
+@pytest.mark.parametrize("name", plot.PLOTS)
 def test_nothing_is_printed_over_other_words(name: str, tmp_path: Path) -> None:
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in plot.KINDS}
     for row in crowded(name):
         found[row["kind"]].append(row)
-    for picture in plot.PICTURES[name][0](found):
-        save(picture.figure, tmp_path / picture.name, HERE)
+    for picture in plot.PLOTS[name][0](found):
+        save_figure(picture.figure, tmp_path / picture.name, HERE)
         for texts in boxes(picture.figure):
             for (one, a), (other, b) in itertools.combinations(texts, 2):
                 across, up = (min(x1, y1) - max(x0, y0) for x0, x1, y0, y1 in zip(a.min, a.max, b.min, b.max))
                 assert min(across, up) < 1, f"{picture.name}: {one!r} lies over {other!r}"
         for ax in picture.figure.axes:  # names at an angle, by the distance of their lines
-            lines = [x.get_window_extent().min for x in ax.texts if x.get_rotation() == ops.NAMES]
-            slope = np.radians(ops.NAMES)
+            lines = [x.get_window_extent().min for x in ax.texts if x.get_rotation() == ops.NAME_ANGLE]
+            slope = np.radians(ops.NAME_ANGLE)
             across = sorted(x * np.sin(slope) - y * np.cos(slope) for x, y in lines)
             assert all(b - a > 7 for a, b in itertools.pairwise(across)), picture.name
     plt.close("all")
@@ -267,7 +267,7 @@ def test_bad_arguments_and_files_are_named(tmp_path: Path, capsys: pytest.Captur
 def test_what_was_measured_again_counts_once_the_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = [{**HERE, **row} for row in op_rows() if row["kind"] == "op"]
     file = Path(written(tmp_path / "rows.jsonl", [*found, {**found[0], "seconds": 7.0}]))
-    loaded = plot.load([file], "")["op"]
+    loaded = plot.load_rows([file], "")["op"]
     assert len(loaded) == len(found) and sum(row["seconds"] == 7.0 for row in loaded) == 1
     assert "1 rows were measured again" in capsys.readouterr().out
 
@@ -276,22 +276,24 @@ def test_a_resumed_search_is_one_run_and_two_searches_are_two_pictures(tmp_path:
     found = list(tune_rows())
     resumed = [{"kind": "search"}, *found[:5], *({**row, "date": "2026-01-03"} for row in found[5:])]
     files = [Path(written(tmp_path / name, resumed)) for name in ("a.jsonl", "b.jsonl")]
-    shown = list(tuning.tuning(plot.load(files, "")))
+    shown = list(tuning.plot_tuning(plot.load_rows(files, "")))
     assert [picture.name for picture in shown] == ["tuning-int4_matmul-triton-1", "tuning-int4_matmul-triton-2"]
-    assert [plot.one_run(picture)["date"] for picture in shown] == ["2026-01-03", "2026-01-03"]
+    assert [plot.single_run_stamp(picture)["date"] for picture in shown] == ["2026-01-03", "2026-01-03"]
     plt.close("all")
 
 
 def test_numbers_in_the_pictures_are_those_of_the_rows() -> None:
     found = [row for row in op_rows() if row["kind"] == "op"]
-    (shapes,) = ops.sweeps(found).values()
+    (shapes,) = ops.group_by_sweep(found).values()
     assert [dict(shape)["n"] for shape in shapes] == [256, 512]  # both cases of a shape in one line
-    np.testing.assert_allclose(ops.ratios(shapes, "m", [1, 4, 64, 256], "gemlite"), 1.5)
-    assert np.isnan(ops.ratios(shapes, "m", [5], "gemlite")).all()
+    np.testing.assert_allclose(ops.speedup_table(shapes, "m", [1, 4, 64, 256], "gemlite"), 1.5)
+    assert np.isnan(ops.speedup_table(shapes, "m", [5], "gemlite")).all()
     slower = {**found[0], "config": {"BLOCK": 1}, "seconds": 99.0}  # of several configs the fastest is drawn
-    assert ops.sweeps([*found, slower]) == ops.sweeps(found) == ops.sweeps([slower, *found])
+    assert ops.group_by_sweep([*found, slower]) == ops.group_by_sweep(found) == ops.group_by_sweep([slower, *found])
     timed = [row for row in tune_rows() if row["status"] == "timed"]
-    assert tuning.effect(timed, "BLOCK_M") == pytest.approx(2) and tuning.effect(timed, "BLOCK_N") == pytest.approx(2)
+    assert tuning.setting_effect(timed, "BLOCK_M") == pytest.approx(2) and tuning.setting_effect(
+        timed, "BLOCK_N"
+    ) == pytest.approx(2)
 
 
 def test_memory_rows_come_from_the_memory_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.compiler.precision import imprecise
+from bench.compiler.precision import find_imprecision
 
 DOT = "%4 = tt.dot %1, %2, %3 : tensor<64x32xf32> * tensor<32x16xf32> -> tensor<64x16xf32> loc(#loc7)"
 HALF = "%4 = tt.dot %1, %2, %3 : tensor<64x32xf16> * tensor<32x16xf16> -> tensor<64x16xf32> loc(#loc7)"
@@ -43,15 +43,15 @@ WRONG = {
 
 @pytest.mark.parametrize(("ttir", "ptx"), RIGHT.values(), ids=RIGHT)
 def test_what_is_right_passes(ttir: str, ptx: str) -> None:
-    assert imprecise({"ttir": ttir, "ptx": ptx}) == []
+    assert find_imprecision({"ttir": ttir, "ptx": ptx}) == []
 
 
 @pytest.mark.parametrize(("ttir", "ptx", "word"), WRONG.values(), ids=WRONG)
 def test_what_is_planted_is_found(ttir: str, ptx: str, word: str) -> None:
-    (found,) = imprecise({"ttir": f"{RIGHT['a move'][0]}\n{ttir}\n{RIGHT['several results'][0]}", "ptx": ptx})
+    (found,) = find_imprecision({"ttir": f"{RIGHT['a move'][0]}\n{ttir}\n{RIGHT['several results'][0]}", "ptx": ptx})
     assert word in found
 
 
 def test_amds_products_in_tf32_are_found() -> None:
-    assert imprecise({"ttir": DOT, "amdgcn": "\tv_mfma_f32_16x16x4_f32 v[0:3], v4, v5, v[0:3]"}) == []
-    assert imprecise({"ttir": DOT, "amdgcn": "\tv_mfma_f32_16x16x8_xf32 v[0:3], v[4:5], v[6:7], v[0:3]"})
+    assert find_imprecision({"ttir": DOT, "amdgcn": "\tv_mfma_f32_16x16x4_f32 v[0:3], v4, v5, v[0:3]"}) == []
+    assert find_imprecision({"ttir": DOT, "amdgcn": "\tv_mfma_f32_16x16x8_xf32 v[0:3], v[4:5], v[6:7], v[0:3]"})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.recompiles import Trace, limit, reasons, run, sweep
+from bench.recompiles import LaunchTrace, check_ops, key_differences, max_variants, size_sweep
 from vila_triton.registry import OPS, discover
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ def test_no_kernel_has_more_variants_than_it_may() -> None:
     discover()
     assert {(op, impl) for op, impl, *_ in seen} >= {(x.name, "triton") for x in OPS.values() if "triton" in x.impls}
     for _, _, kernel, calls, variants, most in seen:
-        assert int(most) == limit(kernel) >= int(variants) >= 1 and int(calls) >= 5
+        assert int(most) == max_variants(kernel) >= int(variants) >= 1 and int(calls) >= 5
     assert "M is no longer 1" in done.stdout  # the sweep does reach what compiles anew
 
 
@@ -41,7 +41,7 @@ def test_a_constant_that_follows_the_length_is_named_and_refused(tmp_path: Path)
     (tmp_path / "kernels" / "swiglu_mine.py").write_text(mine)
     done = recompiles("swiglu", "--kernels", str(tmp_path / "kernels"))
     assert done.returncode == 1
-    lengths = len(list(sweep(OPS["swiglu"])))
+    lengths = len(list(size_sweep(OPS["swiglu"])))
     assert f"swiglu mine _kernel: {lengths} calls, {lengths} variants" in done.stdout
     assert re.search(r"^ +s=2 +BLOCK = 16 -> 32$", done.stdout, re.M)
     assert done.stderr.strip().startswith(f"bench.recompiles: _kernel: {lengths} variants, at most")
@@ -49,7 +49,7 @@ def test_a_constant_that_follows_the_length_is_named_and_refused(tmp_path: Path)
 
 def test_an_op_that_does_not_exist_is_named() -> None:
     with pytest.raises(ValueError, match=r"no op nonsense; there are: .*int4_matmul"):
-        run(["swiglu", "nonsense"], None)
+        check_ops(["swiglu", "nonsense"], None)
 
 
 @pytest.mark.parametrize(
@@ -66,11 +66,11 @@ def test_an_op_that_does_not_exist_is_named() -> None:
     ],
 )
 def test_reasons(old: object, new: object, words: str) -> None:
-    assert list(reasons({"n": old, "m": 0}, {"n": new, "m": 0})) == [words]
+    assert list(key_differences({"n": old, "m": 0}, {"n": new, "m": 0})) == [words]
 
 
 def test_a_key_is_compared_with_the_most_similar_one() -> None:
-    found = Trace()
+    found = LaunchTrace()
     for a, b in ((1, 1), (2, 2), (2, 3), (1, 1)):
-        found.meet("kernel", {"a": a, "b": b}, {})
+        found.record("kernel", {"a": a, "b": b}, {})
     assert [v.reasons for v in found.variants["kernel"]] == [["first call"], ["a 1 -> 2", "b 1 -> 2"], ["b 2 -> 3"]]

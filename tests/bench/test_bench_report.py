@@ -14,7 +14,7 @@ import pytest
 
 from bench import report
 from bench.measure import rows
-from bench.measure.format import brief, unit
+from bench.measure.format import format_config, format_seconds
 
 TOYS = "--case toy --budget 0.01 --gate case"
 
@@ -35,7 +35,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def page(*files: Path) -> str:
-    return report.report(files)
+    return report.render_report(files)
 
 
 def words(html: str) -> str:
@@ -49,12 +49,12 @@ def test_every_number_of_the_rows_is_in_the_page_and_nothing_beside_it_is_needed
     assert {row["kind"] for row in found} == {"ceiling", "op", "refused", "model"}
     for row in found:
         if row["kind"] == "op":
-            figures = [unit(row["seconds"]), f"{row['bytes_share']:.1%}", f"{row['flops_share']:.1%}"]
-            assert f"{row['impl']} {brief(row['config'])}".strip() in seen
+            figures = [format_seconds(row["seconds"]), f"{row['bytes_share']:.1%}", f"{row['flops_share']:.1%}"]
+            assert f"{row['impl']} {format_config(row['config'])}".strip() in seen
         elif row["kind"] == "refused":
             figures = [row["reason"]]
         elif row["kind"] == "model":
-            figures = [unit(row["seconds"])] if "seconds" in row else [f"{row['peak_bytes'] / 2**20:.1f} MiB"]
+            figures = [format_seconds(row["seconds"])] if "seconds" in row else [f"{row['peak_bytes'] / 2**20:.1f} MiB"]
         else:
             figures = [f"{row['bandwidth'] / 1e9:.1f} GB/s"]
         assert [figure for figure in figures if re.sub(r"\s+", " ", figure).strip() not in seen] == []
@@ -71,7 +71,10 @@ def test_a_row_cut_off_in_the_middle_costs_that_row_alone(measured: Path, tmp_pa
     assert report.main([str(copy), "--out", str(tmp_path / "report.html")]) == 0
     whole = list(rows.read(measured))
     assert len(list(rows.read(copy))) == len(whole) - 1
-    assert unit(next(row["seconds"] for row in whole if row["kind"] == "op")) in (tmp_path / "report.html").read_text()
+    assert (
+        format_seconds(next(row["seconds"] for row in whole if row["kind"] == "op"))
+        in (tmp_path / "report.html").read_text()
+    )
 
 
 def test_rows_it_does_not_know_and_rows_of_old_are_listed(measured: Path, tmp_path: Path) -> None:

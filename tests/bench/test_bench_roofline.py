@@ -17,23 +17,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import roofline
 from bench.measure import model_configs, rows, step_cost
 from bench.roofline import GROUPS
-from vila_triton.cache.paged_cache import PagedCache
-from vila_triton.engine.engine import advance
+from vila_triton.cache.paged_cache import PagedKVCache
+from vila_triton.engine.engine import extend
 from vila_triton.models import llama, params, vila
 from vila_triton.paths import config_dir
 from vila_triton.registry import OPS, REFERENCE, use
 from vila_triton.tiny.config import CONFIG
 
 PUBLISHED = tomllib.loads((config_dir() / "bench" / "tinychat.toml").read_text())
-GPUS = roofline.table()
+GPUS = roofline.datasheet_machines()
 FIRST_TOKENS = 4  # in the cache of a decode step of TinyChat's tables, at least
 # Published as out of memory, though parameters and cache would fit a 64 GiB Orin and an 80 GiB A100. The tables say
 # neither which Orin and which A100 they mean nor what else lay in memory.
 FITS_ON_PAPER = {("VILA-13B", "Orin", "float16"), ("VILA1.5-40B", "A100", "float16")}
 
 
-def model(cell: Mapping[str, Any]) -> model_configs.Geometry:
-    return model_configs.load(cell["model"], group_size=GROUPS[cell["precision"]])
+def model(cell: Mapping[str, Any]) -> model_configs.ReleasedModel:
+    return model_configs.load_model(cell["model"], group_size=GROUPS[cell["precision"]])
 
 
 def ratios(gpus: Mapping[str, roofline.Machine]) -> Iterator[tuple[str, Mapping[str, Any], float]]:
@@ -41,12 +41,15 @@ def ratios(gpus: Mapping[str, roofline.Machine]) -> Iterator[tuple[str, Mapping[
     for what in ("decode", "prefill", "streaming"):
         for cell in PUBLISHED[what]:
             if what == "decode":
-                todo = step_cost.decode(model(cell), 1, FIRST_TOKENS)
+                todo = step_cost.decode_cost(model(cell), 1, FIRST_TOKENS)
                 seconds = cell["ms_per_token"] / 1e3 if "ms_per_token" in cell else 1 / cell["tokens_per_s"]
             elif what == "prefill":
-                todo, seconds = step_cost.prefill(model(cell), cell["length"]), cell["seconds"]
+                todo, seconds = step_cost.prefill_cost(model(cell), cell["length"]), cell["seconds"]
             else:
-                todo, seconds = step_cost.language(model(cell).llm, 1, cell["new"], cell["history"]), cell["seconds"]
+                todo, seconds = (
+                    step_cost.language_cost(model(cell).llm, 1, cell["new"], cell["history"]),
+                    cell["seconds"],
+                )
             machine = gpus[cell["gpu"]]
             yield what, cell, seconds / todo.seconds(machine.bandwidth, machine.flops)
 
@@ -77,19 +80,19 @@ def test_the_bound_would_not_hold_with_a_machine_a_little_slower() -> None:
 
 def test_what_ran_out_of_memory_does_not_fit_and_what_ran_does() -> None:
     def fits(cell: Mapping[str, Any]) -> bool:
-        return step_cost.needs(model(cell), FIRST_TOKENS) <= (GPUS[cell["gpu"]].memory or 0)
+        return step_cost.memory_bytes(model(cell), FIRST_TOKENS) <= (GPUS[cell["gpu"]].memory or 0)
 
     cells = PUBLISHED["out_of_memory"]
     assert {(c["published"], c["gpu"], c["precision"]) for c in cells if fits(c)} == FITS_ON_PAPER
     assert all(fits(cell) for what in ("decode", "prefill", "streaming") for cell in PUBLISHED[what])
 
 
-@pytest.mark.parametrize("name", model_configs.known())
+@pytest.mark.parametrize("name", model_configs.model_files())
 def test_picture_tokens_of_a_geometry_are_those_of_its_tower(name: str) -> None:
-    shape = model_configs.load(name)
+    shape = model_configs.load_model(name)
     if shape.vision_tower:
-        tower = step_cost.seeing(shape)[0]
-        assert shape.image_tokens == math.ceil(tower.grid / 2) ** 2
+        tower = step_cost.vision_specs(shape)[0]
+        assert shape.image_tokens == math.ceil(tower.patches_per_side / 2) ** 2
         assert tower.hidden_size % tower.num_attention_heads == 0
     else:
         assert shape.image_tokens == 0
@@ -106,53 +109,57 @@ def test_picture_tokens_of_a_geometry_are_those_of_its_tower(name: str) -> None:
 )
 def test_geometries_have_the_billions_their_names_promise(name: str, language: float, tower: float) -> None:
     """LLaMA-3-8B, LLaMA-2-13B, Yi-34B; SigLIP so400m (428 M less its pooling head of 15 M), InternViT-6B V1-2."""
-    shape = model_configs.load(name)
-    tree = step_cost.seeing(shape)[1]
-    assert step_cost.numbers(llama.declare(shape.llm, torch.float16)) / 1e9 == pytest.approx(language, rel=0.01)
-    assert step_cost.numbers(tree) / 1e9 == pytest.approx(tower, rel=0.01)
+    shape = model_configs.load_model(name)
+    tree = step_cost.vision_specs(shape)[1]
+    assert step_cost.num_matrix_elements(llama.param_specs(shape.llm, torch.float16)) / 1e9 == pytest.approx(
+        language, rel=0.01
+    )
+    assert step_cost.num_matrix_elements(tree) / 1e9 == pytest.approx(tower, rel=0.01)
 
 
 def test_flops_are_those_of_the_model_running() -> None:
     """The tiny model, counted by torch while references run; their attention computes the masked half too."""
-    shape, new, history = model_configs.load("tiny"), 24, 40
-    p = params.init(vila.declare(CONFIG, torch.float32), torch.Generator().manual_seed(0))
-    cache = PagedCache(CONFIG.llm, 8, dtype=torch.float32)
-    cache.table.alloc()
+    shape, new, history = model_configs.load_model("tiny"), 24, 40
+    p = params.init_tree(vila.param_specs(CONFIG, torch.float32), torch.Generator().manual_seed(0))
+    cache = PagedKVCache(CONFIG.llm, 8, dtype=torch.float32)
+    cache.allocator.add_sequence()
     ids = torch.zeros(history + new, dtype=torch.long)
     with torch.inference_mode(), use(**dict.fromkeys(OPS, REFERENCE)):
-        advance(p, {0: ids[:history]}, CONFIG, cache)
+        extend(p, {0: ids[:history]}, CONFIG, cache)
         with FlopCounterMode(display=False) as spoken:
-            (hidden,) = advance(p, {0: ids[history:]}, CONFIG, cache)
+            (hidden,) = extend(p, {0: ids[history:]}, CONFIG, cache)
             llama.logits(p.llm, hidden)
         with FlopCounterMode(display=False) as seen:
             side = CONFIG.vision_tower.image_size
             vila.encode_images(p, torch.zeros(2, 3, side, side), CONFIG)
     llm = shape.llm
     masked = llm.num_hidden_layers * 4 * llm.num_attention_heads * llm.head_dim * new * (new - 1) // 2
-    assert spoken.get_total_flops() - masked == step_cost.language(llm, 1, new, history).flops
-    assert seen.get_total_flops() == step_cost.pictures(shape, 2).flops
+    assert spoken.get_total_flops() - masked == step_cost.language_cost(llm, 1, new, history).flops
+    assert seen.get_total_flops() == step_cost.vision_cost(shape, 2).flops
 
 
 def test_bytes_are_those_of_the_parameters_and_the_cache() -> None:
-    shape = model_configs.load("llama3-vila1.5-8b", group_size=128)
+    shape = model_configs.load_model("llama3-vila1.5-8b", group_size=128)
     llm, linears = (
         shape.llm,
         6_979_321_856,
     )  # matrices of 32 layers: 4096² · 2 + 4096 · 1024 · 2 + 4096 · 14336 · 3 each
     head, token = 2 * 128256 * 4096, 2 * 32 * 8 * 128 * 2
-    assert step_cost.cache_bytes(llm) == token
-    assert step_cost.decode(shape, 2, 100).bytes == linears // 2 + linears // 128 * 4 + head + 2 * 100 * token
-    assert step_cost.prefill(model_configs.load("llama3-vila1.5-8b"), 7).bytes == 2 * linears + head + 7 * token
+    assert step_cost.kv_bytes_per_token(llm) == token
+    assert step_cost.decode_cost(shape, 2, 100).bytes == linears // 2 + linears // 128 * 4 + head + 2 * 100 * token
+    assert (
+        step_cost.prefill_cost(model_configs.load_model("llama3-vila1.5-8b"), 7).bytes == 2 * linears + head + 7 * token
+    )
 
 
 def test_s2_looks_at_five_tiles_and_projects_once() -> None:
-    one, s2 = (model_configs.load(name) for name in ("vila1.5-3b", "vila1.5-3b-s2"))
+    one, s2 = (model_configs.load_model(name) for name in ("vila1.5-3b", "vila1.5-3b-s2"))
     tower = {
-        name: step_cost.pictures(g, 1).flops - 2 * 196 * step_cost.numbers(step_cost.seeing(g)[2])
+        name: step_cost.vision_cost(g, 1).flops - 2 * 196 * step_cost.num_matrix_elements(step_cost.vision_specs(g)[2])
         for name, g in (("one", one), ("s2", s2))
     }
     assert tower["s2"] == 5 * tower["one"]
-    assert step_cost.seeing(s2)[2].stages[0].linear.weight.shape == (2560, 4 * 2304)
+    assert step_cost.vision_specs(s2)[2].stages[0].linear.weight.shape == (2560, 4 * 2304)
 
 
 def test_the_command_prints_a_table_and_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +182,7 @@ def test_measured_ceilings_take_the_place_of_the_datasheet(tmp_path: Path, capsy
     file = tmp_path / "rows.jsonl"
     here = {"device": "NVIDIA H100 80GB HBM3", "date": "2026-01-02", "commit": "abc"}
     rows.write(file, [{"kind": "ceiling", "bandwidth": 3e12, "flops": {"float16": 7e14}, **here}])
-    machine = roofline.measured([file])[0]
+    machine = roofline.measured_machines([file])[0]
     assert (machine.gpu, machine.bandwidth, machine.flops, machine.memory) == ("H100", 3e12, 7e14, GPUS["H100"].memory)
     file.write_text(
         json.dumps({"kind": "ceiling", **here, "device": "a CPU", "bandwidth": 1e10, "flops": {"float16": 1e11}})

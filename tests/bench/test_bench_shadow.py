@@ -12,11 +12,11 @@ from torch import Tensor
 
 from bench import check, shadow
 from bench.correctness import shadow_recorder
-from bench.correctness.error_budget import arguments
-from bench.correctness.guarded_memory import mapped
-from bench.correctness.shadow_recorder import Beside
+from bench.correctness.error_budget import example_args
+from bench.correctness.guarded_memory import map_tensors
+from bench.correctness.shadow_recorder import ShadowRecorder
 from bench.measure import prompts, rows
-from vila_triton.chat.conversation import Talker
+from vila_triton.chat.conversation import ChatModel
 from vila_triton.ops import Int4
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import OPS, Impl, Unsupported, use
@@ -73,8 +73,8 @@ def test_the_first_wrong_layer_is_named_and_its_worst_call_replayed(attach: Any,
     assert whole["flips"][0] and max(whole["divergence"][0]) > 1e-3
 
 
-def talker(name: str = "checkpoint") -> Talker:
-    return Talker.from_pretrained(BUNDLED_CHECKPOINT.with_name(name), "cpu")
+def talker(name: str = "checkpoint") -> ChatModel:
+    return ChatModel.from_pretrained(BUNDLED_CHECKPOINT.with_name(name), "cpu")
 
 
 def test_watching_leaves_the_model_as_it_is(attach: Any) -> None:
@@ -82,18 +82,18 @@ def test_watching_leaves_the_model_as_it_is(attach: Any) -> None:
         return OPS["rope_kv_write"].reference(q, k * 2, *args)
 
     attach("rope_kv_write", wrong)
-    model, (prompt,) = talker(), prompts.bundled(1, 0)
-    plain, tokens, prefilled = shadow.run(model, prompt, 3)
+    model, (prompt,) = talker(), prompts.bundled_prompts(1, 0)
+    plain, tokens, prefilled = shadow.run_prompt(model, prompt, 3)
     impls = {name: dict(op.impls) for name, op in OPS.items()}
-    watcher, incumbents, shifts = shadow.shadow(model, OPS["rope_kv_write"].impls["candidate"], [prompt], 3, [])
+    watcher, incumbents, shifts = shadow.run_shadow(model, OPS["rope_kv_write"].impls["candidate"], [prompt], 3, [])
     assert {name: dict(op.impls) for name, op in OPS.items()} == impls
-    watched = Beside(OPS["rope_kv_write"], OPS["rope_kv_write"].impls["candidate"], model.model.params)
-    with watched.watching():
-        assert torch.equal(shadow.run(model, prompt, 3, beside=watched)[0], plain)
+    watched = ShadowRecorder(OPS["rope_kv_write"], OPS["rope_kv_write"].impls["candidate"], model.model.params)
+    with watched.recording():
+        assert torch.equal(shadow.run_prompt(model, prompt, 3, recorder=watched)[0], plain)
     assert prefilled + len(tokens) == len(plain) and incumbents == {"reference"}
-    assert watcher.first == "llm.layers[0], prefill" and not isinstance(shifts, str)
-    assert list(watcher.lines) == [f"llm.layers[{i}]" for i in range(4)]
-    for line in watcher.lines.values():  # doubling a number is 2**10 steps of float16
+    assert watcher.first_failure == "llm.layers[0], prefill" and not isinstance(shifts, str)
+    assert list(watcher.layers) == [f"llm.layers[{i}]" for i in range(4)]
+    for line in watcher.layers.values():  # doubling a number is 2**10 steps of float16
         assert line.calls == 1 + len(tokens) and line.failure and line.ulps["64+"] > 0 and line.ulps["NaN"] == 0
 
 
@@ -106,10 +106,10 @@ def test_in_place_the_incumbent_writes_and_the_candidate_gets_copies(attach: Any
 
     attach("kv_write", scribbles)
     op = OPS["kv_write"]
-    args = arguments(op, seed=0, s=4, g=1, d=16, l=16, dtype="float32")
-    before, expected = mapped(torch.clone, args), op.reference(*mapped(torch.clone, args))
-    watcher = Beside(op, op.impls["candidate"], None)
-    with watcher.watching():
+    args = example_args(op, seed=0, s=4, g=1, d=16, l=16, dtype="float32")
+    before, expected = map_tensors(torch.clone, args), op.reference(*map_tensors(torch.clone, args))
+    watcher = ShadowRecorder(op, op.impls["candidate"], None)
+    with watcher.recording():
         result = op(*args)
     assert watcher.worst and torch.equal(seen[0], before[2])
     for kept, was, written, want in zip(watcher.worst.args[2:4], before[2:4], result, expected):
@@ -160,21 +160,21 @@ def test_differences_are_counted_in_steps_of_the_dtype() -> None:
     got[2] = -0.0
     got[3] = want[3] * (1 - 3 * 2**-11)
     got[4] = float("nan")
-    counts = {name: n for name, n in shadow_recorder.histogram(got, want).items() if n}
+    counts = {name: n for name, n in shadow_recorder.ulp_histogram(got, want).items() if n}
     assert counts == {"0": 3, "1": 1, "2-3": 1, "NaN": 1}
-    assert shadow_recorder.histogram(torch.tensor([1e-45]), torch.tensor([-1e-45]))["2-3"] == 1
+    assert shadow_recorder.ulp_histogram(torch.tensor([1e-45]), torch.tensor([-1e-45]))["2-3"] == 1
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts"
     picture = BUNDLED_CHECKPOINT.parent / "examples" / "a.png"
     file.write_text(json.dumps({"question": "What is red?", "images": [str(picture)]}) + "\n")
-    (prompt,) = prompts.read(file)
-    assert prompt.question == "What is red?" and len(prompt.pictures) == 1
+    (prompt,) = prompts.read_prompts(file)
+    assert prompt.question == "What is red?" and len(prompt.images) == 1
     for text in ('{"question": 3}', '{"question": ' + "[" * 100_000):
         file.write_text(text)
         with pytest.raises(ValueError, match=":1: expected"):
-            prompts.read(file)
+            prompts.read_prompts(file)
 
 
 @pytest.mark.parametrize(

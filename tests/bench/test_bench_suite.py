@@ -13,35 +13,35 @@ from processes import gone
 from bench import suite
 from bench.measure import goals_attention, rows, suite_estimate, suite_plan
 from bench.measure.cases import cases
-from bench.measure.suite_plan import Step, allot, left_out, steps
+from bench.measure.suite_plan import SuiteStep, allot_seconds, left_out_lines, suite_steps
 
 OUT = Path("/out")
 VALUABLE = {"correctness", "int4 goals", "prefill goals", "decode goals", "goals", "report"}
 
 
 def seconds(minutes: float) -> float:
-    return 60 * minutes - suite.OWN
+    return 60 * minutes - suite.OWN_SECONDS
 
 
 @pytest.mark.parametrize("minutes", [1, 4, 9, 12, 30])
 def test_limits_add_up_to_no_more_than_the_time_and_the_least_valuable_are_left_out(minutes: float) -> None:
-    every = steps(OUT, toy=False)
-    limits = allot(every, seconds(minutes))
+    every = suite_steps(OUT, toy=False)
+    limits = allot_seconds(every, seconds(minutes))
     assert sum(limits.values()) <= seconds(minutes) + 1e-6
     ranked = sorted(every, key=lambda step: step.priority)
     assert [step.name for step in ranked[: len(limits)]] == list(limits)
-    assert all(step.least <= limits[step.name] <= step.most for step in ranked[: len(limits)])
-    said = list(left_out(every, seconds(minutes)))
+    assert all(step.min_seconds <= limits[step.name] <= step.max_seconds for step in ranked[: len(limits)])
+    said = list(left_out_lines(every, seconds(minutes)))
     assert len(said) == len(every) - len(limits) and all(": left out, it needs" in line for line in said)
 
 
 def test_four_minutes_keep_what_is_most_valuable() -> None:
-    assert allot(steps(OUT, toy=False), seconds(4)).keys() == VALUABLE
+    assert allot_seconds(suite_steps(OUT, toy=False), seconds(4)).keys() == VALUABLE
 
 
 def test_twelve_minutes_hold_the_model_searches_and_pictures_and_are_estimated_to_suffice() -> None:
-    every = steps(OUT, toy=False)
-    limits = allot(every, seconds(12))
+    every = suite_steps(OUT, toy=False)
+    limits = allot_seconds(every, seconds(12))
     kept = [step for step in every if step.name in limits]
     assert {
         *VALUABLE,
@@ -53,38 +53,38 @@ def test_twelve_minutes_hold_the_model_searches_and_pictures_and_are_estimated_t
     } <= limits.keys()
     assert [step.name for step in every][-2:] == ["pictures", "report"]
     for step in kept:
-        counts = suite_estimate.count(step, limits[step.name], kept)
-        assert suite_estimate.seconds(counts) <= limits[step.name], f"{step.name}: {dict(counts)}"
+        counts = suite_estimate.count_step(step, limits[step.name], kept)
+        assert suite_estimate.total_seconds(counts) <= limits[step.name], f"{step.name}: {dict(counts)}"
 
 
 def test_counts_are_those_of_the_plan() -> None:
     """Three implementations at every case of the goals; two weights and two runners at every step of the model."""
-    every = steps(OUT, toy=False)
+    every = suite_steps(OUT, toy=False)
     step = {step.name: step for step in every}
-    counts = suite_estimate.count(step["int4 goals"], 60, every)
-    served = {suite_estimate.served(case)[0] for case in cases("int4_matmul", "goals")}
+    counts = suite_estimate.count_step(step["int4 goals"], 60, every)
+    served = {suite_estimate.default_impl(case)[0] for case in cases("int4_matmul", "goals")}
     assert counts["figure"] == 3 * len(cases("int4_matmul", "goals")) and served == {"gemv", "splitk", "prefill"}
-    few = suite_estimate.count(step["tune prefill attention"], 60, every)
-    most = int(step["tune prefill attention"].words[step["tune prefill attention"].words.index("--candidates") + 1])
+    few = suite_estimate.count_step(step["tune prefill attention"], 60, every)
+    most = int(step["tune prefill attention"].argv[step["tune prefill attention"].argv.index("--candidates") + 1])
     assert few["figure"] <= most * len(cases("prefill_attention", "whole"))
 
 
 def test_no_step_of_the_model_is_longer_than_it_was_made_for() -> None:
-    every = {step.name: step for step in steps(OUT, toy=False)}
+    every = {step.name: step for step in suite_steps(OUT, toy=False)}
     _, *words = every["model"].command(100)
     args = suite_estimate.model.parser().parse_args(words)
-    longest = suite_estimate.model_configs.load(args.model, args.layers).llm.max_position_embeddings
+    longest = suite_estimate.model_configs.load_model(args.model, args.layers).llm.max_position_embeddings
     todo = list(suite_estimate.steps_of_model(args.prompts, args.histories, args.batches, args.contexts))
-    assert max(step.history + step.new for step in todo) == longest
-    goals = {step.history for step in todo if step.what == "stream"}
-    assert goals_attention.SHORT in goals and max(h for h in goals if h <= 1024) == 1024
+    assert max(step.cached_tokens + step.new_tokens for step in todo) == longest
+    goals = {step.cached_tokens for step in todo if step.kind == "stream"}
+    assert goals_attention.SHORT_HISTORY in goals and max(h for h in goals if h <= 1024) == 1024
 
 
 def test_a_rehearsal_has_the_steps_of_the_real_thing() -> None:
-    real, toy = steps(OUT, toy=False), steps(OUT, toy=True)
+    real, toy = suite_steps(OUT, toy=False), suite_steps(OUT, toy=True)
     assert [(step.name, step.priority) for step in real] == [(step.name, step.priority) for step in toy]
-    assert [step.words[0] for step in real] == [step.words[0] for step in toy]
-    assert allot(toy, seconds(5)).keys() == {step.name for step in toy}
+    assert [step.argv[0] for step in real] == [step.argv[0] for step in toy]
+    assert allot_seconds(toy, seconds(5)).keys() == {step.name for step in toy}
 
 
 STUBBORN = """
@@ -108,11 +108,11 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("handler", ["lambda *_: sys.exit(0)", "signal.SIG_IGN"])
 def test_a_step_is_asked_to_stop_then_killed_with_all_it_started(scripts: Path, handler: str) -> None:
     (scripts / "step.py").write_text(STUBBORN.format(handler=handler))
-    step = Step("stubborn", 1, 0, 4, [str(scripts / "step.py")])
+    step = SuiteStep("stubborn", 1, 0, 4, [str(scripts / "step.py")])
     start = time.perf_counter()
-    outcome = suite.run(step, 4, scripts / "log")
+    outcome = suite.run_step(step, 4, scripts / "log")
     assert outcome.state == "out of time" and time.perf_counter() - start < 6
-    child = int(outcome.last)
+    child = int(outcome.last_line)
     assert gone(child)
 
 
@@ -122,12 +122,12 @@ def test_what_a_step_leaves_goes_to_the_next_and_the_summary_is_always_there(scr
     (scripts / "slow.py").write_text("import time; time.sleep(600)")
     of = {name: [str(scripts / f"{name}.py")] for name in ("quick", "fails", "slow")}
     every = [
-        Step("first", 1, 1, 20, of["quick"]),
-        Step("second", 2, 1, 20, of["fails"]),
-        Step("last", 3, 1, 3, of["slow"]),
-        Step("huge", 4, 100, 100, of["quick"]),
+        SuiteStep("first", 1, 1, 20, of["quick"]),
+        SuiteStep("second", 2, 1, 20, of["fails"]),
+        SuiteStep("last", 3, 1, 3, of["slow"]),
+        SuiteStep("huge", 4, 100, 100, of["quick"]),
     ]
-    outcomes = suite.run_all(every, 22, scripts)
+    outcomes = suite.run_plan(every, 22, scripts)
     assert [outcome.state for outcome in outcomes] == ["ok", "failed", "out of time", "left out"]
     text = (scripts / "summary.txt").read_text()
     assert "done" in text and "broken" in text and "left out, it needs 100 s" in text

@@ -20,7 +20,7 @@ import bench
 from bench._tool import tool
 from bench.correctness import repro_bundle
 from bench.measure import rows
-from vila_triton.console import bar
+from vila_triton.console import print_progress
 
 
 def source(name: str) -> str:
@@ -99,14 +99,14 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
         stream = io.StringIO()
         monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal)
         monkeypatch.setattr(sys, "stderr", stream)
-        bar("1 of 2")
-        bar("")
+        print_progress("1 of 2")
+        print_progress("")
         assert stream.getvalue() == ("\r\x1b[K1 of 2\r\x1b[K" if terminal else "")
     assert not [name for name in MODULES if "\\r" in source(name)]  # no bars of their own
 
 
 def test_two_bundles_of_one_kernel_are_two_files(tmp_path: Path) -> None:
-    made = [repro_bundle.unused(tmp_path / "deep" / "op-mine-0.bundle").name for _ in range(3)]
+    made = [repro_bundle.unused_path(tmp_path / "deep" / "op-mine-0.bundle").name for _ in range(3)]
     assert made == ["op-mine-0.bundle", "op-mine-0-2.bundle", "op-mine-0-3.bundle"]
 
 

@@ -23,15 +23,15 @@ from bench import tune
 from bench.measure import rows
 from bench.measure.cases import Case
 from bench.tuner import cost_model, jobs, search, table, workers
-from bench.tuner.jobs import STAGES, Answer, Job, answer
-from bench.tuner.workers import Processes
+from bench.tuner.jobs import STAGES, Answer, Job, run_job
+from bench.tuner.workers import ProcessPool
 from vila_triton.registry import OPS, Impl, Op, discover, tuned_tables
-from vila_triton.registry.interpreter import holds_kernels
+from vila_triton.registry.interpreter import uses_triton_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
-DEVICE = f"{cost_model.gpu('sm_90').name} (cost model)"
+DEVICE = f"{cost_model.gpu_of_arch('sm_90').name} (cost model)"
 STAMP = {"device": DEVICE, "date": "2026-01-01", "commit": "abc", "torch": "2"}
-PLAN = search.Plan("cpu", DEVICE, cost_model.gpu("sm_90"), 1e9, 0.01, STAMP)
+PLAN = search.SearchPlan("cpu", DEVICE, cost_model.gpu_of_arch("sm_90"), 1e9, 0.01, STAMP)
 ON_PAPER = replace(PLAN, timer=search.COST_MODEL)
 
 
@@ -41,7 +41,7 @@ IGNORED = shutil.ignore_patterns("__pycache__", "*.safetensors", "peers")
 class Inline:
     """Does jobs here and now, slowly if asked to, so that there is a moment to be killed in."""
 
-    width = 2
+    num_workers = 2
 
     def __init__(self, seconds: float = 0.0):
         self.seconds, self.asked = seconds, []
@@ -50,7 +50,7 @@ class Inline:
         for i, job in enumerate(jobs):
             self.asked.append((stage, job["config"]["BLOCK"]))
             time.sleep(self.seconds)
-            yield i, answer(job)
+            yield i, run_job(job)
 
     def close(self) -> None:
         pass
@@ -68,7 +68,7 @@ def cases(op: Op) -> list[Case]:
     return [Case(op.name, "toy", {"m": m, "n": 8, "dtype": "float32"}) for m in (1, 6, 64, 1000)]
 
 
-def searched(op: Op, folder: Path, workers: Inline, plan: search.Plan = PLAN) -> search.Search:
+def searched(op: Op, folder: Path, workers: Inline, plan: search.SearchPlan = PLAN) -> search.Search:
     found = search.Search(op.impls["blocks"], cases(op), plan, folder)
     found.run(workers, float("inf"), lambda: None)
     return found
@@ -77,10 +77,10 @@ def searched(op: Op, folder: Path, workers: Inline, plan: search.Plan = PLAN) ->
 def written(op: Op, folder: Path, workers: Inline) -> bytes:
     """The bytes of the table after a search."""
     found = searched(op, folder, workers)
-    held = list(found.journal.found["tune"].values())
-    entry = table.entry(search.identity(op.impls["blocks"], PLAN), held, op.varying)
+    held = list(found.journal.entries["tune"].values())
+    entry = table.build_entry(search.search_fingerprint(op.impls["blocks"], PLAN), held, op.dynamic_sizes)
     assert entry
-    return table.write(folder, DEVICE, entry).read_bytes()
+    return table.write_table(folder, DEVICE, entry).read_bytes()
 
 
 def test_ten_kills_at_random_moments_leave_the_same_table(doubled: Op, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_journal_cut_at_any_byte_is_taken_up(doubled: Op, tmp_path: Path) -> N
 
 
 def test_wrong_numbers_get_no_time(doubled: Op, tmp_path: Path) -> None:
-    found = searched(doubled, tmp_path / "out", Inline()).journal.found["tune"].values()
+    found = searched(doubled, tmp_path / "out", Inline()).journal.entries["tune"].values()
     assert {row["config"]["wrong"] for row in found if row["status"] == "timed"} == {False}
     refused = [row for row in found if row["config"]["wrong"]]
     assert refused and all(r["status"] == "gate" and r["seconds"] is None and "are off" in r["reason"] for r in refused)
@@ -135,25 +135,25 @@ def test_by_the_cost_model_only_what_a_table_names_is_gated(
     monkeypatch.setitem(STAGES, "gate", lambda job: gated(job, least))
     workers = Inline()
     looked = searched(doubled, tmp_path, workers, ON_PAPER)
-    told = list(looked.journal.found["tune"].values())
-    assert looked.done == len(looked.candidates) and len(told) == sum(len(c.at) for c in looked.candidates)
+    told = list(looked.journal.entries["tune"].values())
+    assert looked.num_done == len(looked.candidates) and len(told) == sum(len(c.timed_sizes) for c in looked.candidates)
     assert {block for _, block in workers.asked} == set(range(1, least + 1))  # not the others
-    found = table.entry({}, told, doubled.varying)
+    found = table.build_entry({}, told, doubled.dynamic_sizes)
     assert found and {r["config"]["BLOCK"] for r in found["ranges"]} == {least}
     assert not any(r["config"]["wrong"] for r in [*found["ranges"], found["otherwise"]])
     assert found["candidates"]["timed"] == len(cases(doubled)) and found["candidates"]["predicted"] > 0
-    assert all(row["seconds"] for row in told if row["status"] in table.TIMES)
+    assert all(row["seconds"] for row in told if row["status"] in table.TIMED_STATUSES)
 
 
 def test_what_the_cost_model_or_the_compiler_rules_out_is_not_run(
     doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = search.Plan(search.COST_MODEL, DEVICE, cost_model.gpu("sm_90"), 3.0, 0.01, STAMP)
+    plan = search.SearchPlan(search.COST_MODEL, DEVICE, cost_model.gpu_of_arch("sm_90"), 3.0, 0.01, STAMP)
     monkeypatch.setattr(search, "holds_kernels", lambda impl: True)
     spilled = {"reason": "spills 8 bytes"}
     monkeypatch.setitem(STAGES, "compile", lambda job: spilled if job["config"]["BLOCK"] == 4 else {"reason": None})
     workers = Inline()
-    found = list(searched(doubled, tmp_path / "out", workers, plan).journal.found["tune"].values())
+    found = list(searched(doubled, tmp_path / "out", workers, plan).journal.entries["tune"].values())
     dropped = [row for row in found if row["status"] == "cost"]
     assert dropped and all(row["reason"].startswith("predicted") and row["config"]["BLOCK"] > 1 for row in dropped)
     assert {row["reason"] for row in found if row["status"] == "compile"} == {"spills 8 bytes"}
@@ -171,9 +171,9 @@ def test_the_compiler_sees_spills_and_too_much_shared_memory() -> None:
         {"rows": 32, "e": 288, "dtype": "float16"},
         {"m": 16, "n": 80, "G": 5, "group": 128, "dtype": "float16", "order": "sub", "bias": False},
     )
-    workers = Processes(1)
+    workers = ProcessPool(1)
     try:
-        ask = lambda **job: workers.answer("compile", {**about, **job})  # noqa: E731
+        ask = lambda **job: workers.run_job("compile", {**about, **job})  # noqa: E731
         assert ask(op="rms_norm", config=small, sizes=rows)["reason"] is None
         assert "spills" in ask(op="rms_norm", config=long, sizes=rows)["reason"]
         assert "shared memory" in ask(op="int4_matmul", impl="packed", config=wide, sizes=sizes)["reason"]
@@ -185,17 +185,19 @@ def test_every_triton_kernel_has_a_space_that_holds_and_prices_its_configs() -> 
     discover()
     """But for the first rungs of ladders, which nobody tunes."""
     every = (impl for op in OPS.values() for impl in op.impls.values())
-    kernels: list[Impl] = [impl for impl in every if holds_kernels(impl) and impl.name not in ("naive", "simple")]
+    kernels: list[Impl] = [impl for impl in every if uses_triton_kernels(impl) and impl.name not in ("naive", "simple")]
     assert len(kernels) >= 12
     for impl in kernels:
-        assert impl.space and impl.space.launch, f"{impl.op} has no space"
+        assert impl.space and impl.space.launch_cost, f"{impl.op} has no space"
         names = set(inspect.signature(impl.fn).parameters)
-        tried = [(case, search.configs(impl, case.sizes)) for case in tune.cases(impl.op)]
+        tried = [(case, search.all_configs(impl, case.sizes)) for case in tune.cases(impl.op)]
         assert max(len(configs) for _, configs in tried) > len(impl.configs), f"{impl.op} {impl.name}: nothing to try"
         for case, configs in tried:
             assert configs, f"{impl.name}, {case}: nothing to try"
             for config in configs:
-                assert set(config) <= names and (cost_model.predict(impl, config, case.sizes, PLAN.gpu) or 0) > 0
+                assert (
+                    set(config) <= names and (cost_model.predict_seconds(impl, config, case.sizes, PLAN.gpu) or 0) > 0
+                )
 
 
 def test_a_journal_of_a_changed_kernel_is_said_to_be_stale_and_not_used(
@@ -248,11 +250,11 @@ def run(checkout: Path, out: str, victim: str, *options: str) -> tuple[bytes, li
     return next((checkout / out).glob("*.json")).read_bytes(), list(rows.read(journal, kind="tune"))
 
 
-class TimesHere(Processes):
+class TimesHere(ProcessPool):
     """Processes, but what is timed is timed in this one: one start less."""
 
     def run(self, stage: str, jobs: Sequence[Job], deadline: float = inf) -> Iterator[tuple[int, Answer]]:
-        return enumerate(map(answer, jobs)) if stage == "time" else super().run(stage, jobs, deadline)
+        return enumerate(map(run_job, jobs)) if stage == "time" else super().run(stage, jobs, deadline)
 
 
 @contextmanager
@@ -265,7 +267,7 @@ def hanging(checkout: Path, out: Path, *options: str) -> Iterator[int]:
         sys.stdout = (out / "said").open("w")
         common = ["doubled", "--timer", "cpu", "--worse-than", "1e9", "--workers", "1", "--out", str(out)]
         sys.argv = ["bench.tune", *common, *options]
-        workers.ROOT, tune.Processes = checkout, TimesHere
+        workers.ROOT, tune.ProcessPool = checkout, TimesHere
         os._exit(tune.main())
     while not (out / "hangs").exists():
         time.sleep(0.05)
@@ -289,7 +291,7 @@ def test_a_search_that_is_ended_leaves_its_table_and_no_process(doubled: Op, che
 
     def entry() -> dict:
         (file,) = out.glob("*.json")
-        (found,) = tuned_tables.read(file)["entries"]
+        (found,) = tuned_tables.read_table(file)["entries"]
         file.unlink()
         return found
 
@@ -320,7 +322,7 @@ def test_no_memory_for_the_time_of_a_candidate_is_its_row(
     monkeypatch.setitem(STAGES, "time", jobs.time_job)
     looked = search.Search(doubled.impls["blocks"], cases(doubled)[:1], PLAN, tmp_path, 2)
     looked.run(Inline(), inf, lambda: None)
-    told = list(looked.journal.found["tune"].values())
+    told = list(looked.journal.entries["tune"].values())
     assert [row["status"] for row in told if not row["config"]["wrong"]] == ["time"]
     assert {row["reason"] for row in told if row["status"] == "time"} == {"OutOfMemoryError: CUDA out of memory"}
 

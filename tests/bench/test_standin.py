@@ -14,7 +14,7 @@ import pytest
 from triton.runtime.jit import KernelInterface
 
 from vila_triton.registry import OPS, discover
-from vila_triton.registry.interpreter import holds_kernels
+from vila_triton.registry.interpreter import uses_triton_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECIAL = """
@@ -36,7 +36,7 @@ SPECIAL = """
 def named() -> list[str]:
     """A faithful test of every implementation with a Triton kernel, and the special cases."""
     discover()
-    kernels = [impl for op in OPS.values() for impl in op.impls.values() if holds_kernels(impl)]
+    kernels = [impl for op in OPS.values() for impl in op.impls.values() if uses_triton_kernels(impl)]
     faithful = [f"test_kernels.py::test_faithful[{impl.op}-{impl.name}-0]" for impl in kernels]
     return [f"tests/{name}" for name in (*(line.strip() for line in SPECIAL.strip().splitlines()), *faithful)]
 

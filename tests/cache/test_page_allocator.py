@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 from page_allocator_model import World
 
-from vila_triton.cache.page_allocator import OutOfPages, PageTable
-from vila_triton.cache.paged_cache import PagedCache
+from vila_triton.cache.page_allocator import OutOfPages, PageAllocator
+from vila_triton.cache.paged_cache import PagedKVCache
 
 CONFIG: Any = SimpleNamespace(num_hidden_layers=2, num_key_value_heads=1, head_dim=4)
 
@@ -127,8 +127,8 @@ def test_many_random_operations(page_size: int, steps: int) -> None:
 
 
 def test_an_append_is_for_all_sequences_or_for_none() -> None:
-    table = PageTable(3, 4)
-    a, b = table.alloc(), table.alloc()
+    table = PageAllocator(3, 4)
+    a, b = table.add_sequence(), table.add_sequence()
     table.append({a: 4})
     with pytest.raises(OutOfPages, match="3 more pages of 4 tokens are needed, but 2 of 3 are free"):
         table.append({a: 4, b: 5})
@@ -136,43 +136,47 @@ def test_an_append_is_for_all_sequences_or_for_none() -> None:
 
 
 def test_where_a_promise_needs_every_page_nothing_is_forked_and_nothing_stays_of_it() -> None:
-    cache = PagedCache(CONFIG, 2, page_size=4)
-    seq = cache.table.alloc()
-    assert not cache.table.admit({seq: [1, 2, 3, 4, 5]}, 3)
-    cache.table.append({seq: 5})
-    assert cache.table.missing({seq: 3}) == 0 == cache.table.available
+    cache = PagedKVCache(CONFIG, 2, page_size=4)
+    seq = cache.allocator.add_sequence()
+    assert not cache.allocator.admit({seq: [1, 2, 3, 4, 5]}, 3)
+    cache.allocator.append({seq: 5})
+    assert cache.allocator.num_pages_missing({seq: 3}) == 0 == cache.allocator.num_available_pages
     with pytest.raises(OutOfPages, match="sequence 0 cannot be forked: all 0 free pages are promised"):  # noqa: SIM117
-        with cache.at([2], keep=False):
+        with cache.roll_back([2], in_place=False):
             raise AssertionError
-    assert list(cache.table.sequences) == [seq] and cache.length(seq) == 5 and cache.table.promised == {seq: 8}
+    assert (
+        list(cache.allocator.sequences) == [seq]
+        and cache.length(seq) == 5
+        and cache.allocator.reserved_lens == {seq: 8}
+    )
 
 
 def test_a_copy_that_is_cut_short_is_made_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = PagedCache(CONFIG, 4, page_size=4)
-    first = cache.table.alloc()
-    cache.table.append({first: 2})
+    cache = PagedKVCache(CONFIG, 4, page_size=4)
+    first = cache.allocator.add_sequence()
+    cache.allocator.append({first: 2})
     for i, x in enumerate(cache.tensors):
         x.fill_(i + 1)
-    second, whole = cache.table.fork(first), PagedCache._copy
+    second, whole = cache.allocator.fork(first), PagedKVCache._copy_pages
     cut = iter([KeyboardInterrupt])
 
-    def copy(self: PagedCache, copies: Any) -> None:
+    def copy(self: PagedKVCache, copies: Any) -> None:
         if error := next(cut, None):
             raise error
         whole(self, copies)
 
-    monkeypatch.setattr(PagedCache, "_copy", copy)
+    monkeypatch.setattr(PagedKVCache, "_copy", copy)
     cache.tensors[0][:, 1:] = cache.tensors[1][:, 1:] = 0
-    with pytest.raises(KeyboardInterrupt), cache.step({second: 1}):
+    with pytest.raises(KeyboardInterrupt), cache.append_step({second: 1}):
         pass
-    (page,) = cache.table[second].pages
-    assert page != cache.table[first].pages[0] and cache.length(second) == 2
+    (page,) = cache.allocator[second].pages
+    assert page != cache.allocator[first].pages[0] and cache.length(second) == 2
     assert all((x[:, page] == i + 1).all() for i, x in enumerate(cache.tensors))
 
 
 def test_the_last_of_two_writers_keeps_a_shared_page() -> None:
-    table = PageTable(2, 4)
-    a = table.alloc()
+    table = PageAllocator(2, 4)
+    a = table.add_sequence()
     table.append({a: 2})
     b = table.fork(a)
     grant = table.append({a: 1, b: 1})  # one page is copied, not two: the second writer is then alone
@@ -182,59 +186,59 @@ def test_the_last_of_two_writers_keeps_a_shared_page() -> None:
 @pytest.mark.parametrize("pages, page_size", [(-1, 4), (4, 0)])
 def test_sizes_that_make_no_sense_are_refused(pages: int, page_size: int) -> None:
     with pytest.raises(ValueError, match=f"{pages} and {page_size}"):
-        PageTable(pages, page_size)
+        PageAllocator(pages, page_size)
 
 
 def test_negative_counts_are_refused() -> None:
-    table = PageTable(2, 4)
+    table = PageAllocator(2, 4)
     with pytest.raises(ValueError, match="cannot append -1 tokens"):
-        table.append({table.alloc(): -1})
+        table.append({table.add_sequence(): -1})
 
 
-def filled(table: PageTable, tokens: list[int]) -> int:
+def filled(table: PageAllocator, tokens: list[int]) -> int:
     """A sequence in which these tokens are cached, and known to be."""
-    seq = table.alloc()
-    table.append({seq: len(tokens) - table.adopt(seq, tokens)})
-    table.publish(seq, tokens)
+    seq = table.add_sequence()
+    table.append({seq: len(tokens) - table.reuse_prefix(seq, tokens)})
+    table.register_prefix(seq, tokens)
     return seq
 
 
 def test_the_page_not_used_for_longest_is_given_away_first_and_of_one_sequence_its_tail() -> None:
-    table = PageTable(6, 2)
+    table = PageAllocator(6, 2)
     old, new = filled(table, [1, 2, 3, 4]), filled(table, [5, 6, 7, 8])
-    table.free(old)
-    table.free(new)
-    table.free(filled(table, [1, 2, 3, 4]))  # the old one is asked for again: now the new one is older
+    table.free_sequence(old)
+    table.free_sequence(new)
+    table.free_sequence(filled(table, [1, 2, 3, 4]))  # the old one is asked for again: now the new one is older
     for left, (a, b) in enumerate([(4, 2), (4, 0), (2, 0), (0, 0)], 1):
-        table.append({table.alloc(): 4 if left == 1 else 2})  # two pages were free; then one more goes each time
+        table.append({table.add_sequence(): 4 if left == 1 else 2})  # two pages were free; then one more goes each time
         if left == 1:
-            table.append({table.alloc(): 2})
-        found = table.prefixes.find([1, 2, 3, 4])[1], table.prefixes.find([5, 6, 7, 8])[1]
+            table.append({table.add_sequence(): 2})
+        found = table.prefix_index.match([1, 2, 3, 4])[1], table.prefix_index.match([5, 6, 7, 8])[1]
         assert found == (a, b)
 
 
 def test_a_conversation_that_goes_another_way_shares_what_is_the_same_to_the_token() -> None:
-    table = PageTable(4, 4)
+    table = PageAllocator(4, 4)
     first = filled(table, [1, 2, 3, 4, 5, 6])
-    second = table.alloc()
-    assert table.adopt(second, [1, 2, 3, 4, 5, 7, 7]) == 5
+    second = table.add_sequence()
+    assert table.reuse_prefix(second, [1, 2, 3, 4, 5, 7, 7]) == 5
     grant = table.append({second: 2})
     assert grant.copies == [(table[first].pages[1], table[second].pages[1])]  # the page in which they part
     assert table[first].pages[0] == table[second].pages[0] and grant.slots == [9, 10]
 
 
 def test_a_page_is_found_only_behind_the_tokens_it_was_written_behind() -> None:
-    table = PageTable(8, 2)
+    table = PageAllocator(8, 2)
     filled(table, [1, 2, 3, 4])
     filled(table, [5, 6, 3, 4, 7])
-    assert table.prefixes.find([3, 4]) == ([], 0)
-    assert table.prefixes.find([1, 2, 3, 4, 7])[1] == 4 and table.prefixes.find([5, 6, 3, 4, 7])[1] == 5
+    assert table.prefix_index.match([3, 4]) == ([], 0)
+    assert table.prefix_index.match([1, 2, 3, 4, 7])[1] == 4 and table.prefix_index.match([5, 6, 3, 4, 7])[1] == 5
 
 
 @pytest.mark.parametrize("rows", [[0, 7], [-1], [1]])
 def test_a_row_that_there_is_not_is_refused_and_forks_nothing(rows: list[int]) -> None:
-    table = PageTable(4, 4)
+    table = PageAllocator(4, 4)
     filled(table, [1, 2, 3])
     with pytest.raises(ValueError, match="there are 1 sequences, and no row"):
         table.reorder(rows)
-    assert list(table.sequences) == [0] and table.references.total() == 1
+    assert list(table.sequences) == [0] and table.ref_counts.total() == 1

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vila_triton.cache.paged_cache import PagedCache
-from vila_triton.engine.engine import Sampling, admit, contents, stream
-from vila_triton.images.feature_cache import Pictures, fingerprint
+from vila_triton.cache.paged_cache import PagedKVCache
+from vila_triton.engine.engine import SamplingParams, admit_sequences, generate_tokens, prefix_keys
+from vila_triton.images.feature_cache import ImageFeatureCache, image_hash
 from vila_triton.models import llama
-from vila_triton.models.vila import splice
+from vila_triton.models.vila import splice_image_tokens
 
 MODEL = build(dtype=torch.float32, seed=2, gain=2.0)
 IMAGES = pictures(MODEL, 3)
@@ -27,15 +27,15 @@ class Conversations:
     """Questions about pictures over one cache; `ran` holds how many tokens each pass of the model had."""
 
     def __init__(self, **how: Any):
-        self.cache = PagedCache(MODEL.geometry.llm, how.pop("pages", 0), **{"dtype": MODEL.dtype, **how})
-        self.pictures = Pictures(MODEL.encode_images)
+        self.cache = PagedKVCache(MODEL.vila_config.llm, how.pop("pages", 0), **{"dtype": MODEL.dtype, **how})
+        self.pictures = ImageFeatureCache(MODEL.encode_images)
         self.rows: dict[int, tuple[Tensor, Tensor, list[int]]] = {}  # spliced row [t], features [rows, e], names
 
     def ask(self, image: int, question: int) -> tuple[int, list[int]]:
         """A new conversation about one picture: its sequence and the answer."""
         features, names = self.pictures(IMAGES[image : image + 1])
-        row = splice([torch.tensor([*SYSTEM, -200, *ASKED[question]])], [len(names)], 61)[0]
-        seq = self.cache.table.alloc()
+        row = splice_image_tokens([torch.tensor([*SYSTEM, -200, *ASKED[question]])], [len(names)], 61)[0]
+        seq = self.cache.allocator.add_sequence()
         self.rows[seq] = row, features.flatten(0, 1), names
         return seq, self.answer(seq)
 
@@ -47,11 +47,14 @@ class Conversations:
 
     def answer(self, seq: int) -> list[int]:
         row, features, names = self.rows[seq]
-        known = contents(row, names)
-        admit(self.cache, {seq: known}, TOKENS)
-        how = Sampling.of(1, max_new_tokens=TOKENS)
-        new = [token for _, token in stream(MODEL.params, {seq: row}, MODEL.geometry, self.cache, features, how)]
-        self.cache.table.publish(seq, [*known, *new][: self.cache.length(seq)])
+        known = prefix_keys(row, names)
+        admit_sequences(self.cache, {seq: known}, TOKENS)
+        how = SamplingParams.from_generate_kwargs(1, max_new_tokens=TOKENS)
+        new = [
+            token
+            for _, token in generate_tokens(MODEL.params, {seq: row}, MODEL.vila_config, self.cache, features, how)
+        ]
+        self.cache.allocator.register_prefix(seq, [*known, *new][: self.cache.length(seq)])
         self.rows[seq] = torch.cat((row, torch.tensor(new))), features, names
         return new
 
@@ -68,7 +71,7 @@ def alone(image: int, question: int) -> tuple[list[int], list[int]]:
 def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many tokens each pass of the language model had, as they happen."""
     counts: list[int] = []
-    whole = llama.llama
+    whole = llama.forward
 
     def counted(p: Any, x: Tensor, *args: Any) -> Tensor:
         counts.append(len(x))
@@ -90,7 +93,7 @@ def test_a_second_question_about_a_picture_runs_its_own_tokens_only(page_size: i
     first, _ = conversations.ask(0, 0)
     assert ran.pop(0) == 3 + 9 + 3
     if freed:
-        conversations.cache.table.free(first)
+        conversations.cache.allocator.free_sequence(first)
     expected = alone(0, 1)[0], alone(0, 2)[0], alone(0, 0)[0]
     ran.clear()
     found = []
@@ -114,10 +117,10 @@ def test_of_another_picture_only_the_words_before_it_are_shared(ran: list) -> No
 
 def test_idle_pages_are_given_away_before_the_pool_grows() -> None:
     conversations = Conversations(page_size=4)
-    table = conversations.cache.table
+    table = conversations.cache.allocator
     for image in range(3):
-        table.free(conversations.ask(image, 0)[0])
-        assert table.pages == 5 and not table.references  # 15 tokens and 5 more
+        table.free_sequence(conversations.ask(image, 0)[0])
+        assert table.num_pages == 5 and not table.ref_counts  # 15 tokens and 5 more
 
 
 def test_the_tower_sees_a_picture_once() -> None:
@@ -127,21 +130,21 @@ def test_the_tower_sees_a_picture_once() -> None:
         seen.append(len(pixels))
         return MODEL.encode_images(pixels)
 
-    known, apart = Pictures(encode, limit=2), Pictures(MODEL.encode_images)
+    known, apart = ImageFeatureCache(encode, max_images=2), ImageFeatureCache(MODEL.encode_images)
     for index, n in (([0, 1, 0], [2]), ([1], [2]), ([0, 2], [2, 1]), ([1], [2, 1, 1])):  # 2 drives out 1
         features, names = known(IMAGES[index])
         assert seen == n and len(names) == len(set(names)) + 9 * (len(index) - len(set(index)))
         for i, picture in enumerate(index):
             torch.testing.assert_close(features[i], MODEL.encode_images(IMAGES[picture : picture + 1])[0])
             assert names[9 * i : 9 * i + 9] == apart(IMAGES[picture : picture + 1])[1]
-    assert all(x.untyped_storage().nbytes() == x.nbytes for x in known.kept.values())  # not those of its batch too
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in known.features.values())  # not those of its batch too
 
 
 def test_a_picture_is_its_pixels_their_dtype_and_their_shape() -> None:
     picture = IMAGES[0]
     others = [IMAGES[1], picture.half(), picture.view(torch.int32), picture.reshape(3, 10, -1), picture.flip(2)]
-    assert len({fingerprint(x) for x in [picture, *others]}) == 6
-    assert fingerprint(picture.clone()) == fingerprint(picture.mT.contiguous().mT) == fingerprint(picture)
+    assert len({image_hash(x) for x in [picture, *others]}) == 6
+    assert image_hash(picture.clone()) == image_hash(picture.mT.contiguous().mT) == image_hash(picture)
 
 
 Question = st.tuples(st.integers(0, 2), st.integers(0, 2), st.sampled_from(["free", "keep", "go on"]))
@@ -161,5 +164,5 @@ def test_whatever_was_asked_before_the_answers_are_the_same(asked: list, page_si
         if then == "keep":
             kept.append((seq, alone(image, question)[1]))
         else:
-            conversations.cache.table.free(seq)
+            conversations.cache.allocator.free_sequence(seq)
     assert [conversations.again(seq) for seq, _ in kept] == [answer for _, answer in kept]

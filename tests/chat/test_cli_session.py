@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from vila_triton.__main__ import main
-from vila_triton.chat.conversation import Conversation, Talker
+from vila_triton.chat.conversation import ChatModel, Conversation
 from vila_triton.images.processing import open_image
 from vila_triton.paths import BUNDLED_CHECKPOINT
-from vila_triton.tiny.examples import FOLDER
+from vila_triton.tiny.examples import EXAMPLES_DIR
 
 Typed = Callable[..., tuple[list[str], list[str]]]
 
@@ -37,7 +37,7 @@ ABOUT = "[prompt "  # so begins the line about an answer
 
 def test_a_chat_is_saved_and_another_goes_on_with_it(typed: Typed) -> None:
     asked = ("How many shapes are there?", "/save talk", "/save", "/new now", "/sav talk", "/sing")
-    said, complaints = typed("chat", "--image", str(FOLDER / "a.png"), lines=asked)
+    said, complaints = typed("chat", "--image", str(EXAMPLES_DIR / "a.png"), lines=asked)
     listed = "There are /image PICTURE, /video FILE, /new, /save FILE, /resume FILE, /quit"
     assert said == ["3"] and complaints[0].startswith(ABOUT)
     assert complaints[1:] == [
@@ -52,9 +52,9 @@ def test_a_chat_is_saved_and_another_goes_on_with_it(typed: Typed) -> None:
 
 
 def test_a_video_is_shown_in_frames_between_the_pictures_where_it_is_named(typed: Typed) -> None:
-    shown = [Image.open(FOLDER / f"{name}.png").convert("RGB") for name in "bcd"]
+    shown = [Image.open(EXAMPLES_DIR / f"{name}.png").convert("RGB") for name in "bcd"]
     shown[0].save("film.gif", save_all=True, append_images=shown[1:])
-    named = ["--image", str(FOLDER / "a.png"), "--video", "film.gif", "--frames", "2"]
+    named = ["--image", str(EXAMPLES_DIR / "a.png"), "--video", "film.gif", "--frames", "2"]
     said, (about,) = typed("ask", *named, "Describe the first image.")
     assert "yellow triangle" in said[0] and f"| pictures {(1 + 2) * 16} tokens |" in about
     said, (about,) = typed("chat", "--frames", "2", lines=("/video film.gif", "Describe the first image."))
@@ -71,9 +71,9 @@ FIRST, LAST = "How many shapes are there?", "Describe the picture."
 @pytest.fixture(scope="module")
 def untroubled() -> str:
     """What is said to LAST after FIRST about a picture."""
-    talker = Talker.from_pretrained(BUNDLED_CHECKPOINT, "cpu")
+    talker = ChatModel.from_pretrained(BUNDLED_CHECKPOINT, "cpu")
     conversation = Conversation(talker)
-    list(conversation.ask(FIRST, [open_image(str(FOLDER / "a.png"))]))
+    list(conversation.ask(FIRST, [open_image(str(EXAMPLES_DIR / "a.png"))]))
     return talker.tokenizer.decode(list(conversation.ask(LAST)), skip_special_tokens=True)
 
 
@@ -115,7 +115,7 @@ def failing(error: BaseException, after: int) -> Callable:
 )
 def test_no_line_costs_the_conversation(trouble: str, said: str, typed: Typed, untroubled: str) -> None:
     Path("damaged").write_bytes(b"x" * 100)
-    answers, about = typed("chat", "--image", str(FOLDER / "a.png"), lines=(FIRST, trouble, LAST))
+    answers, about = typed("chat", "--image", str(EXAMPLES_DIR / "a.png"), lines=(FIRST, trouble, LAST))
     assert answers == ["3", untroubled]
     assert [line for line in about if not line.startswith(ABOUT)] == about[1:-1]
     assert len(about[1:-1]) == bool(said) and said in "".join(about[1:-1])
@@ -137,15 +137,15 @@ def test_an_answer_that_fails_costs_itself_alone(
     error: BaseException, said: str, after: int, typed: Typed, untroubled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Conversation, "ask", failing(error, after))
-    answers, about = typed("chat", "--image", str(FOLDER / "a.png"), lines=(FIRST, "What is at the top?", LAST))
+    answers, about = typed("chat", "--image", str(EXAMPLES_DIR / "a.png"), lines=(FIRST, "What is at the top?", LAST))
     assert (answers[0], answers[-1]) == ("3", untroubled) and about[-2] == said
     assert len(answers) == 2 + (after > 0)  # what was said of it stands in a line of its own
 
 
 def test_pictures_of_a_question_that_failed_are_still_to_be_asked_about(typed: Typed, monkeypatch) -> None:
     monkeypatch.setattr(Conversation, "ask", failing(RuntimeError("no memory is left"), 0))
-    shown = (FIRST, "/new", f"/image {FOLDER / 'a.png'}", FIRST, FIRST)
-    answers, about = typed("chat", "--image", str(FOLDER / "b.png"), lines=shown)
+    shown = (FIRST, "/new", f"/image {EXAMPLES_DIR / 'a.png'}", FIRST, FIRST)
+    answers, about = typed("chat", "--image", str(EXAMPLES_DIR / "b.png"), lines=shown)
     assert answers == ["4", "3"] and about[1] == "vila-triton: no memory is left"
 
 
@@ -162,7 +162,7 @@ def test_bytes_that_are_no_text_do_not_take_the_lines_after_them_along(
 ) -> None:
     lines = f"{FIRST}\n".encode() + b"what is \xff\xfe?\n" + f"{LAST}\n".encode()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
-    monkeypatch.setattr("sys.argv", ["vila-triton", "chat", "--image", str(FOLDER / "a.png"), "--device", "cpu"])
+    monkeypatch.setattr("sys.argv", ["vila-triton", "chat", "--image", str(EXAMPLES_DIR / "a.png"), "--device", "cpu"])
     assert main() == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == ["3", untroubled] and "no text in UTF-8, from its character 9 on" in err

@@ -18,24 +18,24 @@ import torch
 from torch import Tensor
 
 from vila_triton.cache.page_allocator import OutOfPages
-from vila_triton.chat.conversation import Conversation, Talker
+from vila_triton.chat.conversation import ChatModel, Conversation
 from vila_triton.paths import BUNDLED_CHECKPOINT
-from vila_triton.tiny.scenes import draw, sample
+from vila_triton.tiny.scenes import draw_scene, random_scene
 
 RNG = random.Random(8)
-PICTURES = [draw(sample(RNG, "held_out"), RNG) for _ in range(2)]
+PICTURES = [draw_scene(random_scene(RNG, "held_out"), RNG) for _ in range(2)]
 QUESTIONS = ["How many shapes are there?", "Describe the picture."]
 Asked = tuple[int, int | None, int]  # a question, a picture and max_new_tokens
 
 
 @lru_cache(maxsize=1)
-def tiny() -> Talker:
-    return Talker.from_pretrained(BUNDLED_CHECKPOINT)
+def tiny() -> ChatModel:
+    return ChatModel.from_pretrained(BUNDLED_CHECKPOINT)
 
 
-def talker(limit: int | None = None) -> Talker:
+def talker(limit: int | None = None) -> ChatModel:
     """The bundled model, with nothing behind it."""
-    return Talker(tiny().model, tiny().tokenizer, tiny().processor, limit)
+    return ChatModel(tiny().model, tiny().tokenizer, tiny().processor, limit)
 
 
 @contextmanager
@@ -127,7 +127,7 @@ class Play:
                 return
             self.answers.append(answer)
         except OutOfPages as error:
-            assert f"the limit is {self.talker.limit}" in str(error)
+            assert f"the limit is {self.talker.max_pages}" in str(error)
             self.refused += 1
 
     def go_on(self) -> None:
@@ -202,12 +202,12 @@ class Play:
                     self.rounds[Conversation(self.talker)] = ()
                 self.step()
             self.threads()
-        table = self.talker.cache.table
-        assert table.sequences.keys() == {one.seq for one in self.rounds} and not table.promised
+        table = self.talker.cache.allocator
+        assert table.sequences.keys() == {one.seq for one in self.rounds} and not table.reserved_lens
         self.rounds.clear()
-        assert not table.sequences and not table.references, "a page is held by nobody"
-        assert sorted([*table.free_pages, *table.idle]) == list(range(table.pages)), "a page is missing"
-        assert self.talker.limit is None or table.pages <= self.talker.limit
+        assert not table.sequences and not table.ref_counts, "a page is held by nobody"
+        assert sorted([*table.free_pages, *table.evictable]) == list(range(table.num_pages)), "a page is missing"
+        assert self.talker.max_pages is None or table.num_pages <= self.talker.max_pages
 
 
 SEEDS = [range(first, first + 50) for first in range(0, 300, 50)]

@@ -12,32 +12,32 @@ from torch import Tensor, nn
 from torch import inference_mode as inference
 
 from vila_triton import VilaLlamaForCausalLM
-from vila_triton.cache.paged_cache import PagedCache
-from vila_triton.chat.conversation import Conversation, Talker
+from vila_triton.cache.paged_cache import PagedKVCache
+from vila_triton.chat.conversation import ChatModel, Conversation
 from vila_triton.images.processing import open_image
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import use
-from vila_triton.tiny.examples import FOLDER
+from vila_triton.tiny.examples import EXAMPLES_DIR
 
-PICTURE = open_image(FOLDER / "a.png")
+PICTURE = open_image(EXAMPLES_DIR / "a.png")
 MORE = "Describe the picture."
 QUESTION = "How many shapes are there?"
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Talker:
-    return Talker.from_pretrained(BUNDLED_CHECKPOINT)
+def tiny() -> ChatModel:
+    return ChatModel.from_pretrained(BUNDLED_CHECKPOINT)
 
 
 @pytest.fixture
-def talker(tiny: Talker) -> Talker:
+def talker(tiny: ChatModel) -> ChatModel:
     """A copy of the bundled model."""
     return again(tiny, copy.deepcopy(tiny.model))
 
 
-def again(talker: Talker, model: VilaLlamaForCausalLM | None = None) -> Talker:
+def again(talker: ChatModel, model: VilaLlamaForCausalLM | None = None) -> ChatModel:
     """The same model with nothing behind it, or another."""
-    return Talker(model or talker.model, talker.tokenizer, talker.processor)
+    return ChatModel(model or talker.model, talker.tokenizer, talker.processor)
 
 
 def ask(conversation: Conversation, question: str = QUESTION, picture: bool = False) -> list[Tensor]:
@@ -119,7 +119,7 @@ CHANGES += [rows_in_place, columns_in_place, moved_under_inference, projector, l
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_after_a_parameter_changed_nothing_answers_for_the_old_one(talker: Talker, change: Callable) -> None:
+def test_after_a_parameter_changed_nothing_answers_for_the_old_one(talker: ChatModel, change: Callable) -> None:
     begun, shown = Conversation(talker), Conversation(talker)
     ask(begun)
     before = ask(shown, picture=True)
@@ -129,19 +129,19 @@ def test_after_a_parameter_changed_nothing_answers_for_the_old_one(talker: Talke
     with pytest.raises(ValueError, match="are others than when this conversation was shown its pictures; begin a new"):
         ask(shown, MORE)
     alike = Conversation(fresh)
-    alike.row = begun.row
+    alike.spliced_ids = begun.spliced_ids
     assert same(ask(begun, MORE), ask(alike, MORE))
 
 
-def test_while_nothing_changes_nothing_is_forgotten(talker: Talker) -> None:
+def test_while_nothing_changes_nothing_is_forgotten(talker: ChatModel) -> None:
     conversation = Conversation(talker)
     ask(conversation, picture=True)
     other = Conversation(talker)
     ask(other, picture=True)
-    assert other.cache is conversation.cache is talker.cache and other.last and other.last.new_tokens == 1
+    assert other.cache is conversation.cache is talker.cache and other.last_turn and other.last_turn.prefill_tokens == 1
 
 
-def test_an_answer_during_which_a_parameter_changes_is_an_error(talker: Talker) -> None:
+def test_an_answer_during_which_a_parameter_changes_is_an_error(talker: ChatModel) -> None:
     talker.model.config.attention_policy = "invariant"
     conversation = Conversation(talker)
     answer = conversation.ask(MORE, [PICTURE])
@@ -156,25 +156,25 @@ def test_an_answer_during_which_a_parameter_changes_is_an_error(talker: Talker) 
 @pytest.mark.parametrize(
     "name, value", [("kv_dtype", "int4"), ("page_size", 64), ("attention_policy", "invariant")], ids=str
 )
-def test_a_changed_config_counts_from_the_next_question(talker: Talker, name: str, value: Any) -> None:
+def test_a_changed_config_counts_from_the_next_question(talker: ChatModel, name: str, value: Any) -> None:
     begun = Conversation(talker)
     ask(begun)
     unasked = Conversation(talker)
     setattr(talker.model.config, name, value)
     alike = Conversation(again(talker))
-    alike.row = begun.row
+    alike.spliced_ids = begun.spliced_ids
     assert same(ask(begun, MORE), ask(alike, MORE))
     words = [[int(scores.argmax()) for scores in ask(one)] for one in (unasked, Conversation(again(talker)))]
     assert words[0] == words[1]
-    assert talker.cache.settings == talker.model.config.cache() and begun.cache is unasked.cache is talker.cache
+    assert talker.cache.settings == talker.model.config.cache_kwargs() and begun.cache is unasked.cache is talker.cache
 
 
-def test_what_one_kernel_computed_serves_another_but_for_the_invariant_policy(talker: Talker) -> None:
+def test_what_one_kernel_computed_serves_another_but_for_the_invariant_policy(talker: ChatModel) -> None:
     for policy in ("fast", "invariant"):
         talker.model.config.attention_policy = policy
-        before = talker.memory.holding()
+        before = talker.memory.current()
         with use(rms_norm="triton"):
-            assert (talker.memory.holding() is before) == (policy == "fast")
+            assert (talker.memory.current() is before) == (policy == "fast")
 
 
 MODEL = build(seed=2)
@@ -205,8 +205,8 @@ def test_a_past_of_other_parameters_is_refused() -> None:
     ids=str,
 )
 def test_a_past_of_another_shape_is_refused(change: dict, said: str) -> None:
-    cache = PagedCache(build(llm=change).geometry.llm, 4, dtype=MODEL.dtype)
-    cache.table.alloc()
+    cache = PagedKVCache(build(llm=change).vila_config.llm, 4, dtype=MODEL.dtype)
+    cache.allocator.add_sequence()
     with pytest.raises(ValueError, match=said):
         MODEL(IDS, past_key_values=cache)
 
@@ -226,7 +226,7 @@ in_modes = pytest.mark.parametrize("first, second", MODES, ids=lambda mode: mode
 
 
 @in_modes
-def test_what_was_begun_in_one_mode_goes_on_in_another(talker: Talker, first: Callable, second: Callable) -> None:
+def test_what_was_begun_in_one_mode_goes_on_in_another(talker: ChatModel, first: Callable, second: Callable) -> None:
     talker.model.config.attention_policy = "invariant"
     talker.model.config.kv_dtype = "int4"  # of which pages are several tensors
     expected = Conversation(again(talker))

@@ -6,8 +6,15 @@ import pytest
 from small_tokenizers import CHATML, HEADERS, PIECES, of_bytes, pieces, spelled
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from vila_triton.chat.prompts import closing, first_round, next_round, stops, tokenize, with_pictures
-from vila_triton.chat.templates import TEMPLATES, template
+from vila_triton.chat.prompts import (
+    end_of_turn_ids,
+    first_turn_ids,
+    insert_image_tokens,
+    next_turn_ids,
+    stop_token_ids,
+    tokenize,
+)
+from vila_triton.chat.templates import TEMPLATES, resolve_template
 
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -40,14 +47,14 @@ MESSAGES = [("user", "Q"), ("assistant", "A"), ("user", [{"type": "text", "text"
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_writes_what_vila_was_trained_on(name: str) -> None:
     how, expected = TEMPLATES[name], TEXTS[name.replace("v1", "vicuna_v1") if name == "v1" else name]
-    assert f"{how.first('Q')}{how.lead}A{how.end}{how.round('R')}" == expected
+    assert f"{how.render_first_turn('Q')}{how.answer_prefix}A{how.turn_end}{how.render_turn('R')}" == expected
     messages = [{"role": role, "content": content} for role, content in MESSAGES]
     ((rendered,), _) = render_jinja_template([messages], chat_template=how.jinja, add_generation_prompt=True)
     assert rendered == expected
     finished = [{"role": role, "content": content} for role, content in MESSAGES[:2]]
     ((rendered,), _) = render_jinja_template([finished], chat_template=how.jinja)
-    ending = "<|end_of_text|>" if name == "llama_3_corrected" else how.end
-    assert rendered == f"{how.first('Q')}{how.lead}A{ending}"
+    ending = "<|end_of_text|>" if name == "llama_3_corrected" else how.turn_end
+    assert rendered == f"{how.render_first_turn('Q')}{how.answer_prefix}A{ending}"
 
 
 def test_a_message_template_takes_a_system_text_and_pictures_and_refuses_what_it_has_no_place_for() -> None:
@@ -69,15 +76,19 @@ def test_pieces_begin_with_a_space_behind_a_picture_but_not_behind_what_ended_an
     tokenizer, how = pieces(), TEMPLATES["vicuna_v1_nosys"]
     # <s> ▁ ▁USER : ▁ [picture] ▁ \n What ▁is ▁it ? ▁ASSISTANT :
     first = [1, 4, 5, 7, 4, -200, 4, 3, 10, 11, 12, 13, 8, 7]
-    assert first_round("<image>\nWhat is it?", how, tokenizer) == first
+    assert first_turn_ids("<image>\nWhat is it?", how, tokenizer) == first
     # USER : ▁Sure [picture] ▁ ▁not ? ▁ASSISTANT :
     second = [6, 7, 17, -200, 4, 18, 13, 8, 7]
-    assert next_round("Sure<image> not?", how, tokenizer) == second
-    assert tokenize(how.round("Sure<image> not?"), tokenizer, first=False)[0] == 5  # alone, it would begin with ▁USER
+    assert next_turn_ids("Sure<image> not?", how, tokenizer) == second
+    assert (
+        tokenize(how.render_turn("Sure<image> not?"), tokenizer, add_bos=False)[0] == 5
+    )  # alone, it would begin with ▁USER
     # ▁A ▁cat . </s>
-    answer = [14, 15, 16, *closing(how, tokenizer)]
+    answer = [14, 15, 16, *end_of_turn_ids(how, tokenizer)]
     assert answer == [14, 15, 16, 2]
-    whole = f"{how.first('<image>' + chr(10) + 'What is it?')} A cat.</s>{how.round('Sure<image> not?')}"
+    whole = (
+        f"{how.render_first_turn('<image>' + chr(10) + 'What is it?')} A cat.</s>{how.render_turn('Sure<image> not?')}"
+    )
     assert tokenize(whole, tokenizer) == first + answer + second
 
 
@@ -93,19 +104,19 @@ def test_bytes_have_no_such_space_and_the_bos_that_the_template_writes_is_the_on
 
     what, is_, it, ask, sure, hi, line = map(vocabulary.index, ("What", "Ġis", "Ġit", "?", "Sure", "Hi", "Ċ"))
     first = [0, *header("system"), hi, end, *header("user"), -200, line, what, is_, it, ask, end, *header(role)]
-    assert first_round("<image>\nWhat is it?", how, tokenizer) == first
+    assert first_turn_ids("<image>\nWhat is it?", how, tokenizer) == first
     second = [*header("user"), sure, ask, end, *header(role)]
-    assert next_round("Sure?", how, tokenizer) == second
-    assert closing(how, tokenizer) == [end] and closing(how, tokenizer, last=True) == [1]
-    whole = f"{how.first('<image>' + chr(10) + 'What is it?')}Hi{how.end}{how.round('Sure?')}"
+    assert next_turn_ids("Sure?", how, tokenizer) == second
+    assert end_of_turn_ids(how, tokenizer) == [end] and end_of_turn_ids(how, tokenizer, end_conversation=True) == [1]
+    whole = f"{how.render_first_turn('<image>' + chr(10) + 'What is it?')}Hi{how.turn_end}{how.render_turn('Sure?')}"
     assert tokenize(whole, tokenizer) == [*first, hi, end, *second]
-    assert stops(how, tokenizer, [1, 9], None, 3) == [1, 4, 9, 3]
+    assert stop_token_ids(how, tokenizer, [1, 9], None, 3) == [1, 4, 9, 3]
 
 
 def test_the_tokenizer_tells_its_template() -> None:
     for tokenizer, name in ((pieces(), "vicuna_v1"), (of_bytes(HEADERS), "llama_3"), (of_bytes(CHATML), "hermes-2")):
-        assert template("auto", tokenizer) is template(None, tokenizer) is TEMPLATES[name]
-        assert template(name, tokenizer) is TEMPLATES[name]
+        assert resolve_template("auto", tokenizer) is resolve_template(None, tokenizer) is TEMPLATES[name]
+        assert resolve_template(name, tokenizer) is TEMPLATES[name]
 
 
 @pytest.mark.parametrize(
@@ -125,13 +136,16 @@ def test_a_template_that_does_not_fit_is_refused_with_those_that_do(
     name: str, special: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        template(name, of_bytes(special))
+        resolve_template(name, of_bytes(special))
 
 
 def test_a_question_has_as_many_places_as_pictures() -> None:
-    assert with_pictures("Q", 2) == "<image>\n<image>\nQ" and with_pictures("<image> or <image>?", 2).count("<") == 2
+    assert (
+        insert_image_tokens("Q", 2) == "<image>\n<image>\nQ"
+        and insert_image_tokens("<image> or <image>?", 2).count("<") == 2
+    )
     with pytest.raises(ValueError, match="places for 1 pictures, but 0 were given; write <image> once for each"):
-        with_pictures("What does <image> mean?", 0)
+        insert_image_tokens("What does <image> mean?", 0)
 
 
 def test_a_vocabulary_is_what_its_tokenizer_says() -> None:

@@ -21,11 +21,11 @@ from hf_reference import build, pictures, words
 from PIL import Image, ImageFile
 
 from bench.correctness.error_budget import DEVICE
-from vila_triton.cache.paged_cache import PagedCache
+from vila_triton.cache.paged_cache import PagedKVCache
 from vila_triton.images.processing import open_image
-from vila_triton.lock import Lock, Shared
+from vila_triton.lock import DeferringLock, SharedContext
 from vila_triton.ops import linear, rms_norm
-from vila_triton.registry import discover, explicit, recording, use
+from vila_triton.registry import count_calls, discover, explicit_choices, use
 
 discover()
 MODEL = build(dtype=torch.bfloat16, seed=2)
@@ -142,7 +142,7 @@ def test_a_shared_setting_is_changed_once_and_put_back_by_the_last() -> None:
         yield
         said.append("put back")
 
-    setting = Shared(changed)
+    setting = SharedContext(changed)
     setting.__enter__()
     with pytest.raises(ZeroDivisionError), setting:
         raise ZeroDivisionError
@@ -165,8 +165,8 @@ def test_interpreted_kernels_run_one_at_a_time() -> None:
 
 def test_a_choice_holds_in_threads_that_run_in_a_copy_of_the_context_and_in_no_other() -> None:
     with use(rms_norm="triton"):
-        (copied,), plain = in_threads([lambda: dict(explicit())]), list[Any]()
-        thread = Thread(target=lambda: plain.append(dict(explicit())))
+        (copied,), plain = in_threads([lambda: dict(explicit_choices())]), list[Any]()
+        thread = Thread(target=lambda: plain.append(dict(explicit_choices())))
         thread.start()
         thread.join()
     assert copied == {"rms_norm": "triton"} and plain == [{}]
@@ -174,28 +174,35 @@ def test_a_choice_holds_in_threads_that_run_in_a_copy_of_the_context_and_in_no_o
 
 def test_an_answer_that_is_half_read_changes_no_context() -> None:
     from vila_triton.engine import engine
-    from vila_triton.engine.engine import Sampling
+    from vila_triton.engine.engine import SamplingParams
 
     cache = MODEL.new_cache(1)
-    cache.reserve({0: 9})
-    answer = engine.stream(MODEL.params, {0: words(4)}, MODEL.geometry, cache, None, Sampling.of(1, max_new_tokens=4))
+    cache.ensure_capacity({0: 9})
+    answer = engine.generate_tokens(
+        MODEL.params,
+        {0: words(4)},
+        MODEL.vila_config,
+        cache,
+        None,
+        SamplingParams.from_generate_kwargs(1, max_new_tokens=4),
+    )
     before = settings(), {var: value for var, value in contextvars.copy_context().items()}
     for context in (contextvars.copy_context(), contextvars.copy_context()):  # as servers do that read it in a pool
         context.run(next, answer)
     next(answer)
     assert before == (settings(), {var: value for var, value in contextvars.copy_context().items()})
-    with recording() as calls:
+    with count_calls() as calls:
         list(answer)
     assert calls
 
 
 def test_a_job_for_whoever_has_the_lock_waits_for_nobody_and_comes_first() -> None:
-    lock, said = Lock(), list[str]()
+    lock, said = DeferringLock(), list[str]()
     with lock:
-        lock.soon(lambda: said.append("left by a finalizer"))
+        lock.run_soon(lambda: said.append("left by a finalizer"))
         assert not said
     assert said == ["left by a finalizer"]
-    lock.soon(lambda: said.append("at once"))
+    lock.run_soon(lambda: said.append("at once"))
     assert said[1:] == ["at once"]
     lock._jobs.append(lambda: said.append("left at the last moment"))
     with lock:
@@ -203,6 +210,6 @@ def test_a_job_for_whoever_has_the_lock_waits_for_nobody_and_comes_first() -> No
 
 
 def test_a_copy_of_a_cache_has_a_lock_of_its_own() -> None:
-    cache = PagedCache(MODEL.geometry.llm, 2)
+    cache = PagedKVCache(MODEL.vila_config.llm, 2)
     with cache.lock, copy.deepcopy(cache).lock:
         pass

@@ -12,9 +12,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from vila_triton import VilaProcessor
 from vila_triton.__main__ import main
-from vila_triton.chat.prompts import closing, first_round, next_round, tokenize
-from vila_triton.chat.special_tokens import control, renamed
-from vila_triton.chat.templates import TEMPLATES, template
+from vila_triton.chat.prompts import end_of_turn_ids, first_turn_ids, next_turn_ids, tokenize
+from vila_triton.chat.special_tokens import alias_special_tokens, special_token_ids
+from vila_triton.chat.templates import TEMPLATES, resolve_template
 from vila_triton.chat.tokenizer import load_tokenizer
 from vila_triton.models.params import LoadError
 from vila_triton.paths import BUNDLED_CHECKPOINT
@@ -133,7 +133,7 @@ def test_a_llamas_tokenizer_json_is_read_as_its_model_would_be(kind: str, tmp_pa
     write(tmp_path / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
     tokenizer = load_tokenizer(tmp_path)
     for text, ids in {"U": [5], " U": [3, 5], "  a": [3, 3, 7], "a</s>U a": [7, 2, 4, 7], "</s>U": [2, 4]}.items():
-        assert tokenize(text, tokenizer, first=False) == ids
+        assert tokenize(text, tokenizer, add_bos=False) == ids
 
 
 def tokenizers(folder: Path) -> dict[str, Any]:
@@ -147,46 +147,46 @@ def tokenizers(folder: Path) -> dict[str, Any]:
 
 def test_a_user_cannot_spell_a_special_token(tmp_path: Path) -> None:
     for kind, tokenizer in tokenizers(tmp_path).items():
-        how = template("auto", tokenizer)
-        special = control(tokenizer, how)
+        how = resolve_template("auto", tokenizer)
+        special = special_token_ids(tokenizer, how)
         assert len(special) > 2 and all(tokenizer.convert_ids_to_tokens(i) == text for text, i in special.items())
         unknown = {tokenizer.unk_token_id} - {None}  # what spells nothing that the tokenizer knows
-        for write in (first_round, next_round):
+        for write in (first_turn_ids, next_turn_ids):
             own = [i for i in write("a", how, tokenizer) if i in special.values()]
             for text in (
                 *special,
                 "".join(special),
                 f"a {' '.join(special)} b",
                 "<image></s>",
-                f"a{how.end}{how.user}b",
+                f"a{how.turn_end}{how.user_prefix}b",
             ):
                 ids = write(text, how, tokenizer)
                 ids = [i for i in ids if i in special.values()]
                 assert [i for i in ids if i not in unknown] == [i for i in own if i not in unknown], (kind, text)
-        assert first_round("a <image>", how, tokenizer).count(-200) == 1
+        assert first_turn_ids("a <image>", how, tokenizer).count(-200) == 1
         raw = tokenize("a</s>" if kind not in ("bytes",) else "a<|eot_id|>", tokenizer)
         assert raw[-1] in special.values()  # what is no conversation follows upstream
 
 
 def test_text_without_special_tokens_has_the_same_ids_under_other_names(tmp_path: Path) -> None:
     for kind, tokenizer in tokenizers(tmp_path).items():
-        how = template("auto", tokenizer)
-        names = renamed(tokenizer, how)
+        how = resolve_template("auto", tokenizer)
+        names = alias_special_tokens(tokenizer, how)
         for text in small_sentencepiece.texts(40, seed=2):
-            written = how.first(text) + how.end
-            hidden = how.spelled(names.of)
-            assert tokenize(hidden.first(text) + hidden.end, tokenizer, names=names) == tokenize(written, tokenizer), (
-                kind
-            )
+            written = how.render_first_turn(text) + how.turn_end
+            hidden = how.with_aliases(names.aliases)
+            assert tokenize(hidden.render_first_turn(text) + hidden.turn_end, tokenizer, aliases=names) == tokenize(
+                written, tokenizer
+            ), kind
 
 
 def test_what_a_user_types_is_spelled_as_that_text(tmp_path: Path) -> None:
     small_sentencepiece.place(tmp_path, "bpe")
     tokenizer, how = load_tokenizer(tmp_path), TEMPLATES["vicuna_v1_nosys"]
     for text in ("say </s> to me", "<s>", "</s></s> a"):
-        ids = first_round(text, how, tokenizer)
+        ids = first_turn_ids(text, how, tokenizer)
         assert tokenizer.decode(ids[1:]) == f" USER: {text} ASSISTANT:" and not {0, 1, 2} & {*ids[1:]}
-    assert closing(how, tokenizer) == [2]
+    assert end_of_turn_ids(how, tokenizer) == [2]
 
 
 def test_a_processor_takes_markers_for_such_unless_told_otherwise(vila: Path) -> None:

@@ -13,10 +13,10 @@ import small_sentencepiece
 from PIL import Image
 from small_tokenizers import HEADERS, of_bytes, pieces
 
-from vila_triton.chat.prompts import first_round
-from vila_triton.chat.templates import template
+from vila_triton.chat.prompts import first_turn_ids
+from vila_triton.chat.templates import resolve_template
 from vila_triton.chat.tokenizer import load_tokenizer
-from vila_triton.images.processing import ImageError, image_processor, pixels
+from vila_triton.images.processing import ImageError, load_image_processor, preprocess_images
 from vila_triton.models.params import LoadError
 from vila_triton.paths import BUNDLED_CHECKPOINT
 
@@ -114,7 +114,7 @@ def try_tokenizer(folder: Path, file: Path, what: str) -> bool:
     ids = tokenizer("What is it </s>").input_ids
     tokenizer.decode(ids)
     try:
-        first_round("What </s> is it?", template("auto", tokenizer), tokenizer)
+        first_turn_ids("What </s> is it?", resolve_template("auto", tokenizer), tokenizer)
     except ValueError as error:
         assert "template" in str(error), (what, str(error))
     return True
@@ -145,10 +145,10 @@ def test_a_damaged_image_processor_is_one_error_that_names_file_and_field(more: 
     for content, what in [*contents, *((content, name) for name, content in BYTES.items() if name != "deep")]:
         file.write_bytes(content)
         try:
-            processor = image_processor(tmp_path)
+            processor = load_image_processor(tmp_path)
             loaded += 1
             if loaded % 4 == 0:
-                assert pixels([Image.new("RGB", (5, 9))], processor, "pad").isfinite().all(), what
+                assert preprocess_images([Image.new("RGB", (5, 9))], processor, "pad").isfinite().all(), what
         except (ImageError, LoadError) as error:
             assert len(str(error)) < 500, what
             field = what[0][0] if isinstance(what, tuple) and what[0] else ""
@@ -165,4 +165,4 @@ NONSENSE += [("size", {"height": 0, "width": 5}), ("size", -5), ("size", {"short
 def test_nonsense_numbers_are_refused(field: str, value: Any, tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | {field: value}))
     with pytest.raises(ImageError, match=rf"preprocessor_config\.json is no image processor: {field} is .*, expected"):
-        image_processor(tmp_path)
+        load_image_processor(tmp_path)

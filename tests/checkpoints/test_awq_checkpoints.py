@@ -12,14 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vila_triton import VilaLlamaForCausalLM as Model
-from vila_triton.checkpoints.int4_layouts import V1, V2, Layout, padded, scaled_zeros
-from vila_triton.checkpoints.int4_packing import pack_gemm, pack_rows, pack_tiles, pack_v2
-from vila_triton.checkpoints.int4_views import linears
-from vila_triton.checkpoints.loading import open_source, require_fits
+from vila_triton.checkpoints.int4_layouts import AWQ_V1, AWQ_V2, Layout, pad_rows, scale_zeros
+from vila_triton.checkpoints.int4_packing import pack_awq_gemm, pack_awq_gemv, pack_awq_v2, pack_tiles
+from vila_triton.checkpoints.int4_views import int4_linears
+from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
 from vila_triton.checkpoints.tensor_files import open_tensors
-from vila_triton.checkpoints.writing import write
+from vila_triton.checkpoints.writing import write_checkpoint
 from vila_triton.ops import Int4, dequantize
-from vila_triton.ops.int4 import codes
+from vila_triton.ops.int4 import unpack_codes
 
 LLM = {"hidden_size": 64, "intermediate_size": 192}
 LEFT = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
@@ -28,20 +28,24 @@ VERSIONS = {"awq-gemm": "gemm", "awq-v1": "gemv", "awq-v2": "gemv_fast"}
 
 
 def gemm(w: Int4) -> dict[str, Tensor]:
-    zeros = pack_gemm(w.zeros.T.int())
-    return {"qweight": pack_gemm(codes(w)), "qzeros": zeros, "scales": w.scales}
+    zeros = pack_awq_gemm(w.zeros.T.int())
+    return {"qweight": pack_awq_gemm(unpack_codes(w)), "qzeros": zeros, "scales": w.scales}
 
 
 def v1(w: Int4) -> dict[str, Tensor]:
-    rows = ROWS[w.shape[1]] if w.group == w.shape[1] else 32
-    zeros = pack_rows(padded(w.zeros.int(), rows).T)
-    return {"qweight": pack_rows(codes(w)), "qzeros": zeros, "scales": padded(w.scales, rows).T.contiguous()}
+    rows = ROWS[w.shape[1]] if w.group_size == w.shape[1] else 32
+    zeros = pack_awq_gemv(pad_rows(w.zeros.int(), rows).T)
+    return {
+        "qweight": pack_awq_gemv(unpack_codes(w)),
+        "qzeros": zeros,
+        "scales": pad_rows(w.scales, rows).T.contiguous(),
+    }
 
 
 def v2(w: Int4) -> dict[str, Tensor]:
-    rows = ROWS[w.shape[1]] if w.group == w.shape[1] else 32
-    shifts = padded(scaled_zeros(w.scales, w.zeros), rows)
-    return {"qweight": pack_v2(codes(w)), "scales": padded(w.scales, rows), "qzeros": shifts}
+    rows = ROWS[w.shape[1]] if w.group_size == w.shape[1] else 32
+    shifts = pad_rows(scale_zeros(w.scales, w.zeros), rows)
+    return {"qweight": pack_awq_v2(unpack_codes(w)), "scales": pad_rows(w.scales, rows), "qzeros": shifts}
 
 
 WRITE = {"awq-gemm": gemm, "awq-v1": v1, "awq-v2": v2}
@@ -54,7 +58,7 @@ def awq(form: str, group: int, folder: Path) -> tuple[Path, Model]:
     model = build(dtype=torch.float16, llm=LLM | {"quantization_config": said})
     model.save_pretrained(folder)
     tensors = dict(open_tensors(folder / "llm"))
-    found = linears(tensors)
+    found = int4_linears(tensors)
     assert len(found) == 11 and not set(LEFT) & set(found)
     for stem in found:
         qweight, scales, zeros = (tensors.pop(f"{stem}.{leaf}") for leaf in ("qweight", "scales", "zeros"))
@@ -78,16 +82,16 @@ def edit(folder: Path, **said: Any) -> None:
 def test_what_is_dense_and_what_is_one_group_a_row_is_read(form: str, group: int, tmp_path: Path) -> None:
     folder, expected = awq(form, group, tmp_path / "x")
     model = Model.from_pretrained(folder, device="cpu")
-    assert model.geometry.llm.group_size == group and set(model.geometry.llm.dense) == set(LEFT)
+    assert model.vila_config.llm.group_size == group and set(model.vila_config.llm.dense) == set(LEFT)
     mine, theirs = model.state_dict(), expected.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     ids, images = torch.tensor([[1, -200, 7, 8]]), pictures(model, 1)
     with_codes, written_out = (m(ids, images=images).logits for m in (model, twin(model)))
     torch.testing.assert_close(with_codes, written_out, rtol=0, atol=0.01)
-    write(open_source(folder), tmp_path / "ours")
+    write_checkpoint(open_checkpoint(folder), tmp_path / "ours")
     again = Model.from_pretrained(tmp_path / "ours", device="cpu").state_dict()
     assert all(torch.equal(mine[name], again[name]) for name in mine)
-    write(open_source(folder), tmp_path / "gemm", "awq-gemm")
+    write_checkpoint(open_checkpoint(folder), tmp_path / "gemm", "awq-gemm")
     assert all(torch.equal(mine[n], x) for n, x in Model.from_pretrained(tmp_path / "gemm").state_dict().items())
     said = json.loads((tmp_path / "gemm/llm/config.json").read_text())["quantization_config"]
     assert said["group_size"] == group and set(said["modules_to_not_convert"]) == set(LEFT)
@@ -129,7 +133,7 @@ FINE: dict[str, Mapping[str, Any]] = {
 @pytest.mark.parametrize("change", FINE.values(), ids=FINE)
 def test_configs_of_others_are_understood(change: Mapping[str, Any], folder: Path) -> None:
     edit(folder, **{key: value for key, value in {**GOOD, **change}.items() if value != ""})
-    assert require_fits(open_source(folder)).llm.group_size == -1
+    assert check_checkpoint(open_checkpoint(folder)).llm.group_size == -1
 
 
 REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
@@ -154,17 +158,19 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
 def test_what_is_not_read_is_one_sentence(change: Mapping[str, Any], message: str, folder: Path) -> None:
     edit(folder, **{**GOOD, **change})
     with pytest.raises(ValueError, match=message) as error:
-        require_fits(open_source(folder))
+        check_checkpoint(open_checkpoint(folder))
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("layout", [V1, V2], ids=["awq-v1", "awq-v2"])
+@pytest.mark.parametrize("layout", [AWQ_V1, AWQ_V2], ids=["awq-v1", "awq-v2"])
 def test_groups_larger_than_they_seem_are_not_read_as_smaller_ones(layout: Layout) -> None:
     """llm-awq's own .pt says nothing: of eight stored rows of scales two may be real, or one."""
     rng = torch.Generator().manual_seed(0)
     scales, zeros = torch.rand(1, 16, generator=rng).half() + 0.5, torch.full((1, 16), 8.0).half()
     w = Int4(pack_tiles(torch.randint(0, 16, (16, 256), generator=rng)), scales, zeros, 256)
-    leaves = (v1 if layout is V1 else v2)(w)
-    assert layout.read(leaves, -1).group == 256 and torch.equal(codes(layout.read(leaves, -1)), codes(w))
+    leaves = (v1 if layout is AWQ_V1 else v2)(w)
+    assert layout.read(leaves, -1).group_size == 256 and torch.equal(
+        unpack_codes(layout.read(leaves, -1)), unpack_codes(w)
+    )
     with pytest.raises(ValueError, match=r"1 of its 2 rows of scales are zero: .* not of 128; .*group_size"):
         layout.read(leaves, 0)

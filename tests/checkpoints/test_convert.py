@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from vila_triton import VilaLlamaForCausalLM
 from vila_triton.__main__ import main
-from vila_triton.checkpoints.loading import open_source
+from vila_triton.checkpoints.loading import open_checkpoint
 from vila_triton.checkpoints.tensor_files import open_tensors
-from vila_triton.checkpoints.writing import FORMS, write
+from vila_triton.checkpoints.writing import FORMATS, write_checkpoint
 from vila_triton.commands import build, convert
 from vila_triton.models.params import LoadError
 
@@ -46,7 +46,7 @@ def ask(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     return out.strip()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_every_layout_is_asked(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -74,9 +74,9 @@ def test_a_dry_run_says_the_sizes_and_writes_nothing(tmp_path: Path, capsys: pyt
 
 def test_a_killed_conversion_goes_on(tmp_path: Path) -> None:
     """Killed in the middle, three times; in the end what an unbroken one gives, and nothing else."""
-    source = open_source(INT4)
+    source = open_checkpoint(INT4)
     for form in ("awq-v2", "awq-gemm"):
-        write(source, tmp_path / "whole" / form, form, limit=10**5)
+        write_checkpoint(source, tmp_path / "whole" / form, form, max_shard_bytes=10**5)
         target = tmp_path / "killed" / form
         for share in (0.3, 0.6, 0.9):
             if not (child := os.fork()):
@@ -85,11 +85,13 @@ def test_a_killed_conversion_goes_on(tmp_path: Path) -> None:
                     if done > share * total:
                         os.kill(os.getpid(), signal.SIGKILL)
 
-                write(source, target, form, limit=10**5, progress=die)
+                write_checkpoint(source, target, form, max_shard_bytes=10**5, progress=die)
             assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
             assert not target.exists()
         steps: list[int] = []
-        write(source, target, form, limit=10**5, progress=lambda done, total, to=steps.append: to(done))
+        write_checkpoint(
+            source, target, form, max_shard_bytes=10**5, progress=lambda done, total, to=steps.append: to(done)
+        )
         assert steps[0] > 0.5 * steps[-1]  # most was kept
         assert files(target) == files(tmp_path / "whole" / form)
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {"awq-v2", "awq-gemm"}
@@ -134,7 +136,7 @@ def test_what_is_built_is_what_the_seed_says(tmp_path: Path) -> None:
     a, b, c = (files(tmp_path / name) for name in "abc")
     assert a == b and a.keys() == c.keys() and a["llm/model.safetensors"] != c["llm/model.safetensors"]
     model = VilaLlamaForCausalLM.from_pretrained(tmp_path / "a", device="cpu")
-    assert model.geometry.llm.num_hidden_layers == 1 and model.geometry.llm.group_size == 64
+    assert model.vila_config.llm.num_hidden_layers == 1 and model.vila_config.llm.group_size == 64
 
 
 @pytest.mark.parametrize("layers, narrow", [(1, 8), (1, 1)])
@@ -152,5 +154,5 @@ def test_an_error_of_the_system_is_told_in_words(tmp_path: Path, monkeypatch: An
 def test_saving_onto_a_file_leaves_nothing(tmp_path: Path) -> None:
     (file := tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file, expected a folder"):
-        write(open_source(INT4), file, over=True)
+        write_checkpoint(open_checkpoint(INT4), file, overwrite=True)
     assert list(tmp_path.iterdir()) == [file]

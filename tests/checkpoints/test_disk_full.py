@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from vila_triton.__main__ import main
-from vila_triton.chat.conversation import Conversation, Talker
-from vila_triton.chat.conversation_file import SavedError, save
+from vila_triton.chat.conversation import ChatModel, Conversation
+from vila_triton.chat.conversation_file import ConversationFileError, save_conversation
 from vila_triton.images.processing import open_image
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.quantization import awq_cache_file
-from vila_triton.quantization.calibration_data import read
-from vila_triton.quantization.llm_awq import Found
-from vila_triton.quantization.resumable import stored
-from vila_triton.tiny.examples import FOLDER
+from vila_triton.quantization.calibration_data import read_samples
+from vila_triton.quantization.llm_awq import AwqSearchResult
+from vila_triton.quantization.resumable import save_atomically
+from vila_triton.tiny.examples import EXAMPLES_DIR
 
 INT4 = BUNDLED_CHECKPOINT.with_name("checkpoint-int4")
 
@@ -77,8 +77,8 @@ def test_a_full_disk_is_said_and_the_command_goes_on_when_there_is_room(
 def test_a_file_of_a_step_or_a_cache_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     scales = {"attention": torch.ones(4096)}
     for name, write in (
-        ("step.safetensors", lambda file: stored(file, scales, {})),
-        ("cache.pt", lambda file: awq_cache_file.save(file, [Found(scales, {}, {})])),
+        ("step.safetensors", lambda file: save_atomically(file, scales, {})),
+        ("cache.pt", lambda file: awq_cache_file.save_awq_cache(file, [AwqSearchResult(scales, {}, {})])),
     ):
         for size in (0, 100, 10_000):
             with room(size), pytest.raises(OSError, match=r"cannot be written|File too large"):
@@ -89,14 +89,14 @@ def test_a_file_of_a_step_or_a_cache_is_there_whole_or_not_at_all(tmp_path: Path
 
 
 def test_a_conversation_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
-    conversation = Conversation(Talker.from_pretrained(BUNDLED_CHECKPOINT, "cpu"))
-    list(conversation.ask("How many shapes are there?", [open_image(str(FOLDER / "a.png"))]))
-    save(conversation, tmp_path / "talk")
+    conversation = Conversation(ChatModel.from_pretrained(BUNDLED_CHECKPOINT, "cpu"))
+    list(conversation.ask("How many shapes are there?", [open_image(str(EXAMPLES_DIR / "a.png"))]))
+    save_conversation(conversation, tmp_path / "talk")
     before = contents(tmp_path)
     for size in (0, 100, 1000):
         for name in ("talk", "other"):
-            with room(size), pytest.raises(SavedError, match=f"{name} cannot be written"):
-                save(conversation, tmp_path / name)
+            with room(size), pytest.raises(ConversationFileError, match=f"{name} cannot be written"):
+                save_conversation(conversation, tmp_path / name)
     assert contents(tmp_path) == before
 
 
@@ -109,8 +109,8 @@ def test_a_conversation_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
     ],
 )
 def test_half_a_character_in_calibration_is_refused_by_its_line(entry: dict, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes((FOLDER / "a.png").read_bytes())
+    (tmp_path / "a.png").write_bytes((EXAMPLES_DIR / "a.png").read_bytes())
     file = tmp_path / "calib.jsonl"
     file.write_text(json.dumps({"text": "a whole \U0001f600"}) + "\n" + json.dumps(entry) + "\n")
     with pytest.raises(ValueError, match=r"calib\.jsonl:2: .*the line holds half of a character"):
-        list(read([file]))
+        list(read_samples([file]))

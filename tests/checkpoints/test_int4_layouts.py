@@ -6,12 +6,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vila_triton.checkpoints.int4_layouts import GEMM, LAYOUTS, OURS, V1, V2, Layout, layout_of
-from vila_triton.checkpoints.int4_packing import pack_tiles, v2_rows
+from vila_triton.checkpoints.int4_layouts import AWQ_GEMM, AWQ_V1, AWQ_V2, LAYOUTS, NATIVE, Layout, detect_layout
+from vila_triton.checkpoints.int4_packing import pack_tiles, padded_scale_rows
 from vila_triton.ops import Int4, dequantize
-from vila_triton.ops.int4 import codes
+from vila_triton.ops.int4 import unpack_codes
 
-FOREIGN = {name: layout for name, layout in LAYOUTS.items() if layout is not OURS}
+FOREIGN = {name: layout for name, layout in LAYOUTS.items() if layout is not NATIVE}
 
 
 def weight(n: int, k: int, group: int, dtype: torch.dtype, seed: int = 0) -> Int4:
@@ -23,7 +23,9 @@ def weight(n: int, k: int, group: int, dtype: torch.dtype, seed: int = 0) -> Int
 
 
 def same(a: Int4, b: Int4) -> bool:
-    return a.group == b.group and all(map(torch.equal, (a.qweight, a.scales, a.zeros), (b.qweight, b.scales, b.zeros)))
+    return a.group_size == b.group_size and all(
+        map(torch.equal, (a.qweight, a.scales, a.zeros), (b.qweight, b.scales, b.zeros))
+    )
 
 
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 5), st.sampled_from([32, 64, 128]))
@@ -34,11 +36,11 @@ dtypes = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
 @given(sizes, dtypes, st.integers(0, 99))
 def test_there_and_back(layout: Layout, size: tuple, dtype: torch.dtype, seed: int) -> None:
     n8, G, group = size
-    assume(layout is not V2 or G * group % 64 == 0)
+    assume(layout is not AWQ_V2 or G * group % 64 == 0)
     w = weight(8 * n8, G * group, group, dtype, seed)
     leaves = layout.write(w)
-    assert tuple(leaves) == layout.leaves or set(leaves) == set(layout.leaves)
-    assert layout_of(leaves) is layout and layout.read(leaves, 0).order == layout.order
+    assert tuple(leaves) == layout.tensor_names or set(leaves) == set(layout.tensor_names)
+    assert detect_layout(leaves) is layout and layout.read(leaves, 0).rounding == layout.rounding
     again = layout.read(leaves, 0)
     assert same(again, w)
     assert all(torch.equal(x, y) for x, y in zip(leaves.values(), layout.write(again).values()))
@@ -63,12 +65,12 @@ def test_weights_are_repacked_in_blocks_as_in_one(monkeypatch: pytest.MonkeyPatc
 def test_what_the_format_means_is_what_ours_computes(layout: Layout) -> None:
     """From the leaves alone, in the arithmetic that the format's kernels have"""
     w = weight(16, 256, 128, torch.float16)
-    leaves, q = layout.write(w), codes(w).half()
-    if layout is V2:
-        scales, shifts = (leaves[name][:2].T.repeat_interleave(128, 1).double() for name in layout.leaves[1:])
+    leaves, q = layout.write(w), unpack_codes(w).half()
+    if layout is AWQ_V2:
+        scales, shifts = (leaves[name][:2].T.repeat_interleave(128, 1).double() for name in layout.tensor_names[1:])
         dense = (q.double() * scales + shifts).half()
     else:
-        scales = (leaves["scales"] if layout is GEMM else leaves["scales"].T[:2]).T.repeat_interleave(128, 1)
+        scales = (leaves["scales"] if layout is AWQ_GEMM else leaves["scales"].T[:2]).T.repeat_interleave(128, 1)
         dense = (q - w.zeros.T.repeat_interleave(128, 1)) * scales
     assert torch.equal(dequantize(layout.read(leaves, 0), torch.float16), dense)
 
@@ -76,22 +78,22 @@ def test_what_the_format_means_is_what_ours_computes(layout: Layout) -> None:
 def test_v2_as_upstream_stores_it() -> None:
     """Padding rows are 0, a scaled zero is -(scale · float32(zero)) in half, a zero of 0 is -0."""
     w = weight(8, 2560, 128, torch.float16)
-    leaves = V2.write(w)
-    assert leaves["scales"].shape == leaves["scaled_zeros"].shape == (24, 8) == (v2_rows(2560, 128), 8)
+    leaves = AWQ_V2.write(w)
+    assert leaves["scales"].shape == leaves["scaled_zeros"].shape == (24, 8) == (padded_scale_rows(2560, 128), 8)
     assert not leaves["scales"][20:].any() and not leaves["scaled_zeros"][20:].any()
     expected = -(w.scales * w.zeros.float()).to(torch.float16)
     assert torch.equal(leaves["scaled_zeros"][:20].view(torch.int16), expected.view(torch.int16))
     fast = {"qweight": leaves["qweight"], "scales": leaves["scales"], "qzeros": leaves["scaled_zeros"]}
-    assert layout_of(fast) is V2 and same(V2.read(fast, 0), w)  # AutoAWQ's "gemv_fast"
+    assert detect_layout(fast) is AWQ_V2 and same(AWQ_V2.read(fast, 0), w)  # AutoAWQ's "gemv_fast"
 
 
 def test_golden_words() -> None:
     """vila.md 3.3: codes 0..7 are 0x75316420 across outputs (gemm), 0x76543210 across inputs (v1)."""
     q = torch.arange(8)[:, None].expand(8, 32)
     ones = torch.ones(1, 8, dtype=torch.float16)
-    assert (GEMM.write(Int4(pack_tiles(q), ones, ones, 32))["qweight"] == 0x75316420).all()
+    assert (AWQ_GEMM.write(Int4(pack_tiles(q), ones, ones, 32))["qweight"] == 0x75316420).all()
     q = torch.arange(8).repeat(8, 4)
-    assert (V1.write(Int4(pack_tiles(q), ones, ones, 32))["qweight"] == 0x76543210).all()
+    assert (AWQ_V1.write(Int4(pack_tiles(q), ones, ones, 32))["qweight"] == 0x76543210).all()
 
 
 def edit(leaves: dict[str, Tensor], name: str, **changes: float) -> dict[str, Tensor]:
@@ -102,30 +104,30 @@ def edit(leaves: dict[str, Tensor], name: str, **changes: float) -> dict[str, Te
 
 
 W = weight(16, 256, 64, torch.float16)
-V2_LEAVES, GEMM_LEAVES, V1_LEAVES = V2.write(W), GEMM.write(W), V1.write(W)
+V2_LEAVES, GEMM_LEAVES, V1_LEAVES = AWQ_V2.write(W), AWQ_GEMM.write(W), AWQ_V1.write(W)
 REFUSED_READS = {
     "a scaled zero between codes": (
-        V2,
+        AWQ_V2,
         edit(V2_LEAVES, "scaled_zeros", _0=0.1),
         "16 of its scaled zeros are not -scale",
     ),
-    "a scale of nan": (V2, edit(V2_LEAVES, "scales", _1=float("nan")), "16 of its scaled zeros are not"),
-    "scales in the padding": (V2, edit(V2_LEAVES, "scales", _7=1), r"scales beyond the 4 .* are not zero"),
-    "v1 zeros in the padding": (V1, edit(V1_LEAVES, "qzeros", _0=-1), r"zeros beyond the 4 .* are not zero"),
+    "a scale of nan": (AWQ_V2, edit(V2_LEAVES, "scales", _1=float("nan")), "16 of its scaled zeros are not"),
+    "scales in the padding": (AWQ_V2, edit(V2_LEAVES, "scales", _7=1), r"scales beyond the 4 .* are not zero"),
+    "v1 zeros in the padding": (AWQ_V1, edit(V1_LEAVES, "qzeros", _0=-1), r"zeros beyond the 4 .* are not zero"),
     "a scale too few": (
-        V2,
-        {**V2_LEAVES, **{k: V2_LEAVES[k][:9] for k in V2.leaves[1:]}},
+        AWQ_V2,
+        {**V2_LEAVES, **{k: V2_LEAVES[k][:9] for k in AWQ_V2.tensor_names[1:]}},
         "9 scales for 256 inputs fit",
     ),
-    "outputs that differ": (V2, {**V2_LEAVES, "scales": V2_LEAVES["scales"][:, :8]}, "are not one weight"),
-    "other outputs": (GEMM, {**GEMM_LEAVES, "scales": GEMM_LEAVES["scales"][:, :8]}, "are not one weight"),
+    "outputs that differ": (AWQ_V2, {**V2_LEAVES, "scales": V2_LEAVES["scales"][:, :8]}, "are not one weight"),
+    "other outputs": (AWQ_GEMM, {**GEMM_LEAVES, "scales": GEMM_LEAVES["scales"][:, :8]}, "are not one weight"),
     "groups of 8": (
-        GEMM,
+        AWQ_GEMM,
         {**GEMM_LEAVES, "scales": torch.ones(32, 16).half(), "qzeros": torch.ones(32, 2).int()},
         "group",
     ),
-    "v1 outputs": (V1, {**V1_LEAVES, "scales": V1_LEAVES["scales"][:8]}, "are not one weight"),
-    "ours in other groups": (OURS, OURS.write(W), "in groups of 48 are not one weight"),
+    "v1 outputs": (AWQ_V1, {**V1_LEAVES, "scales": V1_LEAVES["scales"][:8]}, "are not one weight"),
+    "ours in other groups": (NATIVE, NATIVE.write(W), "in groups of 48 are not one weight"),
 }
 
 
@@ -140,15 +142,15 @@ def changed(**changes: Tensor) -> Int4:
 
 
 REFUSED_WRITES = {
-    "groups of 256": (V2, weight(16, 256, 256, torch.float16), "groups of 256: .* hold groups of 32, 64, 128"),
-    "groups of 16": (V1, weight(16, 256, 16, torch.float16), "groups of 16"),
-    "k of 96": (V2, weight(16, 96, 32, torch.float16), r"\[16, 96\]: .* multiples of 4 outputs and 64 inputs"),
-    "n of 18": (V2, weight(18, 128, 32, torch.float16), r"\[18, 128\]"),
-    "n of 12": (GEMM, weight(12, 128, 32, torch.float16), "12 outputs: AutoAWQ's layout holds a multiple of 8"),
-    "half a zero": (GEMM, changed(zeros=W.zeros + 0.5), "zeros are not all whole numbers from 0 to 15"),
-    "a zero of 16": (V2, changed(zeros=W.zeros + 16), "zeros are not all whole"),
-    "no scale": (V2, changed(scales=W.scales * 0), "a scale is 0"),
-    "a large scale": (V2, changed(scales=W.scales * 0 + 60000), "not finite"),
+    "groups of 256": (AWQ_V2, weight(16, 256, 256, torch.float16), "groups of 256: .* hold groups of 32, 64, 128"),
+    "groups of 16": (AWQ_V1, weight(16, 256, 16, torch.float16), "groups of 16"),
+    "k of 96": (AWQ_V2, weight(16, 96, 32, torch.float16), r"\[16, 96\]: .* multiples of 4 outputs and 64 inputs"),
+    "n of 18": (AWQ_V2, weight(18, 128, 32, torch.float16), r"\[18, 128\]"),
+    "n of 12": (AWQ_GEMM, weight(12, 128, 32, torch.float16), "12 outputs: AutoAWQ's layout holds a multiple of 8"),
+    "half a zero": (AWQ_GEMM, changed(zeros=W.zeros + 0.5), "zeros are not all whole numbers from 0 to 15"),
+    "a zero of 16": (AWQ_V2, changed(zeros=W.zeros + 16), "zeros are not all whole"),
+    "no scale": (AWQ_V2, changed(scales=W.scales * 0), "a scale is 0"),
+    "a large scale": (AWQ_V2, changed(scales=W.scales * 0 + 60000), "not finite"),
 }
 
 
@@ -160,4 +162,4 @@ def test_what_a_layout_cannot_hold_is_refused(layout: Layout, w: Int4, message: 
 
 def test_unknown_leaves_are_refused() -> None:
     with pytest.raises(ValueError, match=r"qweight \[4, 64\], scales \[2, 4\] are of no layout .*awq-gemm"):
-        layout_of({"qweight": torch.zeros(4, 64), "scales": torch.zeros(2, 4)})
+        detect_layout({"qweight": torch.zeros(4, 64), "scales": torch.zeros(2, 4)})

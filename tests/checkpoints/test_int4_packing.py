@@ -25,9 +25,9 @@ class Layout:
 
 LAYOUTS = {
     "tiles": Layout(int4_packing.pack_tiles, int4_packing.unpack_tiles, 1, 1),
-    "rows": Layout(int4_packing.pack_rows, lambda x, n, k: int4_packing.unpack_rows(x), 1, 8),
-    "gemm": Layout(int4_packing.pack_gemm, lambda x, n, k: int4_packing.unpack_gemm(x), 8, 1),
-    "v2": Layout(int4_packing.pack_v2, lambda x, n, k: int4_packing.unpack_v2(x), 4, 64),
+    "rows": Layout(int4_packing.pack_awq_gemv, lambda x, n, k: int4_packing.unpack_awq_gemv(x), 1, 8),
+    "gemm": Layout(int4_packing.pack_awq_gemm, lambda x, n, k: int4_packing.unpack_awq_gemm(x), 8, 1),
+    "v2": Layout(int4_packing.pack_awq_v2, lambda x, n, k: int4_packing.unpack_awq_v2(x), 4, 64),
 }
 TILES = LAYOUTS["tiles"]
 
@@ -57,7 +57,7 @@ def test_what_others_pack_becomes_tiles_and_comes_back_to_the_bit(layout: str) -
     for n, k in product(range(x.n, 42, x.n), range(x.k, 193, x.k)):
         theirs = x.pack(random(n, k))
         ours = TILES.pack(x.unpack(theirs, n, k))
-        assert ours.shape == int4_packing.tiles(n, k) and ours.dtype == torch.int32
+        assert ours.shape == int4_packing.tiled_shape(n, k) and ours.dtype == torch.int32
         back = x.pack(TILES.unpack(ours, n, k))
         assert back.dtype == theirs.dtype and torch.equal(back, theirs), (n, k)
         assert torch.equal(TILES.pack(x.unpack(back, n, k)), ours), (n, k)
@@ -71,27 +71,27 @@ def test_beyond_the_weight_a_tile_holds_zeros(n: int, k: int) -> None:
 
 def test_golden_words() -> None:
     eight = torch.arange(8)
-    assert int4_packing.pack_rows(eight[None]).tolist() == [[0x76543210]]
-    assert int4_packing.pack_gemm(eight[:, None]).tolist() == [[0x75316420]]
-    assert int4_packing.pack_gemm(eight[:, None] + 8).tolist() == [[-38146904]]
+    assert int4_packing.pack_awq_gemv(eight[None]).tolist() == [[0x76543210]]
+    assert int4_packing.pack_awq_gemm(eight[:, None]).tolist() == [[0x75316420]]
+    assert int4_packing.pack_awq_gemm(eight[:, None] + 8).tolist() == [[-38146904]]
     rows = torch.arange(64).view(2, 32) * 5 % 16
     for i in range(8):  # nibble i of word c of a row is its code 8c + i
-        assert torch.equal(int4_packing.pack_rows(rows) >> 4 * i & 15, rows[:, i::8].int())
+        assert torch.equal(int4_packing.pack_awq_gemv(rows) >> 4 * i & 15, rows[:, i::8].int())
 
 
 def test_golden_halfwords_of_v2() -> None:
     n, k = torch.arange(4)[:, None], torch.arange(64)[None]
-    x = int4_packing.pack_v2((7 * n + 5 * k + 3 * (k // 8)) % 16).view(torch.uint16).int()
+    x = int4_packing.pack_awq_v2((7 * n + 5 * k + 3 * (k // 8)) % 16).view(torch.uint16).int()
     first = "16b0 6b05 b05a 05af 5af4 af49 f49e 49e3 d27c 27c1 7c16 c16b 16b0 6b05 b05a 05af 8d27 d27c 27c1 7c16"
     assert [f"{h:04x}" for h in x[0, :20].tolist()] == first.split()
     assert x[0, 63] == 0x5AF4 and x.sum() == 2027488
 
 
 def test_rows_that_v2_stores() -> None:
-    assert [int4_packing.v2_rows(k, 128) for k in (2560, 6912, 11008, 4096)] == [24, 56, 88, 32]
-    assert int4_packing.v2_rows(512, 64) == 16 and int4_packing.v2_rows(512, 32) == 32
+    assert [int4_packing.padded_scale_rows(k, 128) for k in (2560, 6912, 11008, 4096)] == [24, 56, 88, 32]
+    assert int4_packing.padded_scale_rows(512, 64) == 16 and int4_packing.padded_scale_rows(512, 32) == 32
     with pytest.raises(ValueError, match="no groups of 48"):
-        int4_packing.v2_rows(480, 48)
+        int4_packing.padded_scale_rows(480, 48)
 
 
 def test_a_word_of_a_tile_is_a_lanes_share_of_the_operand() -> None:

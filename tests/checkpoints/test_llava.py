@@ -16,9 +16,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from vila_triton import VilaLlamaForCausalLM
 from vila_triton.checkpoints import random_checkpoint
-from vila_triton.checkpoints.llava import CLIP, CLIP_NAME
-from vila_triton.checkpoints.loading import open_source, require_fits
-from vila_triton.checkpoints.writing import write
+from vila_triton.checkpoints.llava import CLIP_CONFIG, CLIP_NAME
+from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
+from vila_triton.checkpoints.writing import write_checkpoint
 from vila_triton.models.params import LoadError, leaves
 
 IMAGE = 305
@@ -47,7 +47,7 @@ def with_tokenizer(folder: Path) -> None:
     found = {"template": "vicuna_v1", "vision_tower": {"model_type": "clip_vision_model", "image_size": 28}}
     shutil.rmtree(folder / "beside", ignore_errors=True)
     (folder / "beside").mkdir()
-    for file in random_checkpoint.write_companions(found, folder / "beside")["llm"].iterdir():
+    for file in random_checkpoint.write_tokenizer_and_processor(found, folder / "beside")["llm"].iterdir():
         shutil.move(file, folder / file.name)
     shutil.rmtree(folder / "beside")
 
@@ -77,7 +77,7 @@ def original(source: Path, folder: Path, tower_among: bool) -> None:
     tower = {name: x for name, x in held.items() if "vision_tower" in name}
     place = folder / "clip"
     place.mkdir()
-    (place / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": {**CLIP, **TOWER}}))
+    (place / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": {**CLIP_CONFIG, **TOWER}}))
     if not tower_among:
         held = {name: x for name, x in held.items() if name not in tower}
         seen = {name.removeprefix("model.vision_tower.vision_tower."): x for name, x in tower.items()}
@@ -138,7 +138,7 @@ def pixels() -> Tensor:
 @torch.no_grad()
 def test_logits_are_transformers(folder: Path, theirs: tuple[Any, Path]) -> None:
     model = VilaLlamaForCausalLM.from_pretrained(folder, device="cpu")
-    assert model.dtype == torch.float64 and model.geometry.image_tokens == 16
+    assert model.dtype == torch.float64 and model.vila_config.image_tokens == 16
     ours = model(torch.tensor([[7, -200, 8, 9]]), images=pixels()).logits
     with exact_norms():
         ids = torch.tensor([[7, *[IMAGE] * 16, 8, 9]])
@@ -152,14 +152,14 @@ def test_it_is_asked_and_converts_to_a_vila_folder(
 ) -> None:
     from test_convert import ask
 
-    source = open_source(folder)
-    require_fits(source)
-    write(source, tmp_path / "vila")
+    source = open_checkpoint(folder)
+    check_checkpoint(source)
+    write_checkpoint(source, tmp_path / "vila")
     again = VilaLlamaForCausalLM.from_pretrained(tmp_path / "vila", device="cpu")
     before = VilaLlamaForCausalLM.from_pretrained(folder, device="cpu")
     assert all(map(torch.equal, leaves(again.params), leaves(before.params)))
     answers = {ask(place, monkeypatch, capsys) for place in (folder, tmp_path / "vila")}
-    mode = source.top.get("image_aspect_ratio")
+    mode = source.config.get("image_aspect_ratio")
     assert len(answers) == 1 and mode == ("pad" if "original" in folder.name else None)
 
 
@@ -169,14 +169,14 @@ def test_what_is_missing_is_said(theirs: tuple[Any, Path], tmp_path: Path) -> No
     with pytest.raises(
         LoadError, match=r"mm_vision_tower is 'openai/clip', .* put its config.json and weights into .*/x"
     ):
-        open_source(tmp_path / "x")
+        open_checkpoint(tmp_path / "x")
     original(theirs[1], tmp_path / "y", tower_among=True)
     config = json.loads((tmp_path / "y/config.json").read_text())
     shutil.rmtree(tmp_path / "y/clip")
     (tmp_path / "y/config.json").write_text(json.dumps({**config, "mm_vision_tower": CLIP_NAME}))
-    assert open_source(tmp_path / "y").parts["vision_tower"]["image_size"] == 336  # known by its name
+    assert open_checkpoint(tmp_path / "y").part_configs["vision_tower"]["image_size"] == 336  # known by its name
     with pytest.raises(LoadError, match=r"y: \d+ of its tensors do not fit"):
-        require_fits(open_source(tmp_path / "y"))
+        check_checkpoint(open_checkpoint(tmp_path / "y"))
     hf = json.loads((theirs[1] / "config.json").read_text())
     shutil.copytree(theirs[1], tmp_path / "z")
     for change, message in (
@@ -185,4 +185,4 @@ def test_what_is_missing_is_said(theirs: tuple[Any, Path], tmp_path: Path) -> No
     ):
         (tmp_path / "z/config.json").write_text(json.dumps(hf | change))
         with pytest.raises(LoadError, match=message):
-            open_source(tmp_path / "z")
+            open_checkpoint(tmp_path / "z")

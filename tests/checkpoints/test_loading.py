@@ -210,12 +210,12 @@ def test_a_config_that_cannot_be_honoured_is_refused(part: str, change: dict, me
 
 
 def test_what_is_saved_is_the_model_as_it_is_now_and_can_be_talked_to(tmp_path: Path) -> None:
-    from vila_triton.chat.conversation import Talker
+    from vila_triton.chat.conversation import ChatModel
     from vila_triton.paths import BUNDLED_CHECKPOINT
 
     model = VilaLlamaForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, device="cpu").float()
     model.save_pretrained(tmp_path)
-    again = Talker.from_pretrained(tmp_path, "cpu")
+    again = ChatModel.from_pretrained(tmp_path, "cpu")
     assert again.model.dtype == torch.float32 and again.tokenizer("How many?").input_ids
     assert all(torch.equal(x, again.model.state_dict()[name]) for name, x in model.state_dict().items())
 
@@ -237,4 +237,4 @@ def test_a_config_of_the_wrong_kind_is_named(part: str, field: str, value: objec
     top, parts = loading.read_configs(BUNDLED_CHECKPOINT)
     parts[part][field] = value
     with pytest.raises(ConfigError, match=f"{part}.*({field}|{value} heads)"):
-        loading.geometry(top, parts)
+        loading.build_vila_config(top, parts)

@@ -18,8 +18,8 @@ from transformers import LlamaForCausalLM
 
 from vila_triton import VilaLlamaForCausalLM
 from vila_triton.checkpoints import random_checkpoint, size_report
-from vila_triton.checkpoints.loading import open_source, require_fits
-from vila_triton.checkpoints.writing import FORMS, write
+from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
+from vila_triton.checkpoints.writing import FORMATS, write_checkpoint
 from vila_triton.commands import convert
 from vila_triton.models.params import leaves
 
@@ -27,7 +27,9 @@ NARROW = {"vila1.5-3b": 8, "vila1.5-3b-s2": 8, "llama3-vila1.5-8b": 8, "vila1.5-
 
 
 def narrow(name: str) -> dict[str, Any]:
-    return random_checkpoint.narrowed(random_checkpoint.table(name), layers=2, narrow=NARROW[name])
+    return random_checkpoint.scale_down(
+        random_checkpoint.read_model_toml(name), max_layers=2, width_divisor=NARROW[name]
+    )
 
 
 @pytest.fixture(scope="module", params=NARROW)
@@ -35,9 +37,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A model in float32, in shards."""
     at = tmp_path_factory.mktemp(request.param)
     found = narrow(request.param)
-    source = random_checkpoint.random_source(found, "float32", seed=1)
-    source = replace(source, beside=random_checkpoint.write_companions(found, at / "beside"))
-    write(source, at / "dense", key="", limit=5 * 10**6)
+    source = random_checkpoint.random_checkpoint(found, "float32", seed=1)
+    source = replace(source, beside=random_checkpoint.write_tokenizer_and_processor(found, at / "beside"))
+    write_checkpoint(source, at / "dense", source_key="", max_shard_bytes=5 * 10**6)
     assert (at / "dense/llm/model.safetensors.index.json").exists()
     return at
 
@@ -67,19 +69,22 @@ def test_logits_are_those_of_hugging_faces_modules(folder: Path) -> None:
     ids = torch.tensor([5, 300, -200, 7, 41, 900])
     for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
         model = VilaLlamaForCausalLM.from_pretrained(folder / "dense", device="cpu", dtype=dtype)
-        side = model.geometry.vision_tower.input_size
+        side = model.vila_config.vision_tower.input_size
         images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0), dtype=dtype)
         ours = model(ids[None], images=images).logits[0]
         with exact_norms():
             expected = theirs(folder / "dense", model).run([ids], images)[0].logits[0]
-        assert ours.shape == (5 + model.geometry.image_tokens, model.geometry.llm.vocab_size) == expected.shape
+        assert ours.shape == (5 + model.vila_config.image_tokens, model.vila_config.llm.vocab_size) == expected.shape
         assert (ours - expected).abs().max() <= bound and expected.std() > 0.1
 
 
 def test_it_answers_as_hugging_face_does(folder: Path) -> None:
     """Greedily, in float64; and its table of configs/models/ says how many tokens a picture is."""
     model = VilaLlamaForCausalLM.from_pretrained(folder / "dense", device="cpu", dtype=torch.float64)
-    assert model.geometry.image_tokens == random_checkpoint.table(folder.name.removesuffix("0"))["image_tokens"]
+    assert (
+        model.vila_config.image_tokens
+        == random_checkpoint.read_model_toml(folder.name.removesuffix("0"))["image_tokens"]
+    )
     ids = torch.tensor([[9, 8, 7, 250]])
     answer = model.generate(ids, max_new_tokens=6)
     with exact_norms():
@@ -89,10 +94,10 @@ def test_it_answers_as_hugging_face_does(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", NARROW)
 def test_its_file_says_the_bytes_it_takes(name: str) -> None:
-    found = random_checkpoint.table(name)
+    found = random_checkpoint.read_model_toml(name)
     for field, group in (("fp16_bytes", None), ("int4_bytes", 128)):
         assert found[field] == sum(
-            map(size_report.nbytes, random_checkpoint.random_source(found, group=group).tensors.values())
+            map(size_report.total_bytes, random_checkpoint.random_checkpoint(found, group_size=group).tensors.values())
         )
 
 
@@ -102,20 +107,24 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_every_layout_and_back_is_the_same_to_the_bit(folder: Path) -> None:
     ours = folder / "ours"
-    write(random_checkpoint.random_source(narrow(folder.name.removesuffix("0")), "float16", group=64), ours, key="")
+    write_checkpoint(
+        random_checkpoint.random_checkpoint(narrow(folder.name.removesuffix("0")), "float16", group_size=64),
+        ours,
+        source_key="",
+    )
     before, params = contents(ours), load(ours)
     for form in ("awq-gemm", "awq-v1", "awq-v2"):
         there, back = folder / form, folder / f"{form} and back"
-        source = open_source(ours)
-        require_fits(source)
-        write(source, there, form)
-        assert open_source(there).layout.name == form  # pyright: ignore
+        source = open_checkpoint(ours)
+        check_checkpoint(source)
+        write_checkpoint(source, there, form)
+        assert open_checkpoint(there).layout.name == form  # pyright: ignore
         assert all(map(torch.equal, load(there), params))
-        write(open_source(there), back)
+        write_checkpoint(open_checkpoint(there), back)
         assert contents(back) == before
     (pt,) = (folder / "awq-v2/llm").glob("*.pt")
     assert pt.name == "awq-v2-w4-g64-awq-v2.pt" and not list((folder / "awq-v2/llm").glob("*.safetensors"))
-    assert FORMS == convert.FORMS  # said there once more, so that --help need not import torch
+    assert FORMATS == convert.FORMATS  # said there once more, so that --help need not import torch
 
 
 def load(folder: Path) -> list[Tensor]:

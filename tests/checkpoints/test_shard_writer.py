@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vila_triton.checkpoints.shard_writer import OtherWork, Shards, building
+from vila_triton.checkpoints.shard_writer import FolderInUseError, ShardWriter, atomic_folder
 from vila_triton.checkpoints.tensor_files import open_tensors
 
 DTYPES = (torch.float16, torch.int32, torch.float64, torch.int16)
@@ -24,11 +24,11 @@ def some(sizes: list[int]) -> dict[str, Tensor]:
 
 def write(folder: Path, held: dict[str, Tensor], limit: int, key: str = "", order: list[str] | None = None) -> set[str]:
     """Write what is missing; returns its names."""
-    shards = Shards(folder, {name: x.to("meta") for name, x in held.items()}, key, limit)
+    shards = ShardWriter(folder, {name: x.to("meta") for name, x in held.items()}, key, limit)
     missing = set(shards.missing)
     for name in order or held:
         if name in missing:
-            shards.put(name, held[name])
+            shards.write_tensor(name, held[name])
     shards.close()
     return missing
 
@@ -58,19 +58,19 @@ HELD = some([40, 0, 30, 7, 20, 50, 8])
 
 
 def test_a_killed_writer_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
-    with building(tmp_path / "whole") as folder:
+    with atomic_folder(tmp_path / "whole") as folder:
         write(folder / "llm", HELD, 400)
     target = tmp_path / "killed"
     for puts in (1, 2, 3):  # three processes, each killed after so many tensors
         if not (child := os.fork()):
-            with building(target) as folder:
-                shards = Shards(folder / "llm", HELD, limit=400)
+            with atomic_folder(target) as folder:
+                shards = ShardWriter(folder / "llm", HELD, max_shard_bytes=400)
                 for name in [name for name in HELD if name in shards.missing][:puts]:
-                    shards.put(name, HELD[name])
+                    shards.write_tensor(name, HELD[name])
                 os.kill(os.getpid(), signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
         assert not target.exists()
-    with building(target) as folder:
+    with atomic_folder(target) as folder:
         assert 0 < len(write(folder / "llm", HELD, 400)) < len(HELD)
     assert contents(target) == contents(tmp_path / "whole")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["killed", "whole"]
@@ -78,10 +78,10 @@ def test_a_killed_writer_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> Non
 
 def interrupted(target: Path) -> Path:
     """A folder left by an interrupt, with two of its shards whole."""
-    with pytest.raises(KeyboardInterrupt, match=r"What was finished is in .*partial"), building(target) as folder:
-        shards = Shards(folder, HELD, "a", 400)
+    with pytest.raises(KeyboardInterrupt, match=r"What was finished is in .*partial"), atomic_folder(target) as folder:
+        shards = ShardWriter(folder, HELD, "a", 400)
         for name in list(HELD)[:4]:
-            shards.put(name, HELD[name])
+            shards.write_tensor(name, HELD[name])
         raise KeyboardInterrupt
     return target.with_name(f"{target.name}.partial")
 
@@ -103,47 +103,50 @@ def test_other_work_is_not_mixed_in(tmp_path: Path) -> None:
     before = contents(left)
     for held, limit, key in ((HELD, 400, "b"), (HELD, 2000, "a"), (some([40]), 400, "a")):
         with pytest.raises(ValueError, match=r"x.partial holds the beginnings of other work; remove it"):
-            Shards(left, held, key, limit)
-    with pytest.raises(OtherWork), building(tmp_path / "x") as folder:
-        Shards(folder, HELD, "b", 400)
+            ShardWriter(left, held, key, limit)
+    with pytest.raises(FolderInUseError), atomic_folder(tmp_path / "x") as folder:
+        ShardWriter(folder, HELD, "b", 400)
     assert contents(left) == before
 
 
 def test_a_folder_of_no_tensors_is_one_all_the_same(tmp_path: Path) -> None:
     """Such as a projector that is the identity."""
     for _ in range(2):  # the second time over the first
-        Shards(tmp_path / "x", {}).close()
+        ShardWriter(tmp_path / "x", {}).close()
         assert not open_tensors(tmp_path / "x").meta
 
 
 def test_errors_leave_nothing_and_what_is_there_is_not_written_over(tmp_path: Path) -> None:
     target = tmp_path / "x"
-    with pytest.raises(ZeroDivisionError), building(target) as folder:
+    with pytest.raises(ZeroDivisionError), atomic_folder(target) as folder:
         write(folder, HELD, 400)
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
     target.mkdir()
-    with building(target) as folder:  # an empty folder is fine
+    with atomic_folder(target) as folder:  # an empty folder is fine
         write(folder, HELD, 400)
-    with pytest.raises(ValueError, match="x is there already and not empty"), building(target):
+    with pytest.raises(ValueError, match="x is there already and not empty"), atomic_folder(target):
         pass
-    with pytest.raises(OSError, match=r"No space left.*What was finished is in .*y.partial"), building(tmp_path / "y"):
+    with (
+        pytest.raises(OSError, match=r"No space left.*What was finished is in .*y.partial"),
+        atomic_folder(tmp_path / "y"),
+    ):
         raise OSError(28, "No space left on device")
     for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):  # what begins afresh keeps nothing
-        with pytest.raises(type(error)) as raised, building(tmp_path / "z", over=True):
+        with pytest.raises(type(error)) as raised, atomic_folder(tmp_path / "z", overwrite=True):
             raise error
         assert raised.value is error
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x", "y.partial"]
 
 
 def test_what_was_not_announced_is_refused(tmp_path: Path) -> None:
-    shards = Shards(tmp_path, HELD)
+    shards = ShardWriter(tmp_path, HELD)
     with pytest.raises(ValueError, match=r"t0 is torch.float32 \[40, 3\], but torch.float16 \[40, 3\] was announced"):
-        shards.put("t0", HELD["t0"].float())
-    shards.put("t0", HELD["t0"])
+        shards.write_tensor("t0", HELD["t0"].float())
+    shards.write_tensor("t0", HELD["t0"])
     with pytest.raises(ValueError, match="t0 has been written already"):
-        shards.put("t0", HELD["t0"])
+        shards.write_tensor("t0", HELD["t0"])
     with pytest.raises(ValueError, match="6 tensors were not written, among them t1"):
         shards.close()
     with pytest.raises(ValueError, match=r"x is torch\.complex64, which is not written"):
-        Shards(tmp_path / "other", {"x": torch.zeros(1, dtype=torch.complex64)})
+        ShardWriter(tmp_path / "other", {"x": torch.zeros(1, dtype=torch.complex64)})

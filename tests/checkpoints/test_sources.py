@@ -12,10 +12,10 @@ from hf_reference import build, dense_twin, pictures
 from safetensors.torch import save_file
 
 from vila_triton import VilaLlamaForCausalLM as Model
-from vila_triton.checkpoints.loading import open_source, require_fits
+from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
 from vila_triton.checkpoints.sources import PARTS
 from vila_triton.checkpoints.tensor_files import open_tensors
-from vila_triton.checkpoints.writing import write
+from vila_triton.checkpoints.writing import write_checkpoint
 from vila_triton.models.config import ConfigError
 from vila_triton.models.params import LoadError
 
@@ -30,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build(dtype=torch.float16, llm=LLM).save_pretrained(at / "dense")
     build(dtype=torch.float16, llm=LLM | INT4).save_pretrained(at / "ours")
     for form in ("awq-gemm", "awq-v1", "awq-v2"):
-        write(open_source(at / "ours"), at / form, form)
+        write_checkpoint(open_checkpoint(at / "ours"), at / form, form)
     return at
 
 
@@ -51,7 +51,7 @@ def test_where_weights_are_rounded_is_kept_through_every_layout(made: Path) -> N
     ids, images = torch.tensor([[1, -200, 7, 8]]), pictures(models["ours"], 1)
     logits = {form: model(ids, images=images).logits for form, model in models.items()}
     assert all(torch.equal(x, logits["ours"]) for x in logits.values())
-    assert {model.geometry.llm.order for model in models.values()} == {"fma"}
+    assert {model.vila_config.llm.order for model in models.values()} == {"fma"}
     said = {form: json.loads((made / form / "llm/config.json").read_text()) for form in models}
     expected = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
     assert said["awq-gemm"]["quantization_config"] == expected and said["awq-gemm"]["int4_order"] == "fma"
@@ -60,7 +60,7 @@ def test_where_weights_are_rounded_is_kept_through_every_layout(made: Path) -> N
 
 
 def test_int4_written_out_is_what_it_stands_for(made: Path, tmp_path: Path) -> None:
-    write(open_source(made / "ours"), tmp_path / "x", "dense")
+    write_checkpoint(open_checkpoint(made / "ours"), tmp_path / "x", "dense")
     twin = dense_twin(Model.from_pretrained(made / "ours", device="cpu")).state_dict()
     again = Model.from_pretrained(tmp_path / "x", device="cpu").state_dict()
     assert all(torch.equal(again[name], x) for name, x in twin.items())
@@ -101,7 +101,7 @@ def test_one_model_said_in_other_words(change: Callable[[Path], None], made: Pat
     before = Model.from_pretrained(folder, device="cpu")
     change(folder)
     after = Model.from_pretrained(folder, device="cpu")
-    assert after.geometry == before.geometry
+    assert after.vila_config == before.vila_config
     assert all(torch.equal(x, after.state_dict()[name]) for name, x in before.state_dict().items())
 
 
@@ -165,7 +165,7 @@ def test_contradictions_are_refused(
     folder = take(made, name, tmp_path)
     change(folder)
     with pytest.raises(error, match=message):
-        require_fits(open_source(folder))
+        check_checkpoint(open_checkpoint(folder))
 
 
 def test_a_model_is_saved_over_the_folder_it_came_from(made: Path, tmp_path: Path) -> None:

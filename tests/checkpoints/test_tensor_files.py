@@ -54,7 +54,7 @@ def test_every_container_gives_the_same_tensors(write: Callable, tmp_path: Path)
     for name, x in HELD.items():
         assert (tensors.meta[name].shape, tensors.meta[name].dtype) == (x.shape, x.dtype)
         assert torch.equal(tensors[name], x)
-        tensors.forget(name)
+        tensors.release(name)
 
 
 def test_views_and_parameters_saved_by_torch_are_found_in_their_storage(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_tensor_at_an_odd_place_and_what_was_forgotten_are_read(tmp_path: Path
     tensors = open_tensors(tmp_path)
     x = tensors["x"]
     assert torch.equal(x, big)
-    tensors.forget("x")
+    tensors.release("x")
     assert torch.equal(x, big)
 
 

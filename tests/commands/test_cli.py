@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from vila_triton.paths import BUNDLED_CHECKPOINT
-from vila_triton.tiny.examples import FOLDER
+from vila_triton.tiny.examples import EXAMPLES_DIR
 
 
 def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -17,7 +17,7 @@ def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def test_ask_prints_the_answer_and_one_line_about_it():
-    done = run("ask", "--image", str(FOLDER / "a.png"), "--device", "cpu", "How many blue shapes are there?")
+    done = run("ask", "--image", str(EXAMPLES_DIR / "a.png"), "--device", "cpu", "How many blue shapes are there?")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "2\n"
     (line,) = done.stderr.splitlines()
@@ -26,8 +26,8 @@ def test_ask_prints_the_answer_and_one_line_about_it():
 
 
 def test_chat_keeps_the_conversation():
-    talk = f"How many blue shapes are there?\n\n/image {FOLDER / 'b.png'}\nHow many shapes are there?\n"
-    done = run("chat", "--image", str(FOLDER / "a.png"), "--device", "cpu", stdin=talk)
+    talk = f"How many blue shapes are there?\n\n/image {EXAMPLES_DIR / 'b.png'}\nHow many shapes are there?\n"
+    done = run("chat", "--image", str(EXAMPLES_DIR / "a.png"), "--device", "cpu", stdin=talk)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2\n") and done.stdout.count("\n") == 2
     assert done.stderr.count("\n") == 2 and "cached" in done.stderr.splitlines()[1]
@@ -59,9 +59,7 @@ def test_a_wrong_call_gets_one_clear_line(args, message):
 
 
 def test_a_wrong_line_does_not_end_a_chat():
-    talk = (
-        f"/image none.png\n/pictures\n/image {FOLDER / 'a.png'}\nHow many blue shapes are there?\n/quit\nnever asked\n"
-    )
+    talk = f"/image none.png\n/pictures\n/image {EXAMPLES_DIR / 'a.png'}\nHow many blue shapes are there?\n/quit\nnever asked\n"
     done = run("chat", "--device", "cpu", stdin=talk)
     assert done.returncode == 0 and done.stdout == "2\n"
     assert "none.png does not exist" in done.stderr and "no command '/pictures'" in done.stderr

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from vila_triton import __main__ as commands
-from vila_triton.engine.engine import Sampling, check_numbers
-from vila_triton.hf.generation import check_arguments
+from vila_triton.engine.engine import SamplingParams, check_sampling_arguments
+from vila_triton.hf.generation import check_generate_arguments
 from vila_triton.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ def refusal(parser: argparse.ArgumentParser, action: argparse.Action, text: str)
 
 @pytest.fixture(scope="module")
 def parsers() -> dict[str, argparse.ArgumentParser]:
-    found: dict[str, argparse.ArgumentParser] = {p.prog: p for p in leaves(commands.parser())}
+    found: dict[str, argparse.ArgumentParser] = {p.prog: p for p in leaves(commands.build_parser())}
 
     def parse(self: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         raise Parsed(self)
@@ -121,18 +121,18 @@ def test_a_number_is_an_option_of_limits_or_of_a_few_choices(parsers: dict[str, 
 def test_arguments_of_sampling_have_the_same_limits(name: str, wrong: Any) -> None:
     how = {"do_sample": True, name: wrong}
     for refused in (
-        lambda: Sampling.of(1, **how),
-        lambda: check_arguments("engine", how),
-        lambda: check_arguments("transformers", how) if name != "seed" else check_numbers(how),
+        lambda: SamplingParams.from_generate_kwargs(1, **how),
+        lambda: check_generate_arguments("engine", how),
+        lambda: check_generate_arguments("transformers", how) if name != "seed" else check_sampling_arguments(how),
     ):
         with pytest.raises(ValueError, match=rf"^{name} is "):
             refused()
 
 
 def test_what_lies_within_is_taken() -> None:
-    half = Limits(float, 0, 1, above=True)
-    assert half("1e-3") == 0.001 and half.check("x", 1) == 1.0 and isinstance(half.check("x", 1), float)
+    half = Limits(float, 0, 1, exclude_minimum=True)
+    assert half("1e-3") == 0.001 and half.validate("x", 1) == 1.0 and isinstance(half.validate("x", 1), float)
     assert str(half) == "a number above 0 and at most 1"
     with pytest.raises(argparse.ArgumentTypeError, match="'0' is given, expected a number above 0 and at most 1"):
         half("0")
-    assert Sampling.of(2, do_sample=True, temperature=2, top_p=1, seed=[5, 7]).seeds == [5, 7]
+    assert SamplingParams.from_generate_kwargs(2, do_sample=True, temperature=2, top_p=1, seed=[5, 7]).seeds == [5, 7]

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from vila_triton.cache.page_allocator import OutOfPages
-from vila_triton.cache.paged_cache import PagedCache
+from vila_triton.cache.paged_cache import PagedKVCache
 from vila_triton.engine import engine
-from vila_triton.engine.engine import Sampling
+from vila_triton.engine.engine import SamplingParams
 from vila_triton.models import llama, vila
 
 MODEL = build(dtype=torch.float32, seed=2, gain=2.0)
@@ -102,8 +102,11 @@ def test_without_a_seed_every_answer_is_drawn_anew_and_torchs_brings_it_back() -
         torch.manual_seed(3)
         again.append(generate(ROWS[1:2], do_sample=True))
     assert again[0] == again[1]
-    assert Sampling.of(2, do_sample=True).seeds != Sampling.of(2, do_sample=True).seeds
-    assert Sampling.of(2).seeds is None
+    assert (
+        SamplingParams.from_generate_kwargs(2, do_sample=True).seeds
+        != SamplingParams.from_generate_kwargs(2, do_sample=True).seeds
+    )
+    assert SamplingParams.from_generate_kwargs(2).seeds is None
 
 
 def test_an_answer_ends_with_its_stop_token_and_shorter_ones_are_padded_with_it() -> None:
@@ -160,18 +163,24 @@ def test_a_streamer_is_told_the_text_of_the_answer() -> None:
         assert heard.text == ("" if skip_prompt else spell([1, 5, 9, 30])) + spell(ANSWERS[0])
 
 
-def conversation(pages: int = 40) -> tuple[PagedCache, dict[int, Tensor], Any]:
+def conversation(pages: int = 40) -> tuple[PagedKVCache, dict[int, Tensor], Any]:
     """A cache of small pages, the rows of the first two prompts in it by sequence, and what `stream` needs besides."""
-    cache = PagedCache(MODEL.geometry.llm, pages, page_size=4, dtype=MODEL.dtype)
-    rows = vila.splice([torch.tensor(row) for row in ROWS[:2]], [9], 61)
-    features = engine.encode_images(MODEL.params, IMAGES[:1], MODEL.geometry).flatten(0, 1).detach()
-    return cache, {cache.table.alloc(): row for row in rows}, features
+    cache = PagedKVCache(MODEL.vila_config.llm, pages, page_size=4, dtype=MODEL.dtype)
+    rows = vila.splice_image_tokens([torch.tensor(row) for row in ROWS[:2]], [9], 61)
+    features = engine.encode_images(MODEL.params, IMAGES[:1], MODEL.vila_config).flatten(0, 1).detach()
+    return cache, {cache.allocator.add_sequence(): row for row in rows}, features
 
 
-def answers(cache: PagedCache, rows: dict[int, Tensor], features: Any, n: int, chunk: int | None = None) -> Any:
+def answers(cache: PagedKVCache, rows: dict[int, Tensor], features: Any, n: int, chunk: int | None = None) -> Any:
     found: dict[int, list[int]] = {seq: [] for seq in rows}
-    for seq, token in engine.stream(
-        MODEL.params, rows, MODEL.geometry, cache, features, Sampling.of(len(rows), max_new_tokens=n), chunk
+    for seq, token in engine.generate_tokens(
+        MODEL.params,
+        rows,
+        MODEL.vila_config,
+        cache,
+        features,
+        SamplingParams.from_generate_kwargs(len(rows), max_new_tokens=n),
+        chunk,
     ):
         found[seq].append(token)
     return found
@@ -190,7 +199,7 @@ def test_a_second_turn_runs_only_what_is_new_and_answers_like_one_prompt(monkeyp
         ran.append(len(x))
         return llama_llama(p, x, *args)
 
-    llama_llama = llama.llama
+    llama_llama = llama.forward
     monkeypatch.setattr(llama, "llama", counted)
     cache, rows, features = conversation()
     first = answers(cache, rows, features, 6)
@@ -209,14 +218,14 @@ def test_a_second_turn_runs_only_what_is_new_and_answers_like_one_prompt(monkeyp
 def test_a_full_cache_stops_the_stream_and_loses_nothing() -> None:
     cache, rows, features = conversation(pages=8)  # 13 + 3 tokens take 5 of them
     heard: dict[int, list[int]] = {seq: [] for seq in rows}
-    how = Sampling.of(2, max_new_tokens=12)
+    how = SamplingParams.from_generate_kwargs(2, max_new_tokens=12)
     with pytest.raises(OutOfPages, match="1 more pages of 4 tokens are needed, but 0 of 8 are free"):
-        for seq, token in engine.stream(MODEL.params, rows, MODEL.geometry, cache, features, how):
+        for seq, token in engine.generate_tokens(MODEL.params, rows, MODEL.vila_config, cache, features, how):
             heard[seq].append(token)
     ends = {seq: len(row) + len(heard[seq]) - 1 for seq, row in rows.items()}
     assert {seq: cache.length(seq) for seq in rows} == ends
     kept, freed = rows
-    cache.table.free(freed)
+    cache.allocator.free_sequence(freed)
     so_far = torch.cat((rows[kept], torch.tensor(heard[kept])))
     rest = answers(cache, {kept: so_far}, features, 3)[kept]
     assert heard[kept] + rest == ANSWERS[0][: len(heard[kept]) + 3]
@@ -227,4 +236,4 @@ def test_a_prompt_that_does_not_fit_leaves_an_empty_cache() -> None:
     for chunk in (None, 4):
         with pytest.raises(OutOfPages):
             answers(cache, rows, features, 1, chunk)
-        assert [cache.length(seq) for seq in rows] == [0, 0] and len(cache.table.free_pages) == 4
+        assert [cache.length(seq) for seq in rows] == [0, 0] and len(cache.allocator.free_pages) == 4

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from bench.correctness.error_budget import DEVICE
-from bench.prefill_memory import measure
+from bench.prefill_memory import measure_prefill
 from vila_triton.models import params, vila
 from vila_triton.registry import discover, use
 from vila_triton.tiny.config import CONFIG
 
 discover()
-PARAMS = params.init(vila.declare(CONFIG, torch.float16), torch.Generator().manual_seed(0))
+PARAMS = params.init_tree(vila.param_specs(CONFIG, torch.float16), torch.Generator().manual_seed(0))
 HERE = torch.device(DEVICE)
 
 
@@ -18,7 +18,7 @@ HERE = torch.device(DEVICE)
 def test_activations_of_a_chunk_do_not_grow_with_the_prompt(chunk: int) -> None:
     p = params.tree_map(lambda x: x.to(HERE), PARAMS)
     with use(prefill_attention="triton"):
-        caches, peaks = zip(*(measure(p, CONFIG, length, chunk, HERE) for length in (96, 144)))
+        caches, peaks = zip(*(measure_prefill(p, CONFIG, length, chunk, HERE) for length in (96, 144)))
         assert caches[1] == 1.5 * caches[0]
         assert peaks[1] - peaks[0] < 1024  # a longer block table and the like
-        assert measure(p, CONFIG, 144, 0, HERE)[1] > 1.5 * peaks[1]
+        assert measure_prefill(p, CONFIG, 144, 0, HERE)[1] > 1.5 * peaks[1]

@@ -11,7 +11,7 @@ from small_tokenizers import HEADERS, of_bytes
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from vila_triton import VilaLlamaForCausalLM
-from vila_triton.chat.prompts import first_round
+from vila_triton.chat.prompts import first_turn_ids
 from vila_triton.chat.templates import TEMPLATES
 from vila_triton.chat.tokenizer import load_tokenizer
 from vila_triton.engine.stopping import StopStrings
@@ -23,7 +23,7 @@ def test_stop_strings_end_an_answer_with_any_tokenizer(loop: str, tmp_path: Path
     small_sentencepiece.place(tmp_path, "small")
     model = VilaLlamaForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, device="cpu", dtype=torch.float32)
     for tokenizer in (load_tokenizer(BUNDLED_CHECKPOINT), load_tokenizer(tmp_path)):
-        ids = torch.tensor([first_round("Describe the picture.", TEMPLATES["vicuna_v1_nosys"], tokenizer)])
+        ids = torch.tensor([first_turn_ids("Describe the picture.", TEMPLATES["vicuna_v1_nosys"], tokenizer)])
         whole = model.generate(ids, max_new_tokens=12, eos_token_id=None)[0].tolist()
         for end in (2, 5, 9):
             text = tokenizer.decode(whole[:end])[-3:]

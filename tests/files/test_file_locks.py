@@ -14,7 +14,7 @@ import pytest
 from bench import compile_sweep
 from bench.measure import rows
 from bench.tuner import table
-from vila_triton.files.file_locks import alone, claim, locked
+from vila_triton.files.file_locks import claim_folder, exclusive_lock, sidecar_lock
 from vila_triton.registry import tuned_tables
 
 WRITERS, EACH = 8, 12
@@ -44,10 +44,10 @@ def test_processes_that_write_one_tuned_table_lose_no_entry(tmp_path: Path) -> N
                 "ranges": [],
                 "otherwise": {"config": {"BLOCK": 8}},
             }
-            table.write(tmp_path, "Toy GPU", {"op": "none", "impl": f"{i}-{j}", **known})
+            table.write_table(tmp_path, "Toy GPU", {"op": "none", "impl": f"{i}-{j}", **known})
 
     together(tune)
-    held = tuned_tables.read(tuned_tables.file_of("Toy GPU", tmp_path))
+    held = tuned_tables.read_table(tuned_tables.table_path("Toy GPU", tmp_path))
     assert {e["impl"] for e in held["entries"]} == {f"{i}-{j}" for i in range(WRITERS) for j in range(EACH)}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["toy-gpu.json", "toy-gpu.json.lock"]
 
@@ -66,7 +66,7 @@ def test_processes_that_append_rows_lose_none(before: str, tmp_path: Path) -> No
 
 
 def test_processes_that_append_to_one_table_of_a_sweep_write_one_head(tmp_path: Path) -> None:
-    together(lambda i: compile_sweep.write(tmp_path / "sweep.csv", [{"op": f"op {i}"}] * EACH))
+    together(lambda i: compile_sweep.append_csv(tmp_path / "sweep.csv", [{"op": f"op {i}"}] * EACH))
     with (tmp_path / "sweep.csv").open(newline="") as opened:
         found = [row["op"] for row in csv.DictReader(opened)]
     assert sorted(found) == sorted(f"op {i}" for i in range(WRITERS) for _ in range(EACH))
@@ -76,22 +76,22 @@ def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
     ready, told = os.pipe()
     child = os.fork()
     if not child:
-        with alone(tmp_path / "table.json"), claim(tmp_path):
+        with sidecar_lock(tmp_path / "table.json"), claim_folder(tmp_path):
             os.write(told, b"1")
             signal.pause()
     os.read(ready, 1)
     with pytest.raises(ValueError, match="is being written by another process"):
-        claim(tmp_path)
+        claim_folder(tmp_path)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    with alone(tmp_path / "table.json"), claim(tmp_path):
+    with sidecar_lock(tmp_path / "table.json"), claim_folder(tmp_path):
         pass
 
 
 def test_who_appends_waits_for_who_mends(tmp_path: Path) -> None:
     """A line that another is still writing looks like one that was cut off."""
     file = tmp_path / "rows.jsonl"
-    with file.open("ab", buffering=0) as opened, locked(opened):
+    with file.open("ab", buffering=0) as opened, exclusive_lock(opened):
         opened.write(b'{"kind": "fir')
         child = os.fork()
         if not child:

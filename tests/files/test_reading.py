@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from vila_triton.files.reading import DEPTH, LoadError, listed, parse_json, read_json, require_file, require_own, shown
+from vila_triton.files.reading import (
+    MAX_JSON_DEPTH,
+    LoadError,
+    join_items,
+    parse_json,
+    read_json,
+    require_contained,
+    require_file,
+    short_repr,
+)
 
 WRONG = {
     "not closed": (b'{"a": 1', "is not JSON"),
@@ -22,7 +31,10 @@ WRONG = {
     "half a pair of surrogates": (b'{"a": "\\ud83d"}', "holds half of a character"),
     "a list": (b"[1]", "holds a list, expected an object"),
     "a text": (b'"a"', "holds a str, expected an object"),
-    "one level too many": (b'{"a":' * (DEPTH + 1) + b"1" + b"}" * (DEPTH + 1), "is nested deeper than 64"),
+    "one level too many": (
+        b'{"a":' * (MAX_JSON_DEPTH + 1) + b"1" + b"}" * (MAX_JSON_DEPTH + 1),
+        "is nested deeper than 64",
+    ),
     "100,000 levels": (b'{"a":' + b"[" * 10**5 + b"]" * 10**5 + b"}", "is nested deeper than 64"),
 }
 
@@ -44,7 +56,7 @@ def test_json_that_is_right_is_read(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"^line 3 is not JSON"):
         parse_json("]", "line 3")
     with pytest.raises(LoadError, match=r"a.json is not read: it has \d+ bytes, expected at most 10"):
-        read_json(tmp_path / "a.json", limit=10)
+        read_json(tmp_path / "a.json", max_bytes=10)
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +77,12 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_lists_and_values_are_shortened() -> None:
-    assert listed([1, 2, 3]) == "1, 2, 3" and listed(range(10**4), 3) == "0, 1, 2, and 9997 more"
-    assert len(shown("x" * 10**6)) < 100 and len(shown([["y" * 10**6] * 9] * 99)) < 120 and shown("ab") == "'ab'"
+    assert join_items([1, 2, 3]) == "1, 2, 3" and join_items(range(10**4), 3) == "0, 1, 2, and 9997 more"
+    assert (
+        len(short_repr("x" * 10**6)) < 100
+        and len(short_repr([["y" * 10**6] * 9] * 99)) < 120
+        and short_repr("ab") == "'ab'"
+    )
 
 
 def hub(folder: Path) -> Path:
@@ -82,12 +98,12 @@ def hub(folder: Path) -> Path:
 
 def test_links_are_followed_within_a_checkpoint_and_to_blobs_of_the_hub(tmp_path: Path) -> None:
     snapshot = hub(tmp_path)
-    require_own(snapshot, snapshot, snapshot / "llm")
+    require_contained(snapshot, snapshot, snapshot / "llm")
     (tmp_path / "link").symlink_to(snapshot)
-    require_own(tmp_path / "link", tmp_path / "link", tmp_path / "link/llm")
+    require_contained(tmp_path / "link", tmp_path / "link", tmp_path / "link/llm")
     (snapshot / "again.json").symlink_to("config.json")
     (snapshot / "nowhere").symlink_to("none.json")
-    require_own(snapshot, snapshot)
+    require_contained(snapshot, snapshot)
 
 
 @pytest.mark.parametrize("to", ["/etc/passwd", "../../../secret", "/etc", "round"])
@@ -96,14 +112,14 @@ def test_links_out_of_a_checkpoint_are_refused(to: str, tmp_path: Path) -> None:
     (tmp_path / "secret").touch()
     (snapshot / "llm/round").symlink_to(to)
     with pytest.raises(LoadError, match=r"llm/round (leads out of the checkpoint, to |is a symbolic link in a circle)"):
-        require_own(snapshot, snapshot, snapshot / "llm")
+        require_contained(snapshot, snapshot, snapshot / "llm")
     (snapshot / "llm/round").unlink()
     (snapshot / "tower").symlink_to("/usr")
     with pytest.raises(LoadError, match="tower leads out of the checkpoint, to /usr; put what is there into"):
-        require_own(snapshot, snapshot / "tower")
+        require_contained(snapshot, snapshot / "tower")
 
 
 def test_a_fifo_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "tokenizer.json")
     with pytest.raises(LoadError, match=r"tokenizer.json is a FIFO"):
-        require_own(tmp_path, tmp_path)
+        require_contained(tmp_path, tmp_path)

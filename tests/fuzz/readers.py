@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from vila_triton.checkpoints.shard_writer import JOURNAL
+from vila_triton.checkpoints.shard_writer import JOURNAL_NAME
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.quantization import resumable
 from vila_triton.registry import tuned_tables
@@ -128,17 +128,17 @@ READERS = {
             whole_tables,
             mutate.of_json,
             look_up,
-            errors=(ValueError, OSError, tuned_tables.Stale),
+            errors=(ValueError, OSError, tuned_tables.StaleTableError),
         ),
         Reader("tuner journal", 1000, ROWS, whole_journals, mutate.of_lines, search_on),
         Reader(
             "shard journal",
             400,
-            JOURNAL,
+            JOURNAL_NAME,
             whole_shard_journals,
             mutate.of_json,
             write_on,
-            (JOURNAL, "folder holds the beginnings of other work"),
+            (JOURNAL_NAME, "folder holds the beginnings of other work"),
         ),
         Reader(
             "work journal",
@@ -155,7 +155,7 @@ READERS = {
             "quantization.json",
             partial(whole_work, "quantization.json"),
             mutate.of_json,
-            lambda folder: resumable.wrote(folder, folder, "ours"),
+            lambda folder: resumable.already_written(folder, folder, "ours"),
         ),
         Reader(
             "step of the quantiser",

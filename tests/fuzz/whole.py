@@ -14,24 +14,24 @@ from safetensors.torch import save
 
 from bench import tune
 from bench.correctness import repro_bundle
-from bench.correctness.error_budget import arguments
+from bench.correctness.error_budget import example_args
 from bench.tuner import journal, table
-from vila_triton.chat.cli_session import frames_of
-from vila_triton.chat.conversation import Conversation, Talker
-from vila_triton.chat.conversation_file import resume
-from vila_triton.chat.conversation_file import save as save_conversation
-from vila_triton.checkpoints.loading import open_source, read_json, require_fits
-from vila_triton.checkpoints.shard_writer import JOURNAL, Shards
+from vila_triton.chat.cli_session import default_num_frames
+from vila_triton.chat.conversation import ChatModel, Conversation
+from vila_triton.chat.conversation_file import load_conversation
+from vila_triton.chat.conversation_file import save_conversation as save_conversation
+from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint, read_json
+from vila_triton.checkpoints.shard_writer import JOURNAL_NAME, ShardWriter
 from vila_triton.checkpoints.tensor_files import open_tensors
 from vila_triton.hf.processing_vila import VilaProcessor
-from vila_triton.images.processing import frames, open_image
+from vila_triton.images.processing import load_video_frames, open_image
 from vila_triton.models.config import LlamaConfig
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.quantization import awq_cache_file, calibration_data, report, resumable
 from vila_triton.quantization import pipeline as awq
 from vila_triton.registry import OPS, discover, tuned_tables
-from vila_triton.registry.search_space import canonical, digest
-from vila_triton.tiny.examples import FOLDER as EXAMPLES
+from vila_triton.registry.search_space import canonical_json, short_hash
+from vila_triton.tiny.examples import EXAMPLES_DIR as EXAMPLES
 
 from . import mutate
 from .worker import PLANTED
@@ -57,7 +57,7 @@ def touch_all(path: Path) -> None:
     tensors = open_tensors(path)
     for name in tensors:
         tensors[name].clone()
-        tensors.forget(name)
+        tensors.release(name)
 
 
 def whole_safetensors(folder: Path) -> list[bytes]:
@@ -96,8 +96,8 @@ def checkpoint(file: str, folder: Path, source: Path = BUNDLED_CHECKPOINT, whole
 
 def talk(folder: Path) -> None:
     """What `ask` does: everything is read, a question with a picture is answered."""
-    frames_of(folder)
-    talker = Talker.from_pretrained(folder, "cpu")
+    default_num_frames(folder)
+    talker = ChatModel.from_pretrained(folder, "cpu")
     list(Conversation(talker).ask("How many shapes?", [picture()], max_new_tokens=2))
 
 
@@ -148,8 +148,8 @@ def process(folder: Path) -> None:
 
 
 @lru_cache
-def talker() -> Talker:
-    return Talker.from_pretrained(BUNDLED_CHECKPOINT, "cpu")
+def talker() -> ChatModel:
+    return ChatModel.from_pretrained(BUNDLED_CHECKPOINT, "cpu")
 
 
 def whole_conversations(folder: Path) -> list[bytes]:
@@ -163,7 +163,7 @@ def whole_conversations(folder: Path) -> list[bytes]:
 
 
 def go_on(folder: Path) -> None:
-    conversation = resume(talker(), folder / "talk")
+    conversation = load_conversation(talker(), folder / "talk")
     list(conversation.ask("Describe the picture.", max_new_tokens=2))
     save_conversation(conversation, folder / "talk")
 
@@ -190,11 +190,11 @@ def filmed(kind: str, folder: Path) -> list[bytes]:
 
 
 def look(folder: Path) -> None:
-    talker().pixels([open_image(folder / "picture")])
+    talker().preprocess_images([open_image(folder / "picture")])
 
 
 def watch(folder: Path) -> None:
-    frames(folder / "film", 3)
+    load_video_frames(folder / "film", 3)
 
 
 # Bundles, tables, journals
@@ -206,7 +206,7 @@ def whole_bundles(folder: Path) -> list[bytes]:
     norm = {"rows": 2, "e": 8, "dtype": "float16"}
     found = []
     for op, sizes in (("int4_matmul", weight), ("rms_norm", norm)):
-        args = arguments(OPS[op], 0, **sizes)
+        args = example_args(OPS[op], 0, **sizes)
         repro_bundle.save(folder / op, OPS[op].impls["reference"], {}, args, 0, "strided", sizes, "a test")
         found.append((folder / op).read_bytes())
     return found
@@ -217,7 +217,7 @@ def call_again(folder: Path) -> None:
 
 
 SEARCH = {"op": "int4_matmul", "impl": "gemv", "kernel": "a", "space": "b", "triton": "3", "device": "Toy GPU"}
-ROWS = f"int4_matmul-gemv-{digest(canonical(SEARCH).encode())}.jsonl"
+ROWS = f"int4_matmul-gemv-{short_hash(canonical_json(SEARCH).encode())}.jsonl"
 CONFIGS = ({"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4}, {"BLOCK_N": 32, "BLOCK_K": 256, "num_warps": 2})
 
 
@@ -239,14 +239,14 @@ def whole_journals(folder: Path) -> list[bytes]:
 
 def search_on(folder: Path) -> None:
     """What `bench.tune` does with a journal that it finds."""
-    journal.searches(folder, "int4_matmul", "gemv")
+    journal.find_journals(folder, "int4_matmul", "gemv")
     held = journal.Journal(folder, SEARCH)
-    rows, varying = list(held.found["tune"].values()), OPS["int4_matmul"].varying
-    for kind in held.found:
+    rows, varying = list(held.entries["tune"].values()), OPS["int4_matmul"].dynamic_sizes
+    for kind in held.entries:
         held.get(kind, CONFIGS[0], {"m": 1})
-    if entry := table.entry(SEARCH, rows, varying):
-        table.write(folder / "tables", "Toy GPU", entry)
-        list(table.report(rows, CONFIGS[0], varying))
+    if entry := table.build_entry(SEARCH, rows, varying):
+        table.write_table(folder / "tables", "Toy GPU", entry)
+        list(table.regret_report(rows, CONFIGS[0], varying))
 
 
 def whole_tables(folder: Path) -> list[bytes]:
@@ -262,11 +262,11 @@ def whole_tables(folder: Path) -> list[bytes]:
         entry = {
             "op": "int4_matmul",
             "impl": name,
-            **tuned_tables.identity(impl),
+            **tuned_tables.entry_fingerprint(impl),
             "ranges": ranges,
             "otherwise": otherwise,
         }
-        file = table.write(folder, "Toy GPU", entry)
+        file = table.write_table(folder, "Toy GPU", entry)
     held = json.loads(file.read_text())
     held["choices"]["int4_matmul"] = {"first": 1, "last": 8, "choice": [[1, "gemv"], "packed"]}
     return [json.dumps(held).encode()]
@@ -274,23 +274,28 @@ def whole_tables(folder: Path) -> list[bytes]:
 
 def look_up(folder: Path) -> None:
     """What a call on a GPU does, then `bench.tune`: it lists what is stale, and writes an entry anew."""
-    for cached in (tuned_tables.table_of, tuned_tables.entry_of, tuned_tables.choice_of, tuned_tables.config_at):
+    for cached in (
+        tuned_tables.load_table,
+        tuned_tables.valid_entry,
+        tuned_tables.table_choice,
+        tuned_tables.tuned_config_at,
+    ):
         cached.cache_clear()
     with (
         patch.object(tuned_tables, "folder", lambda: folder),
         patch.object(tuned_tables, "name_of", lambda device: "Toy GPU"),
     ):
         for phase in ("prefill", "decode"):
-            tuned_tables.kernels_for(torch.device("cuda"), phase)
+            tuned_tables.default_choices_for(torch.device("cuda"), phase)
         for name in ("packed", "gemv"):
             for m in (1, 8, 10**6):
                 sizes = {"m": m, "n": 64, "G": 2, "group": 64, "dtype": "float16"}
-                config = tuned_tables.config_at(OPS["int4_matmul"].impls[name], "Toy GPU", tuple(sizes.items()))
+                config = tuned_tables.tuned_config_at(OPS["int4_matmul"].impls[name], "Toy GPU", tuple(sizes.items()))
                 assert config is None or dict(**config)
-    list(tune.stale(folder))
-    kept = next((e for e in tuned_tables.read(folder / "toy-gpu.json")["entries"] if e["impl"] == "packed"), None)
+    list(tune.stale_entries(folder))
+    kept = next((e for e in tuned_tables.read_table(folder / "toy-gpu.json")["entries"] if e["impl"] == "packed"), None)
     if kept:
-        table.write(folder, "Toy GPU", {**kept, "impl": "splitk"})
+        table.write_table(folder, "Toy GPU", {**kept, "impl": "splitk"})
 
 
 # The quantiser
@@ -299,39 +304,39 @@ def look_up(folder: Path) -> None:
 META = {name: torch.empty(4, 4, device="meta", dtype=torch.float16) for name in "abc"}
 
 
-def shards(folder: Path) -> Shards:
-    return Shards(folder, META, "a test", limit=40)
+def shards(folder: Path) -> ShardWriter:
+    return ShardWriter(folder, META, "a test", max_shard_bytes=40)
 
 
 def whole_shard_journals(folder: Path) -> list[bytes]:
     begun = shards(folder)
     for name in ("a", "b"):
-        begun.put(name, torch.ones(4, 4, dtype=torch.float16))
-    return [(folder / JOURNAL).read_bytes()]
+        begun.write_tensor(name, torch.ones(4, 4, dtype=torch.float16))
+    return [(folder / JOURNAL_NAME).read_bytes()]
 
 
 def write_on(folder: Path) -> None:
     held = shards(folder)
     for name in sorted(held.missing):
-        held.put(name, torch.ones(4, 4, dtype=torch.float16))
+        held.write_tensor(name, torch.ones(4, 4, dtype=torch.float16))
     held.close()
     touch_all(folder)
 
 
-def prompts() -> calibration_data.Prompts:
-    return calibration_data.Prompts([torch.randint(0, 128, (8,), generator=generator()) for _ in range(2)], None)
+def prompts() -> calibration_data.CalibrationSet:
+    return calibration_data.CalibrationSet([torch.randint(0, 128, (8,), generator=generator()) for _ in range(2)], None)
 
 
 def rounded(folder: Path) -> None:
     """`quantize` goes on with its work, which is done, and writes its report."""
-    resumable.wrote(folder, folder, "ours")
-    source, how = open_source(BUNDLED_CHECKPOINT), resumable.How(group=64)
-    made = awq.run(source, folder, how, prompts(), torch.device("cpu"))
+    resumable.already_written(folder, folder, "ours")
+    source, how = open_checkpoint(BUNDLED_CHECKPOINT), resumable.QuantizeConfig(group_size=64)
+    made = awq.quantize_checkpoint(source, folder, how, prompts(), torch.device("cpu"))
     for name in made.tensors["llm"]:
         made.tensors["llm"][name].clone()
-    require_fits(made)
-    about = {"method": "awq", "work": resumable.key_of(folder), "format": "ours"}
-    report.write(folder, about, {"llm": resumable.reports(folder, "llm")})
+    check_checkpoint(made)
+    about = {"method": "awq", "work": resumable.read_work_key(folder), "format": "ours"}
+    report.write_report(folder, about, {"llm": resumable.read_reports(folder, "llm")})
 
 
 def whole_work(file: str, folder: Path) -> list[bytes]:
@@ -352,7 +357,7 @@ def whole_caches(folder: Path) -> list[bytes]:
 
 
 def load_cache(folder: Path) -> None:
-    awq_cache_file.load(
+    awq_cache_file.load_awq_cache(
         folder / "found.pt",
         LlamaConfig.from_dict(read_json(BUNDLED_CHECKPOINT / "llm" / "config.json")),
         64,
@@ -361,8 +366,8 @@ def load_cache(folder: Path) -> None:
 
 
 def calibrate(file: str, folder: Path) -> None:
-    samples = calibration_data.choose(list(calibration_data.read([folder / file])), 4, 0)
-    calibration_data.prompts(samples, talker().tokenizer, talker().processor, talker().model.config, 16)
+    samples = calibration_data.sample_subset(list(calibration_data.read_samples([folder / file])), 4, 0)
+    calibration_data.build_calibration_set(samples, talker().tokenizer, talker().processor, talker().model.config, 16)
 
 
 def whole_lines(folder: Path) -> list[bytes]:

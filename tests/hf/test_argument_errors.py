@@ -13,8 +13,8 @@ from PIL import Image
 from bench.correctness import repro_bundle
 from bench.measure import rows
 from vila_triton import VilaProcessor, ops
-from vila_triton.chat.conversation import Conversation, Talker
-from vila_triton.checkpoints.random_checkpoint import table
+from vila_triton.chat.conversation import ChatModel, Conversation
+from vila_triton.checkpoints.random_checkpoint import read_model_toml
 from vila_triton.models.config import LlamaConfig
 from vila_triton.quantization import awq_cache_file, calibration_data
 from vila_triton.registry import OPS
@@ -25,17 +25,17 @@ A = TINY.parent / "examples" / "a.png"
 
 
 @pytest.fixture(scope="module")
-def talker() -> Talker:
-    return Talker.from_pretrained(str(TINY), limit=99)
+def talker() -> ChatModel:
+    return ChatModel.from_pretrained(str(TINY), max_pages=99)
 
 
 def arguments(op: Op) -> dict[str, Any]:
     sizes = {name: getattr(size, "low", None) or getattr(size, "values", [1])[0] for name, size in op.domain.items()}
     names = list(inspect.signature(op.reference).parameters)
-    return dict(zip(names, op.example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu")))
+    return dict(zip(names, op.make_example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu")))
 
 
-OPTIONAL = {"bias", "policy", "lse"}
+OPTIONAL = {"bias", "numerics", "return_lse"}
 
 
 @pytest.mark.parametrize("name", sorted(OPS))
@@ -70,7 +70,7 @@ MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("mistake", MODEL)
-def test_the_model_says_what_it_takes(talker: Talker, mistake: str) -> None:
+def test_the_model_says_what_it_takes(talker: ChatModel, mistake: str) -> None:
     call, told = MODEL[mistake]
     with pytest.raises((TypeError, ValueError), match=told):
         call(talker.model)
@@ -93,7 +93,7 @@ def test_the_processor_says_what_it_takes(mistake: str) -> None:
         call(VilaProcessor.from_pretrained(TINY))
 
 
-def test_conversations_take_a_text_and_pictures_or_their_files(talker: Talker) -> None:
+def test_conversations_take_a_text_and_pictures_or_their_files(talker: ChatModel) -> None:
     def answer(question: Any, *pictures: Any) -> list[int]:
         return list(Conversation(talker).ask(question, *pictures, max_new_tokens=2))
 
@@ -106,21 +106,21 @@ def test_conversations_take_a_text_and_pictures_or_their_files(talker: Talker) -
             answer(*wrong)
     for limit in (0, -1, 1.5, "x", True):
         with pytest.raises(ValueError, match=f"limit is {limit!r}, expected a whole number of at least 1"):
-            Talker(talker.model, talker.tokenizer, talker.processor, limit=limit)  # pyright: ignore[reportArgumentType]
+            ChatModel(talker.model, talker.tokenizer, talker.processor, max_pages=limit)  # pyright: ignore[reportArgumentType]
 
 
 def test_files_that_are_none_are_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(ValueError, match="fifo is a FIFO, expected a file"):
-        next(calibration_data.read([tmp_path / "fifo"]))
+        next(calibration_data.read_samples([tmp_path / "fifo"]))
     with pytest.raises(ValueError, match=r"a\.png is no TOML"):
-        table(A)
+        read_model_toml(A)
     for read in (repro_bundle.load, lambda path: next(rows.read(path))):
         with pytest.raises(ValueError, match="fifo is a FIFO, expected a file"):
             read(tmp_path / "fifo")
     for path, told in ((tmp_path / "fifo", "is a FIFO, expected a file"), (A, r"\(torch.save of scale and clip\)$")):
         with pytest.raises(ValueError, match=told):  # without torch's advice, which is to run what the file says
-            awq_cache_file.load(path, LlamaConfig(128, 64, 128, 1, 2, 2, 32), 32, torch.float16)
+            awq_cache_file.load_awq_cache(path, LlamaConfig(128, 64, 128, 1, 2, 2, 32), 32, torch.float16)
 
 
 def test_a_debug_mode_there_is_not_is_told_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:

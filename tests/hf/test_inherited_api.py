@@ -10,7 +10,7 @@ from hf_reference import build, pictures
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, ProcessorMixin
 
 from vila_triton import VilaLlamaForCausalLM, VilaProcessor
-from vila_triton.hf.unsupported import ARGUMENTS, METHODS
+from vila_triton.hf.unsupported import UNSUPPORTED_ARGUMENTS, UNSUPPORTED_METHODS
 from vila_triton.models.config import ConfigError, LlamaConfig
 from vila_triton.paths import BUNDLED_CHECKPOINT
 
@@ -53,10 +53,12 @@ WORKS: dict[str, Callable[[Any], Any]] = {
 def test_every_inherited_method_works_or_says_why_not() -> None:
     names = {name for cls in HUGGING_FACES for name in vars(cls) if not name.startswith("_")}
     names = {name for name in names if callable(getattr(VilaLlamaForCausalLM, name, None))}
-    assert not names - {*INNER.split(), *WORKS, *METHODS}, "a method of transformers that nobody has looked at"
+    assert not names - {*INNER.split(), *WORKS, *UNSUPPORTED_METHODS}, (
+        "a method of transformers that nobody has looked at"
+    )
     for call in WORKS.values():
         call(MODEL)
-    for name in METHODS.keys() & names:
+    for name in UNSUPPORTED_METHODS.keys() & names:
         with pytest.raises(NotImplementedError, match=f"^VilaLlamaForCausalLM has no {name}: "):
             getattr(MODEL, name)()
 
@@ -68,11 +70,13 @@ def test_every_argument_of_generation_works_or_says_why_not() -> None:
     neutral = {"transformers_version", "forced_bos_token_id", "decoder_start_token_id", "bos_token_id", "max_length"}
     neutral |= {"compile_config", "disable_compile", "continuous_batching_config", "max_new_tokens"}
     names = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - neutral
-    assert not names - {*VALUES, *ARGUMENTS}, "an argument of transformers that nobody has looked at"
+    assert not names - {*VALUES, *UNSUPPORTED_ARGUMENTS}, "an argument of transformers that nobody has looked at"
     for name in VALUES:
         assert MODEL.generate(IDS, **everything(name)) is not None
-    for name in ARGUMENTS:
-        with pytest.raises(ValueError, match=f"loop=.transformers. does not honour {name}: {ARGUMENTS[name][:20]}"):
+    for name in UNSUPPORTED_ARGUMENTS:
+        with pytest.raises(
+            ValueError, match=f"loop=.transformers. does not honour {name}: {UNSUPPORTED_ARGUMENTS[name][:20]}"
+        ):
             MODEL.generate(IDS, loop="transformers", **{name: 3})
     how: Any = GenerationConfig(max_new_tokens=2, guidance_scale=2.0)
     with pytest.raises(ValueError, match="does not honour guidance_scale"):

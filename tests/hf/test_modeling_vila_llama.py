@@ -10,8 +10,8 @@ from hf_reference import Oracle, build, exact_norms, padded, pictures, words
 from torch import Tensor
 
 from vila_triton import use
-from vila_triton.cache.paged_cache import PagedCache
-from vila_triton.ops import leaves, linear, rms_norm
+from vila_triton.cache.paged_cache import PagedKVCache
+from vila_triton.ops import linear, page_tensors, rms_norm
 from vila_triton.registry import Op
 
 MODEL = build()
@@ -30,18 +30,18 @@ def same(got: Tensor, expected: Tensor = WHOLE) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
 
 
-def state(cache: PagedCache) -> list[tuple[int, list[int], Tensor]]:
+def state(cache: PagedKVCache) -> list[tuple[int, list[int], Tensor]]:
     """What each sequence holds: its length, its pages and the keys in them."""
     return [
-        (s.length, list(s.pages), leaves(cache.k_pages)[0][:, s.pages].flatten(1, 2)[:, : s.length].clone())
-        for s in cache.table.sequences.values()
+        (s.length, list(s.pages), page_tensors(cache.k_pages)[0][:, s.pages].flatten(1, 2)[:, : s.length].clone())
+        for s in cache.allocator.sequences.values()
     ]
 
 
-def unchanged(cache: PagedCache, before: list[tuple[int, list[int], Tensor]]) -> bool:
+def unchanged(cache: PagedKVCache, before: list[tuple[int, list[int], Tensor]]) -> bool:
     return (
         all(a[:2] == b[:2] and torch.equal(a[2], b[2]) for a, b in zip(state(cache), before, strict=True))
-        and len(cache.table.free_pages) + len(cache.table.references) == cache.table.pages
+        and len(cache.allocator.free_pages) + len(cache.allocator.ref_counts) == cache.allocator.num_pages
     )
 
 
@@ -125,9 +125,9 @@ def test_use_cache_false_reads_the_past_and_keeps_nothing() -> None:
             out = MODEL(IDS[:, 9:], use_cache=False, chunk_prefilling=chunk_prefilling, **how)
             same(out.logits, WHOLE[:, 17:])
             assert out.past_key_values is None and unchanged(cache, before)
-        pages = cache.table.pages
+        pages = cache.allocator.num_pages
         MODEL(IDS[:, 9:], use_cache=False, **how)
-        assert cache.table.pages == pages  # what the first call borrowed is enough for the next
+        assert cache.allocator.num_pages == pages  # what the first call borrowed is enough for the next
     assert MODEL.cache is own
 
 

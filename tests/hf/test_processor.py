@@ -11,11 +11,11 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, TextStreamer
 
 from vila_triton import VilaLlamaConfig, VilaLlamaForCausalLM, VilaProcessor
-from vila_triton.chat.conversation import Conversation, Talker
+from vila_triton.chat.conversation import ChatModel, Conversation
 from vila_triton.paths import BUNDLED_CHECKPOINT
-from vila_triton.tiny.examples import FOLDER
+from vila_triton.tiny.examples import EXAMPLES_DIR
 
-PICTURES = [Image.open(FOLDER / f"{name}.png") for name in "abcd"]
+PICTURES = [Image.open(EXAMPLES_DIR / f"{name}.png") for name in "abcd"]
 QUESTION = "How many blue shapes are there?"
 
 
@@ -37,7 +37,7 @@ def message(question: str, *pictures: Any) -> list[dict]:
 def test_auto_classes_load_it_in_the_dtype_and_with_the_settings_asked_for(processor: Any, model: Any) -> None:
     assert isinstance(AutoConfig.from_pretrained(BUNDLED_CHECKPOINT), VilaLlamaConfig)
     assert isinstance(model, VilaLlamaForCausalLM) and isinstance(processor, VilaProcessor)
-    assert (model.dtype, model.device.type, model.new_cache(1).table.page_size) == (torch.float32, "cpu", 32)
+    assert (model.dtype, model.device.type, model.new_cache(1).allocator.page_size) == (torch.float32, "cpu", 32)
     with pytest.raises(TypeError, match="takes config, device and dtype, and not device_map"):
         AutoModelForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, device_map="auto")
 
@@ -56,9 +56,9 @@ def test_messages_to_streamed_text_as_in_a_conversation(processor: Any, model: A
     streamer: Any = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: heard.append(text)
     answer = model.generate(**inputs, max_new_tokens=16, streamer=streamer, loop=loop)
-    talker = Talker(model, processor.tokenizer, processor.image_processor)
+    talker = ChatModel(model, processor.tokenizer, processor.image_processor)
     assert answer.tolist() == [list(Conversation(talker).ask(QUESTION, PICTURES[:1]))]
-    assert inputs["input_ids"].tolist() == [talker.prompt(QUESTION, 1)]
+    assert inputs["input_ids"].tolist() == [talker.prompt_ids(QUESTION, 1)]
     assert "".join(heard).strip() == processor.batch_decode(answer, skip_special_tokens=True)[0] == "2"
 
 
@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_refused(processor: Any, how: dict, kind: type[Exce
 
 
 def test_a_path_is_the_picture_in_the_file(processor: Any) -> None:
-    path = FOLDER / "a.png"
+    path = EXAMPLES_DIR / "a.png"
     parts = [{"type": "image", "path": str(path)}, {"type": "text", "text": "x"}]
     talk = [{"role": "user", "content": parts}]
     inputs = processor.apply_chat_template(talk, tokenize=True, return_dict=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vila_triton.images.processing import ImageError, frames, open_image, rgb
+from vila_triton.images.processing import ImageError, load_video_frames, open_image, to_rgb
 
 RED, GREEN, CLEAR = (255, 0, 0, 255), (0, 128, 0, 128), (10, 20, 30, 0)
 
@@ -35,7 +35,7 @@ def test_pictures_stand_upright(orientation: int, tmp_path: Path) -> None:
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
     shown = open_image(tmp_path / "a.png")
     assert shown.mode == "RGB" and (array(shown)[..., 0] == upright).all()
-    assert rgb(shown).tobytes() == shown.tobytes()  # once is enough
+    assert to_rgb(shown).tobytes() == shown.tobytes()  # once is enough
 
 
 def with_alpha() -> Image.Image:
@@ -73,7 +73,7 @@ def test_cmyk_and_big_endian_pictures_are_read(tmp_path: Path) -> None:
     Image.new("CMYK", (8, 8), (0, 0, 0, 255)).save(tmp_path / "a.jpg")
     assert array(open_image(tmp_path / "a.jpg")).max() == 0
     grey = Image.frombytes("I;16B", (2, 1), (65535).to_bytes(2, "big") + (257).to_bytes(2, "big"))
-    assert array(rgb(grey))[0, :, 0].tolist() == [255, 1]
+    assert array(to_rgb(grey))[0, :, 0].tolist() == [255, 1]
 
 
 REFUSED: dict[str, tuple[Image.Image, str]] = {
@@ -87,7 +87,7 @@ REFUSED: dict[str, tuple[Image.Image, str]] = {
 @pytest.mark.parametrize("image, message", REFUSED.values(), ids=REFUSED)
 def test_a_picture_that_cannot_be_shown_is_refused(image: Image.Image, message: str, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=message):
-        rgb(image)
+        to_rgb(image)
     if image.width:
         image.save(tmp_path / "a.tiff")
         with pytest.raises(ImageError, match=f"a.tiff cannot be read as a picture: .*{message}"):
@@ -110,9 +110,9 @@ def test_frames_are_as_many_pixels_as_a_picture_may_have(tmp_path: Path, monkeyp
     first, *rest = film(9)
     first.save(tmp_path / "a.gif", save_all=True, append_images=rest)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4 * 96)
-    assert len(frames(tmp_path / "a.gif", 4)) == 4
+    assert len(load_video_frames(tmp_path / "a.gif", 4)) == 4
     with pytest.raises(ImageError, match=r"a.gif .*: 5 frames of 12 x 8 are more than 384 pixels"):
-        frames(tmp_path / "a.gif", 5)
+        load_video_frames(tmp_path / "a.gif", 5)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tiff", "bmp"])
@@ -168,7 +168,7 @@ def test_a_video_is_seen_at_even_moments(count: int, n: int, suffix: str, tmp_pa
         how: dict[str, Any] = {"lossless": True} if suffix == "webp" else {}
         video[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=video[1:], duration=40, **how)
         video = tmp_path / f"a.{suffix}"
-    seen = frames(video, n)
+    seen = load_video_frames(video, n)
     assert {image.size for image in seen} == {(12, 8)} and {image.mode for image in seen} == {"RGB"}
     assert greys(seen) == [8 * i + 8 if i >= 0 else 0 for i in SEEN[count, n]]
 
@@ -176,7 +176,7 @@ def test_a_video_is_seen_at_even_moments(count: int, n: int, suffix: str, tmp_pa
 def test_the_still_picture_of_an_animation_is_no_frame(tmp_path: Path) -> None:
     still, *moving = film(4)
     still.save(tmp_path / "a.png", save_all=True, append_images=moving, default_image=True)
-    assert greys(frames(tmp_path / "a.png", 3)) == [16, 24, 32]
+    assert greys(load_video_frames(tmp_path / "a.png", 3)) == [16, 24, 32]
 
 
 def test_what_is_no_video_and_no_picture_is_refused(tmp_path: Path) -> None:
@@ -185,13 +185,13 @@ def test_what_is_no_video_and_no_picture_is_refused(tmp_path: Path) -> None:
     first.save(tmp_path / "a.gif", save_all=True, append_images=rest)
     (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(99))
     with pytest.raises(ImageError, match=r"a.png cannot be read as a video .*it is one picture"):
-        frames(tmp_path / "a.png", 2)
+        load_video_frames(tmp_path / "a.png", 2)
     with pytest.raises(
         ImageError, match=r"a.gif cannot be read as a picture: it is animated \(3 frames\); give it as a"
     ):
         open_image(tmp_path / "a.gif")
     with pytest.raises(ImageError, match=r"a.mp4 cannot be read as a video \(an animated GIF, WebP or PNG\)"):
-        frames(tmp_path / "a.mp4", 2)
+        load_video_frames(tmp_path / "a.mp4", 2)
     for video, n, message in ((film(2), 0, "at least 1 frame, not 0"), ([], 2, "a video of no frames")):
         with pytest.raises(ValueError, match=message):
-            frames(video, n)
+            load_video_frames(video, n)

@@ -14,7 +14,7 @@ from reference_preprocessing import written_out
 from reference_towers import CLIP, INTERN, SIGLIP
 from safetensors.torch import save_file
 
-from vila_triton.images.processing import ImageError, image_processor, pixels
+from vila_triton.images.processing import ImageError, load_image_processor, preprocess_images
 from vila_triton.models.config import VisionConfig
 
 CLIP_FILE = {
@@ -70,48 +70,48 @@ CASES: dict[str, tuple[dict, dict | None, dict, int]] = {
 def test_pixels_are_the_arithmetic_of_vila(
     tower: dict, file: dict | None, top: dict, side: int, mode: str | None, tmp_path: Path
 ) -> None:
-    processor = image_processor(folder(tmp_path, tower, file, **top))
+    processor = load_image_processor(folder(tmp_path, tower, file, **top))
     pictures = [noise(47, 33), noise(30, 71, 1), noise(25, 25, 2), noise(9, 64, 3)]
-    ours = pixels(pictures, processor, mode)
+    ours = preprocess_images(pictures, processor, mode)
     assert ours.dtype == torch.float32 and ours.shape == (4, 3, side, side)
     expected = np.stack([written_out(picture, tower["model_type"], mode, side) for picture in pictures])
     np.testing.assert_allclose(ours.numpy(), expected, rtol=0, atol=1e-5)
     processor.save_pretrained(tmp_path / "alone" / "vision_tower")
-    alone = image_processor(tmp_path / "alone")  # its sizes are in its file
-    assert torch.equal(pixels(pictures, alone, mode), ours)
+    alone = load_image_processor(tmp_path / "alone")  # its sizes are in its file
+    assert torch.equal(preprocess_images(pictures, alone, mode), ours)
 
 
 def test_the_processor_fits_the_model_it_is_read_for() -> None:
     model = build(
         config(vision=CLIP, mm_projector_cfg={"mm_projector_type": "mlp_downsample"}, **S2, mm_hidden_size=48)
     )
-    processor = image_processor(Path("nowhere"), model.geometry.vision_tower)
-    assert model.encode_images(pixels([noise(33, 21)], processor, None)).shape == (1, 9, 32)
+    processor = load_image_processor(Path("nowhere"), model.vila_config.vision_tower)
+    assert model.encode_images(preprocess_images([noise(33, 21)], processor, None)).shape == (1, 9, 32)
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "anyres", "Pad", ""])
 def test_another_mode_is_refused(mode: str) -> None:
-    processor = image_processor(Path("nowhere"), VisionConfig.from_dict(SIGLIP))
+    processor = load_image_processor(Path("nowhere"), VisionConfig.from_dict(SIGLIP))
     with pytest.raises(ValueError, match=f"'{mode}' is not supported .'resize', 'pad', 'square' and null are"):
-        pixels([noise(4, 4)], processor, mode)
+        preprocess_images([noise(4, 4)], processor, mode)
 
 
 @pytest.mark.parametrize("mode", ["pad", None])
 def test_a_picture_that_would_grow_without_bound_is_refused(mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
-    processor = image_processor(Path("nowhere"), VisionConfig.from_dict(CLIP))
+    processor = load_image_processor(Path("nowhere"), VisionConfig.from_dict(CLIP))
     with pytest.raises(ImageError, match=r"a picture of 3 x 2000 would grow to .* beyond 5000; .*'resize'"):
-        pixels([noise(3, 2000)], processor, mode)
-    assert pixels([noise(3, 2000)], processor, "resize").shape == (1, 3, 20, 20)
+        preprocess_images([noise(3, 2000)], processor, mode)
+    assert preprocess_images([noise(3, 2000)], processor, "resize").shape == (1, 3, 20, 20)
 
 
 @pytest.mark.parametrize("image", [Image.new("L", (9, 5), 77), Image.new("RGBA", (9, 5)), Image.new("1", (9, 5))])
 @pytest.mark.parametrize("mode", ["resize", "pad", None])
 def test_pictures_of_other_modes_are_taken_as_they_are_shown(image: Image.Image, mode: str | None) -> None:
     """Upstream's "pad" fails on greys that were not opened from a file."""
-    processor = image_processor(Path("nowhere"), VisionConfig.from_dict(SIGLIP))
+    processor = load_image_processor(Path("nowhere"), VisionConfig.from_dict(SIGLIP))
     shown = Image.new("RGB", (9, 5), {"L": (77,) * 3, "RGBA": (255,) * 3, "1": (0,) * 3}[image.mode])
-    assert torch.equal(pixels([image], processor, mode), pixels([shown], processor, mode))
+    assert torch.equal(preprocess_images([image], processor, mode), preprocess_images([shown], processor, mode))
 
 
 NAMES = {  # as files of old and new versions of transformers have them
@@ -136,7 +136,7 @@ def test_a_processor_needs_pillow_alone(
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({key: name, "size": {"height": 9, "width": 9}, **code})
     )
-    processor = image_processor(tmp_path)
+    processor = load_image_processor(tmp_path)
     assert (type(processor).__name__, processor.size["height"]) == (expected, 9)
 
 
@@ -157,12 +157,12 @@ def test_a_file_that_is_no_image_processor_is_named(text: str | None, message: s
     if text is not None:
         (tmp_path / "preprocessor_config.json").write_text(text)
     with pytest.raises(ImageError, match=message) as error:
-        image_processor(tmp_path)
+        load_image_processor(tmp_path)
     assert str(tmp_path) in str(error.value)
 
 
 def test_sizes_that_differ_are_named() -> None:
-    processor = image_processor(Path("nowhere"), VisionConfig.from_dict(CLIP))
+    processor = load_image_processor(Path("nowhere"), VisionConfig.from_dict(CLIP))
     processor.do_center_crop = False
     with pytest.raises(ImageError, match=r"different sizes: \(3, 20, 28\), \(3, 24, 20\)"):
-        pixels([noise(10, 12), noise(14, 10)], processor, None)
+        preprocess_images([noise(10, 12), noise(14, 10)], processor, None)

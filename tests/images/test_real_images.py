@@ -9,7 +9,13 @@ from PIL import Image
 from reference_preprocessing import written_out
 from reference_towers import CLIP, INTERN, SIGLIP
 
-from vila_triton.images.processing import ImageError, frames, image_processor, open_image, pixels
+from vila_triton.images.processing import (
+    ImageError,
+    load_image_processor,
+    load_video_frames,
+    open_image,
+    preprocess_images,
+)
 from vila_triton.models.config import VisionConfig
 
 pytestmark = pytest.mark.real
@@ -37,9 +43,9 @@ def test_photographs_come_out_as_vila_would_have_them(
     tower: dict, side: int, mode: str, photographs: dict[str, Image.Image]
 ) -> None:
     cfg = VisionConfig.from_dict({**tower, "image_size": side, "patch_size": 14})
-    processor = image_processor(Path("nowhere"), cfg)
+    processor = load_image_processor(Path("nowhere"), cfg)
     for name, picture in photographs.items():
-        ours = pixels([picture], processor, mode)[0]
+        ours = preprocess_images([picture], processor, mode)[0]
         assert ours.shape == (3, side, side) and ours.isfinite().all(), name
         expected = written_out(picture, cfg.model_type, mode, side)
         np.testing.assert_allclose(ours.numpy(), expected, rtol=0, atol=1e-5, err_msg=name)
@@ -54,6 +60,6 @@ def test_photographs_are_as_scikit_image_reads_them(photographs: dict[str, Image
 
 
 def test_an_animation_is_seen_frame_by_frame() -> None:
-    seen = frames(FOLDER / "no_time_for_that_tiny.gif", 8)
+    seen = load_video_frames(FOLDER / "no_time_for_that_tiny.gif", 8)
     assert len(seen) == 8 and len({image.size for image in seen}) == 1
     assert len({image.tobytes() for image in seen}) > 1

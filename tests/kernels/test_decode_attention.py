@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 from mutants import Plant, plant  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from bench.correctness.error_budget import DEVICE, arguments, assert_faithful, budget, within_budget
-from bench.correctness.guarded_memory import Unfaithful, bits, mapped
+from bench.correctness.error_budget import (
+    DEVICE,
+    assert_matches_reference,
+    check_within_budget,
+    error_budget,
+    example_args,
+)
+from bench.correctness.guarded_memory import MismatchError, bit_pattern, map_tensors
 from vila_triton import ops
 from vila_triton.registry import REFERENCE, Impl, discover
 
@@ -23,14 +29,14 @@ Plan = import_module("vila_triton.kernels._split_kv").Plan
 
 DECODE = ops.decode_attention
 IMPLS = DECODE.impls
-SIZES = dict(b=2, t=200, g=1, ratio=3, d=32, l=16, dtype="float16", kv="plain", policy="fast", seed=1)
+SIZES = dict(b=2, t=200, g=1, ratio=3, d=32, l=16, dtype="float16", kv="plain", numerics="fast", seed=1)
 KINDS = pytest.mark.parametrize("kv", ["plain", "int8", "int4"])
 OTHER = {"BLOCK_N": 16, "PLACES": 1, "num_warps": 1, "num_stages": 1}  # a config that a tuned table might name
 
 
 def drawn(**changes: Any) -> tuple:
     """(q, k_pages, v_pages, table, lengths, scale)."""
-    return arguments(DECODE, **{**SIZES, **changes})
+    return example_args(DECODE, **{**SIZES, **changes})
 
 
 def run(name: str, args: tuple, *more: Any, config: dict | None = None) -> Any:
@@ -42,7 +48,7 @@ def run(name: str, args: tuple, *more: Any, config: dict | None = None) -> Any:
 @KINDS
 def test_number_of_splits_does_not_matter(kv: str, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "plan", lambda *_: Plan(wanted, 64, 2048, wanted))
-    assert_faithful(DECODE, IMPLS["triton"], IMPLS["triton"].configs[0], drawn(kv=kv, t=410))
+    assert_matches_reference(DECODE, IMPLS["triton"], IMPLS["triton"].configs[0], drawn(kv=kv, t=410))
 
 
 @pytest.mark.on_gpu
@@ -52,7 +58,7 @@ def test_log_sum_exp_is_faithful(kv: str) -> None:
     for room in (1, 13):  # of one split, and of several
         own = lengths.clamp(1, room * 16)
         args = (q[:1], k_pages, v_pages, table[:1, :room], own[:1], scale, "fast", True)
-        assert_faithful(DECODE, IMPLS["triton"], IMPLS["triton"].configs[0], args)
+        assert_matches_reference(DECODE, IMPLS["triton"], IMPLS["triton"].configs[0], args)
 
 
 @pytest.mark.parametrize("name", [REFERENCE, "triton"])
@@ -70,28 +76,31 @@ def test_parts_of_the_pages_merged_are_attention_to_all(name: str, kv: str) -> N
             for a, b in zip([0, *ends], [*ends, last])
             if a < b
         ]
-        out, lse = ops.merge(*(torch.stack(x) for x in zip(*parts)))
-        (exact,), (allowed,) = budget(DECODE, args)
-        within_budget(0, out, exact, (len(parts) + 1) * allowed)  # a budget for each call and one for the merge
+        out, lse = ops.merge_attention_states(*(torch.stack(x) for x in zip(*parts)))
+        (exact,), (allowed,) = error_budget(DECODE, args)
+        check_within_budget(0, out, exact, (len(parts) + 1) * allowed)  # a budget for each call and one for the merge
         assert torch.equal(lse.isneginf(), (lengths == 0)[:, None].expand_as(lse))
         assert not out[lengths == 0].any()
-        one, rest = (ops.merge(*(torch.stack(x) for x in zip(*some))) for some in (parts[:1], parts[1:] or parts[:1]))
+        one, rest = (
+            ops.merge_attention_states(*(torch.stack(x) for x in zip(*some)))
+            for some in (parts[:1], parts[1:] or parts[:1])
+        )
         if len(parts) > 1:  # in another grouping
-            again, _ = ops.merge(torch.stack((one[0], rest[0])), torch.stack((one[1], rest[1])))
-            within_budget(0, again, exact, (len(parts) + 2) * allowed)
+            again, _ = ops.merge_attention_states(torch.stack((one[0], rest[0])), torch.stack((one[1], rest[1])))
+            check_within_budget(0, again, exact, (len(parts) + 2) * allowed)
 
     holds()
 
 
 def test_merge_of_nothing_is_nothing_and_what_a_part_without_keys_holds_does_not_matter() -> None:
     nan, none = (torch.full(shape, x, device=DEVICE) for shape, x in (((2, 3, 4), math.nan), ((2, 3), -math.inf)))
-    out, lse = ops.merge(nan[None], none[None])
+    out, lse = ops.merge_attention_states(nan[None], none[None])
     assert not out.any() and lse.isneginf().all()
     some, sums = torch.randn(2, 3, 4, device=DEVICE), torch.randn(2, 3, device=DEVICE)
-    out, lse = ops.merge(torch.stack((nan, some)), torch.stack((none, sums)))
+    out, lse = ops.merge_attention_states(torch.stack((nan, some)), torch.stack((none, sums)))
     assert torch.equal(out, some) and torch.equal(lse, sums)
     with pytest.raises(ValueError, match=r"merge: outputs are \[2, 2, 3, 4\] and lses \[2, 3\]"):
-        ops.merge(torch.stack((nan, some)), none)
+        ops.merge_attention_states(torch.stack((nan, some)), none)
 
 
 def moved(args: tuple, l: int, seed: int, room: int) -> tuple:
@@ -110,7 +119,7 @@ def moved(args: tuple, l: int, seed: int, room: int) -> tuple:
             new[new_table[i, at // l].long(), at % l] = old
         return new
 
-    return q, *mapped(spread, (k_pages, v_pages)), new_table, lengths, scale
+    return q, *map_tensors(spread, (k_pages, v_pages)), new_table, lengths, scale
 
 
 @pytest.mark.on_gpu
@@ -146,7 +155,7 @@ def check_invariance(impl: Impl, args: tuple) -> None:
     def holds(rows: list[int], l: int, room: int, config: dict, seed: int) -> None:
         q, k_pages, v_pages, table, lengths, scale = moved(args, l, seed, room)
         some = (q[rows], k_pages, v_pages, table[rows], lengths[rows], scale)
-        assert torch.equal(bits(impl(*some, "invariant", config=config)), bits(expected[rows]))
+        assert torch.equal(bit_pattern(impl(*some, "invariant", config=config)), bit_pattern(expected[rows]))
 
     holds()
 
@@ -179,16 +188,18 @@ def test_a_planted_bug_is_found(bug: str, plant: Plant) -> None:  # noqa: F811
     plant("decode_attention", "planted", *BUGS[bug])
     discover()
     impl = IMPLS["planted"]
-    with pytest.raises(Unfaithful):
+    with pytest.raises(MismatchError):
         for seed in range(2):
-            assert_faithful(DECODE, impl, impl.configs[0], drawn(seed=seed, t=700, dtype="float32", policy="invariant"))
+            assert_matches_reference(
+                DECODE, impl, impl.configs[0], drawn(seed=seed, t=700, dtype="float32", numerics="invariant")
+            )
 
 
 @pytest.mark.parametrize("d", [8, 40, 72, 80, 96, 112, 160, 256])
 def test_every_head_dim(d: int) -> None:
     for i, kv in enumerate(("plain", "int8", "int4")):
         args = drawn(d=d, kv=kv, b=2, t=90)
-        assert_faithful(DECODE, IMPLS["triton"], IMPLS["triton"].configs[i % 2], args)
+        assert_matches_reference(DECODE, IMPLS["triton"], IMPLS["triton"].configs[i % 2], args)
 
 
 @pytest.mark.parametrize("l", [1, 3, 8, 16, 32, 64, 128, 256])
@@ -197,4 +208,4 @@ def test_every_page_size_at_the_lengths_around_a_page(l: int) -> None:
     _, k_pages, v_pages, table, held, scale = drawn(b=1, t=260)
     lengths = torch.tensor([0, 1, l - 1, l, l + 1], device=DEVICE).int().minimum(held)
     args = moved((q, k_pages, v_pages, table.expand(5, -1), lengths, scale), l, seed=l, room=1)
-    assert_faithful(DECODE, IMPLS["triton"], IMPLS["triton"].configs[1], args)
+    assert_matches_reference(DECODE, IMPLS["triton"], IMPLS["triton"].configs[1], args)

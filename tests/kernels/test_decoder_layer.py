@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.correctness.error_budget import DEVICE, INTERPRETED, budget, within_budget
+from bench.correctness.error_budget import DEVICE, INTERPRETED, check_within_budget, error_budget
 from vila_triton import ops
-from vila_triton.cache.paged_cache import PagedCache
-from vila_triton.checkpoints.int4_packing import TILE_N, tiles
+from vila_triton.cache.paged_cache import PagedKVCache
+from vila_triton.checkpoints.int4_packing import TILE_N, tiled_shape
 from vila_triton.engine import engine
 from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.layers import Affine
 from vila_triton.models.params import tree_map
 from vila_triton.ops import Int4
-from vila_triton.registry import OPS, REFERENCE, Impl, Unsupported, discover, recording, use
-from vila_triton.registry.interpreter import holds_kernels
+from vila_triton.registry import OPS, REFERENCE, Impl, Unsupported, count_calls, discover, use
+from vila_triton.registry.interpreter import uses_triton_kernels
 
 discover()
 DTYPE = torch.float16
@@ -43,7 +43,7 @@ INT4 = [impl for name in ("int4_matmul", "int4_swiglu") for impl in OPS[name].im
 
 def int4(n: int, k: int, rng: torch.Generator) -> Int4:
     """A random weight that keeps about the size of what it multiplies."""
-    qweight = torch.randint(-(2**31), 2**31, tiles(n, k), generator=rng, dtype=torch.int32)
+    qweight = torch.randint(-(2**31), 2**31, tiled_shape(n, k), generator=rng, dtype=torch.int32)
     scales = (torch.rand(k // GROUP, n, generator=rng) + 0.5) / (5 * k**0.5)
     zeros = torch.randint(6, 10, scales.shape, generator=rng).float()
     return Int4(qweight.to(DEVICE), scales.to(DEVICE, DTYPE), zeros.to(DEVICE, DTYPE), GROUP)
@@ -66,14 +66,14 @@ def decoded(p: llama.Layer, rows: int, dtype: torch.dtype) -> Tensor:
     """One token of each of so many sequences, after the same history -> [rows, e]. More rows begin with the fewer's."""
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(max(ROWS), CFG.hidden_size, generator=rng)[:rows].to(DEVICE, dtype)
-    past = PagedCache(CFG, 2 * max(ROWS), dtype=dtype, device=DEVICE)
-    for pages in ops.leaves(past.k_pages) + ops.leaves(past.v_pages):
+    past = PagedKVCache(CFG, 2 * max(ROWS), dtype=dtype, device=DEVICE)
+    for pages in ops.page_tensors(past.k_pages) + ops.page_tensors(past.v_pages):
         pages.copy_(torch.randn(pages.shape, generator=rng))
-    sequences = [past.table.alloc() for _ in range(max(ROWS))]
-    with past.step(dict.fromkeys(sequences, HISTORY)):
+    sequences = [past.allocator.add_sequence() for _ in range(max(ROWS))]
+    with past.append_step(dict.fromkeys(sequences, HISTORY)):
         pass
-    with past.step(dict.fromkeys(sequences[:rows], 1)) as step:
-        rotary = llama.angles(step.positions, CFG)
+    with past.append_step(dict.fromkeys(sequences[:rows], 1)) as step:
+        rotary = llama.rotary_cos_sin(step.positions, CFG)
         x = x + llama.attention(p, ops.rms_norm(x, p.attention_norm, CFG.rms_norm_eps), rotary, 0, CFG, step)
         return x + llama.mlp(p, ops.rms_norm(x, p.mlp_norm, CFG.rms_norm_eps))
 
@@ -96,7 +96,7 @@ def off(x: Tensor) -> float:
     return (x.double() - exact()[: len(x)]).square().mean().sqrt().item()
 
 
-QUICK = [i for i in INT4 if i.name != REFERENCE and not (INTERPRETED and holds_kernels(i))]
+QUICK = [i for i in INT4 if i.name != REFERENCE and not (INTERPRETED and uses_triton_kernels(i))]
 
 
 @pytest.mark.on_gpu
@@ -105,7 +105,7 @@ def test_a_layer_is_the_same_by_every_implementation(impl: Impl) -> None:
     """At most twice as far from the exact one as by the references, as in `bench.model`."""
     chosen = {"int4_matmul": "blocked", "int4_swiglu": "apart", impl.op: impl.name}
     for rows in ROWS:
-        with engine.kernels(torch.device(DEVICE), decode=True), use(**chosen), recording() as calls:
+        with engine.use_default_kernels(torch.device(DEVICE), decode=True), use(**chosen), count_calls() as calls:
             try:
                 got = decoded(layer(), rows, DTYPE)
             except Unsupported as reason:
@@ -115,7 +115,7 @@ def test_a_layer_is_the_same_by_every_implementation(impl: Impl) -> None:
 
 
 def slice_of(w: Int4) -> Int4:
-    return Int4(w.qweight[:1], w.scales[:, :TILE_N], w.zeros[:, :TILE_N], w.group)
+    return Int4(w.qweight[:1], w.scales[:, :TILE_N], w.zeros[:, :TILE_N], w.group_size)
 
 
 @cache
@@ -123,10 +123,10 @@ def call(op: str, rows: int) -> tuple[tuple, list[Tensor], list[Tensor]]:
     """A call with rows of the layer's weights, what it gives exactly, and its budget."""
     weights = [slice_of(a.weight) for a in ((layer().o,) if op == "int4_matmul" else (layer().gate, layer().up))]
     x = torch.randn(rows, CFG.hidden_size, generator=torch.Generator().manual_seed(2)).to(DEVICE, DTYPE)
-    return (x, *weights), *budget(OPS[op], (x, *weights))
+    return (x, *weights), *error_budget(OPS[op], (x, *weights))
 
 
-KERNELS = [impl for impl in INT4 if holds_kernels(impl)]
+KERNELS = [impl for impl in INT4 if uses_triton_kernels(impl)]
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -137,4 +137,4 @@ def test_a_slice_is_the_same_by_every_triton_kernel(impl: Impl, rows: int) -> No
         got = impl(*args, config=impl.configs[0])
     except Unsupported as reason:
         pytest.skip(str(reason))
-    within_budget(0, got, want, allowed)
+    check_within_budget(0, got, want, allowed)

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from bench.correctness.error_budget import (
     DEVICE,
-    LEFT_OUT,
-    arguments,
-    assert_faithful,
-    budget,
-    examples,
-    hold,
-    supported,
+    UNSUPPORTED_DTYPES,
+    assert_matches_reference,
+    call_or_reject,
+    error_budget,
+    example_args,
+    example_strategy,
+    run_property,
     unit_roundoff,
 )
-from bench.correctness.guarded_memory import bits, mapped, tensors
-from vila_triton.registry import OPS, REFERENCE, Impl, OneOf, Op, Unsupported, discover, recording
+from bench.correctness.guarded_memory import bit_pattern, map_tensors, tensors
+from vila_triton.registry import OPS, REFERENCE, Impl, OneOf, Op, Unsupported, count_calls, discover
 
 discover()
 CASES: list = [
@@ -45,20 +45,20 @@ EACH_OP = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 @pytest.mark.on_gpu
 @pytest.mark.parametrize("op, impl, config", CASES)
 def test_faithful(op: Op, impl: Impl, config: dict) -> None:
-    @given(sizes=examples(op))
+    @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
-        supported(assert_faithful, op, impl, config, arguments(op, **sizes), sizes["seed"])
+        call_or_reject(assert_matches_reference, op, impl, config, example_args(op, **sizes), sizes["seed"])
 
-    hold(check)
+    run_property(check)
 
 
 @EACH_OP
 def test_references_are_faithful(op: Op) -> None:
     """They read and write what they should, and two runs of them agree: the harness raises no false alarm."""
 
-    @given(sizes=examples(op))
+    @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
-        assert_faithful(op, op.impls[REFERENCE], {}, arguments(op, **sizes), sizes["seed"])
+        assert_matches_reference(op, op.impls[REFERENCE], {}, example_args(op, **sizes), sizes["seed"])
 
     check()
 
@@ -67,11 +67,11 @@ def test_references_are_faithful(op: Op) -> None:
 def test_wrong_shapes_stop_at_the_op(op: Op) -> None:
     """One axis too many in any tensor is a ValueError before any implementation runs."""
     sizes = {n: d.values[0] if isinstance(d, OneOf) else min(d.high, max(d.low, 2)) for n, d in op.domain.items()}
-    args = arguments(op, seed=0, **sizes)
+    args = example_args(op, seed=0, **sizes)
     for wrong in range(len(tensors(args))):
         left = iter(range(len(tensors(args))))
-        bad = mapped(lambda x, left=left, wrong=wrong: x[..., None] if next(left) == wrong else x, args)
-        with recording() as ran, pytest.raises(ValueError, match=op.name):
+        bad = map_tensors(lambda x, left=left, wrong=wrong: x[..., None] if next(left) == wrong else x, args)
+        with count_calls() as ran, pytest.raises(ValueError, match=op.name):
             op(*bad)
         assert not ran
 
@@ -82,16 +82,16 @@ def test_float64_is_faithful_or_unsupported(op: Op, impl: Impl, config: dict) ->
     budget of float32, as much smaller as float64 rounds finer, twice since the exact values are rounded to it as well.
     """
     sizes = {n: d.values[0] if isinstance(d, OneOf) else d.high for n, d in op.domain.items()}
-    args = arguments(op, seed=0, **sizes)
+    args = example_args(op, seed=0, **sizes)
     try:
         outputs = tensors(
-            impl(*mapped(lambda x: x.double() if x.is_floating_point() else x.clone(), args), config=config)
+            impl(*map_tensors(lambda x: x.double() if x.is_floating_point() else x.clone(), args), config=config)
         )
     except Unsupported as reason:
         assert "float64" in str(reason)
         return
     finer = unit_roundoff(torch.float64) / unit_roundoff(torch.float32)
-    for out, want, allowed in zip(outputs, *budget(op, args)):
+    for out, want, allowed in zip(outputs, *error_budget(op, args)):
         assert out.dtype == torch.float64 and ((out - want).abs() <= 2 * finer * allowed).all()
 
 
@@ -101,16 +101,16 @@ def test_pages_beyond_32_bits(op: Op, impl: Impl, config: dict, far: Tensor) -> 
     """Pages so far apart that the offsets of the last ones, counted in elements, are more than an int32 holds."""
     sizes = {n: d.values[0] if isinstance(d, OneOf) else d.high for n, d in op.domain.items()} | {"dtype": "float16"}
     reads = "t" in sizes
-    args = arguments(op, seed=0, **sizes | ({"t": 400} if reads else {}))
+    args = example_args(op, seed=0, **sizes | ({"t": 400} if reads else {}))
     there = list(args)
     for place, name in enumerate(("k_pages", "v_pages")):
         i = names(op).index(name)  # of the last three pages that are read one is never used, and one may be free
         there[i] = apart(args[i], far, place, last=-3 if reads else -1)
     for near_out, far_out in zip(tensors(impl(*args, config=config)), tensors(impl(*there, config=config))):
-        assert torch.equal(bits(near_out), bits(far_out))
+        assert torch.equal(bit_pattern(near_out), bit_pattern(far_out))
 
 
-@pytest.mark.skipif(not LEFT_OUT, reason="kernels are compiled here, not interpreted")
+@pytest.mark.skipif(not UNSUPPORTED_DTYPES, reason="kernels are compiled here, not interpreted")
 def test_interpreted_bfloat16_is_unsupported() -> None:
     """Its numbers would be wrong by powers of ten, see https://github.com/triton-lang/triton/issues/4972."""
     x = torch.ones(2, 8, dtype=torch.bfloat16, device=DEVICE)

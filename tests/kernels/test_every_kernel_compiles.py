@@ -76,7 +76,7 @@ MIXED = """
         print(kernel.__name__, *imprecise(run(kernel, *args, grid=grid, warmup=True, **kwargs).asm))
 
     op = OPS["prefill_attention"]
-    sizes = dict(b=1, s=128, t=128, g=1, ratio=1, d=64, l=16, dtype="float32", policy="fast")
+    sizes = dict(b=1, s=128, t=128, g=1, ratio=1, d=64, l=16, dtype="float32", numerics="fast")
     args = op.example(**sizes, kv="plain", rng=torch.Generator(), device="meta")
     pages = (args[3].half(), args[4].half())
     quantised = [op.example(**sizes, kv=kv, rng=torch.Generator(), device="meta")[3:5] for kv in ("int8", "int4")]

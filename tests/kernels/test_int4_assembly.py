@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import TensorHandle
 
-from bench.correctness.error_budget import DEVICE, INTERPRETED, assert_faithful
-from bench.correctness.guarded_memory import bits
-from vila_triton.checkpoints.int4_packing import nibbles
+from bench.correctness.error_budget import DEVICE, INTERPRETED, assert_matches_reference
+from bench.correctness.guarded_memory import bit_pattern
+from vila_triton.checkpoints.int4_packing import unpack_nibbles
 from vila_triton.kernels import _int4_dequant, _launch  # pyright: ignore
 from vila_triton.registry import OPS, discover
 
@@ -36,7 +36,7 @@ discover()
 
 def expected(dtype: torch.dtype) -> Tensor:
     """code - zero, [8, 16 zeros, words]."""
-    codes = nibbles(WORDS)[:, ORDER].t()[:, None]  # [8, 1, words]
+    codes = unpack_nibbles(WORDS)[:, ORDER].t()[:, None]  # [8, 1, words]
     return (codes - torch.where(OF_LOW_ROW[:, None, None], LOW, TOP)).to(dtype)
 
 
@@ -56,7 +56,7 @@ def by_halves(fn: Callable[..., Tensor], dtype: torch.dtype, *packed: Tensor) ->
         exact = fn(*((x >> shift & 0xFFFF).to(torch.uint16).view(dtype).double() for x in packed))
         rounded = exact.to(dtype)
         assert torch.equal(rounded.double(), exact)  # nothing is rounded, so that the way it is cannot matter
-        out = out | bits(rounded).long() % 2**16 << shift
+        out = out | bit_pattern(rounded).long() % 2**16 << shift
     return torch.as_tensor(out)
 
 
@@ -93,7 +93,7 @@ def executed(text: str, dtype: torch.dtype, *operands: Tensor) -> Tensor:
 def operands(dtype: torch.dtype) -> tuple[Tensor, ...]:
     """What `differences` hands to the assembly: words, and numbers of the zeros of either row."""
     top, low = (1024 + TOP, -64 - LOW) if dtype == torch.float16 else (-128 - TOP, -128 - LOW)
-    return WORDS.long() % 2**32, *(bits(x.to(dtype)).long() % 2**16 for x in (top, low))
+    return WORDS.long() % 2**32, *(bit_pattern(x.to(dtype)).long() % 2**16 for x in (top, low))
 
 
 class Lanes(Tensor):
@@ -153,7 +153,7 @@ def assembly(monkeypatch: pytest.MonkeyPatch) -> None:
             kept = values[0].view(torch.int32 if wide else torch.int16).long() & (1 << width) - 1
             return result(kept.to(torch.int32 if wide else torch.int16).view(values[0].dtype), dtype, args[0])
         words, top, low = torch.broadcast_tensors(*values)
-        operands = (words.long() % 2**32, *(bits(x.contiguous()).long() % 2**16 for x in (top, low)))
+        operands = (words.long() % 2**32, *(bit_pattern(x.contiguous()).long() % 2**16 for x in (top, low)))
         return tuple(result(x, tl.float16, args[0]) for x in executed(text, torch.float16, *operands))
 
     monkeypatch.setattr(tl, "inline_asm_elementwise", elementwise)
@@ -170,7 +170,7 @@ def test_what_is_hidden_from_the_compiler_keeps_its_bits(dtype: torch.dtype, ass
     x = torch.randn(64).mul(1000).to(dtype)
     out = torch.zeros_like(x)
     _opaque_kernel[1,](x, out, BLOCK=64)  # pyright: ignore
-    assert torch.equal(bits(out), bits(x))
+    assert torch.equal(bit_pattern(out), bit_pattern(x))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -186,27 +186,27 @@ def test_kernels_with_their_assembly_are_faithful(
     monkeypatch.setattr(sys.modules[impl.fn.__module__], "target", lambda: {"ASM": True, "HIDE": True})
     bias = {"bias": True} if op_name == "int4_matmul" else {}
     sizes = {"m": 2, "n": 16, "G": 2, "group": 64, "dtype": dtype, "order": "sub", **bias}
-    args = op.example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu")
-    assert_faithful(op, impl, impl.configs[0], args)
+    args = op.make_example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu")
+    assert_matches_reference(op, impl, impl.configs[0], args)
 
 
 @DTYPES
 def test_the_assembly_makes_every_half_word_the_numbers_its_twin_makes_of_it(dtype: torch.dtype) -> None:
     found = executed(ASSEMBLY[dtype], dtype, *operands(dtype))
-    assert torch.equal(bits(found), bits(in_torch(dtype)))
-    assert torch.equal(bits(found), bits(expected(dtype)))
+    assert torch.equal(bit_pattern(found), bit_pattern(in_torch(dtype)))
+    assert torch.equal(bit_pattern(found), bit_pattern(expected(dtype)))
 
 
 def test_the_twin_that_runs_is_bit_equal_too() -> None:
-    assert torch.equal(bits(launched(torch.float16, asm=False)), bits(expected(torch.float16)))
+    assert torch.equal(bit_pattern(launched(torch.float16, asm=False)), bit_pattern(expected(torch.float16)))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="assembly is compiled, not interpreted")
 @DTYPES
 def test_on_a_gpu_the_assembly_and_its_twin_are_bit_equal(dtype: torch.dtype) -> None:
-    assert torch.equal(bits(launched(dtype, asm=True)), bits(expected(dtype)))
-    assert torch.equal(bits(launched(dtype, asm=False)), bits(expected(dtype)))
+    assert torch.equal(bit_pattern(launched(dtype, asm=True)), bit_pattern(expected(dtype)))
+    assert torch.equal(bit_pattern(launched(dtype, asm=False)), bit_pattern(expected(dtype)))
 
 
 @pytest.mark.parametrize(
@@ -223,4 +223,4 @@ def test_on_a_gpu_the_assembly_and_its_twin_are_bit_equal(dtype: torch.dtype) ->
 def test_assembly_with_one_instruction_changed_is_found(dtype: torch.dtype, old: str, new: str) -> None:
     assert ASSEMBLY[dtype].count(old) == 1
     found = executed(ASSEMBLY[dtype].replace(old, new), dtype, *operands(dtype))
-    assert not torch.equal(bits(found), bits(expected(dtype)))
+    assert not torch.equal(bit_pattern(found), bit_pattern(expected(dtype)))

@@ -12,9 +12,9 @@ from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
 
-from bench.correctness.error_budget import arguments, assert_faithful
+from bench.correctness.error_budget import assert_matches_reference, example_args
 from vila_triton.ops import Int4, dequantize, int4_matmul, int4_swiglu
-from vila_triton.registry import OPS, Impl, Op, Unsupported, discover, recording, use
+from vila_triton.registry import OPS, Impl, Op, Unsupported, count_calls, discover, use
 
 discover()
 EACH: list = [
@@ -30,7 +30,7 @@ KERNELS = pytest.mark.parametrize("op, impl", [case for case in EACH if case.val
 def drawn(op: Op, **sizes: Any) -> list[Any]:
     """x [2, 128], w [16, 128] and a bias, or gate and up."""
     usual = {"m": 2, "n": 16, "G": 2, "group": 64, "dtype": "float16", "order": "sub", "seed": 0}
-    return list(arguments(op, **{**usual, **({"bias": True} if op is int4_matmul else {}), **sizes}))
+    return list(example_args(op, **{**usual, **({"bias": True} if op is int4_matmul else {}), **sizes}))
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def test_what_breaks_the_contract_is_refused_whatever_would_run(op: Op, place: i
     args = drawn(op)
     args[place] = change(args[place])
     for name in op.impls:
-        with use(**{op.name: name}), recording() as ran, nothing_launched(), pytest.raises(ValueError, match=message):
+        with use(**{op.name: name}), count_calls() as ran, nothing_launched(), pytest.raises(ValueError, match=message):
             op(*args)
         assert not ran
 
@@ -117,7 +117,7 @@ def test_float64_is_refused_before_a_launch(op: Op, impl: Impl) -> None:
 def test_groups_that_cut_a_tile_work_or_are_refused_before_a_launch(op: Op, impl: Impl, G: int, group: int) -> None:
     args = tuple(drawn(op, G=G, group=group))
     if impl.name == "naive":
-        return assert_faithful(op, impl, impl.configs[0], args)
+        return assert_matches_reference(op, impl, impl.configs[0], args)
     message = f"the group is {group}, but 32, multiples of 64 and all of k are served"
     with use(**{op.name: impl.name}), nothing_launched(), pytest.raises(Unsupported, match=message):
         op(*args)
@@ -151,7 +151,7 @@ def test_what_is_not_contiguous_works(op: Op, impl: Impl) -> None:
         return leaf(qweight=turned, scales=turned, zeros=turned)(y) if isinstance(y, Int4) else turned(y)
 
     args = drawn(op)
-    assert_faithful(op, impl, impl.configs[0], tuple(changed(y) for y in args))
+    assert_matches_reference(op, impl, impl.configs[0], tuple(changed(y) for y in args))
     wide = [leaf(scales=Tensor.float)(y) if isinstance(y, Int4) else y for y in args]
     with use(**{op.name: impl.name}):
         assert torch.equal(op(*wide), op(*args))
@@ -165,6 +165,8 @@ def test_the_same_memory_read_otherwise_is_another_weight() -> None:
     half = replace(w, scales=w.scales[:1], zeros=w.zeros[:1])
     whole = replace(half, group=64)
     for y in (w, one, half, whole, w):
-        assert_faithful(int4_matmul, int4_matmul.impls["blocked"], {"BLOCK_N": 32}, (x[:, : y.shape[1]], y, None))
+        assert_matches_reference(
+            int4_matmul, int4_matmul.impls["blocked"], {"BLOCK_N": 32}, (x[:, : y.shape[1]], y, None)
+        )
         want = aten(x[:, : y.shape[1]], replace(y, qweight=y.qweight.clone()))
         assert torch.equal(aten(x[:, : y.shape[1]], y), want)

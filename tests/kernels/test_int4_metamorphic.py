@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
-from bench.correctness.error_budget import DEVICE, arguments, budget
-from bench.correctness.guarded_memory import bits, canaries, mapped
+from bench.correctness.error_budget import DEVICE, error_budget, example_args
+from bench.correctness.guarded_memory import bit_pattern, guarded_allocations, map_tensors
 from vila_triton.checkpoints.int4_packing import pack_tiles
 from vila_triton.ops import Int4, dequantize, int4_matmul, int4_swiglu
-from vila_triton.ops.int4 import codes
+from vila_triton.ops.int4 import unpack_codes
 from vila_triton.registry import REFERENCE, Impl, Op, Unsupported, discover
 
 discover()
@@ -46,7 +46,7 @@ def drawn(op: Op, m: int = 3, **sizes: Any) -> tuple[Any, ...]:
     """Arguments at a shape that every variant serves and no block divides."""
     bias = {"bias": False} if op is int4_matmul else {}
     usual = {"m": m, "n": 48, "G": 3, "group": 64, "dtype": "float16", "order": "sub", "seed": 0}
-    return arguments(op, **{**usual, **bias, **sizes})
+    return example_args(op, **{**usual, **bias, **sizes})
 
 
 def run(impl: Impl, config: Config, *args: Any) -> Tensor:
@@ -57,19 +57,23 @@ def run(impl: Impl, config: Config, *args: Any) -> Tensor:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a.contiguous()), bits(b.contiguous()))
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(bit_pattern(a.contiguous()), bit_pattern(b.contiguous()))
+    )
 
 
 def assert_close(a: Tensor, b: Tensor, op: Op, args: tuple, columns: Any = slice(None)) -> None:
     """a and b are (columns of) the output for args, each within its budget."""
-    _, (allowed,) = budget(op, args)
+    _, (allowed,) = error_budget(op, args)
     worst = ((a.double() - b.double()).abs() / (2 * allowed[:, columns])).amax()
     assert worst <= 1, f"they differ by {worst:.1f} times what rounding explains"
 
 
 def rows_of(w: Int4, rows: Tensor) -> Int4:
     """The weight of these rows of w."""
-    return replace(w, qweight=pack_tiles(codes(w)[rows]), scales=w.scales[:, rows], zeros=w.zeros[:, rows])
+    return replace(w, qweight=pack_tiles(unpack_codes(w)[rows]), scales=w.scales[:, rows], zeros=w.zeros[:, rows])
 
 
 SPLIT = each(
@@ -181,5 +185,5 @@ def test_two_runs_have_the_same_bits(op: Op, impl: Impl, config: Config, dtype: 
     """Whatever the memory it allocates held before, and (interpreted) in whichever order its programs run."""
     args = drawn(op, 4, dtype=dtype, order=order)
     first = run(impl, config, *args)
-    with canaries(), patch.object(InterpreterBuilder, "set_grid_idx", backwards):
-        assert same(run(impl, config, *mapped(torch.clone, args)), first)
+    with guarded_allocations(), patch.object(InterpreterBuilder, "set_grid_idx", backwards):
+        assert same(run(impl, config, *map_tensors(torch.clone, args)), first)

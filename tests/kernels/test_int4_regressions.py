@@ -18,12 +18,12 @@ from far_memory import spread
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
-from bench.correctness.error_budget import DEVICE, arguments, assert_faithful
-from bench.correctness.guarded_memory import canaries
+from bench.correctness.error_budget import DEVICE, assert_matches_reference, example_args
+from bench.correctness.guarded_memory import guarded_allocations
 from vila_triton.kernels import _int4_dequant  # pyright: ignore
-from vila_triton.ops import int4_matmul, int4_swiglu, quantize
+from vila_triton.ops import int4_matmul, int4_swiglu, quantize_rtn
 from vila_triton.registry import REFERENCE, Impl, Op, discover
-from vila_triton.registry.kernel_config import configured
+from vila_triton.registry.kernel_config import configured_choices
 
 discover()
 Config = Mapping[str, Any]
@@ -52,7 +52,7 @@ word_pointers = _int4_dequant.word_pointers
 
 def drawn(op: Op, **sizes: Any) -> tuple[Any, ...]:
     usual = {"m": 2, "n": 17, "G": 2, "group": 64, "dtype": "float16", "order": "sub", "seed": 0}
-    return arguments(op, **{**usual, **({"bias": False} if op is int4_matmul else {}), **sizes})
+    return example_args(op, **{**usual, **({"bias": False} if op is int4_matmul else {}), **sizes})
 
 
 @pytest.mark.on_gpu
@@ -120,7 +120,7 @@ def test_a_block_of_k_longer_than_a_group(op: Op, impl: Impl, config: Config, G:
     x, *weights = drawn(op, G=G, group=group)
     factors = 2.0 ** (3 * torch.arange(G, device=DEVICE)[:, None] % 5)
     unlike = [w and replace(w, scales=w.scales * factors) for w in weights]
-    assert_faithful(op, impl, config, (x, *unlike))
+    assert_matches_reference(op, impl, config, (x, *unlike))
 
 
 @pytest.mark.on_gpu
@@ -128,7 +128,7 @@ def test_a_block_of_k_longer_than_a_group(op: Op, impl: Impl, config: Config, G:
 def test_ragged_weights_are_not_read_beyond(op: Op, impl: Impl, config: Config) -> None:
     """vllm-project/vllm#52576: packed words past the end, by a tile that spans groups. Guarded memory sees loads."""
     for sizes in ({"n": 1, "G": 3, "group": 32}, {"n": 35, "G": 1, "group": 72}):
-        assert_faithful(op, impl, config, drawn(op, **sizes))
+        assert_matches_reference(op, impl, config, drawn(op, **sizes))
 
 
 @pytest.mark.parametrize("op", [int4_matmul, int4_swiglu], ids=lambda op: op.name)
@@ -153,7 +153,7 @@ def test_parts_are_added_in_float32(name: str) -> None:
     w = replace(w, scales=torch.ones_like(w.scales), zeros=torch.zeros_like(w.zeros))
     x = ((x * 4).round().abs() * sign).to(x.dtype)
     for count in (2, 4):
-        assert_faithful(int4_matmul, IMPLS[name], {**IMPLS[name].configs[0], "SPLIT_K": count}, (x, w, None))
+        assert_matches_reference(int4_matmul, IMPLS[name], {**IMPLS[name].configs[0], "SPLIT_K": count}, (x, w, None))
 
 
 @EACH_SPLIT
@@ -162,7 +162,7 @@ def test_parts_are_not_added_as_they_come(name: str) -> None:
     There are none: parts lie side by side until all are there."""
     args = drawn(int4_matmul, G=8, group=128, dtype="float32")
     config = {**IMPLS[name].configs[0], "SPLIT_K": 4}
-    with patch.object(InterpreterBuilder, "create_atomic_rmw", side_effect=AssertionError), canaries():
+    with patch.object(InterpreterBuilder, "create_atomic_rmw", side_effect=AssertionError), guarded_allocations():
         runs = [IMPLS[name](*args, config=config) for _ in range(3)]
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
 
@@ -182,7 +182,7 @@ def test_sums_beyond_float16_end_within(op: Op, impl: Impl, config: Config) -> N
         up = replace(up, scales=up.scales / 512)
         calls = (nearly, small, up), (x, replace(small, zeros=w.zeros + 15), up)
     for args in calls:
-        assert_faithful(op, impl, config, args)
+        assert_matches_reference(op, impl, config, args)
 
 
 @SERVED
@@ -191,9 +191,9 @@ def test_k_of_real_models_that_large_groups_do_not_divide(name: str, k: int) -> 
     """vllm-project/vllm#9913, vllm-project/vllm#13119, vllm-project/llm-compressor#1489: no kernel for such a layer, or
     a slow one in its place. Every variant serves them, in the groups there are."""
     args = drawn(int4_matmul, m=1, n=16, G=k // 64)
-    assert_faithful(int4_matmul, IMPLS[name], IMPLS[name].configs[0], args)
+    assert_matches_reference(int4_matmul, IMPLS[name], IMPLS[name].configs[0], args)
     with pytest.raises(ValueError, match=f"k = {k} and group = 128, but .* group divide k"):
-        quantize(torch.zeros(1, k), 128)
+        quantize_rtn(torch.zeros(1, k), 128)
 
 
 @SERVED
@@ -203,9 +203,9 @@ def test_intermediate_sizes_that_groups_do_not_divide(name: str) -> None:
     if name == "aten":
         pytest.skip("torch's groups are powers of two")
     for sizes in ({"n": 107}, {"G": 1, "group": 1368}):
-        assert_faithful(int4_matmul, IMPLS[name], IMPLS[name].configs[0], drawn(int4_matmul, **sizes))
+        assert_matches_reference(int4_matmul, IMPLS[name], IMPLS[name].configs[0], drawn(int4_matmul, **sizes))
     with pytest.raises(ValueError, match="k = 3420 and group = 3420, but k must be a positive multiple of 8"):
-        quantize(torch.zeros(1, 3420), 3420)
+        quantize_rtn(torch.zeros(1, 3420), 3420)
 
 
 @pytest.fixture(scope="module")
@@ -232,10 +232,10 @@ def test_hopper_gets_hoppers_instructions(compiled: dict[str, dict[str, Any]]) -
 def test_many_rows_do_not_run_what_is_made_for_few() -> None:
     """vllm-project/vllm#2551, casper-hansen/AutoAWQ#172, #276, #106, #717: with many rows slower than float16 was."""
     for phase in ("prefill", "decode"):
-        choice: Any = configured("cuda", phase)["int4_matmul"]
+        choice: Any = configured_choices("cuda", phase)["int4_matmul"]
         assert [choice.at(m) for m in (1, 4, 5, 64)] == ["gemv", "splitk", "splitk", "splitk"]
         assert {choice.at(m) for m in (65, 4096, 2**20)} <= {"prefill", "dequant"}
-        gated: Any = configured("cuda", phase)["int4_swiglu"]
+        gated: Any = configured_choices("cuda", phase)["int4_swiglu"]
         assert [gated.at(m) for m in (1, 64, 65, 2**20)] == ["triton", "triton", "apart", "apart"]
 
 
@@ -250,6 +250,6 @@ def test_bfloat16_is_served(name: str, compiled: dict[str, dict[str, Any]]) -> N
     """vllm-project/vllm#37387: float16 only. Here numbers are checked where they can be, and the instructions of the
     others are those of bfloat16; `test_int4_assembly` has the arithmetic between."""
     args = drawn(int4_matmul, n=16, G=4, dtype="bfloat16")
-    assert_faithful(int4_matmul, IMPLS[name], IMPLS[name].configs[0], args)
+    assert_matches_reference(int4_matmul, IMPLS[name], IMPLS[name].configs[0], args)
     for impl in ("naive", "splitk", "prefill"):
         assert all("BF16" in opcode for opcode in compiled[impl]["loops"][0]["tensor"])

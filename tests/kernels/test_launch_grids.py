@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-from bench.correctness.error_budget import arguments
-from bench.correctness.guarded_memory import bits, tensors
-from vila_triton.checkpoints.int4_packing import tiles
-from vila_triton.ops import Int4, Pages, empty_pages
+from bench.correctness.error_budget import example_args
+from bench.correctness.guarded_memory import bit_pattern, tensors
+from vila_triton.checkpoints.int4_packing import tiled_shape
+from vila_triton.ops import Int4, KVPages, empty_kv_pages
 from vila_triton.registry import OPS, Impl, Unsupported, discover
-from vila_triton.registry.interpreter import holds_kernels
+from vila_triton.registry.interpreter import uses_triton_kernels
 
 discover()
 MEMORY = 2**38  # bytes: a GPU has no more
@@ -25,7 +25,7 @@ IMPLS = [
     pytest.param(impl, id=f"{op.name}-{impl.name}")
     for op in OPS.values()
     for impl in op.impls.values()
-    if holds_kernels(impl)
+    if uses_triton_kernels(impl)
 ]
 
 
@@ -38,11 +38,11 @@ def whole(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
 
 
 def int4(n: int, k: int) -> Int4:
-    return Int4(whole(*tiles(n, k)), half(k // 64, n), half(k // 64, n), 64, "sub")
+    return Int4(whole(*tiled_shape(n, k)), half(k // 64, n), half(k // 64, n), 64, "sub")
 
 
-def pages(tokens: int, g: int, d: int) -> tuple[Pages, Pages]:
-    pool = empty_pages((-(-tokens // 16), 16, g, d), torch.float16, "meta")
+def pages(tokens: int, g: int, d: int) -> tuple[KVPages, KVPages]:
+    pool = empty_kv_pages((-(-tokens // 16), 16, g, d), torch.float16, "meta")
     return pool, pool
 
 
@@ -125,10 +125,10 @@ def test_every_size_that_fits_a_gpu_can_be_launched(impl: Impl, monkeypatch: pyt
 
 def test_pictures_in_several_launches_are_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     op = OPS["encoder_attention"]
-    impl, args = op.impls["triton"], arguments(op, 0, b=5, s=20, h=2, d=32, dtype="float16")
+    impl, args = op.impls["triton"], example_args(op, 0, b=5, s=20, h=2, d=32, dtype="float16")
     one = impl(*args, config=impl.configs[0])
     monkeypatch.setattr(import_module("vila_triton.kernels.encoder_attention"), "MOST", 2)
-    assert torch.equal(bits(impl(*args, config=impl.configs[0])), bits(one))
+    assert torch.equal(bit_pattern(impl(*args, config=impl.configs[0])), bit_pattern(one))
 
 
 def test_more_heads_than_a_grid_has_room_for_are_unsupported() -> None:

@@ -10,12 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench.correctness.error_budget import DEVICE, arguments, budget, examples, hold, supported, unit_roundoff
-from bench.correctness.guarded_memory import mapped
+from bench.correctness.error_budget import (
+    DEVICE,
+    call_or_reject,
+    error_budget,
+    example_args,
+    example_strategy,
+    run_property,
+    unit_roundoff,
+)
+from bench.correctness.guarded_memory import map_tensors
 from vila_triton import ops
 from vila_triton.checkpoints.int4_packing import pack_tiles
-from vila_triton.ops.int4 import codes
-from vila_triton.ops.kv_write import gather
+from vila_triton.ops.int4 import unpack_codes
+from vila_triton.ops.kv_write import gather_tokens
 from vila_triton.registry import Op, discover, use
 
 discover()
@@ -27,12 +35,12 @@ def each_impl(op: Op) -> pytest.MarkDecorator:
 
 def run(op: Op, impl: str, *args: object) -> Tensor:
     with use(**{op.name: impl}):
-        return supported(op, *args)
+        return call_or_reject(op, *args)
 
 
 def assert_same(a: Tensor, b: Tensor, op: Op, args: tuple, rows: slice = slice(None)) -> None:
     """a and b are (rows of) the output for args, each within the budget of the exact one."""
-    _, (allowed,) = budget(op, args)
+    _, (allowed,) = error_budget(op, args)
     worst = ((a.double() - b.double()).abs() / (2 * allowed[rows])).amax() if a.numel() else 0
     assert worst <= 1, f"they differ by {worst:.1f} times what rounding explains"
 
@@ -59,9 +67,9 @@ def ints(*values: int) -> Tensor:
 def test_chunked_prefill_equals_whole(impl: str) -> None:
     op = ops.prefill_attention
 
-    @given(sizes=examples(op), cut=st.floats(0, 1))
+    @given(sizes=example_strategy(op), cut=st.floats(0, 1))
     def check(sizes: dict, cut: float) -> None:
-        q, k, v, *_, scale = arguments(op, **{**sizes, "b": 1, "t": 0, "policy": "fast"})
+        q, k, v, *_, scale = example_args(op, **{**sizes, "b": 1, "t": 0, "numerics": "fast"})
         s = len(q)
         k_pages, v_pages, table = empty_pages(s, sizes["l"], k)
         whole = (q, k, v, k_pages, v_pages, table, ints(0, s), ints(0), scale)
@@ -72,31 +80,31 @@ def test_chunked_prefill_equals_whole(impl: str) -> None:
         second = run(op, impl, q[c:], k[c:], v[c:], k_pages, v_pages, table, ints(0, s - c), ints(c), scale)
         assert_same(torch.cat((first, second)), expected, op, whole)
 
-    hold(check)
+    run_property(check)
 
 
 @each_impl(ops.prefill_attention)
 def test_later_tokens_do_not_matter(impl: str) -> None:
     op = ops.prefill_attention
 
-    @given(sizes=examples(op), cut=st.floats(0, 1))
+    @given(sizes=example_strategy(op), cut=st.floats(0, 1))
     def check(sizes: dict, cut: float) -> None:
-        q, k, v, *rest = arguments(op, **{**sizes, "b": 1})
+        q, k, v, *rest = example_args(op, **{**sizes, "b": 1})
         c = round(cut * len(q))
         before = run(op, impl, q, k, v, *rest)
         k, v = (torch.cat((x[:c], 3 - x[c:])) for x in (k, v))
         assert torch.equal(run(op, impl, q, k, v, *rest)[:c], before[:c])
 
-    hold(check)
+    run_property(check)
 
 
 @each_impl(ops.prefill_attention)
 def test_sequences_of_a_prefill_batch_do_not_meet(impl: str) -> None:
     op = ops.prefill_attention
 
-    @given(sizes=examples(op))
+    @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
-        args = q, k, v, k_pages, v_pages, table, start, history, *rest = arguments(op, **sizes)
+        args = q, k, v, k_pages, v_pages, table, start, history, *rest = example_args(op, **sizes)
         together = run(op, impl, *args)
         for i in range(len(history)):
             rows = slice(int(start[i]), int(start[i + 1]))
@@ -104,16 +112,16 @@ def test_sequences_of_a_prefill_batch_do_not_meet(impl: str) -> None:
             alone = run(op, impl, *one, ints(0, rows.stop - rows.start), history[i : i + 1], *rest)
             assert_same(alone, together[rows], op, args, rows)
 
-    hold(check)
+    run_property(check)
 
 
 @each_impl(ops.decode_attention)
 def test_sequences_of_a_decode_batch_do_not_meet(impl: str) -> None:
     op = ops.decode_attention
 
-    @given(sizes=examples(op))
+    @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
-        args = q, k_pages, v_pages, table, lengths, *rest = arguments(op, **sizes)
+        args = q, k_pages, v_pages, table, lengths, *rest = example_args(op, **sizes)
         together = run(op, impl, *args)
         for i in range(len(q)):
             row = slice(i, i + 1)
@@ -121,26 +129,26 @@ def test_sequences_of_a_decode_batch_do_not_meet(impl: str) -> None:
                 run(op, impl, q[row], k_pages, v_pages, table[row], lengths[row], *rest), together[row], op, args, row
             )
 
-    hold(check)
+    run_property(check)
 
 
 @each_impl(ops.decode_attention)
 def test_decode_equals_last_row_of_prefill(impl: str) -> None:
     op, prefill = ops.decode_attention, ops.prefill_attention
 
-    @given(sizes=examples(prefill))
+    @given(sizes=example_strategy(prefill))
     def check(sizes: dict) -> None:
-        plain = arguments(prefill, **{**sizes, "b": 1, "kv": "plain"})
+        plain = example_args(prefill, **{**sizes, "b": 1, "kv": "plain"})
         q, k, v, k_pages, v_pages, table, _, history, *rest = plain
         t, s = int(history[0]), len(q)
         last = prefill.reference(*plain)[-1:]
         new_k, new_v, new_table = empty_pages(t + s, sizes["l"], k)
-        k, v = (torch.cat((gather(old, table[0], t), new)) for old, new in ((k_pages, k), (v_pages, v)))
+        k, v = (torch.cat((gather_tokens(old, table[0], t), new)) for old, new in ((k_pages, k), (v_pages, v)))
         fill((new_k, new_v), k, v, new_table[0], 0)
         args = (q[-1:], new_k, new_v, new_table, ints(t + s), *rest)
         assert_same(run(op, impl, *args), last, op, args)
 
-    hold(check)
+    run_property(check)
 
 
 PAGED: list = [
@@ -158,66 +166,68 @@ def split(op: Op, args: tuple) -> tuple[tuple, Tensor, Tensor, Tensor, tuple]:
 
 @pytest.mark.parametrize("op, impl", PAGED)
 def test_which_pages_does_not_matter(op: Op, impl: str) -> None:
-    @given(sizes=examples(op))
+    @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
-        args = arguments(op, **sizes)
+        args = example_args(op, **sizes)
         new, k_pages, v_pages, table, rest = split(op, args)
         to = torch.randperm(k_pages.shape[0], generator=torch.Generator().manual_seed(sizes["seed"])).to(table.device)
-        moved = mapped(lambda x: x.new_empty(x.shape).index_copy_(0, to, x), (k_pages, v_pages))
+        moved = map_tensors(lambda x: x.new_empty(x.shape).index_copy_(0, to, x), (k_pages, v_pages))
         after = run(op, impl, *new, *moved, to[table.long()].int(), *rest)
         assert torch.equal(after, run(op, impl, *args))
 
-    hold(check)
+    run_property(check)
 
 
 @pytest.mark.parametrize("op, impl", PAGED)
 def test_page_length_does_not_matter(op: Op, impl: str) -> None:
-    @given(sizes=examples(op))
+    @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
-        args = arguments(op, **{**sizes, "l": 32})
+        args = example_args(op, **{**sizes, "l": 32})
         new, k_pages, v_pages, table, rest = split(op, args)
-        halves = mapped(lambda x: x.unflatten(1, (2, 16)).flatten(0, 1), (k_pages, v_pages))  # page i -> 2i, 2i + 1
+        halves = map_tensors(
+            lambda x: x.unflatten(1, (2, 16)).flatten(0, 1), (k_pages, v_pages)
+        )  # page i -> 2i, 2i + 1
         table = torch.stack((2 * table, 2 * table + 1), -1).flatten(1)
         assert_same(run(op, impl, *new, *halves, table, *rest), run(op, impl, *args), op, args)
 
-    hold(check)
+    run_property(check)
 
 
 @pytest.mark.parametrize("op, impl", PAGED)
 def test_shared_heads_equal_repeated_heads(op: Op, impl: str) -> None:
-    @given(sizes=examples(op))
+    @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
-        args = arguments(op, **sizes)
+        args = example_args(op, **sizes)
         (q, *kv), k_pages, v_pages, table, rest = split(op, args)
-        new = mapped(lambda x: x.repeat_interleave(sizes["ratio"], 1), kv)
-        repeated = [*new, *mapped(lambda x: x.repeat_interleave(sizes["ratio"], 2), (k_pages, v_pages))]
+        new = map_tensors(lambda x: x.repeat_interleave(sizes["ratio"], 1), kv)
+        repeated = [*new, *map_tensors(lambda x: x.repeat_interleave(sizes["ratio"], 2), (k_pages, v_pages))]
         assert_same(run(op, impl, q, *repeated, table, *rest), run(op, impl, *args), op, args)
 
-    hold(check)
+    run_property(check)
 
 
 @each_impl(ops.encoder_attention)
 def test_order_of_positions_does_not_matter(impl: str) -> None:
     op = ops.encoder_attention
 
-    @given(sizes=examples(op))
+    @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
-        args = q, k, v, scale = arguments(op, **sizes)
+        args = q, k, v, scale = example_args(op, **sizes)
         assert_same(run(op, impl, q, k.flip(1), v.flip(1), scale), run(op, impl, *args), op, args)
 
-    hold(check)
+    run_property(check)
 
 
 @each_impl(ops.int4_matmul)
 def test_int4_matmul_equals_linear_on_the_plain_weight(impl: str) -> None:
     op = ops.int4_matmul
 
-    @given(sizes=examples(op))
+    @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
-        args = x, w, bias = arguments(op, **sizes)
+        args = x, w, bias = example_args(op, **sizes)
         assert_same(run(op, impl, *args), ops.linear.reference(x, ops.dequantize(w, x.dtype), bias), op, args)
 
-    hold(check)
+    run_property(check)
 
 
 @given(n=st.integers(1, 40), k=st.integers(1, 20), seed=st.integers(0, 2**16))
@@ -228,7 +238,7 @@ def test_codes_survive_packing(n: int, k: int, seed: int) -> None:
     packed = pack_tiles(q)
     assert packed.dtype == torch.int32 and packed.shape == (-(-n // 16), -(-k // 8), 32, 4)
     scales, zeros = (torch.full((1, n), x, device=DEVICE) for x in (1.0, 0.0))
-    assert torch.equal(codes(ops.Int4(packed, scales, zeros, 8 * k)), q)
+    assert torch.equal(unpack_codes(ops.Int4(packed, scales, zeros, 8 * k)), q)
 
 
 @given(
@@ -245,7 +255,7 @@ def test_quantised_weight_is_half_a_step_off(
     """The range is 15 steps and 0 is one of them, but the step is rounded, which moves the ends by 15 roundings."""
     rng = torch.Generator().manual_seed(seed)
     plain = (torch.randn(n, groups * group, generator=rng) + shift).to(DEVICE, dtype)
-    w = ops.quantize(plain, group)
+    w = ops.quantize_rtn(plain, group)
     steps = w.scales.double().t().repeat_interleave(group, 1)
     off = (ops.dequantize(w, torch.float64) - plain.double()).abs() / steps
     assert off.max() <= 0.5 + 15 * unit_roundoff(dtype)

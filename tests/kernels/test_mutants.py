@@ -12,17 +12,17 @@ import triton.language as tl
 from hypothesis import Phase, given, settings
 from torch import Tensor
 
-from bench.correctness.error_budget import LEFT_OUT, arguments, assert_faithful, examples
+from bench.correctness.error_budget import UNSUPPORTED_DTYPES, assert_matches_reference, example_args, example_strategy
 from vila_triton import ops
 from vila_triton.checkpoints.int4_packing import pack_tiles
 from vila_triton.ops import Int4
-from vila_triton.ops.attention import attend
-from vila_triton.ops.int4 import codes
-from vila_triton.ops.kv_write import gather
+from vila_triton.ops.attention import masked_attention
+from vila_triton.ops.int4 import unpack_codes
+from vila_triton.ops.kv_write import gather_tokens
 from vila_triton.registry import OPS, Impl
 
 PLANTED: list = []
-USUAL = {"kv": "plain", "policy": "fast"}  # what the bugs of attention and the cache are written for
+USUAL = {"kv": "plain", "numerics": "fast"}  # what the bugs of attention and the cache are written for
 
 
 def planted(name: str, **only: Any) -> Callable[[Callable], Callable]:
@@ -37,13 +37,13 @@ def planted(name: str, **only: Any) -> Callable[[Callable], Callable]:
 
 @planted("int4_matmul")
 def swapped_nibbles(x: Tensor, w: Int4, bias: Tensor | None) -> Tensor:
-    q = codes(w).unflatten(1, (-1, 2)).flip(-1).flatten(1)
+    q = unpack_codes(w).unflatten(1, (-1, 2)).flip(-1).flatten(1)
     return ops.int4_matmul.reference(x, replace(w, qweight=pack_tiles(q)), bias)
 
 
 @planted("int4_matmul")
 def code_15_read_as_14(x: Tensor, w: Int4, bias: Tensor | None) -> Tensor:
-    return ops.int4_matmul.reference(x, replace(w, qweight=pack_tiles(codes(w).clamp(max=14))), bias)
+    return ops.int4_matmul.reference(x, replace(w, qweight=pack_tiles(unpack_codes(w).clamp(max=14))), bias)
 
 
 @planted("int4_matmul")
@@ -98,10 +98,11 @@ def sees_one_token_ahead(q, k, v, k_pages, v_pages, block_table, query_start, hi
     for i, t in enumerate(history.tolist()):
         rows = slice(*query_start[i : i + 2].tolist())
         keys, values = (
-            torch.cat((gather(pages, block_table[i], t), new[rows])) for pages, new in ((k_pages, k), (v_pages, v))
+            torch.cat((gather_tokens(pages, block_table[i], t), new[rows]))
+            for pages, new in ((k_pages, k), (v_pages, v))
         )
         seen = torch.ones(rows.stop - rows.start, len(keys), dtype=torch.bool).tril(t + 1).to(q.device)
-        out.append(attend(q[rows], keys, values, scale, seen))
+        out.append(masked_attention(q[rows], keys, values, scale, seen))
     return torch.cat(out)
 
 
@@ -130,7 +131,7 @@ def values_unmasked(q, k_pages, v_pages, block_table, lengths, scale) -> Tensor:
 def sums_not_rescaled(q, k_pages, v_pages, block_table, lengths, scale) -> Tensor:
     out = torch.zeros_like(q)
     for i, t in enumerate(lengths.tolist()):
-        keys, values = (gather(pages, block_table[i], t).float() for pages in (k_pages, v_pages))
+        keys, values = (gather_tokens(pages, block_table[i], t).float() for pages in (k_pages, v_pages))
         keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (keys, values))
         acc, total, peak = 0.0, 0.0, torch.full(q.shape[1:2], float("-inf"), device=q.device)
         for j in range(0, t, 16):
@@ -192,7 +193,7 @@ def masks_dropped(gate: Tensor, up: Tensor) -> Tensor:
 
 @planted("swiglu")
 def masks_of_loads_dropped(gate: Tensor, up: Tensor) -> Tensor:
-    if not LEFT_OUT:
+    if not UNSUPPORTED_DTYPES:
         pytest.skip("only interpreted kernels are watched as they read")
     return _swiglu(gate, up, masked=True)
 
@@ -204,10 +205,10 @@ def test_is_found(name: str, fn: Callable, only: dict) -> None:
     impl = Impl(name, fn.__name__, fn, [{}], Path(__file__))
 
     @settings(max_examples=25, derandomize=True, database=None, phases=[Phase.generate])
-    @given(sizes=examples(op))
+    @given(sizes=example_strategy(op))
     def search(sizes: dict) -> None:
         usual = {name: value for name, value in USUAL.items() if name in op.domain}
-        assert_faithful(op, impl, {}, arguments(op, **{**sizes, **usual, **only}), sizes["seed"])
+        assert_matches_reference(op, impl, {}, example_args(op, **{**sizes, **usual, **only}), sizes["seed"])
 
     with pytest.raises(AssertionError):
         search()

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from mutants import Plant, plant  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from bench.correctness.error_budget import DEVICE, arguments, assert_faithful, budget
-from bench.correctness.guarded_memory import Unfaithful, bits
-from vila_triton.ops import kv_write, merge, prefill_attention
-from vila_triton.ops.kv_write import gather
+from bench.correctness.error_budget import DEVICE, assert_matches_reference, error_budget, example_args
+from bench.correctness.guarded_memory import MismatchError, bit_pattern
+from vila_triton.ops import kv_write, merge_attention_states, prefill_attention
+from vila_triton.ops.kv_write import gather_tokens
 from vila_triton.registry import REFERENCE, Impl, discover
 from vila_triton.registry.search_space import Config
 
@@ -21,7 +21,7 @@ NAMES = [name for name in prefill_attention.impls if name not in (REFERENCE, "at
 CASES: list = [
     pytest.param(name, i, id=f"{name}-{i}") for name in NAMES for i in range(len(prefill_attention.impls[name].configs))
 ]
-SIZES = dict(b=3, s=37, t=70, g=2, ratio=3, d=32, l=16, dtype="float16", kv="plain", policy="fast", seed=1)
+SIZES = dict(b=3, s=37, t=70, g=2, ratio=3, d=32, l=16, dtype="float16", kv="plain", numerics="fast", seed=1)
 OTHER = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}  # one that a tuned table might name
 Sequence = tuple[Tensor, Tensor, Tensor]  # q [s, h, d], k and v [s, g, d]
 
@@ -71,7 +71,7 @@ def check_invariance(impl: Impl, examples: int) -> None:
     )
     def holds(cuts: list[int], l: int, config: Config, company: list[Sequence], seed: int) -> None:
         for got, want in zip(in_chunks(impl, config, mine, cuts, l, seed, tuple(company)), expected):
-            assert torch.equal(bits(got), bits(want))
+            assert torch.equal(bit_pattern(got), bit_pattern(want))
 
     holds()
 
@@ -87,10 +87,10 @@ def test_not_a_bit_depends_on_chunks_pages_company_or_config(name: str) -> None:
 @pytest.mark.parametrize("name, config", CASES)
 @pytest.mark.parametrize("kv", ["plain", "int8", "int4"])
 def test_log_sum_exp_is_faithful(name: str, config: int, kv: str) -> None:
-    args = arguments(prefill_attention, **{**SIZES, "kv": kv})
+    args = example_args(prefill_attention, **{**SIZES, "kv": kv})
     impl = prefill_attention.impls[name]
     try:
-        assert_faithful(prefill_attention, impl, impl.configs[config], (*args, "fast", True))
+        assert_matches_reference(prefill_attention, impl, impl.configs[config], (*args, "fast", True))
     except ValueError as reason:
         pytest.skip(str(reason))
 
@@ -100,15 +100,17 @@ def test_log_sum_exp_is_faithful(name: str, config: int, kv: str) -> None:
 def test_merged_with_attention_to_the_history_alone_it_is_attention_to_both(name: str) -> None:
     """Queries see the chunk causally and all of the history: a call without pages, one whose only keys are in them."""
     impl = prefill_attention.impls[name]
-    args = arguments(prefill_attention, **{**SIZES, "b": 1, "dtype": "float32"})
+    args = example_args(prefill_attention, **{**SIZES, "b": 1, "dtype": "float32"})
     q, k, v, k_pages, v_pages, table, start, history, scale = args
-    keys, values = (gather(x, table[0], int(history)).repeat_interleave(3, 1).double() for x in (k_pages, v_pages))
+    keys, values = (
+        gather_tokens(x, table[0], int(history)).repeat_interleave(3, 1).double() for x in (k_pages, v_pages)
+    )
     scores = torch.einsum("shd,thd->sht", q.double(), keys) * scale
     past = torch.einsum("sht,thd->shd", scores.softmax(-1), values), scores.logsumexp(-1)
-    own = impl(q, k, v, k_pages, v_pages, table, start, 0 * history, scale, lse=True)
-    merged = merge(*(torch.stack((a.double(), b)) for a, b in zip(own, past)))
+    own = impl(q, k, v, k_pages, v_pages, table, start, 0 * history, scale, return_lse=True)
+    merged = merge_attention_states(*(torch.stack((a.double(), b)) for a, b in zip(own, past)))
     whole = (*args, "fast", True)
-    for got, exact, allowed in zip(merged, *budget(prefill_attention, whole)):
+    for got, exact, allowed in zip(merged, *error_budget(prefill_attention, whole)):
         assert ((got - exact).abs() <= 2 * allowed).all()  # one budget for each of two calls, as they are
 
 
@@ -116,8 +118,8 @@ def test_merged_with_attention_to_the_history_alone_it_is_attention_to_both(name
 @pytest.mark.parametrize("d", [8, 16, 40, 48, 56, 72, 80, 96, 112, 160, 192, 256])
 def test_every_head_dim(name: str, d: int) -> None:
     impl = prefill_attention.impls[name]
-    args = arguments(prefill_attention, **{**SIZES, "d": d, "b": 2})
-    assert_faithful(prefill_attention, impl, impl.configs[-1], args)
+    args = example_args(prefill_attention, **{**SIZES, "d": d, "b": 2})
+    assert_matches_reference(prefill_attention, impl, impl.configs[-1], args)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,8 +127,8 @@ def test_every_head_dim(name: str, d: int) -> None:
 def test_every_page_size_with_lengths_at_its_edges(name: str, l: int) -> None:
     impl = prefill_attention.impls[name]
     for t in (0, 1, l - 1, l, l + 1):
-        args = arguments(prefill_attention, **{**SIZES, "l": l, "t": t, "s": 5, "b": 1, "ratio": 1, "g": 1})
-        assert_faithful(prefill_attention, impl, impl.configs[0], args)
+        args = example_args(prefill_attention, **{**SIZES, "l": l, "t": t, "s": 5, "b": 1, "ratio": 1, "g": 1})
+        assert_matches_reference(prefill_attention, impl, impl.configs[0], args)
 
 
 BUGS = {
@@ -158,10 +160,10 @@ def test_planted_bugs_are_found(bug: str, plant: Plant) -> None:  # noqa: F811
     plant("prefill_attention", "mine", *BUGS[bug])
     discover()
     impl = prefill_attention.impls["mine"]
-    with pytest.raises(Unfaithful):
+    with pytest.raises(MismatchError):
         for t in (70, 64):  # the second leaves a tile that all rows of a program see
-            args = arguments(prefill_attention, **{**SIZES, "s": 70, "t": t, "dtype": "float32"})
-            assert_faithful(prefill_attention, impl, impl.configs[-1], args)
+            args = example_args(prefill_attention, **{**SIZES, "s": 70, "t": t, "dtype": "float32"})
+            assert_matches_reference(prefill_attention, impl, impl.configs[-1], args)
 
 
 @pytest.mark.usefixtures("dots_in_order")

@@ -12,14 +12,14 @@ import torch
 from far_memory import apart
 from torch import Tensor
 
-from bench.correctness.error_budget import DEVICE, arguments, assert_faithful
-from bench.correctness.guarded_memory import bits
+from bench.correctness.error_budget import DEVICE, assert_matches_reference, example_args
+from bench.correctness.guarded_memory import bit_pattern
 from vila_triton.ops import encoder_attention, prefill_attention
 from vila_triton.registry import REFERENCE, Impl, Op, discover
 
 discover()
 SIZES: dict[str, Any] = dict(
-    b=1, s=5, t=20, g=1, ratio=3, d=24, l=16, dtype="float32", kv="plain", policy="fast", seed=2
+    b=1, s=5, t=20, g=1, ratio=3, d=24, l=16, dtype="float32", kv="plain", numerics="fast", seed=2
 )
 
 
@@ -30,9 +30,9 @@ def each(*ops: Op) -> pytest.MarkDecorator:
 
 
 def faithful(impl: Impl, change: Callable[[tuple], tuple] = lambda args: args, **sizes: Any) -> None:
-    args = arguments(prefill_attention, **{**SIZES, **sizes})
+    args = example_args(prefill_attention, **{**SIZES, **sizes})
     try:
-        assert_faithful(prefill_attention, impl, impl.configs[0], change(args))
+        assert_matches_reference(prefill_attention, impl, impl.configs[0], change(args))
     except ValueError as reason:
         pytest.skip(str(reason))
 
@@ -45,20 +45,24 @@ def test_tokens_beyond_32_bits_in_views_of_one_packed_tensor(op: Op, impl: Impl,
     https://github.com/sgl-project/sglang/issues/20389 https://github.com/thu-ml/SageAttention/issues/386
     https://github.com/pytorch/pytorch/issues/190857
     """
-    q, k, v, *rest = arguments(op, **{**SIZES, "dtype": "float16", "b": 2})
+    q, k, v, *rest = example_args(op, **{**SIZES, "dtype": "float16", "b": 2})
     views = apart(torch.cat((q, k, v), 1), far).split([3, 1, 1], 1)
     config = impl.configs[0]
-    assert torch.equal(bits(impl(*views, *rest, config=config)), bits(impl(q, k, v, *rest, config=config)))
+    assert torch.equal(
+        bit_pattern(impl(*views, *rest, config=config)), bit_pattern(impl(q, k, v, *rest, config=config))
+    )
 
 
 @pytest.mark.on_gpu
 @each(encoder_attention)
 def test_pictures_beyond_32_bits_in_views_of_one_packed_tensor(op: Op, impl: Impl, far: Tensor) -> None:
     """https://github.com/thu-ml/SageAttention/issues/386"""
-    q, k, v, scale = arguments(op, b=2, s=9, h=2, d=24, dtype="float16", seed=0)
+    q, k, v, scale = example_args(op, b=2, s=9, h=2, d=24, dtype="float16", seed=0)
     views = apart(torch.stack((q, k, v), 2), far).unbind(2)
     config = impl.configs[0]
-    assert torch.equal(bits(impl(*views, scale, config=config)), bits(impl(q, k, v, scale, config=config)))
+    assert torch.equal(
+        bit_pattern(impl(*views, scale, config=config)), bit_pattern(impl(q, k, v, scale, config=config))
+    )
 
 
 @each(prefill_attention)
@@ -100,7 +104,7 @@ def test_sequences_with_nothing_new_or_nothing_cached(
     if sum(new):
         faithful(impl, cut)
     else:
-        args = cut(arguments(op, **SIZES))
+        args = cut(example_args(op, **SIZES))
         assert impl(*args, config=impl.configs[0]).shape == (0, 3, SIZES["d"])
 
 

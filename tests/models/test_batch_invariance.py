@@ -16,20 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench.correctness.error_budget import DEVICE, LEFT_OUT, arguments
+from bench.correctness.error_budget import DEVICE, UNSUPPORTED_DTYPES, example_args
 from vila_triton import VilaLlamaForCausalLM
-from vila_triton.cache.paged_cache import KV_DTYPES, PagedCache
+from vila_triton.cache.paged_cache import KV_DTYPES, PagedKVCache
 from vila_triton.engine import engine
 from vila_triton.models import llama, vila
 from vila_triton.paths import BUNDLED_CHECKPOINT
-from vila_triton.registry import OPS, Impl, Sizes, discover, recording, use
-from vila_triton.registry.kernel_config import configured
+from vila_triton.registry import OPS, Impl, IntRange, count_calls, discover, use
+from vila_triton.registry.kernel_config import configured_choices
 
 discover()
 pytestmark = pytest.mark.usefixtures("dots_in_order")
 WHOLE = words(37).to(DEVICE)
 OTHERS = [words(n).to(DEVICE) for n in (5, 1, 18)]
-HELD = [dtype for dtype in KV_DTYPES[1:] if DEVICE == "cpu" or dtype not in LEFT_OUT]
+HELD = [dtype for dtype in KV_DTYPES[1:] if DEVICE == "cpu" or dtype not in UNSUPPORTED_DTYPES]
 CASES: list[Any] = [("small", "own", dtype) for dtype in (None, *HELD)]
 CASES += [("small", "triton", None), ("small", "triton", "int4"), ("small", "simple", None)]  # which reads plain pages
 CASES += [("checkpoint", "own", None), ("checkpoint-int4", "own", None)]
@@ -61,14 +61,14 @@ def named(name: str) -> Model:
     return Model(replace(made.params, llm=few), made.geometry, made.dtype)
 
 
-def run(model: Model, cache: PagedCache, seq: int, start: int, cuts: list[int], others: list[Tensor]) -> Tensor:
+def run(model: Model, cache: PagedKVCache, seq: int, start: int, cuts: list[int], others: list[Tensor]) -> Tensor:
     """Hidden states of WHOLE from `start` on [t - start, e], in chunks; `others` go along with the first of them."""
     states = []
     for begin, end in pairwise([start, *(cut for cut in cuts if cut > start), len(WHOLE)]):
-        company = {cache.table.alloc(): row for row in others} if begin == start else {}
+        company = {cache.allocator.add_sequence(): row for row in others} if begin == start else {}
         rows = dict(sorted({**company, seq: WHOLE[begin:end]}.items(), key=lambda item: len(item[1])))
         keep = {one: end - begin if one == seq else 0 for one in rows}
-        hidden = engine.advance(model.params, rows, model.cfg, cache, keep=keep)
+        hidden = engine.extend(model.params, rows, model.cfg, cache, states_to_keep=keep)
         states.append(hidden[list(rows).index(seq)])
     return torch.cat(states)
 
@@ -90,19 +90,19 @@ def logits(
     of prefill_attention.
     """
     how: dict[str, Any] = {"page_size": page_size, "kv_dtype": kv_dtype, "policy": policy}
-    cache = PagedCache(model.cfg.llm, 256, dtype=model.dtype, device=DEVICE, **how)
-    random.Random(len(cuts)).shuffle(cache.table.free_pages)
+    cache = PagedKVCache(model.cfg.llm, 256, dtype=model.dtype, device=DEVICE, **how)
+    random.Random(len(cuts)).shuffle(cache.allocator.free_pages)
     choice: dict[str, Any] = {"prefill_attention": kernels} if kernels not in ("own", "cuda") else {}
     if kernels == "cuda":
-        choice = dict(configured("cuda", "invariant"))
+        choice = dict(configured_choices("cuda", "invariant"))
     with use(**choice):
         if known:
-            run(model, cache, first := cache.table.alloc(), 0, [known], [])
-            cache.table.publish(first, WHOLE[:known].tolist())
-        cache.table.adopt(seq := cache.table.alloc(), WHOLE.tolist())
+            run(model, cache, first := cache.allocator.add_sequence(), 0, [known], [])
+            cache.allocator.register_prefix(first, WHOLE[:known].tolist())
+        cache.allocator.reuse_prefix(seq := cache.allocator.add_sequence(), WHOLE.tolist())
         assert cache.length(seq) == known
         hidden = run(model, cache, seq, known, cuts, others or [])
-        with engine.kernels(hidden.device, policy=policy):
+        with engine.use_default_kernels(hidden.device, numerics=policy):
             return llama.logits(model.params.llm, hidden)
 
 
@@ -134,7 +134,7 @@ def test_without_the_policy_chunks_matter_to_quantised_pages() -> None:
 
 def test_a_single_token_goes_the_way_of_a_chunk_if_policy_says_so() -> None:
     for policy, decoded in (("invariant", 0), ("fast", 2 * 3)):  # layers and tokens
-        with recording() as calls:
+        with count_calls() as calls:
             logits(named("small"), "own", None, [34, 35, 36], policy=policy, known=34)
         assert sum(n for (op, _), n in calls.items() if op == "decode_attention") == decoded
 
@@ -168,10 +168,10 @@ def test_an_argument_that_is_refused_costs_no_token_of_the_cache() -> None:
     with pytest.raises(ValueError, match="output_attentions needs the whole sequence in one pass"):
         model(words(1, seed=1).to(DEVICE)[None], start_pos=2, output_attentions=True)
     assert model.cache is not None and model.cache.length(0) == 5
-    model.cache.table.alloc()
+    model.cache.allocator.add_sequence()
     for lengths in ([2, 999], [2], [-1, 0]):
         message = r"sequences of \[5, 0\] tokens cannot be rolled back to"
-        with pytest.raises(ValueError, match=message), model.cache.at(lengths, keep=True):
+        with pytest.raises(ValueError, match=message), model.cache.roll_back(lengths, in_place=True):
             pass
     assert model.cache.length(0) == 5
 
@@ -183,8 +183,8 @@ MARKED = [(impl, i) for op in ROWS for impl in OPS[op].impls.values() for i in r
 @pytest.mark.on_gpu
 @pytest.mark.parametrize("impl, config", [case for case in MARKED if case[0].batch_invariant])
 def test_a_row_of_what_is_marked_has_the_same_bits_anywhere(impl: Impl, config: int) -> None:
-    sizes: dict[str, Any] = {name: x.high for name, x in OPS[impl.op].domain.items() if isinstance(x, Sizes)}
-    args = arguments(OPS[impl.op], seed=0, dtype="float32", **sizes)
+    sizes: dict[str, Any] = {name: x.high for name, x in OPS[impl.op].domain.items() if isinstance(x, IntRange)}
+    args = example_args(OPS[impl.op], seed=0, dtype="float32", **sizes)
     whole = impl(*args, config=impl.configs[config])
     for seed in range(3):
         order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[: 1 + 9 * seed]
@@ -203,6 +203,6 @@ def test_a_row_of_what_is_marked_has_the_same_bits_anywhere(impl: Impl, config: 
 )
 def test_what_does_not_keep_the_promise_is_refused_before_anything_runs(choice: Any, message: str) -> None:
     model = built(attention_policy="invariant")
-    with use(**choice), recording() as calls, pytest.raises(ValueError, match=message):
+    with use(**choice), count_calls() as calls, pytest.raises(ValueError, match=message):
         model.generate(words(5).to(DEVICE)[None])
     assert not calls

@@ -13,14 +13,14 @@ import torch
 from hf_reference import build
 
 from vila_triton import VilaLlamaForCausalLM as Model
-from vila_triton.chat.cli_session import frames_of
+from vila_triton.chat.cli_session import default_num_frames
 from vila_triton.chat.tokenizer import load_tokenizer
-from vila_triton.checkpoints.loading import open_source, require_fits
-from vila_triton.checkpoints.shard_writer import OtherWork, building
-from vila_triton.checkpoints.writing import write
+from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
+from vila_triton.checkpoints.shard_writer import FolderInUseError, atomic_folder
+from vila_triton.checkpoints.writing import write_checkpoint
 from vila_triton.files.reading import LoadError
 from vila_triton.hf.processing_vila import VilaProcessor
-from vila_triton.images.processing import ImageError, frames, open_image
+from vila_triton.images.processing import ImageError, load_video_frames, open_image
 from vila_triton.models.config import ConfigError
 from vila_triton.paths import BUNDLED_CHECKPOINT
 
@@ -81,7 +81,7 @@ def test_null_is_what_is_not_said(folder: Path) -> None:
     before = file.read_text()
     file.write_text(json.dumps({**json.loads(before), "page_size": None, "num_labels": 10**9, "use_cache": None}))
     try:
-        assert Model.from_pretrained(folder, device="cpu").new_cache(1).table.page_size == 16
+        assert Model.from_pretrained(folder, device="cpu").new_cache(1).allocator.page_size == 16
     finally:
         file.write_text(before)
 
@@ -120,31 +120,31 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**5)
 def test_many_tensors_that_do_not_fit_are_a_short_error(folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    write(open_source(folder), tmp_path / "x")
+    write_checkpoint(open_checkpoint(folder), tmp_path / "x")
     save_file({f"t{i}": torch.zeros(1) for i in range(9000)}, tmp_path / "x/llm/model.safetensors")
     with pytest.raises(LoadError, match=r"9021 of its tensors do not fit the model:(\n.*){20}\n  and 9001 more$"):
-        require_fits(open_source(tmp_path / "x"))
+        check_checkpoint(open_checkpoint(tmp_path / "x"))
 
 
 def test_frames_of_a_config_are_bounded(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"num_video_frames": 100000000}')
     with pytest.raises(ConfigError, match=r"config.json: num_video_frames is 100000000, expected .* from 1 to 1024"):
-        frames_of(tmp_path)
-    assert frames_of(folder) == 8
+        default_num_frames(tmp_path)
+    assert default_num_frames(folder) == 8
 
 
 def test_a_fifo_given_as_picture_or_video_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
-    for read in (open_image, lambda path: frames(path, 2)):
+    for read in (open_image, lambda path: load_video_frames(path, 2)):
         with pytest.raises(ImageError, match=r"a.png is a FIFO, expected a file"):
             read(tmp_path / "a.png")
 
 
 def test_parts_lie_in_the_checkpoint_and_strays_stay_behind(folder: Path, tmp_path: Path) -> None:
-    write(open_source(folder), tmp_path / "x")
+    write_checkpoint(open_checkpoint(folder), tmp_path / "x")
     (tmp_path / "x/llm/modeling_vila.py").write_text("raise SystemExit")
     (tmp_path / "x/llm/tokenizer_config.json").write_text("{}")
-    write(open_source(tmp_path / "x"), tmp_path / "y")
+    write_checkpoint(open_checkpoint(tmp_path / "x"), tmp_path / "y")
     assert {file.name for file in (tmp_path / "y/llm").iterdir()} == {
         "config.json",
         "model.safetensors",
@@ -155,10 +155,10 @@ def test_parts_lie_in_the_checkpoint_and_strays_stay_behind(folder: Path, tmp_pa
     for said in ("../llm", str(tmp_path / "llm")):
         (tmp_path / "x/config.json").write_text(json.dumps(top | {"llm_cfg": said}))
         with pytest.raises(LoadError, match="llm leads out of the checkpoint, to "):
-            open_source(tmp_path / "x")
+            open_checkpoint(tmp_path / "x")
     (tmp_path / "x/llm").symlink_to(tmp_path / "llm")
     with pytest.raises(LoadError, match="llm leads out of the checkpoint, to "):
-        open_source(tmp_path / "x")
+        open_checkpoint(tmp_path / "x")
 
 
 @pytest.fixture
@@ -191,20 +191,20 @@ def test_a_tokenizer_lies_in_the_checkpoint(bundled: Path) -> None:
 
 def test_the_second_writer_of_a_target_is_told_at_once_and_a_dead_one_holds_nobody_up(tmp_path: Path) -> None:
     target = tmp_path / "x"
-    with building(target) as first:
+    with atomic_folder(target) as first:
         (first / "a").touch()
         for over in (False, True):
             with (
-                pytest.raises(OtherWork, match=r"x.partial is being written by another process"),
-                building(target, over),
+                pytest.raises(FolderInUseError, match=r"x.partial is being written by another process"),
+                atomic_folder(target, over),
             ):
                 pass
         assert (first / "a").exists()
     assert [file.name for file in target.iterdir()] == ["a"] and [file.name for file in tmp_path.iterdir()] == ["x"]
     if not (child := os.fork()):
-        with building(tmp_path / "y"):
+        with atomic_folder(tmp_path / "y"):
             os._exit(1)
     os.waitpid(child, 0)
-    with building(tmp_path / "y") as folder:
+    with atomic_folder(tmp_path / "y") as folder:
         (folder / "b").touch()
     assert [file.name for file in (tmp_path / "y").iterdir()] == ["b"]

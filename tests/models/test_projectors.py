@@ -8,10 +8,10 @@ from hf_reference import Oracle, build, config, pictures
 from reference_projectors import Projector, downsample
 from reference_towers import CLIP, INTERN, SIGLIP
 
-from vila_triton.checkpoints.loading import geometry
+from vila_triton.checkpoints.loading import build_vila_config
 from vila_triton.models import projector
 from vila_triton.models.config import ConfigError, ProjectorConfig
-from vila_triton.models.params import init, leaves, tree_map
+from vila_triton.models.params import init_tree, leaves, tree_map
 
 TOKENS = {  # of 5 x 5 patches
     "identity": 25,
@@ -28,8 +28,8 @@ TOKENS = {  # of 5 x 5 patches
 
 
 def random(cfg: ProjectorConfig, dtype: torch.dtype) -> tuple[Any, dict[str, torch.Tensor]]:
-    rng, specs = torch.Generator().manual_seed(0), projector.declare(cfg, dtype)
-    p = tree_map(lambda x: x + 0.2 * torch.randn(x.shape, generator=rng, dtype=x.dtype), init(specs, rng))
+    rng, specs = torch.Generator().manual_seed(0), projector.param_specs(cfg, dtype)
+    p = tree_map(lambda x: x + 0.2 * torch.randn(x.shape, generator=rng, dtype=x.dtype), init_tree(specs, rng))
     return p, {spec.key: x for spec, x in zip(leaves(specs), leaves(p))}
 
 
@@ -42,7 +42,7 @@ def test_a_projector_is_its_released_layers(kind: str, order: str, dtype: torch.
     cfg = ProjectorConfig.from_dict({**values, "mm_hidden_size": m, "hidden_size": e})
     p, tensors = random(cfg, dtype)
     x = torch.randn(2, 25, m, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    ours = projector.projector(p, x, cfg)
+    ours = projector.forward(p, x, cfg)
     assert ours.shape == (2, TOKENS[kind], e)
     expected = Projector(values, m, e, tensors)(x)  # loads every tensor, and no other
     torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
@@ -81,22 +81,22 @@ def test_logits_of_every_tower_and_projector_agree_with_their_makers(vision: dic
     with torch.no_grad():
         theirs, _ = Oracle.of(model).run(list(ids), images)
         ours = model(ids, images=images).logits
-    assert ours.shape[1] == 4 + 2 * model.geometry.image_tokens
+    assert ours.shape[1] == 4 + 2 * model.vila_config.image_tokens
     torch.testing.assert_close(ours, theirs.logits, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", TOKENS)
 def test_image_tokens_of_a_config_are_those_the_projector_makes(kind: str) -> None:
     cfg = config(hidden_size=None, llm={"hidden_size": 24}, mm_projector_cfg={"mm_projector_type": kind})
-    whole = geometry(cfg.to_dict(), cfg.parts())
-    assert whole.image_tokens == TOKENS[kind]
-    assert whole.report().endswith(f"{TOKENS[kind]} tokens a picture") and kind in whole.report()
+    whole = build_vila_config(cfg.to_dict(), cfg.part_configs())
+    assert whole.tokens_per_image == TOKENS[kind]
+    assert whole.describe().endswith(f"{TOKENS[kind]} tokens a picture") and kind in whole.describe()
 
 
 def test_the_order_of_the_tokens_and_who_chose_it_are_in_the_report() -> None:
     for given, said in (("row", "row order (as the config says)"), (None, "column order (as released; token_order")):
         cfg = config(order=given)  # pyright: ignore[reportArgumentType]
-        assert said in geometry(cfg.to_dict(), cfg.parts()).report()
+        assert said in build_vila_config(cfg.to_dict(), cfg.part_configs()).describe()
 
 
 REFUSED: dict[str, tuple[dict, dict, str]] = {
@@ -121,4 +121,4 @@ REFUSED: dict[str, tuple[dict, dict, str]] = {
 def test_what_no_projector_can_do_is_refused(values: dict, changes: dict, message: str) -> None:
     cfg = config(mm_projector_cfg=values, **changes)
     with pytest.raises(ConfigError, match=message):
-        geometry(cfg.to_dict(), cfg.parts())
+        build_vila_config(cfg.to_dict(), cfg.part_configs())

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from bench.measure import smollm2
-from vila_triton.cache.paged_cache import PagedCache, Uncached
+from vila_triton.cache.paged_cache import PagedKVCache, UncachedBatch
 from vila_triton.engine import engine
 from vila_triton.models import llama, vila
 from vila_triton.models.config import LlamaConfig
-from vila_triton.registry import OPS, discover, recording, use
+from vila_triton.registry import OPS, count_calls, discover, use
 
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.skipif(bool(smollm2.missing()), reason=f"needs {', '.join(smollm2.missing())}"),
+    pytest.mark.skipif(bool(smollm2.missing_packages()), reason=f"needs {', '.join(smollm2.missing_packages())}"),
 ]
 QUESTION = "What is the capital of France, and what is it known for?"
 
@@ -25,8 +25,8 @@ QUESTION = "What is the capital of France, and what is it known for?"
 @pytest.fixture(scope="module")
 def real() -> tuple[Any, Any, llama.Llama, LlamaConfig]:
     """Transformers' model and tokenizer, and our tree."""
-    model, tokenizer = smollm2.hugging_face()
-    return model, tokenizer, *smollm2.ours(model)
+    model, tokenizer = smollm2.load_hugging_face()
+    return model, tokenizer, *smollm2.convert_model(model)
 
 
 def prompt(tokenizer: Any, question: str = QUESTION) -> Tensor:
@@ -37,17 +37,17 @@ def prompt(tokenizer: Any, question: str = QUESTION) -> Tensor:
 
 
 def logits(p: llama.Llama, cfg: LlamaConfig, ids: Tensor) -> Tensor:
-    cache = Uncached([len(ids)], ids.device)
-    return llama.logits(p, llama.llama(p, llama.embed(p, ids), cache.positions, cfg, cache))
+    cache = UncachedBatch([len(ids)], ids.device)
+    return llama.logits(p, llama.forward(p, llama.embed(p, ids), cache.positions, cfg, cache))
 
 
 def answer(p: llama.Llama, cfg: LlamaConfig, ids: Tensor, count: int, **how: Any) -> list[int]:
     """Greedy tokens through the paged cache."""
-    cache = PagedCache(cfg, 64, dtype=torch.float32)
-    rows = {cache.table.alloc(): ids}
-    sampling = engine.Sampling.of(1, max_new_tokens=count, **how)
+    cache = PagedKVCache(cfg, 64, dtype=torch.float32)
+    rows = {cache.allocator.add_sequence(): ids}
+    sampling = engine.SamplingParams.from_generate_kwargs(1, max_new_tokens=count, **how)
     whole: Any = SimpleNamespace(llm=cfg)
-    return [t for _, t in engine.stream(vila.Vila(p, None, None), rows, whole, cache, None, sampling)]
+    return [t for _, t in engine.generate_tokens(vila.Vila(p, None, None), rows, whole, cache, None, sampling)]
 
 
 @torch.no_grad()
@@ -74,11 +74,11 @@ def test_200_greedy_tokens_are_those_of_transformers(real):
 def test_kernels_agree_with_the_references_on_its_first_layers(real):
     _, tokenizer, p, cfg = real
     discover()
-    p = llama.quantized(replace(p, layers=p.layers[:2]), 32)
+    p = llama.quantize_linears_rtn(replace(p, layers=p.layers[:2]), 32)
     ids = prompt(tokenizer)[:12]
     expected = logits(p, cfg, ids)
     chosen = {name: "triton" for name, op in OPS.items() if "triton" in op.impls} | {"int4_matmul": "packed"}
-    with use(**chosen), recording() as calls:
+    with use(**chosen), count_calls() as calls:
         found = logits(p, cfg, ids)
     assert ("int4_matmul", "packed") in calls and ("prefill_attention", "triton") in calls
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
@@ -86,5 +86,5 @@ def test_kernels_agree_with_the_references_on_its_first_layers(real):
 
 def test_int4_text_is_sensible(real):
     _, tokenizer, p, cfg = real
-    found = answer(llama.quantized(p, 32), cfg, prompt(tokenizer), 40, eos_token_id=tokenizer.eos_token_id)
+    found = answer(llama.quantize_linears_rtn(p, 32), cfg, prompt(tokenizer), 40, eos_token_id=tokenizer.eos_token_id)
     assert "Paris" in tokenizer.decode(found)

@@ -10,7 +10,7 @@ from hf_reference import Oracle, build, config, padded, pictures, spread
 
 from vila_triton.hf.padding import unpad
 from vila_triton.models import vila
-from vila_triton.models.params import count
+from vila_triton.models.params import num_parameters
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 PROMPTS = {
@@ -91,7 +91,7 @@ def test_rope_may_be_spelled_as_in_transformers_4(old: dict) -> None:
 
 def test_a_picture_takes_one_position_per_token_and_features_are_numbered_through_the_batch() -> None:
     rows = [torch.tensor([1, -200, 5, -200, 7]), torch.tensor([2, 3]), torch.tensor([-200])]
-    spliced = vila.splice(rows, [3, 3, 2], vocab_size=10)
+    spliced = vila.splice_image_tokens(rows, [3, 3, 2], vocab_size=10)
     assert [row.tolist() for row in spliced] == [[1, -1, -2, -3, 5, -4, -5, -6, 7], [2, 3], [-7, -8]]
     labels = vila.splice_labels(rows, [torch.arange(5), torch.arange(2), torch.arange(1)], [3, 3, 2])
     assert [row.tolist() for row in labels] == [[0, *[-100] * 3, 2, *[-100] * 3, 4], [0, 1], [-100, -100]]
@@ -107,7 +107,7 @@ GOLDEN = {  # VILA's prepare_inputs_labels_for_multimodal, pictures of 3 positio
 def test_batches_are_laid_out_as_vila_does(side: str) -> None:
     ids, mask = torch.tensor([[1, -200, 5, 6], [1, 2, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     batch = unpad(ids, mask, None, None, [3], 10, padding_side=side)
-    assert batch.places.int().tolist() == GOLDEN[side]
+    assert batch.mask.int().tolist() == GOLDEN[side]
     assert [row.tolist() for row in batch.rows] == [[1, -1, -2, -3, 5, 6], [1, 2]]
 
 
@@ -116,7 +116,7 @@ def test_rows_beyond_the_model_length_lose_their_tail_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="Inputs truncated"):
         batch = unpad(ids, None, None, ids, [3], 10, max_length=4)
     assert [row.tolist() for row in batch.rows] == [[1, -1, -2, -3], [1, 2, 3, 4]]
-    assert batch.labels and [len(row) for row in batch.labels] == [4, 4] and batch.places.shape == (2, 4)
+    assert batch.labels and [len(row) for row in batch.labels] == [4, 4] and batch.mask.shape == (2, 4)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -124,7 +124,7 @@ def test_an_int4_model_is_the_model_with_its_weights_written_out(bias: bool) -> 
     quantization = {"quant_method": "vila-triton", "group_size": 16}
     model = build(llm={"quantization_config": quantization, "attention_bias": bias})
     twin = hf_reference.dense_twin(model)
-    assert count(model.params) < count(twin.params)
+    assert num_parameters(model.params) < num_parameters(twin.params)
     ids, images = torch.tensor([[1, 7, -200, 9]]), pictures(model, 1)
     torch.testing.assert_close(model(ids, images=images).logits, twin(ids, images=images).logits, rtol=0, atol=1e-9)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vila_triton.models import vision, vision_layers
 from vila_triton.models.config import ConfigError, VisionConfig
-from vila_triton.models.params import init, leaves, tree_map
+from vila_triton.models.params import init_tree, leaves, tree_map
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 TOP = {"mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
@@ -30,8 +30,8 @@ TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def random(cfg: VisionConfig, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor]]:
     """A tree no leaf of which is special, and its tensors by name."""
     rng = torch.Generator().manual_seed(0)
-    specs = vision.declare(cfg, dtype)
-    p = tree_map(lambda x: x + 0.2 * torch.randn(x.shape, generator=rng, dtype=x.dtype), init(specs, rng))
+    specs = vision.param_specs(cfg, dtype)
+    p = tree_map(lambda x: x + 0.2 * torch.randn(x.shape, generator=rng, dtype=x.dtype), init_tree(specs, rng))
     return p, {spec.key: x for spec, x in zip(leaves(specs), leaves(p))}
 
 
@@ -47,8 +47,8 @@ def test_features_are_those_of_transformers(values: dict, top: dict, dtype: torc
     cfg = VisionConfig.from_dict(values, top)
     p, tensors = random(cfg, dtype)
     images = pictures(cfg, dtype)
-    ours, expected = vision.vision_tower(p, images, cfg), features(theirs(values, tensors), images, top)
-    assert ours.shape == (2, cfg.features, cfg.width)
+    ours, expected = vision.forward(p, images, cfg), features(theirs(values, tensors), images, top)
+    assert ours.shape == (2, cfg.num_features, cfg.feature_dim)
     torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE[dtype])
 
 
@@ -85,9 +85,9 @@ def test_what_no_tower_can_do_is_refused(values: dict, top: dict, message: str) 
 def test_another_resolution_stretches_the_row_of_positions(values: dict, resolution: int) -> None:
     """The closed form, one place at a time; of 81 or 9 places some are whole."""
     cfg = VisionConfig.from_dict(values, {"vision_resolution": resolution})
-    first = cfg.class_tokens
+    first = cfg.num_class_tokens
     trained = torch.randn(first + 25, 4, dtype=torch.float64)
-    n, new = (resolution // 4) ** 2, vision_layers.positions(trained, cfg)
+    n, new = (resolution // 4) ** 2, vision_layers.position_embeddings(trained, cfg)
     assert torch.equal(new[:first], trained[:first]) and new.shape == (first + n, 4)
     for i in range(n):
         place = i * 24 / max(n - 1, 1)
@@ -96,9 +96,9 @@ def test_another_resolution_stretches_the_row_of_positions(values: dict, resolut
         torch.testing.assert_close(new[first + i], expected, rtol=0, atol=1e-12)
     p, _ = random(cfg, torch.float64)
     images = pictures(cfg, torch.float64)
-    assert images.shape[-1] == resolution and vision.vision_tower(p, images, cfg).shape[1] == cfg.features == n
+    assert images.shape[-1] == resolution and vision.forward(p, images, cfg).shape[1] == cfg.num_features == n
     with pytest.raises(ValueError, match=rf"shape \[1, 3, 20, 20\], expected .*, 3, {resolution}, {resolution}\]"):
-        vision.vision_tower(p, torch.zeros(1, 3, 20, 20), cfg)
+        vision.forward(p, torch.zeros(1, 3, 20, 20), cfg)
 
 
 def test_positions_in_half_precision_are_those_of_double_rounded() -> None:
@@ -106,8 +106,8 @@ def test_positions_in_half_precision_are_those_of_double_rounded() -> None:
     cfg = VisionConfig.from_dict(SIGLIP, {"vision_resolution": 4 * 257})
     trained = torch.rand(25, 4, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float16, torch.bfloat16):
-        exact = vision_layers.positions(trained.to(dtype).double(), cfg)
-        error = (vision_layers.positions(trained.to(dtype), cfg) - exact).abs().max()
+        exact = vision_layers.position_embeddings(trained.to(dtype).double(), cfg)
+        error = (vision_layers.position_embeddings(trained.to(dtype), cfg) - exact).abs().max()
         assert error <= 2 * torch.finfo(dtype).eps  # of the share and of the result, half a unit each, and of lerp
 
 
@@ -124,7 +124,7 @@ def test_gradients_reach_a_tower_of_several_scales_alike() -> None:
     for x in tensors.values():
         x.requires_grad_()
     tower = theirs(values, {name: x.detach() for name, x in tensors.items()})
-    vision.vision_tower(p, images, cfg).square().sum().backward()
+    vision.forward(p, images, cfg).square().sum().backward()
     reference_towers.features(tower, images, top).square().sum().backward()
     reached = {name: x.grad for name, x in tower.named_parameters() if x.grad is not None}
     assert "embeddings.class_embedding" in reached and "encoder.layers.1.mlp.fc2.weight" in reached

@@ -118,7 +118,7 @@ def captured(model: VilaLlamaForCausalLM) -> None:
 
 def known(model: VilaLlamaForCausalLM) -> None:
     """Pictures are known by their content."""
-    known_pictures.Pictures(model.encode_images)(pictures(model, 1).cuda())
+    known_pictures.ImageFeatureCache(model.encode_images)(pictures(model, 1).cuda())
 
 
 def forward(model: VilaLlamaForCausalLM) -> None:
@@ -129,7 +129,7 @@ def forward(model: VilaLlamaForCausalLM) -> None:
 
 def random_weights(model: VilaLlamaForCausalLM) -> None:
     """A model for timing."""
-    runners.build(model.geometry.llm, "float32", torch.device("cuda"))
+    runners.build_model(model.vila_config.llm, "float32", torch.device("cuda"))
 
 
 @dataclass(frozen=True)
@@ -156,24 +156,26 @@ FAULTS = {
         llama.attention, Prepend("assert x.sum().isfinite()"), captured, CAPTURING
     ),
     "a value read back at every step": Fault(
-        engine.stream, Prepend("bool((next(iter(new.values())) > 0).any())"), waits, COUNTER
+        engine.generate_tokens, Prepend("bool((next(iter(new.values())) > 0).any())"), waits, COUNTER
     ),
     "a mask that selects at every step": Fault(
-        paged_cache.PagedCache._view, Prepend("self.k_pages[self.k_pages != self.k_pages]"), waits, COUNTER
+        paged_cache.PagedKVCache._build_batch, Prepend("self.k_pages[self.k_pages != self.k_pages]"), waits, COUNTER
     ),
-    "a draw on the device by a generator of the CPU": Fault(engine.stream, DropCall("cpu"), answers, OF_CPU),
-    "a token left on the CPU": Fault(engine.stream, DropCall("to"), answers, TWO),
-    "angles on the CPU": Fault(llama.angles, DropCall("to"), answers, TWO),
-    "slots and tables on the CPU": Fault(paged_cache.PagedCache._view, DropKeyword("device"), waits, "cpu"),
+    "a draw on the device by a generator of the CPU": Fault(engine.generate_tokens, DropCall("cpu"), answers, OF_CPU),
+    "a token left on the CPU": Fault(engine.generate_tokens, DropCall("to"), answers, TWO),
+    "angles on the CPU": Fault(llama.rotary_cos_sin, DropCall("to"), answers, TWO),
+    "slots and tables on the CPU": Fault(paged_cache.PagedKVCache._build_batch, DropKeyword("device"), waits, "cpu"),
     "a cache on the CPU": Fault(
         modeling_vila_llama.VilaLlamaForCausalLM.new_cache, DropKeyword("device"), waits, "cpu"
     ),
-    "places of pictures on the CPU": Fault(vila.splice, DropKeyword("device"), answers, TWO),
-    "pixels read where they are": Fault(known_pictures.fingerprint, DropCall("cpu"), known, "can't convert cuda:0"),
+    "places of pictures on the CPU": Fault(vila.splice_image_tokens, DropKeyword("device"), answers, TWO),
+    "pixels read where they are": Fault(known_pictures.image_hash, DropCall("cpu"), known, "can't convert cuda:0"),
     "positions on the CPU": Fault(
-        paged_cache.Uncached.__init__, DropKeyword("device"), forward, "cos is on cpu, expected cuda:0"
+        paged_cache.UncachedBatch.__init__, DropKeyword("device"), forward, "cos is on cpu, expected cuda:0"
     ),
-    "weights drawn by a generator of the CPU": Fault(runners.build, DropArguments("Generator"), random_weights, OF_CPU),
+    "weights drawn by a generator of the CPU": Fault(
+        runners.build_model, DropArguments("Generator"), random_weights, OF_CPU
+    ),
 }
 
 

@@ -11,18 +11,18 @@ from hf_reference import build, padded, pictures
 from torch import Tensor
 
 from bench import standin, tune
-from bench.measure.model_steps import Step, peak
-from bench.measure.runners import Ours
-from bench.measure.runners import build as build_random
-from bench.measure.timing import measure
+from bench.measure.model_steps import ModelStep, try_peak_bytes
+from bench.measure.runners import VilaTritonRunner
+from bench.measure.runners import build_model as build_random
+from bench.measure.timing import time_call
 from bench.tuner import jobs
 from vila_triton import VilaLlamaForCausalLM
-from vila_triton.cache.paged_cache import PagedCache
+from vila_triton.cache.paged_cache import PagedKVCache
 from vila_triton.engine import engine
 from vila_triton.models import llama
-from vila_triton.registry import OPS, REFERENCE, discover, recording, use
+from vila_triton.registry import OPS, REFERENCE, count_calls, discover, use
 
-if standin.active():
+if standin.is_active():
     from bench.standin import device
     from bench.standin.counts import counting
 
@@ -90,11 +90,13 @@ def test_logits_loss_and_a_second_step_are_those_of_the_cpu(models: tuple) -> No
 def waits(model: VilaLlamaForCausalLM, rows: int, new_tokens: int) -> Counter[tuple[str, str]]:
     """What the host waits for, and in which file, while so many tokens are generated for each row of a batch."""
     cache = model.new_cache(rows)
-    prompts = {seq: torch.tensor([1, 5, 7 + seq], device="cuda") for seq in cache.table.sequences}
-    cache.reserve(dict.fromkeys(prompts, 3 + new_tokens))
-    sampling = engine.Sampling.of(rows, max_new_tokens=new_tokens, eos_token_id=60, device="cuda")
+    prompts = {seq: torch.tensor([1, 5, 7 + seq], device="cuda") for seq in cache.allocator.sequences}
+    cache.ensure_capacity(dict.fromkeys(prompts, 3 + new_tokens))
+    sampling = engine.SamplingParams.from_generate_kwargs(
+        rows, max_new_tokens=new_tokens, eos_token_id=60, device="cuda"
+    )
     with counting() as counts:
-        list(engine.stream(model.params, prompts, model.geometry, cache, None, sampling))
+        list(engine.generate_tokens(model.params, prompts, model.vila_config, cache, None, sampling))
     files: Counter[tuple[str, str]] = Counter()
     for (what, place), n in counts.waits.items():
         files[what, place.split(":")[0]] += n
@@ -111,20 +113,20 @@ def test_a_decoded_token_waits_where_it_is_known_to(models: tuple, rows: int) ->
 @torch.no_grad()
 def test_a_step_is_captured_and_replayed_for_other_tokens(models: tuple) -> None:
     model = models[1]
-    cache = PagedCache(model.geometry.llm, 4, dtype=torch.float32, device="cuda")
+    cache = PagedKVCache(model.geometry.llm, 4, dtype=torch.float32, device="cuda")
     for pages in cache.tensors:
         pages.zero_()
-    seq = cache.table.alloc()
+    seq = cache.allocator.add_sequence()
     x = llama.embed(model.params.llm, torch.tensor([7], device="cuda"))
-    with cache.step({seq: 1}) as step, engine.kernels(x.device, decode=True):
-        rotary = llama.angles(step.positions, model.geometry.llm)
+    with cache.append_step({seq: 1}) as step, engine.use_default_kernels(x.device, decode=True):
+        rotary = llama.rotary_cos_sin(step.positions, model.geometry.llm)
         layer = model.params.llm.layers[0]
 
         def attention() -> Tensor:
             return llama.attention(layer, x, rotary, 0, model.geometry.llm, step)
 
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), recording() as calls:
+        with torch.cuda.graph(graph), count_calls() as calls:
             y = attention()
         x.neg_()
         graph.replay()
@@ -134,9 +136,9 @@ def test_a_step_is_captured_and_replayed_for_other_tokens(models: tuple) -> None
 
 def test_a_call_is_timed_by_a_graph_unless_it_waits() -> None:
     x = torch.ones(4096, device="cuda")
-    timing = measure(lambda x: x + 1, (x,), x.device, budget=0.001)
+    timing = time_call(lambda x: x + 1, (x,), x.device, budget=0.001)
     assert timing.graph and timing.cold and timing.samples >= 5 and timing.seconds > 0
-    waiting = measure(lambda x: x + x.sum().item(), (x,), x.device, budget=0.001)
+    waiting = time_call(lambda x: x + x.sum().item(), (x,), x.device, budget=0.001)
     assert not waiting.graph and waiting.seconds > 0
 
 
@@ -145,8 +147,8 @@ JOB = {"op": "swiglu", "impl": "triton", "sizes": {"s": 2, "f": 48, "dtype": "fl
 
 def test_a_candidate_of_a_search_is_gated_and_timed() -> None:
     job = {**JOB, "config": dict(OPS["swiglu"].impls["triton"].configs[0])}
-    assert jobs.answer({**job, "stage": "gate"}) == {"reason": None}
-    answer = jobs.answer({**job, "stage": "time"})
+    assert jobs.run_job({**job, "stage": "gate"}) == {"reason": None}
+    answer = jobs.run_job({**job, "stage": "time"})
     assert answer["graph"] and answer["cold"] and answer["seconds"] > 0
 
 
@@ -154,17 +156,17 @@ def test_a_candidate_without_room_is_refused_and_the_next_one_timed(monkeypatch:
     job = {**JOB, "config": dict(OPS["swiglu"].impls["triton"].configs[0]), "stage": "time"}
     with monkeypatch.context() as patch:
         patch.setattr(device.memories[0], "total", torch.cuda.memory_allocated() + 512)
-        assert "out of memory" in jobs.answer({**job, "sizes": {**JOB["sizes"], "s": 4096}})["reason"]
-    assert jobs.answer(job)["seconds"] > 0
+        assert "out of memory" in jobs.run_job({**job, "sizes": {**JOB["sizes"], "s": 4096}})["reason"]
+    assert jobs.run_job(job)["seconds"] > 0
 
 
 def test_a_search_is_for_the_gpu_that_is_there() -> None:
     args = tune.parser().parse_args(["swiglu", "--impl", "triton"])
-    plan = tune.plan_for(OPS["swiglu"].impls["triton"], args)
+    plan = tune.plan_search(OPS["swiglu"].impls["triton"], args)
     assert (plan.timer, plan.gpu.arch, plan.device) == ("gpu", "sm_90", torch.cuda.get_device_name())
 
 
 def test_the_memory_of_a_prefill_is_what_its_tensors_take_at_once(models: tuple) -> None:
-    runner = Ours(build_random(models[0].geometry.llm, "float32", torch.device("cuda")), REFERENCE)
-    short, long = (peak(runner, Step("memory", 1, n, 0), torch.device("cuda")) for n in (16, 64))
+    runner = VilaTritonRunner(build_random(models[0].geometry.llm, "float32", torch.device("cuda")), REFERENCE)
+    short, long = (try_peak_bytes(runner, ModelStep("memory", 1, n, 0), torch.device("cuda")) for n in (16, 64))
     assert isinstance(short, int) and isinstance(long, int) and 0 < short < long < 64 * 2**20

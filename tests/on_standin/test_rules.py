@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench import standin
 
-if standin.active():
+if standin.is_active():
     from bench.standin import device
     from bench.standin.counts import counting
 

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from bench import check
 from bench.correctness import repro_bundle
-from bench.correctness.guarded_memory import bits, mapped, tensors
-from vila_triton.registry import OPS, OneOf, Op, discover, recording, use
+from bench.correctness.guarded_memory import bit_pattern, map_tensors, tensors
+from vila_triton.registry import OPS, OneOf, Op, count_calls, discover, use
 
 discover()
 
 
 def example(op: Op) -> list[Any]:
     sizes = {n: d.values[0] if isinstance(d, OneOf) else max(d.low, min(d.high, 3)) for n, d in op.domain.items()}
-    return list(op.example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu"))
+    return list(op.make_example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu"))
 
 
 NAMES = {op.name: list(inspect.signature(op.reference).parameters) for op in OPS.values()}
@@ -52,11 +52,13 @@ def refused(op: Op, i: int, value: int) -> str | None:
         return None
     for impl in op.impls:
         args = planted(op, i, value)
-        before = mapped(torch.clone, args)
-        with use(**{op.name: impl}), recording() as calls, pytest.raises(IndexError, match=re.escape(said)):
+        before = map_tensors(torch.clone, args)
+        with use(**{op.name: impl}), count_calls() as calls, pytest.raises(IndexError, match=re.escape(said)):
             op(*args)
         assert not calls
-        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(tensors(args), tensors(before), strict=True))
+        assert all(
+            torch.equal(bit_pattern(a), bit_pattern(b)) for a, b in zip(tensors(args), tensors(before), strict=True)
+        )
     return said
 
 
@@ -114,12 +116,12 @@ def test_a_bundle_is_looked_at_before_it_is_run(tmp_path: Any, capsys: pytest.Ca
 
 
 def test_on_a_gpu_values_are_looked_at_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vila_triton.ops.indices import readable
+    from vila_triton.ops.indices import can_read_values
 
     for said, wanted in (("", False), ("0", False), ("1", True)):
         monkeypatch.setenv("VILA_TRITON_DEBUG", said)
-        assert readable(torch.device("cuda")) is wanted
-        assert readable(torch.device("cpu")) and not readable(torch.device("meta"))
+        assert can_read_values(torch.device("cuda")) is wanted
+        assert can_read_values(torch.device("cpu")) and not can_read_values(torch.device("meta"))
     monkeypatch.setenv("VILA_TRITON_DEBUG", "yes")
     with pytest.raises(ValueError, match="VILA_TRITON_DEBUG is 'yes', expected 1, or 0"):
-        readable(torch.device("cuda"))
+        can_read_values(torch.device("cuda"))

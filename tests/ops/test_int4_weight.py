@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vila_triton.checkpoints.int4_packing import pack_tiles
-from vila_triton.ops import Int4, dequantize, quantize
-from vila_triton.ops.int4 import codes
+from vila_triton.ops import Int4, dequantize, quantize_rtn
+from vila_triton.ops.int4 import unpack_codes
 
 D = torch.float64
 GROUPS = st.tuples(st.integers(1, 4), st.sampled_from([16, 32, 48])) | st.tuples(st.just(1), st.sampled_from([8, 24]))
@@ -21,7 +21,7 @@ def test_a_weight_is_its_codes_less_their_zero_times_their_scale(n: int, groups:
     q = torch.randint(0, 16, (n, G * group), generator=rng, dtype=torch.int32)
     scales, zeros = torch.rand(G, n, generator=rng), torch.randint(0, 16, (G, n), generator=rng).float()
     w = Int4(pack_tiles(q), scales, zeros, group)
-    assert w.shape == (n, G * group) and torch.equal(codes(w), q)
+    assert w.shape == (n, G * group) and torch.equal(unpack_codes(w), q)
     i, j = torch.arange(n)[:, None], torch.arange(G * group)[None] // group
     exact = (q.double() - zeros[j, i].double()) * scales[j, i].double()  # nothing is rounded: scales are float32
     assert torch.equal(dequantize(w, D), exact)
@@ -47,21 +47,21 @@ def test_quantizing_takes_the_nearest_of_16_levels_and_keeps_0(
 ) -> None:
     G, group = groups
     w = torch.randn(3, G * group, generator=torch.Generator().manual_seed(seed)) + shift
-    packed = quantize(w, group)
+    packed = quantize_rtn(w, group)
     scales, zeros = (x.t().repeat_interleave(group, dim=1)[..., None] for x in (packed.scales, packed.zeros))
     levels = (torch.arange(16) - zeros) * scales  # [n, k, 16]
     error = (dequantize(packed, torch.float32) - w).abs()
     assert (error <= (levels - w[..., None]).abs().amin(-1) + 1e-6).all()
     assert (error <= scales[..., 0] * 0.501).all()  # the levels cover the range of a group
-    assert (levels == 0).any(-1).all() and not dequantize(quantize(0 * w, group), torch.float32).any()
+    assert (levels == 0).any(-1).all() and not dequantize(quantize_rtn(0 * w, group), torch.float32).any()
 
 
 @pytest.mark.parametrize("k, group", [(12, 12), (16, 12), (16, 0), (16, -16), (32, 8), (72, 24)], ids=str)
 def test_weights_that_cannot_be_grouped_are_refused(k: int, group: int) -> None:
     with pytest.raises(ValueError, match=f"k = {k} and group = {group}"):
-        quantize(torch.ones(2, k), group)
+        quantize_rtn(torch.ones(2, k), group)
 
 
 def test_weights_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
-        quantize(torch.full((1, 8), float("nan")), 8)
+        quantize_rtn(torch.full((1, 8), float("nan")), 8)

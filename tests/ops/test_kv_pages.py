@@ -13,10 +13,10 @@ from far_memory import apart
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.correctness.error_budget import DEVICE, arguments, assert_faithful, unit_roundoff
-from bench.correctness.guarded_memory import Unfaithful, bits, mapped, tensors
+from bench.correctness.error_budget import DEVICE, assert_matches_reference, example_args, unit_roundoff
+from bench.correctness.guarded_memory import MismatchError, bit_pattern, map_tensors, tensors
 from vila_triton import ops
-from vila_triton.ops.kv_pages import encode
+from vila_triton.ops.kv_pages import quantize_kv
 from vila_triton.registry import Impl, Unsupported, discover
 
 discover()
@@ -24,7 +24,7 @@ _split = import_module("vila_triton.kernels._split_kv")  # pyright sees no modul
 INVARIANT, LEAST, MOST, plan, time = (getattr(_split, x) for x in ("INVARIANT", "LEAST", "MOST", "plan", "time"))
 PLACES = 264  # programs at a time: two on each multiprocessor of an H100
 KINDS = pytest.mark.parametrize("kv", ["plain", "int8", "int4"])
-DECODE: dict[str, Any] = dict(b=2, t=90, g=2, ratio=2, d=32, l=16, dtype="float16", kv="plain", policy="fast", seed=3)
+DECODE: dict[str, Any] = dict(b=2, t=90, g=2, ratio=2, d=32, l=16, dtype="float16", kv="plain", numerics="fast", seed=3)
 TRITON = ops.decode_attention.impls["triton"]
 
 
@@ -41,10 +41,10 @@ def test_a_quantised_number_is_half_a_scale_off(
 ) -> None:
     """And at the ends of the range as many roundings of the scale more as there are codes."""
     x = ((torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + shift) * 2**size).to(DEVICE)
-    held = encode(x, ops.empty_pages((0, shape[-1]), kv, DEVICE, scales=scales))
-    assert isinstance(held, ops.QuantizedPages)
+    held = quantize_kv(x, ops.empty_kv_pages((0, shape[-1]), kv, DEVICE, scale_dtype=scales))
+    assert isinstance(held, ops.QuantizedKVPages)
     step = held.scales.double()[..., None]
-    exact = held.map(lambda y: y.double() if y.is_floating_point() else y).dense()
+    exact = held.map(lambda y: y.double() if y.is_floating_point() else y).dequantize()
     codes = 127 if kv == "int8" else 15
     off = (exact - x.double()).abs() / step
     assert (
@@ -58,42 +58,42 @@ def test_a_quantised_number_is_half_a_scale_off(
 
 @KINDS
 def test_nothing_is_all_that_zeros_become(kv: str) -> None:
-    like = ops.empty_pages((0, 8), torch.float16 if kv == "plain" else kv, DEVICE)
-    held = encode(torch.zeros(3, 2, 8, device=DEVICE), like)
-    assert not (held if isinstance(held, torch.Tensor) else held.dense()).any()
+    like = ops.empty_kv_pages((0, 8), torch.float16 if kv == "plain" else kv, DEVICE)
+    held = quantize_kv(torch.zeros(3, 2, 8, device=DEVICE), like)
+    assert not (held if isinstance(held, torch.Tensor) else held.dequantize()).any()
 
 
 def test_pools_that_are_not_what_they_say_stop_at_the_op() -> None:
-    k, v, k_pages, v_pages, slots = arguments(ops.kv_write, 0, s=3, g=2, d=8, l=16, dtype="float16", kv="int4")
-    eight = arguments(ops.kv_write, 0, s=3, g=2, d=8, l=16, dtype="float16", kv="int8")[2]
+    k, v, k_pages, v_pages, slots = example_args(ops.kv_write, 0, s=3, g=2, d=8, l=16, dtype="float16", kv="int4")
+    eight = example_args(ops.kv_write, 0, s=3, g=2, d=8, l=16, dtype="float16", kv="int8")[2]
     wrong = {
         "v_pages is int4 with scales in torch.float32, expected int8": (eight, v_pages),
         "k_pages.values is torch.int8, expected torch.uint8 in 4 bits": (
-            ops.QuantizedPages(k_pages.values.to(torch.int8), k_pages.scales, k_pages.zeros),
+            ops.QuantizedKVPages(k_pages.values.to(torch.int8), k_pages.scales, k_pages.zeros),
             v_pages,
         ),
         "scales and zeros of k_pages are torch.float32 and torch.float16": (
-            ops.QuantizedPages(k_pages.values, k_pages.scales, k_pages.zeros.half()),
+            ops.QuantizedKVPages(k_pages.values, k_pages.scales, k_pages.zeros.half()),
             v_pages,
         ),
         r"k_pages.scales has shape": (
-            ops.QuantizedPages(k_pages.values, k_pages.scales[1:], k_pages.zeros),
+            ops.QuantizedKVPages(k_pages.values, k_pages.scales[1:], k_pages.zeros),
             v_pages,
         ),
-        "k_pages has shape": (ops.QuantizedPages(k_pages.values[..., 1:], k_pages.scales, k_pages.zeros), v_pages),
+        "k_pages has shape": (ops.QuantizedKVPages(k_pages.values[..., 1:], k_pages.scales, k_pages.zeros), v_pages),
     }
     for message, pages in wrong.items():
         with pytest.raises(ValueError, match=f"kv_write: {message}"):
             ops.kv_write(k, v, *pages, slots)
     with pytest.raises(ValueError, match="no pages in 'int3'; there are: int8, int4"):
-        ops.empty_pages((1, 16, 2, 8), "int3")
+        ops.empty_kv_pages((1, 16, 2, 8), "int3")
     with pytest.raises(ValueError, match="even head dim, got 7"):
-        ops.empty_pages((1, 16, 2, 7), "int4")
-    args = arguments(ops.decode_attention, **DECODE)
+        ops.empty_kv_pages((1, 16, 2, 7), "int4")
+    args = example_args(ops.decode_attention, **DECODE)
     with pytest.raises(ValueError, match="decode_attention: no policy 'exact'; there are: fast, invariant"):
-        ops.decode_attention(*args, policy="exact")
+        ops.decode_attention(*args, numerics="exact")
     with pytest.raises(Unsupported, match="log-sum-exp"):
-        ops.decode_attention.impls["simple"](*args, lse=True)
+        ops.decode_attention.impls["simple"](*args, return_lse=True)
 
 
 @pytest.mark.on_gpu
@@ -106,46 +106,46 @@ def test_slots_below_0_touch_nothing_and_pages_beyond_32_bits_are_reached_2(
     the last page of a pool begins more than 2³¹ elements from the first."""
     op = ops.kv_write if name == "kv_write" else ops.rope_kv_write
     sizes = dict(s=20, g=2, d=16, l=16, dtype="float16", kv=kv) | ({"ratio": 2} if op is ops.rope_kv_write else {})
-    args = list(arguments(op, 0, **sizes))
+    args = list(example_args(op, 0, **sizes))
     args[-1][::3] = -1
     pools = narrow(tuple(args[-3:-1]))
     args[-3:-1] = pools
     there = [*args[:-3], *moved_apart(pools, far), args[-1]]
     impl = op.impls["triton"]
     for got, want in zip(
-        tensors(impl(*there, config=impl.configs[0])), tensors(op.reference(*mapped(torch.clone, args)))
+        tensors(impl(*there, config=impl.configs[0])), tensors(op.reference(*map_tensors(torch.clone, args)))
     ):
-        assert torch.equal(bits(got), bits(want))
+        assert torch.equal(bit_pattern(got), bit_pattern(want))
 
 
 def moved_apart(pools: Any, far: torch.Tensor) -> Any:
     """The pools as views of memory in which their last pages begin 2³¹ elements after the first."""
     place = count()
-    return mapped(lambda x: apart(x, far, next(place)), pools)
+    return map_tensors(lambda x: apart(x, far, next(place)), pools)
 
 
 def narrow(pools: Any) -> Any:
     """The pools with scales and zeros of two bytes each, as `far` has room for."""
-    return mapped(lambda x: x.half() if x.is_floating_point() else x, pools)
+    return map_tensors(lambda x: x.half() if x.is_floating_point() else x, pools)
 
 
 @pytest.mark.on_gpu
 @KINDS
 def test_decode_reaches_pages_and_scales_beyond_32_bits_2_3_39(kv: str, far: torch.Tensor) -> None:
     """vllm 47671, 50427; vllm 49716: strides of scales of their own."""
-    q, k_pages, v_pages, *rest = arguments(ops.decode_attention, **{**DECODE, "kv": kv})
+    q, k_pages, v_pages, *rest = example_args(ops.decode_attention, **{**DECODE, "kv": kv})
     k_pages, v_pages = narrow((k_pages, v_pages))
     near = TRITON(q, k_pages, v_pages, *rest, config=TRITON.configs[0])
     there = TRITON(q, moved_apart(k_pages, far), v_pages, *rest, config=TRITON.configs[0])
-    assert torch.equal(bits(near), bits(there))
+    assert torch.equal(bit_pattern(near), bit_pattern(there))
 
 
 @pytest.mark.on_gpu
 def test_queries_beyond_32_bits_1_4(far: torch.Tensor) -> None:
     """sglang 20389, SageAttention 386: an index of a query times its stride, of views that are not contiguous."""
-    q, *rest = arguments(ops.decode_attention, **{**DECODE, "b": 3})
+    q, *rest = example_args(ops.decode_attention, **{**DECODE, "b": 3})
     near, there = (TRITON(x, *rest, config=TRITON.configs[0]) for x in (q, apart(q, far)))
-    assert torch.equal(bits(near), bits(there))
+    assert torch.equal(bit_pattern(near), bit_pattern(there))
 
 
 @pytest.mark.on_gpu
@@ -154,7 +154,7 @@ def test_what_is_not_cached_is_never_in_a_sum_6_7_10_36(kv: str) -> None:
     """vllm 47305, flash-attention 1745, flashinfer 725: 0 · NaN beyond the length, in tails of pages, pages of nobody,
     and (vllm 47303) scales and zeros there; lengths below a page, and 11 (triton-lang/kernels 6) of 1."""
     for t in (1, 2, 15, 16, 17, 63, 64, 65):
-        args = arguments(ops.decode_attention, **{**DECODE, "kv": kv, "t": t, "b": 1, "g": 1})
+        args = example_args(ops.decode_attention, **{**DECODE, "kv": kv, "t": t, "b": 1, "g": 1})
         unread = [int(x.isnan().sum()) for x in tensors(args[1:3]) if x.is_floating_point()]
         assert all(unread)
         out = TRITON(*args, "fast", True, config=TRITON.configs[1])
@@ -165,7 +165,7 @@ def test_what_is_not_cached_is_never_in_a_sum_6_7_10_36(kv: str) -> None:
 @KINDS
 def test_a_split_that_is_empty_and_a_sequence_without_tokens_9_33(kv: str) -> None:
     """LMCache 3092, sglang 38142, aiter 5004: -inf - -inf where a split, or all of a sequence, holds no key."""
-    q, k_pages, v_pages, table, _, scale = arguments(ops.decode_attention, **{**DECODE, "kv": kv, "t": 200})
+    q, k_pages, v_pages, table, _, scale = example_args(ops.decode_attention, **{**DECODE, "kv": kv, "t": 200})
     for short in (0, 1, 64, 65):
         lengths = torch.tensor([200, short], device=DEVICE).int()
         table = table[:1].expand(2, -1)
@@ -177,8 +177,8 @@ def test_a_split_that_is_empty_and_a_sequence_without_tokens_9_33(kv: str) -> No
 @pytest.mark.on_gpu
 def test_logits_far_from_0_8() -> None:
     """vllm 56578: powers that overflow. The largest score is taken off before any is raised."""
-    q, k_pages, *rest, scale = arguments(ops.decode_attention, **{**DECODE, "dtype": "float32"})
-    assert_faithful(ops.decode_attention, TRITON, TRITON.configs[0], (q * 100, k_pages * 100, *rest, scale))
+    q, k_pages, *rest, scale = example_args(ops.decode_attention, **{**DECODE, "dtype": "float32"})
+    assert_matches_reference(ops.decode_attention, TRITON, TRITON.configs[0], (q * 100, k_pages * 100, *rest, scale))
 
 
 def seconds(programs: int, room: int) -> int:
@@ -208,10 +208,10 @@ def test_short_contexts_are_not_cut_to_crumbs_and_long_ones_fill_the_gpu_22_32()
 
 def test_room_in_the_block_table_is_not_taken_for_length_35() -> None:
     """flash-attention 1000, 1465: as many splits as the longest sequence there might be would need."""
-    q, k_pages, v_pages, table, lengths, scale = arguments(ops.decode_attention, **DECODE)
+    q, k_pages, v_pages, table, lengths, scale = example_args(ops.decode_attention, **DECODE)
     wide = torch.cat((table, table[:, -1:].expand(-1, 4000)), 1)
     args = (q, k_pages, v_pages, wide, lengths, scale)
-    assert_faithful(ops.decode_attention, TRITON, TRITON.configs[0], args)
+    assert_matches_reference(ops.decode_attention, TRITON, TRITON.configs[0], args)
 
 
 @pytest.mark.parametrize("kv", ["int8", "int4"])
@@ -223,10 +223,10 @@ def test_a_token_with_large_values_that_counts_for_little_spoils_no_other(
     rng, d = torch.Generator().manual_seed(seed), 32
     k, v = 0.3 * torch.randn(16, 1, d, generator=rng), 100 / ratio * torch.randn(16, 1, d, generator=rng)
     k[at], v[at] = -8, 100 * torch.randn(1, d, generator=rng)
-    pages = [encode(x[None].to(DEVICE), ops.empty_pages((0, d), kv, DEVICE)) for x in (k, v)]
+    pages = [quantize_kv(x[None].to(DEVICE), ops.empty_kv_pages((0, d), kv, DEVICE)) for x in (k, v)]
     q, table, length = torch.ones(1, 1, d, dtype=torch.float16), torch.zeros(1, 1).int(), torch.tensor([16]).int()
-    args = mapped(lambda x: x.to(DEVICE), (q, *pages, table, length, d**-0.5))
-    assert_faithful(ops.decode_attention, TRITON, TRITON.configs[0], args)
+    args = map_tensors(lambda x: x.to(DEVICE), (q, *pages, table, length, d**-0.5))
+    assert_matches_reference(ops.decode_attention, TRITON, TRITON.configs[0], args)
 
 
 def test_harness_sees_scales_read_past_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,5 +236,7 @@ def test_harness_sees_scales_read_past_the_length(monkeypatch: pytest.MonkeyPatc
         return ops.decode_attention.reference(q, k_pages, v_pages, table, lengths + 1, scale, *more)
 
     impl = Impl("decode_attention", "one_more", one_more, [{}], TRITON.file)
-    with pytest.raises(Unfaithful):
-        assert_faithful(ops.decode_attention, impl, {}, arguments(ops.decode_attention, **{**DECODE, "kv": "int4"}))
+    with pytest.raises(MismatchError):
+        assert_matches_reference(
+            ops.decode_attention, impl, {}, example_args(ops.decode_attention, **{**DECODE, "kv": "int4"})
+        )

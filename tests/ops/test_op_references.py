@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from vila_triton import ops
-from vila_triton.ops import dequantize, quantize
-from vila_triton.registry import OPS, Sizes, recording
+from vila_triton.ops import dequantize, quantize_rtn
+from vila_triton.registry import OPS, IntRange, count_calls
 
 D = torch.float64
 PAGE_SIZES, HEADS = st.sampled_from([1, 4, 16]), st.sampled_from([(1, 1), (2, 2), (4, 2), (6, 2), (3, 1)])
@@ -150,7 +150,7 @@ def test_kv_write_writes_the_named_slots_and_no_other() -> None:
 
 @pytest.mark.parametrize("bias", [None, numbers(5)])
 def test_linear_takes_plain_and_int4_weights(bias: Tensor | None) -> None:
-    w, x = quantize(numbers(5, 32), 16), numbers(2, 3, 32)
+    w, x = quantize_rtn(numbers(5, 32), 16), numbers(2, 3, 32)
     close(ops.linear.reference(x, w, bias), F.linear(x, dequantize(w, D), bias))
     close(ops.linear.reference(x, numbers(5, 32), bias), F.linear(x, numbers(5, 32), bias))
 
@@ -158,9 +158,10 @@ def test_linear_takes_plain_and_int4_weights(bias: Tensor | None) -> None:
 def example(name: str) -> list:
     op = OPS[name]
     sizes = {
-        key: max(values.low, 2) if isinstance(values, Sizes) else values.values[0] for key, values in op.domain.items()
+        key: max(values.low, 2) if isinstance(values, IntRange) else values.values[0]
+        for key, values in op.domain.items()
     }
-    return list(op.example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu"))
+    return list(op.make_example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu"))
 
 
 NAMES = {name: list(inspect.signature(OPS[name].reference).parameters) for name in ops.__all__ if name in OPS}
@@ -173,7 +174,7 @@ def test_a_tensor_that_does_not_fit_is_named_before_anything_runs(name: str, i: 
     arguments = example(name)
     arguments[i] = arguments[i].to("meta") if spoil == "device" else torch.zeros((), dtype=arguments[i].dtype)
     named = f"{name}: .*" if spoil == "device" and i == 0 else f"{name}: {NAMES[name][i]} "  # the others differ from it
-    with recording() as calls, pytest.raises(ValueError, match=named):
+    with count_calls() as calls, pytest.raises(ValueError, match=named):
         OPS[name](*arguments)
     assert not calls
 
@@ -210,13 +211,13 @@ CONTRACTS: list[tuple[str, dict[str, Any], str]] = [
     ("int4_swiglu", {"up": lambda w: replace(w, order="fma")}, "order 'fma', expected .* order 'sub', like gate"),
     ("int4_swiglu", {"up": lambda w: replace(w, scales=w.scales[:, 1:], zeros=w.zeros[:, 1:])}, r"up is \[1, 128\]"),
     ("int4_swiglu", {"gate": lambda w: replace(w, qweight=w.qweight.long())}, "gate.qweight is torch.int64"),
-    ("linear", {"w": lambda w: quantize(torch.zeros(4, 32), 16), "bias": lambda b: b[:1]}, "bias has shape"),
+    ("linear", {"w": lambda w: quantize_rtn(torch.zeros(4, 32), 16), "bias": lambda b: b[:1]}, "bias has shape"),
 ]
 
 
 @pytest.mark.parametrize("name, changes, message", CONTRACTS)
 def test_what_breaks_a_contract_is_refused_before_anything_runs(name: str, changes: dict, message: str) -> None:
     arguments = [changes.get(key, lambda x: x)(x) for key, x in zip(NAMES[name], example(name))]
-    with recording() as calls, pytest.raises(ValueError, match=message):
+    with count_calls() as calls, pytest.raises(ValueError, match=message):
         OPS[name](*arguments)
     assert not calls

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.compiled import Call, elsewhere, proof
-from bench.correctness.error_budget import arguments, assert_faithful
+from bench.compiled import CompileRequest, check_compiled, run_in_subprocesses
+from bench.correctness.error_budget import assert_matches_reference, example_args
 from vila_triton import ops
-from vila_triton.ops.kv_pages import BITS, QuantizedPages, encode
+from vila_triton.ops.kv_pages import KV_BITS, QuantizedKVPages, quantize_kv
 from vila_triton.registry import OPS, REFERENCE, Impl, Op, discover
 
 discover()
 ROOT = Path(__file__).resolve().parents[2]
-EXACT = [op for op in OPS.values() if op.exact]
+EXACT = [op for op in OPS.values() if op.bitwise_exact]
 CASES = [
     pytest.param(op, impl, config, id=f"{op.name}-{impl.name}-{i}")
     for op in EXACT
@@ -53,37 +53,37 @@ def test_the_stand_in_divides_like_cuda() -> None:
 
 
 @pytest.mark.parametrize("scales", [torch.float32, torch.float16])
-@pytest.mark.parametrize("kv", BITS)
+@pytest.mark.parametrize("kv", KV_BITS)
 def test_quantised_pages_hold_the_same_bits_on_every_device(kv: str, scales: torch.dtype) -> None:
     x = torch.randn(4096, 32, generator=torch.Generator().manual_seed(0))
-    like = ops.empty_pages((0, 32), kv, scales=scales)
-    here = encode(x, like)
+    like = ops.empty_kv_pages((0, 32), kv, scale_dtype=scales)
+    here = quantize_kv(x, like)
     with DividesLikeCuda():
-        there = encode(x, like)
-    assert isinstance(here, QuantizedPages) and isinstance(there, QuantizedPages)
-    for one, other in zip(ops.leaves(here), ops.leaves(there), strict=True):
+        there = quantize_kv(x, like)
+    assert isinstance(here, QuantizedKVPages) and isinstance(there, QuantizedKVPages)
+    for one, other in zip(ops.page_tensors(here), ops.page_tensors(there), strict=True):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("kv", BITS)
+@pytest.mark.parametrize("kv", KV_BITS)
 @pytest.mark.parametrize("op, impl, config", CASES)
 def test_kernels_agree_with_the_reference_of_a_gpu(op: Op, impl: Impl, config: dict, kv: str) -> None:
     sizes = dict(s=40, g=3, d=64, l=16, dtype="float16", kv=kv) | ({"ratio": 2} if "ratio" in op.domain else {})
     with DividesLikeCuda():
-        assert_faithful(op, impl, config, arguments(op, 0, **sizes))
+        assert_matches_reference(op, impl, config, example_args(op, 0, **sizes))
 
 
 CALLS = [
-    Call(op.name, "triton", 0, target, dict(s=64, g=8, d=128, l=16, dtype="bfloat16", kv=kv) | more)
+    CompileRequest(op.name, "triton", 0, target, dict(s=64, g=8, d=128, l=16, dtype="bfloat16", kv=kv) | more)
     for (op, more), kv, target in product(
-        [(ops.kv_write, {}), (ops.rope_kv_write, {"ratio": 4})], ["plain", *BITS], ["sm_80", "sm_100"]
+        [(ops.kv_write, {}), (ops.rope_kv_write, {"ratio": 4})], ["plain", *KV_BITS], ["sm_80", "sm_100"]
     )
 ]
 
 
 def test_exact_kernels_are_rounded_as_they_are_written() -> None:
     assert {call.op for call in CALLS} == {op.name for op in EXACT}
-    for call, rows in zip(CALLS, elsewhere(proof, CALLS)):
+    for call, rows in zip(CALLS, run_in_subprocesses(check_compiled, CALLS)):
         assert rows and not [row["wrong"] for row in rows if row["wrong"]], (call, rows)
 
 
@@ -101,5 +101,5 @@ def test_approximations_are_found(file: str, old: str, new: str, instruction: st
     assert old in text
     planted.write_text(text.replace(old, new))
     call = next(call for call in CALLS if call.sizes["kv"] == "int8")
-    ((row,),) = elsewhere(proof, [call], 1, str(tmp_path / "kernels"))
+    ((row,),) = run_in_subprocesses(check_compiled, [call], 1, str(tmp_path / "kernels"))
     assert instruction in " ".join(row["wrong"])

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.correctness.error_budget import DEVICE, LEFT_OUT, arguments
-from bench.correctness.guarded_memory import bits, mapped, tensors
+from bench.correctness.error_budget import DEVICE, UNSUPPORTED_DTYPES, example_args
+from bench.correctness.guarded_memory import bit_pattern, map_tensors, tensors
 from vila_triton.registry import OPS, Impl, OneOf, Op, discover
 
 discover()
-MOVING = [OPS["rope"], *(op for op in OPS.values() if op.exact)]
+MOVING = [OPS["rope"], *(op for op in OPS.values() if op.bitwise_exact)]
 KINDS = [(op, kv) for op in MOVING for kv in getattr(op.domain.get("kv"), "values", [None])]
 CASES = [
     pytest.param(op, kv, impl, id=f"{op.name}-{kv}-{impl.name}")
@@ -40,23 +40,23 @@ def planted(x: Tensor, rng: torch.Generator) -> Tensor:
 
 def canonical(x: Tensor) -> Tensor:
     """The bits, but for those of a NaN, which arithmetic does not define."""
-    return bits(torch.where(x.isnan(), torch.nan, x) if x.is_floating_point() else x)
+    return bit_pattern(torch.where(x.isnan(), torch.nan, x) if x.is_floating_point() else x)
 
 
 @pytest.mark.on_gpu
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, of interpreted kernels
-@pytest.mark.parametrize("dtype", [x for x in ("float32", "float16", "bfloat16") if x not in LEFT_OUT])
+@pytest.mark.parametrize("dtype", [x for x in ("float32", "float16", "bfloat16") if x not in UNSUPPORTED_DTYPES])
 @pytest.mark.parametrize("op, kv, impl", CASES)
 def test_special_values_become_the_same_bits(op: Op, kv: str | None, impl: Impl, dtype: str) -> None:
     usual = {n: d.values[0] if isinstance(d, OneOf) else min(d.high, 2) for n, d in op.domain.items()}
     sizes: dict[str, Any] = usual | ({"kv": kv} if kv else {}) | {"dtype": dtype, "s": 8}
     rng = torch.Generator().manual_seed(0)
-    args = arguments(op, 0, **sizes)
+    args = example_args(op, 0, **sizes)
     args = tuple(planted(x, rng) if isinstance(x, Tensor) and x.dim() == 3 else x for x in args)
     if kv in ("int8", "int4"):  # so that numbers of float32 meet scales that cannot hold them
         scales = torch.float16 if dtype == "float32" else torch.float32
-        args = (*args[:-3], *mapped(lambda x: x.to(scales) if x.is_floating_point() else x, args[-3:-1]), args[-1])
-    held, left = mapped(torch.clone, args), mapped(torch.clone, args)
+        args = (*args[:-3], *map_tensors(lambda x: x.to(scales) if x.is_floating_point() else x, args[-3:-1]), args[-1])
+    held, left = map_tensors(torch.clone, args), map_tensors(torch.clone, args)
     got, want = tensors(impl(*held, config=impl.configs[0])), tensors(op.reference(*left))
     for a, b in zip([*got, *tensors(held)], [*want, *tensors(left)], strict=True):
         assert a.dtype == b.dtype and torch.equal(canonical(a), canonical(b))

@@ -12,17 +12,17 @@ from bench import quality
 from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.layers import Affine
-from vila_triton.models.params import init
+from vila_triton.models.params import init_tree
 from vila_triton.ops import Int4, dequantize
 from vila_triton.quantization import awq_gptq
-from vila_triton.quantization.activations import Tokens, inputs
-from vila_triton.quantization.awq_scales import PLACES, scaled, search
-from vila_triton.quantization.calibration_data import weights
-from vila_triton.quantization.gptq import compensated, loss
-from vila_triton.quantization.hessian import moments, stand_in
-from vila_triton.quantization.quant_grid import between, clipped, extent
+from vila_triton.quantization.activations import CalibrationTokens, capture_linear_inputs
+from vila_triton.quantization.awq_scales import SCALE_GROUPS, apply_scales, search_channel_scale
+from vila_triton.quantization.calibration_data import token_weights
+from vila_triton.quantization.gptq import gptq_codes, hessian_loss
+from vila_triton.quantization.hessian import compute_hessian, error_correction_map
+from vila_triton.quantization.quant_grid import grid_from_range, group_min_max, search_clipping
 
-SHRINKS = awq_gptq.SHRINKS
+SHRINKS = awq_gptq.CLIP_RATIOS
 
 
 def group_of(kind: str, rng: torch.Generator, size: int) -> Tensor:
@@ -51,26 +51,26 @@ def test_every_kind_of_group_is_rounded_well(kinds: list[str], group: int, seed:
     w = torch.stack([torch.cat([group_of(kind, rng, group) for kind in kinds]) for _ in range(3)])
     k = w.shape[1]
     x = torch.randn(4 * k, k, generator=rng) * torch.exp(torch.randn(k, generator=rng))
-    known = moments(x, torch.ones(len(x)), group)
-    plain = between(*extent(w, group)).spread(k)
-    nearest = plain.value(plain.snap(w))
+    known = compute_hessian(x, torch.ones(len(x)), group)
+    plain = grid_from_range(*group_min_max(w, group)).expand_to_columns(k)
+    nearest = plain.to_weights(plain.to_codes(w))
     assert ((nearest - w).abs() <= 0.501 * plain.scales).all()  # the range holds 0 and every weight
-    grid = clipped(w, group, known.conditional, SHRINKS)
-    codes = compensated(w, grid, known.order, known.upper)
+    grid = search_clipping(w, group, known.schur_blocks, SHRINKS)
+    codes = gptq_codes(w, grid, known.act_order, known.inverse_cholesky)
     assert torch.isin(codes, torch.arange(16.0)).all() and torch.isin(grid.zeros, torch.arange(16.0)).all()
     assert torch.equal(grid.scales, grid.scales.half().float()) and (grid.scales > 0).all()
-    value = grid.spread(k).value(codes)
+    value = grid.expand_to_columns(k).to_weights(codes)
     # What compensation gains, it gains on all inputs together; what is left is no more than rounding to nearest loses.
-    assert (loss(value - w, known.second) <= 1.05 * loss(nearest - w, known.second) + 1e-12).all()
-    alone = clipped(w, group, torch.eye(group).expand(len(kinds), -1, -1), SHRINKS).spread(k)
-    error = ((alone.value(alone.snap(w)) - w) ** 2).unflatten(1, (-1, group)).sum(-1)
+    assert (hessian_loss(value - w, known.hessian) <= 1.05 * hessian_loss(nearest - w, known.hessian) + 1e-12).all()
+    alone = search_clipping(w, group, torch.eye(group).expand(len(kinds), -1, -1), SHRINKS).expand_to_columns(k)
+    error = ((alone.to_weights(alone.to_codes(w)) - w) ** 2).unflatten(1, (-1, group)).sum(-1)
     assert (error <= ((nearest - w) ** 2).unflatten(1, (-1, group)).sum(-1)).all()
     for g, kind in enumerate(kinds):
         part = slice(g * group, (g + 1) * group)
         if kind == "zero":
-            assert not alone.value(alone.snap(w))[:, part].any()
+            assert not alone.to_weights(alone.to_codes(w))[:, part].any()
         if kind == "constant":  # one level is enough, and there is one
-            assert torch.allclose(alone.value(alone.snap(w))[:, part], w[:, part], rtol=2**-10, atol=4e-4)
+            assert torch.allclose(alone.to_weights(alone.to_codes(w))[:, part], w[:, part], rtol=2**-10, atol=4e-4)
 
 
 @given(st.sampled_from([float("nan"), float("inf"), -float("inf")]), st.integers(0, 63))
@@ -78,76 +78,80 @@ def test_what_is_not_finite_is_refused(bad: float, at: int) -> None:
     w, blocks = torch.ones(2, 64), torch.eye(32).expand(2, -1, -1)
     w[1, at] = bad
     with pytest.raises(ValueError, match="the weight holds NaN or infinity"):
-        clipped(w, 32, blocks, SHRINKS)
+        search_clipping(w, 32, blocks, SHRINKS)
     with pytest.raises(ValueError, match="its inputs are NaN or infinite"):
-        moments(w, torch.ones(2), 32)
+        compute_hessian(w, torch.ones(2), 32)
     with pytest.raises(ValueError, match=r"1e\+06 wide, more than 15 steps of a float16 scale"):
-        clipped(torch.linspace(-1e6, 1e6, 64).expand(2, -1), 32, blocks, SHRINKS)
+        search_clipping(torch.linspace(-1e6, 1e6, 64).expand(2, -1), 32, blocks, SHRINKS)
 
 
-def small(bias: bool = False) -> tuple[LlamaConfig, llama.Layer, Tensor, Tokens]:
+def small(bias: bool = False) -> tuple[LlamaConfig, llama.Layer, Tensor, CalibrationTokens]:
     cfg = LlamaConfig(50, 64, 96, 1, 4, 2, 16, attention_bias=bias, mlp_bias=bias)
     rng = torch.Generator().manual_seed(1)
-    layer = init(llama.declare(cfg, torch.float32), rng).layers[0]
+    layer = init_tree(llama.param_specs(cfg, torch.float32), rng).layers[0]
     x = torch.randn(300, 64, generator=rng) @ torch.randn(64, 64, generator=rng) / 8  # inputs that know of one another
-    return cfg, layer, x, Tokens((100, 150, 50), torch.ones(300))
+    return cfg, layer, x, CalibrationTokens((100, 150, 50), torch.ones(300))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_scale_changes_nothing_until_weights_are_rounded(bias: bool) -> None:
     cfg, layer, x, tokens = small(bias)
-    expected = inputs(layer, x, tokens, cfg)
+    expected = capture_linear_inputs(layer, x, tokens, cfg)
     rng = torch.Generator().manual_seed(2)
     scales = {}
-    for place in PLACES:
-        names, k = PLACES[place], getattr(layer, PLACES[place][0]).weight.shape[1]
-        known = moments(getattr(expected, place), tokens.weights, 32)
+    for place in SCALE_GROUPS:
+        names, k = SCALE_GROUPS[place], getattr(layer, SCALE_GROUPS[place][0]).weight.shape[1]
+        known = compute_hessian(getattr(expected, place), tokens.weights, 32)
         known.mean_abs.mul_(torch.exp(torch.randn(k, generator=rng)))
-        found = search([getattr(layer, n).weight for n in names], known, 32, (4, 2) if place == "o" else None)
+        found = search_channel_scale(
+            [getattr(layer, n).weight for n in names], known, 32, (4, 2) if place == "o" else None
+        )
         s = torch.exp(torch.randn(2, 1, 16, generator=rng)).expand(2, 2, 16).flatten()  # as `o` must have it
         scales[place] = s if place == "o" else torch.exp(torch.randn(k, generator=rng))
         assert found.scale.shape == (k,) and (found.scale > 0).all()
         if place == "o":  # query heads 0 and 1 share a value head, and so do 2 and 3
             assert torch.equal(found.scale[:16], found.scale[16:32])
-    got = inputs(scaled(layer, scales, 2), x, tokens, cfg)
+    got = capture_linear_inputs(apply_scales(layer, scales, 2), x, tokens, cfg)
     torch.testing.assert_close(got.out, expected.out, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(got.o, expected.o, rtol=0.1)
 
 
-def error(new: llama.Layer, x: Tensor, tokens: Tokens, cfg: LlamaConfig, truth: Tensor) -> float:
+def error(new: llama.Layer, x: Tensor, tokens: CalibrationTokens, cfg: LlamaConfig, truth: Tensor) -> float:
     linears = {f.name: getattr(new, f.name) for f in fields(new)}
     dense = {
         n: Affine(dequantize(p.weight, torch.float32), p.bias) if isinstance(p, Affine) else p
         for n, p in linears.items()
     }
-    return float((inputs(llama.Layer(**dense), x, tokens, cfg).out - truth).square().mean())
+    return float((capture_linear_inputs(llama.Layer(**dense), x, tokens, cfg).out - truth).square().mean())
 
 
 @torch.no_grad()
 def test_a_rounded_layer_makes_good_what_came_before() -> None:
     cfg, layer, x, tokens = small()
-    truth = inputs(layer, x, tokens, cfg).out
+    truth = capture_linear_inputs(layer, x, tokens, cfg).out
     spoilt = x + 0.05 * x.roll(1, 1)
     aware = awq_gptq.quantize_layer(layer, x, spoilt, tokens, cfg, 32)
-    blind = awq_gptq.quantize_layer(layer, x, x, tokens, cfg, 32, propagate=False)
-    plain = llama.quantized(llama.Llama(x, (layer,), x[0], None), 32).layers[0]
+    blind = awq_gptq.quantize_layer(layer, x, x, tokens, cfg, 32, propagate_error=False)
+    plain = llama.quantize_linears_rtn(llama.Llama(x, (layer,), x[0], None), 32).layers[0]
     assert isinstance(aware.layer.q.weight, Int4)
     found = [error(new, spoilt, tokens, cfg, truth) for new in (aware.layer, blind.layer, plain)]
     assert found[0] < found[1] < found[2]
-    assert torch.equal(blind.seen, blind.truth) and not torch.equal(aware.seen, aware.truth)
+    assert torch.equal(blind.quantized_out, blind.reference_out) and not torch.equal(
+        aware.quantized_out, aware.reference_out
+    )
     assert all(said["ours"] < said["nearest"] for said in aware.report["linears"].values())
 
 
 def test_some_rows_at_a_time_are_what_all_are() -> None:
     rng = torch.Generator().manual_seed(4)
     x, w = torch.randn(400, 64, generator=rng), torch.randn(100, 64, generator=rng)
-    known = moments(x, torch.ones(400), 32)
-    whole, said = awq_gptq.round_linear(w, None, known, 32, 1 << 20)
-    parts, also = awq_gptq.round_linear(w, None, known, 32, 64 * 32)  # 32 rows; the last four are no whole tile
+    known = compute_hessian(x, torch.ones(400), 32)
+    whole, said = awq_gptq.quantize_linear(w, None, known, 32, 1 << 20)
+    parts, also = awq_gptq.quantize_linear(w, None, known, 32, 64 * 32)  # 32 rows; the last four are no whole tile
     for name in ("qweight", "scales", "zeros"):
         assert torch.equal(getattr(parts, name), getattr(whole, name))
     assert also == pytest.approx(said)
-    assert torch.equal(awq_gptq.written_out(whole, torch.float32, 64 * 32), dequantize(whole, torch.float32))
+    assert torch.equal(awq_gptq.dequantize_blockwise(whole, torch.float32, 64 * 32), dequantize(whole, torch.float32))
 
 
 def test_stand_in_turns_what_is_seen_into_what_was_wanted() -> None:
@@ -155,24 +159,26 @@ def test_stand_in_turns_what_is_seen_into_what_was_wanted() -> None:
     wanted = torch.randn(5000, 32, generator=rng)
     got = wanted @ (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=rng))
     w = torch.randn(8, 32, generator=rng)
-    known = moments(got, torch.ones(5000), 32)
-    new = w @ stand_in(wanted, got, torch.ones(5000), known)
+    known = compute_hessian(got, torch.ones(5000), 32)
+    new = w @ error_correction_map(wanted, got, torch.ones(5000), known)
     assert (got @ new.T - wanted @ w.T).square().mean() < 0.02 * (got @ w.T - wanted @ w.T).square().mean()
 
 
 def test_tokens_of_pictures_count_as_much_as_is_said() -> None:
     rows = [torch.tensor([3, -1, -2, 4]), torch.tensor([5])]
-    assert weights(rows, 1.0).tolist() == [1] * 5
-    assert weights(rows, 0.25).tolist() == pytest.approx([10 / 7, 2.5 / 7, 2.5 / 7, 10 / 7, 10 / 7])
+    assert token_weights(rows, 1.0).tolist() == [1] * 5
+    assert token_weights(rows, 0.25).tolist() == pytest.approx([10 / 7, 2.5 / 7, 2.5 / 7, 10 / 7, 10 / 7])
     x = torch.randn(5, 32)
-    by_weight = moments(x, weights(rows, 0.0), 32).mean_abs
+    by_weight = compute_hessian(x, token_weights(rows, 0.0), 32).mean_abs
     torch.testing.assert_close(by_weight, x[[0, 3, 4]].abs().mean(0))
     with pytest.raises(ValueError, match="calibration needs words"):
-        weights([torch.tensor([-1])], 0.0)
+        token_weights([torch.tensor([-1])], 0.0)
 
 
 @torch.no_grad()
 def test_outliers_cost_a_fifth_of_what_rounding_to_nearest_makes_them_cost() -> None:
-    subject = quality.subject("outliers", 64, 0)
-    nearest, best = (quality.measure(subject, quality.rounded(subject, how, 128)) for how in ("rtn", "ours"))
+    subject = quality.load_subject("outliers", 64, 0)
+    nearest, best = (
+        quality.evaluate_model(subject, quality.quantize_model(subject, how, 128)) for how in ("rtn", "ours")
+    )
     assert nearest["kl"] > 1e-3 and best["kl"] < nearest["kl"] / 5

@@ -11,11 +11,11 @@ from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.layers import Affine
 from vila_triton.models.llama import Layer
-from vila_triton.models.params import init
+from vila_triton.models.params import init_tree
 from vila_triton.ops import Int4, dequantize, int4
 from vila_triton.quantization import awq_gptq, llm_awq
-from vila_triton.quantization.activations import Tokens
-from vila_triton.quantization.hessian import moments
+from vila_triton.quantization.activations import CalibrationTokens
+from vila_triton.quantization.hessian import compute_hessian
 
 CFG, GROUP, TOKENS = LlamaConfig(50, 64, 96, 1, 4, 4, 16), 32, 600
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -29,7 +29,7 @@ def dead(w: Tensor) -> Tensor:
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "zero": lambda w: w * 0,
     "tiny": lambda w: w * 1e-5,
-    "the least": lambda w: torch.where(w > 0, int4.LEAST, 0.0).to(w.dtype),
+    "the least": lambda w: torch.where(w > 0, int4.SMALLEST_SCALE, 0.0).to(w.dtype),
     "dead rows": dead,
     "dead columns": lambda w: dead(w.T).T.contiguous(),
     "constant": lambda w: torch.full_like(w, 0.03125),
@@ -37,15 +37,15 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def layer_with(name: str, kind: str) -> Layer:
-    layer = init(llama.declare(CFG, torch.float16), torch.Generator().manual_seed(1)).layers[0]
+    layer = init_tree(llama.param_specs(CFG, torch.float16), torch.Generator().manual_seed(1)).layers[0]
     if name.endswith("norm"):
         return replace(layer, **{name: KINDS[kind](getattr(layer, name)[None])[0]})
     return replace(layer, **{name: Affine(KINDS[kind](getattr(layer, name).weight), None)})
 
 
-def inputs(dtype: torch.dtype) -> tuple[Tensor, Tokens]:
+def inputs(dtype: torch.dtype) -> tuple[Tensor, CalibrationTokens]:
     x = torch.randn(TOKENS, CFG.hidden_size, generator=torch.Generator().manual_seed(2)).to(dtype)
-    return x, Tokens((200,) * 3, torch.ones(TOKENS))
+    return x, CalibrationTokens((200,) * 3, torch.ones(TOKENS))
 
 
 FEW = {("up", "zero"), ("v", "dead rows"), ("mlp_norm", "zero")}
@@ -63,12 +63,12 @@ def test_what_is_next_to_nothing_is_rounded_as_well_as_the_rest(name: str, kind:
     if mode == "ours":
         x, tokens = inputs(torch.float32)
         rounded = awq_gptq.quantize_layer(layer, x, x, tokens, CFG, GROUP)
-        new, wanted, got = rounded.layer, rounded.truth, rounded.seen
+        new, wanted, got = rounded.layer, rounded.reference_out, rounded.quantized_out
     else:
         x, tokens = inputs(torch.float16)
         new, wanted, _ = llm_awq.quantize_layer(layer, x, tokens, CFG, GROUP)
         dense = {n: Affine(dequantize(getattr(new, n).weight, torch.float16), None) for n in LINEARS}
-        got = llm_awq.inputs(replace(new, **dense), x, tokens, CFG).out
+        got = llm_awq.capture_linear_inputs(replace(new, **dense), x, tokens, CFG).out
     for n in LINEARS:
         w: Int4 = getattr(new, n).weight
         assert torch.isfinite(w.scales).all() and (w.scales > 0).all()
@@ -86,7 +86,7 @@ def test_a_linear_that_is_next_to_nothing_counts_if_the_one_behind_it_makes_it_l
     layer = replace(layer, **{behind: Affine(getattr(layer, behind).weight * 1e5, None)})
     x, tokens = inputs(torch.float32)
     rounded = awq_gptq.quantize_layer(layer, x, x, tokens, CFG, GROUP)
-    assert (rounded.seen - rounded.truth).norm() <= 0.2 * (rounded.truth - x).norm()
+    assert (rounded.quantized_out - rounded.reference_out).norm() <= 0.2 * (rounded.reference_out - x).norm()
 
 
 @torch.no_grad()
@@ -101,18 +101,18 @@ def test_no_scale_is_chosen_that_the_linear_before_has_no_room_for() -> None:
 @pytest.mark.parametrize("size", [2.0**-i for i in range(0, 25, 3)])
 def test_the_nearest_level_is_at_most_half_a_step_away_at_any_size(size: float) -> None:
     w = (torch.rand(64, 64, generator=torch.Generator().manual_seed(3)) * 2 - 1).mul(size).half()
-    rounded = int4.quantize(w, GROUP)
+    rounded = int4.quantize_rtn(w, GROUP)
     steps = rounded.scales.float().T.repeat_interleave(GROUP, 1)
     assert ((dequantize(rounded, torch.float32) - w.float()).abs() <= 0.52 * steps).all()
-    assert (steps <= 2 * size / 15 + int4.LEAST).all()
+    assert (steps <= 2 * size / 15 + int4.SMALLEST_SCALE).all()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e-6, 1e6, 1e16])
 def test_moments_of_inputs_of_any_size_are_finite(scale: float) -> None:
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * scale
     x[:, 7] = 0
-    known = moments(x, torch.ones(200), GROUP)
-    for leaf in (known.second, known.upper, known.conditional, known.mean_abs):
+    known = compute_hessian(x, torch.ones(200), GROUP)
+    for leaf in (known.hessian, known.inverse_cholesky, known.schur_blocks, known.mean_abs):
         assert torch.isfinite(leaf).all()
 
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_rounded_is_refused_by_what_is_true_of_it() -> None:
             llm_awq.quantize_layer(replace(layer, **{name: Affine(w, None)}), x, tokens, CFG, GROUP)
     with pytest.raises(ValueError, match="what attention is given is NaN or infinite"):
         llm_awq.quantize_layer(layer, x / 0, tokens, CFG, GROUP)
-    found = llm_awq.Found({"down": torch.full((96,), 2.0**-14).half()}, {}, {})
+    found = llm_awq.AwqSearchResult({"down": torch.full((96,), 2.0**-14).half()}, {}, {})
     large = replace(layer, up=Affine(torch.full((96, 64), 100.0).half(), None))
     with pytest.raises(ValueError, match="up with the scales of its inputs and outputs holds NaN or infinity"):
         llm_awq.quantize_layer(large, x, tokens, CFG, GROUP, found)
@@ -137,6 +137,6 @@ def test_what_cannot_be_rounded_is_refused_by_what_is_true_of_it() -> None:
     with pytest.raises(ValueError, match=r"its largest weight is 1.26e-09, which no float16 scale can tell from 0"):
         awq_gptq.quantize_layer(replace(layer, up=Affine(torch.full((96, 64), 1e-9), None)), x, x, tokens, CFG, GROUP)
     with pytest.raises(ValueError, match=r"the squares of its inputs, up to .*, are beyond torch.float32"):
-        moments(x * 1e25, torch.ones(TOKENS), GROUP)
+        compute_hessian(x * 1e25, torch.ones(TOKENS), GROUP)
     with pytest.raises(ValueError, match="its inputs are NaN or infinite"):
-        moments(x / 0, torch.ones(TOKENS), GROUP)
+        compute_hessian(x / 0, torch.ones(TOKENS), GROUP)

@@ -11,13 +11,13 @@ from torch.nn.functional import silu
 
 from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
-from vila_triton.models.params import LoadError, init, tree_map
+from vila_triton.models.params import LoadError, init_tree, tree_map
 from vila_triton.ops import dequantize
-from vila_triton.ops.int4 import codes
+from vila_triton.ops.int4 import unpack_codes
 from vila_triton.quantization import awq_cache_file, llm_awq
 from vila_triton.quantization import pipeline as awq
-from vila_triton.quantization.activations import Tokens
-from vila_triton.quantization.resumable import FOUND, stored
+from vila_triton.quantization.activations import CalibrationTokens
+from vila_triton.quantization.resumable import CACHE_PREFIX, save_atomically
 from vila_triton.registry import OPS, REFERENCE, use
 
 GROUP, ROWS, LENGTH = 32, 3, 200
@@ -27,7 +27,7 @@ HF = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {n: f"mlp.{n}_proj" f
 def model(kv_heads: int) -> tuple[LlamaConfig, llama.Layer, Tensor]:
     cfg = LlamaConfig(50, 64, 96, 1, 4, kv_heads, 16)
     rng = torch.Generator().manual_seed(kv_heads)
-    layer = init(llama.declare(cfg, torch.float64), rng).layers[0]
+    layer = init_tree(llama.param_specs(cfg, torch.float64), rng).layers[0]
     loud = torch.exp(torch.randn(64, generator=rng, dtype=torch.float64))
     layer = replace(layer, attention_norm=loud, mlp_norm=loud.flip(0))
     return cfg, layer, torch.randn(ROWS * LENGTH, 64, generator=rng, dtype=torch.float64)
@@ -130,7 +130,7 @@ class Transcription:
 @torch.no_grad()
 def test_scales_clips_and_integers_are_those_of_the_objective(kv_heads: int, tmp_path: Path) -> None:
     cfg, layer, x = model(kv_heads)
-    tokens = Tokens((LENGTH,) * ROWS, torch.ones(len(x)))
+    tokens = CalibrationTokens((LENGTH,) * ROWS, torch.ones(len(x)))
     with use(**dict.fromkeys(OPS, REFERENCE)):  # in the order of sums of the transcription: bounds may be tied
         rounded, _, found = llm_awq.quantize_layer(layer, x, tokens, cfg, GROUP)
     other = Transcription(layer, cfg, x)
@@ -151,13 +151,13 @@ def test_scales_clips_and_integers_are_those_of_the_objective(kv_heads: int, tmp
             w = torch.minimum(torch.maximum(w, -bound), bound)
         _, q, s, z = other.quantize(w)
         int4 = getattr(rounded, name).weight
-        assert torch.equal(codes(int4), q.int())
+        assert torch.equal(unpack_codes(int4), q.int())
         assert torch.equal(int4.zeros.T.flatten(), z.flatten().half())
         assert torch.equal(int4.scales.T.flatten(), s.flatten().half())
     file = tmp_path / "cache.pt"
-    awq_cache_file.save(file, [found])
-    (again,) = awq_cache_file.load(file, cfg, GROUP, torch.float64)
-    same = llm_awq.apply(layer, again, cfg, GROUP)
+    awq_cache_file.save_awq_cache(file, [found])
+    (again,) = awq_cache_file.load_awq_cache(file, cfg, GROUP, torch.float64)
+    same = llm_awq.apply_search_result(layer, again, cfg, GROUP)
     tree_map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), rounded, same)
     held = torch.load(file, weights_only=True)
     assert held["scale"][0][:2] == (
@@ -192,7 +192,7 @@ def tensors(p: llama.Layer) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {"input_layernorm": p.attention_norm, "post_attention_layernorm": p.mlp_norm}
     for name, hf in HF.items():
         w: Any = getattr(p, name).weight
-        out |= {f"{hf}.codes": codes(w), f"{hf}.scales": w.scales.T, f"{hf}.zeros": w.zeros.T}
+        out |= {f"{hf}.codes": unpack_codes(w), f"{hf}.scales": w.scales.T, f"{hf}.zeros": w.zeros.T}
     return out
 
 
@@ -207,13 +207,15 @@ def differing(p: llama.Layer, held: dict[str, Any], layer: llama.Layer) -> list[
 def test_every_tensor_is_what_upstream_makes_of_the_cache_that_we_write(dtype: torch.dtype, tmp_path: Path) -> None:
     cfg, layer, x = model(4)
     layer, x = tree_map(lambda leaf: leaf.to(dtype), layer), x.to(dtype)
-    tokens = Tokens((LENGTH,) * ROWS, torch.ones(len(x)))
+    tokens = CalibrationTokens((LENGTH,) * ROWS, torch.ones(len(x)))
     rounded, _, found = llm_awq.quantize_layer(layer, x, tokens, cfg, GROUP)
     work = tmp_path / "work"
     work.mkdir()
     kept = {f"scale.{place}": s for place, s in found.scales.items()}
     kept |= {f"clip.{name}": bound for name, bound in found.clips.items()}
-    stored(work / "llm-000.safetensors", {FOUND + name: s for name, s in kept.items()}, {})  # where names are sorted
+    save_atomically(
+        work / "llm-000.safetensors", {CACHE_PREFIX + name: s for name, s in kept.items()}, {}
+    )  # where names are sorted
     awq.save_cache(work, tmp_path / "cache.pt")
     held = torch.load(tmp_path / "cache.pt", weights_only=True)
     assert [before.split(".")[3:] for before, _, _ in held["scale"]] == [
@@ -225,8 +227,8 @@ def test_every_tensor_is_what_upstream_makes_of_the_cache_that_we_write(dtype: t
     assert [name.split(".")[4] for name, _ in held["clip"]] == [f"{n}_proj" for n in ("v", "o", "gate", "up", "down")]
     assert all(s.dtype == dtype for *_, s in held["scale"] + held["clip"])
     assert not differing(rounded, held, layer)
-    (again,) = awq_cache_file.load(tmp_path / "cache.pt", cfg, GROUP, dtype)
-    assert not differing(llm_awq.apply(layer, again, cfg, GROUP), held, layer)
+    (again,) = awq_cache_file.load_awq_cache(tmp_path / "cache.pt", cfg, GROUP, dtype)
+    assert not differing(llm_awq.apply_search_result(layer, again, cfg, GROUP), held, layer)
 
 
 @pytest.mark.parametrize(("dtype", "order"), [(torch.bfloat16, (0, 1, 2, 3)), (torch.float16, (3, 1, 0, 2))])
@@ -252,14 +254,14 @@ def test_every_tensor_is_what_upstream_makes_of_a_cache_that_it_wrote(
     ]
     held = {"scale": [scale[i] for i in order], "clip": [(at + HF[n], bound) for n, bound in other.clips().items()]}
     torch.save(held, tmp_path / "cache.pt")
-    (found,) = awq_cache_file.load(tmp_path / "cache.pt", cfg, GROUP, dtype)
-    assert not differing(llm_awq.apply(layer, found, cfg, GROUP), held, layer)
+    (found,) = awq_cache_file.load_awq_cache(tmp_path / "cache.pt", cfg, GROUP, dtype)
+    assert not differing(llm_awq.apply_search_result(layer, found, cfg, GROUP), held, layer)
 
 
 @torch.no_grad()
 def test_what_upstream_does_to_groups_of_one_sign_and_to_few_tokens() -> None:
     w = torch.linspace(1.0, 1.1, 64).view(2, 32)
-    assert dequantize(llm_awq.to_int4(w, 32), torch.float32).max() < 0.12  # known, and why ours is the default
+    assert dequantize(llm_awq.quantize_int4(w, 32), torch.float32).max() < 0.12  # known, and why ours is the default
     with pytest.raises(ValueError, match="needs 512 tokens of calibration, there are 511"):
         llm_awq.search_clip(w, torch.ones(511, 32), 32)
 
@@ -286,7 +288,7 @@ def test_other_files_are_no_caches(tmp_path: Path) -> None:
     ):
         torch.save(held, file)
         with pytest.raises(LoadError, match=message):
-            awq_cache_file.load(file, cfg, 32, torch.float16)
+            awq_cache_file.load_awq_cache(file, cfg, 32, torch.float16)
     torch.save({"scale": [], "clip": [], "more": Path}, file)
     with pytest.raises(LoadError, match="is not a cache"):
-        awq_cache_file.load(file, cfg, 32, torch.float16)
+        awq_cache_file.load_awq_cache(file, cfg, 32, torch.float16)

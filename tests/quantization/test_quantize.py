@@ -15,17 +15,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from vila_triton.checkpoints.loading import load_params, open_source, read_configs, require_fits, save
-from vila_triton.checkpoints.writing import write
+from vila_triton.checkpoints.loading import (
+    check_checkpoint,
+    load_params,
+    open_checkpoint,
+    read_configs,
+    save_checkpoint,
+)
+from vila_triton.checkpoints.writing import write_checkpoint
 from vila_triton.commands import quantize
 from vila_triton.models import llama, vila
-from vila_triton.models.params import init, leaves
+from vila_triton.models.params import init_tree, leaves
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.quantization import pipeline as awq
 from vila_triton.quantization import resumable as folder
-from vila_triton.quantization.calibration_data import Prompts, Sample, read
-from vila_triton.quantization.resumable import How
-from vila_triton.tiny.config import CONFIG, DECLARE, configs
+from vila_triton.quantization.calibration_data import CalibrationSet, Sample, read_samples
+from vila_triton.quantization.resumable import QuantizeConfig
+from vila_triton.tiny.config import CONFIG, PARAM_SPECS, config_files
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +39,29 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled geometry with random weights in float16."""
     folder = tmp_path_factory.mktemp("source") / "vila"
     rng = torch.Generator().manual_seed(0)
-    save(
+    save_checkpoint(
         folder,
-        *configs(CONFIG),
-        vila.Vila(**{n: init(f(getattr(CONFIG, n), torch.float16), rng) for n, f in DECLARE.items()}),
+        *config_files(CONFIG),
+        vila.Vila(**{n: init_tree(f(getattr(CONFIG, n), torch.float16), rng) for n, f in PARAM_SPECS.items()}),
     )
     return folder
 
 
-def shown() -> Prompts:
+def shown() -> CalibrationSet:
     rng = torch.Generator().manual_seed(1)
     rows = [torch.randint(0, 128, (n,), generator=rng) for n in (40, 25, 300, 200)]
     rows[0][3:19] = -1 - torch.arange(16)
-    return Prompts(rows, torch.randn(1, 3, 64, 64, generator=rng))
+    return CalibrationSet(rows, torch.randn(1, 3, 64, 64, generator=rng))
 
 
-def made(source: Path, target: Path, how: How, form: str = "ours") -> None:
+def made(source: Path, target: Path, how: QuantizeConfig, form: str = "ours") -> None:
     work = target.with_name(f"{target.name}.quantizing")
-    write(awq.run(open_source(source), work, how, shown(), torch.device("cpu")), target, form, key="test")
+    write_checkpoint(
+        awq.quantize_checkpoint(open_checkpoint(source), work, how, shown(), torch.device("cpu")),
+        target,
+        form,
+        source_key="test",
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -59,7 +70,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_killed_five_times_and_resumed_it_writes_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    how, rng = How(group=64, also=("vision_tower", "mm_projector")), random.Random(0)
+    how, rng = QuantizeConfig(group_size=64, extra_parts=("vision_tower", "mm_projector")), random.Random(0)
     start = time.monotonic()
     made(source, tmp_path / "whole", how)
     took, killed, done = time.monotonic() - start, 0, set[int]()
@@ -79,29 +90,35 @@ def test_killed_five_times_and_resumed_it_writes_the_same_bytes(source: Path, tm
         made(source, tmp_path / "broken", how)
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
     with pytest.raises(ValueError, match="holds the beginnings of other work"):
-        awq.run(open_source(source), tmp_path / "broken.quantizing", How(group=32), shown(), torch.device("cpu"))
+        awq.quantize_checkpoint(
+            open_checkpoint(source),
+            tmp_path / "broken.quantizing",
+            QuantizeConfig(group_size=32),
+            shown(),
+            torch.device("cpu"),
+        )
 
 
 def logits(folder: Path, ids: Tensor) -> Tensor:
-    from vila_triton.cache.paged_cache import Uncached
-    from vila_triton.checkpoints.loading import geometry
+    from vila_triton.cache.paged_cache import UncachedBatch
+    from vila_triton.checkpoints.loading import build_vila_config
 
-    cfg = geometry(*read_configs(folder))
+    cfg = build_vila_config(*read_configs(folder))
     p = load_params(folder, cfg, torch.float32).llm
-    cache = Uncached([len(ids)], ids.device)
-    return llama.logits(p, llama.llama(p, llama.embed(p, ids), cache.positions, cfg.llm, cache))
+    cache = UncachedBatch([len(ids)], ids.device)
+    return llama.logits(p, llama.forward(p, llama.embed(p, ids), cache.positions, cfg.llm, cache))
 
 
 @torch.no_grad()
 def test_every_layout_holds_the_same_model(source: Path, tmp_path: Path) -> None:
     ids = torch.randint(0, 128, (50,), generator=torch.Generator().manual_seed(2))
-    work, how = tmp_path / "work", How(group=64, propagate=False)
-    rounded = awq.run(open_source(source), work, how, shown(), torch.device("cpu"))
-    for form in quantize.FORMS:
-        write(rounded, tmp_path / form, form, key="test")
+    work, how = tmp_path / "work", QuantizeConfig(group_size=64, propagate_error=False)
+    rounded = awq.quantize_checkpoint(open_checkpoint(source), work, how, shown(), torch.device("cpu"))
+    for form in quantize.FORMATS:
+        write_checkpoint(rounded, tmp_path / form, form, source_key="test")
     expected = logits(tmp_path / "ours", ids)
     assert not torch.equal(expected, logits(source, ids))
-    for form in quantize.FORMS:
+    for form in quantize.FORMATS:
         assert torch.equal(logits(tmp_path / form, ids), expected)
 
 
@@ -124,7 +141,7 @@ def test_the_command_leaves_a_report_and_a_picture(tmp_path: Path, capsys: pytes
         assert all(linear["ours"] < linear["nearest"] for linear in layer["linears"].values())
     assert len(said["vision_tower"]) == 5 and len(said["mm_projector"]) == 1
     assert len(ET.parse(tmp_path / "out" / "quantization.svg").findall(".//{*}polyline")) == 4 + 3 * 7 + 2 * 6 + 2 * 2
-    assert open_source(tmp_path / "out").group() == 64
+    assert open_checkpoint(tmp_path / "out").group_size() == 64
     with pytest.raises(ValueError, match="is there already and not empty"):
         command(BUNDLED_CHECKPOINT, tmp_path / "out")
     with pytest.raises(ValueError, match="is int4 already"):
@@ -133,11 +150,11 @@ def test_the_command_leaves_a_report_and_a_picture(tmp_path: Path, capsys: pytes
 
 def test_nearest_is_what_the_model_would_round_to(source: Path, tmp_path: Path) -> None:
     command(source, tmp_path / "out", "--method", "rtn", "--group-size", 32)
-    cfg = require_fits(open_source(source))
-    expected = llama.quantized(load_params(source, cfg, torch.float16).llm, 32)
-    from vila_triton.checkpoints.loading import geometry
+    cfg = check_checkpoint(open_checkpoint(source))
+    expected = llama.quantize_linears_rtn(load_params(source, cfg, torch.float16).llm, 32)
+    from vila_triton.checkpoints.loading import build_vila_config
 
-    found = load_params(tmp_path / "out", geometry(*read_configs(tmp_path / "out")), torch.float16).llm
+    found = load_params(tmp_path / "out", build_vila_config(*read_configs(tmp_path / "out")), torch.float16).llm
     assert all(torch.equal(a, b) for a, b in zip(leaves(found), leaves(expected), strict=True))
 
 
@@ -172,7 +189,9 @@ def test_the_beginnings_of_other_work_spoil_nothing(source: Path, tmp_path: Path
     """Neither is a finished folder taken for the result of another command, nor one model mixed with another."""
     out, work = tmp_path / "out", tmp_path / "out.quantizing"
     begun = ("--group-size", 64, "--samples", 4)
-    awq.run(open_source(BUNDLED_CHECKPOINT), work, How(group=64), shown(), torch.device("cpu"))
+    awq.quantize_checkpoint(
+        open_checkpoint(BUNDLED_CHECKPOINT), work, QuantizeConfig(group_size=64), shown(), torch.device("cpu")
+    )
     with pytest.raises(ValueError, match=r"out\.quantizing holds the beginnings of other work"):
         command(BUNDLED_CHECKPOINT, out, "--method", "rtn")
     shutil.move(work, tmp_path / "aside")
@@ -185,20 +204,24 @@ def test_the_beginnings_of_other_work_spoil_nothing(source: Path, tmp_path: Path
 
     copy = tmp_path / "copy"
     shutil.copytree(source, copy)
-    awq.run(open_source(copy), tmp_path / "work", How(group=64), shown(), torch.device("cpu"))
+    awq.quantize_checkpoint(
+        open_checkpoint(copy), tmp_path / "work", QuantizeConfig(group_size=64), shown(), torch.device("cpu")
+    )
     top = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(top | {"mm_vision_select_layer": -1}))
     with pytest.raises(ValueError, match="holds the beginnings of other work"):
-        awq.run(open_source(copy), tmp_path / "work", How(group=64), shown(), torch.device("cpu"))
+        awq.quantize_checkpoint(
+            open_checkpoint(copy), tmp_path / "work", QuantizeConfig(group_size=64), shown(), torch.device("cpu")
+        )
 
 
 def test_killed_after_the_folder_was_written_the_command_only_cleans_up(tmp_path: Path) -> None:
     words = (BUNDLED_CHECKPOINT, tmp_path / "out", "--samples", 4, "--group-size", 64)
-    finish, folder.finish = folder.finish, lambda work: None
+    finish, folder.remove_work_folder = folder.remove_work_folder, lambda work: None
     try:
         command(*words)
     finally:
-        folder.finish = finish
+        folder.remove_work_folder = finish
     before = contents(tmp_path / "out")
     assert (tmp_path / "out.quantizing").exists()
     with pytest.raises(ValueError, match="is there already and not empty"):
@@ -209,11 +232,13 @@ def test_killed_after_the_folder_was_written_the_command_only_cleans_up(tmp_path
 
 def test_a_broken_layer_is_named(tmp_path: Path) -> None:
     rng = torch.Generator().manual_seed(0)
-    p = vila.Vila(**{n: init(f(getattr(CONFIG, n), torch.float16), rng) for n, f in DECLARE.items()})
+    p = vila.Vila(**{n: init_tree(f(getattr(CONFIG, n), torch.float16), rng) for n, f in PARAM_SPECS.items()})
     p.llm.layers[2].up.weight[3, 5] = torch.nan
-    save(tmp_path / "source", *configs(CONFIG), p)
+    save_checkpoint(tmp_path / "source", *config_files(CONFIG), p)
     with pytest.raises(ValueError, match=r"model\.layers\.2: .*NaN or infinit"):
-        awq.run(open_source(tmp_path / "source"), tmp_path / "work", How(), shown(), torch.device("cpu"))
+        awq.quantize_checkpoint(
+            open_checkpoint(tmp_path / "source"), tmp_path / "work", QuantizeConfig(), shown(), torch.device("cpu")
+        )
 
 
 def test_calibration_files_are_read_or_refused_by_line(tmp_path: Path) -> None:
@@ -221,7 +246,7 @@ def test_calibration_files_are_read_or_refused_by_line(tmp_path: Path) -> None:
     text.write_text("one line\n\nanother\n")
     example = BUNDLED_CHECKPOINT.with_name("examples") / "a.png"
     pairs.write_text(json.dumps({"text": "x"}) + "\n" + json.dumps({"image": str(example), "question": "Why?"}))
-    found = list(read([text, pairs]))
+    found = list(read_samples([text, pairs]))
     assert found[:3] == [Sample("one line"), Sample("another"), Sample("x")]
     assert found[3] == Sample("Why?", [example])
     for line, message in (
@@ -236,7 +261,7 @@ def test_calibration_files_are_read_or_refused_by_line(tmp_path: Path) -> None:
     ):
         pairs.write_text(line)
         with pytest.raises(ValueError, match=message):
-            list(read([pairs]))
+            list(read_samples([pairs]))
     text.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"a.txt: not text in UTF-8"):
-        list(read([text]))
+        list(read_samples([text]))

@@ -9,22 +9,29 @@ import torch
 from reference_towers import CLIP, INTERN, SIGLIP
 from torch import Tensor
 
-from bench.prefill_memory import Peak
-from vila_triton.checkpoints.loading import geometry, load_params, open_source, read_json, save, write_json
-from vila_triton.checkpoints.sources import Source
-from vila_triton.checkpoints.writing import write
+from bench.prefill_memory import PeakMemory
+from vila_triton.checkpoints.loading import (
+    build_vila_config,
+    load_params,
+    open_checkpoint,
+    read_json,
+    save_checkpoint,
+    write_json,
+)
+from vila_triton.checkpoints.sources import CheckpointSource
+from vila_triton.checkpoints.writing import write_checkpoint
 from vila_triton.engine import engine
 from vila_triton.models import vila, vision
-from vila_triton.models.params import Lazy, init
+from vila_triton.models.params import LazyTensors, init_tree
 from vila_triton.ops import Int4
 from vila_triton.quantization import pipeline as awq
 from vila_triton.quantization import vision as seeing
-from vila_triton.quantization.calibration_data import Prompts
-from vila_triton.quantization.resumable import How
-from vila_triton.tiny.config import CONFIG, configs
+from vila_triton.quantization.calibration_data import CalibrationSet
+from vila_triton.quantization.resumable import QuantizeConfig
+from vila_triton.tiny.config import CONFIG, config_files
 
 BOTH = ("vision_tower", "mm_projector")
-HOW = How(group=32, also=BOTH)
+HOW = QuantizeConfig(group_size=32, extra_parts=BOTH)
 S2 = {"s2": True, "s2_scales": "20,40", "s2_max_split_size": 20}
 TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "siglip": (SIGLIP, {"mm_vision_select_feature": "cls_patch"}),
@@ -33,32 +40,32 @@ TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def saved(folder: Path, tower: dict[str, Any], more: dict[str, Any], **sizes: int) -> Source:
+def saved(folder: Path, tower: dict[str, Any], more: dict[str, Any], **sizes: int) -> CheckpointSource:
     """The bundled model's language model, random, behind another tower, whose MLPs are no whole groups of 32."""
-    top, parts = configs(CONFIG)
+    top, parts = config_files(CONFIG)
     tower = tower | {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 4} | sizes
     width = tower["hidden_size"] * len(more.get("s2_scales", "20").split(","))
     top |= {"mm_hidden_size": width, **more}
     parts |= {"vision_tower": tower, "mm_projector": parts["mm_projector"] | {"mm_projector_type": "mlp2x_gelu"}}
-    p = init(vila.declare(geometry(top, parts), torch.float16), torch.Generator().manual_seed(0))
-    save(folder, top, parts, p)
-    return open_source(folder)
+    p = init_tree(vila.param_specs(build_vila_config(top, parts), torch.float16), torch.Generator().manual_seed(0))
+    save_checkpoint(folder, top, parts, p)
+    return open_checkpoint(folder)
 
 
-def shown(source: Source, pictures: int = 40) -> Prompts:
-    cfg = geometry(source.top, source.parts)
+def shown(source: CheckpointSource, pictures: int = 40) -> CalibrationSet:
+    cfg = build_vila_config(source.config, source.part_configs)
     rng = torch.Generator().manual_seed(1)
     rows = [torch.randint(0, 128, (200,), generator=rng) for _ in range(3)]
-    rows[0][: cfg.image_tokens] = -1 - torch.arange(cfg.image_tokens)
+    rows[0][: cfg.tokens_per_image] = -1 - torch.arange(cfg.tokens_per_image)
     side = cfg.vision_tower.input_size
     smooth = torch.randn(pictures, 3, 4, 4, generator=rng)  # as pictures are: neighbours know of one another
-    return Prompts(rows, torch.nn.functional.interpolate(smooth, (side, side), mode="bilinear"))
+    return CalibrationSet(rows, torch.nn.functional.interpolate(smooth, (side, side), mode="bilinear"))
 
 
 def features(folder: Path, pixels: Tensor) -> Tensor:
     """Of pictures in float32, [n, tokens, e]."""
-    source = open_source(folder)
-    cfg = geometry(source.top, source.parts)
+    source = open_checkpoint(folder)
+    cfg = build_vila_config(source.config, source.part_configs)
     return engine.encode_images(load_params(folder, cfg, torch.float32), pixels, cfg)
 
 
@@ -66,20 +73,22 @@ def features(folder: Path, pixels: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", TOWERS)
 def test_a_tower_and_its_projector_lose_less_than_to_the_nearest_level(name: str, tmp_path: Path) -> None:
     source = saved(tmp_path / "source", *TOWERS[name])
-    seen, fresh = shown(source), shown(source, 60).pixels
-    assert seen.pixels is not None and fresh is not None
+    seen, fresh = shown(source), shown(source, 60).pixel_values
+    assert seen.pixel_values is not None and fresh is not None
     made = {
-        "ours": awq.run(source, tmp_path / "work", HOW, seen, torch.device("cpu")),
-        "blind": awq.run(source, tmp_path / "work2", replace(HOW, propagate=False), seen, torch.device("cpu")),
-        "nearest": awq.nearest(source, HOW),
+        "ours": awq.quantize_checkpoint(source, tmp_path / "work", HOW, seen, torch.device("cpu")),
+        "blind": awq.quantize_checkpoint(
+            source, tmp_path / "work2", replace(HOW, propagate=False), seen, torch.device("cpu")
+        ),
+        "nearest": awq.round_to_nearest(source, HOW),
     }
     for how, result in made.items():
-        write(result, tmp_path / how, key=how)
-    again = open_source(tmp_path / "ours")
-    assert [again.group(part) for part in ("llm", *BOTH)] == [32, 32, 32]
-    assert again.parts["vision_tower"]["intermediate_size"] == 96
-    assert "vision_tower int4 (groups of 32), mm_projector int4 (groups of 32)" in again.described()
-    p = load_params(tmp_path / "ours", geometry(again.top, again.parts), torch.float32)
+        write_checkpoint(result, tmp_path / how, source_key=how)
+    again = open_checkpoint(tmp_path / "ours")
+    assert [again.group_size(part) for part in ("llm", *BOTH)] == [32, 32, 32]
+    assert again.part_configs["vision_tower"]["intermediate_size"] == 96
+    assert "vision_tower int4 (groups of 32), mm_projector int4 (groups of 32)" in again.summary()
+    p = load_params(tmp_path / "ours", build_vila_config(again.config, again.part_configs), torch.float32)
     layer = p.vision_tower.layers[0]
     assert isinstance(layer.fc2.weight, Int4) and layer.fc2.weight.shape == (64, 96)
     assert isinstance(p.mm_projector.stages[1].linear.weight, Int4)
@@ -88,10 +97,10 @@ def test_a_tower_and_its_projector_lose_less_than_to_the_nearest_level(name: str
     assert 0 < lost["ours"] < 0.7 * lost["nearest"] and lost["ours"] < lost["blind"] < lost["nearest"]
 
     found = features(tmp_path / "ours", fresh[40:])
-    write(again, tmp_path / "v2", "awq-v2")  # the language model's layout is no matter of the tower's
+    write_checkpoint(again, tmp_path / "v2", "awq-v2")  # the language model's layout is no matter of the tower's
     assert torch.equal(features(tmp_path / "v2", fresh[40:]), found)
-    write(again, tmp_path / "dense", "dense")  # in float16
-    assert open_source(tmp_path / "dense").group("vision_tower") == 0
+    write_checkpoint(again, tmp_path / "dense", "dense")  # in float16
+    assert open_checkpoint(tmp_path / "dense").group_size("vision_tower") == 0
     assert (features(tmp_path / "dense", fresh[40:]) - found).square().mean() < 0.01 * lost["ours"]
 
 
@@ -99,56 +108,71 @@ def test_a_tower_and_its_projector_lose_less_than_to_the_nearest_level(name: str
 @pytest.mark.parametrize("name", TOWERS)
 def test_a_widened_tower_sees_the_same(name: str, tmp_path: Path) -> None:
     source = saved(tmp_path / "source", *TOWERS[name])
-    cfg = geometry(source.top, source.parts)
-    wide = seeing.padded(source, cfg.vision_tower, 32)
+    cfg = build_vila_config(source.config, source.part_configs)
+    wide = seeing.pad_mlp_to_groups(source, cfg.vision_tower, 32)
     assert wide.tensors["vision_tower"].meta.keys() == source.tensors["vision_tower"].meta.keys()
-    write(wide, tmp_path / "wide", key="wide")
-    pixels = shown(source, 2).pixels
+    write_checkpoint(wide, tmp_path / "wide", source_key="wide")
+    pixels = shown(source, 2).pixel_values
     assert pixels is not None
     torch.testing.assert_close(
         features(tmp_path / "wide", pixels), features(tmp_path / "source", pixels), rtol=1e-5, atol=1e-5
     )
-    assert seeing.padded(source, cfg.vision_tower, 16) is source
+    assert seeing.pad_mlp_to_groups(source, cfg.vision_tower, 16) is source
 
 
 def test_pictures_are_taken_from_all_of_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert seeing.positions(CONFIG.vision_tower) == 64
+    assert seeing.positions_per_image(CONFIG.vision_tower) == 64
     monkeypatch.setattr(seeing, "ROOM", 64 * 10)
-    assert seeing.some(torch.arange(25), 64).tolist() == list(range(0, 25, 3))
-    assert len(seeing.some(torch.arange(10), 64)) == 10
+    assert seeing.subsample_images(torch.arange(25), 64).tolist() == list(range(0, 25, 3))
+    assert len(seeing.subsample_images(torch.arange(10), 64)) == 10
     monkeypatch.setattr(seeing, "ROOM", 1)
-    assert seeing.some(torch.arange(3), 64).tolist() == [0]
-    pixels, how = torch.zeros(300, 1), How(also=BOTH)
+    assert seeing.subsample_images(torch.arange(3), 64).tolist() == [0]
+    pixels, how = torch.zeros(300, 1), QuantizeConfig(extra_parts=BOTH)
     monkeypatch.setattr(seeing, "ROOM", 64 * 100)
-    assert awq.looked_at(CONFIG, how, pixels) == {"vision_tower": 100, "mm_projector": 300}  # 64 and 16 a picture
+    assert awq.calibration_image_counts(CONFIG, how, pixels) == {
+        "vision_tower": 100,
+        "mm_projector": 300,
+    }  # 64 and 16 a picture
 
 
 def test_only_what_was_asked_for_is_rounded(tmp_path: Path) -> None:
     source = saved(tmp_path / "source", *TOWERS["siglip"])
-    made = awq.run(source, tmp_path / "work", replace(HOW, also=BOTH[1:]), shown(source), torch.device("cpu"))
-    assert [made.group(part) for part in ("llm", *BOTH)] == [32, 0, 32]
-    assert made.parts["vision_tower"] == source.parts["vision_tower"]
-    write(made, tmp_path / "made", key="")
+    made = awq.quantize_checkpoint(
+        source, tmp_path / "work", replace(HOW, also=BOTH[1:]), shown(source), torch.device("cpu")
+    )
+    assert [made.group_size(part) for part in ("llm", *BOTH)] == [32, 0, 32]
+    assert made.part_configs["vision_tower"] == source.part_configs["vision_tower"]
+    write_checkpoint(made, tmp_path / "made", source_key="")
     with pytest.raises(ValueError, match="made is int4 already; quantize"):
-        awq.opened(open_source(tmp_path / "made"), HOW)
+        awq.prepare_source(open_checkpoint(tmp_path / "made"), HOW)
 
 
 @pytest.mark.parametrize(
     "how, sizes, message",
     [
-        (How(mode="upstream", also=BOTH), {}, "upstream's objective has no place for vision_tower, mm_projector"),
-        (How(group=32, also=("eyes",)), {}, "no part 'eyes'; there are: llm, vision_tower, mm_projector"),
         (
-            How(group=64, also=BOTH),
+            QuantizeConfig(mode="upstream", extra_parts=BOTH),
+            {},
+            "upstream's objective has no place for vision_tower, mm_projector",
+        ),
+        (
+            QuantizeConfig(group_size=32, extra_parts=("eyes",)),
+            {},
+            "no part 'eyes'; there are: llm, vision_tower, mm_projector",
+        ),
+        (
+            QuantizeConfig(group_size=64, extra_parts=BOTH),
             {"hidden_size": 96},
             "vision_tower: encoder.*q_proj: int4 weight: k = 96 and group = 64",
         ),
     ],
 )
-def test_what_cannot_be_rounded_is_refused(how: How, sizes: dict[str, int], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_rounded_is_refused(
+    how: QuantizeConfig, sizes: dict[str, int], message: str, tmp_path: Path
+) -> None:
     source = saved(tmp_path / "source", *TOWERS["siglip"], **sizes)
     with pytest.raises(ValueError, match=message):
-        awq.run(source, tmp_path / "work", how, shown(source), torch.device("cpu"))
+        awq.quantize_checkpoint(source, tmp_path / "work", how, shown(source), torch.device("cpu"))
     assert not (tmp_path / "work").exists()
 
 
@@ -157,31 +181,36 @@ def test_the_depth_of_the_tower_takes_no_memory(tmp_path: Path) -> None:
     peaks = []
     for layers in (3, 20):
         source = saved(tmp_path / f"{layers}", *TOWERS["siglip"], num_hidden_layers=layers)
-        pixels = shown(source, 1).pixels
+        pixels = shown(source, 1).pixel_values
         assert pixels is not None
-        with Peak([pixels]) as peak:
-            p, cfg = seeing.streamed(source, torch.device("cpu"), torch.float32)
-            vision.vision_tower(p, pixels, cfg.vision_tower)
-        peaks.append(peak.peak)
+        with PeakMemory([pixels]) as peak:
+            p, cfg = seeing.open_streamed_tower(source, torch.device("cpu"), torch.float32)
+            vision.forward(p, pixels, cfg.vision_tower)
+        peaks.append(peak.peak_bytes)
     one = 4 * (4 * 64 * 64 + 2 * 64 * 80)  # bytes of the linears of a layer in float32
     assert peaks[1] - peaks[0] < one / 2
 
 
 def test_a_projector_without_linears_is_refused(tmp_path: Path) -> None:
-    top, parts = configs(CONFIG)
+    top, parts = config_files(CONFIG)
     parts["vision_tower"] |= {"hidden_size": 256}
     parts["mm_projector"] |= {"mm_projector_type": "identity"}
-    cfg = geometry(top := top | {"mm_hidden_size": 256}, parts)
-    save(tmp_path / "source", top, parts, init(vila.declare(cfg, torch.float16), torch.Generator().manual_seed(0)))
+    cfg = build_vila_config(top := top | {"mm_hidden_size": 256}, parts)
+    save_checkpoint(
+        tmp_path / "source",
+        top,
+        parts,
+        init_tree(vila.param_specs(cfg, torch.float16), torch.Generator().manual_seed(0)),
+    )
     with pytest.raises(ValueError, match="mm_projector has no linear that could be rounded"):
-        awq.opened(open_source(tmp_path / "source"), HOW)
+        awq.prepare_source(open_checkpoint(tmp_path / "source"), HOW)
 
 
 def test_what_sees_is_not_rounded_blindly(tmp_path: Path) -> None:
     source = saved(tmp_path / "source", *TOWERS["siglip"])
-    words = [row.clamp(min=0) for row in shown(source).rows]
+    words = [row.clamp(min=0) for row in shown(source).sequences]
     with pytest.raises(ValueError, match=r"vision_tower, mm_projector: .* but calibration has no pictures"):
-        awq.run(source, tmp_path / "work", HOW, Prompts(words, None), torch.device("cpu"))
+        awq.quantize_checkpoint(source, tmp_path / "work", HOW, CalibrationSet(words, None), torch.device("cpu"))
     assert not (tmp_path / "work").exists()
 
 
@@ -199,12 +228,12 @@ def test_what_sees_is_not_rounded_blindly(tmp_path: Path) -> None:
 )
 def test_a_config_that_the_tower_does_not_keep_is_refused(said: dict[str, Any], message: str, tmp_path: Path) -> None:
     source = saved(tmp_path / "source", *TOWERS["siglip"])
-    write(awq.nearest(source, HOW), tmp_path / "made", key="")
+    write_checkpoint(awq.round_to_nearest(source, HOW), tmp_path / "made", source_key="")
     file = tmp_path / "made" / "vision_tower" / "config.json"
     write_json(file, read_json(file) | {"quantization_config": said})
     with pytest.raises(ValueError, match=message):
-        found = open_source(tmp_path / "made")
-        geometry(found.top, found.parts)
+        found = open_checkpoint(tmp_path / "made")
+        build_vila_config(found.config, found.part_configs)
 
 
 def test_a_broken_linear_is_named(tmp_path: Path) -> None:
@@ -212,7 +241,7 @@ def test_a_broken_linear_is_named(tmp_path: Path) -> None:
     name, held = "vision_model.encoder.layers.1.mlp.fc2.weight", source.tensors["vision_tower"]
     broken = held[name].clone()
     broken[3, 5] = torch.nan
-    lazy = Lazy(held.meta, lambda key: broken if key == name else held[key])
+    lazy = LazyTensors(held.meta, lambda key: broken if key == name else held[key])
     source = replace(source, tensors=source.tensors | {"vision_tower": lazy})
     with pytest.raises(ValueError, match=r"vision_tower, encoder.layers.1: mlp.fc2: the weight holds NaN or infinity"):
-        awq.run(source, tmp_path / "work", HOW, shown(source), torch.device("cpu"))
+        awq.quantize_checkpoint(source, tmp_path / "work", HOW, shown(source), torch.device("cpu"))

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo
 
-from bench.correctness.error_budget import DEVICE, arguments
+from bench.correctness.error_budget import DEVICE, example_args
 from vila_triton import ops
-from vila_triton.cache.paged_cache import PagedCache, Step
+from vila_triton.cache.paged_cache import PagedBatch, PagedKVCache
 from vila_triton.engine import engine
 from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
-from vila_triton.models.params import init, tree_map
-from vila_triton.registry import OPS, OneOf, Op, custom_ops, discover, op, recording, use
+from vila_triton.models.params import init_tree, tree_map
+from vila_triton.registry import OPS, OneOf, Op, count_calls, custom_ops, discover, op, use
 
 discover()
 CFG = LlamaConfig(
@@ -35,9 +35,9 @@ OF_A_MODEL = """int4_matmul int4_swiglu linear rms_norm rope swiglu kv_write pre
 def example(op: Op, seed: int, **sizes: Any) -> tuple:
     """Arguments of the custom op of an op."""
     usual = {n: d.values[0] if isinstance(d, OneOf) else max(d.low, min(d.high, 3)) for n, d in op.domain.items()}
-    takes = custom_ops.arguments(op)
-    values = dict(zip((a.name for a in takes), arguments(op, seed, **usual | sizes)))
-    return tuple(custom_ops.flattened(takes, values))
+    takes = custom_ops.schema_arguments(op)
+    values = dict(zip((a.name for a in takes), example_args(op, seed, **usual | sizes)))
+    return tuple(custom_ops.flatten_args(takes, values))
 
 
 def opcheck(op: Op, **sizes: Any) -> None:
@@ -45,7 +45,7 @@ def opcheck(op: Op, **sizes: Any) -> None:
     torch.library.opcheck(getattr(torch.ops.vila_triton, op.name).default, example(op, 0, **sizes))
 
 
-@pytest.mark.parametrize("op", [op for op in OPS.values() if op.traced], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.custom_op], ids=lambda op: op.name)
 def test_opcheck(op: Op) -> None:
     opcheck(op)
 
@@ -55,7 +55,7 @@ def test_opcheck_without_the_optional_tensor() -> None:
 
 
 def test_every_op_of_a_model_is_one() -> None:
-    assert {name for name, op in OPS.items() if op.traced} >= set(OF_A_MODEL.split())
+    assert {name for name, op in OPS.items() if op.custom_op} >= set(OF_A_MODEL.split())
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_what_no_schema_holds_is_refused(doubled: Op) -> None:
         return x[0]
 
     with pytest.raises(TypeError, match=r"listed: x is annotated list\[.*expected a dataclass or one of Tensor"):
-        custom_ops.expose(Op(listed, False), None)
+        custom_ops.register_custom_op(Op(listed, False), None)
     with pytest.raises(TypeError, match=r"test_doubled.writes: no argument z"):
         doubled.writes("z")
     with pytest.raises(TypeError, match=r"test_doubled returns .*, expected a tuple of Tensors, and after them x,"):
@@ -106,28 +106,28 @@ def test_as_many_results_as_the_reference_says(doubled: Op, fresh: None) -> None
 def test_a_call_with_lse_runs_what_is_chosen_between_two_graphs(fresh: None) -> None:
     sizes = {"b": 2, "s": 4, "t": 3, "g": 1, "ratio": 1, "d": 32, "l": 16, "dtype": "float32"}
     args = ops.prefill_attention.example(**sizes, rng=torch.Generator().manual_seed(0), device=DEVICE)
-    compiled = torch.compile(lambda *args: ops.prefill_attention(*args, lse=True), backend="eager")
-    with use(prefill_attention="simple"), recording() as ran:
+    compiled = torch.compile(lambda *args: ops.prefill_attention(*args, return_lse=True), backend="eager")
+    with use(prefill_attention="simple"), count_calls() as ran:
         out = compiled(*args)
     assert set(ran) == {("prefill_attention", "simple")}
-    torch.testing.assert_close(out, ops.prefill_attention.reference(*args, lse=True))
+    torch.testing.assert_close(out, ops.prefill_attention.reference(*args, return_lse=True))
 
 
-def layer(p: llama.Layer, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Step) -> Tensor:
+def layer(p: llama.Layer, x: Tensor, rotary: tuple[Tensor, Tensor], cache: PagedBatch) -> Tensor:
     """One decoder layer, as `llama.llama` runs it."""
     x = x + llama.attention(p, ops.rms_norm(x, p.attention_norm, CFG.rms_norm_eps), rotary, 1, CFG, cache)
     return x + llama.mlp(p, ops.rms_norm(x, p.mlp_norm, CFG.rms_norm_eps))
 
 
-def parts(weights: str) -> tuple[llama.Layer, PagedCache, list[int], Tensor]:
+def parts(weights: str) -> tuple[llama.Layer, PagedKVCache, list[int], Tensor]:
     """A layer, an empty cache, two sequences in it, and 11 rows of input."""
-    model = init(llama.declare(CFG, torch.float32), torch.Generator().manual_seed(0))
-    p = (llama.quantized(model, 32) if weights == "int4" else model).layers[1]
-    cache = PagedCache(CFG, 8, dtype=torch.float32, device=DEVICE)
-    for pages in ops.leaves(cache.k_pages) + ops.leaves(cache.v_pages):
+    model = init_tree(llama.param_specs(CFG, torch.float32), torch.Generator().manual_seed(0))
+    p = (llama.quantize_linears_rtn(model, 32) if weights == "int4" else model).layers[1]
+    cache = PagedKVCache(CFG, 8, dtype=torch.float32, device=DEVICE)
+    for pages in ops.page_tensors(cache.k_pages) + ops.page_tensors(cache.v_pages):
         pages.zero_()
     x = torch.randn(11, CFG.hidden_size, generator=torch.Generator().manual_seed(1))
-    sequences = [cache.table.alloc(), cache.table.alloc()]
+    sequences = [cache.allocator.add_sequence(), cache.allocator.add_sequence()]
     return tree_map(lambda leaf: leaf.to(DEVICE), p), cache, sequences, x.to(DEVICE)
 
 
@@ -137,9 +137,12 @@ def run(fn: Callable[..., Tensor], weights: str) -> list[Tensor]:
     p, cache, sequences, x = parts(weights)
     outputs = []
     for counts, rows in (((3, 4), x[:7]), ((1, 1), x[7:9]), ((1, 1), x[9:])):
-        with cache.step(dict(zip(sequences, counts))) as step, engine.kernels(rows.device, step.decode):
-            outputs.append(fn(p, rows, llama.angles(step.positions, CFG), step))
-    return [*outputs, *ops.leaves(cache.k_pages), *ops.leaves(cache.v_pages)]
+        with (
+            cache.append_step(dict(zip(sequences, counts))) as step,
+            engine.use_default_kernels(rows.device, step.decode),
+        ):
+            outputs.append(fn(p, rows, llama.rotary_cos_sin(step.positions, CFG), step))
+    return [*outputs, *ops.page_tensors(cache.k_pages), *ops.page_tensors(cache.v_pages)]
 
 
 @pytest.fixture
@@ -154,7 +157,7 @@ CASES = [("aot_eager", "dense"), ("aot_eager", "int4"), pytest.param("inductor",
 @pytest.mark.parametrize(("backend", "weights"), CASES)
 def test_a_layer_compiles_in_one_piece_and_gives_the_eager_result(backend: str, weights: str, fresh: None) -> None:
     want = run(layer, weights)
-    with recording() as calls:
+    with count_calls() as calls:
         got = run(torch.compile(layer, fullgraph=True, backend=backend), weights)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     ran = {name for name, _ in calls}
@@ -168,7 +171,7 @@ def test_the_choice_is_made_when_compiled_code_runs(fresh: None) -> None:
         run(compiled, "dense")
     OPS["rms_norm"].impl("zero")(lambda x, weight, eps: torch.zeros_like(x))
     try:
-        with use(rms_norm="zero"), recording() as calls, dynamo.patch(error_on_recompile=True):
+        with use(rms_norm="zero"), count_calls() as calls, dynamo.patch(error_on_recompile=True):
             outputs = run(compiled, "dense")
     finally:
         del OPS["rms_norm"].impls["zero"]
@@ -202,8 +205,8 @@ def test_a_gradient_is_there_uncompiled_and_refused_compiled(fresh: None) -> Non
 def test_a_decode_step_is_captured_in_a_cuda_graph(weights: str) -> None:
     p, cache, sequences, rows = parts(weights)
     x, others = rows[:2].clone(), rows[2:4]
-    with cache.step(dict.fromkeys(sequences, 1)) as step, engine.kernels(x.device, decode=True):
-        rotary = llama.angles(step.positions, CFG)
+    with cache.append_step(dict.fromkeys(sequences, 1)) as step, engine.use_default_kernels(x.device, decode=True):
+        rotary = llama.rotary_cos_sin(step.positions, CFG)
         layer(p, x, rotary, step)  # what is compiled at the first call
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -7,26 +7,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.correctness.error_budget import arguments, budget, within_budget
-from bench.correctness.guarded_memory import mapped
+from bench.correctness.error_budget import check_within_budget, error_budget, example_args
+from bench.correctness.guarded_memory import map_tensors
 from vila_triton import ops
 from vila_triton.engine import engine
-from vila_triton.registry import OPS, OneOf, Op, Unsupported, discover, recording, use
-from vila_triton.registry.kernel_config import configured
+from vila_triton.registry import OPS, OneOf, Op, Unsupported, count_calls, discover, use
+from vila_triton.registry.kernel_config import configured_choices
 
 discover()
 EACH = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-CPU = pytest.mark.parametrize("op", [OPS[name] for name in configured("cpu", None)], ids=lambda op: op.name)
+CPU = pytest.mark.parametrize("op", [OPS[name] for name in configured_choices("cpu", None)], ids=lambda op: op.name)
 
 
 def example(op: Op, **sizes: Any) -> tuple:
     usual = {n: d.values[0] if isinstance(d, OneOf) else max(d.low, min(d.high, 5)) for n, d in op.domain.items()}
-    return op.example(**usual | sizes, rng=torch.Generator().manual_seed(0), device="cpu")
+    return op.make_example(**usual | sizes, rng=torch.Generator().manual_seed(0), device="cpu")
 
 
 def ran(op: Op, args: tuple) -> str:
-    with recording() as calls:
-        op(*mapped(torch.clone, args))
+    with count_calls() as calls:
+        op(*map_tensors(torch.clone, args))
     return next(impl for name, impl in calls if name == op.name)
 
 
@@ -35,29 +35,29 @@ def test_a_call_runs_the_same_inside_an_engine_and_outside(op: Op) -> None:
     args = example(op)
     outside = ran(op, args)
     for decode in (False, True):
-        with engine.kernels(torch.device("cpu"), decode):
+        with engine.use_default_kernels(torch.device("cpu"), decode):
             assert ran(op, args) == outside
-    assert outside == configured("cpu", None).get(op.name, "reference")
+    assert outside == configured_choices("cpu", None).get(op.name, "reference")
     with use(**{op.name: "reference"}):
         assert ran(op, args) == "reference"
 
 
 @pytest.mark.parametrize("name", ["prefill_attention", "decode_attention"])
 def test_a_call_under_the_policy_invariant_runs_what_keeps_it(name: str) -> None:
-    args = example(OPS[name], policy="invariant")
-    with engine.kernels(torch.device("cpu"), policy="invariant"):
+    args = example(OPS[name], numerics="invariant")
+    with engine.use_default_kernels(torch.device("cpu"), numerics="invariant"):
         inside = ran(OPS[name], args)
     assert ran(OPS[name], args) == inside
 
 
 @EACH
 def test_where_there_is_nothing_to_compute_the_reference_tells_shapes(op: Op) -> None:
-    assert op.choice(*mapped(lambda x: x.to("meta"), example(op))) == "reference"
+    assert op.choose_implementation(*map_tensors(lambda x: x.to("meta"), example(op))) == "reference"
 
 
 @CPU
 def test_float64_is_computed_in_float64(op: Op) -> None:
-    args = mapped(lambda x: x.double() if x.is_floating_point() else x, example(op))
+    args = map_tensors(lambda x: x.double() if x.is_floating_point() else x, example(op))
     torch.testing.assert_close(op(*args), op.reference(*args), rtol=1e-12, atol=1e-12)
 
 
@@ -101,12 +101,12 @@ def test_what_does_not_serve_a_call_names_the_way_out() -> None:
     with pytest.raises(
         Unsupported, match=r"log-sum-exp \('aten' runs here by default; `with use\(decode_attention=\"ref"
     ):
-        ops.decode_attention(*args, lse=True)
+        ops.decode_attention(*args, return_lse=True)
     with use(decode_attention="reference"):
-        out, lse = ops.decode_attention(*args, lse=True)
+        out, lse = ops.decode_attention(*args, return_lse=True)
     assert lse.shape == out.shape[:2]
     with use(decode_attention="aten"), pytest.raises(Unsupported, match=r"log-sum-exp$"):  # chosen, so known
-        ops.decode_attention(*args, lse=True)
+        ops.decode_attention(*args, return_lse=True)
 
 
 def test_the_way_out_is_named_once_and_of_the_op_that_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,12 +121,12 @@ def test_the_way_out_is_named_once_and_of_the_op_that_does_not_serve(monkeypatch
 
 def test_an_int4_product_is_not_the_reference_by_accident() -> None:
     """The call that made the fault known: 4096 × 4096 took 40 times as long outside an engine."""
-    args = arguments(ops.int4_matmul, 0, m=1, n=64, G=2, group=64, dtype="float32", order="sub", bias=True)
-    args = mapped(lambda x: x.cpu(), args)
-    with recording() as calls:
+    args = example_args(ops.int4_matmul, 0, m=1, n=64, G=2, group=64, dtype="float32", order="sub", bias=True)
+    args = map_tensors(lambda x: x.cpu(), args)
+    with count_calls() as calls:
         out = ops.int4_matmul(*args)
-    (exact,), (allowed,) = budget(ops.int4_matmul, args)
-    within_budget(0, out, exact, allowed)
+    (exact,), (allowed,) = error_budget(ops.int4_matmul, args)
+    check_within_budget(0, out, exact, allowed)
     assert calls == {("int4_matmul", "blocked"): 1}
 
 

@@ -172,7 +172,7 @@ def test_an_op_that_lacks_a_part_says_which(put: Put, capsys: pytest.CaptureFixt
         op = OPS["cut_in_two"]
         told = f"cut_in_two.py: op 'cut_in_two' has no {part}, expected @cut_in_two.{part}"
         with pytest.raises(NotImplementedError, match=told):
-            (op.example if part == "inputs" else op.cost)()
+            (op.make_example if part == "inputs" else op.cost)()
         if part == "inputs":
             assert check.main(["cut_in_two", "--impl", "reference"]) == 2
             assert capsys.readouterr().err.endswith(f"{told}\n")  # no traceback

@@ -8,10 +8,10 @@ import torch
 from triton.runtime import interpreter
 
 from bench.correctness.error_budget import DEVICE
-from vila_triton.commands.chat import kernels_line
+from vila_triton.commands.chat import kernels_summary
 from vila_triton.ops import rms_norm
 from vila_triton.registry import discover, use
-from vila_triton.registry.interpreter import take_scalars_as_indices
+from vila_triton.registry.interpreter import patch_scalar_index
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="kernels are compiled here, not interpreted")
@@ -32,19 +32,19 @@ def test_a_loop_up_to_an_argument_runs_where_triton_takes_no_array_as_an_index(m
     with use(rms_norm="triton"):
         with pytest.raises(interpreter.InterpreterError, match="only 0-dimensional arrays"):
             rms_norm(x, weight, 1e-5)
-        take_scalars_as_indices()
+        patch_scalar_index()
         torch.testing.assert_close(rms_norm(x, weight, 1e-5), rms_norm.reference(x, weight, 1e-5))
 
 
 def test_only_what_is_interpreted_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     discover()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert kernels_line(Counter({("linear", "reference"): 3})) == "kernels: reference"
+    assert kernels_summary(Counter({("linear", "reference"): 3})) == "kernels: reference"
     aten = Counter({("linear", "aten"): 3, ("rope", "reference"): 1})
-    assert kernels_line(aten) == "kernels: linear=aten; else reference"
+    assert kernels_summary(aten) == "kernels: linear=aten; else reference"
     ran = Counter({("linear", "aten"): 3, ("rope", "triton"): 1})
-    assert kernels_line(ran) == "kernels: linear=aten, rope=triton (interpreted); else reference"
+    assert kernels_summary(ran) == "kernels: linear=aten, rope=triton (interpreted); else reference"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert "interpreted" not in kernels_line(ran)
+    assert "interpreted" not in kernels_summary(ran)
     with use(rope="triton", swiglu="reference"):
-        assert kernels_line(aten) == "kernels: linear=aten; else reference; nothing called swiglu"
+        assert kernels_summary(aten) == "kernels: linear=aten; else reference; nothing called swiglu"

@@ -17,9 +17,9 @@ from bench import tune
 from bench.tuner import cost_model, table
 from vila_triton.commands.ops import print_ops
 from vila_triton.paths import config_dir
-from vila_triton.registry import OPS, Op, defaults, discover, recording, tuned_tables, use
-from vila_triton.registry.kernel_config import PHASES, configured, read
-from vila_triton.registry.size_ranges import Choice, Ranges, Within, name_at, parse
+from vila_triton.registry import OPS, Op, count_calls, default_choices, discover, tuned_tables, use
+from vila_triton.registry.kernel_config import PHASES, configured_choices, read_kernels_toml
+from vila_triton.registry.size_ranges import BoundedChoice, Choice, ChoiceBySize, implementation_at, parse_choice
 
 discover()
 GPU = "Toy GPU"
@@ -38,7 +38,7 @@ def ran(op: Op, *sizes: int) -> list[str]:
     """Which implementation runs at each size."""
     found = []
     for m in sizes:
-        with recording() as calls:
+        with count_calls() as calls:
             op(torch.ones(m, 8))
         found += [name for _, name in calls]
     return found
@@ -50,7 +50,7 @@ RANGES = [[2, "reference"], [5, "whole"], "blocks"]
 def test_a_call_runs_what_the_range_of_its_size_names(doubled: Op) -> None:
     with use(doubled=RANGES):
         assert ran(doubled, 1, 2, 3, 5, 6, 900) == ["reference"] * 2 + ["whole"] * 2 + ["blocks"] * 2
-    with defaults({"doubled": RANGES}):
+    with default_choices({"doubled": RANGES}):
         assert ran(doubled, 1, 3, 6) == ["reference", "whole", "blocks"]
         with use(doubled="whole"):
             assert ran(doubled, 1, 3, 6) == ["whole"] * 3
@@ -59,34 +59,38 @@ def test_a_call_runs_what_the_range_of_its_size_names(doubled: Op) -> None:
 @given(st.sets(st.integers(0, 100), max_size=5))
 def test_every_size_lies_in_the_first_range_that_ends_at_it_or_later(ends: set[int]) -> None:
     pairs = [[end, f"up to {end}"] for end in sorted(ends)]
-    choice = parse([*pairs, "beyond"])
+    choice = parse_choice([*pairs, "beyond"])
     for size in range(102):
         want = next((name for end, name in pairs if size <= end), "beyond")
-        assert (choice if isinstance(choice, str) else choice.at(size)) == want
-    assert table.plain(choice) == ([*pairs, "beyond"] if pairs else "beyond")
+        assert (choice if isinstance(choice, str) else choice.lookup(size)) == want
+    assert table.choice_to_json(choice) == ([*pairs, "beyond"] if pairs else "beyond")
 
 
 CHOICES = st.lists(st.integers(0, 30), max_size=4, unique=True).flatmap(
     lambda ends: st.lists(st.sampled_from("abc"), min_size=len(ends) + 1, max_size=len(ends) + 1).map(
-        lambda names: Ranges(tuple(sorted(ends)), tuple(names)) if ends else names[0]
+        lambda names: ChoiceBySize(tuple(sorted(ends)), tuple(names)) if ends else names[0]
     )
 )
 
 
 @given(CHOICES, CHOICES, st.integers(0, 30), st.integers(0, 30))
 def test_a_choice_within_sizes_leaves_all_others_as_they_were(
-    inside: Ranges | str, outside: Ranges | str, first: int, more: int
+    inside: ChoiceBySize | str, outside: ChoiceBySize | str, first: int, more: int
 ) -> None:
-    both = Within(first, first + more, inside).over(outside)
+    both = BoundedChoice(first, first + more, inside).with_fallback(outside)
     for size in range(64):
-        assert name_at(both, size) == name_at(inside if first <= size <= first + more else outside, size)
-    if isinstance(both, Ranges):
-        assert all(a != b for a, b in zip(both.names, both.names[1:])) and parse(table.plain(both)) == both
+        assert implementation_at(both, size) == implementation_at(
+            inside if first <= size <= first + more else outside, size
+        )
+    if isinstance(both, ChoiceBySize):
+        assert (
+            all(a != b for a, b in zip(both.names, both.names[1:])) and parse_choice(table.choice_to_json(both)) == both
+        )
 
 
 def test_ranges_in_words() -> None:
-    choice = Ranges((4, 5, 64), ("gemv", "splitk", "gemv", "prefill"))
-    words = [choice.where(name, "m") for name in ("gemv", "splitk", "prefill")]
+    choice = ChoiceBySize((4, 5, 64), ("gemv", "splitk", "gemv", "prefill"))
+    words = [choice.describe(name, "m") for name in ("gemv", "splitk", "prefill")]
     assert words == ["m up to 4, m 6 to 64", "m 5", "m from 65"]
 
 
@@ -115,7 +119,7 @@ def test_what_is_wrong_in_the_file_is_one_error_that_names_it(
     file = tmp_path / "kernels.toml"
     file.write_text(f"[cuda]\n{line}\n")
     with pytest.raises(ValueError, match=f"kernels.toml, .*{message}"):
-        read(file, "cuda", "prefill")
+        read_kernels_toml(file, "cuda", "prefill")
 
 
 def test_a_phase_overrides_its_device(doubled: Op, tmp_path: Path) -> None:
@@ -123,27 +127,32 @@ def test_a_phase_overrides_its_device(doubled: Op, tmp_path: Path) -> None:
     file.write_text(
         "[cuda]\ndoubled = [[4, 'whole'], 'blocks']\nrope = 'reference'\n[cuda.decode]\ndoubled = 'whole'\n"
     )
-    assert read(file, "cuda", "prefill")["doubled"] == Ranges((4,), ("whole", "blocks"))
-    assert read(file, "cuda", "decode") == {"doubled": "whole", "rope": "reference"}
-    assert read(file, "tpu", "decode") == {}
+    assert read_kernels_toml(file, "cuda", "prefill")["doubled"] == ChoiceBySize((4,), ("whole", "blocks"))
+    assert read_kernels_toml(file, "cuda", "decode") == {"doubled": "whole", "rope": "reference"}
+    assert read_kernels_toml(file, "tpu", "decode") == {}
 
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_kernels_toml_names_is_there(device: str, phase: str) -> None:
-    assert configured(device, phase) == read(config_dir() / "kernels.toml", device, phase)
-    assert "int4_matmul" in configured(device, phase)
+    assert configured_choices(device, phase) == read_kernels_toml(config_dir() / "kernels.toml", device, phase)
+    assert "int4_matmul" in configured_choices(device, phase)
 
 
-def predicted(op: str, name: str, m: int, gpu: cost_model.Gpu, choices: Mapping[str, Choice]) -> float:
+def predicted(op: str, name: str, m: int, gpu: cost_model.GpuModel, choices: Mapping[str, Choice]) -> float:
     """Seconds of the first config at sizes of Llama-3-VILA1.5-8b; "apart" is the ops it is made of."""
     sizes: dict[str, Any] = dict(m=m, n=14336, G=32, group=128, dtype="float16", order="sub")
     if name == "apart":
         swiglu = OPS["swiglu"].impls["triton"]
-        each = predicted("int4_matmul", name_at(choices["int4_matmul"], m), m, gpu, choices)
-        return 2 * each + (cost_model.predict(swiglu, swiglu.configs[0], dict(s=m, f=14336, dtype="float16"), gpu) or 0)
+        each = predicted("int4_matmul", implementation_at(choices["int4_matmul"], m), m, gpu, choices)
+        return 2 * each + (
+            cost_model.predict_seconds(swiglu, swiglu.configs[0], dict(s=m, f=14336, dtype="float16"), gpu) or 0
+        )
     impl = OPS[op].impls[name]
-    return cost_model.predict(impl, impl.configs[0], sizes | ({"bias": False} if op == "int4_matmul" else {}), gpu) or 0
+    return (
+        cost_model.predict_seconds(impl, impl.configs[0], sizes | ({"bias": False} if op == "int4_matmul" else {}), gpu)
+        or 0
+    )
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -152,19 +161,19 @@ def predicted(op: str, name: str, m: int, gpu: cost_model.Gpu, choices: Mapping[
 )
 def test_no_other_choice_is_predicted_to_take_half_the_time(op: str, impls: tuple[str, ...], arch: str) -> None:
     """From two rows on: at one, what counts is how loads and instructions overlap, and the model knows none of them."""
-    choices = configured("cuda", "prefill")
+    choices = configured_choices("cuda", "prefill")
     for m in (2, 3, 4, 16, 64, 65, 256, 1024, 4096):
-        times = {name: predicted(op, name, m, cost_model.gpu(arch), choices) for name in impls}
-        assert times[name_at(choices[op], m)] < 2 * min(times.values()), (m, times)
+        times = {name: predicted(op, name, m, cost_model.gpu_of_arch(arch), choices) for name in impls}
+        assert times[implementation_at(choices[op], m)] < 2 * min(times.values()), (m, times)
 
 
 def entry(op: Op, impl: str, seconds: dict[tuple[int, int], float]) -> dict[str, Any]:
     """An entry of a tuned table, from the seconds at (m, n)."""
-    now = {"op": op.name, "impl": impl, "device": GPU, "timer": "gpu", **tuned_tables.identity(op.impls[impl])}
+    now = {"op": op.name, "impl": impl, "device": GPU, "timer": "gpu", **tuned_tables.entry_fingerprint(op.impls[impl])}
     about = {"status": "timed", "date": "2026-01-01", "commit": "abc", "torch": "2", "reason": None}
     config = dict(op.impls[impl].configs[0])
     rows = [{**about, "sizes": {"m": m, "n": n}, "config": config, "seconds": s} for (m, n), s in seconds.items()]
-    made = table.entry(now, rows, op.varying)
+    made = table.build_entry(now, rows, op.dynamic_sizes)
     assert made
     return made
 
@@ -174,7 +183,7 @@ BLOCKS = {(1, 8): 3.0, (4, 8): 3.0, (16, 8): 3.0, (64, 8): 3.0, (256, 8): 3.0, (
 WHOLE = {(1, 8): 1.0, (4, 8): 2.0, (16, 8): 4.0, (64, 8): 9.0, (256, 8): 1.0, (1, 9): 9.5}
 
 
-USUAL = {"doubled": Ranges((500,), ("blocks", "reference")), "rope": "reference"}  # by configs/kernels.toml
+USUAL = {"doubled": ChoiceBySize((500,), ("blocks", "reference")), "rope": "reference"}  # by configs/kernels.toml
 
 
 @pytest.fixture
@@ -184,76 +193,85 @@ def served(doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(tuned_tables, "name_of", lambda device: GPU if device.type == "cuda" else None)
     for module in (tuned_tables, table):
         monkeypatch.setattr(module, "configured", lambda device, phase, only=None: USUAL)
-    caches = (tuned_tables.table_of, tuned_tables.entry_of, tuned_tables.choice_of, tuned_tables.config_at)
+    caches = (
+        tuned_tables.load_table,
+        tuned_tables.valid_entry,
+        tuned_tables.table_choice,
+        tuned_tables.tuned_config_at,
+    )
     for cached in caches:
         cached.cache_clear()
-    table.write(tmp_path / "tuned", GPU, entry(doubled, "whole", WHOLE))
-    yield table.write(tmp_path / "tuned", GPU, entry(doubled, "blocks", BLOCKS))
+    table.write_table(tmp_path / "tuned", GPU, entry(doubled, "whole", WHOLE))
+    yield table.write_table(tmp_path / "tuned", GPU, entry(doubled, "blocks", BLOCKS))
     for cached in caches:
         cached.cache_clear()
 
 
 def test_the_tuner_writes_the_fastest_by_range_and_the_device_goes_by_it(doubled: Op, served: Path) -> None:
     assert ' "doubled": {"first": 1, "last": 256, "choice": [[8, "whole"], "blocks"]}\n' in served.read_text()
-    assert tuned_tables.kernels_for(torch.device("cpu"), "decode") == USUAL
-    with defaults(tuned_tables.kernels_for(CUDA, "prefill")):
+    assert tuned_tables.default_choices_for(torch.device("cpu"), "decode") == USUAL
+    with default_choices(tuned_tables.default_choices_for(CUDA, "prefill")):
         assert ran(doubled, 1, 8, 9, 256) == ["whole", "whole", "blocks", "blocks"]
         with use(doubled="reference"):
             assert ran(doubled, 1) == ["reference"]
-    assert list(tune.stale(served.parent)) == []
+    assert list(tune.stale_entries(served.parent)) == []
 
 
 def test_beyond_the_sizes_that_were_compared_kernels_toml_holds(doubled: Op, served: Path) -> None:
     """As after a search that was ended early: of one implementation it knows two sizes, of the usual one more."""
-    table.write(served.parent, GPU, entry(doubled, "whole", {(16, 8): 1.0, (64, 8): 1.0}))
-    tuned_tables.table_of.cache_clear()
-    with defaults(tuned_tables.kernels_for(CUDA, "decode")):
+    table.write_table(served.parent, GPU, entry(doubled, "whole", {(16, 8): 1.0, (64, 8): 1.0}))
+    tuned_tables.load_table.cache_clear()
+    with default_choices(tuned_tables.default_choices_for(CUDA, "decode")):
         assert ran(doubled, 1, 8, 9, 128, 129, 257) == ["blocks"] * 2 + ["whole"] * 2 + ["blocks"] * 2
         assert ran(doubled, 500, 501) == ["blocks", "reference"]
-    table.write(served.parent, GPU, entry(doubled, "blocks", {(64, 8): 3.0}))  # the usual one knows fewer sizes
-    tuned_tables.choice_of.cache_clear()
-    tuned_tables.table_of.cache_clear()
-    with defaults(tuned_tables.kernels_for(CUDA, "decode")):
+    table.write_table(served.parent, GPU, entry(doubled, "blocks", {(64, 8): 3.0}))  # the usual one knows fewer sizes
+    tuned_tables.table_choice.cache_clear()
+    tuned_tables.load_table.cache_clear()
+    with default_choices(tuned_tables.default_choices_for(CUDA, "decode")):
         assert ran(doubled, 1, 63, 64, 65, 501) == ["blocks", "blocks", "whole", "blocks", "reference"]
 
 
 def test_what_was_not_compared_with_the_usual_is_not_chosen(doubled: Op, served: Path) -> None:
     entries = [entry(doubled, "whole", WHOLE), {**entry(doubled, "whole", WHOLE), "impl": "reference"}]
-    assert table.choices(entries) == {}
+    assert table.choose_impls(entries) == {}
 
 
 def test_the_choice_does_not_depend_on_the_order_of_entries(doubled: Op, served: Path) -> None:
     entries = [entry(doubled, "whole", WHOLE), entry(doubled, "blocks", BLOCKS)]
     entries.append({**entry(doubled, "blocks", {k: 3.0 for k in WHOLE}), "impl": "reference"})
-    assert len({json.dumps(table.choices(order)) for order in permutations(entries)}) == 1
-    assert table.choices(entries[:1]) == {}
-    tie = table.choices([entries[0], {**entries[0], "impl": "blocks"}])
+    assert len({json.dumps(table.choose_impls(order)) for order in permutations(entries)}) == 1
+    assert table.choose_impls(entries[:1]) == {}
+    tie = table.choose_impls([entries[0], {**entries[0], "impl": "blocks"}])
     assert tie == {"doubled": {"first": 1, "last": 256, "choice": "blocks"}}  # by name
 
 
 def test_a_choice_is_as_stale_as_the_entries_of_what_it_names(doubled: Op, served: Path) -> None:
     source = doubled.impls["blocks"].file
     source.write_text(source.read_text() + "\n")
-    with pytest.raises(tuned_tables.Stale, match=r"doubled blocks: the tuned table toy-gpu.json is stale: kernel was"):
-        tuned_tables.kernels_for(CUDA, "prefill")
+    with pytest.raises(
+        tuned_tables.StaleTableError, match=r"doubled blocks: the tuned table toy-gpu.json is stale: kernel was"
+    ):
+        tuned_tables.default_choices_for(CUDA, "prefill")
     with use(doubled="whole"):  # an explicit choice needs no table
-        assert tuned_tables.kernels_for(CUDA, "prefill") == USUAL
+        assert tuned_tables.default_choices_for(CUDA, "prefill") == USUAL
 
 
 def test_a_choice_without_entries_is_stale(served: Path) -> None:
     held = json.loads(served.read_text())
     served.write_text(json.dumps({**held, "entries": held["entries"][:1]}))
     with pytest.raises(
-        tuned_tables.Stale, match=r"doubled: the tuned table toy-gpu.json chooses whole, which has no entry"
+        tuned_tables.StaleTableError, match=r"doubled: the tuned table toy-gpu.json chooses whole, which has no entry"
     ):
-        tuned_tables.kernels_for(CUDA, "prefill")
-    assert "toy-gpu.json: doubled: the tuned table toy-gpu.json chooses whole" in next(tune.stale(served.parent))
+        tuned_tables.default_choices_for(CUDA, "prefill")
+    assert "toy-gpu.json: doubled: the tuned table toy-gpu.json chooses whole" in next(
+        tune.stale_entries(served.parent)
+    )
 
 
 def test_another_triton_sets_the_choice_aside_with_a_warning(doubled: Op, served: Path) -> None:
-    table.write(served.parent, GPU, {**entry(doubled, "whole", WHOLE), "triton": "3.0.0"})
+    table.write_table(served.parent, GPU, {**entry(doubled, "whole", WHOLE), "triton": "3.0.0"})
     with pytest.warns(UserWarning, match="left aside: triton was 3.0.0"):
-        assert tuned_tables.kernels_for(CUDA, "prefill") == USUAL
+        assert tuned_tables.default_choices_for(CUDA, "prefill") == USUAL
 
 
 @pytest.mark.parametrize(
@@ -270,8 +288,8 @@ def test_what_is_wrong_in_a_table_is_one_error_that_names_it(served: Path, choic
     held = json.loads(served.read_text())
     served.write_text(json.dumps({**held, "choices": {"doubled": choice}}))
     with pytest.raises(ValueError, match=f"toy-gpu.json, choices: .*{message}"):
-        tuned_tables.kernels_for(CUDA, "prefill")
-    assert message in next(tune.stale(served.parent))
+        tuned_tables.default_choices_for(CUDA, "prefill")
+    assert message in next(tune.stale_entries(served.parent))
 
 
 def test_ops_shows_ranges_in_words(

@@ -9,9 +9,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 
-from bench.correctness.error_budget import arguments, assert_faithful, examples, hold, supported
+from bench.correctness.error_budget import (
+    assert_matches_reference,
+    call_or_reject,
+    example_args,
+    example_strategy,
+    run_property,
+)
 from vila_triton.kernels import int4_matmul_aten as int4  # pyright: ignore
-from vila_triton.ops import int4_matmul, quantize
+from vila_triton.ops import int4_matmul, quantize_rtn
 from vila_triton.registry import OPS, Impl, Op, Unsupported, discover, use
 
 discover()
@@ -29,13 +35,13 @@ def test_faithful_in_bfloat16(op: Op, impl: Impl) -> None:
     """The interpreter's trouble with bfloat16 is not theirs. The one that takes few weights gets those it takes."""
     few = (op, impl.name) == (int4_matmul, "aten")
 
-    @given(sizes=examples(op))
+    @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
         taken = {"n": 16 * -(-sizes["n"] // 16), "order": "sub"} if few else {}
-        args = arguments(op, **{**sizes, **taken, "dtype": "bfloat16"})
-        supported(assert_faithful, op, impl, impl.configs[0], args, sizes["seed"])
+        args = example_args(op, **{**sizes, **taken, "dtype": "bfloat16"})
+        call_or_reject(assert_matches_reference, op, impl, impl.configs[0], args, sizes["seed"])
 
-    hold(check)
+    run_property(check)
 
 
 def product(args: Any) -> torch.Tensor:
@@ -43,19 +49,19 @@ def product(args: Any) -> torch.Tensor:
 
 
 def test_a_weight_is_packed_once_and_again_when_it_was_written_to() -> None:
-    x, w, _ = arguments(int4_matmul, **SIZES)
+    x, w, _ = example_args(int4_matmul, **SIZES)
     first = product((x, w))
     copy = int4._packed[w.qweight][-1][0]
     assert torch.equal(product((x, w)), first) and int4._packed[w.qweight][-1][0] is copy
     w.scales.mul_(2)
     assert torch.equal(product((x, w)), 2 * first)
     w.qweight.data = torch.zeros_like(w.qweight)  # as `Module.to` replaces what a parameter holds
-    assert_faithful(int4_matmul, int4_matmul.impls["aten"], {}, (x, w))
+    assert_matches_reference(int4_matmul, int4_matmul.impls["aten"], {}, (x, w))
 
 
 def test_the_same_codes_under_other_scales_are_another_weight() -> None:
     """Also where the new scales come to lie at the address of those before."""
-    x, w, _ = arguments(int4_matmul, **SIZES)
+    x, w, _ = example_args(int4_matmul, **SIZES)
     first = product((x, w))
     scaled = None
     for factor in (2, 4, 8, 16) * 10:
@@ -66,7 +72,7 @@ def test_the_same_codes_under_other_scales_are_another_weight() -> None:
 
 
 def test_a_copy_goes_with_its_weight() -> None:
-    x, w, _ = arguments(int4_matmul, **SIZES)
+    x, w, _ = example_args(int4_matmul, **SIZES)
     product((x, w))
     before = len(int4._packed)
     del w
@@ -76,7 +82,7 @@ def test_a_copy_goes_with_its_weight() -> None:
 
 def test_a_weight_that_does_not_tell_is_never_remembered() -> None:
     with torch.inference_mode():
-        x, w, _ = arguments(int4_matmul, **SIZES)
+        x, w, _ = example_args(int4_matmul, **SIZES)
         first = product((x, w))
         w.scales.mul_(2)
         assert torch.equal(product((x, w)), 2 * first) and w.qweight not in int4._packed
@@ -86,7 +92,7 @@ def test_a_weight_that_does_not_tell_is_never_remembered() -> None:
     ("n", "group", "reason"), [(24, 64, "24 rows"), (32, 16, "group is 16, but torch takes 32"), (32, 512, "is 512")]
 )
 def test_shapes_the_library_does_not_take(n: int, group: int, reason: str) -> None:
-    w = quantize(torch.randn(n, 512), group)
+    w = quantize_rtn(torch.randn(n, 512), group)
     with pytest.raises(Unsupported, match=reason):
         product((torch.randn(1, 512), w))
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from vila_triton.registry import OPS, Op, Unsupported, defaults, op, recording, use
+from vila_triton.registry import OPS, Op, Unsupported, count_calls, default_choices, op, use
 
 
 @pytest.fixture
@@ -38,19 +38,19 @@ def test_a_name_belongs_to_one_file_which_may_attach_it_again(twice: Op) -> None
 
 
 def test_names_that_do_not_exist_are_key_errors_with_the_choices(twice: Op) -> None:
-    for how in (lambda **choices: use(**choices), lambda **choices: defaults(choices)):
+    for how in (lambda **choices: use(**choices), lambda **choices: default_choices(choices)):
         for choices, message in (
             ({"thrice": "sum"}, r"no op 'thrice'; there are: .*rms_norm.*twice"),
             ({"twice": "sum"}, r"'twice' has no implementation 'sum'; there are: reference, shifted"),
         ):
             with pytest.raises(KeyError, match=message), how(**choices):
                 pass
-    assert twice.choice() == "reference"
+    assert twice.choose_implementation() == "reference"
 
 
 def test_use_wins_over_defaults_and_both_end_with_their_block(twice: Op) -> None:
-    with recording() as calls:
-        with defaults({"twice": "shifted"}):
+    with count_calls() as calls:
+        with default_choices({"twice": "shifted"}):
             with use(twice="reference"), pytest.raises(ZeroDivisionError):
                 twice(1)
                 raise ZeroDivisionError
@@ -66,6 +66,6 @@ def test_unsupported_calls_fail_and_nothing_else_runs_instead(twice: Op) -> None
         raise Unsupported("x is odd")
 
     twice.impl("even")(refuse)
-    with use(twice="even"), recording() as calls, pytest.raises(Unsupported, match="x is odd"):
+    with use(twice="even"), count_calls() as calls, pytest.raises(Unsupported, match="x is odd"):
         twice(1)
     assert calls == {("twice", "even"): 1}

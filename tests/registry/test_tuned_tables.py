@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from toy_op import load
 
 from bench import tune
-from bench.correctness.error_budget import arguments, examples
+from bench.correctness.error_budget import example_args, example_strategy
 from bench.tuner import table
 from vila_triton.registry import OPS, Op, discover, tuned_tables, use
 
@@ -31,26 +31,26 @@ SIZE = st.integers(0, 5000)
 
 @given(st.sets(st.tuples(SIZE, SIZE), min_size=1, max_size=6))
 def test_every_size_lies_in_one_range_around_the_nearest_tuned_one(tuned_at: set[tuple[int, int]]) -> None:
-    at = [table.Point({"b": b, "t": t, "d": 8}, {json.dumps({"id": [b, t]}): 1.0}) for b, t in tuned_at]
-    entry = {"ranges": table.ranges(at, ["b", "t"]), "otherwise": {"config": {}}}
+    at = [table.TunedPoint({"b": b, "t": t, "d": 8}, {json.dumps({"id": [b, t]}): 1.0}) for b, t in tuned_at]
+    entry = {"ranges": table.table_ranges(at, ["b", "t"]), "otherwise": {"config": {}}}
     ends = [[n for r in entry["ranges"] for n in r["sizes"][name] if n is not None] for name in "bt"]
     for b, t in product(*({0, 10**9, *some, *(n + 1 for n in some)} for some in ends)):
-        (only,) = [r for r in entry["ranges"] if tuned_tables.matches(r["sizes"], {"b": b, "t": t, "d": 8})]
-        assert not tuned_tables.matches(only["sizes"], {"b": b, "t": t, "d": 9})
+        (only,) = [r for r in entry["ranges"] if tuned_tables.sizes_match(r["sizes"], {"b": b, "t": t, "d": 8})]
+        assert not tuned_tables.sizes_match(only["sizes"], {"b": b, "t": t, "d": 9})
         near = only["tuned_at"]["b"]  # the geometric mean of two is as far from the one as from the other
         assert not [n for n, _ in tuned_at if (near < n and b * b > near * n) or (n < near and b * b < near * n and b)]
     for point in tuned_at:
-        assert tuned_tables.pick(entry, dict(zip("bt", point), d=8))["id"] == list(point)
+        assert tuned_tables.config_for_sizes(entry, dict(zip("bt", point), d=8))["id"] == list(point)
 
 
 def test_otherwise_is_the_least_worst_of_those_with_most_times() -> None:
     a, b, c = '{"c":"a"}', '{"c":"b"}', '{"c":"c"}'
     at = [
-        table.Point({"m": 1}, {a: 1.0, b: 1.5, c: 1.0}),
-        table.Point({"m": 2}, {a: 9.0, b: 4.0}),
+        table.TunedPoint({"m": 1}, {a: 1.0, b: 1.5, c: 1.0}),
+        table.TunedPoint({"m": 2}, {a: 9.0, b: 4.0}),
     ]
-    assert table.otherwise(at, {a, b, c}) == {"config": {"c": "b"}, "worst_regret": 1.5, "sizes_without_time": 0}
-    assert table.otherwise(at, {a, c}) == {"config": {"c": "a"}, "worst_regret": 2.25, "sizes_without_time": 0}
+    assert table.fallback_config(at, {a, b, c}) == {"config": {"c": "b"}, "worst_regret": 1.5, "sizes_without_time": 0}
+    assert table.fallback_config(at, {a, c}) == {"config": {"c": "a"}, "worst_regret": 2.25, "sizes_without_time": 0}
 
 
 @pytest.fixture
@@ -65,11 +65,17 @@ def served(doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         for m, block in (([0, 4], 2), ([5, None], 4))
     ]
     otherwise = {"config": {"BLOCK": 8, "wrong": False}}
-    entry = {"op": "doubled", "impl": "blocks", **tuned_tables.identity(impl), "ranges": ranges, "otherwise": otherwise}
-    for cached in (tuned_tables.table_of, tuned_tables.entry_of, tuned_tables.config_at):
+    entry = {
+        "op": "doubled",
+        "impl": "blocks",
+        **tuned_tables.entry_fingerprint(impl),
+        "ranges": ranges,
+        "otherwise": otherwise,
+    }
+    for cached in (tuned_tables.load_table, tuned_tables.valid_entry, tuned_tables.tuned_config_at):
         cached.cache_clear()
-    yield doubled, entry, table.write(tmp_path / "tuned", "Toy GPU", entry)
-    for cached in (tuned_tables.table_of, tuned_tables.entry_of, tuned_tables.config_at):
+    yield doubled, entry, table.write_table(tmp_path / "tuned", "Toy GPU", entry)
+    for cached in (tuned_tables.load_table, tuned_tables.valid_entry, tuned_tables.tuned_config_at):
         cached.cache_clear()
 
 
@@ -99,29 +105,29 @@ def test_without_a_table_the_first_config_runs(served: tuple[Op, dict, Path]) ->
 
 def test_a_changed_kernel_makes_its_table_an_error(served: tuple[Op, dict, Path]) -> None:
     op, _, file = served
-    assert list(tune.stale(file.parent)) == []
+    assert list(tune.stale_entries(file.parent)) == []
     source = op.impls["blocks"].file
     source.write_text(source.read_text() + "\n")
     with pytest.raises(
-        tuned_tables.Stale, match=r"doubled blocks: the tuned table toy-gpu.json is stale: kernel was \w+, is"
+        tuned_tables.StaleTableError, match=r"doubled blocks: the tuned table toy-gpu.json is stale: kernel was \w+, is"
     ):
         blocks_run(op, (1, 8))
     assert blocks_run(op, (1, 8), config={"BLOCK": 16, "wrong": False}) == [16]
-    (line,) = tune.stale(file.parent)
+    (line,) = tune.stale_entries(file.parent)
     assert line.startswith("toy-gpu.json: doubled blocks: kernel was")
 
 
 def test_a_table_of_another_device_is_an_error(served: tuple[Op, dict, Path]) -> None:
     op, _, file = served
     file.write_text(file.read_text().replace("Toy GPU", "Another"))
-    with pytest.raises(tuned_tables.Stale, match=r"toy-gpu\.json was made on Another, this is Toy GPU"):
+    with pytest.raises(tuned_tables.StaleTableError, match=r"toy-gpu\.json was made on Another, this is Toy GPU"):
         blocks_run(op, (1, 8))
-    assert "toy-gpu.json: was made on Another" in list(tune.stale(file.parent))
+    assert "toy-gpu.json: was made on Another" in list(tune.stale_entries(file.parent))
 
 
 def test_another_triton_sets_the_table_aside_with_a_warning(served: tuple[Op, dict, Path]) -> None:
     op, entry, file = served
-    table.write(file.parent, "Toy GPU", {**entry, "triton": "3.0.0"})
+    table.write_table(file.parent, "Toy GPU", {**entry, "triton": "3.0.0"})
     with pytest.warns(UserWarning, match="left aside: triton was 3.0.0"):
         assert blocks_run(op, (1, 8)) == [1]
 
@@ -130,13 +136,13 @@ def test_another_triton_sets_the_table_aside_with_a_warning(served: tuple[Op, di
 def test_sizes_are_the_inverse_of_inputs(op: Op) -> None:
     """But for t, which lies on the device; s lies there too unless there is one sequence."""
     sizes_of = op.sizes_of
-    assert sizes_of and op.varying
+    assert sizes_of and op.dynamic_sizes
 
-    @given(sizes=examples(op))
+    @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
         seed = sizes.pop("seed")
         sizes = {**sizes, "b": 1} if "attention" in op.name and "t" in sizes else sizes
-        found = sizes_of(*arguments(op, seed, **sizes))
+        found = sizes_of(*example_args(op, seed, **sizes))
         assert found.keys() == sizes.keys()
         assert all(found[name] == size for name, size in sizes.items() if name != "t")
 

@@ -7,42 +7,42 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.correctness.error_budget import DEVICE, LEFT_OUT
-from vila_triton.chat.conversation import Conversation, Talker
-from vila_triton.chat.prompts import tokenize, with_pictures
-from vila_triton.engine.engine import Sampling, stream
+from bench.correctness.error_budget import DEVICE, UNSUPPORTED_DTYPES
+from vila_triton.chat.conversation import ChatModel, Conversation
+from vila_triton.chat.prompts import insert_image_tokens, tokenize
+from vila_triton.engine.engine import SamplingParams, generate_tokens
 from vila_triton.images.processing import ImageError, open_image
 from vila_triton.paths import BUNDLED_CHECKPOINT
-from vila_triton.registry import OPS, REFERENCE, discover, recording, use
+from vila_triton.registry import OPS, REFERENCE, count_calls, discover, use
 from vila_triton.tiny import training_data as rows
-from vila_triton.tiny.evaluate import answers, evaluate, items
-from vila_triton.tiny.questions import KINDS, ask
-from vila_triton.tiny.scenes import draw, held_out, sample
+from vila_triton.tiny.evaluate import build_questions, evaluate, greedy_answers
+from vila_triton.tiny.questions import KINDS, random_question
+from vila_triton.tiny.scenes import draw_scene, is_held_out, random_scene
 
 INT4 = BUNDLED_CHECKPOINT.with_name("checkpoint-int4")
 
 
 @pytest.fixture(scope="module")
-def talker() -> Talker:
-    return Talker.from_pretrained(BUNDLED_CHECKPOINT)
+def talker() -> ChatModel:
+    return ChatModel.from_pretrained(BUNDLED_CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
-def talker_int4() -> Talker:
-    return Talker.from_pretrained(INT4, DEVICE)
+def talker_int4() -> ChatModel:
+    return ChatModel.from_pretrained(INT4, DEVICE)
 
 
 def test_no_training_scene_is_held_out():
     rng = random.Random(0)
-    assert not any(held_out(sample(rng)) for _ in range(2000))
-    assert all(held_out(sample(rng, "held_out")) for _ in range(200))
+    assert not any(is_held_out(random_scene(rng)) for _ in range(2000))
+    assert all(is_held_out(random_scene(rng, "held_out")) for _ in range(200))
 
 
 def test_every_word_of_every_question_and_answer_is_in_the_vocabulary(talker):
     rng = random.Random(1)
     for n in (1, 2, 3):
         for _ in range(300):
-            qa = ask(rng, [sample(rng) for _ in range(n)])
+            qa = random_question(rng, [random_scene(rng) for _ in range(n)])
             assert talker.tokenizer.unk_token_id not in talker.tokenizer(f"{qa.question} {qa.answer}").input_ids
             ids = talker.tokenizer(qa.answer).input_ids
             assert talker.tokenizer.decode(ids, skip_special_tokens=True) == qa.answer
@@ -50,21 +50,21 @@ def test_every_word_of_every_question_and_answer_is_in_the_vocabulary(talker):
 
 def test_training_pixels_are_what_the_image_processor_yields(talker):
     rng = random.Random(2)
-    pictures = [draw(sample(rng), rng) for _ in range(4)]
-    assert torch.equal(rows.pixels(pictures), talker.pixels(pictures))
+    pictures = [draw_scene(random_scene(rng), rng) for _ in range(4)]
+    assert torch.equal(rows.preprocess(pictures), talker.pixels(pictures))
 
 
 def test_a_training_row_begins_as_a_prompt_does(talker):
-    qa = ask(random.Random(3), [sample(random.Random(3))])
+    qa = random_question(random.Random(3), [random_scene(random.Random(3))])
     prompt = talker.prompt(qa.question, 1)
-    wide = [rows.IMAGE if t == -200 else t for t in prompt for _ in range(16 if t == -200 else 1)]
-    prefix = rows.row(random.Random(0), [sample(random.Random(3))], False).ids[: 2 + 16 + 1]
+    wide = [rows.IMAGE_FEATURE if t == -200 else t for t in prompt for _ in range(16 if t == -200 else 1)]
+    prefix = rows.build_row(random.Random(0), [random_scene(random.Random(3))], False).ids[: 2 + 16 + 1]
     assert wide[: len(prefix)] == prefix
 
 
 @pytest.mark.parametrize("folder", [BUNDLED_CHECKPOINT, INT4], ids=lambda f: f.name)
 def test_answers_about_held_out_pictures_are_right(folder):
-    right = evaluate(Talker.from_pretrained(folder), items(6, seed=77))
+    right = evaluate(ChatModel.from_pretrained(folder), build_questions(6, seed=77))
     every = [value for values in right.values() for value in values]
     assert sum(every) / len(every) > 0.9
 
@@ -72,12 +72,12 @@ def test_answers_about_held_out_pictures_are_right(folder):
 @pytest.mark.on_gpu
 def test_triton_kernels_give_the_answers_of_the_references(talker_int4):
     discover()
-    batch = [i for i in items(2, seed=5) if "escribe" not in i.qa.question][::60]
+    batch = [i for i in build_questions(2, seed=5) if "escribe" not in i.qa.question][::60]
     with use(**dict.fromkeys(OPS, REFERENCE)):
-        expected = answers(talker_int4, batch)
+        expected = greedy_answers(talker_int4, batch)
     ours = {name: "triton" for name, op in OPS.items() if "triton" in op.impls} | {"int4_matmul": "packed"}
-    with use(**ours), recording() as calls:
-        assert answers(talker_int4, batch) == expected
+    with use(**ours), count_calls() as calls:
+        assert greedy_answers(talker_int4, batch) == expected
     assert {(op, impl) for (op, impl) in calls if op in ours} <= ours.items()
     assert ("int4_matmul", "packed") in calls and ("prefill_attention", "triton") in calls
 
@@ -86,36 +86,36 @@ def test_triton_kernels_give_the_answers_of_the_references(talker_int4):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("folder", [BUNDLED_CHECKPOINT, INT4], ids=lambda f: f.name)
 def test_compiled_kernels_answer_right(folder, dtype):
-    if dtype in LEFT_OUT:
+    if dtype in UNSUPPORTED_DTYPES:
         pytest.skip(f"{dtype} is compiled, not interpreted")
-    right = evaluate(Talker.from_pretrained(folder, DEVICE, getattr(torch, dtype)), items(6, seed=77))
+    right = evaluate(ChatModel.from_pretrained(folder, DEVICE, getattr(torch, dtype)), build_questions(6, seed=77))
     every = [value for values in right.values() for value in values]
     assert sum(every) / len(every) > 0.9
 
 
 def test_later_rounds_prefill_only_what_is_new_and_answer_as_a_full_prefill_does(talker):
     rng = random.Random(4)
-    first, second = (draw(sample(rng, "held_out"), rng) for _ in range(2))
+    first, second = (draw_scene(random_scene(rng, "held_out"), rng) for _ in range(2))
     conversation = Conversation(talker)
     questions = [("How many shapes are there?", [first]), ("Describe the picture.", []), ("And now?", [second])]
     for question, pictures in questions:
         cached = conversation.cache.length(conversation.seq)
         tokens = list(conversation.ask(question, pictures))
-        assert conversation.last is not None and conversation.last.new_tokens < 30 + 16 * len(pictures)
-        assert conversation.last.new_tokens == conversation.last.prompt_tokens - cached
+        assert conversation.last_turn is not None and conversation.last_turn.prefill_tokens < 30 + 16 * len(pictures)
+        assert conversation.last_turn.prefill_tokens == conversation.last_turn.prompt_tokens - cached
         again = Conversation(talker)  # the same tokens, nothing cached
-        prompt = conversation.row[: len(conversation.row) - len(tokens)]
-        again.cache.reserve({again.seq: len(prompt) + 128})
-        how = Sampling.of(1, eos_token_id=talker.tokenizer.eos_token_id)
-        rows, features = {again.seq: prompt}, conversation.features
-        full = stream(talker.model.params, rows, talker.model.geometry, again.cache, features, how)
+        prompt = conversation.spliced_ids[: len(conversation.spliced_ids) - len(tokens)]
+        again.cache.ensure_capacity({again.seq: len(prompt) + 128})
+        how = SamplingParams.from_generate_kwargs(1, eos_token_id=talker.tokenizer.eos_token_id)
+        rows, features = {again.seq: prompt}, conversation.image_features
+        full = generate_tokens(talker.model.params, rows, talker.model.geometry, again.cache, features, how)
         assert [token for _, token in full] == tokens
 
 
 def test_a_refused_or_abandoned_round_leaves_the_conversation_as_it_was(talker):
     conversation = Conversation(talker)
     list(conversation.ask("How many shapes are there?", [Image.new("RGB", (64, 64))]))
-    row, cached = conversation.row.tolist(), conversation.cache.length(conversation.seq)
+    row, cached = conversation.spliced_ids.tolist(), conversation.cache.length(conversation.seq)
     with pytest.raises(ValueError, match=r"context is 4096"):
         list(conversation.ask("Why?", max_new_tokens=5000))
     with pytest.raises(ValueError, match="places for 2 pictures, but 1"):
@@ -123,15 +123,15 @@ def test_a_refused_or_abandoned_round_leaves_the_conversation_as_it_was(talker):
     given_up = conversation.ask("Describe the picture.")
     next(given_up)
     given_up.close()
-    assert conversation.row.tolist() == row and conversation.cache.length(conversation.seq) == cached
+    assert conversation.spliced_ids.tolist() == row and conversation.cache.length(conversation.seq) == cached
 
 
 def test_prompts_put_pictures_where_they_belong(talker):
-    assert with_pictures("Why?", 2) == "<image>\n<image>\nWhy?"
+    assert insert_image_tokens("Why?", 2) == "<image>\n<image>\nWhy?"
     bos, image = talker.tokenizer.bos_token_id, -200
     ids = tokenize("<image>\nHow many?", talker.tokenizer)
     assert ids[:2] == [bos, image] and ids.count(bos) == 1
-    assert tokenize("How <image> many?", talker.tokenizer, first=False).count(bos) == 0
+    assert tokenize("How <image> many?", talker.tokenizer, add_bos=False).count(bos) == 0
 
 
 def test_a_file_that_is_no_picture_is_named(tmp_path: Path):

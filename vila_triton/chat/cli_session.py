@@ -8,55 +8,62 @@ from pathlib import Path
 from PIL import Image
 
 from ..files.reading import read_json
-from ..images.processing import frames, open_image
-from ..models.config import Settings, read
-from .conversation import Conversation, Talker
-from .conversation_file import resume, save
+from ..images.processing import load_video_frames, open_image
+from ..models.config import RunSettings, read_dataclass
+from .conversation import ChatModel, Conversation
+from .conversation_file import load_conversation, save_conversation
 
 COMMANDS = {"/image": "PICTURE", "/video": "FILE", "/new": "", "/save": "FILE", "/resume": "FILE", "/quit": ""}
-FRAMES = Settings.num_video_frames
+DEFAULT_NUM_FRAMES = RunSettings.num_video_frames
 
 
-def frames_of(folder: Path) -> int:
+def default_num_frames(folder: Path) -> int:
     """How many frames of a video the model of a folder is shown; read without loading it."""
     path = folder / "config.json"
-    return read(Settings, read_json(path), str(path)).num_video_frames if path.exists() else FRAMES
+    return (
+        read_dataclass(RunSettings, read_json(path), str(path)).num_video_frames
+        if path.exists()
+        else DEFAULT_NUM_FRAMES
+    )
 
 
-def pictures(seen: Sequence[tuple[str, str]], n: int) -> list[Image.Image]:
+def load_media(media: Sequence[tuple[str, str]], num_frames: int) -> list[Image.Image]:
     """Images and n frames of each video, given as (kind, path), in their order. Errors: `ImageError`."""
-    found = [[open_image(path)] if kind == "image" else frames(path, n) for kind, path in seen]
-    return [picture for some in found for picture in some]
+    clips = [
+        [open_image(path)] if media_type == "image" else load_video_frames(path, num_frames)
+        for media_type, path in media
+    ]
+    return [image for clip in clips for image in clip]
 
 
 @dataclass
-class Session:
+class CliSession:
     """A conversation, and the pictures for its next question."""
 
-    talker: Talker
+    chat_model: ChatModel
     conversation: Conversation
-    frames: int
-    pictures: list[Image.Image] = field(default_factory=list)
+    num_frames: int
+    images: list[Image.Image] = field(default_factory=list)
 
-    def obey(self, line: str) -> None:
+    def run_command(self, line: str) -> None:
         """A line that is no question. Errors: ValueError, OSError; nothing has changed then."""
-        command, _, name = line.partition(" ")
-        name = name.strip()
+        command, _, argument = line.partition(" ")
+        argument = argument.strip()
         if command not in COMMANDS:
-            near = get_close_matches(command, COMMANDS, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"no command {command!r}; {hint}There are {', '.join(map(usage, COMMANDS))}")
-        if bool(name) != bool(COMMANDS[command]):
-            raise ValueError(f"{line!r}: expected {usage(command)}")
+            suggestions = get_close_matches(command, COMMANDS, 1)
+            hint = f"did you mean {suggestions[0]}? " if suggestions else ""
+            raise ValueError(f"no command {command!r}; {hint}There are {', '.join(map(command_usage, COMMANDS))}")
+        if bool(argument) != bool(COMMANDS[command]):
+            raise ValueError(f"{line!r}: expected {command_usage(command)}")
         if command == "/new":
-            self.conversation = Conversation(self.talker)
+            self.conversation = Conversation(self.chat_model)
         elif command in ("/image", "/video"):
-            self.pictures += pictures([(command[1:], name)], self.frames)
+            self.images += load_media([(command[1:], argument)], self.num_frames)
         elif command == "/save":
-            save(self.conversation, Path(name))
+            save_conversation(self.conversation, Path(argument))
         else:
-            self.conversation = resume(self.talker, Path(name))
+            self.conversation = load_conversation(self.chat_model, Path(argument))
 
 
-def usage(command: str) -> str:
+def command_usage(command: str) -> str:
     return f"{command} {COMMANDS[command]}".strip()

@@ -3,28 +3,28 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..cache.paged_cache import PagedCache
+from ..cache.paged_cache import PagedKVCache
 from ..hf.modeling_vila_llama import VilaLlamaForCausalLM
-from ..images.feature_cache import Pictures
-from ..lock import Lock
-from ..models.params import checksum, written
-from ..registry import explicit
-from ..registry.tuned_tables import kernels_for
+from ..images.feature_cache import ImageFeatureCache
+from ..lock import DeferringLock
+from ..models.params import checksum, write_counts
+from ..registry import explicit_choices
+from ..registry.tuned_tables import default_choices_for
 
 
 @dataclass
-class Known:
+class CacheSet:
     """What was computed with the same settings of the cache and, from the first time on, the same `eyes`: all that
     picture features depend on.
     """
 
-    cache: PagedCache
-    pictures: Pictures
+    cache: PagedKVCache
+    feature_cache: ImageFeatureCache
     settings: dict[str, Any]
-    eyes: tuple | None = None
+    model_state: tuple | None = None
 
 
-class Memory:
+class SharedCaches:
     """Pages of all conversations, which share those of what they have in common, and features of the pictures asked
     about lately. `limit`: how many pages there may be.
 
@@ -33,31 +33,37 @@ class Memory:
     also when `use` says something else. To see that takes as long as reading all parameters twice, about two tokens.
     """
 
-    def __init__(self, model: VilaLlamaForCausalLM, limit: int | None = None):
+    def __init__(self, model: VilaLlamaForCausalLM, max_pages: int | None = None):
         self.model = model
-        self.limit = limit
-        self._lock = Lock()
-        self._known: Known | None = None
+        self.max_pages = max_pages
+        self._lock = DeferringLock()
+        self._caches: CacheSet | None = None
 
-    def latest(self) -> Known:
+    def latest(self) -> CacheSet:
         """What was remembered last, whether or not it still holds."""
         with self._lock:
-            self._known = self._known or self._empty()
-            return self._known
+            self._caches = self._caches or self._empty()
+            return self._caches
 
-    def holding(self) -> Known:
+    def current(self) -> CacheSet:
         """What is remembered and holds."""
         model, parameters = self.model, list(self.model.parameters())
-        policy = model.config.attention_policy
-        kernels = {**kernels_for(model.device, policy), **explicit()} if policy == "invariant" else {}
-        eyes = written(parameters), checksum(parameters), model.geometry, policy, kernels
+        numerics = model.config.attention_policy
+        kernels = (
+            {**default_choices_for(model.device, numerics), **explicit_choices()} if numerics == "invariant" else {}
+        )
+        model_state = write_counts(parameters), checksum(parameters), model.vila_config, numerics, kernels
         with self._lock:
-            known = self._known or self._empty()
-            if known.settings != model.config.cache() or known.eyes not in (None, eyes):
-                known = self._empty()
-            known.eyes, self._known = eyes, known
-            return known
+            caches = self._caches or self._empty()
+            if caches.settings != model.config.cache_kwargs() or caches.model_state not in (None, model_state):
+                caches = self._empty()
+            caches.model_state, self._caches = model_state, caches
+            return caches
 
-    def _empty(self) -> Known:
+    def _empty(self) -> CacheSet:
         model = self.model
-        return Known(model.new_cache(0, limit=self.limit), Pictures(model.encode_images), model.config.cache())
+        return CacheSet(
+            model.new_cache(0, max_pages=self.max_pages),
+            ImageFeatureCache(model.encode_images),
+            model.config.cache_kwargs(),
+        )

@@ -11,30 +11,30 @@ from collections.abc import Callable
 from typing import Any
 
 from ..models.vila import IMAGE_TOKEN_INDEX
-from .special_tokens import Names, control, renamed
-from .templates import Template, is_token
+from .special_tokens import SpecialTokenAliases, alias_special_tokens, special_token_ids
+from .templates import ChatTemplate, is_single_token
 
-IMAGE = "<image>"
-SPACE = "▁"  # how SentencePiece writes it
+IMAGE_TOKEN = "<image>"
+SPACE_SYMBOL = "▁"  # how SentencePiece writes it
 
 
-def with_pictures(question: str, pictures: int) -> str:
+def insert_image_tokens(question: str, num_images: int) -> str:
     """The question with a place for each picture: before it, unless it holds `<image>` itself.
 
     Errors: ValueError if it holds another number of places than there are pictures.
     """
-    places = question.count(IMAGE)
-    if not places:
-        return f"{IMAGE}\n" * pictures + question
-    if places != pictures:
+    num_tokens = question.count(IMAGE_TOKEN)
+    if not num_tokens:
+        return f"{IMAGE_TOKEN}\n" * num_images + question
+    if num_tokens != num_images:
         raise ValueError(
-            f"the question has places for {places} pictures, but {pictures} were given; "
-            f"write {IMAGE} once for each, or not at all"
+            f"the question has places for {num_tokens} pictures, but {num_images} were given; "
+            f"write {IMAGE_TOKEN} once for each, or not at all"
         )
     return question
 
 
-def tokenize(text: str, tokenizer: Any, first: bool = True, names: Names | None = None) -> list[int]:
+def tokenize(text: str, tokenizer: Any, add_bos: bool = True, aliases: SpecialTokenAliases | None = None) -> list[int]:
     """Token ids of a text, -200 for each `<image>`; the text between is tokenized piecewise, as VILA does.
 
     `first`: the text begins with the BOS, once, if it says so itself or if the tokenizer adds one. Else it goes on from
@@ -46,65 +46,77 @@ def tokenize(text: str, tokenizer: Any, first: bool = True, names: Names | None 
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"character {error.start} of the text is no character ({error.reason})") from None
-    pieces = [spell(piece, tokenizer, names) for piece in text.split(IMAGE)]
-    bos = [tokenizer.bos_token_id]
-    adds = first and tokenizer("").input_ids[:1] == bos != [None]
-    ids = bos if adds and pieces[0][:1] != bos else []
-    if not first and len(pieces[0]) > 1:
+    pieces = [encode_piece(piece, tokenizer, aliases) for piece in text.split(IMAGE_TOKEN)]
+    bos_ids = [tokenizer.bos_token_id]
+    prepend_bos = add_bos and tokenizer("").input_ids[:1] == bos_ids != [None]
+    ids = bos_ids if prepend_bos and pieces[0][:1] != bos_ids else []
+    if not add_bos and len(pieces[0]) > 1:
         space, token = tokenizer.convert_ids_to_tokens(pieces[0][:2])
-        if space == SPACE and text.startswith(names.of.get(token, token) if names else token):
+        if space == SPACE_SYMBOL and text.startswith(aliases.aliases.get(token, token) if aliases else token):
             pieces[0] = pieces[0][1:]
     for i, piece in enumerate(pieces):
         ids = ids + [IMAGE_TOKEN_INDEX] * bool(i) + piece
     return ids
 
 
-def spell(piece: str, tokenizer: Any, names: Names | None = None) -> list[int]:
+def encode_piece(piece: str, tokenizer: Any, aliases: SpecialTokenAliases | None = None) -> list[int]:
     """Ids of a text without pictures, which lose none of the spaces that it begins with.
 
     Tokenizers that put a space before a text only if it has none would lose one: they are given one more.
     """
-    ids = names.ids if names else lambda text: tokenizer(text, add_special_tokens=False).input_ids
-    if piece.startswith((" ", SPACE)) and ids("a") == ids(" a") != ids("  a"):
+    encode = aliases.encode if aliases else lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    if piece.startswith((" ", SPACE_SYMBOL)) and encode("a") == encode(" a") != encode("  a"):
         piece = f" {piece}"
-    return ids(piece) if piece else []
+    return encode(piece) if piece else []
 
 
-def first_round(question: str, template: Template, tokenizer: Any) -> list[int]:
+def first_turn_ids(question: str, template: ChatTemplate, tokenizer: Any) -> list[int]:
     """Ids of a first question, up to where its answer begins."""
-    return typed(question, template, tokenizer, Template.first)
+    return question_ids(question, template, tokenizer, ChatTemplate.render_first_turn)
 
 
-def next_round(question: str, template: Template, tokenizer: Any) -> list[int]:
+def next_turn_ids(question: str, template: ChatTemplate, tokenizer: Any) -> list[int]:
     """Ids of a later question; they come behind those of `closing`."""
-    ids = typed(question, template, tokenizer, lambda how, text: how.end + how.round(text), first=False)
-    return ids[len(closing(template, tokenizer)) :]
+    ids = question_ids(
+        question,
+        template,
+        tokenizer,
+        lambda chat_template, text: chat_template.turn_end + chat_template.render_turn(text),
+        add_bos=False,
+    )
+    return ids[len(end_of_turn_ids(template, tokenizer)) :]
 
 
-def typed(
-    question: str, template: Template, tokenizer: Any, write: Callable[[Template, str], str], first: bool = True
+def question_ids(
+    question: str,
+    template: ChatTemplate,
+    tokenizer: Any,
+    render: Callable[[ChatTemplate, str], str],
+    add_bos: bool = True,
 ) -> list[int]:
     """Ids of what a template makes of a question. Special tokens are only those of the template: what a user types is
     text, whatever it spells.
     """
-    ids = tokenize(write(template, question), tokenizer, first)
-    special = {*control(tokenizer, template).values()}
-    own = tokenize(write(template, ""), tokenizer, first)
-    if sum(i in special for i in ids) == sum(i in special for i in own):
+    ids = tokenize(render(template, question), tokenizer, add_bos)
+    special_ids = {*special_token_ids(tokenizer, template).values()}
+    template_ids = tokenize(render(template, ""), tokenizer, add_bos)
+    if sum(i in special_ids for i in ids) == sum(i in special_ids for i in template_ids):
         return ids
-    names = renamed(tokenizer, template)
-    return tokenize(write(template.spelled(names.of), question), tokenizer, first, names)
+    aliases = alias_special_tokens(tokenizer, template)
+    return tokenize(render(template.with_aliases(aliases.aliases), question), tokenizer, add_bos, aliases)
 
 
-def closing(template: Template, tokenizer: Any, last: bool = False) -> list[int]:
+def end_of_turn_ids(template: ChatTemplate, tokenizer: Any, end_conversation: bool = False) -> list[int]:
     """What ends an answer, whatever the model ended it with; or the last answer of a finished conversation."""
-    return tokenize((last and template.finish) or template.end, tokenizer, first=False)
+    return tokenize((end_conversation and template.conversation_end) or template.turn_end, tokenizer, add_bos=False)
 
 
-def stops(template: Template, tokenizer: Any, *configured: int | list[int] | None) -> list[int]:
+def stop_token_ids(template: ChatTemplate, tokenizer: Any, *eos_token_ids: int | list[int] | None) -> list[int]:
     """Ids that end an answer: the template's, the tokenizer's and those of the model's configs."""
-    named = [tokenizer.convert_tokens_to_ids(text) for text in template.stops if is_token(text, tokenizer)]
-    ids = [*named, tokenizer.eos_token_id]
-    for eos in configured:
+    template_ids = [
+        tokenizer.convert_tokens_to_ids(text) for text in template.stop_strings if is_single_token(text, tokenizer)
+    ]
+    ids = [*template_ids, tokenizer.eos_token_id]
+    for eos in eos_token_ids:
         ids += eos if isinstance(eos, list) else [eos]
     return list(dict.fromkeys(i for i in ids if i is not None))

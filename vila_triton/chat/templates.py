@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..files.reading import shown
+from ..files.reading import short_repr
 
-CONTENT = (  # a message's content: a text, or a list of texts and pictures
+CONTENT_MACRO = (  # a message's content: a text, or a list of texts and pictures
     "{%- for message in messages -%}"
     "{%- if message.content is not defined or message.content is none -%}"
     "{{ raise_exception('a message of role ' ~ message.role ~ ' has no content') }}{%- endif -%}{%- endfor -%}"
@@ -19,7 +19,7 @@ CONTENT = (  # a message's content: a text, or a list of texts and pictures
 
 
 @dataclass(frozen=True)
-class Template:
+class ChatTemplate:
     """opening, then for every round: user, question, assistant, answer, end.
 
     `{system}` in the opening is where the system text stands. `lead` comes before an answer that is given as a text;
@@ -28,62 +28,66 @@ class Template:
 
     system: str
     opening: str
-    user: str
-    assistant: str
-    lead: str
-    end: str
-    stops: tuple[str, ...]
-    finish: str | None = None  # what ends the last answer of all, if it is not `end`
+    user_prefix: str
+    assistant_prefix: str
+    answer_prefix: str
+    turn_end: str
+    stop_strings: tuple[str, ...]
+    conversation_end: str | None = None  # what ends the last answer of all, if it is not `end`
 
-    def round(self, question: str) -> str:
+    def render_turn(self, question: str) -> str:
         """The text of a round, up to where its answer begins."""
-        return f"{self.user}{question}{self.assistant}"
+        return f"{self.user_prefix}{question}{self.assistant_prefix}"
 
-    def first(self, question: str) -> str:
+    def render_first_turn(self, question: str) -> str:
         """The same of the first round, which has the system text before it."""
-        return self.opening.replace("{system}", self.system) + self.round(question)
+        return self.opening.replace("{system}", self.system) + self.render_turn(question)
 
-    def spelled(self, names: Mapping[str, str]) -> "Template":
+    def with_aliases(self, aliases: Mapping[str, str]) -> "ChatTemplate":
         """The same with other names for its special tokens."""
-        find = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "$^")
-        parts = ("system", "opening", "user", "assistant", "lead", "end")
-        return replace(self, **{part: find.sub(lambda hit: names[hit[0]], getattr(self, part)) for part in parts})
+        pattern = re.compile("|".join(map(re.escape, sorted(aliases, key=len, reverse=True))) or "$^")
+        text_fields = ("system", "opening", "user", "assistant", "lead", "end")
+        return replace(
+            self, **{part: pattern.sub(lambda hit: aliases[hit[0]], getattr(self, part)) for part in text_fields}
+        )
 
     @property
-    def tokens(self) -> list[str]:
+    def required_tokens(self) -> list[str]:
         """The texts in it that must each be one token."""
-        text = "".join((self.opening, self.user, self.assistant, self.end, self.finish or ""))
+        text = "".join(
+            (self.opening, self.user_prefix, self.assistant_prefix, self.turn_end, self.conversation_end or "")
+        )
         return re.findall(r"<\|\w+\|>|</?s>", text)
 
     @property
     def jinja(self) -> str:
         """The same for `apply_chat_template`, where each picture of a message is a line `<image>`."""
-        before, _, after = self.opening.partition("{system}")
+        before_system, _, after_system = self.opening.partition("{system}")
         opening = (
             "{%- set told = messages[0].role == 'system' -%}"
-            f"{{{{ {before!r} }}}}{{{{ body(messages[0].content) if told else {self.system!r} }}}}{{{{ {after!r} }}}}"
+            f"{{{{ {before_system!r} }}}}{{{{ body(messages[0].content) if told else {self.system!r} }}}}{{{{ {after_system!r} }}}}"
         )
         if not self.opening:
             opening = "{%- set told = false -%}"
         return (
-            f"{CONTENT}{opening}{{%- for message in messages -%}}{{%- if message.role == 'user' -%}}"
-            f"{{{{ {self.user!r} }}}}{{{{ body(message.content) }}}}"
-            f"{{%- if add_generation_prompt or not loop.last -%}}{{{{ {self.assistant!r} }}}}{{%- endif -%}}"
+            f"{CONTENT_MACRO}{opening}{{%- for message in messages -%}}{{%- if message.role == 'user' -%}}"
+            f"{{{{ {self.user_prefix!r} }}}}{{{{ body(message.content) }}}}"
+            f"{{%- if add_generation_prompt or not loop.last -%}}{{{{ {self.assistant_prefix!r} }}}}{{%- endif -%}}"
             "{%- elif message.role == 'assistant' -%}"
-            f"{{{{ {self.lead!r} }}}}{{{{ body(message.content) }}}}"
-            f"{{{{ {self.finish or self.end!r} if loop.last else {self.end!r} }}}}"
+            f"{{{{ {self.answer_prefix!r} }}}}{{{{ body(message.content) }}}}"
+            f"{{{{ {self.conversation_end or self.turn_end!r} if loop.last else {self.turn_end!r} }}}}"
             "{%- elif not (told and loop.first) -%}"
             "{{ raise_exception('this template has no place for a message of role ' ~ message.role) }}"
             "{%- endif -%}{%- endfor -%}"
         )
 
 
-def _vicuna(system: str) -> Template:
-    return Template(system, "{system} ", "USER: ", " ASSISTANT:", " ", "</s>", ("</s>",))
+def _vicuna(system: str) -> ChatTemplate:
+    return ChatTemplate(system, "{system} ", "USER: ", " ASSISTANT:", " ", "</s>", ("</s>",))
 
 
-def _chatml(system: str) -> Template:
-    return Template(
+def _chatml(system: str) -> ChatTemplate:
+    return ChatTemplate(
         system,
         "<|im_start|>system\n{system}<|im_end|>",
         "<|im_start|>user\n",
@@ -94,18 +98,18 @@ def _chatml(system: str) -> Template:
     )
 
 
-def _llama_3(role: str, end: str) -> Template:
-    def header(name: str) -> str:
-        return f"<|start_header_id|>{name}<|end_header_id|>\n\n"
+def _llama_3(answer_role: str, turn_end: str) -> ChatTemplate:
+    def header(role: str) -> str:
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
-    return Template(
+    return ChatTemplate(
         "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
         "provides, and assist the user with a variety of tasks using natural language.",
-        f"<|begin_of_text|>{header('system')}{{system}}{end}",
+        f"<|begin_of_text|>{header('system')}{{system}}{turn_end}",
         header("user"),
-        end + header(role),
+        turn_end + header(answer_role),
         "",
-        end,
+        turn_end,
         ("<|end_of_text|>", "<|eot_id|>"),
         "<|end_of_text|>",
     )
@@ -129,36 +133,49 @@ TEMPLATES = {
     "hermes-2": _chatml("Answer the questions."),
     "llama_3": _llama_3("system", "<|end_of_text|>"),
     "llama_3_corrected": _llama_3("assistant", "<|eot_id|>"),
-    "plain": Template("", "", "", "\n", "", "", ()),  # of pre-training: a picture and what it is called
+    "plain": ChatTemplate("", "", "", "\n", "", "", ()),  # of pre-training: a picture and what it is called
 }
 
 # Told by what only tokenizers of that family know, and not by the name of a folder, which anybody may change.
-FAMILIES = {"<|im_start|>": "hermes-2", "<|start_header_id|>": "llama_3", "</s>": "vicuna_v1"}
+TEMPLATE_BY_TOKEN = {"<|im_start|>": "hermes-2", "<|start_header_id|>": "llama_3", "</s>": "vicuna_v1"}
 
 
-def is_token(text: str, tokenizer: Any) -> bool:
+def is_single_token(text: str, tokenizer: Any) -> bool:
     """Whether a text is one token, but for the space that may come before it."""
     tokens = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids)
     return [token for token in tokens if token != "▁"] == [text]
 
 
-def template(name: str | None, tokenizer: Any) -> Template:
+def resolve_template(name: str | None, tokenizer: Any) -> ChatTemplate:
     """A template by name, or with "auto" or None the one that the tokenizer's model was trained on.
 
     Errors: ValueError for a name that there is not, or one whose turns the tokenizer cannot tell apart; it lists those
     that fit.
     """
-    fitting = [key for key, entry in TEMPLATES.items() if all(is_token(text, tokenizer) for text in entry.tokens)]
-    advice = f"set conversation_template in config.json to one that fits this tokenizer: {', '.join(fitting)}"
+    compatible = [
+        key
+        for key, entry in TEMPLATES.items()
+        if all(is_single_token(text, tokenizer) for text in entry.required_tokens)
+    ]
+    advice = f"set conversation_template in config.json to one that fits this tokenizer: {', '.join(compatible)}"
     if name in (None, "auto"):
         name = next(
-            (found for token, found in FAMILIES.items() if found in fitting and is_token(token, tokenizer)), None
+            (
+                template_name
+                for token, template_name in TEMPLATE_BY_TOKEN.items()
+                if template_name in compatible and is_single_token(token, tokenizer)
+            ),
+            None,
         )
         if name is None:
-            raise ValueError(f"the tokenizer knows none of {', '.join(FAMILIES)}, which tell its template; {advice}")
+            raise ValueError(
+                f"the tokenizer knows none of {', '.join(TEMPLATE_BY_TOKEN)}, which tell its template; {advice}"
+            )
     if not isinstance(name, str) or name not in TEMPLATES:
-        raise ValueError(f"no conversation template {shown(name)}; there are: auto, {', '.join(TEMPLATES)}")
-    if name not in fitting:
-        missing = ", ".join(text for text in dict.fromkeys(TEMPLATES[name].tokens) if not is_token(text, tokenizer))
+        raise ValueError(f"no conversation template {short_repr(name)}; there are: auto, {', '.join(TEMPLATES)}")
+    if name not in compatible:
+        missing = ", ".join(
+            text for text in dict.fromkeys(TEMPLATES[name].required_tokens) if not is_single_token(text, tokenizer)
+        )
         raise ValueError(f"conversation template {name!r} is of tokens that the tokenizer lacks: {missing}; {advice}")
     return TEMPLATES[name]

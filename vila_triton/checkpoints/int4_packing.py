@@ -22,87 +22,87 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-NIBBLES = 8  # 4-bit codes in one int32 word
+CODES_PER_WORD = 8  # 4-bit codes in one int32 word
 TILE_N, TILE_K = 16, 64
-GEMM_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output whose code is nibble i of a word
+AWQ_GEMM_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output whose code is nibble i of a word
 
 
-def words(nibbles: Tensor) -> Tensor:
+def pack_nibbles(nibbles: Tensor) -> Tensor:
     """Eight codes along the last axis, the first in the lowest bits -> int32 words: [..., 8] -> [...]."""
     shifts = torch.arange(0, 32, 4, device=nibbles.device, dtype=torch.int64)
     return (nibbles.long() << shifts).sum(-1).to(torch.uint32).view(torch.int32)  # 0 to 2³² - 1
 
 
-def nibbles(x: Tensor) -> Tensor:
+def unpack_nibbles(words: Tensor) -> Tensor:
     """int32 words -> their eight codes, the lowest bits first: [...] -> [..., 8] int32."""
-    shifts = torch.arange(0, 32, 4, device=x.device, dtype=torch.int32)
-    return (x[..., None] >> shifts) & 0xF
+    shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
+    return (words[..., None] >> shifts) & 0xF
 
 
-def tiles(n: int, k: int) -> tuple[int, int, int, int]:
+def tiled_shape(n: int, k: int) -> tuple[int, int, int, int]:
     """The shape of n x k codes in our tiles."""
     return -(-n // TILE_N), -(-k // TILE_K), 32, 4
 
 
-def pack_tiles(q: Tensor) -> Tensor:
+def pack_tiles(codes: Tensor) -> Tensor:
     """Codes [n, k] -> [ceil(n/16), ceil(k/64), 32, 4] int32; what lies beyond n and k is code 0."""
-    n, k = q.shape
-    q = torch.nn.functional.pad(q, (0, -k % TILE_K, 0, -n % TILE_N))
-    parts = "(i half r) (j word side c pair) -> i j (r c) word (pair side half)"
-    return words(rearrange(q, parts, half=2, r=8, word=4, side=2, c=4, pair=2))
+    n, k = codes.shape
+    codes = torch.nn.functional.pad(codes, (0, -k % TILE_K, 0, -n % TILE_N))
+    pattern = "(i half r) (j word side c pair) -> i j (r c) word (pair side half)"
+    return pack_nibbles(rearrange(codes, pattern, half=2, r=8, word=4, side=2, c=4, pair=2))
 
 
-def unpack_tiles(x: Tensor, n: int, k: int) -> Tensor:
+def unpack_tiles(packed: Tensor, n: int, k: int) -> Tensor:
     """[ceil(n/16), ceil(k/64), 32, 4] int32 -> codes [n, k] int32."""
-    parts = "i j (r c) word (pair side half) -> (i half r) (j word side c pair)"
-    return rearrange(nibbles(x), parts, r=8, c=4, pair=2, side=2, half=2)[:n, :k]
+    pattern = "i j (r c) word (pair side half) -> (i half r) (j word side c pair)"
+    return rearrange(unpack_nibbles(packed), pattern, r=8, c=4, pair=2, side=2, half=2)[:n, :k]
 
 
-def pack_rows(q: Tensor) -> Tensor:
+def pack_awq_gemv(codes: Tensor) -> Tensor:
     """llm-awq v1 ("gemv"), codes [n, k] -> [n, k/8] int32: eight codes of a row, in order."""
-    return words(rearrange(q, "n (c i) -> n c i", i=NIBBLES))
+    return pack_nibbles(rearrange(codes, "n (c i) -> n c i", i=CODES_PER_WORD))
 
 
-def unpack_rows(x: Tensor) -> Tensor:
+def unpack_awq_gemv(packed: Tensor) -> Tensor:
     """[n, k/8] int32 -> codes [n, k] int32."""
-    return nibbles(x).flatten(-2)
+    return unpack_nibbles(packed).flatten(-2)
 
 
-def pack_gemm(q: Tensor) -> Tensor:
+def pack_awq_gemm(codes: Tensor) -> Tensor:
     """AutoAWQ "gemm", codes [n, k] -> [k, n/8] int32: eight outputs of an input, evens before odds."""
-    return words(rearrange(q, "(c i) k -> k c i", i=NIBBLES)[..., list(GEMM_ORDER)])
+    return pack_nibbles(rearrange(codes, "(c i) k -> k c i", i=CODES_PER_WORD)[..., list(AWQ_GEMM_ORDER)])
 
 
-def unpack_gemm(x: Tensor) -> Tensor:
+def unpack_awq_gemm(packed: Tensor) -> Tensor:
     """[k, n/8] int32 -> codes [n, k] int32."""
-    back = torch.tensor(GEMM_ORDER, device=x.device).argsort()
-    return rearrange(nibbles(x)[..., back], "k c i -> (c i) k")
+    inverse_order = torch.tensor(AWQ_GEMM_ORDER, device=packed.device).argsort()
+    return rearrange(unpack_nibbles(packed)[..., inverse_order], "k c i -> (c i) k")
 
 
-def pack_v2(q: Tensor) -> Tensor:
+def pack_awq_v2(codes: Tensor) -> Tensor:
     """llm-awq v2, codes [n, k] -> [n/4, k] int16. Four outputs and 64 inputs share 64 halfwords:
 
     input 32 b + 8 s + e of output i (b = 0, 1; s = 0..3; e = 0..7) is nibble s of halfword 16 i + 8 b + e.
     """
-    parts = rearrange(q.int(), "(n i) (k b s e) -> n (k i b e) s", i=4, b=2, s=4, e=8)
-    shifts = torch.arange(0, 16, 4, device=q.device, dtype=torch.int32)
-    return (parts << shifts).sum(-1).to(torch.uint16).view(torch.int16)
+    nibbles = rearrange(codes.int(), "(n i) (k b s e) -> n (k i b e) s", i=4, b=2, s=4, e=8)
+    shifts = torch.arange(0, 16, 4, device=codes.device, dtype=torch.int32)
+    return (nibbles << shifts).sum(-1).to(torch.uint16).view(torch.int16)
 
 
-def unpack_v2(x: Tensor) -> Tensor:
+def unpack_awq_v2(packed: Tensor) -> Tensor:
     """[n/4, k] int16 -> codes [n, k] int32."""
-    shifts = torch.arange(0, 16, 4, device=x.device, dtype=torch.int32)
-    parts = (x.int()[..., None] >> shifts) & 0xF  # [n/4, k, 4]
-    return rearrange(parts, "n (k i b e) s -> (n i) (k b s e)", i=4, b=2, e=8)
+    shifts = torch.arange(0, 16, 4, device=packed.device, dtype=torch.int32)
+    nibbles = (packed.int()[..., None] >> shifts) & 0xF  # [n/4, k, 4]
+    return rearrange(nibbles, "n (k i b e) s -> (n i) (k b s e)", i=4, b=2, e=8)
 
 
-def v2_rows(k: int, group: int) -> int:
+def padded_scale_rows(k: int, group_size: int) -> int:
     """Rows that v2 stores for scales and zeros, of which the first k/group are real and the others 0.
 
     Errors: ValueError for a group other than 128 (or a multiple), 64 or 32.
     """
-    step = {32: 4, 64: 2}.get(group, 1 if group % 128 == 0 else 0)
-    if not step:
-        raise ValueError(f"llm-awq v2 has no groups of {group}: they are 32, 64 or a multiple of 128")
-    width = -(-(k // group) // NIBBLES)
-    return NIBBLES * (-(-width // step) * step)
+    multiple = {32: 4, 64: 2}.get(group_size, 1 if group_size % 128 == 0 else 0)
+    if not multiple:
+        raise ValueError(f"llm-awq v2 has no groups of {group_size}: they are 32, 64 or a multiple of 128")
+    width = -(-(k // group_size) // CODES_PER_WORD)
+    return CODES_PER_WORD * (-(-width // multiple) * multiple)

@@ -6,137 +6,153 @@ from typing import Any
 
 import torch
 
-from ..engine.generation_config import read_generation
-from ..files.reading import read_json, require_own
+from ..files.reading import read_json, require_contained
 from ..models import vila
-from ..models.config import LlamaConfig, ProjectorConfig, Settings, VilaConfig, VisionConfig, Words, read
-from ..models.config_fields import object_in, of_folder
-from ..models.params import Lazy, LoadError, leaves, load, require_fit
-from .int4_layouts import OURS
-from .llava import is_llava, llava_source
+from ..models.config import (
+    LlamaConfig,
+    ProjectorConfig,
+    RunSettings,
+    TokenSettings,
+    VilaConfig,
+    VisionConfig,
+    read_dataclass,
+)
+from ..models.config_fields import name_folder_in_errors, nested_object
+from ..models.params import LazyTensors, LoadError, check_state_dict, leaves, load_tree
+from .generation_config import read_generation_config
+from .int4_layouts import NATIVE
+from .llava import is_llava, open_llava_folder
 from .shard_writer import write_json
-from .sources import PARTS, Source, vila_source
-from .writing import write
+from .sources import PARTS, CheckpointSource, open_vila_folder
+from .writing import write_checkpoint
 
 __all__ = [
     "PARTS",
-    "generation",
-    "geometry",
+    "build_vila_config",
+    "check_checkpoint",
+    "load_generation_config",
     "load_params",
-    "open_source",
+    "open_checkpoint",
     "read_configs",
     "read_json",
-    "require_fits",
-    "save",
+    "save_checkpoint",
     "write_json",
 ]
 
 # What a checkpoint may hold beyond the model: tables that are computed, a tied head, SigLIP's unused pooling head.
-IGNORED = {"llm": ("model.rotary_emb.",), "vision_tower": ("head.", "embeddings.position_ids"), "mm_projector": ()}
+IGNORED_TENSORS = {
+    "llm": ("model.rotary_emb.",),
+    "vision_tower": ("head.", "embeddings.position_ids"),
+    "mm_projector": (),
+}
 TOWER_PREFIX = "vision_model."  # of SigLIP's and CLIP's names as released; transformers 5 leaves it out
 
 
-def open_source(folder: Path) -> Source:
+def open_checkpoint(folder: Path) -> CheckpointSource:
     """What a folder is: a VILA or a LLaVA-1.5 in any of their layouts. Nothing but configs and directories is read.
 
     Errors: `LoadError`.
     """
     if not folder.is_dir():
         raise LoadError(f"{folder} is not a folder; a VILA folder holds config.json, {', '.join(PARTS)}")
-    require_own(folder, folder)
-    top = read_json(folder / "config.json")
-    return llava_source(folder, top) if is_llava(folder, top) else vila_source(folder, top)
+    require_contained(folder, folder)
+    config = read_json(folder / "config.json")
+    return open_llava_folder(folder, config) if is_llava(folder, config) else open_vila_folder(folder, config)
 
 
-def geometry(top: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> VilaConfig:
+def build_vila_config(config: Mapping[str, Any], part_configs: Mapping[str, Mapping[str, Any]]) -> VilaConfig:
     """The model's geometry from the top config and those of its parts, all as dictionaries.
 
     Errors: `ConfigError`, for what else the configs say too.
     """
-    read(Settings, top, "config")
-    read(Words, parts["llm"], "llm")
-    object_in(top, "quantization_config", "config")
-    tower = VisionConfig.from_dict(parts["vision_tower"], top)
-    llm = LlamaConfig.from_dict(parts["llm"])
-    widths = {"mm_hidden_size": tower.width, "hidden_size": llm.hidden_size}
-    widths |= {name: top[name] for name in widths if top.get(name) is not None}
-    return VilaConfig(llm, tower, ProjectorConfig.from_dict({**parts["mm_projector"], **widths}))
+    read_dataclass(RunSettings, config, "config")
+    read_dataclass(TokenSettings, part_configs["llm"], "llm")
+    nested_object(config, "quantization_config", "config")
+    vision_cfg = VisionConfig.from_dict(part_configs["vision_tower"], config)
+    llama_cfg = LlamaConfig.from_dict(part_configs["llm"])
+    widths = {"mm_hidden_size": vision_cfg.feature_dim, "hidden_size": llama_cfg.hidden_size}
+    widths |= {name: config[name] for name in widths if config.get(name) is not None}
+    return VilaConfig(llama_cfg, vision_cfg, ProjectorConfig.from_dict({**part_configs["mm_projector"], **widths}))
 
 
 def read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The top config of a folder and those of its parts, as a VILA folder of ours has them. Errors: `LoadError`."""
-    source = open_source(folder)
-    return source.top, source.parts
+    source = open_checkpoint(folder)
+    return source.config, source.part_configs
 
 
-def generation(folder: Path, vocab_size: int) -> dict[str, Any]:
+def load_generation_config(folder: Path, vocab_size: int) -> dict[str, Any]:
     """What generation_config.json says, beside the model's config or the language model's. Errors: `LoadError`."""
-    return read_generation([folder, open_source(folder).beside["llm"]], vocab_size)
+    return read_generation_config([folder, open_checkpoint(folder).companion_dirs["llm"]], vocab_size)
 
 
 def load_params(folder: Path, cfg: VilaConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> vila.Vila:
     """All parameters of a folder, one at a time onto the device; on a CPU those that have the dtype already stay on
     disk until they are touched. Errors: `LoadError`, for each part in one message.
     """
-    source = open_source(folder)
-    require_layers(source, cfg)
-    with of_folder(folder):
-        specs = vila.declare(cfg, dtype)
-    return vila.Vila(*(load(getattr(specs, part), *fitting(source, cfg, part), device) for part in PARTS))
+    source = open_checkpoint(folder)
+    check_layer_counts(source, cfg)
+    with name_folder_in_errors(folder):
+        specs = vila.param_specs(cfg, dtype)
+    return vila.Vila(*(load_tree(getattr(specs, part), *part_tensors(source, cfg, part), device) for part in PARTS))
 
 
-def require_fits(source: Source) -> VilaConfig:
+def check_checkpoint(source: CheckpointSource) -> VilaConfig:
     """The geometry of a checkpoint. Errors: `ConfigError`, `LoadError` if it or the tensors are of no model of ours."""
-    with of_folder(source.folder):
-        cfg = geometry(source.top, source.parts)
-        require_layers(source, cfg)
-        specs = vila.declare(cfg, torch.float16)
+    with name_folder_in_errors(source.folder):
+        cfg = build_vila_config(source.config, source.part_configs)
+        check_layer_counts(source, cfg)
+        specs = vila.param_specs(cfg, torch.float16)
     for part in PARTS:
-        tensors, where, ignored = fitting(source, cfg, part)
-        require_fit(getattr(specs, part), tensors.meta, where, ignored)
+        tensors, where, ignored = part_tensors(source, cfg, part)
+        check_state_dict(getattr(specs, part), tensors.meta, where, ignored)
     return cfg
 
 
-def require_layers(source: Source, cfg: VilaConfig) -> None:
+def check_layer_counts(source: CheckpointSource, cfg: VilaConfig) -> None:
     """`LoadError` if a part has more layers than tensors: what it would be is not even declared."""
-    layers = cfg.llm.num_hidden_layers, cfg.vision_tower.num_hidden_layers, cfg.mm_projector.depth
-    for part, count in zip(PARTS, layers):
-        if count > (there := len(source.tensors[part])):
-            raise LoadError(f"{source.beside[part]}: the config says {count} layers, but there are {there} tensors")
+    layer_counts = cfg.llm.num_hidden_layers, cfg.vision_tower.num_hidden_layers, cfg.mm_projector.num_linears
+    for part, count in zip(PARTS, layer_counts):
+        if count > (num_tensors := len(source.tensors[part])):
+            raise LoadError(
+                f"{source.companion_dirs[part]}: the config says {count} layers, but there are {num_tensors} tensors"
+            )
 
 
-def fitting(source: Source, cfg: VilaConfig, part: str) -> tuple[Lazy, str, tuple[str, ...]]:
+def part_tensors(source: CheckpointSource, cfg: VilaConfig, part: str) -> tuple[LazyTensors, str, tuple[str, ...]]:
     """A part's tensors under the names that the model declares, where they are, and what to ignore among them."""
-    tensors, ignored = source.tensors[part], IGNORED[part]
+    tensors, ignored = source.tensors[part], IGNORED_TENSORS[part]
     if part == "vision_tower":
-        tensors = tensors.named({name.removeprefix(TOWER_PREFIX): name for name in tensors.meta})
+        tensors = tensors.rename({name.removeprefix(TOWER_PREFIX): name for name in tensors.meta})
     elif part == "llm":
         ignored += tuple(f"model.layers.{i}.self_attn.rotary_emb." for i in range(cfg.llm.num_hidden_layers))
         ignored += ("lm_head.",) if cfg.llm.tie_word_embeddings else ()
-    return tensors, str(source.beside[part]), ignored
+    return tensors, str(source.companion_dirs[part]), ignored
 
 
-def save(
+def save_checkpoint(
     folder: Path,
-    top: Mapping[str, Any],
-    parts: Mapping[str, Mapping[str, Any]],
-    p: vila.Vila,
-    came_from: Path | None = None,
+    config: Mapping[str, Any],
+    part_configs: Mapping[str, Mapping[str, Any]],
+    params: vila.Vila,
+    source_folder: Path | None = None,
 ) -> None:
     """Write a VILA folder that `load_params` reads back to the same bits; the configs are written as they are given.
 
     What stood beside the weights of the folder that it came from is copied.
     """
-    cfg = geometry(top, parts)
-    specs = vila.declare(cfg, leaves(p.llm)[0].dtype)
+    cfg = build_vila_config(config, part_configs)
+    specs = vila.param_specs(cfg, leaves(params.llm)[0].dtype)
     prefix = "" if cfg.vision_tower.model_type.startswith("intern") else TOWER_PREFIX
     tensors = {}
     for part in PARTS:
-        trees = leaves(getattr(specs, part)), leaves(getattr(p, part))
-        before = prefix if part == "vision_tower" else ""
-        tensors[part] = Lazy.of({before + spec.key: x for spec, x in zip(*trees, strict=True)})
-    configs = {part: dict(values) for part, values in parts.items()}
-    layout = OURS if cfg.llm.group_size else None
-    beside = open_source(came_from).beside if came_from is not None else {}
-    source = Source(came_from or folder, "model", dict(top), configs, tensors, beside, layout)
-    write(source, folder, "ours", over=True)
+        leaf_pairs = leaves(getattr(specs, part)), leaves(getattr(params, part))
+        key_prefix = prefix if part == "vision_tower" else ""
+        tensors[part] = LazyTensors.from_tensors(
+            {key_prefix + spec.key: x for spec, x in zip(*leaf_pairs, strict=True)}
+        )
+    configs = {part: dict(values) for part, values in part_configs.items()}
+    layout = NATIVE if cfg.llm.group_size else None
+    companion_dirs = open_checkpoint(source_folder).companion_dirs if source_folder is not None else {}
+    source = CheckpointSource(source_folder or folder, "model", dict(config), configs, tensors, companion_dirs, layout)
+    write_checkpoint(source, folder, "ours", overwrite=True)

@@ -10,69 +10,69 @@ import torch
 from torch import Tensor
 
 from ..models import vila
-from ..models.params import Lazy, Spec, leaves
+from ..models.params import LazyTensors, ParameterSpec, leaves
 from ..paths import config_dir
-from .int4_layouts import OURS
-from .int4_views import rounded
-from .loading import TOWER_PREFIX, geometry
+from .int4_layouts import NATIVE
+from .int4_views import quantize_linears_rtn
+from .loading import TOWER_PREFIX, build_vila_config
 from .shard_writer import write_json
-from .sources import PARTS, Source, quantization
+from .sources import PARTS, CheckpointSource, make_quantization_config
 
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+IMAGENET_NORMALIZATION = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+SIGLIP_NORMALIZATION = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 ARCHITECTURES = {
     "siglip_vision_model": "SiglipVisionModel",
     "clip_vision_model": "CLIPVisionModel",
     "intern_vit_6b": "InternVisionModel",
 }
-STOPS = {"llama_3": "<|end_of_text|>", "hermes-2": "<|im_end|>"}  # by template; else </s>
+EOS_TOKENS = {"llama_3": "<|end_of_text|>", "hermes-2": "<|im_end|>"}  # by template; else </s>
 
 
-def table(model: str | Path) -> dict[str, Any]:
+def read_model_toml(model: str | Path) -> dict[str, Any]:
     """A file of configs/models/, by name or path, that has all three parts. Errors: ValueError naming what there is."""
-    known = {file.stem: file for file in sorted((config_dir() / "models").glob("*.toml"))}
-    file = known.get(str(model), Path(model))
+    files = {file.stem: file for file in sorted((config_dir() / "models").glob("*.toml"))}
+    file = files.get(str(model), Path(model))
     if not file.is_file():
-        raise ValueError(f"no model {str(model)!r}; there are: {', '.join(known)}, or give the path of a .toml file")
+        raise ValueError(f"no model {str(model)!r}; there are: {', '.join(files)}, or give the path of a .toml file")
     try:
-        found = tomllib.loads(file.read_text(encoding="utf-8"))
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is no TOML: {error}") from None
-    if missing := [part for part in PARTS if part not in found]:
+    if missing := [part for part in PARTS if part not in values]:
         raise ValueError(f"{file} has no {', '.join(missing)}: it is no VILA")
-    return found
+    return values
 
 
-def narrowed(found: Mapping[str, Any], layers: int | None, narrow: int) -> dict[str, Any]:
+def scale_down(model: Mapping[str, Any], max_layers: int | None, width_divisor: int) -> dict[str, Any]:
     """The same model with fewer layers and all widths divided: as many heads, each narrower; an intermediate width
     rounded up to a multiple of 64, which int4 layouts want. Errors: ValueError if `narrow` does not divide the widths.
     """
-    llm, tower = dict(found["llm"]), dict(found["vision_tower"])
+    llm, tower = dict(model["llm"]), dict(model["vision_tower"])
     for part, values in (("llm", llm), ("vision_tower", tower)):
         width, heads = values["hidden_size"], values["num_attention_heads"]
-        if narrow < 1 or width % (narrow * heads):
-            raise ValueError(f"{part}: {width} numbers in {heads} heads cannot be divided by {narrow}")
-        values["hidden_size"] = width // narrow
-        values["intermediate_size"] = -(-values["intermediate_size"] // narrow // 64) * 64
-        if narrow == 1:
-            values["intermediate_size"] = found[part]["intermediate_size"]
-    llm["vocab_size"] = max(1024, llm["vocab_size"] // narrow) if narrow > 1 else llm["vocab_size"]
-    if layers is not None:
-        if layers < 1:
-            raise ValueError(f"{layers} layers: a model has at least 1")
-        llm["num_hidden_layers"] = min(layers, llm["num_hidden_layers"])
-        unseen = -1 - tower["select_layer"]  # layers of the tower that are there and not run
-        tower["num_hidden_layers"] = min(layers + unseen, tower["num_hidden_layers"])
-    return {**found, "llm": llm, "vision_tower": tower}
+        if width_divisor < 1 or width % (width_divisor * heads):
+            raise ValueError(f"{part}: {width} numbers in {heads} heads cannot be divided by {width_divisor}")
+        values["hidden_size"] = width // width_divisor
+        values["intermediate_size"] = -(-values["intermediate_size"] // width_divisor // 64) * 64
+        if width_divisor == 1:
+            values["intermediate_size"] = model[part]["intermediate_size"]
+    llm["vocab_size"] = max(1024, llm["vocab_size"] // width_divisor) if width_divisor > 1 else llm["vocab_size"]
+    if max_layers is not None:
+        if max_layers < 1:
+            raise ValueError(f"{max_layers} layers: a model has at least 1")
+        llm["num_hidden_layers"] = min(max_layers, llm["num_hidden_layers"])
+        unused_layers = -1 - tower["select_layer"]  # layers of the tower that are there and not run
+        tower["num_hidden_layers"] = min(max_layers + unused_layers, tower["num_hidden_layers"])
+    return {**model, "llm": llm, "vision_tower": tower}
 
 
-def released_configs(found: Mapping[str, Any], dtype: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def released_configs(model: Mapping[str, Any], dtype: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The top config.json of a release, and those of its parts."""
-    tower, llm = dict(found["vision_tower"]), found["llm"]
-    select, scales = tower.pop("select_layer"), tower.pop("s2_scales", None)
-    kind = tower["model_type"]
-    stop = special_tokens(found["template"]).index(STOPS.get(found["template"], "</s>"))
-    parts = {
+    tower, llm = dict(model["vision_tower"]), model["llm"]
+    select_layer, scales = tower.pop("select_layer"), tower.pop("s2_scales", None)
+    model_type = tower["model_type"]
+    eos_token_id = special_tokens(model["template"]).index(EOS_TOKENS.get(model["template"], "</s>"))
+    part_configs = {
         "llm": {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -82,27 +82,29 @@ def released_configs(found: Mapping[str, Any], dtype: str) -> tuple[dict[str, An
             "rope_scaling": None,
             **llm,
             "bos_token_id": 0,
-            "eos_token_id": stop,
+            "eos_token_id": eos_token_id,
             "torch_dtype": dtype,
             "tokenizer_model_max_length": 4096,
             "tokenizer_padding_side": "right",
         },
         "vision_tower": {
-            "architectures": [ARCHITECTURES[kind]],
+            "architectures": [ARCHITECTURES[model_type]],
             "torch_dtype": dtype,
             **tower,
-            **({"hidden_act": "gelu_pytorch_tanh", "vision_use_head": False} if kind.startswith("siglip") else {}),
+            **(
+                {"hidden_act": "gelu_pytorch_tanh", "vision_use_head": False} if model_type.startswith("siglip") else {}
+            ),
         },
         "mm_projector": {"architectures": ["MultimodalProjector"], "model_type": "v2l_projector", "torch_dtype": dtype}
-        | found["mm_projector"],
+        | model["mm_projector"],
     }
-    top = {
+    config = {
         "architectures": ["LlavaLlamaModel"],
         "model_type": "llava_llama",
         "hidden_size": llm["hidden_size"],
         "mm_hidden_size": tower["hidden_size"] * len(scales or [1]),
-        "mm_vision_select_layer": select,
-        "mm_vision_select_feature": "patch" if kind.startswith("intern") else "cls_patch",
+        "mm_vision_select_layer": select_layer,
+        "mm_vision_select_feature": "patch" if model_type.startswith("intern") else "cls_patch",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": "resize",
@@ -113,38 +115,44 @@ def released_configs(found: Mapping[str, Any], dtype: str) -> tuple[dict[str, An
         "s2": scales is not None,
         "s2_scales": ",".join(map(str, scales)) if scales else "336,672,1008",
         "s2_max_split_size": min(scales) if scales else 336,
-        "conversation_template": found["template"],
+        "conversation_template": model["template"],
         "llm_cfg": None,
         "vision_tower_cfg": None,
         "mm_projector_cfg": None,
         "resume_path": "./vlm",
     }
-    return top, parts
+    return config, part_configs
 
 
-def random_source(found: Mapping[str, Any], dtype: str = "float16", group: int | None = None, seed: int = 0) -> Source:
+def random_checkpoint(
+    model: Mapping[str, Any], dtype: str = "float16", group_size: int | None = None, seed: int = 0
+) -> CheckpointSource:
     """A released model whose tensors are drawn when they are asked for, each by its name and the seed alone; with a
     group size, its linears rounded to int4.
     """
-    top, parts = released_configs(found, dtype)
-    cfg = geometry(top, parts)
-    specs = vila.declare(cfg, getattr(torch, dtype))
+    config, part_configs = released_configs(model, dtype)
+    cfg = build_vila_config(config, part_configs)
+    specs = vila.param_specs(cfg, getattr(torch, dtype))
     tensors = {}
     for part in PARTS:
         prefix = TOWER_PREFIX if part == "vision_tower" and not cfg.vision_tower.model_type.startswith("intern") else ""
-        tensors[part] = drawn({prefix + spec.key: spec for spec in leaves(getattr(specs, part))}, seed)
-    if group:
-        parts["llm"] |= quantization(OURS, group, "sub")
+        tensors[part] = random_tensors({prefix + spec.key: spec for spec in leaves(getattr(specs, part))}, seed)
+    if group_size:
+        part_configs["llm"] |= make_quantization_config(NATIVE, group_size, "sub")
         linears = [name.removesuffix(".weight") for name in tensors["llm"] if name.endswith("_proj.weight")]
-        tensors["llm"] = rounded(tensors["llm"], linears, group)
-    return Source(Path(found["name"]), "random weights", top, parts, tensors, {}, OURS if group else None)
+        tensors["llm"] = quantize_linears_rtn(tensors["llm"], linears, group_size)
+    return CheckpointSource(
+        Path(model["name"]), "random weights", config, part_configs, tensors, {}, NATIVE if group_size else None
+    )
 
 
-def drawn(specs: Mapping[str, Spec], seed: int) -> Lazy:
+def random_tensors(specs: Mapping[str, ParameterSpec], seed: int) -> LazyTensors:
     def draw(name: str) -> Tensor:
-        return specs[name].tensor(torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
+        return specs[name].init_tensor(torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
 
-    return Lazy({name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}, draw)
+    return LazyTensors(
+        {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}, draw
+    )
 
 
 def special_tokens(template: str) -> list[str]:
@@ -155,12 +163,12 @@ def special_tokens(template: str) -> list[str]:
     }.get(template, ["<s>", "</s>"])
 
 
-def write_companions(found: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+def write_tokenizer_and_processor(model: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     """A tokenizer of single bytes with the template's special tokens, and the image processor's config, by part."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    special = special_tokens(found["template"])
+    special = special_tokens(model["template"])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([*special, *alphabet])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -169,23 +177,28 @@ def write_companions(found: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{special[0]} $A", special_tokens=[(special[0], 0)]
     )
-    places = {part: folder / part for part in ("llm", "vision_tower")}
-    stop = STOPS.get(found["template"], "</s>")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special[0], eos_token=stop, pad_token=stop)
-    fast.save_pretrained(places["llm"])
-    intern, side = found["vision_tower"]["model_type"].startswith("intern"), found["vision_tower"]["image_size"]
+    folders = {part: folder / part for part in ("llm", "vision_tower")}
+    eos_token = EOS_TOKENS.get(model["template"], "</s>")
+    hf_tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=special[0], eos_token=eos_token, pad_token=eos_token
+    )
+    hf_tokenizer.save_pretrained(folders["llm"])
+    is_internvit, image_size = (
+        model["vision_tower"]["model_type"].startswith("intern"),
+        model["vision_tower"]["image_size"],
+    )
     processor = {
-        "image_processor_type": "CLIPImageProcessor" if intern else "SiglipImageProcessor",
+        "image_processor_type": "CLIPImageProcessor" if is_internvit else "SiglipImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": side} if intern else {"height": side, "width": side},
-        "do_center_crop": intern,
-        **({"crop_size": {"height": side, "width": side}} if intern else {}),
+        "size": {"shortest_edge": image_size} if is_internvit else {"height": image_size, "width": image_size},
+        "do_center_crop": is_internvit,
+        **({"crop_size": {"height": image_size, "width": image_size}} if is_internvit else {}),
         "resample": 3,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        **(IMAGENET if intern else HALF),
+        **(IMAGENET_NORMALIZATION if is_internvit else SIGLIP_NORMALIZATION),
     }
-    places["vision_tower"].mkdir()
-    write_json(places["vision_tower"] / "preprocessor_config.json", processor)
-    return places
+    folders["vision_tower"].mkdir()
+    write_json(folders["vision_tower"] / "preprocessor_config.json", processor)
+    return folders

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files.reading import LoadError, shown
+from ..files.reading import LoadError, short_repr
 
-DTYPES = {  # names in a safetensors header; others are not read
+SAFETENSORS_DTYPES = {  # names in a safetensors header; others are not read
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -23,67 +23,69 @@ DTYPES = {  # names in a safetensors header; others are not read
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DIMENSIONS = 64
+MAX_DIMS = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a tensor lies: `size` bytes from byte `start` of a file, and how its elements are found in them."""
 
     file: Path
     start: int
-    size: int
-    like: Tensor  # on the meta device: shape, strides, dtype
-    first: int = 0  # element of the bytes that is the tensor's first
-    swapped: bool = False  # the highest byte of an element comes first
+    nbytes: int
+    meta: Tensor  # on the meta device: shape, strides, dtype
+    storage_offset: int = 0  # element of the bytes that is the tensor's first
+    big_endian: bool = False  # the highest byte of an element comes first
 
 
-def like(what: str, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int] | None = None) -> Tensor:
+def meta_tensor(label: str, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int] | None = None) -> Tensor:
     """A tensor on the meta device. Errors: `LoadError` for sizes that no tensor has."""
     try:
-        if len(shape) > DIMENSIONS:
+        if len(shape) > MAX_DIMS:
             raise OverflowError
         if stride is None:
             return torch.empty(tuple(shape), dtype=dtype, device="meta")
         return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device="meta")
     except (RuntimeError, OverflowError, TypeError):
-        raise LoadError(f"{what} has the shape {shown(list(shape))}, which no tensor has") from None
+        raise LoadError(f"{label} has the shape {short_repr(list(shape))}, which no tensor has") from None
 
 
-def require_within(what: str, place: Place) -> None:
+def require_within_file(label: str, location: TensorLocation) -> None:
     """Errors: `LoadError` if a tensor is not in the bytes of its place, or is of more elements than they hold."""
-    held, shape = place.size // place.like.itemsize, place.like.shape
-    last = place.first + sum((n - 1) * step for n, step in zip(shape, place.like.stride()))
-    if math.prod(shape) and (place.first < 0 or last >= held or math.prod(shape) > held):
-        raise LoadError(f"{what} has the shape {shown(list(shape))}, but there are {held} elements where it lies")
+    num_elements, shape = location.nbytes // location.meta.itemsize, location.meta.shape
+    last = location.storage_offset + sum((n - 1) * stride for n, stride in zip(shape, location.meta.stride()))
+    if math.prod(shape) and (location.storage_offset < 0 or last >= num_elements or math.prod(shape) > num_elements):
+        raise LoadError(
+            f"{label} has the shape {short_repr(list(shape))}, but there are {num_elements} elements where it lies"
+        )
 
 
-class Files:
+class MappedFiles:
     """Memory maps of files, made when first needed."""
 
     def __init__(self) -> None:
         self.maps: dict[Path, mmap.mmap] = {}
 
-    def read(self, place: Place) -> Tensor:
+    def read(self, location: TensorLocation) -> Tensor:
         """A view of the file, or a copy if it has to be put in order."""
-        like, count = place.like, place.size // place.like.itemsize
+        meta, count = location.meta, location.nbytes // location.meta.itemsize
         if not count:
-            return torch.empty_like(like, device="cpu")
-        if place.file not in self.maps:
-            with place.file.open("rb") as opened:
-                self.maps[place.file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-        held = self.maps[place.file]
-        if place.swapped or place.start % like.itemsize:  # only as bytes can it be taken from there
-            loose = torch.frombuffer(held, dtype=torch.uint8, count=count * like.itemsize, offset=place.start)
-            elements = loose.view(count, like.itemsize)
-            flat = (elements.flip(1) if place.swapped else elements.clone()).flatten().view(like.dtype)
+            return torch.empty_like(meta, device="cpu")
+        if location.file not in self.maps:
+            with location.file.open("rb") as stream:
+                self.maps[location.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapped = self.maps[location.file]
+        if location.big_endian or location.start % meta.itemsize:  # only as bytes can it be taken from there
+            raw = torch.frombuffer(mapped, dtype=torch.uint8, count=count * meta.itemsize, offset=location.start)
+            elements = raw.view(count, meta.itemsize)
+            flat = (elements.flip(1) if location.big_endian else elements.clone()).flatten().view(meta.dtype)
         else:
-            flat = torch.frombuffer(held, dtype=like.dtype, count=count, offset=place.start)
-        return flat.as_strided(like.shape, like.stride(), place.first)
+            flat = torch.frombuffer(mapped, dtype=meta.dtype, count=count, offset=location.start)
+        return flat.as_strided(meta.shape, meta.stride(), location.storage_offset)
 
-    def forget(self, place: Place) -> None:
+    def release(self, location: TensorLocation) -> None:
         """Give back the memory that reading took; a view is read again when it is touched again."""
-        begin = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (place.start + place.size) // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > begin and place.file in self.maps:
-            self.maps[place.file].madvise(mmap.MADV_DONTNEED, begin, end - begin)
+        begin = -(-location.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (location.start + location.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin and location.file in self.maps:
+            self.maps[location.file].madvise(mmap.MADV_DONTNEED, begin, end - begin)

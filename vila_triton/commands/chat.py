@@ -9,87 +9,93 @@ from collections import Counter
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from vila_triton.arguments import KV_DTYPES, POLICIES, model_arguments, settle
-from vila_triton.console import EXPECTED, complain
+from vila_triton.arguments import KV_DTYPES, NUMERICS, model_arguments, resolve_device_and_kernels
+from vila_triton.console import EXPECTED_ERRORS, print_error
 from vila_triton.limits import COUNT, POSITIVE, SEED, Limits
 
 if TYPE_CHECKING:
-    from vila_triton.chat.cli_session import Session
+    from vila_triton.chat.cli_session import CliSession
     from vila_triton.chat.conversation import Conversation
 
 
 def configure(commands: Any) -> None:
-    talk = argparse.ArgumentParser(add_help=False, parents=[model_arguments()])
-    for kind in ("image", "video"):  # in the order given
-        talk.add_argument(
-            f"--{kind}",
+    common = argparse.ArgumentParser(add_help=False, parents=[model_arguments()])
+    for media_type in ("image", "video"):  # in the order given
+        common.add_argument(
+            f"--{media_type}",
             action="append",
             default=[],
             dest="seen",
-            type=lambda path, kind=kind: (kind, path),
+            type=lambda path, kind=media_type: (kind, path),
             metavar="FILE",
             help="may be given several times",
         )
-    talk.add_argument("--frames", type=COUNT, help="of each video (default: the model's num_video_frames, else 8)")
-    talk.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache (default: the model's)")
-    sizes = (16, 32, 64, 128, 256)
-    talk.add_argument(
-        "--page-size", type=int, choices=sizes, help="tokens in a page of the cache (default: the model's)"
+    common.add_argument("--frames", type=COUNT, help="of each video (default: the model's num_video_frames, else 8)")
+    common.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache (default: the model's)")
+    page_sizes = (16, 32, 64, 128, 256)
+    common.add_argument(
+        "--page-size", type=int, choices=page_sizes, help="tokens in a page of the cache (default: the model's)"
     )
-    talk.add_argument(
-        "--policy", choices=POLICIES, help="of attention (default: the model's); invariant: no bit by chance"
+    common.add_argument(
+        "--policy", choices=NUMERICS, help="of attention (default: the model's); invariant: no bit by chance"
     )
-    talk.add_argument("--max-new-tokens", type=COUNT, help="(default: the model's generation_config.json, else 128)")
-    talk.add_argument(
+    common.add_argument("--max-new-tokens", type=COUNT, help="(default: the model's generation_config.json, else 128)")
+    common.add_argument(
         "--temperature",
-        type=Limits(float, 0, POSITIVE.most),
+        type=Limits(float, 0, POSITIVE.maximum),
         help="0 takes the likeliest token (default: the model's generation_config.json, else 0)",
     )
-    talk.add_argument("--top-k", type=COUNT)
-    talk.add_argument("--top-p", type=Limits(float, 0, 1, above=True))
-    talk.add_argument("--seed", type=SEED, help="of what is drawn (default: a new one; the last line says it)")
-    ask = commands.add_parser("ask", parents=[talk], help="one question about pictures")
+    common.add_argument("--top-k", type=COUNT)
+    common.add_argument("--top-p", type=Limits(float, 0, 1, exclude_minimum=True))
+    common.add_argument("--seed", type=SEED, help="of what is drawn (default: a new one; the last line says it)")
+    ask = commands.add_parser("ask", parents=[common], help="one question about pictures")
     ask.add_argument("question")
-    about = "a conversation; in it: /image, /video, /new, /save, /resume, /quit"
-    chat = commands.add_parser("chat", parents=[talk], help=about)
+    chat_summary = "a conversation; in it: /image, /video, /new, /save, /resume, /quit"
+    chat = commands.add_parser("chat", parents=[common], help=chat_summary)
     for parser in (ask, chat):
         parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    _, chosen = settle(args)
+    _, kernel_choices = resolve_device_and_kernels(args)
     import torch
 
-    from vila_triton.chat.cli_session import Session, frames_of, pictures
-    from vila_triton.chat.conversation import Conversation, Talker
+    from vila_triton.chat.cli_session import CliSession, default_num_frames, load_media
+    from vila_triton.chat.conversation import ChatModel, Conversation
     from vila_triton.registry import use
 
     sampling: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "top_k": args.top_k, "top_p": args.top_p}
     sampling |= {"seed": args.seed}
     if args.temperature is not None:
         sampling |= {"do_sample": args.temperature > 0, "temperature": args.temperature or None}
-    if args.command == "ask" and args.frames is not None and not any(kind == "video" for kind, _ in args.seen):
+    if (
+        args.command == "ask"
+        and args.frames is not None
+        and not any(media_type == "video" for media_type, _ in args.seen)
+    ):
         raise ValueError(f"--frames {args.frames} is of a --video, and none is given")
-    frames = frames_of(args.model) if args.frames is None else args.frames
-    seen = pictures(args.seen, frames)
-    talker = Talker.from_pretrained(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
-    draws = args.temperature if args.temperature is not None else talker.model.answers().get("do_sample")
-    if not draws and (args.top_k is not None or args.top_p is not None):
+    num_frames = default_num_frames(args.model) if args.frames is None else args.frames
+    images = load_media(args.seen, num_frames)
+    chat_model = ChatModel.from_pretrained(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
+    do_sample = (
+        args.temperature if args.temperature is not None else chat_model.model.generation_settings().get("do_sample")
+    )
+    if not do_sample and (args.top_k is not None or args.top_p is not None):
         raise ValueError("--top-k and --top-p need a --temperature above 0: without it the likeliest token is taken")
-    config = talker.model.config
-    given = {"kv_dtype": args.kv_dtype, "page_size": args.page_size, "attention_policy": args.policy}
-    for name, value in given.items():
+    config = chat_model.model.config
+    cache_options = {"kv_dtype": args.kv_dtype, "page_size": args.page_size, "attention_policy": args.policy}
+    for name, value in cache_options.items():
         if value is not None:
             setattr(config, name, value)
-    session = Session(talker, Conversation(talker), frames, seen)
-    with use(**chosen):
+    session = CliSession(chat_model, Conversation(chat_model), num_frames, images)
+    with use(**kernel_choices):
         if args.command == "ask":
-            answer(session, args.question, sampling)
+            print_answer(session, args.question, sampling)
         else:
-            chat(session, sampling)
+            run_chat(session, sampling)
 
 
-def chat(session: "Session", sampling: dict[str, Any]) -> None:
+def run_chat(session: "CliSession", sampling: dict[str, Any]) -> None:
     """Lines from standard input until there are no more, or /quit. Whatever goes wrong with one, Ctrl-C included, the
     conversation is then as it was before the line; Ctrl-C in place of a line ends it.
     """
@@ -98,13 +104,13 @@ def chat(session: "Session", sampling: dict[str, Any]) -> None:
     while (line := read_line()) not in (None, "/quit"):
         try:
             if line.startswith("/"):
-                session.obey(line)
+                session.run_command(line)
             elif line:
-                answer(session, line, sampling)
+                print_answer(session, line, sampling)
         except BrokenPipeError:
             raise
-        except (*EXPECTED, KeyboardInterrupt) as error:
-            complain("vila-triton", error)
+        except (*EXPECTED_ERRORS, KeyboardInterrupt) as error:
+            print_error("vila-triton", error)
         except Exception:  # a mistake of ours, which is not to cost what was said so far
             traceback.print_exc()
 
@@ -121,7 +127,7 @@ def read_line() -> str | None:
         return None
 
 
-def answer(session: "Session", question: str, sampling: dict[str, Any]) -> None:
+def print_answer(session: "CliSession", question: str, sampling: dict[str, Any]) -> None:
     """Stream one answer to standard output, then say in one line on standard error how it went.
 
     Errors: ValueError, RuntimeError, KeyboardInterrupt; the conversation is as it was before the question then, and its
@@ -130,16 +136,16 @@ def answer(session: "Session", question: str, sampling: dict[str, Any]) -> None:
     import torch
     from transformers import TextStreamer
 
-    from vila_triton.registry import recording
+    from vila_triton.registry import count_calls
 
     try:
         question.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"the question is no text in UTF-8, from its character {error.start + 1} on") from None
     conversation = session.conversation
-    printer: Any = TextStreamer(conversation.talker.tokenizer, skip_special_tokens=True)
-    tokens = conversation.ask(question, session.pictures, **sampling)
-    with recording() as calls, closing(tokens):
+    printer: Any = TextStreamer(conversation.chat_model.tokenizer, skip_special_tokens=True)
+    tokens = conversation.ask(question, session.images, **sampling)
+    with count_calls() as calls, closing(tokens):
         try:
             for token in tokens:
                 printer.put(torch.tensor([token]))
@@ -148,38 +154,44 @@ def answer(session: "Session", question: str, sampling: dict[str, Any]) -> None:
                 print(flush=True)  # below the part that was said
             raise
     printer.end()
-    session.pictures = []
-    took = conversation.last
-    assert took is not None
-    speed = f"{took.tokens_per_second:.1f} tokens/s" if took.answer_tokens > 1 else "1 token"
-    seed = "" if took.seed is None else f"seed {took.seed} | "
-    reused = f", {took.prompt_tokens - took.new_tokens} cached" if took.new_tokens < took.prompt_tokens else ""
+    session.images = []
+    stats = conversation.last_turn
+    assert stats is not None
+    speed = f"{stats.tokens_per_second:.1f} tokens/s" if stats.answer_tokens > 1 else "1 token"
+    seed = "" if stats.seed is None else f"seed {stats.seed} | "
+    reused = (
+        f", {stats.prompt_tokens - stats.prefill_tokens} cached" if stats.prefill_tokens < stats.prompt_tokens else ""
+    )
     print(
-        f"[prompt {took.prompt_tokens} tokens{reused} | pictures {took.image_tokens} tokens | "
-        f"first token {took.first_token:.3f} s | {speed} | "
-        f"{by_file(conversation, sampling)}{seed}{kernels_line(calls)}]",
+        f"[prompt {stats.prompt_tokens} tokens{reused} | pictures {stats.image_tokens} tokens | "
+        f"first token {stats.seconds_to_first_token:.3f} s | {speed} | "
+        f"{generation_config_note(conversation, sampling)}{seed}{kernels_summary(calls)}]",
         file=sys.stderr,
     )
 
 
-def by_file(conversation: "Conversation", sampling: dict[str, Any]) -> str:
+def generation_config_note(conversation: "Conversation", sampling: dict[str, Any]) -> str:
     """What the model's generation_config.json decided about an answer, as nobody else did."""
-    from vila_triton.engine.generation_config import FILE, decided
+    from vila_triton.checkpoints.generation_config import GENERATION_CONFIG_NAME, effective_settings
 
-    said = decided(conversation.talker.model.answers(), sampling)
-    return f"{', '.join(f'{name} {value}' for name, value in said.items())} by {FILE} | " if said else ""
+    settings = effective_settings(conversation.chat_model.model.generation_settings(), sampling)
+    return (
+        f"{', '.join(f'{name} {value}' for name, value in settings.items())} by {GENERATION_CONFIG_NAME} | "
+        if settings
+        else ""
+    )
 
 
-def kernels_line(calls: Counter[tuple[str, str]]) -> str:
+def kernels_summary(calls: Counter[tuple[str, str]]) -> str:
     """Which implementations ran, the reference ones in one word, and whether Triton kernels were interpreted; also
     for which ops one was chosen that were never called.
     """
-    from vila_triton.registry import OPS, explicit
-    from vila_triton.registry.interpreter import holds_kernels
+    from vila_triton.registry import OPS, explicit_choices
+    from vila_triton.registry.interpreter import uses_triton_kernels
 
     ran = sorted(f"{op}={impl}" for op, impl in calls if impl != "reference")
-    triton = any(holds_kernels(OPS[op].impls[impl]) for op, impl in calls)
-    interpreted = " (interpreted)" if os.environ.get("TRITON_INTERPRET") == "1" and triton else ""
-    rest = "reference" if not ran else f"{', '.join(ran)}{interpreted}; else reference"
-    unused = sorted({*explicit()} - {op for op, _ in calls})
-    return f"kernels: {rest}" + (f"; nothing called {', '.join(unused)}" if unused else "")
+    ran_triton = any(uses_triton_kernels(OPS[op].impls[impl]) for op, impl in calls)
+    interpreted = " (interpreted)" if os.environ.get("TRITON_INTERPRET") == "1" and ran_triton else ""
+    ran_text = "reference" if not ran else f"{', '.join(ran)}{interpreted}; else reference"
+    unused = sorted({*explicit_choices()} - {op for op, _ in calls})
+    return f"kernels: {ran_text}" + (f"; nothing called {', '.join(unused)}" if unused else "")

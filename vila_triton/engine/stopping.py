@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria
 
-BYTES = 4  # tokens that the longest character may take
+MAX_TOKENS_PER_CHARACTER = 4  # tokens that the longest character may take
 
 
 class StopStrings(StoppingCriteria):
@@ -17,18 +17,24 @@ class StopStrings(StoppingCriteria):
     of spaces in the vocabulary, and fails where there is none.
     """
 
-    def __init__(self, tokenizer: Any, texts: str | Sequence[str]):
-        self.texts = [texts] if isinstance(texts, str) else list(texts)
-        if not self.texts or not all(isinstance(text, str) and text for text in self.texts):
-            raise ValueError(f"stop_strings is {texts!r}, expected a text or several, none of them empty")
+    def __init__(self, tokenizer: Any, stop_strings: str | Sequence[str]):
+        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        if not self.stop_strings or not all(isinstance(text, str) and text for text in self.stop_strings):
+            raise ValueError(f"stop_strings is {stop_strings!r}, expected a text or several, none of them empty")
         if tokenizer is None:
             raise ValueError("stop_strings need tokenizer=, to know how tokens spell them")
-        self.tokenizer, self.window = tokenizer, BYTES * (max(map(len, self.texts)) + 1)
+        self.tokenizer, self.window = tokenizer, MAX_TOKENS_PER_CHARACTER * (max(map(len, self.stop_strings)) + 1)
 
-    def __call__(self, input_ids: Tensor, scores: Any = None, **more: Any) -> Tensor:  # pyright: ignore
-        return torch.tensor([self.ends(row) for row in input_ids.tolist()], device=input_ids.device)
+    def __call__(self, input_ids: Tensor, scores: Any = None, **kwargs: Any) -> Tensor:  # pyright: ignore
+        return torch.tensor([self.completes_stop_string(row) for row in input_ids.tolist()], device=input_ids.device)
 
-    def ends(self, row: list[int]) -> bool:
-        before, after = (self.tokenizer.decode(tokens) for tokens in (row[-self.window : -1], row[-self.window :]))
-        alike = next((i for i, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after)))
-        return any(after.endswith(text, 0, end) for text in self.texts for end in range(alike + 1, len(after) + 1))
+    def completes_stop_string(self, row: list[int]) -> bool:
+        previous, current = (self.tokenizer.decode(tokens) for tokens in (row[-self.window : -1], row[-self.window :]))
+        common_length = next(
+            (i for i, (a, b) in enumerate(zip(previous, current)) if a != b), min(len(previous), len(current))
+        )
+        return any(
+            current.endswith(text, 0, end)
+            for text in self.stop_strings
+            for end in range(common_length + 1, len(current) + 1)
+        )

@@ -8,33 +8,35 @@ is an object with at least these fields; a type, one of several, or a list each 
 import sys
 from typing import Any
 
-from .reading import LoadError, shown
+from .reading import LoadError, short_repr
 
-WORDS = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list", None: "null"}
+TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list", None: "null"}
 
 
-def require_form(value: Any, form: Any, where: object) -> None:
+def require_schema(value: Any, schema: Any, where: object) -> None:
     """Errors: `LoadError` that begins with `where` and names the field, what it is and what was expected."""
-    if isinstance(form, dict):
-        require_form(value, dict, where)
-        for name, of in form.items():
+    if isinstance(schema, dict):
+        require_schema(value, dict, where)
+        for name, field_schema in schema.items():
             if name not in value:
                 raise LoadError(f"{where} has no {name}")
-            require_form(value[name], of, f"{where}, {name}")
-    elif isinstance(form, list):
-        require_form(value, list, where)
+            require_schema(value[name], field_schema, f"{where}, {name}")
+    elif isinstance(schema, list):
+        require_schema(value, list, where)
         for i, item in enumerate(value):
-            require_form(item, form[0], f"{where} {i}")
+            require_schema(item, schema[0], f"{where} {i}")
     else:
-        kinds = form if isinstance(form, tuple) else (form,)
-        if not any(is_a(value, kind) for kind in kinds):
-            raise LoadError(f"{where} is {shown(value)}, expected {' or '.join(WORDS[kind] for kind in kinds)}")
+        types = schema if isinstance(schema, tuple) else (schema,)
+        if not any(is_json_type(value, kind) for kind in types):
+            raise LoadError(
+                f"{where} is {short_repr(value)}, expected {' or '.join(TYPE_NAMES[kind] for kind in types)}"
+            )
 
 
-def is_a(value: Any, kind: type | None) -> bool:
+def is_json_type(value: Any, expected: type | None) -> bool:
     """Whether a value is of a type as JSON has them: true is no number, a whole one is a number too."""
-    if kind is None or value is None or isinstance(value, bool):
-        return value is kind
-    if kind is float:
+    if expected is None or value is None or isinstance(value, bool):
+        return value is expected
+    if expected is float:
         return isinstance(value, int | float) and abs(value) <= sys.float_info.max
-    return isinstance(value, kind)
+    return isinstance(value, expected)

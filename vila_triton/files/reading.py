@@ -12,28 +12,28 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-LIMIT = 1 << 24  # bytes of a JSON file, unless its reader says otherwise
-DEPTH = 64  # lists and objects in each other
-SHOWN = reprlib.Repr()
-SHOWN.maxstring = SHOWN.maxother = 80
-SHOWN.maxlevel = 2
+MAX_JSON_BYTES = 1 << 24  # bytes of a JSON file, unless its reader says otherwise
+MAX_JSON_DEPTH = 64  # lists and objects in each other
+SHORT_REPR = reprlib.Repr()
+SHORT_REPR.maxstring = SHORT_REPR.maxother = 80
+SHORT_REPR.maxlevel = 2
 
 
 class LoadError(ValueError):
     """A file is not there, or not what it has to be."""
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value for an error: its `repr`, shortened."""
-    text = SHOWN.repr(value)
+    text = SHORT_REPR.repr(value)
     return text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
 
 
-def listed(items: Iterable[object], most: int = 8, between: str = ", ") -> str:
+def join_items(items: Iterable[object], max_items: int = 8, separator: str = ", ") -> str:
     """Items for an error: a, b, c and 97 more."""
-    words = list(map(str, items))
-    more = f"{between}and {len(words) - most} more" if len(words) > most else ""
-    return between.join(words[:most]) + more
+    texts = list(map(str, items))
+    suffix = f"{separator}and {len(texts) - max_items} more" if len(texts) > max_items else ""
+    return separator.join(texts[:max_items]) + suffix
 
 
 def require_file(path: Path) -> None:
@@ -46,38 +46,38 @@ def require_file(path: Path) -> None:
     raise LoadError(f"{path} is {kind}, expected a file")
 
 
-def require_own(checkpoint: Path, *places: Path) -> None:
+def require_contained(checkpoint: Path, *folders: Path) -> None:
     """Errors: `LoadError` for a folder of a checkpoint, or what lies in one, that leads out of it or is no file."""
-    home = checkpoint.resolve()
-    for path in (path for place in places for path in (place, *sorted(place.iterdir()))):
+    root = checkpoint.resolve()
+    for path in (path for folder in folders for path in (folder, *sorted(folder.iterdir()))):
         try:
-            real = path.resolve()
+            resolved = path.resolve()
         except (OSError, RuntimeError):
             raise LoadError(f"{path} is a symbolic link in a circle") from None
-        blob = real.parent.name == "blobs" and real.parents[1].name.startswith("models--")
-        if not (real.is_relative_to(home) or blob):
-            raise LoadError(f"{path} leads out of the checkpoint, to {real}; put what is there into {checkpoint}")
-        if real.exists() and not real.is_dir():
+        is_blob = resolved.parent.name == "blobs" and resolved.parents[1].name.startswith("models--")
+        if not (resolved.is_relative_to(root) or is_blob):
+            raise LoadError(f"{path} leads out of the checkpoint, to {resolved}; put what is there into {checkpoint}")
+        if resolved.exists() and not resolved.is_dir():
             require_file(path)
 
 
-def folder_in(checkpoint: Path, said: str) -> Path | None:
+def find_folder(checkpoint: Path, name: str) -> Path | None:
     """The folder that a config names, if there is one. Errors: `LoadError` if it is not in the checkpoint."""
     try:
-        place = checkpoint / said
-        if not place.is_dir():
+        folder = checkpoint / name
+        if not folder.is_dir():
             return None
     except (OSError, ValueError):  # no name that a folder could have
         return None
-    require_own(checkpoint, place)
-    return place
+    require_contained(checkpoint, folder)
+    return folder
 
 
-def read_json(path: Path, limit: int = LIMIT) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file. Errors: `LoadError` naming the file, for whatever is wrong with it."""
     require_file(path)
-    if (size := path.stat().st_size) > limit:
-        raise LoadError(f"{path} is not read: it has {size} bytes, expected at most {limit}")
+    if (size := path.stat().st_size) > max_bytes:
+        raise LoadError(f"{path} is not read: it has {size} bytes, expected at most {max_bytes}")
     values = parse_json(path.read_bytes(), path)
     if not isinstance(values, dict):
         raise LoadError(f"{path} holds a {type(values).__name__}, expected an object")
@@ -91,35 +91,39 @@ def parse_json(text: bytes | str, where: object) -> Any:
     """
     try:
         text = text if isinstance(text, str) else text.decode()
-        values = json.loads(text, object_pairs_hook=distinct, parse_constant=finite, parse_float=finite)
+        values = json.loads(
+            text, object_pairs_hook=reject_duplicate_keys, parse_constant=parse_finite, parse_float=parse_finite
+        )
         if "\\ud" in text or "\\uD" in text:
             json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise LoadError(f"{where} holds half of a character, {half!a} (a lone surrogate), which is no text") from None
+        surrogate = error.object[error.start]
+        raise LoadError(
+            f"{where} holds half of a character, {surrogate!a} (a lone surrogate), which is no text"
+        ) from None
     except RecursionError:
-        raise LoadError(f"{where} is nested deeper than {DEPTH} lists and objects") from None
+        raise LoadError(f"{where} is nested deeper than {MAX_JSON_DEPTH} lists and objects") from None
     except ValueError as error:
         raise LoadError(f"{where} is not JSON: {error}") from None
-    level = [[values]]
-    for _ in range(DEPTH + 1):
-        within = (x for held in level for x in (held.values() if isinstance(held, dict) else held))
-        level = [x for x in within if isinstance(x, dict | list)]
-    if level:
-        raise LoadError(f"{where} is nested deeper than {DEPTH} lists and objects")
+    nested = [[values]]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        children = (x for item in nested for x in (item.values() if isinstance(item, dict) else item))
+        nested = [x for x in children if isinstance(x, dict | list)]
+    if nested:
+        raise LoadError(f"{where} is nested deeper than {MAX_JSON_DEPTH} lists and objects")
     return values
 
 
-def finite(number: str) -> float:
+def parse_finite(number: str) -> float:
     if not math.isfinite(value := float(number)):
         raise ValueError(f"{number} is not a finite number")
     return value
 
 
-def distinct(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def reject_duplicate_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
-            raise ValueError(f"it has {shown(key)} twice")
-        found[key] = value
-    return found
+        if key in result:
+            raise ValueError(f"it has {short_repr(key)} twice")
+        result[key] = value
+    return result

@@ -9,12 +9,17 @@ import torch
 from transformers import PreTrainedConfig
 
 from vila_triton.checkpoints import loading
-from vila_triton.files.reading import folder_in, shown
+from vila_triton.files.reading import find_folder, short_repr
 
-from ..models.config import ConfigError, Settings, read
+from ..models.config import ConfigError, RunSettings, read_dataclass
 
-BOOKKEEPING = ("_from_auto", "adapter_kwargs", "revision", "trust_remote_code")  # of transformers' Auto classes
-CLASSIFIERS = ("num_labels", "id2label", "label2id")  # say nothing here; transformers makes lists as long as they say
+AUTO_CLASS_ARGUMENTS = (
+    "_from_auto",
+    "adapter_kwargs",
+    "revision",
+    "trust_remote_code",
+)  # of transformers' Auto classes
+LABEL_FIELDS = ("num_labels", "id2label", "label2id")  # say nothing here; transformers makes lists as long as they say
 DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 
@@ -22,7 +27,7 @@ def parse_dtype(name: str) -> torch.dtype:
     """The dtype that `model_dtype` names, as "torch.float16" or "float16". Errors: `ConfigError`."""
     full = f"torch.{str(name).removeprefix('torch.')}"
     if full not in DTYPES:
-        raise ConfigError(f"config: model_dtype {shown(name)} is not supported ({', '.join(DTYPES)} are)")
+        raise ConfigError(f"config: model_dtype {short_repr(name)} is not supported ({', '.join(DTYPES)} are)")
     return DTYPES[full]
 
 
@@ -42,43 +47,43 @@ class VilaLlamaConfig(PreTrainedConfig):
     s2: bool | None = None
     resume_path: str | None = None
     prefill_chunk_size: int = 512
-    page_size: int = Settings.page_size
+    page_size: int = RunSettings.page_size
     kv_dtype: str | None = None
     attention_policy: str = "fast"
 
     @classmethod
-    def of(cls, top: Mapping[str, Any], parts: Mapping[str, Any]) -> "VilaLlamaConfig":
+    def from_configs(cls, top: Mapping[str, Any], part_configs: Mapping[str, Any]) -> "VilaLlamaConfig":
         """From the config.json of a folder and those of its parts. Errors: `ConfigError` if transformers takes none."""
-        left_out = [*CLASSIFIERS, *(f.name for f in fields(Settings) if top.get(f.name) is None)]
-        values = {name: value for name, value in top.items() if name not in left_out}
+        dropped = [*LABEL_FIELDS, *(f.name for f in fields(RunSettings) if top.get(f.name) is None)]
+        values = {name: value for name, value in top.items() if name not in dropped}
         try:
-            return cls(**values | {f"{part}_cfg": said for part, said in parts.items()})
+            return cls(**values | {f"{part}_cfg": part_config for part, part_config in part_configs.items()})
         except Exception as error:  # transformers checks its fields in ways of many kinds
             raise ConfigError(
                 f"config: transformers refuses it: {str(error).strip() or type(error).__name__}"
             ) from None
 
-    def cache(self) -> dict[str, Any]:
+    def cache_kwargs(self) -> dict[str, Any]:
         """What `PagedCache` is made with beside the model's shape, dtype and device. Errors: `ConfigError`."""
-        said = {name: getattr(self, name) for name in ("page_size", "kv_dtype", "attention_policy")}
-        how = read(Settings, said, "config")
-        return {"page_size": how.page_size, "kv_dtype": how.kv_dtype, "policy": how.attention_policy}
+        values = {name: getattr(self, name) for name in ("page_size", "kv_dtype", "attention_policy")}
+        settings = read_dataclass(RunSettings, values, "config")
+        return {"page_size": settings.page_size, "kv_dtype": settings.kv_dtype, "numerics": settings.attention_policy}
 
-    def parts(self) -> dict[str, dict[str, Any]]:
+    def part_configs(self) -> dict[str, dict[str, Any]]:
         """The three nested configs, read from their folders where they are not given in place.
 
         Errors: ValueError if one is neither given nor to be found.
         """
         root = self._name_or_path or self.resume_path
-        found = {}
+        configs = {}
         for part in loading.PARTS:
-            given = getattr(self, f"{part}_cfg")
-            folder = folder_in(Path(root), given if isinstance(given, str) else part) if root else None
-            if isinstance(given, dict):
-                found[part] = given
+            value = getattr(self, f"{part}_cfg")
+            folder = find_folder(Path(root), value if isinstance(value, str) else part) if root else None
+            if isinstance(value, dict):
+                configs[part] = value
             elif folder and (folder / "config.json").exists():
-                found[part] = loading.read_json(folder / "config.json")
-        if len(found) != 3:
-            missing = ", ".join(f"`{part}_cfg`" for part in loading.PARTS if part not in found)
+                configs[part] = loading.read_json(folder / "config.json")
+        if len(configs) != 3:
+            missing = ", ".join(f"`{part}_cfg`" for part in loading.PARTS if part not in configs)
             raise ValueError(f"`llm_cfg` `mm_projector_cfg` `vision_tower_cfg` not found in the config: no {missing}")
-        return found
+        return configs

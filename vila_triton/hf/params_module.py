@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..models.params import Spec, leaves, tree_map
+from ..models.params import ParameterSpec, leaves, tree_map
 
 
-class Part(nn.Module):
+class ParamsModule(nn.Module):
     """A params tree as a module: its leaves are parameters under their checkpoint names, `params` is the tree."""
 
     def __init__(self, specs: Any, tree: Any):
@@ -16,15 +16,15 @@ class Part(nn.Module):
         for spec, leaf in zip(leaves(specs), leaves(tree), strict=True):
             *path, name = spec.key.split(".")
             module: nn.Module = self
-            for step in path:
-                if step not in module._modules:
-                    module.add_module(step, nn.Module())
-                module = module.get_submodule(step)
+            for child in path:
+                if child not in module._modules:
+                    module.add_module(child, nn.Module())
+                module = module.get_submodule(child)
             module.register_parameter(name, nn.Parameter(leaf, requires_grad=leaf.is_floating_point()))
 
     @property
     def params(self) -> Any:
-        def leaf(spec: Spec) -> Tensor:
+        def parameter(spec: ParameterSpec) -> Tensor:
             return self.get_parameter(spec.key)
 
-        return tree_map(leaf, self.specs)
+        return tree_map(parameter, self.specs)

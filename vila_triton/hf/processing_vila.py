@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from ..chat.prompts import IMAGE, tokenize
-from ..chat.special_tokens import renamed
-from ..chat.templates import TEMPLATES, template
+from ..chat.prompts import IMAGE_TOKEN, tokenize
+from ..chat.special_tokens import alias_special_tokens
+from ..chat.templates import TEMPLATES, resolve_template
 from ..chat.tokenizer import load_tokenizer
 from ..checkpoints.loading import read_json, write_json
-from ..files.reading import shown
-from ..images.processing import Images, listed, loaded, pixels
-from ..images.processing import image_processor as load_image_processor
-from ..models.config import ConfigError, Settings, read
+from ..files.reading import short_repr
+from ..images.processing import ImageInput, list_images, load_image, preprocess_images
+from ..images.processing import load_image_processor as load_image_processor
+from ..models.config import ConfigError, RunSettings, read_dataclass
 from ..models.vila import IMAGE_TOKEN_INDEX
-from .unsupported import refusing
+from .unsupported import unsupported_method
 
-OWN = "processor_config.json"
-PLAIN = TEMPLATES["plain"]  # of no special tokens
-SETTINGS = ("conversation_template", "image_aspect_ratio")
+PROCESSOR_CONFIG_NAME = "processor_config.json"
+PLAIN_TEMPLATE = TEMPLATES["plain"]  # of no special tokens
+CONFIG_KEYS = ("conversation_template", "image_aspect_ratio")
 
 
 NO_PARSER = "answers are plain text: `decode` and `batch_decode` give it"
@@ -43,29 +43,31 @@ class VilaProcessor(ProcessorMixin):
         conversation_template: str | None = None,
         image_aspect_ratio: str | None = None,
     ):
-        chat_template = template(conversation_template, tokenizer).jinja
+        chat_template = resolve_template(conversation_template, tokenizer).jinja
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.conversation_template = conversation_template
         self.image_aspect_ratio = image_aspect_ratio
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, folder: str | Path, **more: Any
+        cls, folder: str | Path, **kwargs: Any
     ) -> "VilaProcessor":
         """The processor of a VILA folder, or one that `save_pretrained` wrote.
 
         Errors: `LoadError` if it is neither, `ConfigError` for what its configs say; TypeError for arguments, of which
         it honours none.
         """
-        if unknown := [name for name, value in more.items() if value and name not in ("_from_auto", "revision")]:
+        if unknown := [name for name, value in kwargs.items() if value and name not in ("_from_auto", "revision")]:
             raise TypeError(f"VilaProcessor.from_pretrained takes a folder, and not {', '.join(unknown)}")
         folder = Path(folder)
-        files = [path for name in ("config.json", OWN) if (path := folder / name).exists()] or [folder / "config.json"]
+        files = [path for name in ("config.json", PROCESSOR_CONFIG_NAME) if (path := folder / name).exists()] or [
+            folder / "config.json"
+        ]
         values: dict[str, Any] = {}
         for path in files:
-            said = {key: value for key, value in read_json(path).items() if key in SETTINGS}
-            read(Settings, said, str(path))
-            values |= said
+            settings = {key: value for key, value in read_json(path).items() if key in CONFIG_KEYS}
+            read_dataclass(RunSettings, settings, str(path))
+            values |= settings
         parts = load_image_processor(folder), load_tokenizer(folder)
         try:
             return cls(*parts, **values)
@@ -78,19 +80,19 @@ class VilaProcessor(ProcessorMixin):
         """Write what `from_pretrained` reads, beside the model or alone."""
         self.tokenizer.save_pretrained(Path(folder) / "llm")
         self.image_processor.save_pretrained(Path(folder) / "vision_tower")
-        settings = {key: getattr(self, key) for key in SETTINGS}
-        write_json(Path(folder) / OWN, {"processor_class": type(self).__name__, **settings})
+        settings = {key: getattr(self, key) for key in CONFIG_KEYS}
+        write_json(Path(folder) / PROCESSOR_CONFIG_NAME, {"processor_class": type(self).__name__, **settings})
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        images: Images = None,
+        images: ImageInput = None,
         text: str | Sequence[str] | None = None,
         *,
         padding: bool | str = True,
         return_tensors: str | None = "pt",
         add_special_tokens: bool = True,
         split_special_tokens: bool = False,
-        **more: Any,
+        **kwargs: Any,
     ) -> BatchFeature:
         """input_ids [b, t] (-200 for each `<image>`), attention_mask [b, t], and images [n, 3, H, W] if there are any.
 
@@ -100,88 +102,90 @@ class VilaProcessor(ProcessorMixin):
         `padding` on the tokenizer's side, rows are one tensor; without, or with `return_tensors=None`, they are lists.
         Errors: ValueError for another number of pictures than of `<image>`; TypeError for other arguments.
         """
-        unknown = [name for name, value in more.items() if value is not None]  # transformers gives videos=None
+        unknown = [name for name, value in kwargs.items() if value is not None]  # transformers gives videos=None
         if unknown or text is None:
-            asked = ", ".join(unknown) or "no text"
+            unexpected = ", ".join(unknown) or "no text"
             raise TypeError(
                 "VilaProcessor takes text, images, padding, return_tensors, add_special_tokens, split_special_tokens; "
-                f"got {asked}"
+                f"got {unexpected}"
             )
         if return_tensors not in ("pt", None):
             raise ValueError(f"return_tensors is {return_tensors!r}, expected 'pt' or None")
         if padding not in (True, False, "longest"):
             raise ValueError(f"padding is {padding!r}, expected True or 'longest', or False")
         texts: list[Any] = list(text) if isinstance(text, (list, tuple)) else [text]
-        if wrong := [line for line in texts if not isinstance(line, str)]:
-            raise TypeError(f"a text is a str, not {type(wrong[0]).__name__}")
+        if invalid := [line for line in texts if not isinstance(line, str)]:
+            raise TypeError(f"a text is a str, not {type(invalid[0]).__name__}")
         if not texts:
             raise ValueError("VilaProcessor got no text: the list is empty")
-        pictures = matched(texts, images)
-        names = renamed(self.tokenizer, PLAIN) if split_special_tokens else None
+        pil_images = flatten_images(texts, images)
+        names = alias_special_tokens(self.tokenizer, PLAIN_TEMPLATE) if split_special_tokens else None
         rows = [tokenize(line, self.tokenizer, add_special_tokens, names) for line in texts]
-        ones = [[1] * len(row) for row in rows]
+        mask = [[1] * len(row) for row in rows]
         if padding:
-            fill = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
-            rows, ones = self._padded(rows, fill), self._padded(ones, 0)
+            pad_id = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
+            rows, mask = self._pad(rows, pad_id), self._pad(mask, 0)
         as_tensors = return_tensors == "pt" and (padding or len(texts) == 1)
-        inputs: dict[str, Any] = {"input_ids": rows, "attention_mask": ones}
+        inputs: dict[str, Any] = {"input_ids": rows, "attention_mask": mask}
         if as_tensors:
             inputs = {name: torch.tensor(values) for name, values in inputs.items()}
-        if pictures:
-            inputs["images"] = pixels(pictures, self.image_processor, self.image_aspect_ratio)
+        if pil_images:
+            inputs["images"] = preprocess_images(pil_images, self.image_processor, self.image_aspect_ratio)
         return BatchFeature(inputs)
 
-    def _padded(self, rows: Sequence[list[int]], fill: int) -> list[list[int]]:
+    def _pad(self, rows: Sequence[list[int]], value: int) -> list[list[int]]:
         longest = max(map(len, rows))
-        pads = [[fill] * (longest - len(row)) for row in rows]
+        pads = [[value] * (longest - len(row)) for row in rows]
         left = self.tokenizer.padding_side == "left"
         return [[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, pads)]
 
-    def apply_chat_template(self, conversation: Any, *args: Any, **more: Any) -> Any:
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As every processor does. Errors: ValueError for a conversation without messages."""
         if not len(conversation):
             raise ValueError("there is no message in the conversation")
-        return super().apply_chat_template(conversation, *args, **more)
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **more: Any) -> str:
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
         """The text of token ids, with `<image>` where a picture is, unless special tokens are left out."""
         try:
             ids = [operator.index(token) for token in torch.as_tensor(token_ids).flatten().tolist()]
         except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"token ids are whole numbers, not {shown(token_ids)}") from None
+            raise TypeError(f"token ids are whole numbers, not {short_repr(token_ids)}") from None
         ends = [i for i, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
         parts = [ids[start:end] for start, end in zip([0, *(i + 1 for i in ends)], [*ends, len(ids)])]
-        if below := [token for part in parts for token in part if token < 0]:
-            raise ValueError(f"token {below[0]} is of no text: only {IMAGE_TOKEN_INDEX}, a picture, is below 0")
-        texts = [self.tokenizer.decode(part, skip_special_tokens=skip_special_tokens, **more) for part in parts]
-        return ("" if skip_special_tokens else IMAGE).join(texts)
+        if invalid := [token for part in parts for token in part if token < 0]:
+            raise ValueError(f"token {invalid[0]} is of no text: only {IMAGE_TOKEN_INDEX}, a picture, is below 0")
+        texts = [self.tokenizer.decode(part, skip_special_tokens=skip_special_tokens, **kwargs) for part in parts]
+        return ("" if skip_special_tokens else IMAGE_TOKEN).join(texts)
 
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **more: Any) -> list[str]:
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """The same of several rows."""
-        return [self.decode(row, skip_special_tokens, **more) for row in sequences]
+        return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
 
-    push_to_hub = refusing("push_to_hub", NO_HUB)
-    parse_response = refusing("parse_response", NO_PARSER)
-    post_process_multimodal_output = refusing("post_process_multimodal_output", NO_PARSER)
+    push_to_hub = unsupported_method("push_to_hub", NO_HUB)
+    parse_response = unsupported_method("parse_response", NO_PARSER)
+    post_process_multimodal_output = unsupported_method("post_process_multimodal_output", NO_PARSER)
 
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "images"]
 
 
-def matched(texts: Sequence[str], images: Images) -> list[Any]:
+def flatten_images(texts: Sequence[str], images: ImageInput) -> list[Any]:
     """All pictures in order. Errors: ValueError if they are not as many as the texts have places for them."""
-    given_pictures = listed(images)
-    places = [line.count(IMAGE) for line in texts]
-    lists = [isinstance(entry, (list, tuple)) for entry in given_pictures]
+    entries = list_images(images)
+    num_placeholders = [line.count(IMAGE_TOKEN) for line in texts]
+    lists = [isinstance(entry, (list, tuple)) for entry in entries]
     nested = any(lists)
     if nested and not all(lists):
         raise ValueError("images mix pictures and lists of pictures; expected either pictures or a list for each text")
-    given = [len(entry) for entry in given_pictures] if nested else [len(given_pictures)]
-    if nested and len(given) != len(texts):
-        raise ValueError(f"{len(given)} lists of pictures were given for {len(texts)} texts; expected one for each")
-    for i, (n, wanted) in enumerate(zip(given, places if nested else [sum(places)])):
-        if n != wanted:
+    counts = [len(entry) for entry in entries] if nested else [len(entries)]
+    if nested and len(counts) != len(texts):
+        raise ValueError(f"{len(counts)} lists of pictures were given for {len(texts)} texts; expected one for each")
+    for i, (n, expected) in enumerate(zip(counts, num_placeholders if nested else [sum(num_placeholders)])):
+        if n != expected:
             where = f"text {i} has" if nested else "the texts have"
-            raise ValueError(f"{where} places for {wanted} pictures, but {n} were given; write {IMAGE} once for each")
-    return [loaded(picture) for entry in given_pictures for picture in (entry if nested else [entry])]
+            raise ValueError(
+                f"{where} places for {expected} pictures, but {n} were given; write {IMAGE_TOKEN} once for each"
+            )
+    return [load_image(image) for entry in entries for image in (entry if nested else [entry])]

@@ -9,81 +9,87 @@ from typing import Any, NoReturn
 import torch
 
 
-def named(names: str, why: str) -> dict[str, str]:
-    return dict.fromkeys(names.split(), why)
+def dict_of_reasons(names: str, reason: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), reason)
 
 
-ARGUMENTS = {  # of `generate` with transformers' loop
-    **named(
+UNSUPPORTED_ARGUMENTS = {  # of `generate` with transformers' loop
+    **dict_of_reasons(
         "cache cache_config cache_implementation max_cache_len past_key_values prefill_chunk_size use_cache",
         "the cache is paged, and made by the model",
     ),
-    **named("inputs inputs_embeds position_ids", "a prompt is input_ids and images"),
-    **named(
+    **dict_of_reasons("inputs inputs_embeds position_ids", "a prompt is input_ids and images"),
+    **dict_of_reasons(
         "assistant_model assistant_tokenizer assistant_early_exit assistant_ensemble_weight assistant_lookbehind "
         "assistant_confidence_threshold is_assistant max_matching_ngram_size num_assistant_tokens "
         "num_assistant_tokens_schedule prompt_lookup_num_tokens speculation_type target_lookbehind use_mtp",
         "drafts cannot be taken back from a paged cache here",
     ),
-    **named(
+    **dict_of_reasons(
         "custom_generate trust_remote_code penalty_alpha low_memory dola_layers constraints force_words_ids "
         "num_beam_groups diversity_penalty",
         "transformers runs code from elsewhere for it",
     ),
-    **named(
+    **dict_of_reasons(
         "guidance_scale negative_prompt_ids negative_prompt_attention_mask",
         "it runs a second prompt, for which there is no cache",
     ),
-    **named("token_healing", "it changes words of a prompt whose embeddings are made already"),
-    **named("output_attentions", "only a whole prompt has them: call the model itself"),
-    **named("encoder_repetition_penalty encoder_no_repeat_ngram_size", "there is no encoder of words"),
+    **dict_of_reasons("token_healing", "it changes words of a prompt whose embeddings are made already"),
+    **dict_of_reasons("output_attentions", "only a whole prompt has them: call the model itself"),
+    **dict_of_reasons("encoder_repetition_penalty encoder_no_repeat_ngram_size", "there is no encoder of words"),
 }
 
-TREE = "its parameters are a frozen tree, whose sizes are the checkpoint's; change the checkpoint instead"
+FROZEN_TREE = "its parameters are a frozen tree, whose sizes are the checkpoint's; change the checkpoint instead"
 PEFT = "adapters wrap torch modules, and its linears are functions; merge an adapter into the checkpoint instead"
-BATCHES = "it has an engine of its own: `generate` takes a batch of prompts, `Conversation` shares a cache"
-KERNELS = "kernels are chosen by op: `use(...)`, `vila-triton ops`"
-METHODS = {
-    **named(
+OWN_ENGINE = "it has an engine of its own: `generate` takes a batch of prompts, `Conversation` shares a cache"
+KERNELS_BY_OP = "kernels are chosen by op: `use(...)`, `vila-triton ops`"
+UNSUPPORTED_METHODS = {
+    **dict_of_reasons(
         "resize_token_embeddings resize_position_embeddings get_position_embeddings set_input_embeddings "
         "set_output_embeddings set_decoder set_encoder enable_input_require_grads",
-        TREE,
+        FROZEN_TREE,
     ),
-    **named(
+    **dict_of_reasons(
         "add_adapter load_adapter set_adapter delete_adapter enable_adapters disable_adapters active_adapters "
         "get_adapter_state_dict enable_peft_hotswap",
         PEFT,
     ),
-    **named("generate_batch init_continuous_batching continuous_batching_context_manager", BATCHES),
-    **named("set_attn_implementation set_experts_implementation set_use_kernels", KERNELS),
-    **named("load_custom_generate adjust_generation_fn", "no code that a checkpoint brings is run"),
-    **named("heal_tokens", ARGUMENTS["token_healing"]),
-    **named("gradient_checkpointing_enable activation_checkpointing_enable", "its forward pass is one function"),
-    **named("dequantize", "`vila-triton convert SOURCE TARGET --format dense` writes int4 weights out"),
-    **named("push_to_hub", "`save_pretrained` writes a folder, which huggingface_hub's upload_folder sends"),
-    **named("save_distributed_checkpoint prepare_distribute_model", "it runs on one device"),
+    **dict_of_reasons("generate_batch init_continuous_batching continuous_batching_context_manager", OWN_ENGINE),
+    **dict_of_reasons("set_attn_implementation set_experts_implementation set_use_kernels", KERNELS_BY_OP),
+    **dict_of_reasons("load_custom_generate adjust_generation_fn", "no code that a checkpoint brings is run"),
+    **dict_of_reasons("heal_tokens", UNSUPPORTED_ARGUMENTS["token_healing"]),
+    **dict_of_reasons(
+        "gradient_checkpointing_enable activation_checkpointing_enable", "its forward pass is one function"
+    ),
+    **dict_of_reasons("dequantize", "`vila-triton convert SOURCE TARGET --format dense` writes int4 weights out"),
+    **dict_of_reasons("push_to_hub", "`save_pretrained` writes a folder, which huggingface_hub's upload_folder sends"),
+    **dict_of_reasons("save_distributed_checkpoint prepare_distribute_model", "it runs on one device"),
 }
 
 
-def refusing(name: str, why: str) -> Any:
+def unsupported_method(name: str, reason: str) -> Any:
     """A method that says why there is none."""
 
-    def refuse(self: Any, *args: Any, **more: Any) -> NoReturn:
-        raise NotImplementedError(f"{type(self).__name__} has no {name}: {why}")
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(f"{type(self).__name__} has no {name}: {reason}")
 
-    refuse.__name__, refuse.__doc__ = name, f"Not here: {why}."
+    refuse.__name__, refuse.__doc__ = name, f"Not here: {reason}."
     return refuse
 
 
-Refusing = type("Refusing", (), {name: refusing(name, why) for name, why in METHODS.items()})
+UnsupportedMethods = type(
+    "Refusing", (), {name: unsupported_method(name, why) for name, why in UNSUPPORTED_METHODS.items()}
+)
 
 
-def check_numbers(device: torch.device, dtype: torch.dtype) -> None:
+def check_device_and_dtype(device: torch.device, dtype: torch.dtype) -> None:
     """Errors: ValueError for a model without numbers, or where torch.autocast asks for the other half precision."""
     if device.type == "meta":
         raise ValueError("the model is on the meta device, where it has no numbers; load it onto another")
     halves = (torch.float16, torch.bfloat16)
     if dtype in halves and torch.is_autocast_enabled(device.type):
-        wanted = torch.get_autocast_dtype(device.type)
-        if wanted in halves and wanted != dtype:
-            raise ValueError(f"the model is in {dtype}, but torch.autocast asks for {wanted}; load it in {wanted}")
+        autocast_dtype = torch.get_autocast_dtype(device.type)
+        if autocast_dtype in halves and autocast_dtype != dtype:
+            raise ValueError(
+                f"the model is in {dtype}, but torch.autocast asks for {autocast_dtype}; load it in {autocast_dtype}"
+            )

@@ -6,45 +6,45 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from ..cache.paged_cache import lasting
-from ..lock import Lock
+from ..cache.paged_cache import outside_inference_mode
+from ..lock import DeferringLock
 
-LIMIT = 64
+MAX_IMAGES = 64
 
 
-def fingerprint(picture: Tensor) -> bytes:
+def image_hash(image: Tensor) -> bytes:
     """A digest of the pixels [c, H, W], their dtype and their shape."""
-    about = f"{picture.dtype} {list(picture.shape)}".encode()
-    return blake2b(about + picture.contiguous().view(torch.uint8).cpu().numpy().tobytes(), digest_size=16).digest()
+    header = f"{image.dtype} {list(image.shape)}".encode()
+    return blake2b(header + image.contiguous().view(torch.uint8).cpu().numpy().tobytes(), digest_size=16).digest()
 
 
-def name(picture: bytes, position: int) -> int:
+def image_token_key(digest: bytes, position: int) -> int:
     """What a position of a picture with this fingerprint is known by: a number below 0, which no word has."""
-    return -1 - int.from_bytes(blake2b(picture + position.to_bytes(4), digest_size=16).digest())
+    return -1 - int.from_bytes(blake2b(digest + position.to_bytes(4), digest_size=16).digest())
 
 
-class Pictures:
+class ImageFeatureCache:
     """Features of pictures, of which the `limit` most recently asked for are kept on the model's device; threads take
     turns.
 
     encode: pictures [n, c, H, W] -> features [n, tokens, e]. What is kept is wrong once its parameters change.
     """
 
-    def __init__(self, encode: Callable[[Tensor], Tensor], limit: int = LIMIT):
+    def __init__(self, encode: Callable[[Tensor], Tensor], max_images: int = MAX_IMAGES):
         self.encode = encode
-        self.limit = limit
-        self.kept: dict[bytes, Tensor] = {}  # [tokens, e] each, the least recently asked for first
-        self.lock = Lock()
+        self.max_images = max_images
+        self.features: dict[bytes, Tensor] = {}  # [tokens, e] each, the least recently asked for first
+        self.lock = DeferringLock()
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
         """Pictures [n, c, H, W] -> features [n, tokens, e], and the name of each of the n·tokens positions."""
-        prints = [fingerprint(picture) for picture in pixels]
-        with self.lock, lasting():
-            new = {key: picture for key, picture in zip(prints, pixels) if key not in self.kept}
+        hashes = [image_hash(image) for image in pixels]
+        with self.lock, outside_inference_mode():
+            new = {key: picture for key, picture in zip(hashes, pixels) if key not in self.features}
             if new:
-                self.kept |= zip(new, map(torch.clone, self.encode(torch.stack([*new.values()]))))
-            self.kept |= {key: self.kept.pop(key) for key in dict.fromkeys(prints)}
-            features = torch.stack([self.kept[key] for key in prints])
-            for key in [*self.kept][: -self.limit]:
-                del self.kept[key]
-        return features, [name(key, i) for key in prints for i in range(features.shape[1])]
+                self.features |= zip(new, map(torch.clone, self.encode(torch.stack([*new.values()]))))
+            self.features |= {key: self.features.pop(key) for key in dict.fromkeys(hashes)}
+            features = torch.stack([self.features[key] for key in hashes])
+            for key in [*self.features][: -self.max_images]:
+                del self.features[key]
+        return features, [image_token_key(key, i) for key in hashes for i in range(features.shape[1])]

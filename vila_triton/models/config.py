@@ -4,12 +4,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from vila_triton.files.reading import shown
+from vila_triton.files.reading import short_repr
 
-from .config_fields import Bounds, ConfigError, Count, Epsilon, Factor, Group, Layers, int4_fields, object_in, read
+from .config_fields import (
+    Bounds,
+    ConfigError,
+    Count,
+    Epsilon,
+    GroupSize,
+    LayerCount,
+    PositiveFactor,
+    nested_object,
+    quantization_fields,
+    read_dataclass,
+)
 from .vision_config import ProjectorConfig, VisionConfig
 
-__all__ = ["ConfigError", "LlamaConfig", "ProjectorConfig", "RopeScaling", "VilaConfig", "VisionConfig", "read"]
+__all__ = [
+    "ConfigError",
+    "LlamaConfig",
+    "ProjectorConfig",
+    "RopeScaling",
+    "VilaConfig",
+    "VisionConfig",
+    "read_dataclass",
+]
 
 
 @dataclass(frozen=True)
@@ -17,9 +36,9 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context: `linear` (Chen 2023) or `llama3` (Meta 2024)."""
 
     rope_type: Literal["linear", "llama3"]
-    factor: Factor
-    low_freq_factor: Factor = 1.0
-    high_freq_factor: Factor = 4.0
+    factor: PositiveFactor
+    low_freq_factor: PositiveFactor = 1.0
+    high_freq_factor: PositiveFactor = 4.0
     original_max_position_embeddings: Count = 8192
 
     def __post_init__(self) -> None:
@@ -40,46 +59,50 @@ class LlamaConfig:
     vocab_size: Count
     hidden_size: Count
     intermediate_size: Count
-    num_hidden_layers: Layers
+    num_hidden_layers: LayerCount
     num_attention_heads: Count
     num_key_value_heads: Count
     head_dim: Count
     rms_norm_eps: Epsilon = 1e-6
-    rope_theta: Annotated[float, Bounds(0, 1e18, above=True)] = 10000.0
+    rope_theta: Annotated[float, Bounds(0, 1e18, exclusive=True)] = 10000.0
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: Count = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    group_size: Group | None = None
-    order: Literal["sub", "fma"] = "sub"
-    dense: tuple[str, ...] = ()
+    group_size: GroupSize | None = None
+    rounding: Literal["sub", "fma"] = "sub"
+    dense_linears: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
         """From llm/config.json, in the spelling of transformers 4 (rope_theta) or 5 (rope_parameters)."""
         v = dict(values)
-        for name, wanted in (("model_type", "llama"), ("hidden_act", "silu")):
-            if v.get(name) not in (None, wanted):
-                raise ConfigError(f"llm: {name} is {shown(v[name])}, expected {wanted!r}")
+        for name, expected in (("model_type", "llama"), ("hidden_act", "silu")):
+            if v.get(name) not in (None, expected):
+                raise ConfigError(f"llm: {name} is {short_repr(v[name])}, expected {expected!r}")
         heads = v.get("num_attention_heads")
         if v.get("num_key_value_heads") is None:
             v["num_key_value_heads"] = heads
         if v.get("head_dim") is None and isinstance(v.get("hidden_size"), int) and isinstance(heads, int) and heads > 0:
             v["head_dim"] = v["hidden_size"] // heads
-        rope = object_in(v, "rope_scaling", "llm") | object_in(v, "rope_parameters", "llm")
+        rope = nested_object(v, "rope_scaling", "llm") | nested_object(v, "rope_parameters", "llm")
         theta = rope.get("rope_theta")
         v["rope_theta"] = v.get("rope_theta") if theta is None else theta
         v["rope_scaling"] = None
-        kind = rope.get("rope_type") or rope.get("type")
-        if kind is None and (scaled := sorted(rope.keys() - {"rope_theta", "rope_type", "type"})):
-            raise ConfigError(f"llm: rope_scaling has {', '.join(scaled)}, but no rope_type, expected linear or llama3")
-        kind = kind or "default"
-        if kind not in ("default", "linear", "llama3"):
-            raise ConfigError(f"llm: rope_scaling {shown(kind)} is not supported (default, linear, llama3 are)")
-        if kind != "default":
-            v["rope_scaling"] = read(RopeScaling, {**rope, "rope_type": kind}, "llm rope_scaling")
-        cfg = read(cls, {**v, **int4_fields(v, "llm", ("sub", "fma"))}, "llm")
+        rope_type = rope.get("rope_type") or rope.get("type")
+        if rope_type is None and (other_keys := sorted(rope.keys() - {"rope_theta", "rope_type", "type"})):
+            raise ConfigError(
+                f"llm: rope_scaling has {', '.join(other_keys)}, but no rope_type, expected linear or llama3"
+            )
+        rope_type = rope_type or "default"
+        if rope_type not in ("default", "linear", "llama3"):
+            raise ConfigError(
+                f"llm: rope_scaling {short_repr(rope_type)} is not supported (default, linear, llama3 are)"
+            )
+        if rope_type != "default":
+            v["rope_scaling"] = read_dataclass(RopeScaling, {**rope, "rope_type": rope_type}, "llm rope_scaling")
+        cfg = read_dataclass(cls, {**v, **quantization_fields(v, "llm", ("sub", "fma"))}, "llm")
         if cfg.head_dim % 2:
             raise ConfigError(f"llm: head_dim is {cfg.head_dim}, expected an even number: rotary angles turn pairs")
         if cfg.num_attention_heads % cfg.num_key_value_heads:
@@ -90,11 +113,11 @@ class LlamaConfig:
 
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
-Token = Annotated[int, Bounds(0, 2**31 - 1)]
+TokenId = Annotated[int, Bounds(0, 2**31 - 1)]
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunSettings:
     """What the top config.json says beside the geometry: how the model is run, and how it is asked."""
 
     prefill_chunk_size: Count = 512
@@ -114,10 +137,10 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Words:
+class TokenSettings:
     """What llm/config.json says of the tokens."""
 
-    eos_token_id: Token | list[Token] | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
     tokenizer_model_max_length: Annotated[int, Bounds(1, 2**128)] | None = None
     tokenizer_padding_side: Literal["left", "right"] = "right"
 
@@ -136,24 +159,26 @@ class VilaConfig:
 
     def __post_init__(self) -> None:
         tower, projector = self.vision_tower, self.mm_projector
-        for name, got, want in (
-            ("mm_hidden_size", projector.mm_hidden_size, tower.width),
+        for name, actual, required in (
+            ("mm_hidden_size", projector.mm_hidden_size, tower.feature_dim),
             ("hidden_size", projector.hidden_size, self.llm.hidden_size),
         ):
-            if got != want:
-                raise ConfigError(f"mm_projector: {name} is {got}, but the part it joins is {want} wide")
-        if projector.side > 1 and tower.features != tower.grid**2:
+            if actual != required:
+                raise ConfigError(f"mm_projector: {name} is {actual}, but the part it joins is {required} wide")
+        if projector.downsample_factor > 1 and tower.num_features != tower.patches_per_side**2:
             raise ConfigError(
                 f"mm_projector: {projector.mm_projector_type} needs a square of patches, but 'cls_patch' of "
                 f"{tower.model_type} keeps the class token; mm_vision_select_feature must be 'patch'"
             )
 
     @property
-    def image_tokens(self) -> int:
+    def tokens_per_image(self) -> int:
         """Positions one picture takes in the language model."""
-        side = self.mm_projector.side
-        return self.vision_tower.features if side == 1 else (-(-self.vision_tower.grid // side)) ** 2
+        side = self.mm_projector.downsample_factor
+        return self.vision_tower.num_features if side == 1 else (-(-self.vision_tower.patches_per_side // side)) ** 2
 
-    def report(self) -> str:
+    def describe(self) -> str:
         """How a picture is seen, in two lines: what was chosen by the config, defaults included."""
-        return f"{self.vision_tower.report()}\n{self.mm_projector.report()}; {self.image_tokens} tokens a picture"
+        return (
+            f"{self.vision_tower.describe()}\n{self.mm_projector.describe()}; {self.tokens_per_image} tokens a picture"
+        )

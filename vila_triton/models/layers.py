@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vila_triton import ops
 
-from .params import Spec, weight
+from .params import ParameterSpec, weight_spec
 
 # A leaf is a Spec when declared and a Tensor when real; a linear's weight may also be an Int4 of either.
 Leaf = Any
@@ -21,16 +21,27 @@ class Affine:
     bias: Leaf | None  # [n] or [e]
 
 
-def declare_linear(
-    n: int, k: int, key: str, dtype: torch.dtype, bias: bool = True, group: int | None = None, order: str = "sub"
+def linear_specs(
+    n: int,
+    k: int,
+    key: str,
+    dtype: torch.dtype,
+    bias: bool = True,
+    group_size: int | None = None,
+    rounding: str = "sub",
 ) -> Affine:
     """A linear map from k to n; int4 if a group size is given, rounded in that order."""
-    return Affine(weight(n, k, key, dtype, group, order), Spec((n,), f"{key}.bias", dtype, "zeros") if bias else None)
+    return Affine(
+        weight_spec(n, k, key, dtype, group_size, rounding),
+        ParameterSpec((n,), f"{key}.bias", dtype, "zeros") if bias else None,
+    )
 
 
-def declare_norm(e: int, key: str, dtype: torch.dtype) -> Affine:
+def norm_specs(e: int, key: str, dtype: torch.dtype) -> Affine:
     """A layer norm over e."""
-    return Affine(Spec((e,), f"{key}.weight", dtype, "ones"), Spec((e,), f"{key}.bias", dtype, "zeros"))
+    return Affine(
+        ParameterSpec((e,), f"{key}.weight", dtype, "ones"), ParameterSpec((e,), f"{key}.bias", dtype, "zeros")
+    )
 
 
 def linear(p: Affine, x: Tensor) -> Tensor:
@@ -38,7 +49,7 @@ def linear(p: Affine, x: Tensor) -> Tensor:
     return ops.linear(x, p.weight, p.bias)
 
 
-Linear = Callable[[Affine, Tensor], Tensor]  # of every block: `linear`, or one that also looks at what it is given
+LinearFn = Callable[[Affine, Tensor], Tensor]  # of every block: `linear`, or one that also looks at what it is given
 
 
 def layer_norm(p: Affine, x: Tensor, eps: float) -> Tensor:

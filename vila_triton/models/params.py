@@ -10,19 +10,19 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from vila_triton.checkpoints.int4_packing import tiles
-from vila_triton.files.reading import LoadError, listed
+from vila_triton.checkpoints.int4_packing import tiled_shape
+from vila_triton.files.reading import LoadError, join_items
 from vila_triton.ops import Int4
-from vila_triton.ops.int4 import check_int4
+from vila_triton.ops.int4 import check_int4_shape
 
 from .config_fields import ConfigError
 
-T = TypeVar("T")
-SIDE = 1024  # integers of a row, of which a checksum has the sum
+Tree = TypeVar("Tree")
+CHECKSUM_WIDTH = 1024  # integers of a row, of which a checksum has the sum
 
 
 @dataclass(frozen=True)
-class Spec:
+class ParameterSpec:
     """A leaf before it has a value: its shape, its name in the checkpoint, its dtype, how it starts out."""
 
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class Spec:
     dtype: torch.dtype
     init: Literal["normal", "ones", "zeros", "codes"] = "normal"
 
-    def tensor(self, rng: torch.Generator | None) -> Tensor:
+    def init_tensor(self, rng: torch.Generator | None) -> Tensor:
         if self.init == "ones":
             return torch.ones(self.shape, dtype=self.dtype)
         if self.init == "zeros":
@@ -42,7 +42,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Lazy(Mapping[str, Tensor]):
+class LazyTensors(Mapping[str, Tensor]):
     """Tensors by name, made when they are asked for.
 
     meta: name -> a tensor on torch's meta device: the shape and dtype. forget: told that the memory of one may go; it
@@ -51,7 +51,7 @@ class Lazy(Mapping[str, Tensor]):
 
     meta: Mapping[str, Tensor]
     read: Callable[[str], Tensor]
-    forget: Callable[[str], None] = lambda name: None
+    release: Callable[[str], None] = lambda name: None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
@@ -63,54 +63,56 @@ class Lazy(Mapping[str, Tensor]):
         return len(self.meta)
 
     @classmethod
-    def of(cls, held: Mapping[str, Tensor]) -> "Lazy":
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "LazyTensors":
         """Tensors that are there already."""
-        return cls({name: x.to("meta") for name, x in held.items()}, held.__getitem__)
+        return cls({name: x.to("meta") for name, x in tensors.items()}, tensors.__getitem__)
 
-    def named(self, names: Mapping[str, str]) -> "Lazy":
+    def rename(self, names: Mapping[str, str]) -> "LazyTensors":
         """Some of them under other names: new name -> the one here."""
         meta = {new: self.meta[old] for new, old in names.items()}
-        return Lazy(meta, lambda new: self.read(names[new]), lambda new: self.forget(names[new]))
+        return LazyTensors(meta, lambda new: self.read(names[new]), lambda new: self.release(names[new]))
 
 
-def weight(n: int, k: int, key: str, dtype: torch.dtype, group: int | None = None, order: Any = "sub") -> Any:
+def weight_spec(
+    n: int, k: int, key: str, dtype: torch.dtype, group_size: int | None = None, rounding: Any = "sub"
+) -> Any:
     """The declaration of a linear's weight [n, k]: a `Spec`, or an `Int4` of them if a group size is given (-1: k).
 
     Errors: `ConfigError` for groups that are none of k.
     """
-    if group is None:
-        return Spec((n, k), f"{key}.weight", dtype)
-    group = k if group == -1 else group
+    if group_size is None:
+        return ParameterSpec((n, k), f"{key}.weight", dtype)
+    group_size = k if group_size == -1 else group_size
     try:
-        check_int4(k, group)
+        check_int4_shape(k, group_size)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from None
     return Int4(
-        Spec(tiles(n, k), f"{key}.qweight", torch.int32, "codes"),
-        Spec((k // group, n), f"{key}.scales", dtype),
-        Spec((k // group, n), f"{key}.zeros", dtype, "ones"),
-        group,
-        order,
+        ParameterSpec(tiled_shape(n, k), f"{key}.qweight", torch.int32, "codes"),
+        ParameterSpec((k // group_size, n), f"{key}.scales", dtype),
+        ParameterSpec((k // group_size, n), f"{key}.zeros", dtype, "ones"),
+        group_size,
+        rounding,
     )
 
 
-def tree_map(f: Callable[..., Any], tree: T, *rest: T) -> T:
+def tree_map(f: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     """The same tree with f applied to its leaves (and to those of the others, leaf by leaf); all else stays."""
     if tree is None or isinstance(tree, int | str):
         return tree
     if isinstance(tree, tuple):
-        return tuple(tree_map(f, *parts) for parts in zip(tree, *rest, strict=True))  # pyright: ignore
-    if is_dataclass(tree) and not isinstance(tree, Spec):
+        return tuple(tree_map(f, *parts) for parts in zip(tree, *others, strict=True))  # pyright: ignore
+    if is_dataclass(tree) and not isinstance(tree, ParameterSpec):
         names = [field.name for field in fields(tree)]
-        return type(tree)(*(tree_map(f, getattr(tree, n), *(getattr(r, n) for r in rest)) for n in names))
-    return f(tree, *rest)
+        return type(tree)(*(tree_map(f, getattr(tree, n), *(getattr(r, n) for r in others)) for n in names))
+    return f(tree, *others)
 
 
 def leaves(tree: Any) -> list[Any]:
     """The leaves, in the order of declaration."""
-    found: list[Any] = []
-    tree_map(found.append, tree)
-    return found
+    result: list[Any] = []
+    tree_map(result.append, tree)
+    return result
 
 
 def checksum(parameters: Sequence[Tensor]) -> int:
@@ -121,61 +123,63 @@ def checksum(parameters: Sequence[Tensor]) -> int:
     def sums(x: Tensor) -> list[Tensor]:
         flat = x.detach().contiguous().flatten().view(torch.uint8)
         flat = flat.clone() if flat.storage_offset() % 8 else flat  # which cannot be seen as integers of 8 bytes
-        words, rest = flat[: len(flat) // 8 * 8].view(torch.int64), flat[len(flat) // 8 * 8 :]
-        square = words[: len(words) // SIDE * SIDE].view(-1, SIDE)
-        return [square.sum(0), square.sum(1), words[square.numel() :], rest.long()]
+        integers, tail_bytes = flat[: len(flat) // 8 * 8].view(torch.int64), flat[len(flat) // 8 * 8 :]
+        matrix = integers[: len(integers) // CHECKSUM_WIDTH * CHECKSUM_WIDTH].view(-1, CHECKSUM_WIDTH)
+        return [matrix.sum(0), matrix.sum(1), integers[matrix.numel() :], tail_bytes.long()]
 
-    parts = torch.cat([part for x in parameters for part in sums(x)])
-    places = 2 * torch.arange(len(parts), device=parts.device) + 1
-    return int(((parts ^ parts >> 29) * places).sum())
+    totals = torch.cat([part for x in parameters for part in sums(x)])
+    weights = 2 * torch.arange(len(totals), device=totals.device) + 1
+    return int(((totals ^ totals >> 29) * weights).sum())
 
 
-def written(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+def write_counts(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
     """What changes when parameters are replaced or written to: where each lies, and how often torch has counted a write
     to it. It counts none through `.data`, nor any to a tensor made under `inference_mode`: of such a one the checksum.
     """
     return [(x.data_ptr(), checksum([x]) if x.is_inference() else x._version) for x in parameters]
 
 
-def init(specs: T, rng: torch.Generator | None = None) -> T:
+def init_tree(specs: Tree, rng: torch.Generator | None = None) -> Tree:
     """Random parameters for a declared tree."""
     return tree_map(lambda spec: spec.tensor(rng), specs)
 
 
-def count(tree: Any) -> int:
+def num_parameters(tree: Any) -> int:
     """Numbers in a tree, declared or real (an int4 word counts as one)."""
     return sum(math.prod(leaf.shape) for leaf in leaves(tree))
 
 
-def load(specs: T, tensors: Lazy, where: str, ignore: tuple[str, ...] = (), device: torch.device | str = "cpu") -> T:
+def load_tree(
+    specs: Tree, tensors: LazyTensors, source: str, ignore: tuple[str, ...] = (), device: torch.device | str = "cpu"
+) -> Tree:
     """The declared tree filled from a checkpoint's tensors, one at a time: onto the device, in the declared dtypes.
 
     Errors: `LoadError`, in one message, for every missing, unexpected (unless its name starts with one of `ignore`)
     and misshapen tensor, and for one whose kind (whole numbers or real) is not the declared one.
     """
-    require_fit(specs, tensors.meta, where, ignore)
+    check_state_dict(specs, tensors.meta, source, ignore)
 
-    def take(spec: Spec) -> Tensor:
+    def load_leaf(spec: ParameterSpec) -> Tensor:
         x = tensors[spec.key]
-        taken = x.to(device, spec.dtype)
-        if taken.data_ptr() != x.data_ptr():
-            tensors.forget(spec.key)
-        return taken
+        leaf = x.to(device, spec.dtype)
+        if leaf.data_ptr() != x.data_ptr():
+            tensors.release(spec.key)
+        return leaf
 
-    return tree_map(take, specs)
+    return tree_map(load_leaf, specs)
 
 
-def require_fit(specs: Any, meta: Mapping[str, Tensor], where: str, ignore: tuple[str, ...] = ()) -> None:
+def check_state_dict(specs: Any, meta: Mapping[str, Tensor], source: str, ignore: tuple[str, ...] = ()) -> None:
     """`LoadError` with everything that `load` would find wrong."""
     problems = list(mismatches(specs, meta, ignore))
     if problems:
-        lines = listed(problems, most=20, between="\n  ")
-        raise LoadError(f"{where}: {len(problems)} of its tensors do not fit the model:\n  {lines}")
+        lines = join_items(problems, max_items=20, separator="\n  ")
+        raise LoadError(f"{source}: {len(problems)} of its tensors do not fit the model:\n  {lines}")
 
 
 def mismatches(specs: Any, tensors: Mapping[str, Tensor], ignore: tuple[str, ...]) -> Iterator[str]:
-    declared = {spec.key: spec for spec in leaves(specs)}
-    for key, spec in declared.items():
+    specs_by_key = {spec.key: spec for spec in leaves(specs)}
+    for key, spec in specs_by_key.items():
         if key not in tensors:
             yield f"missing     {key} {list(spec.shape)}"
         elif tuple(tensors[key].shape) != spec.shape:
@@ -183,5 +187,5 @@ def mismatches(specs: Any, tensors: Mapping[str, Tensor], ignore: tuple[str, ...
         elif tensors[key].is_floating_point() != spec.dtype.is_floating_point:
             yield f"wrong dtype {key} {tensors[key].dtype}, expected {spec.dtype}"
     for key in tensors:
-        if key not in declared and not key.startswith(ignore or "\0"):
+        if key not in specs_by_key and not key.startswith(ignore or "\0"):
             yield f"unexpected  {key} {list(tensors[key].shape)}"

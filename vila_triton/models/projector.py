@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .config import ProjectorConfig
-from .layers import Affine, Linear, declare_linear, declare_norm, layer_norm, linear
+from .layers import Affine, LinearFn, layer_norm, linear, linear_specs, norm_specs
 
 EPS = 1e-5  # torch's default, which the checkpoints were trained with
 
@@ -26,7 +26,7 @@ class Projector:
     stages: tuple[Stage, ...]  # a GELU between one and the next; none in `identity`
 
 
-def widths(cfg: ProjectorConfig) -> tuple[int, ...]:
+def layer_widths(cfg: ProjectorConfig) -> tuple[int, ...]:
     """The numbers a token has before the first stage and after each."""
     m, e = cfg.mm_hidden_size, cfg.hidden_size
     return {
@@ -37,25 +37,25 @@ def widths(cfg: ProjectorConfig) -> tuple[int, ...]:
         "mlp_downsample_3x3_fix": (9 * m, 3 * m, e, e),
         "mlp_downsample_3x3_s2": (9 * m, 3 * m, m, m // 3, e, e),
         "mlp_downsample_3x3_s2_new": (9 * m, 4 * m, 2 * m, m, m // 3, e, e),
-    }.get(cfg.mm_projector_type, (m, *[e] * cfg.depth))
+    }.get(cfg.mm_projector_type, (m, *[e] * cfg.num_linears))
 
 
-def declare(cfg: ProjectorConfig, dtype: torch.dtype) -> Projector:
+def param_specs(cfg: ProjectorConfig, dtype: torch.dtype) -> Projector:
     """The tree of a projector, its leaves named as in the released checkpoints: by place among downsampling (if any),
     norms, linear maps and GELUs; `linear` is not one of several and has no number.
     """
-    sizes, normed = widths(cfg), cfg.side > 1
-    stages, place = [], int(normed)
+    sizes, has_norms = layer_widths(cfg), cfg.downsample_factor > 1
+    stages, index = [], int(has_norms)
     for i, (k, n) in enumerate(pairwise(sizes)):
-        norm = declare_norm(k, f"layers.{place}", dtype) if normed and i < len(sizes) - 2 else None
-        place += norm is not None
-        key = "layers" if cfg.mm_projector_type == "linear" else f"layers.{place}"
-        stages.append(Stage(norm, declare_linear(n, k, key, dtype, group=cfg.group_size)))
-        place += 2  # the linear map and the GELU after it
+        norm = norm_specs(k, f"layers.{index}", dtype) if has_norms and i < len(sizes) - 2 else None
+        index += norm is not None
+        key = "layers" if cfg.mm_projector_type == "linear" else f"layers.{index}"
+        stages.append(Stage(norm, linear_specs(n, k, key, dtype, group_size=cfg.group_size)))
+        index += 2  # the linear map and the GELU after it
     return Projector(tuple(stages))
 
 
-def downsample(x: Tensor, order: str, n: int = 2) -> Tensor:
+def downsample(x: Tensor, token_order: str, n: int = 2) -> Tensor:
     """n×n patches side by side: [b, side², m] -> [b, ceil(side/n)², n²·m]; what is missing at the edges is zero.
 
     A token holds its patches row by row: for n = 2 top left, top right, bottom left, bottom right. Tokens go down the
@@ -66,15 +66,15 @@ def downsample(x: Tensor, order: str, n: int = 2) -> Tensor:
         raise ValueError(f"mlp_downsample needs a square of patches, got {x.shape[1]}")
     x = rearrange(x, "b (y x) m -> b y x m", y=side)
     x = F.pad(x, (0, 0, 0, -side % n, 0, -side % n))
-    tokens = "(j i)" if order == "column" else "(i j)"
-    return rearrange(x, f"b (i p) (j q) m -> b {tokens} (p q m)", p=n, q=n)
+    token_axes = "(j i)" if token_order == "column" else "(i j)"
+    return rearrange(x, f"b (i p) (j q) m -> b {token_axes} (p q m)", p=n, q=n)
 
 
-def projector(p: Projector, x: Tensor, cfg: ProjectorConfig, linear: Linear = linear) -> Tensor:
+def forward(p: Projector, x: Tensor, cfg: ProjectorConfig, apply_linear: LinearFn = linear) -> Tensor:
     """Picture features [b, features, m] -> [b, tokens, e]."""
-    x = downsample(x, cfg.order, cfg.side) if cfg.side > 1 else x
+    x = downsample(x, cfg.effective_token_order, cfg.downsample_factor) if cfg.downsample_factor > 1 else x
     for i, stage in enumerate(p.stages):
         x = F.gelu(x) if i else x
         x = layer_norm(stage.norm, x, EPS) if stage.norm else x
-        x = linear(stage.linear, x)
+        x = apply_linear(stage.linear, x)
     return x

@@ -26,23 +26,23 @@ class Vila:
     mm_projector: Any  # projector.Projector
 
 
-def declare(cfg: VilaConfig, dtype: torch.dtype) -> Vila:
+def param_specs(cfg: VilaConfig, dtype: torch.dtype) -> Vila:
     """The tree of a model."""
     return Vila(
-        llama.declare(cfg.llm, dtype),
-        vision.declare(cfg.vision_tower, dtype),
-        projector.declare(cfg.mm_projector, dtype),
+        llama.param_specs(cfg.llm, dtype),
+        vision.param_specs(cfg.vision_tower, dtype),
+        projector.param_specs(cfg.mm_projector, dtype),
     )
 
 
 def encode_images(p: Vila, pixels: Tensor, cfg: VilaConfig) -> Tensor:
     """Pictures [n, c, H, W] -> features [n, tokens, e]."""
-    features = vision.vision_tower(p.vision_tower, pixels, cfg.vision_tower)
-    return projector.projector(p.mm_projector, features, cfg.mm_projector)
+    features = vision.forward(p.vision_tower, pixels, cfg.vision_tower)
+    return projector.forward(p.mm_projector, features, cfg.mm_projector)
 
 
-def splice(
-    rows: Sequence[Tensor], image_tokens: Sequence[int], vocab_size: int, first_feature: int = 0
+def splice_image_tokens(
+    rows: Sequence[Tensor], tokens_per_image: Sequence[int], vocab_size: int, first_row: int = 0
 ) -> list[Tensor]:
     """Widen every picture's place to its positions; pictures are taken in order through the whole batch.
 
@@ -51,27 +51,29 @@ def splice(
     Errors: ValueError if the pictures are not as many as their places, or an id is not in the vocabulary.
     """
     ids = torch.cat(list(rows)) if rows else torch.empty(0, dtype=torch.int64)
-    places = int((ids == IMAGE_TOKEN_INDEX).sum())
-    if places != len(image_tokens):
-        raise ValueError(f"the prompt has places for {places} pictures, but {len(image_tokens)} were given")
-    words = ids[ids != IMAGE_TOKEN_INDEX]
-    if len(words) and not (int(words.min()) >= 0 and int(words.max()) < vocab_size):
-        bad = int(words.min()) if int(words.min()) < 0 else int(words.max())
-        raise ValueError(f"token id {bad} is not in the vocabulary of {vocab_size}, nor is it {IMAGE_TOKEN_INDEX}")
-    sizes, start, spliced = list(image_tokens), first_feature, []
+    num_placeholders = int((ids == IMAGE_TOKEN_INDEX).sum())
+    if num_placeholders != len(tokens_per_image):
+        raise ValueError(
+            f"the prompt has places for {num_placeholders} pictures, but {len(tokens_per_image)} were given"
+        )
+    text_ids = ids[ids != IMAGE_TOKEN_INDEX]
+    if len(text_ids) and not (int(text_ids.min()) >= 0 and int(text_ids.max()) < vocab_size):
+        invalid = int(text_ids.min()) if int(text_ids.min()) < 0 else int(text_ids.max())
+        raise ValueError(f"token id {invalid} is not in the vocabulary of {vocab_size}, nor is it {IMAGE_TOKEN_INDEX}")
+    sizes, start, spliced = list(tokens_per_image), first_row, []
     for row in rows:
         parts, begin = [], 0
-        for place in (row == IMAGE_TOKEN_INDEX).nonzero()[:, 0].tolist():
+        for position in (row == IMAGE_TOKEN_INDEX).nonzero()[:, 0].tolist():
             n = sizes.pop(0)
-            parts += [row[begin:place], -1 - torch.arange(start, start + n, device=row.device)]
-            begin, start = place + 1, start + n
+            parts += [row[begin:position], -1 - torch.arange(start, start + n, device=row.device)]
+            begin, start = position + 1, start + n
         spliced.append(torch.cat([*parts, row[begin:]]))
     return spliced
 
 
-def splice_labels(rows: Sequence[Tensor], labels: Sequence[Tensor], image_tokens: Sequence[int]) -> list[Tensor]:
+def splice_labels(rows: Sequence[Tensor], labels: Sequence[Tensor], tokens_per_image: Sequence[int]) -> list[Tensor]:
     """The labels of spliced rows: those of the words, and `IGNORE_INDEX` for every position of a picture."""
-    sizes, spliced = list(image_tokens), []
+    sizes, spliced = list(tokens_per_image), []
     for row, label in zip(rows, labels, strict=True):
         counts = [sizes.pop(0) if image else 1 for image in (row == IMAGE_TOKEN_INDEX).tolist()]
         label = torch.where(row == IMAGE_TOKEN_INDEX, IGNORE_INDEX, label)
@@ -79,9 +81,9 @@ def splice_labels(rows: Sequence[Tensor], labels: Sequence[Tensor], image_tokens
     return spliced
 
 
-def embed(p: Vila, row: Tensor, features: Tensor | None) -> Tensor:
+def embed_spliced(p: Vila, spliced_ids: Tensor, image_features: Tensor | None) -> Tensor:
     """A spliced row [s] and the picture features [rows, e] -> [s, e]."""
-    if features is None:
-        return llama.embed(p.llm, row)
-    words = llama.embed(p.llm, row.clamp(min=0))
-    return torch.where((row < 0)[:, None], features[(-1 - row).clamp(min=0)].to(words.dtype), words)
+    if image_features is None:
+        return llama.embed(p.llm, spliced_ids)
+    text = llama.embed(p.llm, spliced_ids.clamp(min=0))
+    return torch.where((spliced_ids < 0)[:, None], image_features[(-1 - spliced_ids).clamp(min=0)].to(text.dtype), text)

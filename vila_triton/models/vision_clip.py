@@ -6,12 +6,18 @@ import torch
 from torch import Tensor
 
 from .config import VisionConfig
-from .layers import Affine, Leaf, declare_norm, layer_norm
-from .params import Spec
-from .vision_layers import declare_patch, patches, positions, trained_positions, with_class_token
-from .vision_siglip import Layer, block, declare_layer
+from .layers import Affine, Leaf, layer_norm, norm_specs
+from .params import ParameterSpec
+from .vision_layers import (
+    num_trained_positions,
+    patch_embeddings,
+    patch_specs,
+    position_embeddings,
+    prepend_class_token,
+)
+from .vision_siglip import Layer, block, layer_specs
 
-__all__ = ["Clip", "block", "declare", "embed"]
+__all__ = ["Clip", "block", "embed", "param_specs"]
 
 
 @dataclass(frozen=True)
@@ -24,20 +30,22 @@ class Clip:
     post_norm: Affine  # in every checkpoint, though VILA reads a layer before it
 
 
-def declare(cfg: VisionConfig, dtype: torch.dtype) -> Clip:
+def param_specs(cfg: VisionConfig, dtype: torch.dtype) -> Clip:
     """The tree of a tower, its leaves named as in transformers 5's `CLIPVisionModel`."""
     e = cfg.hidden_size
     return Clip(
-        declare_patch(cfg, dtype, bias=False),
-        Spec((e,), "embeddings.class_embedding", dtype),
-        Spec((trained_positions(cfg), e), "embeddings.position_embedding.weight", dtype),
-        declare_norm(e, "pre_layrnorm", dtype),  # spelled so in every checkpoint
-        tuple(declare_layer(cfg, i, dtype) for i in range(cfg.num_hidden_layers)),
-        declare_norm(e, "post_layernorm", dtype),
+        patch_specs(cfg, dtype, bias=False),
+        ParameterSpec((e,), "embeddings.class_embedding", dtype),
+        ParameterSpec((num_trained_positions(cfg), e), "embeddings.position_embedding.weight", dtype),
+        norm_specs(e, "pre_layrnorm", dtype),  # spelled so in every checkpoint
+        tuple(layer_specs(cfg, i, dtype) for i in range(cfg.num_hidden_layers)),
+        norm_specs(e, "post_layernorm", dtype),
     )
 
 
 def embed(p: Clip, pixels: Tensor, cfg: VisionConfig) -> Tensor:
     """Tiles [b, c, tile, tile] -> [b, 1 + grid², e]."""
-    x = with_class_token(p.class_token, patches(p.patch, pixels, cfg)) + positions(p.position, cfg)
+    x = prepend_class_token(p.class_token, patch_embeddings(p.patch, pixels, cfg)) + position_embeddings(
+        p.position, cfg
+    )
     return layer_norm(p.pre_norm, x, cfg.layer_norm_eps)

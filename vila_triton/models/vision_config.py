@@ -6,11 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from vila_triton.files.reading import shown
+from vila_triton.files.reading import short_repr
 
-from .config_fields import Bounds, ConfigError, Count, Epsilon, Group, Layers, Side, expected, int4_fields, read
+from .config_fields import (
+    Bounds,
+    ConfigError,
+    Count,
+    Epsilon,
+    GroupSize,
+    LayerCount,
+    PixelCount,
+    expected_instead,
+    quantization_fields,
+    read_dataclass,
+)
 
-TOWERS: dict[str, dict[str, Any]] = {  # what a config.json may leave unsaid, as the tower's own code has it
+TOWER_DEFAULTS: dict[str, dict[str, Any]] = {  # what a config.json may leave unsaid, as the tower's own code has it
     "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
     "clip_vision_model": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     "intern_vit_6b": {
@@ -21,12 +32,12 @@ TOWERS: dict[str, dict[str, Any]] = {  # what a config.json may leave unsaid, as
         "qk_normalization": True,
     },
 }
-ALLOWED = {
+ALLOWED_VALUES = {
     "hidden_act": ("gelu", "gelu_pytorch_tanh", "quick_gelu"),
     "norm_type": ("layer_norm", "rms_norm"),
     "select_feature": ("cls_patch", "patch"),
 }
-DOWNSAMPLES = {  # patches along one side of a token
+DOWNSAMPLE_FACTORS = {  # patches along one side of a token
     "mlp_downsample": 2,
     "mlp_downsample_2x2_fix": 2,
     "mlp_downsample_3x3_fix": 3,
@@ -36,7 +47,7 @@ DOWNSAMPLES = {  # patches along one side of a token
 
 
 @dataclass(frozen=True)
-class Seen:
+class VisionSettings:
     """What the top config.json says of how the tower is used; those of S2 are LLaVA-S2's defaults."""
 
     mm_vision_select_layer: Annotated[int, Bounds(-4096, 4096)] = -2
@@ -44,8 +55,8 @@ class Seen:
     vision_resolution: Annotated[int, Bounds(-1, 4096)] = -1
     interpolate_mode: str = "linear"
     s2: bool = False
-    s2_scales: str | list[Side] = "336,672,1008"
-    s2_max_split_size: Side = 336
+    s2_scales: str | list[PixelCount] = "336,672,1008"
+    s2_max_split_size: PixelCount = 336
 
 
 @dataclass(frozen=True)
@@ -60,10 +71,10 @@ class VisionConfig:
 
     hidden_size: Count
     intermediate_size: Count
-    num_hidden_layers: Layers
+    num_hidden_layers: LayerCount
     num_attention_heads: Count
-    image_size: Side
-    patch_size: Side
+    image_size: PixelCount
+    patch_size: PixelCount
     num_channels: Annotated[int, Bounds(1, 1024)] = 3
     layer_norm_eps: Epsilon = 1e-6
     model_type: str = "siglip_vision_model"
@@ -73,46 +84,46 @@ class VisionConfig:
     qk_normalization: bool = False
     select_layer: int = -2
     select_feature: str = "cls_patch"
-    resolution: Side | None = None
+    resolution: PixelCount | None = None
     scales: tuple[int, ...] = ()
-    group_size: Group | None = None
+    group_size: GroupSize | None = None
 
     @property
-    def tile(self) -> int:
+    def tile_size(self) -> int:
         """Pixels along one side of what the transformer sees at once."""
         return self.resolution or self.image_size
 
     @property
     def input_size(self) -> int:
         """Pixels along one side of a picture."""
-        return max(self.scales, default=self.tile)
+        return max(self.scales, default=self.tile_size)
 
     @property
-    def grid(self) -> int:
+    def patches_per_side(self) -> int:
         """Patches along one side."""
-        return self.tile // self.patch_size
+        return self.tile_size // self.patch_size
 
     @property
-    def class_tokens(self) -> int:
+    def num_class_tokens(self) -> int:
         """Positions of the transformer that are no patches."""
         return 0 if self.model_type == "siglip_vision_model" else 1
 
     @property
-    def features(self) -> int:
+    def num_features(self) -> int:
         """Feature vectors of a picture."""
-        return self.grid**2 + (self.class_tokens if self.select_feature == "cls_patch" else 0)
+        return self.patches_per_side**2 + (self.num_class_tokens if self.select_feature == "cls_patch" else 0)
 
     @property
-    def width(self) -> int:
+    def feature_dim(self) -> int:
         """Numbers in a feature vector: those of all scales side by side."""
         return self.hidden_size * max(1, len(self.scales))
 
-    def report(self) -> str:
+    def describe(self) -> str:
         """What is seen, in a line."""
-        what = "patches" if self.features == self.grid**2 else "class token and patches"
+        selection = "patches" if self.num_features == self.patches_per_side**2 else "class token and patches"
         scales = f", S2 at {', '.join(map(str, self.scales))}" if self.scales else ""
         return (
-            f"{self.model_type}: {self.grid} x {self.grid} {what} of {self.tile} pixels{scales}, "
+            f"{self.model_type}: {self.patches_per_side} x {self.patches_per_side} {selection} of {self.tile_size} pixels{scales}, "
             f"hidden state {self.select_layer} of {self.num_hidden_layers} layers"
         )
 
@@ -122,26 +133,34 @@ class VisionConfig:
 
         Errors: `ConfigError` for what no tower of ours can do.
         """
-        top, kind = top or {}, values.get("model_type")
-        if not isinstance(kind, str) or kind not in TOWERS:
-            raise ConfigError(f"vision_tower: {shown(kind)} is not supported ({', '.join(TOWERS)} are)")
-        given = {key: value for key, value in values.items() if value is not None} | int4_fields(values, "vision_tower")
-        own = read(cls, {**TOWERS[kind], **given, "scales": None, "resolution": None}, "vision_tower")
-        how = read(Seen, top, "config")
-        cfg = replace(
-            own,
-            select_layer=how.mm_vision_select_layer,
-            select_feature=how.mm_vision_select_feature or ("patch" if own.class_tokens else "cls_patch"),
-            resolution=None if how.vision_resolution in (-1, own.image_size) else how.vision_resolution,
+        top, model_type = top or {}, values.get("model_type")
+        if not isinstance(model_type, str) or model_type not in TOWER_DEFAULTS:
+            raise ConfigError(
+                f"vision_tower: {short_repr(model_type)} is not supported ({', '.join(TOWER_DEFAULTS)} are)"
+            )
+        present = {key: value for key, value in values.items() if value is not None} | quantization_fields(
+            values, "vision_tower"
         )
-        cfg.check(how, top)
-        return replace(cfg, scales=s2_scales(how, cfg)) if how.s2 else cfg
+        tower = read_dataclass(
+            cls, {**TOWER_DEFAULTS[model_type], **present, "scales": None, "resolution": None}, "vision_tower"
+        )
+        settings = read_dataclass(VisionSettings, top, "config")
+        cfg = replace(
+            tower,
+            select_layer=settings.mm_vision_select_layer,
+            select_feature=settings.mm_vision_select_feature or ("patch" if tower.num_class_tokens else "cls_patch"),
+            resolution=None if settings.vision_resolution in (-1, tower.image_size) else settings.vision_resolution,
+        )
+        cfg.check(settings, top)
+        return replace(cfg, scales=s2_scales(settings, cfg)) if settings.s2 else cfg
 
-    def check(self, how: "Seen", top: Mapping[str, Any]) -> None:
+    def check(self, settings: "VisionSettings", top: Mapping[str, Any]) -> None:
         """Errors: `ConfigError` for numbers that do not go together."""
-        for name, allowed in ALLOWED.items():
+        for name, allowed in ALLOWED_VALUES.items():
             if (value := getattr(self, name)) not in allowed:
-                raise ConfigError(f"vision_tower: {name} {shown(value)} is not supported ({', '.join(allowed)} are)")
+                raise ConfigError(
+                    f"vision_tower: {name} {short_repr(value)} is not supported ({', '.join(allowed)} are)"
+                )
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"vision_tower: hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads"
@@ -151,37 +170,39 @@ class VisionConfig:
                 f"vision_tower: mm_vision_select_layer {self.select_layer} of {self.num_hidden_layers} layers; "
                 f"it must be -1 to -{self.num_hidden_layers}"
             )
-        if (side := min(self.tile, self.image_size)) < self.patch_size:
+        if (side := min(self.tile_size, self.image_size)) < self.patch_size:
             raise ConfigError(f"vision_tower: a patch of {self.patch_size} is more than a side of {side} pixels")
-        if self.select_feature == "patch" and not self.class_tokens:
+        if self.select_feature == "patch" and not self.num_class_tokens:
             raise ConfigError(
                 f"config: mm_vision_select_feature 'patch' drops the class token, and {self.model_type} has none: it "
                 f"would lose the top left patch; it must be 'cls_patch'"
             )
-        if self.resolution is not None and (mode := how.interpolate_mode) != "linear":
-            raise ConfigError(f"config: interpolate_mode {shown(mode)} is not supported (linear is)")
+        if self.resolution is not None and (mode := settings.interpolate_mode) != "linear":
+            raise ConfigError(f"config: interpolate_mode {short_repr(mode)} is not supported (linear is)")
         for name in ("dynamic_s2", "ps3", "s2_resize_output_to_scale_idx"):
             if top.get(name):
-                raise ConfigError(f"config: {name} {shown(top[name])} is not supported")
+                raise ConfigError(f"config: {name} {short_repr(top[name])} is not supported")
 
 
-def s2_scales(how: Seen, tower: VisionConfig) -> tuple[int, ...]:
+def s2_scales(settings: VisionSettings, tower: VisionConfig) -> tuple[int, ...]:
     """The sides of S2, smallest first. Errors: `ConfigError` for a scale that cannot be cut up."""
-    given, split = how.s2_scales, how.s2_max_split_size
+    raw_scales, max_tile_size = settings.s2_scales, settings.s2_max_split_size
     try:
-        scales = tuple(sorted(map(int, given.split(",") if isinstance(given, str) else given)))
+        scales = tuple(sorted(map(int, raw_scales.split(",") if isinstance(raw_scales, str) else raw_scales)))
     except ValueError:
-        raise ConfigError(f"config: s2_scales is {shown(given)}, expected sizes as '384,768'") from None
-    if not 1 <= len(scales) <= 16 or any(expected(Side, x) for x in scales):
-        raise ConfigError(f"config: s2_scales is {shown(given)}, expected up to 16 sizes, each {expected(Side, None)}")
+        raise ConfigError(f"config: s2_scales is {short_repr(raw_scales)}, expected sizes as '384,768'") from None
+    if not 1 <= len(scales) <= 16 or any(expected_instead(PixelCount, x) for x in scales):
+        raise ConfigError(
+            f"config: s2_scales is {short_repr(raw_scales)}, expected up to 16 sizes, each {expected_instead(PixelCount, None)}"
+        )
     for scale in scales:
-        n = math.ceil(scale / split)
-        if scale != n * tower.tile:
+        n = math.ceil(scale / max_tile_size)
+        if scale != n * tower.tile_size:
             raise ConfigError(
-                f"config: a side of {scale} (s2_scales) in tiles of at most {split} (s2_max_split_size) makes {n} "
-                f"tiles of {scale / n:g} pixels, but the tower takes {tower.tile}"
+                f"config: a side of {scale} (s2_scales) in tiles of at most {max_tile_size} (s2_max_split_size) makes {n} "
+                f"tiles of {scale / n:g} pixels, but the tower takes {tower.tile_size}"
             )
-    if tower.features != tower.grid**2:
+    if tower.num_features != tower.patches_per_side**2:
         raise ConfigError("config: s2 needs a square of patches; mm_vision_select_feature must be 'patch'")
     return scales
 
@@ -199,41 +220,49 @@ class ProjectorConfig:
     mm_hidden_size: Count
     hidden_size: Count
     token_order: Literal["column", "row"] | None = None
-    group_size: Group | None = None
+    group_size: GroupSize | None = None
 
     def __post_init__(self) -> None:
-        kind = self.mm_projector_type
-        if kind not in (*DOWNSAMPLES, "identity", "linear") and not self.depth:
-            names = ", ".join(("identity", "linear", "mlp{N}x_gelu", *DOWNSAMPLES))
-            raise ConfigError(f"mm_projector: mm_projector_type {shown(kind)} is not supported ({names} are)")
-        if self.token_order and kind != "mlp_downsample" and self.token_order != "row":
-            raise ConfigError(f"mm_projector: {kind} takes its tokens along the rows, not by {self.token_order}")
-        if kind == "identity" and self.mm_hidden_size != self.hidden_size:
+        projector_type = self.mm_projector_type
+        if projector_type not in (*DOWNSAMPLE_FACTORS, "identity", "linear") and not self.num_linears:
+            names = ", ".join(("identity", "linear", "mlp{N}x_gelu", *DOWNSAMPLE_FACTORS))
+            raise ConfigError(
+                f"mm_projector: mm_projector_type {short_repr(projector_type)} is not supported ({names} are)"
+            )
+        if self.token_order and projector_type != "mlp_downsample" and self.token_order != "row":
+            raise ConfigError(
+                f"mm_projector: {projector_type} takes its tokens along the rows, not by {self.token_order}"
+            )
+        if projector_type == "identity" and self.mm_hidden_size != self.hidden_size:
             raise ConfigError(f"mm_projector: identity from {self.mm_hidden_size} to {self.hidden_size} numbers")
 
     @property
-    def depth(self) -> int:
+    def num_linears(self) -> int:
         """Linear maps of an `mlp{N}x_gelu`, 0 for another type."""
         match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", self.mm_projector_type)
         return int(match[1]) if match else 0
 
     @property
-    def side(self) -> int:
+    def downsample_factor(self) -> int:
         """Patches along one side of a token."""
-        return DOWNSAMPLES.get(self.mm_projector_type, 1)
+        return DOWNSAMPLE_FACTORS.get(self.mm_projector_type, 1)
 
     @property
-    def order(self) -> str:
+    def effective_token_order(self) -> str:
         """ "column" if tokens go down the columns, "row" if along the rows."""
         return self.token_order or ("column" if self.mm_projector_type == "mlp_downsample" else "row")
 
-    def report(self) -> str:
+    def describe(self) -> str:
         """The type and, where it has one, the order of its tokens, in a line."""
-        said = "as the config says" if self.token_order else "as released; token_order would say otherwise"
-        order = f", tokens in {self.order} order ({said})" if self.mm_projector_type == "mlp_downsample" else ""
+        reason = "as the config says" if self.token_order else "as released; token_order would say otherwise"
+        order = (
+            f", tokens in {self.effective_token_order} order ({reason})"
+            if self.mm_projector_type == "mlp_downsample"
+            else ""
+        )
         return f"{self.mm_projector_type}{order}"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ProjectorConfig":
         """From mm_projector/config.json together with the widths of the top config.json. Errors: `ConfigError`."""
-        return read(cls, {**values, **int4_fields(values, "mm_projector")}, "mm_projector")
+        return read_dataclass(cls, {**values, **quantization_fields(values, "mm_projector")}, "mm_projector")

@@ -8,9 +8,17 @@ from torch import Tensor
 from vila_triton import ops
 
 from .config import VisionConfig
-from .layers import Affine, Leaf, Linear, declare_linear, declare_norm, layer_norm, linear
-from .params import Spec
-from .vision_layers import ACTIVATIONS, attend, declare_patch, patches, positions, trained_positions, with_class_token
+from .layers import Affine, Leaf, LinearFn, layer_norm, linear, linear_specs, norm_specs
+from .params import ParameterSpec
+from .vision_layers import (
+    ACTIVATIONS,
+    num_trained_positions,
+    patch_embeddings,
+    patch_specs,
+    position_embeddings,
+    prepend_class_token,
+    self_attention,
+)
 
 
 @dataclass(frozen=True)
@@ -35,58 +43,60 @@ class InternVit:
     layers: tuple[Layer, ...]
 
 
-def declare_rms_norm(e: int, key: str, dtype: torch.dtype) -> Affine:
-    return Affine(Spec((e,), f"{key}.weight", dtype, "ones"), None)
+def rms_norm_specs(e: int, key: str, dtype: torch.dtype) -> Affine:
+    return Affine(ParameterSpec((e,), f"{key}.weight", dtype, "ones"), None)
 
 
-def declare(cfg: VisionConfig, dtype: torch.dtype) -> InternVit:
+def param_specs(cfg: VisionConfig, dtype: torch.dtype) -> InternVit:
     """The tree of a tower, its leaves named as in the released InternViT-6B."""
     e, f = cfg.hidden_size, cfg.intermediate_size
-    norm = declare_rms_norm if cfg.norm_type == "rms_norm" else declare_norm
+    norm_spec = rms_norm_specs if cfg.norm_type == "rms_norm" else norm_specs
 
-    def dense(n: int, k: int, key: str, bias: bool = True) -> Affine:
-        return declare_linear(n, k, key, dtype, bias, cfg.group_size)
+    def linear_spec(n: int, k: int, key: str, bias: bool = True) -> Affine:
+        return linear_specs(n, k, key, dtype, bias, cfg.group_size)
 
-    def layer(i: int) -> Layer:
-        at = f"encoder.layers.{i}"
+    def layer_specs(i: int) -> Layer:
+        prefix = f"encoder.layers.{i}"
         return Layer(
-            norm(e, f"{at}.norm1", dtype),
-            dense(3 * e, e, f"{at}.attn.qkv", cfg.qkv_bias),
-            declare_rms_norm(e, f"{at}.attn.q_norm", dtype) if cfg.qk_normalization else None,
-            declare_rms_norm(e, f"{at}.attn.k_norm", dtype) if cfg.qk_normalization else None,
-            dense(e, e, f"{at}.attn.proj"),
-            Spec((e,), f"{at}.ls1", dtype, "ones"),
-            norm(e, f"{at}.norm2", dtype),
-            dense(f, e, f"{at}.mlp.fc1"),
-            dense(e, f, f"{at}.mlp.fc2"),
-            Spec((e,), f"{at}.ls2", dtype, "ones"),
+            norm_spec(e, f"{prefix}.norm1", dtype),
+            linear_spec(3 * e, e, f"{prefix}.attn.qkv", cfg.qkv_bias),
+            rms_norm_specs(e, f"{prefix}.attn.q_norm", dtype) if cfg.qk_normalization else None,
+            rms_norm_specs(e, f"{prefix}.attn.k_norm", dtype) if cfg.qk_normalization else None,
+            linear_spec(e, e, f"{prefix}.attn.proj"),
+            ParameterSpec((e,), f"{prefix}.ls1", dtype, "ones"),
+            norm_spec(e, f"{prefix}.norm2", dtype),
+            linear_spec(f, e, f"{prefix}.mlp.fc1"),
+            linear_spec(e, f, f"{prefix}.mlp.fc2"),
+            ParameterSpec((e,), f"{prefix}.ls2", dtype, "ones"),
         )
 
     return InternVit(
-        declare_patch(cfg, dtype),
-        Spec((1, 1, e), "embeddings.class_embedding", dtype),
-        Spec((1, trained_positions(cfg), e), "embeddings.position_embedding", dtype),
-        tuple(layer(i) for i in range(cfg.num_hidden_layers)),
+        patch_specs(cfg, dtype),
+        ParameterSpec((1, 1, e), "embeddings.class_embedding", dtype),
+        ParameterSpec((1, num_trained_positions(cfg), e), "embeddings.position_embedding", dtype),
+        tuple(layer_specs(i) for i in range(cfg.num_hidden_layers)),
     )
 
 
 def embed(p: InternVit, pixels: Tensor, cfg: VisionConfig) -> Tensor:
     """Tiles [b, c, tile, tile] -> [b, 1 + grid², e]."""
-    return with_class_token(p.class_token, patches(p.patch, pixels, cfg)) + positions(p.position[0], cfg)
+    return prepend_class_token(p.class_token, patch_embeddings(p.patch, pixels, cfg)) + position_embeddings(
+        p.position[0], cfg
+    )
 
 
-def norm(p: Affine | None, x: Tensor, eps: float) -> Tensor:
+def apply_norm(p: Affine | None, x: Tensor, eps: float) -> Tensor:
     """The norm that the parameters are of: an RMS norm has no bias; None leaves x [..., e] as it is."""
     if p is None:
         return x
     return ops.rms_norm(x, p.weight, eps) if p.bias is None else layer_norm(p, x, eps)
 
 
-def block(p: Layer, x: Tensor, cfg: VisionConfig, linear: Linear = linear) -> Tensor:
+def block(p: Layer, x: Tensor, cfg: VisionConfig, apply_linear: LinearFn = linear) -> Tensor:
     """One layer: x [b, s, e] -> [b, s, e]."""
     eps = cfg.layer_norm_eps
-    q, k, v = linear(p.qkv, norm(p.norm1, x, eps)).chunk(3, dim=-1)  # [b, s, e] each
-    q, k = norm(p.q_norm, q, eps), norm(p.k_norm, k, eps)
-    x = x + p.scale1 * linear(p.proj, attend(q, k, v, cfg.num_attention_heads))
-    y = linear(p.fc1, norm(p.norm2, x, eps))
-    return x + p.scale2 * linear(p.fc2, ACTIVATIONS[cfg.hidden_act](y))
+    q, k, v = apply_linear(p.qkv, apply_norm(p.norm1, x, eps)).chunk(3, dim=-1)  # [b, s, e] each
+    q, k = apply_norm(p.q_norm, q, eps), apply_norm(p.k_norm, k, eps)
+    x = x + p.scale1 * apply_linear(p.proj, self_attention(q, k, v, cfg.num_attention_heads))
+    y = apply_linear(p.fc1, apply_norm(p.norm2, x, eps))
+    return x + p.scale2 * apply_linear(p.fc2, ACTIVATIONS[cfg.hidden_act](y))

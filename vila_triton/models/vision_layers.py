@@ -11,7 +11,7 @@ from vila_triton import ops
 
 from .config import VisionConfig
 from .layers import Affine
-from .params import Spec
+from .params import ParameterSpec
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -30,26 +30,29 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def declare_patch(cfg: VisionConfig, dtype: torch.dtype, bias: bool = True) -> Affine:
+def patch_specs(cfg: VisionConfig, dtype: torch.dtype, bias: bool = True) -> Affine:
     """The map from a patch to its embedding, weight [e, c, patch, patch]."""
     key, e, size = "embeddings.patch_embedding", cfg.hidden_size, cfg.patch_size
-    weight = Spec((e, cfg.num_channels, size, size), f"{key}.weight", dtype)
-    return Affine(weight, Spec((e,), f"{key}.bias", dtype, "zeros") if bias else None)
+    weight = ParameterSpec((e, cfg.num_channels, size, size), f"{key}.weight", dtype)
+    return Affine(weight, ParameterSpec((e,), f"{key}.bias", dtype, "zeros") if bias else None)
 
 
-def trained_positions(cfg: VisionConfig) -> int:
+def num_trained_positions(cfg: VisionConfig) -> int:
     """Rows of the position embeddings in the checkpoint."""
-    return cfg.class_tokens + (cfg.image_size // cfg.patch_size) ** 2
+    return cfg.num_class_tokens + (cfg.image_size // cfg.patch_size) ** 2
 
 
-def patches(p: Affine, pixels: Tensor, cfg: VisionConfig) -> Tensor:
+def patch_embeddings(p: Affine, pixels: Tensor, cfg: VisionConfig) -> Tensor:
     """Tiles [b, c, tile, tile] -> patch embeddings [b, grid², e], row by row."""
-    size, side = cfg.patch_size, cfg.grid * cfg.patch_size  # pixels beyond the last whole patch are not seen
+    size, side = (
+        cfg.patch_size,
+        cfg.patches_per_side * cfg.patch_size,
+    )  # pixels beyond the last whole patch are not seen
     x = rearrange(pixels[..., :side, :side], "b c (y p) (x q) -> b (y x) (c p q)", p=size, q=size)
     return ops.linear(x, p.weight.flatten(1), p.bias)
 
 
-def positions(trained: Tensor, cfg: VisionConfig) -> Tensor:
+def position_embeddings(trained: Tensor, cfg: VisionConfig) -> Tensor:
     """Position embeddings [class tokens + trained grid², e] -> those of the grid in use, [class tokens + grid², e].
 
     For `vision_resolution` other than the trained one, VILA stretches the row of patches linearly: patch i of n lies at
@@ -57,22 +60,22 @@ def positions(trained: Tensor, cfg: VisionConfig) -> Tensor:
     from upstream, whose results are of no use: a place that is a whole number takes that embedding (there both of its
     weights are 0), and the class token keeps its own (there it counts as a patch, and then one is missing).
     """
-    if cfg.tile == cfg.image_size:
+    if cfg.tile_size == cfg.image_size:
         return trained
-    first, grid = trained[: cfg.class_tokens], trained[cfg.class_tokens :]
-    n, m = cfg.grid**2, len(grid)
-    place = torch.arange(n, device=grid.device) * (m - 1)  # in steps of 1 / (n - 1): whole numbers stay whole
-    low = place // max(n - 1, 1)
-    share = ((place % max(n - 1, 1)).double() / max(n - 1, 1))[:, None].to(grid.dtype)
-    return torch.cat((first, torch.lerp(grid[low], grid[(low + 1).clamp(max=m - 1)], share)))
+    first, grid = trained[: cfg.num_class_tokens], trained[cfg.num_class_tokens :]
+    n, m = cfg.patches_per_side**2, len(grid)
+    scaled_index = torch.arange(n, device=grid.device) * (m - 1)  # in steps of 1 / (n - 1): whole numbers stay whole
+    lower = scaled_index // max(n - 1, 1)
+    fraction = ((scaled_index % max(n - 1, 1)).double() / max(n - 1, 1))[:, None].to(grid.dtype)
+    return torch.cat((first, torch.lerp(grid[lower], grid[(lower + 1).clamp(max=m - 1)], fraction)))
 
 
-def with_class_token(token: Tensor, x: Tensor) -> Tensor:
+def prepend_class_token(token: Tensor, x: Tensor) -> Tensor:
     """Patch embeddings [b, grid², e] -> [b, 1 + grid², e]."""
     return torch.cat((token.expand(len(x), 1, -1), x), dim=1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+def self_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """Every position to every position of its tile: [b, s, e] each -> [b, s, e]."""
-    q, k, v = (rearrange(x, "b s (h d) -> b s h d", h=heads) for x in (q, k, v))
+    q, k, v = (rearrange(x, "b s (h d) -> b s h d", h=num_heads) for x in (q, k, v))
     return rearrange(ops.encoder_attention(q, k, v, q.shape[-1] ** -0.5), "b s h d -> b s (h d)")

@@ -8,28 +8,29 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vila_triton.ops.dtypes import wide
+from vila_triton.ops.dtypes import upcast
 
 
-def look(pixels: Tensor, side: int) -> Tensor:
+def resize_to_scale(pixels: Tensor, size: int) -> Tensor:
     """Pictures [b, c, H, W] -> [b, c, side, side], bicubic."""
-    return F.interpolate(wide(pixels), size=side, mode="bicubic").to(pixels.dtype)
+    return F.interpolate(upcast(pixels), size=size, mode="bicubic").to(pixels.dtype)
 
 
-def cut(pixels: Tensor, n: int) -> Tensor:
+def split_into_tiles(pixels: Tensor, n: int) -> Tensor:
     """Pictures [b, c, n·tile, n·tile] -> tiles [n·n·b, c, tile, tile], those of one place in the picture together."""
     return rearrange(pixels, "b c (i y) (j x) -> (i j b) c y x", i=n, j=n)
 
 
-def side_by_side(scales: Sequence[Tensor], cuts: Sequence[int]) -> Tensor:
+def merge_scales(scale_features: Sequence[Tensor], tiles_per_side: Sequence[int]) -> Tensor:
     """Features of the tiles of each scale [n·n·b, grid², e] -> of the pictures, [b, grid², scales·e].
 
     Each scale is put together and averaged down to the grid of the first (the smallest, one tile in every release).
     """
-    grid = math.isqrt(scales[0].shape[1])
+    grid = math.isqrt(scale_features[0].shape[1])
     maps = [
-        rearrange(x, "(i j b) (y x) e -> b e (i y) (j x)", i=n, j=n, y=grid) for x, n in zip(scales, cuts, strict=True)
+        rearrange(x, "(i j b) (y x) e -> b e (i y) (j x)", i=n, j=n, y=grid)
+        for x, n in zip(scale_features, tiles_per_side, strict=True)
     ]
     target = maps[0].shape[-2:]
-    small = [F.interpolate(wide(x), size=target, mode="area").to(x.dtype) for x in maps]
-    return rearrange(torch.cat(small, dim=1), "b e y x -> b (y x) e")
+    downsampled = [F.interpolate(upcast(x), size=target, mode="area").to(x.dtype) for x in maps]
+    return rearrange(torch.cat(downsampled, dim=1), "b e y x -> b (y x) e")

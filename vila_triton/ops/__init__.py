@@ -15,14 +15,14 @@ Every file here is found, and an op in it is `vila_triton.ops.NAME`, named below
 import sys
 
 from vila_triton.registry import OPS
-from vila_triton.registry.registry import load, tell
+from vila_triton.registry.registry import import_modules, record_problem
 
-from .attention import merge
+from .attention import merge_attention_states
 from .decode_attention import decode_attention
 from .elementwise import layer_norm, rms_norm, rope, swiglu
 from .encoder_attention import encoder_attention
-from .int4 import Int4, dequantize, int4_matmul, int4_swiglu, quantize
-from .kv_pages import Pages, QuantizedPages, empty_pages, leaves
+from .int4 import Int4, dequantize, int4_matmul, int4_swiglu, quantize_rtn
+from .kv_pages import KVPages, QuantizedKVPages, empty_kv_pages, page_tensors
 from .kv_write import kv_write
 from .linear import linear
 from .prefill_attention import prefill_attention
@@ -30,21 +30,21 @@ from .rope_kv_write import rope_kv_write
 
 __all__ = [
     "Int4",
-    "Pages",
-    "QuantizedPages",
+    "KVPages",
+    "QuantizedKVPages",
     "decode_attention",
     "dequantize",
-    "empty_pages",
+    "empty_kv_pages",
     "encoder_attention",
     "int4_matmul",
     "int4_swiglu",
     "kv_write",
     "layer_norm",
-    "leaves",
     "linear",
-    "merge",
+    "merge_attention_states",
+    "page_tensors",
     "prefill_attention",
-    "quantize",
+    "quantize_rtn",
     "rms_norm",
     "rope",
     "rope_kv_write",
@@ -52,13 +52,15 @@ __all__ = [
 ]
 
 
-def find() -> None:
+def discover_ops() -> None:
     """Import what lies here, and tell what an op of it lacks."""
-    load(sys.modules[__name__])
+    import_modules(sys.modules[__name__])
     for name, op in OPS.items():
         if op.reference.__module__.startswith(f"{__name__}."):
             globals()[name] = op
-            tell(name, f"{op.file.name}: op {name!r} lacks {', '.join(op.missing)}" if op.missing else "")
+            record_problem(
+                name, f"{op.file.name}: op {name!r} lacks {', '.join(op.missing_parts)}" if op.missing_parts else ""
+            )
 
 
-find()
+discover_ops()

@@ -23,61 +23,65 @@ from torch import Tensor
 
 from vila_triton.registry import OneOf
 
-from .dtypes import wide
+from .dtypes import upcast
 
 HEAD_DIMS = OneOf(32, 16, 24, 64, 72, 80, 96, 128)
-RATIOS = OneOf(1, 2, 3, 4, 8)  # query heads per key/value head
-POLICIES = OneOf("fast", "invariant")
+QUERIES_PER_KV = OneOf(1, 2, 3, 4, 8)  # query heads per key/value head
+NUMERICS = OneOf("fast", "invariant")
 
 
-def scores(q: Tensor, k: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
+def attention_scores(q: Tensor, k: Tensor, softmax_scale: float, mask: Tensor | None = None) -> Tensor:
     """q kᵀ · scale of one sequence, q [s, h, d] and k [t, g, d] -> [g, h/g, s, t]; -inf where not visible [s, t]."""
     q = rearrange(q, "s (g n) d -> s g n d", g=k.shape[1])
-    found = einsum(wide(q), wide(k), "s g n d, t g d -> g n s t") * scale
-    return found if visible is None else found.masked_fill(~visible, float("-inf"))
+    scores = einsum(upcast(q), upcast(k), "s g n d, t g d -> g n s t") * softmax_scale
+    return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
 
 
-def weights(q: Tensor, k: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, softmax_scale: float, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ · scale) for one sequence: q [s, h, d], k [t, g, d], visible [s, t] -> [g, h/g, s, t]."""
-    return scores(q, k, scale, visible).softmax(-1)
+    return attention_scores(q, k, softmax_scale, mask).softmax(-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ · scale) v for one sequence: q [s, h, d], k and v [t, g, d], visible [s, t] -> [s, h, d].
 
     Query heads h are g runs of h/g, one run for each key/value head. No key at all gives 0.
     """
-    p = wide(weights(q, k, scale, visible).to(v.dtype))
-    return rearrange(einsum(p, wide(v), "g n s t, t g d -> s g n d"), "s g n d -> s (g n) d").to(q.dtype)
+    weights = upcast(attention_weights(q, k, softmax_scale, mask).to(v.dtype))
+    return rearrange(einsum(weights, upcast(v), "g n s t, t g d -> s g n d"), "s g n d -> s (g n) d").to(q.dtype)
 
 
-def causal(s: int, t: int, device: torch.device) -> Tensor:
+def causal_mask(s: int, t: int, device: torch.device) -> Tensor:
     """visible [s, t]: the s queries are the last of the t tokens, and each sees itself and what came before."""
     return torch.ones(s, t, dtype=torch.bool, device=device).tril(t - s)
 
 
-def attend_last(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, policy: str = "fast", lse: bool = False
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, numerics: str = "fast", return_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of the last s of t tokens, each to itself and what came before: (out [s, h, d], lse [s, h] if asked).
 
     Under `invariant` one query after the other, so that every sum is as long as the keys its query sees.
     """
     s, t = len(q), len(k)
-    if policy == "invariant" and s > 1:
+    if numerics == "invariant" and s > 1:
         rows = [
-            attend_last(q[i : i + 1].clone(), k[: t - s + 1 + i], v[: t - s + 1 + i], scale, policy, lse)
+            causal_attention(
+                q[i : i + 1].clone(), k[: t - s + 1 + i], v[: t - s + 1 + i], softmax_scale, numerics, return_lse
+            )
             for i in range(s)
         ]
-        return torch.cat([out for out, _ in rows]), torch.cat([x for _, x in rows if x is not None]) if lse else None
-    visible = causal(s, t, q.device)
-    out = attend(q, k, v, scale, visible)
-    if not lse:
+        return torch.cat([out for out, _ in rows]), torch.cat(
+            [x for _, x in rows if x is not None]
+        ) if return_lse else None
+    mask = causal_mask(s, t, q.device)
+    out = masked_attention(q, k, v, softmax_scale, mask)
+    if not return_lse:
         return out, None
-    return out, rearrange(scores(q, k, scale, visible).logsumexp(-1), "g n s -> s (g n)")
+    return out, rearrange(attention_scores(q, k, softmax_scale, mask).logsumexp(-1), "g n s -> s (g n)")
 
 
-def merge(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+def merge_attention_states(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over all keys from attentions over n parts of them: outputs [n, s, h, d], lses [n, s, h] natural logs.
 
     Returns (out [s, h, d] in the dtype of outputs, lse [s, h] in that of lses), which merge further. A part that saw no
@@ -85,20 +89,23 @@ def merge(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """
     if outputs.shape[:-1] != lses.shape:
         raise ValueError(f"merge: outputs are {list(outputs.shape)} and lses {list(lses.shape)}, expected [n, s, h]")
-    peak = wide(lses).amax(0)  # [s, h]
-    peak = torch.where(peak.isneginf(), 0.0, peak)
-    shares = (wide(lses) - peak).exp()  # [n, s, h]
-    total = shares.sum(0)
-    seen = torch.where((shares == 0)[..., None], 0.0, wide(outputs))
-    out = einsum(shares, seen, "n s h, n s h d -> s h d") / torch.where(total == 0, 1.0, total)[..., None]
-    return out.to(outputs.dtype), (total.log() + peak).to(lses.dtype)
+    max_lse = upcast(lses).amax(0)  # [s, h]
+    max_lse = torch.where(max_lse.isneginf(), 0.0, max_lse)
+    weights = (upcast(lses) - max_lse).exp()  # [n, s, h]
+    weight_sum = weights.sum(0)
+    nonempty_outputs = torch.where((weights == 0)[..., None], 0.0, upcast(outputs))
+    out = (
+        einsum(weights, nonempty_outputs, "n s h, n s h d -> s h d")
+        / torch.where(weight_sum == 0, 1.0, weight_sum)[..., None]
+    )
+    return out.to(outputs.dtype), (weight_sum.log() + max_lse).to(lses.dtype)
 
 
-def check_heads(where: str, sizes: dict[str, int]) -> None:
+def check_heads(op_name: str, sizes: dict[str, int]) -> None:
     if not sizes["g"] or sizes["h"] % sizes["g"]:
-        raise ValueError(f"{where}: {sizes['h']} query heads are not a multiple of {sizes['g']} key/value heads")
+        raise ValueError(f"{op_name}: {sizes['h']} query heads are not a multiple of {sizes['g']} key/value heads")
 
 
-def check_policy(where: str, policy: str) -> None:
-    if policy not in POLICIES:
-        raise ValueError(f"{where}: no policy {policy!r}; there are: {', '.join(POLICIES.values)}")
+def check_numerics(op_name: str, numerics: str) -> None:
+    if numerics not in NUMERICS:
+        raise ValueError(f"{op_name}: no policy {numerics!r}; there are: {', '.join(NUMERICS.values)}")

@@ -5,29 +5,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.registry import Sizes, op
+from vila_triton.registry import IntRange, op
 
-from .dtypes import DTYPES, draw, name_of, wide
-from .shapes import axes, finite, floating, same_dtype
+from .dtypes import DTYPES, dtype_name, random_tensor, upcast
+from .shapes import check_axes, check_finite, check_floating, check_same_dtype
 
 
 @op
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last axis; x [..., e], weight [e]. Zhang & Sennrich 2019."""
-    wx = wide(x)
-    return (wx * torch.rsqrt(wx.square().mean(-1, keepdim=True) + eps) * wide(weight)).to(x.dtype)
+    x_upcast = upcast(x)
+    return (x_upcast * torch.rsqrt(x_upcast.square().mean(-1, keepdim=True) + eps) * upcast(weight)).to(x.dtype)
 
 
 @rms_norm.requires
 def _(x: Tensor, weight: Tensor, eps: float) -> None:
-    axes("rms_norm", x=(x, "... e"), weight=(weight, "e"))
-    floating("rms_norm", x=x, weight=weight)
-    finite("rms_norm", eps=eps)
+    check_axes("rms_norm", x=(x, "... e"), weight=(weight, "e"))
+    check_floating("rms_norm", x=x, weight=weight)
+    check_finite("rms_norm", eps=eps)
 
 
 @rms_norm.inputs
-def _(rows: Sizes(1, 40), e: Sizes(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
-    return draw(rows, e, dtype=dtype, rng=rng, device=device), draw(e, dtype=dtype, rng=rng, device=device), 1e-5
+def _(rows: IntRange(1, 40), e: IntRange(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
+    return (
+        random_tensor(rows, e, dtype=dtype, rng=rng, device=device),
+        random_tensor(e, dtype=dtype, rng=rng, device=device),
+        1e-5,
+    )
 
 
 rms_norm.result(lambda x, weight, eps: x.new_empty(x.shape))
@@ -35,7 +39,7 @@ rms_norm.result(lambda x, weight, eps: x.new_empty(x.shape))
 
 @rms_norm.sizes("rows")
 def _(x, weight, eps):
-    return dict(rows=x.shape[:-1].numel(), e=len(weight), dtype=name_of(x.dtype))
+    return dict(rows=x.shape[:-1].numel(), e=len(weight), dtype=dtype_name(x.dtype))
 
 
 @rms_norm.costs
@@ -46,19 +50,19 @@ def _(rows, e, dtype):
 @op
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) · weight + bias over the last axis; x [..., e], the rest [e]. Ba et al. 2016."""
-    return F.layer_norm(wide(x), weight.shape, wide(weight), wide(bias), eps).to(x.dtype)
+    return F.layer_norm(upcast(x), weight.shape, upcast(weight), upcast(bias), eps).to(x.dtype)
 
 
 @layer_norm.requires
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-    axes("layer_norm", x=(x, "... e"), weight=(weight, "e"), bias=(bias, "e"))
-    floating("layer_norm", x=x, weight=weight, bias=bias)
-    finite("layer_norm", eps=eps)
+    check_axes("layer_norm", x=(x, "... e"), weight=(weight, "e"), bias=(bias, "e"))
+    check_floating("layer_norm", x=x, weight=weight, bias=bias)
+    check_finite("layer_norm", eps=eps)
 
 
 @layer_norm.inputs
-def _(rows: Sizes(1, 40), e: Sizes(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
-    x, weight, bias = (draw(*s, dtype=dtype, rng=rng, device=device) for s in ((rows, e), (e,), (e,)))
+def _(rows: IntRange(1, 40), e: IntRange(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
+    x, weight, bias = (random_tensor(*s, dtype=dtype, rng=rng, device=device) for s in ((rows, e), (e,), (e,)))
     return x, weight, bias, 1e-6
 
 
@@ -67,7 +71,7 @@ layer_norm.result(lambda x, weight, bias, eps: x.new_empty(x.shape))
 
 @layer_norm.sizes("rows")
 def _(x, weight, bias, eps):
-    return dict(rows=x.shape[:-1].numel(), e=len(weight), dtype=name_of(x.dtype))
+    return dict(rows=x.shape[:-1].numel(), e=len(weight), dtype=dtype_name(x.dtype))
 
 
 @layer_norm.costs
@@ -82,23 +86,23 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x [s, h, d], cos and sin [s, r] in float32 (one angle a token and pair, shared by all heads) -> [s, h, d].
     Su et al. 2021, in the layout of Hugging Face's `rotate_half`.
     """
-    low, high = wide(x).chunk(2, dim=-1)  # [s, h, r] each
+    low, high = upcast(x).chunk(2, dim=-1)  # [s, h, r] each
     cos, sin = cos[:, None].to(low.dtype), sin[:, None].to(low.dtype)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
 
 
 @rope.requires
 def _(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    sizes = axes("rope", x=(x, "s h d"), cos=(cos, "s r"), sin=(sin, "s r"))
-    floating("rope", x=x, cos=cos, sin=sin)
+    sizes = check_axes("rope", x=(x, "s h d"), cos=(cos, "s r"), sin=(sin, "s r"))
+    check_floating("rope", x=x, cos=cos, sin=sin)
     if sizes["d"] != 2 * sizes["r"]:
         raise ValueError(f"rope: x has head dim {sizes['d']}, but cos and sin hold {sizes['r']} pairs")
 
 
 @rope.inputs
-def _(s: Sizes(1, 40), h: Sizes(1, 9), r: Sizes(1, 64), dtype: DTYPES, *, rng: torch.Generator, device: str):
+def _(s: IntRange(1, 40), h: IntRange(1, 9), r: IntRange(1, 64), dtype: DTYPES, *, rng: torch.Generator, device: str):
     angles = torch.rand(s, r, generator=rng) * 1000
-    x = draw(s, h, 2 * r, dtype=dtype, rng=rng, device=device)
+    x = random_tensor(s, h, 2 * r, dtype=dtype, rng=rng, device=device)
     return x, angles.cos().to(device), angles.sin().to(device)
 
 
@@ -108,7 +112,7 @@ rope.result(lambda x, cos, sin: x.new_empty(x.shape))
 @rope.sizes("s")
 def _(x, cos, sin):
     s, h, d = x.shape
-    return dict(s=s, h=h, r=d // 2, dtype=name_of(x.dtype))
+    return dict(s=s, h=h, r=d // 2, dtype=dtype_name(x.dtype))
 
 
 @rope.costs
@@ -119,19 +123,19 @@ def _(s, h, r, dtype):
 @op
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, elementwise; both [s, f] -> [s, f]. Shazeer 2020."""
-    return (F.silu(wide(gate)) * wide(up)).to(gate.dtype)
+    return (F.silu(upcast(gate)) * upcast(up)).to(gate.dtype)
 
 
 @swiglu.requires
 def _(gate: Tensor, up: Tensor) -> None:
-    axes("swiglu", gate=(gate, "s f"), up=(up, "s f"))
-    floating("swiglu", gate=gate)
-    same_dtype("swiglu", gate=gate, up=up)
+    check_axes("swiglu", gate=(gate, "s f"), up=(up, "s f"))
+    check_floating("swiglu", gate=gate)
+    check_same_dtype("swiglu", gate=gate, up=up)
 
 
 @swiglu.inputs
-def _(s: Sizes(1, 40), f: Sizes(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
-    gate, up = (draw(s, f, dtype=dtype, rng=rng, device=device, scale=3) for _ in range(2))
+def _(s: IntRange(1, 40), f: IntRange(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
+    gate, up = (random_tensor(s, f, dtype=dtype, rng=rng, device=device, scale=3) for _ in range(2))
     return gate, up
 
 
@@ -141,7 +145,7 @@ swiglu.result(lambda gate, up: gate.new_empty(gate.shape))
 @swiglu.sizes("s")
 def _(gate, up):
     s, f = gate.shape
-    return dict(s=s, f=f, dtype=name_of(gate.dtype))
+    return dict(s=s, f=f, dtype=dtype_name(gate.dtype))
 
 
 @swiglu.costs

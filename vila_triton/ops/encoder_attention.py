@@ -5,51 +5,51 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from vila_triton.registry import Sizes, op
+from vila_triton.registry import IntRange, op
 
 from .attention import HEAD_DIMS
-from .dtypes import DTYPES, draw, name_of, wide
-from .shapes import axes, finite, floating, same_dtype
+from .dtypes import DTYPES, dtype_name, random_tensor, upcast
+from .shapes import check_axes, check_finite, check_floating, check_same_dtype
 
 
 @op
-def encoder_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def encoder_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
     """Attention of every position to every position of its picture: q, k and v [b, s, h, d] -> [b, s, h, d]."""
-    scores = einsum(wide(q), wide(k), "b s h d, b t h d -> b h s t") * scale
-    p = wide(scores.softmax(-1).to(v.dtype))
-    return einsum(p, wide(v), "b h s t, b t h d -> b s h d").to(q.dtype)
+    scores = einsum(upcast(q), upcast(k), "b s h d, b t h d -> b h s t") * softmax_scale
+    p = upcast(scores.softmax(-1).to(v.dtype))
+    return einsum(p, upcast(v), "b h s t, b t h d -> b s h d").to(q.dtype)
 
 
 @encoder_attention.requires
-def _(q, k, v, scale) -> None:
-    axes("encoder_attention", q=(q, "b s h d"), k=(k, "b s h d"), v=(v, "b s h d"))
-    floating("encoder_attention", q=q)
-    same_dtype("encoder_attention", q=q, k=k, v=v)
-    finite("encoder_attention", scale=scale)
+def _(q, k, v, softmax_scale) -> None:
+    check_axes("encoder_attention", q=(q, "b s h d"), k=(k, "b s h d"), v=(v, "b s h d"))
+    check_floating("encoder_attention", q=q)
+    check_same_dtype("encoder_attention", q=q, k=k, v=v)
+    check_finite("encoder_attention", softmax_scale=softmax_scale)
 
 
 @encoder_attention.inputs
 def _(
-    b: Sizes(1, 3),
-    s: Sizes(1, 90),
-    h: Sizes(1, 3),
+    b: IntRange(1, 3),
+    s: IntRange(1, 90),
+    h: IntRange(1, 3),
     d: HEAD_DIMS,
     dtype: DTYPES,
     *,
     rng: torch.Generator,
     device: str,
 ):
-    q, k, v = (draw(b, s, h, d, dtype=dtype, rng=rng, device=device) for _ in range(3))
+    q, k, v = (random_tensor(b, s, h, d, dtype=dtype, rng=rng, device=device) for _ in range(3))
     return q, k, v, d**-0.5
 
 
-encoder_attention.result(lambda q, k, v, scale: q.new_empty(q.shape))
+encoder_attention.result(lambda q, k, v, softmax_scale: q.new_empty(q.shape))
 
 
 @encoder_attention.sizes("b")
-def _(q, k, v, scale):
+def _(q, k, v, softmax_scale):
     b, s, h, d = q.shape
-    return dict(b=b, s=s, h=h, d=d, dtype=name_of(q.dtype))
+    return dict(b=b, s=s, h=h, d=d, dtype=dtype_name(q.dtype))
 
 
 @encoder_attention.costs

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vila_triton.checkpoints.int4_packing import pack_tiles, tiles, unpack_tiles
-from vila_triton.registry import OneOf, Sizes, op
+from vila_triton.checkpoints.int4_packing import pack_tiles, tiled_shape, unpack_tiles
+from vila_triton.registry import IntRange, OneOf, op
 
-from .dtypes import DTYPES, draw, name_of, wide
-from .shapes import axes, floating, same_dtype
+from .dtypes import DTYPES, dtype_name, random_tensor, upcast
+from .shapes import check_axes, check_floating, check_same_dtype
 
-ORDERS = ("sub", "fma")
-LEAST = 2.0**-24  # above 0 in float16
+ROUNDINGS = ("sub", "fma")
+SMALLEST_SCALE = 2.0**-24  # above 0 in float16
 
 
 @dataclass(frozen=True)
@@ -36,31 +36,31 @@ class Int4:
     qweight: Any  # a Tensor, or whatever a params tree of declarations holds in its place
     scales: Any
     zeros: Any
-    group: int
-    order: Literal["sub", "fma"] = "sub"
+    group_size: int
+    rounding: Literal["sub", "fma"] = "sub"
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.scales.shape[1], self.scales.shape[0] * self.group
+        return self.scales.shape[1], self.scales.shape[0] * self.group_size
 
 
-def check_int4(k: int, group: int) -> None:
+def check_int4_shape(k: int, group_size: int) -> None:
     """ValueError unless a weight of k columns can be cut into groups."""
-    if k <= 0 or k % 8 or group <= 0 or k % group or (group % 16 and group != k):
+    if k <= 0 or k % 8 or group_size <= 0 or k % group_size or (group_size % 16 and group_size != k):
         raise ValueError(
-            f"int4 weight: k = {k} and group = {group}, "
+            f"int4 weight: k = {k} and group = {group_size}, "
             "but k must be a positive multiple of 8, and group divide k and be a multiple of 16, unless it is k"
         )
 
 
-def codes(w: Int4) -> Tensor:
+def unpack_codes(w: Int4) -> Tensor:
     """The 4-bit codes as int32, [n, k]."""
     return unpack_tiles(w.qweight, *w.shape)
 
 
-def rounded(q: Tensor, scales: Tensor, zeros: Tensor, order: str) -> Tensor:
+def apply_scale_and_zero(q: Tensor, scales: Tensor, zeros: Tensor, rounding: str) -> Tensor:
     """Codes, scales and zeros of one dtype and of shapes that broadcast -> weights, rounded as `Int4.order` says."""
-    if order == "sub":
+    if rounding == "sub":
         return (q - zeros) * scales
     shifts = -(zeros * scales)
     return (q.double() * scales.double() + shifts.double()).to(q.dtype)
@@ -68,87 +68,87 @@ def rounded(q: Tensor, scales: Tensor, zeros: Tensor, order: str) -> Tensor:
 
 def dequantize(w: Int4, dtype: torch.dtype) -> Tensor:
     """The weight as a plain tensor [n, k] of the given dtype."""
-    q = rearrange(codes(w), "n (G i) -> n G i", i=w.group)
+    q = rearrange(unpack_codes(w), "n (G i) -> n G i", i=w.group_size)
     scales, zeros = (rearrange(x, "G n -> n G 1").to(dtype) for x in (w.scales, w.zeros))
-    return rounded(q.to(dtype), scales, zeros, w.order).flatten(-2)
+    return apply_scale_and_zero(q.to(dtype), scales, zeros, w.rounding).flatten(-2)
 
 
-def step(width: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_for_range(value_range: Tensor, dtype: torch.dtype) -> Tensor:
     """Between sixteen levels that span a width: a number of the dtype, and one that float16 can tell from 0."""
-    exact = (width / 15).clamp(min=LEAST)
-    near = exact.to(dtype)
+    exact = (value_range / 15).clamp(min=SMALLEST_SCALE)
+    nearest = exact.to(dtype)
     # Among the least numbers of float16 the nearest may be a third too small: then the levels would not reach the ends.
-    return torch.where(near.float() < exact * (1 - 2**-10), (near.float() + LEAST).to(dtype), near)
+    return torch.where(nearest.float() < exact * (1 - 2**-10), (nearest.float() + SMALLEST_SCALE).to(dtype), nearest)
 
 
-def quantize(w: Tensor, group: int) -> Int4:
+def quantize_rtn(w: Tensor, group_size: int) -> Int4:
     """Round w [n, k] to the nearest of 16 levels per group, whose range always includes 0.
 
     Errors: ValueError if k cannot be cut into such groups, or w is not finite.
     """
-    check_int4(w.shape[1], group)
+    check_int4_shape(w.shape[1], group_size)
     if not torch.isfinite(w).all():
         raise ValueError("int4 weight: cannot quantize a weight that holds NaN or infinity")
-    x = rearrange(w.float(), "n (G i) -> n G i", i=group)
+    x = rearrange(w.float(), "n (G i) -> n G i", i=group_size)
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     # The scale is rounded before it is used, so that the codes are nearest under the scale that is stored.
-    scales = step(high - low, w.dtype)
+    scales = scale_for_range(high - low, w.dtype)
     zeros = (-low / scales.float()).round().clamp(0, 15)
     q = ((x / scales.float()).round() + zeros).clamp(0, 15).to(torch.int32)
     scales, zeros = (rearrange(y, "n G 1 -> G n").to(w.dtype).contiguous() for y in (scales, zeros))
-    return Int4(pack_tiles(q.flatten(-2)), scales, zeros, group)
+    return Int4(pack_tiles(q.flatten(-2)), scales, zeros, group_size)
 
 
-def require_int4(where: str, x: Tensor, bias: Tensor | None = None, **weights: Int4) -> None:
+def check_int4_args(op_name: str, x: Tensor, bias: Tensor | None = None, **weights: Int4) -> None:
     """ValueError unless the weights [n, k] are whole and fit x [..., k], one another and the bias [n]."""
     for name, w in weights.items():
         if not isinstance(w, Int4):
-            raise ValueError(f"{where}: {name} is a {type(w).__name__}, expected an Int4")
-        leaves = {f"{name}.scales": (w.scales, "G n"), f"{name}.zeros": (w.zeros, "G n")}
-        sizes = axes(where, x=(x, "... k"), **leaves, **({} if bias is None else {"bias": (bias, "n")}))
-        check_int4(sizes["G"] * w.group, w.group)
-        if w.order not in ORDERS:
-            raise ValueError(f"{where}: {name}.order is {w.order!r}, expected one of {', '.join(ORDERS)}")
+            raise ValueError(f"{op_name}: {name} is a {type(w).__name__}, expected an Int4")
+        group_tensors = {f"{name}.scales": (w.scales, "G n"), f"{name}.zeros": (w.zeros, "G n")}
+        sizes = check_axes(op_name, x=(x, "... k"), **group_tensors, **({} if bias is None else {"bias": (bias, "n")}))
+        check_int4_shape(sizes["G"] * w.group_size, w.group_size)
+        if w.rounding not in ROUNDINGS:
+            raise ValueError(f"{op_name}: {name}.order is {w.rounding!r}, expected one of {', '.join(ROUNDINGS)}")
         if x.shape[-1] != w.shape[1]:
-            raise ValueError(f"{where}: x has {x.shape[-1]} columns, but {name} is {list(w.shape)}")
-        if w.qweight.shape != tiles(*w.shape):
+            raise ValueError(f"{op_name}: x has {x.shape[-1]} columns, but {name} is {list(w.shape)}")
+        if w.qweight.shape != tiled_shape(*w.shape):
             raise ValueError(
-                f"{where}: {name}.qweight has shape {list(w.qweight.shape)}, expected {list(tiles(*w.shape))}"
+                f"{op_name}: {name}.qweight has shape {list(w.qweight.shape)}, expected {list(tiled_shape(*w.shape))}"
             )
         if w.qweight.dtype != torch.int32:
-            raise ValueError(f"{where}: {name}.qweight is {w.qweight.dtype}, expected torch.int32")
+            raise ValueError(f"{op_name}: {name}.qweight is {w.qweight.dtype}, expected torch.int32")
         if w.qweight.device != x.device:
-            raise ValueError(f"{where}: {name}.qweight is on {w.qweight.device}, expected {x.device} like x")
-        floating(where, x=x, **{leaf: y for leaf, (y, _) in leaves.items()})
+            raise ValueError(f"{op_name}: {name}.qweight is on {w.qweight.device}, expected {x.device} like x")
+        check_floating(op_name, x=x, **{leaf: y for leaf, (y, _) in group_tensors.items()})
     if bias is not None:
-        same_dtype(where, x=x, bias=bias)
+        check_same_dtype(op_name, x=x, bias=bias)
 
 
 @op
 def int4_matmul(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
     """x · wᵀ + bias, w in 4 bits: x [..., k], w [n, k], bias [n] -> [..., n] in x's dtype. Lin et al. 2023 (AWQ)."""
-    return F.linear(wide(x), wide(dequantize(w, x.dtype)), None if bias is None else wide(bias)).to(x.dtype)
+    return F.linear(upcast(x), upcast(dequantize(w, x.dtype)), None if bias is None else upcast(bias)).to(x.dtype)
 
 
 @int4_matmul.requires
 def _(x: Tensor, w: Int4, bias: Tensor | None = None) -> None:
-    require_int4("int4_matmul", x, bias, w=w)
+    check_int4_args("int4_matmul", x, bias, w=w)
 
 
-def random_int4(n: int, G: int, group: int, dtype: str, order: Any, rng: torch.Generator, device: str) -> Int4:
+def random_int4(n: int, G: int, group_size: int, dtype: str, rounding: Any, rng: torch.Generator, device: str) -> Int4:
     """All codes, any zeros, and scales of weights of about 1."""
-    q = torch.randint(0, 16, (n, G * group), generator=rng)
+    q = torch.randint(0, 16, (n, G * group_size), generator=rng)
     scales = (torch.rand(G, n, generator=rng) + 0.5) / 15
     zeros = torch.randint(0, 16, (G, n), generator=rng)
     scales, zeros = (x.to(device, getattr(torch, dtype)) for x in (scales, zeros))
-    return Int4(pack_tiles(q).to(device), scales, zeros, group, order)
+    return Int4(pack_tiles(q).to(device), scales, zeros, group_size, rounding)
 
 
 @int4_matmul.inputs
 def _(
-    m: Sizes(1, 40),
-    n: Sizes(1, 80),
-    G: Sizes(1, 5),
+    m: IntRange(1, 40),
+    n: IntRange(1, 80),
+    G: IntRange(1, 5),
     group: OneOf(64, 32, 128, 80),
     dtype: DTYPES,
     order: OneOf("sub", "fma"),
@@ -158,8 +158,8 @@ def _(
     device: str,
 ):
     w = random_int4(n, G, group, dtype, order, rng, device)
-    x = draw(m, G * group, dtype=dtype, rng=rng, device=device)
-    return x, w, draw(n, dtype=dtype, rng=rng, device=device) if bias else None
+    x = random_tensor(m, G * group, dtype=dtype, rng=rng, device=device)
+    return x, w, random_tensor(n, dtype=dtype, rng=rng, device=device) if bias else None
 
 
 int4_matmul.result(lambda x, w, bias: x.new_empty(*x.shape[:-1], w.shape[0]))
@@ -169,7 +169,9 @@ int4_matmul.result(lambda x, w, bias: x.new_empty(*x.shape[:-1], w.shape[0]))
 def _(x, w, bias=None):
     n, k = w.shape
     m = x.shape[:-1].numel()
-    return dict(m=m, n=n, G=k // w.group, group=w.group, dtype=name_of(x.dtype), order=w.order, bias=bias is not None)
+    return dict(
+        m=m, n=n, G=k // w.group, group=w.group, dtype=dtype_name(x.dtype), order=w.order, bias=bias is not None
+    )
 
 
 @int4_matmul.costs
@@ -181,25 +183,25 @@ def _(m, n, G, group, dtype, order, bias):
 @op
 def int4_swiglu(x: Tensor, gate: Int4, up: Int4) -> Tensor:
     """silu(x · gateᵀ) · (x · upᵀ): x [..., k], gate and up [n, k] in 4 bits -> [..., n]. Shazeer 2020 (SwiGLU)."""
-    a, b = (F.linear(wide(x), wide(dequantize(w, x.dtype))) for w in (gate, up))
+    a, b = (F.linear(upcast(x), upcast(dequantize(w, x.dtype))) for w in (gate, up))
     return (F.silu(a) * b).to(x.dtype)
 
 
 @int4_swiglu.requires
 def _(x: Tensor, gate: Int4, up: Int4) -> None:
-    require_int4("int4_swiglu", x, gate=gate, up=up)
-    if (gate.shape, gate.group, gate.order) != (up.shape, up.group, up.order):
+    check_int4_args("int4_swiglu", x, gate=gate, up=up)
+    if (gate.shape, gate.group_size, gate.rounding) != (up.shape, up.group_size, up.rounding):
         raise ValueError(
-            f"int4_swiglu: up is {list(up.shape)} in groups of {up.group}, order {up.order!r}, "
-            f"expected {list(gate.shape)} in groups of {gate.group}, order {gate.order!r}, like gate"
+            f"int4_swiglu: up is {list(up.shape)} in groups of {up.group_size}, order {up.rounding!r}, "
+            f"expected {list(gate.shape)} in groups of {gate.group_size}, order {gate.rounding!r}, like gate"
         )
 
 
 @int4_swiglu.inputs
 def _(
-    m: Sizes(1, 40),
-    n: Sizes(1, 80),
-    G: Sizes(1, 5),
+    m: IntRange(1, 40),
+    n: IntRange(1, 80),
+    G: IntRange(1, 5),
     group: OneOf(64, 32, 128, 80),
     dtype: DTYPES,
     order: OneOf("sub", "fma"),
@@ -208,7 +210,7 @@ def _(
     device: str,
 ):
     weights = (random_int4(n, G, group, dtype, order, rng, device) for _ in range(2))
-    return draw(m, G * group, dtype=dtype, rng=rng, device=device, scale=(G * group) ** -0.5), *weights
+    return random_tensor(m, G * group, dtype=dtype, rng=rng, device=device, scale=(G * group) ** -0.5), *weights
 
 
 int4_swiglu.result(lambda x, gate, up: x.new_empty(*x.shape[:-1], gate.shape[0]))
@@ -218,7 +220,7 @@ int4_swiglu.result(lambda x, gate, up: x.new_empty(*x.shape[:-1], gate.shape[0])
 def _(x, gate, up):
     n, k = gate.shape
     m = x.shape[:-1].numel()
-    return dict(m=m, n=n, G=k // gate.group, group=gate.group, dtype=name_of(x.dtype), order=gate.order)
+    return dict(m=m, n=n, G=k // gate.group, group=gate.group, dtype=dtype_name(x.dtype), order=gate.order)
 
 
 @int4_swiglu.costs

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dtypes import wide
-from .shapes import axes
+from .dtypes import upcast
+from .shapes import check_axes
 
-BITS = {"int8": 8, "int4": 4}
-SCALES = (torch.float32, torch.float16, torch.float64)  # float64: for the oracles of tests
+KV_BITS = {"int8": 8, "int4": 4}
+SCALE_DTYPES = (torch.float32, torch.float16, torch.float64)  # float64: for the oracles of tests
 
 
 @dataclass(frozen=True)
-class QuantizedPages:
+class QuantizedKVPages:
     """Pages in 8 or 4 bits: x[p, l, g, j] = (code[p, l, g, j] - zeros[p, l, g]) * scales[p, l, g].
 
     values   [p, l, g, d] int8, codes -127 to 127; or [p, l, g, d/2] uint8, codes 0 to 15: byte j of a head holds code
@@ -51,60 +51,60 @@ class QuantizedPages:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in leaves(self))
+        return sum(x.nbytes for x in page_tensors(self))
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "QuantizedPages":
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "QuantizedKVPages":
         """The same with fn applied to each of its tensors."""
-        return QuantizedPages(fn(self.values), fn(self.scales), None if self.zeros is None else fn(self.zeros))
+        return QuantizedKVPages(fn(self.values), fn(self.scales), None if self.zeros is None else fn(self.zeros))
 
-    def __getitem__(self, index: Any) -> "QuantizedPages":
+    def __getitem__(self, index: Any) -> "QuantizedKVPages":
         """The pages at an index of the axes that all its tensors have: every one but d."""
         return self.map(lambda x: x[index])
 
-    def dense(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """The numbers they stand for, [p, l, g, d] in float32 (float64 if the scales are that)."""
-        scales, codes = wide(self.scales), self.values
+        scales, codes = upcast(self.scales), self.values
         if self.zeros is None:
             return codes.to(scales.dtype) * scales[..., None]
         codes = torch.cat((codes & 15, codes >> 4), -1).to(scales.dtype)  # [..., d/2] bytes -> [..., d]
-        return (codes - wide(self.zeros)[..., None]) * scales[..., None]
+        return (codes - upcast(self.zeros)[..., None]) * scales[..., None]
 
 
-Pages = Tensor | QuantizedPages
+KVPages = Tensor | QuantizedKVPages
 
 
-def leaves(pages: Pages) -> list[Tensor]:
+def page_tensors(pages: KVPages) -> list[Tensor]:
     """The tensors that a pool is made of; all of them have its axes but, with scales and zeros, d."""
     if isinstance(pages, Tensor):
         return [pages]
     return [x for x in (pages.values, pages.scales, pages.zeros) if x is not None]
 
 
-def empty_pages(
+def empty_kv_pages(
     shape: tuple[int, ...],
     dtype: torch.dtype | str,
     device: torch.device | str = "cpu",
-    scales: torch.dtype = torch.float32,
-) -> Pages:
+    scale_dtype: torch.dtype = torch.float32,
+) -> KVPages:
     """A pool [..., p, l, g, d] of whatever memory holds; dtype: of a plain tensor, or "int8" or "int4", with `scales`.
 
     Errors: ValueError for another name, or an odd d in 4 bits.
     """
     if isinstance(dtype, torch.dtype):
         return torch.empty(shape, dtype=dtype, device=device)
-    if dtype not in BITS:
-        raise ValueError(f"no pages in {dtype!r}; there are: {', '.join(BITS)}, and dtypes of torch")
+    if dtype not in KV_BITS:
+        raise ValueError(f"no pages in {dtype!r}; there are: {', '.join(KV_BITS)}, and dtypes of torch")
     *outer, d = shape
     if dtype == "int4" and d % 2:
         raise ValueError(f"pages in int4 need an even head dim, got {d}")
-    values, width = (torch.int8, d) if dtype == "int8" else (torch.uint8, d // 2)
-    scale, zero = (torch.empty(outer, dtype=scales, device=device) for _ in range(2))
-    return QuantizedPages(
-        torch.empty(*outer, width, dtype=values, device=device), scale, zero if dtype == "int4" else None
+    value_dtype, width = (torch.int8, d) if dtype == "int8" else (torch.uint8, d // 2)
+    scales, zeros = (torch.empty(outer, dtype=scale_dtype, device=device) for _ in range(2))
+    return QuantizedKVPages(
+        torch.empty(*outer, width, dtype=value_dtype, device=device), scales, zeros if dtype == "int4" else None
     )
 
 
-def encode(x: Tensor, like: Pages) -> Pages:
+def quantize_kv(x: Tensor, like: KVPages) -> KVPages:
     """Tokens x [..., d] as `like` holds them, which says bits and dtypes: tensors [..., d], or codes with scales [...].
 
     8 bits: the largest |x| of a token and head is code 127. 4 bits: the 16 codes span its values and 0, which is one of
@@ -116,39 +116,43 @@ def encode(x: Tensor, like: Pages) -> Pages:
     """
     if isinstance(like, Tensor):
         return x.to(like.dtype)
-    x, dtype = wide(x), like.scales.dtype
-    tiny = torch.finfo(dtype).smallest_normal
-    finite = x.isfinite().all(-1)
-    x = torch.where(finite[..., None], x, 0.0)
+    x, dtype = upcast(x), like.scales.dtype
+    min_scale = torch.finfo(dtype).smallest_normal
+    is_finite = x.isfinite().all(-1)
+    x = torch.where(is_finite[..., None], x, 0.0)
     if like.zeros is None:
-        scales = (x.abs().amax(-1) * (1 / 127)).clamp(min=tiny).to(dtype)
+        scales = (x.abs().amax(-1) * (1 / 127)).clamp(min=min_scale).to(dtype)
         codes = torch.floor(x / scales[..., None].to(x.dtype) + 0.5).clamp(-127, 127)
-        return QuantizedPages(codes.to(torch.int8), scales.masked_fill(~finite, math.nan))
-    low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-    scales = ((high - low) * (1 / 15)).clamp(min=tiny).to(dtype)
+        return QuantizedKVPages(codes.to(torch.int8), scales.masked_fill(~is_finite, math.nan))
+    lowest, highest = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+    scales = ((highest - lowest) * (1 / 15)).clamp(min=min_scale).to(dtype)
     step = scales.to(x.dtype)
-    zeros = torch.floor(-low / step + 0.5).clamp(0, 15)
+    zeros = torch.floor(-lowest / step + 0.5).clamp(0, 15)
     codes = (torch.floor(x / step[..., None] + 0.5) + zeros[..., None]).clamp(0, 15).to(torch.uint8)
-    first, second = codes.chunk(2, -1)
-    values = first | second << 4
-    return QuantizedPages(values, *(y.to(dtype).masked_fill(~finite, math.nan) for y in (scales, zeros)))
+    low_codes, high_codes = codes.chunk(2, -1)
+    values = low_codes | high_codes << 4
+    return QuantizedKVPages(values, *(y.to(dtype).masked_fill(~is_finite, math.nan) for y in (scales, zeros)))
 
 
-def check_pages(where: str, k_pages: Pages, v_pages: Pages) -> None:
+def check_pages(op_name: str, k_pages: KVPages, v_pages: KVPages) -> None:
     """ValueError unless both pools are of one kind and, if quantised, their tensors are what `QuantizedPages` says."""
-    kinds = []
+    formats = []
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
         if isinstance(pages, Tensor):
-            kinds.append(str(pages.dtype))
+            formats.append(str(pages.dtype))
             continue
-        kinds.append(f"int{pages.bits} with scales in {pages.scales.dtype}")
-        parts = [("values", "p l g d"), ("scales", "p l g"), ("zeros", "p l g")][: len(leaves(pages))]
-        axes(where, **{f"{name}.{part}": (getattr(pages, part), pattern) for part, pattern in parts})
-        wanted = torch.int8 if pages.bits == 8 else torch.uint8
-        if pages.values.dtype != wanted:
-            raise ValueError(f"{where}: {name}.values is {pages.values.dtype}, expected {wanted} in {pages.bits} bits")
-        if any(x.dtype != pages.scales.dtype or x.dtype not in SCALES for x in leaves(pages)[1:]):
-            found = " and ".join(str(x.dtype) for x in leaves(pages)[1:])
-            raise ValueError(f"{where}: scales and zeros of {name} are {found}, expected both float32 or both float16")
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"{where}: v_pages is {kinds[1]}, expected {kinds[0]} like k_pages")
+        formats.append(f"int{pages.bits} with scales in {pages.scales.dtype}")
+        fields = [("values", "p l g d"), ("scales", "p l g"), ("zeros", "p l g")][: len(page_tensors(pages))]
+        check_axes(op_name, **{f"{name}.{part}": (getattr(pages, part), pattern) for part, pattern in fields})
+        expected = torch.int8 if pages.bits == 8 else torch.uint8
+        if pages.values.dtype != expected:
+            raise ValueError(
+                f"{op_name}: {name}.values is {pages.values.dtype}, expected {expected} in {pages.bits} bits"
+            )
+        if any(x.dtype != pages.scales.dtype or x.dtype not in SCALE_DTYPES for x in page_tensors(pages)[1:]):
+            dtypes = " and ".join(str(x.dtype) for x in page_tensors(pages)[1:])
+            raise ValueError(
+                f"{op_name}: scales and zeros of {name} are {dtypes}, expected both float32 or both float16"
+            )
+    if formats[0] != formats[1]:
+        raise ValueError(f"{op_name}: v_pages is {formats[1]}, expected {formats[0]} like k_pages")

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.registry import Sizes, op
+from vila_triton.registry import IntRange, op
 
-from .dtypes import DTYPES, draw, name_of
+from .dtypes import DTYPES, dtype_name, random_tensor
 from .int4 import Int4, int4_matmul
-from .shapes import axes, floating
+from .shapes import check_axes, check_floating
 
 
 @op
@@ -23,13 +23,15 @@ def linear(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> Tensor:
 @linear.requires
 def _(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> None:
     weight = {"w.scales": (w.scales, "G n")} if isinstance(w, Int4) else {"w": (w, "n k")}
-    axes("linear", x=(x, "... k"), **weight, **({} if bias is None else {"bias": (bias, "n")}))
-    floating("linear", x=x, **({} if isinstance(w, Int4) else {"w": w}), **({} if bias is None else {"bias": bias}))
+    check_axes("linear", x=(x, "... k"), **weight, **({} if bias is None else {"bias": (bias, "n")}))
+    check_floating(
+        "linear", x=x, **({} if isinstance(w, Int4) else {"w": w}), **({} if bias is None else {"bias": bias})
+    )
 
 
 @linear.inputs
-def _(m: Sizes(1, 40), n: Sizes(1, 80), k: Sizes(1, 200), dtype: DTYPES, *, rng: torch.Generator, device: str):
-    x, w, bias = (draw(*s, dtype=dtype, rng=rng, device=device) for s in ((m, k), (n, k), (n,)))
+def _(m: IntRange(1, 40), n: IntRange(1, 80), k: IntRange(1, 200), dtype: DTYPES, *, rng: torch.Generator, device: str):
+    x, w, bias = (random_tensor(*s, dtype=dtype, rng=rng, device=device) for s in ((m, k), (n, k), (n,)))
     return x, w, bias
 
 
@@ -39,7 +41,7 @@ linear.result(lambda x, w, bias: x.new_empty(*x.shape[:-1], len(w)))
 @linear.sizes("m")
 def _(x, w, bias=None):
     n, k = w.shape
-    return dict(m=x.shape[:-1].numel(), n=n, k=k, dtype=name_of(x.dtype))
+    return dict(m=x.shape[:-1].numel(), n=n, k=k, dtype=dtype_name(x.dtype))
 
 
 @linear.costs

@@ -4,20 +4,20 @@
 import torch
 from torch import Tensor
 
-from vila_triton.registry import OneOf, Sizes, op
+from vila_triton.registry import IntRange, OneOf, op
 
-from .dtypes import DTYPES, draw, name_of
+from .dtypes import DTYPES, dtype_name, random_tensor
 from .elementwise import rope
-from .indices import check_slots
-from .kv_pages import Pages
-from .kv_write import KINDS, PAGE_LENGTHS, bytes_of, check_write, kind_of, kv_write
-from .shapes import axes, floating, same_dtype
+from .indices import check_slot_mapping
+from .kv_pages import KVPages
+from .kv_write import KV_FORMATS, PAGE_SIZES, check_kv_write_args, kv_bytes, kv_format, kv_write
+from .shapes import check_axes, check_floating, check_same_dtype
 
 
-@op(exact=True, batch_invariant=True)
+@op(bitwise_exact=True, batch_invariant=True)
 def rope_kv_write(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Pages, v_pages: Pages, slot_mapping: Tensor
-) -> tuple[Tensor, Tensor, Pages, Pages]:
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: KVPages, v_pages: KVPages, slot_mapping: Tensor
+) -> tuple[Tensor, Tensor, KVPages, KVPages]:
     """`rope` of q and k, then `kv_write` of the turned k and of v, in place: (turned q, turned k, k_pages, v_pages).
 
     q [s, h, d], k and v [s, g, d], cos and sin [s, d/2] float32; the rest as in `kv_write`. A token whose slot is below
@@ -29,35 +29,37 @@ def rope_kv_write(
 
 @rope_kv_write.requires
 def _(q, k, v, cos, sin, k_pages, v_pages, slot_mapping) -> None:
-    sizes = axes("rope_kv_write", q=(q, "s h d"), k=(k, "s g d"), v=(v, "s g d"), cos=(cos, "s r"), sin=(sin, "s r"))
+    sizes = check_axes(
+        "rope_kv_write", q=(q, "s h d"), k=(k, "s g d"), v=(v, "s g d"), cos=(cos, "s r"), sin=(sin, "s r")
+    )
     if sizes["d"] != 2 * sizes["r"]:
         raise ValueError(f"rope_kv_write: q has head dim {sizes['d']}, but cos and sin hold {sizes['r']} pairs")
-    floating("rope_kv_write", q=q, cos=cos, sin=sin)
-    same_dtype("rope_kv_write", q=q, k=k, v=v)
-    check_write("rope_kv_write", k, v, k_pages, v_pages, slot_mapping)
+    check_floating("rope_kv_write", q=q, cos=cos, sin=sin)
+    check_same_dtype("rope_kv_write", q=q, k=k, v=v)
+    check_kv_write_args("rope_kv_write", k, v, k_pages, v_pages, slot_mapping)
 
 
 @rope_kv_write.bounds
 def _(q, k, v, cos, sin, k_pages, v_pages, slot_mapping) -> None:
-    check_slots("rope_kv_write", slot_mapping, *k_pages.shape[:2])
+    check_slot_mapping("rope_kv_write", slot_mapping, *k_pages.shape[:2])
 
 
 @rope_kv_write.inputs
 def _(
-    s: Sizes(1, 30),
-    g: Sizes(1, 3),
+    s: IntRange(1, 30),
+    g: IntRange(1, 3),
     ratio: OneOf(1, 2, 3, 4, 8),
     d: OneOf(32, 16, 24, 64, 72, 80, 96, 128),
-    l: PAGE_LENGTHS,
+    l: PAGE_SIZES,
     dtype: DTYPES,
-    kv: KINDS = "plain",
+    kv: KV_FORMATS = "plain",
     *,
     rng: torch.Generator,
     device: str,
 ):
     angles = torch.rand(s, d // 2, generator=rng) * 1000
     k, v, *cached = kv_write.example(s, g, d, l, dtype, kv, rng=rng, device=device)
-    q = draw(s, g * ratio, d, dtype=dtype, rng=rng, device=device)
+    q = random_tensor(s, g * ratio, d, dtype=dtype, rng=rng, device=device)
     return q, k, v, angles.cos().to(device), angles.sin().to(device), *cached
 
 
@@ -71,11 +73,11 @@ rope_kv_write.writes(
 @rope_kv_write.sizes("s")
 def _(q, k, v, cos, sin, k_pages, v_pages, slot_mapping):
     (s, g, d), h, l = k.shape, q.shape[1], k_pages.shape[1]
-    return dict(s=s, g=g, ratio=h // g, d=d, l=l, dtype=name_of(q.dtype), kv=kind_of(k_pages))
+    return dict(s=s, g=g, ratio=h // g, d=d, l=l, dtype=dtype_name(q.dtype), kv=kv_format(k_pages))
 
 
 @rope_kv_write.costs
 def _(s, g, ratio, d, l, dtype, kv="plain"):
-    head = bytes_of(1, d, dtype, "plain")
-    moved = g * (2 * ratio * head + 3 * head + 2 * bytes_of(1, d, dtype, kv)) + 4 * d + 8
+    head = kv_bytes(1, d, dtype, "plain")
+    moved = g * (2 * ratio * head + 3 * head + 2 * kv_bytes(1, d, dtype, kv)) + 4 * d + 8
     return 3 * s * g * (ratio + 1) * d, s * moved

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Shaped(Protocol):
+class TensorLike(Protocol):
     """A tensor, or a leaf that stands for one."""
 
     @property
@@ -20,11 +20,11 @@ class Shaped(Protocol):
 
 
 @cache
-def letters_of(pattern: str) -> tuple[str, ...]:
+def axis_letters(pattern: str) -> tuple[str, ...]:
     return tuple(pattern.split())
 
 
-def axes(where: str, **tensors: tuple[Shaped, str]) -> dict[str, int]:
+def check_axes(op_name: str, **tensors: tuple[TensorLike, str]) -> dict[str, int]:
     """Match each tensor against its axis letters, which must mean the same size everywhere; returns the sizes.
 
     ``axes("rms_norm", x=(x, "... e"), weight=(weight, "e"))``; a leading ``...`` stands for any axes.
@@ -33,49 +33,49 @@ def axes(where: str, **tensors: tuple[Shaped, str]) -> dict[str, int]:
     """
     for name, (x, _) in tensors.items():
         if not isinstance(getattr(x, "device", None), torch.device):
-            raise TypeError(f"{where}: {name} is a {type(x).__name__}, expected a tensor")
+            raise TypeError(f"{op_name}: {name} is a {type(x).__name__}, expected a tensor")
     sizes: dict[str, int] = {}
     device = next(iter(tensors.values()))[0].device
     for name, (x, pattern) in tensors.items():
-        letters, shape = letters_of(pattern), x.shape
+        letters, shape = axis_letters(pattern), x.shape
         if letters[0] == "...":
             letters = letters[1:]
             shape = shape[len(shape) - len(letters) :]
         if len(shape) != len(letters) or [a for a, n in zip(letters, shape) if sizes.get(a, n) != n]:
             expected = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in letters)
-            raise ValueError(f"{where}: {name} has shape {list(x.shape)}, expected [{expected}]")
+            raise ValueError(f"{op_name}: {name} has shape {list(x.shape)}, expected [{expected}]")
         if x.device != device:
-            raise ValueError(f"{where}: {name} is on {x.device}, expected {device} like the first argument")
+            raise ValueError(f"{op_name}: {name} is on {x.device}, expected {device} like the first argument")
         sizes.update(zip(letters, shape))
     return sizes
 
 
-def same_dtype(where: str, **tensors: Tensor) -> None:
+def check_same_dtype(op_name: str, **tensors: Tensor) -> None:
     """ValueError unless all the tensors have the dtype of the first."""
-    (first, x), *rest = tensors.items()
-    for name, y in rest:
+    (first, x), *others = tensors.items()
+    for name, y in others:
         if y.dtype != x.dtype:
-            raise ValueError(f"{where}: {name} is {y.dtype}, expected {x.dtype} like {first}")
+            raise ValueError(f"{op_name}: {name} is {y.dtype}, expected {x.dtype} like {first}")
 
 
-def of_dtype(where: str, dtype: torch.dtype, **tensors: Tensor) -> None:
+def check_dtype(op_name: str, dtype: torch.dtype, **tensors: Tensor) -> None:
     """ValueError unless all the tensors have this dtype."""
     for name, x in tensors.items():
         if x.dtype != dtype:
-            raise ValueError(f"{where}: {name} is {x.dtype}, expected {dtype}")
+            raise ValueError(f"{op_name}: {name} is {x.dtype}, expected {dtype}")
 
 
-def floating(where: str, **tensors: Tensor) -> None:
+def check_floating(op_name: str, **tensors: Tensor) -> None:
     """ValueError unless all the tensors hold real numbers."""
     for name, x in tensors.items():
         if not x.is_floating_point():
-            raise ValueError(f"{where}: {name} is {x.dtype}, expected a floating-point dtype")
+            raise ValueError(f"{op_name}: {name} is {x.dtype}, expected a floating-point dtype")
 
 
-def finite(where: str, **values: float) -> None:
+def check_finite(op_name: str, **values: float) -> None:
     """TypeError unless all the values are numbers, ValueError unless they are finite."""
     for name, x in values.items():
         if not isinstance(x, numbers.Real | torch.SymFloat | torch.SymInt):
-            raise TypeError(f"{where}: {name} is a {type(x).__name__}, expected a number")
+            raise TypeError(f"{op_name}: {name} is a {type(x).__name__}, expected a number")
         if isinstance(x, float) and not math.isfinite(x):
-            raise ValueError(f"{where}: {name} is {x}, expected a finite number")
+            raise ValueError(f"{op_name}: {name} is {x}, expected a finite number")

@@ -13,88 +13,102 @@ from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.params import LoadError
 
-from .awq_scales import PLACES
-from .llm_awq import CLIPPED, Found
+from .awq_scales import SCALE_GROUPS
+from .llm_awq import CLIPPED_LINEARS, AwqSearchResult
 
-NAMES = {
+HF_NAMES = {
     **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
     **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
 }
-BEFORE = {
+PRECEDING_OP = {
     "attention": "input_layernorm",
-    "o": NAMES["v"],
+    "o": HF_NAMES["v"],
     "mlp": "post_attention_layernorm",
-    "down": NAMES["up"],
+    "down": HF_NAMES["up"],
 }
 
 
-def save(path: Path, layers: Sequence[Found]) -> None:
+def save_awq_cache(path: Path, layers: Sequence[AwqSearchResult]) -> None:
     """Write {"scale": [(before, (after, ...), [k])], "clip": [(linear, [n, G, 1])]}, in the order that llm-awq finds
     them in: it applies them in the order of the file, and rounds after each.
     """
     scale: list[Any] = []
     clip: list[Any] = []
-    for i, found in enumerate(layers):
-        at = f"model.layers.{i}."
-        for place in filter(found.scales.__contains__, PLACES):
-            after = tuple(at + NAMES[name] for name in PLACES[place])
-            scale.append((at + BEFORE[place], after, found.scales[place].cpu()))
-        clip += [(at + NAMES[name], found.clips[name][..., None].cpu()) for name in CLIPPED if name in found.clips]
+    for i, result in enumerate(layers):
+        prefix = f"model.layers.{i}."
+        for scale_group in filter(result.scales.__contains__, SCALE_GROUPS):
+            following = tuple(prefix + HF_NAMES[name] for name in SCALE_GROUPS[scale_group])
+            scale.append((prefix + PRECEDING_OP[scale_group], following, result.scales[scale_group].cpu()))
+        clip += [
+            (prefix + HF_NAMES[name], result.clips[name][..., None].cpu())
+            for name in CLIPPED_LINEARS
+            if name in result.clips
+        ]
     write_pt(path, {"scale": scale, "clip": clip})
 
 
-def load(path: Path, cfg: LlamaConfig, group: int, dtype: torch.dtype) -> list[Found]:
+def load_awq_cache(path: Path, cfg: LlamaConfig, group_size: int, dtype: torch.dtype) -> list[AwqSearchResult]:
     """Read such a file, as numbers of the checkpoint's dtype, in its order; of what it finds some of, the rest stays
     unscaled and unclipped.
 
     Errors: `LoadError` if it is no such file, or is of another model or another group size.
     """
-    layers, like = cfg.num_hidden_layers, llama.declare(cfg, torch.float16).layers[0]
+    num_layers, specs = cfg.num_hidden_layers, llama.param_specs(cfg, torch.float16).layers[0]
     require_file(path)
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch's words advise to load it without weights_only, which runs what the file says
         raise LoadError(f"{path} is not a cache that llm-awq writes (torch.save of scale and clip)") from None
-    if not isinstance(held, dict) or set(held) != {"scale", "clip"}:
+    if not isinstance(content, dict) or set(content) != {"scale", "clip"}:
         raise LoadError(f"{path} is not a cache that llm-awq writes: expected a dictionary of scale and clip")
-    found = [Found({}, {}, {}) for _ in range(layers)]
-    places = {(BEFORE[place], tuple(NAMES[n] for n in PLACES[place])): place for place in PLACES}
-    linears = {NAMES[name]: name for name in CLIPPED}
+    results = [AwqSearchResult({}, {}, {}) for _ in range(num_layers)]
+    scale_groups = {
+        (PRECEDING_OP[scale_group], tuple(HF_NAMES[n] for n in SCALE_GROUPS[scale_group])): scale_group
+        for scale_group in SCALE_GROUPS
+    }
+    linears = {HF_NAMES[name]: name for name in CLIPPED_LINEARS}
     try:
-        for before, after, s in held["scale"]:
-            (i, first), rest = split(before, layers), [split(name, layers) for name in after]
-            place = places[first, tuple(name for _, name in rest)]
-            if {j for j, _ in rest} != {i}:
-                raise KeyError(before)
-            found[i].scales[place] = checked(before, s, getattr(like, PLACES[place][0]).weight.shape[1:], dtype)
-            if not (found[i].scales[place] > 0).all():
-                raise ValueError(f"{before}: a scale is not above 0 in {dtype}")
-        for name, bound in held["clip"]:
-            i, linear = split(name, layers)
-            n, k = getattr(like, linears[linear]).weight.shape
-            found[i].clips[linears[linear]] = checked(name, bound, (n, k // group, 1), dtype)[..., 0]
+        for preceding, following, s in content["scale"]:
+            (i, first), parsed = (
+                parse_layer_name(preceding, num_layers),
+                [parse_layer_name(name, num_layers) for name in following],
+            )
+            place = scale_groups[first, tuple(name for _, name in parsed)]
+            if {j for j, _ in parsed} != {i}:
+                raise KeyError(preceding)
+            results[i].scales[place] = check_tensor(
+                preceding, s, getattr(specs, SCALE_GROUPS[place][0]).weight.shape[1:], dtype
+            )
+            if not (results[i].scales[place] > 0).all():
+                raise ValueError(f"{preceding}: a scale is not above 0 in {dtype}")
+        for name, bound in content["clip"]:
+            i, linear = parse_layer_name(name, num_layers)
+            n, k = getattr(specs, linears[linear]).weight.shape
+            results[i].clips[linears[linear]] = check_tensor(name, bound, (n, k // group_size, 1), dtype)[..., 0]
             if (bound < 0).any():
                 raise ValueError(f"{name}: a bound is below 0")
-        if not held["scale"] and not held["clip"]:
+        if not content["scale"] and not content["clip"]:
             raise ValueError("it holds no scale and no clip")
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise LoadError(f"{path} does not fit a LLaMA of {layers} layers in groups of {group}: {error}") from None
-    return found
+        raise LoadError(
+            f"{path} does not fit a LLaMA of {num_layers} layers in groups of {group_size}: {error}"
+        ) from None
+    return results
 
 
-def split(name: str, layers: int) -> tuple[int, str]:
+def parse_layer_name(name: str, num_layers: int) -> tuple[int, str]:
     """ "model.layers.3.mlp.up_proj" -> (3, "mlp.up_proj")."""
-    model, of, i, rest = name.split(".", 3)
-    if (model, of) != ("model", "layers") or int(i) not in range(layers):
+    model, container, i, suffix = name.split(".", 3)
+    if (model, container) != ("model", "layers") or int(i) not in range(num_layers):
         raise KeyError(name)
-    return int(i), rest
+    return int(i), suffix
 
 
-def checked(name: str, x: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def check_tensor(name: str, x: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """x in this dtype. Errors: ValueError if it is of another shape, or not finite."""
     if not isinstance(x, Tensor) or x.shape != tuple(shape) or not x.is_floating_point() or not torch.isfinite(x).all():
-        got = list(getattr(x, "shape", [type(x).__name__]))
-        raise ValueError(f"{name} is {got}, expected finite numbers [{', '.join(map(str, shape))}]")
+        actual = list(getattr(x, "shape", [type(x).__name__]))
+        raise ValueError(f"{name} is {actual}, expected finite numbers [{', '.join(map(str, shape))}]")
     if not torch.isfinite(x.to(dtype)).all():
         raise ValueError(f"{name} holds numbers beyond {dtype}, which the checkpoint is in")
     return x.to(dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Moments:
+class HessianInfo:
     """E[x xᵀ] of the inputs that a rounded linear gets, damped, and what follows from it.
 
     second       [k, k]     E[x xᵀ]
@@ -18,14 +18,14 @@ class Moments:
     mean_abs     [k]        E|x|
     """
 
-    second: Tensor
-    order: Tensor
-    upper: Tensor
-    conditional: Tensor
+    hessian: Tensor
+    act_order: Tensor
+    inverse_cholesky: Tensor
+    schur_blocks: Tensor
     mean_abs: Tensor
 
 
-def moments(x: Tensor, weights: Tensor, group: int) -> Moments:
+def compute_hessian(x: Tensor, weights: Tensor, group_size: int) -> HessianInfo:
     """x [s, k], weights [s] of mean 1. Of k² numbers four times as many as there are in the result's largest are held.
 
     The diagonal is raised by a share of its mean, the larger the fewer tokens there are for the k² numbers: what
@@ -34,29 +34,31 @@ def moments(x: Tensor, weights: Tensor, group: int) -> Moments:
     k = x.shape[1]
     if not torch.isfinite(x).all():
         raise ValueError("its inputs are NaN or infinite, by calibration or by the weights before it")
-    second = (x * weights[:, None]).T @ x / len(x)
-    if not torch.isfinite(second).all():
+    hessian = (x * weights[:, None]).T @ x / len(x)
+    if not torch.isfinite(hessian).all():
         raise ValueError(f"the squares of its inputs, up to {float(x.abs().max()):.3g}, are beyond {x.dtype}")
-    damp = (0.01 + 0.5 * k / len(x)) * second.diagonal().mean().clamp(min=1e-12)
-    second.diagonal().add_(damp)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(second))
-    blocks = torch.stack([inverse[i : i + group, i : i + group] for i in range(0, k, group)])
-    order = inverse.diagonal().argsort(stable=True)
-    inverse = inverse[order]  # one copy at a time
-    inverse = inverse[:, order]
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    return Moments(second, order, upper, torch.linalg.inv(blocks), (x.abs() * weights[:, None]).mean(0))
+    damping = (0.01 + 0.5 * k / len(x)) * hessian.diagonal().mean().clamp(min=1e-12)
+    hessian.diagonal().add_(damping)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    inverse_blocks = torch.stack([inverse[i : i + group_size, i : i + group_size] for i in range(0, k, group_size)])
+    act_order = inverse.diagonal().argsort(stable=True)
+    inverse = inverse[act_order]  # one copy at a time
+    inverse = inverse[:, act_order]
+    inverse_cholesky = torch.linalg.cholesky(inverse, upper=True)
+    return HessianInfo(
+        hessian, act_order, inverse_cholesky, torch.linalg.inv(inverse_blocks), (x.abs() * weights[:, None]).mean(0)
+    )
 
 
-def stand_in(wanted: Tensor, got: Tensor, weights: Tensor, known: Moments) -> Tensor:
+def error_correction_map(original: Tensor, quantized: Tensor, weights: Tensor, hessian: HessianInfo) -> Tensor:
     """The map [k, k] by which inputs `got` [s, k] come nearest to `wanted`: w @ it does on got what w did on wanted.
 
     Least squares, held near the identity by the damping of `known`, the moments of `got`.
     """
-    drift = ((wanted - got) * weights[:, None]).T @ got / len(got)
-    drift = drift[:, known.order]
-    drift = drift @ known.upper.T
-    drift = drift @ known.upper
-    drift = drift[:, known.order.argsort()]
-    drift.diagonal().add_(1)
-    return drift
+    correction = ((original - quantized) * weights[:, None]).T @ quantized / len(quantized)
+    correction = correction[:, hessian.act_order]
+    correction = correction @ hessian.inverse_cholesky.T
+    correction = correction @ hessian.inverse_cholesky
+    correction = correction[:, hessian.act_order.argsort()]
+    correction.diagonal().add_(1)
+    return correction

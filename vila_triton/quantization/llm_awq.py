@@ -18,79 +18,86 @@ from vila_triton.models.llama import Layer
 from vila_triton.models.params import leaves
 from vila_triton.ops import Int4
 
-from .activations import Inputs, Tokens, attended, inputs
-from .awq_scales import PLACES, scaled
-from .quant_grid import Grid, block_loss, packed
+from .activations import CalibrationTokens, LinearInputs, attention_output, capture_linear_inputs
+from .awq_scales import SCALE_GROUPS, apply_scales
+from .quant_grid import QuantGrid, group_hessian_loss, pack_int4
 
-GRID = 20
-CLIPPED = ("v", "o", "gate", "up", "down")
+GRID_STEPS = 20
+CLIPPED_LINEARS = ("v", "o", "gate", "up", "down")
 CLIP_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class Found:
+class AwqSearchResult:
     """What a search of one layer yields: scales [k] by place, clips [n, G] by linear, and the ratios of the scales."""
 
     scales: dict[str, Tensor]
     clips: dict[str, Tensor]
     ratios: dict[str, float]
 
-    def to(self, device: torch.device) -> "Found":
-        scales, clips = ({name: x.to(device) for name, x in of.items()} for of in (self.scales, self.clips))
-        return Found(scales, clips, self.ratios)
+    def to(self, device: torch.device) -> "AwqSearchResult":
+        scales, clips = ({name: x.to(device) for name, x in tensors.items()} for tensors in (self.scales, self.clips))
+        return AwqSearchResult(scales, clips, self.ratios)
 
 
-def grid_of(w: Tensor, group: int) -> Grid:
+def minmax_grid(w: Tensor, group_size: int) -> QuantGrid:
     """Scales and zeros [n, G] in w's dtype: least to greatest weight of a group, 0 among them or not."""
-    x = rearrange(w, "n (G i) -> n G i", i=group)
+    x = rearrange(w, "n (G i) -> n G i", i=group_size)
     low, high = x.amin(-1), x.amax(-1)
     scales = (high - low).clamp(min=1e-5) / 15
-    return Grid(scales, (-(low / scales).round()).clamp(0, 15))
+    return QuantGrid(scales, (-(low / scales).round()).clamp(0, 15))
 
 
-def codes(w: Tensor, grid: Grid) -> Tensor:
-    wide = grid.spread(w.shape[1])
-    return ((w / wide.scales).round() + wide.zeros).clamp(0, 15)
+def quantize_codes(w: Tensor, grid: QuantGrid) -> Tensor:
+    columns = grid.expand_to_columns(w.shape[1])
+    return ((w / columns.scales).round() + columns.zeros).clamp(0, 15)
 
 
-def pseudo(w: Tensor, group: int) -> Tensor:
+def fake_quantize(w: Tensor, group_size: int) -> Tensor:
     """w rounded, as numbers: [n, k]."""
-    grid = grid_of(w, group)
-    return grid.spread(w.shape[1]).value(codes(w, grid))
+    grid = minmax_grid(w, group_size)
+    return grid.expand_to_columns(w.shape[1]).to_weights(quantize_codes(w, grid))
 
 
-def search_scale(layer: Layer, place: str, given: Inputs, tokens: Tokens, cfg: LlamaConfig, group: int) -> Found:
+def search_scale(
+    layer: Layer,
+    scale_group: str,
+    activations: LinearInputs,
+    tokens: CalibrationTokens,
+    cfg: LlamaConfig,
+    group_size: int,
+) -> AwqSearchResult:
     """The scale of one place after which rounding changes least what the module it belongs to puts out."""
-    x: Tensor = getattr(given, place)
+    x: Tensor = getattr(activations, scale_group)
 
-    def out(p: Layer) -> Tensor:
-        if place == "attention":
-            a = tokens.through(lambda rows, cache: attended(p, rows, cfg, cache), x)
+    def output_of(p: Layer) -> Tensor:
+        if scale_group == "attention":
+            a = tokens.map_batches(lambda rows, cache: attention_output(p, rows, cfg, cache), x)
             return linear(p.o, a)
-        return llama.mlp(p, x) if place == "mlp" else linear(getattr(p, place), x)
+        return llama.mlp(p, x) if scale_group == "mlp" else linear(getattr(p, scale_group), x)
 
     if not torch.isfinite(x).all():
-        raise ValueError(f"what {place} is given is NaN or infinite, by calibration or by the weights before it")
-    mean_abs, wanted = x.abs().mean(0), out(layer)
-    best, least, ratio = torch.ones_like(mean_abs), torch.inf, 0.0
-    for step in range(GRID):
-        s = (mean_abs ** (step / GRID)).clamp(min=1e-4)
+        raise ValueError(f"what {scale_group} is given is NaN or infinite, by calibration or by the weights before it")
+    mean_abs, reference = x.abs().mean(0), output_of(layer)
+    best, lowest_loss, ratio = torch.ones_like(mean_abs), torch.inf, 0.0
+    for step in range(GRID_STEPS):
+        s = (mean_abs ** (step / GRID_STEPS)).clamp(min=1e-4)
         s = s / (s.max() * s.min()).sqrt()
-        louder = scaled(layer, {place: s}, cfg.num_key_value_heads)
-        if not all(torch.isfinite(leaf).all() for leaf in leaves(louder)):
+        scaled_layer = apply_scales(layer, {scale_group: s}, cfg.num_key_value_heads)
+        if not all(torch.isfinite(leaf).all() for leaf in leaves(scaled_layer)):
             continue  # inputs that are nearly all 0: the product, or what is scaled by its root, leaves a float16
-        tried = {name: getattr(louder, name) for name in PLACES[place]}
-        tried = {name: Affine(pseudo(p.weight, group) / s, p.bias) for name, p in tried.items()}
-        difference = wanted - out(replace(layer, **tried))
+        candidates = {name: getattr(scaled_layer, name) for name in SCALE_GROUPS[scale_group]}
+        candidates = {name: Affine(fake_quantize(p.weight, group_size) / s, p.bias) for name, p in candidates.items()}
+        difference = reference - output_of(replace(layer, **candidates))
         loss = float((difference.float() if x.itemsize < 4 else difference).square().mean())
-        if loss < least:
-            best, least, ratio = s, loss, step / GRID
-    if least == torch.inf:
-        raise ValueError(f"no scale of {place} gives a finite output")
-    return Found({place: best}, {}, {place: ratio})
+        if loss < lowest_loss:
+            best, lowest_loss, ratio = s, loss, step / GRID_STEPS
+    if lowest_loss == torch.inf:
+        raise ValueError(f"no scale of {scale_group} gives a finite output")
+    return AwqSearchResult({scale_group: best}, {}, {scale_group: ratio})
 
 
-def search_clip(w: Tensor, x: Tensor, group: int) -> Tensor:
+def search_clip(w: Tensor, x: Tensor, group_size: int) -> Tensor:
     """Per group the bound on |w|, from all of the greatest down to 0.55 of it, that changes least of its own part of
     the output: w [n, k], x [s, k] -> [n, G].
     """
@@ -98,68 +105,77 @@ def search_clip(w: Tensor, x: Tensor, group: int) -> Tensor:
         raise ValueError(f"upstream's clipping needs {CLIP_TOKENS} tokens of calibration, there are {len(x)}")
     x = x[:: len(x) // CLIP_TOKENS]
     x = x.float() if x.itemsize < 4 else x
-    parts = rearrange(x, "s (G i) -> G i s", i=group)
-    blocks = parts @ parts.mT / len(x)
-    greatest = rearrange(w, "n (G i) -> n G i", i=group).abs().amax(-1)
-    best, least = greatest, torch.full_like(greatest, torch.inf, dtype=x.dtype)
-    for step in range(GRID // 2):
-        bound = greatest * (1 - step / GRID)
-        loss = block_loss((pseudo(clip(w, bound), group) - w).to(x.dtype), blocks)
-        best, least = torch.where(loss < least, bound, best), torch.minimum(loss, least)
+    group_inputs = rearrange(x, "s (G i) -> G i s", i=group_size)
+    blocks = group_inputs @ group_inputs.mT / len(x)
+    max_abs = rearrange(w, "n (G i) -> n G i", i=group_size).abs().amax(-1)
+    best, lowest_loss = max_abs, torch.full_like(max_abs, torch.inf, dtype=x.dtype)
+    for step in range(GRID_STEPS // 2):
+        bound = max_abs * (1 - step / GRID_STEPS)
+        loss = group_hessian_loss((fake_quantize(clip_to_bounds(w, bound), group_size) - w).to(x.dtype), blocks)
+        best, lowest_loss = torch.where(loss < lowest_loss, bound, best), torch.minimum(loss, lowest_loss)
     return best
 
 
-def clip(w: Tensor, bound: Tensor) -> Tensor:
+def clip_to_bounds(w: Tensor, bound: Tensor) -> Tensor:
     """w [n, k] within the bounds [n, G] of its groups."""
-    wide = bound.repeat_interleave(w.shape[1] // bound.shape[1], 1)
-    return torch.minimum(torch.maximum(w, -wide), wide)
+    limits = bound.repeat_interleave(w.shape[1] // bound.shape[1], 1)
+    return torch.minimum(torch.maximum(w, -limits), limits)
 
 
-def search(layer: Layer, given: Inputs, tokens: Tokens, cfg: LlamaConfig, group: int) -> Found:
+def search_layer(
+    layer: Layer, activations: LinearInputs, tokens: CalibrationTokens, cfg: LlamaConfig, group_size: int
+) -> AwqSearchResult:
     """Scales and clips of one layer from what its linears are given."""
-    places = [p for p in PLACES if p != "o" or layer.v.weight.shape == layer.o.weight.shape]
-    found = [search_scale(layer, place, given, tokens, cfg, group) for place in places]
-    scales = {place: s for f in found for place, s in f.scales.items()}
-    layer = scaled(layer, scales, cfg.num_key_value_heads)
+    scale_groups = [p for p in SCALE_GROUPS if p != "o" or layer.v.weight.shape == layer.o.weight.shape]
+    results = [search_scale(layer, scale_group, activations, tokens, cfg, group_size) for scale_group in scale_groups]
+    scales = {place: s for f in results for place, s in f.scales.items()}
+    layer = apply_scales(layer, scales, cfg.num_key_value_heads)
     clips = {}
-    for place, names in PLACES.items():
-        x = getattr(given, place)
+    for place, names in SCALE_GROUPS.items():
+        x = getattr(activations, place)
         x = x / scales[place] if place in scales else x
-        clips |= {name: search_clip(getattr(layer, name).weight, x, group) for name in names if name in CLIPPED}
-    return Found(scales, clips, {place: r for f in found for place, r in f.ratios.items()})
+        clips |= {
+            name: search_clip(getattr(layer, name).weight, x, group_size) for name in names if name in CLIPPED_LINEARS
+        }
+    return AwqSearchResult(scales, clips, {place: r for f in results for place, r in f.ratios.items()})
 
 
-def apply(layer: Layer, found: Found, cfg: LlamaConfig, group: int) -> Layer:
+def apply_search_result(layer: Layer, result: AwqSearchResult, cfg: LlamaConfig, group_size: int) -> Layer:
     """The layer scaled, clipped and rounded to int4. Errors: as `check`."""
-    layer = scaled(layer, found.scales, cfg.num_key_value_heads)
-    check(layer, group, " with the scales of its inputs and outputs")
-    for name in (name for names in PLACES.values() for name in names):
-        old = getattr(layer, name)
-        w = clip(old.weight, found.clips[name]) if name in found.clips else old.weight
-        layer = replace(layer, **{name: Affine(to_int4(w, group), old.bias)})
+    layer = apply_scales(layer, result.scales, cfg.num_key_value_heads)
+    check_layer(layer, group_size, " with the scales of its inputs and outputs")
+    for name in (name for names in SCALE_GROUPS.values() for name in names):
+        linear = getattr(layer, name)
+        w = clip_to_bounds(linear.weight, result.clips[name]) if name in result.clips else linear.weight
+        layer = replace(layer, **{name: Affine(quantize_int4(w, group_size), linear.bias)})
     return layer
 
 
-def check(layer: Layer, group: int, when: str = "") -> None:
+def check_layer(layer: Layer, group_size: int, context: str = "") -> None:
     """Errors: ValueError naming what of the layer is not finite, or too wide for float16 scales."""
     for name in (field.name for field in fields(layer)):
-        part = getattr(layer, name)
-        if not all(torch.isfinite(leaf).all() for leaf in leaves(part)):
-            raise ValueError(f"{name}{when} holds NaN or infinity")
-        if isinstance(part, Affine) and not torch.isfinite(grid_of(part.weight, group).scales.half()).all():
-            raise ValueError(f"{name}{when} has a group wider than its dtype or 15 float16 scales")
+        child = getattr(layer, name)
+        if not all(torch.isfinite(leaf).all() for leaf in leaves(child)):
+            raise ValueError(f"{name}{context} holds NaN or infinity")
+        if isinstance(child, Affine) and not torch.isfinite(minmax_grid(child.weight, group_size).scales.half()).all():
+            raise ValueError(f"{name}{context} has a group wider than its dtype or 15 float16 scales")
 
 
-def to_int4(w: Tensor, group: int) -> Int4:
-    grid = grid_of(w, group)
-    return packed(codes(w, grid), grid, torch.float16)
+def quantize_int4(w: Tensor, group_size: int) -> Int4:
+    grid = minmax_grid(w, group_size)
+    return pack_int4(quantize_codes(w, grid), grid, torch.float16)
 
 
 def quantize_layer(
-    layer: Layer, x: Tensor, tokens: Tokens, cfg: LlamaConfig, group: int, found: Found | None = None
-) -> tuple[Layer, Tensor, Found]:
+    layer: Layer,
+    x: Tensor,
+    tokens: CalibrationTokens,
+    cfg: LlamaConfig,
+    group_size: int,
+    result: AwqSearchResult | None = None,
+) -> tuple[Layer, Tensor, AwqSearchResult]:
     """One layer rounded, what it gave out before that, and what was found (or given). Errors: as `check`."""
-    check(layer, group)
-    given = inputs(layer, x, tokens, cfg)
-    found = search(layer, given, tokens, cfg, group) if found is None else found
-    return apply(layer, found, cfg, group), given.out, found
+    check_layer(layer, group_size)
+    activations = capture_linear_inputs(layer, x, tokens, cfg)
+    result = search_layer(layer, activations, tokens, cfg, group_size) if result is None else result
+    return apply_search_result(layer, result, cfg, group_size), activations.out, result

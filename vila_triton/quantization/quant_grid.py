@@ -12,47 +12,47 @@ from torch import Tensor
 
 from vila_triton.checkpoints.int4_packing import pack_tiles
 from vila_triton.ops import Int4
-from vila_triton.ops.int4 import check_int4, step
+from vila_triton.ops.int4 import check_int4_shape, scale_for_range
 
-LARGEST = torch.finfo(torch.float16).max  # scale
+MAX_SCALE = torch.finfo(torch.float16).max  # scale
 
 
 @dataclass(frozen=True)
-class Grid:
+class QuantGrid:
     """scales and zeros [n, G] float32, the scales rounded to float16."""
 
     scales: Tensor
     zeros: Tensor
 
-    def spread(self, k: int) -> "Grid":
+    def expand_to_columns(self, k: int) -> "QuantGrid":
         """One column an input: [n, k]."""
-        group = k // self.scales.shape[1]
-        return Grid(self.scales.repeat_interleave(group, 1), self.zeros.repeat_interleave(group, 1))
+        group_size = k // self.scales.shape[1]
+        return QuantGrid(self.scales.repeat_interleave(group_size, 1), self.zeros.repeat_interleave(group_size, 1))
 
-    def snap(self, w: Tensor) -> Tensor:
+    def to_codes(self, w: Tensor) -> Tensor:
         """The nearest codes to weights that lie as the grid does, [n, k] by [n, k]; float32."""
         return (w / self.scales + self.zeros).round_().clamp_(0, 15)
 
-    def value(self, codes: Tensor) -> Tensor:
+    def to_weights(self, codes: Tensor) -> Tensor:
         """The weights that codes stand for."""
         return (codes - self.zeros) * self.scales
 
 
-def between(low: Tensor, high: Tensor) -> Grid:
+def grid_from_range(low: Tensor, high: Tensor) -> QuantGrid:
     """The grid from low <= 0 to high >= 0, [n, G]."""
-    scales = step((high - low).clamp(max=15 * LARGEST), torch.float16).float()
-    return Grid(scales, (-low / scales).round().clamp(0, 15))
+    scales = scale_for_range((high - low).clamp(max=15 * MAX_SCALE), torch.float16).float()
+    return QuantGrid(scales, (-low / scales).round().clamp(0, 15))
 
 
-def extent(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def group_min_max(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Least and greatest weight of each group, 0 included: two [n, G]. Errors: ValueError for NaN and infinities."""
     if not torch.isfinite(w).all():
         raise ValueError("the weight holds NaN or infinity")
-    x = rearrange(w, "n (G i) -> n G i", i=group)
+    x = rearrange(w, "n (G i) -> n G i", i=group_size)
     return x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
 
 
-def block_loss(delta: Tensor, blocks: Tensor) -> Tensor:
+def group_hessian_loss(delta: Tensor, blocks: Tensor) -> Tensor:
     """Σ over a group of delta · moment · deltaᵀ: delta [n, k], blocks [G, i, i] of the second moment -> [n, G].
 
     The expected square of what a group adds to the output in error.
@@ -61,33 +61,35 @@ def block_loss(delta: Tensor, blocks: Tensor) -> Tensor:
     return einsum(x @ blocks, x, "G n i, G n i -> n G")
 
 
-def clipped(w: Tensor, group: int, blocks: Tensor, shrinks: tuple[float, ...]) -> Grid:
+def search_clipping(w: Tensor, group_size: int, blocks: Tensor, clip_ratios: tuple[float, ...]) -> QuantGrid:
     """Per group the grid whose nearest levels lose least: both ends shrunk alike, the zero a level up or down too."""
-    low, high = extent(w, group)
-    if (widest := float((high - low).max())) > 15 * LARGEST:
+    low, high = group_min_max(w, group_size)
+    if (widest := float((high - low).max())) > 15 * MAX_SCALE:
         raise ValueError(f"a group of the weight is {widest:.3g} wide, more than 15 steps of a float16 scale")
-    best: Grid | None = None
-    least = torch.full_like(low, torch.inf)
-    for shrink in shrinks:
-        grid = between(low * shrink, high * shrink)
-        for shift in (0, -1, 1):
-            tried = Grid(grid.scales, (grid.zeros + shift).clamp(0, 15))
-            wide = tried.spread(w.shape[1])
-            loss = block_loss(wide.value(wide.snap(w)) - w, blocks)
-            better = loss < least
-            least = torch.where(better, loss, least)
+    best: QuantGrid | None = None
+    lowest_loss = torch.full_like(low, torch.inf)
+    for clip_ratio in clip_ratios:
+        grid = grid_from_range(low * clip_ratio, high * clip_ratio)
+        for zero_offset in (0, -1, 1):
+            candidate = QuantGrid(grid.scales, (grid.zeros + zero_offset).clamp(0, 15))
+            columns = candidate.expand_to_columns(w.shape[1])
+            loss = group_hessian_loss(columns.to_weights(columns.to_codes(w)) - w, blocks)
+            better = loss < lowest_loss
+            lowest_loss = torch.where(better, loss, lowest_loss)
             best = (
-                tried
+                candidate
                 if best is None
-                else Grid(torch.where(better, tried.scales, best.scales), torch.where(better, tried.zeros, best.zeros))
+                else QuantGrid(
+                    torch.where(better, candidate.scales, best.scales), torch.where(better, candidate.zeros, best.zeros)
+                )
             )
     assert best is not None
     return best
 
 
-def packed(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Int4:
+def pack_int4(codes: Tensor, grid: QuantGrid, dtype: torch.dtype) -> Int4:
     """Codes [n, k] and their grid as the model's leaf."""
-    group = codes.shape[1] // grid.scales.shape[1]
-    check_int4(codes.shape[1], group)
+    group_size = codes.shape[1] // grid.scales.shape[1]
+    check_int4_shape(codes.shape[1], group_size)
     scales, zeros = (rearrange(x, "n G -> G n").to(dtype).contiguous() for x in (grid.scales, grid.zeros))
-    return Int4(pack_tiles(codes.to(torch.int32)), scales, zeros, group)
+    return Int4(pack_tiles(codes.to(torch.int32)), scales, zeros, group_size)

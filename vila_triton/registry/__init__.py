@@ -29,24 +29,34 @@ Files are found where they lie, in ops/ and kernels/. One that cannot be importe
 aside, until something is asked for that is not there without it.
 """
 
-from .op import OPS, REFERENCE, Impl, OneOf, Op, Sizes, Unsupported
-from .registry import broken, checked, defaults, discover, explicit, op, recording, there, use
+from .op import OPS, REFERENCE, Impl, IntRange, OneOf, Op, Unsupported
+from .registry import (
+    count_calls,
+    default_choices,
+    describe_available,
+    discover,
+    explicit_choices,
+    op,
+    problems,
+    use,
+    validate_choices,
+)
 
 __all__ = [
     "OPS",
     "REFERENCE",
     "Impl",
+    "IntRange",
     "OneOf",
     "Op",
-    "Sizes",
     "Unsupported",
-    "broken",
-    "checked",
-    "defaults",
+    "count_calls",
+    "default_choices",
+    "describe_available",
     "discover",
-    "explicit",
+    "explicit_choices",
     "op",
-    "recording",
-    "there",
+    "problems",
     "use",
+    "validate_choices",
 ]

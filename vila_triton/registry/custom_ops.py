@@ -28,143 +28,152 @@ if TYPE_CHECKING:
     from .registry import Op
 
 NAMESPACE = "vila_triton"
-TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool", str: "str"}
-tracing = torch.compiler.is_compiling
+SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool", str: "str"}
+is_compiling = torch.compiler.is_compiling
 
 
 @dataclass(frozen=True)
-class Argument:
+class SchemaArgument:
     """One parameter of a reference, and what it is in the schema."""
 
     name: str
     default: Any
-    types: tuple[str, ...]  # of the schema, one or one a field
-    made_of: type | None  # the dataclass to which the values are put together
-    fields: tuple[str, ...]
+    schema_types: tuple[str, ...]  # of the schema, one or one a field
+    dataclass_type: type | None  # the dataclass to which the values are put together
+    field_names: tuple[str, ...]
 
 
-def field_type(hint: Any) -> str:
+def schema_type(hint: Any) -> str:
     """The type of a field in the schema: what is not plain data is a Tensor."""
-    choices = get_args(hint)  # of a Literal
-    return TYPES.get(type(choices[0]) if choices else hint, "Tensor")
+    literals = get_args(hint)  # of a Literal
+    return SCHEMA_TYPES.get(type(literals[0]) if literals else hint, "Tensor")
 
 
-def argument(op: "Op", name: str, default: Any, hint: Any) -> Argument:
+def schema_argument(op: "Op", name: str, default: Any, hint: Any) -> SchemaArgument:
     if is_dataclass(hint) and isinstance(hint, type):
         hints = get_type_hints(hint)
-        names = tuple(f.name for f in fields(hint))
-        return Argument(name, default, tuple(field_type(hints[n]) for n in names), hint, names)
+        field_names = tuple(f.name for f in fields(hint))
+        return SchemaArgument(name, default, tuple(schema_type(hints[n]) for n in field_names), hint, field_names)
     if Tensor in get_args(hint) and any(map(is_dataclass, get_args(hint))):
         hint = Tensor
-    if hint not in TYPES:
+    if hint not in SCHEMA_TYPES:
         raise TypeError(
-            f"{op.name}: {name} is annotated {hint}, expected a dataclass or one of {', '.join(TYPES.values())}"
+            f"{op.name}: {name} is annotated {hint}, expected a dataclass or one of {', '.join(SCHEMA_TYPES.values())}"
         )
-    return Argument(name, default, (TYPES[hint],), None, ())
+    return SchemaArgument(name, default, (SCHEMA_TYPES[hint],), None, ())
 
 
-def arguments(op: "Op") -> tuple[Argument, ...]:
+def schema_arguments(op: "Op") -> tuple[SchemaArgument, ...]:
     hints = get_type_hints(op.reference)
     parameters = inspect.signature(op.reference).parameters.values()
-    return tuple(argument(op, p.name, p.default, hints[p.name]) for p in parameters)
+    return tuple(schema_argument(op, p.name, p.default, hints[p.name]) for p in parameters)
 
 
-def fresh_results(op: "Op", writes: Sequence[str]) -> tuple[int, bool]:
+def count_new_results(op: "Op", mutated: Sequence[str]) -> tuple[int, bool]:
     """How many new tensors a call returns by the annotation of the reference, and whether in a tuple.
 
     Errors: TypeError for what no schema holds.
     """
     hint = get_type_hints(op.reference).get("return")
-    several = get_origin(hint) is tuple
-    results = get_args(hint) if several else (hint,)
-    fresh = results[: len(results) - len(writes)]
+    returns_tuple = get_origin(hint) is tuple
+    results = get_args(hint) if returns_tuple else (hint,)
+    new_results = results[: len(results) - len(mutated)]
     with_lse = Tensor | tuple[Tensor, Tensor]
-    if (writes and not several) or len(results) < len(writes) or any(x not in (Tensor, with_lse) for x in fresh):
-        wanted = (
-            f"a tuple of Tensors, and after them {', '.join(writes)}" if writes else "a Tensor or a tuple of Tensors"
+    if (
+        (mutated and not returns_tuple)
+        or len(results) < len(mutated)
+        or any(x not in (Tensor, with_lse) for x in new_results)
+    ):
+        expected = (
+            f"a tuple of Tensors, and after them {', '.join(mutated)}" if mutated else "a Tensor or a tuple of Tensors"
         )
-        raise TypeError(f"{op.name} returns {hint}, expected {wanted}, as many as it always returns")
-    return len(fresh), several
+        raise TypeError(f"{op.name} returns {hint}, expected {expected}, as many as it always returns")
+    return len(new_results), returns_tuple
 
 
-def schema(takes: Sequence[Argument], writes: Sequence[str], fresh: int) -> str:
+def format_schema(arguments: Sequence[SchemaArgument], mutated: Sequence[str], num_new: int) -> str:
     """As torch writes it: "(Tensor x, Tensor w_qweight, int w_group, Tensor? bias) -> (Tensor)"."""
-    words = []
-    for i, a in enumerate(takes):
-        types = [f"Tensor(a{i}!)"] if a.name in writes else a.types
-        names = [f"{a.name}_{f}" for f in a.fields] or [a.name]
-        words += [f"{t} {n}" for t, n in zip(types, names, strict=True)]
-    return f"({', '.join(words)}) -> ({', '.join(['Tensor'] * fresh)})"
+    parameters = []
+    for i, a in enumerate(arguments):
+        types = [f"Tensor(a{i}!)"] if a.name in mutated else a.schema_types
+        names = [f"{a.name}_{f}" for f in a.field_names] or [a.name]
+        parameters += [f"{t} {n}" for t, n in zip(types, names, strict=True)]
+    return f"({', '.join(parameters)}) -> ({', '.join(['Tensor'] * num_new)})"
 
 
-def flattened(takes: Sequence[Argument], values: dict[str, Any]) -> list[Any]:
+def flatten_args(arguments: Sequence[SchemaArgument], values: dict[str, Any]) -> list[Any]:
     """Arguments by name -> those of the custom op."""
     flat = []
-    for a in takes:
+    for a in arguments:
         value = values.get(a.name, a.default)
-        flat += [getattr(value, f) for f in a.fields] if a.fields else [value]
+        flat += [getattr(value, f) for f in a.field_names] if a.field_names else [value]
     return flat
 
 
-def joined(takes: Sequence[Argument], flat: Sequence[Any]) -> list[Any]:
+def unflatten_args(arguments: Sequence[SchemaArgument], flat: Sequence[Any]) -> list[Any]:
     """The inverse: the arguments of the op, in order."""
-    left = iter(flat)
-    return [a.made_of(*(next(left) for _ in a.fields)) if a.made_of else next(left) for a in takes]
+    remaining = iter(flat)
+    return [
+        a.dataclass_type(*(next(remaining) for _ in a.field_names)) if a.dataclass_type else next(remaining)
+        for a in arguments
+    ]
 
 
-def expose(op: "Op", result: Callable[..., Any] | None, writes: tuple[str, ...] = ()) -> Callable[..., Any]:
+def register_custom_op(
+    op: "Op", fake_impl: Callable[..., Any] | None, mutated: tuple[str, ...] = ()
+) -> Callable[..., Any]:
     """Define the custom op of an op -> a call of it, to take the place of the op's while it is traced.
 
     result: the op's arguments -> an empty tensor as it returns, or several; writes: the arguments that it writes and
     returns after those.
     """
-    takes = arguments(op)
-    if unknown := set(writes) - {a.name for a in takes}:
+    arguments = schema_arguments(op)
+    if unknown := set(mutated) - {a.name for a in arguments}:
         raise TypeError(f"{op.name}.writes: no argument {', '.join(sorted(unknown))}")
 
-    fresh, several = fresh_results(op, writes)
+    num_new, returns_tuple = count_new_results(op, mutated)
 
-    def returned(out: Any) -> Any:
+    def new_results(out: Any) -> Any:
         """New tensors as torch takes them of so many."""
-        new = tuple(x.contiguous() for x in (out if isinstance(out, tuple) else (out,)))
-        if len(new) != fresh:
+        tensors = tuple(x.contiguous() for x in (out if isinstance(out, tuple) else (out,)))
+        if len(tensors) != num_new:
             raise TypeError(
-                f"{op.name} returns {len(new)} new tensors, expected {fresh} by the annotation of its reference"
+                f"{op.name} returns {len(tensors)} new tensors, expected {num_new} by the annotation of its reference"
             )
-        return new if fresh > 1 else new[0] if new else None
+        return tensors if num_new > 1 else tensors[0] if tensors else None
 
     def run(*flat: Any) -> Any:
-        out = op.run(*joined(takes, flat))
-        return returned(out[: len(out) - len(writes)] if writes else out)
+        out = op.run(*unflatten_args(arguments, flat))
+        return new_results(out[: len(out) - len(mutated)] if mutated else out)
 
     def fake(*flat: Any) -> Any:
-        args = joined(takes, flat)
-        if op.contract:
-            op.contract(*args)
-        return returned(result(*args) if result else ())
+        args = unflatten_args(arguments, flat)
+        if op.precondition:
+            op.precondition(*args)
+        return new_results(fake_impl(*args) if fake_impl else ())
 
     custom = torch.library.custom_op(
-        f"{NAMESPACE}::{op.name}", run, mutates_args=writes, schema=schema(takes, writes, fresh)
+        f"{NAMESPACE}::{op.name}", run, mutates_args=mutated, schema=format_schema(arguments, mutated, num_new)
     )
     custom.register_fake(fake)
     overload = getattr(getattr(torch.ops, NAMESPACE), op.name).default
-    names = tuple(a.name for a in takes)
+    names = tuple(a.name for a in arguments)
 
     @torch.compiler.disable
     def uncompiled(*args: Any, **kwargs: Any) -> Any:
         return op.run(*args, **kwargs)
 
-    def traced(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         values = dict(zip(names, args), **kwargs)
         if len(args) > len(names) or any(name not in names for name in kwargs):
             raise TypeError(f"{op.name} takes {', '.join(names)}")
-        unions = (values[a.name] for a in takes if a.name in values and not a.fields)
+        unions = (values[a.name] for a in arguments if a.name in values and not a.field_names)
         if values.get("lse"):
             return uncompiled(*args, **kwargs)
         if any(map(is_dataclass, unions)):
             return op.reference(*args, **kwargs)
-        out = overload(*flattened(takes, values))
-        new = () if out is None else out if fresh > 1 else (out,)
-        return (*new, *(values[name] for name in writes)) if several else out
+        out = overload(*flatten_args(arguments, values))
+        results = () if out is None else out if num_new > 1 else (out,)
+        return (*results, *(values[name] for name in mutated)) if returns_tuple else out
 
-    return traced
+    return call

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 
-class Missing(torch.autograd.Function):
+class NoGradient(torch.autograd.Function):
     """A result as it is, whose gradient is an error. It does not hold on to what the arguments came from."""
 
     @staticmethod
-    def forward(ctx: Any, message: str, out: Tensor, learning: Tensor) -> Tensor:
+    def forward(ctx: Any, message: str, out: Tensor, grad_anchor: Tensor) -> Tensor:
         ctx.message = message
         return out
 
@@ -20,7 +20,7 @@ class Missing(torch.autograd.Function):
         raise RuntimeError(ctx.message)
 
 
-def told(op: str, impl: str, out: Any, *args: Any) -> Any:
+def forbid_gradient(op: str, impl: str, out: Any, *args: Any) -> Any:
     """The results of a call; those that lost the gradient of an argument say so when it is asked for."""
     if not torch.is_grad_enabled():
         return out
@@ -29,8 +29,8 @@ def told(op: str, impl: str, out: Any, *args: Any) -> Any:
         return out
     message = f'{op}: {impl!r} has no gradient; `with use({op}="reference")` runs the reference, which has one'
 
-    def tell(x: Any) -> Any:
-        new = isinstance(x, Tensor) and x.is_floating_point() and all(x is not y for y in args)
-        return Missing.apply(message, x, torch.empty(0, requires_grad=True)) if new and not x.requires_grad else x
+    def forbid(x: Any) -> Any:
+        is_new = isinstance(x, Tensor) and x.is_floating_point() and all(x is not y for y in args)
+        return NoGradient.apply(message, x, torch.empty(0, requires_grad=True)) if is_new and not x.requires_grad else x
 
-    return tuple(map(tell, out)) if isinstance(out, tuple) else tell(out)
+    return tuple(map(forbid, out)) if isinstance(out, tuple) else forbid(out)

@@ -21,34 +21,34 @@ from triton.runtime.jit import KernelInterface
 from .op import Impl
 
 
-def holds_kernels(impl: Impl) -> bool:
+def uses_triton_kernels(impl: Impl) -> bool:
     """Whether the file of the implementation defines or imports a Triton kernel."""
     return any(isinstance(value, KernelInterface) for value in vars(sys.modules[impl.fn.__module__]).values())
 
 
-def take_scalars_as_indices() -> None:
+def patch_scalar_index() -> None:
     """Make interpreted scalars good as indices under every numpy."""
-    patch = interpreter._patch_lang_tensor
+    original_patch = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
+        original_patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
 
 
-def one_at_a_time() -> None:
+def serialize_kernels() -> None:
     """Make threads wait for each other's interpreted kernels."""
-    run, lock = interpreter.GridExecutor.__call__, threading.Lock()
+    original_call, lock = interpreter.GridExecutor.__call__, threading.Lock()
 
-    @wraps(run)
+    @wraps(original_call)
     def locked(self: Any, *args: Any, **kwargs: Any) -> None:
         with lock:
-            run(self, *args, **kwargs)
+            original_call(self, *args, **kwargs)
 
     interpreter.GridExecutor.__call__ = locked
 
 
-one_at_a_time()
+serialize_kernels()
 if triton.__version__.startswith("3.6."):
-    take_scalars_as_indices()
+    patch_scalar_index()

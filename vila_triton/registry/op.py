@@ -9,17 +9,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .search_space import Space
+from .search_space import SearchSpace
 from .size_ranges import Choice
 
 REFERENCE = "reference"
 OPS: dict[str, "Op"] = {}
 
-_NONE: Mapping[str, Choice] = MappingProxyType({})
-CHOSEN: ContextVar[Mapping[str, Choice]] = ContextVar("chosen", default=_NONE)  # by `registry.use`
-DEFAULT: ContextVar[Mapping[str, Choice] | None] = ContextVar("default", default=None)  # by `registry.defaults`
-INVARIANT: ContextVar[bool] = ContextVar("invariant", default=False)  # by `registry.defaults`
-RECORD: ContextVar["Counter[tuple[str, str]] | None"] = ContextVar("record", default=None)
+_NO_CHOICES: Mapping[str, Choice] = MappingProxyType({})
+EXPLICIT_CHOICES: ContextVar[Mapping[str, Choice]] = ContextVar("chosen", default=_NO_CHOICES)  # by `registry.use`
+DEFAULT_CHOICES: ContextVar[Mapping[str, Choice] | None] = ContextVar("default", default=None)  # by `registry.defaults`
+BATCH_INVARIANT: ContextVar[bool] = ContextVar("invariant", default=False)  # by `registry.defaults`
+CALL_COUNTER: ContextVar["Counter[tuple[str, str]] | None"] = ContextVar("record", default=None)
 
 
 class Unsupported(ValueError):
@@ -27,7 +27,7 @@ class Unsupported(ValueError):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class IntRange:
     """The integers low, low + step, ... up to high (inclusive)."""
 
     low: int
@@ -65,40 +65,40 @@ class Impl:
     fn: Callable[..., Any]
     configs: Sequence[Mapping[str, Any]]
     file: Path
-    space: Space | None = None
+    space: SearchSpace | None = None
     batch_invariant: bool = False
 
     def __call__(self, *args: Any, config: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-        return self.fn(*args, **kwargs, **(self.chosen(*args, **kwargs) if config is None else config))
+        return self.fn(*args, **kwargs, **(self.resolve_config(*args, **kwargs) if config is None else config))
 
-    def chosen(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+    def resolve_config(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
         """The config of a call that passes none."""
-        if INVARIANT.get():  # a tuned one would depend on the number of rows
+        if BATCH_INVARIANT.get():  # a tuned one would depend on the number of rows
             return self.configs[0]
         if not self.space and len(self.configs) == 1:
             return self.configs[0]
         from . import tuned_tables  # not at import: it needs torch
 
-        return tuned_tables.config(self, OPS[self.op].sizes_of, *args, **kwargs) or self.configs[0]
+        return tuned_tables.tuned_config(self, OPS[self.op].sizes_of, *args, **kwargs) or self.configs[0]
 
 
 class Op:
     """A named operation: its reference, its domain, its cost and everything that implements it."""
 
-    def __init__(self, reference: Callable[..., Any], exact: bool, batch_invariant: bool = False):
+    def __init__(self, reference: Callable[..., Any], bitwise_exact: bool, batch_invariant: bool = False):
         self.name = reference.__name__
         self.reference = reference
-        self.exact = exact  # implementations must equal the reference bit for bit
+        self.bitwise_exact = bitwise_exact  # implementations must equal the reference bit for bit
         self.impls: dict[str, Impl] = {}
-        self.domain: dict[str, Sizes | OneOf] = {}
-        self.contract: Callable[..., None] | None = None
-        self.in_range: Callable[..., None] | None = None
-        self.example = self.absent("inputs")
-        self.cost = self._no_cost = self.absent("costs")
+        self.domain: dict[str, IntRange | OneOf] = {}
+        self.precondition: Callable[..., None] | None = None
+        self.index_check: Callable[..., None] | None = None
+        self.make_example = self.not_registered("inputs")
+        self.cost = self._missing_cost = self.not_registered("costs")
         self.sizes_of: Callable[..., dict[str, Any]] | None = None
-        self.varying: tuple[str, ...] = ()
-        self.traced: Callable[..., Any] | None = None  # what `torch.compile` sees of a call
-        self.tracing: Callable[[], bool] = lambda: False
+        self.dynamic_sizes: tuple[str, ...] = ()
+        self.custom_op: Callable[..., Any] | None = None  # what `torch.compile` sees of a call
+        self.is_compiling: Callable[[], bool] = lambda: False
         self.__doc__ = reference.__doc__
         self.impl(REFERENCE, batch_invariant=batch_invariant)(reference)
 
@@ -106,20 +106,22 @@ class Op:
         return f"Op({self.name}: {', '.join(self.impls)})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.traced is not None and self.tracing():
-            return self.traced(*args, **kwargs)
+        if self.custom_op is not None and self.is_compiling():
+            return self.custom_op(*args, **kwargs)
         return self.run(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Check the arguments and run the implementation that is chosen here and now."""
         self.check(*args, **kwargs)
-        impl = self.impls[self.choice(*args, **kwargs)]
-        if (record := RECORD.get()) is not None:
-            record[self.name, impl.name] += 1
+        impl = self.impls[self.choose_implementation(*args, **kwargs)]
+        if (counter := CALL_COUNTER.get()) is not None:
+            counter[self.name, impl.name] += 1
         try:
             out = impl(*args, **kwargs)
         except Unsupported as reason:
-            if self.name in CHOSEN.get() or isinstance(reason.__cause__, Unsupported):  # which says it already
+            if self.name in EXPLICIT_CHOICES.get() or isinstance(
+                reason.__cause__, Unsupported
+            ):  # which says it already
                 raise
             raise Unsupported(
                 f'{reason} ({impl.name!r} runs here by default; `with use({self.name}="reference")` runs the reference)'
@@ -128,59 +130,59 @@ class Op:
             return out
         from . import gradients  # not at import: it needs torch
 
-        return gradients.told(self.name, impl.name, out, *args, *kwargs.values())
+        return gradients.forbid_gradient(self.name, impl.name, out, *args, *kwargs.values())
 
     def check(self, *args: Any, **kwargs: Any) -> None:
         """What every call is held to: the contract, and that what its indices name exists."""
-        if self.contract:
-            self.contract(*args, **kwargs)
-        if self.in_range:
-            self.in_range(*args, **kwargs)
+        if self.precondition:
+            self.precondition(*args, **kwargs)
+        if self.index_check:
+            self.index_check(*args, **kwargs)
 
-    def choice(self, *args: Any, **kwargs: Any) -> str:
+    def choose_implementation(self, *args: Any, **kwargs: Any) -> str:
         """The name of the implementation a call with these arguments would run here and now."""
-        defaults = DEFAULT.get()
-        choice = CHOSEN.get().get(self.name)
+        defaults = DEFAULT_CHOICES.get()
+        choice = EXPLICIT_CHOICES.get().get(self.name)
         if choice is None:
-            choice = self.usual(*args, **kwargs) if defaults is None else defaults.get(self.name, REFERENCE)
-        if INVARIANT.get():
-            self.check_invariant(choice)
+            choice = self.default_choice(*args, **kwargs) if defaults is None else defaults.get(self.name, REFERENCE)
+        if BATCH_INVARIANT.get():
+            self.check_batch_invariant(choice)
         if isinstance(choice, str):
             return choice
         assert self.sizes_of  # as `registry.checked` has seen
-        return choice.at(self.sizes_of(*args, **kwargs)[self.varying[0]])
+        return choice.lookup(self.sizes_of(*args, **kwargs)[self.dynamic_sizes[0]])
 
-    def usual(self, *args: Any, **kwargs: Any) -> Choice:
+    def default_choice(self, *args: Any, **kwargs: Any) -> Choice:
         """What a call outside an engine runs where `use` says nothing: what an engine would on the tensors' device."""
         from . import tuned_tables  # not at import: it needs torch
 
-        policy = self.sizes_of(*args, **kwargs)["policy"] if self.sizes_of and "policy" in self.domain else "fast"
-        return tuned_tables.usual(self.name, policy, *args, **kwargs)
+        numerics = self.sizes_of(*args, **kwargs)["numerics"] if self.sizes_of and "numerics" in self.domain else "fast"
+        return tuned_tables.default_choice(self.name, numerics, *args, **kwargs)
 
-    def check_invariant(self, choice: Choice) -> None:
+    def check_batch_invariant(self, choice: Choice) -> None:
         """ValueError unless the choice is one implementation marked batch_invariant, if any of the op's are."""
-        marked = [impl.name for impl in self.impls.values() if impl.batch_invariant]
-        if marked and choice not in marked:
-            one = choice if isinstance(choice, str) else " or ".join(dict.fromkeys(choice.names)) + ", by size"
+        allowed = [impl.name for impl in self.impls.values() if impl.batch_invariant]
+        if allowed and choice not in allowed:
+            description = choice if isinstance(choice, str) else " or ".join(dict.fromkeys(choice.names)) + ", by size"
             raise ValueError(
-                f'{self.name}: {one} is not allowed under the policy "invariant", expected one implementation that is '
-                f"marked batch_invariant: {', '.join(marked)}"
+                f'{self.name}: {description} is not allowed under the policy "invariant", expected one implementation that is '
+                f"marked batch_invariant: {', '.join(allowed)}"
             )
 
     def impl(
         self,
         name: str,
         configs: Sequence[Mapping[str, Any]] = ({},),
-        space: Space | None = None,
+        space: SearchSpace | None = None,
         batch_invariant: bool = False,
     ) -> Callable[[Callable], Callable]:
         """Attach the decorated function as implementation `name`; a second file claiming the name is an error."""
 
         def attach(fn: Callable) -> Callable:
             file = Path(inspect.getfile(fn)).resolve()
-            old = self.impls.get(name)
-            if old and old.file != file:
-                raise ValueError(f"{self.name}: implementation {name!r} of {file} is already taken by {old.file}")
+            existing = self.impls.get(name)
+            if existing and existing.file != file:
+                raise ValueError(f"{self.name}: implementation {name!r} of {file} is already taken by {existing.file}")
             if not configs:
                 raise ValueError(f"{self.name}: implementation {name!r} of {file} has an empty list of configs")
             self.impls[name] = Impl(self.name, name, fn, configs, file, space, batch_invariant)
@@ -192,30 +194,32 @@ class Op:
     def file(self) -> Path:
         return self.impls[REFERENCE].file
 
-    def absent(self, what: str) -> Callable[..., Any]:
+    def not_registered(self, decorator: str) -> Callable[..., Any]:
         """In place of what has not been registered: NotImplementedError that says so."""
 
-        def tell(*args: Any, **kwargs: Any) -> Any:
-            raise NotImplementedError(f"{self.file}: op {self.name!r} has no {what}, expected @{self.name}.{what}")
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            raise NotImplementedError(
+                f"{self.file}: op {self.name!r} has no {decorator}, expected @{self.name}.{decorator}"
+            )
 
-        return tell
+        return fail
 
     @property
-    def missing(self) -> list[str]:
+    def missing_parts(self) -> list[str]:
         """What has not been registered of all that an op has."""
-        there = {
-            "requires": self.contract,
+        parts = {
+            "requires": self.precondition,
             "inputs": self.domain,
             "sizes": self.sizes_of,
-            "costs": self.cost is not self._no_cost,
-            "result or writes": self.traced,
+            "costs": self.cost is not self._missing_cost,
+            "result or writes": self.custom_op,
         }
-        return [name for name, value in there.items() if not value]
+        return [name for name, value in parts.items() if not value]
 
     def requires(self, fn: Callable[..., None]) -> Callable[..., None]:
         """Register the contract of every call, whichever implementation runs: it raises ValueError or returns."""
         fn.__qualname__ = self.name  # what Python calls it where arguments are missing
-        self.contract = fn
+        self.precondition = fn
         return fn
 
     def bounds(self, fn: Callable[..., None]) -> Callable[..., None]:
@@ -223,7 +227,7 @@ class Op:
 
         Apart from the contract, since nothing but shapes is known while a model is traced.
         """
-        self.in_range = fn
+        self.index_check = fn
         return fn
 
     def inputs(self, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,21 +235,25 @@ class Op:
         self.domain = {
             p.name: p.annotation for p in inspect.signature(fn).parameters.values() if p.kind is not p.KEYWORD_ONLY
         }
-        bad = [name for name, values in self.domain.items() if not isinstance(values, Sizes | OneOf)]
-        if bad:
-            raise TypeError(f"{self.name}.inputs: {', '.join(bad)} must be annotated with Sizes(...) or OneOf(...)")
-        self.example = fn
+        unannotated = [name for name, values in self.domain.items() if not isinstance(values, IntRange | OneOf)]
+        if unannotated:
+            raise TypeError(
+                f"{self.name}.inputs: {', '.join(unannotated)} must be annotated with Sizes(...) or OneOf(...)"
+            )
+        self.make_example = fn
         return fn
 
-    def sizes(self, *varying: str) -> Callable[[Callable], Callable]:
+    def sizes(self, *dynamic_sizes: str) -> Callable[[Callable], Callable]:
         """Register the inverse of `inputs`: arguments -> sizes, from shapes and dtypes alone (it must not wait for the
         device). `varying`: the sizes that differ from call to call of one model; tuned tables hold ranges of them.
         """
-        if bad := set(varying) - set(self.domain):
-            raise TypeError(f"{self.name}.sizes: no size {', '.join(sorted(bad))}; there are {', '.join(self.domain)}")
+        if unknown := set(dynamic_sizes) - set(self.domain):
+            raise TypeError(
+                f"{self.name}.sizes: no size {', '.join(sorted(unknown))}; there are {', '.join(self.domain)}"
+            )
 
         def attach(fn: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-            self.sizes_of, self.varying = fn, varying
+            self.sizes_of, self.dynamic_sizes = fn, dynamic_sizes
             return fn
 
         return attach
@@ -263,13 +271,16 @@ class Op:
         """
         from . import custom_ops  # not at import: it needs torch
 
-        self.traced, self.tracing = custom_ops.expose(self, fn), custom_ops.tracing
+        self.custom_op, self.is_compiling = custom_ops.register_custom_op(self, fn), custom_ops.is_compiling
         return fn
 
-    def writes(self, *names: str, result: Callable[..., tuple[Any, ...]] | None = None) -> None:
+    def writes(self, *names: str, fake_impl: Callable[..., tuple[Any, ...]] | None = None) -> None:
         """The same for an op that writes these arguments in place and returns them, in this order, after what `result`
         says it returns besides.
         """
         from . import custom_ops
 
-        self.traced, self.tracing = custom_ops.expose(self, result, names), custom_ops.tracing
+        self.custom_op, self.is_compiling = (
+            custom_ops.register_custom_op(self, fake_impl, names),
+            custom_ops.is_compiling,
+        )

@@ -17,11 +17,11 @@ from itertools import product
 from typing import Any
 
 Config = Mapping[str, Any]
-SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchCost:
     """One launch: how many programs there are, and what each of them does. Masked-off lanes work as the others do.
 
     bytes   loaded and stored
@@ -32,38 +32,38 @@ class Launch:
 
     programs: int
     bytes: int
-    stage: int
-    dots: int = 0
-    lanes: int = 0
+    bytes_per_stage: int
+    dot_flops: int = 0
+    elementwise_ops: int = 0
 
 
-def everything(config: Config, **sizes: Any) -> bool:
+def accept_all(config: Config, **sizes: Any) -> bool:
     return True
 
 
 @dataclass(frozen=True, eq=False)
-class Space:
+class SearchSpace:
     """Every combination of the axes for which `where(config, **sizes)` holds; sizes are named as in the op's `inputs`.
 
     `launch(config, **sizes)` is what the cost model goes by; without it no config is pruned by cost.
     """
 
     axes: Mapping[str, Sequence[Any]]
-    where: Callable[..., bool] = everything
-    launch: Callable[..., Launch] | None = None
+    is_valid: Callable[..., bool] = accept_all
+    launch_cost: Callable[..., LaunchCost] | None = None
 
     def configs(self, sizes: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The configs worth trying at these sizes, in the order of the axes."""
-        every = (dict(zip(self.axes, values)) for values in product(*self.axes.values()))
-        return [config for config in every if self.where(config, **sizes)]
+        candidates = (dict(zip(self.axes, values)) for values in product(*self.axes.values()))
+        return [config for config in candidates if self.is_valid(config, **sizes)]
 
 
-def digest(*parts: bytes) -> str:
+def short_hash(*parts: bytes) -> str:
     """Twelve hex digits that change with any of the parts."""
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:12]
 
 
-def canonical(value: Any) -> str:
+def canonical_json(value: Any) -> str:
     """JSON in which equal values are equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
@@ -72,6 +72,6 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def power_of_two(n: int) -> int:
+def next_power_of_2(n: int) -> int:
     """The least power of two that is n or more."""
     return 1 << max(0, n - 1).bit_length()

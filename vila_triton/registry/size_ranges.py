@@ -13,76 +13,84 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Ranges:
+class ChoiceBySize:
     """Names of implementations by size; a range begins after the end of the one before it, the last has no end."""
 
     ends: tuple[int, ...]  # increasing
     names: tuple[str, ...]  # one more than ends
 
-    def at(self, size: int) -> str:
+    def lookup(self, size: int) -> str:
         return self.names[bisect_left(self.ends, size)]
 
-    def where(self, name: str, size: str) -> str:
+    def describe(self, name: str, size_name: str) -> str:
         """The ranges of one name in words; `size` is what the size is called."""
-        words = []
+        descriptions = []
         for i in (i for i, other in enumerate(self.names) if other == name):
             first, last = self.ends[i - 1] + 1 if i else None, self.ends[i] if i < len(self.ends) else None
-            exactly = f"{size} {first}" if first == last else f"{size} {first} to {last}"
-            words.append(
-                f"{size} up to {last}" if first is None else f"{size} from {first}" if last is None else exactly
+            bounded = f"{size_name} {first}" if first == last else f"{size_name} {first} to {last}"
+            descriptions.append(
+                f"{size_name} up to {last}"
+                if first is None
+                else f"{size_name} from {first}"
+                if last is None
+                else bounded
             )
-        return ", ".join(words)
+        return ", ".join(descriptions)
 
 
-Choice = str | Ranges
+Choice = str | ChoiceBySize
 
 
-def name_at(choice: Choice, size: int) -> str:
-    return choice if isinstance(choice, str) else choice.at(size)
+def implementation_at(choice: Choice, size: int) -> str:
+    return choice if isinstance(choice, str) else choice.lookup(size)
 
 
-def joined(pieces: Sequence[tuple[int, str]], beyond: str) -> Choice:
+def merge_ranges(pieces: Sequence[tuple[int, str]], last_name: str) -> Choice:
     """The choice of pieces (last size, name) and what runs beyond them; neighbours of one name become one range."""
-    changes = [(end, name) for (end, name), (_, after) in pairwise([*pieces, (0, beyond)]) if name != after]
-    return Ranges(tuple(end for end, _ in changes), (*(name for _, name in changes), beyond)) if changes else beyond
+    changes = [(end, name) for (end, name), (_, next_name) in pairwise([*pieces, (0, last_name)]) if name != next_name]
+    return (
+        ChoiceBySize(tuple(end for end, _ in changes), (*(name for _, name in changes), last_name))
+        if changes
+        else last_name
+    )
 
 
 @dataclass(frozen=True)
-class Within:
+class BoundedChoice:
     """A choice that holds for sizes from `first` to `last`, both included."""
 
     first: int
     last: int
     choice: Choice
 
-    def over(self, outside: Choice) -> Choice:
+    def with_fallback(self, fallback: Choice) -> Choice:
         """This choice for the sizes it holds for, `outside` for all others."""
 
-        def name(size: int) -> str:
-            return name_at(self.choice if self.first <= size <= self.last else outside, size)
+        def choose(size: int) -> str:
+            return implementation_at(self.choice if self.first <= size <= self.last else fallback, size)
 
-        both = (choice.ends for choice in (self.choice, outside) if isinstance(choice, Ranges))
-        ends = sorted({self.first - 1, self.last}.union(*both) - {-1})
-        return joined([(end, name(end)) for end in ends], name(ends[-1] + 1))
+        all_ends = (choice.ends for choice in (self.choice, fallback) if isinstance(choice, ChoiceBySize))
+        ends = sorted({self.first - 1, self.last}.union(*all_ends) - {-1})
+        return merge_ranges([(end, choose(end)) for end in ends], choose(ends[-1] + 1))
 
 
-def parse(value: Any) -> Choice:
+def parse_choice(value: Any) -> Choice:
     """A choice as it stands in a file. Errors: ValueError with what is wrong and what was expected."""
-    if isinstance(value, str | Ranges):
+    if isinstance(value, str | ChoiceBySize):
         return value
     ranges = value if isinstance(value, Sequence) and value else [value]
-    *ended, beyond = ranges
-    for pair in ended:
+    *bounded_ranges, last_name = ranges
+    for pair in bounded_ranges:
         if not (isinstance(pair, Sequence) and [type(x) for x in pair] == [int, str]):
             raise ValueError(f'{pair!r} is no range, expected [last size, "name"]')
-    if not isinstance(beyond, str):
-        raise ValueError(f"{beyond!r} is at the end, expected the name of what runs beyond the last range")
-    ends = tuple(pair[0] for pair in ended)
+    if not isinstance(last_name, str):
+        raise ValueError(f"{last_name!r} is at the end, expected the name of what runs beyond the last range")
+    ends = tuple(pair[0] for pair in bounded_ranges)
     if any(a >= b for a, b in zip((-1, *ends), ends)):
         raise ValueError(f"the ranges end at {', '.join(map(str, ends))}, expected increasing sizes")
-    return Ranges(ends, (*(pair[1] for pair in ended), beyond)) if ended else beyond
+    return ChoiceBySize(ends, (*(pair[1] for pair in bounded_ranges), last_name)) if bounded_ranges else last_name
 
 
-def names(choice: Choice) -> tuple[str, ...]:
+def implementation_names(choice: Choice) -> tuple[str, ...]:
     """The implementations that a choice names."""
     return (choice,) if isinstance(choice, str) else choice.names

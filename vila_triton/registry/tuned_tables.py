@@ -28,140 +28,146 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.json_schema import is_a, require_form
-from ..files.reading import LoadError, read_json, shown
+from ..files.json_schema import is_json_type, require_schema
+from ..files.reading import LoadError, read_json, short_repr
 from ..paths import config_dir
-from .kernel_config import configured
+from .kernel_config import configured_choices
 from .op import OPS, REFERENCE, Impl
-from .registry import checked, explicit
-from .search_space import Config, canonical, digest
-from .size_ranges import Choice, Within, names
+from .registry import explicit_choices, validate_choices
+from .search_space import Config, canonical_json, short_hash
+from .size_ranges import BoundedChoice, Choice, implementation_names
 
 
-class Stale(RuntimeError):
+class StaleTableError(RuntimeError):
     """A tuned table was made for a kernel that has changed since."""
 
 
-def folder() -> Path:
+def tables_dir() -> Path:
     return config_dir() / "tuned"
 
 
-def file_of(device: str, where: Path) -> Path:
+def table_path(device: str, directory: Path) -> Path:
     """The table of a device: its name in lower case, with - for what is neither letter nor digit."""
-    return where / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    return directory / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
-def kernel_digest(impl: Impl) -> str:
+def kernel_hash(impl: Impl) -> str:
     """Of the file of an implementation and of the files _*.py beside it, which it may use."""
-    return digest(*(file.read_bytes() for file in [impl.file, *sorted(impl.file.parent.glob("_*.py"))]))
+    return short_hash(*(file.read_bytes() for file in [impl.file, *sorted(impl.file.parent.glob("_*.py"))]))
 
 
-def space_digest(impl: Impl) -> str:
+def space_hash(impl: Impl) -> str:
     """Of the configs and the axes; the functions of a space are in its kernel's file."""
     axes = {name: list(values) for name, values in impl.space.axes.items()} if impl.space else {}
-    return digest(canonical([[dict(c) for c in impl.configs], axes]).encode())
+    return short_hash(canonical_json([[dict(c) for c in impl.configs], axes]).encode())
 
 
-def identity(impl: Impl) -> dict[str, str]:
+def entry_fingerprint(impl: Impl) -> dict[str, str]:
     """What an entry must have been tuned with to hold now."""
-    return {"kernel": kernel_digest(impl), "space": space_digest(impl), "triton": metadata.version("triton")}
+    return {"kernel": kernel_hash(impl), "space": space_hash(impl), "triton": metadata.version("triton")}
 
 
-def changes(entry: Mapping[str, Any], impl: Impl) -> dict[str, str]:
+def stale_reasons(entry: Mapping[str, Any], impl: Impl) -> dict[str, str]:
     """What differs from when the entry was made, and how; empty if it holds."""
     return {
-        name: f"{name} was {entry.get(name)}, is {now}"
-        for name, now in identity(impl).items()
-        if entry.get(name) != now
+        name: f"{name} was {entry.get(name)}, is {current}"
+        for name, current in entry_fingerprint(impl).items()
+        if entry.get(name) != current
     }
 
 
-NUMBERS = {
+MEASURED_FIELDS = {
     "ranges": [{"sizes": dict, "tuned_at": dict, "config": dict, "seconds": float}],
     "otherwise": {"config": dict},
 }
-ENTRY = {**dict.fromkeys(("op", "impl", "kernel", "space", "triton"), str), **NUMBERS}
+ENTRY_FIELDS = {**dict.fromkeys(("op", "impl", "kernel", "space", "triton"), str), **MEASURED_FIELDS}
 
 
-def read(file: Path) -> dict[str, Any]:
+def read_table(file: Path) -> dict[str, Any]:
     """A table. Errors: `LoadError` naming the file and the field if it is none."""
     table = {"choices": {}, **read_json(file)}
-    require_form(table, {"device": str, "choices": dict, "entries": [ENTRY]}, file)
+    require_schema(table, {"device": str, "choices": dict, "entries": [ENTRY_FIELDS]}, file)
     for i, entry in enumerate(table["entries"]):
-        for j, ran in enumerate(entry["ranges"]):
-            require_range(ran, entry["op"], f"{file}, entries {i}, ranges {j}")
+        for j, tuned_range in enumerate(entry["ranges"]):
+            check_range(tuned_range, entry["op"], f"{file}, entries {i}, ranges {j}")
     return {name: table[name] for name in ("device", "choices", "entries")}
 
 
-def require_range(of: Mapping[str, Any], op: str, where: str) -> None:
+def check_range(tuned_range: Mapping[str, Any], op: str, where: str) -> None:
     """Errors: `LoadError` for sizes that cannot be looked up, and for a time that is none."""
-    for name, size in of["sizes"].items():
-        ends = isinstance(size, list) and len(size) == 2 and is_a(size[0], int) and isinstance(size[1], int | None)
-        if not ends and not isinstance(size, str | int | float | None):
-            raise LoadError(f"{where}, sizes, {name} is {shown(size)}, expected a size or [first, last]")
-    for name in OPS[op].varying if op in OPS else ():
-        require_form(of["tuned_at"], {name: int}, f"{where}, tuned_at")
-        if of["tuned_at"][name] < 0:
-            raise LoadError(f"{where}, tuned_at, {name} is {of['tuned_at'][name]}, expected a size from 0 up")
-    if of["seconds"] <= 0:
-        raise LoadError(f"{where}, seconds is {of['seconds']}, expected a time above 0")
+    for name, size in tuned_range["sizes"].items():
+        is_interval = (
+            isinstance(size, list) and len(size) == 2 and is_json_type(size[0], int) and isinstance(size[1], int | None)
+        )
+        if not is_interval and not isinstance(size, str | int | float | None):
+            raise LoadError(f"{where}, sizes, {name} is {short_repr(size)}, expected a size or [first, last]")
+    for name in OPS[op].dynamic_sizes if op in OPS else ():
+        require_schema(tuned_range["tuned_at"], {name: int}, f"{where}, tuned_at")
+        if tuned_range["tuned_at"][name] < 0:
+            raise LoadError(f"{where}, tuned_at, {name} is {tuned_range['tuned_at'][name]}, expected a size from 0 up")
+    if tuned_range["seconds"] <= 0:
+        raise LoadError(f"{where}, seconds is {tuned_range['seconds']}, expected a time above 0")
 
 
-def matches(wanted: Mapping[str, Any], sizes: Mapping[str, Any]) -> bool:
-    for name, want in wanted.items():
+def sizes_match(expected_sizes: Mapping[str, Any], sizes: Mapping[str, Any]) -> bool:
+    for name, expected in expected_sizes.items():
         size = sizes.get(name)
-        if isinstance(want, list):
-            first, last = want
+        if isinstance(expected, list):
+            first, last = expected
             if not isinstance(size, int) or size < first or (last is not None and size > last):
                 return False
-        elif size != want:
+        elif size != expected:
             return False
     return True
 
 
-def pick(entry: Mapping[str, Any], sizes: Mapping[str, Any]) -> Config:
+def config_for_sizes(entry: Mapping[str, Any], sizes: Mapping[str, Any]) -> Config:
     """The config of the range these sizes lie in, else the one written for all others."""
-    return next((r["config"] for r in entry["ranges"] if matches(r["sizes"], sizes)), entry["otherwise"]["config"])
+    return next((r["config"] for r in entry["ranges"] if sizes_match(r["sizes"], sizes)), entry["otherwise"]["config"])
 
 
 @lru_cache
-def table_of(device: str) -> Mapping[str, Any]:
+def load_table(device: str) -> Mapping[str, Any]:
     """The table of a device, empty if there is none. Errors: `Stale` if it was made on another."""
-    file = file_of(device, folder())
-    table = read(file) if file.exists() else {"device": device, "choices": {}, "entries": []}
+    file = table_path(device, tables_dir())
+    table = read_table(file) if file.exists() else {"device": device, "choices": {}, "entries": []}
     if table["device"] != device:
-        raise Stale(f"the tuned table {file.name} was made on {table['device']}, this is {device}")
+        raise StaleTableError(f"the tuned table {file.name} was made on {table['device']}, this is {device}")
     return table
 
 
 @lru_cache
-def entry_of(impl: Impl, device: str) -> Mapping[str, Any] | None:
+def valid_entry(impl: Impl, device: str) -> Mapping[str, Any] | None:
     """The entry of an implementation in the table of a device, checked once. Errors: `Stale`."""
-    file = file_of(device, folder())
-    entry = next((e for e in table_of(device)["entries"] if (e["op"], e["impl"]) == (impl.op, impl.name)), None)
-    changed = changes(entry, impl) if entry else {}
+    file = table_path(device, tables_dir())
+    entry = next((e for e in load_table(device)["entries"] if (e["op"], e["impl"]) == (impl.op, impl.name)), None)
+    changed = stale_reasons(entry, impl) if entry else {}
     if changed.keys() - {"triton"}:
-        raise Stale(
+        raise StaleTableError(
             f"{impl.op} {impl.name}: the tuned table {file.name} is stale: {'; '.join(changed.values())}. "
             f"Run `python -m bench.tune {impl.op} --impl {impl.name}`, pass a config, or delete the entry."
         )
     if changed:
         warnings.warn(f"{impl.op} {impl.name}: {file.name} is left aside: {changed['triton']}", stacklevel=2)
         return None
-    for config in (*(ran["config"] for ran in entry["ranges"]), entry["otherwise"]["config"]) if entry else ():
-        if not offered(config, impl):
-            raise ValueError(f"{file}: {impl.op} {impl.name} has no config {shown(config)}, in its file or its space")
+    for config in (
+        (*(tuned_range["config"] for tuned_range in entry["ranges"]), entry["otherwise"]["config"]) if entry else ()
+    ):
+        if not has_config(config, impl):
+            raise ValueError(
+                f"{file}: {impl.op} {impl.name} has no config {short_repr(config)}, in its file or its space"
+            )
     return entry
 
 
-def offered(config: Config, impl: Impl) -> bool:
+def has_config(config: Config, impl: Impl) -> bool:
     """Whether an implementation has a config, in its file or its space."""
     axes = impl.space.axes if impl.space else {}
     in_space = config.keys() == axes.keys() and all(value in axes[name] for name, value in config.items())
     return in_space or config in [dict(own) for own in impl.configs]
 
 
-def parsed(table: Mapping[str, Any], op: str, file: Path) -> Within:
+def parse_table_choice(table: Mapping[str, Any], op: str, file: Path) -> BoundedChoice:
     """The choice a table holds for an op. Errors: ValueError naming the file; `Stale` if what it names has no entry."""
     value = table["choices"][op]
     try:
@@ -171,12 +177,12 @@ def parsed(table: Mapping[str, Any], op: str, file: Path) -> Within:
             )
         if not 0 <= value["first"] <= value["last"]:
             raise ValueError(f"op {op!r}: from {value['first']} to {value['last']} are no sizes")
-        within = Within(value["first"], value["last"], checked({op: value.get("choice")})[op])
+        within = BoundedChoice(value["first"], value["last"], validate_choices({op: value.get("choice")})[op])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}, choices: {error.args[0]}") from None
     entries = {e["impl"] for e in table["entries"] if e["op"] == op}
-    if missing := [name for name in names(within.choice) if name not in entries]:
-        raise Stale(
+    if missing := [name for name in implementation_names(within.choice) if name not in entries]:
+        raise StaleTableError(
             f"{op}: the tuned table {file.name} chooses {missing[0]}, which has no entry in it. "
             f"Run `python -m bench.tune {op} --impl {missing[0]}`, choose explicitly, or delete the choice."
         )
@@ -184,34 +190,34 @@ def parsed(table: Mapping[str, Any], op: str, file: Path) -> Within:
 
 
 @lru_cache
-def choice_of(op: str, device: str) -> Within | None:
+def table_choice(op: str, device: str) -> BoundedChoice | None:
     """The choice the table of a device holds for an op, checked once; None if it is left aside. Errors: as `parsed`,
     and `Stale` if an entry of what it names is.
     """
-    within = parsed(table_of(device), op, file_of(device, folder()))
-    entries = [entry_of(OPS[op].impls[name], device) for name in names(within.choice)]
+    within = parse_table_choice(load_table(device), op, table_path(device, tables_dir()))
+    entries = [valid_entry(OPS[op].impls[name], device) for name in implementation_names(within.choice)]
     return None if None in entries else within
 
 
-def kernels_for(device: torch.device, phase: str | None, only: str | None = None) -> Mapping[str, Choice]:
+def default_choices_for(device: torch.device, phase: str | None, op_name: str | None = None) -> Mapping[str, Choice]:
     """What runs by default: as configs/kernels.toml says, but for the ops and sizes that the table of this very device
     chooses for. What `use` chooses is not looked up, so a table gone stale does not stand in its way; nor is any of
     them under the policy "invariant", which is a phase here: what is fastest depends on the size. `only`: of one op.
     """
-    choices, name = configured(device.type, phase, only), name_of(device) if phase != "invariant" else None
-    ops = table_of(name)["choices"].keys() - explicit().keys() if name else ()
-    tuned = {op: within for op in ops if only in (None, op) and (within := choice_of(op, name or ""))}
-    return {**choices, **{op: within.over(choices.get(op, REFERENCE)) for op, within in tuned.items()}}
+    choices, gpu = configured_choices(device.type, phase, op_name), gpu_name(device) if phase != "invariant" else None
+    ops = load_table(gpu)["choices"].keys() - explicit_choices().keys() if gpu else ()
+    tuned = {op: within for op in ops if op_name in (None, op) and (within := table_choice(op, gpu or ""))}
+    return {**choices, **{op: within.with_fallback(choices.get(op, REFERENCE)) for op, within in tuned.items()}}
 
 
-def usual(op: str, policy: str, *args: Any, **kwargs: Any) -> Choice:
+def default_choice(op: str, numerics: str, *args: Any, **kwargs: Any) -> Choice:
     """What a call outside an engine runs. It is of no phase, so what one of them alone is given in kernels.toml is not
     for it; without a tensor it runs the reference.
     """
     device = device_of(*args, **kwargs)
     if device is None:
         return REFERENCE
-    return kernels_for(device, "invariant" if policy == "invariant" else None, op).get(op, REFERENCE)
+    return default_choices_for(device, "invariant" if numerics == "invariant" else None, op).get(op, REFERENCE)
 
 
 def device_of(*args: Any, **kwargs: Any) -> torch.device | None:
@@ -220,20 +226,22 @@ def device_of(*args: Any, **kwargs: Any) -> torch.device | None:
 
 
 @lru_cache(maxsize=4096)
-def config_at(impl: Impl, device: str, sizes: tuple[tuple[str, Any], ...]) -> Config | None:
-    entry = entry_of(impl, device)
-    return pick(entry, dict(sizes)) if entry else None
+def tuned_config_at(impl: Impl, device: str, sizes: tuple[tuple[str, Any], ...]) -> Config | None:
+    entry = valid_entry(impl, device)
+    return config_for_sizes(entry, dict(sizes)) if entry else None
 
 
 @lru_cache
-def name_of(device: torch.device) -> str | None:
+def gpu_name(device: torch.device) -> str | None:
     """The device whose table holds; of a CPU, and of a GPU that is not here, there is none."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else None
 
 
-def config(impl: Impl, sizes_of: Callable[..., dict[str, Any]] | None, *args: Any, **kwargs: Any) -> Config | None:
+def tuned_config(
+    impl: Impl, sizes_of: Callable[..., dict[str, Any]] | None, *args: Any, **kwargs: Any
+) -> Config | None:
     """The config tuned for this call on the device of its first tensor; None if nothing was tuned for it."""
     device = device_of(*args, **kwargs)
-    if device is None or sizes_of is None or (name := name_of(device)) is None:
+    if device is None or sizes_of is None or (gpu := gpu_name(device)) is None:
         return None
-    return config_at(impl, name, tuple(sizes_of(*args, **kwargs).items()))
+    return tuned_config_at(impl, gpu, tuple(sizes_of(*args, **kwargs).items()))

@@ -8,11 +8,11 @@ from vila_triton.checkpoints import loading
 from vila_triton.models import llama, params, projector, vila, vision
 from vila_triton.models.config import LlamaConfig, ProjectorConfig, VilaConfig, VisionConfig
 from vila_triton.tiny import tokenizer
-from vila_triton.tiny.scenes import SIZE
+from vila_triton.tiny.scenes import IMAGE_SIZE
 
 CONFIG = VilaConfig(
     llm=LlamaConfig(
-        vocab_size=tokenizer.VOCABULARY,
+        vocab_size=tokenizer.VOCAB_SIZE,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=4,
@@ -27,38 +27,41 @@ CONFIG = VilaConfig(
         intermediate_size=512,
         num_hidden_layers=5,
         num_attention_heads=4,
-        image_size=SIZE,
+        image_size=IMAGE_SIZE,
         patch_size=8,
     ),
     mm_projector=ProjectorConfig("mlp_downsample", mm_hidden_size=128, hidden_size=256),
 )
 
-DECLARE = {"llm": llama.declare, "vision_tower": vision.declare, "mm_projector": projector.declare}
+PARAM_SPECS = {"llm": llama.param_specs, "vision_tower": vision.param_specs, "mm_projector": projector.param_specs}
 GROUP_SIZE = 64  # of the int4 checkpoint
-INT4 = ("group_size", "order", "dense")  # said in quantization_config
-SIGLIP = (  # what is said of the tower
+INT4_FIELDS = ("group_size", "order", "dense")  # said in quantization_config
+SIGLIP_FIELDS = (  # what is said of the tower
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"),
     *("num_channels", "layer_norm_eps", "model_type", "hidden_act"),
 )
 
 
-def quantization(cfg: VilaConfig) -> dict[str, Any]:
+def quantization_entry(cfg: VilaConfig) -> dict[str, Any]:
     """The entry of llm/config.json that says its linears are int4, if they are."""
     if cfg.llm.group_size is None:
         return {}
     return {"quantization_config": {"quant_method": "vila-triton", "bits": 4, "group_size": cfg.llm.group_size}}
 
 
-def configs(cfg: VilaConfig) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def config_files(cfg: VilaConfig) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The top config.json, and that of each part."""
-    ids = {f"{name}_token_id": tokenizer.SPECIAL.index(tokenizer.NAMED[name]) for name in ("bos", "eos", "pad")}
+    ids = {
+        f"{name}_token_id": tokenizer.SPECIAL_TEXTS.index(tokenizer.SPECIAL_TOKENS[name])
+        for name in ("bos", "eos", "pad")
+    }
     parts = {
         "llm": {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
-            **{key: value for key, value in asdict(cfg.llm).items() if value is not None and key not in INT4},
-            **quantization(cfg),
+            **{key: value for key, value in asdict(cfg.llm).items() if value is not None and key not in INT4_FIELDS},
+            **quantization_entry(cfg),
             **ids,
             "torch_dtype": "float16",
             "tokenizer_model_max_length": cfg.llm.max_position_embeddings,
@@ -66,7 +69,7 @@ def configs(cfg: VilaConfig) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
         },
         "vision_tower": {
             "architectures": ["SiglipVisionModel"],
-            **{key: getattr(cfg.vision_tower, key) for key in SIGLIP},
+            **{key: getattr(cfg.vision_tower, key) for key in SIGLIP_FIELDS},
             "attention_dropout": 0.0,
             "vision_use_head": False,
             "torch_dtype": "float16",
@@ -78,7 +81,7 @@ def configs(cfg: VilaConfig) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
             "torch_dtype": "float16",
         },
     }
-    joined = {
+    top = {
         "architectures": ["VilaLlamaForCausalLM"],
         "model_type": "llava_llama",
         "hidden_size": cfg.llm.hidden_size,
@@ -95,10 +98,10 @@ def configs(cfg: VilaConfig) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
         "tune_vision_tower": True,
         "tune_mm_projector": True,
     }
-    return joined, parts
+    return top, parts
 
 
-def preprocessor(cfg: VilaConfig) -> dict[str, Any]:
+def preprocessor_config(cfg: VilaConfig) -> dict[str, Any]:
     """What the image processor does; to a picture of the right size, only scale [0, 255] to [-1, 1]."""
     return {
         "image_processor_type": "SiglipImageProcessor",
@@ -114,16 +117,22 @@ def preprocessor(cfg: VilaConfig) -> dict[str, Any]:
     }
 
 
-def save(folder: Path, trees: dict[str, Any]) -> None:
+def save_checkpoints(folder: Path, trees: dict[str, Any]) -> None:
     """Write the trained trees as a VILA folder in fp16, and beside it `folder`-int4, its linears rounded to int4."""
-    half = vila.Vila(**{name: params.tree_map(lambda x: x.detach().half(), tree) for name, tree in trees.items()})
-    write(folder, CONFIG, half)
-    quantized = replace(CONFIG, llm=replace(CONFIG.llm, group_size=GROUP_SIZE))
-    write(folder.with_name(f"{folder.name}-int4"), quantized, replace(half, llm=llama.quantized(half.llm, GROUP_SIZE)))
+    params_fp16 = vila.Vila(
+        **{name: params.tree_map(lambda x: x.detach().half(), tree) for name, tree in trees.items()}
+    )
+    write_folder(folder, CONFIG, params_fp16)
+    int4_config = replace(CONFIG, llm=replace(CONFIG.llm, group_size=GROUP_SIZE))
+    write_folder(
+        folder.with_name(f"{folder.name}-int4"),
+        int4_config,
+        replace(params_fp16, llm=llama.quantize_linears_rtn(params_fp16.llm, GROUP_SIZE)),
+    )
 
 
-def write(folder: Path, cfg: VilaConfig, p: vila.Vila) -> None:
+def write_folder(folder: Path, cfg: VilaConfig, p: vila.Vila) -> None:
     """Write one VILA folder: configs, weights, image processor and tokenizer."""
-    loading.save(folder, *configs(cfg), p)
-    loading.write_json(folder / "vision_tower" / "preprocessor_config.json", preprocessor(cfg))
-    tokenizer.save(folder / "llm")
+    loading.save_checkpoint(folder, *config_files(cfg), p)
+    loading.write_json(folder / "vision_tower" / "preprocessor_config.json", preprocessor_config(cfg))
+    tokenizer.save_tokenizer(folder / "llm")

@@ -16,105 +16,117 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vila_triton.arguments import KV_DTYPES, choices
-from vila_triton.chat.conversation import Talker
-from vila_triton.console import bar, exit_code
+from vila_triton.arguments import KV_DTYPES, parse_kernel_settings
+from vila_triton.chat.conversation import ChatModel
+from vila_triton.console import exit_code, print_progress
 from vila_triton.hf.configuration_vila_llama import parse_dtype
 from vila_triton.limits import COUNT, SEED
 from vila_triton.paths import BUNDLED_CHECKPOINT
-from vila_triton.registry import recording, use
-from vila_triton.tiny.questions import GROUPS, KINDS, QA, ask
-from vila_triton.tiny.scenes import Scene, draw, sample
+from vila_triton.registry import count_calls, use
+from vila_triton.tiny.questions import KIND_GROUPS, KINDS, QA, random_question
+from vila_triton.tiny.scenes import Scene, draw_scene, random_scene
 
-BATCH = 50
+BATCH_SIZE = 50
 
 
 @dataclass(frozen=True)
-class Item:
+class EvalQuestion:
     """A question about drawn scenes."""
 
     qa: QA
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
 
     @property
     def kind(self) -> str:
-        n = len(self.pictures)
+        n = len(self.images)
         return self.qa.kind if n == 1 else f"{self.qa.kind}, {n} pictures"
 
 
-def item(rng: random.Random, kind: str, pictures: int) -> Item:
+def held_out_question(rng: random.Random, kind: str, num_images: int) -> EvalQuestion:
     """A question of a kind about that many held-out scenes; scenes that allow none are drawn again."""
     while True:
-        scenes: list[Scene] = [sample(rng, "held_out") for _ in range(pictures)]
+        scenes: list[Scene] = [random_scene(rng, "held_out") for _ in range(num_images)]
         try:
-            return Item(ask(rng, scenes, kind), [draw(scene, rng) for scene in scenes])
+            return EvalQuestion(random_question(rng, scenes, kind), [draw_scene(scene, rng) for scene in scenes])
         except ValueError:
             continue
 
 
 # What the bundled model is offered for, by number of pictures: what it gets right at least nine times in ten.
-SHIPPED: dict[int, list[str]] = {
-    1: [kind for kind, entry in KINDS.items() if entry.about],
+SUPPORTED_KINDS: dict[int, list[str]] = {
+    1: [kind for kind, entry in KINDS.items() if entry.about_one],
     2: [kind for kind in KINDS if kind not in ("count colour", "where")],
     3: ["count all", "colour", "shape", "at"],
 }
 # Everything that can be asked: the comparing kinds need several pictures, two of them just two.
-ALL = {
-    1: SHIPPED[1],
+ALL_KINDS = {
+    1: SUPPORTED_KINDS[1],
     2: list(KINDS),
     3: [kind for kind in KINDS if kind not in ("total", "more")],
 }
 
 
-def items(count: int, seed: int, kinds: Mapping[int, Sequence[str]] = SHIPPED) -> list[Item]:
+def build_questions(
+    per_kind: int, seed: int, kinds: Mapping[int, Sequence[str]] = SUPPORTED_KINDS
+) -> list[EvalQuestion]:
     """That many questions of every kind and number of pictures."""
     rng = random.Random(seed)
-    return [item(rng, kind, n) for _ in range(count) for n in kinds for kind in kinds[n]]
+    return [held_out_question(rng, kind, n) for _ in range(per_kind) for n in kinds for kind in kinds[n]]
 
 
 @torch.inference_mode()
-def answers(talker: Talker, batch: Sequence[Item]) -> list[str]:
+def greedy_answers(chat_model: ChatModel, batch: Sequence[EvalQuestion]) -> list[str]:
     """Greedy answers, all in one ragged batch."""
-    prompts = [torch.tensor(talker.prompt(i.qa.question, len(i.pictures))) for i in batch]
+    prompts = [torch.tensor(chat_model.prompt_ids(i.qa.question, len(i.images))) for i in batch]
     ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    pixels = talker.pixels([picture for i in batch for picture in i.pictures])
-    return talker.tokenizer.batch_decode(
-        talker.model.generate(ids, pixels, mask, max_new_tokens=64), skip_special_tokens=True
+    pixels = chat_model.preprocess_images([image for i in batch for image in i.images])
+    return chat_model.tokenizer.batch_decode(
+        chat_model.model.generate(ids, pixels, mask, max_new_tokens=64), skip_special_tokens=True
     )
 
 
-def evaluate(talker: Talker, questions: Sequence[Item]) -> dict[str, list[bool]]:
+def evaluate(chat_model: ChatModel, questions: Sequence[EvalQuestion]) -> dict[str, list[bool]]:
     """Right or wrong for every question, by kind; shows progress on standard error."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    start = time.monotonic()
-    for at in range(0, len(questions), BATCH):
-        batch = questions[at : at + BATCH]
-        for question, answer in zip(batch, answers(talker, batch), strict=True):
-            right[question.kind].append(answer == question.qa.answer)
-        done = at + len(batch)
-        left = (time.monotonic() - start) / done * (len(questions) - done)
-        bar(f"{done} of {len(questions)} questions, {left:.0f} s left", done == len(questions))
-    return right
+    correct: dict[str, list[bool]] = defaultdict(list)
+    start_time = time.monotonic()
+    for offset in range(0, len(questions), BATCH_SIZE):
+        batch = questions[offset : offset + BATCH_SIZE]
+        for question, answer in zip(batch, greedy_answers(chat_model, batch), strict=True):
+            correct[question.kind].append(answer == question.qa.answer)
+        done = offset + len(batch)
+        seconds_left = (time.monotonic() - start_time) / done * (len(questions) - done)
+        print_progress(f"{done} of {len(questions)} questions, {seconds_left:.0f} s left", done == len(questions))
+    return correct
 
 
-def report(right: Mapping[str, Sequence[bool]]) -> str:
+def accuracy_table(correct: Mapping[str, Sequence[bool]]) -> str:
     lines = [f"{'kind':28}{'group':20}{'right':>8}{'of':>7}"]
-    for kind, values in right.items():
-        group = GROUPS[kind.partition(",")[0]]
+    for kind, values in correct.items():
+        group = KIND_GROUPS[kind.partition(",")[0]]
         lines.append(f"{kind:28}{group:20}{100 * sum(values) / len(values):7.1f}%{len(values):7}")
-    every = [value for values in right.values() for value in values]
-    return "\n".join([*lines, f"{'all':48}{100 * sum(every) / len(every):7.2f}%{len(every):7}"])
+    all_values = [value for values in correct.values() for value in values]
+    return "\n".join([*lines, f"{'all':48}{100 * sum(all_values) / len(all_values):7.2f}%{len(all_values):7}"])
 
 
-def agreement(talker: Talker, questions: Sequence[Item], kernels: Mapping[str, str]) -> str:
+def compare_kernels(chat_model: ChatModel, questions: Sequence[EvalQuestion], kernels: Mapping[str, str]) -> str:
     """How many answers the given kernels and the default ones share."""
-    expected = [a for at in range(0, len(questions), BATCH) for a in answers(talker, questions[at : at + BATCH])]
-    with use(**kernels), recording() as calls:
-        got = [a for at in range(0, len(questions), BATCH) for a in answers(talker, questions[at : at + BATCH])]
+    default_answers = [
+        a
+        for offset in range(0, len(questions), BATCH_SIZE)
+        for a in greedy_answers(chat_model, questions[offset : offset + BATCH_SIZE])
+    ]
+    with use(**kernels), count_calls() as calls:
+        kernel_answers = [
+            a
+            for at in range(0, len(questions), BATCH_SIZE)
+            for a in greedy_answers(chat_model, questions[at : at + BATCH_SIZE])
+        ]
     ran = ", ".join(sorted(f"{op}={impl}" for op, impl in calls if kernels.get(op) == impl))
-    return f"{sum(map(str.__eq__, got, expected))} of {len(questions)} answers are the same under {ran}"
+    return (
+        f"{sum(map(str.__eq__, kernel_answers, default_answers))} of {len(questions)} answers are the same under {ran}"
+    )
 
 
 def run() -> None:
@@ -134,13 +146,13 @@ def run() -> None:
         help="count the answers that these kernels change (on a CPU, Triton needs TRITON_INTERPRET=1)",
     )
     args = parser.parse_args()
-    talker = Talker.from_pretrained(args.model, args.device, args.dtype)
+    talker = ChatModel.from_pretrained(args.model, args.device, args.dtype)
     talker.model.config.kv_dtype = args.kv_dtype
-    questions = items(args.count, args.seed, ALL if args.all else SHIPPED)[: args.limit]
+    questions = build_questions(args.count, args.seed, ALL_KINDS if args.all else SUPPORTED_KINDS)[: args.limit]
     if args.against:
-        print(agreement(talker, questions, choices(args.against)))
+        print(compare_kernels(talker, questions, parse_kernel_settings(args.against)))
     else:
-        print(report(evaluate(talker, questions)))
+        print(accuracy_table(evaluate(talker, questions)))
 
 
 def main() -> int:

@@ -6,19 +6,19 @@ from pathlib import Path
 
 from vila_triton.console import exit_code
 from vila_triton.tiny.questions import describe
-from vila_triton.tiny.scenes import draw, sample
+from vila_triton.tiny.scenes import draw_scene, random_scene
 
-FOLDER = Path(__file__).resolve().parent / "examples"
+EXAMPLES_DIR = Path(__file__).resolve().parent / "examples"
 
 
 def run() -> None:
     rng = random.Random(2)
-    FOLDER.mkdir(exist_ok=True)
+    EXAMPLES_DIR.mkdir(exist_ok=True)
     for name in ("a", "b", "c", "d"):
-        scene = sample(rng, "held_out")
+        scene = random_scene(rng, "held_out")
         while len(scene.things) < 3:
-            scene = sample(rng, "held_out")
-        draw(scene, rng).save(FOLDER / f"{name}.png")
+            scene = random_scene(rng, "held_out")
+        draw_scene(scene, rng).save(EXAMPLES_DIR / f"{name}.png")
         print(f"{name}.png: {describe(scene)}")
 
 

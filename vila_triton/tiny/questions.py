@@ -8,11 +8,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vila_triton.tiny.scenes import COLOURS, POSITIONS, SHAPES, Scene
+from vila_triton.tiny.scenes import COLORS, POSITIONS, SHAPES, Scene
 
 ORDINALS = ("first", "second", "third")
 
-Pair = tuple[str, str]  # question, answer
+QuestionAnswer = tuple[str, str]  # question, answer
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,18 @@ class QA:
 
 
 @dataclass(frozen=True)
-class Kind:
+class QuestionKind:
     """A maker of questions about one scene (`about`) or about several at once (`across`)."""
 
     group: str
     weight: float
-    about: Callable[[random.Random, Scene, str], Pair | None] | None = None
-    across: Callable[[random.Random, Sequence[Scene]], Pair | None] | None = None
+    about_one: Callable[[random.Random, Scene, str], QuestionAnswer | None] | None = None
+    about_several: Callable[[random.Random, Sequence[Scene]], QuestionAnswer | None] | None = None
 
 
-def name(colour: str | None, shape: str | None) -> str:
+def phrase(color: str | None, shape: str | None) -> str:
     """("red", "circle") -> "red circle"; a missing shape becomes "shape"."""
-    return " ".join(word for word in (colour, shape or "shape") if word)
+    return " ".join(word for word in (color, shape or "shape") if word)
 
 
 def describe(scene: Scene) -> str:
@@ -44,130 +44,136 @@ def describe(scene: Scene) -> str:
     return " ".join([head, *(f"a {thing} at the {thing.position}." for thing in scene.things)])
 
 
-def _target(rng: random.Random, scene: Scene, absent: float) -> tuple[str, str]:
+def _target_attributes(rng: random.Random, scene: Scene, p_absent: float) -> tuple[str, str]:
     """Colour and shape of a thing of the scene; with probability `absent` one of the two is drawn anew."""
     thing = rng.choice(scene.things)
-    if rng.random() >= absent:
-        return thing.colour, thing.shape
+    if rng.random() >= p_absent:
+        return thing.color, thing.shape
     if rng.random() < 0.5:
-        return rng.choice(list(COLOURS)), thing.shape
-    return thing.colour, rng.choice(SHAPES)
+        return rng.choice(list(COLORS)), thing.shape
+    return thing.color, rng.choice(SHAPES)
 
 
-def _blur(rng: random.Random, colour: str, shape: str) -> tuple[str | None, str | None]:
+def _drop_attribute(rng: random.Random, color: str, shape: str) -> tuple[str | None, str | None]:
     """Sometimes forgets the colour or the shape, so that phrases name one or both."""
-    return rng.choice(((colour, shape), (colour, shape), (colour, None), (None, shape)))
+    return rng.choice(((color, shape), (color, shape), (color, None), (None, shape)))
 
 
-def _count(colour: bool, shape: bool) -> Callable[[random.Random, Scene, str], Pair]:
-    def make(rng: random.Random, scene: Scene, place: str) -> Pair:
-        some_colour, some_shape = _target(rng, scene, absent=0.4)
-        what = (some_colour if colour else None, some_shape if shape else None)
-        return f"How many {name(*what)}s are there{place}?", str(scene.count(*what))
+def _make_count_question(color: bool, shape: bool) -> Callable[[random.Random, Scene, str], QuestionAnswer]:
+    def make(rng: random.Random, scene: Scene, location: str) -> QuestionAnswer:
+        target_color, target_shape = _target_attributes(rng, scene, p_absent=0.4)
+        attributes = (target_color if color else None, target_shape if shape else None)
+        return f"How many {phrase(*attributes)}s are there{location}?", str(scene.count(*attributes))
 
     return make
 
 
-def _colour(rng: random.Random, scene: Scene, place: str) -> Pair | None:
+def _color_question(rng: random.Random, scene: Scene, location: str) -> QuestionAnswer | None:
     unique = [t for t in scene.things if scene.count(shape=t.shape) == 1]
     if not unique:
         return None
     thing = rng.choice(unique)
-    return f"What colour is the {thing.shape}{place}?", thing.colour
+    return f"What colour is the {thing.shape}{location}?", thing.color
 
 
-def _shape(rng: random.Random, scene: Scene, place: str) -> Pair | None:
-    unique = [t for t in scene.things if scene.count(colour=t.colour) == 1]
+def _shape_question(rng: random.Random, scene: Scene, location: str) -> QuestionAnswer | None:
+    unique = [t for t in scene.things if scene.count(color=t.color) == 1]
     if not unique:
         return None
     thing = rng.choice(unique)
-    return f"What shape is the {thing.colour} object{place}?", thing.shape
+    return f"What shape is the {thing.color} object{location}?", thing.shape
 
 
-def _where(rng: random.Random, scene: Scene, place: str) -> Pair | None:
+def _position_question(rng: random.Random, scene: Scene, location: str) -> QuestionAnswer | None:
     thing = rng.choice(scene.things)
-    what = _blur(rng, thing.colour, thing.shape)
-    if scene.count(*what) != 1:
+    attributes = _drop_attribute(rng, thing.color, thing.shape)
+    if scene.count(*attributes) != 1:
         return None
-    return f"Where is the {name(*what)}{place}?", thing.position
+    return f"Where is the {phrase(*attributes)}{location}?", thing.position
 
 
-def _exists(rng: random.Random, scene: Scene, place: str) -> Pair:
-    what = _blur(rng, *_target(rng, scene, absent=0.8))
-    return f"Is there a {name(*what)}{place}?", "yes" if scene.count(*what) else "no"
+def _existence_question(rng: random.Random, scene: Scene, location: str) -> QuestionAnswer:
+    attributes = _drop_attribute(rng, *_target_attributes(rng, scene, p_absent=0.8))
+    return f"Is there a {phrase(*attributes)}{location}?", "yes" if scene.count(*attributes) else "no"
 
 
-def _at(rng: random.Random, scene: Scene, place: str) -> Pair:
+def _cell_question(rng: random.Random, scene: Scene, location: str) -> QuestionAnswer:
     cell = rng.choice(scene.things).cell if rng.random() < 0.7 else rng.randrange(len(POSITIONS))
-    thing = scene.at(cell)
-    return f"What is at the {POSITIONS[cell]}{place}?", f"a {thing}" if thing else "nothing"
+    thing = scene.thing_at(cell)
+    return f"What is at the {POSITIONS[cell]}{location}?", f"a {thing}" if thing else "nothing"
 
 
-def _description(rng: random.Random, scene: Scene, place: str) -> Pair:
-    return f"Describe the {place.removeprefix(' in the ') or 'picture'}.", describe(scene)
+def _description_question(rng: random.Random, scene: Scene, location: str) -> QuestionAnswer:
+    return f"Describe the {location.removeprefix(' in the ') or 'picture'}.", describe(scene)
 
 
-def _which(rng: random.Random, scenes: Sequence[Scene]) -> Pair | None:
+def _which_image_question(rng: random.Random, scenes: Sequence[Scene]) -> QuestionAnswer | None:
     scene = rng.choice(scenes)
     thing = rng.choice(scene.things)
-    what = _blur(rng, thing.colour, thing.shape)
-    if sum(other.count(*what) > 0 for other in scenes) != 1:
+    attributes = _drop_attribute(rng, thing.color, thing.shape)
+    if sum(other.count(*attributes) > 0 for other in scenes) != 1:
         return None
-    return f"Which image has a {name(*what)}?", f"the {ORDINALS[scenes.index(scene)]}"
+    return f"Which image has a {phrase(*attributes)}?", f"the {ORDINALS[scenes.index(scene)]}"
 
 
-def _total(rng: random.Random, scenes: Sequence[Scene]) -> Pair | None:
+def _total_question(rng: random.Random, scenes: Sequence[Scene]) -> QuestionAnswer | None:
     if len(scenes) != 2:
         return None
-    what = rng.choice(((None, None), _blur(rng, *_target(rng, rng.choice(scenes), absent=0.2))))
-    return f"How many {name(*what)}s are there in total?", str(sum(scene.count(*what) for scene in scenes))
+    attributes = rng.choice(
+        ((None, None), _drop_attribute(rng, *_target_attributes(rng, rng.choice(scenes), p_absent=0.2)))
+    )
+    return f"How many {phrase(*attributes)}s are there in total?", str(
+        sum(scene.count(*attributes) for scene in scenes)
+    )
 
 
-def _more(rng: random.Random, scenes: Sequence[Scene]) -> Pair | None:
-    what = rng.choice(((None, None), _blur(rng, *_target(rng, rng.choice(scenes), absent=0.0))))
-    counts = [scene.count(*what) for scene in scenes]
+def _more_question(rng: random.Random, scenes: Sequence[Scene]) -> QuestionAnswer | None:
+    attributes = rng.choice(
+        ((None, None), _drop_attribute(rng, *_target_attributes(rng, rng.choice(scenes), p_absent=0.0)))
+    )
+    counts = [scene.count(*attributes) for scene in scenes]
     if len(scenes) != 2 or counts[0] == counts[1]:
         return None
-    return f"Which image has more {name(*what)}s?", f"the {ORDINALS[counts.index(max(counts))]}"
+    return f"Which image has more {phrase(*attributes)}s?", f"the {ORDINALS[counts.index(max(counts))]}"
 
 
-KINDS: dict[str, Kind] = {
-    "count shape": Kind("counting", 1.0, about=_count(colour=False, shape=True)),
-    "count colour": Kind("counting", 1.0, about=_count(colour=True, shape=False)),
-    "count pair": Kind("counting", 1.0, about=_count(colour=True, shape=True)),
-    "count all": Kind("counting", 0.6, about=_count(colour=False, shape=False)),
-    "colour": Kind("colour", 1.2, about=_colour),
-    "shape": Kind("shape", 1.2, about=_shape),
-    "where": Kind("position", 1.2, about=_where),
-    "at": Kind("position", 1.2, about=_at),
-    "exists": Kind("yes/no", 1.2, about=_exists),
-    "description": Kind("description", 1.2, about=_description),
-    "which": Kind("comparing pictures", 1.5, across=_which),
-    "total": Kind("comparing pictures", 1.5, across=_total),
-    "more": Kind("comparing pictures", 2.0, across=_more),
+KINDS: dict[str, QuestionKind] = {
+    "count shape": QuestionKind("counting", 1.0, about_one=_make_count_question(color=False, shape=True)),
+    "count colour": QuestionKind("counting", 1.0, about_one=_make_count_question(color=True, shape=False)),
+    "count pair": QuestionKind("counting", 1.0, about_one=_make_count_question(color=True, shape=True)),
+    "count all": QuestionKind("counting", 0.6, about_one=_make_count_question(color=False, shape=False)),
+    "colour": QuestionKind("colour", 1.2, about_one=_color_question),
+    "shape": QuestionKind("shape", 1.2, about_one=_shape_question),
+    "where": QuestionKind("position", 1.2, about_one=_position_question),
+    "at": QuestionKind("position", 1.2, about_one=_cell_question),
+    "exists": QuestionKind("yes/no", 1.2, about_one=_existence_question),
+    "description": QuestionKind("description", 1.2, about_one=_description_question),
+    "which": QuestionKind("comparing pictures", 1.5, about_several=_which_image_question),
+    "total": QuestionKind("comparing pictures", 1.5, about_several=_total_question),
+    "more": QuestionKind("comparing pictures", 2.0, about_several=_more_question),
 }
-GROUPS: dict[str, str] = {kind: entry.group for kind, entry in KINDS.items()}
+KIND_GROUPS: dict[str, str] = {kind: entry.group for kind, entry in KINDS.items()}
 
 
-def ask(rng: random.Random, scenes: Sequence[Scene], kind: str | None = None) -> QA:
+def random_question(rng: random.Random, scenes: Sequence[Scene], kind: str | None = None) -> QA:
     """One question about the scenes, of the given kind or of a random one; kinds that do not fit are drawn again.
 
     Raises ValueError when the scenes allow no question of the given kind.
     """
     for _ in range(100):
-        (drawn,) = (kind,) if kind else rng.choices(list(KINDS), [k.weight for k in KINDS.values()])
-        entry, pair = KINDS[drawn], None
-        if entry.about:
+        (kind_name,) = (kind,) if kind else rng.choices(list(KINDS), [k.weight for k in KINDS.values()])
+        entry, pair = KINDS[kind_name], None
+        if entry.about_one:
             index = rng.randrange(len(scenes))
-            pair = entry.about(rng, scenes[index], _place(rng, index, len(scenes)))
-        elif entry.across and len(scenes) > 1:
-            pair = entry.across(rng, scenes)
+            pair = entry.about_one(rng, scenes[index], _location_phrase(rng, index, len(scenes)))
+        elif entry.about_several and len(scenes) > 1:
+            pair = entry.about_several(rng, scenes)
         if pair:
-            return QA(drawn, *pair)
+            return QA(kind_name, *pair)
     raise ValueError(f"no question of kind {kind!r} fits these scenes: {scenes}")
 
 
-def _place(rng: random.Random, index: int, count: int) -> str:
+def _location_phrase(rng: random.Random, index: int, count: int) -> str:
     if count > 1:
         return f" in the {ORDINALS[index]} image"
     return " in the picture" if rng.random() < 0.2 else ""

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 Split = Literal["train", "held_out"]
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (225, 45, 45),
     "green": (45, 190, 60),
     "blue": (55, 90, 235),
@@ -25,10 +25,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star")
 POSITIONS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
-SIZE = 64
-CELL = SIZE / 3
+IMAGE_SIZE = 64
+CELL_SIZE = IMAGE_SIZE / 3
 _SCALE = 2  # supersampling
-_HELD_OUT_ONE_IN = 16
+_HELD_OUT_RATIO = 16
 
 
 @dataclass(frozen=True, order=True)
@@ -37,14 +37,14 @@ class Thing:
 
     cell: int
     shape: str
-    colour: str
+    color: str
 
     @property
     def position(self) -> str:
         return POSITIONS[self.cell]
 
     def __str__(self) -> str:
-        return f"{self.colour} {self.shape}"
+        return f"{self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -53,51 +53,53 @@ class Scene:
 
     things: tuple[Thing, ...]
 
-    def count(self, colour: str | None = None, shape: str | None = None) -> int:
+    def count(self, color: str | None = None, shape: str | None = None) -> int:
         """Number of things of that colour and shape; None matches any."""
-        return len(self.matching(colour, shape))
+        return len(self.things_matching(color, shape))
 
-    def matching(self, colour: str | None = None, shape: str | None = None) -> list[Thing]:
-        return [t for t in self.things if colour in (None, t.colour) and shape in (None, t.shape)]
+    def things_matching(self, color: str | None = None, shape: str | None = None) -> list[Thing]:
+        return [t for t in self.things if color in (None, t.color) and shape in (None, t.shape)]
 
-    def at(self, cell: int) -> Thing | None:
+    def thing_at(self, cell: int) -> Thing | None:
         return next((t for t in self.things if t.cell == cell), None)
 
 
-def held_out(scene: Scene) -> bool:
+def is_held_out(scene: Scene) -> bool:
     """Whether the layout belongs to the held-out split."""
-    layout = ";".join(f"{t.cell} {t.shape} {t.colour}" for t in sorted(scene.things))
+    layout = ";".join(f"{t.cell} {t.shape} {t.color}" for t in sorted(scene.things))
     digest = hashlib.blake2b(layout.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % _HELD_OUT_ONE_IN == 0
+    return int.from_bytes(digest, "big") % _HELD_OUT_RATIO == 0
 
 
-def sample(rng: random.Random, split: Split = "train") -> Scene:
+def random_scene(rng: random.Random, split: Split = "train") -> Scene:
     """A random scene of the split. Few colours and shapes a scene, so that counts above one are common."""
     while True:
-        colours = rng.sample(list(COLOURS), rng.randint(1, 3))
+        colors = rng.sample(list(COLORS), rng.randint(1, 3))
         shapes = rng.sample(SHAPES, rng.randint(1, 3))
         (count,) = rng.choices((1, 2, 3, 4), weights=(2, 3, 4, 4))
         cells = sorted(rng.sample(range(len(POSITIONS)), count))
-        scene = Scene(tuple(Thing(cell, rng.choice(shapes), rng.choice(colours)) for cell in cells))
-        if held_out(scene) == (split == "held_out"):
+        scene = Scene(tuple(Thing(cell, rng.choice(shapes), rng.choice(colors)) for cell in cells))
+        if is_held_out(scene) == (split == "held_out"):
             return scene
 
 
-def draw(scene: Scene, rng: random.Random) -> Image.Image:
+def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
     """The scene as a 64x64 RGB picture; sizes, places, colours and background are jittered."""
     background = tuple(rng.randint(0, 50) for _ in range(3))
-    image = Image.new("RGB", (SIZE * _SCALE, SIZE * _SCALE), background)
+    image = Image.new("RGB", (IMAGE_SIZE * _SCALE, IMAGE_SIZE * _SCALE), background)
     canvas = ImageDraw.Draw(image)
     for thing in scene.things:
         row, column = divmod(thing.cell, 3)
-        x = (column + 0.5) * CELL + rng.uniform(-1.2, 1.2)
-        y = (row + 0.5) * CELL + rng.uniform(-1.2, 1.2)
-        fill = tuple(min(255, max(0, c + rng.randint(-22, 22))) for c in COLOURS[thing.colour])
-        _paint(canvas, thing.shape, x * _SCALE, y * _SCALE, rng.uniform(7.0, 9.8) * _SCALE, fill)
+        x = (column + 0.5) * CELL_SIZE + rng.uniform(-1.2, 1.2)
+        y = (row + 0.5) * CELL_SIZE + rng.uniform(-1.2, 1.2)
+        fill = tuple(min(255, max(0, c + rng.randint(-22, 22))) for c in COLORS[thing.color])
+        _draw_shape(canvas, thing.shape, x * _SCALE, y * _SCALE, rng.uniform(7.0, 9.8) * _SCALE, fill)
     return image.reduce(_SCALE)
 
 
-def _paint(canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple[int, ...]) -> None:
+def _draw_shape(
+    canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple[int, ...]
+) -> None:
     if shape == "circle":
         canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
     elif shape == "square":
@@ -112,5 +114,8 @@ def _paint(canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: 
 def _corners(x: float, y: float, radii: Iterable[float]) -> list[tuple[float, float]]:
     """Corners spread evenly around (x, y), the first one straight up."""
     radii = list(radii)
-    turns = [2 * math.pi * i / len(radii) for i in range(len(radii))]
-    return [(x + r * math.sin(turn), y - r * math.cos(turn)) for r, turn in zip(radii, turns, strict=True)]
+    angles = [2 * math.pi * i / len(radii) for i in range(len(radii))]
+    return [
+        (x + radius * math.sin(angle), y - radius * math.cos(angle))
+        for radius, angle in zip(radii, angles, strict=True)
+    ]

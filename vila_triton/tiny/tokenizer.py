@@ -6,12 +6,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from vila_triton.tiny.questions import ORDINALS
-from vila_triton.tiny.scenes import COLOURS, POSITIONS, SHAPES
+from vila_triton.tiny.scenes import COLORS, POSITIONS, SHAPES
 
-NAMED = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
-SPECIAL = tuple(NAMED.values())
-TURNS = ("\n", "USER:", "ASSISTANT:")
-VOCABULARY = 128
+SPECIAL_TOKENS = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
+SPECIAL_TEXTS = tuple(SPECIAL_TOKENS.values())
+TURN_TOKENS = ("\n", "USER:", "ASSISTANT:")
+VOCAB_SIZE = 128
 
 # Folded before lookup, so that other spellings cost the model nothing.
 SYNONYMS = {"color": "colour", "center": "centre", "middle": "centre", "picture": "image", "object": "shape"}
@@ -24,16 +24,16 @@ _WORDS = (
 
 def vocabulary() -> list[str]:
     """Every token in id order: special tokens, turn tokens, words, digits, then fillers up to 128."""
-    names = [*COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES), *" ".join(POSITIONS).split(), *ORDINALS]
-    tokens = list(dict.fromkeys([*SPECIAL, *TURNS, *_WORDS.split(), *names, *"0123456789"]))
-    return tokens + [f"<unused{i}>" for i in range(VOCABULARY - len(tokens))]
+    nouns = [*COLORS, *SHAPES, *(f"{shape}s" for shape in SHAPES), *" ".join(POSITIONS).split(), *ORDINALS]
+    tokens = list(dict.fromkeys([*SPECIAL_TEXTS, *TURN_TOKENS, *_WORDS.split(), *nouns, *"0123456789"]))
+    return tokens + [f"<unused{i}>" for i in range(VOCAB_SIZE - len(tokens))]
 
 
-def build() -> Tokenizer:
+def build_tokenizer() -> Tokenizer:
     """The bare tokenizer; `<s>` is prepended by its post-processor."""
     ids = {token: i for i, token in enumerate(vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    synonyms = [normalizers.Replace(Regex(rf"\b{word}"), to) for word, to in SYNONYMS.items()]
+    synonyms = [normalizers.Replace(Regex(rf"\b{word}"), replacement) for word, replacement in SYNONYMS.items()]
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *synonyms])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -46,16 +46,16 @@ def build() -> Tokenizer:
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", ids["<s>"])]
     )
     tokenizer.decoder = decoders.WordPiece(cleanup=True)  # words joined by spaces, none before punctuation
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in TURNS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TEXTS])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in TURN_TOKENS])
     return tokenizer
 
 
-def save(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
     """Writes the tokenizer as a folder for `AutoTokenizer.from_pretrained`."""
     PreTrainedTokenizerFast(
-        tokenizer_object=build(),
-        **{f"{name}_token": token for name, token in NAMED.items()},
+        tokenizer_object=build_tokenizer(),
+        **{f"{name}_token": token for name, token in SPECIAL_TOKENS.items()},
         padding_side="right",
         clean_up_tokenization_spaces=False,
         model_max_length=4096,

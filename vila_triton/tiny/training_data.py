@@ -19,28 +19,28 @@ from PIL import Image
 from torch import Tensor
 
 from vila_triton.tiny import tokenizer
-from vila_triton.tiny.questions import QA, ask
-from vila_triton.tiny.scenes import Scene, Split, draw, sample
+from vila_triton.tiny.questions import QA, random_question
+from vila_triton.tiny.scenes import Scene, Split, draw_scene, random_scene
 
-IMAGE = -1  # stands for one feature of a picture until the embeddings take its place
-FEATURES = 16  # of one picture
-ROOM = 115  # tokens of questions and answers that fill a row
+IMAGE_FEATURE = -1  # stands for one feature of a picture until the embeddings take its place
+FEATURES_PER_IMAGE = 16  # of one picture
+TOKENS_PER_ROW = 115  # tokens of questions and answers that fill a row
 
-_TOKENIZER = tokenizer.build()
-_ID = _TOKENIZER.get_vocab()
+_TOKENIZER = tokenizer.build_tokenizer()
+_TOKEN_IDS = _TOKENIZER.get_vocab()
 
 
 @dataclass(frozen=True)
 class Answer:
     kind: str
-    pictures: int
+    num_images: int
     conversation: bool
     start: int  # of the answer in the row or batch; its </s> is the last token before stop
     stop: int
 
 
 @dataclass
-class Row:
+class TrainingRow:
     ids: list[int]
     segments: list[int]  # 0 is seen by all that follows, any other number by itself only
     positions: list[int]
@@ -48,29 +48,29 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """Rows padded to one length: visible [b, s, s]."""
 
     rows: int
     length: int
-    visible: Tensor
+    mask: Tensor
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainingBatch:
     """All groups laid end to end (n tokens, padding included)."""
 
     ids: Tensor  # [n]
     positions: Tensor  # [n]
     pixels: Tensor  # [pictures, 3, 64, 64], in the order of their places in ids
-    groups: list[Group]
+    groups: list[RowGroup]
     answers: list[Answer]
 
     def targets(self) -> tuple[Tensor, Tensor]:
         """Places of the answer tokens [m] and their weights [m], which tame long answers: 1 / sqrt(length) a token."""
-        places = torch.cat([torch.arange(a.start, a.stop) for a in self.answers])
+        token_indices = torch.cat([torch.arange(a.start, a.stop) for a in self.answers])
         lengths = torch.tensor([a.stop - a.start for a in self.answers])
-        return places, (lengths**-0.5).repeat_interleave(lengths)
+        return token_indices, (lengths**-0.5).repeat_interleave(lengths)
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -78,62 +78,66 @@ def encode(text: str) -> tuple[int, ...]:
     return tuple(_TOKENIZER.encode(text, add_special_tokens=False).ids)
 
 
-def pixels(pictures: Sequence[Image.Image]) -> Tensor:
+def preprocess(images: Sequence[Image.Image]) -> Tensor:
     """64x64 RGB pictures as the image processor of the checkpoint yields them: [n, 3, 64, 64] in [-1, 1]."""
-    stacked = torch.from_numpy(numpy.stack([numpy.asarray(picture) for picture in pictures]))
+    stacked = torch.from_numpy(numpy.stack([numpy.asarray(image) for image in images]))
     return (stacked.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
 
 
-def row(rng: random.Random, scenes: Sequence[Scene], conversation: bool) -> Row:
+def build_row(rng: random.Random, scenes: Sequence[Scene], conversation: bool) -> TrainingRow:
     """The prefix of the scenes, and questions and answers until the row is full."""
-    prefix = [_ID["<s>"], _ID["USER:"], *([IMAGE] * FEATURES + [_ID["\n"]]) * len(scenes)]
-    out = Row(prefix.copy(), [0] * len(prefix), list(range(len(prefix))))
-    full = len(prefix) + ROOM
+    prefix = [
+        _TOKEN_IDS["<s>"],
+        _TOKEN_IDS["USER:"],
+        *([IMAGE_FEATURE] * FEATURES_PER_IMAGE + [_TOKEN_IDS["\n"]]) * len(scenes),
+    ]
+    training_row = TrainingRow(prefix.copy(), [0] * len(prefix), list(range(len(prefix))))
+    max_length = len(prefix) + TOKENS_PER_ROW
     for turn in itertools.count():
-        qa = ask(rng, scenes)
-        question, answer = _round(qa, again=conversation and turn > 0)
-        if turn and len(out.ids) + len(question) + len(answer) > full:
-            return out
-        start = len(out.ids) + len(question)
-        out.ids += question + answer
-        size = len(question) + len(answer)
-        first = out.positions[-1] + 1 if conversation else len(prefix)
-        out.positions += range(first, first + size)
-        out.segments += [0 if conversation else turn + 1] * size
-        out.answers.append(Answer(qa.kind, len(scenes), conversation, start, start + len(answer)))
+        qa = random_question(rng, scenes)
+        question, answer = _turn_ids(qa, later_turn=conversation and turn > 0)
+        if turn and len(training_row.ids) + len(question) + len(answer) > max_length:
+            return training_row
+        start = len(training_row.ids) + len(question)
+        training_row.ids += question + answer
+        num_tokens = len(question) + len(answer)
+        first_position = training_row.positions[-1] + 1 if conversation else len(prefix)
+        training_row.positions += range(first_position, first_position + num_tokens)
+        training_row.segments += [0 if conversation else turn + 1] * num_tokens
+        training_row.answers.append(Answer(qa.kind, len(scenes), conversation, start, start + len(answer)))
     raise AssertionError("unreachable")
 
 
-def _round(qa: QA, again: bool) -> tuple[list[int], list[int]]:
-    question = [*([_ID["USER:"]] if again else []), *encode(qa.question), _ID["ASSISTANT:"]]
-    return question, [*encode(qa.answer), _ID["</s>"]]
+def _turn_ids(qa: QA, later_turn: bool) -> tuple[list[int], list[int]]:
+    question = [*([_TOKEN_IDS["USER:"]] if later_turn else []), *encode(qa.question), _TOKEN_IDS["ASSISTANT:"]]
+    return question, [*encode(qa.answer), _TOKEN_IDS["</s>"]]
 
 
-def batch(rng: random.Random, plan: Sequence[tuple[int, int, bool]], split: Split = "train") -> Batch:
+def build_batch(rng: random.Random, plan: Sequence[tuple[int, int, bool]], split: Split = "train") -> TrainingBatch:
     """Rows as planned: (rows, pictures a row, conversation) for each group."""
-    ids, positions, pictures, groups, answers = [], [], [], [], []
-    for count, per_row, conversation in plan:
+    ids, positions, images, groups, answers = [], [], [], [], []
+    for count, images_per_row, conversation in plan:
         rows = []
         for _ in range(count):
-            scenes = [sample(rng, split) for _ in range(per_row)]
-            pictures += [draw(scene, rng) for scene in scenes]
-            rows.append(row(rng, scenes, conversation))
+            scenes = [random_scene(rng, split) for _ in range(images_per_row)]
+            images += [draw_scene(scene, rng) for scene in scenes]
+            rows.append(build_row(rng, scenes, conversation))
         length = max(len(r.ids) for r in rows)
-        groups.append(Group(count, length, _visible(rows, length)))
+        groups.append(RowGroup(count, length, _attention_mask(rows, length)))
         for r in rows:
             answers += [
                 Answer(a.kind, a.pictures, a.conversation, a.start + len(ids), a.stop + len(ids)) for a in r.answers
             ]
-            ids += _pad(r.ids, length, _ID["<pad>"])
+            ids += _pad(r.ids, length, _TOKEN_IDS["<pad>"])
             positions += _pad(r.positions, length, 0)
-    return Batch(torch.tensor(ids), torch.tensor(positions), pixels(pictures), groups, answers)
+    return TrainingBatch(torch.tensor(ids), torch.tensor(positions), preprocess(images), groups, answers)
 
 
 def _pad(values: list[int], length: int, value: int) -> list[int]:
     return values + [value] * (length - len(values))
 
 
-def _visible(rows: Sequence[Row], length: int) -> Tensor:
+def _attention_mask(rows: Sequence[TrainingRow], length: int) -> Tensor:
     segments = torch.tensor([_pad(r.segments, length, -1) for r in rows])  # [b, s]
     queries, keys = segments[:, :, None], segments[:, None, :]
     return ((keys == 0) | (keys == queries)).tril()

@@ -10,7 +10,7 @@ import torch
 
 from vila_triton import VilaLlamaForCausalLM
 from vila_triton.__main__ import main
-from vila_triton.chat.conversation import Conversation, Talker
+from vila_triton.chat.conversation import ChatModel, Conversation
 from vila_triton.chat.tokenizer import load_tokenizer
 from vila_triton.models.params import LoadError
 from vila_triton.paths import BUNDLED_CHECKPOINT
@@ -18,7 +18,7 @@ from vila_triton.paths import BUNDLED_CHECKPOINT
 QUESTION = "Describe the picture."
 TOKENIZER = load_tokenizer(BUNDLED_CHECKPOINT)
 PLAIN = VilaLlamaForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, device="cpu", dtype=torch.float32)
-IDS = torch.tensor([Talker(PLAIN, TOKENIZER, None).prompt(QUESTION, 0)])
+IDS = torch.tensor([ChatModel(PLAIN, TOKENIZER, None).prompt_ids(QUESTION, 0)])
 ANSWER = PLAIN.generate(IDS)[0].tolist()
 LOOPS = ("engine", "transformers")
 
@@ -40,7 +40,7 @@ def load(path: Path) -> VilaLlamaForCausalLM:
 def answers(model: VilaLlamaForCausalLM, **how: Any) -> list[list[int]]:
     """By both loops, and in a conversation."""
     found = [model.generate(IDS, loop=loop, **how)[0].tolist() for loop in LOOPS]
-    return [*found, list(Conversation(Talker(model, TOKENIZER, None)).ask(QUESTION, **how))]
+    return [*found, list(Conversation(ChatModel(model, TOKENIZER, None)).ask(QUESTION, **how))]
 
 
 LENGTH = IDS.shape[1]
@@ -73,7 +73,7 @@ def test_it_says_how_tokens_are_drawn(tmp_path: Path) -> None:
     said = {"do_sample": True, "temperature": 3.0, "top_k": 7, "top_p": 0.95, "repetition_penalty": 1.5}
     model = load(folder(tmp_path, said))
     ours = model.generate(IDS, seed=3, max_new_tokens=9)
-    spoken = list(Conversation(Talker(model, TOKENIZER, None)).ask(QUESTION, seed=3, max_new_tokens=9))
+    spoken = list(Conversation(ChatModel(model, TOKENIZER, None)).ask(QUESTION, seed=3, max_new_tokens=9))
     expected = PLAIN.generate(IDS, seed=3, max_new_tokens=9, **said)
     assert torch.equal(ours, expected) and [spoken] == expected.tolist() and ANSWER[:9] != spoken
     greedy = PLAIN.generate(IDS, repetition_penalty=1.5, max_new_tokens=5)
