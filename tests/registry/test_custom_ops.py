@@ -183,9 +183,9 @@ def test_bad_arguments_are_told_while_tracing(fresh: None) -> None:
     compiled = torch.compile(lambda x, w: ops.rms_norm(x, w, 1e-5), fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=r"rms_norm: weight has shape \[5\], expected \[e=8\]"):
         compiled(torch.ones(2, 8), torch.ones(5))
-    assert ops.rms_norm.traced
+    assert ops.rms_norm.custom_op
     with pytest.raises(TypeError, match="rms_norm takes x, weight, eps"):
-        ops.rms_norm.traced(torch.ones(2, 8), torch.ones(8), epsilon=1)
+        ops.rms_norm.custom_op(torch.ones(2, 8), torch.ones(8), epsilon=1)
 
 
 def test_a_gradient_is_there_uncompiled_and_refused_compiled(fresh: None) -> None:

@@ -70,7 +70,7 @@ class PrefixIndex:
             parent_hash = chain_hash(parent_hash, rows)
         for page, new_entry in new_entries.items():
             self.pages[page] = new_entry
-            self.children.setdefault(new_entry.before, {})[page] = None
+            self.children.setdefault(new_entry.parent_hash, {})[page] = None
 
     def num_known_tokens(self, page: int) -> int:
         """How many rows of the page are known."""

@@ -113,7 +113,7 @@ class VilaGenerationMixin(GenerationMixin):
         pad_id = options.pop("pad_token_id", model.generation_config.pad_token_id)
         sampling = engine.SamplingParams.from_generate_kwargs(len(rows), device=model.device, **options)
         cache = self.new_cache(len(rows))
-        cache.reserve({seq: len(row) + sampling.max_new_tokens for seq, row in enumerate(rows)})
+        cache.ensure_capacity({seq: len(row) + sampling.max_new_tokens for seq, row in enumerate(rows)})
         chunk_size = model.config.prefill_chunk_size if chunk_prefilling else None
         answers: list[list[int]] = [[] for _ in rows]
         if streamer is not None:

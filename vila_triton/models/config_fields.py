@@ -63,7 +63,7 @@ def expected_instead(hint: Any, value: Any) -> str:
         plain_type, bounds = inner
         return (
             ""
-            if not expected_instead(plain_type, value) and bounds.hold(value)
+            if not expected_instead(plain_type, value) and bounds.contains(value)
             else f"{TYPE_NAMES[plain_type]} {bounds}"
         )
     if origin is Literal:

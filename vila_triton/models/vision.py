@@ -22,7 +22,7 @@ TOWER_MODULES: dict[str, Any] = {
 
 def param_specs(cfg: VisionConfig, dtype: torch.dtype) -> Tower:
     """The tree of a tower."""
-    return TOWER_MODULES[cfg.model_type].declare(cfg, dtype)
+    return TOWER_MODULES[cfg.model_type].param_specs(cfg, dtype)
 
 
 def forward(p: Tower, pixels: Tensor, cfg: VisionConfig) -> Tensor:

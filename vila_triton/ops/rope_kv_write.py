@@ -66,7 +66,7 @@ def _(
 rope_kv_write.writes(
     "k_pages",
     "v_pages",
-    result=lambda q, k, v, cos, sin, k_pages, v_pages, slot_mapping: (q.new_empty(q.shape), k.new_empty(k.shape)),
+    fake_impl=lambda q, k, v, cos, sin, k_pages, v_pages, slot_mapping: (q.new_empty(q.shape), k.new_empty(k.shape)),
 )
 
 

@@ -79,7 +79,7 @@ def calibration_image_counts(cfg: VilaConfig, config: QuantizeConfig, pixel_valu
 def part_specs(source: CheckpointSource, part: str, group_size: int | None = None) -> Any:
     """A part's tree, its linears in int4 if a group size is given."""
     cfg, module = getattr(build_vila_config(source.config, source.part_configs), part), PART_MODULES[part]
-    return module.declare(replace(cfg, group_size=group_size), part_dtype(source, part))
+    return module.param_specs(replace(cfg, group_size=group_size), part_dtype(source, part))
 
 
 def embed_calibration(
