@@ -19,22 +19,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vila_triton.ops.int4_tiles import CODES_PER_WORD, TILE_K, TILE_N, pack_tiles, tiled_shape, unpack_tiles
+
 from ..ops import Int4
 from ..ops.int4 import check_int4_shape
 from .int4_packing import (
-    CODES_PER_WORD,
-    TILE_K,
-    TILE_N,
     pack_awq_gemm,
     pack_awq_gemv,
     pack_awq_v2,
-    pack_tiles,
     padded_scale_rows,
-    tiled_shape,
     unpack_awq_gemm,
     unpack_awq_gemv,
     unpack_awq_v2,
-    unpack_tiles,
 )
 
 LinearTensors = Mapping[str, Tensor]

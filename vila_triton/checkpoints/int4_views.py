@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vila_triton.ops.int4_tiles import TILE_K, tiled_shape
+
 from ..models.params import LazyTensors, LoadError
 from ..ops import Int4, dequantize, quantize_rtn
 from ..ops.int4 import check_int4_shape
 from .int4_layouts import LAYOUTS, NATIVE, Layout, detect_layout
-from .int4_packing import TILE_K, tiled_shape
 
 TENSOR_NAMES = sorted({leaf for layout in LAYOUTS.values() for leaf in layout.tensor_names})
 

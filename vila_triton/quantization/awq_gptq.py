@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vila_triton.checkpoints.int4_packing import TILE_N
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.layers import Affine, linear
 from vila_triton.models.llama import Layer, mlp_hidden
 from vila_triton.models.params import tree_map
 from vila_triton.ops import Int4, dequantize, rms_norm
 from vila_triton.ops.int4 import SMALLEST_SCALE
+from vila_triton.ops.int4_tiles import TILE_N
 
 from .activations import CalibrationTokens, attention_output, capture_linear_inputs
 from .awq_scales import SCALE_GROUPS, apply_scales_to_linear, search_channel_scale, unscale_norms

@@ -10,9 +10,9 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from vila_triton.checkpoints.int4_packing import pack_tiles
 from vila_triton.ops import Int4
 from vila_triton.ops.int4 import check_int4_shape, scale_for_range
+from vila_triton.ops.int4_tiles import pack_tiles
 
 MAX_SCALE = torch.finfo(torch.float16).max  # scale
 
