@@ -52,13 +52,14 @@ def run(args: argparse.Namespace) -> None:
     from vila_triton.quantization import awq_cache_file, report
     from vila_triton.quantization import pipeline as awq
     from vila_triton.quantization import resumable as folder
+    from vila_triton.quantization.config import QuantizeConfig
     from vila_triton.registry.kernel_config import pick_device
 
     from .convert import byte_progress
 
     check_options(args)
     source, device, target = open_checkpoint(args.source), pick_device(args.device), args.target.absolute()
-    config = folder.QuantizeConfig(
+    config = QuantizeConfig(
         args.mode, args.group_size, not args.no_propagate, args.image_weight, tuple(sorted(set(args.also)))
     )
     vila_config = build_vila_config(source.config, awq.prepare_source(source, config).part_configs)
