@@ -58,7 +58,7 @@ QUANTIZE = ("quantize", BUNDLED_CHECKPOINT, "--group-size", 64, "--device", "cpu
     ],
     ids=lambda value: " ".join(str(word) for word in value if not isinstance(word, Path)),
 )
-def test_a_full_disk_is_said_and_the_command_goes_on_when_there_is_room(
+def test_full_disk_is_reported_and_the_command_resumes(
     words: tuple, sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     name, source, *more = words
@@ -74,7 +74,7 @@ def test_a_full_disk_is_said_and_the_command_goes_on_when_there_is_room(
     assert contents(target) == contents(other) and [*target.parent.iterdir()] == [target]
 
 
-def test_a_file_of_a_step_or_a_cache_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_step_and_cache_files_are_written_atomically(tmp_path: Path) -> None:
     scales = {"attention": torch.ones(4096)}
     for name, write in (
         ("step.safetensors", lambda file: save_atomically(file, scales, {})),
@@ -88,7 +88,7 @@ def test_a_file_of_a_step_or_a_cache_is_there_whole_or_not_at_all(tmp_path: Path
         assert (tmp_path / name).exists()
 
 
-def test_a_conversation_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_conversation_is_saved_atomically(tmp_path: Path) -> None:
     conversation = Conversation(ChatModel.from_pretrained(BUNDLED_CHECKPOINT, "cpu"))
     list(conversation.ask("How many shapes are there?", [open_image(str(EXAMPLES_DIR / "a.png"))]))
     save_conversation(conversation, tmp_path / "talk")
@@ -108,7 +108,7 @@ def test_a_conversation_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
         {"image": "a.png", "question": "x", "answer": "\ud83d"},
     ],
 )
-def test_half_a_character_in_calibration_is_refused_by_its_line(entry: dict, tmp_path: Path) -> None:
+def test_lone_surrogate_in_calibration_is_refused_by_line(entry: dict, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes((EXAMPLES_DIR / "a.png").read_bytes())
     file = tmp_path / "calib.jsonl"
     file.write_text(json.dumps({"text": "a whole \U0001f600"}) + "\n" + json.dumps(entry) + "\n")

@@ -73,7 +73,7 @@ def command(*argv: Any) -> None:
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_no_loader_runs_code_or_asks(name: str, planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loaders_run_no_foreign_code_and_do_not_ask(name: str, planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [])
     before = set(sys.modules)
     LOADERS[name](planted)
@@ -87,7 +87,7 @@ def test_no_loader_runs_code_or_asks(name: str, planted: Path, monkeypatch: pyte
     ("llm/config.json", "model_type", "a silu llama is needed, not silu mine|model_type"),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["talker", "processor"])
-def test_a_class_of_its_own_is_not_looked_for(
+def test_class_named_in_a_config_is_not_imported(
     name: str, file: str, field: str, message: str | None, planted: Path
 ) -> None:
     path = planted / file
@@ -100,7 +100,7 @@ def test_a_class_of_its_own_is_not_looked_for(
     assert not (planted.parent / "ran").exists()
 
 
-def test_a_tokenizer_model_is_no_code_either(planted: Path) -> None:
+def test_tokenizer_model_is_not_run_as_code(planted: Path) -> None:
     (planted / "llm" / "tokenizer.json").unlink()
     config = planted / "llm" / "tokenizer_config.json"
     config.write_text(json.dumps({"auto_map": MAP, "tokenizer_class": "LlamaTokenizer"}))
@@ -109,7 +109,7 @@ def test_a_tokenizer_model_is_no_code_either(planted: Path) -> None:
     assert not (planted.parent / "ran").exists()
 
 
-def test_every_call_of_an_auto_class_forbids_code() -> None:
+def test_every_auto_class_call_forbids_remote_code() -> None:
     calls, wrong = 0, []
     for folder in ("vila_triton", "bench"):
         for file in (ROOT / folder).rglob("*.py"):

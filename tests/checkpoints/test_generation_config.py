@@ -60,7 +60,9 @@ WORD = ANSWER[1]
     ],
     ids=str,
 )
-def test_it_says_when_and_where_answers_end(said: dict, root: dict | None, expected: list, tmp_path: Path) -> None:
+def test_generation_config_decides_length_and_stop_tokens(
+    said: dict, root: dict | None, expected: list, tmp_path: Path
+) -> None:
     assert len(ANSWER) > 4 and ANSWER.index(WORD) == 1
     model = load(folder(tmp_path, said, root))
     assert answers(model) == [expected] * 3
@@ -69,7 +71,7 @@ def test_it_says_when_and_where_answers_end(said: dict, root: dict | None, expec
     assert answers(load(tmp_path / "saved"))[0] == expected
 
 
-def test_it_says_how_tokens_are_drawn(tmp_path: Path) -> None:
+def test_generation_config_decides_sampling(tmp_path: Path) -> None:
     said = {"do_sample": True, "temperature": 3.0, "top_k": 7, "top_p": 0.95, "repetition_penalty": 1.5}
     model = load(folder(tmp_path, said))
     ours = model.generate(IDS, seed=3, max_new_tokens=9)
@@ -81,7 +83,7 @@ def test_it_says_how_tokens_are_drawn(tmp_path: Path) -> None:
         assert torch.equal(model.generate(IDS, do_sample=False, loop=loop, max_new_tokens=5), greedy)
 
 
-def test_what_is_not_honoured_is_said_once(tmp_path: Path) -> None:
+def test_ignored_settings_are_warned_about_once(tmp_path: Path) -> None:
     said = {"num_beams": 4, "use_cache": True, "length_penalty": 1.0, "cache_implementation": "static"}
     with pytest.warns() as heard:
         model = load(folder(tmp_path, said))
@@ -110,19 +112,19 @@ WRONG: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("said, message", WRONG.values(), ids=WRONG)
-def test_what_means_nothing_is_refused(said: Any, message: str, tmp_path: Path) -> None:
+def test_invalid_values_are_refused(said: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=rf"generation_config\.json:? .*{message}"):
         load(folder(tmp_path, said))
 
 
-def test_a_prompt_longer_than_it_allows_is_an_error(tmp_path: Path) -> None:
+def test_prompt_longer_than_max_length_is_refused(tmp_path: Path) -> None:
     model = load(folder(tmp_path, {"max_length": LENGTH}))
     for loop in LOOPS:
         with pytest.raises(ValueError, match=f"the prompt has {LENGTH} positions, but max_length in generation_config"):
             model.generate(IDS, loop=loop)
 
 
-def test_the_command_line_says_what_it_decided(
+def test_command_line_prints_effective_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     model = folder(tmp_path, {"do_sample": True, "temperature": 0.5, "max_new_tokens": 2})

@@ -136,7 +136,7 @@ def pixels() -> Tensor:
 
 
 @torch.no_grad()
-def test_logits_are_transformers(folder: Path, theirs: tuple[Any, Path]) -> None:
+def test_logits_equal_transformers(folder: Path, theirs: tuple[Any, Path]) -> None:
     model = VilaLlamaForCausalLM.from_pretrained(folder, device="cpu")
     assert model.dtype == torch.float64 and model.vila_config.image_tokens == 16
     ours = model(torch.tensor([[7, -200, 8, 9]]), images=pixels()).logits
@@ -147,7 +147,7 @@ def test_logits_are_transformers(folder: Path, theirs: tuple[Any, Path]) -> None
     assert expected.std() > 0.05
 
 
-def test_it_is_asked_and_converts_to_a_vila_folder(
+def test_llava_answers_and_converts_to_a_vila_folder(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     from test_convert import ask
@@ -163,7 +163,7 @@ def test_it_is_asked_and_converts_to_a_vila_folder(
     assert len(answers) == 1 and mode == ("pad" if "original" in folder.name else None)
 
 
-def test_what_is_missing_is_said(theirs: tuple[Any, Path], tmp_path: Path) -> None:
+def test_missing_parts_of_a_llava_are_named(theirs: tuple[Any, Path], tmp_path: Path) -> None:
     original(theirs[1], tmp_path / "x", tower_among=False)
     shutil.rmtree(tmp_path / "x/clip")
     with pytest.raises(

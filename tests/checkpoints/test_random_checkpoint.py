@@ -38,7 +38,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     at = tmp_path_factory.mktemp(request.param)
     found = narrow(request.param)
     source = random_checkpoint.random_checkpoint(found, "float32", seed=1)
-    source = replace(source, beside=random_checkpoint.write_tokenizer_and_processor(found, at / "beside"))
+    source = replace(source, companion_dirs=random_checkpoint.write_tokenizer_and_processor(found, at / "beside"))
     write_checkpoint(source, at / "dense", source_key="", max_shard_bytes=5 * 10**6)
     assert (at / "dense/llm/model.safetensors.index.json").exists()
     return at
@@ -65,7 +65,7 @@ def theirs(folder: Path, model: VilaLlamaForCausalLM) -> Oracle:
 
 
 @torch.no_grad()
-def test_logits_are_those_of_hugging_faces_modules(folder: Path) -> None:
+def test_random_checkpoint_logits_equal_hugging_face(folder: Path) -> None:
     ids = torch.tensor([5, 300, -200, 7, 41, 900])
     for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
         model = VilaLlamaForCausalLM.from_pretrained(folder / "dense", device="cpu", dtype=dtype)
@@ -78,7 +78,7 @@ def test_logits_are_those_of_hugging_faces_modules(folder: Path) -> None:
         assert (ours - expected).abs().max() <= bound and expected.std() > 0.1
 
 
-def test_it_answers_as_hugging_face_does(folder: Path) -> None:
+def test_random_checkpoint_answers_as_hugging_face(folder: Path) -> None:
     """Greedily, in float64; and its table of configs/models/ says how many tokens a picture is."""
     model = VilaLlamaForCausalLM.from_pretrained(folder / "dense", device="cpu", dtype=torch.float64)
     assert (
@@ -93,7 +93,7 @@ def test_it_answers_as_hugging_face_does(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NARROW)
-def test_its_file_says_the_bytes_it_takes(name: str) -> None:
+def test_model_toml_states_the_bytes_of_the_checkpoint(name: str) -> None:
     found = random_checkpoint.read_model_toml(name)
     for field, group in (("fp16_bytes", None), ("int4_bytes", 128)):
         assert found[field] == sum(
@@ -105,7 +105,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def test_every_layout_and_back_is_the_same_to_the_bit(folder: Path) -> None:
+def test_converting_through_every_layout_is_lossless(folder: Path) -> None:
     ours = folder / "ours"
     write_checkpoint(
         random_checkpoint.random_checkpoint(narrow(folder.name.removesuffix("0")), "float16", group_size=64),

@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=9), st.integers(1, 2000), st.randoms())
-def test_what_is_written_in_any_order_is_read_back(tmp_path_factory, sizes, limit, random) -> None:
+def test_tensors_written_in_any_order_read_back_equal(tmp_path_factory, sizes, limit, random) -> None:
     held, folders = some(sizes), []
     for _ in range(2):
         order = list(held)
@@ -59,7 +59,7 @@ def test_what_is_written_in_any_order_is_read_back(tmp_path_factory, sizes, limi
 HELD = some([40, 0, 30, 7, 20, 50, 8])
 
 
-def test_a_killed_writer_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_killed_writer_resumes_and_writes_the_same_bytes(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "whole") as folder:
         write(folder / "llm", HELD, 400)
     target = tmp_path / "killed"
@@ -88,7 +88,7 @@ def interrupted(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
 
 
-def test_a_finished_shard_that_was_damaged_is_written_again(tmp_path: Path) -> None:
+def test_damaged_finished_shard_is_written_again(tmp_path: Path) -> None:
     left = interrupted(tmp_path / "x")
     shard, *others = sorted(left.glob("*.safetensors"))
     damaged = set(open_tensors(shard))
@@ -100,7 +100,7 @@ def test_a_finished_shard_that_was_damaged_is_written_again(tmp_path: Path) -> N
     assert all(torch.equal(open_tensors(left)[name], x) for name, x in HELD.items())
 
 
-def test_other_work_is_not_mixed_in(tmp_path: Path) -> None:
+def test_partial_folder_of_other_work_is_refused(tmp_path: Path) -> None:
     left = interrupted(tmp_path / "x")
     before = contents(left)
     for held, limit, key in ((HELD, 400, "b"), (HELD, 2000, "a"), (some([40]), 400, "a")):
@@ -111,14 +111,14 @@ def test_other_work_is_not_mixed_in(tmp_path: Path) -> None:
     assert contents(left) == before
 
 
-def test_a_folder_of_no_tensors_is_one_all_the_same(tmp_path: Path) -> None:
+def test_folder_without_tensors_is_written(tmp_path: Path) -> None:
     """Such as a projector that is the identity."""
     for _ in range(2):  # the second time over the first
         ShardWriter(tmp_path / "x", {}).close()
         assert not open_tensors(tmp_path / "x").meta
 
 
-def test_errors_leave_nothing_and_what_is_there_is_not_written_over(tmp_path: Path) -> None:
+def test_errors_leave_nothing_and_existing_folders_are_not_overwritten(tmp_path: Path) -> None:
     target = tmp_path / "x"
     with pytest.raises(ZeroDivisionError), atomic_folder(target) as folder:
         write(folder, HELD, 400)
@@ -141,7 +141,7 @@ def test_errors_leave_nothing_and_what_is_there_is_not_written_over(tmp_path: Pa
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x", "y.partial"]
 
 
-def test_what_was_not_announced_is_refused(tmp_path: Path) -> None:
+def test_tensors_that_were_not_announced_are_refused(tmp_path: Path) -> None:
     shards = ShardWriter(tmp_path, HELD)
     with pytest.raises(ValueError, match=r"t0 is torch.float32 \[40, 3\], but torch.float16 \[40, 3\] was announced"):
         shards.write_tensor("t0", HELD["t0"].float())

@@ -43,7 +43,7 @@ def take(made: Path, name: str, tmp_path: Path) -> Path:
 
 
 @torch.no_grad()
-def test_where_weights_are_rounded_is_kept_through_every_layout(made: Path) -> None:
+def test_dequant_rounding_is_kept_through_every_layout(made: Path) -> None:
     """And each says of itself what its readers expect: AutoAWQ's a quantization_config, llm-awq's v2 nothing."""
     models = {
         form: Model.from_pretrained(made / form, device="cpu") for form in ("ours", "awq-gemm", "awq-v1", "awq-v2")
@@ -59,7 +59,7 @@ def test_where_weights_are_rounded_is_kept_through_every_layout(made: Path) -> N
     assert "quantization_config" not in said["awq-v2"] and "int4_order" not in said["awq-v2"]
 
 
-def test_int4_written_out_is_what_it_stands_for(made: Path, tmp_path: Path) -> None:
+def test_dense_format_equals_dequantized_weights(made: Path, tmp_path: Path) -> None:
     write_checkpoint(open_checkpoint(made / "ours"), tmp_path / "x", "dense")
     twin = dense_twin(Model.from_pretrained(made / "ours", device="cpu")).state_dict()
     again = Model.from_pretrained(tmp_path / "x", device="cpu").state_dict()
@@ -96,7 +96,7 @@ def older(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [nested, elsewhere, without_top, rope, older])
-def test_one_model_said_in_other_words(change: Callable[[Path], None], made: Path, tmp_path: Path) -> None:
+def test_equivalent_configs_load_the_same_model(change: Callable[[Path], None], made: Path, tmp_path: Path) -> None:
     folder = take(made, "dense", tmp_path)
     before = Model.from_pretrained(folder, device="cpu")
     change(folder)
@@ -159,7 +159,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], type[Exception], str]] =
 
 
 @pytest.mark.parametrize("name, change, error, message", REFUSED.values(), ids=REFUSED)
-def test_contradictions_are_refused(
+def test_contradicting_config_and_tensors_are_refused(
     name: str, change: Callable[[Path], object], error: type[Exception], message: str, made: Path, tmp_path: Path
 ) -> None:
     folder = take(made, name, tmp_path)
@@ -168,7 +168,7 @@ def test_contradictions_are_refused(
         check_checkpoint(open_checkpoint(folder))
 
 
-def test_a_model_is_saved_over_the_folder_it_came_from(made: Path, tmp_path: Path) -> None:
+def test_save_pretrained_into_the_source_folder_replaces_its_weights(made: Path, tmp_path: Path) -> None:
     """Which may be of another layout: what was there and is not read any more goes."""
     folder = take(made, "awq-v2", tmp_path)
     model = Model.from_pretrained(folder, device="cpu")

@@ -111,7 +111,7 @@ def versioned() -> OrderedDict:
 
 
 @pytest.mark.parametrize("data", READ.values(), ids=READ)
-def test_a_zip_is_read_as_torch_reads_torchs_own(data: Callable[[], bytes], tmp_path: Path) -> None:
+def test_repackaged_zip_reads_as_torch_reads_the_original(data: Callable[[], bytes], tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(data())
     tensors, expected = open_tensors(tmp_path / "a.bin"), torch.load(io.BytesIO(saved()), weights_only=True)
     assert list(tensors) == list(expected)
@@ -200,7 +200,7 @@ def twice() -> bytes:
 
 
 @pytest.mark.parametrize("data, message", REFUSED.values(), ids=REFUSED)
-def test_what_is_not_read_is_refused(data: Callable[[], bytes], message: str, tmp_path: Path) -> None:
+def test_unsupported_torch_files_are_refused(data: Callable[[], bytes], message: str, tmp_path: Path) -> None:
     (file := tmp_path / "a.bin").write_bytes(data())
     with pytest.raises(LoadError, match=f"^{file}.*{message}") as error:
         open_tensors(file)
@@ -222,19 +222,19 @@ BOMBS = {  # what some unpickler spends gigabytes or its stack on
 
 
 @pytest.mark.parametrize("steps", BOMBS.values(), ids=BOMBS)
-def test_a_pickle_that_is_a_bomb_is_refused(steps: bytes, tmp_path: Path) -> None:
+def test_pickle_bombs_are_refused(steps: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(pickled(steps))
     with pytest.raises(LoadError, match=r"a.pt (is not a whole file of|holds more than|does not hold)"):
         open_tensors(tmp_path / "a.pt")
 
 
-def test_a_pickle_beyond_all_measure_is_not_followed(tmp_path: Path) -> None:
+def test_oversized_pickle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(pickled(b"N0" * (1 << 22)))
     with pytest.raises(LoadError, match=r"data.pkl has 8388611 bytes, expected at most 8388608"):
         open_tensors(tmp_path / "a.pt")
 
 
-def test_a_damaged_file_is_named_or_read_as_torch_reads_it(tmp_path: Path) -> None:
+def test_damaged_file_is_named_or_reads_as_torch_reads_it(tmp_path: Path) -> None:
     """Bytes changed, or the end cut off: one error, what was there, or what torch reads."""
     held, rng = {name: HELD[name] for name in ("a", "half", "turned", "nothing")}, random.Random(0)
     whole, before = saved(held), {name: as_bytes(x) for name, x in held.items()}

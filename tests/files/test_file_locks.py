@@ -37,7 +37,7 @@ def together(f: Callable[[int], None]) -> None:
     assert [process.exitcode for process in processes] == [0] * WRITERS
 
 
-def test_processes_that_write_one_tuned_table_lose_no_entry(tmp_path: Path) -> None:
+def test_concurrent_writes_of_a_tuned_table_lose_no_entry(tmp_path: Path) -> None:
     def tune(i: int) -> None:
         for j in range(EACH):
             known = dict.fromkeys(("kernel", "space", "triton"), "") | {
@@ -53,7 +53,7 @@ def test_processes_that_write_one_tuned_table_lose_no_entry(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("before", ["", '{"kind": "whole"}', '{"kind": "cut o'])
-def test_processes_that_append_rows_lose_none(before: str, tmp_path: Path) -> None:
+def test_concurrent_appends_lose_no_row(before: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(before)
     filler = "x" * 20_000  # more than a pipe or a page takes at once
@@ -65,14 +65,14 @@ def test_processes_that_append_rows_lose_none(before: str, tmp_path: Path) -> No
     assert len(held) == WRITERS * EACH + before.endswith("}")
 
 
-def test_processes_that_append_to_one_table_of_a_sweep_write_one_head(tmp_path: Path) -> None:
+def test_concurrent_appends_to_a_sweep_table_write_one_header(tmp_path: Path) -> None:
     together(lambda i: compile_sweep.append_csv(tmp_path / "sweep.csv", [{"op": f"op {i}"}] * EACH))
     with (tmp_path / "sweep.csv").open(newline="") as opened:
         found = [row["op"] for row in csv.DictReader(opened)]
     assert sorted(found) == sorted(f"op {i}" for i in range(WRITERS) for _ in range(EACH))
 
 
-def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
+def test_killed_process_releases_its_lock(tmp_path: Path) -> None:
     ready, told = os.pipe()
     child = os.fork()
     if not child:
@@ -88,7 +88,7 @@ def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
         pass
 
 
-def test_who_appends_waits_for_who_mends(tmp_path: Path) -> None:
+def test_append_waits_for_a_repair(tmp_path: Path) -> None:
     """A line that another is still writing looks like one that was cut off."""
     file = tmp_path / "rows.jsonl"
     with file.open("ab", buffering=0) as opened, exclusive_lock(opened):

@@ -46,7 +46,7 @@ KINDS = ("any", "positive", "negative", "constant", "zero", "outlier", "tiny")
 
 
 @given(st.lists(st.sampled_from(KINDS), min_size=2, max_size=4), st.sampled_from([32, 64]), st.integers(0, 99))
-def test_every_kind_of_group_is_rounded_well(kinds: list[str], group: int, seed: int) -> None:
+def test_quantization_error_is_bounded_for_every_kind_of_group(kinds: list[str], group: int, seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     w = torch.stack([torch.cat([group_of(kind, rng, group) for kind in kinds]) for _ in range(3)])
     k = w.shape[1]
@@ -74,7 +74,7 @@ def test_every_kind_of_group_is_rounded_well(kinds: list[str], group: int, seed:
 
 
 @given(st.sampled_from([float("nan"), float("inf"), -float("inf")]), st.integers(0, 63))
-def test_what_is_not_finite_is_refused(bad: float, at: int) -> None:
+def test_non_finite_values_are_refused(bad: float, at: int) -> None:
     w, blocks = torch.ones(2, 64), torch.eye(32).expand(2, -1, -1)
     w[1, at] = bad
     with pytest.raises(ValueError, match="the weight holds NaN or infinity"):
@@ -94,7 +94,7 @@ def small(bias: bool = False) -> tuple[LlamaConfig, llama.Layer, Tensor, Calibra
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_scale_changes_nothing_until_weights_are_rounded(bias: bool) -> None:
+def test_channel_scales_do_not_change_the_layer(bias: bool) -> None:
     cfg, layer, x, tokens = small(bias)
     expected = capture_linear_inputs(layer, x, tokens, cfg)
     rng = torch.Generator().manual_seed(2)
@@ -126,7 +126,7 @@ def error(new: llama.Layer, x: Tensor, tokens: CalibrationTokens, cfg: LlamaConf
 
 
 @torch.no_grad()
-def test_a_rounded_layer_makes_good_what_came_before() -> None:
+def test_error_propagation_reduces_the_error_of_later_layers() -> None:
     cfg, layer, x, tokens = small()
     truth = capture_linear_inputs(layer, x, tokens, cfg).out
     spoilt = x + 0.05 * x.roll(1, 1)
@@ -142,7 +142,7 @@ def test_a_rounded_layer_makes_good_what_came_before() -> None:
     assert all(said["ours"] < said["nearest"] for said in aware.report["linears"].values())
 
 
-def test_some_rows_at_a_time_are_what_all_are() -> None:
+def test_quantizing_blockwise_equals_quantizing_at_once() -> None:
     rng = torch.Generator().manual_seed(4)
     x, w = torch.randn(400, 64, generator=rng), torch.randn(100, 64, generator=rng)
     known = compute_hessian(x, torch.ones(400), 32)
@@ -154,7 +154,7 @@ def test_some_rows_at_a_time_are_what_all_are() -> None:
     assert torch.equal(awq_gptq.dequantize_blockwise(whole, torch.float32, 64 * 32), dequantize(whole, torch.float32))
 
 
-def test_stand_in_turns_what_is_seen_into_what_was_wanted() -> None:
+def test_error_correction_map_recovers_a_linear_change_of_inputs() -> None:
     rng = torch.Generator().manual_seed(3)
     wanted = torch.randn(5000, 32, generator=rng)
     got = wanted @ (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=rng))
@@ -164,7 +164,7 @@ def test_stand_in_turns_what_is_seen_into_what_was_wanted() -> None:
     assert (got @ new.T - wanted @ w.T).square().mean() < 0.02 * (got @ w.T - wanted @ w.T).square().mean()
 
 
-def test_tokens_of_pictures_count_as_much_as_is_said() -> None:
+def test_image_tokens_count_by_image_weight() -> None:
     rows = [torch.tensor([3, -1, -2, 4]), torch.tensor([5])]
     assert token_weights(rows, 1.0).tolist() == [1] * 5
     assert token_weights(rows, 0.25).tolist() == pytest.approx([10 / 7, 2.5 / 7, 2.5 / 7, 10 / 7, 10 / 7])
@@ -176,7 +176,7 @@ def test_tokens_of_pictures_count_as_much_as_is_said() -> None:
 
 
 @torch.no_grad()
-def test_outliers_cost_a_fifth_of_what_rounding_to_nearest_makes_them_cost() -> None:
+def test_outliers_cost_a_fifth_of_the_rtn_error() -> None:
     subject = quality.load_subject("outliers", 64, 0)
     nearest, best = (
         quality.evaluate_model(subject, quality.quantize_model(subject, how, 128)) for how in ("rtn", "ours")

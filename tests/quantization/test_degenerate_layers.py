@@ -58,7 +58,7 @@ CASES += [(name, kind) for name in ("attention_norm", "mlp_norm") for kind in ("
     ("name", "kind"), [pytest.param(*case, marks=[] if case in FEW else pytest.mark.slow) for case in CASES]
 )
 @torch.no_grad()
-def test_what_is_next_to_nothing_is_rounded_as_well_as_the_rest(name: str, kind: str, mode: str) -> None:
+def test_tiny_weights_are_quantized_as_well_as_others(name: str, kind: str, mode: str) -> None:
     layer = layer_with(name, kind)
     if mode == "ours":
         x, tokens = inputs(torch.float32)
@@ -81,7 +81,7 @@ def test_what_is_next_to_nothing_is_rounded_as_well_as_the_rest(name: str, kind:
 
 @pytest.mark.parametrize(("name", "behind"), [("up", "down"), ("v", "o")])
 @torch.no_grad()
-def test_a_linear_that_is_next_to_nothing_counts_if_the_one_behind_it_makes_it_loud(name: str, behind: str) -> None:
+def test_tiny_linear_counts_if_the_next_one_amplifies_it(name: str, behind: str) -> None:
     layer = layer_with(name, "tiny")
     layer = replace(layer, **{behind: Affine(getattr(layer, behind).weight * 1e5, None)})
     x, tokens = inputs(torch.float32)
@@ -90,7 +90,7 @@ def test_a_linear_that_is_next_to_nothing_counts_if_the_one_behind_it_makes_it_l
 
 
 @torch.no_grad()
-def test_no_scale_is_chosen_that_the_linear_before_has_no_room_for() -> None:
+def test_no_scale_overflows_the_preceding_linear() -> None:
     layer = layer_with("gate", "dead rows")
     layer = replace(layer, up=Affine(layer.up.weight * 5e4, None), mlp_norm=layer.mlp_norm * 1e-3)
     x, tokens = inputs(torch.float16)
@@ -99,7 +99,7 @@ def test_no_scale_is_chosen_that_the_linear_before_has_no_room_for() -> None:
 
 
 @pytest.mark.parametrize("size", [2.0**-i for i in range(0, 25, 3)])
-def test_the_nearest_level_is_at_most_half_a_step_away_at_any_size(size: float) -> None:
+def test_rtn_error_is_at_most_half_a_step_at_any_magnitude(size: float) -> None:
     w = (torch.rand(64, 64, generator=torch.Generator().manual_seed(3)) * 2 - 1).mul(size).half()
     rounded = int4.quantize_rtn(w, GROUP)
     steps = rounded.scales.float().T.repeat_interleave(GROUP, 1)
@@ -108,7 +108,7 @@ def test_the_nearest_level_is_at_most_half_a_step_away_at_any_size(size: float) 
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e-6, 1e6, 1e16])
-def test_moments_of_inputs_of_any_size_are_finite(scale: float) -> None:
+def test_hessian_is_finite_for_inputs_of_any_magnitude(scale: float) -> None:
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * scale
     x[:, 7] = 0
     known = compute_hessian(x, torch.ones(200), GROUP)
@@ -116,7 +116,7 @@ def test_moments_of_inputs_of_any_size_are_finite(scale: float) -> None:
         assert torch.isfinite(leaf).all()
 
 
-def test_what_cannot_be_rounded_is_refused_by_what_is_true_of_it() -> None:
+def test_weights_that_cannot_be_quantized_are_refused_with_the_reason() -> None:
     x, tokens = inputs(torch.float16)
     layer = layer_with("up", "zero")
     wide = torch.ones(96, 64).half() * 60000

@@ -128,7 +128,7 @@ class Transcription:
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["o scaled", "grouped queries"])
 @torch.no_grad()
-def test_scales_clips_and_integers_are_those_of_the_objective(kv_heads: int, tmp_path: Path) -> None:
+def test_scales_clips_and_codes_minimize_the_llm_awq_objective(kv_heads: int, tmp_path: Path) -> None:
     cfg, layer, x = model(kv_heads)
     tokens = CalibrationTokens((LENGTH,) * ROWS, torch.ones(len(x)))
     with use(**dict.fromkeys(OPS, REFERENCE)):  # in the order of sums of the transcription: bounds may be tied
@@ -204,7 +204,7 @@ def differing(p: llama.Layer, held: dict[str, Any], layer: llama.Layer) -> list[
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
-def test_every_tensor_is_what_upstream_makes_of_the_cache_that_we_write(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_our_cache_applied_by_llm_awq_gives_the_same_tensors(dtype: torch.dtype, tmp_path: Path) -> None:
     cfg, layer, x = model(4)
     layer, x = tree_map(lambda leaf: leaf.to(dtype), layer), x.to(dtype)
     tokens = CalibrationTokens((LENGTH,) * ROWS, torch.ones(len(x)))
@@ -233,7 +233,7 @@ def test_every_tensor_is_what_upstream_makes_of_the_cache_that_we_write(dtype: t
 
 @pytest.mark.parametrize(("dtype", "order"), [(torch.bfloat16, (0, 1, 2, 3)), (torch.float16, (3, 1, 0, 2))])
 @torch.no_grad()
-def test_every_tensor_is_what_upstream_makes_of_a_cache_that_it_wrote(
+def test_llm_awq_cache_applied_here_gives_the_same_tensors(
     dtype: torch.dtype, order: tuple[int, ...], tmp_path: Path
 ) -> None:
     """Found in float64 by the transcription, so that no number is one of float16 by chance."""
@@ -259,14 +259,14 @@ def test_every_tensor_is_what_upstream_makes_of_a_cache_that_it_wrote(
 
 
 @torch.no_grad()
-def test_what_upstream_does_to_groups_of_one_sign_and_to_few_tokens() -> None:
+def test_llm_awq_limits_for_one_sign_groups_and_few_tokens() -> None:
     w = torch.linspace(1.0, 1.1, 64).view(2, 32)
     assert dequantize(llm_awq.quantize_int4(w, 32), torch.float32).max() < 0.12  # known, and why ours is the default
     with pytest.raises(ValueError, match="needs 512 tokens of calibration, there are 511"):
         llm_awq.search_clip(w, torch.ones(511, 32), 32)
 
 
-def test_other_files_are_no_caches(tmp_path: Path) -> None:
+def test_files_that_are_no_awq_cache_are_refused(tmp_path: Path) -> None:
     file, up, cfg = tmp_path / "cache.pt", "model.layers.0.mlp.up_proj", LlamaConfig(50, 64, 96, 1, 4, 2, 16)
     scale = ("model.layers.0.input_layernorm", tuple(f"model.layers.0.self_attn.{n}_proj" for n in "qkv"))
     for held, message in (

@@ -69,7 +69,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
-def test_killed_five_times_and_resumed_it_writes_the_same_bytes(source: Path, tmp_path: Path) -> None:
+def test_quantize_killed_five_times_writes_the_same_bytes(source: Path, tmp_path: Path) -> None:
     how, rng = QuantizeConfig(group_size=64, extra_parts=("vision_tower", "mm_projector")), random.Random(0)
     start = time.monotonic()
     made(source, tmp_path / "whole", how)
@@ -110,7 +110,7 @@ def logits(folder: Path, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_every_layout_holds_the_same_model(source: Path, tmp_path: Path) -> None:
+def test_every_output_format_holds_the_same_model(source: Path, tmp_path: Path) -> None:
     ids = torch.randint(0, 128, (50,), generator=torch.Generator().manual_seed(2))
     work, how = tmp_path / "work", QuantizeConfig(group_size=64, propagate_error=False)
     rounded = awq.quantize_checkpoint(open_checkpoint(source), work, how, shown(), torch.device("cpu"))
@@ -129,7 +129,7 @@ def command(*words: object) -> None:
     args.run(args)
 
 
-def test_the_command_leaves_a_report_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_quantize_command_writes_a_report_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     also = ("--also", "vision_tower", "mm_projector")
     command(BUNDLED_CHECKPOINT, tmp_path / "out", "--samples", 8, "--group-size", 64, "--format", "awq-gemm", *also)
     assert "8 questions about drawn pictures" in capsys.readouterr().out
@@ -148,7 +148,7 @@ def test_the_command_leaves_a_report_and_a_picture(tmp_path: Path, capsys: pytes
         command(tmp_path / "out", tmp_path / "again")
 
 
-def test_nearest_is_what_the_model_would_round_to(source: Path, tmp_path: Path) -> None:
+def test_rtn_checkpoint_equals_the_models_own_rounding(source: Path, tmp_path: Path) -> None:
     command(source, tmp_path / "out", "--method", "rtn", "--group-size", 32)
     cfg = check_checkpoint(open_checkpoint(source))
     expected = llama.quantize_linears_rtn(load_params(source, cfg, torch.float16).llm, 32)
@@ -158,7 +158,7 @@ def test_nearest_is_what_the_model_would_round_to(source: Path, tmp_path: Path) 
     assert all(torch.equal(a, b) for a, b in zip(leaves(found), leaves(expected), strict=True))
 
 
-def test_upstreams_cache_stands_in_for_its_search(tmp_path: Path) -> None:
+def test_llm_awq_cache_replaces_the_search(tmp_path: Path) -> None:
     for name, more in (("searched", ()), ("given", ("--awq-cache", tmp_path / "searched" / "awq_cache.pt"))):
         command(BUNDLED_CHECKPOINT, tmp_path / name, "--mode", "upstream", "--samples", 16, "--group-size", 64, *more)
     a, b = (contents(tmp_path / name / "llm") for name in ("searched", "given"))
@@ -179,13 +179,13 @@ def test_upstreams_cache_stands_in_for_its_search(tmp_path: Path) -> None:
         (("--device", "tpu9"), "device 'tpu9' is not to be had here"),
     ],
 )
-def test_what_cannot_be_done_is_refused_and_leaves_nothing(words: Sequence[str], message: str, tmp_path: Path) -> None:
+def test_impossible_options_are_refused_and_leave_nothing(words: Sequence[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         command(BUNDLED_CHECKPOINT, tmp_path / "out", *words)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.quantizing").exists()
 
 
-def test_the_beginnings_of_other_work_spoil_nothing(source: Path, tmp_path: Path) -> None:
+def test_work_folder_and_target_of_other_work_are_refused(source: Path, tmp_path: Path) -> None:
     """Neither is a finished folder taken for the result of another command, nor one model mixed with another."""
     out, work = tmp_path / "out", tmp_path / "out.quantizing"
     begun = ("--group-size", 64, "--samples", 4)
@@ -215,7 +215,7 @@ def test_the_beginnings_of_other_work_spoil_nothing(source: Path, tmp_path: Path
         )
 
 
-def test_killed_after_the_folder_was_written_the_command_only_cleans_up(tmp_path: Path) -> None:
+def test_kill_after_writing_leaves_only_cleanup(tmp_path: Path) -> None:
     words = (BUNDLED_CHECKPOINT, tmp_path / "out", "--samples", 4, "--group-size", 64)
     finish, folder.remove_work_folder = folder.remove_work_folder, lambda work: None
     try:
@@ -230,7 +230,7 @@ def test_killed_after_the_folder_was_written_the_command_only_cleans_up(tmp_path
     assert contents(tmp_path / "out") == before and not (tmp_path / "out.quantizing").exists()
 
 
-def test_a_broken_layer_is_named(tmp_path: Path) -> None:
+def test_broken_layer_is_named(tmp_path: Path) -> None:
     rng = torch.Generator().manual_seed(0)
     p = vila.Vila(**{n: init_tree(f(getattr(CONFIG, n), torch.float16), rng) for n, f in PARAM_SPECS.items()})
     p.llm.layers[2].up.weight[3, 5] = torch.nan

@@ -66,14 +66,14 @@ def features(folder: Path, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", TOWERS)
-def test_a_tower_and_its_projector_lose_less_than_to_the_nearest_level(name: str, tmp_path: Path) -> None:
+def test_quantized_tower_and_projector_beat_rtn(name: str, tmp_path: Path) -> None:
     source = saved(tmp_path / "source", *TOWERS[name])
     seen, fresh = shown(source), shown(source, 60).pixel_values
     assert seen.pixel_values is not None and fresh is not None
     made = {
         "ours": awq.quantize_checkpoint(source, tmp_path / "work", HOW, seen, torch.device("cpu")),
         "blind": awq.quantize_checkpoint(
-            source, tmp_path / "work2", replace(HOW, propagate=False), seen, torch.device("cpu")
+            source, tmp_path / "work2", replace(HOW, propagate_error=False), seen, torch.device("cpu")
         ),
         "nearest": awq.round_to_nearest(source, HOW),
     }
@@ -101,7 +101,7 @@ def test_a_tower_and_its_projector_lose_less_than_to_the_nearest_level(name: str
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", TOWERS)
-def test_a_widened_tower_sees_the_same(name: str, tmp_path: Path) -> None:
+def test_padded_tower_gives_the_same_features(name: str, tmp_path: Path) -> None:
     source = saved(tmp_path / "source", *TOWERS[name])
     cfg = build_vila_config(source.config, source.part_configs)
     wide = seeing.pad_mlp_to_groups(source, cfg.vision_tower, 32)
@@ -115,7 +115,7 @@ def test_a_widened_tower_sees_the_same(name: str, tmp_path: Path) -> None:
     assert seeing.pad_mlp_to_groups(source, cfg.vision_tower, 16) is source
 
 
-def test_pictures_are_taken_from_all_of_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_subsampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seeing.positions_per_image(CONFIG.vision_tower) == 64
     monkeypatch.setattr(seeing, "ROOM", 64 * 10)
     assert seeing.subsample_images(torch.arange(25), 64).tolist() == list(range(0, 25, 3))
@@ -130,10 +130,10 @@ def test_pictures_are_taken_from_all_of_calibration(monkeypatch: pytest.MonkeyPa
     }  # 64 and 16 a picture
 
 
-def test_only_what_was_asked_for_is_rounded(tmp_path: Path) -> None:
+def test_only_requested_parts_are_quantized(tmp_path: Path) -> None:
     source = saved(tmp_path / "source", *TOWERS["siglip"])
     made = awq.quantize_checkpoint(
-        source, tmp_path / "work", replace(HOW, also=BOTH[1:]), shown(source), torch.device("cpu")
+        source, tmp_path / "work", replace(HOW, extra_parts=BOTH[1:]), shown(source), torch.device("cpu")
     )
     assert [made.group_size(part) for part in ("llm", *BOTH)] == [32, 0, 32]
     assert made.part_configs["vision_tower"] == source.part_configs["vision_tower"]
@@ -162,7 +162,7 @@ def test_only_what_was_asked_for_is_rounded(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_rounded_is_refused(
+def test_unsupported_vision_quantization_is_refused(
     how: QuantizeConfig, sizes: dict[str, int], message: str, tmp_path: Path
 ) -> None:
     source = saved(tmp_path / "source", *TOWERS["siglip"], **sizes)
@@ -172,7 +172,7 @@ def test_what_cannot_be_rounded_is_refused(
 
 
 @torch.no_grad()
-def test_the_depth_of_the_tower_takes_no_memory(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_depth_of_the_tower(tmp_path: Path) -> None:
     peaks = []
     for layers in (3, 20):
         source = saved(tmp_path / f"{layers}", *TOWERS["siglip"], num_hidden_layers=layers)
@@ -186,7 +186,7 @@ def test_the_depth_of_the_tower_takes_no_memory(tmp_path: Path) -> None:
     assert peaks[1] - peaks[0] < one / 2
 
 
-def test_a_projector_without_linears_is_refused(tmp_path: Path) -> None:
+def test_projector_without_linears_is_refused(tmp_path: Path) -> None:
     top, parts = config_files(CONFIG)
     parts["vision_tower"] |= {"hidden_size": 256}
     parts["mm_projector"] |= {"mm_projector_type": "identity"}
@@ -201,7 +201,7 @@ def test_a_projector_without_linears_is_refused(tmp_path: Path) -> None:
         awq.prepare_source(open_checkpoint(tmp_path / "source"), HOW)
 
 
-def test_what_sees_is_not_rounded_blindly(tmp_path: Path) -> None:
+def test_vision_parts_without_calibration_images_are_refused(tmp_path: Path) -> None:
     source = saved(tmp_path / "source", *TOWERS["siglip"])
     words = [row.clamp(min=0) for row in shown(source).sequences]
     with pytest.raises(ValueError, match=r"vision_tower, mm_projector: .* but calibration has no pictures"):
@@ -221,7 +221,9 @@ def test_what_sees_is_not_rounded_blindly(tmp_path: Path) -> None:
         ({"quant_method": "awq", "group_size": 32}, "in the layout ours, but the config says"),
     ],
 )
-def test_a_config_that_the_tower_does_not_keep_is_refused(said: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_quantization_config_that_the_tower_contradicts_is_refused(
+    said: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     source = saved(tmp_path / "source", *TOWERS["siglip"])
     write_checkpoint(awq.round_to_nearest(source, HOW), tmp_path / "made", source_key="")
     file = tmp_path / "made" / "vision_tower" / "config.json"
@@ -231,7 +233,7 @@ def test_a_config_that_the_tower_does_not_keep_is_refused(said: dict[str, Any], 
         build_vila_config(found.config, found.part_configs)
 
 
-def test_a_broken_linear_is_named(tmp_path: Path) -> None:
+def test_broken_linear_is_named(tmp_path: Path) -> None:
     source = saved(tmp_path / "source", *TOWERS["siglip"])
     name, held = "vision_model.encoder.layers.1.mlp.fc2.weight", source.tensors["vision_tower"]
     broken = held[name].clone()
