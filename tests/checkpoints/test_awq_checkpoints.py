@@ -55,13 +55,13 @@ WRITE = {"awq-gemm": gemm, "awq-v1": v1, "awq-v2": v2}
 def awq(form: str, group: int, folder: Path) -> tuple[Path, Model]:
     """A checkpoint of others, three of its linears dense, and the model it is: every weight written out."""
     order = "fma" if form == "awq-v2" else "sub"
-    said = {"quant_method": "vila-triton", "group_size": group, "order": order, "modules_to_not_convert": LEFT}
-    model = build(dtype=torch.float16, llm=LLM | {"quantization_config": said})
+    settings = {"quant_method": "vila-triton", "group_size": group, "order": order, "modules_to_not_convert": LEFT}
+    model = build(dtype=torch.float16, llm=LLM | {"quantization_config": settings})
     model.save_pretrained(folder)
     tensors = dict(open_tensors(folder / "llm"))
-    found = int4_linears(tensors)
-    assert len(found) == 11 and not set(LEFT) & set(found)
-    for stem in found:
+    linears = int4_linears(tensors)
+    assert len(linears) == 11 and not set(LEFT) & set(linears)
+    for stem in linears:
         qweight, scales, zeros = (tensors.pop(f"{stem}.{leaf}") for leaf in ("qweight", "scales", "zeros"))
         k = 192 if "down" in stem else 64
         w = Int4(qweight, scales, zeros, k if group == -1 else group)
@@ -72,9 +72,9 @@ def awq(form: str, group: int, folder: Path) -> tuple[Path, Model]:
     return folder, model
 
 
-def edit(folder: Path, **said: Any) -> None:
+def edit(folder: Path, **settings: Any) -> None:
     file = folder / "llm/config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": said}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": settings}))
 
 
 @pytest.mark.parametrize("group", [32, -1])
@@ -94,8 +94,8 @@ def test_dense_linears_and_one_group_a_row_are_read(form: str, group: int, tmp_p
     assert all(torch.equal(mine[name], again[name]) for name in mine)
     write_checkpoint(open_checkpoint(folder), tmp_path / "gemm", "awq-gemm")
     assert all(torch.equal(mine[n], x) for n, x in Model.from_pretrained(tmp_path / "gemm").state_dict().items())
-    said = json.loads((tmp_path / "gemm/llm/config.json").read_text())["quantization_config"]
-    assert said["group_size"] == group and set(said["modules_to_not_convert"]) == set(LEFT)
+    settings = json.loads((tmp_path / "gemm/llm/config.json").read_text())["quantization_config"]
+    assert settings["group_size"] == group and set(settings["modules_to_not_convert"]) == set(LEFT)
 
 
 def twin(model: Model) -> Model:

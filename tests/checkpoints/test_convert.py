@@ -24,22 +24,22 @@ TINY = Path(__file__).parents[2] / "vila_triton" / "tiny"
 INT4 = TINY / "checkpoint-int4"
 
 
-def command(*words: object) -> None:
+def command(*argv: object) -> None:
     """A command line, run here."""
     parser = argparse.ArgumentParser()
     into = parser.add_subparsers(required=True)
     convert.configure(into)
     build.configure(into)
-    args = parser.parse_args([str(word) for word in words])
+    args = parser.parse_args([str(word) for word in argv])
     args.run(args)
 
 
 def ask(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
     """What `vila-triton ask` answers, without the line about how it went."""
     capsys.readouterr()
-    picture, question = TINY / "examples" / "a.png", "How many blue shapes are there?"
-    words = ["ask", "--model", model, "--device", "cpu", "--max-new-tokens", 8, "--image", picture, question]
-    monkeypatch.setattr(sys, "argv", ["vila-triton", *map(str, words)])
+    image, question = TINY / "examples" / "a.png", "How many blue shapes are there?"
+    argv = ["ask", "--model", model, "--device", "cpu", "--max-new-tokens", 8, "--image", image, question]
+    monkeypatch.setattr(sys, "argv", ["vila-triton", *map(str, argv)])
     status, (out, err) = main(), capsys.readouterr()
     assert status == 0, err
     assert err.startswith("[prompt ")
@@ -121,14 +121,14 @@ def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
         assert not out.exists() and {path.name for path in tmp_path.iterdir()} == {"source"}
     with pytest.raises(ValueError, match=r"source is there already and not empty; give another folder"):
         command("convert", INT4, source)
-    for words, message in (
+    for argv, message in (
         (("build", "vila2", out), "no model 'vila2'; there are: .*vila1.5-13b"),
         (("build", "llama-2-7b", out), "has no vision_tower, mm_projector: it is no VILA"),
         (("build", "vila1.5-3b", out, "--narrow", 7), "2560 numbers in 20 heads cannot be divided by 7"),
         (("build", "vila1.5-3b", out, "--int4", 48), "k = 2560 and group = 48"),
     ):
         with pytest.raises(ValueError, match=message):
-            command(*words)
+            command(*argv)
     assert not out.exists()
 
 

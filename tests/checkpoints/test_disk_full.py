@@ -38,8 +38,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr("sys.argv", ["vila-triton", *map(str, words)])
+def command(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
+    monkeypatch.setattr("sys.argv", ["vila-triton", *map(str, argv)])
     return main()
 
 
@@ -47,7 +47,7 @@ QUANTIZE = ("quantize", BUNDLED_CHECKPOINT, "--group-size", 64, "--device", "cpu
 
 
 @pytest.mark.parametrize(
-    ("words", "sizes"),
+    ("argv", "sizes"),
     [
         (("convert", INT4), (0, 100, 10_000, 300_000)),
         (("convert", INT4, "--format", "awq-v2"), (300_000, 1_000_000)),
@@ -59,15 +59,15 @@ QUANTIZE = ("quantize", BUNDLED_CHECKPOINT, "--group-size", 64, "--device", "cpu
     ids=lambda value: " ".join(str(word) for word in value if not isinstance(word, Path)),
 )
 def test_full_disk_is_reported_and_the_command_resumes(
-    words: tuple, sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    argv: tuple, sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    name, source, *more = words
+    name, source, *more = argv
     target, other = tmp_path / "tight" / "out", tmp_path / "wide" / "out"
     for size in sizes:
         with room(size):
             status = command(monkeypatch, name, source, target, *more)
-        said = capsys.readouterr().err
-        assert status == 1 and said.count("\n") == 1 and said.startswith("vila-triton: "), said
+        message = capsys.readouterr().err
+        assert status == 1 and message.count("\n") == 1 and message.startswith("vila-triton: "), message
         assert not target.exists()
     assert command(monkeypatch, name, source, target, *more) == 0
     assert command(monkeypatch, name, source, other, *more) == 0

@@ -33,16 +33,16 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "model"
     shutil.copytree(BUNDLED_CHECKPOINT, folder)
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n"
-    for place in (folder, *(folder / part for part in ("llm", "vision_tower", "mm_projector"))):
+    for directory in (folder, *(folder / part for part in ("llm", "vision_tower", "mm_projector"))):
         for name in ("mine.py", "custom_generate/generate.py", "custom_generate/mine.py", "tokenization_mine.py"):
-            (place / name).parent.mkdir(exist_ok=True)
-            (place / name).write_text(code)
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_text(code)
         for name in FILES:
-            file = place / f"{name}.json"
+            file = directory / f"{name}.json"
             if file.exists() or name not in ONLY_WHERE_IT_IS:
-                held = json.loads(file.read_text()) if file.exists() else {}
+                values = json.loads(file.read_text()) if file.exists() else {}
                 named = {"auto_map": MAP, "custom_generate": "mine", "trust_remote_code": True}
-                file.write_text(json.dumps(held | named))
+                file.write_text(json.dumps(values | named))
 
     def asked(*args: Any) -> str:
         raise AssertionError("somebody was asked")
@@ -118,6 +118,6 @@ def test_every_auto_class_call_forbids_remote_code() -> None:
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.Call) and re.fullmatch(r"Auto\w+\.from_pretrained", ast.unparse(node.func)):
                     calls += 1
-                    said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                    wrong += [f"{file.name}:{node.lineno}"] if said.get("trust_remote_code") != "False" else []
+                    keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                    wrong += [f"{file.name}:{node.lineno}"] if keywords.get("trust_remote_code") != "False" else []
     assert calls and not wrong

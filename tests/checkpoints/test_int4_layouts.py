@@ -99,8 +99,8 @@ def test_packing_of_known_codes() -> None:
 
 def edit(leaves: dict[str, Tensor], name: str, **changes: float) -> dict[str, Tensor]:
     leaves = {k: x.clone() for k, x in leaves.items()}
-    for at, value in changes.items():
-        leaves[name][int(at[1:])] = value
+    for index, value in changes.items():
+        leaves[name][int(index[1:])] = value
     return leaves
 
 

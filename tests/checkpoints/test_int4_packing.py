@@ -105,6 +105,6 @@ def test_word_of_a_tile_holds_the_codes_of_an_mma_fragment() -> None:
             block = q[:, 16 * word : 16 * word + 16]
             pairs = [(r, 2 * c), (r + 8, 2 * c), (r, 2 * c + 8), (r + 8, 2 * c + 8)]
             for i, (row, column) in enumerate(pairs):
-                held = int(tile[lane, word])
-                assert (held >> 4 * i) & 0xF == block[row, column]
-                assert (held >> 4 * (i + 4)) & 0xF == block[row, column + 1]
+                packed_word = int(tile[lane, word])
+                assert (packed_word >> 4 * i) & 0xF == block[row, column]
+                assert (packed_word >> 4 * (i + 4)) & 0xF == block[row, column + 1]

@@ -147,28 +147,28 @@ def test_shards_load_like_one_file(folder: Path) -> None:
     before, file = load(folder), folder / WEIGHTS
     tensors = list(load_file(file).items())
     shards = {"model-1-of-2.safetensors": tensors[:5], "model-2-of-2.safetensors": tensors[5:]}
-    for name, held in shards.items():
-        save_file(dict(held), file.with_name(name))
+    for name, state_dict in shards.items():
+        save_file(dict(state_dict), file.with_name(name))
     file.unlink()
-    write({"weight_map": {key: name for name, held in shards.items() for key, _ in held}})(folder / INDEX)
+    write({"weight_map": {key: name for name, state_dict in shards.items() for key, _ in state_dict}})(folder / INDEX)
     after = load(folder)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_extra_tensors_of_older_checkpoints_are_ignored(tmp_path: Path) -> None:
     build(dtype=torch.float16, llm={"tie_word_embeddings": True}).save_pretrained(tmp_path)
-    before, some = load(tmp_path), torch.ones(3)
-    rewrite(tmp_path / "llm", lambda held: held.update({
-        "lm_head.weight": some, "model.layers.1.self_attn.rotary_emb.inv_freq": some.clone(),
+    before, extra = load(tmp_path), torch.ones(3)
+    rewrite(tmp_path / "llm", lambda state_dict: state_dict.update({
+        "lm_head.weight": extra, "model.layers.1.self_attn.rotary_emb.inv_freq": extra.clone(),
     }))  # fmt: skip
 
     for prefix in ("vision_model.", ""):  # of transformers 4, which we write, and of 5
 
-        def rename(held: dict[str, Tensor], prefix: str = prefix) -> None:
-            for key in list(held):
-                held[prefix + key.removeprefix("vision_model.")] = held.pop(key)
-            held[f"{prefix}head.probe"] = some
-            held[f"{prefix}embeddings.position_ids"] = torch.arange(3)
+        def rename(state_dict: dict[str, Tensor], prefix: str = prefix) -> None:
+            for key in list(state_dict):
+                state_dict[prefix + key.removeprefix("vision_model.")] = state_dict.pop(key)
+            state_dict[f"{prefix}head.probe"] = extra
+            state_dict[f"{prefix}embeddings.position_ids"] = torch.arange(3)
 
         rewrite(tmp_path / "vision_tower", rename)
         after = load(tmp_path)

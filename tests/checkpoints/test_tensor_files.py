@@ -59,10 +59,10 @@ def test_every_file_format_gives_the_same_tensors(write: Callable, tmp_path: Pat
 
 def test_views_and_parameters_saved_by_torch_are_read_from_their_storage(tmp_path: Path) -> None:
     x = torch.arange(12.0).reshape(3, 4)
-    held = {"t": x.T, "row": x[1], "every other": x[:, ::2], "p": torch.nn.Parameter(x.clone())}
-    torch.save(held, tmp_path / "pytorch_model.bin")
+    views = {"t": x.T, "row": x[1], "every other": x[:, ::2], "p": torch.nn.Parameter(x.clone())}
+    torch.save(views, tmp_path / "pytorch_model.bin")
     tensors = open_tensors(tmp_path / "pytorch_model.bin")
-    assert all(torch.equal(tensors[name], y) for name, y in held.items())
+    assert all(torch.equal(tensors[name], y) for name, y in views.items())
 
 
 def test_unaligned_and_released_tensors_are_read(tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ def test_valid_json_is_read(tmp_path: Path) -> None:
 def test_fifos_and_devices_are_refused_without_blocking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path)  # the path of a socket has at most a hundred letters
-    with socket.socket(socket.AF_UNIX) as held:
-        held.bind("socket")
+    with socket.socket(socket.AF_UNIX) as unix_socket:
+        unix_socket.bind("socket")
         for path, message in (
             (tmp_path / "pipe", "pipe is a FIFO, expected a file"),
             (tmp_path / "socket", "socket is a device or a socket, expected a file"),

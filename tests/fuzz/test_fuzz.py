@@ -20,16 +20,16 @@ PARTS = [(name, first) for name, reader in READERS.items() for first in range(0,
 
 
 def folder(tmp_path: Path) -> Path:
-    (place := tmp_path / "folder").mkdir()
-    return place
+    (directory := tmp_path / "folder").mkdir()
+    return directory
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("name, first", PARTS)
 def test_damaged_file_is_read_or_refused_in_one_sentence(name: str, first: int, tmp_path: Path) -> None:
     reader = READERS[name]
-    found = faults(reader, folder(tmp_path), range(first, min(first + AT_ONCE, reader.count)))
-    assert not found, report(reader, found)
+    faults_by_seed = faults(reader, folder(tmp_path), range(first, min(first + AT_ONCE, reader.count)))
+    assert not faults_by_seed, report(reader, faults_by_seed)
 
 
 def test_there_are_20_000_damaged_files() -> None:
@@ -39,8 +39,8 @@ def test_there_are_20_000_damaged_files() -> None:
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_misread_file_is_refused(name: str, tmp_path: Path) -> None:
     with prepared(READERS[name], folder(tmp_path)) as (worker, _):
-        found = {content: worker.fault(content) for content in KNOWN[name]}
-    assert not any(found.values()), found
+        faults_by_seed = {content: worker.fault(content) for content in KNOWN[name]}
+    assert not any(faults_by_seed.values()), faults_by_seed
 
 
 def raising(error: BaseException) -> Callable[[Path], None]:

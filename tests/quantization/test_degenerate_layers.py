@@ -63,18 +63,18 @@ def test_tiny_weights_are_quantized_as_well_as_others(name: str, kind: str, mode
     if mode == "ours":
         x, tokens = inputs(torch.float32)
         rounded = awq_gptq.quantize_layer(layer, x, x, tokens, CFG, GROUP)
-        new, wanted, got = rounded.layer, rounded.reference_out, rounded.quantized_out
+        new, reference, quantized = rounded.layer, rounded.reference_out, rounded.quantized_out
     else:
         x, tokens = inputs(torch.float16)
-        new, wanted, _ = llm_awq.quantize_layer(layer, x, tokens, CFG, GROUP)
+        new, reference, _ = llm_awq.quantize_layer(layer, x, tokens, CFG, GROUP)
         dense = {n: Affine(dequantize(getattr(new, n).weight, torch.float16), None) for n in LINEARS}
-        got = llm_awq.capture_linear_inputs(replace(new, **dense), x, tokens, CFG).out
+        quantized = llm_awq.capture_linear_inputs(replace(new, **dense), x, tokens, CFG).out
     for n in LINEARS:
         w: Int4 = getattr(new, n).weight
         assert torch.isfinite(w.scales).all() and (w.scales > 0).all()
         if n == name and kind == "zero":
             assert not dequantize(w, torch.float32).any()
-    added, error = (wanted - x).float(), (got - wanted).float()
+    added, error = (reference - x).float(), (quantized - reference).float()
     if mode == "ours" or kind != "constant":  # groups of one sign are lost to upstream
         assert error.norm() <= 0.2 * added.norm()
 
@@ -111,8 +111,8 @@ def test_rtn_error_is_at_most_half_a_step_at_any_magnitude(size: float) -> None:
 def test_hessian_is_finite_for_inputs_of_any_magnitude(scale: float) -> None:
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * scale
     x[:, 7] = 0
-    known = compute_hessian(x, torch.ones(200), GROUP)
-    for leaf in (known.hessian, known.inverse_cholesky, known.schur_blocks, known.mean_abs):
+    hessian = compute_hessian(x, torch.ones(200), GROUP)
+    for leaf in (hessian.hessian, hessian.inverse_cholesky, hessian.schur_blocks, hessian.mean_abs):
         assert torch.isfinite(leaf).all()
 
 
@@ -129,10 +129,10 @@ def test_weights_that_cannot_be_quantized_are_refused_with_the_reason() -> None:
             llm_awq.quantize_layer(replace(layer, **{name: Affine(w, None)}), x, tokens, CFG, GROUP)
     with pytest.raises(ValueError, match="what attention is given is NaN or infinite"):
         llm_awq.quantize_layer(layer, x / 0, tokens, CFG, GROUP)
-    found = llm_awq.AwqSearchResult({"down": torch.full((96,), 2.0**-14).half()}, {}, {})
+    result = llm_awq.AwqSearchResult({"down": torch.full((96,), 2.0**-14).half()}, {}, {})
     large = replace(layer, up=Affine(torch.full((96, 64), 100.0).half(), None))
     with pytest.raises(ValueError, match="up with the scales of its inputs and outputs holds NaN or infinity"):
-        llm_awq.quantize_layer(large, x, tokens, CFG, GROUP, found)
+        llm_awq.quantize_layer(large, x, tokens, CFG, GROUP, result)
     x, tokens = inputs(torch.float32)
     with pytest.raises(ValueError, match=r"its largest weight is 1.26e-09, which no float16 scale can tell from 0"):
         awq_gptq.quantize_layer(replace(layer, up=Affine(torch.full((96, 64), 1e-9), None)), x, x, tokens, CFG, GROUP)
