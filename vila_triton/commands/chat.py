@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from vila_triton.chat.cli_session import CliSession, default_num_frames, load_media
-    from vila_triton.chat.conversation import ChatModel, Conversation
+    from vila_triton.chat.conversation import Conversation
+    from vila_triton.hf.chat_model import load_chat_model
     from vila_triton.registry import use
 
     sampling: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "top_k": args.top_k, "top_p": args.top_p}
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--frames {args.frames} is of a --video, and none is given")
     num_frames = default_num_frames(args.model) if args.frames is None else args.frames
     images = load_media(args.seen, num_frames)
-    chat_model = ChatModel.from_pretrained(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
+    chat_model = load_chat_model(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
     do_sample = (
         args.temperature if args.temperature is not None else chat_model.model.generation_settings().get("do_sample")
     )
