@@ -8,8 +8,8 @@ from importlib import import_module
 from . import commands
 from .console import exit_code
 
-EPILOG = """`vila-triton COMMAND --help` lists the options of a command. Measurements and checks of kernels are commands of
-`python -m bench`; the bundled model is graded by `python -m vila_triton.tiny.evaluate`."""
+EPILOG = """`vila-triton COMMAND --help` lists the options of a command. `python -m bench` lists the commands that check and
+measure kernels and models; `python -m vila_triton.tiny.evaluate` grades the bundled model."""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -45,6 +45,12 @@ def note_new_spelling(old: str, new: str) -> None:
     print(f"note: {old} is now {new}; the old spelling goes away with the next release", file=sys.stderr)
 
 
+def add_command(commands: Any, name: str, summary: str, details: str = "", **kwargs: Any) -> argparse.ArgumentParser:
+    """Add the parser of a command whose help and description begin with the summary."""
+    description = f"{summary[0].upper()}{summary[1:]}. {details}"
+    return commands.add_parser(name, help=summary, description=description, **kwargs)
+
+
 def kernel_arguments() -> argparse.ArgumentParser:
     """Return a parent parser with --device and --set; `resolve_device_and_kernels` reads them."""
     parser = argparse.ArgumentParser(add_help=False)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from vila_triton import VilaLlamaForCausalLM as Model
 from vila_triton.checkpoints.int4_layouts import AWQ_V1, AWQ_V2, Layout, pad_rows, scale_zeros
-from vila_triton.checkpoints.int4_packing import pack_awq_gemm, pack_awq_gemv, pack_awq_v2, pack_tiles
+from vila_triton.checkpoints.int4_packing import pack_awq_gemm, pack_awq_gemv, pack_awq_v2
 from vila_triton.checkpoints.int4_views import int4_linears
 from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
 from vila_triton.checkpoints.tensor_files import open_tensors
 from vila_triton.checkpoints.writing import write_checkpoint
 from vila_triton.ops import Int4, dequantize
 from vila_triton.ops.int4 import unpack_codes
+from vila_triton.ops.int4_tiles import pack_tiles
 
 LLM = {"hidden_size": 64, "intermediate_size": 192}
 LEFT = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"]

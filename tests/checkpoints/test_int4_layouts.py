@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vila_triton.checkpoints.int4_layouts import AWQ_GEMM, AWQ_V1, AWQ_V2, LAYOUTS, NATIVE, Layout, detect_layout
-from vila_triton.checkpoints.int4_packing import pack_tiles, padded_scale_rows
+from vila_triton.checkpoints.int4_packing import padded_scale_rows
 from vila_triton.ops import Int4, dequantize
 from vila_triton.ops.int4 import unpack_codes
+from vila_triton.ops.int4_tiles import pack_tiles
 
 FOREIGN = {name: layout for name, layout in LAYOUTS.items() if layout is not NATIVE}
 

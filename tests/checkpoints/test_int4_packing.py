@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vila_triton.checkpoints import int4_packing
+from vila_triton.ops import int4_tiles
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Layout:
 
 
 LAYOUTS = {
-    "tiles": Layout(int4_packing.pack_tiles, int4_packing.unpack_tiles, 1, 1),
+    "tiles": Layout(int4_tiles.pack_tiles, int4_tiles.unpack_tiles, 1, 1),
     "rows": Layout(int4_packing.pack_awq_gemv, lambda x, n, k: int4_packing.unpack_awq_gemv(x), 1, 8),
     "gemm": Layout(int4_packing.pack_awq_gemm, lambda x, n, k: int4_packing.unpack_awq_gemm(x), 8, 1),
     "v2": Layout(int4_packing.pack_awq_v2, lambda x, n, k: int4_packing.unpack_awq_v2(x), 4, 64),
@@ -57,7 +58,7 @@ def test_what_others_pack_becomes_tiles_and_comes_back_to_the_bit(layout: str) -
     for n, k in product(range(x.n, 42, x.n), range(x.k, 193, x.k)):
         theirs = x.pack(random(n, k))
         ours = TILES.pack(x.unpack(theirs, n, k))
-        assert ours.shape == int4_packing.tiled_shape(n, k) and ours.dtype == torch.int32
+        assert ours.shape == int4_tiles.tiled_shape(n, k) and ours.dtype == torch.int32
         back = x.pack(TILES.unpack(ours, n, k))
         assert back.dtype == theirs.dtype and torch.equal(back, theirs), (n, k)
         assert torch.equal(TILES.pack(x.unpack(back, n, k)), ours), (n, k)
@@ -97,7 +98,7 @@ def test_rows_that_v2_stores() -> None:
 def test_a_word_of_a_tile_is_a_lanes_share_of_the_operand() -> None:
     """Straight from the PTX ISA: a0..a7 of lane 4r + c, and the order of nibbles that the docstring draws."""
     q = torch.randint(0, 16, (16, 64), generator=torch.Generator().manual_seed(0))
-    tile = int4_packing.pack_tiles(q)[0, 0]
+    tile = int4_tiles.pack_tiles(q)[0, 0]
     for lane in range(32):
         r, c = divmod(lane, 4)
         for word in range(4):

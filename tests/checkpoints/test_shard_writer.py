@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vila_triton.checkpoints.shard_writer import FolderInUseError, ShardWriter, atomic_folder
+from vila_triton.checkpoints.atomic_folder import atomic_folder
+from vila_triton.checkpoints.shard_writer import ShardWriter
 from vila_triton.checkpoints.tensor_files import open_tensors
+from vila_triton.files.file_locks import FolderInUseError
 
 DTYPES = (torch.float16, torch.int32, torch.float64, torch.int16)
 

@@ -20,9 +20,10 @@ from vila_triton.chat.cli_session import default_num_frames
 from vila_triton.chat.conversation import ChatModel, Conversation
 from vila_triton.chat.conversation_file import load_conversation
 from vila_triton.chat.conversation_file import save_conversation as save_conversation
-from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint, read_json
+from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
 from vila_triton.checkpoints.shard_writer import JOURNAL_NAME, ShardWriter
 from vila_triton.checkpoints.tensor_files import open_tensors
+from vila_triton.files.reading import read_json
 from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.hf.processing_vila import VilaProcessor
 from vila_triton.images.processing import load_video_frames, open_image
@@ -30,6 +31,7 @@ from vila_triton.models.config import LlamaConfig
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.quantization import awq_cache_file, calibration_data, report, resumable
 from vila_triton.quantization import pipeline as awq
+from vila_triton.quantization.config import QuantizeConfig
 from vila_triton.registry import OPS, discover, tuned_tables
 from vila_triton.registry.search_space import canonical_json, short_hash
 from vila_triton.tiny.examples import EXAMPLES_DIR as EXAMPLES
@@ -331,7 +333,7 @@ def prompts() -> calibration_data.CalibrationSet:
 def rounded(folder: Path) -> None:
     """`quantize` goes on with its work, which is done, and writes its report."""
     resumable.already_written(folder, folder, "ours")
-    source, how = open_checkpoint(BUNDLED_CHECKPOINT), resumable.QuantizeConfig(group_size=64)
+    source, how = open_checkpoint(BUNDLED_CHECKPOINT), QuantizeConfig(group_size=64)
     made = awq.quantize_checkpoint(source, folder, how, prompts(), torch.device("cpu"))
     for name in made.tensors["llm"]:
         made.tensors["llm"][name].clone()

@@ -30,7 +30,7 @@ from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.quantization import pipeline as awq
 from vila_triton.quantization import resumable as folder
 from vila_triton.quantization.calibration_data import CalibrationSet, Sample, read_samples
-from vila_triton.quantization.resumable import QuantizeConfig
+from vila_triton.quantization.config import QuantizeConfig
 from vila_triton.tiny.config import CONFIG, PARAM_SPECS, config_files
 
 

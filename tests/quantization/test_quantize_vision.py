@@ -10,24 +10,19 @@ from reference_towers import CLIP, INTERN, SIGLIP
 from torch import Tensor
 
 from bench.prefill_memory import PeakMemory
-from vila_triton.checkpoints.loading import (
-    build_vila_config,
-    load_params,
-    open_checkpoint,
-    read_json,
-    save_checkpoint,
-    write_json,
-)
+from vila_triton.checkpoints.loading import build_vila_config, load_params, open_checkpoint, save_checkpoint
 from vila_triton.checkpoints.sources import CheckpointSource
 from vila_triton.checkpoints.writing import write_checkpoint
 from vila_triton.engine import engine
+from vila_triton.files.atomic import write_json
+from vila_triton.files.reading import read_json
 from vila_triton.models import vila, vision
 from vila_triton.models.params import LazyTensors, init_tree
 from vila_triton.ops import Int4
 from vila_triton.quantization import pipeline as awq
 from vila_triton.quantization import vision as seeing
 from vila_triton.quantization.calibration_data import CalibrationSet
-from vila_triton.quantization.resumable import QuantizeConfig
+from vila_triton.quantization.config import QuantizeConfig
 from vila_triton.tiny.config import CONFIG, config_files
 
 BOTH = ("vision_tower", "mm_projector")

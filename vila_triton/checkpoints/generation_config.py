@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files.reading import LoadError, read_json
-from ..limits import COUNT, COUNT_OR_ZERO, Limits
+from vila_triton.files.reading import LoadError, read_json
+from vila_triton.limits import COUNT, COUNT_OR_ZERO, Limits
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 DEFAULT_NEW_TOKENS = 128
@@ -126,8 +126,9 @@ def sampling_arguments(
         limit = min(config["max_length"], context_length)
         if limit <= prompt_length:
             raise ValueError(
-                f"the prompt has {prompt_length} positions, but max_length in {GENERATION_CONFIG_NAME} is {config['max_length']} and the model's "
-                f"context {context_length}; shorten the prompt or say max_new_tokens"
+                f"the prompt has {prompt_length} positions, but max_length in {GENERATION_CONFIG_NAME} is "
+                f"{config['max_length']} and the model's context {context_length}; shorten the prompt or say "
+                "max_new_tokens"
             )
         settings["max_new_tokens"] = limit - prompt_length
     return {"max_new_tokens": DEFAULT_NEW_TOKENS} | settings

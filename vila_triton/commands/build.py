@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vila_triton.arguments import OldOption
+from vila_triton.arguments import OldOption, add_command
 from vila_triton.limits import COUNT, SEED
 
 from .convert import FORMATS, add_writing_arguments, byte_progress, read_format, shard_bytes
@@ -16,9 +16,7 @@ SUMMARIES = {"build": "write a model of configs/models/ with random weights, in 
 
 
 def configure(commands: Any) -> None:
-    summary = SUMMARIES["build"]
-    description = f"{summary.capitalize()}. Its tokenizer has single bytes as tokens."
-    parser = commands.add_parser("build", help=summary, description=description)
+    parser = add_command(commands, "build", SUMMARIES["build"], "Its tokenizer has single bytes as tokens.")
     parser.add_argument("model", help="such as vila1.5-3b, or the path of a .toml file")
     parser.add_argument("target", type=Path, help="a folder that does not exist yet")
     layers = "this many layers of the language model, and of the vision tower at most"

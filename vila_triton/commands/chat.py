@@ -13,6 +13,7 @@ from vila_triton.arguments import (
     KV_DTYPES,
     NUMERICS,
     OldOption,
+    add_command,
     model_arguments,
     renamed_values,
     resolve_device_and_kernels,
@@ -70,7 +71,7 @@ def configure(commands: Any) -> None:
     sampling.add_argument("--seed", type=SEED, help="of the sampling (default: a new one; the last line says it)")
 
     parsers = {
-        name: commands.add_parser(name, parents=[common], help=summary, description=f"{summary.capitalize()}.")
+        name: add_command(commands, name, summary, parents=[common])
         for name, summary in SUMMARIES.items()
     }
     parsers["ask"].add_argument("question")

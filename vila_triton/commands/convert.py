@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vila_triton.arguments import renamed_values
+from vila_triton.arguments import add_command, renamed_values
 from vila_triton.console import Progress
 from vila_triton.limits import Limits
 
@@ -15,9 +15,8 @@ read_format = renamed_values({"ours": "vila-triton"})
 
 
 def configure(commands: Any) -> None:
-    summary = SUMMARIES["convert"]
-    description = f"{summary.capitalize()}. A run that was killed is resumed by the same command."
-    parser = commands.add_parser("convert", help=summary, description=description)
+    details = "A run that was killed is resumed by the same command."
+    parser = add_command(commands, "convert", SUMMARIES["convert"], details)
     parser.add_argument("source", type=Path, help="a checkpoint folder")
     parser.add_argument("target", type=Path, help="a folder that does not exist yet")
     default = "(default: vila-triton); dense: dequantized"

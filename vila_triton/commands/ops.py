@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vila_triton.arguments import kernel_arguments, parse_kernel_settings
+from vila_triton.arguments import add_command, kernel_arguments, parse_kernel_settings
 from vila_triton.registry.size_ranges import implementation_names
 
 if TYPE_CHECKING:
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from vila_triton.registry.size_ranges import Choice
 
-FOOTER = """A call runs what is chosen here, in an engine or outside of one. To choose another: --set kernels.OP=NAME in a
-command, `with use(OP="NAME")` in Python; the reference is `with use(OP="reference")`, or OP.reference(...)."""
+FOOTER = """A call runs what is chosen here, in an engine or outside of one. To choose another: --set kernels.OP=NAME in
+a command, `with use(OP="NAME")` in Python; the reference is `with use(OP="reference")`, or OP.reference(...)."""
 
 
 QUESTION = "Which kernels run, and why?"
@@ -22,11 +22,7 @@ SUMMARIES = {"ops": "list every op, its implementations, which of them runs, and
 
 
 def configure(commands: Any) -> None:
-    summary = SUMMARIES["ops"]
-    parser = commands.add_parser(
-        "ops", parents=[kernel_arguments()], help=summary, description=f"{summary.capitalize()}."
-    )
-    parser.set_defaults(run=run)
+    add_command(commands, "ops", SUMMARIES["ops"], parents=[kernel_arguments()]).set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -29,8 +29,9 @@ PRECEDING_OP = {
 
 
 def save_awq_cache(path: Path, layers: Sequence[AwqSearchResult]) -> None:
-    """Write {"scale": [(before, (after, ...), [k])], "clip": [(linear, [n, G, 1])]}, in the order that llm-awq finds
-    them in: it applies them in the order of the file, and rounds after each.
+    """Write {"scale": [(preceding, (following, ...), [k])], "clip": [(linear, [n, G, 1])]} in llm-awq's order.
+
+    It applies the entries in the order of the file, and rounds after each.
     """
     scale: list[Any] = []
     clip: list[Any] = []
@@ -48,10 +49,10 @@ def save_awq_cache(path: Path, layers: Sequence[AwqSearchResult]) -> None:
 
 
 def load_awq_cache(path: Path, cfg: LlamaConfig, group_size: int, dtype: torch.dtype) -> list[AwqSearchResult]:
-    """Read such a file, as numbers of the checkpoint's dtype, in its order; of what it finds some of, the rest stays
-    unscaled and unclipped.
+    """Read such a file, in its order, as tensors of the given dtype. Linears that it does not name stay unscaled and
+    unclipped.
 
-    Errors: `LoadError` if it is no such file, or is of another model or another group size.
+    Errors: `LoadError` if it is no such file, or is of another model or group size.
     """
     num_layers, specs = cfg.num_hidden_layers, llama.param_specs(cfg, torch.float16).layers[0]
     require_file(path)
@@ -97,7 +98,7 @@ def load_awq_cache(path: Path, cfg: LlamaConfig, group_size: int, dtype: torch.d
 
 
 def parse_layer_name(name: str, num_layers: int) -> tuple[int, str]:
-    """ "model.layers.3.mlp.up_proj" -> (3, "mlp.up_proj")."""
+    """Split a name: "model.layers.3.mlp.up_proj" -> (3, "mlp.up_proj")."""
     model, container, i, suffix = name.split(".", 3)
     if (model, container) != ("model", "layers") or int(i) not in range(num_layers):
         raise KeyError(name)
@@ -105,7 +106,7 @@ def parse_layer_name(name: str, num_layers: int) -> tuple[int, str]:
 
 
 def check_tensor(name: str, x: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """x in this dtype. Errors: ValueError if it is of another shape, or not finite."""
+    """Convert x to a dtype. Errors: ValueError if it has another shape, or is not finite in it."""
     if not isinstance(x, Tensor) or x.shape != tuple(shape) or not x.is_floating_point() or not torch.isfinite(x).all():
         actual = list(getattr(x, "shape", [type(x).__name__]))
         raise ValueError(f"{name} is {actual}, expected finite numbers [{', '.join(map(str, shape))}]")

@@ -1,4 +1,4 @@
-"""What was done to each layer, as JSON and as a picture (SVG, written by hand: nothing more need be installed)."""
+"""The report of a quantization: quantization.json, and quantization.svg, which needs no plotting library."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from vila_triton.checkpoints.shard_writer import write_json
+from vila_triton.files.atomic import write_json
 
 from .awq_scales import SCALE_GROUPS
 
@@ -16,11 +16,11 @@ Line = tuple[str, str, Sequence[float], str]  # label, colour, a value a layer, 
 
 
 def write_report(folder: Path, summary: dict[str, Any], part_reports: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-    """quantization.json and, of reports by part, a list of steps each, quantization.svg.
+    """Write quantization.json and, if there are reports by part, a list of layers each, quantization.svg.
 
-    Of a linear: `nearest`, the share of its output's square that rounding to the nearest level would lose on the inputs
-    that it gets; `ours`, the share that is lost; `shrink`, the mean width of its grids, 1 unclipped. Of a place:
-    `ratio`, the exponent of its scale.
+    Of a linear: `nearest`, the error of rounding to nearest as a share of its output's energy, on the inputs that reach
+    it; `ours`, the error that is left; `shrink`, the mean ratio of its grids to the range of their weights, 1
+    unclipped. Of a scale group: `ratio`, the exponent of its scale.
     """
     reports = {"layers" if part == "llm" else part: list(steps) for part, steps in part_reports.items()}
     write_json(folder / "quantization.json", summary | reports)
@@ -29,6 +29,7 @@ def write_report(folder: Path, summary: dict[str, Any], part_reports: Mapping[st
 
 
 def svg_report(summary: dict[str, Any], part_reports: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """Draw the reports as an SVG: exponents of the scales, errors and clipping over the layers."""
     layers = part_reports["llm"]
     ratios: list[Line] = [
         (scale_group, colour, [layer["scales"].get(scale_group, {}).get("ratio", math.nan) for layer in layers], "")
@@ -65,7 +66,7 @@ def svg_report(summary: dict[str, Any], part_reports: Mapping[str, Sequence[dict
 
 
 def error_lines(steps: Sequence[dict[str, Any]]) -> list[Line]:
-    """Two lines a linear: what is lost, and dashed what the nearest level would lose."""
+    """Two lines for each linear: its error, and dashed the error of rounding to nearest."""
     lines = list[Line]()
     for name, color in zip(steps[0]["linears"], COLORS):
         values = [step["linears"][name] for step in steps]
@@ -74,13 +75,13 @@ def error_lines(steps: Sequence[dict[str, Any]]) -> list[Line]:
 
 
 def clip_ratio_lines(steps: Sequence[dict[str, Any]]) -> list[Line]:
-    """The widths of a linear's grids."""
+    """A line for each linear: the mean ratio of its grids to the range of their weights."""
     named = zip(steps[0]["linears"], COLORS)
     return [(name, colour, [step["linears"][name]["shrink"] for step in steps], "") for name, colour in named]
 
 
 def draw_panel(title: str, lines: Sequence[Line], log: bool, top: int) -> str:
-    """Lines over layers, with three values named at the side."""
+    """Draw lines over layers as SVG, with three values of the axis, logarithmic if `log`."""
     finite = [v for *_, values, _ in lines for v in values if math.isfinite(v) and (v > 0 or not log)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     transform: Callable[[float], float] = math.log if log else float
