@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from vila_triton.__main__ import main
-from vila_triton.chat.conversation import ChatModel, Conversation
+from vila_triton.chat.conversation import Conversation
 from vila_triton.chat.conversation_file import ConversationFileError, save_conversation
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.images.processing import open_image
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.quantization import awq_cache_file
@@ -89,7 +90,7 @@ def test_step_and_cache_files_are_written_atomically(tmp_path: Path) -> None:
 
 
 def test_conversation_is_saved_atomically(tmp_path: Path) -> None:
-    conversation = Conversation(ChatModel.from_pretrained(BUNDLED_CHECKPOINT, "cpu"))
+    conversation = Conversation(load_chat_model(BUNDLED_CHECKPOINT, "cpu"))
     list(conversation.ask("How many shapes are there?", [open_image(str(EXAMPLES_DIR / "a.png"))]))
     save_conversation(conversation, tmp_path / "talk")
     before = contents(tmp_path)

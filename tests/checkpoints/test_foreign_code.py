@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from vila_triton import VilaLlamaForCausalLM, VilaProcessor
 from vila_triton.__main__ import main
-from vila_triton.chat.conversation import ChatModel, Conversation
+from vila_triton.chat.conversation import Conversation
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.paths import BUNDLED_CHECKPOINT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of generation_config.json")  # it does not count
@@ -55,7 +56,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "model": lambda folder: VilaLlamaForCausalLM.from_pretrained(folder, device="cpu"),
     "processor": VilaProcessor.from_pretrained,
-    "talker": lambda folder: [*Conversation(ChatModel.from_pretrained(folder, "cpu")).ask("Why?", max_new_tokens=1)],
+    "talker": lambda folder: [*Conversation(load_chat_model(folder, "cpu")).ask("Why?", max_new_tokens=1)],
     "AutoConfig": AutoConfig.from_pretrained,
     "AutoModelForCausalLM": lambda folder: AutoModelForCausalLM.from_pretrained(folder, device="cpu"),
     "AutoProcessor": AutoProcessor.from_pretrained,

@@ -210,12 +210,12 @@ def test_unsupported_config_is_refused(part: str, change: dict, message: str, fo
 
 
 def test_changed_model_is_saved_as_it_is_and_answers(tmp_path: Path) -> None:
-    from vila_triton.chat.conversation import ChatModel
+    from vila_triton.hf.chat_model import load_chat_model
     from vila_triton.paths import BUNDLED_CHECKPOINT
 
     model = VilaLlamaForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, device="cpu").float()
     model.save_pretrained(tmp_path)
-    again = ChatModel.from_pretrained(tmp_path, "cpu")
+    again = load_chat_model(tmp_path, "cpu")
     assert again.model.dtype == torch.float32 and again.tokenizer("How many?").input_ids
     assert all(torch.equal(x, again.model.state_dict()[name]) for name, x in model.state_dict().items())
 

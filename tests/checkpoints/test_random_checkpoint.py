@@ -76,7 +76,9 @@ def test_random_checkpoint_logits_equal_hugging_face(folder: Path) -> None:
         ours = model(ids[None], images=images).logits[0]
         with exact_norms():
             expected = theirs(folder / "dense", model).run([ids], images)[0].logits[0]
-        assert ours.shape == (5 + model.vila_config.tokens_per_image, model.vila_config.llm.vocab_size) == expected.shape
+        assert (
+            ours.shape == (5 + model.vila_config.tokens_per_image, model.vila_config.llm.vocab_size) == expected.shape
+        )
         assert (ours - expected).abs().max() <= bound and expected.std() > 0.1
 
 

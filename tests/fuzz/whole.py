@@ -24,6 +24,7 @@ from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
 from vila_triton.checkpoints.shard_writer import JOURNAL_NAME, ShardWriter
 from vila_triton.checkpoints.tensor_files import open_tensors
 from vila_triton.files.reading import read_json
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.hf.processing_vila import VilaProcessor
 from vila_triton.images.processing import load_video_frames, open_image
 from vila_triton.models.config import LlamaConfig
@@ -104,7 +105,7 @@ def checkpoint(file: str, folder: Path, source: Path = BUNDLED_CHECKPOINT, whole
 def talk(folder: Path) -> None:
     """What `ask` does: everything is read, a question with a picture is answered."""
     default_num_frames(folder)
-    talker = ChatModel.from_pretrained(folder, "cpu")
+    talker = load_chat_model(folder, "cpu")
     list(Conversation(talker).ask("How many shapes?", [sample_image()], max_new_tokens=2))
 
 
@@ -156,7 +157,7 @@ def process(folder: Path) -> None:
 
 @lru_cache
 def talker() -> ChatModel:
-    return ChatModel.from_pretrained(BUNDLED_CHECKPOINT, "cpu")
+    return load_chat_model(BUNDLED_CHECKPOINT, "cpu")
 
 
 def whole_conversations(folder: Path) -> list[bytes]:

@@ -255,7 +255,7 @@ def write_awq_v2(w: Int4) -> dict[str, Tensor]:
     return {"qweight": qweight, "scales": pad_rows(w.scales, num_rows), "scaled_zeros": pad_rows(scaled, num_rows)}
 
 
-NATIVE = Layout("ours", ("qweight", "scales", "zeros"), "sub", read_native, write_native)
+NATIVE = Layout("vila-triton", ("qweight", "scales", "zeros"), "sub", read_native, write_native)
 AWQ_GEMM = Layout("awq-gemm", ("qweight", "scales", "qzeros"), "sub", read_awq_gemm, write_awq_gemm)
 AWQ_V1 = Layout("awq-v1", ("qweight", "scales", "qzeros"), "sub", read_awq_v1, write_awq_v1)
 AWQ_V2 = Layout("awq-v2", ("qweight", "scales", "scaled_zeros"), "fma", read_awq_v2, write_awq_v2)

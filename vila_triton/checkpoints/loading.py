@@ -151,4 +151,4 @@ def save_checkpoint(
     layout = NATIVE if cfg.llm.group_size else None
     companion_dirs = open_checkpoint(source_folder).companion_dirs if source_folder is not None else {}
     source = CheckpointSource(source_folder or folder, "model", dict(config), configs, tensors, companion_dirs, layout)
-    write_checkpoint(source, folder, "ours", overwrite=True)
+    write_checkpoint(source, folder, overwrite=True)

@@ -61,7 +61,7 @@ def convert_layout(
 def write_checkpoint(
     source: CheckpointSource,
     target: Path,
-    format_name: str = "ours",
+    format_name: str = NATIVE.name,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: ProgressCallback = lambda done, total: None,
