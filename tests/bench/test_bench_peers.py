@@ -12,6 +12,7 @@ from weakref import ref
 
 import pytest
 import torch
+from bench.peers._paged import repage
 
 from bench import peers
 from bench.correctness.error_budget import example_args
@@ -20,7 +21,6 @@ from bench.correctness.guarded_memory import map_tensors
 from bench.peers import __main__ as table
 from bench.peers import _awq, _import_file, _offline
 from bench.peers._cached_conversion import convert_once
-from bench.peers._paged import repage
 from vila_triton.ops import decode_attention, int4_matmul, prefill_attention
 from vila_triton.ops.int4 import dequantize, unpack_codes
 from vila_triton.registry import OPS, Unsupported

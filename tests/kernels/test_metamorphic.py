@@ -23,7 +23,7 @@ from bench.correctness.guarded_memory import map_tensors
 from vila_triton import ops
 from vila_triton.checkpoints.int4_packing import pack_tiles
 from vila_triton.ops.int4 import unpack_codes
-from vila_triton.ops.kv_write import gather_tokens
+from vila_triton.ops.kv_pages import gather_tokens
 from vila_triton.registry import Op, discover, use
 
 discover()

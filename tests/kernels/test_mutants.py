@@ -18,7 +18,7 @@ from vila_triton.checkpoints.int4_packing import pack_tiles
 from vila_triton.ops import Int4
 from vila_triton.ops.attention import masked_attention
 from vila_triton.ops.int4 import unpack_codes
-from vila_triton.ops.kv_write import gather_tokens
+from vila_triton.ops.kv_pages import gather_tokens
 from vila_triton.registry import OPS, Impl
 
 PLANTED: list = []

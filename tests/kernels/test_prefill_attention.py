@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.correctness.error_budget import DEVICE, assert_matches_reference, error_budget, example_args
 from bench.correctness.guarded_memory import MismatchError, bit_pattern
 from vila_triton.ops import kv_write, merge_attention_states, prefill_attention
-from vila_triton.ops.kv_write import gather_tokens
+from vila_triton.ops.kv_pages import gather_tokens
 from vila_triton.registry import REFERENCE, Impl, discover
 from vila_triton.registry.search_space import Config
 

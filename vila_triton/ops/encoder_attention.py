@@ -1,4 +1,4 @@
-"""Attention within a picture."""
+"""Attention of the vision tower: every position of an image to every position of it."""
 # pyright: reportInvalidTypeForm=false
 
 import torch
@@ -14,7 +14,11 @@ from .shapes import check_axes, check_finite, check_floating, check_same_dtype
 
 @op
 def encoder_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-    """Attention of every position to every position of its picture: q, k and v [b, s, h, d] -> [b, s, h, d]."""
+    """softmax(q kᵀ · softmax_scale) v of every position of an image over all positions of it.
+
+    q, k and v [b, s, h, d], b images of s positions; returns [b, s, h, d]. Raises ValueError for shapes, dtypes or
+    devices that do not fit.
+    """
     scores = einsum(upcast(q), upcast(k), "b s h d, b t h d -> b h s t") * softmax_scale
     p = upcast(scores.softmax(-1).to(v.dtype))
     return einsum(p, upcast(v), "b h s t, b t h d -> b s h d").to(q.dtype)

@@ -7,10 +7,10 @@ choice compiles nothing anew. (A captured CUDA graph keeps the kernels it was ca
 The schema is read off the reference's annotations:
 
     Tensor, Tensor | None, int, float, bool, str   as they are
-    a dataclass, as `Int4`                         its fields one after the other, NAME_FIELD each
-    Tensor | a dataclass                           a Tensor; a call with the other is traced through the reference
+    a dataclass, as `Int4` or `PagedKV`            its fields one after the other, NAME_FIELD each
+    Tensor | a dataclass, also as a field          a Tensor; a call with the other is traced through the reference
 
-A call with `lse`, which returns two tensors, is left uncompiled, between two graphs.
+A call with `return_lse`, which returns two tensors, is left uncompiled, between two graphs.
 
 A reference returns a Tensor or a tuple of them, the arguments that it writes last. Results are contiguous. There is no
 gradient: torch says so when one is asked for; uncompiled calls of what torch computes have theirs.
@@ -167,12 +167,12 @@ def register_custom_op(
         values = dict(zip(names, args), **kwargs)
         if len(args) > len(names) or any(name not in names for name in kwargs):
             raise TypeError(f"{op.name} takes {', '.join(names)}")
-        unions = (values[a.name] for a in arguments if a.name in values and not a.field_names)
-        if values.get("lse"):
+        if values.get("return_lse"):
             return uncompiled(*args, **kwargs)
-        if any(map(is_dataclass, unions)):
+        flat = flatten_args(arguments, values)
+        if any(map(is_dataclass, flat)):
             return op.reference(*args, **kwargs)
-        out = overload(*flatten_args(arguments, values))
+        out = overload(*flat)
         results = () if out is None else out if num_new > 1 else (out,)
         return (*results, *(values[name] for name in mutated)) if returns_tuple else out
 
