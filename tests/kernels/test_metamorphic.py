@@ -71,13 +71,13 @@ def test_chunked_prefill_equals_whole(impl: str) -> None:
     def check(sizes: dict, cut: float) -> None:
         q, k, v, *_, scale = example_args(op, **{**sizes, "b": 1, "t": 0, "numerics": "fast"})
         s = len(q)
-        k_pages, v_pages, table = empty_pages(s, sizes["l"], k)
-        whole = (q, k, v, k_pages, v_pages, table, ints(0, s), ints(0), scale)
+        cache = empty_cache(s, sizes["l"], k)
+        whole = (q, k, v, cache, RaggedBatch(ints(0, s), ints(0)), scale)
         expected = run(op, impl, *whole)
         c = round(cut * s)
-        first = run(op, impl, q[:c], k[:c], v[:c], k_pages, v_pages, table, ints(0, c), ints(0), scale)
-        fill((k_pages, v_pages), k[:c], v[:c], table[0], 0)
-        second = run(op, impl, q[c:], k[c:], v[c:], k_pages, v_pages, table, ints(0, s - c), ints(c), scale)
+        first = run(op, impl, q[:c], k[:c], v[:c], cache, RaggedBatch(ints(0, c), ints(0)), scale)
+        fill(cache, k[:c], v[:c])
+        second = run(op, impl, q[c:], k[c:], v[c:], cache, RaggedBatch(ints(0, s - c), ints(c)), scale)
         assert_same(torch.cat((first, second)), expected, op, whole)
 
     run_property(check)
@@ -104,12 +104,13 @@ def test_sequences_of_a_prefill_batch_do_not_meet(impl: str) -> None:
 
     @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
-        args = q, k, v, k_pages, v_pages, table, start, history, *rest = example_args(op, **sizes)
+        args = q, k, v, cache, batch, *rest = example_args(op, **sizes)
         together = run(op, impl, *args)
-        for i in range(len(history)):
-            rows = slice(int(start[i]), int(start[i + 1]))
-            one = (q[rows], k[rows], v[rows], k_pages, v_pages, table[i : i + 1])
-            alone = run(op, impl, *one, ints(0, rows.stop - rows.start), history[i : i + 1], *rest)
+        for i in range(batch.num_seqs):
+            rows = slice(*batch.query_start_loc[i : i + 2].tolist())
+            one = RaggedBatch(ints(0, rows.stop - rows.start), batch.context_lens[i : i + 1])
+            own = replace(cache, block_table=cache.block_table[i : i + 1])
+            alone = run(op, impl, q[rows], k[rows], v[rows], own, one, *rest)
             assert_same(alone, together[rows], op, args, rows)
 
     run_property(check)
@@ -121,7 +122,7 @@ def test_sequences_of_a_decode_batch_do_not_meet(impl: str) -> None:
 
     @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
-        args = q, k_pages, v_pages, table, lengths, *rest = example_args(op, **sizes)
+        args = q, cache, lengths, *rest = example_args(op, **sizes)
         together = run(op, impl, *args)
         for i in range(len(q)):
             row = slice(i, i + 1)
@@ -139,13 +140,13 @@ def test_decode_equals_last_row_of_prefill(impl: str) -> None:
     @given(sizes=example_strategy(prefill))
     def check(sizes: dict) -> None:
         plain = example_args(prefill, **{**sizes, "b": 1, "kv": "plain"})
-        q, k, v, k_pages, v_pages, table, _, history, *rest = plain
-        t, s = int(history[0]), len(q)
+        q, k, v, cache, batch, *rest = plain
+        t, s = int(batch.context_lens[0]), len(q)
         last = prefill.reference(*plain)[-1:]
-        new_k, new_v, new_table = empty_pages(t + s, sizes["l"], k)
+        new_cache = empty_cache(t + s, sizes["l"], k)
         k, v = (torch.cat((gather_tokens(old, table[0], t), new)) for old, new in ((k_pages, k), (v_pages, v)))
-        fill((new_k, new_v), k, v, new_table[0], 0)
-        args = (q[-1:], new_k, new_v, new_table, ints(t + s), *rest)
+        fill(new_cache, k, v)
+        args = (q[-1:], new_cache, ints(t + s), *rest)
         assert_same(run(op, impl, *args), last, op, args)
 
     run_property(check)

@@ -85,7 +85,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = No
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
 
 
-def paged(sequences: list[tuple[Tensor, Tensor]], size: int) -> tuple[Tensor, Tensor, Tensor]:
+def paged(sequences: list[tuple[Tensor, Tensor]], size: int) -> ops.PagedKV:
     """Keys and values [t, g, d] of each sequence in pages, last page first; all that belongs to no one is NaN."""
     counts = [-(-len(k) // size) for k, _ in sequences]
     g, d = sequences[0][0].shape[1:]
@@ -97,7 +97,7 @@ def paged(sequences: list[tuple[Tensor, Tensor]], size: int) -> tuple[Tensor, Te
             table[i, j] = page = free.pop()
             for to, x in zip(pages, (k, v)):
                 to[page, : len(x[j * size : (j + 1) * size])] = x[j * size : (j + 1) * size]
-    return pages[0], pages[1], table
+    return ops.PagedKV(pages[0], pages[1], table)
 
 
 @given(CHUNKS.filter(lambda chunks: any(s for _, s in chunks)), PAGE_SIZES, HEADS)
@@ -105,11 +105,11 @@ def test_prefill_attention_is_torchs(lengths: list[tuple[int, int]], size: int, 
     h, g = heads
     all_k, all_v = ([numbers(t + s, g, 8) * sign for t, s in lengths] for sign in (1, -1))
     qs = [numbers(s, h, 8) for _, s in lengths]
-    k_pages, v_pages, table = paged([(k[:t], v[:t]) for k, v, (t, _) in zip(all_k, all_v, lengths)], size)
+    cache = paged([(k[:t], v[:t]) for k, v, (t, _) in zip(all_k, all_v, lengths)], size)
     new_k, new_v = (torch.cat([x[t:] for x, (t, _) in zip(xs, lengths)]) for xs in (all_k, all_v))
     starts = torch.tensor([0, *(s for _, s in lengths)]).cumsum(0).int()
-    history = torch.tensor([t for t, _ in lengths]).int()
-    got = ops.prefill_attention.reference(torch.cat(qs), new_k, new_v, k_pages, v_pages, table, starts, history, 0.4)
+    batch = ops.RaggedBatch(starts, torch.tensor([t for t, _ in lengths]).int())
+    got = ops.prefill_attention.reference(torch.cat(qs), new_k, new_v, cache, batch, 0.4)
     expected = [
         sdpa(q, k, v, 0.4, torch.tensor([[j <= t + i for j in range(t + s)] for i in range(s)]))
         for q, k, v, (t, s) in zip(qs, all_k, all_v, lengths)
@@ -123,15 +123,14 @@ def test_decode_attention_is_torchs(lengths: list[int], size: int, heads: tuple[
     h, g = heads
     pairs = [(numbers(t, g, 8), -numbers(t, g, 8)) for t in lengths]
     q = numbers(len(lengths), h, 8)
-    got = ops.decode_attention.reference(q, *paged(pairs, size), torch.tensor(lengths).int(), 0.4)
+    got = ops.decode_attention.reference(q, paged(pairs, size), torch.tensor(lengths).int(), 0.4)
     close(got, torch.cat([sdpa(q[i : i + 1], k, v, 0.4) for i, (k, v) in enumerate(pairs)]))
 
 
 def test_a_sequence_without_tokens_decodes_to_zero() -> None:
     pages = torch.full((1, 4, 1, 8), float("nan"), dtype=D)
-    got = ops.decode_attention.reference(
-        numbers(1, 2, 8), pages, pages, torch.zeros(1, 1).int(), torch.zeros(1).int(), 1.0
-    )
+    cache = ops.PagedKV(pages, pages, torch.zeros(1, 1).int())
+    got = ops.decode_attention.reference(numbers(1, 2, 8), cache, torch.zeros(1).int(), 1.0)
     assert got.shape == (1, 2, 8) and not got.any()
 
 
@@ -190,10 +189,10 @@ CONTRACTS: list[tuple[str, dict[str, Any], str]] = [
     ("swiglu", {"up": half}, "up is torch.float16, expected torch.float32 like gate"),
     ("rope", {"cos": lambda x: x[:, 1:], "sin": lambda x: x[:, 1:]}, "head dim 4, .* hold 1 pairs"),
     ("prefill_attention", {"k": half}, "k is torch.float16, expected torch.float32 like q"),
-    ("prefill_attention", {"query_start": lambda x: x[1:]}, "query_start has 2 entries for 2"),
+    ("prefill_attention", {"query_start_loc": lambda x: x[1:]}, "query_start_loc has 2 entries for 2"),
     ("prefill_attention", {"q": lambda q: q[:, :1]}, "1 query heads are not a multiple of 2 key/value heads"),
     ("decode_attention", {"q": lambda q: q[:, :1]}, "1 query heads are not a multiple of 2 key/value heads"),
-    ("decode_attention", {"lengths": lambda x: x[1:]}, "lengths has shape"),
+    ("decode_attention", {"seq_lens": lambda x: x[1:]}, "seq_lens has shape"),
     ("encoder_attention", {"v": half}, "v is torch.float16, expected torch.float32 like q"),
     ("kv_write", {"v_pages": half}, "v_pages is torch.float16"),
     ("kv_write", {"slot_mapping": lambda x: x.int()}, "slot_mapping is torch.int32, expected torch.int64"),
