@@ -26,11 +26,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
+from vila_triton.device import pick_device
 from vila_triton.limits import POSITIVE
 from vila_triton.ops.dtypes import DTYPES
 from vila_triton.registry import OPS, REFERENCE, Impl
 from vila_triton.registry.interpreter import uses_triton_kernels
-from vila_triton.registry.kernel_config import pick_device
 from vila_triton.registry.tuned_tables import default_choices_for, gpu_name, tuned_config_at
 
 from ._tool import tool

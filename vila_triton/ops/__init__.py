@@ -15,7 +15,7 @@ Every file here is found, and an op in it is `vila_triton.ops.NAME`, named below
 import sys
 
 from vila_triton.registry import OPS
-from vila_triton.registry.registry import import_modules, record_problem
+from vila_triton.registry.discovery import import_modules, record_problem
 
 from .attention import RaggedBatch, merge_attention_states
 from .decode_attention import decode_attention

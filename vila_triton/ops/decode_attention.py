@@ -64,7 +64,7 @@ def _(q, cache, seq_lens, softmax_scale, numerics="fast", return_lse=False) -> N
     check_block_table("decode_attention", cache.block_table, "seq_lens", seq_lens, *cache.k_pages.shape[:2])
 
 
-@decode_attention.inputs
+@decode_attention.example_inputs
 def _(
     b: IntRange(1, 4),
     t: IntRange(0, 100),
@@ -85,10 +85,10 @@ def _(
     return q, cache, torch.tensor(seq_lens, device=device).int(), d**-0.5, *([] if numerics == "fast" else [numerics])
 
 
-decode_attention.result(lambda q, cache, seq_lens, softmax_scale, numerics, return_lse: q.new_empty(q.shape))
+decode_attention.fake_impl(lambda q, cache, seq_lens, softmax_scale, numerics, return_lse: q.new_empty(q.shape))
 
 
-@decode_attention.sizes("b", "t")
+@decode_attention.sizes_from_args("b", "t")
 def _(q, cache, seq_lens, softmax_scale, numerics="fast", return_lse=False):
     """The lengths lie on the device, so t is what the block table has room for."""
     (b, h, d), (_, l, g, _) = q.shape, cache.k_pages.shape
@@ -96,7 +96,7 @@ def _(q, cache, seq_lens, softmax_scale, numerics="fast", return_lse=False):
     return dict(b=b, t=t, g=g, ratio=h // g, d=d, l=l, dtype=dtype_name(q.dtype), kv=kv, numerics=numerics)
 
 
-@decode_attention.costs
+@decode_attention.flops_and_bytes
 def _(b, t, g, ratio, d, l, dtype, kv="plain", numerics="fast"):
     moved = kv_bytes(t, d, dtype, kv) + kv_bytes(ratio, d, dtype, "plain")
     return 4 * b * t * g * ratio * d, 2 * b * g * moved

@@ -32,7 +32,7 @@ def _(q, k, v, softmax_scale) -> None:
     check_finite("encoder_attention", softmax_scale=softmax_scale)
 
 
-@encoder_attention.inputs
+@encoder_attention.example_inputs
 def _(
     b: IntRange(1, 3),
     s: IntRange(1, 90),
@@ -47,15 +47,15 @@ def _(
     return q, k, v, d**-0.5
 
 
-encoder_attention.result(lambda q, k, v, softmax_scale: q.new_empty(q.shape))
+encoder_attention.fake_impl(lambda q, k, v, softmax_scale: q.new_empty(q.shape))
 
 
-@encoder_attention.sizes("b")
+@encoder_attention.sizes_from_args("b")
 def _(q, k, v, softmax_scale):
     b, s, h, d = q.shape
     return dict(b=b, s=s, h=h, d=d, dtype=dtype_name(q.dtype))
 
 
-@encoder_attention.costs
+@encoder_attention.flops_and_bytes
 def _(b, s, h, d, dtype):
     return 4 * b * h * d * s * s, 4 * b * s * h * d * getattr(torch, dtype).itemsize

@@ -67,7 +67,7 @@ def _(k: Tensor, v: Tensor, k_pages: KVPages, v_pages: KVPages, slot_mapping: Te
     check_slot_mapping("kv_write", slot_mapping, *k_pages.shape[:2])
 
 
-@kv_write.inputs
+@kv_write.example_inputs
 def _(
     s: IntRange(1, 40),
     g: IntRange(1, 3),
@@ -89,15 +89,15 @@ def _(
     return k, v, *cached, slots.to(device)
 
 
-kv_write.writes("k_pages", "v_pages")
+kv_write.mutates("k_pages", "v_pages")
 
 
-@kv_write.sizes("s")
+@kv_write.sizes_from_args("s")
 def _(k, v, k_pages, v_pages, slot_mapping):
     (s, g, d), l = k.shape, k_pages.shape[1]
     return dict(s=s, g=g, d=d, l=l, dtype=dtype_name(k.dtype), kv=kv_format(k_pages))
 
 
-@kv_write.costs
+@kv_write.flops_and_bytes
 def _(s, g, d, l, dtype, kv="plain"):
     return 0, 2 * s * g * (kv_bytes(1, d, dtype, "plain") + kv_bytes(1, d, dtype, kv)) + 8 * s

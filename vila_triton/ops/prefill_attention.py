@@ -77,7 +77,7 @@ def _(q, k, v, cache, batch, softmax_scale, numerics="fast", return_lse=False) -
     check_block_table("prefill_attention", cache.block_table, "context_lens", batch.context_lens, *shape[:2])
 
 
-@prefill_attention.inputs
+@prefill_attention.example_inputs
 def _(
     b: IntRange(1, 3),
     s: IntRange(1, 40),
@@ -103,10 +103,10 @@ def _(
     return q, k, v, cache, batch, d**-0.5, *([] if numerics == "fast" else [numerics])
 
 
-prefill_attention.result(lambda q, k, v, cache, batch, softmax_scale, numerics, return_lse: q.new_empty(q.shape))
+prefill_attention.fake_impl(lambda q, k, v, cache, batch, softmax_scale, numerics, return_lse: q.new_empty(q.shape))
 
 
-@prefill_attention.sizes("b", "s", "t")
+@prefill_attention.sizes_from_args("b", "s", "t")
 def _(q, k, v, cache, batch, softmax_scale, numerics="fast", return_lse=False):
     """The lengths lie on the device, so s is their mean, and t what the block table has room for beside s."""
     (_, h, d), (_, l, g, _) = q.shape, cache.k_pages.shape
@@ -116,7 +116,7 @@ def _(q, k, v, cache, batch, softmax_scale, numerics="fast", return_lse=False):
     return dict(b=b, s=s, t=t, g=g, ratio=h // g, d=d, l=l, dtype=dtype_name(q.dtype), kv=kv, numerics=numerics)
 
 
-@prefill_attention.costs
+@prefill_attention.flops_and_bytes
 def _(b, s, t, g, ratio, d, l, dtype, kv="plain", numerics="fast"):
     """Every sequence is counted as long as the first."""
     new, cached = kv_bytes(s, d, dtype, "plain"), kv_bytes(t, d, dtype, kv)

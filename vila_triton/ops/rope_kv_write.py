@@ -47,7 +47,7 @@ def _(q, k, v, cos, sin, k_pages, v_pages, slot_mapping) -> None:
     check_slot_mapping("rope_kv_write", slot_mapping, *k_pages.shape[:2])
 
 
-@rope_kv_write.inputs
+@rope_kv_write.example_inputs
 def _(
     s: IntRange(1, 30),
     g: IntRange(1, 3),
@@ -66,20 +66,20 @@ def _(
     return q, k, v, angles.cos().to(device), angles.sin().to(device), *cached
 
 
-rope_kv_write.writes(
+rope_kv_write.mutates(
     "k_pages",
     "v_pages",
     fake_impl=lambda q, k, v, cos, sin, k_pages, v_pages, slot_mapping: (q.new_empty(q.shape), k.new_empty(k.shape)),
 )
 
 
-@rope_kv_write.sizes("s")
+@rope_kv_write.sizes_from_args("s")
 def _(q, k, v, cos, sin, k_pages, v_pages, slot_mapping):
     (s, g, d), h, l = k.shape, q.shape[1], k_pages.shape[1]
     return dict(s=s, g=g, ratio=h // g, d=d, l=l, dtype=dtype_name(q.dtype), kv=kv_format(k_pages))
 
 
-@rope_kv_write.costs
+@rope_kv_write.flops_and_bytes
 def _(s, g, ratio, d, l, dtype, kv="plain"):
     head = kv_bytes(1, d, dtype, "plain")
     moved = g * (2 * ratio * head + 3 * head + 2 * kv_bytes(1, d, dtype, kv)) + 4 * d + 8
