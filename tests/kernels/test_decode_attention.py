@@ -75,7 +75,14 @@ def test_parts_of_the_pages_merged_are_attention_to_all(name: str, kv: str) -> N
         parts = [
             run(
                 name,
-                (q, replace(cache, block_table=table[:, a:b]), (lengths - a * l).clamp(0, (b - a) * l), scale, "fast", True),
+                (
+                    q,
+                    replace(cache, block_table=table[:, a:b]),
+                    (lengths - a * l).clamp(0, (b - a) * l),
+                    scale,
+                    "fast",
+                    True,
+                ),
             )
             for a, b in zip([0, *ends], [*ends, last])
             if a < b
@@ -124,7 +131,8 @@ def moved(args: tuple, l: int, seed: int, room: int) -> tuple:
             new[new_table[i, at // l].long(), at % l] = old
         return new
 
-    return q, PagedKV(*map_tensors(spread, (cache.k_pages, cache.v_pages)), new_table), lengths, scale
+    k_pages, v_pages = map_tensors(spread, (cache.k_pages, cache.v_pages))
+    return q, PagedKV(k_pages, v_pages, new_table), lengths, scale
 
 
 @pytest.mark.on_gpu

@@ -180,7 +180,9 @@ def test_a_split_that_is_empty_and_a_sequence_without_tokens_9_33(kv: str) -> No
 def test_logits_far_from_0_8() -> None:
     """vllm 56578: powers that overflow. The largest score is taken off before any is raised."""
     q, cache, *rest = example_args(ops.decode_attention, **{**DECODE, "dtype": "float32"})
-    assert_matches_reference(ops.decode_attention, TRITON, TRITON.configs[0], (q * 100, replace(cache, k_pages=cache.k_pages * 100), *rest))
+    assert_matches_reference(
+        ops.decode_attention, TRITON, TRITON.configs[0], (q * 100, replace(cache, k_pages=cache.k_pages * 100), *rest)
+    )
 
 
 def seconds(programs: int, room: int) -> int:
@@ -227,9 +229,9 @@ def test_a_token_with_large_values_that_counts_for_little_spoils_no_other(
     rng, d = torch.Generator().manual_seed(seed), 32
     k, v = 0.3 * torch.randn(16, 1, d, generator=rng), 100 / ratio * torch.randn(16, 1, d, generator=rng)
     k[at], v[at] = -8, 100 * torch.randn(1, d, generator=rng)
-    pages = [quantize_kv(x[None].to(DEVICE), ops.empty_kv_pages((0, d), kv, DEVICE)) for x in (k, v)]
+    k_pages, v_pages = (quantize_kv(x[None].to(DEVICE), ops.empty_kv_pages((0, d), kv, DEVICE)) for x in (k, v))
     q, table, length = torch.ones(1, 1, d, dtype=torch.float16), torch.zeros(1, 1).int(), torch.tensor([16]).int()
-    args = map_tensors(lambda x: x.to(DEVICE), (q, ops.PagedKV(*pages, table), length, d**-0.5))
+    args = map_tensors(lambda x: x.to(DEVICE), (q, ops.PagedKV(k_pages, v_pages, table), length, d**-0.5))
     assert_matches_reference(ops.decode_attention, TRITON, TRITON.configs[0], args)
 
 

@@ -1,6 +1,5 @@
 """The references against independent oracles, and the contracts that every call is held to before anything runs."""
 
-import inspect
 import math
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from hf_reference import exact_norms
 from hypothesis import given
 from hypothesis import strategies as st
+from op_arguments import flat_arguments, grouped_arguments
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
@@ -163,18 +163,26 @@ def example(name: str) -> list:
     return list(op.make_example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu"))
 
 
-NAMES = {name: list(inspect.signature(OPS[name].reference).parameters) for name in ops.__all__ if name in OPS}
-TENSORS = [(name, i) for name in NAMES for i, x in enumerate(example(name)) if isinstance(x, Tensor)]
+TENSORS = [
+    (name, argument)
+    for name in ops.__all__
+    if name in OPS
+    for argument, x in flat_arguments(OPS[name], example(name)).items()
+    if isinstance(x, Tensor)
+]
 
 
 @pytest.mark.parametrize("spoil", ["axes", "device"])
-@pytest.mark.parametrize("name, i", TENSORS, ids=[f"{name}-{NAMES[name][i]}" for name, i in TENSORS])
-def test_a_tensor_that_does_not_fit_is_named_before_anything_runs(name: str, i: int, spoil: str) -> None:
-    arguments = example(name)
-    arguments[i] = arguments[i].to("meta") if spoil == "device" else torch.zeros((), dtype=arguments[i].dtype)
-    named = f"{name}: .*" if spoil == "device" and i == 0 else f"{name}: {NAMES[name][i]} "  # the others differ from it
+@pytest.mark.parametrize("name, argument", TENSORS, ids=[f"{name}-{argument}" for name, argument in TENSORS])
+def test_a_tensor_that_does_not_fit_is_named_before_anything_runs(name: str, argument: str, spoil: str) -> None:
+    op = OPS[name]
+    values = flat_arguments(op, example(name))
+    x = values[argument]
+    values[argument] = x.to("meta") if spoil == "device" else torch.zeros((), dtype=x.dtype)
+    is_first = argument == next(iter(values))  # the others differ from it
+    named = f"{name}: .*" if spoil == "device" and is_first else f"{name}: {argument} "
     with count_calls() as calls, pytest.raises(ValueError, match=named):
-        OPS[name](*arguments)
+        op(**grouped_arguments(op, values))
     assert not calls
 
 
@@ -216,7 +224,8 @@ CONTRACTS: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("name, changes, message", CONTRACTS)
 def test_what_breaks_a_contract_is_refused_before_anything_runs(name: str, changes: dict, message: str) -> None:
-    arguments = [changes.get(key, lambda x: x)(x) for key, x in zip(NAMES[name], example(name))]
+    op = OPS[name]
+    values = {key: changes.get(key, lambda x: x)(x) for key, x in flat_arguments(op, example(name)).items()}
     with count_calls() as calls, pytest.raises(ValueError, match=message):
-        OPS[name](*arguments)
+        op(**grouped_arguments(op, values))
     assert not calls
