@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import inspect
-from bench.compiled import CompileRequest
+from bench.compiler.cross_compile import CompileRequest
 from bench.compiler.disassembly import (
     FLOAT,
     GLOBAL,
@@ -143,7 +143,7 @@ def test_figures_are_what_cuobjdump_counts(tmp_path: Path) -> None:
         from dataclasses import asdict
         from pathlib import Path
         from bench.anatomy import dissect
-        from bench.compiled import Call, compile_call, prepare
+        from bench.compiler.cross_compile import CompileRequest, compile_request, load_implementations
         from triton import knobs
         prepare(None, False)
         sizes = dict(m=32, n=64, G=2, group=128, dtype="float16", order="sub", bias=False)
