@@ -50,7 +50,7 @@ CPU_FLOPS = 2 * 10**9  # a case with more is left out on a CPU unless it is aske
 def mean_cost(case: Case, args: Sequence[Any]) -> tuple[float, float]:
     """(flops, bytes moved at least once) of a call: where sequences are of any length up to t, their mean counts."""
     parameters = inspect.signature(OPS[case.op].reference).parameters
-    lengths = dict(zip(parameters, args)).get("lengths")
+    lengths = dict(zip(parameters, args)).get("seq_lens")
     if lengths is None:
         return case.cost
     return OPS[case.op].cost(**{**case.sizes, "t": lengths.double().mean().item()})

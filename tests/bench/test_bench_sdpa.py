@@ -33,7 +33,7 @@ def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def test_pages_are_left_once(op: Any, sizes: dict[str, int], peer: Any) -> None:
     flash = op.impls["sdpa_flash"].fn
     one, two = (
-        op.example(**SIZES | {"b": b} | sizes, rng=torch.Generator().manual_seed(0), device="cpu") for b in (1, 2)
+        op.make_example(**SIZES | {"b": b} | sizes, rng=torch.Generator().manual_seed(0), device="cpu") for b in (1, 2)
     )
     with patch.object(peer, "gather", wraps=peer.gather) as gather:
         for _ in range(3):

@@ -124,7 +124,7 @@ REFUSED_READS = {
     "groups of 8": (
         AWQ_GEMM,
         {**GEMM_LEAVES, "scales": torch.ones(32, 16).half(), "qzeros": torch.ones(32, 2).int()},
-        "group",
+        "group_size",
     ),
     "v1 outputs": (AWQ_V1, {**V1_LEAVES, "scales": V1_LEAVES["scales"][:8]}, "are not one weight"),
     "ours in other groups": (NATIVE, NATIVE.write(W), "in groups of 48 are not one weight"),
@@ -138,7 +138,7 @@ def test_leaves_that_are_no_weight_are_refused(layout: Layout, leaves: dict, mes
 
 
 def changed(**changes: Tensor) -> Int4:
-    return Int4(**{**{name: getattr(W, name) for name in ("qweight", "scales", "zeros", "group")}, **changes})
+    return Int4(**{**{name: getattr(W, name) for name in ("qweight", "scales", "zeros", "group_size")}, **changes})
 
 
 REFUSED_WRITES = {

@@ -24,7 +24,7 @@ from vila_triton.registry import REFERENCE, Impl, discover
 
 discover()
 kernel = import_module("vila_triton.kernels.decode_attention")  # pyright sees no module behind that door
-Plan = import_module("vila_triton.kernels._split_kv").Plan
+Plan = import_module("vila_triton.kernels._split_kv").SplitPlan
 
 
 DECODE = ops.decode_attention

@@ -77,9 +77,9 @@ MIXED = """
 
     op = OPS["prefill_attention"]
     sizes = dict(b=1, s=128, t=128, g=1, ratio=1, d=64, l=16, dtype="float32", numerics="fast")
-    args = op.example(**sizes, kv="plain", rng=torch.Generator(), device="meta")
+    args = op.make_example(**sizes, kv="plain", rng=torch.Generator(), device="meta")
     pages = (args[3].half(), args[4].half())
-    quantised = [op.example(**sizes, kv=kv, rng=torch.Generator(), device="meta")[3:5] for kv in ("int8", "int4")]
+    quantised = [op.make_example(**sizes, kv=kv, rng=torch.Generator(), device="meta")[3:5] for kv in ("int8", "int4")]
     with intercept_launches("sm_100", compile_only):
         op.impls["simple"](*args[:3], *pages, *args[5:], config=op.impls["simple"].configs[0])
         for pools in (pages, *quantised):

@@ -28,7 +28,7 @@ WORDS = (
 )  # each half takes all values
 TOP, LOW = torch.arange(16)[:, None], (torch.arange(16)[:, None] * 7 + 3) % 16  # zeros of the rows r and r + 8
 ORDER, OF_LOW_ROW = [0, 4, 1, 5, 2, 6, 3, 7], torch.tensor([0, 0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
-ASSEMBLY = {torch.float16: _int4_dequant.FLOAT16.value, torch.bfloat16: _int4_dequant.BFLOAT16.value}
+ASSEMBLY = {torch.float16: _int4_dequant.FLOAT16_ASM.value, torch.bfloat16: _int4_dequant.BFLOAT16_ASM.value}
 DTYPES = pytest.mark.parametrize("dtype", ASSEMBLY, ids=str)
 differences, opaque = _int4_dequant.differences, _launch.opaque
 discover()

@@ -105,7 +105,7 @@ def test_as_many_results_as_the_reference_says(doubled: Op, fresh: None) -> None
 
 def test_a_call_with_lse_runs_what_is_chosen_between_two_graphs(fresh: None) -> None:
     sizes = {"b": 2, "s": 4, "t": 3, "g": 1, "ratio": 1, "d": 32, "l": 16, "dtype": "float32"}
-    args = ops.prefill_attention.example(**sizes, rng=torch.Generator().manual_seed(0), device=DEVICE)
+    args = ops.prefill_attention.make_example(**sizes, rng=torch.Generator().manual_seed(0), device=DEVICE)
     compiled = torch.compile(lambda *args: ops.prefill_attention(*args, return_lse=True), backend="eager")
     with use(prefill_attention="simple"), count_calls() as ran:
         out = compiled(*args)

@@ -141,7 +141,7 @@ def write_counts(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
 
 def init_tree(specs: Tree, rng: torch.Generator | None = None) -> Tree:
     """Random parameters for a declared tree."""
-    return tree_map(lambda spec: spec.tensor(rng), specs)
+    return tree_map(lambda spec: spec.init_tensor(rng), specs)
 
 
 def num_parameters(tree: Any) -> int:

@@ -58,7 +58,7 @@ def _(
     device: str,
 ):
     angles = torch.rand(s, d // 2, generator=rng) * 1000
-    k, v, *cached = kv_write.example(s, g, d, l, dtype, kv, rng=rng, device=device)
+    k, v, *cached = kv_write.make_example(s, g, d, l, dtype, kv, rng=rng, device=device)
     q = random_tensor(s, g * ratio, d, dtype=dtype, rng=rng, device=device)
     return q, k, v, angles.cos().to(device), angles.sin().to(device), *cached
 
