@@ -286,7 +286,7 @@ def test_an_answer_that_the_garbage_collector_ends_in_the_middle_of_a_step_waits
         gc.collect()
         return whole(*args)
 
-    monkeypatch.setattr(llama, "llama", collecting)
+    monkeypatch.setattr(llama, "forward", collecting)
     gc.disable()
     try:
         del circle

@@ -138,7 +138,7 @@ def pixels() -> Tensor:
 @torch.no_grad()
 def test_logits_are_transformers(folder: Path, theirs: tuple[Any, Path]) -> None:
     model = VilaLlamaForCausalLM.from_pretrained(folder, device="cpu")
-    assert model.dtype == torch.float64 and model.vila_config.image_tokens == 16
+    assert model.dtype == torch.float64 and model.vila_config.tokens_per_image == 16
     ours = model(torch.tensor([[7, -200, 8, 9]]), images=pixels()).logits
     with exact_norms():
         ids = torch.tensor([[7, *[IMAGE] * 16, 8, 9]])

@@ -74,7 +74,7 @@ def test_logits_are_those_of_hugging_faces_modules(folder: Path) -> None:
         ours = model(ids[None], images=images).logits[0]
         with exact_norms():
             expected = theirs(folder / "dense", model).run([ids], images)[0].logits[0]
-        assert ours.shape == (5 + model.vila_config.image_tokens, model.vila_config.llm.vocab_size) == expected.shape
+        assert ours.shape == (5 + model.vila_config.tokens_per_image, model.vila_config.llm.vocab_size) == expected.shape
         assert (ours - expected).abs().max() <= bound and expected.std() > 0.1
 
 
@@ -82,7 +82,7 @@ def test_it_answers_as_hugging_face_does(folder: Path) -> None:
     """Greedily, in float64; and its table of configs/models/ says how many tokens a picture is."""
     model = VilaLlamaForCausalLM.from_pretrained(folder / "dense", device="cpu", dtype=torch.float64)
     assert (
-        model.vila_config.image_tokens
+        model.vila_config.tokens_per_image
         == random_checkpoint.read_model_toml(folder.name.removesuffix("0"))["image_tokens"]
     )
     ids = torch.tensor([[9, 8, 7, 250]])

@@ -108,7 +108,7 @@ def test_later_rounds_prefill_only_what_is_new_and_answer_as_a_full_prefill_does
         again.cache.ensure_capacity({again.seq: len(prompt) + 128})
         how = SamplingParams.from_generate_kwargs(1, eos_token_id=talker.tokenizer.eos_token_id)
         rows, features = {again.seq: prompt}, conversation.image_features
-        full = generate_tokens(talker.model.params, rows, talker.model.geometry, again.cache, features, how)
+        full = generate_tokens(talker.model.params, rows, talker.model.vila_config, again.cache, features, how)
         assert [token for _, token in full] == tokens
 
 
