@@ -26,7 +26,6 @@ from vila_triton import ops
 from vila_triton.ops import PagedKV, RaggedBatch
 from vila_triton.ops.int4 import unpack_codes
 from vila_triton.ops.int4_tiles import pack_tiles
-from vila_triton.ops.kv_write import gather_tokens
 from vila_triton.registry import Op, discover, use
 
 discover()

@@ -18,7 +18,6 @@ from vila_triton.ops import Int4
 from vila_triton.ops.attention import masked_attention
 from vila_triton.ops.int4 import unpack_codes
 from vila_triton.ops.int4_tiles import pack_tiles
-from vila_triton.ops.kv_write import gather_tokens
 from vila_triton.registry import OPS, Impl
 
 PLANTED: list = []

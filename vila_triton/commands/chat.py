@@ -70,10 +70,7 @@ def configure(commands: Any) -> None:
     sampling.add_argument("--top-p", type=nucleus, help="sample from the likeliest tokens of this probability")
     sampling.add_argument("--seed", type=SEED, help="of the sampling (default: a new one; the last line says it)")
 
-    parsers = {
-        name: add_command(commands, name, summary, parents=[common])
-        for name, summary in SUMMARIES.items()
-    }
+    parsers = {name: add_command(commands, name, summary, parents=[common]) for name, summary in SUMMARIES.items()}
     parsers["ask"].add_argument("question")
     for parser in parsers.values():
         parser.set_defaults(run=run)

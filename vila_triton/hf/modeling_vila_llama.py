@@ -17,7 +17,6 @@ from vila_triton.checkpoints.generation_config import GENERATION_CONFIG_NAME
 from vila_triton.device import pick_device
 from vila_triton.engine import engine
 from vila_triton.files.atomic import write_json
-from vila_triton.device import pick_device
 
 from ..models import vila
 from ..models.config_fields import name_folder_in_errors
