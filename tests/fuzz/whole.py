@@ -24,6 +24,7 @@ from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
 from vila_triton.checkpoints.shard_writer import JOURNAL_NAME, ShardWriter
 from vila_triton.checkpoints.tensor_files import open_tensors
 from vila_triton.files.reading import read_json
+from vila_triton.hashing import canonical_json, short_hash
 from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.hf.processing_vila import VilaProcessor
 from vila_triton.images.processing import load_video_frames, open_image
@@ -33,7 +34,6 @@ from vila_triton.quantization import awq_cache_file, calibration_data, report, r
 from vila_triton.quantization import pipeline as awq
 from vila_triton.quantization.config import QuantizeConfig
 from vila_triton.registry import OPS, discover, tuned_tables
-from vila_triton.registry.search_space import canonical_json, short_hash
 from vila_triton.tiny.examples import EXAMPLES_DIR as EXAMPLES
 
 from . import mutate
@@ -290,8 +290,8 @@ def look_up(folder: Path) -> None:
     ):
         cached.cache_clear()
     with (
-        patch.object(tuned_tables, "folder", lambda: folder),
-        patch.object(tuned_tables, "name_of", lambda device: "Toy GPU"),
+        patch.object(tuned_tables, "tables_dir", lambda: folder),
+        patch.object(tuned_tables, "gpu_name", lambda device: "Toy GPU"),
     ):
         for phase in ("prefill", "decode"):
             tuned_tables.default_choices_for(torch.device("cuda"), phase)

@@ -9,7 +9,7 @@ import torch
 from reference_towers import CLIP, INTERN, SIGLIP
 from torch import Tensor
 
-from bench.prefill_memory import PeakMemory
+from bench.measure.peak_memory import PeakMemory
 from vila_triton.checkpoints.loading import build_vila_config, load_params, open_checkpoint, save_checkpoint
 from vila_triton.checkpoints.sources import CheckpointSource
 from vila_triton.checkpoints.writing import write_checkpoint

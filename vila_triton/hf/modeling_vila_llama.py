@@ -14,9 +14,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from vila_triton.cache.paged_cache import PagedKVCache, resolve_past
 from vila_triton.checkpoints import loading
 from vila_triton.checkpoints.generation_config import GENERATION_CONFIG_NAME
+from vila_triton.device import pick_device
 from vila_triton.engine import engine
 from vila_triton.files.atomic import write_json
-from vila_triton.registry.kernel_config import pick_device
 
 from ..models import vila
 from ..models.config_fields import name_folder_in_errors
