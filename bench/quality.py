@@ -122,7 +122,7 @@ def evaluate_model(subject: EvaluatedModel, p: llama.Llama) -> dict[str, Any]:
 def bundled_subject(samples: int, seed: int, num_questions: int = NUM_QUESTIONS) -> EvaluatedModel:
     """The bundled model, calibrated on drawn training scenes and measured on questions about held-out ones."""
     talker = load_chat_model(BUNDLED_CHECKPOINT, "cpu", torch.float32)
-    model, image_tokens = talker.model, talker.model.vila_config.image_tokens
+    model, image_tokens = talker.model, talker.model.vila_config.tokens_per_image
     held_out = build_questions(1 + num_questions // 25, seed + 1, SUPPORTED_KINDS)[:num_questions]
     qa_samples = [(i.qa.question, i.images, i.qa.answer) for i in held_out]
     groups = [[(d.text, d.images, d.answer) for d in synthetic_samples(samples, seed)], qa_samples]

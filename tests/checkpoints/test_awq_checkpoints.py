@@ -83,7 +83,7 @@ def edit(folder: Path, **settings: Any) -> None:
 def test_dense_linears_and_one_group_a_row_are_read(form: str, group: int, tmp_path: Path) -> None:
     folder, expected = awq(form, group, tmp_path / "x")
     model = Model.from_pretrained(folder, device="cpu")
-    assert model.vila_config.llm.group_size == group and set(model.vila_config.llm.dense) == set(LEFT)
+    assert model.vila_config.llm.group_size == group and set(model.vila_config.llm.dense_linears) == set(LEFT)
     mine, theirs = model.state_dict(), expected.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     ids, images = torch.tensor([[1, -200, 7, 8]]), pictures(model, 1)

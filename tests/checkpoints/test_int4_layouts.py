@@ -56,7 +56,7 @@ def test_repacking_blockwise_equals_repacking_at_once(monkeypatch: pytest.Monkey
 
     w = weight(88, 128, 32, torch.float16)
     whole = {name: layout.write(w) for name, layout in FOREIGN.items()}
-    monkeypatch.setattr(int4_layouts, "AT_ONCE", 128 * 40)  # 32 outputs at a time, then 24
+    monkeypatch.setattr(int4_layouts, "CODES_PER_BLOCK", 128 * 40)  # 32 outputs at a time, then 24
     for name, layout in FOREIGN.items():
         assert all(torch.equal(x, y) for x, y in zip(whole[name].values(), layout.write(w).values()))
         assert same(layout.read(whole[name], 0), w)
@@ -125,7 +125,7 @@ REFUSED_READS = {
     "groups of 8": (
         AWQ_GEMM,
         {**GEMM_LEAVES, "scales": torch.ones(32, 16).half(), "qzeros": torch.ones(32, 2).int()},
-        "group_size",
+        "group",
     ),
     "v1 outputs": (AWQ_V1, {**V1_LEAVES, "scales": V1_LEAVES["scales"][:8]}, "are not one weight"),
     "ours in other groups": (NATIVE, NATIVE.write(W), "in groups of 48 are not one weight"),

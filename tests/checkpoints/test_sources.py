@@ -52,7 +52,7 @@ def test_dequant_rounding_is_kept_through_every_layout(checkpoints: Path) -> Non
     ids, images = torch.tensor([[1, -200, 7, 8]]), pictures(models["ours"], 1)
     logits = {form: model(ids, images=images).logits for form, model in models.items()}
     assert all(torch.equal(x, logits["ours"]) for x in logits.values())
-    assert {model.vila_config.llm.order for model in models.values()} == {"fma"}
+    assert {model.vila_config.llm.rounding for model in models.values()} == {"fma"}
     set_quantization = {form: json.loads((checkpoints / form / "llm/config.json").read_text()) for form in models}
     expected = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
     assert (
