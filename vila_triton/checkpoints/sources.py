@@ -53,10 +53,8 @@ class CheckpointSource:
         """Describe the checkpoint in one line."""
         groups = "one group a row" if self.group_size() == -1 else f"groups of {self.group_size()}"
         int4 = f"int4 linears ({self.layout.name}, {groups})" if self.layout else "no int4"
-        other_parts = "".join(
-            f", {part} int4 (groups of {self.group_size(part)})" for part in PARTS[1:] if self.group_size(part)
-        )
-        return f"{self.folder}: {self.kind}, {int4}{other_parts}"
+        others = (f", {p} int4 (groups of {self.group_size(p)})" for p in PARTS[1:] if self.group_size(p))
+        return f"{self.folder}: {self.kind}, {int4}{''.join(others)}"
 
 
 def open_vila_folder(folder: Path, config: Mapping[str, Any]) -> CheckpointSource:
@@ -68,13 +66,11 @@ def open_vila_folder(folder: Path, config: Mapping[str, Any]) -> CheckpointSourc
     for part in PARTS[1:]:
         part_configs[part], part_layout = detect_quantization(part_configs[part], tensors[part], str(folders[part]))
         if part_layout not in (None, NATIVE):
-            raise LoadError(
-                f"{folders[part]}: int4 linears are in the layout {part_layout.name}, expected {NATIVE.name}"
-            )
+            layouts = f"int4 linears are in the layout {part_layout.name}, expected {NATIVE.name}"
+            raise LoadError(f"{folders[part]}: {layouts}")
     if layout is not None:
-        tensors["llm"] = to_native_layout(
-            tensors["llm"], layout, part_configs["llm"]["quantization_config"]["group_size"]
-        )
+        group_size = part_configs["llm"]["quantization_config"]["group_size"]
+        tensors["llm"] = to_native_layout(tensors["llm"], layout, group_size)
     return CheckpointSource(folder, "VILA folder", dict(config), part_configs, tensors, folders, layout)
 
 
@@ -84,15 +80,14 @@ def find_part_folder(folder: Path, config: Mapping[str, Any], part: str) -> Path
     Errors: `LoadError` if there is none.
     """
     configured = config.get(f"{part}_cfg")
-    for name in (part, *([configured] if isinstance(configured, str) else [])):
-        if part_dir := find_folder(folder, name):
+    hint = ""
+    if part_dir := find_folder(folder, part):
+        return part_dir
+    if isinstance(configured, str):
+        if part_dir := find_folder(folder, configured):
             return part_dir
-    configured = (
-        f", and config.json says {short_repr(configured)}, which is not there either"
-        if isinstance(configured, str)
-        else ""
-    )
-    raise LoadError(f"{folder / part} does not exist{configured}; a VILA folder holds config.json, {', '.join(PARTS)}")
+        hint = f", and config.json says {short_repr(configured)}, which is not there either"
+    raise LoadError(f"{folder / part} does not exist{hint}; a VILA folder holds config.json, {', '.join(PARTS)}")
 
 
 def read_part_config(folder: Path, config: Mapping[str, Any], part: str) -> dict[str, Any]:
