@@ -1,4 +1,4 @@
-"""Files of torch.save, and zips that others made of them: read as torch reads them, or refused in one sentence."""
+"""Files of torch.save, and zips that other tools made of them: read as torch reads them, or refused in one sentence."""
 
 import io
 import random
@@ -48,7 +48,7 @@ def entries(data: bytes) -> dict[str, bytes]:
 def zipped(
     entries_by_name: dict[str, bytes], prefix: str = "archive/", deflated: str | None = None, before: bytes = b""
 ) -> bytes:
-    """The entries in a zip by Python; those whose names begin with `deflated` compressed."""
+    """Put the entries into a zip; those whose names begin with `deflated` are compressed."""
     file = io.BytesIO(before)
     with zipfile.ZipFile(file, "a") as into:
         for name, content in entries_by_name.items():
@@ -58,7 +58,7 @@ def zipped(
 
 
 def long_zip(entries_by_name: dict[str, bytes]) -> bytes:
-    """With the fields that files beyond 4 GB have."""
+    """A zip with the fields of files beyond 4 GB."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as into:
         for name, content in entries_by_name.items():
@@ -74,7 +74,7 @@ def shuffled(entries_by_name: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def big_endian() -> bytes:
-    """As a machine writes it that keeps the highest byte first."""
+    """The file that a big-endian machine writes."""
     entries_by_name = entries(saved())
     for i, x in enumerate(storages()):
         data = entries_by_name[f"data/{i}"]
@@ -241,7 +241,7 @@ def test_oversized_pickle_is_refused(tmp_path: Path) -> None:
 
 
 def test_damaged_file_is_named_or_reads_as_torch_reads_it(tmp_path: Path) -> None:
-    """Bytes changed, or the end cut off: one error, what was there, or what torch reads."""
+    """Bytes are changed or the end is cut off."""
     entries_by_name, rng = {name: HELD[name] for name in ("a", "half", "turned", "nothing")}, random.Random(0)
     whole, before = saved(entries_by_name), {name: as_bytes(x) for name, x in entries_by_name.items()}
     file, errors = tmp_path / "a.bin", 0

@@ -1,4 +1,4 @@
-"""Layers that are hard to scale: zeros, numbers next to nothing, dead inputs, columns that are all alike."""
+"""Layers that are hard to quantize: zeros, tiny numbers, dead inputs, equal columns."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +22,7 @@ LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def dead(w: Tensor) -> Tensor:
-    """Some outputs are 0, so that what follows has inputs that are always 0."""
+    """Set some outputs to 0, so that the linears behind them have inputs that are always 0."""
     return torch.cat((w[: len(w) // 2] * 0, w[len(w) // 2 :]))
 
 

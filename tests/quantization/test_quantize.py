@@ -1,4 +1,4 @@
-"""`vila-triton quantize`: killed and resumed, in every layout, and what it refuses."""
+"""`vila-triton quantize`: killed and resumed, in every layout, and options that are refused."""
 
 import argparse
 import json
@@ -189,7 +189,7 @@ def test_impossible_options_are_refused_and_leave_nothing(argv: Sequence[str], m
 
 
 def test_work_folder_and_target_of_other_work_are_refused(source: Path, tmp_path: Path) -> None:
-    """Neither is a finished folder taken for the result of another command, nor one model mixed with another."""
+    """Neither a finished folder nor the work folder of another model is taken for that of this command."""
     out, work = tmp_path / "out", tmp_path / "out.quantizing"
     begun = ("--group-size", 64, "--samples", 4)
     awq.quantize_checkpoint(
