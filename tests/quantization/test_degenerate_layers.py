@@ -127,7 +127,7 @@ def test_weights_that_cannot_be_quantized_are_refused_with_the_reason() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             llm_awq.quantize_layer(replace(layer, **{name: Affine(w, None)}), x, tokens, CFG, GROUP)
-    with pytest.raises(ValueError, match="what attention is given is NaN or infinite"):
+    with pytest.raises(ValueError, match="the inputs of attention are NaN or infinite"):
         llm_awq.quantize_layer(layer, x / 0, tokens, CFG, GROUP)
     result = llm_awq.AwqSearchResult({"down": torch.full((96,), 2.0**-14).half()}, {}, {})
     large = replace(layer, up=Affine(torch.full((96, 64), 100.0).half(), None))

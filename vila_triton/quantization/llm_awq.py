@@ -85,7 +85,7 @@ def search_scale(
         return llama.mlp(p, x) if scale_group == "mlp" else linear(getattr(p, scale_group), x)
 
     if not torch.isfinite(x).all():
-        raise ValueError(f"what {scale_group} is given is NaN or infinite, by calibration or by the weights before it")
+        raise ValueError(f"the inputs of {scale_group} are NaN or infinite, by calibration or by the weights before it")
     mean_abs, reference = x.abs().mean(0), output_of(layer)
     best, lowest_loss, ratio = torch.ones_like(mean_abs), torch.inf, 0.0
     for step in range(GRID_STEPS):
