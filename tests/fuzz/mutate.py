@@ -1,4 +1,4 @@
-"""What a file may become: flipped bits and cut ends for any file, and damage that keeps to a format.
+"""Ways to damage a file: flipped bits and cut ends for any file, and damage that keeps to a format.
 
 Every function takes a `Random` and the bytes of a whole file, and returns those of a damaged one: the same random
 numbers give the same bytes.

@@ -56,7 +56,7 @@ TRANSFORMERS_PREFIXES = {  # "model." in front of them, or not, by transformers'
 
 
 def is_llava(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a folder with this top config is a LLaVA's. An older VILA's config names its tower as a LLaVA's does."""
+    """True if a folder with this top config is a LLaVA's. An older VILA's config names its tower as a LLaVA's does."""
     has_parts = (folder / "llm").is_dir() or any(config.get(f"{part}_cfg") for part in PARTS)
     return "text_config" in config or ("mm_vision_tower" in config and not has_parts)
 

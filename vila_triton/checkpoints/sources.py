@@ -1,4 +1,4 @@
-"""What a checkpoint on disk holds: its configs and its tensors, whatever layout they are in.
+"""The configs and the tensors of a checkpoint on disk, whatever layout they are in.
 
 A VILA folder holds config.json above llm/, vision_tower/ and mm_projector/. The configs of the parts may be nested in
 the top config, null there, or paths. Weights are safetensors or .bin, one file or shards. The language model may be
@@ -46,7 +46,7 @@ class CheckpointSource:
 
     @property
     def rounding(self) -> Any:
-        """How the language model's int4 weights round when they are dequantized (`Int4.rounding`)."""
+        """The rounding of the language model's int4 weights when they are dequantized (`Int4.rounding`)."""
         return (self.part_configs["llm"].get("quantization_config") or {}).get("order", "sub")
 
     def summary(self) -> str:

@@ -88,7 +88,7 @@ def torch_locations(file: Path) -> Iterator[tuple[str, TensorLocation]]:
 
 
 def is_state_dict(value: Any) -> bool:
-    """Whether a value of a pickle is a dictionary of names and tensors."""
+    """True if a value of a pickle is a dictionary of names and tensors."""
     tensors = (PickledTensor, PickleGlobal)
     return isinstance(value, dict) and all(isinstance(k, str) and isinstance(x, tensors) for k, x in value.items())
 
@@ -141,7 +141,7 @@ class ZipEntries:
         return self.stream.read(size)
 
     def is_big_endian(self) -> bool:
-        """Whether numbers have their highest byte first, which those of files that do not say it have not."""
+        """True if numbers have their highest byte first. Files of older versions of torch do not say so and have not."""
         byte_order = self.read("byteorder", 16) if f"{self.prefix}byteorder" in self.infos else b"little"
         if byte_order not in (b"little", b"big"):
             raise ValueError(f"its byte order is {byte_order!r}, expected 'little' or 'big'")
