@@ -84,7 +84,7 @@ def load_params(folder: Path, cfg: VilaConfig, dtype: torch.dtype, device: torch
 
 
 def check_checkpoint(source: CheckpointSource) -> VilaConfig:
-    """Check the tensors of a checkpoint against its configs; return its geometry. Errors: `LoadError` (`ConfigError`)."""
+    """Check the tensors of a checkpoint against its configs; return its geometry. Errors: `LoadError`."""
     with name_folder_in_errors(source.folder):
         cfg = build_vila_config(source.config, source.part_configs)
         check_layer_counts(source, cfg)

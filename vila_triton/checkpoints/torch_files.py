@@ -141,7 +141,7 @@ class ZipEntries:
         return self.stream.read(size)
 
     def is_big_endian(self) -> bool:
-        """True if numbers have their highest byte first. Files of older versions of torch do not say so and have not."""
+        """True if numbers have their highest byte first. Files from before torch 2.1 do not say so and have not."""
         byte_order = self.read("byteorder", 16) if f"{self.prefix}byteorder" in self.infos else b"little"
         if byte_order not in (b"little", b"big"):
             raise ValueError(f"its byte order is {byte_order!r}, expected 'little' or 'big'")
