@@ -235,6 +235,6 @@ def test_a_wheel_holds_kernels_and_configs_inside_the_package_and_nothing_beside
         from vila_triton import kernels, registry
         from vila_triton.registry import kernel_config
         registry.discover()
-        print(registry.OPS["rms_norm"].impls["triton"].file, kernel_config.configured("cuda", "decode")["rms_norm"])
+        print(registry.OPS["rms_norm"].impls["triton"].file, kernel_config.configured_choices("cuda", "decode")["rms_norm"])
     """
     assert python(code, wheel, cwd=tmp_path) == f"{(wheel / 'vila_triton/kernels/rms_norm.py').resolve()} triton"
