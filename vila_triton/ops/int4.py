@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vila_triton.checkpoints.int4_packing import pack_tiles, tiled_shape, unpack_tiles
 from vila_triton.registry import IntRange, OneOf, op
 
 from .dtypes import DTYPES, dtype_name, random_tensor, upcast
+from .int4_tiles import pack_tiles, tiled_shape, unpack_tiles
 from .shapes import check_axes, check_floating, check_same_dtype
 
 ROUNDINGS = ("sub", "fma")
