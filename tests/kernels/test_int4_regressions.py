@@ -192,7 +192,7 @@ def test_k_of_real_models_that_large_groups_do_not_divide(name: str, k: int) -> 
     a slow one in its place. Every variant serves them, in the groups there are."""
     args = drawn(int4_matmul, m=1, n=16, G=k // 64)
     assert_matches_reference(int4_matmul, IMPLS[name], IMPLS[name].configs[0], args)
-    with pytest.raises(ValueError, match=f"k = {k} and group_size = 128, but .* group divide k"):
+    with pytest.raises(ValueError, match=f"k = {k} and group_size = 128, but .* group_size divide k"):
         quantize_rtn(torch.zeros(1, k), 128)
 
 

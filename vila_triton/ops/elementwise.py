@@ -49,7 +49,7 @@ def _(rows, e, dtype):
 
 @op
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps) · weight + bias over the last axis: x [..., e], weight, bias [e] (Ba et al. 2016)."""
+    """(x - mean) / sqrt(var + eps) · weight + bias over the last axis; x [..., e], weight, bias [e]. Ba et al. 2016."""
     return F.layer_norm(upcast(x), weight.shape, upcast(weight), upcast(bias), eps).to(x.dtype)
 
 
