@@ -1,10 +1,10 @@
-"""exllamav3's Triton attention: over pages in prefill and decode, and over sequences end to end for pictures.
+"""exllamav3's Triton attention: over pages in prefill and decode, and over ragged sequences for images.
 
     pip install --no-deps exllamav3==1.6.5
 
 Only the file of the kernels is imported, since the package builds a CUDA extension. float16. It reads our pages and
-block table as they are. Prefill takes batches whose sequences have the same number of new tokens; whether they have is
-asked once and not timed.
+block table as they are. Prefill takes batches whose sequences have the same number of new tokens; this is
+checked once and not timed.
 """
 
 from contextlib import ExitStack
@@ -25,7 +25,7 @@ paged = import_single_file("exllamav3.modules.attention_fn.triton_paged")
 
 
 def fake_gpu_checks(x: Tensor) -> ExitStack:
-    """What the library checks and measures on its GPU, left out if x lies on none."""
+    """Inside, the library neither checks nor measures on its GPU if x is on none."""
     stack = ExitStack()
     stack.enter_context(fake_gpu(x))
     if not x.is_cuda:
@@ -37,7 +37,7 @@ def fake_gpu_checks(x: Tensor) -> ExitStack:
 
 
 def has_equal_chunks(query_start_loc: Tensor) -> bool:
-    """Whether all sequences have as many new tokens. Waits for the device."""
+    """True if all sequences have the same number of new tokens. Waits for the device."""
     return query_start_loc.is_meta or len(query_start_loc.diff().unique()) <= 1
 
 
@@ -106,6 +106,6 @@ def encoder_attention_exllamav3(q: Tensor, k: Tensor, v: Tensor, softmax_scale: 
 
 
 def image_offsets(q: Tensor) -> Tensor:
-    """Where each picture begins in the positions of all: [b+1] int32."""
+    """Offsets of the images [b, s, h, d] in all their positions, end to end: [b+1] int32."""
     b, s = q.shape[:2]
     return torch.arange(0, (b + 1) * s, s, device=q.device, dtype=torch.int32)

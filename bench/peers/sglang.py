@@ -3,8 +3,8 @@
     pip install --no-deps sglang==0.5.23
 
 Only the files of the kernels are imported, since the package asks for a whole serving engine. float16 and bfloat16;
-cached tokens are named one by one. Not timed, since its engine does it once a step for all layers: turning the block
-table into a list of slots, choosing the number of splits, allocating their partial sums.
+cached tokens are listed one by one. Converting the block table to a list of slots, choosing the number of splits and
+allocating their partial sums are not timed, since its engine does it once a step for all layers.
 """
 
 from typing import NamedTuple
@@ -41,27 +41,25 @@ MAX_KV_SPLITS = 8  # the most a sequence is cut into: its default `--triton-atte
 
 
 class KVIndices(NamedTuple):
-    """Where the cached tokens of each sequence lie, all sequences end to end."""
+    """The cache slots of the cached tokens, all sequences end to end."""
 
     kv_indptr: Tensor  # [b+1] int32
     kv_indices: Tensor  # int64, one a cached token
 
 
 def build_kv_indices(block_table: Tensor, seq_lens: Tensor, pages: Tensor) -> KVIndices:
-    """Waits for the device, since the number of cached tokens is known only there."""
+    """The slots of the cached tokens. Waits for the device, since their number is known only there."""
     page_size = pages.shape[1]
-    kv_indices = block_table.long()[..., None] * page_size + torch.arange(
-        page_size, device=pages.device
-    )  # [b, pages, l]
-    kv_indices = kv_indices.flatten(1)
+    offsets = torch.arange(page_size, device=pages.device)
+    kv_indices = (block_table.long()[..., None] * page_size + offsets).flatten(1)  # [b, pages · l]
     kv_indptr = F.pad(seq_lens.cumsum(0), (1, 0)).int()
-    if pages.is_meta:  # no one knows how many
+    if pages.is_meta:  # the number is unknown
         return KVIndices(kv_indptr, kv_indices.flatten())
     return KVIndices(kv_indptr, kv_indices[torch.arange(kv_indices.shape[1], device=pages.device) < seq_lens[:, None]])
 
 
 class SplitBuffers(NamedTuple):
-    """Into how many splits each sequence is cut, and what the splits leave behind."""
+    """The number of KV splits of each sequence, and memory for their results."""
 
     num_kv_splits: Tensor  # [b] int32
     attn_logits: Tensor  # [b, h, SPLITS, d] float32

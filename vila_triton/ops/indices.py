@@ -82,4 +82,6 @@ def check_query_start_loc(op_name: str, query_start_loc: Tensor, s: int) -> None
         low, high = (s if i == len(starts) - 1 else previous), (s if i else 0)
         if not low <= start <= high:
             expected = low if low >= high else f"{low} to {high}"
-            raise IndexError(f"{op_name}: query_start_loc[{i}] is {start}, expected {expected}: there are {s} new tokens")
+            raise IndexError(
+                f"{op_name}: query_start_loc[{i}] is {start}, expected {expected}: there are {s} new tokens"
+            )
