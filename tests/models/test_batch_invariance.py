@@ -102,7 +102,7 @@ def logits(
         cache.allocator.reuse_prefix(seq := cache.allocator.add_sequence(), WHOLE.tolist())
         assert cache.length(seq) == known
         hidden = run(model, cache, seq, known, cuts, others or [])
-        with engine.use_default_kernels(hidden.device, numerics=policy):
+        with engine.use_default_kernels(hidden.device, "invariant" if policy == "invariant" else "prefill"):
             return llama.logits(model.params.llm, hidden)
 
 
