@@ -89,7 +89,7 @@ def logits(
     kernels: those this device runs under the policy ("own"), those a GPU does ("cuda": interpreted, if need be), or one
     of prefill_attention.
     """
-    how: dict[str, Any] = {"page_size": page_size, "kv_dtype": kv_dtype, "policy": policy}
+    how: dict[str, Any] = {"page_size": page_size, "kv_dtype": kv_dtype, "numerics": policy}
     cache = PagedKVCache(model.cfg.llm, 256, dtype=model.dtype, device=DEVICE, **how)
     random.Random(len(cuts)).shuffle(cache.allocator.free_pages)
     choice: dict[str, Any] = {"prefill_attention": kernels} if kernels not in ("own", "cuda") else {}
