@@ -14,8 +14,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from vila_triton.cache.paged_cache import PagedKVCache, resolve_past
 from vila_triton.checkpoints import loading
 from vila_triton.checkpoints.generation_config import GENERATION_CONFIG_NAME
+from vila_triton.device import pick_device
 from vila_triton.engine import engine
-from vila_triton.registry.kernel_config import pick_device
+from vila_triton.files.atomic import write_json
 
 from ..models import vila
 from ..models.config_fields import name_folder_in_errors
@@ -119,7 +120,7 @@ class VilaLlamaForCausalLM(UnsupportedMethods, PreTrainedModel, VilaGenerationMi
         loading.save_checkpoint(Path(folder), top_config, self.config.part_configs(), self.params, tokenizer_source)
         settings, eos = self.generation_settings(), getattr(self.generation_config, "eos_token_id", None)
         if settings or eos != self.config.part_configs()["llm"].get("eos_token_id"):
-            loading.write_json(Path(folder) / GENERATION_CONFIG_NAME, {**settings, "eos_token_id": eos})
+            write_json(Path(folder) / GENERATION_CONFIG_NAME, {**settings, "eos_token_id": eos})
 
     def get_input_embeddings(self) -> torch.nn.Embedding:
         """The token embeddings as a torch module that shares the model's parameter."""

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
+from vila_triton.files.atomic import write_json
+from vila_triton.files.reading import read_json
+
 from ..chat.prompts import IMAGE_TOKEN, tokenize
 from ..chat.special_tokens import alias_special_tokens
 from ..chat.templates import TEMPLATES, resolve_template
 from ..chat.tokenizer import load_tokenizer
-from ..checkpoints.loading import read_json, write_json
 from ..files.reading import short_repr
 from ..images.processing import ImageInput, list_images, load_image, preprocess_images
 from ..images.processing import load_image_processor as load_image_processor

@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from vila_triton.checkpoints.int4_packing import tiled_shape
 from vila_triton.files.reading import LoadError, join_items
 from vila_triton.ops import Int4
 from vila_triton.ops.int4 import check_int4_shape
+from vila_triton.ops.int4_tiles import tiled_shape
 
 from .config_fields import ConfigError
 
