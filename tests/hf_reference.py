@@ -130,7 +130,9 @@ class Oracle:
         assert not unexpected and missing == ["lm_head.weight"] * cfg.llm.tie_word_embeddings
         llm.tie_weights()
         tower = reference_towers.theirs(parts["vision_tower"], held["vision_tower"], attention)
-        projector = Projector(parts["mm_projector"], cfg.vision_tower.width, cfg.llm.hidden_size, held["mm_projector"])
+        projector = Projector(
+            parts["mm_projector"], cfg.vision_tower.feature_dim, cfg.llm.hidden_size, held["mm_projector"]
+        )
         how = {f"mm_vision_select_{name}": getattr(cfg.vision_tower, f"select_{name}") for name in ("layer", "feature")}
         return cls(llm, tower, projector, {**model.config.to_dict(), **how})
 
@@ -166,7 +168,7 @@ def dense_twin(model: VilaLlamaForCausalLM) -> VilaLlamaForCausalLM:
     for key in [k for k in values if k.endswith("qweight")]:
         stem = key.removesuffix(".qweight")
         leaves = (values.pop(f"{stem}.{leaf}") for leaf in ("qweight", "scales", "zeros"))
-        w = Int4(*leaves, group_size=model.vila_config.llm.group_size or 0, rounding=model.vila_config.llm.order)
+        w = Int4(*leaves, group_size=model.vila_config.llm.group_size or 0, rounding=model.vila_config.llm.rounding)
         values[f"{stem}.weight"] = dequantize(w, model.dtype)
     parts = model.config.part_configs()
     llm = {k: v for k, v in parts["llm"].items() if k != "quantization_config"}

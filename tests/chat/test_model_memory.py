@@ -14,6 +14,7 @@ from torch import inference_mode as inference
 from vila_triton import VilaLlamaForCausalLM
 from vila_triton.cache.paged_cache import PagedKVCache
 from vila_triton.chat.conversation import ChatModel, Conversation
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.images.processing import open_image
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import use
@@ -26,7 +27,7 @@ QUESTION = "How many shapes are there?"
 
 @pytest.fixture(scope="module")
 def tiny() -> ChatModel:
-    return ChatModel.from_pretrained(BUNDLED_CHECKPOINT)
+    return load_chat_model(BUNDLED_CHECKPOINT)
 
 
 @pytest.fixture
@@ -198,9 +199,9 @@ def test_a_past_of_other_parameters_is_refused() -> None:
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"num_hidden_layers": 3}, "3 layers of 2 key heads of 8 numbers on cpu, but the model has 2 layers"),
-        ({"num_key_value_heads": 4}, "2 layers of 4 key heads of 8 numbers"),
-        ({"head_dim": 16}, "2 layers of 2 key heads of 16 numbers"),
+        ({"num_hidden_layers": 3}, "3 layers of 2 KV heads of 8 numbers on cpu, but the model has 2 layers"),
+        ({"num_key_value_heads": 4}, "2 layers of 4 KV heads of 8 numbers"),
+        ({"head_dim": 16}, "2 layers of 2 KV heads of 16 numbers"),
     ],
     ids=str,
 )

@@ -104,7 +104,7 @@ def test_a_row_does_not_depend_on_its_batch(side: str, chunk: int) -> None:
     MODEL.config.prefill_chunk_size = chunk
     out = MODEL(ids, attention_mask=mask, images=images, chunk_prefilling=bool(chunk))
     cache, queue = out.past_key_values, list(images)
-    assert [cache.length(seq) for seq in cache.table.sequences] == [31, 3, 11, 1]
+    assert [cache.length(seq) for seq in cache.allocator.sequences] == [31, 3, 11, 1]
     nexts = words(4, 2)  # a step for all four, each after its own past
     more = MODEL(nexts, past_key_values=cache)
     for row, got, following, then in zip(rows, out.logits, nexts, more.logits):
@@ -211,10 +211,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "labels of another shape": ({"input_ids": ONE, "labels": TWO}, r"labels .*\[2, 5\], expected \[1, 5\]"),
     "states in chunks": ({"input_ids": ONE, "output_hidden_states": True, "chunk_prefilling": True}, "output_hidden"),
     "weights with a past": ({"input_ids": ONE, "output_attentions": True, "start_pos": 5}, "output_attentions"),
-    "too few pictures": ({"input_ids": torch.tensor([[1, -200, -200]]), "images": PICTURE}, "2 pictures, but 1 "),
-    "too many pictures": ({"input_ids": ONE, "images": PICTURE}, "0 pictures, but 1 "),
-    "no pictures": ({"input_ids": torch.tensor([[1, -200]])}, "1 pictures, but 0 "),
-    "pictures of another size": ({"input_ids": IDS, "images": PICTURE[..., 1:]}, r"images .*20, 19\].* 20, 20\]"),
+    "too few images": ({"input_ids": torch.tensor([[1, -200, -200]]), "images": PICTURE}, "2 images, but 1 "),
+    "too many images": ({"input_ids": ONE, "images": PICTURE}, "0 images, but 1 "),
+    "no images": ({"input_ids": torch.tensor([[1, -200]])}, "1 images, but 0 "),
+    "images of another size": ({"input_ids": IDS, "images": PICTURE[..., 1:]}, r"images .*20, 19\].* 20, 20\]"),
     "a word that is not one": ({"input_ids": torch.tensor([[1, 61]])}, "61 is not in the vocabulary of 61"),
     "a gap": ({"input_ids": ONE, "attention_mask": torch.tensor([[1, 1, 0, 1, 1]])}, "attention_mask .* gap"),
     "an empty row": ({"input_ids": TWO, "attention_mask": torch.tensor([[1] * 5, [0] * 5])}, "without any token"),

@@ -15,9 +15,10 @@ from hf_reference import build
 from vila_triton import VilaLlamaForCausalLM as Model
 from vila_triton.chat.cli_session import default_num_frames
 from vila_triton.chat.tokenizer import load_tokenizer
+from vila_triton.checkpoints.atomic_folder import atomic_folder
 from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
-from vila_triton.checkpoints.shard_writer import FolderInUseError, atomic_folder
 from vila_triton.checkpoints.writing import write_checkpoint
+from vila_triton.files.file_locks import FolderInUseError
 from vila_triton.files.reading import LoadError
 from vila_triton.hf.processing_vila import VilaProcessor
 from vila_triton.images.processing import ImageError, load_video_frames, open_image
@@ -114,7 +115,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**5)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     lines = done.stdout.splitlines()
     assert len(lines) == 5 and lines[-1] == "True", done.stderr
-    assert lines[3] == "a video is seen in at most 1024 frames, not 1000000000"
+    assert lines[3] == "a video has at most 1024 frames, not 1000000000"
 
 
 def test_many_tensors_that_do_not_fit_are_a_short_error(folder: Path, tmp_path: Path) -> None:

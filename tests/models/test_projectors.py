@@ -81,7 +81,7 @@ def test_logits_of_every_tower_and_projector_agree_with_their_makers(vision: dic
     with torch.no_grad():
         theirs, _ = Oracle.of(model).run(list(ids), images)
         ours = model(ids, images=images).logits
-    assert ours.shape[1] == 4 + 2 * model.vila_config.image_tokens
+    assert ours.shape[1] == 4 + 2 * model.vila_config.tokens_per_image
     torch.testing.assert_close(ours, theirs.logits, rtol=0, atol=1e-9)
 
 
@@ -90,7 +90,7 @@ def test_image_tokens_of_a_config_are_those_the_projector_makes(kind: str) -> No
     cfg = config(hidden_size=None, llm={"hidden_size": 24}, mm_projector_cfg={"mm_projector_type": kind})
     whole = build_vila_config(cfg.to_dict(), cfg.part_configs())
     assert whole.tokens_per_image == TOKENS[kind]
-    assert whole.describe().endswith(f"{TOKENS[kind]} tokens a picture") and kind in whole.describe()
+    assert whole.describe().endswith(f"{TOKENS[kind]} tokens an image") and kind in whole.describe()
 
 
 def test_the_order_of_the_tokens_and_who_chose_it_are_in_the_report() -> None:

@@ -1,5 +1,6 @@
-"""Texts that end an answer, whatever the tokenizer."""
+"""Stop strings: end a generation when the text ends in one of several strings, with any tokenizer."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,14 +8,14 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria
 
-MAX_TOKENS_PER_CHARACTER = 4  # tokens that the longest character may take
+MAX_TOKENS_PER_CHARACTER = 4  # one for each byte of UTF-8
 
 
 class StopStrings(StoppingCriteria):
-    """Ends a row when its last token completes one of the texts.
+    """Stops a sequence when its last token completes one of the stop strings.
 
-    The tokens are decoded, and nothing else is asked of a tokenizer; transformers' own criterion looks for the spelling
-    of spaces in the vocabulary, and fails where there is none.
+    Tokens are decoded and compared as text. transformers' own criterion reads the vocabulary's spelling of spaces, and
+    fails where there is none. Errors: ValueError for an empty string or without a tokenizer.
     """
 
     def __init__(self, tokenizer: Any, stop_strings: str | Sequence[str]):
@@ -22,19 +23,16 @@ class StopStrings(StoppingCriteria):
         if not self.stop_strings or not all(isinstance(text, str) and text for text in self.stop_strings):
             raise ValueError(f"stop_strings is {stop_strings!r}, expected a text or several, none of them empty")
         if tokenizer is None:
-            raise ValueError("stop_strings need tokenizer=, to know how tokens spell them")
+            raise ValueError("stop_strings need tokenizer=, which decodes tokens")
         self.tokenizer, self.window = tokenizer, MAX_TOKENS_PER_CHARACTER * (max(map(len, self.stop_strings)) + 1)
 
     def __call__(self, input_ids: Tensor, scores: Any = None, **kwargs: Any) -> Tensor:  # pyright: ignore
         return torch.tensor([self.completes_stop_string(row) for row in input_ids.tolist()], device=input_ids.device)
 
     def completes_stop_string(self, row: list[int]) -> bool:
-        previous, current = (self.tokenizer.decode(tokens) for tokens in (row[-self.window : -1], row[-self.window :]))
-        common_length = next(
-            (i for i, (a, b) in enumerate(zip(previous, current)) if a != b), min(len(previous), len(current))
-        )
-        return any(
-            current.endswith(text, 0, end)
-            for text in self.stop_strings
-            for end in range(common_length + 1, len(current) + 1)
-        )
+        """Return whether the text of the token ids ends in a stop string that it did not end in before the last token."""
+        row = row[-self.window :]
+        previous, current = self.tokenizer.decode(row[:-1]), self.tokenizer.decode(row)
+        common = len(os.path.commonprefix([previous, current]))
+        ends = range(common + 1, len(current) + 1)
+        return any(current.endswith(text, 0, end) for text in self.stop_strings for end in ends)

@@ -1,4 +1,4 @@
-"""`generate` of `VilaLlamaForCausalLM`, by our engine or by transformers' own loop over `forward`."""
+"""`generate` of `VilaLlamaForCausalLM`: our engine, or transformers' own loop over `forward`."""
 
 import inspect
 import warnings
@@ -26,18 +26,18 @@ from ..models import vila
 from .padding import pad, require_tensor, token_mask, unpad
 from .unsupported import UNSUPPORTED_ARGUMENTS, check_device_and_dtype
 
-# What transformers calls it in outputs and in its loop, which changed with its version 5.24.
+# The name of the cache in transformers' outputs and loop, which changed with version 5.24.
 CACHE_KEY = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 LOOPS = ("engine", "transformers")
 SAMPLING_ARGUMENTS = [
     name
     for name in inspect.signature(engine.SamplingParams.from_generate_kwargs).parameters
-    if name not in ("rows", "device")
+    if name not in ("batch_size", "device")
 ]
 
 
 class VilaGenerationMixin(GenerationMixin):
-    """The part of `VilaLlamaForCausalLM` that answers."""
+    """The methods of `VilaLlamaForCausalLM` that generate text."""
 
     params: Any
     vila_config: Any
@@ -57,17 +57,16 @@ class VilaGenerationMixin(GenerationMixin):
         loop: str = "engine",
         **options: Any,
     ) -> Any:
-        """Answers to a batch of prompts [b, t] (-200 for each picture): the new tokens only, [b, longest].
+        """Generate answers to a batch of prompts [b, t], -200 for each image -> the new tokens only, [b, longest].
 
-        Shorter answers are padded with `pad_token_id`, by default the first stop token. What is not said is as in the
-        checkpoint's generation_config.json, else at most 128 tokens are made, each the likeliest.
-
-        loop="engine" is ours: `how` are the arguments of `engine.Sampling.of`, but without a `seed` that is drawn from
-        torch's random numbers, as transformers' loop draws: `torch.manual_seed` brings an answer back.
-        loop="transformers" is `GenerationMixin` with its arguments (beams, `return_dict_in_generate`, ...); a row's
-        processors see its words without pictures, padded on the left with the first of them. Greedy answers of both are
-        the same.
-        Errors: ValueError naming the argument, before any token is made.
+        Shorter answers are padded with `pad_token_id`, by default the first stop token. Defaults are those of the
+        checkpoint's generation_config.json, else greedy decoding of at most 128 tokens.
+        `loop="engine"` is ours: `options` are the arguments of `SamplingParams.from_generate_kwargs`. Without `seed`
+        one is drawn from torch's global generator, so that `torch.manual_seed` repeats an answer, as with transformers.
+        `loop="transformers"` is `GenerationMixin` with its arguments (beams, `return_dict_in_generate`, ...). Its
+        logits processors see the text tokens of a sequence without images, padded on the left with the first of them.
+        Greedy answers of both loops are the same.
+        Errors: ValueError naming the argument, before any token is generated.
         """
         model: Any = self
         check_generate_arguments(loop, options)
@@ -76,9 +75,7 @@ class VilaGenerationMixin(GenerationMixin):
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"a streamer takes one prompt at a time, got {len(input_ids)}")
         image_features, tokens_per_image = self.image_features(images)
-        unpad_options: dict[str, Any] = self.padding_config | {
-            "max_length": None
-        }  # a prompt that is too long is an error here
+        unpad_options: dict[str, Any] = self.padding_config | {"max_length": None}  # long prompts are errors here
         rows = unpad(input_ids.to(model.device), attention_mask, None, None, tokens_per_image, **unpad_options).rows
         if "eos_token_id" in options:
             eos = options["eos_token_id"]
@@ -147,16 +144,13 @@ class VilaGenerationMixin(GenerationMixin):
         )
         width = text_mask.shape[1]
         pad_ids = [text[:1] if len(text) else text.new_zeros(1) for text in text_rows]
-        ids = torch.stack(
-            [torch.cat((pad_id.expand(width - len(word)), word)) for pad_id, word in zip(pad_ids, text_rows)]
-        )
+        ids = torch.stack([torch.cat((pad.expand(width - len(row)), row)) for pad, row in zip(pad_ids, text_rows)])
+        embeddings = [vila.embed_spliced(self.params, row, image_features) for row in rows]
         parent: Any = super()
         output = parent.generate(
             input_ids=ids,  # [b, width]
             attention_mask=text_mask.long(),
-            inputs_embeds=pad(
-                [vila.embed_spliced(self.params, row, image_features) for row in rows], row_mask
-            ),  # [b, t', e]
+            inputs_embeds=pad(embeddings, row_mask),  # [b, t', e]
             position_ids=row_mask.long().cumsum(1).masked_fill(~row_mask, 0) - 1,  # [b, t'], -1 at padding
             streamer=streamer,
             chunk_prefilling=chunk_prefilling,
@@ -169,14 +163,14 @@ class VilaGenerationMixin(GenerationMixin):
         return output
 
     def set_default_stop_tokens(self, eos_token_id: int | list[int] | None) -> None:
-        """Make these the stop tokens of both loops, and the first of them the padding."""
+        """Set the stop tokens of both loops, and the first of them as padding."""
         config: Any = self.generation_config
         config.eos_token_id = eos_token_id
         config.pad_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id or 0
-        config.prefill_chunk_size = None  # the config's is ours, and not what transformers means by it
+        config.prefill_chunk_size = None  # transformers means something else by it than our config
 
     def apply_generation_config(self, values: Mapping[str, Any], source: str) -> None:
-        """Answer as a checkpoint's generation_config.json says, and warn of what of it is not honoured."""
+        """Take over the values of a checkpoint's generation_config.json, and warn of those that are not honoured."""
         config: Any = self.generation_config
         supported = {
             name: value for name, value in values.items() if hasattr(config, name) and name not in UNSUPPORTED_ARGUMENTS
@@ -188,7 +182,8 @@ class VilaGenerationMixin(GenerationMixin):
             config.pad_token_id = eos[0] if isinstance(eos, list) else eos
         if beam_settings := ignored_settings(supported):
             warnings.warn(
-                f"{source}: of {GENERATION_CONFIG_NAME}, {', '.join(beam_settings)} counts in generate(loop='transformers') only",
+                f"{source}: of {GENERATION_CONFIG_NAME}, {', '.join(beam_settings)} counts in "
+                "generate(loop='transformers') only",
                 stacklevel=2,
             )
         for setting in ignored_settings({name: values[name] for name in values if name in UNSUPPORTED_ARGUMENTS}):
@@ -196,13 +191,13 @@ class VilaGenerationMixin(GenerationMixin):
             warnings.warn(f"{source}: of {GENERATION_CONFIG_NAME}, {setting} does not count: {reason}", stacklevel=2)
 
     def generation_settings(self) -> dict[str, Any]:
-        """What the model's generation config says beyond its stop tokens, and what is the same in any model."""
+        """The values of the model's generation config that both loops honour, without the stop tokens."""
         config: Any = self.generation_config
         return {name: value for name in HONORED_FIELDS if (value := getattr(config, name)) is not None}
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # `forward` makes a `PagedCache`
+        return False  # `forward` makes a `PagedKVCache`
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -216,9 +211,10 @@ class VilaGenerationMixin(GenerationMixin):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """What `forward` gets at each step of transformers' loop: the prompt's embeddings, then one token a row.
+        """The arguments of `forward` at each step of transformers' loop: the prompt's embeddings first, then one token
+        per sequence.
 
-        attention_mask is of the words alone; -1 in position_ids [b, t'] is where the embeddings are padded.
+        attention_mask covers the text tokens only; position_ids [b, t'] are -1 where the embeddings are padded.
         """
         forward_options = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         forward_options |= {"logits_to_keep": logits_to_keep, "use_cache": True}
@@ -257,16 +253,16 @@ def check_generate_arguments(loop: str, options: Mapping[str, Any]) -> None:
                 raise ValueError(f"generate: loop='transformers' does not honour {name}: {UNSUPPORTED_ARGUMENTS[name]}")
     elif unknown := [name for name in options if name not in (*SAMPLING_ARGUMENTS, "pad_token_id")]:
         raise ValueError(
-            f"generate: loop='engine' does not know {', '.join(unknown)}, only {', '.join(SAMPLING_ARGUMENTS)}, pad_token_id; "
-            "loop='transformers' takes the arguments of transformers' generate"
+            f"generate: loop='engine' does not know {', '.join(unknown)}, only {', '.join(SAMPLING_ARGUMENTS)}, "
+            "pad_token_id; loop='transformers' takes the arguments of transformers' generate"
         )
 
 
 def check_context_length(rows: Sequence[Tensor], new_tokens: int, context_length: int) -> None:
-    """Errors: ValueError for a prompt [t] that leaves less than `new` tokens of the context."""
+    """Errors: ValueError for a prompt [t] that leaves fewer than `new_tokens` positions of the context."""
     for i, row in enumerate(rows):
         if len(row) + new_tokens > context_length:
             raise ValueError(
-                f"generate: prompt {i} has {len(row)} positions with its pictures, and {new_tokens} more may be generated, "
-                f"but the model's context is {context_length}; shorten the prompt or lower max_new_tokens"
+                f"generate: prompt {i} has {len(row)} positions with its images, and {new_tokens} more may be "
+                f"generated, but the model's context is {context_length}; shorten the prompt or lower max_new_tokens"
             )

@@ -1,4 +1,4 @@
-"""Images and videos to what the vision tower takes, through transformers' image processors."""
+"""Image and video files to pixel tensors for the vision tower, through transformers' image processors."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,32 +20,25 @@ from .preprocessor_config import image_processor_arguments
 PREPROCESSOR_CONFIG_NAME = "preprocessor_config.json"
 ASPECT_RATIO_MODES = ("resize", "pad", "square", None)
 MAX_FRAMES = 1024
-ANIMATED_FORMATS = (
-    "GIF",
-    "WEBP",
-    "PNG",
-    "AVIF",
-)  # formats whose further pictures are meant to be seen, one after another
-EXIF_ORIENTATION = 0x0112  # EXIF's tag
-TILE_SIZE = 1024  # pixels a side: what a picture is coloured in, so that copies of it are not held
-PIL_PROCESSORS = {
-    "CLIP": "CLIPImageProcessorPil",
-    "Siglip": "SiglipImageProcessorPil",
-}  # by how their names in files begin
+ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")  # others may hold several images that are no video
+EXIF_ORIENTATION = 0x0112
+TILE_SIZE = 1024  # pixels per side of the tiles in which images are converted
+PIL_PROCESSORS = {"CLIP": "CLIPImageProcessorPil", "Siglip": "SiglipImageProcessorPil"}  # by prefix of their names
 
 
 ImageInput = Image.Image | str | Path | Sequence[Any] | None
 
 
 class ImageError(ValueError):
-    """A picture or a video cannot be read, or cannot be made to fit."""
+    """An image or a video cannot be read, or cannot be resized as asked."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture upright (EXIF) and in 8-bit RGB, as a viewer shows it.
+    """Convert an image to 8-bit RGB as a viewer shows it: upright (EXIF), transparency on white.
 
-    Transparency lies on white. 16-bit greys are scaled to 8 bits, by 257, as 65535 is the white of the format.
-    Errors: `ImageError` for numbers without a known white, and for a picture without pixels.
+    16-bit greys are divided by 257, as their white is 65535. Images are converted in tiles, so that no full-size
+    intermediate copies exist.
+    Errors: `ImageError` for pixel values without a known white, and for an image without pixels.
     """
     if not image.width or not image.height:
         raise ImageError(f"it has {image.width} x {image.height} pixels")
@@ -59,7 +52,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def tile_to_rgb(image: Image.Image) -> Image.Image:
-    """A picture, or a tile of one, in RGB. Errors: `ImageError`."""
+    """Convert an image, or a tile of one, to RGB. Errors: `ImageError`."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
@@ -73,7 +66,7 @@ def tile_to_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def open_media(path: Path | str, description: str) -> Iterator[Image.Image]:
-    """A file as Pillow opens it. Errors: `ImageError` naming the file, for whatever is wrong with it."""
+    """Open a file with Pillow. Errors: `ImageError` naming the file, for whatever is wrong with it."""
     try:
         require_file(Path(path))
         with Image.open(path) as image:
@@ -83,41 +76,42 @@ def open_media(path: Path | str, description: str) -> Iterator[Image.Image]:
     except LoadError as error:
         raise ImageError(str(error)) from None
     except Exception as error:  # a broken file fails in Pillow's decoders as OSError, SyntaxError, struct.error, ...
-        raise ImageError(f"{path} cannot be read as a {description}: {error}") from None
+        raise ImageError(f"{path} cannot be read as {description}: {error}") from None
 
 
 def open_image(path: Path | str) -> Image.Image:
-    """The picture as `rgb` has it. Errors: `ImageError` naming the file."""
-    with open_media(path, "picture") as image:
+    """Open an image as RGB. Errors: `ImageError` naming the file."""
+    with open_media(path, "an image") as image:
         if (count := getattr(image, "n_frames", 1)) > 1 and image.format in ANIMATED_FORMATS:
-            raise ImageError(f"it is animated ({count} frames); give it as a video, or one frame of it")
+            raise ImageError(f"it is animated ({count} frames); pass it as a video, or one frame of it")
         return to_rgb(image)
 
 
 def load_video_frames(video: Path | str | Sequence[Image.Image], num_frames: int) -> list[Image.Image]:
-    """n frames of an animated file (GIF, WebP, APNG), or of a list of pictures in order of time, evenly spread.
+    """Load evenly spaced frames of a video: an animated file (GIF, WebP, APNG), or a list of images in order of time.
 
-    As VILA was trained: of `count` frames those at linspace(0, count - 2, n), rounded down; the last frame is never
-    asked for, as films often hold one less than they say. A video shorter than n comes whole, after black frames of its
-    size, so that what stands next to the question are real frames. A video of just n comes whole too; upstream fails
-    on it, as its n places are only n - 1 different ones.
-    Errors: `ImageError` naming the file; ValueError for n < 1 or beyond `MOST_FRAMES`, or an empty list.
+    As in VILA's training, the frames are those at linspace(0, count - 2, num_frames), rounded down; the last one is
+    left out, as files often hold one frame less than they declare. A video of `num_frames` or fewer is returned whole,
+    a shorter one behind black frames of its size, so that the real frames stand next to the question. (Upstream fails
+    on a video of just `num_frames`.)
+    Errors: `ImageError` naming the file; ValueError for fewer than 1 or more than `MAX_FRAMES` frames, or an empty
+    list.
     """
     if num_frames < 1:
-        raise ValueError(f"a video is seen in at least 1 frame, not {num_frames}")
+        raise ValueError(f"a video needs at least 1 frame, not {num_frames}")
     if num_frames > MAX_FRAMES:
-        raise ValueError(f"a video is seen in at most {MAX_FRAMES} frames, not {num_frames}")
+        raise ValueError(f"a video has at most {MAX_FRAMES} frames, not {num_frames}")
     if isinstance(video, (Path, str)):
-        with open_media(video, "video (an animated GIF, WebP or PNG)") as image:
-            first_frame = int(getattr(image, "default_image", False))  # of an APNG: shown only where nothing moves
+        with open_media(video, "a video (an animated GIF, WebP or PNG)") as image:
+            first_frame = int(getattr(image, "default_image", False))  # of an APNG: not a part of the animation
             count = getattr(image, "n_frames", 1) - first_frame
             if count < 2:
-                raise ImageError("it is one picture; give it as such")
+                raise ImageError("it is one image; pass it as such")
             selected, limit = [], Image.MAX_IMAGE_PIXELS
             if limit and image.width * image.height * min(count, num_frames) > limit:
                 raise ImageError(
                     f"{min(count, num_frames)} frames of {image.width} x {image.height} are more than {limit} pixels; "
-                    "make it smaller, or look at fewer frames"
+                    "make it smaller, or take fewer frames"
                 )
             for i in sample_frame_indices(count, num_frames):
                 image.seek(first_frame + i)
@@ -130,17 +124,17 @@ def load_video_frames(video: Path | str | Sequence[Image.Image], num_frames: int
 
 
 def sample_frame_indices(count: int, num_frames: int) -> list[int]:
-    """Which of `count` frames are seen, n of them or all."""
+    """Indices of `num_frames` evenly spaced frames of `count`, or of all if there are no more."""
     return list(range(count)) if count <= num_frames else [int(i) for i in np.linspace(0, count - 2, num_frames)]
 
 
 def load_image_processor(folder: Path, tower: VisionConfig | None = None) -> Any:
-    """The image processor of a VILA folder, in its PIL version, made to give pictures of the size the tower takes.
+    """Load the image processor of a VILA folder in its PIL version, set to the image size of the tower.
 
-    That size is the largest scale of S2, `vision_resolution`, or the tower's own. What stands in no file is as the
-    tower was trained; so is all of InternViT's, whose file names a class that only VILA has. `tower` is read from the
-    folder's configs if not given; a folder without them, as processors are saved alone, has its sizes in its file.
-    Errors: `ImageError` for a file that transformers makes nothing of; `LoadError`, `ConfigError` for wrong configs.
+    That size is the largest S2 scale, `vision_resolution`, or the trained size. Fields that are in no file are as the
+    tower was trained; so are all of InternViT, whose file names a class that only VILA has. `tower` is read from the
+    folder's configs if it is None; a folder without configs, as processors alone are saved, has the size in its file.
+    Errors: `ImageError` for a file that is no image processor; `LoadError`, `ConfigError` for wrong configs.
     """
     folder = Path(folder)
     require_contained(folder, *(path for path in (folder, folder / "vision_tower") if path.is_dir()))
@@ -162,9 +156,8 @@ def load_image_processor(folder: Path, tower: VisionConfig | None = None) -> Any
 
 
 def processor_family(values: Mapping[str, Any]) -> str:
-    """The kind of processor that a file names, as old and new versions of transformers write it.
-
-    Errors: ValueError for a name that is none of `IN_PILLOW`.
+    """The family, a key of `PIL_PROCESSORS`, of the processor class that a file names in either version's spelling.
+    Errors: ValueError.
     """
     name = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
     family = re.sub("(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", name)
@@ -176,10 +169,10 @@ def processor_family(values: Mapping[str, Any]) -> str:
 
 
 def pil_image_processor(family: str, values: Mapping[str, Any]) -> Any:
-    """transformers' image processor of a kind that needs Pillow alone.
+    """Make transformers' image processor of a family, in the version that needs Pillow alone.
 
-    Taken by name: `AutoImageProcessor` of transformers 5.17 wants torchvision even for it, and that of any version asks
-    whether it may run code that a file names.
+    It is taken by name: `AutoImageProcessor` of transformers 5.17 requires torchvision even for it, and any version's
+    may ask to run code that a file names.
     """
     import transformers
 
@@ -187,7 +180,7 @@ def pil_image_processor(family: str, values: Mapping[str, Any]) -> Any:
 
 
 def default_image_processor(tower: VisionConfig) -> Any:
-    """The image processor that a kind of tower was trained with."""
+    """The image processor that a tower was trained with."""
     from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     if tower.model_type == "intern_vit_6b":
@@ -196,7 +189,7 @@ def default_image_processor(tower: VisionConfig) -> Any:
 
 
 def set_input_size(processor: Any, size: int) -> Any:
-    """The processor, set to give squares of a side."""
+    """Set a processor to produce squares of a side in pixels; returns it."""
     square = {"height": size, "width": size}
     processor.size = {"shortest_edge": size} if processor.size.get("shortest_edge") else square
     if getattr(processor, "crop_size", None):
@@ -205,13 +198,13 @@ def set_input_size(processor: Any, size: int) -> Any:
 
 
 def preprocess_images(images: Sequence[Image.Image], processor: Any, mode: str | None) -> Tensor:
-    """Images to [n, 3, H, W] float32.
+    """Preprocess images for the tower -> [n, 3, H, W] float32.
 
-    Mode "resize" stretches them to the tower's size first (bicubic), "pad" puts them in the middle of a square of the
-    processor's mean colour; "square" (LLaVA's word) and None leave all to the processor: SigLIP and InternViT stretch,
-    CLIP scales the shorter side and cuts out the middle.
-    Errors: ValueError for another mode; `ImageError` for pictures that would grow beyond Pillow's limit of pixels, or
-    come out in different sizes.
+    mode: "resize" stretches images to the tower's size first (bicubic); "pad" centers them in a square of the
+    processor's mean color; "square" (LLaVA's word) and None leave all to the processor: those of SigLIP and InternViT
+    stretch, CLIP's scales the shorter side and crops the center.
+    Errors: ValueError for another mode; `ImageError` for images that would grow beyond Pillow's limit of pixels or come
+    out in different sizes.
     """
     if mode not in ASPECT_RATIO_MODES:
         raise ValueError(f"image_aspect_ratio {mode!r} is not supported ('resize', 'pad', 'square' and null are)")
@@ -220,7 +213,8 @@ def preprocess_images(images: Sequence[Image.Image], processor: Any, mode: str |
         size = getattr(processor, "crop_size", None) or processor.size
         if "width" not in size:
             raise ImageError(
-                f"image_aspect_ratio 'resize' needs a height and a width, and size in {PREPROCESSOR_CONFIG_NAME} is {size}"
+                f"image_aspect_ratio 'resize' needs a height and a width, and size in {PREPROCESSOR_CONFIG_NAME} is "
+                f"{size}"
             )
         rgb_images = [image.resize((size["width"], size["height"]), Image.Resampling.BICUBIC) for image in rgb_images]
     elif mode == "pad":
@@ -231,12 +225,12 @@ def preprocess_images(images: Sequence[Image.Image], processor: Any, mode: str |
             check_pixel_limit(image, shortest_edge, shortest_edge * max(image.size) // min(image.size))
     values = [torch.as_tensor(x) for x in processor(rgb_images)["pixel_values"]]
     if len(sizes := {tuple(x.shape) for x in values}) > 1:
-        raise ImageError(f"the image processor makes pictures of different sizes: {', '.join(map(str, sorted(sizes)))}")
+        raise ImageError(f"the image processor makes images of different sizes: {', '.join(map(str, sorted(sizes)))}")
     return torch.stack(values)
 
 
 def expand2square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
-    """The picture in the middle of the smallest square of a colour; an odd rest is below or to the right."""
+    """Center an image in the smallest square of a color; an odd pixel goes below or to the right."""
     side = max(image.size)
     check_pixel_limit(image, side, side)
     square = Image.new("RGB", (side, side), color)
@@ -245,28 +239,28 @@ def expand2square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
 
 
 def check_pixel_limit(image: Image.Image, width: int, height: int) -> None:
-    """Errors: `ImageError` if so many pixels are more than Pillow would read from a file."""
+    """Errors: `ImageError` if width x height is more than Pillow would read from a file."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit and width * height > limit:
         raise ImageError(
-            f"a picture of {image.width} x {image.height} would grow to {width * height} pixels, beyond {limit}; "
+            f"an image of {image.width} x {image.height} would grow to {width * height} pixels, beyond {limit}; "
             f"cut it, or use image_aspect_ratio 'resize'"
         )
 
 
 def list_images(images: ImageInput) -> list[Any]:
-    """Images as a list, of one picture too. Errors: TypeError for what is none."""
+    """Images as a list. Errors: TypeError for anything but images, paths and lists of them."""
     if isinstance(images, (Image.Image, str, Path)):
         return [images]
     if images is not None and not isinstance(images, (list, tuple)):
-        raise TypeError(f"pictures are PIL images or paths of files, or a list of them, not {type(images).__name__}")
+        raise TypeError(f"images are PIL images or paths of files, or a list of them, not {type(images).__name__}")
     return list(images or ())
 
 
 def load_image(image: Any) -> Image.Image:
-    """A picture, or that of a file. Errors: `ImageError` for a file, TypeError for anything else."""
+    """Open a path, or return an image as it is. Errors: `ImageError` for a file, TypeError for anything else."""
     if isinstance(image, (str, Path)):
         return open_image(image)
     if not isinstance(image, Image.Image):
-        raise TypeError(f"a picture is a PIL image or the path of a file, not {type(image).__name__}")
+        raise TypeError(f"an image is a PIL image or the path of a file, not {type(image).__name__}")
     return image
