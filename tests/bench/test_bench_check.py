@@ -179,14 +179,14 @@ def test_a_kernel_that_fails_now_and_then_is_said_to() -> None:
 
 def test_nothing_more_is_said_once_the_gpu_is_lost(plant: Plant, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # noqa: F811
     plant("swiglu", "deadly", *PLANTED["no_more_than_six_rows"][1:3])
-    monkeypatch.setattr("bench.correctness.find_failure.alive", lambda: False)
+    monkeypatch.setattr("bench.correctness.find_failure.gpu_responds", lambda: False)
     assert check.main(["swiglu", "--impl", "deadly"]) == 1
     said = capsys.readouterr().out
     assert said.count("swiglu deadly") == 1 and "the GPU with it" in said and "shrunk case" not in said
 
 
 def test_time_runs_out_and_the_failure_still_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.correctness.find_failure.SHRINKING", 0.0)
+    monkeypatch.setattr("bench.correctness.find_failure.SHRINK_SECONDS", 0.0)
     wrong = Impl("swiglu", "wrong", lambda gate, up: OPS["swiglu"].reference(gate, up) * 2, [{}], Path(__file__))
     verdict = find_failure(OPS["swiglu"], wrong, {}, 20, 0.0)
     assert verdict.simplest and "ran out of time" in verdict.caveat
@@ -229,7 +229,7 @@ def test_a_bundle_of_an_int4_weight_holds_all_of_it(tmp_path: Path) -> None:
     args = example_args(op, 0, **INT4)
     repro_bundle.save(tmp_path / "int4", op.impls["reference"], {}, args, 0, "aligned", INT4, "a test")
     back = repro_bundle.load(tmp_path / "int4").args
-    assert (back[1].group, back[1].order) == (32, "fma")
+    assert (back[1].group_size, back[1].rounding) == (32, "fma")
     assert all(torch.equal(x, y) for x, y in zip(tensors(args), tensors(back), strict=True))
     assert torch.equal(op(*back), op(*args))
 
@@ -267,7 +267,7 @@ def test_a_bundle_that_is_none_gets_one_line(tmp_path: Path, capsys) -> None:
             other(f"no {leaf}", args=({k: x for k, x in weight.items() if k != leaf}, *args[1:])): "an int4 weight"
             for leaf in weight
         },
-        other("a group that is no number", args=({**weight, "group": "2"}, *args[1:])): "does not take these arguments",
+        other("a group that is no number", args=({**weight, "group_size": "2"}, *args[1:])): "does not take these arguments",
         other("shapes", args=(torch.ones(2, 5), *args[1:])): "does not take these arguments",
         other("values", args=("x", *args[1:])): "does not take these arguments",
         other("sparse", args=(torch.ones(2, 4).to_sparse(), *args[1:])): "expected a plain one",

@@ -105,7 +105,7 @@ def test_an_item_that_kills_its_process_costs_only_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     worker, out = WORKER.format(body="half and os.kill(os.getpid(), 9)", alive=True), tmp_path / "rows.jsonl"
-    monkeypatch.setattr(default_kernels, "PYTHON", [sys.executable, "-c", worker])
+    monkeypatch.setattr(default_kernels, "PYTHON_COMMAND", [sys.executable, "-c", worker])
     status, said = run(capsys, "--op", "swiglu", "--op", "rope", "--processes", "2", "--out", str(out))
     left = 2 * len(UNSUPPORTED_DTYPES)
     assert status == 1 and said.splitlines()[-1] == f"{4 - left} right, 2 wrong, 0 unsupported, {left} left out"
@@ -116,7 +116,7 @@ def test_an_item_that_kills_its_process_costs_only_itself(
 def test_a_process_whose_gpu_is_lost_is_asked_no_more(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(default_kernels, "PYTHON", [sys.executable, "-c", WORKER.format(body="", alive="not half")])
+    monkeypatch.setattr(default_kernels, "PYTHON_COMMAND", [sys.executable, "-c", WORKER.format(body="", alive="not half")])
     _, said = run(capsys, "--op", "swiglu", "--op", "rope", "--processes", "1")
     by = [line.split()[-1] for line in said.splitlines() if " by " in line]
     assert len(by) == 6 - 2 * len(UNSUPPORTED_DTYPES) and len(set(by)) == 3  # each of half precision had its own
@@ -126,7 +126,7 @@ def test_what_hangs_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hangs = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    monkeypatch.setattr(default_kernels, "PYTHON", [sys.executable, "-c", hangs])
+    monkeypatch.setattr(default_kernels, "PYTHON_COMMAND", [sys.executable, "-c", hangs])
     start = time.monotonic()
     status, said = run(capsys, "--op", "swiglu", "--processes", "1", "--seconds", "2")
     left = len(UNSUPPORTED_DTYPES)
@@ -139,13 +139,13 @@ def test_what_hangs_is_not_waited_for(
 
 
 def test_what_cannot_be_started_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(default_kernels, "PYTHON", ["no-such-python"])
+    monkeypatch.setattr(default_kernels, "PYTHON_COMMAND", ["no-such-python"])
     status, said = run(capsys, "--op", "swiglu", "--processes", "1")
     assert status == 1 and said.count("could not be started") == 3 - len(UNSUPPORTED_DTYPES)
 
 
 def test_what_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(default_kernels, "PYTHON", [sys.executable, "-c", "raise SystemExit('there is no torch')"])
+    monkeypatch.setattr(default_kernels, "PYTHON_COMMAND", [sys.executable, "-c", "raise SystemExit('there is no torch')"])
     status, said = run(capsys, "--op", "swiglu", "--processes", "1")
     assert status == 1 and said.count("there is no torch") == 3 - len(UNSUPPORTED_DTYPES)
 

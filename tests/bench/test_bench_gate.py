@@ -110,7 +110,7 @@ REMEMBERED = [
 @pytest.mark.parametrize("op, names", REMEMBERED)
 def test_what_remembers_by_address_is_refused_and_found(op: str, names: str) -> None:
     refused = gate(remembering(op, names.split()), {})
-    assert refused and "Unfaithful" in refused
+    assert refused and "MismatchError" in refused
     found = find_failure(OPS[op], remembering(op, names.split()), {}, 30, 20.0).simplest
     assert found and (names != "gate up" or found.kind == "remembered")
 

@@ -156,7 +156,7 @@ def test_a_library_is_gated_like_any_other(text: str, right: bool, install: Call
     monkeypatch.setattr(sys, "argv", ["bench.peers", "autoawq", "torchao"])
     table.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["autoawq", f"  int4_matmul autoawq: {reason or 'faithful'}"]
+    assert lines[:2] == ["autoawq", f"  int4_matmul autoawq: {reason or 'right'}"]
     assert lines[2] == "torchao" and "bench/peers/torchao.py" in lines[3]
 
 
@@ -173,9 +173,9 @@ def test_what_a_library_cannot_do_is_unsupported_before_it_runs(install: Callabl
 @pytest.mark.parametrize("peer", ["flash_attn", "flashinfer"])
 def test_attention_is_called_as_documented(peer: str, install: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The arguments mean to the library what they mean to us: a stand-in with its interface is faithful."""
-    monkeypatch.setattr(_import_file, "needs_cuda", lambda library: None)
+    monkeypatch.setattr(_import_file, "require_cuda", lambda library: None)
     usual = _offline.check_tensors
-    monkeypatch.setattr(_offline, "check", lambda *x, interpreted=True, **how: usual(*x, **how))
+    monkeypatch.setattr(_offline, "check_tensors", lambda *x, interpreted=True, **how: usual(*x, **how))
     install("flash_attn.py", FLASH_ATTN)
     install("flashinfer.py", FLASHINFER)
     assert peer not in peers.discover_peers()

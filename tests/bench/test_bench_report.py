@@ -93,7 +93,7 @@ def test_runs_stand_apart_and_tables_of_what_is_right_and_searches_are_made(tmp_
         file,
         [
             {"kind": "correctness", "op": "rope", "state": "right", "reason": "", **here},
-            {"kind": "correctness", "op": "rope", "state": "wrong", "reason": "Unfaithful: off", **here},
+            {"kind": "correctness", "op": "rope", "state": "wrong", "reason": "MismatchError: off", **here},
             {"kind": "correctness", "op": "rope", "state": "not reached", "reason": "150 s were over", **here},
             {"kind": "step", "step": "model", "state": "out of time", "seconds": 70.0, "last": "x", **here},
             {**tuned, "config": {"BLOCK": 1}, "seconds": 2e-6, **here},
@@ -107,7 +107,7 @@ def test_runs_stand_apart_and_tables_of_what_is_right_and_searches_are_made(tmp_
     assert (
         "op right wrong not reached rope 1 1 1" in seen
         and "1 x 150 s were over" in seen
-        and "Unfaithful: off" in seen
+        and "MismatchError: off" in seen
         and "model out of time 70.0 s" in seen
     )
     assert re.search(r"s=8 2 +1\.00 us 2\.00 2", seen) and "1 x OutOfMemoryError: 20 GiB" in seen

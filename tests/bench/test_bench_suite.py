@@ -99,8 +99,8 @@ time.sleep(600)
 @pytest.fixture
 def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Steps are files of a folder here, in place of modules."""
-    monkeypatch.setattr(suite, "PYTHON", [sys.executable])
-    monkeypatch.setattr(suite_plan, "MARGIN", 0.0)
+    monkeypatch.setattr(suite, "PYTHON_COMMAND", [sys.executable])
+    monkeypatch.setattr(suite_plan, "MARGIN_SECONDS", 0.0)
     (tmp_path / "logs").mkdir()
     return tmp_path
 
@@ -140,12 +140,12 @@ def test_the_suite_stopped_by_a_signal_ends_its_step_and_sums_up(tmp_path: Path)
 import signal, sys
 from pathlib import Path
 from bench import suite
-from bench.plan import Step
+from bench.measure.suite_plan import SuiteStep
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-suite.PYTHON = [sys.executable]
+suite.PYTHON_COMMAND = [sys.executable]
 out = Path({str(tmp_path)!r})
 (out / "logs").mkdir()
-suite.run_all([Step("a", 1, 1, 600, [str(out / "step.py")])], 600, out)
+suite.run_plan([SuiteStep("a", 1, 1, 600, [str(out / "step.py")])], 600, out)
 """
     (tmp_path / "step.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(600)")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=rows.ROOT)
