@@ -106,39 +106,3 @@ def cast_operand(x, dtype: tl.constexpr):
         return x
     else:
         return ieee_operand(x.to(dtype))
-
-
-@triton.jit
-def page_offsets(table_ptr, tokens, known, stride_table, stride_page, stride_row, PAGE: tl.constexpr):
-    """Offsets of the given tokens of one sequence in its pages; table_ptr is the sequence's row of the block table."""
-    pages = tl.load(table_ptr + (tokens // PAGE) * stride_table, mask=known, other=0).to(tl.int64)  # [tokens]
-    return pages * stride_page + (tokens % PAGE).to(tl.int64) * stride_row
-
-
-@triton.jit
-def attend_simple_tile(q, k, v, visible, scale, peak, total, acc):
-    """Online softmax (base 2) over one more block of keys: the running peak, sum of weights and weighted values.
-
-    A query that has seen no key keeps total = 0 and acc = 0.
-    """
-    scores = tl.dot(q, k, input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
-    scores = tl.where(visible, scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))  # [BLOCK_M]
-    weights = tl.exp2(scores - new_peak[:, None])
-    rescale = tl.exp2(peak - new_peak)
-    total = total * rescale + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")  # [BLOCK_M, BLOCK_D]
-    return new_peak, total, acc
-
-
-@triton.jit
-def init_simple_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(peak, total, acc) before the first block. The peak is finite, so that -inf - peak is never NaN."""
-    peak = tl.full([BLOCK_M], -1.0e38, tl.float32)
-    return peak, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-
-@triton.jit
-def normalize(acc, total):
-    """Weighted values over the sum of weights; 0 for a row that has seen no key."""
-    return acc / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -59,7 +59,7 @@ def parse_kernel_settings(settings: list[str]) -> dict[str, str]:
 
 def resolve_device_and_kernels(args: argparse.Namespace) -> tuple["torch.device", dict[str, str]]:
     """The device and the chosen kernels. Errors: ValueError, KeyError for what is not there."""
-    from .registry.kernel_config import pick_device
+    from .device import pick_device
 
     device = pick_device(args.device)
     if device.type == "cpu" and args.set:

@@ -8,7 +8,7 @@ makes, see `error_budget`.
 import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any
@@ -21,6 +21,7 @@ from hypothesis.errors import Unsatisfiable
 from torch import Tensor
 from triton import knobs
 
+from vila_triton.ops import PagedKV, RaggedBatch
 from vila_triton.registry import Impl, IntRange, OneOf, Op, Unsupported
 
 from .guarded_memory import (
@@ -181,13 +182,14 @@ def error_over_budget(actual: Tensor, expected: Tensor, budget: Tensor | None) -
 
 
 def argument_names(op: Op, args: Any) -> list[str]:
-    """The name of each tensor of the arguments: that of its parameter and of its field in it, as x or w.scales."""
-    names = []
-    for name, value in zip(inspect.signature(op.reference).parameters, args):
-        members = fields(value) if is_dataclass(value) else ()
-        member_names = [f"{name}.{member.name}" for member in members for _ in tensors(getattr(value, member.name))]
-        names += member_names or [name for _ in tensors(value)]
-    return names
+    """The name of each tensor of the arguments: of its parameter and its fields, as x or cache.k_pages.scales."""
+
+    def names_in(name: str, value: Any) -> list[str]:
+        if not is_dataclass(value):
+            return [name for _ in tensors(value)]
+        return [x for f in fields(value) for x in names_in(f"{name}.{f.name}", getattr(value, f.name))]
+
+    return [x for pair in zip(inspect.signature(op.reference).parameters, args) for x in names_in(*pair)]
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,8 @@ class Example:
                 return redrawn
 
         def change_values(value: Any) -> Any:
+            if isinstance(value, PagedKV | RaggedBatch):
+                return replace(value, **{f.name: change_values(getattr(value, f.name)) for f in fields(value)})
             codes = not isinstance(value, Tensor)
             return map_tensors(lambda x: x / 2 if x.is_floating_point() else ~x if codes else x, value)
 

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from vila_triton.files.reading import require_file, short_repr
-from vila_triton.ops import Int4, QuantizedKVPages
+from vila_triton.ops import Int4, PagedKV, QuantizedKVPages, RaggedBatch
 from vila_triton.registry import OPS, Impl, Op, describe_available, discover
 
 from ..measure.rows import stamp
 from .error_budget import DEVICE
 from .guarded_memory import MEMORY_LAYOUTS, MemoryLayout, map_tensors
 
-FORMAT = "vila-triton bundle 2"
+FORMAT = "vila-triton bundle 3"
 FIELDS = {
     "op": str, "impl": str, "config": dict, "args": tuple, "seed": int, "layout": str, "sizes": dict, "origin": str,
     "stamp": dict,
@@ -90,14 +90,13 @@ def save(
     torch.save({"format": FORMAT, **dict(zip(FIELDS, values))}, file)
 
 
-LEAF_TYPES = (Int4, QuantizedKVPages)
-OLD_NAMES = {"group": "group_size", "order": "rounding"}  # of fields of Int4 in bundles of older versions
+LEAF_TYPES = (Int4, QuantizedKVPages, PagedKV, RaggedBatch)
 
 
 def to_plain(value: Any) -> Any:
-    """The tree with its quantized tensors as dictionaries, which their keys tell apart."""
+    """The tree with its dataclasses as dictionaries, which their keys tell apart."""
     if isinstance(value, LEAF_TYPES):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
+        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
     return type(value)(map(to_plain, value)) if isinstance(value, tuple | list) else value
 
 
@@ -108,13 +107,10 @@ def from_plain(value: Any) -> Any:
             raise BundleError(f"an argument is a {value.layout} tensor on {value.device}, expected a plain one")
         return value.to(DEVICE)
     if isinstance(value, dict):
-        if set(OLD_NAMES) <= set(value):
-            value = {OLD_NAMES.get(name, name): x for name, x in value.items()}
         leaf_type = next((leaf for leaf in LEAF_TYPES if {field.name for field in fields(leaf)} == set(value)), None)
         if leaf_type is None:
-            raise BundleError(
-                f"an argument is a dictionary of {sorted(map(str, value))}, expected an int4 weight or quantized pages"
-            )
+            expected = "an int4 weight, quantized pages, a PagedKV or a RaggedBatch"
+            raise BundleError(f"an argument is a dictionary of {sorted(map(str, value))}, expected {expected}")
         return leaf_type(**{name: from_plain(x) for name, x in value.items()})
     if isinstance(value, tuple | list):
         return type(value)(map(from_plain, value))

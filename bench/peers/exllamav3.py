@@ -13,12 +13,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from vila_triton.ops import decode_attention, encoder_attention, prefill_attention
+from vila_triton.ops import PagedKV, RaggedBatch, decode_attention, encoder_attention, prefill_attention
 from vila_triton.registry import Unsupported
 
 from ._cached_conversion import convert_once
 from ._import_file import import_single_file
 from ._offline import check_plain_attention, check_tensors, fake_gpu
+from ._repage import plain_pages
 
 paged = import_single_file("exllamav3.modules.attention_fn.triton_paged")
 
@@ -45,28 +46,26 @@ def prefill_attention_exllamav3(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    context_lens: Tensor,
+    cache: PagedKV,
+    batch: RaggedBatch,
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
     check_plain_attention("exllamav3", numerics, return_lse)
+    k_pages, v_pages = plain_pages("exllamav3", cache)
     check_tensors("exllamav3", q, k_pages, v_pages, dtypes=[torch.float16])
-    if not convert_once(has_equal_chunks, query_start_loc):
+    if not convert_once(has_equal_chunks, batch.query_start_loc):
         raise Unsupported("exllamav3: the sequences have different numbers of new tokens")
-    b = len(context_lens)
-    chunks = (x.contiguous().unflatten(0, (b, -1)) for x in (q, k, v))  # [b, s/b, h or g, d]
-    queries, keys, values = chunks
+    queries, keys, values = (
+        x.contiguous().unflatten(0, (batch.num_seqs, -1)) for x in (q, k, v)
+    )  # [b, s/b, h or g, d]
     with fake_gpu_checks(q):
         out = paged.paged_attn_triton_prefill(
             queries,
             None,
             None,
-            *(x.contiguous() for x in (k_pages, v_pages, block_table, context_lens)),
+            *(x.contiguous() for x in (k_pages, v_pages, cache.block_table, batch.context_lens)),
             causal=True,
             softmax_scale=softmax_scale,
             k_new=keys,
@@ -78,22 +77,21 @@ def prefill_attention_exllamav3(
 @decode_attention.impl("exllamav3")
 def decode_attention_exllamav3(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
+    cache: PagedKV,
     seq_lens: Tensor,
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
     check_plain_attention("exllamav3", numerics, return_lse)
+    k_pages, v_pages = plain_pages("exllamav3", cache)
     check_tensors("exllamav3", q, k_pages, v_pages, dtypes=[torch.float16])
     with fake_gpu_checks(q):
         return paged.paged_attn_triton_decode(
             q.contiguous()[:, None],  # [b, 1, h, d]
             None,
             None,
-            *(x.contiguous() for x in (k_pages, v_pages, block_table, seq_lens)),
+            *(x.contiguous() for x in (k_pages, v_pages, cache.block_table, seq_lens)),
             softmax_scale=softmax_scale,
         )[:, 0]
 

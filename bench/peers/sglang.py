@@ -15,12 +15,13 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from vila_triton.ops import decode_attention, prefill_attention
+from vila_triton.ops import PagedKV, RaggedBatch, decode_attention, prefill_attention
 from vila_triton.registry import Unsupported
 
 from ._cached_conversion import convert_once
 from ._import_file import import_single_file
 from ._offline import check_plain_attention, check_tensors, fake_gpu
+from ._repage import plain_pages
 
 AMD = torch.version.hip is not None
 STUBS = {
@@ -98,31 +99,29 @@ def prefill_attention_sglang(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    context_lens: Tensor,
+    cache: PagedKV,
+    batch: RaggedBatch,
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
     check_plain_attention("sglang", numerics, return_lse)
+    k_pages, v_pages = plain_pages("sglang", cache)
     check_tensors("sglang", q, k_pages, v_pages)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     with fake_gpu(q), patch.object(extend, "CUDA_CAPABILITY", torch.cuda.get_device_capability(), create=True):
-        kv_indptr, kv_indices = convert_once(build_kv_indices, block_table, context_lens, k_pages)
+        kv_indptr, kv_indices = convert_once(build_kv_indices, cache.block_table, batch.context_lens, k_pages)
         extend.extend_attention_fwd(
             *(x.contiguous() for x in (q, k, v)),
             out,
             *(x.contiguous().flatten(0, 1) for x in (k_pages, v_pages)),  # [p·l, g, d]
-            query_start_loc.contiguous(),
+            batch.query_start_loc.contiguous(),
             kv_indptr,
             kv_indices,
             custom_mask=None,
             is_causal=True,
             mask_indptr=None,
-            max_len_extend=convert_once(max_query_len, query_start_loc),
+            max_len_extend=convert_once(max_query_len, batch.query_start_loc),
             k_scale=1.0,
             v_scale=1.0,
             sm_scale=softmax_scale,
@@ -133,19 +132,18 @@ def prefill_attention_sglang(
 @decode_attention.impl("sglang")
 def decode_attention_sglang(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
+    cache: PagedKV,
     seq_lens: Tensor,
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
     check_plain_attention("sglang", numerics, return_lse)
+    k_pages, v_pages = plain_pages("sglang", cache)
     check_tensors("sglang", q, k_pages, v_pages)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     with fake_gpu(q):
-        kv_indptr, kv_indices = convert_once(build_kv_indices, block_table, seq_lens, k_pages)
+        kv_indptr, kv_indices = convert_once(build_kv_indices, cache.block_table, seq_lens, k_pages)
         num_kv_splits, attn_logits, attn_lse = convert_once(allocate_splits, seq_lens, q, k_pages)
         decode.decode_attention_fwd(
             q.contiguous(),

@@ -23,6 +23,7 @@ from vila_triton.chat.conversation_file import save_conversation as save_convers
 from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint, read_json
 from vila_triton.checkpoints.shard_writer import JOURNAL_NAME, ShardWriter
 from vila_triton.checkpoints.tensor_files import open_tensors
+from vila_triton.hashing import canonical_json, short_hash
 from vila_triton.hf.processing_vila import VilaProcessor
 from vila_triton.images.processing import load_video_frames, open_image
 from vila_triton.models.config import LlamaConfig
@@ -30,7 +31,6 @@ from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.quantization import awq_cache_file, calibration_data, report, resumable
 from vila_triton.quantization import pipeline as awq
 from vila_triton.registry import OPS, discover, tuned_tables
-from vila_triton.registry.search_space import canonical_json, short_hash
 from vila_triton.tiny.examples import EXAMPLES_DIR as EXAMPLES
 
 from . import mutate
@@ -282,8 +282,8 @@ def look_up(folder: Path) -> None:
     ):
         cached.cache_clear()
     with (
-        patch.object(tuned_tables, "folder", lambda: folder),
-        patch.object(tuned_tables, "name_of", lambda device: "Toy GPU"),
+        patch.object(tuned_tables, "tables_dir", lambda: folder),
+        patch.object(tuned_tables, "gpu_name", lambda device: "Toy GPU"),
     ):
         for phase in ("prefill", "decode"):
             tuned_tables.default_choices_for(torch.device("cuda"), phase)

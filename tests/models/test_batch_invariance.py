@@ -195,7 +195,7 @@ def test_a_row_of_what_is_marked_has_the_same_bits_anywhere(impl: Impl, config: 
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"linear": "aten"}, 'linear: aten is not allowed under the policy "invariant", .*: triton, rows'),
+        ({"linear": "aten"}, "linear: aten is not allowed with batch-invariant numerics, .*: triton, rows"),
         ({"rms_norm": "reference"}, "rms_norm: reference is not allowed .*: triton, rows"),
         ({"prefill_attention": "aten"}, "prefill_attention: aten is not allowed .*: reference, triton, simple"),
         ({"int4_matmul": [[4, "gemv"], "splitk"]}, "int4_matmul: gemv or splitk, by size is not allowed .*gemv"),

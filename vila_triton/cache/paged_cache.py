@@ -10,6 +10,8 @@ from torch import Tensor
 from vila_triton.models.config import LlamaConfig
 from vila_triton.ops import (
     KVPages,
+    PagedKV,
+    RaggedBatch,
     decode_attention,
     empty_kv_pages,
     page_tensors,
@@ -67,13 +69,14 @@ class PagedBatch:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: CosSin, scale: float) -> Tensor:
         destination = (self.k_pages[layer], self.v_pages[layer], self.slot_mapping)
-        q, k, *pages = rope_kv_write(q, k, v, *rotary, *destination)
+        q, k, k_pages, v_pages = rope_kv_write(q, k, v, *rotary, *destination)
+        cache = PagedKV(k_pages, v_pages, self.block_table)
         if self.decode:
-            return decode_attention(q, *pages, self.block_table, self.context_lens + 1, scale, self.numerics)
+            return decode_attention(q, cache, self.context_lens + 1, scale, self.numerics)
         if self.numerics == "invariant":
-            k, v = (round_like_pages(x, layer_pages) for x, layer_pages in zip((k, v), pages))
-        context = (self.block_table, self.query_start_loc, self.context_lens)
-        return prefill_attention(q, k, v, *pages, *context, scale, self.numerics)
+            k, v = round_like_pages(k, k_pages), round_like_pages(v, v_pages)
+        batch = RaggedBatch(self.query_start_loc, self.context_lens)
+        return prefill_attention(q, k, v, cache, batch, scale, self.numerics)
 
 
 class UncachedBatch:
@@ -90,8 +93,9 @@ class UncachedBatch:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: CosSin, scale: float) -> Tensor:
         pages = k.new_empty(1, DEFAULT_PAGE_SIZE, *k.shape[1:])
-        context = (self.block_table, self.query_start_loc, self.context_lens)
-        return prefill_attention(rope(q, *rotary), rope(k, *rotary), v, pages, pages, *context, scale, self.numerics)
+        cache = PagedKV(pages, pages, self.block_table)
+        batch = RaggedBatch(self.query_start_loc, self.context_lens)
+        return prefill_attention(rope(q, *rotary), rope(k, *rotary), v, cache, batch, scale, self.numerics)
 
 
 class AttentionRecorder:

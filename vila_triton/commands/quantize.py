@@ -49,10 +49,10 @@ def configure(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from vila_triton.checkpoints.loading import build_vila_config, open_checkpoint
     from vila_triton.checkpoints.writing import write_checkpoint
+    from vila_triton.device import pick_device
     from vila_triton.quantization import awq_cache_file, report
     from vila_triton.quantization import pipeline as awq
     from vila_triton.quantization import resumable as folder
-    from vila_triton.registry.kernel_config import pick_device
 
     from .convert import byte_progress
 

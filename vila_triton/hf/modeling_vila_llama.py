@@ -14,8 +14,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from vila_triton.cache.paged_cache import AttentionRecorder, PagedKVCache, UncachedBatch, resolve_past
 from vila_triton.checkpoints import loading
 from vila_triton.checkpoints.generation_config import GENERATION_CONFIG_NAME
+from vila_triton.device import pick_device
 from vila_triton.engine import engine
-from vila_triton.registry.kernel_config import pick_device
 
 from ..models import llama, vila
 from ..models.config_fields import name_folder_in_errors
