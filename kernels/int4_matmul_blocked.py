@@ -1,10 +1,10 @@
 """x · wᵀ + bias by torch's matrix product, the weight unpacked in blocks of rows that stay in the CPU's cache.
 
-A block of w, BLOCK_N rows of k columns, is unpacked and multiplied while it is in the cache, so that the whole weight is
-never in memory. It is rounded as in the reference, and every shape and dtype is served.
+A block of w, BLOCK_N rows of k columns, is unpacked and multiplied while it is in the cache, so that the whole weight
+is never in memory. It is rounded as in the reference, and every shape and dtype is served.
 
-The codes stay in the order of the bytes: a byte of a tile holds a code of row r in its lower nibble and one of row r + 8
-in its upper one, so bytes & 15 are eight rows and bytes >> 4 the eight others. x is permuted to that order instead.
+The codes stay in the order of the bytes: a byte of a tile holds a code of row r in its lower nibble and one of row r +
+8 in its upper one, so bytes & 15 are eight rows and bytes >> 4 the eight others. x is permuted to that order instead.
 """
 
 import sys

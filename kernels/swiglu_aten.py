@@ -1,7 +1,7 @@
 """silu(gate) · up by torch's `silu`, multiplied in place, which saves a temporary and copies in float32.
 
-In half precision the product is computed in float32 and rounded once. Rounding silu first, as Hugging Face's LLaMA does,
-exceeds the error budget where silu is subnormal.
+In half precision the product is computed in float32 and rounded once. Rounding silu first, as Hugging Face's LLaMA
+does, exceeds the error budget where silu is subnormal.
 """
 
 import torch
