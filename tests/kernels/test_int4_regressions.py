@@ -187,7 +187,7 @@ def test_sums_beyond_float16_with_results_within(op: Op, impl: Impl, config: Con
 
 @SERVED
 @pytest.mark.parametrize("k", [10944, 8256])
-def test_quantize_k_of_real_models_that_groups_do_not_divide_is_refused(name: str, k: int) -> None:
+def test_k_of_real_models_that_groups_of_128_do_not_divide(name: str, k: int) -> None:
     """vllm-project/vllm#9913, vllm-project/vllm#13119, vllm-project/llm-compressor#1489: no kernel for such a layer, or
     a slow one in its place. Every variant serves them, in the groups there are."""
     args = drawn(int4_matmul, m=1, n=16, G=k // 64)
