@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from bench.compiled import CompileRequest, CompileResult
 from bench.compiler import inspect_peer as beside
+from bench.compiler.cross_compile import CompileRequest, CompileResult
 from bench.compiler.inspect_text import InspectedCall
 from bench.compiler.kernel_stats import KernelAnalysis
 from bench.compiler.production_sizes import compile_spec

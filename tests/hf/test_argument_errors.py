@@ -15,6 +15,7 @@ from bench.measure import rows
 from vila_triton import VilaProcessor, ops
 from vila_triton.chat.conversation import ChatModel, Conversation
 from vila_triton.checkpoints.random_checkpoint import read_model_toml
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.models.config import LlamaConfig
 from vila_triton.quantization import awq_cache_file, calibration_data
 from vila_triton.registry import OPS
@@ -26,7 +27,7 @@ A = TINY.parent / "examples" / "a.png"
 
 @pytest.fixture(scope="module")
 def talker() -> ChatModel:
-    return ChatModel.from_pretrained(str(TINY), max_pages=99)
+    return load_chat_model(str(TINY), max_pages=99)
 
 
 def arguments(op: Op) -> dict[str, Any]:

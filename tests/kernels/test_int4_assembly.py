@@ -18,8 +18,8 @@ from triton.runtime.interpreter import TensorHandle
 
 from bench.correctness.error_budget import DEVICE, INTERPRETED, assert_matches_reference
 from bench.correctness.guarded_memory import bit_pattern
-from vila_triton.checkpoints.int4_packing import unpack_nibbles
 from vila_triton.kernels import _int4_dequant, _launch  # pyright: ignore
+from vila_triton.ops.int4_tiles import unpack_nibbles
 from vila_triton.registry import OPS, discover
 
 HALVES = torch.arange(2**16)

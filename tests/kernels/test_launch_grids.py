@@ -13,8 +13,8 @@ from triton.runtime.jit import KernelInterface
 
 from bench.correctness.error_budget import example_args
 from bench.correctness.guarded_memory import bit_pattern, tensors
-from vila_triton.checkpoints.int4_packing import tiled_shape
 from vila_triton.ops import Int4, KVPages, PagedKV, RaggedBatch, empty_kv_pages
+from vila_triton.ops.int4_tiles import tiled_shape
 from vila_triton.registry import OPS, Impl, Unsupported, discover
 from vila_triton.registry.interpreter import uses_triton_kernels
 

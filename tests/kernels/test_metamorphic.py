@@ -23,9 +23,9 @@ from bench.correctness.error_budget import (
 )
 from bench.correctness.guarded_memory import map_tensors
 from vila_triton import ops
-from vila_triton.checkpoints.int4_packing import pack_tiles
 from vila_triton.ops import PagedKV, RaggedBatch
 from vila_triton.ops.int4 import unpack_codes
+from vila_triton.ops.int4_tiles import pack_tiles
 from vila_triton.registry import Op, discover, use
 
 discover()

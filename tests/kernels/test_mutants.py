@@ -14,10 +14,10 @@ from torch import Tensor
 
 from bench.correctness.error_budget import UNSUPPORTED_DTYPES, assert_matches_reference, example_args, example_strategy
 from vila_triton import ops
-from vila_triton.checkpoints.int4_packing import pack_tiles
 from vila_triton.ops import Int4
 from vila_triton.ops.attention import masked_attention
 from vila_triton.ops.int4 import unpack_codes
+from vila_triton.ops.int4_tiles import pack_tiles
 from vila_triton.registry import OPS, Impl
 
 PLANTED: list = []

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.compiled import CompileRequest, check_compiled, run_in_subprocesses
+from bench.compiled import check_compiled
+from bench.compiler.cross_compile import CompileRequest, run_in_subprocesses
 from bench.correctness.error_budget import assert_matches_reference, example_args
 from vila_triton import ops
 from vila_triton.ops.kv_pages import KV_BITS, QuantizedKVPages, quantize_kv

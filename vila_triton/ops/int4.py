@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vila_triton.checkpoints.int4_packing import pack_tiles, tiled_shape, unpack_tiles
 from vila_triton.registry import IntRange, OneOf, op
 
 from .dtypes import DTYPES, dtype_name, random_tensor, upcast
+from .int4_tiles import pack_tiles, tiled_shape, unpack_tiles
 from .shapes import check_axes, check_floating, check_same_dtype
 
 ROUNDINGS = ("sub", "fma")
@@ -23,7 +23,7 @@ SMALLEST_SCALE = 2.0**-24  # above 0 in float16
 class Int4:
     """A weight [n, k] in 4 bits: w[i, j] = (code[i, j] - zeros[j // group, i]) · scales[j // group, i].
 
-    qweight  [ceil(n/16), ceil(k/64), 32, 4] int32: the codes, 0 to 15, cut into tiles as `formats.pack_tiles` says
+    qweight  [ceil(n/16), ceil(k/64), 32, 4] int32: the codes, 0 to 15, packed by `int4_tiles.pack_tiles`
     scales   [G, n]                                 G = k / group
     zeros    [G, n]   the code that stands for 0: a whole number 0 to 15, kept in the dtype of scales
     group    inputs that share a scale; k of them: one scale a row
