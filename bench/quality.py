@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vila_triton.cache.paged_cache import UncachedBatch
-from vila_triton.chat.conversation import ChatModel
 from vila_triton.console import print_progress
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.limits import COUNT, SEED
 from vila_triton.models import llama, vila
 from vila_triton.models.config import LlamaConfig
@@ -121,7 +121,7 @@ def evaluate_model(subject: EvaluatedModel, p: llama.Llama) -> dict[str, Any]:
 
 def bundled_subject(samples: int, seed: int, num_questions: int = NUM_QUESTIONS) -> EvaluatedModel:
     """The bundled model, calibrated on drawn training scenes and measured on questions about held-out ones."""
-    talker = ChatModel.from_pretrained(BUNDLED_CHECKPOINT, "cpu", torch.float32)
+    talker = load_chat_model(BUNDLED_CHECKPOINT, "cpu", torch.float32)
     model, image_tokens = talker.model, talker.model.vila_config.image_tokens
     held_out = build_questions(1 + num_questions // 25, seed + 1, SUPPORTED_KINDS)[:num_questions]
     qa_samples = [(i.qa.question, i.images, i.qa.answer) for i in held_out]
