@@ -125,7 +125,7 @@ REFUSED_READS = {
     "groups of 8": (
         AWQ_GEMM,
         {**GEMM_LEAVES, "scales": torch.ones(32, 16).half(), "qzeros": torch.ones(32, 2).int()},
-        "group",
+        "group_size",
     ),
     "v1 outputs": (AWQ_V1, {**V1_LEAVES, "scales": V1_LEAVES["scales"][:8]}, "are not one weight"),
     "ours in other groups": (NATIVE, NATIVE.write(W), "in groups of 48 are not one weight"),
