@@ -147,7 +147,7 @@ def search_layer(
     for scale_group, names in SCALE_GROUPS.items():
         x = getattr(activations, scale_group)
         x = x / scales[scale_group] if scale_group in scales else x
-        clipped = filter(CLIPPED_LINEARS.__contains__, names)
+        clipped = [name for name in names if name in CLIPPED_LINEARS]
         clips |= {name: search_clip(getattr(layer, name).weight, x, group_size) for name in clipped}
     return AwqSearchResult(scales, clips, {g: ratio for result in results for g, ratio in result.ratios.items()})
 
