@@ -24,7 +24,7 @@ EXTRA_PARTS = ("vision_tower", "mm_projector")
 DETAILS = """A run that was killed is resumed by the same command. quantization.json, and a plot of it in
 quantization.svg, are written beside the weights."""
 CALIBRATION_FILES = """Calibration files hold texts, one a line (512 tokens of each), or in .jsonl objects {"text": ...}
-and {"image": ..., "question": ..., "answer": ...}. Pages of Python's manual are used if the tokenizer knows its words."""
+and {"image": ..., "question": ..., "answer": ...}. Pages of Python's manual need a tokenizer with its words."""
 INT4_FORMATS = tuple(name for name in FORMATS if name != "dense")
 # What the options that --method rtn makes no use of are when they are left out.
 CALIBRATION_DEFAULTS = {"calib": None, "samples": 128, "seed": 0, "image_weight": 1.0, "no_error_propagation": False}
