@@ -32,7 +32,7 @@ from vila_triton.registry import OPS
 from vila_triton.registry.interpreter import uses_triton_kernels
 
 from ._tool import tool
-from .compiled import CompileRequest, compile_request, load_implementations, run_in_subprocesses
+from .compiler.cross_compile import CompileRequest, compile_request, load_implementations, run_in_subprocesses
 from .compiler.gpus import DEFAULT_TARGETS, TARGETS
 from .compiler.inspect_text import format_table
 from .compiler.kernel_stats import KernelAnalysis, analyze_kernel

@@ -33,8 +33,8 @@ from vila_triton.registry import OPS, Op, describe_available
 from vila_triton.registry.interpreter import uses_triton_kernels
 
 from ._tool import tool
-from .compiled import CompileRequest, compile_request, load_implementations, run_in_subprocesses
 from .compiler import inspect_peer as beside
+from .compiler.cross_compile import CompileRequest, compile_request, load_implementations, run_in_subprocesses
 from .compiler.gpus import TARGETS
 from .compiler.inspect_plot import plot_main_loops
 from .compiler.inspect_text import (

@@ -12,8 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vila_triton.checkpoints import random_checkpoint, size_report
+from vila_triton.checkpoints import random_checkpoint
 from vila_triton.checkpoints.loading import open_checkpoint
+from vila_triton.checkpoints.size_report import format_bytes, total_bytes
 from vila_triton.checkpoints.writing import write_checkpoint
 from vila_triton.console import print_progress
 from vila_triton.limits import Limits
@@ -21,26 +22,6 @@ from vila_triton.limits import Limits
 from ._tool import tool
 from .measure import rows
 
-LOAD = """
-import re, sys
-from pathlib import Path
-import torch
-from vila_triton import checkpoint
-from vila_triton.models.params import leaves
-
-def kilobytes(field):
-    return int(re.search(rf"{field}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-
-torch.set_num_threads(1)
-folder, dtype, device = Path(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3]
-cfg = checkpoint.geometry(*checkpoint.read_configs(folder))
-Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what there is now
-before = kilobytes("VmHWM")
-p = checkpoint.load_params(folder, cfg, dtype, device)
-for x in leaves(p):
-    x.view(torch.uint8).max() if x.numel() else None
-print(1024 * (kilobytes("VmHWM") - before), sum(x.nbytes for x in leaves(p)))
-"""
 CASES = (
     ("dense", "float16"),
     ("dense", "bfloat16"),
@@ -51,26 +32,19 @@ CASES = (
 
 
 def smallest_model(min_bytes: float, group_size: int | None) -> dict[str, Any]:
-    """VILA1.5-3b with as few layers as reach a size in bytes."""
-    model_table = random_checkpoint.read_model_toml("vila1.5-3b")
-    for layers in range(1, model_table["llm"]["num_hidden_layers"] + 1):
-        candidate = random_checkpoint.scale_down(model_table, layers, 1)
-        if (
-            sum(
-                map(
-                    size_report.total_bytes,
-                    random_checkpoint.random_checkpoint(candidate, group_size=group_size).tensors.values(),
-                )
-            )
-            >= min_bytes
-        ):
+    """Returns the table of VILA1.5-3b with the fewest layers that take `min_bytes`; `group_size`: with int4 linears."""
+    table = random_checkpoint.read_model_toml("vila1.5-3b")
+    for layers in range(1, table["llm"]["num_hidden_layers"] + 1):
+        candidate = random_checkpoint.scale_down(table, layers, 1)
+        tensors = random_checkpoint.random_checkpoint(candidate, group_size=group_size).tensors
+        if sum(map(total_bytes, tensors.values())) >= min_bytes:
             return candidate
-    raise ValueError(f"VILA1.5-3b is smaller than {size_report.format_bytes(min_bytes)}")
+    raise ValueError(f"VILA1.5-3b is smaller than {format_bytes(min_bytes)}")
 
 
 def measure_loading(folder: Path, dtype: str, device: str) -> tuple[int, int]:
-    """Peak bytes of loading, and bytes of the parameters."""
-    command = [sys.executable, "-c", LOAD, str(folder), dtype, device]
+    """Loads a folder in a fresh process; returns the peak bytes of loading and the bytes of the parameters."""
+    command = [sys.executable, "-m", "bench.measure.load_once", str(folder), dtype, device]
     process = subprocess.run(command, capture_output=True, text=True, cwd=rows.ROOT)
     if process.returncode:
         raise RuntimeError(process.stderr.strip().splitlines()[-1])
@@ -94,13 +68,12 @@ def main() -> None:
                 if native_folder.exists():
                     source = open_checkpoint(native_folder)
                 else:
-                    source = random_checkpoint.random_checkpoint(
-                        smallest_model(args.gigabytes * 1e9, group_size), group_size=group_size
-                    )
+                    model = smallest_model(args.gigabytes * 1e9, group_size)
+                    source = random_checkpoint.random_checkpoint(model, group_size=group_size)
                 write_checkpoint(source, folder, layout, max_shard_bytes=int(args.gigabytes * 2e8), source_key=layout)
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in (".safetensors", ".pt"))
             peak, param_bytes = measure_loading(folder, dtype, args.device)
-            sizes = f"{size_report.format_bytes(size):>10}{dtype:>12}{size_report.format_bytes(param_bytes):>12}{size_report.format_bytes(peak):>10}"
+            sizes = f"{format_bytes(size):>10}{dtype:>12}{format_bytes(param_bytes):>12}{format_bytes(peak):>10}"
             print(f"{layout:>18}{sizes}{peak / size:13.3f}", flush=True)
 
 

@@ -26,11 +26,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
+from vila_triton.device import pick_device
 from vila_triton.limits import POSITIVE
 from vila_triton.ops.dtypes import DTYPES
 from vila_triton.registry import OPS, REFERENCE, Impl
 from vila_triton.registry.interpreter import uses_triton_kernels
-from vila_triton.registry.kernel_config import pick_device
 from vila_triton.registry.tuned_tables import default_choices_for, gpu_name, tuned_config_at
 
 from ._tool import tool
@@ -50,10 +50,10 @@ CPU_FLOPS = 2 * 10**9  # a case with more is left out on a CPU unless it is aske
 def mean_cost(case: Case, args: Sequence[Any]) -> tuple[float, float]:
     """(flops, bytes moved at least once) of a call: where sequences are of any length up to t, their mean counts."""
     parameters = inspect.signature(OPS[case.op].reference).parameters
-    lengths = dict(zip(parameters, args)).get("lengths")
-    if lengths is None:
+    seq_lens = dict(zip(parameters, args)).get("seq_lens")
+    if seq_lens is None:
         return case.cost
-    return OPS[case.op].cost(**{**case.sizes, "t": lengths.double().mean().item()})
+    return OPS[case.op].cost(**{**case.sizes, "t": seq_lens.double().mean().item()})
 
 
 def rates(cost: tuple[float, float], case: Case, timing: Timing, peaks: MachinePeaks) -> dict[str, float]:

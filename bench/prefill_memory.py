@@ -9,60 +9,25 @@ and shared memory, and do not count).
 
 import argparse
 import sys
-import weakref
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vila_triton.arguments import parse_kernel_settings
 from vila_triton.cache.paged_cache import PagedKVCache
+from vila_triton.device import pick_device
 from vila_triton.engine import engine
 from vila_triton.limits import COUNT, COUNT_OR_ZERO
 from vila_triton.models import params, vila
 from vila_triton.models.config import VilaConfig
 from vila_triton.ops import page_tensors
 from vila_triton.registry import use
-from vila_triton.registry.kernel_config import pick_device
 from vila_triton.tiny.config import CONFIG
 
 from ._tool import tool
 from .measure import rows
-
-
-class PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors made inside the `with` held at once, each storage counted once.
-
-    `known`: tensors from before, which do not count, nor do views of them.
-    """
-
-    def __init__(self, existing: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.live_bytes = self.peak_bytes = 0
-        self.known_storages = {x.untyped_storage()._cdata for x in existing}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and not x.is_meta and x.untyped_storage()._cdata not in self.known_storages:
-                self.add(x.untyped_storage())
-        return out
-
-    def add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self.known_storages.add(key)
-        self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self.drop, key, size)
-
-    def drop(self, key: int, size: int) -> None:
-        self.known_storages.discard(key)
-        self.live_bytes -= size
+from .measure.peak_memory import PeakMemory
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from vila_triton.tiny.config import CONFIG, config_files
 
 from ._tool import tool
 from .measure import rows
-from .prefill_memory import PeakMemory
+from .measure.peak_memory import PeakMemory
 
 
 def measure_peak(layers: int, width: int, tokens: int, group_size: int) -> dict[str, float]:

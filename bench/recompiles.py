@@ -23,7 +23,7 @@ from vila_triton.registry import OPS, Op, Unsupported
 from vila_triton.registry.interpreter import uses_triton_kernels
 
 from ._tool import tool
-from .compiled import intercept_launches, load_implementations, run_in_subprocesses
+from .compiler.cross_compile import intercept_launches, load_implementations, run_in_subprocesses
 from .measure.cases import size_combinations
 
 TOKENS = (1, 2, 3, 16, 17, 32, 100)

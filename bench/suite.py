@@ -144,11 +144,11 @@ def main() -> int:
     seconds = 60 * args.minutes - OWN_SECONDS
     plan = suite_steps((args.out or Path("out")).resolve(), toy)
     if args.estimate:
-        from .measure import (
-            suite_estimate,  # not above: where there is no GPU, its import turns the interpreter on, for steps too
+        from ._suite_estimate import (
+            estimate_table,  # not above: without a GPU it turns the interpreter on, for steps too
         )
 
-        print(*suite_estimate.estimate_table(plan, seconds), *left_out_lines(plan, seconds), sep="\n")
+        print(*estimate_table(plan, seconds), *left_out_lines(plan, seconds), sep="\n")
         return 0
     if args.out is None:
         parser.error("--out: which folder is to hold what it finds?")

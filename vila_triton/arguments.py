@@ -99,7 +99,7 @@ def parse_kernel_settings(settings: list[str]) -> dict[str, str]:
 
 def resolve_device_and_kernels(args: argparse.Namespace) -> tuple["torch.device", dict[str, str]]:
     """Return the device of --device and the implementations of --set. Errors: ValueError for what does not exist."""
-    from .registry.kernel_config import pick_device
+    from .device import pick_device
 
     device = pick_device(args.device)
     if device.type == "cpu" and args.set:

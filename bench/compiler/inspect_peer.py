@@ -5,8 +5,8 @@ from typing import Any
 
 from vila_triton.registry import OPS
 
-from ..compiled import CompileRequest
 from ..measure.format import format_config
+from .cross_compile import CompileRequest
 from .inspect_text import InspectedCall, format_counts, format_table
 from .production_sizes import compile_spec
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..compiled import CompileRequest, CompileResult
+from .cross_compile import CompileRequest, CompileResult
 from .kernel_stats import KernelAnalysis
 
 STATS = ("registers", "spills", "shared", "blocks", "warps", "occupancy", "limit", "instructions", "per_unit")

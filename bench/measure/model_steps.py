@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..correctness.failure_report import refusal_reason, release_memory
-from ..prefill_memory import PeakMemory
+from .peak_memory import PeakMemory
 from .runners import Runner
 
 QUESTION_TOKENS = 32  # tokens of a question in `stream`, as TinyChat counts

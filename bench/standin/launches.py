@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-from ..compiled import CrossCompileDriver
+from ..compiler.cross_compile import CrossCompileDriver
 from .counts import count_launch
 from .device import CudaTensor, captures, current_device, host_view
 

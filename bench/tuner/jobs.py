@@ -25,7 +25,7 @@ import torch
 from vila_triton.registry import OPS, Impl, IntRange, OneOf, discover
 
 from .. import standin
-from ..compiled import CompileRequest, compile_request
+from ..compiler.cross_compile import CompileRequest, compile_request
 from ..compiler.gpus import TARGETS
 from ..compiler.resources import kernel_resources
 from ..correctness.failure_report import refusal_reason, release_memory

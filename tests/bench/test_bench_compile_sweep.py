@@ -23,7 +23,7 @@ discover()
     ],
 )
 def test_a_load_is_as_wide_as_rows_and_tile_let_it_be(sizes: dict, keys: int, threads: int, bytes_: int) -> None:
-    found: Any = SimpleNamespace(anatomy=SimpleNamespace(tile={"BLOCK_N": keys}, threads=threads))
+    found: Any = SimpleNamespace(stats=SimpleNamespace(tile={"BLOCK_N": keys}, threads=threads))
     assert compile_sweep.possible_load_bytes(sizes, found) == bytes_
 
 
@@ -38,7 +38,7 @@ def test_sizes_are_narrowed_as_asked_and_ops_must_be_there() -> None:
 
 def test_a_sweep_of_nothing_is_no_success(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["sweep", "encoder_attention", "--impl", "nonsense"])
-    monkeypatch.setattr(compile_sweep, "prepare", lambda kernels, peers: None)
+    monkeypatch.setattr(compile_sweep, "load_implementations", lambda kernels, peers: None)
     monkeypatch.setenv("TRITON_CACHE_DIR", "")  # which it sets
     with pytest.raises(SystemExit):
         compile_sweep.main()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bench import tune
-from bench.compiled import CompileRequest, check_compiled, run_in_subprocesses
+from bench.compiled import check_compiled
+from bench.compiler.cross_compile import CompileRequest, run_in_subprocesses
 from bench.compiler.gpus import DEFAULT_TARGETS, TARGETS
 from bench.measure.cases import cases
 from bench.tuner import cost_model

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import inspect
-from bench.compiled import CompileRequest
+from bench.compiler.cross_compile import CompileRequest
 from bench.compiler.disassembly import (
     FLOAT,
     GLOBAL,
@@ -142,13 +142,13 @@ def test_figures_are_what_cuobjdump_counts(tmp_path: Path) -> None:
         import json
         from dataclasses import asdict
         from pathlib import Path
-        from bench.anatomy import dissect
-        from bench.compiled import Call, compile_call, prepare
+        from bench.compiler.kernel_stats import analyze_kernel
+        from bench.compiler.cross_compile import CompileRequest, compile_request, load_implementations
         from triton import knobs
-        prepare(None, False)
+        load_implementations(None, False)
         sizes = dict(m=32, n=64, G=2, group=128, dtype="float16", order="sub", bias=False)
-        look = lambda k: (Path({str(tmp_path / "cubin")!r}).write_bytes(k.asm["cubin"]), asdict(dissect(k).anatomy))[1]
-        print(json.dumps(compile_call(look, Call("int4_matmul", "packed", 0, "sm_90", sizes)).kernels))
+        look = lambda k: (Path({str(tmp_path / "cubin")!r}).write_bytes(k.asm["cubin"]), asdict(analyze_kernel(k).stats))[1]
+        print(json.dumps(compile_request(look, CompileRequest("int4_matmul", "packed", 0, "sm_90", sizes)).kernels))
         print(knobs.nvidia.cuobjdump.path)
     """
     file = tmp_path / "dissect.py"

@@ -23,7 +23,7 @@ SHORT = ["--model", "tiny", "--layers", "2", "--prompts", "8", "--histories", "1
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Any:
     """Run the command: (exit code, stdout, stderr, rows). The bandwidth is given, not measured."""
-    monkeypatch.setattr(model, "ceilings", lambda device, dtypes: MachinePeaks(BANDWIDTH, {}))
+    monkeypatch.setattr(model, "measure_peaks", lambda device, dtypes: MachinePeaks(BANDWIDTH, {}))
 
     def run(*args: str) -> tuple[int, str, str, list[dict[str, Any]]]:
         file = tmp_path / "rows.jsonl"

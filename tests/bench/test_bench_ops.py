@@ -65,8 +65,8 @@ def test_a_time_above_a_ceiling_is_an_error_unless_the_cache_is_warm(
         seconds = 1e-9 if is_copy(call) else size / CEILINGS.bandwidth / 1.05
         return timing.Timing(seconds, seconds, seconds, 1.06 * seconds, 5, cold, False)
 
-    monkeypatch.setattr(ops, "measure", figure)
-    monkeypatch.setattr(ops, "ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr(ops, "time_call", figure)
+    monkeypatch.setattr(ops, "measure_peaks", lambda *_: CEILINGS)
     options = ["swiglu", "--case", "toy", "--impl", "copy", "--impl", "aten", "--dtype", "float32"]
     monkeypatch.setattr(sys, "argv", ["bench.ops", *options])
     share = f"impossible: {size / 1e-9 / CEILINGS.bandwidth:.0%} of the bandwidth"
@@ -87,11 +87,13 @@ def test_no_memory_for_one_implementation_is_its_row_and_the_others_go_on(
 
     (case,) = ops.select_cases(["swiglu"], "toy", "float32", CPU)
     whole = ops.time_call
-    monkeypatch.setattr(ops, "measure", lambda call, args, *rest: (full if is_copy(call) else whole)(call, args, *rest))
+    monkeypatch.setattr(
+        ops, "time_call", lambda call, args, *rest: (full if is_copy(call) else whole)(call, args, *rest)
+    )
     found = list(ops.time_cases([case], ["copy", "aten"], False, CPU, CEILINGS, 0.01, lambda *_: None))
     assert {row["impl"]: row["kind"] for row in found} == {"aten": "op", "copy": "refused"}
     assert found[-1]["reason"] == "OutOfMemoryError: CUDA out of memory"
-    monkeypatch.setattr(ops, "call_arguments", full)
+    monkeypatch.setattr(ops, "random_arguments", full)
     found = list(ops.time_cases([case], ["copy", "aten"], False, CPU, CEILINGS, 0.01, lambda *_: None))
     assert [row["kind"] for row in found] == ["refused", "refused"]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from processes import gone
 
+from bench import _suite_estimate as suite_estimate
 from bench import suite
-from bench.measure import goals_attention, rows, suite_estimate, suite_plan
+from bench.measure import goals_attention, rows, suite_plan
 from bench.measure.cases import cases
 from bench.measure.suite_plan import SuiteStep, allot_seconds, left_out_lines, suite_steps
 

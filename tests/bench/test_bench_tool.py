@@ -72,7 +72,7 @@ def test_nobody_who_reads_the_help_is_no_traceback(monkeypatch: pytest.MonkeyPat
 def test_what_is_stopped_names_the_rows_it_wrote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(rows, "WRITTEN", {})
+    monkeypatch.setattr(rows, "WRITTEN_FILES", {})
 
     @tool
     def main(write: bool) -> None:
@@ -119,12 +119,12 @@ def test_ctrl_c_during_imports_is_one_line_and_a_bug_is_a_traceback() -> None:
 
 INTERRUPTED = """
 import sys, time
-from bench.compiled import elsewhere
-from bench.tool import tool
+from bench.compiler.cross_compile import run_in_subprocesses
+from bench._tool import tool
 
 @tool
 def main():
-    for _ in elsewhere(time.sleep, [0, 600, 600], 2):
+    for _ in run_in_subprocesses(time.sleep, [0, 600, 600], 2):
         print("one", flush=True)
 
 if __name__ == "__main__":

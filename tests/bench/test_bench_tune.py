@@ -59,7 +59,7 @@ class Inline:
 @pytest.fixture
 def doubled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Op:
     """The toy, of which a call takes as long every time; nothing lies on a device, whose release takes seconds."""
-    monkeypatch.setattr(jobs, "release", lambda device: None)
+    monkeypatch.setattr(jobs, "release_memory", lambda device: None)
     monkeypatch.setitem(STAGES, "time", lambda job: {"seconds": 1e-6 * job["config"]["BLOCK"], "again": 0.0})
     return load(tmp_path, monkeypatch)
 
@@ -130,7 +130,7 @@ def test_by_the_cost_model_only_what_a_table_names_is_gated(
 ) -> None:
     """Here what is wrong is predicted to be the fastest."""
     monkeypatch.setattr(
-        cost_model, "predict", lambda _, config, sizes, gpu: 1e-6 * config["BLOCK"] - 1e-7 * config["wrong"]
+        cost_model, "predict_seconds", lambda _, config, sizes, gpu: 1e-6 * config["BLOCK"] - 1e-7 * config["wrong"]
     )
     monkeypatch.setitem(STAGES, "gate", lambda job: gated(job, least))
     workers = Inline()
@@ -149,7 +149,7 @@ def test_what_the_cost_model_or_the_compiler_rules_out_is_not_run(
     doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = search.SearchPlan(search.COST_MODEL, DEVICE, cost_model.gpu_of_arch("sm_90"), 3.0, 0.01, STAMP)
-    monkeypatch.setattr(search, "holds_kernels", lambda impl: True)
+    monkeypatch.setattr(search, "uses_triton_kernels", lambda impl: True)
     spilled = {"reason": "spills 8 bytes"}
     monkeypatch.setitem(STAGES, "compile", lambda job: spilled if job["config"]["BLOCK"] == 4 else {"reason": None})
     workers = Inline()
@@ -318,7 +318,7 @@ def test_no_memory_for_the_time_of_a_candidate_is_its_row(
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(jobs, "measure", full)
+    monkeypatch.setattr(jobs, "time_call", full)
     monkeypatch.setitem(STAGES, "time", jobs.time_job)
     looked = search.Search(doubled.impls["blocks"], cases(doubled)[:1], PLAN, tmp_path, 2)
     looked.run(Inline(), inf, lambda: None)

@@ -39,7 +39,7 @@ ABOUT = "[prompt "  # so begins the line about an answer
 def test_a_chat_is_saved_and_another_goes_on_with_it(typed: Typed) -> None:
     asked = ("How many shapes are there?", "/save talk", "/save", "/new now", "/sav talk", "/sing")
     said, complaints = typed("chat", "--image", str(EXAMPLES_DIR / "a.png"), lines=asked)
-    listed = "There are /image PICTURE, /video FILE, /new, /save FILE, /resume FILE, /quit"
+    listed = "There are /image FILE, /video FILE, /new, /save FILE, /resume FILE, /quit"
     assert said == ["3"] and complaints[0].startswith(ABOUT)
     assert complaints[1:] == [
         "vila-triton: '/save': expected /save FILE",
@@ -48,7 +48,7 @@ def test_a_chat_is_saved_and_another_goes_on_with_it(typed: Typed) -> None:
         f"vila-triton: no command '/sing'; {listed}",
     ]
     said, complaints = typed("chat", lines=("/resume none", "/resume talk", "Describe the picture."))
-    assert "yellow triangle" in said[0] and "| pictures 0 tokens |" in complaints[1]
+    assert "yellow triangle" in said[0] and "| images 0 tokens |" in complaints[1]
     assert complaints[0] == "vila-triton: none does not exist"
 
 
@@ -57,9 +57,9 @@ def test_a_video_is_shown_in_frames_between_the_pictures_where_it_is_named(typed
     shown[0].save("film.gif", save_all=True, append_images=shown[1:])
     named = ["--image", str(EXAMPLES_DIR / "a.png"), "--video", "film.gif", "--frames", "2"]
     said, (about,) = typed("ask", *named, "Describe the first image.")
-    assert "yellow triangle" in said[0] and f"| pictures {(1 + 2) * 16} tokens |" in about
+    assert "yellow triangle" in said[0] and f"| images {(1 + 2) * 16} tokens |" in about
     said, (about,) = typed("chat", "--frames", "2", lines=("/video film.gif", "Describe the first image."))
-    assert "purple star" in said[0] and f"| pictures {2 * 16} tokens |" in about
+    assert "purple star" in said[0] and f"| images {2 * 16} tokens |" in about
 
 
 def test_frames_without_a_video_are_a_mistake(typed: Typed) -> None:
@@ -109,7 +109,7 @@ def failing(error: BaseException, after: int) -> Callable:
         (f"/image {'n' * 300}", "File name too long"),
         ("/image damaged", "damaged"),
         ("/imag a.png", "did you mean /image?"),
-        ("what is \udcff?", "the question is no text in UTF-8, from its character 9 on"),
+        ("what is \udcff?", "the question is not valid UTF-8 from its character 9 on"),
         ("", ""),
         ("   ", ""),
     ],
@@ -166,4 +166,4 @@ def test_bytes_that_are_no_text_do_not_take_the_lines_after_them_along(
     monkeypatch.setattr("sys.argv", ["vila-triton", "chat", "--image", str(EXAMPLES_DIR / "a.png"), "--device", "cpu"])
     assert main() == 0
     out, err = capsys.readouterr()
-    assert out.splitlines() == ["3", untroubled] and "no text in UTF-8, from its character 9 on" in err
+    assert out.splitlines() == ["3", untroubled] and "not valid UTF-8 from its character 9 on" in err

@@ -64,7 +64,7 @@ def test_rounds_are_made_of_the_ids_of_the_whole_text_and_answered_as_those_are(
         assert tiny.model.generate(ids, pixels, max_new_tokens=128).tolist() == [answer]  # nothing cached
         text += f" {tiny.tokenizer.decode(answer, skip_special_tokens=True)}</s>"
     words = [i for i in tokenize(text, tiny.tokenizer) if i != -200]
-    assert conversation.row[conversation.row >= 0].tolist() == words and words.count(tiny.stop_token_ids[0]) == 3
+    assert conversation.spliced_ids[conversation.spliced_ids >= 0].tolist() == words and words.count(tiny.stop_token_ids[0]) == 3
 
 
 def test_an_answer_that_was_cut_off_is_ended_all_the_same(tiny: ChatModel) -> None:
@@ -78,7 +78,7 @@ def test_a_saved_conversation_goes_on_as_if_it_had_not_been(tiny: ChatModel, who
     save_conversation(Conversation(fresh(tiny)), tmp_path / "talk")
     save_conversation(conversation, tmp_path / "talk")  # over the one before, which was empty
     again = load_conversation(fresh(tiny), tmp_path / "talk")
-    assert list(again.ask(*ROUNDS[2])) == whole[1][2] and again.spliced_ids.tolist() == whole[0].row.tolist()
+    assert list(again.ask(*ROUNDS[2])) == whole[1][2] and again.spliced_ids.tolist() == whole[0].spliced_ids.tolist()
     assert again.last_turn and again.last_turn.prefill_tokens == again.last_turn.prompt_tokens
     assert [path.name for path in tmp_path.iterdir()] == ["talk"]
 
@@ -117,7 +117,7 @@ def test_what_is_no_conversation_is_neither_resumed_nor_replaced(tiny: ChatModel
     content = (tmp_path / "talk").read_bytes()
     (tmp_path / "cut").write_bytes(content[:-100])
     (tmp_path / "text").write_text("not one")
-    save_file({"row": torch.zeros(3)}, tmp_path / "weights")
+    save_file({"spliced_ids": torch.zeros(3)}, tmp_path / "weights")
     for name in ("cut", "text", "weights"):
         before = (tmp_path / name).read_bytes()
         with pytest.raises(ConversationFileError, match=rf"{name} is not a saved conversation; /save writes them"):
@@ -137,10 +137,10 @@ def test_a_conversation_that_does_not_hold_together_is_damaged(tiny: ChatModel, 
     about = {"format": FILE_FORMAT, **fingerprints(tiny)}
     wide = torch.zeros(16, tiny.model.vila_config.llm.hidden_size)
     for tensors, message in (
-        ({"row": torch.tensor([1, -17]), "features": wide}, "do not belong together"),
-        ({"row": torch.tensor([1, 5]), "features": wide[:, 1:].clone()}, "do not belong together"),
-        ({"row": torch.tensor([1, 128])}, "do not belong together"),
-        ({"features": wide}, "lacks its tokens"),
+        ({"spliced_ids": torch.tensor([1, -17]), "image_features": wide}, "do not belong together"),
+        ({"spliced_ids": torch.tensor([1, 5]), "image_features": wide[:, 1:].clone()}, "do not belong together"),
+        ({"spliced_ids": torch.tensor([1, 128])}, "do not belong together"),
+        ({"image_features": wide}, "lacks its tokens"),
     ):
         save_file(tensors, tmp_path / "talk", about)
         with pytest.raises(ConversationFileError, match=f"damaged conversation: .*{message}"):
@@ -150,8 +150,8 @@ def test_a_conversation_that_does_not_hold_together_is_damaged(tiny: ChatModel, 
 def test_features_in_a_file_answer_for_no_picture(tiny: ChatModel, tmp_path: Path) -> None:
     save_conversation(held(fresh(tiny), ROUNDS[:1])[0], tmp_path / "talk")
     tensors, about = read_conversation_file(tmp_path / "talk")
-    save_file(tensors | {"features": tensors["features"].flip(0).contiguous()}, tmp_path / "talk", about)
+    save_file(tensors | {"image_features": tensors["image_features"].flip(0).contiguous()}, tmp_path / "talk", about)
     talker = fresh(tiny)
     list(load_conversation(talker, tmp_path / "talk").ask("Describe the picture.", max_new_tokens=2))
     conversation, _ = held(talker, ROUNDS[:1])
-    assert conversation.last_turn and conversation.last_turn.prefill_tokens >= len(tensors["features"])
+    assert conversation.last_turn and conversation.last_turn.prefill_tokens >= len(tensors["image_features"])

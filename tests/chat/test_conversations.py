@@ -265,7 +265,7 @@ def test_a_round_taken_back_is_still_known_and_forks_go_their_own_ways(talker: C
     assert not len(conversation.spliced_ids) and conversation.image_features is None
     assert list(conversation.ask(QUESTIONS[0], [PICTURES[0]])) == first
     for n in (0, 2, -1):
-        with pytest.raises(ValueError, match=f"^{n} rounds cannot be taken back; there are 1$"):
+        with pytest.raises(ValueError, match=f"^{n} turns cannot be undone; there are 1$"):
             conversation.undo(n)
     unread = conversation.ask(QUESTIONS[1])
     next(unread)
@@ -287,7 +287,7 @@ def test_an_answer_that_the_garbage_collector_ends_in_the_middle_of_a_step_waits
         gc.collect()
         return whole(*args)
 
-    monkeypatch.setattr(llama, "llama", collecting)
+    monkeypatch.setattr(llama, "forward", collecting)
     gc.disable()
     try:
         del circle

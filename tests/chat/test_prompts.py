@@ -144,7 +144,7 @@ def test_a_question_has_as_many_places_as_pictures() -> None:
         insert_image_tokens("Q", 2) == "<image>\n<image>\nQ"
         and insert_image_tokens("<image> or <image>?", 2).count("<") == 2
     )
-    with pytest.raises(ValueError, match="places for 1 pictures, but 0 were given; write <image> once for each"):
+    with pytest.raises(ValueError, match="places for 1 images, but 0 were given; write <image> once for each"):
         insert_image_tokens("What does <image> mean?", 0)
 
 

@@ -21,7 +21,7 @@ def test_ask_prints_the_answer_and_one_line_about_it():
     assert done.returncode == 0, done.stderr
     assert done.stdout == "2\n"
     (line,) = done.stderr.splitlines()
-    for part in ("prompt 27 tokens", "pictures 16 tokens", "first token", "decode_attention=aten"):
+    for part in ("prompt 27 tokens", "images 16 tokens", "first token", "decode_attention=aten"):
         assert part in line
 
 
@@ -50,7 +50,7 @@ def test_ops_lists_every_op_and_why():
         (["ask", "--top-k", "5", "Why?"], "need a --temperature"),
         (["ask", " "], "the question is empty"),
         (["ops", "--set", "kernels.rope=fast"], "there are: reference, triton"),
-        (["ask", "--model", str(BUNDLED_CHECKPOINT), "<image> Why?"], "places for 1 pictures, but 0"),
+        (["ask", "--model", str(BUNDLED_CHECKPOINT), "<image> Why?"], "places for 1 images, but 0"),
     ],
 )
 def test_a_wrong_call_gets_one_clear_line(args, message):
@@ -59,7 +59,7 @@ def test_a_wrong_call_gets_one_clear_line(args, message):
 
 
 def test_a_wrong_line_does_not_end_a_chat():
-    talk = f"/image none.png\n/pictures\n/image {EXAMPLES_DIR / 'a.png'}\nHow many blue shapes are there?\n/quit\nnever asked\n"
+    talk = f"/image none.png\n/images\n/image {EXAMPLES_DIR / 'a.png'}\nHow many blue shapes are there?\n/quit\nnever asked\n"
     done = run("chat", "--device", "cpu", stdin=talk)
     assert done.returncode == 0 and done.stdout == "2\n"
-    assert "none.png does not exist" in done.stderr and "no command '/pictures'" in done.stderr
+    assert "none.png does not exist" in done.stderr and "no command '/images'" in done.stderr

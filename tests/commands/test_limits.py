@@ -25,7 +25,9 @@ ALLOWED = {  # option -> the values above that it takes
     "--count": {"0"},  # bytes alone (bench.kv_dtypes)
     "--chunks": {"0"},  # one pass
     "--pictures": {"0"},
+    "--frozen-fraction": {"0"},
     "--frozen": {"0"},
+    "--tower-lr-factor": {"0"},
     "--tower-factor": {"0"},
     **{option: {""} for option in ("--prompts", "--histories", "--batches", "--contexts")},  # none (bench.model)
 }

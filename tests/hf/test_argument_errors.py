@@ -1,6 +1,5 @@
 """What a person gets wrong in Python is one sentence that names the argument, before anything runs."""
 
-import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from op_arguments import flat_arguments, grouped_arguments
 from PIL import Image
 
 from bench.correctness import repro_bundle
@@ -32,8 +32,7 @@ def talker() -> ChatModel:
 
 def arguments(op: Op) -> dict[str, Any]:
     sizes = {name: getattr(size, "low", None) or getattr(size, "values", [1])[0] for name, size in op.domain.items()}
-    names = list(inspect.signature(op.reference).parameters)
-    return dict(zip(names, op.make_example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu")))
+    return flat_arguments(op, op.make_example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu"))
 
 
 OPTIONAL = {"bias", "numerics", "return_lse"}
@@ -52,7 +51,7 @@ def test_an_argument_of_another_kind_is_named(name: str) -> None:
             wrong.append(float("nan"))
         for x in wrong:
             with pytest.raises((TypeError, ValueError), match=rf"^{name}: (\w+ and zeros of )?(\w_pages|{argument}\b)"):
-                op(**{**values, argument: x})
+                op(**grouped_arguments(op, {**values, argument: x}))
     with pytest.raises(TypeError, match=rf"^{name}\(\) missing .* required positional argument"):
         op(next(iter(values.values())))
 
@@ -106,7 +105,7 @@ def test_conversations_take_a_text_and_pictures_or_their_files(talker: ChatModel
         with pytest.raises(TypeError, match=told):
             answer(*wrong)
     for limit in (0, -1, 1.5, "x", True):
-        with pytest.raises(ValueError, match=f"limit is {limit!r}, expected a whole number of at least 1"):
+        with pytest.raises(ValueError, match=f"max_pages is {limit!r}, expected a whole number of at least 1"):
             ChatModel(talker.model, talker.tokenizer, talker.processor, max_pages=limit)  # pyright: ignore[reportArgumentType]
 
 
@@ -127,4 +126,4 @@ def test_files_that_are_none_are_named(tmp_path: Path) -> None:
 def test_a_debug_mode_there_is_not_is_told_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VILA_TRITON_DEBUG", "yes")
     with pytest.raises(ValueError, match="VILA_TRITON_DEBUG is 'yes', expected 1, or 0"):
-        ops.decode_attention(**arguments(OPS["decode_attention"]))
+        ops.decode_attention(**grouped_arguments(OPS["decode_attention"], arguments(OPS["decode_attention"])))

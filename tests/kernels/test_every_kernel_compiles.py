@@ -65,22 +65,22 @@ def test_compiles(call: str, target: str, dtype: str, found: dict[tuple, list[di
 MIXED = """
     import torch
     from triton.runtime.jit import JITFunction
-    from bench.compiled import launching, prepare
-    from bench.precision import imprecise
+    from bench.compiler.cross_compile import intercept_launches, load_implementations
+    from bench.compiler.precision import find_imprecision
     from vila_triton.registry import OPS
 
-    prepare(None, peers=False)
+    load_implementations(None, peers=False)
     run = JITFunction.run
 
     def compile_only(kernel, *args, grid, warmup, **kwargs):
-        print(kernel.__name__, *imprecise(run(kernel, *args, grid=grid, warmup=True, **kwargs).asm))
+        print(kernel.__name__, *find_imprecision(run(kernel, *args, grid=grid, warmup=True, **kwargs).asm))
 
     op = OPS["prefill_attention"]
     sizes = dict(b=1, s=128, t=128, g=1, ratio=1, d=64, l=16, dtype="float32", numerics="fast")
     args = op.make_example(**sizes, kv="plain", rng=torch.Generator(), device="meta")
     pages = (args[3].half(), args[4].half())
     quantised = [op.make_example(**sizes, kv=kv, rng=torch.Generator(), device="meta")[3:5] for kv in ("int8", "int4")]
-    with launching("sm_100", compile_only):
+    with intercept_launches("sm_100", compile_only):
         op.impls["simple"](*args[:3], *pages, *args[5:], config=op.impls["simple"].configs[0])
         for pools in (pages, *quantised):
             op.impls["triton"](*args[:3], *pools, *args[5:], config=op.impls["triton"].configs[0])

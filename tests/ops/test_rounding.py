@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.compiled import CompileRequest, check_compiled, run_in_subprocesses
+from bench.compiled import check_compiled
+from bench.compiler.cross_compile import CompileRequest, run_in_subprocesses
 from bench.correctness.error_budget import assert_matches_reference, example_args
 from vila_triton import ops
 from vila_triton.ops.kv_pages import KV_BITS, QuantizedKVPages, quantize_kv
@@ -90,7 +91,7 @@ def test_exact_kernels_are_rounded_as_they_are_written() -> None:
 @pytest.mark.parametrize(
     "file, old, new, instruction",
     [
-        ("_put.py", "tl.div_rn(x, tl.broadcast_to(step, x.shape))", "(x / step)", "div.full.f32"),
+        ("_kv_store.py", "tl.div_rn(x, tl.broadcast_to(step, x.shape))", "(x / step)", "div.full.f32"),
         ("kv_write.py", "enable_fp_fusion=False", "enable_fp_fusion=True", "mul.f32"),
     ],
 )

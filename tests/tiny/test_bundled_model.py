@@ -109,7 +109,7 @@ def test_later_rounds_prefill_only_what_is_new_and_answer_as_a_full_prefill_does
         again.cache.ensure_capacity({again.seq: len(prompt) + 128})
         how = SamplingParams.from_generate_kwargs(1, eos_token_id=talker.tokenizer.eos_token_id)
         rows, features = {again.seq: prompt}, conversation.image_features
-        full = generate_tokens(talker.model.params, rows, talker.model.geometry, again.cache, features, how)
+        full = generate_tokens(talker.model.params, rows, talker.model.vila_config, again.cache, features, how)
         assert [token for _, token in full] == tokens
 
 
@@ -119,7 +119,7 @@ def test_a_refused_or_abandoned_round_leaves_the_conversation_as_it_was(talker):
     row, cached = conversation.spliced_ids.tolist(), conversation.cache.length(conversation.seq)
     with pytest.raises(ValueError, match=r"context is 4096"):
         list(conversation.ask("Why?", max_new_tokens=5000))
-    with pytest.raises(ValueError, match="places for 2 pictures, but 1"):
+    with pytest.raises(ValueError, match="places for 2 images, but 1"):
         list(conversation.ask("<image> or <image>?", [Image.new("RGB", (64, 64))]))
     given_up = conversation.ask("Describe the picture.")
     next(given_up)

@@ -268,7 +268,7 @@ def locate_tensor(
     numbers = [count, x.storage_offset, *x.shape, *x.stride]
     if not all(isinstance(n, int) and n >= 0 for n in numbers) or len(x.shape) != len(x.stride):
         raise ValueError(f"{name} has the shape {x.shape}, the strides {x.stride} and the offset {x.storage_offset}")
-    dtype = STORAGE_DTYPES.get(kind.text.rpartition(".")[2])
+    dtype = STORAGE_DTYPES.get(kind.qualified_name.rpartition(".")[2])
     size = count * dtype.itemsize if dtype else 0
     if x.dtype is not None:
         dtype = next(

@@ -28,7 +28,7 @@ def configure(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from vila_triton.registry.kernel_config import pick_device
+    from vila_triton.device import pick_device
 
     no_gpu = args.device == "cuda" and not torch.cuda.is_available()
     print_ops(torch.device("cuda") if no_gpu else pick_device(args.device), parse_kernel_settings(args.set))

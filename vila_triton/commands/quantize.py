@@ -74,11 +74,11 @@ def configure(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from vila_triton.checkpoints.loading import build_vila_config, open_checkpoint
     from vila_triton.checkpoints.writing import write_checkpoint
+    from vila_triton.device import pick_device
     from vila_triton.files.file_locks import FolderInUseError
     from vila_triton.quantization import pipeline, report, resumable
     from vila_triton.quantization.awq_cache_file import load_awq_cache
     from vila_triton.quantization.config import QuantizeConfig
-    from vila_triton.registry.kernel_config import pick_device
 
     check_options(args)
     source, device, target = open_checkpoint(args.source), pick_device(args.device), args.target.absolute()

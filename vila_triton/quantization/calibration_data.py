@@ -17,7 +17,7 @@ from vila_triton.files.reading import parse_json, require_file, short_repr
 from vila_triton.images.processing import open_image, preprocess_images
 from vila_triton.models.vila import splice_image_tokens
 
-MAX_TEXT_TOKENS = 512  # tokens of a row of text
+MAX_TEXT_TOKENS = 512  # tokens of a plain text that are kept
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ def parse_json_sample(line: str, folder: Path) -> Sample:
     images = images if isinstance(images, list) else [images]
     texts = [value[name] for name in sorted(keys - {"image"})]
     if not all(isinstance(x, str) for x in texts + images) or ("image" in keys and not images):
-        raise ValueError(f"{expected}, all of them strings, or for images a list of some")
+        raise ValueError(f"{expected}, all of them strings, or for images a list of strings")
     paths = [folder / image for image in images]
     for path in paths:
         if not isfile(path):  # false as well for what cannot be a name
             raise ValueError(f"{short_repr(str(path))[1:-1]} does not exist, or is no file")
     if not paths:
         return Sample(value["text"])
-    insert_image_tokens(value["question"], len(paths))  # it has a place for each
+    insert_image_tokens(value["question"], len(paths))  # raises unless it has an image token for each
     return Sample(value["question"], paths, value.get("answer", ""))
 
 
@@ -147,8 +147,8 @@ def token_weights(sequences: Sequence[Tensor], image_weight: float) -> Tensor:
         raise ValueError(f"image weight is {image_weight}, expected a number from 0 up")
     is_image = torch.cat(list(sequences)) < 0
     if image_weight != 1 and not is_image.any():
-        raise ValueError(f"image weight is {image_weight}, but calibration has no pictures")
+        raise ValueError(f"image weight is {image_weight}, but calibration has no images")
     w = torch.where(is_image, image_weight, 1.0)
     if not w.sum():
-        raise ValueError("with an image weight of 0, calibration needs words too")
+        raise ValueError("with an image weight of 0, calibration needs text too")
     return w / w.mean()

@@ -12,7 +12,7 @@ from .awq_scales import SCALE_GROUPS
 
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#7f7f7f")
 WIDTH, HEIGHT, LEFT, TOP, GAP = 760, 180, 60, 46, 60
-Line = tuple[str, str, Sequence[float], str]  # label, colour, a value a layer, dashes
+Line = tuple[str, str, Sequence[float], str]  # label, color, a value for each layer, dashes
 
 
 def write_report(folder: Path, summary: dict[str, Any], part_reports: Mapping[str, Sequence[dict[str, Any]]]) -> None:
@@ -32,33 +32,28 @@ def svg_report(summary: dict[str, Any], part_reports: Mapping[str, Sequence[dict
     """Draw the reports as an SVG: exponents of the scales, errors and clipping over the layers."""
     layers = part_reports["llm"]
     ratios: list[Line] = [
-        (scale_group, colour, [layer["scales"].get(scale_group, {}).get("ratio", math.nan) for layer in layers], "")
-        for scale_group, colour in zip(SCALE_GROUPS, COLORS)
+        (scale_group, color, [layer["scales"].get(scale_group, {}).get("ratio", math.nan) for layer in layers], "")
+        for scale_group, color in zip(SCALE_GROUPS, COLORS)
     ]
     charts = [("exponents of the scales", ratios, False)]
     if layers and layers[0]["linears"]:
         charts = [
-            ("error, as a share of a linear's output (dashed: to the nearest level)", error_lines(layers), True),
+            ("error, as a share of a linear's output (dashed: rounding to nearest)", error_lines(layers), True),
             *charts,
             ("width of the grids, as a share of the weights' range", clip_ratio_lines(layers), False),
         ]
-    for part in part_reports:
-        if part != "llm":
-            charts.append((f"error of {part}", error_lines(part_reports[part]), True))
-    settings = [
-        f"{key} {value}" for key, value in summary.items() if key != "work" and not isinstance(value, list | dict)
-    ]
-    titles = [
-        ", ".join(setting for setting in settings if setting.startswith("calibration") is of) for of in (False, True)
-    ]
-    panels = [draw_panel(head, lines, log, TOP + i * (HEIGHT + GAP)) for i, (head, lines, log) in enumerate(charts)]
+    charts += [(f"error of {part}", error_lines(steps), True) for part, steps in part_reports.items() if part != "llm"]
+    values = {key: value for key, value in summary.items() if key != "work" and not isinstance(value, list | dict)}
+    settings = ", ".join(f"{key} {value}" for key, value in values.items() if key != "calibration")
+    titles = [settings, f"calibration {values['calibration']}" if "calibration" in values else ""]
+    panels = [draw_panel(title, lines, log, TOP + i * (HEIGHT + GAP)) for i, (title, lines, log) in enumerate(charts)]
     height = TOP + len(charts) * (HEIGHT + GAP)
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH + 160}" height="{height}" '
             'font-family="sans-serif" font-size="11">',
             '<rect width="100%" height="100%" fill="white"/>',
-            *(f'<text x="10" y="{14 + 16 * i}">{escape(head)}</text>' for i, head in enumerate(titles)),
+            *(f'<text x="10" y="{14 + 16 * i}">{escape(title)}</text>' for i, title in enumerate(titles)),
             *panels,
             "</svg>\n",
         ]
@@ -77,7 +72,7 @@ def error_lines(steps: Sequence[dict[str, Any]]) -> list[Line]:
 def clip_ratio_lines(steps: Sequence[dict[str, Any]]) -> list[Line]:
     """A line for each linear: the mean ratio of its grids to the range of their weights."""
     named = zip(steps[0]["linears"], COLORS)
-    return [(name, colour, [step["linears"][name]["shrink"] for step in steps], "") for name, colour in named]
+    return [(name, color, [step["linears"][name]["shrink"] for step in steps], "") for name, color in named]
 
 
 def draw_panel(title: str, lines: Sequence[Line], log: bool, top: int) -> str:

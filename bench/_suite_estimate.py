@@ -17,23 +17,23 @@ from unittest.mock import patch
 
 import torch
 
+from vila_triton.hashing import canonical_json
 from vila_triton.paths import config_dir
 from vila_triton.registry import OPS, REFERENCE, Impl
 from vila_triton.registry.interpreter import uses_triton_kernels
 from vila_triton.registry.kernel_config import configured_choices
-from vila_triton.registry.search_space import canonical_json
 
-from .. import accuracy, model, ops, tune
-from ..correctness import gate
-from ..correctness.error_budget import error_budget
-from ..tuner import cost_model
-from ..tuner.jobs import compile_equivalent_sizes
-from ..tuner.search import Search, SearchPlan
-from . import model_configs, step_cost
-from .cases import Case, cases
-from .model_steps import plan_steps as steps_of_model
-from .suite_plan import SuiteStep, allot_seconds
-from .timing import num_copies
+from . import accuracy, model, ops, tune
+from .correctness import gate
+from .correctness.error_budget import error_budget
+from .measure import model_configs, step_cost
+from .measure.cases import Case, cases
+from .measure.model_steps import plan_steps as steps_of_model
+from .measure.suite_plan import SuiteStep, allot_seconds
+from .measure.timing import num_copies
+from .tuner import cost_model
+from .tuner.jobs import compile_equivalent_sizes
+from .tuner.search import Search, SearchPlan
 
 KernelCall = tuple[Impl, Mapping[str, Any], Mapping[str, Any]]  # implementation, config, sizes
 ARCH = "sm_90"
@@ -160,7 +160,7 @@ def default_impl(case: Case) -> tuple[str, Mapping[str, Any]]:
 
 
 def count_ops(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[str]:
-    from ..peers import dense, sdpa  # noqa: F401 (torch's own, which are sure to be there)
+    from .peers import dense, sdpa  # noqa: F401 (torch's own, which are sure to be there)
 
     args = ops.parser().parse_args(arguments)
     selected = [case for op in args.ops for case in cases(op, args.case)]
