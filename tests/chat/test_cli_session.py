@@ -1,4 +1,4 @@
-"""A chat's lines that are no questions, and videos, through the command line."""
+"""Commands and failing lines of a chat, and videos, through the command line."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -71,7 +71,7 @@ FIRST, LAST = "How many shapes are there?", "Describe the picture."
 
 @pytest.fixture(scope="module")
 def untroubled() -> str:
-    """What is said to LAST after FIRST about a picture."""
+    """The answer to LAST after FIRST about an image."""
     chat_model = load_chat_model(BUNDLED_CHECKPOINT, "cpu")
     conversation = Conversation(chat_model)
     list(conversation.ask(FIRST, [open_image(str(EXAMPLES_DIR / "a.png"))]))

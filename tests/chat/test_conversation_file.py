@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from vila_triton.chat.conversation import ChatModel, Conversation
 from vila_triton.chat.conversation_file import (
+    FILE_FORMAT,
     OLD_FORMAT,
     OLD_TENSORS,
-    FILE_FORMAT,
     ConversationFileError,
     fingerprints,
     load_conversation,

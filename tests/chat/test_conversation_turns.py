@@ -24,9 +24,9 @@ from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.tiny.scenes import draw_scene, random_scene
 
 RNG = random.Random(8)
-PICTURES = [draw_scene(random_scene(RNG, "held_out"), RNG) for _ in range(2)]
+IMAGES = [draw_scene(random_scene(RNG, "held_out"), RNG) for _ in range(2)]
 QUESTIONS = ["How many shapes are there?", "Describe the picture."]
-Asked = tuple[int, int | None, int]  # a question, a picture and max_new_tokens
+Asked = tuple[int, int | None, int]  # a question, an image and max_new_tokens
 
 
 @lru_cache(maxsize=1)
@@ -60,13 +60,13 @@ class Answer:
     logits: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        question, picture, n = self.asked
+        question, image, n = self.asked
 
         def heard(ids: Tensor, scores: Tensor) -> Tensor:
             self.logits.append(scores[0].clone())
             return scores
 
-        images = [] if picture is None else [PICTURES[picture]]
+        images = [] if image is None else [IMAGES[image]]
         self.unread = self.conversation.ask(QUESTIONS[question], images, n, logits_processor=[heard])
 
     def read(self, n: int | None = None) -> bool:
@@ -109,7 +109,7 @@ class Play:
         return [conversation for conversation in self.rounds if conversation not in busy]
 
     def check(self, answer: Answer, whole: bool) -> None:
-        """What was read of an answer is that of a fresh run, whole if it was read to its end."""
+        """Check that the part of an answer that was read is that of a fresh run; all of it if it was read to its end."""
         rounds = (*self.rounds[answer.conversation], answer.asked)
         n, expected = len(answer.tokens), alone(*self.how, rounds)
         assert answer.tokens == (expected.tokens if whole else expected.tokens[:n]), (rounds, whole)

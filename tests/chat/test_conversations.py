@@ -57,7 +57,7 @@ def tiny() -> ChatModel:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many images the vision tower was given, each time it ran."""
+    """The number of images of each call of the vision tower."""
     counts: list[int] = []
     whole = vila.encode_images
 
@@ -136,10 +136,10 @@ def test_second_question_about_an_image_prefills_its_own_tokens_and_encodes_noth
     assert second.last_turn and second.last_turn.prefill_tokens == len(prompts[1]) - alike
     assert seen == [1] and not any(op == "encoder_attention" for op, _ in calls)
     other, _ = ask(chat_model, 1, QUESTIONS[1])
-    before_the_picture = prompts[1].index(-200)
+    before_the_image = prompts[1].index(-200)
     assert (
         other.last_turn
-        and other.last_turn.prompt_tokens - other.last_turn.prefill_tokens == before_the_picture
+        and other.last_turn.prompt_tokens - other.last_turn.prefill_tokens == before_the_image
         and seen == [1, 1]
     )
     assert answer == generate(chat_model, [(QUESTIONS[1], IMAGES[:1])])[0]

@@ -1,4 +1,4 @@
-"""What a model computed is used again only while it would compute it again, and wherever that may be."""
+"""Caches of a model are reused exactly as long as it would compute the same again."""
 
 import copy
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import use
 from vila_triton.tiny.examples import EXAMPLES_DIR
 
-PICTURE = open_image(EXAMPLES_DIR / "a.png")
+IMAGE = open_image(EXAMPLES_DIR / "a.png")
 MORE = "Describe the picture."
 QUESTION = "How many shapes are there?"
 
@@ -41,7 +41,7 @@ def again(chat_model: ChatModel, model: VilaLlamaForCausalLM | None = None) -> C
     return ChatModel(model or chat_model.model, chat_model.tokenizer, chat_model.processor)
 
 
-def ask(conversation: Conversation, question: str = QUESTION, picture: bool = False) -> list[Tensor]:
+def ask(conversation: Conversation, question: str = QUESTION, image: bool = False) -> list[Tensor]:
     """The logits of an answer, one token after the other."""
     heard: list[Tensor] = []
 
@@ -49,7 +49,7 @@ def ask(conversation: Conversation, question: str = QUESTION, picture: bool = Fa
         heard.append(scores[0].clone())
         return scores
 
-    list(conversation.ask(question, [PICTURE] if picture else [], 2, logits_processor=[hear]))
+    list(conversation.ask(question, [IMAGE] if image else [], 2, logits_processor=[hear]))
     return heard
 
 
@@ -58,7 +58,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def of(model: Any) -> nn.Parameter:
-    """A weight on which both words and pictures depend, as the positions of pictures are attended to."""
+    """A weight that text and, through attention, the positions of images depend on."""
     return model.llm.model.layers.get_submodule("1").self_attn.k_proj.weight
 
 
@@ -123,11 +123,11 @@ CHANGES += [rows_in_place, columns_in_place, moved_under_inference, projector, l
 def test_changed_parameter_invalidates_caches(chat_model: ChatModel, change: Callable) -> None:
     begun, shown = Conversation(chat_model), Conversation(chat_model)
     ask(begun)
-    before = ask(shown, picture=True)
+    before = ask(shown, image=True)
     change(chat_model.model)
-    after, fresh = ask(Conversation(chat_model), picture=True), again(chat_model)
-    assert same(after, ask(Conversation(fresh), picture=True)) and not same(after, before)
-    with pytest.raises(ValueError, match="are others than when this conversation was shown its pictures; begin a new"):
+    after, fresh = ask(Conversation(chat_model), image=True), again(chat_model)
+    assert same(after, ask(Conversation(fresh), image=True)) and not same(after, before)
+    with pytest.raises(ValueError, match="have changed since it encoded the images of this conversation; begin a new"):
         ask(shown, MORE)
     alike = Conversation(fresh)
     alike.spliced_ids = begun.spliced_ids
@@ -136,9 +136,9 @@ def test_changed_parameter_invalidates_caches(chat_model: ChatModel, change: Cal
 
 def test_unchanged_model_keeps_caches(chat_model: ChatModel) -> None:
     conversation = Conversation(chat_model)
-    ask(conversation, picture=True)
+    ask(conversation, image=True)
     other = Conversation(chat_model)
-    ask(other, picture=True)
+    ask(other, image=True)
     assert (
         other.cache is conversation.cache is chat_model.cache
         and other.last_turn
@@ -149,13 +149,13 @@ def test_unchanged_model_keeps_caches(chat_model: ChatModel) -> None:
 def test_parameter_changed_during_an_answer_is_an_error(chat_model: ChatModel) -> None:
     chat_model.model.config.attention_policy = "invariant"
     conversation = Conversation(chat_model)
-    answer = conversation.ask(MORE, [PICTURE])
+    answer = conversation.ask(MORE, [IMAGE])
     next(answer)
     with torch.no_grad():
         of(chat_model.model).mul_(1.5)
     with pytest.raises(RuntimeError, match="parameters changed while it answered"):
         list(answer)
-    assert same(ask(conversation, picture=True), ask(Conversation(again(chat_model)), picture=True))
+    assert same(ask(conversation, image=True), ask(Conversation(again(chat_model)), image=True))
 
 
 @pytest.mark.parametrize(
@@ -240,18 +240,18 @@ def test_cache_made_under_inference_mode_continues_outside_and_back(
     chat_model.model.config.attention_policy = "invariant"
     chat_model.model.config.kv_dtype = "int4"  # of which pages are several tensors
     expected = Conversation(again(chat_model))
-    answers = [ask(expected, picture=True), ask(expected, MORE, picture=True), ask(expected, MORE)]
+    answers = [ask(expected, image=True), ask(expected, MORE, image=True), ask(expected, MORE)]
     with first():
         begun = Conversation(chat_model)
-        assert same(ask(begun, picture=True), answers[0])
+        assert same(ask(begun, image=True), answers[0])
     with second():
-        assert same(ask(Conversation(chat_model), picture=True), answers[0])
-        assert same(ask(begun, MORE, picture=True), answers[1])
+        assert same(ask(Conversation(chat_model), image=True), answers[0])
+        assert same(ask(begun, MORE, image=True), answers[1])
     with first():
         assert same(ask(begun.fork(), MORE), answers[2])
         begun.undo()
     with second():
-        assert same(ask(begun, MORE, picture=True), answers[1])
+        assert same(ask(begun, MORE, image=True), answers[1])
 
 
 @in_modes

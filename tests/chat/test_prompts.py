@@ -58,13 +58,13 @@ def test_template_renders_what_vila_was_trained_on(name: str) -> None:
 
 
 def test_jinja_template_takes_system_message_and_images_and_refuses_other_content() -> None:
-    picture = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}
-    told = [{"role": "system", "content": "Be kind."}, picture]
+    image = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}
+    told = [{"role": "system", "content": "Be kind."}, image]
     ((text,), _) = render_jinja_template([told], chat_template=TEMPLATES["hermes-2"].jinja)
     assert text == "<|im_start|>system\nBe kind.<|im_end|><|im_start|>user\n<image>\nQ"
     for messages, message in (
         ([{"role": "tool", "content": "7"}], "no place for a message of role tool"),
-        ([picture, {"role": "user", "content": [{"type": "video"}]}], "text and image parts, not video"),
+        ([image, {"role": "user", "content": [{"type": "video"}]}], "text and image parts, not video"),
     ):
         with pytest.raises(Exception, match=message):
             render_jinja_template([messages], chat_template=TEMPLATES["vicuna_v1"].jinja)
@@ -74,10 +74,10 @@ def test_jinja_template_takes_system_message_and_images_and_refuses_other_conten
 
 def test_space_is_prepended_behind_an_image_but_not_behind_the_end_of_turn() -> None:
     tokenizer, how = pieces(), TEMPLATES["vicuna_v1_nosys"]
-    # <s> ▁ ▁USER : ▁ [picture] ▁ \n What ▁is ▁it ? ▁ASSISTANT :
+    # <s> ▁ ▁USER : ▁ [image] ▁ \n What ▁is ▁it ? ▁ASSISTANT :
     first = [1, 4, 5, 7, 4, -200, 4, 3, 10, 11, 12, 13, 8, 7]
     assert first_turn_ids("<image>\nWhat is it?", how, tokenizer) == first
-    # USER : ▁Sure [picture] ▁ ▁not ? ▁ASSISTANT :
+    # USER : ▁Sure [image] ▁ ▁not ? ▁ASSISTANT :
     second = [6, 7, 17, -200, 4, 18, 13, 8, 7]
     assert next_turn_ids("Sure<image> not?", how, tokenizer) == second
     assert (

@@ -33,7 +33,7 @@ IMAGES = pictures(MODEL, 2)
 
 
 def in_threads(jobs: list[Callable[[], Any]]) -> list[Any]:
-    """What they return, begun at once, each in its own thread and in a copy of this context."""
+    """The results of functions started at once, each in its own thread and a copy of this context."""
     ready, results = Barrier(len(jobs)), dict[int, Any]()
 
     def run(i: int) -> None:
@@ -94,7 +94,7 @@ def test_threads_leave_global_settings_as_they_were(tmp_path: Path) -> None:
 
 
 def overlapping(patch: pytest.MonkeyPatch, owner: Any, name: str, work: Callable[[], Any]) -> list[Any]:
-    """What work returns in two threads, of which the first to call owner.name is the first to be done with its work."""
+    """The results of work in two threads, of which the first to call owner.name finishes first."""
     begun, ended, whole = [Event(), Event()], Event(), getattr(owner, name)
 
     def called(*args: Any) -> Any:

@@ -26,14 +26,14 @@ COUNTS = [300, pytest.param(10_000, marks=pytest.mark.slow)]
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_ids_equal_those_of_sentencepiece_for_each_piece(kind: str, count: int, tmp_path: Path) -> None:
     theirs = small_sentencepiece.place(tmp_path, kind)
-    ours, pictures = load_tokenizer(tmp_path), 0
+    ours, num_images = load_tokenizer(tmp_path), 0
     for text in small_sentencepiece.texts(count):
         expected = [1]
         for i, piece in enumerate(text.split("<image>")):
             expected += [-200] * bool(i) + theirs.encode(piece)
         assert tokenize(text, ours) == expected, text
-        pictures += text.count("<image>")
-    assert pictures > count / 4
+        num_images += text.count("<image>")
+    assert num_images > count / 4
 
 
 def test_leading_spaces_are_kept_and_none_is_added_behind_a_special_token(tmp_path: Path) -> None:
@@ -100,17 +100,17 @@ def test_folder_with_only_a_tokenizer_model_works_in_every_command(
 ) -> None:
     typed = iter(["What is it?", "/quit"])
     monkeypatch.setattr("builtins.input", lambda *_: next(typed))
-    target, picture = str(vila.with_name("int4")), str(BUNDLED_CHECKPOINT.parent / "examples" / "a.png")
+    target, image = str(vila.with_name("int4")), str(BUNDLED_CHECKPOINT.parent / "examples" / "a.png")
     asked = ["--max-new-tokens", "3", "--model"]
     for command in (
-        ["ask", *asked, str(vila), "--image", picture, "What is it?"],
+        ["ask", *asked, str(vila), "--image", image, "What is it?"],
         ["chat", *asked, str(vila)],
         ["quantize", str(vila), target, "--group-size", "64", *how],
         ["ask", *asked, target, "What is it?"],
     ):
         monkeypatch.setattr("sys.argv", ["vila-triton", *command])
         assert main() == 0, capsys.readouterr().err
-    inputs = VilaProcessor.from_pretrained(vila)(text="<image>\nWhy?", images=picture)
+    inputs = VilaProcessor.from_pretrained(vila)(text="<image>\nWhy?", images=image)
     assert inputs["input_ids"][0, :2].tolist() == [1, -200]
 
 

@@ -105,7 +105,7 @@ def damaged(folder: Path) -> Iterator[tuple[Path, bytes, str]]:
 
 
 def try_tokenizer(folder: Path, file: Path, what: str) -> bool:
-    """Whether it loads; what loads must work, what does not must name its file."""
+    """Return True if it loads; it must work then, else the error must name the file."""
     try:
         tokenizer = load_tokenizer(folder)
     except LoadError as error:

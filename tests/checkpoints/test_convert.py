@@ -70,7 +70,7 @@ def test_dry_run_prints_sizes_and_writes_nothing(tmp_path: Path, capsys: pytest.
     command("convert", INT4, tmp_path / "x", "--format", "awq-v2", "--dry-run")
     command("build", "vila1.5-40b", tmp_path / "y", "--dry-run")
     out = capsys.readouterr().out
-    assert "int4 linears (ours, groups of 64)" in out and "fp16: 80.1 GB\nint4, groups of 128: 31 GB" in out
+    assert "int4 linears (vila-triton, groups of 64)" in out and "fp16: 80.1 GB\nint4, groups of 128: 31 GB" in out
     assert not list(tmp_path.iterdir())
 
 
@@ -124,7 +124,7 @@ def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     for argv, message in (
         (("build", "vila2", out), "no model 'vila2'; there are: .*vila1.5-13b"),
         (("build", "llama-2-7b", out), "has no vision_tower, mm_projector: it is no VILA"),
-        (("build", "vila1.5-3b", out, "--narrow", 7), "2560 numbers in 20 heads cannot be divided by 7"),
+        (("build", "vila1.5-3b", out, "--width-divisor", 7), "2560 numbers in 20 heads cannot be divided by 7"),
         (("build", "vila1.5-3b", out, "--int4", 48), "k = 2560 and group = 48"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -134,7 +134,7 @@ def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
 
 def test_build_is_determined_by_the_seed(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        command("build", "vila1.5-3b", tmp_path / name, "--layers", 1, "--narrow", 8, "--seed", seed, "--int4", 64)
+        command("build", "vila1.5-3b", tmp_path / name, "--layers", 1, "--width-divisor", 8, "--seed", seed, "--int4", 64)
     a, b, c = (files(tmp_path / name) for name in "abc")
     assert a == b and a.keys() == c.keys() and a["llm/model.safetensors"] != c["llm/model.safetensors"]
     model = VilaLlamaForCausalLM.from_pretrained(tmp_path / "a", device="cpu")
@@ -143,7 +143,7 @@ def test_build_is_determined_by_the_seed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layers, narrow", [(1, 8), (1, 1)])
 def test_build_prints_the_int4_size_of_any_width(layers: int, narrow: int, tmp_path: Path, capsys: Any) -> None:
-    command("build", "vila1.5-3b", tmp_path / "x", "--layers", layers, "--narrow", narrow, "--dry-run")
+    command("build", "vila1.5-3b", tmp_path / "x", "--layers", layers, "--width-divisor", narrow, "--dry-run")
     assert f"int4, groups of {64 if narrow == 8 else 128}: " in capsys.readouterr().out
 
 

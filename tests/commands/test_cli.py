@@ -62,7 +62,8 @@ def test_wrong_arguments_are_one_line_on_stderr(args, message):
 
 
 def test_wrong_line_does_not_end_a_chat():
-    talk = f"/image none.png\n/images\n/image {EXAMPLES_DIR / 'a.png'}\nHow many blue shapes are there?\n/quit\nnever asked\n"
+    lines = ("/image none.png", "/images", f"/image {EXAMPLES_DIR / 'a.png'}", "How many blue shapes are there?")
+    talk = "\n".join((*lines, "/quit", "never asked", ""))
     done = run("chat", "--device", "cpu", stdin=talk)
     assert done.returncode == 0 and done.stdout == "2\n"
     assert "none.png does not exist" in done.stderr and "no command '/images'" in done.stderr

@@ -1,4 +1,4 @@
-"""How commands end: in one line and an exit code, with no traceback, whatever happens to what they write to."""
+"""Commands end in one line and an exit code, without a traceback, whatever happens to their streams."""
 
 import os
 import signal

@@ -61,7 +61,7 @@ def numeric(action: argparse.Action) -> bool:
 
 
 def refusal(parser: argparse.ArgumentParser, action: argparse.Action, text: str) -> str | None:
-    """What is said of a value for an option, or for one of the several that it takes; None if it is taken."""
+    """The error for a value of an option, or for one of several values; None if it is accepted."""
     try:
         parser._check_value(action, parser._get_value(action, text))
     except argparse.ArgumentError as error:

@@ -114,11 +114,11 @@ def test_every_output_format_holds_the_same_model(source: Path, tmp_path: Path) 
     ids = torch.randint(0, 128, (50,), generator=torch.Generator().manual_seed(2))
     work, config = tmp_path / "work", QuantizeConfig(group_size=64, propagate_error=False)
     rounded = awq.quantize_checkpoint(open_checkpoint(source), work, config, calibration_set(), torch.device("cpu"))
-    for form in quantize.FORMATS:
+    for form in quantize.INT4_FORMATS:
         write_checkpoint(rounded, tmp_path / form, form, source_key="test")
     expected = logits(tmp_path / "ours", ids)
     assert not torch.equal(expected, logits(source, ids))
-    for form in quantize.FORMATS:
+    for form in quantize.INT4_FORMATS:
         assert torch.equal(logits(tmp_path / form, ids), expected)
 
 
@@ -130,9 +130,9 @@ def command(*argv: object) -> None:
 
 
 def test_quantize_command_writes_a_report_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    also = ("--also", "vision_tower", "mm_projector")
+    also = ("--extra-parts", "vision_tower", "mm_projector")
     command(BUNDLED_CHECKPOINT, tmp_path / "out", "--samples", 8, "--group-size", 64, "--format", "awq-gemm", *also)
-    assert "8 questions about drawn pictures" in capsys.readouterr().out
+    assert "8 questions about synthetic images" in capsys.readouterr().out
     assert not (tmp_path / "out.quantizing").exists()
     quant_report = json.loads((tmp_path / "out" / "quantization.json").read_text())
     assert quant_report["group"] == 64 and len(quant_report["layers"]) == 4
@@ -160,7 +160,7 @@ def test_rtn_checkpoint_equals_the_models_own_rounding(source: Path, tmp_path: P
 
 def test_llm_awq_cache_replaces_the_search(tmp_path: Path) -> None:
     for name, more in (("searched", ()), ("given", ("--awq-cache", tmp_path / "searched" / "awq_cache.pt"))):
-        command(BUNDLED_CHECKPOINT, tmp_path / name, "--mode", "upstream", "--samples", 16, "--group-size", 64, *more)
+        command(BUNDLED_CHECKPOINT, tmp_path / name, "--method", "llm-awq", "--samples", 16, "--group-size", 64, *more)
     a, b = (contents(tmp_path / name / "llm") for name in ("searched", "given"))
     assert a == b
 
@@ -168,14 +168,14 @@ def test_llm_awq_cache_replaces_the_search(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (("--mode", "upstream", "--image-weight", "0.5"), "upstream's objective weighs all tokens alike"),
-        (("--awq-cache", "x.pt"), "--awq-cache holds what mode upstream finds"),
+        (("--method", "llm-awq", "--image-weight", "0.5"), "upstream's objective weighs all tokens alike"),
+        (("--awq-cache", "x.pt"), "--awq-cache holds what llm-awq's search finds"),
         (
-            ("--mode", "upstream", "--samples", "2"),
+            ("--method", "llm-awq", "--samples", "2"),
             r"upstream's clipping needs 512 tokens of calibration, there are \d+",
         ),
-        (("--mode", "upstream", "--no-propagate"), "--no-propagate would do nothing"),
-        (("--method", "rtn", "--samples", "3", "--no-propagate"), "--samples, --no-propagate would do nothing"),
+        (("--method", "llm-awq", "--no-error-propagation"), "--no-error-propagation would do nothing"),
+        (("--method", "rtn", "--samples", "3", "--no-error-propagation"), "--samples, --no-error-propagation would do nothing"),
         (("--device", "tpu9"), "device 'tpu9' is not to be had here"),
     ],
 )

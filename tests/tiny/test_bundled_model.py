@@ -138,7 +138,7 @@ def test_prompts_hold_one_image_token_per_image_and_one_bos(chat_model):
 def test_file_that_is_no_image_is_named(tmp_path: Path):
     with pytest.raises(ImageError, match=r"none\.png does not exist"):
         open_image(tmp_path / "none.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ImageError, match=r"text\.png cannot be read"):
         open_image(tmp_path / "text.png")
     whole = tmp_path / "whole.png"

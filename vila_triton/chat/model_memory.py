@@ -18,7 +18,7 @@ from ..registry.tuned_tables import default_choices_for
 
 
 class VilaModel(Protocol):
-    """What a conversation needs of a model. `vila_triton.VilaLlamaForCausalLM` has all of it."""
+    """The part of a model that conversations use; `vila_triton.VilaLlamaForCausalLM` has it."""
 
     config: Any
     generation_config: Any
