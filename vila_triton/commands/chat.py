@@ -70,12 +70,10 @@ def configure(commands: Any) -> None:
     sampling.add_argument("--temperature", type=temperature, metavar="T", help="0 is greedy (else 0)")
     sampling.add_argument("--top-k", type=COUNT, metavar="N", help="sample from this many tokens")
     nucleus = Limits(float, 0, 1, exclude_minimum=True)
-    sampling.add_argument(
-        "--top-p", type=nucleus, metavar="P", help="sample from the likeliest tokens of this probability"
-    )
-    sampling.add_argument(
-        "--seed", type=SEED, metavar="N", help="of the sampling (default: a new one; the last line says it)"
-    )
+    probability = "sample from the likeliest tokens of this probability"
+    sampling.add_argument("--top-p", type=nucleus, metavar="P", help=probability)
+    seed = "of the sampling (default: a new one; the last line says it)"
+    sampling.add_argument("--seed", type=SEED, metavar="N", help=seed)
 
     parsers = {name: add_command(commands, name, summary, parents=[common]) for name, summary in SUMMARIES.items()}
     parsers["ask"].add_argument("question", help="may hold <image> for each image; else they stand before it")
@@ -183,9 +181,8 @@ def print_answer(session: "CliSession", question: str, sampling: dict[str, Any])
     assert stats is not None
     speed = f"{stats.tokens_per_second:.1f} tokens/s" if stats.answer_tokens > 1 else "1 token"
     seed = "" if stats.seed is None else f"seed {stats.seed} | "
-    reused = (
-        f", {stats.prompt_tokens - stats.prefill_tokens} cached" if stats.prefill_tokens < stats.prompt_tokens else ""
-    )
+    cached = stats.prompt_tokens - stats.prefill_tokens
+    reused = f", {cached} cached" if cached else ""
     print(
         f"[prompt {stats.prompt_tokens} tokens{reused} | images {stats.image_tokens} tokens | "
         f"first token {stats.seconds_to_first_token:.3f} s | {speed} | "
@@ -199,11 +196,8 @@ def generation_config_note(conversation: "Conversation", sampling: dict[str, Any
     from vila_triton.checkpoints.generation_config import GENERATION_CONFIG_NAME, effective_settings
 
     settings = effective_settings(conversation.chat_model.model.generation_settings(), sampling)
-    return (
-        f"{', '.join(f'{name} {value}' for name, value in settings.items())} by {GENERATION_CONFIG_NAME} | "
-        if settings
-        else ""
-    )
+    text = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return f"{text} by {GENERATION_CONFIG_NAME} | " if settings else ""
 
 
 def kernels_summary(calls: Counter[tuple[str, str]]) -> str:

@@ -119,18 +119,15 @@ def _which_image_question(rng: random.Random, scenes: Sequence[Scene]) -> Questi
 def _total_question(rng: random.Random, scenes: Sequence[Scene]) -> QuestionAnswer | None:
     if len(scenes) != 2:
         return None
-    attributes = rng.choice(
-        ((None, None), _drop_attribute(rng, *_target_attributes(rng, rng.choice(scenes), p_absent=0.2)))
-    )
-    return f"How many {phrase(*attributes)}s are there in total?", str(
-        sum(scene.count(*attributes) for scene in scenes)
-    )
+    target = _target_attributes(rng, rng.choice(scenes), p_absent=0.2)
+    attributes = rng.choice(((None, None), _drop_attribute(rng, *target)))
+    total = sum(scene.count(*attributes) for scene in scenes)
+    return f"How many {phrase(*attributes)}s are there in total?", str(total)
 
 
 def _more_question(rng: random.Random, scenes: Sequence[Scene]) -> QuestionAnswer | None:
-    attributes = rng.choice(
-        ((None, None), _drop_attribute(rng, *_target_attributes(rng, rng.choice(scenes), p_absent=0.0)))
-    )
+    target = _target_attributes(rng, rng.choice(scenes), p_absent=0.0)
+    attributes = rng.choice(((None, None), _drop_attribute(rng, *target)))
     counts = [scene.count(*attributes) for scene in scenes]
     if len(scenes) != 2 or counts[0] == counts[1]:
         return None

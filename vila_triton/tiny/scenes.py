@@ -93,13 +93,11 @@ def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
         x = (column + 0.5) * CELL_SIZE + rng.uniform(-1.2, 1.2)
         y = (row + 0.5) * CELL_SIZE + rng.uniform(-1.2, 1.2)
         fill = tuple(min(255, max(0, c + rng.randint(-22, 22))) for c in COLORS[thing.color])
-        _draw_shape(canvas, thing.shape, x * _SCALE, y * _SCALE, rng.uniform(7.0, 9.8) * _SCALE, fill)
+        _fill(canvas, thing.shape, x * _SCALE, y * _SCALE, rng.uniform(7.0, 9.8) * _SCALE, fill)
     return image.reduce(_SCALE)
 
 
-def _draw_shape(
-    canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple[int, ...]
-) -> None:
+def _fill(canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple[int, ...]) -> None:
     if shape == "circle":
         canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
     elif shape == "square":
@@ -115,7 +113,5 @@ def _corners(x: float, y: float, radii: Iterable[float]) -> list[tuple[float, fl
     """Corners spread evenly around (x, y), the first one straight up."""
     radii = list(radii)
     angles = [2 * math.pi * i / len(radii) for i in range(len(radii))]
-    return [
-        (x + radius * math.sin(angle), y - radius * math.cos(angle))
-        for radius, angle in zip(radii, angles, strict=True)
-    ]
+    steps = [(r * math.sin(angle), r * math.cos(angle)) for r, angle in zip(radii, angles, strict=True)]
+    return [(x + dx, y - dy) for dx, dy in steps]

@@ -114,11 +114,8 @@ class TrainingClock:
     def report(self, step: int, progress: float, loss: float) -> None:
         elapsed = time.monotonic() - self.start_time
         remaining = elapsed * (1 - progress) / progress if step else math.nan
-        seconds_per_step = elapsed / max(step, 1)
-        print(
-            f"{self.name} step {step:5d}  loss {loss:.4f}  {seconds_per_step:.3f} s/step  ETA {remaining / 60:.1f} min",
-            flush=True,
-        )
+        speed = f"{elapsed / max(step, 1):.3f} s/step  ETA {remaining / 60:.1f} min"
+        print(f"{self.name} step {step:5d}  loss {loss:.4f}  {speed}", flush=True)
 
 
 def cosine_decay(progress: float) -> float:
@@ -142,7 +139,7 @@ def optimizer_step(loss: Tensor, weights: list[Tensor], optimizers: list[torch.o
 def patch_labels(scene: Scene) -> Tensor:
     """Return color, shape and cell [9, 4, 3] of the four patches wholly in each cell; 0, 0 where it is empty.
 
-    The cell is said too, since rotary positions do not put the place of a token into what attention passes on.
+    The cell is a label too, since rotary embeddings leave the position of a token out of its hidden state.
     """
     labels = torch.zeros(9, 4, 3, dtype=torch.int64)
     for cell in range(9):
