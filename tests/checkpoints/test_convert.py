@@ -125,7 +125,7 @@ def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
         (("build", "vila2", out), "no model 'vila2'; there are: .*vila1.5-13b"),
         (("build", "llama-2-7b", out), "has no vision_tower, mm_projector: it is no VILA"),
         (("build", "vila1.5-3b", out, "--width-divisor", 7), "2560 numbers in 20 heads cannot be divided by 7"),
-        (("build", "vila1.5-3b", out, "--int4", 48), "k = 2560 and group = 48"),
+        (("build", "vila1.5-3b", out, "--int4", 48), "k = 2560 and group_size = 48"),
     ):
         with pytest.raises(ValueError, match=message):
             command(*argv)
@@ -134,7 +134,9 @@ def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
 
 def test_build_is_determined_by_the_seed(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        command("build", "vila1.5-3b", tmp_path / name, "--layers", 1, "--width-divisor", 8, "--seed", seed, "--int4", 64)
+        command(
+            "build", "vila1.5-3b", tmp_path / name, "--layers", 1, "--width-divisor", 8, "--seed", seed, "--int4", 64
+        )
     a, b, c = (files(tmp_path / name) for name in "abc")
     assert a == b and a.keys() == c.keys() and a["llm/model.safetensors"] != c["llm/model.safetensors"]
     model = VilaLlamaForCausalLM.from_pretrained(tmp_path / "a", device="cpu")

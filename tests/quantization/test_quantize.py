@@ -54,7 +54,7 @@ def calibration_set() -> CalibrationSet:
     return CalibrationSet(rows, torch.randn(1, 3, 64, 64, generator=rng))
 
 
-def quantize_to(source: Path, target: Path, config: QuantizeConfig, form: str = "ours") -> None:
+def quantize_to(source: Path, target: Path, config: QuantizeConfig, form: str = "vila-triton") -> None:
     work = target.with_name(f"{target.name}.quantizing")
     write_checkpoint(
         awq.quantize_checkpoint(open_checkpoint(source), work, config, calibration_set(), torch.device("cpu")),
@@ -116,7 +116,7 @@ def test_every_output_format_holds_the_same_model(source: Path, tmp_path: Path) 
     rounded = awq.quantize_checkpoint(open_checkpoint(source), work, config, calibration_set(), torch.device("cpu"))
     for form in quantize.INT4_FORMATS:
         write_checkpoint(rounded, tmp_path / form, form, source_key="test")
-    expected = logits(tmp_path / "ours", ids)
+    expected = logits(tmp_path / "vila-triton", ids)
     assert not torch.equal(expected, logits(source, ids))
     for form in quantize.INT4_FORMATS:
         assert torch.equal(logits(tmp_path / form, ids), expected)
@@ -138,7 +138,7 @@ def test_quantize_command_writes_a_report_and_a_plot(tmp_path: Path, capsys: pyt
     assert quant_report["group"] == 64 and len(quant_report["layers"]) == 4
     for layer in quant_report["layers"]:
         assert set(layer["scales"]) == {"attention", "o", "mlp", "down"}
-        assert all(linear["ours"] < linear["nearest"] for linear in layer["linears"].values())
+        assert all(linear["error"] < linear["rtn_error"] for linear in layer["linears"].values())
     assert len(quant_report["vision_tower"]) == 5 and len(quant_report["mm_projector"]) == 1
     assert len(ET.parse(tmp_path / "out" / "quantization.svg").findall(".//{*}polyline")) == 4 + 3 * 7 + 2 * 6 + 2 * 2
     assert open_checkpoint(tmp_path / "out").group_size() == 64
@@ -168,14 +168,17 @@ def test_llm_awq_cache_replaces_the_search(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (("--method", "llm-awq", "--image-weight", "0.5"), "upstream's objective weighs all tokens alike"),
+        (("--method", "llm-awq", "--image-weight", "0.5"), "llm-awq's objective weighs all tokens alike"),
         (("--awq-cache", "x.pt"), "--awq-cache holds what llm-awq's search finds"),
         (
             ("--method", "llm-awq", "--samples", "2"),
-            r"upstream's clipping needs 512 tokens of calibration, there are \d+",
+            r"llm-awq's clipping needs 512 tokens of calibration, there are \d+",
         ),
         (("--method", "llm-awq", "--no-error-propagation"), "--no-error-propagation would do nothing"),
-        (("--method", "rtn", "--samples", "3", "--no-error-propagation"), "--samples, --no-error-propagation would do nothing"),
+        (
+            ("--method", "rtn", "--samples", "3", "--no-error-propagation"),
+            "--samples, --no-error-propagation would do nothing",
+        ),
         (("--device", "tpu9"), "device 'tpu9' is not to be had here"),
     ],
 )
