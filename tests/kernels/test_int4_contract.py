@@ -90,7 +90,7 @@ REFUSED = [  # the op, the place of an argument, what is done to it, and what is
 
 
 @pytest.mark.parametrize("op, place, change, message", REFUSED, ids=[case[3] for case in REFUSED])
-def test_what_breaks_the_contract_is_refused_whatever_would_run(op: Op, place: int, change: Any, message: str) -> None:
+def test_invalid_arguments_are_refused_for_every_implementation(op: Op, place: int, change: Any, message: str) -> None:
     args = drawn(op)
     args[place] = change(args[place])
     for name in op.impls:
@@ -125,7 +125,7 @@ def test_groups_that_cut_a_tile_work_or_are_refused_before_a_launch(op: Op, impl
 
 @EACH_IMPL
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (), (2, 1)], ids=str)
-def test_any_axes_before_the_last_of_x(op: Op, impl: Impl, shape: tuple[int, ...]) -> None:
+def test_x_of_any_leading_axes_gives_their_shape(op: Op, impl: Impl, shape: tuple[int, ...]) -> None:
     """None too, or none of a length above 0."""
     x, *rest = drawn(op)
     with use(**{op.name: impl.name}):
@@ -135,13 +135,13 @@ def test_any_axes_before_the_last_of_x(op: Op, impl: Impl, shape: tuple[int, ...
 
 
 @EACH_IMPL
-def test_a_weight_of_no_rows(op: Op, impl: Impl) -> None:
+def test_weight_without_rows_gives_an_empty_result(op: Op, impl: Impl) -> None:
     with use(**{op.name: impl.name}), nothing_launched():
         assert op(*drawn(op, n=0)).shape == (2, 0)
 
 
 @EACH_IMPL
-def test_what_is_not_contiguous_works(op: Op, impl: Impl) -> None:
+def test_noncontiguous_arguments_give_the_same_result(op: Op, impl: Impl) -> None:
     """x, bias and each leaf, turned or with gaps; and scales of another dtype than x, which are rounded to it."""
 
     def turned(x: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def test_what_is_not_contiguous_works(op: Op, impl: Impl) -> None:
         assert torch.equal(op(*wide), op(*args))
 
 
-def test_the_same_memory_read_otherwise_is_another_weight() -> None:
+def test_weight_views_of_the_same_memory_are_packed_separately() -> None:
     """The library's packed copy, kept beside a weight, is not taken for one of other strides, or in other groups."""
     x, w, _ = drawn(int4_matmul, G=2, group=32)
     aten = OPS["int4_matmul"].impls["aten"]
