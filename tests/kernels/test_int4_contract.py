@@ -59,13 +59,13 @@ REFUSED = [  # the op, the place of an argument, what is done to it, and what is
     (int4_matmul, 0, lambda x: x.bool(), "x is torch.bool, expected a floating-point dtype"),
     (int4_matmul, 0, lambda x: x.to("meta"), "w.scales is on .*, expected meta like the first argument"),
     (int4_matmul, 1, lambda w: dequantize(w, torch.float16), "w is a Tensor, expected an Int4"),
-    (int4_matmul, 1, leaf(group=12), "k = 24 and group = 12, but k must be .* and group divide k"),
-    (int4_matmul, 1, leaf(group=0), "k = 0 and group = 0, but k must be a positive multiple of 8"),
-    (int4_matmul, 1, leaf(group=-64), "k = -128 and group = -64, but k must be a positive multiple of 8"),
-    (int4_matmul, 1, leaf(group=40), "k = 80 and group = 40, but .* be a multiple of 16, unless it is k"),
-    (int4_matmul, 1, leaf(group=32), r"x has 128 columns, but w is \[16, 64\]"),
-    (int4_matmul, 1, leaf(scales=lambda s: s[:0], zeros=lambda z: z[:0]), "k = 0 and group = 64"),
-    (int4_matmul, 1, leaf(order="other"), "w.order is 'other', expected one of sub, fma"),
+    (int4_matmul, 1, leaf(group_size=12), "k = 24 and group_size = 12, but k must be .* and group_size divide k"),
+    (int4_matmul, 1, leaf(group_size=0), "k = 0 and group_size = 0, but k must be a positive multiple of 8"),
+    (int4_matmul, 1, leaf(group_size=-64), "k = -128 and group_size = -64, but k must be a positive multiple of 8"),
+    (int4_matmul, 1, leaf(group_size=40), "k = 80 and group_size = 40, but .* be a multiple of 16, unless it is k"),
+    (int4_matmul, 1, leaf(group_size=32), r"x has 128 columns, but w is \[16, 64\]"),
+    (int4_matmul, 1, leaf(scales=lambda s: s[:0], zeros=lambda z: z[:0]), "k = 0 and group_size = 64"),
+    (int4_matmul, 1, leaf(rounding="other"), "w.rounding is 'other', expected one of sub, fma"),
     (int4_matmul, 1, leaf(qweight=lambda q: q.long()), "w.qweight is torch.int64, expected torch.int32"),
     (int4_matmul, 1, leaf(qweight=lambda q: q.view(1, 2, 4, 32)), r"\[1, 2, 4, 32\], expected \[1, 2, 32, 4\]"),
     (int4_matmul, 1, leaf(qweight=lambda q: q.flatten()), r"w.qweight has shape \[256\], expected \[1, 2, 32, 4\]"),
@@ -83,7 +83,7 @@ REFUSED = [  # the op, the place of an argument, what is done to it, and what is
     (int4_swiglu, 0, lambda x: x[:, :120], r"x has 120 columns, but gate is \[16, 128\]"),
     (int4_swiglu, 1, leaf(zeros=lambda z: z[:, 1:]), r"gate.zeros has shape \[2, 15\]"),
     (int4_swiglu, 2, leaf(qweight=lambda q: q.to("meta")), "up.qweight is on meta"),
-    (int4_swiglu, 2, leaf(order="fma"), r"up is .* order 'fma', expected .* order 'sub', like gate"),
+    (int4_swiglu, 2, leaf(rounding="fma"), r"up is .* rounding 'fma', expected .* rounding 'sub', like gate"),
     (int4_swiglu, 2, lambda _: drawn(int4_matmul, G=1, group=128)[1], "up is .* of 128, .* expected .* of 64"),
     (int4_swiglu, 2, lambda _: drawn(int4_matmul, n=32)[1], r"up is \[32, 128\] .* expected \[16, 128\]"),
 ]
@@ -163,7 +163,7 @@ def test_weight_views_of_the_same_memory_are_packed_separately() -> None:
     aten = OPS["int4_matmul"].impls["aten"]
     one = replace(w, scales=w.scales[:1].expand(2, -1))
     half = replace(w, scales=w.scales[:1], zeros=w.zeros[:1])
-    whole = replace(half, group=64)
+    whole = replace(half, group_size=64)
     for y in (w, one, half, whole, w):
         assert_matches_reference(
             int4_matmul, int4_matmul.impls["blocked"], {"BLOCK_N": 32}, (x[:, : y.shape[1]], y, None)

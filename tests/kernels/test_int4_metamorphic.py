@@ -85,7 +85,7 @@ SPLIT = each(
 def test_result_within_budget_for_any_number_of_splits(op: Op, impl: Impl, config: Config) -> None:
     """Nor does it for whole numbers, whose sums are exact in any order: there every bit stays."""
     x, w, bias = drawn(op, 2, G=5, group=128, n=17, bias=True)
-    whole = (x * 4).round(), replace(w, scales=torch.ones_like(w.scales), order="fma"), (bias * 4).round()
+    whole = (x * 4).round(), replace(w, scales=torch.ones_like(w.scales), rounding="fma"), (bias * 4).round()
     for args in ((x, w, bias), whole):
         outs = [run(impl, {**config, "SPLIT_K": count}, *args) for count in (1, 2, 4, 8)]
         for out in outs[1:]:

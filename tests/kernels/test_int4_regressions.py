@@ -192,7 +192,7 @@ def test_k_of_real_models_that_groups_of_128_do_not_divide(name: str, k: int) ->
     a slow one in its place. Every variant serves them, in the groups there are."""
     args = drawn(int4_matmul, m=1, n=16, G=k // 64)
     assert_matches_reference(int4_matmul, IMPLS[name], IMPLS[name].configs[0], args)
-    with pytest.raises(ValueError, match=f"k = {k} and group = 128, but .* group divide k"):
+    with pytest.raises(ValueError, match=f"k = {k} and group_size = 128, but .* group_size divide k"):
         quantize_rtn(torch.zeros(1, k), 128)
 
 
@@ -204,7 +204,7 @@ def test_mlp_sizes_that_groups_do_not_divide(name: str) -> None:
         pytest.skip("torch's groups are powers of two")
     for sizes in ({"n": 107}, {"G": 1, "group": 1368}):
         assert_matches_reference(int4_matmul, IMPLS[name], IMPLS[name].configs[0], drawn(int4_matmul, **sizes))
-    with pytest.raises(ValueError, match="k = 3420 and group = 3420, but k must be a positive multiple of 8"):
+    with pytest.raises(ValueError, match="k = 3420 and group_size = 3420, but k must be a positive multiple of 8"):
         quantize_rtn(torch.zeros(1, 3420), 3420)
 
 
