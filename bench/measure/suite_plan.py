@@ -1,7 +1,7 @@
-"""What `bench.suite` does: its steps, in the order they run, and how much of the time each may take.
+"""The steps of `bench.suite`, in the order they run, and the time that each may take.
 
-Steps are kept by their priority, as long as the least each needs fits; what is left of the time tops them up by their
-priority. So the limits never add up to more than there is, and what is left out is always the least valuable.
+Steps are kept by their priority as long as their minimum fits; the time that remains extends them, by priority again.
+So the limits never exceed the total, and the steps that are left out are always the least valuable.
 """
 
 import os
@@ -21,8 +21,8 @@ MARGIN_SECONDS = 12.0  # seconds of a step's limit in which it starts before, an
 
 @dataclass(frozen=True)
 class SuiteStep:
-    """One command. `priority`: 1 is the most valuable; `least` and `most`: seconds it is worth starting with, and can
-    use. The words {seconds} and {minutes} stand for how long the command itself is told to take.
+    """One command. `priority`: 1 is the most valuable; `min_seconds` is the least worth starting with, `max_seconds`
+    the most it can use. {seconds} and {minutes} in `argv` stand for the time that the command itself is told to take.
     """
 
     name: str
@@ -37,13 +37,14 @@ class SuiteStep:
         return any(word in ("{seconds}", "{minutes}") for word in self.argv)
 
     def command(self, limit: float) -> list[str]:
+        """Returns the command line for a limit in seconds."""
         own = max(1.0, limit - MARGIN_SECONDS)
         clocks = {"{seconds}": f"{own:.0f}", "{minutes}": f"{own / 60:.2f}"}
         return [clocks.get(word, word) for word in self.argv]
 
 
 def allot_seconds(steps: Sequence[SuiteStep], seconds: float) -> dict[str, float]:
-    """The limit of each step that is kept, by its name."""
+    """Returns the limit of each step that is kept, by its name."""
     limits: dict[str, float] = {}
     remaining = seconds
     ranked = sorted(steps, key=lambda step: step.priority)
@@ -60,7 +61,7 @@ def allot_seconds(steps: Sequence[SuiteStep], seconds: float) -> dict[str, float
 
 
 def left_out_lines(steps: Sequence[SuiteStep], seconds: float) -> Iterator[str]:
-    """Why the steps that are not kept are not, a line each."""
+    """Yields a line with the reason for each step that is left out."""
     limits = allot_seconds(steps, seconds)
     needed = sum(step.min_seconds for step in steps if step.name in limits)
     for step in sorted(steps, key=lambda step: step.priority):
@@ -73,12 +74,13 @@ def left_out_lines(steps: Sequence[SuiteStep], seconds: float) -> Iterator[str]:
 
 
 def repeat_flag(flag: str, values: Sequence[str]) -> list[str]:
+    """Returns the flag before each of the values."""
     return [word for value in values for word in (flag, value)]
 
 
 def suite_steps(out: Path, toy: bool) -> list[SuiteStep]:
-    """The steps, whose rows, tables and pictures go to `out`. `toy`: the same at sizes a CPU can do, all of which fit
-    into five minutes.
+    """Returns the steps, whose rows, tables and plots go to `out`. `toy`: the same at sizes that a CPU can do, all of
+    which fit into five minutes.
     """
     rows_file = str(out / "rows.jsonl")
 
@@ -134,6 +136,6 @@ def suite_steps(out: Path, toy: bool) -> list[SuiteStep]:
         step("int4 models", 13, 120, 240, int4, "--case", by_size("models", "toy")),
         step("other ops", 14, 400, 600, other_ops_command, "--peers", "--out", rows_file),
         step("int4 errors", 15, 65, 120, errors, by_size("", "--toy")),
-        step("pictures", 8, 22, 60, "bench.plot", str(out), plot_flags, "--out", str(out / "pictures")),
+        step("plots", 8, 22, 60, "bench.plot", str(out), plot_flags, "--out", str(out / "plots")),
         step("report", 6, 22, 60, "bench.report", str(out), "--out", str(out / "report.html")),
     ]

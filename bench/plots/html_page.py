@@ -1,4 +1,4 @@
-"""One page of HTML that needs nothing beside it: tables, marks and pictures as text."""
+"""One page of HTML that needs nothing beside it: tables, marks and figures as text."""
 
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
