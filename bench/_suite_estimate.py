@@ -17,11 +17,11 @@ from unittest.mock import patch
 
 import torch
 
+from vila_triton.hashing import canonical_json
 from vila_triton.paths import config_dir
 from vila_triton.registry import OPS, REFERENCE, Impl
 from vila_triton.registry.interpreter import uses_triton_kernels
 from vila_triton.registry.kernel_config import configured_choices
-from vila_triton.registry.search_space import canonical_json
 
 from . import accuracy, model, ops, tune
 from .correctness import gate

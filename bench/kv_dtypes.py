@@ -16,6 +16,7 @@ import torch
 
 from vila_triton.cache.paged_cache import DEFAULT_PAGE_SIZE, KV_DTYPES, PagedKVCache
 from vila_triton.chat.conversation import ChatModel
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.limits import COUNT, COUNT_OR_ZERO, SEED
 from vila_triton.models.config import LlamaConfig
 from vila_triton.paths import BUNDLED_CHECKPOINT
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
     if args.count:
         prompts = questions.bundled_prompts(args.count, args.seed)
-        talker = ChatModel.from_pretrained(args.folder)
+        talker = load_chat_model(args.folder)
         heads = ("positions", "logits off", "KL mean", "KL most", "flips")
         print(f"\n{'against ' + BASELINE_DTYPE + ' pages':24}{''.join(f'{head:>12}' for head in heads)}")
         for name in KV_DTYPES:

@@ -25,7 +25,7 @@ from .measure import rows
 CASES = (
     ("dense", "float16"),
     ("dense", "bfloat16"),
-    ("ours", "float16"),
+    ("vila-triton", "float16"),
     ("awq-gemm", "float16"),
     ("awq-v2", "float16"),
 )
@@ -64,7 +64,7 @@ def main() -> None:
             folder = Path(work_dir) / layout
             if not folder.exists():
                 print_progress(f"writing {layout}", is_last=True)
-                native_folder, group_size = Path(work_dir) / "ours", None if layout == "dense" else 128
+                native_folder, group_size = Path(work_dir) / "vila-triton", None if layout == "dense" else 128
                 if native_folder.exists():
                     source = open_checkpoint(native_folder)
                 else:

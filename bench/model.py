@@ -26,10 +26,10 @@ from typing import Any, TypeVar
 import torch
 
 from vila_triton.console import print_progress
+from vila_triton.device import pick_device
 from vila_triton.limits import COUNT
 from vila_triton.paths import config_dir
 from vila_triton.registry import validate_choices
-from vila_triton.registry.kernel_config import pick_device
 
 from . import roofline
 from ._tool import tool

@@ -27,11 +27,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
+from vila_triton.device import pick_device
 from vila_triton.limits import POSITIVE
 from vila_triton.ops.dtypes import DTYPES
 from vila_triton.registry import OPS, REFERENCE, Impl
 from vila_triton.registry.interpreter import uses_triton_kernels
-from vila_triton.registry.kernel_config import pick_device
 from vila_triton.registry.tuned_tables import default_choices_for, gpu_name, tuned_config_at
 
 from ._tool import tool
@@ -53,10 +53,10 @@ def mean_cost(case: Case, args: Sequence[Any]) -> tuple[float, float]:
     counts.
     """
     parameters = inspect.signature(OPS[case.op].reference).parameters
-    lengths = dict(zip(parameters, args)).get("seq_lens")
-    if lengths is None:
+    seq_lens = dict(zip(parameters, args)).get("seq_lens")
+    if seq_lens is None:
         return case.cost
-    return OPS[case.op].cost(**{**case.sizes, "t": lengths.double().mean().item()})
+    return OPS[case.op].cost(**{**case.sizes, "t": seq_lens.double().mean().item()})
 
 
 def rates(cost: tuple[float, float], case: Case, timing: Timing, peaks: MachinePeaks) -> dict[str, float]:

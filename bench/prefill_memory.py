@@ -16,13 +16,13 @@ import torch
 
 from vila_triton.arguments import parse_kernel_settings
 from vila_triton.cache.paged_cache import PagedKVCache
+from vila_triton.device import pick_device
 from vila_triton.engine import engine
 from vila_triton.limits import COUNT, COUNT_OR_ZERO
 from vila_triton.models import params, vila
 from vila_triton.models.config import VilaConfig
 from vila_triton.ops import page_tensors
 from vila_triton.registry import use
-from vila_triton.registry.kernel_config import pick_device
 from vila_triton.tiny.config import CONFIG
 
 from ._tool import tool

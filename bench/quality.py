@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vila_triton.cache.paged_cache import UncachedBatch
-from vila_triton.chat.conversation import ChatModel
 from vila_triton.console import print_progress
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.limits import COUNT, SEED
 from vila_triton.models import llama, vila
 from vila_triton.models.config import LlamaConfig
@@ -136,7 +136,7 @@ def bundled_subject(samples: int, seed: int, num_questions: int = NUM_QUESTIONS)
     """Returns the bundled model, calibrated on random training scenes and evaluated on questions about held-out
     scenes.
     """
-    chat_model = ChatModel.from_pretrained(BUNDLED_CHECKPOINT, "cpu", torch.float32)
+    chat_model = load_chat_model(BUNDLED_CHECKPOINT, "cpu", torch.float32)
     questions = build_questions(1 + num_questions // 25, seed + 1, SUPPORTED_KINDS)[:num_questions]
     calibration = embed_samples(chat_model, synthetic_samples(samples, seed))
     held_out = embed_samples(chat_model, [Sample(q.qa.question, q.images, q.qa.answer) for q in questions])

@@ -20,7 +20,7 @@ from vila_triton.models import vila
 from vila_triton.models.params import init_tree, num_parameters
 from vila_triton.quantization import pipeline as awq
 from vila_triton.quantization.calibration_data import CalibrationSet
-from vila_triton.quantization.resumable import QuantizeConfig
+from vila_triton.quantization.config import QuantizeConfig
 from vila_triton.tiny.config import CONFIG, config_files
 
 from ._tool import tool

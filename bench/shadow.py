@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 
 from vila_triton.chat.conversation import ChatModel
 from vila_triton.console import print_progress
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.limits import COUNT, COUNT_OR_ZERO, SEED
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import OPS, Impl, count_calls, use, validate_choices
@@ -202,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         BUNDLED_CHECKPOINT.with_name("checkpoint-int4") if args.op.startswith("int4") else BUNDLED_CHECKPOINT
     )
     prompts = questions.read_prompts(args.prompts) if args.prompts else questions.bundled_prompts(args.count, args.seed)
-    talker = ChatModel.from_pretrained(folder, DEVICE)
+    talker = load_chat_model(folder, DEVICE)
     recorder, incumbents, shifts = run_shadow(talker, impl, prompts, args.tokens, args.layers)
     if not recorder.layers:
         filter_text = f" in a layer named like {', '.join(args.layers)}" if args.layers else ""

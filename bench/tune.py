@@ -85,7 +85,7 @@ def select_impls(args: argparse.Namespace) -> list[Impl]:
         if args.ops and not tunable:
             raise ValueError(f"{op} has nothing to tune: no implementation has a space or more than one config")
         if tunable and OPS[op].sizes_of is None:
-            raise ValueError(f"{op} has no sizes (@{op}.sizes), so nothing could look its table up")
+            raise ValueError(f"{op} has no sizes (@{op}.sizes_from_args), so nothing could look its table up")
         selected += [impl for impl in tunable if not args.impl or impl.name in args.impl]
     if not selected:
         raise ValueError(f"{', '.join(args.impl)} has one config and no space, so there is nothing to tune")

@@ -1,31 +1,25 @@
-"""What the int4 kernels share: how a lane's words become numbers, and where scales and zeros lie. It registers nothing.
+"""Device functions that dequantize int4 weights: words to numbers, and where words, scales and zeros are.
 
 A load of words is [TILES_N, TILES_K, 32, 4]: tiles of 16 x 64, lanes, and a lane's four words, one 16-byte load. A word
-holds codes of two rows of its tile, `top` (r) and `low` (r + 8); see `formats.pack_tiles`. Scales and zeros are loaded
-for these two rows, so that all arithmetic on a weight happens where it was loaded, and only then is the tile put
+holds codes of two rows of its tile, `top` (r) and `low` (r + 8); see `pack_tiles`. Scales and zeros are loaded for
+these two rows, so that all arithmetic on a weight happens in the lane that loaded it. Only then is the tile put
 together, in the registers where the tensor cores want it.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
-from typing import Any
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from vila_triton.ops import Int4
-from vila_triton.registry import Unsupported
+from ._launch import ieee_operand, opaque_copy
 
-from ._launch import INTERPRETED, ieee_operand, opaque_copy
-
-# What is done to a weight before it is multiplied.
+# The ROUNDING of a kernel: what it does to a weight before it multiplies.
 UNSCALED = tl.constexpr(0)  # code - zero, exact: the scale multiplies a sum
 SUB = tl.constexpr(1)  # (code - zero) * scale, rounded
 FMA = tl.constexpr(2)  # code * scale + shift, rounded
 
 # One logical operation makes two float16 numbers of two codes: 1024 + code of the lower nibble of a byte, or 1024 + 16
 # code of the upper one; one more subtracts both zeros, exactly. The operands are the word, 1024 + zero of the top row,
-# and -64 - zero of the low one. `differences` says the same without assembly.
+# and -64 - zero of the low one. `codes_minus_zero` does the same without assembly.
 FLOAT16_ASM = tl.constexpr("""
 {
 .reg .b32 h, a, b, c, d, t, l, s;
@@ -73,50 +67,13 @@ mov.b32 {$6, $7}, d;
 ASM_CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,h,h")
 
 
-def contiguous_tensors(w: Int4) -> tuple[Tensor, Tensor, Tensor]:
-    """qweight, scales and zeros, contiguous as kernels read them; copied only if they are not."""
-    return w.qweight.contiguous(), w.scales.contiguous(), w.zeros.contiguous()
-
-
-def check_group_size(op_name: str, w: Int4) -> None:
-    """Unsupported unless a group is 32, whole tiles, or all of k."""
-    if w.group_size != 32 and w.group_size % 64 and w.group_size != w.shape[1]:
-        raise Unsupported(f"{op_name}: the group is {w.group_size}, but 32, multiples of 64 and all of k are served")
-
-
-def fit_block_k(requested: int, w: Int4) -> int:
-    """The inputs of a step: those asked for, or fewer, so that a step lies in one group (a group of 32 is no hindrance:
-    its scales are loaded by the word)."""
-    group_size = w.group_size
-    return (
-        requested if group_size == 32 or group_size == w.shape[1] else max(64, min(requested, group_size & -group_size))
-    )
-
-
-def rounding_mode(w: Int4, scale_sums: bool) -> int:
-    """SUBTRACTED if scales shall multiply sums and can: in the order "sub", where a step lies in one group."""
-    if w.rounding == "fma":
-        return FMA.value
-    return UNSCALED.value if scale_sums and w.group_size != 32 else SUB.value
-
-
-def target_flags() -> dict[str, Any]:
-    """ASM: the target has the instructions. HIDE: its compiler must not see how a tile is put together, or it would
-    choose a layout for `tl.dot` that costs shuffles.
-    """
-    if INTERPRETED:
-        return {"ASM": False, "HIDE": False}
-    current: Any = triton.runtime.driver.active.get_current_target()
-    return {"ASM": current.backend == "cuda", "HIDE": current.backend == "cuda" and current.arch < 90}
-
-
 @triton.jit
-def apply_scale(differences, codes, scales, zeros, ORDER: tl.constexpr):
-    """A weight of code - zero and code, as ORDER says."""
-    if ORDER == FMA:
+def apply_scale(differences, codes, scales, zeros, ROUNDING: tl.constexpr):
+    """The weights of differences = code - zero and of codes, scaled and rounded as ROUNDING says."""
+    if ROUNDING == FMA:
         shifts = -(zeros * scales)
         return tl.fma(codes.to(tl.float32), scales.to(tl.float32), shifts.to(tl.float32)).to(scales.dtype)
-    elif ORDER == SUB:
+    elif ROUNDING == SUB:
         return differences * scales
     else:
         return differences
@@ -179,41 +136,43 @@ def codes_minus_zero(words, zero, low_zero, DTYPE: tl.constexpr, ASM: tl.constex
 
 
 @triton.jit
-def scale_difference(difference, scale, zero, ORDER: tl.constexpr, DTYPE: tl.constexpr):
-    """The weight of an exact code - zero, as ORDER says."""
+def scale_difference(difference, scale, zero, ROUNDING: tl.constexpr, DTYPE: tl.constexpr):
+    """The weight of one exact code - zero in DTYPE, scaled and rounded as ROUNDING says."""
     difference = difference.to(DTYPE)
-    if ORDER == FMA:
-        return apply_scale(difference, difference + zero.to(DTYPE), scale, zero.to(DTYPE), ORDER)
+    if ROUNDING == FMA:
+        return apply_scale(difference, difference + zero.to(DTYPE), scale, zero.to(DTYPE), ROUNDING)
     else:
-        return apply_scale(difference, difference, scale, zero, ORDER)
+        return apply_scale(difference, difference, scale, zero, ROUNDING)
 
 
 @triton.jit
-def lane_weights(words, scale, low_scale, zero, low_zero, ORDER: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """The eight weights of each word, in the order of `differences`; `scale` and `zero` are of the top row."""
+def lane_weights(
+    words, scale, low_scale, zero, low_zero, ROUNDING: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
+):
+    """The eight weights of each word, in the order of `codes_minus_zero`; `scale` and `zero` are of the top row."""
     a, b, c, d, e, f, g, h = codes_minus_zero(words, zero, low_zero, DTYPE, ASM)
     scale = scale.to(DTYPE)
     low_scale = low_scale.to(DTYPE)
     return (
-        scale_difference(a, scale, zero, ORDER, DTYPE),
-        scale_difference(b, scale, zero, ORDER, DTYPE),
-        scale_difference(c, low_scale, low_zero, ORDER, DTYPE),
-        scale_difference(d, low_scale, low_zero, ORDER, DTYPE),
-        scale_difference(e, scale, zero, ORDER, DTYPE),
-        scale_difference(f, scale, zero, ORDER, DTYPE),
-        scale_difference(g, low_scale, low_zero, ORDER, DTYPE),
-        scale_difference(h, low_scale, low_zero, ORDER, DTYPE),
+        scale_difference(a, scale, zero, ROUNDING, DTYPE),
+        scale_difference(b, scale, zero, ROUNDING, DTYPE),
+        scale_difference(c, low_scale, low_zero, ROUNDING, DTYPE),
+        scale_difference(d, low_scale, low_zero, ROUNDING, DTYPE),
+        scale_difference(e, scale, zero, ROUNDING, DTYPE),
+        scale_difference(f, scale, zero, ROUNDING, DTYPE),
+        scale_difference(g, low_scale, low_zero, ROUNDING, DTYPE),
+        scale_difference(h, low_scale, low_zero, ROUNDING, DTYPE),
     )
 
 
 @triton.jit
-def lanes_to_tile(a, b, c, d, e, f, g, h, HIDE: tl.constexpr, TILES_N: tl.constexpr, TILES_K: tl.constexpr):
+def lanes_to_tile(a, b, c, d, e, f, g, h, OPAQUE: tl.constexpr, TILES_N: tl.constexpr, TILES_K: tl.constexpr):
     """The eight tensors of `lane_weights` -> w [16 TILES_N, 64 TILES_K]."""
     w = tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h)))
     w = tl.reshape(w, [TILES_N, TILES_K, 8, 4, 4, 2, 2, 2])  # tile, tile_k, r, c, word, pair, half, side
     w = tl.permute(w, [0, 6, 2, 1, 4, 7, 3, 5])  # tile, half, r, tile_k, word, side, c, pair
     w = tl.reshape(w, [16 * TILES_N, 64 * TILES_K])
-    if HIDE:
+    if OPAQUE:
         return opaque_copy(w)
     else:
         return ieee_operand(w)
@@ -235,13 +194,13 @@ def word_pointers(qweight_ptr, tile, tile_k, lane, word, N, K):
 
 
 @triton.jit
-def group_ids(start, tile_k, word, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
+def group_ids(start, tile_k, word, K, GROUP_SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
     """The group of each word of a step of BLOCK_K inputs from `start` on; past k, the last. `tile_k` and `word` are
     counted within the step; what does not matter is left out of the shape.
     """
-    if GROUP % BLOCK_K == 0:
-        return tl.full([1], start // GROUP, tl.int64)
-    elif GROUP == 32:
+    if GROUP_SIZE % BLOCK_K == 0:
+        return tl.full([1], start // GROUP_SIZE, tl.int64)
+    elif GROUP_SIZE == 32:
         return tl.minimum(tile_k * 2 + word // 2 + start // 32, (K - 1) // 32).to(tl.int64)
     else:
-        return tl.minimum((tile_k * 64 + start) // GROUP, (K - 1) // GROUP).to(tl.int64)
+        return tl.minimum((tile_k * 64 + start) // GROUP_SIZE, (K - 1) // GROUP_SIZE).to(tl.int64)

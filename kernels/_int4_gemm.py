@@ -1,4 +1,4 @@
-"""Int4 weights as the left operand of `tl.dot`, and the loop that multiplies with them. It registers nothing."""
+"""Int4 weights as the left operand of `tl.dot`, and the loop that multiplies with them."""
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
@@ -26,7 +26,7 @@ def is_promising(config: Config, m: int, group: int, dtype: str, **_: object) ->
 def launch_cost(config: Config, m: int, n: int, G: int, group: int, dtype: str, **_: object) -> LaunchCost:
     block_m, block_n, size, splits = config["BLOCK_M"], config["BLOCK_N"], DTYPE_BYTES[dtype], config.get("SPLIT_K", 1)
     k = cdiv(G * group, splits)
-    bytes_per_k = block_m * size + block_n // 2  # bytes of x and of the weight that a step of one k reads
+    bytes_per_k = block_m * size + block_n // 2  # of x and of the weight
     out_bytes = block_m * block_n * (size if splits == 1 else 8)  # a partial sum is written and read in float32
     return LaunchCost(
         programs=cdiv(m, block_m) * cdiv(n, block_n) * splits,
@@ -35,6 +35,25 @@ def launch_cost(config: Config, m: int, n: int, G: int, group: int, dtype: str, 
         dot_flops=2 * block_m * block_n * k,
         elementwise_ops=2 * block_n * k,  # to make a number of a code
     )
+
+
+@triton.jit
+def block_pointers(qweight_ptr, pid_n, start, N, K, TILES_N: tl.constexpr, TILES_K: tl.constexpr):
+    """Pointers to the words of a block of w from input `start` on, [TILES_N, TILES_K, 32, 4], and the rows of w that
+    each lane holds codes of (`lane_rows`)."""
+    tile = (pid_n.to(tl.int64) * TILES_N + tl.arange(0, TILES_N))[:, None, None, None]
+    tile_k = (start // 64 + tl.arange(0, TILES_K))[None, :, None, None]
+    lane = tl.arange(0, 32)[None, None, :, None]
+    top, low = lane_rows(tile, lane // 4, N)
+    return word_pointers(qweight_ptr, tile, tile_k, lane, tl.arange(0, 4)[None, None, None, :], N, K), top, low
+
+
+@triton.jit
+def x_pointers(x_ptr, offs_m, start, M, stride_xm, stride_xk, BLOCK_K: tl.constexpr):
+    """Pointers to x, transposed: [BLOCK_K, BLOCK_M]. Rows past the end read row 0 and are not stored, which spares a
+    mask in every load."""
+    offs_k = start + tl.arange(0, BLOCK_K)
+    return x_ptr + tl.where(offs_m < M, offs_m, 0)[None, :] * stride_xm + offs_k.to(tl.int64)[:, None] * stride_xk
 
 
 @triton.jit
@@ -59,41 +78,50 @@ def load_x(x_ptrs, start, K, BLOCK_K: tl.constexpr, MASK_K: tl.constexpr):
 @triton.jit
 def dequantize_block(
     words,
-    scales_ptr,
-    zeros_ptr,
+    w,
     top,
     low,
     start,
     N,
     K,
-    GROUP: tl.constexpr,
-    ORDER: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     DTYPE: tl.constexpr,
     ASM: tl.constexpr,
-    HIDE: tl.constexpr,
+    OPAQUE: tl.constexpr,
     TILES_N: tl.constexpr,
     TILES_K: tl.constexpr,
 ):
-    """Words of a step [TILES_N, TILES_K, 32, 4] and the rows they are of (`lane_rows`) -> w [BLOCK_N, BLOCK_K]."""
+    """Words of a step [TILES_N, TILES_K, 32, 4] and their rows (`lane_rows`) -> weights [BLOCK_N, BLOCK_K]."""
+    _, scales_ptr, zeros_ptr = w
     tile_k = tl.arange(0, TILES_K)[None, :, None, None]
-    group = group_ids(start, tile_k, tl.arange(0, 4)[None, None, None, :], K, GROUP, 64 * TILES_K)
+    group = group_ids(start, tile_k, tl.arange(0, 4)[None, None, None, :], K, GROUP_SIZE, 64 * TILES_K)
     zero = tl.load(zeros_ptr + group * N + top)
     low_zero = tl.load(zeros_ptr + group * N + low)
-    if ORDER == UNSCALED:
-        a, b, c, d, e, f, g, h = lane_weights(words, zero, zero, zero, low_zero, ORDER, DTYPE, ASM)
+    if ROUNDING == UNSCALED:
+        a, b, c, d, e, f, g, h = lane_weights(words, zero, zero, zero, low_zero, ROUNDING, DTYPE, ASM)
     else:
         scale = tl.load(scales_ptr + group * N + top)
         low_scale = tl.load(scales_ptr + group * N + low)
-        a, b, c, d, e, f, g, h = lane_weights(words, scale, low_scale, zero, low_zero, ORDER, DTYPE, ASM)
-    return lanes_to_tile(a, b, c, d, e, f, g, h, HIDE, TILES_N, TILES_K)
+        a, b, c, d, e, f, g, h = lane_weights(words, scale, low_scale, zero, low_zero, ROUNDING, DTYPE, ASM)
+    return lanes_to_tile(a, b, c, d, e, f, g, h, OPAQUE, TILES_N, TILES_K)
+
+
+@triton.jit
+def multiply_add(weights, x, acc, w, rows, start, N, GROUP_SIZE: tl.constexpr, ROUNDING: tl.constexpr):
+    """acc + weights · x. If weights are unscaled, the scales of `rows` [BLOCK_N] of w multiply the product."""
+    if ROUNDING == UNSCALED:
+        group = tl.full([1], start // GROUP_SIZE, tl.int64)
+        scale = tl.load(w[1] + group * N + rows).to(x.dtype).to(tl.float32)  # [BLOCK_N]
+        return acc + tl.dot(weights, x, input_precision="ieee") * scale[:, None]
+    else:
+        return tl.dot(weights, x, acc, input_precision="ieee")
 
 
 @triton.jit
 def int4_gemm_tile(
     x_ptr,
-    qweight_ptr,
-    scales_ptr,
-    zeros_ptr,
+    w,
     pid_n,
     offs_m,
     begin,
@@ -103,12 +131,11 @@ def int4_gemm_tile(
     K,
     stride_xm,
     stride_xk,
-    GROUP: tl.constexpr,
-    ORDER: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ASM: tl.constexpr,
-    HIDE: tl.constexpr,
+    OPAQUE: tl.constexpr,
     MASK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -117,43 +144,27 @@ def int4_gemm_tile(
     TILES_N: tl.constexpr = BLOCK_N // 16
     TILES_K: tl.constexpr = BLOCK_K // 64
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    tile = pid_n.to(tl.int64) * TILES_N + tl.arange(0, TILES_N)
-    tile, tile_k = tile[:, None, None, None], (begin // 64 + tl.arange(0, TILES_K))[None, :, None, None]
-    lane = tl.arange(0, 32)[None, None, :, None]
-    top, low = lane_rows(tile, lane // 4, N)
-    word_ptrs = word_pointers(qweight_ptr, tile, tile_k, lane, tl.arange(0, 4)[None, None, None, :], N, K)
-    offs_k = begin + tl.arange(0, BLOCK_K)
-    # Rows past the end read row 0 and are not stored, which spares a mask in every load of the loop.
-    x_ptrs = x_ptr + tl.where(offs_m < M, offs_m, 0)[None, :] * stride_xm + offs_k.to(tl.int64)[:, None] * stride_xk
+    word_ptrs, top, low = block_pointers(w[0], pid_n, begin, N, K, TILES_N, TILES_K)
+    x_ptrs = x_pointers(x_ptr, offs_m, begin, M, stride_xm, stride_xk, BLOCK_K)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    scale_ptrs = scales_ptr + tl.where(offs_n < N, offs_n, 0)
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    rows = tl.where(offs_n < N, offs_n, 0)
+    acc = tl.zeros([BLOCK_N, offs_m.shape[0]], tl.float32)
     for start in range(begin, end, BLOCK_K):
         words = load_words(word_ptrs, start, K, TILES_K, MASK_K)
         x = load_x(x_ptrs, start, K, BLOCK_K, MASK_K)
-        w = dequantize_block(
-            words,
-            scales_ptr,
-            zeros_ptr,
-            top,
-            low,
-            start,
-            N,
-            K,
-            GROUP,
-            ORDER,
-            DTYPE,
-            ASM,
-            HIDE,
-            TILES_N,
-            TILES_K,
+        weights = dequantize_block(
+            words, w, top, low, start, N, K, GROUP_SIZE, ROUNDING, DTYPE, ASM, OPAQUE, TILES_N, TILES_K
         )
-        if ORDER == UNSCALED:
-            group = tl.full([1], start // GROUP, tl.int64)
-            scale = tl.load(scale_ptrs + group * N).to(DTYPE).to(tl.float32)  # [BLOCK_N]
-            acc += tl.dot(w, x, input_precision="ieee") * scale[:, None]
-        else:
-            acc = tl.dot(w, x, acc, input_precision="ieee")
+        acc = multiply_add(weights, x, acc, w, rows, start, N, GROUP_SIZE, ROUNDING)
         word_ptrs += TILES_K * 128
         x_ptrs += tl.full([1, 1], BLOCK_K, tl.int64) * stride_xk
     return acc
+
+
+@triton.jit
+def store_tile(acc, bias_ptr, out_ptr, offs_m, offs_n, M, N, stride_om):
+    """Store acc [BLOCK_N, BLOCK_M], plus the bias unless that is None, to rows `offs_m` and columns `offs_n` of out."""
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
+    out_ptrs = out_ptr + offs_m[None, :] * stride_om + offs_n[:, None]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])

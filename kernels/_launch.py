@@ -1,4 +1,4 @@
-"""What the files of this folder share: the check every launcher makes, and pieces of kernels. It registers nothing."""
+"""What launchers share: the check of their tensors, rows and grids of matrix products, and operands for `tl.dot`."""
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 import math
@@ -36,25 +36,37 @@ def check_supported(op_name: str, *tensors: Tensor) -> None:
             raise Unsupported(f"{op_name}: Triton's interpreter computes wrong numbers in bfloat16")
 
 
+def rows_and_output(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """x [..., k] as rows [m, k], and an empty output [m, n] in its dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows, torch.empty(len(rows), n, dtype=x.dtype, device=x.device)
+
+
+def grid(out: Tensor, BLOCK_M: int, BLOCK_N: int) -> tuple[int]:
+    """One program for each tile of BLOCK_M x BLOCK_N elements of out [..., m, n]."""
+    m, n = out.shape[-2:]
+    return (cdiv(m, BLOCK_M) * cdiv(n, BLOCK_N),)
+
+
 def dot_block(n: int) -> int:
     """The block that covers an axis of n elements and that `tl.dot` accepts: a power of two, 16 at least."""
     return max(16, next_power_of_2(n))
 
 
 def rows_for_dtype(rows: int, x: Tensor) -> int:
-    """The rows of a block of x: those asked for, or half as many in float32, which takes twice the shared memory."""
+    """The rows of a block of x: those requested, or half as many in float32, which takes twice the shared memory."""
     return max(16, rows * 2 // x.element_size())
 
 
 def stages_for_dtype(stages: int, x: Tensor) -> int:
-    """The stages of a pipeline that loads x: those asked for, or half as many in float32 (see `rows_of`)."""
+    """The stages of a pipeline that loads x: those requested, or half as many in float32 (see `rows_for_dtype`)."""
     return max(1, stages * 2 // x.element_size())
 
 
 def attention_launch_cost(config: Config, heads: int, rows: int, keys: int, d: int, dtype: str) -> LaunchCost:
     """One launch that takes `rows` rows of each of `heads` heads in blocks of BLOCK_M over `keys` keys each."""
     size, block_n, block_d = DTYPE_BYTES[dtype], config["BLOCK_N"], dot_block(d)
-    block_m = max(16, config.get("BLOCK_M", dot_block(rows)) * 2 // size)  # see rows_of
+    block_m = max(16, config.get("BLOCK_M", dot_block(rows)) * 2 // size)  # see rows_for_dtype
     padded_keys = block_n * cdiv(keys, block_n)
     return LaunchCost(
         programs=heads * cdiv(rows, block_m),
@@ -94,39 +106,3 @@ def cast_operand(x, dtype: tl.constexpr):
         return x
     else:
         return ieee_operand(x.to(dtype))
-
-
-@triton.jit
-def page_offsets(table_ptr, tokens, known, stride_table, stride_page, stride_row, PAGE: tl.constexpr):
-    """Offsets of the given tokens of one sequence in its pages; table_ptr is the sequence's row of the block table."""
-    pages = tl.load(table_ptr + (tokens // PAGE) * stride_table, mask=known, other=0).to(tl.int64)  # [tokens]
-    return pages * stride_page + (tokens % PAGE).to(tl.int64) * stride_row
-
-
-@triton.jit
-def attend_simple_tile(q, k, v, visible, scale, peak, total, acc):
-    """Online softmax (base 2) over one more block of keys: the running peak, sum of weights and weighted values.
-
-    A query that has seen no key keeps total = 0 and acc = 0.
-    """
-    scores = tl.dot(q, k, input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
-    scores = tl.where(visible, scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))  # [BLOCK_M]
-    weights = tl.exp2(scores - new_peak[:, None])
-    rescale = tl.exp2(peak - new_peak)
-    total = total * rescale + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")  # [BLOCK_M, BLOCK_D]
-    return new_peak, total, acc
-
-
-@triton.jit
-def init_simple_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(peak, total, acc) before the first block. The peak is finite, so that -inf - peak is never NaN."""
-    peak = tl.full([BLOCK_M], -1.0e38, tl.float32)
-    return peak, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-
-@triton.jit
-def normalize(acc, total):
-    """Weighted values over the sum of weights; 0 for a row that has seen no key."""
-    return acc / tl.where(total == 0.0, 1.0, total)[:, None]

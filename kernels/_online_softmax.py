@@ -1,68 +1,33 @@
-"""Online softmax over tiles of keys, for the attention kernels that take many queries at once. It registers nothing.
+"""Online softmax over tiles of keys, in base 2.
 
-A head of D numbers is one block of a power of two, or two (72 = 64 + 8) where that leaves fewer lanes empty: FIRST and
-REST, as `head_blocks` says. In kernels it is a tuple of one tensor or of two, and so is what is summed of heads.
+For each row of queries, m_i is the largest score so far, l_i the sum of the weights 2^(score - m_i), and acc the sum of
+the values with these weights; the output is acc / l_i. Heads and acc are tuples of blocks, as `_heads` describes.
+
+Sources: Milakov and Gimelshein, Online normalizer calculation for softmax (2018); Dao et al., FlashAttention (2022).
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
 
-from vila_triton.registry.search_space import next_power_of_2
-
-from ._launch import dot_block
-
-
-def head_blocks(d: int) -> tuple[int, int]:
-    """(FIRST, REST): blocks that cover a head of d numbers. REST is 0 if a second block would save nothing."""
-    block_d0 = next_power_of_2(d + 1) // 2
-    block_d1 = dot_block(d - block_d0)
-    return (block_d0, block_d1) if block_d0 < d and block_d0 + block_d1 < dot_block(d) else (dot_block(d), 0)
-
 
 @triton.jit
-def load_block(ptr, at, known, stride_d, FROM: tl.constexpr, BLOCK: tl.constexpr, END: tl.constexpr):
-    """Numbers FROM to FROM + BLOCK of the rows at the offsets `at` [n], 0 from END on or if not `known`: [n, BLOCK].
-
-    `known` is None if every row is.
-    """
-    dims = FROM + tl.arange(0, BLOCK)
-    ptrs = ptr + at[:, None] + dims[None, :] * stride_d
-    mask = None
-    if FROM + BLOCK > END:
-        mask = (dims < END)[None, :]
-        if known is not None:
-            mask = mask & known[:, None]
-    elif known is not None:
-        mask = known[:, None]
-    if mask is None:
-        return tl.load(ptrs)
-    else:  # the compiler visits what comes after a return
-        return tl.load(ptrs, mask=mask, other=0)
-
-
-@triton.jit
-def store_block(ptr, at, known, stride_d, x, FROM: tl.constexpr, BLOCK: tl.constexpr, END: tl.constexpr):
-    """The inverse of `load_block`, in the dtype of the pointer."""
-    dims = FROM + tl.arange(0, BLOCK)
-    ptrs = ptr + at[:, None] + dims[None, :] * stride_d
-    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=known[:, None] & (dims < END)[None, :])
-
-
-@triton.jit
-def init_softmax(BLOCK_M: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
-    """(peak, total, acc) before the first tile. The peak is finite, so that -inf - peak is never NaN."""
-    peak = tl.full([BLOCK_M], -1.0e38, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, FIRST], tl.float32)
-    if REST > 0:
-        return peak, total, (acc, tl.zeros([BLOCK_M, REST], tl.float32))
+def init_softmax(BLOCK_M: tl.constexpr, HEAD: tl.constexpr):
+    """(m_i, l_i, acc) before the first tile. m_i is finite, so that -inf - m_i is never NaN."""
+    BLOCK_D0: tl.constexpr = HEAD.BLOCK_D0
+    BLOCK_D1: tl.constexpr = HEAD.BLOCK_D1
+    m_i = tl.full([BLOCK_M], -1.0e38, tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D0], tl.float32)
+    if BLOCK_D1 > 0:
+        return m_i, l_i, (acc, tl.zeros([BLOCK_M, BLOCK_D1], tl.float32))
     else:
-        return peak, total, (acc,)
+        return m_i, l_i, (acc,)
 
 
 @triton.jit
-def qk_scores(q, k):
+def dot_qk(q, k):
     """q kᵀ of heads: [m, n]."""
     scores = tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
     if len(q) > 1:
@@ -71,8 +36,22 @@ def qk_scores(q, k):
 
 
 @triton.jit
-def accumulate_values(weights, v, acc, rescale):
-    """acc · rescale + weights v: heads again."""
+def softmax_weights(scores, scale, m_i, l_i):
+    """One more tile of scores [BLOCK_M, n], times a scale above 0: (weights [BLOCK_M, n], rescale [BLOCK_M], m_i, l_i).
+
+    What was summed under the old m_i must be multiplied by `rescale`. The explicit fma leaves the compiler no choice of
+    rounding, so a tile gives the same bits with a mask that hides nothing as without one. A tile that hides everything
+    (scores of -inf) changes nothing.
+    """
+    m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
+    weights = tl.exp2(tl.fma(scores, scale, -m_new[:, None]))
+    rescale = tl.exp2(m_i - m_new)
+    return weights, rescale, m_new, tl.fma(l_i, rescale, tl.sum(weights, 1))
+
+
+@triton.jit
+def add_values(weights, v, acc, rescale):
+    """acc · rescale + weights v."""
     first = tl.dot(weights, v[0], acc[0] * rescale[:, None], input_precision="ieee")
     if len(v) > 1:
         return (first, tl.dot(weights, v[1], acc[1] * rescale[:, None], input_precision="ieee"))
@@ -81,29 +60,27 @@ def accumulate_values(weights, v, acc, rescale):
 
 
 @triton.jit
-def divide_heads(head, divisors):
-    """Heads [n, d], each over its divisor [n]."""
-    return [x / divisors[:, None] for x in head]
+def attend_tile(q, k, v, mask, scale, m_i, l_i, acc):
+    """Attention to one more tile of keys and values [n, d]: the new (m_i, l_i, acc).
 
-
-@triton.jit
-def attend_tile(q, k, v, visible, scale, peak, total, acc):
-    """One more tile of keys, k and v [n, d]: the running peak, sum of weights and weighted values, in base 2.
-
-    `visible` is None if every query sees every key. The explicit fma leaves the compiler no choice of rounding, so a
-    tile gives the same bits with a mask that hides nothing as without one; and a tile that hides all changes nothing.
+    `scale` is above 0 and includes log2(e); `mask` [BLOCK_M, n] says which keys a query sees, None that it sees all.
     """
-    scores = qk_scores(q, k)  # [BLOCK_M, n]
-    if visible is not None:
-        scores = tl.where(visible, scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)  # [BLOCK_M]
-    weights = tl.exp2(tl.fma(scores, scale, -new_peak[:, None]))
-    rescale = tl.exp2(peak - new_peak)
-    total = tl.fma(total, rescale, tl.sum(weights, 1))
-    return new_peak, total, accumulate_values(weights.to(v[0].dtype), v, acc, rescale)
+    scores = dot_qk(q, k)
+    if mask is not None:
+        scores = tl.where(mask, scores, float("-inf"))
+    weights, rescale, m_i, l_i = softmax_weights(scores, scale, m_i, l_i)
+    return m_i, l_i, add_values(weights.to(v[0].dtype), v, acc, rescale)
 
 
 @triton.jit
-def log_sum_exp(peak, total):
+def normalize(acc, l_i):
+    """acc / l_i, the output; 0 for a row that has seen no key."""
+    divisor = tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    return [x / divisor for x in acc]
+
+
+@triton.jit
+def log_sum_exp(m_i, l_i):
     """The natural logarithm of the sum of exponentials, -inf for a row that has seen no key."""
-    return tl.where(total == 0.0, float("-inf"), (peak + tl.log2(total)) * 0.6931471805599453)
+    ln_2 = 0.6931471805599453
+    return tl.where(l_i == 0.0, float("-inf"), (m_i + tl.log2(tl.where(l_i == 0.0, 1.0, l_i))) * ln_2)

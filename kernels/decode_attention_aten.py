@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.ops import KVPages, decode_attention
-from vila_triton.ops.kv_write import gather_tokens
+from vila_triton.ops import PagedKV, decode_attention
 from vila_triton.registry import Unsupported
 
 from ._sdpa import check_readable, upcast_on_cpu
@@ -18,9 +17,7 @@ from ._sdpa import check_readable, upcast_on_cpu
 @decode_attention.impl("aten")
 def decode_attention_aten(
     q: Tensor,
-    k_pages: KVPages,
-    v_pages: KVPages,
-    block_table: Tensor,
+    cache: PagedKV,
     seq_lens: Tensor,
     softmax_scale: float,
     numerics: str = "fast",
@@ -33,12 +30,7 @@ def decode_attention_aten(
     for i, t in enumerate(seq_lens.tolist()):
         if not t:
             continue
-        query = upcast_on_cpu(q[i]).unflatten(0, (k_pages.shape[2], -1))  # [g, n, d]
-        keys, values = (
-            upcast_on_cpu(gather_tokens(pages, block_table[i], t).to(q.dtype)).transpose(0, 1)  # [g, t, d]
-            for pages in (k_pages, v_pages)
-        )
-        out[i] = F.scaled_dot_product_attention(query[None], keys[None], values[None], scale=softmax_scale)[0].flatten(
-            0, 1
-        )
+        query = upcast_on_cpu(q[i]).unflatten(0, (cache.k_pages.shape[2], -1))[None]  # [1, g, n, d]
+        k, v = (upcast_on_cpu(x.to(q.dtype)).transpose(0, 1)[None] for x in cache.gather(i, t))  # [1, g, t, d]
+        out[i] = F.scaled_dot_product_attention(query, k, v, scale=softmax_scale)[0].flatten(0, 1)
     return out

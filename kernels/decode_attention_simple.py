@@ -1,36 +1,28 @@
 """softmax(q kᵀ · scale) v of one new token per sequence over its cached pages.
 
-The readable rung: one program takes all query heads of one key/value head of one sequence (padded to the 16 rows
+The readable rung: one program takes all query heads of one KV head of one sequence (padded to the 16 rows
 `tl.dot` needs), so each cached key and value is read once. It walks the cached tokens BLOCK_N at a time with an online
 softmax in base 2, from the first to the last, which is "invariant" as it is but for the config: that is the first one.
 
 q [b, h, d], pages [p, l, g, d], any strides; token j of a sequence is row j % l of page block_table[sequence, j // l].
 Strides are compile-time constants: heads of 72 are whole 16-byte loads only if the compiler sees it.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vila_triton.ops import KVPages, decode_attention
+from vila_triton.ops import PagedKV, decode_attention
 from vila_triton.registry import Unsupported
 from vila_triton.registry.search_space import Config, LaunchCost, SearchSpace
 
-from ._launch import (
-    LOG2_E,
-    attend_simple_tile,
-    attention_launch_cost,
-    cast_operand,
-    check_supported,
-    dot_block,
-    init_simple_softmax,
-    normalize,
-    page_offsets,
-    stages_for_dtype,
-)
+from ._heads import dot_layout, load_heads, store_heads
+from ._kv_pages import load_page_ids, load_paged_heads, page_tensors_and_strides
+from ._launch import LOG2_E, attention_launch_cost, check_supported, dot_block, stages_for_dtype
+from ._online_softmax import add_values, dot_qk, init_softmax, normalize, softmax_weights
 
 CONFIGS = [
     {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
@@ -52,10 +44,10 @@ SPACE = SearchSpace(
 @triton.jit(do_not_specialize=["stride_tb"])  # changes with the longest sequence
 def _decode_attention_simple_kernel(
     q_ptr,
-    k_pages_ptr,
-    v_pages_ptr,
-    table_ptr,
-    length_ptr,
+    k_pages,
+    v_pages,
+    block_table_ptr,
+    seq_lens_ptr,
     out_ptr,
     scale,
     stride_q: tl.constexpr,  # of b, h and d
@@ -65,57 +57,44 @@ def _decode_attention_simple_kernel(
     stride_tp,
     stride_o: tl.constexpr,
     G: tl.constexpr,
-    RATIO: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
+    QUERIES_PER_KV: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
-    tl.static_assert(BLOCK_D >= D and BLOCK_D >= 16, "one block covers the head")
-    tl.static_assert(BLOCK_M >= RATIO and BLOCK_M >= 16, "one block covers the heads of a group")
+    tl.static_assert(BLOCK_M >= QUERIES_PER_KV and BLOCK_M >= 16, "one block covers the heads of a KV head")
     tl.static_assert(BLOCK_N >= 16, "tl.dot needs 16 columns")
     sequence = (tl.program_id(0) // G).to(tl.int64)
-    group = (tl.program_id(0) % G).to(tl.int64)
-    length = tl.load(length_ptr + sequence)
+    kv_head = (tl.program_id(0) % G).to(tl.int64)
+    seq_len = tl.load(seq_lens_ptr + sequence)
 
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    head = group * RATIO + offs_m  # [BLOCK_M]
-    mask_d = offs_d < D
-    mask_q = (offs_m < RATIO)[:, None] & mask_d[None, :]
-    q_ptr += sequence * stride_q[0]
-    q = tl.load(q_ptr + head[:, None] * stride_q[1] + offs_d[None, :] * stride_q[2], mask=mask_q, other=0)  # [M, D]
-    peak, total, acc = init_simple_softmax(BLOCK_M, BLOCK_D)
+    rows = tl.arange(0, BLOCK_M)
+    row_mask = rows < QUERIES_PER_KV
+    head = kv_head * QUERIES_PER_KV + rows  # [BLOCK_M]
+    q = load_heads(q_ptr, sequence * stride_q[0] + head * stride_q[1], row_mask, stride_q[2], HEAD)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    m_i, l_i, acc = init_softmax(BLOCK_M, HEAD)
 
-    table_ptr += sequence * stride_tb
-    k_pages_ptr += group * stride_k[2]
-    v_pages_ptr += group * stride_v[2]
-    for n in range(0, length, BLOCK_N):
+    block_table_ptr += sequence * stride_tb
+    for n in range(0, seq_len, BLOCK_N):
         tokens = n + tl.arange(0, BLOCK_N)
-        known = tokens < length
-        at_k = page_offsets(table_ptr, tokens, known, stride_tp, stride_k[0], stride_k[1], PAGE)
-        at_v = page_offsets(table_ptr, tokens, known, stride_tp, stride_v[0], stride_v[1], PAGE)
-        k = tl.load(
-            k_pages_ptr + at_k[None, :] + offs_d[:, None] * stride_k[3], mask=mask_d[:, None] & known[None, :], other=0
-        )  # [BLOCK_D, BLOCK_N]
-        v = tl.load(
-            v_pages_ptr + at_v[:, None] + offs_d[None, :] * stride_v[3], mask=known[:, None] & mask_d[None, :], other=0
-        )  # [BLOCK_N, BLOCK_D]
-        peak, total, acc = attend_simple_tile(
-            q, cast_operand(k, q.dtype), cast_operand(v, q.dtype), known[None, :], scale, peak, total, acc
-        )
+        mask = tokens < seq_len
+        pages = load_page_ids(block_table_ptr, stride_tp, n, seq_len, PAGE_SIZE, BLOCK_N)
+        k, _ = load_paged_heads(k_pages, stride_k, pages, tokens, kv_head, mask, dtype, HEAD, PAGE_SIZE)
+        v, _ = load_paged_heads(v_pages, stride_v, pages, tokens, kv_head, mask, dtype, HEAD, PAGE_SIZE)
+        scores = tl.where(mask[None, :], dot_qk(q, k) * scale, float("-inf"))  # [BLOCK_M, BLOCK_N]
+        weights, rescale, m_i, l_i = softmax_weights(scores, 1.0, m_i, l_i)
+        acc = add_values(weights.to(dtype), v, acc, rescale)
 
-    out_ptr += sequence * stride_o[0] + head[:, None] * stride_o[1] + offs_d[None, :] * stride_o[2]
-    tl.store(out_ptr, normalize(acc, total).to(out_ptr.dtype.element_ty), mask=mask_q)
+    offsets = sequence * stride_o[0] + head * stride_o[1]
+    store_heads(out_ptr, offsets, row_mask, stride_o[2], normalize(acc, l_i), HEAD)
 
 
 @decode_attention.impl("simple", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def decode_attention_simple(
     q: Tensor,
-    k_pages: KVPages,
-    v_pages: KVPages,
-    block_table: Tensor,
+    cache: PagedKV,
     seq_lens: Tensor,
     softmax_scale: float,
     numerics: str = "fast",
@@ -125,34 +104,34 @@ def decode_attention_simple(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    if return_lse or not isinstance(k_pages, Tensor) or not isinstance(v_pages, Tensor):
+    if return_lse or not isinstance(cache.k_pages, Tensor) or not isinstance(cache.v_pages, Tensor):
         raise Unsupported("decode_attention: the simple kernel has no log-sum-exp and reads no quantised pages")
-    check_supported("decode_attention", q, k_pages, v_pages)
+    check_supported("decode_attention", q, cache.k_pages, cache.v_pages)
     config = {"BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": num_stages}
     config = CONFIGS[0] if numerics == "invariant" else config
     config = {**config, "num_stages": stages_for_dtype(config["num_stages"], q)}
-    (b, h, d), (_, l, g, _) = q.shape, k_pages.shape
+    (b, h, d), (_, page_size, g, _) = q.shape, cache.k_pages.shape
+    (k_pages, stride_k), (v_pages, stride_v) = map(page_tensors_and_strides, (cache.k_pages, cache.v_pages))
     out = torch.empty(b, h, d, dtype=q.dtype, device=q.device)
     if out.numel():
         _decode_attention_simple_kernel[(b * g,)](
             q,
             k_pages,
             v_pages,
-            block_table,
+            cache.block_table,
             seq_lens.contiguous(),
             out,
             softmax_scale * LOG2_E,
             q.stride(),
-            k_pages.stride(),
-            v_pages.stride(),
-            *block_table.stride(),
+            stride_k,
+            stride_v,
+            *cache.block_table.stride(),
             out.stride(),
             G=g,
-            RATIO=h // g,
-            D=d,
-            PAGE=l,
+            QUERIES_PER_KV=h // g,
+            PAGE_SIZE=page_size,
+            HEAD=dot_layout(d, single_block=True),
             BLOCK_M=dot_block(h // g),
-            BLOCK_D=dot_block(d),
             **config,
         )
     return out

@@ -1,14 +1,16 @@
-"""softmax(q kᵀ · scale) v of every position of a picture over every position of it.
+"""softmax(q kᵀ · scale) v of every position of an image over every position of it.
 
-One program takes BLOCK_M queries of one head of one picture and walks all keys BLOCK_N at a time with an online
-softmax in base 2: whole tiles without a mask, then the rest of the picture, if there is one (729 = 11 · 64 + 25), with
-it. A head of 72 or 80 numbers is a block of 64 and one of 16, so a third of the lanes that 128 would take is not there.
+One program takes BLOCK_M queries of one head of one image and walks all keys BLOCK_N at a time with an online softmax
+in base 2: whole tiles without a mask, then the rest of the image, if there is one (729 = 11 · 64 + 25), with it. A head
+of 72 or 80 numbers is a block of 64 and one of 16, so a third of the lanes that 128 would take is not there.
 
-q, k, v and out [b, s, h, d], any strides. Strides are compile-time constants: a tower has one of each, and unknown ones
-cost the registers that the tiles need.
+q, k, v and out [b, s, h, d], any strides. Strides are compile-time constants: a vision tower has one of each, and
+unknown ones cost the registers that the tiles need.
+
+Source: Dao et al., FlashAttention (2022) and FlashAttention-2 (2023).
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton
@@ -19,9 +21,9 @@ from vila_triton.ops import encoder_attention
 from vila_triton.registry import Unsupported
 from vila_triton.registry.search_space import Config, LaunchCost, SearchSpace, next_power_of_2
 
-from ._kv_pages import head_constants, load_heads, store_heads
+from ._heads import dot_layout, load_heads, store_heads
 from ._launch import LOG2_E, MAX_GRID_YZ, attention_launch_cost, check_supported, rows_for_dtype
-from ._online_softmax import attend_tile, divide_heads, init_softmax
+from ._online_softmax import attend_tile, init_softmax, normalize
 
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
@@ -58,40 +60,35 @@ def _encoder_attention_kernel(
     stride_k: tl.constexpr,
     stride_v: tl.constexpr,
     stride_o: tl.constexpr,
-    D: tl.constexpr,
+    HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    WIDTH: tl.constexpr,
-    FIRST: tl.constexpr,
-    REST: tl.constexpr,
 ):
-    tl.static_assert(WIDTH <= FIRST and D - WIDTH <= REST and FIRST >= 16, "the blocks cover the head")
     tl.static_assert(BLOCK_M >= 16 and BLOCK_N >= 16, "tl.dot needs 16 rows and columns")
     head = tl.program_id(1).to(tl.int64)
-    picture = tl.program_id(2).to(tl.int64)
-    k_ptr += picture * stride_k[0] + head * stride_k[2]
-    v_ptr += picture * stride_v[0] + head * stride_v[2]
-    q_ptr += picture * stride_q[0] + head * stride_q[2]
+    image = tl.program_id(2).to(tl.int64)
+    k_ptr += image * stride_k[0] + head * stride_k[2]
+    v_ptr += image * stride_v[0] + head * stride_v[2]
+    q_ptr += image * stride_q[0] + head * stride_q[2]
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    q = load_heads(q_ptr, rows.to(tl.int64) * stride_q[1], rows < S, stride_q[3], D, WIDTH, FIRST, REST)
-    peak, total, acc = init_softmax(BLOCK_M, FIRST, REST)
+    q = load_heads(q_ptr, rows.to(tl.int64) * stride_q[1], rows < S, stride_q[3], HEAD)
+    m_i, l_i, acc = init_softmax(BLOCK_M, HEAD)
 
-    whole = S // BLOCK_N * BLOCK_N
-    for n in range(0, whole, BLOCK_N):
-        tile, of = tl.cast(n, tl.int64), tl.arange(0, BLOCK_N).to(tl.int64)
-        k = load_heads(k_ptr + tile * stride_k[1], of * stride_k[1], None, stride_k[3], D, WIDTH, FIRST, REST)
-        v = load_heads(v_ptr + tile * stride_v[1], of * stride_v[1], None, stride_v[3], D, WIDTH, FIRST, REST)
-        peak, total, acc = attend_tile(q, k, v, None, scale, peak, total, acc)
-    for n in tl.range(whole, S, BLOCK_N, num_stages=1):  # once at most
-        tokens = n + tl.arange(0, BLOCK_N).to(tl.int64)
-        known = tokens < S
-        k = load_heads(k_ptr, tokens * stride_k[1], known, stride_k[3], D, WIDTH, FIRST, REST)
-        v = load_heads(v_ptr, tokens * stride_v[1], known, stride_v[3], D, WIDTH, FIRST, REST)
-        peak, total, acc = attend_tile(q, k, v, known[None, :], scale, peak, total, acc)
+    full_end = S // BLOCK_N * BLOCK_N
+    for n in range(0, full_end, BLOCK_N):
+        start, offs_n = tl.cast(n, tl.int64), tl.arange(0, BLOCK_N).to(tl.int64)
+        k = load_heads(k_ptr + start * stride_k[1], offs_n * stride_k[1], None, stride_k[3], HEAD)
+        v = load_heads(v_ptr + start * stride_v[1], offs_n * stride_v[1], None, stride_v[3], HEAD)
+        m_i, l_i, acc = attend_tile(q, k, v, None, scale, m_i, l_i, acc)
+    for n in tl.range(full_end, S, BLOCK_N, num_stages=1):  # once at most
+        offs_n = n + tl.arange(0, BLOCK_N).to(tl.int64)
+        mask = offs_n < S
+        k = load_heads(k_ptr, offs_n * stride_k[1], mask, stride_k[3], HEAD)
+        v = load_heads(v_ptr, offs_n * stride_v[1], mask, stride_v[3], HEAD)
+        m_i, l_i, acc = attend_tile(q, k, v, mask[None, :], scale, m_i, l_i, acc)
 
-    out_ptr += picture * stride_o[0] + head * stride_o[2]
-    at = rows.to(tl.int64) * stride_o[1]
-    store_heads(out_ptr, at, rows < S, stride_o[3], divide_heads(acc, total), D, WIDTH)
+    out_ptr += image * stride_o[0] + head * stride_o[2]
+    store_heads(out_ptr, rows.to(tl.int64) * stride_o[1], rows < S, stride_o[3], normalize(acc, l_i), HEAD)
 
 
 def fit_tile(config: Config, q: Tensor) -> dict[str, int]:
@@ -130,7 +127,7 @@ def encoder_attention_triton(
         raise Unsupported(f"encoder_attention: {h} heads, a launch has room for {MAX_GRID_YZ}")
     out = torch.empty(b, s, h, d, dtype=q.dtype, device=q.device)
     config = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": num_stages}
-    tile, constants = fit_tile(config, q), head_constants(d, k)
+    tile = fit_tile(config, q)
     for first in range(0, b if out.numel() else 0, MAX_GRID_YZ):
         images = slice(first, first + MAX_GRID_YZ)
         _encoder_attention_kernel[(triton.cdiv(s, tile["BLOCK_M"]), h, min(b - first, MAX_GRID_YZ))](
@@ -144,10 +141,7 @@ def encoder_attention_triton(
             stride_k=k.stride(),
             stride_v=v.stride(),
             stride_o=out.stride(),
-            D=d,
-            WIDTH=constants["WIDTH"],
-            FIRST=constants["FIRST"],
-            REST=constants["REST"],
+            HEAD=dot_layout(d),
             **tile,
         )
     return out

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vila_triton.checkpoints.int4_packing import TILE_K, TILE_N
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.ops.dtypes import upcast
 from vila_triton.ops.int4 import apply_scale_and_zero
+from vila_triton.ops.int4_tiles import TILE_K, TILE_N
 from vila_triton.registry import Unsupported
 
 CONFIGS = [{"BLOCK_N": 128}, {"BLOCK_N": 32}, {"BLOCK_N": 512}]

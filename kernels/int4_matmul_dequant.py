@@ -1,6 +1,6 @@
-"""x · wᵀ + bias in two steps, for many rows of x: write the weight out as numbers, then torch's matrix product.
+"""x · wᵀ + bias in two steps, for many rows of x: dequantize the weight, then torch's matrix product.
 
-The weight stands in memory whole, in x's dtype, rounded as `Int4.order` says, for as long as the call takes.
+The whole weight is in memory, in x's dtype and rounded as `Int4.rounding` says, for as long as the call takes.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, SearchSpace, cdiv
 
-from ._int4_dequant import check_group_size, contiguous_tensors, lane_rows, rounding_mode, target_flags, word_pointers
-from ._int4_gemm import dequantize_block, load_words
-from ._launch import check_supported
+from ._int4_gemm import block_pointers, dequantize_block, load_words
+from ._int4_launch import contiguous_tensors, prepare, rounding_mode, target_flags
+from ._launch import grid
 
 CONFIGS = [
     {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1},
@@ -25,9 +25,11 @@ CONFIGS = [
 
 def launch_cost(config: Config, n: int, G: int, group: int, dtype: str, **_: object) -> LaunchCost:
     block_n, block_k, k = config["BLOCK_N"], config["BLOCK_K"], G * group
-    bytes_moved = block_n * block_k * (1 + 2 * DTYPE_BYTES[dtype]) // 2
     return LaunchCost(
-        cdiv(n, block_n) * cdiv(k, block_k), bytes_moved, block_n * block_k // 2, elementwise_ops=4 * block_n * block_k
+        programs=cdiv(n, block_n) * cdiv(k, block_k),
+        bytes=block_n * block_k * (1 + 2 * DTYPE_BYTES[dtype]) // 2,
+        bytes_per_stage=block_n * block_k // 2,
+        elementwise_ops=4 * block_n * block_k,
     )
 
 
@@ -40,14 +42,12 @@ SPACE = SearchSpace(
 
 @triton.jit
 def _int4_dequant_kernel(
-    qweight_ptr,
-    scales_ptr,
-    zeros_ptr,
+    w,
     out_ptr,
     N,
     K,
-    GROUP: tl.constexpr,
-    ORDER: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ASM: tl.constexpr,
     MASK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -58,52 +58,32 @@ def _int4_dequant_kernel(
     blocks_k = tl.cdiv(K, BLOCK_K)
     pid_n, pid_k = tl.program_id(0) // blocks_k, tl.program_id(0) % blocks_k
     start = pid_k * BLOCK_K
-    tile = (pid_n.to(tl.int64) * TILES_N + tl.arange(0, TILES_N))[:, None, None, None]
-    tile_k = (start // 64 + tl.arange(0, TILES_K))[None, :, None, None]
-    lane = tl.arange(0, 32)[None, None, :, None]
-    top, low = lane_rows(tile, lane // 4, N)
-    word_ptrs = word_pointers(qweight_ptr, tile, tile_k, lane, tl.arange(0, 4)[None, None, None, :], N, K)
-    w = dequantize_block(
-        load_words(word_ptrs, start, K, TILES_K, MASK_K),
-        scales_ptr,
-        zeros_ptr,
-        top,
-        low,
-        start,
-        N,
-        K,
-        GROUP,
-        ORDER,
-        out_ptr.dtype.element_ty,
-        ASM,
-        False,
-        TILES_N,
-        TILES_K,
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    word_ptrs, top, low = block_pointers(w[0], pid_n, start, N, K, TILES_N, TILES_K)
+    words = load_words(word_ptrs, start, K, TILES_K, MASK_K)
+    weights = dequantize_block(
+        words, w, top, low, start, N, K, GROUP_SIZE, ROUNDING, DTYPE, ASM, False, TILES_N, TILES_K
     )
     offs_n = (pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     offs_k = (start + tl.arange(0, BLOCK_K))[None, :]
-    tl.store(out_ptr + offs_n * K + offs_k, w, mask=(offs_n < N) & (offs_k < K))
+    tl.store(out_ptr + offs_n * K + offs_k, weights, mask=(offs_n < N) & (offs_k < K))
 
 
 @int4_matmul.impl("dequant", configs=CONFIGS, space=SPACE)
 def int4_matmul_dequant(
     x: Tensor, w: Int4, bias: Tensor | None = None, *, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int
 ) -> Tensor:
-    check_supported("int4_matmul", x, w.scales, w.zeros)
-    check_group_size("int4_matmul", w)
+    prepare("int4_matmul", x, w)
     n, k = w.shape
     weight = torch.empty(n, k, dtype=x.dtype, device=x.device)
     if weight.numel():
-        qweight, scales, zeros = contiguous_tensors(w)
-        _int4_dequant_kernel[(triton.cdiv(n, BLOCK_N) * triton.cdiv(k, BLOCK_K),)](
-            qweight,
-            scales,
-            zeros,
+        _int4_dequant_kernel[grid(weight, BLOCK_N, BLOCK_K)](
+            contiguous_tensors(w),
             weight,
             n,
             k,
-            GROUP=w.group_size,
-            ORDER=rounding_mode(w, scale_sums=False),
+            GROUP_SIZE=w.group_size,
+            ROUNDING=rounding_mode(w, scale_sums=False),
             ASM=target_flags()["ASM"],
             MASK_K=k % BLOCK_K != 0,
             BLOCK_N=BLOCK_N,

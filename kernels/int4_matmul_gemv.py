@@ -1,35 +1,30 @@
 """x · wᵀ + bias for up to 4 rows of x, without tensor cores: every lane multiplies the weights it has loaded.
 
-A program makes BLOCK_N results for BLOCK_M rows of x over its share of k; its warps lie side by side along k. Products
-and sums are float32, code - zero is exact, and scales multiply sums of four products, so no weight is rounded (in the
-order "fma" each is). Only at the end do lanes add up what they have. With SPLIT_K > 1 the parts are added up in order.
+A program computes BLOCK_N results for BLOCK_M rows of x over one split of k; its warps lie side by side along k.
+Products and sums are float32, code - zero is exact, and scales multiply sums of four products, so no weight is rounded
+(with the rounding "fma" each is). Lanes add up their sums only at the end. With SPLIT_K > 1 a second kernel adds up the
+partial sums in the order of the splits.
 
 x [m, k], any strides; more rows than BLOCK_M take more programs, those that share rows of w side by side; a row of x
 does not change the result of another.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
-import torch
+from dataclasses import replace
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, SearchSpace, cdiv, next_power_of_2
+from vila_triton.registry.search_space import Config, LaunchCost, SearchSpace, cdiv, next_power_of_2
 
-from ._int4_dequant import (
-    UNSCALED,
-    check_group_size,
-    contiguous_tensors,
-    group_ids,
-    lane_rows,
-    lane_weights,
-    rounding_mode,
-    target_flags,
-    word_pointers,
-)
-from ._launch import check_supported
-from ._splitk_reduce import reduce_splits
+from ._int4_dequant import UNSCALED, group_ids, lane_rows, lane_weights, word_pointers
+from ._int4_gemm import launch_cost as gemm_launch_cost
+from ._int4_launch import matmul_args, prepare, rounding_mode, target_flags
+from ._launch import grid
+from ._splitk_reduce import partial_sums, reduce_splits, split_k
 
 CONFIGS = [
     {"BLOCK_M": 1, "BLOCK_N": 32, "BLOCK_K": 256, "SPLIT_K": 1, "num_warps": 4, "num_stages": 1},
@@ -39,22 +34,16 @@ CONFIGS = [
 
 def is_promising(config: Config, m: int, group: int, **_: object) -> bool:
     """No block of rows is more than half padding, and a lane keeps at most 64 sums."""
-    sums_per_thread = (
-        2 * config["BLOCK_M"] * config["BLOCK_N"] // 16 * config["BLOCK_K"] // 64 * 4 // config["num_warps"]
-    )
-    return config["BLOCK_M"] <= next_power_of_2(m) and 8 <= sums_per_thread <= 64
+    tiles = config["BLOCK_N"] // 16 * config["BLOCK_K"] // 64
+    sums_per_lane = 2 * config["BLOCK_M"] * tiles * 4 // config["num_warps"]
+    return config["BLOCK_M"] <= next_power_of_2(m) and 8 <= sums_per_lane <= 64
 
 
-def launch_cost(config: Config, m: int, n: int, G: int, group: int, dtype: str, **_: object) -> LaunchCost:
-    block_m, block_n, size, splits = config["BLOCK_M"], config["BLOCK_N"], DTYPE_BYTES[dtype], config["SPLIT_K"]
-    k = cdiv(G * group, splits)
-    bytes_per_k = block_m * size + block_n // 2
-    return LaunchCost(
-        programs=cdiv(m, block_m) * cdiv(n, block_n) * splits,
-        bytes=k * bytes_per_k + 2 * block_n * cdiv(k, group) * size + block_m * block_n * (size if splits == 1 else 8),
-        bytes_per_stage=config["BLOCK_K"] * bytes_per_k,
-        elementwise_ops=(2 + block_m) * block_n * k,
-    )
+def launch_cost(config: Config, G: int, group: int, **sizes: Any) -> LaunchCost:
+    """The loads of the other kernels, without tensor cores."""
+    k = cdiv(G * group, config["SPLIT_K"])
+    cost = gemm_launch_cost(config, G=G, group=group, **sizes)
+    return replace(cost, dot_flops=0, elementwise_ops=(2 + config["BLOCK_M"]) * config["BLOCK_N"] * k)
 
 
 SPACE = SearchSpace(
@@ -72,9 +61,9 @@ SPACE = SearchSpace(
 
 
 @triton.jit
-def reduce_lanes(parts):
+def reduce_lanes(acc):
     """[BLOCK_M, TILES_N, TILES_K, 8, 4, 4] -> [BLOCK_M, TILES_N, 8]: words, lanes of a row and tiles of k added up."""
-    return tl.sum(tl.sum(tl.sum(parts, 5), 4), 2)
+    return tl.sum(tl.sum(tl.sum(acc, 5), 4), 2)
 
 
 @triton.jit
@@ -91,33 +80,30 @@ def dot4(a, b, c, d, x0, x1, x2, x3):
 
 
 @triton.jit
-def store_rows(total, row, offs_m, bias_ptr, out_ptr, M, N, stride_om, HAS_BIAS: tl.constexpr):
+def store_rows(acc, row, offs_m, bias_ptr, out_ptr, M, N, stride_om):
     """Store [BLOCK_M, TILES_N, 8] results of rows `row` [TILES_N, 8] of w."""
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)[None]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)[None]
     mask = (offs_m < M)[:, None, None] & (row < N)[None]
-    tl.store(out_ptr + offs_m[:, None, None] * stride_om + row[None], total.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offs_m[:, None, None] * stride_om + row[None], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=["M"])
 def _int4_matmul_gemv_kernel(
     x_ptr,
-    qweight_ptr,
-    scales_ptr,
-    zeros_ptr,
+    w,
     bias_ptr,
     out_ptr,
     M,
     N,
     K,
-    SHARE,
     stride_xm,
     stride_xk,
     stride_os,
     stride_om,
-    HAS_BIAS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ORDER: tl.constexpr,
+    K_PER_SPLIT,
+    GROUP_SIZE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ASM: tl.constexpr,
     MASK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -130,7 +116,8 @@ def _int4_matmul_gemv_kernel(
     blocks_m = tl.cdiv(M, BLOCK_M)
     first_tile = (tl.program_id(0) // blocks_m).to(tl.int64) * TILES_N
     offs_m = (tl.program_id(0) % blocks_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    begin = tl.program_id(1) * SHARE
+    qweight_ptr, scales_ptr, zeros_ptr = w
+    begin = tl.program_id(1) * K_PER_SPLIT
     # Axes: row of x, tile of rows of w, tile of k, r and c of the lane, word.
     tile = first_tile + tl.arange(0, TILES_N)[None, :, None, None, None, None]
     tile_k = tl.arange(0, TILES_K)[None, None, :, None, None, None]
@@ -142,22 +129,22 @@ def _int4_matmul_gemv_kernel(
     x_ptrs = x_ptr + tl.where(offs_m < M, offs_m, 0)[:, None, None, None, None, None] * stride_xm
     acc = tl.zeros([BLOCK_M, TILES_N, TILES_K, 8, 4, 4], tl.float32)
     low_acc = tl.zeros([BLOCK_M, TILES_N, TILES_K, 8, 4, 4], tl.float32)
-    for start in range(begin, tl.minimum(begin + SHARE, K), BLOCK_K):
+    for start in range(begin, tl.minimum(begin + K_PER_SPLIT, K), BLOCK_K):
         words = tl.load(word_ptrs, mask=tile_k * 64 + start < K, other=0) if MASK_K else tl.load(word_ptrs)
         offs_k = start + tile_k * 64 + word * 16 + c * 2
         x0 = load_inputs(x_ptrs, offs_k, K, stride_xk, MASK_K)
         x1 = load_inputs(x_ptrs, offs_k + 1, K, stride_xk, MASK_K)
         x2 = load_inputs(x_ptrs, offs_k + 8, K, stride_xk, MASK_K)
         x3 = load_inputs(x_ptrs, offs_k + 9, K, stride_xk, MASK_K)
-        group = group_ids(start, tile_k, word, K, GROUP, BLOCK_K)
+        group = group_ids(start, tile_k, word, K, GROUP_SIZE, BLOCK_K)
         zero = tl.load(zeros_ptr + group * N + top)
         low_zero = tl.load(zeros_ptr + group * N + low)
         scale = tl.load(scales_ptr + group * N + top).to(DTYPE)
         low_scale = tl.load(scales_ptr + group * N + low).to(DTYPE)
-        w = lane_weights(words, scale, low_scale, zero, low_zero, ORDER, DTYPE, ASM)
-        partial = dot4(w[0], w[1], w[4], w[5], x0, x1, x2, x3)
-        low_partial = dot4(w[2], w[3], w[6], w[7], x0, x1, x2, x3)
-        if ORDER == UNSCALED:
+        weights = lane_weights(words, scale, low_scale, zero, low_zero, ROUNDING, DTYPE, ASM)
+        partial = dot4(weights[0], weights[1], weights[4], weights[5], x0, x1, x2, x3)
+        low_partial = dot4(weights[2], weights[3], weights[6], weights[7], x0, x1, x2, x3)
+        if ROUNDING == UNSCALED:
             acc += partial * scale.to(tl.float32)
             low_acc += low_partial * low_scale.to(tl.float32)
         else:
@@ -166,8 +153,8 @@ def _int4_matmul_gemv_kernel(
         word_ptrs += TILES_K * 128
     out_ptr += tl.program_id(1).to(tl.int64) * stride_os
     row = (first_tile + tl.arange(0, TILES_N)[:, None]) * 16 + tl.arange(0, 8)[None, :]
-    store_rows(reduce_lanes(acc), row, offs_m, bias_ptr, out_ptr, M, N, stride_om, HAS_BIAS)
-    store_rows(reduce_lanes(low_acc), row + 8, offs_m, bias_ptr, out_ptr, M, N, stride_om, HAS_BIAS)
+    store_rows(reduce_lanes(acc), row, offs_m, bias_ptr, out_ptr, M, N, stride_om)
+    store_rows(reduce_lanes(low_acc), row + 8, offs_m, bias_ptr, out_ptr, M, N, stride_om)
 
 
 @int4_matmul.impl("gemv", configs=CONFIGS, space=SPACE, batch_invariant=True)
@@ -183,34 +170,17 @@ def int4_matmul_gemv(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    check_supported("int4_matmul", x, w.scales, w.zeros)
-    check_group_size("int4_matmul", w)
-    (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
-    m = len(rows)
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    rows, out = prepare("int4_matmul", x, w)
     if out.numel():
-        qweight, scales, zeros = contiguous_tensors(w)
-        k_per_split = triton.cdiv(triton.cdiv(k, BLOCK_K), SPLIT_K) * BLOCK_K
-        splits = triton.cdiv(k, k_per_split)  # at most SPLIT_K, and none of them empty
-        partial_sums = out[None] if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
-        _int4_matmul_gemv_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N), splits)](
-            rows,
-            qweight,
-            scales,
-            zeros,
-            out if bias is None else bias.contiguous(),
-            partial_sums,
-            m,
-            n,
-            k,
+        k_per_split, splits = split_k(w.shape[1], BLOCK_K, SPLIT_K)
+        sums = partial_sums(out, splits)
+        _int4_matmul_gemv_kernel[*grid(out, BLOCK_M, BLOCK_N), splits](
+            *matmul_args(rows, w, bias if splits == 1 else None, sums),
             k_per_split,
-            *rows.stride(),
-            *partial_sums.stride()[:2],
-            HAS_BIAS=bias is not None and splits == 1,
-            GROUP=w.group_size,
-            ORDER=rounding_mode(w, scale_sums=True),
+            GROUP_SIZE=w.group_size,
+            ROUNDING=rounding_mode(w, scale_sums=True),
             ASM=target_flags()["ASM"],
-            MASK_K=k % BLOCK_K != 0,
+            MASK_K=w.shape[1] % BLOCK_K != 0,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
             BLOCK_K=BLOCK_K,
@@ -218,5 +188,5 @@ def int4_matmul_gemv(
             num_stages=num_stages,
         )
         if splits > 1:
-            reduce_splits(partial_sums, bias, out)
-    return out.view(*x.shape[:-1], n)
+            reduce_splits(sums, bias, out)
+    return out.view(*x.shape[:-1], w.shape[0])

@@ -1,21 +1,21 @@
-"""x · wᵀ + bias, the first rung: every number of w fetches its own word, and takes its code out of it.
+"""x · wᵀ + bias, the first rung: the word of each element of w is loaded on its own, and its code extracted.
 
-One program makes a BLOCK_M by BLOCK_N tile of the product. It serves every group and both orders of rounding, and is
+One program computes a BLOCK_M by BLOCK_N tile of the product. It serves every group size and both roundings, and is
 slow: a word is loaded eight times, four bytes at a time.
 
 x [m, k], any strides; w in the tiles of `formats.pack_tiles`; the sum is kept in float32.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
 
-from ._int4_dequant import apply_scale, contiguous_tensors, rounding_mode
-from ._launch import cast_operand, check_supported
+from ._int4_dequant import apply_scale
+from ._int4_launch import matmul_args, rounding_mode
+from ._launch import cast_operand, check_supported, grid, rows_and_output
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
@@ -26,9 +26,7 @@ CONFIGS = [
 @triton.jit(do_not_specialize_on_alignment=["M"])
 def _int4_matmul_naive_kernel(
     x_ptr,
-    qweight_ptr,
-    scales_ptr,
-    zeros_ptr,
+    w,
     bias_ptr,
     out_ptr,
     M,
@@ -37,13 +35,13 @@ def _int4_matmul_naive_kernel(
     stride_xm,
     stride_xk,
     stride_om,
-    GROUP: tl.constexpr,
-    ORDER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    qweight_ptr, scales_ptr, zeros_ptr = w
     blocks_m = tl.cdiv(M, BLOCK_M)
     pid_m, pid_n = tl.program_id(0) % blocks_m, tl.program_id(0) // blocks_m
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -63,10 +61,11 @@ def _int4_matmul_naive_kernel(
         nibble = offs_k % 2 * 4 + offs_k % 16 // 8 * 2 + offs_n % 16 // 8
         words = tl.load(qweight_ptr + tile * 128 + lane * 4 + offs_k % 64 // 16, mask=mask_w, other=0)
         codes = ((words >> (nibble * 4).to(tl.int32)) & 0xF).to(x.dtype)
-        scales = cast_operand(tl.load(scales_ptr + offs_k // GROUP * N + offs_n, mask=mask_w, other=0.0), x.dtype)
-        zeros = cast_operand(tl.load(zeros_ptr + offs_k // GROUP * N + offs_n, mask=mask_w, other=0.0), x.dtype)
-        acc = tl.dot(x, apply_scale(codes - zeros, codes, scales, zeros, ORDER), acc, input_precision="ieee")
-    if HAS_BIAS:
+        scales = cast_operand(tl.load(scales_ptr + offs_k // GROUP_SIZE * N + offs_n, mask=mask_w, other=0.0), x.dtype)
+        zeros = cast_operand(tl.load(zeros_ptr + offs_k // GROUP_SIZE * N + offs_n, mask=mask_w, other=0.0), x.dtype)
+        weights = apply_scale(codes - zeros, codes, scales, zeros, ROUNDING)
+        acc = tl.dot(x, weights, acc, input_precision="ieee")
+    if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     tl.store(out_ptr + offs_m[:, None] * stride_om + offs_n, acc.to(out_ptr.dtype.element_ty), mask=mask_m & mask_n)
 
@@ -84,30 +83,16 @@ def int4_matmul_naive(
     num_stages: int,
 ) -> Tensor:
     check_supported("int4_matmul", x, w.scales, w.zeros)
-    (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
-    m = len(rows)
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    rows, out = rows_and_output(x, w.shape[0])
     if out.numel():
-        qweight, scales, zeros = contiguous_tensors(w)
-        _int4_matmul_naive_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](
-            rows,
-            qweight,
-            scales,
-            zeros,
-            out if bias is None else bias.contiguous(),
-            out,
-            m,
-            n,
-            k,
-            *rows.stride(),
-            out.stride(0),
-            GROUP=w.group_size,
-            ORDER=rounding_mode(w, scale_sums=False),
-            HAS_BIAS=bias is not None,
+        _int4_matmul_naive_kernel[grid(out, BLOCK_M, BLOCK_N)](
+            *matmul_args(rows, w, bias, out),
+            GROUP_SIZE=w.group_size,
+            ROUNDING=rounding_mode(w, scale_sums=False),
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
             BLOCK_K=BLOCK_K,
             num_warps=num_warps,
             num_stages=num_stages,
         )
-    return out.view(*x.shape[:-1], n)
+    return out.view(*x.shape[:-1], w.shape[0])

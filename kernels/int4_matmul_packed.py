@@ -1,13 +1,12 @@
-"""x · wᵀ + bias, the second rung: each lane loads four words, 16 bytes, and the tile is put in order afterwards.
+"""x · wᵀ + bias, the second rung: each lane loads four words, 16 bytes, and the codes are put in order afterwards.
 
-One program makes a BLOCK_M by BLOCK_N tile of the product and walks k in whole tiles of w that lie within one group, so
-that a step needs one scale and one zero per row of w; in groups of 32 each word has its own.
+One program computes a BLOCK_M by BLOCK_N tile of the product and walks k in whole tiles of w that lie within one group,
+so that a step needs one scale and one zero per row of w; in groups of 32 each word has its own.
 
-x [m, k], any strides; w is rounded to x's dtype as `Int4.order` says; the sum is kept in float32.
+x [m, k], any strides; w is rounded to x's dtype as `Int4.rounding` says; the sum is kept in float32.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,9 +14,10 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry.search_space import SearchSpace
 
-from ._int4_dequant import apply_scale, check_group_size, contiguous_tensors, fit_block_k, rounding_mode, word_pointers
-from ._int4_gemm import is_promising, launch_cost, load_words, load_x
-from ._launch import cast_operand, check_supported
+from ._int4_dequant import apply_scale
+from ._int4_gemm import block_pointers, is_promising, launch_cost, load_words, load_x, store_tile, x_pointers
+from ._int4_launch import fit_block_k, matmul_args, prepare, rounding_mode
+from ._launch import cast_operand, grid
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
@@ -49,9 +49,7 @@ def words_to_codes(words, TILES_N: tl.constexpr, TILES_K: tl.constexpr):
 @triton.jit(do_not_specialize_on_alignment=["M"])
 def _int4_matmul_packed_kernel(
     x_ptr,
-    qweight_ptr,
-    scales_ptr,
-    zeros_ptr,
+    w,
     bias_ptr,
     out_ptr,
     M,
@@ -60,9 +58,8 @@ def _int4_matmul_packed_kernel(
     stride_xm,
     stride_xk,
     stride_om,
-    HAS_BIAS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ORDER: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     MASK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -75,30 +72,24 @@ def _int4_matmul_packed_kernel(
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    tile = (pid_n.to(tl.int64) * TILES_N + tl.arange(0, TILES_N))[:, None, None, None]
-    tile_k = tl.arange(0, TILES_K)[None, :, None, None]
-    lane = tl.arange(0, 32)[None, None, :, None]
-    word_ptrs = word_pointers(qweight_ptr, tile, tile_k, lane, tl.arange(0, 4)[None, None, None, :], N, K)
-    # Rows past the end read row 0 and are not stored, which spares a mask in every load of the loop.
-    x_ptrs = x_ptr + tl.where(offs_m < M, offs_m, 0)[None, :] * stride_xm + offs_k.to(tl.int64)[:, None] * stride_xk
+    word_ptrs, _, _ = block_pointers(w[0], pid_n, 0, N, K, TILES_N, TILES_K)
+    x_ptrs = x_pointers(x_ptr, offs_m, 0, M, stride_xm, stride_xk, BLOCK_K)
     row = tl.where(offs_n < N, offs_n, 0)[:, None]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, K, BLOCK_K):
         x = load_x(x_ptrs, start, K, BLOCK_K, MASK_K)
         codes = words_to_codes(load_words(word_ptrs, start, K, TILES_K, MASK_K), TILES_N, TILES_K).to(x.dtype)
-        if GROUP == 32:
+        if GROUP_SIZE == 32:
             group = tl.minimum((start + offs_k) // 32, (K - 1) // 32).to(tl.int64)[None, :]
         else:
-            group = tl.full([1, 1], start // GROUP, tl.int64)
-        scales = cast_operand(tl.load(scales_ptr + group * N + row), x.dtype)
-        zeros = cast_operand(tl.load(zeros_ptr + group * N + row), x.dtype)
-        acc = tl.dot(apply_scale(codes - zeros, codes, scales, zeros, ORDER), x, acc, input_precision="ieee")
+            group = tl.full([1, 1], start // GROUP_SIZE, tl.int64)
+        scales = cast_operand(tl.load(w[1] + group * N + row), x.dtype)
+        zeros = cast_operand(tl.load(w[2] + group * N + row), x.dtype)
+        weights = apply_scale(codes - zeros, codes, scales, zeros, ROUNDING)
+        acc = tl.dot(weights, x, acc, input_precision="ieee")
         word_ptrs += TILES_K * 128
         x_ptrs += tl.full([1, 1], BLOCK_K, tl.int64) * stride_xk
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
-    out_ptr += offs_m[None, :] * stride_om + offs_n[:, None]
-    tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+    store_tile(acc, bias_ptr, out_ptr, offs_m, offs_n, M, N, stride_om)
 
 
 @int4_matmul.impl("packed", configs=CONFIGS, space=SPACE, batch_invariant=True)
@@ -113,33 +104,18 @@ def int4_matmul_packed(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    check_supported("int4_matmul", x, w.scales, w.zeros)
-    check_group_size("int4_matmul", w)
-    (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
-    m, block = len(rows), fit_block_k(BLOCK_K, w)
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    rows, out = prepare("int4_matmul", x, w)
+    block_k = fit_block_k(BLOCK_K, w)
     if out.numel():
-        qweight, scales, zeros = contiguous_tensors(w)
-        _int4_matmul_packed_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](
-            rows,
-            qweight,
-            scales,
-            zeros,
-            out if bias is None else bias.contiguous(),
-            out,
-            m,
-            n,
-            k,
-            *rows.stride(),
-            out.stride(0),
-            HAS_BIAS=bias is not None,
-            GROUP=w.group_size,
-            ORDER=rounding_mode(w, scale_sums=False),
-            MASK_K=k % block != 0,
+        _int4_matmul_packed_kernel[grid(out, BLOCK_M, BLOCK_N)](
+            *matmul_args(rows, w, bias, out),
+            GROUP_SIZE=w.group_size,
+            ROUNDING=rounding_mode(w, scale_sums=False),
+            MASK_K=w.shape[1] % block_k != 0,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
-            BLOCK_K=block,
+            BLOCK_K=block_k,
             num_warps=num_warps,
             num_stages=num_stages,
         )
-    return out.view(*x.shape[:-1], n)
+    return out.view(*x.shape[:-1], w.shape[0])

@@ -1,14 +1,14 @@
 """x · wᵀ + bias for many rows of x: large tiles, pipelined, on tensor cores with w in registers (`wgmma` on sm_90).
 
-A program multiplies BLOCK_N rows of w by BLOCK_M rows of x. Scales multiply weights, which are rounded as `Int4.order`
-says: that costs one operation for two weights, where scaling sums would need a second accumulator. Programs that share
-rows of w run one after the other, GROUP_M blocks of x at a time, so that what they share is still in the L2 cache.
+A program multiplies BLOCK_N rows of w by BLOCK_M rows of x. Scales multiply weights, which are rounded as
+`Int4.rounding` says: that costs one operation for two weights, where scaling sums would need a second accumulator.
+Programs that share rows of w run one after the other, GROUP_M blocks of x at a time, so that these rows are still in
+the L2 cache.
 
 x [m, k], any strides; sums are float32; a row of x does not change the result of another.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,9 +16,9 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry.search_space import SearchSpace
 
-from ._int4_dequant import check_group_size, contiguous_tensors, fit_block_k, rounding_mode, target_flags
-from ._int4_gemm import int4_gemm_tile, is_promising, launch_cost
-from ._launch import check_supported, stages_for_dtype
+from ._int4_gemm import int4_gemm_tile, is_promising, launch_cost, store_tile
+from ._int4_launch import fit_block_k, matmul_args, prepare, rounding_mode, target_flags
+from ._launch import grid, stages_for_dtype
 
 GROUP_M = 8
 CONFIGS = [
@@ -42,9 +42,7 @@ SPACE = SearchSpace(
 @triton.jit(do_not_specialize_on_alignment=["M"])
 def _int4_matmul_prefill_kernel(
     x_ptr,
-    qweight_ptr,
-    scales_ptr,
-    zeros_ptr,
+    w,
     bias_ptr,
     out_ptr,
     M,
@@ -53,11 +51,10 @@ def _int4_matmul_prefill_kernel(
     stride_xm,
     stride_xk,
     stride_om,
-    HAS_BIAS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ORDER: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ASM: tl.constexpr,
-    HIDE: tl.constexpr,
+    OPAQUE: tl.constexpr,
     MASK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -70,9 +67,7 @@ def _int4_matmul_prefill_kernel(
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = int4_gemm_tile(
         x_ptr,
-        qweight_ptr,
-        scales_ptr,
-        zeros_ptr,
+        w,
         pid_n,
         offs_m,
         0,
@@ -82,19 +77,15 @@ def _int4_matmul_prefill_kernel(
         K,
         stride_xm,
         stride_xk,
-        GROUP,
-        ORDER,
+        GROUP_SIZE,
+        ROUNDING,
         ASM,
-        HIDE,
+        OPAQUE,
         MASK_K,
-        BLOCK_M,
         BLOCK_N,
         BLOCK_K,
     )
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
-    out_ptr += offs_m[None, :] * stride_om + offs_n[:, None]
-    tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+    store_tile(acc, bias_ptr, out_ptr, offs_m, offs_n, M, N, stride_om)
 
 
 @int4_matmul.impl("prefill", configs=CONFIGS, space=SPACE, batch_invariant=True)
@@ -109,35 +100,20 @@ def int4_matmul_prefill(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    check_supported("int4_matmul", x, w.scales, w.zeros)
-    check_group_size("int4_matmul", w)
-    (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
-    m, block = len(rows), fit_block_k(BLOCK_K, w)
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    rows, out = prepare("int4_matmul", x, w)
+    block_k = fit_block_k(BLOCK_K, w)
     if out.numel():
-        qweight, scales, zeros = contiguous_tensors(w)
-        _int4_matmul_prefill_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](
-            rows,
-            qweight,
-            scales,
-            zeros,
-            out if bias is None else bias.contiguous(),
-            out,
-            m,
-            n,
-            k,
-            *rows.stride(),
-            out.stride(0),
-            HAS_BIAS=bias is not None,
-            GROUP=w.group_size,
-            ORDER=rounding_mode(w, scale_sums=False),
+        _int4_matmul_prefill_kernel[grid(out, BLOCK_M, BLOCK_N)](
+            *matmul_args(rows, w, bias, out),
+            GROUP_SIZE=w.group_size,
+            ROUNDING=rounding_mode(w, scale_sums=False),
             **target_flags(),
-            MASK_K=k % block != 0,
+            MASK_K=w.shape[1] % block_k != 0,
             GROUP_M=GROUP_M,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
-            BLOCK_K=block,
+            BLOCK_K=block_k,
             num_warps=num_warps,
             num_stages=stages_for_dtype(num_stages, x),
         )
-    return out.view(*x.shape[:-1], n)
+    return out.view(*x.shape[:-1], w.shape[0])

@@ -1,17 +1,17 @@
 """x · wᵀ + bias for 5 to 64 rows of x: k is split among programs, so that few tiles of w still fill the GPU.
 
-A program multiplies BLOCK_N rows of w by BLOCK_M rows of x over its share of k, w being the left operand of `tl.dot`:
-codes become numbers in the very registers the tensor cores read. With SPLIT_K = 1 it writes the result; else float32
-parts [SPLIT_K, m, n], which a second kernel adds up in the order of the splits: the same bits every time.
+A program multiplies BLOCK_N rows of w by BLOCK_M rows of x over one split of k. w is the left operand of `tl.dot`, so
+that codes become numbers in the registers that the tensor cores read. With SPLIT_K = 1 a program writes the result;
+otherwise float32 partial sums [SPLIT_K, m, n], which a second kernel adds up in the order of the splits, so that the
+result has the same bits every time.
 
-Scales multiply sums, code - zero being exact, so no weight is rounded; in blocks of 64 rows, which would need a second
-accumulator for that, in groups of 32, and in the order "fma", they multiply weights.
+Scales multiply sums, as code - zero is exact, so no weight is rounded. They multiply weights in blocks of 64 rows,
+where scaling sums would need a second accumulator, in groups of 32, and with the rounding "fma".
 
 x [m, k], any strides; sums are float32; a row of x does not change the result of another.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,10 +19,10 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry.search_space import SearchSpace
 
-from ._int4_dequant import check_group_size, contiguous_tensors, fit_block_k, rounding_mode, target_flags
-from ._int4_gemm import int4_gemm_tile, is_promising, launch_cost
-from ._launch import check_supported
-from ._splitk_reduce import reduce_splits
+from ._int4_gemm import int4_gemm_tile, is_promising, launch_cost, store_tile
+from ._int4_launch import fit_block_k, matmul_args, prepare, rounding_mode, target_flags
+from ._launch import grid
+from ._splitk_reduce import partial_sums, reduce_splits, split_k
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT_K": 4, "num_warps": 4, "num_stages": 4},
@@ -47,24 +47,21 @@ SPACE = SearchSpace(
 @triton.jit(do_not_specialize_on_alignment=["M"])
 def _int4_matmul_splitk_kernel(
     x_ptr,
-    qweight_ptr,
-    scales_ptr,
-    zeros_ptr,
+    w,
     bias_ptr,
     out_ptr,
     M,
     N,
     K,
-    SHARE,
     stride_xm,
     stride_xk,
     stride_os,
     stride_om,
-    HAS_BIAS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ORDER: tl.constexpr,
+    K_PER_SPLIT,
+    GROUP_SIZE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ASM: tl.constexpr,
-    HIDE: tl.constexpr,
+    OPAQUE: tl.constexpr,
     MASK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -74,34 +71,30 @@ def _int4_matmul_splitk_kernel(
     pid_m, pid_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    begin = tl.program_id(1) * SHARE
+    begin = tl.program_id(1) * K_PER_SPLIT
+    end = tl.minimum(begin + K_PER_SPLIT, K)
     acc = int4_gemm_tile(
         x_ptr,
-        qweight_ptr,
-        scales_ptr,
-        zeros_ptr,
+        w,
         pid_n,
         offs_m,
         begin,
-        tl.minimum(begin + SHARE, K),
+        end,
         M,
         N,
         K,
         stride_xm,
         stride_xk,
-        GROUP,
-        ORDER,
+        GROUP_SIZE,
+        ROUNDING,
         ASM,
-        HIDE,
+        OPAQUE,
         MASK_K,
-        BLOCK_M,
         BLOCK_N,
         BLOCK_K,
     )
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
-    out_ptr += tl.program_id(1).to(tl.int64) * stride_os + offs_m[None, :] * stride_om + offs_n[:, None]
-    tl.store(out_ptr, acc.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+    out_ptr += tl.program_id(1).to(tl.int64) * stride_os
+    store_tile(acc, bias_ptr, out_ptr, offs_m, offs_n, M, N, stride_om)
 
 
 @int4_matmul.impl("splitk", configs=CONFIGS, space=SPACE, batch_invariant=True)
@@ -117,40 +110,24 @@ def int4_matmul_splitk(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    check_supported("int4_matmul", x, w.scales, w.zeros)
-    check_group_size("int4_matmul", w)
-    (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
-    m, block = len(rows), fit_block_k(BLOCK_K, w)
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    rows, out = prepare("int4_matmul", x, w)
+    block_k = fit_block_k(BLOCK_K, w)
     if out.numel():
-        qweight, scales, zeros = contiguous_tensors(w)
-        k_per_split = triton.cdiv(triton.cdiv(k, block), SPLIT_K) * block
-        splits = triton.cdiv(k, k_per_split)  # at most SPLIT_K, and none of them empty
-        partial_sums = out[None] if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
-        _int4_matmul_splitk_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N), splits)](
-            rows,
-            qweight,
-            scales,
-            zeros,
-            out if bias is None else bias.contiguous(),
-            partial_sums,
-            m,
-            n,
-            k,
+        k_per_split, splits = split_k(w.shape[1], block_k, SPLIT_K)
+        sums = partial_sums(out, splits)
+        _int4_matmul_splitk_kernel[*grid(out, BLOCK_M, BLOCK_N), splits](
+            *matmul_args(rows, w, bias if splits == 1 else None, sums),
             k_per_split,
-            *rows.stride(),
-            *partial_sums.stride()[:2],
-            HAS_BIAS=bias is not None and splits == 1,
-            GROUP=w.group_size,
-            ORDER=rounding_mode(w, scale_sums=BLOCK_M < 64),
+            GROUP_SIZE=w.group_size,
+            ROUNDING=rounding_mode(w, scale_sums=BLOCK_M < 64),
             **target_flags(),
-            MASK_K=k % block != 0,
+            MASK_K=w.shape[1] % block_k != 0,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
-            BLOCK_K=block,
+            BLOCK_K=block_k,
             num_warps=num_warps,
             num_stages=num_stages,
         )
         if splits > 1:
-            reduce_splits(partial_sums, bias, out)
-    return out.view(*x.shape[:-1], n)
+            reduce_splits(sums, bias, out)
+    return out.view(*x.shape[:-1], w.shape[0])

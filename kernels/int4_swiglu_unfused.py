@@ -1,4 +1,4 @@
-"""silu(x · gateᵀ) · (x · upᵀ) by the ops it is made of, whichever variants of them are chosen."""
+"""silu(x · gateᵀ) · (x · upᵀ) as two products and a SwiGLU, by the implementations of these ops that run here."""
 
 from torch import Tensor
 

@@ -1,23 +1,24 @@
-"""pages[slot // l, slot % l] = new token, for keys and values at once, in place, quantised if the pages are.
+"""pages[slot // l, slot % l] = new token, for keys and values at once, in place, quantized if the pages are.
 
 One program takes BLOCK_G heads of one token, keys and values. A slot below 0 means that the token is not cached: its
 programs return before they touch anything.
 
 k and v [s, g, d], pages [p, l, g, d], any strides; slot_mapping [s] int64.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import KVPages, kv_write
-from vila_triton.ops.kv_write import kv_bytes
+from vila_triton.ops.kv_pages import kv_bytes
 from vila_triton.registry.search_space import Config, LaunchCost, SearchSpace, cdiv, next_power_of_2
 
+from ._heads import load_heads
 from ._kv_pages import check_pages_supported, page_tensors_and_strides
-from ._kv_store import load_half_heads, store_constants, store_paged_heads
+from ._kv_store import store_constants, store_paged_heads
 
 CONFIGS = [
     {"BLOCK_G": 8, "num_warps": 4, "num_stages": 1},
@@ -47,36 +48,32 @@ SPACE = SearchSpace(
 def _kv_write_kernel(
     k_ptr,
     v_ptr,
-    k_pool,
-    v_pool,
-    slot_ptr,
+    k_pages,
+    v_pages,
+    slot_mapping_ptr,
     stride_k: tl.constexpr,  # of s, g and d
     stride_v: tl.constexpr,
     stride_kp: tl.constexpr,
     stride_vp: tl.constexpr,
     stride_slot,
     G: tl.constexpr,
-    PAGE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BITS: tl.constexpr,
-    TINY: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    HEAD: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
 ):
-    tl.static_assert(BLOCK_W >= WIDTH and 2 * WIDTH >= D, "two blocks cover the head")
     blocks: tl.constexpr = (G + BLOCK_G - 1) // BLOCK_G
     token = (tl.program_id(0) // blocks).to(tl.int64)
-    slot = tl.load(slot_ptr + token * stride_slot)
+    slot = tl.load(slot_mapping_ptr + token * stride_slot)
     if slot < 0:
         return
-    page, row = slot // PAGE, slot % PAGE
-    group = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)  # [BLOCK_G]
-    known = group < G
-    low, high = load_half_heads(k_ptr, token * stride_k[0] + group * stride_k[1], known, stride_k[2], D, WIDTH, BLOCK_W)
-    store_paged_heads(k_pool, stride_kp, page, row, group, known, low, high, D, WIDTH, BITS, TINY, BLOCK_W)
-    low, high = load_half_heads(v_ptr, token * stride_v[0] + group * stride_v[1], known, stride_v[2], D, WIDTH, BLOCK_W)
-    store_paged_heads(v_pool, stride_vp, page, row, group, known, low, high, D, WIDTH, BITS, TINY, BLOCK_W)
+    page, row = slot // PAGE_SIZE, slot % PAGE_SIZE
+    kv_head = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)  # [BLOCK_G]
+    mask = kv_head < G
+    k = load_heads(k_ptr, token * stride_k[0] + kv_head * stride_k[1], mask, stride_k[2], HEAD)
+    store_paged_heads(k_pages, stride_kp, page, row, kv_head, mask, k, HEAD, MIN_SCALE)
+    v = load_heads(v_ptr, token * stride_v[0] + kv_head * stride_v[1], mask, stride_v[2], HEAD)
+    store_paged_heads(v_pages, stride_vp, page, row, kv_head, mask, v, HEAD, MIN_SCALE)
 
 
 @kv_write.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
@@ -94,12 +91,12 @@ def kv_write_triton(
     check_pages_supported("kv_write", k, v, k_pages, v_pages)
     s, g, d = k.shape
     if k.numel():
-        (k_pool, stride_kp), (v_pool, stride_vp) = page_tensors_and_strides(k_pages), page_tensors_and_strides(v_pages)
+        (k_tensors, stride_kp), (v_tensors, stride_vp) = map(page_tensors_and_strides, (k_pages, v_pages))
         _kv_write_kernel[(s * triton.cdiv(g, BLOCK_G),)](
             k,
             v,
-            k_pool,
-            v_pool,
+            k_tensors,
+            v_tensors,
             slot_mapping,
             k.stride(),
             v.stride(),
@@ -107,7 +104,7 @@ def kv_write_triton(
             stride_vp,
             *slot_mapping.stride(),
             G=g,
-            PAGE=k_pages.shape[1],
+            PAGE_SIZE=k_pages.shape[1],
             BLOCK_G=BLOCK_G,
             **store_constants(d, k_pages),
             num_warps=num_warps,

@@ -1,13 +1,13 @@
 """x · wᵀ + bias in tiles: a program multiplies BLOCK_M rows of x by BLOCK_N rows of w, BLOCK_K inputs at a time.
 
 The first config serves any number of rows in the same tiles, so that a row's sum runs over the same products in the
-same order in any company: what the numerics "invariant" runs on a GPU. Programs that share rows of w are neighbours.
+same order whatever other rows there are: this is batch-invariant, and runs on a GPU where that is asked for. Programs
+that share rows of w are neighbours.
 
 x [m, k], w [n, k], any strides; bias [n]; sums in float32.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +16,7 @@ from vila_triton.ops import Int4, linear
 from vila_triton.registry import Unsupported
 from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, SearchSpace, cdiv, next_power_of_2
 
-from ._launch import check_supported, rows_for_dtype
+from ._launch import check_supported, grid, rows_and_output, rows_for_dtype
 
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
@@ -65,7 +65,6 @@ def _linear_kernel(
     stride_wn,
     stride_wk,
     stride_om,
-    HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -85,7 +84,7 @@ def _linear_kernel(
         acc = tl.dot(x, w, acc, input_precision="ieee")
         x_ptrs += tl.cast(BLOCK_K, tl.int64) * stride_xk
         w_ptrs += tl.cast(BLOCK_K, tl.int64) * stride_wk
-    if HAS_BIAS:
+    if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_n[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
@@ -108,26 +107,23 @@ def linear_triton(
     check_supported("linear", x, w, *(() if bias is None else (bias,)))
     if w.dtype != x.dtype:
         raise Unsupported(f"linear: w is {w.dtype}, expected {x.dtype} like x")
-    (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
-    m, BLOCK_M, BLOCK_N = len(rows), rows_for_dtype(BLOCK_M, x), rows_for_dtype(BLOCK_N, x)
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    rows, out = rows_and_output(x, len(w))
+    BLOCK_M, BLOCK_N = rows_for_dtype(BLOCK_M, x), rows_for_dtype(BLOCK_N, x)
     if out.numel():
-        _linear_kernel[(triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)](
+        _linear_kernel[grid(out, BLOCK_M, BLOCK_N)](
             rows,
             w,
-            out if bias is None else bias.contiguous(),
+            None if bias is None else bias.contiguous(),
             out,
-            m,
-            n,
-            k,
+            len(rows),
+            *w.shape,
             *rows.stride(),
             *w.stride(),
             out.stride(0),
-            HAS_BIAS=bias is not None,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
             BLOCK_K=BLOCK_K,
             num_warps=num_warps,
             num_stages=num_stages,
         )
-    return out.view(*x.shape[:-1], n)
+    return out.view(*x.shape[:-1], len(w))

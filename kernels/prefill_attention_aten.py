@@ -1,6 +1,6 @@
 """softmax(q kᵀ · scale) v by torch's `scaled_dot_product_attention`, one sequence after the other.
 
-The history is gathered out of its pages, as numbers where those are quantised, and laid before the new keys; head
+The context is gathered out of its pages, dequantized if need be, and laid before the new keys; head
 dims, ratios and dtypes are as torch takes them. Query heads are g runs of n, and the keys of a run are repeated by a
 stride of 0, not copied.
 """
@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.ops import KVPages, prefill_attention
+from vila_triton.ops import PagedKV, RaggedBatch, prefill_attention
 from vila_triton.ops.attention import causal_mask
-from vila_triton.ops.kv_write import gather_tokens
 from vila_triton.registry import Unsupported
 
 from ._sdpa import check_readable, upcast_on_cpu
@@ -22,11 +21,8 @@ def prefill_attention_aten(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_pages: KVPages,
-    v_pages: KVPages,
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    context_lens: Tensor,
+    cache: PagedKV,
+    batch: RaggedBatch,
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
@@ -38,21 +34,22 @@ def prefill_attention_aten(
         raise Unsupported("prefill_attention: torch's attention does not return its log-sum-exp")
     g, queries_per_kv = k.shape[1], q.shape[1] // k.shape[1]
     out = torch.empty_like(q)
-    offsets = query_start_loc.tolist()
-    for i, t in enumerate(context_lens.tolist()):
+    offsets = batch.query_start_loc.tolist()
+    for i, t in enumerate(batch.context_lens.tolist()):
         rows = slice(offsets[i], offsets[i + 1])
         s = rows.stop - rows.start
         if not s:
             continue
         keys, values = k[rows], v[rows]
         if t:
-            keys = torch.cat((gather_tokens(k_pages, block_table[i], t).to(k.dtype), keys))
-            values = torch.cat((gather_tokens(v_pages, block_table[i], t).to(v.dtype), values))
+            cached_k, cached_v = cache.gather(i, t)
+            keys = torch.cat((cached_k.to(k.dtype), keys))
+            values = torch.cat((cached_v.to(v.dtype), values))
         queries = upcast_on_cpu(q[rows]).unflatten(1, (g, queries_per_kv)).permute(1, 2, 0, 3)  # [g, n, s, d]
-        keys, values = (
+        keys, values = (  # [g, n, t, d]
             upcast_on_cpu(x).transpose(0, 1)[:, None].expand(-1, queries_per_kv, -1, -1) for x in (keys, values)
-        )  # [g, n, t, d]
-        # Without a history the mask is the usual triangle, which torch need not read.
+        )
+        # Without a context the mask is the usual triangle, which torch need not read.
         mask = causal_mask(s, s + t, q.device) if t and s > 1 else None
         seq_out = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=not t, scale=softmax_scale)
         out[rows] = seq_out.permute(2, 0, 1, 3).flatten(1, 2)  # [g, n, s, d] -> [s, h, d]

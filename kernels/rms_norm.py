@@ -1,7 +1,7 @@
 """x / sqrt(mean(x²) + eps) · weight over the last axis.
 
-One program takes one row: it sums the squares BLOCK columns at a time, then reads the row again (from cache) to write
-it. So a row may be of any length.
+One program normalizes one row: it sums the squares BLOCK columns at a time, then reads the row again, from cache, and
+writes it. A row may have any length.
 
 x [..., e] as rows [m, e], any strides; weight [e]; sums in float32.
 """

@@ -1,10 +1,11 @@
-"""(x[i], x[i + d/2]) turned by the angle of pair i: (low · cos - high · sin, high · cos + low · sin).
+"""Rotary position embedding: (x[i], x[i + d/2]) rotated by the angle of pair i: (low · cos - high · sin, high · cos + low · sin).
 
 One program takes BLOCK_H heads of one token, all their pairs at once. The heads of a token share its angles.
 
 x [s, h, d], cos and sin [s, d/2], any strides; computed in float32.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton
@@ -14,6 +15,7 @@ from torch import Tensor
 from vila_triton.ops import rope
 from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, SearchSpace, cdiv, next_power_of_2
 
+from ._heads import half_layout, load_cos_sin, load_heads, rotate, store_heads
 from ._launch import check_supported
 
 CONFIGS = [
@@ -58,26 +60,16 @@ def _rope_kernel(
     stride_os,
     stride_oh,
     stride_od,
-    R: tl.constexpr,
+    HEAD: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_R: tl.constexpr,
 ):
-    tl.static_assert(BLOCK_R >= R, "one block covers the pairs of a head")
     blocks = tl.cdiv(H, BLOCK_H)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     offs_h = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
-    offs_r = tl.arange(0, BLOCK_R)
-    mask_r = offs_r < R
-    mask = (offs_h < H)[:, None] & mask_r[None, :]
-    cos = tl.load(cos_ptr + token * stride_cs + offs_r * stride_cr, mask=mask_r, other=0).to(tl.float32)[None, :]
-    sin = tl.load(sin_ptr + token * stride_ss + offs_r * stride_sr, mask=mask_r, other=0).to(tl.float32)[None, :]
-    x_ptr += token * stride_xs + offs_h[:, None] * stride_xh + offs_r[None, :] * stride_xd
-    out_ptr += token * stride_os + offs_h[:, None] * stride_oh + offs_r[None, :] * stride_od
-    low = tl.load(x_ptr, mask=mask, other=0).to(tl.float32)  # [BLOCK_H, BLOCK_R]
-    high = tl.load(x_ptr + R * stride_xd, mask=mask, other=0).to(tl.float32)  # [BLOCK_H, BLOCK_R]
-    dtype = out_ptr.dtype.element_ty
-    tl.store(out_ptr, (low * cos - high * sin).to(dtype), mask=mask)
-    tl.store(out_ptr + R * stride_od, (high * cos + low * sin).to(dtype), mask=mask)
+    mask_h = offs_h < H
+    cos, sin = load_cos_sin(cos_ptr + token * stride_cs, sin_ptr + token * stride_ss, stride_cr, stride_sr, HEAD)
+    x = load_heads(x_ptr, token * stride_xs + offs_h * stride_xh, mask_h, stride_xd, HEAD)
+    store_heads(out_ptr, token * stride_os + offs_h * stride_oh, mask_h, stride_od, rotate(x, cos, sin), HEAD)
 
 
 @rope.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
@@ -96,9 +88,8 @@ def rope_triton(x: Tensor, cos: Tensor, sin: Tensor, *, BLOCK_H: int, num_warps:
             *cos.stride(),
             *sin.stride(),
             *out.stride(),
-            R=d // 2,
+            HEAD=half_layout(d),
             BLOCK_H=BLOCK_H,
-            BLOCK_R=triton.next_power_of_2(d // 2),
             num_warps=num_warps,
             num_stages=num_stages,
         )

@@ -1,12 +1,12 @@
-"""RoPE of queries and keys, and the turned keys and the values into their slots: one launch for three.
+"""RoPE of queries and keys, and the rotated keys and the values into their slots: one launch for three.
 
 Programs of a token take BLOCK_H heads each: first those of q, then those of k with the same of v. A token whose slot is
-below 0 is turned and not written.
+below 0 is rotated and not written.
 
 q [s, h, d], k and v [s, g, d], cos and sin [s, d/2], pages [p, l, g, d], any strides; slot_mapping [s] int64.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton
@@ -14,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_triton.ops import KVPages, rope_kv_write
-from vila_triton.ops.kv_write import kv_bytes
+from vila_triton.ops.kv_pages import kv_bytes
 from vila_triton.registry.search_space import Config, LaunchCost, SearchSpace, cdiv, next_power_of_2
 
+from ._heads import load_cos_sin, load_heads, rotate, store_heads
 from ._kv_pages import check_pages_supported, page_tensors_and_strides
-from ._kv_store import load_half_heads, rotate, store_constants, store_half_heads, store_paged_heads
+from ._kv_store import store_constants, store_paged_heads
 
 CONFIGS = [
     {"BLOCK_H": 8, "num_warps": 4, "num_stages": 1},
@@ -51,9 +52,9 @@ def _rope_kv_write_kernel(
     sin_ptr,
     q_out_ptr,
     k_out_ptr,
-    k_pool,
-    v_pool,
-    slot_ptr,
+    k_pages,
+    v_pages,
+    slot_mapping_ptr,
     stride_q: tl.constexpr,  # of s, h and d
     stride_k: tl.constexpr,
     stride_v: tl.constexpr,
@@ -66,47 +67,38 @@ def _rope_kv_write_kernel(
     stride_slot,
     H: tl.constexpr,
     G: tl.constexpr,
-    PAGE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BITS: tl.constexpr,
-    TINY: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    HEAD: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
 ):
-    tl.static_assert(2 * WIDTH == D and BLOCK_W >= WIDTH, "one block covers the pairs of a head")
-    of_q: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    blocks: tl.constexpr = of_q + (G + BLOCK_H - 1) // BLOCK_H
+    q_blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    blocks: tl.constexpr = q_blocks + (G + BLOCK_H - 1) // BLOCK_H
     token = (tl.program_id(0) // blocks).to(tl.int64)
     block = (tl.program_id(0) % blocks).to(tl.int64)
-    pairs = tl.arange(0, BLOCK_W)
-    cos = tl.load(cos_ptr + token * stride_cos[0] + pairs * stride_cos[1], mask=pairs < WIDTH, other=0)
-    sin = tl.load(sin_ptr + token * stride_sin[0] + pairs * stride_sin[1], mask=pairs < WIDTH, other=0)
-    cos, sin = cos.to(tl.float32)[None, :], sin.to(tl.float32)[None, :]
-    if block < of_q:
+    cos_ptr += token * stride_cos[0]
+    sin_ptr += token * stride_sin[0]
+    cos, sin = load_cos_sin(cos_ptr, sin_ptr, stride_cos[1], stride_sin[1], HEAD)
+    if block < q_blocks:
         head = block * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H]
-        known = head < H
-        low, high = load_half_heads(
-            q_ptr, token * stride_q[0] + head * stride_q[1], known, stride_q[2], D, WIDTH, BLOCK_W
-        )
-        low, high = rotate(low, high, cos, sin)
-        at = token * stride_q_out[0] + head * stride_q_out[1]
-        store_half_heads(q_out_ptr, at, known, stride_q_out[2], low, high, D, WIDTH, BLOCK_W)
+        mask = head < H
+        q = load_heads(q_ptr, token * stride_q[0] + head * stride_q[1], mask, stride_q[2], HEAD)
+        offsets = token * stride_q_out[0] + head * stride_q_out[1]
+        store_heads(q_out_ptr, offsets, mask, stride_q_out[2], rotate(q, cos, sin), HEAD)
         return
-    group = (block - of_q) * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H]
-    known = group < G
-    low, high = load_half_heads(k_ptr, token * stride_k[0] + group * stride_k[1], known, stride_k[2], D, WIDTH, BLOCK_W)
-    low, high = rotate(low, high, cos, sin)
-    low, high = low.to(k_ptr.dtype.element_ty), high.to(k_ptr.dtype.element_ty)
-    at = token * stride_k_out[0] + group * stride_k_out[1]
-    store_half_heads(k_out_ptr, at, known, stride_k_out[2], low, high, D, WIDTH, BLOCK_W)
-    slot = tl.load(slot_ptr + token * stride_slot)
+    kv_head = (block - q_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H]
+    mask = kv_head < G
+    k = load_heads(k_ptr, token * stride_k[0] + kv_head * stride_k[1], mask, stride_k[2], HEAD)
+    k = [x.to(k_ptr.dtype.element_ty) for x in rotate(k, cos, sin)]
+    offsets = token * stride_k_out[0] + kv_head * stride_k_out[1]
+    store_heads(k_out_ptr, offsets, mask, stride_k_out[2], k, HEAD)
+    slot = tl.load(slot_mapping_ptr + token * stride_slot)
     if slot < 0:
         return
-    page, row = slot // PAGE, slot % PAGE
-    store_paged_heads(k_pool, stride_kp, page, row, group, known, low, high, D, WIDTH, BITS, TINY, BLOCK_W)
-    low, high = load_half_heads(v_ptr, token * stride_v[0] + group * stride_v[1], known, stride_v[2], D, WIDTH, BLOCK_W)
-    store_paged_heads(v_pool, stride_vp, page, row, group, known, low, high, D, WIDTH, BITS, TINY, BLOCK_W)
+    page, row = slot // PAGE_SIZE, slot % PAGE_SIZE
+    store_paged_heads(k_pages, stride_kp, page, row, kv_head, mask, k, HEAD, MIN_SCALE)
+    v = load_heads(v_ptr, token * stride_v[0] + kv_head * stride_v[1], mask, stride_v[2], HEAD)
+    store_paged_heads(v_pages, stride_vp, page, row, kv_head, mask, v, HEAD, MIN_SCALE)
 
 
 @rope_kv_write.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
@@ -128,7 +120,7 @@ def rope_kv_write_triton(
     (s, h, d), g = q.shape, k.shape[1]
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     if s:
-        (k_pool, stride_kp), (v_pool, stride_vp) = page_tensors_and_strides(k_pages), page_tensors_and_strides(v_pages)
+        (k_tensors, stride_kp), (v_tensors, stride_vp) = map(page_tensors_and_strides, (k_pages, v_pages))
         _rope_kv_write_kernel[(s * (triton.cdiv(h, BLOCK_H) + triton.cdiv(g, BLOCK_H)),)](
             q,
             k,
@@ -137,8 +129,8 @@ def rope_kv_write_triton(
             sin,
             q_out,
             k_out,
-            k_pool,
-            v_pool,
+            k_tensors,
+            v_tensors,
             slot_mapping,
             *(x.stride() for x in (q, k, v, cos, sin, q_out, k_out)),
             stride_kp,
@@ -146,7 +138,7 @@ def rope_kv_write_triton(
             *slot_mapping.stride(),
             H=h,
             G=g,
-            PAGE=k_pages.shape[1],
+            PAGE_SIZE=k_pages.shape[1],
             BLOCK_H=BLOCK_H,
             **store_constants(d, k_pages),
             num_warps=num_warps,

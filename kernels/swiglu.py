@@ -68,7 +68,7 @@ def swiglu_triton(gate: Tensor, up: Tensor, *, BLOCK: int, num_warps: int, num_s
     out = torch.empty(s, f, dtype=gate.dtype, device=gate.device)
     if out.numel():
         strides = (*gate.stride(), *up.stride(), *out.stride())
-        _swiglu_kernel[(s * triton.cdiv(f, BLOCK),)](
+        _swiglu_kernel[(s * cdiv(f, BLOCK),)](
             gate, up, out, f, *strides, BLOCK=BLOCK, num_warps=num_warps, num_stages=num_stages
         )
     return out

@@ -130,7 +130,9 @@ class Oracle:
         assert not unexpected and missing == ["lm_head.weight"] * cfg.llm.tie_word_embeddings
         llm.tie_weights()
         tower = reference_towers.theirs(parts["vision_tower"], held["vision_tower"], attention)
-        projector = Projector(parts["mm_projector"], cfg.vision_tower.width, cfg.llm.hidden_size, held["mm_projector"])
+        projector = Projector(
+            parts["mm_projector"], cfg.vision_tower.feature_dim, cfg.llm.hidden_size, held["mm_projector"]
+        )
         how = {f"mm_vision_select_{name}": getattr(cfg.vision_tower, f"select_{name}") for name in ("layer", "feature")}
         return cls(llm, tower, projector, {**model.config.to_dict(), **how})
 

@@ -22,7 +22,7 @@ class World:
     """Each method does something to the table and asserts that all it says and changes is as the model has it."""
 
     def __init__(self, pages: int, page_size: int):
-        self.table = PageAllocator(pages, page_size)
+        self.allocator = PageAllocator(pages, page_size)
         self.total, self.size = pages, page_size
         self.expected: dict[int, list[int]] = {}  # what each sequence must read
         self.memory: dict[int, Tokens] = {}  # by slot
@@ -38,16 +38,16 @@ class World:
         return seq
 
     def alloc(self) -> int:
-        return self.born(self.table.add_sequence(), [])
+        return self.born(self.allocator.add_sequence(), [])
 
     def fork(self, parent: int) -> int | None:
         """None if a promise to the parent leaves no page for the copy of the one in which they will part."""
         before = self.snapshot()
         try:
-            child = self.table.fork(parent)
+            child = self.allocator.fork(parent)
         except OutOfPages as error:
             assert str(error).startswith(f"sequence {parent} cannot be forked: all ")
-            assert self.owed() == self.table.num_available_pages and self.promised.get(parent, 0) > len(
+            assert self.owed() == self.allocator.num_available_pages and self.promised.get(parent, 0) > len(
                 self.expected[parent]
             )
             assert before == self.snapshot(), "a refused fork changed something"
@@ -56,38 +56,38 @@ class World:
 
     def free(self, seq: int) -> None:
         self.let_go(seq, 0)
-        self.table.free_sequence(seq)
+        self.allocator.free_sequence(seq)
         del self.expected[seq]
         self.promised.pop(seq, None)
         with pytest.raises(KeyError, match=f"no sequence {seq}"):
-            self.table.free_sequence(seq)
+            self.allocator.free_sequence(seq)
 
     def grow(self, pages: int) -> None:
-        self.table.add_pages(pages)
+        self.allocator.add_pages(pages)
         self.total += pages
 
     def let_go(self, seq: int, length: int) -> None:
         """The model's side of a truncation: pages that nobody needs then wait, the tail of the sequence first."""
-        for page in reversed(self.table[seq].pages[-(-length // self.size) :]):
-            if self.table.ref_counts[page] == 1 and page in self.known:
+        for page in reversed(self.allocator[seq].pages[-(-length // self.size) :]):
+            if self.allocator.ref_counts[page] == 1 and page in self.known:
                 self.unused.append(page)
 
     def truncate(self, seq: int, length: int) -> None:
         self.let_go(seq, length)
-        self.table.truncate(seq, length)
+        self.allocator.truncate(seq, length)
         self.promised.pop(seq, None)
         del self.expected[seq][length:]
 
     def truncate_wrongly(self, seq: int, length: int) -> None:
         before = self.snapshot()
         with pytest.raises(ValueError, match=f"sequence {seq} has {len(self.expected[seq])} tokens.*{length}"):
-            self.table.truncate(seq, length)
+            self.allocator.truncate(seq, length)
         assert before == self.snapshot()
 
     def publish(self, seq: int, length: int) -> None:
         tokens = self.expected[seq][:length]
-        self.table.register_prefix(seq, tokens)
-        for i, page in enumerate(self.table[seq].pages[: -(-length // self.size)]):
+        self.allocator.register_prefix(seq, tokens)
+        for i, page in enumerate(self.allocator[seq].pages[: -(-length // self.size)]):
             whole = tuple(tokens[: (i + 1) * self.size])
             self.known[page] = max(self.known.get(page, ()), whole, key=len)
 
@@ -95,11 +95,11 @@ class World:
         """What a page is known to hold cannot be published as something else, nor can more than there is."""
         tokens, before = list(self.expected[seq]), self.snapshot()
         with pytest.raises(ValueError, match=f"sequence {seq} has {len(tokens)} tokens"):
-            self.table.register_prefix(seq, [*tokens, 0])
-        if at < len(tokens) and at < len(self.known.get(self.table[seq].pages[at // self.size], ())):
+            self.allocator.register_prefix(seq, [*tokens, 0])
+        if at < len(tokens) and at < len(self.known.get(self.allocator[seq].pages[at // self.size], ())):
             tokens[at] += 100
             with pytest.raises(ValueError, match="is known to hold other tokens"):
-                self.table.register_prefix(seq, tokens)
+                self.allocator.register_prefix(seq, tokens)
         assert before == self.snapshot()
 
     def longest(self, tokens: list[int]) -> int:
@@ -117,11 +117,11 @@ class World:
         """Pages that appending takes: to grow by, and for copies of a shared page for all but its last writer."""
         writers, grown = Counter[int](), 0
         for seq, n in counts.items():
-            pages, length = self.table[seq].pages, len(self.expected[seq])
+            pages, length = self.allocator[seq].pages, len(self.expected[seq])
             grown += -(-(length + n) // self.size) - len(pages)
             if n and length % self.size:
                 writers[pages[-1]] += 1
-        return grown + sum(min(n, self.table.ref_counts[page] - 1) for page, n in writers.items())
+        return grown + sum(min(n, self.allocator.ref_counts[page] - 1) for page, n in writers.items())
 
     def owed(self, counts: dict[int, int] | None = None) -> int:
         """Pages needed for what is promised and for so many tokens more."""
@@ -130,7 +130,7 @@ class World:
         return self.needed({seq: max(counts.get(seq, 0), left.get(seq, 0)) for seq in {**counts, **left}})
 
     def release(self, seq: int) -> None:
-        self.table.release_reservation(seq)
+        self.allocator.release_reservation(seq)
         self.promised.pop(seq, None)
 
     def admit(self, asked: dict[int, list[int]], new: int) -> None:
@@ -138,35 +138,35 @@ class World:
         known = {seq: [*self.expected[seq], *more] for seq, more in asked.items()}
         begun = {seq: tokens[: self.longest(tokens[:-1])] for seq, tokens in known.items() if not self.expected[seq]}
         before, promised = self.snapshot(), dict(self.promised)
-        missing = self.table.admit(known, new)
+        missing = self.allocator.admit(known, new)
         if missing:
             assert before == self.snapshot(), "a refused promise changed something"
             return
         for seq, tokens in begun.items():
-            assert self.table[seq].length == len(tokens), "not the longest known beginning"
+            assert self.allocator[seq].length == len(tokens), "not the longest known beginning"
             self.expected[seq] = tokens
         self.promised = {**promised, **{seq: len(tokens) + new for seq, tokens in known.items()}}
-        self.unused = [page for page in self.unused if not self.table.ref_counts[page]]
+        self.unused = [page for page in self.unused if not self.allocator.ref_counts[page]]
 
     def adopt(self, tokens: list[int]) -> int:
         """A new sequence over what is known of these tokens."""
         seq, length = self.alloc(), self.longest(tokens)
-        adopted = self.table.reuse_prefix(seq, tokens)
+        adopted = self.allocator.reuse_prefix(seq, tokens)
         if adopted < length:
             assert not adopted and self.promised, "not the longest known beginning"
             return seq
         self.expected[seq] = tokens[:length]
-        self.unused = [page for page in self.unused if page not in self.table[seq].pages]
+        self.unused = [page for page in self.unused if page not in self.allocator[seq].pages]
         if length:
             with pytest.raises(ValueError, match=f"sequence {seq} has {length} tokens; only an empty one"):
-                self.table.reuse_prefix(seq, tokens)
+                self.allocator.reuse_prefix(seq, tokens)
         return seq
 
     def append(self, new: dict[int, list[int]]) -> None:
         counts = {seq: len(tokens) for seq, tokens in new.items()}
         before, lengths = self.snapshot(), {seq: len(self.expected[seq]) for seq in new}
-        free, waiting = list(self.table.free_pages), list(self.unused)
-        needed, owed = self.table.num_pages_needed(counts), self.owed(counts)
+        free, waiting = list(self.allocator.free_pages), list(self.unused)
+        needed, owed = self.allocator.num_pages_needed(counts), self.owed(counts)
         available = len(free) + len(waiting)
         assert needed == self.needed(counts)
         assert before == self.snapshot(), "counting changed something"
@@ -174,15 +174,15 @@ class World:
             kept = f", {owed - needed} of them promised to others" if owed > needed else ""
             message = f"^{needed} more pages .* {available} of {self.total} are free{kept} "
             with pytest.raises(OutOfPages, match=message):
-                self.table.append(counts)
+                self.allocator.append(counts)
             assert before == self.snapshot(), "a refused append changed something"
             assert any(length + counts[seq] > self.promised.get(seq, 0) for seq, length in lengths.items() if new[seq])
             return
-        grant = self.table.append(counts)
-        saved = [source for source in dict(grant.copies) if not self.table.ref_counts[source]]
+        grant = self.allocator.append(counts)
+        saved = [source for source in dict(grant.copies) if not self.allocator.ref_counts[source]]
         evicted = waiting[: max(0, needed + len(saved) - len(free))]
         self.unused = [*waiting[len(evicted) :], *saved]
-        assert available - self.table.num_available_pages == needed
+        assert available - self.allocator.num_available_pages == needed
         assert len(grant.slots) == len(set(grant.slots)) == sum(counts.values())
         for page in evicted:
             del self.known[page]
@@ -194,7 +194,7 @@ class World:
         for seq, tokens in new.items():
             for token in tokens:
                 page = (slot := next(slots)) // self.size
-                assert self.table.ref_counts[page] == 1, "a shared page was written"
+                assert self.allocator.ref_counts[page] == 1, "a shared page was written"
                 self.expected[seq].append(token)
                 self.memory[slot] = tuple(self.expected[seq])
                 if len(self.known.get(page, ())) > lengths[seq]:  # what its rows held before is not known any more
@@ -202,22 +202,22 @@ class World:
                     self.known[page] = self.known[page][: lengths[seq]]
 
     def snapshot(self) -> object:
-        table = self.table
+        table = self.allocator
         sequences = {seq: (list(s.pages), s.length) for seq, s in table.sequences.items()}
         held = list(table.free_pages), list(table.evictable), dict(table.ref_counts), dict(table.reserved_lens)
         return *held, sequences, dict(table.prefix_index.pages)
 
     def every_sequence_reads_its_own_tokens(self) -> None:
-        assert self.table.sequences.keys() == self.expected.keys()
+        assert self.allocator.sequences.keys() == self.expected.keys()
         for seq, tokens in self.expected.items():
-            pages, whole = self.table[seq].pages, tuple(tokens)
-            assert self.table[seq].length == len(tokens)
+            pages, whole = self.allocator[seq].pages, tuple(tokens)
+            assert self.allocator[seq].length == len(tokens)
             assert len(pages) == -(-len(tokens) // self.size), "a page is held without need"
             for i in range(len(tokens)):
                 assert self.memory[pages[i // self.size] * self.size + i % self.size] == whole[: i + 1]
 
     def every_page_is_free_or_idle_or_counted(self) -> None:
-        table = self.table
+        table = self.allocator
         held = Counter(page for s in table.sequences.values() for page in s.pages)
         assert held == table.ref_counts
         assert list(table.evictable) == self.unused, "idle pages are not in the order in which they were let go"
@@ -230,14 +230,14 @@ class World:
         )
 
     def what_is_known_is_there(self) -> None:
-        known = self.table.prefix_index.pages
+        known = self.allocator.prefix_index.pages
         assert known.keys() == self.known.keys()
         for page, tokens in self.known.items():
             start = (len(tokens) - 1) // self.size * self.size
             assert known[page].tokens == tokens[start:]
             for i in range(start, len(tokens)):
                 assert self.memory[page * self.size + i % self.size] == tokens[: i + 1], "a known page was changed"
-        listed = Counter(page for pages in self.table.prefix_index.children.values() for page in pages)
+        listed = Counter(page for pages in self.allocator.prefix_index.children.values() for page in pages)
         assert listed == Counter(self.known.keys()), "a page is found under what it does not hold"
 
     def check(self) -> None:

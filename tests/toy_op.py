@@ -1,4 +1,4 @@
-"""An op for the tests of the tuner: x + x, whose implementation can be wrong, kill a process, and never end."""
+"""An op for the tests of the tuner, x + x: its implementation can be wrong, kill a process, or never end."""
 
 import importlib.util
 import sys
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from vila_triton.registry import OneOf, Sizes, op
-from vila_triton.space import Launch, Space
+from vila_triton.registry import IntRange, OneOf, op
+from vila_triton.registry.search_space import LaunchCost, SearchSpace
 
 
 @op
@@ -28,25 +28,27 @@ def doubled(x):
     return x + x
 
 
-@doubled.inputs
-def _(m: Sizes(1, 40), n: Sizes(1, 8), dtype: OneOf("float32"), *, rng, device):
+@doubled.example_inputs
+def _(m: IntRange(1, 40), n: IntRange(1, 8), dtype: OneOf("float32"), *, rng, device):
     return (torch.randn(m, n, generator=rng).to(device),)
 
 
-@doubled.costs
+@doubled.flops_and_bytes
 def _(m, n, dtype):
     return m * n, 8 * m * n
 
 
-@doubled.sizes("m")
+@doubled.sizes_from_args("m")
 def _(x):
     return {"m": len(x), "n": x.shape[1], "dtype": "float32"}
 
 
-SPACE = Space(
+SPACE = SearchSpace(
     {"BLOCK": [1, 2, 4, 8, 16, 32, 64], "wrong": [False, True]},
-    where=lambda config, m, **_: config["BLOCK"] <= 2 * m,
-    launch=lambda config, m, n, dtype: Launch(-(-m // config["BLOCK"]), 8 * n, 4 * n, lanes=10**6 * config["BLOCK"]),
+    is_valid=lambda config, m, **_: config["BLOCK"] <= 2 * m,
+    launch_cost=lambda config, m, n, dtype: LaunchCost(
+        -(-m // config["BLOCK"]), 8 * n, 4 * n, elementwise_ops=10**6 * config["BLOCK"]
+    ),
 )
 ran = []
 

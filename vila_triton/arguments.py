@@ -1,9 +1,11 @@
-"""Arguments that commands have in common: where to run, with which kernels, which model."""
+"""Command-line arguments that commands share, and options under the names that they had before."""
 
 import argparse
 import os
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .paths import BUNDLED_CHECKPOINT
 
@@ -11,15 +13,50 @@ if TYPE_CHECKING:
     import torch
 
 KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
-NUMERICS = ("fast", "invariant")
+NUMERICS = ("fast", "batch_invariant")
 DTYPES = ("float16", "bfloat16", "float32")
 
 
+class OldOption(argparse.Action):
+    """An option under its old name, for one more release: it does what `new` does and says the new name on stderr."""
+
+    def __init__(self, option_strings: list[str], dest: str, new: argparse.Action, **kwargs: Any):
+        kwargs |= {"nargs": new.nargs, "type": new.type, "choices": new.choices}
+        super().__init__(option_strings, new.dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **kwargs)
+        self.new = new
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        note_new_spelling(str(option_string), self.new.option_strings[0])
+        self.new(parser, namespace, values, option_string)
+
+
+def renamed_values(new_names: Mapping[str, str]) -> Callable[[str], str]:
+    """Return a `type=` for an option that takes old names of its values for one more release, with a note on stderr."""
+
+    def read(text: str) -> str:
+        if text in new_names:
+            note_new_spelling(text, new_names[text])
+        return new_names.get(text, text)
+
+    return read
+
+
+def note_new_spelling(old: str, new: str) -> None:
+    print(f"note: {old} is now {new}; the old spelling goes away with the next release", file=sys.stderr)
+
+
+def add_command(commands: Any, name: str, summary: str, details: str = "", **kwargs: Any) -> argparse.ArgumentParser:
+    """Add the parser of a command whose help and description begin with the summary."""
+    description = f"{summary[0].upper()}{summary[1:]}. {details}"
+    return commands.add_parser(name, help=summary, description=description, **kwargs)
+
+
 def kernel_arguments() -> argparse.ArgumentParser:
-    """--device and --set, for `parents=`; see `settle`."""
+    """Return a parent parser with --device and --set; `resolve_device_and_kernels` reads them."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument(
+    group = parser.add_argument_group("where and with which kernels it runs")
+    group.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    group.add_argument(
         "--set",
         action="append",
         default=[],
@@ -30,20 +67,20 @@ def kernel_arguments() -> argparse.ArgumentParser:
 
 
 def model_arguments() -> argparse.ArgumentParser:
-    """Those of `kernel_arguments`, and which model, for `parents=`."""
+    """Return a parent parser with the arguments of `kernel_arguments`, --model and --dtype."""
     parser = argparse.ArgumentParser(add_help=False, parents=[kernel_arguments()])
-    parser.add_argument(
-        "--model", type=Path, default=BUNDLED_CHECKPOINT, help="a VILA folder (default: the bundled tiny model)"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="(default: what the model's config says)")
+    group = parser.add_argument_group("which model")
+    default = "(default: the bundled tiny model)"
+    group.add_argument("--model", type=Path, default=BUNDLED_CHECKPOINT, help=f"a VILA or LLaVA folder {default}")
+    group.add_argument("--dtype", choices=DTYPES, help="of parameters and activations (default: as in its config.json)")
     return parser
 
 
 def parse_kernel_settings(settings: list[str]) -> dict[str, str]:
-    """`kernels.OP=NAME` settings as {op: name}. Errors: ValueError, KeyError."""
+    """Parse `kernels.OP=NAME` settings to {op: implementation}. Errors: ValueError."""
     from .registry import OPS, discover
 
-    kernel_choices: dict[str, str] = {}
+    choices: dict[str, str] = {}
     if settings:
         discover()
     for setting in settings:
@@ -51,15 +88,15 @@ def parse_kernel_settings(settings: list[str]) -> dict[str, str]:
         op = key.removeprefix("kernels.")
         if op == key or not name:
             raise ValueError(f"--set {setting}: expected kernels.OP=NAME")
-        kernel_choices |= {o: name for o, entry in OPS.items() if name in entry.impls} if op == "*" else {op: name}
-        if op == "*" and name not in kernel_choices.values():
+        choices |= {o: name for o, entry in OPS.items() if name in entry.impls} if op == "*" else {op: name}
+        if op == "*" and name not in choices.values():
             raise ValueError(f"--set {setting}: no op has an implementation {name!r}")
-    return kernel_choices
+    return choices
 
 
 def resolve_device_and_kernels(args: argparse.Namespace) -> tuple["torch.device", dict[str, str]]:
-    """The device and the chosen kernels. Errors: ValueError, KeyError for what is not there."""
-    from .registry.kernel_config import pick_device
+    """Return the device of --device and the implementations of --set. Errors: ValueError for what does not exist."""
+    from .device import pick_device
 
     device = pick_device(args.device)
     if device.type == "cpu" and args.set:

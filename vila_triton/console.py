@@ -1,22 +1,23 @@
-"""How a command ends: an error in one line, an exit code as shells know it, and no traceback for what is no bug."""
+"""What commands print on standard error, and their exit codes: errors in one line, without tracebacks."""
 
 import os
 import select
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 141  # the last two: 128 and the number of the signal
-CLEAR_LINE = "\r\033[K"  # a terminal's line
-EXPECTED_ERRORS = (OSError, ValueError, KeyError, RuntimeError, MemoryError)  # what our errors are
+CLEAR_LINE = "\r\033[K"  # on a terminal
+EXPECTED_ERRORS = (OSError, ValueError, KeyError, RuntimeError, MemoryError)  # not bugs: reported in one line
 
 
 def exit_code(name: str, run: Callable[[], int | None], failure_code: int = EXIT_FAILED) -> int:
-    """Run a command of this name, its parsing of arguments included -> what to hand to `sys.exit`.
+    """Run a command, the parsing of its arguments included, and return its exit code for `sys.exit`.
 
-    An expected error is said in one line on standard error and is the code `failed`. Ctrl-C and a reader that has gone
-    (`| head`) end it too.
+    An expected error becomes one line on standard error and `failure_code`; Ctrl-C and a closed pipe (`| head`) end the
+    command without a traceback too.
     """
     try:
         try:
@@ -38,17 +39,35 @@ def exit_code(name: str, run: Callable[[], int | None], failure_code: int = EXIT
 
 
 def print_error(name: str, error: BaseException) -> None:
-    """Say in one line on standard error what is wrong."""
+    """Print an error in one line on standard error."""
     with suppress(OSError):
         print(f"{CLEAR_LINE if stderr_is_terminal() else ''}{name}: {error_text(error)}", file=sys.stderr, flush=True)
 
 
 def print_progress(text: str, is_last: bool = False) -> None:
-    """How far something is: on a terminal a line that the next takes the place of, but for the last; else nothing.
-    Without text the line is empty.
-    """
+    """On a terminal, write a line on standard error in place of the one before; empty text clears it."""
     if stderr_is_terminal():
         print(f"{CLEAR_LINE}{text}", end="\n" if is_last else "", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A progress line: how much of a total is done and the seconds left, twice a second on a terminal, else nothing.
+
+    `describe` turns a count into text; `unit` follows it.
+    """
+
+    def __init__(self, describe: Callable[[int], str] = str, unit: str = ""):
+        self.describe, self.unit = describe, unit
+        self.start_time = self.last_shown = time.monotonic()
+        self.first_done: int | None = None  # a run that is resumed begins above 0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        self.first_done = done if self.first_done is None else self.first_done
+        if now - self.last_shown > 0.5 or done == total:
+            self.last_shown, speed = now, (done - self.first_done) / max(now - self.start_time, 1e-9)
+            remaining = f", {(total - done) / speed:.0f} s left" if speed and done < total else ""
+            print_progress(f"{self.describe(done)} of {self.describe(total)}{self.unit}{remaining}", done == total)
 
 
 def stderr_is_terminal() -> bool:
@@ -56,7 +75,7 @@ def stderr_is_terminal() -> bool:
 
 
 def error_text(error: BaseException) -> str:
-    """What an error says of itself, in one line."""
+    """Return the message of an error, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     if error.args:
@@ -65,7 +84,7 @@ def error_text(error: BaseException) -> str:
 
 
 def reader_is_gone(stream: TextIO | None) -> bool:
-    """Whether a stream is a pipe whose reader has gone."""
+    """Return True for a pipe whose reader has closed it."""
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)  # pyright: ignore[reportOptionalMemberAccess]
@@ -75,7 +94,7 @@ def reader_is_gone(stream: TextIO | None) -> bool:
 
 
 def discard_unwritten(stream: TextIO | None) -> None:
-    """Let go of what a stream could not write: Python would try once more at its exit, and complain."""
+    """Discard what a stream could not write; Python would try again at exit and print a traceback."""
     try:
         if stream:
             stream.flush()

@@ -1,4 +1,4 @@
-"""Numbers within limits: of options on a command line and of arguments in Python alike."""
+"""Numbers within limits, for command-line options and for arguments in Python."""
 
 import argparse
 import numbers
@@ -8,9 +8,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Limits:
-    """Numbers of a kind from `least` to `most`; `above`: `least` itself is none of them.
+    """The ints or floats from `minimum` (left out if `exclude_minimum`) to `maximum`.
 
-    As `type=` of an option it reads a number, and argparse names the option of one that is refused.
+    It is called as `type=` of an option to parse a number; argparse then names the option in its error.
     """
 
     number_type: type[int] | type[float]
@@ -20,7 +20,8 @@ class Limits:
 
     def __str__(self) -> str:
         noun = "a whole number" if self.number_type is int else "a number"
-        return f"{noun} {'above' if self.exclude_minimum else 'of at least'} {self.minimum:g} and at most {self.maximum:.7g}"
+        bound = "above" if self.exclude_minimum else "of at least"
+        return f"{noun} {bound} {self.minimum:g} and at most {self.maximum:.7g}"
 
     def contains(self, x: Any) -> bool:
         if isinstance(x, bool) or not isinstance(x, numbers.Integral if self.number_type is int else numbers.Real):
@@ -38,13 +39,13 @@ class Limits:
         return x
 
     def validate(self, name: str, x: Any) -> Any:
-        """x as a number of the kind. Errors: ValueError naming the argument."""
+        """Return x as `number_type`. Errors: ValueError naming the argument."""
         if not self.contains(x):
             raise ValueError(f"{name} is {x!r}, expected {self}")
         return self.number_type(x)
 
 
 COUNT = Limits(int, 1, 10**6)
-COUNT_OR_ZERO = Limits(int, 0, 10**6)  # or none
+COUNT_OR_ZERO = Limits(int, 0, 10**6)
 SEED = Limits(int, 0, 2**63 - 1)
 POSITIVE = Limits(float, 0, 1e6, exclude_minimum=True)

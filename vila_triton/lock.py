@@ -1,4 +1,4 @@
-"""One thread at a time, without a finalizer ever waiting; settings of the whole process that many change at once."""
+"""A lock that finalizers can use without waiting, and a context that is shared by threads."""
 
 import threading
 from collections import deque
@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, ExitStack
 
 
 class DeferringLock:
-    """`with lock:` as of `threading.Lock`, and `soon` for what must not wait.
+    """A lock for `with`, and `run_soon` for work that must not wait for it.
 
-    The garbage collector runs finalizers in whatever thread it likes, in the middle of whatever that does. One that
-    waited for a lock of its own thread would wait for ever, so it leaves its job to whoever has the lock.
+    The garbage collector runs finalizers in any thread, at any point. A finalizer that waits for a lock which its own
+    thread holds would wait for ever, so it leaves its work to the holder of the lock.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class DeferringLock:
         self._run_jobs_if_free()
 
     def run_soon(self, job: Callable[[], None]) -> None:
-        """Do it under the lock: now if that is free, else when it is, and before anybody else has it."""
+        """Run a job under the lock: now if the lock is free, else when it is released, before anybody else acquires it."""
         self._jobs.append(job)
         self._run_jobs_if_free()
 
@@ -50,8 +50,8 @@ class DeferringLock:
 
 
 class SharedContext:
-    """A setting of the whole process as one context, for many threads: the first to enter changes it, the last to leave
-    puts it back.
+    """One context for many threads, for settings of the whole process: the first to enter sets it up, the last to leave
+    undoes it.
     """
 
     def __init__(self, make_context: Callable[[], AbstractContextManager[None]]):

@@ -35,12 +35,13 @@ if not torch.cuda.is_available():
 
 from triton import knobs
 
+from vila_triton.hashing import canonical_json
 from vila_triton.limits import COUNT, POSITIVE
 from vila_triton.paths import config_dir
 from vila_triton.registry import OPS, REFERENCE, Impl, OneOf, Op, Unsupported, discover, tuned_tables
 from vila_triton.registry.interpreter import uses_triton_kernels
 from vila_triton.registry.kernel_config import PHASES, configured_choices
-from vila_triton.registry.search_space import Config, canonical_json
+from vila_triton.registry.search_space import Config
 from vila_triton.registry.size_ranges import implementation_names
 
 from .. import standin

@@ -1,13 +1,14 @@
-"""Does an implementation compute what its op means, and touch nothing else?
+"""The property test of an implementation: it returns the right values, and touches no other memory.
 
-`assert_faithful` runs it on guarded memory and compares it with the reference in float64. No tolerance is written down
-anywhere: what an implementation may deviate by is derived from what the reference deviates by, see `budget`.
+`assert_matches_reference` runs an implementation in guarded memory and compares it with the reference in float64. There
+are no hand-written tolerances: the error that an implementation may make is computed from the error that the reference
+makes, see `error_budget`.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any
@@ -20,6 +21,7 @@ from hypothesis.errors import Unsatisfiable
 from torch import Tensor
 from triton import knobs
 
+from vila_triton.ops import PagedKV, RaggedBatch
 from vila_triton.registry import Impl, IntRange, OneOf, Op, Unsupported
 
 from .guarded_memory import (
@@ -30,37 +32,38 @@ from .guarded_memory import (
     guard_tensor,
     guarded_allocations,
     map_tensors,
+    same_bits,
     tensors,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = knobs.runtime.interpret
-# Triton's interpreter computes wrong numbers in bfloat16 without saying so.
+# Triton's interpreter computes wrong numbers in bfloat16, and raises nothing.
 UNSUPPORTED_DTYPES = ("bfloat16",) if INTERPRETED else ()
-NUM_PERTURBATIONS = 16  # of neighbouring arguments, from which the conditioning of an element is taken
-MAX_REDRAWS = 8  # draws, one of which may have the shapes of an example
-EXAMPLE_CACHE_BYTES = {"cpu": 2**28, "cuda": 2**31}  # of the examples that are shared
+NUM_PERTURBATIONS = 16  # of the arguments, which give the conditioning of each element
+MAX_REDRAWS = 8  # until one has the shapes of an example
+EXAMPLE_CACHE_BYTES = {"cpu": 2**28, "cuda": 2**31}  # of `SHARED_EXAMPLES`
 
 
 def axis_strategy(domain: IntRange | OneOf) -> st.SearchStrategy:
-    """Draws from one axis of a domain; shrinks towards its lowest size or its first value."""
+    """A hypothesis strategy for one axis of a domain; it shrinks towards the lowest size or the first value."""
     if isinstance(domain, IntRange):
         return st.integers(0, (domain.high - domain.low) // domain.step).map(lambda i: domain.low + i * domain.step)
     return st.sampled_from([v for v in domain.values if v not in UNSUPPORTED_DTYPES])
 
 
 def example_strategy(op: Op) -> st.SearchStrategy[dict[str, Any]]:
-    """Sizes of one call of the op, and the seed of its values."""
+    """A hypothesis strategy for the sizes of one call of the op, and "seed", which its values are drawn from."""
     return st.fixed_dictionaries({**{n: axis_strategy(d) for n, d in op.domain.items()}, "seed": st.integers(0, 2**16)})
 
 
 def example_args(op: Op, seed: int, **sizes: Any) -> tuple:
-    """The arguments an example stands for."""
+    """Random arguments of the op at these sizes, on the device that is checked."""
     return op.make_example(**sizes, rng=torch.Generator().manual_seed(seed), device=DEVICE)
 
 
 def run_property(check: Callable[[], None]) -> None:
-    """Run a hypothesis test that makes its calls through `supported`; skip it if not one of them was supported."""
+    """Run a hypothesis test that makes its calls through `call_or_reject`; skip it if every call was rejected."""
     _unsupported_reasons.clear()
     try:
         check()
@@ -69,7 +72,7 @@ def run_property(check: Callable[[], None]) -> None:
 
 
 def call_or_reject(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """fn(*args), or another example if that is Unsupported."""
+    """fn(*args, **kwargs); if that raises Unsupported, hypothesis draws another example."""
     try:
         return fn(*args, **kwargs)
     except Unsupported as reason:
@@ -85,7 +88,7 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def random_bools(shape: torch.Size, rng: torch.Generator) -> Tensor:
-    """As many fair coins, drawn on the device of the generator: eight from a random byte."""
+    """Fair coin tosses of this shape, drawn on the device of the generator, eight from a random byte."""
     count = shape.numel()
     random_bytes = torch.empty(-(-count // 8), dtype=torch.uint8, device=rng.device).random_(0, 256, generator=rng)
     bit_masks = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=rng.device)
@@ -93,8 +96,10 @@ def random_bools(shape: torch.Size, rng: torch.Generator) -> Tensor:
 
 
 def perturbed_args(args: Any, rng: torch.Generator, in_float64: bool) -> Iterator[Any]:
-    """Neighbouring arguments, without end: each number moved one rounding unit of its dtype up or down (in float64 if
-    `wide`). Whole numbers stay: they are codes, and arithmetic on them is exact.
+    """Endless perturbations of the arguments: each number moves up or down by one rounding unit of its dtype.
+
+    in_float64: return float64 tensors, each number moved by half of that. Integers stay as they are: they are codes,
+    and arithmetic on them is exact.
     """
 
     def bounds(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,23 +118,27 @@ def perturbed_args(args: Any, rng: torch.Generator, in_float64: bool) -> Iterato
 
 
 def float64_reference(op: Op, args: Any) -> list[Tensor]:
-    """What the reference returns in float64 for the same values."""
+    """The outputs of the reference, computed in float64 from the same values."""
     return tensors(op.reference(*map_tensors(lambda x: x.double() if x.is_floating_point() else x.clone(), args)))
 
 
 def error_budget(op: Op, args: Any, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    """The exact outputs, and how far from them each element may lie: 2 · (rho · (S + R) + R + W).
+    """The exact outputs of a call, and the budget of each element, which is the error it may have:
+
+        budget = 2 · (rho · (S + R) + R + W)
 
     R    one rounding of the output: u · |exact|, u the unit roundoff of its dtype (or half its smallest number)
-    S    how far the exact output moves (root mean square of 16 draws) when every input number moves by one rounding:
-         the conditioning of this very element, which no algorithm that rounds can beat on average
-    rho  the largest |reference - exact| / (S + R) over all elements, for these arguments and for neighbours one
-         rounding away (3 calls, more while that makes fewer than 64 samples): what the reference needs at this dtype
-    W    freedom to sum in any order in float32: a sum of n terms walks √n roundings, the worst of N outputs
-         √(2 ln N) times as far, so √(2 n ln N) · S · u(float32) / u; n is the longest axis of the arguments
+    S    the distance that the exact output moves (root mean square of 16 draws) when every input number moves by one
+         rounding: the conditioning of this element, which no algorithm that rounds can beat on average
+    rho  the largest |reference - exact| / (S + R) over all elements, for these arguments and for perturbed ones (3
+         calls, more as long as that makes fewer than 64 samples): the error of the reference in this dtype
+    W    the freedom to sum in any order in float32: the error of a sum of n terms grows with √n roundings, and the
+         worst of N outputs is √(2 ln N) times that, so √(2 n ln N) · S · u(float32) / u; n is the longest axis of the
+         arguments
 
-    So it is twice the worst error of the reference plus one rounding, scaled to the conditioning of each element. In
-    half precision W is next to nothing, so a sum kept in half precision shows.
+    This is twice the worst error of the reference plus one rounding, scaled to the conditioning of each element. In
+    half precision W is negligible, so that a sum accumulated in half precision exceeds the budget. Errors:
+    AssertionError if the reference is not finite.
     """
     device = next((x.device for x in tensors(args)), torch.device(DEVICE))
     rng = torch.Generator(device).manual_seed(seed)
@@ -154,10 +163,8 @@ def error_budget(op: Op, args: Any, seed: int = 0) -> tuple[list[Tensor], list[T
         rms_move = (total / NUM_PERTURBATIONS).sqrt()
         rho = ((reference_out.double() - want).abs() / (rms_move + rounding)).amax()
         for near_args in islice(perturbations, max(2, math.ceil(64 / want.numel()) - 1)):
-            error = (
-                tensors(op.reference(*map_tensors(torch.clone, near_args)))[i].double()
-                - float64_reference(op, near_args)[i]
-            ).abs()
+            near_out = tensors(op.reference(*map_tensors(torch.clone, near_args)))[i].double()
+            error = (near_out - float64_reference(op, near_args)[i]).abs()
             rho = torch.maximum(rho, (error / (rms_move + rounding)).amax())
         summation = math.sqrt(2 * longest_axis * math.log(max(want.numel(), 3))) * unit_roundoff(torch.float32) / u
         budgets.append(2 * (rho * (rms_move + rounding) + rounding + summation * rms_move))
@@ -165,30 +172,34 @@ def error_budget(op: Op, args: Any, seed: int = 0) -> tuple[list[Tensor], list[T
 
 
 def error_over_budget(actual: Tensor, expected: Tensor, budget: Tensor | None) -> Tensor:
-    """How many times its budget each element is off, in float64; infinite for NaN and for a bit that may not differ."""
+    """The error of each element as a multiple of its budget, in float64; infinite for NaN.
+
+    budget: None if no bit may differ, and a different one is infinitely wrong.
+    """
     if budget is None:
         return torch.where(bit_pattern(actual) == bit_pattern(expected), 0.0, math.inf).double()
     return ((actual.double() - expected).abs() / budget).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def argument_names(op: Op, args: Any) -> list[str]:
-    """For every tensor of the arguments the name of its parameter, and of its field in it: x, w.scales."""
-    names = []
-    for name, value in zip(inspect.signature(op.reference).parameters, args):
-        members = fields(value) if is_dataclass(value) else ()
-        member_names = [f"{name}.{member.name}" for member in members for _ in tensors(getattr(value, member.name))]
-        names += member_names or [name for _ in tensors(value)]
-    return names
+    """The name of each tensor of the arguments: that of its parameter and of its fields, as x or cache.k_pages.scales."""
+
+    def names_in(name: str, value: Any) -> list[str]:
+        if not is_dataclass(value):
+            return [name for _ in tensors(value)]
+        return [x for f in fields(value) for x in names_in(f"{name}.{f.name}", getattr(value, f.name))]
+
+    return [x for pair in zip(inspect.signature(op.reference).parameters, args) for x in names_in(*pair)]
 
 
 @dataclass(frozen=True)
 class ExpectedResult:
-    """What a call should do.
+    """The result that a call should have.
 
-    after    its arguments as the reference leaves them
-    outputs  (shape, dtype) of each
-    exact    the outputs, and
-    allowed  how far from them an element may lie (see `budget`); of an `exact` op those of the reference, and None
+    args_after    the tensors of its arguments as the reference leaves them
+    output_specs  (shape, dtype) of each output
+    exact         the outputs in float64; of a bitwise exact op, those of the reference
+    budgets       the error that each element may have (`error_budget`); of a bitwise exact op, None
     """
 
     args_after: Sequence[Tensor]
@@ -198,11 +209,11 @@ class ExpectedResult:
 
 
 class Example:
-    """Arguments, and what a call with them should do, which is worked out once for all implementations and configs.
+    """The arguments of a call and its expected result, which is computed once for all implementations and configs.
 
-    seed    of the memory the arguments are laid in, and of the draws of the budget
-    sizes   what the arguments were drawn for, if they were
-    twice   whether a check is to make its call a second time: every other seed
+    seed        for the memory that holds the arguments, and for the draws of the budget
+    sizes       the sizes that the arguments were drawn for; empty if they come from elsewhere
+    call_twice  true for every other seed: a check then makes its call a second time in the same memory
     """
 
     def __init__(self, op: Op, args: Any, seed: int = 0, sizes: Mapping[str, Any] | None = None):
@@ -211,8 +222,8 @@ class Example:
         self.nbytes = sum(x.nbytes for x in tensors(args))
 
     def other_values(self) -> Any:
-        """Other values for the same memory: drawn anew where that gives the same shapes; else numbers are halved and
-        codes of quantised leaves inverted, and what indexes stays, since not every index exists.
+        """Other values for the same memory, drawn anew where that gives the same shapes. Otherwise numbers are halved
+        and codes of quantized tensors inverted; indices stay, since not every index exists.
         """
         for seed in range(self.seed + 1, self.seed + MAX_REDRAWS) if self.sizes else ():
             redrawn = example_args(self.op, seed, **self.sizes)
@@ -220,6 +231,8 @@ class Example:
                 return redrawn
 
         def change_values(value: Any) -> Any:
+            if isinstance(value, PagedKV | RaggedBatch):
+                return replace(value, **{f.name: change_values(getattr(value, f.name)) for f in fields(value)})
             codes = not isinstance(value, Tensor)
             return map_tensors(lambda x: x / 2 if x.is_floating_point() else ~x if codes else x, value)
 
@@ -228,11 +241,9 @@ class Example:
     @cached_property
     def expected(self) -> ExpectedResult:
         args = map_tensors(torch.clone, self.args)
-        outputs = tensors(self.op.reference(*args))  # may write into `left`, if that is what the op does
+        outputs = tensors(self.op.reference(*args))  # may write into `args`, if the op does
         pairs = zip(tensors(self.args), tensors(args))
-        args_after = [
-            x if torch.equal(bit_pattern(x), bit_pattern(y)) else y for x, y in pairs
-        ]  # the same memory where nothing is written
+        args_after = [x if same_bits(x, y) else y for x, y in pairs]  # share memory where nothing was written
         exact, budgets = (
             (outputs, [None] * len(outputs)) if self.op.bitwise_exact else error_budget(self.op, self.args, self.seed)
         )
@@ -240,8 +251,9 @@ class Example:
         return ExpectedResult(args_after, [shape_and_dtype(x) for x in outputs], exact, budgets)
 
     def check(self, impl: Impl, config: Mapping[str, Any], layout: MemoryLayout, call_twice: bool = False) -> None:
-        """As `assert_faithful`; `twice`: after a call with other values in the same memory, so that who remembers
-        something by its address is wrong.
+        """Run the implementation on this example. Errors: MismatchError, see `assert_matches_reference`.
+
+        call_twice: call it with other values in the same memory first, so that results remembered by address are found.
         """
         rng = torch.Generator().manual_seed(self.seed)
         guards: list[GuardedTensor] = []
@@ -263,7 +275,7 @@ class Example:
             outputs = tensors(impl(*guarded_args, config=config))
         expected = self.expected
         for name, g, want in zip(names, guards, expected.args_after, strict=True):
-            if not torch.equal(bit_pattern(g.view), bit_pattern(want)):
+            if not same_bits(g.view, want):
                 message = f"argument {name} is not what the reference leaves"
                 raise MismatchError("changed an argument", message, f"argument {name}", g.view, want)
             g.set_expected(want)
@@ -274,18 +286,15 @@ class Example:
         self.check_outputs(outputs, stale_outputs)
 
     def check_outputs(self, outputs: Sequence[Tensor], stale_outputs: Sequence[Tensor] = ()) -> None:
-        """`Unfaithful` if an element lies beyond its budget, or a bit differs where none may. `before`: what a call
-        with other values in the same memory returned.
+        """MismatchError if an element is beyond its budget, or a bit differs where none may.
+
+        stale_outputs: the outputs of an earlier call with other values in the same memory.
         """
         try:
             self.compare_outputs(outputs)
         except MismatchError as error:
             same_specs = [shape_and_dtype(x) for x in stale_outputs] == [shape_and_dtype(x) for x in outputs]
-            if (
-                stale_outputs
-                and same_specs
-                and all(torch.equal(bit_pattern(x), bit_pattern(y)) for x, y in zip(stale_outputs, outputs))
-            ):
+            if stale_outputs and same_specs and all(map(same_bits, stale_outputs, outputs)):
                 error.kind = "remembered"
                 error.args = (f"{error}; a call with other values in the same memory returned just that before it",)
             raise
@@ -295,13 +304,13 @@ class Example:
         for i, (out, want, budget) in enumerate(triples):
             if budget is not None:
                 check_within_budget(i, out, want, budget)
-            elif not torch.equal(bit_pattern(out), bit_pattern(want)):
+            elif not same_bits(out, want):
                 message = f"output {i} differs from the reference in its bits"
                 raise MismatchError("wrong bits", message, f"output {i}", out, want)
 
 
 def copy_into(targets: Any, values: Any) -> None:
-    """Write other values into the tensors of a tree."""
+    """Copy the tensors of one tree into those of another."""
     for x, value in zip(tensors(targets), tensors(values), strict=True):
         x.copy_(value)
 
@@ -311,14 +320,14 @@ def shape_and_dtype(x: Tensor) -> tuple[list[int], torch.dtype]:
 
 
 class ExampleCache:
-    """The examples asked for last: together of at most so many bytes, or one of more."""
+    """A least-recently-used cache of examples, of at most `max_bytes` together, or of a single larger one."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self.examples: dict[Hashable, Example] = {}  # the latest last
 
     def get(self, key: Hashable, draw: Callable[[], Example]) -> Example:
-        """The example of that name; drawn if it is not held."""
+        """The example with this key, drawn if it is not cached."""
         self.examples[key] = latest = self.examples.pop(key, None) or draw()
         while len(self.examples) > 1 and sum(x.nbytes for x in self.examples.values()) > self.max_bytes:
             del self.examples[next(iter(self.examples))]
@@ -329,7 +338,7 @@ SHARED_EXAMPLES = ExampleCache(EXAMPLE_CACHE_BYTES[DEVICE])
 
 
 def shared_example(op: Op, seed: int, **sizes: Any) -> Example:
-    """The example of these sizes and this seed, shared by all that ask for it."""
+    """The example of these sizes and this seed, from `SHARED_EXAMPLES`."""
     return SHARED_EXAMPLES.get(
         (op, seed, *sizes.items()), lambda: Example(op, example_args(op, seed, **sizes), seed, sizes)
     )
@@ -338,20 +347,20 @@ def shared_example(op: Op, seed: int, **sizes: Any) -> Example:
 def assert_matches_reference(
     op: Op, impl: Impl, config: Mapping[str, Any], args: Any, seed: int = 0, layout: MemoryLayout = "strided"
 ) -> None:
-    """`Unfaithful` (an AssertionError) unless the implementation, run on guarded copies of args laid out so,
+    """MismatchError (an AssertionError) unless the implementation, run on guarded copies of args in this layout,
 
-    - returns tensors of the reference's shapes and dtypes, each element within `budget` of the exact value and none
-      NaN; for an `exact` op the very bits of the reference;
+    - returns tensors of the reference's shapes and dtypes, each element within `error_budget` of the exact value and
+      none NaN; for a bitwise exact op, the same bits as the reference;
     - leaves its arguments as the reference leaves them, bit for bit, and the memory around them untouched;
     - writes nothing outside the tensors it allocates, and (interpreted) reads nothing outside them and the arguments.
 
-    `bench.check` and the gates make every other call twice, see `Example.others`.
+    `bench.check` and the gates make every other call twice, see `Example.other_values`.
     """
     Example(op, args, seed).check(impl, config, layout)
 
 
 def check_within_budget(i: int, out: Tensor, want: Tensor, budget: Tensor) -> None:
-    """`Unfaithful` if an element of output i is NaN or further from the exact value than allowed."""
+    """MismatchError if an element of output i is NaN, or further from the exact value than its budget."""
     if not out.numel():
         return
     if count := int(out.isnan().sum()):

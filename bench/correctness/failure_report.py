@@ -1,4 +1,4 @@
-"""A failure in words and as a map of its errors, the way `check` prints it; and what is to be done after one."""
+"""Describe a failure in words and as a map of its errors, as `check` prints it, and release memory after one."""
 
 import gc
 import math
@@ -22,7 +22,7 @@ LEGEND = f"{'':15}. is within the budget, 1 up to 10 times it, 2 up to 100 times
 
 
 def label(title: str) -> str:
-    """The left column of a report."""
+    """The left column of a line of the report."""
     return f"  {title:13}"
 
 
@@ -31,17 +31,13 @@ def format_settings(values: Mapping[str, Any]) -> str:
 
 
 def describe_failure(error: Exception, impl: Impl, config: Mapping[str, Any]) -> list[str]:
-    """Lines: what failed and, where a tensor is wrong, `elements`; of a crash the exception and where it arose."""
+    """Lines: the check that failed and `describe_elements`; of a crash, the exception and the source lines it arose
+    at."""
     if not isinstance(error, MismatchError):
-        return [
-            f"{label('what failed')}crashed: {exception_line(error)}",
-            *(f"{label('')}at {x}" for x in source_lines(error, impl)),
-        ]
-    return [
-        f"{label('what failed')}{error.kind}: {error}",
-        *describe_elements(error, config),
-        *([LEGEND] if error.tensor_name else []),
-    ]
+        lines = [f"{label('')}at {line}" for line in source_lines(error, impl)]
+        return [f"{label('what failed')}crashed: {exception_line(error)}", *lines]
+    legend = [LEGEND] if error.tensor_name else []
+    return [f"{label('what failed')}{error.kind}: {error}", *describe_elements(error, config), *legend]
 
 
 def describe_elements(error: Exception, config: Mapping[str, Any]) -> list[str]:
@@ -58,19 +54,20 @@ def describe_elements(error: Exception, config: Mapping[str, Any]) -> list[str]:
 
 
 def exception_line(error: Exception) -> str:
-    """The exception in one line; if the interpreter wrapped another in it, that one."""
+    """The exception in one line, or the one that Triton's interpreter wrapped in it."""
     inner = error.__cause__ or error
     return f"{type(inner).__name__}: {inner}".splitlines()[0]
 
 
 def refusal_reason(error: Exception) -> str:
-    """Why something got no time, in one line."""
+    """The reason in one line that something was not timed."""
     return f"unsupported: {error}" if isinstance(error, Unsupported) else exception_line(error)
 
 
 def release_memory(device: torch.device) -> None:
-    """After a failure: give back what it left allocated, which is not before its traceback is gone, so not while it is
-    handled. Errors: RuntimeError if the failure broke the CUDA context, so that nothing after it would be true.
+    """Free the memory that a failure left allocated. Call it when its exception is no longer being handled, since the
+    traceback keeps that memory. Errors: RuntimeError if the failure broke the CUDA context, so that no later result
+    would be right.
     """
     gc.collect()
     if device.type == "cuda":
@@ -85,7 +82,7 @@ def source_lines(error: BaseException, impl: Impl) -> list[str]:
 
 
 def describe_first_wrong(error: MismatchError, multiples: Tensor) -> str:
-    """The first element, in the order of its index, that is off."""
+    """The first element, in index order, that is beyond its budget."""
     assert error.actual is not None and error.expected is not None
     index = tuple((multiples > 1).nonzero()[0].tolist())
     actual, expected = (f"{x[index].item():.9g}" for x in (error.actual, error.expected))
@@ -95,10 +92,10 @@ def describe_first_wrong(error: MismatchError, multiples: Tensor) -> str:
 
 
 def error_map(multiples: Tensor, tile: tuple[int, int]) -> tuple[str, list[str]]:
-    """How many times its budget each element is off, as characters: (what one of them stands for, the rows).
+    """The multiple of its budget that each element is off, as characters: (the meaning of one character, the rows).
 
-    Leading axes are folded into the rows. A character is one element, or the worst of as many as it takes to fit;
-    lines are drawn between tiles as long as these are larger than that.
+    Leading axes are folded into the rows. A character is one element, or the worst of several so that the map fits;
+    lines separate tiles as long as a tile is larger than that.
     """
     grid = multiples.reshape(-1, multiples.shape[-1] if multiples.dim() else 1).cpu()  # [rows, columns]
     cell = [1 << max(0, math.ceil(n / limit) - 1).bit_length() for n, limit in zip(grid.shape, (ROWS, COLUMNS))]

@@ -1,4 +1,4 @@
-"""The generic property test as a search for the simplest example on which an implementation is unfaithful."""
+"""Search the domain of an op for the simplest example on which an implementation fails the property test."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ SHRINK_SECONDS = 60.0  # seconds, counted from the first failure
 
 @dataclass(frozen=True)
 class Failure:
-    """A call that went wrong: its sizes, "seed" among them, how its arguments lay in memory, and what was raised."""
+    """A failing call: its sizes and "seed", the memory layout of its arguments, and the exception."""
 
     sizes: Mapping[str, Any]
     layout: MemoryLayout
@@ -34,18 +34,18 @@ class Failure:
     @property
     def num_elements(self) -> int:
         """Elements of the tensor that is wrong, 0 if there is none."""
-        got = getattr(self.error, "got", None)
-        return 0 if got is None else got.numel()
+        actual = self.error.actual if isinstance(self.error, MismatchError) else None
+        return 0 if actual is None else actual.numel()
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The result of a search.
 
-    calls        the sizes of those that were checked (none: all were unsupported, for the reasons given)
-    shrunk       the simplest failing call; None: all were faithful
-    largest      the failing call of the same kind whose wrong tensor is largest, in which a pattern shows best
-    caveat       why `shrunk` may not be the simplest, or does not fail each time
+    calls      the sizes of the examples that were checked; empty if all were unsupported, for these `reasons`
+    simplest   the simplest failing call; None if all calls match the reference
+    largest    the failing call of the same kind whose wrong tensor is largest, and shows a pattern of errors best
+    caveat     the reason why `simplest` may not be the simplest, or does not fail each time
     """
 
     calls: Sequence[Mapping[str, Any]]
@@ -128,14 +128,14 @@ def find_failure(op: Op, impl: Impl, config: Mapping[str, Any], count: int, seco
 
 
 def largest_sizes(op: Op, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """The same example with every axis as long as it gets."""
+    """The same example with every axis at its upper bound."""
     return {**sizes, **{name: axis.high for name, axis in op.domain.items() if isinstance(axis, IntRange)}}
 
 
 def run_example(
     op: Op, impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, Any], layout: MemoryLayout
 ) -> Failure | None:
-    """How an example fails, if it does. Errors: `Unsupported`, `DeviceLost`."""
+    """The failure of an example, or None. Errors: Unsupported, DeviceLost."""
     try:
         example = shared_example(op, **sizes)
         example.check(impl, config, layout, example.call_twice)
@@ -149,7 +149,7 @@ def run_example(
 
 
 def gpu_responds() -> bool:
-    """Whether the GPU, if there is one, still answers."""
+    """True if there is no GPU, or it still responds."""
     try:
         if DEVICE == "cuda":
             torch.cuda.synchronize()

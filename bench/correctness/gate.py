@@ -1,4 +1,4 @@
-"""The gate: an implementation whose numbers are wrong gets no time. `ops`, `tune` and the peers all pass through it."""
+"""The gate before timing: an implementation whose numbers are wrong is not timed. Used by `ops`, `tune` and `peers`."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -16,18 +16,19 @@ from .failure_report import exception_line
 from .guarded_memory import MEMORY_LAYOUTS, MemoryLayout, map_tensors, tensors
 
 NUM_EXAMPLES = 12
-MAX_DRAWS = 10 * NUM_EXAMPLES  # examples an implementation may refuse before it is said to support nothing
-# A case is checked itself where float64 takes no longer than this many flops, and its arguments no more bytes.
+MAX_DRAWS = 10 * NUM_EXAMPLES  # an implementation that does not support any of so many examples supports nothing
+# The sizes of a case are checked themselves if the call takes at most so many flops, and its arguments so many bytes.
 CASE_FLOPS = {"cpu": 10**8, "cuda": 10**12}
 CASE_BYTES = {"cpu": 2**24, "cuda": 2**30}
 
 
 def gate(impl: Impl, config: Mapping[str, Any], case: Case | None = None) -> str | None:
-    """Why the implementation with this config may not be timed, in one line; None if it may.
+    """The reason, in one line, that the implementation may not be timed with this config; None if it may.
 
-    It must be faithful (guarded memory, computed budget) on random examples of the op's whole domain, the same each
-    time, in either layout by turns, and at the sizes of the case in both, if those are not too large for float64; half
-    of the examples, and the case, after a call with other values at the same addresses.
+    It must match the reference (in guarded memory, within the error budget) on random examples of the op's whole
+    domain, the same each time and alternating between both memory layouts, and at the sizes of the case in both
+    layouts, unless they are too large for float64. Half of the examples, and the case, follow a call with other values
+    at the same addresses.
     """
     reason = domain_gate(impl, tuple(sorted(config.items())))
     if reason or case is None or not fits_float64_check(case):
@@ -43,8 +44,10 @@ def gate(impl: Impl, config: Mapping[str, Any], case: Case | None = None) -> str
 
 
 def case_error_gate(impl: Impl, config: Mapping[str, Any], case: Case) -> str | None:
-    """Why the implementation may not be timed at this case, in one line: its numbers are beyond budget there. Nothing
-    else is looked at: for configs that have passed `gate`. What is too large for float64 passes.
+    """The reason, in one line, that the implementation may not be timed at this case; None if it may.
+
+    It checks only that errors are within budget, for configs that have passed `gate`. A case that is too large for
+    float64 passes.
     """
     if not fits_float64_check(case):
         return None
@@ -57,13 +60,13 @@ def case_error_gate(impl: Impl, config: Mapping[str, Any], case: Case) -> str | 
         example.check_outputs(tensors(impl(*args, config=config)), stale_outputs)
     except Unsupported as reason:
         return f"unsupported: {reason}"
-    except Exception as error:  # as in `fault`
+    except Exception as error:  # as in `find_fault`
         return exception_line(error)
     return None
 
 
 def find_fault(example: Example, impl: Impl, config: Mapping[str, Any], layout: MemoryLayout) -> str | None:
-    """What is wrong with a call, in one line. Errors: `Unsupported`."""
+    """The fault of a call in one line, or None. Errors: Unsupported."""
     try:
         example.check(impl, config, layout, example.call_twice)
     except Unsupported:
@@ -74,19 +77,19 @@ def find_fault(example: Example, impl: Impl, config: Mapping[str, Any], layout: 
 
 
 def case_example(case: Case) -> Example:
-    """The very arguments that are timed at the case, shared by all implementations."""
+    """The example with the same arguments that are timed at the case, shared by all implementations."""
     key = OPS[case.op], *case.sizes.items()
     return SHARED_EXAMPLES.get(key, lambda: Example(OPS[case.op], random_arguments(case, torch.device(DEVICE))))
 
 
 def fits_float64_check(case: Case) -> bool:
-    """Whether the case itself is checked, or the domain only."""
+    """True if the case itself is checked; otherwise only the domain is."""
     flops, size = case.cost
     return flops <= CASE_FLOPS[DEVICE] and size <= CASE_BYTES[DEVICE]
 
 
 def random_sizes(op: Op) -> Iterator[dict[str, Any]]:
-    """Random sizes from all of the domain, the same each time: first the smallest; an end of an axis is drawn often."""
+    """Endless random sizes of the domain, the same each time: the smallest first, and the ends of an axis often."""
     rng = random.Random(op.name)
     yield {**{n: d.low if isinstance(d, IntRange) else d.values[0] for n, d in op.domain.items()}, "seed": 0}
     while True:

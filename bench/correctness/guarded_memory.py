@@ -1,4 +1,4 @@
-"""Memory in which a kernel that reads or writes what it should not is seen to do so."""
+"""Guarded memory: tensors between margins of NaN, in which stray reads and writes of a kernel are detected."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,22 +12,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-# aligned   contiguous from an address that is a multiple of ALIGNED bytes on, as what is timed
-# strided   odd strides in any order of the axes, from an odd element on
-# Triton compiles a kernel of its own for each: it tells strides of 1, and multiples of 16, from other numbers.
+# aligned   contiguous, at an address that is a multiple of ALIGNMENT bytes, as in what is timed
+# strided   odd strides in any order of the axes, at an odd element
+# Triton compiles a separate kernel for each, as it specializes on strides of 1 and on multiples of 16.
 MemoryLayout = Literal["aligned", "strided"]
 MEMORY_LAYOUTS: tuple[MemoryLayout, ...] = get_args(MemoryLayout)
 ALIGNMENT = 128
 
 
 class MismatchError(AssertionError):
-    """An implementation does not do what its op means.
+    """The result of an implementation differs from that of its op.
 
-    kind      which check found it, in two or three words
-    where     the tensor that is wrong, as "output 0" or "argument k_pages"; got, want and allowed are of its shape:
-    got       what it holds
-    want      what it should hold (exact values in float64 where there is a budget)
-    allowed   how far each element may lie from that; None: not a bit may differ
+    kind          the check that failed, in two or three words
+    tensor_name   the tensor that is wrong, as "output 0" or "argument k_pages"; the following have its shape
+    actual        its values
+    expected      the values it should have, in float64 where there is a budget
+    budget        the error that each element may have; None if no bit may differ
     """
 
     def __init__(
@@ -40,17 +40,12 @@ class MismatchError(AssertionError):
         budget: Tensor | None = None,
     ):
         super().__init__(message)
-        self.kind, self.tensor_name, self.actual, self.expected, self.budget = (
-            kind,
-            tensor_name,
-            actual,
-            expected,
-            budget,
-        )
+        self.kind, self.tensor_name = kind, tensor_name
+        self.actual, self.expected, self.budget = actual, expected, budget
 
 
 def map_tensors(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same tree of tuples, dataclasses (Int4) and numbers, with fn applied to its tensors."""
+    """A copy of a tree of tuples, dataclasses (as Int4) and numbers, with fn applied to its tensors."""
     if isinstance(value, Tensor):
         return fn(value)
     if is_dataclass(value) and not isinstance(value, type):
@@ -72,13 +67,17 @@ def bit_pattern(x: Tensor) -> Tensor:
     return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(bit_pattern(x), bit_pattern(y))
+
+
 def poison(x: Tensor, integer: int) -> Tensor:
     return x.fill_(float("nan") if x.is_floating_point() else integer)
 
 
 @dataclass
 class GuardedTensor:
-    """A tensor inside a larger buffer full of NaN. `name`: of the argument it is, if it is one."""
+    """A tensor inside a larger buffer full of NaN. name: that of the argument it holds, if it is one."""
 
     view: Tensor
     buffer: Tensor
@@ -88,22 +87,21 @@ class GuardedTensor:
         self.expected = self.buffer.clone()
 
     def set_expected(self, values: Tensor) -> None:
-        """From now on the view must hold these values."""
+        """Expect these values in the view from now on."""
         self.expected.as_strided(self.view.shape, self.view.stride(), self.view.storage_offset()).copy_(values)
 
     def is_intact(self) -> bool:
-        return torch.equal(bit_pattern(self.buffer), bit_pattern(self.expected))
+        return same_bits(self.buffer, self.expected)
 
     def describe_damage(self) -> str:
-        """Which elements of the buffer are not as expected, counted from the first of the view."""
-        offsets = (bit_pattern(self.buffer) != bit_pattern(self.expected)).nonzero()[:, 0] - int(
-            self.view.storage_offset()
-        )
-        last_offset = sum((n - 1) * stride for n, stride in zip(self.view.shape, self.view.stride()))
-        return f"{len(offsets)} elements, the first at {int(offsets[0]):+}, the last at {int(offsets[-1]):+}; its own end at {last_offset:+}"
+        """The elements of the buffer that are not as expected, counted from the first element of the view."""
+        changed = (bit_pattern(self.buffer) != bit_pattern(self.expected)).nonzero()[:, 0]
+        first, last = (int(changed[i]) - int(self.view.storage_offset()) for i in (0, -1))
+        end = sum((n - 1) * stride for n, stride in zip(self.view.shape, self.view.stride()))
+        return f"{len(changed)} elements, the first at {first:+}, the last at {last:+}; its own end at {end:+}"
 
     def reads_outside(self, addresses: np.ndarray) -> bool:
-        """Whether one of the addresses lies in the buffer, but on no element of the view."""
+        """True if one of the addresses is in the buffer, but not at an element of the view."""
         offsets = addresses.astype(np.int64) - self.buffer.data_ptr()
         offsets = offsets[(offsets >= 0) & (offsets < self.buffer.nbytes)] // self.buffer.itemsize
         remainders = offsets - int(self.view.storage_offset())
@@ -132,7 +130,7 @@ def guard_tensor(x: Tensor, rng: torch.Generator, layout: MemoryLayout = "stride
 
 
 def odd_strides(x: Tensor, rng: torch.Generator) -> tuple[list[int], int]:
-    """Strides with gaps for the axes in any order, and how many elements they span at most."""
+    """Strides with gaps, for the axes in a random order, and the most elements that they span."""
     axes = torch.randperm(x.dim(), generator=rng).tolist() if x.dim() else []  # outermost axis first
     gaps = torch.randint(1, 3, (x.dim(),), generator=rng).tolist()
     strides, size = [0] * x.dim(), 1
@@ -172,7 +170,7 @@ def guarded_allocations(arguments: Sequence[GuardedTensor] = ()) -> Iterator[Non
     """Inside, every tensor torch allocates starts as NaN and lies between margins that must be intact at the end.
 
     Interpreted kernels may not even read between or around the elements of those tensors and of the arguments.
-    Errors: `Unfaithful`.
+    Errors: MismatchError.
     """
     violations: list[GuardedTensor] = []
     masked_load = interpreter.InterpreterBuilder.create_masked_load
@@ -195,6 +193,5 @@ def guarded_allocations(arguments: Sequence[GuardedTensor] = ()) -> Iterator[Non
         allocation.set_expected(allocation.view)
         if not allocation.is_intact():
             shape = list(allocation.view.shape)
-            raise MismatchError(
-                "wrote outside", f"wrote outside a tensor of shape {shape} it allocated: {allocation.describe_damage()}"
-            )
+            message = f"wrote outside a tensor of shape {shape} it allocated: {allocation.describe_damage()}"
+            raise MismatchError("wrote outside", message)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vila_triton.files.reading import require_file, short_repr
-from vila_triton.ops import Int4, QuantizedKVPages
+from vila_triton.ops import Int4, PagedKV, QuantizedKVPages, RaggedBatch
 from vila_triton.registry import OPS, Impl, Op, describe_available, discover
 
 from ..measure.rows import stamp
@@ -92,13 +92,13 @@ def save(
     torch.save({"format": FORMAT, **dict(zip(FIELDS, values))}, file)
 
 
-LEAF_TYPES = (Int4, QuantizedKVPages)
+LEAF_TYPES = (Int4, QuantizedKVPages, PagedKV, RaggedBatch)
 
 
 def to_plain(value: Any) -> Any:
-    """The tree with its quantised leaves as dictionaries, from which their names tell them apart."""
+    """The tree with its dataclasses as dictionaries, from which the names of their fields tell them apart."""
     if isinstance(value, LEAF_TYPES):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
+        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
     return type(value)(map(to_plain, value)) if isinstance(value, tuple | list) else value
 
 
@@ -112,7 +112,7 @@ def from_plain(value: Any) -> Any:
         leaf_type = next((leaf for leaf in LEAF_TYPES if {field.name for field in fields(leaf)} == set(value)), None)
         if leaf_type is None:
             raise BundleError(
-                f"an argument is a dictionary of {sorted(map(str, value))}, expected an int4 weight or quantised pages"
+                f"an argument is a dictionary of {sorted(map(str, value))}, expected an int4 weight, quantized pages, a PagedKV or a RaggedBatch"
             )
         return leaf_type(**{name: from_plain(x) for name, x in value.items()})
     if isinstance(value, tuple | list):

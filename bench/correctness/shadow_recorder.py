@@ -1,7 +1,7 @@
-"""A candidate beside the implementation that a model runs: at every call both, and how far their results lie apart.
+"""Run a candidate in the shadow of the implementation that a model runs, and compare their results at every call.
 
-Calls are named after the weight among their arguments, by its path in the params tree; a call without one after the
-layer whose weight was used last.
+A call is named after the weight among its arguments, by its path in the params tree; a call without one is named after
+the layer whose weight was used last.
 """
 
 import math
@@ -23,23 +23,23 @@ from vila_triton.registry import OPS, Impl, Op, discover
 from .error_budget import DEVICE, error_budget, error_over_budget, float64_reference
 from .failure_report import exception_line
 from .gate import CASE_BYTES
-from .guarded_memory import bit_pattern, map_tensors, tensors
+from .guarded_memory import bit_pattern, map_tensors, same_bits, tensors
 
-ULP_BUCKET_ENDS = (0, 1, 3, 7, 63)  # the last of each bucket of the histogram but the last two: more, and NaN
+ULP_BUCKET_ENDS = (0, 1, 3, 7, 63)  # upper ends of the buckets but the last two, which are more, and NaN
 ULP_BUCKETS = ("0", "1", "2-3", "4-7", "8-63", "64+", "NaN")
-BUDGET_CALLS, BUDGET_SECONDS = 20, 10.0  # a budget takes about so many references in float64, and may take so long
+BUDGET_CALLS, BUDGET_SECONDS = 20, 10.0  # a budget runs the float64 reference about so often, and may take so long
 
 
 @dataclass
 class LayerComparison:
-    """What was seen of one layer over all its calls.
+    """The comparison of one layer over all its calls.
 
-    ulps       how many elements lie how many steps of their dtype from the incumbent's, by bucket
-    relative   the worst call's |candidate - incumbent| / |incumbent|, over all elements
+    ulps       the number of elements by their distance from the incumbent's, in units in the last place
+    relative   |candidate - incumbent| / |incumbent| over all elements of the worst call
     largest    the largest difference of an element
-    times      the worst element of the calls that were checked, in times its budget; None if none could be checked
-    unchecked  why, the last time that one could not
-    failure    what went wrong with a call that gave no result to compare
+    times      the worst element of the calls that were checked, in multiples of its budget; None if none was checked
+    unchecked  the reason why the last call that was not checked could not be
+    failure    the failure of a call that gave no result to compare
     """
 
     calls: int = 0
@@ -55,7 +55,7 @@ class LayerComparison:
         return bool(self.failure) or (self.times or 0.0) > 1
 
     def add(self, outputs: Sequence[Tensor], result: Sequence[Tensor]) -> float:
-        """Count the differences of one call; its relative error."""
+        """Add the differences of one call, and return its relative error."""
         squared_error, squared_norm = 0.0, 0.0  # sums of squares
         for got, want in zip(outputs, result):
             self.ulps.update(ulp_histogram(got, want))
@@ -69,12 +69,12 @@ class LayerComparison:
 
 
 class BudgetUnaffordable(Exception):
-    """A budget is not affordable, for the reason given."""
+    """The error budget of a call takes too long to compute."""
 
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """The worst call so far, with its arguments as they were before it."""
+    """A call of the candidate, with its arguments as they were before it."""
 
     name: str
     phase: str
@@ -84,7 +84,8 @@ class RecordedCall:
 
 
 def weight_paths(tree: Any, path: str = "") -> Iterator[tuple[int, str]]:
-    """(address, path) of every leaf of a params tree; what a linear map or norm holds goes by the name of that."""
+    """(address, path) of every tensor of a params tree; those of a linear or norm have the path of the linear or
+    norm."""
     if isinstance(tree, Tensor):
         yield tree.data_ptr(), path
     elif isinstance(tree, tuple):
@@ -97,24 +98,22 @@ def weight_paths(tree: Any, path: str = "") -> Iterator[tuple[int, str]]:
 
 
 class ShadowRecorder:
-    """Watches the calls of one op inside `watching`; `lines` by the name of the layer, in the order they first ran."""
+    """Compares the calls of one op inside `recording`; `layers` by name, in the order in which they first ran."""
 
     def __init__(self, op: Op, candidate: Impl, tree: Any, name_filters: Sequence[str] = ()):
         self.op, self.candidate, self.name_filters = op, candidate, name_filters
         self.paths = dict(weight_paths(tree))
         self.layers: dict[str, LayerComparison] = {}
-        self.largest_checked: dict[
-            str, float
-        ] = {}  # of each layer the largest relative error of a call that was checked
+        self.largest_checked: dict[str, float] = {}  # by layer, the largest relative error of a checked call
         self.worst: RecordedCall | None = None
-        self.first_failure = ""  # the first call, in time, that was wrong
+        self.first_failure = ""  # the name of the earliest failing call
         self.phase = "prefill"
         self.last_weight_path = ""  # the path of the weight used last, by any op
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Inside, every implementation of the op runs the candidate too; choices and results stay as they are."""
-        discover()  # what is found later would go unwatched
+        """Inside, every implementation of the op also runs the candidate; choices and results do not change."""
+        discover()  # those discovered later would not be recorded
         original_impls = {name: dict(op.impls) for name, op in OPS.items()}
         for op in OPS.values():
             op.impls.update({name: self.wrap_impl(impl) for name, impl in op.impls.items()})
@@ -146,7 +145,7 @@ class ShadowRecorder:
         return self.weight_path(args) or (layer.group() if layer else self.last_weight_path or self.op.name)
 
     def compare(self, name: str, args_before: tuple, result: list[Tensor], args_after: list[Tensor]) -> None:
-        """Run the candidate on the arguments as they were, and keep how its results and arguments differ."""
+        """Run the candidate on the same arguments, and record the differences of its results and of its arguments."""
         layer = self.layers.setdefault(name, LayerComparison())
         layer.calls += 1
         args = map_tensors(torch.clone, args_before)
@@ -163,7 +162,7 @@ class ShadowRecorder:
             if relative > self.largest_checked.get(name, -1.0):
                 self.largest_checked[name] = relative
                 multiple = self.budget_multiple(layer, args_before, outputs)
-            if any(not torch.equal(bit_pattern(x), bit_pattern(y)) for x, y in zip(tensors(args), args_after)):
+            if not all(map(same_bits, tensors(args), args_after)):
                 failure = "leaves its arguments otherwise"
         failure = failure or ("" if got == expected else f"returned {got}, expected {expected}")
         layer.failure = layer.failure or (f"{self.phase}: {failure}" if failure else "")
@@ -174,7 +173,8 @@ class ShadowRecorder:
             self.worst = RecordedCall(name, self.phase, args_before, config, severity)
 
     def budget_multiple(self, layer: LayerComparison, args_before: tuple, outputs: list[Tensor]) -> float:
-        """How many times its budget the worst element is off; 0 if that is not known, and the line says why."""
+        """The error of the worst element as a multiple of its budget; 0 if that is unknown, with the reason in
+        `layer`."""
         try:
             exact, budgets = self.exact_and_budgets(args_before)
         except (BudgetUnaffordable, AssertionError) as reason:  # an assertion: the reference is not finite
@@ -188,7 +188,7 @@ class ShadowRecorder:
         return multiple
 
     def exact_and_budgets(self, args: tuple) -> tuple[list[Tensor], Sequence[Tensor | None]]:
-        """What the op should return for these arguments, and the budget (None: not a bit may differ)."""
+        """The exact outputs of the op, and their budgets, None if no bit may differ. Errors: BudgetUnaffordable."""
         if self.op.bitwise_exact:
             exact = tensors(self.op.reference(*map_tensors(torch.clone, args)))
             return exact, [None] * len(exact)
@@ -208,7 +208,7 @@ def absolute_difference(got: Tensor, want: Tensor) -> Tensor:
 
 
 def ulp_histogram(got: Tensor, want: Tensor) -> dict[str, int]:
-    """Elements by the number of representable values from one to the other, in the buckets of `BUCKETS`."""
+    """Elements by the number of representable values from one to the other, in the buckets of `ULP_BUCKETS`."""
     integers = [bit_pattern(x).long() for x in (got, want)]
     low = -(2 ** (8 * got.element_size() - 1))
     ranks = [torch.where(x < 0, low - x, x) for x in integers]  # in the order of the numbers; 0 and -0 are the same

@@ -1,17 +1,23 @@
-"""Other libraries' kernels as implementations of our ops, to time ours against. Nothing but the bench imports them.
+"""Other libraries' kernels as implementations of our ops, to time ours against. Only the bench imports them.
 
-    from bench.peers import discover
-    unusable = discover()             # registers what is installed and can run; says why the others cannot
-    python -m bench.peers             # the same as a table, with what the property test says of each
+    from bench.peers import discover_peers
+    unusable = discover_peers()       # registers what is installed and can run; returns why the others cannot
+    python -m bench.peers             # the same as a table, with the verdict of the property test on each
 
-One file a library; its docstring gives the pip command. The libraries are no extra of pyproject.toml: most pin versions
-of torch, triton or transformers that contradict ours and each other's, so they are installed with `--no-deps`, best
-into a folder of their own that PYTHONPATH names. No code of theirs is here, only calls. Where a library imports half a
-serving engine on its way to a kernel, only the file of the kernel is imported (`borrow`).
+A library has one file, whose docstring gives the pip command. The libraries are no extra of pyproject.toml, as most pin
+versions of torch, triton or transformers that contradict ours and each other's: install them with `--no-deps`, best
+into a folder of their own that PYTHONPATH names. These files contain calls and no code of the libraries. Where a
+package would import half a serving engine on its way to a kernel, only the file of the kernel is imported.
 
-A peer is an implementation like any other: the gate refuses it a time if its numbers are wrong, and what it cannot do
-raises `Unsupported` before anything is launched. What it needs in a layout of its own is converted once for each weight
-or batch (`prepared`), at the first call, and so is not timed.
+A peer is an implementation like any other: the gate refuses to time it if its numbers are wrong, and a call that it
+does not support raises `Unsupported` before anything is launched. A weight or batch that it needs in a layout of its
+own is converted once, at the first call, and so is not timed.
+
+    _awq                 our int4 weight in AutoAWQ's layout, and the calls that int4 peers are compared in
+    _cached_conversion   conversions to a library's layout, remembered for the tensors they came from
+    _import_file         one module of a library, imported without its packages
+    _offline             a library's launchers on a machine without a GPU
+    _paged               our KV pages as the pages of another size
 """
 
 import importlib
@@ -24,12 +30,12 @@ __all__ = ["PeerUnavailable", "discover_peers", "peer_names"]
 
 
 def peer_names() -> list[str]:
-    """The libraries there are files for; each is also the name of its implementations."""
+    """The libraries that have a file here; each name is also that of its implementations."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
 def discover_peers() -> dict[str, str]:
-    """Import every peer, so that it attaches its implementations; {peer: why not} of those that cannot be used here."""
+    """Import every peer, which registers its implementations; {peer: reason} of those that cannot be used here."""
     unusable = {}
     for name in peer_names():
         try:

@@ -1,4 +1,4 @@
-"""The peers, what each is an implementation of, and what the property test says of it on this machine.
+"""List the peers, their implementations, and the verdict of the property test on each on this machine.
 
 python -m bench.peers                          # TRITON_INTERPRET=1 before it where there is no GPU
 python -m bench.peers gemlite sglang           # only these

@@ -1,4 +1,4 @@
-"""What a library wants in its own form, made once and kept as long as what it was made from."""
+"""Conversions to a library's own layout, made once and kept as long as the tensors they were made from."""
 
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -12,10 +12,10 @@ _conversions: Any = WeakIdKeyDictionary()
 
 
 def convert_once(convert: Callable[..., Any], first: Any, *others: Any, **options: Hashable) -> Any:
-    """convert(first, *rest, **options), remembered for these very objects (weights, tensors) until torch writes into
-    one of them, and forgotten with the first of them.
+    """convert(first, *others, **options), remembered for these very objects (weights, tensors) until torch writes into
+    one of them, and dropped with the first of them.
 
-    What comes out may not refer to `first`, or neither would ever be freed.
+    The result may not refer to `first`, or neither would ever be freed.
     """
     conversions = _conversions.setdefault(first, {})
     key = convert, *sorted(options.items())

@@ -1,4 +1,4 @@
-"""One file of an installed library, without the packages around it."""
+"""Import one file of an installed library, without the packages around it."""
 
 import importlib
 import importlib.util
@@ -16,20 +16,18 @@ class PeerUnavailable(ImportError):
 
 
 def import_single_file(name: str, **stubs: dict) -> ModuleType:
-    """Import the module `name` of a library whose packages are not executed, only searched.
+    """Import the module `name` of a library; its packages are searched, but their `__init__` is not executed.
 
-    stubs  dotted name (with "__" for ".") -> the names a module has that stands in for the library's own
+    stubs  dotted name (with "__" for ".") -> names of a module that replaces the library's own
     Errors: ModuleNotFoundError if the library is not installed.
 
-    So a kernel is had without what its package imports on the way. Modules of the library that the file itself imports
-    are found as usual. Nothing stays in `sys.modules`, where it would be taken for the whole library.
+    Modules of the library that the file itself imports are found as usual. Nothing stays in `sys.modules`, where it
+    would be taken for the whole library.
     """
     root = name.partition(".")[0]
     if importlib.util.find_spec(root) is None:
         raise ModuleNotFoundError(f"No module named {root!r}", name=root)
-    saved_modules = {
-        module_name: module for module_name, module in sys.modules.items() if is_submodule(module_name, root)
-    }
+    saved_modules = {key: module for key, module in sys.modules.items() if is_submodule(key, root)}
     for key in saved_modules:
         del sys.modules[key]
     finder = _EmptyPackageFinder(root)
@@ -69,6 +67,6 @@ class _EmptyPackageFinder:
 
 
 def require_cuda(peer: str) -> None:
-    """Unusable unless there is a GPU for kernels that are neither Triton nor compiled for a CPU."""
+    """PeerUnavailable unless there is a GPU, for kernels that are neither Triton nor compiled for a CPU."""
     if not torch.cuda.is_available():
         raise PeerUnavailable(f"{peer} needs a CUDA GPU, and torch sees none")

@@ -18,7 +18,7 @@ from vila_triton.registry import Unsupported
 
 from ..compiler.gpus import TARGETS
 
-# By CUDA architecture, one of it, and its multiprocessors.
+# By CUDA architecture: the name of a GPU, and its multiprocessors.
 GPUS = {
     80: ("NVIDIA A100", 108),
     89: ("NVIDIA GeForce RTX 4090", 128),
@@ -31,15 +31,15 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 def check_tensors(
     peer: str, x: Tensor, *others: KVPages, dtypes: Sequence[torch.dtype] = HALF_DTYPES, interpreted: bool = True
 ) -> None:
-    """Unsupported unless a launcher can run on these tensors, which have one dtype.
+    """Unsupported unless a launcher can run on these tensors, which must have one dtype.
 
-    `interpreted` says whether Triton's interpreter can run its kernels.
+    interpreted: Triton's interpreter can run its kernels.
     """
     if x.dtype not in dtypes:
         raise Unsupported(f"{peer}: {x.dtype} is not one of {', '.join(map(str, dtypes))}")
     for y in others:
         if not isinstance(y, Tensor):
-            raise Unsupported(f"{peer}: does not read our quantised pages")
+            raise Unsupported(f"{peer}: does not read our quantized pages")
         if y.dtype != x.dtype:
             raise Unsupported(f"{peer}: does not mix {x.dtype} and {y.dtype}")
     if x.device.type == "cpu" and not (interpreted and knobs.runtime.interpret):
@@ -54,7 +54,7 @@ def check_tensors(
 def check_plain_attention(peer: str, numerics: str, return_lse: bool) -> None:
     """Unsupported if a call asks for more than the result of attention."""
     if numerics != "fast":
-        raise Unsupported(f"{peer}: does not promise what the policy {numerics!r} does")
+        raise Unsupported(f"{peer}: does not promise what the numerics {numerics!r} do")
     if return_lse:
         raise Unsupported(f"{peer}: is called without its log-sum-exp")
 
@@ -69,10 +69,10 @@ def active_driver() -> Any:
 
 @contextmanager
 def fake_gpu(x: Tensor | None = None) -> Iterator[None]:
-    """Inside, a launcher that asks about its GPU is answered, and takes the first config rather than time them all.
+    """Inside, questions of a launcher about its GPU are answered, and it takes its first config instead of timing all.
 
-    Only where x lies on no GPU (without x: where there is none); else nothing changes. The GPU told of is that which
-    Triton compiles for, and an A100 if kernels are interpreted. Errors: Unsupported if it is not one of `GPUS`.
+    This applies only where x is not on a GPU (without x: where there is none); else nothing changes. The GPU is the one
+    that Triton compiles for, and an A100 if kernels are interpreted. Errors: Unsupported if it is not one of `GPUS`.
     """
     if torch.cuda.is_available() if x is None else x.is_cuda:
         yield
@@ -112,7 +112,7 @@ def fake_gpu(x: Tensor | None = None) -> Iterator[None]:
 def use_first_config(change: Callable[[Config], Config] | None = None) -> Iterator[None]:
     """Inside, `triton.autotune` times nothing: the first config that the library's own pruning leaves is taken.
 
-    `change` makes of the library's first config the only one that there is to prune.
+    change: makes from the library's first config the only one that there is to prune.
     """
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:

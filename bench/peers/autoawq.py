@@ -1,4 +1,4 @@
-"""AutoAWQ's Triton GEMM, used as its `WQLinear_GEMM` does: fused below 1024 rows, else dequantised and given to torch.
+"""AutoAWQ's Triton GEMM, used as its `WQLinear_GEMM` does: fused below 1024 rows, else dequantized and given to torch.
 
     pip install --no-deps --no-build-isolation autoawq==0.2.9
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry import Unsupported
 
-from ._awq import AwqTensors, check_plain_call, pad_rows, to_awq_layout
+from ._awq import check_plain_call, to_awq_layout
 from ._cached_conversion import convert_once
 from ._import_file import import_single_file
 from ._offline import check_tensors, fake_gpu
@@ -20,10 +20,6 @@ from ._offline import check_tensors, fake_gpu
 gemm = import_single_file("awq.modules.triton.gemm")
 MIN_DENSE_ROWS = 1024
 SPLIT_K = 8
-
-
-def pack_weight(w: Int4) -> AwqTensors:
-    return to_awq_layout(pad_rows(w, 8))
 
 
 @int4_matmul.impl("autoawq")
@@ -35,7 +31,7 @@ def int4_matmul_autoawq(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tenso
             f"autoawq: the group is {w.group_size}, supported are {gemm.AWQ_TRITON_SUPPORTED_GROUP_SIZES}"
         )
     n, k = w.shape
-    qweight, qzeros, scales = convert_once(pack_weight, w)
+    qweight, qzeros, scales = convert_once(to_awq_layout, w, row_multiple=8)
     rows = x.reshape(-1, k).contiguous()  # [m, k]
     with fake_gpu(x):
         if len(rows) >= MIN_DENSE_ROWS:

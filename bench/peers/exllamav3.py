@@ -1,10 +1,10 @@
-"""exllamav3's Triton attention: over pages in prefill and decode, and over sequences end to end for pictures.
+"""exllamav3's Triton attention: over pages in prefill and decode, and over ragged sequences for images.
 
     pip install --no-deps exllamav3==1.6.5
 
 Only the file of the kernels is imported, since the package builds a CUDA extension. float16. It reads our pages and
-block table as they are. Prefill takes batches whose sequences have the same number of new tokens; whether they have is
-asked once and not timed.
+block table as they are. Prefill takes batches whose sequences have the same number of new tokens; this is
+checked once and not timed.
 """
 
 from contextlib import ExitStack
@@ -13,18 +13,19 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from vila_triton.ops import decode_attention, encoder_attention, prefill_attention
+from vila_triton.ops import PagedKV, RaggedBatch, decode_attention, encoder_attention, prefill_attention
 from vila_triton.registry import Unsupported
 
 from ._cached_conversion import convert_once
 from ._import_file import import_single_file
 from ._offline import check_plain_attention, check_tensors, fake_gpu
+from ._repage import plain_pages
 
 paged = import_single_file("exllamav3.modules.attention_fn.triton_paged")
 
 
 def fake_gpu_checks(x: Tensor) -> ExitStack:
-    """What the library checks and measures on its GPU, left out if x lies on none."""
+    """Inside, the library neither checks nor measures on its GPU if x is on none."""
     stack = ExitStack()
     stack.enter_context(fake_gpu(x))
     if not x.is_cuda:
@@ -36,7 +37,7 @@ def fake_gpu_checks(x: Tensor) -> ExitStack:
 
 
 def has_equal_chunks(query_start_loc: Tensor) -> bool:
-    """Whether all sequences have as many new tokens. Waits for the device."""
+    """True if all sequences have the same number of new tokens. Waits for the device."""
     return query_start_loc.is_meta or len(query_start_loc.diff().unique()) <= 1
 
 
@@ -45,28 +46,26 @@ def prefill_attention_exllamav3(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    context_lens: Tensor,
+    cache: PagedKV,
+    batch: RaggedBatch,
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
     check_plain_attention("exllamav3", numerics, return_lse)
+    k_pages, v_pages = plain_pages("exllamav3", cache)
     check_tensors("exllamav3", q, k_pages, v_pages, dtypes=[torch.float16])
-    if not convert_once(has_equal_chunks, query_start_loc):
+    if not convert_once(has_equal_chunks, batch.query_start_loc):
         raise Unsupported("exllamav3: the sequences have different numbers of new tokens")
-    b = len(context_lens)
-    chunks = (x.contiguous().unflatten(0, (b, -1)) for x in (q, k, v))  # [b, s/b, h or g, d]
-    queries, keys, values = chunks
+    queries, keys, values = (
+        x.contiguous().unflatten(0, (batch.num_seqs, -1)) for x in (q, k, v)
+    )  # [b, s/b, h or g, d]
     with fake_gpu_checks(q):
         out = paged.paged_attn_triton_prefill(
             queries,
             None,
             None,
-            *(x.contiguous() for x in (k_pages, v_pages, block_table, context_lens)),
+            *(x.contiguous() for x in (k_pages, v_pages, cache.block_table, batch.context_lens)),
             causal=True,
             softmax_scale=softmax_scale,
             k_new=keys,
@@ -78,22 +77,21 @@ def prefill_attention_exllamav3(
 @decode_attention.impl("exllamav3")
 def decode_attention_exllamav3(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
+    cache: PagedKV,
     seq_lens: Tensor,
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
     check_plain_attention("exllamav3", numerics, return_lse)
+    k_pages, v_pages = plain_pages("exllamav3", cache)
     check_tensors("exllamav3", q, k_pages, v_pages, dtypes=[torch.float16])
     with fake_gpu_checks(q):
         return paged.paged_attn_triton_decode(
             q.contiguous()[:, None],  # [b, 1, h, d]
             None,
             None,
-            *(x.contiguous() for x in (k_pages, v_pages, block_table, seq_lens)),
+            *(x.contiguous() for x in (k_pages, v_pages, cache.block_table, seq_lens)),
             softmax_scale=softmax_scale,
         )[:, 0]
 
@@ -108,6 +106,6 @@ def encoder_attention_exllamav3(q: Tensor, k: Tensor, v: Tensor, softmax_scale: 
 
 
 def image_offsets(q: Tensor) -> Tensor:
-    """Where each picture begins in the positions of all: [b+1] int32."""
+    """Offsets of the images [b, s, h, d] in all their positions, end to end: [b+1] int32."""
     b, s = q.shape[:2]
     return torch.arange(0, (b + 1) * s, s, device=q.device, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""flash-attn 2: CUDA, with a page length that is a multiple of 256.
+"""flash-attn 2: CUDA, with a page size that is a multiple of 256.
 
     pip install --no-deps --no-build-isolation flash-attn      # compiles for long; or a wheel of the project's releases
 
@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.ops import decode_attention, encoder_attention, prefill_attention
+from vila_triton.ops import PagedKV, RaggedBatch, decode_attention, encoder_attention, prefill_attention
 from vila_triton.registry import Unsupported
 
 from ._cached_conversion import convert_once
 from ._import_file import require_cuda
 from ._offline import check_plain_attention, check_tensors
-from ._paged import repage
+from ._repage import plain_pages, repage
 
 flash_attn: Any = import_module("flash_attn")
 require_cuda("flash-attn")
@@ -46,7 +46,7 @@ class RepagedKV(NamedTuple):
 def repage_for_flash_attn(
     block_table: Tensor, k_pages: Tensor, v_pages: Tensor, seq_lens: Tensor, *new: Tensor
 ) -> RepagedKV:
-    """new: k, v and query_start, if there are tokens that are not in the pages."""
+    """new: k, v and query_start_loc, if there are tokens that are not in the pages."""
     repaged = repage(PAGE_SIZE, k_pages, v_pages, block_table, seq_lens, *new)
     cu_seqlens = F.pad(repaged.seq_lens.cumsum(0), (1, 0)).to(k_pages.device, torch.int32)
     return RepagedKV(repaged.k_pages, repaged.v_pages, repaged.block_table(), cu_seqlens, int(repaged.seq_lens.max()))
@@ -62,25 +62,24 @@ def prefill_attention_flash_attn(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    context_lens: Tensor,
+    cache: PagedKV,
+    batch: RaggedBatch,
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
     check_plain_attention("flash_attn", numerics, return_lse)
+    k_pages, v_pages = plain_pages("flash_attn", cache)
     check_heads(q, k_pages, v_pages)
-    kv = convert_once(repage_for_flash_attn, block_table, k_pages, v_pages, context_lens, k, v, query_start_loc)
+    tensors = (cache.block_table, k_pages, v_pages, batch.context_lens, k, v, batch.query_start_loc)
+    kv = convert_once(repage_for_flash_attn, *tensors)
     return flash_attn.flash_attn_varlen_func(
         q.contiguous(),
         kv.k_pages,
         kv.v_pages,
-        cu_seqlens_q=query_start_loc.contiguous(),
+        cu_seqlens_q=batch.query_start_loc.contiguous(),
         cu_seqlens_k=kv.start,
-        max_seqlen_q=convert_once(max_query_len, query_start_loc),
+        max_seqlen_q=convert_once(max_query_len, batch.query_start_loc),
         max_seqlen_k=kv.longest,
         softmax_scale=softmax_scale,
         causal=True,
@@ -91,17 +90,16 @@ def prefill_attention_flash_attn(
 @decode_attention.impl("flash_attn")
 def decode_attention_flash_attn(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
+    cache: PagedKV,
     seq_lens: Tensor,
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
     check_plain_attention("flash_attn", numerics, return_lse)
+    k_pages, v_pages = plain_pages("flash_attn", cache)
     check_heads(q, k_pages, v_pages)
-    kv = convert_once(repage_for_flash_attn, block_table, k_pages, v_pages, seq_lens)
+    kv = convert_once(repage_for_flash_attn, cache.block_table, k_pages, v_pages, seq_lens)
     return flash_attn.flash_attn_with_kvcache(
         q.contiguous()[:, None],  # [b, 1, h, d]
         kv.k_pages,

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.ops import decode_attention, prefill_attention
+from vila_triton.ops import PagedKV, RaggedBatch, decode_attention, prefill_attention
 from vila_triton.registry import Unsupported
 
 from ._cached_conversion import convert_once
 from ._import_file import require_cuda
 from ._offline import check_plain_attention, check_tensors
-from ._paged import repage
+from ._repage import plain_pages, repage
 
 flashinfer: Any = import_module("flashinfer")
 require_cuda("flashinfer")
@@ -106,34 +106,31 @@ def prefill_attention_flashinfer(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    context_lens: Tensor,
+    cache: PagedKV,
+    batch: RaggedBatch,
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
     check_plain_attention("flashinfer", numerics, return_lse)
+    k_pages, v_pages = plain_pages("flashinfer", cache)
     check_heads(q, k_pages, v_pages)
-    inputs = (block_table, context_lens, q, k, v, k_pages, v_pages, query_start_loc)
-    wrapper, *pages = convert_once(plan_prefill, *inputs, scale=softmax_scale)
+    inputs = (cache.block_table, batch.context_lens, q, k, v, k_pages, v_pages, batch.query_start_loc)
+    wrapper, *pages = convert_once(plan_prefill, *inputs, softmax_scale=softmax_scale)
     return wrapper.run(q.contiguous(), tuple(pages))
 
 
 @decode_attention.impl("flashinfer")
 def decode_attention_flashinfer(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
+    cache: PagedKV,
     seq_lens: Tensor,
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
     check_plain_attention("flashinfer", numerics, return_lse)
+    k_pages, v_pages = plain_pages("flashinfer", cache)
     check_heads(q, k_pages, v_pages)
-    wrapper = convert_once(plan_decode, block_table, seq_lens, q, k_pages, scale=softmax_scale)
+    wrapper = convert_once(plan_decode, cache.block_table, seq_lens, q, k_pages, softmax_scale=softmax_scale)
     return wrapper.run(q.contiguous(), (k_pages.contiguous(), v_pages.contiguous()))

@@ -11,7 +11,7 @@ shapes included).
 
 float16 and bfloat16 (its float32 products are TF32); groups are multiples of 32; n is padded to a multiple of 128, as
 it is in every released model. It loads scales and zeros without a mask, past the last group too, where 0 · NaN would
-spoil a sum; so ours are followed by zeros. Without a GPU it is told of the one Triton compiles for, and reads the
+spoil a sum; so ours are followed by zeros. Without a GPU it sees the one that Triton compiles for, and reads the
 configs shipped for that.
 """
 
@@ -44,13 +44,11 @@ with fake_gpu():
 
 CONFIGS = [{"tune": False}, {"tune": True}]
 DTYPES = {torch.float16: gemlite.DType.FP16, torch.bfloat16: gemlite.DType.BF16}
-PADDING_GROUPS = (
-    32  # rows of scales and zeros after the last group: k is split 16 ways at most, and a tile is 1024 wide
-)
+PADDING_GROUPS = 32  # rows after the last group: k is split 16 ways at most, and a tile is 1024 wide
 
 
 def to_gemlite_layer(w: Int4, output_dtype: Any) -> Any:
-    """The library's own linear layer with this weight; `output`: the dtype it returns, else that of the weight."""
+    """The library's own linear layer with this weight. output_dtype: None for the dtype of the weight."""
     w = pad_rows(w, 128)
     n, k = w.shape
     dtype = DTYPES[w.scales.dtype]
@@ -69,7 +67,7 @@ def read_shipped_configs(file: str | None) -> dict:
 
 @contextmanager
 def fake_gpu_queries(x: Tensor) -> Iterator[None]:
-    """What the library asked of its GPU when it was imported, asked again if x lies on none."""
+    """Inside, if x is on no GPU, the library uses fresh answers to what it asked its GPU when it was imported."""
     with fake_gpu(x):
         if x.is_cuda:
             yield
@@ -103,7 +101,7 @@ def override_config(config: triton.Config, tile: Mapping[str, int]) -> triton.Co
 
 @contextmanager
 def select_config(tune: bool, tile: Mapping[str, int]) -> Iterator[None]:
-    """The tile, or what `tune` says."""
+    """Inside, the library runs the tile if there is one, else the config that `tune` stands for."""
     if tune:
         yield
         return
@@ -127,7 +125,7 @@ def run_gemlite(
     if tune and tile:
         raise ValueError(f"gemlite: tune and a tile ({', '.join(tile)}) exclude one another")
     with fake_gpu_queries(x), select_config(tune, tile):
-        layer = convert_once(to_gemlite_layer, w, output=output_dtype)
+        layer = convert_once(to_gemlite_layer, w, output_dtype=output_dtype)
         # The function under its custom op, since on tensors without data the op itself only tells its shape.
         out = core.forward_functional._init_fn(x.reshape(-1, k), None, layer.get_tensor_args(), layer.get_meta_args())
     return out[:, :n].reshape(*x.shape[:-1], n)

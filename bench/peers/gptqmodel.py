@@ -12,17 +12,13 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry import Unsupported
 
-from ._awq import AwqTensors, check_plain_call, pad_rows, to_awq_layout
+from ._awq import check_plain_call, to_awq_layout
 from ._cached_conversion import convert_once
 from ._import_file import import_single_file
 from ._offline import check_tensors, fake_gpu
 
 gemm = import_single_file("gptqmodel.quantization.awq.modules.triton.gemm")
 scheduler = import_single_file("gptqmodel.quantization.awq.modules.triton.scheduler")
-
-
-def pack_weight(w: Int4) -> AwqTensors:
-    return to_awq_layout(pad_rows(w, 8))
 
 
 @int4_matmul.impl("gptqmodel")
@@ -32,7 +28,7 @@ def int4_matmul_gptqmodel(x: Tensor, w: Int4, bias: Tensor | None = None) -> Ten
     if w.group_size not in scheduler.SUPPORTED_GROUP_SIZES:
         raise Unsupported(f"gptqmodel: the group is {w.group_size}, supported are {scheduler.SUPPORTED_GROUP_SIZES}")
     n, k = w.shape
-    qweight, qzeros, scales = convert_once(pack_weight, w)
+    qweight, qzeros, scales = convert_once(to_awq_layout, w, row_multiple=8)
     rows = x.reshape(-1, k).contiguous()  # [m, k]
     with fake_gpu(x):
         plan = scheduler.select_awq_triton_plan(

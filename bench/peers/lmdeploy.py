@@ -13,16 +13,12 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry import Unsupported
 
-from ._awq import AwqTensors, check_plain_call, pad_rows, to_awq_layout
+from ._awq import check_plain_call, to_awq_layout
 from ._cached_conversion import convert_once
 from ._import_file import import_single_file
 from ._offline import check_tensors, fake_gpu
 
 kernels = import_single_file("lmdeploy.pytorch.kernels.cuda.awq_kernels")
-
-
-def pack_weight(w: Int4) -> AwqTensors:
-    return to_awq_layout(pad_rows(w, 128))
 
 
 @int4_matmul.impl("lmdeploy")
@@ -34,7 +30,7 @@ def int4_matmul_lmdeploy(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tens
             f"lmdeploy: the group is {w.group_size}, but its block of k is a group, a power of two from 16"
         )
     n, k = w.shape
-    qweight, qzeros, scales = convert_once(pack_weight, w)
+    qweight, qzeros, scales = convert_once(to_awq_layout, w, row_multiple=128)
     with fake_gpu(x):
         out = kernels.awq_linear(x.reshape(-1, k).contiguous(), qweight, scales, qzeros)
     return out[:, :n].reshape(*x.shape[:-1], n)

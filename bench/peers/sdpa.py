@@ -1,6 +1,6 @@
-"""torch's `scaled_dot_product_attention`, one of its back ends at a time, on the same tokens without pages.
+"""torch's `scaled_dot_product_attention`, one of its backends at a time, on the same tokens without pages.
 
-Nothing to install. One sequence: "sdpa_flash" and "sdpa_cudnn" in prefill without a history, since these back ends take
+Nothing to install. One sequence: "sdpa_flash" and "sdpa_cudnn" in prefill without a context, since these backends take
 no mask but the usual triangle, and the flash one in decoding. Gathering the tokens out of the pages is not timed.
 """
 
@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vila_triton.ops import KVPages, decode_attention, prefill_attention
-from vila_triton.ops.kv_write import gather_tokens
+from vila_triton.ops import PagedKV, RaggedBatch, decode_attention, prefill_attention
+from vila_triton.ops.kv_pages import gather_tokens
 from vila_triton.registry import Unsupported
 
 from ._cached_conversion import convert_once
 from ._offline import check_plain_attention
+from ._repage import plain_pages
 
 
 def gather_all(block_table: Tensor, k_pages: Tensor, v_pages: Tensor, seq_lens: Tensor, *new: Tensor) -> list[Tensor]:
@@ -38,38 +39,34 @@ def run_backend(peer: str, backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor,
             )
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # torch's way to say that a back end does not take a call
+    except RuntimeError as error:  # torch's way to say that a backend does not take a call
         raise Unsupported(f"{peer}: {str(error).splitlines()[0]}") from None
     return out[0].transpose(0, 1)
 
 
-def check_single_sequence(peer: str, b: int, numerics: str, return_lse: bool, k_pages: KVPages) -> None:
+def check_single_sequence(peer: str, b: int, numerics: str, return_lse: bool) -> None:
     check_plain_attention(peer, numerics, return_lse)
-    if not isinstance(k_pages, Tensor):
-        raise Unsupported(f"{peer}: does not read our quantised pages")
     if b != 1:
         raise Unsupported(f"{peer}: {b} sequences of different lengths, expected one")
 
 
 def register_prefill(name: str, backend: SDPBackend) -> None:
-    """Attach one back end as implementation `name`."""
+    """Attach one backend as implementation `name`."""
 
     @prefill_attention.impl(name)
     def prefill_attention_sdpa(
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        block_table: Tensor,
-        query_start_loc: Tensor,
-        context_lens: Tensor,
+        cache: PagedKV,
+        batch: RaggedBatch,
         softmax_scale: float,
         numerics: str = "fast",
         return_lse: bool = False,
     ) -> Tensor:
-        check_single_sequence(name, len(context_lens), numerics, return_lse, k_pages)
-        all_k, all_v = convert_once(gather_all, block_table, k_pages, v_pages, context_lens, k, v)
+        check_single_sequence(name, batch.num_seqs, numerics, return_lse)
+        pages = plain_pages(name, cache)
+        all_k, all_v = convert_once(gather_all, cache.block_table, *pages, batch.context_lens, k, v)
         return run_backend(name, backend, q, all_k, all_v, softmax_scale)
 
 
@@ -80,14 +77,12 @@ register_prefill("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION)
 @decode_attention.impl("sdpa_flash")
 def decode_attention_sdpa(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
+    cache: PagedKV,
     seq_lens: Tensor,
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
-    check_single_sequence("sdpa_flash", len(seq_lens), numerics, return_lse, k_pages)
-    k, v = convert_once(gather_all, block_table, k_pages, v_pages, seq_lens)
+    check_single_sequence("sdpa_flash", len(seq_lens), numerics, return_lse)
+    k, v = convert_once(gather_all, cache.block_table, *plain_pages("sdpa_flash", cache), seq_lens)
     return run_backend("sdpa_flash", SDPBackend.FLASH_ATTENTION, q, k, v, softmax_scale)

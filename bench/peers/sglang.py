@@ -3,8 +3,8 @@
     pip install --no-deps sglang==0.5.23
 
 Only the files of the kernels are imported, since the package asks for a whole serving engine. float16 and bfloat16;
-cached tokens are named one by one. Not timed, since its engine does it once a step for all layers: turning the block
-table into a list of slots, choosing the number of splits, allocating their partial sums.
+cached tokens are listed one by one. Converting the block table to a list of slots, choosing the number of splits and
+allocating their partial sums are not timed, since its engine does it once a step for all layers.
 """
 
 from typing import NamedTuple
@@ -15,12 +15,13 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from vila_triton.ops import decode_attention, prefill_attention
+from vila_triton.ops import PagedKV, RaggedBatch, decode_attention, prefill_attention
 from vila_triton.registry import Unsupported
 
 from ._cached_conversion import convert_once
 from ._import_file import import_single_file
 from ._offline import check_plain_attention, check_tensors, fake_gpu
+from ._repage import plain_pages
 
 AMD = torch.version.hip is not None
 STUBS = {
@@ -40,27 +41,25 @@ MAX_KV_SPLITS = 8  # the most a sequence is cut into: its default `--triton-atte
 
 
 class KVIndices(NamedTuple):
-    """Where the cached tokens of each sequence lie, all sequences end to end."""
+    """The cache slots of the cached tokens, all sequences end to end."""
 
     kv_indptr: Tensor  # [b+1] int32
     kv_indices: Tensor  # int64, one a cached token
 
 
 def build_kv_indices(block_table: Tensor, seq_lens: Tensor, pages: Tensor) -> KVIndices:
-    """Waits for the device, since the number of cached tokens is known only there."""
+    """The slots of the cached tokens. Waits for the device, since their number is known only there."""
     page_size = pages.shape[1]
-    kv_indices = block_table.long()[..., None] * page_size + torch.arange(
-        page_size, device=pages.device
-    )  # [b, pages, l]
-    kv_indices = kv_indices.flatten(1)
+    offsets = torch.arange(page_size, device=pages.device)
+    kv_indices = (block_table.long()[..., None] * page_size + offsets).flatten(1)  # [b, pages · l]
     kv_indptr = F.pad(seq_lens.cumsum(0), (1, 0)).int()
-    if pages.is_meta:  # no one knows how many
+    if pages.is_meta:  # the number is unknown
         return KVIndices(kv_indptr, kv_indices.flatten())
     return KVIndices(kv_indptr, kv_indices[torch.arange(kv_indices.shape[1], device=pages.device) < seq_lens[:, None]])
 
 
 class SplitBuffers(NamedTuple):
-    """Into how many splits each sequence is cut, and what the splits leave behind."""
+    """The number of KV splits of each sequence, and memory for their results."""
 
     num_kv_splits: Tensor  # [b] int32
     attn_logits: Tensor  # [b, h, SPLITS, d] float32
@@ -100,31 +99,29 @@ def prefill_attention_sglang(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    context_lens: Tensor,
+    cache: PagedKV,
+    batch: RaggedBatch,
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
     check_plain_attention("sglang", numerics, return_lse)
+    k_pages, v_pages = plain_pages("sglang", cache)
     check_tensors("sglang", q, k_pages, v_pages)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     with fake_gpu(q), patch.object(extend, "CUDA_CAPABILITY", torch.cuda.get_device_capability(), create=True):
-        kv_indptr, kv_indices = convert_once(build_kv_indices, block_table, context_lens, k_pages)
+        kv_indptr, kv_indices = convert_once(build_kv_indices, cache.block_table, batch.context_lens, k_pages)
         extend.extend_attention_fwd(
             *(x.contiguous() for x in (q, k, v)),
             out,
             *(x.contiguous().flatten(0, 1) for x in (k_pages, v_pages)),  # [p·l, g, d]
-            query_start_loc.contiguous(),
+            batch.query_start_loc.contiguous(),
             kv_indptr,
             kv_indices,
             custom_mask=None,
             is_causal=True,
             mask_indptr=None,
-            max_len_extend=convert_once(max_query_len, query_start_loc),
+            max_len_extend=convert_once(max_query_len, batch.query_start_loc),
             k_scale=1.0,
             v_scale=1.0,
             sm_scale=softmax_scale,
@@ -135,19 +132,18 @@ def prefill_attention_sglang(
 @decode_attention.impl("sglang")
 def decode_attention_sglang(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
+    cache: PagedKV,
     seq_lens: Tensor,
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
     check_plain_attention("sglang", numerics, return_lse)
+    k_pages, v_pages = plain_pages("sglang", cache)
     check_tensors("sglang", q, k_pages, v_pages)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     with fake_gpu(q):
-        kv_indptr, kv_indices = convert_once(build_kv_indices, block_table, seq_lens, k_pages)
+        kv_indptr, kv_indices = convert_once(build_kv_indices, cache.block_table, seq_lens, k_pages)
         num_kv_splits, attn_logits, attn_lse = convert_once(allocate_splits, seq_lens, q, k_pages)
         decode.decode_attention_fwd(
             q.contiguous(),

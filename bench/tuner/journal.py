@@ -18,8 +18,8 @@ from typing import Any
 
 from vila_triton.files.json_schema import is_json_type, require_schema
 from vila_triton.files.reading import LoadError, short_repr
+from vila_triton.hashing import canonical_json, short_hash
 from vila_triton.registry import OPS
-from vila_triton.registry.search_space import canonical_json, short_hash
 
 from ..measure import rows
 

@@ -14,9 +14,10 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from vila_triton.hashing import canonical_json, short_hash
 from vila_triton.registry import OPS, Impl, tuned_tables
 from vila_triton.registry.interpreter import uses_triton_kernels
-from vila_triton.registry.search_space import Config, canonical_json, short_hash
+from vila_triton.registry.search_space import Config
 
 from ..correctness import error_budget, gate, guarded_memory
 from ..measure.cases import Case

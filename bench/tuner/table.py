@@ -14,9 +14,10 @@ from statistics import fmean
 from typing import Any
 
 from vila_triton.files.file_locks import sidecar_lock
+from vila_triton.hashing import canonical_json
 from vila_triton.registry import OPS, REFERENCE
 from vila_triton.registry.kernel_config import configured_choices
-from vila_triton.registry.search_space import Config, canonical_json
+from vila_triton.registry.search_space import Config
 from vila_triton.registry.size_ranges import BoundedChoice, Choice, implementation_at, merge_ranges
 from vila_triton.registry.tuned_tables import config_for_sizes, read_table, table_path
 

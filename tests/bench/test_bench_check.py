@@ -52,8 +52,8 @@ PLANTED = {  # op, the line, what becomes of it, what check finds, the case it s
     ),
     "one_token_ahead": (
         "prefill_attention",
-        "visible = tokens[None, :] <= position",
-        "visible = tokens[None, :] - 1 <= position",
+        "mask = tokens[None, :] <= position",
+        "mask = tokens[None, :] - 1 <= position",
         "beyond budget",
         "b=1 s=1 t=1 g=1 ratio=1 d=32 l=16 dtype=float32 kv=plain numerics=fast",
     ),

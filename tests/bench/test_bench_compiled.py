@@ -39,11 +39,16 @@ def compiled(kernels: Path, call: str) -> tuple[int, list[dict[str, Any]]]:
 
 WORDS, SPLITK = "lane * 4 + word", "int4_matmul_splitk.py"
 PLANTED = {
-    "as it is": ("_int4.py", WORDS, WORDS, ""),
-    "narrow": ("_int4.py", WORDS, "lane * 4 + (word ^ 2)", "loads 4 bytes of weights at a time, documented are 16"),
+    "as it is": ("_int4_dequant.py", WORDS, WORDS, ""),
+    "narrow": (
+        "_int4_dequant.py",
+        WORDS,
+        "lane * 4 + (word ^ 2)",
+        "loads 4 bytes of weights at a time, documented are 16",
+    ),
     "spills": (SPLITK, '"num_warps": 4', '"num_warps": 1', r"spills \d+ and uses \d+ registers"),
     "shared memory": (SPLITK, '"num_stages": ', '"num_stages": 6', r"wants \d+ bytes of shared memory"),
-    "does not compile": (SPLITK, "acc = product(", "acc = products(", "NameError"),
+    "does not compile": (SPLITK, "acc = int4_gemm_tile(", "acc = int4_gemm_tiles(", "NameError"),
 }
 
 
@@ -62,11 +67,13 @@ def test_what_is_planted_is_found(file: str, old: str, new: str, wrong: str, tmp
 def test_the_documented_width_is_that_of_the_files() -> None:
     """configs/bench/inspect.toml and the docstrings say the same."""
     op = OPS["int4_matmul"]
-    assert "a lane's four words, one 16-byte load" in " ".join((ROOT / "kernels" / "_int4.py").read_text().split())
+    assert "a lane's four words, one 16-byte load" in " ".join(
+        (ROOT / "kernels" / "_int4_dequant.py").read_text().split()
+    )
     for name in ("packed", "gemv", "splitk", "prefill", "dequant"):
         assert (
             compile_spec(op, name, {}).weight_load_bytes == 16
-            and "from ._int4 import" in op.impls[name].file.read_text()
+            and "from ._int4_launch import" in op.impls[name].file.read_text()
         )
     assert (
         compile_spec(op, "naive", {}).weight_load_bytes == 4

@@ -100,8 +100,8 @@ REMEMBERED = [
     ("swiglu", "gate up"),  # the whole answer
     ("linear", "w"),
     ("int4_matmul", "w"),  # as who unpacks a weight once
-    ("decode_attention", "block_table lengths"),  # as who plans a batch once
-    ("prefill_attention", "k_pages v_pages"),
+    ("decode_attention", "cache seq_lens"),  # as who plans a batch once
+    ("prefill_attention", "cache"),
     ("kv_write", "slot_mapping"),
     ("rope", "cos"),
 ]

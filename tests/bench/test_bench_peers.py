@@ -20,8 +20,8 @@ from bench.correctness.guarded_memory import map_tensors
 from bench.peers import __main__ as table
 from bench.peers import _awq, _import_file, _offline
 from bench.peers._cached_conversion import convert_once
-from bench.peers._paged import repage
-from vila_triton.ops import decode_attention, int4_matmul, prefill_attention
+from bench.peers._repage import repage
+from vila_triton.ops import PagedKV, decode_attention, int4_matmul, prefill_attention
 from vila_triton.ops.int4 import dequantize, unpack_codes
 from vila_triton.registry import OPS, Unsupported
 
@@ -231,13 +231,15 @@ def test_padding_adds_zeros_and_conversion_knows_shapes_without_data() -> None:
 @pytest.mark.parametrize("length", [16, 256])
 def test_pages_made_whole_hold_the_same_tokens(length: int) -> None:
     sizes = {"b": 3, "s": 19, "t": 45, "g": 2, "ratio": 2, "d": 16, "l": 32, "dtype": "float32"}
-    q, k, v, *cached, query_start, history, scale = example_args(prefill_attention, seed=0, **sizes)
-    made = repage(length, *cached, history, k, v, query_start)
+    args = q, k, v, cache, batch, scale = example_args(prefill_attention, seed=0, **sizes)
+    query_start, history = batch.query_start_loc, batch.context_lens
+    made = repage(length, cache.k_pages, cache.v_pages, cache.block_table, history, k, v, query_start)
     assert made.seq_lens.tolist() == (history + query_start.diff()).tolist() and made.k_pages.shape[1] == length
     assert made.page_counts.tolist() == [max(1, -(-n // length)) for n in made.seq_lens.tolist()]
     last = query_start[1:].long() - 1  # the last token of each chunk sees all of its sequence, as in decode
-    out = decode_attention.reference(q[last], *made[:2], made.block_table(), made.seq_lens.to(q.device), scale)
-    want = prefill_attention.reference(q, k, v, *cached, query_start, history, scale)[last]
+    repaged = PagedKV(made.k_pages, made.v_pages, made.block_table())
+    out = decode_attention.reference(q[last], repaged, made.seq_lens.to(q.device), scale)
+    want = prefill_attention.reference(*args)[last]
     kept = query_start.diff() > 0
     assert kept.any() and torch.allclose(out[kept], want[kept], atol=1e-6)
     assert not torch.cat((made.k_pages, made.v_pages)).isnan().any()  # what no one may read did not come along

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import DOCUMENTS
 
 from bench import report
 from bench.measure import rows
@@ -126,7 +127,7 @@ def test_what_is_no_object_is_no_row(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 SPEEDS = "2026-11-24-amd-epyc.jsonl"
-STEPS = {  # of README's table
+STEPS = {  # of the table in bench/README.md
     "prefill 512 tokens": {"what": "prefill", "prompt": 512},
     "32 new tokens after 256": {"what": "streaming", "history": 256},
     "decode after 128": {"what": "decode", "context": 128},
@@ -142,7 +143,7 @@ MODELS = [
 
 
 def test_readme_s_speeds_are_those_of_its_rows_the_default_first() -> None:
-    readme = (rows.ROOT / "README.md").read_text()
+    readme = (rows.ROOT / "bench" / "README.md").read_text()
     assert SPEEDS in readme
     found = list(rows.read(rows.RESULTS / SPEEDS, kind="model"))
     for name, step in STEPS.items():
@@ -166,7 +167,7 @@ def test_what_runs_by_default_stands_first() -> None:
 
 def test_commands_of_the_documents_leave_nothing_in_the_repository() -> None:
     written = r"^.*(?:python -m|vila-triton).* (?:build \S+|convert \S+|quantize \S+|--out|--counts) ([\w./-]+)"
-    text = "".join((rows.ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+    text = "".join(document.read_text() for document in DOCUMENTS)
     targets = {x for x in re.findall(written, text, re.M) if not x.startswith("/") and not x.isupper()}
     assert {"3b", "tiny-int4", "counts.json"} <= targets
     command = ["git", "check-ignore", "--no-index", *targets]

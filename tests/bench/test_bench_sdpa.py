@@ -35,9 +35,9 @@ def test_pages_are_left_once(op: Any, sizes: dict[str, int], peer: Any) -> None:
     one, two = (
         op.make_example(**SIZES | {"b": b} | sizes, rng=torch.Generator().manual_seed(0), device="cpu") for b in (1, 2)
     )
-    with patch.object(peer, "gather", wraps=peer.gather) as gather:
+    with patch.object(peer, "gather_tokens", wraps=peer.gather_tokens) as gather_tokens:
         for _ in range(3):
             torch.testing.assert_close(flash(*one), op.reference(*one))
-    assert gather.call_count == 2  # of the keys and of the values
+    assert gather_tokens.call_count == 2  # of the keys and of the values
     with pytest.raises(Unsupported, match="sdpa_flash: 2 sequences of different lengths, expected one"):
         flash(*two)

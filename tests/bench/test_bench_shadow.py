@@ -17,6 +17,7 @@ from bench.correctness.guarded_memory import map_tensors
 from bench.correctness.shadow_recorder import ShadowRecorder
 from bench.measure import prompts, rows
 from vila_triton.chat.conversation import ChatModel
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.ops import Int4
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import OPS, Impl, Unsupported, use
@@ -74,7 +75,7 @@ def test_the_first_wrong_layer_is_named_and_its_worst_call_replayed(attach: Any,
 
 
 def talker(name: str = "checkpoint") -> ChatModel:
-    return ChatModel.from_pretrained(BUNDLED_CHECKPOINT.with_name(name), "cpu")
+    return load_chat_model(BUNDLED_CHECKPOINT.with_name(name), "cpu")
 
 
 def test_watching_leaves_the_model_as_it_is(attach: Any) -> None:

@@ -165,7 +165,7 @@ def test_a_copy_that_is_cut_short_is_made_after_all(monkeypatch: pytest.MonkeyPa
             raise error
         whole(self, copies)
 
-    monkeypatch.setattr(PagedKVCache, "_copy", copy)
+    monkeypatch.setattr(PagedKVCache, "_copy_pages", copy)
     cache.tensors[0][:, 1:] = cache.tensors[1][:, 1:] = 0
     with pytest.raises(KeyboardInterrupt), cache.append_step({second: 1}):
         pass

@@ -77,7 +77,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         counts.append(len(x))
         return whole(p, x, *args)
 
-    monkeypatch.setattr(llama, "llama", counted)
+    monkeypatch.setattr(llama, "forward", counted)
     yield counts
 
 

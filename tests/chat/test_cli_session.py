@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from vila_triton.__main__ import main
-from vila_triton.chat.conversation import ChatModel, Conversation
+from vila_triton.chat.conversation import Conversation
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.images.processing import open_image
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.tiny.examples import EXAMPLES_DIR
@@ -71,7 +72,7 @@ FIRST, LAST = "How many shapes are there?", "Describe the picture."
 @pytest.fixture(scope="module")
 def untroubled() -> str:
     """What is said to LAST after FIRST about a picture."""
-    talker = ChatModel.from_pretrained(BUNDLED_CHECKPOINT, "cpu")
+    talker = load_chat_model(BUNDLED_CHECKPOINT, "cpu")
     conversation = Conversation(talker)
     list(conversation.ask(FIRST, [open_image(str(EXAMPLES_DIR / "a.png"))]))
     return talker.tokenizer.decode(list(conversation.ask(LAST)), skip_special_tokens=True)

@@ -20,6 +20,7 @@ from vila_triton.chat.conversation_file import (
 )
 from vila_triton.chat.prompts import tokenize
 from vila_triton.chat.templates import TEMPLATES
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.tiny.scenes import draw_scene, random_scene
 
@@ -34,7 +35,7 @@ ROUNDS = [
 
 @pytest.fixture(scope="module")
 def tiny() -> ChatModel:
-    return ChatModel.from_pretrained(BUNDLED_CHECKPOINT, "cpu", torch.float32)
+    return load_chat_model(BUNDLED_CHECKPOINT, "cpu", torch.float32)
 
 
 def fresh(talker: ChatModel) -> ChatModel:
@@ -83,13 +84,13 @@ def test_a_saved_conversation_goes_on_as_if_it_had_not_been(tiny: ChatModel, who
 
 
 def other_model(talker: ChatModel) -> ChatModel:
-    changed = ChatModel.from_pretrained(BUNDLED_CHECKPOINT, "cpu", torch.float32)
+    changed = load_chat_model(BUNDLED_CHECKPOINT, "cpu", torch.float32)
     changed.model.params.llm.layers[3].down.weight.mul_(1.001)
     return changed
 
 
 def other_tokenizer(talker: ChatModel) -> ChatModel:
-    changed = ChatModel.from_pretrained(BUNDLED_CHECKPOINT, "cpu", torch.float32)
+    changed = load_chat_model(BUNDLED_CHECKPOINT, "cpu", torch.float32)
     changed.tokenizer.add_tokens(["zebra"])
     return changed
 

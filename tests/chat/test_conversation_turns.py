@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vila_triton.cache.page_allocator import OutOfPages
 from vila_triton.chat.conversation import ChatModel, Conversation
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.tiny.scenes import draw_scene, random_scene
 
@@ -30,7 +31,7 @@ Asked = tuple[int, int | None, int]  # a question, a picture and max_new_tokens
 
 @lru_cache(maxsize=1)
 def tiny() -> ChatModel:
-    return ChatModel.from_pretrained(BUNDLED_CHECKPOINT)
+    return load_chat_model(BUNDLED_CHECKPOINT)
 
 
 def talker(limit: int | None = None) -> ChatModel:

@@ -19,6 +19,7 @@ from torch import Tensor
 from vila_triton.__main__ import main
 from vila_triton.cache.page_allocator import OutOfPages
 from vila_triton.chat.conversation import ChatModel, Conversation
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.models import llama, vila
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import count_calls
@@ -51,7 +52,7 @@ def talker(tiny: ChatModel, monkeypatch: pytest.MonkeyPatch) -> ChatModel:
 
 @pytest.fixture(scope="module")
 def tiny() -> ChatModel:
-    return ChatModel.from_pretrained(BUNDLED_CHECKPOINT)
+    return load_chat_model(BUNDLED_CHECKPOINT)
 
 
 @pytest.fixture
@@ -286,7 +287,7 @@ def test_an_answer_that_the_garbage_collector_ends_in_the_middle_of_a_step_waits
         gc.collect()
         return whole(*args)
 
-    monkeypatch.setattr(llama, "llama", collecting)
+    monkeypatch.setattr(llama, "forward", collecting)
     gc.disable()
     try:
         del circle

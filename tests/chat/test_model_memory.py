@@ -14,6 +14,7 @@ from torch import inference_mode as inference
 from vila_triton import VilaLlamaForCausalLM
 from vila_triton.cache.paged_cache import PagedKVCache
 from vila_triton.chat.conversation import ChatModel, Conversation
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.images.processing import open_image
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import use
@@ -26,7 +27,7 @@ QUESTION = "How many shapes are there?"
 
 @pytest.fixture(scope="module")
 def tiny() -> ChatModel:
-    return ChatModel.from_pretrained(BUNDLED_CHECKPOINT)
+    return load_chat_model(BUNDLED_CHECKPOINT)
 
 
 @pytest.fixture

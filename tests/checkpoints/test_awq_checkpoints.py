@@ -13,13 +13,14 @@ from torch import Tensor
 
 from vila_triton import VilaLlamaForCausalLM as Model
 from vila_triton.checkpoints.int4_layouts import AWQ_V1, AWQ_V2, Layout, pad_rows, scale_zeros
-from vila_triton.checkpoints.int4_packing import pack_awq_gemm, pack_awq_gemv, pack_awq_v2, pack_tiles
+from vila_triton.checkpoints.int4_packing import pack_awq_gemm, pack_awq_gemv, pack_awq_v2
 from vila_triton.checkpoints.int4_views import int4_linears
 from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
 from vila_triton.checkpoints.tensor_files import open_tensors
 from vila_triton.checkpoints.writing import write_checkpoint
 from vila_triton.ops import Int4, dequantize
 from vila_triton.ops.int4 import unpack_codes
+from vila_triton.ops.int4_tiles import pack_tiles
 
 LLM = {"hidden_size": 64, "intermediate_size": 192}
 LEFT = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
@@ -54,13 +55,13 @@ WRITE = {"awq-gemm": gemm, "awq-v1": v1, "awq-v2": v2}
 def awq(form: str, group: int, folder: Path) -> tuple[Path, Model]:
     """A checkpoint of others, three of its linears dense, and the model it is: every weight written out."""
     order = "fma" if form == "awq-v2" else "sub"
-    said = {"quant_method": "vila-triton", "group_size": group, "order": order, "modules_to_not_convert": LEFT}
-    model = build(dtype=torch.float16, llm=LLM | {"quantization_config": said})
+    settings = {"quant_method": "vila-triton", "group_size": group, "order": order, "modules_to_not_convert": LEFT}
+    model = build(dtype=torch.float16, llm=LLM | {"quantization_config": settings})
     model.save_pretrained(folder)
     tensors = dict(open_tensors(folder / "llm"))
-    found = int4_linears(tensors)
-    assert len(found) == 11 and not set(LEFT) & set(found)
-    for stem in found:
+    linears = int4_linears(tensors)
+    assert len(linears) == 11 and not set(LEFT) & set(linears)
+    for stem in linears:
         qweight, scales, zeros = (tensors.pop(f"{stem}.{leaf}") for leaf in ("qweight", "scales", "zeros"))
         k = 192 if "down" in stem else 64
         w = Int4(qweight, scales, zeros, k if group == -1 else group)
@@ -71,15 +72,15 @@ def awq(form: str, group: int, folder: Path) -> tuple[Path, Model]:
     return folder, model
 
 
-def edit(folder: Path, **said: Any) -> None:
+def edit(folder: Path, **settings: Any) -> None:
     file = folder / "llm/config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": said}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": settings}))
 
 
 @pytest.mark.parametrize("group", [32, -1])
 @pytest.mark.parametrize("form", WRITE)
 @torch.no_grad()
-def test_what_is_dense_and_what_is_one_group_a_row_is_read(form: str, group: int, tmp_path: Path) -> None:
+def test_dense_linears_and_one_group_a_row_are_read(form: str, group: int, tmp_path: Path) -> None:
     folder, expected = awq(form, group, tmp_path / "x")
     model = Model.from_pretrained(folder, device="cpu")
     assert model.vila_config.llm.group_size == group and set(model.vila_config.llm.dense) == set(LEFT)
@@ -93,8 +94,8 @@ def test_what_is_dense_and_what_is_one_group_a_row_is_read(form: str, group: int
     assert all(torch.equal(mine[name], again[name]) for name in mine)
     write_checkpoint(open_checkpoint(folder), tmp_path / "gemm", "awq-gemm")
     assert all(torch.equal(mine[n], x) for n, x in Model.from_pretrained(tmp_path / "gemm").state_dict().items())
-    said = json.loads((tmp_path / "gemm/llm/config.json").read_text())["quantization_config"]
-    assert said["group_size"] == group and set(said["modules_to_not_convert"]) == set(LEFT)
+    settings = json.loads((tmp_path / "gemm/llm/config.json").read_text())["quantization_config"]
+    assert settings["group_size"] == group and set(settings["modules_to_not_convert"]) == set(LEFT)
 
 
 def twin(model: Model) -> Model:
@@ -131,7 +132,7 @@ FINE: dict[str, Mapping[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", FINE.values(), ids=FINE)
-def test_configs_of_others_are_understood(change: Mapping[str, Any], folder: Path) -> None:
+def test_quantization_configs_of_other_tools_are_read(change: Mapping[str, Any], folder: Path) -> None:
     edit(folder, **{key: value for key, value in {**GOOD, **change}.items() if value != ""})
     assert check_checkpoint(open_checkpoint(folder)).llm.group_size == -1
 
@@ -155,7 +156,9 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("change, message", REFUSED.values(), ids=REFUSED)
-def test_what_is_not_read_is_one_sentence(change: Mapping[str, Any], message: str, folder: Path) -> None:
+def test_unsupported_awq_checkpoints_are_refused_in_one_sentence(
+    change: Mapping[str, Any], message: str, folder: Path
+) -> None:
     edit(folder, **{**GOOD, **change})
     with pytest.raises(ValueError, match=message) as error:
         check_checkpoint(open_checkpoint(folder))
@@ -163,7 +166,7 @@ def test_what_is_not_read_is_one_sentence(change: Mapping[str, Any], message: st
 
 
 @pytest.mark.parametrize("layout", [AWQ_V1, AWQ_V2], ids=["awq-v1", "awq-v2"])
-def test_groups_larger_than_they_seem_are_not_read_as_smaller_ones(layout: Layout) -> None:
+def test_padded_groups_are_not_read_as_smaller_groups(layout: Layout) -> None:
     """llm-awq's own .pt says nothing: of eight stored rows of scales two may be real, or one."""
     rng = torch.Generator().manual_seed(0)
     scales, zeros = torch.rand(1, 16, generator=rng).half() + 0.5, torch.full((1, 16), 8.0).half()

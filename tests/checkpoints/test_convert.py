@@ -24,22 +24,22 @@ TINY = Path(__file__).parents[2] / "vila_triton" / "tiny"
 INT4 = TINY / "checkpoint-int4"
 
 
-def command(*words: object) -> None:
+def command(*argv: object) -> None:
     """A command line, run here."""
     parser = argparse.ArgumentParser()
     into = parser.add_subparsers(required=True)
     convert.configure(into)
     build.configure(into)
-    args = parser.parse_args([str(word) for word in words])
+    args = parser.parse_args([str(word) for word in argv])
     args.run(args)
 
 
 def ask(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
     """What `vila-triton ask` answers, without the line about how it went."""
     capsys.readouterr()
-    picture, question = TINY / "examples" / "a.png", "How many blue shapes are there?"
-    words = ["ask", "--model", model, "--device", "cpu", "--max-new-tokens", 8, "--image", picture, question]
-    monkeypatch.setattr(sys, "argv", ["vila-triton", *map(str, words)])
+    image, question = TINY / "examples" / "a.png", "How many blue shapes are there?"
+    argv = ["ask", "--model", model, "--device", "cpu", "--max-new-tokens", 8, "--image", image, question]
+    monkeypatch.setattr(sys, "argv", ["vila-triton", *map(str, argv)])
     status, (out, err) = main(), capsys.readouterr()
     assert status == 0, err
     assert err.startswith("[prompt ")
@@ -47,7 +47,7 @@ def ask(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_every_layout_is_asked(
+def test_converted_layouts_give_the_same_answer(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     command("convert", INT4, tmp_path / form, "--format", form, "--shard-size", 0.001)
@@ -55,7 +55,9 @@ def test_every_layout_is_asked(
     assert ask(tmp_path / form, monkeypatch, capsys) == "2"
 
 
-def test_bins_of_old_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_bin_checkpoints_give_the_same_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     shutil.copytree(TINY / "checkpoint", tmp_path / "x")
     for part in ("llm", "vision_tower", "mm_projector"):
         file = tmp_path / "x" / part / "model.safetensors"
@@ -64,7 +66,7 @@ def test_bins_of_old_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert ask(tmp_path / "x", monkeypatch, capsys) == "2"
 
 
-def test_a_dry_run_says_the_sizes_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_dry_run_prints_sizes_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     command("convert", INT4, tmp_path / "x", "--format", "awq-v2", "--dry-run")
     command("build", "vila1.5-40b", tmp_path / "y", "--dry-run")
     out = capsys.readouterr().out
@@ -72,7 +74,7 @@ def test_a_dry_run_says_the_sizes_and_writes_nothing(tmp_path: Path, capsys: pyt
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_conversion_goes_on(tmp_path: Path) -> None:
+def test_killed_conversion_resumes(tmp_path: Path) -> None:
     """Killed in the middle, three times; in the end what an unbroken one gives, and nothing else."""
     source = open_checkpoint(INT4)
     for form in ("awq-v2", "awq-gemm"):
@@ -101,7 +103,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_what_goes_wrong_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     out, source = tmp_path / "out", tmp_path / "source"
     with pytest.raises(ValueError, match="is not int4, so it cannot be written as awq-v2; quantize it first"):
         command("convert", TINY / "checkpoint", out, "--format", "awq-v2")
@@ -119,18 +121,18 @@ def test_what_goes_wrong_leaves_nothing(tmp_path: Path) -> None:
         assert not out.exists() and {path.name for path in tmp_path.iterdir()} == {"source"}
     with pytest.raises(ValueError, match=r"source is there already and not empty; give another folder"):
         command("convert", INT4, source)
-    for words, message in (
+    for argv, message in (
         (("build", "vila2", out), "no model 'vila2'; there are: .*vila1.5-13b"),
         (("build", "llama-2-7b", out), "has no vision_tower, mm_projector: it is no VILA"),
         (("build", "vila1.5-3b", out, "--narrow", 7), "2560 numbers in 20 heads cannot be divided by 7"),
         (("build", "vila1.5-3b", out, "--int4", 48), "k = 2560 and group = 48"),
     ):
         with pytest.raises(ValueError, match=message):
-            command(*words)
+            command(*argv)
     assert not out.exists()
 
 
-def test_what_is_built_is_what_the_seed_says(tmp_path: Path) -> None:
+def test_build_is_determined_by_the_seed(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         command("build", "vila1.5-3b", tmp_path / name, "--layers", 1, "--narrow", 8, "--seed", seed, "--int4", 64)
     a, b, c = (files(tmp_path / name) for name in "abc")
@@ -140,18 +142,18 @@ def test_what_is_built_is_what_the_seed_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layers, narrow", [(1, 8), (1, 1)])
-def test_build_says_the_int4_size_of_any_width(layers: int, narrow: int, tmp_path: Path, capsys: Any) -> None:
+def test_build_prints_the_int4_size_of_any_width(layers: int, narrow: int, tmp_path: Path, capsys: Any) -> None:
     command("build", "vila1.5-3b", tmp_path / "x", "--layers", layers, "--narrow", narrow, "--dry-run")
     assert f"int4, groups of {64 if narrow == 8 else 128}: " in capsys.readouterr().out
 
 
-def test_an_error_of_the_system_is_told_in_words(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_system_error_is_printed_as_a_sentence(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     (file := tmp_path / "file").touch()
     monkeypatch.setattr(sys, "argv", ["vila-triton", "convert", str(INT4), str(file / "x")])
     assert main() == 1 and "Not a directory" in capsys.readouterr().err
 
 
-def test_saving_onto_a_file_leaves_nothing(tmp_path: Path) -> None:
+def test_saving_onto_a_file_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     (file := tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file, expected a folder"):
         write_checkpoint(open_checkpoint(INT4), file, overwrite=True)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from vila_triton.__main__ import main
-from vila_triton.chat.conversation import ChatModel, Conversation
+from vila_triton.chat.conversation import Conversation
 from vila_triton.chat.conversation_file import ConversationFileError, save_conversation
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.images.processing import open_image
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.quantization import awq_cache_file
@@ -38,8 +39,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr("sys.argv", ["vila-triton", *map(str, words)])
+def command(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
+    monkeypatch.setattr("sys.argv", ["vila-triton", *map(str, argv)])
     return main()
 
 
@@ -47,7 +48,7 @@ QUANTIZE = ("quantize", BUNDLED_CHECKPOINT, "--group-size", 64, "--device", "cpu
 
 
 @pytest.mark.parametrize(
-    ("words", "sizes"),
+    ("argv", "sizes"),
     [
         (("convert", INT4), (0, 100, 10_000, 300_000)),
         (("convert", INT4, "--format", "awq-v2"), (300_000, 1_000_000)),
@@ -58,23 +59,23 @@ QUANTIZE = ("quantize", BUNDLED_CHECKPOINT, "--group-size", 64, "--device", "cpu
     ],
     ids=lambda value: " ".join(str(word) for word in value if not isinstance(word, Path)),
 )
-def test_a_full_disk_is_said_and_the_command_goes_on_when_there_is_room(
-    words: tuple, sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_full_disk_is_reported_and_the_command_resumes(
+    argv: tuple, sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    name, source, *more = words
+    name, source, *more = argv
     target, other = tmp_path / "tight" / "out", tmp_path / "wide" / "out"
     for size in sizes:
         with room(size):
             status = command(monkeypatch, name, source, target, *more)
-        said = capsys.readouterr().err
-        assert status == 1 and said.count("\n") == 1 and said.startswith("vila-triton: "), said
+        message = capsys.readouterr().err
+        assert status == 1 and message.count("\n") == 1 and message.startswith("vila-triton: "), message
         assert not target.exists()
     assert command(monkeypatch, name, source, target, *more) == 0
     assert command(monkeypatch, name, source, other, *more) == 0
     assert contents(target) == contents(other) and [*target.parent.iterdir()] == [target]
 
 
-def test_a_file_of_a_step_or_a_cache_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_step_and_cache_files_are_written_atomically(tmp_path: Path) -> None:
     scales = {"attention": torch.ones(4096)}
     for name, write in (
         ("step.safetensors", lambda file: save_atomically(file, scales, {})),
@@ -88,8 +89,8 @@ def test_a_file_of_a_step_or_a_cache_is_there_whole_or_not_at_all(tmp_path: Path
         assert (tmp_path / name).exists()
 
 
-def test_a_conversation_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
-    conversation = Conversation(ChatModel.from_pretrained(BUNDLED_CHECKPOINT, "cpu"))
+def test_conversation_is_saved_atomically(tmp_path: Path) -> None:
+    conversation = Conversation(load_chat_model(BUNDLED_CHECKPOINT, "cpu"))
     list(conversation.ask("How many shapes are there?", [open_image(str(EXAMPLES_DIR / "a.png"))]))
     save_conversation(conversation, tmp_path / "talk")
     before = contents(tmp_path)
@@ -108,7 +109,7 @@ def test_a_conversation_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
         {"image": "a.png", "question": "x", "answer": "\ud83d"},
     ],
 )
-def test_half_a_character_in_calibration_is_refused_by_its_line(entry: dict, tmp_path: Path) -> None:
+def test_lone_surrogate_in_calibration_is_refused_by_line(entry: dict, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes((EXAMPLES_DIR / "a.png").read_bytes())
     file = tmp_path / "calib.jsonl"
     file.write_text(json.dumps({"text": "a whole \U0001f600"}) + "\n" + json.dumps(entry) + "\n")

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from vila_triton import VilaLlamaForCausalLM, VilaProcessor
 from vila_triton.__main__ import main
-from vila_triton.chat.conversation import ChatModel, Conversation
+from vila_triton.chat.conversation import Conversation
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.paths import BUNDLED_CHECKPOINT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of generation_config.json")  # it does not count
@@ -33,16 +34,16 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "model"
     shutil.copytree(BUNDLED_CHECKPOINT, folder)
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n"
-    for place in (folder, *(folder / part for part in ("llm", "vision_tower", "mm_projector"))):
+    for directory in (folder, *(folder / part for part in ("llm", "vision_tower", "mm_projector"))):
         for name in ("mine.py", "custom_generate/generate.py", "custom_generate/mine.py", "tokenization_mine.py"):
-            (place / name).parent.mkdir(exist_ok=True)
-            (place / name).write_text(code)
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_text(code)
         for name in FILES:
-            file = place / f"{name}.json"
+            file = directory / f"{name}.json"
             if file.exists() or name not in ONLY_WHERE_IT_IS:
-                held = json.loads(file.read_text()) if file.exists() else {}
+                values = json.loads(file.read_text()) if file.exists() else {}
                 named = {"auto_map": MAP, "custom_generate": "mine", "trust_remote_code": True}
-                file.write_text(json.dumps(held | named))
+                file.write_text(json.dumps(values | named))
 
     def asked(*args: Any) -> str:
         raise AssertionError("somebody was asked")
@@ -55,7 +56,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "model": lambda folder: VilaLlamaForCausalLM.from_pretrained(folder, device="cpu"),
     "processor": VilaProcessor.from_pretrained,
-    "talker": lambda folder: [*Conversation(ChatModel.from_pretrained(folder, "cpu")).ask("Why?", max_new_tokens=1)],
+    "talker": lambda folder: [*Conversation(load_chat_model(folder, "cpu")).ask("Why?", max_new_tokens=1)],
     "AutoConfig": AutoConfig.from_pretrained,
     "AutoModelForCausalLM": lambda folder: AutoModelForCausalLM.from_pretrained(folder, device="cpu"),
     "AutoProcessor": AutoProcessor.from_pretrained,
@@ -73,7 +74,7 @@ def command(*argv: Any) -> None:
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_no_loader_runs_code_or_asks(name: str, planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loaders_run_no_foreign_code_and_do_not_ask(name: str, planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [])
     before = set(sys.modules)
     LOADERS[name](planted)
@@ -87,7 +88,7 @@ def test_no_loader_runs_code_or_asks(name: str, planted: Path, monkeypatch: pyte
     ("llm/config.json", "model_type", "a silu llama is needed, not silu mine|model_type"),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["talker", "processor"])
-def test_a_class_of_its_own_is_not_looked_for(
+def test_class_named_in_a_config_is_not_imported(
     name: str, file: str, field: str, message: str | None, planted: Path
 ) -> None:
     path = planted / file
@@ -100,7 +101,7 @@ def test_a_class_of_its_own_is_not_looked_for(
     assert not (planted.parent / "ran").exists()
 
 
-def test_a_tokenizer_model_is_no_code_either(planted: Path) -> None:
+def test_tokenizer_model_is_not_run_as_code(planted: Path) -> None:
     (planted / "llm" / "tokenizer.json").unlink()
     config = planted / "llm" / "tokenizer_config.json"
     config.write_text(json.dumps({"auto_map": MAP, "tokenizer_class": "LlamaTokenizer"}))
@@ -109,7 +110,7 @@ def test_a_tokenizer_model_is_no_code_either(planted: Path) -> None:
     assert not (planted.parent / "ran").exists()
 
 
-def test_every_call_of_an_auto_class_forbids_code() -> None:
+def test_every_auto_class_call_forbids_remote_code() -> None:
     calls, wrong = 0, []
     for folder in ("vila_triton", "bench"):
         for file in (ROOT / folder).rglob("*.py"):
@@ -118,6 +119,6 @@ def test_every_call_of_an_auto_class_forbids_code() -> None:
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.Call) and re.fullmatch(r"Auto\w+\.from_pretrained", ast.unparse(node.func)):
                     calls += 1
-                    said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                    wrong += [f"{file.name}:{node.lineno}"] if said.get("trust_remote_code") != "False" else []
+                    keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                    wrong += [f"{file.name}:{node.lineno}"] if keywords.get("trust_remote_code") != "False" else []
     assert calls and not wrong

@@ -23,11 +23,11 @@ ANSWER = PLAIN.generate(IDS)[0].tolist()
 LOOPS = ("engine", "transformers")
 
 
-def folder(tmp_path: Path, said: dict[str, Any], root: dict[str, Any] | None = None) -> Path:
+def folder(tmp_path: Path, config: dict[str, Any], root: dict[str, Any] | None = None) -> Path:
     """The bundled model with these files."""
     target = tmp_path / "model"
     shutil.copytree(BUNDLED_CHECKPOINT, target)
-    (target / "llm" / "generation_config.json").write_text(json.dumps(said))
+    (target / "llm" / "generation_config.json").write_text(json.dumps(config))
     if root is not None:
         (target / "generation_config.json").write_text(json.dumps(root))
     return target
@@ -37,10 +37,10 @@ def load(path: Path) -> VilaLlamaForCausalLM:
     return VilaLlamaForCausalLM.from_pretrained(path, device="cpu", dtype=torch.float32)
 
 
-def answers(model: VilaLlamaForCausalLM, **how: Any) -> list[list[int]]:
+def answers(model: VilaLlamaForCausalLM, **arguments: Any) -> list[list[int]]:
     """By both loops, and in a conversation."""
-    found = [model.generate(IDS, loop=loop, **how)[0].tolist() for loop in LOOPS]
-    return [*found, list(Conversation(ChatModel(model, TOKENIZER, None)).ask(QUESTION, **how))]
+    generated = [model.generate(IDS, loop=loop, **arguments)[0].tolist() for loop in LOOPS]
+    return [*generated, list(Conversation(ChatModel(model, TOKENIZER, None)).ask(QUESTION, **arguments))]
 
 
 LENGTH = IDS.shape[1]
@@ -48,7 +48,7 @@ WORD = ANSWER[1]
 
 
 @pytest.mark.parametrize(
-    "said, root, expected",
+    "config, root, expected",
     [
         ({"eos_token_id": WORD}, None, ANSWER[:2]),
         ({"eos_token_id": [ANSWER[-1], WORD], "pad_token_id": -1}, None, ANSWER[:2]),
@@ -60,31 +60,33 @@ WORD = ANSWER[1]
     ],
     ids=str,
 )
-def test_it_says_when_and_where_answers_end(said: dict, root: dict | None, expected: list, tmp_path: Path) -> None:
+def test_generation_config_decides_length_and_stop_tokens(
+    config: dict, root: dict | None, expected: list, tmp_path: Path
+) -> None:
     assert len(ANSWER) > 4 and ANSWER.index(WORD) == 1
-    model = load(folder(tmp_path, said, root))
+    model = load(folder(tmp_path, config, root))
     assert answers(model) == [expected] * 3
     assert answers(model, max_new_tokens=2) == [ANSWER[:2]] * 3  # whoever asks decides
     model.save_pretrained(tmp_path / "saved")
     assert answers(load(tmp_path / "saved"))[0] == expected
 
 
-def test_it_says_how_tokens_are_drawn(tmp_path: Path) -> None:
-    said = {"do_sample": True, "temperature": 3.0, "top_k": 7, "top_p": 0.95, "repetition_penalty": 1.5}
-    model = load(folder(tmp_path, said))
+def test_generation_config_decides_sampling(tmp_path: Path) -> None:
+    config = {"do_sample": True, "temperature": 3.0, "top_k": 7, "top_p": 0.95, "repetition_penalty": 1.5}
+    model = load(folder(tmp_path, config))
     ours = model.generate(IDS, seed=3, max_new_tokens=9)
     spoken = list(Conversation(ChatModel(model, TOKENIZER, None)).ask(QUESTION, seed=3, max_new_tokens=9))
-    expected = PLAIN.generate(IDS, seed=3, max_new_tokens=9, **said)
+    expected = PLAIN.generate(IDS, seed=3, max_new_tokens=9, **config)
     assert torch.equal(ours, expected) and [spoken] == expected.tolist() and ANSWER[:9] != spoken
     greedy = PLAIN.generate(IDS, repetition_penalty=1.5, max_new_tokens=5)
     for loop in LOOPS:
         assert torch.equal(model.generate(IDS, do_sample=False, loop=loop, max_new_tokens=5), greedy)
 
 
-def test_what_is_not_honoured_is_said_once(tmp_path: Path) -> None:
-    said = {"num_beams": 4, "use_cache": True, "length_penalty": 1.0, "cache_implementation": "static"}
+def test_ignored_settings_are_warned_about_once(tmp_path: Path) -> None:
+    config = {"num_beams": 4, "use_cache": True, "length_penalty": 1.0, "cache_implementation": "static"}
     with pytest.warns() as heard:
-        model = load(folder(tmp_path, said))
+        model = load(folder(tmp_path, config))
     beams, cache = sorted(str(warning.message) for warning in heard)[::-1]
     assert beams.endswith("num_beams=4 counts in generate(loop='transformers') only")
     assert "cache_implementation='static' does not count: the cache is paged" in cache
@@ -109,20 +111,20 @@ WRONG: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("said, message", WRONG.values(), ids=WRONG)
-def test_what_means_nothing_is_refused(said: Any, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config, message", WRONG.values(), ids=WRONG)
+def test_invalid_values_are_refused(config: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=rf"generation_config\.json:? .*{message}"):
-        load(folder(tmp_path, said))
+        load(folder(tmp_path, config))
 
 
-def test_a_prompt_longer_than_it_allows_is_an_error(tmp_path: Path) -> None:
+def test_prompt_longer_than_max_length_is_refused(tmp_path: Path) -> None:
     model = load(folder(tmp_path, {"max_length": LENGTH}))
     for loop in LOOPS:
         with pytest.raises(ValueError, match=f"the prompt has {LENGTH} positions, but max_length in generation_config"):
             model.generate(IDS, loop=loop)
 
 
-def test_the_command_line_says_what_it_decided(
+def test_command_line_prints_effective_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     model = folder(tmp_path, {"do_sample": True, "temperature": 0.5, "max_new_tokens": 2})

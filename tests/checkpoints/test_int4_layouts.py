@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vila_triton.checkpoints.int4_layouts import AWQ_GEMM, AWQ_V1, AWQ_V2, LAYOUTS, NATIVE, Layout, detect_layout
-from vila_triton.checkpoints.int4_packing import pack_tiles, padded_scale_rows
+from vila_triton.checkpoints.int4_packing import padded_scale_rows
 from vila_triton.ops import Int4, dequantize
 from vila_triton.ops.int4 import unpack_codes
+from vila_triton.ops.int4_tiles import pack_tiles
 
 FOREIGN = {name: layout for name, layout in LAYOUTS.items() if layout is not NATIVE}
 
@@ -34,7 +35,7 @@ dtypes = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
 
 @pytest.mark.parametrize("layout", FOREIGN.values(), ids=FOREIGN)
 @given(sizes, dtypes, st.integers(0, 99))
-def test_there_and_back(layout: Layout, size: tuple, dtype: torch.dtype, seed: int) -> None:
+def test_layout_round_trip_is_lossless(layout: Layout, size: tuple, dtype: torch.dtype, seed: int) -> None:
     n8, G, group = size
     assume(layout is not AWQ_V2 or G * group % 64 == 0)
     w = weight(8 * n8, G * group, group, dtype, seed)
@@ -50,7 +51,7 @@ def test_there_and_back(layout: Layout, size: tuple, dtype: torch.dtype, seed: i
     assert (back.qweight.shape, back.zeros.dtype) == (w.qweight.shape, dtype)
 
 
-def test_weights_are_repacked_in_blocks_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repacking_blockwise_equals_repacking_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from vila_triton.checkpoints import int4_layouts
 
     w = weight(88, 128, 32, torch.float16)
@@ -62,7 +63,7 @@ def test_weights_are_repacked_in_blocks_as_in_one(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("layout", FOREIGN.values(), ids=FOREIGN)
-def test_what_the_format_means_is_what_ours_computes(layout: Layout) -> None:
+def test_dequantized_layouts_match_their_definition(layout: Layout) -> None:
     """From the leaves alone, in the arithmetic that the format's kernels have"""
     w = weight(16, 256, 128, torch.float16)
     leaves, q = layout.write(w), unpack_codes(w).half()
@@ -75,7 +76,7 @@ def test_what_the_format_means_is_what_ours_computes(layout: Layout) -> None:
     assert torch.equal(dequantize(layout.read(leaves, 0), torch.float16), dense)
 
 
-def test_v2_as_upstream_stores_it() -> None:
+def test_awq_v2_matches_llm_awq_packing() -> None:
     """Padding rows are 0, a scaled zero is -(scale · float32(zero)) in half, a zero of 0 is -0."""
     w = weight(8, 2560, 128, torch.float16)
     leaves = AWQ_V2.write(w)
@@ -87,7 +88,7 @@ def test_v2_as_upstream_stores_it() -> None:
     assert detect_layout(fast) is AWQ_V2 and same(AWQ_V2.read(fast, 0), w)  # AutoAWQ's "gemv_fast"
 
 
-def test_golden_words() -> None:
+def test_packing_of_known_codes() -> None:
     """vila.md 3.3: codes 0..7 are 0x75316420 across outputs (gemm), 0x76543210 across inputs (v1)."""
     q = torch.arange(8)[:, None].expand(8, 32)
     ones = torch.ones(1, 8, dtype=torch.float16)
@@ -98,8 +99,8 @@ def test_golden_words() -> None:
 
 def edit(leaves: dict[str, Tensor], name: str, **changes: float) -> dict[str, Tensor]:
     leaves = {k: x.clone() for k, x in leaves.items()}
-    for at, value in changes.items():
-        leaves[name][int(at[1:])] = value
+    for index, value in changes.items():
+        leaves[name][int(index[1:])] = value
     return leaves
 
 
@@ -132,7 +133,7 @@ REFUSED_READS = {
 
 
 @pytest.mark.parametrize("layout, leaves, message", REFUSED_READS.values(), ids=REFUSED_READS)
-def test_leaves_that_are_no_weight_are_refused(layout: Layout, leaves: dict, message: str) -> None:
+def test_tensors_of_mismatched_shapes_are_refused(layout: Layout, leaves: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layout.read(leaves, 48)
 
@@ -155,11 +156,11 @@ REFUSED_WRITES = {
 
 
 @pytest.mark.parametrize("layout, w, message", REFUSED_WRITES.values(), ids=REFUSED_WRITES)
-def test_what_a_layout_cannot_hold_is_refused(layout: Layout, w: Int4, message: str) -> None:
+def test_weight_that_a_layout_cannot_hold_is_refused(layout: Layout, w: Int4, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layout.write(w)
 
 
-def test_unknown_leaves_are_refused() -> None:
+def test_unknown_tensor_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"qweight \[4, 64\], scales \[2, 4\] are of no layout .*awq-gemm"):
         detect_layout({"qweight": torch.zeros(4, 64), "scales": torch.zeros(2, 4)})

@@ -44,27 +44,27 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path
 
 
 def with_tokenizer(folder: Path) -> None:
-    found = {"template": "vicuna_v1", "vision_tower": {"model_type": "clip_vision_model", "image_size": 28}}
+    model_spec = {"template": "vicuna_v1", "vision_tower": {"model_type": "clip_vision_model", "image_size": 28}}
     shutil.rmtree(folder / "beside", ignore_errors=True)
     (folder / "beside").mkdir()
-    for file in random_checkpoint.write_tokenizer_and_processor(found, folder / "beside")["llm"].iterdir():
+    for file in random_checkpoint.write_tokenizer_and_processor(model_spec, folder / "beside")["llm"].iterdir():
         shutil.move(file, folder / file.name)
     shutil.rmtree(folder / "beside")
 
 
-def older_names(held: dict[str, Tensor]) -> dict[str, Tensor]:
+def older_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """As transformers 4 wrote them, whatever the one at hand does."""
-    names = {re.sub(r"^(?!language_model)(model\.)?", "", name): name for name in held}
+    names = {re.sub(r"^(?!language_model)(model\.)?", "", name): name for name in tensors}
     names = {re.sub(r"^lm_head", "language_model.lm_head", new): old for new, old in names.items()}
     names = {re.sub(r"^language_model\.(?!model|lm_head)", "language_model.model.", new): o for new, o in names.items()}
     assert {name.split(".")[0] for name in names} == {"language_model", "multi_modal_projector", "vision_tower"}
     names = {re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", n): o for n, o in names.items()}
-    return {new: held[old] for new, old in names.items()}
+    return {new: tensors[old] for new, old in names.items()}
 
 
 def original(source: Path, folder: Path, tower_among: bool) -> None:
     """The same model as LLaVA's own code saves it: two .bin and an index, the tower among them or in a folder."""
-    held = older_names(load_file(source / "model.safetensors"))
+    tensors = older_names(load_file(source / "model.safetensors"))
     names = {
         "language_model.": "",
         "multi_modal_projector.linear_1": "model.mm_projector.0",
@@ -72,20 +72,24 @@ def original(source: Path, folder: Path, tower_among: bool) -> None:
         "vision_tower.": "model.vision_tower.vision_tower.",
     }
     for old, new in names.items():
-        held = {new + key.removeprefix(old) if key.startswith(old) else key: x for key, x in held.items()}
+        tensors = {new + key.removeprefix(old) if key.startswith(old) else key: x for key, x in tensors.items()}
     folder.mkdir()
-    tower = {name: x for name, x in held.items() if "vision_tower" in name}
-    place = folder / "clip"
-    place.mkdir()
-    (place / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": {**CLIP_CONFIG, **TOWER}}))
+    tower = {name: x for name, x in tensors.items() if "vision_tower" in name}
+    clip_folder = folder / "clip"
+    clip_folder.mkdir()
+    (clip_folder / "config.json").write_text(
+        json.dumps({"model_type": "clip", "vision_config": {**CLIP_CONFIG, **TOWER}})
+    )
     if not tower_among:
-        held = {name: x for name, x in held.items() if name not in tower}
-        seen = {name.removeprefix("model.vision_tower.vision_tower."): x for name, x in tower.items()}
-        torch.save({**seen, "text_model.final_layer_norm.bias": torch.ones(3)}, place / "pytorch_model.bin")
-    half = len(held) // 2
+        tensors = {name: x for name, x in tensors.items() if name not in tower}
+        tower_tensors = {name.removeprefix("model.vision_tower.vision_tower."): x for name, x in tower.items()}
+        torch.save(
+            {**tower_tensors, "text_model.final_layer_norm.bias": torch.ones(3)}, clip_folder / "pytorch_model.bin"
+        )
+    half = len(tensors) // 2
     files = {
         f"pytorch_model-0000{i}-of-00002.bin": dict(part)
-        for i, part in enumerate((list(held.items())[:half], list(held.items())[half:]), 1)
+        for i, part in enumerate((list(tensors.items())[:half], list(tensors.items())[half:]), 1)
     }
     for name, part in files.items():
         torch.save(part, folder / name)
@@ -125,10 +129,10 @@ LAYOUTS: dict[str, Callable[[Path, Path], object]] = {
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def folder(request: pytest.FixtureRequest, theirs: tuple[Any, Path]) -> Path:
-    at = theirs[1].parent / request.param
-    if not at.exists():
-        LAYOUTS[request.param](theirs[1], at)
-    return at
+    layout_folder = theirs[1].parent / request.param
+    if not layout_folder.exists():
+        LAYOUTS[request.param](theirs[1], layout_folder)
+    return layout_folder
 
 
 def pixels() -> Tensor:
@@ -136,9 +140,9 @@ def pixels() -> Tensor:
 
 
 @torch.no_grad()
-def test_logits_are_transformers(folder: Path, theirs: tuple[Any, Path]) -> None:
+def test_logits_equal_transformers(folder: Path, theirs: tuple[Any, Path]) -> None:
     model = VilaLlamaForCausalLM.from_pretrained(folder, device="cpu")
-    assert model.dtype == torch.float64 and model.vila_config.image_tokens == 16
+    assert model.dtype == torch.float64 and model.vila_config.tokens_per_image == 16
     ours = model(torch.tensor([[7, -200, 8, 9]]), images=pixels()).logits
     with exact_norms():
         ids = torch.tensor([[7, *[IMAGE] * 16, 8, 9]])
@@ -147,7 +151,7 @@ def test_logits_are_transformers(folder: Path, theirs: tuple[Any, Path]) -> None
     assert expected.std() > 0.05
 
 
-def test_it_is_asked_and_converts_to_a_vila_folder(
+def test_llava_answers_and_converts_to_a_vila_folder(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     from test_convert import ask
@@ -158,12 +162,12 @@ def test_it_is_asked_and_converts_to_a_vila_folder(
     again = VilaLlamaForCausalLM.from_pretrained(tmp_path / "vila", device="cpu")
     before = VilaLlamaForCausalLM.from_pretrained(folder, device="cpu")
     assert all(map(torch.equal, leaves(again.params), leaves(before.params)))
-    answers = {ask(place, monkeypatch, capsys) for place in (folder, tmp_path / "vila")}
+    answers = {ask(clip_folder, monkeypatch, capsys) for clip_folder in (folder, tmp_path / "vila")}
     mode = source.config.get("image_aspect_ratio")
     assert len(answers) == 1 and mode == ("pad" if "original" in folder.name else None)
 
 
-def test_what_is_missing_is_said(theirs: tuple[Any, Path], tmp_path: Path) -> None:
+def test_missing_parts_of_a_llava_are_named(theirs: tuple[Any, Path], tmp_path: Path) -> None:
     original(theirs[1], tmp_path / "x", tower_among=False)
     shutil.rmtree(tmp_path / "x/clip")
     with pytest.raises(

@@ -19,7 +19,7 @@ from vila_triton.models.params import LoadError
 Model = VilaLlamaForCausalLM
 
 
-def test_init_vlm_keeps_the_parts_a_model_has() -> None:
+def test_init_vlm_keeps_the_parts_of_the_model() -> None:
     model = build()
     before = [id(model.get_submodule(part)) for part in ("llm", "vision_tower", "mm_projector")]
     with warnings.catch_warnings():
@@ -28,7 +28,7 @@ def test_init_vlm_keeps_the_parts_a_model_has() -> None:
     assert before == [id(model.get_submodule(part)) for part in ("llm", "vision_tower", "mm_projector")]
 
 
-def test_model_dtype_is_the_configs_and_float16_with_a_warning_if_it_has_none() -> None:
+def test_model_dtype_comes_from_the_config_or_is_float16_with_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Model(config(torch.bfloat16)).dtype == torch.bfloat16
@@ -42,7 +42,7 @@ def test_model_dtype_is_the_configs_and_float16_with_a_warning_if_it_has_none() 
 
 
 @pytest.mark.parametrize("part", ["llm_cfg", "vision_tower_cfg", "mm_projector_cfg"])
-def test_a_config_without_a_part_is_refused(part: str) -> None:
+def test_config_without_a_part_is_refused(part: str) -> None:
     cfg = config()
     setattr(cfg, part, None)
     with pytest.raises(ValueError, match=f"`llm_cfg` `mm_projector_cfg` `vision_tower_cfg` not found.*{part}"):
@@ -55,7 +55,7 @@ INT4 = {"quantization_config": {"quant_method": "vila-triton", "group_size": 16}
 @pytest.mark.parametrize("llm", [{}, INT4, {"tie_word_embeddings": True}], ids=["plain", "int4", "tied"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @torch.no_grad()
-def test_a_saved_model_comes_back_to_the_same_bits(dtype: torch.dtype, llm: dict, tmp_path: Path) -> None:
+def test_saved_model_loads_bitwise_equal(dtype: torch.dtype, llm: dict, tmp_path: Path) -> None:
     model = build(dtype=dtype, llm=llm, prefill_chunk_size=7)
     model.save_pretrained(tmp_path)
     again = Model.from_pretrained(tmp_path, device="cpu")
@@ -86,7 +86,7 @@ def rewrite(part: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     save_file(tensors, part / "model.safetensors")
 
 
-def test_all_tensors_that_do_not_fit_are_in_one_message(folder: Path) -> None:
+def test_mismatched_tensors_are_all_named_in_one_error(folder: Path) -> None:
     def spoil(tensors: dict[str, Tensor]) -> None:
         tensors["model.layers.0.mlp.up.weight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
         tensors["lm_head.weight"] = tensors["lm_head.weight"].T.contiguous()
@@ -131,14 +131,14 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name, damage, message", BROKEN.values(), ids=BROKEN)
-def test_a_broken_file_is_named(name: str, damage: Callable, message: str, folder: Path) -> None:
+def test_broken_file_is_named(name: str, damage: Callable, message: str, folder: Path) -> None:
     damage(folder / name)
     with pytest.raises(LoadError, match=message) as error:
         load(folder)
     assert str((folder / name).parent) in str(error.value)
 
 
-def test_what_is_no_folder_is_named(tmp_path: Path) -> None:
+def test_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"nowhere is not a folder; .*llm, vision_tower, mm_projector"):
         load(tmp_path / "nowhere")
 
@@ -147,28 +147,28 @@ def test_shards_load_like_one_file(folder: Path) -> None:
     before, file = load(folder), folder / WEIGHTS
     tensors = list(load_file(file).items())
     shards = {"model-1-of-2.safetensors": tensors[:5], "model-2-of-2.safetensors": tensors[5:]}
-    for name, held in shards.items():
-        save_file(dict(held), file.with_name(name))
+    for name, state_dict in shards.items():
+        save_file(dict(state_dict), file.with_name(name))
     file.unlink()
-    write({"weight_map": {key: name for name, held in shards.items() for key, _ in held}})(folder / INDEX)
+    write({"weight_map": {key: name for name, state_dict in shards.items() for key, _ in state_dict}})(folder / INDEX)
     after = load(folder)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_what_older_checkpoints_hold_besides_is_left_out(tmp_path: Path) -> None:
+def test_extra_tensors_of_older_checkpoints_are_ignored(tmp_path: Path) -> None:
     build(dtype=torch.float16, llm={"tie_word_embeddings": True}).save_pretrained(tmp_path)
-    before, some = load(tmp_path), torch.ones(3)
-    rewrite(tmp_path / "llm", lambda held: held.update({
-        "lm_head.weight": some, "model.layers.1.self_attn.rotary_emb.inv_freq": some.clone(),
+    before, extra = load(tmp_path), torch.ones(3)
+    rewrite(tmp_path / "llm", lambda state_dict: state_dict.update({
+        "lm_head.weight": extra, "model.layers.1.self_attn.rotary_emb.inv_freq": extra.clone(),
     }))  # fmt: skip
 
     for prefix in ("vision_model.", ""):  # of transformers 4, which we write, and of 5
 
-        def rename(held: dict[str, Tensor], prefix: str = prefix) -> None:
-            for key in list(held):
-                held[prefix + key.removeprefix("vision_model.")] = held.pop(key)
-            held[f"{prefix}head.probe"] = some
-            held[f"{prefix}embeddings.position_ids"] = torch.arange(3)
+        def rename(state_dict: dict[str, Tensor], prefix: str = prefix) -> None:
+            for key in list(state_dict):
+                state_dict[prefix + key.removeprefix("vision_model.")] = state_dict.pop(key)
+            state_dict[f"{prefix}head.probe"] = extra
+            state_dict[f"{prefix}embeddings.position_ids"] = torch.arange(3)
 
         rewrite(tmp_path / "vision_tower", rename)
         after = load(tmp_path)
@@ -202,20 +202,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("part, change, message", CONFIGS.values(), ids=CONFIGS)
-def test_a_config_that_cannot_be_honoured_is_refused(part: str, change: dict, message: str, folder: Path) -> None:
+def test_unsupported_config_is_refused(part: str, change: dict, message: str, folder: Path) -> None:
     file = folder / part / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ConfigError, match=message):
         load(folder)
 
 
-def test_what_is_saved_is_the_model_as_it_is_now_and_can_be_talked_to(tmp_path: Path) -> None:
-    from vila_triton.chat.conversation import ChatModel
+def test_changed_model_is_saved_as_it_is_and_answers(tmp_path: Path) -> None:
+    from vila_triton.hf.chat_model import load_chat_model
     from vila_triton.paths import BUNDLED_CHECKPOINT
 
     model = VilaLlamaForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, device="cpu").float()
     model.save_pretrained(tmp_path)
-    again = ChatModel.from_pretrained(tmp_path, "cpu")
+    again = load_chat_model(tmp_path, "cpu")
     assert again.model.dtype == torch.float32 and again.tokenizer("How many?").input_ids
     assert all(torch.equal(x, again.model.state_dict()[name]) for name, x in model.state_dict().items())
 
@@ -230,7 +230,7 @@ def test_what_is_saved_is_the_model_as_it_is_now_and_can_be_talked_to(tmp_path: 
         ("vision_tower", "num_attention_heads", 3),
     ],
 )
-def test_a_config_of_the_wrong_kind_is_named(part: str, field: str, value: object) -> None:
+def test_config_field_of_wrong_type_is_named(part: str, field: str, value: object) -> None:
     from vila_triton.checkpoints import loading
     from vila_triton.paths import BUNDLED_CHECKPOINT
 

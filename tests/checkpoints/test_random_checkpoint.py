@@ -35,13 +35,15 @@ def narrow(name: str) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=NARROW)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in float32, in shards."""
-    at = tmp_path_factory.mktemp(request.param)
-    found = narrow(request.param)
-    source = random_checkpoint.random_checkpoint(found, "float32", seed=1)
-    source = replace(source, beside=random_checkpoint.write_tokenizer_and_processor(found, at / "beside"))
-    write_checkpoint(source, at / "dense", source_key="", max_shard_bytes=5 * 10**6)
-    assert (at / "dense/llm/model.safetensors.index.json").exists()
-    return at
+    target = tmp_path_factory.mktemp(request.param)
+    model_spec = narrow(request.param)
+    source = random_checkpoint.random_checkpoint(model_spec, "float32", seed=1)
+    source = replace(
+        source, companion_dirs=random_checkpoint.write_tokenizer_and_processor(model_spec, target / "beside")
+    )
+    write_checkpoint(source, target / "dense", source_key="", max_shard_bytes=5 * 10**6)
+    assert (target / "dense/llm/model.safetensors.index.json").exists()
+    return target
 
 
 def theirs(folder: Path, model: VilaLlamaForCausalLM) -> Oracle:
@@ -50,12 +52,12 @@ def theirs(folder: Path, model: VilaLlamaForCausalLM) -> Oracle:
         part: json.loads((folder / part / "config.json").read_text()) for part in ("vision_tower", "mm_projector")
     }
     top = json.loads((folder / "config.json").read_text())
-    held = {
+    state_dict = {
         part: {name: x for file in (folder / part).glob("*.safetensors") for name, x in load_file(file).items()}
         for part in configs
     }
-    tower = {name.removeprefix("vision_model."): x.to(model.dtype) for name, x in held["vision_tower"].items()}
-    projector = {name: x.to(model.dtype) for name, x in held["mm_projector"].items()}
+    tower = {name.removeprefix("vision_model."): x.to(model.dtype) for name, x in state_dict["vision_tower"].items()}
+    projector = {name: x.to(model.dtype) for name, x in state_dict["mm_projector"].items()}
     return Oracle(
         LlamaForCausalLM.from_pretrained(folder / "llm", dtype=model.dtype).eval(),
         reference_towers.theirs(configs["vision_tower"], tower),
@@ -65,7 +67,7 @@ def theirs(folder: Path, model: VilaLlamaForCausalLM) -> Oracle:
 
 
 @torch.no_grad()
-def test_logits_are_those_of_hugging_faces_modules(folder: Path) -> None:
+def test_random_checkpoint_logits_equal_hugging_face(folder: Path) -> None:
     ids = torch.tensor([5, 300, -200, 7, 41, 900])
     for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
         model = VilaLlamaForCausalLM.from_pretrained(folder / "dense", device="cpu", dtype=dtype)
@@ -74,15 +76,17 @@ def test_logits_are_those_of_hugging_faces_modules(folder: Path) -> None:
         ours = model(ids[None], images=images).logits[0]
         with exact_norms():
             expected = theirs(folder / "dense", model).run([ids], images)[0].logits[0]
-        assert ours.shape == (5 + model.vila_config.image_tokens, model.vila_config.llm.vocab_size) == expected.shape
+        assert (
+            ours.shape == (5 + model.vila_config.tokens_per_image, model.vila_config.llm.vocab_size) == expected.shape
+        )
         assert (ours - expected).abs().max() <= bound and expected.std() > 0.1
 
 
-def test_it_answers_as_hugging_face_does(folder: Path) -> None:
+def test_random_checkpoint_answers_as_hugging_face(folder: Path) -> None:
     """Greedily, in float64; and its table of configs/models/ says how many tokens a picture is."""
     model = VilaLlamaForCausalLM.from_pretrained(folder / "dense", device="cpu", dtype=torch.float64)
     assert (
-        model.vila_config.image_tokens
+        model.vila_config.tokens_per_image
         == random_checkpoint.read_model_toml(folder.name.removesuffix("0"))["image_tokens"]
     )
     ids = torch.tensor([[9, 8, 7, 250]])
@@ -93,11 +97,14 @@ def test_it_answers_as_hugging_face_does(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NARROW)
-def test_its_file_says_the_bytes_it_takes(name: str) -> None:
-    found = random_checkpoint.read_model_toml(name)
+def test_model_toml_states_the_bytes_of_the_checkpoint(name: str) -> None:
+    model_spec = random_checkpoint.read_model_toml(name)
     for field, group in (("fp16_bytes", None), ("int4_bytes", 128)):
-        assert found[field] == sum(
-            map(size_report.total_bytes, random_checkpoint.random_checkpoint(found, group_size=group).tensors.values())
+        assert model_spec[field] == sum(
+            map(
+                size_report.total_bytes,
+                random_checkpoint.random_checkpoint(model_spec, group_size=group).tensors.values(),
+            )
         )
 
 
@@ -105,7 +112,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def test_every_layout_and_back_is_the_same_to_the_bit(folder: Path) -> None:
+def test_converting_through_every_layout_is_lossless(folder: Path) -> None:
     ours = folder / "ours"
     write_checkpoint(
         random_checkpoint.random_checkpoint(narrow(folder.name.removesuffix("0")), "float16", group_size=64),
@@ -114,13 +121,13 @@ def test_every_layout_and_back_is_the_same_to_the_bit(folder: Path) -> None:
     )
     before, params = contents(ours), load(ours)
     for form in ("awq-gemm", "awq-v1", "awq-v2"):
-        there, back = folder / form, folder / f"{form} and back"
+        converted, back = folder / form, folder / f"{form} and back"
         source = open_checkpoint(ours)
         check_checkpoint(source)
-        write_checkpoint(source, there, form)
-        assert open_checkpoint(there).layout.name == form  # pyright: ignore
-        assert all(map(torch.equal, load(there), params))
-        write_checkpoint(open_checkpoint(there), back)
+        write_checkpoint(source, converted, form)
+        assert open_checkpoint(converted).layout.name == form  # pyright: ignore
+        assert all(map(torch.equal, load(converted), params))
+        write_checkpoint(open_checkpoint(converted), back)
         assert contents(back) == before
     (pt,) = (folder / "awq-v2/llm").glob("*.pt")
     assert pt.name == "awq-v2-w4-g64-awq-v2.pt" and not list((folder / "awq-v2/llm").glob("*.safetensors"))

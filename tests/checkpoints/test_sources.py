@@ -24,52 +24,56 @@ INT4 = {"quantization_config": {"quant_method": "vila-triton", "group_size": 32,
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model as fp16 and as int4 in every layout; the int4 one is rounded as no layout but ours and v2 says."""
-    at = tmp_path_factory.mktemp("made")
-    build(dtype=torch.float16, llm=LLM).save_pretrained(at / "dense")
-    build(dtype=torch.float16, llm=LLM | INT4).save_pretrained(at / "ours")
+    target = tmp_path_factory.mktemp("made")
+    build(dtype=torch.float16, llm=LLM).save_pretrained(target / "dense")
+    build(dtype=torch.float16, llm=LLM | INT4).save_pretrained(target / "ours")
     for form in ("awq-gemm", "awq-v1", "awq-v2"):
-        write_checkpoint(open_checkpoint(at / "ours"), at / form, form)
-    return at
+        write_checkpoint(open_checkpoint(target / "ours"), target / form, form)
+    return target
 
 
 def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def take(made: Path, name: str, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made / name, tmp_path / "x"))
+def take(checkpoints: Path, name: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoints / name, tmp_path / "x"))
 
 
 @torch.no_grad()
-def test_where_weights_are_rounded_is_kept_through_every_layout(made: Path) -> None:
+def test_dequant_rounding_is_kept_through_every_layout(checkpoints: Path) -> None:
     """And each says of itself what its readers expect: AutoAWQ's a quantization_config, llm-awq's v2 nothing."""
     models = {
-        form: Model.from_pretrained(made / form, device="cpu") for form in ("ours", "awq-gemm", "awq-v1", "awq-v2")
+        form: Model.from_pretrained(checkpoints / form, device="cpu")
+        for form in ("ours", "awq-gemm", "awq-v1", "awq-v2")
     }
     ids, images = torch.tensor([[1, -200, 7, 8]]), pictures(models["ours"], 1)
     logits = {form: model(ids, images=images).logits for form, model in models.items()}
     assert all(torch.equal(x, logits["ours"]) for x in logits.values())
     assert {model.vila_config.llm.order for model in models.values()} == {"fma"}
-    said = {form: json.loads((made / form / "llm/config.json").read_text()) for form in models}
+    set_quantization = {form: json.loads((checkpoints / form / "llm/config.json").read_text()) for form in models}
     expected = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
-    assert said["awq-gemm"]["quantization_config"] == expected and said["awq-gemm"]["int4_order"] == "fma"
-    assert said["awq-v1"]["quantization_config"]["version"] == "gemv"
-    assert "quantization_config" not in said["awq-v2"] and "int4_order" not in said["awq-v2"]
+    assert (
+        set_quantization["awq-gemm"]["quantization_config"] == expected
+        and set_quantization["awq-gemm"]["int4_order"] == "fma"
+    )
+    assert set_quantization["awq-v1"]["quantization_config"]["version"] == "gemv"
+    assert "quantization_config" not in set_quantization["awq-v2"] and "int4_order" not in set_quantization["awq-v2"]
 
 
-def test_int4_written_out_is_what_it_stands_for(made: Path, tmp_path: Path) -> None:
-    write_checkpoint(open_checkpoint(made / "ours"), tmp_path / "x", "dense")
-    twin = dense_twin(Model.from_pretrained(made / "ours", device="cpu")).state_dict()
+def test_dense_format_equals_dequantized_weights(checkpoints: Path, tmp_path: Path) -> None:
+    write_checkpoint(open_checkpoint(checkpoints / "ours"), tmp_path / "x", "dense")
+    twin = dense_twin(Model.from_pretrained(checkpoints / "ours", device="cpu")).state_dict()
     again = Model.from_pretrained(tmp_path / "x", device="cpu").state_dict()
     assert all(torch.equal(again[name], x) for name, x in twin.items())
 
 
 def nested(folder: Path) -> None:
     """Part configs in the top one, as TensorRT-LLM's copy of VILA1.5-3b's has them; none in the folders."""
-    held = {f"{part}_cfg": json.loads((folder / part / "config.json").read_text()) for part in PARTS}
-    edit(folder / "config.json", **held, resume_path="./vlm", _name_or_path="./vlm")
+    contents = {f"{part}_cfg": json.loads((folder / part / "config.json").read_text()) for part in PARTS}
+    edit(folder / "config.json", **contents, resume_path="./vlm", _name_or_path="./vlm")
     for part in PARTS:
         (folder / part / "config.json").unlink()
 
@@ -96,8 +100,10 @@ def older(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [nested, elsewhere, without_top, rope, older])
-def test_one_model_said_in_other_words(change: Callable[[Path], None], made: Path, tmp_path: Path) -> None:
-    folder = take(made, "dense", tmp_path)
+def test_equivalent_configs_load_the_same_model(
+    change: Callable[[Path], None], checkpoints: Path, tmp_path: Path
+) -> None:
+    folder = take(checkpoints, "dense", tmp_path)
     before = Model.from_pretrained(folder, device="cpu")
     change(folder)
     after = Model.from_pretrained(folder, device="cpu")
@@ -107,38 +113,58 @@ def test_one_model_said_in_other_words(change: Callable[[Path], None], made: Pat
 
 def mixed(folder: Path) -> None:
     """One linear in groups of another size."""
-    held = {name: x.clone() for name, x in open_tensors(folder / "llm").items()}
+    contents = {name: x.clone() for name, x in open_tensors(folder / "llm").items()}
     stem = "model.layers.1.mlp.down_proj"
-    held |= {f"{stem}.{leaf}": held[f"{stem}.{leaf}"][::2].contiguous() for leaf in ("scales", "qzeros")}
-    save_file(held, folder / "llm/model.safetensors")
+    contents |= {f"{stem}.{leaf}": contents[f"{stem}.{leaf}"][::2].contiguous() for leaf in ("scales", "qzeros")}
+    save_file(contents, folder / "llm/model.safetensors")
 
 
-def said(**values: Any) -> Callable[[Path], None]:
+def set_quantization(**values: Any) -> Callable[[Path], None]:
     return lambda folder: edit(folder / "llm/config.json", quantization_config=values or None)
 
 
 AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 REFUSED: dict[str, tuple[str, Callable[[Path], object], type[Exception], str]] = {
-    "int4 said of a dense one": ("dense", said(**AWQ), LoadError, "says int4 .awq., but there is no .qweight"),
-    "ours unsaid": ("ours", said(), LoadError, "down_proj: the config does not say the group size"),
-    "another method": ("awq-gemm", said(quant_method="gptq", bits=4), ConfigError, "'gptq' is not supported"),
+    "int4 said of a dense one": (
+        "dense",
+        set_quantization(**AWQ),
+        LoadError,
+        "says int4 .awq., but there is no .qweight",
+    ),
+    "ours unsaid": ("ours", set_quantization(), LoadError, "down_proj: the config does not say the group size"),
+    "another method": (
+        "awq-gemm",
+        set_quantization(quant_method="gptq", bits=4),
+        ConfigError,
+        "'gptq' is not supported",
+    ),
     "another version": (
         "awq-gemm",
-        said(**AWQ | {"version": "gemv"}),
+        set_quantization(**AWQ | {"version": "gemv"}),
         LoadError,
         "layout awq-gemm, but the config says",
     ),
     "another group": (
         "awq-gemm",
-        said(**AWQ | {"group_size": 64}),
+        set_quantization(**AWQ | {"group_size": 64}),
         LoadError,
         "says groups of 64, but .* groups of 32",
     ),
-    "eight bits": ("awq-gemm", said(**AWQ | {"bits": 8}), LoadError, "8 bits, zero_point True is not supported"),
-    "no zeros": ("awq-gemm", said(**AWQ | {"zero_point": False}), LoadError, "zero_point False is not supported"),
+    "eight bits": (
+        "awq-gemm",
+        set_quantization(**AWQ | {"bits": 8}),
+        LoadError,
+        "8 bits, zero_point True is not supported",
+    ),
+    "no zeros": (
+        "awq-gemm",
+        set_quantization(**AWQ | {"zero_point": False}),
+        LoadError,
+        "zero_point False is not supported",
+    ),
     "another order": (
         "ours",
-        said(**INT4["quantization_config"] | {"order": "up"}),
+        set_quantization(**INT4["quantization_config"] | {"order": "up"}),
         ConfigError,
         "order is 'up', expected 'sub' or 'fma'",
     ),
@@ -159,18 +185,18 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], type[Exception], str]] =
 
 
 @pytest.mark.parametrize("name, change, error, message", REFUSED.values(), ids=REFUSED)
-def test_contradictions_are_refused(
-    name: str, change: Callable[[Path], object], error: type[Exception], message: str, made: Path, tmp_path: Path
+def test_contradicting_config_and_tensors_are_refused(
+    name: str, change: Callable[[Path], object], error: type[Exception], message: str, checkpoints: Path, tmp_path: Path
 ) -> None:
-    folder = take(made, name, tmp_path)
+    folder = take(checkpoints, name, tmp_path)
     change(folder)
     with pytest.raises(error, match=message):
         check_checkpoint(open_checkpoint(folder))
 
 
-def test_a_model_is_saved_over_the_folder_it_came_from(made: Path, tmp_path: Path) -> None:
+def test_save_pretrained_into_the_source_folder_replaces_its_weights(checkpoints: Path, tmp_path: Path) -> None:
     """Which may be of another layout: what was there and is not read any more goes."""
-    folder = take(made, "awq-v2", tmp_path)
+    folder = take(checkpoints, "awq-v2", tmp_path)
     model = Model.from_pretrained(folder, device="cpu")
     before = {name: x.clone() for name, x in model.state_dict().items()}
     model.save_pretrained(folder)

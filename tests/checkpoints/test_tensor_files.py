@@ -47,7 +47,7 @@ CONTAINERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("write", CONTAINERS.values(), ids=CONTAINERS)
-def test_every_container_gives_the_same_tensors(write: Callable, tmp_path: Path) -> None:
+def test_every_file_format_gives_the_same_tensors(write: Callable, tmp_path: Path) -> None:
     write(tmp_path)
     tensors = open_tensors(tmp_path)
     assert sorted(tensors) == sorted(tensors.meta) == sorted(HELD)
@@ -57,15 +57,15 @@ def test_every_container_gives_the_same_tensors(write: Callable, tmp_path: Path)
         tensors.release(name)
 
 
-def test_views_and_parameters_saved_by_torch_are_found_in_their_storage(tmp_path: Path) -> None:
+def test_views_and_parameters_saved_by_torch_are_read_from_their_storage(tmp_path: Path) -> None:
     x = torch.arange(12.0).reshape(3, 4)
-    held = {"t": x.T, "row": x[1], "every other": x[:, ::2], "p": torch.nn.Parameter(x.clone())}
-    torch.save(held, tmp_path / "pytorch_model.bin")
+    views = {"t": x.T, "row": x[1], "every other": x[:, ::2], "p": torch.nn.Parameter(x.clone())}
+    torch.save(views, tmp_path / "pytorch_model.bin")
     tensors = open_tensors(tmp_path / "pytorch_model.bin")
-    assert all(torch.equal(tensors[name], y) for name, y in held.items())
+    assert all(torch.equal(tensors[name], y) for name, y in views.items())
 
 
-def test_a_tensor_at_an_odd_place_and_what_was_forgotten_are_read(tmp_path: Path) -> None:
+def test_unaligned_and_released_tensors_are_read(tmp_path: Path) -> None:
     big = torch.randn(9000, generator=rng)
     header = b'{"x":{"dtype":"F32","shape":[9000],"data_offsets":[0,36000]}}'
     header += b" " * (-len(header) % 8 + 1)  # one more than writers pad
@@ -159,7 +159,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage, message", BROKEN.values(), ids=BROKEN)
-def test_what_is_wrong_with_a_file_is_said(damage: Callable, message: str, tmp_path: Path) -> None:
+def test_damaged_weight_files_are_refused_with_a_reason(damage: Callable, message: str, tmp_path: Path) -> None:
     damage(tmp_path)
     with pytest.raises(LoadError, match=message) as error:
         open_tensors(tmp_path)
@@ -167,13 +167,13 @@ def test_what_is_wrong_with_a_file_is_said(damage: Callable, message: str, tmp_p
     assert not Path("/tmp/code-of-a-checkpoint-ran").exists()
 
 
-def test_safetensors_come_before_bin(tmp_path: Path) -> None:
+def test_safetensors_are_preferred_to_bin(tmp_path: Path) -> None:
     CONTAINERS["bin"](tmp_path)
     save_file({"only": HELD["a"]}, tmp_path / "model.safetensors")
     assert list(open_tensors(tmp_path)) == ["only"]
 
 
-def test_bytes_are_not_held_twice(tmp_path: Path) -> None:
+def test_two_readers_of_a_tensor_share_memory(tmp_path: Path) -> None:
     """Two readers of a tensor see one memory: nothing was copied."""
     CONTAINERS["safetensors"](tmp_path)
     tensors = open_tensors(tmp_path)

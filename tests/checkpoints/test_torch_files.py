@@ -35,49 +35,53 @@ HELD: dict[str, Tensor] = {
 }
 
 
-def saved(held: Any = HELD, **how: Any) -> bytes:
-    torch.save(held, file := io.BytesIO(), **how)
+def saved(entries_by_name: Any = HELD, **options: Any) -> bytes:
+    torch.save(entries_by_name, file := io.BytesIO(), **options)
     return file.getvalue()
 
 
 def entries(data: bytes) -> dict[str, bytes]:
-    with zipfile.ZipFile(io.BytesIO(data)) as held:
-        return {name.partition("/")[2]: held.read(name) for name in held.namelist()}
+    with zipfile.ZipFile(io.BytesIO(data)) as entries_by_name:
+        return {name.partition("/")[2]: entries_by_name.read(name) for name in entries_by_name.namelist()}
 
 
-def zipped(held: dict[str, bytes], prefix: str = "archive/", deflated: str | None = None, before: bytes = b"") -> bytes:
+def zipped(
+    entries_by_name: dict[str, bytes], prefix: str = "archive/", deflated: str | None = None, before: bytes = b""
+) -> bytes:
     """The entries in a zip by Python; those whose names begin with `deflated` compressed."""
     file = io.BytesIO(before)
     with zipfile.ZipFile(file, "a") as into:
-        for name, content in held.items():
+        for name, content in entries_by_name.items():
             small = deflated is not None and name.startswith(deflated)
             into.writestr(prefix + name, content, zipfile.ZIP_DEFLATED if small else zipfile.ZIP_STORED)
     return file.getvalue()
 
 
-def long_zip(held: dict[str, bytes]) -> bytes:
+def long_zip(entries_by_name: dict[str, bytes]) -> bytes:
     """With the fields that files beyond 4 GB have."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as into:
-        for name, content in held.items():
-            with into.open(f"x/{name}", "w", force_zip64=True) as opened:
-                opened.write(content)
+        for name, content in entries_by_name.items():
+            with into.open(f"x/{name}", "w", force_zip64=True) as stream:
+                stream.write(content)
     return file.getvalue()
 
 
-def shuffled(held: dict[str, bytes]) -> dict[str, bytes]:
-    names = list(held)
+def shuffled(entries_by_name: dict[str, bytes]) -> dict[str, bytes]:
+    names = list(entries_by_name)
     random.Random(0).shuffle(names)
-    return {name: held[name] for name in names}
+    return {name: entries_by_name[name] for name in names}
 
 
 def big_endian() -> bytes:
     """As a machine writes it that keeps the highest byte first."""
-    held = entries(saved())
+    entries_by_name = entries(saved())
     for i, x in enumerate(storages()):
-        data = held[f"data/{i}"]
-        held[f"data/{i}"] = b"".join(data[at : at + x.itemsize][::-1] for at in range(0, len(data), x.itemsize))
-    return zipped(held | {"byteorder": b"big"})
+        data = entries_by_name[f"data/{i}"]
+        entries_by_name[f"data/{i}"] = b"".join(
+            data[offset : offset + x.itemsize][::-1] for offset in range(0, len(data), x.itemsize)
+        )
+    return zipped(entries_by_name | {"byteorder": b"big"})
 
 
 def storages() -> list[Tensor]:
@@ -105,13 +109,13 @@ READ: dict[str, Callable[[], bytes]] = {
 
 
 def versioned() -> OrderedDict:
-    held = OrderedDict(HELD)
-    held._metadata = OrderedDict({"": {"version": 1}})  # pyright: ignore
-    return held
+    entries_by_name = OrderedDict(HELD)
+    entries_by_name._metadata = OrderedDict({"": {"version": 1}})  # pyright: ignore
+    return entries_by_name
 
 
 @pytest.mark.parametrize("data", READ.values(), ids=READ)
-def test_a_zip_is_read_as_torch_reads_torchs_own(data: Callable[[], bytes], tmp_path: Path) -> None:
+def test_repackaged_zip_reads_as_torch_reads_the_original(data: Callable[[], bytes], tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(data())
     tensors, expected = open_tensors(tmp_path / "a.bin"), torch.load(io.BytesIO(saved()), weights_only=True)
     assert list(tensors) == list(expected)
@@ -128,16 +132,18 @@ def changed(**new: bytes) -> bytes:
 def other_place() -> bytes:
     """The directory of the zip points at another entry."""
     data = bytearray(saved())
-    at = data.rindex(b"archive/data/0", 0, data.rindex(b"archive/data/1")) - 4  # its offset ends right before its name
+    offset = (
+        data.rindex(b"archive/data/0", 0, data.rindex(b"archive/data/1")) - 4
+    )  # its offset ends right before its name
     other = data.index(b"archive/data/1") - 30
-    data[at : at + 4] = struct.pack("<I", other)
+    data[offset : offset + 4] = struct.pack("<I", other)
     return bytes(data)
 
 
 def longer(data: bytes) -> tuple[bytes, bytes]:
     """The header of an entry, and the same with a number in it that moves the entry by 4 bytes."""
-    at = data.index(b"archive/data/1") - 2
-    before = data[at : at + 16]
+    offset = data.index(b"archive/data/1") - 2
+    before = data[offset : offset + 16]
     return before, bytes([before[0] + 4]) + before[1:]
 
 
@@ -200,7 +206,7 @@ def twice() -> bytes:
 
 
 @pytest.mark.parametrize("data, message", REFUSED.values(), ids=REFUSED)
-def test_what_is_not_read_is_refused(data: Callable[[], bytes], message: str, tmp_path: Path) -> None:
+def test_unsupported_torch_files_are_refused(data: Callable[[], bytes], message: str, tmp_path: Path) -> None:
     (file := tmp_path / "a.bin").write_bytes(data())
     with pytest.raises(LoadError, match=f"^{file}.*{message}") as error:
         open_tensors(file)
@@ -222,22 +228,22 @@ BOMBS = {  # what some unpickler spends gigabytes or its stack on
 
 
 @pytest.mark.parametrize("steps", BOMBS.values(), ids=BOMBS)
-def test_a_pickle_that_is_a_bomb_is_refused(steps: bytes, tmp_path: Path) -> None:
+def test_pickle_bombs_are_refused(steps: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(pickled(steps))
     with pytest.raises(LoadError, match=r"a.pt (is not a whole file of|holds more than|does not hold)"):
         open_tensors(tmp_path / "a.pt")
 
 
-def test_a_pickle_beyond_all_measure_is_not_followed(tmp_path: Path) -> None:
+def test_oversized_pickle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(pickled(b"N0" * (1 << 22)))
     with pytest.raises(LoadError, match=r"data.pkl has 8388611 bytes, expected at most 8388608"):
         open_tensors(tmp_path / "a.pt")
 
 
-def test_a_damaged_file_is_named_or_read_as_torch_reads_it(tmp_path: Path) -> None:
+def test_damaged_file_is_named_or_reads_as_torch_reads_it(tmp_path: Path) -> None:
     """Bytes changed, or the end cut off: one error, what was there, or what torch reads."""
-    held, rng = {name: HELD[name] for name in ("a", "half", "turned", "nothing")}, random.Random(0)
-    whole, before = saved(held), {name: as_bytes(x) for name, x in held.items()}
+    entries_by_name, rng = {name: HELD[name] for name in ("a", "half", "turned", "nothing")}, random.Random(0)
+    whole, before = saved(entries_by_name), {name: as_bytes(x) for name, x in entries_by_name.items()}
     file, errors = tmp_path / "a.bin", 0
     for i in range(500):
         data = bytearray(whole[: rng.randrange(len(whole)) if i % 8 == 0 else None])

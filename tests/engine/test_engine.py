@@ -200,7 +200,7 @@ def test_a_second_turn_runs_only_what_is_new_and_answers_like_one_prompt(monkeyp
         return llama_llama(p, x, *args)
 
     llama_llama = llama.forward
-    monkeypatch.setattr(llama, "llama", counted)
+    monkeypatch.setattr(llama, "forward", counted)
     cache, rows, features = conversation()
     first = answers(cache, rows, features, 6)
     assert ran == [13 + 3, 2, 2, 2, 2, 2]

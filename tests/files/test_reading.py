@@ -40,14 +40,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text, message", WRONG.values(), ids=WRONG)
-def test_json_is_read_strictly(text: bytes, message: str, tmp_path: Path) -> None:
+def test_invalid_json_is_refused(text: bytes, message: str, tmp_path: Path) -> None:
     (file := tmp_path / "a.json").write_bytes(text)
     with pytest.raises(LoadError, match=f"^{file}.*{message}") as error:
         read_json(file)
     assert len(str(error.value)) < 400
 
 
-def test_json_that_is_right_is_read(tmp_path: Path) -> None:
+def test_valid_json_is_read(tmp_path: Path) -> None:
     values = {"a": [1, 2.5, None, True, "é \U0001f600"], "big": int(1e30), "deep": json.loads("[" * 62 + "]" * 62)}
     for ascii_only in (True, False):  # the pair of surrogates written as such, or not
         (tmp_path / "a.json").write_text(json.dumps(values, ensure_ascii=ascii_only), encoding="utf-8")
@@ -59,11 +59,11 @@ def test_json_that_is_right_is_read(tmp_path: Path) -> None:
         read_json(tmp_path / "a.json", max_bytes=10)
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fifos_and_devices_are_refused_without_blocking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path)  # the path of a socket has at most a hundred letters
-    with socket.socket(socket.AF_UNIX) as held:
-        held.bind("socket")
+    with socket.socket(socket.AF_UNIX) as unix_socket:
+        unix_socket.bind("socket")
         for path, message in (
             (tmp_path / "pipe", "pipe is a FIFO, expected a file"),
             (tmp_path / "socket", "socket is a device or a socket, expected a file"),
@@ -76,7 +76,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.M
                     read(path)
 
 
-def test_lists_and_values_are_shortened() -> None:
+def test_lists_and_values_are_shortened_in_errors() -> None:
     assert join_items([1, 2, 3]) == "1, 2, 3" and join_items(range(10**4), 3) == "0, 1, 2, and 9997 more"
     assert (
         len(short_repr("x" * 10**6)) < 100
@@ -96,7 +96,7 @@ def hub(folder: Path) -> Path:
     return snapshot
 
 
-def test_links_are_followed_within_a_checkpoint_and_to_blobs_of_the_hub(tmp_path: Path) -> None:
+def test_links_within_a_checkpoint_and_to_hub_blobs_are_followed(tmp_path: Path) -> None:
     snapshot = hub(tmp_path)
     require_contained(snapshot, snapshot, snapshot / "llm")
     (tmp_path / "link").symlink_to(snapshot)
@@ -119,7 +119,7 @@ def test_links_out_of_a_checkpoint_are_refused(to: str, tmp_path: Path) -> None:
         require_contained(snapshot, snapshot / "tower")
 
 
-def test_a_fifo_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_fifo_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "tokenizer.json")
     with pytest.raises(LoadError, match=r"tokenizer.json is a FIFO"):
         require_contained(tmp_path, tmp_path)

@@ -77,31 +77,31 @@ def of_json(rng: Random, whole: bytes) -> bytes:
     if rng.random() < 0.2:
         return of_bytes(rng, whole)
     try:
-        held = json.loads(whole)
+        document = json.loads(whole)
     except ValueError:
         return of_bytes(rng, whole)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        held = changed(rng, held)
-    return encoded(rng, written(rng, held))
+        document = changed(rng, document)
+    return encoded(rng, written(rng, document))
 
 
 def value(rng: Random) -> Any:
     return deepcopy(rng.choice(VALUES))
 
 
-def changed(rng: Random, held: Any) -> Any:
+def changed(rng: Random, document: Any) -> Any:
     """A tree with one of its places changed."""
-    places: list[tuple[Any, Any]] = []
-    stack = [held]
+    slots: list[tuple[Any, Any]] = []
+    stack = [document]
     while stack:
         node = stack.pop()
         pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
         for key, child in pairs:
-            places.append((node, key))
+            slots.append((node, key))
             stack.append(child)
-    if not places or rng.random() < 0.03:
+    if not slots or rng.random() < 0.03:
         return value(rng)
-    node, key = rng.choice(places)
+    node, key = rng.choice(slots)
     kind = rng.choice(("value", "value", "value", "kind", "drop", "rename", "swap", "insert", "code"))
     if kind == "value":
         node[key] = value(rng)
@@ -112,23 +112,23 @@ def changed(rng: Random, held: Any) -> Any:
     elif kind == "rename" and isinstance(node, dict):
         node[rng.choice(("", "x", "\x00", key + key, key.upper()))] = node.pop(key)
     elif kind == "swap":
-        other, there = rng.choice(places)
-        if there in other if isinstance(other, dict) else there < len(other):
-            node[key] = deepcopy(other[there])
+        other, other_index = rng.choice(slots)
+        if other_index in other if isinstance(other, dict) else other_index < len(other):
+            node[key] = deepcopy(other[other_index])
     elif kind == "insert":
         if isinstance(node, list):
             node.insert(key, value(rng))
         else:
             node[rng.choice(("x", "type", "size"))] = value(rng)
-    elif kind == "code" and isinstance(held, dict):
+    elif kind == "code" and isinstance(document, dict):
         named = rng.choice(
             ("AutoTokenizer", "AutoImageProcessor", "AutoConfig", "AutoProcessor", "AutoModelForCausalLM")
         )
-        held["auto_map"] = {
+        document["auto_map"] = {
             named: rng.choice(("planted.Planted", ["planted.Planted", None], "other/place--planted.Planted"))
         }
-        held.setdefault("trust_remote_code", True)
-    return held
+        document.setdefault("trust_remote_code", True)
+    return document
 
 
 def other_kind(rng: Random, x: Any) -> Any:
@@ -144,13 +144,13 @@ def other_kind(rng: Random, x: Any) -> Any:
     return rng.choice(([*x.items()], [*x], [x], json.dumps(x)))
 
 
-def written(rng: Random, held: Any) -> str:
+def written(rng: Random, document: Any) -> str:
     """JSON, once in a while with a key twice."""
-    text = json.dumps(held, indent=rng.choice((None, 2)))
+    text = json.dumps(document, indent=rng.choice((None, 2)))
     for word, raw in RAW.items():
         text = text.replace(json.dumps(word), raw)
-    if rng.random() < 0.05 and text.startswith("{") and isinstance(held, dict) and held:
-        key = rng.choice(list(held))
+    if rng.random() < 0.05 and text.startswith("{") and isinstance(document, dict) and document:
+        key = rng.choice(list(document))
         text = f"{{{json.dumps(key)}: {rng.choice(('1', 'null', '[]'))}, {text[1:]}"
     return text
 
@@ -249,8 +249,8 @@ def of_torch(rng: Random, whole: bytes) -> bytes:
         return of_zip_directory(rng, whole)
     if kind == "code" and rng.random() < 0.3:
         return rng.choice(PICKLES)
-    with zipfile.ZipFile(io.BytesIO(whole)) as opened:
-        entries = [(info.filename, opened.read(info)) for info in opened.infolist()]
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
     at = next(i for i, (name, _) in enumerate(entries) if name.endswith("data.pkl"))
     name, text = entries[at]
     packed = zipfile.ZIP_STORED
@@ -264,38 +264,38 @@ def of_torch(rng: Random, whole: bytes) -> bytes:
         entries[at] = name, of_pickle(rng, text)
     else:
         i, j = rng.randrange(len(entries)), rng.randrange(len(entries))
-        what = rng.choice(("drop", "twice", "empty", "swap", "order", "rename", "packed", "byteorder", "damage"))
-        if what == "drop":
+        change = rng.choice(("drop", "twice", "empty", "swap", "order", "rename", "packed", "byteorder", "damage"))
+        if change == "drop":
             del entries[i]
-        elif what == "twice":
+        elif change == "twice":
             entries.append(entries[i])
-        elif what == "empty":
+        elif change == "empty":
             entries[i] = entries[i][0], b""
-        elif what == "swap":
+        elif change == "swap":
             entries[i], entries[j] = (entries[i][0], entries[j][1]), (entries[j][0], entries[i][1])
-        elif what == "order":
+        elif change == "order":
             rng.shuffle(entries)
-        elif what == "rename":
+        elif change == "rename":
             entries[i] = rng.choice(("x", "../x", "archive/x", entries[j][0])), entries[i][1]
-        elif what == "packed":
+        elif change == "packed":
             packed = rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
-        elif what == "byteorder":
+        elif change == "byteorder":
             entries = [(n, rng.choice((b"big", b"", b"x" * 99)) if n.endswith("byteorder") else x) for n, x in entries]
         else:
             entries[i] = entries[i][0], of_bytes(rng, entries[i][1] or b"\0")
     out = io.BytesIO()
-    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(out, "w", packed) as opened:  # of a name twice
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(out, "w", packed) as archive:  # of a name twice
         for entry, content in entries:
-            opened.writestr(entry, content)
+            archive.writestr(entry, content)
     return out.getvalue()
 
 
 def of_pickle(rng: Random, text: bytes) -> bytes:
     """Another number, another name or a damaged byte in a pickle."""
-    found = [(op.name, arg, at) for op, arg, at in pickletools.genops(text)]
-    ends = [at for _, _, at in found[1:]] + [len(text)]
-    numbers = [i for i, (name, _, _) in enumerate(found) if name in ("BININT", "BININT1", "BININT2", "LONG1")]
-    names = [i for i, (name, _, _) in enumerate(found) if name == "GLOBAL"]
+    opcodes = [(op.name, arg, at) for op, arg, at in pickletools.genops(text)]
+    ends = [at for _, _, at in opcodes[1:]] + [len(text)]
+    numbers = [i for i, (name, _, _) in enumerate(opcodes) if name in ("BININT", "BININT1", "BININT2", "LONG1")]
+    names = [i for i, (name, _, _) in enumerate(opcodes) if name == "GLOBAL"]
     kind = rng.choice(("number",) * 4 + ("global", "bytes"))
     if kind == "number" and numbers:
         i = rng.choice(numbers)
@@ -316,7 +316,7 @@ def of_pickle(rng: Random, text: bytes) -> bytes:
         new = rng.choice((*(f"ctorch\n{name}\n".encode() for name in kinds), *more, b"ccollections\nOrderedDict\n"))
     else:
         return of_bytes(rng, text)
-    return text[: found[i][2]] + new + text[ends[i] :]
+    return text[: opcodes[i][2]] + new + text[ends[i] :]
 
 
 def of_zip_directory(rng: Random, whole: bytes) -> bytes:

@@ -20,27 +20,27 @@ PARTS = [(name, first) for name, reader in READERS.items() for first in range(0,
 
 
 def folder(tmp_path: Path) -> Path:
-    (place := tmp_path / "folder").mkdir()
-    return place
+    (directory := tmp_path / "folder").mkdir()
+    return directory
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("name, first", PARTS)
-def test_a_damaged_file_is_read_or_refused_in_a_sentence(name: str, first: int, tmp_path: Path) -> None:
+def test_damaged_file_is_read_or_refused_in_one_sentence(name: str, first: int, tmp_path: Path) -> None:
     reader = READERS[name]
-    found = faults(reader, folder(tmp_path), range(first, min(first + AT_ONCE, reader.count)))
-    assert not found, report(reader, found)
+    faults_by_seed = faults(reader, folder(tmp_path), range(first, min(first + AT_ONCE, reader.count)))
+    assert not faults_by_seed, report(reader, faults_by_seed)
 
 
-def test_there_are_20_000_of_them() -> None:
+def test_there_are_20_000_damaged_files() -> None:
     assert sum(reader.count for reader in READERS.values()) >= 20_000
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_a_file_that_was_once_read_wrongly_is_refused(name: str, tmp_path: Path) -> None:
+def test_known_misread_file_is_refused(name: str, tmp_path: Path) -> None:
     with prepared(READERS[name], folder(tmp_path)) as (worker, _):
-        found = {content: worker.fault(content) for content in KNOWN[name]}
-    assert not any(found.values()), found
+        faults_by_seed = {content: worker.fault(content) for content in KNOWN[name]}
+    assert not any(faults_by_seed.values()), faults_by_seed
 
 
 def raising(error: BaseException) -> Callable[[Path], None]:
@@ -82,7 +82,7 @@ PLANTED = {  # what a reader does, and the kind of fault
 
 
 @pytest.mark.parametrize("read, kind", PLANTED.values(), ids=PLANTED)
-def test_a_planted_fault_is_seen(read: Callable[[Path], Any], kind: str, tmp_path: Path) -> None:
+def test_mutated_reader_is_detected(read: Callable[[Path], Any], kind: str, tmp_path: Path) -> None:
     reader = Reader("planted", 1, "file", lambda folder: [b"whole"], of_bytes, read)
     worker = Worker(reader, tmp_path, Limits(seconds=0.3, memory=2**25))
     try:
@@ -94,7 +94,7 @@ def test_a_planted_fault_is_seen(read: Callable[[Path], Any], kind: str, tmp_pat
         worker.end()
 
 
-def test_what_is_right_is_no_fault(tmp_path: Path) -> None:
+def test_correct_reader_is_not_flagged(tmp_path: Path) -> None:
     def read(folder: Path) -> None:
         content = (folder / "file").read_bytes()
         if content != b"whole":

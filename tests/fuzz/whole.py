@@ -20,17 +20,20 @@ from vila_triton.chat.cli_session import default_num_frames
 from vila_triton.chat.conversation import ChatModel, Conversation
 from vila_triton.chat.conversation_file import load_conversation
 from vila_triton.chat.conversation_file import save_conversation as save_conversation
-from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint, read_json
+from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
 from vila_triton.checkpoints.shard_writer import JOURNAL_NAME, ShardWriter
 from vila_triton.checkpoints.tensor_files import open_tensors
+from vila_triton.files.reading import read_json
+from vila_triton.hashing import canonical_json, short_hash
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.hf.processing_vila import VilaProcessor
 from vila_triton.images.processing import load_video_frames, open_image
 from vila_triton.models.config import LlamaConfig
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.quantization import awq_cache_file, calibration_data, report, resumable
 from vila_triton.quantization import pipeline as awq
+from vila_triton.quantization.config import QuantizeConfig
 from vila_triton.registry import OPS, discover, tuned_tables
-from vila_triton.registry.search_space import canonical_json, short_hash
 from vila_triton.tiny.examples import EXAMPLES_DIR as EXAMPLES
 
 from . import mutate
@@ -49,8 +52,13 @@ def generator() -> torch.Generator:
 
 def some_tensors() -> dict[str, torch.Tensor]:
     kinds = {"half": torch.float16, "brain": torch.bfloat16, "whole": torch.int64, "bytes": torch.uint8}
-    drawn = {name: torch.randint(0, 9, (3, 4), generator=generator()).to(kind) for name, kind in kinds.items()}
-    return {**drawn, "number": torch.tensor(1.5), "none": torch.empty(0, 3), "truth": torch.tensor([True, False])}
+    encoded_images = {name: torch.randint(0, 9, (3, 4), generator=generator()).to(kind) for name, kind in kinds.items()}
+    return {
+        **encoded_images,
+        "number": torch.tensor(1.5),
+        "none": torch.empty(0, 3),
+        "truth": torch.tensor([True, False]),
+    }
 
 
 def touch_all(path: Path) -> None:
@@ -64,8 +72,8 @@ def whole_safetensors(folder: Path) -> list[bytes]:
     return [save(some_tensors(), {"format": "pt"}), save({"x": torch.arange(6.0)})]
 
 
-def saved_by_torch(held: Any, zipped: bool = True) -> bytes:
-    torch.save(held, out := io.BytesIO(), _use_new_zipfile_serialization=zipped)
+def saved_by_torch(content: Any, zipped: bool = True) -> bytes:
+    torch.save(content, out := io.BytesIO(), _use_new_zipfile_serialization=zipped)
     return out.getvalue()
 
 
@@ -89,20 +97,20 @@ def whole_index(suffix: str, folder: Path) -> list[bytes]:
 def checkpoint(file: str, folder: Path, source: Path = BUNDLED_CHECKPOINT, whole: bytes = b"") -> list[bytes]:
     """A copy of a model, with Python beside its files that must not run; the file of it that is to be damaged."""
     shutil.copytree(source, folder, dirs_exist_ok=True)
-    for place in (folder, folder / "llm", folder / "vision_tower"):
-        (place / "planted.py").write_text(f"open({PLANTED!r}, 'w')\n")
+    for directory in (folder, folder / "llm", folder / "vision_tower"):
+        (directory / "planted.py").write_text(f"open({PLANTED!r}, 'w')\n")
     return [whole or (folder / file).read_bytes()]
 
 
 def talk(folder: Path) -> None:
     """What `ask` does: everything is read, a question with a picture is answered."""
     default_num_frames(folder)
-    talker = ChatModel.from_pretrained(folder, "cpu")
-    list(Conversation(talker).ask("How many shapes?", [picture()], max_new_tokens=2))
+    talker = load_chat_model(folder, "cpu")
+    list(Conversation(talker).ask("How many shapes?", [sample_image()], max_new_tokens=2))
 
 
 @lru_cache
-def picture() -> Image.Image:
+def sample_image() -> Image.Image:
     return open_image(EXAMPLES / "a.png")
 
 
@@ -141,7 +149,7 @@ def whole_processor(folder: Path) -> list[bytes]:
 
 
 def process(folder: Path) -> None:
-    VilaProcessor.from_pretrained(folder)(text="<image> What?", images=picture())
+    VilaProcessor.from_pretrained(folder)(text="<image> What?", images=sample_image())
 
 
 # Conversations and pictures
@@ -149,17 +157,17 @@ def process(folder: Path) -> None:
 
 @lru_cache
 def talker() -> ChatModel:
-    return ChatModel.from_pretrained(BUNDLED_CHECKPOINT, "cpu")
+    return load_chat_model(BUNDLED_CHECKPOINT, "cpu")
 
 
 def whole_conversations(folder: Path) -> list[bytes]:
-    found = []
-    for name, pictures in (("words", []), ("pictures", [picture()])):
+    results = []
+    for name, images in (("words", []), ("pictures", [sample_image()])):
         conversation = Conversation(talker())
-        list(conversation.ask("How many shapes are there?", pictures, max_new_tokens=3))
+        list(conversation.ask("How many shapes are there?", images, max_new_tokens=3))
         save_conversation(conversation, folder / name)
-        found.append((folder / name).read_bytes())
-    return found
+        results.append((folder / name).read_bytes())
+    return results
 
 
 def go_on(folder: Path) -> None:
@@ -168,24 +176,24 @@ def go_on(folder: Path) -> None:
     save_conversation(conversation, folder / "talk")
 
 
-def drawn(kind: str, folder: Path) -> list[bytes]:
+def encoded_images(kind: str, folder: Path) -> list[bytes]:
     """Pictures of a format in each mode that it has, one of them on its side."""
-    found, exif = [], Image.Exif()
+    results, exif = [], Image.Exif()
     exif[0x0112] = 6
     for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"):
-        image = picture().resize((24, 20))
+        image = sample_image().resize((24, 20))
         image = image.convert("L").convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
         try:
             image.save(out := io.BytesIO(), kind, **({"exif": exif} if mode == "RGB" else {}))
         except (OSError, ValueError):  # the format has no such mode
             continue
-        found.append(out.getvalue())
-    return found
+        results.append(out.getvalue())
+    return results
 
 
 def filmed(kind: str, folder: Path) -> list[bytes]:
-    first, *rest = [picture().resize((24, 20)).rotate(30 * i) for i in range(4)]
-    first.save(out := io.BytesIO(), kind, save_all=True, append_images=rest, duration=40)
+    first, *others = [sample_image().resize((24, 20)).rotate(30 * i) for i in range(4)]
+    first.save(out := io.BytesIO(), kind, save_all=True, append_images=others, duration=40)
     return [out.getvalue()]
 
 
@@ -204,12 +212,12 @@ def whole_bundles(folder: Path) -> list[bytes]:
     discover()
     weight = {"m": 2, "n": 3, "G": 2, "group": 32, "dtype": "float16", "order": "fma", "bias": True}
     norm = {"rows": 2, "e": 8, "dtype": "float16"}
-    found = []
+    results = []
     for op, sizes in (("int4_matmul", weight), ("rms_norm", norm)):
         args = example_args(OPS[op], 0, **sizes)
         repro_bundle.save(folder / op, OPS[op].impls["reference"], {}, args, 0, "strided", sizes, "a test")
-        found.append((folder / op).read_bytes())
-    return found
+        results.append((folder / op).read_bytes())
+    return results
 
 
 def call_again(folder: Path) -> None:
@@ -223,27 +231,27 @@ CONFIGS = ({"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4}, {"BLOCK_N": 32, "BLO
 
 def whole_journals(folder: Path) -> list[bytes]:
     discover()
-    held = journal.Journal(folder, SEARCH)
+    content = journal.Journal(folder, SEARCH)
     stamp = {"date": "2026-01-01", "commit": "abc", "torch": "2.11", "timer": "gpu"}
     for m in (1, 4, 16):
         sizes = {"m": m, "n": 64, "G": 2, "group": 64, "dtype": "float16"}
         for i, config in enumerate(CONFIGS):
-            held.add("compiled", config, sizes, registers=40, spills=0, shared=1024, reason=None)
-            held.add("gated", config, sizes, reason=None)
+            content.add("compiled", config, sizes, registers=40, spills=0, shared=1024, reason=None)
+            content.add("gated", config, sizes, reason=None)
             times = {"seconds": 1e-5 * (i + m), "predicted": 2e-5, "reason": None}
-            held.add("tune", config, sizes, status="timed", **times, **stamp)
+            content.add("tune", config, sizes, status="timed", **times, **stamp)
         late = {"status": "cost", "seconds": None, "predicted": None, "reason": "predicted 9 times as long"}
-        held.add("tune", {**CONFIGS[0], "num_warps": 8}, sizes, **late, **stamp)
-    return [held.file.read_bytes()]
+        content.add("tune", {**CONFIGS[0], "num_warps": 8}, sizes, **late, **stamp)
+    return [content.file.read_bytes()]
 
 
 def search_on(folder: Path) -> None:
     """What `bench.tune` does with a journal that it finds."""
     journal.find_journals(folder, "int4_matmul", "gemv")
-    held = journal.Journal(folder, SEARCH)
-    rows, varying = list(held.entries["tune"].values()), OPS["int4_matmul"].dynamic_sizes
-    for kind in held.entries:
-        held.get(kind, CONFIGS[0], {"m": 1})
+    content = journal.Journal(folder, SEARCH)
+    rows, varying = list(content.entries["tune"].values()), OPS["int4_matmul"].dynamic_sizes
+    for kind in content.entries:
+        content.get(kind, CONFIGS[0], {"m": 1})
     if entry := table.build_entry(SEARCH, rows, varying):
         table.write_table(folder / "tables", "Toy GPU", entry)
         list(table.regret_report(rows, CONFIGS[0], varying))
@@ -267,9 +275,9 @@ def whole_tables(folder: Path) -> list[bytes]:
             "otherwise": otherwise,
         }
         file = table.write_table(folder, "Toy GPU", entry)
-    held = json.loads(file.read_text())
-    held["choices"]["int4_matmul"] = {"first": 1, "last": 8, "choice": [[1, "gemv"], "packed"]}
-    return [json.dumps(held).encode()]
+    content = json.loads(file.read_text())
+    content["choices"]["int4_matmul"] = {"first": 1, "last": 8, "choice": [[1, "gemv"], "packed"]}
+    return [json.dumps(content).encode()]
 
 
 def look_up(folder: Path) -> None:
@@ -282,8 +290,8 @@ def look_up(folder: Path) -> None:
     ):
         cached.cache_clear()
     with (
-        patch.object(tuned_tables, "folder", lambda: folder),
-        patch.object(tuned_tables, "name_of", lambda device: "Toy GPU"),
+        patch.object(tuned_tables, "tables_dir", lambda: folder),
+        patch.object(tuned_tables, "gpu_name", lambda device: "Toy GPU"),
     ):
         for phase in ("prefill", "decode"):
             tuned_tables.default_choices_for(torch.device("cuda"), phase)
@@ -316,10 +324,10 @@ def whole_shard_journals(folder: Path) -> list[bytes]:
 
 
 def write_on(folder: Path) -> None:
-    held = shards(folder)
-    for name in sorted(held.missing):
-        held.write_tensor(name, torch.ones(4, 4, dtype=torch.float16))
-    held.close()
+    content = shards(folder)
+    for name in sorted(content.missing):
+        content.write_tensor(name, torch.ones(4, 4, dtype=torch.float16))
+    content.close()
     touch_all(folder)
 
 
@@ -330,11 +338,11 @@ def prompts() -> calibration_data.CalibrationSet:
 def rounded(folder: Path) -> None:
     """`quantize` goes on with its work, which is done, and writes its report."""
     resumable.already_written(folder, folder, "ours")
-    source, how = open_checkpoint(BUNDLED_CHECKPOINT), resumable.QuantizeConfig(group_size=64)
-    made = awq.quantize_checkpoint(source, folder, how, prompts(), torch.device("cpu"))
-    for name in made.tensors["llm"]:
-        made.tensors["llm"][name].clone()
-    check_checkpoint(made)
+    source, settings = open_checkpoint(BUNDLED_CHECKPOINT), QuantizeConfig(group_size=64)
+    quantized = awq.quantize_checkpoint(source, folder, settings, prompts(), torch.device("cpu"))
+    for name in quantized.tensors["llm"]:
+        quantized.tensors["llm"][name].clone()
+    check_checkpoint(quantized)
     about = {"method": "awq", "work": resumable.read_work_key(folder), "format": "ours"}
     report.write_report(folder, about, {"llm": resumable.read_reports(folder, "llm")})
 

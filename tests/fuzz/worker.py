@@ -97,14 +97,14 @@ class Worker:
             self.end()
             return Fault("hang", f"not read within {self.limits.seconds:g} s")
         try:
-            found = self.pipe.recv()
+            result = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
             code = self.process.exitcode
-            found = Fault("signal", signal.Signals(-code).name) if code < 0 else Fault("exit", str(code))
-        if found:
+            result = Fault("signal", signal.Signals(-code).name) if code < 0 else Fault("exit", str(code))
+        if result:
             self.end()
-        return found
+        return result
 
     def end(self) -> None:
         """Let the process go."""
@@ -135,13 +135,13 @@ def serve(outer: Any, pipe: Any, reader: Reader, folder: Path, limits: Limits) -
             content = pipe.recv_bytes()
         except EOFError:
             os._exit(0)
-        found = outcome(reader, folder, content, limits.memory) or (done[0] if done else None)
+        result = outcome(reader, folder, content, limits.memory) or (done[0] if done else None)
         said.seek(0)
-        if not found and "Traceback (most recent call last)" in said.read():
-            found = Fault("a traceback was printed")
+        if not result and "Traceback (most recent call last)" in said.read():
+            result = Fault("a traceback was printed")
         said.seek(0)
         said.truncate()
-        pipe.send(found)
+        pipe.send(result)
 
 
 def pages() -> list[int]:
@@ -161,33 +161,33 @@ class Asked:
         raise AttributeError(name)
 
 
-def forbid(done: list[Fault], what: str) -> None:
-    done.append(Fault("forbidden", what))
-    raise Forbidden(what)
+def forbid(done: list[Fault], action: str) -> None:
+    done.append(Fault("forbidden", action))
+    raise Forbidden(action)
 
 
 def outcome(reader: Reader, folder: Path, content: bytes, memory: int) -> Fault | None:
     """The fault in reading one file, in this process."""
     (folder / reader.file).write_bytes(content)
     before = pages()[1] * resource.getpagesize()
-    found = None
+    result = None
     try:
         reader.read(folder)
     except Forbidden as error:
-        found = Fault("forbidden", str(error))
+        result = Fault("forbidden", str(error))
     except BaseException as error:
-        found = wrong(error, reader)
+        result = wrong(error, reader)
     if (planted := Path(PLANTED)).exists():
         planted.unlink()
         return Fault("code", "what a file held was run")
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    return Fault("memory", f"{grown / 2**30:.1f} GB more") if grown > memory else found
+    return Fault("memory", f"{grown / 2**30:.1f} GB more") if grown > memory else result
 
 
 def wrong(error: BaseException, reader: Reader) -> Fault | None:
     """What is wrong with an error; None if it refuses the file as it should."""
     words = str(error) if isinstance(error, OSError) else str(error.args[0] if error.args else error)
-    kind, begun = f"{type(error).__name__} at {place(error)}", words[:200]
+    kind, begun = f"{type(error).__name__} at {location(error)}", words[:200]
     if any(isinstance(e, MemoryError) or "can't allocate memory" in str(e) for e in chain(error)):
         return Fault(f"memory, {kind}", begun)
     if not isinstance(error, reader.errors):
@@ -205,7 +205,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def place(error: BaseException) -> str:
+def location(error: BaseException) -> str:
     """The last line of ours that was running."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if ROOT in Path(f.filename).parents]
     last = frames[-1] if frames else traceback.extract_tb(error.__traceback__)[-1]
@@ -229,17 +229,17 @@ def prepared(reader: Reader, folder: Path, limits: Limits = Limits()) -> Iterato
 def faults(reader: Reader, folder: Path, seeds: Sequence[int]) -> dict[int, Fault]:
     """What is wrong with how a reader takes the files of some seeds."""
     with prepared(reader, folder) as (worker, whole):
-        found = {seed: worker.fault(reader.damaged(whole, seed)) for seed in seeds}
-    return {seed: fault for seed, fault in found.items() if fault}
+        result = {seed: worker.fault(reader.damaged(whole, seed)) for seed in seeds}
+    return {seed: fault for seed, fault in result.items() if fault}
 
 
-def report(reader: Reader, found: dict[int, Fault]) -> str:
+def report(reader: Reader, result: dict[int, Fault]) -> str:
     """Faults by kind, each with its first seed and the command that reads that file again."""
     kinds: dict[str, list[int]] = {}
-    for seed, fault in found.items():
+    for seed, fault in result.items():
         kinds.setdefault(fault.kind, []).append(seed)
     lines = [
-        f"{len(seeds):5} {': '.join(found[seeds[0]])}\n      python -m tests.fuzz {reader.name!r} {seeds[0]}"
+        f"{len(seeds):5} {': '.join(result[seeds[0]])}\n      python -m tests.fuzz {reader.name!r} {seeds[0]}"
         for seeds in sorted(kinds.values(), key=len, reverse=True)
     ]
-    return "\n".join([f"{len(found)} files are read wrongly by {reader.name}:", *lines])
+    return "\n".join([f"{len(result)} files are read wrongly by {reader.name}:", *lines])

@@ -1,6 +1,5 @@
 """What a person gets wrong in Python is one sentence that names the argument, before anything runs."""
 
-import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from op_arguments import flat_arguments, grouped_arguments
 from PIL import Image
 
 from bench.correctness import repro_bundle
@@ -15,6 +15,7 @@ from bench.measure import rows
 from vila_triton import VilaProcessor, ops
 from vila_triton.chat.conversation import ChatModel, Conversation
 from vila_triton.checkpoints.random_checkpoint import read_model_toml
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.models.config import LlamaConfig
 from vila_triton.quantization import awq_cache_file, calibration_data
 from vila_triton.registry import OPS
@@ -26,13 +27,12 @@ A = TINY.parent / "examples" / "a.png"
 
 @pytest.fixture(scope="module")
 def talker() -> ChatModel:
-    return ChatModel.from_pretrained(str(TINY), max_pages=99)
+    return load_chat_model(str(TINY), max_pages=99)
 
 
 def arguments(op: Op) -> dict[str, Any]:
     sizes = {name: getattr(size, "low", None) or getattr(size, "values", [1])[0] for name, size in op.domain.items()}
-    names = list(inspect.signature(op.reference).parameters)
-    return dict(zip(names, op.make_example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu")))
+    return flat_arguments(op, op.make_example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu"))
 
 
 OPTIONAL = {"bias", "numerics", "return_lse"}
@@ -51,7 +51,7 @@ def test_an_argument_of_another_kind_is_named(name: str) -> None:
             wrong.append(float("nan"))
         for x in wrong:
             with pytest.raises((TypeError, ValueError), match=rf"^{name}: (\w+ and zeros of )?(\w_pages|{argument}\b)"):
-                op(**{**values, argument: x})
+                op(**grouped_arguments(op, {**values, argument: x}))
     with pytest.raises(TypeError, match=rf"^{name}\(\) missing .* required positional argument"):
         op(next(iter(values.values())))
 
@@ -126,4 +126,4 @@ def test_files_that_are_none_are_named(tmp_path: Path) -> None:
 def test_a_debug_mode_there_is_not_is_told_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VILA_TRITON_DEBUG", "yes")
     with pytest.raises(ValueError, match="VILA_TRITON_DEBUG is 'yes', expected 1, or 0"):
-        ops.decode_attention(**arguments(OPS["decode_attention"]))
+        ops.decode_attention(**grouped_arguments(OPS["decode_attention"], arguments(OPS["decode_attention"])))

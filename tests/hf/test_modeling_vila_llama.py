@@ -104,7 +104,7 @@ def test_a_row_does_not_depend_on_its_batch(side: str, chunk: int) -> None:
     MODEL.config.prefill_chunk_size = chunk
     out = MODEL(ids, attention_mask=mask, images=images, chunk_prefilling=bool(chunk))
     cache, queue = out.past_key_values, list(images)
-    assert [cache.length(seq) for seq in cache.table.sequences] == [31, 3, 11, 1]
+    assert [cache.length(seq) for seq in cache.allocator.sequences] == [31, 3, 11, 1]
     nexts = words(4, 2)  # a step for all four, each after its own past
     more = MODEL(nexts, past_key_values=cache)
     for row, got, following, then in zip(rows, out.logits, nexts, more.logits):

@@ -1,6 +1,7 @@
 """Decoding over a paged cache: splits, parts merged by their log-sum-exp, and the bits that "invariant" promises."""
 
 import math
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -20,22 +21,23 @@ from bench.correctness.error_budget import (
 )
 from bench.correctness.guarded_memory import MismatchError, bit_pattern, map_tensors
 from vila_triton import ops
+from vila_triton.ops import PagedKV
 from vila_triton.registry import REFERENCE, Impl, discover
 
 discover()
 kernel = import_module("vila_triton.kernels.decode_attention")  # pyright sees no module behind that door
-Plan = import_module("vila_triton.kernels._split_kv").SplitPlan
+SplitPlan = import_module("vila_triton.kernels._split_kv").SplitPlan
 
 
 DECODE = ops.decode_attention
 IMPLS = DECODE.impls
 SIZES = dict(b=2, t=200, g=1, ratio=3, d=32, l=16, dtype="float16", kv="plain", numerics="fast", seed=1)
 KINDS = pytest.mark.parametrize("kv", ["plain", "int8", "int4"])
-OTHER = {"BLOCK_N": 16, "PLACES": 1, "num_warps": 1, "num_stages": 1}  # a config that a tuned table might name
+OTHER = {"BLOCK_N": 16, "PROGRAMS_PER_SM": 1, "num_warps": 1, "num_stages": 1}  # a config that a tuned table might name
 
 
 def drawn(**changes: Any) -> tuple:
-    """(q, k_pages, v_pages, table, lengths, scale)."""
+    """(q, cache, seq_lens, softmax_scale)."""
     return example_args(DECODE, **{**SIZES, **changes})
 
 
@@ -44,20 +46,20 @@ def run(name: str, args: tuple, *more: Any, config: dict | None = None) -> Any:
     return impl(*args, *more, config=impl.configs[0] if config is None else config)
 
 
-@pytest.mark.parametrize("wanted", [1, 3, 40])
+@pytest.mark.parametrize("num_splits", [1, 3, 40])
 @KINDS
-def test_number_of_splits_does_not_matter(kv: str, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "plan", lambda *_: Plan(wanted, 64, 2048, wanted))
+def test_number_of_splits_does_not_matter(kv: str, num_splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "plan_splits", lambda *_: SplitPlan(num_splits, 64, 2048, num_splits))
     assert_matches_reference(DECODE, IMPLS["triton"], IMPLS["triton"].configs[0], drawn(kv=kv, t=410))
 
 
 @pytest.mark.on_gpu
 @KINDS
 def test_log_sum_exp_is_faithful(kv: str) -> None:
-    q, k_pages, v_pages, table, lengths, scale = drawn(kv=kv)
+    q, cache, lengths, scale = drawn(kv=kv)
     for room in (1, 13):  # of one split, and of several
         own = lengths.clamp(1, room * 16)
-        args = (q[:1], k_pages, v_pages, table[:1, :room], own[:1], scale, "fast", True)
+        args = (q[:1], replace(cache, block_table=cache.block_table[:1, :room]), own[:1], scale, "fast", True)
         assert_matches_reference(DECODE, IMPLS["triton"], IMPLS["triton"].configs[0], args)
 
 
@@ -67,11 +69,20 @@ def test_parts_of_the_pages_merged_are_attention_to_all(name: str, kv: str) -> N
     @settings(max_examples=4)
     @given(ends=st.lists(st.integers(0, 13), max_size=3).map(sorted), seed=st.integers(0, 2**16))
     def holds(ends: list[int], seed: int) -> None:
-        q, k_pages, v_pages, table, lengths, scale = args = drawn(kv=kv, dtype="float32", seed=seed)
-        l, last = k_pages.shape[1], table.shape[1]
+        q, cache, lengths, scale = args = drawn(kv=kv, dtype="float32", seed=seed)
+        l, table = cache.page_size, cache.block_table
+        last = table.shape[1]
         parts = [
             run(
-                name, (q, k_pages, v_pages, table[:, a:b], (lengths - a * l).clamp(0, (b - a) * l), scale, "fast", True)
+                name,
+                (
+                    q,
+                    replace(cache, block_table=table[:, a:b]),
+                    (lengths - a * l).clamp(0, (b - a) * l),
+                    scale,
+                    "fast",
+                    True,
+                ),
             )
             for a, b in zip([0, *ends], [*ends, last])
             if a < b
@@ -99,13 +110,14 @@ def test_merge_of_nothing_is_nothing_and_what_a_part_without_keys_holds_does_not
     some, sums = torch.randn(2, 3, 4, device=DEVICE), torch.randn(2, 3, device=DEVICE)
     out, lse = ops.merge_attention_states(torch.stack((nan, some)), torch.stack((none, sums)))
     assert torch.equal(out, some) and torch.equal(lse, sums)
-    with pytest.raises(ValueError, match=r"merge: outputs are \[2, 2, 3, 4\] and lses \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"merge_attention_states: outputs are \[2, 2, 3, 4\] and lses \[2, 3\]"):
         ops.merge_attention_states(torch.stack((nan, some)), none)
 
 
 def moved(args: tuple, l: int, seed: int, room: int) -> tuple:
     """The same tokens in pages of l tokens in another order, and a table with room for more."""
-    q, k_pages, v_pages, table, lengths, scale = args
+    q, cache, lengths, scale = args
+    table = cache.block_table
     count = -(-int(lengths.max()) // l) if len(lengths) else 0
     order = torch.randperm(len(lengths) * count + 1, generator=torch.Generator().manual_seed(seed)).int().to(DEVICE)
     last = len(order) - 1
@@ -119,7 +131,8 @@ def moved(args: tuple, l: int, seed: int, room: int) -> tuple:
             new[new_table[i, at // l].long(), at % l] = old
         return new
 
-    return q, *map_tensors(spread, (k_pages, v_pages)), new_table, lengths, scale
+    k_pages, v_pages = map_tensors(spread, (cache.k_pages, cache.v_pages))
+    return q, PagedKV(k_pages, v_pages, new_table), lengths, scale
 
 
 @pytest.mark.on_gpu
@@ -153,16 +166,16 @@ def check_invariance(impl: Impl, args: tuple) -> None:
         seed=st.integers(0, 2**16),
     )
     def holds(rows: list[int], l: int, room: int, config: dict, seed: int) -> None:
-        q, k_pages, v_pages, table, lengths, scale = moved(args, l, seed, room)
-        some = (q[rows], k_pages, v_pages, table[rows], lengths[rows], scale)
+        q, cache, lengths, scale = moved(args, l, seed, room)
+        some = (q[rows], replace(cache, block_table=cache.block_table[rows]), lengths[rows], scale)
         assert torch.equal(bit_pattern(impl(*some, "invariant", config=config)), bit_pattern(expected[rows]))
 
     holds()
 
 
 SHORTCUTS = {
-    "its config": ('if policy == "invariant"', 'if policy == "never"'),
-    "one sequence alone": ("plan(policy, b * g, room", 'plan(policy if b > 1 else "fast", b * g, room'),
+    "its config": ('if numerics == "invariant"', 'if numerics == "never"'),
+    "one sequence alone": ("plan_splits(numerics, b * g, cap", 'plan_splits(numerics if b > 1 else "fast", b * g, cap'),
 }
 
 
@@ -178,8 +191,8 @@ def test_a_kernel_that_breaks_the_promise_is_found(shortcut: str, plant: Plant) 
 BUGS = {
     "pages are not looked up ahead": ("stride_tp, n + BLOCK_N, end", "stride_tp, n, end"),
     "splits overlap": ("begin = split * keys", "begin = tl.maximum(split * keys - BLOCK_N, 0)"),
-    "a head is not written": ("mine = rows < RATIO", "mine = rows < RATIO - 1"),
-    "sums of splits are halves": ("cut.splits, d, dtype=torch.float32", "cut.splits, d, dtype=torch.float16"),
+    "a head is not written": ("row_mask = rows < QUERIES_PER_KV", "row_mask = rows < QUERIES_PER_KV - 1"),
+    "sums of splits are halves": ("max_splits, d, dtype=torch.float32", "max_splits, d, dtype=torch.float16"),
 }
 
 
@@ -205,7 +218,8 @@ def test_every_head_dim(d: int) -> None:
 @pytest.mark.parametrize("l", [1, 3, 8, 16, 32, 64, 128, 256])
 def test_every_page_size_at_the_lengths_around_a_page(l: int) -> None:
     q, *_ = drawn(b=5)
-    _, k_pages, v_pages, table, held, scale = drawn(b=1, t=260)
+    _, cache, held, scale = drawn(b=1, t=260)
     lengths = torch.tensor([0, 1, l - 1, l, l + 1], device=DEVICE).int().minimum(held)
-    args = moved((q, k_pages, v_pages, table.expand(5, -1), lengths, scale), l, seed=l, room=1)
+    cache = replace(cache, block_table=cache.block_table.expand(5, -1))
+    args = moved((q, cache, lengths, scale), l, seed=l, room=1)
     assert_matches_reference(DECODE, IMPLS["triton"], IMPLS["triton"].configs[1], args)

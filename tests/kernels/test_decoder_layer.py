@@ -14,13 +14,13 @@ from torch import Tensor
 from bench.correctness.error_budget import DEVICE, INTERPRETED, check_within_budget, error_budget
 from vila_triton import ops
 from vila_triton.cache.paged_cache import PagedKVCache
-from vila_triton.checkpoints.int4_packing import TILE_N, tiled_shape
 from vila_triton.engine import engine
 from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.layers import Affine
 from vila_triton.models.params import tree_map
 from vila_triton.ops import Int4
+from vila_triton.ops.int4_tiles import TILE_N, tiled_shape
 from vila_triton.registry import OPS, REFERENCE, Impl, Unsupported, count_calls, discover, use
 from vila_triton.registry.interpreter import uses_triton_kernels
 

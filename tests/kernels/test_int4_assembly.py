@@ -18,8 +18,8 @@ from triton.runtime.interpreter import TensorHandle
 
 from bench.correctness.error_budget import DEVICE, INTERPRETED, assert_matches_reference
 from bench.correctness.guarded_memory import bit_pattern
-from vila_triton.checkpoints.int4_packing import unpack_nibbles
 from vila_triton.kernels import _int4_dequant, _launch  # pyright: ignore
+from vila_triton.ops.int4_tiles import unpack_nibbles
 from vila_triton.registry import OPS, discover
 
 HALVES = torch.arange(2**16)
@@ -30,7 +30,7 @@ TOP, LOW = torch.arange(16)[:, None], (torch.arange(16)[:, None] * 7 + 3) % 16  
 ORDER, OF_LOW_ROW = [0, 4, 1, 5, 2, 6, 3, 7], torch.tensor([0, 0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
 ASSEMBLY = {torch.float16: _int4_dequant.FLOAT16_ASM.value, torch.bfloat16: _int4_dequant.BFLOAT16_ASM.value}
 DTYPES = pytest.mark.parametrize("dtype", ASSEMBLY, ids=str)
-differences, opaque = _int4_dequant.differences, _launch.opaque
+codes_minus_zero, opaque_copy = _int4_dequant.codes_minus_zero, _launch.opaque_copy
 discover()
 
 
@@ -106,10 +106,10 @@ class Lanes(Tensor):
 def in_torch(dtype: torch.dtype) -> Tensor:
     """The twin itself, run on tensors of torch."""
     names: dict[str, Any] = {"tl": SimpleNamespace(**{str(d)[6:]: d for d in (torch.int16, *ASSEMBLY)})}
-    for fn in (_int4_dequant.half, _int4_dequant.bfloat, _int4_dequant.differences):
+    for fn in (_int4_dequant.code_to_float16, _int4_dequant.code_to_bfloat16, _int4_dequant.codes_minus_zero):
         names[fn.fn.__name__] = FunctionType(fn.fn.__code__, names)
     lanes = (x.as_subclass(Lanes) for x in (WORDS, TOP, LOW))
-    return torch.stack([x.as_subclass(Tensor) for x in names["differences"](*lanes, dtype, False)])
+    return torch.stack([x.as_subclass(Tensor) for x in names["codes_minus_zero"](*lanes, dtype, False)])
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def _differences_kernel(
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1) + tl.zeros([BLOCK], tl.int32)
     words, zero, low_zero = tl.load(words_ptr + offs), tl.load(zeros_ptr + row), tl.load(low_zeros_ptr + row)
-    parts = differences(words, zero, low_zero, DTYPE, ASM)
+    parts = codes_minus_zero(words, zero, low_zero, DTYPE, ASM)
     for i in tl.static_range(8):
         tl.store(out_ptr + (i * 16 + row) * COUNT + offs, parts[i])
 
@@ -162,7 +162,7 @@ def assembly(monkeypatch: pytest.MonkeyPatch) -> None:
 @triton.jit
 def _opaque_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
-    tl.store(out_ptr + offs, opaque(tl.load(x_ptr + offs)))
+    tl.store(out_ptr + offs, opaque_copy(tl.load(x_ptr + offs)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32], ids=str)
@@ -183,7 +183,7 @@ def test_kernels_with_their_assembly_are_faithful(
     """As for sm_80 and sm_89, whose compiler may not see how tiles are put together."""
     op_name, impl_name = name.split("-")
     op, impl = OPS[op_name], OPS[op_name].impls[impl_name]
-    monkeypatch.setattr(sys.modules[impl.fn.__module__], "target", lambda: {"ASM": True, "HIDE": True})
+    monkeypatch.setattr(sys.modules[impl.fn.__module__], "target_flags", lambda: {"ASM": True, "OPAQUE": True})
     bias = {"bias": True} if op_name == "int4_matmul" else {}
     sizes = {"m": 2, "n": 16, "G": 2, "group": 64, "dtype": dtype, "order": "sub", **bias}
     args = op.make_example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu")

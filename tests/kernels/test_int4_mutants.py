@@ -13,7 +13,7 @@ from vila_triton import kernels
 from vila_triton.ops import int4_matmul, int4_swiglu
 from vila_triton.registry import Impl, Op
 
-SHARED = ("_int4", "_int4_dot", "_int4_parts")
+SHARED = ("_int4_dequant", "_int4_gemm", "_int4_launch", "_splitk_reduce")
 
 
 def with_bug(folder: Path, op: Op, name: str, file: str, old: str, new: str) -> Impl:
@@ -24,18 +24,20 @@ def with_bug(folder: Path, op: Op, name: str, file: str, old: str, new: str) -> 
         if stem == file:
             assert text.count(old) == 1
             text = text.replace(old, new)
-        text = text.replace("from ._int4", "from ._planted_int4").replace(f'impl("{name}"', 'impl("planted"')
-        (folder / (f"_planted{stem}.py" if stem in SHARED else "planted.py")).write_text(text)
+        for shared in SHARED:
+            text = text.replace(f"from .{shared} ", f"from ._mutant{shared} ")
+        text = text.replace(f'impl("{name}"', 'impl("mutant"')
+        (folder / (f"_mutant{stem}.py" if stem in SHARED else "mutant.py")).write_text(text)
     importlib.invalidate_caches()
-    importlib.import_module(f"{kernels.__name__}.planted")
-    return op.impls["planted"]
+    importlib.import_module(f"{kernels.__name__}.mutant")
+    return op.impls["mutant"]
 
 
 BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
     "two nibbles change places": (
         int4_matmul,
         "splitk",
-        "_int4",
+        "_int4_dequant",
         "tl.join(tl.join(a, b), tl.join(c, d))",
         "tl.join(tl.join(c, b), tl.join(a, d))",
         lambda op, impl: laws.test_every_weight_is_rounded_as_its_order_says(
@@ -45,7 +47,7 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
     "rounded in the other order": (
         int4_matmul,
         "gemv",
-        "_int4",
+        "_int4_dequant",
         "shifts = -(zeros * scales)",
         "shifts = -(zeros.to(tl.float32) * scales.to(tl.float32))",
         lambda op, impl: laws.test_every_weight_is_rounded_as_its_order_says(
@@ -55,7 +57,7 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
     "groups of 32 shifted by a word": (
         int4_matmul,
         "gemv",
-        "_int4",
+        "_int4_dequant",
         "tile_k * 2 + word // 2",
         "tile_k * 2 + (word + 1) // 2",
         lambda op, impl: issues.test_a_block_of_k_longer_than_a_group(op, impl, impl.configs[0], 5, 32),
@@ -63,15 +65,15 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
     "a block of k spans groups": (
         int4_matmul,
         "splitk",
-        "_int4",
-        "max(64, min(asked, group & -group))",
+        "_int4_launch",
+        "max(64, min(requested, group_size & -group_size))",
         "128",
         lambda op, impl: issues.test_a_block_of_k_longer_than_a_group(op, impl, impl.configs[0], 3, 64),
     ),
     "the mask of x forgotten": (
         int4_matmul,
         "prefill",
-        "_int4_dot",
+        "_int4_gemm",
         "mask=(start + tl.arange(0, BLOCK_K) < K)[:, None], other=0.0",
         "",
         lambda op, impl: issues.test_ragged_weights_are_not_read_beyond(op, impl, impl.configs[0]),
@@ -87,33 +89,33 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
     "parts in half precision": (
         int4_matmul,
         "splitk",
-        "int4_matmul_splitk",
-        "torch.empty(splits, m, n, dtype=torch.float32",
-        "torch.empty(splits, m, n, dtype=torch.float16",
+        "_splitk_reduce",
+        "torch.empty(splits, *out.shape, dtype=torch.float32",
+        "torch.empty(splits, *out.shape, dtype=torch.float16",
         lambda op, impl: issues.test_parts_are_added_in_float32(impl.name),
     ),
     "sums in half precision before their scale": (
         int4_swiglu,
         "triton",
-        "int4_swiglu",
-        'gate += tl.dot(w, x, input_precision="ieee") *',
-        'gate += tl.dot(w, x, input_precision="ieee").to(DTYPE) *',
+        "_int4_gemm",
+        'acc + tl.dot(weights, x, input_precision="ieee") *',
+        'acc + tl.dot(weights, x, input_precision="ieee").to(x.dtype) *',
         lambda op, impl: issues.test_sums_beyond_float16_end_within(op, impl, impl.configs[0]),
     ),
     "splits by the number of rows": (
         int4_matmul,
         "splitk",
         "int4_matmul_splitk",
-        "block), SPLIT_K) * block",
-        "block), 1 if m < 4 else SPLIT_K) * block",
+        "split_k(w.shape[1], block_k, SPLIT_K)",
+        "split_k(w.shape[1], block_k, 1 if len(rows) < 4 else SPLIT_K)",
         lambda op, impl: laws.test_a_row_of_x_does_not_see_the_others(op, impl, impl.configs[0], "float32", "sub"),
     ),
     "a part too many is added": (
         int4_matmul,
         "splitk",
-        "_int4_parts",
-        "for part in range(PARTS)",
-        "for part in range(PARTS + 1)",
+        "_splitk_reduce",
+        "for split in range(SPLITS)",
+        "for split in range(SPLITS + 1)",
         lambda op, impl: laws.test_two_runs_have_the_same_bits(op, impl, impl.configs[0], "float32", "sub"),
     ),
 }

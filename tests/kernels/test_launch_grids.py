@@ -13,8 +13,8 @@ from triton.runtime.jit import KernelInterface
 
 from bench.correctness.error_budget import example_args
 from bench.correctness.guarded_memory import bit_pattern, tensors
-from vila_triton.checkpoints.int4_packing import tiled_shape
-from vila_triton.ops import Int4, KVPages, empty_kv_pages
+from vila_triton.ops import Int4, KVPages, PagedKV, RaggedBatch, empty_kv_pages
+from vila_triton.ops.int4_tiles import tiled_shape
 from vila_triton.registry import OPS, Impl, Unsupported, discover
 from vila_triton.registry.interpreter import uses_triton_kernels
 
@@ -50,7 +50,7 @@ def product(m: int, n: int, k: int) -> Any:
     return half(m, k), int4(n, k), half(n)
 
 
-def turned(s: int, h: int, d: int) -> Any:
+def rotation(s: int, h: int, d: int) -> Any:
     return half(s, h, d), half(s, d // 2), half(s, d // 2)
 
 
@@ -58,18 +58,18 @@ def write(s: int, g: int, d: int) -> Any:
     return half(s, g, d), half(s, g, d), *pages(s, g, d), whole(s, dtype=torch.int64)
 
 
-def turn_and_write(s: int, g: int, d: int) -> Any:
+def rotate_and_write(s: int, g: int, d: int) -> Any:
     return half(s, 4 * g, d), half(s, g, d), half(s, g, d), half(s, d // 2), half(s, d // 2), *write(s, g, d)[2:]
 
 
-def decode(b: int, t: int, g: int, policy: str) -> Any:
-    held = (*pages(b * t, g, 16), whole(b, -(-t // 16)), whole(b))
-    return half(b, 4 * g, 16), *held, 0.25, policy
+def decode(b: int, t: int, g: int, numerics: str) -> Any:
+    cache = PagedKV(*pages(b * t, g, 16), whole(b, -(-t // 16)))
+    return half(b, 4 * g, 16), cache, whole(b), 0.25, numerics
 
 
 def prefill(b: int, s: int, g: int) -> Any:
-    held = (*pages(16 * b, g, 16), whole(b, 1), whole(b + 1), whole(b))
-    return half(s, 4 * g, 16), half(s, g, 16), half(s, g, 16), *held, 0.25, "fast", True
+    cache, batch = PagedKV(*pages(16 * b, g, 16), whole(b, 1)), RaggedBatch(whole(b + 1), whole(b))
+    return half(s, 4 * g, 16), half(s, g, 16), half(s, g, 16), cache, batch, 0.25, "fast", True
 
 
 def encoder(b: int, s: int, h: int) -> Any:
@@ -81,12 +81,12 @@ PRODUCTS = [(2**24, 64, 64), (1, 2**27, 64), (2**17, 2**15, 128)]
 HUGE: dict[str, tuple[Callable[..., Any], list[tuple]]] = {
     "rms_norm": (lambda rows, e: (half(rows, e), half(e), 1e-5), [(2**30, 64), (1, 2**16)]),
     "swiglu": (lambda s, f: (half(s, f), half(s, f)), [(2**30, 16), (1, 2**30), (MANY, 2**14)]),
-    "rope": (turned, [(2**24, 32, 64), (1, 64 * MANY, 64)]),
+    "rope": (rotation, [(2**24, 32, 64), (1, 64 * MANY, 64)]),
     "linear": (lambda m, n, k: (half(m, k), half(n, k), half(n)), PRODUCTS),
     "int4_matmul": (product, PRODUCTS),
     "int4_swiglu": (lambda m, n, k: (half(m, k), int4(n, k), int4(n, k)), PRODUCTS),
     "kv_write": (write, [(2**24, 8, 64), (1, 64 * MANY, 16)]),
-    "rope_kv_write": (turn_and_write, [(2**22, 8, 64), (1, 64 * MANY, 16)]),
+    "rope_kv_write": (rotate_and_write, [(2**22, 8, 64), (1, 64 * MANY, 16)]),
     "decode_attention": (
         decode,
         [(b, t, g, p) for b, t, g in [(2**20, 16, 8), (1, 2**28, 1), (1, 16, MANY)] for p in ("fast", "invariant")],
@@ -127,7 +127,7 @@ def test_pictures_in_several_launches_are_as_in_one(monkeypatch: pytest.MonkeyPa
     op = OPS["encoder_attention"]
     impl, args = op.impls["triton"], example_args(op, 0, b=5, s=20, h=2, d=32, dtype="float16")
     one = impl(*args, config=impl.configs[0])
-    monkeypatch.setattr(import_module("vila_triton.kernels.encoder_attention"), "MOST", 2)
+    monkeypatch.setattr(import_module("vila_triton.kernels.encoder_attention"), "MAX_GRID_YZ", 2)
     assert torch.equal(bit_pattern(impl(*args, config=impl.configs[0])), bit_pattern(one))
 
 

@@ -4,6 +4,8 @@ Two calls that mean the same may differ by what `faithful.budget` allows each of
 as it is (other pages, other later tokens), not a bit may change.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,9 +23,9 @@ from bench.correctness.error_budget import (
 )
 from bench.correctness.guarded_memory import map_tensors
 from vila_triton import ops
-from vila_triton.checkpoints.int4_packing import pack_tiles
+from vila_triton.ops import PagedKV, RaggedBatch
 from vila_triton.ops.int4 import unpack_codes
-from vila_triton.ops.kv_write import gather_tokens
+from vila_triton.ops.int4_tiles import pack_tiles
 from vila_triton.registry import Op, discover, use
 
 discover()
@@ -45,18 +47,18 @@ def assert_same(a: Tensor, b: Tensor, op: Op, args: tuple, rows: slice = slice(N
     assert worst <= 1, f"they differ by {worst:.1f} times what rounding explains"
 
 
-def fill(pages: tuple[Tensor, Tensor], k: Tensor, v: Tensor, block_table: Tensor, start: int) -> None:
-    """Cache the tokens of one sequence from position `start` on, in the pages its row of the block table names."""
-    l = pages[0].shape[1]
-    at = torch.arange(start, start + len(k), device=k.device)
-    ops.kv_write.reference(k, v, *pages, block_table[at // l].long() * l + at % l)
+def fill(cache: PagedKV, k: Tensor, v: Tensor) -> None:
+    """Cache the tokens of the one sequence, from its first position on."""
+    positions = torch.arange(len(k), device=k.device)
+    pages, rows = cache.block_table[0][positions // cache.page_size].long(), positions % cache.page_size
+    ops.kv_write.reference(k, v, cache.k_pages, cache.v_pages, pages * cache.page_size + rows)
 
 
-def empty_pages(tokens: int, l: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """NaN pages for one sequence of up to `tokens` tokens, and its block table [1, pages], in reversed order."""
-    count = -(-tokens // l) + 1
-    k_pages, v_pages = (like.new_full((count, l, *like.shape[1:]), float("nan")) for _ in range(2))
-    return k_pages, v_pages, torch.arange(count - 1, -1, -1, device=like.device).int()[None]
+def empty_cache(tokens: int, page_size: int, like: Tensor) -> PagedKV:
+    """NaN pages for one sequence of up to `tokens` tokens; its block table [1, pages] is in reversed order."""
+    count = -(-tokens // page_size) + 1
+    k_pages, v_pages = (like.new_full((count, page_size, *like.shape[1:]), float("nan")) for _ in range(2))
+    return PagedKV(k_pages, v_pages, torch.arange(count - 1, -1, -1, device=like.device).int()[None])
 
 
 def ints(*values: int) -> Tensor:
@@ -71,13 +73,13 @@ def test_chunked_prefill_equals_whole(impl: str) -> None:
     def check(sizes: dict, cut: float) -> None:
         q, k, v, *_, scale = example_args(op, **{**sizes, "b": 1, "t": 0, "numerics": "fast"})
         s = len(q)
-        k_pages, v_pages, table = empty_pages(s, sizes["l"], k)
-        whole = (q, k, v, k_pages, v_pages, table, ints(0, s), ints(0), scale)
+        cache = empty_cache(s, sizes["l"], k)
+        whole = (q, k, v, cache, RaggedBatch(ints(0, s), ints(0)), scale)
         expected = run(op, impl, *whole)
         c = round(cut * s)
-        first = run(op, impl, q[:c], k[:c], v[:c], k_pages, v_pages, table, ints(0, c), ints(0), scale)
-        fill((k_pages, v_pages), k[:c], v[:c], table[0], 0)
-        second = run(op, impl, q[c:], k[c:], v[c:], k_pages, v_pages, table, ints(0, s - c), ints(c), scale)
+        first = run(op, impl, q[:c], k[:c], v[:c], cache, RaggedBatch(ints(0, c), ints(0)), scale)
+        fill(cache, k[:c], v[:c])
+        second = run(op, impl, q[c:], k[c:], v[c:], cache, RaggedBatch(ints(0, s - c), ints(c)), scale)
         assert_same(torch.cat((first, second)), expected, op, whole)
 
     run_property(check)
@@ -104,12 +106,13 @@ def test_sequences_of_a_prefill_batch_do_not_meet(impl: str) -> None:
 
     @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
-        args = q, k, v, k_pages, v_pages, table, start, history, *rest = example_args(op, **sizes)
+        args = q, k, v, cache, batch, *rest = example_args(op, **sizes)
         together = run(op, impl, *args)
-        for i in range(len(history)):
-            rows = slice(int(start[i]), int(start[i + 1]))
-            one = (q[rows], k[rows], v[rows], k_pages, v_pages, table[i : i + 1])
-            alone = run(op, impl, *one, ints(0, rows.stop - rows.start), history[i : i + 1], *rest)
+        for i in range(batch.num_seqs):
+            rows = slice(*batch.query_start_loc[i : i + 2].tolist())
+            one = RaggedBatch(ints(0, rows.stop - rows.start), batch.context_lens[i : i + 1])
+            own = replace(cache, block_table=cache.block_table[i : i + 1])
+            alone = run(op, impl, q[rows], k[rows], v[rows], own, one, *rest)
             assert_same(alone, together[rows], op, args, rows)
 
     run_property(check)
@@ -121,13 +124,12 @@ def test_sequences_of_a_decode_batch_do_not_meet(impl: str) -> None:
 
     @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
-        args = q, k_pages, v_pages, table, lengths, *rest = example_args(op, **sizes)
+        args = q, cache, lengths, *rest = example_args(op, **sizes)
         together = run(op, impl, *args)
         for i in range(len(q)):
             row = slice(i, i + 1)
-            assert_same(
-                run(op, impl, q[row], k_pages, v_pages, table[row], lengths[row], *rest), together[row], op, args, row
-            )
+            own = replace(cache, block_table=cache.block_table[row])
+            assert_same(run(op, impl, q[row], own, lengths[row], *rest), together[row], op, args, row)
 
     run_property(check)
 
@@ -139,13 +141,13 @@ def test_decode_equals_last_row_of_prefill(impl: str) -> None:
     @given(sizes=example_strategy(prefill))
     def check(sizes: dict) -> None:
         plain = example_args(prefill, **{**sizes, "b": 1, "kv": "plain"})
-        q, k, v, k_pages, v_pages, table, _, history, *rest = plain
-        t, s = int(history[0]), len(q)
+        q, k, v, cache, batch, *rest = plain
+        t, s = int(batch.context_lens[0]), len(q)
         last = prefill.reference(*plain)[-1:]
-        new_k, new_v, new_table = empty_pages(t + s, sizes["l"], k)
-        k, v = (torch.cat((gather_tokens(old, table[0], t), new)) for old, new in ((k_pages, k), (v_pages, v)))
-        fill((new_k, new_v), k, v, new_table[0], 0)
-        args = (q[-1:], new_k, new_v, new_table, ints(t + s), *rest)
+        new_cache = empty_cache(t + s, sizes["l"], k)
+        k, v = (torch.cat((old, new)) for old, new in zip(cache.gather(0, t), (k, v)))
+        fill(new_cache, k, v)
+        args = (q[-1:], new_cache, ints(t + s), *rest)
         assert_same(run(op, impl, *args), last, op, args)
 
     run_property(check)
@@ -158,10 +160,10 @@ PAGED: list = [
 ]
 
 
-def split(op: Op, args: tuple) -> tuple[tuple, Tensor, Tensor, Tensor, tuple]:
-    """The arguments as (before the pages, k_pages, v_pages, block_table, after it)."""
-    at = 3 if op is ops.prefill_attention else 1
-    return args[:at], *args[at : at + 3], args[at + 3 :]
+def split(op: Op, args: tuple) -> tuple[tuple, PagedKV, tuple]:
+    """The arguments as (those before the cache, the cache, those after it)."""
+    i = 3 if op is ops.prefill_attention else 1
+    return args[:i], args[i], args[i + 1 :]
 
 
 @pytest.mark.parametrize("op, impl", PAGED)
@@ -169,10 +171,11 @@ def test_which_pages_does_not_matter(op: Op, impl: str) -> None:
     @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
         args = example_args(op, **sizes)
-        new, k_pages, v_pages, table, rest = split(op, args)
-        to = torch.randperm(k_pages.shape[0], generator=torch.Generator().manual_seed(sizes["seed"])).to(table.device)
-        moved = map_tensors(lambda x: x.new_empty(x.shape).index_copy_(0, to, x), (k_pages, v_pages))
-        after = run(op, impl, *new, *moved, to[table.long()].int(), *rest)
+        new, cache, rest = split(op, args)
+        to = torch.randperm(cache.k_pages.shape[0], generator=torch.Generator().manual_seed(sizes["seed"])).to(DEVICE)
+        pages = (cache.k_pages, cache.v_pages)
+        k_pages, v_pages = map_tensors(lambda x: x.new_empty(x.shape).index_copy_(0, to, x), pages)
+        after = run(op, impl, *new, PagedKV(k_pages, v_pages, to[cache.block_table.long()].int()), *rest)
         assert torch.equal(after, run(op, impl, *args))
 
     run_property(check)
@@ -183,12 +186,11 @@ def test_page_length_does_not_matter(op: Op, impl: str) -> None:
     @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
         args = example_args(op, **{**sizes, "l": 32})
-        new, k_pages, v_pages, table, rest = split(op, args)
-        halves = map_tensors(
-            lambda x: x.unflatten(1, (2, 16)).flatten(0, 1), (k_pages, v_pages)
-        )  # page i -> 2i, 2i + 1
-        table = torch.stack((2 * table, 2 * table + 1), -1).flatten(1)
-        assert_same(run(op, impl, *new, *halves, table, *rest), run(op, impl, *args), op, args)
+        new, cache, rest = split(op, args)
+        pages, table = (cache.k_pages, cache.v_pages), cache.block_table
+        k_pages, v_pages = map_tensors(lambda x: x.unflatten(1, (2, 16)).flatten(0, 1), pages)  # page i -> 2i, 2i + 1
+        halved = PagedKV(k_pages, v_pages, torch.stack((2 * table, 2 * table + 1), -1).flatten(1))
+        assert_same(run(op, impl, *new, halved, *rest), run(op, impl, *args), op, args)
 
     run_property(check)
 
@@ -198,10 +200,12 @@ def test_shared_heads_equal_repeated_heads(op: Op, impl: str) -> None:
     @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
         args = example_args(op, **sizes)
-        (q, *kv), k_pages, v_pages, table, rest = split(op, args)
+        (q, *kv), cache, rest = split(op, args)
         new = map_tensors(lambda x: x.repeat_interleave(sizes["ratio"], 1), kv)
-        repeated = [*new, *map_tensors(lambda x: x.repeat_interleave(sizes["ratio"], 2), (k_pages, v_pages))]
-        assert_same(run(op, impl, q, *repeated, table, *rest), run(op, impl, *args), op, args)
+        pages = (cache.k_pages, cache.v_pages)
+        k_pages, v_pages = map_tensors(lambda x: x.repeat_interleave(sizes["ratio"], 2), pages)
+        repeated = PagedKV(k_pages, v_pages, cache.block_table)
+        assert_same(run(op, impl, q, *new, repeated, *rest), run(op, impl, *args), op, args)
 
     run_property(check)
 

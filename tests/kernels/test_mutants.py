@@ -14,11 +14,10 @@ from torch import Tensor
 
 from bench.correctness.error_budget import UNSUPPORTED_DTYPES, assert_matches_reference, example_args, example_strategy
 from vila_triton import ops
-from vila_triton.checkpoints.int4_packing import pack_tiles
 from vila_triton.ops import Int4
 from vila_triton.ops.attention import masked_attention
 from vila_triton.ops.int4 import unpack_codes
-from vila_triton.ops.kv_write import gather_tokens
+from vila_triton.ops.int4_tiles import pack_tiles
 from vila_triton.registry import OPS, Impl
 
 PLANTED: list = []
@@ -93,45 +92,43 @@ def one_element_past_the_output(x: Tensor, w: Int4, bias: Tensor | None) -> Tens
 
 
 @planted("prefill_attention")
-def sees_one_token_ahead(q, k, v, k_pages, v_pages, block_table, query_start, history, scale) -> Tensor:
+def sees_one_token_ahead(q, k, v, cache, batch, scale) -> Tensor:
     out = []
-    for i, t in enumerate(history.tolist()):
-        rows = slice(*query_start[i : i + 2].tolist())
-        keys, values = (
-            torch.cat((gather_tokens(pages, block_table[i], t), new[rows]))
-            for pages, new in ((k_pages, k), (v_pages, v))
-        )
+    for i, t in enumerate(batch.context_lens.tolist()):
+        rows = slice(*batch.query_start_loc[i : i + 2].tolist())
+        keys, values = (torch.cat((old, new[rows])) for old, new in zip(cache.gather(i, t), (k, v)))
         seen = torch.ones(rows.stop - rows.start, len(keys), dtype=torch.bool).tril(t + 1).to(q.device)
         out.append(masked_attention(q[rows], keys, values, scale, seen))
     return torch.cat(out)
 
 
 @planted("prefill_attention")
-def history_one_short(q, k, v, k_pages, v_pages, block_table, query_start, history, scale) -> Tensor:
-    history = (history - 1).clamp(min=0)
-    return ops.prefill_attention.reference(q, k, v, k_pages, v_pages, block_table, query_start, history, scale)
+def context_one_short(q, k, v, cache, batch, scale) -> Tensor:
+    batch = replace(batch, context_lens=(batch.context_lens - 1).clamp(min=0))
+    return ops.prefill_attention.reference(q, k, v, cache, batch, scale)
 
 
 @planted("decode_attention")
-def strides_as_if_contiguous(q, k_pages, v_pages, block_table, lengths, scale) -> Tensor:
-    _, l, g, d = k_pages.shape
-    k_pages = k_pages.as_strided(k_pages.shape, (l * g * d, g * d, d, 1))
-    return ops.decode_attention.reference(q, k_pages, v_pages, block_table, lengths, scale)
+def strides_as_if_contiguous(q, cache, lengths, scale) -> Tensor:
+    _, l, g, d = cache.k_pages.shape
+    k_pages = cache.k_pages.as_strided(cache.k_pages.shape, (l * g * d, g * d, d, 1))
+    return ops.decode_attention.reference(q, replace(cache, k_pages=k_pages), lengths, scale)
 
 
 @planted("decode_attention")
-def values_unmasked(q, k_pages, v_pages, block_table, lengths, scale) -> Tensor:
+def values_unmasked(q, cache, lengths, scale) -> Tensor:
     """The weight of what lies past the length is 0, but 0 · NaN is NaN."""
-    out = ops.decode_attention.reference(q, k_pages, v_pages, block_table, lengths, scale)
-    tails = [v_pages[block_table[i, t // v_pages.shape[1]].long()][-1].sum() for i, t in enumerate(lengths.tolist())]
+    out = ops.decode_attention.reference(q, cache, lengths, scale)
+    last = [cache.block_table[i, t // cache.page_size].long() for i, t in enumerate(lengths.tolist())]
+    tails = [cache.v_pages[page][-1].sum() for page in last]
     return out + 0 * torch.stack(tails)[:, None, None]
 
 
 @planted("decode_attention")
-def sums_not_rescaled(q, k_pages, v_pages, block_table, lengths, scale) -> Tensor:
+def sums_not_rescaled(q, cache, lengths, scale) -> Tensor:
     out = torch.zeros_like(q)
     for i, t in enumerate(lengths.tolist()):
-        keys, values = (gather_tokens(pages, block_table[i], t).float() for pages in (k_pages, v_pages))
+        keys, values = (x.float() for x in cache.gather(i, t))
         keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (keys, values))
         acc, total, peak = 0.0, 0.0, torch.full(q.shape[1:2], float("-inf"), device=q.device)
         for j in range(0, t, 16):

@@ -1,5 +1,6 @@
 """Prefill: what must not change a bit under "invariant", the log-sum-exp, and every head dim and page size."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,8 +12,7 @@ from torch import Tensor
 
 from bench.correctness.error_budget import DEVICE, assert_matches_reference, error_budget, example_args
 from bench.correctness.guarded_memory import MismatchError, bit_pattern
-from vila_triton.ops import kv_write, merge_attention_states, prefill_attention
-from vila_triton.ops.kv_write import gather_tokens
+from vila_triton.ops import PagedKV, RaggedBatch, kv_write, merge_attention_states, prefill_attention
 from vila_triton.registry import REFERENCE, Impl, discover
 from vila_triton.registry.search_space import Config
 
@@ -42,12 +42,13 @@ def in_chunks(
     k_pages, v_pages = (k.new_full((pages, l, *k.shape[1:]), float("nan")) for _ in range(2))
     found = []
     for begin, end in pairwise(sorted({0, *cuts, len(q)})):
-        batch = [*company[:1], tuple(x[begin:end] for x in mine), *company[1:]]
-        start = torch.tensor([0, *(len(x[0]) for x in batch)]).cumsum(0).int().to(DEVICE)
-        history = torch.tensor([begin if i == len(company[:1]) else 0 for i in range(len(batch))]).int().to(DEVICE)
-        new = [torch.cat(x) for x in zip(*batch)]
-        table = order.expand(len(batch), -1)
-        out = impl(*new, k_pages, v_pages, table, start, history, 0.3, "invariant", True, config=config)
+        rows_of_batch = [*company[:1], tuple(x[begin:end] for x in mine), *company[1:]]
+        start = torch.tensor([0, *(len(x[0]) for x in rows_of_batch)]).cumsum(0).int().to(DEVICE)
+        context = [begin if i == len(company[:1]) else 0 for i in range(len(rows_of_batch))]
+        batch = RaggedBatch(start, torch.tensor(context).int().to(DEVICE))
+        new = [torch.cat(x) for x in zip(*rows_of_batch)]
+        cache = PagedKV(k_pages, v_pages, order.expand(len(rows_of_batch), -1))
+        out = impl(*new, cache, batch, 0.3, "invariant", True, config=config)
         rows = slice(*start[len(company[:1]) :][:2].tolist())
         found.append([x[rows] for x in out])
         at = torch.arange(begin, end, device=DEVICE)
@@ -97,17 +98,16 @@ def test_log_sum_exp_is_faithful(name: str, config: int, kv: str) -> None:
 
 @pytest.mark.on_gpu
 @pytest.mark.parametrize("name", NAMES)
-def test_merged_with_attention_to_the_history_alone_it_is_attention_to_both(name: str) -> None:
-    """Queries see the chunk causally and all of the history: a call without pages, one whose only keys are in them."""
+def test_merged_with_attention_to_the_context_alone_it_is_attention_to_both(name: str) -> None:
+    """Queries see the chunk causally and all of the context: a call without pages, one whose only keys are in them."""
     impl = prefill_attention.impls[name]
     args = example_args(prefill_attention, **{**SIZES, "b": 1, "dtype": "float32"})
-    q, k, v, k_pages, v_pages, table, start, history, scale = args
-    keys, values = (
-        gather_tokens(x, table[0], int(history)).repeat_interleave(3, 1).double() for x in (k_pages, v_pages)
-    )
+    q, k, v, cache, batch, scale = args
+    keys, values = (x.repeat_interleave(3, 1).double() for x in cache.gather(0, int(batch.context_lens)))
     scores = torch.einsum("shd,thd->sht", q.double(), keys) * scale
     past = torch.einsum("sht,thd->shd", scores.softmax(-1), values), scores.logsumexp(-1)
-    own = impl(q, k, v, k_pages, v_pages, table, start, 0 * history, scale, return_lse=True)
+    alone = replace(batch, context_lens=0 * batch.context_lens)
+    own = impl(q, k, v, cache, alone, scale, return_lse=True)
     merged = merge_attention_states(*(torch.stack((a.double(), b)) for a, b in zip(own, past)))
     whole = (*args, "fast", True)
     for got, exact, allowed in zip(merged, *error_budget(prefill_attention, whole)):
@@ -133,24 +133,30 @@ def test_every_page_size_with_lengths_at_its_edges(name: str, l: int) -> None:
 
 BUGS = {
     "the last cached token is left out": (
-        "old, known, of = tokens < history,",
-        "old, known, of = tokens < history - 1,",
+        "cached, new = tokens < context_len,",
+        "cached, new = tokens < context_len - 1,",
     ),
     "a query sees the next token": (
-        "visible = tokens[None, :] <= position",
-        "visible = tokens[None, :] - 1 <= position",
+        "mask = tokens[None, :] <= position",
+        "mask = tokens[None, :] - 1 <= position",
     ),
     "the tile before the diagonal is skipped": (
         "in range(begin, diagonal, BLOCK_N)",
         "in range(begin, diagonal - BLOCK_N, BLOCK_N)",
     ),
-    "no mask on the diagonal": ("history + row // RATIO + 1)", "history + row // RATIO + BLOCK_N)"),
-    "the history begins at the second tile": ("in range(0, whole, BLOCK_N)", "in range(BLOCK_N, whole, BLOCK_N)"),
-    "rows past the chunk": (
-        "(row + BLOCK_M - 1) // RATIO + 1, length)",
-        "(row + BLOCK_M - 1) // RATIO + 1, length + 1)",
+    "no mask on the diagonal": (
+        "context_len + row // QUERIES_PER_KV + 1)",
+        "context_len + row // QUERIES_PER_KV + BLOCK_N)",
     ),
-    "heads of the next group": ("head, mine = place(row, group,", "head, mine = place(row, group + 1,"),
+    "the context begins at the second tile": ("in range(0, full_end, BLOCK_N)", "in range(BLOCK_N, full_end, BLOCK_N)"),
+    "rows past the chunk": (
+        "(row + BLOCK_M - 1) // QUERIES_PER_KV + 1, num_queries)",
+        "(row + BLOCK_M - 1) // QUERIES_PER_KV + 1, num_queries + 1)",
+    ),
+    "heads of the next KV head": (
+        "head, row_mask = query_and_head(row, kv_head,",
+        "head, row_mask = query_and_head(row, kv_head + 1,",
+    ),
 }
 
 
@@ -168,7 +174,7 @@ def test_planted_bugs_are_found(bug: str, plant: Plant) -> None:  # noqa: F811
 
 @pytest.mark.usefixtures("dots_in_order")
 def test_a_tile_that_depends_on_the_config_is_found(plant: Plant) -> None:  # noqa: F811
-    plant("prefill_attention", "mine", 'CONFIGS[0] if policy == "invariant" else config', "config")
+    plant("prefill_attention", "mine", 'CONFIGS[0] if numerics == "invariant" else config', "config")
     discover()
     with pytest.raises(AssertionError):
         check_invariance(prefill_attention.impls["mine"], 8)

@@ -5,6 +5,7 @@ Offsets beyond 2³¹ are reached by strided views of memory that is mostly never
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from bench.correctness.error_budget import DEVICE, assert_matches_reference, example_args
 from bench.correctness.guarded_memory import bit_pattern
-from vila_triton.ops import encoder_attention, prefill_attention
+from vila_triton.ops import RaggedBatch, encoder_attention, prefill_attention
 from vila_triton.registry import REFERENCE, Impl, Op, discover
 
 discover()
@@ -40,7 +41,7 @@ def faithful(impl: Impl, change: Callable[[tuple], tuple] = lambda args: args, *
 @pytest.mark.on_gpu
 @each(prefill_attention)
 def test_tokens_beyond_32_bits_in_views_of_one_packed_tensor(op: Op, impl: Impl, far: Tensor) -> None:
-    """An int32 query_start times a stride; q, k and v as views of one product.
+    """An int32 query_start_loc times a stride; q, k and v as views of one product.
 
     https://github.com/sgl-project/sglang/issues/20389 https://github.com/thu-ml/SageAttention/issues/386
     https://github.com/pytorch/pytorch/issues/190857
@@ -67,7 +68,7 @@ def test_pictures_beyond_32_bits_in_views_of_one_packed_tensor(op: Op, impl: Imp
 
 @each(prefill_attention)
 @pytest.mark.parametrize("t", [1, 15, 17])
-def test_nan_behind_the_history_does_not_enter(op: Op, impl: Impl, t: int) -> None:
+def test_nan_behind_the_context_does_not_enter(op: Op, impl: Impl, t: int) -> None:
     """A weight of 0 times NaN is NaN: https://github.com/vllm-project/vllm/pull/47305"""
     faithful(impl, t=t)
 
@@ -95,11 +96,11 @@ def test_sequences_with_nothing_new_or_nothing_cached(
     """Empty splits and rows: https://github.com/LMCache/LMCache/pull/3092 https://github.com/sgl-project/sglang/pull/38142"""
 
     def cut(args: tuple) -> tuple:
-        q, k, v, k_pages, v_pages, table, _, _, scale = args
+        q, k, v, cache, _, scale = args
         start = torch.tensor([0, *new]).cumsum(0).int().to(DEVICE)
-        table = table.expand(len(new), -1).contiguous()
+        cache = replace(cache, block_table=cache.block_table.expand(len(new), -1).contiguous())
         rows = slice(sum(new))
-        return q[rows], k[rows], v[rows], k_pages, v_pages, table, start, torch.tensor(old).int().to(DEVICE), scale
+        return q[rows], k[rows], v[rows], cache, RaggedBatch(start, torch.tensor(old).int().to(DEVICE)), scale
 
     if sum(new):
         faithful(impl, cut)
@@ -111,7 +112,7 @@ def test_sequences_with_nothing_new_or_nothing_cached(
 @each(prefill_attention)
 @pytest.mark.parametrize("kv", ["int8", "int4"])
 @pytest.mark.parametrize("t", [1, 17])
-def test_scales_behind_the_history_are_not_read(op: Op, impl: Impl, kv: str, t: int) -> None:
+def test_scales_behind_the_context_are_not_read(op: Op, impl: Impl, kv: str, t: int) -> None:
     """They are NaN: https://github.com/vllm-project/vllm/issues/47303"""
     faithful(impl, kv=kv, t=t)
 
@@ -132,6 +133,6 @@ def test_pages_shorter_than_a_tile_of_the_tensor_cores_or_no_power_of_two(op: Op
 
 @each(prefill_attention)
 @pytest.mark.parametrize("l", [64, 256])
-def test_a_history_shorter_than_a_page(op: Op, impl: Impl, l: int) -> None:
+def test_a_context_shorter_than_a_page(op: Op, impl: Impl, l: int) -> None:
     """https://github.com/flashinfer-ai/flashinfer/issues/725"""
     faithful(impl, l=l, t=3)

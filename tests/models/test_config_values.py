@@ -15,9 +15,10 @@ from hf_reference import build
 from vila_triton import VilaLlamaForCausalLM as Model
 from vila_triton.chat.cli_session import default_num_frames
 from vila_triton.chat.tokenizer import load_tokenizer
+from vila_triton.checkpoints.atomic_folder import atomic_folder
 from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
-from vila_triton.checkpoints.shard_writer import FolderInUseError, atomic_folder
 from vila_triton.checkpoints.writing import write_checkpoint
+from vila_triton.files.file_locks import FolderInUseError
 from vila_triton.files.reading import LoadError
 from vila_triton.hf.processing_vila import VilaProcessor
 from vila_triton.images.processing import ImageError, load_video_frames, open_image

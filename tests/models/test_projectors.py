@@ -81,7 +81,7 @@ def test_logits_of_every_tower_and_projector_agree_with_their_makers(vision: dic
     with torch.no_grad():
         theirs, _ = Oracle.of(model).run(list(ids), images)
         ours = model(ids, images=images).logits
-    assert ours.shape[1] == 4 + 2 * model.vila_config.image_tokens
+    assert ours.shape[1] == 4 + 2 * model.vila_config.tokens_per_image
     torch.testing.assert_close(ours, theirs.logits, rtol=0, atol=1e-9)
 
 

@@ -113,17 +113,17 @@ def test_a_decoded_token_waits_where_it_is_known_to(models: tuple, rows: int) ->
 @torch.no_grad()
 def test_a_step_is_captured_and_replayed_for_other_tokens(models: tuple) -> None:
     model = models[1]
-    cache = PagedKVCache(model.geometry.llm, 4, dtype=torch.float32, device="cuda")
+    cache = PagedKVCache(model.vila_config.llm, 4, dtype=torch.float32, device="cuda")
     for pages in cache.tensors:
         pages.zero_()
     seq = cache.allocator.add_sequence()
     x = llama.embed(model.params.llm, torch.tensor([7], device="cuda"))
     with cache.append_step({seq: 1}) as step, engine.use_default_kernels(x.device, decode=True):
-        rotary = llama.rotary_cos_sin(step.positions, model.geometry.llm)
+        rotary = llama.rotary_cos_sin(step.positions, model.vila_config.llm)
         layer = model.params.llm.layers[0]
 
         def attention() -> Tensor:
-            return llama.attention(layer, x, rotary, 0, model.geometry.llm, step)
+            return llama.attention(layer, x, rotary, 0, model.vila_config.llm, step)
 
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph), count_calls() as calls:
@@ -167,6 +167,6 @@ def test_a_search_is_for_the_gpu_that_is_there() -> None:
 
 
 def test_the_memory_of_a_prefill_is_what_its_tensors_take_at_once(models: tuple) -> None:
-    runner = VilaTritonRunner(build_random(models[0].geometry.llm, "float32", torch.device("cuda")), REFERENCE)
+    runner = VilaTritonRunner(build_random(models[0].vila_config.llm, "float32", torch.device("cuda")), REFERENCE)
     short, long = (try_peak_bytes(runner, ModelStep("memory", 1, n, 0), torch.device("cuda")) for n in (16, 64))
     assert isinstance(short, int) and isinstance(long, int) and 0 < short < long < 64 * 2**20

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vila_triton.checkpoints.int4_packing import pack_tiles
 from vila_triton.ops import Int4, dequantize, quantize_rtn
 from vila_triton.ops.int4 import unpack_codes
+from vila_triton.ops.int4_tiles import pack_tiles
 
 D = torch.float64
 GROUPS = st.tuples(st.integers(1, 4), st.sampled_from([16, 32, 48])) | st.tuples(st.just(1), st.sampled_from([8, 24]))

@@ -3,6 +3,7 @@
 Numbers at the end of a name are those of the list of issues that a test is there for, see the docstrings.
 """
 
+from dataclasses import replace
 from importlib import import_module
 from itertools import count
 from typing import Any
@@ -21,8 +22,9 @@ from vila_triton.registry import Impl, Unsupported, discover
 
 discover()
 _split = import_module("vila_triton.kernels._split_kv")  # pyright sees no module behind that door
-INVARIANT, LEAST, MOST, plan, time = (getattr(_split, x) for x in ("INVARIANT", "LEAST", "MOST", "plan", "time"))
-PLACES = 264  # programs at a time: two on each multiprocessor of an H100
+NAMES = ("INVARIANT_SPLIT", "MIN_SPLIT", "MAX_SPLIT", "plan_splits", "estimated_time")
+INVARIANT_SPLIT, MIN_SPLIT, MAX_SPLIT, plan_splits, estimated_time = (getattr(_split, name) for name in NAMES)
+PROGRAMS = 264  # at a time: two on each multiprocessor of an H100
 KINDS = pytest.mark.parametrize("kv", ["plain", "int8", "int4"])
 DECODE: dict[str, Any] = dict(b=2, t=90, g=2, ratio=2, d=32, l=16, dtype="float16", kv="plain", numerics="fast", seed=3)
 TRITON = ops.decode_attention.impls["triton"]
@@ -90,7 +92,7 @@ def test_pools_that_are_not_what_they_say_stop_at_the_op() -> None:
     with pytest.raises(ValueError, match="even head dim, got 7"):
         ops.empty_kv_pages((1, 16, 2, 7), "int4")
     args = example_args(ops.decode_attention, **DECODE)
-    with pytest.raises(ValueError, match="decode_attention: no policy 'exact'; there are: fast, invariant"):
+    with pytest.raises(ValueError, match="decode_attention: no numerics 'exact'; there are: fast, invariant"):
         ops.decode_attention(*args, numerics="exact")
     with pytest.raises(Unsupported, match="log-sum-exp"):
         ops.decode_attention.impls["simple"](*args, return_lse=True)
@@ -133,10 +135,10 @@ def narrow(pools: Any) -> Any:
 @KINDS
 def test_decode_reaches_pages_and_scales_beyond_32_bits_2_3_39(kv: str, far: torch.Tensor) -> None:
     """vllm 47671, 50427; vllm 49716: strides of scales of their own."""
-    q, k_pages, v_pages, *rest = example_args(ops.decode_attention, **{**DECODE, "kv": kv})
-    k_pages, v_pages = narrow((k_pages, v_pages))
-    near = TRITON(q, k_pages, v_pages, *rest, config=TRITON.configs[0])
-    there = TRITON(q, moved_apart(k_pages, far), v_pages, *rest, config=TRITON.configs[0])
+    q, cache, *rest = example_args(ops.decode_attention, **{**DECODE, "kv": kv})
+    cache = narrow(cache)
+    near = TRITON(q, cache, *rest, config=TRITON.configs[0])
+    there = TRITON(q, replace(cache, k_pages=moved_apart(cache.k_pages, far)), *rest, config=TRITON.configs[0])
     assert torch.equal(bit_pattern(near), bit_pattern(there))
 
 
@@ -155,7 +157,7 @@ def test_what_is_not_cached_is_never_in_a_sum_6_7_10_36(kv: str) -> None:
     and (vllm 47303) scales and zeros there; lengths below a page, and 11 (triton-lang/kernels 6) of 1."""
     for t in (1, 2, 15, 16, 17, 63, 64, 65):
         args = example_args(ops.decode_attention, **{**DECODE, "kv": kv, "t": t, "b": 1, "g": 1})
-        unread = [int(x.isnan().sum()) for x in tensors(args[1:3]) if x.is_floating_point()]
+        unread = [int(x.isnan().sum()) for x in tensors(args[1]) if x.is_floating_point()]
         assert all(unread)
         out = TRITON(*args, "fast", True, config=TRITON.configs[1])
         assert all(torch.isfinite(x).all() for x in out)
@@ -165,11 +167,11 @@ def test_what_is_not_cached_is_never_in_a_sum_6_7_10_36(kv: str) -> None:
 @KINDS
 def test_a_split_that_is_empty_and_a_sequence_without_tokens_9_33(kv: str) -> None:
     """LMCache 3092, sglang 38142, aiter 5004: -inf - -inf where a split, or all of a sequence, holds no key."""
-    q, k_pages, v_pages, table, _, scale = example_args(ops.decode_attention, **{**DECODE, "kv": kv, "t": 200})
+    q, cache, _, scale = example_args(ops.decode_attention, **{**DECODE, "kv": kv, "t": 200})
+    cache = replace(cache, block_table=cache.block_table[:1].expand(2, -1))
     for short in (0, 1, 64, 65):
         lengths = torch.tensor([200, short], device=DEVICE).int()
-        table = table[:1].expand(2, -1)
-        out, lse = TRITON(q, k_pages, v_pages, table, lengths, scale, "fast", True, config=TRITON.configs[0])
+        out, lse = TRITON(q, cache, lengths, scale, "fast", True, config=TRITON.configs[0])
         assert torch.isfinite(out).all() and torch.isfinite(lse[0]).all()
         assert lse[1].isneginf().all() == (short == 0) and bool(out[1].any()) == (short > 0)
 
@@ -177,13 +179,16 @@ def test_a_split_that_is_empty_and_a_sequence_without_tokens_9_33(kv: str) -> No
 @pytest.mark.on_gpu
 def test_logits_far_from_0_8() -> None:
     """vllm 56578: powers that overflow. The largest score is taken off before any is raised."""
-    q, k_pages, *rest, scale = example_args(ops.decode_attention, **{**DECODE, "dtype": "float32"})
-    assert_matches_reference(ops.decode_attention, TRITON, TRITON.configs[0], (q * 100, k_pages * 100, *rest, scale))
+    q, cache, *rest = example_args(ops.decode_attention, **{**DECODE, "dtype": "float32"})
+    assert_matches_reference(
+        ops.decode_attention, TRITON, TRITON.configs[0], (q * 100, replace(cache, k_pages=cache.k_pages * 100), *rest)
+    )
 
 
 def seconds(programs: int, room: int) -> int:
     """What the plan takes by its own model."""
-    return time(programs, room, plan("fast", programs, room, LEAST, PLACES).wanted, LEAST, PLACES)
+    splits = plan_splits("fast", programs, room, MIN_SPLIT, PROGRAMS).num_splits
+    return estimated_time(programs, room, splits, MIN_SPLIT, PROGRAMS)
 
 
 def test_twice_the_work_takes_no_more_than_twice_the_time_20_31() -> None:
@@ -196,21 +201,22 @@ def test_twice_the_work_takes_no_more_than_twice_the_time_20_31() -> None:
 
 def test_short_contexts_are_not_cut_to_crumbs_and_long_ones_fill_the_gpu_22_32() -> None:
     """sglang 2271, 35801: eight splits of 32k keys at most, and 29 of 256."""
-    assert plan("fast", 8, 256, LEAST, PLACES).splits <= 256 // LEAST
+    assert plan_splits("fast", 8, 256, MIN_SPLIT, PROGRAMS).max_splits <= 256 // MIN_SPLIT
     for room in (8192, 32768):
-        made = plan("fast", 8, room, LEAST, PLACES)
-        assert 8 * made.splits > PLACES * 3 // 4
-    assert plan("fast", 64 * 8, 1024, LEAST, PLACES).splits <= 4
+        plan = plan_splits("fast", 8, room, MIN_SPLIT, PROGRAMS)
+        assert 8 * plan.max_splits > PROGRAMS * 3 // 4
+    assert plan_splits("fast", 64 * 8, 1024, MIN_SPLIT, PROGRAMS).max_splits <= 4
     for room in (1, 63, 64, 65, 4096, 10**6):
-        assert plan("fast", 10**4, room, LEAST, PLACES).splits == -(-room // MOST)  # a ragged batch's longest
-        assert plan("invariant", 3, room, LEAST, PLACES).splits == -(-room // INVARIANT)
+        longest = plan_splits("fast", 10**4, room, MIN_SPLIT, PROGRAMS).max_splits
+        assert longest == -(-room // MAX_SPLIT)  # a ragged batch's longest
+        assert plan_splits("invariant", 3, room, MIN_SPLIT, PROGRAMS).max_splits == -(-room // INVARIANT_SPLIT)
 
 
 def test_room_in_the_block_table_is_not_taken_for_length_35() -> None:
     """flash-attention 1000, 1465: as many splits as the longest sequence there might be would need."""
-    q, k_pages, v_pages, table, lengths, scale = example_args(ops.decode_attention, **DECODE)
-    wide = torch.cat((table, table[:, -1:].expand(-1, 4000)), 1)
-    args = (q, k_pages, v_pages, wide, lengths, scale)
+    q, cache, lengths, scale = example_args(ops.decode_attention, **DECODE)
+    table = cache.block_table
+    args = (q, replace(cache, block_table=torch.cat((table, table[:, -1:].expand(-1, 4000)), 1)), lengths, scale)
     assert_matches_reference(ops.decode_attention, TRITON, TRITON.configs[0], args)
 
 
@@ -223,17 +229,17 @@ def test_a_token_with_large_values_that_counts_for_little_spoils_no_other(
     rng, d = torch.Generator().manual_seed(seed), 32
     k, v = 0.3 * torch.randn(16, 1, d, generator=rng), 100 / ratio * torch.randn(16, 1, d, generator=rng)
     k[at], v[at] = -8, 100 * torch.randn(1, d, generator=rng)
-    pages = [quantize_kv(x[None].to(DEVICE), ops.empty_kv_pages((0, d), kv, DEVICE)) for x in (k, v)]
+    k_pages, v_pages = (quantize_kv(x[None].to(DEVICE), ops.empty_kv_pages((0, d), kv, DEVICE)) for x in (k, v))
     q, table, length = torch.ones(1, 1, d, dtype=torch.float16), torch.zeros(1, 1).int(), torch.tensor([16]).int()
-    args = map_tensors(lambda x: x.to(DEVICE), (q, *pages, table, length, d**-0.5))
+    args = map_tensors(lambda x: x.to(DEVICE), (q, ops.PagedKV(k_pages, v_pages, table), length, d**-0.5))
     assert_matches_reference(ops.decode_attention, TRITON, TRITON.configs[0], args)
 
 
 def test_harness_sees_scales_read_past_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """A twin of the kernel that reads one token more is found on quantised pages."""
 
-    def one_more(q, k_pages, v_pages, table, lengths, scale, *more):
-        return ops.decode_attention.reference(q, k_pages, v_pages, table, lengths + 1, scale, *more)
+    def one_more(q, cache, lengths, scale, *more):
+        return ops.decode_attention.reference(q, cache, lengths + 1, scale, *more)
 
     impl = Impl("decode_attention", "one_more", one_more, [{}], TRITON.file)
     with pytest.raises(MismatchError):

@@ -1,6 +1,5 @@
 """The references against independent oracles, and the contracts that every call is held to before anything runs."""
 
-import inspect
 import math
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from hf_reference import exact_norms
 from hypothesis import given
 from hypothesis import strategies as st
+from op_arguments import flat_arguments, grouped_arguments
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
@@ -85,7 +85,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = No
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
 
 
-def paged(sequences: list[tuple[Tensor, Tensor]], size: int) -> tuple[Tensor, Tensor, Tensor]:
+def paged(sequences: list[tuple[Tensor, Tensor]], size: int) -> ops.PagedKV:
     """Keys and values [t, g, d] of each sequence in pages, last page first; all that belongs to no one is NaN."""
     counts = [-(-len(k) // size) for k, _ in sequences]
     g, d = sequences[0][0].shape[1:]
@@ -97,7 +97,7 @@ def paged(sequences: list[tuple[Tensor, Tensor]], size: int) -> tuple[Tensor, Te
             table[i, j] = page = free.pop()
             for to, x in zip(pages, (k, v)):
                 to[page, : len(x[j * size : (j + 1) * size])] = x[j * size : (j + 1) * size]
-    return pages[0], pages[1], table
+    return ops.PagedKV(pages[0], pages[1], table)
 
 
 @given(CHUNKS.filter(lambda chunks: any(s for _, s in chunks)), PAGE_SIZES, HEADS)
@@ -105,11 +105,11 @@ def test_prefill_attention_is_torchs(lengths: list[tuple[int, int]], size: int, 
     h, g = heads
     all_k, all_v = ([numbers(t + s, g, 8) * sign for t, s in lengths] for sign in (1, -1))
     qs = [numbers(s, h, 8) for _, s in lengths]
-    k_pages, v_pages, table = paged([(k[:t], v[:t]) for k, v, (t, _) in zip(all_k, all_v, lengths)], size)
+    cache = paged([(k[:t], v[:t]) for k, v, (t, _) in zip(all_k, all_v, lengths)], size)
     new_k, new_v = (torch.cat([x[t:] for x, (t, _) in zip(xs, lengths)]) for xs in (all_k, all_v))
     starts = torch.tensor([0, *(s for _, s in lengths)]).cumsum(0).int()
-    history = torch.tensor([t for t, _ in lengths]).int()
-    got = ops.prefill_attention.reference(torch.cat(qs), new_k, new_v, k_pages, v_pages, table, starts, history, 0.4)
+    batch = ops.RaggedBatch(starts, torch.tensor([t for t, _ in lengths]).int())
+    got = ops.prefill_attention.reference(torch.cat(qs), new_k, new_v, cache, batch, 0.4)
     expected = [
         sdpa(q, k, v, 0.4, torch.tensor([[j <= t + i for j in range(t + s)] for i in range(s)]))
         for q, k, v, (t, s) in zip(qs, all_k, all_v, lengths)
@@ -123,15 +123,14 @@ def test_decode_attention_is_torchs(lengths: list[int], size: int, heads: tuple[
     h, g = heads
     pairs = [(numbers(t, g, 8), -numbers(t, g, 8)) for t in lengths]
     q = numbers(len(lengths), h, 8)
-    got = ops.decode_attention.reference(q, *paged(pairs, size), torch.tensor(lengths).int(), 0.4)
+    got = ops.decode_attention.reference(q, paged(pairs, size), torch.tensor(lengths).int(), 0.4)
     close(got, torch.cat([sdpa(q[i : i + 1], k, v, 0.4) for i, (k, v) in enumerate(pairs)]))
 
 
 def test_a_sequence_without_tokens_decodes_to_zero() -> None:
     pages = torch.full((1, 4, 1, 8), float("nan"), dtype=D)
-    got = ops.decode_attention.reference(
-        numbers(1, 2, 8), pages, pages, torch.zeros(1, 1).int(), torch.zeros(1).int(), 1.0
-    )
+    cache = ops.PagedKV(pages, pages, torch.zeros(1, 1).int())
+    got = ops.decode_attention.reference(numbers(1, 2, 8), cache, torch.zeros(1).int(), 1.0)
     assert got.shape == (1, 2, 8) and not got.any()
 
 
@@ -164,18 +163,26 @@ def example(name: str) -> list:
     return list(op.make_example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu"))
 
 
-NAMES = {name: list(inspect.signature(OPS[name].reference).parameters) for name in ops.__all__ if name in OPS}
-TENSORS = [(name, i) for name in NAMES for i, x in enumerate(example(name)) if isinstance(x, Tensor)]
+TENSORS = [
+    (name, argument)
+    for name in ops.__all__
+    if name in OPS
+    for argument, x in flat_arguments(OPS[name], example(name)).items()
+    if isinstance(x, Tensor)
+]
 
 
 @pytest.mark.parametrize("spoil", ["axes", "device"])
-@pytest.mark.parametrize("name, i", TENSORS, ids=[f"{name}-{NAMES[name][i]}" for name, i in TENSORS])
-def test_a_tensor_that_does_not_fit_is_named_before_anything_runs(name: str, i: int, spoil: str) -> None:
-    arguments = example(name)
-    arguments[i] = arguments[i].to("meta") if spoil == "device" else torch.zeros((), dtype=arguments[i].dtype)
-    named = f"{name}: .*" if spoil == "device" and i == 0 else f"{name}: {NAMES[name][i]} "  # the others differ from it
+@pytest.mark.parametrize("name, argument", TENSORS, ids=[f"{name}-{argument}" for name, argument in TENSORS])
+def test_a_tensor_that_does_not_fit_is_named_before_anything_runs(name: str, argument: str, spoil: str) -> None:
+    op = OPS[name]
+    values = flat_arguments(op, example(name))
+    x = values[argument]
+    values[argument] = x.to("meta") if spoil == "device" else torch.zeros((), dtype=x.dtype)
+    is_first = argument == next(iter(values))  # the others differ from it
+    named = f"{name}: .*" if spoil == "device" and is_first else f"{name}: {argument} "
     with count_calls() as calls, pytest.raises(ValueError, match=named):
-        OPS[name](*arguments)
+        op(**grouped_arguments(op, values))
     assert not calls
 
 
@@ -190,10 +197,10 @@ CONTRACTS: list[tuple[str, dict[str, Any], str]] = [
     ("swiglu", {"up": half}, "up is torch.float16, expected torch.float32 like gate"),
     ("rope", {"cos": lambda x: x[:, 1:], "sin": lambda x: x[:, 1:]}, "head dim 4, .* hold 1 pairs"),
     ("prefill_attention", {"k": half}, "k is torch.float16, expected torch.float32 like q"),
-    ("prefill_attention", {"query_start": lambda x: x[1:]}, "query_start has 2 entries for 2"),
+    ("prefill_attention", {"query_start_loc": lambda x: x[1:]}, "query_start_loc has 2 entries for 2"),
     ("prefill_attention", {"q": lambda q: q[:, :1]}, "1 query heads are not a multiple of 2 key/value heads"),
     ("decode_attention", {"q": lambda q: q[:, :1]}, "1 query heads are not a multiple of 2 key/value heads"),
-    ("decode_attention", {"lengths": lambda x: x[1:]}, "lengths has shape"),
+    ("decode_attention", {"seq_lens": lambda x: x[1:]}, "seq_lens has shape"),
     ("encoder_attention", {"v": half}, "v is torch.float16, expected torch.float32 like q"),
     ("kv_write", {"v_pages": half}, "v_pages is torch.float16"),
     ("kv_write", {"slot_mapping": lambda x: x.int()}, "slot_mapping is torch.int32, expected torch.int64"),
@@ -217,7 +224,8 @@ CONTRACTS: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("name, changes, message", CONTRACTS)
 def test_what_breaks_a_contract_is_refused_before_anything_runs(name: str, changes: dict, message: str) -> None:
-    arguments = [changes.get(key, lambda x: x)(x) for key, x in zip(NAMES[name], example(name))]
+    op = OPS[name]
+    values = {key: changes.get(key, lambda x: x)(x) for key, x in flat_arguments(op, example(name)).items()}
     with count_calls() as calls, pytest.raises(ValueError, match=message):
-        OPS[name](*arguments)
+        op(**grouped_arguments(op, values))
     assert not calls

@@ -91,7 +91,7 @@ def test_exact_kernels_are_rounded_as_they_are_written() -> None:
 @pytest.mark.parametrize(
     "file, old, new, instruction",
     [
-        ("_put.py", "tl.div_rn(x, tl.broadcast_to(step, x.shape))", "(x / step)", "div.full.f32"),
+        ("_kv_store.py", "tl.div_rn(x, tl.broadcast_to(step, x.shape))", "(x / step)", "div.full.f32"),
         ("kv_write.py", "enable_fp_fusion=False", "enable_fp_fusion=True", "mul.f32"),
     ],
 )

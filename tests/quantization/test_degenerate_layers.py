@@ -58,30 +58,30 @@ CASES += [(name, kind) for name in ("attention_norm", "mlp_norm") for kind in ("
     ("name", "kind"), [pytest.param(*case, marks=[] if case in FEW else pytest.mark.slow) for case in CASES]
 )
 @torch.no_grad()
-def test_what_is_next_to_nothing_is_rounded_as_well_as_the_rest(name: str, kind: str, mode: str) -> None:
+def test_tiny_weights_are_quantized_as_well_as_others(name: str, kind: str, mode: str) -> None:
     layer = layer_with(name, kind)
     if mode == "ours":
         x, tokens = inputs(torch.float32)
         rounded = awq_gptq.quantize_layer(layer, x, x, tokens, CFG, GROUP)
-        new, wanted, got = rounded.layer, rounded.reference_out, rounded.quantized_out
+        new, reference, quantized = rounded.layer, rounded.reference_out, rounded.quantized_out
     else:
         x, tokens = inputs(torch.float16)
-        new, wanted, _ = llm_awq.quantize_layer(layer, x, tokens, CFG, GROUP)
+        new, reference, _ = llm_awq.quantize_layer(layer, x, tokens, CFG, GROUP)
         dense = {n: Affine(dequantize(getattr(new, n).weight, torch.float16), None) for n in LINEARS}
-        got = llm_awq.capture_linear_inputs(replace(new, **dense), x, tokens, CFG).out
+        quantized = llm_awq.capture_linear_inputs(replace(new, **dense), x, tokens, CFG).out
     for n in LINEARS:
         w: Int4 = getattr(new, n).weight
         assert torch.isfinite(w.scales).all() and (w.scales > 0).all()
         if n == name and kind == "zero":
             assert not dequantize(w, torch.float32).any()
-    added, error = (wanted - x).float(), (got - wanted).float()
+    added, error = (reference - x).float(), (quantized - reference).float()
     if mode == "ours" or kind != "constant":  # groups of one sign are lost to upstream
         assert error.norm() <= 0.2 * added.norm()
 
 
 @pytest.mark.parametrize(("name", "behind"), [("up", "down"), ("v", "o")])
 @torch.no_grad()
-def test_a_linear_that_is_next_to_nothing_counts_if_the_one_behind_it_makes_it_loud(name: str, behind: str) -> None:
+def test_tiny_linear_counts_if_the_next_one_amplifies_it(name: str, behind: str) -> None:
     layer = layer_with(name, "tiny")
     layer = replace(layer, **{behind: Affine(getattr(layer, behind).weight * 1e5, None)})
     x, tokens = inputs(torch.float32)
@@ -90,7 +90,7 @@ def test_a_linear_that_is_next_to_nothing_counts_if_the_one_behind_it_makes_it_l
 
 
 @torch.no_grad()
-def test_no_scale_is_chosen_that_the_linear_before_has_no_room_for() -> None:
+def test_no_scale_overflows_the_preceding_linear() -> None:
     layer = layer_with("gate", "dead rows")
     layer = replace(layer, up=Affine(layer.up.weight * 5e4, None), mlp_norm=layer.mlp_norm * 1e-3)
     x, tokens = inputs(torch.float16)
@@ -99,7 +99,7 @@ def test_no_scale_is_chosen_that_the_linear_before_has_no_room_for() -> None:
 
 
 @pytest.mark.parametrize("size", [2.0**-i for i in range(0, 25, 3)])
-def test_the_nearest_level_is_at_most_half_a_step_away_at_any_size(size: float) -> None:
+def test_rtn_error_is_at_most_half_a_step_at_any_magnitude(size: float) -> None:
     w = (torch.rand(64, 64, generator=torch.Generator().manual_seed(3)) * 2 - 1).mul(size).half()
     rounded = int4.quantize_rtn(w, GROUP)
     steps = rounded.scales.float().T.repeat_interleave(GROUP, 1)
@@ -108,15 +108,15 @@ def test_the_nearest_level_is_at_most_half_a_step_away_at_any_size(size: float) 
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e-6, 1e6, 1e16])
-def test_moments_of_inputs_of_any_size_are_finite(scale: float) -> None:
+def test_hessian_is_finite_for_inputs_of_any_magnitude(scale: float) -> None:
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * scale
     x[:, 7] = 0
-    known = compute_hessian(x, torch.ones(200), GROUP)
-    for leaf in (known.hessian, known.inverse_cholesky, known.schur_blocks, known.mean_abs):
+    hessian = compute_hessian(x, torch.ones(200), GROUP)
+    for leaf in (hessian.hessian, hessian.inverse_cholesky, hessian.schur_blocks, hessian.mean_abs):
         assert torch.isfinite(leaf).all()
 
 
-def test_what_cannot_be_rounded_is_refused_by_what_is_true_of_it() -> None:
+def test_weights_that_cannot_be_quantized_are_refused_with_the_reason() -> None:
     x, tokens = inputs(torch.float16)
     layer = layer_with("up", "zero")
     wide = torch.ones(96, 64).half() * 60000
@@ -129,10 +129,10 @@ def test_what_cannot_be_rounded_is_refused_by_what_is_true_of_it() -> None:
             llm_awq.quantize_layer(replace(layer, **{name: Affine(w, None)}), x, tokens, CFG, GROUP)
     with pytest.raises(ValueError, match="what attention is given is NaN or infinite"):
         llm_awq.quantize_layer(layer, x / 0, tokens, CFG, GROUP)
-    found = llm_awq.AwqSearchResult({"down": torch.full((96,), 2.0**-14).half()}, {}, {})
+    result = llm_awq.AwqSearchResult({"down": torch.full((96,), 2.0**-14).half()}, {}, {})
     large = replace(layer, up=Affine(torch.full((96, 64), 100.0).half(), None))
     with pytest.raises(ValueError, match="up with the scales of its inputs and outputs holds NaN or infinity"):
-        llm_awq.quantize_layer(large, x, tokens, CFG, GROUP, found)
+        llm_awq.quantize_layer(large, x, tokens, CFG, GROUP, result)
     x, tokens = inputs(torch.float32)
     with pytest.raises(ValueError, match=r"its largest weight is 1.26e-09, which no float16 scale can tell from 0"):
         awq_gptq.quantize_layer(replace(layer, up=Affine(torch.full((96, 64), 1e-9), None)), x, x, tokens, CFG, GROUP)

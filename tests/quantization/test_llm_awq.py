@@ -51,8 +51,8 @@ class Transcription:
 
     def attend(self, w: dict[str, Tensor], h: Tensor) -> Tensor:
         d, heads, kv = 16, 4, self.cfg.num_key_value_heads
-        at = torch.arange(LENGTH).float()[:, None] * (1.0 / 10000 ** (torch.arange(0, d, 2).float() / d))
-        cos, sin = (torch.cat((f(at),) * 2, -1).double() for f in (torch.cos, torch.sin))
+        prefix = torch.arange(LENGTH).float()[:, None] * (1.0 / 10000 ** (torch.arange(0, d, 2).float() / d))
+        cos, sin = (torch.cat((f(prefix),) * 2, -1).double() for f in (torch.cos, torch.sin))
         turn = lambda y: y * cos + torch.cat((-y[..., d // 2 :], y[..., : d // 2]), -1) * sin  # noqa: E731
         out = []
         for row in h.split(LENGTH):
@@ -74,13 +74,13 @@ class Transcription:
         return ((q - z) * s).reshape(w.shape), q.reshape(w.shape), s, z
 
     def scale(self, names: str, x: Tensor, module) -> Tensor:
-        x_max, wanted = x.abs().view(-1, x.shape[-1]).mean(0), module(self.w)
+        x_max, reference = x.abs().view(-1, x.shape[-1]).mean(0), module(self.w)
         best, least = None, float("inf")
         for i in range(20):
             s = x_max.pow(i / 20).clamp(min=1e-4).view(-1)
             s = s / (s.max() * s.min()).sqrt()
             tried = self.w | {n: self.quantize(self.w[n] * s)[0] / s for n in names.split()}
-            loss = (wanted - module(tried)).pow(2).mean().item()
+            loss = (reference - module(tried)).pow(2).mean().item()
             if loss < least:
                 best, least = s, loss
         assert best is not None
@@ -88,39 +88,39 @@ class Transcription:
 
     def scales(self) -> dict[str, Tensor]:
         mlp = lambda w: (silu(self.m @ w["gate"].T) * (self.m @ w["up"].T)) @ w["down"].T  # noqa: E731
-        found = {"attention": self.scale("q k v", self.h, lambda w: self.attend(w, self.h) @ w["o"].T)}
+        result = {"attention": self.scale("q k v", self.h, lambda w: self.attend(w, self.h) @ w["o"].T)}
         if self.w["v"].shape == self.w["o"].shape:
-            found["o"] = self.scale("o", self.a, lambda w: self.a @ w["o"].T)
-        found["mlp"] = self.scale("gate up", self.m, mlp)
-        return found | {"down": self.scale("down", self.g, lambda w: self.g @ w["down"].T)}
+            result["o"] = self.scale("o", self.a, lambda w: self.a @ w["o"].T)
+        result["mlp"] = self.scale("gate up", self.m, mlp)
+        return result | {"down": self.scale("down", self.g, lambda w: self.g @ w["down"].T)}
 
-    def apply(self, found: dict[str, Tensor]) -> None:
-        s = found["attention"]
+    def apply(self, result: dict[str, Tensor]) -> None:
+        s = result["attention"]
         self.norm1, self.h = self.norm1 / s, self.h / s
         self.w |= {n: self.w[n] * s for n in "qkv"}
-        if "o" in found:
-            s = found["o"]
+        if "o" in result:
+            s = result["o"]
             self.w["v"], self.w["o"], self.a = self.w["v"] / s[:, None], self.w["o"] * s, self.a / s
-        s = found["mlp"]
+        s = result["mlp"]
         self.norm2, self.m = self.norm2 / s, self.m / s
         self.w |= {n: self.w[n] * s for n in ("gate", "up")}
-        s = found["down"]
+        s = result["down"]
         self.w["up"], self.w["down"], self.g = self.w["up"] / s[:, None], self.w["down"] * s, self.g / s
 
     def clips(self) -> dict[str, Tensor]:
-        given = {"v": self.h, "o": self.a, "gate": self.m, "up": self.m, "down": self.g}
-        return {name: self.clip(self.w[name], x) for name, x in given.items()}
+        inputs = {"v": self.h, "o": self.a, "gate": self.m, "up": self.m, "down": self.g}
+        return {name: self.clip(self.w[name], x) for name, x in inputs.items()}
 
     def clip(self, w: Tensor, x: Tensor) -> Tensor:
         x = x.view(1, len(x), -1, GROUP)
         x = x[:, 0 :: x.shape[1] // 512]  # [1, tokens, G, group]
         w = w.reshape(len(w), 1, -1, GROUP)
         greatest = w.abs().amax(-1, keepdim=True)
-        best, least, wanted = greatest.clone(), torch.ones_like(greatest) * 1e9, (x * w).sum(-1)
+        best, least, reference = greatest.clone(), torch.ones_like(greatest) * 1e9, (x * w).sum(-1)
         for i in range(10):
             bound = greatest * (1 - i / 20)
             tried = self.quantize(torch.clamp(w, -bound, bound))[0]
-            err = ((x * tried).sum(-1) - wanted).pow(2).mean(1).view(least.shape)
+            err = ((x * tried).sum(-1) - reference).pow(2).mean(1).view(least.shape)
             better = err < least
             least[better], best[better] = err[better], bound[better]
         return best.squeeze(1)
@@ -128,22 +128,22 @@ class Transcription:
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["o scaled", "grouped queries"])
 @torch.no_grad()
-def test_scales_clips_and_integers_are_those_of_the_objective(kv_heads: int, tmp_path: Path) -> None:
+def test_scales_clips_and_codes_minimize_the_llm_awq_objective(kv_heads: int, tmp_path: Path) -> None:
     cfg, layer, x = model(kv_heads)
     tokens = CalibrationTokens((LENGTH,) * ROWS, torch.ones(len(x)))
     with use(**dict.fromkeys(OPS, REFERENCE)):  # in the order of sums of the transcription: bounds may be tied
-        rounded, _, found = llm_awq.quantize_layer(layer, x, tokens, cfg, GROUP)
+        rounded, _, result = llm_awq.quantize_layer(layer, x, tokens, cfg, GROUP)
     other = Transcription(layer, cfg, x)
     scales = other.scales()
     other.apply(scales)
     clips = other.clips()
     last: Any = {"rtol": 1e-13, "atol": 0.0}  # attention may add up in another order
-    assert list(found.scales) == list(scales) and list(found.clips) == list(clips)
-    for place, s in scales.items():
-        torch.testing.assert_close(found.scales[place], s, **last)
+    assert list(result.scales) == list(scales) and list(result.clips) == list(clips)
+    for scale_group, s in scales.items():
+        torch.testing.assert_close(result.scales[scale_group], s, **last)
     for name, bound in clips.items():
-        torch.testing.assert_close(found.clips[name], bound[..., 0], **last)
-    assert {r for r in found.ratios.values() if r}, "no scale was worth anything: the test shows nothing"
+        torch.testing.assert_close(result.clips[name], bound[..., 0], **last)
+    assert {r for r in result.ratios.values() if r}, "no scale was worth anything: the test shows nothing"
     torch.testing.assert_close(rounded.attention_norm, other.norm1, **last)
     for name, w in other.w.items():
         if name in clips:
@@ -155,29 +155,33 @@ def test_scales_clips_and_integers_are_those_of_the_objective(kv_heads: int, tmp
         assert torch.equal(int4.zeros.T.flatten(), z.flatten().half())
         assert torch.equal(int4.scales.T.flatten(), s.flatten().half())
     file = tmp_path / "cache.pt"
-    awq_cache_file.save_awq_cache(file, [found])
+    awq_cache_file.save_awq_cache(file, [result])
     (again,) = awq_cache_file.load_awq_cache(file, cfg, GROUP, torch.float64)
     same = llm_awq.apply_search_result(layer, again, cfg, GROUP)
     tree_map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), rounded, same)
-    held = torch.load(file, weights_only=True)
-    assert held["scale"][0][:2] == (
+    cache = torch.load(file, weights_only=True)
+    assert cache["scale"][0][:2] == (
         "model.layers.0.input_layernorm",
         tuple(f"model.layers.0.self_attn.{n}_proj" for n in "qkv"),
     )
-    assert held["clip"][0][0] == "model.layers.0.self_attn.v_proj" and held["clip"][0][1].shape == (16 * kv_heads, 2, 1)
+    assert cache["clip"][0][0] == "model.layers.0.self_attn.v_proj" and cache["clip"][0][1].shape == (
+        16 * kv_heads,
+        2,
+        1,
+    )
 
 
-def applied(p: llama.Layer, held: dict[str, Any]) -> dict[str, Tensor]:
+def applied(p: llama.Layer, cache: dict[str, Any]) -> dict[str, Tensor]:
     """A cache file put to use as llm-awq does: entry after entry, in the order of the file, each result rounded to the
     dtype of the weights; then the integers, scales and zeros.
     """
     w = {HF[name]: getattr(p, name).weight.clone() for name in HF}
     w |= {"input_layernorm": p.attention_norm.clone(), "post_attention_layernorm": p.mlp_norm.clone()}
-    for before, after, s in held["scale"]:
+    for before, after, s in cache["scale"]:
         before, s = before.split(".", 3)[3], s.to(p.attention_norm.dtype)
         w[before] = w[before] / (s[:, None] if w[before].ndim == 2 else s)
         w |= {name: w[name] * s for name in (x.split(".", 3)[3] for x in after)}
-    for name, bound in held["clip"]:
+    for name, bound in cache["clip"]:
         name, bound = name.split(".", 3)[3], bound.to(p.attention_norm.dtype)
         w[name] = torch.clamp(w[name].view(*bound.shape[:2], -1), -bound, bound).view_as(w[name])
     out = {name: x for name, x in w.items() if x.ndim == 1}
@@ -196,44 +200,44 @@ def tensors(p: llama.Layer) -> dict[str, Tensor]:
     return out
 
 
-def differing(p: llama.Layer, held: dict[str, Any], layer: llama.Layer) -> list[str]:
+def differing(p: llama.Layer, cache: dict[str, Any], layer: llama.Layer) -> list[str]:
     """The tensors in which our rounded layer is not what llm-awq makes of a cache file."""
-    theirs = applied(layer, held)
+    theirs = applied(layer, cache)
     return [n for n, x in tensors(p).items() if not torch.equal(x.float().flatten(), theirs[n].float().flatten())]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
-def test_every_tensor_is_what_upstream_makes_of_the_cache_that_we_write(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_our_cache_applied_by_llm_awq_gives_the_same_tensors(dtype: torch.dtype, tmp_path: Path) -> None:
     cfg, layer, x = model(4)
     layer, x = tree_map(lambda leaf: leaf.to(dtype), layer), x.to(dtype)
     tokens = CalibrationTokens((LENGTH,) * ROWS, torch.ones(len(x)))
-    rounded, _, found = llm_awq.quantize_layer(layer, x, tokens, cfg, GROUP)
+    rounded, _, result = llm_awq.quantize_layer(layer, x, tokens, cfg, GROUP)
     work = tmp_path / "work"
     work.mkdir()
-    kept = {f"scale.{place}": s for place, s in found.scales.items()}
-    kept |= {f"clip.{name}": bound for name, bound in found.clips.items()}
+    kept = {f"scale.{scale_group}": s for scale_group, s in result.scales.items()}
+    kept |= {f"clip.{name}": bound for name, bound in result.clips.items()}
     save_atomically(
         work / "llm-000.safetensors", {CACHE_PREFIX + name: s for name, s in kept.items()}, {}
     )  # where names are sorted
     awq.save_cache(work, tmp_path / "cache.pt")
-    held = torch.load(tmp_path / "cache.pt", weights_only=True)
-    assert [before.split(".")[3:] for before, _, _ in held["scale"]] == [
+    cache = torch.load(tmp_path / "cache.pt", weights_only=True)
+    assert [before.split(".")[3:] for before, _, _ in cache["scale"]] == [
         ["input_layernorm"],
         ["self_attn", "v_proj"],
         ["post_attention_layernorm"],
         ["mlp", "up_proj"],
     ]
-    assert [name.split(".")[4] for name, _ in held["clip"]] == [f"{n}_proj" for n in ("v", "o", "gate", "up", "down")]
-    assert all(s.dtype == dtype for *_, s in held["scale"] + held["clip"])
-    assert not differing(rounded, held, layer)
+    assert [name.split(".")[4] for name, _ in cache["clip"]] == [f"{n}_proj" for n in ("v", "o", "gate", "up", "down")]
+    assert all(s.dtype == dtype for *_, s in cache["scale"] + cache["clip"])
+    assert not differing(rounded, cache, layer)
     (again,) = awq_cache_file.load_awq_cache(tmp_path / "cache.pt", cfg, GROUP, dtype)
-    assert not differing(llm_awq.apply_search_result(layer, again, cfg, GROUP), held, layer)
+    assert not differing(llm_awq.apply_search_result(layer, again, cfg, GROUP), cache, layer)
 
 
 @pytest.mark.parametrize(("dtype", "order"), [(torch.bfloat16, (0, 1, 2, 3)), (torch.float16, (3, 1, 0, 2))])
 @torch.no_grad()
-def test_every_tensor_is_what_upstream_makes_of_a_cache_that_it_wrote(
+def test_llm_awq_cache_applied_here_gives_the_same_tensors(
     dtype: torch.dtype, order: tuple[int, ...], tmp_path: Path
 ) -> None:
     """Found in float64 by the transcription, so that no number is one of float16 by chance."""
@@ -242,34 +246,37 @@ def test_every_tensor_is_what_upstream_makes_of_a_cache_that_it_wrote(
     other = Transcription(exact, cfg, x)
     scales = other.scales()
     other.apply(scales)
-    at = "model.layers.0."
+    prefix = "model.layers.0."
     scale = [
-        (at + before, tuple(at + HF[n] for n in names), scales[place])
-        for place, before, names in (
+        (prefix + before, tuple(prefix + HF[n] for n in names), scales[scale_group])
+        for scale_group, before, names in (
             ("attention", "input_layernorm", "qkv"),
             ("o", HF["v"], "o"),
             ("mlp", "post_attention_layernorm", ("gate", "up")),
             ("down", HF["up"], ("down",)),
         )
     ]
-    held = {"scale": [scale[i] for i in order], "clip": [(at + HF[n], bound) for n, bound in other.clips().items()]}
-    torch.save(held, tmp_path / "cache.pt")
-    (found,) = awq_cache_file.load_awq_cache(tmp_path / "cache.pt", cfg, GROUP, dtype)
-    assert not differing(llm_awq.apply_search_result(layer, found, cfg, GROUP), held, layer)
+    cache = {
+        "scale": [scale[i] for i in order],
+        "clip": [(prefix + HF[n], bound) for n, bound in other.clips().items()],
+    }
+    torch.save(cache, tmp_path / "cache.pt")
+    (result,) = awq_cache_file.load_awq_cache(tmp_path / "cache.pt", cfg, GROUP, dtype)
+    assert not differing(llm_awq.apply_search_result(layer, result, cfg, GROUP), cache, layer)
 
 
 @torch.no_grad()
-def test_what_upstream_does_to_groups_of_one_sign_and_to_few_tokens() -> None:
+def test_llm_awq_limits_for_one_sign_groups_and_few_tokens() -> None:
     w = torch.linspace(1.0, 1.1, 64).view(2, 32)
     assert dequantize(llm_awq.quantize_int4(w, 32), torch.float32).max() < 0.12  # known, and why ours is the default
     with pytest.raises(ValueError, match="needs 512 tokens of calibration, there are 511"):
         llm_awq.search_clip(w, torch.ones(511, 32), 32)
 
 
-def test_other_files_are_no_caches(tmp_path: Path) -> None:
+def test_files_that_are_no_awq_cache_are_refused(tmp_path: Path) -> None:
     file, up, cfg = tmp_path / "cache.pt", "model.layers.0.mlp.up_proj", LlamaConfig(50, 64, 96, 1, 4, 2, 16)
     scale = ("model.layers.0.input_layernorm", tuple(f"model.layers.0.self_attn.{n}_proj" for n in "qkv"))
-    for held, message in (
+    for cache, message in (
         ([1], "expected a dictionary of scale and clip"),
         (
             {"scale": [("model.layers.7.mlp.up_proj", ("model.layers.7.mlp.down_proj",), torch.ones(4))], "clip": []},
@@ -286,7 +293,7 @@ def test_other_files_are_no_caches(tmp_path: Path) -> None:
         ({"scale": [], "clip": [(up, -torch.ones(96, 2, 1))]}, "a bound is below 0"),
         ({"scale": [], "clip": []}, "it holds no scale and no clip"),
     ):
-        torch.save(held, file)
+        torch.save(cache, file)
         with pytest.raises(LoadError, match=message):
             awq_cache_file.load_awq_cache(file, cfg, 32, torch.float16)
     torch.save({"scale": [], "clip": [], "more": Path}, file)

@@ -30,7 +30,7 @@ from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.quantization import pipeline as awq
 from vila_triton.quantization import resumable as folder
 from vila_triton.quantization.calibration_data import CalibrationSet, Sample, read_samples
-from vila_triton.quantization.resumable import QuantizeConfig
+from vila_triton.quantization.config import QuantizeConfig
 from vila_triton.tiny.config import CONFIG, PARAM_SPECS, config_files
 
 
@@ -47,17 +47,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shown() -> CalibrationSet:
+def calibration_set() -> CalibrationSet:
     rng = torch.Generator().manual_seed(1)
     rows = [torch.randint(0, 128, (n,), generator=rng) for n in (40, 25, 300, 200)]
     rows[0][3:19] = -1 - torch.arange(16)
     return CalibrationSet(rows, torch.randn(1, 3, 64, 64, generator=rng))
 
 
-def made(source: Path, target: Path, how: QuantizeConfig, form: str = "ours") -> None:
+def quantize_to(source: Path, target: Path, config: QuantizeConfig, form: str = "ours") -> None:
     work = target.with_name(f"{target.name}.quantizing")
     write_checkpoint(
-        awq.quantize_checkpoint(open_checkpoint(source), work, how, shown(), torch.device("cpu")),
+        awq.quantize_checkpoint(open_checkpoint(source), work, config, calibration_set(), torch.device("cpu")),
         target,
         form,
         source_key="test",
@@ -69,16 +69,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
-def test_killed_five_times_and_resumed_it_writes_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    how, rng = QuantizeConfig(group_size=64, extra_parts=("vision_tower", "mm_projector")), random.Random(0)
+def test_quantize_killed_five_times_writes_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    config, rng = QuantizeConfig(group_size=64, extra_parts=("vision_tower", "mm_projector")), random.Random(0)
     start = time.monotonic()
-    made(source, tmp_path / "whole", how)
+    quantize_to(source, tmp_path / "whole", config)
     took, killed, done = time.monotonic() - start, 0, set[int]()
     for _ in range(5):
         child = os.fork()
         if not child:
             try:
-                made(source, tmp_path / "broken", how)
+                quantize_to(source, tmp_path / "broken", config)
             finally:
                 os._exit(0)
         time.sleep(rng.uniform(0.1, 0.7) * took)
@@ -87,14 +87,14 @@ def test_killed_five_times_and_resumed_it_writes_the_same_bytes(source: Path, tm
         done.add(len(list((tmp_path / "broken.quantizing").glob("[!i]*.safetensors"))))  # but for inputs
     assert killed and len(done) > 1, "nothing was interrupted"
     if not (tmp_path / "broken").exists():
-        made(source, tmp_path / "broken", how)
+        quantize_to(source, tmp_path / "broken", config)
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
     with pytest.raises(ValueError, match="holds the beginnings of other work"):
         awq.quantize_checkpoint(
             open_checkpoint(source),
             tmp_path / "broken.quantizing",
             QuantizeConfig(group_size=32),
-            shown(),
+            calibration_set(),
             torch.device("cpu"),
         )
 
@@ -110,10 +110,10 @@ def logits(folder: Path, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_every_layout_holds_the_same_model(source: Path, tmp_path: Path) -> None:
+def test_every_output_format_holds_the_same_model(source: Path, tmp_path: Path) -> None:
     ids = torch.randint(0, 128, (50,), generator=torch.Generator().manual_seed(2))
-    work, how = tmp_path / "work", QuantizeConfig(group_size=64, propagate_error=False)
-    rounded = awq.quantize_checkpoint(open_checkpoint(source), work, how, shown(), torch.device("cpu"))
+    work, config = tmp_path / "work", QuantizeConfig(group_size=64, propagate_error=False)
+    rounded = awq.quantize_checkpoint(open_checkpoint(source), work, config, calibration_set(), torch.device("cpu"))
     for form in quantize.FORMATS:
         write_checkpoint(rounded, tmp_path / form, form, source_key="test")
     expected = logits(tmp_path / "ours", ids)
@@ -122,24 +122,24 @@ def test_every_layout_holds_the_same_model(source: Path, tmp_path: Path) -> None
         assert torch.equal(logits(tmp_path / form, ids), expected)
 
 
-def command(*words: object) -> None:
+def command(*argv: object) -> None:
     parser = argparse.ArgumentParser()
     quantize.configure(parser.add_subparsers())
-    args = parser.parse_args(["quantize", *map(str, words)])
+    args = parser.parse_args(["quantize", *map(str, argv)])
     args.run(args)
 
 
-def test_the_command_leaves_a_report_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_quantize_command_writes_a_report_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     also = ("--also", "vision_tower", "mm_projector")
     command(BUNDLED_CHECKPOINT, tmp_path / "out", "--samples", 8, "--group-size", 64, "--format", "awq-gemm", *also)
     assert "8 questions about drawn pictures" in capsys.readouterr().out
     assert not (tmp_path / "out.quantizing").exists()
-    said = json.loads((tmp_path / "out" / "quantization.json").read_text())
-    assert said["group"] == 64 and len(said["layers"]) == 4
-    for layer in said["layers"]:
+    quant_report = json.loads((tmp_path / "out" / "quantization.json").read_text())
+    assert quant_report["group"] == 64 and len(quant_report["layers"]) == 4
+    for layer in quant_report["layers"]:
         assert set(layer["scales"]) == {"attention", "o", "mlp", "down"}
         assert all(linear["ours"] < linear["nearest"] for linear in layer["linears"].values())
-    assert len(said["vision_tower"]) == 5 and len(said["mm_projector"]) == 1
+    assert len(quant_report["vision_tower"]) == 5 and len(quant_report["mm_projector"]) == 1
     assert len(ET.parse(tmp_path / "out" / "quantization.svg").findall(".//{*}polyline")) == 4 + 3 * 7 + 2 * 6 + 2 * 2
     assert open_checkpoint(tmp_path / "out").group_size() == 64
     with pytest.raises(ValueError, match="is there already and not empty"):
@@ -148,17 +148,17 @@ def test_the_command_leaves_a_report_and_a_picture(tmp_path: Path, capsys: pytes
         command(tmp_path / "out", tmp_path / "again")
 
 
-def test_nearest_is_what_the_model_would_round_to(source: Path, tmp_path: Path) -> None:
+def test_rtn_checkpoint_equals_the_models_own_rounding(source: Path, tmp_path: Path) -> None:
     command(source, tmp_path / "out", "--method", "rtn", "--group-size", 32)
     cfg = check_checkpoint(open_checkpoint(source))
     expected = llama.quantize_linears_rtn(load_params(source, cfg, torch.float16).llm, 32)
     from vila_triton.checkpoints.loading import build_vila_config
 
-    found = load_params(tmp_path / "out", build_vila_config(*read_configs(tmp_path / "out")), torch.float16).llm
-    assert all(torch.equal(a, b) for a, b in zip(leaves(found), leaves(expected), strict=True))
+    loaded = load_params(tmp_path / "out", build_vila_config(*read_configs(tmp_path / "out")), torch.float16).llm
+    assert all(torch.equal(a, b) for a, b in zip(leaves(loaded), leaves(expected), strict=True))
 
 
-def test_upstreams_cache_stands_in_for_its_search(tmp_path: Path) -> None:
+def test_llm_awq_cache_replaces_the_search(tmp_path: Path) -> None:
     for name, more in (("searched", ()), ("given", ("--awq-cache", tmp_path / "searched" / "awq_cache.pt"))):
         command(BUNDLED_CHECKPOINT, tmp_path / name, "--mode", "upstream", "--samples", 16, "--group-size", 64, *more)
     a, b = (contents(tmp_path / name / "llm") for name in ("searched", "given"))
@@ -166,7 +166,7 @@ def test_upstreams_cache_stands_in_for_its_search(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "argv, message",
     [
         (("--mode", "upstream", "--image-weight", "0.5"), "upstream's objective weighs all tokens alike"),
         (("--awq-cache", "x.pt"), "--awq-cache holds what mode upstream finds"),
@@ -179,18 +179,18 @@ def test_upstreams_cache_stands_in_for_its_search(tmp_path: Path) -> None:
         (("--device", "tpu9"), "device 'tpu9' is not to be had here"),
     ],
 )
-def test_what_cannot_be_done_is_refused_and_leaves_nothing(words: Sequence[str], message: str, tmp_path: Path) -> None:
+def test_impossible_options_are_refused_and_leave_nothing(argv: Sequence[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        command(BUNDLED_CHECKPOINT, tmp_path / "out", *words)
+        command(BUNDLED_CHECKPOINT, tmp_path / "out", *argv)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.quantizing").exists()
 
 
-def test_the_beginnings_of_other_work_spoil_nothing(source: Path, tmp_path: Path) -> None:
+def test_work_folder_and_target_of_other_work_are_refused(source: Path, tmp_path: Path) -> None:
     """Neither is a finished folder taken for the result of another command, nor one model mixed with another."""
     out, work = tmp_path / "out", tmp_path / "out.quantizing"
     begun = ("--group-size", 64, "--samples", 4)
     awq.quantize_checkpoint(
-        open_checkpoint(BUNDLED_CHECKPOINT), work, QuantizeConfig(group_size=64), shown(), torch.device("cpu")
+        open_checkpoint(BUNDLED_CHECKPOINT), work, QuantizeConfig(group_size=64), calibration_set(), torch.device("cpu")
     )
     with pytest.raises(ValueError, match=r"out\.quantizing holds the beginnings of other work"):
         command(BUNDLED_CHECKPOINT, out, "--method", "rtn")
@@ -205,39 +205,47 @@ def test_the_beginnings_of_other_work_spoil_nothing(source: Path, tmp_path: Path
     copy = tmp_path / "copy"
     shutil.copytree(source, copy)
     awq.quantize_checkpoint(
-        open_checkpoint(copy), tmp_path / "work", QuantizeConfig(group_size=64), shown(), torch.device("cpu")
+        open_checkpoint(copy), tmp_path / "work", QuantizeConfig(group_size=64), calibration_set(), torch.device("cpu")
     )
     top = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(top | {"mm_vision_select_layer": -1}))
     with pytest.raises(ValueError, match="holds the beginnings of other work"):
         awq.quantize_checkpoint(
-            open_checkpoint(copy), tmp_path / "work", QuantizeConfig(group_size=64), shown(), torch.device("cpu")
+            open_checkpoint(copy),
+            tmp_path / "work",
+            QuantizeConfig(group_size=64),
+            calibration_set(),
+            torch.device("cpu"),
         )
 
 
-def test_killed_after_the_folder_was_written_the_command_only_cleans_up(tmp_path: Path) -> None:
-    words = (BUNDLED_CHECKPOINT, tmp_path / "out", "--samples", 4, "--group-size", 64)
+def test_kill_after_writing_leaves_only_cleanup(tmp_path: Path) -> None:
+    argv = (BUNDLED_CHECKPOINT, tmp_path / "out", "--samples", 4, "--group-size", 64)
     finish, folder.remove_work_folder = folder.remove_work_folder, lambda work: None
     try:
-        command(*words)
+        command(*argv)
     finally:
         folder.remove_work_folder = finish
     before = contents(tmp_path / "out")
     assert (tmp_path / "out.quantizing").exists()
     with pytest.raises(ValueError, match="is there already and not empty"):
-        command(*words, "--format", "awq-gemm")
-    command(*words)
+        command(*argv, "--format", "awq-gemm")
+    command(*argv)
     assert contents(tmp_path / "out") == before and not (tmp_path / "out.quantizing").exists()
 
 
-def test_a_broken_layer_is_named(tmp_path: Path) -> None:
+def test_broken_layer_is_named(tmp_path: Path) -> None:
     rng = torch.Generator().manual_seed(0)
     p = vila.Vila(**{n: init_tree(f(getattr(CONFIG, n), torch.float16), rng) for n, f in PARAM_SPECS.items()})
     p.llm.layers[2].up.weight[3, 5] = torch.nan
     save_checkpoint(tmp_path / "source", *config_files(CONFIG), p)
     with pytest.raises(ValueError, match=r"model\.layers\.2: .*NaN or infinit"):
         awq.quantize_checkpoint(
-            open_checkpoint(tmp_path / "source"), tmp_path / "work", QuantizeConfig(), shown(), torch.device("cpu")
+            open_checkpoint(tmp_path / "source"),
+            tmp_path / "work",
+            QuantizeConfig(),
+            calibration_set(),
+            torch.device("cpu"),
         )
 
 
@@ -246,9 +254,9 @@ def test_calibration_files_are_read_or_refused_by_line(tmp_path: Path) -> None:
     text.write_text("one line\n\nanother\n")
     example = BUNDLED_CHECKPOINT.with_name("examples") / "a.png"
     pairs.write_text(json.dumps({"text": "x"}) + "\n" + json.dumps({"image": str(example), "question": "Why?"}))
-    found = list(read_samples([text, pairs]))
-    assert found[:3] == [Sample("one line"), Sample("another"), Sample("x")]
-    assert found[3] == Sample("Why?", [example])
+    loaded = list(read_samples([text, pairs]))
+    assert loaded[:3] == [Sample("one line"), Sample("another"), Sample("x")]
+    assert loaded[3] == Sample("Why?", [example])
     for line, message in (
         ("{", "b.jsonl:1: expected"),
         ('{"image": "x.png"}', r"has image"),

@@ -67,17 +67,17 @@ def doubled(monkeypatch: pytest.MonkeyPatch) -> Op:
 
     monkeypatch.setitem(OPS, "test_doubled", None)
     made = op(test_doubled)
-    made.inputs(lambda *, rng, device: (torch.ones(3, device=device), torch.ones(3, device=device)))
+    made.example_inputs(lambda *, rng, device: (torch.ones(3, device=device), torch.ones(3, device=device)))
     return made
 
 
 def test_opcheck_finds_a_wrong_declaration(doubled: Op) -> None:
-    doubled.result(lambda x, y: x.new_empty(x.shape))
+    doubled.fake_impl(lambda x, y: x.new_empty(x.shape))
     opcheck(doubled)
-    doubled.result(lambda x, y: x.new_empty(len(x) + 1))
+    doubled.fake_impl(lambda x, y: x.new_empty(len(x) + 1))
     with pytest.raises(Exception, match=r"[Ss]hape"):
         opcheck(doubled)
-    doubled.result(lambda x, y: x.new_empty(x.shape))
+    doubled.fake_impl(lambda x, y: x.new_empty(x.shape))
     doubled.impl("writes")(lambda x, y: 2 * x.add_(1))
     with use(test_doubled="writes"), pytest.raises(Exception, match="mutated"):
         opcheck(doubled)
@@ -88,15 +88,15 @@ def test_what_no_schema_holds_is_refused(doubled: Op) -> None:
         return x[0]
 
     with pytest.raises(TypeError, match=r"listed: x is annotated list\[.*expected a dataclass or one of Tensor"):
-        custom_ops.register_custom_op(Op(listed, False), None)
-    with pytest.raises(TypeError, match=r"test_doubled.writes: no argument z"):
-        doubled.writes("z")
+        custom_ops.CustomOp(Op(listed, False), None)
+    with pytest.raises(TypeError, match=r"test_doubled.mutates: no argument z"):
+        doubled.mutates("z")
     with pytest.raises(TypeError, match=r"test_doubled returns .*, expected a tuple of Tensors, and after them x,"):
-        doubled.writes("x")
+        doubled.mutates("x")
 
 
 def test_as_many_results_as_the_reference_says(doubled: Op, fresh: None) -> None:
-    doubled.result(lambda x, y: x.new_empty(x.shape))
+    doubled.fake_impl(lambda x, y: x.new_empty(x.shape))
     doubled.impl("two")(lambda x, y: (2 * x, 2 * y))
     compiled = torch.compile(lambda x: doubled(x, x), fullgraph=True, backend="eager")
     with use(test_doubled="two"), pytest.raises(TypeError, match="test_doubled returns 2 new tensors, expected 1"):

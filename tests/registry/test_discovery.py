@@ -24,9 +24,9 @@ OP = '''
     import torch
     from torch import Tensor
 
-    from vila_triton.ops.domain import DTYPES, draw, name_of
-    from vila_triton.ops.shapes import axes
-    from vila_triton.registry import Sizes, op
+    from vila_triton.ops.dtypes import DTYPES, dtype_name, random_tensor
+    from vila_triton.ops.shapes import check_axes
+    from vila_triton.registry import IntRange, op
 
 
     @op
@@ -37,25 +37,25 @@ OP = '''
 
     @cut_in_two.requires
     def _(x) -> None:
-        axes("cut_in_two", x=(x, "n"))
+        check_axes("cut_in_two", x=(x, "n"))
 
 
-    @cut_in_two.inputs
-    def _(n: Sizes(1, 40), dtype: DTYPES, *, rng, device):
-        return (draw(n, dtype=dtype, rng=rng, device=device),)
+    @cut_in_two.example_inputs
+    def _(n: IntRange(1, 40), dtype: DTYPES, *, rng, device):
+        return (random_tensor(n, dtype=dtype, rng=rng, device=device),)
 
 
-    @cut_in_two.sizes("n")
+    @cut_in_two.sizes_from_args("n")
     def _(x):
-        return dict(n=len(x), dtype=name_of(x.dtype))
+        return dict(n=len(x), dtype=dtype_name(x.dtype))
 
 
-    @cut_in_two.costs
+    @cut_in_two.flops_and_bytes
     def _(n, dtype):
         return 2 * n, 3 * n * getattr(torch, dtype).itemsize
 
 
-    cut_in_two.result(lambda x: (x.new_empty(x.shape), x.new_empty(x.shape)))
+    cut_in_two.fake_impl(lambda x: (x.new_empty(x.shape), x.new_empty(x.shape)))
 '''
 KERNEL = '''
     """x cut in two, a block of elements a program."""
@@ -157,23 +157,23 @@ def test_a_result_that_no_schema_holds_is_told_where_it_is_declared(
     assert "cut_in_two" not in OPS
 
 
-@pytest.mark.parametrize("part", ["requires", "inputs", "sizes", "costs", "result"])
+@pytest.mark.parametrize("part", ["requires", "example_inputs", "sizes_from_args", "flops_and_bytes", "fake_impl"])
 def test_an_op_that_lacks_a_part_says_which(put: Put, capsys: pytest.CaptureFixture[str], part: str) -> None:
     text = dedent(OP)
-    begin = text.index(f"@cut_in_two.{part}" if part != "result" else "cut_in_two.result")
+    begin = text.index(f"@cut_in_two.{part}" if part != "fake_impl" else "cut_in_two.fake_impl")
     text = text[:begin] + text[begin:].partition("\n\n\n")[2]
-    if part == "inputs":  # by which the two others know their names
-        text = text[:begin] + "cut_in_two.result(lambda x: (x, x))\n"
+    if part == "example_inputs":  # by which the two others know their names
+        text = text[:begin] + "cut_in_two.fake_impl(lambda x: (x, x))\n"
     put("ops/cut_in_two.py", text)
     discover()
     said = capsys.readouterr().err
     assert said.startswith("vila-triton: cut_in_two.py: op 'cut_in_two' lacks ") and part in said
-    if part in ("inputs", "costs"):
+    if part in ("example_inputs", "flops_and_bytes"):
         op = OPS["cut_in_two"]
         told = f"cut_in_two.py: op 'cut_in_two' has no {part}, expected @cut_in_two.{part}"
         with pytest.raises(NotImplementedError, match=told):
-            (op.make_example if part == "inputs" else op.cost)()
-        if part == "inputs":
+            (op.make_example if part == "example_inputs" else op.cost)()
+        if part == "example_inputs":
             assert check.main(["cut_in_two", "--impl", "reference"]) == 2
             assert capsys.readouterr().err.endswith(f"{told}\n")  # no traceback
 

@@ -189,8 +189,8 @@ USUAL = {"doubled": ChoiceBySize((500,), ("blocks", "reference")), "rope": "refe
 @pytest.fixture
 def served(doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The toy op on a GPU with a table in which both implementations are tuned: the file."""
-    monkeypatch.setattr(tuned_tables, "folder", lambda: tmp_path / "tuned")
-    monkeypatch.setattr(tuned_tables, "name_of", lambda device: GPU if device.type == "cuda" else None)
+    monkeypatch.setattr(tuned_tables, "tables_dir", lambda: tmp_path / "tuned")
+    monkeypatch.setattr(tuned_tables, "gpu_name", lambda device: GPU if device.type == "cuda" else None)
     for module in (tuned_tables, table):
         monkeypatch.setattr(module, "configured", lambda device, phase, only=None: USUAL)
     caches = (

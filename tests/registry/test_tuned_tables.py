@@ -56,8 +56,8 @@ def test_otherwise_is_the_least_worst_of_those_with_most_times() -> None:
 @pytest.fixture
 def served(doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Op, dict[str, Any], Path]]:
     """The toy op on a device for which there is a table: (op, its entry, the file)."""
-    monkeypatch.setattr(tuned_tables, "folder", lambda: tmp_path / "tuned")
-    monkeypatch.setattr(tuned_tables, "name_of", lambda device: "Toy GPU")
+    monkeypatch.setattr(tuned_tables, "tables_dir", lambda: tmp_path / "tuned")
+    monkeypatch.setattr(tuned_tables, "gpu_name", lambda device: "Toy GPU")
     impl = doubled.impls["blocks"]
     ranges = [
         {"sizes": {"m": m, "n": 8, "dtype": "float32"}, "config": {"BLOCK": block, "wrong": False}}

@@ -11,6 +11,7 @@ from bench.correctness.error_budget import DEVICE, UNSUPPORTED_DTYPES
 from vila_triton.chat.conversation import ChatModel, Conversation
 from vila_triton.chat.prompts import insert_image_tokens, tokenize
 from vila_triton.engine.engine import SamplingParams, generate_tokens
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.images.processing import ImageError, open_image
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import OPS, REFERENCE, count_calls, discover, use
@@ -24,12 +25,12 @@ INT4 = BUNDLED_CHECKPOINT.with_name("checkpoint-int4")
 
 @pytest.fixture(scope="module")
 def talker() -> ChatModel:
-    return ChatModel.from_pretrained(BUNDLED_CHECKPOINT)
+    return load_chat_model(BUNDLED_CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
 def talker_int4() -> ChatModel:
-    return ChatModel.from_pretrained(INT4, DEVICE)
+    return load_chat_model(INT4, DEVICE)
 
 
 def test_no_training_scene_is_held_out():
@@ -64,7 +65,7 @@ def test_a_training_row_begins_as_a_prompt_does(talker):
 
 @pytest.mark.parametrize("folder", [BUNDLED_CHECKPOINT, INT4], ids=lambda f: f.name)
 def test_answers_about_held_out_pictures_are_right(folder):
-    right = evaluate(ChatModel.from_pretrained(folder), build_questions(6, seed=77))
+    right = evaluate(load_chat_model(folder), build_questions(6, seed=77))
     every = [value for values in right.values() for value in values]
     assert sum(every) / len(every) > 0.9
 
@@ -88,7 +89,7 @@ def test_triton_kernels_give_the_answers_of_the_references(talker_int4):
 def test_compiled_kernels_answer_right(folder, dtype):
     if dtype in UNSUPPORTED_DTYPES:
         pytest.skip(f"{dtype} is compiled, not interpreted")
-    right = evaluate(ChatModel.from_pretrained(folder, DEVICE, getattr(torch, dtype)), build_questions(6, seed=77))
+    right = evaluate(load_chat_model(folder, DEVICE, getattr(torch, dtype)), build_questions(6, seed=77))
     every = [value for values in right.values() for value in values]
     assert sum(every) / len(every) > 0.9
 
@@ -108,7 +109,7 @@ def test_later_rounds_prefill_only_what_is_new_and_answer_as_a_full_prefill_does
         again.cache.ensure_capacity({again.seq: len(prompt) + 128})
         how = SamplingParams.from_generate_kwargs(1, eos_token_id=talker.tokenizer.eos_token_id)
         rows, features = {again.seq: prompt}, conversation.image_features
-        full = generate_tokens(talker.model.params, rows, talker.model.geometry, again.cache, features, how)
+        full = generate_tokens(talker.model.params, rows, talker.model.vila_config, again.cache, features, how)
         assert [token for _, token in full] == tokens
 
 

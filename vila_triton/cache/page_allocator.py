@@ -1,4 +1,4 @@
-"""Which page belongs to whom: the allocator of the paged cache. Plain Python, no tensors (Kwon et al. 2023)."""
+"""The page allocator of the KV cache (PagedAttention, Kwon et al. 2023). Plain Python, no tensors."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ class OutOfPages(RuntimeError):
 
 @dataclass
 class SequencePages:
-    """The pages of one sequence in order, and how many tokens it has in them."""
+    """The pages of one sequence in order, and the number of its tokens."""
 
     pages: list[int] = field(default_factory=list)
     length: int = 0
@@ -22,19 +22,22 @@ class SequencePages:
 
 @dataclass(frozen=True)
 class SlotAllocation:
-    """What an append was given: a slot for each new token, and pages (from, to) to be copied before the first write."""
+    """The result of an append: a slot for each new token, and pages (source, target) to copy before the first write."""
 
     slots: list[int]
     copies: list[tuple[int, int]]
 
 
 class PageAllocator:
-    """Pages 0 to `pages` - 1 of `page_size` tokens each, shared by sequences through reference counts.
+    """Assigns pages 0 to `num_pages` - 1 of `page_size` tokens to sequences, which may share pages.
 
-    A page that several sequences share is never written: the one that appends to it is given a copy first. So is one
-    that appends to a page of which more is known than it reads, while there are pages: what is known is lost only when
-    they run out. A page of no sequence whose content is known is idle: it waits to be adopted, and is given away when
-    no page is free, the one that was let go first going first. Pages promised to a sequence are given to no other.
+    Pages are reference-counted and copied on write: a sequence that appends to a shared page gets a copy first. So does
+    one that appends to a page with more registered tokens than it shares, as long as there are pages: a registered
+    prefix is only lost when pages run out.
+
+    A page that no sequence uses but whose content is registered is evictable: a sequence with the same prefix can reuse
+    it, and it is evicted, least recently released first, when no free page is left. Pages reserved for a sequence are
+    given to no other.
     """
 
     def __init__(self, num_pages: int, page_size: int):
@@ -52,26 +55,26 @@ class PageAllocator:
 
     @property
     def num_available_pages(self) -> int:
-        """Pages that an append can be given: the free ones and the idle ones."""
+        """Pages that an append can take: free and evictable ones."""
         return len(self.free_pages) + len(self.evictable)
 
     def add_pages(self, num_pages: int) -> None:
-        """Add that many free pages."""
+        """Add free pages."""
         if num_pages < 0:
             raise ValueError(f"cannot add {num_pages} pages")
         self.free_pages[:0] = reversed(range(self.num_pages, self.num_pages + num_pages))
         self.num_pages += num_pages
 
     def add_sequence(self) -> int:
-        """A new empty sequence; returns its id, which is never used again."""
+        """Add an empty sequence; returns its id, which is never used again."""
         seq = next(self._ids)
         self.sequences[seq] = SequencePages()
         return seq
 
     def fork(self, seq: int) -> int:
-        """A new sequence with the same tokens, sharing all pages; returns its id. It is promised nothing.
+        """Add a sequence with the same tokens that shares all pages; returns its id. Nothing is reserved for it.
 
-        Errors: `OutOfPages` where a promise would then need one more, for a copy.
+        Errors: `OutOfPages` if the copy of a shared page would take a page that is reserved.
         """
         parent = self[seq]
         child = self.add_sequence()
@@ -83,9 +86,9 @@ class PageAllocator:
         return child
 
     def reorder(self, rows: list[int]) -> None:
-        """All sequences are replaced: the i-th, in order of age, by a fork of what the rows[i]-th was; promises end.
+        """Replace all sequences: the i-th, in order of age, by a fork of the present rows[i]-th. Reservations end.
 
-        Errors: ValueError for a row that there is not, before anything is changed.
+        Errors: ValueError for a row that does not exist, before anything is changed.
         """
         old = list(self.sequences)
         if bad := [row for row in rows if not 0 <= row < len(old)]:
@@ -97,9 +100,9 @@ class PageAllocator:
             self.free_sequence(seq)
 
     def register_prefix(self, seq: int, tokens: list[int]) -> None:
-        """Make known that the first tokens of the sequence are these, as they lie in its pages, for others to adopt.
+        """Register the content of the first tokens of a sequence, by their prefix keys, for other sequences to reuse.
 
-        Errors: ValueError if it has fewer, or shares a page that is known to hold others.
+        Errors: ValueError if the sequence has fewer tokens, or shares a page that is registered with other content.
         """
         s = self[seq]
         if len(tokens) > s.length:
@@ -107,10 +110,9 @@ class PageAllocator:
         self.prefix_index.insert(s.pages[: -(-len(tokens) // self.page_size)], tokens)
 
     def reuse_prefix(self, seq: int, tokens: list[int]) -> int:
-        """Give an empty sequence the pages known to hold the longest beginning of `tokens`; returns its length, 0 also
-        if promises need those pages.
+        """Give an empty sequence the pages with the longest registered prefix of `tokens`; returns its length.
 
-        Errors: ValueError if the sequence is not empty.
+        It is 0 if reservations need those pages. Errors: ValueError if the sequence is not empty.
         """
         old_evictable = dict(self.evictable)
         self._reuse_prefix(seq, tokens)
@@ -120,10 +122,12 @@ class PageAllocator:
         return self[seq].length
 
     def admit(self, keys: Mapping[int, list[int]], max_new_tokens: int) -> int:
-        """Promise each sequence room for these tokens, of which it holds the first, and `new` more; an empty one adopts
-        what is known of all but the last. Returns how many pages lack; unless 0, nothing has changed.
+        """Reserve pages for each sequence: for the tokens of its prompt, by their prefix keys, and `max_new_tokens`
+        more.
 
-        A promise takes the place of the one before it. It ends by `release`, or when the sequence is cut.
+        An empty sequence first reuses the longest registered prefix of all its tokens but the last. Returns the number
+        of pages that are missing; unless it is 0, nothing has changed. A reservation replaces the one before it, and
+        ends with `release_reservation` or when the sequence is truncated.
         """
         old_reserved, old_evictable = self.reserved_lens, dict(self.evictable)
         reusing = [seq for seq in keys if not self[seq].length]
@@ -137,11 +141,11 @@ class PageAllocator:
         return missing
 
     def release_reservation(self, seq: int) -> None:
-        """End what was promised to the sequence."""
+        """End the reservation of a sequence."""
         self.reserved_lens.pop(seq, None)
 
     def num_pages_missing(self, counts: Mapping[int, int]) -> int:
-        """Pages that lack for appending so many tokens to each sequence and keeping all promises."""
+        """Pages that are missing to append so many tokens to each sequence and keep all reservations."""
         remaining = {seq: max(0, total - self[seq].length) for seq, total in self.reserved_lens.items()}
         new_tokens = {seq: max(counts.get(seq, 0), remaining.get(seq, 0)) for seq in {**counts, **remaining}}
         return max(0, self.num_pages_needed(new_tokens) - self.num_available_pages)
@@ -160,7 +164,7 @@ class PageAllocator:
         return fresh
 
     def append(self, counts: Mapping[int, int]) -> SlotAllocation:
-        """Room for so many more tokens in each sequence, for all of them or, with `OutOfPages`, for none."""
+        """Allocate slots for so many new tokens of each sequence: for all of them or, with `OutOfPages`, for none."""
         fresh = self.num_pages_needed(counts)
         if self.num_pages_missing(counts):
             raise self._out_of_pages(counts)
@@ -191,7 +195,7 @@ class PageAllocator:
         return SlotAllocation(slots, copies)
 
     def truncate(self, seq: int, length: int) -> None:
-        """Forget all tokens from `length` on. Errors: ValueError if the sequence is shorter than that."""
+        """Drop all tokens from `length` on. Errors: ValueError if the sequence is shorter."""
         s = self[seq]
         if not 0 <= length <= s.length:
             raise ValueError(f"sequence {seq} has {s.length} tokens; it cannot be cut to {length}")
@@ -202,7 +206,7 @@ class PageAllocator:
         self.release_reservation(seq)
 
     def free_sequence(self, seq: int) -> None:
-        """Forget the sequence; what is known of its pages is kept."""
+        """Remove a sequence; registered content of its pages stays until it is evicted."""
         self.truncate(seq, 0)
         del self.sequences[seq]
 

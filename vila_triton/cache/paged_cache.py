@@ -1,15 +1,16 @@
-"""The paged KV cache as tensors, and what attention sees of it during one step."""
+"""The paged KV cache as tensors, and the attention of one step over it (PagedAttention, Kwon et al. 2023)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vila_triton.models.config import LlamaConfig
 from vila_triton.ops import (
     KVPages,
+    PagedKV,
+    RaggedBatch,
     decode_attention,
     empty_kv_pages,
     page_tensors,
@@ -21,38 +22,49 @@ from vila_triton.ops.attention import attention_weights, causal_mask, check_nume
 from vila_triton.ops.kv_pages import quantize_kv
 
 from ..lock import DeferringLock
+from ..models.config import LlamaConfig
+from ..models.llama import CosSin
+from ..models.params import tree_map
 from .page_allocator import OutOfPages, PageAllocator
 
 DEFAULT_PAGE_SIZE = 16
-CosSin = tuple[Tensor, Tensor]  # as in `models.llama`
 KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
+
+
+def step_phase(new_lens: Iterable[int], numerics: str) -> str:
+    """The phase of a step with so many new tokens of each sequence, which decides the kernels that run in it.
+
+    "invariant" with these numerics, else "decode" if every sequence has one new token, else "prefill".
+    """
+    if numerics == "invariant":
+        return "invariant"
+    return "decode" if all(n == 1 for n in new_lens) else "prefill"
 
 
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Tensors made inside can be used and written anywhere later, though `torch.inference_mode` is around it."""
+    """Create tensors inside that can be used and written later in any mode, even if `torch.inference_mode` is active
+    around it.
+    """
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
-def map_pages(fn: Callable[[Tensor], Tensor], pages: KVPages) -> KVPages:
-    """Pages with fn applied to the tensors they are made of."""
-    return fn(pages) if isinstance(pages, Tensor) else pages.map(fn)
-
-
 def round_like_pages(x: Tensor, pages: KVPages) -> Tensor:
-    """New keys or values [s, g, d] as they will be read from these pages."""
+    """Round new keys or values [s, g, d] to the values that will be read back from the pages."""
     encoded = quantize_kv(x, pages)
     return (encoded if isinstance(encoded, Tensor) else encoded.dequantize()).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class PagedBatch:
-    """One step of a ragged batch: where its s new tokens go, and what their b sequences hold before them.
+    """One step over a ragged batch of b sequences with s new tokens: attention metadata, and the pages it writes.
 
-    A step of one token a sequence is a decode step. `attend` writes the pages in place. Under the "invariant" policy no
-    step is, as decode kernels add up in another order; and a chunk sees its own keys and values as later ones will. So
-    it does not matter where chunks end, nor what was prompt and what answer.
+    `attend` rotates q and k, writes k and v into the pages in place, and returns the attention output. A step in which
+    every sequence has one new token is a decode step, which has kernels of its own. With numerics "invariant" no step
+    is, since decode kernels sum in another order; and new keys and values are first rounded to the pages' format, as
+    later steps will read them. So the result does not depend on where chunks end, nor on what was prompt and what was
+    generated.
     """
 
     k_pages: KVPages  # [layers, p, l, g, d]
@@ -62,49 +74,53 @@ class PagedBatch:
     query_start_loc: Tensor  # [b+1] int32
     context_lens: Tensor  # [b] int32
     positions: Tensor  # [s] int64: how many tokens of its sequence lie before each new one
-    decode: bool
     numerics: str
+    phase: str  # see `step_phase`
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: CosSin, scale: float) -> Tensor:
+        """See `models.llama.AttentionBackend`."""
         destination = (self.k_pages[layer], self.v_pages[layer], self.slot_mapping)
-        q, k, *pages = rope_kv_write(q, k, v, *rotary, *destination)
-        if self.decode:
-            return decode_attention(q, *pages, self.block_table, self.context_lens + 1, scale, self.numerics)
+        q, k, k_pages, v_pages = rope_kv_write(q, k, v, *rotary, *destination)
+        cache = PagedKV(k_pages, v_pages, self.block_table)
+        if self.phase == "decode":
+            return decode_attention(q, cache, self.context_lens + 1, scale, self.numerics)
         if self.numerics == "invariant":
-            k, v = (round_like_pages(x, layer_pages) for x, layer_pages in zip((k, v), pages))
-        context = (self.block_table, self.query_start_loc, self.context_lens)
-        return prefill_attention(q, k, v, *pages, *context, scale, self.numerics)
+            k, v = round_like_pages(k, k_pages), round_like_pages(v, v_pages)
+        batch = RaggedBatch(self.query_start_loc, self.context_lens)
+        return prefill_attention(q, k, v, cache, batch, scale, self.numerics)
 
 
 class UncachedBatch:
-    """A ragged batch without a past, of which nothing is kept: sequences of the given lengths."""
-
-    decode = False
+    """A ragged batch of whole sequences whose keys and values are not kept."""
 
     def __init__(self, seq_lens: Sequence[int], device: torch.device, numerics: str = "fast"):
         self.numerics = numerics
+        self.phase = "invariant" if numerics == "invariant" else "prefill"
         self.query_start_loc = torch.tensor([0, *seq_lens], device=device).cumsum(0).int()
         self.context_lens = torch.zeros(len(seq_lens), dtype=torch.int32, device=device)
         self.block_table = torch.zeros(len(seq_lens), 1, dtype=torch.int32, device=device)
         self.positions = torch.cat([torch.arange(n, device=device) for n in seq_lens])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: CosSin, scale: float) -> Tensor:
+        """See `models.llama.AttentionBackend`; layer is ignored."""
         pages = k.new_empty(1, DEFAULT_PAGE_SIZE, *k.shape[1:])
-        context = (self.block_table, self.query_start_loc, self.context_lens)
-        return prefill_attention(rope(q, *rotary), rope(k, *rotary), v, pages, pages, *context, scale, self.numerics)
+        cache = PagedKV(pages, pages, self.block_table)
+        batch = RaggedBatch(self.query_start_loc, self.context_lens)
+        return prefill_attention(rope(q, *rotary), rope(k, *rotary), v, cache, batch, scale, self.numerics)
 
 
 class AttentionRecorder:
-    """Another cache, whose attention weights are kept too: for each layer, [h, t, t] for each sequence."""
+    """Wraps an attention backend and appends the attention weights of each layer: [h, t, t] for each sequence."""
 
-    def __init__(self, backend: PagedBatch | UncachedBatch):
+    def __init__(self, backend: PagedBatch | UncachedBatch, attentions: list[list[Tensor]]):
         if backend.context_lens.any():
             raise ValueError("output_attentions needs the whole sequence in one pass, but part of it is cached already")
         self.backend = backend
-        self.numerics = backend.numerics
-        self.attentions: list[list[Tensor]] = []
+        self.phase = backend.phase
+        self.attentions = attentions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: CosSin, scale: float) -> Tensor:
+        """Record the attention weights of the layer, and attend with the wrapped backend."""
         seq_lens = self.backend.query_start_loc.diff().tolist()
         self.attentions.append(
             [
@@ -118,12 +134,11 @@ class AttentionRecorder:
 class PagedKVCache:
     """Keys and values of many sequences in pages of `page_size` tokens, for all layers of a model.
 
-    `table` says which page is whose. This object is changed in place by whatever runs a model on it, which holds `lock`
-    meanwhile: threads take turns. What it knows of one model (see `PageTable.publish`) is wrong for another, and after
-    that model's parameters change.
+    `allocator` assigns pages to sequences. The object is changed in place by whoever runs a model on it, who must hold
+    `lock` meanwhile. Registered prefixes are only valid for one model, and until its parameters change.
 
-    dtype: of the model; kv_dtype: what keys and values are kept in, one of `KV_DTYPES`, by default the same; policy: of
-    attention, "fast" or "invariant" (see `ops.attention`); limit: how many pages the pool may grow to, None for no
+    dtype: of the model. kv_dtype: of stored keys and values, one of `KV_DTYPES`, by default the model's. numerics: of
+    attention, "fast" or "invariant" (see `ops.attention`). max_pages: the size to which the pool may grow, None for no
     limit. Errors: ValueError for other names.
     """
 
@@ -141,36 +156,34 @@ class PagedKVCache:
     ):
         if kv_dtype not in (None, *KV_DTYPES):
             raise ValueError(f"kv_dtype is {kv_dtype!r}; there are: {', '.join(KV_DTYPES)}")
-        check_numerics("PagedCache", numerics)
+        check_numerics("PagedKVCache", numerics)
         self.numerics = numerics
         self.settings = {"page_size": page_size, "kv_dtype": kv_dtype, "numerics": numerics}
         self.max_pages = max_pages
-        self.parameter_versions: object = (
-            None  # `models.params.written` of those the tokens were run with, where it is known
-        )
+        self.parameter_versions: object = None  # `write_counts` of the model that the tokens were run with, if known
         self.lock = DeferringLock()
         self.allocator = PageAllocator(num_pages, page_size)
         shape = (cfg.num_hidden_layers, num_pages, page_size, cfg.num_key_value_heads, cfg.head_dim)
         page_dtype = dtype if kv_dtype is None else getattr(torch, kv_dtype) if "float" in kv_dtype else kv_dtype
         with outside_inference_mode():
-            self.k_pages, self.v_pages = (
-                empty_kv_pages(shape, page_dtype, device) for _ in range(2)
-            )  # [layers, p, l, g, d]
+            self.k_pages = empty_kv_pages(shape, page_dtype, device)  # [layers, p, l, g, d]
+            self.v_pages = empty_kv_pages(shape, page_dtype, device)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all pages."""
         return sum(x.nbytes for x in self.tensors)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that the pages are made of, [layers, p, l, ...] each."""
+        """All tensors that the pages consist of, [layers, p, l, ...] each."""
         return [*page_tensors(self.k_pages), *page_tensors(self.v_pages)]
 
     def check_model(self, cfg: LlamaConfig, device: torch.device) -> None:
-        """Errors: ValueError unless the pages are of the shape and on the device of such a model."""
+        """Errors: ValueError if the pages have another shape or device than such a model needs."""
         layers, _, _, heads, width = self.k_pages.shape
         cached, required = (
-            f"{layers} layers of {heads} key heads of {width} numbers on {device}"
+            f"{layers} layers of {heads} KV heads of {width} numbers on {device}"
             for layers, heads, width, device in (
                 (layers, heads, width, self.k_pages.device),
                 (cfg.num_hidden_layers, cfg.num_key_value_heads, cfg.head_dim, device),
@@ -180,22 +193,22 @@ class PagedKVCache:
             raise ValueError(f"the cache is of {cached}, but the model has {required}")
 
     def length(self, seq: int) -> int:
+        """Cached tokens of a sequence."""
         return self.allocator[seq].length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of the longest sequence, under the name Hugging Face's caches have for it."""
+        """Tokens of the longest sequence, under the name of Hugging Face's caches."""
         return max((s.length for s in self.allocator.sequences.values()), default=0)
 
     def ensure_capacity(self, counts: Mapping[int, int]) -> None:
-        """Enlarge the pool, if need be, so that so many tokens can be appended to each sequence; no page moves.
+        """Grow the pool, if need be, so that so many tokens can be appended to each sequence; no page moves.
 
-        Idle pages are given away before the pool grows; for more of them to stay, make it larger from the start.
-        Errors: `OutOfPages` beyond its limit.
+        Evictable pages are used before the pool grows. Errors: `OutOfPages` beyond its limit.
         """
         self.add_pages(self.allocator.num_pages_missing(counts))
 
     def admit(self, keys: Mapping[int, list[int]], max_new_tokens: int) -> None:
-        """`PageTable.admit`, with a pool that grows as it must. Errors: `OutOfPages` beyond its limit; nothing has
+        """`PageAllocator.admit` with a pool that grows as needed. Errors: `OutOfPages` beyond its limit; nothing has
         changed then.
         """
         if missing := self.allocator.admit(keys, max_new_tokens):
@@ -203,11 +216,11 @@ class PagedKVCache:
             self.allocator.admit(keys, max_new_tokens)
 
     def add_pages(self, num_pages: int) -> None:
-        """Add that many free pages. Errors: `OutOfPages` beyond the limit."""
+        """Add free pages. Errors: `OutOfPages` beyond the limit."""
         total = self.allocator.num_pages + num_pages
         if self.max_pages is not None and num_pages and total > self.max_pages:
             raise OutOfPages(
-                f"{total} pages of {self.allocator.page_size} tokens are needed for this and for what was promised to "
+                f"{total} pages of {self.allocator.page_size} tokens are needed for this and for what is reserved for "
                 f"others, but the limit is {self.max_pages} ({len(self.allocator.sequences)} sequences hold "
                 f"{self.allocator.num_pages - self.allocator.num_available_pages})"
             )
@@ -217,15 +230,16 @@ class PagedKVCache:
 
         if num_pages:
             with outside_inference_mode():
-                self.k_pages, self.v_pages = map_pages(enlarge, self.k_pages), map_pages(enlarge, self.v_pages)
+                self.k_pages, self.v_pages = tree_map(enlarge, self.k_pages), tree_map(enlarge, self.v_pages)
             self.allocator.add_pages(num_pages)
 
     @contextmanager
-    def roll_back(self, context_lens: Sequence[int], in_place: bool) -> Iterator[list[int]]:
-        """All sequences, rolled back to these lengths, as they also are if the `with` fails.
+    def roll_back(self, context_lens: Sequence[int], *, in_place: bool) -> Iterator[list[int]]:
+        """Roll all sequences back to these context lengths, and yield their ids; if the `with` fails, they stay rolled
+        back.
 
-        Unless `keep`, they are forks, gone after it. Errors: ValueError for other lengths than they can have, before
-        anything is changed.
+        Unless `in_place`, the sequences are forks that are freed afterwards. Errors: ValueError for lengths that they
+        cannot have, before anything is changed.
         """
         sequences = list(self.allocator.sequences)
         current = [self.length(seq) for seq in sequences]
@@ -249,7 +263,8 @@ class PagedKVCache:
 
     @contextmanager
     def append_step(self, counts: Mapping[int, int]) -> Iterator[PagedBatch]:
-        """Append so many tokens to each sequence; if the `with` fails, every sequence is as it was before it.
+        """Append so many new tokens to each sequence, and yield the batch to run; if the `with` fails, every sequence
+        is as it was.
 
         Errors: `OutOfPages`, before anything is changed.
         """
@@ -261,9 +276,7 @@ class PagedKVCache:
         except BaseException:
             for seq, length in context_lens.items():
                 self.allocator.truncate(seq, length)
-            self._copy_pages(
-                allocation.copies
-            )  # sequences keep the pages they were given, and the first time may be cut short
+            self._copy_pages(allocation.copies)  # sequences keep their new pages, and the first copy may be incomplete
             raise
 
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -286,8 +299,8 @@ class PagedKVCache:
             torch.cat(
                 [torch.arange(context_lens[seq], context_lens[seq] + n, device=device) for seq, n in counts.items()]
             ),
-            decode=self.numerics == "fast" and all(n == 1 for n in new_lens),
-            numerics=self.numerics,
+            self.numerics,
+            step_phase(new_lens, self.numerics),
         )
 
 
@@ -297,14 +310,15 @@ def resolve_past(
     start_pos: int | Sequence[int] | Tensor | None,
     num_rows: int,
 ) -> tuple[PagedKVCache | None, list[int]]:
-    """Which cache a call continues, `past` or at `start_pos` the model's `own`, and from which length of each row.
+    """Choose the cache that a call continues: `past`, or at `start_pos` the model's own -> cache or None for a new one,
+    and the context length of each row.
 
-    None stands for a new cache. Errors: ValueError naming both numbers where they do not fit; nothing is changed.
+    Errors: ValueError naming both numbers where they do not fit; nothing is changed.
     """
     if past is not None and start_pos is not None:
         raise ValueError("start_pos continues the model's own cache; do not give past_key_values too")
     if past is not None and not isinstance(past, PagedKVCache):
-        raise TypeError(f"past_key_values is a {type(past).__name__}, expected the PagedCache of an earlier call")
+        raise TypeError(f"past_key_values is a {type(past).__name__}, expected the PagedKVCache of an earlier call")
     starts = start_pos.tolist() if isinstance(start_pos, Tensor) else start_pos
     starts = [starts or 0] * num_rows if starts is None or isinstance(starts, int) else list(starts)
     cache = past if past is not None else own_cache if any(starts) else None

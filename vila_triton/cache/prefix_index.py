@@ -1,8 +1,9 @@
-"""What the pages of a cache hold, known by content, so that equal beginnings are found again. Plain Python, no tensors.
+"""The prefix cache's index: which pages hold which tokens, so that sequences with equal prefixes share pages. Plain
+Python.
 
-A token is known by a number: a word by its id, a position of a picture by its name, which is below 0 and depends on the
-picture's content (see `pictures`). Keys and values of a token depend on everything before it too. So a page is known by
-the tokens in its rows together with a digest of all tokens before them, chained from page to page (as in vLLM).
+A token is represented by its prefix key: the id of a text token, or a negative hash for a position of an image (see
+`images.feature_cache`). Keys and values depend on all tokens before, so a page is identified by its own tokens and a
+hash of all tokens before it, chained from page to page (as in vLLM).
 """
 
 from collections.abc import Sequence
@@ -15,24 +16,24 @@ EMPTY_HASH = b""  # the digest of nothing
 
 @dataclass(frozen=True)
 class CachedPage:
-    """What is known of a page: the digest of all tokens before it, and those in its first rows."""
+    """The registered content of a page: the hash of all tokens before it, and the tokens in its first rows."""
 
     parent_hash: bytes
     tokens: tuple[int, ...]
 
 
 def chain_hash(parent_hash: bytes, tokens: Sequence[int]) -> bytes:
-    """The digest of the tokens behind those that `before` is the digest of."""
+    """Hash the tokens that follow those of `parent_hash`."""
     return blake2b(parent_hash + repr(tuple(tokens)).encode(), digest_size=16).digest()
 
 
 def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
+    """The number of leading tokens that two sequences share."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
 
 
 class PrefixIndex:
-    """The content of pages, both ways: what a page holds, and which pages hold the beginning of a conversation."""
+    """Finds pages by content, and the content of pages."""
 
     def __init__(self, page_size: int):
         self.page_size = page_size
@@ -40,7 +41,9 @@ class PrefixIndex:
         self.children: dict[bytes, dict[int, None]] = {}  # the pages behind a beginning, in order of learning
 
     def match(self, tokens: list[int]) -> tuple[list[int], int]:
-        """The pages that hold the longest known beginning of `tokens`, and its length; the last page may hold more."""
+        """Find the pages with the longest registered prefix of `tokens`, and its length; the last page may hold more
+        tokens.
+        """
         pages, length, parent_hash = [], 0, EMPTY_HASH
         while length == len(pages) * self.page_size:
             next_tokens = tokens[length : length + self.page_size]
@@ -56,7 +59,9 @@ class PrefixIndex:
         return pages, length
 
     def insert(self, pages: list[int], tokens: list[int]) -> None:
-        """These pages hold these tokens. Errors: ValueError if one is known to hold others; nothing is learnt then."""
+        """Register the tokens that pages hold. Errors: ValueError if a page is registered with others; nothing is
+        inserted then.
+        """
         parent_hash, new_entries = EMPTY_HASH, {}
         for i, page in enumerate(pages):
             rows = tuple(tokens[i * self.page_size : (i + 1) * self.page_size])
@@ -73,11 +78,11 @@ class PrefixIndex:
             self.children.setdefault(new_entry.parent_hash, {})[page] = None
 
     def num_known_tokens(self, page: int) -> int:
-        """How many rows of the page are known."""
+        """The number of registered tokens of a page."""
         return len(self.pages[page].tokens) if page in self.pages else 0
 
     def invalidate(self, page: int, num_valid: int = 0) -> None:
-        """Only the first `rows` of the page are still as they were."""
+        """Remove a page from the index, or keep only its first `num_valid` tokens."""
         if (entry := self.pages.get(page)) is None:
             return
         if num_valid:

@@ -1,21 +1,46 @@
-"""What a model remembers of conversations: pages and picture features, as long as it would compute them again."""
+"""The caches that all conversations of a model share: KV pages and image features, for as long as they are valid."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
 
 from ..cache.paged_cache import PagedKVCache
-from ..hf.modeling_vila_llama import VilaLlamaForCausalLM
 from ..images.feature_cache import ImageFeatureCache
 from ..lock import DeferringLock
+from ..models.config import VilaConfig
 from ..models.params import checksum, write_counts
+from ..models.vila import Vila
 from ..registry import explicit_choices
 from ..registry.tuned_tables import default_choices_for
 
 
+class VilaModel(Protocol):
+    """What a conversation needs of a model. `vila_triton.VilaLlamaForCausalLM` has all of it."""
+
+    config: Any
+    generation_config: Any
+    vila_config: VilaConfig
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def params(self) -> Vila: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def encode_images(self, images: Tensor) -> Tensor: ...
+    def new_cache(self, num_sequences: int, *, max_pages: int | None = None) -> PagedKVCache: ...
+    def generation_settings(self) -> dict[str, Any]: ...
+
+
 @dataclass
 class CacheSet:
-    """What was computed with the same settings of the cache and, from the first time on, the same `eyes`: all that
-    picture features depend on.
+    """Caches computed under one set of cache settings and, once they are first used, under one `model_state`: all that
+    image features depend on.
     """
 
     cache: PagedKVCache
@@ -25,28 +50,28 @@ class CacheSet:
 
 
 class SharedCaches:
-    """Pages of all conversations, which share those of what they have in common, and features of the pictures asked
-    about lately. `limit`: how many pages there may be.
+    """KV pages of all conversations, which share common prefixes, and features of the images asked about last.
 
-    All is forgotten when it would come out otherwise: after a parameter was replaced or written to, in whatever way,
-    and when the config's policy, kv_dtype or page_size change; under the policy "invariant", where every bit counts,
-    also when `use` says something else. To see that takes as long as reading all parameters twice, about two tokens.
+    `max_pages` is the most pages there may be. The caches are replaced by empty ones when they no longer hold what the
+    model would compute: after a parameter was replaced or written to in any way, and when the config's numerics, kv_dtype
+    or page_size change; under batch-invariant numerics also when `use` chooses other kernels. The check reads all
+    parameters twice, which takes as long as about two tokens.
     """
 
-    def __init__(self, model: VilaLlamaForCausalLM, max_pages: int | None = None):
+    def __init__(self, model: VilaModel, max_pages: int | None = None):
         self.model = model
         self.max_pages = max_pages
         self._lock = DeferringLock()
         self._caches: CacheSet | None = None
 
     def latest(self) -> CacheSet:
-        """What was remembered last, whether or not it still holds."""
+        """Return the caches used last without checking that they are still valid."""
         with self._lock:
             self._caches = self._caches or self._empty()
             return self._caches
 
     def current(self) -> CacheSet:
-        """What is remembered and holds."""
+        """Return the caches if they are still valid, else new and empty ones."""
         model, parameters = self.model, list(self.model.parameters())
         numerics = model.config.attention_policy
         kernels = (

@@ -67,7 +67,7 @@ def sentencepiece_encoder(
             piece.type = piece_types.CONTROL
     processor = SentencePieceProcessor()
     processor.LoadFromSerializedProto(model.SerializeToString())
-    return lambda text: tokenizer.spell(text, added_tokens, processor)
+    return lambda text: tokenizer.encode_with(text, added_tokens, processor)
 
 
 def tokenizers_encoder(

@@ -46,7 +46,7 @@ class ChatTemplate:
     def with_aliases(self, aliases: Mapping[str, str]) -> "ChatTemplate":
         """The same with other names for its special tokens."""
         pattern = re.compile("|".join(map(re.escape, sorted(aliases, key=len, reverse=True))) or "$^")
-        text_fields = ("system", "opening", "user", "assistant", "lead", "end")
+        text_fields = ("system", "opening", "user_prefix", "assistant_prefix", "answer_prefix", "turn_end")
         return replace(
             self, **{part: pattern.sub(lambda hit: aliases[hit[0]], getattr(self, part)) for part in text_fields}
         )

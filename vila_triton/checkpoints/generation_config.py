@@ -1,20 +1,20 @@
-"""What generation_config.json says of how a model answers: when it ends, how it draws, and how long.
+"""Read generation_config.json: how a model samples, when an answer ends, and how long it may get.
 
-As in Hugging Face: what a caller says counts first, then this file, then a default; one that stands beside the whole
-model's config.json before that of the language model's folder.
+As in Hugging Face, an argument of the caller counts first, then this file, then a default. The file beside the model's
+config.json counts before that in the language model's folder.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files.reading import LoadError, read_json
-from ..limits import COUNT, COUNT_OR_ZERO, Limits
+from vila_triton.files.reading import LoadError, read_json
+from vila_triton.limits import COUNT, COUNT_OR_ZERO, Limits
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 DEFAULT_NEW_TOKENS = 128
 POSITIVE_FACTOR = Limits(float, 1e-6, 1e6)  # below it logits become infinite
-ARGUMENT_LIMITS = {  # that an answer may be asked for with
+ARGUMENT_LIMITS = {  # of the arguments of a call
     "max_new_tokens": COUNT,
     "temperature": POSITIVE_FACTOR,
     "top_k": COUNT,
@@ -27,26 +27,17 @@ FILE_LIMITS = ARGUMENT_LIMITS | {
     "max_length": Limits(int, 1, 2**31 - 1),
 }
 TOKEN_FIELDS = ("eos_token_id", "pad_token_id", "bos_token_id")
-SAMPLING_FIELDS = ("temperature", "top_k", "top_p")  # mean something only where tokens are drawn
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p")  # have an effect only with do_sample
 NEUTRAL_VALUES = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 HONORED_FIELDS = ("do_sample", "repetition_penalty", "max_new_tokens", "max_length", *SAMPLING_FIELDS)
-NEUTRAL_OTHERS = {
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "num_return_sequences": 1,
-    "length_penalty": 1.0,
-    "typical_p": 1.0,
-}
-NEUTRAL_OTHERS |= {
-    "encoder_repetition_penalty": 1.0,
-    "use_cache": True,
-}  # values of the rest that change nothing, beside 0
+NEUTRAL_OTHERS = dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "use_cache"), 1)  # besides 0
+NEUTRAL_OTHERS |= dict.fromkeys(("length_penalty", "typical_p", "encoder_repetition_penalty"), 1)
 
 
 def read_generation_config(folders: Sequence[Path], vocab_size: int) -> dict[str, Any]:
-    """What the files in these folders say, the first before the later; null says nothing.
+    """Read the files of these folders into one config, where the first folder counts most; null counts as absent.
 
-    Errors: `LoadError` naming file and field, for values that mean nothing.
+    Errors: `LoadError` naming file and field, for invalid values.
     """
     config: dict[str, Any] = {}
     for file in reversed([folder / GENERATION_CONFIG_NAME for folder in folders]):
@@ -58,15 +49,13 @@ def read_generation_config(folders: Sequence[Path], vocab_size: int) -> dict[str
             if values.get("do_sample") and (temperature := values.get("temperature", 1)) < POSITIVE_FACTOR.minimum:
                 raise LoadError(f"{file}: temperature is {temperature} and do_sample true, which contradict each other")
             config |= values
-    if (
-        isinstance(config.get("pad_token_id"), int) and config["pad_token_id"] < 0
-    ):  # none, as LLaMA's first versions say it
+    if isinstance(config.get("pad_token_id"), int) and config["pad_token_id"] < 0:  # early LLaMAs: no padding token
         del config["pad_token_id"]
     return config
 
 
 def expected_instead(name: str, value: Any, vocab_size: int) -> str | None:
-    """What is expected instead of a value, if it is no value of that name."""
+    """Describe what the value of a field must be, None if it is that."""
     if name == "do_sample":
         return None if isinstance(value, bool) else "true or false"
     if name in FILE_LIMITS:
@@ -74,29 +63,20 @@ def expected_instead(name: str, value: Any, vocab_size: int) -> str | None:
     if name in TOKEN_FIELDS:
         ids = value if name == "eos_token_id" and isinstance(value, list) and value else [value]
         minimum = -1 if name == "pad_token_id" else 0
-        valid = all(isinstance(i, int) and not isinstance(i, bool) and minimum <= i < vocab_size for i in ids)
-        return (
-            None
-            if valid
-            else f"the id of a token below {vocab_size}" + (", or several" if name == TOKEN_FIELDS[0] else "")
-        )
+        if not all(isinstance(i, int) and not isinstance(i, bool) and minimum <= i < vocab_size for i in ids):
+            return f"the id of a token below {vocab_size}" + (", or several" if name == "eos_token_id" else "")
     return None
 
 
 def ignored_settings(config: Mapping[str, Any]) -> list[str]:
-    """What of it would change answers and is not honoured here."""
-    names = (
-        name
-        for name in config
-        if not name.startswith("_") and name not in ("transformers_version", *HONORED_FIELDS, *TOKEN_FIELDS)
-    )
-    return [
-        f"{name}={config[name]!r}"[:60] for name in names if config[name] and config[name] != NEUTRAL_OTHERS.get(name)
-    ]
+    """The settings of a config that would change answers and are not supported, as "name=value"."""
+    known = ("transformers_version", *HONORED_FIELDS, *TOKEN_FIELDS)
+    others = {name: value for name, value in config.items() if not name.startswith("_") and name not in known}
+    return [f"{name}={value!r}"[:60] for name, value in others.items() if value and value != NEUTRAL_OTHERS.get(name)]
 
 
 def effective_settings(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What of it counts beside what was chosen."""
+    """The settings of a config that have an effect beside the arguments of a call."""
     settings = sampling_arguments(config, arguments, 0, 2**31)
     defaults = sampling_arguments({}, arguments, 0, 2**31)
     changed = {name for name in settings if name != "do_sample" and settings[name] != defaults.get(name)}
@@ -107,17 +87,14 @@ def effective_settings(config: Mapping[str, Any], arguments: Mapping[str, Any]) 
 def sampling_arguments(
     config: Mapping[str, Any], arguments: Mapping[str, Any], prompt_length: int, context_length: int
 ) -> dict[str, Any]:
-    """Arguments of `Sampling.of`: those chosen that are not None, and what else the files say, for prompts of at most
-    `longest` tokens in a context of so many.
+    """Merge arguments that are not None and a config into arguments of `SamplingParams.from_generate_kwargs`.
 
-    Errors: ValueError for a prompt that is longer than the files let it become.
+    prompt_length: the longest prompt's tokens; context_length: the model's.
+    Errors: ValueError for a prompt that is longer than the config's max_length.
     """
     arguments = {name: value for name, value in arguments.items() if value is not None or name == "eos_token_id"}
-    names = ("do_sample", "repetition_penalty", *SAMPLING_FIELDS)
-    from_file = {
-        name: config[name] for name in names if config.get(name, NEUTRAL_VALUES.get(name)) != NEUTRAL_VALUES.get(name)
-    }
-    settings = from_file | arguments
+    from_file = {name: config.get(name) for name in ("do_sample", *NEUTRAL_VALUES)}
+    settings = {name: x for name, x in from_file.items() if x not in (None, NEUTRAL_VALUES.get(name))} | arguments
     if not settings.get("do_sample"):
         settings = {name: value for name, value in settings.items() if name in arguments or name not in SAMPLING_FIELDS}
     if "max_new_tokens" not in settings and "max_new_tokens" in config:
@@ -126,8 +103,9 @@ def sampling_arguments(
         limit = min(config["max_length"], context_length)
         if limit <= prompt_length:
             raise ValueError(
-                f"the prompt has {prompt_length} positions, but max_length in {GENERATION_CONFIG_NAME} is {config['max_length']} and the model's "
-                f"context {context_length}; shorten the prompt or say max_new_tokens"
+                f"the prompt has {prompt_length} positions, but max_length in {GENERATION_CONFIG_NAME} is "
+                f"{config['max_length']} and the model's context {context_length}; shorten the prompt or say "
+                "max_new_tokens"
             )
         settings["max_new_tokens"] = limit - prompt_length
     return {"max_new_tokens": DEFAULT_NEW_TOKENS} | settings

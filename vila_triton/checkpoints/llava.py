@@ -1,7 +1,7 @@
-"""LLaVA-1.5 (Liu et al. 2023) in its two layouts, as what a VILA folder of the same model would hold.
+"""LLaVA-1.5 (Liu et al. 2023) in its two layouts, read as a VILA folder of the same model.
 
-Original: one state dict in a folder whose config.json is a LLaMA's with a few fields more. `mm_vision_tower` names the
-tower: a folder, or CLIP's name if the tower is among the tensors or in a folder beside.
+Original: one state dict in a folder whose config.json is a LLaMA's with a few more fields. `mm_vision_tower` names the
+vision tower: a folder, or CLIP's name if the tower is among the tensors or in a folder beside.
 transformers' llava-hf: one state dict, one config.json with `text_config` and `vision_config`.
 """
 
@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files.reading import LoadError, find_folder, read_json, short_repr
-from ..models.config import Dtype
-from ..models.config_fields import expected_instead, nested_object
-from ..models.params import LazyTensors
-from .sources import PARTS, CheckpointSource, detect_quantization
+from vila_triton.checkpoints.quantization_config import detect_quantization
+from vila_triton.files.reading import LoadError, find_folder, read_json, short_repr
+from vila_triton.models.config import Dtype
+from vila_triton.models.config_fields import expected_instead, nested_object
+from vila_triton.models.params import LazyTensors
+
+from .sources import PARTS, CheckpointSource
 from .tensor_files import open_tensors
 
 CLIP_CONFIG = {  # openai/clip-vit-large-patch14-336, as its config.json has it
@@ -54,17 +56,18 @@ TRANSFORMERS_PREFIXES = {  # "model." in front of them, or not, by transformers'
 
 
 def is_llava(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a folder and its top config are a LLaVA's; an older VILA's config names its tower as a LLaVA's does."""
+    """Whether a folder with this top config is a LLaVA's. An older VILA's config names its tower as a LLaVA's does."""
     has_parts = (folder / "llm").is_dir() or any(config.get(f"{part}_cfg") for part in PARTS)
     return "text_config" in config or ("mm_vision_tower" in config and not has_parts)
 
 
 def open_llava_folder(folder: Path, config: Mapping[str, Any]) -> CheckpointSource:
-    """A LLaVA-1.5 folder of either layout. Errors: `LoadError`."""
+    """Open a LLaVA-1.5 folder of either layout. Errors: `LoadError`."""
     return open_transformers_llava(folder, config) if "text_config" in config else open_original_llava(folder, config)
 
 
 def open_original_llava(folder: Path, config: Mapping[str, Any]) -> CheckpointSource:
+    """Open a LLaVA-1.5 folder in its original layout. Errors: `LoadError`."""
     tensors = split_by_part(open_tensors(folder), ORIGINAL_PREFIXES)
     llm = {k: v for k, v in config.items() if not k.startswith(("mm_", "tune_mm", "freeze_mm", "image_", "use_mm"))}
     llm |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -75,6 +78,7 @@ def open_original_llava(folder: Path, config: Mapping[str, Any]) -> CheckpointSo
 
 
 def open_transformers_llava(folder: Path, config: Mapping[str, Any]) -> CheckpointSource:
+    """Open a LLaVA-1.5 folder in transformers' layout. Errors: `LoadError`."""
     tensors = split_by_part(open_tensors(folder), TRANSFORMERS_PREFIXES)
     llm, tower = (nested_object(config, name, f"{folder}/config.json") for name in ("text_config", "vision_config"))
     llm = LLAMA_DEFAULTS | {k: v for k, v in llm.items() if v is not None}
@@ -98,7 +102,7 @@ def open_transformers_llava(folder: Path, config: Mapping[str, Any]) -> Checkpoi
 
 
 def split_by_part(tensors: LazyTensors, prefixes: Mapping[str, tuple[str, str]]) -> dict[str, LazyTensors]:
-    """The tensors of one state dict by part, under the names of that part."""
+    """Split the tensors of one state dict by part, under the names of that part."""
     names: dict[str, dict[str, str]] = {}
     for name in tensors.meta:
         bare_name = name.removeprefix("model.") if prefixes is TRANSFORMERS_PREFIXES else name
@@ -109,7 +113,7 @@ def split_by_part(tensors: LazyTensors, prefixes: Mapping[str, tuple[str, str]])
 
 
 def find_vision_tower(folder: Path, config: Mapping[str, Any], has_weights: bool) -> tuple[dict[str, Any], Path]:
-    """The config of the tower that `mm_vision_tower` names, and the folder it stands in (else the model's)."""
+    """The config of the tower that `mm_vision_tower` names, and its folder or the model's. Errors: `LoadError`."""
     name = str(config.get("mm_vision_tower") or config.get("vision_tower"))
     for candidate in (name, Path(name).name, "vision_tower"):
         tower_dir = find_folder(folder, candidate)
@@ -121,13 +125,12 @@ def find_vision_tower(folder: Path, config: Mapping[str, Any], has_weights: bool
     if has_weights and name == CLIP_NAME:
         return dict(CLIP_CONFIG), folder
     needed = "its config.json" if has_weights else "its config.json and weights"
-    raise LoadError(
-        f"{folder}: mm_vision_tower is {short_repr(name)}, which is not here; put {needed} into {folder / 'vision_tower'}"
-    )
+    target = folder / "vision_tower"
+    raise LoadError(f"{folder}: mm_vision_tower is {short_repr(name)}, which is not here; put {needed} into {target}")
 
 
 def select_clip_vision(tensors: LazyTensors) -> LazyTensors:
-    """Of a whole CLIP, the tensors of its tower."""
+    """The vision tower's tensors of a whole CLIP; all tensors if it is a vision tower already."""
     names = [name for name in tensors.meta if name.startswith("vision_model.")]
     return tensors.rename({name: name for name in names}) if names else tensors
 
@@ -141,6 +144,10 @@ def build_source(
     tensors: dict[str, LazyTensors],
     fields: Mapping[str, Any],
 ) -> CheckpointSource:
+    """Put the parts of a LLaVA together as a VILA's, with the config fields of one.
+
+    fields: those of the LLaVA's config that name the projector, the image features and the dtype. Errors: `LoadError`.
+    """
     missing = [part for part in PARTS if part not in tensors]
     if missing:
         raise LoadError(f"{folder}: no tensors of {', '.join(missing)} among those of a {kind}")

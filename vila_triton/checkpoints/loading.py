@@ -1,4 +1,4 @@
-"""Checkpoint folders: what is in one, loaded onto a device a tensor at a time, and written as a VILA folder."""
+"""Load a checkpoint folder onto a device, one tensor at a time, and save a model as a VILA folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..files.reading import read_json, require_contained
-from ..models import vila
-from ..models.config import (
+from vila_triton.files.reading import read_json, require_contained
+from vila_triton.models import vila
+from vila_triton.models.config import (
     LlamaConfig,
     ProjectorConfig,
     RunSettings,
@@ -17,27 +17,14 @@ from ..models.config import (
     VisionConfig,
     read_dataclass,
 )
-from ..models.config_fields import name_folder_in_errors, nested_object
-from ..models.params import LazyTensors, LoadError, check_state_dict, leaves, load_tree
+from vila_triton.models.config_fields import name_folder_in_errors, nested_object
+from vila_triton.models.params import LazyTensors, LoadError, check_state_dict, leaves, load_tree
+
 from .generation_config import read_generation_config
 from .int4_layouts import NATIVE
 from .llava import is_llava, open_llava_folder
-from .shard_writer import write_json
 from .sources import PARTS, CheckpointSource, open_vila_folder
 from .writing import write_checkpoint
-
-__all__ = [
-    "PARTS",
-    "build_vila_config",
-    "check_checkpoint",
-    "load_generation_config",
-    "load_params",
-    "open_checkpoint",
-    "read_configs",
-    "read_json",
-    "save_checkpoint",
-    "write_json",
-]
 
 # What a checkpoint may hold beyond the model: tables that are computed, a tied head, SigLIP's unused pooling head.
 IGNORED_TENSORS = {
@@ -49,7 +36,8 @@ TOWER_PREFIX = "vision_model."  # of SigLIP's and CLIP's names as released; tran
 
 
 def open_checkpoint(folder: Path) -> CheckpointSource:
-    """What a folder is: a VILA or a LLaVA-1.5 in any of their layouts. Nothing but configs and directories is read.
+    """Open a VILA or a LLaVA-1.5 folder, in any of its layouts. Only configs and the directories of weight files are
+    read.
 
     Errors: `LoadError`.
     """
@@ -61,9 +49,9 @@ def open_checkpoint(folder: Path) -> CheckpointSource:
 
 
 def build_vila_config(config: Mapping[str, Any], part_configs: Mapping[str, Mapping[str, Any]]) -> VilaConfig:
-    """The model's geometry from the top config and those of its parts, all as dictionaries.
+    """Build the geometry of a model from the top config and the configs of its parts.
 
-    Errors: `ConfigError`, for what else the configs say too.
+    Errors: `ConfigError`, also for other fields of the configs that are read somewhere and do not hold what they must.
     """
     read_dataclass(RunSettings, config, "config")
     read_dataclass(TokenSettings, part_configs["llm"], "llm")
@@ -76,19 +64,21 @@ def build_vila_config(config: Mapping[str, Any], part_configs: Mapping[str, Mapp
 
 
 def read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The top config of a folder and those of its parts, as a VILA folder of ours has them. Errors: `LoadError`."""
+    """The top config and the configs of the parts, as a native VILA folder has them. Errors: `LoadError`."""
     source = open_checkpoint(folder)
     return source.config, source.part_configs
 
 
 def load_generation_config(folder: Path, vocab_size: int) -> dict[str, Any]:
-    """What generation_config.json says, beside the model's config or the language model's. Errors: `LoadError`."""
+    """Read generation_config.json from beside the model's config or the language model's. Errors: `LoadError`."""
     return read_generation_config([folder, open_checkpoint(folder).companion_dirs["llm"]], vocab_size)
 
 
 def load_params(folder: Path, cfg: VilaConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> vila.Vila:
-    """All parameters of a folder, one at a time onto the device; on a CPU those that have the dtype already stay on
-    disk until they are touched. Errors: `LoadError`, for each part in one message.
+    """Load all parameters of a folder, one at a time, onto the device.
+
+    On a CPU, those that have the dtype already stay on disk until they are touched.
+    Errors: `LoadError`, with one message for each part.
     """
     source = open_checkpoint(folder)
     check_layer_counts(source, cfg)
@@ -98,7 +88,9 @@ def load_params(folder: Path, cfg: VilaConfig, dtype: torch.dtype, device: torch
 
 
 def check_checkpoint(source: CheckpointSource) -> VilaConfig:
-    """The geometry of a checkpoint. Errors: `ConfigError`, `LoadError` if it or the tensors are of no model of ours."""
+    """Check that the tensors of a checkpoint fit its configs, and return its geometry. Errors: `ConfigError`,
+    `LoadError`.
+    """
     with name_folder_in_errors(source.folder):
         cfg = build_vila_config(source.config, source.part_configs)
         check_layer_counts(source, cfg)
@@ -110,7 +102,10 @@ def check_checkpoint(source: CheckpointSource) -> VilaConfig:
 
 
 def check_layer_counts(source: CheckpointSource, cfg: VilaConfig) -> None:
-    """`LoadError` if a part has more layers than tensors: what it would be is not even declared."""
+    """Check that no part claims more layers than it has tensors, before specs of that many layers are made.
+
+    Errors: `LoadError`.
+    """
     layer_counts = cfg.llm.num_hidden_layers, cfg.vision_tower.num_hidden_layers, cfg.mm_projector.num_linears
     for part, count in zip(PARTS, layer_counts):
         if count > (num_tensors := len(source.tensors[part])):
@@ -120,7 +115,7 @@ def check_layer_counts(source: CheckpointSource, cfg: VilaConfig) -> None:
 
 
 def part_tensors(source: CheckpointSource, cfg: VilaConfig, part: str) -> tuple[LazyTensors, str, tuple[str, ...]]:
-    """A part's tensors under the names that the model declares, where they are, and what to ignore among them."""
+    """The tensors of a part under the names of its parameter specs, their folder, and prefixes to ignore."""
     tensors, ignored = source.tensors[part], IGNORED_TENSORS[part]
     if part == "vision_tower":
         tensors = tensors.rename({name.removeprefix(TOWER_PREFIX): name for name in tensors.meta})
@@ -137,9 +132,10 @@ def save_checkpoint(
     params: vila.Vila,
     source_folder: Path | None = None,
 ) -> None:
-    """Write a VILA folder that `load_params` reads back to the same bits; the configs are written as they are given.
+    """Write a VILA folder that `load_params` reads back to the same bits. The configs are written as they are given.
 
-    What stood beside the weights of the folder that it came from is copied.
+    source_folder: the folder that the model came from; what lies beside its weights (tokenizer, image processor) is
+    copied.
     """
     cfg = build_vila_config(config, part_configs)
     specs = vila.param_specs(cfg, leaves(params.llm)[0].dtype)
@@ -155,4 +151,4 @@ def save_checkpoint(
     layout = NATIVE if cfg.llm.group_size else None
     companion_dirs = open_checkpoint(source_folder).companion_dirs if source_folder is not None else {}
     source = CheckpointSource(source_folder or folder, "model", dict(config), configs, tensors, companion_dirs, layout)
-    write_checkpoint(source, folder, "ours", overwrite=True)
+    write_checkpoint(source, folder, overwrite=True)

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import vila
-from ..models.params import LazyTensors, ParameterSpec, leaves
-from ..paths import config_dir
+from vila_triton.checkpoints.quantization_config import make_quantization_config
+from vila_triton.files.atomic import write_json
+from vila_triton.models import vila
+from vila_triton.models.params import LazyTensors, ParameterSpec, leaves
+from vila_triton.paths import config_dir
+
 from .int4_layouts import NATIVE
 from .int4_views import quantize_linears_rtn
 from .loading import TOWER_PREFIX, build_vila_config
-from .shard_writer import write_json
-from .sources import PARTS, CheckpointSource, make_quantization_config
+from .sources import PARTS, CheckpointSource
 
 IMAGENET_NORMALIZATION = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 SIGLIP_NORMALIZATION = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
@@ -29,7 +31,10 @@ EOS_TOKENS = {"llama_3": "<|end_of_text|>", "hermes-2": "<|im_end|>"}  # by temp
 
 
 def read_model_toml(model: str | Path) -> dict[str, Any]:
-    """A file of configs/models/, by name or path, that has all three parts. Errors: ValueError naming what there is."""
+    """Read a file of configs/models/, by name or path, that has all three parts.
+
+    Errors: ValueError, which lists the names.
+    """
     files = {file.stem: file for file in sorted((config_dir() / "models").glob("*.toml"))}
     file = files.get(str(model), Path(model))
     if not file.is_file():
@@ -44,8 +49,10 @@ def read_model_toml(model: str | Path) -> dict[str, Any]:
 
 
 def scale_down(model: Mapping[str, Any], max_layers: int | None, width_divisor: int) -> dict[str, Any]:
-    """The same model with fewer layers and all widths divided: as many heads, each narrower; an intermediate width
-    rounded up to a multiple of 64, which int4 layouts want. Errors: ValueError if `narrow` does not divide the widths.
+    """The same model with at most max_layers layers and all widths divided by width_divisor.
+
+    There are as many heads, each narrower; an intermediate width is rounded up to a multiple of 64, as int4 layouts
+    need it. Errors: ValueError if width_divisor does not divide the widths.
     """
     llm, tower = dict(model["llm"]), dict(model["vision_tower"])
     for part, values in (("llm", llm), ("vision_tower", tower)):
@@ -127,8 +134,9 @@ def released_configs(model: Mapping[str, Any], dtype: str) -> tuple[dict[str, An
 def random_checkpoint(
     model: Mapping[str, Any], dtype: str = "float16", group_size: int | None = None, seed: int = 0
 ) -> CheckpointSource:
-    """A released model whose tensors are drawn when they are asked for, each by its name and the seed alone; with a
-    group size, its linears rounded to int4.
+    """A model with random tensors, each generated when it is accessed, from its name and the seed alone.
+
+    With a group size, the linears of its language model are int4, rounded to nearest.
     """
     config, part_configs = released_configs(model, dtype)
     cfg = build_vila_config(config, part_configs)
@@ -147,6 +155,8 @@ def random_checkpoint(
 
 
 def random_tensors(specs: Mapping[str, ParameterSpec], seed: int) -> LazyTensors:
+    """Random tensors of the given specs, by name."""
+
     def draw(name: str) -> Tensor:
         return specs[name].init_tensor(torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
 
@@ -164,7 +174,10 @@ def special_tokens(template: str) -> list[str]:
 
 
 def write_tokenizer_and_processor(model: Mapping[str, Any], folder: Path) -> dict[str, Path]:
-    """A tokenizer of single bytes with the template's special tokens, and the image processor's config, by part."""
+    """Write a tokenizer of single bytes with the template's special tokens, and the image processor's config.
+
+    Returns the folder of each part.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

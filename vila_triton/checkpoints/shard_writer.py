@@ -8,10 +8,8 @@ checksum, and is kept when the same work is taken up again.
 import hashlib
 import json
 import os
-import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,10 +17,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..files.file_locks import LOCK_NAME, FolderInUseError, claim_folder
-from ..files.reading import read_json
-from ..models.params import LoadError
-from .tensor_files import SINGLE_FILE_NAMES, find_weight_files
+from vila_triton.files.atomic import partial_path, write_json
+from vila_triton.files.file_locks import FolderInUseError
+from vila_triton.files.reading import LoadError, read_json
+
+from .tensor_files import SINGLE_FILE_NAMES
 from .tensor_locations import SAFETENSORS_DTYPES
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -69,7 +68,7 @@ class ShardWriter:
         if (folder / JOURNAL_NAME).exists():
             previous = read_json(folder / JOURNAL_NAME)
             if previous.get("key") != self.journal["key"]:
-                raise FolderInUseError(f"{folder} holds the beginnings of other work; remove it, or write elsewhere")
+                raise FolderInUseError.other_work(folder)
             if not isinstance(previous.get("done"), dict):
                 raise LoadError(f"{folder / JOURNAL_NAME} does not say which shards are done; remove {folder}")
             self.journal["done"] = {
@@ -127,10 +126,6 @@ def open_shard(shard: Shard) -> BinaryIO:
     return shard.stream
 
 
-def partial_path(file: Path) -> Path:
-    return file.with_name(f"{file.name}.part")
-
-
 def file_sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -169,85 +164,3 @@ def plan_shards(folder: Path, meta: Mapping[str, Tensor], max_shard_bytes: int) 
         shard.size += len(shard.header)
         shard.offsets = {name: start + len(shard.header) for name, start in shard.offsets.items()}
         yield shard
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write an object; whoever reads the file meanwhile finds the old one or the new one."""
-    partial_path(path).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    partial_path(path).replace(path)
-
-
-@contextmanager
-def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, `target`.partial, which becomes `target` when the block ends well.
-
-    Interrupted or out of space, it stays, and the next `building` of the same target goes on in it; `OtherWork` leaves
-    it alone. After any other error nothing is left. `over`: begun afresh, left by no error, and files go into a target
-    that may be there, in place of what weights it had; its own config.json is away meanwhile.
-    Errors: ValueError if the target is there and not empty, or is a file; `OtherWork` if another process writes it.
-    """
-    folder = target.with_name(f"{target.name}.partial")
-    require_free(target, overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    with claim_folder(folder):
-        require_free(target, overwrite)  # whoever wrote it may just have finished
-        yield from write_then_move(folder, target, overwrite)
-
-
-def require_free(target: Path, overwrite: bool) -> None:
-    """Errors: ValueError if something stands where a folder is to be written."""
-    if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is there already and not empty; give another folder, or remove it")
-    if overwrite and target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file, expected a folder, or the name of a new one")
-
-
-def write_then_move(folder: Path, target: Path, overwrite: bool) -> Iterator[Path]:
-    """What `building` does once it is alone."""
-    if overwrite:
-        clear_folder(folder)
-    resume_hint = f"What was finished is in {folder}: the same command goes on from there"
-    try:
-        yield folder
-    except BaseException as error:
-        if overwrite or not isinstance(error, OSError | KeyboardInterrupt | FolderInUseError):
-            shutil.rmtree(folder)
-        elif isinstance(error, OSError):
-            raise OSError(f"{error}. {resume_hint}") from error
-        elif isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(resume_hint) from None
-        raise
-    for journal in folder.rglob(JOURNAL_NAME):
-        journal.unlink()
-    if overwrite and target.exists():
-        replace_files(folder, target)
-    else:
-        if target.exists():
-            target.rmdir()
-        folder.replace(target)
-        (target / LOCK_NAME).unlink()  # which others still find held
-
-
-def clear_folder(folder: Path) -> None:
-    """Remove what is in a folder that was begun, but for its lock."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != LOCK_NAME:
-            path.unlink()
-
-
-def replace_files(folder: Path, target: Path) -> None:
-    """Move the files of a folder over those of another; weights that were there go, config.json comes last."""
-    (target / "config.json").unlink(missing_ok=True)
-    files = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file() and file.name != LOCK_NAME)
-    for subfolder in {file.parent for file in files} - {Path()}:
-        (target / subfolder).mkdir(parents=True, exist_ok=True)
-        stale = {*(target / subfolder).glob("model*.safetensors*"), *(target / subfolder).glob("pytorch_model*.bin*")}
-        with suppress(LoadError):
-            stale |= set(find_weight_files(target / subfolder)[0])
-        for file in stale:
-            file.unlink()
-    for file in sorted(files, key=lambda file: file == Path("config.json")):
-        (folder / file).replace(target / file)
-    shutil.rmtree(folder)

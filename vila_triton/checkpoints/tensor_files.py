@@ -1,7 +1,8 @@
-"""The tensors of a checkpoint, by name, read when they are asked for.
+"""The tensors of a checkpoint by name, read when they are accessed.
 
-Safetensors, whole or in shards; `pytorch_model.bin`, whole or in shards; one `.pt`. All of them hold plain bytes at
-known places, so all are read alike: a file's directory first, then a tensor's own bytes through a private memory map.
+They lie in safetensors, in `pytorch_model.bin`, both as one file or in shards, or in one `.pt`. All of these hold plain
+bytes at known offsets and are read alike: first the directory of a file, then the bytes of a tensor through a private
+memory map.
 """
 
 import struct
@@ -10,8 +11,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..files.reading import LoadError, join_items, parse_json, read_json, require_file, short_repr
-from ..models.params import LazyTensors
+from vila_triton.files.reading import LoadError, join_items, parse_json, read_json, require_file, short_repr
+from vila_triton.models.params import LazyTensors
+
 from .tensor_locations import SAFETENSORS_DTYPES, MappedFiles, TensorLocation, meta_tensor, require_within_file
 from .torch_files import torch_locations
 
@@ -19,7 +21,7 @@ SINGLE_FILE_NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
 def open_tensors(path: Path) -> LazyTensors:
-    """The tensors of a folder or file, as views of what is on disk.
+    """Open the tensors of a folder or file as views of what is on disk.
 
     Errors: `LoadError` naming the file and what to do about it, for everything that can be wrong with it.
     """
@@ -42,9 +44,9 @@ def open_tensors(path: Path) -> LazyTensors:
 
 
 def find_weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files of a folder that hold its tensors, and which of them its index says each is in (if there is one).
+    """The files of a folder that hold its tensors, and, if it has an index, the file of each tensor as the index says.
 
-    Safetensors come before .bin, as both hold the same. Errors: `LoadError` if there are none, or more than one answer.
+    Safetensors come before .bin, since both hold the same. Errors: `LoadError` if there are none, or several choices.
     """
     if path.is_file():
         return [path], {}
@@ -72,7 +74,7 @@ def find_weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def read_index(index: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files that an index names, and its map from tensors to their names."""
+    """Read an index: the files that it names, and its map from tensors to file names. Errors: `LoadError`."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise LoadError(f"{index} has no weight_map from tensors to files")
@@ -88,11 +90,15 @@ def read_index(index: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def tensor_locations(file: Path) -> Iterator[tuple[str, TensorLocation]]:
-    """What a file holds and where. Errors: `LoadError` if it is not whole, or holds anything but tensors."""
+    """List the tensors of a file and where they lie.
+
+    Errors: `LoadError` if the file is damaged, or holds anything but tensors.
+    """
     return safetensors_locations(file) if file.suffix == ".safetensors" else torch_locations(file)
 
 
 def safetensors_locations(file: Path) -> Iterator[tuple[str, TensorLocation]]:
+    """List the tensors of a safetensors file. Errors: `LoadError`."""
     require_file(file)
     try:
         with safe_open(file, framework="pt"):  # checks that header and file fit each other

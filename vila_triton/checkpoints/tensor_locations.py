@@ -1,4 +1,4 @@
-"""Where in files tensors lie, and their reading through private memory maps: nothing is copied that need not be."""
+"""Where tensors lie in files, and their reading through private memory maps, which copies as little as possible."""
 
 import math
 import mmap
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files.reading import LoadError, short_repr
+from vila_triton.files.reading import LoadError, short_repr
 
 SAFETENSORS_DTYPES = {  # names in a safetensors header; others are not read
     "F64": torch.float64,
@@ -28,7 +28,7 @@ MAX_DIMS = 64
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where a tensor lies: `size` bytes from byte `start` of a file, and how its elements are found in them."""
+    """Where a tensor lies: `nbytes` bytes from byte `start` of a file, and how its elements are found in them."""
 
     file: Path
     start: int
@@ -39,7 +39,7 @@ class TensorLocation:
 
 
 def meta_tensor(label: str, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int] | None = None) -> Tensor:
-    """A tensor on the meta device. Errors: `LoadError` for sizes that no tensor has."""
+    """Make a tensor on the meta device. Errors: `LoadError`, naming the label, for sizes that no tensor has."""
     try:
         if len(shape) > MAX_DIMS:
             raise OverflowError
@@ -51,7 +51,7 @@ def meta_tensor(label: str, dtype: torch.dtype, shape: Sequence[int], stride: Se
 
 
 def require_within_file(label: str, location: TensorLocation) -> None:
-    """Errors: `LoadError` if a tensor is not in the bytes of its place, or is of more elements than they hold."""
+    """Check that a tensor lies within its bytes, and has no more elements than they hold. Errors: `LoadError`."""
     num_elements, shape = location.nbytes // location.meta.itemsize, location.meta.shape
     last = location.storage_offset + sum((n - 1) * stride for n, stride in zip(shape, location.meta.stride()))
     if math.prod(shape) and (location.storage_offset < 0 or last >= num_elements or math.prod(shape) > num_elements):
@@ -61,13 +61,13 @@ def require_within_file(label: str, location: TensorLocation) -> None:
 
 
 class MappedFiles:
-    """Memory maps of files, made when first needed."""
+    """Memory maps of files, each made when it is first needed."""
 
     def __init__(self) -> None:
         self.maps: dict[Path, mmap.mmap] = {}
 
     def read(self, location: TensorLocation) -> Tensor:
-        """A view of the file, or a copy if it has to be put in order."""
+        """Read a tensor: a view of the file, or a copy if its bytes are not aligned or in the other byte order."""
         meta, count = location.meta, location.nbytes // location.meta.itemsize
         if not count:
             return torch.empty_like(meta, device="cpu")
@@ -84,7 +84,9 @@ class MappedFiles:
         return flat.as_strided(meta.shape, meta.stride(), location.storage_offset)
 
     def release(self, location: TensorLocation) -> None:
-        """Give back the memory that reading took; a view is read again when it is touched again."""
+        """Give back the memory that reading a tensor took. A view of it stays valid and is read again when it is
+        touched.
+        """
         begin = -(-location.start // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (location.start + location.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > begin and location.file in self.maps:

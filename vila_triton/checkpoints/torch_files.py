@@ -1,8 +1,8 @@
-"""What a file of torch.save holds and where, found without running anything of it.
+"""List the tensors of a file of torch.save without running anything from it.
 
-Such a file is a zip of `data.pkl`, a pickle, and of `data/KEY`, the bytes of a storage each, as they are. The pickle is
-not unpickled: its steps are followed on a stack of plain values, and of the functions that it names only those are
-known that put a tensor together.
+Such a file is a zip of `data.pkl`, a pickle, and of `data/KEY`, the plain bytes of a storage each. The pickle is not
+unpickled: its opcodes are interpreted on a stack of plain values, and of the functions that it names only those are
+known that rebuild a tensor.
 """
 
 import pickletools
@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..files.reading import LoadError, require_file, short_repr
+from vila_triton.files.reading import LoadError, require_file, short_repr
+
 from .tensor_locations import SAFETENSORS_DTYPES, TensorLocation, meta_tensor, require_within_file
 
 MAX_PICKLE_BYTES = 1 << 23  # bytes; of a thousand tensors it has 150,000
@@ -40,19 +41,19 @@ PARSE_ERRORS += (TypeError, ValueError, AttributeError)
 
 
 class UnsafePickleError(Exception):
-    """A pickle does what no state dict needs."""
+    """A pickle does something that no state dict needs."""
 
 
 @dataclass(frozen=True)
 class PickleGlobal:
-    """Something that a pickle names and that is not looked up, as "torch.FloatStorage"."""
+    """A function or class that a pickle names, such as "torch.FloatStorage". It is never looked up."""
 
     qualified_name: str
 
 
 @dataclass(frozen=True)
 class PickledTensor:
-    """A tensor of a pickle, as it says: numbers that are not checked yet."""
+    """A tensor as a pickle describes it, with numbers that are not checked yet."""
 
     storage: Any
     storage_offset: Any
@@ -63,7 +64,9 @@ class PickledTensor:
 
 
 def torch_locations(file: Path) -> Iterator[tuple[str, TensorLocation]]:
-    """Names and places of the tensors in a file. Errors: `LoadError` naming it, for whatever is wrong with it."""
+    """List the tensors of a file of torch.save and where they lie. Errors: `LoadError`, for everything that can be
+    wrong.
+    """
     require_file(file)
     with file.open("rb") as stream:
         if stream.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC:
@@ -82,17 +85,19 @@ def torch_locations(file: Path) -> Iterator[tuple[str, TensorLocation]]:
         except LoadError:
             raise
         except UnsafePickleError as error:
-            raise LoadError(
-                f"{file} holds more than tensors. Python code in a checkpoint, here {short_repr(str(error))}, is never run: "
-                "get it as safetensors, or save its state dict alone"
-            ) from None
+            code = f"Python code in a checkpoint, here {short_repr(str(error))}, is never run"
+            advice = "get it as safetensors, or save its state dict alone"
+            raise LoadError(f"{file} holds more than tensors. {code}: {advice}") from None
         except PARSE_ERRORS as error:
             raise LoadError(f"{file} is not a whole file of torch.save: {error}. Get it again") from None
     yield from locations
 
 
 class ZipEntries:
-    """The entries of a zip that belong to torch.save: those beside its one data.pkl, whatever folder that is in."""
+    """The entries of a zip that torch.save wrote: its one data.pkl and all beside it, whatever folder that is in.
+
+    Errors: ValueError if there is not one data.pkl, or an entry twice.
+    """
 
     def __init__(self, stream: BinaryIO):
         self.stream = stream
@@ -107,7 +112,9 @@ class ZipEntries:
         self.prefix = pickles[0].removesuffix("data.pkl")
 
     def locate(self, entry: str) -> tuple[int, int]:
-        """The first byte of an entry and how many it has. Errors: ValueError if it is not stored as it is."""
+        """The first byte of an entry and its size. Errors: ValueError if it is compressed, or not where the directory
+        says.
+        """
         info = self.infos[self.prefix + entry]
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
             raise ValueError(f"{info.filename} is compressed or encrypted in it, and torch does neither")
@@ -127,20 +134,23 @@ class ZipEntries:
         return start, info.file_size
 
     def read(self, name: str, max_bytes: int) -> bytes:
+        """Read an entry. Errors: ValueError if it has more than max_bytes."""
         start, size = self.locate(name)
         if size > max_bytes:
             raise ValueError(f"{name} has {size} bytes, expected at most {max_bytes}")
         return self.read_range(start, size)
 
     def read_range(self, start: int, size: int) -> bytes:
-        """So many bytes from there. Errors: ValueError if the file does not have them."""
+        """Read size bytes from start on. Errors: ValueError if the file does not have them."""
         if not 0 <= start <= self.file_size - size:
             raise ValueError(f"it ends at byte {self.file_size}, but {size} from {start} on are wanted")
         self.stream.seek(start)
         return self.stream.read(size)
 
     def is_big_endian(self) -> bool:
-        """Whether the highest byte of a number comes first; files of before torch 2.1 do not say, and it does not."""
+        """Whether numbers are stored with their highest byte first. Files from before torch 2.1 do not say; they are
+        not.
+        """
         byte_order = self.read("byteorder", 16) if f"{self.prefix}byteorder" in self.infos else b"little"
         if byte_order not in (b"little", b"big"):
             raise ValueError(f"its byte order is {byte_order!r}, expected 'little' or 'big'")
@@ -148,7 +158,10 @@ class ZipEntries:
 
 
 def interpret_pickle(data: bytes) -> Any:
-    """What the steps of a pickle put together. Errors: `MoreThanTensors`; LookupError, TypeError, ValueError."""
+    """Interpret the opcodes of a pickle and return the value that they build.
+
+    Errors: `UnsafePickleError`; LookupError, TypeError or ValueError for a damaged pickle.
+    """
     opcodes: Iterator[Any] = pickletools.genops(data)
     stack: Any = []
     marks: list[int] = []  # how high the stack was
@@ -216,7 +229,9 @@ def interpret_pickle(data: bytes) -> Any:
 
 
 def call_global(function: Any, arguments: tuple[Any, ...]) -> Any:
-    """What a function of a pickle gives: a tensor, a dictionary, or the name of a kind of tensor that is not read."""
+    """The result of a function that a pickle calls: a tensor, a dictionary, or the name of a function for tensors of a
+    kind that is not read. Errors: `UnsafePickleError` for all others.
+    """
     match function:
         case PickleGlobal("collections.OrderedDict") if not arguments:
             return {}
@@ -238,7 +253,9 @@ def call_global(function: Any, arguments: tuple[Any, ...]) -> Any:
 def locate_tensor(
     file: Path, entries: ZipEntries, name: str, x: PickledTensor | PickleGlobal, big_endian: bool
 ) -> TensorLocation:
-    """Where a tensor lies. Errors: `LoadError` if it is of a kind that is not read; those of `BROKEN`."""
+    """Where a tensor of a pickle lies. Errors: `LoadError` if it is of a kind that is not read; those of
+    `PARSE_ERRORS`.
+    """
     label = f"{file}: {short_repr(name)[1:-1]}"
     if isinstance(x, PickleGlobal) or (x.view_flags and any(x.view_flags)):
         kind = (
@@ -251,7 +268,7 @@ def locate_tensor(
     numbers = [count, x.storage_offset, *x.shape, *x.stride]
     if not all(isinstance(n, int) and n >= 0 for n in numbers) or len(x.shape) != len(x.stride):
         raise ValueError(f"{name} has the shape {x.shape}, the strides {x.stride} and the offset {x.storage_offset}")
-    dtype = STORAGE_DTYPES.get(kind.text.rpartition(".")[2])
+    dtype = STORAGE_DTYPES.get(kind.qualified_name.rpartition(".")[2])
     size = count * dtype.itemsize if dtype else 0
     if x.dtype is not None:
         dtype = next(

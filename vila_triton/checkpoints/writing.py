@@ -1,4 +1,4 @@
-"""A checkpoint written as a VILA folder, its int4 linears in any layout, a tensor at a time."""
+"""Write a checkpoint as a VILA folder, its int4 linears in any layout, one tensor at a time."""
 
 import hashlib
 import json
@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.params import LazyTensors
+from vila_triton.files.atomic import atomic_file, write_json
+from vila_triton.models.params import LazyTensors
+
+from .atomic_folder import atomic_folder
 from .generation_config import GENERATION_CONFIG_NAME
 from .int4_layouts import AWQ_V2, LAYOUTS, NATIVE
 from .int4_views import dequantize_linears, from_native_layout
-from .shard_writer import MAX_SHARD_BYTES, ShardWriter, atomic_folder, partial_path, write_json
-from .sources import PARTS, CheckpointSource, make_quantization_config
+from .quantization_config import make_quantization_config
+from .shard_writer import MAX_SHARD_BYTES, ShardWriter
+from .sources import PARTS, CheckpointSource
 from .tensor_files import open_tensors
 
 FORMATS = (*LAYOUTS, "dense")
@@ -32,10 +36,10 @@ ProgressCallback = Callable[[int, int], None]
 def convert_layout(
     source: CheckpointSource, format_name: str
 ) -> tuple[dict[str, dict[str, Any]], dict[str, LazyTensors]]:
-    """Configs and tensors by part, the llm's int4 linears in a layout, or "dense": every weight written out.
+    """Configs and tensors by part, with the language model's int4 linears in another layout, or every weight "dense".
 
-    Int4 linears of the other parts stay in our layout, which no other tool has a say in. Errors: ValueError for an
-    unknown form, or a model that is not int4.
+    Int4 linears of the other parts stay in the native layout, since no other tool reads them.
+    Errors: ValueError for an unknown format, or a layout of int4 for a model that is not int4.
     """
     if format_name not in FORMATS:
         raise ValueError(f"no format {format_name!r}; there are: {', '.join(FORMATS)}")
@@ -57,7 +61,7 @@ def convert_layout(
 def write_checkpoint(
     source: CheckpointSource,
     target: Path,
-    format_name: str = "ours",
+    format_name: str = NATIVE.name,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: ProgressCallback = lambda done, total: None,
@@ -65,24 +69,23 @@ def write_checkpoint(
     source_key: str | None = None,
     write_extra: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write a checkpoint as a VILA folder; after a kill the same call goes on with the shard that was being written.
+    """Write a checkpoint as a VILA folder. After a kill, the same call goes on with the shard that was being written.
 
-    `key`: what the source's bytes depend on, if it has no files.
-    `beside`: writes what else the folder is to hold, last.
-    `over`: into a folder that may be there, whose files of the same names are replaced at the end; begun afresh.
-    Errors: ValueError, `LoadError`, before the target is there; OSError.
+    source_key: what the bytes of the source depend on, if it has no files. write_extra: called last, with the folder,
+    to write more files into it. overwrite: write into a folder that may be there, and replace its files of the same
+    names at the end; it always begins afresh. progress: called with bytes done and in all. Errors: ValueError or
+    `LoadError` before the target is there; OSError.
     """
     configs, tensors = convert_layout(source, format_name)
     total_bytes, bytes_before = sum(x.nbytes for lazy in tensors.values() for x in lazy.meta.values()), 0
     with atomic_folder(target, overwrite) as folder:
         for part in reversed(PARTS):  # the llm, the largest by far, last
-            part_start = bytes_before
             writer = ShardWriter(
                 folder / part / ("parts" if part == "llm" and format_name == AWQ_V2.name else ""),
                 sort_by_layer(tensors[part]),
                 f"{format_name} {source_key or source_fingerprint(source)}",
                 max_shard_bytes,
-                lambda done, _, start=part_start: progress(start + done, total_bytes),
+                lambda done, _, start=bytes_before: progress(start + done, total_bytes),
             )
             bytes_before += writer.total_bytes
             for tensor in writer.meta:
@@ -92,9 +95,8 @@ def write_checkpoint(
             writer.close()
             write_json(folder / part / "config.json", configs[part])
         if format_name == AWQ_V2.name:
-            merge_shards_to_pt(
-                folder / "llm" / "parts", folder / "llm" / f"{target.name}-w4-g{source.group_size()}-awq-v2.pt"
-            )
+            file = folder / "llm" / f"{target.name}-w4-g{source.group_size()}-awq-v2.pt"
+            merge_shards_to_pt(folder / "llm" / "parts", file)
         for file, part in companion_files(source):
             shutil.copyfile(file, folder / part / file.name)
         nested = {f"{name}_cfg": configs[name] for name in PARTS if isinstance(source.config.get(f"{name}_cfg"), dict)}
@@ -103,7 +105,7 @@ def write_checkpoint(
 
 
 def sort_by_layer(tensors: LazyTensors) -> dict[str, Tensor]:
-    """Names and shapes, layer 2 before layer 10: bytes that do not depend on the order in some other file."""
+    """Names and meta tensors, layer 2 before layer 10: bytes do not depend on the order in some other file."""
 
     def natural_key(name: str) -> list[tuple[bool, int, str]]:
         return [(not piece.isdigit(), int(piece) if piece.isdigit() else 0, piece) for piece in name.split(".")]
@@ -112,42 +114,41 @@ def sort_by_layer(tensors: LazyTensors) -> dict[str, Tensor]:
 
 
 def merge_shards_to_pt(shard_folder: Path, file: Path) -> None:
-    """One .pt of the tensors in a folder of shards, which go: torch.save reads them through their memory maps."""
+    """Write the tensors of a folder of shards as one .pt and remove the folder. torch.save reads them through memory
+    maps.
+    """
     write_pt(file, dict(open_tensors(shard_folder)))
     shutil.rmtree(shard_folder)
 
 
 def write_pt(file: Path, content: dict[str, Any]) -> None:
-    """A file of torch.save that is there whole or not at all. Errors: OSError."""
-    with partial_path(file).open("wb") as stream:
+    """Write a file of torch.save atomically. Errors: OSError."""
+    with atomic_file(file) as partial, partial.open("wb") as stream:
         try:
             torch.save(content, stream)
-        except RuntimeError as error:  # what torch makes of it if only a part of a write was taken
+        except RuntimeError as error:  # torch's message when only a part of a write was taken
             stream.flush()
             raise OSError(f"{file} cannot be written: {str(error).splitlines()[0]}") from None
         stream.flush()
         os.fsync(stream.fileno())
-    partial_path(file).replace(file)
 
 
 def source_fingerprint(source: CheckpointSource) -> str:
-    """What tells whether a checkpoint is the one of before: its configs, its files, their sizes and times."""
+    """Identify the state of a checkpoint by its configs and by the names, sizes and times of its files."""
     config_hash = hashlib.sha256(json.dumps([source.config, source.part_configs], sort_keys=True).encode()).hexdigest()
     files = sorted({file for folder in source.companion_dirs.values() for file in folder.glob("*") if file.is_file()})
     return config_hash + "".join(f" {file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
 
 
 def companion_files(source: CheckpointSource) -> Iterator[tuple[Path, str]]:
-    """Files of the tokenizer, the image processor and generation, and the part of each, "." for none; no strays."""
-    if (generation_config := source.folder / GENERATION_CONFIG_NAME).is_file() and source.companion_dirs[
-        "llm"
-    ] != source.folder:
+    """The files of the tokenizer, the image processor and generation, each with its part, "." for none. Others are left
+    out.
+    """
+    generation_config = source.folder / GENERATION_CONFIG_NAME
+    if generation_config.is_file() and source.companion_dirs["llm"] != source.folder:
         yield generation_config, "."
     for part, folder in source.companion_dirs.items():
         for file in sorted(folder.glob("*")):
-            if (
-                file.is_file()
-                and file.name.startswith(COMPANION_PREFIXES[part])
-                and not file.name.endswith(WEIGHT_SUFFIXES)
-            ):
+            is_companion = file.name.startswith(COMPANION_PREFIXES[part]) and not file.name.endswith(WEIGHT_SUFFIXES)
+            if file.is_file() and is_companion:
                 yield file, part

@@ -1,4 +1,4 @@
-"""`vila-triton ask` and `vila-triton chat`: questions about pictures."""
+"""`vila-triton ask` and `vila-triton chat`: questions about images and videos."""
 
 import argparse
 import io
@@ -9,7 +9,15 @@ from collections import Counter
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from vila_triton.arguments import KV_DTYPES, NUMERICS, model_arguments, resolve_device_and_kernels
+from vila_triton.arguments import (
+    KV_DTYPES,
+    NUMERICS,
+    OldOption,
+    add_command,
+    model_arguments,
+    renamed_values,
+    resolve_device_and_kernels,
+)
 from vila_triton.console import EXPECTED_ERRORS, print_error
 from vila_triton.limits import COUNT, POSITIVE, SEED, Limits
 
@@ -18,41 +26,53 @@ if TYPE_CHECKING:
     from vila_triton.chat.conversation import Conversation
 
 
+QUESTION = "What is in my images?"
+SUMMARIES = {
+    "ask": "answer one question about images and videos",
+    "chat": "hold a conversation; in it: /image, /video, /new, /save, /resume, /quit",
+}
+
+
 def configure(commands: Any) -> None:
     common = argparse.ArgumentParser(add_help=False, parents=[model_arguments()])
-    for media_type in ("image", "video"):  # in the order given
-        common.add_argument(
+    media = common.add_argument_group("what is asked about")
+    for media_type in ("image", "video"):  # one list, which keeps the order
+        media.add_argument(
             f"--{media_type}",
             action="append",
             default=[],
-            dest="seen",
-            type=lambda path, kind=media_type: (kind, path),
+            dest="media",
+            type=lambda path, media_type=media_type: (media_type, path),
             metavar="FILE",
-            help="may be given several times",
+            help=f"a file with {'an image' if media_type == 'image' else 'a video (GIF, WebP, APNG)'}; may be repeated",
         )
-    common.add_argument("--frames", type=COUNT, help="of each video (default: the model's num_video_frames, else 8)")
-    common.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache (default: the model's)")
-    page_sizes = (16, 32, 64, 128, 256)
-    common.add_argument(
-        "--page-size", type=int, choices=page_sizes, help="tokens in a page of the cache (default: the model's)"
+    frames = "frames of each video (default: num_video_frames in config.json, else 8)"
+    media.add_argument("--frames", type=COUNT, help=frames)
+
+    cache = common.add_argument_group("how the KV cache is kept (defaults: as in config.json)")
+    sizes = (16, 32, 64, 128, 256)
+    cache.add_argument("--kv-dtype", choices=KV_DTYPES, help="of keys and values in the cache")
+    cache.add_argument("--page-size", type=int, choices=sizes, help="tokens in a page of the cache")
+    numerics = cache.add_argument(
+        "--numerics",
+        type=renamed_values({"invariant": "batch_invariant"}),
+        choices=NUMERICS,
+        help="batch_invariant: logits are bitwise equal in any batch, chunking and page layout",
     )
-    common.add_argument(
-        "--policy", choices=NUMERICS, help="of attention (default: the model's); invariant: no bit by chance"
-    )
-    common.add_argument("--max-new-tokens", type=COUNT, help="(default: the model's generation_config.json, else 128)")
-    common.add_argument(
-        "--temperature",
-        type=Limits(float, 0, POSITIVE.maximum),
-        help="0 takes the likeliest token (default: the model's generation_config.json, else 0)",
-    )
-    common.add_argument("--top-k", type=COUNT)
-    common.add_argument("--top-p", type=Limits(float, 0, 1, exclude_minimum=True))
-    common.add_argument("--seed", type=SEED, help="of what is drawn (default: a new one; the last line says it)")
-    ask = commands.add_parser("ask", parents=[common], help="one question about pictures")
-    ask.add_argument("question")
-    chat_summary = "a conversation; in it: /image, /video, /new, /save, /resume, /quit"
-    chat = commands.add_parser("chat", parents=[common], help=chat_summary)
-    for parser in (ask, chat):
+    cache.add_argument("--policy", action=OldOption, new=numerics)
+
+    sampling = common.add_argument_group("how answers are sampled (defaults: as in the model's generation_config.json)")
+    sampling.add_argument("--max-new-tokens", type=COUNT, help="of an answer (else 128)")
+    temperature = Limits(float, 0, POSITIVE.maximum)
+    sampling.add_argument("--temperature", type=temperature, help="0 is greedy (else 0)")
+    sampling.add_argument("--top-k", type=COUNT, help="sample from this many tokens")
+    nucleus = Limits(float, 0, 1, exclude_minimum=True)
+    sampling.add_argument("--top-p", type=nucleus, help="sample from the likeliest tokens of this probability")
+    sampling.add_argument("--seed", type=SEED, help="of the sampling (default: a new one; the last line says it)")
+
+    parsers = {name: add_command(commands, name, summary, parents=[common]) for name, summary in SUMMARIES.items()}
+    parsers["ask"].add_argument("question")
+    for parser in parsers.values():
         parser.set_defaults(run=run)
 
 
@@ -61,29 +81,25 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from vila_triton.chat.cli_session import CliSession, default_num_frames, load_media
-    from vila_triton.chat.conversation import ChatModel, Conversation
+    from vila_triton.chat.conversation import Conversation
+    from vila_triton.hf.chat_model import load_chat_model
     from vila_triton.registry import use
 
-    sampling: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "top_k": args.top_k, "top_p": args.top_p}
-    sampling |= {"seed": args.seed}
+    sampling: dict[str, Any] = {name: getattr(args, name) for name in ("max_new_tokens", "top_k", "top_p", "seed")}
     if args.temperature is not None:
         sampling |= {"do_sample": args.temperature > 0, "temperature": args.temperature or None}
-    if (
-        args.command == "ask"
-        and args.frames is not None
-        and not any(media_type == "video" for media_type, _ in args.seen)
-    ):
+    has_video = any(media_type == "video" for media_type, _ in args.media)
+    if args.command == "ask" and args.frames is not None and not has_video:
         raise ValueError(f"--frames {args.frames} is of a --video, and none is given")
     num_frames = default_num_frames(args.model) if args.frames is None else args.frames
-    images = load_media(args.seen, num_frames)
-    chat_model = ChatModel.from_pretrained(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
-    do_sample = (
-        args.temperature if args.temperature is not None else chat_model.model.generation_settings().get("do_sample")
-    )
+    images = load_media(args.media, num_frames)
+    chat_model = load_chat_model(args.model, args.device, getattr(torch, args.dtype) if args.dtype else None)
+    config, settings = chat_model.model.config, chat_model.model.generation_settings()
+    do_sample = args.temperature if args.temperature is not None else settings.get("do_sample")
     if not do_sample and (args.top_k is not None or args.top_p is not None):
         raise ValueError("--top-k and --top-p need a --temperature above 0: without it the likeliest token is taken")
-    config = chat_model.model.config
-    cache_options = {"kv_dtype": args.kv_dtype, "page_size": args.page_size, "attention_policy": args.policy}
+    numerics = "invariant" if args.numerics == "batch_invariant" else args.numerics
+    cache_options = {"kv_dtype": args.kv_dtype, "page_size": args.page_size, "attention_policy": numerics}
     for name, value in cache_options.items():
         if value is not None:
             setattr(config, name, value)
@@ -96,11 +112,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def run_chat(session: "CliSession", sampling: dict[str, Any]) -> None:
-    """Lines from standard input until there are no more, or /quit. Whatever goes wrong with one, Ctrl-C included, the
-    conversation is then as it was before the line; Ctrl-C in place of a line ends it.
+    """Answer lines from standard input until they end, or until /quit.
+
+    When a line fails, by Ctrl-C too, the conversation is as it was before it. Ctrl-C at the prompt ends the chat.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # else what is no UTF-8 takes the lines after it with it
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 then fail in their own line
     while (line := read_line()) not in (None, "/quit"):
         try:
             if line.startswith("/"):
@@ -111,12 +128,12 @@ def run_chat(session: "CliSession", sampling: dict[str, Any]) -> None:
             raise
         except (*EXPECTED_ERRORS, KeyboardInterrupt) as error:
             print_error("vila-triton", error)
-        except Exception:  # a mistake of ours, which is not to cost what was said so far
+        except Exception:  # a bug, which must not cost the conversation
             traceback.print_exc()
 
 
 def read_line() -> str | None:
-    """The next line without the blanks around it; None if there are no more."""
+    """Read a line and strip it; return None at the end of the input."""
     prompt = "> " if sys.stdin and sys.stdin.isatty() else ""
     if not sys.stdout.isatty():  # where `input` would write it to
         print(prompt, end="", file=sys.stderr, flush=True)
@@ -128,10 +145,10 @@ def read_line() -> str | None:
 
 
 def print_answer(session: "CliSession", question: str, sampling: dict[str, Any]) -> None:
-    """Stream one answer to standard output, then say in one line on standard error how it went.
+    """Stream one answer to standard output, then print a line of statistics on standard error.
 
-    Errors: ValueError, RuntimeError, KeyboardInterrupt; the conversation is as it was before the question then, and its
-    pictures are still to be asked about.
+    Errors: ValueError, RuntimeError, KeyboardInterrupt; the conversation is then as it was before the question, and the
+    session keeps the images for the next one.
     """
     import torch
     from transformers import TextStreamer
@@ -141,7 +158,7 @@ def print_answer(session: "CliSession", question: str, sampling: dict[str, Any])
     try:
         question.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the question is no text in UTF-8, from its character {error.start + 1} on") from None
+        raise ValueError(f"the question is not valid UTF-8 from its character {error.start + 1} on") from None
     conversation = session.conversation
     printer: Any = TextStreamer(conversation.chat_model.tokenizer, skip_special_tokens=True)
     tokens = conversation.ask(question, session.images, **sampling)
@@ -151,7 +168,7 @@ def print_answer(session: "CliSession", question: str, sampling: dict[str, Any])
                 printer.put(torch.tensor([token]))
         except BaseException:
             if printer.print_len or printer.token_cache:
-                print(flush=True)  # below the part that was said
+                print(flush=True)  # the error stands below the part that was printed
             raise
     printer.end()
     session.images = []
@@ -163,7 +180,7 @@ def print_answer(session: "CliSession", question: str, sampling: dict[str, Any])
         f", {stats.prompt_tokens - stats.prefill_tokens} cached" if stats.prefill_tokens < stats.prompt_tokens else ""
     )
     print(
-        f"[prompt {stats.prompt_tokens} tokens{reused} | pictures {stats.image_tokens} tokens | "
+        f"[prompt {stats.prompt_tokens} tokens{reused} | images {stats.image_tokens} tokens | "
         f"first token {stats.seconds_to_first_token:.3f} s | {speed} | "
         f"{generation_config_note(conversation, sampling)}{seed}{kernels_summary(calls)}]",
         file=sys.stderr,
@@ -171,7 +188,7 @@ def print_answer(session: "CliSession", question: str, sampling: dict[str, Any])
 
 
 def generation_config_note(conversation: "Conversation", sampling: dict[str, Any]) -> str:
-    """What the model's generation_config.json decided about an answer, as nobody else did."""
+    """Name the sampling settings that come from the model's generation_config.json alone."""
     from vila_triton.checkpoints.generation_config import GENERATION_CONFIG_NAME, effective_settings
 
     settings = effective_settings(conversation.chat_model.model.generation_settings(), sampling)
@@ -183,9 +200,7 @@ def generation_config_note(conversation: "Conversation", sampling: dict[str, Any
 
 
 def kernels_summary(calls: Counter[tuple[str, str]]) -> str:
-    """Which implementations ran, the reference ones in one word, and whether Triton kernels were interpreted; also
-    for which ops one was chosen that were never called.
-    """
+    """List the implementations that ran, other than references, and the ops of --set that were never called."""
     from vila_triton.registry import OPS, explicit_choices
     from vila_triton.registry.interpreter import uses_triton_kernels
 

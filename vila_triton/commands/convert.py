@@ -1,34 +1,34 @@
 """`vila-triton convert`: a checkpoint in one layout to a VILA folder in another."""
 
 import argparse
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vila_triton.console import print_progress
+from vila_triton.arguments import add_command, renamed_values
+from vila_triton.console import Progress
 from vila_triton.limits import Limits
 
-FORMATS = ("ours", "awq-gemm", "awq-v1", "awq-v2", "dense")
+QUESTION = "How do I get the checkpoint that I want?"
+SUMMARIES = {"convert": "write a VILA or LLaVA-1.5 checkpoint as a VILA folder, its int4 linears in another layout"}
+FORMATS = ("vila-triton", "awq-gemm", "awq-v1", "awq-v2", "dense")
+read_format = renamed_values({"ours": "vila-triton"})
 
 
 def configure(commands: Any) -> None:
-    summary = "a VILA or LLaVA-1.5 checkpoint to a VILA folder, its int4 linears in another layout"
-    parser = commands.add_parser(
-        "convert", help=summary, description=f"Convert {summary}; killed, it goes on from there."
-    )
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path, help="a folder that is not there yet")
-    parser.add_argument("--format", choices=FORMATS, default="ours", help="dense: int4 weights written out (ours)")
+    details = "A run that was killed is resumed by the same command."
+    parser = add_command(commands, "convert", SUMMARIES["convert"], details)
+    parser.add_argument("source", type=Path, help="a checkpoint folder")
+    parser.add_argument("target", type=Path, help="a folder that does not exist yet")
+    default = "(default: vila-triton); dense: dequantized"
+    parser.add_argument("--format", type=read_format, choices=FORMATS, default=FORMATS[0], help=f"layout {default}")
     add_writing_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of every command that writes a checkpoint."""
-    parser.add_argument(
-        "--shard-size", type=Limits(float, 1e-9, 1e6), default=5.0, metavar="GB", help="of a file, at most (5)"
-    )
+    """Add the arguments of every command that writes a checkpoint."""
+    size = Limits(float, 1e-9, 1e6)
+    parser.add_argument("--shard-size", type=size, default=5.0, metavar="GB", help="of a file at most (default: 5)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the sizes, write nothing")
 
 
@@ -47,24 +47,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def shard_bytes(args: argparse.Namespace) -> int:
-    """Bytes of a shard."""
+    """Return the most bytes of a shard, from --shard-size."""
     return round(args.shard_size * 1e9)
 
 
-def byte_progress() -> Callable[[int, int], None]:
-    """Says on a terminal, about twice a second, how far it is."""
+def byte_progress() -> Progress:
+    """Return a progress line that counts bytes."""
     from vila_triton.checkpoints.size_report import format_bytes
 
-    start_time = last_shown = time.monotonic()
-    first_done: list[int] = []
-
-    def show(done: int, total: int) -> None:
-        nonlocal last_shown
-        now = time.monotonic()
-        first_done.append(done) if not first_done else None
-        if now - last_shown > 0.5 or done == total:
-            last_shown, speed = now, (done - first_done[0]) / max(now - start_time, 1e-9)
-            remaining = f", {(total - done) / speed:.0f} s left" if speed and done < total else ""
-            print_progress(f"{format_bytes(done)} of {format_bytes(total)}{remaining}", done == total)
-
-    return show
+    return Progress(format_bytes)

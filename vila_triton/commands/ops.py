@@ -1,11 +1,11 @@
-"""`vila-triton ops`: every op, its implementations, and which of them is chosen, and why."""
+"""`vila-triton ops`: every op, its implementations, which of them runs, and why."""
 
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vila_triton.arguments import kernel_arguments, parse_kernel_settings
+from vila_triton.arguments import add_command, kernel_arguments, parse_kernel_settings
 from vila_triton.registry.size_ranges import implementation_names
 
 if TYPE_CHECKING:
@@ -13,19 +13,22 @@ if TYPE_CHECKING:
 
     from vila_triton.registry.size_ranges import Choice
 
-FOOTER = """A call runs what is chosen here, in an engine or outside of one. To choose another: --set kernels.OP=NAME in a
-command, `with use(OP="NAME")` in Python; the reference is `with use(OP="reference")`, or OP.reference(...)."""
+FOOTER = """A call runs what is chosen here, in an engine or outside of one. To choose another: --set kernels.OP=NAME in
+a command, `with use(OP="NAME")` in Python; the reference is `with use(OP="reference")`, or OP.reference(...)."""
+
+
+QUESTION = "Which kernels run, and why?"
+SUMMARIES = {"ops": "list every op, its implementations, which of them runs, and why"}
 
 
 def configure(commands: Any) -> None:
-    summary = "every op, its implementations and which one is chosen, and why"
-    commands.add_parser("ops", parents=[kernel_arguments()], help=summary).set_defaults(run=run)
+    add_command(commands, "ops", SUMMARIES["ops"], parents=[kernel_arguments()]).set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from vila_triton.registry.kernel_config import pick_device
+    from vila_triton.device import pick_device
 
     no_gpu = args.device == "cuda" and not torch.cuda.is_available()
     print_ops(torch.device("cuda") if no_gpu else pick_device(args.device), parse_kernel_settings(args.set))
@@ -34,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def tuned_gpus() -> str:
-    """The GPUs that are tuned."""
+    """Return the names of the GPUs that have a tuned table."""
     from vila_triton.registry.tuned_tables import tables_dir
 
     return ", ".join(file.stem for file in sorted(tables_dir().glob("*.json")))
@@ -54,19 +57,15 @@ def print_ops(device: "torch.device", overrides: Mapping[str, str]) -> None:
     for name, op in OPS.items():
         phases = {phase: choices[phase].get(name, "reference") for phase in PHASES}
         for impl in op.impls.values():
-            phases_by_sizes: dict[str, list[str]] = {}  # the sizes it runs at -> in which phases
+            phases_by_sizes: dict[str, list[str]] = {}
             for phase, choice in phases.items():
                 if impl.name in implementation_names(choice):
                     phases_by_sizes.setdefault(describe_sizes(choice, impl.name, op.dynamic_sizes), []).append(phase)
-            reason_text = (
-                "; ".join(
-                    " and ".join(phase_names) + (sizes_text and f", {sizes_text}")
-                    for sizes_text, phase_names in phases_by_sizes.items()
-                )
-                or "-"
-            )
+            runs_for = [
+                " and ".join(names) + (f", {sizes}" if sizes else "") for sizes, names in phases_by_sizes.items()
+            ]
             file = impl.file.relative_to(root) if impl.file.is_relative_to(root) else impl.file
-            lines.append((name, impl.name, str(len(impl.configs)), reason_text, str(file)))
+            lines.append((name, impl.name, str(len(impl.configs)), "; ".join(runs_for) or "-", str(file)))
         lines.append(("", f"because: {'--set' if name in overrides else choice_reason(device, name)}"))
     header = ("op", "implementation", "configs", f"chosen on {device.type} for", "file")
     widths = [max(len(line[i]) for line in [header, *lines] if len(line) > 2) + 2 for i in range(4)]
@@ -76,18 +75,20 @@ def print_ops(device: "torch.device", overrides: Mapping[str, str]) -> None:
 
 
 def describe_sizes(choice: "Choice", name: str, varying: tuple[str, ...]) -> str:
-    """At which sizes a choice is this implementation, in words; nothing if at all."""
+    """Say at which sizes a choice is this implementation; empty for all sizes."""
     return "" if isinstance(choice, str) else choice.describe(name, varying[0])
 
 
 def choice_reason(device: "torch.device", op: str) -> str:
+    """Name the file that chooses the implementations of an op on a device."""
     from vila_triton.registry import OPS
     from vila_triton.registry.kernel_config import PHASES, configured_choices
     from vila_triton.registry.tuned_tables import gpu_name, load_table, table_choice, table_path, tables_dir
 
     device_name = gpu_name(device)
     if device_name and op in load_table(device_name)["choices"] and (size_range := table_choice(op, device_name)):
-        sizes_text = f"{OPS[op].dynamic_sizes[0]} {size_range.first} to {size_range.last}"
-        return f"configs/tuned/{table_path(device_name, tables_dir()).name} chooses for this GPU, {sizes_text}; configs/kernels.toml beyond"
+        file, size = table_path(device_name, tables_dir()).name, OPS[op].dynamic_sizes[0]
+        sizes = f"{size} {size_range.first} to {size_range.last}"
+        return f"configs/tuned/{file} chooses for this GPU, {sizes}; configs/kernels.toml beyond"
     is_configured = any(op in configured_choices(device.type, phase) for phase in PHASES)
     return f"configs/kernels.toml names {'it' if is_configured else 'none'} for {device.type}"

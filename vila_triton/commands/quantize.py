@@ -1,202 +1,181 @@
-"""`vila-triton quantize`: a VILA in fp16 to one whose language model is int4, and what sees if asked for."""
+"""`vila-triton quantize`: the language model of a VILA to int4, and if asked for the vision tower and the projector."""
 
 import argparse
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vila_triton.console import print_progress
+from vila_triton.arguments import OldOption, add_command, note_new_spelling, renamed_values
+from vila_triton.console import Progress
 from vila_triton.limits import COUNT, SEED, Limits
 
+from .convert import FORMATS, byte_progress, read_format
+
+if TYPE_CHECKING:
+    from vila_triton.checkpoints.sources import CheckpointSource
+    from vila_triton.models.config import VilaConfig
+    from vila_triton.quantization.calibration_data import CalibrationSet
+
+QUESTION = "How do I get the checkpoint that I want?"
+SUMMARIES = {"quantize": "quantize a checkpoint to int4"}
+METHODS = {"awq-gptq": "ours", "llm-awq": "upstream", "rtn": "ours"}  # --method -> `QuantizeConfig.mode`
+OLD_MODES = {"ours": "awq-gptq", "upstream": "llm-awq"}  # --mode -> --method
 GROUP_SIZES = (32, 64, 128)
-PARTS = ("vision_tower", "mm_projector")
-FORMATS = ("ours", "awq-gemm", "awq-v1", "awq-v2")
-DEFAULT_SAMPLES = 128
+EXTRA_PARTS = ("vision_tower", "mm_projector")
+INT4_FORMATS = tuple(name for name in FORMATS if name != "dense")
+# What the options that --method rtn makes no use of are when they are left out.
+CALIBRATION_DEFAULTS = {"calib": None, "samples": 128, "seed": 0, "image_weight": 1.0, "no_error_propagation": False}
 
 
 def configure(commands: Any) -> None:
-    summary = "a VILA in fp16 to one whose language model is int4"
-    details = "Killed, the same command goes on from there. A report and its picture are written beside the weights."
-    parser = commands.add_parser("quantize", help=summary, description=f"Quantize {summary}. {details}")
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path, help="a folder that is not there yet")
-    parser.add_argument("--method", choices=("awq", "rtn"), default="awq", help="rtn: round to nearest, see no input")
-    parser.add_argument("--mode", choices=("ours", "upstream"), default="ours", help="upstream: llm-awq's objective")
-    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128, help="inputs that share a scale")
-    parser.add_argument("--also", nargs="+", choices=PARTS, default=(), help="parts that are rounded too (none)")
-    parser.add_argument("--format", choices=FORMATS, default="ours", help="the layout of the int4 linears")
-    parser.add_argument(
-        "--calib",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help='texts, one a line (512 tokens of it), or .jsonl of {"text": ...} and '
-        '{"image": ..., "question": ..., "answer": ...} '
-        "(default: drawn pictures, questions and answers; also pages of Python's manual if the model knows its words)",
+    details = (
+        "A run that was killed is resumed by the same command. quantization.json and a plot of it, quantization.svg, "
+        "are written beside the weights."
     )
-    parser.add_argument("--samples", type=COUNT, default=DEFAULT_SAMPLES, help="of calibration, at most")
-    parser.add_argument("--seed", type=SEED, default=0, help="of the choice of samples")
-    parser.add_argument(
-        "--image-weight", type=Limits(float, 0, 1e6), default=1.0, help="a picture's token for each 1 of a word"
+    parser = add_command(commands, "quantize", SUMMARIES["quantize"], details)
+    parser.add_argument("source", type=Path, help="a checkpoint folder in fp16")
+    parser.add_argument("target", type=Path, help="a folder that does not exist yet")
+    what = parser.add_argument_group("what is written")
+    methods = "AWQ scales and GPTQ (the default), llm-awq's objective, or round to nearest"
+    read_method = renamed_values({"awq": "awq-gptq"})
+    what.add_argument("--method", type=read_method, choices=tuple(METHODS), default="awq-gptq", help=methods)
+    what.add_argument("--mode", choices=("ours", "upstream"), help=argparse.SUPPRESS)  # the old way to say --method
+    size = "inputs that share a scale (default: 128)"
+    what.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128, help=size)
+    parts = "parts to quantize besides the language model"
+    extra = what.add_argument("--extra-parts", nargs="+", choices=EXTRA_PARTS, default=(), help=parts)
+    what.add_argument("--also", action=OldOption, new=extra)
+    layout = "layout of the int4 linears (default: vila-triton)"
+    what.add_argument("--format", type=read_format, choices=INT4_FORMATS, default=FORMATS[0], help=layout)
+
+    how = parser.add_argument_group("calibration, which rtn does without")
+    files = (
+        'texts, one a line (512 tokens of it), or .jsonl of {"text": ...} and {"image": ..., "question": ..., '
+        '"answer": ...} (default: synthetic images with questions and answers; also pages of Python\'s manual if the '
+        "tokenizer knows its words)"
     )
-    parser.add_argument("--no-propagate", action="store_true", help="later layers do not see earlier ones' errors")
-    parser.add_argument("--awq-cache", type=Path, metavar="FILE.pt", help="llm-awq's scales and clips; no search")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    how.add_argument("--calib", type=Path, nargs="+", metavar="FILE", help=files)
+    samples = CALIBRATION_DEFAULTS["samples"]
+    how.add_argument("--samples", type=COUNT, default=samples, help=f"calibration samples at most (default: {samples})")
+    how.add_argument("--seed", type=SEED, default=0, help="of the choice of samples (default: 0)")
+    weight = "how much an image token counts for each 1 of a text token (default: 1)"
+    how.add_argument("--image-weight", type=Limits(float, 0, 1e6), default=1.0, help=weight)
+    independent = "quantize each layer as if those before it were exact"
+    no_propagation = how.add_argument("--no-error-propagation", action="store_true", help=independent)
+    how.add_argument("--no-propagate", action=OldOption, new=no_propagation)
+    cache = "apply the scales and clips of llm-awq's search instead of searching"
+    how.add_argument("--awq-cache", type=Path, metavar="FILE.pt", help=cache)
+    how.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     from vila_triton.checkpoints.loading import build_vila_config, open_checkpoint
     from vila_triton.checkpoints.writing import write_checkpoint
-    from vila_triton.quantization import awq_cache_file, report
-    from vila_triton.quantization import pipeline as awq
-    from vila_triton.quantization import resumable as folder
-    from vila_triton.registry.kernel_config import pick_device
-
-    from .convert import byte_progress
+    from vila_triton.device import pick_device
+    from vila_triton.files.file_locks import FolderInUseError
+    from vila_triton.quantization import pipeline, report, resumable
+    from vila_triton.quantization.awq_cache_file import load_awq_cache
+    from vila_triton.quantization.config import QuantizeConfig
 
     check_options(args)
     source, device, target = open_checkpoint(args.source), pick_device(args.device), args.target.absolute()
-    config = folder.QuantizeConfig(
-        args.mode, args.group_size, not args.no_propagate, args.image_weight, tuple(sorted(set(args.also)))
-    )
-    vila_config = build_vila_config(source.config, awq.prepare_source(source, config).part_configs)
-    work_folder = target.with_name(f"{target.name}.quantizing")
-    report_header = {
-        "method": args.method,
-        "group": config.group_size,
-        "format": args.format,
-        "also": list(config.extra_parts),
-    }
+    group_size, extra_parts = args.group_size, tuple(sorted(set(args.extra_parts)))
+    propagates = not args.no_error_propagation
+    config = QuantizeConfig(METHODS[args.method], group_size, propagates, args.image_weight, extra_parts)
+    vila_config = build_vila_config(source.config, pipeline.prepare_source(source, config).part_configs)
+    work = target.with_name(f"{target.name}.quantizing")
+    summary = {"method": args.method, "group": group_size, "format": args.format, "also": list(extra_parts)}
     if args.method == "rtn":
-        if work_folder.exists():
-            raise ValueError(f"{work_folder} holds the beginnings of other work; remove it, or write elsewhere")
-
-        def write_rtn_report(directory: Path) -> None:
-            report.write_report(directory, report_header, {})
-
-        write_checkpoint(
-            awq.round_to_nearest(source, config),
-            target,
-            args.format,
-            progress=byte_progress(),
-            write_extra=write_rtn_report,
-        )
-        print(f"{args.target}: written, every weight at its nearest level in groups of {config.group_size}")
-        return
-    target_exists = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if target_exists and not folder.already_written(work_folder, target, args.format):
-        raise ValueError(f"{target} is there already and not empty; give another folder, or remove it")
-    dtype = folder.part_dtype(source, "llm")
-    search_results = (
-        awq_cache_file.load_awq_cache(args.awq_cache, vila_config.llm, config.group_size, dtype)
-        if args.awq_cache
-        else None
-    )
-    calibration_set, calibration_text = load_calibration(args, source, vila_config)
-    num_tokens, num_image_tokens = (
-        sum(map(len, calibration_set.rows)),
-        sum(int((row < 0).sum()) for row in calibration_set.rows),
-    )
-    report_header |= {
-        "mode": config.mode,
-        "seed": args.seed,
-        "propagate": config.propagate_error and config.mode == "ours",
-    }
-    report_header |= {"image_weight": config.image_weight, "tokens": num_tokens, "calibration": calibration_text}
-    print(f"calibration: {calibration_text}; {num_tokens} tokens, {num_image_tokens} of pictures")
-    if calibration_set.pixels is not None and config.extra_parts:
-        report_header["pictures"] = awq.calibration_image_counts(vila_config, config, calibration_set.pixels)
-        print(
-            *(
-                f"{part}: by {n} of {len(calibration_set.pixels)} pictures"
-                for part, n in report_header["pictures"].items()
-            ),
-            sep="\n",
-        )
-    quantized = awq.quantize_checkpoint(
-        source, work_folder, config, calibration_set, device, layer_progress(), search_results
-    )
-
-    def write_extra(directory: Path) -> None:
-        parts = {part: folder.read_reports(work_folder, part) for part in ("llm", *config.extra_parts)}
-        report.write_report(directory, report_header | {"work": folder.read_work_key(work_folder)}, parts)
-        if config.mode == "upstream":
-            awq.save_cache(work_folder, directory / "awq_cache.pt")
-
-    if not target_exists:
+        if work.exists():
+            raise FolderInUseError.other_work(work)
+        quantized = pipeline.round_to_nearest(source, config)
         write_checkpoint(
             quantized,
             target,
             args.format,
             progress=byte_progress(),
-            source_key=folder.read_work_key(work_folder),
-            write_extra=write_extra,
+            write_extra=lambda folder: report.write_report(folder, summary, {}),
         )
-    folder.remove_work_folder(work_folder)
+        print(f"{args.target}: written, every weight rounded to nearest in groups of {group_size}")
+        return
+    target_exists = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if target_exists and not resumable.already_written(work, target, args.format):
+        raise ValueError(f"{target} is there already and not empty; give another folder, or remove it")
+    awq_cache = None
+    if args.awq_cache:
+        dtype = resumable.part_dtype(source, "llm")
+        awq_cache = load_awq_cache(args.awq_cache, vila_config.llm, group_size, dtype)
+    calibration, description = load_calibration(args, source, vila_config)
+    num_tokens = sum(map(len, calibration.sequences))
+    num_image_tokens = sum(int((ids < 0).sum()) for ids in calibration.sequences)
+    summary |= {"seed": args.seed, "propagate": propagates and args.method == "awq-gptq"}
+    summary |= {"image_weight": config.image_weight, "tokens": num_tokens, "calibration": description}
+    print(f"calibration: {description}; {num_tokens} tokens, {num_image_tokens} of images")
+    if calibration.pixel_values is not None and extra_parts:
+        summary["images"] = pipeline.calibration_image_counts(vila_config, config, calibration.pixel_values)
+        for part, n in summary["images"].items():
+            print(f"{part}: by {n} of {len(calibration.pixel_values)} images")
+    progress = Progress(unit=" layers")
+    quantized = pipeline.quantize_checkpoint(source, work, config, calibration, device, progress, awq_cache)
+
+    def write_extra(folder: Path) -> None:
+        parts = {part: resumable.read_reports(work, part) for part in ("llm", *extra_parts)}
+        report.write_report(folder, summary | {"work": resumable.read_work_key(work)}, parts)
+        if args.method == "llm-awq":
+            pipeline.save_cache(work, folder / "awq_cache.pt")
+
+    if not target_exists:
+        key = resumable.read_work_key(work)
+        write_checkpoint(
+            quantized, target, args.format, progress=byte_progress(), source_key=key, write_extra=write_extra
+        )
+    resumable.remove_work_folder(work)
     print(f"{args.target}: written, with quantization.json and quantization.svg")
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Errors: ValueError for options that do not go together, none of which would change anything."""
-    if args.awq_cache and (args.mode != "upstream" or args.method != "awq"):
-        raise ValueError("--awq-cache holds what mode upstream finds; give --mode upstream too")
-    defaults = {
-        "calib": None,
-        "samples": DEFAULT_SAMPLES,
-        "seed": 0,
-        "image_weight": 1.0,
-        "no_propagate": False,
-        "mode": "ours",
-    }
-    if args.method == "rtn" and (
-        useless := [name for name, default in defaults.items() if getattr(args, name) != default]
-    ):
+    """Raise ValueError for options that would have no effect, and take the old --mode for --method."""
+    if args.mode:
+        note_new_spelling(f"--mode {args.mode}", f"--method {OLD_MODES[args.mode]}")
+        if args.method == "rtn" and args.mode == "upstream":
+            raise ValueError("--method rtn looks at no input and leaves nothing to choose: --mode would do nothing")
+        args.method = args.method if args.method == "rtn" else OLD_MODES[args.mode]
+    if args.awq_cache and args.method != "llm-awq":
+        raise ValueError("--awq-cache holds what llm-awq's search finds; give --method llm-awq too")
+    useless = [name for name, default in CALIBRATION_DEFAULTS.items() if getattr(args, name) != default]
+    if args.method == "rtn" and useless:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
         raise ValueError(f"--method rtn looks at no input and leaves nothing to choose: {names} would do nothing")
-    if args.mode == "upstream" and args.no_propagate:
-        raise ValueError("--mode upstream carries no errors on: --no-propagate would do nothing")
+    if args.method == "llm-awq" and args.no_error_propagation:
+        raise ValueError("--method llm-awq propagates no errors: --no-error-propagation would do nothing")
 
 
-def load_calibration(args: argparse.Namespace, source: Any, vila_config: Any) -> tuple[Any, str]:
-    """Prompts, and in words what they are."""
+def load_calibration(
+    args: argparse.Namespace, source: "CheckpointSource", vila_config: "VilaConfig"
+) -> tuple["CalibrationSet", str]:
+    """Return the calibration set that the options ask for, and a description of it."""
     from vila_triton.chat.tokenizer import load_tokenizer
     from vila_triton.hf.configuration_vila_llama import VilaLlamaConfig
     from vila_triton.images.processing import load_image_processor
-    from vila_triton.quantization import calibration_data as of
+    from vila_triton.quantization import calibration_data
 
-    tokenizer = load_tokenizer(source.beside["llm"])
-    config = VilaLlamaConfig(**{**source.top, **{f"{part}_cfg": values for part, values in source.parts.items()}})
+    tokenizer = load_tokenizer(source.companion_dirs["llm"])
+    part_configs = {f"{part}_cfg": values for part, values in source.part_configs.items()}
     if args.calib:
-        samples = of.sample_subset(list(of.read_samples(args.calib)), args.samples, args.seed)
+        samples = calibration_data.sample_subset(
+            list(calibration_data.read_samples(args.calib)), args.samples, args.seed
+        )
         description = f"{len(samples)} samples of {', '.join(file.name for file in args.calib)}"
     else:
-        manual_pages = of.python_manual_samples(args.samples // 2, args.seed)
-        ids = tokenizer(manual_pages[0].text).input_ids if manual_pages else []
-        uses_manual = bool(manual_pages) and ids.count(tokenizer.unk_token_id) < len(ids) / 10
-        synthetic = of.synthetic_samples(args.samples - len(manual_pages) * uses_manual, args.seed)
-        samples = synthetic + manual_pages * uses_manual
-        description = (
-            f"{len(synthetic)} questions about drawn pictures"
-            + f", {len(manual_pages)} pages of Python's manual" * uses_manual
-        )
+        pages = calibration_data.python_manual_samples(args.samples // 2, args.seed)
+        ids = tokenizer(pages[0].text).input_ids if pages else []
+        if ids.count(tokenizer.unk_token_id) >= len(ids) / 10:
+            pages = []  # a tokenizer that lacks the words of the manual
+        samples = calibration_data.synthetic_samples(args.samples - len(pages), args.seed)
+        description = f"{len(samples)} questions about synthetic images"
+        if pages:
+            samples, description = samples + pages, f"{description}, {len(pages)} pages of Python's manual"
     processor = load_image_processor(source.folder) if any(sample.images for sample in samples) else None
-    return of.build_calibration_set(samples, tokenizer, processor, config, vila_config.image_tokens), description
-
-
-def layer_progress() -> Callable[[int, int], None]:
-    """Says on a terminal which layer it is at, and how long the rest will take."""
-    start_time, first_done = time.monotonic(), list[int]()
-
-    def show(done: int, total: int) -> None:
-        first_done.append(done)
-        seconds_per_layer = (time.monotonic() - start_time) / max(1, done - first_done[0])
-        remaining = (
-            f", {seconds_per_layer:.1f} s each, {seconds_per_layer * (total - done):.0f} s left"
-            if done > first_done[0]
-            else ""
-        )
-        print_progress(f"{done} of {total} layers{remaining}", done == total)
-
-    return show
+    config = VilaLlamaConfig(**{**source.config, **part_configs})
+    image_tokens = vila_config.tokens_per_image
+    return calibration_data.build_calibration_set(samples, tokenizer, processor, config, image_tokens), description

@@ -1,10 +1,10 @@
-"""Running the model on the paged cache: prefill in one piece or in chunks, and generation token by token.
+"""The engine: prefill, chunked prefill and token-by-token generation on the paged KV cache.
 
-Everything here takes the parameters, the config and the cache, and keeps nothing of its own.
+All functions take the parameters, the config and the cache, and keep no state of their own.
 """
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, StoppingCriteriaList
 
-from ..cache.paged_cache import PagedKVCache
+from ..cache.paged_cache import AttentionRecorder, PagedBatch, PagedKVCache, UncachedBatch, step_phase
 from ..checkpoints.generation_config import ARGUMENT_LIMITS
 from ..limits import SEED
 from ..models import llama, vila
@@ -30,25 +30,25 @@ from ..registry import default_choices
 from ..registry.tuned_tables import default_choices_for
 from .stopping import StopStrings
 
+Batch = PagedBatch | UncachedBatch | AttentionRecorder
 
-def use_default_kernels(
-    device: torch.device, decode: bool = False, numerics: str = "fast"
-) -> AbstractContextManager[None]:
-    """Inside, ops run by default what the configs say for this device and phase, or for the policy "invariant".
 
-    Errors: ValueError for an implementation that `use` chose and that does not keep what the policy promises.
+def use_default_kernels(device: torch.device, phase: str) -> AbstractContextManager[None]:
+    """Let ops run the implementations that the configs choose for this device and phase.
+
+    phase: "prefill", "decode" or "invariant".
+    Errors: ValueError for an implementation that `use` chose and that is not batch-invariant, in phase "invariant".
     """
-    if numerics == "invariant":
-        return default_choices(default_choices_for(device, numerics), batch_invariant=True)
-    return default_choices(default_choices_for(device, "decode" if decode else "prefill"))
+    return default_choices(default_choices_for(device, phase), batch_invariant=phase == "invariant")
 
 
 def encode_images(p: vila.Vila, pixels: Tensor, cfg: VilaConfig, numerics: str = "fast") -> Tensor:
-    """Pictures [n, c, H, W] -> features [n, tokens, e], with the kernels configured for prefill.
+    """Encode images [n, c, H, W] -> image features [n, tokens, e], with the kernels configured for prefill.
 
-    Under the policy "invariant" one picture after the other: each is then the same computation as if it were alone.
+    With numerics "invariant" images are encoded one by one, so that the features of an image do not depend on the
+    others.
     """
-    with use_default_kernels(pixels.device):
+    with use_default_kernels(pixels.device, "prefill"):
         if numerics == "invariant" and len(pixels) > 1:
             return torch.cat([vila.encode_images(p, image.clone(), cfg) for image in pixels.split(1)])
         return vila.encode_images(p, pixels, cfg)
@@ -56,18 +56,18 @@ def encode_images(p: vila.Vila, pixels: Tensor, cfg: VilaConfig, numerics: str =
 
 def forward(
     p: vila.Vila,
-    rows: Sequence[Tensor],
+    x: Tensor,
     positions: Tensor,
     cfg: VilaConfig,
-    cache: llama.AttentionBackend,
-    image_features: Tensor | None = None,
-    decode: bool = False,
+    batch: Batch,
     hidden_states: list[Tensor] | None = None,
-) -> list[Tensor]:
-    """One pass over rows [t] int64 (spliced) or [t, e]; positions [s] of all of them -> final hidden states [t, e]."""
-    with use_default_kernels(positions.device, decode, cache.numerics):
-        x = torch.cat([row if row.is_floating_point() else vila.embed_spliced(p, row, image_features) for row in rows])
-        return list(llama.forward(p.llm, x, positions, cfg.llm, cache, hidden_states).split([len(row) for row in rows]))
+) -> Tensor:
+    """Run the language model in one pass: embeddings x [s, e] at positions [s] -> final hidden states [s, e].
+
+    `batch` stores keys and values in place. `hidden_states`: see `llama.forward`.
+    """
+    with use_default_kernels(x.device, batch.phase):
+        return llama.forward(p.llm, x, positions, cfg.llm, batch, hidden_states)
 
 
 def extend(
@@ -79,17 +79,33 @@ def extend(
     *,
     chunk_size: int | None = None,
     states_to_keep: Mapping[int, int] | None = None,
+) -> list[Tensor]:
+    """Append spliced ids [t] to each sequence; as `extend_rows`, with image features [rows, e]."""
+    embed = partial(vila.embed_spliced, p, image_features=image_features)
+    return extend_rows(p, rows, embed, cfg, cache, chunk_size=chunk_size, states_to_keep=states_to_keep)
+
+
+def extend_rows(
+    p: vila.Vila,
+    rows: Mapping[int, Tensor],
+    embed: Callable[[Tensor], Tensor],
+    cfg: VilaConfig,
+    cache: PagedKVCache,
+    *,
+    chunk_size: int | None = None,
+    states_to_keep: Mapping[int, int] | None = None,
     positions: Mapping[int, Tensor] | None = None,
 ) -> list[Tensor]:
-    """Append a row of new tokens to each sequence and run the model over them; the cache is written in place.
+    """Append new tokens to each sequence and run the language model over them -> hidden states [kept, e] of each row.
 
-    rows: by sequence id, a spliced row [t] int64 or its embeddings [t, e]; chunk: at most so many tokens of a sequence
-    at a time, so that activations do not grow with the row; keep: how many of its last hidden states each sequence
-    returns, 1 unless said; positions [t] per sequence, by default what follows the cached tokens
-    -> hidden states [kept, e], in the order of `rows`. Errors: `OutOfPages`; a failure leaves the cache as it was.
+    rows: by sequence id, one row of any tensor for each new token. embed: turns the rows of a chunk into embeddings [t, e].
+    chunk_size: the most tokens of a sequence in one pass, so that activations do not grow with the prompt.
+    states_to_keep: how many of its last hidden states are returned for each sequence, by default 1.
+    positions: [t] for each sequence, by default those behind its cached tokens.
+    Errors: `OutOfPages`. After any failure the cache is as it was.
     """
     if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk is {chunk_size}, expected at least 1")
+        raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
     context_lens = {seq: cache.length(seq) for seq in rows}
     longest = max(map(len, rows.values()))
     kept: dict[int, list[Tensor]] = {seq: [] for seq in rows}
@@ -100,10 +116,11 @@ def extend(
             }
             counts = {seq: len(row) for seq, row in chunk_rows.items()}
             with cache.append_step(counts) as step:
+                x = torch.cat([embed(row) for row in chunk_rows.values()])
                 chunk_positions = step.positions
                 if positions:
                     chunk_positions = torch.cat([positions[seq][start : start + n] for seq, n in counts.items()])
-                hidden = forward(p, list(chunk_rows.values()), chunk_positions, cfg, step, image_features, step.decode)
+                hidden = forward(p, x, chunk_positions, cfg, step).split(list(counts.values()))
             for (seq, n), states in zip(counts.items(), hidden):
                 first_kept = len(rows[seq]) - (states_to_keep[seq] if states_to_keep else 1) - start
                 if first_kept < n:
@@ -117,24 +134,29 @@ def extend(
 
 
 def prefix_keys(spliced_ids: Tensor, feature_keys: Sequence[int]) -> list[int]:
-    """What the positions of a spliced row [t] are known by: words by their ids, rows of features by these names."""
+    """The prefix-cache key of each position of spliced ids [t]: a text token's id, or the key of an image position.
+
+    Spliced ids code an image position as -1 - r for row r of the image features; here it becomes `feature_keys[r]`, a
+    negative hash of the image's content (`image_token_key`).
+    """
     return [token if token >= 0 else feature_keys[-1 - token] for token in spliced_ids.tolist()]
 
 
 def admit_sequences(cache: PagedKVCache, keys: Mapping[int, list[int]], max_new_tokens: int) -> None:
-    """Make room in the cache for conversations of these `contents`, by sequence id, and keep it for their answers until
-    `stream` has ended them.
+    """Prepare the cache for requests: reuse cached prefixes, then reserve pages for prompts and answers until
+    `generate_tokens` has ended them.
 
-    An empty sequence first takes over what the cache knows of its beginning, all but the last token at most. What a
-    sequence then holds can be made known in turn: `cache.table.publish`.
-    Errors: `OutOfPages` beyond the limit of the pool; nothing has changed then.
+    keys: by sequence id, the `prefix_keys` of the whole prompt. An empty sequence takes over the pages of its longest
+    cached prefix, without its last token, whose logits are needed. Register what a sequence then holds with
+    `cache.allocator.register_prefix`.
+    Errors: `OutOfPages` beyond the limit of the cache; nothing has changed then.
     """
     with cache.lock:
         cache.admit(keys, max_new_tokens)
 
 
 def check_sampling_arguments(options: Mapping[str, Any]) -> None:
-    """Errors: ValueError naming one of the arguments of `Sampling.of` that is no number it could be."""
+    """Errors: ValueError naming an argument of `SamplingParams.from_generate_kwargs` that is out of range."""
     for name, limits in ARGUMENT_LIMITS.items():
         if options.get(name) is not None:
             limits.validate(name, options[name])
@@ -145,9 +167,10 @@ def check_sampling_arguments(options: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen and when to stop, in transformers' own processors and criteria.
+    """How the next token is chosen and when to stop, as transformers' logits processors and stopping criteria.
 
-    `seeds`: one a row; None means greedy. Every row draws from its own generator, on the CPU.
+    `seeds`: one for each sequence, or None for greedy decoding. Each sequence draws from a generator of its own, on the
+    CPU.
     """
 
     max_new_tokens: int = 128
@@ -174,8 +197,10 @@ class SamplingParams:
         stopping_criteria: StoppingCriteriaList | None = None,
         device: torch.device | str = "cpu",
     ) -> "SamplingParams":
-        """From the usual arguments. Greedy unless `do_sample`; row i draws with seed + i, or with seed[i]; without a
-        seed with one that nobody could know, which is then in `seeds`. Errors: ValueError naming the argument.
+        """Build the parameters from arguments named as in transformers' `generate`.
+
+        Decoding is greedy unless `do_sample`. Sequence i draws with seed + i, or with seed[i]; without a seed from an
+        unpredictable one, which is then in `seeds`. Errors: ValueError naming the argument.
         """
         check_sampling_arguments(locals())
         processors = LogitsProcessorList(logits_processor or [])
@@ -214,11 +239,11 @@ def generate_tokens(
     sampling: SamplingParams,
     chunk_size: int | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """Continue conversations, yielding (sequence, token) as tokens are chosen. Between two steps the cache may serve
-    other threads, and other streams that are read in turns with this one.
+    """Continue sequences, yielding (sequence id, token) as tokens are chosen.
 
-    rows: by sequence id, the whole spliced conversation [t]; what of it is cached already is not run again. The last
-    token of an answer is not in the cache afterwards. Processors and criteria see the words so far, without pictures.
+    rows: by sequence id, the spliced ids [t] of the whole prompt; positions that are cached already are not run again.
+    The last token of an answer is not cached. Logits processors and stopping criteria see text tokens only, without
+    images. Between two steps other threads may use the cache, and other iterators of this function may be advanced.
     """
     pending = {seq: row[cache.length(seq) :] for seq, row in rows.items()}
     for seq, row in pending.items():
@@ -231,22 +256,20 @@ def generate_tokens(
         while pending:
             with cache.lock:
                 hidden = torch.cat(extend(p, pending, cfg, cache, image_features, chunk_size=chunk_size))
-            with use_default_kernels(hidden.device, decode=True, numerics=cache.numerics):
+            with use_default_kernels(hidden.device, step_phase([1], cache.numerics)):
                 logits = llama.logits(p.llm, hidden).float()  # [b, v]
             for seq, row_logits in zip(list(pending), logits.split(1)):
-                processed_logits: Any = sampling.processors(text_ids[seq], row_logits)  # pyright: ignore[reportArgumentType]
+                scores: Any = sampling.processors(text_ids[seq], row_logits)  # pyright: ignore[reportArgumentType]
                 if generators:
-                    token = torch.multinomial(processed_logits.softmax(-1).cpu(), 1, generator=generators[seq]).to(
-                        processed_logits.device
-                    )[0]
+                    token = torch.multinomial(scores.softmax(-1).cpu(), 1, generator=generators[seq]).to(scores.device)[
+                        0
+                    ]
                 else:
-                    token = processed_logits.argmax(-1)
+                    token = scores.argmax(-1)
                 text_ids[seq] = torch.cat((text_ids[seq], token[None]), dim=1)
                 pending[seq], remaining[seq] = token, remaining[seq] - 1
                 yield seq, int(token)
-                if not remaining[seq] or (
-                    sampling.criteria and bool(sampling.criteria(text_ids[seq], processed_logits).any())
-                ):
+                if not remaining[seq] or (sampling.criteria and bool(sampling.criteria(text_ids[seq], scores).any())):
                     del pending[seq]
                     cache.lock.run_soon(partial(cache.allocator.release_reservation, seq))
     finally:

@@ -1,4 +1,4 @@
-"""Texts that end an answer, whatever the tokenizer."""
+"""Stop strings: end a generation when the text ends in one of several strings, with any tokenizer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,10 @@ MAX_TOKENS_PER_CHARACTER = 4  # tokens that the longest character may take
 
 
 class StopStrings(StoppingCriteria):
-    """Ends a row when its last token completes one of the texts.
+    """Stops a sequence when its last token completes one of the stop strings.
 
-    The tokens are decoded, and nothing else is asked of a tokenizer; transformers' own criterion looks for the spelling
-    of spaces in the vocabulary, and fails where there is none.
+    Tokens are decoded and compared as text. transformers' own criterion reads the vocabulary's spelling of spaces, and
+    fails where there is none. Errors: ValueError for an empty string or without a tokenizer.
     """
 
     def __init__(self, tokenizer: Any, stop_strings: str | Sequence[str]):
@@ -29,6 +29,7 @@ class StopStrings(StoppingCriteria):
         return torch.tensor([self.completes_stop_string(row) for row in input_ids.tolist()], device=input_ids.device)
 
     def completes_stop_string(self, row: list[int]) -> bool:
+        """Say if the text of the token ids ends in a stop string that it did not end in before the last token."""
         previous, current = (self.tokenizer.decode(tokens) for tokens in (row[-self.window : -1], row[-self.window :]))
         common_length = next(
             (i for i, (a, b) in enumerate(zip(previous, current)) if a != b), min(len(previous), len(current))

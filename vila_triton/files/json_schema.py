@@ -1,8 +1,9 @@
-"""What JSON of a known kind must hold: which fields, and values of which types.
+"""Check JSON values against a schema: which fields there must be, and of which types.
 
     {"op": str, "seconds": float, "reason": (str, None), "ranges": [{"sizes": dict}]}
 
-is an object with at least these fields; a type, one of several, or a list each item of which has the form.
+A dictionary is an object with at least these fields, a tuple one of several types, a list of one schema a list whose
+items all fit it.
 """
 
 import sys
@@ -14,7 +15,9 @@ TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", dict: "an o
 
 
 def require_schema(value: Any, schema: Any, where: object) -> None:
-    """Errors: `LoadError` that begins with `where` and names the field, what it is and what was expected."""
+    """Check a value against a schema. Errors: `LoadError` that begins with `where` and names the field and what it must
+    be.
+    """
     if isinstance(schema, dict):
         require_schema(value, dict, where)
         for name, field_schema in schema.items():
@@ -34,7 +37,7 @@ def require_schema(value: Any, schema: Any, where: object) -> None:
 
 
 def is_json_type(value: Any, expected: type | None) -> bool:
-    """Whether a value is of a type as JSON has them: true is no number, a whole one is a number too."""
+    """Whether a value has a type in JSON's sense: true is no number, and a whole number is also a float."""
     if expected is None or value is None or isinstance(value, bool):
         return value is expected
     if expected is float:

@@ -1,8 +1,8 @@
-"""Files that others wrote: looked at before they are opened, JSON in them read strictly, shown in errors shortened.
+"""Read files that others wrote: checked before they are opened, with strict JSON, and shortened in error messages.
 
-Everything in the package that reads JSON reads it with `parse_json` or `read_json`. A checkpoint is a folder, and what
-belongs to it lies in it: `require_own` follows symbolic links only within it, and to the blobs of Hugging Face's cache,
-of which the folders of that cache are made.
+All JSON in the package is read with `parse_json` or `read_json`. A checkpoint is a folder that holds all its files:
+`require_contained` follows symbolic links only within it, and to the blobs of Hugging Face's cache, whose folders are
+made of such links.
 """
 
 import json
@@ -20,24 +20,24 @@ SHORT_REPR.maxlevel = 2
 
 
 class LoadError(ValueError):
-    """A file is not there, or not what it has to be."""
+    """A file does not exist, or does not hold what it must."""
 
 
 def short_repr(value: Any) -> str:
-    """A value for an error: its `repr`, shortened."""
+    """The `repr` of a value for an error message, shortened."""
     text = SHORT_REPR.repr(value)
     return text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
 
 
 def join_items(items: Iterable[object], max_items: int = 8, separator: str = ", ") -> str:
-    """Items for an error: a, b, c and 97 more."""
+    """Join items for an error message: a, b, c and 97 more."""
     texts = list(map(str, items))
     suffix = f"{separator}and {len(texts) - max_items} more" if len(texts) > max_items else ""
     return separator.join(texts[:max_items]) + suffix
 
 
 def require_file(path: Path) -> None:
-    """Errors: `LoadError` unless it is a file. Opening a FIFO or a device would wait for what may never come."""
+    """Check that a path is a file, since opening a FIFO or a device could block for ever. Errors: `LoadError`."""
     if path.is_file():
         return
     if not path.exists():
@@ -47,7 +47,10 @@ def require_file(path: Path) -> None:
 
 
 def require_contained(checkpoint: Path, *folders: Path) -> None:
-    """Errors: `LoadError` for a folder of a checkpoint, or what lies in one, that leads out of it or is no file."""
+    """Check that folders of a checkpoint, and what lies in them, are files and folders that do not lead out of it.
+
+    Errors: `LoadError`.
+    """
     root = checkpoint.resolve()
     for path in (path for folder in folders for path in (folder, *sorted(folder.iterdir()))):
         try:
@@ -62,7 +65,7 @@ def require_contained(checkpoint: Path, *folders: Path) -> None:
 
 
 def find_folder(checkpoint: Path, name: str) -> Path | None:
-    """The folder that a config names, if there is one. Errors: `LoadError` if it is not in the checkpoint."""
+    """The folder that a config names, None if there is none. Errors: `LoadError` if it is outside the checkpoint."""
     try:
         folder = checkpoint / name
         if not folder.is_dir():
@@ -74,7 +77,7 @@ def find_folder(checkpoint: Path, name: str) -> Path | None:
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file. Errors: `LoadError` naming the file, for whatever is wrong with it."""
+    """Read the object in a JSON file. Errors: `LoadError` naming the file, for everything that can be wrong with it."""
     require_file(path)
     if (size := path.stat().st_size) > max_bytes:
         raise LoadError(f"{path} is not read: it has {size} bytes, expected at most {max_bytes}")
@@ -85,7 +88,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def parse_json(text: bytes | str, where: object) -> Any:
-    """The value of a JSON text, in which no key is repeated and every number is finite.
+    """Parse a JSON text in which no key is repeated and every number is finite.
 
     Errors: `LoadError` that begins with `where`.
     """
@@ -115,12 +118,14 @@ def parse_json(text: bytes | str, where: object) -> Any:
 
 
 def parse_finite(number: str) -> float:
+    """Parse a number. Errors: ValueError for infinities and NaN."""
     if not math.isfinite(value := float(number)):
         raise ValueError(f"{number} is not a finite number")
     return value
 
 
 def reject_duplicate_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a dictionary from the pairs of a JSON object. Errors: ValueError for a key that is there twice."""
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:

@@ -1,8 +1,8 @@
-"""Makes transformers' Auto classes know `llava_llama`, once imported.
+"""Registers `llava_llama` with transformers' Auto classes when it is imported.
 
-`from vila_triton import VilaLlamaForCausalLM` (or another of the package's Hugging Face names) imports it; whoever uses
-nothing but `AutoModelForCausalLM` writes `import vila_triton.hf.auto`. `import vila_triton` alone does not, so that it
-stays instant: the classes take seconds to load.
+`from vila_triton import VilaLlamaForCausalLM`, or another of the package's Hugging Face names, imports it. Code that
+only uses `AutoModelForCausalLM` must `import vila_triton.auto`. `import vila_triton` alone does not import it, since
+the classes take seconds to load.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor

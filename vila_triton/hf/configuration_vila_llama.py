@@ -24,7 +24,7 @@ DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float16", "bfloat1
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """The dtype that `model_dtype` names, as "torch.float16" or "float16". Errors: `ConfigError`."""
+    """Parse a dtype as `model_dtype` spells it, "torch.float16" or "float16". Errors: `ConfigError`."""
     full = f"torch.{str(name).removeprefix('torch.')}"
     if full not in DTYPES:
         raise ConfigError(f"config: model_dtype {short_repr(name)} is not supported ({', '.join(DTYPES)} are)")
@@ -32,7 +32,9 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 class VilaLlamaConfig(PreTrainedConfig):
-    """The top config.json of a VILA folder; the three nested configs may be null there and stand in their folders."""
+    """The top config.json of a VILA folder. The three nested configs may be null there and lie in the parts' folders
+    instead.
+    """
 
     model_type = "llava_llama"
 
@@ -53,7 +55,9 @@ class VilaLlamaConfig(PreTrainedConfig):
 
     @classmethod
     def from_configs(cls, top: Mapping[str, Any], part_configs: Mapping[str, Any]) -> "VilaLlamaConfig":
-        """From the config.json of a folder and those of its parts. Errors: `ConfigError` if transformers takes none."""
+        """Build a config from a folder's top config and those of its parts. Errors: `ConfigError` if transformers
+        refuses the values.
+        """
         dropped = [*LABEL_FIELDS, *(f.name for f in fields(RunSettings) if top.get(f.name) is None)]
         values = {name: value for name, value in top.items() if name not in dropped}
         try:
@@ -64,15 +68,15 @@ class VilaLlamaConfig(PreTrainedConfig):
             ) from None
 
     def cache_kwargs(self) -> dict[str, Any]:
-        """What `PagedCache` is made with beside the model's shape, dtype and device. Errors: `ConfigError`."""
+        """The arguments of `PagedKVCache` that this config sets. Errors: `ConfigError`."""
         values = {name: getattr(self, name) for name in ("page_size", "kv_dtype", "attention_policy")}
         settings = read_dataclass(RunSettings, values, "config")
         return {"page_size": settings.page_size, "kv_dtype": settings.kv_dtype, "numerics": settings.attention_policy}
 
     def part_configs(self) -> dict[str, dict[str, Any]]:
-        """The three nested configs, read from their folders where they are not given in place.
+        """The three nested configs, read from the parts' folders where they are null here.
 
-        Errors: ValueError if one is neither given nor to be found.
+        Errors: ValueError if one is neither here nor in a folder.
         """
         root = self._name_or_path or self.resume_path
         configs = {}

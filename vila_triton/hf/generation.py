@@ -1,4 +1,4 @@
-"""`generate` of `VilaLlamaForCausalLM`, by our engine or by transformers' own loop over `forward`."""
+"""`generate` of `VilaLlamaForCausalLM`: our engine, or transformers' own loop over `forward`."""
 
 import inspect
 import warnings
@@ -32,12 +32,12 @@ LOOPS = ("engine", "transformers")
 SAMPLING_ARGUMENTS = [
     name
     for name in inspect.signature(engine.SamplingParams.from_generate_kwargs).parameters
-    if name not in ("rows", "device")
+    if name not in ("batch_size", "device")
 ]
 
 
 class VilaGenerationMixin(GenerationMixin):
-    """The part of `VilaLlamaForCausalLM` that answers."""
+    """The methods of `VilaLlamaForCausalLM` that generate text."""
 
     params: Any
     vila_config: Any
@@ -57,17 +57,16 @@ class VilaGenerationMixin(GenerationMixin):
         loop: str = "engine",
         **options: Any,
     ) -> Any:
-        """Answers to a batch of prompts [b, t] (-200 for each picture): the new tokens only, [b, longest].
+        """Generate answers to a batch of prompts [b, t], -200 for each image -> the new tokens only, [b, longest].
 
-        Shorter answers are padded with `pad_token_id`, by default the first stop token. What is not said is as in the
-        checkpoint's generation_config.json, else at most 128 tokens are made, each the likeliest.
-
-        loop="engine" is ours: `how` are the arguments of `engine.Sampling.of`, but without a `seed` that is drawn from
-        torch's random numbers, as transformers' loop draws: `torch.manual_seed` brings an answer back.
-        loop="transformers" is `GenerationMixin` with its arguments (beams, `return_dict_in_generate`, ...); a row's
-        processors see its words without pictures, padded on the left with the first of them. Greedy answers of both are
-        the same.
-        Errors: ValueError naming the argument, before any token is made.
+        Shorter answers are padded with `pad_token_id`, by default the first stop token. Defaults are those of the
+        checkpoint's generation_config.json, else greedy decoding of at most 128 tokens.
+        `loop="engine"` is ours: `options` are the arguments of `SamplingParams.from_generate_kwargs`. Without `seed`
+        one is drawn from torch's global generator, so that `torch.manual_seed` repeats an answer, as with transformers.
+        `loop="transformers"` is `GenerationMixin` with its arguments (beams, `return_dict_in_generate`, ...). Its
+        logits processors see the text tokens of a sequence without images, padded on the left with the first of them.
+        Greedy answers of both loops are the same.
+        Errors: ValueError naming the argument, before any token is generated.
         """
         model: Any = self
         check_generate_arguments(loop, options)
@@ -169,14 +168,14 @@ class VilaGenerationMixin(GenerationMixin):
         return output
 
     def set_default_stop_tokens(self, eos_token_id: int | list[int] | None) -> None:
-        """Make these the stop tokens of both loops, and the first of them the padding."""
+        """Set the stop tokens of both loops, and the first of them as padding."""
         config: Any = self.generation_config
         config.eos_token_id = eos_token_id
         config.pad_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id or 0
         config.prefill_chunk_size = None  # the config's is ours, and not what transformers means by it
 
     def apply_generation_config(self, values: Mapping[str, Any], source: str) -> None:
-        """Answer as a checkpoint's generation_config.json says, and warn of what of it is not honoured."""
+        """Take over the values of a checkpoint's generation_config.json, and warn of those that are not honoured."""
         config: Any = self.generation_config
         supported = {
             name: value for name, value in values.items() if hasattr(config, name) and name not in UNSUPPORTED_ARGUMENTS
@@ -196,7 +195,7 @@ class VilaGenerationMixin(GenerationMixin):
             warnings.warn(f"{source}: of {GENERATION_CONFIG_NAME}, {setting} does not count: {reason}", stacklevel=2)
 
     def generation_settings(self) -> dict[str, Any]:
-        """What the model's generation config says beyond its stop tokens, and what is the same in any model."""
+        """The values of the model's generation config that both loops honour, without the stop tokens."""
         config: Any = self.generation_config
         return {name: value for name in HONORED_FIELDS if (value := getattr(config, name)) is not None}
 
@@ -216,9 +215,10 @@ class VilaGenerationMixin(GenerationMixin):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """What `forward` gets at each step of transformers' loop: the prompt's embeddings, then one token a row.
+        """The arguments of `forward` at each step of transformers' loop: the prompt's embeddings first, then one token
+        per sequence.
 
-        attention_mask is of the words alone; -1 in position_ids [b, t'] is where the embeddings are padded.
+        attention_mask covers the text tokens only; position_ids [b, t'] are -1 where the embeddings are padded.
         """
         forward_options = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         forward_options |= {"logits_to_keep": logits_to_keep, "use_cache": True}
@@ -263,7 +263,7 @@ def check_generate_arguments(loop: str, options: Mapping[str, Any]) -> None:
 
 
 def check_context_length(rows: Sequence[Tensor], new_tokens: int, context_length: int) -> None:
-    """Errors: ValueError for a prompt [t] that leaves less than `new` tokens of the context."""
+    """Errors: ValueError for a prompt [t] that leaves fewer than `new_tokens` positions of the context."""
     for i, row in enumerate(rows):
         if len(row) + new_tokens > context_length:
             raise ValueError(

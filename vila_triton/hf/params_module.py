@@ -1,4 +1,4 @@
-"""A params tree as a torch module, so that the tools made for modules (to, parameters, state_dict) work on it."""
+"""A tree of parameters as a torch module, so that `to`, `parameters`, `state_dict` and the like work on it."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from ..models.params import ParameterSpec, leaves, tree_map
 
 
 class ParamsModule(nn.Module):
-    """A params tree as a module: its leaves are parameters under their checkpoint names, `params` is the tree."""
+    """A module whose parameters are the leaves of a tree, under their checkpoint names."""
 
     def __init__(self, specs: Any, tree: Any):
         super().__init__()
@@ -24,6 +24,8 @@ class ParamsModule(nn.Module):
 
     @property
     def params(self) -> Any:
+        """The parameters as the tree that the functional model takes."""
+
         def parameter(spec: ParameterSpec) -> Tensor:
             return self.get_parameter(spec.key)
 

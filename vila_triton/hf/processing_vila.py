@@ -1,4 +1,4 @@
-"""`VilaProcessor`: texts and pictures to the inputs of the model, as Hugging Face's processors do."""
+"""`VilaProcessor`: texts and images to inputs of the model, as Hugging Face's processors do."""
 
 import operator
 from collections.abc import Sequence
@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
+from vila_triton.files.atomic import write_json
+from vila_triton.files.reading import read_json
+
 from ..chat.prompts import IMAGE_TOKEN, tokenize
 from ..chat.special_tokens import alias_special_tokens
 from ..chat.templates import TEMPLATES, resolve_template
 from ..chat.tokenizer import load_tokenizer
-from ..checkpoints.loading import read_json, write_json
 from ..files.reading import short_repr
 from ..images.processing import ImageInput, list_images, load_image, preprocess_images
 from ..images.processing import load_image_processor as load_image_processor
@@ -30,10 +32,10 @@ NO_HUB = "`save_pretrained` writes a folder, which huggingface_hub's upload_fold
 
 
 class VilaProcessor(ProcessorMixin):
-    """The tokenizer and the image processor of a VILA folder, with its conversation template.
+    """The tokenizer, image processor and conversation template of a VILA folder.
 
-    `processor(text=..., images=...)` takes texts with one `<image>` for each picture, and `apply_chat_template`
-    messages of roles and contents; what comes out goes into `model(**inputs)` and `model.generate(**inputs)`.
+    `processor(text=..., images=...)` takes texts with one `<image>` for each image, `apply_chat_template` messages with
+    roles and contents. The results go into `model(**inputs)` and `model.generate(**inputs)`.
     """
 
     def __init__(
@@ -52,10 +54,10 @@ class VilaProcessor(ProcessorMixin):
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, folder: str | Path, **kwargs: Any
     ) -> "VilaProcessor":
-        """The processor of a VILA folder, or one that `save_pretrained` wrote.
+        """Load the processor of a VILA folder, or one that `save_pretrained` wrote.
 
-        Errors: `LoadError` if it is neither, `ConfigError` for what its configs say; TypeError for arguments, of which
-        it honours none.
+        Errors: `LoadError` if the folder is neither, `ConfigError` for values in its configs, TypeError for other
+        arguments: none is honoured.
         """
         if unknown := [name for name, value in kwargs.items() if value and name not in ("_from_auto", "revision")]:
             raise TypeError(f"VilaProcessor.from_pretrained takes a folder, and not {', '.join(unknown)}")
@@ -77,7 +79,7 @@ class VilaProcessor(ProcessorMixin):
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, folder: str | Path
     ) -> None:
-        """Write what `from_pretrained` reads, beside the model or alone."""
+        """Write a folder that `from_pretrained` reads, beside a model or alone."""
         self.tokenizer.save_pretrained(Path(folder) / "llm")
         self.image_processor.save_pretrained(Path(folder) / "vision_tower")
         settings = {key: getattr(self, key) for key in CONFIG_KEYS}
@@ -94,13 +96,16 @@ class VilaProcessor(ProcessorMixin):
         split_special_tokens: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """input_ids [b, t] (-200 for each `<image>`), attention_mask [b, t], and images [n, 3, H, W] if there are any.
+        """Tokenize texts and preprocess images -> input_ids [b, t] (-200 for each `<image>`), attention_mask [b, t],
+        and with images also images [n, 3, H, W].
 
-        images: one picture or the path of one, a list of them in the order of all texts, or a list for each text. Texts
-        begin with one BOS if the tokenizer has it so, unless `add_special_tokens` is false. Special tokens that a text
-        spells are such, as upstream has it; with `split_special_tokens` they are text, but for `<image>`. With
-        `padding` on the tokenizer's side, rows are one tensor; without, or with `return_tensors=None`, they are lists.
-        Errors: ValueError for another number of pictures than of `<image>`; TypeError for other arguments.
+        images: one image or path, a list of them in the order of all texts, or one list for each text.
+        add_special_tokens: begin each text with one BOS if the tokenizer has it so. split_special_tokens: read special
+        tokens that a text spells as plain text, apart from `<image>`; upstream reads them as tokens, as is the default
+        here.
+        padding: pad on the tokenizer's side and return tensors. Without padding, or with return_tensors=None, return
+        lists.
+        Errors: ValueError if the number of images is not that of `<image>`; TypeError for other arguments.
         """
         unknown = [name for name, value in kwargs.items() if value is not None]  # transformers gives videos=None
         if unknown or text is None:
@@ -140,13 +145,13 @@ class VilaProcessor(ProcessorMixin):
         return [[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, pads)]
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """As every processor does. Errors: ValueError for a conversation without messages."""
+        """As in every processor. Errors: ValueError for a conversation without messages."""
         if not len(conversation):
             raise ValueError("there is no message in the conversation")
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
-        """The text of token ids, with `<image>` where a picture is, unless special tokens are left out."""
+        """Decode token ids to text, with `<image>` for each image unless special tokens are skipped."""
         try:
             ids = [operator.index(token) for token in torch.as_tensor(token_ids).flatten().tolist()]
         except (TypeError, ValueError, RuntimeError):
@@ -159,7 +164,7 @@ class VilaProcessor(ProcessorMixin):
         return ("" if skip_special_tokens else IMAGE_TOKEN).join(texts)
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
-        """The same of several rows."""
+        """Decode several sequences of token ids."""
         return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
 
     push_to_hub = unsupported_method("push_to_hub", NO_HUB)
@@ -172,7 +177,7 @@ class VilaProcessor(ProcessorMixin):
 
 
 def flatten_images(texts: Sequence[str], images: ImageInput) -> list[Any]:
-    """All pictures in order. Errors: ValueError if they are not as many as the texts have places for them."""
+    """Load all images in order. Errors: ValueError if the texts have not as many places for images."""
     entries = list_images(images)
     num_placeholders = [line.count(IMAGE_TOKEN) for line in texts]
     lists = [isinstance(entry, (list, tuple)) for entry in entries]

@@ -1,7 +1,7 @@
-"""What `VilaLlamaForCausalLM` inherits from Hugging Face and cannot honour: each is one sentence that says why.
+"""Methods and arguments of Hugging Face's models that `VilaLlamaForCausalLM` cannot honour, each with the reason.
 
-The model is a tree of parameters with pure functions over it, so what swaps or wraps torch modules has nothing to take
-hold of; and its cache is paged, so what brings its own has no place for it.
+The model is a tree of parameters with pure functions over it, so there are no torch modules to swap or to wrap. Its
+cache is paged, so it cannot take another one.
 """
 
 from typing import Any, NoReturn
@@ -10,6 +10,7 @@ import torch
 
 
 def dict_of_reasons(names: str, reason: str) -> dict[str, str]:
+    """Map each of the names, separated by spaces, to the reason."""
     return dict.fromkeys(names.split(), reason)
 
 
@@ -68,7 +69,7 @@ UNSUPPORTED_METHODS = {
 
 
 def unsupported_method(name: str, reason: str) -> Any:
-    """A method that says why there is none."""
+    """A method that raises NotImplementedError with the reason."""
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(f"{type(self).__name__} has no {name}: {reason}")
@@ -83,7 +84,7 @@ UnsupportedMethods = type(
 
 
 def check_device_and_dtype(device: torch.device, dtype: torch.dtype) -> None:
-    """Errors: ValueError for a model without numbers, or where torch.autocast asks for the other half precision."""
+    """Errors: ValueError for a model on the meta device, or if torch.autocast asks for the other 16-bit dtype."""
     if device.type == "meta":
         raise ValueError("the model is on the meta device, where it has no numbers; load it onto another")
     halves = (torch.float16, torch.bfloat16)

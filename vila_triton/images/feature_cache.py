@@ -1,4 +1,4 @@
-"""Pictures known by content: the names of their positions, and their features, computed once."""
+"""A cache of image features, keyed by the content of the image."""
 
 from collections.abc import Callable
 from hashlib import blake2b
@@ -13,21 +13,20 @@ MAX_IMAGES = 64
 
 
 def image_hash(image: Tensor) -> bytes:
-    """A digest of the pixels [c, H, W], their dtype and their shape."""
+    """Hash the pixels [c, H, W], their dtype and shape."""
     header = f"{image.dtype} {list(image.shape)}".encode()
     return blake2b(header + image.contiguous().view(torch.uint8).cpu().numpy().tobytes(), digest_size=16).digest()
 
 
 def image_token_key(digest: bytes, position: int) -> int:
-    """What a position of a picture with this fingerprint is known by: a number below 0, which no word has."""
+    """The prefix-cache key of one position of an image: a number below 0, which no token id is."""
     return -1 - int.from_bytes(blake2b(digest + position.to_bytes(4), digest_size=16).digest())
 
 
 class ImageFeatureCache:
-    """Features of pictures, of which the `limit` most recently asked for are kept on the model's device; threads take
-    turns.
+    """Keeps the features of the `max_images` most recently used images on the model's device. Threads take turns.
 
-    encode: pictures [n, c, H, W] -> features [n, tokens, e]. What is kept is wrong once its parameters change.
+    encode: images [n, c, H, W] -> features [n, tokens, e]. Make a new cache when its parameters change.
     """
 
     def __init__(self, encode: Callable[[Tensor], Tensor], max_images: int = MAX_IMAGES):
@@ -37,7 +36,7 @@ class ImageFeatureCache:
         self.lock = DeferringLock()
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
-        """Pictures [n, c, H, W] -> features [n, tokens, e], and the name of each of the n·tokens positions."""
+        """Encode images [n, c, H, W] -> features [n, tokens, e], and the key of each of the n·tokens positions."""
         hashes = [image_hash(image) for image in pixels]
         with self.lock, outside_inference_mode():
             new = {key: picture for key, picture in zip(hashes, pixels) if key not in self.features}

@@ -1,4 +1,4 @@
-"""Images and videos to what the vision tower takes, through transformers' image processors."""
+"""Image and video files to pixel tensors for the vision tower, through transformers' image processors."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,14 +38,15 @@ ImageInput = Image.Image | str | Path | Sequence[Any] | None
 
 
 class ImageError(ValueError):
-    """A picture or a video cannot be read, or cannot be made to fit."""
+    """An image or a video cannot be read, or cannot be resized as asked."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture upright (EXIF) and in 8-bit RGB, as a viewer shows it.
+    """Convert an image to 8-bit RGB as a viewer shows it: upright (EXIF), transparency on white.
 
-    Transparency lies on white. 16-bit greys are scaled to 8 bits, by 257, as 65535 is the white of the format.
-    Errors: `ImageError` for numbers without a known white, and for a picture without pixels.
+    16-bit greys are divided by 257, as their white is 65535. Images are converted in tiles, so that no full-size
+    intermediate copies exist.
+    Errors: `ImageError` for pixel values without a known white, and for an image without pixels.
     """
     if not image.width or not image.height:
         raise ImageError(f"it has {image.width} x {image.height} pixels")
@@ -59,7 +60,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def tile_to_rgb(image: Image.Image) -> Image.Image:
-    """A picture, or a tile of one, in RGB. Errors: `ImageError`."""
+    """Convert an image, or a tile of one, to RGB. Errors: `ImageError`."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
@@ -73,7 +74,7 @@ def tile_to_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def open_media(path: Path | str, description: str) -> Iterator[Image.Image]:
-    """A file as Pillow opens it. Errors: `ImageError` naming the file, for whatever is wrong with it."""
+    """Open a file with Pillow. Errors: `ImageError` naming the file, for whatever is wrong with it."""
     try:
         require_file(Path(path))
         with Image.open(path) as image:
@@ -87,7 +88,7 @@ def open_media(path: Path | str, description: str) -> Iterator[Image.Image]:
 
 
 def open_image(path: Path | str) -> Image.Image:
-    """The picture as `rgb` has it. Errors: `ImageError` naming the file."""
+    """Open an image as RGB. Errors: `ImageError` naming the file."""
     with open_media(path, "picture") as image:
         if (count := getattr(image, "n_frames", 1)) > 1 and image.format in ANIMATED_FORMATS:
             raise ImageError(f"it is animated ({count} frames); give it as a video, or one frame of it")
@@ -95,13 +96,14 @@ def open_image(path: Path | str) -> Image.Image:
 
 
 def load_video_frames(video: Path | str | Sequence[Image.Image], num_frames: int) -> list[Image.Image]:
-    """n frames of an animated file (GIF, WebP, APNG), or of a list of pictures in order of time, evenly spread.
+    """Load evenly spaced frames of a video: an animated file (GIF, WebP, APNG), or a list of images in order of time.
 
-    As VILA was trained: of `count` frames those at linspace(0, count - 2, n), rounded down; the last frame is never
-    asked for, as films often hold one less than they say. A video shorter than n comes whole, after black frames of its
-    size, so that what stands next to the question are real frames. A video of just n comes whole too; upstream fails
-    on it, as its n places are only n - 1 different ones.
-    Errors: `ImageError` naming the file; ValueError for n < 1 or beyond `MOST_FRAMES`, or an empty list.
+    As in VILA's training, the frames are those at linspace(0, count - 2, num_frames), rounded down; the last one is
+    left out, as files often hold one frame less than they declare. A video of `num_frames` or fewer is returned whole,
+    a shorter one behind black frames of its size, so that the real frames stand next to the question. (Upstream fails
+    on a video of just `num_frames`.)
+    Errors: `ImageError` naming the file; ValueError for fewer than 1 or more than `MAX_FRAMES` frames, or an empty
+    list.
     """
     if num_frames < 1:
         raise ValueError(f"a video is seen in at least 1 frame, not {num_frames}")
@@ -130,17 +132,17 @@ def load_video_frames(video: Path | str | Sequence[Image.Image], num_frames: int
 
 
 def sample_frame_indices(count: int, num_frames: int) -> list[int]:
-    """Which of `count` frames are seen, n of them or all."""
+    """Indices of `num_frames` evenly spaced frames of `count`, or of all if there are no more."""
     return list(range(count)) if count <= num_frames else [int(i) for i in np.linspace(0, count - 2, num_frames)]
 
 
 def load_image_processor(folder: Path, tower: VisionConfig | None = None) -> Any:
-    """The image processor of a VILA folder, in its PIL version, made to give pictures of the size the tower takes.
+    """Load the image processor of a VILA folder in its PIL version, set to the image size of the tower.
 
-    That size is the largest scale of S2, `vision_resolution`, or the tower's own. What stands in no file is as the
-    tower was trained; so is all of InternViT's, whose file names a class that only VILA has. `tower` is read from the
-    folder's configs if not given; a folder without them, as processors are saved alone, has its sizes in its file.
-    Errors: `ImageError` for a file that transformers makes nothing of; `LoadError`, `ConfigError` for wrong configs.
+    That size is the largest S2 scale, `vision_resolution`, or the trained size. Fields that are in no file are as the
+    tower was trained; so are all of InternViT, whose file names a class that only VILA has. `tower` is read from the
+    folder's configs if it is None; a folder without configs, as processors alone are saved, has the size in its file.
+    Errors: `ImageError` for a file that is no image processor; `LoadError`, `ConfigError` for wrong configs.
     """
     folder = Path(folder)
     require_contained(folder, *(path for path in (folder, folder / "vision_tower") if path.is_dir()))
@@ -162,9 +164,8 @@ def load_image_processor(folder: Path, tower: VisionConfig | None = None) -> Any
 
 
 def processor_family(values: Mapping[str, Any]) -> str:
-    """The kind of processor that a file names, as old and new versions of transformers write it.
-
-    Errors: ValueError for a name that is none of `IN_PILLOW`.
+    """The family, a key of `PIL_PROCESSORS`, of the processor class that a file names in either version's spelling.
+    Errors: ValueError.
     """
     name = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
     family = re.sub("(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", name)
@@ -176,10 +177,10 @@ def processor_family(values: Mapping[str, Any]) -> str:
 
 
 def pil_image_processor(family: str, values: Mapping[str, Any]) -> Any:
-    """transformers' image processor of a kind that needs Pillow alone.
+    """Make transformers' image processor of a family, in the version that needs Pillow alone.
 
-    Taken by name: `AutoImageProcessor` of transformers 5.17 wants torchvision even for it, and that of any version asks
-    whether it may run code that a file names.
+    It is taken by name: `AutoImageProcessor` of transformers 5.17 requires torchvision even for it, and any version's
+    may ask to run code that a file names.
     """
     import transformers
 
@@ -187,7 +188,7 @@ def pil_image_processor(family: str, values: Mapping[str, Any]) -> Any:
 
 
 def default_image_processor(tower: VisionConfig) -> Any:
-    """The image processor that a kind of tower was trained with."""
+    """The image processor that a tower was trained with."""
     from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     if tower.model_type == "intern_vit_6b":
@@ -196,7 +197,7 @@ def default_image_processor(tower: VisionConfig) -> Any:
 
 
 def set_input_size(processor: Any, size: int) -> Any:
-    """The processor, set to give squares of a side."""
+    """Set a processor to produce squares of a side in pixels; returns it."""
     square = {"height": size, "width": size}
     processor.size = {"shortest_edge": size} if processor.size.get("shortest_edge") else square
     if getattr(processor, "crop_size", None):
@@ -205,13 +206,13 @@ def set_input_size(processor: Any, size: int) -> Any:
 
 
 def preprocess_images(images: Sequence[Image.Image], processor: Any, mode: str | None) -> Tensor:
-    """Images to [n, 3, H, W] float32.
+    """Preprocess images for the tower -> [n, 3, H, W] float32.
 
-    Mode "resize" stretches them to the tower's size first (bicubic), "pad" puts them in the middle of a square of the
-    processor's mean colour; "square" (LLaVA's word) and None leave all to the processor: SigLIP and InternViT stretch,
-    CLIP scales the shorter side and cuts out the middle.
-    Errors: ValueError for another mode; `ImageError` for pictures that would grow beyond Pillow's limit of pixels, or
-    come out in different sizes.
+    mode: "resize" stretches images to the tower's size first (bicubic); "pad" centers them in a square of the
+    processor's mean color; "square" (LLaVA's word) and None leave all to the processor: those of SigLIP and InternViT
+    stretch, CLIP's scales the shorter side and crops the center.
+    Errors: ValueError for another mode; `ImageError` for images that would grow beyond Pillow's limit of pixels or come
+    out in different sizes.
     """
     if mode not in ASPECT_RATIO_MODES:
         raise ValueError(f"image_aspect_ratio {mode!r} is not supported ('resize', 'pad', 'square' and null are)")
@@ -236,7 +237,7 @@ def preprocess_images(images: Sequence[Image.Image], processor: Any, mode: str |
 
 
 def expand2square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
-    """The picture in the middle of the smallest square of a colour; an odd rest is below or to the right."""
+    """Center an image in the smallest square of a color; an odd pixel goes below or to the right."""
     side = max(image.size)
     check_pixel_limit(image, side, side)
     square = Image.new("RGB", (side, side), color)
@@ -245,7 +246,7 @@ def expand2square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
 
 
 def check_pixel_limit(image: Image.Image, width: int, height: int) -> None:
-    """Errors: `ImageError` if so many pixels are more than Pillow would read from a file."""
+    """Errors: `ImageError` if width x height is more than Pillow would read from a file."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit and width * height > limit:
         raise ImageError(
@@ -255,7 +256,7 @@ def check_pixel_limit(image: Image.Image, width: int, height: int) -> None:
 
 
 def list_images(images: ImageInput) -> list[Any]:
-    """Images as a list, of one picture too. Errors: TypeError for what is none."""
+    """Images as a list. Errors: TypeError for anything but images, paths and lists of them."""
     if isinstance(images, (Image.Image, str, Path)):
         return [images]
     if images is not None and not isinstance(images, (list, tuple)):
@@ -264,7 +265,7 @@ def list_images(images: ImageInput) -> list[Any]:
 
 
 def load_image(image: Any) -> Image.Image:
-    """A picture, or that of a file. Errors: `ImageError` for a file, TypeError for anything else."""
+    """Open a path, or return an image as it is. Errors: `ImageError` for a file, TypeError for anything else."""
     if isinstance(image, (str, Path)):
         return open_image(image)
     if not isinstance(image, Image.Image):

@@ -1,4 +1,4 @@
-"""Geometry of the model and its language part, read strictly from a checkpoint's config.json files."""
+"""The geometry of the whole model and of the language model, read strictly from a checkpoint's config.json files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +33,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained context: `linear` (Chen 2023) or `llama3` (Meta 2024)."""
+    """Stretches the rotary frequencies beyond the trained context: `linear` (Chen et al. 2023) or `llama3` (Llama 3.1,
+    2024).
+    """
 
     rope_type: Literal["linear", "llama3"]
     factor: PositiveFactor
@@ -51,9 +53,12 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The language model; names as in Hugging Face's `LlamaConfig`. `group_size` set means int4 linears, `order` then
-    says where their weights are rounded (`Int4.order`); those named in `dense` are not int4 all the same. A group size
-    of -1 is all inputs of a linear.
+    """The geometry of the language model; names as in Hugging Face's `LlamaConfig`.
+
+    `group_size`: None for floating-point linears, else the inputs that share a scale in int4 linears, -1 for all inputs
+    of a linear.
+    `rounding`: where dequantization rounds, see `Int4`. `dense_linears`: names of linears that are not int4 all the
+    same.
     """
 
     vocab_size: Count
@@ -76,7 +81,9 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
-        """From llm/config.json, in the spelling of transformers 4 (rope_theta) or 5 (rope_parameters)."""
+        """Read llm/config.json, in the spelling of transformers 4 (rope_theta) or 5 (rope_parameters). Errors:
+        `ConfigError`.
+        """
         v = dict(values)
         for name, expected in (("model_type", "llama"), ("hidden_act", "silu")):
             if v.get(name) not in (None, expected):
@@ -118,7 +125,9 @@ TokenId = Annotated[int, Bounds(0, 2**31 - 1)]
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What the top config.json says beside the geometry: how the model is run, and how it is asked."""
+    """Settings in the top config.json that are not geometry: how the model is run and prompted. Field names are the
+    file's keys.
+    """
 
     prefill_chunk_size: Count = 512
     page_size: Annotated[int, Bounds(1, 1024)] = 16
@@ -138,7 +147,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """What llm/config.json says of the tokens."""
+    """Settings about tokens in llm/config.json. Field names are the file's keys."""
 
     eos_token_id: TokenId | list[TokenId] | None = None
     tokenizer_model_max_length: Annotated[int, Bounds(1, 2**128)] | None = None
@@ -151,7 +160,7 @@ class TokenSettings:
 
 @dataclass(frozen=True)
 class VilaConfig:
-    """The whole model."""
+    """The geometry of the whole model. Errors: `ConfigError` if the widths of its parts do not fit together."""
 
     llm: LlamaConfig
     vision_tower: VisionConfig
@@ -173,12 +182,12 @@ class VilaConfig:
 
     @property
     def tokens_per_image(self) -> int:
-        """Positions one picture takes in the language model."""
+        """Positions that one image takes in the language model."""
         side = self.mm_projector.downsample_factor
         return self.vision_tower.num_features if side == 1 else (-(-self.vision_tower.patches_per_side // side)) ** 2
 
     def describe(self) -> str:
-        """How a picture is seen, in two lines: what was chosen by the config, defaults included."""
+        """Describe the vision tower and the projector in two lines, defaults included."""
         return (
             f"{self.vision_tower.describe()}\n{self.mm_projector.describe()}; {self.tokens_per_image} tokens a picture"
         )

@@ -1,4 +1,4 @@
-"""The fields of a config.json, read strictly into a dataclass whose annotations say what each may be."""
+"""Read fields of a config.json strictly into a dataclass, whose type annotations say which values are allowed."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ TYPE_NAMES: dict[Any, str] = {bool: "true or false", int: "a whole number", floa
 
 
 class ConfigError(ValueError):
-    """A config.json says something this code does not know how to honour."""
+    """A config.json holds a value that is not supported."""
 
 
 @contextmanager
 def name_folder_in_errors(folder: Path) -> Iterator[None]:
-    """Whatever is wrong with a config in the block is said of the folder it is in."""
+    """Prefix every `ConfigError` raised inside with the folder of the config."""
     try:
         yield
     except ConfigError as error:
@@ -28,13 +28,16 @@ def name_folder_in_errors(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Bounds:
-    """The numbers that a field may have; NaN is within none."""
+    """The range of numbers that a field may have: from `minimum` to `maximum`, without `minimum` itself if `exclusive`.
+    NaN is outside.
+    """
 
     minimum: float
     maximum: float
     exclusive: bool = False  # the least itself is not among them
 
     def contains(self, number: float) -> bool:
+        """Say if the number is in range."""
         return self.minimum <= number <= self.maximum and not (self.exclusive and number == self.minimum)
 
     def __str__(self) -> str:
@@ -54,7 +57,10 @@ GroupSize = Annotated[int, Bounds(-1, 2**31 - 1)]  # -1: all inputs of a linear
 
 
 def expected_instead(hint: Any, value: Any) -> str:
-    """What a value of a field had to be, "" if it is that. Hints other than of plain values allow everything."""
+    """Describe the values that a field of type `hint` may have, or return "" if `value` is one of them.
+
+    Type hints of other than plain JSON values allow everything.
+    """
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         alternatives = [expected_instead(x, value) for x in inner if x is not NoneType]
@@ -80,7 +86,11 @@ def expected_instead(hint: Any, value: Any) -> str:
 
 
 def read_dataclass(cls: type[Config], values: Mapping[str, Any], source: str) -> Config:
-    """A dataclass from the entries of `values` that it declares; null counts as absent. Errors: `ConfigError`."""
+    """Build a dataclass from those entries of `values` that are its fields; null counts as absent.
+
+    Errors: `ConfigError` beginning with `source`, for a missing field and for a value that the field's annotation does
+    not allow.
+    """
     schema: Any = fields(cls)  # pyright: ignore
     present = {f.name: values[f.name] for f in schema if values.get(f.name) is not None}
     if missing := [f.name for f in schema if f.default is MISSING and f.name not in present]:
@@ -92,7 +102,7 @@ def read_dataclass(cls: type[Config], values: Mapping[str, Any], source: str) ->
 
 
 def nested_object(values: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
-    """A config within a config, empty if it is null or not there. Errors: `ConfigError`."""
+    """Return the object under a key of a config, {} if it is absent or null. Errors: `ConfigError` if it is no object."""
     value = values.get(name)
     if value is not None and not isinstance(value, dict):
         raise ConfigError(f"{source}: {name} is a {type(value).__name__}, expected an object")
@@ -101,7 +111,7 @@ def nested_object(values: Mapping[str, Any], name: str, source: str) -> dict[str
 
 @dataclass(frozen=True)
 class QuantizationSettings:
-    """What a `quantization_config` in our words says; `modules_to_not_convert` are names of linears that are dense."""
+    """A `quantization_config` in the format of vila-triton. Field names are the file's keys."""
 
     group_size: GroupSize
     bits: Literal[4] = 4
@@ -112,8 +122,10 @@ class QuantizationSettings:
 def quantization_fields(
     values: Mapping[str, Any], source: str, roundings: tuple[str, ...] = ("sub",)
 ) -> dict[str, Any]:
-    """`group_size`, `order` and `dense` of a part whose `quantization_config` says that its linears are int4, else
-    nothing. Errors: `ConfigError`.
+    """Read a part's `quantization_config` into the fields `group_size`, `rounding` and `dense_linears`; {} if the part
+    has none.
+
+    roundings: the values that are supported for this part. Errors: `ConfigError`.
     """
     quantization = nested_object(values, "quantization_config", source)
     if not quantization:
@@ -127,4 +139,4 @@ def quantization_fields(
         names = " or ".join(map(repr, roundings))
         raise ConfigError(f"{source} quantization_config: order is {settings.order!r}, expected {names}")
     dense_linears = tuple(settings.modules_to_not_convert or ())
-    return {"group_size": settings.group_size, "order": settings.order, "dense": dense_linears}
+    return {"group_size": settings.group_size, "rounding": settings.order, "dense_linears": dense_linears}

@@ -1,4 +1,4 @@
-"""The two layers every part is made of: weight and bias, applied as a linear map or as a norm."""
+"""The two layers that all parts are made of: a weight with a bias, applied as a linear map or as a layer norm."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ Leaf = Any
 
 @dataclass(frozen=True)
 class Affine:
+    """A weight and a bias: of a linear map or of a norm."""
+
     weight: Leaf  # [n, k] of a linear map, [e] of a norm
     bias: Leaf | None  # [n] or [e]
 
@@ -30,7 +32,7 @@ def linear_specs(
     group_size: int | None = None,
     rounding: str = "sub",
 ) -> Affine:
-    """A linear map from k to n; int4 if a group size is given, rounded in that order."""
+    """Specs of a linear map from k inputs to n outputs, in int4 if `group_size` is given."""
     return Affine(
         weight_spec(n, k, key, dtype, group_size, rounding),
         ParameterSpec((n,), f"{key}.bias", dtype, "zeros") if bias else None,
@@ -38,14 +40,14 @@ def linear_specs(
 
 
 def norm_specs(e: int, key: str, dtype: torch.dtype) -> Affine:
-    """A layer norm over e."""
+    """Specs of a layer norm over e values."""
     return Affine(
         ParameterSpec((e,), f"{key}.weight", dtype, "ones"), ParameterSpec((e,), f"{key}.bias", dtype, "zeros")
     )
 
 
 def linear(p: Affine, x: Tensor) -> Tensor:
-    """x [..., k] -> [..., n]."""
+    """Apply a linear map: x [..., k] -> [..., n]."""
     return ops.linear(x, p.weight, p.bias)
 
 
@@ -53,5 +55,5 @@ LinearFn = Callable[[Affine, Tensor], Tensor]  # of every block: `linear`, or on
 
 
 def layer_norm(p: Affine, x: Tensor, eps: float) -> Tensor:
-    """x [..., e] -> [..., e]."""
+    """Apply a layer norm: x [..., e] -> [..., e]."""
     return ops.layer_norm(x, p.weight, p.bias, eps)

@@ -1,10 +1,11 @@
 """The LLaMA decoder (Touvron et al. 2023) as pure functions over a tree of parameters.
 
-Tokens of all sequences lie end to end: x [s, e]. What came before is behind `cache`, which is asked once a layer.
+The new tokens of all sequences lie end to end in one ragged batch: x [s, e]. The tokens before them are behind an
+`AttentionBackend`, which is called once per layer.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -22,20 +23,17 @@ CosSin = tuple[Tensor, Tensor]  # cosine and sine of the rotary angles of the ne
 
 
 class AttentionBackend(Protocol):
-    """What attention needs of the past: it keeps the new keys and values and answers the new queries."""
-
-    @property
-    def numerics(self) -> str:
-        """ "fast" or "invariant", see `ops.attention`."""
-        ...
+    """Attention with a KV cache: keeps the new keys and values and returns the attention output of the new queries."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: CosSin, scale: float) -> Tensor:
-        """q [s, h, d], k and v [s, g, d] of the new tokens, q and k not yet turned -> [s, h, d]."""
+        """Attend in one layer: q [s, h, d], k and v [s, g, d] of the new tokens, q and k not yet rotated -> [s, h, d]."""
         ...
 
 
 @dataclass(frozen=True)
 class Layer:
+    """The parameters of one decoder layer."""
+
     attention_norm: Leaf  # [e]
     q: Affine  # [h·d, e]
     k: Affine  # [g·d, e]
@@ -49,6 +47,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Llama:
+    """The parameters of the language model."""
+
     embedding: Leaf  # [v, e]
     layers: tuple[Layer, ...]
     norm: Leaf  # [e]
@@ -56,7 +56,7 @@ class Llama:
 
 
 def param_specs(cfg: LlamaConfig, dtype: torch.dtype) -> Llama:
-    """The tree of a model, its leaves named as in Hugging Face's `LlamaForCausalLM`."""
+    """Specs of a model, named as in Hugging Face's `LlamaForCausalLM`."""
     e, f, d = cfg.hidden_size, cfg.intermediate_size, cfg.head_dim
     h, g = cfg.num_attention_heads, cfg.num_key_value_heads
 
@@ -89,7 +89,7 @@ def param_specs(cfg: LlamaConfig, dtype: torch.dtype) -> Llama:
 
 
 def inverse_frequencies(cfg: LlamaConfig) -> Tensor:
-    """Radians a position, for each rotary pair: [r] float32."""
+    """Rotary frequencies in radians per position, [d / 2] float32, stretched as `rope_scaling` says."""
     inv_freq = 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)
     scaling = cfg.rope_scaling
     if scaling is None:
@@ -99,36 +99,41 @@ def inverse_frequencies(cfg: LlamaConfig) -> Tensor:
     # llama3: long waves are stretched, short ones kept, those between blended (Llama 3.1 model card).
     wavelength = 2 * math.pi / inv_freq
     num_rotations = scaling.original_max_position_embeddings / wavelength
-    unscaled_share = (num_rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    unscaled_share = unscaled_share.clamp(0, 1)
-    return (1 - unscaled_share) * inv_freq / scaling.factor + unscaled_share * inv_freq
+    blend = (num_rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0, 1)
+    return (1 - blend) * inv_freq / scaling.factor + blend * inv_freq
 
 
 def rotary_cos_sin(positions: Tensor, cfg: LlamaConfig) -> CosSin:
-    """Cosine and sine of the rotary angles: positions [s] -> two [s, r] in float32."""
+    """Cosine and sine of the rotary angles at positions [s] -> two tensors [s, d / 2] float32."""
     theta = positions.float()[:, None] * inverse_frequencies(cfg).to(positions.device)
     return theta.cos(), theta.sin()
 
 
 def embed(p: Llama, ids: Tensor) -> Tensor:
-    """Token ids [s] -> [s, e]."""
+    """Embed token ids [s] -> [s, e]."""
     return p.embedding[ids]
 
 
 def attention_heads_output(
-    p: Layer, x: Tensor, rotary: CosSin, layer_idx: int, cfg: LlamaConfig, cache: AttentionBackend
+    p: Layer, x: Tensor, rotary: CosSin, layer_idx: int, cfg: LlamaConfig, backend: AttentionBackend
 ) -> Tensor:
-    """What the last linear of the attention is given: [s, e] -> [s, h·d]."""
+    """Causal self-attention without the output projection: normed hidden states [s, e] -> concatenated heads [s, h·d]."""
     q, k, v = (rearrange(linear(w, x), "s (h d) -> s h d", d=cfg.head_dim) for w in (p.q, p.k, p.v))
-    return rearrange(cache.attend(layer_idx, q, k, v, rotary, cfg.head_dim**-0.5), "s h d -> s (h d)")
+    return rearrange(backend.attend(layer_idx, q, k, v, rotary, cfg.head_dim**-0.5), "s h d -> s (h d)")
 
 
-def attention(p: Layer, x: Tensor, rotary: CosSin, layer_idx: int, cfg: LlamaConfig, cache: AttentionBackend) -> Tensor:
-    return linear(p.o, attention_heads_output(p, x, rotary, layer_idx, cfg, cache))
+def attention(
+    p: Layer, x: Tensor, rotary: CosSin, layer_idx: int, cfg: LlamaConfig, backend: AttentionBackend
+) -> Tensor:
+    """Causal self-attention: normed hidden states [s, e] -> [s, e]."""
+    return linear(p.o, attention_heads_output(p, x, rotary, layer_idx, cfg, backend))
 
 
 def mlp_hidden(p: Layer, x: Tensor) -> Tensor:
-    """What the last linear of the MLP is given: [s, e] -> [s, f]."""
+    """Hidden activations of the SwiGLU MLP, silu(x gateᵀ) * (x upᵀ): [s, e] -> [s, f]; one fused op if gate and up are
+    int4 without biases.
+    """
     gate, up = p.gate, p.up
     if isinstance(gate.weight, Int4) and isinstance(up.weight, Int4) and gate.bias is None and up.bias is None:
         return int4_swiglu(x, gate.weight, up.weight)
@@ -136,6 +141,7 @@ def mlp_hidden(p: Layer, x: Tensor) -> Tensor:
 
 
 def mlp(p: Layer, x: Tensor) -> Tensor:
+    """The SwiGLU MLP (Shazeer 2020): normed hidden states [s, e] -> [s, e]."""
     return linear(p.down, mlp_hidden(p, x))
 
 
@@ -144,18 +150,19 @@ def forward(
     x: Tensor,
     positions: Tensor,
     cfg: LlamaConfig,
-    cache: AttentionBackend,
+    backend: AttentionBackend,
     hidden_states: list[Tensor] | None = None,
 ) -> Tensor:
-    """x [s, e] at positions [s] -> the final, normed hidden states [s, e]; `cache` is written in place.
+    """Run all layers: embeddings x [s, e] at positions [s] -> hidden states after the final norm [s, e].
 
-    `states`, if given, receives the input of every layer and at the end the result, as Hugging Face's hidden_states.
+    `backend` stores keys and values in place. `hidden_states`, if given, is extended by the input of every layer and
+    the result, as `output_hidden_states` of Hugging Face has them.
     """
     record = hidden_states.append if hidden_states is not None else lambda _: None
     rotary = rotary_cos_sin(positions, cfg)
     for i, layer in enumerate(p.layers):
         record(x)
-        x = x + attention(layer, rms_norm(x, layer.attention_norm, cfg.rms_norm_eps), rotary, i, cfg, cache)
+        x = x + attention(layer, rms_norm(x, layer.attention_norm, cfg.rms_norm_eps), rotary, i, cfg, backend)
         x = x + mlp(layer, rms_norm(x, layer.mlp_norm, cfg.rms_norm_eps))
     x = rms_norm(x, p.norm, cfg.rms_norm_eps)
     record(x)
@@ -163,21 +170,17 @@ def forward(
 
 
 def logits(p: Llama, x: Tensor) -> Tensor:
-    """Hidden states [s, e] -> [s, v]."""
+    """Apply the language-model head: hidden states [s, e] -> logits [s, v]."""
     return ops.linear(x, p.embedding if p.head is None else p.head)
 
 
 def quantize_linears_rtn(p: Llama, group_size: int) -> Llama:
-    """The same model with the linears of its layers rounded to int4; embedding, norms and head stay as they are."""
+    """Quantize the linears of all layers to int4 by rounding to nearest; embedding, norms and head stay as they are."""
 
     def quantize_layer(layer: Layer) -> Layer:
-        linears = {f.name: getattr(layer, f.name) for f in fields(layer) if isinstance(getattr(layer, f.name), Affine)}
+        linears = {name: p for name, p in vars(layer).items() if isinstance(p, Affine)}
         return replace(
-            layer,
-            **{
-                name: Affine(ops.quantize_rtn(affine.weight, group_size), affine.bias)
-                for name, affine in linears.items()
-            },
+            layer, **{name: Affine(ops.quantize_rtn(p.weight, group_size), p.bias) for name, p in linears.items()}
         )
 
     return replace(p, layers=tuple(quantize_layer(layer) for layer in p.layers))

@@ -1,5 +1,7 @@
-"""Params trees: frozen dataclasses, tuples of them, and leaves. A part declares its tree once, with `Spec` leaves;
-the same declaration makes random parameters, loads a checkpoint and counts what there is.
+"""Trees of parameters: frozen dataclasses and tuples of them, with tensors as leaves.
+
+Each part of the model declares its tree once, with a `ParameterSpec` at each leaf. From this declaration random
+parameters are drawn, checkpoints loaded and checked, and parameters counted.
 """
 
 import math
@@ -10,10 +12,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from vila_triton.checkpoints.int4_packing import tiled_shape
 from vila_triton.files.reading import LoadError, join_items
 from vila_triton.ops import Int4
 from vila_triton.ops.int4 import check_int4_shape
+from vila_triton.ops.int4_tiles import tiled_shape
 
 from .config_fields import ConfigError
 
@@ -23,7 +25,9 @@ CHECKSUM_WIDTH = 1024  # integers of a row, of which a checksum has the sum
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """A leaf before it has a value: its shape, its name in the checkpoint, its dtype, how it starts out."""
+    """A parameter before it has data: shape, name in the checkpoint, dtype, and distribution of its random
+    initialization.
+    """
 
     shape: tuple[int, ...]
     key: str
@@ -31,6 +35,7 @@ class ParameterSpec:
     init: Literal["normal", "ones", "zeros", "codes"] = "normal"
 
     def init_tensor(self, rng: torch.Generator | None) -> Tensor:
+        """Draw a tensor of this shape and dtype on the CPU."""
         if self.init == "ones":
             return torch.ones(self.shape, dtype=self.dtype)
         if self.init == "zeros":
@@ -43,10 +48,10 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, made when they are asked for.
+    """Tensors by name, read when they are accessed.
 
-    meta: name -> a tensor on torch's meta device: the shape and dtype. forget: told that the memory of one may go; it
-    stays valid, as long as nobody wrote to it.
+    meta: each tensor on torch's meta device, for its shape and dtype. read: return a tensor. release: hint that the
+    memory behind a tensor may be freed; the tensor stays valid as long as nobody has written to it.
     """
 
     meta: Mapping[str, Tensor]
@@ -64,11 +69,11 @@ class LazyTensors(Mapping[str, Tensor]):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "LazyTensors":
-        """Tensors that are there already."""
+        """Wrap tensors that are in memory already."""
         return cls({name: x.to("meta") for name, x in tensors.items()}, tensors.__getitem__)
 
     def rename(self, names: Mapping[str, str]) -> "LazyTensors":
-        """Some of them under other names: new name -> the one here."""
+        """Select tensors under other names; `names` maps each new name to the present one."""
         meta = {new: self.meta[old] for new, old in names.items()}
         return LazyTensors(meta, lambda new: self.read(names[new]), lambda new: self.release(names[new]))
 
@@ -76,9 +81,10 @@ class LazyTensors(Mapping[str, Tensor]):
 def weight_spec(
     n: int, k: int, key: str, dtype: torch.dtype, group_size: int | None = None, rounding: Any = "sub"
 ) -> Any:
-    """The declaration of a linear's weight [n, k]: a `Spec`, or an `Int4` of them if a group size is given (-1: k).
+    """Spec of a linear's weight [n, k]: a `ParameterSpec`, or an `Int4` of them if `group_size` is given (-1: one group
+    of all k inputs).
 
-    Errors: `ConfigError` for groups that are none of k.
+    Errors: `ConfigError` if k cannot be divided into such groups.
     """
     if group_size is None:
         return ParameterSpec((n, k), f"{key}.weight", dtype)
@@ -97,7 +103,9 @@ def weight_spec(
 
 
 def tree_map(f: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
-    """The same tree with f applied to its leaves (and to those of the others, leaf by leaf); all else stays."""
+    """Apply f to each leaf, and to the corresponding leaves of the other trees; everything that is no leaf stays as it
+    is.
+    """
     if tree is None or isinstance(tree, int | str):
         return tree
     if isinstance(tree, tuple):
@@ -109,15 +117,19 @@ def tree_map(f: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
 
 
 def leaves(tree: Any) -> list[Any]:
-    """The leaves, in the order of declaration."""
-    result: list[Any] = []
-    tree_map(result.append, tree)
-    return result
+    """The leaves of a tree in the order of declaration."""
+    if tree is None or isinstance(tree, int | str):
+        return []
+    if is_dataclass(tree) and not isinstance(tree, ParameterSpec):
+        tree = tuple(getattr(tree, field.name) for field in fields(tree))
+    return [leaf for part in tree for leaf in leaves(part)] if isinstance(tree, tuple) else [tree]
 
 
 def checksum(parameters: Sequence[Tensor]) -> int:
-    """A number that other bytes change, and the same in other places: of the bytes as integers of 64 bits the sums of
-    rows and of columns, which then count by their place.
+    """A 64-bit checksum of the bytes of all parameters, independent of the device.
+
+    The bytes are read as rows of int64. The sums of each row and each column are then added with weights by their
+    position, so that exchanged values change the checksum too.
     """
 
     def sums(x: Tensor) -> list[Tensor]:
@@ -133,29 +145,32 @@ def checksum(parameters: Sequence[Tensor]) -> int:
 
 
 def write_counts(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """What changes when parameters are replaced or written to: where each lies, and how often torch has counted a write
-    to it. It counts none through `.data`, nor any to a tensor made under `inference_mode`: of such a one the checksum.
+    """Address and write count of each parameter; they change when a parameter is replaced or written in place.
+
+    torch does not count writes through `.data`, nor writes to tensors made under `inference_mode`: the checksum stands
+    in for the count of the latter.
     """
     return [(x.data_ptr(), checksum([x]) if x.is_inference() else x._version) for x in parameters]
 
 
 def init_tree(specs: Tree, rng: torch.Generator | None = None) -> Tree:
-    """Random parameters for a declared tree."""
+    """Draw random parameters for a tree of specs."""
     return tree_map(lambda spec: spec.init_tensor(rng), specs)
 
 
 def num_parameters(tree: Any) -> int:
-    """Numbers in a tree, declared or real (an int4 word counts as one)."""
+    """Count the elements of a tree of specs or tensors; an int32 with eight int4 codes counts as one."""
     return sum(math.prod(leaf.shape) for leaf in leaves(tree))
 
 
 def load_tree(
     specs: Tree, tensors: LazyTensors, source: str, ignore: tuple[str, ...] = (), device: torch.device | str = "cpu"
 ) -> Tree:
-    """The declared tree filled from a checkpoint's tensors, one at a time: onto the device, in the declared dtypes.
+    """Fill a tree of specs from a checkpoint, one tensor at a time, onto the device and in the declared dtypes.
 
-    Errors: `LoadError`, in one message, for every missing, unexpected (unless its name starts with one of `ignore`)
-    and misshapen tensor, and for one whose kind (whole numbers or real) is not the declared one.
+    Errors: one `LoadError`, beginning with `source`, that lists every missing and misshapen tensor, every unexpected
+    one whose name does not start with an entry of `ignore`, and every integer tensor where floating point was declared
+    or vice versa.
     """
     check_state_dict(specs, tensors.meta, source, ignore)
 
@@ -170,7 +185,7 @@ def load_tree(
 
 
 def check_state_dict(specs: Any, meta: Mapping[str, Tensor], source: str, ignore: tuple[str, ...] = ()) -> None:
-    """`LoadError` with everything that `load` would find wrong."""
+    """Errors: `LoadError` listing all tensors that `load_tree` would refuse."""
     problems = list(mismatches(specs, meta, ignore))
     if problems:
         lines = join_items(problems, max_items=20, separator="\n  ")
@@ -178,6 +193,7 @@ def check_state_dict(specs: Any, meta: Mapping[str, Tensor], source: str, ignore
 
 
 def mismatches(specs: Any, tensors: Mapping[str, Tensor], ignore: tuple[str, ...]) -> Iterator[str]:
+    """Describe each difference between a tree of specs and a checkpoint's tensors, one line each."""
     specs_by_key = {spec.key: spec for spec in leaves(specs)}
     for key, spec in specs_by_key.items():
         if key not in tensors:

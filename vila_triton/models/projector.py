@@ -1,4 +1,7 @@
-"""The projector: picture features to the width of the language model, several patches to one token in most types."""
+"""The projector: image features of the vision tower to image tokens as wide as the language model's hidden states.
+
+Most types first merge a square of neighbouring patches into one token.
+"""
 
 import math
 from dataclasses import dataclass
@@ -17,17 +20,21 @@ EPS = 1e-5  # torch's default, which the checkpoints were trained with
 
 @dataclass(frozen=True)
 class Stage:
+    """A linear map, in some types behind a layer norm."""
+
     norm: Affine | None
     linear: Affine
 
 
 @dataclass(frozen=True)
 class Projector:
+    """The parameters of a projector."""
+
     stages: tuple[Stage, ...]  # a GELU between one and the next; none in `identity`
 
 
 def layer_widths(cfg: ProjectorConfig) -> tuple[int, ...]:
-    """The numbers a token has before the first stage and after each."""
+    """The width of a token before the first linear map and after each."""
     m, e = cfg.mm_hidden_size, cfg.hidden_size
     return {
         "identity": (m,),
@@ -41,8 +48,10 @@ def layer_widths(cfg: ProjectorConfig) -> tuple[int, ...]:
 
 
 def param_specs(cfg: ProjectorConfig, dtype: torch.dtype) -> Projector:
-    """The tree of a projector, its leaves named as in the released checkpoints: by place among downsampling (if any),
-    norms, linear maps and GELUs; `linear` is not one of several and has no number.
+    """Specs of a projector, named as in the released checkpoints.
+
+    Names count downsampling (where there is one), norms, linear maps and GELUs; the type `linear` has one layer and no
+    numbers.
     """
     sizes, has_norms = layer_widths(cfg), cfg.downsample_factor > 1
     stages, index = [], int(has_norms)
@@ -56,10 +65,12 @@ def param_specs(cfg: ProjectorConfig, dtype: torch.dtype) -> Projector:
 
 
 def downsample(x: Tensor, token_order: str, n: int = 2) -> Tensor:
-    """n×n patches side by side: [b, side², m] -> [b, ceil(side/n)², n²·m]; what is missing at the edges is zero.
+    """Concatenate squares of n × n patches, padded with zeros at the edges: [b, side², m] -> [b, ceil(side / n)²,
+    n²·m].
 
-    A token holds its patches row by row: for n = 2 top left, top right, bottom left, bottom right. Tokens go down the
-    columns in VILA 1.5's order, along the rows in later releases'.
+    Within a token the patches lie row by row: for n = 2 top left, top right, bottom left, bottom right. The tokens
+    follow the columns of the image with token_order "column", as in VILA 1.5, and the rows with "row", as in later
+    releases. Errors: ValueError.
     """
     side = math.isqrt(x.shape[1])
     if side * side != x.shape[1]:
@@ -71,7 +82,7 @@ def downsample(x: Tensor, token_order: str, n: int = 2) -> Tensor:
 
 
 def forward(p: Projector, x: Tensor, cfg: ProjectorConfig, apply_linear: LinearFn = linear) -> Tensor:
-    """Picture features [b, features, m] -> [b, tokens, e]."""
+    """Project image features [b, features, m] -> image tokens [b, tokens, e]."""
     x = downsample(x, cfg.effective_token_order, cfg.downsample_factor) if cfg.downsample_factor > 1 else x
     for i, stage in enumerate(p.stages):
         x = F.gelu(x) if i else x

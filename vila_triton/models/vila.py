@@ -1,8 +1,12 @@
-"""The whole model: where pictures stand between words, and the three parts in a row.
+"""The whole model, and where images stand in a prompt.
 
-A prompt is a row of token ids in which each picture is one `IMAGE_TOKEN_INDEX`. `splice` turns it into a row with one
-number for every position: a token id, or -1 - r for row r of the picture features. Splicing is thus arithmetic on
-integers, and embeddings are made only for the positions a step needs.
+There are two codings of a sequence as int64 ids:
+
+prompt ids     a token id, or IMAGE_TOKEN_INDEX once for a whole image
+spliced ids    one id for each position: a token id, or -1 - r for row r of the image features
+
+`splice_image_tokens` turns the first into the second. It is arithmetic on integers; embeddings are only computed for
+the positions that a step runs.
 """
 
 from collections.abc import Sequence
@@ -21,13 +25,15 @@ IMAGE_TOKEN_INDEX = -200  # the place of a picture in a prompt
 
 @dataclass(frozen=True)
 class Vila:
+    """The parameters of the whole model."""
+
     llm: Any  # llama.Llama
     vision_tower: Any  # vision.Tower
     mm_projector: Any  # projector.Projector
 
 
 def param_specs(cfg: VilaConfig, dtype: torch.dtype) -> Vila:
-    """The tree of a model."""
+    """Specs of the whole model."""
     return Vila(
         llama.param_specs(cfg.llm, dtype),
         vision.param_specs(cfg.vision_tower, dtype),
@@ -36,7 +42,7 @@ def param_specs(cfg: VilaConfig, dtype: torch.dtype) -> Vila:
 
 
 def encode_images(p: Vila, pixels: Tensor, cfg: VilaConfig) -> Tensor:
-    """Pictures [n, c, H, W] -> features [n, tokens, e]."""
+    """Encode images [n, c, H, W] -> image features [n, tokens, e], by the vision tower and the projector."""
     features = vision.forward(p.vision_tower, pixels, cfg.vision_tower)
     return projector.forward(p.mm_projector, features, cfg.mm_projector)
 
@@ -44,11 +50,11 @@ def encode_images(p: Vila, pixels: Tensor, cfg: VilaConfig) -> Tensor:
 def splice_image_tokens(
     rows: Sequence[Tensor], tokens_per_image: Sequence[int], vocab_size: int, first_row: int = 0
 ) -> list[Tensor]:
-    """Widen every picture's place to its positions; pictures are taken in order through the whole batch.
+    """Splice image positions into prompts: prompt ids [t] of each sequence -> spliced ids [t'] of each.
 
-    rows: token ids [t] int64 each; image_tokens: the number of features of each picture; first_feature: the row where
-    theirs begin -> rows [t'] int64.
-    Errors: ValueError if the pictures are not as many as their places, or an id is not in the vocabulary.
+    tokens_per_image: positions of each image, in the order of the images through the whole batch; first_row: the row of
+    the image features at which the first of them begins.
+    Errors: ValueError if there are not as many images as places for them, or for an id that is not in the vocabulary.
     """
     ids = torch.cat(list(rows)) if rows else torch.empty(0, dtype=torch.int64)
     num_placeholders = int((ids == IMAGE_TOKEN_INDEX).sum())
@@ -72,7 +78,7 @@ def splice_image_tokens(
 
 
 def splice_labels(rows: Sequence[Tensor], labels: Sequence[Tensor], tokens_per_image: Sequence[int]) -> list[Tensor]:
-    """The labels of spliced rows: those of the words, and `IGNORE_INDEX` for every position of a picture."""
+    """Splice labels as `splice_image_tokens` does their prompts; the positions of an image get `IGNORE_INDEX`."""
     sizes, spliced = list(tokens_per_image), []
     for row, label in zip(rows, labels, strict=True):
         counts = [sizes.pop(0) if image else 1 for image in (row == IMAGE_TOKEN_INDEX).tolist()]
@@ -82,7 +88,7 @@ def splice_labels(rows: Sequence[Tensor], labels: Sequence[Tensor], tokens_per_i
 
 
 def embed_spliced(p: Vila, spliced_ids: Tensor, image_features: Tensor | None) -> Tensor:
-    """A spliced row [s] and the picture features [rows, e] -> [s, e]."""
+    """Embed spliced ids [s], with image features [rows, e] -> [s, e]."""
     if image_features is None:
         return llama.embed(p.llm, spliced_ids)
     text = llama.embed(p.llm, spliced_ids.clamp(min=0))

@@ -1,4 +1,4 @@
-"""The picture tower: a vision transformer as pure functions over a tree of parameters, one tree a kind."""
+"""The vision tower: dispatches to the SigLIP, CLIP or InternViT of the config, and runs it at the scales of S2."""
 
 from typing import Any
 
@@ -21,14 +21,14 @@ TOWER_MODULES: dict[str, Any] = {
 
 
 def param_specs(cfg: VisionConfig, dtype: torch.dtype) -> Tower:
-    """The tree of a tower."""
+    """Specs of the tower that the config describes."""
     return TOWER_MODULES[cfg.model_type].param_specs(cfg, dtype)
 
 
 def forward(p: Tower, pixels: Tensor, cfg: VisionConfig) -> Tensor:
-    """Pictures [b, c, H, W] -> the features that the config selects, [b, features, width].
+    """Run the tower: images [b, c, H, W] -> the features that the config selects, [b, features, feature_dim].
 
-    Errors: ValueError for pictures of another size.
+    Errors: ValueError for images of another size.
     """
     expected = (cfg.num_channels, cfg.input_size, cfg.input_size)
     if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
@@ -44,12 +44,16 @@ def forward(p: Tower, pixels: Tensor, cfg: VisionConfig) -> Tensor:
 
 
 def to_tiles(pixels: Tensor, cfg: VisionConfig) -> list[Tensor]:
-    """What the transformer sees of pictures [b, c, H, W]: for each scale, or once, [b · tiles, c, tile, tile]."""
+    """Resize and cut images [b, c, H, W] for the transformer -> for each S2 scale, or once, tiles [b · tiles, c, tile,
+    tile].
+    """
     return [split_into_tiles(resize_to_scale(pixels, side), side // cfg.tile_size) for side in cfg.scales] or [pixels]
 
 
 def select_hidden_state(p: Tower, pixels: Tensor, cfg: VisionConfig) -> Tensor:
-    """Tiles [b, c, tile, tile] -> the selected hidden state [b, features, e]."""
+    """Run the layers of the transformer up to the hidden state that the config selects: tiles [b, c, tile, tile] -> [b,
+    features, e].
+    """
     module = TOWER_MODULES[cfg.model_type]
     x = module.embed(p, pixels, cfg)
     for layer in p.layers[: len(p.layers) + 1 + cfg.select_layer]:

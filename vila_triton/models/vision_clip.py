@@ -1,4 +1,6 @@
-"""CLIP's vision transformer (Radford et al. 2021): SigLIP's layers, a class token, a norm before the first layer."""
+"""CLIP's vision transformer (Radford et al. 2021): SigLIP's layers, with a class token and a norm before the first
+layer.
+"""
 
 from dataclasses import dataclass
 
@@ -22,6 +24,8 @@ __all__ = ["Clip", "block", "embed", "param_specs"]
 
 @dataclass(frozen=True)
 class Clip:
+    """The parameters of a tower."""
+
     patch: Affine  # weight [e, c, patch, patch], no bias
     class_token: Leaf  # [e]
     position: Leaf  # [1 + grid², e]
@@ -31,7 +35,7 @@ class Clip:
 
 
 def param_specs(cfg: VisionConfig, dtype: torch.dtype) -> Clip:
-    """The tree of a tower, its leaves named as in transformers 5's `CLIPVisionModel`."""
+    """Specs of a tower, named as in transformers 5's `CLIPVisionModel`."""
     e = cfg.hidden_size
     return Clip(
         patch_specs(cfg, dtype, bias=False),
@@ -44,7 +48,7 @@ def param_specs(cfg: VisionConfig, dtype: torch.dtype) -> Clip:
 
 
 def embed(p: Clip, pixels: Tensor, cfg: VisionConfig) -> Tensor:
-    """Tiles [b, c, tile, tile] -> [b, 1 + grid², e]."""
+    """Embed tiles [b, c, tile, tile] -> [b, 1 + grid², e]."""
     x = prepend_class_token(p.class_token, patch_embeddings(p.patch, pixels, cfg)) + position_embeddings(
         p.position, cfg
     )

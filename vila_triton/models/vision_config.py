@@ -1,4 +1,4 @@
-"""Geometry of the tower and the projector, and how the top config.json says a picture is to be seen."""
+"""The geometry of the vision tower and the projector, and the fields of the top config.json that say how they are used."""
 
 import math
 import re
@@ -48,7 +48,9 @@ DOWNSAMPLE_FACTORS = {  # patches along one side of a token
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """What the top config.json says of how the tower is used; those of S2 are LLaVA-S2's defaults."""
+    """Fields of the top config.json that say how the tower is used; field names are the file's keys, defaults of S2
+    LLaVA-S2's.
+    """
 
     mm_vision_select_layer: Annotated[int, Bounds(-4096, 4096)] = -2
     mm_vision_select_feature: str | None = None  # "patch" for a tower with a class token
@@ -61,12 +63,15 @@ class VisionSettings:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The picture tower; names as in Hugging Face's `SiglipVisionConfig`, `CLIPVisionConfig` and InternViT's config.
+    """The geometry of a vision tower; names as in Hugging Face's `SiglipVisionConfig`, `CLIPVisionConfig` and
+    InternViT's config.
 
-    `select_layer` counts hidden states as VILA does: -1 is the output of the last layer, -2 of the one before.
-    `select_feature` "patch" drops the class token, "cls_patch" keeps whatever there is. `resolution` is the side in
-    pixels the tower is used at, if not the trained one. `scales` are the sides of S2 (Shi et al. 2024), smallest first.
-    `group_size` set means that the linears of the layers are int4.
+    `select_layer`: the hidden state that is the output, counted as in VILA: -1 is behind the last layer, -2 behind the
+    one before.
+    `select_feature`: "patch" drops the class token, "cls_patch" keeps it where there is one.
+    `resolution`: side in pixels at which the tower is used, if not the trained one.
+    `scales`: sides in pixels of S2's scales (Shi et al. 2024), smallest first.
+    `group_size`: as in `LlamaConfig`.
     """
 
     hidden_size: Count
@@ -90,36 +95,36 @@ class VisionConfig:
 
     @property
     def tile_size(self) -> int:
-        """Pixels along one side of what the transformer sees at once."""
+        """Side in pixels of a tile, the input of the transformer."""
         return self.resolution or self.image_size
 
     @property
     def input_size(self) -> int:
-        """Pixels along one side of a picture."""
+        """Side in pixels of an image."""
         return max(self.scales, default=self.tile_size)
 
     @property
     def patches_per_side(self) -> int:
-        """Patches along one side."""
+        """Patches along one side of a tile."""
         return self.tile_size // self.patch_size
 
     @property
     def num_class_tokens(self) -> int:
-        """Positions of the transformer that are no patches."""
+        """Positions of the transformer that are not patches: 0 or 1."""
         return 0 if self.model_type == "siglip_vision_model" else 1
 
     @property
     def num_features(self) -> int:
-        """Feature vectors of a picture."""
+        """Feature vectors of one image."""
         return self.patches_per_side**2 + (self.num_class_tokens if self.select_feature == "cls_patch" else 0)
 
     @property
     def feature_dim(self) -> int:
-        """Numbers in a feature vector: those of all scales side by side."""
+        """Length of a feature vector: the scales' hidden states are concatenated."""
         return self.hidden_size * max(1, len(self.scales))
 
     def describe(self) -> str:
-        """What is seen, in a line."""
+        """Describe the features in one line."""
         selection = "patches" if self.num_features == self.patches_per_side**2 else "class token and patches"
         scales = f", S2 at {', '.join(map(str, self.scales))}" if self.scales else ""
         return (
@@ -129,9 +134,8 @@ class VisionConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], top: Mapping[str, Any] | None = None) -> "VisionConfig":
-        """From vision_tower/config.json and those fields of the top config.json that `Seen` has.
-
-        Errors: `ConfigError` for what no tower of ours can do.
+        """Read vision_tower/config.json and, from the top config.json, the fields of `VisionSettings`. Errors:
+        `ConfigError`.
         """
         top, model_type = top or {}, values.get("model_type")
         if not isinstance(model_type, str) or model_type not in TOWER_DEFAULTS:
@@ -155,7 +159,7 @@ class VisionConfig:
         return replace(cfg, scales=s2_scales(settings, cfg)) if settings.s2 else cfg
 
     def check(self, settings: "VisionSettings", top: Mapping[str, Any]) -> None:
-        """Errors: `ConfigError` for numbers that do not go together."""
+        """Errors: `ConfigError` for values that are not supported or do not go together."""
         for name, allowed in ALLOWED_VALUES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ConfigError(
@@ -185,7 +189,9 @@ class VisionConfig:
 
 
 def s2_scales(settings: VisionSettings, tower: VisionConfig) -> tuple[int, ...]:
-    """The sides of S2, smallest first. Errors: `ConfigError` for a scale that cannot be cut up."""
+    """The sides of the S2 scales, smallest first. Errors: `ConfigError` for a scale that is not a whole number of
+    tiles.
+    """
     raw_scales, max_tile_size = settings.s2_scales, settings.s2_max_split_size
     try:
         scales = tuple(sorted(map(int, raw_scales.split(",") if isinstance(raw_scales, str) else raw_scales)))
@@ -209,11 +215,12 @@ def s2_scales(settings: VisionSettings, tower: VisionConfig) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """Features of the tower to the width of the language model; the types are VILA's and LLaVA's.
+    """The geometry of the projector; the types are VILA's and LLaVA's.
 
-    `token_order` of VILA 1.5's `mlp_downsample` is "column" (None too), of later releases' "row". The configs of the
-    two look alike, so a later checkpoint needs `"token_order": "row"` in its mm_projector/config.json. `group_size` set
-    means int4 linears.
+    `token_order`: the order of image tokens of `mlp_downsample`: "column" (also if None) in VILA 1.5, "row" in later
+    releases. Their configs look alike, so the mm_projector/config.json of a later checkpoint needs `"token_order":
+    "row"`.
+    `group_size`: as in `LlamaConfig`.
     """
 
     mm_projector_type: str
@@ -238,22 +245,22 @@ class ProjectorConfig:
 
     @property
     def num_linears(self) -> int:
-        """Linear maps of an `mlp{N}x_gelu`, 0 for another type."""
+        """The number of linear maps of an `mlp{N}x_gelu`; 0 for the other types."""
         match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", self.mm_projector_type)
         return int(match[1]) if match else 0
 
     @property
     def downsample_factor(self) -> int:
-        """Patches along one side of a token."""
+        """Patches along one side of the square that becomes one token."""
         return DOWNSAMPLE_FACTORS.get(self.mm_projector_type, 1)
 
     @property
     def effective_token_order(self) -> str:
-        """ "column" if tokens go down the columns, "row" if along the rows."""
+        """ "column" if the tokens follow the columns of the image, "row" if they follow its rows."""
         return self.token_order or ("column" if self.mm_projector_type == "mlp_downsample" else "row")
 
     def describe(self) -> str:
-        """The type and, where it has one, the order of its tokens, in a line."""
+        """Describe the type in one line, with the order of its tokens where there is a choice."""
         reason = "as the config says" if self.token_order else "as released; token_order would say otherwise"
         order = (
             f", tokens in {self.effective_token_order} order ({reason})"
@@ -264,5 +271,5 @@ class ProjectorConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ProjectorConfig":
-        """From mm_projector/config.json together with the widths of the top config.json. Errors: `ConfigError`."""
+        """Read mm_projector/config.json together with the widths in the top config.json. Errors: `ConfigError`."""
         return read_dataclass(cls, {**values, **quantization_fields(values, "mm_projector")}, "mm_projector")

@@ -1,4 +1,4 @@
-"""InternViT (Chen et al. 2023): one projection to queries, keys and values, RMS norms, QK-norm, layer scale."""
+"""InternViT (Chen et al. 2023): fused projection to queries, keys and values, RMS norms, QK-norm and layer scale."""
 
 from dataclasses import dataclass
 
@@ -23,6 +23,8 @@ from .vision_layers import (
 
 @dataclass(frozen=True)
 class Layer:
+    """The parameters of one layer."""
+
     norm1: Affine
     qkv: Affine  # [3 e, e]
     q_norm: Affine | None  # [e], over the width of all heads together
@@ -37,6 +39,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class InternVit:
+    """The parameters of a tower."""
+
     patch: Affine  # weight [e, c, patch, patch]
     class_token: Leaf  # [1, 1, e]
     position: Leaf  # [1, 1 + grid², e]
@@ -44,11 +48,12 @@ class InternVit:
 
 
 def rms_norm_specs(e: int, key: str, dtype: torch.dtype) -> Affine:
+    """Specs of an RMS norm over e values: a weight without a bias."""
     return Affine(ParameterSpec((e,), f"{key}.weight", dtype, "ones"), None)
 
 
 def param_specs(cfg: VisionConfig, dtype: torch.dtype) -> InternVit:
-    """The tree of a tower, its leaves named as in the released InternViT-6B."""
+    """Specs of a tower, named as in the released InternViT-6B."""
     e, f = cfg.hidden_size, cfg.intermediate_size
     norm_spec = rms_norm_specs if cfg.norm_type == "rms_norm" else norm_specs
 
@@ -79,21 +84,23 @@ def param_specs(cfg: VisionConfig, dtype: torch.dtype) -> InternVit:
 
 
 def embed(p: InternVit, pixels: Tensor, cfg: VisionConfig) -> Tensor:
-    """Tiles [b, c, tile, tile] -> [b, 1 + grid², e]."""
+    """Embed tiles [b, c, tile, tile] -> [b, 1 + grid², e]."""
     return prepend_class_token(p.class_token, patch_embeddings(p.patch, pixels, cfg)) + position_embeddings(
         p.position[0], cfg
     )
 
 
 def apply_norm(p: Affine | None, x: Tensor, eps: float) -> Tensor:
-    """The norm that the parameters are of: an RMS norm has no bias; None leaves x [..., e] as it is."""
+    """Normalize x [..., e]: RMS norm if the parameters have no bias, layer norm if they have one, nothing if they are
+    None.
+    """
     if p is None:
         return x
     return ops.rms_norm(x, p.weight, eps) if p.bias is None else layer_norm(p, x, eps)
 
 
 def block(p: Layer, x: Tensor, cfg: VisionConfig, apply_linear: LinearFn = linear) -> Tensor:
-    """One layer: x [b, s, e] -> [b, s, e]."""
+    """Run one layer: x [b, s, e] -> [b, s, e]."""
     eps = cfg.layer_norm_eps
     q, k, v = apply_linear(p.qkv, apply_norm(p.norm1, x, eps)).chunk(3, dim=-1)  # [b, s, e] each
     q, k = apply_norm(p.q_norm, q, eps), apply_norm(p.k_norm, k, eps)

@@ -1,4 +1,4 @@
-"""What every picture tower is made of: patches, their positions, the class token before them, attention over all."""
+"""Layers that all vision towers share: patch and position embeddings, the class token, bidirectional attention."""
 
 from collections.abc import Callable
 
@@ -20,6 +20,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def gelu_pytorch_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation, under Hugging Face's name for it."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -31,19 +32,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def patch_specs(cfg: VisionConfig, dtype: torch.dtype, bias: bool = True) -> Affine:
-    """The map from a patch to its embedding, weight [e, c, patch, patch]."""
+    """Specs of the linear map from a patch to its embedding, stored as a convolution: weight [e, c, patch, patch]."""
     key, e, size = "embeddings.patch_embedding", cfg.hidden_size, cfg.patch_size
     weight = ParameterSpec((e, cfg.num_channels, size, size), f"{key}.weight", dtype)
     return Affine(weight, ParameterSpec((e,), f"{key}.bias", dtype, "zeros") if bias else None)
 
 
 def num_trained_positions(cfg: VisionConfig) -> int:
-    """Rows of the position embeddings in the checkpoint."""
+    """The number of position embeddings in the checkpoint."""
     return cfg.num_class_tokens + (cfg.image_size // cfg.patch_size) ** 2
 
 
 def patch_embeddings(p: Affine, pixels: Tensor, cfg: VisionConfig) -> Tensor:
-    """Tiles [b, c, tile, tile] -> patch embeddings [b, grid², e], row by row."""
+    """Embed the patches of tiles [b, c, tile, tile], row by row -> [b, grid², e]."""
     size, side = (
         cfg.patch_size,
         cfg.patches_per_side * cfg.patch_size,
@@ -53,12 +54,14 @@ def patch_embeddings(p: Affine, pixels: Tensor, cfg: VisionConfig) -> Tensor:
 
 
 def position_embeddings(trained: Tensor, cfg: VisionConfig) -> Tensor:
-    """Position embeddings [class tokens + trained grid², e] -> those of the grid in use, [class tokens + grid², e].
+    """Resample trained position embeddings to the grid in use: [class tokens + trained grid², e] -> [class tokens +
+    grid², e].
 
-    For `vision_resolution` other than the trained one, VILA stretches the row of patches linearly: patch i of n lies at
-    i (m - 1) / (n - 1) of the m trained ones, end on end, whichever line of the picture that is. Two things differ
-    from upstream, whose results are of no use: a place that is a whole number takes that embedding (there both of its
-    weights are 0), and the class token keeps its own (there it counts as a patch, and then one is missing).
+    For a `vision_resolution` other than the trained one, VILA stretches the sequence of patches linearly: patch i of n
+    lies at i (m - 1) / (n - 1) of the m trained embeddings, across the ends of rows. Two differences from upstream,
+    whose results cannot be
+    used: a position that is a whole number takes that embedding (upstream both of its weights are 0), and the class
+    token keeps its own (upstream it counts as a patch, and one is then missing).
     """
     if cfg.tile_size == cfg.image_size:
         return trained
@@ -71,11 +74,11 @@ def position_embeddings(trained: Tensor, cfg: VisionConfig) -> Tensor:
 
 
 def prepend_class_token(token: Tensor, x: Tensor) -> Tensor:
-    """Patch embeddings [b, grid², e] -> [b, 1 + grid², e]."""
+    """Prepend the class token to patch embeddings: [b, grid², e] -> [b, 1 + grid², e]."""
     return torch.cat((token.expand(len(x), 1, -1), x), dim=1)
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """Every position to every position of its tile: [b, s, e] each -> [b, s, e]."""
+    """Bidirectional attention within each tile: q, k and v [b, s, e] -> [b, s, e]."""
     q, k, v = (rearrange(x, "b s (h d) -> b s h d", h=num_heads) for x in (q, k, v))
     return rearrange(ops.encoder_attention(q, k, v, q.shape[-1] ** -0.5), "b s h d -> b s (h d)")

@@ -1,4 +1,4 @@
-"""S2, "scaling on scales" (Shi et al. 2024): one tower looks at a picture at several sizes, in tiles of its own."""
+"""S2, "scaling on scales" (Shi et al. 2024): one tower encodes an image at several sizes, the larger ones in tiles."""
 
 import math
 from collections.abc import Sequence
@@ -12,19 +12,20 @@ from vila_triton.ops.dtypes import upcast
 
 
 def resize_to_scale(pixels: Tensor, size: int) -> Tensor:
-    """Pictures [b, c, H, W] -> [b, c, side, side], bicubic."""
+    """Resize images [b, c, H, W] -> [b, c, size, size], bicubic."""
     return F.interpolate(upcast(pixels), size=size, mode="bicubic").to(pixels.dtype)
 
 
 def split_into_tiles(pixels: Tensor, n: int) -> Tensor:
-    """Pictures [b, c, n·tile, n·tile] -> tiles [n·n·b, c, tile, tile], those of one place in the picture together."""
+    """Cut images [b, c, n·tile, n·tile] -> tiles [n·n·b, c, tile, tile], all images' first tiles first."""
     return rearrange(pixels, "b c (i y) (j x) -> (i j b) c y x", i=n, j=n)
 
 
 def merge_scales(scale_features: Sequence[Tensor], tiles_per_side: Sequence[int]) -> Tensor:
-    """Features of the tiles of each scale [n·n·b, grid², e] -> of the pictures, [b, grid², scales·e].
+    """Merge the features of all scales: tiles [n·n·b, grid², e] of each scale -> images [b, grid², scales·e].
 
-    Each scale is put together and averaged down to the grid of the first (the smallest, one tile in every release).
+    The tiles of each scale are put together to one map and averaged down to the grid of the first, smallest scale.
+    tiles_per_side: n of each scale.
     """
     grid = math.isqrt(scale_features[0].shape[1])
     maps = [

@@ -20,6 +20,8 @@ from .vision_layers import (
 
 @dataclass(frozen=True)
 class Layer:
+    """The parameters of one layer of SigLIP or CLIP."""
+
     norm1: Affine
     q: Affine
     k: Affine
@@ -32,6 +34,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Siglip:
+    """The parameters of a tower."""
+
     patch: Affine  # weight [e, c, patch, patch]
     position: Leaf  # [grid², e]
     layers: tuple[Layer, ...]
@@ -39,7 +43,7 @@ class Siglip:
 
 
 def layer_specs(cfg: VisionConfig, i: int, dtype: torch.dtype) -> Layer:
-    """A layer as SigLIP and CLIP have it, named as in transformers."""
+    """Specs of one layer of SigLIP or CLIP, named as in transformers."""
     e, f, prefix = cfg.hidden_size, cfg.intermediate_size, f"encoder.layers.{i}"
 
     def linear_spec(n: int, k: int, key: str) -> Affine:
@@ -58,7 +62,7 @@ def layer_specs(cfg: VisionConfig, i: int, dtype: torch.dtype) -> Layer:
 
 
 def param_specs(cfg: VisionConfig, dtype: torch.dtype) -> Siglip:
-    """The tree of a tower, its leaves named as in transformers 5's `SiglipVisionModel`."""
+    """Specs of a tower, named as in transformers 5's `SiglipVisionModel`."""
     return Siglip(
         patch_specs(cfg, dtype),
         ParameterSpec((num_trained_positions(cfg), cfg.hidden_size), "embeddings.position_embedding.weight", dtype),
@@ -68,12 +72,12 @@ def param_specs(cfg: VisionConfig, dtype: torch.dtype) -> Siglip:
 
 
 def embed(p: Siglip, pixels: Tensor, cfg: VisionConfig) -> Tensor:
-    """Tiles [b, c, tile, tile] -> [b, grid², e]."""
+    """Embed tiles [b, c, tile, tile] -> [b, grid², e]."""
     return patch_embeddings(p.patch, pixels, cfg) + position_embeddings(p.position, cfg)
 
 
 def block(p: Layer, x: Tensor, cfg: VisionConfig, apply_linear: LinearFn = linear) -> Tensor:
-    """One layer: x [b, s, e] -> [b, s, e]."""
+    """Run one layer: x [b, s, e] -> [b, s, e]."""
     y = layer_norm(p.norm1, x, cfg.layer_norm_eps)
     q, k, v = (apply_linear(w, y) for w in (p.q, p.k, p.v))
     x = x + apply_linear(p.out, self_attention(q, k, v, cfg.num_attention_heads))

@@ -15,14 +15,14 @@ Every file here is found, and an op in it is `vila_triton.ops.NAME`, named below
 import sys
 
 from vila_triton.registry import OPS
-from vila_triton.registry.registry import import_modules, record_problem
+from vila_triton.registry.discovery import import_modules, record_problem
 
-from .attention import merge_attention_states
+from .attention import RaggedBatch, merge_attention_states
 from .decode_attention import decode_attention
 from .elementwise import layer_norm, rms_norm, rope, swiglu
 from .encoder_attention import encoder_attention
 from .int4 import Int4, dequantize, int4_matmul, int4_swiglu, quantize_rtn
-from .kv_pages import KVPages, QuantizedKVPages, empty_kv_pages, page_tensors
+from .kv_pages import KVPages, PagedKV, QuantizedKVPages, empty_kv_pages, page_tensors
 from .kv_write import kv_write
 from .linear import linear
 from .prefill_attention import prefill_attention
@@ -31,7 +31,9 @@ from .rope_kv_write import rope_kv_write
 __all__ = [
     "Int4",
     "KVPages",
+    "PagedKV",
     "QuantizedKVPages",
+    "RaggedBatch",
     "decode_attention",
     "dequantize",
     "empty_kv_pages",

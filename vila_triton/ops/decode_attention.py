@@ -1,4 +1,4 @@
-"""Attention of one new token a sequence to all that is cached."""
+"""Attention of one new token of each sequence to all of its cached tokens."""
 # pyright: reportInvalidTypeForm=false
 
 import torch
@@ -9,62 +9,62 @@ from vila_triton.registry import IntRange, op
 from .attention import HEAD_DIMS, NUMERICS, QUERIES_PER_KV, causal_attention, check_heads, check_numerics
 from .dtypes import DTYPES, dtype_name, random_tensor, upcast
 from .indices import check_block_table
-from .kv_pages import KVPages, check_pages
-from .kv_write import KV_FORMATS, PAGE_SIZES, gather_tokens, kv_bytes, kv_format, random_pages
-from .shapes import check_axes, check_dtype, check_finite, check_floating
+from .kv_pages import KV_FORMATS, PAGE_SIZES, PagedKV, check_pages, kv_bytes, kv_format, random_pages
+from .shapes import check_axes, check_dtype, check_finite, check_floating, check_type
 
 
 @op(batch_invariant=True)
 def decode_attention(
     q: Tensor,
-    k_pages: KVPages,
-    v_pages: KVPages,
-    block_table: Tensor,
+    cache: PagedKV,
     seq_lens: Tensor,
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of one new token per sequence to all cached tokens, its own (already written) included.
+    """Attention of one new token per sequence to all cached tokens of its sequence, its own among them.
 
-    q [b, h, d]; k_pages and v_pages [p, l, g, d]; block_table [b, pages] int32; seq_lens [b] int32 -> [b, h, d],
-    or with `lse` (that, [b, h]). A sequence of length 0 gets 0 and -inf.
+    q [b, h, d]; `cache` holds the tokens; seq_lens [b] int32: how many each sequence has. Query head i attends to KV
+    head i // (h/g). Returns [b, h, d], and with `return_lse` also the log-sum-exp of the scores, [b, h]. A sequence of
+    length 0 gets 0 and -inf.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, IndexError for pages that do not exist.
     """
-    keys, values = (
-        [gather_tokens(pages, block_table[i], t).to(q.dtype) for i, t in enumerate(seq_lens.tolist())]
-        for pages in (k_pages, v_pages)
-    )
+    keys_and_values = [cache.gather(i, t) for i, t in enumerate(seq_lens.tolist())]
     rows = [
-        causal_attention(q[i : i + 1], keys[i], values[i], softmax_scale, numerics, return_lse) for i in range(len(q))
+        causal_attention(q[i : i + 1], k.to(q.dtype), v.to(q.dtype), softmax_scale, numerics, return_lse)
+        for i, (k, v) in enumerate(keys_and_values)
     ]
     out = torch.cat([q[:0], *(out for out, _ in rows)])
     return (out, torch.cat([upcast(q[:0, :, 0]), *(x for _, x in rows if x is not None)])) if return_lse else out
 
 
 @decode_attention.requires
-def _(q, k_pages, v_pages, block_table, seq_lens, softmax_scale, numerics="fast", return_lse=False) -> None:
+def _(q, cache, seq_lens, softmax_scale, numerics="fast", return_lse=False) -> None:
+    name = "decode_attention"
+    check_type(name, PagedKV, cache=cache)
     sizes = check_axes(
-        "decode_attention",
+        name,
         q=(q, "b h d"),
-        k_pages=(k_pages, "p l g d"),
-        v_pages=(v_pages, "p l g d"),
-        block_table=(block_table, "b pages"),
+        k_pages=(cache.k_pages, "p l g d"),
+        v_pages=(cache.v_pages, "p l g d"),
+        block_table=(cache.block_table, "b pages"),
         seq_lens=(seq_lens, "b"),
     )
-    check_floating("decode_attention", q=q)
-    check_finite("decode_attention", softmax_scale=softmax_scale)
-    check_dtype("decode_attention", torch.int32, block_table=block_table, seq_lens=seq_lens)
-    check_pages("decode_attention", k_pages, v_pages)
-    check_numerics("decode_attention", numerics)
-    check_heads("decode_attention", sizes)
+    check_floating(name, q=q)
+    check_finite(name, softmax_scale=softmax_scale)
+    check_dtype(name, torch.int32, block_table=cache.block_table, seq_lens=seq_lens)
+    check_pages(name, cache.k_pages, cache.v_pages)
+    check_numerics(name, numerics)
+    check_heads(name, sizes)
 
 
 @decode_attention.bounds
-def _(q, k_pages, v_pages, block_table, seq_lens, softmax_scale, numerics="fast", return_lse=False) -> None:
-    check_block_table("decode_attention", block_table, "seq_lens", seq_lens, *k_pages.shape[:2])
+def _(q, cache, seq_lens, softmax_scale, numerics="fast", return_lse=False) -> None:
+    check_block_table("decode_attention", cache.block_table, "seq_lens", seq_lens, *cache.k_pages.shape[:2])
 
 
-@decode_attention.inputs
+@decode_attention.example_inputs
 def _(
     b: IntRange(1, 4),
     t: IntRange(0, 100),
@@ -80,26 +80,23 @@ def _(
     device: str,
 ):
     seq_lens = [t, *torch.randint(0, t + 1, (b - 1,), generator=rng).tolist()]
-    k_pages, v_pages, block_table = random_pages(seq_lens, l, g, d, dtype, rng, device, kv)
+    cache = random_pages(seq_lens, l, g, d, dtype, rng, device, kv)
     q = random_tensor(b, g * ratio, d, dtype=dtype, rng=rng, device=device)
-    cached = (k_pages, v_pages, block_table, torch.tensor(seq_lens, device=device).int())
-    return q, *cached, d**-0.5, *([] if numerics == "fast" else [numerics])
+    return q, cache, torch.tensor(seq_lens, device=device).int(), d**-0.5, *([] if numerics == "fast" else [numerics])
 
 
-decode_attention.result(
-    lambda q, k_pages, v_pages, block_table, seq_lens, softmax_scale, numerics, lse: q.new_empty(q.shape)
-)
+decode_attention.fake_impl(lambda q, cache, seq_lens, softmax_scale, numerics, return_lse: q.new_empty(q.shape))
 
 
-@decode_attention.sizes("b", "t")
-def _(q, k_pages, v_pages, block_table, seq_lens, softmax_scale, numerics="fast", return_lse=False):
-    """Lengths lie on the device, so t is what the block table has room for."""
-    (b, h, d), (_, l, g, _) = q.shape, k_pages.shape
-    t, kv = block_table.shape[1] * l, kv_format(k_pages)
+@decode_attention.sizes_from_args("b", "t")
+def _(q, cache, seq_lens, softmax_scale, numerics="fast", return_lse=False):
+    """The lengths lie on the device, so t is what the block table has room for."""
+    (b, h, d), (_, l, g, _) = q.shape, cache.k_pages.shape
+    t, kv = cache.block_table.shape[1] * l, kv_format(cache.k_pages)
     return dict(b=b, t=t, g=g, ratio=h // g, d=d, l=l, dtype=dtype_name(q.dtype), kv=kv, numerics=numerics)
 
 
-@decode_attention.costs
+@decode_attention.flops_and_bytes
 def _(b, t, g, ratio, d, l, dtype, kv="plain", numerics="fast"):
     moved = kv_bytes(t, d, dtype, kv) + kv_bytes(ratio, d, dtype, "plain")
     return 4 * b * t * g * ratio * d, 2 * b * g * moved

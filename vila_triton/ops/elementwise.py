@@ -25,7 +25,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> None:
     check_finite("rms_norm", eps=eps)
 
 
-@rms_norm.inputs
+@rms_norm.example_inputs
 def _(rows: IntRange(1, 40), e: IntRange(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
     return (
         random_tensor(rows, e, dtype=dtype, rng=rng, device=device),
@@ -34,15 +34,15 @@ def _(rows: IntRange(1, 40), e: IntRange(1, 300), dtype: DTYPES, *, rng: torch.G
     )
 
 
-rms_norm.result(lambda x, weight, eps: x.new_empty(x.shape))
+rms_norm.fake_impl(lambda x, weight, eps: x.new_empty(x.shape))
 
 
-@rms_norm.sizes("rows")
+@rms_norm.sizes_from_args("rows")
 def _(x, weight, eps):
     return dict(rows=x.shape[:-1].numel(), e=len(weight), dtype=dtype_name(x.dtype))
 
 
-@rms_norm.costs
+@rms_norm.flops_and_bytes
 def _(rows, e, dtype):
     return 4 * rows * e, (2 * rows * e + e) * getattr(torch, dtype).itemsize
 
@@ -60,21 +60,21 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
     check_finite("layer_norm", eps=eps)
 
 
-@layer_norm.inputs
+@layer_norm.example_inputs
 def _(rows: IntRange(1, 40), e: IntRange(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
     x, weight, bias = (random_tensor(*s, dtype=dtype, rng=rng, device=device) for s in ((rows, e), (e,), (e,)))
     return x, weight, bias, 1e-6
 
 
-layer_norm.result(lambda x, weight, bias, eps: x.new_empty(x.shape))
+layer_norm.fake_impl(lambda x, weight, bias, eps: x.new_empty(x.shape))
 
 
-@layer_norm.sizes("rows")
+@layer_norm.sizes_from_args("rows")
 def _(x, weight, bias, eps):
     return dict(rows=x.shape[:-1].numel(), e=len(weight), dtype=dtype_name(x.dtype))
 
 
-@layer_norm.costs
+@layer_norm.flops_and_bytes
 def _(rows, e, dtype):
     return 8 * rows * e, (2 * rows * e + 2 * e) * getattr(torch, dtype).itemsize
 
@@ -99,23 +99,23 @@ def _(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"rope: x has head dim {sizes['d']}, but cos and sin hold {sizes['r']} pairs")
 
 
-@rope.inputs
+@rope.example_inputs
 def _(s: IntRange(1, 40), h: IntRange(1, 9), r: IntRange(1, 64), dtype: DTYPES, *, rng: torch.Generator, device: str):
     angles = torch.rand(s, r, generator=rng) * 1000
     x = random_tensor(s, h, 2 * r, dtype=dtype, rng=rng, device=device)
     return x, angles.cos().to(device), angles.sin().to(device)
 
 
-rope.result(lambda x, cos, sin: x.new_empty(x.shape))
+rope.fake_impl(lambda x, cos, sin: x.new_empty(x.shape))
 
 
-@rope.sizes("s")
+@rope.sizes_from_args("s")
 def _(x, cos, sin):
     s, h, d = x.shape
     return dict(s=s, h=h, r=d // 2, dtype=dtype_name(x.dtype))
 
 
-@rope.costs
+@rope.flops_and_bytes
 def _(s, h, r, dtype):
     return 6 * s * h * r, 4 * s * h * r * getattr(torch, dtype).itemsize + 8 * s * r
 
@@ -133,21 +133,21 @@ def _(gate: Tensor, up: Tensor) -> None:
     check_same_dtype("swiglu", gate=gate, up=up)
 
 
-@swiglu.inputs
+@swiglu.example_inputs
 def _(s: IntRange(1, 40), f: IntRange(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
     gate, up = (random_tensor(s, f, dtype=dtype, rng=rng, device=device, scale=3) for _ in range(2))
     return gate, up
 
 
-swiglu.result(lambda gate, up: gate.new_empty(gate.shape))
+swiglu.fake_impl(lambda gate, up: gate.new_empty(gate.shape))
 
 
-@swiglu.sizes("s")
+@swiglu.sizes_from_args("s")
 def _(gate, up):
     s, f = gate.shape
     return dict(s=s, f=f, dtype=dtype_name(gate.dtype))
 
 
-@swiglu.costs
+@swiglu.flops_and_bytes
 def _(s, f, dtype):
     return 5 * s * f, 3 * s * f * getattr(torch, dtype).itemsize

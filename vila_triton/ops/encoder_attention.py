@@ -1,4 +1,4 @@
-"""Attention within a picture."""
+"""Attention of the vision tower: every position of an image to every position of it."""
 # pyright: reportInvalidTypeForm=false
 
 import torch
@@ -14,7 +14,11 @@ from .shapes import check_axes, check_finite, check_floating, check_same_dtype
 
 @op
 def encoder_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-    """Attention of every position to every position of its picture: q, k and v [b, s, h, d] -> [b, s, h, d]."""
+    """softmax(q kᵀ · softmax_scale) v of every position of an image over all positions of it.
+
+    q, k and v [b, s, h, d], b images of s positions; returns [b, s, h, d]. Raises ValueError for shapes, dtypes or
+    devices that do not fit.
+    """
     scores = einsum(upcast(q), upcast(k), "b s h d, b t h d -> b h s t") * softmax_scale
     p = upcast(scores.softmax(-1).to(v.dtype))
     return einsum(p, upcast(v), "b h s t, b t h d -> b s h d").to(q.dtype)
@@ -28,7 +32,7 @@ def _(q, k, v, softmax_scale) -> None:
     check_finite("encoder_attention", softmax_scale=softmax_scale)
 
 
-@encoder_attention.inputs
+@encoder_attention.example_inputs
 def _(
     b: IntRange(1, 3),
     s: IntRange(1, 90),
@@ -43,15 +47,15 @@ def _(
     return q, k, v, d**-0.5
 
 
-encoder_attention.result(lambda q, k, v, softmax_scale: q.new_empty(q.shape))
+encoder_attention.fake_impl(lambda q, k, v, softmax_scale: q.new_empty(q.shape))
 
 
-@encoder_attention.sizes("b")
+@encoder_attention.sizes_from_args("b")
 def _(q, k, v, softmax_scale):
     b, s, h, d = q.shape
     return dict(b=b, s=s, h=h, d=d, dtype=dtype_name(q.dtype))
 
 
-@encoder_attention.costs
+@encoder_attention.flops_and_bytes
 def _(b, s, h, d, dtype):
     return 4 * b * h * d * s * s, 4 * b * s * h * d * getattr(torch, dtype).itemsize

@@ -49,7 +49,7 @@ def check_slot_mapping(op_name: str, slot_mapping: Tensor, num_pages: int, page_
 def check_block_table(
     op_name: str, block_table: Tensor, name: str, cached_lens: Tensor, num_pages: int, page_size: int
 ) -> None:
-    """The block table [b, n] has room for the cached tokens, `lengths` [b], and names a page for each of them.
+    """The block table [b, n] has room for the cached tokens, `cached_lens` [b], and names a page for each of them.
 
     What its entries beyond those are does not matter.
     """
@@ -74,7 +74,7 @@ def check_block_table(
 
 
 def check_query_start_loc(op_name: str, query_start_loc: Tensor, s: int) -> None:
-    """Rows of the sequences lie end to end: query_start [b+1] rises from 0 to s."""
+    """Rows of the sequences lie end to end: query_start_loc [b+1] rises from 0 to s."""
     if not can_read_values(query_start_loc.device):
         return
     starts = query_start_loc.tolist()
@@ -82,4 +82,6 @@ def check_query_start_loc(op_name: str, query_start_loc: Tensor, s: int) -> None
         low, high = (s if i == len(starts) - 1 else previous), (s if i else 0)
         if not low <= start <= high:
             expected = low if low >= high else f"{low} to {high}"
-            raise IndexError(f"{op_name}: query_start[{i}] is {start}, expected {expected}: there are {s} new tokens")
+            raise IndexError(
+                f"{op_name}: query_start_loc[{i}] is {start}, expected {expected}: there are {s} new tokens"
+            )

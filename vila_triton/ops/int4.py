@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vila_triton.checkpoints.int4_packing import pack_tiles, tiled_shape, unpack_tiles
 from vila_triton.registry import IntRange, OneOf, op
 
 from .dtypes import DTYPES, dtype_name, random_tensor, upcast
+from .int4_tiles import pack_tiles, tiled_shape, unpack_tiles
 from .shapes import check_axes, check_floating, check_same_dtype
 
 ROUNDINGS = ("sub", "fma")
@@ -23,7 +23,7 @@ SMALLEST_SCALE = 2.0**-24  # above 0 in float16
 class Int4:
     """A weight [n, k] in 4 bits: w[i, j] = (code[i, j] - zeros[j // group, i]) · scales[j // group, i].
 
-    qweight  [ceil(n/16), ceil(k/64), 32, 4] int32: the codes, 0 to 15, cut into tiles as `formats.pack_tiles` says
+    qweight  [ceil(n/16), ceil(k/64), 32, 4] int32: the codes, 0 to 15, packed by `int4_tiles.pack_tiles`
     scales   [G, n]                                 G = k / group
     zeros    [G, n]   the code that stands for 0: a whole number 0 to 15, kept in the dtype of scales
     group    inputs that share a scale; k of them: one scale a row
@@ -144,7 +144,7 @@ def random_int4(n: int, G: int, group_size: int, dtype: str, rounding: Any, rng:
     return Int4(pack_tiles(q).to(device), scales, zeros, group_size, rounding)
 
 
-@int4_matmul.inputs
+@int4_matmul.example_inputs
 def _(
     m: IntRange(1, 40),
     n: IntRange(1, 80),
@@ -162,10 +162,10 @@ def _(
     return x, w, random_tensor(n, dtype=dtype, rng=rng, device=device) if bias else None
 
 
-int4_matmul.result(lambda x, w, bias: x.new_empty(*x.shape[:-1], w.shape[0]))
+int4_matmul.fake_impl(lambda x, w, bias: x.new_empty(*x.shape[:-1], w.shape[0]))
 
 
-@int4_matmul.sizes("m")
+@int4_matmul.sizes_from_args("m")
 def _(x, w, bias=None):
     n, k = w.shape
     m = x.shape[:-1].numel()
@@ -174,7 +174,7 @@ def _(x, w, bias=None):
     )
 
 
-@int4_matmul.costs
+@int4_matmul.flops_and_bytes
 def _(m, n, G, group, dtype, order, bias):
     k, size = G * group, getattr(torch, dtype).itemsize
     return 2 * m * n * k, n * k // 2 + (2 * n * G + m * k + m * n + n * bias) * size
@@ -197,7 +197,7 @@ def _(x: Tensor, gate: Int4, up: Int4) -> None:
         )
 
 
-@int4_swiglu.inputs
+@int4_swiglu.example_inputs
 def _(
     m: IntRange(1, 40),
     n: IntRange(1, 80),
@@ -213,17 +213,17 @@ def _(
     return random_tensor(m, G * group, dtype=dtype, rng=rng, device=device, scale=(G * group) ** -0.5), *weights
 
 
-int4_swiglu.result(lambda x, gate, up: x.new_empty(*x.shape[:-1], gate.shape[0]))
+int4_swiglu.fake_impl(lambda x, gate, up: x.new_empty(*x.shape[:-1], gate.shape[0]))
 
 
-@int4_swiglu.sizes("m")
+@int4_swiglu.sizes_from_args("m")
 def _(x, gate, up):
     n, k = gate.shape
     m = x.shape[:-1].numel()
     return dict(m=m, n=n, G=k // gate.group, group=gate.group, dtype=dtype_name(x.dtype), order=gate.order)
 
 
-@int4_swiglu.costs
+@int4_swiglu.flops_and_bytes
 def _(m, n, G, group, dtype, order):
     k, size = G * group, getattr(torch, dtype).itemsize
     return 4 * m * n * k, n * k + (4 * n * G + m * k + m * n) * size

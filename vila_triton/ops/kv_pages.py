@@ -1,7 +1,10 @@
-"""What a pool of cached keys or values is made of: a plain tensor, or codes of 8 or 4 bits, one scale a token and head.
+"""The paged KV cache: what its pages are made of, where tokens lie in them, and random ones for examples.
 
-Plain: [p, l, g, d] in any dtype. Quantised: `QuantizedPages`. Axes before p, such as the layer, are allowed where they
-are made and cut (`empty_pages`, `pages[layer]`); ops take one layer.
+Token j of sequence i is row j % l of page block_table[i, j // l], where l is the page size; its slot is page · l + row.
+
+Pages of keys or of values are either plain, a tensor [p, l, g, d] of any dtype, or quantized, `QuantizedKVPages`. Axes
+before p, such as the layer, are allowed where pages are made and indexed (`empty_kv_pages`, `pages[layer]`); ops take
+one layer.
 """
 
 import math
@@ -12,10 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vila_triton.registry import OneOf
+
 from .dtypes import upcast
 from .shapes import check_axes
 
+PAGE_SIZES = OneOf(16, 32, 64, 128, 256)
 KV_BITS = {"int8": 8, "int4": 4}
+KV_FORMATS = OneOf("plain", *KV_BITS)  # plain: in the dtype of the new tokens
 SCALE_DTYPES = (torch.float32, torch.float16, torch.float64)  # float64: for the oracles of tests
 
 
@@ -73,8 +80,30 @@ class QuantizedKVPages:
 KVPages = Tensor | QuantizedKVPages
 
 
+@dataclass(frozen=True)
+class PagedKV:
+    """The cached keys and values of one layer, and which pages belong to which sequence.
+
+    k_pages, v_pages   [p, l, g, d], both plain or both quantized alike
+    block_table        [b, pages] int32: the pages of each sequence in order; entries beyond its tokens may be anything
+    """
+
+    k_pages: KVPages
+    v_pages: KVPages
+    block_table: Tensor
+
+    @property
+    def page_size(self) -> int:
+        return self.k_pages.shape[1]
+
+    def gather(self, sequence: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """The first `num_tokens` cached keys and values of a sequence, [t, g, d] each; in float32 if quantized."""
+        page_ids = self.block_table[sequence]
+        return gather_tokens(self.k_pages, page_ids, num_tokens), gather_tokens(self.v_pages, page_ids, num_tokens)
+
+
 def page_tensors(pages: KVPages) -> list[Tensor]:
-    """The tensors that a pool is made of; all of them have its axes but, with scales and zeros, d."""
+    """The tensors that pages consist of; all of them have the axes of the pages but, with scales and zeros, d."""
     if isinstance(pages, Tensor):
         return [pages]
     return [x for x in (pages.values, pages.scales, pages.zeros) if x is not None]
@@ -156,3 +185,54 @@ def check_pages(op_name: str, k_pages: KVPages, v_pages: KVPages) -> None:
             )
     if formats[0] != formats[1]:
         raise ValueError(f"{op_name}: v_pages is {formats[1]}, expected {formats[0]} like k_pages")
+
+
+def gather_tokens(pages: KVPages, page_ids: Tensor, num_tokens: int) -> Tensor:
+    """The first `num_tokens` cached tokens of a sequence, [t, g, d]; dequantized to float32 if pages are quantized.
+
+    page_ids [n] int32: its row of the block table.
+    """
+    page_ids = page_ids[: -(-num_tokens // pages.shape[1])]
+    if isinstance(pages, QuantizedKVPages):
+        return pages.map(lambda x: x.index_select(0, page_ids).flatten(0, 1)[:num_tokens]).dequantize()
+    return pages.index_select(0, page_ids).flatten(0, 1)[:num_tokens]
+
+
+def kv_format(pages: KVPages) -> str:
+    """The name of the format of pages, as domains have it: "plain", "int8" or "int4"."""
+    return "plain" if isinstance(pages, Tensor) else f"int{pages.bits}"
+
+
+def kv_bytes(tokens: int, d: int, dtype: str, kv: str) -> int:
+    """Bytes of so many keys or values of one head; scales and zeros count as float32."""
+    if kv == "plain":
+        return tokens * d * getattr(torch, dtype).itemsize
+    return tokens * (d * KV_BITS[kv] // 8 + (8 if kv == "int4" else 4))
+
+
+def random_pages(
+    seq_lens: list[int], l: int, g: int, d: int, dtype: str, rng: torch.Generator, device: str, kv: str = "plain"
+) -> PagedKV:
+    """A cache of sequences of these lengths, with random tokens in shuffled pages.
+
+    Everything that no one may read (tails of pages, free pages, and the last page, which unused entries of the block
+    table name) is NaN; in quantized pages the scales and zeros are.
+    """
+    page_counts = [-(-n // l) for n in seq_lens]
+    free_pages = torch.randperm(sum(page_counts) + 1, generator=rng).tolist()
+    unused_page = len(free_pages)
+    pages = torch.full((2, unused_page + 1, l, g, d), float("nan"))
+    block_table = torch.full((len(seq_lens), max(page_counts) + 1), unused_page, dtype=torch.int32)
+    for i, n in enumerate(seq_lens):
+        for j in range(page_counts[i]):
+            num_rows = min(l, n - j * l)
+            block_table[i, j] = page = free_pages.pop()
+            pages[:, page, :num_rows] = torch.randn(2, num_rows, g, d, generator=rng)
+    like = empty_kv_pages((0, d), getattr(torch, dtype) if kv == "plain" else kv)
+    k_pages, v_pages = (to_device(device, quantize_kv(x, like)) for x in pages)
+    return PagedKV(k_pages, v_pages, block_table.to(device))
+
+
+def to_device(device: str, pages: KVPages) -> KVPages:
+    """The pages on another device."""
+    return pages.to(device) if isinstance(pages, Tensor) else pages.map(lambda x: x.to(device))

@@ -29,21 +29,21 @@ def _(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> None:
     )
 
 
-@linear.inputs
+@linear.example_inputs
 def _(m: IntRange(1, 40), n: IntRange(1, 80), k: IntRange(1, 200), dtype: DTYPES, *, rng: torch.Generator, device: str):
     x, w, bias = (random_tensor(*s, dtype=dtype, rng=rng, device=device) for s in ((m, k), (n, k), (n,)))
     return x, w, bias
 
 
-linear.result(lambda x, w, bias: x.new_empty(*x.shape[:-1], len(w)))
+linear.fake_impl(lambda x, w, bias: x.new_empty(*x.shape[:-1], len(w)))
 
 
-@linear.sizes("m")
+@linear.sizes_from_args("m")
 def _(x, w, bias=None):
     n, k = w.shape
     return dict(m=x.shape[:-1].numel(), n=n, k=k, dtype=dtype_name(x.dtype))
 
 
-@linear.costs
+@linear.flops_and_bytes
 def _(m, n, k, dtype):
     return 2 * m * n * k, (m * k + n * k + n + m * n) * getattr(torch, dtype).itemsize

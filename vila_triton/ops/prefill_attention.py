@@ -1,4 +1,4 @@
-"""Attention of a chunk of new tokens to the cached context_lens of its sequence and to itself."""
+"""Attention of a chunk of new tokens to the cached context of its sequence and to itself."""
 # pyright: reportInvalidTypeForm=false
 
 import torch
@@ -6,12 +6,11 @@ from torch import Tensor
 
 from vila_triton.registry import IntRange, op
 
-from .attention import HEAD_DIMS, NUMERICS, QUERIES_PER_KV, causal_attention, check_heads, check_numerics
+from .attention import HEAD_DIMS, NUMERICS, QUERIES_PER_KV, RaggedBatch, causal_attention, check_heads, check_numerics
 from .dtypes import DTYPES, dtype_name, random_tensor, upcast
 from .indices import check_block_table, check_query_start_loc
-from .kv_pages import KVPages, check_pages
-from .kv_write import KV_FORMATS, PAGE_SIZES, gather_tokens, kv_bytes, kv_format, random_pages
-from .shapes import check_axes, check_dtype, check_finite, check_floating, check_same_dtype
+from .kv_pages import KV_FORMATS, PAGE_SIZES, PagedKV, check_pages, kv_bytes, kv_format, random_pages
+from .shapes import check_axes, check_dtype, check_finite, check_floating, check_same_dtype, check_type
 
 
 @op(batch_invariant=True)
@@ -19,29 +18,25 @@ def prefill_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_pages: KVPages,
-    v_pages: KVPages,
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    context_lens: Tensor,
+    cache: PagedKV,
+    batch: RaggedBatch,
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention of a chunk of new tokens to the cached context_lens of its sequence and to itself.
+    """Causal attention of new tokens to the cached context of their sequence and to the new tokens before them.
 
-    q [s, h, d], k and v [s, g, d] the new tokens; k_pages and v_pages [p, l, g, d]; block_table [b, pages] int32;
-    query_start_loc [b+1] int32; context_lens [b] int32 cached tokens before the chunk -> [s, h, d], or with `lse` (that,
-    [s, h]). The chunk's own keys and values are taken from k and v, so it does not matter whether they have been
-    written to the pages yet, nor whether pages are quantised.
+    q [s, h, d], k and v [s, g, d]: the new tokens of all sequences, as `batch` describes; `cache` holds the context.
+    Query head i attends to KV head i // (h/g). Returns [s, h, d], and with `return_lse` also the log-sum-exp of the
+    scores, [s, h]. The keys and values of the new tokens are taken from k and v, so it does not matter whether they
+    have been written to the pages yet, nor whether the pages are quantized.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, IndexError for pages or rows that do not exist.
     """
     out, lses = [q[:0]], [upcast(q.new_empty(0, q.shape[1]))]
-    for i, t in enumerate(context_lens.tolist()):
-        rows = slice(*query_start_loc[i : i + 2].tolist())
-        keys, values = (
-            torch.cat((gather_tokens(pages, block_table[i], t).to(new.dtype), new[rows]))
-            for pages, new in ((k_pages, k), (v_pages, v))
-        )
+    for i, t in enumerate(batch.context_lens.tolist()):
+        rows = slice(*batch.query_start_loc[i : i + 2].tolist())
+        keys, values = (torch.cat((x.to(new.dtype), new[rows])) for x, new in zip(cache.gather(i, t), (k, v)))
         seq_out, seq_lse = causal_attention(q[rows], keys, values, softmax_scale, numerics, return_lse)
         out.append(seq_out)
         lses += [] if seq_lse is None else [seq_lse]
@@ -49,66 +44,40 @@ def prefill_attention(
 
 
 @prefill_attention.requires
-def _(
-    q,
-    k,
-    v,
-    k_pages,
-    v_pages,
-    block_table,
-    query_start_loc,
-    context_lens,
-    softmax_scale,
-    numerics="fast",
-    return_lse=False,
-) -> None:
+def _(q, k, v, cache, batch, softmax_scale, numerics="fast", return_lse=False) -> None:
+    name = "prefill_attention"
+    check_type(name, PagedKV, cache=cache)
+    check_type(name, RaggedBatch, batch=batch)
+    index_tensors = {"context_lens": (batch.context_lens, "b"), "block_table": (cache.block_table, "b pages")}
+    index_tensors |= {"query_start_loc": (batch.query_start_loc, "b+1")}
     sizes = check_axes(
-        "prefill_attention",
+        name,
         q=(q, "s h d"),
         k=(k, "s g d"),
         v=(v, "s g d"),
-        k_pages=(k_pages, "p l g d"),
-        v_pages=(v_pages, "p l g d"),
-        context_lens=(context_lens, "b"),
-        block_table=(block_table, "b pages"),
-        query_start_loc=(query_start_loc, "b+1"),
+        k_pages=(cache.k_pages, "p l g d"),
+        v_pages=(cache.v_pages, "p l g d"),
+        **index_tensors,
     )
-    check_floating("prefill_attention", q=q)
-    check_same_dtype("prefill_attention", q=q, k=k, v=v)
-    check_finite("prefill_attention", softmax_scale=softmax_scale)
-    check_dtype(
-        "prefill_attention",
-        torch.int32,
-        block_table=block_table,
-        query_start_loc=query_start_loc,
-        context_lens=context_lens,
-    )
-    check_pages("prefill_attention", k_pages, v_pages)
-    check_numerics("prefill_attention", numerics)
-    check_heads("prefill_attention", sizes)
+    check_floating(name, q=q)
+    check_same_dtype(name, q=q, k=k, v=v)
+    check_finite(name, softmax_scale=softmax_scale)
+    check_dtype(name, torch.int32, **{key: x for key, (x, _) in index_tensors.items()})
+    check_pages(name, cache.k_pages, cache.v_pages)
+    check_numerics(name, numerics)
+    check_heads(name, sizes)
     if sizes["b+1"] != sizes["b"] + 1:
-        raise ValueError(f"prefill_attention: query_start_loc has {sizes['b+1']} entries for {sizes['b']} sequences")
+        raise ValueError(f"{name}: query_start_loc has {sizes['b+1']} entries for {sizes['b']} sequences")
 
 
 @prefill_attention.bounds
-def _(
-    q,
-    k,
-    v,
-    k_pages,
-    v_pages,
-    block_table,
-    query_start_loc,
-    context_lens,
-    softmax_scale,
-    numerics="fast",
-    return_lse=False,
-) -> None:
-    check_query_start_loc("prefill_attention", query_start_loc, len(q))
-    check_block_table("prefill_attention", block_table, "context_lens", context_lens, *k_pages.shape[:2])
+def _(q, k, v, cache, batch, softmax_scale, numerics="fast", return_lse=False) -> None:
+    check_query_start_loc("prefill_attention", batch.query_start_loc, len(q))
+    shape = cache.k_pages.shape
+    check_block_table("prefill_attention", cache.block_table, "context_lens", batch.context_lens, *shape[:2])
 
 
-@prefill_attention.inputs
+@prefill_attention.example_inputs
 def _(
     b: IntRange(1, 3),
     s: IntRange(1, 40),
@@ -126,45 +95,29 @@ def _(
 ):
     """The first sequence has s new tokens after t cached ones; the others fewer, none included."""
     new = [s, *torch.randint(0, s + 1, (b - 1,), generator=rng).tolist()]
-    context_lens = [t, *torch.randint(0, t + 1, (b - 1,), generator=rng).tolist()]
-    k_pages, v_pages, block_table = random_pages(context_lens, l, g, d, dtype, rng, device, kv)
+    cached = [t, *torch.randint(0, t + 1, (b - 1,), generator=rng).tolist()]
+    cache = random_pages(cached, l, g, d, dtype, rng, device, kv)
     q, k, v = (random_tensor(sum(new), h, d, dtype=dtype, rng=rng, device=device) for h in (g * ratio, g, g))
     query_start_loc = torch.tensor([0, *new]).cumsum(0).to(device, torch.int32)
-    past = (block_table, query_start_loc, torch.tensor(context_lens, device=device).int())
-    return q, k, v, k_pages, v_pages, *past, d**-0.5, *([] if numerics == "fast" else [numerics])
+    batch = RaggedBatch(query_start_loc, torch.tensor(cached, device=device).int())
+    return q, k, v, cache, batch, d**-0.5, *([] if numerics == "fast" else [numerics])
 
 
-prefill_attention.result(
-    lambda q, k, v, k_pages, v_pages, block_table, query_start_loc, context_lens, softmax_scale, numerics, lse: (
-        q.new_empty(q.shape)
-    )
-)
+prefill_attention.fake_impl(lambda q, k, v, cache, batch, softmax_scale, numerics, return_lse: q.new_empty(q.shape))
 
 
-@prefill_attention.sizes("b", "s", "t")
-def _(
-    q,
-    k,
-    v,
-    k_pages,
-    v_pages,
-    block_table,
-    query_start_loc,
-    context_lens,
-    softmax_scale,
-    numerics="fast",
-    return_lse=False,
-):
-    """Lengths lie on the device, so s is their mean, and t what the block table has room for beside s."""
-    (_, h, d), (_, l, g, _) = q.shape, k_pages.shape
-    b, pages = block_table.shape
+@prefill_attention.sizes_from_args("b", "s", "t")
+def _(q, k, v, cache, batch, softmax_scale, numerics="fast", return_lse=False):
+    """The lengths lie on the device, so s is their mean, and t what the block table has room for beside s."""
+    (_, h, d), (_, l, g, _) = q.shape, cache.k_pages.shape
+    b, pages = cache.block_table.shape
     s = -(-len(q) // max(b, 1))
-    t, kv = max(0, pages * l - s), kv_format(k_pages)
+    t, kv = max(0, pages * l - s), kv_format(cache.k_pages)
     return dict(b=b, s=s, t=t, g=g, ratio=h // g, d=d, l=l, dtype=dtype_name(q.dtype), kv=kv, numerics=numerics)
 
 
-@prefill_attention.costs
+@prefill_attention.flops_and_bytes
 def _(b, s, t, g, ratio, d, l, dtype, kv="plain", numerics="fast"):
-    """Every sequence counted as long as the first."""
-    new, old = kv_bytes(s, d, dtype, "plain"), kv_bytes(t, d, dtype, kv)
-    return 4 * b * g * ratio * d * (s * t + s * (s + 1) // 2), 2 * b * g * ((ratio + 1) * new + old)
+    """Every sequence is counted as long as the first."""
+    new, cached = kv_bytes(s, d, dtype, "plain"), kv_bytes(t, d, dtype, kv)
+    return 4 * b * g * ratio * d * (s * t + s * (s + 1) // 2), 2 * b * g * ((ratio + 1) * new + cached)

@@ -1,16 +1,17 @@
-"""What happens to queries, keys and values between their projections and attention, as one op."""
+"""RoPE of queries and keys, and writing keys and values into the pages of the KV cache, as one op."""
 # pyright: reportInvalidTypeForm=false
 
 import torch
 from torch import Tensor
 
-from vila_triton.registry import IntRange, OneOf, op
+from vila_triton.registry import IntRange, op
 
+from .attention import HEAD_DIMS, QUERIES_PER_KV
 from .dtypes import DTYPES, dtype_name, random_tensor
 from .elementwise import rope
 from .indices import check_slot_mapping
-from .kv_pages import KVPages
-from .kv_write import KV_FORMATS, PAGE_SIZES, check_kv_write_args, kv_bytes, kv_format, kv_write
+from .kv_pages import KV_FORMATS, PAGE_SIZES, KVPages, kv_bytes, kv_format
+from .kv_write import check_kv_write_args, kv_write
 from .shapes import check_axes, check_floating, check_same_dtype
 
 
@@ -18,10 +19,12 @@ from .shapes import check_axes, check_floating, check_same_dtype
 def rope_kv_write(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: KVPages, v_pages: KVPages, slot_mapping: Tensor
 ) -> tuple[Tensor, Tensor, KVPages, KVPages]:
-    """`rope` of q and k, then `kv_write` of the turned k and of v, in place: (turned q, turned k, k_pages, v_pages).
+    """`rope` of q and k, then `kv_write` of the rotated k and of v: (rotated q, rotated k, k_pages, v_pages).
 
-    q [s, h, d], k and v [s, g, d], cos and sin [s, d/2] float32; the rest as in `kv_write`. A token whose slot is below
-    0 is turned, but not cached. What is cached has no gradient.
+    q [s, h, d], k and v [s, g, d], cos and sin [s, d/2] float32; pages and slots as in `kv_write`, written in place. A
+    token whose slot is below 0 is rotated, but not cached. What is cached has no gradient.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, IndexError for slots that do not exist.
     """
     q, k = rope.reference(q, cos, sin), rope.reference(k, cos, sin)
     return q, k, *kv_write.reference(k.detach(), v.detach(), k_pages, v_pages, slot_mapping)
@@ -44,12 +47,12 @@ def _(q, k, v, cos, sin, k_pages, v_pages, slot_mapping) -> None:
     check_slot_mapping("rope_kv_write", slot_mapping, *k_pages.shape[:2])
 
 
-@rope_kv_write.inputs
+@rope_kv_write.example_inputs
 def _(
     s: IntRange(1, 30),
     g: IntRange(1, 3),
-    ratio: OneOf(1, 2, 3, 4, 8),
-    d: OneOf(32, 16, 24, 64, 72, 80, 96, 128),
+    ratio: QUERIES_PER_KV,
+    d: HEAD_DIMS,
     l: PAGE_SIZES,
     dtype: DTYPES,
     kv: KV_FORMATS = "plain",
@@ -63,20 +66,20 @@ def _(
     return q, k, v, angles.cos().to(device), angles.sin().to(device), *cached
 
 
-rope_kv_write.writes(
+rope_kv_write.mutates(
     "k_pages",
     "v_pages",
     fake_impl=lambda q, k, v, cos, sin, k_pages, v_pages, slot_mapping: (q.new_empty(q.shape), k.new_empty(k.shape)),
 )
 
 
-@rope_kv_write.sizes("s")
+@rope_kv_write.sizes_from_args("s")
 def _(q, k, v, cos, sin, k_pages, v_pages, slot_mapping):
     (s, g, d), h, l = k.shape, q.shape[1], k_pages.shape[1]
     return dict(s=s, g=g, ratio=h // g, d=d, l=l, dtype=dtype_name(q.dtype), kv=kv_format(k_pages))
 
 
-@rope_kv_write.costs
+@rope_kv_write.flops_and_bytes
 def _(s, g, ratio, d, l, dtype, kv="plain"):
     head = kv_bytes(1, d, dtype, "plain")
     moved = g * (2 * ratio * head + 3 * head + 2 * kv_bytes(1, d, dtype, kv)) + 4 * d + 8

@@ -79,3 +79,10 @@ def check_finite(op_name: str, **values: float) -> None:
             raise TypeError(f"{op_name}: {name} is a {type(x).__name__}, expected a number")
         if isinstance(x, float) and not math.isfinite(x):
             raise ValueError(f"{op_name}: {name} is {x}, expected a finite number")
+
+
+def check_type(op_name: str, expected: type, **values: object) -> None:
+    """TypeError unless all the values are instances of a class."""
+    for name, x in values.items():
+        if not isinstance(x, expected):
+            raise TypeError(f"{op_name}: {name} is a {type(x).__name__}, expected a {expected.__name__}")

@@ -29,8 +29,9 @@ PRECEDING_OP = {
 
 
 def save_awq_cache(path: Path, layers: Sequence[AwqSearchResult]) -> None:
-    """Write {"scale": [(before, (after, ...), [k])], "clip": [(linear, [n, G, 1])]}, in the order that llm-awq finds
-    them in: it applies them in the order of the file, and rounds after each.
+    """Write {"scale": [(preceding, (following, ...), [k])], "clip": [(linear, [n, G, 1])]} in llm-awq's order.
+
+    It applies the entries in the order of the file, and rounds after each.
     """
     scale: list[Any] = []
     clip: list[Any] = []
@@ -39,47 +40,38 @@ def save_awq_cache(path: Path, layers: Sequence[AwqSearchResult]) -> None:
         for scale_group in filter(result.scales.__contains__, SCALE_GROUPS):
             following = tuple(prefix + HF_NAMES[name] for name in SCALE_GROUPS[scale_group])
             scale.append((prefix + PRECEDING_OP[scale_group], following, result.scales[scale_group].cpu()))
-        clip += [
-            (prefix + HF_NAMES[name], result.clips[name][..., None].cpu())
-            for name in CLIPPED_LINEARS
-            if name in result.clips
-        ]
+        clipped = filter(result.clips.__contains__, CLIPPED_LINEARS)
+        clip += [(prefix + HF_NAMES[name], result.clips[name][..., None].cpu()) for name in clipped]
     write_pt(path, {"scale": scale, "clip": clip})
 
 
 def load_awq_cache(path: Path, cfg: LlamaConfig, group_size: int, dtype: torch.dtype) -> list[AwqSearchResult]:
-    """Read such a file, as numbers of the checkpoint's dtype, in its order; of what it finds some of, the rest stays
-    unscaled and unclipped.
+    """Read such a file, in its order, as tensors of the given dtype. Linears that it does not name stay unscaled and
+    unclipped.
 
-    Errors: `LoadError` if it is no such file, or is of another model or another group size.
+    Errors: `LoadError` if it is no such file, or is of another model or group size.
     """
     num_layers, specs = cfg.num_hidden_layers, llama.param_specs(cfg, torch.float16).layers[0]
     require_file(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch's words advise to load it without weights_only, which runs what the file says
+    except Exception:  # its message advises to load without weights_only, which would run code from the file
         raise LoadError(f"{path} is not a cache that llm-awq writes (torch.save of scale and clip)") from None
     if not isinstance(content, dict) or set(content) != {"scale", "clip"}:
         raise LoadError(f"{path} is not a cache that llm-awq writes: expected a dictionary of scale and clip")
     results = [AwqSearchResult({}, {}, {}) for _ in range(num_layers)]
-    scale_groups = {
-        (PRECEDING_OP[scale_group], tuple(HF_NAMES[n] for n in SCALE_GROUPS[scale_group])): scale_group
-        for scale_group in SCALE_GROUPS
-    }
+    scale_groups = {(PRECEDING_OP[g], tuple(HF_NAMES[n] for n in names)): g for g, names in SCALE_GROUPS.items()}
     linears = {HF_NAMES[name]: name for name in CLIPPED_LINEARS}
     try:
         for preceding, following, s in content["scale"]:
-            (i, first), parsed = (
-                parse_layer_name(preceding, num_layers),
-                [parse_layer_name(name, num_layers) for name in following],
-            )
-            place = scale_groups[first, tuple(name for _, name in parsed)]
+            i, first = parse_layer_name(preceding, num_layers)
+            parsed = [parse_layer_name(name, num_layers) for name in following]
+            scale_group = scale_groups[first, tuple(name for _, name in parsed)]
             if {j for j, _ in parsed} != {i}:
                 raise KeyError(preceding)
-            results[i].scales[place] = check_tensor(
-                preceding, s, getattr(specs, SCALE_GROUPS[place][0]).weight.shape[1:], dtype
-            )
-            if not (results[i].scales[place] > 0).all():
+            shape = getattr(specs, SCALE_GROUPS[scale_group][0]).weight.shape[1:]
+            results[i].scales[scale_group] = check_tensor(preceding, s, shape, dtype)
+            if not (results[i].scales[scale_group] > 0).all():
                 raise ValueError(f"{preceding}: a scale is not above 0 in {dtype}")
         for name, bound in content["clip"]:
             i, linear = parse_layer_name(name, num_layers)
@@ -90,14 +82,13 @@ def load_awq_cache(path: Path, cfg: LlamaConfig, group_size: int, dtype: torch.d
         if not content["scale"] and not content["clip"]:
             raise ValueError("it holds no scale and no clip")
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise LoadError(
-            f"{path} does not fit a LLaMA of {num_layers} layers in groups of {group_size}: {error}"
-        ) from None
+        expected = f"a LLaMA of {num_layers} layers in groups of {group_size}"
+        raise LoadError(f"{path} does not fit {expected}: {error}") from None
     return results
 
 
 def parse_layer_name(name: str, num_layers: int) -> tuple[int, str]:
-    """ "model.layers.3.mlp.up_proj" -> (3, "mlp.up_proj")."""
+    """Split a name: "model.layers.3.mlp.up_proj" -> (3, "mlp.up_proj")."""
     model, container, i, suffix = name.split(".", 3)
     if (model, container) != ("model", "layers") or int(i) not in range(num_layers):
         raise KeyError(name)
@@ -105,7 +96,7 @@ def parse_layer_name(name: str, num_layers: int) -> tuple[int, str]:
 
 
 def check_tensor(name: str, x: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """x in this dtype. Errors: ValueError if it is of another shape, or not finite."""
+    """Convert x to a dtype. Errors: ValueError if it has another shape, or is not finite in it."""
     if not isinstance(x, Tensor) or x.shape != tuple(shape) or not x.is_floating_point() or not torch.isfinite(x).all():
         actual = list(getattr(x, "shape", [type(x).__name__]))
         raise ValueError(f"{name} is {actual}, expected finite numbers [{', '.join(map(str, shape))}]")

@@ -1,4 +1,8 @@
-"""Our way to round a layer: scales, clipping and rounding all judged by what the other inputs cannot make good."""
+"""Quantize a decoder layer with AWQ's channel scales, clipped grids and GPTQ (--method awq-gptq).
+
+All three are chosen by the Hessian-weighted error that remains after GPTQ has compensated what the other inputs can
+express.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -6,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vila_triton.checkpoints.int4_packing import TILE_N
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.layers import Affine, linear
 from vila_triton.models.llama import Layer, mlp_hidden
 from vila_triton.models.params import tree_map
 from vila_triton.ops import Int4, dequantize, rms_norm
 from vila_triton.ops.int4 import SMALLEST_SCALE
+from vila_triton.ops.int4_tiles import TILE_N
 
 from .activations import CalibrationTokens, attention_output, capture_linear_inputs
 from .awq_scales import SCALE_GROUPS, apply_scales_to_linear, search_channel_scale, unscale_norms
@@ -20,17 +24,17 @@ from .gptq import gptq_codes, hessian_loss
 from .hessian import HessianInfo, compute_hessian, error_correction_map
 from .quant_grid import grid_from_range, group_min_max, pack_int4, search_clipping
 
-WEIGHTS_PER_BLOCK = 1 << 18  # weights rounded at a time, or a 32nd of a layer if that is more
+WEIGHTS_PER_BLOCK = 1 << 18  # weights that are quantized together, or a 32nd of a layer if that is more
 CLIP_RATIOS = tuple(1 - i / 20 for i in range(6))
 
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A layer in int4, what leaves it, and what its report says."""
+    """A layer in int4, its output [s, e] before and after, and its entry in the report."""
 
     layer: Layer
-    reference_out: Tensor  # [s, e] out of the layer as it was
-    quantized_out: Tensor  # [s, e] out of the rounded one
+    reference_out: Tensor  # of the original layer, on the original hidden states
+    quantized_out: Tensor  # of the quantized layer, on the hidden states behind the quantized layers
     report: dict[str, Any]
 
 
@@ -43,81 +47,99 @@ def quantize_layer(
     group_size: int,
     propagate_error: bool = True,
 ) -> QuantizedLayer:
-    """Round the linears of a layer; x [s, e] are its inputs, `seen` those it gets from the rounded layers before.
+    """Quantize the linears of a decoder layer to int4.
 
-    With `propagate` a linear learns from the inputs that the rounded ones before it give, and makes good what they
-    spoilt; without, from what it always had. The work is done in the dtype of x, whatever that of the layer: beside
-    the layer, only linears of one place are held in it.
+    x: its input [s, e] in the original model; quantized_x: its input behind the quantized layers before it. With
+    propagate_error each linear is quantized from the inputs that it gets behind all quantized linears, and its weight
+    corrected for the difference (`error_correction_map`); without, from the inputs of the original model.
+    Everything is computed in the dtype of x. Beside the layer, only the linears of one scale group are held in it.
+    Errors: ValueError naming the linear.
     """
-    reference = capture_linear_inputs(tree_map(lambda leaf: leaf.to(x.dtype), layer), x, tokens, cfg)
-    heads = (cfg.num_attention_heads, cfg.num_key_value_heads)
-    report: dict[str, Any] = {"scales": {}, "linears": {}}
-    scales: dict[str, Tensor] = {}
-    for scale_group, names in SCALE_GROUPS.items():
-        choice = search_channel_scale(
-            [getattr(layer, name).weight for name in names],
-            compute_hessian(getattr(reference, scale_group), tokens.weights, group_size),
-            group_size,
-            heads if scale_group == "o" else None,
-        )
-        scales[scale_group] = choice.scale
-        reference = replace(reference, **{scale_group: getattr(reference, scale_group) / choice.scale})
-        report["scales"][scale_group] = {"ratio": choice.ratio, "duo": choice.duo, "largest": float(choice.scale.max())}
-    norms = unscale_norms(layer, scales)
-    quantized = norms
-    weights = [getattr(layer, name).weight.numel() for names in SCALE_GROUPS.values() for name in names]
-    weights_per_block = max(WEIGHTS_PER_BLOCK, sum(weights) // 32)
+    quantizer = LayerQuantizer(layer, x, tokens, cfg, group_size)
+    reference_out = quantizer.inputs.out
+    if not propagate_error:
+        for scale_group in SCALE_GROUPS:
+            quantizer.quantize(scale_group)
+        return QuantizedLayer(quantizer.quantized, reference_out, reference_out, quantizer.report)
+    h = rms_norm(quantized_x, quantizer.scaled.attention_norm, cfg.rms_norm_eps)
+    attention = quantizer.quantize("attention", h)
+    a = tokens.map_batches(lambda rows, cache: attention_output(attention, rows, cfg, cache), h)
+    h = quantized_x + linear(quantizer.quantize("o", a).o, a)
+    m = rms_norm(h, quantizer.scaled.mlp_norm, cfg.rms_norm_eps)
+    g = mlp_hidden(quantizer.quantize("mlp", m), m)
+    h = h + linear(quantizer.quantize("down", g).down, g)
+    return QuantizedLayer(quantizer.quantized, reference_out, h, quantizer.report)
 
-    def quantize_scale_group(scale_group: str, quantized_inputs: Tensor) -> Layer:
-        """The layer as it was but for the rounded linears of the place, as numbers."""
-        nonlocal quantized
-        hessian, original_inputs, dequantized = (
-            compute_hessian(quantized_inputs, tokens.weights, group_size),
-            getattr(reference, scale_group),
-            norms,
+
+class LayerQuantizer:
+    """Searches the channel scales of a decoder layer, then quantizes its linears, one scale group after the other.
+
+    inputs: those of the linears in the original model, divided by the scales; scaled: the original layer with its norms
+    divided by the scales; quantized: the same with the linears that are done in int4; report: the scales, and the
+    errors of these linears.
+    """
+
+    def __init__(self, layer: Layer, x: Tensor, tokens: CalibrationTokens, cfg: LlamaConfig, group_size: int) -> None:
+        self.layer, self.tokens, self.cfg, self.group_size, self.dtype = layer, tokens, cfg, group_size, x.dtype
+        self.inputs = capture_linear_inputs(tree_map(lambda leaf: leaf.to(x.dtype), layer), x, tokens, cfg)
+        self.scales: dict[str, Tensor] = {}
+        self.report: dict[str, Any] = {"scales": {}, "linears": {}}
+        heads = (cfg.num_attention_heads, cfg.num_key_value_heads)
+        for scale_group, names in SCALE_GROUPS.items():
+            choice = search_channel_scale(
+                [getattr(layer, name).weight for name in names],
+                compute_hessian(getattr(self.inputs, scale_group), tokens.weights, group_size),
+                group_size,
+                heads if scale_group == "o" else None,
+            )
+            self.scales[scale_group] = choice.scale
+            scaled_inputs = getattr(self.inputs, scale_group) / choice.scale
+            self.inputs = replace(self.inputs, **{scale_group: scaled_inputs})
+            entry = {"ratio": choice.ratio, "duo": choice.duo, "largest": float(choice.scale.max())}
+            self.report["scales"][scale_group] = entry
+        self.scaled = self.quantized = unscale_norms(layer, self.scales)
+        weights = [getattr(layer, name).weight.numel() for names in SCALE_GROUPS.values() for name in names]
+        self.weights_per_block = max(WEIGHTS_PER_BLOCK, sum(weights) // 32)
+
+    def quantize(self, scale_group: str, quantized_inputs: Tensor | None = None) -> Layer:
+        """Quantize the linears of a scale group, from the inputs behind quantized linears if they are given.
+
+        Returns the scaled layer with these linears dequantized, for what runs behind them.
+        """
+        inputs = getattr(self.inputs, scale_group)
+        hessian = compute_hessian(
+            inputs if quantized_inputs is None else quantized_inputs, self.tokens.weights, self.group_size
         )
-        correction = (
-            None
-            if quantized_inputs is original_inputs
-            else error_correction_map(original_inputs, quantized_inputs, tokens.weights, hessian)
-        )
+        correction = None
+        if quantized_inputs is not None:
+            correction = error_correction_map(inputs, quantized_inputs, self.tokens.weights, hessian)
+        dequantized = self.scaled
         for name in SCALE_GROUPS[scale_group]:
-            scaled_linear = apply_scales_to_linear(layer, name, scales, cfg.num_key_value_heads)
-            bias = None if scaled_linear.bias is None else scaled_linear.bias.to(x.dtype)
+            scaled_linear = apply_scales_to_linear(self.layer, name, self.scales, self.cfg.num_key_value_heads)
+            bias = None if scaled_linear.bias is None else scaled_linear.bias.to(self.dtype)
             try:
-                int4, report["linears"][name] = quantize_linear(
-                    scaled_linear.weight, correction, hessian, group_size, weights_per_block
+                int4, self.report["linears"][name] = quantize_linear(
+                    scaled_linear.weight, correction, hessian, self.group_size, self.weights_per_block
                 )
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             del scaled_linear
-            quantized = replace(quantized, **{name: Affine(int4, bias)})
-            if propagate_error:
-                dequantized = replace(
-                    dequantized, **{name: Affine(dequantize_blockwise(int4, x.dtype, weights_per_block), bias)}
-                )
+            self.quantized = replace(self.quantized, **{name: Affine(int4, bias)})
+            if quantized_inputs is not None:
+                weight = dequantize_blockwise(int4, self.dtype, self.weights_per_block)
+                dequantized = replace(dequantized, **{name: Affine(weight, bias)})
         return dequantized
-
-    def attention(dequantized: Layer, h: Tensor) -> Tensor:
-        return tokens.map_batches(lambda rows, cache: attention_output(dequantized, rows, cfg, cache), h)
-
-    if not propagate_error:
-        for scale_group in SCALE_GROUPS:
-            quantize_scale_group(scale_group, getattr(reference, scale_group))
-        return QuantizedLayer(quantized, reference.out, reference.out, report)
-    h = rms_norm(quantized_x, norms.attention_norm, cfg.rms_norm_eps)
-    a = attention(quantize_scale_group("attention", h), h)
-    quantized_x = quantized_x + linear(quantize_scale_group("o", a).o, a)
-    m = rms_norm(quantized_x, norms.mlp_norm, cfg.rms_norm_eps)
-    g = mlp_hidden(quantize_scale_group("mlp", m), m)
-    quantized_x = quantized_x + linear(quantize_scale_group("down", g).down, g)
-    return QuantizedLayer(quantized, reference.out, quantized_x, report)
 
 
 def quantize_linear(
     w: Tensor, correction: Tensor | None, hessian: HessianInfo, group_size: int, weights_per_block: int
 ) -> tuple[Int4, dict[str, float]]:
-    """A weight [n, k], after `stand_in` if there is one, some rows at a time; and what to say of it."""
+    """Quantize a weight [n, k], multiplied by `correction` [k, k] if there is one, a block of rows at a time.
+
+    Returns the int4 weight and its entry in the report: the errors of `ours` and of rounding to `nearest`, as shares of
+    the output's energy, and `shrink`, the mean ratio of a group's grid to the range of its weights.
+    Errors: ValueError for a weight that is not finite, or too large or too small for float16 scales.
+    """
     if 0 < (largest := float(w.abs().max())) < SMALLEST_SCALE:
         raise ValueError(f"its largest weight is {largest:.3g}, which no float16 scale can tell from 0")
     blocks, totals = [], torch.zeros(4, dtype=torch.float64)
@@ -125,8 +147,7 @@ def quantize_linear(
         target = rows if correction is None else rows @ correction
         grid = search_clipping(target, group_size, hessian.schur_blocks, CLIP_RATIOS)
         codes = gptq_codes(target, grid, hessian.act_order, hessian.inverse_cholesky)
-        low, high = group_min_max(rows, group_size)
-        rtn_grid = grid_from_range(low, high).expand_to_columns(w.shape[1])
+        rtn_grid = grid_from_range(*group_min_max(rows, group_size)).expand_to_columns(w.shape[1])
         error = hessian_loss(grid.expand_to_columns(w.shape[1]).to_weights(codes) - target, hessian.hessian)
         rtn_error = hessian_loss(rtn_grid.to_weights(rtn_grid.to_codes(rows)) - rows, hessian.hessian)
         low, high = group_min_max(target, group_size)
@@ -146,12 +167,12 @@ def quantize_linear(
 
 
 def rows_per_block(k: int, weights_per_block: int) -> int:
-    """Rows [k] of a weight that are worked on together: whole tiles."""
+    """The number of rows of k weights, whole tiles, that make up a block."""
     return max(1, weights_per_block // k // TILE_N) * TILE_N
 
 
 def dequantize_blockwise(w: Int4, dtype: torch.dtype, weights_per_block: int) -> Tensor:
-    """`dequantize`, some rows at a time."""
+    """Dequantize w [n, k] a block of rows at a time, which takes less memory than `dequantize`."""
     (n, k), step = w.shape, rows_per_block(w.shape[1], weights_per_block)
     out = torch.empty(n, k, dtype=dtype, device=w.scales.device)
     for i in range(0, n, step):

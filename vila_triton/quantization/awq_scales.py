@@ -1,7 +1,9 @@
-"""Which inputs to make louder before rounding, and quieter in what they come from, so that nothing else changes.
+"""AWQ's channel scales (Lin et al. 2023): inputs of a linear are scaled up before rounding, and their source scaled
+down.
 
-Four places of a layer allow it (Lin et al. 2023, AWQ): s divides the norm's weight or the rows of the linear before,
-and multiplies the columns of the linears after.
+A scale s [k] multiplies the columns of the linears that share an input; what makes that input, a norm's weight or the
+rows of the linear before, is divided by it. The layer computes the same until its weights are rounded. Four groups of
+linears of a decoder layer allow that, `SCALE_GROUPS`.
 """
 
 from collections.abc import Mapping
@@ -18,13 +20,13 @@ from .hessian import HessianInfo
 from .quant_grid import grid_from_range, group_hessian_loss, group_min_max
 
 RATIOS = tuple(i / 10 for i in range(10))
-SEARCH_ROWS = 512  # of a linear, evenly spaced, that scales are searched on
+SEARCH_ROWS = 512  # rows of a weight, evenly spaced, on which scales are searched
 SCALE_GROUPS = {"attention": ("q", "k", "v"), "o": ("o",), "mlp": ("gate", "up"), "down": ("down",)}
 
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """The scale of a place, [k], and how it was made: E|x|^ratio, over weights^(1 - ratio) if `duo`."""
+    """A channel scale [k] and the formula it came from: E|x|^ratio, with duo divided by the weights^(1 - ratio)."""
 
     scale: Tensor
     ratio: float
@@ -32,35 +34,36 @@ class ScaleChoice:
 
 
 def normalize_scale(s: Tensor) -> Tensor:
-    """A scale whose least and greatest lie alike around 1."""
+    """Divide a scale by the geometric mean of its extremes, so that they lie alike around 1."""
     s = s.clamp(min=1e-4)
     return s / (s.max() * s.min()).sqrt()
 
 
 def average_over_query_heads(x: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """[h·d] -> [h·d], equal for the query heads that share a value head, as their inputs come from the same rows."""
+    """Average x [h·d] over the query heads that share a KV head, whose inputs of `o` come from the same rows of v."""
     x = rearrange(x, "(g r d) -> g r d", g=kv_heads, r=heads // kv_heads)
     return x.mean(1, keepdim=True).expand_as(x).flatten()
 
 
 def candidate_scales(mean_abs: Tensor, weights: list[Tensor]) -> list[ScaleChoice]:
-    """All that is tried; the first changes nothing."""
+    """All scales that are tried; the first is 1 everywhere."""
     relative_magnitude = torch.cat([w.abs() / w.abs().amax(1, keepdim=True).clamp(min=1e-12) for w in weights]).mean(0)
-    by_activation = [ScaleChoice(normalize_scale(mean_abs.clamp(min=1e-6) ** r), r, False) for r in RATIOS]
-    by_activation_and_weight = [
-        ScaleChoice(normalize_scale(mean_abs.clamp(min=1e-6) ** r / (relative_magnitude ** (1 - r) + 1e-4)), r, True)
-        for r in RATIOS
-    ]
-    return by_activation + by_activation_and_weight
+    x, w = mean_abs.clamp(min=1e-6), relative_magnitude
+    by_activation = [ScaleChoice(normalize_scale(x**r), r, False) for r in RATIOS]
+    by_both = [ScaleChoice(normalize_scale(x**r / (w ** (1 - r) + 1e-4)), r, True) for r in RATIOS]
+    return by_activation + by_both
 
 
 def search_channel_scale(
     weights: list[Tensor], hessian: HessianInfo, group_size: int, heads: tuple[int, int] | None = None
 ) -> ScaleChoice:
-    """The scale after which rounding to the nearest level loses least of what cannot be made good elsewhere.
+    """Search the channel scale of one scale group: the candidate with the least Hessian-weighted round-to-nearest
+    error.
 
-    weights: of the linears that share the inputs, [n, k] each; every linear's loss counts by its share of what it puts
-    out. heads: query and value heads, if the scale must be equal for those that share.
+    weights: the linears that share the inputs, [n, k] each; the error of each is divided by the energy of its output.
+    Errors are weighed by the Schur complement per group, since GPTQ compensates the rest. heads: (query heads, KV
+    heads) where the scale must be equal for query heads that share a KV head (v -> o). Only SEARCH_ROWS evenly spaced
+    rows of a weight are tried.
     """
     mean_abs = hessian.mean_abs if heads is None else average_over_query_heads(hessian.mean_abs, *heads)
     weights = [w[:: -(-len(w) // SEARCH_ROWS)].to(hessian.hessian.dtype) for w in weights]
@@ -70,43 +73,38 @@ def search_channel_scale(
         s = choice.scale.view(len(hessian.schur_blocks), group_size)
         blocks, total = hessian.schur_blocks / (s[:, :, None] * s[:, None]), torch.zeros(())
         for w, energy in zip(weights, energies):
-            for block in w.split(64):
-                scaled = block * choice.scale
+            for rows in w.split(64):
+                scaled = rows * choice.scale
                 grid = grid_from_range(*group_min_max(scaled, group_size)).expand_to_columns(w.shape[1])
-                total = (
-                    total + group_hessian_loss(grid.to_weights(grid.to_codes(scaled)) - scaled, blocks).sum() / energy
-                )
+                error = grid.to_weights(grid.to_codes(scaled)) - scaled
+                total = total + group_hessian_loss(error, blocks).sum() / energy
         return float(total)
 
     candidates = candidate_scales(mean_abs, weights)
     if heads is not None:
-        candidates = [
-            replace(choice, scale=normalize_scale(average_over_query_heads(choice.scale, *heads)))
-            for choice in candidates
-        ]
+        candidates = [replace(c, scale=normalize_scale(average_over_query_heads(c.scale, *heads))) for c in candidates]
     return min(candidates, key=loss)
 
 
 def scale_columns(linear: Affine, s: Tensor) -> Affine:
+    """Multiply the columns of a linear [n, k] by s [k]."""
     return Affine(linear.weight * s, linear.bias)
 
 
 def unscale_rows(linear: Affine, s: Tensor) -> Affine:
+    """Divide the outputs of a linear [n, k], its rows and its bias, by s [n]."""
     return Affine(linear.weight / s[:, None], None if linear.bias is None else linear.bias / s)
 
 
 def unscale_norms(layer: Layer, scales: Mapping[str, Tensor]) -> Layer:
-    """The layer with the scales of its places taken out of its norms."""
+    """Divide the norms of a layer by the scales of the linears behind them."""
     norms = {"attention": "attention_norm", "mlp": "mlp_norm"}
-    return replace(
-        layer,
-        **{n: getattr(layer, n) / scales[scale_group] for scale_group, n in norms.items() if scale_group in scales},
-    )
+    return replace(layer, **{norm: getattr(layer, norm) / scales[g] for g, norm in norms.items() if g in scales})
 
 
 def apply_scales_to_linear(layer: Layer, name: str, scales: Mapping[str, Tensor], kv_heads: int) -> Affine:
-    """One linear with the scale of its place on its columns, and with that of the place behind it out of its rows, one
-    after the other as the scales are listed.
+    """The linear `name` of a layer with its columns multiplied by the scale of its own group, and its rows divided by
+    the scale of the group behind it. Scales are applied one after the other in their order.
     """
     linear = getattr(layer, name)
     for scale_group, s in scales.items():
@@ -121,7 +119,7 @@ def apply_scales_to_linear(layer: Layer, name: str, scales: Mapping[str, Tensor]
 
 
 def apply_scales(layer: Layer, scales: Mapping[str, Tensor], kv_heads: int) -> Layer:
-    """The same layer, computing the same, with a scale [k] at some of its places."""
+    """Scale the linears and norms of a layer by a scale [k] for some of its scale groups; it computes the same."""
     linears = {
         name: apply_scales_to_linear(layer, name, scales, kv_heads) for names in SCALE_GROUPS.values() for name in names
     }

@@ -1,4 +1,4 @@
-"""What a model is shown before its weights are rounded: prompts with pictures, as in inference, and plain text."""
+"""The calibration set: prompts with images, as in inference, and plain text."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -17,12 +17,12 @@ from vila_triton.files.reading import parse_json, require_file, short_repr
 from vila_triton.images.processing import open_image, preprocess_images
 from vila_triton.models.vila import splice_image_tokens
 
-MAX_TEXT_TOKENS = 512  # tokens of a row of text
+MAX_TEXT_TOKENS = 512  # tokens of a plain text that are kept
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A text, or with pictures a question about them and its answer."""
+    """A text; or a question about images, with its answer."""
 
     text: str
     images: Sequence[Image.Image | Path] = ()
@@ -31,17 +31,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Spliced rows [t] each, and the pictures that their negative numbers point into, [n, c, H, W] or None."""
+    """Sequences of spliced ids [t] each, and the images [n, c, H, W] that they refer to, or None."""
 
     sequences: list[Tensor]
     pixel_values: Tensor | None
 
 
 def read_samples(files: Sequence[Path]) -> Iterator[Sample]:
-    """Samples of files: one text a line, or where a line is a JSON object {"text": ...} or {"image": a path or several,
-    "question": ..., "answer": ...}; paths count from the file's folder. No picture is opened yet.
+    """Read samples from files: one text a line; or JSON objects, one a line, in .json and .jsonl files.
 
-    Errors: ValueError naming file and line.
+    An object is {"text": ...}, or {"image": a path or several, "question": ..., "answer": ...}, with paths relative to
+    the file's folder. Images are not opened yet. Errors: ValueError naming file and line.
     """
     for file in files:
         require_file(file)
@@ -59,7 +59,7 @@ def read_samples(files: Sequence[Path]) -> Iterator[Sample]:
 
 
 def parse_json_sample(line: str, folder: Path) -> Sample:
-    """A line of JSON. Errors: ValueError."""
+    """Parse a line of JSON. Errors: ValueError."""
     expected = 'expected {"text": ...} or {"image": ..., "question": ..., "answer": ...}'
     value = parse_json(line, f"{expected}; the line")
     keys = set(value) if isinstance(value, dict) else set()
@@ -69,19 +69,19 @@ def parse_json_sample(line: str, folder: Path) -> Sample:
     images = images if isinstance(images, list) else [images]
     texts = [value[name] for name in sorted(keys - {"image"})]
     if not all(isinstance(x, str) for x in texts + images) or ("image" in keys and not images):
-        raise ValueError(f"{expected}, all of them strings, or for images a list of some")
+        raise ValueError(f"{expected}, all of them strings, or for images a list of strings")
     paths = [folder / image for image in images]
     for path in paths:
         if not isfile(path):  # false as well for what cannot be a name
             raise ValueError(f"{short_repr(str(path))[1:-1]} does not exist, or is no file")
     if not paths:
         return Sample(value["text"])
-    insert_image_tokens(value["question"], len(paths))  # it has a place for each
+    insert_image_tokens(value["question"], len(paths))  # raises unless it has an image token for each
     return Sample(value["question"], paths, value.get("answer", ""))
 
 
 def synthetic_samples(count: int, seed: int) -> list[Sample]:
-    """Pictures that the bundled model's generator draws, with questions and answers; none of its held-out scenes."""
+    """Images that the bundled model's generator draws, with questions and answers; none of its held-out scenes."""
     from vila_triton.tiny.questions import random_question
     from vila_triton.tiny.scenes import draw_scene, random_scene
 
@@ -94,7 +94,7 @@ def synthetic_samples(count: int, seed: int) -> list[Sample]:
 
 
 def python_manual_samples(count: int, seed: int) -> list[Sample]:
-    """English that Python ships: pages of its manual (`pydoc_data.topics`)."""
+    """English text that comes with Python: pages of its manual (`pydoc_data.topics`)."""
     from pydoc_data.topics import topics
 
     pages = [page for _, page in sorted(topics.items()) if len(page) > 1500]
@@ -103,7 +103,7 @@ def python_manual_samples(count: int, seed: int) -> list[Sample]:
 
 
 def sample_subset(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
-    """At most `count` of them, in an order that the seed decides. Errors: ValueError if there are none."""
+    """At most `count` of the samples, in an order that the seed decides. Errors: ValueError if there are none."""
     if not samples:
         raise ValueError("calibration has no samples: its files are empty")
     shuffled = list(samples)
@@ -114,9 +114,10 @@ def sample_subset(samples: Sequence[Sample], count: int, seed: int) -> list[Samp
 def build_calibration_set(
     samples: Sequence[Sample], tokenizer: Any, processor: Any, config: Any, image_tokens: int
 ) -> CalibrationSet:
-    """Rows of token ids as the model would see them in a conversation; plain text without one, its first `LONGEST`.
+    """Tokenize samples and preprocess their images.
 
-    config: the model's, of which `conversation_template` and `image_aspect_ratio` are read.
+    A sample with images becomes the first turn of a conversation; plain text stays as it is, its first MAX_TEXT_TOKENS
+    tokens. config: the model's, whose `conversation_template` and `image_aspect_ratio` are read.
     """
     chat_template = resolve_template(getattr(config, "conversation_template", None), tokenizer)
     sequences, images = list[Tensor](), list[Image.Image]()
@@ -138,13 +139,16 @@ def build_calibration_set(
 
 
 def token_weights(sequences: Sequence[Tensor], image_weight: float) -> Tensor:
-    """How much each token counts, of mean 1: a picture's `image_weight` for each 1 of a word; [s]."""
+    """How much each token counts, [s] of mean 1: an image token image_weight for each 1 of a text token.
+
+    Errors: ValueError for a weight that is negative, or that would change nothing or leave nothing.
+    """
     if not 0 <= image_weight < float("inf"):
         raise ValueError(f"image weight is {image_weight}, expected a number from 0 up")
     is_image = torch.cat(list(sequences)) < 0
     if image_weight != 1 and not is_image.any():
-        raise ValueError(f"image weight is {image_weight}, but calibration has no pictures")
+        raise ValueError(f"image weight is {image_weight}, but calibration has no images")
     w = torch.where(is_image, image_weight, 1.0)
     if not w.sum():
-        raise ValueError("with an image weight of 0, calibration needs words too")
+        raise ValueError("with an image weight of 0, calibration needs text too")
     return w / w.mean()

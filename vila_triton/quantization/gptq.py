@@ -1,6 +1,6 @@
-"""Rounding that knows the inputs: codes that lose least of x · wᵀ on average, not of w.
+"""GPTQ: codes that lose least of the output w x, not of the weight w (Frantar et al. 2022).
 
-With the inputs' second moment H = E[x xᵀ], the loss of a row is (w - ŵ) H (w - ŵ)ᵀ.
+With the Hessian H = E[x xᵀ] of the inputs, the expected squared error of an output row is (w - ŵ) H (w - ŵ)ᵀ.
 """
 
 import torch
@@ -8,19 +8,21 @@ from torch import Tensor
 
 from .quant_grid import QuantGrid
 
-BLOCK_COLUMNS = 64  # inputs between updates of all that follow
+BLOCK_COLUMNS = 64  # columns between updates of all later ones
 
 
 def gptq_codes(w: Tensor, grid: QuantGrid, act_order: Tensor, inverse_cholesky: Tensor) -> Tensor:
-    """Codes [n, k]: inputs one after the other, loudest first, each error made good by those not yet rounded.
+    """Quantize a weight w [n, k] column by column -> codes [n, k] (GPTQ, Frantar et al. 2022).
 
-    Frantar et al. 2022 (GPTQ), on a grid that is given; w [n, k], order and upper as in `Moments`: row j of upper is
-    what the j-th input asks of those after it.
+    The rounding error of each column is distributed over the columns that are not quantized yet, by the rows of the
+    inverse Hessian's Cholesky factor. The columns of a block of BLOCK_COLUMNS are updated one by one, all later ones
+    once a block.
+
+    grid: the scales and zero points, which stay; act_order [k] and inverse_cholesky [k, k]: as in `HessianInfo`.
     """
     columns = grid.expand_to_columns(w.shape[1])
-    scales, zeros, remaining = (
-        x.T[act_order] for x in (columns.scales, columns.zeros, w)
-    )  # [k, n]: an input is a contiguous row
+    # Transposed to [k, n], so that a column of w is contiguous.
+    scales, zeros, remaining = (x.T[act_order] for x in (columns.scales, columns.zeros, w))
     codes = torch.empty_like(remaining)
     for start in range(0, len(remaining), BLOCK_COLUMNS):
         stop = min(start + BLOCK_COLUMNS, len(remaining))
@@ -35,5 +37,5 @@ def gptq_codes(w: Tensor, grid: QuantGrid, act_order: Tensor, inverse_cholesky: 
 
 
 def hessian_loss(delta: Tensor, hessian: Tensor) -> Tensor:
-    """delta H deltaᵀ of each row, [n, k] -> [n]."""
+    """The expected squared output error delta H deltaᵀ of each row of a weight error delta: [n, k] -> [n]."""
     return ((delta @ hessian) * delta).sum(-1)

@@ -1,4 +1,4 @@
-"""Second moments of a linear's inputs: all that rounding needs to know of calibration."""
+"""The Hessian of a linear's inputs, and the weight correction for inputs that quantization has changed."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class HessianInfo:
-    """E[x xᵀ] of the inputs that a rounded linear gets, damped, and what follows from it.
+    """The damped Hessian H = E[x xᵀ] of a linear's k inputs, and what GPTQ derives from it.
 
-    second       [k, k]     E[x xᵀ]
-    order        [k]        inputs, the loudest first: by what of each the others cannot stand in for
-    upper        [k, k]     triangular, upperᵀ upper the inverse of `second` in that order
-    conditional  [G, i, i]  for each group, of what is left of its inputs when all others have done their best to stand
-                            in for them: what matters to a group whose errors the other inputs make good
-    mean_abs     [k]        E|x|
+    hessian           [k, k]     each token counts by its weight
+    act_order         [k]        columns by falling conditional variance 1 / (H⁻¹)[j, j]
+    inverse_cholesky  [k, k]     upper triangular U with Uᵀ U = H⁻¹, rows and columns in act_order
+    schur_blocks      [G, i, i]  per group of i columns, the inverse of its block of H⁻¹ (a Schur complement of H): the
+                                 covariance of its inputs given all others. It weighs the errors of a group, since GPTQ
+                                 compensates what the other inputs can express.
+    mean_abs          [k]        E|x|
     """
 
     hessian: Tensor
@@ -26,10 +27,11 @@ class HessianInfo:
 
 
 def compute_hessian(x: Tensor, weights: Tensor, group_size: int) -> HessianInfo:
-    """x [s, k], weights [s] of mean 1. Of k² numbers four times as many as there are in the result's largest are held.
+    """Compute the damped Hessian of inputs x [s, k]; token i counts weights[i], [s] of mean 1.
 
-    The diagonal is raised by a share of its mean, the larger the fewer tokens there are for the k² numbers: what
-    calibration happened not to show is not free. Errors: ValueError for inputs that are not finite, or too large.
+    The damping is a share of the diagonal's mean that grows with k / s: directions that calibration did not show still
+    cost something. At most four [k, k] matrices are in memory at a time.
+    Errors: ValueError for inputs that are not finite, or whose squares overflow.
     """
     k = x.shape[1]
     if not torch.isfinite(x).all():
@@ -45,15 +47,16 @@ def compute_hessian(x: Tensor, weights: Tensor, group_size: int) -> HessianInfo:
     inverse = inverse[act_order]  # one copy at a time
     inverse = inverse[:, act_order]
     inverse_cholesky = torch.linalg.cholesky(inverse, upper=True)
-    return HessianInfo(
-        hessian, act_order, inverse_cholesky, torch.linalg.inv(inverse_blocks), (x.abs() * weights[:, None]).mean(0)
-    )
+    schur_blocks = torch.linalg.inv(inverse_blocks)
+    return HessianInfo(hessian, act_order, inverse_cholesky, schur_blocks, (x.abs() * weights[:, None]).mean(0))
 
 
 def error_correction_map(original: Tensor, quantized: Tensor, weights: Tensor, hessian: HessianInfo) -> Tensor:
-    """The map [k, k] by which inputs `got` [s, k] come nearest to `wanted`: w @ it does on got what w did on wanted.
+    """The correction C [k, k] of weights for quantized inputs: (w @ C) x̂ is on average closest to w @ x.
 
-    Least squares, held near the identity by the damping of `known`, the moments of `got`.
+    original: inputs x [s, k] in the original model; quantized: x̂ [s, k] behind the quantized layers; weights [s];
+    hessian: that of the quantized inputs, whose damping keeps C near the identity.
+    C = I + E[(x - x̂) x̂ᵀ] H⁻¹, as in QEP (Arai & Ichikawa 2025).
     """
     correction = ((original - quantized) * weights[:, None]).T @ quantized / len(quantized)
     correction = correction[:, hessian.act_order]

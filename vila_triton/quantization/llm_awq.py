@@ -1,7 +1,8 @@
-"""AWQ as llm-awq searches it (Lin et al. 2023), objective for objective, so that results compare with published caches.
+"""AWQ with llm-awq's own search (Lin et al. 2023), objective for objective, so that results compare with published
+caches.
 
-Everything is judged on the layer as it was: no rounding error is carried on, every scale is searched on unscaled
-weights. What that costs is known: groups of one sign are not widened to hold 0, `o` has no scale under grouped queries,
+Everything is judged on the original layer: no quantization error is propagated, and every scale is searched on unscaled
+weights. Its known limits are kept: groups of one sign are not widened to hold 0, `o` has no scale with grouped queries,
 q and k are not clipped, and fewer than 512 calibration tokens are refused.
 """
 
@@ -29,19 +30,22 @@ CLIP_TOKENS = 512
 
 @dataclass(frozen=True)
 class AwqSearchResult:
-    """What a search of one layer yields: scales [k] by place, clips [n, G] by linear, and the ratios of the scales."""
+    """The result of searching one layer: scales [k] by scale group, clips [n, G] by linear, and the ratios of the
+    scales.
+    """
 
     scales: dict[str, Tensor]
     clips: dict[str, Tensor]
     ratios: dict[str, float]
 
     def to(self, device: torch.device) -> "AwqSearchResult":
+        """Move all tensors to a device."""
         scales, clips = ({name: x.to(device) for name, x in tensors.items()} for tensors in (self.scales, self.clips))
         return AwqSearchResult(scales, clips, self.ratios)
 
 
 def minmax_grid(w: Tensor, group_size: int) -> QuantGrid:
-    """Scales and zeros [n, G] in w's dtype: least to greatest weight of a group, 0 among them or not."""
+    """Scales and zeros [n, G] in w's dtype, from the least to the greatest weight of a group, 0 among them or not."""
     x = rearrange(w, "n (G i) -> n G i", i=group_size)
     low, high = x.amin(-1), x.amax(-1)
     scales = (high - low).clamp(min=1e-5) / 15
@@ -49,12 +53,13 @@ def minmax_grid(w: Tensor, group_size: int) -> QuantGrid:
 
 
 def quantize_codes(w: Tensor, grid: QuantGrid) -> Tensor:
+    """Round w [n, k] to the codes of its grid."""
     columns = grid.expand_to_columns(w.shape[1])
     return ((w / columns.scales).round() + columns.zeros).clamp(0, 15)
 
 
 def fake_quantize(w: Tensor, group_size: int) -> Tensor:
-    """w rounded, as numbers: [n, k]."""
+    """Quantize and dequantize w [n, k] (llm-awq: pseudo_quantize_tensor)."""
     grid = minmax_grid(w, group_size)
     return grid.expand_to_columns(w.shape[1]).to_weights(quantize_codes(w, grid))
 
@@ -67,7 +72,10 @@ def search_scale(
     cfg: LlamaConfig,
     group_size: int,
 ) -> AwqSearchResult:
-    """The scale of one place after which rounding changes least what the module it belongs to puts out."""
+    """Search the scale of one scale group that changes least of the output of its module when the weights are rounded.
+
+    Errors: ValueError if the inputs are not finite, or no scale gives a finite output.
+    """
     x: Tensor = getattr(activations, scale_group)
 
     def output_of(p: Layer) -> Tensor:
@@ -98,11 +106,12 @@ def search_scale(
 
 
 def search_clip(w: Tensor, x: Tensor, group_size: int) -> Tensor:
-    """Per group the bound on |w|, from all of the greatest down to 0.55 of it, that changes least of its own part of
-    the output: w [n, k], x [s, k] -> [n, G].
+    """Search the bound on |w| of each group, from its maximum down to 0.55 of it, that changes least of its part of the
+    output.
+
+    w [n, k], x [s, k] -> [n, G]. Errors: ValueError for fewer than CLIP_TOKENS tokens.
     """
-    if len(x) < CLIP_TOKENS:
-        raise ValueError(f"upstream's clipping needs {CLIP_TOKENS} tokens of calibration, there are {len(x)}")
+    require_clip_tokens(len(x))
     x = x[:: len(x) // CLIP_TOKENS]
     x = x.float() if x.itemsize < 4 else x
     group_inputs = rearrange(x, "s (G i) -> G i s", i=group_size)
@@ -116,8 +125,14 @@ def search_clip(w: Tensor, x: Tensor, group_size: int) -> Tensor:
     return best
 
 
+def require_clip_tokens(count: int) -> None:
+    """Check that there are enough calibration tokens for `search_clip`. Errors: ValueError."""
+    if count < CLIP_TOKENS:
+        raise ValueError(f"upstream's clipping needs {CLIP_TOKENS} tokens of calibration, there are {count}")
+
+
 def clip_to_bounds(w: Tensor, bound: Tensor) -> Tensor:
-    """w [n, k] within the bounds [n, G] of its groups."""
+    """Clip w [n, k] to the bounds [n, G] of its groups."""
     limits = bound.repeat_interleave(w.shape[1] // bound.shape[1], 1)
     return torch.minimum(torch.maximum(w, -limits), limits)
 
@@ -125,7 +140,7 @@ def clip_to_bounds(w: Tensor, bound: Tensor) -> Tensor:
 def search_layer(
     layer: Layer, activations: LinearInputs, tokens: CalibrationTokens, cfg: LlamaConfig, group_size: int
 ) -> AwqSearchResult:
-    """Scales and clips of one layer from what its linears are given."""
+    """Search the scales and clips of one layer from the inputs of its linears."""
     scale_groups = [p for p in SCALE_GROUPS if p != "o" or layer.v.weight.shape == layer.o.weight.shape]
     results = [search_scale(layer, scale_group, activations, tokens, cfg, group_size) for scale_group in scale_groups]
     scales = {place: s for f in results for place, s in f.scales.items()}
@@ -141,7 +156,7 @@ def search_layer(
 
 
 def apply_search_result(layer: Layer, result: AwqSearchResult, cfg: LlamaConfig, group_size: int) -> Layer:
-    """The layer scaled, clipped and rounded to int4. Errors: as `check`."""
+    """Scale, clip and quantize a layer. Errors: as `check_layer`."""
     layer = apply_scales(layer, result.scales, cfg.num_key_value_heads)
     check_layer(layer, group_size, " with the scales of its inputs and outputs")
     for name in (name for names in SCALE_GROUPS.values() for name in names):
@@ -152,7 +167,9 @@ def apply_search_result(layer: Layer, result: AwqSearchResult, cfg: LlamaConfig,
 
 
 def check_layer(layer: Layer, group_size: int, context: str = "") -> None:
-    """Errors: ValueError naming what of the layer is not finite, or too wide for float16 scales."""
+    """Check that a layer is finite, and its groups narrow enough for float16 scales. Errors: ValueError naming the
+    linear.
+    """
     for name in (field.name for field in fields(layer)):
         child = getattr(layer, name)
         if not all(torch.isfinite(leaf).all() for leaf in leaves(child)):
@@ -162,6 +179,7 @@ def check_layer(layer: Layer, group_size: int, context: str = "") -> None:
 
 
 def quantize_int4(w: Tensor, group_size: int) -> Int4:
+    """Quantize w [n, k] to its minmax grid."""
     grid = minmax_grid(w, group_size)
     return pack_int4(quantize_codes(w, grid), grid, torch.float16)
 
@@ -174,7 +192,10 @@ def quantize_layer(
     group_size: int,
     result: AwqSearchResult | None = None,
 ) -> tuple[Layer, Tensor, AwqSearchResult]:
-    """One layer rounded, what it gave out before that, and what was found (or given). Errors: as `check`."""
+    """Quantize one layer -> the layer, its output before quantization, and the search result, searched or given.
+
+    Errors: as `check_layer`.
+    """
     check_layer(layer, group_size)
     activations = capture_linear_inputs(layer, x, tokens, cfg)
     result = search_layer(layer, activations, tokens, cfg, group_size) if result is None else result

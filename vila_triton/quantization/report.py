@@ -1,4 +1,4 @@
-"""What was done to each layer, as JSON and as a picture (SVG, written by hand: nothing more need be installed)."""
+"""The report of a quantization: quantization.json, and quantization.svg, which needs no plotting library."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from vila_triton.checkpoints.shard_writer import write_json
+from vila_triton.files.atomic import write_json
 
 from .awq_scales import SCALE_GROUPS
 
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#7f7f7f")
 WIDTH, HEIGHT, LEFT, TOP, GAP = 760, 180, 60, 46, 60
-Line = tuple[str, str, Sequence[float], str]  # label, colour, a value a layer, dashes
+Line = tuple[str, str, Sequence[float], str]  # label, color, a value for each layer, dashes
 
 
 def write_report(folder: Path, summary: dict[str, Any], part_reports: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-    """quantization.json and, of reports by part, a list of steps each, quantization.svg.
+    """Write quantization.json and, if there are reports by part, a list of layers each, quantization.svg.
 
-    Of a linear: `nearest`, the share of its output's square that rounding to the nearest level would lose on the inputs
-    that it gets; `ours`, the share that is lost; `shrink`, the mean width of its grids, 1 unclipped. Of a place:
-    `ratio`, the exponent of its scale.
+    Of a linear: `nearest`, the error of rounding to nearest as a share of its output's energy, on the inputs that reach
+    it; `ours`, the error that is left; `shrink`, the mean ratio of its grids to the range of their weights, 1
+    unclipped. Of a scale group: `ratio`, the exponent of its scale.
     """
     reports = {"layers" if part == "llm" else part: list(steps) for part, steps in part_reports.items()}
     write_json(folder / "quantization.json", summary | reports)
@@ -29,35 +29,31 @@ def write_report(folder: Path, summary: dict[str, Any], part_reports: Mapping[st
 
 
 def svg_report(summary: dict[str, Any], part_reports: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """Draw the reports as an SVG: exponents of the scales, errors and clipping over the layers."""
     layers = part_reports["llm"]
     ratios: list[Line] = [
-        (scale_group, colour, [layer["scales"].get(scale_group, {}).get("ratio", math.nan) for layer in layers], "")
-        for scale_group, colour in zip(SCALE_GROUPS, COLORS)
+        (scale_group, color, [layer["scales"].get(scale_group, {}).get("ratio", math.nan) for layer in layers], "")
+        for scale_group, color in zip(SCALE_GROUPS, COLORS)
     ]
     charts = [("exponents of the scales", ratios, False)]
     if layers and layers[0]["linears"]:
         charts = [
-            ("error, as a share of a linear's output (dashed: to the nearest level)", error_lines(layers), True),
+            ("error, as a share of a linear's output (dashed: rounding to nearest)", error_lines(layers), True),
             *charts,
             ("width of the grids, as a share of the weights' range", clip_ratio_lines(layers), False),
         ]
-    for part in part_reports:
-        if part != "llm":
-            charts.append((f"error of {part}", error_lines(part_reports[part]), True))
-    settings = [
-        f"{key} {value}" for key, value in summary.items() if key != "work" and not isinstance(value, list | dict)
-    ]
-    titles = [
-        ", ".join(setting for setting in settings if setting.startswith("calibration") is of) for of in (False, True)
-    ]
-    panels = [draw_panel(head, lines, log, TOP + i * (HEIGHT + GAP)) for i, (head, lines, log) in enumerate(charts)]
+    charts += [(f"error of {part}", error_lines(steps), True) for part, steps in part_reports.items() if part != "llm"]
+    values = {key: value for key, value in summary.items() if key != "work" and not isinstance(value, list | dict)}
+    settings = ", ".join(f"{key} {value}" for key, value in values.items() if key != "calibration")
+    titles = [settings, f"calibration {values['calibration']}" if "calibration" in values else ""]
+    panels = [draw_panel(title, lines, log, TOP + i * (HEIGHT + GAP)) for i, (title, lines, log) in enumerate(charts)]
     height = TOP + len(charts) * (HEIGHT + GAP)
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH + 160}" height="{height}" '
             'font-family="sans-serif" font-size="11">',
             '<rect width="100%" height="100%" fill="white"/>',
-            *(f'<text x="10" y="{14 + 16 * i}">{escape(head)}</text>' for i, head in enumerate(titles)),
+            *(f'<text x="10" y="{14 + 16 * i}">{escape(title)}</text>' for i, title in enumerate(titles)),
             *panels,
             "</svg>\n",
         ]
@@ -65,7 +61,7 @@ def svg_report(summary: dict[str, Any], part_reports: Mapping[str, Sequence[dict
 
 
 def error_lines(steps: Sequence[dict[str, Any]]) -> list[Line]:
-    """Two lines a linear: what is lost, and dashed what the nearest level would lose."""
+    """Two lines for each linear: its error, and dashed the error of rounding to nearest."""
     lines = list[Line]()
     for name, color in zip(steps[0]["linears"], COLORS):
         values = [step["linears"][name] for step in steps]
@@ -74,13 +70,13 @@ def error_lines(steps: Sequence[dict[str, Any]]) -> list[Line]:
 
 
 def clip_ratio_lines(steps: Sequence[dict[str, Any]]) -> list[Line]:
-    """The widths of a linear's grids."""
+    """A line for each linear: the mean ratio of its grids to the range of their weights."""
     named = zip(steps[0]["linears"], COLORS)
-    return [(name, colour, [step["linears"][name]["shrink"] for step in steps], "") for name, colour in named]
+    return [(name, color, [step["linears"][name]["shrink"] for step in steps], "") for name, color in named]
 
 
 def draw_panel(title: str, lines: Sequence[Line], log: bool, top: int) -> str:
-    """Lines over layers, with three values named at the side."""
+    """Draw lines over layers as SVG, with three values of the axis, logarithmic if `log`."""
     finite = [v for *_, values, _ in lines for v in values if math.isfinite(v) and (v > 0 or not log)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     transform: Callable[[float], float] = math.log if log else float

@@ -1,4 +1,9 @@
-"""The folder beside the target: for every finished step a file, for the next its inputs; so work outlives a kill."""
+"""The work folder of a quantization, which makes it resumable.
+
+It lies beside the target and holds one safetensors file per finished layer, and the activations that the next layer
+starts from. A run that was interrupted continues behind the last finished layer and gives the same bytes. The folder is
+removed when the checkpoint is written.
+"""
 
 import hashlib
 import json
@@ -15,40 +20,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vila_triton.checkpoints.atomic_folder import resume_hint
 from vila_triton.checkpoints.int4_layouts import NATIVE
 from vila_triton.checkpoints.loading import TOWER_PREFIX
-from vila_triton.checkpoints.shard_writer import partial_path as temporary
-from vila_triton.checkpoints.shard_writer import write_json
-from vila_triton.checkpoints.sources import CheckpointSource, make_quantization_config
-from vila_triton.checkpoints.tensor_files import open_tensors, read_json
+from vila_triton.checkpoints.quantization_config import make_quantization_config
+from vila_triton.checkpoints.sources import CheckpointSource
+from vila_triton.checkpoints.tensor_files import open_tensors
 from vila_triton.console import error_text
-from vila_triton.files.file_locks import claim_folder
+from vila_triton.files.atomic import atomic_file, write_json
+from vila_triton.files.file_locks import FolderInUseError, claim_folder
 from vila_triton.files.json_schema import require_schema
-from vila_triton.files.reading import parse_json
+from vila_triton.files.reading import parse_json, read_json
 from vila_triton.models.params import LazyTensors, ParameterSpec, check_state_dict, leaves, tree_map
 
-CACHE_PREFIX = "awq_cache."  # names in a step's file of what was found, beside its tensors
-ERROR_KEYS = ("nearest", "ours", "shrink")  # what a step's report says of a linear
-State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class QuantizeConfig:
-    """mode "ours" or "upstream"; group: inputs that share a scale; propagate: later layers make good what rounding did
-    to earlier ones (ours); image_weight: how much a token of a picture counts, for each 1 of a word's (ours); also: of
-    the tower and the projector those that are rounded too (ours).
-    """
-
-    mode: str = "ours"
-    group_size: int = 128
-    propagate_error: bool = True
-    image_weight: float = 1.0
-    extra_parts: tuple[str, ...] = ()
+CACHE_PREFIX = "awq_cache."  # of the names of scales and clips in the file of a layer
+ERROR_KEYS = ("nearest", "ours", "shrink")  # of a linear in the report of a layer
+State = dict[str, Tensor]  # activations between layers: "x" in the original model, "seen" behind quantized layers
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves: its rounded tree, its report, the inputs of the next, what else is to be kept."""
+    """The result of quantizing one layer: its int4 tree, its report, the activations behind it, and scales and clips to
+    keep.
+    """
 
     tree: Any
     report: dict[str, Any]
@@ -58,9 +52,10 @@ class StepResult:
 
 @dataclass(frozen=True)
 class LayerwiseJob:
-    """A part of a checkpoint and how its trees are rounded, one after the other.
+    """A part of a checkpoint and how its layers are quantized, one after the other.
 
-    before, after: the declarations of the trees, in the dtype of the checkpoint and in int4.
+    dense_specs, int4_specs: the parameter specs of the layers, in the dtype of the checkpoint and in int4.
+    initial_state computes the activations before the first layer; quantize_one(i, layer, state) quantizes layer i.
     """
 
     part: str
@@ -73,22 +68,24 @@ class LayerwiseJob:
 
 @contextmanager
 def resumable_work(work: Path, *inputs: Any) -> Iterator[None]:
-    """Inside, the folder of this work is there for this process alone; what ends it early says what is kept.
+    """Hold the work folder of these inputs for this process alone; an error that interrupts the work says what is kept.
 
-    Errors: ValueError if other work was begun there, or another process is at it; OSError.
+    Errors: ValueError if the folder holds other work, or another process uses it; OSError.
     """
-    resume_hint = f"What was finished is in {work}: the same command goes on from there"
     try:
         with open_work_folder(work, *inputs):
             yield
     except OSError as error:
-        raise OSError(f"{error_text(error)}. {resume_hint}") from error
+        raise OSError(f"{error_text(error)}. {resume_hint(work)}") from error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(resume_hint) from None
+        raise KeyboardInterrupt(resume_hint(work)) from None
 
 
 def open_work_folder(work: Path, *inputs: Any) -> IO:
-    """The folder of this work, and the lock that keeps others out of it."""
+    """Make or reopen the work folder of these inputs, and return the lock that keeps other processes out.
+
+    Errors: ValueError if it was made for other inputs.
+    """
     digest = hashlib.sha256()
     for x in inputs:
         digest.update(repr((x.shape, x.dtype) if isinstance(x, Tensor) else x).encode())
@@ -99,7 +96,7 @@ def open_work_folder(work: Path, *inputs: Any) -> IO:
     lock = claim_folder(work)
     if (work / "work.json").exists() and read_json(work / "work.json") != key:
         lock.close()
-        raise ValueError(f"{work} holds the beginnings of other work; remove it, or write elsewhere")
+        raise FolderInUseError.other_work(work)
     write_json(work / "work.json", key)
     return lock
 
@@ -107,9 +104,9 @@ def open_work_folder(work: Path, *inputs: Any) -> IO:
 def run_steps(
     job: LayerwiseJob, source: CheckpointSource, work: Path, device: torch.device, on_progress: Callable[[int], None]
 ) -> CheckpointSource:
-    """Take the steps that are not done yet; the source with this part rounded.
+    """Quantize the layers that are not finished yet, and return the source with this part quantized.
 
-    say: told of steps finished, as each begins. Errors: ValueError, naming the tree.
+    on_progress: called with the number of finished layers as each one begins. Errors: ValueError, naming the layer.
     """
     part, total, prefix = job.part, len(job.dense_specs), part_prefix(source, job.part)
     done = sum((work / f"{part}-{i:03}.safetensors").exists() for i in range(total))
@@ -121,9 +118,8 @@ def run_steps(
     for i in range(done, total):
         on_progress(i)
         try:
-            result = job.quantize_one(
-                i, tree_map(leaf_reader(source.tensors[part], device, prefix), job.dense_specs[i]), state
-            )
+            layer = tree_map(leaf_reader(source.tensors[part], device, prefix), job.dense_specs[i])
+            result = job.quantize_one(i, layer, state)
         except ValueError as error:
             where = commonpath([spec.key.replace(".", "/") for spec in leaves(job.dense_specs[i])]).replace("/", ".")
             raise ValueError(f"{part}, {where}: {error}") from None
@@ -139,7 +135,7 @@ def run_steps(
 
 
 def leaf_reader(tensors: LazyTensors, device: torch.device, prefix: str = "") -> Callable[[ParameterSpec], Tensor]:
-    """A leaf of a tree of declarations -> its copy on the device; what was read for it may go."""
+    """A function that copies a spec's tensor to the device and releases the memory of the original."""
 
     def read(spec: ParameterSpec) -> Tensor:
         x = tensors[prefix + spec.key].to(device, spec.dtype, copy=True)
@@ -150,33 +146,33 @@ def leaf_reader(tensors: LazyTensors, device: torch.device, prefix: str = "") ->
 
 
 def part_dtype(source: CheckpointSource, part: str) -> torch.dtype:
-    """Of what is not int4 in a part of a checkpoint."""
+    """The dtype of the floating-point tensors in a part of a checkpoint."""
     dtypes = (x.dtype for x in source.tensors[part].meta.values() if x.is_floating_point())
     return next(dtypes, torch.float16)
 
 
 def part_prefix(source: CheckpointSource, part: str) -> str:
-    """What stands before the names of a part in a checkpoint, as released."""
+    """The prefix of the names of a part in the checkpoint, as some releases have it."""
     return TOWER_PREFIX if any(name.startswith(TOWER_PREFIX) for name in source.tensors[part]) else ""
 
 
 def cast_for_storage(x: Tensor, spec: ParameterSpec) -> Tensor:
-    """Scales stay float16, which they were rounded to; norms and biases get the checkpoint's dtype."""
+    """Cast norms and biases to the dtype of the checkpoint. Scales stay float16, to which they were rounded."""
     return x if x.dtype == torch.float16 or not x.is_floating_point() else x.to(spec.dtype)
 
 
 def save_atomically(path: Path, tensors: State, report: dict[str, Any] | None = None) -> None:
-    """A safetensors file that is there whole or not at all. Errors: OSError."""
+    """Write a safetensors file atomically. Errors: OSError."""
     contiguous = {name: x.contiguous().cpu() for name, x in tensors.items()}
-    try:
-        save_file(contiguous, temporary(path), metadata={"report": json.dumps(report, sort_keys=True)})
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from None
-    temporary(path).replace(path)
+    with atomic_file(path) as partial:
+        try:
+            save_file(contiguous, partial, metadata={"report": json.dumps(report, sort_keys=True)})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def source_with_results(job: LayerwiseJob, source: CheckpointSource, work: Path) -> CheckpointSource:
-    """The source with a part's trees taken from the files in `work`."""
+    """The source with the layers of a part taken from the files in the work folder."""
     part, prefix = job.part, part_prefix(source, job.part)
     replaced = {prefix + spec.key for spec in leaves(tuple(job.dense_specs))}
     original, file_tensors = source.tensors[part], {}
@@ -189,21 +185,23 @@ def source_with_results(job: LayerwiseJob, source: CheckpointSource, work: Path)
     lazy = LazyTensors(
         meta | {name: tensors.meta[name] for name, tensors in file_tensors.items()},
         lambda name: file_tensors[name][name] if name in file_tensors else original[name],
-        lambda name: file_tensors.get(name, original).forget(name),
+        lambda name: file_tensors.get(name, original).release(name),
     )
     return replace_with_int4(source, part, lazy, job.group_size)
 
 
 def replace_with_int4(source: CheckpointSource, part: str, tensors: LazyTensors, group_size: int) -> CheckpointSource:
-    """The source with a part whose linears are int4 in our layout, as its config says."""
+    """The source with a part replaced by tensors whose linears are int4 in the native layout, and a config that says
+    so.
+    """
     config = source.part_configs[part] | make_quantization_config(NATIVE, group_size, NATIVE.rounding)
     layout = NATIVE if part == "llm" else source.layout
     part_configs, all_tensors = source.part_configs | {part: config}, source.tensors | {part: tensors}
-    return replace(source, parts=part_configs, tensors=all_tensors, layout=layout)
+    return replace(source, part_configs=part_configs, tensors=all_tensors, layout=layout)
 
 
 def read_reports(work: Path, part: str) -> list[dict[str, Any]]:
-    """What the finished steps of a part say of themselves, in order. Errors: `LoadError`, naming the file."""
+    """Read the reports of the finished layers of a part, in order. Errors: `LoadError`, naming the file."""
     results = []
     for file in sorted(work.glob(f"{part}-*.safetensors")):
         with safe_open(file, framework="pt") as stream:
@@ -211,16 +209,15 @@ def read_reports(work: Path, part: str) -> list[dict[str, Any]]:
         report = parse_json(text, where := f"{file}, its report,")
         require_schema(report, {"scales": dict, "linears": dict}, where)
         linears = (results[0] if results else report)["linears"]
-        require_schema(
-            report["linears"], {name: dict.fromkeys(ERROR_KEYS, float) for name in linears}, f"{where} linears"
-        )
-        require_schema(report["scales"], {place: {"ratio": float} for place in report["scales"]}, f"{where} scales")
+        errors = {name: dict.fromkeys(ERROR_KEYS, float) for name in linears}
+        require_schema(report["linears"], errors, f"{where} linears")
+        require_schema(report["scales"], {group: {"ratio": float} for group in report["scales"]}, f"{where} scales")
         results.append(report)
     return results
 
 
 def already_written(work: Path, target: Path, format_name: str) -> bool:
-    """Whether a folder is what this work was written as, its report included."""
+    """Whether the target holds the result of this work in this format, its report included."""
     if not (work / "work.json").exists() or not (target / "quantization.json").exists():
         return False
     report = read_json(target / "quantization.json")
@@ -228,11 +225,12 @@ def already_written(work: Path, target: Path, format_name: str) -> bool:
 
 
 def read_work_key(work: Path) -> str:
-    """What tells one work from another."""
+    """The key that identifies the inputs of a work folder."""
     content = read_json(work / "work.json")
     require_schema(content, {"key": str}, work / "work.json")
     return content["key"]
 
 
 def remove_work_folder(work: Path) -> None:
+    """Remove a work folder whose result is written."""
     shutil.rmtree(work)

@@ -1,46 +1,47 @@
 """The registry: an op is its plain-torch reference; implementations attach themselves to it from their own files.
 
     @op
-    def rms_norm(x, weight, eps): ...                 # the meaning, the dispatch point and the oracle
+    def rms_norm(x, weight, eps): ...                 # the meaning, the dispatch point and the oracle of tests
 
-    @rms_norm.requires                                # what every call must satisfy, checked before any implementation
-    def _(x, weight, eps): axes("rms_norm", x=(x, "... e"), weight=(weight, "e"))
+    @rms_norm.requires                                # checked before every call, whichever implementation runs
+    def _(x, weight, eps): check_axes("rms_norm", x=(x, "... e"), weight=(weight, "e"))
 
-    @rms_norm.inputs                                  # the annotations are the domain tests and benches draw from
-    def _(rows: Sizes(1, 64), dtype: OneOf("float32", "float16"), *, rng, device): return x, weight, eps
+    @rms_norm.example_inputs                          # tests and benchmarks draw sizes from the annotations
+    def _(rows: IntRange(1, 64), dtype: OneOf("float32", "float16"), *, rng, device): return x, weight, eps
 
-    @rms_norm.costs                                   # the same names -> (flops, bytes)
+    @rms_norm.sizes_from_args("rows")                 # the inverse; "rows" differs from call to call of a model
+    def _(x, weight, eps): return {"rows": len(x), "dtype": "float32"}
+
+    @rms_norm.flops_and_bytes                         # of a call, from the same sizes
     def _(rows, dtype): return 4 * rows, 2 * rows
 
-    @rms_norm.sizes("rows")                           # the inverse of inputs; rows varies from call to call
-    def _(x, weight, eps): return {"rows": len(x), "e": len(weight)}
+    rms_norm.fake_impl(lambda x, weight, eps: x.new_empty(x.shape))   # the result's shape, for torch.compile
 
     @rms_norm.impl("triton", configs=[{"BLOCK": 128}], space=SPACE)   # in a file of kernels/
     def rms_norm_triton(x, weight, eps, *, BLOCK): ...
 
-    rms_norm.result(lambda x, weight, eps: x.new_empty(x.shape))      # what torch.compile must know of a call
+A call ``rms_norm(x, weight, eps)`` runs the implementation that `use` names. Elsewhere an engine's `default_choices`
+decide, and outside of one configs/kernels.toml and the tuned table of the device. `rms_norm.reference` always runs the
+reference. There are no priorities and no fallback: an implementation that cannot serve a call raises
+`Unsupported`, and the call fails.
 
-Calling ``rms_norm(x, weight, eps)`` runs what `use` chose; else what `defaults` says, within an engine; else what it
-would say there of the tensors' device (see `tuned.kernels_for`); ``rms_norm.reference(x, weight, eps)`` the reference.
-A choice is a name, or names by ranges of the size that varies (see `ranges`). There are no priorities and no fallback:
-an implementation that cannot serve a call raises `Unsupported` and the call fails.
+    size_ranges    a choice: one implementation, or several by ranges of a size
+    search_space   the configs of a kernel, and the cost of one launch
+    gradients      kernels have none, which is said when one is asked for
+    custom_ops     ops as `torch.library` custom ops, for torch.compile
+    op             `Op` and `Impl`
+    discovery      imports the files of ops/ and kernels/, and checks that what is chosen exists
+    kernel_config  configs/kernels.toml: the defaults by device and phase
+    tuned_tables   configs/tuned/DEVICE.json: configs and choices by size, measured by `python -m bench.tune`
+    registry       `op`, `use`, `default_choices`, `count_calls`
+    interpreter    Triton's interpreter, made safe for threads
 
-Files are found where they lie, in ops/ and kernels/. One that cannot be imported is named on standard error and left
-aside, until something is asked for that is not there without it.
+A module imports only from those above it. This package imports without torch.
 """
 
+from .discovery import describe_available, discover, problems, validate_choices
 from .op import OPS, REFERENCE, Impl, IntRange, OneOf, Op, Unsupported
-from .registry import (
-    count_calls,
-    default_choices,
-    describe_available,
-    discover,
-    explicit_choices,
-    op,
-    problems,
-    use,
-    validate_choices,
-)
+from .registry import count_calls, default_choices, explicit_choices, op, use
 
 __all__ = [
     "OPS",

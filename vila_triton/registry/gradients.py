@@ -1,4 +1,7 @@
-"""Kernels have no gradient. Whoever asks for one is told; torch would leave out what lies before them, in silence."""
+"""Kernels have no gradient, and asking for one raises an error.
+
+Without this, torch would silently treat the results of a kernel as constants.
+"""
 
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -8,7 +11,7 @@ from torch import Tensor
 
 
 class NoGradient(torch.autograd.Function):
-    """A result as it is, whose gradient is an error. It does not hold on to what the arguments came from."""
+    """The identity, whose gradient raises an error; it keeps no graph of the arguments alive."""
 
     @staticmethod
     def forward(ctx: Any, message: str, out: Tensor, grad_anchor: Tensor) -> Tensor:
@@ -21,7 +24,7 @@ class NoGradient(torch.autograd.Function):
 
 
 def forbid_gradient(op: str, impl: str, out: Any, *args: Any) -> Any:
-    """The results of a call; those that lost the gradient of an argument say so when it is asked for."""
+    """The results of a call; asking them for the gradient that an argument requires raises RuntimeError."""
     if not torch.is_grad_enabled():
         return out
     leaves = [getattr(x, f.name) for x in args if is_dataclass(x) for f in fields(x)]

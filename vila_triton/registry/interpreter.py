@@ -1,12 +1,11 @@
-"""Triton's interpreter in many threads, and that of Triton 3.6 under numpy 2.4 and later.
+"""Two fixes of Triton's interpreter, which importing this module applies, and which implementations it runs.
 
-While a kernel runs interpreted, the functions of `triton.language` are others, for the whole process, and the place in
-the grid stands in one object. So one runs at a time.
+While it runs a kernel, the interpreter replaces the functions of `triton.language` for the whole process and keeps the
+position in the grid in one global object. A lock therefore lets one kernel run at a time.
 
-A loop `for start in range(0, E, BLOCK)` asks for E as an index, which the interpreter holds as an array of one element.
-Triton 3.6 gives int(array), which numpy takes only of arrays without dimensions since 2.4; Triton 3.7 squeezes it
-first. No bound in pyproject.toml can say "this numpy with that Triton", so the one method is put right here; and what
-is interpreted at all: the implementations that hold Triton kernels.
+In a loop `for start in range(0, E, BLOCK)` Python asks for E as an index. The interpreter holds E in an array of one
+element, and Triton 3.6 returns int(array), which numpy 2.4 and later refuse for arrays with dimensions; Triton 3.7
+squeezes the array first. No bound in pyproject.toml can exclude one numpy for one Triton, so the method is replaced.
 """
 
 import sys
@@ -22,12 +21,12 @@ from .op import Impl
 
 
 def uses_triton_kernels(impl: Impl) -> bool:
-    """Whether the file of the implementation defines or imports a Triton kernel."""
+    """True if the file of the implementation defines or imports a Triton kernel."""
     return any(isinstance(value, KernelInterface) for value in vars(sys.modules[impl.fn.__module__]).values())
 
 
 def patch_scalar_index() -> None:
-    """Make interpreted scalars good as indices under every numpy."""
+    """Let interpreted scalars be indices under every numpy."""
     original_patch = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, scope: Any) -> None:

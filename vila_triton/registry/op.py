@@ -1,4 +1,4 @@
-"""An op: its plain-torch reference, its domain, its cost, and every implementation of it (see `registry`)."""
+"""An op: its plain-torch reference, the sizes it is tested at, its cost, and every implementation of it."""
 
 import inspect
 from collections import Counter
@@ -9,21 +9,22 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .search_space import SearchSpace
+from .search_space import Config, SearchSpace
 from .size_ranges import Choice
 
 REFERENCE = "reference"
 OPS: dict[str, "Op"] = {}
 
 _NO_CHOICES: Mapping[str, Choice] = MappingProxyType({})
-EXPLICIT_CHOICES: ContextVar[Mapping[str, Choice]] = ContextVar("chosen", default=_NO_CHOICES)  # by `registry.use`
-DEFAULT_CHOICES: ContextVar[Mapping[str, Choice] | None] = ContextVar("default", default=None)  # by `registry.defaults`
-BATCH_INVARIANT: ContextVar[bool] = ContextVar("invariant", default=False)  # by `registry.defaults`
-CALL_COUNTER: ContextVar["Counter[tuple[str, str]] | None"] = ContextVar("record", default=None)
+EXPLICIT_CHOICES: ContextVar[Mapping[str, Choice]] = ContextVar("explicit_choices", default=_NO_CHOICES)  # set by `use`
+# The next two are set by `default_choices`; None: outside of an engine.
+DEFAULT_CHOICES: ContextVar[Mapping[str, Choice] | None] = ContextVar("default_choices", default=None)
+BATCH_INVARIANT: ContextVar[bool] = ContextVar("batch_invariant", default=False)
+CALL_COUNTER: ContextVar["Counter[tuple[str, str]] | None"] = ContextVar("call_counter", default=None)
 
 
 class Unsupported(ValueError):
-    """Raised by an implementation, before it launches anything, with the reason it cannot serve this call."""
+    """Raised by an implementation before it launches anything; the message is the reason it cannot serve this call."""
 
 
 @dataclass(frozen=True)
@@ -53,48 +54,67 @@ class OneOf:
 
 @dataclass(frozen=True, eq=False)
 class Impl:
-    """One implementation of an op. A call runs the config it passes, else the one tuned for this device and these
-    sizes (see `tuned`), else `configs[0]`. `space`: what there is to tune; without it, `configs`.
+    """One implementation of an op.
 
-    batch_invariant: a row of the result has the same bits whatever other rows there are, and wherever it lies among
-    them, as long as the config is the same; of attention: it keeps what the policy "invariant" promises.
+    A call runs the config it passes; else the one tuned for its device and sizes (see `tuned_tables`); else
+    `configs[0]`. `space` holds the configs that can be tuned; without it, these are `configs`.
+
+    batch_invariant: a row of the result has the same bits whatever other rows are in the batch and wherever it lies
+    among them, as long as the config is the same; an attention does so with batch-invariant numerics only.
     """
 
     op: str
     name: str
     fn: Callable[..., Any]
-    configs: Sequence[Mapping[str, Any]]
+    configs: Sequence[Config]
     file: Path
     space: SearchSpace | None = None
     batch_invariant: bool = False
 
-    def __call__(self, *args: Any, config: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, config: Config | None = None, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs, **(self.resolve_config(*args, **kwargs) if config is None else config))
 
-    def resolve_config(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
-        """The config of a call that passes none."""
-        if BATCH_INVARIANT.get():  # a tuned one would depend on the number of rows
+    def resolve_config(self, *args: Any, **kwargs: Any) -> Config:
+        """Return the config of a call that passes none."""
+        # A tuned config would depend on the number of rows.
+        if BATCH_INVARIANT.get() or (not self.space and len(self.configs) == 1):
             return self.configs[0]
-        if not self.space and len(self.configs) == 1:
-            return self.configs[0]
-        from . import tuned_tables  # not at import: it needs torch
+        return OPS[self.op].defaults.config(self, *args, **kwargs) or self.configs[0]
 
-        return tuned_tables.tuned_config(self, OPS[self.op].sizes_of, *args, **kwargs) or self.configs[0]
+
+class Defaults:
+    """Decides for calls that neither `use` nor an engine decides for. This one takes the reference and first configs.
+
+    `registry.TunedDefaults`, which every registered op has, reads configs/kernels.toml and the tuned tables.
+    """
+
+    def choice(self, op: "Op", *args: Any, **kwargs: Any) -> Choice:
+        return REFERENCE
+
+    def config(self, impl: Impl, *args: Any, **kwargs: Any) -> Config | None:
+        return None
 
 
 class Op:
     """A named operation: its reference, its domain, its cost and everything that implements it."""
 
-    def __init__(self, reference: Callable[..., Any], bitwise_exact: bool, batch_invariant: bool = False):
+    def __init__(
+        self,
+        reference: Callable[..., Any],
+        bitwise_exact: bool,
+        batch_invariant: bool = False,
+        defaults: Defaults | None = None,
+    ):
         self.name = reference.__name__
         self.reference = reference
         self.bitwise_exact = bitwise_exact  # implementations must equal the reference bit for bit
+        self.defaults = defaults or Defaults()
         self.impls: dict[str, Impl] = {}
         self.domain: dict[str, IntRange | OneOf] = {}
         self.precondition: Callable[..., None] | None = None
         self.index_check: Callable[..., None] | None = None
-        self.make_example = self.not_registered("inputs")
-        self.cost = self._missing_cost = self.not_registered("costs")
+        self.make_example = self._not_registered("example_inputs")
+        self.cost = self._missing_cost = self._not_registered("flops_and_bytes")
         self.sizes_of: Callable[..., dict[str, Any]] | None = None
         self.dynamic_sizes: tuple[str, ...] = ()
         self.custom_op: Callable[..., Any] | None = None  # what `torch.compile` sees of a call
@@ -111,7 +131,7 @@ class Op:
         return self.run(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Check the arguments and run the implementation that is chosen here and now."""
+        """Check the arguments and run the implementation that is chosen for this call."""
         self.check(*args, **kwargs)
         impl = self.impls[self.choose_implementation(*args, **kwargs)]
         if (counter := CALL_COUNTER.get()) is not None:
@@ -119,9 +139,8 @@ class Op:
         try:
             out = impl(*args, **kwargs)
         except Unsupported as reason:
-            if self.name in EXPLICIT_CHOICES.get() or isinstance(
-                reason.__cause__, Unsupported
-            ):  # which says it already
+            # The advice is left out where the caller chose, and where an op that this one calls has given it.
+            if self.name in EXPLICIT_CHOICES.get() or isinstance(reason.__cause__, Unsupported):
                 raise
             raise Unsupported(
                 f'{reason} ({impl.name!r} runs here by default; `with use({self.name}="reference")` runs the reference)'
@@ -133,50 +152,47 @@ class Op:
         return gradients.forbid_gradient(self.name, impl.name, out, *args, *kwargs.values())
 
     def check(self, *args: Any, **kwargs: Any) -> None:
-        """What every call is held to: the contract, and that what its indices name exists."""
+        """Raise what `requires` and `bounds` raise for these arguments."""
         if self.precondition:
             self.precondition(*args, **kwargs)
         if self.index_check:
             self.index_check(*args, **kwargs)
 
     def choose_implementation(self, *args: Any, **kwargs: Any) -> str:
-        """The name of the implementation a call with these arguments would run here and now."""
+        """Return the name of the implementation that a call with these arguments runs."""
         defaults = DEFAULT_CHOICES.get()
         choice = EXPLICIT_CHOICES.get().get(self.name)
         if choice is None:
-            choice = self.default_choice(*args, **kwargs) if defaults is None else defaults.get(self.name, REFERENCE)
+            in_engine = defaults is not None
+            choice = defaults.get(self.name, REFERENCE) if in_engine else self.defaults.choice(self, *args, **kwargs)
         if BATCH_INVARIANT.get():
             self.check_batch_invariant(choice)
         if isinstance(choice, str):
             return choice
-        assert self.sizes_of  # as `registry.checked` has seen
+        assert self.sizes_of  # `discovery.validate_choices` has checked that there is a dynamic size
         return choice.lookup(self.sizes_of(*args, **kwargs)[self.dynamic_sizes[0]])
 
-    def default_choice(self, *args: Any, **kwargs: Any) -> Choice:
-        """What a call outside an engine runs where `use` says nothing: what an engine would on the tensors' device."""
-        from . import tuned_tables  # not at import: it needs torch
-
-        numerics = self.sizes_of(*args, **kwargs)["numerics"] if self.sizes_of and "numerics" in self.domain else "fast"
-        return tuned_tables.default_choice(self.name, numerics, *args, **kwargs)
-
     def check_batch_invariant(self, choice: Choice) -> None:
-        """ValueError unless the choice is one implementation marked batch_invariant, if any of the op's are."""
+        """Raise ValueError unless the choice is one batch-invariant implementation, if the op has any of these."""
         allowed = [impl.name for impl in self.impls.values() if impl.batch_invariant]
         if allowed and choice not in allowed:
             description = choice if isinstance(choice, str) else " or ".join(dict.fromkeys(choice.names)) + ", by size"
             raise ValueError(
-                f'{self.name}: {description} is not allowed under the policy "invariant", expected one implementation that is '
-                f"marked batch_invariant: {', '.join(allowed)}"
+                f"{self.name}: {description} is not allowed with batch-invariant numerics, expected one implementation "
+                f"that is marked batch_invariant: {', '.join(allowed)}"
             )
 
     def impl(
         self,
         name: str,
-        configs: Sequence[Mapping[str, Any]] = ({},),
+        configs: Sequence[Config] = ({},),
         space: SearchSpace | None = None,
         batch_invariant: bool = False,
     ) -> Callable[[Callable], Callable]:
-        """Attach the decorated function as implementation `name`; a second file claiming the name is an error."""
+        """Attach the decorated function as implementation `name`.
+
+        Raises ValueError if another file has attached an implementation of that name, or if there are no configs.
+        """
 
         def attach(fn: Callable) -> Callable:
             file = Path(inspect.getfile(fn)).resolve()
@@ -194,9 +210,7 @@ class Op:
     def file(self) -> Path:
         return self.impls[REFERENCE].file
 
-    def not_registered(self, decorator: str) -> Callable[..., Any]:
-        """In place of what has not been registered: NotImplementedError that says so."""
-
+    def _not_registered(self, decorator: str) -> Callable[..., Any]:
         def fail(*args: Any, **kwargs: Any) -> Any:
             raise NotImplementedError(
                 f"{self.file}: op {self.name!r} has no {decorator}, expected @{self.name}.{decorator}"
@@ -206,51 +220,48 @@ class Op:
 
     @property
     def missing_parts(self) -> list[str]:
-        """What has not been registered of all that an op has."""
+        """The names of the decorators that have not been used, of all that an op has."""
         parts = {
             "requires": self.precondition,
-            "inputs": self.domain,
-            "sizes": self.sizes_of,
-            "costs": self.cost is not self._missing_cost,
-            "result or writes": self.custom_op,
+            "example_inputs": self.domain,
+            "sizes_from_args": self.sizes_of,
+            "flops_and_bytes": self.cost is not self._missing_cost,
+            "fake_impl or mutates": self.custom_op,
         }
         return [name for name, value in parts.items() if not value]
 
     def requires(self, fn: Callable[..., None]) -> Callable[..., None]:
-        """Register the contract of every call, whichever implementation runs: it raises ValueError or returns."""
-        fn.__qualname__ = self.name  # what Python calls it where arguments are missing
+        """Register the check of shapes and dtypes before every call: it raises TypeError or ValueError, or returns."""
+        fn.__qualname__ = self.name  # Python's own error for missing arguments then names the op
         self.precondition = fn
         return fn
 
     def bounds(self, fn: Callable[..., None]) -> Callable[..., None]:
-        """Register what looks at the values of index arguments (see `ops.indices`): it raises IndexError or returns.
+        """Register the check of the values of index arguments (see `ops.indices`): it raises IndexError or returns.
 
-        Apart from the contract, since nothing but shapes is known while a model is traced.
+        It is separate from `requires` because only shapes and dtypes are known while a model is traced.
         """
         self.index_check = fn
         return fn
 
-    def inputs(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Register the builder of example arguments; the annotations of its sizes become `self.domain`."""
+    def example_inputs(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Register the builder of example arguments; the annotations of its parameters become `self.domain`."""
         self.domain = {
             p.name: p.annotation for p in inspect.signature(fn).parameters.values() if p.kind is not p.KEYWORD_ONLY
         }
-        unannotated = [name for name, values in self.domain.items() if not isinstance(values, IntRange | OneOf)]
-        if unannotated:
-            raise TypeError(
-                f"{self.name}.inputs: {', '.join(unannotated)} must be annotated with Sizes(...) or OneOf(...)"
-            )
+        if bad := ", ".join(name for name, x in self.domain.items() if not isinstance(x, IntRange | OneOf)):
+            raise TypeError(f"{self.name}.example_inputs: {bad} must be annotated with IntRange(...) or OneOf(...)")
         self.make_example = fn
         return fn
 
-    def sizes(self, *dynamic_sizes: str) -> Callable[[Callable], Callable]:
-        """Register the inverse of `inputs`: arguments -> sizes, from shapes and dtypes alone (it must not wait for the
-        device). `varying`: the sizes that differ from call to call of one model; tuned tables hold ranges of them.
+    def sizes_from_args(self, *dynamic_sizes: str) -> Callable[[Callable], Callable]:
+        """Register the inverse of `example_inputs`: arguments -> sizes, from shapes and dtypes alone, since it must not
+        wait for the device.
+
+        dynamic_sizes: the sizes that differ from call to call of one model; tuned tables hold ranges of them.
         """
-        if unknown := set(dynamic_sizes) - set(self.domain):
-            raise TypeError(
-                f"{self.name}.sizes: no size {', '.join(sorted(unknown))}; there are {', '.join(self.domain)}"
-            )
+        if unknown := ", ".join(sorted(set(dynamic_sizes) - set(self.domain))):
+            raise TypeError(f"{self.name}.sizes_from_args: no size {unknown}; there are {', '.join(self.domain)}")
 
         def attach(fn: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
             self.sizes_of, self.dynamic_sizes = fn, dynamic_sizes
@@ -258,29 +269,30 @@ class Op:
 
         return attach
 
-    def costs(self, fn: Callable[..., tuple[int, int]]) -> Callable[..., tuple[int, int]]:
-        """Register (flops, bytes moved at least once) as a function of the names of `inputs`."""
+    def flops_and_bytes(self, fn: Callable[..., tuple[int, int]]) -> Callable[..., tuple[int, int]]:
+        """Register the cost of a call: sizes, named as in `example_inputs` -> (flops, least bytes moved)."""
         if list(inspect.signature(fn).parameters) != list(self.domain):
-            raise TypeError(f"{self.name}.costs must take {', '.join(self.domain)}, as its inputs do")
+            raise TypeError(f"{self.name}.flops_and_bytes must take {', '.join(self.domain)}, as example_inputs does")
         self.cost = fn
         return fn
 
-    def result(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Register what a call returns, arguments -> an empty tensor or a tuple of them, and with it a `torch.library`
-        custom op (see `library`), which is what a call is while `torch.compile` traces it.
-        """
-        from . import custom_ops  # not at import: it needs torch
+    def fake_impl(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Register arguments -> an empty tensor as the op returns, or a tuple of them.
 
-        self.custom_op, self.is_compiling = custom_ops.register_custom_op(self, fn), custom_ops.is_compiling
+        With it a call becomes a `torch.library` custom op wherever `torch.compile` traces it (see `custom_ops`).
+        """
+        self._register_custom_op(fn)
         return fn
 
-    def writes(self, *names: str, fake_impl: Callable[..., tuple[Any, ...]] | None = None) -> None:
-        """The same for an op that writes these arguments in place and returns them, in this order, after what `result`
-        says it returns besides.
-        """
-        from . import custom_ops
+    def mutates(self, *names: str, fake_impl: Callable[..., tuple[Any, ...]] | None = None) -> None:
+        """The same for an op that writes these arguments in place.
 
-        self.custom_op, self.is_compiling = (
-            custom_ops.register_custom_op(self, fake_impl, names),
-            custom_ops.is_compiling,
-        )
+        It returns them, in this order, after the new tensors that `fake_impl` makes, if there are any.
+        """
+        self._register_custom_op(fake_impl, names)
+
+    def _register_custom_op(self, fake_impl: Callable[..., Any] | None, mutated: tuple[str, ...] = ()) -> None:
+        from . import custom_ops  # not at import: it needs torch
+
+        self.custom_op = custom_ops.CustomOp(self, fake_impl, mutated)
+        self.is_compiling = custom_ops.is_compiling

@@ -1,33 +1,31 @@
-"""Search spaces as data: which configs of a kernel are worth trying, and what one launch of it does on paper.
+"""The search space of a kernel: the configs that are worth measuring, and the cost of one launch.
 
-    SPACE = Space(
+    SPACE = SearchSpace(
         {"BLOCK": [128, 1024], "num_warps": [1, 4], "num_stages": [1]},
-        where=lambda config, e, **_: config["BLOCK"] < 2 * e,  # else most lanes would be masked off
-        launch=lambda config, rows, e, **_: Launch(programs=rows, bytes=4 * e, stage=2 * config["BLOCK"]),
+        is_valid=lambda config, e, **_: config["BLOCK"] < 2 * e,  # else most lanes would be masked off
+        launch_cost=lambda config, rows, e, **_: LaunchCost(rows, bytes=4 * e, bytes_per_stage=2 * config["BLOCK"]),
     )
 
-stands in the kernel's own file, so that the hash of that file covers its functions too.
+A space is defined in its kernel's file, so that the hash of that file covers its functions too.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 Config = Mapping[str, Any]
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class LaunchCost:
-    """One launch: how many programs there are, and what each of them does. Masked-off lanes work as the others do.
+    """The number of programs of a launch, and the work of each of them; masked-off lanes count like the others.
 
-    bytes   loaded and stored
-    stage   of these, what one step of the program's loop loads; `num_stages` steps are under way at a time
-    dots    flops of its `tl.dot`s: tensor cores
-    lanes   operations on single elements beside them
+    bytes            loaded and stored
+    bytes_per_stage  loaded by one iteration of the program's loop; `num_stages` iterations are in flight at a time
+    dot_flops        of its `tl.dot`s, which run on tensor cores
+    elementwise_ops  all other operations, each on one element
     """
 
     programs: int
@@ -43,9 +41,9 @@ def accept_all(config: Config, **sizes: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class SearchSpace:
-    """Every combination of the axes for which `where(config, **sizes)` holds; sizes are named as in the op's `inputs`.
+    """Every combination of the axes for which `is_valid(config, **sizes)` holds; sizes are those of the op's domain.
 
-    `launch(config, **sizes)` is what the cost model goes by; without it no config is pruned by cost.
+    The cost model reads `launch_cost(config, **sizes)`; without it no config is pruned by cost.
     """
 
     axes: Mapping[str, Sequence[Any]]
@@ -56,16 +54,6 @@ class SearchSpace:
         """The configs worth trying at these sizes, in the order of the axes."""
         candidates = (dict(zip(self.axes, values)) for values in product(*self.axes.values()))
         return [config for config in candidates if self.is_valid(config, **sizes)]
-
-
-def short_hash(*parts: bytes) -> str:
-    """Twelve hex digits that change with any of the parts."""
-    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:12]
-
-
-def canonical_json(value: Any) -> str:
-    """JSON in which equal values are equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def cdiv(a: int, b: int) -> int:

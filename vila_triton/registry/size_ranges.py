@@ -1,8 +1,8 @@
-"""A choice of an implementation: its name, or names for ranges of a size that differs from call to call.
+"""The choice of an implementation: one name, or names for ranges of a size that differs from call to call.
 
     [[4, "gemv"], [64, "splitk"], "prefill"]
 
-is "gemv" up to size 4, "splitk" up to 64, "prefill" beyond. The size is the first that the op names as varying.
+chooses "gemv" up to size 4, "splitk" up to 64, "prefill" beyond. The size is the first of the op's `dynamic_sizes`.
 """
 
 from bisect import bisect_left
@@ -23,18 +23,17 @@ class ChoiceBySize:
         return self.names[bisect_left(self.ends, size)]
 
     def describe(self, name: str, size_name: str) -> str:
-        """The ranges of one name in words; `size` is what the size is called."""
+        """Describe the ranges of one name: "m up to 4, m from 65"."""
         descriptions = []
-        for i in (i for i, other in enumerate(self.names) if other == name):
-            first, last = self.ends[i - 1] + 1 if i else None, self.ends[i] if i < len(self.ends) else None
-            bounded = f"{size_name} {first}" if first == last else f"{size_name} {first} to {last}"
-            descriptions.append(
-                f"{size_name} up to {last}"
-                if first is None
-                else f"{size_name} from {first}"
-                if last is None
-                else bounded
-            )
+        for first, last, other in zip([None, *(end + 1 for end in self.ends)], [*self.ends, None], self.names):
+            if other != name:
+                continue
+            if first is None:
+                descriptions.append(f"{size_name} up to {last}")
+            elif last is None:
+                descriptions.append(f"{size_name} from {first}")
+            else:
+                descriptions.append(f"{size_name} {first}" + (f" to {last}" if last > first else ""))
         return ", ".join(descriptions)
 
 
@@ -46,13 +45,11 @@ def implementation_at(choice: Choice, size: int) -> str:
 
 
 def merge_ranges(pieces: Sequence[tuple[int, str]], last_name: str) -> Choice:
-    """The choice of pieces (last size, name) and what runs beyond them; neighbours of one name become one range."""
-    changes = [(end, name) for (end, name), (_, next_name) in pairwise([*pieces, (0, last_name)]) if name != next_name]
-    return (
-        ChoiceBySize(tuple(end for end, _ in changes), (*(name for _, name in changes), last_name))
-        if changes
-        else last_name
-    )
+    """The choice of pieces (last size, name) and of `last_name` beyond them; neighbors of one name become one range."""
+    kept = [(end, name) for (end, name), (_, next_name) in pairwise([*pieces, (0, last_name)]) if name != next_name]
+    if not kept:
+        return last_name
+    return ChoiceBySize(tuple(end for end, _ in kept), (*(name for _, name in kept), last_name))
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class BoundedChoice:
     choice: Choice
 
     def with_fallback(self, fallback: Choice) -> Choice:
-        """This choice for the sizes it holds for, `outside` for all others."""
+        """This choice for the sizes it holds for, `fallback` for all others."""
 
         def choose(size: int) -> str:
             return implementation_at(self.choice if self.first <= size <= self.last else fallback, size)
@@ -75,7 +72,7 @@ class BoundedChoice:
 
 
 def parse_choice(value: Any) -> Choice:
-    """A choice as it stands in a file. Errors: ValueError with what is wrong and what was expected."""
+    """Parse a choice as files hold it. Raises ValueError with the fault and what was expected."""
     if isinstance(value, str | ChoiceBySize):
         return value
     ranges = value if isinstance(value, Sequence) and value else [value]
@@ -92,5 +89,5 @@ def parse_choice(value: Any) -> Choice:
 
 
 def implementation_names(choice: Choice) -> tuple[str, ...]:
-    """The implementations that a choice names."""
+    """The names of the implementations of a choice."""
     return (choice,) if isinstance(choice, str) else choice.names

@@ -1,25 +1,26 @@
-"""Tuned tables: configs/tuned/DEVICE.json, written by `python -m bench.tune` and looked up here. Nothing is tuned while
-serving, and nothing is guessed: a call runs what the table says, and without a table `configs[0]`.
+"""Tuned tables: configs/tuned/DEVICE.json is written by `python -m bench.tune` and looked up here.
+
+Nothing is tuned while serving: a call runs the config that the table holds for its sizes, else `configs[0]`.
 
     {"device": ..., "choices": {"int4_matmul": {"first": 1, "last": 4096, "choice": [[4, "gemv"], "prefill"]}, ...},
      "entries": [{"op": ..., "impl": ..., "kernel": ..., "space": ..., "triton": ...,
        "ranges": [{"sizes": {"m": [0, 2], "n": 4096}, "tuned_at": {"m": 1}, "config": {...}, "seconds": ...}, ...],
        "otherwise": {"config": {...}, ...}}]}
 
-The sizes of a range are numbers, or [first, last] of those that vary from call to call (last null: no end). Sizes in no
-range get `otherwise`: the config whose worst ratio to the best, over all sizes that were tuned, was least.
+The sizes of a range are numbers, and [first, last] for the op's dynamic sizes (last null: no end). Sizes in no range
+get `otherwise`: the config whose worst slowdown against the best, over all sizes that were tuned, was least.
 
-A choice (see `ranges`) stands where several implementations of an op were tuned; on that device it holds in place of
-what configs/kernels.toml says, from the first to the last size at which they were compared.
+A choice (see `size_ranges`) is written where several implementations of an op were tuned. On that device it replaces
+the choice of configs/kernels.toml, from the first to the last size at which they were compared.
 
-An entry holds for the very source and search space it was tuned with, a choice as long as the entries of all it names.
-When they have changed, a call that passes no config raises `Stale`, and so does a step that would go by the choice;
-when Triton has, the entry or the choice is left aside with a warning.
+An entry is valid for the source and the search space it was tuned with, and a choice while the entries of all its
+implementations are. When these have changed, a call that passes no config raises `StaleTableError`, and so does a step
+that the choice decides. When Triton has changed, the entry or the choice is ignored with a warning.
 """
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -30,16 +31,17 @@ from torch import Tensor
 
 from ..files.json_schema import is_json_type, require_schema
 from ..files.reading import LoadError, read_json, short_repr
+from ..hashing import canonical_json, short_hash
 from ..paths import config_dir
+from .discovery import validate_choices
 from .kernel_config import configured_choices
-from .op import OPS, REFERENCE, Impl
-from .registry import explicit_choices, validate_choices
-from .search_space import Config, canonical_json, short_hash
+from .op import EXPLICIT_CHOICES, OPS, REFERENCE, Impl, Op
+from .search_space import Config
 from .size_ranges import BoundedChoice, Choice, implementation_names
 
 
 class StaleTableError(RuntimeError):
-    """A tuned table was made for a kernel that has changed since."""
+    """A tuned table was measured for a kernel that has changed since."""
 
 
 def tables_dir() -> Path:
@@ -47,28 +49,28 @@ def tables_dir() -> Path:
 
 
 def table_path(device: str, directory: Path) -> Path:
-    """The table of a device: its name in lower case, with - for what is neither letter nor digit."""
+    """The file of a device: its name in lower case, with a dash for characters that are neither letters nor digits."""
     return directory / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
 def kernel_hash(impl: Impl) -> str:
-    """Of the file of an implementation and of the files _*.py beside it, which it may use."""
+    """The hash of the file of an implementation and of the files _*.py beside it, which it may import."""
     return short_hash(*(file.read_bytes() for file in [impl.file, *sorted(impl.file.parent.glob("_*.py"))]))
 
 
 def space_hash(impl: Impl) -> str:
-    """Of the configs and the axes; the functions of a space are in its kernel's file."""
+    """The hash of the configs and the axes; the functions of a space are covered by `kernel_hash`."""
     axes = {name: list(values) for name, values in impl.space.axes.items()} if impl.space else {}
     return short_hash(canonical_json([[dict(c) for c in impl.configs], axes]).encode())
 
 
 def entry_fingerprint(impl: Impl) -> dict[str, str]:
-    """What an entry must have been tuned with to hold now."""
+    """The hashes and the version that an entry must have been tuned with to be valid."""
     return {"kernel": kernel_hash(impl), "space": space_hash(impl), "triton": metadata.version("triton")}
 
 
 def stale_reasons(entry: Mapping[str, Any], impl: Impl) -> dict[str, str]:
-    """What differs from when the entry was made, and how; empty if it holds."""
+    """By key of `entry_fingerprint`, the values of then and now that differ; empty if the entry is valid."""
     return {
         name: f"{name} was {entry.get(name)}, is {current}"
         for name, current in entry_fingerprint(impl).items()
@@ -84,7 +86,7 @@ ENTRY_FIELDS = {**dict.fromkeys(("op", "impl", "kernel", "space", "triton"), str
 
 
 def read_table(file: Path) -> dict[str, Any]:
-    """A table. Errors: `LoadError` naming the file and the field if it is none."""
+    """Read a table. Raises `LoadError` naming the file and the field that is wrong."""
     table = {"choices": {}, **read_json(file)}
     require_schema(table, {"device": str, "choices": dict, "entries": [ENTRY_FIELDS]}, file)
     for i, entry in enumerate(table["entries"]):
@@ -94,7 +96,7 @@ def read_table(file: Path) -> dict[str, Any]:
 
 
 def check_range(tuned_range: Mapping[str, Any], op: str, where: str) -> None:
-    """Errors: `LoadError` for sizes that cannot be looked up, and for a time that is none."""
+    """Raise `LoadError` for sizes that cannot be looked up, and for a time that is not positive."""
     for name, size in tuned_range["sizes"].items():
         is_interval = (
             isinstance(size, list) and len(size) == 2 and is_json_type(size[0], int) and isinstance(size[1], int | None)
@@ -122,13 +124,13 @@ def sizes_match(expected_sizes: Mapping[str, Any], sizes: Mapping[str, Any]) -> 
 
 
 def config_for_sizes(entry: Mapping[str, Any], sizes: Mapping[str, Any]) -> Config:
-    """The config of the range these sizes lie in, else the one written for all others."""
+    """The config of the range that holds these sizes, else that of `otherwise`."""
     return next((r["config"] for r in entry["ranges"] if sizes_match(r["sizes"], sizes)), entry["otherwise"]["config"])
 
 
 @lru_cache
 def load_table(device: str) -> Mapping[str, Any]:
-    """The table of a device, empty if there is none. Errors: `Stale` if it was made on another."""
+    """The table of a device, empty if it has none. Raises `StaleTableError` if it was measured on another device."""
     file = table_path(device, tables_dir())
     table = read_table(file) if file.exists() else {"device": device, "choices": {}, "entries": []}
     if table["device"] != device:
@@ -138,7 +140,10 @@ def load_table(device: str) -> Mapping[str, Any]:
 
 @lru_cache
 def valid_entry(impl: Impl, device: str) -> Mapping[str, Any] | None:
-    """The entry of an implementation in the table of a device, checked once. Errors: `Stale`."""
+    """The entry of an implementation in the table of a device, checked once; None if there is none for this Triton.
+
+    Raises `StaleTableError` if the kernel or its search space has changed, ValueError for a config that does not exist.
+    """
     file = table_path(device, tables_dir())
     entry = next((e for e in load_table(device)["entries"] if (e["op"], e["impl"]) == (impl.op, impl.name)), None)
     changed = stale_reasons(entry, impl) if entry else {}
@@ -150,9 +155,8 @@ def valid_entry(impl: Impl, device: str) -> Mapping[str, Any] | None:
     if changed:
         warnings.warn(f"{impl.op} {impl.name}: {file.name} is left aside: {changed['triton']}", stacklevel=2)
         return None
-    for config in (
-        (*(tuned_range["config"] for tuned_range in entry["ranges"]), entry["otherwise"]["config"]) if entry else ()
-    ):
+    measured = [*entry["ranges"], entry["otherwise"]] if entry else []
+    for config in (x["config"] for x in measured):
         if not has_config(config, impl):
             raise ValueError(
                 f"{file}: {impl.op} {impl.name} has no config {short_repr(config)}, in its file or its space"
@@ -161,14 +165,17 @@ def valid_entry(impl: Impl, device: str) -> Mapping[str, Any] | None:
 
 
 def has_config(config: Config, impl: Impl) -> bool:
-    """Whether an implementation has a config, in its file or its space."""
+    """True if a config is among those of an implementation or in its search space."""
     axes = impl.space.axes if impl.space else {}
     in_space = config.keys() == axes.keys() and all(value in axes[name] for name, value in config.items())
     return in_space or config in [dict(own) for own in impl.configs]
 
 
 def parse_table_choice(table: Mapping[str, Any], op: str, file: Path) -> BoundedChoice:
-    """The choice a table holds for an op. Errors: ValueError naming the file; `Stale` if what it names has no entry."""
+    """The choice that a table holds for an op.
+
+    Raises ValueError naming the file, and `StaleTableError` if an implementation it names has no entry.
+    """
     value = table["choices"][op]
     try:
         if not isinstance(value, dict) or [type(value.get(key)) for key in ("first", "last")] != [int, int]:
@@ -177,51 +184,58 @@ def parse_table_choice(table: Mapping[str, Any], op: str, file: Path) -> Bounded
             )
         if not 0 <= value["first"] <= value["last"]:
             raise ValueError(f"op {op!r}: from {value['first']} to {value['last']} are no sizes")
-        within = BoundedChoice(value["first"], value["last"], validate_choices({op: value.get("choice")})[op])
+        bounded = BoundedChoice(value["first"], value["last"], validate_choices({op: value.get("choice")})[op])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}, choices: {error.args[0]}") from None
     entries = {e["impl"] for e in table["entries"] if e["op"] == op}
-    if missing := [name for name in implementation_names(within.choice) if name not in entries]:
+    if missing := [name for name in implementation_names(bounded.choice) if name not in entries]:
         raise StaleTableError(
             f"{op}: the tuned table {file.name} chooses {missing[0]}, which has no entry in it. "
             f"Run `python -m bench.tune {op} --impl {missing[0]}`, choose explicitly, or delete the choice."
         )
-    return within
+    return bounded
 
 
 @lru_cache
 def table_choice(op: str, device: str) -> BoundedChoice | None:
-    """The choice the table of a device holds for an op, checked once; None if it is left aside. Errors: as `parsed`,
-    and `Stale` if an entry of what it names is.
+    """The choice that the table of a device holds for an op, checked once; None if it is ignored.
+
+    Raises what `parse_table_choice` and `valid_entry` raise.
     """
-    within = parse_table_choice(load_table(device), op, table_path(device, tables_dir()))
-    entries = [valid_entry(OPS[op].impls[name], device) for name in implementation_names(within.choice)]
-    return None if None in entries else within
+    bounded = parse_table_choice(load_table(device), op, table_path(device, tables_dir()))
+    entries = [valid_entry(OPS[op].impls[name], device) for name in implementation_names(bounded.choice)]
+    return None if None in entries else bounded
 
 
 def default_choices_for(device: torch.device, phase: str | None, op_name: str | None = None) -> Mapping[str, Choice]:
-    """What runs by default: as configs/kernels.toml says, but for the ops and sizes that the table of this very device
-    chooses for. What `use` chooses is not looked up, so a table gone stale does not stand in its way; nor is any of
-    them under the policy "invariant", which is a phase here: what is fastest depends on the size. `only`: of one op.
+    """The implementations that run by default: those of configs/kernels.toml, replaced by those of the device's table
+    for the ops and sizes it was tuned at.
+
+    phase: one of `kernel_config.PHASES`. With batch-invariant numerics, which are a phase here, the table is not read,
+    since the fastest implementation depends on the size. Neither are its entries for ops that `use` chooses for, so
+    that a stale table can be worked around. op_name: of one op only.
     """
     choices, gpu = configured_choices(device.type, phase, op_name), gpu_name(device) if phase != "invariant" else None
-    ops = load_table(gpu)["choices"].keys() - explicit_choices().keys() if gpu else ()
-    tuned = {op: within for op in ops if op_name in (None, op) and (within := table_choice(op, gpu or ""))}
-    return {**choices, **{op: within.with_fallback(choices.get(op, REFERENCE)) for op, within in tuned.items()}}
+    ops = load_table(gpu)["choices"].keys() - EXPLICIT_CHOICES.get().keys() if gpu else ()
+    tuned = {op: choice for op in ops if op_name in (None, op) and (choice := table_choice(op, gpu or ""))}
+    return {**choices, **{op: choice.with_fallback(choices.get(op, REFERENCE)) for op, choice in tuned.items()}}
 
 
-def default_choice(op: str, numerics: str, *args: Any, **kwargs: Any) -> Choice:
-    """What a call outside an engine runs. It is of no phase, so what one of them alone is given in kernels.toml is not
-    for it; without a tensor it runs the reference.
+def default_choice(op: Op, *args: Any, **kwargs: Any) -> Choice:
+    """The choice for a call outside an engine: as an engine makes it for the device of the call.
+
+    Such a call has no phase, so the sections of kernels.toml for one phase do not apply to it, but for that of its
+    numerics. A call without a tensor runs the reference.
     """
     device = device_of(*args, **kwargs)
     if device is None:
         return REFERENCE
-    return default_choices_for(device, "invariant" if numerics == "invariant" else None, op).get(op, REFERENCE)
+    invariant = "numerics" in op.domain and op.sizes_of and op.sizes_of(*args, **kwargs)["numerics"] == "invariant"
+    return default_choices_for(device, "invariant" if invariant else None, op.name).get(op.name, REFERENCE)
 
 
 def device_of(*args: Any, **kwargs: Any) -> torch.device | None:
-    """The device of a call: that of its first tensor."""
+    """The device of the first tensor of a call."""
     return next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
 
 
@@ -233,15 +247,13 @@ def tuned_config_at(impl: Impl, device: str, sizes: tuple[tuple[str, Any], ...])
 
 @lru_cache
 def gpu_name(device: torch.device) -> str | None:
-    """The device whose table holds; of a CPU, and of a GPU that is not here, there is none."""
+    """The name that a table is looked up by; None for a CPU, and for a GPU that this machine does not have."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else None
 
 
-def tuned_config(
-    impl: Impl, sizes_of: Callable[..., dict[str, Any]] | None, *args: Any, **kwargs: Any
-) -> Config | None:
-    """The config tuned for this call on the device of its first tensor; None if nothing was tuned for it."""
-    device = device_of(*args, **kwargs)
+def tuned_config(impl: Impl, *args: Any, **kwargs: Any) -> Config | None:
+    """The config that was tuned for the device and sizes of a call; None if there is none."""
+    device, sizes_of = device_of(*args, **kwargs), OPS[impl.op].sizes_of
     if device is None or sizes_of is None or (gpu := gpu_name(device)) is None:
         return None
     return tuned_config_at(impl, gpu, tuple(sizes_of(*args, **kwargs).items()))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_triton.checkpoints import loading
+from vila_triton.files.atomic import write_json
 from vila_triton.models import llama, params, projector, vila, vision
 from vila_triton.models.config import LlamaConfig, ProjectorConfig, VilaConfig, VisionConfig
 from vila_triton.tiny import tokenizer
@@ -134,5 +135,5 @@ def save_checkpoints(folder: Path, trees: dict[str, Any]) -> None:
 def write_folder(folder: Path, cfg: VilaConfig, p: vila.Vila) -> None:
     """Write one VILA folder: configs, weights, image processor and tokenizer."""
     loading.save_checkpoint(folder, *config_files(cfg), p)
-    loading.write_json(folder / "vision_tower" / "preprocessor_config.json", preprocessor_config(cfg))
+    write_json(folder / "vision_tower" / "preprocessor_config.json", preprocessor_config(cfg))
     tokenizer.save_tokenizer(folder / "llm")

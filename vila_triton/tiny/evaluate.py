@@ -19,6 +19,7 @@ from PIL import Image
 from vila_triton.arguments import KV_DTYPES, parse_kernel_settings
 from vila_triton.chat.conversation import ChatModel
 from vila_triton.console import exit_code, print_progress
+from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.hf.configuration_vila_llama import parse_dtype
 from vila_triton.limits import COUNT, SEED
 from vila_triton.paths import BUNDLED_CHECKPOINT
@@ -146,7 +147,7 @@ def run() -> None:
         help="count the answers that these kernels change (on a CPU, Triton needs TRITON_INTERPRET=1)",
     )
     args = parser.parse_args()
-    talker = ChatModel.from_pretrained(args.model, args.device, args.dtype)
+    talker = load_chat_model(args.model, args.device, args.dtype)
     talker.model.config.kv_dtype = args.kv_dtype
     questions = build_questions(args.count, args.seed, ALL_KINDS if args.all else SUPPORTED_KINDS)[: args.limit]
     if args.against:

@@ -53,13 +53,13 @@ class Recipe:
     warmup_steps: int = 60
 
 
-LIMITS = dict.fromkeys(("vision_steps", "steps", "warm_up"), COUNT) | {
+LIMITS = dict.fromkeys(("vision_steps", "steps", "warmup_steps"), COUNT) | {
     "seed": SEED,
     "minutes": POSITIVE,
-    "vision_rate": POSITIVE,
-    "rate": POSITIVE,
-    "frozen": Limits(float, 0, 1),
-    "tower_factor": Limits(float, 0, 1),
+    "vision_lr": POSITIVE,
+    "lr": POSITIVE,
+    "frozen_fraction": Limits(float, 0, 1),
+    "tower_lr_factor": Limits(float, 0, 1),
 }
 
 
