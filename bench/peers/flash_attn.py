@@ -80,7 +80,7 @@ def prefill_attention_flash_attn(
         cu_seqlens_q=batch.query_start_loc.contiguous(),
         cu_seqlens_k=kv.cu_seqlens,
         max_seqlen_q=convert_once(max_query_len, batch.query_start_loc),
-        max_seqlen_k=kv.longest,
+        max_seqlen_k=kv.max_seqlen,
         softmax_scale=softmax_scale,
         causal=True,
         block_table=kv.block_table,
