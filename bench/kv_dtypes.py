@@ -1,9 +1,9 @@
-"""What a cached token takes in each KV dtype, and what that does to a model: `python -m bench.kv_dtypes`.
+"""Measures the bytes of a cached token in each KV dtype, and the error it causes: `python -m bench.kv_dtypes`
 
-Bytes are those of the tensors that a cache of the model allocates, scales and zeros included, over all layers. The
-error is measured on the bundled model (or `--folder`): held-out questions are answered over float16 pages, then the
-same tokens are decoded over pages of each other dtype. Only the logits of decoded tokens count: a prompt run in one
-piece sees its own keys and values before they are rounded, every later token sees them after.
+Bytes are those of the tensors that a cache of the model allocates, scales and zero points included, over all layers.
+The error is measured on the bundled model (or `--folder`): held-out questions are answered over float16 pages, then the
+same tokens are decoded over pages of each other dtype. Only the logits of decoded tokens count: a prompt in one piece
+attends to its own keys and values before they are quantized, every later token after.
 """
 
 import argparse
@@ -30,12 +30,12 @@ BASELINE_DTYPE = "float16"
 
 
 def bytes_per_token(cfg: LlamaConfig, kv_dtype: str) -> float:
-    """Bytes of a cached token's keys and values in all layers."""
+    """Returns the bytes of a cached token's keys and values in all layers."""
     return PagedKVCache(cfg, 1, kv_dtype=kv_dtype, device="meta").nbytes / DEFAULT_PAGE_SIZE
 
 
 def logits_error(talker: ChatModel, kv_dtype: str, prompts: Sequence[questions.Prompt], steps: int) -> dict[str, Any]:
-    """What becomes of the decoded tokens' logits over all prompts, relative to those over float16 pages."""
+    """Returns the error of the decoded tokens' logits over all prompts, relative to those over float16 pages."""
     baseline_logits, kv_logits = [], []
     for prompt in prompts:
         talker.model.config.kv_dtype = BASELINE_DTYPE

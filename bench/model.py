@@ -1,17 +1,17 @@
-"""How fast is a whole language model? `python -m bench.model --model vila1.5-3b --layers 2 --weights float32,int4`
+"""Times a whole language model: `python -m bench.model --model vila1.5-3b --layers 2 --weights float32,int4`
 
-Random weights of a released geometry (configs/models) take four kinds of step:
+Random weights of a released model's shape (configs/models) take four kinds of step:
 
-    prefill   a prompt to its first token
-    stream    a question of 32 tokens to its first token, after a history that is cached
-    decode    one more token for each sequence of a batch
-    memory    the most that a prefill takes beyond the weights, keys and values included
+    prefill     a prompt to its first token
+    streaming   a question of 32 tokens to its first token, after cached tokens
+    decode      one more token for each sequence of a batch
+    memory      the peak memory of a prefill beyond the weights, keys and values included
 
-for every kind of weights and every choice of kernels, beside Hugging Face's eager model of the same weights in the same
-process. A runner whose logits are wrong gets no time (`bench.measure.runners.wrong`). All runners take turns within
-a round, and a ratio is the median over rounds of the ratio within a round: what else the machine does meets all alike. `limit`
-is the bytes the step must move (bench/measure/step_cost.py) over the bandwidth measured in this run: memory allows
-nothing faster.
+for every weight format and every choice of kernels, beside Hugging Face's eager model of the same weights in the same
+process. A runner whose logits are wrong gets no time (`bench.measure.runners.logits_error`). All runners take turns
+within a round, and a ratio is the median over rounds of the ratio within a round, so that other load meets all alike.
+`limit` is the bytes that the step must move (bench/measure/step_cost.py) over the bandwidth measured in this run: no
+time can be less.
 """
 
 import argparse
@@ -60,8 +60,8 @@ def time_steps(
     bandwidth: float,
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
-    """A row for every step and runner. Ratios are seconds over those of Hugging Face's model of the same weights
-    (`ratio_hf`), and over those of the first runner (`ratio_first`).
+    """Yields a row for every step and runner. Ratios are seconds over those of Hugging Face's model of the same weights
+    (`ratio_hf`) and over those of the first runner (`ratio_first`).
     """
     stamp = rows.stamp(device)
     hf_index = {
@@ -102,13 +102,14 @@ def time_steps(
 
 
 def runner_labels(name: str, runner: Runner) -> dict[str, Any]:
-    """What a row says of a runner."""
+    """Returns the fields of a row that tell the runner."""
     model, dtype = runner.model, str(runner.model.dtype).removeprefix("torch.")
     labels = {"model": name, "layers": model.cfg.num_hidden_layers}
     return {**labels, "weights": model.weight_format, "dtype": dtype, "choice": runner.name}
 
 
 def median_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:
+    """Returns the median of the ratios within rounds."""
     return statistics.median(a / b for a, b in zip(seconds, baseline, strict=True))
 
 
@@ -118,7 +119,7 @@ HEAD = (
 
 
 def format_row(row: Mapping[str, Any]) -> str:
-    """One line of the table."""
+    """Returns one line of the table."""
     label = f"  {row['weights']} {row['choice']}"
     if row["kind"] == "refused":
         return f"{label:36.36}  no time: {row['reason']}"
@@ -131,7 +132,9 @@ def format_row(row: Mapping[str, Any]) -> str:
 
 
 def published_lines(model: str) -> Iterator[str]:
-    """What others published for TinyChat on the same language model, a line for each machine and precision."""
+    """Yields figures that others published for TinyChat on the same language model, a line for each machine and
+    precision.
+    """
     table = tomllib.loads((config_dir() / "bench" / "tinychat.toml").read_text())
     lines: dict[str, list[str]] = {}
     for step_kind, length in (("prefill", "length"), ("streaming", "history"), ("decode", None)):
@@ -148,7 +151,7 @@ def published_lines(model: str) -> Iterator[str]:
 
 
 def attempt(action: Callable[[], Result], device: torch.device) -> Result | str:
-    """What it returns, or why it failed: one kind of weights or one runner may, in any way, and the others go on."""
+    """Returns the result of the action, or the reason why it failed, so that the others go on."""
     try:
         return action()
     except Exception as error:
@@ -158,17 +161,17 @@ def attempt(action: Callable[[], Result], device: torch.device) -> Result | str:
 
 
 def applies_without_int4(choice: str) -> bool:
-    """Whether a choice says anything to a model without int4 weights."""
+    """Returns whether a choice of kernels makes a difference to a model without int4 weights."""
     return {name.startswith("int4_") for name in parse_kernel_choices(choice)} != {True}
 
 
 def parse_lengths(text: str) -> list[int]:
-    """16,64 -> [16, 64]; nothing stands for none."""
+    """Reads 16,64 as [16, 64]; an empty text is an empty list."""
     return [COUNT(part) for part in text.split(",") if part]
 
 
 def time_models(args: argparse.Namespace) -> int:
-    """Build, check, time, print and write; 1 if something got no time."""
+    """Builds, checks, times, prints and writes; returns 1 if something got no time."""
     device = pick_device(args.device)
     config = model_configs.load_model(args.model, args.layers)
     planned_steps = list(plan_steps(args.prompts, args.histories, args.batches, args.contexts))

@@ -41,7 +41,7 @@ def test_every_step_has_a_row_for_every_runner(run: Any) -> None:
     made = {(row["what"], row["weights"], row["choice"]) for row in rows}
     ours = [("float32", "default"), ("int4", "default"), ("int4", "int4_matmul=aten")]
     ways = [*ours, ("float32", HF), ("int4", f"{HF}, dequantized")]
-    assert made == {(what, *way) for what in ("prefill", "stream", "decode", "memory") for way in ways}
+    assert made == {(what, *way) for what in ("prefill", "streaming", "decode", "memory") for way in ways}
     assert len(rows) == len(made)
     for row in rows:
         assert row["kind"] == "model" and row["model"] == "tiny" and row["layers"] == 2 and row["batch"] == 1
@@ -52,7 +52,7 @@ def test_every_step_has_a_row_for_every_runner(run: Any) -> None:
             continue
         assert 0 < row["low"] <= row["seconds"] <= row["high"] and row["rounds"] == 3
         assert (row["ratio_hf"] == 1) == row["choice"].startswith(HF)
-        tokens = {"prefill": 8, "stream": 32, "decode": 1}[row["what"]]
+        tokens = {"prefill": 8, "streaming": 32, "decode": 1}[row["what"]]
         assert row["tokens_per_s"] == pytest.approx(tokens / row["seconds"])
     assert rows[0]["ratio_first"] == 1
     assert "no time" not in out and "decode: batch 1, context 20" in out
@@ -195,7 +195,7 @@ def test_a_wrong_call_gets_one_clear_line(run: Any, args: list[str], message: st
 
 def test_steps_are_named_as_their_rows() -> None:
     found = list(model_steps.plan_steps([8], [16], [1, 2], [20]))
-    assert [step.kind for step in found] == ["prefill", "stream", "decode", "decode", "memory"]
+    assert [step.kind for step in found] == ["prefill", "streaming", "decode", "decode", "memory"]
     assert found[1].labels == {"batch": 1, "prompt": 32, "history": 16} and found[3].labels == {
         "batch": 2,
         "context": 20,
