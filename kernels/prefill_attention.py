@@ -168,7 +168,9 @@ def fit_tile(config: Config, q: Tensor, pages: KVPages) -> dict[str, int]:
         tile |= {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4}
     elif isinstance(pages, QuantizedKVPages):
         tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
-        if pages.bits == 8 and q.shape[-1] > 32:  # with fewer stages ptxas spills at some widths: see bench.sweep
+        if (
+            pages.bits == 8 and q.shape[-1] > 32
+        ):  # with fewer stages ptxas spills at some widths: see bench.compile_sweep
             tile["num_stages"] = max(tile["num_stages"], 4)
     return tile | {"BLOCK_M": rows_for_dtype(tile["BLOCK_M"], q), "num_stages": stages_for_dtype(tile["num_stages"], q)}
 
@@ -192,12 +194,12 @@ def prefill_attention_triton(
     check_supported("prefill_attention", q, k, v)
     check_pages_supported("prefill_attention", cache.k_pages, cache.v_pages)
     if not softmax_scale > 0:
-        raise Unsupported(f"prefill_attention: scale is {softmax_scale}, expected a positive number")
+        raise Unsupported(f"prefill_attention: softmax_scale is {softmax_scale}, expected a positive number")
     config = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": num_stages}
     tile = fit_tile(CONFIGS[0] if numerics == "batch_invariant" else config, q, cache.k_pages)
     (s, h, d), g, b = q.shape, k.shape[1], batch.num_seqs
     if g > MAX_GRID_YZ:
-        raise Unsupported(f"prefill_attention: {g} key heads, a launch has room for {MAX_GRID_YZ}")
+        raise Unsupported(f"prefill_attention: {g} KV heads, a launch has room for {MAX_GRID_YZ}")
     out = torch.empty(s, h, d, dtype=q.dtype, device=q.device)
     lse = torch.empty(s, h, dtype=torch.float32, device=q.device) if return_lse else None
     (k_pages, stride_kp), (v_pages, stride_vp) = map(page_tensors_and_strides, (cache.k_pages, cache.v_pages))
