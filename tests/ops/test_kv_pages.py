@@ -92,7 +92,7 @@ def test_inconsistent_pages_are_refused_by_the_op() -> None:
     with pytest.raises(ValueError, match="even head dim, got 7"):
         ops.empty_kv_pages((1, 16, 2, 7), "int4")
     args = example_args(ops.decode_attention, **DECODE)
-    with pytest.raises(ValueError, match="decode_attention: no numerics 'exact'; there are: fast, invariant"):
+    with pytest.raises(ValueError, match="decode_attention: no numerics 'exact'; there are: fast, batch_invariant"):
         ops.decode_attention(*args, numerics="exact")
     with pytest.raises(Unsupported, match="log-sum-exp"):
         ops.decode_attention.impls["simple"](*args, return_lse=True)

@@ -139,4 +139,4 @@ def test_ops_shows_what_a_gpu_would_run(monkeypatch: pytest.MonkeyPatch, capsys:
     said = capsys.readouterr().out
     assert "chosen on cuda for" in said and "There is no GPU here" in said and 'use(OP="reference")' in said
     (line,) = [line for line in said.splitlines() if line.split()[:2] == ["rms_norm", "triton"]]
-    assert "prefill and decode and invariant" in line
+    assert "prefill and decode and batch_invariant" in line
