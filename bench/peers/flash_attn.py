@@ -78,7 +78,7 @@ def prefill_attention_flash_attn(
         kv.k_pages,
         kv.v_pages,
         cu_seqlens_q=batch.query_start_loc.contiguous(),
-        cu_seqlens_k=kv.start,
+        cu_seqlens_k=kv.cu_seqlens,
         max_seqlen_q=convert_once(max_query_len, batch.query_start_loc),
         max_seqlen_k=kv.longest,
         softmax_scale=softmax_scale,

@@ -50,9 +50,9 @@ def test_twelve_minutes_suffice_for_model_searches_and_plots() -> None:
         "tune int4 decode",
         "tune int4 prefill",
         "tune decode attention",
-        "pictures",
+        "plots",
     } <= limits.keys()
-    assert [step.name for step in every][-2:] == ["pictures", "report"]
+    assert [step.name for step in every][-2:] == ["plots", "report"]
     for step in kept:
         counts = suite_estimate.count_step(step, limits[step.name], kept)
         assert suite_estimate.total_seconds(counts) <= limits[step.name], f"{step.name}: {dict(counts)}"

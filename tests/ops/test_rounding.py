@@ -55,7 +55,7 @@ def test_the_stand_in_divides_like_cuda() -> None:
 
 @pytest.mark.parametrize("scales", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kv", KV_BITS)
-def test_quantized_pages_have_the_same_bits_on_every_device(kv: str, scales: torch.dtype) -> None:
+def test_quantized_pages_hold_the_same_bits_on_every_device(kv: str, scales: torch.dtype) -> None:
     x = torch.randn(4096, 32, generator=torch.Generator().manual_seed(0))
     like = ops.empty_kv_pages((0, 32), kv, scale_dtype=scales)
     here = quantize_kv(x, like)
@@ -82,7 +82,7 @@ CALLS = [
 ]
 
 
-def test_bitwise_exact_kernels_are_rounded_as_written() -> None:
+def test_bitwise_exact_kernels_use_exact_instructions() -> None:
     assert {call.op for call in CALLS} == {op.name for op in EXACT}
     for call, rows in zip(CALLS, run_in_subprocesses(check_compiled, CALLS)):
         assert rows and not [row["wrong"] for row in rows if row["wrong"]], (call, rows)
