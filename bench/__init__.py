@@ -1,4 +1,15 @@
-"""Tools for who writes kernels. Ctrl-C while one of them is still importing, before its `main`, is one line as well."""
+"""Commands that check, time, tune and inspect kernels and models; `python -m bench` lists them.
+
+    correctness/  error budgets, guarded memory, the gate before a time, reports of a failure
+    compiler/     cross-compiling kernels and reading what the compiler made of them
+    measure/      timing, rows of results, cases, models and steps to time
+    peers/        other libraries' kernels as implementations of our ops
+    plots/        figures from rows
+    tuner/        the search for configs
+    standin/      a stand-in for a CUDA GPU
+
+Importing the package makes Ctrl-C one line of output, even while a command is still importing.
+"""
 
 import sys
 from types import TracebackType

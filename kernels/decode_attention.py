@@ -7,7 +7,7 @@ says how many there are, and where there can be but one, it is written at once. 
 codes: scales go to the scores and to the weights.
 
 q [b, h, d], pages [p, l, g, d], any strides; token j of a sequence is row j % l of page block_table[sequence, j // l].
-Under "invariant" splits have a fixed length and the config is the first, whatever it is asked to be.
+Under "batch_invariant" splits have a fixed length and the config is the first, whatever it is asked to be.
 """
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
@@ -159,7 +159,7 @@ def decode_attention_triton(
     num_stages: int,
 ) -> Tensor | tuple[Tensor, Tensor]:
     check_pages_supported("decode_attention", q, cache.k_pages, cache.v_pages)
-    if numerics == "invariant":
+    if numerics == "batch_invariant":
         BLOCK_N, num_warps, num_stages = (CONFIGS[0][name] for name in ("BLOCK_N", "num_warps", "num_stages"))
     quantized = not isinstance(cache.k_pages, Tensor)
     BLOCK_N = keys_per_tile(BLOCK_N, q.shape[-1], q.element_size(), quantized)

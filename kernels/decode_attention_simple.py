@@ -2,7 +2,7 @@
 
 The readable rung: one program takes all query heads of one KV head of one sequence (padded to the 16 rows
 `tl.dot` needs), so each cached key and value is read once. It walks the cached tokens BLOCK_N at a time with an online
-softmax in base 2, from the first to the last, which is "invariant" as it is but for the config: that is the first one.
+softmax in base 2, from the first to the last, which is "batch_invariant" as it is but for the config: that is the first one.
 
 q [b, h, d], pages [p, l, g, d], any strides; token j of a sequence is row j % l of page block_table[sequence, j // l].
 Strides are compile-time constants: heads of 72 are whole 16-byte loads only if the compiler sees it.
@@ -108,7 +108,7 @@ def decode_attention_simple(
         raise Unsupported("decode_attention: the simple kernel has no log-sum-exp and reads no quantised pages")
     check_supported("decode_attention", q, cache.k_pages, cache.v_pages)
     config = {"BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": num_stages}
-    config = CONFIGS[0] if numerics == "invariant" else config
+    config = CONFIGS[0] if numerics == "batch_invariant" else config
     config = {**config, "num_stages": stages_for_dtype(config["num_stages"], q)}
     (b, h, d), (_, page_size, g, _) = q.shape, cache.k_pages.shape
     (k_pages, stride_k), (v_pages, stride_v) = map(page_tensors_and_strides, (cache.k_pages, cache.v_pages))

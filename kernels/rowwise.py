@@ -2,7 +2,7 @@
 
 torch's product of matrices adds up as suits the number of rows, and its `silu` on a CPU takes another `exp` for what is
 left of a vector at the end. Here every row is a call of the same shape, on memory of its own. It is what the numerics
-"invariant" runs on a CPU: slow for many rows, since each reads the whole weight.
+"batch_invariant" runs on a CPU: slow for many rows, since each reads the whole weight.
 """
 
 from collections.abc import Callable

@@ -46,8 +46,8 @@ class CompileRequest:
 
 @dataclass(frozen=True)
 class CompileResult(Generic[Result]):
-    """The results of `analyze` for each kernel that the call launched with `config`, or why it launched none: the launcher
-    does not support the arguments, or an exception, in one text.
+    """The results of `analyze` for each kernel that the call launched with `config`, or the reason why it launched
+    none: the launcher does not support the arguments, or an exception in one text.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -89,8 +89,8 @@ class CrossCompileDriver(DriverBase):
 
 @contextmanager
 def intercept_launches(target: str, launch: Callable[..., Any]) -> Iterator[None]:
-    """Inside the `with`, launching a kernel calls launch(kernel, *args, **kwargs) instead. An autotuned kernel takes its
-    first config.
+    """Inside the `with`, launching a kernel calls launch(kernel, *args, **kwargs) instead. An autotuned kernel takes
+    its first config.
     """
 
     def first_config(self: Autotuner, *args: Any, **kwargs: Any) -> Any:
@@ -165,8 +165,8 @@ def run_in_subprocesses(
     folder: str | None = None,
     peers: bool = False,
 ) -> Iterator[Result]:
-    """Yields work(item) of each item, in order, computed in processes in which the implementations are registered and no
-    kernel is interpreted. Ctrl-C reaches this process only, which then ends the others.
+    """Yields work(item) of each item, in order, computed in processes in which the implementations are registered and
+    no kernel is interpreted. Ctrl-C reaches this process only, which then ends the others.
     """
     interpret = os.environ.pop("TRITON_INTERPRET", None)  # a process inherits what is set as it starts
     other_children = set(active_children())

@@ -1,6 +1,6 @@
-"""Assembly as instructions: what each one is for, how many bytes it moves, which source line it comes from, the loops.
+"""Assembly as instructions and loops: the purpose of each instruction, the bytes it moves and its source line.
 
-NVIDIA's comes from `nvdisasm` of the Triton wheel, AMD's is the `amdgcn` text that Triton keeps.
+NVIDIA's assembly (SASS) comes from `nvdisasm` of the Triton wheel, AMD's is the `amdgcn` text that Triton keeps.
 """
 
 import re
@@ -43,7 +43,9 @@ AMDGCN_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short"
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: `label` if a branch may land here, `target` if it is a branch, `falls`: what follows may run."""
+    """One instruction. `label` is set if a branch may land here, `target` if it is a branch; `falls_through`: the next
+    instruction may run after it.
+    """
 
     text: str
     opcode: str  # without its predicate
@@ -56,7 +58,7 @@ class Instruction:
 
     @property
     def bytes_per_thread(self) -> int:
-        """Bytes one thread moves between memory and registers (or shared memory)."""
+        """Bytes that one thread moves between memory and registers, or shared memory."""
         if "_" in self.opcode:
             return next((n for word, n in AMDGCN_WIDTHS.items() if word in self.opcode), 4)
         return next((n for word, n in SASS_WIDTHS.items() if word in self.opcode.split(".")), 4)
@@ -68,23 +70,27 @@ class Instruction:
 
     @property
     def is_store(self) -> bool:
+        """Whether it writes global memory."""
         return self.kind == GLOBAL and bool(re.match(r"ST|RED|ATOM|U\w+(STG|RED)|\w+_(store|atomic)", self.opcode))
 
     @property
     def base_opcode(self) -> str:
-        """The opcode without modifiers that are about caches: LDG.E.128 -> LDG.128, buffer_load_dwordx4 as it is."""
+        """The opcode without modifiers that concern caches: LDG.E.128 -> LDG.128; buffer_load_dwordx4
+        stays as it is.
+        """
         parts = [w for w in self.opcode.split(".") if not re.fullmatch(r"E|EF|EL|LU|SYS|GPU|STRONG|CONSTANT|NA|EU", w)]
         return ".".join(w for w in parts if not re.fullmatch(r"BYPASS|LTC\w+|DEFER_BLOCKING|ALIGNED|SYNC", w))
 
 
 def classify(opcode: str, patterns: dict[str, str], full_match: bool) -> str:
+    """Returns the kind of an opcode by its first word, which matches a pattern as a whole or at its beginning."""
     word = opcode.split(".")[0]
     match = re.fullmatch if full_match else re.match
     return next((kind for kind, pattern in patterns.items() if match(pattern, word)), OTHER)
 
 
 def parse_sass(text: str) -> list[Instruction]:
-    """The instructions of what `nvdisasm -g -c` prints."""
+    """Returns the instructions of the output of `nvdisasm -g -c`."""
     instructions, file, line, label = [], "", 0, ""
     for row in text.splitlines():
         if location := re.search(r'//## File "(.+?)", line (\d+)', row):
@@ -106,7 +112,7 @@ def parse_sass(text: str) -> list[Instruction]:
 
 
 def parse_amdgcn(text: str) -> list[Instruction]:
-    """The instructions of Triton's `amdgcn` text."""
+    """Returns the instructions of Triton's `amdgcn` text."""
     files = {n: f"{folder}/{name}" for n, folder, name in re.findall(r'\.file\s+(\d+) "(.+?)" "(.+?)"', text)}
     instructions, file, line, label = [], "", 0, ""
     for row in text.splitlines():
@@ -131,14 +137,16 @@ def parse_amdgcn(text: str) -> list[Instruction]:
 
 @dataclass(frozen=True)
 class Loop:
-    """A natural loop: the numbers of its instructions, in order. The whole kernel stands in where there is none."""
+    """A natural loop: the indices of its instructions, in order. Where a kernel has no loop, the whole kernel stands
+    in.
+    """
 
     indices: Sequence[int]
     is_whole_kernel: bool = False
 
 
 def basic_blocks(code: Sequence[Instruction]) -> tuple[list[range], list[list[int]]]:
-    """The basic blocks, and to which blocks each may go."""
+    """Returns the basic blocks, and for each the blocks it may branch or fall through to."""
     starts = {
         0,
         *(i + 1 for i, x in enumerate(code) if x.target or not x.falls_through),
@@ -156,8 +164,9 @@ def basic_blocks(code: Sequence[Instruction]) -> tuple[list[range], list[list[in
 
 
 def natural_loops(code: Sequence[Instruction]) -> list[Loop]:
-    """The natural loops, in the order of their first instructions: an edge to a block that dominates where it comes
-    from closes one, and to it belongs all that reaches the edge without passing that block."""
+    """Returns the natural loops, in the order of their first instructions. An edge to a block that dominates its source
+    closes a loop; the loop contains all blocks that reach the edge without passing that block.
+    """
     blocks, successors = basic_blocks(code)
     predecessors: list[list[int]] = [[] for _ in blocks]
     for i, targets in enumerate(successors):
@@ -182,13 +191,13 @@ def natural_loops(code: Sequence[Instruction]) -> list[Loop]:
 
 
 def reachable_instructions(code: Sequence[Instruction]) -> list[int]:
-    """The instructions that can run: not what pads the end."""
+    """Returns the indices of the instructions that can run, without the padding at the end."""
     blocks, successors = basic_blocks(code)
     return [n for i in sorted(reachable_blocks([0], successors, frozenset())) for n in blocks[i]]
 
 
 def reachable_blocks(start: Iterable[int], edges: Sequence[Sequence[int]], excluded: frozenset[int]) -> set[int]:
-    """The blocks that can be reached without entering those left out."""
+    """Returns the blocks that can be reached without entering the excluded ones."""
     visited: set[int] = set()
     pending = [i for i in start if i not in excluded]
     while pending:
@@ -200,9 +209,11 @@ def reachable_blocks(start: Iterable[int], edges: Sequence[Sequence[int]], exclu
 
 
 def main_loops(code: Sequence[Instruction]) -> list[Loop]:
-    """The loops that do the work, the largest first: the innermost with tensor-core instructions; if none has any,
-    with floating-point arithmetic; if none, that touch global memory. Without a loop, the whole kernel. A loop around a
-    compare-and-swap, which loads nothing else, is an addition in memory that is tried again.
+    """Returns the innermost loops that do the work, the largest first.
+
+    These are the loops with tensor-core instructions; if there is none, those with floating-point arithmetic; if there
+    is none, those that access global memory. A kernel without a loop counts as a whole. A loop around a
+    compare-and-swap that loads nothing else is an atomic addition that is tried again, and does not count.
     """
     candidates = [loop for loop in natural_loops(code) if not is_cas_retry_loop(code, loop)]
 
@@ -219,5 +230,6 @@ def main_loops(code: Sequence[Instruction]) -> list[Loop]:
 
 
 def is_cas_retry_loop(code: Sequence[Instruction], loop: Loop) -> bool:
+    """Returns whether a loop only repeats a compare-and-swap."""
     body = [code[i] for i in loop.indices]
     return any(re.search(r"\.CAS|cmpswap", x.opcode) for x in body) and not any(x.is_load for x in body)

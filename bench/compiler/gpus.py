@@ -1,4 +1,4 @@
-"""The GPUs kernels are compiled for, and how many blocks of a kernel one multiprocessor of theirs holds at once."""
+"""The GPUs that kernels are compiled for, and the number of blocks that one multiprocessor runs at once."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ KiB = 1024
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """One architecture. A multiprocessor is four partitions, each with registers of its own.
+    """The limits of one architecture. A multiprocessor (SM, CU) has four partitions, each with its own registers.
 
-    NVIDIA: CUDA C++ programming guide, technical specifications per compute capability. AMD: CDNA3 instruction set
-    architecture, and the limits of LLVM's AMDGPU back end for gfx942.
+    Sources: for NVIDIA the CUDA C++ programming guide, technical specifications per compute capability; for AMD the
+    CDNA3 instruction set architecture and the limits of LLVM's AMDGPU back end for gfx942.
     """
 
     triton_target: GPUTarget
@@ -27,6 +27,7 @@ class GpuSpec:
 
 
 def nvidia_spec(capability: int, block_shared: int, shared: int, warps: int, blocks: int) -> GpuSpec:
+    """Returns the limits of an NVIDIA architecture; shared memory in KiB."""
     gpu = GPUTarget("cuda", capability, 32)
     return GpuSpec(gpu, block_shared * KiB, shared * KiB, KiB, warps, blocks, 16 * KiB, 256, 255)
 
@@ -46,7 +47,9 @@ DEFAULT_TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")  # what checks
 
 @dataclass(frozen=True)
 class Occupancy:
-    """Blocks and warps a multiprocessor holds at once, the share of the warps it could hold, and what stops more."""
+    """Blocks and warps that a multiprocessor runs at once, the share of the warps that it could run, and what limits
+    them.
+    """
 
     blocks: int
     warps: int
@@ -55,7 +58,9 @@ class Occupancy:
 
 
 def occupancy(target: GpuSpec, registers: int, shared: int, warps: int) -> Occupancy:
-    """For a kernel of so many registers a thread, bytes of shared memory a block and warps a block."""
+    """Returns the occupancy of a kernel with so many registers per thread, bytes of shared memory per block and warps
+    per block.
+    """
     unit = target.register_unit
     registers_per_warp = -(-max(registers, 1) * target.triton_target.warp_size // unit) * unit
     shared_per_block = shared + target.reserved_per_block

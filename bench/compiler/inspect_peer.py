@@ -14,9 +14,8 @@ Row = Mapping[str, Any]
 
 
 def peer_requests(requests: Sequence[CompileRequest]) -> dict[int, CompileRequest]:
-    """Calls of the peer that configs/bench/inspect.toml names, by the place of the call of ours they go with.
-
-    None for a config without BLOCK_M: that is no tile of a product.
+    """Returns requests for the peer that configs/bench/inspect.toml names, by the index of the request they go with. A
+    config without BLOCK_M has none: it is no tile of a matrix product.
     """
     by_index = {}
     for i, request in enumerate(requests):
@@ -31,8 +30,8 @@ def peer_requests(requests: Sequence[CompileRequest]) -> dict[int, CompileReques
 def peer_table(
     inspected: Sequence[InspectedCall], inspected_peers: Mapping[int, InspectedCall], unusable: Mapping[str, str]
 ) -> Iterator[str]:
-    """Two lines a config, and where ours issues more instructions for a weight than theirs, all rows of x together: a
-    tile of fewer rows makes a number of every weight so many times as often.
+    """Yields two lines per config, and where our kernel issues more instructions per weight than the peer's.
+    Instructions are counted for all rows of x: a tile of fewer rows dequantizes every weight more often.
     """
     request = inspected[0].request
     peer = compile_spec(OPS[request.op], "", {}).peer or ""
@@ -68,16 +67,17 @@ def peer_table(
 
 
 def weight_kernel_row(inspected: InspectedCall) -> Row | None:
-    """The kernel that reads the weights, of those a call launches."""
+    """Returns the row of the kernel that reads the weights, of those that a call launches."""
     return next((row for row in inspected.rows if row["per_unit"]), next(iter(inspected.rows), None))
 
 
 def dequant_passes(row: Row) -> int:
-    """How often every weight is made a number of."""
+    """Returns the times that a call dequantizes each weight: once per block of BLOCK_M rows of x."""
     return -(-row["sizes"]["m"] // row["tile"].get("BLOCK_M", row["sizes"]["m"]))
 
 
 def format_cells(row: Row) -> list[Any]:
+    """Returns the cells of one kernel."""
     loop = row["loops"][0]
     shared = "" if loop["weight_bytes"] or not loop["weight_loads"] else " (and x)"
     repeats = f" x {dequant_passes(row)}" if dequant_passes(row) > 1 else ""

@@ -1,4 +1,4 @@
-"""What `inspect` found, as a picture: for every kernel what the instructions of its main loop are for."""
+"""The figure of `bench.inspect`: for every kernel, the purpose of the instructions in its main loop."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,9 +26,11 @@ KIND_COLORS = {
 
 
 def plot_main_loops(kernel_rows: Sequence[Mapping[str, Any]], file: Path) -> list[Path]:
-    """One bar a row of kind "inspect": the main loop's instructions by kind, and beside it what the kernel takes.
+    """Draws one bar per row of kind "inspect": the main loop's instructions by kind, and beside it the kernel's
+    resources.
 
-    Where every row knows its weights or scores, a bar is as long as its instructions for each of them.
+    If every row knows its weights or scores, the length of a bar is the instructions for each of them. Returns the
+    files.
     """
     if not kernel_rows:
         raise ValueError("nothing was compiled, so there is nothing to draw")
@@ -62,13 +64,14 @@ def plot_main_loops(kernel_rows: Sequence[Mapping[str, Any]], file: Path) -> lis
 
 
 def row_label(row: Mapping[str, Any]) -> str:
+    """Returns implementation, number, block sizes and target of a row."""
     blocks = [f"{k.removeprefix('BLOCK_')}={v}" for k, v in row["config"].items() if k.startswith("BLOCK_")]
     source = f"{row['source']}: " if row["source"] else ""
     return f"{source}{row['impl']} {row['number']} ({' '.join(blocks)})  {row['target']}"
 
 
 def draw_bar(ax: Axes, y: float, row: Mapping[str, Any], length: float, longest: float) -> None:
-    """Numbers in a bar are instructions of a thread; the one after it is the length of the bar."""
+    """Draws one bar. The numbers in it are instructions of a thread; the number after it is the length of the bar."""
     loop = row["loops"][0]
     left = 0.0
     for kind in KIND_COLORS:

@@ -1,4 +1,4 @@
-"""What `inspect` found, as text: a table of kernels, one of their loops, and what differs between two."""
+"""The text of `bench.inspect`: a table of kernels, a table of their loops, and the differences between two kernels."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ STATS = ("registers", "spills", "shared", "blocks", "warps", "occupancy", "limit
 
 @dataclass(frozen=True)
 class InspectedCall:
-    """A call and what came of it; each kernel it launched with its row. `source`: the commit, if it is not this one."""
+    """A request, its result, and a row for each kernel it launched. `source`: the commit, if it is another than this
+    one.
+    """
 
     request: CompileRequest
     source: str
@@ -26,6 +28,7 @@ class InspectedCall:
 
 
 def refusal_lines(inspected: Sequence[InspectedCall]) -> Iterator[str]:
+    """Yields a line for each call that launched no kernel, with the reason."""
     for x in inspected:
         if not x.rows:
             reason = x.result.error or x.result.unsupported or "launches no Triton kernel for these sizes"
@@ -33,8 +36,8 @@ def refusal_lines(inspected: Sequence[InspectedCall]) -> Iterator[str]:
 
 
 def kernel_table(inspected: Sequence[InspectedCall]) -> Iterator[str]:
-    """One line a kernel: what it takes, and the main loop's tensor-core instructions, loads and stores; where some are
-    of 4-bit weights, which of the loads these are.
+    """Yields a line per kernel: its resources, and the tensor-core instructions, loads and stores of the main loop. If
+    some kernels load 4-bit weights, a column tells which of the loads these are.
     """
     columns = ["kernel", "registers", "spills", "shared", "blocks", "warps", "of most", "limit"]
     weights = any(row["loops"][0]["weight_loads"] for x in inspected for row in x.rows)
@@ -51,8 +54,7 @@ def kernel_table(inspected: Sequence[InspectedCall]) -> Iterator[str]:
 
 
 def instruction_mix_table(inspected: Sequence[InspectedCall]) -> Iterator[str]:
-    """One line a working loop, the main one first: instructions of a thread by kind, and what they come to for each
-    weight or score."""
+    """Yields a line per main loop: instructions of a thread by kind, and their number per weight or score."""
     loops = [(x.name, row["unit"], loop) for x in inspected for row in x.rows for loop in row["loops"]]
     kinds = list(dict.fromkeys(kind for *_, loop in loops for kind in loop["mix"]))
     lines = []
@@ -65,16 +67,18 @@ def instruction_mix_table(inspected: Sequence[InspectedCall]) -> Iterator[str]:
 
 
 def format_sizes(sizes: Sequence[Mapping[str, Any]]) -> str:
-    """The sizes of several calls, those that differ with all their values: m=1/16 n=4096."""
+    """Returns the sizes of several calls, all values of those that differ: m=1/16 n=4096."""
     values = {name: dict.fromkeys(str(x[name]) for x in sizes) for name in sizes[0]}
     return " ".join(f"{name}={'/'.join(distinct)}" for name, distinct in values.items())
 
 
 def format_counts(counts: Mapping[str, int]) -> str:
+    """Returns counts as one text: 4xLDG.128 2xLDS."""
     return " ".join(f"{n}x{name}" for name, n in counts.items()) or "-"
 
 
 def format_table(lines: Sequence[Sequence[Any]]) -> Iterator[str]:
+    """Yields the lines of a table with aligned columns, integers to the right."""
     widths = [max(len(str(line[i])) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
         cells = (f"{x:>{w}}" if isinstance(x, int) else f"{x:<{w}}" for x, w in zip(line, widths))
@@ -82,7 +86,7 @@ def format_table(lines: Sequence[Sequence[Any]]) -> Iterator[str]:
 
 
 def flatten_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a row by one name each, the main loop's among them."""
+    """Returns the figures of a row under one name each, those of the main loop among them."""
     loop = row["loops"][0]
     figures = {f"config {k}": v for k, v in row["config"].items()} | {k: row[k] for k in STATS}
     figures |= {"loop instructions": loop["instructions"], "loop turns": loop["turns"]}
@@ -92,7 +96,7 @@ def flatten_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def row_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(figure, old, new) of all that differs; a count that is missing is 0."""
+    """Yields (figure, old, new) for all that differs; a count that is missing is 0."""
     flat_old, flat_new = flatten_row(old), flatten_row(new)
     for name in {**flat_old, **flat_new}:
         missing = 0 if name.startswith("loop ") else "-"
@@ -102,11 +106,12 @@ def row_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[
 
 
 def round_float(x: Any) -> Any:
+    """Rounds a float to three decimals and leaves everything else as it is."""
     return round(x, 3) if isinstance(x, float) else x
 
 
 def compare_calls(old: Sequence[InspectedCall], new: Sequence[InspectedCall], label: str) -> Iterator[str]:
-    """The differences of every pair of calls, kernel by kernel in the order of launch."""
+    """Yields the differences of each pair of calls, kernel by kernel in the order of launch."""
     for a, b in zip(old, new, strict=True):
         yield f"\n{b.request.op} {b.name}, compared with {label}:"
         if len(a.rows) != len(b.rows) or not b.rows:

@@ -1,4 +1,4 @@
-"""A compiled kernel as figures: what it takes of a GPU, and what the instructions of its main loop are for."""
+"""The figures of one compiled kernel: its resources, and the purpose of the instructions in its main loop."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ from .resources import kernel_resources, run_on_cubin
 
 @dataclass(frozen=True)
 class LoopStats:
-    """One loop, counted in instructions a thread issues from its head back to it (`whole`: the kernel has no loop).
+    """One loop, in instructions that a thread issues per pass; `whole` says that the kernel has no loop.
 
-    `mix` by kind; `tensor`, `loads`, `stores`, `shared` by opcode; `weight_loads` those of `loads` at the source line
-    that loads 4-bit codes, and `weight_bytes` the least a thread loads by one of them, None if the line loads other
-    operands too. `turns`: how many turns of the source's loop it does; `weights` and `scores`: 4-bit codes loaded and
-    exponentials taken by the block in all of them, if it is the loop of an int4 product or of attention; None: unknown.
+    `mix` counts by kind; `tensor`, `loads`, `stores` and `shared` by opcode. `weight_loads` are those of `loads` at the
+    source line that loads 4-bit codes, `weight_bytes` the fewest bytes that a thread loads by one of them (None if the
+    line loads other operands too). `turns` is the unroll factor; `weights` and `scores` are the 4-bit codes that the
+    block loads and the exponentials that it takes in a pass, None if unknown or if the loop has none.
     """
 
     where: str
@@ -51,9 +51,9 @@ class LoopStats:
 
 @dataclass(frozen=True)
 class KernelStats:
-    """One kernel. `tile`: its blocks, warps and stages, as they were compiled; `registers` and `spills` of a thread,
-    `shared` bytes of a block, `blocks` and `warps` a multiprocessor holds at once, `occupancy` their share of the most,
-    `limit` what stops more. The main loop is first.
+    """One kernel. `tile`: block sizes, warps and stages as compiled; `registers` and `spills` (bytes) per thread,
+    `shared` bytes per block; `blocks` and `warps` that a multiprocessor runs at once, `occupancy` their share of the
+    maximum and `limit` the resource that allows no more. The main loop is the first of `loops`.
     """
 
     kernel: str
@@ -72,7 +72,7 @@ class KernelStats:
 
 @dataclass(frozen=True)
 class KernelAnalysis:
-    """The figures, and the code they are counted in: `main` are the numbers of the main loop's instructions."""
+    """The figures of a kernel and its code; `main_loop` holds the indices of the main loop's instructions."""
 
     stats: KernelStats
     instructions: list[Instruction]
@@ -80,7 +80,7 @@ class KernelAnalysis:
 
 
 def analyze_kernel(kernel: Any) -> KernelAnalysis:
-    """Take a kernel apart, as Triton's compiler leaves it (`.asm`, `.metadata`)."""
+    """Returns the figures of a kernel as Triton's compiler leaves it (`.asm`, `.metadata`)."""
     metadata, usage = kernel.metadata, kernel_resources(kernel)
     target = next(
         t
@@ -108,7 +108,7 @@ def analyze_kernel(kernel: Any) -> KernelAnalysis:
 
 
 def tile_config(kernel: Any) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N, ..., SPLIT_K, num_warps and num_stages, by whatever names the kernel has for the first."""
+    """Returns BLOCK_M, BLOCK_N, ..., SPLIT_K, num_warps and num_stages."""
     names = kernel.src.fn.arg_names
     constants = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
     blocks = {k.replace("_SIZE", ""): v for k, v in constants.items() if k.startswith("BLOCK") or k == "SPLIT_K"}
@@ -116,13 +116,14 @@ def tile_config(kernel: Any) -> dict[str, int]:
 
 
 def read_instructions(asm: dict[str, Any]) -> list[Instruction]:
-    """The instructions of a compiled kernel, with the source line of each."""
+    """Returns the instructions of a compiled kernel, each with its source line."""
     if "amdgcn" in asm:
         return parse_amdgcn(asm["amdgcn"])
     return parse_sass(run_on_cubin(knobs.nvidia.nvdisasm.path, "-g", "-c", cubin=asm["cubin"]))
 
 
 def loop_stats(code: Sequence[Instruction], loop: Loop, ttgir: str) -> LoopStats:
+    """Returns the figures of one loop."""
     body = [code[i] for i in loop.indices]
     kinds = Counter(x.kind for x in body)
     unrolling = turns.unroll_factor(ttgir, body, loop.is_whole_kernel)
@@ -146,11 +147,14 @@ def loop_stats(code: Sequence[Instruction], loop: Loop, ttgir: str) -> LoopStats
 
 
 def count_opcodes(instructions: Any) -> dict[str, int]:
+    """Returns opcodes with their counts, the most frequent first."""
     return dict(sorted(Counter(x.short for x in instructions).items(), key=lambda item: (-item[1], item[0])))
 
 
 def source_range(code: Sequence[Instruction], body: Sequence[Instruction]) -> str:
-    """The first and last line of the loop in the file of the kernel, or in another if none of it comes from there."""
+    """Returns the first and last line of a loop in the kernel's file, or in another file if none of it comes from
+    there.
+    """
     files = [x.file for x in (code[0], *body) if x.file]
     file = next((name for name in files if any(x.file == name for x in body)), "")
     lines = [x.line for x in body if x.file == file and x.line]
@@ -158,10 +162,11 @@ def source_range(code: Sequence[Instruction], body: Sequence[Instruction]) -> st
 
 
 def to_row(stats: KernelStats, unit: str | None, query_rows: int | None = None) -> dict[str, Any]:
-    """All of it as one row of JSON. Of weights and scores only the unit is kept: `units` of a loop, and `per_unit`,
-    the instructions that all threads of a block issue in the loop for each of them; the row's is the main loop's.
+    """Returns all figures as one row of JSON.
 
-    rows: how many rows of queries share their keys; a tile is padded to so many, which are no scores.
+    `units` of a loop are its weights or scores, and `per_unit` the instructions that all threads of a block issue for
+    each of them; the row's `per_unit` is the main loop's. query_rows: the rows of queries that share their keys; a tile
+    is padded beyond them, and the padding is no scores.
     """
     row: dict[str, Any] = {**asdict(stats), "unit": unit}
     for loop in row["loops"]:

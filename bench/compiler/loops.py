@@ -1,16 +1,17 @@
-"""What one turn of a loop does for a whole block: read from TTGIR, Triton's last representation that knows tiles.
+"""The work that one iteration of a kernel's main loop does, per thread block, read from TTGIR (the last IR with tiles).
 
-The loop of the assembly may do several turns of the loop of the source (compilers unroll) and its instructions are one
-thread's. So a figure per weight or score needs three things, none of which is guessed:
+The assembly gives the instructions of one thread, and its loop may be unrolled. The figure per weight, or per score of
+attention, is
 
-    turns    bytes a thread loads in the assembly's loop at the source line of its largest load
-             / bytes the layout of that load gives a thread in a turn
-    units    scores: the elements of the largest tile of which a turn takes the exponential; weights: the codes in the
-             largest integer tile loaded in a turn, 8 in an int32, or 1 if each code has a pointer of its own: whichever
-             number of weights the turn multiplies; all tiles of that shape are counted
-    figure   instructions of the loop · threads of the block / (turns · units)
+    instructions of the loop * threads of the block / (unroll factor * weights per iteration of the source)
 
-A loop whose loads say no width (tensor memory accelerator) or whose turns do not come out whole has no figure.
+    unroll factor   bytes a thread loads in the assembly's loop at the source line of its largest load, over the bytes
+                    that the layout of this load gives a thread per iteration
+    scores          elements of the largest tile that is exponentiated
+    weights         codes in the largest integer tile that is loaded, 8 per int32 or 1 per element if each code has a
+                    pointer of its own, if the iteration multiplies that many; all tiles of that shape are counted
+
+There is no figure where the width of a load is unknown (tensor memory accelerator) or the quotient is no integer.
 """
 
 import math
@@ -28,7 +29,9 @@ SourceLine = tuple[str, int]  # file, line
 
 @dataclass(frozen=True)
 class Load:
-    """A tile loaded from global memory: its elements, their type, and how many of them a thread gets, if known."""
+    """A tile loaded from global memory: its source line, shape and dtype, and the elements that a thread gets, if
+    known.
+    """
 
     source_line: SourceLine
     shape: tuple[int, ...]
@@ -46,11 +49,11 @@ class Load:
 
 @dataclass(frozen=True)
 class LoopIteration:
-    """A loop of the source, or the whole kernel.
+    """One iteration of a loop of the source, or the whole kernel.
 
-    loads           those of a turn
+    loads           the loads of an iteration
     exponentials    elements of the largest tile it exponentiates
-    dots            elements of the left and right factors of each product of matrices; one may be cut up along k
+    dots            elements of the left and right operand of each matrix product; one may be cut up along k
     products        multiplications of single elements
     """
 
@@ -61,14 +64,14 @@ class LoopIteration:
 
     @property
     def codes(self) -> Sequence[Load]:
-        """The loads of integer tiles of the shape of the largest: of 4-bit codes, if `weights` is not 0."""
+        """The loads of integer tiles of the largest shape; they load 4-bit codes if `weights` is not 0."""
         packed = [load for load in self.loads if load.dtype.startswith("i")]
         largest = max(packed, key=lambda load: load.elements, default=None)
         return [load for load in packed if largest and load.shape == largest.shape]
 
     @property
     def weights(self) -> int:
-        """The 4-bit codes that a turn makes numbers of; 0 if none of its products has as many."""
+        """The 4-bit codes that an iteration dequantizes; 0 if none of its products has as many."""
         if not self.codes:
             return 0
         tiles, load = len(self.codes), self.codes[0]
@@ -79,14 +82,16 @@ class LoopIteration:
         return next((n for n in counts if n in factors), 0)
 
     def weight_loads(self, body: Sequence[Instruction]) -> tuple[list[Instruction], bool]:
-        """The instructions of a loop that load codes, and whether no other load stands at the same source line."""
+        """Returns the instructions of a loop that load codes, and whether no other load stands at the
+        same source line.
+        """
         lines = {load.source_line for load in self.codes} if self.weights else set()
         exclusive = not lines & {load.source_line for load in self.loads if load not in self.codes}
         return [x for x in body if x.is_load and (x.file, x.line) in lines], exclusive
 
 
 def source_loops(ttgir: str) -> Iterator[LoopIteration]:
-    """Every loop of the kernel, and last the kernel itself."""
+    """Yields every loop of the kernel, and last the kernel itself."""
     rows = ttgir.splitlines()
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.+>)$", ttgir, re.M))
     source_lines = source_locations(ttgir)
@@ -98,6 +103,7 @@ def source_loops(ttgir: str) -> Iterator[LoopIteration]:
 
 
 def parse_iteration(rows: Sequence[str], layouts: dict[str, str], source_lines: dict[str, SourceLine]) -> LoopIteration:
+    """Returns the work in some lines of TTGIR."""
     loads, exponentials, dots, products = [], 0, [], 0
     for row in rows:
         if tile := re.search(r"= math\.exp2? .* : tensor<((?:\d+x)+)", row):
@@ -116,12 +122,14 @@ def parse_iteration(rows: Sequence[str], layouts: dict[str, str], source_lines: 
 
 
 def num_elements(shape: str) -> int:
-    """Of a shape as MLIR writes it: 16x64x."""
+    """Returns the number of elements of a shape as MLIR writes it: 16x64x."""
     return math.prod(map(int, shape[:-1].split("x")))
 
 
 def elements_per_thread(shape: Sequence[int], layout: str, layouts: dict[str, str]) -> int | None:
-    """How many elements of a tile one thread holds in a blocked layout or a slice of one; else None."""
+    """Returns the elements of a tile that one thread has in a blocked layout or a slice of one; None
+    for other layouts.
+    """
     if sliced := re.fullmatch(r"#ttg\.slice<\{dim = (\d), parent = (#.+)\}>?", layout):
         parent = layouts.get(sliced[2], sliced[2])
         if not parent.startswith("#ttg.blocked"):
@@ -137,7 +145,9 @@ def elements_per_thread(shape: Sequence[int], layout: str, layouts: dict[str, st
 
 
 def blocked_layout(layout: str) -> list[tuple[int, int]]:
-    """For each axis of a blocked layout: elements that lie together in a thread, threads along the axis."""
+    """Returns for each axis of a blocked layout the consecutive elements of a thread, and the threads
+    along the axis.
+    """
     per, threads, warps = (
         list(map(int, re.findall(r"\d+", match[1])))
         for name in ("sizePerThread", "threadsPerWarp", "warpsPerCTA")
@@ -147,7 +157,9 @@ def blocked_layout(layout: str) -> list[tuple[int, int]]:
 
 
 def source_locations(ttgir: str) -> dict[str, SourceLine]:
-    """Names of places -> file and line. Of inlined code its own place, not the call's, as line tables have it."""
+    """Returns the file and line of each location name. Inlined code has its own location, not the call's, as in line
+    tables.
+    """
     resolved: dict[str, SourceLine] = {}
     definitions = dict(re.findall(r"^(#loc\d*) = loc\((.+)\)$", ttgir, re.M))
     for name in definitions:
@@ -166,8 +178,10 @@ def source_locations(ttgir: str) -> dict[str, SourceLine]:
 def unroll_factor(
     ttgir: str, body: Sequence[Instruction], whole_kernel: bool = False
 ) -> tuple[int, LoopIteration] | None:
-    """How many turns of which loop of the source a loop of the assembly does; None if it cannot be told. `whole`: the
-    assembly has no loop; if neither has the source, that is one turn.
+    """Returns the iterations that a loop of the assembly does per turn, and of which loop of the source; None if
+    unknown.
+
+    With `whole_kernel` the assembly has no loop; if the source has none either, that is one iteration.
     """
     iterations = list(source_loops(ttgir))
     if whole_kernel and len(iterations) == 1:
@@ -190,6 +204,6 @@ def unroll_factor(
 
 
 def overlap(iteration: LoopIteration, loaded_bytes: Counter[SourceLine]) -> float:
-    """The share of places that the loads of a turn and of a loop have in common."""
+    """Returns the share of source lines that the loads of an iteration and of a loop have in common."""
     lines = {load.source_line for load in iteration.loads}
     return len(lines & loaded_bytes.keys()) / max(1, len(lines | loaded_bytes.keys()))

@@ -1,8 +1,9 @@
-"""Whether a compiled kernel computes in the precision it asks for: read of Triton's form of it and of its assembly.
+"""Products and roundings of a compiled kernel that are less precise than its source asks for, read from TTIR and
+assembly.
 
 Tensor cores that round float32 to TF32 err by 1e-3 where float32 errs by 1e-6, and a register narrower than a number
-keeps half of it; both compile without a word. So do a product contracted with a sum and an approximate quotient, which
-change the last bit: kernels of `exact` ops may hold neither.
+keeps half of it; both compile silently. So do a product contracted with a sum and an approximate quotient, which change
+the last bit: kernels of ops that are exact bit by bit may contain neither.
 """
 
 import re
@@ -22,9 +23,9 @@ INEXACT = re.compile(r"(?:fma|mad)\..*f\d\d|(?:add|sub|mul)\.f\d\d|(?!cvt\.rmi).
 
 
 def find_imprecision(asm: Mapping[str, Any], exact: bool = False) -> list[str]:
-    """What a kernel, as Triton's compiler leaves it (`.asm`), computes in fewer bits than it says, in words.
+    """Returns a sentence for each computation of a kernel in fewer bits than its source says. `kernel.asm` is Triton's.
 
-    exact: every operation must round as the one in the source does; that is read of PTX alone.
+    exact: every operation must round as the one in the source does; this is read from PTX only.
     """
     code = asm["ptx"] if "ptx" in asm else asm["amdgcn"]
     findings = [*tf32_products(asm["ttir"], code), *narrow_sums(asm["ttir"], code), *narrow_registers(asm["ttir"])]
@@ -34,21 +35,21 @@ def find_imprecision(asm: Mapping[str, Any], exact: bool = False) -> list[str]:
 
 
 def tf32_products(ttir: str, code: str) -> Iterator[str]:
-    """Products in TF32 that did not ask for it."""
+    """Yields a sentence if products are in TF32 that did not ask for it."""
     match = re.search(TF32, code)
     if match and "inputPrecision = tf32" not in ttir:
         yield f"multiplies in TF32 unasked: {match[0]}"
 
 
 def narrow_sums(ttir: str, code: str) -> Iterator[str]:
-    """Products that are summed in float16 or bfloat16."""
+    """Yields a sentence if products are summed in float16 or bfloat16."""
     narrow = [dtype for dtype in re.findall(DOT, ttir) if dtype in ("f16", "bf16")]
     if narrow or re.search(HALF_SUM, code):
         yield f"sums products in {narrow[0] if narrow else 'f16'}"
 
 
 def narrow_registers(ttir: str) -> Iterator[str]:
-    """Inline assembly whose registers are not as wide as the numbers they carry."""
+    """Yields a sentence for inline assembly whose registers are narrower than the numbers they carry."""
     for constraints, pack, operands, results in re.findall(ASSEMBLY, ttir):
         value_bits = [int(pack) * int(bits) for bits in re.findall(r"tensor<[^>]*?(\d+)>", f"{results} {operands}")]
         if [REGISTER.get(letter[-1]) for letter in constraints.split(",")] != value_bits:
@@ -56,5 +57,5 @@ def narrow_registers(ttir: str) -> Iterator[str]:
 
 
 def inexact_instructions(ptx: str) -> list[str]:
-    """The instructions whose results may differ in their bits from those of the operations in the source."""
+    """Returns the instructions whose results may differ in some bit from those of the operations in the source."""
     return sorted({opcode for opcode in OPCODE.findall(ptx) if INEXACT.match(opcode)})

@@ -1,4 +1,6 @@
-"""What an op is compiled for where nobody says: configs/bench/inspect.toml, else its representative sizes."""
+"""The sizes that an op is compiled for by default: those of configs/bench/inspect.toml, else its
+representative sizes.
+"""
 
 import tomllib
 from collections.abc import Mapping
@@ -14,8 +16,8 @@ from ..measure.cases import size_combinations
 
 @dataclass(frozen=True)
 class CompileSpec:
-    """Sizes to compile a config for, the bytes of weights a thread's load is documented to bring on NVIDIA, and the
-    peer whose kernel is shown beside it.
+    """The sizes to compile a config for, the bytes of weights that one load of a thread brings on NVIDIA according to
+    the kernel's documentation, and the peer whose kernel is shown beside it.
     """
 
     sizes: Mapping[str, Any]
@@ -25,11 +27,14 @@ class CompileSpec:
 
 @lru_cache
 def inspect_config() -> Mapping[str, Any]:
+    """Returns configs/bench/inspect.toml."""
     return tomllib.loads((config_dir() / "bench" / "inspect.toml").read_text())
 
 
 def compile_spec(op: Op, impl: str, config: Mapping[str, Any]) -> CompileSpec:
-    """Of one config. Errors: ValueError for a size the op does not have."""
+    """Returns the sizes and documented figures of one config. Errors: ValueError for a size that the
+    op does not have.
+    """
     op_table = inspect_config().get(op.name, {})
     impl_table = op_table.get("impl", {}).get(impl, {})
     sizes = dict(next(size_combinations({**op_table.get("sizes", {}), **impl_table.get("sizes", {})}, op)))

@@ -1,4 +1,4 @@
-"""Named sizes to time and tune at: configs/bench/OP.toml, one table a case.
+"""Named sizes to time and tune an op at: configs/bench/OP.toml, one table per case.
 
     [decode]                     # the case decode; an entry is one size or a list of them
     m = [1, 4, 16]
@@ -6,8 +6,8 @@
     group = 128
     dtype = "float16"
 
-stands for every combination, in that order. An op without a file, or a size without an entry, is taken at its
-`representative`: so a new op has a case of its own before anybody writes one.
+A table stands for every combination, in this order. An op without a file, or a size without an entry, takes the op's
+representative sizes, so a new op has a case before anybody writes one.
 """
 
 import tomllib
@@ -24,7 +24,7 @@ from vila_triton.registry import OPS, IntRange, OneOf, Op, describe_available, d
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes of one call of an op, under the name of the list they come from."""
+    """The sizes of one call of an op, and the name of the case they come from."""
 
     op: str
     name: str
@@ -35,19 +35,19 @@ class Case:
 
     @property
     def cost(self) -> tuple[int, int]:
-        """(flops, bytes moved at least once)."""
+        """(FLOPs, bytes moved at least once)."""
         return OPS[self.op].cost(**self.sizes)
 
 
 def random_arguments(case: Case, device: torch.device) -> Any:
-    """Random arguments at the sizes of the case, drawn on the device."""
+    """Returns random arguments of the sizes of a case, drawn on the device."""
     with torch.device(device):
         return OPS[case.op].make_example(**case.sizes, rng=torch.Generator(device).manual_seed(0), device=str(device))  # pyright: ignore[reportCallIssue]
 
 
 def representative_size(domain: IntRange | OneOf) -> Any:
-    """The largest size, a multiple of 16 if there is one, as the axes of real models are; of listed values the largest
-    number, or the first where they are no numbers.
+    """Returns the largest size, a multiple of 16 if there is one, as the axes of real models are. Of listed values it
+    returns the largest number, or the first if they are no numbers.
     """
     if isinstance(domain, OneOf):
         return max((x for x in domain.values if type(x) is int), default=domain.values[0])
@@ -56,13 +56,15 @@ def representative_size(domain: IntRange | OneOf) -> Any:
 
 
 def op_names() -> list[str]:
-    """The ops there are."""
+    """Returns the names of all ops."""
     discover()
     return list(OPS)
 
 
 def size_combinations(table: Mapping[str, Any], op: Op) -> Iterator[dict[str, Any]]:
-    """Every combination of the values of a table. Errors: ValueError for a size the op does not have, or no value."""
+    """Yields every combination of the values of a table. Errors: ValueError for a size that the op does not have, or no
+    value.
+    """
     axes = [(key.split("-"), values if isinstance(values, list) else [values]) for key, values in table.items()]
     unknown = {name for names, _ in axes for name in names} - set(op.domain)
     if unknown:
@@ -78,7 +80,7 @@ def size_combinations(table: Mapping[str, Any], op: Op) -> Iterator[dict[str, An
 
 
 def cases(op: str, case_name: str | None = None) -> list[Case]:
-    """The cases of an op, or those of one name. Errors: ValueError naming the names there are."""
+    """Returns the cases of an op, or those of one name. Errors: ValueError naming the cases there are."""
     if op not in op_names():
         raise ValueError(f"no op {op!r}; there are: {describe_available(OPS)}")
     file = config_dir() / "bench" / f"{op}.toml"

@@ -7,13 +7,15 @@ BLOCK_ORDER = "MNK"
 
 
 def format_seconds(seconds: float) -> str:
-    """A time in the unit that suits it."""
+    """Returns a time in the unit that suits it."""
     scale, name = next((s, n) for s, n in ((1, "s "), (1e-3, "ms"), (0, "us")) if seconds >= s)
     return f"{seconds / (scale or 1e-6):8.2f} {name}"
 
 
 def format_config(config: Mapping[str, Any]) -> str:
-    """64x32x64 w4 s2: the blocks, always M, N and K in that order, the warps, the stages, then what else there is."""
+    """Returns a config in short: 64x32x64 w4 s2 for the blocks in the order M, N, K, the warps and the stages; then the
+    rest.
+    """
     remaining = dict(config)
     names = sorted(
         (key for key in remaining if key.startswith("BLOCK")), key=lambda key: (BLOCK_ORDER.find(key[-1]), key)

@@ -1,11 +1,13 @@
-"""The goals of attention, from rows of `bench.ops --served` and `bench.model`; `python -m bench.goals` prints them.
+"""The goals of attention, checked on rows of `bench.ops --served` and `bench.model`; `python -m bench.goals` prints
+them.
 
-prefill    a whole prompt of 2,048 tokens or more: 0.75 of the speed of the fastest peer on the same machine
-           (torch's flash and cuDNN back ends unpaged, FlashAttention, FlashInfer); 0.95 would be better still
-copy       100 MB of keys and values or more, at any batch: 0.85 of the bandwidth of a device copy
-decode     0.97 of the speed of FlashInfer, at any batch
-streaming  the time of 32 new tokens after up to 1,024 cached ones within 1.05 of that after 16; after up to 16,384,
-           within 1.3: of a whole model, by `bench.model --histories 16,1024,8160`, as far as it was made for
+    prefill    a whole prompt of 2,048 tokens or more: 0.75 of the speed of the fastest peer on the same machine
+               (torch's flash and cuDNN back ends unpaged, FlashAttention, FlashInfer); 0.95 would be better still
+    copy       100 MB of keys and values or more, at any batch: 0.85 of the bandwidth of a device copy
+    decode     0.97 of the speed of FlashInfer, at any batch
+    streaming  the time of 32 new tokens after up to 1,024 cached ones within 1.05 of the time after 16, and after up
+               to 16,384 within 1.3: of a whole model, by `bench.model --histories 16,1024,8160`, as far as the model
+               was made for
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,16 +24,17 @@ STREAMING = {1024: 1.05, 16384: 1.3}  # tokens of the history, up to: times as l
 
 
 def bandwidth_share(point: MeasuredPoint) -> float | None:
-    """Share of what a device copy reaches."""
+    """Returns the bandwidth as a share of that of a device copy."""
     return point.default_row["bytes_share"] if point.default_row else None
 
 
 def peer_ratio(point: MeasuredPoint, peers: Sequence[str]) -> float | None:
+    """Returns the time of the fastest peer over ours, if both were measured."""
     return point.ratio(*peers)
 
 
 def report_attention_goals(measured_rows: Sequence[Row]) -> Iterator[str]:
-    """Lines for those goals that there are rows of."""
+    """Yields the lines of those goals that there are rows of."""
     prefill_points = [
         p for p in measured_points(measured_rows, "prefill_attention") if p.case == "whole" and p.sizes["s"] >= 2048
     ]
@@ -48,7 +51,7 @@ def report_attention_goals(measured_rows: Sequence[Row]) -> Iterator[str]:
 
 
 def report_streaming(measured_rows: Sequence[Row]) -> Iterator[str]:
-    """A line for each kind of model and history."""
+    """Yields a line for each kind of model and history."""
     models: dict[tuple, dict[int, float]] = {}
     for row in measured_rows:
         key = tuple(row[name] for name in ("device", "model", "layers", "weights", "choice", "prompt"))

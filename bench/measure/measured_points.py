@@ -1,4 +1,6 @@
-"""What goals are made of: a point is one shape of an op, what ours takes there, and what the others take."""
+"""Measured points for `bench.goals`: the times of our default implementation and of all others, for
+one op at one size.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class MeasuredPoint:
-    """One shape and number of rows: what ours is there, and the seconds of the others by implementation."""
+    """One case and its sizes: the row of our default implementation, and the seconds of each other one by name."""
 
     case: str
     sizes: Mapping[str, Any]
@@ -17,7 +19,9 @@ class MeasuredPoint:
     seconds: Mapping[str, float]
 
     def ratio(self, *impls: str) -> float | None:
-        """How many times as long as ours the fastest of the others takes; None if one of the two has no time."""
+        """Returns the time of the fastest of some implementations over ours; None if one of the two
+        was not measured.
+        """
         times = [self.seconds[name] for name in impls if name in self.seconds]
         return min(times) / self.default_row["seconds"] if self.default_row and times else None
 
@@ -28,7 +32,9 @@ class MeasuredPoint:
 
 
 def measured_points(measured_rows: Sequence[Row], op: str = "int4_matmul") -> list[MeasuredPoint]:
-    """By case, shape and rows; of what was measured twice, the last. Rows without a time count as points too."""
+    """Returns the points of an op, by case and sizes. Of repeated measurements the last counts. Sizes at which nothing
+    could be timed are points too.
+    """
     rows_by_shape: dict[tuple, dict[str, Row]] = {}
     for row in measured_rows:
         if row.get("op") == op and row["kind"] in ("op", "refused"):
@@ -48,7 +54,7 @@ def measured_points(measured_rows: Sequence[Row], op: str = "int4_matmul") -> li
 def report_goal(
     name: str, min_ratio: float, ratio: Callable[[MeasuredPoint], float | None], points: Sequence[MeasuredPoint]
 ) -> Iterator[str]:
-    """A line, and one for each point that falls short."""
+    """Yields a line for a goal, and one for each point below it."""
     ratios = {str(p): r for p in points if (r := ratio(p)) is not None}
     missing = f"; {len(points) - len(ratios)} of {len(points)} points not measured" if len(ratios) < len(points) else ""
     if not ratios:

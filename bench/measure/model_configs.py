@@ -1,4 +1,4 @@
-"""The models of configs/models/: their geometry, and a language model of it with random weights."""
+"""The models of configs/models."""
 
 import tomllib
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from vila_triton.paths import config_dir
 
 @dataclass(frozen=True)
 class ReleasedModel:
-    """One file of configs/models/. `vision_tower` and `mm_projector` are as in it, under Hugging Face's names; both are
+    """One file of configs/models. `vision_tower` and `mm_projector` are as in it, under Hugging Face's names; both are
     empty for a language model alone.
     """
 
@@ -26,12 +26,13 @@ class ReleasedModel:
 
 
 def model_files() -> dict[str, Path]:
+    """Returns the files of configs/models by name."""
     return {file.stem: file for file in sorted((config_dir() / "models").glob("*.toml"))}
 
 
 def load_model(model: str | Path, layers: int | None = None, group_size: int | None = None) -> ReleasedModel:
-    """A file, or the name of one in configs/models/; `layers`: only so many of its language model; `group_size`: its
-    linears in int4. Errors: ValueError naming the models there are.
+    """Reads a file, or the one of this name in configs/models. `layers` keeps only so many layers of the language
+    model, `group_size` makes its linears int4. Errors: ValueError naming the models there are.
     """
     file = model_files().get(str(model), Path(model))
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""The steps a whole model is timed at, and how: runners take turns, so that what else runs meets all alike."""
+"""The steps that a whole model is timed at, and their timer: runners take turns, so that other load meets all alike."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ QUESTION_TOKENS = 32  # tokens of a question in `stream`, as TinyChat counts
 
 @dataclass(frozen=True)
 class ModelStep:
-    """`new` tokens for each of `batch` sequences with `history` cached ones."""
+    """`new_tokens` for each of `batch` sequences that have `cached_tokens`; kind: prefill, stream, decode or memory."""
 
     kind: str  # prefill | stream | decode | memory
     batch: int
@@ -25,7 +25,7 @@ class ModelStep:
 
     @property
     def labels(self) -> dict[str, int]:
-        """What a row says of it."""
+        """The fields of a row that tell the step."""
         if self.kind == "decode":
             return {"batch": self.batch, "context": self.cached_tokens + 1}
         return {
@@ -41,6 +41,7 @@ class ModelStep:
 def plan_steps(
     prompts: Sequence[int], histories: Sequence[int], batches: Sequence[int], contexts: Sequence[int]
 ) -> Iterator[ModelStep]:
+    """Yields the steps for some prompt lengths, cached lengths of a new question, batches and context lengths."""
     yield from (ModelStep("prefill", 1, n, 0) for n in prompts)
     yield from (ModelStep("stream", 1, QUESTION_TOKENS, n) for n in histories)
     yield from (ModelStep("decode", b, 1, n - 1) for b in batches for n in contexts)
@@ -48,21 +49,21 @@ def plan_steps(
 
 
 def random_tokens(runner: Runner, batch: int, count: int) -> torch.Tensor:
-    """Random ids [b, n], the same for every runner."""
+    """Returns random token ids [b, n], the same for every runner."""
     ids = torch.randint(0, runner.model.cfg.vocab_size, (batch, count), generator=torch.Generator().manual_seed(0))
     return ids.to(runner.model.p.norm.device)
 
 
 def synchronized_time(device: torch.device) -> float:
-    """Seconds, once the device has done all it was given."""
+    """Returns the time in seconds, once the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class RepeatedStep:
-    """One runner at one step, again and again: a prompt starts with an empty state each time, a question and a new
-    token after the same cached tokens. `failed` says why it does not go on.
+    """One runner at one step, repeated. A prompt starts with an empty state each time, a question and a new token after
+    the same cached tokens. `failure` is the reason why it does not go on.
     """
 
     def __init__(self, runner: Runner, step: ModelStep):
@@ -76,11 +77,13 @@ class RepeatedStep:
         self.failure: str | None = None
 
     def prepare(self) -> None:
+        """Fills the cache."""
         if self.step.cached_tokens:
             self.state = self.runner.start(self.step.batch, self.capacity)
             self.runner.step(self.state, self.cached_ids)
 
     def measure(self, device: torch.device) -> None:
+        """Times the step once, and rolls the cache back."""
         if not self.step.cached_tokens:
             self.state = self.runner.start(self.step.batch, self.capacity)
         start = synchronized_time(device)
@@ -94,7 +97,9 @@ class RepeatedStep:
 def time_runners(
     runners: Sequence[Runner], step: ModelStep, rounds: int, device: torch.device
 ) -> list[list[float] | str]:
-    """Seconds of every runner in every round, [runner][round], or why it got none; the order turns every round."""
+    """Returns the seconds of every runner in every round, [runner][round], or the reason why it got none. The order of
+    the runners alternates between rounds.
+    """
     repeated_steps = [RepeatedStep(runner, step) for runner in runners]
     for number in range(rounds + 2):
         for repeated in repeated_steps[:: -1 if number % 2 else 1]:
@@ -111,7 +116,7 @@ def time_runners(
 
 @torch.inference_mode()
 def try_peak_bytes(runner: Runner, step: ModelStep, device: torch.device) -> int | str:
-    """The most bytes that a step from nothing takes beyond the weights, at any moment; or why it was not done."""
+    """Returns the peak bytes of a step beyond the weights, or the reason why it failed."""
     try:
         return peak_bytes(runner, step, device)
     except Exception as error:  # as in `times`
@@ -121,6 +126,7 @@ def try_peak_bytes(runner: Runner, step: ModelStep, device: torch.device) -> int
 
 
 def peak_bytes(runner: Runner, step: ModelStep, device: torch.device) -> int:
+    """Returns the peak bytes of a step, from an empty state, beyond the weights."""
     ids = random_tokens(runner, step.batch, step.new_tokens)
     if device.type == "cuda":
         runner.step(runner.start(step.batch, step.new_tokens), ids)  # compiles

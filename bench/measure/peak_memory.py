@@ -11,9 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors made inside the `with` held at once, each storage counted once.
-
-    `known`: tensors from before, which do not count, nor do views of them.
+    """Inside the `with`, counts the bytes of all tensors made there; each storage counts once. `existing` tensors from
+    before do not count, nor do views of them.
     """
 
     def __init__(self, existing: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Prompts with pictures to run a model on: a sample of the bundled generator's held-out questions, or a file's."""
+"""Questions with images for a model: a sample of the bundled generator's held-out questions, or those of a file."""
 
 import random
 from collections.abc import Sequence
@@ -14,12 +14,14 @@ from vila_triton.tiny.evaluate import build_questions
 
 @dataclass(frozen=True)
 class Prompt:
+    """A question and its images."""
+
     question: str
     images: Sequence[Image.Image]
 
 
 def bundled_prompts(count: int, seed: int) -> list[Prompt]:
-    """Questions of different kinds about held-out scenes. Errors: ValueError for more than there are kinds."""
+    """Returns questions of different kinds about held-out scenes. Errors: ValueError for more than there are kinds."""
     candidates = build_questions(1, seed)
     if not 1 <= count <= len(candidates):
         raise ValueError(f"{count} bundled questions, expected 1 to {len(candidates)}")
@@ -27,7 +29,7 @@ def bundled_prompts(count: int, seed: int) -> list[Prompt]:
 
 
 def read_prompts(file: Path) -> list[Prompt]:
-    """One JSON object a line: {"question": "...", "images": ["FILE", ...]}, files relative to this one.
+    """Reads one JSON object per line, {"question": "...", "images": ["FILE", ...]}, files relative to this one.
 
     Errors: ValueError naming the line, OSError.
     """

@@ -1,7 +1,7 @@
-"""Results as rows: one JSON object a line, each with what it was measured on. Plots are made from rows alone.
+"""Results as rows: one JSON object per line, each with the machine and the versions it was measured with.
 
-A process may be killed at any moment: a line goes to its file in one write, and one that was cut off nevertheless is
-left out by who reads and dropped by who writes next.
+A process may be killed at any moment. A line is written at once; a last line that was cut off nevertheless is left out
+by readers, and removed by the next writer.
 """
 
 import json
@@ -28,7 +28,7 @@ WRITTEN_FILES: dict[Path, None] = {}  # the files this process wrote rows to, fo
 
 
 def device_name(device: torch.device) -> str:
-    """What the machine calls its processor."""
+    """Returns the name of the device, of a CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model_names = [x for x in cpu_info() if x.startswith("model name")]
@@ -37,13 +37,14 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_info() -> list[str]:
+    """Returns the lines of /proc/cpuinfo, none where there is no such file."""
     file = Path("/proc/cpuinfo")
     return file.read_text().splitlines() if file.exists() else []
 
 
 @lru_cache
 def commit() -> str:
-    """The commit checked out, with a + if files differ from it; "unknown" outside a checkout."""
+    """Returns the commit checked out, with a + if tracked files differ from it; "unknown" outside a checkout."""
     try:
         head, changed = (
             subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -55,13 +56,15 @@ def commit() -> str:
 
 
 def stamp(device: torch.device) -> dict[str, str]:
-    """Where and when a row was measured: goes into every row."""
+    """Returns the device, versions, commit and date, which go into every row."""
     versions = torch.__version__, triton.__version__, platform.python_version()
     return dict(zip(STAMP, (device_name(device), *versions, commit(), date.today().isoformat()), strict=True))
 
 
 def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows; each is on disk before the next is asked for. Others may append to the file at the same time."""
+    """Appends rows to a file; each is on disk before the next is asked for. Others may append to it at
+    the same time.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     WRITTEN_FILES[file] = None
     with file.open("a+b", buffering=0) as out:
@@ -72,7 +75,7 @@ def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def repair_last_line(out: BinaryIO) -> None:
-    """End the last line of a file, or drop it if it was cut off."""
+    """Ends the last line of a file, or removes it if it was cut off."""
     if not out.seek(0, os.SEEK_END):
         return
     out.seek(-1, os.SEEK_END)
@@ -87,7 +90,7 @@ def repair_last_line(out: BinaryIO) -> None:
 
 
 def is_complete_row(line: bytes) -> bool:
-    """Whether a last line without its end is a row all the same: what is cut off in the middle is no JSON."""
+    """Returns whether a last line without an end of line is a row all the same: one that was cut off is no JSON."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):
@@ -96,9 +99,10 @@ def is_complete_row(line: bytes) -> bool:
 
 
 def read(*files: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of the files, or those of one kind; a last line that was cut off is left out, with a word.
+    """Yields the rows of the files, or those of one kind. A last line that was cut off is left out with a note on
+    stderr.
 
-    Errors: ValueError naming file and line of what is no row; `LoadError` for what is no file.
+    Errors: ValueError naming file and line of a line that is no row; `LoadError` for a path that is no file.
     """
     for file in files:
         require_file(file)

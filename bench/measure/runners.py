@@ -1,5 +1,5 @@
-"""One language model with random weights, run in several ways: by this project, with any choice of kernels, and by
-Hugging Face's eager `LlamaForCausalLM` on the same weights.
+"""One language model with random weights, run by vila-triton with any choice of kernels, and by Hugging Face's eager
+`LlamaForCausalLM` on the same weights.
 
 Every runner does the same work: it appends new tokens to cached ones and returns the logits of the last of them.
 """
@@ -30,7 +30,7 @@ CODE_RMS = 8  # the root mean square of a code, 0 to 15, less the zero of `param
 
 @dataclass(frozen=True)
 class RandomModel:
-    """Random parameters on a device. `weights`: what the layers' linears are kept in, else all is of `dtype`."""
+    """Random parameters on a device. `weight_format` is that of the layers' linears, all else is of `dtype`."""
 
     weight_format: str
     dtype: torch.dtype
@@ -39,9 +39,11 @@ class RandomModel:
 
 
 def build_model(cfg: LlamaConfig, weight_format: str, device: torch.device) -> RandomModel:
-    """`weights`: the name of a dtype, or int4, which computes in bfloat16 on a CPU and in float16 on a GPU.
+    """Returns a model with random weights. `weight_format` is the name of a dtype, or int4, which computes in bfloat16
+    on a CPU and in float16 on a GPU.
 
-    Codes are drawn as codes, so a model takes no more memory than it needs; outputs are of the size of inputs.
+    int4 codes are drawn as codes, so a model takes no more memory than it needs. Outputs of linears are as large as
+    inputs.
     """
     group_size = GROUP_SIZE if weight_format == "int4" else None
     half = torch.bfloat16 if device.type == "cpu" else torch.float16
@@ -58,7 +60,7 @@ def build_model(cfg: LlamaConfig, weight_format: str, device: torch.device) -> R
 
 
 class Runner(Protocol):
-    """A way to run a model. A state holds what is cached of `batch` sequences."""
+    """A way to run a model. A state holds the cached tokens of `batch` sequences."""
 
     model: RandomModel
     name: str
@@ -66,20 +68,20 @@ class Runner(Protocol):
     weight_config: LlamaConfig  # what they are kept in
 
     def start(self, batch: int, capacity: int) -> Any:
-        """A state in which nothing is cached, and to which `room` tokens a sequence will be appended."""
+        """Returns a state without cached tokens, to which `capacity` tokens per sequence will be appended."""
         ...
 
     def step(self, state: Any, ids: Tensor) -> Tensor:
-        """Append ids [b, n] to the state, in place -> logits of the last [b, v]."""
+        """Appends ids [b, n] to the state, in place; returns the logits of the last ones [b, v]."""
         ...
 
     def truncate(self, state: Any, length: int) -> None:
-        """Roll every sequence back to `length` tokens."""
+        """Rolls every sequence back to `length` tokens."""
         ...
 
 
 class VilaTritonRunner:
-    """This project's model with the kernels of `choice`, as in `chosen`."""
+    """vila-triton's model with the kernels of `choice`, as in `parse_kernel_choices`."""
 
     def __init__(self, model: RandomModel, choice: str):
         self.model, self.name, self.kernels = model, choice, parse_kernel_choices(choice)
@@ -105,15 +107,15 @@ class VilaTritonRunner:
 
 @dataclass(frozen=True)
 class _LanguageConfig:
-    """What the engine reads of the config of a model that is given no pictures."""
+    """The part of a model's config that the engine reads where there are no images."""
 
     llm: LlamaConfig
 
 
 def parse_kernel_choices(choice: str) -> Mapping[str, str]:
-    """`default`: what configs/kernels.toml says; `reference`; or OP=NAME,OP=NAME, the rest being the default.
+    """Reads a choice of kernels: `default` for configs/kernels.toml; `reference`; or OP=NAME,OP=NAME for some ops.
 
-    Errors: ValueError, KeyError, naming what there is.
+    Errors: ValueError or KeyError naming the ops and implementations there are.
     """
     discover()
     if choice == "default":
@@ -124,7 +126,7 @@ def parse_kernel_choices(choice: str) -> Mapping[str, str]:
 
 
 class HuggingFaceRunner:
-    """Hugging Face's eager model on the same weights; those of an int4 model are made plain tensors first."""
+    """Hugging Face's eager model on the same weights, those of an int4 model dequantized."""
 
     def __init__(self, model: RandomModel):
         self.model = model
@@ -160,7 +162,7 @@ class HuggingFaceRunner:
 
 
 def dequantize_tree(tree: Any, dtype: torch.dtype) -> Any:
-    """The same tree with int4 leaves made plain tensors of the dtype."""
+    """Returns the same tree with int4 leaves dequantized."""
     if isinstance(tree, Int4):
         return dequantize(tree, dtype)
     if isinstance(tree, tuple):
@@ -171,7 +173,7 @@ def dequantize_tree(tree: Any, dtype: torch.dtype) -> Any:
 
 
 def float64_logits(model: RandomModel, ids: Tensor) -> Tensor:
-    """Logits [v] after ids [t], in float64 by the references, one layer at a time."""
+    """Returns the logits [v] after ids [t], in float64 by the references, one layer at a time."""
 
     def to_float64(x: Tensor) -> Tensor:
         return x.double() if x.is_floating_point() else x
@@ -187,10 +189,10 @@ def float64_logits(model: RandomModel, ids: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def logits_error(runner: Runner, ids: Tensor) -> str | None:
-    """Why the logits of a runner after ids [t] are not those of its model, in one line; None if they are.
+    """Returns one line saying why a runner's logits after ids [t] are wrong, None if they are right.
 
-    They may lie at most twice as far from the exact ones (root mean square) as those of the references do: once as a
-    whole, and once with the last token in a step of its own, as in decoding.
+    Their root mean square distance from float64 may be at most twice that of the references: once as a whole, and once
+    with the last token in a step of its own, as in decoding.
     """
     expected = float64_logits(runner.model, ids)
 

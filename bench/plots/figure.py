@@ -1,4 +1,4 @@
-"""What every drawing function gets and gives."""
+"""A figure with its name and its rows: the result of every plotting function."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class PlottedFigure:
-    """A figure, the name of its files, and the rows it was made from: they give it its stamp."""
+    """A figure, the name of its files, and the rows it was made from, which give it its stamp."""
 
     name: str
     figure: Figure
@@ -19,5 +19,5 @@ class PlottedFigure:
 
 
 def format_entries(values: Mapping[str, Any], names: Iterable[str]) -> str:
-    """The named entries, as "n=4096 G=32"."""
+    """Returns the named entries as one text: n=4096 G=32."""
     return " ".join(f"{name}={values[name]}" for name in names)

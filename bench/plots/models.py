@@ -1,4 +1,4 @@
-"""Pictures of whole models: times and memory as measured, and the bounds on paper."""
+"""Figures of whole models: times and memory as measured, and lower bounds on paper."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,12 +39,13 @@ def plot_memory(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
 
 
 def draw_curve(ax: Axes, rows: Sequence[Row], x: str, y: Callable[[Row], float], **style: Any) -> None:
+    """Draws y against x, each point once."""
     points = sorted({(row[x], y(row)) for row in rows})
     ax.plot(*zip(*points), **style)
 
 
 def plot_model(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
-    """First token, streaming, decode and memory of one model, a line for each kind of weights and kernel choice."""
+    """First token, streaming, decode and memory of one model, a line for each weight format and choice of kernels."""
     models: dict[Any, list[Row]] = defaultdict(list)
     for row in rows["model"]:
         models[row["model"], row["layers"]].append(row)
@@ -78,7 +79,7 @@ def plot_model(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
 
 
 def panel_data(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row], str, Callable[[Row], float], str]]:
-    """(title, rows, what lies along x, what along y, unit) of each panel that has rows."""
+    """Yields (title, rows, field of the x axis, y of a row, unit) of each panel that has rows."""
     for step_kind, title, x, y, unit in (
         ("prefill", "time to the first token", "prompt", "seconds", "s"),
         ("stream", "time to the first token of a new turn", "history", "seconds", "s"),
@@ -100,6 +101,7 @@ def panel_data(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row], str, Calla
 
 
 def group_rows(rows: Sequence[Row], step_kind: str, by: str) -> list[tuple[Any, list[Row]]]:
+    """Returns the rows of one kind of step by the value of a field, in its order."""
     groups: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
         if row["what"] == step_kind:
@@ -108,12 +110,14 @@ def group_rows(rows: Sequence[Row], step_kind: str, by: str) -> list[tuple[Any, 
 
 
 def has_exact_limit(row: Row) -> bool:
-    """Whether the limit of a row is that of the weights it names; Hugging Face's stand-in for int4 is dense."""
+    """Returns whether a row's limit is that of the weights it names: Hugging Face's stand-in for int4
+    is dequantized.
+    """
     return not row["choice"].startswith("hf")
 
 
 def draw_limits(ax: Axes, rows: Sequence[Row], x: str, styles: Mapping[str, str]) -> None:
-    """Tokens a second if reading weights and cache were all: the memory-bound limit."""
+    """Draws the tokens per second if reading weights and cache were the only cost: the memory-bound limit."""
     for weights, style in styles.items():
         line_rows = [
             row for row in rows if row["weights"] == weights and row.get("limit_seconds") and has_exact_limit(row)
@@ -124,7 +128,7 @@ def draw_limits(ax: Axes, rows: Sequence[Row], x: str, styles: Mapping[str, str]
 
 
 def plot_bounds(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
-    """Least times on paper, a panel for each machine and length, a bar for each model and kind of weights."""
+    """Least times on paper, a panel for each machine and length, a bar for each model and weight format."""
     for step_kind, length, title in (
         ("prefill", "prompt", "Least time to the first token, ms"),
         ("decode", "context", "Least time of a new token, ms"),
@@ -145,7 +149,7 @@ def plot_bounds(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
 
 
 def panel_title(rows: Sequence[Row], length: str) -> str:
-    """H100: 1 picture, 32 words."""
+    """Returns a title such as "H100: 1 image, 32 text tokens"."""
     row = rows[0]
     step_label = f"at {row[length]} tokens"
     if length == "prompt":
@@ -154,7 +158,7 @@ def panel_title(rows: Sequence[Row], length: str) -> str:
 
 
 def draw_bars(ax: Axes, rows: Sequence[Row], models: Sequence[str]) -> None:
-    """Milliseconds as bars, the number beside each; in place of a bar why there is none."""
+    """Draws milliseconds as bars, with the number beside each, or the reason why there is none."""
     longest = max((row["seconds"] * 1e3 for row in rows if not row["beyond"]), default=1)
     formats = [weights for weights in BAR_COLORS if any(row["weights"] == weights for row in rows)]
     for k, weights in enumerate(formats):

@@ -1,4 +1,4 @@
-"""Pictures of timed ops: the roofline, the time against a size, and how many times faster than others."""
+"""Figures of timed ops: the roofline, the time against a size, and the speedup over others."""
 
 import math
 from collections import defaultdict
@@ -30,7 +30,7 @@ USUALLY_SWEPT = ("m", "rows", "s", "t", "b")
 
 
 def impl_styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """A colour for each implementation; peers are dashed, the reference is grey."""
+    """Returns a color for each implementation; peers are dashed, the reference is gray."""
     names = sorted({(bool(row["peer"]), row["impl"]) for row in rows if row["impl"] != REFERENCE})
     styles: dict[str, dict[str, Any]] = {REFERENCE: {"color": GRAY, "linestyle": ":"}}
     for (peer, name), color in zip(names, COLORS * len(names)):
@@ -39,9 +39,8 @@ def impl_styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def plot_roofline(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
-    """Every measured point under the ceilings measured in the same run; the best of ours of each op is named.
-
-    Hollow points were too small to leave the cache, and so may lie above what memory allows.
+    """Every measured point under the peak rates measured in the same run; the fastest of our implementations of each op
+    is named. Hollow points were too small to leave the cache, so they may lie above the limit of memory.
     """
     points, ceilings = rows["op"], rows["ceiling"][-1:]
     fig, ax = new_figure("Roofline: every measured point", 9, 5.6)
@@ -81,11 +80,12 @@ def plot_roofline(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
 
 
 def roofline_point(row: Row) -> tuple[float, float]:
+    """Returns (FLOPs per byte, FLOP/s) of a row."""
     return row["flops"] / row["bytes"], row["flops"] / row["seconds"]
 
 
 def draw_roofs(ax: Axes, peaks: Row, dtypes: set[str]) -> None:
-    """The bandwidth as a slope, and the rate of each dtype that was timed as a level."""
+    """Draws the bandwidth as a slope and the rate of each timed dtype as a level."""
     left, right = ax.get_xlim()
     rates = {dtype: peaks["flops"][dtype] for dtype in dtypes if dtype in peaks["flops"]}
     right = max(right, 2 * max(rates.values(), default=0) / peaks["bandwidth"])
@@ -99,7 +99,7 @@ def draw_roofs(ax: Axes, peaks: Row, dtypes: set[str]) -> None:
 
 
 def label_best_points(fig: Figure, ax: Axes, own_rows: Sequence[Sequence[Row]], ceilings: Sequence[Row]) -> None:
-    """Name each op's point of the highest rate above the roof, where there are no points; names that would lie over
+    """Names each op's point of the highest rate above the roof, where there are no points. Names that would overlap
     those before them move to the right.
     """
     fig.draw_without_rendering()
@@ -121,7 +121,9 @@ def label_best_points(fig: Figure, ax: Axes, own_rows: Sequence[Sequence[Row]], 
 
 
 def varying_sizes(rows: Sequence[Row]) -> list[str]:
-    """The sizes that differ between rows, those first that are usually swept, and of these the one with most values."""
+    """Returns the sizes that differ between rows: first those that are usually swept, and of these the one with most
+    values.
+    """
     values = {name: {row["sizes"][name] for row in rows} for name in rows[0]["sizes"]}
     varied = [
         name for name, distinct in values.items() if len(distinct) > 1 and all(isinstance(x, int) for x in distinct)
@@ -130,7 +132,9 @@ def varying_sizes(rows: Sequence[Row]) -> list[str]:
 
 
 def group_by_sweep(rows: Sequence[Row]) -> dict[str, dict[tuple[tuple[str, Any], ...], list[Row]]]:
-    """Rows of one op by the size that varies in their case, then by the sizes that stay; the fastest config of each."""
+    """Returns the rows of one op by the size that varies in their case, then by the sizes that stay; of each only the
+    fastest config.
+    """
     best: dict[Any, Row] = {}
     for row in rows:
         key = row["impl"], tuple(row["sizes"].items())
@@ -149,7 +153,7 @@ def group_by_sweep(rows: Sequence[Row]) -> dict[str, dict[tuple[tuple[str, Any],
 
 
 def shape_titles(shapes: Sequence[tuple[tuple[str, Any], ...]]) -> tuple[list[str], str]:
-    """What tells the shapes apart, one text each, and what they share."""
+    """Returns one text per shape with the sizes that differ, and one text with those that are shared."""
     tables = [dict(shape) for shape in shapes]
     differ = [name for name in tables[0] if len({str(table.get(name)) for table in tables}) > 1]
     shared = format_entries(tables[0], [name for name in tables[0] if name not in differ])
@@ -157,7 +161,7 @@ def shape_titles(shapes: Sequence[tuple[tuple[str, Any], ...]]) -> tuple[list[st
 
 
 def plot_time(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
-    """Seconds against the size that varies, a panel a shape; the band is the 20th to the 80th percentile."""
+    """Seconds against the size that varies, a panel per shape; the band is the 20th to the 80th percentile."""
     for op in sorted({row["op"] for row in rows["op"]}):
         op_rows = [row for row in rows["op"] if row["op"] == op]
         styles = impl_styles(op_rows)
@@ -179,6 +183,7 @@ def plot_time(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
 
 
 def draw_time(ax: Axes, rows: Sequence[Row], swept: str, name: str, style: Mapping[str, Any]) -> None:
+    """Draws the times of one implementation."""
     rows = sorted(rows, key=lambda row: row["sizes"][swept])
     x = [row["sizes"][swept] for row in rows]
     ax.plot(x, [row["seconds"] for row in rows], marker=".", label=name, **style)
@@ -187,7 +192,7 @@ def draw_time(ax: Axes, rows: Sequence[Row], swept: str, name: str, style: Mappi
 
 
 def draw_limit(ax: Axes, rows: Sequence[Row], swept: str, peaks: Row) -> None:
-    """The least a call takes under the ceilings: its bytes or its flops, whichever take longer."""
+    """Draws the least time under the peak rates: that of the bytes or of the FLOPs, whichever is longer."""
     min_seconds = {}
     for row in rows:
         rate = peaks["flops"].get(row["sizes"].get("dtype", "float32"), float("inf"))
@@ -196,7 +201,7 @@ def draw_limit(ax: Axes, rows: Sequence[Row], swept: str, peaks: Row) -> None:
 
 
 def plot_speedup(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
-    """How many times longer others take than the fastest of ours, a panel for each of them, shape by size."""
+    """The time of other implementations over that of our fastest, a panel for each of them, shape by size."""
     for op in sorted({row["op"] for row in rows["op"]}):
         op_rows = [row for row in rows["op"] if row["op"] == op]
         baselines = sorted({row["impl"] for row in op_rows if row["peer"] or row["impl"] == REFERENCE})
@@ -223,7 +228,9 @@ def plot_speedup(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
 
 
 def speedup_table(shapes: Mapping[Any, Sequence[Row]], swept: str, values: Sequence[int], baseline: str) -> np.ndarray:
-    """[shapes, values]: how many times as long as the fastest of ours; NaN where one of the two has no time."""
+    """Returns [shapes, values]: the baseline's time over that of our fastest; NaN where one of the two was not
+    measured.
+    """
     table = np.full((len(shapes), len(values)), np.nan)
     for i, shape_rows in enumerate(shapes.values()):
         for j, value in enumerate(values):
@@ -236,7 +243,7 @@ def speedup_table(shapes: Mapping[Any, Sequence[Row]], swept: str, values: Seque
 
 
 def draw_heatmap(ax: Axes, table: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
-    """Blue where ours is faster, red where slower, white at the same, the colours ending at 4 times."""
+    """Draws blue where ours is faster, red where it is slower, white where they are the same; colors end at 4 times."""
     ax.imshow(np.log2(table), cmap="RdBu", norm=TwoSlopeNorm(0, -2, 2), aspect="auto")
     for (i, j), ratio in np.ndenumerate(table):
         text = "-" if np.isnan(ratio) else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"

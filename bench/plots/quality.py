@@ -1,4 +1,4 @@
-"""What int4 costs, by method and group: divergence from the model as it was."""
+"""The figure of quantization: the divergence of int4 from the float model, by method and group size."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -10,7 +10,7 @@ METHOD_COLORS = {"rtn": GRAY, "upstream": COLORS[1], "ours": COLORS[0]}
 
 
 def plot_quality(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
-    """A panel a model: KL a token on a log scale, a bar for each method at each group size."""
+    """A panel per model: KL per token on a log scale, a bar for each method at each group size."""
     int4_rows = [row for row in rows["quality"] if row["group"]]
     models = list(dict.fromkeys(row["model"] for row in int4_rows))
     fig, axes = panels("KL(float32 ‖ int4) a token, in nats", models, width=4)

@@ -1,4 +1,6 @@
-"""How every picture looks: axes with units, and under them what was measured where, when and from which commit."""
+"""The style of every figure: axes with units, and below them where, when and from which commit the
+rows were measured.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,7 +44,7 @@ plt.rcParams.update(
 
 
 def new_figure(title: str, width: float = 8, height: float = 4.8) -> tuple[Figure, Axes]:
-    """An empty picture with one pair of axes."""
+    """Returns an empty figure with one pair of axes."""
     fig, ax = plt.subplots(figsize=(width, height), layout="constrained")
     ax.set_title(title, loc="left", fontweight="bold", fontsize=12)
     return fig, ax
@@ -51,7 +53,7 @@ def new_figure(title: str, width: float = 8, height: float = 4.8) -> tuple[Figur
 def panels(
     title: str, names: Sequence[str], columns: int = 3, width: float = 3.7, height: float = 2.8, **subplots: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A picture of small multiples, one pair of axes for each name."""
+    """Returns a figure of small multiples, one pair of axes per name."""
     columns = min(columns, len(names))
     rows = -(-len(names) // columns)
     size = (max(width * columns, 5) + 1.5, height * rows + 0.8)
@@ -66,13 +68,15 @@ def panels(
 
 
 def shared_legend(fig: Figure, axes: Iterable[Axes]) -> None:
-    """One legend for all panels, beside them; a name drawn in several panels stands there once."""
+    """Draws one legend for all panels, beside them; a name that is in several panels stands there once."""
     handles = {name: line for ax in axes for line, name in zip(*ax.get_legend_handles_labels())}
     fig.legend(list(handles.values()), list(handles), loc="outside right upper")
 
 
 def format_size_axis(ax: Axes, values: Iterable[float]) -> None:
-    """Sizes along x: logarithmic if they spread, with a tick at each, and its number where there is room (`tidy`)."""
+    """Formats an x axis of sizes: logarithmic if they spread, with a tick at each; `remove_overlaps` drops labels
+    without room.
+    """
     ticks = sorted(set(values))
     if len(ticks) > 1 and ticks[0] > 0:
         ax.set_xscale("log", base=2)
@@ -82,7 +86,9 @@ def format_size_axis(ax: Axes, values: Iterable[float]) -> None:
 
 
 def format_unit_axis(axis: Any, unit: str | None) -> None:
-    """A logarithmic axis with the prefixes of units (10 µs, 1 ms): a tick a power of ten, more if it spans little."""
+    """Formats a logarithmic axis with the prefixes of units (10 µs, 1 ms): a tick per power of ten, more if it spans
+    little.
+    """
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(10, subs=(1,) if high > 300 * low else (1, 2, 5)))
     axis.set_major_formatter(EngFormatter(unit) if unit else FuncFormatter(lambda x, _: f"{x:g}"))
@@ -90,8 +96,8 @@ def format_unit_axis(axis: Any, unit: str | None) -> None:
 
 
 def remove_overlaps(fig: Figure) -> None:
-    """Lay the picture out, and take away what would be printed over other words: numbers of ticks that reach into the
-    one before; titles of panels are made smaller until they end where the next begins.
+    """Lays the figure out and removes labels that would overlap: tick labels that reach into the one before. Titles of
+    panels shrink until they end where the next begins.
     """
     fig.draw_without_rendering()
     axes = [ax for ax in fig.axes if ax.get_visible()]
@@ -109,7 +115,7 @@ def remove_overlaps(fig: Figure) -> None:
 
 
 def drop_overlapping_ticks(axis: Axis, side: int) -> None:
-    """Keep of an axis the labels that do not overlap the last one kept."""
+    """Keeps the labels of an axis that do not overlap the last one kept."""
     low, high = sorted(axis.get_view_interval())
     ticks = [x for x in axis.get_major_ticks() if low <= x.get_loc() <= high and x.label1.get_text()]
     if not all(x.label1.get_visible() for x in ticks):  # those of a panel that shares another's
@@ -127,7 +133,7 @@ def drop_overlapping_ticks(axis: Axis, side: int) -> None:
 def save_figure(
     fig: Figure, file: Path, stamp: Mapping[str, Any], suffixes: Sequence[str] = (".png", ".svg")
 ) -> list[Path]:
-    """Write FILE.png and FILE.svg, with the stamp of the rows they show; returns the paths."""
+    """Writes FILE.png and FILE.svg with the stamp of the rows they show; returns the paths."""
     origin = (str(stamp.get(key, "")) for key in ("device", "date", "commit"))
     versions = " ".join(f"{key} {stamp[key]}" for key in ("torch", "triton") if key in stamp)
     fig.supxlabel(" | ".join(word for word in (*origin, versions) if word), fontsize=7, color=GRAY, x=0.01, ha="left")

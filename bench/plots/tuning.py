@@ -1,4 +1,4 @@
-"""Pictures of a search: what the best time is for each pair of settings, and what was never launched and why."""
+"""Figures of a search: the best time for each pair of settings, and which configs were not launched and why."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ MAX_RATIO = 3.0  # times the best: the end of the colours
 
 
 def plot_tuning(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
-    """A picture for each op, implementation and sizes; a panel a pair of settings, a cell the best of the rest."""
+    """A figure for each op, implementation and sizes; a panel per pair of settings, a cell for the best of the rest."""
     searches: dict[Any, list[Row]] = defaultdict(list)
     for row in rows["tune"]:
         searches[row["op"], row["impl"], tuple(row["sizes"].items()), row.get("search")].append(row)
@@ -34,6 +34,7 @@ def plot_tuning(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:
 
 
 def search_figure(op: str, impl: str, sizes: Mapping[str, Any], rows: Sequence[Row]) -> Any:
+    """Draws one search."""
     timed = [row for row in rows if row["status"] in TIMED_STATUSES]
     settings = {name for row in rows for name in row["config"]}
     varied = [name for name in sorted(settings) if len({str(row["config"].get(name)) for row in rows}) > 1]
@@ -56,7 +57,7 @@ def search_figure(op: str, impl: str, sizes: Mapping[str, Any], rows: Sequence[R
 
 
 def setting_effect(timed: Sequence[Row], name: str) -> float:
-    """How many times slower the worst value of a setting is than its best, all others chosen well."""
+    """Returns the slowdown from a setting's best value to its worst, all other settings chosen well."""
     best: dict[Any, float] = defaultdict(lambda: float("inf"))
     for row in timed:
         value = row["config"].get(name)
@@ -65,7 +66,9 @@ def setting_effect(timed: Sequence[Row], name: str) -> float:
 
 
 def draw_cells(ax: Axes, rows: Sequence[Row], x: str, y: str | None, best: float) -> None:
-    """The best time of each pair of values over the best of all; hatched where no config was timed, with the reason."""
+    """Draws the best time of each pair of values over the best of all; hatched with the reason where no config was
+    timed.
+    """
     columns, lines = sorted_values(rows, x), sorted_values(rows, y) if y else [None]
     table = np.full((len(lines), len(columns)), np.nan)
     for (i, j), _ in np.ndenumerate(table):
@@ -95,6 +98,6 @@ def draw_cells(ax: Axes, rows: Sequence[Row], x: str, y: str | None, best: float
 
 
 def sorted_values(rows: Sequence[Row], name: str) -> list[Any]:
-    """The values of a setting, numbers by size and then the rest."""
+    """Returns the values of a setting, numbers by size and then the rest."""
     values = {row["config"].get(name) for row in rows}
     return sorted(values, key=lambda v: (not isinstance(v, int), v if isinstance(v, int) else 0, str(v)))

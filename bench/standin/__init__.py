@@ -22,10 +22,10 @@ import sys
 
 
 def is_active() -> bool:
-    """Whether this process runs on the stand-in."""
+    """Returns whether this process runs on the stand-in."""
     return "bench.standin.cuda" in sys.modules
 
 
 def command_prefix() -> list[str]:
-    """What begins a command that runs a module as this process runs: on the stand-in if this one does."""
+    """Returns the beginning of a command that runs a module: on the stand-in if this process runs on it."""
     return [sys.executable, "-m", *(["bench.standin"] if is_active() else [])]

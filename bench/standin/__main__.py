@@ -1,4 +1,4 @@
-"""`python -m bench.standin MODULE ARGUMENTS`: see the package."""
+"""Runs a module of Python on a stand-in for a CUDA GPU: `python -m bench.standin MODULE ARGUMENTS`"""
 
 import argparse
 import atexit
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def is_runnable(module: str) -> bool:
-    """Whether there is a module of this name, or a package that can be run; packages it lies in are imported."""
+    """Returns whether `python -m MODULE` would find something to run. The packages it lies in are imported."""
     if not module or module.startswith("."):
         return False
     try:

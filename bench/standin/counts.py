@@ -1,4 +1,4 @@
-"""What the stand-in counts: launches, kernels to compile, and where the host waits for the device."""
+"""Counters of the stand-in: kernel launches, kernels to compile, operators, and the lines where the host waits."""
 
 import json
 import sys
@@ -14,7 +14,9 @@ STANDIN_FOLDER = Path(__file__).resolve().parent
 
 @dataclass
 class Counts:
-    """Launches by kernel, kernels a GPU would compile by kernel and specialisation, waits by (what, file:line)."""
+    """Launches by kernel; compiled kernels by kernel and specialization; waits by (operation, file:line); operators by
+    name.
+    """
 
     launches: Counter[str] = field(default_factory=Counter)
     compiled: set[tuple[str, str]] = field(default_factory=set)
@@ -22,7 +24,7 @@ class Counts:
     operators: Counter[str] = field(default_factory=Counter)  # of torch, by name
 
     def write(self, file: Path) -> None:
-        """As JSON: totals, and what they are made of."""
+        """Writes the totals and their parts to a file, as JSON."""
         rows = {
             "launches": dict(self.launches),
             "compiled": dict(Counter(kernel for kernel, _ in self.compiled)),
@@ -37,7 +39,7 @@ counters = [Counts()]  # of the whole process, then of each `counting` under way
 
 @contextmanager
 def counting() -> Iterator[Counts]:
-    """Count what happens inside the `with`."""
+    """Counts inside the `with`."""
     counts = Counts()
     counters.append(counts)
     try:
@@ -47,7 +49,7 @@ def counting() -> Iterator[Counts]:
 
 
 def calling_line() -> str:
-    """The line of this repository that is running, leaving out the stand-in itself."""
+    """Returns file:line of the line of this repository that is running, the stand-in's own files left out."""
     frame = sys._getframe(1)
     while frame is not None:
         file = Path(frame.f_code.co_filename)
@@ -58,17 +60,20 @@ def calling_line() -> str:
 
 
 def count_wait(operation: str) -> None:
+    """Counts one wait of the host for the device, at the line that causes it."""
     line = calling_line()
     for counts in counters:
         counts.waits[operation, line] += 1
 
 
 def count_launch(kernel: str, specialization: str) -> None:
+    """Counts one launch. Launches of one kernel with different specializations are different kernels to compile."""
     for counts in counters:
         counts.launches[kernel] += 1
         counts.compiled.add((kernel, specialization))
 
 
 def count_operator(name: str) -> None:
+    """Counts one operator of torch."""
     for counts in counters:
         counts.operators[name] += 1

@@ -77,7 +77,7 @@ class Generator(host_generator, metaclass=_AnyGenerator):
 
 
 def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
-    """`torch.tensor`, whose C++ makes the tensor without asking `Factories`."""
+    """`torch.tensor`, which in C++ makes its tensor without asking `FactoryMode`."""
     device = default_device() if device is None else torch.device(device)
     values = host_tensor(data.item() if isinstance(data, CudaTensor) else data, **kwargs)
     return values if device.type == "cpu" else values.to(device)
@@ -91,7 +91,7 @@ def as_tensor(data: Any, *, dtype: Any = None, device: Any = None) -> Tensor:
 
 
 def to(self: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
-    """`Tensor.to` of a tensor of the CPU, whose C++ would ask the driver for the device first."""
+    """`Tensor.to` of a CPU tensor, which in C++ asks the driver for the device first."""
     if args and isinstance(args[0], Tensor):
         args = (args[0].device, args[0].dtype, *args[1:])
     device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
@@ -106,13 +106,13 @@ def to(self: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
 
 
 def default_device() -> torch.device:
-    """What a `with torch.device(...)` says."""
+    """Returns the device of the innermost `with torch.device(...)`, else the CPU."""
     modes = torch.overrides._get_current_function_mode_stack()
     return next((m.device for m in reversed(modes) if isinstance(m, DeviceContext)), torch.device("cpu"))
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-    """torch's scaled_dot_product_attention, which in C++ would make the mask of a causal one on the CPU."""
+    """`scaled_dot_product_attention`, which in C++ would make the mask of causal attention on the CPU."""
     if kwargs.get("is_causal") and isinstance(query, CudaTensor):
         size = query.shape[-2], key.shape[-2]
         attn_mask = torch.ones(size, dtype=torch.bool, device=query.device).tril()
@@ -121,6 +121,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, 
 
 
 class Event:
+    """`torch.cuda.Event` by the clock of the host."""
+
     def __init__(self, enable_timing: bool = False, **_: Any) -> None:
         self.enable_timing, self.recorded_at = enable_timing, 0.0
 
@@ -143,6 +145,8 @@ class Event:
 
 
 class Stream:
+    """`torch.cuda.Stream` that runs everything at once."""
+
     cuda_stream = 0
 
     def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
@@ -167,6 +171,8 @@ class Stream:
 
 
 class CUDAGraph(Capture):
+    """`torch.cuda.CUDAGraph` that records the calls made inside it."""
+
     def reset(self) -> None:
         self.calls.clear()
         self.results.clear()
@@ -176,8 +182,8 @@ class CUDAGraph(Capture):
 def graph(
     cuda_graph: CUDAGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
 ) -> Iterator[None]:
-    """Capture. What was computed inside is not there before the graph is replayed: until then it is NaN, or the
-    least of whole numbers.
+    """Captures a CUDA graph. Tensors computed inside hold no result before the graph is replayed: until then
+    floating-point ones are NaN, integers the smallest of their type.
     """
     if captures:
         raise RuntimeError("CUDA error: a graph is captured already")
@@ -211,6 +217,7 @@ def synchronize(device: Any = None) -> None:
 
 
 def memory_of(device: Any = None) -> Any:
+    """Returns the `Memory` of a device, given as torch.cuda's functions take it."""
     return memories[
         device_index("cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device)
     ]
@@ -270,6 +277,7 @@ run_thread = threading.Thread.run
 
 
 def run_on_standin(self: threading.Thread) -> None:
+    """Runs a thread under the stand-in's dispatch mode: a mode holds for one thread only."""
     with FactoryMode():  # a mode holds for one thread
         run_thread(self)
 

@@ -1,7 +1,8 @@
-"""The tensor of the stand-in: it says cuda:N, its numbers lie in the memory of the CPU, and its operators refuse what
-CUDA's do.
+"""The tensor of the stand-in: it says cuda:N, its values lie in CPU memory, and its operators refuse what CUDA's
+refuse.
 
-Every operator comes to `dispatch`, from the tensor's class or, for those that only make tensors, from `Factories`.
+Every operator arrives at `dispatch`: from the tensor's class, or from `FactoryMode` for operators that take no tensor
+and make one.
 """
 
 import weakref
@@ -41,7 +42,7 @@ CPU_ONLY = ("_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu"
 
 @dataclass
 class Memory:
-    """Bytes of the tensors of one device: now, the most so far, and all that there is."""
+    """Bytes of the tensors of one device: allocated now, at the peak, and in total."""
 
     total: int = MEMORY
     allocated: int = 0
@@ -68,7 +69,7 @@ class Memory:
 
 
 class Capture:
-    """What a CUDA graph holds: the calls made while it was captured, which ran on no data until it is replayed."""
+    """The calls made while a CUDA graph was captured; they are made again when it is replayed."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Callable[[], Any], Any]] = []
@@ -88,7 +89,7 @@ current_device = [0]  # the device that kernels start on
 
 
 def note_wait(operation: str) -> None:
-    """Note that the host waits for the device. Errors: RuntimeError while a graph is captured."""
+    """Counts that the host waits for the device. Errors: RuntimeError while a graph is captured."""
     count_wait(operation)
     if captures:
         raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({operation})")
@@ -176,7 +177,7 @@ class CudaTensor(torch.Tensor):
 
 
 class DeviceCopy(torch.autograd.Function):
-    """A copy to another device, whose gradient goes back."""
+    """A copy to another device that is differentiable: its gradient is copied back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, move: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
@@ -189,7 +190,7 @@ class DeviceCopy(torch.autograd.Function):
 
 
 def device_index(device: Any) -> int:
-    """The index of a device, the current one where it names none. Errors: RuntimeError beyond the last."""
+    """Returns the index of a device, that of the current one if it names none. Errors: RuntimeError beyond the last."""
     index = torch.device(device).index
     if index is not None and index >= DEVICES:
         raise RuntimeError(f"CUDA error: invalid device ordinal ({index}, of {DEVICES} devices)")
@@ -197,7 +198,7 @@ def device_index(device: Any) -> int:
 
 
 def host_view(x: Tensor) -> Tensor:
-    """The same memory as a tensor of the CPU."""
+    """Returns the same memory as a CPU tensor."""
     if not isinstance(x, CudaTensor):
         return x
     with torch._C._DisableTorchDispatch():
@@ -205,7 +206,7 @@ def host_view(x: Tensor) -> Tensor:
 
 
 def device_view(x: Tensor, index: int) -> CudaTensor:
-    """The same memory as a tensor of a device of the stand-in."""
+    """Returns the same memory as a tensor of a device of the stand-in."""
     if isinstance(x, CudaTensor):
         return x
     if x.numel():
@@ -216,14 +217,14 @@ def device_view(x: Tensor, index: int) -> CudaTensor:
 
 
 class FactoryMode(TorchDispatchMode):
-    """Sees the operators that take no tensor of the stand-in, but may make one."""
+    """Intercepts operators that take no tensor of the stand-in but may make one."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return dispatch(func, args, kwargs or {})
 
 
 def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run an operator as CUDA would: refuse what it refuses, count what waits, give back tensors of the device."""
+    """Runs an operator as CUDA would: refuses what CUDA refuses, counts waits, and returns tensors of the device."""
     operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     device_tensors = [x for x in operands if isinstance(x, CudaTensor)]
     target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
@@ -280,11 +281,12 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def is_written(argument: Any) -> bool:
+    """Returns whether the operator's schema says that it writes to an argument."""
     return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def check_generator(generator: Any, target: torch.device | None, on_device: bool) -> None:
-    """Errors: RuntimeError for a generator of another device than that of the numbers drawn."""
+    """Checks that random numbers are drawn by a generator of their device. Errors: RuntimeError."""
     if generator is None:
         return
     expected = "cuda" if on_device or (target is not None and target.type == "cuda") else "cpu"
@@ -296,8 +298,8 @@ def check_generator(generator: Any, target: torch.device | None, on_device: bool
 
 
 def check_devices(name: str, args: Any, operands: Sequence[Tensor], device_tensors: Sequence[CudaTensor]) -> None:
-    """Errors: RuntimeError for operands of two devices. A number may be a CPU tensor without axes, indices may lie on
-    the CPU whatever they index, copies cross.
+    """Checks that all operands are on one device. A CPU tensor without axes counts as a number, indices may lie on the
+    CPU whatever they index, and copies cross devices. Errors: RuntimeError.
     """
     if name in CROSS_DEVICE:
         return
@@ -319,7 +321,7 @@ def check_devices(name: str, args: Any, operands: Sequence[Tensor], device_tenso
 
 
 def count_waits(func: Any, name: str, args: Any, kwargs: Any, device_tensors: Sequence[CudaTensor]) -> None:
-    """Count the operator if it makes the host wait."""
+    """Counts the operator if it makes the host wait for the device."""
     if name in WAITING and device_tensors:
         note_wait(WAITING[name])
     elif name == "_to_copy" and not device_tensors and args[0].device.type == "cpu":
@@ -340,7 +342,7 @@ def count_waits(func: Any, name: str, args: Any, kwargs: Any, device_tensors: Se
 
 
 def divides_by_host_number(name: str, args: Any, kwargs: Any) -> bool:
-    """Whether CUDA multiplies by a reciprocal here: a quotient of floating-point numbers by a number of the host."""
+    """Returns whether CUDA multiplies by a reciprocal here: floating-point numbers divided by a number of the host."""
     if name not in ("div", "div_") or kwargs or not isinstance(args[0], Tensor):
         return False
     host = not isinstance(args[1], CudaTensor) and (not isinstance(args[1], Tensor) or not args[1].dim())
@@ -348,10 +350,13 @@ def divides_by_host_number(name: str, args: Any, kwargs: Any) -> bool:
 
 
 def divide_by_reciprocal(x: Tensor, number: Any) -> Tensor:
-    """x / number as CUDA computes it: times the reciprocal of the number in float32 (float64 for float64)."""
+    """Returns x / number as CUDA computes it: times the reciprocal of the number, in float32 (in
+    float64 for float64).
+    """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (x.to(dtype) * (1 / torch.tensor(float(number), dtype=dtype))).to(x.dtype)
 
 
 def divide_by_reciprocal_(x: Tensor, number: Any) -> Tensor:
+    """Divides x in place; see `divide_by_reciprocal`."""
     return x.copy_(divide_by_reciprocal(x, number))

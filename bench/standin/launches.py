@@ -20,8 +20,8 @@ run_interpreted = interpreter.InterpretedFunction.run
 
 
 def launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-    """In place of `InterpretedFunction.run`. Errors: ValueError for a tensor of the CPU or of a device that is not the
-    current one, RuntimeError for more blocks than a grid has.
+    """Replaces `InterpretedFunction.run`. Errors: ValueError for a tensor of the CPU or of a device that is not the
+    current one, RuntimeError for more blocks than a grid may have.
     """
     for x in tree_leaves((args, kwargs)):
         if isinstance(x, torch.Tensor) and not isinstance(x, CudaTensor):
@@ -51,7 +51,7 @@ def launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any
 
 
 def specialization_key(function: Any, args: Any, kwargs: Any) -> str:
-    """What tells one compiled kernel of the function from another: the key of Triton's own cache."""
+    """Returns the key of Triton's cache, which tells one compiled kernel of the function from another."""
     if function not in compiled_twins:
         options_kept = ("do_not_specialize", "do_not_specialize_on_alignment")
         compiled_twins[function] = JITFunction(

@@ -22,16 +22,17 @@ _processes: dict[str, ProcessPool] = {}  # of a worker, by the GPUs it was given
 
 
 def run_jobs(stage: str, jobs: Sequence[Job]) -> list[Answer]:
-    """What a task does: as in a run without Ray, the jobs of each stage have a process, which the next task finds."""
+    """Does the jobs of one task in a process of the worker, one per stage, which the next task finds again."""
     processes = _processes.setdefault(os.environ.get("CUDA_VISIBLE_DEVICES", ""), ProcessPool(1))
     return [processes.run_job(stage, job) for job in jobs]
 
 
 class RayCluster:
-    """Tasks of a batch of jobs each. Ray gives a task to another worker when its own dies.
+    """Tasks of a few jobs each. Ray gives a task to another worker if its own dies.
 
-    address: of a running cluster whose GPUs, if any, are like the one here, to which this checkout travels; or "local"
-    to start one of `count` workers. Errors: ValueError if Ray is not installed or does not reach the cluster.
+    address: that of a running cluster whose GPUs, if any, are like the one here, to which this checkout is sent; or
+    "local" to start a cluster of `count` workers. Errors: ValueError if Ray is not installed or does not reach the
+    cluster.
     """
 
     def __init__(self, address: str, count: int):

@@ -1,17 +1,17 @@
-"""How long a launch takes on paper, from what the kernel's file says of it (`Space.launch`) and figures of the GPU.
+"""The predicted time of a launch, from its kernel's declared costs (`SearchSpace.launch`) and figures of the GPU.
 
 Programs run in waves, as many at a time as shared memory and warps allow. A wave of p programs takes one latency and
 
-    memory   the larger of its share of the bytes any kernel must move at the memory's bandwidth, and all its bytes at
-             the rate of the L2 cache or, if less, at what is under way at once: p · stage · num_stages a latency
-    compute  dots at the rate of the tensor cores and lanes at that of the others, as far as there are warps: an SM
-             reaches its rate with one warp on each of its four parts
+    memory   the larger of its share of the bytes that any kernel must move, at the bandwidth of memory, and all its
+             bytes at the rate of the L2 cache or, if less, at the rate of p * bytes_per_stage * num_stages per latency
+    compute  matrix products at the rate of the tensor cores and elementwise operations at that of the other units, as
+             far as there are warps: an SM reaches its rate with one warp on each of its four partitions
 
-whichever is more, or both in turn where num_stages is 1 and so nothing is loaded ahead.
+whichever is longer, or their sum where num_stages is 1 and nothing is loaded ahead.
 
-It knows no registers, bank conflicts, instruction counts or clocks, takes L2 to be 2.5 times as fast as memory and one
-latency to be 0.8 us. So it is for leaving out what cannot be good, and for a run without a GPU; its seconds are never
-those of a table that is served from.
+The model knows no registers, bank conflicts, instruction counts or clocks, and takes L2 to be 2.5 times as fast as
+memory and one latency to be 0.8 us. It is for dropping hopeless candidates and for runs without a GPU; no tuned table
+that calls look up holds its seconds.
 """
 
 import re
@@ -36,8 +36,8 @@ L2_SPEEDUP = 2.5  # times the bandwidth of memory
 
 @dataclass(frozen=True)
 class GpuModel:
-    """What the model goes by: SMs, single operations a second on their lanes, bytes a second, and float16 flops a
-    second of the tensor cores. `guessed`: what it is taken for if it is not known; else empty.
+    """A GPU in figures: SMs, single elementwise operations, bytes and float16 FLOPs of tensor cores per second. `guess`
+    says which GPU it is taken for if it is not known, else it is empty.
     """
 
     arch: str
@@ -51,7 +51,7 @@ class GpuModel:
 
 @lru_cache
 def known_gpus() -> Mapping[str, GpuModel]:
-    """The GPUs of configs/bench/chips.toml."""
+    """Returns the GPUs of configs/bench/chips.toml."""
     sheets, own = (tomllib.loads((config_dir() / "bench" / f"{file}.toml").read_text()) for file in ("gpus", "chips"))
     tables = {key: {**sheets.get(key, {}), **values} for key, values in own.items()}
     return {
@@ -61,25 +61,26 @@ def known_gpus() -> Mapping[str, GpuModel]:
 
 
 def known_archs() -> list[str]:
+    """Returns the architectures of the known GPUs."""
     return list(dict.fromkeys(chip.arch for chip in known_gpus().values()))
 
 
 def gpu_of_arch(arch: str) -> GpuModel:
-    """The GPU that stands for an architecture. Errors: ValueError for one the cost model does not know."""
+    """Returns the GPU that stands for an architecture. Errors: ValueError for one that the cost model does not know."""
     if arch not in known_archs():
         raise ValueError(f"the cost model does not know {arch}; --arch takes {', '.join(known_archs())}")
     return next(chip for chip in known_gpus().values() if chip.arch == arch)
 
 
 def arch_number(arch: str) -> int:
-    """Of an architecture, 10 times its compute capability."""
+    """Returns 10 times the compute capability of an architecture."""
     return int(arch.removeprefix("sm_"))
 
 
 def gpu_of_device(device: Any) -> GpuModel:
-    """The GPU with these properties (`torch.cuda.get_device_properties`): as its datasheet says, or else the one that
-    stands for its architecture, or for the nearest below that, with as many SMs as it has, and its own bandwidth if the
-    driver says it.
+    """Returns the GPU with these properties (`torch.cuda.get_device_properties`): by its datasheet, or else the one
+    that stands for its architecture or the nearest below, scaled to the number of SMs and to the bandwidth that the
+    driver gives, if any.
 
     Errors: ValueError below compute capability 8.0, and for GPUs that are not NVIDIA's.
     """
@@ -103,7 +104,7 @@ def gpu_of_device(device: Any) -> GpuModel:
 
 
 def predict_seconds(impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, Any], gpu: GpuModel) -> float | None:
-    """Seconds of one launch; None if the file of the implementation does not say what a launch does."""
+    """Returns the seconds of one launch; None if the implementation's file does not declare the costs of a launch."""
     if not impl.space or not impl.space.launch_cost:
         return None
     launch = impl.space.launch_cost(config, **sizes)
@@ -122,7 +123,7 @@ def predict_seconds(impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, A
 
 
 def programs_per_sm(launch: LaunchCost, config: Mapping[str, Any], gpu: GpuModel) -> int:
-    """Programs that run on one SM at a time."""
+    """Returns the programs that run on one SM at a time."""
     target = TARGETS[gpu.arch]
     shared = target.shared_per_sm // (launch.bytes_per_stage * config.get("num_stages", 1) + target.reserved_per_block)
     return max(1, min(shared, target.warps_per_sm // config.get("num_warps", 4), target.blocks_per_sm))
@@ -131,7 +132,7 @@ def programs_per_sm(launch: LaunchCost, config: Mapping[str, Any], gpu: GpuModel
 def wave_seconds(
     programs: int, launch: LaunchCost, config: Mapping[str, Any], min_share: float, gpu: GpuModel, half_precision: bool
 ) -> float:
-    """Seconds in which p programs, all under way at once, are done."""
+    """Returns the seconds in which so many programs, all at once, are done."""
     stages = config.get("num_stages", 1)
     rate = min(L2_SPEEDUP * gpu.bandwidth, programs * max(launch.bytes_per_stage, 1) * stages / LATENCY)
     memory = max(programs * launch.bytes / rate, programs * launch.bytes * min_share / gpu.bandwidth)

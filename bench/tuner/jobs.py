@@ -1,12 +1,12 @@
-"""The work of a search, a job at a time: compile a candidate, gate it, time it. A job and its answer are plain JSON.
+"""The jobs of a search: compile a candidate, gate it, time it. A job and its answer are plain JSON.
 
     {"stage": "compile", "op": ..., "impl": ..., "config": {...}, "sizes": {...}, "arch": "sm_90"}
         -> {"reason": why it may not be launched or None, "registers": ..., "spills": ..., "shared": ...}
     {"stage": "gate", ...}  -> {"reason": why its numbers are not those of the op, or None}
     {"stage": "time", ..., "budget": seconds}  -> {"seconds": ..., "again": ...} or {"reason": ...}
 
-`python -m bench.tuner.jobs` answers the jobs on its standard input, one a line, and ends with it, in the middle of a
-job if need be. Each stage has processes of its own: they differ in their environment, and a kernel that kills its
+`python -m bench.tuner.jobs` answers the jobs on its standard input, one per line, and ends when that is closed, in the
+middle of a job if need be. Each stage has processes of its own: their environments differ, and a kernel that kills its
 process or its CUDA context does not end the search.
 """
 
@@ -38,12 +38,12 @@ Answer = dict[str, Any]
 
 
 def command_prefix(stage: str) -> list[str]:
-    """What begins the command of a process of a stage; compilers run where they are, on no stand-in."""
+    """Returns the beginning of the command of a stage's processes; compilers never run on the stand-in."""
     return [sys.executable, "-m"] if stage == "compile" else standin.command_prefix()
 
 
 def stage_environment(stage: str) -> dict[str, str]:
-    """What the processes of a stage have in their environment; kernels are interpreted only to gate them on a CPU."""
+    """Returns the environment variables of a stage's processes; kernels are interpreted only to gate them on a CPU."""
     interpreted = stage != "compile" and not torch.cuda.is_available()
     threads = {} if stage == "time" else {"OMP_NUM_THREADS": "1"}
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if stage == "compile" else {}
@@ -51,10 +51,11 @@ def stage_environment(stage: str) -> dict[str, str]:
 
 
 def compile_equivalent_sizes(domain: Mapping[str, IntRange | OneOf], sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Small sizes for which the compiler makes the same kernel: it tells 1, multiples of 16 and other numbers apart.
+    """Returns small sizes for which the compiler makes the same kernel: it distinguishes 1, multiples of 16 and other
+    numbers.
 
-    That holds for sizes that are arguments of a kernel. Where one is a constant, a kernel like it is made, unless it is
-    a `OneOf`, of which each value is kept.
+    This holds for sizes that are arguments of a kernel. Where one is a constant, a similar kernel is made; of a `OneOf`
+    each value is kept.
     """
     equivalent = dict(sizes)
     for name, values in domain.items():
@@ -67,12 +68,13 @@ def compile_equivalent_sizes(domain: Mapping[str, IntRange | OneOf], sizes: Mapp
 
 
 def find_impl(job: Job) -> Impl:
+    """Returns the implementation of a job."""
     discover()
     return OPS[job["op"]].impls[job["impl"]]
 
 
 def compile_job(job: Job) -> Answer:
-    """Cross-compile: a kernel that spills registers or wants more shared memory than there is, is not launched."""
+    """Cross-compiles. A kernel that spills registers or wants more shared memory than there is will not be launched."""
     find_impl(job)
     outcome = compile_request(
         kernel_resources, CompileRequest(job["op"], job["impl"], job["config"], job["arch"], job["sizes"])
@@ -97,6 +99,7 @@ def current_device() -> torch.device:
 
 
 def gate_job(job: Job) -> Answer:
+    """Checks the numbers of a candidate."""
     reason = gate(find_impl(job), job["config"], Case(job["op"], "tune", job["sizes"]))
     if reason:
         release_memory(current_device())  # a context the kernel broke ends this process, not the candidates after it
@@ -105,10 +108,12 @@ def gate_job(job: Job) -> Answer:
 
 @lru_cache(maxsize=1)
 def cached_arguments(op: str, sizes: str, device: torch.device) -> Any:
+    """Returns the arguments of some sizes; the last ones are kept."""
     return random_arguments(Case(op, "tune", json.loads(sizes)), device)
 
 
 def time_job(job: Job) -> Answer:
+    """Times a candidate, or says why it could not be timed."""
     device = current_device()
     impl, config = find_impl(job), job["config"]
     try:
@@ -127,10 +132,12 @@ STAGES: dict[str, Callable[[Job], Answer]] = {"compile": compile_job, "gate": ga
 
 
 def run_job(job: Job) -> Answer:
+    """Does a job of any stage."""
     return STAGES[job["stage"]](job)
 
 
 def main() -> None:
+    """Answers jobs from standard input until it is closed."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what kernels print is no answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search to handle

@@ -1,15 +1,15 @@
-"""All that a search has found, on disk as soon as it is known: one JSON object a line, only ever appended to.
+"""The journal of a search: each result on disk as soon as it is known, one JSON object per line, only ever appended to.
 
-The first row ("search") says what was searched and with what; the name of the file holds a hash of it, so another
-kernel, space, cost model, gate, Triton or device has a journal of its own. Then come, in any order,
+The first row ("search") says what was searched and with what. The name of the file contains its hash, so another
+kernel, search space, cost model, gate, Triton or device has a journal of its own. Then come, in any order,
 
-    compiled   config, sizes as the compiler tells them apart, registers, spills, shared, reason (null: may be launched)
+    compiled   config, sizes as the compiler sees them, registers, spills, shared, reason (null: may be launched)
     gated      config, sizes as above, reason (null: may be timed)
-    tune       config, sizes, status, reason, seconds, predicted, timer: one a candidate; the status is "timed", or
-               "predicted" for one that the cost model does not call the best and that no gate has seen, or the stage
-               that was not passed: cost, compile, gate, time
+    tune       config, sizes, status, reason, seconds, predicted, timer: one per candidate. The status is "timed",
+               "predicted" for a candidate that the cost model does not call the best and that was not gated, or the
+               stage that it did not pass: cost, compile, gate, time
 
-A last line that was cut off is dropped: what it said is found again.
+A last line that was cut off is removed, and its result is computed again.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,11 +35,14 @@ FORMS = {
 
 
 def row_key(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> Key:
+    """Returns a key of a config and sizes."""
     return canonical_json(config), canonical_json(sizes)
 
 
 def read_journal(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a journal. Errors: `LoadError` naming file, line and field of what is none; ValueError."""
+    """Yields the rows of a journal. Errors: `LoadError` naming file, line and field of an entry that is none;
+    ValueError.
+    """
     for number, row in enumerate(rows.read(file), 1):
         where = f"{file}:{number}"
         require_schema(row, {"kind": str}, where)
@@ -54,7 +57,7 @@ def read_journal(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def check_sizes(sizes: Mapping[str, Any], op: Any, where: str) -> None:
-    """Errors: `LoadError` for sizes that are not those of the op."""
+    """Checks that sizes are those of the op. Errors: `LoadError`."""
     if op not in OPS:
         raise LoadError(f"{where}, op is {short_repr(op)}, which does not exist")
     names, varying = OPS[op].domain.keys(), OPS[op].dynamic_sizes
@@ -68,7 +71,7 @@ def check_sizes(sizes: Mapping[str, Any], op: Any, where: str) -> None:
 
 
 class Journal:
-    """`found[kind]`: the rows of a kind by config and sizes."""
+    """The journal of one search; `entries[kind]` are the rows of a kind by config and sizes."""
 
     def __init__(self, folder: Path, search: Mapping[str, Any]):
         self.file = folder / f"{search['op']}-{search['impl']}-{short_hash(canonical_json(search).encode())}.jsonl"
@@ -83,20 +86,23 @@ class Journal:
             rows.write(self.file, [{"kind": "search", **search}])
 
     def remember(self, row: dict[str, Any]) -> None:
+        """Adds a row to `entries`."""
         if row["kind"] in self.entries:
             self.entries[row["kind"]][row_key(row["config"], row["sizes"])] = row
 
     def add(self, kind: str, config: Mapping[str, Any], sizes: Mapping[str, Any], **rest: Any) -> None:
+        """Writes a row."""
         row = {"kind": kind, **self.labels, "config": dict(config), "sizes": dict(sizes), **rest}
         rows.write(self.file, [row])
         self.remember(row)
 
     def get(self, kind: str, config: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Returns the row of a config and sizes, None if there is none."""
         return self.entries[kind].get(row_key(config, sizes))
 
 
 def find_journals(folder: Path, op: str, impl: str) -> dict[Path, dict[str, Any]]:
-    """The journals of an implementation in a folder, and what each says was searched."""
+    """Returns the journals of an implementation in a folder, with the first row of each."""
     journals = {}
     for file in sorted(folder.glob(f"{op}-{impl}-*.jsonl")):
         if b"\n" in file.read_bytes():

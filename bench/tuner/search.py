@@ -1,10 +1,10 @@
-"""One search: the candidates of an implementation, most promising first, through cost model, compiler, gate and timer.
+"""The search of one implementation: its candidates, most promising first, pass cost model, compiler, gate and timer.
 
-Where the cost model is the timer, nothing is timed, and only those that a table may name pass the gate: that is then
-nearly all of the work, interpreted, and what is predicted of the others does not depend on it.
+A candidate is a config with the sizes for which the compiler makes one kernel of it: it is compiled and gated once, and
+timed at each of them. Candidates go in rounds, so that a run that is stopped early has times for the best of them.
 
-They go in rounds, so that a run that is stopped early has times for the best of them. A candidate is a config and the
-sizes for which the compiler makes one kernel of it: it is compiled and gated once, and timed at each of them.
+Where the cost model is the timer, nothing is timed, and only candidates that a table may name are gated: interpreted
+gates are then nearly all of the work, and the predictions for the others do not depend on them.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -32,7 +32,9 @@ ROUND_SIZE = 4  # candidates for each worker
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """How a search is made. timer: "gpu", "cpu" or "cost model"; budget: seconds for each of the two runs of a time."""
+    """The settings of a search. timer: "gpu", "cpu" or "cost model"; budget: seconds for each of the two runs of a
+    time.
+    """
 
     timer: str
     device: str
@@ -44,7 +46,9 @@ class SearchPlan:
 
 @dataclass(frozen=True)
 class Candidate:
-    """`compiled`: the sizes the compiler sees; `at`: the sizes it is to be timed at, with the predicted seconds."""
+    """A config, the sizes that the compiler sees, and the sizes it is to be timed at, each with the
+    predicted seconds.
+    """
 
     config: Config
     compiled_sizes: Mapping[str, Any]
@@ -52,11 +56,12 @@ class Candidate:
 
 
 def source_hash(*modules: Any) -> str:
+    """Returns a hash of the files of some modules."""
     return short_hash(*(Path(module.__file__).read_bytes() for module in modules))
 
 
 def search_fingerprint(impl: Impl, plan: SearchPlan) -> dict[str, Any]:
-    """What a journal is for: with any of it changed, what was found no longer holds."""
+    """Returns the first row of a journal: if any of it changes, earlier results no longer hold."""
     return {
         "op": impl.op,
         "impl": impl.name,
@@ -69,13 +74,13 @@ def search_fingerprint(impl: Impl, plan: SearchPlan) -> dict[str, Any]:
 
 
 def all_configs(impl: Impl, sizes: Mapping[str, Any]) -> list[Config]:
-    """The configs of the file, then those of its space, each once."""
+    """Returns the configs of the file, then those of its search space, each once."""
     candidates = [*impl.configs, *(impl.space.configs(sizes) if impl.space else [])]
     return list({canonical_json(dict(config)): config for config in candidates}.values())
 
 
 class Search:
-    """A search and its journal. `done` says of how many of the candidates all is known."""
+    """A search and its journal."""
 
     def __init__(
         self, impl: Impl, cases: Sequence[Case], plan: SearchPlan, folder: Path, max_candidates: int | None = None
@@ -88,11 +93,13 @@ class Search:
 
     @property
     def num_done(self) -> int:
+        """The number of candidates whose results are complete."""
         return sum(self.is_finished(c) for c in self.candidates)
 
     def rank_candidates(self) -> list[Candidate]:
-        """The candidates the cost model leaves, those it drops go to the journal: first the file's own configs, which
-        stay in any case, then by the least ratio to the best prediction; kernels of different sizes take turns.
+        """Returns the candidates that the cost model keeps, and writes those it drops to the journal: first the file's
+        own configs, which are always kept, then by the least ratio to the best prediction; kernels of different sizes
+        take turns.
         """
         by_kernel: dict[str, dict[str, Candidate]] = {}  # by the sizes the compiler sees, then by config
         promise: dict[tuple[str, str], float] = {}
@@ -129,16 +136,17 @@ class Search:
     def record(
         self, config: Config, sizes: Mapping[str, Any], predicted: float | None, status: str, **rest: Any
     ) -> None:
-        """Write the row of a candidate at some sizes, unless there is one."""
+        """Writes the row of a candidate at some sizes, unless there is one."""
         if not self.journal.get("tune", config, sizes):
             fields = {"status": status, "reason": None, "seconds": None, "predicted": predicted}
             self.journal.add("tune", config, sizes, **fields | rest, timer=self.plan.timer, **self.plan.stamp)
 
     def is_finished(self, candidate: Candidate) -> bool:
+        """Returns whether all results of a candidate are in the journal."""
         return all(self.journal.get("tune", candidate.config, sizes) for sizes, _ in candidate.timed_sizes)
 
     def run(self, workers: Workers, deadline: float, progress: Callable[[], None]) -> None:
-        """Go on until all is known or the deadline (of `time.monotonic`) has passed, whatever is under way then."""
+        """Runs rounds until every result is known or the deadline (of `time.monotonic`) has passed."""
         left = [c for c in self.candidates if not self.is_finished(c)]
         batch_size = ROUND_SIZE * workers.num_workers
         for start in range(0, len(left), batch_size):
@@ -151,7 +159,7 @@ class Search:
             progress()
 
     def run_round(self, batch: Sequence[Candidate], workers: Workers, deadline: float) -> Iterator[None]:
-        """Compile, gate and time some candidates; yields after each answer, which is in the journal by then.
+        """Compiles, gates and times some candidates; yields after each answer, which is in the journal by then.
 
         Errors: TimeoutError at the deadline.
         """
@@ -173,8 +181,8 @@ class Search:
             yield
 
     def gate_winners(self, batch: Sequence[Candidate], workers: Workers, deadline: float) -> Iterator[None]:
-        """Gate those that are predicted to be the best so far at some of their sizes, until the best of all sizes have
-        passed; of the others, which no table will name, the prediction alone is kept.
+        """Gates the candidates that are predicted to be the best so far at some of their sizes, until the best of all
+        sizes have passed. Of the others, which no table will name, only the prediction is kept.
         """
         left = list(batch)
         while best := self.predicted_best(left):
@@ -187,7 +195,9 @@ class Search:
                 self.record(c.config, sizes, seconds, "predicted", seconds=seconds)
 
     def predicted_best(self, left: Sequence[Candidate]) -> list[Candidate]:
-        """Those that are predicted to be faster, at some sizes, than all others and than what has passed the gate."""
+        """Returns the candidates that are predicted to be faster, at some sizes, than all others and than what passed
+        the gate.
+        """
         gated = [row for row in self.journal.entries["tune"].values() if row["status"] == "timed"]
         times = [(row["seconds"], canonical_json(row["config"]), row["sizes"]) for row in gated]
         times += [(seconds, canonical_json(dict(c.config)), sizes) for c in left for sizes, seconds in c.timed_sizes]
@@ -203,7 +213,7 @@ class Search:
     def run_stage(
         self, stage: str, kind: str, batch: Sequence[Candidate], workers: Workers, deadline: float
     ) -> Generator[None, None, list[Candidate]]:
-        """The candidates that pass a stage; those that do not get their rows, with the reason."""
+        """Runs a stage; returns the candidates that pass it. Those that do not get their rows, with the reason."""
         pending = [c for c in batch if not self.journal.get(kind, c.config, c.compiled_sizes)]
         cheapest_sizes = [
             min((sizes for sizes, _ in c.timed_sizes), key=lambda s: OPS[self.impl.op].cost(**s)) for c in pending
@@ -227,5 +237,6 @@ class Search:
         return passed
 
     def make_job(self, stage: str, config: Config, sizes: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a job of a stage."""
         fields = {"stage": stage, "op": self.impl.op, "impl": self.impl.name, "config": dict(config)}
         return {**fields, "sizes": dict(sizes), "arch": self.plan.gpu.arch, "budget": self.plan.budget}

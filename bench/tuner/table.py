@@ -1,7 +1,7 @@
-"""From the journal of a search to its entry in a tuned table (`vila_triton.registry.tuned_tables`), and what the choice costs.
+"""From the journal of a search to its entry in a tuned table (`vila_triton.registry.tuned_tables`), and its regret.
 
 The same rows give the same bytes, in whatever order they were found. A range of a size that varies ends at the
-geometric mean of two neighbouring sizes that were tuned; the first begins at 0 and the last has no end. With several
+geometric mean of two neighboring sizes that were tuned; the first begins at 0 and the last has no end. With several
 varying sizes the ranges of the second lie within one of the first, and so on: every size lies in exactly one range.
 """
 
@@ -35,10 +35,11 @@ class TunedPoint:
 
     @property
     def best(self) -> str:
+        """The fastest config."""
         return min(self.seconds, key=lambda config: (self.seconds[config], config))
 
     def regret(self, config: str) -> float:
-        """How many times as long as the best a config takes; infinite if it has no time here."""
+        """Returns a config's time over the best time; infinite if it has no time here."""
         return self.seconds.get(config, inf) / self.seconds[self.best]
 
 
@@ -46,7 +47,7 @@ TIMED_STATUSES = ("timed", "predicted")  # the second: by the cost model, and no
 
 
 def tuned_points(rows: Iterable[Row]) -> list[TunedPoint]:
-    """What has a time, by sizes."""
+    """Returns the points that have times, by sizes."""
     seconds_by_sizes: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["status"] in TIMED_STATUSES:
@@ -57,7 +58,7 @@ def tuned_points(rows: Iterable[Row]) -> list[TunedPoint]:
 
 
 def split_ranges(points: Sequence[TunedPoint], varying: Sequence[str]) -> Iterator[tuple[dict[str, Any], TunedPoint]]:
-    """The ranges around points that differ in the varying sizes only."""
+    """Yields the ranges around points that differ in the varying sizes only."""
     if not varying:
         yield {}, points[0]
         return
@@ -71,7 +72,7 @@ def split_ranges(points: Sequence[TunedPoint], varying: Sequence[str]) -> Iterat
 
 
 def table_ranges(points: Sequence[TunedPoint], varying: Sequence[str]) -> list[dict[str, Any]]:
-    """The ranges of a table: for each set of fixed sizes that was tuned, those of the varying ones."""
+    """Returns the ranges of a table: for each set of fixed sizes that was tuned, those of the varying ones."""
     groups: dict[str, list[TunedPoint]] = {}
     for point in points:
         groups.setdefault(canonical_json({k: v for k, v in point.sizes.items() if k not in varying}), []).append(point)
@@ -85,18 +86,18 @@ def table_ranges(points: Sequence[TunedPoint], varying: Sequence[str]) -> list[d
 
 
 def fallback_config(points: Sequence[TunedPoint], allowed: Set[str]) -> dict[str, Any]:
-    """Of the configs that passed the gate that with times at most sizes, and of those with the least worst regret."""
+    """Returns the gated config that has times at the most sizes, and of those the one with the least worst regret."""
     missing, worst, config = least_regret_config(points, allowed)
     return {"config": json.loads(config), "worst_regret": worst, "sizes_without_time": missing}
 
 
 def gated_configs(rows: Iterable[Row]) -> set[str]:
-    """The configs that passed the gate, by their canonical text."""
+    """Returns the configs that passed the gate, by their canonical text."""
     return {canonical_json(row["config"]) for row in rows if row["status"] == "timed"}
 
 
 def least_regret_config(points: Sequence[TunedPoint], allowed: Set[str] | None = None) -> tuple[int, float, str]:
-    """(sizes without a time, worst regret, config) of the config for which they are least."""
+    """Returns (sizes without a time, worst regret, config) of the config for which they are least."""
     configs = {c for point in points for c in point.seconds if allowed is None or c in allowed}
     missing = {c: sum(c not in p.seconds for p in points) for c in configs}
     worst = {c: max(p.regret(c) for p in points if c in p.seconds) for c in missing}
@@ -104,19 +105,19 @@ def least_regret_config(points: Sequence[TunedPoint], allowed: Set[str] | None =
 
 
 def default_impls(op: str, size: int) -> set[str]:
-    """What configs/kernels.toml runs at this size on a GPU, in either phase."""
+    """Returns the implementations that configs/kernels.toml runs at this size on a GPU, in either phase."""
     return {
         implementation_at(configured_choices("cuda", phase).get(op, REFERENCE), size) for phase in ("prefill", "decode")
     }
 
 
 def choose_impl(op: str, entries: Iterable[Row]) -> BoundedChoice | None:
-    """Which implementation of an op is to run, by the size that varies, from the entries of several.
+    """Chooses the implementation of an op by the size that varies, from the entries of several implementations.
 
-    Sizes count at which what configs/kernels.toml runs was timed, too: a search that was ended early may know nothing
-    else of the others but that they can be run. For each value it is the one timed at most of the sizes that go with
-    it, and of those the one with the least worst regret; ranges meet where those of configs do. It holds from the
-    first to the last value; None if no size counts.
+    Sizes count if the implementation that configs/kernels.toml runs was timed there: a search that was ended early may
+    know of the others only that they can be run. For each value it is the implementation timed at the most of the sizes
+    that go with it, and of those the one with the least worst regret; ranges meet where those of configs do. The choice
+    holds from the first to the last value; None if no size counts.
     """
     varying = OPS[op].dynamic_sizes[0]
     seconds: dict[str, dict[str, float]] = {}
@@ -134,7 +135,7 @@ def choose_impl(op: str, entries: Iterable[Row]) -> BoundedChoice | None:
 
 
 def choose_impls(entries: Sequence[Row]) -> dict[str, Any]:
-    """The choices of a table, by op, for the ops of which it has several entries."""
+    """Returns the choices of a table, by op, for the ops of which it has several entries."""
     ops = sorted({e["op"] for e in entries if e["op"] in OPS and OPS[e["op"]].dynamic_sizes})
     entries_of_op = {op: [e for e in entries if e["op"] == op] for op in ops}
     chosen = {op: choose_impl(op, entries_of_op[op]) for op in ops if len(entries_of_op[op]) > 1}
@@ -142,14 +143,14 @@ def choose_impls(entries: Sequence[Row]) -> dict[str, Any]:
 
 
 def choice_to_json(choice: Choice) -> Any:
-    """A choice as it stands in a file."""
+    """Returns a choice as it stands in a file."""
     if isinstance(choice, str):
         return choice
     return [*map(list, zip(choice.ends, choice.names)), choice.names[-1]]
 
 
 def build_entry(search: Row, rows: Sequence[Row], varying: Sequence[str]) -> dict[str, Any] | None:
-    """The entry of a search; None as long as nothing was timed."""
+    """Returns the entry of a search; None as long as nothing was timed."""
     points = tuned_points(rows)
     if not points:
         return None
@@ -165,9 +166,7 @@ def build_entry(search: Row, rows: Sequence[Row], varying: Sequence[str]) -> dic
 
 
 def write_table(folder: Path, device: str, new: Mapping[str, Any]) -> Path:
-    """Put an entry into the table of a device, in place of the one it had for that implementation; the choices are
-    made anew. Others may write to the table at the same time.
-    """
+    """Writes an entry to the table of a device in a folder; returns the file."""
     file = table_path(device, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with sidecar_lock(file):
@@ -176,6 +175,7 @@ def write_table(folder: Path, device: str, new: Mapping[str, Any]) -> Path:
 
 
 def replace_entry(file: Path, device: str, new: Mapping[str, Any]) -> None:
+    """Writes the table with the new entry in place of the old one of its implementation."""
     old_entries = read_table(file)["entries"] if file.exists() else []
     kept = [e for e in old_entries if (e["op"], e["impl"]) != (new["op"], new["impl"])]
     entries = sorted([*kept, new], key=lambda e: (e["op"], e["impl"]))
@@ -188,7 +188,7 @@ def replace_entry(file: Path, device: str, new: Mapping[str, Any]) -> None:
 
 
 def format_entry(entry: Mapping[str, Any]) -> str:
-    """An entry with a line for each range."""
+    """Returns the text of an entry, a line for each range."""
     head = ",\n".join(
         f" {json.dumps(k)}: {json.dumps(v)}" for k, v in entry.items() if k not in ("ranges", "otherwise")
     )
@@ -197,8 +197,8 @@ def format_entry(entry: Mapping[str, Any]) -> str:
 
 
 def regret_report(rows: Sequence[Row], default_config: Config, varying: Sequence[str]) -> Iterator[str]:
-    """For each tuned size the time of configs[0] and of the tuned config, and what three choices cost beside the best:
-    configs[0], what the table without this size would say (so, how far to trust it in between), and `otherwise`.
+    """Yields a table: for each tuned size the time of configs[0] and of the tuned config, and the regret of three
+    choices: configs[0], what the table would say without this size (how far to trust it in between), and the fallback.
     """
     points, default = tuned_points(rows), canonical_json(dict(default_config))
     fallback = canonical_json(fallback_config(points, gated_configs(rows))["config"])

@@ -1,7 +1,7 @@
-"""Who does the jobs of a search: here processes of this machine, in `cluster` those of a Ray cluster.
+"""Processes of this machine that do the jobs of a search; `cluster` has those of a Ray cluster.
 
-Processes are in the group of the search: who kills the group leaves none behind. If the search alone is killed, they
-end as their standard input does.
+Processes are in the group of the search: killing the group leaves none behind. If only the search is killed, they end
+when their standard input is closed.
 """
 
 import json
@@ -23,9 +23,9 @@ MAX_TRIES = 2  # for a job whose process dies
 
 
 class Workers(Protocol):
-    """`width`: jobs of a stage that run at a time. `run` yields (number of the job, answer) as answers come, in any
-    order, and does a job again whose process dies. Errors: TimeoutError once the deadline, of `time.monotonic`, has
-    passed; jobs under way are given up then.
+    """`num_workers` is the number of a stage's jobs that run at a time. `run` yields (number of the job, answer) as
+    answers come, in any order, and repeats a job whose process dies. Errors: TimeoutError once the deadline, of
+    `time.monotonic`, has passed; running jobs are given up then.
     """
 
     num_workers: int
@@ -52,7 +52,7 @@ class Process:
         )
 
     def ask(self, job: Job) -> Answer | None:
-        """The answer; None if the process died of the job or before."""
+        """Returns the answer to a job; None if the process died."""
         assert self.process.stdin and self.process.stdout
         try:
             print(json.dumps(job), file=self.process.stdin, flush=True)
@@ -62,7 +62,7 @@ class Process:
         return json.loads(line) if line.endswith("\n") else None
 
     def kill(self) -> str:
-        """Kill it if it still runs, and say how it ended: the last line it wrote, or the signal."""
+        """Kills the process if it still runs; returns the last line it wrote, or the signal that ended it."""
         self.process.kill()
         code = self.process.wait()
         self.stderr.seek(0)
@@ -72,7 +72,7 @@ class Process:
 
 
 class ProcessPool:
-    """`count` processes a stage; those that time are one, so that it has the machine to itself."""
+    """`count` processes per stage, but one for times, so that it has the machine to itself."""
 
     def __init__(self, count: int):
         self.num_workers = count
@@ -94,7 +94,7 @@ class ProcessPool:
             self.kill(self.busy)
 
     def run_job(self, stage: str, job: Job) -> Answer:
-        """Of one job; from the second process if the first dies."""
+        """Returns the answer to one job, from a second process if the first dies."""
         failure = ""
         for _ in range(MAX_TRIES):
             process = self.acquire(stage)
@@ -111,7 +111,7 @@ class ProcessPool:
         return {"reason": f"its process died {MAX_TRIES} times: {failure}"}
 
     def acquire(self, stage: str) -> Process | None:
-        """A process without a job, a new one if there is none; None once closed."""
+        """Returns an idle process, a new one if there is none; None once closed."""
         with self.lock:
             if self.closed:
                 return None
@@ -122,7 +122,7 @@ class ProcessPool:
             return process
 
     def kill(self, processes: set[Process]) -> None:
-        """End what is no longer wanted, working or not."""
+        """Kills processes, idle or not."""
         with self.lock:
             for process in processes:
                 process.abandoned = True

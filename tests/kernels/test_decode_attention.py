@@ -1,4 +1,4 @@
-"""Decoding over a paged cache: splits, parts merged by their log-sum-exp, and the bits that "invariant" promises."""
+"""Decoding over a paged cache: splits, parts merged by their log-sum-exp, and the bits that "batch_invariant" promises."""
 
 import math
 from dataclasses import replace
@@ -154,7 +154,7 @@ def supports(name: str, args: tuple) -> bool:
 
 
 def check_invariance(impl: Impl, args: tuple) -> None:
-    expected = impl(*args, "invariant", config=impl.configs[0])
+    expected = impl(*args, "batch_invariant", config=impl.configs[0])
 
     @settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
     @example(rows=[0], l=16, room=0, config=impl.configs[-1], seed=0)
@@ -168,13 +168,13 @@ def check_invariance(impl: Impl, args: tuple) -> None:
     def holds(rows: list[int], l: int, room: int, config: dict, seed: int) -> None:
         q, cache, lengths, scale = moved(args, l, seed, room)
         some = (q[rows], replace(cache, block_table=cache.block_table[rows]), lengths[rows], scale)
-        assert torch.equal(bit_pattern(impl(*some, "invariant", config=config)), bit_pattern(expected[rows]))
+        assert torch.equal(bit_pattern(impl(*some, "batch_invariant", config=config)), bit_pattern(expected[rows]))
 
     holds()
 
 
 SHORTCUTS = {
-    "its config": ('if numerics == "invariant"', 'if numerics == "never"'),
+    "its config": ('if numerics == "batch_invariant"', 'if numerics == "never"'),
     "one sequence alone": ("plan_splits(numerics, b * g, cap", 'plan_splits(numerics if b > 1 else "fast", b * g, cap'),
 }
 
@@ -204,7 +204,7 @@ def test_a_planted_bug_is_found(bug: str, plant: Plant) -> None:  # noqa: F811
     with pytest.raises(MismatchError):
         for seed in range(2):
             assert_matches_reference(
-                DECODE, impl, impl.configs[0], drawn(seed=seed, t=700, dtype="float32", numerics="invariant")
+                DECODE, impl, impl.configs[0], drawn(seed=seed, t=700, dtype="float32", numerics="batch_invariant")
             )
 
 

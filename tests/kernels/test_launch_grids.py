@@ -89,7 +89,11 @@ HUGE: dict[str, tuple[Callable[..., Any], list[tuple]]] = {
     "rope_kv_write": (rotate_and_write, [(2**22, 8, 64), (1, 64 * MANY, 16)]),
     "decode_attention": (
         decode,
-        [(b, t, g, p) for b, t, g in [(2**20, 16, 8), (1, 2**28, 1), (1, 16, MANY)] for p in ("fast", "invariant")],
+        [
+            (b, t, g, p)
+            for b, t, g in [(2**20, 16, 8), (1, 2**28, 1), (1, 16, MANY)]
+            for p in ("fast", "batch_invariant")
+        ],
     ),
     "prefill_attention": (prefill, [(MANY, 2**20, 4), (1, 2**26, 4), (2, 64, OTHERS)]),
     "encoder_attention": (encoder, [(MANY, 256, 16), (1, 2**26, 16), (1, 256, OTHERS)]),

@@ -1,4 +1,4 @@
-"""Prefill: what must not change a bit under "invariant", the log-sum-exp, and every head dim and page size."""
+"""Prefill: what must not change a bit under "batch_invariant", the log-sum-exp, and every head dim and page size."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -48,7 +48,7 @@ def in_chunks(
         batch = RaggedBatch(start, torch.tensor(context).int().to(DEVICE))
         new = [torch.cat(x) for x in zip(*rows_of_batch)]
         cache = PagedKV(k_pages, v_pages, order.expand(len(rows_of_batch), -1))
-        out = impl(*new, cache, batch, 0.3, "invariant", True, config=config)
+        out = impl(*new, cache, batch, 0.3, "batch_invariant", True, config=config)
         rows = slice(*start[len(company[:1]) :][:2].tolist())
         found.append([x[rows] for x in out])
         at = torch.arange(begin, end, device=DEVICE)
@@ -174,7 +174,7 @@ def test_planted_bugs_are_found(bug: str, plant: Plant) -> None:  # noqa: F811
 
 @pytest.mark.usefixtures("dots_in_order")
 def test_a_tile_that_depends_on_the_config_is_found(plant: Plant) -> None:  # noqa: F811
-    plant("prefill_attention", "mine", 'CONFIGS[0] if numerics == "invariant" else config', "config")
+    plant("prefill_attention", "mine", 'CONFIGS[0] if numerics == "batch_invariant" else config', "config")
     discover()
     with pytest.raises(AssertionError):
         check_invariance(prefill_attention.impls["mine"], 8)

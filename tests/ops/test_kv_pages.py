@@ -209,7 +209,7 @@ def test_short_contexts_are_not_cut_to_crumbs_and_long_ones_fill_the_gpu_22_32()
     for room in (1, 63, 64, 65, 4096, 10**6):
         longest = plan_splits("fast", 10**4, room, MIN_SPLIT, PROGRAMS).max_splits
         assert longest == -(-room // MAX_SPLIT)  # a ragged batch's longest
-        assert plan_splits("invariant", 3, room, MIN_SPLIT, PROGRAMS).max_splits == -(-room // INVARIANT_SPLIT)
+        assert plan_splits("batch_invariant", 3, room, MIN_SPLIT, PROGRAMS).max_splits == -(-room // INVARIANT_SPLIT)
 
 
 def test_room_in_the_block_table_is_not_taken_for_length_35() -> None:

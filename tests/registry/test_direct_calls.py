@@ -44,8 +44,8 @@ def test_a_call_runs_the_same_inside_an_engine_and_outside(op: Op) -> None:
 
 @pytest.mark.parametrize("name", ["prefill_attention", "decode_attention"])
 def test_a_call_under_the_policy_invariant_runs_what_keeps_it(name: str) -> None:
-    args = example(OPS[name], numerics="invariant")
-    with engine.use_default_kernels(torch.device("cpu"), "invariant"):
+    args = example(OPS[name], numerics="batch_invariant")
+    with engine.use_default_kernels(torch.device("cpu"), "batch_invariant"):
         inside = ran(OPS[name], args)
     assert ran(OPS[name], args) == inside
 
