@@ -93,8 +93,8 @@ def test_numbers_of_a_config_eat_no_memory(folder: Path) -> None:
     code = f"""
 import json, resource, torch
 from pathlib import Path
-from vila_triton.checkpoint import open_source, require_fits
-from vila_triton.images import frames
+from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
+from vila_triton.images.processing import load_video_frames
 folder = Path({str(folder)!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 layers = "num_hidden_layers"
@@ -103,12 +103,12 @@ for part, field in (("llm", layers), ("vision_tower", layers), ("vision_tower", 
     text = file.read_text()
     file.write_text(json.dumps(json.loads(text) | {{field: 10**7}}))
     try:
-        require_fits(open_source(folder))
+        check_checkpoint(open_checkpoint(folder))
     except ValueError as error:
         print(error)
     file.write_text(text)
 try:
-    frames([], 10**9)
+    load_video_frames([], 10**9)
 except ValueError as error:
     print(error)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**5)
