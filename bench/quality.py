@@ -134,35 +134,16 @@ def embed_samples(chat_model: ChatModel, samples: Sequence[Sample]) -> Evaluatio
 
 
 def bundled_subject(samples: int, seed: int, num_questions: int = NUM_QUESTIONS) -> EvaluatedModel:
-    """The bundled model, calibrated on drawn training scenes and measured on questions about held-out ones."""
-    talker = load_chat_model(BUNDLED_CHECKPOINT, "cpu", torch.float32)
-    model, image_tokens = talker.model, talker.model.vila_config.tokens_per_image
-    held_out = build_questions(1 + num_questions // 25, seed + 1, SUPPORTED_KINDS)[:num_questions]
-    qa_samples = [(i.qa.question, i.images, i.qa.answer) for i in held_out]
-    groups = [[(d.text, d.images, d.answer) for d in synthetic_samples(samples, seed)], qa_samples]
-
-    def build_text(group: Sequence[Any]) -> EvaluationText:
-        from vila_triton.quantization.calibration_data import Sample
-
-        prompt_batch = build_calibration_set(
-            [Sample(*s) for s in group], talker.tokenizer, talker.processor, model.config, image_tokens
-        )
-        features = (
-            model.encode_images(prompt_batch.pixel_values).flatten(0, 1)
-            if prompt_batch.pixel_values is not None
-            else None
-        )
-        x = torch.cat([vila.embed_spliced(model.params, row, features) for row in prompt_batch.sequences])
-        answers = [len(talker.tokenizer(a, add_special_tokens=False).input_ids) + 1 for _, _, a in group]
-        labels = [torch.cat((row[1:], row.new_tensor([-100]))) for row in prompt_batch.sequences]
-        for label, n in zip(labels, answers):
-            label[: len(label) - 1 - n] = -100
-        return EvaluationText(x.detach(), [len(row) for row in prompt_batch.sequences], torch.cat(labels))
-
-    p = tree_map(lambda leaf: leaf.detach(), model.params.llm)
-    calibration, held_out_text = (build_text(group) for group in groups)
-    kinds = tuple(item.kind for item in held_out)
-    return EvaluatedModel("bundled", p, model.vila_config.llm, calibration, replace(held_out_text, kinds=kinds))
+    """Returns the bundled model, calibrated on random training scenes and evaluated on questions about held-out
+    scenes.
+    """
+    chat_model = load_chat_model(BUNDLED_CHECKPOINT, "cpu", torch.float32)
+    questions = build_questions(1 + num_questions // 25, seed + 1, SUPPORTED_KINDS)[:num_questions]
+    calibration = embed_samples(chat_model, synthetic_samples(samples, seed))
+    held_out = embed_samples(chat_model, [Sample(q.qa.question, q.images, q.qa.answer) for q in questions])
+    held_out = replace(held_out, kinds=tuple(question.kind for question in questions))
+    p = tree_map(lambda leaf: leaf.detach(), chat_model.model.params.llm)
+    return EvaluatedModel("bundled", p, chat_model.model.vila_config.llm, calibration, held_out)
 
 
 def add_outliers(subject: EvaluatedModel, seed: int, share: float = 0.05) -> EvaluatedModel:

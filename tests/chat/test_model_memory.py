@@ -146,10 +146,10 @@ def test_unchanged_model_keeps_caches(chat_model: ChatModel) -> None:
     )
 
 
-def test_an_answer_during_which_a_parameter_changes_is_an_error(talker: ChatModel) -> None:
-    talker.model.config.attention_numerics = "batch_invariant"
-    conversation = Conversation(talker)
-    answer = conversation.ask(MORE, [PICTURE])
+def test_parameter_changed_during_an_answer_is_an_error(chat_model: ChatModel) -> None:
+    chat_model.model.config.attention_numerics = "batch_invariant"
+    conversation = Conversation(chat_model)
+    answer = conversation.ask(MORE, [IMAGE])
     next(answer)
     with torch.no_grad():
         of(chat_model.model).mul_(1.5)
@@ -177,10 +177,10 @@ def test_changed_config_counts_from_the_next_question(chat_model: ChatModel, nam
     )
 
 
-def test_what_one_kernel_computed_serves_another_but_for_the_invariant_policy(talker: ChatModel) -> None:
+def test_caches_are_shared_between_kernels_unless_batch_invariant(chat_model: ChatModel) -> None:
     for policy in ("fast", "batch_invariant"):
-        talker.model.config.attention_numerics = policy
-        before = talker.memory.current()
+        chat_model.model.config.attention_numerics = policy
+        before = chat_model.memory.current()
         with use(rms_norm="triton"):
             assert (chat_model.memory.current() is before) == (policy == "fast")
 
@@ -234,11 +234,13 @@ in_modes = pytest.mark.parametrize("first, second", MODES, ids=lambda mode: mode
 
 
 @in_modes
-def test_what_was_begun_in_one_mode_goes_on_in_another(talker: ChatModel, first: Callable, second: Callable) -> None:
-    talker.model.config.attention_numerics = "batch_invariant"
-    talker.model.config.kv_dtype = "int4"  # of which pages are several tensors
-    expected = Conversation(again(talker))
-    answers = [ask(expected, picture=True), ask(expected, MORE, picture=True), ask(expected, MORE)]
+def test_cache_made_under_inference_mode_continues_outside_and_back(
+    chat_model: ChatModel, first: Callable, second: Callable
+) -> None:
+    chat_model.model.config.attention_numerics = "batch_invariant"
+    chat_model.model.config.kv_dtype = "int4"  # of which pages are several tensors
+    expected = Conversation(again(chat_model))
+    answers = [ask(expected, image=True), ask(expected, MORE, image=True), ask(expected, MORE)]
     with first():
         begun = Conversation(chat_model)
         assert same(ask(begun, image=True), answers[0])
