@@ -122,7 +122,7 @@ def evaluate_model(subject: EvaluatedModel, p: llama.Llama) -> dict[str, Any]:
 def embed_samples(chat_model: ChatModel, samples: Sequence[Sample]) -> EvaluationText:
     """Returns questions about images as embeddings; their answers are evaluated."""
     model, tokenizer = chat_model.model, chat_model.tokenizer
-    image_tokens = model.vila_config.image_tokens
+    image_tokens = model.vila_config.tokens_per_image
     batch = build_calibration_set(samples, tokenizer, chat_model.processor, model.config, image_tokens)
     features = model.encode_images(batch.pixel_values).flatten(0, 1) if batch.pixel_values is not None else None
     x = torch.cat([vila.embed_spliced(model.params, row, features) for row in batch.sequences])
