@@ -97,7 +97,7 @@ class VilaTritonRunner:
     def step(self, state: PagedKVCache, ids: Tensor) -> Tensor:
         with use(**self.kernels):
             hidden = engine.extend(self.vila, dict(zip(state.allocator.sequences, ids)), self.cfg, state)
-            with engine.use_default_kernels(ids.device, decode=True):
+            with engine.use_default_kernels(ids.device, "decode"):
                 return llama.logits(self.model.p, torch.cat(hidden))
 
     def truncate(self, state: PagedKVCache, length: int) -> None:
