@@ -143,7 +143,7 @@ def test_while_nothing_changes_nothing_is_forgotten(talker: ChatModel) -> None:
 
 
 def test_an_answer_during_which_a_parameter_changes_is_an_error(talker: ChatModel) -> None:
-    talker.model.config.attention_policy = "invariant"
+    talker.model.config.attention_numerics = "batch_invariant"
     conversation = Conversation(talker)
     answer = conversation.ask(MORE, [PICTURE])
     next(answer)
@@ -155,7 +155,7 @@ def test_an_answer_during_which_a_parameter_changes_is_an_error(talker: ChatMode
 
 
 @pytest.mark.parametrize(
-    "name, value", [("kv_dtype", "int4"), ("page_size", 64), ("attention_policy", "invariant")], ids=str
+    "name, value", [("kv_dtype", "int4"), ("page_size", 64), ("attention_numerics", "batch_invariant")], ids=str
 )
 def test_a_changed_config_counts_from_the_next_question(talker: ChatModel, name: str, value: Any) -> None:
     begun = Conversation(talker)
@@ -171,8 +171,8 @@ def test_a_changed_config_counts_from_the_next_question(talker: ChatModel, name:
 
 
 def test_what_one_kernel_computed_serves_another_but_for_the_invariant_policy(talker: ChatModel) -> None:
-    for policy in ("fast", "invariant"):
-        talker.model.config.attention_policy = policy
+    for policy in ("fast", "batch_invariant"):
+        talker.model.config.attention_numerics = policy
         before = talker.memory.current()
         with use(rms_norm="triton"):
             assert (talker.memory.current() is before) == (policy == "fast")
@@ -228,7 +228,7 @@ in_modes = pytest.mark.parametrize("first, second", MODES, ids=lambda mode: mode
 
 @in_modes
 def test_what_was_begun_in_one_mode_goes_on_in_another(talker: ChatModel, first: Callable, second: Callable) -> None:
-    talker.model.config.attention_policy = "invariant"
+    talker.model.config.attention_numerics = "batch_invariant"
     talker.model.config.kv_dtype = "int4"  # of which pages are several tensors
     expected = Conversation(again(talker))
     answers = [ask(expected, picture=True), ask(expected, MORE, picture=True), ask(expected, MORE)]

@@ -27,7 +27,7 @@ from vila_triton.registry.kernel_config import configured_choices
 
 discover()
 Config = Mapping[str, Any]
-LIBRARY = (REFERENCE, "aten", "blocked", "apart", "rows")  # no kernels of ours
+LIBRARY = (REFERENCE, "aten", "blocked", "apart", "rowwise")  # no kernels of ours
 OURS: list[tuple[Op, Impl, Config]] = [
     (op, impl, config)
     for op in (int4_matmul, int4_swiglu)

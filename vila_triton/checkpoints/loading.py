@@ -16,6 +16,7 @@ from vila_triton.models.config import (
     VilaConfig,
     VisionConfig,
     read_dataclass,
+    with_new_spellings,
 )
 from vila_triton.models.config_fields import name_folder_in_errors, nested_object
 from vila_triton.models.params import LazyTensors, LoadError, check_state_dict, leaves, load_tree
@@ -44,7 +45,7 @@ def open_checkpoint(folder: Path) -> CheckpointSource:
     if not folder.is_dir():
         raise LoadError(f"{folder} is not a folder; a VILA folder holds config.json, {', '.join(PARTS)}")
     require_contained(folder, folder)
-    config = read_json(folder / "config.json")
+    config = with_new_spellings(read_json(folder / "config.json"))
     return open_llava_folder(folder, config) if is_llava(folder, config) else open_vila_folder(folder, config)
 
 
