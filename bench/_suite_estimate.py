@@ -176,7 +176,7 @@ def count_ops(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[st
     total = counts(start=1) + count_reference_checks(selected)
     calls: list[KernelCall] = []
     for case in selected:
-        default = default_impl(case) if args.served else None
+        default = default_impl(case) if args.default else None
         for impl, config in ops.select_impls(case, args.impl, args.configs == "all", default):
             calls.append((impl, config, case.sizes))
             total += count_timing(case, args.budget)
@@ -209,7 +209,7 @@ def count_model(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[
     """Returns the counts of a `bench.model`."""
     args = model.parser().parse_args(arguments)
     cfg, weights = model_configs.load_model(args.model, args.layers).llm, args.weights.split(",")
-    runners = len(weights) * (1 + (args.against == "hf"))
+    runners = len(weights) * (1 + (args.baseline == "hf"))
     size = step_cost.language_cost(cfg, 1, 1, 0).bytes
     default_kernels = [name for phase in ("prefill", "decode") for name in configured_choices("cuda", phase)]
     total = counts(start=1, compile=len(weights) * len(default_kernels), byte=(len(weights) + 4 * runners) * size)

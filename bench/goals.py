@@ -83,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = measured_points(measured_rows)
     attention = list(goals_attention.report_attention_goals(measured_rows))
     if not attention and not any(p.default_row for p in measured):
-        raise ValueError(f"no row of {OP} is marked as served; python -m bench.ops {OP} --served --out FILE makes some")
+        raise ValueError(
+            f"no row of {OP} is marked as served; python -m bench.ops {OP} --default --out FILE makes some"
+        )
     devices = sorted({row["device"] for row in measured_rows if row.get("op") == OP})
     if any(p.default_row for p in measured):
         print(f"{OP} on {', '.join(devices)}: others' times as multiples of ours")

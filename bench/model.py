@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from vila_triton.arguments import OldOption
 from vila_triton.console import print_progress
 from vila_triton.device import pick_device
 from vila_triton.limits import COUNT
@@ -183,7 +184,7 @@ def time_models(args: argparse.Namespace) -> int:
     longest = max(step.cached_tokens + step.new_tokens for step in planned_steps)
     if longest > config.llm.max_position_embeddings:
         raise ValueError(f"{longest} tokens, but {config.name} was made for {config.llm.max_position_embeddings}")
-    for choice in args.choice:
+    for choice in args.kernels:
         validate_choices(parse_kernel_choices(choice))
     peaks, stamp = measure_peaks(device, ()), rows.stamp(device)
     print(f"{config.name}, {config.llm.num_hidden_layers} layers, {stamp['device']}, {peaks.bandwidth / 1e9:.1f} GB/s")
@@ -206,10 +207,10 @@ def time_models(args: argparse.Namespace) -> int:
             continue
         runners += [
             VilaTritonRunner(model, choice)
-            for choice in args.choice
+            for choice in args.kernels
             if weights == "int4" or applies_without_int4(choice)
         ]
-        if args.against == "hf":
+        if args.baseline == "hf":
             hf_runner = attempt(partial(HuggingFaceRunner, model), device)
             if isinstance(hf_runner, str):
                 refuse({"what": "build", "model": args.model, "weights": weights, "choice": HF}, hf_runner)
@@ -246,15 +247,17 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="vila1.5-3b", help="a name of configs/models, or a .toml file")
     parser.add_argument("--layers", type=COUNT, help="only so many of the language model's")
     parser.add_argument("--weights", default="float32,int4", help=f"of {', '.join(WEIGHTS)}, with commas")
-    help_choice = "default, reference or OP=NAME,OP=NAME; may be repeated"
-    parser.add_argument("--choice", action="append", default=[], metavar="CHOICE", help=help_choice)
+    help_text = "default, reference or OP=NAME,OP=NAME; may be repeated"
+    kernels = parser.add_argument("--kernels", action="append", default=[], metavar="CHOICE", help=help_text)
+    parser.add_argument("--choice", action=OldOption, new=kernels)
     parser.add_argument("--prompts", type=parse_lengths, default=[128, 512], help="lengths, with commas")
     parser.add_argument(
         "--histories", type=parse_lengths, default=[16, 64, 256], help="cached tokens before a question"
     )
     parser.add_argument("--batches", type=parse_lengths, default=[1], help="sequences that decode together")
     parser.add_argument("--contexts", type=parse_lengths, default=[128, 512], help="tokens a new token attends to")
-    parser.add_argument("--against", choices=("hf", "none"), default="hf", help=HF)
+    baseline = parser.add_argument("--baseline", choices=("hf", "none"), default="hf", help=HF)
+    parser.add_argument("--against", action=OldOption, new=baseline)
     parser.add_argument("--rounds", type=COUNT, default=7)
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     parser.add_argument("--device")
@@ -270,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ignored := [f"--{name}" for name in changed if name not in ("predict", "model")]:
             parser().error(f"--predict takes --model and nothing else, not {', '.join(ignored)}")
         return roofline.main(["--gpu", args.predict, "--model", args.model])
-    args.choice = args.choice or ["default"]
+    args.kernels = args.kernels or ["default"]
     return time_models(args)
 
 

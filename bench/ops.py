@@ -27,6 +27,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
+from vila_triton.arguments import OldOption
 from vila_triton.device import pick_device
 from vila_triton.limits import POSITIVE
 from vila_triton.ops.dtypes import DTYPES
@@ -204,9 +205,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--case", help="a name of configs/bench/OP.toml; default: all")
     parser.add_argument("--configs", choices=("first", "all"), default="first")
     parser.add_argument("--dtype", choices=DTYPES.values, help="default: float16 on a GPU, float32 on a CPU")
-    parser.add_argument("--served", action="store_true", help="what runs by default, and what --impl names")
+    default = parser.add_argument("--default", action="store_true", help="what runs by default, and what --impl names")
+    parser.add_argument("--served", action=OldOption, new=default)
     parser.add_argument("--gate", choices=GATES, default="full", help="case: only the numbers of the case itself")
-    parser.add_argument("--ungated", action="append", default=[], metavar="PEER", help="timed whatever its numbers are")
+    help_text = "timed whatever its numbers are; may be repeated"
+    skip_gate = parser.add_argument("--skip-gate", action="append", default=[], metavar="PEER", help=help_text)
+    parser.add_argument("--ungated", action=OldOption, new=skip_gate)
     parser.add_argument("--peers", action="store_true", help="other libraries' kernels too, where installed")
     parser.add_argument("--budget", type=POSITIVE, default=0.2, help="seconds for each of the two runs of a figure")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
@@ -219,8 +223,7 @@ def main() -> int:
     args = parser().parse_args()
     device = pick_device(args.device)
     all_ops = op_names()
-    from .peers import dense, discover_peers, sdpa  # noqa: F401 (dense, sdpa: torch itself, always there)
-    from .peers import peer_names as peer_names
+    from .peers import dense, discover_peers, peer_names, sdpa  # noqa: F401 (dense, sdpa: torch itself, always there)
 
     if args.peers:
         for peer, reason in discover_peers().items():
@@ -248,7 +251,7 @@ def run_and_print(selected: Sequence[Case], args: argparse.Namespace, device: to
     for number, case in enumerate(selected, 1):
         all_configs, check = args.configs == "all", GATES[args.gate]
         for row in time_cases(
-            [case], args.impl, all_configs, device, peaks, args.budget, check, args.served, args.ungated
+            [case], args.impl, all_configs, device, peaks, args.budget, check, args.default, args.skip_gate
         ):
             if last is not case:
                 print(f"{case}   [{number} of {len(selected)}]")

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vila_triton.cache.paged_cache import UncachedBatch
+from vila_triton.chat.conversation import ChatModel
 from vila_triton.console import print_progress
 from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.limits import COUNT, SEED

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from vila_triton.arguments import OldOption
 from vila_triton.limits import COUNT, COUNT_OR_ZERO
 from vila_triton.paths import config_dir
 
@@ -161,7 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measured", type=Path, nargs="+", metavar="ROWS", help="instead: the ceilings of these rows")
     parser.add_argument("--model", default="all", help="names of configs/models, with commas, or all: those released")
     parser.add_argument("--weights", default="float16,int4")
-    parser.add_argument("--images", type=COUNT_OR_ZERO, default=1)
+    images = parser.add_argument("--images", type=COUNT_OR_ZERO, default=1)
+    parser.add_argument("--pictures", action=OldOption, new=images)
     parser.add_argument(
         "--prompts", type=COUNT, nargs="+", default=[32, 512, 2048], help="text tokens beside the images"
     )

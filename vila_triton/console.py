@@ -1,4 +1,4 @@
-"""What commands print on standard error, and their exit codes: errors in one line, without tracebacks."""
+"""Exit codes of commands, and their lines on standard error: errors without tracebacks, and progress."""
 
 import os
 import select

@@ -1,4 +1,4 @@
-"""The goals of attention, checked on rows of `bench.ops --served` and `bench.model`; `python -m bench.goals` prints
+"""The goals of attention, checked on rows of `bench.ops --default` and `bench.model`; `python -m bench.goals` prints
 them.
 
     prefill    a whole prompt of 2,048 tokens or more: 0.75 of the speed of the fastest peer on the same machine

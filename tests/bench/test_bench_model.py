@@ -36,7 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path
 
 
 def test_every_step_has_a_row_for_every_runner(run: Any) -> None:
-    code, out, _, rows = run("--weights", "float32,int4", "--choice", "default", "--choice", "int4_matmul=aten")
+    code, out, _, rows = run("--weights", "float32,int4", "--kernels", "default", "--kernels", "int4_matmul=aten")
     assert code == 0
     made = {(row["what"], row["weights"], row["choice"]) for row in rows}
     ours = [("float32", "default"), ("int4", "default"), ("int4", "int4_matmul=aten")]
@@ -81,7 +81,7 @@ def test_wrong_logits_get_no_time(run: Any, monkeypatch: pytest.MonkeyPatch) -> 
     """A variant that is a little off is named and not timed; the others are, and the exit code says so."""
     planted = Impl("swiglu", "leaky", lambda gate, up: OPS["swiglu"].reference(gate, up) * 1.001, ({},), Path(__file__))
     monkeypatch.setitem(OPS["swiglu"].impls, "leaky", planted)
-    code, out, _, rows = run("--weights", "float32", "--choice", "swiglu=leaky", "--choice", "default")
+    code, out, _, rows = run("--weights", "float32", "--kernels", "swiglu=leaky", "--kernels", "default")
     assert code == 1 and "float32 swiglu=leaky: no time, the logits of a prefill are off by" in out
     assert {row["choice"] for row in rows if row["kind"] == "model"} == {"default", HF}
     (refused,) = [row for row in rows if row["kind"] == "refused"]
@@ -93,7 +93,7 @@ def test_what_a_choice_does_not_support_is_said(run: Any, monkeypatch: pytest.Mo
         raise Unsupported("rms_norm: not on Mondays")
 
     monkeypatch.setitem(OPS["rms_norm"].impls, "monday", Impl("rms_norm", "monday", refuse, ({},), Path(__file__)))
-    code, out, _, rows = run("--weights", "float32", "--choice", "rms_norm=monday", "--against", "none")
+    code, out, _, rows = run("--weights", "float32", "--kernels", "rms_norm=monday", "--baseline", "none")
     assert code == 1 and [row["kind"] for row in rows] == ["refused"]
     assert "no time, unsupported: rms_norm: not on Mondays" in out
 
@@ -183,8 +183,8 @@ def test_published_numbers_are_context_only() -> None:
     [
         (["--model", "nope"], "no model 'nope'"),
         (["--weights", "int3"], "no weights int3; there are: float32"),
-        (["--choice", "rope=fast"], "there are: reference"),
-        (["--choice", "fast"], "expected kernels.OP=NAME"),
+        (["--kernels", "rope=fast"], "there are: reference"),
+        (["--kernels", "fast"], "expected kernels.OP=NAME"),
         (["--prompts", "5000"], "5000 tokens, but tiny was made for 4096"),
     ],
 )
