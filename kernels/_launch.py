@@ -1,4 +1,4 @@
-"""What launchers share: the check of their tensors, rows and grids of matrix products, and operands for `tl.dot`."""
+"""Code that launchers share: the check of their tensors, grids of matrix products, and operands of `tl.dot`."""
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 import math

@@ -22,6 +22,7 @@ import tomllib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from math import inf
 from pathlib import Path
@@ -99,13 +100,9 @@ def sizes_to_check(op: Op, impl: str) -> list[dict[str, Any]]:
 def default_impls(device: torch.device) -> set[tuple[str, str]]:
     """(op, implementation) of all defaults on this GPU, or without a GPU, on any."""
     gpu = device.type == "cuda"
-    choices = [
-        tuned_tables.default_choices_for(device, phase) if gpu else configured_choices("cuda", phase)
-        for phase in PHASES
-    ]
-    return {
-        (op, impl) for kernels in choices for op, choice in kernels.items() for impl in implementation_names(choice)
-    }
+    read = partial(tuned_tables.default_choices_for, device) if gpu else partial(configured_choices, "cuda")
+    choices = [item for phase in PHASES for item in read(phase).items()]
+    return {(op, impl) for op, choice in choices for impl in implementation_names(choice)}
 
 
 def configs_to_check(impl: Impl, device: torch.device) -> list[Config]:

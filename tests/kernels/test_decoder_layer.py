@@ -103,7 +103,7 @@ QUICK = [i for i in INT4 if i.name != REFERENCE and not (INTERPRETED and uses_tr
 @pytest.mark.parametrize("impl", QUICK, ids=lambda impl: f"{impl.op}-{impl.name}")
 def test_a_layer_is_the_same_by_every_implementation(impl: Impl) -> None:
     """At most twice as far from the exact one as by the references, as in `bench.model`."""
-    chosen = {"int4_matmul": "blocked", "int4_swiglu": "apart", impl.op: impl.name}
+    chosen = {"int4_matmul": "blocked", "int4_swiglu": "unfused", impl.op: impl.name}
     for rows in ROWS:
         with engine.use_default_kernels(torch.device(DEVICE), "decode"), use(**chosen), count_calls() as calls:
             try:

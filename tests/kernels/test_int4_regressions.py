@@ -27,7 +27,7 @@ from vila_triton.registry.kernel_config import configured_choices
 
 discover()
 Config = Mapping[str, Any]
-LIBRARY = (REFERENCE, "aten", "blocked", "apart", "rowwise")  # no kernels of ours
+LIBRARY = (REFERENCE, "aten", "blocked", "unfused", "rowwise")  # no kernels of ours
 OURS: list[tuple[Op, Impl, Config]] = [
     (op, impl, config)
     for op in (int4_matmul, int4_swiglu)
@@ -236,7 +236,7 @@ def test_default_implementation_by_number_of_rows() -> None:
         assert [choice.lookup(m) for m in (1, 4, 5, 64)] == ["gemv", "splitk", "splitk", "splitk"]
         assert {choice.lookup(m) for m in (65, 4096, 2**20)} <= {"prefill", "dequant"}
         gated: Any = configured_choices("cuda", phase)["int4_swiglu"]
-        assert [gated.lookup(m) for m in (1, 64, 65, 2**20)] == ["triton", "triton", "apart", "apart"]
+        assert [gated.lookup(m) for m in (1, 64, 65, 2**20)] == ["triton", "triton", "unfused", "unfused"]
 
 
 def test_instructions_per_weight_are_less_than_half_of_naive(compiled: dict[str, dict[str, Any]]) -> None:

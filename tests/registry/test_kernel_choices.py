@@ -17,7 +17,16 @@ from bench import tune
 from bench.tuner import cost_model, table
 from vila_triton.commands.ops import print_ops
 from vila_triton.paths import config_dir
-from vila_triton.registry import OPS, Op, count_calls, default_choices, discover, tuned_tables, use
+from vila_triton.registry import (
+    OPS,
+    Op,
+    count_calls,
+    default_choices,
+    discover,
+    tuned_tables,
+    use,
+    validate_choices,
+)
 from vila_triton.registry.kernel_config import PHASES, configured_choices, read_kernels_toml
 from vila_triton.registry.size_ranges import BoundedChoice, Choice, ChoiceBySize, implementation_at, parse_choice
 
@@ -140,9 +149,9 @@ def test_implementations_in_kernels_toml_exist(device: str, phase: str) -> None:
 
 
 def predicted(op: str, name: str, m: int, gpu: cost_model.GpuModel, choices: Mapping[str, Choice]) -> float:
-    """Seconds of the first config at sizes of Llama-3-VILA1.5-8b; "apart" is the ops it is made of."""
+    """Seconds of the first config at sizes of Llama-3-VILA1.5-8b; "unfused" is the ops it is made of."""
     sizes: dict[str, Any] = dict(m=m, n=14336, G=32, group=128, dtype="float16", order="sub")
-    if name == "apart":
+    if name == "unfused":
         swiglu = OPS["swiglu"].impls["triton"]
         each = predicted("int4_matmul", implementation_at(choices["int4_matmul"], m), m, gpu, choices)
         return 2 * each + (
@@ -157,7 +166,7 @@ def predicted(op: str, name: str, m: int, gpu: cost_model.GpuModel, choices: Map
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
-    ("op", "impls"), [("int4_matmul", ("gemv", "splitk", "prefill")), ("int4_swiglu", ("triton", "apart"))]
+    ("op", "impls"), [("int4_matmul", ("gemv", "splitk", "prefill")), ("int4_swiglu", ("triton", "unfused"))]
 )
 def test_no_other_implementation_is_predicted_to_take_half_the_time(op: str, impls: tuple[str, ...], arch: str) -> None:
     """From two rows on: at one, what counts is how loads and instructions overlap, and the model knows none of them."""
@@ -307,3 +316,10 @@ def test_ops_command_describes_size_ranges(
     assert said[at + 3].strip() == f"because: {because}"
     print_ops(CUDA, {"doubled": "whole"})
     assert "because: --set" in capsys.readouterr().out
+
+
+def test_old_names_of_implementations_are_accepted_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    assert validate_choices({"int4_swiglu": "apart"}) == {"int4_swiglu": "unfused"}
+    assert capsys.readouterr().err == "implementation 'apart' is now called 'unfused'\n"
+    by_size = validate_choices({"int4_matmul": [[4, "rows"], "splitk"]})["int4_matmul"]
+    assert isinstance(by_size, ChoiceBySize) and by_size.names == ("rowwise", "splitk")

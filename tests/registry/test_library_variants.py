@@ -25,7 +25,7 @@ HERE: list = [
     pytest.param(op, impl, id=f"{op.name}-{impl.name}")
     for op in OPS.values()
     for impl in op.impls.values()
-    if impl.name in ("aten", "blocked", "apart")
+    if impl.name in ("aten", "blocked", "unfused")
 ]
 SIZES = {"m": 3, "n": 32, "G": 2, "group": 64, "dtype": "bfloat16", "order": "sub", "bias": False, "seed": 0}
 

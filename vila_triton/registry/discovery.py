@@ -14,8 +14,9 @@ from types import ModuleType
 from typing import Any
 
 from .op import OPS
-from .size_ranges import Choice, ChoiceBySize, implementation_names, parse_choice
+from .size_ranges import Choice, ChoiceBySize, implementation_names, parse_choice, rename_implementations
 
+OLD_NAMES = {"apart": "unfused", "rows": "rowwise"}  # of implementations, accepted for one release
 _problems: dict[str, str] = {}  # a module or an op -> file, line and reason; "" if it has none
 
 
@@ -99,9 +100,10 @@ def _validate_choice(name: str, value: object) -> Choice:
         choice = parse_choice(value)
     except ValueError as error:
         raise ValueError(f"op {name!r}: {error}") from None
+    if not set(implementation_names(choice)) <= op.impls.keys():
+        discover()
+    choice = rename_implementations(choice, {k: v for k, v in OLD_NAMES.items() if k not in op.impls and v in op.impls})
     for impl in implementation_names(choice):
-        if impl not in op.impls:
-            discover()
         if impl not in op.impls:
             raise KeyError(f"op {name!r} has no implementation {impl!r}; there are: {describe_available(op.impls)}")
     if isinstance(choice, ChoiceBySize) and not op.dynamic_sizes:

@@ -5,8 +5,9 @@
 chooses "gemv" up to size 4, "splitk" up to 64, "prefill" beyond. The size is the first of the op's `dynamic_sizes`.
 """
 
+import sys
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -91,3 +92,12 @@ def parse_choice(value: Any) -> Choice:
 def implementation_names(choice: Choice) -> tuple[str, ...]:
     """The names of the implementations of a choice."""
     return (choice,) if isinstance(choice, str) else choice.names
+
+
+def rename_implementations(choice: Choice, new_names: Mapping[str, str]) -> Choice:
+    """The choice with current names in place of old ones; each gives a note on standard error."""
+    for old in new_names.keys() & set(implementation_names(choice)):
+        print(f"implementation {old!r} is now called {new_names[old]!r}", file=sys.stderr)
+    if isinstance(choice, str):
+        return new_names.get(choice, choice)
+    return ChoiceBySize(choice.ends, tuple(new_names.get(name, name) for name in choice.names))
