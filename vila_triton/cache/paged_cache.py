@@ -61,10 +61,10 @@ class PagedBatch:
     """One step over a ragged batch of b sequences with s new tokens: attention metadata, and the pages it writes.
 
     `attend` rotates q and k, writes k and v into the pages in place, and returns the attention output. A step in which
-    every sequence has one new token is a decode step, which has kernels of its own. With numerics "batch_invariant" no step
-    is, since decode kernels sum in another order; and new keys and values are first rounded to the pages' format, as
-    later steps will read them. So the result does not depend on where chunks end, nor on what was prompt and what was
-    generated.
+    every sequence has one new token is a decode step, which has kernels of its own. With numerics "batch_invariant" no
+    step is, since decode kernels sum in another order; and new keys and values are first rounded to the pages' format,
+    as later steps will read them. So the result does not depend on where chunks end, nor on what was prompt and what
+    was generated.
     """
 
     k_pages: KVPages  # [layers, p, l, g, d]
@@ -138,8 +138,8 @@ class PagedKVCache:
     `lock` meanwhile. Registered prefixes are only valid for one model, and until its parameters change.
 
     dtype: of the model. kv_dtype: of stored keys and values, one of `KV_DTYPES`, by default the model's. numerics: of
-    attention, "fast" or "batch_invariant" (see `ops.attention`). max_pages: the size to which the pool may grow, None for no
-    limit. Errors: ValueError for other names.
+    attention, "fast" or "batch_invariant" (see `ops.attention`). max_pages: the size to which the pool may grow, None
+    for no limit. Errors: ValueError for other names.
     """
 
     def __init__(

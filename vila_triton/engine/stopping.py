@@ -30,7 +30,7 @@ class StopStrings(StoppingCriteria):
         return torch.tensor([self.completes_stop_string(row) for row in input_ids.tolist()], device=input_ids.device)
 
     def completes_stop_string(self, row: list[int]) -> bool:
-        """Return whether the text of the token ids ends in a stop string that it did not end in before the last token."""
+        """Return whether the last of the token ids completes a stop string."""
         row = row[-self.window :]
         previous, current = self.tokenizer.decode(row[:-1]), self.tokenizer.decode(row)
         common = len(os.path.commonprefix([previous, current]))
