@@ -1,7 +1,7 @@
-"""What `bench.suite` does: its steps, in the order they run, and how much of the time each may take.
+"""The plan of `bench.suite`: its steps in the order they run, and the time limit of each.
 
 Steps are kept by their priority, as long as the least each needs fits; what is left of the time tops them up by their
-priority. So the limits never add up to more than there is, and what is left out is always the least valuable.
+priority. So the limits never add up to more than there is, and the steps that are left out are the least valuable.
 """
 
 import os
@@ -21,8 +21,12 @@ MARGIN_SECONDS = 12.0  # seconds of a step's limit in which it starts before, an
 
 @dataclass(frozen=True)
 class SuiteStep:
-    """One command. `priority`: 1 is the most valuable; `least` and `most`: seconds it is worth starting with, and can
-    use. The words {seconds} and {minutes} stand for how long the command itself is told to take.
+    """One command of the suite.
+
+    priority      1 is the most valuable
+    min_seconds   the least time that it is worth starting with
+    max_seconds   the most time that it can use
+    argv          its words; {seconds} and {minutes} stand for the time limit that the command itself is given
     """
 
     name: str
@@ -33,7 +37,7 @@ class SuiteStep:
 
     @property
     def has_own_clock(self) -> bool:
-        """Whether the command ends by a clock of its own."""
+        """True if the command ends at a time limit of its own."""
         return any(word in ("{seconds}", "{minutes}") for word in self.argv)
 
     def command(self, limit: float) -> list[str]:
@@ -43,7 +47,7 @@ class SuiteStep:
 
 
 def allot_seconds(steps: Sequence[SuiteStep], seconds: float) -> dict[str, float]:
-    """The limit of each step that is kept, by its name."""
+    """The time limit in seconds of each step that is kept, by its name."""
     limits: dict[str, float] = {}
     remaining = seconds
     ranked = sorted(steps, key=lambda step: step.priority)
@@ -60,7 +64,7 @@ def allot_seconds(steps: Sequence[SuiteStep], seconds: float) -> dict[str, float
 
 
 def left_out_lines(steps: Sequence[SuiteStep], seconds: float) -> Iterator[str]:
-    """Why the steps that are not kept are not, a line each."""
+    """A line for each step that is left out, with the reason."""
     limits = allot_seconds(steps, seconds)
     needed = sum(step.min_seconds for step in steps if step.name in limits)
     for step in sorted(steps, key=lambda step: step.priority):
@@ -77,8 +81,9 @@ def repeat_flag(flag: str, values: Sequence[str]) -> list[str]:
 
 
 def suite_steps(out: Path, toy: bool) -> list[SuiteStep]:
-    """The steps, whose rows, tables and pictures go to `out`. `toy`: the same at sizes a CPU can do, all of which fit
-    into five minutes.
+    """The steps of the suite, which write rows, tables and plots to `out`.
+
+    toy: at sizes for a CPU, of which all steps fit into five minutes.
     """
     rows_file = str(out / "rows.jsonl")
 
@@ -134,6 +139,6 @@ def suite_steps(out: Path, toy: bool) -> list[SuiteStep]:
         step("int4 models", 13, 120, 240, int4, "--case", by_size("models", "toy")),
         step("other ops", 14, 400, 600, other_ops_command, "--peers", "--out", rows_file),
         step("int4 errors", 15, 65, 120, errors, by_size("", "--toy")),
-        step("pictures", 8, 22, 60, "bench.plot", str(out), plot_flags, "--out", str(out / "pictures")),
+        step("plots", 8, 22, 60, "bench.plot", str(out), plot_flags, "--out", str(out / "plots")),
         step("report", 6, 22, 60, "bench.report", str(out), "--out", str(out / "report.html")),
     ]

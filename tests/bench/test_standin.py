@@ -27,8 +27,8 @@ SPECIAL = """
     test_decode.py::test_not_a_bit_depends_on_batch_pages_room_or_config[plain-triton]
     test_prefill.py::test_not_a_bit_depends_on_chunks_pages_company_or_config[triton]
     test_prefill_known.py::test_pictures_beyond_32_bits_in_views_of_one_packed_tensor[encoder_attention-triton]
-    test_int4_issues.py::test_rows_and_columns_of_x_beyond_32_bits[rows-int4_swiglu-triton-0]
-    test_int4_laws.py::test_a_row_of_x_does_not_see_the_others[float32-sub-int4_matmul-splitk-0]
+    test_int4_issues.py::test_x_with_offsets_beyond_32_bits[rows-int4_swiglu-triton-0]
+    test_int4_laws.py::test_rows_of_x_are_bitwise_independent_of_each_other[float32-sub-int4_matmul-splitk-0]
     test_invariant.py::test_not_a_bit_of_the_logits_depends_on_how_a_sequence_is_run[one layer-cuda-None]
 """
 

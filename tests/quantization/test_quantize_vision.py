@@ -158,7 +158,7 @@ def test_only_requested_parts_are_quantized(tmp_path: Path) -> None:
         (
             QuantizeConfig(group_size=64, extra_parts=BOTH),
             {"hidden_size": 96},
-            "vision_tower: encoder.*q_proj: int4 weight: k = 96 and group = 64",
+            "vision_tower: encoder.*q_proj: int4 weight: k = 96 and group_size = 64",
         ),
     ],
 )
