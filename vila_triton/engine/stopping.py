@@ -1,6 +1,6 @@
 """Stop strings: end a generation when the text ends in one of several strings, with any tokenizer."""
 
-import os
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +33,7 @@ class StopStrings(StoppingCriteria):
         """Return whether the last of the token ids completes a stop string."""
         row = row[-self.window :]
         previous, current = self.tokenizer.decode(row[:-1]), self.tokenizer.decode(row)
-        common = len(os.path.commonprefix([previous, current]))
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(previous, current))
+        common = sum(1 for _ in same)
         ends = range(common + 1, len(current) + 1)
         return any(current.endswith(text, 0, end) for text in self.stop_strings for end in ends)
