@@ -86,7 +86,7 @@ class VilaTritonRunner:
     def __init__(self, model: RandomModel, choice: str):
         self.model, self.name, self.kernels = model, choice, parse_kernel_choices(choice)
         self.weights, self.weight_config = params.leaves(model.p), model.cfg
-        self.vila = Vila(model.p, None, None)
+        self.vila = Vila(model.p, None, None)  # pyright: ignore[reportArgumentType]
         self.cfg: Any = _LanguageConfig(model.cfg)
 
     def start(self, batch: int, capacity: int) -> PagedKVCache:

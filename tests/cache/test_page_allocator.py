@@ -87,7 +87,7 @@ TestPages = Pages.TestCase
 
 
 @pytest.mark.parametrize("page_size, steps", [(1, 400_000), (4, 400_000), (16, 190_000), (256, 20_000)])
-def test_many_random_operations(page_size: int, steps: int) -> None:
+def test_random_operations_agree_with_the_model(page_size: int, steps: int) -> None:
     """All pages are in use most of the time. A million operations under HYPOTHESIS_PROFILE=thorough."""
     rng = random.Random(page_size)
     world = World(12, page_size)
@@ -126,7 +126,7 @@ def test_many_random_operations(page_size: int, steps: int) -> None:
     assert min(served, evicted, refused, kept) > 20, "the walk does not go everywhere"
 
 
-def test_an_append_is_for_all_sequences_or_for_none() -> None:
+def test_append_allocates_for_all_sequences_or_none() -> None:
     table = PageAllocator(3, 4)
     a, b = table.add_sequence(), table.add_sequence()
     table.append({a: 4})
@@ -135,7 +135,7 @@ def test_an_append_is_for_all_sequences_or_for_none() -> None:
     assert (table[a].length, table[b].length, len(table.free_pages)) == (4, 0, 2)
 
 
-def test_where_a_promise_needs_every_page_nothing_is_forked_and_nothing_stays_of_it() -> None:
+def test_fork_without_unreserved_pages_is_refused_and_changes_nothing() -> None:
     cache = PagedKVCache(CONFIG, 2, page_size=4)
     seq = cache.allocator.add_sequence()
     assert not cache.allocator.admit({seq: [1, 2, 3, 4, 5]}, 3)
@@ -151,7 +151,7 @@ def test_where_a_promise_needs_every_page_nothing_is_forked_and_nothing_stays_of
     )
 
 
-def test_a_copy_that_is_cut_short_is_made_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_page_copy_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = PagedKVCache(CONFIG, 4, page_size=4)
     first = cache.allocator.add_sequence()
     cache.allocator.append({first: 2})
@@ -174,7 +174,7 @@ def test_a_copy_that_is_cut_short_is_made_after_all(monkeypatch: pytest.MonkeyPa
     assert all((x[:, page] == i + 1).all() for i, x in enumerate(cache.tensors))
 
 
-def test_the_last_of_two_writers_keeps_a_shared_page() -> None:
+def test_last_of_two_writers_keeps_a_shared_page() -> None:
     table = PageAllocator(2, 4)
     a = table.add_sequence()
     table.append({a: 2})
@@ -184,12 +184,12 @@ def test_the_last_of_two_writers_keeps_a_shared_page() -> None:
 
 
 @pytest.mark.parametrize("pages, page_size", [(-1, 4), (4, 0)])
-def test_sizes_that_make_no_sense_are_refused(pages: int, page_size: int) -> None:
+def test_allocator_invalid_sizes_are_refused(pages: int, page_size: int) -> None:
     with pytest.raises(ValueError, match=f"{pages} and {page_size}"):
         PageAllocator(pages, page_size)
 
 
-def test_negative_counts_are_refused() -> None:
+def test_append_negative_counts_are_refused() -> None:
     table = PageAllocator(2, 4)
     with pytest.raises(ValueError, match="cannot append -1 tokens"):
         table.append({table.add_sequence(): -1})
@@ -203,7 +203,7 @@ def filled(table: PageAllocator, tokens: list[int]) -> int:
     return seq
 
 
-def test_the_page_not_used_for_longest_is_given_away_first_and_of_one_sequence_its_tail() -> None:
+def test_least_recently_used_page_is_evicted_first_tail_before_head() -> None:
     table = PageAllocator(6, 2)
     old, new = filled(table, [1, 2, 3, 4]), filled(table, [5, 6, 7, 8])
     table.free_sequence(old)
@@ -217,7 +217,7 @@ def test_the_page_not_used_for_longest_is_given_away_first_and_of_one_sequence_i
         assert found == (a, b)
 
 
-def test_a_conversation_that_goes_another_way_shares_what_is_the_same_to_the_token() -> None:
+def test_diverging_sequences_share_their_prefix_to_the_token() -> None:
     table = PageAllocator(4, 4)
     first = filled(table, [1, 2, 3, 4, 5, 6])
     second = table.add_sequence()
@@ -227,7 +227,7 @@ def test_a_conversation_that_goes_another_way_shares_what_is_the_same_to_the_tok
     assert table[first].pages[0] == table[second].pages[0] and grant.slots == [9, 10]
 
 
-def test_a_page_is_found_only_behind_the_tokens_it_was_written_behind() -> None:
+def test_page_matches_only_behind_the_same_prefix() -> None:
     table = PageAllocator(8, 2)
     filled(table, [1, 2, 3, 4])
     filled(table, [5, 6, 3, 4, 7])
@@ -236,7 +236,7 @@ def test_a_page_is_found_only_behind_the_tokens_it_was_written_behind() -> None:
 
 
 @pytest.mark.parametrize("rows", [[0, 7], [-1], [1]])
-def test_a_row_that_there_is_not_is_refused_and_forks_nothing(rows: list[int]) -> None:
+def test_reorder_unknown_row_is_refused_and_forks_nothing(rows: list[int]) -> None:
     table = PageAllocator(4, 4)
     filled(table, [1, 2, 3])
     with pytest.raises(ValueError, match="there are 1 sequences, and no row"):

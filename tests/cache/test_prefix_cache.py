@@ -81,14 +81,14 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield counts
 
 
-def test_the_questions_are_told_apart() -> None:
+def test_different_questions_get_different_answers() -> None:
     answers = [tuple(alone(image, question)[0]) for image in range(3) for question in range(3)]
     assert len(set(answers)) == 9
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize("freed", [True, False])
-def test_a_second_question_about_a_picture_runs_its_own_tokens_only(page_size: int, freed: bool, ran: list) -> None:
+def test_second_question_about_an_image_runs_only_its_own_tokens(page_size: int, freed: bool, ran: list) -> None:
     conversations = Conversations(page_size=page_size)
     first, _ = conversations.ask(0, 0)
     assert ran.pop(0) == 3 + 9 + 3
@@ -106,7 +106,7 @@ def test_a_second_question_about_a_picture_runs_its_own_tokens_only(page_size: i
         assert conversations.again(first) == alone(0, 0)[1]  # nobody wrote into its pages
 
 
-def test_of_another_picture_only_the_words_before_it_are_shared(ran: list) -> None:
+def test_another_image_shares_only_the_text_before_it(ran: list) -> None:
     conversations = Conversations(page_size=4)
     conversations.ask(0, 0)
     expected = alone(1, 0)[0]
@@ -115,7 +115,7 @@ def test_of_another_picture_only_the_words_before_it_are_shared(ran: list) -> No
     assert ran[0] == 9 + 3
 
 
-def test_idle_pages_are_given_away_before_the_pool_grows() -> None:
+def test_evictable_pages_are_evicted_before_the_pool_grows() -> None:
     conversations = Conversations(page_size=4)
     table = conversations.cache.allocator
     for image in range(3):
@@ -123,7 +123,7 @@ def test_idle_pages_are_given_away_before_the_pool_grows() -> None:
         assert table.num_pages == 5 and not table.ref_counts  # 15 tokens and 5 more
 
 
-def test_the_tower_sees_a_picture_once() -> None:
+def test_tower_encodes_an_image_once() -> None:
     seen = []
 
     def encode(pixels: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def test_the_tower_sees_a_picture_once() -> None:
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in known.features.values())  # not those of its batch too
 
 
-def test_a_picture_is_its_pixels_their_dtype_and_their_shape() -> None:
+def test_image_hash_depends_on_pixels_dtype_and_shape() -> None:
     picture = IMAGES[0]
     others = [IMAGES[1], picture.half(), picture.view(torch.int32), picture.reshape(3, 10, -1), picture.flip(2)]
     assert len({image_hash(x) for x in [picture, *others]}) == 6
@@ -152,7 +152,7 @@ Question = st.tuples(st.integers(0, 2), st.integers(0, 2), st.sampled_from(["fre
 
 @settings(max_examples=max(15, settings().max_examples // 5))
 @given(st.lists(Question, min_size=2, max_size=8), st.sampled_from([1, 4, 16]), st.integers(0, 12))
-def test_whatever_was_asked_before_the_answers_are_the_same(asked: list, page_size: int, pages: int) -> None:
+def test_answers_do_not_depend_on_earlier_questions(asked: list, page_size: int, pages: int) -> None:
     """Pages are few, so that what is known is often driven out."""
     conversations = Conversations(page_size=page_size, pages=pages)
     kept = []

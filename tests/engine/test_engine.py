@@ -50,7 +50,7 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize("how", [{}, {"side": "left"}, {"chunk_prefilling": True}], ids=str)
-def test_greedy_answers_are_hugging_faces_row_by_row(how: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_answers_equal_hugging_face(how: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODEL.config, "prefill_chunk_size", 4)
     assert min(len(set(answer)) for answer in ANSWERS) > 8  # not one word again and again
     assert generate(ROWS, IMAGES, **how) == ANSWERS
@@ -69,7 +69,7 @@ def test_greedy_answers_are_hugging_faces_row_by_row(how: dict, monkeypatch: pyt
     ids=str,
 )
 @pytest.mark.parametrize("seed", [0, 1])
-def test_samples_are_hugging_faces_under_the_same_seed(how: dict, seed: int) -> None:
+def test_sampled_answers_equal_hugging_face_with_the_same_seed(how: dict, seed: int) -> None:
     row = ROWS[1] + ANSWERS[1]
     torch.manual_seed(seed)
     expected = ORACLE.llm.generate(
@@ -83,7 +83,7 @@ def test_samples_are_hugging_faces_under_the_same_seed(how: dict, seed: int) -> 
     assert generate([row], do_sample=True, seed=seed, **how) == [expected]
 
 
-def test_a_seed_means_the_same_in_every_batch() -> None:
+def test_seeded_answer_does_not_depend_on_the_batch() -> None:
     alone = [
         generate([row], images if len(images) else None, do_sample=True, seed=[seed])[0]
         for row, images, seed in zip(ROWS, SPLIT, (5, 6, 7, 8))
@@ -94,7 +94,7 @@ def test_a_seed_means_the_same_in_every_batch() -> None:
     assert others[1:] == alone[1:] and others[0] != alone[0]
 
 
-def test_without_a_seed_every_answer_is_drawn_anew_and_torchs_brings_it_back() -> None:
+def test_unseeded_answers_differ_and_torch_manual_seed_repeats_them() -> None:
     drawn = [generate(ROWS[1:2] * 2, do_sample=True) for _ in range(2)]
     assert drawn[0] != drawn[1] and drawn[0][0] != drawn[0][1]
     again = []
@@ -109,7 +109,7 @@ def test_without_a_seed_every_answer_is_drawn_anew_and_torchs_brings_it_back() -
     assert SamplingParams.from_generate_kwargs(2).seeds is None
 
 
-def test_an_answer_ends_with_its_stop_token_and_shorter_ones_are_padded_with_it() -> None:
+def test_answer_ends_with_stop_token_and_is_padded_with_it() -> None:
     stop = next(token for i, token in enumerate(ANSWERS[0][2:], 2) if token not in ANSWERS[0][:i])
     expected = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in ANSWERS]
     longest = max(map(len, expected))
@@ -118,7 +118,7 @@ def test_an_answer_ends_with_its_stop_token_and_shorter_ones_are_padded_with_it(
         assert generate(ROWS, IMAGES, eos_token_id=eos) == [a + [stop] * (longest - len(a)) for a in expected]
 
 
-def test_an_answer_ends_with_its_stop_string() -> None:
+def test_answer_ends_with_stop_string() -> None:
     answer = ANSWERS[1]
     stop = spell(answer[4:6])
     assert spell(answer).index(stop) == 4
@@ -127,7 +127,7 @@ def test_an_answer_ends_with_its_stop_string() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 5])
-def test_an_answer_has_at_most_max_new_tokens(n: int) -> None:
+def test_answer_has_at_most_max_new_tokens(n: int) -> None:
     assert generate(ROWS, IMAGES, max_new_tokens=n) == [answer[:n] for answer in ANSWERS]
 
 
@@ -145,12 +145,12 @@ def test_an_answer_has_at_most_max_new_tokens(n: int) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else ", ".join(value),
 )
-def test_settings_that_contradict_each_other_are_refused(how: dict, message: str) -> None:
+def test_contradicting_sampling_arguments_are_refused(how: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate([[1, 2], [3]], **how)
 
 
-def test_a_streamer_is_told_the_text_of_the_answer() -> None:
+def test_streamer_receives_the_text_of_the_answer() -> None:
     class Heard(TextStreamer):
         text = ""
 
@@ -186,13 +186,13 @@ def answers(cache: PagedKVCache, rows: dict[int, Tensor], features: Any, n: int,
     return found
 
 
-def test_streams_yield_the_tokens_of_generate_and_cache_all_but_the_last() -> None:
+def test_generate_tokens_yields_tokens_of_generate_and_caches_all_but_the_last() -> None:
     cache, rows, features = conversation()
     assert list(answers(cache, rows, features, 12, chunk=5).values()) == ANSWERS[:2]
     assert [cache.length(seq) for seq in rows] == [13 + 11, 3 + 11]
 
 
-def test_a_second_turn_runs_only_what_is_new_and_answers_like_one_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_turn_runs_only_new_tokens_and_answers_like_one_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
     def counted(p: Any, x: Tensor, *args: Any) -> Tensor:
@@ -215,7 +215,7 @@ def test_a_second_turn_runs_only_what_is_new_and_answers_like_one_prompt(monkeyp
         answers(cache, {0: longer[0]}, features, 1)
 
 
-def test_a_full_cache_stops_the_stream_and_loses_nothing() -> None:
+def test_generate_tokens_in_a_full_cache_raises_and_loses_nothing() -> None:
     cache, rows, features = conversation(pages=8)  # 13 + 3 tokens take 5 of them
     heard: dict[int, list[int]] = {seq: [] for seq in rows}
     how = SamplingParams.from_generate_kwargs(2, max_new_tokens=12)
@@ -231,7 +231,7 @@ def test_a_full_cache_stops_the_stream_and_loses_nothing() -> None:
     assert heard[kept] + rest == ANSWERS[0][: len(heard[kept]) + 3]
 
 
-def test_a_prompt_that_does_not_fit_leaves_an_empty_cache() -> None:
+def test_prompt_beyond_the_page_limit_leaves_the_cache_empty() -> None:
     cache, rows, features = conversation(pages=4)
     for chunk in (None, 4):
         with pytest.raises(OutOfPages):

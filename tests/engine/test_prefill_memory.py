@@ -15,7 +15,7 @@ HERE = torch.device(DEVICE)
 
 
 @pytest.mark.parametrize("chunk", [16, 48])
-def test_activations_of_a_chunk_do_not_grow_with_the_prompt(chunk: int) -> None:
+def test_chunked_prefill_activation_memory_does_not_grow_with_the_prompt(chunk: int) -> None:
     p = params.tree_map(lambda x: x.to(HERE), PARAMS)
     with use(prefill_attention="triton"):
         caches, peaks = zip(*(measure_prefill(p, CONFIG, length, chunk, HERE) for length in (96, 144)))

@@ -19,7 +19,7 @@ from vila_triton.paths import BUNDLED_CHECKPOINT
 
 
 @pytest.mark.parametrize("loop", ["engine", "transformers"])
-def test_stop_strings_end_an_answer_with_any_tokenizer(loop: str, tmp_path: Path) -> None:
+def test_stop_strings_end_answers_with_any_tokenizer(loop: str, tmp_path: Path) -> None:
     small_sentencepiece.place(tmp_path, "small")
     model = VilaLlamaForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, device="cpu", dtype=torch.float32)
     for tokenizer in (load_tokenizer(BUNDLED_CHECKPOINT), load_tokenizer(tmp_path)):
@@ -34,7 +34,7 @@ def test_stop_strings_end_an_answer_with_any_tokenizer(loop: str, tmp_path: Path
             assert answer[0].tolist() == whole[:expected] and expected <= end
 
 
-def test_stop_strings_end_where_transformers_criterion_would() -> None:
+def test_stop_strings_end_where_transformers_criterion_does() -> None:
     tokenizer, rng = of_bytes(HEADERS), random.Random(3)
     unused: Any = torch.zeros(1)
     for texts in ("ta", ["it", " is"], ["?"]):

@@ -39,7 +39,7 @@ OPTIONAL = {"bias", "numerics", "return_lse"}
 
 
 @pytest.mark.parametrize("name", sorted(OPS))
-def test_an_argument_of_another_kind_is_named(name: str) -> None:
+def test_op_argument_of_wrong_type_is_named(name: str) -> None:
     op, values = OPS[name], arguments(OPS[name])
     for argument, value in values.items():
         if argument in OPTIONAL:
@@ -70,7 +70,7 @@ MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("mistake", MODEL)
-def test_the_model_says_what_it_takes(talker: ChatModel, mistake: str) -> None:
+def test_model_argument_of_wrong_type_is_named(talker: ChatModel, mistake: str) -> None:
     call, told = MODEL[mistake]
     with pytest.raises((TypeError, ValueError), match=told):
         call(talker.model)
@@ -87,13 +87,13 @@ PROCESSOR: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("mistake", PROCESSOR)
-def test_the_processor_says_what_it_takes(mistake: str) -> None:
+def test_processor_argument_of_wrong_type_is_named(mistake: str) -> None:
     call, told = PROCESSOR[mistake]
     with pytest.raises(Exception, match=told):
         call(VilaProcessor.from_pretrained(TINY))
 
 
-def test_conversations_take_a_text_and_pictures_or_their_files(talker: ChatModel) -> None:
+def test_conversation_takes_text_and_images_or_paths(talker: ChatModel) -> None:
     def answer(question: Any, *images: Any) -> list[int]:
         return list(Conversation(talker).ask(question, *images, max_new_tokens=2))
 
@@ -109,7 +109,7 @@ def test_conversations_take_a_text_and_pictures_or_their_files(talker: ChatModel
             ChatModel(talker.model, talker.tokenizer, talker.processor, max_pages=limit)  # pyright: ignore[reportArgumentType]
 
 
-def test_files_that_are_none_are_named(tmp_path: Path) -> None:
+def test_path_that_is_no_file_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(ValueError, match="fifo is a FIFO, expected a file"):
         next(calibration_data.read_samples([tmp_path / "fifo"]))
@@ -123,7 +123,7 @@ def test_files_that_are_none_are_named(tmp_path: Path) -> None:
             awq_cache_file.load_awq_cache(path, LlamaConfig(128, 64, 128, 1, 2, 2, 32), 32, torch.float16)
 
 
-def test_a_debug_mode_there_is_not_is_told_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_debug_mode_is_refused_on_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VILA_TRITON_DEBUG", "yes")
     with pytest.raises(ValueError, match="VILA_TRITON_DEBUG is 'yes', expected 1, or 0"):
         ops.decode_attention(**grouped_arguments(OPS["decode_attention"], arguments(OPS["decode_attention"])))

@@ -33,7 +33,7 @@ def asked(rows: list[list[int]], side: str = "left") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_both_loops_give_the_same_greedy_answers_to_a_hundred_prompts(batch: int) -> None:
+def test_engine_and_transformers_loops_give_equal_greedy_answers(batch: int) -> None:
     rng, early = random.Random(batch), 0
     for start in range(0, len(PROMPTS), batch):
         inputs = asked(PROMPTS[start : start + batch], side=rng.choice(["left", "right"]))
@@ -49,7 +49,7 @@ def test_both_loops_give_the_same_greedy_answers_to_a_hundred_prompts(batch: int
 @pytest.mark.parametrize(
     "how", [{"repetition_penalty": 1.7}, {"chunk_prefilling": True}, {"max_new_tokens": 1}], ids=str
 )
-def test_both_loops_mean_the_same_by_an_argument(how: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_and_transformers_loops_honour_arguments_alike(how: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODEL.config, "prefill_chunk_size", 5)
     inputs = asked([*PROMPTS[:3], [-200]])
     plain = MODEL.generate(**inputs, max_new_tokens=6)
@@ -58,7 +58,7 @@ def test_both_loops_mean_the_same_by_an_argument(how: dict, monkeypatch: pytest.
     assert torch.equal(ours, plain[:, : ours.shape[1]]) == ("repetition_penalty" not in how)
 
 
-def test_beams_are_those_of_hugging_faces_own_llama() -> None:
+def test_beam_search_equals_hugging_face_llama() -> None:
     row = [1, 5, -200, 9, 30]
     how: dict[str, Any] = {"max_new_tokens": 10, "num_beams": 4, "num_return_sequences": 3, "eos_token_id": 19}
     embeds = torch.stack(Oracle.of(MODEL).embeds([torch.tensor(row)], IMAGES[:1])).detach()
@@ -69,7 +69,7 @@ def test_beams_are_those_of_hugging_faces_own_llama() -> None:
     assert torch.equal(both[:3, :width], theirs) and (both[:3, width:] == 19).all()
 
 
-def test_an_output_in_full_holds_new_tokens_their_scores_and_states() -> None:
+def test_return_dict_in_generate_has_new_tokens_scores_and_states() -> None:
     inputs = asked([[1, 5, -200, 9], [1, 7]])
     out = MODEL.generate(
         **inputs,
@@ -110,7 +110,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("how, message", ERRORS.values(), ids=ERRORS)
-def test_what_cannot_be_honoured_is_refused_before_any_token(how: dict, message: str) -> None:
+def test_generate_unsupported_argument_is_refused_before_any_token(how: dict, message: str) -> None:
     def never(ids: Tensor, scores: Tensor) -> Tensor:
         raise AssertionError("a token was made")
 

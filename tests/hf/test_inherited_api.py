@@ -50,7 +50,7 @@ WORKS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def test_every_inherited_method_works_or_says_why_not() -> None:
+def test_inherited_methods_work_or_raise_with_a_reason() -> None:
     names = {name for cls in HUGGING_FACES for name in vars(cls) if not name.startswith("_")}
     names = {name for name in names if callable(getattr(VilaLlamaForCausalLM, name, None))}
     assert not names - {*INNER.split(), *WORKS, *UNSUPPORTED_METHODS}, (
@@ -63,7 +63,7 @@ def test_every_inherited_method_works_or_says_why_not() -> None:
             getattr(MODEL, name)()
 
 
-def test_every_argument_of_generation_works_or_says_why_not() -> None:
+def test_generate_arguments_work_or_raise_with_a_reason() -> None:
     def everything(name: str) -> dict[str, Any]:
         return {"max_new_tokens": 2, "loop": "transformers", name: VALUES[name]}
 
@@ -101,7 +101,7 @@ def autocast(ours: torch.dtype, asked: torch.dtype) -> Any:
         return model(torch.tensor([[1, -200, 5]]), images=pictures(model, 1)).logits
 
 
-def test_autocast_between_the_halves_is_refused_and_any_other_runs() -> None:
+def test_autocast_to_the_other_half_dtype_is_refused_and_others_run() -> None:
     halves, both = (torch.float16, torch.bfloat16), "the model is in torch.{}, but torch.autocast asks for torch.{}"
     for ours in (*halves, torch.float32):
         for asked in halves:
@@ -115,7 +115,7 @@ def test_autocast_between_the_halves_is_refused_and_any_other_runs() -> None:
                 assert autocast(ours, asked).isfinite().all()
 
 
-def test_parts_of_other_dtypes_and_models_without_numbers_say_so() -> None:
+def test_mixed_dtypes_and_meta_device_are_refused() -> None:
     mixed = copy.deepcopy(MODEL)
     mixed.vision_tower.to(torch.float16)  # pyright: ignore[reportCallIssue]
     with pytest.raises(ValueError, match=r"vision_tower is in torch.float16, .* need all parts in one dtype"):
@@ -124,7 +124,7 @@ def test_parts_of_other_dtypes_and_models_without_numbers_say_so() -> None:
         copy.deepcopy(MODEL).to("meta")(IDS)
 
 
-def test_embeddings_and_head_are_the_models_own() -> None:
+def test_embedding_and_head_modules_share_the_parameters() -> None:
     table: Any = MODEL.get_input_embeddings()
     assert table.weight is MODEL.get_parameter("llm.model.embed_tokens.weight")
     head: Any = MODEL.get_output_embeddings()
@@ -135,7 +135,7 @@ def test_embeddings_and_head_are_the_models_own() -> None:
 LLAMA = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 
 
-def test_a_rope_scaling_without_a_type_is_not_taken_for_none() -> None:
+def test_rope_scaling_without_type_is_refused() -> None:
     for rope in ({"factor": 2.0}, {"factor": 2.0, "rope_theta": 5.0}, {"type": None, "factor": 4.0}):
         for key in ("rope_scaling", "rope_parameters"):
             with pytest.raises(
@@ -146,7 +146,7 @@ def test_a_rope_scaling_without_a_type_is_not_taken_for_none() -> None:
         LlamaConfig.from_dict({**LLAMA, "rope_scaling": rope})
 
 
-def test_every_way_of_a_processor_works_or_says_why_not() -> None:
+def test_processor_methods_work_or_raise_with_a_reason() -> None:
     processor: Any = VilaProcessor.from_pretrained(BUNDLED_CHECKPOINT)
     refused = {"push_to_hub", "parse_response", "post_process_multimodal_output"}
     names = {name for name in vars(ProcessorMixin) if not name.startswith("_")}

@@ -90,14 +90,14 @@ WAYS: dict[str, Callable[[], Tensor]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
-def test_every_way_through_a_prompt_gives_the_same_logits(way: str) -> None:
+def test_logits_equal_for_every_way_through_a_prompt(way: str) -> None:
     same(WAYS[way]())
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 7, 64])
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_a_row_does_not_depend_on_its_batch(side: str, chunk: int) -> None:
+def test_logits_of_a_row_do_not_depend_on_its_batch(side: str, chunk: int) -> None:
     rows = [IDS[0].tolist(), [1, 3, 4], [1, -200, 7], [9]]
     images = pictures(MODEL, 2)
     ids, mask = padded(rows, side)
@@ -115,7 +115,7 @@ def test_a_row_does_not_depend_on_its_batch(side: str, chunk: int) -> None:
 
 
 @torch.no_grad()
-def test_use_cache_false_reads_the_past_and_keeps_nothing() -> None:
+def test_use_cache_false_reads_the_cache_and_adds_nothing() -> None:
     MODEL(IDS[:, :9], start_pos=0, images=PICTURE)
     own, past = MODEL.cache, MODEL(IDS[:, :9], images=PICTURE).past_key_values
     assert own is not None and own is not past
@@ -155,7 +155,7 @@ FAILURES = [({}, rms_norm, 0), ({}, rms_norm, 3), ({}, linear, 14), ({"use_cache
 
 @pytest.mark.parametrize("how, op, calls", [*FAILURES, (IN_CHUNKS, rms_norm, 8), (IN_CHUNKS, linear, 3 * 14)], ids=str)
 @torch.no_grad()
-def test_a_kernel_that_fails_leaves_the_past_as_it_was(how: dict, op: Op, calls: int) -> None:
+def test_failing_kernel_leaves_the_cache_unchanged(how: dict, op: Op, calls: int) -> None:
     MODEL.config.prefill_chunk_size = 5
     past = MODEL(IDS[:, :9], images=PICTURE).past_key_values
     before = state(past)
@@ -166,7 +166,7 @@ def test_a_kernel_that_fails_leaves_the_past_as_it_was(how: dict, op: Op, calls:
 
 
 @torch.no_grad()
-def test_states_and_weights_of_every_layer_are_hugging_faces() -> None:
+def test_hidden_states_and_attentions_equal_hugging_face() -> None:
     rows = [IDS[0].tolist(), [1, 3, 4]]
     ids, mask = padded(rows)
     ours = MODEL(ids, attention_mask=mask, images=PICTURE, output_hidden_states=True, output_attentions=True)
@@ -182,14 +182,14 @@ def test_states_and_weights_of_every_layer_are_hugging_faces() -> None:
 
 
 @torch.no_grad()
-def test_position_ids_are_those_of_hugging_face() -> None:
+def test_logits_with_position_ids_equal_hugging_face() -> None:
     ids, positions = words(2, 6), torch.tensor([[0, 2, 3, 5, 8, 13], [0, 0, 1, 1, 2, 2]])
     with exact_norms():
         same(MODEL(ids, position_ids=positions).logits, Oracle.of(MODEL).llm(ids, position_ids=positions).logits)
 
 
 @torch.no_grad()
-def test_outputs_are_trimmed_and_packed_as_asked() -> None:
+def test_logits_to_keep_and_return_dict_shape_the_output() -> None:
     for n in (1, 5, 31, 99):
         for chunk_prefilling in (False, True):
             same(MODEL(IDS, images=PICTURE, logits_to_keep=n, chunk_prefilling=chunk_prefilling).logits, WHOLE[:, -n:])
@@ -229,7 +229,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("arguments, message", ERRORS.values(), ids=ERRORS)
 @torch.no_grad()
-def test_what_cannot_be_honoured_is_a_value_error_that_changes_nothing(arguments: dict, message: str) -> None:
+def test_forward_unsupported_argument_raises_and_changes_nothing(arguments: dict, message: str) -> None:
     MODEL(words(1, 5), start_pos=0)
     own = MODEL.cache
     assert own
@@ -240,7 +240,7 @@ def test_what_cannot_be_honoured_is_a_value_error_that_changes_nothing(arguments
 
 
 @torch.no_grad()
-def test_a_past_of_another_kind_or_batch_is_refused() -> None:
+def test_past_key_values_of_another_type_or_batch_are_refused() -> None:
     past = MODEL(ONE).past_key_values
     with pytest.raises(TypeError, match="past_key_values is a tuple"):
         MODEL(ONE, past_key_values=(1, 2))

@@ -34,7 +34,7 @@ def message(question: str, *pictures: Any) -> list[dict]:
     return [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
 
 
-def test_auto_classes_load_it_in_the_dtype_and_with_the_settings_asked_for(processor: Any, model: Any) -> None:
+def test_auto_classes_load_model_and_processor_with_dtype_and_settings(processor: Any, model: Any) -> None:
     assert isinstance(AutoConfig.from_pretrained(BUNDLED_CHECKPOINT), VilaLlamaConfig)
     assert isinstance(model, VilaLlamaForCausalLM) and isinstance(processor, VilaProcessor)
     assert (model.dtype, model.device.type, model.new_cache(1).allocator.page_size) == (torch.float32, "cpu", 32)
@@ -42,13 +42,13 @@ def test_auto_classes_load_it_in_the_dtype_and_with_the_settings_asked_for(proce
         AutoModelForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, device_map="auto")
 
 
-def test_importing_the_package_loads_nothing_of_transformers() -> None:
+def test_import_vila_triton_does_not_load_transformers() -> None:
     code = "import sys, vila_triton; assert not {'torch', 'transformers'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("loop", ["engine", "transformers"])
-def test_messages_to_streamed_text_as_in_a_conversation(processor: Any, model: Any, loop: str) -> None:
+def test_chat_template_and_streamer_give_the_answer_of_a_conversation(processor: Any, model: Any, loop: str) -> None:
     inputs = processor.apply_chat_template(
         message(QUESTION, PICTURES[0]), add_generation_prompt=True, tokenize=True, return_dict=True
     )
@@ -62,7 +62,7 @@ def test_messages_to_streamed_text_as_in_a_conversation(processor: Any, model: A
     assert "".join(heard).strip() == processor.batch_decode(answer, skip_special_tokens=True)[0] == "2"
 
 
-def test_a_batch_answers_as_each_alone(processor: Any, model: Any) -> None:
+def test_batch_of_processed_prompts_answers_as_each_alone(processor: Any, model: Any) -> None:
     talks = [message(QUESTION, PICTURES[0]), message("Describe the picture.", PICTURES[3]), message("Hello.")]
     talks.append(message("Which image has more shapes?", *PICTURES[1:3]))
     texts = [processor.apply_chat_template(talk, add_generation_prompt=True) for talk in talks]
@@ -76,7 +76,7 @@ def test_a_batch_answers_as_each_alone(processor: Any, model: Any) -> None:
         assert processor.batch_decode(alone, skip_special_tokens=True) == [together]
 
 
-def test_rows_are_padded_on_the_tokenizers_side_or_not_at_all(processor: Any, monkeypatch: Any) -> None:
+def test_processor_pads_on_the_tokenizers_side_or_not_at_all(processor: Any, monkeypatch: Any) -> None:
     rows = processor(text=["a", "a shape"], padding=False, return_tensors=None)["input_ids"]
     for side in ("left", "right"):
         monkeypatch.setattr(processor.tokenizer, "padding_side", side)
@@ -87,7 +87,7 @@ def test_rows_are_padded_on_the_tokenizers_side_or_not_at_all(processor: Any, mo
     assert processor(text="a", add_special_tokens=False)["input_ids"].tolist() == [rows[0][1:]]
 
 
-def test_what_is_saved_is_what_is_loaded(processor: Any, tmp_path: Path) -> None:
+def test_processor_save_and_load_round_trip(processor: Any, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     again: Any = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(again, VilaProcessor) and again.chat_template == processor.chat_template
@@ -117,12 +117,14 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("how, kind, message", ERRORS.values(), ids=ERRORS)
-def test_what_does_not_fit_is_refused(processor: Any, how: dict, kind: type[Exception], message: str) -> None:
+def test_processor_unsupported_argument_is_refused(
+    processor: Any, how: dict, kind: type[Exception], message: str
+) -> None:
     with pytest.raises(kind, match=message):
         processor(**how)
 
 
-def test_a_path_is_the_picture_in_the_file(processor: Any) -> None:
+def test_processor_path_equals_image_in_the_file(processor: Any) -> None:
     path = EXAMPLES_DIR / "a.png"
     parts = [{"type": "image", "path": str(path)}, {"type": "text", "text": "x"}]
     talk = [{"role": "user", "content": parts}]
@@ -130,6 +132,6 @@ def test_a_path_is_the_picture_in_the_file(processor: Any) -> None:
     assert torch.equal(inputs["images"], processor(text="<image>", images=Image.open(path))["images"])
 
 
-def test_a_label_outside_the_vocabulary_is_refused(model: Any) -> None:
+def test_label_outside_the_vocabulary_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="label 1000000 is not in the vocabulary of 128"):
         model(torch.tensor([[1, 5]]), labels=torch.full((1, 2), 10**6))

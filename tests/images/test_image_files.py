@@ -17,7 +17,7 @@ def array(image: Image.Image) -> Any:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_stand_upright(orientation: int, tmp_path: Path) -> None:
+def test_image_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> None:
     """Every one of EXIF's eight orientations shows the same picture."""
     upright = np.arange(24, dtype=np.uint8).reshape(4, 6)
     stored = {
@@ -64,12 +64,12 @@ KINDS: dict[str, tuple[Image.Image, dict[str, Any], list[tuple[int, ...]]]] = {
 
 
 @pytest.mark.parametrize("image, how, expected", KINDS.values(), ids=KINDS)
-def test_every_kind_of_picture_is_seen_as_it_is_shown(image: Image.Image, how: dict, expected: list, tmp_path) -> None:
+def test_image_of_every_mode_becomes_rgb_as_displayed(image: Image.Image, how: dict, expected: list, tmp_path) -> None:
     image.save(tmp_path / "a.png", **how)
     assert [tuple(x) for x in array(open_image(tmp_path / "a.png"))[0].tolist()] == expected
 
 
-def test_cmyk_and_big_endian_pictures_are_read(tmp_path: Path) -> None:
+def test_cmyk_and_big_endian_images_are_read(tmp_path: Path) -> None:
     Image.new("CMYK", (8, 8), (0, 0, 0, 255)).save(tmp_path / "a.jpg")
     assert array(open_image(tmp_path / "a.jpg")).max() == 0
     grey = Image.frombytes("I;16B", (2, 1), (65535).to_bytes(2, "big") + (257).to_bytes(2, "big"))
@@ -85,7 +85,7 @@ REFUSED: dict[str, tuple[Image.Image, str]] = {
 
 
 @pytest.mark.parametrize("image, message", REFUSED.values(), ids=REFUSED)
-def test_a_picture_that_cannot_be_shown_is_refused(image: Image.Image, message: str, tmp_path: Path) -> None:
+def test_image_without_known_white_or_pixels_is_refused(image: Image.Image, message: str, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=message):
         to_rgb(image)
     if image.width:
@@ -94,7 +94,7 @@ def test_a_picture_that_cannot_be_shown_is_refused(image: Image.Image, message: 
             open_image(tmp_path / "a.tiff")
 
 
-def test_a_huge_picture_is_read_up_to_pillows_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_beyond_pillows_pixel_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (60, 50)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
     assert open_image(tmp_path / "a.png").size == (60, 50)
@@ -106,7 +106,7 @@ def test_a_huge_picture_is_read_up_to_pillows_limit(tmp_path: Path, monkeypatch:
         open_image(tmp_path / "a.png")
 
 
-def test_frames_are_as_many_pixels_as_a_picture_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_video_frames_beyond_pillows_pixel_limit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, *rest = film(9)
     first.save(tmp_path / "a.gif", save_all=True, append_images=rest)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4 * 96)
@@ -116,7 +116,7 @@ def test_frames_are_as_many_pixels_as_a_picture_may_have(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tiff", "bmp"])
-def test_a_picture_cut_short_or_damaged_is_named_or_read(suffix: str, tmp_path: Path) -> None:
+def test_truncated_or_damaged_image_is_named_or_read(suffix: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(file := tmp_path / f"a.{suffix}")
     whole = file.read_bytes()
@@ -132,7 +132,7 @@ def test_a_picture_cut_short_or_damaged_is_named_or_read(suffix: str, tmp_path: 
             assert str(file) in str(error)
 
 
-def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
+def test_file_that_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello")
     for path, message in ((tmp_path / "a.txt", "cannot identify"), (tmp_path, "is a folder, expected a file")):
         with pytest.raises(ImageError, match=message):
@@ -162,7 +162,7 @@ SEEN = {  # frames, asked for -> which are seen; -1 is a black one
 
 @pytest.mark.parametrize("suffix", ["", "gif", "webp", "png"])
 @pytest.mark.parametrize("count, n", SEEN)
-def test_a_video_is_seen_at_even_moments(count: int, n: int, suffix: str, tmp_path: Path) -> None:
+def test_video_frames_are_evenly_spaced(count: int, n: int, suffix: str, tmp_path: Path) -> None:
     video: Any = film(count)
     if suffix:
         how: dict[str, Any] = {"lossless": True} if suffix == "webp" else {}
@@ -173,13 +173,13 @@ def test_a_video_is_seen_at_even_moments(count: int, n: int, suffix: str, tmp_pa
     assert greys(seen) == [8 * i + 8 if i >= 0 else 0 for i in SEEN[count, n]]
 
 
-def test_the_still_picture_of_an_animation_is_no_frame(tmp_path: Path) -> None:
+def test_default_image_of_an_apng_is_no_frame(tmp_path: Path) -> None:
     still, *moving = film(4)
     still.save(tmp_path / "a.png", save_all=True, append_images=moving, default_image=True)
     assert greys(load_video_frames(tmp_path / "a.png", 3)) == [16, 24, 32]
 
 
-def test_what_is_no_video_and_no_picture_is_refused(tmp_path: Path) -> None:
+def test_image_as_video_and_video_as_image_are_refused(tmp_path: Path) -> None:
     first, *rest = film(3)
     first.save(tmp_path / "a.png")
     first.save(tmp_path / "a.gif", save_all=True, append_images=rest)

@@ -67,7 +67,7 @@ CASES: dict[str, tuple[dict, dict | None, dict, int]] = {
 
 @pytest.mark.parametrize("mode", ["resize", "pad", "square", None])
 @pytest.mark.parametrize("tower, file, top, side", CASES.values(), ids=CASES)
-def test_pixels_are_the_arithmetic_of_vila(
+def test_preprocessed_pixels_equal_vila(
     tower: dict, file: dict | None, top: dict, side: int, mode: str | None, tmp_path: Path
 ) -> None:
     processor = load_image_processor(folder(tmp_path, tower, file, **top))
@@ -81,7 +81,7 @@ def test_pixels_are_the_arithmetic_of_vila(
     assert torch.equal(preprocess_images(pictures, alone, mode), ours)
 
 
-def test_the_processor_fits_the_model_it_is_read_for() -> None:
+def test_image_processor_has_the_input_size_of_the_tower() -> None:
     model = build(
         config(vision=CLIP, mm_projector_cfg={"mm_projector_type": "mlp_downsample"}, **S2, mm_hidden_size=48)
     )
@@ -90,14 +90,16 @@ def test_the_processor_fits_the_model_it_is_read_for() -> None:
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "anyres", "Pad", ""])
-def test_another_mode_is_refused(mode: str) -> None:
+def test_unknown_image_aspect_ratio_is_refused(mode: str) -> None:
     processor = load_image_processor(Path("nowhere"), VisionConfig.from_dict(SIGLIP))
     with pytest.raises(ValueError, match=f"'{mode}' is not supported .'resize', 'pad', 'square' and null are"):
         preprocess_images([noise(4, 4)], processor, mode)
 
 
 @pytest.mark.parametrize("mode", ["pad", None])
-def test_a_picture_that_would_grow_without_bound_is_refused(mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_that_would_grow_beyond_the_pixel_limit_is_refused(
+    mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
     processor = load_image_processor(Path("nowhere"), VisionConfig.from_dict(CLIP))
     with pytest.raises(ImageError, match=r"an image of 3 x 2000 would grow to .* beyond 5000; .*'resize'"):
@@ -107,7 +109,7 @@ def test_a_picture_that_would_grow_without_bound_is_refused(mode: str | None, mo
 
 @pytest.mark.parametrize("image", [Image.new("L", (9, 5), 77), Image.new("RGBA", (9, 5)), Image.new("1", (9, 5))])
 @pytest.mark.parametrize("mode", ["resize", "pad", None])
-def test_pictures_of_other_modes_are_taken_as_they_are_shown(image: Image.Image, mode: str | None) -> None:
+def test_preprocessing_of_other_modes_equals_their_rgb_images(image: Image.Image, mode: str | None) -> None:
     """Upstream's "pad" fails on greys that were not opened from a file."""
     processor = load_image_processor(Path("nowhere"), VisionConfig.from_dict(SIGLIP))
     shown = Image.new("RGB", (9, 5), {"L": (77,) * 3, "RGBA": (255,) * 3, "1": (0,) * 3}[image.mode])
@@ -126,7 +128,7 @@ NAMES = {  # as files of old and new versions of transformers have them
 
 @pytest.mark.parametrize("key", ["image_processor_type", "feature_extractor_type"])
 @pytest.mark.parametrize("name, expected", NAMES.items(), ids=NAMES)
-def test_a_processor_needs_pillow_alone(
+def test_image_processor_needs_only_pillow(
     name: str, expected: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is installed: transformers 5.17's Auto class wants torchvision, and may take it where it is."""
@@ -153,7 +155,7 @@ BROKEN: dict[str, tuple[str | None, str]] = {
 
 
 @pytest.mark.parametrize("text, message", BROKEN.values(), ids=BROKEN)
-def test_a_file_that_is_no_image_processor_is_named(text: str | None, message: str, tmp_path: Path) -> None:
+def test_file_that_is_no_image_processor_is_named(text: str | None, message: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "preprocessor_config.json").write_text(text)
     with pytest.raises(ImageError, match=message) as error:
@@ -161,7 +163,7 @@ def test_a_file_that_is_no_image_processor_is_named(text: str | None, message: s
     assert str(tmp_path) in str(error.value)
 
 
-def test_sizes_that_differ_are_named() -> None:
+def test_images_of_different_sizes_are_named() -> None:
     processor = load_image_processor(Path("nowhere"), VisionConfig.from_dict(CLIP))
     processor.do_center_crop = False
     with pytest.raises(ImageError, match=r"different sizes: \(3, 20, 28\), \(3, 24, 20\)"):

@@ -30,7 +30,7 @@ def photographs() -> dict[str, Image.Image]:
     return {name: open_image(FOLDER / name) for name in PICTURES}
 
 
-def test_there_are_photographs_in_colour_grey_and_with_alpha() -> None:
+def test_photographs_include_color_grey_and_alpha() -> None:
     modes = {Image.open(FOLDER / name).mode for name in PICTURES}
     assert len(PICTURES) > 20 and {"RGB", "L", "RGBA"} <= modes
     with pytest.raises(ImageError, match=r"multipage_rgb.tif cannot be read as an image"):
@@ -39,7 +39,7 @@ def test_there_are_photographs_in_colour_grey_and_with_alpha() -> None:
 
 @pytest.mark.parametrize("mode", ["resize", "pad", "square"])
 @pytest.mark.parametrize("tower, side", SIZES.values(), ids=SIZES)
-def test_photographs_come_out_as_vila_would_have_them(
+def test_photographs_are_preprocessed_as_by_vila(
     tower: dict, side: int, mode: str, photographs: dict[str, Image.Image]
 ) -> None:
     cfg = VisionConfig.from_dict({**tower, "image_size": side, "patch_size": 14})
@@ -51,7 +51,7 @@ def test_photographs_come_out_as_vila_would_have_them(
         np.testing.assert_allclose(ours.numpy(), expected, rtol=0, atol=1e-5, err_msg=name)
 
 
-def test_photographs_are_as_scikit_image_reads_them(photographs: dict[str, Image.Image]) -> None:
+def test_photographs_equal_scikit_image(photographs: dict[str, Image.Image]) -> None:
     io = pytest.importorskip("skimage.io")
     for name in ("astronaut.png", "coffee.png", "chelsea.png", "camera.png", "motorcycle_left.png"):
         theirs = io.imread(FOLDER / name)
@@ -59,7 +59,7 @@ def test_photographs_are_as_scikit_image_reads_them(photographs: dict[str, Image
         assert (np.asarray(photographs[name]) == theirs).all(), name
 
 
-def test_an_animation_is_seen_frame_by_frame() -> None:
+def test_animation_is_read_frame_by_frame() -> None:
     seen = load_video_frames(FOLDER / "no_time_for_that_tiny.gif", 8)
     assert len(seen) == 8 and len({image.size for image in seen}) == 1
     assert len({image.tobytes() for image in seen}) > 1

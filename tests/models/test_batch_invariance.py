@@ -1,4 +1,4 @@
-"""Under the numerics "batch_invariant" not a bit of a model's logits depends on company, chunks, pages or what was cached.
+"""With numerics "batch_invariant" a model's logits have the same bits in any batch, chunking, page layout and cache.
 
 The engine's own choices run, on a CPU as on a GPU: nothing is put in their place.
 """
@@ -107,7 +107,7 @@ def logits(
 
 
 @pytest.mark.parametrize("name, kernels, kv_dtype", CASES)
-def test_not_a_bit_of_the_logits_depends_on_how_a_sequence_is_run(name: str, kernels: str, kv_dtype: str) -> None:
+def test_logits_bitwise_equal_for_every_batch_chunking_and_page_size(name: str, kernels: str, kv_dtype: str) -> None:
     """What https://github.com/deepseek-ai/FlashMLA/issues/212 reports: the likeliest token depends on the batch."""
     model = named(name)
     expected = logits(model, kernels, kv_dtype, [])
@@ -127,12 +127,12 @@ def test_not_a_bit_of_the_logits_depends_on_how_a_sequence_is_run(name: str, ker
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's library multiplies 16 rows otherwise than the first 16 of 37")
-def test_without_the_policy_chunks_matter_to_quantised_pages() -> None:
+def test_fast_numerics_depend_on_chunks_with_quantized_pages() -> None:
     whole, chunked = (logits(named("small"), "own", "int4", cuts, policy="fast") for cuts in ([], [16]))
     assert torch.equal(whole[:16], chunked[:16]) and not torch.equal(whole[16:], chunked[16:])
 
 
-def test_a_single_token_goes_the_way_of_a_chunk_if_policy_says_so() -> None:
+def test_batch_invariant_single_token_runs_prefill_attention() -> None:
     for policy, decoded in (("batch_invariant", 0), ("fast", 2 * 3)):  # layers and tokens
         with count_calls() as calls:
             logits(named("small"), "own", None, [34, 35, 36], policy=policy, known=34)
@@ -140,7 +140,7 @@ def test_a_single_token_goes_the_way_of_a_chunk_if_policy_says_so() -> None:
 
 
 @torch.no_grad()
-def test_pictures_and_padded_batches_change_no_bit_either() -> None:
+def test_logits_bitwise_equal_with_images_and_padding() -> None:
     """Three conversations with 1, 2 and no pictures, padded to one batch, against each of them alone and in chunks."""
     model = built(gain=2.0, attention_numerics="batch_invariant", prefill_chunk_size=7)
     images = torch.randn(3, 3, 20, 20, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -155,14 +155,14 @@ def test_pictures_and_padded_batches_change_no_bit_either() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kv_dtype", [None, "float16", "int8", "int4"])
-def test_nor_does_a_bit_depend_on_whether_there_is_a_cache(kv_dtype: str | None) -> None:
+def test_logits_bitwise_equal_with_and_without_cache(kv_dtype: str | None) -> None:
     model = built(gain=2.0, attention_numerics="batch_invariant", kv_dtype=kv_dtype)
     ids = words(30, seed=1).to(DEVICE)[None]
     assert torch.equal(model(ids, use_cache=False).logits, model(ids).logits)
 
 
 @torch.no_grad()
-def test_an_argument_that_is_refused_costs_no_token_of_the_cache() -> None:
+def test_refused_argument_leaves_the_cache_unchanged() -> None:
     model = built()
     model(words(5, seed=1).to(DEVICE)[None], start_pos=0)
     with pytest.raises(ValueError, match="output_attentions needs the whole sequence in one pass"):
@@ -182,7 +182,7 @@ MARKED = [(impl, i) for op in ROWS for impl in OPS[op].impls.values() for i in r
 
 @pytest.mark.on_gpu
 @pytest.mark.parametrize("impl, config", [case for case in MARKED if case[0].batch_invariant])
-def test_a_row_of_what_is_marked_has_the_same_bits_anywhere(impl: Impl, config: int) -> None:
+def test_row_of_batch_invariant_implementation_is_bitwise_equal_anywhere(impl: Impl, config: int) -> None:
     sizes: dict[str, Any] = {name: x.high for name, x in OPS[impl.op].domain.items() if isinstance(x, IntRange)}
     args = example_args(OPS[impl.op], seed=0, dtype="float32", **sizes)
     whole = impl(*args, config=impl.configs[config])
@@ -201,7 +201,7 @@ def test_a_row_of_what_is_marked_has_the_same_bits_anywhere(impl: Impl, config: 
         ({"int4_matmul": [[4, "gemv"], "splitk"]}, "int4_matmul: gemv or splitk, by size is not allowed .*gemv"),
     ],
 )
-def test_what_does_not_keep_the_promise_is_refused_before_anything_runs(choice: Any, message: str) -> None:
+def test_choice_that_is_not_batch_invariant_is_refused_before_anything_runs(choice: Any, message: str) -> None:
     model = built(attention_numerics="batch_invariant")
     with use(**choice), count_calls() as calls, pytest.raises(ValueError, match=message):
         model.generate(words(5).to(DEVICE)[None])

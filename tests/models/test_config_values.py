@@ -64,7 +64,7 @@ CASES = [(part, field, value) for part, field, values in WRONG for value in valu
 
 
 @pytest.mark.parametrize("part, field, value", CASES, ids=lambda x: str(x)[:20])
-def test_a_wrong_value_is_named(part: str, field: str, value: Any, folder: Path) -> None:
+def test_config_wrong_value_raises_error_naming_the_field(part: str, field: str, value: Any, folder: Path) -> None:
     file = folder / part / "config.json"
     before = file.read_text()
     file.write_text(json.dumps({**json.loads(before), field: value}))
@@ -78,7 +78,7 @@ def test_a_wrong_value_is_named(part: str, field: str, value: Any, folder: Path)
     assert field in said or "layers" in said or (field == "rope_scaling" and "factor" in said)
 
 
-def test_null_is_what_is_not_said(folder: Path) -> None:
+def test_config_null_counts_as_absent(folder: Path) -> None:
     file = folder / "config.json"
     before = file.read_text()
     file.write_text(json.dumps({**json.loads(before), "page_size": None, "num_labels": 10**9, "use_cache": None}))
@@ -88,7 +88,7 @@ def test_null_is_what_is_not_said(folder: Path) -> None:
         file.write_text(before)
 
 
-def test_numbers_of_a_config_eat_no_memory(folder: Path) -> None:
+def test_config_huge_numbers_are_refused_within_one_gigabyte(folder: Path) -> None:
     """In a process that may take one more GB."""
     code = f"""
 import json, resource, torch
@@ -119,7 +119,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**5)
     assert lines[3] == "a video has at most 1024 frames, not 1000000000"
 
 
-def test_many_tensors_that_do_not_fit_are_a_short_error(folder: Path, tmp_path: Path) -> None:
+def test_load_error_with_9000_misfitting_tensors_is_short(folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     write_checkpoint(open_checkpoint(folder), tmp_path / "x")
@@ -128,21 +128,21 @@ def test_many_tensors_that_do_not_fit_are_a_short_error(folder: Path, tmp_path: 
         check_checkpoint(open_checkpoint(tmp_path / "x"))
 
 
-def test_frames_of_a_config_are_bounded(folder: Path, tmp_path: Path) -> None:
+def test_num_video_frames_beyond_the_maximum_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"num_video_frames": 100000000}')
     with pytest.raises(ConfigError, match=r"config.json: num_video_frames is 100000000, expected .* from 1 to 1024"):
         default_num_frames(tmp_path)
     assert default_num_frames(folder) == 8
 
 
-def test_a_fifo_given_as_picture_or_video_is_refused(tmp_path: Path) -> None:
+def test_fifo_as_image_or_video_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     for read in (open_image, lambda path: load_video_frames(path, 2)):
         with pytest.raises(ImageError, match=r"a.png is a FIFO, expected a file"):
             read(tmp_path / "a.png")
 
 
-def test_parts_lie_in_the_checkpoint_and_strays_stay_behind(folder: Path, tmp_path: Path) -> None:
+def test_part_folders_must_lie_in_the_checkpoint_and_stray_files_are_not_copied(folder: Path, tmp_path: Path) -> None:
     write_checkpoint(open_checkpoint(folder), tmp_path / "x")
     (tmp_path / "x/llm/modeling_vila.py").write_text("raise SystemExit")
     (tmp_path / "x/llm/tokenizer_config.json").write_text("{}")
@@ -170,7 +170,7 @@ def bundled(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("file", ["config.json", "processor_config.json"])
 @pytest.mark.parametrize("value", [{}, [], 5, "zzz"], ids=str)
-def test_a_processor_is_told_what_its_configs_may_say(file: str, value: Any, bundled: Path) -> None:
+def test_processor_config_wrong_value_raises_error(file: str, value: Any, bundled: Path) -> None:
     before = json.loads((bundled / "config.json").read_text())
     for field in ("conversation_template", "image_aspect_ratio")[: 1 if value == "zzz" else 2]:
         (bundled / file).write_text(json.dumps(before | {field: value}))
@@ -179,7 +179,7 @@ def test_a_processor_is_told_what_its_configs_may_say(file: str, value: Any, bun
         assert str(bundled) in str(error.value) and field.replace("_", " ") in str(error.value).replace("_", " ")
 
 
-def test_a_tokenizer_lies_in_the_checkpoint(bundled: Path) -> None:
+def test_tokenizer_files_must_lie_in_the_checkpoint(bundled: Path) -> None:
     outside = (bundled / "llm").rename(bundled.parent / "outside")
     (bundled / "llm").symlink_to(outside)
     with pytest.raises(LoadError, match="llm leads out of the checkpoint, to "):
@@ -191,7 +191,7 @@ def test_a_tokenizer_lies_in_the_checkpoint(bundled: Path) -> None:
         load_tokenizer(bundled)
 
 
-def test_the_second_writer_of_a_target_is_told_at_once_and_a_dead_one_holds_nobody_up(tmp_path: Path) -> None:
+def test_second_writer_of_a_target_is_refused_at_once_and_a_dead_one_blocks_nobody(tmp_path: Path) -> None:
     target = tmp_path / "x"
     with atomic_folder(target) as first:
         (first / "a").touch()

@@ -36,7 +36,7 @@ def random(cfg: ProjectorConfig, dtype: torch.dtype) -> tuple[Any, dict[str, tor
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
 @pytest.mark.parametrize("order", ["column", "row"])
 @pytest.mark.parametrize("kind", TOKENS)
-def test_a_projector_is_its_released_layers(kind: str, order: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_projector_equals_released_layers(kind: str, order: str, dtype: torch.dtype, tolerance: float) -> None:
     values = {"mm_projector_type": kind} | ({"token_order": order} if kind == "mlp_downsample" else {})
     m, e = 12, 12 if kind == "identity" else 16
     cfg = ProjectorConfig.from_dict({**values, "mm_hidden_size": m, "hidden_size": e})
@@ -51,12 +51,12 @@ def test_a_projector_is_its_released_layers(kind: str, order: str, dtype: torch.
 @pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("order", ["column", "row"])
 @pytest.mark.parametrize("side", [1, 2, 3, 5, 8, 27])
-def test_downsample_is_its_closed_form(side: int, order: str, n: int) -> None:
+def test_downsample_equals_closed_form(side: int, order: str, n: int) -> None:
     x = torch.randn(2, side * side, 3)
     assert torch.equal(projector.downsample(x, order, n), downsample(x, order, n))
 
 
-def test_729_patches_make_196_tokens_and_the_orders_are_transposes() -> None:
+def test_downsample_729_patches_make_196_tokens_and_orders_are_transposes() -> None:
     x = torch.randn(1, 729, 1, generator=torch.Generator().manual_seed(0))
     column, row = (projector.downsample(x, order) for order in ("column", "row"))
     assert column.shape == (1, 196, 4)
@@ -75,7 +75,7 @@ WHOLE: dict[str, tuple[dict, str, dict]] = {  # tower, projector, top: the relea
 
 
 @pytest.mark.parametrize("vision, kind, top", WHOLE.values(), ids=WHOLE)
-def test_logits_of_every_tower_and_projector_agree_with_their_makers(vision: dict, kind: str, top: dict) -> None:
+def test_logits_with_every_tower_and_projector_equal_upstream(vision: dict, kind: str, top: dict) -> None:
     model = build(config(vision=vision, mm_projector_cfg={"mm_projector_type": kind}, **top))
     ids, images = torch.tensor([[1, 7, -200, 9, -200, 30]]), pictures(model, 2)
     with torch.no_grad():
@@ -86,14 +86,14 @@ def test_logits_of_every_tower_and_projector_agree_with_their_makers(vision: dic
 
 
 @pytest.mark.parametrize("kind", TOKENS)
-def test_image_tokens_of_a_config_are_those_the_projector_makes(kind: str) -> None:
+def test_tokens_per_image_equals_projector_output(kind: str) -> None:
     cfg = config(hidden_size=None, llm={"hidden_size": 24}, mm_projector_cfg={"mm_projector_type": kind})
     whole = build_vila_config(cfg.to_dict(), cfg.part_configs())
     assert whole.tokens_per_image == TOKENS[kind]
     assert whole.describe().endswith(f"{TOKENS[kind]} tokens an image") and kind in whole.describe()
 
 
-def test_the_order_of_the_tokens_and_who_chose_it_are_in_the_report() -> None:
+def test_description_names_token_order_and_its_source() -> None:
     for given, said in (("row", "row order (as the config says)"), (None, "column order (as released; token_order")):
         cfg = config(order=given)  # pyright: ignore[reportArgumentType]
         assert said in build_vila_config(cfg.to_dict(), cfg.part_configs()).describe()
@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[dict, dict, str]] = {
 
 
 @pytest.mark.parametrize("values, changes, message", REFUSED.values(), ids=REFUSED)
-def test_what_no_projector_can_do_is_refused(values: dict, changes: dict, message: str) -> None:
+def test_projector_unsupported_config_is_refused(values: dict, changes: dict, message: str) -> None:
     cfg = config(mm_projector_cfg=values, **changes)
     with pytest.raises(ConfigError, match=message):
         build_vila_config(cfg.to_dict(), cfg.part_configs())

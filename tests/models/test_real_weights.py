@@ -47,11 +47,12 @@ def answer(p: llama.Llama, cfg: LlamaConfig, ids: Tensor, count: int, **how: Any
     rows = {cache.allocator.add_sequence(): ids}
     sampling = engine.SamplingParams.from_generate_kwargs(1, max_new_tokens=count, **how)
     whole: Any = SimpleNamespace(llm=cfg)
-    return [t for _, t in engine.generate_tokens(vila.Vila(p, None, None), rows, whole, cache, None, sampling)]
+    language_only = vila.Vila(p, None, None)  # pyright: ignore[reportArgumentType]
+    return [t for _, t in engine.generate_tokens(language_only, rows, whole, cache, None, sampling)]
 
 
 @torch.no_grad()
-def test_logits_are_those_of_transformers(real):
+def test_smollm2_logits_equal_transformers(real):
     model, tokenizer, p, cfg = real
     assert (cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads) == (576, 9, 3) and p.head is None
     ids = prompt(tokenizer)
@@ -61,7 +62,7 @@ def test_logits_are_those_of_transformers(real):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_200_greedy_tokens_are_those_of_transformers(real):
+def test_smollm2_200_greedy_tokens_equal_transformers(real):
     model, tokenizer, p, cfg = real
     ids = prompt(tokenizer, "Tell me a long story about a lighthouse.")
     mask = torch.ones_like(ids[None])  # else generate hides the end of each turn, which is its padding too
@@ -71,7 +72,7 @@ def test_200_greedy_tokens_are_those_of_transformers(real):
 
 
 @torch.no_grad()
-def test_kernels_agree_with_the_references_on_its_first_layers(real):
+def test_smollm2_kernels_equal_references_on_first_layers(real):
     _, tokenizer, p, cfg = real
     discover()
     p = llama.quantize_linears_rtn(replace(p, layers=p.layers[:2]), 32)
@@ -84,7 +85,7 @@ def test_kernels_agree_with_the_references_on_its_first_layers(real):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
 
 
-def test_int4_text_is_sensible(real):
+def test_smollm2_int4_text_is_sensible(real):
     _, tokenizer, p, cfg = real
     found = answer(llama.quantize_linears_rtn(p, 32), cfg, prompt(tokenizer), 40, eos_token_id=tokenizer.eos_token_id)
     assert "Paris" in tokenizer.decode(found)

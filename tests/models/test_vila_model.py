@@ -24,7 +24,7 @@ PROMPTS = {
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("rows", PROMPTS.values(), ids=PROMPTS)
-def test_logits_and_loss_agree_with_hugging_face(rows: list[list[int]], side: str, dtype: torch.dtype) -> None:
+def test_logits_and_loss_equal_hugging_face(rows: list[list[int]], side: str, dtype: torch.dtype) -> None:
     model = build(dtype=dtype, llm={"tokenizer_padding_side": side})
     n = sum(row.count(-200) for row in rows)
     images = pictures(model, n) if n else None
@@ -77,19 +77,19 @@ def difference(**changes: Any) -> float:
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_every_geometry_agrees_with_hugging_face(changes: dict[str, Any]) -> None:
+def test_logits_of_every_geometry_equal_hugging_face(changes: dict[str, Any]) -> None:
     assert difference(**changes) < 1e-9
 
 
 @pytest.mark.parametrize("old", [{"rope_theta": 500.0}, {"rope_scaling": {"type": "linear", "factor": 3.0}}], ids=str)
-def test_rope_may_be_spelled_as_in_transformers_4(old: dict) -> None:
+def test_rope_config_in_transformers_4_spelling_is_read(old: dict) -> None:
     new = {"rope_type": "default", "rope_theta": 1e4, **old, **old.get("rope_scaling", {})}
     new["rope_type"] = new.pop("type", "default")
     models = [build(llm=llm) for llm in (old, {"rope_parameters": new})]
     assert torch.equal(*(model(hf_reference.words(1, 20)).logits for model in models))
 
 
-def test_a_picture_takes_one_position_per_token_and_features_are_numbered_through_the_batch() -> None:
+def test_spliced_image_takes_one_position_per_token_numbered_through_the_batch() -> None:
     rows = [torch.tensor([1, -200, 5, -200, 7]), torch.tensor([2, 3]), torch.tensor([-200])]
     spliced = vila.splice_image_tokens(rows, [3, 3, 2], vocab_size=10)
     assert [row.tolist() for row in spliced] == [[1, -1, -2, -3, 5, -4, -5, -6, 7], [2, 3], [-7, -8]]
@@ -104,14 +104,14 @@ GOLDEN = {  # VILA's prepare_inputs_labels_for_multimodal, pictures of 3 positio
 
 
 @pytest.mark.parametrize("side", GOLDEN)
-def test_batches_are_laid_out_as_vila_does(side: str) -> None:
+def test_unpadded_batch_has_layout_of_vila(side: str) -> None:
     ids, mask = torch.tensor([[1, -200, 5, 6], [1, 2, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     batch = unpad(ids, mask, None, None, [3], 10, padding_side=side)
     assert batch.mask.int().tolist() == GOLDEN[side]
     assert [row.tolist() for row in batch.rows] == [[1, -1, -2, -3, 5, 6], [1, 2]]
 
 
-def test_rows_beyond_the_model_length_lose_their_tail_with_a_warning() -> None:
+def test_unpad_truncates_beyond_max_length_with_a_warning() -> None:
     ids = torch.tensor([[1, -200, 5, 6], [1, 2, 3, 4]])
     with pytest.warns(UserWarning, match="Inputs truncated"):
         batch = unpad(ids, None, None, ids, [3], 10, max_length=4)
@@ -120,7 +120,7 @@ def test_rows_beyond_the_model_length_lose_their_tail_with_a_warning() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_an_int4_model_is_the_model_with_its_weights_written_out(bias: bool) -> None:
+def test_int4_model_equals_model_with_dequantized_weights(bias: bool) -> None:
     quantization = {"quant_method": "vila-triton", "group_size": 16}
     model = build(llm={"quantization_config": quantization, "attention_bias": bias})
     twin = hf_reference.dense_twin(model)
@@ -129,7 +129,7 @@ def test_an_int4_model_is_the_model_with_its_weights_written_out(bias: bool) -> 
     torch.testing.assert_close(model(ids, images=images).logits, twin(ids, images=images).logits, rtol=0, atol=1e-9)
 
 
-def test_gradients_reach_every_part_and_equal_hugging_faces() -> None:
+def test_gradients_of_every_part_equal_hugging_face() -> None:
     model = build(config(llm={"tie_word_embeddings": True}))
     oracle, images = Oracle.of(model), pictures(model, 2)
     rows = [[1, 7, -200, 9, 30], [1, -200, 5]]

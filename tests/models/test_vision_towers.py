@@ -43,7 +43,7 @@ def pictures(cfg: VisionConfig, dtype: torch.dtype, n: int = 2) -> Tensor:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("values, top", TOWERS.values(), ids=TOWERS)
 @torch.no_grad()
-def test_features_are_those_of_transformers(values: dict, top: dict, dtype: torch.dtype) -> None:
+def test_tower_features_equal_transformers(values: dict, top: dict, dtype: torch.dtype) -> None:
     cfg = VisionConfig.from_dict(values, top)
     p, tensors = random(cfg, dtype)
     images = pictures(cfg, dtype)
@@ -52,7 +52,7 @@ def test_features_are_those_of_transformers(values: dict, top: dict, dtype: torc
     torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE[dtype])
 
 
-def test_an_absent_select_feature_is_what_the_tower_needs() -> None:
+def test_select_feature_default_depends_on_class_token() -> None:
     asked = {name: VisionConfig.from_dict(values).select_feature for name, (values, _) in TOWERS.items()}
     assert asked["siglip"] == "cls_patch" and asked["clip"] == asked["intern"] == "patch"
 
@@ -75,14 +75,14 @@ REFUSED: dict[str, tuple[dict, dict, str]] = {
 
 
 @pytest.mark.parametrize("values, top, message", REFUSED.values(), ids=REFUSED)
-def test_what_no_tower_can_do_is_refused(values: dict, top: dict, message: str) -> None:
+def test_tower_unsupported_config_is_refused(values: dict, top: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         VisionConfig.from_dict(values, top)
 
 
 @pytest.mark.parametrize("values", [SIGLIP, CLIP, INTERN], ids=["siglip", "clip", "intern"])
 @pytest.mark.parametrize("resolution", [12, 36, 4])
-def test_another_resolution_stretches_the_row_of_positions(values: dict, resolution: int) -> None:
+def test_position_embeddings_at_another_resolution_are_interpolated(values: dict, resolution: int) -> None:
     """The closed form, one place at a time; of 81 or 9 places some are whole."""
     cfg = VisionConfig.from_dict(values, {"vision_resolution": resolution})
     first = cfg.num_class_tokens
@@ -101,7 +101,7 @@ def test_another_resolution_stretches_the_row_of_positions(values: dict, resolut
         vision.forward(p, torch.zeros(1, 3, 20, 20), cfg)
 
 
-def test_positions_in_half_precision_are_those_of_double_rounded() -> None:
+def test_position_embeddings_in_half_precision_are_rounded_from_double() -> None:
     """Of more places than float16 can count."""
     cfg = VisionConfig.from_dict(SIGLIP, {"vision_resolution": 4 * 257})
     trained = torch.rand(25, 4, generator=torch.Generator().manual_seed(0))
@@ -111,12 +111,12 @@ def test_positions_in_half_precision_are_those_of_double_rounded() -> None:
         assert error <= 2 * torch.finfo(dtype).eps  # of the share and of the result, half a unit each, and of lerp
 
 
-def test_the_trained_resolution_changes_nothing() -> None:
+def test_position_embeddings_at_trained_resolution_are_unchanged() -> None:
     for resolution in (-1, 20, None):
         assert VisionConfig.from_dict(SIGLIP, {"vision_resolution": resolution}) == VisionConfig.from_dict(SIGLIP)
 
 
-def test_gradients_reach_a_tower_of_several_scales_alike() -> None:
+def test_gradients_of_s2_tower_equal_reference() -> None:
     values, top = TOWERS["clip s2 at three scales"]
     cfg = VisionConfig.from_dict(values, top)
     p, tensors = random(cfg, torch.float64)

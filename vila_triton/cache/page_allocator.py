@@ -168,9 +168,7 @@ class PageAllocator:
         fresh = self.num_pages_needed(counts)
         if self.num_pages_missing(counts):
             raise self._out_of_pages(counts)
-        spare = (
-            self.num_available_pages - fresh
-        )  # a copy that keeps a registered prefix takes one, and releases its source
+        spare = self.num_available_pages - fresh  # copies that keep a registered prefix come out of these
         slots, copies = [], []
         for seq, n in counts.items():
             s = self.sequences[seq]

@@ -37,7 +37,7 @@ def use_default_kernels(device: torch.device, phase: str = "prefill") -> Abstrac
     """Let ops run the implementations that the configs choose for this device and phase.
 
     phase: "prefill", "decode" or "batch_invariant".
-    Errors: ValueError for an implementation that `use` chose and that is not batch-invariant, in phase "batch_invariant".
+    Errors: ValueError for an implementation that `use` chose and that is not batch-invariant, in that phase.
     """
     return default_choices(default_choices_for(device, phase), batch_invariant=phase == "batch_invariant")
 

@@ -1,6 +1,6 @@
 """Stop strings: end a generation when the text ends in one of several strings, with any tokenizer."""
 
-import os
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,9 +30,10 @@ class StopStrings(StoppingCriteria):
         return torch.tensor([self.completes_stop_string(row) for row in input_ids.tolist()], device=input_ids.device)
 
     def completes_stop_string(self, row: list[int]) -> bool:
-        """Return whether the text of the token ids ends in a stop string that it did not end in before the last token."""
+        """Return whether the last of the token ids completes a stop string."""
         row = row[-self.window :]
         previous, current = self.tokenizer.decode(row[:-1]), self.tokenizer.decode(row)
-        common = len(os.path.commonprefix([previous, current]))  # noqa: RUF071 (by characters is meant)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(previous, current))
+        common = sum(1 for _ in same)
         ends = range(common + 1, len(current) + 1)
         return any(current.endswith(text, 0, end) for text in self.stop_strings for end in ends)

@@ -13,13 +13,9 @@ from vila_triton.files.reading import find_folder, short_repr
 
 from ..models.config import ConfigError, RunSettings, read_dataclass, with_new_spellings
 
-AUTO_CLASS_ARGUMENTS = (
-    "_from_auto",
-    "adapter_kwargs",
-    "revision",
-    "trust_remote_code",
-)  # of transformers' Auto classes
-LABEL_FIELDS = ("num_labels", "id2label", "label2id")  # say nothing here; transformers makes lists as long as they say
+# Arguments that transformers' Auto classes add, and fields that describe a classifier, which this model is not.
+AUTO_CLASS_ARGUMENTS = ("_from_auto", "adapter_kwargs", "revision", "trust_remote_code")
+LABEL_FIELDS = ("num_labels", "id2label", "label2id")
 DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 
@@ -42,7 +38,7 @@ class VilaLlamaConfig(PreTrainedConfig):
     vision_tower_cfg: dict | str | None = None
     mm_projector_cfg: dict | str | None = None
     hidden_size: int | None = None
-    vocab_size: int | None = None  # the language model's, set by the model: transformers' beams and scores ask here
+    vocab_size: int | None = None  # the language model's, set by the model for transformers' beam search
     mm_hidden_size: int | None = None
     mm_vision_select_layer: int | None = None
     mm_vision_select_feature: str | None = None
@@ -62,7 +58,7 @@ class VilaLlamaConfig(PreTrainedConfig):
         values = {name: value for name, value in top.items() if name not in dropped}
         try:
             return cls(**values | {f"{part}_cfg": part_config for part, part_config in part_configs.items()})
-        except Exception as error:  # transformers checks its fields in ways of many kinds
+        except Exception as error:  # transformers validates its fields with many kinds of errors
             raise ConfigError(
                 f"config: transformers refuses it: {str(error).strip() or type(error).__name__}"
             ) from None

@@ -64,7 +64,7 @@ class ForwardPass:
     logits_to_keep: int  # the last positions of the padded layout; 0 keeps all
     hidden_states: list[Tensor] | None  # filled with the input of each layer and the result [s, e]
     attentions: list[list[Tensor]] | None  # filled with the attention weights of each layer and sequence [h, t, t]
-    num_kept: list[int] = field(init=False)  # logits of each sequence
+    num_kept: list[int] = field(init=False)  # rows of logits of each sequence
 
     def __post_init__(self) -> None:
         self.num_kept = self.batch.mask[:, -self.logits_to_keep :].sum(1).tolist()

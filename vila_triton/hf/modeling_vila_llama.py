@@ -41,7 +41,7 @@ class VilaLlamaForCausalLM(UnsupportedMethods, PreTrainedModel, VilaGenerationMi
         self.init_vlm(config)
         self.post_init()
 
-    @torch.inference_mode(False)  # else nobody could train them, nor see that they were written to
+    @torch.inference_mode(False)  # inference tensors could not be trained, and hide writes
     def init_vlm(self, config: VilaLlamaConfig, params: vila.Vila | None = None) -> None:
         """Build the three parts, with random parameters unless `params` is given; a model that has its parts already
         keeps them.

@@ -11,7 +11,6 @@ the positions that a step runs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +26,9 @@ IMAGE_TOKEN_INDEX = -200  # an image in prompt ids
 class Vila:
     """The parameters of the whole model."""
 
-    llm: Any  # llama.Llama
-    vision_tower: Any  # vision.Tower
-    mm_projector: Any  # projector.Projector
+    llm: llama.Llama
+    vision_tower: vision.Tower
+    mm_projector: projector.Projector
 
 
 def param_specs(cfg: VilaConfig, dtype: torch.dtype) -> Vila:
@@ -39,6 +38,11 @@ def param_specs(cfg: VilaConfig, dtype: torch.dtype) -> Vila:
         vision.param_specs(cfg.vision_tower, dtype),
         projector.param_specs(cfg.mm_projector, dtype),
     )
+
+
+def feature_rows(x: Tensor) -> Tensor:
+    """Spliced ids of image positions to rows of the image features, and back: -1 - x."""
+    return -1 - x
 
 
 def encode_images(p: Vila, pixels: Tensor, cfg: VilaConfig) -> Tensor:
@@ -69,7 +73,7 @@ def splice_image_tokens(
         parts, begin = [], 0
         for position in (row == IMAGE_TOKEN_INDEX).nonzero()[:, 0].tolist():
             n = sizes.pop(0)
-            parts += [row[begin:position], -1 - torch.arange(start, start + n, device=row.device)]
+            parts += [row[begin:position], feature_rows(torch.arange(start, start + n, device=row.device))]
             begin, start = position + 1, start + n
         spliced.append(torch.cat([*parts, row[begin:]]))
     return spliced
@@ -90,4 +94,5 @@ def embed_spliced(p: Vila, spliced_ids: Tensor, image_features: Tensor | None) -
     if image_features is None:
         return llama.embed(p.llm, spliced_ids)
     text = llama.embed(p.llm, spliced_ids.clamp(min=0))
-    return torch.where((spliced_ids < 0)[:, None], image_features[(-1 - spliced_ids).clamp(min=0)].to(text.dtype), text)
+    features = image_features[feature_rows(spliced_ids).clamp(min=0)].to(text.dtype)
+    return torch.where((spliced_ids < 0)[:, None], features, text)

@@ -103,7 +103,7 @@ def embed_calibration(run: QuantizationRun, source: CheckpointSource, dtype: tor
     if run.calibration.pixel_values is not None:
         tower, _ = open_streamed_tower(source, device, dtype)
         projector = load_tree(specs.mm_projector, *part_tensors(source, cfg, "mm_projector"), device)
-        encoder = vila.Vila(None, tower, projector)
+        encoder = vila.Vila(None, tower, projector)  # pyright: ignore[reportArgumentType]
         batches = run.calibration.pixel_values.split(IMAGES_PER_BATCH)
         encoded = [engine.encode_images(encoder, batch.to(device, dtype), cfg) for batch in batches]
         image_features = torch.cat(encoded).flatten(0, 1)
