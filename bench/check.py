@@ -1,10 +1,10 @@
-"""Is a kernel right? `python -m bench.check int4_matmul --impl packed`
+"""Check the kernels of one op on random examples: `python -m bench.check int4_matmul --impl packed`
 
-Random examples of the op in guarded memory, aligned or with odd strides, against the computed error budget, for every
-implementation but the reference and every config. A failure is shrunk to its simplest case, shown with a map of its
-errors, and saved as a bundle; `--replay FILE` makes that very call again, on the kernel as it is now. Without a GPU
-kernels run in Triton's interpreter, which has no bfloat16. Exit code: 0 nothing is wrong, 1 something is, 2 the
-command itself.
+Every implementation but the reference, and every config of it, runs in guarded memory, aligned or with odd strides, and
+is compared with the reference within the computed error budget. A failure is shrunk to its simplest case, shown with a
+map of its errors, and saved as a repro bundle; `--replay FILE` makes the same call again, on the kernel as it is now.
+Without a GPU kernels run in Triton's interpreter, which has no bfloat16. Exit code: 0 nothing is wrong, 1 something is
+wrong, 2 the command failed.
 """
 
 import argparse
@@ -36,7 +36,7 @@ ImplConfig = tuple[Impl, int]  # an implementation and the number of one of its 
 
 
 def select_pairs(op: str, impl: str | None, config: int | None) -> list[ImplConfig]:
-    """What is to be checked. Errors: ValueError naming the choices."""
+    """The configs to check. Errors: ValueError naming the choices."""
     discover()
     if op not in OPS:
         raise ValueError(f"no op {op!r}; there are: {describe_available(OPS)}")
@@ -53,7 +53,7 @@ def select_pairs(op: str, impl: str | None, config: int | None) -> list[ImplConf
 
 
 def check_pairs(pairs: Sequence[ImplConfig], examples: int, seconds: float, out: Path) -> bool:
-    """Check each and print how it went; whether nothing is wrong."""
+    """Check each config and print the results; True if nothing is wrong."""
     verdicts: list[SearchResult] = []
     start, shrinking = time.monotonic(), 0.0
     for impl, number in pairs:
@@ -79,7 +79,7 @@ def check_pairs(pairs: Sequence[ImplConfig], examples: int, seconds: float, out:
 def outcome_lines(
     op: Op, impl: Impl, number: int, verdict: SearchResult, earlier: Sequence[SearchResult], file: Path
 ) -> Iterator[str]:
-    """The verdict in lines; a failure is saved first, and not described again if a config `before` failed alike."""
+    """The result in lines. A failure is saved first; it is not described again if an `earlier` config failed alike."""
     effort = f"{verdict.num_examples} examples in {verdict.seconds:.1f} s"
     shrunk, largest, config = verdict.simplest, verdict.largest, impl.configs[number]
     if not verdict.num_examples:
@@ -106,7 +106,7 @@ def outcome_lines(
 
 
 def replay(file: Path) -> bool:
-    """Make the call of a bundle again and print how it went; whether it is right. Errors: `BundleError`, OSError."""
+    """Make the call of a bundle again and print the result; True if it is right. Errors: BundleError, OSError."""
     saved = repro_bundle.load(file)
     op, impl = repro_bundle.resolve(saved)
     print(f"{op.name} {impl.name}: {format_settings(saved.config)}")
@@ -122,7 +122,7 @@ def replay(file: Path) -> bool:
     except Exception as error:  # a kernel may fail in any way at all
         print("\n".join(describe_failure(error, impl, saved.config)))
         return False
-    print(f"{label('right')}the call is faithful now")
+    print(f"{label('right')}the call matches the reference now")
     return True
 
 
@@ -142,9 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     mode = "interpreted (no GPU)" if DEVICE == "cpu" else f"compiled for {torch.cuda.get_device_name()}"
     if args.peers:
-        from .peers import discover_peers as find_peers
+        from .peers import discover_peers
 
-        for peer, reason in find_peers().items():
+        for peer, reason in discover_peers().items():
             print(f"peer {peer}: not here: {reason}")
     if (args.op is None) == (args.replay is None):
         raise ValueError("expected an OP to check or a bundle to --replay, and not both")

@@ -1,8 +1,9 @@
-"""Rows as one page: `python -m bench.report ROWS.jsonl --out FILE.html`
+"""Write rows as one HTML page: `python -m bench.report ROWS.jsonl --out FILE.html`
 
-Device and versions, what is right, which goals are met, every time with its share of the ceilings, the model, the
-searches, pictures, and what got no time and why. The page needs no other file and no network. Rows it has no place for
-stand at its end. A device, a date and a commit make a run, and every run has its own part.
+The page shows device and versions, the kernels that are right, the goals, every time with its share of the peak rates,
+the model, the searches, plots, and the cases that were not timed with the reason. It needs no other file and no
+network. Rows that no section shows are listed at its end. A device, a date and a commit make a run; each run has its
+own part.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def format_values(values: Mapping[str, Any]) -> str:
 
 
 def correctness_tables(records: Sequence[Row]) -> Iterator[Html]:
-    """How many of each op are right, or what else became of them, then those that are wrong; the rest by the reason."""
+    """A table of the number of items of each op by state, one of the wrong items, and the others by their reason."""
     states = list(dict.fromkeys(["right", *(row["state"] for row in records)]))
     count = {row["op"]: Counter[str]() for row in records}
     for row in records:
@@ -66,7 +67,7 @@ def correctness_tables(records: Sequence[Row]) -> Iterator[Html]:
 
 
 def describe_row(row: Row) -> str:
-    """What a row without a place for each of its fields is about."""
+    """The implementation, config, sizes and other fields of a row, in one line."""
     omitted = ("kind", "op", "reason", "impl", "config", "sizes", *rows.STAMP)
     parts = [row.get("impl", ""), format_config(row.get("config") or {}), format_values(row.get("sizes") or {})]
     return " ".join(
@@ -75,7 +76,7 @@ def describe_row(row: Row) -> str:
 
 
 def goal_table(records: Sequence[Row]) -> Iterator[Html]:
-    """A line for each goal; under it the points that fall short."""
+    """A line for each goal, and below it the points that miss it."""
     lines: list[list[str]] = []
     for line in report_all_goals([row for row in records if "op" not in row or "served" in row]):
         if match := re.match(r"goal (.+?): (NOT MEASURED|NOT MET|MET|met where it was measured)[:;]? ?(.*)", line):
@@ -89,7 +90,7 @@ def goal_table(records: Sequence[Row]) -> Iterator[Html]:
 
 
 def time_tables(records: Sequence[Row]) -> Iterator[Html]:
-    """A table for each op, case and sizes; what runs by default stands out."""
+    """A table for each op and case, in which the default implementation is highlighted."""
     for of_op in group_rows(records, "op", "case").values():
         yield heading(3, f"{of_op[0]['op']}, {of_op[0]['case']}")
         lines, default_lines = [], []
@@ -118,7 +119,7 @@ def time_cells(row: Row) -> list[str]:
 
 
 def default_first(records: Sequence[Row]) -> list[Row]:
-    """The rows as they were measured, but of one step and weights what runs by default first."""
+    """The rows in their order, but of each step and weights the default kernels first."""
     steps = group_rows(records, "what", "weights", "batch", "prompt", "history", "context").values()
     return [row for of_step in steps for row in sorted(of_step, key=lambda row: row["choice"] != "default")]
 
@@ -141,7 +142,7 @@ def model_tables(records: Sequence[Row]) -> Iterator[Html]:
 
 
 def tuning_tables(records: Sequence[Row]) -> Iterator[Html]:
-    """What became of the candidates of each search, and the best at each of the sizes."""
+    """The number of candidates of each search by status, and the best config at each of the sizes."""
     for of_search in group_rows(records, "op", "impl").values():
         timers = ", ".join(sorted({row["timer"] for row in of_search}))
         yield heading(3, f"{of_search[0]['op']} {of_search[0]['impl']}, by {timers}")
@@ -174,7 +175,7 @@ def error_table(records: Sequence[Row]) -> Iterator[Html]:
 
 
 def refused_groups(records: Sequence[Row]) -> Iterator[Html]:
-    """What got no time, by the reason."""
+    """The cases that were not timed, grouped by the reason."""
     groups = sorted(group_rows(records, "reason").values(), key=len, reverse=True)
     for of_reason in groups:
         title = f"{len(of_reason)} x {of_reason[0]['reason']}"
@@ -198,7 +199,7 @@ def step_table(records: Sequence[Row]) -> Iterator[Html]:
 
 @dataclass(frozen=True)
 class Section:
-    """What is made of the rows of a kind that have these fields."""
+    """A part of the page that shows the rows of one kind that have these fields."""
 
     title: str
     render: Callable[[Sequence[Row]], Iterator[Html]]
@@ -220,7 +221,7 @@ COVERED_KINDS = ("search", "compiled", "gated")  # rows of a journal that its `t
 
 
 def run_html(records: Sequence[Row], files: Sequence[Path]) -> Iterator[Html]:
-    """All of one run."""
+    """The parts of the page about one run."""
     first = records[0]
     yield heading(1, first["device"])
     yield paragraph(" · ".join(f"{k} {first[k]}" for k in rows.STAMP if k in first and k != "device"), "stamp")
@@ -235,7 +236,7 @@ def run_html(records: Sequence[Row], files: Sequence[Path]) -> Iterator[Html]:
 
 
 def plot_images(files: Sequence[Path], run: str) -> Iterator[Html]:
-    """Those that bench.plot makes of the rows; searches stand in tables, a picture of each would be too many."""
+    """The plots of `bench.plot`, but not those of searches, which are too many and have tables."""
     yield heading(2, "Pictures")
     try:
         loaded = plot.load_rows(files, run)
@@ -253,13 +254,13 @@ def plot_images(files: Sequence[Path], run: str) -> Iterator[Html]:
 
 
 def has_section(row: Any) -> bool:
-    """Whether there is one for a row."""
+    """True if a section of the page shows the row."""
     section = SECTIONS.get(row["kind"]) if isinstance(row, dict) and "kind" in row else None
     return section is not None and all(field in row for field in f"{plot.RUN} {section.fields}".split())
 
 
 def render_report(files: Sequence[Path]) -> str:
-    """The page. Errors: ValueError if there is no row, or one is broken."""
+    """The page as HTML. Errors: ValueError if there is no row, or one is broken."""
     records = list(rows.read(*files))
     if not records:
         raise ValueError(f"no rows in {', '.join(map(str, files)) or 'no files'}")

@@ -1,11 +1,11 @@
-"""Would a model notice? `python -m bench.shadow --op int4_matmul --impl packed`
+"""Compare a candidate with the default inside a model: `python -m bench.shadow --op int4_matmul --impl packed`
 
-Runs a model on real prompts, prefill and decode, with the candidate beside whatever it runs now: every call of the op
-is made by both, on the same arguments, and the model goes on with the incumbent's result. For every layer: how far
-apart they are, in steps of the dtype and relative, and how much of the computed error budget the candidate's worst
-element takes (of the first call of the layer, and of each that differs more than those before it). Then the model runs
-once more with the candidate alone on the same tokens: what became of the logits. The inputs of the worst call are saved
-for `bench.check --replay`. Exit code: 0 all within budget, 1 not, 2 the command itself.
+A model runs on real prompts, prefill and decode, and every call of the op is made twice with the same arguments: by the
+incumbent, which runs by default and whose result the model uses, and by the candidate. The table gives for every layer
+the distance of their results, in units in the last place and relative, and the error of the candidate's worst element
+as a multiple of its budget (of the first call of the layer, and of each call that differs more than those before). The
+model then runs on the candidate alone with the same tokens, which shows the change of its logits. The inputs of the
+worst call are saved for `bench.check --replay`. Exit code: 0 all within budget, 1 not, 2 the command failed.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from .measure import prompts as questions
 from .measure import rows
 from .measure.prompts import Prompt
 
-MAX_LISTED_FLIPS = 10  # flips that are listed
+MAX_LISTED_FLIPS = 10
 
 
 @torch.inference_mode()
@@ -53,7 +53,7 @@ def run_prompt(
 ) -> tuple[Tensor, list[int], int]:
     """Prefill a prompt and decode up to `steps` tokens, greedily or the given ones.
 
-    -> (logits [t, v] of every position, the tokens decoded, how many of the positions were prefilled)
+    -> (logits [t, v] of every position, the decoded tokens, the number of prefilled positions)
     """
     ids = torch.tensor([talker.prompt_ids(prompt.question, len(prompt.images))])
     images = talker.preprocess_images(prompt.images) if prompt.images else None
@@ -76,7 +76,7 @@ def run_prompt(
 
 @dataclass(frozen=True)
 class LogitShift:
-    """What became of the logits of one prompt: KL divergence in nats [t], and where another token is likeliest."""
+    """The change of the logits of one prompt: KL divergence in nats [t], and positions with another likeliest token."""
 
     divergence: Tensor
     flips: list[tuple[str, int, int]]  # position, token before, token now
@@ -94,10 +94,11 @@ def logit_shift(incumbent: Tensor, candidate: Tensor, prefilled: int) -> LogitSh
 
 
 def comparison_table(recorder: ShadowRecorder) -> Iterator[str]:
-    """A line for every layer, a line for every reason a budget is missing, and the first layer that is wrong."""
+    """A line for every layer, one for every reason why a budget is missing, and the first failing layer."""
     layers = recorder.layers
     width = max(map(len, layers)) + 2
-    yield f"{'ulp:':>{width + 5}}{''.join(f'{b:>8}' for b in ULP_BUCKETS)}{'relative':>11}{'largest':>11}{'x budget':>11}"
+    buckets = "".join(f"{b:>8}" for b in ULP_BUCKETS)
+    yield f"{'ulp:':>{width + 5}}{buckets}{'relative':>11}{'largest':>11}{'x budget':>11}"
     for name, layer in layers.items():
         total = layer.ulps.total()
         shares = "".join(f"{layer.ulps[b] / total:8.2%}" if layer.ulps[b] else f"{'-':>8}" for b in ULP_BUCKETS)
@@ -114,7 +115,7 @@ def comparison_table(recorder: ShadowRecorder) -> Iterator[str]:
 def run_shadow(
     talker: ChatModel, impl: Impl, prompts: Sequence[Prompt], steps: int, only: Sequence[str]
 ) -> tuple[ShadowRecorder, set[str], list[LogitShift] | str]:
-    """Both runs -> (what was watched, the incumbents, the shift of each prompt or why there is none)."""
+    """Make both runs -> (the recorder, the incumbents, the logit shift of each prompt or the reason for none)."""
     recorder = ShadowRecorder(OPS[impl.op], impl, talker.model.params, only)
     shifts: list[LogitShift] = []
     with count_calls() as calls, recorder.recording():
@@ -132,7 +133,7 @@ def run_shadow(
 
 
 def with_progress(prompts: Sequence[Prompt], label: str) -> Iterator[Prompt]:
-    """The prompts, counted on standard error."""
+    """The prompts, with a progress bar on standard error."""
     for i, prompt in enumerate(prompts, 1):
         print_progress(f"{label}: prompt {i} of {len(prompts)}")
         yield prompt
@@ -140,7 +141,7 @@ def with_progress(prompts: Sequence[Prompt], label: str) -> Iterator[Prompt]:
 
 
 def summary_lines(shifts: Sequence[LogitShift], decode: Callable[[int], str]) -> Iterator[str]:
-    """What became of the logits, over all prompts."""
+    """The change of the logits over all prompts."""
     divergence = torch.cat([s.divergence for s in shifts])
     flips = [(i, *flip) for i, s in enumerate(shifts, 1) for flip in s.flips]
     yield (
@@ -154,7 +155,7 @@ def summary_lines(shifts: Sequence[LogitShift], decode: Callable[[int], str]) ->
 
 
 def result_rows(recorder: ShadowRecorder, shifts: Sequence[LogitShift] | str, model: str) -> Iterator[dict[str, Any]]:
-    """The rows: one for every layer, one for the model."""
+    """One row for every layer and one for the model."""
     fields = {"kind": "shadow", "model": model, "op": recorder.op.name, "impl": recorder.candidate.name}
     fields |= rows.stamp(torch.device(DEVICE))
     for name, layer in recorder.layers.items():
@@ -167,7 +168,7 @@ def result_rows(recorder: ShadowRecorder, shifts: Sequence[LogitShift] | str, mo
 
 
 def save_worst_call(recorder: ShadowRecorder, file: Path) -> None:
-    """The worst call as a bundle."""
+    """Save the worst call as a repro bundle."""
     worst = recorder.worst
     assert worst is not None
     origin = f"bench.shadow: {worst.name}, {worst.phase}"

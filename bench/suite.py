@@ -1,13 +1,13 @@
-"""Everything a machine with a GPU should run: `python -m bench.suite --minutes 12 --out DIR`
+"""Run all checks and measurements of a GPU in one go: `python -m bench.suite --minutes 12 --out DIR`
 
-Correctness of every kernel, then int4_matmul and attention beside their peers and their goals, then the model, then a
-few candidates of each search, then pictures and a report (bench/measure/suite_plan.py). Every step is a command of
-this repository with a limit of its own: at its end the step is asked to stop, and GRACE seconds later it is killed with all it started.
-What a step leaves of its time goes to those after it; what does not fit is left out, the least valuable first. After
-every step DIR/summary.txt is written anew, so the suite, too, may be stopped at any time.
+The steps are the correctness of every kernel, int4_matmul and attention beside their peers and goals, the model, a few
+candidates of each search, plots and a report (bench/measure/suite_plan.py). Every step is a command of this repository
+with a time limit: at its end the step is asked to stop, and GRACE_SECONDS later it is killed with all its children.
+Time that a step does not use goes to the later ones; steps that do not fit are left out, the least valuable first.
+DIR/summary.txt is written anew after every step, so the suite may be stopped at any time.
 
-`--estimate` runs nothing and says what each step would take. `--dry-run` runs every step at toy sizes, on a CPU where
-there is no GPU; `--stand-in` does that on the stand-in for one (`bench.standin`), as a GPU would.
+`--estimate` runs nothing and prints the time that each step would take. `--dry-run` runs every step at toy sizes, on a
+CPU if there is no GPU; `--stand-in` runs them on the stand-in for a GPU (`bench.standin`).
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Outcome:
 
     @property
     def row_fields(self) -> dict[str, str | float]:
-        """What a row says of it."""
+        """The fields of its row."""
         return {"step": self.step.name, "state": self.state, "seconds": self.seconds, "last": self.last_line}
 
 
@@ -93,7 +93,7 @@ def device() -> torch.device:
 
 
 def summary_lines(outcomes: Sequence[Outcome], measured: Path) -> Iterator[str]:
-    """A page: where, one line a step, what is right, which goals are met."""
+    """The summary: device and versions, one line a step, the counts of right kernels, and the goals."""
     stamp = rows.stamp(device())
     yield " | ".join([stamp["device"], *(f"{k} {stamp[k]}" for k in ("torch", "triton", "python", "commit", "date"))])
     for outcome in outcomes:
@@ -108,7 +108,7 @@ def summary_lines(outcomes: Sequence[Outcome], measured: Path) -> Iterator[str]:
 
 
 def run_plan(plan: Sequence[SuiteStep], seconds: float, out: Path) -> list[Outcome]:
-    """Run the steps in order until the time is over; the summary on disk is right after every one of them."""
+    """Run the steps in order until the time is over. The summary on disk is written anew after every step."""
     end, measured = time.perf_counter() + seconds, out / "rows.jsonl"
     outcomes = [Outcome(step, "not reached", 0.0, "") for step in plan]
     for i, step in enumerate(plan):
@@ -133,8 +133,8 @@ def run_plan(plan: Sequence[SuiteStep], seconds: float, out: Path) -> list[Outco
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=POSITIVE, default=12)
-    parser.add_argument("--out", type=Path, help="a folder for rows, tables, logs, pictures, report.html, summary.txt")
-    parser.add_argument("--estimate", action="store_true", help="say what each step would take on a GPU")
+    parser.add_argument("--out", type=Path, help="a folder for rows, tables, logs, plots, report.html, summary.txt")
+    parser.add_argument("--estimate", action="store_true", help="print the time that each step would take on a GPU")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes, on a CPU where there is no GPU")
     parser.add_argument("--stand-in", action="store_true", help="toy sizes, on the stand-in for a GPU")
     args = parser.parse_args()
@@ -151,7 +151,7 @@ def main() -> int:
         print(*estimate_table(plan, seconds), *left_out_lines(plan, seconds), sep="\n")
         return 0
     if args.out is None:
-        parser.error("--out: which folder is to hold what it finds?")
+        parser.error("--out: expected a folder for the results")
     if not toy and not torch.cuda.is_available():
         print("bench.suite: torch sees no GPU here; --dry-run rehearses the steps on a CPU", file=sys.stderr)
         return 2

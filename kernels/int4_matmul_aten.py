@@ -1,12 +1,12 @@
 """x · wᵀ by torch's own int4 product for CPUs, `aten::_weight_int4pack_mm_for_cpu`.
 
 It computes (code - 8) · scale + shift, where shift = (8 - zero) · scale is rounded to x's dtype, and sums in float32.
-Only in bfloat16 is it vectorised; in float32 and float16 it is a scalar loop.
+It is vectorized only in bfloat16; in float32 and float16 it is a scalar loop.
 
-The library has a layout of its own. A weight is packed when it is first used, and the copy is kept as long as
-`qweight`, the tensor object, lives; written to in the meantime, the weight is packed again. A weight made under
-`torch.inference_mode` does not tell when it is written to, and is therefore packed at every call. Nor does any weight
-tell what is written through `.data`: that is not seen here.
+torch has a layout of its own for this. A weight is packed when it is first used, and the packed copy is kept as long as
+the tensor object `qweight` lives; if the weight is written to, it is packed again. A weight created under
+`torch.inference_mode` does not count writes, and is therefore packed at every call. Writes through `.data` are not
+counted for any weight, and go unnoticed here.
 """
 
 import torch
@@ -20,13 +20,12 @@ from vila_triton.registry import Unsupported
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 GROUP_SIZES = (32, 64, 128, 256)
 
-_packed_weights: WeakTensorKeyDictionary = (
-    WeakTensorKeyDictionary()
-)  # qweight -> (state of the weight, its leaves, its copy)
+# qweight -> (version of the weight, aliases of its tensors, the packed copy)
+_packed_weights: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def weight_version(w: Int4, dtype: torch.dtype) -> tuple:
-    """What changes when the weight does: which memory is read how, and how often each tensor was written to."""
+    """A key that changes with the weight: the memory of its tensors, and the number of writes to each."""
     return dtype, w.group_size, *((x.data_ptr(), x.dtype, x.shape, x.stride(), x._version) for x in weight_tensors(w))
 
 
@@ -35,7 +34,7 @@ def weight_tensors(w: Int4) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pack_for_aten(w: Int4, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The library's layout: words [n, k/2] uint8, and scale and shift [G, n, 2]."""
+    """The weight in torch's layout: words [n, k/2] uint8, and scale and shift [G, n, 2]."""
     words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_codes(w), 1)
     scales = w.scales.to(dtype)
     shifts = ((8 - w.zeros.float()) * scales.float()).to(dtype)
@@ -47,7 +46,7 @@ def packed_weight(w: Int4, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return pack_for_aten(w, dtype)
     version = weight_version(w, dtype)
     if w.qweight not in _packed_weights or _packed_weights[w.qweight][0] != version:
-        # The memory is held through aliases: while a copy is kept, nothing else can come to lie at these addresses.
+        # The aliases keep the memory alive, so that no other tensor can be at these addresses while the copy is kept.
         _packed_weights[w.qweight] = version, [x.detach() for x in weight_tensors(w)], pack_for_aten(w, dtype)
     return _packed_weights[w.qweight][-1]
 

@@ -1,10 +1,10 @@
 """x · wᵀ + bias by torch's matrix product, the weight unpacked in blocks of rows that stay in the CPU's cache.
 
-A block of w, BLOCK_N rows of k columns, is unpacked, multiplied while it is in the cache, and forgotten, so that the
-whole weight never stands in memory. It is rounded as in the reference, and every shape and dtype is served.
+A block of w, BLOCK_N rows of k columns, is unpacked and multiplied while it is in the cache, so that the whole weight
+is never in memory. It is rounded as in the reference, and every shape and dtype is served.
 
-The codes are not put in order: a byte of a tile holds a code of row r below and one of row r + 8 above, so bytes & 15
-are eight rows and bytes >> 4 are the eight others, with the inputs in the order of the bytes; x is put in that order.
+The codes stay in the order of the bytes: a byte of a tile holds a code of row r in its lower nibble and one of row r +
+8 in its upper one, so bytes & 15 are eight rows and bytes >> 4 the eight others. x is permuted to that order instead.
 """
 
 import sys
@@ -24,7 +24,7 @@ CONFIGS = [{"BLOCK_N": 128}, {"BLOCK_N": 32}, {"BLOCK_N": 512}]
 
 
 def permute_to_byte_order(x: Tensor) -> Tensor:
-    """[..., k] -> [..., k up to a multiple of 64], columns moved to where their codes lie."""
+    """[..., k] -> [..., k padded to a multiple of 64], with the columns in the order of the bytes of their codes."""
     x = F.pad(x, (0, -x.shape[-1] % TILE_K))
     return rearrange(x, "... (j word side c pair) -> ... (j c word pair side)", word=4, side=2, c=4, pair=2)
 

@@ -1,10 +1,10 @@
-"""x · wᵀ + bias by the quickest product torch has for the dtype on a CPU, measured on AMD's.
+"""x · wᵀ + bias by the fastest matrix product of torch for the dtype on a CPU, as measured on AMD CPUs.
 
-float32: oneDNN's; `F.linear` takes MKL's, which needs half as long again for many rows. float16: one row is multiplied
-quickly and many rows slowly, so many rows are multiplied in float32. bfloat16: `F.linear`, which takes oneDNN's; that
-needs twice as long for one row as torch's own, so it is switched off meanwhile (in the whole process: a product of
-another thread at that moment may be slower, not wrong). Other dtypes, and where a gradient is wanted (oneDNN's has
-none): `F.linear`.
+float32    oneDNN's; `F.linear` runs MKL's, which takes half as long again for many rows
+float16    `F.linear` for few rows; it is slow for many rows, which are multiplied in float32
+bfloat16   `F.linear`, which runs oneDNN's. That takes twice as long for one row as torch's own product, so oneDNN is
+           disabled for one row (in the whole process: a product in another thread may be slower, but not wrong)
+others     `F.linear`; also where a gradient is needed, which oneDNN's product does not have
 """
 
 from collections.abc import Iterator

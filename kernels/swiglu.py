@@ -1,6 +1,6 @@
 """silu(gate) · up = gate / (1 + exp(-gate)) · up, elementwise.
 
-One program takes BLOCK columns of one row. Computed in float32.
+One program computes BLOCK columns of one row, in float32.
 
 gate and up [s, f], any strides.
 """

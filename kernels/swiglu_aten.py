@@ -1,7 +1,7 @@
-"""silu(gate) · up by torch's `silu`, multiplied in place: a temporary less, and no copies in float32.
+"""silu(gate) · up by torch's `silu`, multiplied in place, which saves a temporary and copies in float32.
 
-In half precision the product is rounded once: a silu that is rounded first, as in Hugging Face's LLaMA, is off by more
-than its budget where it lies below the normal numbers.
+In half precision the product is computed in float32 and rounded once. Rounding silu first, as Hugging Face's LLaMA
+does, exceeds the error budget where silu is subnormal.
 """
 
 import torch

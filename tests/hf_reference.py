@@ -168,7 +168,7 @@ def dense_twin(model: VilaLlamaForCausalLM) -> VilaLlamaForCausalLM:
     for key in [k for k in values if k.endswith("qweight")]:
         stem = key.removesuffix(".qweight")
         leaves = (values.pop(f"{stem}.{leaf}") for leaf in ("qweight", "scales", "zeros"))
-        w = Int4(*leaves, group_size=model.vila_config.llm.group_size or 0, rounding=model.vila_config.llm.order)
+        w = Int4(*leaves, group_size=model.vila_config.llm.group_size or 0, rounding=model.vila_config.llm.rounding)
         values[f"{stem}.weight"] = dequantize(w, model.dtype)
     parts = model.config.part_configs()
     llm = {k: v for k, v in parts["llm"].items() if k != "quantization_config"}

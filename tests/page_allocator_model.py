@@ -98,7 +98,7 @@ class World:
             self.allocator.register_prefix(seq, [*tokens, 0])
         if at < len(tokens) and at < len(self.known.get(self.allocator[seq].pages[at // self.size], ())):
             tokens[at] += 100
-            with pytest.raises(ValueError, match="is known to hold other tokens"):
+            with pytest.raises(ValueError, match="is registered with other tokens"):
                 self.allocator.register_prefix(seq, tokens)
         assert before == self.snapshot()
 
@@ -171,7 +171,7 @@ class World:
         assert needed == self.needed(counts)
         assert before == self.snapshot(), "counting changed something"
         if owed > available:
-            kept = f", {owed - needed} of them promised to others" if owed > needed else ""
+            kept = f", {owed - needed} of them reserved for others" if owed > needed else ""
             message = f"^{needed} more pages .* {available} of {self.total} are free{kept} "
             with pytest.raises(OutOfPages, match=message):
                 self.allocator.append(counts)

@@ -1,11 +1,13 @@
-"""The rules of the house: who imports whom, what lies where."""
+"""Rules of the repository: which modules import which, names and words, files, the wheel."""
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
+import tokenize
 import zipfile
 from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
@@ -23,8 +25,10 @@ FILES = {  # dotted name -> file, as Python will know it
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
 
-FLOORS = (  # rooms of vila_triton, the lowest first; a file imports from lower rooms and from its own
-    "console files limits lock paths",
+FOLDERS = ("vila_triton", "kernels", "configs", "bench", "tests")
+
+FLOORS = (  # folders and modules of vila_triton, the lowest first: a file imports from lower ones and from its own
+    "console device files hashing limits lock paths",
     "registry",
     "ops",
     "models",
@@ -37,7 +41,10 @@ FLOORS = (  # rooms of vila_triton, the lowest first; a file imports from lower 
     "commands",
     "__main__",
 )
-PACKAGES = {  # room -> what it imports besides the standard library
+FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
+KERNELS_IMPORT = {"registry", "ops", "lock", "hashing", "paths"}
+PACKAGES = {  # folder or module -> packages it imports besides the standard library
+    "device": "torch",
     "registry": "torch triton",
     "ops": "torch einops",
     "models": "torch einops",
@@ -52,18 +59,18 @@ PACKAGES = {  # room -> what it imports besides the standard library
     "quantization": "torch einops PIL safetensors transformers",
     "commands": "torch PIL transformers",
     "kernels": "torch triton einops",
-    "bench": "torch transformers triton hypothesis numpy matplotlib cycler PIL einops safetensors",
+    "bench": "bench torch transformers triton hypothesis numpy matplotlib cycler PIL einops safetensors",
 }
-DISCOVERY = {  # what finds files by looking for them; every other circle is one
-    ("vila_triton.registry.registry", "vila_triton.ops"),
-    ("vila_triton.registry.registry", "vila_triton.kernels"),
+DISCOVERY = {  # imports the folders whose files it discovers, which import the registry
+    ("vila_triton.registry.discovery", "vila_triton.ops"),
+    ("vila_triton.registry.discovery", "vila_triton.kernels"),
 }
 
 
-def room(name: str) -> str:
-    """The folder or file of vila_triton, or the package, that a module lies in."""
-    first, _, rest = name.partition(".")
-    return rest.partition(".")[0] if first == "vila_triton" else first
+def folder_of(name: str) -> str:
+    """The folder or module of vila_triton, or the other package, that a dotted name lies in."""
+    package, _, inner = name.partition(".")
+    return inner.partition(".")[0] if package == "vila_triton" else package
 
 
 def imports(name: str, path: Path) -> set[str]:
@@ -83,53 +90,106 @@ def imports(name: str, path: Path) -> set[str]:
 IMPORTS = {name: imports(name, path) for name, path in FILES.items()}
 
 
-def within(name: str, prefixes: Iterable[str]) -> bool:
-    return any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
+def lies_in(name: str, packages: Iterable[str]) -> bool:
+    return any(f"{name}.".startswith(f"{package}.") for package in packages)
+
+
+def may_import(importer: str, imported: str) -> bool:
+    """True for two folders of `FLOORS` if the imported one is lower. vila_triton and vila_triton.auto show public names
+    of folders at the top, and bench may import everything.
+    """
+    if importer == imported or importer in ("", "auto", "bench"):
+        return True
+    if importer == "kernels":
+        return imported in KERNELS_IMPORT
+    return FLOOR.get(imported, len(FLOORS)) < FLOOR[importer]
+
+
+def test_every_folder_has_a_floor() -> None:
+    assert {folder_of(name) for name in FILES} == {*FLOOR, "", "auto", "kernels", "bench"}
 
 
 def test_imports_run_downwards() -> None:
-    floor = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
-    assert {room(name) for name in FILES} <= {*floor, "", "auto", "kernels", "bench"}
-    upwards = set()
-    for name, modules in IMPORTS.items():
-        for module in modules & FILES.keys():
-            here, there = room(name), room(module)
-            if here == there or here in ("", "auto") or (name, module) in DISCOVERY:
-                continue  # vila_triton itself and vila_triton.auto show names of rooms at the top
-            if here == "bench":
-                continue
-            allowed = (
-                there in ("registry", "ops", "files", "lock")
-                if here == "kernels"
-                else floor.get(there, 99) < floor[here]
-            )
-            if not allowed:
-                upwards.add(f"{name} imports {module}")
-    assert not upwards
+    pairs = {(name, module) for name, modules in IMPORTS.items() for module in modules & FILES.keys()}
+    assert not {(a, b) for a, b in pairs - DISCOVERY if not may_import(folder_of(a), folder_of(b))}
 
 
-def test_packages_from_elsewhere_are_imported_where_they_are_needed() -> None:
-    strangers = set()
+def test_packages_from_elsewhere_are_imported_only_where_they_are_listed() -> None:
+    unlisted = set()
     for name, modules in IMPORTS.items():
-        allowed = {"vila_triton", *PACKAGES.get(room(name), "").split()} | (
-            {"bench"} if room(name) == "bench" else set()
-        )
-        packages = {x.split(".")[0] for x in modules} - sys.stdlib_module_names
-        strangers |= {f"{name} imports {x}" for x in packages - allowed}
-    assert not strangers
+        allowed = {"vila_triton", *PACKAGES.get(folder_of(name), "").split(), *sys.stdlib_module_names}
+        unlisted |= {(name, module) for module in modules if module.split(".")[0] not in allowed}
+    assert not unlisted
 
 
 def test_imports_form_no_circle() -> None:
-    graph = {a: {b for b in found & FILES.keys() if b != a and (a, b) not in DISCOVERY} for a, found in IMPORTS.items()}
+    graph = {
+        name: {module for module in modules & FILES.keys() if module != name and (name, module) not in DISCOVERY}
+        for name, modules in IMPORTS.items()
+    }
     try:
         list(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
 
 
+NOT_NAMES = {  # words that say nothing of what is named
+    *("after", "at", "before", "found", "given", "held", "here", "how", "known", "made", "of", "one", "place"),
+    *("rest", "said", "seen", "some", "there", "told", "what", "words"),
+}
+GLOSSARY = {  # word of identifiers and prose -> the word that is used instead
+    "picture": "image",
+    "photograph": "image",
+    "film": "video",
+    "connector": "projector",
+    "talker": "chat model",
+}
+SPELLING = {  # part of identifiers -> its American spelling
+    "colour": "color",
+    "centre": "center",
+    "neighbour": "neighbor",
+    "quantis": "quantiz",
+    "normalis": "normaliz",
+}
+SPEAKS_OF_PICTURES = {"tokenizer.py", "questions.py", "scenes.py"}  # of vila_triton/tiny: words of the bundled model
+
+
+def test_functions_classes_and_modules_have_telling_names() -> None:
+    names = {(name, name.rpartition(".")[2]) for name in FILES}
+    for module, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add((module, node.name))
+    assert not {(module, name) for module, name in names if name.lower() in NOT_NAMES}
+
+
+def words_of(path: Path) -> set[str]:
+    """The words of a file, and the parts of its identifiers, in lower case; of a README without its code blocks."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+", text)}
+
+
+def test_words_are_those_of_the_glossary() -> None:
+    readmes = [ROOT / "README.md", *(path for folder in FOLDERS for path in (ROOT / folder).rglob("README.md"))]
+    files = [path for path in FILES.values() if path.parent.name != "tiny" or path.name not in SPEAKS_OF_PICTURES]
+    words = {path.relative_to(ROOT).as_posix(): words_of(path) for path in [*files, *readmes]}
+    assert not {(path, w) for path, found in words.items() for w in found if GLOSSARY.keys() & {w, w.removesuffix("s")}}
+
+
+def test_identifiers_are_spelled_as_in_america() -> None:
+    british = set()
+    for path in FILES.values():
+        with tokenize.open(path) as file:
+            names = {token.string for token in tokenize.generate_tokens(file.readline) if token.type == tokenize.NAME}
+        british |= {(path.name, name) for name in names if any(part in name.lower() for part in SPELLING)}
+    assert not british
+
+
 def test_nobody_imports_the_folder_kernels_by_its_own_name() -> None:
     files = [*FILES.values(), *(ROOT / "tests").rglob("*.py")]
-    assert not [path.name for path in files if any(within(x, ["kernels"]) for x in imports("", path))]
+    assert not [path.name for path in files if any(lies_in(x, ["kernels"]) for x in imports("", path))]
 
 
 def test_no_file_is_longer_than_400_lines() -> None:
@@ -233,8 +293,8 @@ def test_a_wheel_holds_kernels_and_configs_inside_the_package_and_nothing_beside
         assert held <= {path.name for path in (wheel / "vila_triton" / folder).iterdir()}
     code = """
         from vila_triton import kernels, registry
-        from vila_triton.registry import kernel_config
+        from vila_triton.registry.kernel_config import configured_choices
         registry.discover()
-        print(registry.OPS["rms_norm"].impls["triton"].file, kernel_config.configured("cuda", "decode")["rms_norm"])
+        print(registry.OPS["rms_norm"].impls["triton"].file, configured_choices("cuda", "decode")["rms_norm"])
     """
     assert python(code, wheel, cwd=tmp_path) == f"{(wheel / 'vila_triton/kernels/rms_norm.py').resolve()} triton"

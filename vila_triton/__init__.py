@@ -11,7 +11,7 @@ __all__ = ["VilaLlamaConfig", "VilaLlamaForCausalLM", "VilaProcessor", "use"]
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when first asked for: Hugging Face's classes take seconds to load."""
+    """Import a public name when it is first used, since Hugging Face's classes take seconds to load."""
     if name in __all__:
         return getattr(import_module(".registry" if name == "use" else ".hf.auto", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

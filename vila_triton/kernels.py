@@ -1,8 +1,9 @@
-"""The door to kernels/: a top-level package of that name would shadow Hugging Face's `kernels`, so it is not one."""
+"""The package `vila_triton.kernels`: the files of kernels/, which is beside this package or, in a wheel, inside it.
 
-from pathlib import Path
+kernels/ has no `__init__.py`, since a top-level package of that name would shadow Hugging Face's `kernels`.
+"""
 
-from .registry import interpreter  # noqa: F401 (what it mends is mended before any kernel runs)
+from .paths import data_dir
+from .registry import interpreter  # noqa: F401 (its fixes apply before any kernel runs)
 
-_package_dir = Path(__file__).resolve().parent
-__path__ = [str(next(d for d in (_package_dir / "kernels", _package_dir.parent / "kernels") if d.is_dir()))]
+__path__ = [str(data_dir("kernels"))]

@@ -30,7 +30,7 @@ class DeferringLock:
         self._run_jobs_if_free()
 
     def run_soon(self, job: Callable[[], None]) -> None:
-        """Run a job under the lock: now if the lock is free, else when it is released, before anybody else acquires it."""
+        """Run a job under the lock: now if the lock is free, else as soon as it is released."""
         self._jobs.append(job)
         self._run_jobs_if_free()
 
@@ -46,7 +46,7 @@ class DeferringLock:
             self._jobs.popleft()()
 
     def __reduce__(self) -> tuple[type["DeferringLock"], tuple[()]]:
-        return DeferringLock, ()  # a copy of what is locked has a lock of its own
+        return DeferringLock, ()  # a copy or pickle of the owner gets a lock of its own
 
 
 class SharedContext:

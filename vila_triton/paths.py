@@ -1,12 +1,16 @@
-"""Folders that come with the package: configurations and the bundled checkpoint."""
+"""Folders that come with the package: configs/, kernels/ and the bundled checkpoint."""
 
 from pathlib import Path
 
-_here = Path(__file__).resolve().parent
+_package_dir = Path(__file__).resolve().parent
 
-BUNDLED_CHECKPOINT = _here / "tiny" / "checkpoint"
+BUNDLED_CHECKPOINT = _package_dir / "tiny" / "checkpoint"
+
+
+def data_dir(name: str) -> Path:
+    """A folder that lies inside the package in a wheel, and beside it in a checkout."""
+    return next(d for d in (_package_dir / name, _package_dir.parent / name) if d.is_dir())
 
 
 def config_dir() -> Path:
-    """The configs/ folder: inside the package in a wheel, beside it in a checkout."""
-    return next(d for d in (_here / "configs", _here.parent / "configs") if d.is_dir())
+    return data_dir("configs")

@@ -1,0 +1,12 @@
+"""Correctness of kernels, without hand-written tolerances: every implementation is compared with a float64 reference.
+
+default_kernels    `python -m bench.correctness`: all implementations that run by default on this machine
+error_budget       examples of an op, the error budget of each output element, and the property test
+guarded_memory     tensors between margins of NaN, which reveal stray reads and writes
+gate               the property test that an implementation must pass before it is timed
+find_failure       search for the simplest failing example
+failure_report     a failure in words, and a map of its errors
+tile_coverage      the tiles of a config that the checked sizes covered
+repro_bundle       one call with its arguments in a file, to be replayed
+shadow_recorder    a candidate beside the implementation that a model runs, call by call
+"""

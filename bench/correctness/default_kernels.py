@@ -1,13 +1,14 @@
-"""Is all that runs by default right on this machine? `python -m bench.correctness --seconds 150 --out rows.jsonl`
+"""Check all implementations that run by default on this machine: `python -m bench.correctness --seconds 150`
 
-Every kernel with its first config, and with what a tuned table of this device holds, in three dtypes, on aligned and on
-strided memory, against float64: at sizes of configs/bench/correctness.toml, each a little more than some tiles of it.
-The most valuable come first: half precision before float32, defaults before what must be asked for, int4 and attention
-before the rest. Processes take item after item; one that dies, or whose CUDA context breaks, costs its item only.
-Without a GPU what a GPU runs by default is checked in Triton's interpreter, which has no bfloat16.
+Every kernel is compared with float64, with its first config and with the configs of a tuned table of this device, in
+three dtypes, in aligned and in strided memory, at the sizes of configs/bench/correctness.toml, which are a little more
+than a few tiles. The most valuable items come first: half precision before float32, defaults before other
+implementations, int4 and attention before the rest. Worker processes take one item after another; a worker that dies,
+or whose CUDA context breaks, costs only its item. Without a GPU the defaults of a GPU are checked in Triton's
+interpreter, which has no bfloat16.
 
-A line and a row (kind "correctness") for each item as soon as it is known. Exit code: 0 nothing is wrong, 1 something
-is or nothing was reached, 2 the command itself.
+Each item gives a line and, with --out, a row of kind "correctness". Exit code: 0 nothing is wrong, 1 something is wrong
+or nothing was reached, 2 the command failed.
 """
 
 import argparse
@@ -53,17 +54,17 @@ from .find_failure import gpu_responds
 from .gate import find_fault
 from .guarded_memory import MEMORY_LAYOUTS
 
-PYTHON_COMMAND = standin.command_prefix()  # what starts a process
-COMPILE_SECONDS = 1.5  # seconds that compiling a kernel takes, about
-EXIT_SECONDS = 10  # seconds a process may take to end of itself
+PYTHON_COMMAND = standin.command_prefix()  # starts a worker
+COMPILE_SECONDS = 1.5  # of a kernel, about
+EXIT_SECONDS = 10  # that a worker may take to exit by itself
 
 
 @dataclass(frozen=True)
 class Item:
-    """One config of an implementation at some sizes, to be checked in both layouts.
+    """One config of an implementation at some sizes, to be checked in both memory layouts.
 
-    default  whether it runs by default on a GPU, in some phase and at some sizes
-    usual    whether the sizes are those that all dtypes and implementations are checked at
+    default  true if it runs by default on a GPU, in some phase and at some sizes
+    usual    true if the sizes are those that all dtypes and implementations are checked at
     """
 
     op: str
@@ -78,7 +79,7 @@ class Item:
 
     @property
     def rank(self) -> tuple[bool, ...]:
-        """The most valuable first."""
+        """A sort key: the most valuable first."""
         first = self.op.startswith("int4") or self.op.endswith("attention")
         return self.sizes["dtype"] == "float32", not self.usual, not self.default, not first
 
@@ -96,7 +97,7 @@ def sizes_to_check(op: Op, impl: str) -> list[dict[str, Any]]:
 
 
 def default_impls(device: torch.device) -> set[tuple[str, str]]:
-    """(op, implementation) of all that runs by default: on this GPU, or without one on any."""
+    """(op, implementation) of all defaults on this GPU, or without a GPU, on any."""
     gpu = device.type == "cuda"
     choices = [
         tuned_tables.default_choices_for(device, phase) if gpu else configured_choices("cuda", phase)
@@ -108,7 +109,7 @@ def default_impls(device: torch.device) -> set[tuple[str, str]]:
 
 
 def configs_to_check(impl: Impl, device: torch.device) -> list[Config]:
-    """The first config, and those that were tuned on this device."""
+    """The first config, and those of the tuned table of this device."""
     name = tuned_tables.gpu_name(device)
     entry = tuned_tables.valid_entry(impl, name) if name else None
     tuned_configs = (
@@ -118,7 +119,7 @@ def configs_to_check(impl: Impl, device: torch.device) -> list[Config]:
 
 
 def all_items(device: torch.device) -> list[Item]:
-    """All there is to check, the most valuable first."""
+    """All items, the most valuable first."""
     discover()
     by_default = default_impls(device)
     result = []
@@ -139,7 +140,7 @@ def all_items(device: torch.device) -> list[Item]:
 
 
 def check_item(item: Item) -> dict[str, Any]:
-    """What became of an item: its state, why, how many kernels were compiled, and the seconds of that and of all."""
+    """The result of an item: state, reason, number of compiled kernels, seconds of compiling and in all."""
     start, compiling = time.perf_counter(), []
 
     def on_compile(times: Any, cache_hit: bool, **_: Any) -> None:
@@ -164,15 +165,15 @@ def check_item(item: Item) -> dict[str, Any]:
 
 
 def serve_items() -> None:
-    """Answer the items on standard input, one a line; ends with it."""
+    """Check the items on standard input, one a line, and print their results. Exits when the input ends."""
     output = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what kernels print is no answer
+    os.dup2(2, 1)  # kernels may print, which is no result
     requests: SimpleQueue[str] = SimpleQueue()
 
     def receive() -> None:
         for line in sys.stdin:
             requests.put(line)
-        os._exit(0)  # whatever is under way
+        os._exit(0)  # even during an item
 
     discover()
     Thread(target=receive, daemon=True).start()
@@ -181,7 +182,7 @@ def serve_items() -> None:
 
 
 class Worker:
-    """One `python -m bench.correctness --work`; it ends with its standard input."""
+    """One process `python -m bench.correctness --work`; it exits when its standard input ends."""
 
     def __init__(self) -> None:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the object)
@@ -196,7 +197,7 @@ class Worker:
         )
 
     def ask(self, item: Item) -> dict[str, Any]:
-        """The answer; if the process died of the item, that it did."""
+        """The result of the item; if the process died of it, the state "crashed"."""
         assert self.process.stdin and self.process.stdout
         try:
             print(json.dumps(asdict(item)), file=self.process.stdin, flush=True)
@@ -208,7 +209,7 @@ class Worker:
         return {"state": "crashed", "reason": self.exit_reason(), "alive": False}
 
     def exit_reason(self) -> str:
-        """How it ended: the last line it wrote, or the signal."""
+        """The last line that the process wrote, or the signal that ended it."""
         try:
             code = self.process.wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:
@@ -220,7 +221,7 @@ class Worker:
 
 
 def run_items(chosen: Sequence[Item], count: int, deadline: float) -> Iterator[tuple[Item, dict[str, Any]]]:
-    """Each item with its answer, as answers come, from so many processes; until the deadline (of `time.monotonic`)."""
+    """Each item with its result, as results come, from `count` workers, until the deadline (of `time.monotonic`)."""
     pending, workers = deque(chosen), set[Worker]()
     results: SimpleQueue[tuple[Item, dict[str, Any]]] = SimpleQueue()
 
@@ -229,7 +230,7 @@ def run_items(chosen: Sequence[Item], count: int, deadline: float) -> Iterator[t
         while pending:
             try:
                 item = pending.popleft()
-            except IndexError:  # another was faster
+            except IndexError:  # another thread took it
                 break
             try:
                 if worker is None:
@@ -258,12 +259,12 @@ def run_items(chosen: Sequence[Item], count: int, deadline: float) -> Iterator[t
 
 
 def is_left_out(item: Item) -> bool:
-    """Whether kernels are interpreted here and the interpreter computes this dtype wrongly."""
+    """True if kernels are interpreted here, and the interpreter computes this dtype wrongly."""
     return item.sizes["dtype"] in UNSUPPORTED_DTYPES and uses_triton_kernels(OPS[item.op].impls[item.impl])
 
 
 def check_items(chosen: Sequence[Item], processes: int, seconds: float, out: Path | None) -> Counter[str]:
-    """Check the items, print and write how it went, and count the states."""
+    """Check the items, print their results, write them to `out`, and count the states."""
     deadline, stamp = time.monotonic() + seconds, rows.stamp(torch.device(DEVICE))
     counts: Counter[str] = Counter()
 
@@ -279,14 +280,11 @@ def check_items(chosen: Sequence[Item], processes: int, seconds: float, out: Pat
         else:
             to_run.append(item)
     if counts:
-        print(
-            f"left out: {counts['left out']} items that Triton's interpreter computes wrongly: {', '.join(UNSUPPORTED_DTYPES)}"
-        )
+        dtypes = ", ".join(UNSUPPORTED_DTYPES)
+        print(f"left out: {counts['left out']} items that Triton's interpreter computes wrongly: {dtypes}")
     calls = len(MEMORY_LAYOUTS) * len(to_run)
     estimate = f"{calls} kernels or more, at {COMPILE_SECONDS} s each {calls * COMPILE_SECONDS / processes:.0f} s"
-    print(
-        f"{len(to_run)} items in {len(MEMORY_LAYOUTS)} layouts on {processes} processes; where they are compiled {estimate}"
-    )
+    print(f"{len(to_run)} items in {len(MEMORY_LAYOUTS)} layouts on {processes} processes; if compiled, {estimate}")
     reached, compiled, compiling = [], 0, 0.0
     for item, answer in run_items(to_run, processes, deadline):
         reached.append(item)
@@ -315,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=COUNT, default=os.cpu_count(), help="at a time (default: %(default)s)")
     parser.add_argument("--seconds", type=POSITIVE, default=inf, help="stop then, and say what was not reached")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
-    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # be one of the processes
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # be a worker
     args = parser.parse_args(argv)
     if args.work:
         serve_items()
@@ -327,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not chosen:
         raise ValueError(f"no item of {', '.join(args.op or ['any op'])} holds {args.only!r}")
     counts = check_items(chosen, args.processes, args.seconds, args.out)
-    unknown = counts["not reached"] and not counts["right"]  # of a machine that hangs nothing is known to be right
+    unknown = counts["not reached"] and not counts["right"]  # as on a machine that hangs
     return 1 if counts["wrong"] + counts["crashed"] or unknown else 0
 
 

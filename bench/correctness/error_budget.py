@@ -182,7 +182,7 @@ def error_over_budget(actual: Tensor, expected: Tensor, budget: Tensor | None) -
 
 
 def argument_names(op: Op, args: Any) -> list[str]:
-    """The name of each tensor of the arguments: that of its parameter and of its fields, as x or cache.k_pages.scales."""
+    """The name of each tensor of the arguments: of its parameter and its fields, as x or cache.k_pages.scales."""
 
     def names_in(name: str, value: Any) -> list[str]:
         if not is_dataclass(value):

@@ -1,4 +1,4 @@
-"""One call of an implementation in a file, arguments and all, to be run again after the kernel was mended.
+"""Repro bundles: one call of an implementation with its arguments in a file, to be run again on a changed kernel.
 
 A bundle holds tensors, numbers and text in tuples, lists and dictionaries, and is read with `weights_only=True`: a file
 from somebody else can be wrong, but it cannot run code.
@@ -24,7 +24,7 @@ from ..measure.rows import stamp
 from .error_budget import DEVICE
 from .guarded_memory import MEMORY_LAYOUTS, MemoryLayout, map_tensors
 
-FORMAT = "vila-triton bundle 2"
+FORMAT = "vila-triton bundle 3"
 FIELDS = {
     "op": str, "impl": str, "config": dict, "args": tuple, "seed": int, "layout": str, "sizes": dict, "origin": str,
     "stamp": dict,
@@ -32,19 +32,19 @@ FIELDS = {
 
 
 class BundleError(ValueError):
-    """A file is no bundle, or not one of anything that exists here; the message is one line."""
+    """A file is not a bundle, or of an op or implementation that does not exist; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A call.
 
-    file     where it was read from
-    seed     of the memory that `assert_faithful` lays the arguments in, and of the values drawn
-    layout   how they lie in it
-    sizes    those the arguments were drawn for; empty if they come from a model
-    origin   where the call comes from, in words
-    stamp    versions and commit it was saved under (`rows.stamp`)
+    file     the file it was read from
+    seed     of the memory that holds the arguments in a check, and of the values drawn
+    layout   the memory layout of the arguments
+    sizes    the sizes that the arguments were drawn for; empty if they come from a model
+    origin   a description of where the call comes from
+    stamp    versions and commit that it was saved under (`rows.stamp`)
     """
 
     file: Path
@@ -60,9 +60,9 @@ class Bundle:
 
 
 def unused_path(file: Path) -> Path:
-    """That file; if there is one, the first free one of swiglu-mine-0-2.bundle, swiglu-mine-0-3.bundle, ...
+    """The path itself, or if it exists, the first unused one of swiglu-mine-0-2.bundle, swiglu-mine-0-3.bundle, ...
 
-    It is made, empty, so that nobody else takes the name.
+    An empty file is created there, so that no other process takes the name.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     for candidate in chain([file], (file.with_stem(f"{file.stem}-{i}") for i in count(2))):
@@ -84,9 +84,7 @@ def save(
 ) -> None:
     """Write a bundle; tensors are stored dense, on the CPU, whatever memory they are views of."""
     dense = map_tensors(lambda x: x.detach().cpu().clone(memory_format=torch.contiguous_format), args)
-    versions = {
-        name: str(value) for name, value in stamp(torch.device(DEVICE)).items()
-    }  # torch's version is no plain str
+    versions = {name: str(value) for name, value in stamp(torch.device(DEVICE)).items()}  # torch's is no plain str
     values = (impl.op, impl.name, dict(config), to_plain(dense), seed, layout, dict(sizes), origin, versions)
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"format": FORMAT, **dict(zip(FIELDS, values))}, file)
@@ -96,14 +94,14 @@ LEAF_TYPES = (Int4, QuantizedKVPages, PagedKV, RaggedBatch)
 
 
 def to_plain(value: Any) -> Any:
-    """The tree with its dataclasses as dictionaries, from which the names of their fields tell them apart."""
+    """The tree with its dataclasses as dictionaries, which their keys tell apart."""
     if isinstance(value, LEAF_TYPES):
         return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
     return type(value)(map(to_plain, value)) if isinstance(value, tuple | list) else value
 
 
 def from_plain(value: Any) -> Any:
-    """The inverse of `plain`, on the device that is checked. Errors: BundleError for what no op takes."""
+    """The inverse of `to_plain`, on the device that is checked. Errors: BundleError for values that no op takes."""
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise BundleError(f"an argument is a {value.layout} tensor on {value.device}, expected a plain one")
@@ -111,9 +109,8 @@ def from_plain(value: Any) -> Any:
     if isinstance(value, dict):
         leaf_type = next((leaf for leaf in LEAF_TYPES if {field.name for field in fields(leaf)} == set(value)), None)
         if leaf_type is None:
-            raise BundleError(
-                f"an argument is a dictionary of {sorted(map(str, value))}, expected an int4 weight, quantized pages, a PagedKV or a RaggedBatch"
-            )
+            expected = "an int4 weight, quantized pages, a PagedKV or a RaggedBatch"
+            raise BundleError(f"an argument is a dictionary of {sorted(map(str, value))}, expected {expected}")
         return leaf_type(**{name: from_plain(x) for name, x in value.items()})
     if isinstance(value, tuple | list):
         return type(value)(map(from_plain, value))
@@ -123,7 +120,7 @@ def from_plain(value: Any) -> Any:
 
 
 def load(file: Path) -> Bundle:
-    """Read a bundle. Errors: `BundleError`, `OSError`, `LoadError` for what is no file."""
+    """Read a bundle. Errors: BundleError, OSError, LoadError if there is no such file."""
     require_file(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
@@ -150,24 +147,24 @@ def load(file: Path) -> Bundle:
 
 
 def resolve(bundle: Bundle) -> tuple[Op, Impl]:
-    """The op and the implementation, as they are now. Errors: `BundleError` if the call cannot be made any more."""
+    """The op and the implementation, as they are now. Errors: BundleError if they no longer take this call."""
     discover()
     if bundle.op not in OPS:
+        available = describe_available(OPS)
         raise BundleError(
-            f"{bundle.file} is of an op {short_repr(bundle.op)}, which does not exist; there are: {describe_available(OPS)}"
+            f"{bundle.file} is of an op {short_repr(bundle.op)}, which does not exist; there are: {available}"
         )
     op = OPS[bundle.op]
     if bundle.impl not in op.impls:
-        raise BundleError(
-            f"{bundle.file} is of {op.name} {short_repr(bundle.impl)}, which does not exist; there are: {describe_available(op.impls)}"
-        )
+        name, available = short_repr(bundle.impl), describe_available(op.impls)
+        raise BundleError(f"{bundle.file} is of {op.name} {name}, which does not exist; there are: {available}")
     impl = op.impls[bundle.impl]
     try:
         inspect.signature(impl.fn).bind(*bundle.args, **bundle.config)
     except TypeError as error:
         raise BundleError(f"{bundle.file}: {op.name} {impl.name} no longer takes this call: {error}") from None
     try:
-        op.check(*map_tensors(Tensor.cpu, bundle.args))  # where the values of indices are always looked at
+        op.check(*map_tensors(Tensor.cpu, bundle.args))  # where the values of indices are always checked
         op.reference(*map_tensors(torch.clone, bundle.args))
     except Exception as error:  # whatever a reference may raise for arguments that nobody checked
         raise BundleError(

@@ -1,18 +1,18 @@
-"""How much of a config's tiling the sizes of some calls have met, as `check` prints it.
+"""The coverage of a config's tiles by the sizes of the calls that were checked, as `check` prints it.
 
-A block's name says what it cuts: BLOCK_M rows, BLOCK_N columns or keys, BLOCK_K the sum of a product, BLOCK_H and
-BLOCK_G heads, BLOCK a row. Lengths are those drawn: a sequence may be shorter than `t`, and a kernel may take a smaller
-block than its config says.
+The name of a block tells which axis it divides: BLOCK_M rows, BLOCK_N columns or keys, BLOCK_K the sum of a product,
+BLOCK_H and BLOCK_G heads, BLOCK a row. Lengths are those drawn: a sequence may be shorter than `t`, and a kernel may
+use a smaller block than its config names.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-Axis = tuple[str, int]  # the name of what a block cuts, and its length
+Axis = tuple[str, int]  # the name of an axis that a block divides, and its length
 
 
 def cut_axis(block: str, sizes: Mapping[str, Any]) -> Axis | None:
-    """What a block of that name cuts at these sizes; None if that is not known."""
+    """The axis that a block of this name divides at these sizes; None if that is not known."""
     rows, groups = sizes.get("s", 1) * sizes.get("ratio", 1), sizes.get("g", 0) * sizes.get("ratio", 1)
     depth = sizes.get("G", 0) * sizes.get("group", 0)
     candidates = {
@@ -27,7 +27,7 @@ def cut_axis(block: str, sizes: Mapping[str, Any]) -> Axis | None:
 
 
 def coverage_lines(config: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A line for each block of a config: how many tiles of it the calls had, and what none of them met."""
+    """A line for each block of a config: the number of tiles in the calls, and a case that none of them covered."""
     for block in (name for name in config if name.startswith("BLOCK")):
         axes = [axis for sizes in calls if (axis := cut_axis(block, sizes))]
         if not axes:

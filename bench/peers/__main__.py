@@ -47,7 +47,7 @@ def main() -> None:
             for config in impl.configs:
                 name = " ".join([impl.op, impl.name, *(f"{key}={value}" for key, value in config.items())])
                 print(f"  {name}: ", end="", flush=True)
-                print(gate(impl, config) or "faithful", flush=True)
+                print(gate(impl, config) or "right", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One page of HTML that needs nothing beside it: tables, marks and figures as text."""
+"""A self-contained HTML page: tables, marks, and plots as inline SVG."""
 
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
@@ -21,11 +21,11 @@ img { max-width: 100%; margin: .6rem 0; } pre { font-size: .78rem; overflow-x: a
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """Text that is HTML and not to be escaped."""
 
 
 def mark(text: str, style: str) -> Html:
-    """kind: good, bad, none."""
+    """Text in the color of a style: good, bad or none."""
     return Html(f'<span class="mark {style}">{escape(text)}</span>')
 
 
@@ -36,7 +36,7 @@ def html_cell(value: str) -> str:
 def table(
     head: Sequence[str], lines: Iterable[Sequence[str]], numbers: str = "", highlighted: Iterable[int] = ()
 ) -> Html:
-    """`numbers`: an n for each column that holds numbers, else any other letter; `ours`: lines that stand out."""
+    """numbers: a letter for each column, n if it holds numbers. highlighted: the indices of lines in bold type."""
     classes = [' class="n"' if column == "n" else "" for column in numbers.ljust(len(head), "-")]
     out = [
         '<div class="wide"><table><tr>',
@@ -60,7 +60,7 @@ def paragraph(text: str, style: str = "note") -> Html:
 
 
 def details(title: str, text: str) -> Html:
-    """What is shown when the title is clicked."""
+    """Text that unfolds when the title is clicked."""
     return Html(f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>")
 
 

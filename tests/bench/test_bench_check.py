@@ -19,7 +19,7 @@ from bench.correctness.tile_coverage import coverage_lines
 from vila_triton.registry import OPS, Impl, IntRange, Unsupported, discover
 
 DOT = 'x, acc, input_precision="ieee")'
-STORED = "acc.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])"
+STORED = "store_tile(acc, bias_ptr, out_ptr, offs_m, offs_n, M, N, stride_om)"
 ONE = "m=1 n=1 G=1 group=64 dtype=float32 order=sub bias=False"
 PLANTED = {  # op, the line, what becomes of it, what check finds, the case it shrinks to
     "swapped_nibbles": (
@@ -32,7 +32,7 @@ PLANTED = {  # op, the line, what becomes of it, what check finds, the case it s
     "no_mask_n": (
         "int4_matmul",
         STORED,
-        STORED.replace("(offs_n < N)[:, None] & ", ""),
+        STORED.replace(" N,", " 2**20,"),
         "wrote outside",
         ONE,
     ),
@@ -46,7 +46,7 @@ PLANTED = {  # op, the line, what becomes of it, what check finds, the case it s
     "one_tile": (
         "int4_matmul",
         STORED,
-        f"(acc + (pid_m * pid_n == 1)){STORED.removeprefix('acc')}",
+        STORED.replace("acc", "acc + (pid_m * pid_n == 1)"),
         "beyond budget",
         ONE.replace("m=1 n=1", "m=17 n=65"),
     ),
@@ -70,7 +70,7 @@ FIRST = {"one_tile": "[16, 64]", "one_token_ahead": "[0, 0, 0]", "swapped_nibble
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", PLANTED)
-def test_a_wrong_kernel_is_shrunk_saved_and_replayed(name: str, plant: Plant, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_wrong_kernel_is_shrunk_saved_and_replayed(name: str, plant: Plant, tmp_path: Path, capsys) -> None:  # noqa: F811
     op, old, new, kind, smallest = PLANTED[name]
     plant(op, name, old, new)
     assert check.main([op, "--impl", name, "--config", "0", "--out", str(tmp_path)]) == 1
@@ -84,10 +84,10 @@ def test_a_wrong_kernel_is_shrunk_saved_and_replayed(name: str, plant: Plant, tm
     assert f"what failed  {kind}" in capsys.readouterr().out
     plant(op, name)  # mended
     assert check.main(replay) == 0
-    assert "faithful now" in capsys.readouterr().out
+    assert "the call matches the reference now" in capsys.readouterr().out
 
 
-def test_the_numbers_of_a_report_are_those_of_the_call(plant: Plant, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_report_describes_the_saved_call(plant: Plant, tmp_path: Path, capsys) -> None:  # noqa: F811
     plant("int4_matmul", "nibbles", *PLANTED["swapped_nibbles"][1:3])
     check.main(["int4_matmul", "--impl", "nibbles", "--config", "1", "--out", str(tmp_path)])
     said = re.search(r"first wrong  output 0\[0, 0\] is (\S+), expected (\S+) ±", capsys.readouterr().out)
@@ -98,7 +98,7 @@ def test_the_numbers_of_a_report_are_those_of_the_call(plant: Plant, tmp_path: P
     assert saved.config == impl.configs[1] and saved.sizes["group"] == 64 and "commit" in saved.stamp
 
 
-def test_a_copied_kernel_file_is_checked_and_a_right_one_is_right(plant: Plant, capsys) -> None:  # noqa: F811
+def test_copied_kernel_file_is_checked_and_right(plant: Plant, capsys) -> None:  # noqa: F811
     plant("rms_norm", "mine")
     assert check.main(["rms_norm", "--examples", "3"]) == 0
     said = capsys.readouterr().out
@@ -121,11 +121,11 @@ def test_a_copied_kernel_file_is_checked_and_a_right_one_is_right(plant: Plant, 
         ({"BLOCK_X": 4}, [{"m": 3}], "BLOCK_X: what it cuts is not known here"),
     ],
 )
-def test_what_was_covered_is_counted_in_tiles(config: dict, sizes: list[dict], said: str) -> None:
+def test_coverage_counts_tiles(config: dict, sizes: list[dict], said: str) -> None:
     assert list(coverage_lines({**config, "num_warps": 4}, sizes)) == [said]
 
 
-def test_every_block_of_our_kernels_is_known_to_cut_something() -> None:
+def test_coverage_knows_the_axis_of_every_block() -> None:
     discover()
     for op in OPS.values():
         lowest = {name: axis.low if isinstance(axis, IntRange) else axis.values[0] for name, axis in op.domain.items()}
@@ -133,19 +133,19 @@ def test_every_block_of_our_kernels_is_known_to_cut_something() -> None:
             assert not [text for text in coverage_lines(impl.configs[0], [lowest]) if "not known" in text], impl
 
 
-def test_a_kernel_that_never_met_a_second_tile_is_said_to(capsys) -> None:
+def test_coverage_names_blocks_with_a_single_tile(capsys) -> None:
     assert check.main(["rms_norm", "--impl", "triton", "--config", "0", "--examples", "2"]) == 0
     said = capsys.readouterr().out
     assert "right        2 examples" in said and "\n  covered      e: 1 tile of 1024, NEVER MORE THAN ONE\n" in said
 
 
-def test_nothing_is_said_to_be_interpreted_that_is_not(capsys) -> None:
+def test_only_triton_kernels_are_reported_as_interpreted(capsys) -> None:
     for impl, interpreted in (("aten", False), ("triton", True)):
         check.main(["swiglu", "--impl", impl, "--config", "0", "--examples", "2"])
         assert ("Triton kernels run " in capsys.readouterr().out) == interpreted
 
 
-def test_what_is_read_outside_is_named(plant: Plant) -> None:  # noqa: F811
+def test_read_outside_an_argument_names_it(plant: Plant) -> None:  # noqa: F811
     plant("swiglu", "beyond", "mask = offs < F", "mask = offs <= F")
     discover()
     refused = gate(OPS["swiglu"].impls["beyond"], OPS["swiglu"].impls["beyond"].configs[0])
@@ -155,7 +155,7 @@ def test_what_is_read_outside_is_named(plant: Plant) -> None:  # noqa: F811
     assert argument_names(OPS["int4_matmul"], args) == names
 
 
-def test_what_supports_nothing_here_is_not_called_right(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_implementation_that_supports_no_example_is_not_right(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def refuse(*args: object) -> None:
         raise Unsupported("needs a wand")
 
@@ -164,7 +164,7 @@ def test_what_supports_nothing_here_is_not_called_right(monkeypatch: pytest.Monk
     assert "unsupported  needs a wand\n0 right, 0 wrong, 1 unsupported here" in capsys.readouterr().out
 
 
-def test_a_kernel_that_fails_now_and_then_is_said_to() -> None:
+def test_flaky_kernel_is_reported_with_a_caveat() -> None:
     calls = []
 
     def moody(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -177,16 +177,16 @@ def test_a_kernel_that_fails_now_and_then_is_said_to() -> None:
     assert verdict.simplest and "do not fail each time" in verdict.caveat
 
 
-def test_nothing_more_is_said_once_the_gpu_is_lost(plant: Plant, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # noqa: F811
+def test_check_stops_when_the_gpu_is_lost(plant: Plant, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # noqa: F811
     plant("swiglu", "deadly", *PLANTED["no_more_than_six_rows"][1:3])
-    monkeypatch.setattr("bench.correctness.find_failure.alive", lambda: False)
+    monkeypatch.setattr("bench.correctness.find_failure.gpu_responds", lambda: False)
     assert check.main(["swiglu", "--impl", "deadly"]) == 1
     said = capsys.readouterr().out
     assert said.count("swiglu deadly") == 1 and "the GPU with it" in said and "shrunk case" not in said
 
 
-def test_time_runs_out_and_the_failure_still_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.correctness.find_failure.SHRINKING", 0.0)
+def test_failure_is_reported_when_shrinking_runs_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.correctness.find_failure.SHRINK_SECONDS", 0.0)
     wrong = Impl("swiglu", "wrong", lambda gate, up: OPS["swiglu"].reference(gate, up) * 2, [{}], Path(__file__))
     verdict = find_failure(OPS["swiglu"], wrong, {}, 20, 0.0)
     assert verdict.simplest and "ran out of time" in verdict.caveat
@@ -194,7 +194,7 @@ def test_time_runs_out_and_the_failure_still_comes_first(monkeypatch: pytest.Mon
     assert find_failure(OPS["swiglu"], right, {}, 20, 0.0).num_examples == 1
 
 
-def test_the_map_shows_the_wrong_tile_and_the_first_wrong_element() -> None:
+def test_error_map_shows_the_wrong_tile_and_first_element() -> None:
     want = torch.zeros(40, 80, dtype=torch.float64)
     got = want.float()
     got[20, 70], got[39, 3], got[17, 79] = 5e-3, float("nan"), 2.0**-15
@@ -224,17 +224,17 @@ class Hostile:
 INT4 = {"m": 2, "n": 3, "G": 2, "group": 32, "dtype": "float16", "order": "fma", "bias": True}
 
 
-def test_a_bundle_of_an_int4_weight_holds_all_of_it(tmp_path: Path) -> None:
+def test_bundle_of_an_int4_weight_is_lossless(tmp_path: Path) -> None:
     op = OPS["int4_matmul"]
     args = example_args(op, 0, **INT4)
     repro_bundle.save(tmp_path / "int4", op.impls["reference"], {}, args, 0, "aligned", INT4, "a test")
     back = repro_bundle.load(tmp_path / "int4").args
-    assert (back[1].group, back[1].order) == (32, "fma")
+    assert (back[1].group_size, back[1].rounding) == (32, "fma")
     assert all(torch.equal(x, y) for x, y in zip(tensors(args), tensors(back), strict=True))
     assert torch.equal(op(*back), op(*args))
 
 
-def test_a_bundle_that_is_none_gets_one_line(tmp_path: Path, capsys) -> None:
+def test_invalid_bundle_is_refused_in_one_line(tmp_path: Path, capsys) -> None:
     args = (torch.ones(2, 4), torch.ones(4), 1e-5)
     impl = OPS["rms_norm"].impls["reference"]
     whole = tmp_path / "whole"
@@ -267,7 +267,9 @@ def test_a_bundle_that_is_none_gets_one_line(tmp_path: Path, capsys) -> None:
             other(f"no {leaf}", args=({k: x for k, x in weight.items() if k != leaf}, *args[1:])): "an int4 weight"
             for leaf in weight
         },
-        other("a group that is no number", args=({**weight, "group": "2"}, *args[1:])): "does not take these arguments",
+        other(
+            "a group that is no number", args=({**weight, "group_size": "2"}, *args[1:])
+        ): "does not take these arguments",
         other("shapes", args=(torch.ones(2, 5), *args[1:])): "does not take these arguments",
         other("values", args=("x", *args[1:])): "does not take these arguments",
         other("sparse", args=(torch.ones(2, 4).to_sparse(), *args[1:])): "expected a plain one",
@@ -289,13 +291,13 @@ def test_a_bundle_that_is_none_gets_one_line(tmp_path: Path, capsys) -> None:
         ([], "expected an OP to check or a bundle"),
     ],
 )
-def test_bad_usage_gets_one_line(argv: list[str], message: str, capsys) -> None:
+def test_bad_usage_is_refused_in_one_line(argv: list[str], message: str, capsys) -> None:
     assert check.main(argv) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
 
 
-def test_an_op_with_nothing_to_check_says_so(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_op_with_only_a_reference_is_refused(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(OPS["linear"], "impls", {"reference": OPS["linear"].impls["reference"]})
     assert check.main(["linear"]) == 2
     assert "linear has only its reference, which --impl reference checks" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def length(axes: str, sizes: Any) -> int:
     return sum(sizes[x] for x in axes.split("+")) if "+" in axes else prod(sizes[x] for x in axes.split())
 
 
-def test_all_that_runs_by_default_is_checked_in_every_dtype_the_most_valuable_first() -> None:
+def test_all_defaults_are_checked_in_every_dtype_most_valuable_first() -> None:
     for phase in PHASES:
         for op, choice in configured_choices("cuda", phase).items():
             for impl in implementation_names(choice):
@@ -64,7 +64,7 @@ def test_all_that_runs_by_default_is_checked_in_every_dtype_the_most_valuable_fi
 
 
 @pytest.mark.parametrize("item", [x for x in EVERY if x.usual and x.sizes["dtype"] == "float16"], ids=str)
-def test_sizes_are_more_than_a_tile_and_a_part_of_one(item: Item) -> None:
+def test_sizes_cover_more_than_one_tile_and_a_partial_one(item: Item) -> None:
     for block, axes in TILED.items():
         if (size := item.config.get(block, 1)) > 1:
             there = next(x for x in axes if set(x.replace("+", " ").split()) <= item.sizes.keys())
@@ -74,7 +74,7 @@ def test_sizes_are_more_than_a_tile_and_a_part_of_one(item: Item) -> None:
 
 
 @pytest.mark.parametrize("layout", MEMORY_LAYOUTS)
-def test_what_is_wrong_in_one_layout_is_wrong(layout: MemoryLayout, plant: Plant) -> None:  # noqa: F811
+def test_item_wrong_in_one_layout_is_wrong(layout: MemoryLayout, plant: Plant) -> None:  # noqa: F811
     one = "    out = gate / (1.0 + tl.exp(-gate)) * up\n"
     plant("swiglu", "mine", one, f"{one}    out += (stride_gs == F) == {layout == 'aligned'}\n")
     discover()
@@ -86,7 +86,7 @@ def test_what_is_wrong_in_one_layout_is_wrong(layout: MemoryLayout, plant: Plant
     assert f"were {other}" not in answer["reason"]
 
 
-def test_processes_check_and_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_workers_check_items_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.jsonl"
     status, said = run(capsys, "--op", "swiglu", "--processes", "1", "--out", str(out))
     found = {row["sizes"]["dtype"]: row for row in rows.read(out, kind="correctness")}
@@ -101,11 +101,11 @@ def test_processes_check_and_tell(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert said.splitlines()[-1] == f"{3 - left} right, 0 wrong, 0 unsupported, {left} left out"
 
 
-def test_an_item_that_kills_its_process_costs_only_itself(
+def test_item_that_kills_its_worker_costs_only_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     worker, out = WORKER.format(body="half and os.kill(os.getpid(), 9)", alive=True), tmp_path / "rows.jsonl"
-    monkeypatch.setattr(default_kernels, "PYTHON", [sys.executable, "-c", worker])
+    monkeypatch.setattr(default_kernels, "PYTHON_COMMAND", [sys.executable, "-c", worker])
     status, said = run(capsys, "--op", "swiglu", "--op", "rope", "--processes", "2", "--out", str(out))
     left = 2 * len(UNSUPPORTED_DTYPES)
     assert status == 1 and said.splitlines()[-1] == f"{4 - left} right, 2 wrong, 0 unsupported, {left} left out"
@@ -113,20 +113,22 @@ def test_an_item_that_kills_its_process_costs_only_itself(
     assert set(crashed) == {"swiglu", "rope"} and all("signal 9" in row["reason"] for row in crashed.values())
 
 
-def test_a_process_whose_gpu_is_lost_is_asked_no_more(
+def test_worker_that_lost_its_gpu_gets_no_more_items(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(default_kernels, "PYTHON", [sys.executable, "-c", WORKER.format(body="", alive="not half")])
+    monkeypatch.setattr(
+        default_kernels, "PYTHON_COMMAND", [sys.executable, "-c", WORKER.format(body="", alive="not half")]
+    )
     _, said = run(capsys, "--op", "swiglu", "--op", "rope", "--processes", "1")
     by = [line.split()[-1] for line in said.splitlines() if " by " in line]
     assert len(by) == 6 - 2 * len(UNSUPPORTED_DTYPES) and len(set(by)) == 3  # each of half precision had its own
 
 
-def test_what_hangs_is_not_waited_for(
+def test_hanging_items_are_not_reached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hangs = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    monkeypatch.setattr(default_kernels, "PYTHON", [sys.executable, "-c", hangs])
+    monkeypatch.setattr(default_kernels, "PYTHON_COMMAND", [sys.executable, "-c", hangs])
     start = time.monotonic()
     status, said = run(capsys, "--op", "swiglu", "--processes", "1", "--seconds", "2")
     left = len(UNSUPPORTED_DTYPES)
@@ -138,14 +140,18 @@ def test_what_hangs_is_not_waited_for(
             time.sleep(0.1)
 
 
-def test_what_cannot_be_started_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(default_kernels, "PYTHON", ["no-such-python"])
+def test_missing_python_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(default_kernels, "PYTHON_COMMAND", ["no-such-python"])
     status, said = run(capsys, "--op", "swiglu", "--processes", "1")
     assert status == 1 and said.count("could not be started") == 3 - len(UNSUPPORTED_DTYPES)
 
 
-def test_what_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(default_kernels, "PYTHON", [sys.executable, "-c", "raise SystemExit('there is no torch')"])
+def test_worker_that_fails_to_start_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        default_kernels, "PYTHON_COMMAND", [sys.executable, "-c", "raise SystemExit('there is no torch')"]
+    )
     status, said = run(capsys, "--op", "swiglu", "--processes", "1")
     assert status == 1 and said.count("there is no torch") == 3 - len(UNSUPPORTED_DTYPES)
 
@@ -157,7 +163,7 @@ def test_what_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["--op", "rope", "--only", "int4"], "no item of rope holds 'int4'"),
     ],
 )
-def test_bad_usage_gets_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_usage_is_refused_in_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert default_kernels.main(argv) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1

@@ -125,7 +125,7 @@ def int4(**sizes: Any) -> tuple:
     )
 
 
-def test_without_libraries_there_are_reasons_and_no_implementations() -> None:
+def test_missing_libraries_give_reasons_and_no_implementations() -> None:
     before = {op.name: list(op.impls) for op in OPS.values()}
     reasons = peers.discover_peers()
     assert sorted([*reasons, "dense", "sdpa"]) == peers.peer_names() and len(reasons) == len(LIBRARIES)
@@ -135,7 +135,7 @@ def test_without_libraries_there_are_reasons_and_no_implementations() -> None:
     assert all({*op.impls} == {*before[op.name]} | own.get(op.name, set()) for op in OPS.values())
 
 
-def test_what_fails_to_import_or_needs_a_gpu_says_so(install: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_import_and_missing_gpu_give_reasons(install: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     install("gemlite/__init__.py", "raise RuntimeError('no such symbol\\nand more')")
     install("flash_attn.py", FLASH_ATTN)
@@ -146,7 +146,7 @@ def test_what_fails_to_import_or_needs_a_gpu_says_so(install: Callable, monkeypa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in computes on the CPU")
 @pytest.mark.parametrize("text, right", [(AWQ, True), (AWQ.replace("& 15", "& 7"), False)], ids=["right", "wrong"])
-def test_a_library_is_gated_like_any_other(text: str, right: bool, install: Callable, capsys, monkeypatch) -> None:
+def test_peer_is_gated_like_any_implementation(text: str, right: bool, install: Callable, capsys, monkeypatch) -> None:
     install("awq/modules/triton/gemm.py", text)
     install("awq/__init__.py", "raise RuntimeError('the package itself is not imported')")
     assert "autoawq" not in peers.discover_peers()
@@ -156,11 +156,11 @@ def test_a_library_is_gated_like_any_other(text: str, right: bool, install: Call
     monkeypatch.setattr(sys, "argv", ["bench.peers", "autoawq", "torchao"])
     table.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["autoawq", f"  int4_matmul autoawq: {reason or 'faithful'}"]
+    assert lines[:2] == ["autoawq", f"  int4_matmul autoawq: {reason or 'right'}"]
     assert lines[2] == "torchao" and "bench/peers/torchao.py" in lines[3]
 
 
-def test_what_a_library_cannot_do_is_unsupported_before_it_runs(install: Callable) -> None:
+def test_unsupported_call_of_a_peer_is_refused_before_it_runs(install: Callable) -> None:
     install("awq/modules/triton/gemm.py", "AWQ_TRITON_SUPPORTED_GROUP_SIZES = [32]")
     peers.discover_peers()
     wrong = {"dtype": "float32", "group": 64, "bias": True, "order": "fma"}
@@ -171,11 +171,13 @@ def test_what_a_library_cannot_do_is_unsupported_before_it_runs(install: Callabl
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-ins compute on the CPU")
 @pytest.mark.parametrize("peer", ["flash_attn", "flashinfer"])
-def test_attention_is_called_as_documented(peer: str, install: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_peers_are_called_as_documented(
+    peer: str, install: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The arguments mean to the library what they mean to us: a stand-in with its interface is faithful."""
-    monkeypatch.setattr(_import_file, "needs_cuda", lambda library: None)
+    monkeypatch.setattr(_import_file, "require_cuda", lambda library: None)
     usual = _offline.check_tensors
-    monkeypatch.setattr(_offline, "check", lambda *x, interpreted=True, **how: usual(*x, **how))
+    monkeypatch.setattr(_offline, "check_tensors", lambda *x, interpreted=True, **how: usual(*x, **how))
     install("flash_attn.py", FLASH_ATTN)
     install("flashinfer.py", FLASHINFER)
     assert peer not in peers.discover_peers()
@@ -184,7 +186,7 @@ def test_attention_is_called_as_documented(peer: str, install: Callable, monkeyp
     assert {impl.op: gate(impl, {}) for impl in found} == {impl.op: None for impl in found}
 
 
-def test_a_conversion_is_made_once_and_freed_with_its_source() -> None:
+def test_conversion_is_made_once_and_freed_with_its_source() -> None:
     made = []
 
     def convert(w, *rest, add=0):
@@ -208,7 +210,7 @@ def test_a_conversion_is_made_once_and_freed_with_its_source() -> None:
     assert alive() is None
 
 
-def test_awq_words_are_those_of_autoawq() -> None:
+def test_awq_layout_equals_that_of_autoawq() -> None:
     _, w, _ = int4(m=1, n=24, G=3)
     qweight, qzeros, scales = _awq.to_awq_layout(w)
     assert unpack_codes(w).unique().tolist() == list(range(16))
@@ -218,7 +220,7 @@ def test_awq_words_are_those_of_autoawq() -> None:
         assert torch.equal(nibbles[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(1).t(), want.int())
 
 
-def test_padding_adds_zeros_and_conversion_knows_shapes_without_data() -> None:
+def test_padding_adds_zeros_and_conversion_works_on_meta() -> None:
     _, w, _ = int4(m=1, n=5, G=3)
     wide = _awq.pad_rows(w, 8)
     assert wide.shape == (8, 96) and wide.group_size == 32
@@ -229,7 +231,7 @@ def test_padding_adds_zeros_and_conversion_knows_shapes_without_data() -> None:
 
 
 @pytest.mark.parametrize("length", [16, 256])
-def test_pages_made_whole_hold_the_same_tokens(length: int) -> None:
+def test_repaged_pages_hold_the_same_tokens(length: int) -> None:
     sizes = {"b": 3, "s": 19, "t": 45, "g": 2, "ratio": 2, "d": 16, "l": 32, "dtype": "float32"}
     args = q, k, v, cache, batch, scale = example_args(prefill_attention, seed=0, **sizes)
     query_start, history = batch.query_start_loc, batch.context_lens
@@ -245,7 +247,7 @@ def test_pages_made_whole_hold_the_same_tokens(length: int) -> None:
     assert not torch.cat((made.k_pages, made.v_pages)).isnan().any()  # what no one may read did not come along
 
 
-def test_a_launcher_without_a_gpu_is_told_of_one() -> None:
+def test_fake_gpu_answers_a_launcher() -> None:
     asked = torch.cuda.get_device_properties
     with _offline.fake_gpu(torch.empty(1, device="meta")):
         assert (

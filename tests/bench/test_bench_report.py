@@ -44,7 +44,7 @@ def words(html: str) -> str:
     return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", html)))
 
 
-def test_every_number_of_the_rows_is_in_the_page_and_nothing_beside_it_is_needed(measured: Path) -> None:
+def test_page_is_self_contained_and_shows_every_number(measured: Path) -> None:
     html = page(measured)
     seen, found = words(html), list(rows.read(measured))
     assert {row["kind"] for row in found} == {"ceiling", "op", "refused", "model"}
@@ -65,7 +65,7 @@ def test_every_number_of_the_rows_is_in_the_page_and_nothing_beside_it_is_needed
     assert "http" not in re.sub(r'src="data:[^"]*"', "", html) and "<script" not in html
 
 
-def test_a_row_cut_off_in_the_middle_costs_that_row_alone(measured: Path, tmp_path: Path) -> None:
+def test_truncated_row_costs_only_itself(measured: Path, tmp_path: Path) -> None:
     copy = tmp_path / "rows.jsonl"
     copy.write_bytes(measured.read_bytes())
     os.truncate(copy, copy.stat().st_size - 20)
@@ -78,7 +78,7 @@ def test_a_row_cut_off_in_the_middle_costs_that_row_alone(measured: Path, tmp_pa
     )
 
 
-def test_rows_it_does_not_know_and_rows_of_old_are_listed(measured: Path, tmp_path: Path) -> None:
+def test_unknown_and_old_rows_are_listed(measured: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     strange: list[dict[str, Any]] = [{"kind": "weather", "of": "to<day>"}, {"kind": "op", "op": "rope", "seconds": 1}]
     file.write_text("".join(json.dumps(row) + "\n" for row in [*strange, *rows.read(measured)]))
@@ -86,7 +86,7 @@ def test_rows_it_does_not_know_and_rows_of_old_are_listed(measured: Path, tmp_pa
     assert "2 rows this page has no place for" in seen and all(json.dumps(row) in seen for row in strange)
 
 
-def test_runs_stand_apart_and_tables_of_what_is_right_and_searches_are_made(tmp_path: Path) -> None:
+def test_runs_are_separate_and_correctness_and_searches_have_tables(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     here = dict(zip(rows.STAMP, ("GPU one", "2.11", "3.6", "3.12", "abc", "2026-11-28")))
     tuned = {"kind": "tune", "op": "swiglu", "impl": "triton", "sizes": {"s": 8}, "timer": "gpu", "status": "timed"}
@@ -94,7 +94,7 @@ def test_runs_stand_apart_and_tables_of_what_is_right_and_searches_are_made(tmp_
         file,
         [
             {"kind": "correctness", "op": "rope", "state": "right", "reason": "", **here},
-            {"kind": "correctness", "op": "rope", "state": "wrong", "reason": "Unfaithful: off", **here},
+            {"kind": "correctness", "op": "rope", "state": "wrong", "reason": "MismatchError: off", **here},
             {"kind": "correctness", "op": "rope", "state": "not reached", "reason": "150 s were over", **here},
             {"kind": "step", "step": "model", "state": "out of time", "seconds": 70.0, "last": "x", **here},
             {**tuned, "config": {"BLOCK": 1}, "seconds": 2e-6, **here},
@@ -108,18 +108,18 @@ def test_runs_stand_apart_and_tables_of_what_is_right_and_searches_are_made(tmp_
     assert (
         "op right wrong not reached rope 1 1 1" in seen
         and "1 x 150 s were over" in seen
-        and "Unfaithful: off" in seen
+        and "MismatchError: off" in seen
         and "model out of time 70.0 s" in seen
     )
     assert re.search(r"s=8 2 +1\.00 us 2\.00 2", seen) and "1 x OutOfMemoryError: 20 GiB" in seen
 
 
-def test_no_rows_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_page_of_no_rows_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(tmp_path), "--out", str(tmp_path / "report.html")]) == 2
     assert "bench.report: no rows in" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_what_is_no_object_is_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_line_that_is_no_object_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"kind": "weather"}\n[1, 2]\n')
     assert report.main([str(file), "--out", str(tmp_path / "report.html")]) == 2
@@ -142,7 +142,7 @@ MODELS = [
 ]
 
 
-def test_readme_s_speeds_are_those_of_its_rows_the_default_first() -> None:
+def test_readme_speeds_equal_its_rows_default_first() -> None:
     readme = (rows.ROOT / "bench" / "README.md").read_text()
     assert SPEEDS in readme
     found = list(rows.read(rows.RESULTS / SPEEDS, kind="model"))
@@ -156,7 +156,7 @@ def test_readme_s_speeds_are_those_of_its_rows_the_default_first() -> None:
         assert f"| {' | '.join([name, *cells])} |\n" in readme
 
 
-def test_what_runs_by_default_stands_first() -> None:
+def test_default_kernels_are_listed_first() -> None:
     found = list(rows.read(rows.RESULTS / SPEEDS, kind="model"))
     shown = report.default_first(sorted(found, key=lambda row: row["choice"] == "default"))
     assert len(shown) == len(found)
@@ -165,7 +165,7 @@ def test_what_runs_by_default_stands_first() -> None:
         assert after["choice"] != "default" or any(row.get(name) != after.get(name) for name in step)
 
 
-def test_commands_of_the_documents_leave_nothing_in_the_repository() -> None:
+def test_documented_commands_write_only_ignored_files() -> None:
     written = r"^.*(?:python -m|vila-triton).* (?:build \S+|convert \S+|quantize \S+|--out|--counts) ([\w./-]+)"
     text = "".join(document.read_text() for document in DOCUMENTS)
     targets = {x for x in re.findall(written, text, re.M) if not x.startswith("/") and not x.isupper()}

@@ -36,7 +36,7 @@ def attach(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable], None]:
     return set_impl
 
 
-def test_the_reference_beside_itself_changes_nothing(capsys) -> None:
+def test_reference_in_its_own_shadow_is_equal(capsys) -> None:
     with use(int4_matmul="reference"):
         assert shadow.main(["--op", "int4_matmul", "--impl", "reference", *ONE]) == 0
     said = capsys.readouterr().out
@@ -47,7 +47,7 @@ def test_the_reference_beside_itself_changes_nothing(capsys) -> None:
     )
 
 
-def test_the_first_wrong_layer_is_named_and_its_worst_call_replayed(attach: Any, tmp_path: Path, capsys) -> None:
+def test_first_wrong_layer_is_named_and_its_worst_call_replayed(attach: Any, tmp_path: Path, capsys) -> None:
     calls = []
 
     def wrong_from_layer_2_on(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
@@ -78,7 +78,7 @@ def talker(name: str = "checkpoint") -> ChatModel:
     return load_chat_model(BUNDLED_CHECKPOINT.with_name(name), "cpu")
 
 
-def test_watching_leaves_the_model_as_it_is(attach: Any) -> None:
+def test_recording_does_not_change_the_model(attach: Any) -> None:
     def wrong(q: Tensor, k: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return OPS["rope_kv_write"].reference(q, k * 2, *args)
 
@@ -98,7 +98,7 @@ def test_watching_leaves_the_model_as_it_is(attach: Any) -> None:
         assert line.calls == 1 + len(tokens) and line.failure and line.ulps["64+"] > 0 and line.ulps["NaN"] == 0
 
 
-def test_in_place_the_incumbent_writes_and_the_candidate_gets_copies(attach: Any) -> None:
+def test_candidate_of_an_in_place_op_gets_copies(attach: Any) -> None:
     seen: list[Tensor] = []
 
     def scribbles(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ def test_in_place_the_incumbent_writes_and_the_candidate_gets_copies(attach: Any
         assert torch.equal(kept, was) and torch.equal(written, want)
 
 
-def test_a_copied_kernel_file_is_shadowed(plant: Plant, capsys) -> None:  # noqa: F811
+def test_copied_kernel_file_is_shadowed(plant: Plant, capsys) -> None:  # noqa: F811
     plant("rms_norm", "mine")
     assert (
         shadow.main(["--op", "rms_norm", "--impl", "mine", "--layers", "layers[1]", "--count", "1", "--tokens", "0"])
@@ -136,7 +136,7 @@ def narrow(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @pytest.mark.parametrize("fn, message", [(refuses, "Unsupported: not on a Tuesday"), (narrow, "returned [([1, 256]")])
-def test_a_candidate_without_a_result_is_named(fn: Callable, message: str, attach: Any, tmp_path: Path, capsys) -> None:
+def test_failing_candidate_is_reported(fn: Callable, message: str, attach: Any, tmp_path: Path, capsys) -> None:
     attach("rms_norm", fn)
     saved = tmp_path / "worst"
     assert shadow.main(["--op", "rms_norm", "--impl", "candidate", *ONE, "--save", str(saved)]) == 1
@@ -145,7 +145,7 @@ def test_a_candidate_without_a_result_is_named(fn: Callable, message: str, attac
     assert saved.exists()
 
 
-def test_a_budget_that_is_too_dear_is_said_to_be_missing(attach: Any, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_unaffordable_budget_is_reported_as_missing(attach: Any, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(shadow_recorder, "BUDGET_SECONDS", 0.0)
     attach("swiglu", OPS["swiglu"].reference)
     assert shadow.main(["--op", "swiglu", "--impl", "candidate", "--count", "1", "--tokens", "0"]) == 0
@@ -154,7 +154,7 @@ def test_a_budget_that_is_too_dear_is_said_to_be_missing(attach: Any, monkeypatc
     assert "beyond budget" not in said
 
 
-def test_differences_are_counted_in_steps_of_the_dtype() -> None:
+def test_differences_are_counted_in_ulps() -> None:
     want = torch.tensor([1.0, 1.0, 0.0, -1.0, 1.0, float("nan")], dtype=torch.float16)
     got = want.clone()
     got[1] = torch.nextafter(want[1], torch.tensor(2.0).half())
@@ -166,7 +166,7 @@ def test_differences_are_counted_in_steps_of_the_dtype() -> None:
     assert shadow_recorder.ulp_histogram(torch.tensor([1e-45]), torch.tensor([-1e-45]))["2-3"] == 1
 
 
-def test_prompts_of_a_file(tmp_path: Path) -> None:
+def test_prompts_are_read_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts"
     picture = BUNDLED_CHECKPOINT.parent / "examples" / "a.png"
     file.write_text(json.dumps({"question": "What is red?", "images": [str(picture)]}) + "\n")
@@ -192,7 +192,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_bad_usage_gets_one_line(argv: list[str], message: str, capsys) -> None:
+def test_bad_usage_is_refused_in_one_line(argv: list[str], message: str, capsys) -> None:
     assert shadow.main(argv) == 2
     said = capsys.readouterr().err
     assert message in said and said.splitlines()[-1].startswith("bench.shadow: ") and "Traceback" not in said

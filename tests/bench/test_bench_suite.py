@@ -25,7 +25,7 @@ def seconds(minutes: float) -> float:
 
 
 @pytest.mark.parametrize("minutes", [1, 4, 9, 12, 30])
-def test_limits_add_up_to_no_more_than_the_time_and_the_least_valuable_are_left_out(minutes: float) -> None:
+def test_limits_fit_the_time_and_least_valuable_steps_are_left_out(minutes: float) -> None:
     every = suite_steps(OUT, toy=False)
     limits = allot_seconds(every, seconds(minutes))
     assert sum(limits.values()) <= seconds(minutes) + 1e-6
@@ -36,11 +36,11 @@ def test_limits_add_up_to_no_more_than_the_time_and_the_least_valuable_are_left_
     assert len(said) == len(every) - len(limits) and all(": left out, it needs" in line for line in said)
 
 
-def test_four_minutes_keep_what_is_most_valuable() -> None:
+def test_four_minutes_keep_the_most_valuable_steps() -> None:
     assert allot_seconds(suite_steps(OUT, toy=False), seconds(4)).keys() == VALUABLE
 
 
-def test_twelve_minutes_hold_the_model_searches_and_pictures_and_are_estimated_to_suffice() -> None:
+def test_twelve_minutes_suffice_for_model_searches_and_plots() -> None:
     every = suite_steps(OUT, toy=False)
     limits = allot_seconds(every, seconds(12))
     kept = [step for step in every if step.name in limits]
@@ -58,7 +58,7 @@ def test_twelve_minutes_hold_the_model_searches_and_pictures_and_are_estimated_t
         assert suite_estimate.total_seconds(counts) <= limits[step.name], f"{step.name}: {dict(counts)}"
 
 
-def test_counts_are_those_of_the_plan() -> None:
+def test_estimated_counts_equal_those_of_the_plan() -> None:
     """Three implementations at every case of the goals; two weights and two runners at every step of the model."""
     every = suite_steps(OUT, toy=False)
     step = {step.name: step for step in every}
@@ -70,7 +70,7 @@ def test_counts_are_those_of_the_plan() -> None:
     assert few["figure"] <= most * len(cases("prefill_attention", "whole"))
 
 
-def test_no_step_of_the_model_is_longer_than_it_was_made_for() -> None:
+def test_model_steps_are_within_the_context_length() -> None:
     every = {step.name: step for step in suite_steps(OUT, toy=False)}
     _, *words = every["model"].command(100)
     args = suite_estimate.model.parser().parse_args(words)
@@ -81,7 +81,7 @@ def test_no_step_of_the_model_is_longer_than_it_was_made_for() -> None:
     assert goals_attention.SHORT_HISTORY in goals and max(h for h in goals if h <= 1024) == 1024
 
 
-def test_a_rehearsal_has_the_steps_of_the_real_thing() -> None:
+def test_rehearsal_has_the_same_steps() -> None:
     real, toy = suite_steps(OUT, toy=False), suite_steps(OUT, toy=True)
     assert [(step.name, step.priority) for step in real] == [(step.name, step.priority) for step in toy]
     assert [step.argv[0] for step in real] == [step.argv[0] for step in toy]
@@ -100,14 +100,14 @@ time.sleep(600)
 @pytest.fixture
 def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Steps are files of a folder here, in place of modules."""
-    monkeypatch.setattr(suite, "PYTHON", [sys.executable])
-    monkeypatch.setattr(suite_plan, "MARGIN", 0.0)
+    monkeypatch.setattr(suite, "PYTHON_COMMAND", [sys.executable])
+    monkeypatch.setattr(suite_plan, "MARGIN_SECONDS", 0.0)
     (tmp_path / "logs").mkdir()
     return tmp_path
 
 
 @pytest.mark.parametrize("handler", ["lambda *_: sys.exit(0)", "signal.SIG_IGN"])
-def test_a_step_is_asked_to_stop_then_killed_with_all_it_started(scripts: Path, handler: str) -> None:
+def test_step_is_terminated_then_killed_with_its_children(scripts: Path, handler: str) -> None:
     (scripts / "step.py").write_text(STUBBORN.format(handler=handler))
     step = SuiteStep("stubborn", 1, 0, 4, [str(scripts / "step.py")])
     start = time.perf_counter()
@@ -117,7 +117,7 @@ def test_a_step_is_asked_to_stop_then_killed_with_all_it_started(scripts: Path, 
     assert gone(child)
 
 
-def test_what_a_step_leaves_goes_to_the_next_and_the_summary_is_always_there(scripts: Path) -> None:
+def test_unused_time_goes_to_the_next_step_and_summary_is_always_written(scripts: Path) -> None:
     (scripts / "quick.py").write_text("print('done')")
     (scripts / "fails.py").write_text("raise SystemExit('broken')")
     (scripts / "slow.py").write_text("import time; time.sleep(600)")
@@ -136,17 +136,17 @@ def test_what_a_step_leaves_goes_to_the_next_and_the_summary_is_always_there(scr
     assert states == [outcome.state for outcome in outcomes]
 
 
-def test_the_suite_stopped_by_a_signal_ends_its_step_and_sums_up(tmp_path: Path) -> None:
+def test_suite_stopped_by_a_signal_ends_its_step_and_sums_up(tmp_path: Path) -> None:
     code = f"""
 import signal, sys
 from pathlib import Path
 from bench import suite
-from bench.plan import Step
+from bench.measure.suite_plan import SuiteStep
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-suite.PYTHON = [sys.executable]
+suite.PYTHON_COMMAND = [sys.executable]
 out = Path({str(tmp_path)!r})
 (out / "logs").mkdir()
-suite.run_all([Step("a", 1, 1, 600, [str(out / "step.py")])], 600, out)
+suite.run_plan([SuiteStep("a", 1, 1, 600, [str(out / "step.py")])], 600, out)
 """
     (tmp_path / "step.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(600)")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=rows.ROOT)
@@ -160,9 +160,7 @@ suite.run_all([Step("a", 1, 1, 600, [str(out / "step.py")])], 600, out)
     assert "stopped" in (tmp_path / "summary.txt").read_text()
 
 
-def test_a_row_cut_off_in_the_middle_is_left_out_and_the_next_one_is_whole(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_truncated_row_is_left_out_and_the_next_one_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.jsonl"
     rows.write(file, [{"kind": "a", "n": 1}, {"kind": "a", "n": 2}])
     os.truncate(file, file.stat().st_size - 5)

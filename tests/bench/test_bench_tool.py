@@ -29,9 +29,9 @@ def source(name: str) -> str:
 
 
 MODULES = [found.name for found in pkgutil.walk_packages(bench.__path__, "bench.") if not found.ispkg]
-TOOLS = [name for name in MODULES if '\nif __name__ == "__main__":\n' in source(name)]
-# They end as the module that the first runs, as the search of the second, as default_kernels that the third shows.
-OTHERS = {"bench.standin.__main__", "bench.tuner.jobs", "bench.correctness.__main__"}
+RUN = [name for name in MODULES if '\nif __name__ == "__main__":\n' in source(name)]
+TOOLS = [name for name in RUN if "\ndef main(" in source(name)]  # bench.correctness shows the main of default_kernels
+OTHERS = {"bench.standin.__main__", "bench.tuner.jobs"}  # they end as the module that one runs, the search of the other
 
 
 def test_every_command_has_the_tool_decorator() -> None:
@@ -46,7 +46,7 @@ def test_every_command_has_the_tool_decorator() -> None:
 
 def test_python_m_bench_lists_every_command_once() -> None:
     listed = [name for names in COMMANDS.values() for name in names]
-    found = {name.removeprefix("bench.").removesuffix(".__main__") for name in TOOLS} - {"bench"}
+    found = {name.removeprefix("bench.").removesuffix(".__main__") for name in RUN} - {"bench"}
     inner = {name for name in found if "." in name}  # correctness.default_kernels, measure.load_once, tuner.jobs
     assert sorted(listed) == sorted(found - inner - {"__main__"})
     assert all(summary(name) for name in listed) and len(list(listing())) == len(listed) + 2 * len(COMMANDS)

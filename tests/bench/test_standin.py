@@ -18,18 +18,18 @@ from vila_triton.registry.interpreter import uses_triton_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECIAL = """
-    registry/test_custom_ops.py::test_a_decode_step_is_captured_in_a_cuda_graph[int4]
-    registry/test_custom_ops.py::test_a_decode_step_is_captured_in_a_cuda_graph[dense]
-    tiny/test_bundled_model.py::test_triton_kernels_give_the_answers_of_the_references
-    ops/test_kv_pages.py::test_kv_write_skips_negative_slots_and_reaches_pages_beyond_32_bits[int4-rope_kv_write]
-    ops/test_kv_pages.py::test_decode_reaches_pages_and_scales_beyond_32_bits[int8]
-    ops/test_kv_pages.py::test_decode_ignores_nan_beyond_the_sequence_length[int4]
-    kernels/test_decode_attention.py::test_batch_invariant_bits_do_not_depend_on_batch_pages_capacity_or_config[plain-triton]
-    kernels/test_prefill_attention.py::test_batch_invariant_bits_do_not_depend_on_chunks_pages_batch_or_config[triton]
-    kernels/test_prefill_regressions.py::test_encoder_reaches_packed_images_beyond_32_bits[encoder_attention-triton]
-    kernels/test_int4_regressions.py::test_x_with_offsets_beyond_32_bits[rows-int4_swiglu-triton-0]
-    kernels/test_int4_metamorphic.py::test_rows_of_x_are_bitwise_independent_of_each_other[float32-sub-int4_matmul-splitk-0]
-    models/test_batch_invariance.py::test_logits_bitwise_equal_for_every_batch_chunking_and_page_size[one layer-cuda-None]
+registry/test_custom_ops.py::test_a_decode_step_is_captured_in_a_cuda_graph[int4]
+registry/test_custom_ops.py::test_a_decode_step_is_captured_in_a_cuda_graph[dense]
+tiny/test_bundled_model.py::test_triton_kernels_give_the_answers_of_the_references
+ops/test_kv_pages.py::test_kv_write_skips_negative_slots_and_reaches_pages_beyond_32_bits[int4-rope_kv_write]
+ops/test_kv_pages.py::test_decode_reaches_pages_and_scales_beyond_32_bits[int8]
+ops/test_kv_pages.py::test_decode_ignores_nan_beyond_the_sequence_length[int4]
+kernels/test_decode_attention.py::test_batch_invariant_bits_do_not_depend_on_batch_pages_capacity_or_config[plain-triton]
+kernels/test_prefill_attention.py::test_batch_invariant_bits_do_not_depend_on_chunks_pages_batch_or_config[triton]
+kernels/test_prefill_regressions.py::test_encoder_reaches_packed_images_beyond_32_bits[encoder_attention-triton]
+kernels/test_int4_regressions.py::test_x_with_offsets_beyond_32_bits[rows-int4_swiglu-triton-0]
+kernels/test_int4_metamorphic.py::test_rows_of_x_are_bitwise_independent_of_each_other[float32-sub-int4_matmul-splitk-0]
+models/test_batch_invariance.py::test_logits_bitwise_equal_for_every_batch_chunking_and_page_size[one layer-cuda-None]
 """
 
 

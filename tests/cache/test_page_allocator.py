@@ -141,7 +141,7 @@ def test_where_a_promise_needs_every_page_nothing_is_forked_and_nothing_stays_of
     assert not cache.allocator.admit({seq: [1, 2, 3, 4, 5]}, 3)
     cache.allocator.append({seq: 5})
     assert cache.allocator.num_pages_missing({seq: 3}) == 0 == cache.allocator.num_available_pages
-    with pytest.raises(OutOfPages, match="sequence 0 cannot be forked: all 0 free pages are promised"):  # noqa: SIM117
+    with pytest.raises(OutOfPages, match="sequence 0 cannot be forked: all 0 free pages are reserved"):  # noqa: SIM117
         with cache.roll_back([2], in_place=False):
             raise AssertionError
     assert (

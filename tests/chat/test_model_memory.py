@@ -199,9 +199,9 @@ def test_a_past_of_other_parameters_is_refused() -> None:
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"num_hidden_layers": 3}, "3 layers of 2 key heads of 8 numbers on cpu, but the model has 2 layers"),
-        ({"num_key_value_heads": 4}, "2 layers of 4 key heads of 8 numbers"),
-        ({"head_dim": 16}, "2 layers of 2 key heads of 16 numbers"),
+        ({"num_hidden_layers": 3}, "3 layers of 2 KV heads of 8 numbers on cpu, but the model has 2 layers"),
+        ({"num_key_value_heads": 4}, "2 layers of 4 KV heads of 8 numbers"),
+        ({"head_dim": 16}, "2 layers of 2 KV heads of 16 numbers"),
     ],
     ids=str,
 )

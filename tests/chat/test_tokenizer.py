@@ -196,7 +196,7 @@ def test_a_processor_takes_markers_for_such_unless_told_otherwise(vila: Path) ->
     ids = processor(text="Say <image> it", images=str(BUNDLED_CHECKPOINT.parent / "examples" / "a.png"))["input_ids"]
     assert processor.batch_decode(ids)[0].removeprefix("<s>").strip() == "Say <image> it"
     assert processor.decode(ids[0], skip_special_tokens=True) == "Say  it"
-    with pytest.raises(ValueError, match="token -1 is of no text: only -200, a picture, is below 0"):
+    with pytest.raises(ValueError, match="token -1 is of no text: only -200, an image, is below 0"):
         processor.decode([5, -1])
 
 

@@ -125,7 +125,7 @@ def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
         (("build", "vila2", out), "no model 'vila2'; there are: .*vila1.5-13b"),
         (("build", "llama-2-7b", out), "has no vision_tower, mm_projector: it is no VILA"),
         (("build", "vila1.5-3b", out, "--narrow", 7), "2560 numbers in 20 heads cannot be divided by 7"),
-        (("build", "vila1.5-3b", out, "--int4", 48), "k = 2560 and group = 48"),
+        (("build", "vila1.5-3b", out, "--int4", 48), "k = 2560 and group_size = 48"),
     ):
         with pytest.raises(ValueError, match=message):
             command(*argv)

@@ -18,7 +18,7 @@ from .whole import (
     calibrate,
     call_again,
     checkpoint,
-    drawn,
+    encoded_images,
     filmed,
     go_on,
     load_cache,
@@ -155,7 +155,7 @@ READERS = {
             "quantization.json",
             partial(whole_work, "quantization.json"),
             mutate.of_json,
-            lambda folder: resumable.already_written(folder, folder, "ours"),
+            lambda folder: resumable.already_written(folder, folder, "vila-triton"),
         ),
         Reader(
             "step of the quantiser",
@@ -185,7 +185,7 @@ READERS = {
             said=("calibration has no samples",),
         ),
         *(
-            Reader(kind, count, "picture", partial(drawn, kind), mutate.of_image, look, ("/picture",))
+            Reader(kind, count, "picture", partial(encoded_images, kind), mutate.of_image, look, ("/picture",))
             for kind, count in (("png", 500), ("jpeg", 400), ("gif", 300), ("webp", 400), ("tiff", 500), ("bmp", 300))
         ),
         *(

@@ -337,13 +337,13 @@ def prompts() -> calibration_data.CalibrationSet:
 
 def rounded(folder: Path) -> None:
     """`quantize` goes on with its work, which is done, and writes its report."""
-    resumable.already_written(folder, folder, "ours")
+    resumable.already_written(folder, folder, "vila-triton")
     source, settings = open_checkpoint(BUNDLED_CHECKPOINT), QuantizeConfig(group_size=64)
     quantized = awq.quantize_checkpoint(source, folder, settings, prompts(), torch.device("cpu"))
     for name in quantized.tensors["llm"]:
         quantized.tensors["llm"][name].clone()
     check_checkpoint(quantized)
-    about = {"method": "awq", "work": resumable.read_work_key(folder), "format": "ours"}
+    about = {"method": "awq-gptq", "work": resumable.read_work_key(folder), "format": "vila-triton"}
     report.write_report(folder, about, {"llm": resumable.read_reports(folder, "llm")})
 
 

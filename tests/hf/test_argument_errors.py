@@ -61,8 +61,8 @@ MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a text": (lambda m: m.generate("hello"), "input_ids: a str is no tensor"),
     "a list": (lambda m: m.generate([[1, 5]]), "input_ids: a list is no tensor"),
     "floats": (lambda m: m.generate(torch.rand(1, 3)), r"the input is torch.float32 of shape \[1, 3\], expected"),
-    "a picture": (lambda m: m.generate(IDS, Image.open(A)), "images: a PngImageFile is no tensor of pixels"),
-    "pictures": (lambda m: m.generate(IDS, [Image.open(A)]), "images: a PngImageFile is no tensor of pixels"),
+    "an image": (lambda m: m.generate(IDS, Image.open(A)), "images: a PngImageFile is no tensor of pixels"),
+    "images": (lambda m: m.generate(IDS, [Image.open(A)]), "images: a PngImageFile is no tensor of pixels"),
     "forward": (lambda m: m([[1, 5]]), "input_ids: a list is no tensor"),
     "embeddings": (lambda m: m(inputs_embeds=3), "inputs_embeds: a int is no tensor"),
     "config": (lambda m: m.from_pretrained(TINY, config={}), "config is a dict, expected a VilaLlamaConfig"),
@@ -79,7 +79,7 @@ def test_the_model_says_what_it_takes(talker: ChatModel, mistake: str) -> None:
 PROCESSOR: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a number": (lambda p: p(text=3), "a text is a str, not int"),
     "numbers": (lambda p: p(text=["a", 3]), "a text is a str, not int"),
-    "a picture": (lambda p: p(text="<image>", images=3), "pictures are PIL images or paths .*, not int"),
+    "an image": (lambda p: p(text="<image>", images=3), "images are PIL images or paths .*, not int"),
     "no ids": (lambda p: p.decode("x"), "token ids are whole numbers, not 'x'"),
     "no message": (lambda p: p.apply_chat_template([], tokenize=True), "there is no message"),
     "no content": (lambda p: p.apply_chat_template([{"role": "user"}]), "a message of role user has no content"),
@@ -94,13 +94,13 @@ def test_the_processor_says_what_it_takes(mistake: str) -> None:
 
 
 def test_conversations_take_a_text_and_pictures_or_their_files(talker: ChatModel) -> None:
-    def answer(question: Any, *pictures: Any) -> list[int]:
-        return list(Conversation(talker).ask(question, *pictures, max_new_tokens=2))
+    def answer(question: Any, *images: Any) -> list[int]:
+        return list(Conversation(talker).ask(question, *images, max_new_tokens=2))
 
     assert answer("How many?", [Image.open(A)]) == answer("How many?", Image.open(A)) == answer("How many?", str(A))
     for wrong, told in (
         ((None,), "the question is a NoneType"),
-        (("How many?", [3]), "a picture is a PIL image or the"),
+        (("How many?", [3]), "an image is a PIL image or the"),
     ):
         with pytest.raises(TypeError, match=told):
             answer(*wrong)

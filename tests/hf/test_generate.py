@@ -101,11 +101,11 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "a draft model": ({"loop": "transformers", "assistant_model": MODEL}, "does not honour assistant_model"),
     "too long": (
         {"max_new_tokens": 246},
-        "prompt 0 has 11 positions with its pictures, and 246 .* context is 256; sho",
+        "prompt 0 has 11 positions with its images, and 246 .* context is 256; sho",
     ),
     "too long again": ({"loop": "transformers", "max_new_tokens": 246}, "prompt 0 has 11 .* lower max_new_tokens"),
-    "one picture too many": ({"images": IMAGES[:2]}, "the prompt has places for 1 pictures, but 2 were given"),
-    "one picture too few": ({"images": None}, "the prompt has places for 1 pictures, but 0 were given"),
+    "one image too many": ({"images": IMAGES[:2]}, "the prompt has places for 1 images, but 2 were given"),
+    "one image too few": ({"images": None}, "the prompt has places for 1 images, but 0 were given"),
 }
 
 

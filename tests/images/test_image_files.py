@@ -90,7 +90,7 @@ def test_a_picture_that_cannot_be_shown_is_refused(image: Image.Image, message: 
         to_rgb(image)
     if image.width:
         image.save(tmp_path / "a.tiff")
-        with pytest.raises(ImageError, match=f"a.tiff cannot be read as a picture: .*{message}"):
+        with pytest.raises(ImageError, match=f"a.tiff cannot be read as an image: .*{message}"):
             open_image(tmp_path / "a.tiff")
 
 
@@ -102,7 +102,7 @@ def test_a_huge_picture_is_read_up_to_pillows_limit(tmp_path: Path, monkeypatch:
     with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ImageError, match=r"a.png .* more than 2000"):
         open_image(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ImageError, match=r"a.png cannot be read as a picture: .*3000 pixels.*exceeds limit"):
+    with pytest.raises(ImageError, match=r"a.png cannot be read as an image: .*3000 pixels.*exceeds limit"):
         open_image(tmp_path / "a.png")
 
 
@@ -122,7 +122,7 @@ def test_a_picture_cut_short_or_damaged_is_named_or_read(suffix: str, tmp_path: 
     whole = file.read_bytes()
     for cut in range(0, len(whole) // 2, max(1, len(whole) // 25)):
         file.write_bytes(whole[:cut])
-        with pytest.raises(ImageError, match=f"a.{suffix} cannot be read as a picture"):
+        with pytest.raises(ImageError, match=f"a.{suffix} cannot be read as an image"):
             open_image(file)
     for place in rng.integers(0, len(whole), 40):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
@@ -184,10 +184,10 @@ def test_what_is_no_video_and_no_picture_is_refused(tmp_path: Path) -> None:
     first.save(tmp_path / "a.png")
     first.save(tmp_path / "a.gif", save_all=True, append_images=rest)
     (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(99))
-    with pytest.raises(ImageError, match=r"a.png cannot be read as a video .*it is one picture"):
+    with pytest.raises(ImageError, match=r"a.png cannot be read as a video .*it is one image"):
         load_video_frames(tmp_path / "a.png", 2)
     with pytest.raises(
-        ImageError, match=r"a.gif cannot be read as a picture: it is animated \(3 frames\); give it as a"
+        ImageError, match=r"a.gif cannot be read as an image: it is animated \(3 frames\); pass it as a"
     ):
         open_image(tmp_path / "a.gif")
     with pytest.raises(ImageError, match=r"a.mp4 cannot be read as a video \(an animated GIF, WebP or PNG\)"):

@@ -100,7 +100,7 @@ def test_another_mode_is_refused(mode: str) -> None:
 def test_a_picture_that_would_grow_without_bound_is_refused(mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
     processor = load_image_processor(Path("nowhere"), VisionConfig.from_dict(CLIP))
-    with pytest.raises(ImageError, match=r"a picture of 3 x 2000 would grow to .* beyond 5000; .*'resize'"):
+    with pytest.raises(ImageError, match=r"an image of 3 x 2000 would grow to .* beyond 5000; .*'resize'"):
         preprocess_images([noise(3, 2000)], processor, mode)
     assert preprocess_images([noise(3, 2000)], processor, "resize").shape == (1, 3, 20, 20)
 

@@ -33,7 +33,7 @@ def photographs() -> dict[str, Image.Image]:
 def test_there_are_photographs_in_colour_grey_and_with_alpha() -> None:
     modes = {Image.open(FOLDER / name).mode for name in PICTURES}
     assert len(PICTURES) > 20 and {"RGB", "L", "RGBA"} <= modes
-    with pytest.raises(ImageError, match=r"multipage_rgb.tif cannot be read as a picture"):
+    with pytest.raises(ImageError, match=r"multipage_rgb.tif cannot be read as an image"):
         open_image(FOLDER / "multipage_rgb.tif")  # in planes of a kind that Pillow does not know
 
 

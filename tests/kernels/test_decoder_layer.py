@@ -105,7 +105,7 @@ def test_a_layer_is_the_same_by_every_implementation(impl: Impl) -> None:
     """At most twice as far from the exact one as by the references, as in `bench.model`."""
     chosen = {"int4_matmul": "blocked", "int4_swiglu": "apart", impl.op: impl.name}
     for rows in ROWS:
-        with engine.use_default_kernels(torch.device(DEVICE), decode=True), use(**chosen), count_calls() as calls:
+        with engine.use_default_kernels(torch.device(DEVICE), "decode"), use(**chosen), count_calls() as calls:
             try:
                 got = decoded(layer(), rows, DTYPE)
             except Unsupported as reason:

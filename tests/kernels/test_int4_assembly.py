@@ -166,7 +166,7 @@ def _opaque_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32], ids=str)
-def test_what_is_hidden_from_the_compiler_keeps_its_bits(dtype: torch.dtype, assembly: None) -> None:
+def test_opaque_copy_keeps_all_bits(dtype: torch.dtype, assembly: None) -> None:
     x = torch.randn(64).mul(1000).to(dtype)
     out = torch.zeros_like(x)
     _opaque_kernel[1,](x, out, BLOCK=64)  # pyright: ignore
@@ -177,7 +177,7 @@ def test_what_is_hidden_from_the_compiler_keeps_its_bits(dtype: torch.dtype, ass
 @pytest.mark.parametrize(
     "name", ["int4_matmul-gemv", "int4_matmul-splitk", "int4_matmul-prefill", "int4_swiglu-triton"]
 )
-def test_kernels_with_their_assembly_are_faithful(
+def test_kernels_with_inline_assembly_match_the_reference(
     name: str, dtype: str, assembly: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for sm_80 and sm_89, whose compiler may not see how tiles are put together."""
@@ -191,20 +191,20 @@ def test_kernels_with_their_assembly_are_faithful(
 
 
 @DTYPES
-def test_the_assembly_makes_every_half_word_the_numbers_its_twin_makes_of_it(dtype: torch.dtype) -> None:
+def test_assembly_and_triton_dequantize_every_half_word_alike(dtype: torch.dtype) -> None:
     found = executed(ASSEMBLY[dtype], dtype, *operands(dtype))
     assert torch.equal(bit_pattern(found), bit_pattern(in_torch(dtype)))
     assert torch.equal(bit_pattern(found), bit_pattern(expected(dtype)))
 
 
-def test_the_twin_that_runs_is_bit_equal_too() -> None:
+def test_triton_dequantization_in_a_launched_kernel_is_bit_equal() -> None:
     assert torch.equal(bit_pattern(launched(torch.float16, asm=False)), bit_pattern(expected(torch.float16)))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="assembly is compiled, not interpreted")
 @DTYPES
-def test_on_a_gpu_the_assembly_and_its_twin_are_bit_equal(dtype: torch.dtype) -> None:
+def test_assembly_and_triton_are_bit_equal_on_a_gpu(dtype: torch.dtype) -> None:
     assert torch.equal(bit_pattern(launched(dtype, asm=True)), bit_pattern(expected(dtype)))
     assert torch.equal(bit_pattern(launched(dtype, asm=False)), bit_pattern(expected(dtype)))
 
@@ -220,7 +220,7 @@ def test_on_a_gpu_the_assembly_and_its_twin_are_bit_equal(dtype: torch.dtype) ->
         (torch.bfloat16, "fma.rn.bf16x2 d, d, o, l", "fma.rn.bf16x2 d, d, o, t"),
     ],
 )
-def test_assembly_with_one_instruction_changed_is_found(dtype: torch.dtype, old: str, new: str) -> None:
+def test_assembly_with_one_instruction_changed_gives_other_bits(dtype: torch.dtype, old: str, new: str) -> None:
     assert ASSEMBLY[dtype].count(old) == 1
     found = executed(ASSEMBLY[dtype].replace(old, new), dtype, *operands(dtype))
     assert not torch.equal(bit_pattern(found), bit_pattern(expected(dtype)))

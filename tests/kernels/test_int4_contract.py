@@ -59,13 +59,13 @@ REFUSED = [  # the op, the place of an argument, what is done to it, and what is
     (int4_matmul, 0, lambda x: x.bool(), "x is torch.bool, expected a floating-point dtype"),
     (int4_matmul, 0, lambda x: x.to("meta"), "w.scales is on .*, expected meta like the first argument"),
     (int4_matmul, 1, lambda w: dequantize(w, torch.float16), "w is a Tensor, expected an Int4"),
-    (int4_matmul, 1, leaf(group=12), "k = 24 and group = 12, but k must be .* and group divide k"),
-    (int4_matmul, 1, leaf(group=0), "k = 0 and group = 0, but k must be a positive multiple of 8"),
-    (int4_matmul, 1, leaf(group=-64), "k = -128 and group = -64, but k must be a positive multiple of 8"),
-    (int4_matmul, 1, leaf(group=40), "k = 80 and group = 40, but .* be a multiple of 16, unless it is k"),
-    (int4_matmul, 1, leaf(group=32), r"x has 128 columns, but w is \[16, 64\]"),
-    (int4_matmul, 1, leaf(scales=lambda s: s[:0], zeros=lambda z: z[:0]), "k = 0 and group = 64"),
-    (int4_matmul, 1, leaf(order="other"), "w.order is 'other', expected one of sub, fma"),
+    (int4_matmul, 1, leaf(group_size=12), "k = 24 and group_size = 12, but k must be .* and group_size divide k"),
+    (int4_matmul, 1, leaf(group_size=0), "k = 0 and group_size = 0, but k must be a positive multiple of 8"),
+    (int4_matmul, 1, leaf(group_size=-64), "k = -128 and group_size = -64, but k must be a positive multiple of 8"),
+    (int4_matmul, 1, leaf(group_size=40), "k = 80 and group_size = 40, but .* be a multiple of 16, unless it is k"),
+    (int4_matmul, 1, leaf(group_size=32), r"x has 128 columns, but w is \[16, 64\]"),
+    (int4_matmul, 1, leaf(scales=lambda s: s[:0], zeros=lambda z: z[:0]), "k = 0 and group_size = 64"),
+    (int4_matmul, 1, leaf(rounding="other"), "w.rounding is 'other', expected one of sub, fma"),
     (int4_matmul, 1, leaf(qweight=lambda q: q.long()), "w.qweight is torch.int64, expected torch.int32"),
     (int4_matmul, 1, leaf(qweight=lambda q: q.view(1, 2, 4, 32)), r"\[1, 2, 4, 32\], expected \[1, 2, 32, 4\]"),
     (int4_matmul, 1, leaf(qweight=lambda q: q.flatten()), r"w.qweight has shape \[256\], expected \[1, 2, 32, 4\]"),
@@ -83,14 +83,14 @@ REFUSED = [  # the op, the place of an argument, what is done to it, and what is
     (int4_swiglu, 0, lambda x: x[:, :120], r"x has 120 columns, but gate is \[16, 128\]"),
     (int4_swiglu, 1, leaf(zeros=lambda z: z[:, 1:]), r"gate.zeros has shape \[2, 15\]"),
     (int4_swiglu, 2, leaf(qweight=lambda q: q.to("meta")), "up.qweight is on meta"),
-    (int4_swiglu, 2, leaf(order="fma"), r"up is .* order 'fma', expected .* order 'sub', like gate"),
+    (int4_swiglu, 2, leaf(rounding="fma"), r"up is .* rounding 'fma', expected .* rounding 'sub', like gate"),
     (int4_swiglu, 2, lambda _: drawn(int4_matmul, G=1, group=128)[1], "up is .* of 128, .* expected .* of 64"),
     (int4_swiglu, 2, lambda _: drawn(int4_matmul, n=32)[1], r"up is \[32, 128\] .* expected \[16, 128\]"),
 ]
 
 
 @pytest.mark.parametrize("op, place, change, message", REFUSED, ids=[case[3] for case in REFUSED])
-def test_what_breaks_the_contract_is_refused_whatever_would_run(op: Op, place: int, change: Any, message: str) -> None:
+def test_invalid_arguments_are_refused_for_every_implementation(op: Op, place: int, change: Any, message: str) -> None:
     args = drawn(op)
     args[place] = change(args[place])
     for name in op.impls:
@@ -125,7 +125,7 @@ def test_groups_that_cut_a_tile_work_or_are_refused_before_a_launch(op: Op, impl
 
 @EACH_IMPL
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (), (2, 1)], ids=str)
-def test_any_axes_before_the_last_of_x(op: Op, impl: Impl, shape: tuple[int, ...]) -> None:
+def test_x_of_any_leading_axes_gives_their_shape(op: Op, impl: Impl, shape: tuple[int, ...]) -> None:
     """None too, or none of a length above 0."""
     x, *rest = drawn(op)
     with use(**{op.name: impl.name}):
@@ -135,13 +135,13 @@ def test_any_axes_before_the_last_of_x(op: Op, impl: Impl, shape: tuple[int, ...
 
 
 @EACH_IMPL
-def test_a_weight_of_no_rows(op: Op, impl: Impl) -> None:
+def test_weight_without_rows_gives_an_empty_result(op: Op, impl: Impl) -> None:
     with use(**{op.name: impl.name}), nothing_launched():
         assert op(*drawn(op, n=0)).shape == (2, 0)
 
 
 @EACH_IMPL
-def test_what_is_not_contiguous_works(op: Op, impl: Impl) -> None:
+def test_noncontiguous_arguments_give_the_same_result(op: Op, impl: Impl) -> None:
     """x, bias and each leaf, turned or with gaps; and scales of another dtype than x, which are rounded to it."""
 
     def turned(x: Tensor) -> Tensor:
@@ -157,13 +157,13 @@ def test_what_is_not_contiguous_works(op: Op, impl: Impl) -> None:
         assert torch.equal(op(*wide), op(*args))
 
 
-def test_the_same_memory_read_otherwise_is_another_weight() -> None:
+def test_weight_views_of_the_same_memory_are_packed_separately() -> None:
     """The library's packed copy, kept beside a weight, is not taken for one of other strides, or in other groups."""
     x, w, _ = drawn(int4_matmul, G=2, group=32)
     aten = OPS["int4_matmul"].impls["aten"]
     one = replace(w, scales=w.scales[:1].expand(2, -1))
     half = replace(w, scales=w.scales[:1], zeros=w.zeros[:1])
-    whole = replace(half, group=64)
+    whole = replace(half, group_size=64)
     for y in (w, one, half, whole, w):
         assert_matches_reference(
             int4_matmul, int4_matmul.impls["blocked"], {"BLOCK_N": 32}, (x[:, : y.shape[1]], y, None)

@@ -82,10 +82,10 @@ SPLIT = each(
 
 
 @SPLIT
-def test_how_often_k_is_split_does_not_matter(op: Op, impl: Impl, config: Config) -> None:
+def test_result_within_budget_for_any_number_of_splits(op: Op, impl: Impl, config: Config) -> None:
     """Nor does it for whole numbers, whose sums are exact in any order: there every bit stays."""
     x, w, bias = drawn(op, 2, G=5, group=128, n=17, bias=True)
-    whole = (x * 4).round(), replace(w, scales=torch.ones_like(w.scales), order="fma"), (bias * 4).round()
+    whole = (x * 4).round(), replace(w, scales=torch.ones_like(w.scales), rounding="fma"), (bias * 4).round()
     for args in ((x, w, bias), whole):
         outs = [run(impl, {**config, "SPLIT_K": count}, *args) for count in (1, 2, 4, 8)]
         for out in outs[1:]:
@@ -97,7 +97,9 @@ def test_how_often_k_is_split_does_not_matter(op: Op, impl: Impl, config: Config
 @pytest.mark.usefixtures("dots_in_order")
 @INVARIANT
 @KINDS
-def test_a_row_of_x_does_not_see_the_others(op: Op, impl: Impl, config: Config, dtype: str, order: str) -> None:
+def test_rows_of_x_are_bitwise_independent_of_each_other(
+    op: Op, impl: Impl, config: Config, dtype: str, order: str
+) -> None:
     """Alone, in any company and at any place, its result has the same bits: the variants marked `batch_invariant`."""
     G = 5 if "SPLIT_K" in config else 2
     x, *weights = drawn(op, config.get("BLOCK_M", 1) + 2, G=G, dtype=dtype, order=order)
@@ -106,12 +108,12 @@ def test_a_row_of_x_does_not_see_the_others(op: Op, impl: Impl, config: Config, 
         assert same(run(impl, config, x[rows], *weights), together[rows])
 
 
-def test_products_of_libraries_are_not_marked_batch_invariant() -> None:
+def test_library_products_are_not_marked_batch_invariant() -> None:
     assert {impl.name for _, impl, _ in ALL if not impl.batch_invariant} == LIBRARY - {"rows"}
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="it says which product the CPU's library takes")
-def test_products_of_libraries_are_not_batch_invariant() -> None:
+def test_library_products_depend_on_the_batch() -> None:
     """They may choose another way to sum for another number of rows; float32 shows that this one does."""
     x, w, _ = drawn(int4_matmul, 40, dtype="float32", G=9)
     blocked = int4_matmul.impls["blocked"]
@@ -120,7 +122,7 @@ def test_products_of_libraries_are_not_batch_invariant() -> None:
 
 @pytest.mark.usefixtures("dots_in_order")
 @EVERY
-def test_rows_of_the_weight_in_another_order(op: Op, impl: Impl, config: Config) -> None:
+def test_permuted_rows_of_the_weight_permute_the_result(op: Op, impl: Impl, config: Config) -> None:
     """The results come in that order, from our kernels bit for bit. A library's product sums some columns otherwise."""
     args = x, *weights = drawn(op, dtype="float32")
     to = torch.randperm(48, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -132,7 +134,7 @@ def test_rows_of_the_weight_in_another_order(op: Op, impl: Impl, config: Config)
 
 @EVERY
 @ORDERS
-def test_scales_times_four(op: Op, impl: Impl, config: Config, order: str) -> None:
+def test_scales_times_four_multiply_the_result_by_four(op: Op, impl: Impl, config: Config, order: str) -> None:
     """Nothing is rounded otherwise, so the result is four times what it was, bit for bit; of swiglu's two weights it is
     up that is scaled. Only numbers below the smallest that has all its digits round otherwise."""
     x, *weights = drawn(op, order=order)
@@ -144,7 +146,7 @@ def test_scales_times_four(op: Op, impl: Impl, config: Config, order: str) -> No
 
 
 @each([case for case in ALL if case[0] is int4_matmul])
-def test_a_bias_is_added(op: Op, impl: Impl, config: Config) -> None:
+def test_bias_is_added_to_the_result(op: Op, impl: Impl, config: Config) -> None:
     """Once the sum is complete, in float32, so that our kernels round as an addition of the result does."""
     args = x, w, bias = drawn(op, dtype="float32", bias=True)
     got, plus = run(impl, config, *args), run(impl, config, x, w) + bias
@@ -163,7 +165,7 @@ def test_a_bias_is_added(op: Op, impl: Impl, config: Config) -> None:
         ("float32", "sub", 1, 72),
     ],
 )
-def test_every_weight_is_rounded_as_its_order_says(
+def test_every_weight_is_rounded_as_int4_rounding_says(
     op: Op, impl: Impl, config: Config, dtype: str, order: str, G: int, group: int
 ) -> None:
     """An x of one 1 per row picks weights out: bit for bit those of `dequantize`, in either order. The scaled sums of a
@@ -181,7 +183,7 @@ def backwards(self: Any, x: int, y: int, z: int) -> None:
 
 @EVERY
 @KINDS
-def test_two_runs_have_the_same_bits(op: Op, impl: Impl, config: Config, dtype: str, order: str) -> None:
+def test_two_runs_are_bitwise_equal(op: Op, impl: Impl, config: Config, dtype: str, order: str) -> None:
     """Whatever the memory it allocates held before, and (interpreted) in whichever order its programs run."""
     args = drawn(op, 4, dtype=dtype, order=order)
     first = run(impl, config, *args)

@@ -40,7 +40,7 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
         "_int4_dequant",
         "tl.join(tl.join(a, b), tl.join(c, d))",
         "tl.join(tl.join(c, b), tl.join(a, d))",
-        lambda op, impl: laws.test_every_weight_is_rounded_as_its_order_says(
+        lambda op, impl: laws.test_every_weight_is_rounded_as_int4_rounding_says(
             op, impl, impl.configs[0], "float16", "sub", 2, 64
         ),
     ),
@@ -50,7 +50,7 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
         "_int4_dequant",
         "shifts = -(zeros * scales)",
         "shifts = -(zeros.to(tl.float32) * scales.to(tl.float32))",
-        lambda op, impl: laws.test_every_weight_is_rounded_as_its_order_says(
+        lambda op, impl: laws.test_every_weight_is_rounded_as_int4_rounding_says(
             op, impl, impl.configs[0], "float16", "fma", 2, 64
         ),
     ),
@@ -60,7 +60,7 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
         "_int4_dequant",
         "tile_k * 2 + word // 2",
         "tile_k * 2 + (word + 1) // 2",
-        lambda op, impl: issues.test_a_block_of_k_longer_than_a_group(op, impl, impl.configs[0], 5, 32),
+        lambda op, impl: issues.test_block_k_longer_than_a_group(op, impl, impl.configs[0], 5, 32),
     ),
     "a block of k spans groups": (
         int4_matmul,
@@ -68,7 +68,7 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
         "_int4_launch",
         "max(64, min(requested, group_size & -group_size))",
         "128",
-        lambda op, impl: issues.test_a_block_of_k_longer_than_a_group(op, impl, impl.configs[0], 3, 64),
+        lambda op, impl: issues.test_block_k_longer_than_a_group(op, impl, impl.configs[0], 3, 64),
     ),
     "the mask of x forgotten": (
         int4_matmul,
@@ -76,7 +76,7 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
         "_int4_gemm",
         "mask=(start + tl.arange(0, BLOCK_K) < K)[:, None], other=0.0",
         "",
-        lambda op, impl: issues.test_ragged_weights_are_not_read_beyond(op, impl, impl.configs[0]),
+        lambda op, impl: issues.test_weights_of_partial_tiles_are_not_read_beyond(op, impl, impl.configs[0]),
     ),
     "the mask of rows of w forgotten": (
         int4_matmul,
@@ -84,7 +84,7 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
         "int4_matmul_gemv",
         "& (row < N)[None]",
         "",
-        lambda op, impl: issues.test_ragged_weights_are_not_read_beyond(op, impl, impl.configs[0]),
+        lambda op, impl: issues.test_weights_of_partial_tiles_are_not_read_beyond(op, impl, impl.configs[0]),
     ),
     "parts in half precision": (
         int4_matmul,
@@ -92,7 +92,7 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
         "_splitk_reduce",
         "torch.empty(splits, *out.shape, dtype=torch.float32",
         "torch.empty(splits, *out.shape, dtype=torch.float16",
-        lambda op, impl: issues.test_parts_are_added_in_float32(impl.name),
+        lambda op, impl: issues.test_splitk_partial_sums_are_float32(impl.name),
     ),
     "sums in half precision before their scale": (
         int4_swiglu,
@@ -100,7 +100,7 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
         "_int4_gemm",
         'acc + tl.dot(weights, x, input_precision="ieee") *',
         'acc + tl.dot(weights, x, input_precision="ieee").to(x.dtype) *',
-        lambda op, impl: issues.test_sums_beyond_float16_end_within(op, impl, impl.configs[0]),
+        lambda op, impl: issues.test_sums_beyond_float16_with_results_within(op, impl, impl.configs[0]),
     ),
     "splits by the number of rows": (
         int4_matmul,
@@ -108,7 +108,9 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
         "int4_matmul_splitk",
         "split_k(w.shape[1], block_k, SPLIT_K)",
         "split_k(w.shape[1], block_k, 1 if len(rows) < 4 else SPLIT_K)",
-        lambda op, impl: laws.test_a_row_of_x_does_not_see_the_others(op, impl, impl.configs[0], "float32", "sub"),
+        lambda op, impl: laws.test_rows_of_x_are_bitwise_independent_of_each_other(
+            op, impl, impl.configs[0], "float32", "sub"
+        ),
     ),
     "a part too many is added": (
         int4_matmul,
@@ -116,7 +118,7 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
         "_splitk_reduce",
         "for split in range(SPLITS)",
         "for split in range(SPLITS + 1)",
-        lambda op, impl: laws.test_two_runs_have_the_same_bits(op, impl, impl.configs[0], "float32", "sub"),
+        lambda op, impl: laws.test_two_runs_are_bitwise_equal(op, impl, impl.configs[0], "float32", "sub"),
     ),
 }
 
@@ -124,7 +126,7 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
 @pytest.mark.usefixtures("plant")  # forgets what is planted
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a kernel that reads past a row computes with garbage
 @pytest.mark.parametrize("bug", BUGS)
-def test_is_found(bug: str, tmp_path: Path) -> None:
+def test_mutant_fails_its_test(bug: str, tmp_path: Path) -> None:
     op, name, file, old, new, test = BUGS[bug]
     test(op, op.impls[name])
     impl = with_bug(tmp_path, op, name, file, old, new)

@@ -58,7 +58,7 @@ def drawn(op: Op, **sizes: Any) -> tuple[Any, ...]:
 @pytest.mark.on_gpu
 @EACH_CONFIG
 @pytest.mark.parametrize("strides", [(2**30 + 1, 1), (1, 2**31 // 127 + 1)], ids=["rows", "columns"])
-def test_rows_and_columns_of_x_beyond_32_bits(
+def test_x_with_offsets_beyond_32_bits(
     op: Op,
     impl: Impl,
     config: Config,
@@ -72,7 +72,7 @@ def test_rows_and_columns_of_x_beyond_32_bits(
 
 
 @EACH_KERNEL
-def test_rows_of_the_result_beyond_32_bits(op: Op, impl: Impl, config: Config, far: Tensor) -> None:
+def test_result_with_offsets_beyond_32_bits(op: Op, impl: Impl, config: Config, far: Tensor) -> None:
     """sgl-project/sglang#20389, where a kernel writes."""
     if impl.name == "dequant":
         pytest.skip("a library writes the result")
@@ -91,7 +91,7 @@ def _word_offsets_kernel(tiles_ptr, out_ptr, N, K, BLOCK: tl.constexpr):
 
 
 @pytest.mark.on_gpu
-def test_words_of_a_weight_beyond_32_bits() -> None:
+def test_weight_words_with_offsets_beyond_32_bits() -> None:
     """vllm-project/vllm#47671: the number of a page, here of a tile, times its stride, in 32 bits."""
     n, k = 2**20, 2**16
     tiles = torch.tensor([0, 1, 2**15, n // 16 - 1], device=DEVICE)
@@ -101,7 +101,7 @@ def test_words_of_a_weight_beyond_32_bits() -> None:
 
 
 @EACH_KERNEL
-def test_x_that_is_a_view_of_something_larger(op: Op, impl: Impl, config: Config) -> None:
+def test_x_that_is_a_view_of_a_larger_tensor(op: Op, impl: Impl, config: Config) -> None:
     """thu-ml/SageAttention#386: parts of one fused tensor, and turned ones, read as if they were contiguous."""
     x, *weights = drawn(op, m=3)
     want = impl(x, *weights, config=config)
@@ -115,7 +115,7 @@ def test_x_that_is_a_view_of_something_larger(op: Op, impl: Impl, config: Config
 
 @EACH_CONFIG
 @pytest.mark.parametrize("G, group", [(5, 32), (3, 64)])
-def test_a_block_of_k_longer_than_a_group(op: Op, impl: Impl, config: Config, G: int, group: int) -> None:
+def test_block_k_longer_than_a_group(op: Op, impl: Impl, config: Config, G: int, group: int) -> None:
     """vllm-project/vllm#39705: the scale of its first group was taken for all of a block. Here no two are alike."""
     x, *weights = drawn(op, G=G, group=group)
     factors = 2.0 ** (3 * torch.arange(G, device=DEVICE)[:, None] % 5)
@@ -125,7 +125,7 @@ def test_a_block_of_k_longer_than_a_group(op: Op, impl: Impl, config: Config, G:
 
 @pytest.mark.on_gpu
 @EACH_CONFIG
-def test_ragged_weights_are_not_read_beyond(op: Op, impl: Impl, config: Config) -> None:
+def test_weights_of_partial_tiles_are_not_read_beyond(op: Op, impl: Impl, config: Config) -> None:
     """vllm-project/vllm#52576: packed words past the end, by a tile that spans groups. Guarded memory sees loads."""
     for sizes in ({"n": 1, "G": 3, "group": 32}, {"n": 35, "G": 1, "group": 72}):
         assert_matches_reference(op, impl, config, drawn(op, **sizes))
@@ -145,7 +145,7 @@ def test_zeros_of_another_shape_are_refused(op: Op) -> None:
 
 @pytest.mark.on_gpu
 @EACH_SPLIT
-def test_parts_are_added_in_float32(name: str) -> None:
+def test_splitk_partial_sums_are_float32(name: str) -> None:
     """vllm-project/vllm#6795: parts of a split k were added in half precision. These are whole numbers that need more
     digits than it has, and nearly cancel."""
     x, w, _ = drawn(int4_matmul, G=8, group=128)
@@ -157,7 +157,7 @@ def test_parts_are_added_in_float32(name: str) -> None:
 
 
 @EACH_SPLIT
-def test_parts_are_not_added_as_they_come(name: str) -> None:
+def test_splitk_partial_sums_are_added_in_order(name: str) -> None:
     """sgl-project/sglang#39455: atomic additions, whose order is another each time, where equal results were promised.
     There are none: parts lie side by side until all are there."""
     args = drawn(int4_matmul, G=8, group=128, dtype="float32")
@@ -170,7 +170,7 @@ def test_parts_are_not_added_as_they_come(name: str) -> None:
 @pytest.mark.on_gpu
 @EACH_KERNEL
 @pytest.mark.filterwarnings("ignore:overflow")  # numpy's, of that exponential
-def test_sums_beyond_float16_end_within(op: Op, impl: Impl, config: Config) -> None:
+def test_sums_beyond_float16_with_results_within(op: Op, impl: Impl, config: Config) -> None:
     """vllm-project/vllm#33972: sums beyond 65504 became infinite, before a scale or the rest of the sum made them small
     again. A gate is besides so far below 0 that its exponential is infinite."""
     x, w, up = drawn(op, G=8)
@@ -187,24 +187,24 @@ def test_sums_beyond_float16_end_within(op: Op, impl: Impl, config: Config) -> N
 
 @SERVED
 @pytest.mark.parametrize("k", [10944, 8256])
-def test_k_of_real_models_that_large_groups_do_not_divide(name: str, k: int) -> None:
+def test_k_of_real_models_that_groups_of_128_do_not_divide(name: str, k: int) -> None:
     """vllm-project/vllm#9913, vllm-project/vllm#13119, vllm-project/llm-compressor#1489: no kernel for such a layer, or
     a slow one in its place. Every variant serves them, in the groups there are."""
     args = drawn(int4_matmul, m=1, n=16, G=k // 64)
     assert_matches_reference(int4_matmul, IMPLS[name], IMPLS[name].configs[0], args)
-    with pytest.raises(ValueError, match=f"k = {k} and group = 128, but .* group divide k"):
+    with pytest.raises(ValueError, match=f"k = {k} and group_size = 128, but .* group_size divide k"):
         quantize_rtn(torch.zeros(1, k), 128)
 
 
 @SERVED
-def test_intermediate_sizes_that_groups_do_not_divide(name: str) -> None:
+def test_mlp_sizes_that_groups_do_not_divide(name: str) -> None:
     """vllm-project/llm-compressor#57, QwenLM/Qwen3-VL#230, vllm-project/vllm#13640: feed-forward layers of odd widths.
     Rows may be any number; columns a multiple of 8, then in one group."""
     if name == "aten":
         pytest.skip("torch's groups are powers of two")
     for sizes in ({"n": 107}, {"G": 1, "group": 1368}):
         assert_matches_reference(int4_matmul, IMPLS[name], IMPLS[name].configs[0], drawn(int4_matmul, **sizes))
-    with pytest.raises(ValueError, match="k = 3420 and group = 3420, but k must be a positive multiple of 8"):
+    with pytest.raises(ValueError, match="k = 3420 and group_size = 3420, but k must be a positive multiple of 8"):
         quantize_rtn(torch.zeros(1, 3420), 3420)
 
 
@@ -220,7 +220,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     return {row["impl"]: row for row in found if row["kernel"].startswith("_int4_matmul")}
 
 
-def test_hopper_gets_hoppers_instructions(compiled: dict[str, dict[str, Any]]) -> None:
+def test_kernels_for_hopper_use_wgmma_and_16_byte_loads(compiled: dict[str, dict[str, Any]]) -> None:
     """vllm-project/vllm#15809: barely faster on an H100 than on an A100. Products in kernels for many rows are `wgmma`,
     and all but the first rung load weights 16 bytes at a time."""
     for name in ("splitk", "prefill"):
@@ -229,7 +229,7 @@ def test_hopper_gets_hoppers_instructions(compiled: dict[str, dict[str, Any]]) -
     assert {row["loops"][0]["weight_bytes"] for name, row in compiled.items() if name != "naive"} == {16}
 
 
-def test_many_rows_do_not_run_what_is_made_for_few() -> None:
+def test_default_implementation_by_number_of_rows() -> None:
     """vllm-project/vllm#2551, casper-hansen/AutoAWQ#172, #276, #106, #717: with many rows slower than float16 was."""
     for phase in ("prefill", "decode"):
         choice: Any = configured_choices("cuda", phase)["int4_matmul"]
@@ -239,14 +239,14 @@ def test_many_rows_do_not_run_what_is_made_for_few() -> None:
         assert [gated.at(m) for m in (1, 64, 65, 2**20)] == ["triton", "triton", "apart", "apart"]
 
 
-def test_a_weight_takes_fewer_instructions_than_on_the_first_rung(compiled: dict[str, dict[str, Any]]) -> None:
+def test_instructions_per_weight_are_less_than_half_of_naive(compiled: dict[str, dict[str, Any]]) -> None:
     """NVIDIA/TensorRT-LLM#2509: making numbers of codes cost more than reading fewer bytes gained."""
     for name in ("gemv", "splitk", "prefill"):
         assert compiled[name]["per_unit"] < compiled["naive"]["per_unit"] / 2
 
 
 @pytest.mark.parametrize("name", ["blocked", "aten"])
-def test_bfloat16_is_served(name: str, compiled: dict[str, dict[str, Any]]) -> None:
+def test_bfloat16_matches_the_reference(name: str, compiled: dict[str, dict[str, Any]]) -> None:
     """vllm-project/vllm#37387: float16 only. Here numbers are checked where they can be, and the instructions of the
     others are those of bfloat16; `test_int4_assembly` has the arithmetic between."""
     args = drawn(int4_matmul, n=16, G=4, dtype="bfloat16")

@@ -89,7 +89,7 @@ def logits(
     kernels: those this device runs under the policy ("own"), those a GPU does ("cuda": interpreted, if need be), or one
     of prefill_attention.
     """
-    how: dict[str, Any] = {"page_size": page_size, "kv_dtype": kv_dtype, "policy": policy}
+    how: dict[str, Any] = {"page_size": page_size, "kv_dtype": kv_dtype, "numerics": policy}
     cache = PagedKVCache(model.cfg.llm, 256, dtype=model.dtype, device=DEVICE, **how)
     random.Random(len(cuts)).shuffle(cache.allocator.free_pages)
     choice: dict[str, Any] = {"prefill_attention": kernels} if kernels not in ("own", "cuda") else {}
@@ -102,7 +102,7 @@ def logits(
         cache.allocator.reuse_prefix(seq := cache.allocator.add_sequence(), WHOLE.tolist())
         assert cache.length(seq) == known
         hidden = run(model, cache, seq, known, cuts, others or [])
-        with engine.use_default_kernels(hidden.device, numerics=policy):
+        with engine.use_default_kernels(hidden.device, "invariant" if policy == "invariant" else "prefill"):
             return llama.logits(model.params.llm, hidden)
 
 

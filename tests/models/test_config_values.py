@@ -115,7 +115,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**5)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     lines = done.stdout.splitlines()
     assert len(lines) == 5 and lines[-1] == "True", done.stderr
-    assert lines[3] == "a video is seen in at most 1024 frames, not 1000000000"
+    assert lines[3] == "a video has at most 1024 frames, not 1000000000"
 
 
 def test_many_tensors_that_do_not_fit_are_a_short_error(folder: Path, tmp_path: Path) -> None:

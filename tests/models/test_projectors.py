@@ -90,7 +90,7 @@ def test_image_tokens_of_a_config_are_those_the_projector_makes(kind: str) -> No
     cfg = config(hidden_size=None, llm={"hidden_size": 24}, mm_projector_cfg={"mm_projector_type": kind})
     whole = build_vila_config(cfg.to_dict(), cfg.part_configs())
     assert whole.tokens_per_image == TOKENS[kind]
-    assert whole.describe().endswith(f"{TOKENS[kind]} tokens a picture") and kind in whole.describe()
+    assert whole.describe().endswith(f"{TOKENS[kind]} tokens an image") and kind in whole.describe()
 
 
 def test_the_order_of_the_tokens_and_who_chose_it_are_in_the_report() -> None:

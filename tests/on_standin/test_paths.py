@@ -118,7 +118,7 @@ def test_decode_step_is_captured_and_replayed_for_other_tokens(models: tuple) ->
         pages.zero_()
     seq = cache.allocator.add_sequence()
     x = llama.embed(model.params.llm, torch.tensor([7], device="cuda"))
-    with cache.append_step({seq: 1}) as step, engine.use_default_kernels(x.device, decode=True):
+    with cache.append_step({seq: 1}) as step, engine.use_default_kernels(x.device, "decode"):
         rotary = llama.rotary_cos_sin(step.positions, model.vila_config.llm)
         layer = model.params.llm.layers[0]
 

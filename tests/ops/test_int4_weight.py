@@ -25,7 +25,7 @@ def test_a_weight_is_its_codes_less_their_zero_times_their_scale(n: int, groups:
     i, j = torch.arange(n)[:, None], torch.arange(G * group)[None] // group
     exact = (q.double() - zeros[j, i].double()) * scales[j, i].double()  # nothing is rounded: scales are float32
     assert torch.equal(dequantize(w, D), exact)
-    assert torch.equal(dequantize(replace(w, order="fma"), D), exact)
+    assert torch.equal(dequantize(replace(w, rounding="fma"), D), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -37,7 +37,7 @@ def test_the_two_orders_of_rounding_are_as_written(dtype: torch.dtype) -> None:
     sub = ((q - zeros) * scales.to(D)).to(dtype)
     fma = (q * scales.to(D) - (zeros * scales.to(D)).to(dtype).to(D)).to(dtype)
     assert torch.equal(dequantize(w, dtype), sub.t().expand(-1, 16))
-    assert torch.equal(dequantize(replace(w, order="fma"), dtype), fma.t().expand(-1, 16))
+    assert torch.equal(dequantize(replace(w, rounding="fma"), dtype), fma.t().expand(-1, 16))
     assert not torch.equal(sub, fma)
 
 
@@ -58,7 +58,7 @@ def test_quantizing_takes_the_nearest_of_16_levels_and_keeps_0(
 
 @pytest.mark.parametrize("k, group", [(12, 12), (16, 12), (16, 0), (16, -16), (32, 8), (72, 24)], ids=str)
 def test_weights_that_cannot_be_grouped_are_refused(k: int, group: int) -> None:
-    with pytest.raises(ValueError, match=f"k = {k} and group = {group}"):
+    with pytest.raises(ValueError, match=f"k = {k} and group_size = {group}"):
         quantize_rtn(torch.ones(2, k), group)
 
 

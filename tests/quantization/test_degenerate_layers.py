@@ -53,14 +53,14 @@ CASES = [(name, kind) for kind in KINDS for name in LINEARS]
 CASES += [(name, kind) for name in ("attention_norm", "mlp_norm") for kind in ("zero", "tiny", "dead columns")]
 
 
-@pytest.mark.parametrize("mode", ["ours", "upstream"])
+@pytest.mark.parametrize("method", ["awq-gptq", "llm-awq"])
 @pytest.mark.parametrize(
     ("name", "kind"), [pytest.param(*case, marks=[] if case in FEW else pytest.mark.slow) for case in CASES]
 )
 @torch.no_grad()
-def test_tiny_weights_are_quantized_as_well_as_others(name: str, kind: str, mode: str) -> None:
+def test_tiny_weights_are_quantized_as_well_as_others(name: str, kind: str, method: str) -> None:
     layer = layer_with(name, kind)
-    if mode == "ours":
+    if method == "awq-gptq":
         x, tokens = inputs(torch.float32)
         rounded = awq_gptq.quantize_layer(layer, x, x, tokens, CFG, GROUP)
         new, reference, quantized = rounded.layer, rounded.reference_out, rounded.quantized_out
@@ -75,7 +75,7 @@ def test_tiny_weights_are_quantized_as_well_as_others(name: str, kind: str, mode
         if n == name and kind == "zero":
             assert not dequantize(w, torch.float32).any()
     added, error = (reference - x).float(), (quantized - reference).float()
-    if mode == "ours" or kind != "constant":  # groups of one sign are lost to upstream
+    if method == "awq-gptq" or kind != "constant":  # groups of one sign are lost to llm-awq
         assert error.norm() <= 0.2 * added.norm()
 
 

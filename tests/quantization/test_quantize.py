@@ -54,7 +54,7 @@ def calibration_set() -> CalibrationSet:
     return CalibrationSet(rows, torch.randn(1, 3, 64, 64, generator=rng))
 
 
-def quantize_to(source: Path, target: Path, config: QuantizeConfig, form: str = "ours") -> None:
+def quantize_to(source: Path, target: Path, config: QuantizeConfig, form: str = "vila-triton") -> None:
     work = target.with_name(f"{target.name}.quantizing")
     write_checkpoint(
         awq.quantize_checkpoint(open_checkpoint(source), work, config, calibration_set(), torch.device("cpu")),
@@ -114,11 +114,11 @@ def test_every_output_format_holds_the_same_model(source: Path, tmp_path: Path) 
     ids = torch.randint(0, 128, (50,), generator=torch.Generator().manual_seed(2))
     work, config = tmp_path / "work", QuantizeConfig(group_size=64, propagate_error=False)
     rounded = awq.quantize_checkpoint(open_checkpoint(source), work, config, calibration_set(), torch.device("cpu"))
-    for form in quantize.FORMATS:
+    for form in quantize.INT4_FORMATS:
         write_checkpoint(rounded, tmp_path / form, form, source_key="test")
-    expected = logits(tmp_path / "ours", ids)
+    expected = logits(tmp_path / "vila-triton", ids)
     assert not torch.equal(expected, logits(source, ids))
-    for form in quantize.FORMATS:
+    for form in quantize.INT4_FORMATS:
         assert torch.equal(logits(tmp_path / form, ids), expected)
 
 
@@ -132,13 +132,13 @@ def command(*argv: object) -> None:
 def test_quantize_command_writes_a_report_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     also = ("--also", "vision_tower", "mm_projector")
     command(BUNDLED_CHECKPOINT, tmp_path / "out", "--samples", 8, "--group-size", 64, "--format", "awq-gemm", *also)
-    assert "8 questions about drawn pictures" in capsys.readouterr().out
+    assert "8 questions about synthetic images" in capsys.readouterr().out
     assert not (tmp_path / "out.quantizing").exists()
     quant_report = json.loads((tmp_path / "out" / "quantization.json").read_text())
     assert quant_report["group"] == 64 and len(quant_report["layers"]) == 4
     for layer in quant_report["layers"]:
         assert set(layer["scales"]) == {"attention", "o", "mlp", "down"}
-        assert all(linear["ours"] < linear["nearest"] for linear in layer["linears"].values())
+        assert all(linear["error"] < linear["rtn_error"] for linear in layer["linears"].values())
     assert len(quant_report["vision_tower"]) == 5 and len(quant_report["mm_projector"]) == 1
     assert len(ET.parse(tmp_path / "out" / "quantization.svg").findall(".//{*}polyline")) == 4 + 3 * 7 + 2 * 6 + 2 * 2
     assert open_checkpoint(tmp_path / "out").group_size() == 64
@@ -168,11 +168,11 @@ def test_llm_awq_cache_replaces_the_search(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (("--mode", "upstream", "--image-weight", "0.5"), "upstream's objective weighs all tokens alike"),
-        (("--awq-cache", "x.pt"), "--awq-cache holds what mode upstream finds"),
+        (("--mode", "upstream", "--image-weight", "0.5"), "llm-awq's objective weighs all tokens alike"),
+        (("--awq-cache", "x.pt"), "--awq-cache holds what llm-awq's search finds"),
         (
             ("--mode", "upstream", "--samples", "2"),
-            r"upstream's clipping needs 512 tokens of calibration, there are \d+",
+            r"llm-awq's clipping needs 512 tokens of calibration, there are \d+",
         ),
         (("--mode", "upstream", "--no-propagate"), "--no-propagate would do nothing"),
         (("--method", "rtn", "--samples", "3", "--no-propagate"), "--samples, --no-propagate would do nothing"),

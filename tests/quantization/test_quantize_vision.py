@@ -53,12 +53,12 @@ def calibration_set(source: CheckpointSource, num_images: int = 40) -> Calibrati
     rows = [torch.randint(0, 128, (200,), generator=rng) for _ in range(3)]
     rows[0][: cfg.tokens_per_image] = -1 - torch.arange(cfg.tokens_per_image)
     side = cfg.vision_tower.input_size
-    smooth = torch.randn(num_images, 3, 4, 4, generator=rng)  # as pictures are: neighbours know of one another
+    smooth = torch.randn(num_images, 3, 4, 4, generator=rng)  # as in images, neighbours are alike
     return CalibrationSet(rows, torch.nn.functional.interpolate(smooth, (side, side), mode="bilinear"))
 
 
 def features(folder: Path, pixels: Tensor) -> Tensor:
-    """Of pictures in float32, [n, tokens, e]."""
+    """Image features in float32, [n, tokens, e]."""
     source = open_checkpoint(folder)
     cfg = build_vila_config(source.config, source.part_configs)
     return engine.encode_images(load_params(folder, cfg, torch.float32), pixels, cfg)
@@ -117,17 +117,17 @@ def test_padded_tower_gives_the_same_features(name: str, tmp_path: Path) -> None
 
 def test_images_are_subsampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seeing.positions_per_image(CONFIG.vision_tower) == 64
-    monkeypatch.setattr(seeing, "ROOM", 64 * 10)
+    monkeypatch.setattr(seeing, "MAX_POSITIONS", 64 * 10)
     assert seeing.subsample_images(torch.arange(25), 64).tolist() == list(range(0, 25, 3))
     assert len(seeing.subsample_images(torch.arange(10), 64)) == 10
-    monkeypatch.setattr(seeing, "ROOM", 1)
+    monkeypatch.setattr(seeing, "MAX_POSITIONS", 1)
     assert seeing.subsample_images(torch.arange(3), 64).tolist() == [0]
     pixels, config = torch.zeros(300, 1), QuantizeConfig(extra_parts=BOTH)
-    monkeypatch.setattr(seeing, "ROOM", 64 * 100)
+    monkeypatch.setattr(seeing, "MAX_POSITIONS", 64 * 100)
     assert awq.calibration_image_counts(CONFIG, config, pixels) == {
         "vision_tower": 100,
         "mm_projector": 300,
-    }  # 64 and 16 a picture
+    }  # 64 and 16 an image
 
 
 def test_only_requested_parts_are_quantized(tmp_path: Path) -> None:
@@ -146,9 +146,9 @@ def test_only_requested_parts_are_quantized(tmp_path: Path) -> None:
     "config, sizes, message",
     [
         (
-            QuantizeConfig(mode="upstream", extra_parts=BOTH),
+            QuantizeConfig(method="llm-awq", extra_parts=BOTH),
             {},
-            "upstream's objective has no place for vision_tower, mm_projector",
+            "llm-awq's objective has no place for vision_tower, mm_projector",
         ),
         (
             QuantizeConfig(group_size=32, extra_parts=("eyes",)),
@@ -158,7 +158,7 @@ def test_only_requested_parts_are_quantized(tmp_path: Path) -> None:
         (
             QuantizeConfig(group_size=64, extra_parts=BOTH),
             {"hidden_size": 96},
-            "vision_tower: encoder.*q_proj: int4 weight: k = 96 and group = 64",
+            "vision_tower: encoder.*q_proj: int4 weight: k = 96 and group_size = 64",
         ),
     ],
 )
@@ -197,14 +197,14 @@ def test_projector_without_linears_is_refused(tmp_path: Path) -> None:
         parts,
         init_tree(vila.param_specs(cfg, torch.float16), torch.Generator().manual_seed(0)),
     )
-    with pytest.raises(ValueError, match="mm_projector has no linear that could be rounded"):
+    with pytest.raises(ValueError, match="mm_projector has no linear that could be quantized"):
         awq.prepare_source(open_checkpoint(tmp_path / "source"), HOW)
 
 
 def test_vision_parts_without_calibration_images_are_refused(tmp_path: Path) -> None:
     source = saved(tmp_path / "source", *TOWERS["siglip"])
     sequences = [row.clamp(min=0) for row in calibration_set(source).sequences]
-    with pytest.raises(ValueError, match=r"vision_tower, mm_projector: .* but calibration has no pictures"):
+    with pytest.raises(ValueError, match=r"vision_tower, mm_projector: .* but calibration has no images"):
         awq.quantize_checkpoint(source, tmp_path / "work", HOW, CalibrationSet(sequences, None), torch.device("cpu"))
     assert not (tmp_path / "work").exists()
 
@@ -218,7 +218,7 @@ def test_vision_parts_without_calibration_images_are_refused(tmp_path: Path) -> 
             {"quant_method": "vila-triton", "group_size": 64},
             "in groups of 64 are not one weight",
         ),
-        ({"quant_method": "awq", "group_size": 32}, "in the layout ours, but the config says"),
+        ({"quant_method": "awq", "group_size": 32}, "in the layout vila-triton, but the config says"),
     ],
 )
 def test_quantization_config_that_the_tower_contradicts_is_refused(

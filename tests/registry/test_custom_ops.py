@@ -139,7 +139,7 @@ def run(fn: Callable[..., Tensor], weights: str) -> list[Tensor]:
     for counts, rows in (((3, 4), x[:7]), ((1, 1), x[7:9]), ((1, 1), x[9:])):
         with (
             cache.append_step(dict(zip(sequences, counts))) as step,
-            engine.use_default_kernels(rows.device, step.decode),
+            engine.use_default_kernels(rows.device, step.phase),
         ):
             outputs.append(fn(p, rows, llama.rotary_cos_sin(step.positions, CFG), step))
     return [*outputs, *ops.page_tensors(cache.k_pages), *ops.page_tensors(cache.v_pages)]
@@ -205,7 +205,7 @@ def test_a_gradient_is_there_uncompiled_and_refused_compiled(fresh: None) -> Non
 def test_a_decode_step_is_captured_in_a_cuda_graph(weights: str) -> None:
     p, cache, sequences, rows = parts(weights)
     x, others = rows[:2].clone(), rows[2:4]
-    with cache.append_step(dict.fromkeys(sequences, 1)) as step, engine.use_default_kernels(x.device, decode=True):
+    with cache.append_step(dict.fromkeys(sequences, 1)) as step, engine.use_default_kernels(x.device, "decode"):
         rotary = llama.rotary_cos_sin(step.positions, CFG)
         layer(p, x, rotary, step)  # what is compiled at the first call
         graph = torch.cuda.CUDAGraph()

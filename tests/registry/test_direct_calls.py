@@ -34,8 +34,8 @@ def ran(op: Op, args: tuple) -> str:
 def test_a_call_runs_the_same_inside_an_engine_and_outside(op: Op) -> None:
     args = example(op)
     outside = ran(op, args)
-    for decode in (False, True):
-        with engine.use_default_kernels(torch.device("cpu"), decode):
+    for phase in ("prefill", "decode"):
+        with engine.use_default_kernels(torch.device("cpu"), phase):
             assert ran(op, args) == outside
     assert outside == configured_choices("cpu", None).get(op.name, "reference")
     with use(**{op.name: "reference"}):
@@ -45,7 +45,7 @@ def test_a_call_runs_the_same_inside_an_engine_and_outside(op: Op) -> None:
 @pytest.mark.parametrize("name", ["prefill_attention", "decode_attention"])
 def test_a_call_under_the_policy_invariant_runs_what_keeps_it(name: str) -> None:
     args = example(OPS[name], numerics="invariant")
-    with engine.use_default_kernels(torch.device("cpu"), numerics="invariant"):
+    with engine.use_default_kernels(torch.device("cpu"), "invariant"):
         inside = ran(OPS[name], args)
     assert ran(OPS[name], args) == inside
 

@@ -192,7 +192,7 @@ def served(doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(tuned_tables, "tables_dir", lambda: tmp_path / "tuned")
     monkeypatch.setattr(tuned_tables, "gpu_name", lambda device: GPU if device.type == "cuda" else None)
     for module in (tuned_tables, table):
-        monkeypatch.setattr(module, "configured", lambda device, phase, only=None: USUAL)
+        monkeypatch.setattr(module, "configured_choices", lambda device, phase, op_name=None: USUAL)
     caches = (
         tuned_tables.load_table,
         tuned_tables.valid_entry,

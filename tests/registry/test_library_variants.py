@@ -51,8 +51,8 @@ def product(args: Any) -> torch.Tensor:
 def test_a_weight_is_packed_once_and_again_when_it_was_written_to() -> None:
     x, w, _ = example_args(int4_matmul, **SIZES)
     first = product((x, w))
-    copy = int4._packed[w.qweight][-1][0]
-    assert torch.equal(product((x, w)), first) and int4._packed[w.qweight][-1][0] is copy
+    copy = int4._packed_weights[w.qweight][-1][0]
+    assert torch.equal(product((x, w)), first) and int4._packed_weights[w.qweight][-1][0] is copy
     w.scales.mul_(2)
     assert torch.equal(product((x, w)), 2 * first)
     w.qweight.data = torch.zeros_like(w.qweight)  # as `Module.to` replaces what a parameter holds
@@ -74,10 +74,10 @@ def test_the_same_codes_under_other_scales_are_another_weight() -> None:
 def test_a_copy_goes_with_its_weight() -> None:
     x, w, _ = example_args(int4_matmul, **SIZES)
     product((x, w))
-    before = len(int4._packed)
+    before = len(int4._packed_weights)
     del w
     gc.collect()
-    assert len(int4._packed) == before - 1
+    assert len(int4._packed_weights) == before - 1
 
 
 def test_a_weight_that_does_not_tell_is_never_remembered() -> None:
@@ -85,7 +85,7 @@ def test_a_weight_that_does_not_tell_is_never_remembered() -> None:
         x, w, _ = example_args(int4_matmul, **SIZES)
         first = product((x, w))
         w.scales.mul_(2)
-        assert torch.equal(product((x, w)), 2 * first) and w.qweight not in int4._packed
+        assert torch.equal(product((x, w)), 2 * first) and w.qweight not in int4._packed_weights
 
 
 @pytest.mark.parametrize(

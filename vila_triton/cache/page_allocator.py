@@ -42,7 +42,7 @@ class PageAllocator:
 
     def __init__(self, num_pages: int, page_size: int):
         if num_pages < 0 or page_size < 1:
-            raise ValueError(f"a page table needs pages >= 0 and page_size >= 1, got {num_pages} and {page_size}")
+            raise ValueError(f"a page allocator needs pages >= 0 and page_size >= 1, got {num_pages} and {page_size}")
         self.page_size = page_size
         self.num_pages = num_pages
         self.free_pages = list(reversed(range(num_pages)))
@@ -50,7 +50,7 @@ class PageAllocator:
         self.prefix_index = PrefixIndex(page_size)
         self.ref_counts: Counter[int] = Counter()
         self.sequences: dict[int, SequencePages] = {}
-        self.reserved_lens: dict[int, int] = {}  # by sequence: how long it may become
+        self.reserved_lens: dict[int, int] = {}  # by sequence: the length that pages are reserved for
         self._ids = count()
 
     @property
@@ -82,7 +82,7 @@ class PageAllocator:
         self.ref_counts.update(parent.pages)
         if self.num_pages_missing({}):
             self.free_sequence(child)
-            raise OutOfPages(f"sequence {seq} cannot be forked: all {self.num_available_pages} free pages are promised")
+            raise OutOfPages(f"sequence {seq} cannot be forked: all {self.num_available_pages} free pages are reserved")
         return child
 
     def reorder(self, rows: list[int]) -> None:
@@ -106,7 +106,7 @@ class PageAllocator:
         """
         s = self[seq]
         if len(tokens) > s.length:
-            raise ValueError(f"sequence {seq} has {s.length} tokens; {len(tokens)} of them cannot be known")
+            raise ValueError(f"sequence {seq} has {s.length} tokens; {len(tokens)} of them cannot be registered")
         self.prefix_index.insert(s.pages[: -(-len(tokens) // self.page_size)], tokens)
 
     def reuse_prefix(self, seq: int, tokens: list[int]) -> int:
@@ -170,15 +170,14 @@ class PageAllocator:
             raise self._out_of_pages(counts)
         spare = (
             self.num_available_pages - fresh
-        )  # a copy that saves what is known takes one and gives back the page it is of
+        )  # a copy that keeps a registered prefix takes one, and releases its source
         slots, copies = [], []
         for seq, n in counts.items():
             s = self.sequences[seq]
             if n and (rows := s.length % self.page_size):
                 last = s.pages[-1]
-                keeps_prefix = (
-                    self.ref_counts[last] == 1 and self.prefix_index.num_known_tokens(last) > rows and spare > 0
-                )
+                known = self.prefix_index.num_known_tokens(last)
+                keeps_prefix = self.ref_counts[last] == 1 and known > rows and spare > 0
                 if keeps_prefix or self.ref_counts[last] > 1:
                     spare -= keeps_prefix
                     s.pages[-1] = self._take_page()
@@ -200,7 +199,7 @@ class PageAllocator:
         if not 0 <= length <= s.length:
             raise ValueError(f"sequence {seq} has {s.length} tokens; it cannot be cut to {length}")
         keep = -(-length // self.page_size)
-        for page in reversed(s.pages[keep:]):  # a page is of use only after those before it, so they go last
+        for page in reversed(s.pages[keep:]):  # later pages first: a prefix is only useful with all pages before it
             self._release_page(page)
         s.pages, s.length = s.pages[:keep], length
         self.release_reservation(seq)
@@ -218,7 +217,7 @@ class PageAllocator:
     def _reuse_prefix(self, seq: int, tokens: list[int]) -> None:
         s = self[seq]
         if s.length:
-            raise ValueError(f"sequence {seq} has {s.length} tokens; only an empty one can adopt pages")
+            raise ValueError(f"sequence {seq} has {s.length} tokens; only an empty one can reuse pages")
         s.pages, s.length = self.prefix_index.match(tokens)
         self.ref_counts.update(s.pages)
         for page in s.pages:
@@ -228,8 +227,8 @@ class PageAllocator:
         fresh = self.num_pages_needed(counts)
         reserved = self.num_pages_missing(counts) + self.num_available_pages - fresh
         return OutOfPages(
-            f"{fresh} more pages of {self.page_size} tokens are needed, but {self.num_available_pages} of {self.num_pages} "
-            f"are free{f', {reserved} of them promised to others' if reserved else ''} "
+            f"{fresh} more pages of {self.page_size} tokens are needed, but {self.num_available_pages} of "
+            f"{self.num_pages} are free{f', {reserved} of them reserved for others' if reserved else ''} "
             f"({len(self.sequences)} sequences hold the others)"
         )
 

@@ -73,7 +73,7 @@ class PagedBatch:
     block_table: Tensor  # [b, pages] int32
     query_start_loc: Tensor  # [b+1] int32
     context_lens: Tensor  # [b] int32
-    positions: Tensor  # [s] int64: how many tokens of its sequence lie before each new one
+    positions: Tensor  # [s] int64: of each new token in its sequence
     numerics: str
     phase: str  # see `step_phase`
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import takewhile
 
-EMPTY_HASH = b""  # the digest of nothing
+EMPTY_HASH = b""  # of no tokens
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PrefixIndex:
     def __init__(self, page_size: int):
         self.page_size = page_size
         self.pages: dict[int, CachedPage] = {}
-        self.children: dict[bytes, dict[int, None]] = {}  # the pages behind a beginning, in order of learning
+        self.children: dict[bytes, dict[int, None]] = {}  # by hash of all tokens before: pages in order of insertion
 
     def match(self, tokens: list[int]) -> tuple[list[int], int]:
         """Find the pages with the longest registered prefix of `tokens`, and its length; the last page may hold more
@@ -66,10 +66,9 @@ class PrefixIndex:
         for i, page in enumerate(pages):
             rows = tuple(tokens[i * self.page_size : (i + 1) * self.page_size])
             entry = self.pages.get(page, CachedPage(parent_hash, ()))
-            if entry.parent_hash != parent_hash or common_prefix_length(entry.tokens, rows) < min(
-                len(entry.tokens), len(rows)
-            ):
-                raise ValueError(f"page {page} is known to hold other tokens than the {len(rows)} it is said to hold")
+            common = common_prefix_length(entry.tokens, rows)
+            if entry.parent_hash != parent_hash or common < min(len(entry.tokens), len(rows)):
+                raise ValueError(f"page {page} is registered with other tokens than these {len(rows)}")
             if len(rows) > len(entry.tokens):
                 new_entries[page] = CachedPage(parent_hash, rows)
             parent_hash = chain_hash(parent_hash, rows)

@@ -30,7 +30,9 @@ TOKEN_FIELDS = ("eos_token_id", "pad_token_id", "bos_token_id")
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p")  # have an effect only with do_sample
 NEUTRAL_VALUES = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 HONORED_FIELDS = ("do_sample", "repetition_penalty", "max_new_tokens", "max_length", *SAMPLING_FIELDS)
-NEUTRAL_OTHERS = dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "use_cache"), 1)  # besides 0
+NEUTRAL_OTHERS: dict[str, float] = dict.fromkeys(
+    ("num_beams", "num_beam_groups", "num_return_sequences", "use_cache"), 1
+)  # besides 0
 NEUTRAL_OTHERS |= dict.fromkeys(("length_penalty", "typical_p", "encoder_repetition_penalty"), 1)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 QUESTION = "How do I get the checkpoint that I want?"
 SUMMARIES = {"quantize": "quantize a checkpoint to int4"}
-METHODS = {"awq-gptq": "ours", "llm-awq": "upstream", "rtn": "ours"}  # --method -> `QuantizeConfig.mode`
+METHODS = ("awq-gptq", "llm-awq", "rtn")
 OLD_MODES = {"ours": "awq-gptq", "upstream": "llm-awq"}  # --mode -> --method
 GROUP_SIZES = (32, 64, 128)
 EXTRA_PARTS = ("vision_tower", "mm_projector")
@@ -37,7 +37,7 @@ def configure(commands: Any) -> None:
     what = parser.add_argument_group("what is written")
     methods = "AWQ scales and GPTQ (the default), llm-awq's objective, or round to nearest"
     read_method = renamed_values({"awq": "awq-gptq"})
-    what.add_argument("--method", type=read_method, choices=tuple(METHODS), default="awq-gptq", help=methods)
+    what.add_argument("--method", type=read_method, choices=METHODS, default="awq-gptq", help=methods)
     what.add_argument("--mode", choices=("ours", "upstream"), help=argparse.SUPPRESS)  # the old way to say --method
     size = "inputs that share a scale (default: 128)"
     what.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128, help=size)
@@ -69,6 +69,7 @@ def configure(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from vila_triton.checkpoints.atomic_folder import require_free
     from vila_triton.checkpoints.loading import build_vila_config, open_checkpoint
     from vila_triton.checkpoints.writing import write_checkpoint
     from vila_triton.device import pick_device
@@ -81,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
     source, device, target = open_checkpoint(args.source), pick_device(args.device), args.target.absolute()
     group_size, extra_parts = args.group_size, tuple(sorted(set(args.extra_parts)))
     propagates = not args.no_error_propagation
-    config = QuantizeConfig(METHODS[args.method], group_size, propagates, args.image_weight, extra_parts)
+    method = "awq-gptq" if args.method == "rtn" else args.method
+    config = QuantizeConfig(method, group_size, propagates, args.image_weight, extra_parts)
     vila_config = build_vila_config(source.config, pipeline.prepare_source(source, config).part_configs)
     work = target.with_name(f"{target.name}.quantizing")
     summary = {"method": args.method, "group": group_size, "format": args.format, "also": list(extra_parts)}
@@ -98,9 +100,9 @@ def run(args: argparse.Namespace) -> None:
         )
         print(f"{args.target}: written, every weight rounded to nearest in groups of {group_size}")
         return
-    target_exists = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if target_exists and not resumable.already_written(work, target, args.format):
-        raise ValueError(f"{target} is there already and not empty; give another folder, or remove it")
+    already_written = resumable.already_written(work, target, args.format)
+    if not already_written:
+        require_free(target)
     awq_cache = None
     if args.awq_cache:
         dtype = resumable.part_dtype(source, "llm")
@@ -124,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
         if args.method == "llm-awq":
             pipeline.save_cache(work, folder / "awq_cache.pt")
 
-    if not target_exists:
+    if not already_written:
         key = resumable.read_work_key(work)
         write_checkpoint(
             quantized, target, args.format, progress=byte_progress(), source_key=key, write_extra=write_extra

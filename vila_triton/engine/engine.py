@@ -33,7 +33,7 @@ from .stopping import StopStrings
 Batch = PagedBatch | UncachedBatch | AttentionRecorder
 
 
-def use_default_kernels(device: torch.device, phase: str) -> AbstractContextManager[None]:
+def use_default_kernels(device: torch.device, phase: str = "prefill") -> AbstractContextManager[None]:
     """Let ops run the implementations that the configs choose for this device and phase.
 
     phase: "prefill", "decode" or "invariant".
@@ -98,7 +98,7 @@ def extend_rows(
 ) -> list[Tensor]:
     """Append new tokens to each sequence and run the language model over them -> hidden states [kept, e] of each row.
 
-    rows: by sequence id, one row of any tensor for each new token. embed: turns the rows of a chunk into embeddings [t, e].
+    rows: by sequence id, a tensor with a row for each new token. embed: turns rows of it into embeddings [t, e].
     chunk_size: the most tokens of a sequence in one pass, so that activations do not grow with the prompt.
     states_to_keep: how many of its last hidden states are returned for each sequence, by default 1.
     positions: [t] for each sequence, by default those behind its cached tokens.

@@ -1,5 +1,6 @@
 """Stop strings: end a generation when the text ends in one of several strings, with any tokenizer."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteria
 
-MAX_TOKENS_PER_CHARACTER = 4  # tokens that the longest character may take
+MAX_TOKENS_PER_CHARACTER = 4  # one for each byte of UTF-8
 
 
 class StopStrings(StoppingCriteria):
@@ -22,20 +23,16 @@ class StopStrings(StoppingCriteria):
         if not self.stop_strings or not all(isinstance(text, str) and text for text in self.stop_strings):
             raise ValueError(f"stop_strings is {stop_strings!r}, expected a text or several, none of them empty")
         if tokenizer is None:
-            raise ValueError("stop_strings need tokenizer=, to know how tokens spell them")
+            raise ValueError("stop_strings need tokenizer=, which decodes tokens")
         self.tokenizer, self.window = tokenizer, MAX_TOKENS_PER_CHARACTER * (max(map(len, self.stop_strings)) + 1)
 
     def __call__(self, input_ids: Tensor, scores: Any = None, **kwargs: Any) -> Tensor:  # pyright: ignore
         return torch.tensor([self.completes_stop_string(row) for row in input_ids.tolist()], device=input_ids.device)
 
     def completes_stop_string(self, row: list[int]) -> bool:
-        """Say if the text of the token ids ends in a stop string that it did not end in before the last token."""
-        previous, current = (self.tokenizer.decode(tokens) for tokens in (row[-self.window : -1], row[-self.window :]))
-        common_length = next(
-            (i for i, (a, b) in enumerate(zip(previous, current)) if a != b), min(len(previous), len(current))
-        )
-        return any(
-            current.endswith(text, 0, end)
-            for text in self.stop_strings
-            for end in range(common_length + 1, len(current) + 1)
-        )
+        """Return whether the text of the token ids ends in a stop string that it did not end in before the last token."""
+        row = row[-self.window :]
+        previous, current = self.tokenizer.decode(row[:-1]), self.tokenizer.decode(row)
+        common = len(os.path.commonprefix([previous, current]))
+        ends = range(common + 1, len(current) + 1)
+        return any(current.endswith(text, 0, end) for text in self.stop_strings for end in ends)

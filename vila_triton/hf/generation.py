@@ -26,7 +26,7 @@ from ..models import vila
 from .padding import pad, require_tensor, token_mask, unpad
 from .unsupported import UNSUPPORTED_ARGUMENTS, check_device_and_dtype
 
-# What transformers calls it in outputs and in its loop, which changed with its version 5.24.
+# The name of the cache in transformers' outputs and loop, which changed with version 5.24.
 CACHE_KEY = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 LOOPS = ("engine", "transformers")
 SAMPLING_ARGUMENTS = [
@@ -75,9 +75,7 @@ class VilaGenerationMixin(GenerationMixin):
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"a streamer takes one prompt at a time, got {len(input_ids)}")
         image_features, tokens_per_image = self.image_features(images)
-        unpad_options: dict[str, Any] = self.padding_config | {
-            "max_length": None
-        }  # a prompt that is too long is an error here
+        unpad_options: dict[str, Any] = self.padding_config | {"max_length": None}  # long prompts are errors here
         rows = unpad(input_ids.to(model.device), attention_mask, None, None, tokens_per_image, **unpad_options).rows
         if "eos_token_id" in options:
             eos = options["eos_token_id"]
@@ -146,16 +144,13 @@ class VilaGenerationMixin(GenerationMixin):
         )
         width = text_mask.shape[1]
         pad_ids = [text[:1] if len(text) else text.new_zeros(1) for text in text_rows]
-        ids = torch.stack(
-            [torch.cat((pad_id.expand(width - len(word)), word)) for pad_id, word in zip(pad_ids, text_rows)]
-        )
+        ids = torch.stack([torch.cat((pad.expand(width - len(row)), row)) for pad, row in zip(pad_ids, text_rows)])
+        embeddings = [vila.embed_spliced(self.params, row, image_features) for row in rows]
         parent: Any = super()
         output = parent.generate(
             input_ids=ids,  # [b, width]
             attention_mask=text_mask.long(),
-            inputs_embeds=pad(
-                [vila.embed_spliced(self.params, row, image_features) for row in rows], row_mask
-            ),  # [b, t', e]
+            inputs_embeds=pad(embeddings, row_mask),  # [b, t', e]
             position_ids=row_mask.long().cumsum(1).masked_fill(~row_mask, 0) - 1,  # [b, t'], -1 at padding
             streamer=streamer,
             chunk_prefilling=chunk_prefilling,
@@ -172,7 +167,7 @@ class VilaGenerationMixin(GenerationMixin):
         config: Any = self.generation_config
         config.eos_token_id = eos_token_id
         config.pad_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id or 0
-        config.prefill_chunk_size = None  # the config's is ours, and not what transformers means by it
+        config.prefill_chunk_size = None  # transformers means something else by it than our config
 
     def apply_generation_config(self, values: Mapping[str, Any], source: str) -> None:
         """Take over the values of a checkpoint's generation_config.json, and warn of those that are not honoured."""
@@ -187,7 +182,8 @@ class VilaGenerationMixin(GenerationMixin):
             config.pad_token_id = eos[0] if isinstance(eos, list) else eos
         if beam_settings := ignored_settings(supported):
             warnings.warn(
-                f"{source}: of {GENERATION_CONFIG_NAME}, {', '.join(beam_settings)} counts in generate(loop='transformers') only",
+                f"{source}: of {GENERATION_CONFIG_NAME}, {', '.join(beam_settings)} counts in "
+                "generate(loop='transformers') only",
                 stacklevel=2,
             )
         for setting in ignored_settings({name: values[name] for name in values if name in UNSUPPORTED_ARGUMENTS}):
@@ -201,7 +197,7 @@ class VilaGenerationMixin(GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # `forward` makes a `PagedCache`
+        return False  # `forward` makes a `PagedKVCache`
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -257,8 +253,8 @@ def check_generate_arguments(loop: str, options: Mapping[str, Any]) -> None:
                 raise ValueError(f"generate: loop='transformers' does not honour {name}: {UNSUPPORTED_ARGUMENTS[name]}")
     elif unknown := [name for name in options if name not in (*SAMPLING_ARGUMENTS, "pad_token_id")]:
         raise ValueError(
-            f"generate: loop='engine' does not know {', '.join(unknown)}, only {', '.join(SAMPLING_ARGUMENTS)}, pad_token_id; "
-            "loop='transformers' takes the arguments of transformers' generate"
+            f"generate: loop='engine' does not know {', '.join(unknown)}, only {', '.join(SAMPLING_ARGUMENTS)}, "
+            "pad_token_id; loop='transformers' takes the arguments of transformers' generate"
         )
 
 
@@ -267,6 +263,6 @@ def check_context_length(rows: Sequence[Tensor], new_tokens: int, context_length
     for i, row in enumerate(rows):
         if len(row) + new_tokens > context_length:
             raise ValueError(
-                f"generate: prompt {i} has {len(row)} positions with its pictures, and {new_tokens} more may be generated, "
-                f"but the model's context is {context_length}; shorten the prompt or lower max_new_tokens"
+                f"generate: prompt {i} has {len(row)} positions with its images, and {new_tokens} more may be "
+                f"generated, but the model's context is {context_length}; shorten the prompt or lower max_new_tokens"
             )

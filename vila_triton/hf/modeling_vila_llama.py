@@ -197,9 +197,9 @@ class VilaLlamaForCausalLM(UnsupportedMethods, PreTrainedModel, VilaGenerationMi
         """
         check_device_and_dtype(self.device, self.dtype)
         if output_attentions is None:
-            output_attentions = self.config.output_attentions
+            output_attentions = bool(self.config.output_attentions)
         if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+            output_hidden_states = bool(self.config.output_hidden_states)
         if use_cache is None:
             use_cache = bool(getattr(self.config, "use_cache", True))
         chunk_size = self.config.prefill_chunk_size if chunk_prefilling else None
@@ -235,7 +235,8 @@ class VilaLlamaForCausalLM(UnsupportedMethods, PreTrainedModel, VilaGenerationMi
             self.cache = cache
         if cache and use_cache:
             cache.parameter_versions = write_counts(list(self.parameters()))
-        output = CausalLMOutputWithPast(**run.outputs(logits) | {CACHE_KEY: cache if use_cache else None})
+        outputs: dict[str, Any] = run.outputs(logits) | {CACHE_KEY: cache if use_cache else None}
+        output = CausalLMOutputWithPast(**outputs)
         as_dataclass = return_dict if return_dict is not None else self.config.return_dict
         return output if as_dataclass else output.to_tuple()
 

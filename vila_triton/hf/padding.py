@@ -22,7 +22,7 @@ class UnpaddedBatch:
 
     rows: list[Tensor]  # [t] spliced ids or [t, e] embeddings
     labels: list[Tensor] | None  # [t]
-    positions: list[Tensor] | None  # [t]; None: what follows the cached tokens
+    positions: list[Tensor] | None  # [t]; None: behind the cached tokens
     mask: Tensor  # [b, longest] bool
 
 
@@ -70,9 +70,9 @@ def unpad(
 ) -> UnpaddedBatch:
     """Unpad prompt ids [b, t], with one id for each image, and splice the positions of images into them.
 
-    attention_mask [b, t], or [b, past + t] with as many ones in the past as `context_lens` says. position_ids [b, t'] or [1, t'], t' the
-    width after splicing. labels [b, t]. With images, sequences longer than `max_length` are truncated, with a warning, and
-    padding moves to `padding_side`; without images it stays where it is.
+    attention_mask [b, t], or [b, past + t] with as many ones in the past as `context_lens` says. position_ids [b, t']
+    or [1, t'], t' the width after splicing. labels [b, t]. With images, sequences longer than `max_length` are
+    truncated, with a warning, and padding moves to `padding_side`; without images it stays where it is.
     Errors: ValueError naming the argument.
     """
     mask, rows, label_rows = remove_padding(ids, attention_mask, labels, context_lens)
@@ -143,7 +143,7 @@ def parse_position_ids(position_ids: Tensor | None, mask: Tensor) -> list[Tensor
         return None
     if position_ids.ndim != 2 or position_ids.shape[1] != mask.shape[1] or len(position_ids) not in (1, len(mask)):
         raise ValueError(
-            f"position_ids have shape {list(position_ids.shape)}, expected {list(mask.shape)} (images widened to their positions)"
+            f"position_ids have shape {list(position_ids.shape)}, expected {list(mask.shape)} (images widened)"
         )
     return [row[m] for row, m in zip(position_ids.to(mask.device).expand(len(mask), -1), mask)]
 

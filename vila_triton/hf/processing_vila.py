@@ -23,7 +23,7 @@ from ..models.vila import IMAGE_TOKEN_INDEX
 from .unsupported import unsupported_method
 
 PROCESSOR_CONFIG_NAME = "processor_config.json"
-PLAIN_TEMPLATE = TEMPLATES["plain"]  # of no special tokens
+PLAIN_TEMPLATE = TEMPLATES["plain"]  # has no special tokens
 CONFIG_KEYS = ("conversation_template", "image_aspect_ratio")
 
 
@@ -159,7 +159,7 @@ class VilaProcessor(ProcessorMixin):
         ends = [i for i, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
         parts = [ids[start:end] for start, end in zip([0, *(i + 1 for i in ends)], [*ends, len(ids)])]
         if invalid := [token for part in parts for token in part if token < 0]:
-            raise ValueError(f"token {invalid[0]} is of no text: only {IMAGE_TOKEN_INDEX}, a picture, is below 0")
+            raise ValueError(f"token {invalid[0]} is of no text: only {IMAGE_TOKEN_INDEX}, an image, is below 0")
         texts = [self.tokenizer.decode(part, skip_special_tokens=skip_special_tokens, **kwargs) for part in parts]
         return ("" if skip_special_tokens else IMAGE_TOKEN).join(texts)
 
@@ -183,14 +183,12 @@ def flatten_images(texts: Sequence[str], images: ImageInput) -> list[Any]:
     lists = [isinstance(entry, (list, tuple)) for entry in entries]
     nested = any(lists)
     if nested and not all(lists):
-        raise ValueError("images mix pictures and lists of pictures; expected either pictures or a list for each text")
+        raise ValueError("images mix images and lists of images; expected either images or a list for each text")
     counts = [len(entry) for entry in entries] if nested else [len(entries)]
     if nested and len(counts) != len(texts):
-        raise ValueError(f"{len(counts)} lists of pictures were given for {len(texts)} texts; expected one for each")
+        raise ValueError(f"{len(counts)} lists of images were given for {len(texts)} texts; expected one for each")
     for i, (n, expected) in enumerate(zip(counts, num_placeholders if nested else [sum(num_placeholders)])):
         if n != expected:
             where = f"text {i} has" if nested else "the texts have"
-            raise ValueError(
-                f"{where} places for {expected} pictures, but {n} were given; write {IMAGE_TOKEN} once for each"
-            )
+            raise ValueError(f"{where} places for {expected} images, but {n} were given; write {IMAGE_TOKEN} once for each")
     return [load_image(image) for entry in entries for image in (entry if nested else [entry])]

@@ -35,9 +35,9 @@ UNSUPPORTED_ARGUMENTS = {  # of `generate` with transformers' loop
         "guidance_scale negative_prompt_ids negative_prompt_attention_mask",
         "it runs a second prompt, for which there is no cache",
     ),
-    **dict_of_reasons("token_healing", "it changes words of a prompt whose embeddings are made already"),
+    **dict_of_reasons("token_healing", "it changes tokens of a prompt whose embeddings are computed already"),
     **dict_of_reasons("output_attentions", "only a whole prompt has them: call the model itself"),
-    **dict_of_reasons("encoder_repetition_penalty encoder_no_repeat_ngram_size", "there is no encoder of words"),
+    **dict_of_reasons("encoder_repetition_penalty encoder_no_repeat_ngram_size", "there is no text encoder"),
 }
 
 FROZEN_TREE = "its parameters are a frozen tree, whose sizes are the checkpoint's; change the checkpoint instead"

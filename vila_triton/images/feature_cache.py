@@ -32,14 +32,14 @@ class ImageFeatureCache:
     def __init__(self, encode: Callable[[Tensor], Tensor], max_images: int = MAX_IMAGES):
         self.encode = encode
         self.max_images = max_images
-        self.features: dict[bytes, Tensor] = {}  # [tokens, e] each, the least recently asked for first
+        self.features: dict[bytes, Tensor] = {}  # [tokens, e] each, least recently used first
         self.lock = DeferringLock()
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
         """Encode images [n, c, H, W] -> features [n, tokens, e], and the key of each of the n·tokens positions."""
         hashes = [image_hash(image) for image in pixels]
         with self.lock, outside_inference_mode():
-            new = {key: picture for key, picture in zip(hashes, pixels) if key not in self.features}
+            new = {key: image for key, image in zip(hashes, pixels) if key not in self.features}
             if new:
                 self.features |= zip(new, map(torch.clone, self.encode(torch.stack([*new.values()]))))
             self.features |= {key: self.features.pop(key) for key in dict.fromkeys(hashes)}

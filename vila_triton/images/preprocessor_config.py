@@ -9,22 +9,22 @@ from ..models.config_fields import PixelCount, expected_instead
 
 
 def is_number(value: Any) -> bool:
-    """Say if the value is a finite number of a sensible size."""
+    """Return whether the value is a finite number of a sensible size."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9 and math.isfinite(value)
 
 
 def is_side(value: Any) -> bool:
-    """Say if the value is a side in pixels."""
+    """Return whether the value is a side in pixels."""
     return not expected_instead(PixelCount, value)
 
 
 def is_size(value: Any, names: tuple[set[str], ...]) -> bool:
-    """Say if the value is a size: a side in pixels, or an object with one of these sets of keys."""
+    """Return whether the value is a size: a side in pixels, or an object with one of these sets of keys."""
     return is_side(value) or (isinstance(value, dict) and set(value) in names and all(map(is_side, value.values())))
 
 
 def is_per_channel(value: Any, is_valid: Callable[[Any], bool]) -> bool:
-    """Say if the value is one valid item, or a list of three."""
+    """Return whether the value is one valid item, or a list of three."""
     return is_valid(value) or (isinstance(value, list) and len(value) == 3 and all(map(is_valid, value)))
 
 

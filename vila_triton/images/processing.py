@@ -20,18 +20,10 @@ from .preprocessor_config import image_processor_arguments
 PREPROCESSOR_CONFIG_NAME = "preprocessor_config.json"
 ASPECT_RATIO_MODES = ("resize", "pad", "square", None)
 MAX_FRAMES = 1024
-ANIMATED_FORMATS = (
-    "GIF",
-    "WEBP",
-    "PNG",
-    "AVIF",
-)  # formats whose further pictures are meant to be seen, one after another
-EXIF_ORIENTATION = 0x0112  # EXIF's tag
-TILE_SIZE = 1024  # pixels a side: what a picture is coloured in, so that copies of it are not held
-PIL_PROCESSORS = {
-    "CLIP": "CLIPImageProcessorPil",
-    "Siglip": "SiglipImageProcessorPil",
-}  # by how their names in files begin
+ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")  # others may hold several images that are no video
+EXIF_ORIENTATION = 0x0112
+TILE_SIZE = 1024  # pixels per side of the tiles in which images are converted
+PIL_PROCESSORS = {"CLIP": "CLIPImageProcessorPil", "Siglip": "SiglipImageProcessorPil"}  # by prefix of their names
 
 
 ImageInput = Image.Image | str | Path | Sequence[Any] | None
@@ -84,14 +76,14 @@ def open_media(path: Path | str, description: str) -> Iterator[Image.Image]:
     except LoadError as error:
         raise ImageError(str(error)) from None
     except Exception as error:  # a broken file fails in Pillow's decoders as OSError, SyntaxError, struct.error, ...
-        raise ImageError(f"{path} cannot be read as a {description}: {error}") from None
+        raise ImageError(f"{path} cannot be read as {description}: {error}") from None
 
 
 def open_image(path: Path | str) -> Image.Image:
     """Open an image as RGB. Errors: `ImageError` naming the file."""
-    with open_media(path, "picture") as image:
+    with open_media(path, "an image") as image:
         if (count := getattr(image, "n_frames", 1)) > 1 and image.format in ANIMATED_FORMATS:
-            raise ImageError(f"it is animated ({count} frames); give it as a video, or one frame of it")
+            raise ImageError(f"it is animated ({count} frames); pass it as a video, or one frame of it")
         return to_rgb(image)
 
 
@@ -106,20 +98,20 @@ def load_video_frames(video: Path | str | Sequence[Image.Image], num_frames: int
     list.
     """
     if num_frames < 1:
-        raise ValueError(f"a video is seen in at least 1 frame, not {num_frames}")
+        raise ValueError(f"a video needs at least 1 frame, not {num_frames}")
     if num_frames > MAX_FRAMES:
-        raise ValueError(f"a video is seen in at most {MAX_FRAMES} frames, not {num_frames}")
+        raise ValueError(f"a video has at most {MAX_FRAMES} frames, not {num_frames}")
     if isinstance(video, (Path, str)):
-        with open_media(video, "video (an animated GIF, WebP or PNG)") as image:
-            first_frame = int(getattr(image, "default_image", False))  # of an APNG: shown only where nothing moves
+        with open_media(video, "a video (an animated GIF, WebP or PNG)") as image:
+            first_frame = int(getattr(image, "default_image", False))  # of an APNG: not a part of the animation
             count = getattr(image, "n_frames", 1) - first_frame
             if count < 2:
-                raise ImageError("it is one picture; give it as such")
+                raise ImageError("it is one image; pass it as such")
             selected, limit = [], Image.MAX_IMAGE_PIXELS
             if limit and image.width * image.height * min(count, num_frames) > limit:
                 raise ImageError(
                     f"{min(count, num_frames)} frames of {image.width} x {image.height} are more than {limit} pixels; "
-                    "make it smaller, or look at fewer frames"
+                    "make it smaller, or take fewer frames"
                 )
             for i in sample_frame_indices(count, num_frames):
                 image.seek(first_frame + i)
@@ -221,7 +213,8 @@ def preprocess_images(images: Sequence[Image.Image], processor: Any, mode: str |
         size = getattr(processor, "crop_size", None) or processor.size
         if "width" not in size:
             raise ImageError(
-                f"image_aspect_ratio 'resize' needs a height and a width, and size in {PREPROCESSOR_CONFIG_NAME} is {size}"
+                f"image_aspect_ratio 'resize' needs a height and a width, and size in {PREPROCESSOR_CONFIG_NAME} is "
+                f"{size}"
             )
         rgb_images = [image.resize((size["width"], size["height"]), Image.Resampling.BICUBIC) for image in rgb_images]
     elif mode == "pad":
@@ -232,7 +225,7 @@ def preprocess_images(images: Sequence[Image.Image], processor: Any, mode: str |
             check_pixel_limit(image, shortest_edge, shortest_edge * max(image.size) // min(image.size))
     values = [torch.as_tensor(x) for x in processor(rgb_images)["pixel_values"]]
     if len(sizes := {tuple(x.shape) for x in values}) > 1:
-        raise ImageError(f"the image processor makes pictures of different sizes: {', '.join(map(str, sorted(sizes)))}")
+        raise ImageError(f"the image processor makes images of different sizes: {', '.join(map(str, sorted(sizes)))}")
     return torch.stack(values)
 
 
@@ -250,7 +243,7 @@ def check_pixel_limit(image: Image.Image, width: int, height: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit and width * height > limit:
         raise ImageError(
-            f"a picture of {image.width} x {image.height} would grow to {width * height} pixels, beyond {limit}; "
+            f"an image of {image.width} x {image.height} would grow to {width * height} pixels, beyond {limit}; "
             f"cut it, or use image_aspect_ratio 'resize'"
         )
 
@@ -260,7 +253,7 @@ def list_images(images: ImageInput) -> list[Any]:
     if isinstance(images, (Image.Image, str, Path)):
         return [images]
     if images is not None and not isinstance(images, (list, tuple)):
-        raise TypeError(f"pictures are PIL images or paths of files, or a list of them, not {type(images).__name__}")
+        raise TypeError(f"images are PIL images or paths of files, or a list of them, not {type(images).__name__}")
     return list(images or ())
 
 
@@ -269,5 +262,5 @@ def load_image(image: Any) -> Image.Image:
     if isinstance(image, (str, Path)):
         return open_image(image)
     if not isinstance(image, Image.Image):
-        raise TypeError(f"a picture is a PIL image or the path of a file, not {type(image).__name__}")
+        raise TypeError(f"an image is a PIL image or the path of a file, not {type(image).__name__}")
     return image

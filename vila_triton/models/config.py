@@ -189,5 +189,5 @@ class VilaConfig:
     def describe(self) -> str:
         """Describe the vision tower and the projector in two lines, defaults included."""
         return (
-            f"{self.vision_tower.describe()}\n{self.mm_projector.describe()}; {self.tokens_per_image} tokens a picture"
+            f"{self.vision_tower.describe()}\n{self.mm_projector.describe()}; {self.tokens_per_image} tokens an image"
         )

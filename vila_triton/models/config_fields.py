@@ -34,23 +34,21 @@ class Bounds:
 
     minimum: float
     maximum: float
-    exclusive: bool = False  # the least itself is not among them
+    exclusive: bool = False
 
     def contains(self, number: float) -> bool:
-        """Say if the number is in range."""
+        """Return whether the number is in range."""
         return self.minimum <= number <= self.maximum and not (self.exclusive and number == self.minimum)
 
     def __str__(self) -> str:
-        return (
-            f"above {self.minimum:g} and up to {self.maximum:g}"
-            if self.exclusive
-            else f"from {self.minimum} to {self.maximum}"
-        )
+        if self.exclusive:
+            return f"above {self.minimum:g} and up to {self.maximum:g}"
+        return f"from {self.minimum} to {self.maximum}"
 
 
 Count = Annotated[int, Bounds(1, 2**31 - 1)]
 LayerCount = Annotated[int, Bounds(1, 4096)]
-PixelCount = Annotated[int, Bounds(1, 4096)]  # pixels: a picture of 4096 x 4096 is 200 MB as float32
+PixelCount = Annotated[int, Bounds(1, 4096)]  # per side: an image of 4096 x 4096 is 200 MB as float32
 Epsilon = Annotated[float, Bounds(0, 1)]
 PositiveFactor = Annotated[float, Bounds(0, 1e6, exclusive=True)]
 GroupSize = Annotated[int, Bounds(-1, 2**31 - 1)]  # -1: all inputs of a linear
@@ -67,11 +65,8 @@ def expected_instead(hint: Any, value: Any) -> str:
         return "" if "" in alternatives else " or ".join(alternatives)
     if origin is Annotated:
         plain_type, bounds = inner
-        return (
-            ""
-            if not expected_instead(plain_type, value) and bounds.contains(value)
-            else f"{TYPE_NAMES[plain_type]} {bounds}"
-        )
+        matches = not expected_instead(plain_type, value) and bounds.contains(value)
+        return "" if matches else f"{TYPE_NAMES[plain_type]} {bounds}"
     if origin is Literal:
         return "" if value in inner else " or ".join(map(repr, inner))
     if origin is list:
@@ -79,10 +74,8 @@ def expected_instead(hint: Any, value: Any) -> str:
         return "" if matches else f"a list, each {expected_instead(inner[0], None)}"
     if hint not in TYPE_NAMES:
         return ""
-    allowed_types = (int, float) if hint is float else hint
-    return (
-        "" if isinstance(value, allowed_types) and (hint is bool or not isinstance(value, bool)) else TYPE_NAMES[hint]
-    )
+    matches = isinstance(value, (int, float) if hint is float else hint) and (hint is bool) == isinstance(value, bool)
+    return "" if matches else TYPE_NAMES[hint]
 
 
 def read_dataclass(cls: type[Config], values: Mapping[str, Any], source: str) -> Config:
@@ -102,7 +95,7 @@ def read_dataclass(cls: type[Config], values: Mapping[str, Any], source: str) ->
 
 
 def nested_object(values: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
-    """Return the object under a key of a config, {} if it is absent or null. Errors: `ConfigError` if it is no object."""
+    """Return the object under a key of a config, {} if it is absent or null. Errors: `ConfigError`."""
     value = values.get(name)
     if value is not None and not isinstance(value, dict):
         raise ConfigError(f"{source}: {name} is a {type(value).__name__}, expected an object")

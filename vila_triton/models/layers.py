@@ -11,7 +11,7 @@ from vila_triton import ops
 
 from .params import ParameterSpec, weight_spec
 
-# A leaf is a Spec when declared and a Tensor when real; a linear's weight may also be an Int4 of either.
+# A ParameterSpec or a Tensor; a linear's weight may also be an Int4 of either.
 Leaf = Any
 
 
@@ -51,7 +51,7 @@ def linear(p: Affine, x: Tensor) -> Tensor:
     return ops.linear(x, p.weight, p.bias)
 
 
-LinearFn = Callable[[Affine, Tensor], Tensor]  # of every block: `linear`, or one that also looks at what it is given
+LinearFn = Callable[[Affine, Tensor], Tensor]  # `linear`, or a function that also records or quantizes
 
 
 def layer_norm(p: Affine, x: Tensor, eps: float) -> Tensor:

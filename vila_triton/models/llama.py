@@ -26,7 +26,7 @@ class AttentionBackend(Protocol):
     """Attention with a KV cache: keeps the new keys and values and returns the attention output of the new queries."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: CosSin, scale: float) -> Tensor:
-        """Attend in one layer: q [s, h, d], k and v [s, g, d] of the new tokens, q and k not yet rotated -> [s, h, d]."""
+        """Attend in one layer: q [s, h, d], k and v [s, g, d] of the new tokens, before rotation -> [s, h, d]."""
         ...
 
 
@@ -118,7 +118,7 @@ def embed(p: Llama, ids: Tensor) -> Tensor:
 def attention_heads_output(
     p: Layer, x: Tensor, rotary: CosSin, layer_idx: int, cfg: LlamaConfig, backend: AttentionBackend
 ) -> Tensor:
-    """Causal self-attention without the output projection: normed hidden states [s, e] -> concatenated heads [s, h·d]."""
+    """Causal self-attention before the output projection: hidden states [s, e] -> concatenated heads [s, h·d]."""
     q, k, v = (rearrange(linear(w, x), "s (h d) -> s h d", d=cfg.head_dim) for w in (p.q, p.k, p.v))
     return rearrange(backend.attend(layer_idx, q, k, v, rotary, cfg.head_dim**-0.5), "s h d -> s (h d)")
 

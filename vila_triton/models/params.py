@@ -20,7 +20,7 @@ from vila_triton.ops.int4_tiles import tiled_shape
 from .config_fields import ConfigError
 
 Tree = TypeVar("Tree")
-CHECKSUM_WIDTH = 1024  # integers of a row, of which a checksum has the sum
+CHECKSUM_WIDTH = 1024  # integers in a row
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def checksum(parameters: Sequence[Tensor]) -> int:
 
     def sums(x: Tensor) -> list[Tensor]:
         flat = x.detach().contiguous().flatten().view(torch.uint8)
-        flat = flat.clone() if flat.storage_offset() % 8 else flat  # which cannot be seen as integers of 8 bytes
+        flat = flat.clone() if flat.storage_offset() % 8 else flat  # view(int64) needs alignment
         integers, tail_bytes = flat[: len(flat) // 8 * 8].view(torch.int64), flat[len(flat) // 8 * 8 :]
         matrix = integers[: len(integers) // CHECKSUM_WIDTH * CHECKSUM_WIDTH].view(-1, CHECKSUM_WIDTH)
         return [matrix.sum(0), matrix.sum(1), integers[matrix.numel() :], tail_bytes.long()]

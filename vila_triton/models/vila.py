@@ -19,8 +19,8 @@ from torch import Tensor
 from . import llama, projector, vision
 from .config import VilaConfig
 
-IGNORE_INDEX = -100  # a label that does not count
-IMAGE_TOKEN_INDEX = -200  # the place of a picture in a prompt
+IGNORE_INDEX = -100  # a label that does not count in the loss
+IMAGE_TOKEN_INDEX = -200  # an image in prompt ids
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ def splice_image_tokens(
     ids = torch.cat(list(rows)) if rows else torch.empty(0, dtype=torch.int64)
     num_placeholders = int((ids == IMAGE_TOKEN_INDEX).sum())
     if num_placeholders != len(tokens_per_image):
-        raise ValueError(
-            f"the prompt has places for {num_placeholders} pictures, but {len(tokens_per_image)} were given"
-        )
+        raise ValueError(f"the prompt has places for {num_placeholders} images, but {len(tokens_per_image)} were given")
     text_ids = ids[ids != IMAGE_TOKEN_INDEX]
     if len(text_ids) and not (int(text_ids.min()) >= 0 and int(text_ids.max()) < vocab_size):
         invalid = int(text_ids.min()) if int(text_ids.min()) < 0 else int(text_ids.max())

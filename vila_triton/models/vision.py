@@ -32,15 +32,11 @@ def forward(p: Tower, pixels: Tensor, cfg: VisionConfig) -> Tensor:
     """
     expected = (cfg.num_channels, cfg.input_size, cfg.input_size)
     if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
-        raise ValueError(
-            f"images have shape {list(pixels.shape)}, expected [pictures, {', '.join(map(str, expected))}]"
-        )
+        raise ValueError(f"images have shape {list(pixels.shape)}, expected [images, {', '.join(map(str, expected))}]")
     scale_features = [select_hidden_state(p, x, cfg) for x in to_tiles(pixels, cfg)]
-    return (
-        merge_scales(scale_features, [side // cfg.tile_size for side in cfg.scales])
-        if cfg.scales
-        else scale_features[0]
-    )
+    if not cfg.scales:
+        return scale_features[0]
+    return merge_scales(scale_features, [side // cfg.tile_size for side in cfg.scales])
 
 
 def to_tiles(pixels: Tensor, cfg: VisionConfig) -> list[Tensor]:

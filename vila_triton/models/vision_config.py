@@ -1,4 +1,4 @@
-"""The geometry of the vision tower and the projector, and the fields of the top config.json that say how they are used."""
+"""The geometry of the vision tower and the projector, and settings of the top config.json for their use."""
 
 import math
 import re
@@ -21,7 +21,7 @@ from .config_fields import (
     read_dataclass,
 )
 
-TOWER_DEFAULTS: dict[str, dict[str, Any]] = {  # what a config.json may leave unsaid, as the tower's own code has it
+TOWER_DEFAULTS: dict[str, dict[str, Any]] = {  # of fields that a config.json may leave out
     "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
     "clip_vision_model": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     "intern_vit_6b": {
@@ -128,7 +128,8 @@ class VisionConfig:
         selection = "patches" if self.num_features == self.patches_per_side**2 else "class token and patches"
         scales = f", S2 at {', '.join(map(str, self.scales))}" if self.scales else ""
         return (
-            f"{self.model_type}: {self.patches_per_side} x {self.patches_per_side} {selection} of {self.tile_size} pixels{scales}, "
+            f"{self.model_type}: {self.patches_per_side} x {self.patches_per_side} {selection} of {self.tile_size} "
+            f"pixels{scales}, "
             f"hidden state {self.select_layer} of {self.num_hidden_layers} layers"
         )
 
@@ -199,14 +200,15 @@ def s2_scales(settings: VisionSettings, tower: VisionConfig) -> tuple[int, ...]:
         raise ConfigError(f"config: s2_scales is {short_repr(raw_scales)}, expected sizes as '384,768'") from None
     if not 1 <= len(scales) <= 16 or any(expected_instead(PixelCount, x) for x in scales):
         raise ConfigError(
-            f"config: s2_scales is {short_repr(raw_scales)}, expected up to 16 sizes, each {expected_instead(PixelCount, None)}"
+            f"config: s2_scales is {short_repr(raw_scales)}, expected up to 16 sizes, each "
+            f"{expected_instead(PixelCount, None)}"
         )
     for scale in scales:
         n = math.ceil(scale / max_tile_size)
         if scale != n * tower.tile_size:
             raise ConfigError(
-                f"config: a side of {scale} (s2_scales) in tiles of at most {max_tile_size} (s2_max_split_size) makes {n} "
-                f"tiles of {scale / n:g} pixels, but the tower takes {tower.tile_size}"
+                f"config: a side of {scale} (s2_scales) in tiles of at most {max_tile_size} (s2_max_split_size) makes "
+                f"{n} tiles of {scale / n:g} pixels, but the tower takes {tower.tile_size}"
             )
     if tower.num_features != tower.patches_per_side**2:
         raise ConfigError("config: s2 needs a square of patches; mm_vision_select_feature must be 'patch'")

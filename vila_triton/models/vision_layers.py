@@ -45,10 +45,7 @@ def num_trained_positions(cfg: VisionConfig) -> int:
 
 def patch_embeddings(p: Affine, pixels: Tensor, cfg: VisionConfig) -> Tensor:
     """Embed the patches of tiles [b, c, tile, tile], row by row -> [b, grid², e]."""
-    size, side = (
-        cfg.patch_size,
-        cfg.patches_per_side * cfg.patch_size,
-    )  # pixels beyond the last whole patch are not seen
+    size, side = cfg.patch_size, cfg.patches_per_side * cfg.patch_size  # pixels beyond whole patches are dropped
     x = rearrange(pixels[..., :side, :side], "b c (y p) (x q) -> b (y x) (c p q)", p=size, q=size)
     return ops.linear(x, p.weight.flatten(1), p.bias)
 

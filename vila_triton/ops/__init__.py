@@ -1,15 +1,23 @@
-"""What each op means: its plain-torch reference, its domain and its cost.
+"""The ops: the plain-torch reference of each, the sizes it is tested at, and its cost.
 
 One axis alphabet, here and everywhere:
 
     b batch (sequences)   s new tokens, all sequences end to end   t tokens of one sequence (cached ones first)
     h query heads   g key/value heads   d head dim   r rotary pairs (d/2)
-    e model width   f ffn width   v vocabulary   p pages   l page length   c picture channels
+    e model width   f ffn width   v vocabulary   p pages   l page size   c image channels
     m, n, k matrix product (rows, columns, summed)   G groups along k
 
 References run in any dtype, float64 included, on CPU or GPU. Sums are taken in float32 at least.
 
-Every file here is found, and an op in it is `vila_triton.ops.NAME`, named below or not.
+    dtypes, shapes, indices   dtypes and random examples; the checks that ops make of their arguments
+    elementwise               rms_norm, layer_norm, rope, swiglu
+    linear, int4              products with plain and with int4 weights
+    attention                 what the three attentions share; merging their partial results
+    prefill_attention, decode_attention, encoder_attention
+    kv_pages                  the pages of the KV cache
+    kv_write, rope_kv_write   new keys and values into pages, the second with the rotary embedding
+
+Every file here is discovered: an op in a new one is `vila_triton.ops.NAME` without being listed below.
 """
 
 import sys
@@ -55,14 +63,13 @@ __all__ = [
 
 
 def discover_ops() -> None:
-    """Import what lies here, and tell what an op of it lacks."""
+    """Import every file of this folder, and report the parts that an op in them lacks."""
     import_modules(sys.modules[__name__])
     for name, op in OPS.items():
         if op.reference.__module__.startswith(f"{__name__}."):
             globals()[name] = op
-            record_problem(
-                name, f"{op.file.name}: op {name!r} lacks {', '.join(op.missing_parts)}" if op.missing_parts else ""
-            )
+            missing = ", ".join(op.missing_parts)
+            record_problem(name, f"{op.file.name}: op {name!r} lacks {missing}" if missing else "")
 
 
 discover_ops()

@@ -1,4 +1,4 @@
-"""The dtypes ops run in, the one their sums are taken in, and random tensors for examples."""
+"""The dtypes that ops run in and take their sums in, and random tensors for examples."""
 
 import torch
 from torch import Tensor
@@ -9,15 +9,15 @@ DTYPES = OneOf("float32", "float16", "bfloat16")
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x in the dtype sums are taken in: float32, or float64 if x is that."""
+    """x in the dtype that sums are taken in: float64 stays float64, everything else becomes float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as domains name it: "float16"."""
+    """The name of a dtype in an op's domain: "float16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def random_tensor(*shape: int, dtype: str, rng: torch.Generator, device: str, scale: float = 1.0) -> Tensor:
-    """Normal numbers of the given dtype, drawn on the CPU so that a seed means the same on every device."""
+    """Standard normal numbers times `scale`; drawn on the CPU, so that a seed gives the same on every device."""
     return (torch.randn(*shape, generator=rng) * scale).to(device, getattr(torch, dtype))

@@ -1,4 +1,4 @@
-"""Norms, rotary embedding and the gated activation: one row of the residual stream in, one row out."""
+"""Norms, the rotary embedding and the gated activation: ops that treat every token alone."""
 # pyright: reportInvalidTypeForm=false
 
 import torch
@@ -13,7 +13,7 @@ from .shapes import check_axes, check_finite, check_floating, check_same_dtype
 
 @op
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last axis; x [..., e], weight [e]. Zhang & Sennrich 2019."""
+    """x / sqrt(mean(x²) + eps) · weight over the last axis; x [..., e], weight [e] (Zhang & Sennrich 2019)."""
     x_upcast = upcast(x)
     return (x_upcast * torch.rsqrt(x_upcast.square().mean(-1, keepdim=True) + eps) * upcast(weight)).to(x.dtype)
 
@@ -49,7 +49,7 @@ def _(rows, e, dtype):
 
 @op
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps) · weight + bias over the last axis; x [..., e], the rest [e]. Ba et al. 2016."""
+    """(x - mean) / sqrt(var + eps) · weight + bias over the last axis; x [..., e], weight, bias [e]. Ba et al. 2016."""
     return F.layer_norm(upcast(x), weight.shape, upcast(weight), upcast(bias), eps).to(x.dtype)
 
 
@@ -81,10 +81,10 @@ def _(rows, e, dtype):
 
 @op(batch_invariant=True)
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[i], x[i + d/2]) by the angles whose cosine and sine are given (half-split order).
+    """Rotate the pairs (x[i], x[i + d/2]) of every head, as the rotary embedding does (Su et al. 2021).
 
-    x [s, h, d], cos and sin [s, r] in float32 (one angle a token and pair, shared by all heads) -> [s, h, d].
-    Su et al. 2021, in the layout of Hugging Face's `rotate_half`.
+    x [s, h, d]; cos and sin [s, r] in float32, of one angle a token and pair -> [s, h, d]. The pairs are those of
+    Hugging Face's `rotate_half`.
     """
     low, high = upcast(x).chunk(2, dim=-1)  # [s, h, r] each
     cos, sin = cos[:, None].to(low.dtype), sin[:, None].to(low.dtype)
@@ -122,7 +122,7 @@ def _(s, h, r, dtype):
 
 @op
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, elementwise; both [s, f] -> [s, f]. Shazeer 2020."""
+    """silu(gate) · up, elementwise; both [s, f] -> [s, f] (Shazeer 2020)."""
     return (F.silu(upcast(gate)) * upcast(up)).to(gate.dtype)
 
 

@@ -1,7 +1,7 @@
-"""Values of index arguments: every page, slot, length and start that is named exists.
+"""Checks of the values of index arguments: pages, slots, lengths and starts of sequences must exist.
 
-They are looked at on a CPU always. On a GPU that would wait for the device, so there it takes VILA_TRITON_DEBUG=1 in
-the environment, which changes no result. Errors: IndexError naming the op, the argument, the value and the bound.
+On a CPU they always run. On a GPU reading values waits for the device, so there they run only with VILA_TRITON_DEBUG=1
+in the environment, which changes no result. They raise IndexError naming the op, the argument, the value and the bound.
 """
 
 import os
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def can_read_values(device: torch.device) -> bool:
-    """Whether values on this device are looked at. Errors: ValueError for what VILA_TRITON_DEBUG may not be."""
+    """True if values on this device are checked. Raises ValueError for a VILA_TRITON_DEBUG other than 0 or 1."""
     debug = os.environ.get("VILA_TRITON_DEBUG", "")
     if debug not in ("", "0", "1"):
         raise ValueError(f"VILA_TRITON_DEBUG is {debug!r}, expected 1, or 0")
@@ -20,7 +20,7 @@ def can_read_values(device: torch.device) -> bool:
 
 
 def value_out_of_range(x: Tensor, low: int | None, high: int) -> int | None:
-    """A value of x above `high`, or below `low` if there is such an end; None if all lie within."""
+    """A value of x above `high`, or below `low` unless that is None; None if all lie within."""
     if not x.numel():
         return None
     smallest, largest = (int(end) for end in x.aminmax())
@@ -28,53 +28,38 @@ def value_out_of_range(x: Tensor, low: int | None, high: int) -> int | None:
 
 
 def check_value_range(op_name: str, name: str, x: Tensor, low: int | None, high: int, reason: str) -> None:
-    """IndexError if a value of x is outside; `what` says where the bound comes from."""
+    """Raise IndexError if a value of x is out of range; `reason` says where the bound comes from."""
     if can_read_values(x.device) and (value := value_out_of_range(x, low, high)) is not None:
         expected = f"at most {high}" if low is None else f"{low} to {high}"
         raise IndexError(f"{op_name}: {name} holds {value}, expected {expected}: {reason}")
 
 
 def check_slot_mapping(op_name: str, slot_mapping: Tensor, num_pages: int, page_size: int) -> None:
-    """A slot below 0 stands for a token that is not cached."""
-    check_value_range(
-        op_name,
-        "slot_mapping",
-        slot_mapping,
-        None,
-        num_pages * page_size - 1,
-        f"there are {num_pages} pages of {page_size} tokens",
-    )
+    """Slots lie within the pages; a negative one stands for a token that is not cached."""
+    reason = f"there are {num_pages} pages of {page_size} tokens"
+    check_value_range(op_name, "slot_mapping", slot_mapping, None, num_pages * page_size - 1, reason)
 
 
 def check_block_table(
     op_name: str, block_table: Tensor, name: str, cached_lens: Tensor, num_pages: int, page_size: int
 ) -> None:
-    """The block table [b, n] has room for the cached tokens, `cached_lens` [b], and names a page for each of them.
+    """The block table [b, n] has room for the cached tokens, `cached_lens` [b], and a page that exists for each.
 
-    What its entries beyond those are does not matter.
+    name: of the argument that `cached_lens` is. Entries of the table beyond these tokens may be anything.
     """
     if not can_read_values(block_table.device):
         return
-    max_pages = block_table.shape[1]
-    check_value_range(
-        op_name,
-        name,
-        cached_lens,
-        0,
-        max_pages * page_size,
-        f"block_table has room for {max_pages} pages of {page_size} tokens",
-    )
+    capacity = block_table.shape[1] * page_size
+    reason = f"block_table has room for {block_table.shape[1]} pages of {page_size} tokens"
+    check_value_range(op_name, name, cached_lens, 0, capacity, reason)
     if value_out_of_range(block_table, 0, num_pages - 1) is not None:
-        used_mask = (
-            torch.arange(0, max_pages * page_size, page_size, device=cached_lens.device) < cached_lens[:, None]
-        )  # [b, n]
-        check_value_range(
-            op_name, "block_table", block_table[used_mask], 0, num_pages - 1, f"there are {num_pages} pages"
-        )
+        page_starts = torch.arange(0, capacity, page_size, device=cached_lens.device)
+        used_pages = block_table[page_starts < cached_lens[:, None]]
+        check_value_range(op_name, "block_table", used_pages, 0, num_pages - 1, f"there are {num_pages} pages")
 
 
 def check_query_start_loc(op_name: str, query_start_loc: Tensor, s: int) -> None:
-    """Rows of the sequences lie end to end: query_start_loc [b+1] rises from 0 to s."""
+    """The sequences lie end to end: query_start_loc [b+1] rises from 0 to s."""
     if not can_read_values(query_start_loc.device):
         return
     starts = query_start_loc.tolist()

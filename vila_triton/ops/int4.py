@@ -1,4 +1,4 @@
-"""The int4 leaf type, and the products with it: x · wᵀ, and silu(x · gateᵀ) · (x · upᵀ) in one pass over x."""
+"""Weights in 4 bits and their matrix products: x · wᵀ, and silu(x · gateᵀ) · (x · upᵀ) in one pass over x."""
 # pyright: reportInvalidTypeForm=false
 
 from dataclasses import dataclass
@@ -21,19 +21,19 @@ SMALLEST_SCALE = 2.0**-24  # above 0 in float16
 
 @dataclass(frozen=True)
 class Int4:
-    """A weight [n, k] in 4 bits: w[i, j] = (code[i, j] - zeros[j // group, i]) · scales[j // group, i].
+    """A weight [n, k] in 4 bits: w[i, j] = (code[i, j] - zeros[G, i]) · scales[G, i], where G = j // group_size.
 
-    qweight  [ceil(n/16), ceil(k/64), 32, 4] int32: the codes, 0 to 15, packed by `int4_tiles.pack_tiles`
-    scales   [G, n]                                 G = k / group
-    zeros    [G, n]   the code that stands for 0: a whole number 0 to 15, kept in the dtype of scales
-    group    inputs that share a scale; k of them: one scale a row
-    order    where a weight is rounded when it is made a number of the dtype of x:
-             "sub"  (code - zero) · scale, rounded once: codes less their zero are exact
-             "fma"  code · scale + shift, rounded once, where shift = -zero · scale has been rounded: llm-awq's kernels
-             A kernel that multiplies sums of (code - zero) · x by the scale rounds no weight; it serves "sub" only.
+    qweight     [ceil(n/16), ceil(k/64), 32, 4] int32: the codes, 0 to 15, packed by `int4_tiles.pack_tiles`
+    scales      [k / group_size, n]
+    zeros       [k / group_size, n]: the code that stands for 0, a whole number 0 to 15 in the dtype of scales
+    group_size  columns that share a scale and a zero point; k: one scale a row
+    rounding    how a dequantized weight is rounded to the dtype of x:
+                "sub"  (code - zero) · scale, rounded once; code - zero is exact
+                "fma"  code · scale + shift, rounded once; shift = -zero · scale has been rounded, as in llm-awq
+                A kernel that multiplies sums of (code - zero) · x by the scale rounds no weight: it is for "sub" only.
     """
 
-    qweight: Any  # a Tensor, or whatever a params tree of declarations holds in its place
+    qweight: Any  # a Tensor, or the `ParameterSpec` of one
     scales: Any
     zeros: Any
     group_size: int
@@ -45,11 +45,11 @@ class Int4:
 
 
 def check_int4_shape(k: int, group_size: int) -> None:
-    """ValueError unless a weight of k columns can be cut into groups."""
+    """Raise ValueError unless a weight of k columns can be divided into groups of this size."""
     if k <= 0 or k % 8 or group_size <= 0 or k % group_size or (group_size % 16 and group_size != k):
         raise ValueError(
-            f"int4 weight: k = {k} and group = {group_size}, "
-            "but k must be a positive multiple of 8, and group divide k and be a multiple of 16, unless it is k"
+            f"int4 weight: k = {k} and group_size = {group_size}, "
+            "but k must be a positive multiple of 8, and group_size divide k and be a multiple of 16, unless it is k"
         )
 
 
@@ -59,7 +59,7 @@ def unpack_codes(w: Int4) -> Tensor:
 
 
 def apply_scale_and_zero(q: Tensor, scales: Tensor, zeros: Tensor, rounding: str) -> Tensor:
-    """Codes, scales and zeros of one dtype and of shapes that broadcast -> weights, rounded as `Int4.order` says."""
+    """Codes, scales and zeros of one dtype and of shapes that broadcast -> weights, rounded as `Int4.rounding` says."""
     if rounding == "sub":
         return (q - zeros) * scales
     shifts = -(zeros * scales)
@@ -67,14 +67,14 @@ def apply_scale_and_zero(q: Tensor, scales: Tensor, zeros: Tensor, rounding: str
 
 
 def dequantize(w: Int4, dtype: torch.dtype) -> Tensor:
-    """The weight as a plain tensor [n, k] of the given dtype."""
+    """The weight as a plain tensor [n, k] of a dtype."""
     q = rearrange(unpack_codes(w), "n (G i) -> n G i", i=w.group_size)
     scales, zeros = (rearrange(x, "G n -> n G 1").to(dtype) for x in (w.scales, w.zeros))
     return apply_scale_and_zero(q.to(dtype), scales, zeros, w.rounding).flatten(-2)
 
 
 def scale_for_range(value_range: Tensor, dtype: torch.dtype) -> Tensor:
-    """Between sixteen levels that span a width: a number of the dtype, and one that float16 can tell from 0."""
+    """The step between sixteen levels that span a range, rounded to the dtype but never to 0 in float16."""
     exact = (value_range / 15).clamp(min=SMALLEST_SCALE)
     nearest = exact.to(dtype)
     # Among the least numbers of float16 the nearest may be a third too small: then the levels would not reach the ends.
@@ -82,9 +82,9 @@ def scale_for_range(value_range: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantize_rtn(w: Tensor, group_size: int) -> Int4:
-    """Round w [n, k] to the nearest of 16 levels per group, whose range always includes 0.
+    """Quantize w [n, k] by rounding to nearest, with 16 levels a group whose range always includes 0.
 
-    Errors: ValueError if k cannot be cut into such groups, or w is not finite.
+    Raises ValueError if k cannot be divided into groups of this size, or if w is not finite.
     """
     check_int4_shape(w.shape[1], group_size)
     if not torch.isfinite(w).all():
@@ -100,7 +100,7 @@ def quantize_rtn(w: Tensor, group_size: int) -> Int4:
 
 
 def check_int4_args(op_name: str, x: Tensor, bias: Tensor | None = None, **weights: Int4) -> None:
-    """ValueError unless the weights [n, k] are whole and fit x [..., k], one another and the bias [n]."""
+    """Raise ValueError unless the tensors of the weights [n, k] fit one another, x [..., k] and the bias [n]."""
     for name, w in weights.items():
         if not isinstance(w, Int4):
             raise ValueError(f"{op_name}: {name} is a {type(w).__name__}, expected an Int4")
@@ -108,7 +108,7 @@ def check_int4_args(op_name: str, x: Tensor, bias: Tensor | None = None, **weigh
         sizes = check_axes(op_name, x=(x, "... k"), **group_tensors, **({} if bias is None else {"bias": (bias, "n")}))
         check_int4_shape(sizes["G"] * w.group_size, w.group_size)
         if w.rounding not in ROUNDINGS:
-            raise ValueError(f"{op_name}: {name}.order is {w.rounding!r}, expected one of {', '.join(ROUNDINGS)}")
+            raise ValueError(f"{op_name}: {name}.rounding is {w.rounding!r}, expected one of {', '.join(ROUNDINGS)}")
         if x.shape[-1] != w.shape[1]:
             raise ValueError(f"{op_name}: x has {x.shape[-1]} columns, but {name} is {list(w.shape)}")
         if w.qweight.shape != tiled_shape(*w.shape):
@@ -136,7 +136,7 @@ def _(x: Tensor, w: Int4, bias: Tensor | None = None) -> None:
 
 
 def random_int4(n: int, G: int, group_size: int, dtype: str, rounding: Any, rng: torch.Generator, device: str) -> Int4:
-    """All codes, any zeros, and scales of weights of about 1."""
+    """A random weight that uses all codes and zero points, of values of about 1."""
     q = torch.randint(0, 16, (n, G * group_size), generator=rng)
     scales = (torch.rand(G, n, generator=rng) + 0.5) / 15
     zeros = torch.randint(0, 16, (G, n), generator=rng)
@@ -170,7 +170,13 @@ def _(x, w, bias=None):
     n, k = w.shape
     m = x.shape[:-1].numel()
     return dict(
-        m=m, n=n, G=k // w.group, group=w.group, dtype=dtype_name(x.dtype), order=w.order, bias=bias is not None
+        m=m,
+        n=n,
+        G=k // w.group_size,
+        group=w.group_size,
+        dtype=dtype_name(x.dtype),
+        order=w.rounding,
+        bias=bias is not None,
     )
 
 
@@ -192,8 +198,8 @@ def _(x: Tensor, gate: Int4, up: Int4) -> None:
     check_int4_args("int4_swiglu", x, gate=gate, up=up)
     if (gate.shape, gate.group_size, gate.rounding) != (up.shape, up.group_size, up.rounding):
         raise ValueError(
-            f"int4_swiglu: up is {list(up.shape)} in groups of {up.group_size}, order {up.rounding!r}, "
-            f"expected {list(gate.shape)} in groups of {gate.group_size}, order {gate.rounding!r}, like gate"
+            f"int4_swiglu: up is {list(up.shape)} in groups of {up.group_size}, rounding {up.rounding!r}, "
+            f"expected {list(gate.shape)} in groups of {gate.group_size}, rounding {gate.rounding!r}, like gate"
         )
 
 
@@ -220,7 +226,7 @@ int4_swiglu.fake_impl(lambda x, gate, up: x.new_empty(*x.shape[:-1], gate.shape[
 def _(x, gate, up):
     n, k = gate.shape
     m = x.shape[:-1].numel()
-    return dict(m=m, n=n, G=k // gate.group, group=gate.group, dtype=dtype_name(x.dtype), order=gate.order)
+    return dict(m=m, n=n, G=k // gate.group_size, group=gate.group_size, dtype=dtype_name(x.dtype), order=gate.rounding)
 
 
 @int4_swiglu.flops_and_bytes

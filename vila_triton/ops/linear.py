@@ -1,4 +1,4 @@
-"""The matrix product with a weight that is either a plain tensor or int4."""
+"""The matrix product with a weight that is a plain tensor or int4."""
 # pyright: reportInvalidTypeForm=false
 
 import torch
@@ -14,7 +14,7 @@ from .shapes import check_axes, check_floating
 
 @op
 def linear(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> Tensor:
-    """x · wᵀ + bias: x [..., k], w [n, k] a plain tensor or `Int4`, bias [n] -> [..., n]."""
+    """x · wᵀ + bias: x [..., k], w [n, k], bias [n] -> [..., n]; an `Int4` weight goes to `int4_matmul`."""
     if isinstance(w, Int4):
         return int4_matmul(x, w, bias)
     return F.linear(x, w, bias)

@@ -1,4 +1,4 @@
-"""Shape contracts: every op states its axes once, and a call that breaks them fails before anything runs."""
+"""Checks of shapes and dtypes: a call of an op with the wrong ones fails before anything runs."""
 
 import math
 import numbers
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class TensorLike(Protocol):
-    """A tensor, or a leaf that stands for one."""
+    """A tensor, or a class of several tensors that stands for one."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -28,8 +28,8 @@ def check_axes(op_name: str, **tensors: tuple[TensorLike, str]) -> dict[str, int
     """Match each tensor against its axis letters, which must mean the same size everywhere; returns the sizes.
 
     ``axes("rms_norm", x=(x, "... e"), weight=(weight, "e"))``; a leading ``...`` stands for any axes.
-    Errors: ValueError naming the op, the argument, its shape and what was expected; also if devices differ. TypeError
-    for what is no tensor.
+    Raises ValueError naming the op, the argument, its shape and the expected one, or devices that differ; TypeError for
+    an argument that is no tensor.
     """
     for name, (x, _) in tensors.items():
         if not isinstance(getattr(x, "device", None), torch.device):
@@ -51,7 +51,7 @@ def check_axes(op_name: str, **tensors: tuple[TensorLike, str]) -> dict[str, int
 
 
 def check_same_dtype(op_name: str, **tensors: Tensor) -> None:
-    """ValueError unless all the tensors have the dtype of the first."""
+    """Raise ValueError unless all the tensors have the dtype of the first."""
     (first, x), *others = tensors.items()
     for name, y in others:
         if y.dtype != x.dtype:
@@ -59,21 +59,21 @@ def check_same_dtype(op_name: str, **tensors: Tensor) -> None:
 
 
 def check_dtype(op_name: str, dtype: torch.dtype, **tensors: Tensor) -> None:
-    """ValueError unless all the tensors have this dtype."""
+    """Raise ValueError unless all the tensors have this dtype."""
     for name, x in tensors.items():
         if x.dtype != dtype:
             raise ValueError(f"{op_name}: {name} is {x.dtype}, expected {dtype}")
 
 
 def check_floating(op_name: str, **tensors: Tensor) -> None:
-    """ValueError unless all the tensors hold real numbers."""
+    """Raise ValueError unless all the tensors have a floating-point dtype."""
     for name, x in tensors.items():
         if not x.is_floating_point():
             raise ValueError(f"{op_name}: {name} is {x.dtype}, expected a floating-point dtype")
 
 
 def check_finite(op_name: str, **values: float) -> None:
-    """TypeError unless all the values are numbers, ValueError unless they are finite."""
+    """Raise TypeError unless all the values are numbers, ValueError unless they are finite."""
     for name, x in values.items():
         if not isinstance(x, numbers.Real | torch.SymFloat | torch.SymInt):
             raise TypeError(f"{op_name}: {name} is a {type(x).__name__}, expected a number")
@@ -82,7 +82,7 @@ def check_finite(op_name: str, **values: float) -> None:
 
 
 def check_type(op_name: str, expected: type, **values: object) -> None:
-    """TypeError unless all the values are instances of a class."""
+    """Raise TypeError unless all the values are instances of a class."""
     for name, x in values.items():
         if not isinstance(x, expected):
             raise TypeError(f"{op_name}: {name} is a {type(x).__name__}, expected a {expected.__name__}")

@@ -136,8 +136,8 @@ def quantize_linear(
 ) -> tuple[Int4, dict[str, float]]:
     """Quantize a weight [n, k], multiplied by `correction` [k, k] if there is one, a block of rows at a time.
 
-    Returns the int4 weight and its entry in the report: the errors of `ours` and of rounding to `nearest`, as shares of
-    the output's energy, and `shrink`, the mean ratio of a group's grid to the range of its weights.
+    Returns the int4 weight and its entry in the report: `error` and `rtn_error`, of rounding to nearest, as shares of
+    the output's energy, and `clip_ratio`, the mean ratio of a group's grid to the range of its weights.
     Errors: ValueError for a weight that is not finite, or too large or too small for float16 scales.
     """
     if 0 < (largest := float(w.abs().max())) < SMALLEST_SCALE:
@@ -162,8 +162,8 @@ def quantize_linear(
         group_size,
     )
     rtn_error, error, energy, clip_ratio = totals.tolist()
-    report = {"nearest": rtn_error / energy, "ours": error / energy} if energy else {"nearest": 0.0, "ours": 0.0}
-    return int4, report | {"shrink": clip_ratio / int4.scales.numel()}
+    error, rtn_error = (error / energy, rtn_error / energy) if energy else (0.0, 0.0)
+    return int4, {"rtn_error": rtn_error, "error": error, "clip_ratio": clip_ratio / int4.scales.numel()}
 
 
 def rows_per_block(k: int, weights_per_block: int) -> int:

@@ -9,18 +9,20 @@ from vila_triton.models.config import VilaConfig
 
 from .calibration_data import CalibrationSet
 
+METHODS = ("awq-gptq", "llm-awq")
+
 
 @dataclass(frozen=True)
 class QuantizeConfig:
     """How to quantize a checkpoint.
 
-    mode: "ours" (AWQ scales and GPTQ) or "upstream" (llm-awq's objective); group_size: inputs that share a scale;
-    extra_parts: of "vision_tower" and "mm_projector" those that are quantized too. Only in mode "ours":
+    method: "awq-gptq" (AWQ scales, clipping and GPTQ) or "llm-awq" (its own objective); group_size: inputs that share a
+    scale; extra_parts: of "vision_tower" and "mm_projector" those that are quantized too. With "awq-gptq" only:
     propagate_error: quantize each layer from the activations behind the quantized layers before it; image_weight: how
     much an image token counts for each 1 of a text token.
     """
 
-    mode: str = "ours"
+    method: str = "awq-gptq"
     group_size: int = 128
     propagate_error: bool = True
     image_weight: float = 1.0

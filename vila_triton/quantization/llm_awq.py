@@ -128,7 +128,7 @@ def search_clip(w: Tensor, x: Tensor, group_size: int) -> Tensor:
 def require_clip_tokens(count: int) -> None:
     """Check that there are enough calibration tokens for `search_clip`. Errors: ValueError."""
     if count < CLIP_TOKENS:
-        raise ValueError(f"upstream's clipping needs {CLIP_TOKENS} tokens of calibration, there are {count}")
+        raise ValueError(f"llm-awq's clipping needs {CLIP_TOKENS} tokens of calibration, there are {count}")
 
 
 def clip_to_bounds(w: Tensor, bound: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from vila_triton.models.params import leaves, load_tree
 from . import awq_cache_file, awq_gptq, llm_awq
 from .activations import CalibrationTokens
 from .calibration_data import CalibrationSet, token_weights
-from .config import QuantizationRun, QuantizeConfig
+from .config import METHODS, QuantizationRun, QuantizeConfig
 from .llm_awq import AwqSearchResult
 from .resumable import (
     CACHE_PREFIX,
@@ -61,14 +61,14 @@ def prepare_source(source: CheckpointSource, config: QuantizeConfig) -> Checkpoi
         if source.group_size(part):
             suffix = "" if part == "llm" else f": {part}"
             raise ValueError(f"{source.folder} is int4 already{suffix}; quantize the fp16 checkpoint that it came from")
-    if config.mode not in ("ours", "upstream"):
-        raise ValueError(f"no mode {config.mode!r}; there are: ours, upstream")
-    if config.mode == "upstream" and not config.propagate_error:
-        raise ValueError("upstream never carries errors on; leave propagate_error as it is")
-    if config.mode == "upstream" and (config.image_weight != 1 or config.extra_parts):
+    if config.method not in METHODS:
+        raise ValueError(f"no method {config.method!r}; there are: {', '.join(METHODS)}")
+    if config.method == "llm-awq" and not config.propagate_error:
+        raise ValueError("llm-awq never propagates errors; leave propagate_error as it is")
+    if config.method == "llm-awq" and (config.image_weight != 1 or config.extra_parts):
         extra = ", ".join(config.extra_parts)
         reason = f"has no place for {extra}" if extra else "weighs all tokens alike"
-        raise ValueError(f"upstream's objective {reason}; that needs mode ours")
+        raise ValueError(f"llm-awq's objective {reason}; that needs method awq-gptq")
     if "vision_tower" in config.extra_parts:
         source = pad_mlp_to_groups(source, cfg.vision_tower, config.group_size)
     for part in parts:
@@ -129,7 +129,7 @@ def quantize_checkpoint(
     """Quantize a checkpoint, layer by layer; called again after a kill, it goes on behind the last finished layer.
 
     work: the folder for finished layers, in which the tensors of the result lie. awq_cache: scales and clips by layer,
-    which are applied instead of a search (mode "upstream").
+    which are applied instead of a search (method "llm-awq").
     Errors: ValueError, naming the layer if it is one's.
     """
     source = quantized = prepare_source(source, config)
@@ -139,7 +139,7 @@ def quantize_checkpoint(
         raise ValueError(f"{', '.join(config.extra_parts)}: quantized by its inputs, but calibration has no images")
     weights = token_weights(calibration.sequences, config.image_weight).to(device)
     tokens = CalibrationTokens(tuple(map(len, calibration.sequences)), weights)
-    if config.mode == "upstream" and awq_cache is None:
+    if config.method == "llm-awq" and awq_cache is None:
         llm_awq.require_clip_tokens(sum(tokens.lengths))
     cache_items = [x for result in awq_cache or () for pair in (result.scales | result.clips).items() for x in pair]
     images = () if pixel_values is None else (pixel_values,)
@@ -172,33 +172,34 @@ def language_steps(
 ) -> LayerwiseJob:
     """Quantize the language model layer by layer. quantized: the checkpoint with the parts before it quantized."""
     config, llm, dtype = run.config, run.cfg.llm, part_dtype(run.source, "llm")
-    group_size, propagate = config.group_size, config.mode == "ours" and config.propagate_error
+    group_size, propagate = config.group_size, config.method == "awq-gptq" and config.propagate_error
 
     def initial_state() -> State:
-        x = embed_calibration(run, run.source, torch.float32 if config.mode == "ours" else dtype)
+        x = embed_calibration(run, run.source, torch.float32 if config.method == "awq-gptq" else dtype)
         if not propagate:
-            return {"x": x}
-        return {"x": x, "seen": embed_calibration(run, quantized, x.dtype) if config.extra_parts else x.clone()}
+            return {"reference": x}
+        quantized_x = embed_calibration(run, quantized, x.dtype) if config.extra_parts else x.clone()
+        return {"reference": x, "quantized": quantized_x}
 
     def quantize_one(i: int, layer: llama.Layer, state: State) -> StepResult:
-        x = state["x"]
-        if config.mode == "ours":
-            r = awq_gptq.quantize_layer(layer, x, state.get("seen", x), tokens, llm, group_size, propagate)
-            state = {"x": r.reference_out, "seen": r.quantized_out} if propagate else {"x": r.reference_out}
+        x = state["reference"]
+        if config.method == "awq-gptq":
+            r = awq_gptq.quantize_layer(layer, x, state.get("quantized", x), tokens, llm, group_size, propagate)
+            state = {"reference": r.reference_out} | ({"quantized": r.quantized_out} if propagate else {})
             return StepResult(r.layer, r.report, state, {})
         cached = awq_cache[i].to(run.device) if awq_cache else None
         int4_layer, out, result = llm_awq.quantize_layer(layer, x, tokens, llm, group_size, cached)
         cache_tensors = {f"scale.{scale_group}": s for scale_group, s in result.scales.items()}
         cache_tensors |= {f"clip.{name}": bound for name, bound in result.clips.items()}
         scales = {scale_group: {"ratio": ratio} for scale_group, ratio in result.ratios.items()}
-        return StepResult(int4_layer, {"scales": scales, "linears": {}}, {"x": out}, cache_tensors)
+        return StepResult(int4_layer, {"scales": scales, "linears": {}}, {"reference": out}, cache_tensors)
 
     dense_specs, int4_specs = (part_specs(run.source, "llm", size).layers for size in (None, group_size))
     return LayerwiseJob("llm", group_size, dense_specs, int4_specs, initial_state, quantize_one)
 
 
 def save_cache(work: Path, file: Path) -> None:
-    """Write the scales and clips that mode "upstream" has searched, as an llm-awq cache."""
+    """Write the scales and clips that method "llm-awq" has searched, as an llm-awq cache."""
     layers = []
     for path in sorted(work.glob("llm-*.safetensors")):
         tensors: dict[str, dict[str, Tensor]] = {"scale": {}, "clip": {}}

@@ -18,9 +18,9 @@ Line = tuple[str, str, Sequence[float], str]  # label, color, a value for each l
 def write_report(folder: Path, summary: dict[str, Any], part_reports: Mapping[str, Sequence[dict[str, Any]]]) -> None:
     """Write quantization.json and, if there are reports by part, a list of layers each, quantization.svg.
 
-    Of a linear: `nearest`, the error of rounding to nearest as a share of its output's energy, on the inputs that reach
-    it; `ours`, the error that is left; `shrink`, the mean ratio of its grids to the range of their weights, 1
-    unclipped. Of a scale group: `ratio`, the exponent of its scale.
+    Of a linear: `rtn_error`, the error of rounding to nearest as a share of its output's energy, on the inputs that
+    reach it; `error`, what is left of it; `clip_ratio`, the mean ratio of its grids to the range of their weights. Of a
+    scale group: `ratio`, the exponent of its scale.
     """
     reports = {"layers" if part == "llm" else part: list(steps) for part, steps in part_reports.items()}
     write_json(folder / "quantization.json", summary | reports)
@@ -65,14 +65,14 @@ def error_lines(steps: Sequence[dict[str, Any]]) -> list[Line]:
     lines = list[Line]()
     for name, color in zip(steps[0]["linears"], COLORS):
         values = [step["linears"][name] for step in steps]
-        lines += [(name, color, [v["ours"] for v in values], ""), ("", color, [v["nearest"] for v in values], "3 3")]
+        lines += [(name, color, [v["error"] for v in values], ""), ("", color, [v["rtn_error"] for v in values], "3 3")]
     return lines
 
 
 def clip_ratio_lines(steps: Sequence[dict[str, Any]]) -> list[Line]:
     """A line for each linear: the mean ratio of its grids to the range of their weights."""
     named = zip(steps[0]["linears"], COLORS)
-    return [(name, color, [step["linears"][name]["shrink"] for step in steps], "") for name, color in named]
+    return [(name, color, [step["linears"][name]["clip_ratio"] for step in steps], "") for name, color in named]
 
 
 def draw_panel(title: str, lines: Sequence[Line], log: bool, top: int) -> str:

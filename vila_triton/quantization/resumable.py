@@ -34,8 +34,8 @@ from vila_triton.files.reading import parse_json, read_json
 from vila_triton.models.params import LazyTensors, ParameterSpec, check_state_dict, leaves, tree_map
 
 CACHE_PREFIX = "awq_cache."  # of the names of scales and clips in the file of a layer
-ERROR_KEYS = ("nearest", "ours", "shrink")  # of a linear in the report of a layer
-State = dict[str, Tensor]  # activations between layers: "x" in the original model, "seen" behind quantized layers
+ERROR_KEYS = ("rtn_error", "error", "clip_ratio")  # of a linear in the report of a layer
+State = dict[str, Tensor]  # activations: "reference", in the original model; "quantized", behind quantized layers
 
 
 @dataclass(frozen=True)

@@ -154,20 +154,21 @@ def quantize_linears(
     """Quantize the linears of one layer while the layer runs -> its quantized tree, a report, and its outputs.
 
     forward(tree, x, linear) must apply every linear through its argument `linear`. A first pass over the activations of
-    the original model, state["x"], records the inputs of each linear. With propagate_error a second pass over the
-    activations behind the quantized layers, state["seen"], quantizes each linear when it is reached: from its inputs in
-    that pass, its weight corrected for the difference (`error_correction_map`). Without it they are quantized during
-    the first pass. Everything is computed in the dtype of state["x"], whatever that of the tree.
-    Errors: ValueError naming the linear.
+    the original model, state["reference"], records the inputs of each linear. With propagate_error a second pass over
+    the activations behind the quantized layers, state["quantized"], quantizes each linear when it is reached: from its
+    inputs in that pass, its weight corrected for the difference (`error_correction_map`). Without it they are quantized
+    during the first pass. Everything is computed in the dtype of state["reference"], whatever that of the tree. Errors:
+    ValueError naming the linear.
     """
-    tree = tree_map(lambda leaf: leaf.to(state["x"].dtype), tree)
+    x = state["reference"]
+    tree = tree_map(lambda leaf: leaf.to(x.dtype), tree)
     names = [".".join(spec.key.split(".")[-3:-1]) for spec in leaves(specs)]
     ids = map(id, leaves(tree))
     quantizer = LinearQuantizer(dict(zip(ids, names, strict=True)), group_size, propagate_error)
-    with use_default_kernels(state["x"].device):  # their attention holds no scores of all tiles at once
-        out = {"x": forward(tree, state["x"], quantizer.record)}
+    with use_default_kernels(x.device, "prefill"):  # their attention holds no scores of all tiles at once
+        out = {"reference": forward(tree, x, quantizer.record)}
         if propagate_error:
-            out["seen"] = forward(tree, state["seen"], quantizer.quantize_and_apply)
+            out["quantized"] = forward(tree, state["quantized"], quantizer.quantize_and_apply)
     quantized = tree_map(lambda leaf: quantizer.int4.get(id(leaf), leaf), tree)
     return StepResult(quantized, quantizer.report, out, {})
 
@@ -183,7 +184,7 @@ def tower_steps(run: QuantizationRun, pixel_values: Tensor) -> LayerwiseJob:
         tower, _ = open_streamed_tower(run.source, run.device, torch.float32)
         images = subsample_images(pixel_values, positions_per_image(cfg)).to(run.device, torch.float32)
         x = torch.cat([architecture.embed(tower, tiles, cfg) for tiles in vision.to_tiles(images, cfg)])
-        return {"x": x, "seen": x.clone()} if propagate else {"x": x}
+        return {"reference": x, "quantized": x.clone()} if propagate else {"reference": x}
 
     def quantize_one(i: int, layer: Any, state: State) -> StepResult:
         def forward(p: Any, x: Tensor, linear: LinearFn) -> Tensor:
@@ -204,13 +205,13 @@ def projector_steps(run: QuantizationRun, quantized: CheckpointSource, pixel_val
     def image_features(source: CheckpointSource) -> Tensor:
         tower, model_cfg = open_streamed_tower(source, run.device, torch.float32)
         images = subsample_images(pixel_values, run.cfg.tokens_per_image).to(run.device, torch.float32)
-        with use_default_kernels(run.device):
+        with use_default_kernels(run.device, "prefill"):
             batches = images.split(IMAGES_PER_BATCH)
             return torch.cat([vision.forward(tower, batch, model_cfg.vision_tower) for batch in batches])
 
     def initial_state() -> State:
         x = image_features(run.source)
-        return {"x": x, "seen": image_features(quantized)} if propagate else {"x": x}
+        return {"reference": x, "quantized": image_features(quantized)} if propagate else {"reference": x}
 
     def quantize_one(_: int, p: Any, state: State) -> StepResult:
         def forward(p: Any, x: Tensor, linear: LinearFn) -> Tensor:
