@@ -98,5 +98,5 @@ def test_accuracy_sizes_are_of_production_with_both_dequant_roundings() -> None:
     assert yardstick == "dense"
     assert {s["G"] * s["group"] for s in sizes} == {4096, 8192, 14336}
     assert {(s["order"], s["dtype"]) for s in sizes} == {(o, d) for o in ("sub", "fma") for d in ("float16", "float32")}
-    with pytest.raises(ValueError, match=r"error\.toml has no 'rope'; it has: int4_matmul"):
+    with pytest.raises(ValueError, match=r"accuracy\.toml has no 'rope'; it has: int4_matmul"):
         accuracy.yardstick_and_sizes("rope", toy=False)
