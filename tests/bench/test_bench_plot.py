@@ -120,7 +120,7 @@ def draw(folder: Path, name: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", plot.PLOTS)
-def test_pictures_carry_their_stamp_and_are_the_same_each_time(
+def test_figures_carry_their_stamp_and_are_reproducible(
     name: str, drawn: Callable[[str], dict[str, bytes]], tmp_path: Path
 ) -> None:
     files = drawn(name)
@@ -144,7 +144,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_pictures_say_what_they_show(name: str, drawn: Callable[[str], dict[str, bytes]]) -> None:
+def test_figures_name_what_they_show(name: str, drawn: Callable[[str], dict[str, bytes]]) -> None:
     text = b" ".join(content for file, content in drawn(name).items() if file.endswith(".svg")).decode()
     assert [word for word in WORDS[name] if word not in re.sub(r"\s", " ", text)] == []
 
@@ -190,7 +190,7 @@ def boxes(fig: Figure) -> Iterator[list[tuple[str, Bbox]]]:
 
 
 @pytest.mark.parametrize("name", plot.PLOTS)
-def test_nothing_is_printed_over_other_words(name: str, tmp_path: Path) -> None:
+def test_texts_of_figures_do_not_overlap(name: str, tmp_path: Path) -> None:
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in plot.KINDS}
     for row in crowded(name):
         found[row["kind"]].append(row)
@@ -208,7 +208,7 @@ def test_nothing_is_printed_over_other_words(name: str, tmp_path: Path) -> None:
     plt.close("all")
 
 
-def test_everything_is_drawn_from_one_file_and_other_kinds_are_named(
+def test_plot_draws_all_figures_of_a_file_and_names_other_kinds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = [{"kind": "refused", "op": "rope"}, *op_rows(), *memory_rows()]
@@ -220,7 +220,7 @@ def test_everything_is_drawn_from_one_file_and_other_kinds_are_named(
 
 
 @pytest.mark.parametrize(("field", "value"), [("device", "Another GPU"), ("date", "2026-01-03"), ("commit", "fedcba")])
-def test_rows_of_two_runs_are_refused_by_name_and_one_can_be_chosen(
+def test_plot_refuses_rows_of_two_runs_unless_one_is_chosen(
     field: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = written(tmp_path / "rows.jsonl", [*op_rows(), *({**row, field: value} for row in op_rows())])
@@ -247,14 +247,14 @@ def test_rows_of_two_runs_are_refused_by_name_and_one_can_be_chosen(
         ([{"kind": "refused"}], "nothing was drawn"),
     ],
 )
-def test_rows_that_cannot_be_drawn_are_named(
+def test_plot_names_rows_it_cannot_draw(
     lines: list[dict[str, Any]], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plot.main([written(tmp_path / "rows.jsonl", lines), "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_bad_arguments_and_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_names_bad_arguments_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plot.main([str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl" in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text("{\n")
@@ -264,7 +264,7 @@ def test_bad_arguments_and_files_are_named(tmp_path: Path, capsys: pytest.Captur
     assert "no figure pie; there are: roofline, " in capsys.readouterr().err
 
 
-def test_what_was_measured_again_counts_once_the_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_uses_the_last_of_repeated_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = [{**HERE, **row} for row in op_rows() if row["kind"] == "op"]
     file = Path(written(tmp_path / "rows.jsonl", [*found, {**found[0], "seconds": 7.0}]))
     loaded = plot.load_rows([file], "")["op"]
@@ -272,7 +272,7 @@ def test_what_was_measured_again_counts_once_the_last(tmp_path: Path, capsys: py
     assert "1 rows were measured again" in capsys.readouterr().out
 
 
-def test_a_resumed_search_is_one_run_and_two_searches_are_two_pictures(tmp_path: Path) -> None:
+def test_resumed_search_is_one_run_and_two_searches_are_two_figures(tmp_path: Path) -> None:
     found = list(tune_rows())
     resumed = [{"kind": "search"}, *found[:5], *({**row, "date": "2026-01-03"} for row in found[5:])]
     files = [Path(written(tmp_path / name, resumed)) for name in ("a.jsonl", "b.jsonl")]
@@ -282,7 +282,7 @@ def test_a_resumed_search_is_one_run_and_two_searches_are_two_pictures(tmp_path:
     plt.close("all")
 
 
-def test_numbers_in_the_pictures_are_those_of_the_rows() -> None:
+def test_numbers_in_the_figures_are_those_of_the_rows() -> None:
     found = [row for row in op_rows() if row["kind"] == "op"]
     (shapes,) = ops.group_by_sweep(found).values()
     assert [dict(shape)["n"] for shape in shapes] == [256, 512]  # both cases of a shape in one line
@@ -296,7 +296,7 @@ def test_numbers_in_the_pictures_are_those_of_the_rows() -> None:
     ) == pytest.approx(2)
 
 
-def test_memory_rows_come_from_the_memory_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_memory_writes_rows_that_plot_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "rows.jsonl"
     options = ["--lengths", "16", "32", "--chunks", "0", "16", "--layers", "1", "--device", "cpu", "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["bench.prefill_memory", *options])
