@@ -206,7 +206,7 @@ def test_every_kernel_file_is_an_implementation() -> None:
 
 
 def python(code: str, *path: Path, cwd: Path = ROOT) -> str:
-    """What a fresh interpreter prints, run in `cwd` with the given folders before all others."""
+    """The output of code in a fresh interpreter, run in `cwd` with these folders first on its path."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], cwd=cwd, env=env, capture_output=True, text=True
