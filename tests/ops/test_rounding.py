@@ -68,7 +68,7 @@ def test_quantized_pages_hold_the_same_bits_on_every_device(kv: str, scales: tor
 
 @pytest.mark.parametrize("kv", KV_BITS)
 @pytest.mark.parametrize("op, impl, config", CASES)
-def test_kernels_agree_with_the_reference_of_a_gpu(op: Op, impl: Impl, config: dict, kv: str) -> None:
+def test_kernels_equal_the_reference_with_cuda_division(op: Op, impl: Impl, config: dict, kv: str) -> None:
     sizes = dict(s=40, g=3, d=64, l=16, dtype="float16", kv=kv) | ({"ratio": 2} if "ratio" in op.domain else {})
     with DividesLikeCuda():
         assert_matches_reference(op, impl, config, example_args(op, 0, **sizes))

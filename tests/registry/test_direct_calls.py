@@ -44,8 +44,8 @@ def test_a_call_runs_the_same_implementation_inside_and_outside_an_engine(op: Op
 
 @pytest.mark.parametrize("name", ["prefill_attention", "decode_attention"])
 def test_a_batch_invariant_call_runs_a_batch_invariant_implementation(name: str) -> None:
-    args = example(OPS[name], numerics="invariant")
-    with engine.use_default_kernels(torch.device("cpu"), "invariant"):
+    args = example(OPS[name], numerics="batch_invariant")
+    with engine.use_default_kernels(torch.device("cpu"), "batch_invariant"):
         inside = ran(OPS[name], args)
     assert ran(OPS[name], args) == inside
 
@@ -141,4 +141,4 @@ def test_ops_command_shows_the_implementations_of_a_gpu(
     said = capsys.readouterr().out
     assert "chosen on cuda for" in said and "There is no GPU here" in said and 'use(OP="reference")' in said
     (line,) = [line for line in said.splitlines() if line.split()[:2] == ["rms_norm", "triton"]]
-    assert "prefill and decode and invariant" in line
+    assert "prefill and decode and batch_invariant" in line

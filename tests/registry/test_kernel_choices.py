@@ -299,8 +299,8 @@ def test_ops_command_describes_size_ranges(
     said = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(said) if line.startswith("doubled"))
     assert [re.split("  +", line)[-2] for line in said[at : at + 3]] == [
-        "prefill and decode and invariant, m from 501",
-        "prefill and decode, m up to 0, m 9 to 500; invariant, m up to 500",
+        "prefill and decode and batch_invariant, m from 501",
+        "prefill and decode, m up to 0, m 9 to 500; batch_invariant, m up to 500",
         "prefill and decode, m 1 to 8",
     ]
     because = "configs/tuned/toy-gpu.json chooses for this GPU, m 1 to 256; configs/kernels.toml beyond"
