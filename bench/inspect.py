@@ -258,7 +258,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--asm", nargs="?", const="loop", metavar="loop|all|LINE")
     parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
     parser.add_argument("--json", type=Path, help="append the rows to this file")
-    parser.add_argument("--out", type=Path, help="a picture, as .png and .svg")
+    parser.add_argument("--out", type=Path, help="a plot, as .png and .svg")
     args = parser.parse_args(argv)
     args.arch = [name for text in args.arch for name in text.split(",")]
     if unknown := [name for name in args.arch if name not in TARGETS]:

@@ -237,7 +237,7 @@ def run_html(records: Sequence[Row], files: Sequence[Path]) -> Iterator[Html]:
 
 def plot_images(files: Sequence[Path], run: str) -> Iterator[Html]:
     """The plots of `bench.plot`, but not those of searches, which are too many and have tables."""
-    yield heading(2, "Pictures")
+    yield heading(2, "Plots")
     try:
         loaded = plot.load_rows(files, run)
     except ValueError as error:

@@ -45,7 +45,7 @@ MAX_LISTED_FLIPS = 10
 
 @torch.inference_mode()
 def run_prompt(
-    talker: ChatModel,
+    chat_model: ChatModel,
     prompt: Prompt,
     steps: int,
     tokens: list[int] | None = None,
@@ -55,12 +55,12 @@ def run_prompt(
 
     -> (logits [t, v] of every position, the decoded tokens, the number of prefilled positions)
     """
-    ids = torch.tensor([talker.prompt_ids(prompt.question, len(prompt.images))])
-    images = talker.preprocess_images(prompt.images) if prompt.images else None
-    stop = talker.model.config.part_configs()["llm"].get("eos_token_id")
+    ids = torch.tensor([chat_model.prompt_ids(prompt.question, len(prompt.images))])
+    images = chat_model.preprocess_images(prompt.images) if prompt.images else None
+    stop = chat_model.model.config.part_configs()["llm"].get("eos_token_id")
     if recorder:
         recorder.phase = "prefill"
-    out = talker.model(ids, images=images, use_cache=True)
+    out = chat_model.model(ids, images=images, use_cache=True)
     logits, decoded = [out.logits[0]], []
     if recorder:
         recorder.phase = "decode"
@@ -69,7 +69,7 @@ def run_prompt(
         if tokens is None and token == stop:
             break
         decoded.append(token)
-        out = talker.model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+        out = chat_model.model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
         logits.append(out.logits[0])
     return torch.cat(logits), decoded, len(logits[0])
 
@@ -113,20 +113,20 @@ def comparison_table(recorder: ShadowRecorder) -> Iterator[str]:
 
 
 def run_shadow(
-    talker: ChatModel, impl: Impl, prompts: Sequence[Prompt], steps: int, only: Sequence[str]
+    chat_model: ChatModel, impl: Impl, prompts: Sequence[Prompt], steps: int, only: Sequence[str]
 ) -> tuple[ShadowRecorder, set[str], list[LogitShift] | str]:
     """Make both runs -> (the recorder, the incumbents, the logit shift of each prompt or the reason for none)."""
-    recorder = ShadowRecorder(OPS[impl.op], impl, talker.model.params, only)
+    recorder = ShadowRecorder(OPS[impl.op], impl, chat_model.model.params, only)
     shifts: list[LogitShift] = []
     with count_calls() as calls, recorder.recording():
         incumbent_runs = [
-            run_prompt(talker, prompt, steps, recorder=recorder) for prompt in with_progress(prompts, "beside")
+            run_prompt(chat_model, prompt, steps, recorder=recorder) for prompt in with_progress(prompts, "beside")
         ]
     incumbents = {name for op, name in calls if op == impl.op}
     try:
         with use(**{impl.op: impl.name}):
             for prompt, (logits, tokens, prefilled) in zip(with_progress(prompts, "alone"), incumbent_runs):
-                shifts.append(logit_shift(logits, run_prompt(talker, prompt, steps, tokens)[0], prefilled))
+                shifts.append(logit_shift(logits, run_prompt(chat_model, prompt, steps, tokens)[0], prefilled))
     except Exception as error:  # a kernel may fail in any way at all
         return recorder, incumbents, exception_line(error)
     return recorder, incumbents, shifts
@@ -204,8 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         BUNDLED_CHECKPOINT.with_name("checkpoint-int4") if args.op.startswith("int4") else BUNDLED_CHECKPOINT
     )
     prompts = questions.read_prompts(args.prompts) if args.prompts else questions.bundled_prompts(args.count, args.seed)
-    talker = load_chat_model(folder, DEVICE)
-    recorder, incumbents, shifts = run_shadow(talker, impl, prompts, args.tokens, args.layers)
+    chat_model = load_chat_model(folder, DEVICE)
+    recorder, incumbents, shifts = run_shadow(chat_model, impl, prompts, args.tokens, args.layers)
     if not recorder.layers:
         filter_text = f" in a layer named like {', '.join(args.layers)}" if args.layers else ""
         raise ValueError(f"{folder.name} makes no call of {args.op}{filter_text} on these prompts")
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(shifts, str):
         print(f"the model does not run on the candidate alone: {shifts}")
     else:
-        print("\n".join(summary_lines(shifts, lambda token: talker.tokenizer.decode([token]))))
+        print("\n".join(summary_lines(shifts, lambda token: chat_model.tokenizer.decode([token]))))
     default_file = Path(tempfile.gettempdir()) / f"{args.op}-{args.impl}-shadow.bundle"
     save_worst_call(recorder, args.save or repro_bundle.unused_path(default_file))
     if args.json:

@@ -1,6 +1,6 @@
-"""What an index argument names exists: every other value is an IndexError before any implementation runs.
+"""Index arguments out of range raise IndexError before any implementation runs.
 
-Which arguments are indices is read off the examples of the ops: tensors of integers.
+The index arguments of an op are those of its examples that are integer tensors.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The int4 leaf type: what a weight of codes, zeros and scales means in both orders of rounding, and making one."""
+"""`Int4`: dequantizing with both roundings, and quantizing by rounding to nearest."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The references against independent oracles, and the contracts that every call is held to before anything runs."""
+"""References equal independent implementations, and wrong arguments are refused before anything runs."""
 
 import math
 from dataclasses import replace

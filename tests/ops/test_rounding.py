@@ -1,4 +1,4 @@
-"""Ops that promise bits keep them on a GPU, where torch divides by numbers otherwise, and compilers contract."""
+"""Bitwise-exact ops give the same bits on a GPU, where torch divides by scalars differently and compilers fuse."""
 
 import shutil
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Ops that move numbers make the same bits of every special value: NaN, infinities, zeros, the ends of the range."""
+"""Ops that move or quantize numbers treat special values bit for bit alike: NaN, infinities, zeros, extremes."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Ops as `torch.library` custom ops: what torch asks of one, and a decoder layer compiled in one piece."""
+"""Ops as `torch.library` custom ops: torch's own opcheck, errors, and a decoder layer compiled into one graph."""
 
 import shutil
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def example(op: Op, seed: int, **sizes: Any) -> tuple:
 
 
 def opcheck(op: Op, **sizes: Any) -> None:
-    """torch's own: the schema tells what is written, the fake call what comes back, at fixed and at free shapes."""
+    """Run torch's check that the schema declares all mutations and that fake results have the shapes of real ones."""
     torch.library.opcheck(getattr(torch.ops.vila_triton, op.name).default, example(op, 0, **sizes))
 
 

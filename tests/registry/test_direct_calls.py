@@ -1,4 +1,4 @@
-"""A call of an op outside an engine runs what an engine would run on its device; the reference is one choice."""
+"""A call of an op outside an engine runs the implementation that an engine would run on its device."""
 
 from dataclasses import replace
 from typing import Any

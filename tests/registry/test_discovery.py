@@ -1,4 +1,4 @@
-"""What a file takes to be found, for an op as for a kernel, and what one does that is broken."""
+"""A new file of an op or a kernel is discovered; a broken one is reported, and the others still load."""
 
 import importlib
 import sys

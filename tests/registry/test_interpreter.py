@@ -1,4 +1,4 @@
-"""Triton's interpreter under every numpy, whichever of its methods the installed Triton brings."""
+"""Triton's interpreter runs loops under every numpy, and the chat summary says when it was used."""
 
 from collections import Counter
 from typing import Any

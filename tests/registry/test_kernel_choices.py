@@ -1,4 +1,4 @@
-"""A choice is a name or names by ranges of a size: in Python, in configs/kernels.toml, in a tuned table."""
+"""Choices of implementations, one name or names by ranges of a size: in Python, in configs/kernels.toml, in tables."""
 
 import json
 import re

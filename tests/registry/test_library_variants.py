@@ -1,4 +1,4 @@
-"""What the variants over torch's own kernels add to the property test: bfloat16, packed copies, gradients."""
+"""Implementations that call torch's own kernels: bfloat16, packed copies of weights, gradients."""
 
 import gc
 from dataclasses import replace

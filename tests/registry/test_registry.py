@@ -1,4 +1,4 @@
-"""The registry: a name belongs to one file, a choice is explicit, what is unsupported fails."""
+"""The registry: a name belongs to one file, choices are explicit, unsupported calls fail."""
 
 from collections.abc import Callable
 

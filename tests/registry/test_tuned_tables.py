@@ -1,4 +1,4 @@
-"""Tuned tables cover every size, are looked up by the sizes of a call, and know when they no longer hold."""
+"""Tuned tables cover every size, are looked up by the sizes of a call, and are refused when they are stale."""
 
 import json
 import sys
