@@ -2,12 +2,12 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .console import note_new_spelling
 from .paths import BUNDLED_CHECKPOINT
 
 if TYPE_CHECKING:
@@ -40,10 +40,6 @@ def renamed_values(new_names: Mapping[str, str]) -> Callable[[str], str]:
         return new_names.get(text, text)
 
     return read
-
-
-def note_new_spelling(old: str, new: str) -> None:
-    print(f"note: {old} is now {new}; the old spelling goes away with the next release", file=sys.stderr)
 
 
 def add_command(commands: Any, name: str, summary: str, details: str = "", **kwargs: Any) -> argparse.ArgumentParser:

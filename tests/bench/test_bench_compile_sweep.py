@@ -30,7 +30,7 @@ def test_a_load_is_as_wide_as_rows_and_tile_let_it_be(sizes: dict, keys: int, th
 def test_sizes_are_narrowed_as_asked_and_ops_must_be_there() -> None:
     args = argparse.Namespace(op=["encoder_attention"], impl=None, arch=["sm_90"], size=["d=72,96", "dtype=float16"])
     assert {call.sizes["d"] for call in compile_sweep.build_requests(args)} == {72, 96}
-    with pytest.raises(ValueError, match=r"sweep\.toml has no rope; it has prefill_attention"):
+    with pytest.raises(ValueError, match=r"compile_sweep\.toml has no rope; it has prefill_attention"):
         list(compile_sweep.build_requests(argparse.Namespace(**{**vars(args), "op": ["rope"]})))
     with pytest.raises(ValueError, match=r"--size D: expected NAME=VALUE,.*, a name among b, d"):
         list(compile_sweep.build_requests(argparse.Namespace(**{**vars(args), "size": ["D=72"]})))
@@ -54,7 +54,7 @@ def row(op: str, impl: str, seconds: float, served: bool = False, **about: Any) 
 def test_goals_of_attention_are_ratios_of_rows() -> None:
     found = [row("prefill_attention", "triton", 1.0, True), row("prefill_attention", "sdpa_cudnn", 0.8)]
     found += [row("decode_attention", "triton", 1.0, True, case="decode")]
-    about = {"kind": "model", "what": "stream", "device": "d", "model": "m", "layers": 4}
+    about = {"kind": "model", "what": "streaming", "device": "d", "model": "m", "layers": 4}
     about |= {"weights": "int4", "choice": "default"}
     found += [{**about, "prompt": 32, "history": n, "seconds": s} for n, s in ((16, 1.0), (1024, 1.04), (16384, 1.4))]
     prefill, stretch, copy, decode, near, far = goals_attention.report_attention_goals(found)

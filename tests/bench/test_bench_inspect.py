@@ -147,7 +147,8 @@ def test_figures_are_what_cuobjdump_counts(tmp_path: Path) -> None:
         from triton import knobs
         load_implementations(None, False)
         sizes = dict(m=32, n=64, G=2, group=128, dtype="float16", order="sub", bias=False)
-        look = lambda k: (Path({str(tmp_path / "cubin")!r}).write_bytes(k.asm["cubin"]), asdict(analyze_kernel(k).stats))[1]
+        cubin = Path({str(tmp_path / "cubin")!r})
+        look = lambda k: (cubin.write_bytes(k.asm["cubin"]), asdict(analyze_kernel(k).stats))[1]
         print(json.dumps(compile_request(look, CompileRequest("int4_matmul", "packed", 0, "sm_90", sizes)).kernels))
         print(knobs.nvidia.cuobjdump.path)
     """

@@ -36,12 +36,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path
 
 
 def test_every_step_has_a_row_for_every_runner(run: Any) -> None:
-    code, out, _, rows = run("--weights", "float32,int4", "--choice", "default", "--choice", "int4_matmul=aten")
+    code, out, _, rows = run("--weights", "float32,int4", "--kernels", "default", "--kernels", "int4_matmul=aten")
     assert code == 0
     made = {(row["what"], row["weights"], row["choice"]) for row in rows}
     ours = [("float32", "default"), ("int4", "default"), ("int4", "int4_matmul=aten")]
     ways = [*ours, ("float32", HF), ("int4", f"{HF}, dequantized")]
-    assert made == {(what, *way) for what in ("prefill", "stream", "decode", "memory") for way in ways}
+    assert made == {(what, *way) for what in ("prefill", "streaming", "decode", "memory") for way in ways}
     assert len(rows) == len(made)
     for row in rows:
         assert row["kind"] == "model" and row["model"] == "tiny" and row["layers"] == 2 and row["batch"] == 1
@@ -52,7 +52,7 @@ def test_every_step_has_a_row_for_every_runner(run: Any) -> None:
             continue
         assert 0 < row["low"] <= row["seconds"] <= row["high"] and row["rounds"] == 3
         assert (row["ratio_hf"] == 1) == row["choice"].startswith(HF)
-        tokens = {"prefill": 8, "stream": 32, "decode": 1}[row["what"]]
+        tokens = {"prefill": 8, "streaming": 32, "decode": 1}[row["what"]]
         assert row["tokens_per_s"] == pytest.approx(tokens / row["seconds"])
     assert rows[0]["ratio_first"] == 1
     assert "no time" not in out and "decode: batch 1, context 20" in out
@@ -81,7 +81,7 @@ def test_wrong_logits_get_no_time(run: Any, monkeypatch: pytest.MonkeyPatch) -> 
     """A variant that is a little off is named and not timed; the others are, and the exit code says so."""
     planted = Impl("swiglu", "leaky", lambda gate, up: OPS["swiglu"].reference(gate, up) * 1.001, ({},), Path(__file__))
     monkeypatch.setitem(OPS["swiglu"].impls, "leaky", planted)
-    code, out, _, rows = run("--weights", "float32", "--choice", "swiglu=leaky", "--choice", "default")
+    code, out, _, rows = run("--weights", "float32", "--kernels", "swiglu=leaky", "--kernels", "default")
     assert code == 1 and "float32 swiglu=leaky: no time, the logits of a prefill are off by" in out
     assert {row["choice"] for row in rows if row["kind"] == "model"} == {"default", HF}
     (refused,) = [row for row in rows if row["kind"] == "refused"]
@@ -93,7 +93,7 @@ def test_what_a_choice_does_not_support_is_said(run: Any, monkeypatch: pytest.Mo
         raise Unsupported("rms_norm: not on Mondays")
 
     monkeypatch.setitem(OPS["rms_norm"].impls, "monday", Impl("rms_norm", "monday", refuse, ({},), Path(__file__)))
-    code, out, _, rows = run("--weights", "float32", "--choice", "rms_norm=monday", "--against", "none")
+    code, out, _, rows = run("--weights", "float32", "--kernels", "rms_norm=monday", "--baseline", "none")
     assert code == 1 and [row["kind"] for row in rows] == ["refused"]
     assert "no time, unsupported: rms_norm: not on Mondays" in out
 
@@ -183,8 +183,8 @@ def test_published_numbers_are_context_only() -> None:
     [
         (["--model", "nope"], "no model 'nope'"),
         (["--weights", "int3"], "no weights int3; there are: float32"),
-        (["--choice", "rope=fast"], "there are: reference"),
-        (["--choice", "fast"], "expected kernels.OP=NAME"),
+        (["--kernels", "rope=fast"], "there are: reference"),
+        (["--kernels", "fast"], "expected kernels.OP=NAME"),
         (["--prompts", "5000"], "5000 tokens, but tiny was made for 4096"),
     ],
 )
@@ -195,7 +195,7 @@ def test_a_wrong_call_gets_one_clear_line(run: Any, args: list[str], message: st
 
 def test_steps_are_named_as_their_rows() -> None:
     found = list(model_steps.plan_steps([8], [16], [1, 2], [20]))
-    assert [step.kind for step in found] == ["prefill", "stream", "decode", "decode", "memory"]
+    assert [step.kind for step in found] == ["prefill", "streaming", "decode", "decode", "memory"]
     assert found[1].labels == {"batch": 1, "prompt": 32, "history": 16} and found[3].labels == {
         "batch": 2,
         "context": 20,

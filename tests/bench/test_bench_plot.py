@@ -1,4 +1,4 @@
-"""Pictures from rows: every kind is drawn, the same each time, with its stamp; what would mislead is refused."""
+"""Figures from rows: every kind is drawn, the same each time, with its stamp; what would mislead is refused."""
 
 import itertools
 import json
@@ -66,7 +66,7 @@ def model_rows() -> Iterator[dict[str, Any]]:
         for prompt in (32, 128):
             yield {**about, "what": "prefill", "batch": 1, "prompt": prompt, "seconds": prompt / 1e3}
             yield {**about, "what": "memory", "batch": 1, "prompt": prompt, "peak_bytes": prompt * 10**6}
-            yield {**about, "what": "stream", "batch": 1, "prompt": 32, "history": prompt, "seconds": 0.03}
+            yield {**about, "what": "streaming", "batch": 1, "prompt": 32, "history": prompt, "seconds": 0.03}
         for batch, context in itertools.product((1, 4), (64, 256)):
             rate = {"tokens_per_s": 30 * batch, "limit_seconds": 1 / 50}
             yield {**about, "what": "decode", "batch": batch, "context": context, **rate}
@@ -87,7 +87,7 @@ def memory_rows() -> Iterator[dict[str, Any]]:
 def predict_rows() -> Iterator[dict[str, Any]]:
     for gpu, weights, beyond in (("H100", "float16", None), ("H100", "int4", None), ("4090", "float16", "memory")):
         about = {"kind": "predict", "gpu": gpu, "source": "datasheet", "model": "vila1.5-40b", "weights": weights}
-        yield {**about, "what": "prefill", "pictures": 1, "prompt": 32, "seconds": 0.03, "beyond": beyond}
+        yield {**about, "what": "prefill", "images": 1, "prompt": 32, "seconds": 0.03, "beyond": beyond}
         yield {**about, "what": "decode", "context": 256, "seconds": 0.02, "beyond": beyond}
 
 
@@ -139,7 +139,7 @@ WORDS = {
     "tuning": ["BLOCK_M", "BLOCK_N", "num_stages", "compile", "cost", "1.00", "(gpu)"],
     "memory": ["one pass, default, 4 layers", "chunks of 32, default, 4 layers", "the cache", "iB"],
     "model": ["aten, int4", "hf eager, float32", "limit of memory, int4", "tokens of the history", " MB", "batch 4"],
-    "predict": ["H100: 1 picture, 32 words", "4090: at 256 tokens", "beyond memory", "vila1.5-40b", "bounds"],
+    "predict": ["H100: 1 image, 32 text tokens", "4090: at 256 tokens", "beyond memory", "vila1.5-40b", "bounds"],
 }
 
 
@@ -194,17 +194,17 @@ def test_nothing_is_printed_over_other_words(name: str, tmp_path: Path) -> None:
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in plot.KINDS}
     for row in crowded(name):
         found[row["kind"]].append(row)
-    for picture in plot.PLOTS[name][0](found):
-        save_figure(picture.figure, tmp_path / picture.name, HERE)
-        for texts in boxes(picture.figure):
+    for plotted in plot.PLOTS[name][0](found):
+        save_figure(plotted.figure, tmp_path / plotted.name, HERE)
+        for texts in boxes(plotted.figure):
             for (one, a), (other, b) in itertools.combinations(texts, 2):
                 across, up = (min(x1, y1) - max(x0, y0) for x0, x1, y0, y1 in zip(a.min, a.max, b.min, b.max))
-                assert min(across, up) < 1, f"{picture.name}: {one!r} lies over {other!r}"
-        for ax in picture.figure.axes:  # names at an angle, by the distance of their lines
+                assert min(across, up) < 1, f"{plotted.name}: {one!r} lies over {other!r}"
+        for ax in plotted.figure.axes:  # names at an angle, by the distance of their lines
             lines = [x.get_window_extent().min for x in ax.texts if x.get_rotation() == ops.NAME_ANGLE]
             slope = np.radians(ops.NAME_ANGLE)
             across = sorted(x * np.sin(slope) - y * np.cos(slope) for x, y in lines)
-            assert all(b - a > 7 for a, b in itertools.pairwise(across)), picture.name
+            assert all(b - a > 7 for a, b in itertools.pairwise(across)), plotted.name
     plt.close("all")
 
 
@@ -214,7 +214,7 @@ def test_everything_is_drawn_from_one_file_and_other_kinds_are_named(
     found = [{"kind": "refused", "op": "rope"}, *op_rows(), *memory_rows()]
     assert plot.main([written(tmp_path / "rows.jsonl", found), "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "1 rows of kind 'refused': there is no picture of these" in text
+    assert "1 rows of kind 'refused': there is no figure of these" in text
     assert "tuning    no rows of kind 'tune'" in text and "model     no rows of kind 'model'" in text
     assert len(list(tmp_path.glob("*.png"))) == len(list(tmp_path.glob("*.svg"))) == 4
 
@@ -261,7 +261,7 @@ def test_bad_arguments_and_files_are_named(tmp_path: Path, capsys: pytest.Captur
     assert plot.main([str(tmp_path / "bad.jsonl")]) == 2
     assert "bad.jsonl:1 is not a row" in capsys.readouterr().err
     assert plot.main([str(tmp_path / "bad.jsonl"), "--only", "pie"]) == 2
-    assert "no picture pie; there are: roofline, " in capsys.readouterr().err
+    assert "no figure pie; there are: roofline, " in capsys.readouterr().err
 
 
 def test_what_was_measured_again_counts_once_the_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,8 +277,8 @@ def test_a_resumed_search_is_one_run_and_two_searches_are_two_pictures(tmp_path:
     resumed = [{"kind": "search"}, *found[:5], *({**row, "date": "2026-01-03"} for row in found[5:])]
     files = [Path(written(tmp_path / name, resumed)) for name in ("a.jsonl", "b.jsonl")]
     shown = list(tuning.plot_tuning(plot.load_rows(files, "")))
-    assert [picture.name for picture in shown] == ["tuning-int4_matmul-triton-1", "tuning-int4_matmul-triton-2"]
-    assert [plot.single_run_stamp(picture)["date"] for picture in shown] == ["2026-01-03", "2026-01-03"]
+    assert [plotted.name for plotted in shown] == ["tuning-int4_matmul-triton-1", "tuning-int4_matmul-triton-2"]
+    assert [plot.single_run_stamp(plotted)["date"] for plotted in shown] == ["2026-01-03", "2026-01-03"]
     plt.close("all")
 
 

@@ -197,7 +197,7 @@ def test_measured_ceilings_take_the_place_of_the_datasheet(tmp_path: Path, capsy
         ("--gpu H200", "no GPU H200; there are: H100, A100, 4090, Orin"),
         ("--model vila2", "no model vila2; there are: llama-2-7b, "),
         ("--weights int3", "no weights int3; there are: float16, int4"),
-        ("--model llama-2-7b", "Llama-2-7b is a language model alone; it takes no pictures"),
+        ("--model llama-2-7b", "Llama-2-7b is a language model alone; it takes no images"),
         ("--measured none.jsonl", "none.jsonl"),
         ("--gpu H100 --measured x", "give one of them"),
     ],

@@ -1,7 +1,7 @@
 """Conversations of one Talker in any order, in turns and in threads: each answer is what a new Talker gives to the same
 rounds, and at the end no page is missing.
 
-Under the policy "invariant" the logits are compared, bit by bit. Under "fast" what was cached may have other bits than
+Under the numerics "batch_invariant" the logits are compared, bit by bit. Under "fast" what was cached may have other bits than
 what is computed in one piece, and the tokens are compared; there is no allowance for ties.
 """
 
@@ -42,12 +42,12 @@ def chat_model(limit: int | None = None) -> ChatModel:
 @contextmanager
 def configured(policy: str, page_size: int) -> Iterator[None]:
     config = tiny().model.config
-    before = config.attention_policy, config.page_size
-    config.attention_policy, config.page_size = policy, page_size
+    before = config.attention_numerics, config.page_size
+    config.attention_numerics, config.page_size = policy, page_size
     try:
         yield
     finally:
-        config.attention_policy, config.page_size = before
+        config.attention_numerics, config.page_size = before
 
 
 @dataclass(eq=False)
@@ -94,7 +94,7 @@ class Play:
 
     def __init__(self, seed: int):
         self.rng = random.Random(seed)
-        self.how = self.rng.choice(["invariant", "fast"]), self.rng.choice([4, 16])
+        self.how = self.rng.choice(["batch_invariant", "fast"]), self.rng.choice([4, 16])
         limit = self.rng.choice([None, None, 112 // self.how[1]])  # room for two or three conversations
         self.chat_model = chat_model(limit)
         self.rounds: dict[Conversation, tuple[Asked, ...]] = {}
@@ -113,7 +113,7 @@ class Play:
         rounds = (*self.rounds[answer.conversation], answer.asked)
         n, expected = len(answer.tokens), alone(*self.how, rounds)
         assert answer.tokens == (expected.tokens if whole else expected.tokens[:n]), (rounds, whole)
-        if self.how[0] == "invariant":
+        if self.how[0] == "batch_invariant":
             assert all(torch.equal(a, b) for a, b in zip(answer.logits[:n], expected.logits))
         if whole:
             self.rounds[answer.conversation] = rounds

@@ -45,7 +45,7 @@ QUESTIONS = ["How many shapes are there?", "Describe the picture.", "What colour
 @pytest.fixture
 def chat_model(tiny: ChatModel, monkeypatch: pytest.MonkeyPatch) -> ChatModel:
     """The bundled model with nothing cached; changes to its config are forgotten after the test."""
-    for name in ("page_size", "kv_dtype", "attention_policy", "prefill_chunk_size"):
+    for name in ("page_size", "kv_dtype", "attention_numerics", "prefill_chunk_size"):
         monkeypatch.setattr(tiny.model.config, name, getattr(tiny.model.config, name))
     return ChatModel(tiny.model, tiny.tokenizer, tiny.processor)
 
@@ -298,7 +298,7 @@ def test_answer_garbage_collected_within_a_step_does_not_deadlock(
 def test_command_line_keeps_the_cache_settings_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(BUNDLED_CHECKPOINT, tmp_path / "model")
     file = tmp_path / "model" / "config.json"
-    own = {"attention_policy": "invariant", "kv_dtype": "int4", "page_size": 256}
+    own = {"attention_numerics": "batch_invariant", "kv_dtype": "int4", "page_size": 256}
     file.write_text(json.dumps(json.loads(file.read_text()) | own))
     made = list[dict[str, Any]]()
     monkeypatch.setattr(
@@ -309,7 +309,7 @@ def test_command_line_keeps_the_cache_settings_of_the_model(tmp_path: Path, monk
         monkeypatch.setattr("sys.argv", argv)
         with pytest.raises(ZeroDivisionError):
             main()
-    assert made[0] == {"numerics": "invariant", "kv_dtype": "int4", "page_size": 256}
+    assert made[0] == {"numerics": "batch_invariant", "kv_dtype": "int4", "page_size": 256}
     assert made[1] == made[0] | {"kv_dtype": "int8"}
 
 

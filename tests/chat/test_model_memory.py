@@ -147,7 +147,7 @@ def test_unchanged_model_keeps_caches(chat_model: ChatModel) -> None:
 
 
 def test_parameter_changed_during_an_answer_is_an_error(chat_model: ChatModel) -> None:
-    chat_model.model.config.attention_policy = "invariant"
+    chat_model.model.config.attention_numerics = "batch_invariant"
     conversation = Conversation(chat_model)
     answer = conversation.ask(MORE, [IMAGE])
     next(answer)
@@ -159,7 +159,7 @@ def test_parameter_changed_during_an_answer_is_an_error(chat_model: ChatModel) -
 
 
 @pytest.mark.parametrize(
-    "name, value", [("kv_dtype", "int4"), ("page_size", 64), ("attention_policy", "invariant")], ids=str
+    "name, value", [("kv_dtype", "int4"), ("page_size", 64), ("attention_numerics", "batch_invariant")], ids=str
 )
 def test_changed_config_counts_from_the_next_question(chat_model: ChatModel, name: str, value: Any) -> None:
     begun = Conversation(chat_model)
@@ -178,8 +178,8 @@ def test_changed_config_counts_from_the_next_question(chat_model: ChatModel, nam
 
 
 def test_caches_are_shared_between_kernels_unless_batch_invariant(chat_model: ChatModel) -> None:
-    for policy in ("fast", "invariant"):
-        chat_model.model.config.attention_policy = policy
+    for policy in ("fast", "batch_invariant"):
+        chat_model.model.config.attention_numerics = policy
         before = chat_model.memory.current()
         with use(rms_norm="triton"):
             assert (chat_model.memory.current() is before) == (policy == "fast")
@@ -237,7 +237,7 @@ in_modes = pytest.mark.parametrize("first, second", MODES, ids=lambda mode: mode
 def test_cache_made_under_inference_mode_continues_outside_and_back(
     chat_model: ChatModel, first: Callable, second: Callable
 ) -> None:
-    chat_model.model.config.attention_policy = "invariant"
+    chat_model.model.config.attention_numerics = "batch_invariant"
     chat_model.model.config.kv_dtype = "int4"  # of which pages are several tensors
     expected = Conversation(again(chat_model))
     answers = [ask(expected, image=True), ask(expected, MORE, image=True), ask(expected, MORE)]

@@ -1,4 +1,4 @@
-"""`vila-triton convert`, `build`: the bundled model answers alike in every layout; what goes wrong leaves nothing."""
+"""`vila-triton convert` and `build`: the bundled model answers alike in every layout, and failures leave nothing."""
 
 import argparse
 import os
@@ -25,7 +25,7 @@ INT4 = TINY / "checkpoint-int4"
 
 
 def command(*argv: object) -> None:
-    """A command line, run here."""
+    """Run a command line in this process."""
     parser = argparse.ArgumentParser()
     into = parser.add_subparsers(required=True)
     convert.configure(into)
@@ -35,7 +35,7 @@ def command(*argv: object) -> None:
 
 
 def ask(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
-    """What `vila-triton ask` answers, without the line about how it went."""
+    """The answer of `vila-triton ask`, without its line of statistics."""
     capsys.readouterr()
     image, question = TINY / "examples" / "a.png", "How many blue shapes are there?"
     argv = ["ask", "--model", model, "--device", "cpu", "--max-new-tokens", 8, "--image", image, question]
@@ -75,7 +75,7 @@ def test_dry_run_prints_sizes_and_writes_nothing(tmp_path: Path, capsys: pytest.
 
 
 def test_killed_conversion_resumes(tmp_path: Path) -> None:
-    """Killed in the middle, three times; in the end what an unbroken one gives, and nothing else."""
+    """Killed three times, it ends with the files of an uninterrupted conversion and nothing else."""
     source = open_checkpoint(INT4)
     for form in ("awq-v2", "awq-gemm"):
         write_checkpoint(source, tmp_path / "whole" / form, form, max_shard_bytes=10**5)

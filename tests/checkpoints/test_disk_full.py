@@ -1,4 +1,4 @@
-"""A disk that is full: one sentence, and nothing half-written looks whole."""
+"""A full disk: one sentence says so, and nothing half-written looks whole."""
 
 import json
 import resource
@@ -26,7 +26,7 @@ INT4 = BUNDLED_CHECKPOINT.with_name("checkpoint-int4")
 
 @contextmanager
 def room(size: int) -> Iterator[None]:
-    """Inside, no file of this process grows beyond so many bytes; writing more fails as on a full disk."""
+    """Limit the files of this process to so many bytes; writing more fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,4 +1,4 @@
-"""`vila-triton quantize`: killed and resumed, in every layout, and what it refuses."""
+"""`vila-triton quantize`: killed and resumed, in every layout, and options that are refused."""
 
 import argparse
 import json
@@ -130,8 +130,8 @@ def command(*argv: object) -> None:
 
 
 def test_quantize_command_writes_a_report_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    also = ("--extra-parts", "vision_tower", "mm_projector")
-    command(BUNDLED_CHECKPOINT, tmp_path / "out", "--samples", 8, "--group-size", 64, "--format", "awq-gemm", *also)
+    extra = ("--extra-parts", "vision_tower", "mm_projector")
+    command(BUNDLED_CHECKPOINT, tmp_path / "out", "--samples", 8, "--group-size", 64, "--format", "awq-gemm", *extra)
     assert "8 questions about synthetic images" in capsys.readouterr().out
     assert not (tmp_path / "out.quantizing").exists()
     quant_report = json.loads((tmp_path / "out" / "quantization.json").read_text())
@@ -189,7 +189,7 @@ def test_impossible_options_are_refused_and_leave_nothing(argv: Sequence[str], m
 
 
 def test_work_folder_and_target_of_other_work_are_refused(source: Path, tmp_path: Path) -> None:
-    """Neither is a finished folder taken for the result of another command, nor one model mixed with another."""
+    """Neither a finished folder nor the work folder of another model is taken for that of this command."""
     out, work = tmp_path / "out", tmp_path / "out.quantizing"
     begun = ("--group-size", 64, "--samples", 4)
     awq.quantize_checkpoint(
@@ -266,7 +266,7 @@ def test_calibration_files_are_read_or_refused_by_line(tmp_path: Path) -> None:
         ('["text"]', r"b.jsonl:1: expected .* \(has list\)"),
         ('{"text": null}', "b.jsonl:1: expected .*, all of them strings"),
         ('{"image": 5, "question": "x"}', "all of them strings"),
-        ('{"image": [], "question": "x"}', "for images a list of some"),
+        ('{"image": [], "question": "x"}', "for images a list of strings"),
         ('{"image": "a.png", "question": "x", "answer": null}', "all of them strings"),
         ('{"image": "nowhere.png", "question": "x"}', r"b.jsonl:1: .*nowhere.png does not exist"),
     ):

@@ -73,9 +73,11 @@ class SharedCaches:
     def current(self) -> CacheSet:
         """Return the caches if they are still valid, else new and empty ones."""
         model, parameters = self.model, list(self.model.parameters())
-        numerics = model.config.attention_policy
+        numerics = model.config.attention_numerics
         kernels = (
-            {**default_choices_for(model.device, numerics), **explicit_choices()} if numerics == "invariant" else {}
+            {**default_choices_for(model.device, numerics), **explicit_choices()}
+            if numerics == "batch_invariant"
+            else {}
         )
         model_state = write_counts(parameters), checksum(parameters), model.vila_config, numerics, kernels
         with self._lock:

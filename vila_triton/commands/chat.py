@@ -103,8 +103,7 @@ def run(args: argparse.Namespace) -> None:
     do_sample = args.temperature if args.temperature is not None else settings.get("do_sample")
     if not do_sample and (args.top_k is not None or args.top_p is not None):
         raise ValueError("--top-k and --top-p need a --temperature above 0: without it the likeliest token is taken")
-    numerics = "invariant" if args.numerics == "batch_invariant" else args.numerics
-    cache_options = {"kv_dtype": args.kv_dtype, "page_size": args.page_size, "attention_policy": numerics}
+    cache_options = {"kv_dtype": args.kv_dtype, "page_size": args.page_size, "attention_numerics": args.numerics}
     for name, value in cache_options.items():
         if value is not None:
             setattr(config, name, value)
