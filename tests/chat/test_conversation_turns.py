@@ -109,7 +109,7 @@ class Play:
         return [conversation for conversation in self.rounds if conversation not in busy]
 
     def check(self, answer: Answer, whole: bool) -> None:
-        """Check that the part of an answer that was read is that of a fresh run; all of it if it was read to the end."""
+        """Check that an answer, as far as it was read, is that of a fresh run; all of it if it was read to the end."""
         rounds = (*self.rounds[answer.conversation], answer.asked)
         n, expected = len(answer.tokens), alone(*self.how, rounds)
         assert answer.tokens == (expected.tokens if whole else expected.tokens[:n]), (rounds, whole)
