@@ -1,8 +1,8 @@
 """Conversations of one Talker in any order, in turns and in threads: each answer is what a new Talker gives to the same
 rounds, and at the end no page is missing.
 
-Under the numerics "batch_invariant" the logits are compared, bit by bit. Under "fast" what was cached may have other bits than
-what is computed in one piece, and the tokens are compared; there is no allowance for ties.
+Under the numerics "batch_invariant" the logits are compared, bit by bit. Under "fast" what was cached may have other
+bits than what is computed in one piece, and the tokens are compared; there is no allowance for ties.
 """
 
 import gc
