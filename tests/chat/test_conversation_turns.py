@@ -1,8 +1,8 @@
 """Conversations of one Talker in any order, in turns and in threads: each answer is what a new Talker gives to the same
 rounds, and at the end no page is missing.
 
-Under the numerics "batch_invariant" the logits are compared, bit by bit. Under "fast" what was cached may have other bits than
-what is computed in one piece, and the tokens are compared; there is no allowance for ties.
+Under the numerics "batch_invariant" the logits are compared, bit by bit. Under "fast" what was cached may have other
+bits than what is computed in one piece, and the tokens are compared; there is no allowance for ties.
 """
 
 import gc
@@ -109,7 +109,7 @@ class Play:
         return [conversation for conversation in self.rounds if conversation not in busy]
 
     def check(self, answer: Answer, whole: bool) -> None:
-        """Check that the part of an answer that was read is that of a fresh run, all of it if it was read to its end."""
+        """Check that an answer, as far as it was read, is that of a fresh run; all of it if it was read to the end."""
         rounds = (*self.rounds[answer.conversation], answer.asked)
         n, expected = len(answer.tokens), alone(*self.how, rounds)
         assert answer.tokens == (expected.tokens if whole else expected.tokens[:n]), (rounds, whole)

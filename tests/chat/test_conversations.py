@@ -301,7 +301,9 @@ def test_command_line_keeps_the_cache_settings_of_the_model(tmp_path: Path, monk
     own = {"attention_numerics": "batch_invariant", "kv_dtype": "int4", "page_size": 256}
     file.write_text(json.dumps(json.loads(file.read_text()) | own))
     made = list[dict[str, Any]]()
-    monkeypatch.setattr(ChatModel, "cache", property(lambda self: made.append(self.model.config.cache()) or 1 / 0))
+    monkeypatch.setattr(
+        ChatModel, "cache", property(lambda self: made.append(self.model.config.cache_kwargs()) or 1 / 0)
+    )
     for more in ((), ("--kv-dtype", "int8")):
         argv = ["vila-triton", "ask", "--model", str(tmp_path / "model"), *more, "Why?"]
         monkeypatch.setattr("sys.argv", argv)

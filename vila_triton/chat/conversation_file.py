@@ -105,12 +105,13 @@ def read_conversation_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str
         raise ConversationFileError(f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError):
         raise ConversationFileError(f"{path} is not a saved conversation; /save writes them") from None
     if metadata.get("format") == OLD_FORMAT:
-        return {OLD_TENSORS.get(name, name): x for name, x in tensors.items()}, metadata
+        tensors = {OLD_TENSORS.get(name, name): x for name, x in tensors.items()}
+        return tensors, metadata
     if metadata.get("format") != FILE_FORMAT:
         raise ConversationFileError(f"{path} is not a saved conversation; /save writes them")
     return tensors, metadata

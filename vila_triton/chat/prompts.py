@@ -48,7 +48,7 @@ def tokenize(text: str, tokenizer: Any, add_bos: bool = True, aliases: SpecialTo
     pieces = [encode_piece(piece, tokenizer, aliases) for piece in text.split(IMAGE_TOKEN)]
     bos = tokenizer.bos_token_id
     adds_bos = add_bos and bos is not None and tokenizer("").input_ids[:1] == [bos]
-    ids = [bos] if adds_bos and pieces[0][:1] != [bos] else []
+    ids: list[Any] = [bos] if adds_bos and pieces[0][:1] != [bos] else []
     if not add_bos and len(pieces[0]) > 1:
         space, token = tokenizer.convert_ids_to_tokens(pieces[0][:2])
         if space == SPACE_SYMBOL and text.startswith(aliases.aliases.get(token, token) if aliases else token):
