@@ -148,7 +148,7 @@ def loop_stats(code: Sequence[Instruction], loop: Loop, ttgir: str) -> LoopStats
 
 def count_opcodes(instructions: Any) -> dict[str, int]:
     """Returns opcodes with their counts, the most frequent first."""
-    return dict(sorted(Counter(x.short for x in instructions).items(), key=lambda item: (-item[1], item[0])))
+    return dict(sorted(Counter(x.base_opcode for x in instructions).items(), key=lambda item: (-item[1], item[0])))
 
 
 def source_range(code: Sequence[Instruction], body: Sequence[Instruction]) -> str:
