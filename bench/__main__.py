@@ -35,7 +35,7 @@ def summary(name: str) -> str:
 def listing() -> Iterator[str]:
     """Yields the lines that `python -m bench` prints."""
     for question, names in COMMANDS.items():
-        yield f"\n{question}"
+        yield from ("", question)
         yield from (f"  bench.{name:16}{summary(name)}" for name in names)
 
 

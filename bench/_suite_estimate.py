@@ -1,9 +1,9 @@
-"""How long the steps of `bench.suite` take, reckoned before there is a GPU to run them on: counts times units.
+"""Estimates the seconds that the steps of `bench.suite` take on a GPU, before there is one: counts times units.
 
-Counts come from the steps' own command lines, read by the parsers of the commands themselves: the cases, the
-implementations that are registered, the candidates that the cost model ranks first. Units are those of
-configs/bench/suite.toml. What is timed for a budget of seconds takes these seconds, the unit `second`; how long one
-call takes is what datasheets allow, times the unit `slack`. What several processes do at once counts once a round.
+Counts come from the steps' own command lines, read by the parsers of the commands: the cases, the implementations that
+are registered, the candidates that the cost model ranks first. Units are those of configs/bench/suite.toml. A time
+budget counts as that many seconds, in the unit `second`; a call takes the time that datasheets allow, times the unit
+`slack`. Work that several processes do at once counts once per round.
 """
 
 import tempfile
@@ -43,25 +43,29 @@ SEARCH_STAGES = 3  # of a search, each with processes of its own
 
 @cache
 def suite_config() -> Mapping[str, Any]:
+    """Returns configs/bench/suite.toml."""
     return tomllib.loads((config_dir() / "bench" / "suite.toml").read_text())
 
 
 @cache
 def machine_config() -> Mapping[str, Any]:
+    """Returns the figures of the machine that the estimate is for."""
     sheets = tomllib.loads((config_dir() / "bench" / "gpus.toml").read_text())
     return {**suite_config()["machine"], **sheets[suite_config()["machine"]["gpu"]]}
 
 
 def unit_seconds(name: str) -> float:
+    """Returns the seconds of a unit."""
     return 1.0 if name == "second" else suite_config()["units"][name]
 
 
 def total_seconds(counts: Mapping[str, float]) -> float:
+    """Returns the seconds of some counts."""
     return sum(unit_seconds(name) * count for name, count in counts.items())
 
 
 def estimate_table(plan: Sequence[SuiteStep], limit: float) -> Iterator[str]:
-    """The estimate of each step that is kept beside its limit, what it is made of, and all of them together."""
+    """Yields the estimate of each step that is kept, its limit and its breakdown, and the total."""
     limits = allot_seconds(plan, limit)
     included = [step for step in plan if step.name in limits]
     total = 0.0
@@ -80,17 +84,18 @@ def estimate_table(plan: Sequence[SuiteStep], limit: float) -> Iterator[str]:
 
 
 def counts(**each: float) -> Counter[str]:
+    """Returns counts by unit."""
     return Counter(each)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def count_step(step: SuiteStep, limit: float, plan: Sequence[SuiteStep]) -> Counter[str]:
-    """How often a step does what units are of."""
+    """Returns the counts of a step, by unit."""
     name, *arguments = step.command(limit)
     return COUNTS[name](arguments, plan)
 
 
 def num_kernels(calls: Sequence[KernelCall]) -> int:
-    """How many of the calls are of Triton kernels and told apart by the compiler."""
+    """Returns the number of kernels that the compiler makes for some calls."""
     return len(
         {
             (
@@ -107,7 +112,7 @@ def num_kernels(calls: Sequence[KernelCall]) -> int:
 
 @cache
 def float64_calls_per_case() -> int:
-    """References in float64 for the budget of one case, counted at a small one."""
+    """Returns the references in float64 that the error budget of one case takes, counted at a small one."""
     op, calls = OPS["swiglu"], 0
     reference = op.reference
 
@@ -123,7 +128,7 @@ def float64_calls_per_case() -> int:
 
 
 def count_reference_checks(checked_cases: Sequence[Case]) -> Counter[str]:
-    """The references of those cases whose own numbers are checked."""
+    """Returns the counts of checking the numbers of those cases that are small enough for it."""
     flops = [
         c.cost[0]
         for c in checked_cases
@@ -135,11 +140,14 @@ def count_reference_checks(checked_cases: Sequence[Case]) -> Counter[str]:
 
 
 def predicted_call_seconds(flops: float, size: float) -> float:
+    """Returns the seconds of a call by the datasheet, times the unit `slack`."""
     return unit_seconds("slack") * max(flops / machine_config()["flops"], size / machine_config()["bandwidth"])
 
 
 def count_timing(case: Case, budget: float) -> Counter[str]:
-    """One figure: arguments and copies, a turn over them that warms up, one captured, two runs of five or more."""
+    """Returns the counts of one time: arguments and copies, one turn over them to warm up, one that is captured, and
+    two runs of five samples or more.
+    """
     flops, size = case.cost
     copies, _ = num_copies(max(1, size), machine_config()["cache"])
     pass_seconds = copies * predicted_call_seconds(flops, size)
@@ -152,7 +160,7 @@ def count_timing(case: Case, budget: float) -> Counter[str]:
 
 
 def default_impl(case: Case) -> tuple[str, Mapping[str, Any]]:
-    """What a call runs by default on a GPU of which there is no table."""
+    """Returns the implementation and config that a call runs by default on a GPU without a tuned table."""
     op = OPS[case.op]
     choice = configured_choices("cuda", "decode").get(case.op, REFERENCE)
     name = choice if isinstance(choice, str) else choice.lookup(case.sizes[op.dynamic_sizes[0]])
@@ -160,6 +168,7 @@ def default_impl(case: Case) -> tuple[str, Mapping[str, Any]]:
 
 
 def count_ops(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[str]:
+    """Returns the counts of a `bench.ops`."""
     from .peers import dense, sdpa  # noqa: F401 (torch's own, which are sure to be there)
 
     args = ops.parser().parse_args(arguments)
@@ -167,7 +176,7 @@ def count_ops(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[st
     total = counts(start=1) + count_reference_checks(selected)
     calls: list[KernelCall] = []
     for case in selected:
-        default = default_impl(case) if args.served else None
+        default = default_impl(case) if args.default else None
         for impl, config in ops.select_impls(case, args.impl, args.configs == "all", default):
             calls.append((impl, config, case.sizes))
             total += count_timing(case, args.budget)
@@ -180,6 +189,7 @@ def count_ops(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[st
 
 
 def count_tune(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[str]:
+    """Returns the counts of a `bench.tune`."""
     args = tune.parser().parse_args(arguments)
     total = counts(start=1 + SEARCH_STAGES)
     with tempfile.TemporaryDirectory() as folder:
@@ -196,9 +206,10 @@ def count_tune(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[s
 
 
 def count_model(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[str]:
+    """Returns the counts of a `bench.model`."""
     args = model.parser().parse_args(arguments)
     cfg, weights = model_configs.load_model(args.model, args.layers).llm, args.weights.split(",")
-    runners = len(weights) * (1 + (args.against == "hf"))
+    runners = len(weights) * (1 + (args.baseline == "hf"))
     size = step_cost.language_cost(cfg, 1, 1, 0).bytes
     default_kernels = [name for phase in ("prefill", "decode") for name in configured_choices("cuda", phase)]
     total = counts(start=1, compile=len(weights) * len(default_kernels), byte=(len(weights) + 4 * runners) * size)
@@ -217,6 +228,7 @@ def count_model(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[
 
 
 def count_error(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[str]:
+    """Returns the counts of a `bench.accuracy`."""
     args = accuracy.build_parser().parse_args(arguments)
     _, sizes = accuracy.yardstick_and_sizes(args.op, args.toy)
     calls = [(impl, impl.configs[0], case_sizes) for impl in OPS[args.op].impls.values() for case_sizes in sizes]
@@ -224,6 +236,7 @@ def count_error(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[
 
 
 def count_correctness(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[str]:
+    """Returns the counts of a `bench.correctness`."""
     num_processes = min(machine_config()["cores"], int(arguments[arguments.index("--processes") + 1]))
     impls = [impl for op in OPS.values() for impl in op.impls.values()]
     rounds = CORRECTNESS_VARIANTS / num_processes
@@ -231,11 +244,13 @@ def count_correctness(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Co
 
 
 def count_plots(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[str]:
-    """A roofline, of each op that is timed the times and the ratios, and one of the model."""
+    """Returns the counts of a `bench.plot`: a roofline, the times and ratios of each op that is timed,
+    and the model.
+    """
     plotted_ops = {
         op for step in plan if step.argv[0] == "bench.ops" for op in ops.parser().parse_args(step.argv[1:]).ops
     }
-    return counts(start=1, picture=2 + 2 * len(plotted_ops))
+    return counts(start=1, plot=2 + 2 * len(plotted_ops))
 
 
 COUNTS: dict[str, Callable[[Sequence[str], Sequence[SuiteStep]], Counter[str]]] = {

@@ -1,4 +1,4 @@
-"""How every tool ends; what `vila_triton.console` says of commands holds for tools."""
+"""The way every command of bench ends, as `vila_triton.console` has it for the commands of vila-triton."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -13,9 +13,10 @@ WRONG_COMMAND = 2  # since 1 is the answer that something is wrong
 
 
 def tool(main: Callable[P, int | None]) -> Callable[P, int]:
-    """The `main` of a tool; returns what to hand to `sys.exit`.
+    """Decorates the `main` of a command; the result is called in `sys.exit(main())`.
 
-    An error is one line and the code 2; Ctrl-C is one line, which names the files of rows that were written, and 130.
+    An error is one line and the exit code 2. Ctrl-C is one line, which names the files of rows that were written, and
+    the exit code 130.
     """
     name = main.__globals__["__spec__"].name.removesuffix(".__main__")  # `__module__` is "__main__" in what is run
 

@@ -1,10 +1,11 @@
-"""How far from float64 is each implementation at sizes of production? `python -m bench.accuracy int4_matmul`
+"""Compares every implementation of an op with float64 at production sizes: `python -m bench.accuracy int4_matmul`
 
-Every implementation runs with its first config (or --configs all) on the same random arguments, and is compared with
-the reference in float64: the root mean square of the errors and the largest one, as shares of the root mean square of
-the exact results. The last column says how many times that of the yardstick in float16 it is: of dequantising the
-weight and multiplying with torch, for int4_matmul. Sizes and yardstick: configs/bench/error.toml. Without a GPU kernels
-are interpreted. These are errors of arithmetic; that of rounding a weight to 4 bits is no implementation's.
+Every implementation runs with its first config (or --configs all) on the same random arguments and is compared with the
+reference in float64. The columns are the root mean square of the errors and the largest error, as shares of the root
+mean square of the exact results, and the first as a multiple of the yardstick's in float16: for int4_matmul,
+dequantizing the weight and multiplying with torch. Sizes and yardstick are in configs/bench/accuracy.toml. Without a
+GPU kernels are interpreted. These are errors of arithmetic; the error of quantizing a weight to 4 bits is not among
+them.
 """
 
 import argparse
@@ -37,14 +38,15 @@ YARDSTICK_DTYPE = "float16"
 
 
 def read_tables() -> dict[str, Any]:
-    return tomllib.loads((config_dir() / "bench" / "error.toml").read_text())
+    """Returns configs/bench/accuracy.toml."""
+    return tomllib.loads((config_dir() / "bench" / "accuracy.toml").read_text())
 
 
 def yardstick_and_sizes(op: str, toy: bool) -> tuple[str, list[dict[str, Any]]]:
-    """The yardstick and the sizes. Errors: ValueError for an op without any."""
+    """Returns the yardstick and the sizes of an op. Errors: ValueError for an op without any."""
     tables = read_tables()
     if op not in op_names() or op not in tables:
-        raise ValueError(f"configs/bench/error.toml has no {op!r}; it has: {', '.join(tables)}")
+        raise ValueError(f"configs/bench/accuracy.toml has no {op!r}; it has: {', '.join(tables)}")
     table = {**tables[op], **(tables[op].get("toy", {}) if toy else {})}
     yardstick = table.pop("yardstick")
     table.pop("toy", None)
@@ -52,7 +54,9 @@ def yardstick_and_sizes(op: str, toy: bool) -> tuple[str, list[dict[str, Any]]]:
 
 
 def relative_error(impl: Impl, config: Mapping[str, Any], args: Any, exact: torch.Tensor) -> dict[str, float] | str:
-    """`rms` and `worst`, as shares of the root mean square of the exact results; or why there are none."""
+    """Returns `rms` and `worst`, as shares of the root mean square of the exact results, or the reason why there are
+    none.
+    """
     try:
         (out,) = tensors(impl(*map_tensors(torch.clone, args), config=config))
     except Exception as error:  # an implementation may fail in any way; the others go on
@@ -62,7 +66,7 @@ def relative_error(impl: Impl, config: Mapping[str, Any], args: Any, exact: torc
 
 
 def measure(op: str, sizes: Mapping[str, Any], impls: Sequence[str], all_configs: bool) -> Iterator[dict[str, Any]]:
-    """A row for each implementation and config at these sizes."""
+    """Yields a row for each implementation and config at these sizes."""
     stamp, args, exact, missing = rows.stamp(torch.device(DEVICE)), None, None, ""
     try:
         args = example_args(OPS[op], seed=0, **sizes)
@@ -84,6 +88,7 @@ def measure(op: str, sizes: Mapping[str, Any], impls: Sequence[str], all_configs
 
 
 def format_row(row: Mapping[str, Any], yardstick: float | None) -> str:
+    """Returns one line of the table."""
     name = f"  {row['impl']} {format_config(row['config'])}"
     if row["reason"]:
         return f"{name:44.44}  none: {row['reason']}"
@@ -92,7 +97,7 @@ def format_row(row: Mapping[str, Any], yardstick: float | None) -> str:
 
 
 def measure_and_print(args: argparse.Namespace) -> None:
-    """Measure, print and write, a table for each of the sizes."""
+    """Measures, prints and writes, a table for each of the sizes."""
     yardstick, sizes = yardstick_and_sizes(args.op, args.toy)
     if unknown := set(args.impl) - OPS[args.op].impls.keys():
         raise ValueError(

@@ -1,16 +1,17 @@
-"""Do kernels hold at every size they serve? No GPU needed: `python -m bench.compile_sweep rope --arch sm_80,gfx942`
+"""Compiles every config at every size it serves, without a GPU: `python -m bench.compile_sweep decode_attention`
 
-Compiles every config at every combination of sizes in configs/bench/sweep.toml, one line a kernel: registers, spills,
-shared memory, and of the loop that does the work the tensor-core instructions and the bytes of a thread's widest load.
-Of several such loops it is the worst that counts.
+The sizes are all combinations of those in configs/bench/compile_sweep.toml. Each kernel is one line: registers, spills,
+shared memory, and of its main loop the tensor-core instructions and the bytes of a thread's widest load. Of several
+main loops the worst counts.
 
-    --size d=72 kv=int8,int4    only these
+    --arch sm_80,gfx942         only these architectures
+    --size d=72 kv=int8,int4    only these sizes
     --csv FILE                  append the lines to this file
 
-The last column says what may not be, and it exits with 1 if there is any: no compilation; spills; more shared memory
-than there is; a product without tensor cores; on NVIDIA, keys and values loaded narrower than 16 bytes where rows of a
-head begin at multiples of it and a tile has as much for each thread. AMD's compiler cannot load into memory that
-threads share, and gives them the numbers as the tensor cores want them.
+The last column says what no kernel may do, and the exit code is 1 if there is any: fail to compile; spill; want more
+shared memory than there is; multiply without tensor cores; on NVIDIA, load keys and values narrower than 16 bytes where
+the rows of a head begin at multiples of it and a tile has as much for each thread. (AMD's compiler cannot load into
+shared memory, and gives threads the numbers as the tensor cores want them.)
 """
 
 import argparse
@@ -45,14 +46,16 @@ COLUMNS: tuple[str, ...] = (*LABELS, "kernel", "registers", "spills", "shared", 
 
 
 def possible_load_bytes(sizes: Mapping[str, Any], analysis: KernelAnalysis) -> int:
-    """Bytes that a load of keys can bring: rows of a head lie one after the other, a tile is dealt to all threads."""
+    """Returns the bytes that a load of keys can bring: rows of a head are contiguous, and a tile is dealt to all
+    threads.
+    """
     row = sizes["d"] * {"plain": 16, "int8": 8, "int4": 4}[sizes.get("kv", "plain")] // 8
     thread_bytes = row * analysis.stats.tile["BLOCK_N"] // analysis.stats.threads
     return min(WIDEST_LOAD, row & -row, 1 << max(0, thread_bytes.bit_length() - 1))
 
 
 def kernel_row(sizes: Mapping[str, Any], kernel: Any) -> dict[str, Any]:
-    """The figures of one kernel, and what is wrong with them."""
+    """Returns the figures of one kernel, and its faults."""
     analysis = analyze_kernel(kernel)
     stats, gpu = analysis.stats, kernel.metadata.target
     target = TARGETS[gpu.arch if gpu.backend == "hip" else f"sm_{gpu.arch}"]
@@ -72,7 +75,7 @@ def kernel_row(sizes: Mapping[str, Any], kernel: Any) -> dict[str, Any]:
 
 
 def compile_rows(request: CompileRequest) -> list[dict[str, Any]]:
-    """A row for each kernel of a call; one row if it does not compile, none if it is not supported."""
+    """Returns a row for each kernel of a call; one row if it does not compile, none if it is not supported."""
     head = {"op": request.op, "impl": request.impl, "config": request.config, "arch": request.target}
     head |= {name: request.sizes.get(name, "") for name in ("d", "dtype", "kv")}
     outcome = compile_request(partial(kernel_row, request.sizes), request)
@@ -82,16 +85,17 @@ def compile_rows(request: CompileRequest) -> list[dict[str, Any]]:
 
 
 def build_requests(args: argparse.Namespace) -> Iterator[CompileRequest]:
-    """Errors: ValueError for an op that the file does not name, or a size that no op has."""
-    table = tomllib.loads((config_dir() / "bench" / "sweep.toml").read_text())
+    """Yields the calls to compile. Errors: ValueError for an op that the file does not name, or a size
+    that no op has.
+    """
+    table = tomllib.loads((config_dir() / "bench" / "compile_sweep.toml").read_text())
     if unknown := set(args.op) - table.keys():
-        raise ValueError(f"configs/bench/sweep.toml has no {', '.join(unknown)}; it has {', '.join(table)}")
+        raise ValueError(f"configs/bench/compile_sweep.toml has no {', '.join(unknown)}; it has {', '.join(table)}")
     selected = {name: values.split(",") for name, _, values in (text.partition("=") for text in args.size)}
     size_names = {size for name in args.op or table for size in OPS[name].domain}
     if unknown := selected.keys() - size_names:
-        raise ValueError(
-            f"--size {', '.join(sorted(unknown))}: expected NAME=VALUE,..., a name among {', '.join(sorted(size_names))}"
-        )
+        names = ", ".join(sorted(size_names))
+        raise ValueError(f"--size {', '.join(sorted(unknown))}: expected NAME=VALUE,..., a name among {names}")
     for name in args.op or table:
         for sizes in size_combinations(table[name], OPS[name]):
             if any(str(sizes[key]) not in values for key, values in selected.items() if key in sizes):
@@ -104,6 +108,7 @@ def build_requests(args: argparse.Namespace) -> Iterator[CompileRequest]:
 
 
 def run_sweep(args: argparse.Namespace) -> int:
+    """Compiles, prints and writes; returns 1 if a kernel has a fault."""
     load_implementations(args.kernels, peers=False)
     if not (requests := list(build_requests(args))):
         raise ValueError("no implementation and sizes are left to compile; see --impl and --size")
@@ -121,6 +126,7 @@ def run_sweep(args: argparse.Namespace) -> int:
 
 
 def append_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends lines to a file, after a header if it is new."""
     WRITTEN_FILES[file] = None
     with file.open("a", newline="") as out, exclusive_lock(out):
         writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
@@ -133,7 +139,7 @@ def append_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 @tool
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("op", nargs="*", help="default: all that configs/bench/sweep.toml names")
+    parser.add_argument("op", nargs="*", help="default: all that configs/bench/compile_sweep.toml names")
     parser.add_argument("--impl", nargs="+", help="default: all of kernels/ that launch a Triton kernel")
     parser.add_argument("--arch", default=",".join(DEFAULT_TARGETS), help="default: %(default)s")
     parser.add_argument("--size", nargs="+", default=[], metavar="NAME=VALUE,...", help="only these of the sizes")

@@ -1,19 +1,19 @@
-"""Are the kernels as fast as they are to be? `python -m bench.goals ROWS.jsonl`, rows of `bench.ops OP --served`
+"""Checks the goals of speed on measured rows: `python -m bench.goals ROWS.jsonl`, rows of `bench.ops OP --default`
 
-Of int4_matmul, and, where there are rows of them, of attention (`goals_attention`).
+Goals of int4_matmul, and, where there are rows of them, of attention (`bench.measure.goals_attention`).
 
-Ours is what runs by default at the sizes (rows marked `served`), beside it stand "dense" (cuBLAS on the plain weight),
-"dequant" (dequantise, then cuBLAS) and other libraries, all timed in the same run. Ratios say how many times as long
-they take. Three goals:
+Ours is the implementation that runs by default at the sizes (rows marked `served`); beside it stand "dense" (cuBLAS on
+the float weight), "dequant" (dequantize, then cuBLAS) and other libraries, all timed in the same run. Ratios are their
+times over ours. There are three goals:
 
-    decode   up to 16 rows, at 8192 x 8192 and the shapes of Llama-3-VILA1.5-8b, 2.2 times as fast as dense (what Marlin
-             and humming reach on an H100); 3 times would be better still
+    decode   up to 16 rows, at 8192 x 8192 and the shapes of Llama-3-VILA1.5-8b, 2.2 times as fast as dense (as Marlin
+             and humming are on an H100); 3 times would be better still
     floor    at any number of rows, no slower than 0.95 of the faster of dense and dequant
-    gemlite  no slower than gemlite anywhere, with the config it ships for a shape, else its first, and whatever its
-             numbers are (it adds up in float16)
+    gemlite  nowhere slower than gemlite, with the config it ships for a shape, else its first, whatever the accuracy
+             of its numbers (it adds up in float16)
 
-A goal is met if it is at every point that was measured; points without both times are counted. The rows of a run on
-a CPU rehearse this: goals are for GPUs.
+A goal is met if it is met at every point that was measured; points without both times are counted. Goals are for GPUs;
+rows of a CPU are for rehearsal.
 """
 
 import argparse
@@ -32,10 +32,12 @@ DECODE, STRETCH, FLOOR = 2.2, 3.0, 0.95
 
 
 def floor_ratio(point: MeasuredPoint) -> float | None:
+    """Returns the time of the faster of dense and dequant over ours, if both were measured."""
     return point.ratio("dense", "dequant") if {"dense", "dequant"} <= point.seconds.keys() else None
 
 
 def report_goals(points: Sequence[MeasuredPoint]) -> Iterator[str]:
+    """Yields the lines of the goals of int4_matmul."""
     decode_points = [p for p in points if p.case != "models" and p.sizes["m"] <= 16]
     yield from report_goal("decode", DECODE, lambda p: p.ratio("dense"), decode_points)
     ratios = [r for p in decode_points if (r := p.ratio("dense")) is not None]
@@ -45,7 +47,7 @@ def report_goals(points: Sequence[MeasuredPoint]) -> Iterator[str]:
 
 
 def report_all_goals(measured_rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The lines that say which goals are met, of what there are rows of."""
+    """Returns the lines that say which goals are met, for each op that there are rows of."""
     measured = measured_points(measured_rows)
     return [
         *(report_goals(measured) if any(p.default_row for p in measured) else ()),
@@ -54,7 +56,9 @@ def report_all_goals(measured_rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def points_table(points: Sequence[MeasuredPoint]) -> Iterator[str]:
-    """One line a point: ours, its rates as shares of the ceilings, and how many times as long the others take."""
+    """Yields a line per point: ours, its rates as shares of the peak rates, and the times of the others as multiples of
+    ours.
+    """
     other_impls = list(dict.fromkeys(name for p in points for name in p.seconds))
     yield f"{'':28}{'ours':36}{'time':>11}{'of GB/s':>9}{'of FLOP/s':>10}" + "".join(
         f"{name:>17}" for name in other_impls
@@ -79,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = measured_points(measured_rows)
     attention = list(goals_attention.report_attention_goals(measured_rows))
     if not attention and not any(p.default_row for p in measured):
-        raise ValueError(f"no row of {OP} is marked as served; python -m bench.ops {OP} --served --out FILE makes some")
+        raise ValueError(
+            f"no row of {OP} is marked as served; python -m bench.ops {OP} --default --out FILE makes some"
+        )
     devices = sorted({row["device"] for row in measured_rows if row.get("op") == OP})
     if any(p.default_row for p in measured):
         print(f"{OP} on {', '.join(devices)}: others' times as multiples of ours")

@@ -1,12 +1,12 @@
-"""What did the compiler make of a kernel? No GPU needed: `python -m bench.inspect int4_matmul --arch sm_90 gfx942`
+"""Shows what the compiler made of a kernel, without a GPU: `python -m bench.inspect int4_matmul --arch sm_90 gfx942`
 
-For every implementation, config and architecture: registers, spills, shared memory, occupancy, and what the
-instructions of the main loop are for, down to the number of them per weight or per attention score. At sizes of
-production, and beside another library's kernel, where configs/bench/inspect.toml says so.
+For every implementation, config and architecture: registers, spills, shared memory, occupancy, and the purpose of the
+instructions in the main loop, down to their number per weight or per attention score; at production sizes and beside
+another library's kernel where configs/bench/inspect.toml says so.
 
-    --against HEAD~1      what changed since a commit (or `HEAD`: since the last one)
-    --against NAME        the difference to another implementation, other libraries' (bench/peers) included
-    --asm [loop|all|LINE] the assembly of the main loop, of the kernel, or what one source line became
+    --against HEAD~1      the differences to a commit (`HEAD`: to the last one)
+    --against NAME        the differences to another implementation, other libraries' (bench/peers) included
+    --asm [loop|all|LINE] the assembly of the main loop, of the kernel, or of one source line
 """
 
 import argparse
@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from vila_triton.registry import OPS, Op, describe_available
 from vila_triton.registry.interpreter import uses_triton_kernels
 
 from ._tool import tool
-from .compiler import inspect_peer as beside
+from .compiler import inspect_peer
 from .compiler.cross_compile import CompileRequest, compile_request, load_implementations, run_in_subprocesses
 from .compiler.gpus import TARGETS
 from .compiler.inspect_plot import plot_main_loops
@@ -52,21 +53,23 @@ from .measure.cases import cases, op_names
 
 
 def work_unit(op: Op) -> str | None:
-    """What the work of an op is counted in: int4 weights, attention scores, or nothing."""
+    """Returns the unit that the work of an op is counted in: "weight" for int4 weights, "score" for
+    attention, or None.
+    """
     if any(p.annotation is Int4 for p in inspect.signature(op.reference).parameters.values()):
         return "weight"
     return "score" if "attention" in op.name else None
 
 
 def query_rows_per_key(sizes: Mapping[str, Any]) -> int:
-    """How many rows of queries share their keys, at the sizes of attention."""
+    """Returns the rows of queries that share their keys, at the sizes of attention."""
     return sizes.get("s", 1) * sizes.get("ratio", 1)
 
 
 def resolve_sizes(
     op: str, default_sizes: Mapping[str, Any], case: str | None, settings: Sequence[str]
 ) -> dict[str, Any]:
-    """The first sizes of a case (or the usual ones), changed as NAME=VALUE says.
+    """Returns the first sizes of a case (or the default ones), changed as NAME=VALUE says.
 
     Errors: ValueError naming what is no case, no size of the op, or no value.
     """
@@ -82,7 +85,7 @@ def resolve_sizes(
 def compile_and_analyze(
     requests: Sequence[CompileRequest], case: str, folder: str | None, peers: bool, source: str = ""
 ) -> list[InspectedCall]:
-    """Compile and take apart, with a line of progress. `source`: the commit that the kernels in `folder` are of."""
+    """Compiles and analyzes, with a line of progress. `source`: the commit that the kernels in `folder` are of."""
     inspected = []
     outcomes = run_in_subprocesses(partial(compile_request, analyze_kernel), requests, folder=folder, peers=peers)
     for i, (request, outcome) in enumerate(zip(requests, outcomes), 1):
@@ -104,7 +107,7 @@ def compile_and_analyze(
 
 
 def assembly_listing(analysis: KernelAnalysis, selection: str) -> Iterator[str]:
-    """The instructions of the main loop, of the kernel, or of one source line, under the source lines they are of."""
+    """Yields the instructions of the main loop, of the kernel or of one source line, under their source lines."""
     indices = range(len(analysis.instructions)) if selection == "all" or selection.isdigit() else analysis.main_loop
     previous = None
     for i in indices:
@@ -118,7 +121,7 @@ def assembly_listing(analysis: KernelAnalysis, selection: str) -> Iterator[str]:
 
 
 def extract_kernels(ref: str, folder: Path) -> str:
-    """kernels/ of a commit, unpacked. Errors: ValueError if there is no such commit."""
+    """Unpacks kernels/ of a commit; returns its folder. Errors: ValueError if there is no such commit."""
     process = subprocess.run(["git", "archive", "--format=zip", ref, "kernels"], cwd=rows.ROOT, capture_output=True)
     if process.returncode:
         raise ValueError(f"{ref!r} is no implementation and no commit: {process.stderr.decode().strip()}")
@@ -128,7 +131,7 @@ def extract_kernels(ref: str, folder: Path) -> str:
 
 
 def requests_in_commit(requests: Sequence[CompileRequest], folder: str, ref: str) -> list[CompileRequest]:
-    """The calls of implementations whose file a commit has, its kernels/ being in the folder; of the others a line.
+    """Returns the requests for implementations whose file the commit has, and prints a line about the others.
 
     Errors: ValueError if it has none of them.
     """
@@ -144,7 +147,8 @@ def requests_in_commit(requests: Sequence[CompileRequest], folder: str, ref: str
 
 
 def build_requests(args: argparse.Namespace) -> list[CompileRequest]:
-    """The calls to compile: the configs asked for, or all, of the implementations asked for, or of all with kernels.
+    """Returns the requests for the configs asked for (or all) of the implementations asked for (or all with Triton
+    kernels).
 
     Errors: ValueError if there are none, or a number is that of no config.
     """
@@ -165,16 +169,16 @@ def build_requests(args: argparse.Namespace) -> list[CompileRequest]:
 
 
 def requests_of_impl(requests: Sequence[CompileRequest], impl: str) -> list[CompileRequest]:
-    """The same calls of another implementation; a number it does not have is its first config."""
+    """Returns the same requests for another implementation; a number that it does not have becomes its first config."""
     count = len(OPS[requests[0].op].impls[impl].configs)
     return [replace(x, impl=impl, config=x.config if x.config in range(count) else 0) for x in requests]
 
 
 def find_implementations(args: argparse.Namespace) -> dict[str, str] | None:
-    """Find the implementations asked for, in other libraries (bench/peers) if need be. Returns {library: why not} of
-    those that cannot be used here; None if none was looked for.
+    """Registers the implementations asked for, those of other libraries (bench/peers) if need be. Returns {library:
+    reason} of the libraries that cannot be used here; None if none was looked for.
 
-    Errors: ValueError naming what is neither here nor there, nor a commit to compare with.
+    Errors: ValueError naming what is no implementation here or there, nor a commit to compare with.
     """
     if args.op not in op_names():
         raise ValueError(f"no op {args.op!r}; there are: {', '.join(OPS)}")
@@ -195,54 +199,54 @@ def find_implementations(args: argparse.Namespace) -> dict[str, str] | None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Compiles, prints and writes; returns 1 if a kernel that was asked for does not compile."""
     unusable = find_implementations(args)
     peers = unusable is not None
     case = args.case or "usual"
     requests = build_requests(args)
     old: list[InspectedCall] = []
-    if args.against and args.against not in OPS[args.op].impls:
+    baseline: list[CompileRequest] = []
+    if args.against in OPS[args.op].impls:
+        baseline = requests_of_impl(requests, args.against)
+    elif args.against:
         with tempfile.TemporaryDirectory() as folder:
-            requests = requests_in_commit(
-                requests, baseline := extract_kernels(args.against, Path(folder)), args.against
-            )
-            old = compile_and_analyze(requests, case, baseline, peers, args.against)
-    baseline = requests_of_impl(requests, args.against) if args.against and not old else []
-    peer_requests = beside.peer_requests(requests) if peers and not (args.against or args.asm) else {}
-    inspected = compile_and_analyze([*baseline, *requests, *peer_requests.values()], case, args.kernels, peers)
-    old, new, inspected_peers = (
-        old + inspected[: len(baseline)],
-        inspected[len(baseline) :][: len(requests)],
-        inspected[len(baseline) + len(requests) :],
-    )
+            kernels = extract_kernels(args.against, Path(folder))
+            requests = requests_in_commit(requests, kernels, args.against)
+            old = compile_and_analyze(requests, case, kernels, peers, args.against)
+    peer_requests = inspect_peer.peer_requests(requests) if peers and not (args.against or args.asm) else {}
+    inspected = iter(compile_and_analyze([*baseline, *requests, *peer_requests.values()], case, args.kernels, peers))
+    old += islice(inspected, len(baseline))
+    new = list(islice(inspected, len(requests)))
+    inspected_peers = list(inspected)
     if args.asm:
         for x in new:
-            for inspected in x.result.kernels:
-                print(f"{x.request.op} {x.name} {inspected.stats.kernel}, > marks the main loop:")
-                print(*assembly_listing(inspected, args.asm), sep="\n")
+            for analysis in x.result.kernels:
+                print(f"{x.request.op} {x.name} {analysis.stats.kernel}, > marks the main loop:")
+                print(*assembly_listing(analysis, args.asm), sep="\n")
         return 0
     print(f"{args.op} at {case} sizes: {format_sizes([x.sizes for x in requests])}")
     if any(x.rows for x in [*old, *new]):
         print("", *kernel_table(old + new), "", *instruction_mix_table(old + new), sep="\n")
     for line in (*refusal_lines(old + new), *(compare_calls(old, new, args.against) if old else ())):
         print(line)
-    if unusable is not None and not (args.against or args.asm):
-        print("", *beside.peer_table(new, dict(zip(peer_requests, inspected_peers)), unusable), sep="\n")
+    if unusable is not None and not args.against:
+        print("", *inspect_peer.peer_table(new, dict(zip(peer_requests, inspected_peers)), unusable), sep="\n")
     stamp = rows.stamp(torch.device("cpu"))
     if args.json:
         rows.write(args.json, (row | stamp for x in [*old, *new, *inspected_peers] for row in x.rows))
     if args.out:
-        print(
-            "\n" + "\n".join(map(str, plot_main_loops([row | stamp for x in [*old, *new] for row in x.rows], args.out)))
-        )
+        print("", *plot_main_loops([row | stamp for x in [*old, *new] for row in x.rows], args.out), sep="\n")
     return int(not all(x.rows or x.result.unsupported for x in new))
 
 
 def is_commit(name: str) -> bool:
+    """Returns whether a name is that of a commit."""
     command = ["git", "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"]
     return not subprocess.run(command, cwd=rows.ROOT, capture_output=True).returncode
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op")
     parser.add_argument("--impl", nargs="+", help="default: all of kernels/ that launch a Triton kernel")

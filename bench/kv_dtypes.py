@@ -1,9 +1,9 @@
-"""What a cached token takes in each KV dtype, and what that does to a model: `python -m bench.kv_dtypes`.
+"""Measures the bytes of a cached token in each KV dtype, and the error it causes: `python -m bench.kv_dtypes`
 
-Bytes are those of the tensors that a cache of the model allocates, scales and zeros included, over all layers. The
-error is measured on the bundled model (or `--folder`): held-out questions are answered over float16 pages, then the
-same tokens are decoded over pages of each other dtype. Only the logits of decoded tokens count: a prompt run in one
-piece sees its own keys and values before they are rounded, every later token sees them after.
+Bytes are those of the tensors that a cache of the model allocates, scales and zero points included, over all layers.
+The error is measured on the bundled model (or `--folder`): held-out questions are answered over float16 pages, then the
+same tokens are decoded over pages of each other dtype. Only the logits of decoded tokens count: a prompt in one piece
+attends to its own keys and values before they are quantized, every later token after.
 """
 
 import argparse
@@ -24,25 +24,25 @@ from vila_triton.paths import BUNDLED_CHECKPOINT
 from . import shadow
 from ._tool import tool
 from .measure import model_configs, rows
-from .measure import prompts as questions
+from .measure.prompts import Prompt, bundled_prompts
 
 BASELINE_DTYPE = "float16"
 
 
 def bytes_per_token(cfg: LlamaConfig, kv_dtype: str) -> float:
-    """Bytes of a cached token's keys and values in all layers."""
+    """Returns the bytes of a cached token's keys and values in all layers."""
     return PagedKVCache(cfg, 1, kv_dtype=kv_dtype, device="meta").nbytes / DEFAULT_PAGE_SIZE
 
 
-def logits_error(talker: ChatModel, kv_dtype: str, prompts: Sequence[questions.Prompt], steps: int) -> dict[str, Any]:
-    """What becomes of the decoded tokens' logits over all prompts, relative to those over float16 pages."""
+def logits_error(chat_model: ChatModel, kv_dtype: str, prompts: Sequence[Prompt], steps: int) -> dict[str, Any]:
+    """Returns the error of the decoded tokens' logits over all prompts, relative to those over float16 pages."""
     baseline_logits, kv_logits = [], []
     for prompt in prompts:
-        talker.model.config.kv_dtype = BASELINE_DTYPE
-        logits, tokens, prefilled = shadow.run_prompt(talker, prompt, steps)
+        chat_model.model.config.kv_dtype = BASELINE_DTYPE
+        logits, tokens, prefilled = shadow.run_prompt(chat_model, prompt, steps)
         baseline_logits.append(logits[prefilled:].float())
-        talker.model.config.kv_dtype = kv_dtype
-        kv_logits.append(shadow.run_prompt(talker, prompt, steps, tokens)[0][prefilled:].float())
+        chat_model.model.config.kv_dtype = kv_dtype
+        kv_logits.append(shadow.run_prompt(chat_model, prompt, steps, tokens)[0][prefilled:].float())
     old, new = torch.cat(baseline_logits), torch.cat(kv_logits)  # [t, v]
     shift = shadow.logit_shift(old, new, 0)
     return {
@@ -72,17 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             {"kind": "kv bytes", "model": model, "kv_dtype": name, "bytes": n} for name, n in token_bytes.items()
         ]
     if args.count:
-        prompts = questions.bundled_prompts(args.count, args.seed)
-        talker = load_chat_model(args.folder)
+        prompts = bundled_prompts(args.count, args.seed)
+        chat_model = load_chat_model(args.folder)
         heads = ("positions", "logits off", "KL mean", "KL most", "flips")
         print(f"\n{'against ' + BASELINE_DTYPE + ' pages':24}{''.join(f'{head:>12}' for head in heads)}")
         for name in KV_DTYPES:
-            row = logits_error(talker, name, prompts, args.steps)
+            row = logits_error(chat_model, name, prompts, args.steps)
             figures = "".join(f"{row[key]:12.2e}" for key in ("relative", "divergence", "most"))
             print(f"{name:24}{row['positions']:12}{figures}{row['flips']:12}")
             results.append({"kind": "kv error", "model": args.folder.name, "kv_dtype": name, "seed": args.seed, **row})
     if args.out:
-        stamp = rows.stamp(torch.device("cpu") if not args.count else talker.model.device)
+        stamp = rows.stamp(torch.device("cpu") if not args.count else chat_model.model.device)
         rows.write(args.out, [{**row, **stamp} for row in results])
     return 0
 

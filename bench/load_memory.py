@@ -1,8 +1,8 @@
-"""Memory of loading a sharded checkpoint against its size: `python -m bench.load_memory`.
+"""Measures the memory of loading a sharded checkpoint against its size: `python -m bench.load_memory`
 
-Writes a VILA1.5-3b of as few layers as reach the size, with random weights, in five shards; loads it in a fresh process
-and prints the most memory that the process held beyond what it had before (VmHWM, which counts pages of mapped files),
-after every number of every parameter has been read once.
+Writes a VILA1.5-3b with random weights and as few layers as reach the size, in five shards, and loads it in a fresh
+process (`bench.measure.load_once`). Prints the growth of the process's highest resident set size (VmHWM, which counts
+pages of mapped files) by the time that every element of every parameter has been read once.
 """
 
 import argparse

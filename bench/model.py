@@ -1,17 +1,17 @@
-"""How fast is a whole language model? `python -m bench.model --model vila1.5-3b --layers 2 --weights float32,int4`
+"""Times a whole language model: `python -m bench.model --model vila1.5-3b --layers 2 --weights float32,int4`
 
-Random weights of a released geometry (configs/models) take four kinds of step:
+Random weights of a released model's shape (configs/models) take four kinds of step:
 
-    prefill   a prompt to its first token
-    stream    a question of 32 tokens to its first token, after a history that is cached
-    decode    one more token for each sequence of a batch
-    memory    the most that a prefill takes beyond the weights, keys and values included
+    prefill     a prompt to its first token
+    streaming   a question of 32 tokens to its first token, after cached tokens
+    decode      one more token for each sequence of a batch
+    memory      the peak memory of a prefill beyond the weights, keys and values included
 
-for every kind of weights and every choice of kernels, beside Hugging Face's eager model of the same weights in the same
-process. A runner whose logits are wrong gets no time (`bench.measure.runners.wrong`). All runners take turns within
-a round, and a ratio is the median over rounds of the ratio within a round: what else the machine does meets all alike. `limit`
-is the bytes the step must move (bench/measure/step_cost.py) over the bandwidth measured in this run: memory allows
-nothing faster.
+for every weight format and every choice of kernels, beside Hugging Face's eager model of the same weights in the same
+process. A runner whose logits are wrong gets no time (`bench.measure.runners.logits_error`). All runners take turns
+within a round, and a ratio is the median over rounds of the ratio within a round, so that other load meets all alike.
+`limit` is the bytes that the step must move (bench/measure/step_cost.py) over the bandwidth measured in this run: no
+time can be less.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from vila_triton.arguments import OldOption
 from vila_triton.console import print_progress
 from vila_triton.device import pick_device
 from vila_triton.limits import COUNT
@@ -60,8 +61,8 @@ def time_steps(
     bandwidth: float,
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
-    """A row for every step and runner. Ratios are seconds over those of Hugging Face's model of the same weights
-    (`ratio_hf`), and over those of the first runner (`ratio_first`).
+    """Yields a row for every step and runner. Ratios are seconds over those of Hugging Face's model of the same weights
+    (`ratio_hf`) and over those of the first runner (`ratio_first`).
     """
     stamp = rows.stamp(device)
     hf_index = {
@@ -102,13 +103,14 @@ def time_steps(
 
 
 def runner_labels(name: str, runner: Runner) -> dict[str, Any]:
-    """What a row says of a runner."""
+    """Returns the fields of a row that tell the runner."""
     model, dtype = runner.model, str(runner.model.dtype).removeprefix("torch.")
     labels = {"model": name, "layers": model.cfg.num_hidden_layers}
     return {**labels, "weights": model.weight_format, "dtype": dtype, "choice": runner.name}
 
 
 def median_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:
+    """Returns the median of the ratios within rounds."""
     return statistics.median(a / b for a, b in zip(seconds, baseline, strict=True))
 
 
@@ -118,7 +120,7 @@ HEAD = (
 
 
 def format_row(row: Mapping[str, Any]) -> str:
-    """One line of the table."""
+    """Returns one line of the table."""
     label = f"  {row['weights']} {row['choice']}"
     if row["kind"] == "refused":
         return f"{label:36.36}  no time: {row['reason']}"
@@ -131,7 +133,9 @@ def format_row(row: Mapping[str, Any]) -> str:
 
 
 def published_lines(model: str) -> Iterator[str]:
-    """What others published for TinyChat on the same language model, a line for each machine and precision."""
+    """Yields figures that others published for TinyChat on the same language model, a line for each machine and
+    precision.
+    """
     table = tomllib.loads((config_dir() / "bench" / "tinychat.toml").read_text())
     lines: dict[str, list[str]] = {}
     for step_kind, length in (("prefill", "length"), ("streaming", "history"), ("decode", None)):
@@ -148,7 +152,7 @@ def published_lines(model: str) -> Iterator[str]:
 
 
 def attempt(action: Callable[[], Result], device: torch.device) -> Result | str:
-    """What it returns, or why it failed: one kind of weights or one runner may, in any way, and the others go on."""
+    """Returns the result of the action, or the reason why it failed, so that the others go on."""
     try:
         return action()
     except Exception as error:
@@ -158,17 +162,17 @@ def attempt(action: Callable[[], Result], device: torch.device) -> Result | str:
 
 
 def applies_without_int4(choice: str) -> bool:
-    """Whether a choice says anything to a model without int4 weights."""
+    """Returns whether a choice of kernels makes a difference to a model without int4 weights."""
     return {name.startswith("int4_") for name in parse_kernel_choices(choice)} != {True}
 
 
 def parse_lengths(text: str) -> list[int]:
-    """16,64 -> [16, 64]; nothing stands for none."""
+    """Reads 16,64 as [16, 64]; an empty text is an empty list."""
     return [COUNT(part) for part in text.split(",") if part]
 
 
 def time_models(args: argparse.Namespace) -> int:
-    """Build, check, time, print and write; 1 if something got no time."""
+    """Builds, checks, times, prints and writes; returns 1 if something got no time."""
     device = pick_device(args.device)
     config = model_configs.load_model(args.model, args.layers)
     planned_steps = list(plan_steps(args.prompts, args.histories, args.batches, args.contexts))
@@ -180,7 +184,7 @@ def time_models(args: argparse.Namespace) -> int:
     longest = max(step.cached_tokens + step.new_tokens for step in planned_steps)
     if longest > config.llm.max_position_embeddings:
         raise ValueError(f"{longest} tokens, but {config.name} was made for {config.llm.max_position_embeddings}")
-    for choice in args.choice:
+    for choice in args.kernels:
         validate_choices(parse_kernel_choices(choice))
     peaks, stamp = measure_peaks(device, ()), rows.stamp(device)
     print(f"{config.name}, {config.llm.num_hidden_layers} layers, {stamp['device']}, {peaks.bandwidth / 1e9:.1f} GB/s")
@@ -203,10 +207,10 @@ def time_models(args: argparse.Namespace) -> int:
             continue
         runners += [
             VilaTritonRunner(model, choice)
-            for choice in args.choice
+            for choice in args.kernels
             if weights == "int4" or applies_without_int4(choice)
         ]
-        if args.against == "hf":
+        if args.baseline == "hf":
             hf_runner = attempt(partial(HuggingFaceRunner, model), device)
             if isinstance(hf_runner, str):
                 refuse({"what": "build", "model": args.model, "weights": weights, "choice": HF}, hf_runner)
@@ -243,15 +247,17 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="vila1.5-3b", help="a name of configs/models, or a .toml file")
     parser.add_argument("--layers", type=COUNT, help="only so many of the language model's")
     parser.add_argument("--weights", default="float32,int4", help=f"of {', '.join(WEIGHTS)}, with commas")
-    help_choice = "default, reference or OP=NAME,OP=NAME; may be repeated"
-    parser.add_argument("--choice", action="append", default=[], metavar="CHOICE", help=help_choice)
+    help_text = "default, reference or OP=NAME,OP=NAME; may be repeated"
+    kernels = parser.add_argument("--kernels", action="append", default=[], metavar="CHOICE", help=help_text)
+    parser.add_argument("--choice", action=OldOption, new=kernels)
     parser.add_argument("--prompts", type=parse_lengths, default=[128, 512], help="lengths, with commas")
     parser.add_argument(
         "--histories", type=parse_lengths, default=[16, 64, 256], help="cached tokens before a question"
     )
     parser.add_argument("--batches", type=parse_lengths, default=[1], help="sequences that decode together")
     parser.add_argument("--contexts", type=parse_lengths, default=[128, 512], help="tokens a new token attends to")
-    parser.add_argument("--against", choices=("hf", "none"), default="hf", help=HF)
+    baseline = parser.add_argument("--baseline", choices=("hf", "none"), default="hf", help=HF)
+    parser.add_argument("--against", action=OldOption, new=baseline)
     parser.add_argument("--rounds", type=COUNT, default=7)
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     parser.add_argument("--device")
@@ -267,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ignored := [f"--{name}" for name in changed if name not in ("predict", "model")]:
             parser().error(f"--predict takes --model and nothing else, not {', '.join(ignored)}")
         return roofline.main(["--gpu", args.predict, "--model", args.model])
-    args.choice = args.choice or ["default"]
+    args.kernels = args.kernels or ["default"]
     return time_models(args)
 
 

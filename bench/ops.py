@@ -1,15 +1,16 @@
-"""How fast is each implementation? `python -m bench.ops int4_matmul --case decode`
+"""Times every implementation of an op: `python -m bench.ops int4_matmul --case decode`
 
-First the ceilings of this machine, then for every case and implementation the gate and, only if it is green, the time:
-median and spread with a cold cache, the same again to show the noise, and the rates as shares of the ceilings. On a CPU
-Triton kernels are only interpreted: they pass the gate there and get no time; references and library variants do.
+First the peak rates of this machine are measured. Then every case and implementation is gated and, if its numbers are
+right, timed: median and spread with a cold cache, the same again to show the noise, and the rates as shares of the
+peaks. On a CPU Triton kernels are only interpreted: they are gated there and get no time; references and variants of
+libraries do.
 
-With a cold cache no call is faster than the ceilings by more than the noise: such a figure is no time but an error, and
-the exit code is 1 then.
+With a cold cache no call exceeds the peak rates by more than the noise: such a figure is no time but an error, and the
+exit code is 1 then.
 
---served takes the implementation and the config that a call runs by default at the sizes of a case, and marks its rows;
-with --impl, those beside it. --gate case checks the numbers of the case alone: for a run after `pytest` and bench.tune.
-A peer named by --ungated is timed whatever its numbers are, and its rows say so: to be faster than it is no less then.
+--default times the implementation and config that a call runs by default at the sizes of a case, and marks its rows;
+with --impl, those beside it. --gate case checks the numbers of the case alone, for a run after `pytest` and bench.tune.
+A peer named by --skip-gate is timed whatever its numbers are, and its rows say so.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
+from vila_triton.arguments import OldOption
 from vila_triton.device import pick_device
 from vila_triton.limits import POSITIVE
 from vila_triton.ops.dtypes import DTYPES
@@ -48,7 +50,9 @@ CPU_FLOPS = 2 * 10**9  # a case with more is left out on a CPU unless it is aske
 
 
 def mean_cost(case: Case, args: Sequence[Any]) -> tuple[float, float]:
-    """(flops, bytes moved at least once) of a call: where sequences are of any length up to t, their mean counts."""
+    """Returns (FLOPs, bytes moved at least once) of a call. Where sequences are of any length up to t, their mean
+    counts.
+    """
     parameters = inspect.signature(OPS[case.op].reference).parameters
     seq_lens = dict(zip(parameters, args)).get("seq_lens")
     if seq_lens is None:
@@ -57,7 +61,7 @@ def mean_cost(case: Case, args: Sequence[Any]) -> tuple[float, float]:
 
 
 def rates(cost: tuple[float, float], case: Case, timing: Timing, peaks: MachinePeaks) -> dict[str, float]:
-    """Work and traffic of one call, and the rates as shares of the ceilings."""
+    """Returns the FLOPs and bytes of one call, and the rates as shares of the peaks."""
     flops, size = cost
     peak_flops = peaks.flops[case.sizes.get("dtype", "float32")]
     return {
@@ -69,8 +73,8 @@ def rates(cost: tuple[float, float], case: Case, timing: Timing, peaks: MachineP
 
 
 def impossible_reason(row: Mapping[str, Any], peaks: MachinePeaks) -> str | None:
-    """Why a time cannot be that of the whole work: it is above a ceiling by more than the noise, though the cache is
-    cold. The highest rate of any dtype counts, since half precision may be computed in float32.
+    """Returns the reason why a time cannot be that of the whole work, or None: with a cold cache its rate exceeds a
+    peak by more than the noise. The highest rate of any dtype counts, since half precision may be computed in float32.
     """
     if not row["cold"]:
         return None
@@ -88,11 +92,12 @@ def impossible_reason(row: Mapping[str, Any], peaks: MachinePeaks) -> str | None
 
 
 def is_peer(impl: Impl) -> bool:
+    """Returns whether an implementation is another library's."""
     return impl.fn.__module__.startswith("bench.peers")
 
 
 def default_impl(case: Case, device: torch.device) -> tuple[str, Mapping[str, Any]]:
-    """The implementation and the config that a call of these sizes runs by default."""
+    """Returns the implementation and the config that a call of these sizes runs by default."""
     op = OPS[case.op]
     choice = default_choices_for(device, "decode").get(op.name, REFERENCE)
     name = choice if isinstance(choice, str) else choice.lookup(case.sizes[op.dynamic_sizes[0]])
@@ -104,7 +109,7 @@ def default_impl(case: Case, device: torch.device) -> tuple[str, Mapping[str, An
 def select_impls(
     case: Case, impls: Sequence[str], all_configs: bool, default: tuple | None
 ) -> Iterator[tuple[Impl, Any]]:
-    """Implementations and configs to time: by name, or all; the one that runs by default comes first."""
+    """Yields implementations and configs to time: those named, or all; the default one comes first."""
     if default:
         yield OPS[case.op].impls[default[0]], default[1]
     for impl in OPS[case.op].impls.values():
@@ -117,7 +122,7 @@ def select_impls(
 def time_impl(
     impl: Impl, config: Mapping[str, Any], case: Case, device: torch.device, budget: float, check: Gate = gate
 ) -> tuple[Timing, tuple[float, float]] | str:
-    """The time of a call and its cost, or why it gets none."""
+    """Returns the time of a call and its cost, or the reason why it gets none."""
     if reason := check(impl, config, case):
         return reason
     if device.type == "cpu" and (uses_triton_kernels(impl) or (is_peer(impl) and impl.name != "dense")):
@@ -140,7 +145,7 @@ def time_cases(
     include_default: bool = False,
     skip_gate: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """A row for every case, implementation and config (the first, or `every`), as soon as it is known."""
+    """Yields a row for every case, implementation and config (the first, or all) as soon as it is known."""
     stamp = rows.stamp(device)
     for case in selected:
         default = default_impl(case, device) if include_default else None
@@ -164,7 +169,7 @@ HEAD = f"{'':36}{'time':>11}{'spread':>8}{'noise':>7}{'GB/s':>9}{'share':>7}{'TF
 
 
 def format_row(row: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
-    """One line of the table."""
+    """Returns one line of the table."""
     name = f"{'* ' if row['served'] else '  '}{row['impl']} {format_config(row['config'])}"
     if row["kind"] == "refused":
         return f"{name:36.36}  no time: {row['reason']}"
@@ -174,7 +179,7 @@ def format_row(row: Mapping[str, Any], reference: Mapping[str, Any] | None) -> s
     marks = (
         ("" if row["gated"] else "  not gated")
         + ("" if row["cold"] else "  cache warm")
-        + ("  no graph" if torch.cuda.is_available() > row["graph"] else "")
+        + ("  no graph" if torch.cuda.is_available() and not row["graph"] else "")
     )
     return (
         f"{name:36.36}{format_seconds(seconds)}{spread:8.1%}{row['noise']:7.1%}{row['bytes'] / seconds / 1e9:9.1f}"
@@ -183,14 +188,13 @@ def format_row(row: Mapping[str, Any], reference: Mapping[str, Any] | None) -> s
 
 
 def select_cases(ops: Sequence[str], case_name: str | None, dtype: str, device: torch.device) -> list[Case]:
-    """The cases to run; those too large for a CPU are left out with a word unless named."""
+    """Returns the cases to run; those too large for a CPU are left out with a note unless they are named."""
     candidates = [case for op in ops for case in cases(op, case_name)]
     candidates = [replace(c, sizes={**c.sizes, "dtype": dtype}) if "dtype" in c.sizes else c for c in candidates]
     fits = [c for c in candidates if case_name or device.type == "cuda" or c.cost[0] <= CPU_FLOPS]
     if len(fits) < len(candidates):
-        print(
-            f"left out on a CPU: {len(candidates) - len(fits)} cases of more than {CPU_FLOPS:.0e} flops; --case runs them"
-        )
+        count = len(candidates) - len(fits)
+        print(f"left out on a CPU: {count} cases of more than {CPU_FLOPS:.0e} flops; --case runs them")
     return fits
 
 
@@ -201,9 +205,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--case", help="a name of configs/bench/OP.toml; default: all")
     parser.add_argument("--configs", choices=("first", "all"), default="first")
     parser.add_argument("--dtype", choices=DTYPES.values, help="default: float16 on a GPU, float32 on a CPU")
-    parser.add_argument("--served", action="store_true", help="what runs by default, and what --impl names")
+    default = parser.add_argument("--default", action="store_true", help="what runs by default, and what --impl names")
+    parser.add_argument("--served", action=OldOption, new=default)
     parser.add_argument("--gate", choices=GATES, default="full", help="case: only the numbers of the case itself")
-    parser.add_argument("--ungated", action="append", default=[], metavar="PEER", help="timed whatever its numbers are")
+    help_text = "timed whatever its numbers are; may be repeated"
+    skip_gate = parser.add_argument("--skip-gate", action="append", default=[], metavar="PEER", help=help_text)
+    parser.add_argument("--ungated", action=OldOption, new=skip_gate)
     parser.add_argument("--peers", action="store_true", help="other libraries' kernels too, where installed")
     parser.add_argument("--budget", type=POSITIVE, default=0.2, help="seconds for each of the two runs of a figure")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
@@ -216,8 +223,7 @@ def main() -> int:
     args = parser().parse_args()
     device = pick_device(args.device)
     all_ops = op_names()
-    from .peers import dense, discover_peers, sdpa  # noqa: F401 (dense, sdpa: torch itself, always there)
-    from .peers import peer_names as peer_names
+    from .peers import dense, discover_peers, peer_names, sdpa  # noqa: F401 (dense, sdpa: torch itself, always there)
 
     if args.peers:
         for peer, reason in discover_peers().items():
@@ -231,7 +237,7 @@ def main() -> int:
 
 
 def run_and_print(selected: Sequence[Case], args: argparse.Namespace, device: torch.device) -> bool:
-    """Measure, print and write; whether a figure was impossible."""
+    """Measures, prints and writes; returns whether a figure was impossible."""
     dtypes = sorted({case.sizes.get("dtype", "float32") for case in selected})
     peaks, stamp = measure_peaks(device, dtypes), rows.stamp(device)
     products = ", ".join(f"{name} {flops / 1e12:.3g} TFLOP/s" for name, flops in peaks.flops.items())
@@ -245,7 +251,7 @@ def run_and_print(selected: Sequence[Case], args: argparse.Namespace, device: to
     for number, case in enumerate(selected, 1):
         all_configs, check = args.configs == "all", GATES[args.gate]
         for row in time_cases(
-            [case], args.impl, all_configs, device, peaks, args.budget, check, args.served, args.ungated
+            [case], args.impl, all_configs, device, peaks, args.budget, check, args.default, args.skip_gate
         ):
             if last is not case:
                 print(f"{case}   [{number} of {len(selected)}]")

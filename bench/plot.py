@@ -1,8 +1,8 @@
-"""Pictures from rows, and from rows alone: `python -m bench.plot ROWS.jsonl --out pictures`
+"""Draws figures from rows, and from rows alone: `python -m bench.plot ROWS.jsonl --out plots`
 
-Each picture is a PNG and an SVG; in it stand the device, the date, the commit and the versions of the rows it shows.
-Rows of several devices, days or commits never share a picture: that is an error which names them, and `--run` picks
-one. What was measured twice in a run counts as it was the last time.
+Each figure is a PNG and an SVG that shows the device, the date, the commit and the versions of its rows. Rows of
+several devices, days or commits never share a figure: that is an error which names them, and `--run` chooses one. Of
+repeated measurements in a run the last counts.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from .plots.figure import PlottedFigure, Row
 from .plots.style import save_figure
 from .tuner.table import TIMED_STATUSES
 
-# Which kinds of rows a picture is made from; the first one it cannot do without.
+# The kinds of rows that a figure is made from; it cannot do without the first.
 PLOTS: dict[str, tuple[Callable[[Mapping[str, Sequence[Row]]], Iterator[PlottedFigure]], list[str]]] = {
     "roofline": (ops.plot_roofline, ["op", "ceiling"]),
     "time": (ops.plot_time, ["op", "ceiling"]),
@@ -31,7 +31,7 @@ PLOTS: dict[str, tuple[Callable[[Mapping[str, Sequence[Row]]], Iterator[PlottedF
     "quality": (quality.plot_quality, ["quality"]),
 }
 RUN = "device date commit"
-# The fields that tell rows of a kind apart, and those that a picture needs besides.
+# The fields that tell rows of a kind apart, and those that a figure needs besides.
 FIELDS = {
     "op": ("op impl case sizes config", "seconds low high cold flops bytes peer"),
     "ceiling": ("", "bandwidth flops"),
@@ -39,26 +39,26 @@ FIELDS = {
     **{f"tune {status}": ("op impl sizes config", "") for status in ("gate", "compile", "cost", "time")},
     "memory": ("choice layers length chunk", "cache peak"),
     "model prefill": ("model layers weights choice batch prompt", "seconds"),
-    "model stream": ("model layers weights choice batch prompt history", "seconds"),
+    "model streaming": ("model layers weights choice batch prompt history", "seconds"),
     "model decode": ("model layers weights choice batch context", "tokens_per_s"),
     "model memory": ("model layers weights choice batch prompt", "peak_bytes"),
     "quality": ("model method group samples seed", "kl perplexity"),
-    "predict prefill": ("gpu model weights pictures prompt", "source seconds beyond"),
+    "predict prefill": ("gpu model weights images prompt", "source seconds beyond"),
     "predict decode": ("gpu model weights context", "source seconds beyond"),
 }
 KINDS = list(dict.fromkeys(name.split()[0] for name in FIELDS))
 
 
 def row_type(row: Row) -> str:
-    """The row's key in FIELDS."""
+    """Returns the row's key in FIELDS."""
     return " ".join(str(row[name]) for name in ("kind", "what", "status") if name in row)
 
 
 def read_rows(file: Path) -> Sequence[Row]:
-    """The rows of a file. A search of bench.tune, which may have been resumed on another day, is one run: its rows bear
-    the stamp of the last one, and the name of the file as `search`.
+    """Returns the rows of a file. A search of bench.tune, which may have been resumed on another day, is one run: its
+    rows get the stamp of the last one, and the name of the file as `search`.
 
-    Errors: ValueError naming file and line of a row without a field that its picture needs.
+    Errors: ValueError naming file and line of a row that lacks a field its figure needs.
     """
     file_rows = list(rows.read(file))
     for number, row in enumerate(file_rows, 1):
@@ -80,7 +80,7 @@ def read_rows(file: Path) -> Sequence[Row]:
 
 
 def load_rows(files: Sequence[Path], run: str) -> dict[str, list[Row]]:
-    """Rows by kind, those whose run contains the text. Rows of one run that tell of the same count once, the last."""
+    """Returns rows by kind, those whose run contains the text. Of repeated measurements in one run the last is kept."""
     latest: dict[str, Row] = {}
     replaced, unplotted = 0, Counter[str]()
     for row in (row for file in files for row in read_rows(file)):
@@ -94,21 +94,22 @@ def load_rows(files: Sequence[Path], run: str) -> dict[str, list[Row]]:
     if replaced:
         print(f"{replaced} rows were measured again later in the same run; the later ones are drawn")
     for kind, count in unplotted.items():
-        print(f"{count} rows of kind {kind!r}: there is no picture of these")
+        print(f"{count} rows of kind {kind!r}: there is no figure of these")
     return {kind: [row for row in latest.values() if row["kind"] == kind] for kind in KINDS}
 
 
 def row_files(paths: Sequence[Path]) -> list[Path]:
-    """Files of rows, and those in folders."""
+    """Returns files of rows, and those in folders."""
     return [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
 
 
 def run_label(row: Row) -> str:
+    """Returns device, date and commit of a row."""
     return " | ".join(str(row[name]) for name in RUN.split())
 
 
 def single_run_stamp(plotted: PlottedFigure) -> Row:
-    """The stamp of a picture. Errors: ValueError if its rows are of several runs."""
+    """Returns the stamp of a figure. Errors: ValueError if its rows are of several runs."""
     runs = {run_label(row): row for row in plotted.rows}
     if len(runs) > 1:
         named = "".join(f"\n  {run}" for run in sorted(runs))
@@ -120,13 +121,13 @@ def single_run_stamp(plotted: PlottedFigure) -> Row:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl", help="or a folder of such files")
-    parser.add_argument("--out", type=Path, default=Path("pictures"))
+    parser.add_argument("--out", type=Path, default=Path("plots"))
     parser.add_argument("--only", default=",".join(PLOTS), help=f"with commas, of {','.join(PLOTS)}")
     parser.add_argument("--run", default="", metavar="TEXT", help="only rows with TEXT in device | date | commit")
     args = parser.parse_args(argv)
     selected = args.only.split(",")
     if unknown := [name for name in selected if name not in PLOTS]:
-        raise ValueError(f"no picture {', '.join(unknown)}; there are: {', '.join(PLOTS)}")
+        raise ValueError(f"no figure {', '.join(unknown)}; there are: {', '.join(PLOTS)}")
     files = row_files(args.rows)
     rows_by_kind = load_rows(files, args.run)
     if not files:
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw_plots(rows_by_kind: Mapping[str, Sequence[Row]], selected: Sequence[str], out: Path) -> int:
-    """Write the chosen pictures that have rows, say which have none; returns how many were written."""
+    """Writes the selected figures that have rows and says which have none; returns the number written."""
     count = 0
     for name in selected:
         plot, kinds = PLOTS[name]

@@ -1,10 +1,10 @@
-"""Activation memory of a prefill against the length of the prompt: `python -m bench.prefill_memory`.
+"""Measures the activation memory of a prefill against the length of the prompt: `python -m bench.prefill_memory`
 
 Prefills prompts of several lengths with the bundled model's language model, in one pass and in chunks, and prints the
-cache and the most that tensors took at any moment beyond parameters and cache. The chunked column must stay flat: what
-it holds is one chunk's activations. The reference attention gathers the history of a layer out of its pages, which
+bytes of the cache and the peak bytes of tensors beyond parameters and cache. The column of chunks must stay flat: it
+holds one chunk's activations. The reference attention gathers the cached tokens of a layer out of its pages, which
 grows; the Triton kernels read the pages where they are (here in the interpreter, whose own buffers stand for registers
-and shared memory, and do not count).
+and shared memory and do not count).
 """
 
 import argparse
@@ -32,7 +32,7 @@ from .measure.peak_memory import PeakMemory
 
 @torch.inference_mode()
 def measure_prefill(p: vila.Vila, cfg: VilaConfig, length: int, chunk: int, device: torch.device) -> tuple[int, int]:
-    """Bytes of the cache and peak bytes of everything else for a prompt of `length` tokens."""
+    """Returns the bytes of the cache and the peak bytes of everything else for a prompt of `length` tokens."""
     cache = PagedKVCache(cfg.llm, 0, device=device)
     cache.allocator.add_sequence()
     cache.ensure_capacity({0: length})

@@ -1,9 +1,9 @@
-"""What int4 costs: `python -m bench.quality [--model bundled outliers smollm2] [--groups 32 64 128] [--out ROWS]`
+"""Measures what int4 costs a language model: `python -m bench.quality [--model bundled outliers smollm2] [--out ROWS]`
 
-Rounds language models to the nearest level (rtn), as llm-awq does (upstream) and as we do (ours), and measures on text
-or questions that calibration did not see. `outliers` is the bundled model with some channels of its norms made louder
-and the weights behind them quieter, which changes nothing until weights are rounded. `repaired` is the part of what rtn
-loses in perplexity that a method does not.
+Quantizes language models by round to nearest (rtn), as llm-awq does (upstream) and by vila-triton's method (ours), and
+evaluates them on text or questions that calibration did not see. `outliers` is the bundled model with some channels of
+its norms scaled up and the weights behind them scaled down, which changes nothing until weights are quantized.
+`repaired` is the part of rtn's loss in perplexity that a method avoids.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vila_triton.cache.paged_cache import UncachedBatch
+from vila_triton.chat.conversation import ChatModel
 from vila_triton.console import print_progress
 from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.limits import COUNT, SEED
@@ -30,7 +31,7 @@ from vila_triton.models.params import tree_map
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.quantization import awq_gptq, llm_awq
 from vila_triton.quantization.activations import CalibrationTokens
-from vila_triton.quantization.calibration_data import build_calibration_set, synthetic_samples
+from vila_triton.quantization.calibration_data import Sample, build_calibration_set, synthetic_samples
 from vila_triton.tiny.evaluate import SUPPORTED_KINDS, build_questions
 
 from ._tool import tool
@@ -42,8 +43,8 @@ METHODS = ("rtn", "upstream", "ours")
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Rows end to end: what the first layer is given [s, e], their lengths, the next token of each place [s], or -100
-    where none is asked for, and of questions the kinds.
+    """Rows end to end: the embeddings [s, e], the lengths of the rows, the next token at each position [s] or -100
+    where none is evaluated, and for questions their kinds.
     """
 
     embeddings: Tensor
@@ -54,6 +55,8 @@ class EvaluationText:
 
 @dataclass(frozen=True)
 class EvaluatedModel:
+    """A model with its calibration and held-out text."""
+
     name: str
     p: llama.Llama
     cfg: LlamaConfig
@@ -62,7 +65,7 @@ class EvaluatedModel:
 
 
 def quantize_model(subject: EvaluatedModel, method: str, group_size: int) -> llama.Llama:
-    """The model with int4 linears; shows progress on standard error."""
+    """Returns the model with int4 linears; shows progress on stderr."""
     if method == "rtn":
         return llama.quantize_linears_rtn(subject.p, group_size)
     tokens = CalibrationTokens(tuple(subject.calibration.lengths), torch.ones(len(subject.calibration.embeddings)))
@@ -78,15 +81,14 @@ def quantize_model(subject: EvaluatedModel, method: str, group_size: int) -> lla
             new, hidden_states, _ = llm_awq.quantize_layer(layer, hidden_states, tokens, subject.cfg, group_size)
         layers.append(new)
         seconds_left = (time.monotonic() - start) / (i + 1) * (len(subject.p.layers) - i - 1)
-        print_progress(
-            f"{subject.name} {method} {group_size}: {i + 1} of {len(subject.p.layers)} layers, {seconds_left:.0f} s left"
-        )
+        done = f"{i + 1} of {len(subject.p.layers)} layers, {seconds_left:.0f} s left"
+        print_progress(f"{subject.name} {method} {group_size}: {done}")
     print_progress("")
     return replace(subject.p, layers=tuple(layers))
 
 
 def log_probabilities(p: llama.Llama, cfg: LlamaConfig, text: EvaluationText) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of some rows at a time: log probabilities [s, v] where a token is asked for, and those tokens [s]."""
+    """Yields, for some rows at a time, log-probabilities [s, v] at the evaluated positions, and their tokens [s]."""
     for positions, lengths in CalibrationTokens(tuple(text.lengths), torch.empty(0)).batches():
         cache = UncachedBatch(lengths, text.embeddings.device)
         has_label = text.labels[positions] >= 0
@@ -96,63 +98,58 @@ def log_probabilities(p: llama.Llama, cfg: LlamaConfig, text: EvaluationText) ->
 
 @torch.no_grad()
 def evaluate_model(subject: EvaluatedModel, p: llama.Llama) -> dict[str, Any]:
-    """Perplexity, divergence KL(fp ‖ rounded) a token in nats, how often the likeliest token is the right one, and of
-    each kind of question how often all tokens of the answer are.
+    """Returns perplexity, KL(float || int4) per token in nats, the share of tokens whose likeliest prediction is right,
+    and for each kind of question the share of answers that are right in all tokens.
     """
     loss = divergence = count = 0.0
     hits = list[Tensor]()
-    for (expected, labels), (found, _) in zip(
+    for (expected, labels), (log_probs, _) in zip(
         log_probabilities(subject.p, subject.cfg, subject.held_out), log_probabilities(p, subject.cfg, subject.held_out)
     ):
-        loss += float(F.nll_loss(found, labels, reduction="sum"))
-        divergence += float((expected.exp() * (expected - found)).sum())
-        hits.append((found.argmax(-1) == labels).float())
+        loss += float(F.nll_loss(log_probs, labels, reduction="sum"))
+        divergence += float((expected.exp() * (expected - log_probs)).sum())
+        hits.append((log_probs.argmax(-1) == labels).float())
         count += len(labels)
     hit, text = torch.cat(hits), subject.held_out
     row = torch.arange(len(text.lengths)).repeat_interleave(torch.tensor(text.lengths))[text.labels >= 0]
     all_correct = torch.ones(len(text.lengths)).scatter_reduce(0, row, hit, "amin")
-    by_kind = {
-        kind: float(all_correct[[text_kind == kind for text_kind in text.kinds]].mean())
-        for kind in dict.fromkeys(text.kinds)
-    }
-    found = {"perplexity": math.exp(loss / count), "kl": divergence / count, "right": float(hit.mean())}
-    return found | {"tokens": count, "kinds": by_kind}
+    kinds = dict.fromkeys(text.kinds)
+    by_kind = {kind: float(all_correct[[x == kind for x in text.kinds]].mean()) for kind in kinds}
+    metrics = {"perplexity": math.exp(loss / count), "kl": divergence / count, "right": float(hit.mean())}
+    return metrics | {"tokens": count, "kinds": by_kind}
+
+
+def embed_samples(chat_model: ChatModel, samples: Sequence[Sample]) -> EvaluationText:
+    """Returns questions about images as embeddings; their answers are evaluated."""
+    model, tokenizer = chat_model.model, chat_model.tokenizer
+    image_tokens = model.vila_config.image_tokens
+    batch = build_calibration_set(samples, tokenizer, chat_model.processor, model.config, image_tokens)
+    features = model.encode_images(batch.pixel_values).flatten(0, 1) if batch.pixel_values is not None else None
+    x = torch.cat([vila.embed_spliced(model.params, row, features) for row in batch.sequences])
+    labels = [torch.cat((row[1:], row.new_tensor([-100]))) for row in batch.sequences]
+    for label, sample in zip(labels, samples):
+        answer_tokens = len(tokenizer(sample.answer, add_special_tokens=False).input_ids) + 1
+        label[: len(label) - 1 - answer_tokens] = -100
+    return EvaluationText(x.detach(), [len(row) for row in batch.sequences], torch.cat(labels))
 
 
 def bundled_subject(samples: int, seed: int, num_questions: int = NUM_QUESTIONS) -> EvaluatedModel:
-    """The bundled model, calibrated on drawn training scenes and measured on questions about held-out ones."""
-    talker = load_chat_model(BUNDLED_CHECKPOINT, "cpu", torch.float32)
-    model, image_tokens = talker.model, talker.model.vila_config.image_tokens
-    held_out = build_questions(1 + num_questions // 25, seed + 1, SUPPORTED_KINDS)[:num_questions]
-    qa_samples = [(i.qa.question, i.images, i.qa.answer) for i in held_out]
-    groups = [[(d.text, d.images, d.answer) for d in synthetic_samples(samples, seed)], qa_samples]
-
-    def build_text(group: Sequence[Any]) -> EvaluationText:
-        from vila_triton.quantization.calibration_data import Sample
-
-        prompt_batch = build_calibration_set(
-            [Sample(*s) for s in group], talker.tokenizer, talker.processor, model.config, image_tokens
-        )
-        features = (
-            model.encode_images(prompt_batch.pixel_values).flatten(0, 1)
-            if prompt_batch.pixel_values is not None
-            else None
-        )
-        x = torch.cat([vila.embed_spliced(model.params, row, features) for row in prompt_batch.sequences])
-        answers = [len(talker.tokenizer(a, add_special_tokens=False).input_ids) + 1 for _, _, a in group]
-        labels = [torch.cat((row[1:], row.new_tensor([-100]))) for row in prompt_batch.sequences]
-        for label, n in zip(labels, answers):
-            label[: len(label) - 1 - n] = -100
-        return EvaluationText(x.detach(), [len(row) for row in prompt_batch.sequences], torch.cat(labels))
-
-    p = tree_map(lambda leaf: leaf.detach(), model.params.llm)
-    calibration, held_out_text = (build_text(group) for group in groups)
-    kinds = tuple(item.kind for item in held_out)
-    return EvaluatedModel("bundled", p, model.vila_config.llm, calibration, replace(held_out_text, kinds=kinds))
+    """Returns the bundled model, calibrated on random training scenes and evaluated on questions about held-out
+    scenes.
+    """
+    chat_model = load_chat_model(BUNDLED_CHECKPOINT, "cpu", torch.float32)
+    questions = build_questions(1 + num_questions // 25, seed + 1, SUPPORTED_KINDS)[:num_questions]
+    calibration = embed_samples(chat_model, synthetic_samples(samples, seed))
+    held_out = embed_samples(chat_model, [Sample(q.qa.question, q.images, q.qa.answer) for q in questions])
+    held_out = replace(held_out, kinds=tuple(question.kind for question in questions))
+    p = tree_map(lambda leaf: leaf.detach(), chat_model.model.params.llm)
+    return EvaluatedModel("bundled", p, chat_model.model.vila_config.llm, calibration, held_out)
 
 
 def add_outliers(subject: EvaluatedModel, seed: int, share: float = 0.05) -> EvaluatedModel:
-    """The same function with outliers: in every norm of a layer a share of the channels is 2³ to 2⁶ times as loud."""
+    """Returns the same function with outliers: in every norm of a layer a share of the channels is 2³ to 2⁶ times as
+    large.
+    """
     rng = torch.Generator().manual_seed(seed)
 
     def scale_channels(layer: llama.Layer) -> llama.Layer:
@@ -165,31 +162,27 @@ def add_outliers(subject: EvaluatedModel, seed: int, share: float = 0.05) -> Eva
             layer = replace(layer, **{norm: getattr(layer, norm) * factor}, **quiet)
         return layer
 
-    return replace(
-        subject,
-        name="outliers",
-        p=replace(subject.p, layers=tuple(scale_channels(layer) for layer in subject.p.layers)),
-    )
+    layers = tuple(scale_channels(layer) for layer in subject.p.layers)
+    return replace(subject, name="outliers", p=replace(subject.p, layers=layers))
 
 
 def smollm2_subject(num_blocks: int, seed: int) -> EvaluatedModel:
-    """SmolLM2-135M-Instruct on English that packages ship."""
+    """Returns SmolLM2-135M-Instruct with English text that packages ship."""
     model, tokenizer = smollm2.load_hugging_face()
     p, cfg = smollm2.convert_model(model)
 
-    def build_text(ids: Tensor) -> EvaluationText:
-        labels = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), 1)
-        return EvaluationText(llama.embed(p, ids.flatten()), [ids.shape[1]] * len(ids), labels.flatten())
+    texts = [embed_tokens(p, ids) for ids in smollm2.calibration_and_held_out(tokenizer, num_blocks, seed=seed)]
+    return EvaluatedModel("smollm2", p, cfg, *texts)
 
-    return EvaluatedModel(
-        "smollm2",
-        p,
-        cfg,
-        *(build_text(ids) for ids in smollm2.calibration_and_held_out(tokenizer, num_blocks, seed=seed)),
-    )
+
+def embed_tokens(p: llama.Llama, ids: Tensor) -> EvaluationText:
+    """Returns rows of token ids [rows, length] as embeddings; every next token is evaluated."""
+    labels = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), 1)
+    return EvaluationText(llama.embed(p, ids.flatten()), [ids.shape[1]] * len(ids), labels.flatten())
 
 
 def load_subject(name: str, samples: int, seed: int) -> EvaluatedModel:
+    """Returns a model by its name on the command line."""
     if name == "smollm2":
         return smollm2_subject(samples // 16, seed)
     return bundled_subject(samples, seed) if name == "bundled" else add_outliers(bundled_subject(samples, seed), seed)
@@ -199,7 +192,9 @@ def load_subject(name: str, samples: int, seed: int) -> EvaluatedModel:
 def quality_rows(
     subject: EvaluatedModel, methods: Sequence[str], group_sizes: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """A row for the model as it is, then one for each method and group; groups that do not fit are named."""
+    """Yields a row for the float model, then one for each method and group size; group sizes that do
+    not fit are named.
+    """
     baseline = evaluate_model(subject, subject.p)
     yield {"model": subject.name, "method": "float32", "group": 0, **baseline}
     for group_size in group_sizes:
@@ -250,7 +245,7 @@ def main() -> None:
 
 
 def answers_table(model_rows: Sequence[dict[str, Any]]) -> str:
-    """A table of wholly right answers, a column for each row of `table`."""
+    """Returns a table of wholly right answers, a column for each row of `quality_rows`."""
     heads = "".join(f"{row['method']:>9} {row['group'] or '':<3}" for row in model_rows)
     lines = [f"{'answers right, %':26}{heads}"]
     for kind in model_rows[0]["kinds"]:

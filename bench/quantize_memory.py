@@ -1,9 +1,9 @@
-"""Memory of the quantiser against the depth of a model: `python -m bench.quantize_memory [--layers 2 16]`.
+"""Measures the memory of the quantizer against the depth of a model: `python -m bench.quantize_memory [--layers 2 16]`
 
-Writes random models of several depths, rounds each, and prints the most that tensors took at any moment: in all, and
-as a multiple of one layer in float32, in which the search works. Depth must not matter. What is not weights is
-counted apart: the activations of one layer (inputs of its linears, as it was and as it is rounded) and the second
-moments of its widest inputs with what is made of them: four matrices, which no width makes small beside a layer.
+Writes random models of several depths, quantizes each, and prints the peak bytes of tensors, in all and as a multiple
+of one layer in float32, in which the search works. Depth must not matter. Two parts are listed apart: the activations
+of one layer (inputs of its linears in the original and in the quantized model), and the Hessian of its widest inputs
+with the matrices made from it, four in all, which are not small beside a layer at any width.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from .measure.peak_memory import PeakMemory
 
 
 def measure_peak(layers: int, width: int, tokens: int, group_size: int) -> dict[str, float]:
-    """Bytes: the peak, one layer, activations, moments."""
+    """Returns bytes: the peak, one layer, activations, Hessians (`moments`)."""
     f = 2 * width
     llm = replace(CONFIG.llm, num_hidden_layers=layers, hidden_size=width, intermediate_size=f, head_dim=width // 8)
     cfg = replace(CONFIG, llm=llm, mm_projector=replace(CONFIG.mm_projector, hidden_size=width))

@@ -1,11 +1,11 @@
-"""Which arguments cause which recompilation? `python -m bench.recompiles [OP ...]`
+"""Shows which arguments make Triton compile a kernel again: `python -m bench.recompiles [OP ...]`
 
-Triton compiles a kernel anew for every new key: the types of its arguments, which of the integers are 1 or divisible by
-16, which pointers are aligned, and the values of the compile-time constants. Here the launchers run over a sweep of
-what varies while a model serves, the numbers of tokens, of cached tokens and of sequences, and nothing is compiled: the
-keys alone are made. For each new key the table names the arguments that set it apart from the most similar one before.
+Triton compiles a kernel for every new key: the types of its arguments, which of the integers are 1 or divisible by 16,
+which pointers are aligned, and the values of compile-time constants. Here the launchers run over a sweep of the sizes
+that vary while a model serves (tokens, cached tokens, sequences), and nothing is compiled: only the keys are computed.
+For each new key the table names the arguments that distinguish it from the most similar one before.
 
-The most variants a kernel may have stand in configs/bench/variants.toml; a kernel with more is an error.
+The most variants that a kernel may have are in configs/bench/recompiles.toml; a kernel with more is an error.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Key = dict[str, Any]  # argument -> (type, what Triton assumes of it), option ->
 
 @dataclass(frozen=True)
 class Variant:
-    """A key that made Triton compile, the sizes of the call, and what sets it apart from the nearest key before."""
+    """A key that made Triton compile, the sizes of the call, and the differences to the nearest key before."""
 
     key: Key
     sizes: dict[str, Any]
@@ -48,13 +48,13 @@ class Variant:
 
 @dataclass
 class LaunchTrace:
-    """The variants of each kernel, by name, and the calls made."""
+    """The variants of each kernel, by name, and the number of calls."""
 
     variants: dict[str, list[Variant]] = field(default_factory=dict)
     calls: int = 0
 
     def record(self, kernel: str, key: Key, sizes: dict[str, Any]) -> None:
-        """Take note of a launch."""
+        """Records a launch."""
         variants = self.variants.setdefault(kernel, [])
         if all(key != variant.key for variant in variants):
             nearest = min(
@@ -66,7 +66,7 @@ class LaunchTrace:
 
 
 def specialization_key(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Key:
-    """The key Triton would look the launch up by, by name of argument."""
+    """Returns the key by which Triton would look the launch up, by name of argument."""
     device = 0 if not kernel.device_caches else next(iter(kernel.device_caches))
     *_, binder = kernel.device_caches[device]
     _, specialization, options = binder(*args, **kwargs)
@@ -74,7 +74,7 @@ def specialization_key(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any])
 
 
 def key_differences(old: Key, new: Key) -> Iterator[str]:
-    """What differs, argument by argument, in words."""
+    """Yields the differences of two keys, argument by argument, in words."""
     for name in new:
         a, b = old.get(name), new[name]
         if a != b:
@@ -82,6 +82,7 @@ def key_differences(old: Key, new: Key) -> Iterator[str]:
 
 
 def describe_difference(old: Any, new: Any) -> str:
+    """Returns the difference of two values in words."""
     if not isinstance(old, tuple) or not isinstance(new, tuple):
         return f"{old} -> {new}"
     (old_type, old_note), (new_type, new_note) = old, new
@@ -97,7 +98,7 @@ def describe_difference(old: Any, new: Any) -> str:
 
 
 def size_sweep(op: Op) -> Iterator[dict[str, Any]]:
-    """The sizes of every call of the sweep: all combinations of those of SWEEP, the rest representative.
+    """Yields the sizes of every call of the sweep: all combinations of those of SWEEP, the rest representative.
 
     Errors: ValueError if the op has none of them.
     """
@@ -110,7 +111,7 @@ def size_sweep(op: Op) -> Iterator[dict[str, Any]]:
 
 
 def trace_launches(impl_key: tuple[str, str]) -> LaunchTrace:
-    """Launch the default config of an implementation, (op, name), over the sweep, compiling nothing."""
+    """Launches the default config of an implementation, (op, name), over the sweep, without compiling."""
     op = OPS[impl_key[0]]
     impl = op.impls[impl_key[1]]
     launches = LaunchTrace()
@@ -131,15 +132,15 @@ def trace_launches(impl_key: tuple[str, str]) -> LaunchTrace:
 
 
 def max_variants(kernel: str) -> int:
-    """The most variants a kernel may have in the sweep."""
-    table = tomllib.loads((config_dir() / "bench" / "variants.toml").read_text())
+    """Returns the most variants that a kernel may have in the sweep."""
+    table = tomllib.loads((config_dir() / "bench" / "recompiles.toml").read_text())
     return table.get(kernel, table["default"])
 
 
 def check_ops(ops: Sequence[str], folder: str | None) -> list[str]:
-    """Print the variants of every kernel of the ops, or of all; returns a line for each kernel that has too many.
+    """Prints the variants of every kernel of the ops, or of all; returns a line for each kernel that has too many.
 
-    Errors: ValueError for an op there is not.
+    Errors: ValueError for an op that does not exist.
     """
     load_implementations(folder, peers=False)
     if unknown := set(ops) - set(OPS):
@@ -155,7 +156,9 @@ def check_ops(ops: Sequence[str], folder: str | None) -> list[str]:
                 sizes_text = " ".join(f"{name}={variant.sizes[name]}" for name in variant.sizes if name in SWEEP)
                 print(f"    {sizes_text:20} {'; '.join(variant.reasons)}")
             if len(variants) > allowed:
-                too_many.append(f"{kernel}: {len(variants)} variants, at most {allowed} (configs/bench/variants.toml)")
+                too_many.append(
+                    f"{kernel}: {len(variants)} variants, at most {allowed} (configs/bench/recompiles.toml)"
+                )
     return too_many
 
 

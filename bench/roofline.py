@@ -1,11 +1,11 @@
-"""How fast the released models could be at best, on paper: `python -m bench.roofline --gpu H100,4090`
+"""Predicts the least times of the released models on paper: `python -m bench.roofline --gpu H100,4090`
 
-What a step must do at least (bench/measure/step_cost.py) and what a machine can do in a second bound its time:
+The least work of a step (bench/measure/step_cost.py) and the rates of a machine bound its time:
 
-    time >= max(bytes / bandwidth, flops / rate), bytes and flops summed over the whole step
+    time >= max(bytes / bandwidth, FLOPs / rate), bytes and FLOPs summed over the whole step
 
-The maximum of the sums and not the sum of each op's maximum: while one op computes, the weights of the next may already
-be on their way, so that only the former holds whatever the kernels overlap. Ceilings are those of datasheets
+The maximum of the sums, and not the sum of each op's maximum: while one op computes, the weights of the next may
+already be on their way, so only the former holds however kernels overlap. Rates are those of datasheets
 (configs/bench/gpus.toml), or measured ones: `--measured ROWS` takes them from rows of bench.ops.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from vila_triton.arguments import OldOption
 from vila_triton.limits import COUNT, COUNT_OR_ZERO
 from vila_triton.paths import config_dir
 
@@ -31,7 +32,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Machine:
-    """What bounds a time: bytes and flops a second. `memory` in bytes, None if it is not known."""
+    """The rates that bound a time, in bytes and FLOPs per second. `memory` is in bytes, None if it is not known."""
 
     gpu: str
     name: str
@@ -42,13 +43,15 @@ class Machine:
 
 
 def datasheet_machines() -> dict[str, Machine]:
-    """The machines of configs/bench/gpus.toml."""
+    """Returns the machines of configs/bench/gpus.toml."""
     file = config_dir() / "bench" / "gpus.toml"
     return {gpu: Machine(gpu, **values) for gpu, values in tomllib.loads(file.read_text()).items()}
 
 
 def measured_machines(files: Sequence[Path]) -> list[Machine]:
-    """The machines that rows of kind "ceiling" were measured on, the last row of each; memory from the datasheet."""
+    """Returns the machines that rows of kind "ceiling" were measured on, by the last row of each; memory is the
+    datasheet's.
+    """
     machines = {}
     for row in rows.read(*files, kind="ceiling"):
         if missing := [name for name in ("device", "date", "commit", "bandwidth", "flops") if name not in row]:
@@ -72,15 +75,16 @@ def predict_steps(
     prompt_lengths: Sequence[int],
     context_lengths: Sequence[int],
 ) -> Iterator[dict[str, Any]]:
-    """A row for every prompt (tokens beside the pictures) and every context of one model on one machine, batch 1.
+    """Yields a row for every prompt (text tokens beside the images) and every context of one model on one machine,
+    batch 1.
 
-    A row whose `beyond` is set names why there is no such step: "memory", or the "positions" the model was made for.
+    `beyond` of a row says why there is no such step: "memory", or the "positions" that the model was made for.
     """
     config = model_configs.load_model(model, group_size=GROUPS[weights])
     image_tokens = num_images * config.image_tokens
     steps: list[tuple[dict[str, Any], int, step_cost.StepCost]] = [
         (
-            {"what": "prefill", "pictures": num_images, "prompt": text_tokens},
+            {"what": "prefill", "images": num_images, "prompt": text_tokens},
             text_tokens + image_tokens,
             step_cost.prefill_cost(config, text_tokens, num_images),
         )
@@ -113,7 +117,7 @@ def predict_steps(
 
 
 def format_cell(row: dict[str, Any]) -> str:
-    """Milliseconds, with a c where compute is the limit, or why there is no such step."""
+    """Returns milliseconds, with a c where compute is the limit, or the reason why there is no such step."""
     if row["beyond"]:
         return {"memory": "does not fit  ", "positions": "too long  "}[row["beyond"]]
     ms = row["seconds"] * 1e3
@@ -122,9 +126,10 @@ def format_cell(row: dict[str, Any]) -> str:
 
 
 def format_heading(machine: Machine, num_images: int, prompts: Sequence[int], contexts: Sequence[int]) -> str:
+    """Returns the lines above the table of a machine."""
     memory = "memory unknown" if machine.memory is None else f"{machine.memory / GIB:.0f} GiB"
     rates = f"{machine.bandwidth / 1e9:.5g} GB/s, {machine.flops / 1e12:.4g} TFLOP/s float16"
-    first = f"first token, ms: {num_images} picture{'s' * (num_images != 1)}, and words:  "
+    first = f"first token, ms: {num_images} image{'s' * (num_images != 1)}, and text tokens:  "
     columns = "".join(f"{n:>14}  " for n in prompts) + "".join(f"{n:>16}  " for n in contexts)
     return (
         f"\n{machine.name}: {memory}, {rates}\n({machine.source})\n"
@@ -134,7 +139,7 @@ def format_heading(machine: Machine, num_images: int, prompts: Sequence[int], co
 
 
 def vision_models() -> list[str]:
-    """The models that see, without the bundled one, the smallest first."""
+    """Returns the models with a vision tower, without the bundled one, the smallest first."""
     configs_by_name = {name: model_configs.load_model(name) for name in model_configs.model_files() if name != "tiny"}
     return sorted(
         (name for name, shape in configs_by_name.items() if shape.vision_tower),
@@ -143,7 +148,7 @@ def vision_models() -> list[str]:
 
 
 def parse_names(text: str, valid: Sequence[str], description: str) -> list[str]:
-    """The names of a list with commas. Errors: ValueError for one that is not known."""
+    """Returns the names of a list with commas. Errors: ValueError for one that is not valid."""
     names = text.split(",")
     if unknown := [name for name in names if name not in valid]:
         raise ValueError(f"no {description} {', '.join(unknown)}; there are: {', '.join(valid)}")
@@ -157,8 +162,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measured", type=Path, nargs="+", metavar="ROWS", help="instead: the ceilings of these rows")
     parser.add_argument("--model", default="all", help="names of configs/models, with commas, or all: those released")
     parser.add_argument("--weights", default="float16,int4")
-    parser.add_argument("--pictures", type=COUNT_OR_ZERO, default=1)
-    parser.add_argument("--prompts", type=COUNT, nargs="+", default=[32, 512, 2048], help="tokens beside the pictures")
+    images = parser.add_argument("--images", type=COUNT_OR_ZERO, default=1)
+    parser.add_argument("--pictures", action=OldOption, new=images)
+    parser.add_argument(
+        "--prompts", type=COUNT, nargs="+", default=[32, 512, 2048], help="text tokens beside the images"
+    )
     parser.add_argument("--contexts", type=COUNT, nargs="+", default=[256, 4096], help="tokens a new one attends to")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     args = parser.parse_args(argv)
@@ -172,10 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     precisions = parse_names(args.weights, list(GROUPS), "weights")
     for machine in machines:
-        print(format_heading(machine, args.pictures, args.prompts, args.contexts))
+        print(format_heading(machine, args.images, args.prompts, args.contexts))
         for model in models:
             for weights in precisions:
-                predictions = list(predict_steps(machine, model, weights, args.pictures, args.prompts, args.contexts))
+                predictions = list(predict_steps(machine, model, weights, args.images, args.prompts, args.contexts))
                 cells = "".join(f"{format_cell(row):>{16 if row['what'] == 'prefill' else 18}}" for row in predictions)
                 memory_gib = min(row["needs"] for row in predictions) / GIB
                 print(f"{model if weights == precisions[0] else '':20}{weights:8}{memory_gib:8.1f}{cells}", flush=True)

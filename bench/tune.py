@@ -1,17 +1,17 @@
-"""Which config of a kernel is fastest at which sizes? `python -m bench.tune int4_matmul --case decode --minutes 30`
+"""Searches the fastest config of a kernel at each size: `python -m bench.tune int4_matmul --case decode --minutes 30`
 
-Candidates are the configs of an implementation and those of its search space (`Space`, in the kernel's file). Before
-anything is launched one is dropped if the cost model (bench/tuner/cost_model.py) says it takes --worse-than times as
-long as the best, or if, cross-compiled, it spills registers or wants more shared memory than there is. What is left passes the
-gate and is timed. Without a GPU there is nothing to time Triton kernels with but the cost model itself: then only those
-that it calls best at some sizes pass the gate, and the table says so in the name of its device; no call looks it up.
+Candidates are the configs of an implementation and those of its search space (`SearchSpace`, in the kernel's file).
+Before anything is launched a candidate is dropped if the cost model (bench/tuner/cost_model.py) predicts --worse-than
+times the best prediction, or if, cross-compiled, it spills registers or wants more shared memory than there is. The
+others are gated and timed. Without a GPU only the cost model can time Triton kernels: then only candidates that it
+calls best at some sizes are gated, the table says so in the name of its device, and no call looks it up.
 
-All that is found is kept in a journal (bench/tuner/journal.py), so that a run that was ended in any way goes on where
-it was. Ctrl-C, SIGTERM and the end of --minutes stop it in the middle of what it does, with the table of the best so
-far. The table goes to configs/tuned/ if it was timed on a GPU, with --out to that folder, with --install to both;
-with several implementations of an op in it, it also says which of them runs at which sizes. The exit code is 1 where
-nothing was timed. --report prints what
-journals say without searching on, --check the entries and choices of tables that no longer hold.
+All results are kept in a journal (bench/tuner/journal.py), so that a run that was ended in any way goes on where it
+was. Ctrl-C, SIGTERM and the end of --minutes stop it at once, with the table of the best so far. The table goes to
+configs/tuned/ if it was timed on a GPU, with --out to that folder, with --install to both; with several implementations
+of an op in it, it also says which of them runs at which sizes. The exit code is 1 where nothing was timed. --report
+prints the results of journals without searching on, --check lists the entries and choices of tables that no longer
+hold.
 """
 
 import argparse
@@ -45,7 +45,7 @@ JOURNALS = rows.RESULTS / "tune"
 
 
 def plan_search(impl: Impl, args: argparse.Namespace) -> SearchPlan:
-    """How to search. Errors: ValueError if the timer cannot time this here."""
+    """Returns the settings of a search. Errors: ValueError if the timer cannot time this here."""
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if has_gpu else "cpu")
     timer = (args.timer or "").replace("-", " ") or (
@@ -72,7 +72,9 @@ def plan_search(impl: Impl, args: argparse.Namespace) -> SearchPlan:
 
 
 def select_impls(args: argparse.Namespace) -> list[Impl]:
-    """The implementations to tune: those named, or all with more than one config. Errors: ValueError naming them."""
+    """Returns the implementations to tune: those named, or all with more than one config. Errors: ValueError naming
+    them.
+    """
     selected = []
     for op in args.ops or op_names():
         cases(op)  # the op exists
@@ -91,7 +93,8 @@ def select_impls(args: argparse.Namespace) -> list[Impl]:
 
 
 def keep_timeable(impls: list[Impl], args: argparse.Namespace) -> list[Impl]:
-    """Those that the timer asked for can time here; the others are left out with a word, if they were not named.
+    """Returns the implementations that the timer can time here; the others are left out with a note, if they were not
+    named.
 
     Errors: ValueError, that of the first, if none is left or they were named.
     """
@@ -109,7 +112,7 @@ def keep_timeable(impls: list[Impl], args: argparse.Namespace) -> list[Impl]:
 
 
 class Progress:
-    """A line on standard error: how far the search is, and how long the rest takes if it goes on at this rate."""
+    """A line on stderr: the progress of the search, and the time it takes at this rate."""
 
     def __init__(self, search: Search):
         self.search, self.initially_done, self.start, self.last_update = search, search.num_done, time.monotonic(), 0.0
@@ -130,11 +133,14 @@ class Progress:
 
 
 def format_clock(seconds: float) -> str:
+    """Returns seconds as minutes:seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 def tune_impl(impl: Impl, args: argparse.Namespace, workers: Workers | None, deadline: float) -> bool:
-    """Search on, write the table, print the report; without workers from the journal. Whether there are times."""
+    """Searches on, writes the table and prints the report; without workers from the journal alone. Returns whether
+    there are times.
+    """
     plan = plan_search(impl, args)
     if plan.gpu.guess:
         print(plan.gpu.guess)
@@ -186,7 +192,7 @@ def tune_impl(impl: Impl, args: argparse.Namespace, workers: Workers | None, dea
 
 @contextmanager
 def deferred_interrupts() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the end of what is inside."""
+    """Inside the `with`, Ctrl-C and SIGTERM wait for its end."""
     received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.signal(number, lambda number, _: received.append(number)) for number in numbers]
@@ -200,11 +206,12 @@ def deferred_interrupts() -> Iterator[None]:
 
 
 def num_tables(folder: Path) -> int:
+    """Returns the number of tables in a folder."""
     return len(list(folder.glob("*.json")))
 
 
 def stale_entries(folder: Path) -> Iterator[str]:
-    """The entries and choices of the tables of a folder that do not hold, and why."""
+    """Yields the entries and choices of the tables of a folder that no longer hold, with the reasons."""
     for file in sorted(folder.glob("*.json")):
         tuned_table = tuned_tables.read_table(file)
         if tuned_tables.table_path(tuned_table["device"], folder) != file:

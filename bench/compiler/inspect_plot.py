@@ -59,8 +59,9 @@ def plot_main_loops(kernel_rows: Sequence[Mapping[str, Any]], file: Path) -> lis
     kinds = [kind for kind in KIND_COLORS if any(kind in row["loops"][0]["mix"] for row in kernel_rows)]
     handles = [Patch(color=KIND_COLORS[kind], label=kind) for kind in kinds]
     fig.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
-    case = f"compiled, not run; sizes: {kernel_rows[0]['case']} {' '.join(f'{k}={v}' for k, v in kernel_rows[0]['sizes'].items())}"
-    return save_figure(fig, file, {**kernel_rows[0], "device": case})
+    first = kernel_rows[0]
+    sizes = " ".join(f"{name}={size}" for name, size in first["sizes"].items())
+    return save_figure(fig, file, {**first, "device": f"compiled, not run; sizes: {first['case']} {sizes}"})
 
 
 def row_label(row: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 from triton import knobs
 
-from . import loops as turns
 from .disassembly import (
     KINDS,
     SHARED,
@@ -21,6 +20,7 @@ from .disassembly import (
     reachable_instructions,
 )
 from .gpus import TARGETS, occupancy
+from .loops import unroll_factor
 from .resources import kernel_resources, run_on_cubin
 
 
@@ -126,7 +126,7 @@ def loop_stats(code: Sequence[Instruction], loop: Loop, ttgir: str) -> LoopStats
     """Returns the figures of one loop."""
     body = [code[i] for i in loop.indices]
     kinds = Counter(x.kind for x in body)
-    unrolling = turns.unroll_factor(ttgir, body, loop.is_whole_kernel)
+    unrolling = unroll_factor(ttgir, body, loop.is_whole_kernel)
     factor, iteration = unrolling or (None, None)
     code_loads, only_codes = iteration.weight_loads(body) if iteration else ([], False)
     return LoopStats(

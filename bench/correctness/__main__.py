@@ -1,4 +1,4 @@
-"""`python -m bench.correctness`: see `default_kernels`."""
+"""Checks everything that runs by default against float64: `python -m bench.correctness`, see `default_kernels`."""
 
 import sys
 

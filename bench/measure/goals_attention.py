@@ -1,4 +1,4 @@
-"""The goals of attention, checked on rows of `bench.ops --served` and `bench.model`; `python -m bench.goals` prints
+"""The goals of attention, checked on rows of `bench.ops --default` and `bench.model`; `python -m bench.goals` prints
 them.
 
     prefill    a whole prompt of 2,048 tokens or more: 0.75 of the speed of the fastest peer on the same machine
@@ -47,7 +47,7 @@ def report_attention_goals(measured_rows: Sequence[Row]) -> Iterator[str]:
         large_points = [p for p in decode_points if p.default_row and p.default_row["bytes"] >= LARGE_BYTES]
         yield from report_goal("copy", COPY, bandwidth_share, large_points)
         yield from report_goal("decode", DECODE, partial(peer_ratio, peers=("flashinfer",)), decode_points)
-    yield from report_streaming([row for row in measured_rows if row["kind"] == "model" and row["what"] == "stream"])
+    yield from report_streaming([row for row in measured_rows if row["kind"] == "model" and row["what"] == "streaming"])
 
 
 def report_streaming(measured_rows: Sequence[Row]) -> Iterator[str]:

@@ -35,19 +35,25 @@ def measured_points(measured_rows: Sequence[Row], op: str = "int4_matmul") -> li
     """Returns the points of an op, by case and sizes. Of repeated measurements the last counts. Sizes at which nothing
     could be timed are points too.
     """
-    rows_by_shape: dict[tuple, dict[str, Row]] = {}
+    default_rows: dict[tuple, Row] = {}
+    rows_by_impl: dict[tuple, dict[str, Row]] = {}
     for row in measured_rows:
         if row.get("op") == op and row["kind"] in ("op", "refused"):
             key = row["case"], tuple(row["sizes"].items())
-            rows_by_shape.setdefault(key, {})["" if row["served"] else row["impl"]] = row
+            impl_rows = rows_by_impl.setdefault(key, {})
+            if row["served"]:
+                default_rows[key] = row
+            else:
+                impl_rows[row["impl"]] = row
     result = []
-    for (case, sizes), shape_rows in rows_by_shape.items():
-        timed = {name: row for name, row in shape_rows.items() if row["kind"] == "op"}
-        seconds = {name: row["seconds"] for name, row in timed.items() if name}
-        default_row = timed.get("")
-        if default_row and default_row["impl"] == "dequant":  # what runs by default is timed once
+    for key, impl_rows in rows_by_impl.items():
+        default_row = default_rows.get(key)
+        if default_row and default_row["kind"] == "refused":
+            default_row = None
+        seconds = {name: row["seconds"] for name, row in impl_rows.items() if row["kind"] == "op"}
+        if default_row and default_row["impl"] == "dequant":  # the default implementation is timed once
             seconds["dequant"] = default_row["seconds"]
-        result.append(MeasuredPoint(case, dict(sizes), default_row, seconds))
+        result.append(MeasuredPoint(key[0], dict(key[1]), default_row, seconds))
     return result
 
 

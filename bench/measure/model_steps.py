@@ -31,7 +31,7 @@ class ModelStep:
         return {
             "batch": self.batch,
             "prompt": self.new_tokens,
-            **({"history": self.cached_tokens} if self.kind == "stream" else {}),
+            **({"history": self.cached_tokens} if self.kind == "streaming" else {}),
         }
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ def plan_steps(
 ) -> Iterator[ModelStep]:
     """Yields the steps for some prompt lengths, cached lengths of a new question, batches and context lengths."""
     yield from (ModelStep("prefill", 1, n, 0) for n in prompts)
-    yield from (ModelStep("stream", 1, QUESTION_TOKENS, n) for n in histories)
+    yield from (ModelStep("streaming", 1, QUESTION_TOKENS, n) for n in histories)
     yield from (ModelStep("decode", b, 1, n - 1) for b in batches for n in contexts)
     yield from (ModelStep("memory", 1, n, 0) for n in prompts)
 

@@ -119,4 +119,13 @@ def read(*files: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise ValueError(f"{file}:{number} is not a row: it is no object")
             if kind is None or row.get("kind") == kind:
-                yield row
+                yield with_present_names(row)
+
+
+def with_present_names(row: dict[str, Any]) -> dict[str, Any]:
+    """Renames in a row what it called differently in the last release."""
+    if "pictures" in row:
+        row["images"] = row.pop("pictures")
+    if row.get("what") == "stream":
+        row["what"] = "streaming"
+    return row

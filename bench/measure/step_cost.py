@@ -88,7 +88,7 @@ def vision_specs(model: ReleasedModel) -> tuple[VisionConfig, vision.Tower, proj
     at each S2 scale.
     """
     if not model.vision_tower:
-        raise ValueError(f"{model.name} is a language model alone; it takes no pictures")
+        raise ValueError(f"{model.name} is a language model alone; it takes no images")
     values = model.vision_tower
     vila_fields = {"mm_vision_select_layer": values["select_layer"], "s2": "s2_scales" in values}
     vila_fields |= {"s2_scales": values.get("s2_scales"), "s2_max_split_size": values["image_size"]}

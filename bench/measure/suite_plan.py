@@ -94,9 +94,9 @@ def suite_steps(out: Path, toy: bool) -> list[SuiteStep]:
         flat = [word for part in argv for word in ([part] if isinstance(part, str) else part)]
         return SuiteStep(name, priority, TOY_SECONDS if toy else min_seconds, max_seconds, flat)
 
-    common_flags = ["--served", "--gate", "case", "--peers", "--budget", "0.01", "--out", rows_file]
+    common_flags = ["--default", "--gate", "case", "--peers", "--budget", "0.01", "--out", rows_file]
     # gemlite adds up in float16 by atomics, beyond our budget of errors; it is to be beaten all the same.
-    int4 = ["bench.ops", "int4_matmul", *repeat_flag("--impl", INT4_PEERS), "--ungated", "gemlite", *common_flags]
+    int4 = ["bench.ops", "int4_matmul", *repeat_flag("--impl", INT4_PEERS), "--skip-gate", "gemlite", *common_flags]
     prefill = ["bench.ops", "prefill_attention", *repeat_flag("--impl", PREFILL_PEERS), *common_flags]
     decode = ["bench.ops", "decode_attention", *repeat_flag("--impl", DECODE_PEERS), *common_flags]
     model = ["bench.model", "--out", rows_file]

@@ -82,7 +82,7 @@ def panel_data(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row], str, Calla
     """Yields (title, rows, field of the x axis, y of a row, unit) of each panel that has rows."""
     for step_kind, title, x, y, unit in (
         ("prefill", "time to the first token", "prompt", "seconds", "s"),
-        ("stream", "time to the first token of a new turn", "history", "seconds", "s"),
+        ("streaming", "time to the first token of a new turn", "history", "seconds", "s"),
         ("memory", "peak memory of a prefill", "prompt", "peak_bytes", "B"),
     ):
         for batch, panel_rows in group_rows(rows, step_kind, "batch"):
@@ -153,7 +153,7 @@ def panel_title(rows: Sequence[Row], length: str) -> str:
     row = rows[0]
     step_label = f"at {row[length]} tokens"
     if length == "prompt":
-        step_label = f"{row['pictures']} picture{'s' * (row['pictures'] != 1)}, {row['prompt']} words"
+        step_label = f"{row['images']} image{'s' * (row['images'] != 1)}, {row['prompt']} text tokens"
     return f"{row['gpu']}{' as measured' * row['source'].startswith('measured')}: {step_label}"
 
 

@@ -38,7 +38,7 @@ plt.rcParams.update(
         "legend.frameon": False,
         "savefig.dpi": 144,
         "svg.fonttype": "none",  # words stay words: they can be searched, and a font of the reader's draws them
-        "svg.hashsalt": "vila-triton",  # the same picture from the same rows, byte for byte
+        "svg.hashsalt": "vila-triton",  # the same figure from the same rows, byte for byte
     }
 )
 

@@ -1,6 +1,6 @@
 """A stand-in for a CUDA GPU, so that the code that only a GPU runs can run, and be tested, without one.
 
-    python -m bench.standin bench.ops int4_matmul --served --case toy     any module of Python, on the stand-in
+    python -m bench.standin bench.ops int4_matmul --default --case toy     any module of Python, on the stand-in
     python -m bench.standin --counts FILE pytest -m gpu                   and what it launched, waited for, compiled
 
 Tensors say cuda:0 and keep their numbers in the memory of the CPU, `torch.cuda` answers as an H100 would, and Triton's

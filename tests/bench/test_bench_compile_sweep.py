@@ -22,21 +22,23 @@ discover()
         ({"d": 32}, 32, 256, 8),  # a tile has no more for each thread
     ],
 )
-def test_a_load_is_as_wide_as_rows_and_tile_let_it_be(sizes: dict, keys: int, threads: int, bytes_: int) -> None:
+def test_possible_load_bytes_follow_row_alignment_and_tile(sizes: dict, keys: int, threads: int, bytes_: int) -> None:
     found: Any = SimpleNamespace(stats=SimpleNamespace(tile={"BLOCK_N": keys}, threads=threads))
     assert compile_sweep.possible_load_bytes(sizes, found) == bytes_
 
 
-def test_sizes_are_narrowed_as_asked_and_ops_must_be_there() -> None:
+def test_sweep_requests_only_the_sizes_asked_for_and_name_unknown_ops() -> None:
     args = argparse.Namespace(op=["encoder_attention"], impl=None, arch=["sm_90"], size=["d=72,96", "dtype=float16"])
     assert {call.sizes["d"] for call in compile_sweep.build_requests(args)} == {72, 96}
-    with pytest.raises(ValueError, match=r"sweep\.toml has no rope; it has prefill_attention"):
+    with pytest.raises(ValueError, match=r"compile_sweep\.toml has no rope; it has prefill_attention"):
         list(compile_sweep.build_requests(argparse.Namespace(**{**vars(args), "op": ["rope"]})))
     with pytest.raises(ValueError, match=r"--size D: expected NAME=VALUE,.*, a name among b, d"):
         list(compile_sweep.build_requests(argparse.Namespace(**{**vars(args), "size": ["D=72"]})))
 
 
-def test_a_sweep_of_nothing_is_no_success(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_without_requests_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.argv", ["sweep", "encoder_attention", "--impl", "nonsense"])
     monkeypatch.setattr(compile_sweep, "load_implementations", lambda kernels, peers: None)
     monkeypatch.setenv("TRITON_CACHE_DIR", "")  # which it sets
@@ -51,10 +53,10 @@ def row(op: str, impl: str, seconds: float, served: bool = False, **about: Any) 
     return {**usual, "op": op, "impl": impl, "seconds": seconds, "served": served, "sizes": sizes, **about}
 
 
-def test_goals_of_attention_are_ratios_of_rows() -> None:
+def test_attention_goals_are_ratios_of_rows() -> None:
     found = [row("prefill_attention", "triton", 1.0, True), row("prefill_attention", "sdpa_cudnn", 0.8)]
     found += [row("decode_attention", "triton", 1.0, True, case="decode")]
-    about = {"kind": "model", "what": "stream", "device": "d", "model": "m", "layers": 4}
+    about = {"kind": "model", "what": "streaming", "device": "d", "model": "m", "layers": 4}
     about |= {"weights": "int4", "choice": "default"}
     found += [{**about, "prompt": 32, "history": n, "seconds": s} for n, s in ((16, 1.0), (1024, 1.04), (16384, 1.4))]
     prefill, stretch, copy, decode, near, far = goals_attention.report_attention_goals(found)

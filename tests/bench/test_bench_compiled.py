@@ -53,7 +53,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize(("file", "old", "new", "wrong"), PLANTED.values(), ids=PLANTED)
-def test_what_is_planted_is_found(file: str, old: str, new: str, wrong: str, tmp_path: Path) -> None:
+def test_planted_faults_are_reported(file: str, old: str, new: str, wrong: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     planted = tmp_path / "kernels" / file
     text = planted.read_text()
@@ -64,7 +64,7 @@ def test_what_is_planted_is_found(file: str, old: str, new: str, wrong: str, tmp
     assert re.search(wrong, " ".join(main["wrong"])) if wrong else main["wrong"] == [] and main["weight_bytes"] == 16
 
 
-def test_the_documented_width_is_that_of_the_files() -> None:
+def test_documented_load_width_is_that_of_the_kernel_files() -> None:
     """configs/bench/inspect.toml and the docstrings say the same."""
     op = OPS["int4_matmul"]
     assert "a lane's four words, one 16-byte load" in " ".join(
@@ -81,7 +81,7 @@ def test_the_documented_width_is_that_of_the_files() -> None:
     )
 
 
-def test_sizes_of_production_are_by_variant_and_hold_a_whole_tile() -> None:
+def test_production_sizes_are_per_variant_and_hold_a_whole_tile() -> None:
     op = OPS["int4_matmul"]
     sizes = {name: compile_spec(op, name, {"BLOCK_M": 1}).sizes for name in ("gemv", "splitk", "prefill", "mine")}
     assert {name: s["m"] for name, s in sizes.items()} == {"gemv": 1, "splitk": 16, "prefill": 1024, "mine": 16}
@@ -101,7 +101,7 @@ def found(impl: str, per_unit: float | None, rows_of_x: int = 16, refused: str =
     )
 
 
-def test_beside_says_where_ours_needs_more() -> None:
+def test_peer_table_names_configs_with_more_instructions_than_the_peer() -> None:
     ours = [found("splitk", 3.0), found("packed", 18.0), found("gemv", 12.0)]
     theirs = {0: found("gemlite", 7.0), 1: found("gemlite", 8.0), 2: found("gemlite", 7.0, rows_of_x=4)}
     lines = list(beside.peer_table(ours, theirs, {}))
@@ -111,7 +111,7 @@ def test_beside_says_where_ours_needs_more() -> None:
     assert lines[-1] == "  not fewer in packed 0 sm_90: 18.00, gemlite 8.00"
 
 
-def test_without_the_peer_beside_is_one_line_and_what_it_refuses_is_named() -> None:
+def test_peer_table_of_a_missing_peer_is_one_line_and_names_refusals() -> None:
     ours = [found("splitk", 3.0)]
     assert list(beside.peer_table(ours, {}, {"gemlite": "No module"})) == [
         "beside gemlite: not compared, it is not here: No module"
@@ -120,7 +120,7 @@ def test_without_the_peer_beside_is_one_line_and_what_it_refuses_is_named() -> N
     assert "not compared: splitk 0 sm_90: only for sm_80" in lines and lines[-1].endswith("fewer in 0 of 0")
 
 
-def test_the_peer_gets_our_tile_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peer_requests_have_our_tile_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     op = OPS["int4_matmul"]
     monkeypatch.setattr(op, "impls", {**op.impls, "gemlite": op.impls["naive"]})
     splitk, dequant = (CompileRequest("int4_matmul", name, 0, "sm_90", {"m": 16}) for name in ("splitk", "dequant"))

@@ -37,7 +37,9 @@ def device(name: str, major: int, minor: int, sms: int) -> Any:
         ("NVIDIA GeForce RTX 5090", (12, 0), 170, "5090"),
     ],
 )
-def test_known_gpus_are_as_their_datasheets_say(name: str, capability: tuple[int, int], sms: int, key: str) -> None:
+def test_known_gpus_have_the_figures_of_their_datasheets(
+    name: str, capability: tuple[int, int], sms: int, key: str
+) -> None:
     found = cost_model.gpu_of_device(device(name, *capability, sms))
     assert found == cost_model.known_gpus()[key] and not found.guess
 
@@ -54,7 +56,7 @@ def test_known_gpus_are_as_their_datasheets_say(name: str, capability: tuple[int
         ("NVIDIA of tomorrow", (20, 0), 300, "5090"),
     ],
 )
-def test_other_gpus_are_taken_for_so_much_of_their_nearest_kin(
+def test_unknown_gpus_are_scaled_from_the_nearest_known_one(
     name: str, capability: tuple[int, int], sms: int, kin: str
 ) -> None:
     found, like = cost_model.gpu_of_device(device(name, *capability, sms)), cost_model.known_gpus()[kin]
@@ -69,14 +71,14 @@ def test_other_gpus_are_taken_for_so_much_of_their_nearest_kin(
     assert f"for {sms / like.sms:.2f} of {like.name} ({like.arch}" in found.guess
 
 
-def test_a_bandwidth_that_the_driver_says_is_taken() -> None:
+def test_bandwidth_of_the_driver_is_used() -> None:
     pcie = device("NVIDIA H100 PCIe", 9, 0, 114)
     pcie.memory_clock_rate, pcie.memory_bus_width = 1_593_000, 5120  # kHz, bits: 2.04 TB/s by its datasheet
     assert cost_model.gpu_of_device(pcie).bandwidth == pytest.approx(2.04e12, rel=0.001)
     assert cost_model.gpu_of_device(pcie).guess.endswith("132 SMs) with 2039 GB/s")
 
 
-def test_what_cannot_run_our_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cost_model_refuses_gpus_that_cannot_run_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"Tesla T4: the cost model knows NVIDIA's GPUs from compute capability 8\.0"):
         cost_model.gpu_of_device(device("Tesla T4", 7, 5, 40))
     with pytest.raises(ValueError, match="the cost model does not know sm_99; --arch takes sm_80, sm_86, "):
@@ -87,7 +89,7 @@ def test_what_cannot_run_our_kernels_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("arch", cost_model.known_archs())
-def test_each_architecture_has_a_target_and_predictions(arch: str) -> None:
+def test_every_architecture_has_a_target_and_predictions(arch: str) -> None:
     assert arch in TARGETS and cost_model.gpu_of_arch(arch).arch == arch
     for case in cases("rms_norm"):
         assert (
@@ -95,7 +97,7 @@ def test_each_architecture_has_a_target_and_predictions(arch: str) -> None:
         ) > 0
 
 
-def test_kernels_compile_for_the_targets_that_checks_leave_out() -> None:
+def test_kernels_compile_for_targets_not_checked_by_default() -> None:
     sizes = dict(rows=32, e=288, dtype="float16")
     calls = [
         CompileRequest("rms_norm", "triton", 0, target, sizes) for target in TARGETS if target not in DEFAULT_TARGETS
@@ -105,7 +107,7 @@ def test_kernels_compile_for_the_targets_that_checks_leave_out() -> None:
     ] * len(calls)
 
 
-def test_a_gpu_of_any_kind_gets_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_plan_exists_for_an_unknown_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device("NVIDIA GB10", 12, 1, 48))
     monkeypatch.setattr(tune.rows, "stamp", lambda _: {"device": "NVIDIA GB10"})

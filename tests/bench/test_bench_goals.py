@@ -29,7 +29,7 @@ def said(*found: dict[str, Any]) -> list[str]:
     return [line for line in goals.report_goals(goals.measured_points(found)) if line.startswith("goal")]
 
 
-def test_a_goal_is_met_if_it_is_at_every_point() -> None:
+def test_goal_is_met_if_met_at_every_point() -> None:
     ours, dense, dequant = row("gemv", 1.0, served=True), row("dense", 2.5), row("dequant", 4.0)
     peer = row("gemlite", 1.1)
     decode, floor, beside = said(ours, dense, dequant, peer)
@@ -39,7 +39,7 @@ def test_a_goal_is_met_if_it_is_at_every_point() -> None:
     assert all(": NOT MET: 0 of 1" in line for line in (decode, floor, beside))
 
 
-def test_one_point_that_falls_short_is_named() -> None:
+def test_goal_names_the_point_below_it() -> None:
     many = [row("splitk", 1.0, 32, served=True), row("dense", 1.0, 32), row("dequant", 0.9, 32)]  # 0.9 < 0.95
     found = [row("gemv", 1.0, served=True), row("dense", 3.0), row("dequant", 4.0), *many]
     lines = list(goals.report_goals(goals.measured_points(found)))
@@ -48,7 +48,7 @@ def test_one_point_that_falls_short_is_named() -> None:
     assert lines[2].startswith("goal floor: NOT MET: 1 of 2") and lines[3] == "  0.90 at m=32 n=8192 k=8192"
 
 
-def test_what_was_not_measured_is_not_met() -> None:
+def test_goal_without_measurements_is_not_met() -> None:
     ours = row("gemv", 1.0, served=True)
     decode, floor, beside = said(ours, row("dense", 3.0), row("gemlite", None))
     assert floor == "goal floor: NOT MEASURED; 1 of 1 points not measured" and "NOT MEASURED" in beside
@@ -56,13 +56,13 @@ def test_what_was_not_measured_is_not_met() -> None:
     assert decode.startswith("goal decode: met where it was measured: 1 of 1") and "1 of 2 points not" in decode
 
 
-def test_what_is_served_may_be_dequant_and_the_last_row_counts() -> None:
+def test_default_may_be_dequant_and_the_last_row_counts() -> None:
     found = [row("dequant", 1.0, served=True), row("dense", 9.0), row("dense", 1.0)]
     _, floor, _ = said(*found)
     assert floor.startswith("goal floor: MET: 1 of 1 points reach 0.95; the least is 1.00")
 
 
-def test_rows_without_a_served_one_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_goals_of_rows_without_a_default_one_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.jsonl"
     rows.write(file, [row("dense", 1.0)])
     assert goals.main([str(file)]) == 2
@@ -76,7 +76,7 @@ def impl(name: str, fn: Callable[..., Any]) -> Impl:
     return replace(OPS["int4_matmul"].impls["naive"], name=name, fn=fn)
 
 
-def test_errors_are_shares_of_the_exact_results() -> None:
+def test_accuracy_is_relative_to_the_exact_results() -> None:
     op = OPS["int4_matmul"]
     sizes = dict(m=2, n=16, G=2, group=64, dtype="float32", order="sub", bias=False)
     args = example_args(op, seed=0, **sizes)
@@ -93,7 +93,7 @@ def test_errors_are_shares_of_the_exact_results() -> None:
     assert broken == "ZeroDivisionError: integer division or modulo by zero"
 
 
-def test_sizes_of_errors_are_those_of_production_in_both_orders() -> None:
+def test_accuracy_sizes_are_of_production_with_both_dequant_roundings() -> None:
     yardstick, sizes = accuracy.yardstick_and_sizes("int4_matmul", toy=False)
     assert yardstick == "dense"
     assert {s["G"] * s["group"] for s in sizes} == {4096, 8192, 14336}

@@ -84,7 +84,7 @@ def python(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True)
 
 
-def test_the_main_loop_is_the_innermost_with_tensor_cores_and_holds_its_slow_path() -> None:
+def test_main_loop_is_the_innermost_with_tensor_cores_and_contains_its_slow_path() -> None:
     code = parse_sass(NESTED)
     assert [code[loop.indices[0]].label for loop in natural_loops(code)] == [
         ".L_x_0",
@@ -103,14 +103,14 @@ def test_the_main_loop_is_the_innermost_with_tensor_cores_and_holds_its_slow_pat
     assert [x.line for x in body[:6]] == [12, 12, 12, 12, 12, 13]
 
 
-def test_without_tensor_cores_arithmetic_counts_and_without_loops_all_does() -> None:
+def test_main_loop_without_tensor_cores_is_by_arithmetic_and_without_loops_the_kernel() -> None:
     code = parse_sass(re.sub("HG?MMA", "NOP", NESTED).replace("LDG.E.128", "FFMA"))
     assert code[main_loops(code)[0].indices[0]].opcode == "FFMA"
     straight = parse_sass("/*0000*/  FADD R1, R1, R2 ;\n/*0010*/  EXIT ;\n")
     assert [(len(x.indices), x.is_whole_kernel) for x in main_loops(straight)] == [(2, True)]
 
 
-def test_amd_loops_kinds_and_widths() -> None:
+def test_amdgcn_loops_kinds_and_widths() -> None:
     code = parse_amdgcn(GCN)
     (loop,) = main_loops(code)
     body = [code[i] for i in loop.indices]
@@ -131,13 +131,15 @@ def test_amd_loops_kinds_and_widths() -> None:
         ("gfx942", 128, 0, 4, 4, "registers"),  # 512 / 128 waves in each of 4
     ],
 )
-def test_occupancy(target: str, registers: int, shared: int, warps: int, blocks: int, limit: str) -> None:
+def test_occupancy_is_that_of_the_limiting_resource(
+    target: str, registers: int, shared: int, warps: int, blocks: int, limit: str
+) -> None:
     held = occupancy(TARGETS[target], registers, shared, warps)
     assert (held.blocks, held.warps, held.limit) == (blocks, blocks * warps, limit)
     assert held.share == blocks * warps / TARGETS[target].warps_per_sm
 
 
-def test_figures_are_what_cuobjdump_counts(tmp_path: Path) -> None:
+def test_kernel_stats_equal_the_counts_of_cuobjdump(tmp_path: Path) -> None:
     code = f"""
         import json
         from dataclasses import asdict
@@ -147,7 +149,8 @@ def test_figures_are_what_cuobjdump_counts(tmp_path: Path) -> None:
         from triton import knobs
         load_implementations(None, False)
         sizes = dict(m=32, n=64, G=2, group=128, dtype="float16", order="sub", bias=False)
-        look = lambda k: (Path({str(tmp_path / "cubin")!r}).write_bytes(k.asm["cubin"]), asdict(analyze_kernel(k).stats))[1]
+        cubin = Path({str(tmp_path / "cubin")!r})
+        look = lambda k: (cubin.write_bytes(k.asm["cubin"]), asdict(analyze_kernel(k).stats))[1]
         print(json.dumps(compile_request(look, CompileRequest("int4_matmul", "packed", 0, "sm_90", sizes)).kernels))
         print(knobs.nvidia.cuobjdump.path)
     """
@@ -190,7 +193,7 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_file_that_a_commit_does_not_have_is_one_sentence(
+def test_kernel_file_missing_in_the_commit_is_one_sentence(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     discover()
@@ -216,7 +219,7 @@ def test_a_file_that_a_commit_does_not_have_is_one_sentence(
         ({"s": 512, "ratio": 4}, 16 * 64),
     ],
 )
-def test_padded_rows_are_no_scores(sizes: dict, scores: float) -> None:
+def test_scores_do_not_count_padded_rows(sizes: dict, scores: float) -> None:
     loop = LoopStats("", False, 320, {}, {}, {}, {}, {}, {}, None, turns=2, weights=None, scores=2 * 16 * 64)
     found = KernelStats("k", {"BLOCK_N": 64}, 128, 1, 0, 0, 1, 1, 1.0, "", 1, [loop])
     assert to_row(found, "score", inspect.query_rows_per_key(sizes))["per_unit"] == pytest.approx(
@@ -224,14 +227,14 @@ def test_padded_rows_are_no_scores(sizes: dict, scores: float) -> None:
     )
 
 
-def test_a_tile_is_m_by_n_by_k_in_whatever_order_it_is_kept() -> None:
+def test_format_config_orders_blocks_m_n_k() -> None:
     config = {"num_stages": 3, "BLOCK_K": 128, "BLOCK_M": 16, "SPLIT_K": 4, "BLOCK_N": 64, "num_warps": 4}
     assert format_config(config) == format_config(dict(sorted(config.items()))) == "16x64x128 w4 s3 SPLIT_K=4"
     assert format_config({"BLOCK_G": 8, "num_warps": 2}) == "8 w2"
 
 
 @pytest.mark.slow
-def test_a_planted_spill_shows_against_the_last_commit(repository: Path) -> None:
+def test_planted_spill_shows_against_the_last_commit(repository: Path) -> None:
     file = repository / "kernels" / "int4_matmul_packed.py"
     text = file.read_text()
     config = '{"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}'
@@ -256,7 +259,7 @@ def test_a_planted_spill_shows_against_the_last_commit(repository: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_copied_kernel_file_appears_and_compares_with_the_original(tmp_path: Path) -> None:
+def test_copied_kernel_file_appears_and_equals_the_original(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=KERNELS)
     text = (tmp_path / "kernels" / "swiglu.py").read_text()
     mine = text.replace('impl("triton"', 'impl("mine"').replace("tl.exp(-gate)", "tl.exp(-gate) + tl.exp(-up)")
@@ -282,6 +285,6 @@ def test_a_copied_kernel_file_appears_and_compares_with_the_original(tmp_path: P
         ("layer_norm", "layer_norm has no Triton kernel; its implementations: reference"),
     ],
 )
-def test_bad_input_is_one_line(words: str, message: str) -> None:
+def test_inspect_bad_arguments_are_one_line(words: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(parse_arguments(words.split()))

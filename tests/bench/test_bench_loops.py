@@ -33,7 +33,7 @@ def loop(*products: str) -> LoopIteration:
     return next(source_loops(TTGIR.replace("DOT", "\n      ".join(products))))
 
 
-def test_loads_and_exponentials_of_a_turn() -> None:
+def test_loop_iteration_counts_loads_and_exponentials() -> None:
     turn = loop(DOT)
     assert [(x.source_line[1], x.shape, x.elements_per_thread) for x in turn.loads] == [
         (13, (8, 64), 4),
@@ -56,11 +56,11 @@ def test_loads_and_exponentials_of_a_turn() -> None:
     ],
     ids=["dot", "cut up", "wgmma", "half", "scaled", "none", "few", "many"],
 )
-def test_weights_are_those_that_are_multiplied(products: list[str], weights: int) -> None:
+def test_loop_iteration_weights_are_the_codes_it_multiplies(products: list[str], weights: int) -> None:
     assert loop(*products).weights == weights
 
 
-def test_a_pointer_for_every_code_and_two_weights_of_one_loop() -> None:
+def test_loop_iteration_with_a_pointer_per_code_and_two_weights() -> None:
     whole = TTGIR.replace("DOT", DOT)
     assert next(source_loops(whole.replace("<8x64x!", "<64x64x!"))).weights == 64 * 64
     load = next(row for row in whole.splitlines() if "%w =" in row)
@@ -69,7 +69,7 @@ def test_a_pointer_for_every_code_and_two_weights_of_one_loop() -> None:
     assert next(source_loops(two.replace(DOT, "\n".join([HALF] * 4)))).weights == 2 * CODES
 
 
-def test_turns_of_an_unrolled_loop_are_counted_from_its_loads() -> None:
+def test_unroll_factor_is_counted_from_loads() -> None:
     ttgir = TTGIR.replace("DOT", DOT)
     load = '//## File "/k/mine.py", line 13\n/*0000*/  LDG.E.128 R4, desc[UR4][R2.64] ;\n'
     once, thrice = unroll_factor(ttgir, parse_sass(load)), unroll_factor(ttgir, parse_sass(3 * load))

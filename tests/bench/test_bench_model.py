@@ -36,12 +36,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path
 
 
 def test_every_step_has_a_row_for_every_runner(run: Any) -> None:
-    code, out, _, rows = run("--weights", "float32,int4", "--choice", "default", "--choice", "int4_matmul=aten")
+    code, out, _, rows = run("--weights", "float32,int4", "--kernels", "default", "--kernels", "int4_matmul=aten")
     assert code == 0
     made = {(row["what"], row["weights"], row["choice"]) for row in rows}
     ours = [("float32", "default"), ("int4", "default"), ("int4", "int4_matmul=aten")]
     ways = [*ours, ("float32", HF), ("int4", f"{HF}, dequantized")]
-    assert made == {(what, *way) for what in ("prefill", "stream", "decode", "memory") for way in ways}
+    assert made == {(what, *way) for what in ("prefill", "streaming", "decode", "memory") for way in ways}
     assert len(rows) == len(made)
     for row in rows:
         assert row["kind"] == "model" and row["model"] == "tiny" and row["layers"] == 2 and row["batch"] == 1
@@ -52,13 +52,13 @@ def test_every_step_has_a_row_for_every_runner(run: Any) -> None:
             continue
         assert 0 < row["low"] <= row["seconds"] <= row["high"] and row["rounds"] == 3
         assert (row["ratio_hf"] == 1) == row["choice"].startswith(HF)
-        tokens = {"prefill": 8, "stream": 32, "decode": 1}[row["what"]]
+        tokens = {"prefill": 8, "streaming": 32, "decode": 1}[row["what"]]
         assert row["tokens_per_s"] == pytest.approx(tokens / row["seconds"])
     assert rows[0]["ratio_first"] == 1
     assert "no time" not in out and "decode: batch 1, context 20" in out
 
 
-def test_limits_follow_from_the_geometry(run: Any) -> None:
+def test_step_limits_follow_from_the_model_config(run: Any) -> None:
     """Each weight once, keys and values of every token once, read or written; over the bandwidth."""
     *_, rows = run("--weights", "float32,int4", "--batches", "3")
     layers, e, f, v, h, g, d, context = 2, 256, 512, 128, 8, 2, 32, 20
@@ -77,28 +77,28 @@ def test_limits_follow_from_the_geometry(run: Any) -> None:
     assert theirs[f"{HF}, dequantized"] == pytest.approx(by_hand["float32"] / 2 / BANDWIDTH)
 
 
-def test_wrong_logits_get_no_time(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runner_with_wrong_logits_gets_no_time(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A variant that is a little off is named and not timed; the others are, and the exit code says so."""
     planted = Impl("swiglu", "leaky", lambda gate, up: OPS["swiglu"].reference(gate, up) * 1.001, ({},), Path(__file__))
     monkeypatch.setitem(OPS["swiglu"].impls, "leaky", planted)
-    code, out, _, rows = run("--weights", "float32", "--choice", "swiglu=leaky", "--choice", "default")
+    code, out, _, rows = run("--weights", "float32", "--kernels", "swiglu=leaky", "--kernels", "default")
     assert code == 1 and "float32 swiglu=leaky: no time, the logits of a prefill are off by" in out
     assert {row["choice"] for row in rows if row["kind"] == "model"} == {"default", HF}
     (refused,) = [row for row in rows if row["kind"] == "refused"]
     assert refused["choice"] == "swiglu=leaky" and "are off by" in refused["reason"]
 
 
-def test_what_a_choice_does_not_support_is_said(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_kernel_choice_is_reported(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> Tensor:
         raise Unsupported("rms_norm: not on Mondays")
 
     monkeypatch.setitem(OPS["rms_norm"].impls, "monday", Impl("rms_norm", "monday", refuse, ({},), Path(__file__)))
-    code, out, _, rows = run("--weights", "float32", "--choice", "rms_norm=monday", "--against", "none")
+    code, out, _, rows = run("--weights", "float32", "--kernels", "rms_norm=monday", "--baseline", "none")
     assert code == 1 and [row["kind"] for row in rows] == ["refused"]
     assert "no time, unsupported: rms_norm: not on Mondays" in out
 
 
-def test_a_runner_without_memory_for_a_step_gets_a_row_and_the_others_their_times(
+def test_runner_out_of_memory_at_a_step_gets_a_row_and_the_others_times(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one kind of step it fails in the middle of its turns; its other steps are timed."""
@@ -119,7 +119,7 @@ def test_a_runner_without_memory_for_a_step_gets_a_row_and_the_others_their_time
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int4"])
-def test_the_gate_lets_right_models_pass_and_sees_wrong_ones(weights: str) -> None:
+def test_logits_error_passes_right_runners_and_sees_wrong_ones(weights: str) -> None:
     """Hugging Face's model too; and it sees a decode step that rotates by the wrong position (and, where rounding to
     int4 hides that, takes the wrong token)."""
     made = build_model(model_configs.load_model("tiny", 2).llm, weights, CPU)
@@ -164,7 +164,7 @@ def test_runners_take_turns_and_start_each_from_the_same_cache() -> None:
     assert [len(mine) for mine in found] == [2, 2]
 
 
-def test_peak_memory_counts_cache_and_activations_but_no_weights() -> None:
+def test_peak_memory_counts_cache_and_activations_without_weights() -> None:
     made = build_model(model_configs.load_model("tiny", 2).llm, "float32", CPU)
     short, long = (peak_bytes(VilaTritonRunner(made, "default"), ModelStep("memory", 1, n, 0), CPU) for n in (64, 640))
     cache = step_cost.kv_bytes_per_token(made.cfg, torch.float32)
@@ -172,7 +172,7 @@ def test_peak_memory_counts_cache_and_activations_but_no_weights() -> None:
     assert long - short > 576 * cache
 
 
-def test_published_numbers_are_context_only() -> None:
+def test_published_lines_are_context_only() -> None:
     lines = list(model.published_lines("vila1.5-3b"))
     assert "not measured here" in lines[0] and any("A100" in x and "int4" in x and "5.47" in x for x in lines)
     assert not list(model.published_lines("tiny"))
@@ -183,19 +183,19 @@ def test_published_numbers_are_context_only() -> None:
     [
         (["--model", "nope"], "no model 'nope'"),
         (["--weights", "int3"], "no weights int3; there are: float32"),
-        (["--choice", "rope=fast"], "there are: reference"),
-        (["--choice", "fast"], "expected kernels.OP=NAME"),
+        (["--kernels", "rope=fast"], "there are: reference"),
+        (["--kernels", "fast"], "expected kernels.OP=NAME"),
         (["--prompts", "5000"], "5000 tokens, but tiny was made for 4096"),
     ],
 )
-def test_a_wrong_call_gets_one_clear_line(run: Any, args: list[str], message: str) -> None:
+def test_model_bad_arguments_are_one_line(run: Any, args: list[str], message: str) -> None:
     code, _, err, rows = run(*args)
     assert code == 2 and message in err and err.count("\n") == 1 and not rows
 
 
-def test_steps_are_named_as_their_rows() -> None:
+def test_model_steps_are_named_as_in_their_rows() -> None:
     found = list(model_steps.plan_steps([8], [16], [1, 2], [20]))
-    assert [step.kind for step in found] == ["prefill", "stream", "decode", "decode", "memory"]
+    assert [step.kind for step in found] == ["prefill", "streaming", "decode", "decode", "memory"]
     assert found[1].labels == {"batch": 1, "prompt": 32, "history": 16} and found[3].labels == {
         "batch": 2,
         "context": 20,

@@ -36,7 +36,7 @@ def swiglu(monkeypatch: pytest.MonkeyPatch):
     return op
 
 
-def test_what_is_wrong_gets_no_time_and_what_is_right_a_whole_row(swiglu: object) -> None:
+def test_wrong_implementation_gets_no_time_and_right_one_a_whole_row(swiglu: object) -> None:
     (case,) = ops.select_cases(["swiglu"], "toy", "float32", CPU)
     found = {row["impl"]: row for row in ops.time_cases([case], [], False, CPU, CEILINGS, budget=0.01)}
     assert {"reference", "aten", "triton", "wrong", "copy"} <= set(found)
@@ -54,7 +54,7 @@ def test_what_is_wrong_gets_no_time_and_what_is_right_a_whole_row(swiglu: object
         assert row["impl"] in ops.format_row(row, found["reference"])
 
 
-def test_a_time_above_a_ceiling_is_an_error_unless_the_cache_is_warm(
+def test_time_above_a_peak_is_an_error_unless_the_cache_is_warm(
     swiglu: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An implementation that remembers its outputs, which no gate has seen; beside one as fast as the ceiling."""
@@ -77,7 +77,7 @@ def test_a_time_above_a_ceiling_is_an_error_unless_the_cache_is_warm(
         assert (share in capsys.readouterr().out) == cold
 
 
-def test_no_memory_for_one_implementation_is_its_row_and_the_others_go_on(
+def test_implementation_out_of_memory_gets_a_row_and_the_others_times(
     swiglu: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of the timing, and while its arguments are drawn."""
@@ -103,7 +103,7 @@ def is_copy(call: Any) -> bool:
     return inspect.getclosurevars(call).nonlocals["impl"].name == "copy"
 
 
-def test_what_is_served_is_timed_and_marked_and_its_numbers_are_looked_at(swiglu: object) -> None:
+def test_default_implementation_is_timed_marked_and_gated(swiglu: object) -> None:
     (case,) = ops.select_cases(["swiglu"], "toy", "float32", CPU)
     gate = ops.GATES["case"]
     found = list(ops.time_cases([case], ["wrong", "copy"], False, CPU, CEILINGS, 0.01, gate, include_default=True))
@@ -111,7 +111,7 @@ def test_what_is_served_is_timed_and_marked_and_its_numbers_are_looked_at(swiglu
     assert [row["kind"] for row in found] == ["op", "refused", "op"] and "elements are off" in found[1]["reason"]
 
 
-def test_the_turns_overflow_the_cache_and_are_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_of_args_overflow_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1000)
     x = torch.ones(100)  # 400 bytes
     copies, cold = timing.copies_of_args((x,), CPU)
@@ -121,12 +121,12 @@ def test_the_turns_overflow_the_cache_and_are_copies(monkeypatch: pytest.MonkeyP
     assert not cold and len(copies) == timing.MOST_COPIES
 
 
-def test_a_time_is_the_time() -> None:
+def test_time_call_measures_a_known_duration() -> None:
     found = timing.time_call(lambda x: time.sleep(0.01), (torch.ones(1),), CPU, budget=0.02)
     assert 0.01 <= found.low <= found.seconds <= found.high and found.again >= 0.01 and found.samples >= 5
 
 
-def test_cases_are_every_combination_and_name_what_is_unknown() -> None:
+def test_cases_are_all_combinations_and_unknown_names_are_errors() -> None:
     (first, *rest) = cases("int4_matmul", "decode")
     assert first.sizes == {
         **{"m": 1, "n": 4096, "G": 32, "group": 128, "dtype": "float16"},
@@ -142,7 +142,7 @@ def test_cases_are_every_combination_and_name_what_is_unknown() -> None:
         cases("int4_matmul", "fast")
 
 
-def test_rows_come_back_and_a_broken_line_is_named(tmp_path: Path) -> None:
+def test_rows_round_trip_and_broken_lines_are_named(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     rows.write(file, [{"kind": "op", "x": 1}, {"kind": "ceiling", "x": 2}])
     rows.write(file, [{"kind": "op", "x": 3}])
@@ -153,7 +153,7 @@ def test_rows_come_back_and_a_broken_line_is_named(tmp_path: Path) -> None:
         list(rows.read(file))
 
 
-def test_wrong_names_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ops_unknown_names_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, message in (
         (["nothing"], "no op 'nothing'; there are: "),
         (["swiglu", "--impl", "x"], "no implementation x; there are: "),
@@ -165,7 +165,7 @@ def test_wrong_names_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert message in said and len(said.splitlines()) == 1
 
 
-def test_a_ragged_batch_counts_what_it_reads() -> None:
+def test_mean_cost_of_a_ragged_batch_counts_what_it_reads() -> None:
     sizes = {"b": 3, "t": 100, "g": 2, "ratio": 4, "d": 64, "l": 16, "dtype": "float16"}
     case = Case("decode_attention", "ragged", sizes)
     args = ops.random_arguments(case, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Pictures from rows: every kind is drawn, the same each time, with its stamp; what would mislead is refused."""
+"""Figures from rows: every kind is drawn, the same each time, with its stamp; what would mislead is refused."""
 
 import itertools
 import json
@@ -66,7 +66,7 @@ def model_rows() -> Iterator[dict[str, Any]]:
         for prompt in (32, 128):
             yield {**about, "what": "prefill", "batch": 1, "prompt": prompt, "seconds": prompt / 1e3}
             yield {**about, "what": "memory", "batch": 1, "prompt": prompt, "peak_bytes": prompt * 10**6}
-            yield {**about, "what": "stream", "batch": 1, "prompt": 32, "history": prompt, "seconds": 0.03}
+            yield {**about, "what": "streaming", "batch": 1, "prompt": 32, "history": prompt, "seconds": 0.03}
         for batch, context in itertools.product((1, 4), (64, 256)):
             rate = {"tokens_per_s": 30 * batch, "limit_seconds": 1 / 50}
             yield {**about, "what": "decode", "batch": batch, "context": context, **rate}
@@ -87,7 +87,7 @@ def memory_rows() -> Iterator[dict[str, Any]]:
 def predict_rows() -> Iterator[dict[str, Any]]:
     for gpu, weights, beyond in (("H100", "float16", None), ("H100", "int4", None), ("4090", "float16", "memory")):
         about = {"kind": "predict", "gpu": gpu, "source": "datasheet", "model": "vila1.5-40b", "weights": weights}
-        yield {**about, "what": "prefill", "pictures": 1, "prompt": 32, "seconds": 0.03, "beyond": beyond}
+        yield {**about, "what": "prefill", "images": 1, "prompt": 32, "seconds": 0.03, "beyond": beyond}
         yield {**about, "what": "decode", "context": 256, "seconds": 0.02, "beyond": beyond}
 
 
@@ -120,7 +120,7 @@ def draw(folder: Path, name: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", plot.PLOTS)
-def test_pictures_carry_their_stamp_and_are_the_same_each_time(
+def test_figures_carry_their_stamp_and_are_reproducible(
     name: str, drawn: Callable[[str], dict[str, bytes]], tmp_path: Path
 ) -> None:
     files = drawn(name)
@@ -139,12 +139,12 @@ WORDS = {
     "tuning": ["BLOCK_M", "BLOCK_N", "num_stages", "compile", "cost", "1.00", "(gpu)"],
     "memory": ["one pass, default, 4 layers", "chunks of 32, default, 4 layers", "the cache", "iB"],
     "model": ["aten, int4", "hf eager, float32", "limit of memory, int4", "tokens of the history", " MB", "batch 4"],
-    "predict": ["H100: 1 picture, 32 words", "4090: at 256 tokens", "beyond memory", "vila1.5-40b", "bounds"],
+    "predict": ["H100: 1 image, 32 text tokens", "4090: at 256 tokens", "beyond memory", "vila1.5-40b", "bounds"],
 }
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_pictures_say_what_they_show(name: str, drawn: Callable[[str], dict[str, bytes]]) -> None:
+def test_figures_name_what_they_show(name: str, drawn: Callable[[str], dict[str, bytes]]) -> None:
     text = b" ".join(content for file, content in drawn(name).items() if file.endswith(".svg")).decode()
     assert [word for word in WORDS[name] if word not in re.sub(r"\s", " ", text)] == []
 
@@ -190,37 +190,37 @@ def boxes(fig: Figure) -> Iterator[list[tuple[str, Bbox]]]:
 
 
 @pytest.mark.parametrize("name", plot.PLOTS)
-def test_nothing_is_printed_over_other_words(name: str, tmp_path: Path) -> None:
+def test_texts_of_figures_do_not_overlap(name: str, tmp_path: Path) -> None:
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in plot.KINDS}
     for row in crowded(name):
         found[row["kind"]].append(row)
-    for picture in plot.PLOTS[name][0](found):
-        save_figure(picture.figure, tmp_path / picture.name, HERE)
-        for texts in boxes(picture.figure):
+    for plotted in plot.PLOTS[name][0](found):
+        save_figure(plotted.figure, tmp_path / plotted.name, HERE)
+        for texts in boxes(plotted.figure):
             for (one, a), (other, b) in itertools.combinations(texts, 2):
                 across, up = (min(x1, y1) - max(x0, y0) for x0, x1, y0, y1 in zip(a.min, a.max, b.min, b.max))
-                assert min(across, up) < 1, f"{picture.name}: {one!r} lies over {other!r}"
-        for ax in picture.figure.axes:  # names at an angle, by the distance of their lines
+                assert min(across, up) < 1, f"{plotted.name}: {one!r} lies over {other!r}"
+        for ax in plotted.figure.axes:  # names at an angle, by the distance of their lines
             lines = [x.get_window_extent().min for x in ax.texts if x.get_rotation() == ops.NAME_ANGLE]
             slope = np.radians(ops.NAME_ANGLE)
             across = sorted(x * np.sin(slope) - y * np.cos(slope) for x, y in lines)
-            assert all(b - a > 7 for a, b in itertools.pairwise(across)), picture.name
+            assert all(b - a > 7 for a, b in itertools.pairwise(across)), plotted.name
     plt.close("all")
 
 
-def test_everything_is_drawn_from_one_file_and_other_kinds_are_named(
+def test_plot_draws_all_figures_of_a_file_and_names_other_kinds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = [{"kind": "refused", "op": "rope"}, *op_rows(), *memory_rows()]
     assert plot.main([written(tmp_path / "rows.jsonl", found), "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "1 rows of kind 'refused': there is no picture of these" in text
+    assert "1 rows of kind 'refused': there is no figure of these" in text
     assert "tuning    no rows of kind 'tune'" in text and "model     no rows of kind 'model'" in text
     assert len(list(tmp_path.glob("*.png"))) == len(list(tmp_path.glob("*.svg"))) == 4
 
 
 @pytest.mark.parametrize(("field", "value"), [("device", "Another GPU"), ("date", "2026-01-03"), ("commit", "fedcba")])
-def test_rows_of_two_runs_are_refused_by_name_and_one_can_be_chosen(
+def test_plot_refuses_rows_of_two_runs_unless_one_is_chosen(
     field: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = written(tmp_path / "rows.jsonl", [*op_rows(), *({**row, field: value} for row in op_rows())])
@@ -247,24 +247,24 @@ def test_rows_of_two_runs_are_refused_by_name_and_one_can_be_chosen(
         ([{"kind": "refused"}], "nothing was drawn"),
     ],
 )
-def test_rows_that_cannot_be_drawn_are_named(
+def test_plot_names_rows_it_cannot_draw(
     lines: list[dict[str, Any]], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plot.main([written(tmp_path / "rows.jsonl", lines), "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_bad_arguments_and_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_names_bad_arguments_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plot.main([str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl" in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text("{\n")
     assert plot.main([str(tmp_path / "bad.jsonl")]) == 2
     assert "bad.jsonl:1 is not a row" in capsys.readouterr().err
     assert plot.main([str(tmp_path / "bad.jsonl"), "--only", "pie"]) == 2
-    assert "no picture pie; there are: roofline, " in capsys.readouterr().err
+    assert "no figure pie; there are: roofline, " in capsys.readouterr().err
 
 
-def test_what_was_measured_again_counts_once_the_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_uses_the_last_of_repeated_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = [{**HERE, **row} for row in op_rows() if row["kind"] == "op"]
     file = Path(written(tmp_path / "rows.jsonl", [*found, {**found[0], "seconds": 7.0}]))
     loaded = plot.load_rows([file], "")["op"]
@@ -272,17 +272,17 @@ def test_what_was_measured_again_counts_once_the_last(tmp_path: Path, capsys: py
     assert "1 rows were measured again" in capsys.readouterr().out
 
 
-def test_a_resumed_search_is_one_run_and_two_searches_are_two_pictures(tmp_path: Path) -> None:
+def test_resumed_search_is_one_run_and_two_searches_are_two_figures(tmp_path: Path) -> None:
     found = list(tune_rows())
     resumed = [{"kind": "search"}, *found[:5], *({**row, "date": "2026-01-03"} for row in found[5:])]
     files = [Path(written(tmp_path / name, resumed)) for name in ("a.jsonl", "b.jsonl")]
     shown = list(tuning.plot_tuning(plot.load_rows(files, "")))
-    assert [picture.name for picture in shown] == ["tuning-int4_matmul-triton-1", "tuning-int4_matmul-triton-2"]
-    assert [plot.single_run_stamp(picture)["date"] for picture in shown] == ["2026-01-03", "2026-01-03"]
+    assert [plotted.name for plotted in shown] == ["tuning-int4_matmul-triton-1", "tuning-int4_matmul-triton-2"]
+    assert [plot.single_run_stamp(plotted)["date"] for plotted in shown] == ["2026-01-03", "2026-01-03"]
     plt.close("all")
 
 
-def test_numbers_in_the_pictures_are_those_of_the_rows() -> None:
+def test_numbers_in_the_figures_are_those_of_the_rows() -> None:
     found = [row for row in op_rows() if row["kind"] == "op"]
     (shapes,) = ops.group_by_sweep(found).values()
     assert [dict(shape)["n"] for shape in shapes] == [256, 512]  # both cases of a shape in one line
@@ -296,7 +296,7 @@ def test_numbers_in_the_pictures_are_those_of_the_rows() -> None:
     ) == pytest.approx(2)
 
 
-def test_memory_rows_come_from_the_memory_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_memory_writes_rows_that_plot_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "rows.jsonl"
     options = ["--lengths", "16", "32", "--chunks", "0", "16", "--layers", "1", "--device", "cpu", "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["bench.prefill_memory", *options])

@@ -42,16 +42,16 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("ttir", "ptx"), RIGHT.values(), ids=RIGHT)
-def test_what_is_right_passes(ttir: str, ptx: str) -> None:
+def test_precise_kernels_pass(ttir: str, ptx: str) -> None:
     assert find_imprecision({"ttir": ttir, "ptx": ptx}) == []
 
 
 @pytest.mark.parametrize(("ttir", "ptx", "word"), WRONG.values(), ids=WRONG)
-def test_what_is_planted_is_found(ttir: str, ptx: str, word: str) -> None:
+def test_planted_imprecision_is_found(ttir: str, ptx: str, word: str) -> None:
     (found,) = find_imprecision({"ttir": f"{RIGHT['a move'][0]}\n{ttir}\n{RIGHT['several results'][0]}", "ptx": ptx})
     assert word in found
 
 
-def test_amds_products_in_tf32_are_found() -> None:
+def test_amd_products_in_tf32_are_found() -> None:
     assert find_imprecision({"ttir": DOT, "amdgcn": "\tv_mfma_f32_16x16x4_f32 v[0:3], v4, v5, v[0:3]"}) == []
     assert find_imprecision({"ttir": DOT, "amdgcn": "\tv_mfma_f32_16x16x8_xf32 v[0:3], v[4:5], v[6:7], v[0:3]"})

@@ -22,7 +22,7 @@ def recompiles(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-def test_no_kernel_has_more_variants_than_it_may() -> None:
+def test_kernels_have_no_more_variants_than_allowed() -> None:
     done = recompiles()
     assert done.returncode == 0, done.stdout + done.stderr
     seen = re.findall(r"^(\w+) (\w+) (\w+): (\d+) calls, (\d+) variants, at most (\d+)$", done.stdout, re.M)
@@ -33,7 +33,7 @@ def test_no_kernel_has_more_variants_than_it_may() -> None:
     assert "M is no longer 1" in done.stdout  # the sweep does reach what compiles anew
 
 
-def test_a_constant_that_follows_the_length_is_named_and_refused(tmp_path: Path) -> None:
+def test_constant_that_follows_the_length_is_named_and_refused(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     text = (tmp_path / "kernels" / "swiglu.py").read_text()
     mine = text.replace('impl("triton"', 'impl("mine"').replace("_swiglu_kernel", "_kernel")
@@ -47,7 +47,7 @@ def test_a_constant_that_follows_the_length_is_named_and_refused(tmp_path: Path)
     assert done.stderr.strip().startswith(f"bench.recompiles: _kernel: {lengths} variants, at most")
 
 
-def test_an_op_that_does_not_exist_is_named() -> None:
+def test_recompiles_names_an_unknown_op() -> None:
     with pytest.raises(ValueError, match=r"no op nonsense; there are: .*int4_matmul"):
         check_ops(["swiglu", "nonsense"], None)
 
@@ -65,11 +65,11 @@ def test_an_op_that_does_not_exist_is_named() -> None:
         (4, 8, "n 4 -> 8"),
     ],
 )
-def test_reasons(old: object, new: object, words: str) -> None:
+def test_key_differences_are_described(old: object, new: object, words: str) -> None:
     assert list(key_differences({"n": old, "m": 0}, {"n": new, "m": 0})) == [words]
 
 
-def test_a_key_is_compared_with_the_most_similar_one() -> None:
+def test_key_is_compared_with_the_most_similar_one() -> None:
     found = LaunchTrace()
     for a, b in ((1, 1), (2, 2), (2, 3), (1, 1)):
         found.record("kernel", {"a": a, "b": b}, {})

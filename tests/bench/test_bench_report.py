@@ -129,7 +129,7 @@ def test_line_that_is_no_object_is_refused(tmp_path: Path, capsys: pytest.Captur
 SPEEDS = "2026-11-24-amd-epyc.jsonl"
 STEPS = {  # of the table in bench/README.md
     "prefill 512 tokens": {"what": "prefill", "prompt": 512},
-    "32 new tokens after 256": {"what": "stream", "history": 256},
+    "32 new tokens after 256": {"what": "streaming", "history": 256},
     "decode after 128": {"what": "decode", "context": 128},
     "decode after 512": {"what": "decode", "context": 512},
 }

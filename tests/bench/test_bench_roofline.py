@@ -54,13 +54,13 @@ def ratios(gpus: Mapping[str, roofline.Machine]) -> Iterator[tuple[str, Mapping[
             yield what, cell, seconds / todo.seconds(machine.bandwidth, machine.flops)
 
 
-def test_every_published_time_is_above_the_prediction() -> None:
+def test_published_times_are_above_the_prediction() -> None:
     found = list(ratios(GPUS))
     assert len(found) == sum(len(PUBLISHED[what]) for what in ("decode", "prefill", "streaming")) > 100
     assert not [(what, cell, ratio) for what, cell, ratio in found if ratio < 1]
 
 
-def test_the_prediction_is_near_enough_to_mean_something() -> None:
+def test_prediction_is_near_the_published_times() -> None:
     """Medians are 1.2 to 2.7 for decode (the smallest models on the fastest machine are 7 times away), 1.5 to 2.5 for
     prefill."""
     grouped = defaultdict(list)
@@ -71,14 +71,14 @@ def test_the_prediction_is_near_enough_to_mean_something() -> None:
     assert max(medians.values()) < 4  # streaming: float16 runs the history again
 
 
-def test_the_bound_would_not_hold_with_a_machine_a_little_slower() -> None:
+def test_prediction_fails_for_a_slightly_slower_machine() -> None:
     """The 4090's rate with float32 accumulators is too low: TinyChat's int4 prefill, in float16 ones, beats it."""
     slower = {**GPUS, "4090": replace(GPUS["4090"], flops=165.2e12)}
     beaten = [(what, cell["gpu"], cell["precision"]) for what, cell, ratio in ratios(slower) if ratio < 1]
     assert beaten and set(beaten) == {("prefill", "4090", "int4")}
 
 
-def test_what_ran_out_of_memory_does_not_fit_and_what_ran_does() -> None:
+def test_predicted_memory_agrees_with_published_runs() -> None:
     def fits(cell: Mapping[str, Any]) -> bool:
         return step_cost.memory_bytes(model(cell), FIRST_TOKENS) <= (GPUS[cell["gpu"]].memory or 0)
 
@@ -88,7 +88,7 @@ def test_what_ran_out_of_memory_does_not_fit_and_what_ran_does() -> None:
 
 
 @pytest.mark.parametrize("name", model_configs.model_files())
-def test_picture_tokens_of_a_geometry_are_those_of_its_tower(name: str) -> None:
+def test_image_tokens_of_a_released_model_are_those_of_its_tower(name: str) -> None:
     shape = model_configs.load_model(name)
     if shape.vision_tower:
         tower = step_cost.vision_specs(shape)[0]
@@ -107,7 +107,7 @@ def test_picture_tokens_of_a_geometry_are_those_of_its_tower(name: str) -> None:
         ("vila1.5-40b", 34.4, 5.54),
     ],
 )
-def test_geometries_have_the_billions_their_names_promise(name: str, language: float, tower: float) -> None:
+def test_released_models_have_the_parameters_of_their_names(name: str, language: float, tower: float) -> None:
     """LLaMA-3-8B, LLaMA-2-13B, Yi-34B; SigLIP so400m (428 M less its pooling head of 15 M), InternViT-6B V1-2."""
     shape = model_configs.load_model(name)
     tree = step_cost.vision_specs(shape)[1]
@@ -117,7 +117,7 @@ def test_geometries_have_the_billions_their_names_promise(name: str, language: f
     assert step_cost.num_matrix_elements(tree) / 1e9 == pytest.approx(tower, rel=0.01)
 
 
-def test_flops_are_those_of_the_model_running() -> None:
+def test_step_flops_equal_those_of_the_running_model() -> None:
     """The tiny model, counted by torch while references run; their attention computes the masked half too."""
     shape, new, history = model_configs.load_model("tiny"), 24, 40
     p = params.init_tree(vila.param_specs(CONFIG, torch.float32), torch.Generator().manual_seed(0))
@@ -138,7 +138,7 @@ def test_flops_are_those_of_the_model_running() -> None:
     assert seen.get_total_flops() == step_cost.vision_cost(shape, 2).flops
 
 
-def test_bytes_are_those_of_the_parameters_and_the_cache() -> None:
+def test_step_bytes_are_those_of_parameters_and_cache() -> None:
     shape = model_configs.load_model("llama3-vila1.5-8b", group_size=128)
     llm, linears = (
         shape.llm,
@@ -152,7 +152,7 @@ def test_bytes_are_those_of_the_parameters_and_the_cache() -> None:
     )
 
 
-def test_s2_looks_at_five_tiles_and_projects_once() -> None:
+def test_s2_cost_is_five_tiles_and_one_projection() -> None:
     one, s2 = (model_configs.load_model(name) for name in ("vila1.5-3b", "vila1.5-3b-s2"))
     tower = {
         name: step_cost.vision_cost(g, 1).flops - 2 * 196 * step_cost.num_matrix_elements(step_cost.vision_specs(g)[2])
@@ -162,7 +162,7 @@ def test_s2_looks_at_five_tiles_and_projects_once() -> None:
     assert step_cost.vision_specs(s2)[2].stages[0].linear.weight.shape == (2560, 4 * 2304)
 
 
-def test_the_command_prints_a_table_and_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_roofline_prints_a_table_and_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.jsonl"
     arguments = "--gpu 4090 --model vila1.5-3b,vila1.5-40b --prompts 32 --contexts 256 8192 --out"
     assert roofline.main([*arguments.split(), str(out)]) == 0
@@ -178,7 +178,9 @@ def test_the_command_prints_a_table_and_writes_rows(tmp_path: Path, capsys: pyte
     ]
 
 
-def test_measured_ceilings_take_the_place_of_the_datasheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_roofline_takes_measured_peaks_in_place_of_the_datasheet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "rows.jsonl"
     here = {"device": "NVIDIA H100 80GB HBM3", "date": "2026-01-02", "commit": "abc"}
     rows.write(file, [{"kind": "ceiling", "bandwidth": 3e12, "flops": {"float16": 7e14}, **here}])
@@ -197,11 +199,11 @@ def test_measured_ceilings_take_the_place_of_the_datasheet(tmp_path: Path, capsy
         ("--gpu H200", "no GPU H200; there are: H100, A100, 4090, Orin"),
         ("--model vila2", "no model vila2; there are: llama-2-7b, "),
         ("--weights int3", "no weights int3; there are: float16, int4"),
-        ("--model llama-2-7b", "Llama-2-7b is a language model alone; it takes no pictures"),
+        ("--model llama-2-7b", "Llama-2-7b is a language model alone; it takes no images"),
         ("--measured none.jsonl", "none.jsonl"),
         ("--gpu H100 --measured x", "give one of them"),
     ],
 )
-def test_bad_arguments_are_named(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_roofline_names_bad_arguments(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert roofline.main(arguments.split()) == 2
     assert message in capsys.readouterr().err

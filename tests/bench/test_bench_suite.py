@@ -50,9 +50,9 @@ def test_twelve_minutes_suffice_for_model_searches_and_plots() -> None:
         "tune int4 decode",
         "tune int4 prefill",
         "tune decode attention",
-        "pictures",
+        "plots",
     } <= limits.keys()
-    assert [step.name for step in every][-2:] == ["pictures", "report"]
+    assert [step.name for step in every][-2:] == ["plots", "report"]
     for step in kept:
         counts = suite_estimate.count_step(step, limits[step.name], kept)
         assert suite_estimate.total_seconds(counts) <= limits[step.name], f"{step.name}: {dict(counts)}"
@@ -77,7 +77,7 @@ def test_model_steps_are_within_the_context_length() -> None:
     longest = suite_estimate.model_configs.load_model(args.model, args.layers).llm.max_position_embeddings
     todo = list(suite_estimate.steps_of_model(args.prompts, args.histories, args.batches, args.contexts))
     assert max(step.cached_tokens + step.new_tokens for step in todo) == longest
-    goals = {step.cached_tokens for step in todo if step.kind == "stream"}
+    goals = {step.cached_tokens for step in todo if step.kind == "streaming"}
     assert goals_attention.SHORT_HISTORY in goals and max(h for h in goals if h <= 1024) == 1024
 
 

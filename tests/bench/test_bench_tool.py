@@ -17,6 +17,7 @@ import pytest
 from processes import interruptible
 
 import bench
+from bench.__main__ import COMMANDS, listing, summary
 from bench._tool import tool
 from bench.correctness import repro_bundle
 from bench.measure import rows
@@ -28,11 +29,12 @@ def source(name: str) -> str:
 
 
 MODULES = [found.name for found in pkgutil.walk_packages(bench.__path__, "bench.") if not found.ispkg]
-TOOLS = [name for name in MODULES if '\nif __name__ == "__main__":\n' in source(name)]
+RUN = [name for name in MODULES if '\nif __name__ == "__main__":\n' in source(name)]
+TOOLS = [name for name in RUN if "\ndef main(" in source(name)]  # bench.correctness shows the main of default_kernels
 OTHERS = {"bench.standin.__main__", "bench.tuner.jobs"}  # they end as the module that one runs, the search of the other
 
 
-def test_every_tool_ends_as_commands_do() -> None:
+def test_every_command_has_the_tool_decorator() -> None:
     assert len(TOOLS) > 20 and set(TOOLS) > OTHERS
     for name in TOOLS:
         tree = ast.parse(source(name))
@@ -40,6 +42,14 @@ def test_every_tool_ends_as_commands_do() -> None:
         if name not in OTHERS:
             assert [ast.unparse(x) for x in main.decorator_list] == ["tool"], name
             assert ast.unparse(tree.body[-1]).endswith("sys.exit(main())"), name
+
+
+def test_python_m_bench_lists_every_command_once() -> None:
+    listed = [name for names in COMMANDS.values() for name in names]
+    found = {name.removeprefix("bench.").removesuffix(".__main__") for name in RUN} - {"bench"}
+    inner = {name for name in found if "." in name}  # correctness.default_kernels, measure.load_once, tuner.jobs
+    assert sorted(listed) == sorted(found - inner - {"__main__"})
+    assert all(summary(name) for name in listed) and len(list(listing())) == len(listed) + 2 * len(COMMANDS)
 
 
 def unread(main: Callable[[], int]) -> tuple[int, str]:
@@ -63,13 +73,13 @@ def unread(main: Callable[[], int]) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
 
 
-def test_nobody_who_reads_the_help_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_pipe_while_printing_help_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in sorted(set(TOOLS) - OTHERS):
         monkeypatch.setattr(sys, "argv", [name, "--help"])
         assert unread(import_module(name).main) == (141, ""), name
 
 
-def test_what_is_stopped_names_the_rows_it_wrote(
+def test_interrupted_command_names_the_rows_it_wrote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rows, "WRITTEN_FILES", {})
@@ -86,7 +96,7 @@ def test_what_is_stopped_names_the_rows_it_wrote(
     assert capsys.readouterr().err == f"{__name__}: interrupted; {kept}\n"
 
 
-def test_an_error_is_a_line_and_no_answer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     @tool
     def main() -> None:
         raise ValueError("no op x")
@@ -94,7 +104,7 @@ def test_an_error_is_a_line_and_no_answer(capsys: pytest.CaptureFixture[str]) ->
     assert main() == 2 and capsys.readouterr().err.endswith(": no op x\n")
 
 
-def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_printed_on_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
     for terminal in (False, True):
         stream = io.StringIO()
         monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal)
@@ -105,12 +115,12 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [name for name in MODULES if "\\r" in source(name)]  # no bars of their own
 
 
-def test_two_bundles_of_one_kernel_are_two_files(tmp_path: Path) -> None:
+def test_bundles_of_one_kernel_get_different_files(tmp_path: Path) -> None:
     made = [repro_bundle.unused_path(tmp_path / "deep" / "op-mine-0.bundle").name for _ in range(3)]
     assert made == ["op-mine-0.bundle", "op-mine-0-2.bundle", "op-mine-0-3.bundle"]
 
 
-def test_ctrl_c_during_imports_is_one_line_and_a_bug_is_a_traceback() -> None:
+def test_interrupt_during_imports_is_one_line_and_a_bug_a_traceback() -> None:
     for error, lines, code in (("KeyboardInterrupt", 1, -signal.SIGINT), ("AssertionError", 3, 1)):
         command = [sys.executable, "-c", f"import bench; raise {error}"]
         done = subprocess.run(command, cwd=rows.ROOT, capture_output=True, text=True)
@@ -120,6 +130,7 @@ def test_ctrl_c_during_imports_is_one_line_and_a_bug_is_a_traceback() -> None:
 INTERRUPTED = """
 import sys, time
 from bench.compiler.cross_compile import run_in_subprocesses
+from bench.__main__ import COMMANDS, listing, summary
 from bench._tool import tool
 
 @tool
@@ -133,7 +144,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_processes_compile_is_one_line(tmp_path: Path) -> None:
+def test_interrupt_while_processes_compile_is_one_line(tmp_path: Path) -> None:
     """As a terminal does it: the signal goes to the whole group, to a process that is still starting among others."""
     (tmp_path / "interrupted.py").write_text(INTERRUPTED)
     process = interruptible(

@@ -83,7 +83,7 @@ def written(op: Op, folder: Path, workers: Inline) -> bytes:
     return table.write_table(folder, DEVICE, entry).read_bytes()
 
 
-def test_ten_kills_at_random_moments_leave_the_same_table(doubled: Op, tmp_path: Path) -> None:
+def test_search_killed_ten_times_makes_the_same_table(doubled: Op, tmp_path: Path) -> None:
     unbroken = written(doubled, tmp_path / "unbroken", Inline())
     rng, kills = random.Random(0), 0
     for _ in range(10):
@@ -101,7 +101,7 @@ def test_ten_kills_at_random_moments_leave_the_same_table(doubled: Op, tmp_path:
     assert len({tuple(asked) for asked in again.asked}) < len(cases(doubled)) * 14  # and not everything
 
 
-def test_a_journal_cut_at_any_byte_is_taken_up(doubled: Op, tmp_path: Path) -> None:
+def test_journal_cut_at_any_byte_is_resumed(doubled: Op, tmp_path: Path) -> None:
     unbroken = written(doubled, tmp_path / "a", Inline())
     (whole,) = (tmp_path / "a").glob("*.jsonl")
     content, rng = whole.read_bytes(), random.Random(1)
@@ -112,7 +112,7 @@ def test_a_journal_cut_at_any_byte_is_taken_up(doubled: Op, tmp_path: Path) -> N
         shutil.rmtree(tmp_path / "b")
 
 
-def test_wrong_numbers_get_no_time(doubled: Op, tmp_path: Path) -> None:
+def test_candidate_with_wrong_numbers_gets_no_time(doubled: Op, tmp_path: Path) -> None:
     found = searched(doubled, tmp_path / "out", Inline()).journal.entries["tune"].values()
     assert {row["config"]["wrong"] for row in found if row["status"] == "timed"} == {False}
     refused = [row for row in found if row["config"]["wrong"]]
@@ -125,7 +125,7 @@ def gated(job: Job, least: int) -> Answer:
 
 
 @pytest.mark.parametrize("least", [1, 2])
-def test_by_the_cost_model_only_what_a_table_names_is_gated(
+def test_cost_model_timer_gates_only_candidates_of_the_table(
     least: int, doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here what is wrong is predicted to be the fastest."""
@@ -145,7 +145,7 @@ def test_by_the_cost_model_only_what_a_table_names_is_gated(
     assert all(row["seconds"] for row in told if row["status"] in table.TIMED_STATUSES)
 
 
-def test_what_the_cost_model_or_the_compiler_rules_out_is_not_run(
+def test_candidates_ruled_out_by_cost_model_or_compiler_do_not_run(
     doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = search.SearchPlan(search.COST_MODEL, DEVICE, cost_model.gpu_of_arch("sm_90"), 3.0, 0.01, STAMP)
@@ -162,7 +162,7 @@ def test_what_the_cost_model_or_the_compiler_rules_out_is_not_run(
     assert set(sys.modules["toy_doubled"].ran) <= run
 
 
-def test_the_compiler_sees_spills_and_too_much_shared_memory() -> None:
+def test_compile_job_finds_spills_and_too_much_shared_memory() -> None:
     about = {"stage": "compile", "impl": "triton", "arch": "sm_89"}
     wide = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 5}
     long = {"BLOCK": 8192, "num_warps": 1, "num_stages": 1}
@@ -181,7 +181,7 @@ def test_the_compiler_sees_spills_and_too_much_shared_memory() -> None:
         workers.close()
 
 
-def test_every_triton_kernel_has_a_space_that_holds_and_prices_its_configs() -> None:
+def test_search_space_of_every_kernel_contains_and_prices_its_configs() -> None:
     discover()
     """But for the first rungs of ladders, which nobody tunes."""
     every = (impl for op in OPS.values() for impl in op.impls.values())
@@ -200,7 +200,7 @@ def test_every_triton_kernel_has_a_space_that_holds_and_prices_its_configs() -> 
                 )
 
 
-def test_a_journal_of_a_changed_kernel_is_said_to_be_stale_and_not_used(
+def test_journal_of_a_changed_kernel_is_stale_and_not_used(
     doubled: Op, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -284,7 +284,7 @@ def ended(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def test_a_search_that_is_ended_leaves_its_table_and_no_process(doubled: Op, checkout: Path, tmp_path: Path) -> None:
+def test_ended_search_leaves_its_table_and_no_process(doubled: Op, checkout: Path, tmp_path: Path) -> None:
     """By SIGTERM, by its deadline, by SIGKILL, each time in the middle of a candidate that never ends."""
     out = tmp_path / "out"
     out.mkdir()
@@ -312,9 +312,7 @@ def test_a_search_that_is_ended_leaves_its_table_and_no_process(doubled: Op, che
         assert ended(process) == -signal.SIGKILL
 
 
-def test_no_memory_for_the_time_of_a_candidate_is_its_row(
-    doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_candidate_out_of_memory_gets_a_row(doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -327,21 +325,21 @@ def test_no_memory_for_the_time_of_a_candidate_is_its_row(
     assert {row["reason"] for row in told if row["status"] == "time"} == {"OutOfMemoryError: CUDA out of memory"}
 
 
-def test_few_candidates_are_the_most_promising_ones(doubled: Op, tmp_path: Path) -> None:
+def test_limited_candidates_are_the_most_promising(doubled: Op, tmp_path: Path) -> None:
     every = search.Search(doubled.impls["blocks"], cases(doubled), PLAN, tmp_path).candidates
     few = search.Search(doubled.impls["blocks"], cases(doubled), PLAN, tmp_path, 5).candidates
     assert few == every[:5] and len(every) > 5
 
 
 @pytest.mark.slow
-def test_a_worker_killed_half_way_loses_nothing(checkout: Path) -> None:
+def test_killed_worker_loses_no_result(checkout: Path) -> None:
     _, found = run(checkout, "out", "self")
     count = {status: sum(row["status"] == status for row in found) for status in ("timed", "gate")}
     assert count == {"timed": 2 + 4 + 7 + 7, "gate": 2 + 4 + 7 + 7}
     assert not [row for row in found if row["reason"] and "died" in row["reason"]]
 
 
-def test_a_ray_cluster_makes_the_same_table_though_a_worker_is_killed(checkout: Path) -> None:
+def test_ray_cluster_with_a_killed_worker_makes_the_same_table(checkout: Path) -> None:
     pytest.importorskip("ray")  # an extra that the tests' own does not bring
     here, _ = run(checkout, "here", "self")
     assert run(checkout, "cluster", "parent", "--ray")[0] == here

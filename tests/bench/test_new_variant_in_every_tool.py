@@ -36,7 +36,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=lambda text: text.split()[0],
 )
-def test_a_copied_kernel_is_in_every_tool(command: str, expected: str, checkout: Path) -> None:
+def test_copied_kernel_is_in_every_command(command: str, expected: str, checkout: Path) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", *f"bench.{command}".split()], cwd=checkout, env=env, capture_output=True, text=True

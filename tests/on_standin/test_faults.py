@@ -108,12 +108,12 @@ def answers(model: VilaLlamaForCausalLM) -> None:
 def waits(model: VilaLlamaForCausalLM) -> None:
     """A decoded token waits where it is known to."""
     with torch.no_grad():
-        test_paths.test_a_decoded_token_waits_where_it_is_known_to((None, model), 1)
+        test_paths.test_decode_step_waits_only_at_known_lines((None, model), 1)
 
 
 def captured(model: VilaLlamaForCausalLM) -> None:
     """A step is captured in a graph."""
-    test_paths.test_a_step_is_captured_and_replayed_for_other_tokens((None, model))
+    test_paths.test_decode_step_is_captured_and_replayed_for_other_tokens((None, model))
 
 
 def known(model: VilaLlamaForCausalLM) -> None:
@@ -180,7 +180,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_the_fault_is_found(name: str, model: VilaLlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_fault_is_found(name: str, model: VilaLlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = FAULTS[name]
     fault.check(model)
     function: Any = inspect.unwrap(fault.function)

@@ -44,7 +44,7 @@ def models() -> tuple[VilaLlamaForCausalLM, VilaLlamaForCausalLM]:
     return model, deepcopy(model).cuda()  # pyright: ignore[reportCallIssue]
 
 
-def test_answers_are_those_of_the_cpu(models: tuple) -> None:
+def test_stand_in_answers_equal_those_of_the_cpu(models: tuple) -> None:
     assert torch.equal(*answers(models, max_new_tokens=3))
 
 
@@ -56,7 +56,7 @@ def test_answers_are_those_of_the_cpu(models: tuple) -> None:
     ],
     ids=["sampled", "beams of transformers"],
 )
-def test_answers_by_other_ways_are_those_of_the_cpu(models: tuple, options: dict[str, Any]) -> None:
+def test_stand_in_answers_by_other_calls_equal_those_of_the_cpu(models: tuple, options: dict[str, Any]) -> None:
     with use(**dict.fromkeys(OPS, REFERENCE)):  # what is looked at lies outside the kernels
         assert torch.equal(*answers(models, max_new_tokens=6, **options))
 
@@ -72,7 +72,7 @@ def answers(models: Sequence[VilaLlamaForCausalLM], **options: Any) -> list[Tens
 
 
 @torch.no_grad()
-def test_logits_loss_and_a_second_step_are_those_of_the_cpu(models: tuple) -> None:
+def test_stand_in_logits_loss_and_second_step_equal_those_of_the_cpu(models: tuple) -> None:
     ids, mask = padded(ROWS, "right")
     images = pictures(models[0], 1)
     outputs: list[list[Tensor]] = []
@@ -104,14 +104,14 @@ def waits(model: VilaLlamaForCausalLM, rows: int, new_tokens: int) -> Counter[tu
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_decoded_token_waits_where_it_is_known_to(models: tuple, rows: int) -> None:
+def test_decode_step_waits_only_at_known_lines(models: tuple, rows: int) -> None:
     with use(**dict.fromkeys(OPS, REFERENCE) | {"decode_attention": "triton", "rope_kv_write": "triton"}):
         more = waits(models[1], rows, 3) - waits(models[1], rows, 2)
     assert more == Counter(WAITS_A_STEP) + Counter({key: n * rows for key, n in WAITS_A_ROW.items()})
 
 
 @torch.no_grad()
-def test_a_step_is_captured_and_replayed_for_other_tokens(models: tuple) -> None:
+def test_decode_step_is_captured_and_replayed_for_other_tokens(models: tuple) -> None:
     model = models[1]
     cache = PagedKVCache(model.vila_config.llm, 4, dtype=torch.float32, device="cuda")
     for pages in cache.tensors:
@@ -134,7 +134,7 @@ def test_a_step_is_captured_and_replayed_for_other_tokens(models: tuple) -> None
     assert {("rope_kv_write", "triton"), ("decode_attention", "triton")} <= calls.keys()
 
 
-def test_a_call_is_timed_by_a_graph_unless_it_waits() -> None:
+def test_call_is_timed_by_a_graph_unless_it_waits() -> None:
     x = torch.ones(4096, device="cuda")
     timing = time_call(lambda x: x + 1, (x,), x.device, budget=0.001)
     assert timing.graph and timing.cold and timing.samples >= 5 and timing.seconds > 0
@@ -145,14 +145,14 @@ def test_a_call_is_timed_by_a_graph_unless_it_waits() -> None:
 JOB = {"op": "swiglu", "impl": "triton", "sizes": {"s": 2, "f": 48, "dtype": "float16"}, "budget": 0.001}
 
 
-def test_a_candidate_of_a_search_is_gated_and_timed() -> None:
+def test_search_candidate_is_gated_and_timed() -> None:
     job = {**JOB, "config": dict(OPS["swiglu"].impls["triton"].configs[0])}
     assert jobs.run_job({**job, "stage": "gate"}) == {"reason": None}
     answer = jobs.run_job({**job, "stage": "time"})
     assert answer["graph"] and answer["cold"] and answer["seconds"] > 0
 
 
-def test_a_candidate_without_room_is_refused_and_the_next_one_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_candidate_out_of_memory_is_refused_and_the_next_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     job = {**JOB, "config": dict(OPS["swiglu"].impls["triton"].configs[0]), "stage": "time"}
     with monkeypatch.context() as patch:
         patch.setattr(device.memories[0], "total", torch.cuda.memory_allocated() + 512)
@@ -160,13 +160,13 @@ def test_a_candidate_without_room_is_refused_and_the_next_one_timed(monkeypatch:
     assert jobs.run_job(job)["seconds"] > 0
 
 
-def test_a_search_is_for_the_gpu_that_is_there() -> None:
+def test_search_plan_is_for_the_present_gpu() -> None:
     args = tune.parser().parse_args(["swiglu", "--impl", "triton"])
     plan = tune.plan_search(OPS["swiglu"].impls["triton"], args)
     assert (plan.timer, plan.gpu.arch, plan.device) == ("gpu", "sm_90", torch.cuda.get_device_name())
 
 
-def test_the_memory_of_a_prefill_is_what_its_tensors_take_at_once(models: tuple) -> None:
+def test_prefill_peak_memory_is_that_of_its_tensors(models: tuple) -> None:
     runner = VilaTritonRunner(build_random(models[0].vila_config.llm, "float32", torch.device("cuda")), REFERENCE)
     short, long = (try_peak_bytes(runner, ModelStep("memory", 1, n, 0), torch.device("cuda")) for n in (16, 64))
     assert isinstance(short, int) and isinstance(long, int) and 0 < short < long < 64 * 2**20

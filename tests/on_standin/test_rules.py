@@ -34,7 +34,7 @@ def ones(*shape: int, **kwargs: Any) -> Tensor:
     return torch.ones(*shape, device="cuda", **kwargs)
 
 
-def test_tensors_say_where_they_are_and_stay_there() -> None:
+def test_tensors_report_and_keep_their_device() -> None:
     x = ones(2, 3)
     derived = [x + 1, x[0], x.new_empty(2), torch.cat([x, x]), torch.empty_like(x), x.half(), x.view(6), x.T]
     derived += [torch.tensor([1.0], device="cuda"), torch.as_tensor([1.0], device=x.device), torch.ones(2).to(x)]
@@ -44,7 +44,7 @@ def test_tensors_say_where_they_are_and_stay_there() -> None:
     assert x.cpu().device.type == "cpu" and (x + 1).cpu().tolist() == [[2.0] * 3] * 2
 
 
-def test_an_inplace_operator_writes_the_memory_that_views_share() -> None:
+def test_inplace_operator_writes_memory_shared_with_views() -> None:
     x = ones(4)
     with torch.inference_mode():
         x[1:].mul_(3)
@@ -57,7 +57,7 @@ def test_gradients_cross_devices() -> None:
     assert x.grad is not None and not x.grad.is_cuda and x.grad.tolist() == [2, 2, 2]
 
 
-def test_another_thread_is_on_the_stand_in_too() -> None:
+def test_other_threads_run_on_the_stand_in() -> None:
     places: list[torch.device] = []
     thread = threading.Thread(target=lambda: places.append(torch.zeros(2, device="cuda").device))
     thread.start()
@@ -65,13 +65,13 @@ def test_another_thread_is_on_the_stand_in_too() -> None:
     assert places == [torch.device("cuda", 0)]
 
 
-def test_a_saved_tensor_is_read_as_one_of_a_gpu_is_with_map_location(tmp_path: Path) -> None:
+def test_saved_tensor_is_read_on_the_cpu(tmp_path: Path) -> None:
     torch.save({"x": ones(3)}, tmp_path / "x.pt")
     held = torch.load(tmp_path / "x.pt", map_location="cpu", weights_only=True)["x"]
     assert not held.is_cuda and held.tolist() == [1, 1, 1]
 
 
-def test_whole_numbers_of_a_graph_are_not_there_before_it_is_replayed() -> None:
+def test_integers_of_a_graph_are_invalid_before_replay() -> None:
     x = ones(3)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -81,7 +81,7 @@ def test_whole_numbers_of_a_graph_are_not_there_before_it_is_replayed() -> None:
     assert token.item() == 0
 
 
-def test_gradients_flow() -> None:
+def test_gradients_are_those_of_the_cpu() -> None:
     w = ones(3).requires_grad_()
     (w * w).sum().backward()
     assert w.grad is not None and w.grad.is_cuda and w.grad.tolist() == [2, 2, 2]
@@ -142,26 +142,26 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cuda_refuses_is_refused(name: str) -> None:
+def test_refuses_what_cuda_refuses(name: str) -> None:
     call, error, words = REFUSED[name]
     with pytest.raises(error, match=words):
         call()
 
 
-def test_grids_of_three_axes_and_empty_ones_run() -> None:
+def test_grids_of_three_axes_and_empty_grids_run() -> None:
     assert add_one(ones(4), (1, 2, 3)).tolist() == [2] * 4
     assert add_one(ones(4), lambda meta: (triton.cdiv(meta["n"], meta["BLOCK"]),)).tolist() == [2] * 4
     add_one(ones(4), (0, 1))
 
 
-def test_a_kernel_runs_on_the_device_that_is_made_the_current_one() -> None:
+def test_kernel_runs_on_the_current_device() -> None:
     with torch.cuda.device(1):
         y = add_one(torch.ones(4, device="cuda"))
     assert y.device == torch.device("cuda", 1) and y.tolist() == [2] * 4
     assert torch.cuda.current_device() == 0
 
 
-def test_numbers_and_indices_of_the_cpu_are_taken() -> None:
+def test_cpu_numbers_and_indices_are_accepted() -> None:
     x = ones(3)
     assert (x * torch.tensor(2.0)).tolist() == [2] * 3
     assert x[torch.tensor([0, 1])].tolist() == [1, 1]
@@ -183,7 +183,7 @@ WAITS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("what", WAITS)
-def test_what_waits_is_counted_by_its_line_and_refused_in_a_capture(what: str) -> None:
+def test_waits_are_counted_by_line_and_refused_in_a_capture(what: str) -> None:
     x = ones(3)
     with counting() as counts:
         WAITS[what](x)
@@ -193,7 +193,7 @@ def test_what_waits_is_counted_by_its_line_and_refused_in_a_capture(what: str) -
             WAITS[what](x)
 
 
-def test_what_does_not_wait_is_not_counted() -> None:
+def test_operators_that_do_not_wait_are_not_counted() -> None:
     x = ones(3)
     with counting() as counts:
         x.add_(1).softmax(0).argmax()
@@ -202,7 +202,7 @@ def test_what_does_not_wait_is_not_counted() -> None:
     assert not counts.waits
 
 
-def test_a_graph_computes_when_it_is_replayed_on_what_its_inputs_then_hold() -> None:
+def test_graph_replay_computes_on_its_present_inputs() -> None:
     x, total = ones(4), torch.zeros(4, device="cuda")
     add_one(x)
     graph = torch.cuda.CUDAGraph()
@@ -218,7 +218,7 @@ def test_a_graph_computes_when_it_is_replayed_on_what_its_inputs_then_hold() -> 
     assert y.tolist() == [11] * 4 and total.tolist() == [14] * 4
 
 
-def test_a_capture_leaves_alone_what_its_views_look_at() -> None:
+def test_capture_leaves_tensors_behind_views_alone() -> None:
     x = ones(4)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         views = [x.detach(), x.data, x[1:], x.view(2, 2)]
@@ -226,11 +226,11 @@ def test_a_capture_leaves_alone_what_its_views_look_at() -> None:
     assert x.tolist() == [1] * 4 and low.isnan()
 
 
-def test_a_tensor_goes_to_the_device_of_a_number() -> None:
+def test_tensor_moves_to_a_device_given_as_a_number() -> None:
     assert torch.ones(1).cuda(1).device == ones(1).cuda(1).device == torch.device("cuda", 1)
 
 
-def test_kernels_to_compile_are_counted_once_a_specialisation() -> None:
+def test_kernels_to_compile_are_counted_once_per_specialization() -> None:
     with counting() as counts:
         for n in (16, 32, 7, 9, 1):  # divisible by 16 twice, neither twice, and the constant 1
             add_one(ones(n))
@@ -239,7 +239,7 @@ def test_kernels_to_compile_are_counted_once_a_specialisation() -> None:
     assert len(counts.compiled) == 4
 
 
-def test_division_by_a_number_is_a_product_with_its_reciprocal() -> None:
+def test_division_by_a_number_multiplies_with_its_reciprocal() -> None:
     x = torch.rand(1000, generator=torch.Generator().manual_seed(0))
     ours = (x.cuda() / 127).cpu()
     assert torch.equal(ours, x * (torch.ones(()) / 127)) and not torch.equal(ours, x / 127)
@@ -250,7 +250,7 @@ def test_division_by_a_number_is_a_product_with_its_reciprocal() -> None:
     assert (ones(2) / 0).tolist() == [float("inf")] * 2
 
 
-def test_memory_is_counted_and_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_memory_is_counted_and_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     x = torch.empty(1000, device="cuda")
