@@ -1,4 +1,4 @@
-"""What the variants over torch's `scaled_dot_product_attention` share. It registers nothing."""
+"""The check and the dtype that variants over torch's `scaled_dot_product_attention` share."""
 
 import torch
 from torch import Tensor
@@ -13,5 +13,5 @@ def check_readable(op_name: str, x: Tensor) -> None:
 
 
 def upcast_on_cpu(x: Tensor) -> Tensor:
-    """x in the dtype attention is quickest in: on a CPU, half precision is converted, which costs less than it does."""
+    """x in the dtype in which attention is fastest: on a CPU half precision becomes float32, which pays."""
     return x.float() if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) else x

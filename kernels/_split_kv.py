@@ -56,9 +56,9 @@ def plan_splits(numerics: str, programs: int, capacity: int, min_keys: int, resi
 
     Under "fast" the number of splits is the one of least `estimated_time`, the smaller of equals. Twice the programs or
     twice the capacity never allow fewer splits, so that neither takes more than twice the time: there is no cliff.
-    Under "invariant" nothing but the length of a sequence counts.
+    Under "batch_invariant" nothing but the length of a sequence counts.
     """
-    if numerics == "invariant":
+    if numerics == "batch_invariant":
         return SplitPlan(1, INVARIANT_SPLIT, INVARIANT_SPLIT, max(1, cdiv(capacity, INVARIANT_SPLIT)))
     min_keys = max(MIN_SPLIT, min_keys)
     most = max(1, min(cdiv(capacity, min_keys), resident_programs))

@@ -7,7 +7,7 @@ says how many there are, and where there can be but one, it is written at once. 
 codes: scales go to the scores and to the weights.
 
 q [b, h, d], pages [p, l, g, d], any strides; token j of a sequence is row j % l of page block_table[sequence, j // l].
-Under "invariant" splits have a fixed length and the config is the first, whatever it is asked to be.
+Under "batch_invariant" splits have a fixed length and the config is the first, whatever it is asked to be.
 """
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
@@ -36,7 +36,7 @@ CONFIGS = [
 def launch_cost(
     config: Config, b: int, t: int, g: int, ratio: int, d: int, l: int, dtype: str, kv: str, numerics: str
 ) -> LaunchCost:
-    """The first kernel; the sums it leaves count as stored."""
+    """The cost of the first kernel; the split states count as stored."""
     block_n, block_d = keys_per_tile(config["BLOCK_N"], d, DTYPE_BYTES[dtype], kv != "plain"), dot_block(d)
     split_plan = plan_splits(numerics, b * g, t, block_n, config["PROGRAMS_PER_SM"] * DEFAULT_NUM_SMS)
     keys = cdiv(t, split_plan.max_splits)
@@ -62,8 +62,9 @@ SPACE = SearchSpace(
 
 
 def keys_per_tile(block_n: int, d: int, itemsize: int, quantized: bool) -> int:
-    """Keys of a tile: half of those asked for where heads are wider than 128, where numbers have 4 bytes, and, if they
-    are more than 32, where pages are quantised, whose codes take more registers than they took memory.
+    """Keys of a tile: BLOCK_N, halved for heads wider than 128, for dtypes of 4 bytes and for quantized pages.
+
+    The codes of quantized pages take more registers than they took memory; tiles of up to 32 keys are kept.
     """
     block_n = max(min(block_n, 32), block_n // 2) if quantized else block_n
     return max(16, block_n >> (dot_block(d) > 128) + (itemsize > 2))
@@ -159,13 +160,13 @@ def decode_attention_triton(
     num_stages: int,
 ) -> Tensor | tuple[Tensor, Tensor]:
     check_pages_supported("decode_attention", q, cache.k_pages, cache.v_pages)
-    if numerics == "invariant":
+    if numerics == "batch_invariant":
         BLOCK_N, num_warps, num_stages = (CONFIGS[0][name] for name in ("BLOCK_N", "num_warps", "num_stages"))
     quantized = not isinstance(cache.k_pages, Tensor)
     BLOCK_N = keys_per_tile(BLOCK_N, q.shape[-1], q.element_size(), quantized)
-    num_stages = stages_for_dtype(
-        min(num_stages, 3) if quantized else num_stages, q
-    )  # four make ptxas spill: see bench.sweep
+    if quantized:  # four stages make ptxas spill: see bench.compile_sweep
+        num_stages = min(num_stages, 3)
+    num_stages = stages_for_dtype(num_stages, q)
     (b, h, d), (_, page_size, g, _) = q.shape, cache.k_pages.shape
     out = torch.empty(b, h, d, dtype=q.dtype, device=q.device)
     lse = torch.empty(b, h, dtype=torch.float32, device=q.device) if return_lse else None
@@ -175,9 +176,7 @@ def decode_attention_triton(
         split_states, seq_lens = None, seq_lens.contiguous()
         if split_plan.max_splits > 1:
             acc = torch.empty(b, h, split_plan.max_splits, d, dtype=torch.float32, device=q.device)
-            m_i, l_i = (
-                torch.empty(b, h, split_plan.max_splits, dtype=torch.float32, device=q.device) for _ in range(2)
-            )
+            m_i, l_i = torch.empty(2, b, h, split_plan.max_splits, dtype=torch.float32, device=q.device)
             split_states = (acc, m_i, l_i)
         (k_pages, stride_k), (v_pages, stride_v) = map(page_tensors_and_strides, (cache.k_pages, cache.v_pages))
         _decode_attention_kernel[(b * g * split_plan.max_splits,)](

@@ -1,7 +1,7 @@
 """softmax(q kᵀ · scale) v of one new token a sequence by torch's `scaled_dot_product_attention`.
 
-The n = h/g query heads of a key/value head stand where the tokens of a prompt would: one call a sequence, [g, n, d]
-against [g, t, d], and no key is repeated. A call sees one sequence and its length alone, so it is "invariant" as it is.
+The n = h/g query heads of a KV head stand where the tokens of a prompt would: one call a sequence, [g, n, d] against
+[g, t, d], and no key is repeated. A call sees one sequence and its length alone, so it is batch-invariant as it is.
 """
 
 import torch

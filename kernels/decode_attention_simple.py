@@ -1,8 +1,8 @@
 """softmax(q kᵀ · scale) v of one new token per sequence over its cached pages.
 
-The readable rung: one program takes all query heads of one KV head of one sequence (padded to the 16 rows
+The readable variant: one program takes all query heads of one KV head of one sequence (padded to the 16 rows that
 `tl.dot` needs), so each cached key and value is read once. It walks the cached tokens BLOCK_N at a time with an online
-softmax in base 2, from the first to the last, which is "invariant" as it is but for the config: that is the first one.
+softmax in base 2, from the first to the last. Under "batch_invariant" the config is always the first one.
 
 q [b, h, d], pages [p, l, g, d], any strides; token j of a sequence is row j % l of page block_table[sequence, j // l].
 Strides are compile-time constants: heads of 72 are whole 16-byte loads only if the compiler sees it.
@@ -105,10 +105,10 @@ def decode_attention_simple(
     num_stages: int,
 ) -> Tensor:
     if return_lse or not isinstance(cache.k_pages, Tensor) or not isinstance(cache.v_pages, Tensor):
-        raise Unsupported("decode_attention: the simple kernel has no log-sum-exp and reads no quantised pages")
+        raise Unsupported("decode_attention: the simple kernel has no log-sum-exp and reads no quantized pages")
     check_supported("decode_attention", q, cache.k_pages, cache.v_pages)
     config = {"BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": num_stages}
-    config = CONFIGS[0] if numerics == "invariant" else config
+    config = CONFIGS[0] if numerics == "batch_invariant" else config
     config = {**config, "num_stages": stages_for_dtype(config["num_stages"], q)}
     (b, h, d), (_, page_size, g, _) = q.shape, cache.k_pages.shape
     (k_pages, stride_k), (v_pages, stride_v) = map(page_tensors_and_strides, (cache.k_pages, cache.v_pages))

@@ -121,7 +121,7 @@ def encoder_attention_triton(
 ) -> Tensor:
     check_supported("encoder_attention", q, k, v)
     if not softmax_scale > 0:
-        raise Unsupported(f"encoder_attention: scale is {softmax_scale}, expected a positive number")
+        raise Unsupported(f"encoder_attention: softmax_scale is {softmax_scale}, expected a positive number")
     b, s, h, d = q.shape
     if h > MAX_GRID_YZ:
         raise Unsupported(f"encoder_attention: {h} heads, a launch has room for {MAX_GRID_YZ}")

@@ -1,4 +1,4 @@
-"""softmax(q kᵀ · scale) v of whole pictures by torch's `scaled_dot_product_attention`: [b, s, h, d], any strides."""
+"""softmax(q kᵀ · scale) v of whole images by torch's `scaled_dot_product_attention`: [b, s, h, d], any strides."""
 
 import torch.nn.functional as F
 from torch import Tensor

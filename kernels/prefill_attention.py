@@ -8,7 +8,7 @@ pages; the tile in which the context ends and the chunk begins; tiles of the chu
 diagonal. Only the second and the last kind need masks. The chunk's own keys are never read from pages.
 
 So a sum runs over the same tiles in the same order wherever a chunk begins and however the pages lie. Under the
-numerics "invariant" the tile does not depend on the config either: it is that of CONFIGS[0].
+numerics "batch_invariant" the tile does not depend on the config either: it is that of CONFIGS[0].
 
 q [s, h, d], k and v [s, g, d], pages [p, l, g, d], any strides, plain or quantized; head h of the h/g that share KV
 head g is row r % (h/g) of its rows. Strides are compile-time constants: a model has few, and unknown ones cost the
@@ -48,7 +48,7 @@ def launch_cost(config: Config, b: int, s: int, t: int, g: int, ratio: int, d: i
 
 def is_valid_config(config: Config, s: int, ratio: int, numerics: str = "fast", **_) -> bool:
     is_default = all(config[name] == n for name, n in CONFIGS[0].items())
-    return is_default if numerics == "invariant" else config["BLOCK_M"] <= max(16, next_power_of_2(s * ratio))
+    return is_default if numerics == "batch_invariant" else config["BLOCK_M"] <= max(16, next_power_of_2(s * ratio))
 
 
 SPACE = SearchSpace(
@@ -168,7 +168,9 @@ def fit_tile(config: Config, q: Tensor, pages: KVPages) -> dict[str, int]:
         tile |= {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4}
     elif isinstance(pages, QuantizedKVPages):
         tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
-        if pages.bits == 8 and q.shape[-1] > 32:  # with fewer stages ptxas spills at some widths: see bench.sweep
+        if (
+            pages.bits == 8 and q.shape[-1] > 32
+        ):  # with fewer stages ptxas spills at some widths: see bench.compile_sweep
             tile["num_stages"] = max(tile["num_stages"], 4)
     return tile | {"BLOCK_M": rows_for_dtype(tile["BLOCK_M"], q), "num_stages": stages_for_dtype(tile["num_stages"], q)}
 
@@ -192,12 +194,12 @@ def prefill_attention_triton(
     check_supported("prefill_attention", q, k, v)
     check_pages_supported("prefill_attention", cache.k_pages, cache.v_pages)
     if not softmax_scale > 0:
-        raise Unsupported(f"prefill_attention: scale is {softmax_scale}, expected a positive number")
+        raise Unsupported(f"prefill_attention: softmax_scale is {softmax_scale}, expected a positive number")
     config = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": num_stages}
-    tile = fit_tile(CONFIGS[0] if numerics == "invariant" else config, q, cache.k_pages)
+    tile = fit_tile(CONFIGS[0] if numerics == "batch_invariant" else config, q, cache.k_pages)
     (s, h, d), g, b = q.shape, k.shape[1], batch.num_seqs
     if g > MAX_GRID_YZ:
-        raise Unsupported(f"prefill_attention: {g} key heads, a launch has room for {MAX_GRID_YZ}")
+        raise Unsupported(f"prefill_attention: {g} KV heads, a launch has room for {MAX_GRID_YZ}")
     out = torch.empty(s, h, d, dtype=q.dtype, device=q.device)
     lse = torch.empty(s, h, dtype=torch.float32, device=q.device) if return_lse else None
     (k_pages, stride_kp), (v_pages, stride_vp) = map(page_tensors_and_strides, (cache.k_pages, cache.v_pages))

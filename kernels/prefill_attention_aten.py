@@ -28,7 +28,7 @@ def prefill_attention_aten(
     return_lse: bool = False,
 ) -> Tensor:
     check_readable("prefill_attention", q)
-    if numerics == "invariant":
+    if numerics == "batch_invariant":
         raise Unsupported("prefill_attention: torch's attention adds up in an order that changes with the chunks")
     if return_lse:
         raise Unsupported("prefill_attention: torch's attention does not return its log-sum-exp")

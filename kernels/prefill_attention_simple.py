@@ -4,7 +4,7 @@ One program takes BLOCK_M rows of one KV head of one sequence; a row is a pair (
 all heads that share keys share their loads. It walks the tokens of the sequence BLOCK_N at a time from the first one
 on, with an online softmax in base 2. A token of the context is loaded from its page, a later one from k and v; each
 load masks off what the other brings, so a tile may hold both. Since tiles do not depend on where the chunk begins, nor
-on the batch or the pages, neither does a bit of the result: this serves "fast" and "invariant".
+on the batch or the pages, neither does a bit of the result: this serves "fast" and "batch_invariant".
 
 q [s, h, d], k and v [s, g, d], plain pages [p, l, g, d], any strides; head h of the h/g that share KV head g is row
 r % (h/g) of its rows. Programs past the end of their sequence return at once, so the grid needs no lengths. Strides are

@@ -1,4 +1,6 @@
-"""Rotary position embedding: (x[i], x[i + d/2]) rotated by the angle of pair i: (low · cos - high · sin, high · cos + low · sin).
+"""Rotary position embedding (Su et al., RoFormer, 2021): pairs (x[i], x[i + d/2]) rotated by the angle of pair i.
+
+    low, high -> low · cos - high · sin, high · cos + low · sin
 
 One program takes BLOCK_H heads of one token, all their pairs at once. The heads of a token share its angles.
 

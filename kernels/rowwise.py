@@ -1,8 +1,8 @@
-"""What a layer does to its rows, one row after the other: a row is the same computation wherever it stands.
+"""Linear layers, norms and SwiGLU one row after the other, so that a row is the same computation wherever it stands.
 
 torch's product of matrices adds up as suits the number of rows, and its `silu` on a CPU takes another `exp` for what is
 left of a vector at the end. Here every row is a call of the same shape, on memory of its own. It is what the numerics
-"invariant" runs on a CPU: slow for many rows, since each reads the whole weight.
+"batch_invariant" runs on a CPU: slow for many rows, since each reads the whole weight.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from vila_triton.ops.dtypes import upcast
 
 
 def map_rows(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """fn of the first rows of all tensors [..., k], of the second ones, ... -> [..., n]."""
+    """Stack fn of the first rows of all tensors [..., k], of the second rows, and so on: [..., n]."""
     shape = tensors[0].shape[:-1]
     matrices = [x.reshape(shape.numel(), x.shape[-1]) for x in tensors]  # [m, k]
     rows = list(zip(*(x.split(1) for x in matrices), strict=True)) if shape.numel() else [matrices]
@@ -24,29 +24,29 @@ def map_rows(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return out.view(*shape, out.shape[-1])
 
 
-@linear.impl("rows", batch_invariant=True)
+@linear.impl("rowwise", batch_invariant=True)
 def linear_rowwise(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> Tensor:
     if isinstance(w, Int4):  # which has an op of its own
         return linear.reference(x, w, bias)
     return map_rows(lambda row: F.linear(row, w, bias), x)
 
 
-@int4_matmul.impl("rows", batch_invariant=True)
+@int4_matmul.impl("rowwise", batch_invariant=True)
 def int4_matmul_rowwise(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
     weight, upcast_bias = upcast(dequantize(w, x.dtype)), None if bias is None else upcast(bias)
     return map_rows(lambda row: F.linear(upcast(row), weight, upcast_bias).to(x.dtype), x)
 
 
-@int4_swiglu.impl("rows", batch_invariant=True)
+@int4_swiglu.impl("rowwise", batch_invariant=True)
 def int4_swiglu_rowwise(x: Tensor, gate: Int4, up: Int4) -> Tensor:
     return swiglu_rowwise(int4_matmul_rowwise(x, gate), int4_matmul_rowwise(x, up))
 
 
-@rms_norm.impl("rows", batch_invariant=True)
+@rms_norm.impl("rowwise", batch_invariant=True)
 def rms_norm_rowwise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return map_rows(lambda row: rms_norm.reference(row, weight, eps), x)
 
 
-@swiglu.impl("rows", batch_invariant=True)
+@swiglu.impl("rowwise", batch_invariant=True)
 def swiglu_rowwise(gate: Tensor, up: Tensor) -> Tensor:
     return map_rows(swiglu.reference, gate, up)

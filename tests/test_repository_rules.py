@@ -187,7 +187,7 @@ def test_identifiers_are_spelled_as_in_america() -> None:
     assert not british
 
 
-def test_nobody_imports_the_folder_kernels_by_its_own_name() -> None:
+def test_kernels_are_imported_through_vila_triton() -> None:
     files = [*FILES.values(), *(ROOT / "tests").rglob("*.py")]
     assert not [path.name for path in files if any(lies_in(x, ["kernels"]) for x in imports("", path))]
 
@@ -245,7 +245,7 @@ def __getattr__(name):
 
 
 @pytest.mark.parametrize("hub", [False, True], ids=["without hub kernels", "with hub kernels"])
-def test_hugging_faces_package_kernels_and_our_folder_do_not_meet(hub: bool, tmp_path: Path) -> None:
+def test_hugging_faces_package_kernels_does_not_clash_with_ours(hub: bool, tmp_path: Path) -> None:
     from transformers.utils.import_utils import KERNELS_MIN_VERSION as version
 
     if hub:
@@ -260,7 +260,7 @@ def test_hugging_faces_package_kernels_and_our_folder_do_not_meet(hub: bool, tmp
     assert python(HUB, tmp_path) == f"{hub} True True"
 
 
-def test_a_new_file_is_all_an_implementation_takes(tmp_path: Path) -> None:
+def test_a_new_implementation_takes_one_file(tmp_path: Path) -> None:
     text = (ROOT / "kernels" / "rms_norm.py").read_text()
     assert 'impl("triton"' in text
     (tmp_path / "rms_norm_mine.py").write_text(text.replace('impl("triton"', 'impl("mine"'))
@@ -277,7 +277,7 @@ def test_a_new_file_is_all_an_implementation_takes(tmp_path: Path) -> None:
     assert "mine" in python(code).split()
 
 
-def test_a_wheel_holds_kernels_and_configs_inside_the_package_and_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_wheel_holds_kernels_and_configs_inside_the_package(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
     copy, wheel = tmp_path / "copy", tmp_path / "wheel"
     for folder in ("vila_triton", "kernels", "configs", "tests", "bench"):

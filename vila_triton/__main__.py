@@ -8,16 +8,19 @@ from importlib import import_module
 from . import commands
 from .console import exit_code
 
-EPILOG = """`vila-triton COMMAND --help` lists the options of a command. `python -m bench` lists the commands that check and
-measure kernels and models; `python -m vila_triton.tiny.evaluate` grades the bundled model."""
+EPILOG = """`vila-triton COMMAND --help` lists the options of a command. `python -m bench` lists the commands that check
+and measure kernels and models; `python -m vila_triton.tiny.evaluate` grades the bundled model."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; its description lists the commands by the question that they answer."""
     top = argparse.ArgumentParser(
-        prog="vila-triton", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="vila-triton",
+        usage="vila-triton COMMAND ...",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
+    subparsers = top.add_subparsers(dest="command", required=True, prog="vila-triton", help=argparse.SUPPRESS)
     lines = {question: f"\n{question}" for question in commands.QUESTIONS}
     for info in pkgutil.iter_modules(commands.__path__):
         if not info.name.startswith("_"):

@@ -2,11 +2,12 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .console import note_new_spelling
 from .paths import BUNDLED_CHECKPOINT
 
 if TYPE_CHECKING:
@@ -41,14 +42,11 @@ def renamed_values(new_names: Mapping[str, str]) -> Callable[[str], str]:
     return read
 
 
-def note_new_spelling(old: str, new: str) -> None:
-    print(f"note: {old} is now {new}; the old spelling goes away with the next release", file=sys.stderr)
-
-
 def add_command(commands: Any, name: str, summary: str, details: str = "", **kwargs: Any) -> argparse.ArgumentParser:
-    """Add the parser of a command whose help and description begin with the summary."""
+    """Add the parser of a command; its help has a line for each option."""
+    wide = partial(argparse.HelpFormatter, max_help_position=30, width=120)
     description = f"{summary[0].upper()}{summary[1:]}. {details}"
-    return commands.add_parser(name, help=summary, description=description, **kwargs)
+    return commands.add_parser(name, help=summary, description=description, formatter_class=wide, **kwargs)
 
 
 def kernel_arguments() -> argparse.ArgumentParser:
@@ -70,9 +68,10 @@ def model_arguments() -> argparse.ArgumentParser:
     """Return a parent parser with the arguments of `kernel_arguments`, --model and --dtype."""
     parser = argparse.ArgumentParser(add_help=False, parents=[kernel_arguments()])
     group = parser.add_argument_group("which model")
-    default = "(default: the bundled tiny model)"
-    group.add_argument("--model", type=Path, default=BUNDLED_CHECKPOINT, help=f"a VILA or LLaVA folder {default}")
-    group.add_argument("--dtype", choices=DTYPES, help="of parameters and activations (default: as in its config.json)")
+    folder = "a checkpoint folder (default: the bundled tiny model)"
+    group.add_argument("--model", type=Path, default=BUNDLED_CHECKPOINT, metavar="FOLDER", help=folder)
+    dtypes = f"of parameters and activations: {', '.join(DTYPES)} (default: as in config.json)"
+    group.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help=dtypes)
     return parser
 
 

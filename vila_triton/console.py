@@ -1,4 +1,4 @@
-"""What commands print on standard error, and their exit codes: errors in one line, without tracebacks."""
+"""Exit codes of commands, and their lines on standard error: errors without tracebacks, and progress."""
 
 import os
 import select
@@ -100,3 +100,8 @@ def discard_unwritten(stream: TextIO | None) -> None:
             stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def note_new_spelling(old: str, new: str) -> None:
+    """Say on stderr that an option, a value or a key of a file has a new name; the old one is taken once more."""
+    print(f"note: {old} is now {new}; the old spelling goes away with the next release", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""The plan of `bench.suite`: its steps in the order they run, and the time limit of each.
+"""The steps of `bench.suite`, in the order they run, and the time that each may take.
 
-Steps are kept by their priority, as long as the least each needs fits; what is left of the time tops them up by their
-priority. So the limits never add up to more than there is, and the steps that are left out are the least valuable.
+Steps are kept by their priority as long as their minimum fits; the time that remains extends them, by priority again.
+So the limits never exceed the total, and the steps that are left out are always the least valuable.
 """
 
 import os
@@ -21,12 +21,8 @@ MARGIN_SECONDS = 12.0  # seconds of a step's limit in which it starts before, an
 
 @dataclass(frozen=True)
 class SuiteStep:
-    """One command of the suite.
-
-    priority      1 is the most valuable
-    min_seconds   the least time that it is worth starting with
-    max_seconds   the most time that it can use
-    argv          its words; {seconds} and {minutes} stand for the time limit that the command itself is given
+    """One command. `priority`: 1 is the most valuable; `min_seconds` is the least worth starting with, `max_seconds`
+    the most it can use. {seconds} and {minutes} in `argv` stand for the time that the command itself is told to take.
     """
 
     name: str
@@ -37,17 +33,18 @@ class SuiteStep:
 
     @property
     def has_own_clock(self) -> bool:
-        """True if the command ends at a time limit of its own."""
+        """Whether the command ends by a clock of its own."""
         return any(word in ("{seconds}", "{minutes}") for word in self.argv)
 
     def command(self, limit: float) -> list[str]:
+        """Returns the command line for a limit in seconds."""
         own = max(1.0, limit - MARGIN_SECONDS)
         clocks = {"{seconds}": f"{own:.0f}", "{minutes}": f"{own / 60:.2f}"}
         return [clocks.get(word, word) for word in self.argv]
 
 
 def allot_seconds(steps: Sequence[SuiteStep], seconds: float) -> dict[str, float]:
-    """The time limit in seconds of each step that is kept, by its name."""
+    """Returns the limit of each step that is kept, by its name."""
     limits: dict[str, float] = {}
     remaining = seconds
     ranked = sorted(steps, key=lambda step: step.priority)
@@ -64,7 +61,7 @@ def allot_seconds(steps: Sequence[SuiteStep], seconds: float) -> dict[str, float
 
 
 def left_out_lines(steps: Sequence[SuiteStep], seconds: float) -> Iterator[str]:
-    """A line for each step that is left out, with the reason."""
+    """Yields a line with the reason for each step that is left out."""
     limits = allot_seconds(steps, seconds)
     needed = sum(step.min_seconds for step in steps if step.name in limits)
     for step in sorted(steps, key=lambda step: step.priority):
@@ -77,13 +74,13 @@ def left_out_lines(steps: Sequence[SuiteStep], seconds: float) -> Iterator[str]:
 
 
 def repeat_flag(flag: str, values: Sequence[str]) -> list[str]:
+    """Returns the flag before each of the values."""
     return [word for value in values for word in (flag, value)]
 
 
 def suite_steps(out: Path, toy: bool) -> list[SuiteStep]:
-    """The steps of the suite, which write rows, tables and plots to `out`.
-
-    toy: at sizes for a CPU, of which all steps fit into five minutes.
+    """Returns the steps, whose rows, tables and plots go to `out`. `toy`: the same at sizes that a CPU can do, all of
+    which fit into five minutes.
     """
     rows_file = str(out / "rows.jsonl")
 

@@ -104,6 +104,7 @@ def without_peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for name in peers.peer_names():
         sys.modules.pop(f"bench.peers.{name}", None)
+        vars(peers).pop(name, None)
 
 
 @pytest.fixture
@@ -212,7 +213,7 @@ def test_conversion_is_made_once_and_freed_with_its_source() -> None:
 
 def test_awq_layout_equals_that_of_autoawq() -> None:
     _, w, _ = int4(m=1, n=24, G=3)
-    qweight, qzeros, scales = _awq.to_awq_layout(w)
+    qweight, qzeros, scales = _awq.to_awq_layout(w, 8)
     assert unpack_codes(w).unique().tolist() == list(range(16))
     assert list(qweight.shape) == [96, 3] and list(qzeros.shape) == [3, 3] and torch.equal(scales, w.scales)
     for words, want in ((qweight, unpack_codes(w)), (qzeros, w.zeros.t())):
@@ -226,8 +227,10 @@ def test_padding_adds_zeros_and_conversion_works_on_meta() -> None:
     assert wide.shape == (8, 96) and wide.group_size == 32
     weight = dequantize(wide, torch.float16)
     assert torch.equal(weight[:5], dequantize(w, torch.float16)) and not weight[5:].any()
-    meta = _awq.to_awq_layout(map_tensors(lambda x: x.to("meta"), wide))
-    assert [list(x.shape) for x in meta] == [list(x.shape) for x in _awq.to_awq_layout(wide)] and meta.qweight.is_meta
+    meta = _awq.to_awq_layout(map_tensors(lambda x: x.to("meta"), wide), 8)
+    assert [list(x.shape) for x in meta] == [
+        list(x.shape) for x in _awq.to_awq_layout(wide, 8)
+    ] and meta.qweight.is_meta
 
 
 @pytest.mark.parametrize("length", [16, 256])

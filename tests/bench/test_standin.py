@@ -1,6 +1,6 @@
-"""Tests for a GPU (`pytest -m gpu`) run on the stand-in for one: those of the selection that are named here.
+"""What `pytest -m gpu` says on a GPU, said by the stand-in for one: of its selection the tests that are named here.
 
-Each checks every launch for what CUDA refuses: CPU tensors, tensors of two devices, waits inside a capture.
+Each runs every launch through what CUDA would refuse: tensors of the CPU, two devices, waiting inside a capture.
 """
 
 import json
@@ -18,18 +18,18 @@ from vila_triton.registry.interpreter import uses_triton_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECIAL = """
-registry/test_custom_ops.py::test_a_decode_step_is_captured_in_a_cuda_graph[int4]
-registry/test_custom_ops.py::test_a_decode_step_is_captured_in_a_cuda_graph[dense]
-tiny/test_bundled_model.py::test_triton_kernels_give_the_answers_of_the_references
-ops/test_kv_pages.py::test_kv_write_skips_negative_slots_and_reaches_pages_beyond_32_bits[int4-rope_kv_write]
-ops/test_kv_pages.py::test_decode_reaches_pages_and_scales_beyond_32_bits[int8]
-ops/test_kv_pages.py::test_decode_ignores_nan_beyond_the_sequence_length[int4]
-kernels/test_decode_attention.py::test_batch_invariant_bits_do_not_depend_on_batch_pages_capacity_or_config[plain-triton]
-kernels/test_prefill_attention.py::test_batch_invariant_bits_do_not_depend_on_chunks_pages_batch_or_config[triton]
-kernels/test_prefill_regressions.py::test_encoder_reaches_packed_images_beyond_32_bits[encoder_attention-triton]
-kernels/test_int4_regressions.py::test_x_with_offsets_beyond_32_bits[rows-int4_swiglu-triton-0]
-kernels/test_int4_metamorphic.py::test_rows_of_x_are_bitwise_independent_of_each_other[float32-sub-int4_matmul-splitk-0]
-models/test_batch_invariance.py::test_logits_bitwise_equal_for_every_batch_chunking_and_page_size[one layer-cuda-None]
+    test_library.py::test_a_decode_step_is_captured_in_a_cuda_graph[int4]
+    test_library.py::test_a_decode_step_is_captured_in_a_cuda_graph[dense]
+    test_tiny.py::test_triton_kernels_give_the_answers_of_the_references
+    test_kv.py::test_kv_write_skips_negative_slots_and_reaches_pages_beyond_32_bits[int4-rope_kv_write]
+    test_kv.py::test_decode_reaches_pages_and_scales_beyond_32_bits[int8]
+    test_kv.py::test_decode_ignores_nan_beyond_the_sequence_length[int4]
+    test_decode.py::test_batch_invariant_bits_do_not_depend_on_batch_pages_capacity_or_config[plain-triton]
+    test_prefill.py::test_batch_invariant_bits_do_not_depend_on_chunks_pages_batch_or_config[triton]
+    test_prefill_known.py::test_encoder_reaches_packed_images_beyond_32_bits[encoder_attention-triton]
+    test_int4_issues.py::test_x_with_offsets_beyond_32_bits[rows-int4_swiglu-triton-0]
+    test_int4_laws.py::test_rows_of_x_are_bitwise_independent_of_each_other[float32-sub-int4_matmul-splitk-0]
+    test_invariant.py::test_not_a_bit_of_the_logits_depends_on_how_a_sequence_is_run[one layer-cuda-None]
 """
 
 
@@ -37,7 +37,7 @@ def named() -> list[str]:
     """A faithful test of every implementation with a Triton kernel, and the special cases."""
     discover()
     kernels = [impl for op in OPS.values() for impl in op.impls.values() if uses_triton_kernels(impl)]
-    faithful = [f"kernels/test_every_kernel.py::test_faithful[{impl.op}-{impl.name}-0]" for impl in kernels]
+    faithful = [f"test_kernels.py::test_faithful[{impl.op}-{impl.name}-0]" for impl in kernels]
     return [f"tests/{name}" for name in (*(line.strip() for line in SPECIAL.strip().splitlines()), *faithful)]
 
 
@@ -48,7 +48,7 @@ def every_kernel() -> set[str]:
     return {name for name, x in functions.items() if isinstance(x, KernelInterface) and name.endswith("kernel")}
 
 
-def test_selected_gpu_tests_pass_on_the_stand_in(tmp_path: Path) -> None:
+def test_a_selection_of_the_gpu_tests_passes_on_the_stand_in(tmp_path: Path) -> None:
     tests, counts = named(), tmp_path / "counts.json"
     words = ["--counts", str(counts), "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *tests]
     env = {**os.environ, "HYPOTHESIS_PROFILE": "compiled"}
@@ -59,7 +59,7 @@ def test_selected_gpu_tests_pass_on_the_stand_in(tmp_path: Path) -> None:
     assert json.loads(counts.read_text())["launches"].keys() >= every_kernel()
 
 
-def test_stand_in_tests_pass_on_the_stand_in() -> None:
+def test_the_tests_of_the_stand_in_pass_on_it() -> None:
     words = ["pytest", "-q", "-p", "no:cacheprovider", "tests/on_standin"]
     done = subprocess.run([sys.executable, "-m", "bench.standin", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -70,10 +70,10 @@ def test_stand_in_tests_pass_on_the_stand_in() -> None:
     "words, said",
     [
         (["bench.sorcery"], "there is no module bench.sorcery that can be run"),
-        (["bench.measure"], "there is no module bench.measure that can be run"),
+        (["bench"], "there is no module bench that can be run"),
         (["--counts", "nowhere/counts.json", "this"], "--counts: there is no folder"),
     ],
 )
-def test_stand_in_bad_usage_is_one_line(words: list[str], said: str) -> None:
+def test_bad_usage_gets_one_line(words: list[str], said: str) -> None:
     done = subprocess.run([sys.executable, "-m", "bench.standin", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""A chat's lines that are no questions, and videos, through the command line."""
+"""Commands and failing lines of a chat, and videos, through the command line."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -36,10 +36,10 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_pa
 ABOUT = "[prompt "  # so begins the line about an answer
 
 
-def test_a_chat_is_saved_and_another_goes_on_with_it(typed: Typed) -> None:
+def test_save_and_resume_continue_a_conversation_and_wrong_commands_are_named(typed: Typed) -> None:
     asked = ("How many shapes are there?", "/save talk", "/save", "/new now", "/sav talk", "/sing")
     said, complaints = typed("chat", "--image", str(EXAMPLES_DIR / "a.png"), lines=asked)
-    listed = "There are /image PICTURE, /video FILE, /new, /save FILE, /resume FILE, /quit"
+    listed = "There are /image FILE, /video FILE, /new, /save FILE, /resume FILE, /quit"
     assert said == ["3"] and complaints[0].startswith(ABOUT)
     assert complaints[1:] == [
         "vila-triton: '/save': expected /save FILE",
@@ -48,21 +48,21 @@ def test_a_chat_is_saved_and_another_goes_on_with_it(typed: Typed) -> None:
         f"vila-triton: no command '/sing'; {listed}",
     ]
     said, complaints = typed("chat", lines=("/resume none", "/resume talk", "Describe the picture."))
-    assert "yellow triangle" in said[0] and "| pictures 0 tokens |" in complaints[1]
+    assert "yellow triangle" in said[0] and "| images 0 tokens |" in complaints[1]
     assert complaints[0] == "vila-triton: none does not exist"
 
 
-def test_a_video_is_shown_in_frames_between_the_pictures_where_it_is_named(typed: Typed) -> None:
+def test_video_frames_stand_between_images_in_the_order_given(typed: Typed) -> None:
     shown = [Image.open(EXAMPLES_DIR / f"{name}.png").convert("RGB") for name in "bcd"]
     shown[0].save("film.gif", save_all=True, append_images=shown[1:])
     named = ["--image", str(EXAMPLES_DIR / "a.png"), "--video", "film.gif", "--frames", "2"]
     said, (about,) = typed("ask", *named, "Describe the first image.")
-    assert "yellow triangle" in said[0] and f"| pictures {(1 + 2) * 16} tokens |" in about
+    assert "yellow triangle" in said[0] and f"| images {(1 + 2) * 16} tokens |" in about
     said, (about,) = typed("chat", "--frames", "2", lines=("/video film.gif", "Describe the first image."))
-    assert "purple star" in said[0] and f"| pictures {2 * 16} tokens |" in about
+    assert "purple star" in said[0] and f"| images {2 * 16} tokens |" in about
 
 
-def test_frames_without_a_video_are_a_mistake(typed: Typed) -> None:
+def test_frames_option_without_video_is_an_error(typed: Typed) -> None:
     assert typed("ask", "--frames", "4", "Why?")[1] == ["vila-triton: --frames 4 is of a --video, and none is given"]
 
 
@@ -71,11 +71,11 @@ FIRST, LAST = "How many shapes are there?", "Describe the picture."
 
 @pytest.fixture(scope="module")
 def untroubled() -> str:
-    """What is said to LAST after FIRST about a picture."""
-    talker = load_chat_model(BUNDLED_CHECKPOINT, "cpu")
-    conversation = Conversation(talker)
+    """The answer to LAST after FIRST about an image."""
+    chat_model = load_chat_model(BUNDLED_CHECKPOINT, "cpu")
+    conversation = Conversation(chat_model)
     list(conversation.ask(FIRST, [open_image(str(EXAMPLES_DIR / "a.png"))]))
-    return talker.tokenizer.decode(list(conversation.ask(LAST)), skip_special_tokens=True)
+    return chat_model.tokenizer.decode(list(conversation.ask(LAST)), skip_special_tokens=True)
 
 
 def failing(error: BaseException, after: int) -> Callable:
@@ -109,12 +109,12 @@ def failing(error: BaseException, after: int) -> Callable:
         (f"/image {'n' * 300}", "File name too long"),
         ("/image damaged", "damaged"),
         ("/imag a.png", "did you mean /image?"),
-        ("what is \udcff?", "the question is no text in UTF-8, from its character 9 on"),
+        ("what is \udcff?", "the question is not valid UTF-8 from its character 9 on"),
         ("", ""),
         ("   ", ""),
     ],
 )
-def test_no_line_costs_the_conversation(trouble: str, said: str, typed: Typed, untroubled: str) -> None:
+def test_wrong_line_leaves_the_conversation_unchanged(trouble: str, said: str, typed: Typed, untroubled: str) -> None:
     Path("damaged").write_bytes(b"x" * 100)
     answers, about = typed("chat", "--image", str(EXAMPLES_DIR / "a.png"), lines=(FIRST, trouble, LAST))
     assert answers == ["3", untroubled]
@@ -134,7 +134,7 @@ def test_no_line_costs_the_conversation(trouble: str, said: str, typed: Typed, u
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_an_answer_that_fails_costs_itself_alone(
+def test_failed_answer_leaves_the_conversation_unchanged(
     error: BaseException, said: str, after: int, typed: Typed, untroubled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Conversation, "ask", failing(error, after))
@@ -143,14 +143,14 @@ def test_an_answer_that_fails_costs_itself_alone(
     assert len(answers) == 2 + (after > 0)  # what was said of it stands in a line of its own
 
 
-def test_pictures_of_a_question_that_failed_are_still_to_be_asked_about(typed: Typed, monkeypatch) -> None:
+def test_images_of_a_failed_question_are_kept_for_the_next(typed: Typed, monkeypatch) -> None:
     monkeypatch.setattr(Conversation, "ask", failing(RuntimeError("no memory is left"), 0))
     shown = (FIRST, "/new", f"/image {EXAMPLES_DIR / 'a.png'}", FIRST, FIRST)
     answers, about = typed("chat", "--image", str(EXAMPLES_DIR / "b.png"), lines=shown)
     assert answers == ["4", "3"] and about[1] == "vila-triton: no memory is left"
 
 
-def test_ctrl_c_in_place_of_a_line_ends_a_chat(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_at_the_prompt_ends_the_chat(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(prompt: str) -> str:
         raise KeyboardInterrupt
 
@@ -158,7 +158,7 @@ def test_ctrl_c_in_place_of_a_line_ends_a_chat(typed: Typed, monkeypatch: pytest
     assert typed("chat") == ([], ["vila-triton: interrupted"])
 
 
-def test_bytes_that_are_no_text_do_not_take_the_lines_after_them_along(
+def test_invalid_utf8_fails_in_its_own_line_alone(
     untroubled: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     lines = f"{FIRST}\n".encode() + b"what is \xff\xfe?\n" + f"{LAST}\n".encode()
@@ -166,4 +166,4 @@ def test_bytes_that_are_no_text_do_not_take_the_lines_after_them_along(
     monkeypatch.setattr("sys.argv", ["vila-triton", "chat", "--image", str(EXAMPLES_DIR / "a.png"), "--device", "cpu"])
     assert main() == 0
     out, err = capsys.readouterr()
-    assert out.splitlines() == ["3", untroubled] and "no text in UTF-8, from its character 9 on" in err
+    assert out.splitlines() == ["3", untroubled] and "not valid UTF-8 from its character 9 on" in err

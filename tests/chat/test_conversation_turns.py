@@ -1,7 +1,7 @@
 """Conversations of one Talker in any order, in turns and in threads: each answer is what a new Talker gives to the same
 rounds, and at the end no page is missing.
 
-Under the policy "invariant" the logits are compared, bit by bit. Under "fast" what was cached may have other bits than
+Under the numerics "batch_invariant" the logits are compared, bit by bit. Under "fast" what was cached may have other bits than
 what is computed in one piece, and the tokens are compared; there is no allowance for ties.
 """
 
@@ -24,9 +24,9 @@ from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.tiny.scenes import draw_scene, random_scene
 
 RNG = random.Random(8)
-PICTURES = [draw_scene(random_scene(RNG, "held_out"), RNG) for _ in range(2)]
+IMAGES = [draw_scene(random_scene(RNG, "held_out"), RNG) for _ in range(2)]
 QUESTIONS = ["How many shapes are there?", "Describe the picture."]
-Asked = tuple[int, int | None, int]  # a question, a picture and max_new_tokens
+Asked = tuple[int, int | None, int]  # a question, an image and max_new_tokens
 
 
 @lru_cache(maxsize=1)
@@ -34,7 +34,7 @@ def tiny() -> ChatModel:
     return load_chat_model(BUNDLED_CHECKPOINT)
 
 
-def talker(limit: int | None = None) -> ChatModel:
+def chat_model(limit: int | None = None) -> ChatModel:
     """The bundled model, with nothing behind it."""
     return ChatModel(tiny().model, tiny().tokenizer, tiny().processor, limit)
 
@@ -42,12 +42,12 @@ def talker(limit: int | None = None) -> ChatModel:
 @contextmanager
 def configured(policy: str, page_size: int) -> Iterator[None]:
     config = tiny().model.config
-    before = config.attention_policy, config.page_size
-    config.attention_policy, config.page_size = policy, page_size
+    before = config.attention_numerics, config.page_size
+    config.attention_numerics, config.page_size = policy, page_size
     try:
         yield
     finally:
-        config.attention_policy, config.page_size = before
+        config.attention_numerics, config.page_size = before
 
 
 @dataclass(eq=False)
@@ -60,13 +60,13 @@ class Answer:
     logits: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        question, picture, n = self.asked
+        question, image, n = self.asked
 
         def heard(ids: Tensor, scores: Tensor) -> Tensor:
             self.logits.append(scores[0].clone())
             return scores
 
-        images = [] if picture is None else [PICTURES[picture]]
+        images = [] if image is None else [IMAGES[image]]
         self.unread = self.conversation.ask(QUESTIONS[question], images, n, logits_processor=[heard])
 
     def read(self, n: int | None = None) -> bool:
@@ -82,7 +82,7 @@ class Answer:
 @cache
 def alone(policy: str, page_size: int, rounds: tuple[Asked, ...]) -> Answer:
     """The last answer of a conversation that is the only one of its Talker."""
-    conversation = Conversation(talker())
+    conversation = Conversation(chat_model())
     for asked in rounds:
         answer = Answer(conversation, asked)
         assert answer.read()
@@ -94,9 +94,9 @@ class Play:
 
     def __init__(self, seed: int):
         self.rng = random.Random(seed)
-        self.how = self.rng.choice(["invariant", "fast"]), self.rng.choice([4, 16])
+        self.how = self.rng.choice(["batch_invariant", "fast"]), self.rng.choice([4, 16])
         limit = self.rng.choice([None, None, 112 // self.how[1]])  # room for two or three conversations
-        self.talker = talker(limit)
+        self.chat_model = chat_model(limit)
         self.rounds: dict[Conversation, tuple[Asked, ...]] = {}
         self.answers: list[Answer] = []
         self.right = self.refused = 0
@@ -109,11 +109,11 @@ class Play:
         return [conversation for conversation in self.rounds if conversation not in busy]
 
     def check(self, answer: Answer, whole: bool) -> None:
-        """What was read of an answer is that of a fresh run, whole if it was read to its end."""
+        """Check that the part of an answer that was read is that of a fresh run, all of it if it was read to its end."""
         rounds = (*self.rounds[answer.conversation], answer.asked)
         n, expected = len(answer.tokens), alone(*self.how, rounds)
         assert answer.tokens == (expected.tokens if whole else expected.tokens[:n]), (rounds, whole)
-        if self.how[0] == "invariant":
+        if self.how[0] == "batch_invariant":
             assert all(torch.equal(a, b) for a, b in zip(answer.logits[:n], expected.logits))
         if whole:
             self.rounds[answer.conversation] = rounds
@@ -128,7 +128,7 @@ class Play:
                 return
             self.answers.append(answer)
         except OutOfPages as error:
-            assert f"the limit is {self.talker.max_pages}" in str(error)
+            assert f"the limit is {self.chat_model.max_pages}" in str(error)
             self.refused += 1
 
     def go_on(self) -> None:
@@ -200,22 +200,22 @@ class Play:
         with configured(*self.how):
             for _ in range(steps):
                 if len(self.rounds) < 2:
-                    self.rounds[Conversation(self.talker)] = ()
+                    self.rounds[Conversation(self.chat_model)] = ()
                 self.step()
             self.threads()
-        table = self.talker.cache.allocator
+        table = self.chat_model.cache.allocator
         assert table.sequences.keys() == {one.seq for one in self.rounds} and not table.reserved_lens
         self.rounds.clear()
         assert not table.sequences and not table.ref_counts, "a page is held by nobody"
         assert sorted([*table.free_pages, *table.evictable]) == list(range(table.num_pages)), "a page is missing"
-        assert self.talker.max_pages is None or table.num_pages <= self.talker.max_pages
+        assert self.chat_model.max_pages is None or table.num_pages <= self.chat_model.max_pages
 
 
 SEEDS = [range(first, first + 50) for first in range(0, 300, 50)]
 
 
 @pytest.mark.parametrize("seeds", [range(3), *(pytest.param(s, marks=pytest.mark.slow) for s in SEEDS)], ids=str)
-def test_conversations_in_turns_and_threads_answer_as_if_they_were_alone(seeds: range) -> None:
+def test_random_conversations_in_turns_and_threads_answer_as_each_alone(seeds: range) -> None:
     right = refused = 0
     for seed in seeds:
         play = Play(seed)

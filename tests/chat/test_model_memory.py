@@ -1,4 +1,4 @@
-"""What a model computed is used again only while it would compute it again, and wherever that may be."""
+"""Caches of a model are reused exactly as long as it would compute the same again."""
 
 import copy
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import use
 from vila_triton.tiny.examples import EXAMPLES_DIR
 
-PICTURE = open_image(EXAMPLES_DIR / "a.png")
+IMAGE = open_image(EXAMPLES_DIR / "a.png")
 MORE = "Describe the picture."
 QUESTION = "How many shapes are there?"
 
@@ -31,17 +31,17 @@ def tiny() -> ChatModel:
 
 
 @pytest.fixture
-def talker(tiny: ChatModel) -> ChatModel:
+def chat_model(tiny: ChatModel) -> ChatModel:
     """A copy of the bundled model."""
     return again(tiny, copy.deepcopy(tiny.model))
 
 
-def again(talker: ChatModel, model: VilaLlamaForCausalLM | None = None) -> ChatModel:
+def again(chat_model: ChatModel, model: VilaLlamaForCausalLM | None = None) -> ChatModel:
     """The same model with nothing behind it, or another."""
-    return ChatModel(model or talker.model, talker.tokenizer, talker.processor)
+    return ChatModel(model or chat_model.model, chat_model.tokenizer, chat_model.processor)
 
 
-def ask(conversation: Conversation, question: str = QUESTION, picture: bool = False) -> list[Tensor]:
+def ask(conversation: Conversation, question: str = QUESTION, image: bool = False) -> list[Tensor]:
     """The logits of an answer, one token after the other."""
     heard: list[Tensor] = []
 
@@ -49,7 +49,7 @@ def ask(conversation: Conversation, question: str = QUESTION, picture: bool = Fa
         heard.append(scores[0].clone())
         return scores
 
-    list(conversation.ask(question, [PICTURE] if picture else [], 2, logits_processor=[hear]))
+    list(conversation.ask(question, [IMAGE] if image else [], 2, logits_processor=[hear]))
     return heard
 
 
@@ -58,7 +58,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def of(model: Any) -> nn.Parameter:
-    """A weight on which both words and pictures depend, as the positions of pictures are attended to."""
+    """A weight that text and, through attention, the positions of images depend on."""
     return model.llm.model.layers.get_submodule("1").self_attn.k_proj.weight
 
 
@@ -120,62 +120,69 @@ CHANGES += [rows_in_place, columns_in_place, moved_under_inference, projector, l
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_after_a_parameter_changed_nothing_answers_for_the_old_one(talker: ChatModel, change: Callable) -> None:
-    begun, shown = Conversation(talker), Conversation(talker)
+def test_changed_parameter_invalidates_caches(chat_model: ChatModel, change: Callable) -> None:
+    begun, shown = Conversation(chat_model), Conversation(chat_model)
     ask(begun)
-    before = ask(shown, picture=True)
-    change(talker.model)
-    after, fresh = ask(Conversation(talker), picture=True), again(talker)
-    assert same(after, ask(Conversation(fresh), picture=True)) and not same(after, before)
-    with pytest.raises(ValueError, match="are others than when this conversation was shown its pictures; begin a new"):
+    before = ask(shown, image=True)
+    change(chat_model.model)
+    after, fresh = ask(Conversation(chat_model), image=True), again(chat_model)
+    assert same(after, ask(Conversation(fresh), image=True)) and not same(after, before)
+    with pytest.raises(ValueError, match="have changed since it encoded the images of this conversation; begin a new"):
         ask(shown, MORE)
     alike = Conversation(fresh)
     alike.spliced_ids = begun.spliced_ids
     assert same(ask(begun, MORE), ask(alike, MORE))
 
 
-def test_while_nothing_changes_nothing_is_forgotten(talker: ChatModel) -> None:
-    conversation = Conversation(talker)
-    ask(conversation, picture=True)
-    other = Conversation(talker)
-    ask(other, picture=True)
-    assert other.cache is conversation.cache is talker.cache and other.last_turn and other.last_turn.prefill_tokens == 1
+def test_unchanged_model_keeps_caches(chat_model: ChatModel) -> None:
+    conversation = Conversation(chat_model)
+    ask(conversation, image=True)
+    other = Conversation(chat_model)
+    ask(other, image=True)
+    assert (
+        other.cache is conversation.cache is chat_model.cache
+        and other.last_turn
+        and other.last_turn.prefill_tokens == 1
+    )
 
 
-def test_an_answer_during_which_a_parameter_changes_is_an_error(talker: ChatModel) -> None:
-    talker.model.config.attention_policy = "invariant"
-    conversation = Conversation(talker)
-    answer = conversation.ask(MORE, [PICTURE])
+def test_parameter_changed_during_an_answer_is_an_error(chat_model: ChatModel) -> None:
+    chat_model.model.config.attention_numerics = "batch_invariant"
+    conversation = Conversation(chat_model)
+    answer = conversation.ask(MORE, [IMAGE])
     next(answer)
     with torch.no_grad():
-        of(talker.model).mul_(1.5)
+        of(chat_model.model).mul_(1.5)
     with pytest.raises(RuntimeError, match="parameters changed while it answered"):
         list(answer)
-    assert same(ask(conversation, picture=True), ask(Conversation(again(talker)), picture=True))
+    assert same(ask(conversation, image=True), ask(Conversation(again(chat_model)), image=True))
 
 
 @pytest.mark.parametrize(
-    "name, value", [("kv_dtype", "int4"), ("page_size", 64), ("attention_policy", "invariant")], ids=str
+    "name, value", [("kv_dtype", "int4"), ("page_size", 64), ("attention_numerics", "batch_invariant")], ids=str
 )
-def test_a_changed_config_counts_from_the_next_question(talker: ChatModel, name: str, value: Any) -> None:
-    begun = Conversation(talker)
+def test_changed_config_counts_from_the_next_question(chat_model: ChatModel, name: str, value: Any) -> None:
+    begun = Conversation(chat_model)
     ask(begun)
-    unasked = Conversation(talker)
-    setattr(talker.model.config, name, value)
-    alike = Conversation(again(talker))
+    unasked = Conversation(chat_model)
+    setattr(chat_model.model.config, name, value)
+    alike = Conversation(again(chat_model))
     alike.spliced_ids = begun.spliced_ids
     assert same(ask(begun, MORE), ask(alike, MORE))
-    words = [[int(scores.argmax()) for scores in ask(one)] for one in (unasked, Conversation(again(talker)))]
+    words = [[int(scores.argmax()) for scores in ask(one)] for one in (unasked, Conversation(again(chat_model)))]
     assert words[0] == words[1]
-    assert talker.cache.settings == talker.model.config.cache_kwargs() and begun.cache is unasked.cache is talker.cache
+    assert (
+        chat_model.cache.settings == chat_model.model.config.cache_kwargs()
+        and begun.cache is unasked.cache is chat_model.cache
+    )
 
 
-def test_what_one_kernel_computed_serves_another_but_for_the_invariant_policy(talker: ChatModel) -> None:
-    for policy in ("fast", "invariant"):
-        talker.model.config.attention_policy = policy
-        before = talker.memory.current()
+def test_caches_are_shared_between_kernels_unless_batch_invariant(chat_model: ChatModel) -> None:
+    for policy in ("fast", "batch_invariant"):
+        chat_model.model.config.attention_numerics = policy
+        before = chat_model.memory.current()
         with use(rms_norm="triton"):
-            assert (talker.memory.current() is before) == (policy == "fast")
+            assert (chat_model.memory.current() is before) == (policy == "fast")
 
 
 MODEL = build(seed=2)
@@ -183,7 +190,7 @@ IDS = words(1, 6)
 
 
 @torch.no_grad()
-def test_a_past_of_other_parameters_is_refused() -> None:
+def test_past_of_other_parameters_is_refused() -> None:
     model: Any = copy.deepcopy(MODEL)
     past = model(IDS).past_key_values
     model(IDS, start_pos=0)
@@ -205,14 +212,14 @@ def test_a_past_of_other_parameters_is_refused() -> None:
     ],
     ids=str,
 )
-def test_a_past_of_another_shape_is_refused(change: dict, said: str) -> None:
+def test_past_of_another_shape_is_refused(change: dict, said: str) -> None:
     cache = PagedKVCache(build(llm=change).vila_config.llm, 4, dtype=MODEL.dtype)
     cache.allocator.add_sequence()
     with pytest.raises(ValueError, match=said):
         MODEL(IDS, past_key_values=cache)
 
 
-def test_the_models_own_cache_is_not_continued_under_another_config() -> None:
+def test_own_cache_is_not_continued_under_another_config() -> None:
     model = copy.deepcopy(MODEL)
     model(IDS, start_pos=0)
     model.config.kv_dtype = "int8"
@@ -227,26 +234,28 @@ in_modes = pytest.mark.parametrize("first, second", MODES, ids=lambda mode: mode
 
 
 @in_modes
-def test_what_was_begun_in_one_mode_goes_on_in_another(talker: ChatModel, first: Callable, second: Callable) -> None:
-    talker.model.config.attention_policy = "invariant"
-    talker.model.config.kv_dtype = "int4"  # of which pages are several tensors
-    expected = Conversation(again(talker))
-    answers = [ask(expected, picture=True), ask(expected, MORE, picture=True), ask(expected, MORE)]
+def test_cache_made_under_inference_mode_continues_outside_and_back(
+    chat_model: ChatModel, first: Callable, second: Callable
+) -> None:
+    chat_model.model.config.attention_numerics = "batch_invariant"
+    chat_model.model.config.kv_dtype = "int4"  # of which pages are several tensors
+    expected = Conversation(again(chat_model))
+    answers = [ask(expected, image=True), ask(expected, MORE, image=True), ask(expected, MORE)]
     with first():
-        begun = Conversation(talker)
-        assert same(ask(begun, picture=True), answers[0])
+        begun = Conversation(chat_model)
+        assert same(ask(begun, image=True), answers[0])
     with second():
-        assert same(ask(Conversation(talker), picture=True), answers[0])
-        assert same(ask(begun, MORE, picture=True), answers[1])
+        assert same(ask(Conversation(chat_model), image=True), answers[0])
+        assert same(ask(begun, MORE, image=True), answers[1])
     with first():
         assert same(ask(begun.fork(), MORE), answers[2])
         begun.undo()
     with second():
-        assert same(ask(begun, MORE, picture=True), answers[1])
+        assert same(ask(begun, MORE, image=True), answers[1])
 
 
 @in_modes
-def test_the_models_own_cache_goes_on_in_another_mode(first: Callable, second: Callable) -> None:
+def test_own_cache_continues_in_another_grad_mode(first: Callable, second: Callable) -> None:
     model, image = copy.deepcopy(MODEL), pictures(MODEL, 1)
     ids = torch.cat((torch.tensor([[1, -200]]), IDS), dim=1)
     whole = model(ids, images=image).logits
@@ -260,7 +269,7 @@ def test_the_models_own_cache_goes_on_in_another_mode(first: Callable, second: C
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "checkpoint-int4"])
-def test_a_model_loaded_or_asked_under_inference_mode_can_be_trained(name: str) -> None:
+def test_model_loaded_under_inference_mode_can_be_trained(name: str) -> None:
     with inference():
         model = VilaLlamaForCausalLM.from_pretrained(BUNDLED_CHECKPOINT.with_name(name), dtype=torch.float32)
         model.generate(IDS, max_new_tokens=2)

@@ -45,7 +45,7 @@ MESSAGES = [("user", "Q"), ("assistant", "A"), ("user", [{"type": "text", "text"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_writes_what_vila_was_trained_on(name: str) -> None:
+def test_template_renders_what_vila_was_trained_on(name: str) -> None:
     how, expected = TEMPLATES[name], TEXTS[name.replace("v1", "vicuna_v1") if name == "v1" else name]
     assert f"{how.render_first_turn('Q')}{how.answer_prefix}A{how.turn_end}{how.render_turn('R')}" == expected
     messages = [{"role": role, "content": content} for role, content in MESSAGES]
@@ -57,14 +57,14 @@ def test_a_template_writes_what_vila_was_trained_on(name: str) -> None:
     assert rendered == f"{how.render_first_turn('Q')}{how.answer_prefix}A{ending}"
 
 
-def test_a_message_template_takes_a_system_text_and_pictures_and_refuses_what_it_has_no_place_for() -> None:
-    picture = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}
-    told = [{"role": "system", "content": "Be kind."}, picture]
+def test_jinja_template_takes_system_message_and_images_and_refuses_other_content() -> None:
+    image = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}
+    told = [{"role": "system", "content": "Be kind."}, image]
     ((text,), _) = render_jinja_template([told], chat_template=TEMPLATES["hermes-2"].jinja)
     assert text == "<|im_start|>system\nBe kind.<|im_end|><|im_start|>user\n<image>\nQ"
     for messages, message in (
         ([{"role": "tool", "content": "7"}], "no place for a message of role tool"),
-        ([picture, {"role": "user", "content": [{"type": "video"}]}], "text and image parts, not video"),
+        ([image, {"role": "user", "content": [{"type": "video"}]}], "text and image parts, not video"),
     ):
         with pytest.raises(Exception, match=message):
             render_jinja_template([messages], chat_template=TEMPLATES["vicuna_v1"].jinja)
@@ -72,12 +72,12 @@ def test_a_message_template_takes_a_system_text_and_pictures_and_refuses_what_it
         render_jinja_template([told], chat_template=TEMPLATES["plain"].jinja)
 
 
-def test_pieces_begin_with_a_space_behind_a_picture_but_not_behind_what_ended_an_answer() -> None:
+def test_space_is_prepended_behind_an_image_but_not_behind_the_end_of_turn() -> None:
     tokenizer, how = pieces(), TEMPLATES["vicuna_v1_nosys"]
-    # <s> ▁ ▁USER : ▁ [picture] ▁ \n What ▁is ▁it ? ▁ASSISTANT :
+    # <s> ▁ ▁USER : ▁ [image] ▁ \n What ▁is ▁it ? ▁ASSISTANT :
     first = [1, 4, 5, 7, 4, -200, 4, 3, 10, 11, 12, 13, 8, 7]
     assert first_turn_ids("<image>\nWhat is it?", how, tokenizer) == first
-    # USER : ▁Sure [picture] ▁ ▁not ? ▁ASSISTANT :
+    # USER : ▁Sure [image] ▁ ▁not ? ▁ASSISTANT :
     second = [6, 7, 17, -200, 4, 18, 13, 8, 7]
     assert next_turn_ids("Sure<image> not?", how, tokenizer) == second
     assert (
@@ -93,9 +93,7 @@ def test_pieces_begin_with_a_space_behind_a_picture_but_not_behind_what_ended_an
 
 
 @pytest.mark.parametrize("name, end, role", [("llama_3", 1, "system"), ("llama_3_corrected", 4, "assistant")])
-def test_bytes_have_no_such_space_and_the_bos_that_the_template_writes_is_the_only_one(
-    name: str, end: int, role: str
-) -> None:
+def test_byte_level_tokenizers_add_no_space_and_no_second_bos(name: str, end: int, role: str) -> None:
     tokenizer, how = of_bytes(HEADERS), replace(TEMPLATES[name], system="Hi")
     vocabulary = spelled(HEADERS)
 
@@ -113,7 +111,7 @@ def test_bytes_have_no_such_space_and_the_bos_that_the_template_writes_is_the_on
     assert stop_token_ids(how, tokenizer, [1, 9], None, 3) == [1, 4, 9, 3]
 
 
-def test_the_tokenizer_tells_its_template() -> None:
+def test_template_is_resolved_from_the_tokenizer() -> None:
     for tokenizer, name in ((pieces(), "vicuna_v1"), (of_bytes(HEADERS), "llama_3"), (of_bytes(CHATML), "hermes-2")):
         assert resolve_template("auto", tokenizer) is resolve_template(None, tokenizer) is TEMPLATES[name]
         assert resolve_template(name, tokenizer) is TEMPLATES[name]
@@ -132,21 +130,21 @@ def test_the_tokenizer_tells_its_template() -> None:
         ("auto", ["[", "]"], r"the tokenizer knows none of <\|im_start\|>, .* fits this tokenizer: plain"),
     ],
 )
-def test_a_template_that_does_not_fit_is_refused_with_those_that_do(
+def test_template_whose_tokens_are_missing_is_refused_with_those_that_fit(
     name: str, special: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_template(name, of_bytes(special))
 
 
-def test_a_question_has_as_many_places_as_pictures() -> None:
+def test_question_with_another_number_of_image_tokens_is_refused() -> None:
     assert (
         insert_image_tokens("Q", 2) == "<image>\n<image>\nQ"
         and insert_image_tokens("<image> or <image>?", 2).count("<") == 2
     )
-    with pytest.raises(ValueError, match="places for 1 pictures, but 0 were given; write <image> once for each"):
+    with pytest.raises(ValueError, match="places for 1 images, but 0 were given; write <image> once for each"):
         insert_image_tokens("What does <image> mean?", 0)
 
 
-def test_a_vocabulary_is_what_its_tokenizer_says() -> None:
+def test_vocabulary_is_that_of_the_sentencepiece_model() -> None:
     assert pieces().convert_ids_to_tokens(list(range(len(PIECES)))) == PIECES

@@ -33,7 +33,7 @@ IMAGES = pictures(MODEL, 2)
 
 
 def in_threads(jobs: list[Callable[[], Any]]) -> list[Any]:
-    """What they return, begun at once, each in its own thread and in a copy of this context."""
+    """The results of functions started at once, each in its own thread and a copy of this context."""
     ready, results = Barrier(len(jobs)), dict[int, Any]()
 
     def run(i: int) -> None:
@@ -73,7 +73,7 @@ def settings() -> dict[str, Any]:
     return found
 
 
-def test_whatever_runs_in_threads_leaves_every_setting_as_it_was(tmp_path: Path) -> None:
+def test_threads_leave_global_settings_as_they_were(tmp_path: Path) -> None:
     Image.new("RGB", (60, 50)).save(tmp_path / "a.png")
 
     def work() -> None:
@@ -94,7 +94,7 @@ def test_whatever_runs_in_threads_leaves_every_setting_as_it_was(tmp_path: Path)
 
 
 def overlapping(patch: pytest.MonkeyPatch, owner: Any, name: str, work: Callable[[], Any]) -> list[Any]:
-    """What work returns in two threads, of which the first to call owner.name is the first to be done with its work."""
+    """The results of work in two threads, of which the first to call owner.name finishes first."""
     begun, ended, whole = [Event(), Event()], Event(), getattr(owner, name)
 
     def called(*args: Any) -> Any:
@@ -116,7 +116,7 @@ def overlapping(patch: pytest.MonkeyPatch, owner: Any, name: str, work: Callable
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="oneDNN, whose setting it is, multiplies on a CPU alone")
-def test_one_row_in_two_threads_leaves_onednn_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_row_in_two_threads_leaves_onednn_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = torch.ones(1, 8, dtype=torch.bfloat16), torch.ones(4, 8, dtype=torch.bfloat16)
     with use(linear="aten"):
         results = overlapping(monkeypatch, F, "linear", lambda: linear(x, w))
@@ -124,7 +124,7 @@ def test_one_row_in_two_threads_leaves_onednn_on(monkeypatch: pytest.MonkeyPatch
     assert torch.backends.mkldnn.enabled
 
 
-def test_pictures_opened_in_two_threads_leave_warnings_as_they_were(
+def test_images_opened_in_two_threads_leave_warning_filters_as_they_were(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     Image.new("RGB", (6, 5)).save(tmp_path / "a.png")
@@ -133,7 +133,7 @@ def test_pictures_opened_in_two_threads_leave_warnings_as_they_were(
     assert results == [(6, 5)] * 2 and warnings.filters == before
 
 
-def test_a_shared_setting_is_changed_once_and_put_back_by_the_last() -> None:
+def test_shared_setting_is_changed_once_and_restored_by_the_last_thread() -> None:
     said: list[str] = []
 
     @contextmanager
@@ -163,7 +163,7 @@ def test_interpreted_kernels_run_one_at_a_time() -> None:
         assert all(torch.equal(one, y) for one in found)
 
 
-def test_a_choice_holds_in_threads_that_run_in_a_copy_of_the_context_and_in_no_other() -> None:
+def test_kernel_choice_holds_in_threads_with_a_copy_of_the_context_only() -> None:
     with use(rms_norm="triton"):
         (copied,), plain = in_threads([lambda: dict(explicit_choices())]), list[Any]()
         thread = Thread(target=lambda: plain.append(dict(explicit_choices())))
@@ -172,7 +172,7 @@ def test_a_choice_holds_in_threads_that_run_in_a_copy_of_the_context_and_in_no_o
     assert copied == {"rms_norm": "triton"} and plain == [{}]
 
 
-def test_an_answer_that_is_half_read_changes_no_context() -> None:
+def test_half_read_answer_leaves_the_context_unchanged() -> None:
     from vila_triton.engine import engine
     from vila_triton.engine.engine import SamplingParams
 
@@ -196,7 +196,7 @@ def test_an_answer_that_is_half_read_changes_no_context() -> None:
     assert calls
 
 
-def test_a_job_for_whoever_has_the_lock_waits_for_nobody_and_comes_first() -> None:
+def test_deferred_job_runs_at_release_before_the_next_holder() -> None:
     lock, said = DeferringLock(), list[str]()
     with lock:
         lock.run_soon(lambda: said.append("left by a finalizer"))
@@ -209,7 +209,7 @@ def test_a_job_for_whoever_has_the_lock_waits_for_nobody_and_comes_first() -> No
         assert said[2:] == ["left at the last moment"]
 
 
-def test_a_copy_of_a_cache_has_a_lock_of_its_own() -> None:
+def test_copied_cache_has_its_own_lock() -> None:
     cache = PagedKVCache(MODEL.vila_config.llm, 2)
     with cache.lock, copy.deepcopy(cache).lock:
         pass

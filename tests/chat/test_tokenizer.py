@@ -24,19 +24,19 @@ COUNTS = [300, pytest.param(10_000, marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_ids_are_those_of_sentencepiece_piece_by_piece(kind: str, count: int, tmp_path: Path) -> None:
+def test_ids_equal_those_of_sentencepiece_for_each_piece(kind: str, count: int, tmp_path: Path) -> None:
     theirs = small_sentencepiece.place(tmp_path, kind)
-    ours, pictures = load_tokenizer(tmp_path), 0
+    ours, num_images = load_tokenizer(tmp_path), 0
     for text in small_sentencepiece.texts(count):
         expected = [1]
         for i, piece in enumerate(text.split("<image>")):
             expected += [-200] * bool(i) + theirs.encode(piece)
         assert tokenize(text, ours) == expected, text
-        pictures += text.count("<image>")
-    assert pictures > count / 4
+        num_images += text.count("<image>")
+    assert num_images > count / 4
 
 
-def test_no_leading_space_is_lost_and_none_is_put_behind_a_special_token(tmp_path: Path) -> None:
+def test_leading_spaces_are_kept_and_none_is_added_behind_a_special_token(tmp_path: Path) -> None:
     theirs = small_sentencepiece.place(tmp_path, "bpe")
     ours = load_tokenizer(tmp_path)
     ids, space = tokenize("What is <image> and <image>?", ours), theirs.piece_to_id("▁")
@@ -46,7 +46,7 @@ def test_no_leading_space_is_lost_and_none_is_put_behind_a_special_token(tmp_pat
     assert tokenize("</s>USER: Why?", ours)[: 2 + len(behind[1:])] == [1, 2, *behind[1:]]
 
 
-def test_text_goes_through_a_sentencepiece_model_and_back(tmp_path: Path) -> None:
+def test_text_survives_encoding_and_decoding(tmp_path: Path) -> None:
     small_sentencepiece.place(tmp_path, "unigram")
     tokenizer = load_tokenizer(tmp_path)
     for text in small_sentencepiece.texts(100, seed=1):
@@ -55,7 +55,7 @@ def test_text_goes_through_a_sentencepiece_model_and_back(tmp_path: Path) -> Non
     assert tokenizer.decode([1, *tokenizer("a b").input_ids[1:], 2]) == "<s> a b</s>"
 
 
-def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
+def test_saved_tokenizer_loads_again(tmp_path: Path) -> None:
     small_sentencepiece.place(tmp_path, "bpe")
     settings = {"add_bos_token": False, "add_eos_token": True, "pad_token": "<unk>", "model_max_length": 77}
     added = {"700": {"content": "<|im_start|>", "special": True}, "701": {"content": "[x]", "normalized": False}}
@@ -69,7 +69,7 @@ def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
     assert (after.model_max_length, after.pad_token_id, len(after)) == (77, 0, len(before))
 
 
-def test_older_files_name_and_add_tokens_too(tmp_path: Path) -> None:
+def test_legacy_files_name_and_add_tokens(tmp_path: Path) -> None:
     small_sentencepiece.place(tmp_path, "bpe")
     write(tmp_path / "special_tokens_map.json", {"pad_token": {"content": "[PAD]", "lstrip": False}})
     write(tmp_path / "added_tokens.json", {"[PAD]": 600, "[y]": 601})
@@ -95,22 +95,22 @@ def vila(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "how", [["--method", "rtn"], pytest.param(["--samples", "2"], marks=pytest.mark.slow)], ids=str
 )
-def test_a_folder_with_nothing_but_a_tokenizer_model_works_in_every_command(
+def test_folder_with_only_a_tokenizer_model_works_in_every_command(
     vila: Path, how: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     typed = iter(["What is it?", "/quit"])
     monkeypatch.setattr("builtins.input", lambda *_: next(typed))
-    target, picture = str(vila.with_name("int4")), str(BUNDLED_CHECKPOINT.parent / "examples" / "a.png")
+    target, image = str(vila.with_name("int4")), str(BUNDLED_CHECKPOINT.parent / "examples" / "a.png")
     asked = ["--max-new-tokens", "3", "--model"]
     for command in (
-        ["ask", *asked, str(vila), "--image", picture, "What is it?"],
+        ["ask", *asked, str(vila), "--image", image, "What is it?"],
         ["chat", *asked, str(vila)],
         ["quantize", str(vila), target, "--group-size", "64", *how],
         ["ask", *asked, target, "What is it?"],
     ):
         monkeypatch.setattr("sys.argv", ["vila-triton", *command])
         assert main() == 0, capsys.readouterr().err
-    inputs = VilaProcessor.from_pretrained(vila)(text="<image>\nWhy?", images=picture)
+    inputs = VilaProcessor.from_pretrained(vila)(text="<image>\nWhy?", images=image)
     assert inputs["input_ids"][0, :2].tolist() == [1, -200]
 
 
@@ -128,7 +128,7 @@ def converted(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["prepended", "always", "first"])
-def test_a_llamas_tokenizer_json_is_read_as_its_model_would_be(kind: str, tmp_path: Path) -> None:
+def test_llama_tokenizer_json_gives_the_ids_of_its_sentencepiece_model(kind: str, tmp_path: Path) -> None:
     converted(kind).save(str(tmp_path / "tokenizer.json"))
     write(tmp_path / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
     tokenizer = load_tokenizer(tmp_path)
@@ -145,7 +145,7 @@ def tokenizers(folder: Path) -> dict[str, Any]:
     return found | {"bundled": load_tokenizer(BUNDLED_CHECKPOINT)}
 
 
-def test_a_user_cannot_spell_a_special_token(tmp_path: Path) -> None:
+def test_user_text_cannot_spell_a_special_token(tmp_path: Path) -> None:
     for kind, tokenizer in tokenizers(tmp_path).items():
         how = resolve_template("auto", tokenizer)
         special = special_token_ids(tokenizer, how)
@@ -168,7 +168,7 @@ def test_a_user_cannot_spell_a_special_token(tmp_path: Path) -> None:
         assert raw[-1] in special.values()  # what is no conversation follows upstream
 
 
-def test_text_without_special_tokens_has_the_same_ids_under_other_names(tmp_path: Path) -> None:
+def test_aliases_do_not_change_ids_of_ordinary_text(tmp_path: Path) -> None:
     for kind, tokenizer in tokenizers(tmp_path).items():
         how = resolve_template("auto", tokenizer)
         names = alias_special_tokens(tokenizer, how)
@@ -180,7 +180,7 @@ def test_text_without_special_tokens_has_the_same_ids_under_other_names(tmp_path
             ), kind
 
 
-def test_what_a_user_types_is_spelled_as_that_text(tmp_path: Path) -> None:
+def test_spelled_special_tokens_are_encoded_as_text(tmp_path: Path) -> None:
     small_sentencepiece.place(tmp_path, "bpe")
     tokenizer, how = load_tokenizer(tmp_path), TEMPLATES["vicuna_v1_nosys"]
     for text in ("say </s> to me", "<s>", "</s></s> a"):
@@ -189,7 +189,7 @@ def test_what_a_user_types_is_spelled_as_that_text(tmp_path: Path) -> None:
     assert end_of_turn_ids(how, tokenizer) == [2]
 
 
-def test_a_processor_takes_markers_for_such_unless_told_otherwise(vila: Path) -> None:
+def test_processor_reads_special_tokens_unless_split_special_tokens(vila: Path) -> None:
     processor = VilaProcessor.from_pretrained(vila)
     raw, plain = (processor(text="a</s>", split_special_tokens=split)["input_ids"][0] for split in (False, True))
     assert raw[-1] == 2 and 2 not in plain.tolist() and processor.decode(plain[1:]) == "a</s>"
@@ -200,13 +200,13 @@ def test_a_processor_takes_markers_for_such_unless_told_otherwise(vila: Path) ->
         processor.decode([5, -1])
 
 
-def test_half_a_character_is_refused() -> None:
+def test_half_a_surrogate_pair_is_refused() -> None:
     with pytest.raises(ValueError, match="character 1 of the text is no character"):
         tokenize("a\ud800", pieces())
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x0a\x05\xff\xff\xff\xff\xff", "tiktoken", "cut"])
-def test_a_model_that_is_none_is_one_error(content: Any, tmp_path: Path) -> None:
+def test_broken_sentencepiece_model_is_one_error(content: Any, tmp_path: Path) -> None:
     named: dict[Any, bytes] = {"tiktoken": b"IQ== 0\nIg== 1\n", "cut": small_sentencepiece.trained("bpe")[:-1000]}
     (tmp_path / "tokenizer.model").write_bytes(content if isinstance(content, bytes) else named[content])
     with pytest.raises(LoadError, match=r"tokenizer\.model"):

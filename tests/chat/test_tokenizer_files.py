@@ -105,7 +105,7 @@ def damaged(folder: Path) -> Iterator[tuple[Path, bytes, str]]:
 
 
 def try_tokenizer(folder: Path, file: Path, what: str) -> bool:
-    """Whether it loads; what loads must work, what does not must name its file."""
+    """Return True if it loads; it must work then, else the error must name the file."""
     try:
         tokenizer = load_tokenizer(folder)
     except LoadError as error:
@@ -122,7 +122,7 @@ def try_tokenizer(folder: Path, file: Path, what: str) -> bool:
 
 @pytest.mark.parametrize("share", [0.02, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["bytes", "pieces", "words", "sentencepiece", "older"])
-def test_a_damaged_tokenizer_is_one_error_that_names_the_file(kind: str, share: float, tmp_path: Path) -> None:
+def test_damaged_tokenizer_file_is_one_error_naming_it(kind: str, share: float, tmp_path: Path) -> None:
     folder, rng, loaded = folders(tmp_path)[kind], random.Random(5), []
     for file, content, what in damaged(folder):
         if rng.random() < share:
@@ -138,7 +138,7 @@ CLIPS = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "
 
 
 @pytest.mark.parametrize("more", [{}, {**CLIPS, "size": {"shortest_edge": 64}}], ids=["siglip", "clip"])
-def test_a_damaged_image_processor_is_one_error_that_names_file_and_field(more: dict, tmp_path: Path) -> None:
+def test_damaged_image_processor_file_is_one_error_naming_file_and_field(more: dict, tmp_path: Path) -> None:
     file = tmp_path / "preprocessor_config.json"
     held, loaded = PREPROCESSOR | more, 0
     contents = [(json.dumps(changed(held, path, new)).encode(), (path, new)) for path, new in changes(held)]
@@ -162,7 +162,7 @@ NONSENSE += [("size", {"height": 0, "width": 5}), ("size", -5), ("size", {"short
 
 
 @pytest.mark.parametrize("field, value", [*NONSENSE, ("rescale_factor", 0), ("resample", 9)], ids=str)
-def test_nonsense_numbers_are_refused(field: str, value: Any, tmp_path: Path) -> None:
+def test_invalid_numbers_are_refused(field: str, value: Any, tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | {field: value}))
     with pytest.raises(ImageError, match=rf"preprocessor_config\.json is no image processor: {field} is .*, expected"):
         load_image_processor(tmp_path)

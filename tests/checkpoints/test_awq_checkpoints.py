@@ -1,4 +1,4 @@
-"""AWQ checkpoints as others write them: linears left dense, one group a row, all that a quantization_config says."""
+"""AWQ checkpoints of other tools: dense linears, one group a row, and every form of quantization_config."""
 
 import json
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ WRITE = {"awq-gemm": gemm, "awq-v1": v1, "awq-v2": v2}
 
 
 def awq(form: str, group: int, folder: Path) -> tuple[Path, Model]:
-    """A checkpoint of others, three of its linears dense, and the model it is: every weight written out."""
+    """Write an AWQ checkpoint with three dense linears, and return it with the model that it holds."""
     order = "fma" if form == "awq-v2" else "sub"
     settings = {"quant_method": "vila-triton", "group_size": group, "order": order, "modules_to_not_convert": LEFT}
     model = build(dtype=torch.float16, llm=LLM | {"quantization_config": settings})
@@ -83,7 +83,7 @@ def edit(folder: Path, **settings: Any) -> None:
 def test_dense_linears_and_one_group_a_row_are_read(form: str, group: int, tmp_path: Path) -> None:
     folder, expected = awq(form, group, tmp_path / "x")
     model = Model.from_pretrained(folder, device="cpu")
-    assert model.vila_config.llm.group_size == group and set(model.vila_config.llm.dense) == set(LEFT)
+    assert model.vila_config.llm.group_size == group and set(model.vila_config.llm.dense_linears) == set(LEFT)
     mine, theirs = model.state_dict(), expected.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     ids, images = torch.tensor([[1, -200, 7, 8]]), pictures(model, 1)
@@ -99,7 +99,7 @@ def test_dense_linears_and_one_group_a_row_are_read(form: str, group: int, tmp_p
 
 
 def twin(model: Model) -> Model:
-    """The same with every int4 weight written out, of whatever group."""
+    """The same model with every int4 weight dequantized."""
     llm = model.params.llm
     values = dict(model.state_dict())
     for i, layer in enumerate(llm.layers):
@@ -167,7 +167,7 @@ def test_unsupported_awq_checkpoints_are_refused_in_one_sentence(
 
 @pytest.mark.parametrize("layout", [AWQ_V1, AWQ_V2], ids=["awq-v1", "awq-v2"])
 def test_padded_groups_are_not_read_as_smaller_groups(layout: Layout) -> None:
-    """llm-awq's own .pt says nothing: of eight stored rows of scales two may be real, or one."""
+    """llm-awq's own .pt has no config: of its eight stored rows of scales, two may be real, or one."""
     rng = torch.Generator().manual_seed(0)
     scales, zeros = torch.rand(1, 16, generator=rng).half() + 0.5, torch.full((1, 16), 8.0).half()
     w = Int4(pack_tiles(torch.randint(0, 16, (16, 256), generator=rng)), scales, zeros, 256)

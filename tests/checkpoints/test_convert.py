@@ -1,4 +1,4 @@
-"""`vila-triton convert`, `build`: the bundled model answers alike in every layout; what goes wrong leaves nothing."""
+"""`vila-triton convert` and `build`: the bundled model answers alike in every layout, and failures leave nothing."""
 
 import argparse
 import os
@@ -25,7 +25,7 @@ INT4 = TINY / "checkpoint-int4"
 
 
 def command(*argv: object) -> None:
-    """A command line, run here."""
+    """Run a command line in this process."""
     parser = argparse.ArgumentParser()
     into = parser.add_subparsers(required=True)
     convert.configure(into)
@@ -35,7 +35,7 @@ def command(*argv: object) -> None:
 
 
 def ask(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
-    """What `vila-triton ask` answers, without the line about how it went."""
+    """The answer of `vila-triton ask`, without its line of statistics."""
     capsys.readouterr()
     image, question = TINY / "examples" / "a.png", "How many blue shapes are there?"
     argv = ["ask", "--model", model, "--device", "cpu", "--max-new-tokens", 8, "--image", image, question]
@@ -70,12 +70,12 @@ def test_dry_run_prints_sizes_and_writes_nothing(tmp_path: Path, capsys: pytest.
     command("convert", INT4, tmp_path / "x", "--format", "awq-v2", "--dry-run")
     command("build", "vila1.5-40b", tmp_path / "y", "--dry-run")
     out = capsys.readouterr().out
-    assert "int4 linears (ours, groups of 64)" in out and "fp16: 80.1 GB\nint4, groups of 128: 31 GB" in out
+    assert "int4 linears (vila-triton, groups of 64)" in out and "fp16: 80.1 GB\nint4, groups of 128: 31 GB" in out
     assert not list(tmp_path.iterdir())
 
 
 def test_killed_conversion_resumes(tmp_path: Path) -> None:
-    """Killed in the middle, three times; in the end what an unbroken one gives, and nothing else."""
+    """Killed three times, it ends with the files of an uninterrupted conversion and nothing else."""
     source = open_checkpoint(INT4)
     for form in ("awq-v2", "awq-gemm"):
         write_checkpoint(source, tmp_path / "whole" / form, form, max_shard_bytes=10**5)
@@ -124,7 +124,7 @@ def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     for argv, message in (
         (("build", "vila2", out), "no model 'vila2'; there are: .*vila1.5-13b"),
         (("build", "llama-2-7b", out), "has no vision_tower, mm_projector: it is no VILA"),
-        (("build", "vila1.5-3b", out, "--narrow", 7), "2560 numbers in 20 heads cannot be divided by 7"),
+        (("build", "vila1.5-3b", out, "--width-divisor", 7), "2560 numbers in 20 heads cannot be divided by 7"),
         (("build", "vila1.5-3b", out, "--int4", 48), "k = 2560 and group_size = 48"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -134,7 +134,9 @@ def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
 
 def test_build_is_determined_by_the_seed(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        command("build", "vila1.5-3b", tmp_path / name, "--layers", 1, "--narrow", 8, "--seed", seed, "--int4", 64)
+        command(
+            "build", "vila1.5-3b", tmp_path / name, "--layers", 1, "--width-divisor", 8, "--seed", seed, "--int4", 64
+        )
     a, b, c = (files(tmp_path / name) for name in "abc")
     assert a == b and a.keys() == c.keys() and a["llm/model.safetensors"] != c["llm/model.safetensors"]
     model = VilaLlamaForCausalLM.from_pretrained(tmp_path / "a", device="cpu")
@@ -143,7 +145,7 @@ def test_build_is_determined_by_the_seed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layers, narrow", [(1, 8), (1, 1)])
 def test_build_prints_the_int4_size_of_any_width(layers: int, narrow: int, tmp_path: Path, capsys: Any) -> None:
-    command("build", "vila1.5-3b", tmp_path / "x", "--layers", layers, "--narrow", narrow, "--dry-run")
+    command("build", "vila1.5-3b", tmp_path / "x", "--layers", layers, "--width-divisor", narrow, "--dry-run")
     assert f"int4, groups of {64 if narrow == 8 else 128}: " in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""A disk that is full: one sentence, and nothing half-written looks whole."""
+"""A full disk: one sentence says so, and nothing half-written looks whole."""
 
 import json
 import resource
@@ -26,7 +26,7 @@ INT4 = BUNDLED_CHECKPOINT.with_name("checkpoint-int4")
 
 @contextmanager
 def room(size: int) -> Iterator[None]:
-    """Inside, no file of this process grows beyond so many bytes; writing more fails as on a full disk."""
+    """Limit the files of this process to so many bytes; writing more fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -52,10 +52,10 @@ QUANTIZE = ("quantize", BUNDLED_CHECKPOINT, "--group-size", 64, "--device", "cpu
     [
         (("convert", INT4), (0, 100, 10_000, 300_000)),
         (("convert", INT4, "--format", "awq-v2"), (300_000, 1_000_000)),
-        (("build", "vila1.5-3b", "--layers", 1, "--narrow", 8), (10_000, 300_000)),
+        (("build", "vila1.5-3b", "--layers", 1, "--width-divisor", 8), (10_000, 300_000)),
         ((*QUANTIZE, "--method", "rtn"), (10_000, 600_000)),
         pytest.param((*QUANTIZE, "--samples", 4), (0, 10_000, 200_000, 600_000), marks=pytest.mark.slow),
-        pytest.param((*QUANTIZE, "--samples", 16, "--mode", "upstream"), (30_000, 600_000), marks=pytest.mark.slow),
+        pytest.param((*QUANTIZE, "--samples", 16, "--method", "llm-awq"), (30_000, 600_000), marks=pytest.mark.slow),
     ],
     ids=lambda value: " ".join(str(word) for word in value if not isinstance(word, Path)),
 )

@@ -1,4 +1,4 @@
-"""Nothing that a checkpoint brings is run, and nobody is asked whether it may be."""
+"""Code in a checkpoint is never run, and nobody is asked whether it may be."""
 
 import ast
 import json
@@ -30,7 +30,7 @@ ONLY_WHERE_IT_IS = ("special_tokens_map", "added_tokens", "adapter_config", "cha
 
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The bundled model with code in every folder, named in every file that could name some."""
+    """The bundled model with code in every folder, named in every file that could name it."""
     folder = tmp_path / "model"
     shutil.copytree(BUNDLED_CHECKPOINT, folder)
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n"

@@ -1,4 +1,4 @@
-"""generation_config.json: what it says of answers counts as in Hugging Face, in every way to an answer."""
+"""generation_config.json counts as in Hugging Face, in generate, in a conversation and on the command line."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ LOOPS = ("engine", "transformers")
 
 
 def folder(tmp_path: Path, config: dict[str, Any], root: dict[str, Any] | None = None) -> Path:
-    """The bundled model with these files."""
+    """The bundled model with these generation_config.json files."""
     target = tmp_path / "model"
     shutil.copytree(BUNDLED_CHECKPOINT, target)
     (target / "llm" / "generation_config.json").write_text(json.dumps(config))
@@ -38,7 +38,7 @@ def load(path: Path) -> VilaLlamaForCausalLM:
 
 
 def answers(model: VilaLlamaForCausalLM, **arguments: Any) -> list[list[int]]:
-    """By both loops, and in a conversation."""
+    """Generate with both loops and in a conversation."""
     generated = [model.generate(IDS, loop=loop, **arguments)[0].tolist() for loop in LOOPS]
     return [*generated, list(Conversation(ChatModel(model, TOKENIZER, None)).ask(QUESTION, **arguments))]
 

@@ -1,4 +1,4 @@
-"""int4 layouts of checkpoints: there and back bit for bit, what upstream would store, what is refused."""
+"""Layouts of int4 linears: lossless round trips, llm-awq's own packing, and what is refused."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ FOREIGN = {name: layout for name, layout in LAYOUTS.items() if layout is not NAT
 
 
 def weight(n: int, k: int, group: int, dtype: torch.dtype, seed: int = 0) -> Int4:
-    """Any codes, zeros from 0 to 15, scales over the range that weights have."""
+    """A weight with random codes and zeros, and scales over the usual range."""
     rng = torch.Generator().manual_seed(seed)
     scales = torch.exp2(torch.rand(k // group, n, generator=rng) * 12 - 16).to(dtype)
     zeros = torch.randint(0, 16, (k // group, n), generator=rng).to(dtype)
@@ -56,7 +56,7 @@ def test_repacking_blockwise_equals_repacking_at_once(monkeypatch: pytest.Monkey
 
     w = weight(88, 128, 32, torch.float16)
     whole = {name: layout.write(w) for name, layout in FOREIGN.items()}
-    monkeypatch.setattr(int4_layouts, "AT_ONCE", 128 * 40)  # 32 outputs at a time, then 24
+    monkeypatch.setattr(int4_layouts, "CODES_PER_BLOCK", 128 * 40)  # 32 outputs at a time, then 24
     for name, layout in FOREIGN.items():
         assert all(torch.equal(x, y) for x, y in zip(whole[name].values(), layout.write(w).values()))
         assert same(layout.read(whole[name], 0), w)
@@ -64,7 +64,7 @@ def test_repacking_blockwise_equals_repacking_at_once(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("layout", FOREIGN.values(), ids=FOREIGN)
 def test_dequantized_layouts_match_their_definition(layout: Layout) -> None:
-    """From the leaves alone, in the arithmetic that the format's kernels have"""
+    """Computed from the tensors alone, in the arithmetic of the layout's kernels."""
     w = weight(16, 256, 128, torch.float16)
     leaves, q = layout.write(w), unpack_codes(w).half()
     if layout is AWQ_V2:
@@ -77,7 +77,7 @@ def test_dequantized_layouts_match_their_definition(layout: Layout) -> None:
 
 
 def test_awq_v2_matches_llm_awq_packing() -> None:
-    """Padding rows are 0, a scaled zero is -(scale · float32(zero)) in half, a zero of 0 is -0."""
+    """Padding rows are 0, a scaled zero is -(scale * float32(zero)) in float16, a zero of 0 becomes -0."""
     w = weight(8, 2560, 128, torch.float16)
     leaves = AWQ_V2.write(w)
     assert leaves["scales"].shape == leaves["scaled_zeros"].shape == (24, 8) == (padded_scale_rows(2560, 128), 8)
@@ -89,7 +89,7 @@ def test_awq_v2_matches_llm_awq_packing() -> None:
 
 
 def test_packing_of_known_codes() -> None:
-    """vila.md 3.3: codes 0..7 are 0x75316420 across outputs (gemm), 0x76543210 across inputs (v1)."""
+    """Codes 0..7 are 0x75316420 across outputs (AutoAWQ "gemm") and 0x76543210 across inputs (llm-awq v1)."""
     q = torch.arange(8)[:, None].expand(8, 32)
     ones = torch.ones(1, 8, dtype=torch.float16)
     assert (AWQ_GEMM.write(Int4(pack_tiles(q), ones, ones, 32))["qweight"] == 0x75316420).all()

@@ -1,4 +1,4 @@
-"""Layouts of 4-bit codes: golden words, and every code back from every layout."""
+"""Packings of 4-bit codes: known words, and lossless round trips of every code."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ TILES = LAYOUTS["tiles"]
 
 
 def random(n: int, k: int, seed: int = 0) -> Tensor:
-    """Codes [n, k], the first 16 of which (or as many as there are) are all there are."""
+    """Random codes [n, k], the first 16 of which are all different."""
     q = torch.randint(0, 16, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
     q.view(-1)[:16] = torch.arange(16)[: q.numel()]
     return q
@@ -43,7 +43,7 @@ def random(n: int, k: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(n=st.integers(1, 9), k=st.integers(1, 9), seed=st.integers(0, 99))
 def test_packing_round_trips_every_code_at_every_position(layout: str, n: int, k: int, seed: int) -> None:
-    """Adding 1 sixteen times, the sixteenth of which is the first again, takes each place through all codes."""
+    """Adding 1 sixteen times takes each position through all codes."""
     x = LAYOUTS[layout]
     q = random(n * x.n, k * x.k, seed)
     for code in range(16):
@@ -53,7 +53,7 @@ def test_packing_round_trips_every_code_at_every_position(layout: str, n: int, k
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tiles"])
 def test_repacking_between_layouts_is_lossless(layout: str) -> None:
-    """At every shape that the other layout has, to beyond two tiles of ours either way."""
+    """At every shape that the other layout has, up to more than two native tiles either way."""
     x = LAYOUTS[layout]
     for n, k in product(range(x.n, 42, x.n), range(x.k, 193, x.k)):
         theirs = x.pack(random(n, k))
@@ -96,7 +96,7 @@ def test_padded_scale_rows_of_awq_v2() -> None:
 
 
 def test_word_of_a_tile_holds_the_codes_of_an_mma_fragment() -> None:
-    """Straight from the PTX ISA: a0..a7 of lane 4r + c, and the order of nibbles that the docstring draws."""
+    """From the PTX ISA: a0..a7 of lane 4r + c, and the order of nibbles in the module's docstring."""
     q = torch.randint(0, 16, (16, 64), generator=torch.Generator().manual_seed(0))
     tile = int4_tiles.pack_tiles(q)[0, 0]
     for lane in range(32):

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 in its original layout and in transformers', as transformers' own class computes it."""
+"""LLaVA-1.5 in its original layout and in transformers', compared with transformers' own class."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def with_tokenizer(folder: Path) -> None:
 
 
 def older_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As transformers 4 wrote them, whatever the one at hand does."""
+    """Rename tensors as transformers 4 wrote them."""
     names = {re.sub(r"^(?!language_model)(model\.)?", "", name): name for name in tensors}
     names = {re.sub(r"^lm_head", "language_model.lm_head", new): old for new, old in names.items()}
     names = {re.sub(r"^language_model\.(?!model|lm_head)", "language_model.model.", new): o for new, o in names.items()}

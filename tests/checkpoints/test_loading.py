@@ -1,4 +1,4 @@
-"""The VILA folder and its configs: what is written comes back to the same bits, what does not fit is named."""
+"""The VILA folder and its configs: lossless saving and loading, and errors that name what does not fit."""
 
 import json
 import warnings

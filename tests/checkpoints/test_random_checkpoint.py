@@ -83,7 +83,7 @@ def test_random_checkpoint_logits_equal_hugging_face(folder: Path) -> None:
 
 
 def test_random_checkpoint_answers_as_hugging_face(folder: Path) -> None:
-    """Greedily, in float64; and its table of configs/models/ says how many tokens a picture is."""
+    """Greedily, in float64; the file in configs/models/ states the number of tokens of an image."""
     model = VilaLlamaForCausalLM.from_pretrained(folder / "dense", device="cpu", dtype=torch.float64)
     assert (
         model.vila_config.tokens_per_image

@@ -1,4 +1,4 @@
-"""Writing shards: the bytes depend on nothing but the tensors, and no kill or error leaves what looks whole."""
+"""The shard writer: bytes depend on the tensors only, and no kill or error leaves what looks whole."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def random_tensors(sizes: list[int]) -> dict[str, Tensor]:
 def write(
     folder: Path, tensors: dict[str, Tensor], limit: int, key: str = "", order: list[str] | None = None
 ) -> set[str]:
-    """Write what is missing; returns its names."""
+    """Write the missing tensors and return their names."""
     shards = ShardWriter(folder, {name: x.to("meta") for name, x in tensors.items()}, key, limit)
     missing = set(shards.missing)
     for name in order or tensors:
@@ -114,7 +114,7 @@ def test_partial_folder_of_other_work_is_refused(tmp_path: Path) -> None:
 
 
 def test_folder_without_tensors_is_written(tmp_path: Path) -> None:
-    """Such as a projector that is the identity."""
+    """A projector that is the identity has none."""
     for _ in range(2):  # the second time over the first
         ShardWriter(tmp_path / "x", {}).close()
         assert not open_tensors(tmp_path / "x").meta

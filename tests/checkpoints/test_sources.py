@@ -1,4 +1,4 @@
-"""What a checkpoint's configs may say and leave unsaid, and the contradictions that are refused."""
+"""Configs of checkpoints: equivalent spellings, defaults, and contradictions that are refused."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ INT4 = {"quantization_config": {"quant_method": "vila-triton", "group_size": 32,
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model as fp16 and as int4 in every layout; the int4 one is rounded as no layout but ours and v2 says."""
+    """A model in fp16 and in int4 in every layout; the int4 weights round as only the native layout and v2 can say."""
     target = tmp_path_factory.mktemp("made")
     build(dtype=torch.float16, llm=LLM).save_pretrained(target / "dense")
     build(dtype=torch.float16, llm=LLM | INT4).save_pretrained(target / "ours")
@@ -44,7 +44,7 @@ def take(checkpoints: Path, name: str, tmp_path: Path) -> Path:
 
 @torch.no_grad()
 def test_dequant_rounding_is_kept_through_every_layout(checkpoints: Path) -> None:
-    """And each says of itself what its readers expect: AutoAWQ's a quantization_config, llm-awq's v2 nothing."""
+    """Each config says what its readers expect: AutoAWQ's a quantization_config, llm-awq v2 none."""
     models = {
         form: Model.from_pretrained(checkpoints / form, device="cpu")
         for form in ("ours", "awq-gemm", "awq-v1", "awq-v2")
@@ -52,7 +52,7 @@ def test_dequant_rounding_is_kept_through_every_layout(checkpoints: Path) -> Non
     ids, images = torch.tensor([[1, -200, 7, 8]]), pictures(models["ours"], 1)
     logits = {form: model(ids, images=images).logits for form, model in models.items()}
     assert all(torch.equal(x, logits["ours"]) for x in logits.values())
-    assert {model.vila_config.llm.order for model in models.values()} == {"fma"}
+    assert {model.vila_config.llm.rounding for model in models.values()} == {"fma"}
     set_quantization = {form: json.loads((checkpoints / form / "llm/config.json").read_text()) for form in models}
     expected = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
     assert (
@@ -71,7 +71,7 @@ def test_dense_format_equals_dequantized_weights(checkpoints: Path, tmp_path: Pa
 
 
 def nested(folder: Path) -> None:
-    """Part configs in the top one, as TensorRT-LLM's copy of VILA1.5-3b's has them; none in the folders."""
+    """Nest the configs of the parts in the top one, as TensorRT-LLM's copy of VILA1.5-3b does."""
     contents = {f"{part}_cfg": json.loads((folder / part / "config.json").read_text()) for part in PARTS}
     edit(folder / "config.json", **contents, resume_path="./vlm", _name_or_path="./vlm")
     for part in PARTS:
@@ -79,23 +79,23 @@ def nested(folder: Path) -> None:
 
 
 def elsewhere(folder: Path) -> None:
-    """A part in another folder, which the top config names."""
+    """Move a part to another folder, which the top config names."""
     (folder / "llm").rename(folder / "language")
     edit(folder / "config.json", llm_cfg="language")
 
 
 def without_top(folder: Path) -> None:
-    """Fields that have defaults are left out, or null."""
+    """Leave out fields that have defaults, or set them to null."""
     edit(folder / "config.json", mm_vision_select_layer=None, mm_vision_select_feature=None, hidden_size=None, s2=None)
 
 
 def rope(folder: Path) -> None:
-    """transformers 4's spelling of what ours wrote."""
+    """Spell the rotary embedding as transformers 4 does."""
     edit(folder / "llm/config.json", rope_theta=10000.0, rope_scaling=None, rope_parameters=None)
 
 
 def older(folder: Path) -> None:
-    """The tower named as LLaVA's configs do."""
+    """Name the tower as LLaVA's configs do."""
     edit(folder / "config.json", mm_vision_tower="google/siglip-so400m-patch14-384", vision_tower_cfg=None)
 
 
@@ -112,7 +112,7 @@ def test_equivalent_configs_load_the_same_model(
 
 
 def mixed(folder: Path) -> None:
-    """One linear in groups of another size."""
+    """Give one linear another group size."""
     contents = {name: x.clone() for name, x in open_tensors(folder / "llm").items()}
     stem = "model.layers.1.mlp.down_proj"
     contents |= {f"{stem}.{leaf}": contents[f"{stem}.{leaf}"][::2].contiguous() for leaf in ("scales", "qzeros")}
@@ -195,7 +195,7 @@ def test_contradicting_config_and_tensors_are_refused(
 
 
 def test_save_pretrained_into_the_source_folder_replaces_its_weights(checkpoints: Path, tmp_path: Path) -> None:
-    """Which may be of another layout: what was there and is not read any more goes."""
+    """The folder may be of another layout; its old weight files are removed."""
     folder = take(checkpoints, "awq-v2", tmp_path)
     model = Model.from_pretrained(folder, device="cpu")
     before = {name: x.clone() for name, x in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Reading the files of a checkpoint: every container gives the same tensors, and what is wrong with one is said."""
+"""Weight files: every format gives the same tensors, and damaged ones are refused with a reason."""
 
 import json
 from collections.abc import Callable
@@ -174,7 +174,7 @@ def test_safetensors_are_preferred_to_bin(tmp_path: Path) -> None:
 
 
 def test_two_readers_of_a_tensor_share_memory(tmp_path: Path) -> None:
-    """Two readers of a tensor see one memory: nothing was copied."""
+    """Nothing was copied."""
     CONTAINERS["safetensors"](tmp_path)
     tensors = open_tensors(tmp_path)
     x: Tensor = tensors["a"]

@@ -1,4 +1,4 @@
-"""Files of torch.save, and zips that others made of them: read as torch reads them, or refused in one sentence."""
+"""Files of torch.save, and zips that other tools made of them: read as torch reads them, or refused in one sentence."""
 
 import io
 import random
@@ -18,7 +18,7 @@ from vila_triton.files.reading import LoadError
 
 RNG = torch.Generator().manual_seed(0)
 BASE = torch.randn(6, 8, generator=RNG)
-HELD: dict[str, Tensor] = {
+TENSORS: dict[str, Tensor] = {
     "a": torch.randn(3, 4, generator=RNG),
     "half": torch.randn(5, 7, generator=RNG).half(),
     "bfloat16": torch.randn(3, 3, generator=RNG).bfloat16(),
@@ -35,20 +35,20 @@ HELD: dict[str, Tensor] = {
 }
 
 
-def saved(entries_by_name: Any = HELD, **options: Any) -> bytes:
-    torch.save(entries_by_name, file := io.BytesIO(), **options)
+def saved(content: Any = TENSORS, **options: Any) -> bytes:
+    torch.save(content, file := io.BytesIO(), **options)
     return file.getvalue()
 
 
 def entries(data: bytes) -> dict[str, bytes]:
-    with zipfile.ZipFile(io.BytesIO(data)) as entries_by_name:
-        return {name.partition("/")[2]: entries_by_name.read(name) for name in entries_by_name.namelist()}
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
 
 
 def zipped(
     entries_by_name: dict[str, bytes], prefix: str = "archive/", deflated: str | None = None, before: bytes = b""
 ) -> bytes:
-    """The entries in a zip by Python; those whose names begin with `deflated` compressed."""
+    """Put the entries into a zip; those whose names begin with `deflated` are compressed."""
     file = io.BytesIO(before)
     with zipfile.ZipFile(file, "a") as into:
         for name, content in entries_by_name.items():
@@ -58,7 +58,7 @@ def zipped(
 
 
 def long_zip(entries_by_name: dict[str, bytes]) -> bytes:
-    """With the fields that files beyond 4 GB have."""
+    """A zip with the fields of files beyond 4 GB."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as into:
         for name, content in entries_by_name.items():
@@ -74,7 +74,7 @@ def shuffled(entries_by_name: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def big_endian() -> bytes:
-    """As a machine writes it that keeps the highest byte first."""
+    """The file that a big-endian machine writes."""
     entries_by_name = entries(saved())
     for i, x in enumerate(storages()):
         data = entries_by_name[f"data/{i}"]
@@ -87,7 +87,7 @@ def big_endian() -> bytes:
 def storages() -> list[Tensor]:
     """One tensor of each storage, in the order in which torch numbers them."""
     first: dict[int, Tensor] = {}
-    for x in HELD.values():
+    for x in TENSORS.values():
         first.setdefault(x.untyped_storage().data_ptr() or -id(x), x)
     return list(first.values())
 
@@ -109,9 +109,9 @@ READ: dict[str, Callable[[], bytes]] = {
 
 
 def versioned() -> OrderedDict:
-    entries_by_name = OrderedDict(HELD)
-    entries_by_name._metadata = OrderedDict({"": {"version": 1}})  # pyright: ignore
-    return entries_by_name
+    state_dict = OrderedDict(TENSORS)
+    state_dict._metadata = OrderedDict({"": {"version": 1}})  # pyright: ignore
+    return state_dict
 
 
 @pytest.mark.parametrize("data", READ.values(), ids=READ)
@@ -132,9 +132,8 @@ def changed(**new: bytes) -> bytes:
 def other_place() -> bytes:
     """The directory of the zip points at another entry."""
     data = bytearray(saved())
-    offset = (
-        data.rindex(b"archive/data/0", 0, data.rindex(b"archive/data/1")) - 4
-    )  # its offset ends right before its name
+    name = data.rindex(b"archive/data/0", 0, data.rindex(b"archive/data/1"))
+    offset = name - 4  # the entry's offset ends right before its name
     other = data.index(b"archive/data/1") - 30
     data[offset : offset + 4] = struct.pack("<I", other)
     return bytes(data)
@@ -241,9 +240,9 @@ def test_oversized_pickle_is_refused(tmp_path: Path) -> None:
 
 
 def test_damaged_file_is_named_or_reads_as_torch_reads_it(tmp_path: Path) -> None:
-    """Bytes changed, or the end cut off: one error, what was there, or what torch reads."""
-    entries_by_name, rng = {name: HELD[name] for name in ("a", "half", "turned", "nothing")}, random.Random(0)
-    whole, before = saved(entries_by_name), {name: as_bytes(x) for name, x in entries_by_name.items()}
+    """Bytes are changed or the end is cut off."""
+    tensors, rng = {name: TENSORS[name] for name in ("a", "half", "turned", "nothing")}, random.Random(0)
+    whole, before = saved(tensors), {name: as_bytes(x) for name, x in tensors.items()}
     file, errors = tmp_path / "a.bin", 0
     for i in range(500):
         data = bytearray(whole[: rng.randrange(len(whole)) if i % 8 == 0 else None])

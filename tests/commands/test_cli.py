@@ -1,11 +1,14 @@
 """The commands, run as a user runs them."""
 
+import argparse
 import os
 import subprocess
 import sys
 
 import pytest
 
+from vila_triton.__main__ import build_parser
+from vila_triton.commands import QUESTIONS
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.tiny.examples import EXAMPLES_DIR
 
@@ -16,16 +19,16 @@ def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, input=stdin, capture_output=True, text=True, env=env)
 
 
-def test_ask_prints_the_answer_and_one_line_about_it():
+def test_ask_prints_the_answer_and_one_line_of_statistics():
     done = run("ask", "--image", str(EXAMPLES_DIR / "a.png"), "--device", "cpu", "How many blue shapes are there?")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "2\n"
     (line,) = done.stderr.splitlines()
-    for part in ("prompt 27 tokens", "pictures 16 tokens", "first token", "decode_attention=aten"):
+    for part in ("prompt 27 tokens", "images 16 tokens", "first token", "decode_attention=aten"):
         assert part in line
 
 
-def test_chat_keeps_the_conversation():
+def test_chat_continues_the_conversation_from_line_to_line():
     talk = f"How many blue shapes are there?\n\n/image {EXAMPLES_DIR / 'b.png'}\nHow many shapes are there?\n"
     done = run("chat", "--image", str(EXAMPLES_DIR / "a.png"), "--device", "cpu", stdin=talk)
     assert done.returncode == 0, done.stderr
@@ -33,7 +36,7 @@ def test_chat_keeps_the_conversation():
     assert done.stderr.count("\n") == 2 and "cached" in done.stderr.splitlines()[1]
 
 
-def test_ops_lists_every_op_and_why():
+def test_ops_lists_every_op_and_why_it_is_chosen():
     done = run("ops", "--device", "cpu", "--set", "kernels.rope=triton")
     assert done.returncode == 0, done.stderr
     assert "int4_matmul" in done.stdout and "kernels/rope.py" in done.stdout and "--set" in done.stdout
@@ -50,16 +53,49 @@ def test_ops_lists_every_op_and_why():
         (["ask", "--top-k", "5", "Why?"], "need a --temperature"),
         (["ask", " "], "the question is empty"),
         (["ops", "--set", "kernels.rope=fast"], "there are: reference, triton"),
-        (["ask", "--model", str(BUNDLED_CHECKPOINT), "<image> Why?"], "places for 1 pictures, but 0"),
+        (["ask", "--model", str(BUNDLED_CHECKPOINT), "<image> Why?"], "places for 1 images, but 0"),
     ],
 )
-def test_a_wrong_call_gets_one_clear_line(args, message):
+def test_wrong_arguments_are_one_line_on_stderr(args, message):
     done = run(*args, "--device", "cpu")
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_wrong_line_does_not_end_a_chat():
-    talk = f"/image none.png\n/pictures\n/image {EXAMPLES_DIR / 'a.png'}\nHow many blue shapes are there?\n/quit\nnever asked\n"
+def test_wrong_line_does_not_end_a_chat():
+    lines = ("/image none.png", "/images", f"/image {EXAMPLES_DIR / 'a.png'}", "How many blue shapes are there?")
+    talk = "\n".join((*lines, "/quit", "never asked", ""))
     done = run("chat", "--device", "cpu", stdin=talk)
     assert done.returncode == 0 and done.stdout == "2\n"
-    assert "none.png does not exist" in done.stderr and "no command '/pictures'" in done.stderr
+    assert "none.png does not exist" in done.stderr and "no command '/images'" in done.stderr
+
+
+OLD_AND_NEW = [
+    (["ask", "--policy", "invariant", "Why?"], ["ask", "--numerics", "batch_invariant", "Why?"], 2),
+    (["chat", "--policy=fast"], ["chat", "--numerics=fast"], 1),
+    (["build", "m", "t", "--narrow", "8", "--format", "ours"], ["build", "m", "t", "--width-divisor", "8"], 2),
+    (["convert", "s", "t", "--format", "ours"], ["convert", "s", "t", "--format", "vila-triton"], 1),
+    (
+        ["quantize", "s", "t", "--method", "awq", "--also", "vision_tower", "--no-propagate"],
+        ["quantize", "s", "t", "--method", "awq-gptq", "--extra-parts", "vision_tower", "--no-error-propagation"],
+        3,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "notes"), OLD_AND_NEW, ids=lambda value: value[0] if isinstance(value, list) else ""
+)
+def test_old_spelling_of_an_option_means_the_new_one_with_a_note(old, new, notes, capsys):
+    assert vars(build_parser().parse_args(old)) == vars(build_parser().parse_args(new))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == notes and all(line.startswith("note: ") and " is now " in line for line in said)
+
+
+def test_help_lists_every_command_by_question_and_every_option_with_a_line():
+    parser = build_parser()
+    (subparsers,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    text = parser.format_help()
+    assert all(question in text for question in QUESTIONS)
+    for name, command in subparsers.choices.items():
+        assert any(line.split()[:1] == [name] for line in text.splitlines())
+        assert all(action.help for action in command._actions), name

@@ -1,4 +1,4 @@
-"""How commands end: in one line and an exit code, with no traceback, whatever happens to what they write to."""
+"""Commands end in one line and an exit code, without a traceback, whatever happens to their streams."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ def shell(code: str, redirected: str, *python: str) -> subprocess.CompletedProce
         ("sys.exit(2)", "", 2),
     ],
 )
-def test_an_end_is_one_line_and_a_code(code: str, said: str, status: int) -> None:
+def test_exit_code_and_one_line_for_every_kind_of_end(code: str, said: str, status: int) -> None:
     assert shell(code, "").stderr == f"{said}{status}\n"
 
 
@@ -59,13 +59,13 @@ def test_an_end_is_one_line_and_a_code(code: str, said: str, status: int) -> Non
         ("raise ValueError", "2> /dev/full", "1\n"),
     ],
 )
-def test_what_nobody_reads_ends_it_without_a_traceback(
+def test_closed_pipe_and_full_disk_end_without_a_traceback(
     code: str, redirected: str, said: str, python: tuple[str, ...]
 ) -> None:
     assert shell(code, redirected, *python).stderr == said
 
 
-def test_a_command_that_is_interrupted_says_so_in_one_line() -> None:
+def test_interrupted_command_says_so_in_one_line() -> None:
     code = ENDS.format("import time; print('begun', flush=True); time.sleep(60)")
     process = interruptible([sys.executable, "-c", code])
     assert process.stdout and process.stdout.readline() == "begun\n"

@@ -25,7 +25,9 @@ ALLOWED = {  # option -> the values above that it takes
     "--count": {"0"},  # bytes alone (bench.kv_dtypes)
     "--chunks": {"0"},  # one pass
     "--pictures": {"0"},
+    "--frozen-fraction": {"0"},
     "--frozen": {"0"},
+    "--tower-lr-factor": {"0"},
     "--tower-factor": {"0"},
     **{option: {""} for option in ("--prompts", "--histories", "--batches", "--contexts")},  # none (bench.model)
 }
@@ -59,7 +61,7 @@ def numeric(action: argparse.Action) -> bool:
 
 
 def refusal(parser: argparse.ArgumentParser, action: argparse.Action, text: str) -> str | None:
-    """What is said of a value for an option, or for one of the several that it takes; None if it is taken."""
+    """The error for a value of an option, or for one of several values; None if it is accepted."""
     try:
         parser._check_value(action, parser._get_value(action, text))
     except argparse.ArgumentError as error:
@@ -86,12 +88,12 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     return found
 
 
-def test_every_command_is_looked_at(parsers: dict[str, argparse.ArgumentParser]) -> None:
+def test_parsers_of_all_commands_are_found(parsers: dict[str, argparse.ArgumentParser]) -> None:
     assert {"vila-triton ask", "vila-triton quantize", "bench.tune", "bench.peers.__main__"} <= parsers.keys()
     assert sum(numeric(action) for parser in parsers.values() for action in parser._actions) > 50
 
 
-def test_what_no_option_could_mean_is_refused_by_its_name(parsers: dict[str, argparse.ArgumentParser]) -> None:
+def test_invalid_numbers_are_refused_naming_the_option(parsers: dict[str, argparse.ArgumentParser]) -> None:
     wrong = []
     for name, parser in parsers.items():
         for action in filter(numeric, parser._actions):
@@ -105,7 +107,7 @@ def test_what_no_option_could_mean_is_refused_by_its_name(parsers: dict[str, arg
     assert not wrong
 
 
-def test_a_number_is_an_option_of_limits_or_of_a_few_choices(parsers: dict[str, argparse.ArgumentParser]) -> None:
+def test_numeric_options_have_limits_or_choices(parsers: dict[str, argparse.ArgumentParser]) -> None:
     """Not by chance: an int or a float alone knows no limits."""
     bare = [
         f"{name} {action.option_strings}"
@@ -118,7 +120,7 @@ def test_a_number_is_an_option_of_limits_or_of_a_few_choices(parsers: dict[str, 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed"])
 @pytest.mark.parametrize("wrong", [-1, float("nan"), float("inf"), 10**30, "1", True, [1.5]], ids=str)
-def test_arguments_of_sampling_have_the_same_limits(name: str, wrong: Any) -> None:
+def test_sampling_arguments_have_the_same_limits_everywhere(name: str, wrong: Any) -> None:
     how = {"do_sample": True, name: wrong}
     for refused in (
         lambda: SamplingParams.from_generate_kwargs(1, **how),
@@ -129,7 +131,7 @@ def test_arguments_of_sampling_have_the_same_limits(name: str, wrong: Any) -> No
             refused()
 
 
-def test_what_lies_within_is_taken() -> None:
+def test_numbers_within_limits_are_accepted() -> None:
     half = Limits(float, 0, 1, exclude_minimum=True)
     assert half("1e-3") == 0.001 and half.validate("x", 1) == 1.0 and isinstance(half.validate("x", 1), float)
     assert str(half) == "a number above 0 and at most 1"

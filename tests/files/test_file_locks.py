@@ -1,4 +1,4 @@
-"""Many processes, one file: nothing is lost, nothing is torn, and nobody waits for the dead."""
+"""Processes that write one file at once: nothing is lost or torn, and a killed process blocks nobody."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ WRITERS, EACH = 8, 12
 
 
 def together(f: Callable[[int], None]) -> None:
-    """f(0), f(1), ... in processes of their own that begin at the same moment."""
+    """Run f(0), f(1), ... in processes of their own that begin at the same moment."""
     fork = multiprocessing.get_context("fork")
     start = fork.Barrier(WRITERS)
 
@@ -89,7 +89,7 @@ def test_killed_process_releases_its_lock(tmp_path: Path) -> None:
 
 
 def test_append_waits_for_a_repair(tmp_path: Path) -> None:
-    """A line that another is still writing looks like one that was cut off."""
+    """A line that another process is still writing looks like one that was cut off."""
     file = tmp_path / "rows.jsonl"
     with file.open("ab", buffering=0) as stream, exclusive_lock(stream):
         stream.write(b'{"kind": "fir')

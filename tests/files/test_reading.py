@@ -1,4 +1,4 @@
-"""Files that others wrote: what is wrong with one is said in a sentence that begins with its name."""
+"""Strict reading: every damaged file is refused in a sentence that begins with its name."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_lists_and_values_are_shortened_in_errors() -> None:
 
 
 def hub(folder: Path) -> Path:
-    """A snapshot as Hugging Face's cache holds it: every file is a link to a blob."""
+    """A snapshot in Hugging Face's cache: every file is a link to a blob."""
     snapshot, blobs = folder / "models--x--y/snapshots/0a1b", folder / "models--x--y/blobs"
     (snapshot / "llm").mkdir(parents=True)
     blobs.mkdir()

@@ -1,4 +1,4 @@
-"""Read a damaged file again, in this process: `python -m tests.fuzz READER SEED`; of a reader all, with no seed."""
+"""Read a damaged file again in this process: `python -m tests.fuzz READER SEED`; all of a reader without a seed."""
 
 import argparse
 import tempfile

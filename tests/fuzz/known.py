@@ -1,4 +1,4 @@
-"""Files that a reader once took wrongly, by reader: they are tried at every run."""
+"""Files that a reader once took wrongly, by reader; they are tried at every run."""
 
 DEEP = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 

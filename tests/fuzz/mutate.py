@@ -1,4 +1,4 @@
-"""What a file may become: flipped bits and cut ends for any file, and damage that keeps to a format.
+"""Ways to damage a file: flipped bits and cut ends for any file, and damage that keeps to a format.
 
 Every function takes a `Random` and the bytes of a whole file, and returns those of a damaged one: the same random
 numbers give the same bytes.
@@ -90,7 +90,7 @@ def value(rng: Random) -> Any:
 
 
 def changed(rng: Random, document: Any) -> Any:
-    """A tree with one of its places changed."""
+    """A tree with one of its slots changed."""
     slots: list[tuple[Any, Any]] = []
     stack = [document]
     while stack:
@@ -145,7 +145,7 @@ def other_kind(rng: Random, x: Any) -> Any:
 
 
 def written(rng: Random, document: Any) -> str:
-    """JSON, once in a while with a key twice."""
+    """JSON, sometimes with a repeated key."""
     text = json.dumps(document, indent=rng.choice((None, 2)))
     for word, raw in RAW.items():
         text = text.replace(json.dumps(word), raw)
@@ -156,7 +156,7 @@ def written(rng: Random, document: Any) -> str:
 
 
 def encoded(rng: Random, text: str) -> bytes:
-    """UTF-8, once in a while another or with bytes that are none."""
+    """UTF-8, sometimes another encoding, or with invalid bytes."""
     kind = rng.choice(("utf-8",) * 20 + ("utf-16", "utf-8-sig", "latin", "broken"))
     if kind == "latin":
         return text.replace("e", "é").encode("latin-1", "replace")

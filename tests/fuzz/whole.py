@@ -1,4 +1,4 @@
-"""What each reader is given whole, and how the product reads it."""
+"""The undamaged file of each reader, and how the package reads it."""
 
 import io
 import json
@@ -95,7 +95,7 @@ def whole_index(suffix: str, folder: Path) -> list[bytes]:
 
 
 def checkpoint(file: str, folder: Path, source: Path = BUNDLED_CHECKPOINT, whole: bytes = b"") -> list[bytes]:
-    """A copy of a model, with Python beside its files that must not run; the file of it that is to be damaged."""
+    """A copy of a model with Python files beside it that must not run; returns the bytes of the file to damage."""
     shutil.copytree(source, folder, dirs_exist_ok=True)
     for directory in (folder, folder / "llm", folder / "vision_tower"):
         (directory / "planted.py").write_text(f"open({PLANTED!r}, 'w')\n")
@@ -103,7 +103,7 @@ def checkpoint(file: str, folder: Path, source: Path = BUNDLED_CHECKPOINT, whole
 
 
 def talk(folder: Path) -> None:
-    """What `ask` does: everything is read, a question with a picture is answered."""
+    """Do as `ask` does: read everything and answer a question with an image."""
     default_num_frames(folder)
     talker = load_chat_model(folder, "cpu")
     list(Conversation(talker).ask("How many shapes?", [sample_image()], max_new_tokens=2))
@@ -125,7 +125,7 @@ SPECIAL = json.dumps(
 
 
 def whole_sentencepiece(folder: Path) -> list[bytes]:
-    """VILA's folder as upstream saves it: tokenizer.model and no tokenizer.json."""
+    """VILA's folder as it was released: tokenizer.model and no tokenizer.json."""
     import sentencepiece
 
     checkpoint("config.json", folder)
@@ -177,7 +177,7 @@ def go_on(folder: Path) -> None:
 
 
 def encoded_images(kind: str, folder: Path) -> list[bytes]:
-    """Pictures of a format in each mode that it has, one of them on its side."""
+    """Images of a format in each mode that it has, one of them rotated by its EXIF data."""
     results, exif = [], Image.Exif()
     exif[0x0112] = 6
     for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"):
@@ -246,7 +246,7 @@ def whole_journals(folder: Path) -> list[bytes]:
 
 
 def search_on(folder: Path) -> None:
-    """What `bench.tune` does with a journal that it finds."""
+    """Do as `bench.tune` does with a journal that it finds."""
     journal.find_journals(folder, "int4_matmul", "gemv")
     content = journal.Journal(folder, SEARCH)
     rows, varying = list(content.entries["tune"].values()), OPS["int4_matmul"].dynamic_sizes
@@ -281,7 +281,7 @@ def whole_tables(folder: Path) -> list[bytes]:
 
 
 def look_up(folder: Path) -> None:
-    """What a call on a GPU does, then `bench.tune`: it lists what is stale, and writes an entry anew."""
+    """Look a table up as a call on a GPU does, then list stale entries and write one anew, as `bench.tune` does."""
     for cached in (
         tuned_tables.load_table,
         tuned_tables.valid_entry,
@@ -336,7 +336,7 @@ def prompts() -> calibration_data.CalibrationSet:
 
 
 def rounded(folder: Path) -> None:
-    """`quantize` goes on with its work, which is done, and writes its report."""
+    """Resume `quantize` on finished work, and write its report."""
     resumable.already_written(folder, folder, "vila-triton")
     source, settings = open_checkpoint(BUNDLED_CHECKPOINT), QuantizeConfig(group_size=64)
     quantized = awq.quantize_checkpoint(source, folder, settings, prompts(), torch.device("cpu"))

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Reader:
-    """What reads a kind of file.
+    """A reader of a kind of file.
 
     count     of damaged files it is tried on
     file      where the file lies in a folder
@@ -58,14 +58,14 @@ class Reader:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one file may take."""
+    """The limits of reading one file."""
 
     seconds: float = 60
     memory: int = 2**30
 
 
 class Fault(NamedTuple):
-    """What is wrong with how a reader takes a file: faults of a kind have one cause."""
+    """A fault of a reader with a file: faults of a kind have one cause."""
 
     kind: str
     words: str = ""
@@ -84,7 +84,7 @@ class Worker:
         self.process: Any = None
 
     def fault(self, content: bytes) -> Fault | None:
-        """What is wrong with how the reader takes a file; None if nothing is."""
+        """The fault of the reader with a file, None if there is none."""
         if self.process is None:
             self.pipe, other = self.context.Pipe()
             self.process = self.context.Process(
@@ -145,7 +145,7 @@ def serve(outer: Any, pipe: Any, reader: Reader, folder: Path, limits: Limits) -
 
 
 def pages() -> list[int]:
-    """How many pages of memory this process has, and how many of them are there."""
+    """The pages of memory that this process has, and those of them that are resident."""
     return [int(word) for word in Path("/proc/self/statm").read_text().split()]
 
 
@@ -185,7 +185,7 @@ def outcome(reader: Reader, folder: Path, content: bytes, memory: int) -> Fault 
 
 
 def wrong(error: BaseException, reader: Reader) -> Fault | None:
-    """What is wrong with an error; None if it refuses the file as it should."""
+    """The fault of an error, None if it refuses the file as it should."""
     words = str(error) if isinstance(error, OSError) else str(error.args[0] if error.args else error)
     kind, begun = f"{type(error).__name__} at {location(error)}", words[:200]
     if any(isinstance(e, MemoryError) or "can't allocate memory" in str(e) for e in chain(error)):
@@ -227,7 +227,7 @@ def prepared(reader: Reader, folder: Path, limits: Limits = Limits()) -> Iterato
 
 
 def faults(reader: Reader, folder: Path, seeds: Sequence[int]) -> dict[int, Fault]:
-    """What is wrong with how a reader takes the files of some seeds."""
+    """The faults of a reader with the files of some seeds."""
     with prepared(reader, folder) as (worker, whole):
         result = {seed: worker.fault(reader.damaged(whole, seed)) for seed in seeds}
     return {seed: fault for seed, fault in result.items() if fault}

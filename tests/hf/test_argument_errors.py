@@ -105,7 +105,7 @@ def test_conversations_take_a_text_and_pictures_or_their_files(talker: ChatModel
         with pytest.raises(TypeError, match=told):
             answer(*wrong)
     for limit in (0, -1, 1.5, "x", True):
-        with pytest.raises(ValueError, match=f"limit is {limit!r}, expected a whole number of at least 1"):
+        with pytest.raises(ValueError, match=f"max_pages is {limit!r}, expected a whole number of at least 1"):
             ChatModel(talker.model, talker.tokenizer, talker.processor, max_pages=limit)  # pyright: ignore[reportArgumentType]
 
 

@@ -1,4 +1,4 @@
-"""Decoding over a paged cache: splits, parts merged by their log-sum-exp, and the bits that "invariant" promises."""
+"""Decoding over a paged cache: splits, parts merged by their log-sum-exp, and what "batch_invariant" promises."""
 
 import math
 from dataclasses import replace
@@ -48,14 +48,14 @@ def run(name: str, args: tuple, *more: Any, config: dict | None = None) -> Any:
 
 @pytest.mark.parametrize("num_splits", [1, 3, 40])
 @KINDS
-def test_number_of_splits_does_not_matter(kv: str, num_splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_splits_matches_the_reference(kv: str, num_splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "plan_splits", lambda *_: SplitPlan(num_splits, 64, 2048, num_splits))
     assert_matches_reference(DECODE, IMPLS["triton"], IMPLS["triton"].configs[0], drawn(kv=kv, t=410))
 
 
 @pytest.mark.on_gpu
 @KINDS
-def test_log_sum_exp_is_faithful(kv: str) -> None:
+def test_log_sum_exp_matches_the_reference(kv: str) -> None:
     q, cache, lengths, scale = drawn(kv=kv)
     for room in (1, 13):  # of one split, and of several
         own = lengths.clamp(1, room * 16)
@@ -65,7 +65,7 @@ def test_log_sum_exp_is_faithful(kv: str) -> None:
 
 @pytest.mark.parametrize("name", [REFERENCE, "triton"])
 @KINDS
-def test_parts_of_the_pages_merged_are_attention_to_all(name: str, kv: str) -> None:
+def test_merging_attention_to_parts_of_the_pages_equals_attention_to_all(name: str, kv: str) -> None:
     @settings(max_examples=4)
     @given(ends=st.lists(st.integers(0, 13), max_size=3).map(sorted), seed=st.integers(0, 2**16))
     def holds(ends: list[int], seed: int) -> None:
@@ -103,7 +103,7 @@ def test_parts_of_the_pages_merged_are_attention_to_all(name: str, kv: str) -> N
     holds()
 
 
-def test_merge_of_nothing_is_nothing_and_what_a_part_without_keys_holds_does_not_matter() -> None:
+def test_merging_ignores_parts_without_keys() -> None:
     nan, none = (torch.full(shape, x, device=DEVICE) for shape, x in (((2, 3, 4), math.nan), ((2, 3), -math.inf)))
     out, lse = ops.merge_attention_states(nan[None], none[None])
     assert not out.any() and lse.isneginf().all()
@@ -138,7 +138,7 @@ def moved(args: tuple, l: int, seed: int, room: int) -> tuple:
 @pytest.mark.on_gpu
 @pytest.mark.parametrize("name", IMPLS)
 @KINDS
-def test_not_a_bit_depends_on_batch_pages_room_or_config(name: str, kv: str) -> None:
+def test_batch_invariant_bits_do_not_depend_on_batch_pages_capacity_or_config(name: str, kv: str) -> None:
     """https://github.com/Dao-AILab/flash-attention/pull/2448 and https://github.com/sgl-project/sglang/pull/10694"""
     args = drawn(t=700, kv=kv, b=3)  # more than two splits
     if not supports(name, args):
@@ -154,7 +154,7 @@ def supports(name: str, args: tuple) -> bool:
 
 
 def check_invariance(impl: Impl, args: tuple) -> None:
-    expected = impl(*args, "invariant", config=impl.configs[0])
+    expected = impl(*args, "batch_invariant", config=impl.configs[0])
 
     @settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
     @example(rows=[0], l=16, room=0, config=impl.configs[-1], seed=0)
@@ -168,19 +168,19 @@ def check_invariance(impl: Impl, args: tuple) -> None:
     def holds(rows: list[int], l: int, room: int, config: dict, seed: int) -> None:
         q, cache, lengths, scale = moved(args, l, seed, room)
         some = (q[rows], replace(cache, block_table=cache.block_table[rows]), lengths[rows], scale)
-        assert torch.equal(bit_pattern(impl(*some, "invariant", config=config)), bit_pattern(expected[rows]))
+        assert torch.equal(bit_pattern(impl(*some, "batch_invariant", config=config)), bit_pattern(expected[rows]))
 
     holds()
 
 
 SHORTCUTS = {
-    "its config": ('if numerics == "invariant"', 'if numerics == "never"'),
+    "its config": ('if numerics == "batch_invariant"', 'if numerics == "never"'),
     "one sequence alone": ("plan_splits(numerics, b * g, cap", 'plan_splits(numerics if b > 1 else "fast", b * g, cap'),
 }
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
-def test_a_kernel_that_breaks_the_promise_is_found(shortcut: str, plant: Plant) -> None:  # noqa: F811
+def test_mutants_that_are_not_batch_invariant_are_detected(shortcut: str, plant: Plant) -> None:  # noqa: F811
     plant("decode_attention", "unsteady", *SHORTCUTS[shortcut])
     discover()
     with pytest.raises(AssertionError):
@@ -197,26 +197,26 @@ BUGS = {
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_found(bug: str, plant: Plant) -> None:  # noqa: F811
+def test_mutants_are_detected(bug: str, plant: Plant) -> None:  # noqa: F811
     plant("decode_attention", "planted", *BUGS[bug])
     discover()
     impl = IMPLS["planted"]
     with pytest.raises(MismatchError):
         for seed in range(2):
             assert_matches_reference(
-                DECODE, impl, impl.configs[0], drawn(seed=seed, t=700, dtype="float32", numerics="invariant")
+                DECODE, impl, impl.configs[0], drawn(seed=seed, t=700, dtype="float32", numerics="batch_invariant")
             )
 
 
 @pytest.mark.parametrize("d", [8, 40, 72, 80, 96, 112, 160, 256])
-def test_every_head_dim(d: int) -> None:
+def test_every_head_dim_matches_the_reference(d: int) -> None:
     for i, kv in enumerate(("plain", "int8", "int4")):
         args = drawn(d=d, kv=kv, b=2, t=90)
         assert_matches_reference(DECODE, IMPLS["triton"], IMPLS["triton"].configs[i % 2], args)
 
 
 @pytest.mark.parametrize("l", [1, 3, 8, 16, 32, 64, 128, 256])
-def test_every_page_size_at_the_lengths_around_a_page(l: int) -> None:
+def test_sequence_lengths_around_every_page_size_match_the_reference(l: int) -> None:
     q, *_ = drawn(b=5)
     _, cache, held, scale = drawn(b=1, t=260)
     lengths = torch.tensor([0, 1, l - 1, l, l + 1], device=DEVICE).int().minimum(held)

@@ -1,6 +1,6 @@
 """What decoding and cache writes compile to, without a GPU too: no spills, tensor cores, 16-byte loads.
 
-Beside the sizes of `test_compile`: quantised pages, and head dims that are no power of two or wider than 128.
+Beside the sizes of `test_compile`: quantized pages, and head dims that are no power of two or wider than 128.
 """
 
 import json

@@ -27,7 +27,7 @@ from vila_triton.registry.kernel_config import configured_choices
 
 discover()
 Config = Mapping[str, Any]
-LIBRARY = (REFERENCE, "aten", "blocked", "apart", "rows")  # no kernels of ours
+LIBRARY = (REFERENCE, "aten", "blocked", "apart", "rowwise")  # no kernels of ours
 OURS: list[tuple[Op, Impl, Config]] = [
     (op, impl, config)
     for op in (int4_matmul, int4_swiglu)
@@ -233,10 +233,10 @@ def test_default_implementation_by_number_of_rows() -> None:
     """vllm-project/vllm#2551, casper-hansen/AutoAWQ#172, #276, #106, #717: with many rows slower than float16 was."""
     for phase in ("prefill", "decode"):
         choice: Any = configured_choices("cuda", phase)["int4_matmul"]
-        assert [choice.at(m) for m in (1, 4, 5, 64)] == ["gemv", "splitk", "splitk", "splitk"]
-        assert {choice.at(m) for m in (65, 4096, 2**20)} <= {"prefill", "dequant"}
+        assert [choice.lookup(m) for m in (1, 4, 5, 64)] == ["gemv", "splitk", "splitk", "splitk"]
+        assert {choice.lookup(m) for m in (65, 4096, 2**20)} <= {"prefill", "dequant"}
         gated: Any = configured_choices("cuda", phase)["int4_swiglu"]
-        assert [gated.at(m) for m in (1, 64, 65, 2**20)] == ["triton", "triton", "apart", "apart"]
+        assert [gated.lookup(m) for m in (1, 64, 65, 2**20)] == ["triton", "triton", "apart", "apart"]
 
 
 def test_instructions_per_weight_are_less_than_half_of_naive(compiled: dict[str, dict[str, Any]]) -> None:

@@ -89,7 +89,11 @@ HUGE: dict[str, tuple[Callable[..., Any], list[tuple]]] = {
     "rope_kv_write": (rotate_and_write, [(2**22, 8, 64), (1, 64 * MANY, 16)]),
     "decode_attention": (
         decode,
-        [(b, t, g, p) for b, t, g in [(2**20, 16, 8), (1, 2**28, 1), (1, 16, MANY)] for p in ("fast", "invariant")],
+        [
+            (b, t, g, p)
+            for b, t, g in [(2**20, 16, 8), (1, 2**28, 1), (1, 16, MANY)]
+            for p in ("fast", "batch_invariant")
+        ],
     ),
     "prefill_attention": (prefill, [(MANY, 2**20, 4), (1, 2**26, 4), (2, 64, OTHERS)]),
     "encoder_attention": (encoder, [(MANY, 256, 16), (1, 2**26, 16), (1, 256, OTHERS)]),
@@ -109,7 +113,7 @@ def grids(monkeypatch: pytest.MonkeyPatch, impl: Impl, args: Any, config: dict[s
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_every_size_that_fits_a_gpu_can_be_launched(impl: Impl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grids_of_every_size_that_fits_a_gpu_are_within_limits(impl: Impl, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, every = HUGE[impl.op]
     configs = [dict(config) for config in impl.configs]
     if impl.space:
@@ -123,7 +127,7 @@ def test_every_size_that_fits_a_gpu_can_be_launched(impl: Impl, monkeypatch: pyt
             assert 0 < grid[0] <= FIRST and all(0 < n <= OTHERS for n in grid[1:]), (sizes, grid)
 
 
-def test_pictures_in_several_launches_are_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_in_several_launches_equal_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     op = OPS["encoder_attention"]
     impl, args = op.impls["triton"], example_args(op, 0, b=5, s=20, h=2, d=32, dtype="float16")
     one = impl(*args, config=impl.configs[0])
@@ -131,13 +135,13 @@ def test_pictures_in_several_launches_are_as_in_one(monkeypatch: pytest.MonkeyPa
     assert torch.equal(bit_pattern(impl(*args, config=impl.configs[0])), bit_pattern(one))
 
 
-def test_more_heads_than_a_grid_has_room_for_are_unsupported() -> None:
+def test_more_heads_than_a_grid_holds_are_unsupported() -> None:
     for op, args in (("encoder_attention", encoder(1, 16, MANY)), ("prefill_attention", prefill(1, 16, MANY))):
-        with pytest.raises(Unsupported, match=f"{op}: 131072 (key )?heads, a launch has room for 65535"):
+        with pytest.raises(Unsupported, match=f"{op}: 131072 (KV )?heads, a launch has room for 65535"):
             OPS[op].impls["triton"](*args)
 
 
-def test_prompts_of_a_full_batch_under_invariant(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_invariant_splitk_of_a_full_batch_is_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 prompts of 4,097 tokens: 65,552 rows, of which parts are added up one at a time."""
     impl = OPS["int4_matmul"].impls["splitk"]
     seen = grids(monkeypatch, impl, product(16 * 4097, 4096, 4096), dict(impl.configs[0]))

@@ -66,7 +66,7 @@ def ints(*values: int) -> Tensor:
 
 
 @each_impl(ops.prefill_attention)
-def test_chunked_prefill_equals_whole(impl: str) -> None:
+def test_chunked_prefill_equals_prefill_at_once(impl: str) -> None:
     op = ops.prefill_attention
 
     @given(sizes=example_strategy(op), cut=st.floats(0, 1))
@@ -86,7 +86,7 @@ def test_chunked_prefill_equals_whole(impl: str) -> None:
 
 
 @each_impl(ops.prefill_attention)
-def test_later_tokens_do_not_matter(impl: str) -> None:
+def test_later_tokens_do_not_change_earlier_outputs(impl: str) -> None:
     op = ops.prefill_attention
 
     @given(sizes=example_strategy(op), cut=st.floats(0, 1))
@@ -101,7 +101,7 @@ def test_later_tokens_do_not_matter(impl: str) -> None:
 
 
 @each_impl(ops.prefill_attention)
-def test_sequences_of_a_prefill_batch_do_not_meet(impl: str) -> None:
+def test_sequences_of_a_prefill_batch_are_independent(impl: str) -> None:
     op = ops.prefill_attention
 
     @given(sizes=example_strategy(op))
@@ -119,7 +119,7 @@ def test_sequences_of_a_prefill_batch_do_not_meet(impl: str) -> None:
 
 
 @each_impl(ops.decode_attention)
-def test_sequences_of_a_decode_batch_do_not_meet(impl: str) -> None:
+def test_sequences_of_a_decode_batch_are_independent(impl: str) -> None:
     op = ops.decode_attention
 
     @given(sizes=example_strategy(op))
@@ -135,7 +135,7 @@ def test_sequences_of_a_decode_batch_do_not_meet(impl: str) -> None:
 
 
 @each_impl(ops.decode_attention)
-def test_decode_equals_last_row_of_prefill(impl: str) -> None:
+def test_decode_equals_the_last_row_of_prefill(impl: str) -> None:
     op, prefill = ops.decode_attention, ops.prefill_attention
 
     @given(sizes=example_strategy(prefill))
@@ -167,7 +167,7 @@ def split(op: Op, args: tuple) -> tuple[tuple, PagedKV, tuple]:
 
 
 @pytest.mark.parametrize("op, impl", PAGED)
-def test_which_pages_does_not_matter(op: Op, impl: str) -> None:
+def test_permuted_pages_give_the_same_bits(op: Op, impl: str) -> None:
     @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
         args = example_args(op, **sizes)
@@ -182,7 +182,7 @@ def test_which_pages_does_not_matter(op: Op, impl: str) -> None:
 
 
 @pytest.mark.parametrize("op, impl", PAGED)
-def test_page_length_does_not_matter(op: Op, impl: str) -> None:
+def test_half_the_page_size_gives_the_same_output(op: Op, impl: str) -> None:
     @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
         args = example_args(op, **{**sizes, "l": 32})
@@ -196,7 +196,7 @@ def test_page_length_does_not_matter(op: Op, impl: str) -> None:
 
 
 @pytest.mark.parametrize("op, impl", PAGED)
-def test_shared_heads_equal_repeated_heads(op: Op, impl: str) -> None:
+def test_grouped_query_attention_equals_repeated_kv_heads(op: Op, impl: str) -> None:
     @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
         args = example_args(op, **sizes)
@@ -211,7 +211,7 @@ def test_shared_heads_equal_repeated_heads(op: Op, impl: str) -> None:
 
 
 @each_impl(ops.encoder_attention)
-def test_order_of_positions_does_not_matter(impl: str) -> None:
+def test_encoder_attention_ignores_the_order_of_keys(impl: str) -> None:
     op = ops.encoder_attention
 
     @given(sizes=example_strategy(op))
@@ -223,7 +223,7 @@ def test_order_of_positions_does_not_matter(impl: str) -> None:
 
 
 @each_impl(ops.int4_matmul)
-def test_int4_matmul_equals_linear_on_the_plain_weight(impl: str) -> None:
+def test_int4_matmul_equals_linear_on_the_dequantized_weight(impl: str) -> None:
     op = ops.int4_matmul
 
     @given(sizes=example_strategy(op))
@@ -235,7 +235,7 @@ def test_int4_matmul_equals_linear_on_the_plain_weight(impl: str) -> None:
 
 
 @given(n=st.integers(1, 40), k=st.integers(1, 20), seed=st.integers(0, 2**16))
-def test_codes_survive_packing(n: int, k: int, seed: int) -> None:
+def test_packed_codes_are_unpacked_unchanged(n: int, k: int, seed: int) -> None:
     q = torch.randint(0, 16, (n, 8 * k), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
     q[0, :8], q[-1, -8:] = torch.arange(8), torch.arange(8, 16)  # all 16, the one that sets the sign bit included
     q = q.to(DEVICE)
@@ -253,7 +253,7 @@ def test_codes_survive_packing(n: int, k: int, seed: int) -> None:
     shift=st.floats(-3, 3),
     seed=st.integers(0, 2**16),
 )
-def test_quantised_weight_is_half_a_step_off(
+def test_quantized_weights_are_within_half_a_step(
     n: int, groups: int, group: int, dtype: torch.dtype, shift: float, seed: int
 ) -> None:
     """The range is 15 steps and 0 is one of them, but the step is rounded, which moves the ends by 15 roundings."""

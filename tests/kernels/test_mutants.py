@@ -197,7 +197,7 @@ def masks_of_loads_dropped(gate: Tensor, up: Tensor) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a kernel that reads past a row computes with garbage
 @pytest.mark.parametrize("name, fn, only", PLANTED)
-def test_is_found(name: str, fn: Callable, only: dict) -> None:
+def test_mutants_are_detected(name: str, fn: Callable, only: dict) -> None:
     op = OPS[name]
     impl = Impl(name, fn.__name__, fn, [{}], Path(__file__))
 

@@ -1,4 +1,4 @@
-"""Prefill: what must not change a bit under "invariant", the log-sum-exp, and every head dim and page size."""
+"""Prefill: what must not change a bit under "batch_invariant", the log-sum-exp, and every head dim and page size."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -48,7 +48,7 @@ def in_chunks(
         batch = RaggedBatch(start, torch.tensor(context).int().to(DEVICE))
         new = [torch.cat(x) for x in zip(*rows_of_batch)]
         cache = PagedKV(k_pages, v_pages, order.expand(len(rows_of_batch), -1))
-        out = impl(*new, cache, batch, 0.3, "invariant", True, config=config)
+        out = impl(*new, cache, batch, 0.3, "batch_invariant", True, config=config)
         rows = slice(*start[len(company[:1]) :][:2].tolist())
         found.append([x[rows] for x in out])
         at = torch.arange(begin, end, device=DEVICE)
@@ -80,14 +80,14 @@ def check_invariance(impl: Impl, examples: int) -> None:
 @pytest.mark.on_gpu
 @pytest.mark.usefixtures("dots_in_order")
 @pytest.mark.parametrize("name", NAMES)
-def test_not_a_bit_depends_on_chunks_pages_company_or_config(name: str) -> None:
+def test_batch_invariant_bits_do_not_depend_on_chunks_pages_batch_or_config(name: str) -> None:
     check_invariance(prefill_attention.impls[name], max(3, settings().max_examples // 2))
 
 
 @pytest.mark.on_gpu
 @pytest.mark.parametrize("name, config", CASES)
 @pytest.mark.parametrize("kv", ["plain", "int8", "int4"])
-def test_log_sum_exp_is_faithful(name: str, config: int, kv: str) -> None:
+def test_log_sum_exp_matches_the_reference(name: str, config: int, kv: str) -> None:
     args = example_args(prefill_attention, **{**SIZES, "kv": kv})
     impl = prefill_attention.impls[name]
     try:
@@ -98,7 +98,7 @@ def test_log_sum_exp_is_faithful(name: str, config: int, kv: str) -> None:
 
 @pytest.mark.on_gpu
 @pytest.mark.parametrize("name", NAMES)
-def test_merged_with_attention_to_the_context_alone_it_is_attention_to_both(name: str) -> None:
+def test_merging_chunk_and_context_attention_equals_attention_to_both(name: str) -> None:
     """Queries see the chunk causally and all of the context: a call without pages, one whose only keys are in them."""
     impl = prefill_attention.impls[name]
     args = example_args(prefill_attention, **{**SIZES, "b": 1, "dtype": "float32"})
@@ -116,7 +116,7 @@ def test_merged_with_attention_to_the_context_alone_it_is_attention_to_both(name
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("d", [8, 16, 40, 48, 56, 72, 80, 96, 112, 160, 192, 256])
-def test_every_head_dim(name: str, d: int) -> None:
+def test_every_head_dim_matches_the_reference(name: str, d: int) -> None:
     impl = prefill_attention.impls[name]
     args = example_args(prefill_attention, **{**SIZES, "d": d, "b": 2})
     assert_matches_reference(prefill_attention, impl, impl.configs[-1], args)
@@ -124,7 +124,7 @@ def test_every_head_dim(name: str, d: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("l", [16, 32, 64, 128, 256])
-def test_every_page_size_with_lengths_at_its_edges(name: str, l: int) -> None:
+def test_context_lengths_around_every_page_size_match_the_reference(name: str, l: int) -> None:
     impl = prefill_attention.impls[name]
     for t in (0, 1, l - 1, l, l + 1):
         args = example_args(prefill_attention, **{**SIZES, "l": l, "t": t, "s": 5, "b": 1, "ratio": 1, "g": 1})
@@ -162,7 +162,7 @@ BUGS = {
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what reads too far computes with garbage
 @pytest.mark.parametrize("bug", BUGS)
-def test_planted_bugs_are_found(bug: str, plant: Plant) -> None:  # noqa: F811
+def test_mutants_are_detected(bug: str, plant: Plant) -> None:  # noqa: F811
     plant("prefill_attention", "mine", *BUGS[bug])
     discover()
     impl = prefill_attention.impls["mine"]
@@ -173,8 +173,8 @@ def test_planted_bugs_are_found(bug: str, plant: Plant) -> None:  # noqa: F811
 
 
 @pytest.mark.usefixtures("dots_in_order")
-def test_a_tile_that_depends_on_the_config_is_found(plant: Plant) -> None:  # noqa: F811
-    plant("prefill_attention", "mine", 'CONFIGS[0] if numerics == "invariant" else config', "config")
+def test_a_mutant_whose_tile_depends_on_the_config_is_detected(plant: Plant) -> None:  # noqa: F811
+    plant("prefill_attention", "mine", 'CONFIGS[0] if numerics == "batch_invariant" else config', "config")
     discover()
     with pytest.raises(AssertionError):
         check_invariance(prefill_attention.impls["mine"], 8)

@@ -40,7 +40,7 @@ def faithful(impl: Impl, change: Callable[[tuple], tuple] = lambda args: args, *
 
 @pytest.mark.on_gpu
 @each(prefill_attention)
-def test_tokens_beyond_32_bits_in_views_of_one_packed_tensor(op: Op, impl: Impl, far: Tensor) -> None:
+def test_prefill_reaches_packed_tokens_beyond_32_bits(op: Op, impl: Impl, far: Tensor) -> None:
     """An int32 query_start_loc times a stride; q, k and v as views of one product.
 
     https://github.com/sgl-project/sglang/issues/20389 https://github.com/thu-ml/SageAttention/issues/386
@@ -56,7 +56,7 @@ def test_tokens_beyond_32_bits_in_views_of_one_packed_tensor(op: Op, impl: Impl,
 
 @pytest.mark.on_gpu
 @each(encoder_attention)
-def test_pictures_beyond_32_bits_in_views_of_one_packed_tensor(op: Op, impl: Impl, far: Tensor) -> None:
+def test_encoder_reaches_packed_images_beyond_32_bits(op: Op, impl: Impl, far: Tensor) -> None:
     """https://github.com/thu-ml/SageAttention/issues/386"""
     q, k, v, scale = example_args(op, b=2, s=9, h=2, d=24, dtype="float16", seed=0)
     views = apart(torch.stack((q, k, v), 2), far).unbind(2)
@@ -68,14 +68,14 @@ def test_pictures_beyond_32_bits_in_views_of_one_packed_tensor(op: Op, impl: Imp
 
 @each(prefill_attention)
 @pytest.mark.parametrize("t", [1, 15, 17])
-def test_nan_behind_the_context_does_not_enter(op: Op, impl: Impl, t: int) -> None:
+def test_nan_beyond_the_context_is_ignored(op: Op, impl: Impl, t: int) -> None:
     """A weight of 0 times NaN is NaN: https://github.com/vllm-project/vllm/pull/47305"""
     faithful(impl, t=t)
 
 
 @pytest.mark.on_gpu
 @each(prefill_attention)
-def test_rows_without_a_query_do_not_spoil_the_others(op: Op, impl: Impl) -> None:
+def test_padding_rows_do_not_change_other_rows(op: Op, impl: Impl) -> None:
     """NaN out of padding: https://github.com/Dao-AILab/flash-attention/issues/1745"""
     faithful(impl, b=3, s=7, t=40)
 
@@ -83,14 +83,14 @@ def test_rows_without_a_query_do_not_spoil_the_others(op: Op, impl: Impl) -> Non
 @pytest.mark.on_gpu
 @each(prefill_attention)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_logits_beyond_the_range_of_exp(op: Op, impl: Impl, dtype: str) -> None:
+def test_logits_beyond_the_range_of_exp_do_not_overflow(op: Op, impl: Impl, dtype: str) -> None:
     """exp(88) overflows: https://github.com/vllm-project/vllm/issues/56578"""
     faithful(impl, lambda args: (600 * args[0], *args[1:]), dtype=dtype)
 
 
 @each(prefill_attention)
 @pytest.mark.parametrize("new, old", [((0, 3, 0), (4, 0, 0)), ((0, 0), (0, 17)), ((2, 0), (0, 0))])
-def test_sequences_with_nothing_new_or_nothing_cached(
+def test_sequences_without_new_or_cached_tokens_match_the_reference(
     op: Op, impl: Impl, new: tuple[int, ...], old: tuple[int, ...]
 ) -> None:
     """Empty splits and rows: https://github.com/LMCache/LMCache/pull/3092 https://github.com/sgl-project/sglang/pull/38142"""
@@ -112,27 +112,27 @@ def test_sequences_with_nothing_new_or_nothing_cached(
 @each(prefill_attention)
 @pytest.mark.parametrize("kv", ["int8", "int4"])
 @pytest.mark.parametrize("t", [1, 17])
-def test_scales_behind_the_context_are_not_read(op: Op, impl: Impl, kv: str, t: int) -> None:
+def test_scales_beyond_the_context_are_ignored(op: Op, impl: Impl, kv: str, t: int) -> None:
     """They are NaN: https://github.com/vllm-project/vllm/issues/47303"""
     faithful(impl, kv=kv, t=t)
 
 
 @each(prefill_attention)
 @pytest.mark.parametrize("t", [0, 1])
-def test_one_token(op: Op, impl: Impl, t: int) -> None:
+def test_a_single_token_matches_the_reference(op: Op, impl: Impl, t: int) -> None:
     """https://github.com/triton-lang/kernels/issues/6"""
     faithful(impl, s=1, t=t)
 
 
 @each(prefill_attention)
 @pytest.mark.parametrize("l", [1, 8, 20])
-def test_pages_shorter_than_a_tile_of_the_tensor_cores_or_no_power_of_two(op: Op, impl: Impl, l: int) -> None:
+def test_small_and_odd_page_sizes_match_the_reference(op: Op, impl: Impl, l: int) -> None:
     """https://github.com/vllm-project/vllm/issues/41339"""
     faithful(impl, l=l, t=41)
 
 
 @each(prefill_attention)
 @pytest.mark.parametrize("l", [64, 256])
-def test_a_context_shorter_than_a_page(op: Op, impl: Impl, l: int) -> None:
+def test_a_context_shorter_than_a_page_matches_the_reference(op: Op, impl: Impl, l: int) -> None:
     """https://github.com/flashinfer-ai/flashinfer/issues/725"""
     faithful(impl, l=l, t=3)

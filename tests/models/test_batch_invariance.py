@@ -1,4 +1,4 @@
-"""Under the "invariant" policy not a bit of a model's logits depends on company, chunks, pages or what was cached.
+"""Under the numerics "batch_invariant" not a bit of a model's logits depends on company, chunks, pages or what was cached.
 
 The engine's own choices run, on a CPU as on a GPU: nothing is put in their place.
 """
@@ -82,7 +82,7 @@ def logits(
     page_size: int = 16,
     others: list[Tensor] | None = None,
     known: int = 0,
-    policy: str = "invariant",
+    policy: str = "batch_invariant",
 ) -> Tensor:
     """Of every token of WHOLE but the first `known`, which are adopted from a sequence that was run before.
 
@@ -94,7 +94,7 @@ def logits(
     random.Random(len(cuts)).shuffle(cache.allocator.free_pages)
     choice: dict[str, Any] = {"prefill_attention": kernels} if kernels not in ("own", "cuda") else {}
     if kernels == "cuda":
-        choice = dict(configured_choices("cuda", "invariant"))
+        choice = dict(configured_choices("cuda", "batch_invariant"))
     with use(**choice):
         if known:
             run(model, cache, first := cache.allocator.add_sequence(), 0, [known], [])
@@ -102,7 +102,7 @@ def logits(
         cache.allocator.reuse_prefix(seq := cache.allocator.add_sequence(), WHOLE.tolist())
         assert cache.length(seq) == known
         hidden = run(model, cache, seq, known, cuts, others or [])
-        with engine.use_default_kernels(hidden.device, "invariant" if policy == "invariant" else "prefill"):
+        with engine.use_default_kernels(hidden.device, "batch_invariant" if policy == "batch_invariant" else "prefill"):
             return llama.logits(model.params.llm, hidden)
 
 
@@ -133,7 +133,7 @@ def test_without_the_policy_chunks_matter_to_quantised_pages() -> None:
 
 
 def test_a_single_token_goes_the_way_of_a_chunk_if_policy_says_so() -> None:
-    for policy, decoded in (("invariant", 0), ("fast", 2 * 3)):  # layers and tokens
+    for policy, decoded in (("batch_invariant", 0), ("fast", 2 * 3)):  # layers and tokens
         with count_calls() as calls:
             logits(named("small"), "own", None, [34, 35, 36], policy=policy, known=34)
         assert sum(n for (op, _), n in calls.items() if op == "decode_attention") == decoded
@@ -142,7 +142,7 @@ def test_a_single_token_goes_the_way_of_a_chunk_if_policy_says_so() -> None:
 @torch.no_grad()
 def test_pictures_and_padded_batches_change_no_bit_either() -> None:
     """Three conversations with 1, 2 and no pictures, padded to one batch, against each of them alone and in chunks."""
-    model = built(gain=2.0, attention_policy="invariant", prefill_chunk_size=7)
+    model = built(gain=2.0, attention_numerics="batch_invariant", prefill_chunk_size=7)
     images = torch.randn(3, 3, 20, 20, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     rows = [words(n, seed=n).to(DEVICE) for n in (12, 14, 13)]
     rows[0][4] = rows[1][0] = rows[1][9] = vila.IMAGE_TOKEN_INDEX
@@ -156,7 +156,7 @@ def test_pictures_and_padded_batches_change_no_bit_either() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("kv_dtype", [None, "float16", "int8", "int4"])
 def test_nor_does_a_bit_depend_on_whether_there_is_a_cache(kv_dtype: str | None) -> None:
-    model = built(gain=2.0, attention_policy="invariant", kv_dtype=kv_dtype)
+    model = built(gain=2.0, attention_numerics="batch_invariant", kv_dtype=kv_dtype)
     ids = words(30, seed=1).to(DEVICE)[None]
     assert torch.equal(model(ids, use_cache=False).logits, model(ids).logits)
 
@@ -202,7 +202,7 @@ def test_a_row_of_what_is_marked_has_the_same_bits_anywhere(impl: Impl, config: 
     ],
 )
 def test_what_does_not_keep_the_promise_is_refused_before_anything_runs(choice: Any, message: str) -> None:
-    model = built(attention_policy="invariant")
+    model = built(attention_numerics="batch_invariant")
     with use(**choice), count_calls() as calls, pytest.raises(ValueError, match=message):
         model.generate(words(5).to(DEVICE)[None])
     assert not calls

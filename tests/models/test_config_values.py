@@ -20,9 +20,10 @@ from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
 from vila_triton.checkpoints.writing import write_checkpoint
 from vila_triton.files.file_locks import FolderInUseError
 from vila_triton.files.reading import LoadError
+from vila_triton.hf.configuration_vila_llama import VilaLlamaConfig
 from vila_triton.hf.processing_vila import VilaProcessor
 from vila_triton.images.processing import ImageError, load_video_frames, open_image
-from vila_triton.models.config import ConfigError
+from vila_triton.models.config import ConfigError, with_new_spellings
 from vila_triton.paths import BUNDLED_CHECKPOINT
 
 
@@ -92,8 +93,8 @@ def test_numbers_of_a_config_eat_no_memory(folder: Path) -> None:
     code = f"""
 import json, resource, torch
 from pathlib import Path
-from vila_triton.checkpoint import open_source, require_fits
-from vila_triton.images import frames
+from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
+from vila_triton.images.processing import load_video_frames
 folder = Path({str(folder)!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 layers = "num_hidden_layers"
@@ -102,12 +103,12 @@ for part, field in (("llm", layers), ("vision_tower", layers), ("vision_tower", 
     text = file.read_text()
     file.write_text(json.dumps(json.loads(text) | {{field: 10**7}}))
     try:
-        require_fits(open_source(folder))
+        check_checkpoint(open_checkpoint(folder))
     except ValueError as error:
         print(error)
     file.write_text(text)
 try:
-    frames([], 10**9)
+    load_video_frames([], 10**9)
 except ValueError as error:
     print(error)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**5)
@@ -209,3 +210,12 @@ def test_the_second_writer_of_a_target_is_told_at_once_and_a_dead_one_holds_nobo
     with atomic_folder(tmp_path / "y") as folder:
         (folder / "b").touch()
     assert [file.name for file in (tmp_path / "y").iterdir()] == ["b"]
+
+
+def test_attention_policy_is_read_as_attention_numerics_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    config = with_new_spellings({"attention_policy": "invariant", "page_size": 16})
+    assert config == {"attention_numerics": "batch_invariant", "page_size": 16}
+    assert VilaLlamaConfig.from_dict({"attention_policy": "fast"}).attention_numerics == "fast"
+    assert capsys.readouterr().err.count("the old spelling goes away with the next release") == 3
+    assert with_new_spellings({"attention_numerics": "batch_invariant"}) == {"attention_numerics": "batch_invariant"}
+    assert not capsys.readouterr().err

@@ -62,7 +62,7 @@ def refused(op: Op, name: str, value: int) -> str | None:
 
 
 @EACH
-def test_an_index_beyond_what_exists_is_refused_by_every_implementation(op: Op, name: str) -> None:
+def test_out_of_range_indices_are_refused_by_every_implementation(op: Op, name: str) -> None:
     ends = torch.iinfo(example(op)[name].dtype)
     said = refused(op, name, ends.max)
     assert said and (found := re.match(rf"{op.name}: {name}(\[\d+\] is| holds) {ends.max}, expected .*?(\d+):", said))
@@ -72,7 +72,7 @@ def test_an_index_beyond_what_exists_is_refused_by_every_implementation(op: Op, 
 
 
 @EACH
-def test_indices_have_one_dtype(op: Op, name: str) -> None:
+def test_index_tensors_of_another_dtype_are_refused(op: Op, name: str) -> None:
     args = example(op)
     for other in {torch.int16, torch.int32, torch.int64} - {args[name].dtype}:
         args[name] = args[name].to(other)
@@ -80,7 +80,7 @@ def test_indices_have_one_dtype(op: Op, name: str) -> None:
             op(**grouped_arguments(op, args))
 
 
-def test_entries_of_a_block_table_that_nothing_is_cached_by_may_be_anything() -> None:
+def test_unused_entries_of_a_block_table_are_not_checked() -> None:
     op = OPS["decode_attention"]
     args = grouped_arguments(op, example(op))
     want, cache = op(**args), args["cache"]
@@ -97,7 +97,7 @@ def test_entries_of_a_block_table_that_nothing_is_cached_by_may_be_anything() ->
     (2, [0, 2, 2], r"query_start_loc\[2\] is 2, expected 3"),
     (3, [0, 2, 1, 3], r"query_start_loc\[2\] is 1, expected 2 to 3"),
 ])  # fmt: skip
-def test_new_tokens_lie_end_to_end(b: int, starts: list[int], message: str) -> None:
+def test_query_start_loc_must_rise_from_0_to_the_number_of_tokens(b: int, starts: list[int], message: str) -> None:
     op = OPS["prefill_attention"]
     args = example(op)
     args |= {name: args[name][:1].expand(3, -1, -1) for name in "qkv"}
@@ -107,7 +107,9 @@ def test_new_tokens_lie_end_to_end(b: int, starts: list[int], message: str) -> N
         op(**grouped_arguments(op, args))
 
 
-def test_a_bundle_is_looked_at_before_it_is_run(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_indices_of_a_repro_bundle_are_checked_before_it_runs(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     op, name = next((op, name) for op, name in INDICES if op.name == "kv_write")
     impl, args = op.impls["triton"], planted(op, name, 10**6)
     repro_bundle.save(tmp_path / "x.bundle", impl, impl.configs[0], tuple(args.values()), 0, "aligned", {}, "a test")
@@ -115,7 +117,7 @@ def test_a_bundle_is_looked_at_before_it_is_run(tmp_path: Any, capsys: pytest.Ca
     assert "kv_write: slot_mapping holds 1000000, expected at most" in capsys.readouterr().err
 
 
-def test_on_a_gpu_values_are_looked_at_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_indices_on_a_gpu_are_checked_only_in_debug_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     from vila_triton.ops.indices import can_read_values
 
     for said, wanted in (("", False), ("0", False), ("1", True)):

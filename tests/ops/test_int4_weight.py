@@ -16,7 +16,7 @@ GROUPS = st.tuples(st.integers(1, 4), st.sampled_from([16, 32, 48])) | st.tuples
 
 
 @given(st.integers(1, 40), GROUPS, st.integers(0, 2**16))
-def test_a_weight_is_its_codes_less_their_zero_times_their_scale(n: int, groups: tuple[int, int], seed: int) -> None:
+def test_dequantize_is_codes_less_zeros_times_scales(n: int, groups: tuple[int, int], seed: int) -> None:
     (G, group), rng = groups, torch.Generator().manual_seed(seed)
     q = torch.randint(0, 16, (n, G * group), generator=rng, dtype=torch.int32)
     scales, zeros = torch.rand(G, n, generator=rng), torch.randint(0, 16, (G, n), generator=rng).float()
@@ -29,7 +29,7 @@ def test_a_weight_is_its_codes_less_their_zero_times_their_scale(n: int, groups:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_the_two_orders_of_rounding_are_as_written(dtype: torch.dtype) -> None:
+def test_sub_and_fma_round_as_documented(dtype: torch.dtype) -> None:
     """Every code with every zero: in float64 all products and sums are exact, so that each rounding can be seen."""
     q, zeros = torch.arange(16).repeat(16)[None], torch.arange(16).repeat_interleave(16)[None]
     scales = torch.rand(1, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -42,7 +42,7 @@ def test_the_two_orders_of_rounding_are_as_written(dtype: torch.dtype) -> None:
 
 
 @given(GROUPS, st.floats(-3, 3), st.integers(0, 2**16))
-def test_quantizing_takes_the_nearest_of_16_levels_and_keeps_0(
+def test_quantize_rtn_takes_the_nearest_of_16_levels_and_keeps_0(
     groups: tuple[int, int], shift: float, seed: int
 ) -> None:
     G, group = groups
@@ -62,6 +62,6 @@ def test_weights_that_cannot_be_grouped_are_refused(k: int, group: int) -> None:
         quantize_rtn(torch.ones(2, k), group)
 
 
-def test_weights_that_are_not_numbers_are_refused() -> None:
+def test_weights_with_nan_or_infinity_are_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
         quantize_rtn(torch.full((1, 8), float("nan")), 8)

@@ -38,7 +38,7 @@ TRITON = ops.decode_attention.impls["triton"]
     size=st.floats(-12, 12),
     seed=st.integers(0, 2**16),
 )
-def test_a_quantised_number_is_half_a_scale_off(
+def test_quantized_values_are_within_half_a_scale(
     kv: str, scales: torch.dtype, shape: tuple, shift: float, size: float, seed: int
 ) -> None:
     """And at the ends of the range as many roundings of the scale more as there are codes."""
@@ -59,13 +59,13 @@ def test_a_quantised_number_is_half_a_scale_off(
 
 
 @KINDS
-def test_nothing_is_all_that_zeros_become(kv: str) -> None:
+def test_zeros_are_quantized_to_zeros(kv: str) -> None:
     like = ops.empty_kv_pages((0, 8), torch.float16 if kv == "plain" else kv, DEVICE)
     held = quantize_kv(torch.zeros(3, 2, 8, device=DEVICE), like)
     assert not (held if isinstance(held, torch.Tensor) else held.dequantize()).any()
 
 
-def test_pools_that_are_not_what_they_say_stop_at_the_op() -> None:
+def test_inconsistent_pages_are_refused_by_the_op() -> None:
     k, v, k_pages, v_pages, slots = example_args(ops.kv_write, 0, s=3, g=2, d=8, l=16, dtype="float16", kv="int4")
     eight = example_args(ops.kv_write, 0, s=3, g=2, d=8, l=16, dtype="float16", kv="int8")[2]
     wrong = {
@@ -92,7 +92,7 @@ def test_pools_that_are_not_what_they_say_stop_at_the_op() -> None:
     with pytest.raises(ValueError, match="even head dim, got 7"):
         ops.empty_kv_pages((1, 16, 2, 7), "int4")
     args = example_args(ops.decode_attention, **DECODE)
-    with pytest.raises(ValueError, match="decode_attention: no numerics 'exact'; there are: fast, invariant"):
+    with pytest.raises(ValueError, match="decode_attention: no numerics 'exact'; there are: fast, batch_invariant"):
         ops.decode_attention(*args, numerics="exact")
     with pytest.raises(Unsupported, match="log-sum-exp"):
         ops.decode_attention.impls["simple"](*args, return_lse=True)
@@ -101,9 +101,7 @@ def test_pools_that_are_not_what_they_say_stop_at_the_op() -> None:
 @pytest.mark.on_gpu
 @pytest.mark.parametrize("name", ["kv_write", "rope_kv_write"])
 @KINDS
-def test_slots_below_0_touch_nothing_and_pages_beyond_32_bits_are_reached_2(
-    name: str, kv: str, far: torch.Tensor
-) -> None:
+def test_kv_write_skips_negative_slots_and_reaches_pages_beyond_32_bits(name: str, kv: str, far: torch.Tensor) -> None:
     """vllm 47671: a page number times a stride, in 32 bits. By a strided view of memory that is mostly never touched:
     the last page of a pool begins more than 2³¹ elements from the first."""
     op = ops.kv_write if name == "kv_write" else ops.rope_kv_write
@@ -133,7 +131,7 @@ def narrow(pools: Any) -> Any:
 
 @pytest.mark.on_gpu
 @KINDS
-def test_decode_reaches_pages_and_scales_beyond_32_bits_2_3_39(kv: str, far: torch.Tensor) -> None:
+def test_decode_reaches_pages_and_scales_beyond_32_bits(kv: str, far: torch.Tensor) -> None:
     """vllm 47671, 50427; vllm 49716: strides of scales of their own."""
     q, cache, *rest = example_args(ops.decode_attention, **{**DECODE, "kv": kv})
     cache = narrow(cache)
@@ -143,7 +141,7 @@ def test_decode_reaches_pages_and_scales_beyond_32_bits_2_3_39(kv: str, far: tor
 
 
 @pytest.mark.on_gpu
-def test_queries_beyond_32_bits_1_4(far: torch.Tensor) -> None:
+def test_decode_reaches_queries_beyond_32_bits(far: torch.Tensor) -> None:
     """sglang 20389, SageAttention 386: an index of a query times its stride, of views that are not contiguous."""
     q, *rest = example_args(ops.decode_attention, **{**DECODE, "b": 3})
     near, there = (TRITON(x, *rest, config=TRITON.configs[0]) for x in (q, apart(q, far)))
@@ -152,7 +150,7 @@ def test_queries_beyond_32_bits_1_4(far: torch.Tensor) -> None:
 
 @pytest.mark.on_gpu
 @KINDS
-def test_what_is_not_cached_is_never_in_a_sum_6_7_10_36(kv: str) -> None:
+def test_decode_ignores_nan_beyond_the_sequence_length(kv: str) -> None:
     """vllm 47305, flash-attention 1745, flashinfer 725: 0 · NaN beyond the length, in tails of pages, pages of nobody,
     and (vllm 47303) scales and zeros there; lengths below a page, and 11 (triton-lang/kernels 6) of 1."""
     for t in (1, 2, 15, 16, 17, 63, 64, 65):
@@ -165,7 +163,7 @@ def test_what_is_not_cached_is_never_in_a_sum_6_7_10_36(kv: str) -> None:
 
 @pytest.mark.on_gpu
 @KINDS
-def test_a_split_that_is_empty_and_a_sequence_without_tokens_9_33(kv: str) -> None:
+def test_decode_of_empty_splits_and_empty_sequences_is_finite(kv: str) -> None:
     """LMCache 3092, sglang 38142, aiter 5004: -inf - -inf where a split, or all of a sequence, holds no key."""
     q, cache, _, scale = example_args(ops.decode_attention, **{**DECODE, "kv": kv, "t": 200})
     cache = replace(cache, block_table=cache.block_table[:1].expand(2, -1))
@@ -177,7 +175,7 @@ def test_a_split_that_is_empty_and_a_sequence_without_tokens_9_33(kv: str) -> No
 
 
 @pytest.mark.on_gpu
-def test_logits_far_from_0_8() -> None:
+def test_decode_of_large_logits_does_not_overflow() -> None:
     """vllm 56578: powers that overflow. The largest score is taken off before any is raised."""
     q, cache, *rest = example_args(ops.decode_attention, **{**DECODE, "dtype": "float32"})
     assert_matches_reference(
@@ -191,7 +189,7 @@ def seconds(programs: int, room: int) -> int:
     return estimated_time(programs, room, splits, MIN_SPLIT, PROGRAMS)
 
 
-def test_twice_the_work_takes_no_more_than_twice_the_time_20_31() -> None:
+def test_estimated_time_grows_at_most_linearly() -> None:
     """vllm 48076: a cliff where a batch grows past the point up to which sequences are split."""
     for programs in (1, 2, 8, 16, 33, 64, 100, 132, 256, 264, 272, 512):
         for room in (64, 256, 1024, 1040, 4096, 32768):
@@ -199,7 +197,7 @@ def test_twice_the_work_takes_no_more_than_twice_the_time_20_31() -> None:
             assert seconds(programs, 2 * room) <= 2 * seconds(programs, room)
 
 
-def test_short_contexts_are_not_cut_to_crumbs_and_long_ones_fill_the_gpu_22_32() -> None:
+def test_short_contexts_have_few_splits_and_long_ones_fill_the_gpu() -> None:
     """sglang 2271, 35801: eight splits of 32k keys at most, and 29 of 256."""
     assert plan_splits("fast", 8, 256, MIN_SPLIT, PROGRAMS).max_splits <= 256 // MIN_SPLIT
     for room in (8192, 32768):
@@ -209,10 +207,10 @@ def test_short_contexts_are_not_cut_to_crumbs_and_long_ones_fill_the_gpu_22_32()
     for room in (1, 63, 64, 65, 4096, 10**6):
         longest = plan_splits("fast", 10**4, room, MIN_SPLIT, PROGRAMS).max_splits
         assert longest == -(-room // MAX_SPLIT)  # a ragged batch's longest
-        assert plan_splits("invariant", 3, room, MIN_SPLIT, PROGRAMS).max_splits == -(-room // INVARIANT_SPLIT)
+        assert plan_splits("batch_invariant", 3, room, MIN_SPLIT, PROGRAMS).max_splits == -(-room // INVARIANT_SPLIT)
 
 
-def test_room_in_the_block_table_is_not_taken_for_length_35() -> None:
+def test_decode_with_a_wide_block_table_matches_the_reference() -> None:
     """flash-attention 1000, 1465: as many splits as the longest sequence there might be would need."""
     q, cache, lengths, scale = example_args(ops.decode_attention, **DECODE)
     table = cache.block_table
@@ -222,9 +220,7 @@ def test_room_in_the_block_table_is_not_taken_for_length_35() -> None:
 
 @pytest.mark.parametrize("kv", ["int8", "int4"])
 @given(ratio=st.sampled_from([1e2, 1e4, 1e5, 1e6, 1e8]), at=st.integers(0, 15), seed=st.integers(0, 99))
-def test_a_token_with_large_values_that_counts_for_little_spoils_no_other(
-    kv: str, ratio: float, at: int, seed: int
-) -> None:
+def test_a_large_value_with_a_small_weight_keeps_the_others_exact(kv: str, ratio: float, at: int, seed: int) -> None:
     """Its scale is so large beside the others' that weight times scale over it is no number of float16."""
     rng, d = torch.Generator().manual_seed(seed), 32
     k, v = 0.3 * torch.randn(16, 1, d, generator=rng), 100 / ratio * torch.randn(16, 1, d, generator=rng)
@@ -235,8 +231,8 @@ def test_a_token_with_large_values_that_counts_for_little_spoils_no_other(
     assert_matches_reference(ops.decode_attention, TRITON, TRITON.configs[0], args)
 
 
-def test_harness_sees_scales_read_past_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A twin of the kernel that reads one token more is found on quantised pages."""
+def test_scales_read_beyond_the_sequence_length_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A twin of the kernel that reads one token more is found on quantized pages."""
 
     def one_more(q, cache, lengths, scale, *more):
         return ops.decode_attention.reference(q, cache, lengths + 1, scale, *more)

@@ -33,7 +33,7 @@ def numbers(*shape: int, dtype: torch.dtype = D) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 40), (2, 3, 17)])
-def test_rms_norm_is_llamas(shape: tuple[int, ...]) -> None:
+def test_rms_norm_equals_hugging_faces(shape: tuple[int, ...]) -> None:
     x, norm = numbers(*shape), LlamaRMSNorm(shape[-1], eps=1e-3).to(D)
     norm.weight.data = numbers(shape[-1])
     with exact_norms():
@@ -41,20 +41,20 @@ def test_rms_norm_is_llamas(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 40), (2, 3, 17)])
-def test_layer_norm_is_torchs(shape: tuple[int, ...]) -> None:
+def test_layer_norm_equals_torchs(shape: tuple[int, ...]) -> None:
     x, norm = numbers(*shape), torch.nn.LayerNorm(shape[-1], eps=1e-3).to(D)
     norm.weight.data, norm.bias.data = numbers(shape[-1]), numbers(shape[-1] + 1)[1:]
     close(ops.layer_norm.reference(x, norm.weight.data, norm.bias.data, 1e-3), norm(x).detach())
 
 
-def test_rope_is_hugging_faces_rotate_half() -> None:
+def test_rope_equals_hugging_faces_rotate_half() -> None:
     x, theta = numbers(7, 3, 10), numbers(7, 5)
     cos, sin = (f(torch.cat((theta, theta), dim=-1))[None] for f in (torch.cos, torch.sin))
     expected, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
     close(ops.rope.reference(x, theta.cos(), theta.sin()), expected[0].transpose(0, 1))
 
 
-def test_swiglu_is_silu_of_the_gate_times_up() -> None:
+def test_swiglu_equals_silu_of_the_gate_times_up() -> None:
     gate, up = numbers(5, 9), numbers(9, 5).T
     close(ops.swiglu.reference(gate, up), gate / (1 + torch.exp(-gate)) * up)
 
@@ -101,7 +101,7 @@ def paged(sequences: list[tuple[Tensor, Tensor]], size: int) -> ops.PagedKV:
 
 
 @given(CHUNKS.filter(lambda chunks: any(s for _, s in chunks)), PAGE_SIZES, HEADS)
-def test_prefill_attention_is_torchs(lengths: list[tuple[int, int]], size: int, heads: tuple[int, int]) -> None:
+def test_prefill_attention_equals_torchs(lengths: list[tuple[int, int]], size: int, heads: tuple[int, int]) -> None:
     h, g = heads
     all_k, all_v = ([numbers(t + s, g, 8) * sign for t, s in lengths] for sign in (1, -1))
     qs = [numbers(s, h, 8) for _, s in lengths]
@@ -119,7 +119,7 @@ def test_prefill_attention_is_torchs(lengths: list[tuple[int, int]], size: int, 
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=3), PAGE_SIZES, HEADS)
-def test_decode_attention_is_torchs(lengths: list[int], size: int, heads: tuple[int, int]) -> None:
+def test_decode_attention_equals_torchs(lengths: list[int], size: int, heads: tuple[int, int]) -> None:
     h, g = heads
     pairs = [(numbers(t, g, 8), -numbers(t, g, 8)) for t in lengths]
     q = numbers(len(lengths), h, 8)
@@ -134,12 +134,12 @@ def test_a_sequence_without_tokens_decodes_to_zero() -> None:
     assert got.shape == (1, 2, 8) and not got.any()
 
 
-def test_encoder_attention_is_torchs() -> None:
+def test_encoder_attention_equals_torchs() -> None:
     q, k, v = numbers(2, 7, 3, 8), numbers(2, 3, 7, 8).transpose(1, 2), numbers(7, 2, 3, 8).transpose(0, 1)
     close(ops.encoder_attention.reference(q, k, v, 0.4), torch.stack([sdpa(*x, 0.4) for x in zip(q, k, v)]))
 
 
-def test_kv_write_writes_the_named_slots_and_no_other() -> None:
+def test_kv_write_writes_the_slots_of_its_mapping_and_no_other() -> None:
     k, v, pages = numbers(4, 2, 8), -numbers(4, 2, 8), torch.zeros(2, 3, 4, 2, 8, dtype=D)
     got = ops.kv_write.reference(k, v, *pages, torch.tensor([11, -1, 0, 5]))
     assert [x.data_ptr() for x in got] == [x.data_ptr() for x in pages]  # in place
@@ -174,7 +174,7 @@ TENSORS = [
 
 @pytest.mark.parametrize("spoil", ["axes", "device"])
 @pytest.mark.parametrize("name, argument", TENSORS, ids=[f"{name}-{argument}" for name, argument in TENSORS])
-def test_a_tensor_that_does_not_fit_is_named_before_anything_runs(name: str, argument: str, spoil: str) -> None:
+def test_a_tensor_of_wrong_shape_dtype_or_device_is_named(name: str, argument: str, spoil: str) -> None:
     op = OPS[name]
     values = flat_arguments(op, example(name))
     x = values[argument]
@@ -227,7 +227,7 @@ CONTRACTS: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("name, changes, message", CONTRACTS)
-def test_what_breaks_a_contract_is_refused_before_anything_runs(name: str, changes: dict, message: str) -> None:
+def test_arguments_that_break_a_precondition_are_refused(name: str, changes: dict, message: str) -> None:
     op = OPS[name]
     values = {key: changes.get(key, lambda x: x)(x) for key, x in flat_arguments(op, example(name)).items()}
     with count_calls() as calls, pytest.raises(ValueError, match=message):

@@ -55,7 +55,7 @@ def test_the_stand_in_divides_like_cuda() -> None:
 
 @pytest.mark.parametrize("scales", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kv", KV_BITS)
-def test_quantised_pages_hold_the_same_bits_on_every_device(kv: str, scales: torch.dtype) -> None:
+def test_quantized_pages_hold_the_same_bits_on_every_device(kv: str, scales: torch.dtype) -> None:
     x = torch.randn(4096, 32, generator=torch.Generator().manual_seed(0))
     like = ops.empty_kv_pages((0, 32), kv, scale_dtype=scales)
     here = quantize_kv(x, like)
@@ -68,7 +68,7 @@ def test_quantised_pages_hold_the_same_bits_on_every_device(kv: str, scales: tor
 
 @pytest.mark.parametrize("kv", KV_BITS)
 @pytest.mark.parametrize("op, impl, config", CASES)
-def test_kernels_agree_with_the_reference_of_a_gpu(op: Op, impl: Impl, config: dict, kv: str) -> None:
+def test_kernels_equal_the_reference_with_cuda_division(op: Op, impl: Impl, config: dict, kv: str) -> None:
     sizes = dict(s=40, g=3, d=64, l=16, dtype="float16", kv=kv) | ({"ratio": 2} if "ratio" in op.domain else {})
     with DividesLikeCuda():
         assert_matches_reference(op, impl, config, example_args(op, 0, **sizes))
@@ -82,7 +82,7 @@ CALLS = [
 ]
 
 
-def test_exact_kernels_are_rounded_as_they_are_written() -> None:
+def test_bitwise_exact_kernels_use_exact_instructions() -> None:
     assert {call.op for call in CALLS} == {op.name for op in EXACT}
     for call, rows in zip(CALLS, run_in_subprocesses(check_compiled, CALLS)):
         assert rows and not [row["wrong"] for row in rows if row["wrong"]], (call, rows)
@@ -95,7 +95,7 @@ def test_exact_kernels_are_rounded_as_they_are_written() -> None:
         ("kv_write.py", "enable_fp_fusion=False", "enable_fp_fusion=True", "mul.f32"),
     ],
 )
-def test_approximations_are_found(file: str, old: str, new: str, instruction: str, tmp_path: Path) -> None:
+def test_approximate_instructions_are_detected(file: str, old: str, new: str, instruction: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     planted = tmp_path / "kernels" / file
     text = planted.read_text()

@@ -47,7 +47,7 @@ def canonical(x: Tensor) -> Tensor:
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, of interpreted kernels
 @pytest.mark.parametrize("dtype", [x for x in ("float32", "float16", "bfloat16") if x not in UNSUPPORTED_DTYPES])
 @pytest.mark.parametrize("op, kv, impl", CASES)
-def test_special_values_become_the_same_bits(op: Op, kv: str | None, impl: Impl, dtype: str) -> None:
+def test_special_values_are_quantized_to_the_same_bits(op: Op, kv: str | None, impl: Impl, dtype: str) -> None:
     usual = {n: d.values[0] if isinstance(d, OneOf) else min(d.high, 2) for n, d in op.domain.items()}
     sizes: dict[str, Any] = usual | ({"kv": kv} if kv else {}) | {"dtype": dtype, "s": 8}
     rng = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Our search: what it may not change, what it does to groups of every kind, and what it gains."""
+"""AWQ scales, clipping and GPTQ: invariants, groups of every kind, and the error that they save."""
 
 from dataclasses import fields
 
@@ -26,7 +26,7 @@ SHRINKS = awq_gptq.CLIP_RATIOS
 
 
 def group_of(kind: str, rng: torch.Generator, size: int) -> Tensor:
-    """Weights of one group."""
+    """The weights of one group."""
     x = torch.randn(size, generator=rng)
     spike = torch.zeros(size)
     spike[int(torch.randint(size, (), generator=rng))] = 40.0

@@ -1,4 +1,4 @@
-"""Layers that are hard to scale: zeros, numbers next to nothing, dead inputs, columns that are all alike."""
+"""Layers that are hard to quantize: zeros, tiny numbers, dead inputs, equal columns."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +22,7 @@ LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def dead(w: Tensor) -> Tensor:
-    """Some outputs are 0, so that what follows has inputs that are always 0."""
+    """Set some outputs to 0, so that the linears behind them have inputs that are always 0."""
     return torch.cat((w[: len(w) // 2] * 0, w[len(w) // 2 :]))
 
 
@@ -127,7 +127,7 @@ def test_weights_that_cannot_be_quantized_are_refused_with_the_reason() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             llm_awq.quantize_layer(replace(layer, **{name: Affine(w, None)}), x, tokens, CFG, GROUP)
-    with pytest.raises(ValueError, match="what attention is given is NaN or infinite"):
+    with pytest.raises(ValueError, match="the inputs of attention are NaN or infinite"):
         llm_awq.quantize_layer(layer, x / 0, tokens, CFG, GROUP)
     result = llm_awq.AwqSearchResult({"down": torch.full((96,), 2.0**-14).half()}, {}, {})
     large = replace(layer, up=Affine(torch.full((96, 64), 100.0).half(), None))

@@ -1,4 +1,4 @@
-"""Mode upstream against llm-awq's objective written down a second time, token by token; and its cache files."""
+"""Method llm-awq compared with a second transcription of its objective, token by token; and its cache files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ def model(kv_heads: int) -> tuple[LlamaConfig, llama.Layer, Tensor]:
 
 
 class Transcription:
-    """vila.md 3.1 and 3.2 in loops: weights by Hugging Face's names, everything in float64."""
+    """llm-awq's scale and clipping searches written as loops: weights by Hugging Face's names, all in float64."""
 
     def __init__(self, p: llama.Layer, cfg: LlamaConfig, x: Tensor) -> None:
         names = ("q", "k", "v", "o", "gate", "up", "down")
@@ -172,8 +172,8 @@ def test_scales_clips_and_codes_minimize_the_llm_awq_objective(kv_heads: int, tm
 
 
 def applied(p: llama.Layer, cache: dict[str, Any]) -> dict[str, Tensor]:
-    """A cache file put to use as llm-awq does: entry after entry, in the order of the file, each result rounded to the
-    dtype of the weights; then the integers, scales and zeros.
+    """Apply a cache file as llm-awq does: entry after entry, in the order of the file, each result rounded to the dtype
+    of the weights; then codes, scales and zeros.
     """
     w = {HF[name]: getattr(p, name).weight.clone() for name in HF}
     w |= {"input_layernorm": p.attention_norm.clone(), "post_attention_layernorm": p.mlp_norm.clone()}
@@ -192,7 +192,7 @@ def applied(p: llama.Layer, cache: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def tensors(p: llama.Layer) -> dict[str, Tensor]:
-    """The same of a layer that we rounded."""
+    """The codes, scales and zeros of a quantized layer."""
     out: dict[str, Tensor] = {"input_layernorm": p.attention_norm, "post_attention_layernorm": p.mlp_norm}
     for name, hf in HF.items():
         w: Any = getattr(p, name).weight
@@ -201,7 +201,7 @@ def tensors(p: llama.Layer) -> dict[str, Tensor]:
 
 
 def differing(p: llama.Layer, cache: dict[str, Any], layer: llama.Layer) -> list[str]:
-    """The tensors in which our rounded layer is not what llm-awq makes of a cache file."""
+    """The tensors of a quantized layer that differ from what llm-awq makes of a cache file."""
     theirs = applied(layer, cache)
     return [n for n, x in tensors(p).items() if not torch.equal(x.float().flatten(), theirs[n].float().flatten())]
 
@@ -240,7 +240,7 @@ def test_our_cache_applied_by_llm_awq_gives_the_same_tensors(dtype: torch.dtype,
 def test_llm_awq_cache_applied_here_gives_the_same_tensors(
     dtype: torch.dtype, order: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """Found in float64 by the transcription, so that no number is one of float16 by chance."""
+    """The cache was searched in float64, so that its numbers are not float16 by chance."""
     cfg, exact, x = model(4)
     layer = tree_map(lambda leaf: leaf.to(dtype), exact)
     other = Transcription(exact, cfg, x)

@@ -1,4 +1,4 @@
-"""`vila-triton quantize`: killed and resumed, in every layout, and what it refuses."""
+"""`vila-triton quantize`: killed and resumed, in every layout, and options that are refused."""
 
 import argparse
 import json
@@ -130,8 +130,8 @@ def command(*argv: object) -> None:
 
 
 def test_quantize_command_writes_a_report_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    also = ("--also", "vision_tower", "mm_projector")
-    command(BUNDLED_CHECKPOINT, tmp_path / "out", "--samples", 8, "--group-size", 64, "--format", "awq-gemm", *also)
+    extra = ("--extra-parts", "vision_tower", "mm_projector")
+    command(BUNDLED_CHECKPOINT, tmp_path / "out", "--samples", 8, "--group-size", 64, "--format", "awq-gemm", *extra)
     assert "8 questions about synthetic images" in capsys.readouterr().out
     assert not (tmp_path / "out.quantizing").exists()
     quant_report = json.loads((tmp_path / "out" / "quantization.json").read_text())
@@ -160,7 +160,7 @@ def test_rtn_checkpoint_equals_the_models_own_rounding(source: Path, tmp_path: P
 
 def test_llm_awq_cache_replaces_the_search(tmp_path: Path) -> None:
     for name, more in (("searched", ()), ("given", ("--awq-cache", tmp_path / "searched" / "awq_cache.pt"))):
-        command(BUNDLED_CHECKPOINT, tmp_path / name, "--mode", "upstream", "--samples", 16, "--group-size", 64, *more)
+        command(BUNDLED_CHECKPOINT, tmp_path / name, "--method", "llm-awq", "--samples", 16, "--group-size", 64, *more)
     a, b = (contents(tmp_path / name / "llm") for name in ("searched", "given"))
     assert a == b
 
@@ -168,14 +168,17 @@ def test_llm_awq_cache_replaces_the_search(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (("--mode", "upstream", "--image-weight", "0.5"), "llm-awq's objective weighs all tokens alike"),
+        (("--method", "llm-awq", "--image-weight", "0.5"), "llm-awq's objective weighs all tokens alike"),
         (("--awq-cache", "x.pt"), "--awq-cache holds what llm-awq's search finds"),
         (
-            ("--mode", "upstream", "--samples", "2"),
+            ("--method", "llm-awq", "--samples", "2"),
             r"llm-awq's clipping needs 512 tokens of calibration, there are \d+",
         ),
-        (("--mode", "upstream", "--no-propagate"), "--no-propagate would do nothing"),
-        (("--method", "rtn", "--samples", "3", "--no-propagate"), "--samples, --no-propagate would do nothing"),
+        (("--method", "llm-awq", "--no-error-propagation"), "--no-error-propagation would do nothing"),
+        (
+            ("--method", "rtn", "--samples", "3", "--no-error-propagation"),
+            "--samples, --no-error-propagation would do nothing",
+        ),
         (("--device", "tpu9"), "device 'tpu9' is not to be had here"),
     ],
 )
@@ -186,7 +189,7 @@ def test_impossible_options_are_refused_and_leave_nothing(argv: Sequence[str], m
 
 
 def test_work_folder_and_target_of_other_work_are_refused(source: Path, tmp_path: Path) -> None:
-    """Neither is a finished folder taken for the result of another command, nor one model mixed with another."""
+    """Neither a finished folder nor the work folder of another model is taken for that of this command."""
     out, work = tmp_path / "out", tmp_path / "out.quantizing"
     begun = ("--group-size", 64, "--samples", 4)
     awq.quantize_checkpoint(
@@ -263,7 +266,7 @@ def test_calibration_files_are_read_or_refused_by_line(tmp_path: Path) -> None:
         ('["text"]', r"b.jsonl:1: expected .* \(has list\)"),
         ('{"text": null}', "b.jsonl:1: expected .*, all of them strings"),
         ('{"image": 5, "question": "x"}', "all of them strings"),
-        ('{"image": [], "question": "x"}', "for images a list of some"),
+        ('{"image": [], "question": "x"}', "for images a list of strings"),
         ('{"image": "a.png", "question": "x", "answer": null}', "all of them strings"),
         ('{"image": "nowhere.png", "question": "x"}', r"b.jsonl:1: .*nowhere.png does not exist"),
     ):

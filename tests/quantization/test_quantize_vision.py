@@ -1,4 +1,4 @@
-"""The picture tower and the projector in int4: every kind of tower, written, read again, and what is refused."""
+"""The vision tower and the projector in int4: every kind of tower, written and read again, and what is refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def saved(folder: Path, tower: dict[str, Any], more: dict[str, Any], **sizes: int) -> CheckpointSource:
-    """The bundled model's language model, random, behind another tower, whose MLPs are no whole groups of 32."""
+    """Save the bundled language model, random, behind another vision tower, whose MLPs are no whole groups of 32."""
     top, parts = config_files(CONFIG)
     tower = tower | {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 4} | sizes
     width = tower["hidden_size"] * len(more.get("s2_scales", "20").split(","))

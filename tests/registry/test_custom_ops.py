@@ -46,15 +46,15 @@ def opcheck(op: Op, **sizes: Any) -> None:
 
 
 @pytest.mark.parametrize("op", [op for op in OPS.values() if op.custom_op], ids=lambda op: op.name)
-def test_opcheck(op: Op) -> None:
+def test_custom_op_passes_opcheck(op: Op) -> None:
     opcheck(op)
 
 
-def test_opcheck_without_the_optional_tensor() -> None:
+def test_custom_op_without_the_optional_tensor_passes_opcheck() -> None:
     opcheck(ops.int4_matmul, order="fma", bias=False)
 
 
-def test_every_op_of_a_model_is_one() -> None:
+def test_every_op_of_a_model_is_a_custom_op() -> None:
     assert {name for name, op in OPS.items() if op.custom_op} >= set(OF_A_MODEL.split())
 
 
@@ -71,7 +71,7 @@ def doubled(monkeypatch: pytest.MonkeyPatch) -> Op:
     return made
 
 
-def test_opcheck_finds_a_wrong_declaration(doubled: Op) -> None:
+def test_opcheck_rejects_a_wrong_fake_impl_and_an_undeclared_mutation(doubled: Op) -> None:
     doubled.fake_impl(lambda x, y: x.new_empty(x.shape))
     opcheck(doubled)
     doubled.fake_impl(lambda x, y: x.new_empty(len(x) + 1))
@@ -83,7 +83,7 @@ def test_opcheck_finds_a_wrong_declaration(doubled: Op) -> None:
         opcheck(doubled)
 
 
-def test_what_no_schema_holds_is_refused(doubled: Op) -> None:
+def test_annotations_without_a_schema_are_refused(doubled: Op) -> None:
     def listed(x: list[Tensor]) -> Tensor:
         return x[0]
 
@@ -95,7 +95,7 @@ def test_what_no_schema_holds_is_refused(doubled: Op) -> None:
         doubled.mutates("x")
 
 
-def test_as_many_results_as_the_reference_says(doubled: Op, fresh: None) -> None:
+def test_a_wrong_number_of_results_is_an_error(doubled: Op, fresh: None) -> None:
     doubled.fake_impl(lambda x, y: x.new_empty(x.shape))
     doubled.impl("two")(lambda x, y: (2 * x, 2 * y))
     compiled = torch.compile(lambda x: doubled(x, x), fullgraph=True, backend="eager")
@@ -103,7 +103,7 @@ def test_as_many_results_as_the_reference_says(doubled: Op, fresh: None) -> None
         compiled(torch.ones(3))
 
 
-def test_a_call_with_lse_runs_what_is_chosen_between_two_graphs(fresh: None) -> None:
+def test_a_call_with_return_lse_runs_the_chosen_implementation_between_two_graphs(fresh: None) -> None:
     sizes = {"b": 2, "s": 4, "t": 3, "g": 1, "ratio": 1, "d": 32, "l": 16, "dtype": "float32"}
     args = ops.prefill_attention.make_example(**sizes, rng=torch.Generator().manual_seed(0), device=DEVICE)
     compiled = torch.compile(lambda *args: ops.prefill_attention(*args, return_lse=True), backend="eager")
@@ -155,7 +155,7 @@ CASES = [("aot_eager", "dense"), ("aot_eager", "int4"), pytest.param("inductor",
 
 
 @pytest.mark.parametrize(("backend", "weights"), CASES)
-def test_a_layer_compiles_in_one_piece_and_gives_the_eager_result(backend: str, weights: str, fresh: None) -> None:
+def test_a_layer_compiles_into_one_graph_and_gives_the_eager_result(backend: str, weights: str, fresh: None) -> None:
     want = run(layer, weights)
     with count_calls() as calls:
         got = run(torch.compile(layer, fullgraph=True, backend=backend), weights)
@@ -165,7 +165,7 @@ def test_a_layer_compiles_in_one_piece_and_gives_the_eager_result(backend: str, 
     assert ran >= ({"int4_matmul", "int4_swiglu"} if weights == "int4" else {"linear", "swiglu"})
 
 
-def test_the_choice_is_made_when_compiled_code_runs(fresh: None) -> None:
+def test_implementations_are_chosen_when_compiled_code_runs(fresh: None) -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with use(rms_norm="reference"):
         run(compiled, "dense")
@@ -179,7 +179,7 @@ def test_the_choice_is_made_when_compiled_code_runs(fresh: None) -> None:
     assert not outputs[-1].any()  # the values that were written
 
 
-def test_bad_arguments_are_told_while_tracing(fresh: None) -> None:
+def test_wrong_arguments_are_refused_while_tracing(fresh: None) -> None:
     compiled = torch.compile(lambda x, w: ops.rms_norm(x, w, 1e-5), fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=r"rms_norm: weight has shape \[5\], expected \[e=8\]"):
         compiled(torch.ones(2, 8), torch.ones(5))
@@ -188,7 +188,7 @@ def test_bad_arguments_are_told_while_tracing(fresh: None) -> None:
         ops.rms_norm.custom_op(torch.ones(2, 8), torch.ones(8), epsilon=1)
 
 
-def test_a_gradient_is_there_uncompiled_and_refused_compiled(fresh: None) -> None:
+def test_references_have_gradients_and_compiled_ops_refuse_them(fresh: None) -> None:
     x, w = (torch.ones(s, requires_grad=True) for s in ((2, 8), (8,)))
 
     def norm(x: Tensor, w: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def ran(op: Op, args: tuple) -> str:
 
 
 @EACH
-def test_a_call_runs_the_same_inside_an_engine_and_outside(op: Op) -> None:
+def test_a_call_runs_the_same_implementation_inside_and_outside_an_engine(op: Op) -> None:
     args = example(op)
     outside = ran(op, args)
     for phase in ("prefill", "decode"):
@@ -43,15 +43,15 @@ def test_a_call_runs_the_same_inside_an_engine_and_outside(op: Op) -> None:
 
 
 @pytest.mark.parametrize("name", ["prefill_attention", "decode_attention"])
-def test_a_call_under_the_policy_invariant_runs_what_keeps_it(name: str) -> None:
-    args = example(OPS[name], numerics="invariant")
-    with engine.use_default_kernels(torch.device("cpu"), "invariant"):
+def test_a_batch_invariant_call_runs_a_batch_invariant_implementation(name: str) -> None:
+    args = example(OPS[name], numerics="batch_invariant")
+    with engine.use_default_kernels(torch.device("cpu"), "batch_invariant"):
         inside = ran(OPS[name], args)
     assert ran(OPS[name], args) == inside
 
 
 @EACH
-def test_where_there_is_nothing_to_compute_the_reference_tells_shapes(op: Op) -> None:
+def test_a_call_on_meta_runs_the_reference_for_its_shapes(op: Op) -> None:
     assert op.choose_implementation(*map_tensors(lambda x: x.to("meta"), example(op))) == "reference"
 
 
@@ -71,13 +71,13 @@ def gradients(fn: Any, args: tuple) -> list[Tensor]:
 
 
 @CPU
-def test_gradients_are_those_of_the_reference(op: Op) -> None:
+def test_gradients_equal_those_of_the_reference(op: Op) -> None:
     args = example(op)
     for got, want in zip(gradients(op, args), gradients(op.reference, args), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_a_kernel_without_a_gradient_says_so() -> None:
+def test_asking_a_kernel_for_a_gradient_raises() -> None:
     x, w = example(ops.rms_norm)[:2]
     with use(rms_norm="triton"):
         out = ops.rms_norm(x.requires_grad_(), w, 1e-5)
@@ -96,7 +96,7 @@ def test_a_kernel_without_a_gradient_says_so() -> None:
         (q.sum() + k.sum()).backward()
 
 
-def test_what_does_not_serve_a_call_names_the_way_out() -> None:
+def test_an_unsupported_default_recommends_the_reference() -> None:
     args = example(ops.decode_attention)
     with pytest.raises(
         Unsupported, match=r"log-sum-exp \('aten' runs here by default; `with use\(decode_attention=\"ref"
@@ -109,7 +109,7 @@ def test_what_does_not_serve_a_call_names_the_way_out() -> None:
         ops.decode_attention(*args, return_lse=True)
 
 
-def test_the_way_out_is_named_once_and_of_the_op_that_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_inner_op_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise Unsupported("no")
 
@@ -119,7 +119,7 @@ def test_the_way_out_is_named_once_and_of_the_op_that_does_not_serve(monkeypatch
     assert str(error.value) == "no ('aten' runs here by default; `with use(swiglu=\"reference\")` runs the reference)"
 
 
-def test_an_int4_product_is_not_the_reference_by_accident() -> None:
+def test_an_int4_product_on_a_cpu_does_not_run_the_reference() -> None:
     """The call that made the fault known: 4096 × 4096 took 40 times as long outside an engine."""
     args = example_args(ops.int4_matmul, 0, m=1, n=64, G=2, group=64, dtype="float32", order="sub", bias=True)
     args = map_tensors(lambda x: x.cpu(), args)
@@ -130,7 +130,9 @@ def test_an_int4_product_is_not_the_reference_by_accident() -> None:
     assert calls == {("int4_matmul", "blocked"): 1}
 
 
-def test_ops_shows_what_a_gpu_would_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ops_command_shows_the_implementations_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from vila_triton.__main__ import main
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -139,4 +141,4 @@ def test_ops_shows_what_a_gpu_would_run(monkeypatch: pytest.MonkeyPatch, capsys:
     said = capsys.readouterr().out
     assert "chosen on cuda for" in said and "There is no GPU here" in said and 'use(OP="reference")' in said
     (line,) = [line for line in said.splitlines() if line.split()[:2] == ["rms_norm", "triton"]]
-    assert "prefill and decode and invariant" in line
+    assert "prefill and decode and batch_invariant" in line

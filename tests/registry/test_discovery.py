@@ -119,7 +119,7 @@ def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Put]:
         OPS[name].impls.update(impls)
 
 
-def test_a_new_op_is_a_file_and_its_kernel_another(put: Put, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_new_op_takes_one_file_and_its_kernel_another(put: Put, capsys: pytest.CaptureFixture[str]) -> None:
     put("ops/cut_in_two.py", OP)
     put("kernels/cut_in_two.py", KERNEL)
     assert check.main(["cut_in_two", "--impl", "mine", "--examples", "4", "--seconds", "10"]) == 0
@@ -147,7 +147,7 @@ def test_a_new_op_is_a_file_and_its_kernel_another(put: Put, capsys: pytest.Capt
         ("Any", "returns typing.Any, expected a Tensor"),
     ],
 )
-def test_a_result_that_no_schema_holds_is_told_where_it_is_declared(
+def test_a_result_without_a_schema_is_reported_with_its_line(
     put: Put, capsys: pytest.CaptureFixture[str], returns: str, told: str
 ) -> None:
     put("ops/cut_in_two.py", OP.replace("tuple[Tensor, Tensor]", returns))
@@ -158,7 +158,7 @@ def test_a_result_that_no_schema_holds_is_told_where_it_is_declared(
 
 
 @pytest.mark.parametrize("part", ["requires", "example_inputs", "sizes_from_args", "flops_and_bytes", "fake_impl"])
-def test_an_op_that_lacks_a_part_says_which(put: Put, capsys: pytest.CaptureFixture[str], part: str) -> None:
+def test_a_missing_part_of_an_op_is_reported(put: Put, capsys: pytest.CaptureFixture[str], part: str) -> None:
     text = dedent(OP)
     begin = text.index(f"@cut_in_two.{part}" if part != "fake_impl" else "cut_in_two.fake_impl")
     text = text[:begin] + text[begin:].partition("\n\n\n")[2]
@@ -200,7 +200,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("folder", ["kernels", "ops"])
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_broken_file_is_named_once_and_is_in_nobodys_way(
+def test_a_broken_file_is_reported_once_and_others_still_load(
     put: Put, capsys: pytest.CaptureFixture[str], how: str, folder: str
 ) -> None:
     text, wrong = BROKEN[how]
@@ -224,7 +224,7 @@ def test_a_broken_file_is_named_once_and_is_in_nobodys_way(
     assert not capsys.readouterr().err
 
 
-def test_a_broken_file_that_others_import_is_named_once(put: Put, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_file_that_others_import_is_reported_once(put: Put, capsys: pytest.CaptureFixture[str]) -> None:
     put("kernels/_shared.py", "x = = 1\n")
     for name in "abc":
         put(f"kernels/{name}.py", "from ._shared import x\n")

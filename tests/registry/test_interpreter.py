@@ -15,7 +15,7 @@ from vila_triton.registry.interpreter import patch_scalar_index
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="kernels are compiled here, not interpreted")
-def test_a_loop_up_to_an_argument_runs_where_triton_takes_no_array_as_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_up_to_an_argument_runs_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Triton 3.6 has it under numpy 2.4, and later a Triton that is put right already."""
     discover()
     patch = interpreter._patch_lang_tensor
@@ -36,7 +36,7 @@ def test_a_loop_up_to_an_argument_runs_where_triton_takes_no_array_as_an_index(m
         torch.testing.assert_close(rms_norm(x, weight, 1e-5), rms_norm.reference(x, weight, 1e-5))
 
 
-def test_only_what_is_interpreted_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chat_summary_reports_the_interpreter_only_for_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     discover()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert kernels_summary(Counter({("linear", "reference"): 3})) == "kernels: reference"

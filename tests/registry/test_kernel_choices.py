@@ -47,7 +47,7 @@ def ran(op: Op, *sizes: int) -> list[str]:
 RANGES = [[2, "reference"], [5, "whole"], "blocks"]
 
 
-def test_a_call_runs_what_the_range_of_its_size_names(doubled: Op) -> None:
+def test_a_call_runs_the_implementation_of_its_size_range(doubled: Op) -> None:
     with use(doubled=RANGES):
         assert ran(doubled, 1, 2, 3, 5, 6, 900) == ["reference"] * 2 + ["whole"] * 2 + ["blocks"] * 2
     with default_choices({"doubled": RANGES}):
@@ -57,7 +57,7 @@ def test_a_call_runs_what_the_range_of_its_size_names(doubled: Op) -> None:
 
 
 @given(st.sets(st.integers(0, 100), max_size=5))
-def test_every_size_lies_in_the_first_range_that_ends_at_it_or_later(ends: set[int]) -> None:
+def test_lookup_takes_the_first_range_that_ends_at_a_size_or_later(ends: set[int]) -> None:
     pairs = [[end, f"up to {end}"] for end in sorted(ends)]
     choice = parse_choice([*pairs, "beyond"])
     for size in range(102):
@@ -74,7 +74,7 @@ CHOICES = st.lists(st.integers(0, 30), max_size=4, unique=True).flatmap(
 
 
 @given(CHOICES, CHOICES, st.integers(0, 30), st.integers(0, 30))
-def test_a_choice_within_sizes_leaves_all_others_as_they_were(
+def test_a_bounded_choice_keeps_the_fallback_for_other_sizes(
     inside: ChoiceBySize | str, outside: ChoiceBySize | str, first: int, more: int
 ) -> None:
     both = BoundedChoice(first, first + more, inside).with_fallback(outside)
@@ -88,7 +88,7 @@ def test_a_choice_within_sizes_leaves_all_others_as_they_were(
         )
 
 
-def test_ranges_in_words() -> None:
+def test_describe_lists_the_ranges_of_a_name() -> None:
     choice = ChoiceBySize((4, 5, 64), ("gemv", "splitk", "gemv", "prefill"))
     words = [choice.describe(name, "m") for name in ("gemv", "splitk", "prefill")]
     assert words == ["m up to 4, m 6 to 64", "m 5", "m from 65"]
@@ -112,7 +112,7 @@ def test_ranges_in_words() -> None:
         ("doubled = ", "Invalid value"),
     ],
 )
-def test_what_is_wrong_in_the_file_is_one_error_that_names_it(
+def test_errors_in_kernels_toml_name_the_file(
     doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
 ) -> None:
     monkeypatch.setitem(OPS, "quantized", Op(lambda x: x, False))
@@ -122,7 +122,7 @@ def test_what_is_wrong_in_the_file_is_one_error_that_names_it(
         read_kernels_toml(file, "cuda", "prefill")
 
 
-def test_a_phase_overrides_its_device(doubled: Op, tmp_path: Path) -> None:
+def test_the_section_of_a_phase_overrides_that_of_its_device(doubled: Op, tmp_path: Path) -> None:
     file = tmp_path / "kernels.toml"
     file.write_text(
         "[cuda]\ndoubled = [[4, 'whole'], 'blocks']\nrope = 'reference'\n[cuda.decode]\ndoubled = 'whole'\n"
@@ -134,7 +134,7 @@ def test_a_phase_overrides_its_device(doubled: Op, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_kernels_toml_names_is_there(device: str, phase: str) -> None:
+def test_implementations_in_kernels_toml_exist(device: str, phase: str) -> None:
     assert configured_choices(device, phase) == read_kernels_toml(config_dir() / "kernels.toml", device, phase)
     assert "int4_matmul" in configured_choices(device, phase)
 
@@ -159,7 +159,7 @@ def predicted(op: str, name: str, m: int, gpu: cost_model.GpuModel, choices: Map
 @pytest.mark.parametrize(
     ("op", "impls"), [("int4_matmul", ("gemv", "splitk", "prefill")), ("int4_swiglu", ("triton", "apart"))]
 )
-def test_no_other_choice_is_predicted_to_take_half_the_time(op: str, impls: tuple[str, ...], arch: str) -> None:
+def test_no_other_implementation_is_predicted_to_take_half_the_time(op: str, impls: tuple[str, ...], arch: str) -> None:
     """From two rows on: at one, what counts is how loads and instructions overlap, and the model knows none of them."""
     choices = configured_choices("cuda", "prefill")
     for m in (2, 3, 4, 16, 64, 65, 256, 1024, 4096):
@@ -207,7 +207,7 @@ def served(doubled: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         cached.cache_clear()
 
 
-def test_the_tuner_writes_the_fastest_by_range_and_the_device_goes_by_it(doubled: Op, served: Path) -> None:
+def test_the_tuner_writes_the_fastest_by_range_and_calls_run_it(doubled: Op, served: Path) -> None:
     assert ' "doubled": {"first": 1, "last": 256, "choice": [[8, "whole"], "blocks"]}\n' in served.read_text()
     assert tuned_tables.default_choices_for(torch.device("cpu"), "decode") == USUAL
     with default_choices(tuned_tables.default_choices_for(CUDA, "prefill")):
@@ -217,7 +217,7 @@ def test_the_tuner_writes_the_fastest_by_range_and_the_device_goes_by_it(doubled
     assert list(tune.stale_entries(served.parent)) == []
 
 
-def test_beyond_the_sizes_that_were_compared_kernels_toml_holds(doubled: Op, served: Path) -> None:
+def test_kernels_toml_decides_beyond_the_tuned_sizes(doubled: Op, served: Path) -> None:
     """As after a search that was ended early: of one implementation it knows two sizes, of the usual one more."""
     table.write_table(served.parent, GPU, entry(doubled, "whole", {(16, 8): 1.0, (64, 8): 1.0}))
     tuned_tables.load_table.cache_clear()
@@ -231,7 +231,7 @@ def test_beyond_the_sizes_that_were_compared_kernels_toml_holds(doubled: Op, ser
         assert ran(doubled, 1, 63, 64, 65, 501) == ["blocks", "blocks", "whole", "blocks", "reference"]
 
 
-def test_what_was_not_compared_with_the_usual_is_not_chosen(doubled: Op, served: Path) -> None:
+def test_implementations_not_compared_with_the_default_are_not_chosen(doubled: Op, served: Path) -> None:
     entries = [entry(doubled, "whole", WHOLE), {**entry(doubled, "whole", WHOLE), "impl": "reference"}]
     assert table.choose_impls(entries) == {}
 
@@ -245,7 +245,7 @@ def test_the_choice_does_not_depend_on_the_order_of_entries(doubled: Op, served:
     assert tie == {"doubled": {"first": 1, "last": 256, "choice": "blocks"}}  # by name
 
 
-def test_a_choice_is_as_stale_as_the_entries_of_what_it_names(doubled: Op, served: Path) -> None:
+def test_a_choice_of_a_stale_entry_is_stale(doubled: Op, served: Path) -> None:
     source = doubled.impls["blocks"].file
     source.write_text(source.read_text() + "\n")
     with pytest.raises(
@@ -268,7 +268,7 @@ def test_a_choice_without_entries_is_stale(served: Path) -> None:
     )
 
 
-def test_another_triton_sets_the_choice_aside_with_a_warning(doubled: Op, served: Path) -> None:
+def test_a_choice_tuned_with_another_triton_is_ignored_with_a_warning(doubled: Op, served: Path) -> None:
     table.write_table(served.parent, GPU, {**entry(doubled, "whole", WHOLE), "triton": "3.0.0"})
     with pytest.warns(UserWarning, match="left aside: triton was 3.0.0"):
         assert tuned_tables.default_choices_for(CUDA, "prefill") == USUAL
@@ -284,7 +284,7 @@ def test_another_triton_sets_the_choice_aside_with_a_warning(doubled: Op, served
         ([[4, "whole"], "blocks"], "is no choice, expected"),
     ],
 )
-def test_what_is_wrong_in_a_table_is_one_error_that_names_it(served: Path, choice: Any, message: str) -> None:
+def test_errors_in_the_choice_of_a_table_name_the_file(served: Path, choice: Any, message: str) -> None:
     held = json.loads(served.read_text())
     served.write_text(json.dumps({**held, "choices": {"doubled": choice}}))
     with pytest.raises(ValueError, match=f"toy-gpu.json, choices: .*{message}"):
@@ -292,15 +292,15 @@ def test_what_is_wrong_in_a_table_is_one_error_that_names_it(served: Path, choic
     assert message in next(tune.stale_entries(served.parent))
 
 
-def test_ops_shows_ranges_in_words(
+def test_ops_command_describes_size_ranges(
     doubled: Op, served: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     print_ops(CUDA, {})
     said = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(said) if line.startswith("doubled"))
     assert [re.split("  +", line)[-2] for line in said[at : at + 3]] == [
-        "prefill and decode and invariant, m from 501",
-        "prefill and decode, m up to 0, m 9 to 500; invariant, m up to 500",
+        "prefill and decode and batch_invariant, m from 501",
+        "prefill and decode, m up to 0, m 9 to 500; batch_invariant, m up to 500",
         "prefill and decode, m 1 to 8",
     ]
     because = "configs/tuned/toy-gpu.json chooses for this GPU, m 1 to 256; configs/kernels.toml beyond"

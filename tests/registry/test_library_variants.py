@@ -31,7 +31,7 @@ SIZES = {"m": 3, "n": 32, "G": 2, "group": 64, "dtype": "bfloat16", "order": "su
 
 
 @pytest.mark.parametrize("op, impl", HERE)
-def test_faithful_in_bfloat16(op: Op, impl: Impl) -> None:
+def test_library_variants_keep_the_error_budget_in_bfloat16(op: Op, impl: Impl) -> None:
     """The interpreter's trouble with bfloat16 is not theirs. The one that takes few weights gets those it takes."""
     few = (op, impl.name) == (int4_matmul, "aten")
 
@@ -48,7 +48,7 @@ def product(args: Any) -> torch.Tensor:
     return int4_matmul.impls["aten"](*args)
 
 
-def test_a_weight_is_packed_once_and_again_when_it_was_written_to() -> None:
+def test_a_weight_is_packed_once_and_again_after_a_write() -> None:
     x, w, _ = example_args(int4_matmul, **SIZES)
     first = product((x, w))
     copy = int4._packed_weights[w.qweight][-1][0]
@@ -59,7 +59,7 @@ def test_a_weight_is_packed_once_and_again_when_it_was_written_to() -> None:
     assert_matches_reference(int4_matmul, int4_matmul.impls["aten"], {}, (x, w))
 
 
-def test_the_same_codes_under_other_scales_are_another_weight() -> None:
+def test_the_same_codes_with_other_scales_are_packed_separately() -> None:
     """Also where the new scales come to lie at the address of those before."""
     x, w, _ = example_args(int4_matmul, **SIZES)
     first = product((x, w))
@@ -71,7 +71,7 @@ def test_the_same_codes_under_other_scales_are_another_weight() -> None:
         assert torch.equal(product((x, scaled)), want)
 
 
-def test_a_copy_goes_with_its_weight() -> None:
+def test_a_packed_copy_is_freed_with_its_weight() -> None:
     x, w, _ = example_args(int4_matmul, **SIZES)
     product((x, w))
     before = len(int4._packed_weights)
@@ -80,7 +80,7 @@ def test_a_copy_goes_with_its_weight() -> None:
     assert len(int4._packed_weights) == before - 1
 
 
-def test_a_weight_that_does_not_tell_is_never_remembered() -> None:
+def test_a_weight_in_inference_mode_is_packed_every_time() -> None:
     with torch.inference_mode():
         x, w, _ = example_args(int4_matmul, **SIZES)
         first = product((x, w))
@@ -91,7 +91,7 @@ def test_a_weight_that_does_not_tell_is_never_remembered() -> None:
 @pytest.mark.parametrize(
     ("n", "group", "reason"), [(24, 64, "24 rows"), (32, 16, "group is 16, but torch takes 32"), (32, 512, "is 512")]
 )
-def test_shapes_the_library_does_not_take(n: int, group: int, reason: str) -> None:
+def test_unsupported_shapes_are_refused_with_a_reason(n: int, group: int, reason: str) -> None:
     w = quantize_rtn(torch.randn(n, 512), group)
     with pytest.raises(Unsupported, match=reason):
         product((torch.randn(1, 512), w))
@@ -106,7 +106,7 @@ def test_gradients_flow_through_the_default_linear() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
-def test_swiglu_is_rounded_once_where_its_silu_is_below_the_normal_numbers() -> None:
+def test_swiglu_is_rounded_once_where_silu_is_subnormal() -> None:
     gate, up = torch.linspace(-14, -9, 500).half(), torch.linspace(3, 8, 500).half()
     exact = torch.nn.functional.silu(gate.double()) * up.double()
     out = OPS["swiglu"].impls["aten"](gate[None], up[None])[0]

@@ -26,7 +26,7 @@ def function_of(file: str, body: str = "return x + x") -> Callable:
     return names["f"]
 
 
-def test_a_name_belongs_to_one_file_which_may_attach_it_again(twice: Op) -> None:
+def test_only_the_same_file_may_attach_a_name_again(twice: Op) -> None:
     twice.impl("sum")(function_of("/a/one.py", "return 0"))
     twice.impl("sum")(function_of("/a/one.py"))
     with use(twice="sum"):
@@ -37,7 +37,7 @@ def test_a_name_belongs_to_one_file_which_may_attach_it_again(twice: Op) -> None
         twice.impl("reference")(function_of("/b/two.py"))
 
 
-def test_names_that_do_not_exist_are_key_errors_with_the_choices(twice: Op) -> None:
+def test_unknown_names_are_key_errors_that_list_the_choices(twice: Op) -> None:
     for how in (lambda **choices: use(**choices), lambda **choices: default_choices(choices)):
         for choices, message in (
             ({"thrice": "sum"}, r"no op 'thrice'; there are: .*rms_norm.*twice"),
@@ -48,7 +48,7 @@ def test_names_that_do_not_exist_are_key_errors_with_the_choices(twice: Op) -> N
     assert twice.choose_implementation() == "reference"
 
 
-def test_use_wins_over_defaults_and_both_end_with_their_block(twice: Op) -> None:
+def test_use_overrides_default_choices_and_both_end_with_their_block(twice: Op) -> None:
     with count_calls() as calls:
         with default_choices({"twice": "shifted"}):
             with use(twice="reference"), pytest.raises(ZeroDivisionError):
@@ -61,7 +61,7 @@ def test_use_wins_over_defaults_and_both_end_with_their_block(twice: Op) -> None
     assert calls == {("twice", "shifted"): 2, ("twice", "reference"): 2}
 
 
-def test_unsupported_calls_fail_and_nothing_else_runs_instead(twice: Op) -> None:
+def test_an_unsupported_call_fails_without_fallback(twice: Op) -> None:
     def refuse(x: int) -> int:
         raise Unsupported("x is odd")
 

@@ -43,7 +43,7 @@ def test_every_size_lies_in_one_range_around_the_nearest_tuned_one(tuned_at: set
         assert tuned_tables.config_for_sizes(entry, dict(zip("bt", point), d=8))["id"] == list(point)
 
 
-def test_otherwise_is_the_least_worst_of_those_with_most_times() -> None:
+def test_otherwise_is_the_config_of_least_worst_slowdown() -> None:
     a, b, c = '{"c":"a"}', '{"c":"b"}', '{"c":"c"}'
     at = [
         table.TunedPoint({"m": 1}, {a: 1.0, b: 1.5, c: 1.0}),
@@ -91,7 +91,7 @@ def blocks_run(op: Op, *shapes: tuple[int, int], **kwargs: Any) -> list[int]:
 SHAPES = ((1, 8), (4, 8), (5, 8), (10**6, 8), (4, 7))
 
 
-def test_calls_take_the_tuned_config_and_an_explicit_one_wins(served: tuple[Op, dict, Path]) -> None:
+def test_calls_run_the_tuned_config_unless_they_pass_one(served: tuple[Op, dict, Path]) -> None:
     op, _, _ = served
     assert blocks_run(op, *SHAPES) == [2, 2, 4, 4, 8]
     assert blocks_run(op, *SHAPES, config={"BLOCK": 16, "wrong": False}) == [16] * 5
@@ -103,7 +103,7 @@ def test_without_a_table_the_first_config_runs(served: tuple[Op, dict, Path]) ->
     assert blocks_run(op, *SHAPES) == [1] * 5
 
 
-def test_a_changed_kernel_makes_its_table_an_error(served: tuple[Op, dict, Path]) -> None:
+def test_a_changed_kernel_makes_its_table_stale(served: tuple[Op, dict, Path]) -> None:
     op, _, file = served
     assert list(tune.stale_entries(file.parent)) == []
     source = op.impls["blocks"].file
@@ -117,7 +117,7 @@ def test_a_changed_kernel_makes_its_table_an_error(served: tuple[Op, dict, Path]
     assert line.startswith("toy-gpu.json: doubled blocks: kernel was")
 
 
-def test_a_table_of_another_device_is_an_error(served: tuple[Op, dict, Path]) -> None:
+def test_a_table_of_another_device_is_stale(served: tuple[Op, dict, Path]) -> None:
     op, _, file = served
     file.write_text(file.read_text().replace("Toy GPU", "Another"))
     with pytest.raises(tuned_tables.StaleTableError, match=r"toy-gpu\.json was made on Another, this is Toy GPU"):
@@ -125,7 +125,7 @@ def test_a_table_of_another_device_is_an_error(served: tuple[Op, dict, Path]) ->
     assert "toy-gpu.json: was made on Another" in list(tune.stale_entries(file.parent))
 
 
-def test_another_triton_sets_the_table_aside_with_a_warning(served: tuple[Op, dict, Path]) -> None:
+def test_a_table_tuned_with_another_triton_is_ignored_with_a_warning(served: tuple[Op, dict, Path]) -> None:
     op, entry, file = served
     table.write_table(file.parent, "Toy GPU", {**entry, "triton": "3.0.0"})
     with pytest.warns(UserWarning, match="left aside: triton was 3.0.0"):
@@ -133,7 +133,7 @@ def test_another_triton_sets_the_table_aside_with_a_warning(served: tuple[Op, di
 
 
 @pytest.mark.parametrize("op", [op for op in OPS.values() if op.domain], ids=lambda op: op.name)
-def test_sizes_are_the_inverse_of_inputs(op: Op) -> None:
+def test_sizes_from_args_inverts_example_inputs(op: Op) -> None:
     """But for t, which lies on the device; s lies there too unless there is one sequence."""
     sizes_of = op.sizes_of
     assert sizes_of and op.dynamic_sizes

@@ -34,10 +34,10 @@ KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 def step_phase(new_lens: Iterable[int], numerics: str) -> str:
     """The phase of a step with so many new tokens of each sequence, which decides the kernels that run in it.
 
-    "invariant" with these numerics, else "decode" if every sequence has one new token, else "prefill".
+    "batch_invariant" with these numerics, else "decode" if every sequence has one new token, else "prefill".
     """
-    if numerics == "invariant":
-        return "invariant"
+    if numerics == "batch_invariant":
+        return "batch_invariant"
     return "decode" if all(n == 1 for n in new_lens) else "prefill"
 
 
@@ -61,10 +61,10 @@ class PagedBatch:
     """One step over a ragged batch of b sequences with s new tokens: attention metadata, and the pages it writes.
 
     `attend` rotates q and k, writes k and v into the pages in place, and returns the attention output. A step in which
-    every sequence has one new token is a decode step, which has kernels of its own. With numerics "invariant" no step
-    is, since decode kernels sum in another order; and new keys and values are first rounded to the pages' format, as
-    later steps will read them. So the result does not depend on where chunks end, nor on what was prompt and what was
-    generated.
+    every sequence has one new token is a decode step, which has kernels of its own. With numerics "batch_invariant" no
+    step is, since decode kernels sum in another order; and new keys and values are first rounded to the pages' format,
+    as later steps will read them. So the result does not depend on where chunks end, nor on what was prompt and what
+    was generated.
     """
 
     k_pages: KVPages  # [layers, p, l, g, d]
@@ -84,7 +84,7 @@ class PagedBatch:
         cache = PagedKV(k_pages, v_pages, self.block_table)
         if self.phase == "decode":
             return decode_attention(q, cache, self.context_lens + 1, scale, self.numerics)
-        if self.numerics == "invariant":
+        if self.numerics == "batch_invariant":
             k, v = round_like_pages(k, k_pages), round_like_pages(v, v_pages)
         batch = RaggedBatch(self.query_start_loc, self.context_lens)
         return prefill_attention(q, k, v, cache, batch, scale, self.numerics)
@@ -95,7 +95,7 @@ class UncachedBatch:
 
     def __init__(self, seq_lens: Sequence[int], device: torch.device, numerics: str = "fast"):
         self.numerics = numerics
-        self.phase = "invariant" if numerics == "invariant" else "prefill"
+        self.phase = "batch_invariant" if numerics == "batch_invariant" else "prefill"
         self.query_start_loc = torch.tensor([0, *seq_lens], device=device).cumsum(0).int()
         self.context_lens = torch.zeros(len(seq_lens), dtype=torch.int32, device=device)
         self.block_table = torch.zeros(len(seq_lens), 1, dtype=torch.int32, device=device)
@@ -138,8 +138,8 @@ class PagedKVCache:
     `lock` meanwhile. Registered prefixes are only valid for one model, and until its parameters change.
 
     dtype: of the model. kv_dtype: of stored keys and values, one of `KV_DTYPES`, by default the model's. numerics: of
-    attention, "fast" or "invariant" (see `ops.attention`). max_pages: the size to which the pool may grow, None for no
-    limit. Errors: ValueError for other names.
+    attention, "fast" or "batch_invariant" (see `ops.attention`). max_pages: the size to which the pool may grow, None
+    for no limit. Errors: ValueError for other names.
     """
 
     def __init__(

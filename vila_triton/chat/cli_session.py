@@ -1,4 +1,4 @@
-"""What a chat on the command line has in hand, and the lines that begin with "/"."""
+"""The state of `vila-triton chat`: a conversation, the images for its next question, and commands like `/save FILE`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,32 +13,30 @@ from ..models.config import RunSettings, read_dataclass
 from .conversation import ChatModel, Conversation
 from .conversation_file import load_conversation, save_conversation
 
-COMMANDS = {"/image": "PICTURE", "/video": "FILE", "/new": "", "/save": "FILE", "/resume": "FILE", "/quit": ""}
-DEFAULT_NUM_FRAMES = RunSettings.num_video_frames
+COMMANDS = {"/image": "FILE", "/video": "FILE", "/new": "", "/save": "FILE", "/resume": "FILE", "/quit": ""}
 
 
 def default_num_frames(folder: Path) -> int:
-    """How many frames of a video the model of a folder is shown; read without loading it."""
+    """Return the number of frames that the model of a folder takes of a video, without loading the model."""
     path = folder / "config.json"
-    return (
-        read_dataclass(RunSettings, read_json(path), str(path)).num_video_frames
-        if path.exists()
-        else DEFAULT_NUM_FRAMES
-    )
+    settings = read_dataclass(RunSettings, read_json(path), str(path)) if path.exists() else RunSettings()
+    return settings.num_video_frames
 
 
 def load_media(media: Sequence[tuple[str, str]], num_frames: int) -> list[Image.Image]:
-    """Images and n frames of each video, given as (kind, path), in their order. Errors: `ImageError`."""
-    clips = [
-        [open_image(path)] if media_type == "image" else load_video_frames(path, num_frames)
-        for media_type, path in media
-    ]
-    return [image for clip in clips for image in clip]
+    """Load media, given as ("image" or "video", path): images, and this many frames of each video, in their order.
+
+    Errors: `ImageError`.
+    """
+    images: list[Image.Image] = []
+    for media_type, path in media:
+        images += [open_image(path)] if media_type == "image" else load_video_frames(path, num_frames)
+    return images
 
 
 @dataclass
 class CliSession:
-    """A conversation, and the pictures for its next question."""
+    """A conversation and the images for its next question. `num_frames` of each video are taken."""
 
     chat_model: ChatModel
     conversation: Conversation
@@ -46,7 +44,7 @@ class CliSession:
     images: list[Image.Image] = field(default_factory=list)
 
     def run_command(self, line: str) -> None:
-        """A line that is no question. Errors: ValueError, OSError; nothing has changed then."""
+        """Run a line that begins with "/". Errors: ValueError, OSError; the session is then as it was before."""
         command, _, argument = line.partition(" ")
         argument = argument.strip()
         if command not in COMMANDS:

@@ -96,8 +96,8 @@ class ChatModel(Generic[Model]):
     def prompt_ids(self, question: str, num_images: int, first_turn: bool = True) -> list[int]:
         """Return the token ids of a turn up to where its answer begins, with -200 for each image.
 
-        Errors: ValueError if the question is empty or has `<image>` for another number of images, or if the tokenizer is
-        of another model.
+        Errors: ValueError if the question is empty or has `<image>` for another number of images, or if the tokenizer
+        is of another model.
         """
         if not question.strip():
             raise ValueError("the question is empty")

@@ -18,7 +18,7 @@ from ..registry.tuned_tables import default_choices_for
 
 
 class VilaModel(Protocol):
-    """What a conversation needs of a model. `vila_triton.VilaLlamaForCausalLM` has all of it."""
+    """The part of a model that conversations use; `vila_triton.VilaLlamaForCausalLM` has it."""
 
     config: Any
     generation_config: Any
@@ -53,9 +53,9 @@ class SharedCaches:
     """KV pages of all conversations, which share common prefixes, and features of the images asked about last.
 
     `max_pages` is the most pages there may be. The caches are replaced by empty ones when they no longer hold what the
-    model would compute: after a parameter was replaced or written to in any way, and when the config's numerics, kv_dtype
-    or page_size change; under batch-invariant numerics also when `use` chooses other kernels. The check reads all
-    parameters twice, which takes as long as about two tokens.
+    model would compute: after a parameter was replaced or written to in any way, and when the config's numerics,
+    kv_dtype or page_size change; under batch-invariant numerics also when `use` chooses other kernels. The check reads
+    all parameters twice, which takes as long as about two tokens.
     """
 
     def __init__(self, model: VilaModel, max_pages: int | None = None):
@@ -73,9 +73,11 @@ class SharedCaches:
     def current(self) -> CacheSet:
         """Return the caches if they are still valid, else new and empty ones."""
         model, parameters = self.model, list(self.model.parameters())
-        numerics = model.config.attention_policy
+        numerics = model.config.attention_numerics
         kernels = (
-            {**default_choices_for(model.device, numerics), **explicit_choices()} if numerics == "invariant" else {}
+            {**default_choices_for(model.device, numerics), **explicit_choices()}
+            if numerics == "batch_invariant"
+            else {}
         )
         model_state = write_counts(parameters), checksum(parameters), model.vila_config, numerics, kernels
         with self._lock:

@@ -1,8 +1,8 @@
-"""What only a template may say: special tokens, which a user's text cannot spell.
+"""Aliases of special tokens, so that only a template can spell them and a user's text cannot.
 
-A prompt is tokenized as one text, since a word and the space before it may come from the two sides. So what the
-template says is told from what a user types by its names: in a tokenizer that is otherwise the same, special tokens
-have names that are drawn anew in every process and that nobody can know, and a template is written with those.
+A prompt is tokenized as one text, since a word of the user and the space of the template before it may be one token.
+The two are told apart by names: in an otherwise equal tokenizer, special tokens have names that are drawn anew in every
+process and that nobody can know, and the template is rendered with these.
 """
 
 import json
@@ -14,31 +14,27 @@ from typing import Any
 
 from .templates import ChatTemplate, is_single_token
 
-PROCESS_SECRET = secrets.token_hex(8)  # no id depends on it
+PROCESS_SECRET = secrets.token_hex(8)  # token ids do not depend on it
 
 
 @dataclass(frozen=True)
 class SpecialTokenAliases:
-    """By text of a special token its name, and the ids of a text that is written with those."""
+    """The alias of each special token, and a function that encodes a text in which they are spelled so."""
 
     aliases: Mapping[str, str]
     encode: Callable[[str], list[int]]
 
 
 def special_token_ids(tokenizer: Any, template: ChatTemplate) -> dict[str, int]:
-    """The special tokens of a tokenizer and those of a template, by their texts."""
-    added_special_tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    template_tokens = [
-        text for text in (*template.required_tokens, *template.stop_strings) if is_single_token(text, tokenizer)
-    ]
-    return {
-        text: tokenizer.convert_tokens_to_ids(text)
-        for text in (*tokenizer.all_special_tokens, *added_special_tokens, *template_tokens)
-    }
+    """Return the ids of the special tokens of a tokenizer and of a template, by their texts."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    of_template = [t for t in (*template.required_tokens, *template.stop_strings) if is_single_token(t, tokenizer)]
+    texts = (*tokenizer.all_special_tokens, *added, *of_template)
+    return {text: tokenizer.convert_tokens_to_ids(text) for text in texts}
 
 
 def alias_special_tokens(tokenizer: Any, template: ChatTemplate) -> SpecialTokenAliases:
-    """A tokenizer whose special tokens, and those of a template, have other names; the latest few are kept."""
+    """Return aliases for the special tokens of a tokenizer and a template; the latest four are cached."""
     return build_aliases(tokenizer, tuple(sorted(special_token_ids(tokenizer, template).items())), len(tokenizer))
 
 
@@ -46,15 +42,14 @@ def alias_special_tokens(tokenizer: Any, template: ChatTemplate) -> SpecialToken
 def build_aliases(tokenizer: Any, special_ids: tuple[tuple[str, int], ...], vocab_size: int) -> SpecialTokenAliases:
     aliases = {text: f"<{PROCESS_SECRET}:{i}>" for text, i in special_ids}
     alias_ids = {aliases[text]: i for text, i in special_ids}
-    return SpecialTokenAliases(
-        aliases, (tokenizers_encoder if tokenizer.is_fast else sentencepiece_encoder)(tokenizer, aliases, alias_ids)
-    )
+    make_encoder = tokenizers_encoder if tokenizer.is_fast else sentencepiece_encoder
+    return SpecialTokenAliases(aliases, make_encoder(tokenizer, aliases, alias_ids))
 
 
 def sentencepiece_encoder(
     tokenizer: Any, aliases: Mapping[str, str], alias_ids: Mapping[str, int]
 ) -> Callable[[str], list[int]]:
-    """The ids of LLaMA's tokenizer. Pieces of the model that are special tokens are made what no text is."""
+    """Return the encoder of a `LlamaTokenizer`; special pieces become control pieces, which no text can be."""
     from sentencepiece import SentencePieceProcessor
     from transformers.convert_slow_tokenizer import import_protobuf
 
@@ -73,7 +68,7 @@ def sentencepiece_encoder(
 def tokenizers_encoder(
     tokenizer: Any, aliases: Mapping[str, str], alias_ids: Mapping[str, int]
 ) -> Callable[[str], list[int]]:
-    """The ids of a tokenizer of the tokenizers library, written anew with the other names."""
+    """Return the encoder of a tokenizer of the tokenizers library, rebuilt with the aliases."""
     from tokenizers import Tokenizer
 
     config = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -1,4 +1,4 @@
-"""How conversations are written down for the language models that VILA is built on."""
+"""The chat templates of the language models that VILA is built on."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from ..files.reading import short_repr
 
-CONTENT_MACRO = (  # a message's content: a text, or a list of texts and pictures
+CONTENT_MACRO = (  # a message's content: a text, or a list of texts and images
     "{%- for message in messages -%}"
     "{%- if message.content is not defined or message.content is none -%}"
     "{{ raise_exception('a message of role ' ~ message.role ~ ' has no content') }}{%- endif -%}{%- endfor -%}"
@@ -20,10 +20,10 @@ CONTENT_MACRO = (  # a message's content: a text, or a list of texts and picture
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """opening, then for every round: user, question, assistant, answer, end.
+    """A conversation as text: opening, then for every turn user_prefix, question, assistant_prefix, answer, turn_end.
 
-    `{system}` in the opening is where the system text stands. `lead` comes before an answer that is given as a text;
-    one that a model generates brings it along, and ends with one of `stops`.
+    `{system}` in the opening stands for the system message. `answer_prefix` precedes an answer that is given as text; a
+    generated answer begins with it by itself, and ends with one of `stop_strings`.
     """
 
     system: str
@@ -33,50 +33,48 @@ class ChatTemplate:
     answer_prefix: str
     turn_end: str
     stop_strings: tuple[str, ...]
-    conversation_end: str | None = None  # what ends the last answer of all, if it is not `end`
+    conversation_end: str | None = None  # ends the last answer, if it is not `turn_end`
 
     def render_turn(self, question: str) -> str:
-        """The text of a round, up to where its answer begins."""
+        """Return the text of a turn up to where its answer begins."""
         return f"{self.user_prefix}{question}{self.assistant_prefix}"
 
     def render_first_turn(self, question: str) -> str:
-        """The same of the first round, which has the system text before it."""
+        """Return the same for the first turn, behind the opening with the system message."""
         return self.opening.replace("{system}", self.system) + self.render_turn(question)
 
     def with_aliases(self, aliases: Mapping[str, str]) -> "ChatTemplate":
-        """The same with other names for its special tokens."""
+        """Return the template with its special tokens replaced by their aliases."""
         pattern = re.compile("|".join(map(re.escape, sorted(aliases, key=len, reverse=True))) or "$^")
-        text_fields = ("system", "opening", "user_prefix", "assistant_prefix", "answer_prefix", "turn_end")
-        return replace(
-            self, **{part: pattern.sub(lambda hit: aliases[hit[0]], getattr(self, part)) for part in text_fields}
-        )
+        names = ("system", "opening", "user_prefix", "assistant_prefix", "answer_prefix", "turn_end")
+        return replace(self, **{n: pattern.sub(lambda match: aliases[match[0]], getattr(self, n)) for n in names})
 
     @property
     def required_tokens(self) -> list[str]:
-        """The texts in it that must each be one token."""
-        text = "".join(
-            (self.opening, self.user_prefix, self.assistant_prefix, self.turn_end, self.conversation_end or "")
-        )
-        return re.findall(r"<\|\w+\|>|</?s>", text)
+        """The special tokens of the template; each must be one token of the tokenizer."""
+        parts = (self.opening, self.user_prefix, self.assistant_prefix, self.turn_end, self.conversation_end or "")
+        return re.findall(r"<\|\w+\|>|</?s>", "".join(parts))
 
     @property
     def jinja(self) -> str:
-        """The same for `apply_chat_template`, where each picture of a message is a line `<image>`."""
-        before_system, _, after_system = self.opening.partition("{system}")
+        """The template in Jinja, for `apply_chat_template`; each image of a message becomes a line `<image>`."""
+        before, _, after = self.opening.partition("{system}")
         opening = (
-            "{%- set told = messages[0].role == 'system' -%}"
-            f"{{{{ {before_system!r} }}}}{{{{ body(messages[0].content) if told else {self.system!r} }}}}{{{{ {after_system!r} }}}}"
+            "{%- set has_system = messages[0].role == 'system' -%}"
+            f"{{{{ {before!r} }}}}{{{{ body(messages[0].content) if has_system else {self.system!r} }}}}"
+            f"{{{{ {after!r} }}}}"
         )
         if not self.opening:
-            opening = "{%- set told = false -%}"
+            opening = "{%- set has_system = false -%}"
         return (
             f"{CONTENT_MACRO}{opening}{{%- for message in messages -%}}{{%- if message.role == 'user' -%}}"
             f"{{{{ {self.user_prefix!r} }}}}{{{{ body(message.content) }}}}"
-            f"{{%- if add_generation_prompt or not loop.last -%}}{{{{ {self.assistant_prefix!r} }}}}{{%- endif -%}}"
+            "{%- if add_generation_prompt or not loop.last -%}"
+            f"{{{{ {self.assistant_prefix!r} }}}}{{%- endif -%}}"
             "{%- elif message.role == 'assistant' -%}"
             f"{{{{ {self.answer_prefix!r} }}}}{{{{ body(message.content) }}}}"
             f"{{{{ {self.conversation_end or self.turn_end!r} if loop.last else {self.turn_end!r} }}}}"
-            "{%- elif not (told and loop.first) -%}"
+            "{%- elif not (has_system and loop.first) -%}"
             "{{ raise_exception('this template has no place for a message of role ' ~ message.role) }}"
             "{%- endif -%}{%- endfor -%}"
         )
@@ -121,8 +119,8 @@ _VICUNA = _vicuna(
 )
 
 # As in VILA 1.5. `llama_3` is what Llama-3-VILA1.5-8b was trained on: its answers come under the header of the
-# *system*, and <|end_of_text|> ends every turn. `llama_3_corrected` is what VILA made of it later: the assistant's
-# header, and <|eot_id|>. A checkpoint answers best to what it was trained on, so both are there.
+# *system*, and <|end_of_text|> ends every turn. `llama_3_corrected` is VILA's later correction: the assistant's header,
+# and <|eot_id|>. A checkpoint answers best to the template that it was trained on, so both are here.
 TEMPLATES = {
     "vicuna_v1": _VICUNA,
     "v1": _VICUNA,
@@ -133,49 +131,40 @@ TEMPLATES = {
     "hermes-2": _chatml("Answer the questions."),
     "llama_3": _llama_3("system", "<|end_of_text|>"),
     "llama_3_corrected": _llama_3("assistant", "<|eot_id|>"),
-    "plain": ChatTemplate("", "", "", "\n", "", "", ()),  # of pre-training: a picture and what it is called
+    "plain": ChatTemplate("", "", "", "\n", "", "", ()),  # of pre-training: an image and its caption
 }
 
-# Told by what only tokenizers of that family know, and not by the name of a folder, which anybody may change.
+# The template of a tokenizer that has this special token: more reliable than the name of a folder.
 TEMPLATE_BY_TOKEN = {"<|im_start|>": "hermes-2", "<|start_header_id|>": "llama_3", "</s>": "vicuna_v1"}
 
 
 def is_single_token(text: str, tokenizer: Any) -> bool:
-    """Whether a text is one token, but for the space that may come before it."""
+    """Return True if a text is one token, but for a word boundary before it."""
     tokens = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids)
     return [token for token in tokens if token != "▁"] == [text]
 
 
 def resolve_template(name: str | None, tokenizer: Any) -> ChatTemplate:
-    """A template by name, or with "auto" or None the one that the tokenizer's model was trained on.
+    """Return a template by name, or for "auto" and None the one that a model with this tokenizer was trained on.
 
-    Errors: ValueError for a name that there is not, or one whose turns the tokenizer cannot tell apart; it lists those
-    that fit.
+    Errors: ValueError, with the names that are possible, for an unknown name and for a template whose special tokens
+    the tokenizer lacks.
     """
-    compatible = [
-        key
+    missing = {
+        key: [text for text in dict.fromkeys(entry.required_tokens) if not is_single_token(text, tokenizer)]
         for key, entry in TEMPLATES.items()
-        if all(is_single_token(text, tokenizer) for text in entry.required_tokens)
-    ]
+    }
+    compatible = [key for key in TEMPLATES if not missing[key]]
     advice = f"set conversation_template in config.json to one that fits this tokenizer: {', '.join(compatible)}"
     if name in (None, "auto"):
-        name = next(
-            (
-                template_name
-                for token, template_name in TEMPLATE_BY_TOKEN.items()
-                if template_name in compatible and is_single_token(token, tokenizer)
-            ),
-            None,
-        )
-        if name is None:
-            raise ValueError(
-                f"the tokenizer knows none of {', '.join(TEMPLATE_BY_TOKEN)}, which tell its template; {advice}"
-            )
+        for token, family in TEMPLATE_BY_TOKEN.items():
+            if family in compatible and is_single_token(token, tokenizer):
+                return TEMPLATES[family]
+        tokens = ", ".join(TEMPLATE_BY_TOKEN)
+        raise ValueError(f"the tokenizer knows none of {tokens}, which tell its template; {advice}")
     if not isinstance(name, str) or name not in TEMPLATES:
         raise ValueError(f"no conversation template {short_repr(name)}; there are: auto, {', '.join(TEMPLATES)}")
-    if name not in compatible:
-        missing = ", ".join(
-            text for text in dict.fromkeys(TEMPLATES[name].required_tokens) if not is_single_token(text, tokenizer)
-        )
-        raise ValueError(f"conversation template {name!r} is of tokens that the tokenizer lacks: {missing}; {advice}")
+    if missing[name]:
+        tokens = ", ".join(missing[name])
+        raise ValueError(f"conversation template {name!r} is of tokens that the tokenizer lacks: {tokens}; {advice}")
     return TEMPLATES[name]

@@ -133,16 +133,13 @@ def infer_group_size(k: int, num_rows: int, tensors: LinearTensors, configured: 
     """
     if configured == -1 and num_rows == CODES_PER_WORD * {32: 4, 64: 2}.get(k, 1):
         return k
+    shapes = describe_shapes(tensors)
     if configured == -1:
-        raise ValueError(
-            f"{describe_shapes(tensors)}: {num_rows} scales for {k} inputs are not those of one group a row"
-        )
+        raise ValueError(f"{shapes}: {num_rows} scales for {k} inputs are not those of one group a row")
     for group_size in LLM_AWQ_GROUP_SIZES:
         if k % group_size == 0 and padded_scale_rows(k, group_size) == num_rows:
             return group_size
-    raise ValueError(
-        f"{describe_shapes(tensors)}: {num_rows} scales for {k} inputs fit none of the groups {LLM_AWQ_GROUP_SIZES}"
-    )
+    raise ValueError(f"{shapes}: {num_rows} scales for {k} inputs fit none of the groups {LLM_AWQ_GROUP_SIZES}")
 
 
 def pad_rows(x: Tensor, num_rows: int) -> Tensor:

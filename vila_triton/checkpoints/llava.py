@@ -56,7 +56,7 @@ TRANSFORMERS_PREFIXES = {  # "model." in front of them, or not, by transformers'
 
 
 def is_llava(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a folder with this top config is a LLaVA's. An older VILA's config names its tower as a LLaVA's does."""
+    """True if a folder with this top config is a LLaVA's. An older VILA's config names its tower as a LLaVA's does."""
     has_parts = (folder / "llm").is_dir() or any(config.get(f"{part}_cfg") for part in PARTS)
     return "text_config" in config or ("mm_vision_tower" in config and not has_parts)
 
@@ -85,11 +85,9 @@ def open_transformers_llava(folder: Path, config: Mapping[str, Any]) -> Checkpoi
     tower = {k: v for k, v in tower.items() if v is not None}
     strategy = config.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
-        raise LoadError(
-            f"{folder}: vision_feature_select_strategy is {short_repr(strategy)}, expected 'default' or 'full'"
-        )
-    act = config.get("projector_hidden_act", "gelu")
-    if act != "gelu":
+        expected = "expected 'default' or 'full'"
+        raise LoadError(f"{folder}: vision_feature_select_strategy is {short_repr(strategy)}, {expected}")
+    if (act := config.get("projector_hidden_act", "gelu")) != "gelu":
         raise LoadError(f"{folder}: projector_hidden_act is {short_repr(act)}, expected 'gelu'")
     fields = {
         "mm_projector_type": "mlp2x_gelu",
@@ -119,9 +117,8 @@ def find_vision_tower(folder: Path, config: Mapping[str, Any], has_weights: bool
         tower_dir = find_folder(folder, candidate)
         if tower_dir and (tower_dir / "config.json").exists():
             tower_config = read_json(tower_dir / "config.json")
-            return nested_object(
-                tower_config, "vision_config", f"{tower_dir}/config.json"
-            ) or tower_config, tower_dir  # of a CLIP what sees
+            nested = nested_object(tower_config, "vision_config", f"{tower_dir}/config.json")  # of a whole CLIP
+            return nested or tower_config, tower_dir
     if has_weights and name == CLIP_NAME:
         return dict(CLIP_CONFIG), folder
     needed = "its config.json" if has_weights else "its config.json and weights"
@@ -176,6 +173,5 @@ def build_source(
         raise LoadError(f"{folder}: int4 is not read in the {kind}; convert it before quantizing")
     part_configs = {"llm": llm, "vision_tower": dict(tower), "mm_projector": projector}
     companion_dirs = {"llm": folder, "vision_tower": tower_dir, "mm_projector": folder}
-    return CheckpointSource(
-        folder, kind, {k: v for k, v in config.items() if v is not None}, part_configs, tensors, companion_dirs
-    )
+    config = {k: v for k, v in config.items() if v is not None}
+    return CheckpointSource(folder, kind, config, part_configs, tensors, companion_dirs)

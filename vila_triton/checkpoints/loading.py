@@ -16,6 +16,7 @@ from vila_triton.models.config import (
     VilaConfig,
     VisionConfig,
     read_dataclass,
+    with_new_spellings,
 )
 from vila_triton.models.config_fields import name_folder_in_errors, nested_object
 from vila_triton.models.params import LazyTensors, LoadError, check_state_dict, leaves, load_tree
@@ -36,15 +37,11 @@ TOWER_PREFIX = "vision_model."  # of SigLIP's and CLIP's names as released; tran
 
 
 def open_checkpoint(folder: Path) -> CheckpointSource:
-    """Open a VILA or a LLaVA-1.5 folder, in any of its layouts. Only configs and the directories of weight files are
-    read.
-
-    Errors: `LoadError`.
-    """
+    """Open a VILA or a LLaVA-1.5 folder, in any of its layouts, without reading its weights. Errors: `LoadError`."""
     if not folder.is_dir():
         raise LoadError(f"{folder} is not a folder; a VILA folder holds config.json, {', '.join(PARTS)}")
     require_contained(folder, folder)
-    config = read_json(folder / "config.json")
+    config = with_new_spellings(read_json(folder / "config.json"))
     return open_llava_folder(folder, config) if is_llava(folder, config) else open_vila_folder(folder, config)
 
 
@@ -88,9 +85,7 @@ def load_params(folder: Path, cfg: VilaConfig, dtype: torch.dtype, device: torch
 
 
 def check_checkpoint(source: CheckpointSource) -> VilaConfig:
-    """Check that the tensors of a checkpoint fit its configs, and return its geometry. Errors: `ConfigError`,
-    `LoadError`.
-    """
+    """Check the tensors of a checkpoint against its configs; return its geometry. Errors: `LoadError`."""
     with name_folder_in_errors(source.folder):
         cfg = build_vila_config(source.config, source.part_configs)
         check_layer_counts(source, cfg)
@@ -109,9 +104,8 @@ def check_layer_counts(source: CheckpointSource, cfg: VilaConfig) -> None:
     layer_counts = cfg.llm.num_hidden_layers, cfg.vision_tower.num_hidden_layers, cfg.mm_projector.num_linears
     for part, count in zip(PARTS, layer_counts):
         if count > (num_tensors := len(source.tensors[part])):
-            raise LoadError(
-                f"{source.companion_dirs[part]}: the config says {count} layers, but there are {num_tensors} tensors"
-            )
+            where = source.companion_dirs[part]
+            raise LoadError(f"{where}: the config says {count} layers, but there are {num_tensors} tensors")
 
 
 def part_tensors(source: CheckpointSource, cfg: VilaConfig, part: str) -> tuple[LazyTensors, str, tuple[str, ...]]:
@@ -134,19 +128,16 @@ def save_checkpoint(
 ) -> None:
     """Write a VILA folder that `load_params` reads back to the same bits. The configs are written as they are given.
 
-    source_folder: the folder that the model came from; what lies beside its weights (tokenizer, image processor) is
-    copied.
+    source_folder: where the model came from; what lies beside its weights (tokenizer, image processor) is copied.
     """
     cfg = build_vila_config(config, part_configs)
     specs = vila.param_specs(cfg, leaves(params.llm)[0].dtype)
     prefix = "" if cfg.vision_tower.model_type.startswith("intern") else TOWER_PREFIX
     tensors = {}
     for part in PARTS:
-        leaf_pairs = leaves(getattr(specs, part)), leaves(getattr(params, part))
+        pairs = zip(leaves(getattr(specs, part)), leaves(getattr(params, part)), strict=True)
         key_prefix = prefix if part == "vision_tower" else ""
-        tensors[part] = LazyTensors.from_tensors(
-            {key_prefix + spec.key: x for spec, x in zip(*leaf_pairs, strict=True)}
-        )
+        tensors[part] = LazyTensors.from_tensors({key_prefix + spec.key: x for spec, x in pairs})
     configs = {part: dict(values) for part, values in part_configs.items()}
     layout = NATIVE if cfg.llm.group_size else None
     companion_dirs = open_checkpoint(source_folder).companion_dirs if source_folder is not None else {}

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vila_triton.checkpoints.quantization_config import make_quantization_config
 from vila_triton.files.atomic import write_json
 from vila_triton.models import vila
 from vila_triton.models.params import LazyTensors, ParameterSpec, leaves
@@ -18,6 +17,7 @@ from vila_triton.paths import config_dir
 from .int4_layouts import NATIVE
 from .int4_views import quantize_linears_rtn
 from .loading import TOWER_PREFIX, build_vila_config
+from .quantization_config import make_quantization_config
 from .sources import PARTS, CheckpointSource
 
 IMAGENET_NORMALIZATION = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "clip_vision_model": "CLIPVisionModel",
     "intern_vit_6b": "InternVisionModel",
 }
+SIGLIP_FIELDS = {"hidden_act": "gelu_pytorch_tanh", "vision_use_head": False}
 EOS_TOKENS = {"llama_3": "<|end_of_text|>", "hermes-2": "<|im_end|>"}  # by template; else </s>
 
 
@@ -98,9 +99,7 @@ def released_configs(model: Mapping[str, Any], dtype: str) -> tuple[dict[str, An
             "architectures": [ARCHITECTURES[model_type]],
             "torch_dtype": dtype,
             **tower,
-            **(
-                {"hidden_act": "gelu_pytorch_tanh", "vision_use_head": False} if model_type.startswith("siglip") else {}
-            ),
+            **(SIGLIP_FIELDS if model_type.startswith("siglip") else {}),
         },
         "mm_projector": {"architectures": ["MultimodalProjector"], "model_type": "v2l_projector", "torch_dtype": dtype}
         | model["mm_projector"],
@@ -149,9 +148,8 @@ def random_checkpoint(
         part_configs["llm"] |= make_quantization_config(NATIVE, group_size, "sub")
         linears = [name.removesuffix(".weight") for name in tensors["llm"] if name.endswith("_proj.weight")]
         tensors["llm"] = quantize_linears_rtn(tensors["llm"], linears, group_size)
-    return CheckpointSource(
-        Path(model["name"]), "random weights", config, part_configs, tensors, {}, NATIVE if group_size else None
-    )
+    layout = NATIVE if group_size else None
+    return CheckpointSource(Path(model["name"]), "random weights", config, part_configs, tensors, {}, layout)
 
 
 def random_tensors(specs: Mapping[str, ParameterSpec], seed: int) -> LazyTensors:
@@ -160,9 +158,8 @@ def random_tensors(specs: Mapping[str, ParameterSpec], seed: int) -> LazyTensors
     def draw(name: str) -> Tensor:
         return specs[name].init_tensor(torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
 
-    return LazyTensors(
-        {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}, draw
-    )
+    meta = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
+    return LazyTensors(meta, draw)
 
 
 def special_tokens(template: str) -> list[str]:
@@ -192,14 +189,10 @@ def write_tokenizer_and_processor(model: Mapping[str, Any], folder: Path) -> dic
     )
     folders = {part: folder / part for part in ("llm", "vision_tower")}
     eos_token = EOS_TOKENS.get(model["template"], "</s>")
-    hf_tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=special[0], eos_token=eos_token, pad_token=eos_token
-    )
-    hf_tokenizer.save_pretrained(folders["llm"])
-    is_internvit, image_size = (
-        model["vision_tower"]["model_type"].startswith("intern"),
-        model["vision_tower"]["image_size"],
-    )
+    names = {"bos_token": special[0], "eos_token": eos_token, "pad_token": eos_token}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folders["llm"])
+    is_internvit = model["vision_tower"]["model_type"].startswith("intern")
+    image_size = model["vision_tower"]["image_size"]
     processor = {
         "image_processor_type": "CLIPImageProcessor" if is_internvit else "SiglipImageProcessor",
         "do_resize": True,

@@ -132,7 +132,7 @@ def file_sha256(file: Path) -> str:
 
 
 def is_complete(shard: Shard, done: Mapping[str, str]) -> bool:
-    """Whether a shard is there as it was when it was finished."""
+    """True if a shard is unchanged since it was finished."""
     return shard.file.name in done and shard.file.is_file() and file_sha256(shard.file) == done[shard.file.name]
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint on disk holds: its configs and its tensors, whatever layout they are in.
+"""The configs and the tensors of a checkpoint on disk, whatever layout they are in.
 
 A VILA folder holds config.json above llm/, vision_tower/ and mm_projector/. The configs of the parts may be nested in
 the top config, null there, or paths. Weights are safetensors or .bin, one file or shards. The language model may be
@@ -46,17 +46,15 @@ class CheckpointSource:
 
     @property
     def rounding(self) -> Any:
-        """How the language model's int4 weights round when they are dequantized (`Int4.rounding`)."""
+        """The rounding of the language model's int4 weights when they are dequantized (`Int4.rounding`)."""
         return (self.part_configs["llm"].get("quantization_config") or {}).get("order", "sub")
 
     def summary(self) -> str:
         """Describe the checkpoint in one line."""
         groups = "one group a row" if self.group_size() == -1 else f"groups of {self.group_size()}"
         int4 = f"int4 linears ({self.layout.name}, {groups})" if self.layout else "no int4"
-        other_parts = "".join(
-            f", {part} int4 (groups of {self.group_size(part)})" for part in PARTS[1:] if self.group_size(part)
-        )
-        return f"{self.folder}: {self.kind}, {int4}{other_parts}"
+        others = (f", {p} int4 (groups of {self.group_size(p)})" for p in PARTS[1:] if self.group_size(p))
+        return f"{self.folder}: {self.kind}, {int4}{''.join(others)}"
 
 
 def open_vila_folder(folder: Path, config: Mapping[str, Any]) -> CheckpointSource:
@@ -68,13 +66,11 @@ def open_vila_folder(folder: Path, config: Mapping[str, Any]) -> CheckpointSourc
     for part in PARTS[1:]:
         part_configs[part], part_layout = detect_quantization(part_configs[part], tensors[part], str(folders[part]))
         if part_layout not in (None, NATIVE):
-            raise LoadError(
-                f"{folders[part]}: int4 linears are in the layout {part_layout.name}, expected {NATIVE.name}"
-            )
+            layouts = f"int4 linears are in the layout {part_layout.name}, expected {NATIVE.name}"
+            raise LoadError(f"{folders[part]}: {layouts}")
     if layout is not None:
-        tensors["llm"] = to_native_layout(
-            tensors["llm"], layout, part_configs["llm"]["quantization_config"]["group_size"]
-        )
+        group_size = part_configs["llm"]["quantization_config"]["group_size"]
+        tensors["llm"] = to_native_layout(tensors["llm"], layout, group_size)
     return CheckpointSource(folder, "VILA folder", dict(config), part_configs, tensors, folders, layout)
 
 
@@ -84,15 +80,14 @@ def find_part_folder(folder: Path, config: Mapping[str, Any], part: str) -> Path
     Errors: `LoadError` if there is none.
     """
     configured = config.get(f"{part}_cfg")
-    for name in (part, *([configured] if isinstance(configured, str) else [])):
-        if part_dir := find_folder(folder, name):
+    hint = ""
+    if part_dir := find_folder(folder, part):
+        return part_dir
+    if isinstance(configured, str):
+        if part_dir := find_folder(folder, configured):
             return part_dir
-    configured = (
-        f", and config.json says {short_repr(configured)}, which is not there either"
-        if isinstance(configured, str)
-        else ""
-    )
-    raise LoadError(f"{folder / part} does not exist{configured}; a VILA folder holds config.json, {', '.join(PARTS)}")
+        hint = f", and config.json says {short_repr(configured)}, which is not there either"
+    raise LoadError(f"{folder / part} does not exist{hint}; a VILA folder holds config.json, {', '.join(PARTS)}")
 
 
 def read_part_config(folder: Path, config: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def open_tensors(path: Path) -> LazyTensors:
             raise LoadError(f"{path}: the index says that {name} is in {file}, but it is not; get {file} again")
     mapped_files = MappedFiles()
     return LazyTensors(
-        {name: place.meta for name, place in locations.items()},
+        {name: location.meta for name, location in locations.items()},
         lambda name: mapped_files.read(locations[name]),
         lambda name: mapped_files.release(locations[name]),
     )
@@ -54,9 +54,8 @@ def find_weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
     for single_name in SINGLE_FILE_NAMES:
         index = path / f"{single_name}.index.json"
         if pt_files and (index.exists() or (path / single_name).exists()):
-            raise LoadError(
-                f"{path} holds weights as {single_name} and as {pt_files[0].name}; move one of them elsewhere"
-            )
+            both = f"{single_name} and as {pt_files[0].name}"
+            raise LoadError(f"{path} holds weights as {both}; move one of them elsewhere")
         if index.exists():
             return read_index(index)
         if (path / single_name).exists():
@@ -68,9 +67,8 @@ def find_weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
         strays = [file.name for file in sorted(path.glob("*-of-*")) if file.suffix in (".safetensors", ".bin")]
         hint = f"; there is {strays[0]}, but no index that says what is in the shards" if strays else ""
         raise LoadError(f"{path}: weights do not exist there{hint}. Expected {expected}")
-    raise LoadError(
-        f"{path} holds {join_items(file.name for file in pt_files)}. Expected {expected}; give the file's own path"
-    )
+    names = join_items(file.name for file in pt_files)
+    raise LoadError(f"{path} holds {names}. Expected {expected}; give the file's own path")
 
 
 def read_index(index: Path) -> tuple[list[Path], dict[str, str]]:
@@ -114,8 +112,7 @@ def safetensors_locations(file: Path) -> Iterator[tuple[str, TensorLocation]]:
         if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise LoadError(f"{label} is {entry['dtype']}; known are {', '.join(SAFETENSORS_DTYPES)}")
         start, end = entry["data_offsets"]
-        location = TensorLocation(
-            file, 8 + size + start, end - start, meta_tensor(label, SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"])
-        )
+        meta = meta_tensor(label, SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"])
+        location = TensorLocation(file, 8 + size + start, end - start, meta)
         require_within_file(label, location)
         yield name, location

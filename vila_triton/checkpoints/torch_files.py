@@ -64,22 +64,16 @@ class PickledTensor:
 
 
 def torch_locations(file: Path) -> Iterator[tuple[str, TensorLocation]]:
-    """List the tensors of a file of torch.save and where they lie. Errors: `LoadError`, for everything that can be
-    wrong.
-    """
+    """List the tensors of a file of torch.save and where they lie. Errors: `LoadError`."""
     require_file(file)
     with file.open("rb") as stream:
         if stream.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC:
             raise LoadError(f"{file} is in torch's format from before 1.6; load and save it again with a later torch")
         try:
             entries = ZipEntries(stream)
-            state_dict, big_endian = (
-                interpret_pickle(entries.read("data.pkl", MAX_PICKLE_BYTES)),
-                entries.is_big_endian(),
-            )
-            if not isinstance(state_dict, dict) or not all(
-                isinstance(name, str) and isinstance(x, PickledTensor | PickleGlobal) for name, x in state_dict.items()
-            ):
+            state_dict = interpret_pickle(entries.read("data.pkl", MAX_PICKLE_BYTES))
+            big_endian = entries.is_big_endian()
+            if not is_state_dict(state_dict):
                 raise LoadError(f"{file} does not hold a state dict (names and their tensors); save that alone")
             locations = [(name, locate_tensor(file, entries, name, x, big_endian)) for name, x in state_dict.items()]
         except LoadError:
@@ -91,6 +85,12 @@ def torch_locations(file: Path) -> Iterator[tuple[str, TensorLocation]]:
         except PARSE_ERRORS as error:
             raise LoadError(f"{file} is not a whole file of torch.save: {error}. Get it again") from None
     yield from locations
+
+
+def is_state_dict(value: Any) -> bool:
+    """True if a value of a pickle is a dictionary of names and tensors."""
+    tensors = (PickledTensor, PickleGlobal)
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(x, tensors) for k, x in value.items())
 
 
 class ZipEntries:
@@ -112,9 +112,7 @@ class ZipEntries:
         self.prefix = pickles[0].removesuffix("data.pkl")
 
     def locate(self, entry: str) -> tuple[int, int]:
-        """The first byte of an entry and its size. Errors: ValueError if it is compressed, or not where the directory
-        says.
-        """
+        """The first byte of an entry and its size. Errors: ValueError if it is compressed, or the directory wrong."""
         info = self.infos[self.prefix + entry]
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
             raise ValueError(f"{info.filename} is compressed or encrypted in it, and torch does neither")
@@ -122,14 +120,9 @@ class ZipEntries:
         name_length, extra_length = struct.unpack("<HH", local_header[26:])
         name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
         start = info.header_offset + 30 + name_length + extra_length
-        next_signature = self.read_range(
-            start + info.file_size, 2
-        )  # of this entry's sizes, of the next entry, or of the directory
-        if (local_header[:4], self.read_range(info.header_offset + 30, name_length), next_signature) != (
-            b"PK\3\4",
-            name,
-            b"PK",
-        ):
+        local_name = self.read_range(info.header_offset + 30, name_length)
+        next_signature = self.read_range(start + info.file_size, 2)  # of its sizes, the next entry or the directory
+        if (local_header[:4], local_name, next_signature) != (b"PK\3\4", name, b"PK"):
             raise ValueError(f"{info.filename} is not where the directory of the zip says")
         return start, info.file_size
 
@@ -148,9 +141,7 @@ class ZipEntries:
         return self.stream.read(size)
 
     def is_big_endian(self) -> bool:
-        """Whether numbers are stored with their highest byte first. Files from before torch 2.1 do not say; they are
-        not.
-        """
+        """True if numbers have their highest byte first. Files from before torch 2.1 do not say so and have not."""
         byte_order = self.read("byteorder", 16) if f"{self.prefix}byteorder" in self.infos else b"little"
         if byte_order not in (b"little", b"big"):
             raise ValueError(f"its byte order is {byte_order!r}, expected 'little' or 'big'")
@@ -229,8 +220,8 @@ def interpret_pickle(data: bytes) -> Any:
 
 
 def call_global(function: Any, arguments: tuple[Any, ...]) -> Any:
-    """The result of a function that a pickle calls: a tensor, a dictionary, or the name of a function for tensors of a
-    kind that is not read. Errors: `UnsafePickleError` for all others.
+    """The result of a function that a pickle calls: a tensor or a dictionary, or the name of a function for tensors of
+    a kind that is not read. Errors: `UnsafePickleError` for all others.
     """
     match function:
         case PickleGlobal("collections.OrderedDict") if not arguments:
@@ -253,36 +244,27 @@ def call_global(function: Any, arguments: tuple[Any, ...]) -> Any:
 def locate_tensor(
     file: Path, entries: ZipEntries, name: str, x: PickledTensor | PickleGlobal, big_endian: bool
 ) -> TensorLocation:
-    """Where a tensor of a pickle lies. Errors: `LoadError` if it is of a kind that is not read; those of
-    `PARSE_ERRORS`.
-    """
+    """Where a tensor of a pickle lies. Errors: `LoadError` for kinds that are not read; those of `PARSE_ERRORS`."""
     label = f"{file}: {short_repr(name)[1:-1]}"
-    if isinstance(x, PickleGlobal) or (x.view_flags and any(x.view_flags)):
-        kind = (
-            f"made by {short_repr(x.qualified_name)}"
-            if isinstance(x, PickleGlobal)
-            else "a view that negates or conjugates"
-        )
-        raise LoadError(f"{label} is {kind}; save it as a plain, dense tensor")
-    _, kind, key, _, count = x.storage
+    if isinstance(x, PickleGlobal):
+        raise LoadError(f"{label} is made by {short_repr(x.qualified_name)}; save it as a plain, dense tensor")
+    if x.view_flags and any(x.view_flags):
+        raise LoadError(f"{label} is a view that negates or conjugates; save it as a plain, dense tensor")
+    _, storage_type, key, _, count = x.storage
     numbers = [count, x.storage_offset, *x.shape, *x.stride]
     if not all(isinstance(n, int) and n >= 0 for n in numbers) or len(x.shape) != len(x.stride):
         raise ValueError(f"{name} has the shape {x.shape}, the strides {x.stride} and the offset {x.storage_offset}")
-    dtype = STORAGE_DTYPES.get(kind.qualified_name.rpartition(".")[2])
+    dtype = STORAGE_DTYPES.get(storage_type.qualified_name.rpartition(".")[2])
     size = count * dtype.itemsize if dtype else 0
     if x.dtype is not None:
-        dtype = next(
-            (candidate for candidate in SAFETENSORS_DTYPES.values() if str(candidate) == x.dtype.qualified_name), None
-        )
+        dtype = {str(dtype): dtype for dtype in SAFETENSORS_DTYPES.values()}.get(x.dtype.qualified_name)
     if dtype is None:
-        raise LoadError(
-            f"{label} is {short_repr((x.dtype or kind).qualified_name)}; known are {', '.join(SAFETENSORS_DTYPES)}"
-        )
+        name_in_file = short_repr((x.dtype or storage_type).qualified_name)
+        raise LoadError(f"{label} is {name_in_file}; known are {', '.join(SAFETENSORS_DTYPES)}")
     start, stored_bytes = entries.locate(f"data/{key}")
     if stored_bytes != size:
         raise ValueError(f"the storage of {name} has {stored_bytes} bytes, but {size} are announced")
-    location = TensorLocation(
-        file, start, size, meta_tensor(label, dtype, x.shape, x.stride), x.storage_offset, big_endian
-    )
+    meta = meta_tensor(label, dtype, x.shape, x.stride)
+    location = TensorLocation(file, start, size, meta, x.storage_offset, big_endian)
     require_within_file(label, location)
     return location

@@ -9,7 +9,7 @@ from typing import Any
 from vila_triton.arguments import OldOption, add_command
 from vila_triton.limits import COUNT, SEED
 
-from .convert import FORMATS, add_writing_arguments, byte_progress, read_format, shard_bytes
+from .convert import FORMATS, add_format_argument, add_writing_arguments, byte_progress, shard_bytes
 
 QUESTION = "How do I get the checkpoint that I want?"
 SUMMARIES = {"build": "write a model of configs/models/ with random weights, in the layout of its release"}
@@ -20,15 +20,15 @@ def configure(commands: Any) -> None:
     parser.add_argument("model", help="such as vila1.5-3b, or the path of a .toml file")
     parser.add_argument("target", type=Path, help="a folder that does not exist yet")
     layers = "this many layers of the language model, and of the vision tower at most"
-    parser.add_argument("--layers", type=COUNT, help=f"{layers} (default: all)")
+    parser.add_argument("--layers", type=COUNT, metavar="N", help=f"{layers} (default: all)")
     divisor = parser.add_argument("--width-divisor", type=COUNT, default=1, metavar="N", help="divide all widths by N")
     parser.add_argument("--narrow", action=OldOption, new=divisor)
     dtypes = ("float16", "bfloat16", "float32", "float64")
-    parser.add_argument("--dtype", choices=dtypes, default="float16", help="of the weights (default: float16)")
+    dtype = f"of the weights: {', '.join(dtypes)} (default: float16)"
+    parser.add_argument("--dtype", choices=dtypes, default="float16", metavar="DTYPE", help=dtype)
     parser.add_argument("--int4", type=COUNT, metavar="GROUP_SIZE", help="quantize the linears, in groups of this size")
-    layout = "layout of the int4 linears (default: vila-triton)"
-    parser.add_argument("--format", type=read_format, choices=FORMATS, default=FORMATS[0], help=layout)
-    parser.add_argument("--seed", type=SEED, default=0, help="of the random weights (default: 0)")
+    add_format_argument(parser, FORMATS)
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the random weights (default: 0)")
     add_writing_arguments(parser)
     parser.set_defaults(run=run)
 

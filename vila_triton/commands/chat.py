@@ -47,31 +47,36 @@ def configure(commands: Any) -> None:
             help=f"a file with {'an image' if media_type == 'image' else 'a video (GIF, WebP, APNG)'}; may be repeated",
         )
     frames = "frames of each video (default: num_video_frames in config.json, else 8)"
-    media.add_argument("--frames", type=COUNT, help=frames)
+    media.add_argument("--frames", type=COUNT, metavar="N", help=frames)
 
     cache = common.add_argument_group("how the KV cache is kept (defaults: as in config.json)")
     sizes = (16, 32, 64, 128, 256)
-    cache.add_argument("--kv-dtype", choices=KV_DTYPES, help="of keys and values in the cache")
-    cache.add_argument("--page-size", type=int, choices=sizes, help="tokens in a page of the cache")
+    kv_dtypes = f"of cached keys and values: {', '.join(KV_DTYPES)}"
+    cache.add_argument("--kv-dtype", choices=KV_DTYPES, metavar="DTYPE", help=kv_dtypes)
+    page_sizes = f"tokens in a page: {', '.join(map(str, sizes))}"
+    cache.add_argument("--page-size", type=int, choices=sizes, metavar="N", help=page_sizes)
     numerics = cache.add_argument(
         "--numerics",
         type=renamed_values({"invariant": "batch_invariant"}),
         choices=NUMERICS,
-        help="batch_invariant: logits are bitwise equal in any batch, chunking and page layout",
+        metavar="NUMERICS",
+        help="fast, or batch_invariant: logits are bitwise equal in any batch, chunking and page layout",
     )
     cache.add_argument("--policy", action=OldOption, new=numerics)
 
     sampling = common.add_argument_group("how answers are sampled (defaults: as in the model's generation_config.json)")
-    sampling.add_argument("--max-new-tokens", type=COUNT, help="of an answer (else 128)")
+    sampling.add_argument("--max-new-tokens", type=COUNT, metavar="N", help="length of an answer at most (else 128)")
     temperature = Limits(float, 0, POSITIVE.maximum)
-    sampling.add_argument("--temperature", type=temperature, help="0 is greedy (else 0)")
-    sampling.add_argument("--top-k", type=COUNT, help="sample from this many tokens")
+    sampling.add_argument("--temperature", type=temperature, metavar="T", help="0 is greedy (else 0)")
+    sampling.add_argument("--top-k", type=COUNT, metavar="N", help="sample from this many tokens")
     nucleus = Limits(float, 0, 1, exclude_minimum=True)
-    sampling.add_argument("--top-p", type=nucleus, help="sample from the likeliest tokens of this probability")
-    sampling.add_argument("--seed", type=SEED, help="of the sampling (default: a new one; the last line says it)")
+    probability = "sample from the likeliest tokens of this probability"
+    sampling.add_argument("--top-p", type=nucleus, metavar="P", help=probability)
+    seed = "of the sampling (default: a new one; the last line says it)"
+    sampling.add_argument("--seed", type=SEED, metavar="N", help=seed)
 
     parsers = {name: add_command(commands, name, summary, parents=[common]) for name, summary in SUMMARIES.items()}
-    parsers["ask"].add_argument("question")
+    parsers["ask"].add_argument("question", help="may hold <image> for each image; else they stand before it")
     for parser in parsers.values():
         parser.set_defaults(run=run)
 
@@ -98,8 +103,7 @@ def run(args: argparse.Namespace) -> None:
     do_sample = args.temperature if args.temperature is not None else settings.get("do_sample")
     if not do_sample and (args.top_k is not None or args.top_p is not None):
         raise ValueError("--top-k and --top-p need a --temperature above 0: without it the likeliest token is taken")
-    numerics = "invariant" if args.numerics == "batch_invariant" else args.numerics
-    cache_options = {"kv_dtype": args.kv_dtype, "page_size": args.page_size, "attention_policy": numerics}
+    cache_options = {"kv_dtype": args.kv_dtype, "page_size": args.page_size, "attention_numerics": args.numerics}
     for name, value in cache_options.items():
         if value is not None:
             setattr(config, name, value)
@@ -176,9 +180,8 @@ def print_answer(session: "CliSession", question: str, sampling: dict[str, Any])
     assert stats is not None
     speed = f"{stats.tokens_per_second:.1f} tokens/s" if stats.answer_tokens > 1 else "1 token"
     seed = "" if stats.seed is None else f"seed {stats.seed} | "
-    reused = (
-        f", {stats.prompt_tokens - stats.prefill_tokens} cached" if stats.prefill_tokens < stats.prompt_tokens else ""
-    )
+    cached = stats.prompt_tokens - stats.prefill_tokens
+    reused = f", {cached} cached" if cached else ""
     print(
         f"[prompt {stats.prompt_tokens} tokens{reused} | images {stats.image_tokens} tokens | "
         f"first token {stats.seconds_to_first_token:.3f} s | {speed} | "
@@ -192,11 +195,8 @@ def generation_config_note(conversation: "Conversation", sampling: dict[str, Any
     from vila_triton.checkpoints.generation_config import GENERATION_CONFIG_NAME, effective_settings
 
     settings = effective_settings(conversation.chat_model.model.generation_settings(), sampling)
-    return (
-        f"{', '.join(f'{name} {value}' for name, value in settings.items())} by {GENERATION_CONFIG_NAME} | "
-        if settings
-        else ""
-    )
+    text = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return f"{text} by {GENERATION_CONFIG_NAME} | " if settings else ""
 
 
 def kernels_summary(calls: Counter[tuple[str, str]]) -> str:

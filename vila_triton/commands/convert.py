@@ -1,6 +1,7 @@
 """`vila-triton convert`: a checkpoint in one layout to a VILA folder in another."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from vila_triton.limits import Limits
 QUESTION = "How do I get the checkpoint that I want?"
 SUMMARIES = {"convert": "write a VILA or LLaVA-1.5 checkpoint as a VILA folder, its int4 linears in another layout"}
 FORMATS = ("vila-triton", "awq-gemm", "awq-v1", "awq-v2", "dense")
-read_format = renamed_values({"ours": "vila-triton"})
 
 
 def configure(commands: Any) -> None:
@@ -19,10 +19,16 @@ def configure(commands: Any) -> None:
     parser = add_command(commands, "convert", SUMMARIES["convert"], details)
     parser.add_argument("source", type=Path, help="a checkpoint folder")
     parser.add_argument("target", type=Path, help="a folder that does not exist yet")
-    default = "(default: vila-triton); dense: dequantized"
-    parser.add_argument("--format", type=read_format, choices=FORMATS, default=FORMATS[0], help=f"layout {default}")
+    add_format_argument(parser, FORMATS)
     add_writing_arguments(parser)
     parser.set_defaults(run=run)
+
+
+def add_format_argument(parser: argparse._ActionsContainer, formats: Sequence[str]) -> None:
+    """Add --format, the layout on disk of int4 linears; "dense" dequantizes them."""
+    read = renamed_values({"ours": "vila-triton"})
+    layouts = f"layout of the int4 linears: {', '.join(formats)} (default: {formats[0]})"
+    parser.add_argument("--format", type=read, choices=formats, default=formats[0], metavar="FORMAT", help=layouts)
 
 
 def add_writing_arguments(parser: argparse.ArgumentParser) -> None:

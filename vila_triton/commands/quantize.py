@@ -8,7 +8,7 @@ from vila_triton.arguments import OldOption, add_command, note_new_spelling, ren
 from vila_triton.console import Progress
 from vila_triton.limits import COUNT, SEED, Limits
 
-from .convert import FORMATS, byte_progress, read_format
+from .convert import FORMATS, add_format_argument, byte_progress
 
 if TYPE_CHECKING:
     from vila_triton.checkpoints.sources import CheckpointSource
@@ -21,44 +21,47 @@ METHODS = ("awq-gptq", "llm-awq", "rtn")
 OLD_MODES = {"ours": "awq-gptq", "upstream": "llm-awq"}  # --mode -> --method
 GROUP_SIZES = (32, 64, 128)
 EXTRA_PARTS = ("vision_tower", "mm_projector")
+DETAILS = """A run that was killed is resumed by the same command. quantization.json, and a plot of it in
+quantization.svg, are written beside the weights."""
+CALIBRATION_FILES = """Calibration files hold texts, one a line (512 tokens of each), or in .jsonl objects {"text": ...}
+and {"image": ..., "question": ..., "answer": ...}. Pages of Python's manual need a tokenizer with its words."""
 INT4_FORMATS = tuple(name for name in FORMATS if name != "dense")
 # What the options that --method rtn makes no use of are when they are left out.
 CALIBRATION_DEFAULTS = {"calib": None, "samples": 128, "seed": 0, "image_weight": 1.0, "no_error_propagation": False}
 
 
 def configure(commands: Any) -> None:
-    details = (
-        "A run that was killed is resumed by the same command. quantization.json and a plot of it, quantization.svg, "
-        "are written beside the weights."
-    )
-    parser = add_command(commands, "quantize", SUMMARIES["quantize"], details)
+    parser = add_command(commands, "quantize", SUMMARIES["quantize"], DETAILS, epilog=CALIBRATION_FILES)
     parser.add_argument("source", type=Path, help="a checkpoint folder in fp16")
     parser.add_argument("target", type=Path, help="a folder that does not exist yet")
     what = parser.add_argument_group("what is written")
-    methods = "AWQ scales and GPTQ (the default), llm-awq's objective, or round to nearest"
-    read_method = renamed_values({"awq": "awq-gptq"})
-    what.add_argument("--method", type=read_method, choices=METHODS, default="awq-gptq", help=methods)
+    methods = "awq-gptq (the default), llm-awq (with its objective) or rtn (round to nearest)"
+    what.add_argument(
+        "--method",
+        type=renamed_values({"awq": "awq-gptq"}),
+        choices=METHODS,
+        default="awq-gptq",
+        metavar="METHOD",
+        help=methods,
+    )
     what.add_argument("--mode", choices=("ours", "upstream"), help=argparse.SUPPRESS)  # the old way to say --method
-    size = "inputs that share a scale (default: 128)"
-    what.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128, help=size)
-    parts = "parts to quantize besides the language model"
-    extra = what.add_argument("--extra-parts", nargs="+", choices=EXTRA_PARTS, default=(), help=parts)
+    sizes = "inputs that share a scale: 32, 64 or 128 (default: 128)"
+    what.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128, metavar="N", help=sizes)
+    parts = "to quantize besides the language model: vision_tower, mm_projector"
+    extra = what.add_argument("--extra-parts", nargs="+", choices=EXTRA_PARTS, default=(), metavar="PART", help=parts)
     what.add_argument("--also", action=OldOption, new=extra)
-    layout = "layout of the int4 linears (default: vila-triton)"
-    what.add_argument("--format", type=read_format, choices=INT4_FORMATS, default=FORMATS[0], help=layout)
+    add_format_argument(what, INT4_FORMATS)
 
     how = parser.add_argument_group("calibration, which rtn does without")
-    files = (
-        'texts, one a line (512 tokens of it), or .jsonl of {"text": ...} and {"image": ..., "question": ..., '
-        '"answer": ...} (default: synthetic images with questions and answers; also pages of Python\'s manual if the '
-        "tokenizer knows its words)"
-    )
+    files = "of samples (default: questions about synthetic images, and pages of Python's manual)"
     how.add_argument("--calib", type=Path, nargs="+", metavar="FILE", help=files)
     samples = CALIBRATION_DEFAULTS["samples"]
-    how.add_argument("--samples", type=COUNT, default=samples, help=f"calibration samples at most (default: {samples})")
-    how.add_argument("--seed", type=SEED, default=0, help="of the choice of samples (default: 0)")
+    how.add_argument(
+        "--samples", type=COUNT, default=samples, metavar="N", help=f"samples at most (default: {samples})"
+    )
+    how.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the choice of samples (default: 0)")
     weight = "how much an image token counts for each 1 of a text token (default: 1)"
-    how.add_argument("--image-weight", type=Limits(float, 0, 1e6), default=1.0, help=weight)
+    how.add_argument("--image-weight", type=Limits(float, 0, 1e6), default=1.0, metavar="W", help=weight)
     independent = "quantize each layer as if those before it were exact"
     no_propagation = how.add_argument("--no-error-propagation", action="store_true", help=independent)
     how.add_argument("--no-propagate", action=OldOption, new=no_propagation)

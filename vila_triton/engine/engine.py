@@ -36,20 +36,20 @@ Batch = PagedBatch | UncachedBatch | AttentionRecorder
 def use_default_kernels(device: torch.device, phase: str = "prefill") -> AbstractContextManager[None]:
     """Let ops run the implementations that the configs choose for this device and phase.
 
-    phase: "prefill", "decode" or "invariant".
-    Errors: ValueError for an implementation that `use` chose and that is not batch-invariant, in phase "invariant".
+    phase: "prefill", "decode" or "batch_invariant".
+    Errors: ValueError for an implementation that `use` chose and that is not batch-invariant, in phase "batch_invariant".
     """
-    return default_choices(default_choices_for(device, phase), batch_invariant=phase == "invariant")
+    return default_choices(default_choices_for(device, phase), batch_invariant=phase == "batch_invariant")
 
 
 def encode_images(p: vila.Vila, pixels: Tensor, cfg: VilaConfig, numerics: str = "fast") -> Tensor:
     """Encode images [n, c, H, W] -> image features [n, tokens, e], with the kernels configured for prefill.
 
-    With numerics "invariant" images are encoded one by one, so that the features of an image do not depend on the
+    With numerics "batch_invariant" images are encoded one by one, so that the features of an image do not depend on the
     others.
     """
     with use_default_kernels(pixels.device, "prefill"):
-        if numerics == "invariant" and len(pixels) > 1:
+        if numerics == "batch_invariant" and len(pixels) > 1:
             return torch.cat([vila.encode_images(p, image.clone(), cfg) for image in pixels.split(1)])
         return vila.encode_images(p, pixels, cfg)
 

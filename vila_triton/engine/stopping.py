@@ -33,6 +33,6 @@ class StopStrings(StoppingCriteria):
         """Return whether the text of the token ids ends in a stop string that it did not end in before the last token."""
         row = row[-self.window :]
         previous, current = self.tokenizer.decode(row[:-1]), self.tokenizer.decode(row)
-        common = len(os.path.commonprefix([previous, current]))
+        common = len(os.path.commonprefix([previous, current]))  # noqa: RUF071 (by characters is meant)
         ends = range(common + 1, len(current) + 1)
         return any(current.endswith(text, 0, end) for text in self.stop_strings for end in ends)

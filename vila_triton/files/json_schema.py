@@ -37,7 +37,7 @@ def require_schema(value: Any, schema: Any, where: object) -> None:
 
 
 def is_json_type(value: Any, expected: type | None) -> bool:
-    """Whether a value has a type in JSON's sense: true is no number, and a whole number is also a float."""
+    """True if a value has a type in JSON's sense: true is no number, and a whole number is also a float."""
     if expected is None or value is None or isinstance(value, bool):
         return value is expected
     if expected is float:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from vila_triton.checkpoints import loading
 from vila_triton.files.reading import find_folder, short_repr
 
-from ..models.config import ConfigError, RunSettings, read_dataclass
+from ..models.config import ConfigError, RunSettings, read_dataclass, with_new_spellings
 
 AUTO_CLASS_ARGUMENTS = (
     "_from_auto",
@@ -51,7 +51,7 @@ class VilaLlamaConfig(PreTrainedConfig):
     prefill_chunk_size: int = 512
     page_size: int = RunSettings.page_size
     kv_dtype: str | None = None
-    attention_policy: str = "fast"
+    attention_numerics: str = "fast"
 
     @classmethod
     def from_configs(cls, top: Mapping[str, Any], part_configs: Mapping[str, Any]) -> "VilaLlamaConfig":
@@ -67,11 +67,16 @@ class VilaLlamaConfig(PreTrainedConfig):
                 f"config: transformers refuses it: {str(error).strip() or type(error).__name__}"
             ) from None
 
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """Build a config from a config.json, as transformers' loaders do."""
+        return super().from_dict(with_new_spellings(config_dict), **kwargs)
+
     def cache_kwargs(self) -> dict[str, Any]:
         """The arguments of `PagedKVCache` that this config sets. Errors: `ConfigError`."""
-        values = {name: getattr(self, name) for name in ("page_size", "kv_dtype", "attention_policy")}
+        values = {name: getattr(self, name) for name in ("page_size", "kv_dtype", "attention_numerics")}
         settings = read_dataclass(RunSettings, values, "config")
-        return {"page_size": settings.page_size, "kv_dtype": settings.kv_dtype, "numerics": settings.attention_policy}
+        return {"page_size": settings.page_size, "kv_dtype": settings.kv_dtype, "numerics": settings.attention_numerics}
 
     def part_configs(self) -> dict[str, dict[str, Any]]:
         """The three nested configs, read from the parts' folders where they are null here.

@@ -158,7 +158,7 @@ class VilaLlamaForCausalLM(UnsupportedMethods, PreTrainedModel, VilaGenerationMi
         if len(set(dtypes.values())) > 1:
             listing = ", ".join(f"{part} is in {dtype}" for part, dtype in dtypes.items())
             raise ValueError(f"{listing}; images need all parts in one dtype: model.to(dtype)")
-        images, numerics = images.to(self.device, self.dtype), self.config.attention_policy
+        images, numerics = images.to(self.device, self.dtype), self.config.attention_numerics
         return engine.encode_images(self.params, images, self.vila_config, numerics)
 
     def image_features(self, images: Tensor | Sequence[Tensor] | None) -> tuple[Tensor | None, list[int]]:
@@ -221,8 +221,8 @@ class VilaLlamaForCausalLM(UnsupportedMethods, PreTrainedModel, VilaGenerationMi
         else:
             batch = unpad(*args, tokens_per_image, context_lens=context_lens, **self.padding_config)
             embed = partial(vila.embed_spliced, self.params, image_features=image_features)
-        # With numerics "invariant" keys and values are rounded to the format of pages, also if none are kept.
-        if cache is None and (use_cache or chunk_size or self.config.attention_policy == "invariant"):
+        # With numerics "batch_invariant" keys and values are rounded to the format of pages, also if none are kept.
+        if cache is None and (use_cache or chunk_size or self.config.attention_numerics == "batch_invariant"):
             cache = self.new_cache(len(inputs))
         states, attentions = [] if output_hidden_states else None, [] if output_attentions else None
         run = ForwardPass(self.params, self.vila_config, batch, embed, logits_to_keep, states, attentions)

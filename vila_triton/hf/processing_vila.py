@@ -190,5 +190,7 @@ def flatten_images(texts: Sequence[str], images: ImageInput) -> list[Any]:
     for i, (n, expected) in enumerate(zip(counts, num_placeholders if nested else [sum(num_placeholders)])):
         if n != expected:
             where = f"text {i} has" if nested else "the texts have"
-            raise ValueError(f"{where} places for {expected} images, but {n} were given; write {IMAGE_TOKEN} once for each")
+            raise ValueError(
+                f"{where} places for {expected} images, but {n} were given; write {IMAGE_TOKEN} once for each"
+            )
     return [load_image(image) for entry in entries for image in (entry if nested else [entry])]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from vila_triton.console import note_new_spelling
 from vila_triton.files.reading import short_repr
 
 from .config_fields import (
@@ -132,7 +133,7 @@ class RunSettings:
     prefill_chunk_size: Count = 512
     page_size: Annotated[int, Bounds(1, 1024)] = 16
     kv_dtype: Literal["float32", "float16", "bfloat16", "int8", "int4"] | None = None
-    attention_policy: Literal["fast", "invariant"] = "fast"
+    attention_numerics: Literal["fast", "batch_invariant"] = "fast"
     num_video_frames: Annotated[int, Bounds(1, 1024)] = 8
     model_dtype: str | None = None
     dtype: Dtype | None = None
@@ -143,6 +144,18 @@ class RunSettings:
     output_hidden_states: bool = False
     conversation_template: str | None = None
     image_aspect_ratio: Literal["resize", "pad", "square"] | None = None
+
+
+def with_new_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The top config, `attention_policy` and its value "invariant" under their new names; a note on stderr says so."""
+    config = dict(config)
+    if "attention_policy" in config:
+        note_new_spelling("attention_policy in config.json", "attention_numerics")
+        config["attention_numerics"] = config.pop("attention_policy")
+    if config.get("attention_numerics") == "invariant":
+        note_new_spelling('attention_numerics "invariant" in config.json', '"batch_invariant"')
+        config["attention_numerics"] = "batch_invariant"
+    return config
 
 
 @dataclass(frozen=True)

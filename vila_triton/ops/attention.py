@@ -2,13 +2,13 @@
 
 `numerics` says what is promised besides the result:
 
-    fast        nothing
-    invariant   The bits of a token's output depend on its query and on the keys and values that it sees, in their
-                order: not on the other sequences of the batch, on how a prompt was cut into chunks, on the page size
-                or on which pages they are. It is a promise of one op and one implementation: `prefill_attention` and
-                `decode_attention` may add up in different orders, so what must repeat bit for bit goes through the
-                same one each time. Where pages are quantized, chunks matter: a chunk sees its own tokens as they are,
-                and those before it as the pages hold them.
+    fast              nothing
+    batch_invariant   The bits of a token's output depend on its query and on the keys and values that it sees, in
+                      their order: not on the other sequences of the batch, on how a prompt was cut into chunks, on the
+                      page size or on which pages they are. It is a promise of one op and one implementation:
+                      `prefill_attention` and `decode_attention` may add up in different orders, so what must repeat bit
+                      for bit goes through the same one each time. Where pages are quantized, chunks matter: a chunk
+                      sees its own tokens as they are, and those before it as the pages hold them.
 
 With `return_lse=True` attention returns (out, lse): lse [s, h] float32 is log(sum(exp(q kᵀ · softmax_scale))) over the
 keys that a query sees, -inf if it sees none (its output is 0). `merge_attention_states` joins attention over parts of
@@ -27,7 +27,7 @@ from .dtypes import upcast
 
 HEAD_DIMS = OneOf(32, 16, 24, 64, 72, 80, 96, 128)
 QUERIES_PER_KV = OneOf(1, 2, 3, 4, 8)  # query heads per KV head
-NUMERICS = OneOf("fast", "invariant")
+NUMERICS = OneOf("fast", "batch_invariant")
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ def causal_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of the last s of t tokens, each to itself and those before it: (out [s, h, d], lse [s, h] or None).
 
-    Under "invariant" it takes one query after the other, so that every sum is as long as the keys its query sees.
+    Under "batch_invariant" it takes one query after the other, so that every sum is as long as the keys its query sees.
     """
     s, t = len(q), len(k)
-    if numerics == "invariant" and s > 1:
+    if numerics == "batch_invariant" and s > 1:
         rows = [
             causal_attention(q[i : i + 1].clone(), k[:end], v[:end], softmax_scale, numerics, return_lse)
             for i, end in enumerate(range(t - s + 1, t + 1))

@@ -48,7 +48,7 @@ class QuantizedKVPages:
 
     @property
     def shape(self) -> torch.Size:
-        """As a plain tensor of the same numbers would have it: [p, l, g, d]."""
+        """[p, l, g, d], the shape of the dequantized pages."""
         *outer, width = self.values.shape
         return torch.Size((*outer, width * 8 // self.bits))
 
@@ -61,15 +61,15 @@ class QuantizedKVPages:
         return sum(x.nbytes for x in page_tensors(self))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "QuantizedKVPages":
-        """The same with fn applied to each of its tensors."""
+        """Apply fn to each tensor."""
         return QuantizedKVPages(fn(self.values), fn(self.scales), None if self.zeros is None else fn(self.zeros))
 
     def __getitem__(self, index: Any) -> "QuantizedKVPages":
-        """The pages at an index of the axes that all its tensors have: every one but d."""
+        """Index the axes that all tensors have: every axis but d."""
         return self.map(lambda x: x[index])
 
     def dequantize(self) -> Tensor:
-        """The numbers they stand for, [p, l, g, d] in float32 (float64 if the scales are that)."""
+        """The pages as a plain tensor [p, l, g, d] in float32, or in float64 if the scales are."""
         scales, codes = upcast(self.scales), self.values
         if self.zeros is None:
             return codes.to(scales.dtype) * scales[..., None]
@@ -115,9 +115,10 @@ def empty_kv_pages(
     device: torch.device | str = "cpu",
     scale_dtype: torch.dtype = torch.float32,
 ) -> KVPages:
-    """A pool [..., p, l, g, d] of whatever memory holds; dtype: of a plain tensor, or "int8" or "int4", with `scales`.
+    """Uninitialized pages of shape [..., p, l, g, d].
 
-    Errors: ValueError for another name, or an odd d in 4 bits.
+    dtype: that of plain pages, or "int8" or "int4" for quantized ones, whose scales are of `scale_dtype`. Raises
+    ValueError for another name, or an odd d in 4 bits.
     """
     if isinstance(dtype, torch.dtype):
         return torch.empty(shape, dtype=dtype, device=device)
@@ -134,7 +135,7 @@ def empty_kv_pages(
 
 
 def quantize_kv(x: Tensor, like: KVPages) -> KVPages:
-    """Tokens x [..., d] as `like` holds them, which says bits and dtypes: tensors [..., d], or codes with scales [...].
+    """Keys or values x [..., d] in the format of the pages `like`: a tensor [..., d], or codes with scales [...].
 
     8 bits: the largest |x| of a token and head is code 127. 4 bits: the 16 codes span its values and 0, which is one of
     them. A scale is rounded to its dtype first, and is a normal number at least, so that a value is at most half a
@@ -164,7 +165,7 @@ def quantize_kv(x: Tensor, like: KVPages) -> KVPages:
 
 
 def check_pages(op_name: str, k_pages: KVPages, v_pages: KVPages) -> None:
-    """ValueError unless both pools are of one kind and, if quantised, their tensors are what `QuantizedPages` says."""
+    """ValueError unless both have one format and, if quantized, the tensors that `QuantizedKVPages` describes."""
     formats = []
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
         if isinstance(pages, Tensor):

@@ -107,12 +107,10 @@ class LayerQuantizer:
         Returns the scaled layer with these linears dequantized, for what runs behind them.
         """
         inputs = getattr(self.inputs, scale_group)
-        hessian = compute_hessian(
-            inputs if quantized_inputs is None else quantized_inputs, self.tokens.weights, self.group_size
-        )
-        correction = None
+        x, weights = inputs if quantized_inputs is None else quantized_inputs, self.tokens.weights
+        hessian, correction = compute_hessian(x, weights, self.group_size), None
         if quantized_inputs is not None:
-            correction = error_correction_map(inputs, quantized_inputs, self.tokens.weights, hessian)
+            correction = error_correction_map(inputs, x, weights, hessian)
         dequantized = self.scaled
         for name in SCALE_GROUPS[scale_group]:
             scaled_linear = apply_scales_to_linear(self.layer, name, self.scales, self.cfg.num_key_value_heads)

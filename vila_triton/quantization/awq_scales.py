@@ -120,7 +120,6 @@ def apply_scales_to_linear(layer: Layer, name: str, scales: Mapping[str, Tensor]
 
 def apply_scales(layer: Layer, scales: Mapping[str, Tensor], kv_heads: int) -> Layer:
     """Scale the linears and norms of a layer by a scale [k] for some of its scale groups; it computes the same."""
-    linears = {
-        name: apply_scales_to_linear(layer, name, scales, kv_heads) for names in SCALE_GROUPS.values() for name in names
-    }
+    names = (name for group in SCALE_GROUPS.values() for name in group)
+    linears = {name: apply_scales_to_linear(layer, name, scales, kv_heads) for name in names}
     return replace(unscale_norms(layer, scales), **linears)

@@ -139,7 +139,7 @@ def build_calibration_set(
 
 
 def token_weights(sequences: Sequence[Tensor], image_weight: float) -> Tensor:
-    """How much each token counts, [s] of mean 1: an image token image_weight for each 1 of a text token.
+    """Weigh the tokens, [s] of mean 1: an image token image_weight for each 1 of a text token.
 
     Errors: ValueError for a weight that is negative, or that would change nothing or leave nothing.
     """

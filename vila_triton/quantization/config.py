@@ -14,7 +14,7 @@ METHODS = ("awq-gptq", "llm-awq")
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """How to quantize a checkpoint.
+    """The settings of a quantization.
 
     method: "awq-gptq" (AWQ scales, clipping and GPTQ) or "llm-awq" (its own objective); group_size: inputs that share a
     scale; extra_parts: of "vision_tower" and "mm_projector" those that are quantized too. With "awq-gptq" only:

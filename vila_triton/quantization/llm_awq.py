@@ -30,9 +30,7 @@ CLIP_TOKENS = 512
 
 @dataclass(frozen=True)
 class AwqSearchResult:
-    """The result of searching one layer: scales [k] by scale group, clips [n, G] by linear, and the ratios of the
-    scales.
-    """
+    """The result of searching a layer: scales [k] and their ratios by scale group, clips [n, G] by linear."""
 
     scales: dict[str, Tensor]
     clips: dict[str, Tensor]
@@ -85,7 +83,7 @@ def search_scale(
         return llama.mlp(p, x) if scale_group == "mlp" else linear(getattr(p, scale_group), x)
 
     if not torch.isfinite(x).all():
-        raise ValueError(f"what {scale_group} is given is NaN or infinite, by calibration or by the weights before it")
+        raise ValueError(f"the inputs of {scale_group} are NaN or infinite, by calibration or by the weights before it")
     mean_abs, reference = x.abs().mean(0), output_of(layer)
     best, lowest_loss, ratio = torch.ones_like(mean_abs), torch.inf, 0.0
     for step in range(GRID_STEPS):
@@ -141,18 +139,17 @@ def search_layer(
     layer: Layer, activations: LinearInputs, tokens: CalibrationTokens, cfg: LlamaConfig, group_size: int
 ) -> AwqSearchResult:
     """Search the scales and clips of one layer from the inputs of its linears."""
-    scale_groups = [p for p in SCALE_GROUPS if p != "o" or layer.v.weight.shape == layer.o.weight.shape]
-    results = [search_scale(layer, scale_group, activations, tokens, cfg, group_size) for scale_group in scale_groups]
-    scales = {place: s for f in results for place, s in f.scales.items()}
+    scale_groups = [g for g in SCALE_GROUPS if g != "o" or layer.v.weight.shape == layer.o.weight.shape]
+    results = [search_scale(layer, g, activations, tokens, cfg, group_size) for g in scale_groups]
+    scales = {g: s for result in results for g, s in result.scales.items()}
     layer = apply_scales(layer, scales, cfg.num_key_value_heads)
     clips = {}
-    for place, names in SCALE_GROUPS.items():
-        x = getattr(activations, place)
-        x = x / scales[place] if place in scales else x
-        clips |= {
-            name: search_clip(getattr(layer, name).weight, x, group_size) for name in names if name in CLIPPED_LINEARS
-        }
-    return AwqSearchResult(scales, clips, {place: r for f in results for place, r in f.ratios.items()})
+    for scale_group, names in SCALE_GROUPS.items():
+        x = getattr(activations, scale_group)
+        x = x / scales[scale_group] if scale_group in scales else x
+        clipped = filter(CLIPPED_LINEARS.__contains__, names)
+        clips |= {name: search_clip(getattr(layer, name).weight, x, group_size) for name in clipped}
+    return AwqSearchResult(scales, clips, {g: ratio for result in results for g, ratio in result.ratios.items()})
 
 
 def apply_search_result(layer: Layer, result: AwqSearchResult, cfg: LlamaConfig, group_size: int) -> Layer:
@@ -160,16 +157,14 @@ def apply_search_result(layer: Layer, result: AwqSearchResult, cfg: LlamaConfig,
     layer = apply_scales(layer, result.scales, cfg.num_key_value_heads)
     check_layer(layer, group_size, " with the scales of its inputs and outputs")
     for name in (name for names in SCALE_GROUPS.values() for name in names):
-        linear = getattr(layer, name)
-        w = clip_to_bounds(linear.weight, result.clips[name]) if name in result.clips else linear.weight
-        layer = replace(layer, **{name: Affine(quantize_int4(w, group_size), linear.bias)})
+        scaled = getattr(layer, name)
+        w = clip_to_bounds(scaled.weight, result.clips[name]) if name in result.clips else scaled.weight
+        layer = replace(layer, **{name: Affine(quantize_int4(w, group_size), scaled.bias)})
     return layer
 
 
 def check_layer(layer: Layer, group_size: int, context: str = "") -> None:
-    """Check that a layer is finite, and its groups narrow enough for float16 scales. Errors: ValueError naming the
-    linear.
-    """
+    """Check that a layer is finite, and fits float16 scales. Errors: ValueError naming the linear."""
     for name in (field.name for field in fields(layer)):
         child = getattr(layer, name)
         if not all(torch.isfinite(leaf).all() for leaf in leaves(child)):

@@ -191,9 +191,7 @@ def source_with_results(job: LayerwiseJob, source: CheckpointSource, work: Path)
 
 
 def replace_with_int4(source: CheckpointSource, part: str, tensors: LazyTensors, group_size: int) -> CheckpointSource:
-    """The source with a part replaced by tensors whose linears are int4 in the native layout, and a config that says
-    so.
-    """
+    """The source with other tensors of a part, whose linears are int4 in the native layout, and a config for them."""
     config = source.part_configs[part] | make_quantization_config(NATIVE, group_size, NATIVE.rounding)
     layout = NATIVE if part == "llm" else source.layout
     part_configs, all_tensors = source.part_configs | {part: config}, source.tensors | {part: tensors}
@@ -217,7 +215,7 @@ def read_reports(work: Path, part: str) -> list[dict[str, Any]]:
 
 
 def already_written(work: Path, target: Path, format_name: str) -> bool:
-    """Whether the target holds the result of this work in this format, its report included."""
+    """True if the target holds the result of this work in this format, its report included."""
     if not (work / "work.json").exists() or not (target / "quantization.json").exists():
         return False
     report = read_json(target / "quantization.json")

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from ..console import note_new_spelling
 from ..paths import config_dir
 from .discovery import validate_choices
 from .size_ranges import Choice
 
-PHASES = ("prefill", "decode", "invariant")  # the last: every phase, with batch-invariant numerics
+PHASES = ("prefill", "decode", "batch_invariant")  # the last: every phase, with batch-invariant numerics
 
 
 @lru_cache
@@ -25,6 +26,9 @@ def configured_choices(device: str, phase: str | None, op_name: str | None = Non
 def read_kernels_toml(file: Path, device: str, phase: str | None, op_name: str | None = None) -> dict[str, Choice]:
     try:
         table = tomllib.loads(file.read_text()).get(device, {})
+        if "invariant" in table:
+            note_new_spelling(f"[{device}.invariant] in {file.name}", f"[{device}.batch_invariant]")
+            table["batch_invariant"] = table.pop("invariant")
         unknown = [name for name, value in table.items() if isinstance(value, dict) and name not in PHASES]
         if unknown:
             raise ValueError(

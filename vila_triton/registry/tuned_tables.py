@@ -215,7 +215,10 @@ def default_choices_for(device: torch.device, phase: str | None, op_name: str | 
     since the fastest implementation depends on the size. Neither are its entries for ops that `use` chooses for, so
     that a stale table can be worked around. op_name: of one op only.
     """
-    choices, gpu = configured_choices(device.type, phase, op_name), gpu_name(device) if phase != "invariant" else None
+    choices, gpu = (
+        configured_choices(device.type, phase, op_name),
+        gpu_name(device) if phase != "batch_invariant" else None,
+    )
     ops = load_table(gpu)["choices"].keys() - EXPLICIT_CHOICES.get().keys() if gpu else ()
     tuned = {op: choice for op in ops if op_name in (None, op) and (choice := table_choice(op, gpu or ""))}
     return {**choices, **{op: choice.with_fallback(choices.get(op, REFERENCE)) for op, choice in tuned.items()}}
@@ -230,8 +233,10 @@ def default_choice(op: Op, *args: Any, **kwargs: Any) -> Choice:
     device = device_of(*args, **kwargs)
     if device is None:
         return REFERENCE
-    invariant = "numerics" in op.domain and op.sizes_of and op.sizes_of(*args, **kwargs)["numerics"] == "invariant"
-    return default_choices_for(device, "invariant" if invariant else None, op.name).get(op.name, REFERENCE)
+    invariant = (
+        "numerics" in op.domain and op.sizes_of and op.sizes_of(*args, **kwargs)["numerics"] == "batch_invariant"
+    )
+    return default_choices_for(device, "batch_invariant" if invariant else None, op.name).get(op.name, REFERENCE)
 
 
 def device_of(*args: Any, **kwargs: Any) -> torch.device | None:

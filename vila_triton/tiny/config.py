@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from vila_triton.checkpoints import loading
+from vila_triton.checkpoints.int4_layouts import NATIVE
+from vila_triton.checkpoints.quantization_config import make_quantization_config
 from vila_triton.files.atomic import write_json
 from vila_triton.models import llama, params, projector, vila, vision
 from vila_triton.models.config import LlamaConfig, ProjectorConfig, VilaConfig, VisionConfig
@@ -36,22 +38,22 @@ CONFIG = VilaConfig(
 
 PARAM_SPECS = {"llm": llama.param_specs, "vision_tower": vision.param_specs, "mm_projector": projector.param_specs}
 GROUP_SIZE = 64  # of the int4 checkpoint
-INT4_FIELDS = ("group_size", "order", "dense")  # said in quantization_config
-SIGLIP_FIELDS = (  # what is said of the tower
+INT4_FIELDS = ("group_size", "rounding", "dense_linears")  # belong to quantization_config
+SIGLIP_FIELDS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"),
     *("num_channels", "layer_norm_eps", "model_type", "hidden_act"),
 )
 
 
 def quantization_entry(cfg: VilaConfig) -> dict[str, Any]:
-    """The entry of llm/config.json that says its linears are int4, if they are."""
+    """Return the entry of llm/config.json for int4 linears, an empty dictionary if there are none."""
     if cfg.llm.group_size is None:
         return {}
-    return {"quantization_config": {"quant_method": "vila-triton", "bits": 4, "group_size": cfg.llm.group_size}}
+    return make_quantization_config(NATIVE, cfg.llm.group_size, cfg.llm.rounding)
 
 
 def config_files(cfg: VilaConfig) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The top config.json, and that of each part."""
+    """Return the top config.json and that of each part."""
     ids = {
         f"{name}_token_id": tokenizer.SPECIAL_TEXTS.index(tokenizer.SPECIAL_TOKENS[name])
         for name in ("bos", "eos", "pad")
@@ -103,7 +105,7 @@ def config_files(cfg: VilaConfig) -> tuple[dict[str, Any], dict[str, dict[str, A
 
 
 def preprocessor_config(cfg: VilaConfig) -> dict[str, Any]:
-    """What the image processor does; to a picture of the right size, only scale [0, 255] to [-1, 1]."""
+    """Return preprocessor_config.json; an image of the right size is only scaled from [0, 255] to [-1, 1]."""
     return {
         "image_processor_type": "SiglipImageProcessor",
         "do_resize": True,
@@ -119,17 +121,12 @@ def preprocessor_config(cfg: VilaConfig) -> dict[str, Any]:
 
 
 def save_checkpoints(folder: Path, trees: dict[str, Any]) -> None:
-    """Write the trained trees as a VILA folder in fp16, and beside it `folder`-int4, its linears rounded to int4."""
-    params_fp16 = vila.Vila(
-        **{name: params.tree_map(lambda x: x.detach().half(), tree) for name, tree in trees.items()}
-    )
-    write_folder(folder, CONFIG, params_fp16)
+    """Write the trained trees as a VILA folder in fp16, and beside it `folder`-int4, quantized by round to nearest."""
+    half = vila.Vila(**{name: params.tree_map(lambda x: x.detach().half(), tree) for name, tree in trees.items()})
+    write_folder(folder, CONFIG, half)
     int4_config = replace(CONFIG, llm=replace(CONFIG.llm, group_size=GROUP_SIZE))
-    write_folder(
-        folder.with_name(f"{folder.name}-int4"),
-        int4_config,
-        replace(params_fp16, llm=llama.quantize_linears_rtn(params_fp16.llm, GROUP_SIZE)),
-    )
+    int4 = replace(half, llm=llama.quantize_linears_rtn(half.llm, GROUP_SIZE))
+    write_folder(folder.with_name(f"{folder.name}-int4"), int4_config, int4)
 
 
 def write_folder(folder: Path, cfg: VilaConfig, p: vila.Vila) -> None:

@@ -1,4 +1,4 @@
-"""Draws the example pictures: `python -m vila_triton.tiny.examples`. Their layouts are held out of training."""
+"""Draw the example images: `python -m vila_triton.tiny.examples`. Their layouts are held out of training."""
 
 import random
 import sys

@@ -1,7 +1,7 @@
 """Questions about scenes, each with exactly one right answer.
 
-With one picture a question speaks of it directly; with several it names the picture ("in the second image") or compares
-them. A maker returns None when the scenes leave no unambiguous question of its kind.
+About one image a question speaks directly; about several it names the image ("in the second image") or compares them.
+The functions that make questions return None when the scenes allow no unambiguous question of their kind.
 """
 
 import random
@@ -24,7 +24,7 @@ class QA:
 
 @dataclass(frozen=True)
 class QuestionKind:
-    """A maker of questions about one scene (`about`) or about several at once (`across`)."""
+    """A function that makes questions about one scene (`about_one`) or about several at once (`about_several`)."""
 
     group: str
     weight: float
@@ -38,14 +38,14 @@ def phrase(color: str | None, shape: str | None) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """The multi-sentence description: how many shapes, then each in reading order."""
+    """Describe a scene in sentences: the number of shapes, then each in reading order."""
     count = scene.count()
     head = "there is 1 shape." if count == 1 else f"there are {count} shapes."
     return " ".join([head, *(f"a {thing} at the {thing.position}." for thing in scene.things)])
 
 
 def _target_attributes(rng: random.Random, scene: Scene, p_absent: float) -> tuple[str, str]:
-    """Colour and shape of a thing of the scene; with probability `absent` one of the two is drawn anew."""
+    """Return color and shape of a thing of the scene; with probability `p_absent` one of the two is drawn anew."""
     thing = rng.choice(scene.things)
     if rng.random() >= p_absent:
         return thing.color, thing.shape
@@ -55,7 +55,7 @@ def _target_attributes(rng: random.Random, scene: Scene, p_absent: float) -> tup
 
 
 def _drop_attribute(rng: random.Random, color: str, shape: str) -> tuple[str | None, str | None]:
-    """Sometimes forgets the colour or the shape, so that phrases name one or both."""
+    """Return both attributes or one of them and None, at random."""
     return rng.choice(((color, shape), (color, shape), (color, None), (None, shape)))
 
 
@@ -119,18 +119,15 @@ def _which_image_question(rng: random.Random, scenes: Sequence[Scene]) -> Questi
 def _total_question(rng: random.Random, scenes: Sequence[Scene]) -> QuestionAnswer | None:
     if len(scenes) != 2:
         return None
-    attributes = rng.choice(
-        ((None, None), _drop_attribute(rng, *_target_attributes(rng, rng.choice(scenes), p_absent=0.2)))
-    )
-    return f"How many {phrase(*attributes)}s are there in total?", str(
-        sum(scene.count(*attributes) for scene in scenes)
-    )
+    target = _target_attributes(rng, rng.choice(scenes), p_absent=0.2)
+    attributes = rng.choice(((None, None), _drop_attribute(rng, *target)))
+    total = sum(scene.count(*attributes) for scene in scenes)
+    return f"How many {phrase(*attributes)}s are there in total?", str(total)
 
 
 def _more_question(rng: random.Random, scenes: Sequence[Scene]) -> QuestionAnswer | None:
-    attributes = rng.choice(
-        ((None, None), _drop_attribute(rng, *_target_attributes(rng, rng.choice(scenes), p_absent=0.0)))
-    )
+    target = _target_attributes(rng, rng.choice(scenes), p_absent=0.0)
+    attributes = rng.choice(((None, None), _drop_attribute(rng, *target)))
     counts = [scene.count(*attributes) for scene in scenes]
     if len(scenes) != 2 or counts[0] == counts[1]:
         return None
@@ -148,17 +145,17 @@ KINDS: dict[str, QuestionKind] = {
     "at": QuestionKind("position", 1.2, about_one=_cell_question),
     "exists": QuestionKind("yes/no", 1.2, about_one=_existence_question),
     "description": QuestionKind("description", 1.2, about_one=_description_question),
-    "which": QuestionKind("comparing pictures", 1.5, about_several=_which_image_question),
-    "total": QuestionKind("comparing pictures", 1.5, about_several=_total_question),
-    "more": QuestionKind("comparing pictures", 2.0, about_several=_more_question),
+    "which": QuestionKind("comparing images", 1.5, about_several=_which_image_question),
+    "total": QuestionKind("comparing images", 1.5, about_several=_total_question),
+    "more": QuestionKind("comparing images", 2.0, about_several=_more_question),
 }
 KIND_GROUPS: dict[str, str] = {kind: entry.group for kind, entry in KINDS.items()}
 
 
 def random_question(rng: random.Random, scenes: Sequence[Scene], kind: str | None = None) -> QA:
-    """One question about the scenes, of the given kind or of a random one; kinds that do not fit are drawn again.
+    """Return a question about the scenes, of this kind or of a random one; a kind that does not fit is drawn again.
 
-    Raises ValueError when the scenes allow no question of the given kind.
+    Errors: ValueError if the scenes allow no question of this kind.
     """
     for _ in range(100):
         (kind_name,) = (kind,) if kind else rng.choices(list(KINDS), [k.weight for k in KINDS.values()])

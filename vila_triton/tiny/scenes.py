@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes on a 3x3 grid, and the pictures of them.
+"""Scenes of colored shapes on a 3x3 grid, and the images of them.
 
 A scene is held out when the hash of its layout says so. The split is therefore a property of the scene itself: no seed
 and no number of training steps can bring a held-out layout into training.
@@ -33,7 +33,7 @@ _HELD_OUT_RATIO = 16
 
 @dataclass(frozen=True, order=True)
 class Thing:
-    """One coloured shape in a cell of the grid (cells count in reading order)."""
+    """One colored shape in a cell of the grid (cells count in reading order)."""
 
     cell: int
     shape: str
@@ -54,7 +54,7 @@ class Scene:
     things: tuple[Thing, ...]
 
     def count(self, color: str | None = None, shape: str | None = None) -> int:
-        """Number of things of that colour and shape; None matches any."""
+        """Return the number of things of a color and shape; None matches any."""
         return len(self.things_matching(color, shape))
 
     def things_matching(self, color: str | None = None, shape: str | None = None) -> list[Thing]:
@@ -65,14 +65,14 @@ class Scene:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether the layout belongs to the held-out split."""
+    """Return True if the layout belongs to the held-out split."""
     layout = ";".join(f"{t.cell} {t.shape} {t.color}" for t in sorted(scene.things))
     digest = hashlib.blake2b(layout.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % _HELD_OUT_RATIO == 0
 
 
 def random_scene(rng: random.Random, split: Split = "train") -> Scene:
-    """A random scene of the split. Few colours and shapes a scene, so that counts above one are common."""
+    """Return a random scene of the split, with few colors and shapes, so that counts above one are common."""
     while True:
         colors = rng.sample(list(COLORS), rng.randint(1, 3))
         shapes = rng.sample(SHAPES, rng.randint(1, 3))
@@ -84,7 +84,7 @@ def random_scene(rng: random.Random, split: Split = "train") -> Scene:
 
 
 def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene as a 64x64 RGB picture; sizes, places, colours and background are jittered."""
+    """Draw a scene as a 64x64 RGB image; sizes, positions, colors and the background are jittered."""
     background = tuple(rng.randint(0, 50) for _ in range(3))
     image = Image.new("RGB", (IMAGE_SIZE * _SCALE, IMAGE_SIZE * _SCALE), background)
     canvas = ImageDraw.Draw(image)
@@ -93,13 +93,11 @@ def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
         x = (column + 0.5) * CELL_SIZE + rng.uniform(-1.2, 1.2)
         y = (row + 0.5) * CELL_SIZE + rng.uniform(-1.2, 1.2)
         fill = tuple(min(255, max(0, c + rng.randint(-22, 22))) for c in COLORS[thing.color])
-        _draw_shape(canvas, thing.shape, x * _SCALE, y * _SCALE, rng.uniform(7.0, 9.8) * _SCALE, fill)
+        _fill(canvas, thing.shape, x * _SCALE, y * _SCALE, rng.uniform(7.0, 9.8) * _SCALE, fill)
     return image.reduce(_SCALE)
 
 
-def _draw_shape(
-    canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple[int, ...]
-) -> None:
+def _fill(canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple[int, ...]) -> None:
     if shape == "circle":
         canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
     elif shape == "square":
@@ -115,7 +113,5 @@ def _corners(x: float, y: float, radii: Iterable[float]) -> list[tuple[float, fl
     """Corners spread evenly around (x, y), the first one straight up."""
     radii = list(radii)
     angles = [2 * math.pi * i / len(radii) for i in range(len(radii))]
-    return [
-        (x + radius * math.sin(angle), y - radius * math.cos(angle))
-        for radius, angle in zip(radii, angles, strict=True)
-    ]
+    steps = [(r * math.sin(angle), r * math.cos(angle)) for r, angle in zip(radii, angles, strict=True)]
+    return [(x + dx, y - dy) for dx, dy in steps]

@@ -13,7 +13,7 @@ SPECIAL_TEXTS = tuple(SPECIAL_TOKENS.values())
 TURN_TOKENS = ("\n", "USER:", "ASSISTANT:")
 VOCAB_SIZE = 128
 
-# Folded before lookup, so that other spellings cost the model nothing.
+# Replaced before look-up, so that the model need not learn other spellings.
 SYNONYMS = {"color": "colour", "center": "centre", "middle": "centre", "picture": "image", "object": "shape"}
 
 _WORDS = (
@@ -23,14 +23,14 @@ _WORDS = (
 
 
 def vocabulary() -> list[str]:
-    """Every token in id order: special tokens, turn tokens, words, digits, then fillers up to 128."""
+    """Return every token in id order: special tokens, turn tokens, words, digits, then fillers up to 128."""
     nouns = [*COLORS, *SHAPES, *(f"{shape}s" for shape in SHAPES), *" ".join(POSITIONS).split(), *ORDINALS]
     tokens = list(dict.fromkeys([*SPECIAL_TEXTS, *TURN_TOKENS, *_WORDS.split(), *nouns, *"0123456789"]))
     return tokens + [f"<unused{i}>" for i in range(VOCAB_SIZE - len(tokens))]
 
 
 def build_tokenizer() -> Tokenizer:
-    """The bare tokenizer; `<s>` is prepended by its post-processor."""
+    """Build the tokenizer; its post-processor prepends `<s>`."""
     ids = {token: i for i, token in enumerate(vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     synonyms = [normalizers.Replace(Regex(rf"\b{word}"), replacement) for word, replacement in SYNONYMS.items()]
@@ -52,7 +52,7 @@ def build_tokenizer() -> Tokenizer:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Writes the tokenizer as a folder for `AutoTokenizer.from_pretrained`."""
+    """Write the files of the tokenizer into a folder."""
     PreTrainedTokenizerFast(
         tokenizer_object=build_tokenizer(),
         **{f"{name}_token": token for name, token in SPECIAL_TOKENS.items()},

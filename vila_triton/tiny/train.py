@@ -1,4 +1,4 @@
-"""Trains the tiny VILA from nothing on a CPU: `python -m vila_triton.tiny.train --out DIR`.
+"""Train the tiny VILA from nothing on a CPU: `python -m vila_triton.tiny.train --out DIR`.
 
 Stage 0 teaches the vision tower alone to name what each patch shows. Stage 1 trains projector and language model on
 questions; the tower stays frozen for its first part and then learns slowly, since at full speed it forgets stage 0.
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vila_triton.arguments import OldOption
 from vila_triton.console import exit_code
 from vila_triton.limits import COUNT, POSITIVE, SEED, Limits
 from vila_triton.models import llama, params, projector, vision
@@ -29,7 +30,7 @@ from vila_triton.tiny.questions import KINDS
 from vila_triton.tiny.scenes import COLORS, SHAPES, Scene, draw_scene, random_scene
 from vila_triton.tiny.training_data import RowGroup, TrainingBatch, build_batch, preprocess
 
-# rows, pictures a row, conversation; a fifth of the rows are conversations
+# rows, images per row, conversation; a fifth of the rows are conversations
 BATCH_PLAN = ((15, 1, False), (9, 2, False), (2, 3, False), (3, 1, True), (2, 2, True), (1, 3, True))
 # Of the 8x8 patches, cell by cell: the two by two that lie wholly in it.
 CELL_PATCHES = [8 * (3 * i + y) + 3 * j + x for i in range(3) for j in range(3) for y in (0, 1) for x in (0, 1)]
@@ -62,9 +63,17 @@ LIMITS = dict.fromkeys(("vision_steps", "steps", "warmup_steps"), COUNT) | {
     "tower_lr_factor": Limits(float, 0, 1),
 }
 
+OLD_OPTIONS = {
+    "vision_lr": "--vision-rate",
+    "lr": "--rate",
+    "frozen_fraction": "--frozen",
+    "tower_lr_factor": "--tower-factor",
+    "warmup_steps": "--warm-up",
+}
+
 
 class PackedAttention:
-    """Attention among the rows of a batch, in place of a cache. Plain products: masked SDPA is slow backward on CPU."""
+    """Attention within the rows of a batch instead of a cache. Plain matmuls: masked SDPA is slow backward on a CPU."""
 
     def __init__(self, groups: list[RowGroup]):
         self.groups = groups
@@ -89,7 +98,7 @@ class PackedAttention:
 
 
 class TrainingClock:
-    """Progress from 0 to 1 by steps, or by time where the machine is too slow for them; prints now and then."""
+    """Progress from 0 to 1 by steps, or by time on a machine that is too slow for the steps."""
 
     def __init__(self, name: str, steps: int, seconds: float):
         self.name, self.steps, self.seconds = name, steps, seconds
@@ -105,11 +114,8 @@ class TrainingClock:
     def report(self, step: int, progress: float, loss: float) -> None:
         elapsed = time.monotonic() - self.start_time
         remaining = elapsed * (1 - progress) / progress if step else math.nan
-        seconds_per_step = elapsed / max(step, 1)
-        print(
-            f"{self.name} step {step:5d}  loss {loss:.4f}  {seconds_per_step:.3f} s/step  ETA {remaining / 60:.1f} min",
-            flush=True,
-        )
+        speed = f"{elapsed / max(step, 1):.3f} s/step  ETA {remaining / 60:.1f} min"
+        print(f"{self.name} step {step:5d}  loss {loss:.4f}  {speed}", flush=True)
 
 
 def cosine_decay(progress: float) -> float:
@@ -122,7 +128,7 @@ def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -
 
 
 def optimizer_step(loss: Tensor, weights: list[Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
-    """One step of all optimizers, gradients clipped to norm 1."""
+    """Take a step of all optimizers, with gradients clipped to norm 1."""
     loss.backward()
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
     for optimizer in optimizers:
@@ -131,9 +137,9 @@ def optimizer_step(loss: Tensor, weights: list[Tensor], optimizers: list[torch.o
 
 
 def patch_labels(scene: Scene) -> Tensor:
-    """[9, 4, 3] colour, shape and cell for the four patches that lie wholly in each cell; 0, 0 where it is empty.
+    """Return color, shape and cell [9, 4, 3] of the four patches wholly in each cell; 0, 0 where it is empty.
 
-    The cell is said too, since rotary positions do not put the place of a token into what attention passes on.
+    The cell is a label too, since rotary embeddings leave the position of a token out of its hidden state.
     """
     labels = torch.zeros(9, 4, 3, dtype=torch.int64)
     for cell in range(9):
@@ -145,7 +151,7 @@ def patch_labels(scene: Scene) -> Tensor:
 
 
 def train_vision(p: Any, recipe: Recipe, rng: random.Random) -> None:
-    """Stage 0: linear heads, thrown away afterwards, read colour, shape and cell off the patches."""
+    """Stage 0: train the tower with linear heads, discarded later, that read color, shape and cell off the patches."""
     classes = (1 + len(COLORS), 1 + len(SHAPES), 9)
     heads = torch.nn.Linear(CONFIG.vision_tower.hidden_size, sum(classes))
     weights = [*params.leaves(p), *heads.parameters()]
@@ -163,11 +169,11 @@ def train_vision(p: Any, recipe: Recipe, rng: random.Random) -> None:
         if step % 50 == 0:
             correct = torch.stack([s.argmax(-1) for s in scores], dim=-1).eq(labels).all(-1)[labels[:, 1] > 0]
             clock.report(step, progress, loss.item())
-            print(f"       colour, shape and cell of {100 * correct.float().mean().item():.1f} % of things", flush=True)
+            print(f"       color, shape and cell of {100 * correct.float().mean().item():.1f} % of things", flush=True)
 
 
 def answer_logits(p: ParamTrees, b: TrainingBatch, token_indices: Tensor, train_tower: bool) -> Tensor:
-    """Logits [m, v] that predict the tokens at `places`."""
+    """Return the logits [m, v] that predict the tokens at these indices."""
     with torch.autocast("cpu", torch.bfloat16):
         with torch.set_grad_enabled(train_tower and torch.is_grad_enabled()):
             features = vision.forward(p["vision_tower"], b.pixels, CONFIG.vision_tower)
@@ -179,7 +185,7 @@ def answer_logits(p: ParamTrees, b: TrainingBatch, token_indices: Tensor, train_
 
 
 def initial_params(seed: int) -> ParamTrees:
-    """Random trainable parameters of the three parts, in fp32."""
+    """Return random trainable parameters of the three parts, in fp32."""
     rng = torch.Generator().manual_seed(seed)
     specs = {name: declare(getattr(CONFIG, name), torch.float32) for name, declare in PARAM_SPECS.items()}
     trees = {name: params.init_tree(tree, rng) for name, tree in specs.items()}
@@ -187,7 +193,7 @@ def initial_params(seed: int) -> ParamTrees:
 
 
 def build_optimizers(p: ParamTrees, recipe: Recipe) -> tuple[list[torch.optim.Optimizer], torch.optim.Optimizer]:
-    """Optimizers of projector and language model, and the one of the tower."""
+    """Return the optimizers of projector and language model, and that of the tower."""
     language, tower = params.leaves(p["llm"]), params.leaves(p["vision_tower"])
     matrices = [w for w in params.leaves(p["llm"].layers) if w.ndim == 2]
     matrix_ids = set(map(id, matrices))
@@ -199,7 +205,7 @@ def build_optimizers(p: ParamTrees, recipe: Recipe) -> tuple[list[torch.optim.Op
 
 
 def train_answers(p: ParamTrees, recipe: Recipe, rng: random.Random, seconds: float, out: Path) -> None:
-    """Stage 1: all questions; the tower joins in after its frozen part."""
+    """Stage 1: train on all questions; the tower learns too after a part in which it is frozen."""
     language, tower = build_optimizers(p, recipe)
     clock, last_save = TrainingClock("answers", recipe.steps, seconds), time.monotonic()
     for step, progress in clock.ticks():
@@ -222,7 +228,7 @@ def train_answers(p: ParamTrees, recipe: Recipe, rng: random.Random, seconds: fl
 
 @torch.no_grad()
 def evaluate(p: ParamTrees, rng: random.Random, batches: int = 12) -> dict[tuple[str, int, bool], list[bool]]:
-    """Exact match on held-out scenes by (kind, pictures, conversation): all tokens most likely given the right ones."""
+    """Return by (kind, images, conversation) which held-out answers are exact, with teacher forcing."""
     results = defaultdict(list)
     for _ in range(batches):
         b = build_batch(rng, BATCH_PLAN, "held_out")
@@ -234,7 +240,7 @@ def evaluate(p: ParamTrees, rng: random.Random, batches: int = 12) -> dict[tuple
 
 
 def results_table(results: dict[tuple[str, int, bool], list[bool]]) -> str:
-    """Percent right by kind, a column for each number of pictures, alone or in conversation."""
+    """Format the percentages of right answers: rows are kinds, columns numbers of images, alone or in conversation."""
     columns = sorted({key[1:] for key in results})
     lines = [f"{'kind':14}" + "".join(f"{n} {'chat' if chat else 'alone':>5}  " for n, chat in columns)]
     for kind in KINDS:
@@ -248,7 +254,10 @@ def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tiny-vila"))
     for field in fields(Recipe):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=LIMITS[field.name], default=field.default)
+        option = f"--{field.name.replace('_', '-')}"
+        action = parser.add_argument(option, type=LIMITS[field.name], default=field.default, help=f"({field.default})")
+        if field.name in OLD_OPTIONS:
+            parser.add_argument(OLD_OPTIONS[field.name], action=OldOption, new=action)
     args = vars(parser.parse_args())
     out, recipe = args.pop("out"), Recipe(**args)
     start_time, rng = time.monotonic(), random.Random(recipe.seed)

@@ -1,10 +1,10 @@
-"""Training rows: token ids, who may see whom, and where the answers are.
+"""Training rows: token ids, attention masks, and the positions of the answers.
 
-Two kinds of row share one picture prefix `<s>USER: (<image> \\n)*n`:
+Two kinds of row share one image prefix `<s>USER: (<image> \\n)*n`:
 
-* packed: many first rounds side by side. Each question and answer sees the prefix and itself, and its positions start
-  after the prefix, so one pass over the pictures trains them all as if each stood alone.
-* conversation: the rounds follow each other, each after a `USER:` and in sight of all before it.
+* packed: many first turns side by side. Each question and answer attends to the prefix and itself, and its positions
+  start after the prefix, so one pass over the images trains them all as if each stood alone.
+* conversation: the turns follow each other, each after a `USER:`, and attend to all before them.
 """
 
 import functools
@@ -22,8 +22,8 @@ from vila_triton.tiny import tokenizer
 from vila_triton.tiny.questions import QA, random_question
 from vila_triton.tiny.scenes import Scene, Split, draw_scene, random_scene
 
-IMAGE_FEATURE = -1  # stands for one feature of a picture until the embeddings take its place
-FEATURES_PER_IMAGE = 16  # of one picture
+IMAGE_FEATURE = -1  # stands for one image feature until the embeddings replace it
+FEATURES_PER_IMAGE = 16
 TOKENS_PER_ROW = 115  # tokens of questions and answers that fill a row
 
 _TOKENIZER = tokenizer.build_tokenizer()
@@ -42,14 +42,14 @@ class Answer:
 @dataclass
 class TrainingRow:
     ids: list[int]
-    segments: list[int]  # 0 is seen by all that follows, any other number by itself only
+    segments: list[int]  # all that follows attends to segment 0, to another segment only itself
     positions: list[int]
     answers: list[Answer] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows padded to one length: visible [b, s, s]."""
+    """Rows padded to one length; `mask` [b, s, s] is True where a query attends to a key."""
 
     rows: int
     length: int
@@ -58,16 +58,16 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """All groups laid end to end (n tokens, padding included)."""
+    """All groups end to end (n tokens, padding included)."""
 
     ids: Tensor  # [n]
     positions: Tensor  # [n]
-    pixels: Tensor  # [pictures, 3, 64, 64], in the order of their places in ids
+    pixels: Tensor  # [images, 3, 64, 64], in the order in which ids refer to them
     groups: list[RowGroup]
     answers: list[Answer]
 
     def targets(self) -> tuple[Tensor, Tensor]:
-        """Places of the answer tokens [m] and their weights [m], which tame long answers: 1 / sqrt(length) a token."""
+        """Return the indices [m] of the answer tokens and their weights [m]: 1 / sqrt(length of the answer)."""
         token_indices = torch.cat([torch.arange(a.start, a.stop) for a in self.answers])
         lengths = torch.tensor([a.stop - a.start for a in self.answers])
         return token_indices, (lengths**-0.5).repeat_interleave(lengths)
@@ -79,13 +79,13 @@ def encode(text: str) -> tuple[int, ...]:
 
 
 def preprocess(images: Sequence[Image.Image]) -> Tensor:
-    """64x64 RGB pictures as the image processor of the checkpoint yields them: [n, 3, 64, 64] in [-1, 1]."""
+    """Convert 64x64 RGB images as the image processor of the checkpoint does: to [n, 3, 64, 64] in [-1, 1]."""
     stacked = torch.from_numpy(numpy.stack([numpy.asarray(image) for image in images]))
     return (stacked.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
 
 
 def build_row(rng: random.Random, scenes: Sequence[Scene], conversation: bool) -> TrainingRow:
-    """The prefix of the scenes, and questions and answers until the row is full."""
+    """Build a row of the image prefix, and of questions and answers until it is full."""
     prefix = [
         _TOKEN_IDS["<s>"],
         _TOKEN_IDS["USER:"],
@@ -114,10 +114,10 @@ def _turn_ids(qa: QA, later_turn: bool) -> tuple[list[int], list[int]]:
 
 
 def build_batch(rng: random.Random, plan: Sequence[tuple[int, int, bool]], split: Split = "train") -> TrainingBatch:
-    """Rows as planned: (rows, pictures a row, conversation) for each group."""
+    """Build a batch by a plan of (rows, images per row, conversation) for each group."""
     ids, positions, images, groups, answers = [], [], [], [], []
     for count, images_per_row, conversation in plan:
-        rows = []
+        rows: list[TrainingRow] = []
         for _ in range(count):
             scenes = [random_scene(rng, split) for _ in range(images_per_row)]
             images += [draw_scene(scene, rng) for scene in scenes]
@@ -126,7 +126,7 @@ def build_batch(rng: random.Random, plan: Sequence[tuple[int, int, bool]], split
         groups.append(RowGroup(count, length, _attention_mask(rows, length)))
         for r in rows:
             answers += [
-                Answer(a.kind, a.pictures, a.conversation, a.start + len(ids), a.stop + len(ids)) for a in r.answers
+                Answer(a.kind, a.num_images, a.conversation, a.start + len(ids), a.stop + len(ids)) for a in r.answers
             ]
             ids += _pad(r.ids, length, _TOKEN_IDS["<pad>"])
             positions += _pad(r.positions, length, 0)
