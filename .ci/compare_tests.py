@@ -1,8 +1,8 @@
-"""Show that a restructured test suite lost nothing: `python .ci/compare_tests.py REVISION [--map .ci/renamed_tests.tsv]`.
+"""Show that a restructured test suite lost nothing: `python .ci/compare_tests.py REVISION`.
 
-Every test of REVISION is looked up in the working tree, by the map where it was renamed: lines `old file<TAB>new file`, and
-`old file::old name<TAB>new file::new name`. It must have at least as many asserts, `pytest.raises` and collected
-parameters as it had. Prints what each lost, then one line of totals; exits with 1 if anything was lost.
+Every test of REVISION is looked up in the working tree, by the map in .ci/renamed_tests.tsv where it was renamed: lines
+`old file<TAB>new file`, and `old file::old name<TAB>new file::new name`. It must have at least as many asserts,
+`pytest.raises` and collected cases as it had. Prints what each lost and a line of totals; exits with 1 on a loss.
 """
 
 import argparse

@@ -104,7 +104,7 @@ def without_peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for name in peers.peer_names():
         sys.modules.pop(f"bench.peers.{name}", None)
-        vars(peers).pop(name, None)
+        peers.__dict__.pop(name, None)
 
 
 @pytest.fixture
