@@ -1,6 +1,6 @@
-"""What `pytest -m gpu` says on a GPU, said by the stand-in for one: of its selection the tests that are named here.
+"""Tests for a GPU (`pytest -m gpu`) run on the stand-in for one: those of the selection that are named here.
 
-Each runs every launch through what CUDA would refuse: tensors of the CPU, two devices, waiting inside a capture.
+Each checks every launch for what CUDA refuses: CPU tensors, tensors of two devices, waits inside a capture.
 """
 
 import json
@@ -37,7 +37,7 @@ def named() -> list[str]:
     """A faithful test of every implementation with a Triton kernel, and the special cases."""
     discover()
     kernels = [impl for op in OPS.values() for impl in op.impls.values() if uses_triton_kernels(impl)]
-    faithful = [f"test_kernels.py::test_faithful[{impl.op}-{impl.name}-0]" for impl in kernels]
+    faithful = [f"kernels/test_every_kernel.py::test_faithful[{impl.op}-{impl.name}-0]" for impl in kernels]
     return [f"tests/{name}" for name in (*(line.strip() for line in SPECIAL.strip().splitlines()), *faithful)]
 
 
@@ -48,7 +48,7 @@ def every_kernel() -> set[str]:
     return {name for name, x in functions.items() if isinstance(x, KernelInterface) and name.endswith("kernel")}
 
 
-def test_a_selection_of_the_gpu_tests_passes_on_the_stand_in(tmp_path: Path) -> None:
+def test_selected_gpu_tests_pass_on_the_stand_in(tmp_path: Path) -> None:
     tests, counts = named(), tmp_path / "counts.json"
     words = ["--counts", str(counts), "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *tests]
     env = {**os.environ, "HYPOTHESIS_PROFILE": "compiled"}
@@ -59,7 +59,7 @@ def test_a_selection_of_the_gpu_tests_passes_on_the_stand_in(tmp_path: Path) -> 
     assert json.loads(counts.read_text())["launches"].keys() >= every_kernel()
 
 
-def test_the_tests_of_the_stand_in_pass_on_it() -> None:
+def test_stand_in_tests_pass_on_the_stand_in() -> None:
     words = ["pytest", "-q", "-p", "no:cacheprovider", "tests/on_standin"]
     done = subprocess.run([sys.executable, "-m", "bench.standin", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -70,10 +70,10 @@ def test_the_tests_of_the_stand_in_pass_on_it() -> None:
     "words, said",
     [
         (["bench.sorcery"], "there is no module bench.sorcery that can be run"),
-        (["bench"], "there is no module bench that can be run"),
+        (["bench.measure"], "there is no module bench.measure that can be run"),
         (["--counts", "nowhere/counts.json", "this"], "--counts: there is no folder"),
     ],
 )
-def test_bad_usage_gets_one_line(words: list[str], said: str) -> None:
+def test_stand_in_bad_usage_is_one_line(words: list[str], said: str) -> None:
     done = subprocess.run([sys.executable, "-m", "bench.standin", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
