@@ -3,12 +3,11 @@
 `pytest -k "int4_matmul and mine"` runs one variant, `HYPOTHESIS_PROFILE=thorough` hundreds of cases of each.
 """
 
-import inspect
-
 import pytest
 import torch
 from far_memory import apart
 from hypothesis import given
+from op_arguments import flat_arguments, grouped_arguments, parameters
 from torch import Tensor
 
 from bench.correctness.error_budget import (
@@ -35,10 +34,7 @@ CASES: list = [
 ]
 
 
-def names(op: Op) -> list[str]:
-    return list(inspect.signature(op.reference).parameters)
-
-
+PAGED_CASES = [case for case in CASES if {"k_pages", "cache"} & {*parameters(case.values[0])}]
 EACH_OP = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
@@ -96,17 +92,20 @@ def test_float64_is_faithful_or_unsupported(op: Op, impl: Impl, config: dict) ->
 
 
 @pytest.mark.on_gpu
-@pytest.mark.parametrize("op, impl, config", [case for case in CASES if "k_pages" in names(case.values[0])])
+@pytest.mark.parametrize(
+    "op, impl, config", [case for case in CASES if {"k_pages", "cache"} & {*parameters(case.values[0])}]
+)
 def test_pages_beyond_32_bits(op: Op, impl: Impl, config: dict, far: Tensor) -> None:
     """Pages so far apart that the offsets of the last ones, counted in elements, are more than an int32 holds."""
     sizes = {n: d.values[0] if isinstance(d, OneOf) else d.high for n, d in op.domain.items()} | {"dtype": "float16"}
     reads = "t" in sizes
     args = example_args(op, seed=0, **sizes | ({"t": 400} if reads else {}))
-    there = list(args)
+    far_args = flat_arguments(op, args)
     for place, name in enumerate(("k_pages", "v_pages")):
-        i = names(op).index(name)  # of the last three pages that are read one is never used, and one may be free
-        there[i] = apart(args[i], far, place, last=-3 if reads else -1)
-    for near_out, far_out in zip(tensors(impl(*args, config=config)), tensors(impl(*there, config=config))):
+        # of the last three pages that are read one is never used, and one may be free
+        far_args[name] = apart(far_args[name], far, place, last=-3 if reads else -1)
+    far_outputs = impl(**grouped_arguments(op, far_args), config=config)
+    for near_out, far_out in zip(tensors(impl(*args, config=config)), tensors(far_outputs)):
         assert torch.equal(bit_pattern(near_out), bit_pattern(far_out))
 
 
