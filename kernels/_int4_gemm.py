@@ -1,5 +1,4 @@
 """Int4 weights as the left operand of `tl.dot`, and the loop that multiplies with them."""
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

@@ -5,8 +5,6 @@ three in one flat tuple. What is read of quantized pages is codes less their zer
 product holds exactly. The scale of a token is one number for all of a head, so it multiplies scores and weights. In 4
 bits a head is its two halves, each of which is a nibble of its bytes.
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 from typing import Any
 

@@ -1,5 +1,4 @@
 """Code that launchers share: the check of their tensors, grids of matrix products, and operands of `tl.dot`."""
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 import math
 

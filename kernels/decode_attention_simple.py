@@ -7,8 +7,6 @@ softmax in base 2, from the first to the last. Under "batch_invariant" the confi
 q [b, h, d], pages [p, l, g, d], any strides; token j of a sequence is row j % l of page block_table[sequence, j // l].
 Strides are compile-time constants: heads of 72 are whole 16-byte loads only if the compiler sees it.
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton

@@ -2,7 +2,6 @@
 
 The whole weight is in memory, in x's dtype and rounded as `Int4.rounding` says, for as long as the call takes.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import torch.nn.functional as F

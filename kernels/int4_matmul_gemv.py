@@ -8,7 +8,6 @@ partial sums in the order of the splits.
 x [m, k], any strides; more rows than BLOCK_M take more programs, those that share rows of w side by side; a row of x
 does not change the result of another.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 from dataclasses import replace
 from typing import Any

@@ -5,7 +5,6 @@ slow: a word is loaded eight times, four bytes at a time.
 
 x [m, k], any strides; w in the tiles of `formats.pack_tiles`; the sum is kept in float32.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

@@ -5,7 +5,6 @@ so that a step needs one scale and one zero per row of w; in groups of 32 each w
 
 x [m, k], any strides; w is rounded to x's dtype as `Int4.rounding` says; the sum is kept in float32.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

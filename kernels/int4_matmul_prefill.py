@@ -7,7 +7,6 @@ the L2 cache.
 
 x [m, k], any strides; sums are float32; a row of x does not change the result of another.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

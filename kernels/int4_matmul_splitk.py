@@ -10,7 +10,6 @@ where scaling sums would need a second accumulator, in groups of 32, and with th
 
 x [m, k], any strides; sums are float32; a row of x does not change the result of another.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

@@ -7,7 +7,6 @@ twice the rows to fill a GPU with.
 
 x [m, k], any strides; a row of x does not change the result of another.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

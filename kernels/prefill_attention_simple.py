@@ -10,8 +10,6 @@ q [s, h, d], k and v [s, g, d], plain pages [p, l, g, d], any strides; head h of
 r % (h/g) of its rows. Programs past the end of their sequence return at once, so the grid needs no lengths. Strides are
 compile-time constants: heads of 72 are whole 16-byte loads only if the compiler sees it.
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton

@@ -5,7 +5,6 @@ writes it. A row may have any length.
 
 x [..., e] as rows [m, e], any strides; weight [e]; sums in float32.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton
