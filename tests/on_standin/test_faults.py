@@ -148,7 +148,7 @@ COUNTER = r"assert Counter"
 TWO = "found at least two devices"
 OF_CPU = "Expected a 'cuda' device type for generator but found 'cpu'"
 FAULTS = {
-    "a value read back inside a captured launcher": Fault(DECODE, Prepend("lengths.max().item()"), captured, CAPTURING),
+    "a value read back inside a captured launcher": Fault(DECODE, Prepend("seq_lens.max().item()"), captured, CAPTURING),
     "a tensor of the CPU sent to the device inside one": Fault(
         DECODE, Prepend("torch.tensor([1.0], device=q.device)"), captured, CAPTURING
     ),
@@ -156,7 +156,7 @@ FAULTS = {
         llama.attention, Prepend("assert x.sum().isfinite()"), captured, CAPTURING
     ),
     "a value read back at every step": Fault(
-        engine.generate_tokens, Prepend("bool((next(iter(new.values())) > 0).any())"), waits, COUNTER
+        engine.generate_tokens, Prepend("bool((next(iter(pending.values())) > 0).any())"), waits, COUNTER
     ),
     "a mask that selects at every step": Fault(
         paged_cache.PagedKVCache._build_batch, Prepend("self.k_pages[self.k_pages != self.k_pages]"), waits, COUNTER
