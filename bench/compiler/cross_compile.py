@@ -24,7 +24,6 @@ from triton.runtime.jit import JITFunction
 from vila_triton import kernels as kernels_package
 from vila_triton.registry import OPS, Impl, Unsupported, describe_available, discover
 
-from ..peers import discover_peers
 from .gpus import TARGETS
 
 Item = TypeVar("Item")
@@ -155,7 +154,11 @@ def load_implementations(folder: str | None, peers: bool) -> dict[str, str]:
     if folder:
         kernels_package.__path__[:] = [folder]
     discover()
-    return discover_peers() if peers else {}
+    if not peers:
+        return {}
+    from ..peers import discover_peers
+
+    return discover_peers()
 
 
 def run_in_subprocesses(
