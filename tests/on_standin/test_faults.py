@@ -148,7 +148,9 @@ COUNTER = r"assert Counter"
 TWO = "found at least two devices"
 OF_CPU = "Expected a 'cuda' device type for generator but found 'cpu'"
 FAULTS = {
-    "a value read back inside a captured launcher": Fault(DECODE, Prepend("seq_lens.max().item()"), captured, CAPTURING),
+    "a value read back inside a captured launcher": Fault(
+        DECODE, Prepend("seq_lens.max().item()"), captured, CAPTURING
+    ),
     "a tensor of the CPU sent to the device inside one": Fault(
         DECODE, Prepend("torch.tensor([1.0], device=q.device)"), captured, CAPTURING
     ),
