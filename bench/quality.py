@@ -1,6 +1,6 @@
 """Measures what int4 costs a language model: `python -m bench.quality [--model bundled outliers smollm2] [--out ROWS]`
 
-Quantizes language models by round to nearest (rtn), as llm-awq does (upstream) and by vila-triton's method (ours), and
+Quantizes language models by round to nearest (rtn), as llm-awq does and by vila-triton's default (awq-gptq), and
 evaluates them on text or questions that calibration did not see. `outliers` is the bundled model with some channels of
 its norms scaled up and the weights behind them scaled down, which changes nothing until weights are quantized.
 `repaired` is the part of rtn's loss in perplexity that a method avoids.
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vila_triton.arguments import renamed_values
 from vila_triton.cache.paged_cache import UncachedBatch
 from vila_triton.chat.conversation import ChatModel
 from vila_triton.console import print_progress
@@ -38,7 +39,7 @@ from ._tool import tool
 from .measure import rows, smollm2
 
 NUM_QUESTIONS = 400  # about held-out scenes, of all kinds
-METHODS = ("rtn", "upstream", "ours")
+METHODS = ("rtn", "llm-awq", "awq-gptq")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def quantize_model(subject: EvaluatedModel, method: str, group_size: int) -> lla
     hidden_states = quantized_hidden_states = subject.calibration.embeddings
     layers, start = [], time.monotonic()
     for i, layer in enumerate(subject.p.layers):
-        if method == "ours":
+        if method == "awq-gptq":
             result = awq_gptq.quantize_layer(
                 layer, hidden_states, quantized_hidden_states, tokens, subject.cfg, group_size
             )
@@ -217,7 +218,8 @@ def main() -> None:
     parser.add_argument(
         "--model", nargs="+", choices=("bundled", "outliers", "smollm2"), default=["bundled", "outliers"]
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    method = renamed_values(rows.RENAMED_METHODS)
+    parser.add_argument("--methods", type=method, nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--groups", type=COUNT, nargs="+", default=[32, 64, 128])
     parser.add_argument("--samples", type=COUNT, default=128, help="of calibration; 16 of SmolLM2's tokens make one")
     parser.add_argument("--seed", type=SEED, default=0)

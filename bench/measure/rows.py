@@ -24,6 +24,7 @@ from vila_triton.files.reading import require_file
 ROOT = Path(__file__).resolve().parents[2]
 STAMP = ("device", "torch", "triton", "python", "commit", "date")  # where and when a row was measured
 RESULTS = ROOT / "bench" / "results"
+RENAMED_METHODS = {"upstream": "llm-awq", "ours": "awq-gptq"}  # of bench.quality
 WRITTEN_FILES: dict[Path, None] = {}  # the files this process wrote rows to, for who interrupts it
 
 
@@ -128,4 +129,6 @@ def with_present_names(row: dict[str, Any]) -> dict[str, Any]:
         row["images"] = row.pop("pictures")
     if row.get("what") == "stream":
         row["what"] = "streaming"
+    if row.get("kind") == "quality" and row.get("method") in RENAMED_METHODS:
+        row["method"] = RENAMED_METHODS[row["method"]]
     return row

@@ -6,7 +6,7 @@ from bench.plots.style import COLORS, GRAY, panels, shared_legend
 
 from .figure import PlottedFigure, Row
 
-METHOD_COLORS = {"rtn": GRAY, "upstream": COLORS[1], "ours": COLORS[0]}
+METHOD_COLORS = {"rtn": GRAY, "llm-awq": COLORS[1], "awq-gptq": COLORS[0]}
 
 
 def plot_quality(rows: Mapping[str, Sequence[Row]]) -> Iterator[PlottedFigure]:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from bench import plot, prefill_memory
+from bench import plot, prefill_memory, quality
 from bench.measure import rows
 from bench.plots import ops, tuning
 from bench.plots.style import save_figure
@@ -73,7 +73,7 @@ def model_rows() -> Iterator[dict[str, Any]]:
 
 
 def quality_rows() -> Iterator[dict[str, Any]]:
-    for method, group in (("float32", 0), *itertools.product(("rtn", "ours"), (32, 64))):
+    for method, group in (("float32", 0), *itertools.product(("rtn", "awq-gptq"), (32, 64))):
         about = {"kind": "quality", "model": "m", "method": method, "group": group, "samples": 4, "seed": 0}
         yield {**about, "kl": group / 1e3 / len(method), "perplexity": 2.0}
 
@@ -303,3 +303,24 @@ def test_prefill_memory_writes_rows_that_plot_draws(tmp_path: Path, monkeypatch:
     prefill_memory.main()
     assert len(list(rows.read(out, kind="memory"))) == 4
     assert plot.main([str(out), "--out", str(tmp_path)]) == 0 and (tmp_path / "memory.png").exists()
+
+
+def test_old_names_of_quality_methods_mean_the_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    old_rows = [{"kind": "quality", "method": method} for method in ("rtn", "upstream", "ours")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in old_rows))
+    assert tuple(row["method"] for row in rows.read(file)) == quality.METHODS
+
+    def fake_rows(subject: str, methods: list[str], groups: list[int]) -> Iterator[dict[str, Any]]:
+        for method in methods:
+            yield {"model": subject, "method": method, "group": 64, "perplexity": 1, "kl": 0, "right": 1, "kinds": {}}
+
+    monkeypatch.setattr(quality, "load_subject", lambda name, samples, seed: name)
+    monkeypatch.setattr(quality, "quality_rows", fake_rows)
+    monkeypatch.setattr("sys.argv", ["bench.quality", "--model", "bundled", "--methods", "ours", "upstream", "rtn"])
+    assert quality.main() == 0
+    printed = capsys.readouterr()
+    assert [line.split()[1] for line in printed.out.splitlines()[1:]] == ["awq-gptq", "llm-awq", "rtn"]
+    assert [line.split(":")[0] for line in printed.err.splitlines()] == ["note", "note"]

@@ -181,6 +181,6 @@ def test_image_tokens_count_by_image_weight() -> None:
 def test_outliers_cost_a_fifth_of_the_rtn_error() -> None:
     subject = quality.load_subject("outliers", 64, 0)
     nearest, best = (
-        quality.evaluate_model(subject, quality.quantize_model(subject, method, 128)) for method in ("rtn", "ours")
+        quality.evaluate_model(subject, quality.quantize_model(subject, method, 128)) for method in ("rtn", "awq-gptq")
     )
     assert nearest["kl"] > 1e-3 and best["kl"] < nearest["kl"] / 5

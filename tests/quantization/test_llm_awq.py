@@ -268,7 +268,7 @@ def test_llm_awq_cache_applied_here_gives_the_same_tensors(
 @torch.no_grad()
 def test_llm_awq_limits_for_one_sign_groups_and_few_tokens() -> None:
     w = torch.linspace(1.0, 1.1, 64).view(2, 32)
-    assert dequantize(llm_awq.quantize_int4(w, 32), torch.float32).max() < 0.12  # known, and why ours is the default
+    assert dequantize(llm_awq.quantize_int4(w, 32), torch.float32).max() < 0.12  # known: awq-gptq is the default
     with pytest.raises(ValueError, match="needs 512 tokens of calibration, there are 511"):
         llm_awq.search_clip(w, torch.ones(511, 32), 32)
 

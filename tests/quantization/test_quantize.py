@@ -135,7 +135,7 @@ def test_quantize_command_writes_a_report_and_a_plot(tmp_path: Path, capsys: pyt
     assert "8 questions about synthetic images" in capsys.readouterr().out
     assert not (tmp_path / "out.quantizing").exists()
     quant_report = json.loads((tmp_path / "out" / "quantization.json").read_text())
-    assert quant_report["group"] == 64 and len(quant_report["layers"]) == 4
+    assert quant_report["group_size"] == 64 and len(quant_report["layers"]) == 4
     for layer in quant_report["layers"]:
         assert set(layer["scales"]) == {"attention", "o", "mlp", "down"}
         assert all(linear["error"] < linear["rtn_error"] for linear in layer["linears"].values())

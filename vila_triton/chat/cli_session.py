@@ -44,7 +44,9 @@ class CliSession:
     images: list[Image.Image] = field(default_factory=list)
 
     def run_command(self, line: str) -> None:
-        """Run a line that begins with "/". Errors: ValueError, OSError; the session is then as it was before."""
+        """Run a line that begins with "/", except /quit, which `commands.chat` handles itself (here it would be taken
+        for /resume). Errors: ValueError, OSError; the session is then as it was before.
+        """
         command, _, argument = line.partition(" ")
         argument = argument.strip()
         if command not in COMMANDS:

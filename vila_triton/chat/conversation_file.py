@@ -120,7 +120,8 @@ def read_conversation_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str
 def fingerprints(chat_model: ChatModel, file_format: str = FILE_FORMAT) -> dict[str, str]:
     """Return hashes of what a conversation depends on: of the model, the tokenizer and the template.
 
-    About 64 elements of each parameter count.
+    Of each parameter only some 64 to 127 evenly spaced elements are hashed (all, if it has fewer), so a change
+    elsewhere goes unnoticed.
     """
     model, tokenizer = chat_model.model, chat_model.tokenizer
     parameters = model.state_dict().values()

@@ -1,10 +1,10 @@
 """The layouts of int4 linears in checkpoints, each a pair of pure functions to and from `Int4`.
 
-    ours      qweight [n/16, k/64, 32, 4] int32   scales [G, n]    zeros [G, n]             `Int4` as it is
-    awq-gemm  qweight [k, n/8] int32              scales [G, n]    qzeros [G, n/8] int32    AutoAWQ, version "gemm"
-    awq-v1    qweight [n, k/8] int32              scales [n, 8W]   qzeros [n, W] int32      llm-awq v1, AutoAWQ "gemv"
-    awq-v2    qweight [n/4, k] int16              scales [8W, n]   scaled_zeros [8W, n]     llm-awq v2 (AutoAWQ
-              "gemv_fast" calls the last `qzeros`)
+    vila-triton  qweight [n/16, k/64, 32, 4] int32  scales [G, n]    zeros [G, n]             `Int4` as it is
+    awq-gemm     qweight [k, n/8] int32             scales [G, n]    qzeros [G, n/8] int32    AutoAWQ, version "gemm"
+    awq-v1       qweight [n, k/8] int32             scales [n, 8W]   qzeros [n, W] int32      llm-awq v1, AutoAWQ "gemv"
+    awq-v2       qweight [n/4, k] int16             scales [8W, n]   scaled_zeros [8W, n]     llm-awq v2 (AutoAWQ
+                 "gemv_fast" calls the last `qzeros`)
 
 G = k / group_size; llm-awq pads G to 8W rows of zeros. A scaled zero is -(scale * zero), rounded; its zero point is
 whole and comes back exactly, or the checkpoint is refused. Tensors may be on torch's meta device: then only shapes and

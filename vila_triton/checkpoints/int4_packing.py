@@ -52,12 +52,13 @@ def unpack_awq_v2(packed: Tensor) -> Tensor:
 
 
 def padded_scale_rows(k: int, group_size: int) -> int:
-    """The number of rows that llm-awq v2 stores for scales and zeros; the first k / group_size are real, the others 0.
+    """The number of rows of scales and zeros that llm-awq (v1 and v2) stores; the first k / group_size are real, the
+    others 0.
 
     Errors: ValueError for a group size other than 32, 64 or a multiple of 128.
     """
     multiple = {32: 4, 64: 2}.get(group_size, 1 if group_size % 128 == 0 else 0)
     if not multiple:
-        raise ValueError(f"llm-awq v2 has no groups of {group_size}: they are 32, 64 or a multiple of 128")
+        raise ValueError(f"llm-awq has no groups of {group_size}: they are 32, 64 or a multiple of 128")
     words = -(-(k // group_size) // CODES_PER_WORD)
     return CODES_PER_WORD * (-(-words // multiple) * multiple)

@@ -70,14 +70,15 @@ def make_quantization_config(
 
     modules_to_not_convert: the linears that are dense.
     """
+    # Files call the rounding "order" ("int4_order" beside an AWQ config).
     rounding_key = {} if rounding == layout.rounding else {"order": rounding}
     skipped_key = {"modules_to_not_convert": list(modules_to_not_convert)} if modules_to_not_convert else {}
     if layout is NATIVE:
         config = {"quant_method": QUANT_METHOD, "bits": 4, "group_size": group_size}
         return {"quantization_config": {**config, **skipped_key, **rounding_key}}
-    llama_key = {"int4_order": rounding} if rounding_key else {}
+    rounding_entry = {"int4_order": rounding} if rounding_key else {}
     if layout is AWQ_V2:
-        return llama_key
+        return rounding_entry
     version = next(version for version, layouts in AWQ_VERSIONS.items() if layout in layouts)
     config = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": version}
-    return {"quantization_config": config | skipped_key, **llama_key}
+    return {"quantization_config": config | skipped_key, **rounding_entry}

@@ -44,7 +44,8 @@ class ShardWriter:
     """The tensors of a folder. `meta`: name -> a tensor of the shape and dtype to be written, on the meta device.
 
     `key`: what else the bytes depend on (the source, the seed); work begun under another key is refused.
-    `missing`: the names still to be `put`; after the last, `close`. `progress` is called with bytes done and in all.
+    `missing`: the names still to be written with `write_tensor`; after the last, call `close`. `progress` is called
+    with bytes done and in all.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ def is_complete(shard: Shard, done: Mapping[str, str]) -> bool:
 
 
 def plan_shards(folder: Path, meta: Mapping[str, Tensor], max_shard_bytes: int) -> Iterator[Shard]:
-    """Cut tensors, in their order, into shards of at most `limit` bytes (a larger tensor is alone in its own)."""
+    """Cut tensors, in their order, into shards of at most `max_shard_bytes` bytes; a larger one is alone in its own."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, x in meta.items():

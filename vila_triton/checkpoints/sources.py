@@ -25,8 +25,9 @@ PARTS = ("llm", "vision_tower", "mm_projector")
 class CheckpointSource:
     """A checkpoint, read as if it were a native VILA folder.
 
-    kind: the family of the folder, for messages.
-    config, part_configs: the top config and those of the parts; an int4 part says so as vila-triton's do.
+    kind: what the folder is, for messages ("VILA folder", "LLaVA, original layout", ...).
+    config, part_configs: the top config and those of the parts. An int4 part's config has a `quantization_config` with
+    quant_method "vila-triton", whatever it had on disk.
     tensors: by part, under the names of a released VILA folder; int4 linears are in the native layout.
     companion_dirs: by part, the folder of its other files (tokenizer, image processor).
     layout: the layout on disk of the language model's int4 linears, None if there are none. Other parts are native.

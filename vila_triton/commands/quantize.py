@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> None:
     config = QuantizeConfig(method, group_size, propagates, args.image_weight, extra_parts)
     vila_config = build_vila_config(source.config, pipeline.prepare_source(source, config).part_configs)
     work = target.with_name(f"{target.name}.quantizing")
-    summary = {"method": args.method, "group": group_size, "format": args.format, "also": list(extra_parts)}
+    summary: dict[str, Any] = {"method": args.method, "group_size": group_size}
+    summary |= {"format": args.format, "extra_parts": list(extra_parts)}
     if args.method == "rtn":
         if work.exists():
             raise FolderInUseError.other_work(work)
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
     calibration, description = load_calibration(args, source, vila_config)
     num_tokens = sum(map(len, calibration.sequences))
     num_image_tokens = sum(int((ids < 0).sum()) for ids in calibration.sequences)
-    summary |= {"seed": args.seed, "propagate": propagates and args.method == "awq-gptq"}
+    summary |= {"seed": args.seed, "propagate_error": propagates and args.method == "awq-gptq"}
     summary |= {"image_weight": config.image_weight, "tokens": num_tokens, "calibration": description}
     print(f"calibration: {description}; {num_tokens} tokens, {num_image_tokens} of images")
     if calibration.pixel_values is not None and extra_parts:

@@ -37,7 +37,8 @@ def use_default_kernels(device: torch.device, phase: str = "prefill") -> Abstrac
     """Let ops run the implementations that the configs choose for this device and phase.
 
     phase: "prefill", "decode" or "batch_invariant".
-    Errors: ValueError for an implementation that `use` chose and that is not batch-invariant, in that phase.
+    Errors: ValueError if phase is "batch_invariant" and `use` chose an implementation that is not, of an op that has
+    batch-invariant ones.
     """
     return default_choices(default_choices_for(device, phase), batch_invariant=phase == "batch_invariant")
 
@@ -64,7 +65,8 @@ def forward(
 ) -> Tensor:
     """Run the language model in one pass: embeddings x [s, e] at positions [s] -> final hidden states [s, e].
 
-    `batch` stores keys and values in place. `hidden_states`: see `llama.forward`.
+    `batch` writes keys and values to its pages in place, if it has any (`UncachedBatch` has none). `hidden_states`: see
+    `llama.forward`.
     """
     with use_default_kernels(x.device, batch.phase):
         return llama.forward(p.llm, x, positions, cfg.llm, batch, hidden_states)
@@ -80,7 +82,10 @@ def extend(
     chunk_size: int | None = None,
     states_to_keep: Mapping[int, int] | None = None,
 ) -> list[Tensor]:
-    """Append spliced ids [t] to each sequence; as `extend_rows`, with image features [rows, e]."""
+    """Append spliced ids [t] to each sequence and run the language model over them.
+
+    image_features: [rows, e], which ids below 0 refer to. All else as in `extend_rows`.
+    """
     embed = partial(vila.embed_spliced, p, image_features=image_features)
     return extend_rows(p, rows, embed, cfg, cache, chunk_size=chunk_size, states_to_keep=states_to_keep)
 

@@ -17,7 +17,9 @@ def load_chat_model(
     dtype: torch.dtype | None = None,
     max_pages: int | None = None,
 ) -> ChatModel[VilaLlamaForCausalLM]:
-    """Load model, tokenizer and image processor of a VILA folder; `max_pages` caps the KV pages of its conversations.
+    """Load model, tokenizer and image processor of a VILA or LLaVA-1.5 folder.
+
+    max_pages: caps the KV pages of its conversations.
 
     Errors: `LoadError` for broken files, `ConfigError` for wrong configs, one of them a conversation template that does
     not fit the tokenizer.

@@ -79,7 +79,7 @@ class VilaLlamaForCausalLM(UnsupportedMethods, PreTrainedModel, VilaGenerationMi
         dtype: torch.dtype | str | None = None,
         **kwargs: Any,
     ) -> "VilaLlamaForCausalLM":
-        """Load a VILA folder.
+        """Load a VILA or LLaVA-1.5 folder.
 
         config: in place of the folder's. device: by default the GPU if there is one. dtype: by default, and for "auto",
         the config's.

@@ -19,7 +19,7 @@ from .config import LlamaConfig
 from .layers import Affine, Leaf, linear, linear_specs
 from .params import ParameterSpec
 
-CosSin = tuple[Tensor, Tensor]  # cosine and sine of the rotary angles of the new tokens, [s, r] float32 each
+CosSin = tuple[Tensor, Tensor]  # cosine and sine of the rotary angles of the new tokens, [s, d / 2] float32 each
 
 
 class AttentionBackend(Protocol):
@@ -118,7 +118,7 @@ def embed(p: Llama, ids: Tensor) -> Tensor:
 def attention_heads_output(
     p: Layer, x: Tensor, rotary: CosSin, layer_idx: int, cfg: LlamaConfig, backend: AttentionBackend
 ) -> Tensor:
-    """Causal self-attention before the output projection: hidden states [s, e] -> concatenated heads [s, h·d]."""
+    """Causal self-attention before the output projection: normed hidden states [s, e] -> heads end to end [s, h·d]."""
     q, k, v = (rearrange(linear(w, x), "s (h d) -> s h d", d=cfg.head_dim) for w in (p.q, p.k, p.v))
     return rearrange(backend.attend(layer_idx, q, k, v, rotary, cfg.head_dim**-0.5), "s h d -> s (h d)")
 

@@ -8,7 +8,8 @@
                       page size or on which pages they are. It is a promise of one op and one implementation:
                       `prefill_attention` and `decode_attention` may add up in different orders, so what must repeat bit
                       for bit goes through the same one each time. Where pages are quantized, chunks matter: a chunk
-                      sees its own tokens as they are, and those before it as the pages hold them.
+                      sees its own tokens as they are, and those before it as the pages hold them;
+                      `PagedBatch` of the cache rounds new keys and values first.
 
 With `return_lse=True` attention returns (out, lse): lse [s, h] float32 is log(sum(exp(q kᵀ · softmax_scale))) over the
 keys that a query sees, -inf if it sees none (its output is 0). `merge_attention_states` joins attention over parts of

@@ -95,7 +95,7 @@ class LayerQuantizer:
             self.scales[scale_group] = choice.scale
             scaled_inputs = getattr(self.inputs, scale_group) / choice.scale
             self.inputs = replace(self.inputs, **{scale_group: scaled_inputs})
-            entry = {"ratio": choice.ratio, "duo": choice.duo, "largest": float(choice.scale.max())}
+            entry = {"ratio": choice.ratio, "uses_weights": choice.uses_weights, "largest": float(choice.scale.max())}
             self.report["scales"][scale_group] = entry
         self.scaled = self.quantized = unscale_norms(layer, self.scales)
         weights = [getattr(layer, name).weight.numel() for names in SCALE_GROUPS.values() for name in names]

@@ -26,11 +26,13 @@ SCALE_GROUPS = {"attention": ("q", "k", "v"), "o": ("o",), "mlp": ("gate", "up")
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """A channel scale [k] and the formula it came from: E|x|^ratio, with duo divided by the weights^(1 - ratio)."""
+    """A channel scale [k] and the formula it came from: E|x|^ratio, with `uses_weights` divided by the weights'
+    relative size^(1 - ratio).
+    """
 
     scale: Tensor
     ratio: float
-    duo: bool
+    uses_weights: bool
 
 
 def normalize_scale(s: Tensor) -> Tensor:

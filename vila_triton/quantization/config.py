@@ -17,9 +17,9 @@ class QuantizeConfig:
     """The settings of a quantization.
 
     method: "awq-gptq" (AWQ scales, clipping and GPTQ) or "llm-awq" (its own objective); group_size: inputs that share a
-    scale; extra_parts: of "vision_tower" and "mm_projector" those that are quantized too. With "awq-gptq" only:
-    propagate_error: quantize each layer from the activations behind the quantized layers before it; image_weight: how
-    much an image token counts for each 1 of a text token.
+    scale. With "awq-gptq" only: propagate_error: quantize each layer from the activations behind the quantized layers
+    before it; image_weight: how much an image token counts for each 1 of a text token; extra_parts: of "vision_tower"
+    and "mm_projector" those that are quantized too. `pipeline.round_to_nearest` takes extra_parts as well.
     """
 
     method: str = "awq-gptq"

@@ -36,7 +36,8 @@ reference. There are no priorities and no fallback: an implementation that canno
     registry       `op`, `use`, `default_choices`, `count_calls`
     interpreter    Triton's interpreter, made safe for threads
 
-A module imports only from those above it. This package imports without torch.
+A module imports only from those above it. `import vila_triton.registry` does not import torch; `gradients`,
+`custom_ops` and `tuned_tables` do, and are imported when needed.
 """
 
 from .discovery import describe_available, discover, problems, validate_choices

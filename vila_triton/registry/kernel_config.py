@@ -17,7 +17,8 @@ PHASES = ("prefill", "decode", "batch_invariant")  # the last: every phase, with
 def configured_choices(device: str, phase: str | None, op_name: str | None = None) -> Mapping[str, Choice]:
     """The choices for a device type ("cpu", "cuda"): those of its section, replaced by those of [device.phase].
 
-    phase: one of `PHASES`; op_name: of one op only. A device that the file does not name runs references.
+    phase: one of `PHASES`, or None for a call outside an engine: then only the device's own section holds.
+    op_name: of one op only. A device that the file does not name runs references.
     Raises ValueError naming the file.
     """
     return read_kernels_toml(config_dir() / "kernels.toml", device, phase, op_name)

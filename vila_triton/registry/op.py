@@ -57,7 +57,8 @@ class Impl:
     """One implementation of an op.
 
     A call runs the config it passes; else the one tuned for its device and sizes (see `tuned_tables`); else
-    `configs[0]`. `space` holds the configs that can be tuned; without it, these are `configs`.
+    `configs[0]`. With batch-invariant numerics (see `default_choices`) a call that passes no config runs `configs[0]`.
+    `space` holds the configs that can be tuned; without it, these are `configs`.
 
     batch_invariant: a row of the result has the same bits whatever other rows are in the batch and wherever it lies
     among them, as long as the config is the same; an attention does so with batch-invariant numerics only.
@@ -191,6 +192,8 @@ class Op:
     ) -> Callable[[Callable], Callable]:
         """Attach the decorated function as implementation `name`.
 
+        configs: keyword arguments of the function, the first the default. space: what `bench.tune` searches.
+        batch_invariant: see `Impl`.
         Raises ValueError if another file has attached an implementation of that name, or if there are no configs.
         """
 
@@ -277,7 +280,8 @@ class Op:
         return fn
 
     def fake_impl(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Register arguments -> an empty tensor as the op returns, or a tuple of them.
+        """Register a function of the op's arguments that returns an empty tensor, or a tuple of them, shaped as the
+        result.
 
         With it a call becomes a `torch.library` custom op wherever `torch.compile` traces it (see `custom_ops`).
         """
@@ -285,7 +289,7 @@ class Op:
         return fn
 
     def mutates(self, *names: str, fake_impl: Callable[..., tuple[Any, ...]] | None = None) -> None:
-        """The same for an op that writes these arguments in place.
+        """Register, as `fake_impl` does, an op that writes the arguments `names` in place.
 
         It returns them, in this order, after the new tensors that `fake_impl` makes, if there are any.
         """

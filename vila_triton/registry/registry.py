@@ -54,7 +54,7 @@ def use(**choices: str | Sequence[Any]) -> Iterator[None]:
     is left half-read continues with what holds where it is read.
 
     A KV cache that was written under one choice stays valid under another, since both keep to the error budget. Only
-    with batch-invariant numerics, where every bit counts, a `chat.ChatModel` drops its cache.
+    with batch-invariant numerics, where every bit counts, a `chat.conversation.ChatModel` drops its cache.
     """
     token = EXPLICIT_CHOICES.set({**EXPLICIT_CHOICES.get(), **validate_choices(choices)})
     try:

@@ -211,9 +211,10 @@ def default_choices_for(device: torch.device, phase: str | None, op_name: str | 
     """The implementations that run by default: those of configs/kernels.toml, replaced by those of the device's table
     for the ops and sizes it was tuned at.
 
-    phase: one of `kernel_config.PHASES`. With batch-invariant numerics, which are a phase here, the table is not read,
-    since the fastest implementation depends on the size. Neither are its entries for ops that `use` chooses for, so
-    that a stale table can be worked around. op_name: of one op only.
+    phase: one of `kernel_config.PHASES`, or None for a call outside an engine: then only the device's own section
+    holds. With batch-invariant numerics, which are a phase here, the table is not read, since the fastest
+    implementation depends on the size. Neither are its entries for ops that `use` chooses for, so that a stale table
+    can be worked around. op_name: of one op only.
     """
     choices, gpu = (
         configured_choices(device.type, phase, op_name),
@@ -227,8 +228,8 @@ def default_choices_for(device: torch.device, phase: str | None, op_name: str | 
 def default_choice(op: Op, *args: Any, **kwargs: Any) -> Choice:
     """The choice for a call outside an engine: as an engine makes it for the device of the call.
 
-    Such a call has no phase, so the sections of kernels.toml for one phase do not apply to it, but for that of its
-    numerics. A call without a tensor runs the reference.
+    Such a call has no phase: of the phase sections only [device.batch_invariant] applies, and only if the call's
+    `numerics` say so. A call without a tensor runs the reference.
     """
     device = device_of(*args, **kwargs)
     if device is None:
