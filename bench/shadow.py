@@ -102,13 +102,13 @@ def comparison_table(recorder: ShadowRecorder) -> Iterator[str]:
     for name, layer in layers.items():
         total = layer.ulps.total()
         shares = "".join(f"{layer.ulps[b] / total:8.2%}" if layer.ulps[b] else f"{'-':>8}" for b in ULP_BUCKETS)
-        multiple = "-" if layer.times is None else f"{layer.times:.3g}"
+        multiple = "-" if layer.budget_multiple is None else f"{layer.budget_multiple:.3g}"
         verdict = f"  {layer.failure or 'BEYOND BUDGET'}" if layer.wrong else ""
         yield f"{name:{width}}{layer.calls:5}{shares}{layer.relative:11.2e}{layer.largest:11.2e}{multiple:>11}{verdict}"
     for reason in sorted({line.unchecked for line in layers.values()} - {""}):
         names = [name for name, line in layers.items() if line.unchecked == reason]
         yield f"no budget for some calls of {len(names)} layers, {names[0]} first: {reason}"
-    if recorder.first_failure or any(line.times is not None for line in layers.values()):
+    if recorder.first_failure or any(line.budget_multiple is not None for line in layers.values()):
         yield f"first layer beyond budget: {recorder.first_failure or 'none'}"
 
 

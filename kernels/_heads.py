@@ -4,8 +4,6 @@ A head of D numbers is a tuple of one block or of two: its first D0 numbers in a
 one of BLOCK_D1. Two blocks leave fewer lanes empty where D is no power of two (72 = 64 + 8), and are the two halves of
 a head, which RoPE pairs and which share the bytes of 4-bit pages.
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 from dataclasses import dataclass
 

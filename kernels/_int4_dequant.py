@@ -5,7 +5,6 @@ holds codes of two rows of its tile, `top` (r) and `low` (r + 8); see `pack_tile
 these two rows, so that all arithmetic on a weight happens in the lane that loaded it. Only then is the tile put
 together, in the registers where the tensor cores want it.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

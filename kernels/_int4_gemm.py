@@ -1,5 +1,4 @@
 """Int4 weights as the left operand of `tl.dot`, and the loop that multiplies with them."""
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
@@ -98,7 +97,7 @@ def dequantize_block(
     group = group_ids(start, tile_k, tl.arange(0, 4)[None, None, None, :], K, GROUP_SIZE, 64 * TILES_K)
     zero = tl.load(zeros_ptr + group * N + top)
     low_zero = tl.load(zeros_ptr + group * N + low)
-    if ROUNDING == UNSCALED:
+    if ROUNDING == UNSCALED:  # scales are not used, and zeros stand in for them
         a, b, c, d, e, f, g, h = lane_weights(words, zero, zero, zero, low_zero, ROUNDING, DTYPE, ASM)
     else:
         scale = tl.load(scales_ptr + group * N + top)

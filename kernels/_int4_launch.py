@@ -9,19 +9,17 @@ from vila_triton.ops import Int4
 from vila_triton.registry import Unsupported
 
 from ._int4_dequant import FMA, SUB, UNSCALED
-from ._launch import INTERPRETED, check_supported, rows_and_output
+from ._launch import INTERPRETED, check_supported
 
 
-def prepare(op_name: str, x: Tensor, *weights: Int4) -> tuple[Tensor, Tensor]:
-    """Check a call of kernels that read whole tiles, and return x [..., k] as rows [m, k] and an empty output [m, n].
-
-    Errors: Unsupported for tensors that Triton cannot load, and unless a group is 32, whole tiles, or all of k.
+def check_int4_call(op_name: str, x: Tensor, *weights: Int4) -> None:
+    """Check a call of kernels that read whole tiles: Unsupported for tensors that Triton cannot load, and unless a
+    group is 32, whole tiles, or all of k.
     """
     check_supported(op_name, x, *(t for w in weights for t in (w.scales, w.zeros)))
     group_size, k = weights[0].group_size, weights[0].shape[1]
     if group_size != 32 and group_size % 64 and group_size != k:
         raise Unsupported(f"{op_name}: the group is {group_size}, but 32, multiples of 64 and all of k are served")
-    return rows_and_output(x, weights[0].shape[0])
 
 
 def contiguous_tensors(w: Int4) -> tuple[Tensor, Tensor, Tensor]:

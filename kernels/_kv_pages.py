@@ -1,12 +1,10 @@
 """Reading the paged KV cache in kernels, plain pages and `QuantizedKVPages`.
 
-Pages are a tuple (codes, scales, zeros) of pointers, the last ones None where there are none, and the strides of all
+Pages are a tuple (values, scales, zeros) of pointers, the last ones None where there are none, and the strides of all
 three in one flat tuple. What is read of quantized pages is codes less their zeros: whole numbers that every dtype of a
 product holds exactly. The scale of a token is one number for all of a head, so it multiplies scores and weights. In 4
 bits a head is its two halves, each of which is a nibble of its bytes.
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 from typing import Any
 
@@ -104,7 +102,8 @@ def attend_paged_tile(
 ):  # fmt: skip
     """Attention to one more tile of cached tokens [n], which lie in the pages `page_ids`: the new (m_i, l_i, acc).
 
-    `mask` [n] is None if all of them are there. Weights times scales are at most 1, as float16 wants them.
+    `mask` [n] is None if all of them are there. Weights times value scales are divided by the largest of their row
+    before the product, so that float16 neither overflows nor loses them; the product is multiplied back.
     """
     dtype: tl.constexpr = q[0].dtype
     k, k_scales = load_paged_heads(k_pages, stride_k, page_ids, tokens, kv_head, mask, dtype, HEAD, PAGE_SIZE)

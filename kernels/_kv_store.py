@@ -3,8 +3,6 @@
 Heads come in their two halves (`half_layout`), which share the bytes of 4-bit pages. All arithmetic is rounded as
 written (true division, and launchers forbid contraction), so that the bits are the reference's.
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 from typing import Any
 

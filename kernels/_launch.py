@@ -1,5 +1,4 @@
 """Code that launchers share: the check of their tensors, grids of matrix products, and operands of `tl.dot`."""
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 import math
 
@@ -101,7 +100,7 @@ def ieee_operand(x):
 
 @triton.jit
 def cast_operand(x, dtype: tl.constexpr):
-    """x in dtype, for products: see `exact`."""
+    """x cast to dtype, as an operand of `tl.dot`; see `ieee_operand`."""
     if x.dtype == dtype:
         return x
     else:

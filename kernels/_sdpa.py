@@ -6,8 +6,8 @@ from torch import Tensor
 from vila_triton.registry import Unsupported
 
 
-def check_readable(op_name: str, x: Tensor) -> None:
-    """Unsupported unless x lies where numbers can be read: these variants wait for lengths."""
+def check_not_meta(op_name: str, x: Tensor) -> None:
+    """Unsupported for a meta tensor: attention over pages reads sequence lengths on the host, and there are none."""
     if x.device.type == "meta":
         raise Unsupported(f"{op_name}: tensors are on meta, where there is nothing to compute")
 

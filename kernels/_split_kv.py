@@ -9,8 +9,6 @@ long one sequence is. The host does not know the lengths, only the capacity of t
 chooses num_splits by a model of time, and with that the largest number of splits that there can be, for the grid and
 the workspace. Programs whose split does not exist return at once.
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 from dataclasses import dataclass
 from functools import lru_cache

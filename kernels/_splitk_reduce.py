@@ -2,7 +2,6 @@
 
 Partial sums are float32 and are added up in the order of the splits, so that the result has the same bits every time.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton

@@ -3,8 +3,6 @@
 A row is a pair (query, query head) of one KV head, which QUERIES_PER_KV query heads share; the heads of a query lie
 side by side.
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

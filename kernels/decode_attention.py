@@ -7,10 +7,8 @@ says how many there are, and where there can be but one, it is written at once. 
 codes: scales go to the scores and to the weights.
 
 q [b, h, d], pages [p, l, g, d], any strides; token j of a sequence is row j % l of page block_table[sequence, j // l].
-Under "batch_invariant" splits have a fixed length and the config is the first, whatever it is asked to be.
+Under "batch_invariant" splits have a fixed length, and CONFIGS[0] is used whatever config is passed.
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton

@@ -5,10 +5,8 @@ The readable variant: one program takes all query heads of one KV head of one se
 softmax in base 2, from the first to the last. Under "batch_invariant" the config is always the first one.
 
 q [b, h, d], pages [p, l, g, d], any strides; token j of a sequence is row j % l of page block_table[sequence, j // l].
-Strides are compile-time constants: heads of 72 are whole 16-byte loads only if the compiler sees it.
+Strides are compile-time constants, so that the compiler can prove alignment and load heads of 72 in 16-byte pieces.
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton

@@ -9,8 +9,6 @@ unknown ones cost the registers that the tiles need.
 
 Source: Dao et al., FlashAttention (2022) and FlashAttention-2 (2023).
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton

@@ -61,7 +61,7 @@ def int4_matmul_aten(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
     if group_size not in GROUP_SIZES:
         raise Unsupported(f"int4_matmul: the group is {group_size}, but torch takes {', '.join(map(str, GROUP_SIZES))}")
     if w.rounding != "sub":
-        raise Unsupported(f"int4_matmul: the order is {w.rounding!r}, but torch rounds as its own formula says")
+        raise Unsupported(f"int4_matmul: the rounding is {w.rounding!r}, but torch has its own formula")
     if n % 16:
         raise Unsupported(f"int4_matmul: w has {n} rows, but torch packs multiples of 16")
     rows = x.reshape(-1, k).contiguous()  # [m, k]

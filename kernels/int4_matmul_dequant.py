@@ -2,7 +2,6 @@
 
 The whole weight is in memory, in x's dtype and rounded as `Int4.rounding` says, for as long as the call takes.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, SearchSpace, cdiv
 
 from ._int4_gemm import block_pointers, dequantize_block, load_words
-from ._int4_launch import contiguous_tensors, prepare, rounding_mode, target_flags
+from ._int4_launch import check_int4_call, contiguous_tensors, rounding_mode, target_flags
 from ._launch import grid
 
 CONFIGS = [
@@ -73,7 +72,7 @@ def _int4_dequant_kernel(
 def int4_matmul_dequant(
     x: Tensor, w: Int4, bias: Tensor | None = None, *, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int
 ) -> Tensor:
-    prepare("int4_matmul", x, w)
+    check_int4_call("int4_matmul", x, w)
     n, k = w.shape
     weight = torch.empty(n, k, dtype=x.dtype, device=x.device)
     if weight.numel():

@@ -1,4 +1,5 @@
-"""x · wᵀ + bias for up to 4 rows of x, without tensor cores: every lane multiplies the weights it has loaded.
+"""x · wᵀ + bias for one row of x (blocks of up to 4 rows are possible), without tensor cores: every lane multiplies the
+weights it has loaded.
 
 A program computes BLOCK_N results for BLOCK_M rows of x over one split of k; its warps lie side by side along k.
 Products and sums are float32, code - zero is exact, and scales multiply sums of four products, so no weight is rounded
@@ -8,7 +9,6 @@ partial sums in the order of the splits.
 x [m, k], any strides; more rows than BLOCK_M take more programs, those that share rows of w side by side; a row of x
 does not change the result of another.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 from dataclasses import replace
 from typing import Any
@@ -22,8 +22,8 @@ from vila_triton.registry.search_space import Config, LaunchCost, SearchSpace, c
 
 from ._int4_dequant import UNSCALED, group_ids, lane_rows, lane_weights, word_pointers
 from ._int4_gemm import launch_cost as gemm_launch_cost
-from ._int4_launch import matmul_args, prepare, rounding_mode, target_flags
-from ._launch import grid
+from ._int4_launch import check_int4_call, matmul_args, rounding_mode, target_flags
+from ._launch import grid, rows_and_output
 from ._splitk_reduce import partial_sums, reduce_splits, split_k
 
 CONFIGS = [
@@ -170,7 +170,8 @@ def int4_matmul_gemv(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    rows, out = prepare("int4_matmul", x, w)
+    check_int4_call("int4_matmul", x, w)
+    rows, out = rows_and_output(x, w.shape[0])
     if out.numel():
         k_per_split, splits = split_k(w.shape[1], BLOCK_K, SPLIT_K)
         sums = partial_sums(out, splits)

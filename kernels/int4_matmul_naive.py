@@ -3,9 +3,8 @@
 One program computes a BLOCK_M by BLOCK_N tile of the product. It serves every group size and both roundings, and is
 slow: a word is loaded eight times, four bytes at a time.
 
-x [m, k], any strides; w in the tiles of `formats.pack_tiles`; the sum is kept in float32.
+x [m, k], any strides; w in the tiles of `ops.int4_tiles.pack_tiles`; the sum is kept in float32.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

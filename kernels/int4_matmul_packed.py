@@ -5,7 +5,6 @@ so that a step needs one scale and one zero per row of w; in groups of 32 each w
 
 x [m, k], any strides; w is rounded to x's dtype as `Int4.rounding` says; the sum is kept in float32.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
@@ -16,8 +15,8 @@ from vila_triton.registry.search_space import SearchSpace
 
 from ._int4_dequant import apply_scale
 from ._int4_gemm import block_pointers, is_promising, launch_cost, load_words, load_x, store_tile, x_pointers
-from ._int4_launch import fit_block_k, matmul_args, prepare, rounding_mode
-from ._launch import cast_operand, grid
+from ._int4_launch import check_int4_call, fit_block_k, matmul_args, rounding_mode
+from ._launch import cast_operand, grid, rows_and_output
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
@@ -104,7 +103,8 @@ def int4_matmul_packed(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    rows, out = prepare("int4_matmul", x, w)
+    check_int4_call("int4_matmul", x, w)
+    rows, out = rows_and_output(x, w.shape[0])
     block_k = fit_block_k(BLOCK_K, w)
     if out.numel():
         _int4_matmul_packed_kernel[grid(out, BLOCK_M, BLOCK_N)](

@@ -7,7 +7,6 @@ the L2 cache.
 
 x [m, k], any strides; sums are float32; a row of x does not change the result of another.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
@@ -17,8 +16,8 @@ from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry.search_space import SearchSpace
 
 from ._int4_gemm import int4_gemm_tile, is_promising, launch_cost, store_tile
-from ._int4_launch import fit_block_k, matmul_args, prepare, rounding_mode, target_flags
-from ._launch import grid, stages_for_dtype
+from ._int4_launch import check_int4_call, fit_block_k, matmul_args, rounding_mode, target_flags
+from ._launch import grid, rows_and_output, stages_for_dtype
 
 GROUP_M = 8
 CONFIGS = [
@@ -100,7 +99,8 @@ def int4_matmul_prefill(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    rows, out = prepare("int4_matmul", x, w)
+    check_int4_call("int4_matmul", x, w)
+    rows, out = rows_and_output(x, w.shape[0])
     block_k = fit_block_k(BLOCK_K, w)
     if out.numel():
         _int4_matmul_prefill_kernel[grid(out, BLOCK_M, BLOCK_N)](

@@ -1,4 +1,4 @@
-"""x · wᵀ + bias for 5 to 64 rows of x: k is split among programs, so that few tiles of w still fill the GPU.
+"""x · wᵀ + bias for 2 to 64 rows of x: k is split among programs, so that few tiles of w still fill the GPU.
 
 A program multiplies BLOCK_N rows of w by BLOCK_M rows of x over one split of k. w is the left operand of `tl.dot`, so
 that codes become numbers in the registers that the tensor cores read. With SPLIT_K = 1 a program writes the result;
@@ -10,7 +10,6 @@ where scaling sums would need a second accumulator, in groups of 32, and with th
 
 x [m, k], any strides; sums are float32; a row of x does not change the result of another.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
@@ -20,8 +19,8 @@ from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry.search_space import SearchSpace
 
 from ._int4_gemm import int4_gemm_tile, is_promising, launch_cost, store_tile
-from ._int4_launch import fit_block_k, matmul_args, prepare, rounding_mode, target_flags
-from ._launch import grid
+from ._int4_launch import check_int4_call, fit_block_k, matmul_args, rounding_mode, target_flags
+from ._launch import grid, rows_and_output
 from ._splitk_reduce import partial_sums, reduce_splits, split_k
 
 CONFIGS = [
@@ -110,7 +109,8 @@ def int4_matmul_splitk(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    rows, out = prepare("int4_matmul", x, w)
+    check_int4_call("int4_matmul", x, w)
+    rows, out = rows_and_output(x, w.shape[0])
     block_k = fit_block_k(BLOCK_K, w)
     if out.numel():
         k_per_split, splits = split_k(w.shape[1], block_k, SPLIT_K)

@@ -7,7 +7,6 @@ twice the rows to fill a GPU with.
 
 x [m, k], any strides; a row of x does not change the result of another.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
@@ -27,8 +26,8 @@ from ._int4_gemm import (
     store_tile,
     x_pointers,
 )
-from ._int4_launch import contiguous_tensors, fit_block_k, prepare, rounding_mode, target_flags
-from ._launch import grid
+from ._int4_launch import check_int4_call, contiguous_tensors, fit_block_k, rounding_mode, target_flags
+from ._launch import grid, rows_and_output
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
@@ -105,7 +104,8 @@ def _int4_swiglu_kernel(
 def int4_swiglu_triton(
     x: Tensor, gate: Int4, up: Int4, *, BLOCK_M: int, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int
 ) -> Tensor:
-    rows, out = prepare("int4_swiglu", x, gate, up)
+    check_int4_call("int4_swiglu", x, gate, up)
+    rows, out = rows_and_output(x, gate.shape[0])
     (n, k), block_k = gate.shape, fit_block_k(BLOCK_K, gate)
     if out.numel():
         _int4_swiglu_kernel[grid(out, BLOCK_M, BLOCK_N)](

@@ -5,8 +5,6 @@ programs return before they touch anything.
 
 k and v [s, g, d], pages [p, l, g, d], any strides; slot_mapping [s] int64.
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

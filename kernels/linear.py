@@ -6,7 +6,6 @@ that share rows of w are neighbours.
 
 x [m, k], w [n, k], any strides; bias [n]; sums in float32.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

@@ -16,8 +16,6 @@ registers that the tiles need.
 
 Source: Dao et al., FlashAttention (2022) and FlashAttention-2 (2023), with paged keys (Kwon et al., vLLM, 2023).
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton

@@ -13,7 +13,7 @@ from vila_triton.ops import PagedKV, RaggedBatch, prefill_attention
 from vila_triton.ops.attention import causal_mask
 from vila_triton.registry import Unsupported
 
-from ._sdpa import check_readable, upcast_on_cpu
+from ._sdpa import check_not_meta, upcast_on_cpu
 
 
 @prefill_attention.impl("aten")
@@ -27,7 +27,7 @@ def prefill_attention_aten(
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
-    check_readable("prefill_attention", q)
+    check_not_meta("prefill_attention", q)
     if numerics == "batch_invariant":
         raise Unsupported("prefill_attention: torch's attention adds up in an order that changes with the chunks")
     if return_lse:

@@ -8,10 +8,8 @@ on the batch or the pages, neither does a bit of the result: this serves "fast" 
 
 q [s, h, d], k and v [s, g, d], plain pages [p, l, g, d], any strides; head h of the h/g that share KV head g is row
 r % (h/g) of its rows. Programs past the end of their sequence return at once, so the grid needs no lengths. Strides are
-compile-time constants: heads of 72 are whole 16-byte loads only if the compiler sees it.
+compile-time constants, so that the compiler can prove alignment and load heads of 72 in 16-byte pieces.
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton

@@ -5,7 +5,6 @@ writes it. A row may have any length.
 
 x [..., e] as rows [m, e], any strides; weight [e]; sums in float32.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton
@@ -54,13 +53,13 @@ def _rms_norm_kernel(
         offs = start + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
         x = tl.load(x_ptr + offs * stride_xe, mask=offs < E, other=0).to(tl.float32)
         squares += x * x
-    rms = tl.rsqrt(tl.sum(squares, 0) / E + eps)
+    rstd = tl.rsqrt(tl.sum(squares, 0) / E + eps)
     for start in range(0, E, BLOCK):
         offs = start + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
         mask = offs < E
         x = tl.load(x_ptr + offs * stride_xe, mask=mask, other=0).to(tl.float32)
         weight = tl.load(weight_ptr + offs * stride_we, mask=mask, other=0).to(tl.float32)
-        tl.store(out_ptr + offs * stride_oe, (x * rms * weight).to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + offs * stride_oe, (x * rstd * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @rms_norm.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)

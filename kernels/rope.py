@@ -6,8 +6,6 @@ One program takes BLOCK_H heads of one token, all their pairs at once. The heads
 
 x [s, h, d], cos and sin [s, d/2], any strides; computed in float32.
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton

@@ -5,8 +5,6 @@ below 0 is rotated and not written.
 
 q [s, h, d], k and v [s, g, d], cos and sin [s, d/2], pages [p, l, g, d], any strides; slot_mapping [s] int64.
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton

@@ -4,7 +4,6 @@ One program computes BLOCK columns of one row, in float32.
 
 gate and up [s, f], any strides.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 import torch
 import triton

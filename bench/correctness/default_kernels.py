@@ -251,8 +251,8 @@ def run_items(chosen: Sequence[Item], count: int, deadline: float) -> Iterator[t
         pass
     finally:
         pending.clear()
-        for process in list(workers):
-            process.process.kill()
+        for worker in list(workers):
+            worker.process.kill()
 
 
 def is_left_out(item: Item) -> bool:
@@ -322,8 +322,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not chosen:
         raise ValueError(f"no item of {', '.join(args.op or ['any op'])} holds {args.only!r}")
     counts = check_items(chosen, args.processes, args.seconds, args.out)
-    unknown = counts["not reached"] and not counts["right"]  # as on a machine that hangs
-    return 1 if counts["wrong"] + counts["crashed"] or unknown else 0
+    none_checked = counts["not reached"] and not counts["right"]  # as on a machine that hangs
+    return 1 if counts["wrong"] + counts["crashed"] or none_checked else 0
 
 
 if __name__ == "__main__":

@@ -34,25 +34,26 @@ BUDGET_CALLS, BUDGET_SECONDS = 20, 10.0  # a budget runs the float64 reference a
 class LayerComparison:
     """The comparison of one layer over all its calls.
 
-    ulps       the number of elements by their distance from the incumbent's, in units in the last place
-    relative   |candidate - incumbent| / |incumbent| over all elements of the worst call
-    largest    the largest difference of an element
-    times      the worst element of the calls that were checked, in multiples of its budget; None if none was checked
-    unchecked  the reason why the last call that was not checked could not be
-    failure    the failure of a call that gave no result to compare
+    ulps             the number of elements by their distance from the incumbent's, in units in the last place
+    relative         |candidate - incumbent| / |incumbent| over all elements of the worst call
+    largest          the largest difference of an element
+    budget_multiple  the error of the worst element of the checked calls as a multiple of its budget; None if none was
+                     checked
+    unchecked        the reason why the last call that was not checked could not be
+    failure          the failure of a call that gave no result to compare
     """
 
     calls: int = 0
     ulps: Counter[str] = field(default_factory=Counter)
     relative: float = 0.0
     largest: float = 0.0
-    times: float | None = None
+    budget_multiple: float | None = None
     unchecked: str = ""
     failure: str = ""
 
     @property
     def wrong(self) -> bool:
-        return bool(self.failure) or (self.times or 0.0) > 1
+        return bool(self.failure) or (self.budget_multiple or 0.0) > 1
 
     def add(self, outputs: Sequence[Tensor], result: Sequence[Tensor]) -> float:
         """Add the differences of one call, and return its relative error."""
@@ -163,7 +164,7 @@ class ShadowRecorder:
                 self.largest_checked[name] = relative
                 multiple = self.budget_multiple(layer, args_before, outputs)
             if not all(map(same_bits, tensors(args), args_after)):
-                failure = "leaves its arguments otherwise"
+                failure = "wrote different values into its arguments than the incumbent"
         failure = failure or ("" if got == expected else f"returned {got}, expected {expected}")
         layer.failure = layer.failure or (f"{self.phase}: {failure}" if failure else "")
         severity = (math.inf, math.inf) if failure else (multiple, relative)
@@ -184,7 +185,7 @@ class ShadowRecorder:
         multiple = max(
             (error_over_budget(x, want, budget).max().item() for x, want, budget in triples if x.numel()), default=0.0
         )
-        layer.times = max(layer.times or 0.0, multiple)
+        layer.budget_multiple = max(layer.budget_multiple or 0.0, multiple)
         return multiple
 
     def exact_and_budgets(self, args: tuple) -> tuple[list[Tensor], Sequence[Tensor | None]]:

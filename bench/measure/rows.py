@@ -127,6 +127,8 @@ def with_present_names(row: dict[str, Any]) -> dict[str, Any]:
     """Renames in a row what it called differently in the last release."""
     if "pictures" in row:
         row["images"] = row.pop("pictures")
+    if row.get("kind") == "shadow" and "times" in row:
+        row["budget_multiple"] = row.pop("times")
     if row.get("what") == "stream":
         row["what"] = "streaming"
     if row.get("kind") == "quality" and row.get("method") in RENAMED_METHODS:

@@ -67,7 +67,7 @@ def test_first_wrong_layer_is_named_and_its_worst_call_replayed(attach: Any, tmp
     attach("int4_matmul", OPS["int4_matmul"].reference)  # mended
     assert check.main(["--replay", str(saved)]) == 0
     *layers, whole = rows.read(file, kind="shadow")
-    wrong = [row["layer"] for row in layers if row["times"] > 1]
+    wrong = [row["layer"] for row in layers if row["budget_multiple"] > 1]
     assert (
         len(layers) == 4 * LINEARS and len(wrong) == 4 * LINEARS
     )  # those before it in decode, when it was wrong always

@@ -24,6 +24,7 @@ ALLOWED = {  # option -> the values above that it takes
     "--tokens": {"0"},  # prefill alone (bench.shadow)
     "--count": {"0"},  # bytes alone (bench.kv_dtypes)
     "--chunks": {"0"},  # one pass
+    "--images": {"0"},
     "--pictures": {"0"},
     "--frozen-fraction": {"0"},
     "--frozen": {"0"},

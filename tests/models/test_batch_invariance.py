@@ -195,8 +195,8 @@ def test_row_of_batch_invariant_implementation_is_bitwise_equal_anywhere(impl: I
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"linear": "aten"}, "linear: aten is not allowed with batch-invariant numerics, .*: triton, rows"),
-        ({"rms_norm": "reference"}, "rms_norm: reference is not allowed .*: triton, rows"),
+        ({"linear": "aten"}, "linear: aten is not allowed with batch-invariant numerics, .*: triton, rowwise"),
+        ({"rms_norm": "reference"}, "rms_norm: reference is not allowed .*: triton, rowwise"),
         ({"prefill_attention": "aten"}, "prefill_attention: aten is not allowed .*: reference, triton, simple"),
         ({"int4_matmul": [[4, "gemv"], "splitk"]}, "int4_matmul: gemv or splitk, by size is not allowed .*gemv"),
     ],

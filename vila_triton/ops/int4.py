@@ -21,7 +21,7 @@ SMALLEST_SCALE = 2.0**-24  # above 0 in float16
 
 @dataclass(frozen=True)
 class Int4:
-    """A weight [n, k] in 4 bits: w[i, j] = (code[i, j] - zeros[G, i]) · scales[G, i], where G = j // group_size.
+    """A weight [n, k] in 4 bits: w[i, j] = (code[i, j] - zeros[j // group_size, i]) · scales[j // group_size, i].
 
     qweight     [ceil(n/16), ceil(k/64), 32, 4] int32: the codes, 0 to 15, packed by `int4_tiles.pack_tiles`
     scales      [k / group_size, n]

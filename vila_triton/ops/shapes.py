@@ -27,7 +27,7 @@ def axis_letters(pattern: str) -> tuple[str, ...]:
 def check_axes(op_name: str, **tensors: tuple[TensorLike, str]) -> dict[str, int]:
     """Match each tensor against its axis letters, which must mean the same size everywhere; returns the sizes.
 
-    ``axes("rms_norm", x=(x, "... e"), weight=(weight, "e"))``; a leading ``...`` stands for any axes.
+    ``check_axes("rms_norm", x=(x, "... e"), weight=(weight, "e"))``; a leading ``...`` stands for any axes.
     Raises ValueError naming the op, the argument, its shape and the expected one, or devices that differ; TypeError for
     an argument that is no tensor.
     """
