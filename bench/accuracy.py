@@ -120,6 +120,7 @@ def measure_and_print(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line of `python -m bench.accuracy`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", metavar="OP", help=f"of {', '.join(read_tables())}")
     parser.add_argument("--impl", action="append", default=[], help="only this implementation (may be repeated)")

@@ -243,6 +243,7 @@ def time_models(args: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line of `python -m bench.model`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vila1.5-3b", help="a name of configs/models, or a .toml file")
     parser.add_argument("--layers", type=COUNT, help="only so many of the language model's")

@@ -199,6 +199,7 @@ def select_cases(ops: Sequence[str], case_name: str | None, dtype: str, device: 
 
 
 def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line of `python -m bench.ops`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all")
     parser.add_argument("--impl", action="append", default=[], help="only this implementation (may be repeated)")

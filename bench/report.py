@@ -33,6 +33,7 @@ GOAL_STYLES = {"MET": "good", "NOT MET": "bad", "NOT MEASURED": "none", "met whe
 
 
 def group_rows(records: Sequence[Row], *names: str) -> dict[tuple, list[Row]]:
+    """Returns the rows grouped by their values of these fields, as JSON; groups and rows keep their order."""
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in records:
         groups[tuple(json.dumps(row.get(name)) for name in names)].append(row)
@@ -40,10 +41,12 @@ def group_rows(records: Sequence[Row], *names: str) -> dict[tuple, list[Row]]:
 
 
 def percent(value: float) -> str:
+    """Returns a fraction of 1 as a percentage with one decimal: 12.5%."""
     return f"{value:.1%}"
 
 
 def format_values(values: Mapping[str, Any]) -> str:
+    """Returns names and values as one text: n=4096 G=32."""
     return format_entries(values, values)
 
 
@@ -103,6 +106,7 @@ def time_tables(records: Sequence[Row]) -> Iterator[Html]:
 
 
 def time_cells(row: Row) -> list[str]:
+    """Returns the cells of a row with a time, from the implementation to the remarks; `time_tables` has their head."""
     seconds = row["seconds"]
     flags = {"not gated": not row["gated"], "cache warm": not row["cold"]}
     return [
@@ -125,6 +129,7 @@ def default_first(records: Sequence[Row]) -> list[Row]:
 
 
 def model_tables(records: Sequence[Row]) -> Iterator[Html]:
+    """A table for each model: a line for each step, weights and kernels, with the time or peak memory and ratios."""
     for of_model in group_rows(records, "model", "layers").values():
         yield heading(3, f"{of_model[0]['model']}, {of_model[0]['layers']} layers of its language model")
         lines = []
@@ -166,6 +171,7 @@ def tuning_tables(records: Sequence[Row]) -> Iterator[Html]:
 
 
 def error_table(records: Sequence[Row]) -> Iterator[Html]:
+    """A table of the errors of each implementation, relative to the exact results, or the reason why it has none."""
     lines = [
         [format_values(row["sizes"]), f"{row['impl']} {format_config(row['config'])}"]
         + ([row["reason"], ""] if row["reason"] else [f"{row['rms']:.2e}", f"{row['worst']:.2e}"])
@@ -183,12 +189,14 @@ def refused_groups(records: Sequence[Row]) -> Iterator[Html]:
 
 
 def ceiling_paragraph(records: Sequence[Row]) -> Iterator[Html]:
+    """A paragraph with the peak rates that were measured last: GB/s of memory, and TFLOP/s by dtype."""
     last = records[-1]
     rates = ", ".join(f"{name} {flops / 1e12:.3g} TFLOP/s" for name, flops in last["flops"].items())
     yield paragraph(f"Ceilings, measured last: {last['bandwidth'] / 1e9:.1f} GB/s, {rates}.")
 
 
 def step_table(records: Sequence[Row]) -> Iterator[Html]:
+    """A table of the steps of a suite: the state of each, the seconds it took, and the last line it printed."""
     styles = {"ok": "good", "left out": "none"}
     lines = [
         [row["step"], mark(row["state"], styles.get(row["state"], "bad")), f"{row['seconds']:.1f} s", row["last"][:160]]

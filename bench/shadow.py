@@ -83,6 +83,10 @@ class LogitShift:
 
 
 def logit_shift(incumbent: Tensor, candidate: Tensor, prefilled: int) -> LogitShift:
+    """Returns the change from the incumbent's logits to the candidate's, both [t, v], at each position of a prompt.
+
+    The first `prefilled` positions are named "prefill i", those after them "decode i".
+    """
     p, q = (x.double().log_softmax(-1) for x in (incumbent, candidate))
     divergence = (p.exp() * (p - q)).sum(-1).clamp(min=0)
     old, new = incumbent.argmax(-1), candidate.argmax(-1)
@@ -177,6 +181,7 @@ def save_worst_call(recorder: ShadowRecorder, file: Path) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options of the command line of `python -m bench.shadow`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", required=True)
     parser.add_argument("--impl", required=True, help="the candidate")

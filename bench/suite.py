@@ -89,6 +89,7 @@ def stop_process(process: subprocess.Popen, grace: float) -> None:
 
 
 def device() -> torch.device:
+    """Returns the current GPU, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

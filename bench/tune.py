@@ -231,6 +231,7 @@ def stale_entries(folder: Path) -> Iterator[str]:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line of `python -m bench.tune`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all with something to tune")
     parser.add_argument("--impl", nargs="+", help="only these implementations")

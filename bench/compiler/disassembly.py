@@ -65,12 +65,12 @@ class Instruction:
 
     @property
     def is_load(self) -> bool:
-        """Whether it reads global memory."""
+        """True if it reads global memory."""
         return self.kind == GLOBAL and bool(re.match(r"LD|U\w+LDG|\w+_load", self.opcode))
 
     @property
     def is_store(self) -> bool:
-        """Whether it writes global memory."""
+        """True if it writes global memory."""
         return self.kind == GLOBAL and bool(re.match(r"ST|RED|ATOM|U\w+(STG|RED)|\w+_(store|atomic)", self.opcode))
 
     @property

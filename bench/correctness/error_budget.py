@@ -84,6 +84,7 @@ _unsupported_reasons: set[str] = set()
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
+    """Returns the largest relative error of rounding a number to a floating-point dtype: half its machine epsilon."""
     return torch.finfo(dtype).eps / 2
 
 
@@ -316,6 +317,7 @@ def copy_into(targets: Any, values: Any) -> None:
 
 
 def shape_and_dtype(x: Tensor) -> tuple[list[int], torch.dtype]:
+    """Returns the shape of a tensor as a list, and its dtype."""
     return list(x.shape), x.dtype
 
 

@@ -27,6 +27,7 @@ def label(title: str) -> str:
 
 
 def format_settings(values: Mapping[str, Any]) -> str:
+    """Returns names and values as one text: n=4096 G=32."""
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
@@ -112,6 +113,10 @@ def error_map(multiples: Tensor, tile: tuple[int, int]) -> tuple[str, list[str]]
 
 
 def map_symbol(multiple: float) -> str:
+    """Returns the character of an error, a multiple of its budget: "." within it, "#" if infinite, else a digit.
+
+    The digit 1 stands for less than 10 times the budget, 2 for less than 100 times, and so on up to 9 for all beyond.
+    """
     if multiple <= 1:
         return "."
     return "#" if math.isinf(multiple) else str(min(9, 1 + int(math.log10(multiple))))

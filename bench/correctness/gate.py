@@ -105,6 +105,11 @@ def random_sizes(op: Op) -> Iterator[dict[str, Any]]:
 
 @cache
 def domain_gate(impl: Impl, config: tuple[tuple[str, Any], ...]) -> str | None:
+    """Returns the first fault of an implementation on random examples of its op's domain, in one line, or None.
+
+    The examples are the same each time, and their memory layouts alternate. Unsupported ones are skipped; if all
+    are unsupported, that is the fault.
+    """
     op = OPS[impl.op]
     reasons: set[str] = set()
     checked = 0

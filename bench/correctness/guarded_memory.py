@@ -68,10 +68,12 @@ def bit_pattern(x: Tensor) -> Tensor:
 
 
 def same_bits(x: Tensor, y: Tensor) -> bool:
+    """Returns True if two tensors have the same shape and bits, so that NaN equals NaN and 0 differs from -0."""
     return torch.equal(bit_pattern(x), bit_pattern(y))
 
 
 def poison(x: Tensor, integer: int) -> Tensor:
+    """Fills a tensor in place with NaN, or with `integer` if it is not of floating point, and returns it."""
     return x.fill_(float("nan") if x.is_floating_point() else integer)
 
 

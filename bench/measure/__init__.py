@@ -1,4 +1,4 @@
-"""What is timed, the timer, and the rows that hold the results.
+"""The sizes, models and steps that are timed, the timer, and the rows that hold the results.
 
 cases            sizes to time an op at, from configs/bench
 timing           the time of a call, and the peak rates of the machine

@@ -33,7 +33,7 @@ class SuiteStep:
 
     @property
     def has_own_clock(self) -> bool:
-        """Whether the command ends by a clock of its own."""
+        """True if the command ends by a clock of its own."""
         return any(word in ("{seconds}", "{minutes}") for word in self.argv)
 
     def command(self, limit: float) -> list[str]:

@@ -26,6 +26,7 @@ def installed_version(peer: str) -> str:
 
 
 def peer_impls(peer: str) -> list[Impl]:
+    """Returns the implementations, of any op, that a module of this folder registers."""
     return [impl for op in OPS.values() for impl in op.impls.values() if impl.fn.__module__ == f"{__package__}.{peer}"]
 
 

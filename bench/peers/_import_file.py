@@ -46,6 +46,7 @@ def import_single_file(name: str, **stubs: dict) -> ModuleType:
 
 
 def is_submodule(name: str, root: str) -> bool:
+    """Returns True if a dotted name is that of the package `root` or of a module below it."""
     return name == root or name.startswith(f"{root}.")
 
 

@@ -15,4 +15,5 @@ from ._cached_conversion import convert_once
 
 @int4_matmul.impl("dense")
 def int4_matmul_dense(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
+    """Multiplies x [..., k] by the dequantized weight [n, k] with torch, adds a bias [n] and returns [..., n]."""
     return F.linear(x, convert_once(dequantize, w, dtype=x.dtype), bias)

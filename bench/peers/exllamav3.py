@@ -52,6 +52,10 @@ def prefill_attention_exllamav3(
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
+    """Runs exllamav3's prefill kernel on the new tokens q [s, h, d], k and v [s, g, d], and returns [s, h, d].
+
+    Raises Unsupported unless all is float16, the pages too, and every sequence has the same number of new tokens.
+    """
     check_plain_attention("exllamav3", numerics, return_lse)
     k_pages, v_pages = plain_pages("exllamav3", cache)
     check_tensors("exllamav3", q, k_pages, v_pages, dtypes=[torch.float16])
@@ -83,6 +87,10 @@ def decode_attention_exllamav3(
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
+    """Runs exllamav3's decode kernel on one query a sequence, q [b, h, d], and returns [b, h, d].
+
+    Raises Unsupported unless all is float16, the pages too.
+    """
     check_plain_attention("exllamav3", numerics, return_lse)
     k_pages, v_pages = plain_pages("exllamav3", cache)
     check_tensors("exllamav3", q, k_pages, v_pages, dtypes=[torch.float16])
@@ -98,6 +106,10 @@ def decode_attention_exllamav3(
 
 @encoder_attention.impl("exllamav3")
 def encoder_attention_exllamav3(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    """Runs exllamav3's kernel for ragged sequences on images [b, s, h, d], and returns [b, s, h, d].
+
+    Raises Unsupported unless all is float16.
+    """
     check_tensors("exllamav3", q, k, v, dtypes=[torch.float16])
     with fake_gpu_checks(q):
         cu_seqlens = convert_once(image_offsets, q)

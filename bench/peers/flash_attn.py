@@ -28,6 +28,7 @@ PAGE_SIZE = 256
 
 
 def check_heads(q: Tensor, *others: Tensor) -> None:
+    """Raises Unsupported unless the tensors fit the library and heads are a multiple of 8 wide, up to 256."""
     check_tensors("flash_attn", q, *others, interpreted=False)
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         raise Unsupported(f"flash_attn: heads are {q.shape[-1]} wide, expected a multiple of 8 up to 256")
@@ -68,6 +69,10 @@ def prefill_attention_flash_attn(
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
+    """Runs flash-attn on the new tokens q [s, h, d], k and v [s, g, d], and returns [s, h, d].
+
+    Raises Unsupported for calls, pages, dtypes and heads that it does not take.
+    """
     check_plain_attention("flash_attn", numerics, return_lse)
     k_pages, v_pages = plain_pages("flash_attn", cache)
     check_heads(q, k_pages, v_pages)
@@ -96,6 +101,10 @@ def decode_attention_flash_attn(
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
+    """Runs flash-attn on one query a sequence, q [b, h, d], and returns [b, h, d].
+
+    Raises Unsupported for calls, pages, dtypes and heads that it does not take.
+    """
     check_plain_attention("flash_attn", numerics, return_lse)
     k_pages, v_pages = plain_pages("flash_attn", cache)
     check_heads(q, k_pages, v_pages)
@@ -112,5 +121,6 @@ def decode_attention_flash_attn(
 
 @encoder_attention.impl("flash_attn")
 def encoder_attention_flash_attn(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    """Runs flash-attn on images and returns [b, s, h, d], as q is; raises Unsupported for other dtypes and heads."""
     check_heads(q)
     return flash_attn.flash_attn_func(*(x.contiguous() for x in (q, k, v)), softmax_scale=softmax_scale)

@@ -34,6 +34,7 @@ TENSOR_CORE_QUERIES_PER_KV = (
 
 @cache
 def workspace(device: torch.device) -> Tensor:
+    """Returns the library's buffer of `WORKSPACE_BYTES` bytes on a device, allocated once and shared by all calls."""
     return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
@@ -55,6 +56,7 @@ def page_indices(seq_lens: Tensor, block_table: Tensor, page_size: int) -> PageI
 
 
 def plan_decode(block_table: Tensor, seq_lens: Tensor, q: Tensor, pages: Tensor, softmax_scale: float) -> Any:
+    """Returns the library's wrapper, planned for decoding; raises Unsupported if a sequence has no token."""
     (_, l, g, d), h = pages.shape, q.shape[1]
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
         workspace(q.device), "NHD", use_tensor_cores=h // g >= TENSOR_CORE_QUERIES_PER_KV
@@ -96,6 +98,7 @@ def plan_prefill(
 
 
 def check_heads(q: Tensor, *pages: Tensor) -> None:
+    """Raises Unsupported unless the tensors fit the library and the width of heads is one of `HEAD_DIMS`."""
     check_tensors("flashinfer", q, *pages, interpreted=False)
     if q.shape[-1] not in HEAD_DIMS:
         raise Unsupported(f"flashinfer: heads are {q.shape[-1]} wide, supported are {HEAD_DIMS}")
@@ -112,6 +115,10 @@ def prefill_attention_flashinfer(
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
+    """Runs FlashInfer on the new tokens q [s, h, d], k and v [s, g, d], and returns [s, h, d].
+
+    Raises Unsupported for calls, pages, dtypes and heads that it does not take, and if a sequence has no token.
+    """
     check_plain_attention("flashinfer", numerics, return_lse)
     k_pages, v_pages = plain_pages("flashinfer", cache)
     check_heads(q, k_pages, v_pages)
@@ -129,6 +136,10 @@ def decode_attention_flashinfer(
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
+    """Runs FlashInfer on one query a sequence, q [b, h, d], and returns [b, h, d].
+
+    Raises Unsupported for calls, pages, dtypes and heads that it does not take, and if a sequence has no token.
+    """
     check_plain_attention("flashinfer", numerics, return_lse)
     k_pages, v_pages = plain_pages("flashinfer", cache)
     check_heads(q, k_pages, v_pages)

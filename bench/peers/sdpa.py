@@ -45,6 +45,7 @@ def run_backend(peer: str, backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor,
 
 
 def check_single_sequence(peer: str, b: int, numerics: str, return_lse: bool) -> None:
+    """Raises Unsupported unless a call wants plain attention of a batch of b = 1 sequence."""
     check_plain_attention(peer, numerics, return_lse)
     if b != 1:
         raise Unsupported(f"{peer}: {b} sequences of different lengths, expected one")
@@ -83,6 +84,10 @@ def decode_attention_sdpa(
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
+    """Runs torch's flash backend on the query of one sequence, q [1, h, d], and returns [1, h, d].
+
+    Raises Unsupported for more sequences, for quantized pages, and for calls that the backend does not take.
+    """
     check_single_sequence("sdpa_flash", len(seq_lens), numerics, return_lse)
     k, v = convert_once(gather_all, cache.block_table, *plain_pages("sdpa_flash", cache), seq_lens)
     return run_backend("sdpa_flash", SDPBackend.FLASH_ATTENTION, q, k, v, softmax_scale)

@@ -105,6 +105,10 @@ def prefill_attention_sglang(
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
+    """Runs SGLang's kernel on the new tokens q [s, h, d], k and v [s, g, d], and returns [s, h, d].
+
+    Raises Unsupported for calls, pages and dtypes that it does not take.
+    """
     check_plain_attention("sglang", numerics, return_lse)
     k_pages, v_pages = plain_pages("sglang", cache)
     check_tensors("sglang", q, k_pages, v_pages)
@@ -138,6 +142,10 @@ def decode_attention_sglang(
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
+    """Runs SGLang's kernels on one query a sequence, q [b, h, d], and returns [b, h, d].
+
+    Raises Unsupported for calls, pages and dtypes that they do not take, and if a sequence has no cached token.
+    """
     check_plain_attention("sglang", numerics, return_lse)
     k_pages, v_pages = plain_pages("sglang", cache)
     check_tensors("sglang", q, k_pages, v_pages)

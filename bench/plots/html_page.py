@@ -30,6 +30,7 @@ def mark(text: str, style: str) -> Html:
 
 
 def html_cell(value: str) -> str:
+    """Returns HTML as it is, and other text escaped."""
     return value if isinstance(value, Html) else escape(value)
 
 
@@ -52,10 +53,12 @@ def table(
 
 
 def heading(level: int, text: str) -> Html:
+    """Returns a heading of a level from 1, the largest, to 6; the text is escaped."""
     return Html(f"<h{level}>{escape(text)}</h{level}>")
 
 
 def paragraph(text: str, style: str = "note") -> Html:
+    """Returns a paragraph whose CSS class is `style`; the text is escaped unless it is HTML."""
     return Html(f'<p class="{style}">{html_cell(text)}</p>')
 
 
@@ -65,9 +68,11 @@ def details(title: str, text: str) -> Html:
 
 
 def svg_image(svg: bytes, name: str) -> Html:
+    """Returns an image with the bytes of an SVG file inline, and a name for readers who do not see it."""
     return Html(f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{b64encode(svg).decode()}">')
 
 
 def page(title: str, parts: Iterable[Html]) -> str:
+    """Returns a whole HTML document of these parts, with its style sheet inline."""
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"

@@ -84,6 +84,7 @@ def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
 
 
 def as_tensor(data: Any, *, dtype: Any = None, device: Any = None) -> Tensor:
+    """`torch.as_tensor`, which in C++ makes its tensor without asking `FactoryMode`."""
     if isinstance(data, CudaTensor):
         return data.to(device=device or data.device, dtype=dtype)
     device = default_device() if device is None else torch.device(device)
@@ -199,6 +200,7 @@ def graph(
 
 @contextlib.contextmanager
 def device(target: Any) -> Iterator[None]:
+    """`torch.cuda.device`: inside, the target, an index or a device, is the current one; None changes nothing."""
     previous = current_device[0]
     set_device(target)
     try:
@@ -208,11 +210,13 @@ def device(target: Any) -> Iterator[None]:
 
 
 def set_device(target: Any) -> None:
+    """`torch.cuda.set_device`: makes an index or a device the current one; None changes nothing."""
     if target is not None:
         current_device[0] = device_index(torch.device("cuda", target) if isinstance(target, int) else target)
 
 
 def synchronize(device: Any = None) -> None:
+    """`torch.cuda.synchronize`: counts a wait of the host; raises RuntimeError while a graph is captured."""
     note_wait("synchronize")
 
 
@@ -224,6 +228,7 @@ def memory_of(device: Any = None) -> Any:
 
 
 def reset_peak_memory_stats(device: Any = None) -> None:
+    """`torch.cuda.reset_peak_memory_stats`: the peak of a device becomes the bytes allocated now."""
     memory = memory_of(device)
     memory.peak = memory.allocated
 

@@ -95,6 +95,7 @@ RESOURCE_FIELDS = ("registers", "spills", "shared")
 
 
 def current_device() -> torch.device:
+    """Returns the current GPU, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
