@@ -23,6 +23,7 @@ def is_promising(config: Config, m: int, group: int, dtype: str, **_: object) ->
 
 
 def launch_cost(config: Config, m: int, n: int, G: int, group: int, dtype: str, **_: object) -> LaunchCost:
+    """Return the cost of multiplying x [m, G · group] by an int4 weight of n rows; a program takes one split of k."""
     block_m, block_n, size, splits = config["BLOCK_M"], config["BLOCK_N"], DTYPE_BYTES[dtype], config.get("SPLIT_K", 1)
     k = cdiv(G * group, splits)
     bytes_per_k = block_m * size + block_n // 2  # of x and of the weight

@@ -29,7 +29,7 @@ DEFAULT_NUM_SMS = 132  # where there is no GPU to ask
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """How sequences are split; `max_splits`: the most that one of them can have."""
+    """The split of the keys of sequences; `max_splits` is the most that one sequence can have."""
 
     num_splits: int
     min_keys: int

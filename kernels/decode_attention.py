@@ -157,6 +157,10 @@ def decode_attention_triton(
     num_warps: int,
     num_stages: int,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """Return attention [b, h, d] in q's dtype, and with `return_lse` its log-sum-exp [b, h] in float32.
+
+    Raises Unsupported for dtypes, devices and pages that the kernel does not serve.
+    """
     check_pages_supported("decode_attention", q, cache.k_pages, cache.v_pages)
     if numerics == "batch_invariant":
         BLOCK_N, num_warps, num_stages = (CONFIGS[0][name] for name in ("BLOCK_N", "num_warps", "num_stages"))

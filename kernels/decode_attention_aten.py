@@ -25,6 +25,7 @@ def decode_attention_aten(
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
+    """Return attention [b, h, d] in q's dtype; raises Unsupported if `return_lse` is set or q is on the meta device."""
     check_not_meta("decode_attention", q)
     if return_lse:
         raise Unsupported("decode_attention: torch's attention does not return its log-sum-exp")

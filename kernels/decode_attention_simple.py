@@ -30,6 +30,7 @@ CONFIGS = [
 
 
 def launch_cost(config: Config, b: int, t: int, g: int, ratio: int, d: int, dtype: str, **_) -> LaunchCost:
+    """Return the cost of one launch over b sequences of t keys each."""
     return attention_launch_cost(config, heads=b * g, rows=ratio, keys=t, d=d, dtype=dtype)
 
 
@@ -102,6 +103,7 @@ def decode_attention_simple(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
+    """Return attention [b, h, d] in q's dtype; raises Unsupported for `return_lse` and for quantized pages."""
     if return_lse or not isinstance(cache.k_pages, Tensor) or not isinstance(cache.v_pages, Tensor):
         raise Unsupported("decode_attention: the simple kernel has no log-sum-exp and reads no quantized pages")
     check_supported("decode_attention", q, cache.k_pages, cache.v_pages)

@@ -31,6 +31,7 @@ CONFIGS = [
 
 
 def launch_cost(config: Config, b: int, s: int, h: int, d: int, dtype: str) -> LaunchCost:
+    """Return the cost of one launch over b images of s positions each."""
     return attention_launch_cost(config, heads=b * h, rows=s, keys=s, d=d, dtype=dtype)
 
 
@@ -117,6 +118,7 @@ def encoder_attention_triton(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
+    """Return attention [b, s, h, d]; raises Unsupported for dtypes, heads and scales it does not serve."""
     check_supported("encoder_attention", q, k, v)
     if not softmax_scale > 0:
         raise Unsupported(f"encoder_attention: softmax_scale is {softmax_scale}, expected a positive number")

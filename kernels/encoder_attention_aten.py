@@ -10,6 +10,7 @@ from ._sdpa import check_not_meta, upcast_on_cpu
 
 @encoder_attention.impl("aten")
 def encoder_attention_aten(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    """Return attention [b, s, h, d] in q's dtype; raises Unsupported for tensors on the meta device."""
     check_not_meta("encoder_attention", q)
     queries, keys, values = (upcast_on_cpu(x).transpose(1, 2) for x in (q, k, v))  # [b, h, s, d] each
     return F.scaled_dot_product_attention(queries, keys, values, scale=softmax_scale).transpose(1, 2).to(q.dtype)

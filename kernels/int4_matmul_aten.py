@@ -30,6 +30,7 @@ def weight_version(w: Int4, dtype: torch.dtype) -> tuple:
 
 
 def weight_tensors(w: Int4) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the three tensors that hold a weight: its codes, scales and zeros."""
     return w.qweight, w.scales, w.zeros
 
 
@@ -42,6 +43,7 @@ def pack_for_aten(w: Int4, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def packed_weight(w: Int4, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the weight as `pack_for_aten` packs it, from a cache that notices writes and skips inference tensors."""
     if any(x.is_inference() for x in weight_tensors(w)):
         return pack_for_aten(w, dtype)
     version = weight_version(w, dtype)
@@ -53,6 +55,7 @@ def packed_weight(w: Int4, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @int4_matmul.impl("aten")
 def int4_matmul_aten(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
+    """Return x · wᵀ + bias [..., n]; raises Unsupported for devices, dtypes, groups and shapes torch does not serve."""
     (n, k), group_size = w.shape, w.group_size
     if x.device.type != "cpu":
         raise Unsupported(f"int4_matmul: this product is torch's for CPUs, but tensors are on {x.device}")

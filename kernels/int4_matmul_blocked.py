@@ -31,6 +31,7 @@ def permute_to_byte_order(x: Tensor) -> Tensor:
 
 @int4_matmul.impl("blocked", configs=CONFIGS)
 def int4_matmul_blocked(x: Tensor, w: Int4, bias: Tensor | None = None, *, BLOCK_N: int) -> Tensor:
+    """Return x · wᵀ + bias [..., n] in x's dtype; raises Unsupported on a big-endian machine."""
     if sys.byteorder != "little":
         raise Unsupported("int4_matmul: the bytes of a word are read low byte first, which this machine does not do")
     (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]

@@ -23,6 +23,7 @@ CONFIGS = [
 
 
 def launch_cost(config: Config, n: int, G: int, group: int, dtype: str, **_: object) -> LaunchCost:
+    """Return the cost of dequantizing a weight [n, G · group]; torch's product that follows is not counted."""
     block_n, block_k, k = config["BLOCK_N"], config["BLOCK_K"], G * group
     return LaunchCost(
         programs=cdiv(n, block_n) * cdiv(k, block_k),
@@ -72,6 +73,7 @@ def _int4_dequant_kernel(
 def int4_matmul_dequant(
     x: Tensor, w: Int4, bias: Tensor | None = None, *, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int
 ) -> Tensor:
+    """Return x · wᵀ + bias [..., n]; raises Unsupported for dtypes, devices and groups it does not serve."""
     check_int4_call("int4_matmul", x, w)
     n, k = w.shape
     weight = torch.empty(n, k, dtype=x.dtype, device=x.device)

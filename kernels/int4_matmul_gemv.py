@@ -170,6 +170,7 @@ def int4_matmul_gemv(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
+    """Return x · wᵀ + bias [..., n]; raises Unsupported for dtypes, devices and groups it does not serve."""
     check_int4_call("int4_matmul", x, w)
     rows, out = rows_and_output(x, w.shape[0])
     if out.numel():

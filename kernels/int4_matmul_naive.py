@@ -81,6 +81,7 @@ def int4_matmul_naive(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
+    """Return x · wᵀ + bias [..., n]; raises Unsupported for dtypes and devices it does not serve."""
     check_supported("int4_matmul", x, w.scales, w.zeros)
     rows, out = rows_and_output(x, w.shape[0])
     if out.numel():

@@ -103,6 +103,7 @@ def int4_matmul_packed(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
+    """Return x · wᵀ + bias [..., n]; raises Unsupported for dtypes, devices and groups it does not serve."""
     check_int4_call("int4_matmul", x, w)
     rows, out = rows_and_output(x, w.shape[0])
     block_k = fit_block_k(BLOCK_K, w)

@@ -104,6 +104,7 @@ def _int4_swiglu_kernel(
 def int4_swiglu_triton(
     x: Tensor, gate: Int4, up: Int4, *, BLOCK_M: int, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int
 ) -> Tensor:
+    """Return silu(x · gateᵀ) · (x · upᵀ) [..., n]; raises Unsupported for dtypes and groups it does not serve."""
     check_int4_call("int4_swiglu", x, gate, up)
     rows, out = rows_and_output(x, gate.shape[0])
     (n, k), block_k = gate.shape, fit_block_k(BLOCK_K, gate)

@@ -25,6 +25,7 @@ CONFIGS = [
 
 
 def launch_cost(config: Config, s: int, g: int, d: int, l: int, dtype: str, kv: str) -> LaunchCost:
+    """Return the cost of writing s tokens of g heads into pages of the format `kv`."""
     heads = min(config["BLOCK_G"], g)
     read = 2 * heads * kv_bytes(1, d, dtype, "plain")
     return LaunchCost(
@@ -86,6 +87,7 @@ def kv_write_triton(
     num_warps: int,
     num_stages: int,
 ) -> tuple[KVPages, KVPages]:
+    """Write k and v into the pages and return these; raises Unsupported for dtypes and devices it does not serve."""
     check_pages_supported("kv_write", k, v, k_pages, v_pages)
     s, g, d = k.shape
     if k.numel():

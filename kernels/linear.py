@@ -25,6 +25,7 @@ CONFIGS = [
 
 
 def launch_cost(config: Config, m: int, n: int, k: int, dtype: str) -> LaunchCost:
+    """Return the cost of multiplying x [m, k] by w [n, k]."""
     block_m, block_n, size = config["BLOCK_M"], config["BLOCK_N"], DTYPE_BYTES[dtype]
     k_steps = cdiv(k, config["BLOCK_K"])
     bytes_per_k = (min(block_m, m) + block_n) * size
@@ -101,6 +102,7 @@ def linear_triton(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
+    """Return x · wᵀ + bias [..., n]; raises Unsupported unless x and w have one dtype that the kernel serves."""
     if isinstance(w, Int4):  # which has an op of its own
         return linear.reference(x, w, bias)
     check_supported("linear", x, w, *(() if bias is None else (bias,)))

@@ -24,6 +24,7 @@ MANY_ROWS = 8  # from here on converting a float16 weight costs less than multip
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
+    """Disable oneDNN in the whole process for the length of a block."""
     was_enabled = mkldnn.enabled
     mkldnn.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -37,6 +38,7 @@ ONEDNN_OFF = SharedContext(without_onednn)
 
 @linear.impl("aten")
 def linear_aten(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> Tensor:
+    """Return x · wᵀ + bias [..., n] in x's dtype; raises Unsupported off the CPU and for a torch without oneDNN."""
     if x.device.type != "cpu" or not mkldnn.is_available():
         raise Unsupported(f"linear: this product is oneDNN's for CPUs, which this torch lacks on {x.device}")
     if isinstance(w, Int4):  # which has an op of its own

@@ -45,6 +45,7 @@ def launch_cost(config: Config, b: int, s: int, t: int, g: int, ratio: int, d: i
 
 
 def is_valid_config(config: Config, s: int, ratio: int, numerics: str = "fast", **_) -> bool:
+    """Return True for the first config under "batch_invariant", else for blocks that a sequence's rows can fill."""
     is_default = all(config[name] == n for name, n in CONFIGS[0].items())
     return is_default if numerics == "batch_invariant" else config["BLOCK_M"] <= max(16, next_power_of_2(s * ratio))
 
@@ -189,6 +190,10 @@ def prefill_attention_triton(
     num_warps: int,
     num_stages: int,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """Return attention [s, h, d] in q's dtype, and with `return_lse` its log-sum-exp [s, h] in float32.
+
+    Raises Unsupported for dtypes, devices and pages that are not served and for a softmax_scale that is not positive.
+    """
     check_supported("prefill_attention", q, k, v)
     check_pages_supported("prefill_attention", cache.k_pages, cache.v_pages)
     if not softmax_scale > 0:

@@ -27,6 +27,7 @@ def prefill_attention_aten(
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor:
+    """Return attention [s, h, d] in q's dtype; raises Unsupported for `return_lse` and under "batch_invariant"."""
     check_not_meta("prefill_attention", q)
     if numerics == "batch_invariant":
         raise Unsupported("prefill_attention: torch's attention adds up in an order that changes with the chunks")

@@ -112,6 +112,10 @@ def prefill_attention_simple(
     num_warps: int,
     num_stages: int,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """Return attention [s, h, d] in q's dtype, and with `return_lse` its log-sum-exp [s, h] in float32.
+
+    Raises Unsupported for quantized pages and for dtypes and devices that the kernel does not serve.
+    """
     if isinstance(cache.k_pages, QuantizedKVPages) or isinstance(cache.v_pages, QuantizedKVPages):
         raise Unsupported("prefill_attention: the simple kernel reads plain pages only")
     check_supported("prefill_attention", q, k, v, cache.k_pages, cache.v_pages)

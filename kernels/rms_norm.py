@@ -64,6 +64,7 @@ def _rms_norm_kernel(
 
 @rms_norm.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, *, BLOCK: int, num_warps: int, num_stages: int) -> Tensor:
+    """Return x [..., e] normalized, in its dtype; raises Unsupported for dtypes and devices it does not serve."""
     check_supported("rms_norm", x, weight)
     rows = x.reshape(-1, x.shape[-1])  # [m, e]
     m, e = rows.shape

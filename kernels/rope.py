@@ -25,6 +25,7 @@ CONFIGS = [
 
 
 def launch_cost(config: Config, s: int, h: int, r: int, dtype: str) -> LaunchCost:
+    """Return the cost of rotating r pairs of each of h heads of s tokens."""
     heads = min(config["BLOCK_H"], h)
     read = 2 * heads * r * DTYPE_BYTES[dtype]
     padded_elements = 6 * config["BLOCK_H"] * next_power_of_2(r)
@@ -74,6 +75,7 @@ def _rope_kernel(
 
 @rope.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def rope_triton(x: Tensor, cos: Tensor, sin: Tensor, *, BLOCK_H: int, num_warps: int, num_stages: int) -> Tensor:
+    """Return x [s, h, d] rotated, in x's dtype; raises Unsupported for dtypes and devices it does not serve."""
     check_supported("rope", x, cos, sin)
     s, h, d = x.shape
     out = torch.empty(s, h, d, dtype=x.dtype, device=x.device)

@@ -26,6 +26,7 @@ CONFIGS = [
 
 
 def launch_cost(config: Config, s: int, g: int, ratio: int, d: int, l: int, dtype: str, kv: str) -> LaunchCost:
+    """Return the cost of one launch for s tokens of g · ratio query heads and g KV heads."""
     block = config["BLOCK_H"]
     read = min(block, g * ratio) * kv_bytes(1, d, dtype, "plain")
     programs = s * (cdiv(g * ratio, block) + cdiv(g, block))
@@ -114,6 +115,10 @@ def rope_kv_write_triton(
     num_warps: int,
     num_stages: int,
 ) -> tuple[Tensor, Tensor, KVPages, KVPages]:
+    """Write the rotated keys and the values into the pages in place; return rotated q and k, and the pages.
+
+    Raises Unsupported for dtypes, devices and pages that the kernel does not serve.
+    """
     check_pages_supported("rope_kv_write", q, k, v, cos, sin, k_pages, v_pages)
     (s, h, d), g = q.shape, k.shape[1]
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))

@@ -26,6 +26,7 @@ def map_rows(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 @linear.impl("rowwise", batch_invariant=True)
 def linear_rowwise(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> Tensor:
+    """Return x · wᵀ + bias [..., n], a product of its own for each row; an int4 weight goes to the op `int4_matmul`."""
     if isinstance(w, Int4):  # which has an op of its own
         return linear.reference(x, w, bias)
     return map_rows(lambda row: F.linear(row, w, bias), x)
@@ -33,20 +34,24 @@ def linear_rowwise(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> T
 
 @int4_matmul.impl("rowwise", batch_invariant=True)
 def int4_matmul_rowwise(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
+    """Return x · wᵀ + bias [..., n], with the weight dequantized once and a product of its own for each row."""
     weight, upcast_bias = upcast(dequantize(w, x.dtype)), None if bias is None else upcast(bias)
     return map_rows(lambda row: F.linear(upcast(row), weight, upcast_bias).to(x.dtype), x)
 
 
 @int4_swiglu.impl("rowwise", batch_invariant=True)
 def int4_swiglu_rowwise(x: Tensor, gate: Int4, up: Int4) -> Tensor:
+    """Return silu(x · gateᵀ) · (x · upᵀ) [..., n], computed row by row."""
     return swiglu_rowwise(int4_matmul_rowwise(x, gate), int4_matmul_rowwise(x, up))
 
 
 @rms_norm.impl("rowwise", batch_invariant=True)
 def rms_norm_rowwise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return the reference's norm of x [..., e], computed row by row."""
     return map_rows(lambda row: rms_norm.reference(row, weight, eps), x)
 
 
 @swiglu.impl("rowwise", batch_invariant=True)
 def swiglu_rowwise(gate: Tensor, up: Tensor) -> Tensor:
+    """Return the reference's silu(gate) · up [..., f], computed row by row."""
     return map_rows(swiglu.reference, gate, up)

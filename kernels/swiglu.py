@@ -22,6 +22,7 @@ CONFIGS = [
 
 
 def launch_cost(config: Config, s: int, f: int, dtype: str) -> LaunchCost:
+    """Return the cost of multiplying gate and up, each [s, f]."""
     block = config["BLOCK"]
     bytes_read = 2 * min(block, f) * DTYPE_BYTES[dtype]
     return LaunchCost(
@@ -62,6 +63,7 @@ def _swiglu_kernel(
 
 @swiglu.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
 def swiglu_triton(gate: Tensor, up: Tensor, *, BLOCK: int, num_warps: int, num_stages: int) -> Tensor:
+    """Return silu(gate) · up [s, f] in gate's dtype; raises Unsupported for dtypes and devices that are not served."""
     check_supported("swiglu", gate, up)
     s, f = gate.shape
     out = torch.empty(s, f, dtype=gate.dtype, device=gate.device)

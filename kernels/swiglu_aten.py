@@ -13,6 +13,7 @@ from vila_triton.ops import swiglu
 
 @swiglu.impl("aten")
 def swiglu_aten(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) · up in gate's shape and dtype."""
     if gate.dtype in (torch.float32, torch.float64):
         return F.silu(gate).mul_(up)
     return F.silu(gate.float()).mul_(up).to(gate.dtype)

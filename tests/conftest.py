@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def has_first_config(item: pytest.Item) -> bool:
-    """Whether its parameter `config` is absent, the number 0, or the first of those of its parameter `impl`."""
+    """Return True if its parameter `config` is absent, 0, or the first config of its parameter `impl`."""
     parameters: Any = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     config = parameters.get("config", 0)
     return config == 0 if isinstance(config, int) else config is parameters["impl"].configs[0]

@@ -14,7 +14,7 @@ Tokens = tuple[int, ...]
 
 
 def beginning(a: Tokens, b: list[int]) -> Tokens:
-    """What both begin with."""
+    """Return the tokens that both begin with."""
     return tuple(x for x, _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
 
 
@@ -92,7 +92,7 @@ class World:
             self.known[page] = max(self.known.get(page, ()), whole, key=len)
 
     def publish_a_lie(self, seq: int, at: int) -> None:
-        """What a page is known to hold cannot be published as something else, nor can more than there is."""
+        """Publishing other tokens than a page is known to hold, or more than there are, is refused."""
         tokens, before = list(self.expected[seq]), self.snapshot()
         with pytest.raises(ValueError, match=f"sequence {seq} has {len(tokens)} tokens"):
             self.allocator.register_prefix(seq, [*tokens, 0])
@@ -103,7 +103,7 @@ class World:
         assert before == self.snapshot()
 
     def longest(self, tokens: list[int]) -> int:
-        """How long a beginning of the tokens can be read from known pages, by trying them all."""
+        """Return the length of the longest prefix of the tokens that known pages hold, by trying them all."""
         length = 0
         while length % self.size == 0:
             here = [page for page in self.known.values() if length < len(page) <= length + self.size]

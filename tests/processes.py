@@ -19,7 +19,7 @@ def interruptible(command: Sequence[str], **more: Any) -> subprocess.Popen[str]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that waits to be buried does not."""
+    """Return True if a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -27,7 +27,7 @@ def alive(pid: int) -> bool:
 
 
 def gone(pid: int, within: float = 5.0) -> bool:
-    """Whether it ends within so many seconds: to be killed takes a moment."""
+    """Return True if a process ends within so many seconds: to be killed takes a moment."""
     end = time.monotonic() + within
     while alive(pid) and time.monotonic() < end:
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""What VILA does to a picture before the tower sees it, written out in Pillow and numpy."""
+"""VILA's preprocessing of an image for the tower, written out in Pillow and numpy."""
 
 import numpy as np
 from PIL import Image

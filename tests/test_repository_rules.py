@@ -190,6 +190,30 @@ def test_identifiers_are_spelled_as_in_america() -> None:
     assert not british
 
 
+def test_docstrings_do_not_open_with_a_question_word() -> None:
+    openings = set()
+    for path in [*FILES.values(), *(ROOT / "tests").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                docstring = ast.get_docstring(node) or ""
+                if re.match(r"(What|How|Whether)\b", docstring):
+                    openings.add((path.relative_to(ROOT).as_posix(), docstring.splitlines()[0]))
+    assert not openings
+
+
+def test_public_functions_of_modules_have_docstrings() -> None:
+    undocumented = set()
+    for module, path in FILES.items():
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or ast.get_docstring(node):
+                continue
+            decorators = {ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list}
+            exempt = node.name == "main" or node.name.startswith("_") or decorators & {"overload", "triton.jit"}
+            if not exempt:
+                undocumented.add((module, node.name))
+    assert not undocumented
+
+
 def test_kernels_are_imported_through_vila_triton() -> None:
     files = [*FILES.values(), *(ROOT / "tests").rglob("*.py")]
     assert not [path.name for path in files if any(lies_in(x, ["kernels"]) for x in imports("", path))]

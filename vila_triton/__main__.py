@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run() -> int | None:
+    """Parse the command line, run its command, and return the exit code (None for 0)."""
     args = build_parser().parse_args()
     return args.run(args)
 

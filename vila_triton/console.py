@@ -71,6 +71,7 @@ class Progress:
 
 
 def stderr_is_terminal() -> bool:
+    """Return True if standard error exists and is a terminal."""
     return bool(sys.stderr) and sys.stderr.isatty()
 
 

@@ -13,4 +13,5 @@ def data_dir(name: str) -> Path:
 
 
 def config_dir() -> Path:
+    """Return the folder configs/."""
     return data_dir("configs")

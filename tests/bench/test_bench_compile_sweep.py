@@ -1,4 +1,4 @@
-"""What a sweep expects of loads, and which calls it makes; goals of attention from rows alone."""
+"""The loads that a sweep expects, the calls that it makes, and the goals of attention from rows alone."""
 
 import argparse
 from types import SimpleNamespace

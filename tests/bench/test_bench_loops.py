@@ -1,4 +1,4 @@
-"""What a turn of a loop does, read from TTGIR: how many turns, weights and scores a loop of the assembly stands for."""
+"""The work of one iteration of a loop, read from TTGIR: weights, scores, and iterations of the source per loop."""
 
 import pytest
 

@@ -99,7 +99,7 @@ def test_implementation_out_of_memory_gets_a_row_and_the_others_times(
 
 
 def is_copy(call: Any) -> bool:
-    """Whether a timed call is of the implementation "copy"."""
+    """Return True if a timed call is of the implementation "copy"."""
     return inspect.getclosurevars(call).nonlocals["impl"].name == "copy"
 
 

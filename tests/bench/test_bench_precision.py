@@ -1,4 +1,4 @@
-"""What is computed in fewer bits than asked for is found in a kernel's text: `bench.compiler.precision`."""
+"""`bench.compiler.precision` finds in a kernel's text every operation in fewer bits than were asked for."""
 
 import pytest
 

@@ -40,7 +40,7 @@ def page(*files: Path) -> str:
 
 
 def words(html: str) -> str:
-    """What a reader sees, in one line."""
+    """Return the text of a page without its tags, in one line."""
     return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", html)))
 
 

@@ -1,4 +1,4 @@
-"""How the tools of bench end: in one line and an exit code, whoever stops them and whoever reads them."""
+"""The tools of bench end in one line and an exit code, whoever stops them and whoever reads them."""
 
 import ast
 import io

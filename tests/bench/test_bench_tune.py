@@ -120,7 +120,7 @@ def test_candidate_with_wrong_numbers_gets_no_time(doubled: Op, tmp_path: Path) 
 
 
 def gated(job: Job, least: int) -> Answer:
-    """What the gate says, were all smaller blocks wrong."""
+    """Return the answer of a gate for which all blocks below `least` are wrong."""
     return {"reason": "wrong" if job["config"]["wrong"] or job["config"]["BLOCK"] < least else None}
 
 

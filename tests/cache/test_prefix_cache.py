@@ -69,7 +69,7 @@ def alone(image: int, question: int) -> tuple[list[int], list[int]]:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many tokens each pass of the language model had, as they happen."""
+    """Count the tokens of each pass of the language model, in a list that grows with every pass."""
     counts: list[int] = []
     whole = llama.forward
 

@@ -1,4 +1,4 @@
-"""What the documents name exists: links, files, modules, commands, options."""
+"""Links, files, modules, commands and options that the documents name exist."""
 
 import re
 from itertools import chain
@@ -21,7 +21,7 @@ def prose(document: Path) -> str:
 
 
 def code(document: Path) -> list[str]:
-    """What stands between backticks in its prose."""
+    """Return the texts between backticks in the prose of a document."""
     return re.findall(r"`([^`\n]+)`", prose(document))
 
 

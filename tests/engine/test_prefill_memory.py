@@ -1,4 +1,4 @@
-"""What a chunked prefill holds at once does not depend on the length of the prompt."""
+"""The memory of activations in a chunked prefill does not depend on the length of the prompt."""
 
 import pytest
 import torch

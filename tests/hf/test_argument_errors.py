@@ -1,4 +1,4 @@
-"""What a person gets wrong in Python is one sentence that names the argument, before anything runs."""
+"""A wrong argument in Python raises one sentence that names the argument, before anything runs."""
 
 import os
 from collections.abc import Callable

@@ -31,7 +31,7 @@ def same(got: Tensor, expected: Tensor = WHOLE) -> None:
 
 
 def state(cache: PagedKVCache) -> list[tuple[int, list[int], Tensor]]:
-    """What each sequence holds: its length, its pages and the keys in them."""
+    """Return of each sequence its length, its pages and the keys in them."""
     return [
         (s.length, list(s.pages), page_tensors(cache.k_pages)[0][:, s.pages].flatten(1, 2)[:, : s.length].clone())
         for s in cache.allocator.sequences.values()

@@ -30,7 +30,7 @@ S2 = {"s2": True, "s2_scales": "20,60", "s2_max_split_size": 20}
 
 
 def folder(tmp_path: Path, tower: dict, file: dict | None, **top: Any) -> Path:
-    """What of a VILA folder concerns pictures."""
+    """Write the files of a VILA folder that concern images, and return the folder."""
     cfg = config(vision=tower, **top).to_dict()
     for name, values in {"": cfg, "llm": cfg["llm_cfg"], "mm_projector": cfg["mm_projector_cfg"]}.items():
         (tmp_path / name).mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What decoding and cache writes compile to, without a GPU too: no spills, tensor cores, 16-byte loads.
+"""Decoding and cache writes compile to tensor cores and 16-byte loads without spills, as is seen without a GPU too.
 
 Beside the sizes of `test_compile`: quantized pages, and head dims that are no power of two or wider than 128.
 """

@@ -92,7 +92,7 @@ def by_references() -> Tensor:
 
 
 def off(x: Tensor) -> float:
-    """How far from the exact layer, root mean square."""
+    """Return the root mean square of the distance from the exact layer."""
     return (x.double() - exact()[: len(x)]).square().mean().sqrt().item()
 
 

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, list[dict]]:
-    """What the selected tests ask for, compiled in a process of its own: one that interprets kernels compiles none."""
+    """Compile the calls of the selected tests in another process: one that interprets kernels compiles none."""
     items: list[Any] = request.session.items
     asked = [item.callspec.params for item in items if "found" in getattr(item, "fixturenames", ())]
     calls: defaultdict[tuple[str, str], set[str]] = defaultdict(set)

@@ -91,7 +91,7 @@ def executed(text: str, dtype: torch.dtype, *operands: Tensor) -> Tensor:
 
 
 def operands(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """What `differences` hands to the assembly: words, and numbers of the zeros of either row."""
+    """Return the operands that `differences` hands to the assembly: words, and numbers of the zeros of either row."""
     top, low = (1024 + TOP, -64 - LOW) if dtype == torch.float16 else (-128 - TOP, -128 - LOW)
     return WORDS.long() % 2**32, *(bit_pattern(x.to(dtype)).long() % 2**16 for x in (top, low))
 

@@ -1,4 +1,4 @@
-"""What others' kernels have got wrong, as reported to them: each report is a test here, and named in its docstring."""
+"""Bugs that were reported of other projects' kernels: each report is a test here, and named in its docstring."""
 
 import json
 import os
@@ -210,7 +210,7 @@ def test_mlp_sizes_that_groups_do_not_divide(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What bench.inspect says of variants compiled for a Hopper GPU in bfloat16, by variant."""
+    """Return the rows of bench.inspect, by variant, of kernels compiled for a Hopper GPU in bfloat16."""
     file = tmp_path_factory.mktemp("inspect") / "rows.jsonl"
     words = "int4_matmul --impl naive gemv splitk prefill --config 0 --size dtype=bfloat16 m=64 n=4096 G=32 --json"
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -1,4 +1,4 @@
-"""What attention kernels elsewhere got wrong, asked of prefill and of the towers' attention: one test for each report.
+"""Bugs of other projects' attention kernels, tested of prefill and of the towers' attention: one test for each report.
 
 Offsets beyond 2³¹ are reached by strided views of memory that is mostly never touched; pages that far apart are in
 `test_kernels.test_pages_beyond_32_bits`.

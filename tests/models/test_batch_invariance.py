@@ -108,7 +108,7 @@ def logits(
 
 @pytest.mark.parametrize("name, kernels, kv_dtype", CASES)
 def test_logits_bitwise_equal_for_every_batch_chunking_and_page_size(name: str, kernels: str, kv_dtype: str) -> None:
-    """What https://github.com/deepseek-ai/FlashMLA/issues/212 reports: the likeliest token depends on the batch."""
+    """The bug of https://github.com/deepseek-ai/FlashMLA/issues/212: the likeliest token depends on the batch."""
     model = named(name)
     expected = logits(model, kernels, kv_dtype, [])
 

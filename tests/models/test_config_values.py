@@ -1,4 +1,4 @@
-"""What config.json files may say: a wrong value is one sentence naming folder and field, and costs no memory."""
+"""A wrong value in a config.json raises one sentence naming folder and field, and costs no memory."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What only a GPU runs of the product, on the stand-in: the answers of the CPU, and no wait of the host that is new."""
+"""Code that only a GPU runs, on the stand-in: it gives the answers of the CPU, and adds no wait of the host."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -88,7 +88,7 @@ def test_stand_in_logits_loss_and_second_step_equal_those_of_the_cpu(models: tup
 
 
 def waits(model: VilaLlamaForCausalLM, rows: int, new_tokens: int) -> Counter[tuple[str, str]]:
-    """What the host waits for, and in which file, while so many tokens are generated for each row of a batch."""
+    """Count the waits of the host, by cause and file, while `new_tokens` are generated for each row of a batch."""
     cache = model.new_cache(rows)
     prompts = {seq: torch.tensor([1, 5, 7 + seq], device="cuda") for seq in cache.allocator.sequences}
     cache.ensure_capacity(dict.fromkeys(prompts, 3 + new_tokens))

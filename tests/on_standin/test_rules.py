@@ -1,4 +1,4 @@
-"""What the stand-in refuses, counts and computes as CUDA does."""
+"""The stand-in refuses, counts and computes as CUDA does."""
 
 import threading
 from collections.abc import Callable

@@ -184,7 +184,7 @@ def test_decode_of_large_logits_does_not_overflow() -> None:
 
 
 def seconds(programs: int, room: int) -> int:
-    """What the plan takes by its own model."""
+    """Return the time that a plan takes by its own model."""
     splits = plan_splits("fast", programs, room, MIN_SPLIT, PROGRAMS).num_splits
     return estimated_time(programs, room, splits, MIN_SPLIT, PROGRAMS)
 

@@ -66,4 +66,5 @@ class CliSession:
 
 
 def command_usage(command: str) -> str:
+    """Return a command of the chat with its argument, such as `/save FILE`."""
     return f"{command} {COMMANDS[command]}".strip()

@@ -144,4 +144,5 @@ def describe_as_before(x: Any) -> str:
 
 
 def blake2b_hex(content: bytes) -> str:
+    """Return the 128-bit BLAKE2b hash of the content as 32 hex digits."""
     return blake2b(content, digest_size=16).hexdigest()

@@ -40,6 +40,7 @@ def alias_special_tokens(tokenizer: Any, template: ChatTemplate) -> SpecialToken
 
 @lru_cache(4)
 def build_aliases(tokenizer: Any, special_ids: tuple[tuple[str, int], ...], vocab_size: int) -> SpecialTokenAliases:
+    """Return aliases for these special tokens; `vocab_size` is only a cache key, so that added tokens are noticed."""
     aliases = {text: f"<{PROCESS_SECRET}:{i}>" for text, i in special_ids}
     alias_ids = {aliases[text]: i for text, i in special_ids}
     make_encoder = tokenizers_encoder if tokenizer.is_fast else sentencepiece_encoder

@@ -128,6 +128,7 @@ def open_shard(shard: Shard) -> BinaryIO:
 
 
 def file_sha256(file: Path) -> str:
+    """Return the SHA-256 of a file's content as 64 hex digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -16,6 +16,7 @@ SUMMARIES = {"build": "write a model of configs/models/ with random weights, in 
 
 
 def configure(commands: Any) -> None:
+    """Add the parser of `vila-triton build` to the commands."""
     parser = add_command(commands, "build", SUMMARIES["build"], "Its tokenizer has single bytes as tokens.")
     parser.add_argument("model", help="such as vila1.5-3b, or the path of a .toml file")
     parser.add_argument("target", type=Path, help="a folder that does not exist yet")
@@ -34,6 +35,7 @@ def configure(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Print the sizes of the model and, unless `--dry-run` is given, write it with random weights."""
     from vila_triton.checkpoints import random_checkpoint, size_report
     from vila_triton.checkpoints.writing import write_checkpoint
 

@@ -34,6 +34,7 @@ SUMMARIES = {
 
 
 def configure(commands: Any) -> None:
+    """Add the parsers of `vila-triton ask` and `vila-triton chat` to the commands."""
     common = argparse.ArgumentParser(add_help=False, parents=[model_arguments()])
     media = common.add_argument_group("what is asked about")
     for media_type in ("image", "video"):  # one list, which keeps the order
@@ -82,6 +83,10 @@ def configure(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Load the model and the images, then answer one question (`ask`) or hold a conversation (`chat`).
+
+    Raises ValueError for options that contradict each other.
+    """
     _, kernel_choices = resolve_device_and_kernels(args)
     import torch
 

@@ -15,6 +15,7 @@ FORMATS = ("vila-triton", "awq-gemm", "awq-v1", "awq-v2", "dense")
 
 
 def configure(commands: Any) -> None:
+    """Add the parser of `vila-triton convert` to the commands."""
     details = "A run that was killed is resumed by the same command."
     parser = add_command(commands, "convert", SUMMARIES["convert"], details)
     parser.add_argument("source", type=Path, help="a checkpoint folder")
@@ -39,6 +40,7 @@ def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Print the sizes of the checkpoint's parts and, unless `--dry-run` is given, write it in the layout asked for."""
     from vila_triton.checkpoints import size_report
     from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
     from vila_triton.checkpoints.writing import write_checkpoint

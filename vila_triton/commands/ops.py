@@ -22,10 +22,12 @@ SUMMARIES = {"ops": "list every op, its implementations, which of them runs, and
 
 
 def configure(commands: Any) -> None:
+    """Add the parser of `vila-triton ops` to the commands."""
     add_command(commands, "ops", SUMMARIES["ops"], parents=[kernel_arguments()]).set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
+    """Print the table of ops for the device and the `--set` options of the command line."""
     import torch
 
     from vila_triton.device import pick_device
@@ -44,6 +46,7 @@ def tuned_gpus() -> str:
 
 
 def print_ops(device: "torch.device", overrides: Mapping[str, str]) -> None:
+    """Print every op, its implementations, the phases that each is chosen for on the device, and the reason."""
     from vila_triton.registry import OPS, discover, problems, use, validate_choices
     from vila_triton.registry.kernel_config import PHASES
     from vila_triton.registry.tuned_tables import default_choices_for

@@ -31,6 +31,7 @@ CALIBRATION_DEFAULTS = {"calib": None, "samples": 128, "seed": 0, "image_weight"
 
 
 def configure(commands: Any) -> None:
+    """Add the parser of `vila-triton quantize` to the commands."""
     parser = add_command(commands, "quantize", SUMMARIES["quantize"], DETAILS, epilog=CALIBRATION_FILES)
     parser.add_argument("source", type=Path, help="a checkpoint folder in fp16")
     parser.add_argument("target", type=Path, help="a folder that does not exist yet")
@@ -72,6 +73,7 @@ def configure(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Quantize the checkpoint and write it with its report; an interrupted run continues from its work folder."""
     from vila_triton.checkpoints.atomic_folder import require_free
     from vila_triton.checkpoints.loading import build_vila_config, open_checkpoint
     from vila_triton.checkpoints.writing import write_checkpoint

@@ -172,7 +172,7 @@ def check_sampling_arguments(options: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen and when to stop, as transformers' logits processors and stopping criteria.
+    """The choice of the next token and of when to stop, as transformers' logits processors and stopping criteria.
 
     `seeds`: one for each sequence, or None for greedy decoding. Each sequence draws from a generator of its own, on the
     CPU.

@@ -123,10 +123,12 @@ def merge_attention_states(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tenso
 
 
 def check_heads(op_name: str, sizes: dict[str, int]) -> None:
+    """Raise ValueError unless the number of query heads, h, is a multiple of the number of KV heads, g."""
     if not sizes["g"] or sizes["h"] % sizes["g"]:
         raise ValueError(f"{op_name}: {sizes['h']} query heads are not a multiple of {sizes['g']} key/value heads")
 
 
 def check_numerics(op_name: str, numerics: str) -> None:
+    """Raise ValueError unless `numerics` is one of `NUMERICS`."""
     if numerics not in NUMERICS:
         raise ValueError(f"{op_name}: no numerics {numerics!r}; there are: {', '.join(NUMERICS.values)}")

@@ -21,6 +21,7 @@ class TensorLike(Protocol):
 
 @cache
 def axis_letters(pattern: str) -> tuple[str, ...]:
+    """Return the axes of a pattern: `... e` becomes ('...', 'e')."""
     return tuple(pattern.split())
 
 

@@ -56,6 +56,7 @@ def schema_type(hint: Any) -> str:
 
 
 def schema_argument(op: OpLike, name: str, default: Any, hint: Any) -> SchemaArgument:
+    """Return the place of one parameter in the schema; raises TypeError for an annotation that a schema cannot hold."""
     if is_dataclass(hint) and isinstance(hint, type):
         hints = get_type_hints(hint)
         field_names = tuple(f.name for f in fields(hint))
@@ -70,6 +71,7 @@ def schema_argument(op: OpLike, name: str, default: Any, hint: Any) -> SchemaArg
 
 
 def schema_arguments(op: OpLike) -> tuple[SchemaArgument, ...]:
+    """Return the place in the schema of every parameter of the op's reference, in order."""
     hints = get_type_hints(op.reference)
     parameters = inspect.signature(op.reference).parameters.values()
     return tuple(schema_argument(op, p.name, p.default, hints[p.name]) for p in parameters)

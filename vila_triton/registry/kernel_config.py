@@ -25,6 +25,7 @@ def configured_choices(device: str, phase: str | None, op_name: str | None = Non
 
 
 def read_kernels_toml(file: Path, device: str, phase: str | None, op_name: str | None = None) -> dict[str, Choice]:
+    """Read the choices of `configured_choices` from a file; raises ValueError naming the file and the section."""
     try:
         table = tomllib.loads(file.read_text()).get(device, {})
         if "invariant" in table:

@@ -36,6 +36,7 @@ class LaunchCost:
 
 
 def accept_all(config: Config, **sizes: Any) -> bool:
+    """Return True for any config at any sizes."""
     return True
 
 
@@ -57,6 +58,7 @@ class SearchSpace:
 
 
 def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up to an integer."""
     return -(-a // b)
 
 

@@ -42,6 +42,7 @@ Choice = str | ChoiceBySize
 
 
 def implementation_at(choice: Choice, size: int) -> str:
+    """Return the name of the implementation that is chosen at a size."""
     return choice if isinstance(choice, str) else choice.lookup(size)
 
 

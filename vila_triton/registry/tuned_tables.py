@@ -45,6 +45,7 @@ class StaleTableError(RuntimeError):
 
 
 def tables_dir() -> Path:
+    """Return the folder of the tuned tables, which exists once a device has been tuned."""
     return config_dir() / "tuned"
 
 
@@ -112,6 +113,7 @@ def check_range(tuned_range: Mapping[str, Any], op: str, where: str) -> None:
 
 
 def sizes_match(expected_sizes: Mapping[str, Any], sizes: Mapping[str, Any]) -> bool:
+    """Return True if each expected size is met: equal, or in a range [first, last] where None means no end."""
     for name, expected in expected_sizes.items():
         size = sizes.get(name)
         if isinstance(expected, list):
@@ -247,6 +249,7 @@ def device_of(*args: Any, **kwargs: Any) -> torch.device | None:
 
 @lru_cache(maxsize=4096)
 def tuned_config_at(impl: Impl, device: str, sizes: tuple[tuple[str, Any], ...]) -> Config | None:
+    """Return the config that was tuned for a device and sizes, or None; the latest 4096 answers are cached."""
     entry = valid_entry(impl, device)
     return config_for_sizes(entry, dict(sizes)) if entry else None
 

@@ -122,6 +122,7 @@ def compare_kernels(chat_model: ChatModel, questions: Sequence[EvalQuestion], ke
 
 
 def run() -> None:
+    """Evaluate a model as the command line says and print its accuracy, or the answers that other kernels change."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=BUNDLED_CHECKPOINT, help="a checkpoint folder (the bundled one)")
     parser.add_argument("--count", type=COUNT, default=100, help="questions of each kind and number of images (100)")

@@ -12,6 +12,7 @@ EXAMPLES_DIR = Path(__file__).resolve().parent / "examples"
 
 
 def run() -> None:
+    """Draw four scenes of at least three things each and write them to `EXAMPLES_DIR` as PNG files."""
     rng = random.Random(2)
     EXAMPLES_DIR.mkdir(exist_ok=True)
     for name in ("a", "b", "c", "d"):

@@ -119,10 +119,12 @@ class TrainingClock:
 
 
 def cosine_decay(progress: float) -> float:
+    """Return a factor that falls from 1 to 0 along half a cosine while progress goes from 0 to 1."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Set every group's learning rate to its base rate times the factor."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group["base"] * factor
 
@@ -251,6 +253,7 @@ def results_table(results: dict[tuple[str, int, bool], list[bool]]) -> str:
 
 
 def run() -> None:
+    """Train by the recipe of the command line, save the checkpoints, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tiny-vila"))
     for field in fields(Recipe):

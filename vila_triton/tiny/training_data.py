@@ -75,6 +75,7 @@ class TrainingBatch:
 
 @functools.lru_cache(maxsize=1 << 16)
 def encode(text: str) -> tuple[int, ...]:
+    """Return the token ids of a text, without the special tokens of a beginning or an end."""
     return tuple(_TOKENIZER.encode(text, add_special_tokens=False).ids)
 
 
