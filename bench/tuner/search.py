@@ -85,7 +85,7 @@ class Search:
     def __init__(
         self, impl: Impl, cases: Sequence[Case], plan: SearchPlan, folder: Path, max_candidates: int | None = None
     ):
-        """`most`: only so many candidates, the most promising ones."""
+        """max_candidates: only so many candidates are tried, the most promising ones; None: all."""
         self.impl, self.plan = impl, plan
         self.journal = Journal(folder, search_fingerprint(impl, plan))
         self.sizes = [dict(case.sizes) for case in cases]

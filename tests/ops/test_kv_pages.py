@@ -1,7 +1,4 @@
-"""Pools of pages: what quantising costs, what writing touches, and faults other cache kernels have had.
-
-Numbers at the end of a name are those of the list of issues that a test is there for, see the docstrings.
-"""
+"""KV pages: the error of quantizing them, the bytes that writing touches, and faults other cache kernels have had."""
 
 from dataclasses import replace
 from importlib import import_module
