@@ -5,6 +5,7 @@ and are no page. All else is a fault: another exception, a signal, a file that t
 `Limits` allow, code that runs, a command, a connection, a question on standard input.
 """
 
+import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -120,6 +121,7 @@ def serve(outer: Any, pipe: Any, reader: Reader, folder: Path, limits: Limits) -
     outer.close()
     faulthandler.disable()  # the signal is told by who waits
     os.chdir(folder)
+    ctypes.CDLL(None).malloc_trim(0)  # memory that the outer process freed, taken again, would not count as growth
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     most = pages()[0] * resource.getpagesize() + 2 * limits.memory
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
