@@ -87,6 +87,9 @@ class Worker:
     def fault(self, content: bytes) -> Fault | None:
         """The fault of the reader with a file, None if there is none."""
         if self.process is None:
+            # Memory that was freed but not returned could be taken again without growth. Returned before the fork,
+            # since the peak of a process begins at what it has when it is forked.
+            ctypes.CDLL(None).malloc_trim(0)
             self.pipe, other = self.context.Pipe()
             self.process = self.context.Process(
                 target=serve, args=(self.pipe, other, self.reader, self.folder, self.limits), daemon=True
@@ -121,7 +124,6 @@ def serve(outer: Any, pipe: Any, reader: Reader, folder: Path, limits: Limits) -
     outer.close()
     faulthandler.disable()  # the signal is told by who waits
     os.chdir(folder)
-    ctypes.CDLL(None).malloc_trim(0)  # memory that the outer process freed, taken again, would not count as growth
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     most = pages()[0] * resource.getpagesize() + 2 * limits.memory
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
