@@ -6,6 +6,7 @@ guarded_memory     tensors between margins of NaN, which reveal stray reads and 
 gate               the property test that an implementation must pass before it is timed
 find_failure       search for the simplest failing example
 failure_report     a failure in words, and a map of its errors
+covering_array     few rows of sizes and options in which every two values meet
 tile_coverage      the tiles of a config that the checked sizes covered
 repro_bundle       one call with its arguments in a file, to be replayed
 shadow_recorder    a candidate beside the implementation that a model runs, call by call

@@ -1,0 +1,58 @@
+"""Covering arrays: few rows in which every two values of different axes meet (Cohen et al. 1997, AETG)."""
+
+import random
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+Row = dict[str, Any]
+Pair = tuple[str, Hashable, str, Hashable]
+
+
+def pairs_of(row: Mapping[str, Hashable]) -> Iterator[Pair]:
+    """Every two values of a row, with the names of their axes."""
+    for (a, x), (b, y) in combinations(row.items(), 2):
+        yield a, x, b, y
+
+
+def pairwise_rows(
+    axes: Mapping[str, Sequence[Hashable]], seed: int = 0, is_valid: Callable[[Row], bool] = lambda row: True
+) -> Iterator[Row]:
+    """Rows of one value an axis, the same each time, until every two values of different axes have been in a row.
+
+    is_valid: called with rows of some of the axes too; no row holds what it refuses. Pairs that no valid row holds are
+    left out.
+    """
+    rng = random.Random(seed)
+    left = {(a, x, b, y) for (a, xs), (b, ys) in combinations(axes.items(), 2) for x in xs for y in ys}
+    order = sorted(left, key=repr)
+    rng.shuffle(order)
+    for pair in order:
+        if pair not in left:
+            continue
+        left.discard(pair)
+        row = {pair[0]: pair[1], pair[2]: pair[3]}
+        if not is_valid(row):
+            continue
+        others = [name for name in axes if name not in row]
+        rng.shuffle(others)
+        for name in others:
+            fitting = [x for x in axes[name] if is_valid({**row, name: x})]
+            if not fitting:
+                break
+            gain = {x: sum((p in left) for p in pairs_with(axes, row, name, x)) for x in fitting}
+            row[name] = rng.choice([x for x in fitting if gain[x] == max(gain.values())])
+        else:
+            row = {name: row[name] for name in axes}
+            left.difference_update(pairs_of(row))
+            yield row
+
+
+def pairs_with(axes: Mapping[str, Any], row: Row, name: str, value: Hashable) -> Iterator[Pair]:
+    """The pairs of a value with those of a row, axes in their order."""
+    order = list(axes)
+    for other, x in row.items():
+        if order.index(other) < order.index(name):
+            yield other, x, name, value
+        else:
+            yield name, value, other, x
