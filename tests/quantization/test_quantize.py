@@ -34,7 +34,6 @@ from vila_triton.quantization.calibration_data import CalibrationSet, Sample, re
 from vila_triton.quantization.config import QuantizeConfig
 from vila_triton.tiny.config import CONFIG, PARAM_SPECS, config_files
 
-
 SHALLOW = replace(CONFIG, llm=replace(CONFIG.llm, num_hidden_layers=2))
 
 
