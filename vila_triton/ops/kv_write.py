@@ -89,6 +89,35 @@ def _(
     return k, v, *cached, slots.to(device)
 
 
+def special_heads(x: Tensor, rng: torch.Generator) -> Tensor:
+    """New heads x [s, g, d], each of them either as it is or replaced by a constant, zeros, subnormal numbers, numbers
+    near the largest, or numbers halfway between two codes, which are rounded up.
+    """
+    info = torch.finfo(x.dtype)
+    halves = torch.randint(-7, 7, x.shape, generator=rng).to(x) + 0.5
+    halves[..., 0], halves[..., 1] = torch.tensor([[-7, 127], [8, 0]])[
+        :, torch.randint(2, x.shape[:2], generator=rng)
+    ].to(x)
+    kinds = torch.stack(
+        (x, x[..., :1].expand_as(x), 0 * x, x * info.smallest_normal / 8, x.clamp(-2, 2) * (info.max / 8), halves)
+    )
+    kind = torch.randint(len(kinds), x.shape[:2], generator=rng).to(x.device)
+    return kinds.gather(0, kind[None, ..., None].expand_as(x[None]))[0]
+
+
+@kv_write.hard_case("special_heads")
+def _(args: tuple, rng: torch.Generator) -> tuple:
+    k, v, *rest = args
+    return special_heads(k, rng), special_heads(v, rng), *rest
+
+
+@kv_write.hard_case("no_slots")
+def no_slots(args: tuple, rng: torch.Generator) -> tuple:
+    """No token is cached."""
+    *rest, slot_mapping = args
+    return *rest, -1 - torch.randint(100, slot_mapping.shape, generator=rng).to(slot_mapping)
+
+
 kv_write.mutates("k_pages", "v_pages")
 
 
