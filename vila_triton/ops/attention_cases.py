@@ -10,8 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .kv_pages import PagedKV
-from .kv_write import kv_write
+from .kv_pages import PagedKV, write_tokens
 
 Change = Callable[[Tensor, Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor, Tensor]]
 SCORE_RANGE = 30.0  # exp(-30) is lost beside 1 even in float32
@@ -81,5 +80,6 @@ def change_cached_sequence(
     new_q, keys, values = change(q.float(), keys, values, rng)
     tokens = torch.arange(t, device=q.device)
     slots = cache.block_table[i, tokens // cache.page_size].long() * cache.page_size + tokens % cache.page_size
-    kv_write.reference(keys[:t], values[:t], cache.k_pages, cache.v_pages, slots)
+    write_tokens(keys[:t], cache.k_pages, slots)
+    write_tokens(values[:t], cache.v_pages, slots)
     return new_q.to(q.dtype), keys[t:].to(q.dtype), values[t:].to(q.dtype)

@@ -17,8 +17,8 @@ from .kv_pages import (
     empty_kv_pages,
     kv_bytes,
     kv_format,
-    page_tensors,
     quantize_kv,
+    write_tokens,
 )
 from .shapes import check_axes, check_dtype, check_floating
 
@@ -33,10 +33,8 @@ def kv_write(k: Tensor, v: Tensor, k_pages: KVPages, v_pages: KVPages, slot_mapp
     Raises ValueError for shapes, dtypes or devices that do not fit, IndexError for slots that do not exist.
     """
     is_cached = slot_mapping >= 0
-    page, row = slot_mapping[is_cached] // k_pages.shape[1], slot_mapping[is_cached] % k_pages.shape[1]
     for new, pages in ((k, k_pages), (v, v_pages)):
-        for page_tensor, values in zip(page_tensors(pages), page_tensors(quantize_kv(new[is_cached], pages))):
-            page_tensor[page, row] = values
+        write_tokens(new[is_cached], pages, slot_mapping[is_cached])
     return k_pages, v_pages
 
 

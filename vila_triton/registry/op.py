@@ -114,8 +114,8 @@ class Op:
         self.domain: dict[str, IntRange | OneOf] = {}
         self.precondition: Callable[..., None] | None = None
         self.index_check: Callable[..., None] | None = None
+        self.hard_cases: dict[str, Callable[..., Any]] = {}
         self.make_example = self._not_registered("example_inputs")
-        self.hard_cases: dict[str, Callable[..., tuple[Any, ...]]] = {}
         self.cost = self._missing_cost = self._not_registered("flops_and_bytes")
         self.sizes_of: Callable[..., dict[str, Any]] | None = None
         self.dynamic_sizes: tuple[str, ...] = ()
