@@ -164,6 +164,13 @@ def quantize_kv(x: Tensor, like: KVPages) -> KVPages:
     return QuantizedKVPages(values, *(y.to(dtype).masked_fill(~is_finite, math.nan) for y in (scales, zeros)))
 
 
+def write_tokens(new: Tensor, pages: KVPages, slots: Tensor) -> None:
+    """Write keys or values [s, g, d] into the slots [s] of pages, in place, quantized as these are."""
+    page, row = slots // pages.shape[1], slots % pages.shape[1]
+    for page_tensor, values in zip(page_tensors(pages), page_tensors(quantize_kv(new, pages))):
+        page_tensor[page, row] = values
+
+
 def check_pages(op_name: str, k_pages: KVPages, v_pages: KVPages) -> None:
     """ValueError unless both have one format and, if quantized, the tensors that `QuantizedKVPages` describes."""
     formats = []
