@@ -190,11 +190,11 @@ def _(args: tuple, rng: torch.Generator) -> tuple:
 def unlike_groups(x: Tensor, *weights: Int4) -> tuple[Tensor, tuple[Int4, ...]]:
     """(x, weights) with scales over twelve powers of two, and x the other way, so that every group counts.
 
-    Neither scale nor zero point is that of a group 2, 4, 8, 16, ... before; both are alike after 143 groups only.
+    Neither scale nor zero point is that of a group 1, 2, 4, 8, 16, ... before; both are alike after 77 groups only.
     """
     G, n = weights[0].scales.shape
     group, row = torch.arange(G, device=x.device)[:, None], torch.arange(n, device=x.device)
-    powers = 2.0 ** (5 * group % 13 - 9)  # [G, 1]
+    powers = 2.0 ** (2 * (3 * group % 7) - 9)  # [G, 1]
     x = (rearrange(x, "m (G i) -> m G i", G=G) / powers.to(x)).flatten(1)
     zeros = (5 * (group % 11) + 3 * row) % 16
     return x, tuple(
