@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vila_triton.registry import IntRange, OneOf, op
 
-from .dtypes import DTYPES, dtype_name, random_tensor, upcast
+from .dtypes import DTYPES, device_of_draws, dtype_name, random_tensor, upcast
 from .int4_tiles import pack_tiles, tiled_shape, unpack_tiles
 from .shapes import check_axes, check_floating, check_same_dtype
 
@@ -137,9 +137,10 @@ def _(x: Tensor, w: Int4, bias: Tensor | None = None) -> None:
 
 def random_int4(n: int, G: int, group_size: int, dtype: str, rounding: Any, rng: torch.Generator, device: str) -> Int4:
     """A random weight that uses all codes and zero points, of values of about 1."""
-    q = torch.randint(0, 16, (n, G * group_size), generator=rng)
-    scales = (torch.rand(G, n, generator=rng) + 0.5) / 15
-    zeros = torch.randint(0, 16, (G, n), generator=rng)
+    where = device_of_draws(device)
+    q = torch.randint(0, 16, (n, G * group_size), generator=rng, device=where)
+    scales = (torch.rand(G, n, generator=rng, device=where) + 0.5) / 15
+    zeros = torch.randint(0, 16, (G, n), generator=rng, device=where)
     scales, zeros = (x.to(device, getattr(torch, dtype)) for x in (scales, zeros))
     return Int4(pack_tiles(q).to(device), scales, zeros, group_size, rounding)
 
