@@ -324,6 +324,7 @@ def test_each_sequence_has_what_the_plain_pass_gives_it_alone(row: Row, monkeypa
     longer = [start + n for start, n in zip(case.context_lens, case.lengths)]
     if uses_cache:
         assert lengths_of(found[CACHE_KEY]) == longer
+        assert found[CACHE_KEY].allocator.page_size == row["page_size"]
     assert after == (longer if uses_cache and row["past"] else before)
 
 
