@@ -30,7 +30,6 @@ from .correctness import repro_bundle
 from .correctness.error_budget import DEVICE, Example, example_args
 from .correctness.failure_report import describe_elements, describe_failure, format_settings, label
 from .correctness.find_failure import DeviceLost, SearchResult, find_failure
-from .correctness.tile_coverage import coverage_lines
 
 ImplConfig = tuple[Impl, int]  # an implementation and the number of one of its configs
 
@@ -86,7 +85,7 @@ def outcome_lines(
         yield f"{label('unsupported')}{'; '.join(sorted(verdict.reasons))}"
     elif not shrunk or not largest:
         yield f"{label('right')}{effort}"
-        for text, head in zip(coverage_lines(config, verdict.calls), chain(["covered"], repeat(""))):
+        for text, head in zip(verdict.coverage.lines(config), chain(["covered"], repeat(""))):
             yield f"{label(head)}{text}"
     else:
         sizes = dict(shrunk.sizes)
