@@ -33,7 +33,7 @@ class Job:
     """
 
     mutant: Mutant
-    check_seconds: float
+    check_seconds: float  # 0: without `check`
     test_seconds: float
     tests: Mapping[str, float]
     control: bool = False
