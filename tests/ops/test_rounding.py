@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from mutants import Edit, exchange
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -89,18 +90,16 @@ def test_bitwise_exact_kernels_use_exact_instructions() -> None:
 
 
 @pytest.mark.parametrize(
-    "file, old, new, instruction",
+    "file, edit, instruction",
     [
-        ("_kv_store.py", "tl.div_rn(x, tl.broadcast_to(step, x.shape))", "(x / step)", "div.full.f32"),
-        ("kv_write.py", "enable_fp_fusion=False", "enable_fp_fusion=True", "mul.f32"),
+        ("_kv_store.py", exchange("tl.div_rn(x, tl.broadcast_to(step, x.shape))", "(x / step)"), "div.full.f32"),
+        ("kv_write.py", exchange("False", "True", keyword="enable_fp_fusion"), "mul.f32"),
     ],
 )
-def test_approximate_instructions_are_detected(file: str, old: str, new: str, instruction: str, tmp_path: Path) -> None:
+def test_approximate_instructions_are_detected(file: str, edit: Edit, instruction: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     planted = tmp_path / "kernels" / file
-    text = planted.read_text()
-    assert old in text
-    planted.write_text(text.replace(old, new))
+    planted.write_text(edit(planted.read_text()))
     call = next(call for call in CALLS if call.sizes["kv"] == "int8")
     ((row,),) = run_in_subprocesses(check_compiled, [call], 1, str(tmp_path / "kernels"))
     assert instruction in " ".join(row["wrong"])
