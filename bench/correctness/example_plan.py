@@ -25,7 +25,7 @@ from .guarded_memory import MEMORY_LAYOUTS, MemoryLayout
 from .tiles import MOST_TILES, Constants, Edge, TileCoverage, growing_size, launch_tilings
 
 MAX_FLOPS, MAX_BYTES = 5 * 10**7, 2**22  # of one call
-MAX_STEPS = 64  # a step is a tile, or a row that is not cut; twice as many where an edge is sought
+MAX_STEPS = 48  # a step is a tile, or a row that is not cut; twice as many where an edge is sought
 STEP_ELEMENTS = 2**18  # a tile of so many takes as long as two steps
 INSIDE_HEADS = ("r", "l")  # sizes that take no steps of their own
 FAR = 8  # times the domain's upper bound

@@ -85,8 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=POSITIVE, help="at most; the rest is left for the next time")
     parser.add_argument("--journal", type=Path, default=MAP_FILE.with_name("journal.jsonl"), help="(%(default)s)")
     parser.add_argument("--processes", type=COUNT, default=2, help="(default: %(default)s)")
-    parser.add_argument("--check-seconds", type=POSITIVE, default=120, help="of check, for a mutant (%(default)s)")
-    parser.add_argument("--test-seconds", type=POSITIVE, default=120, help="of tests, for a mutant (%(default)s)")
+    parser.add_argument(
+        "--check-seconds", type=COUNT_OR_ZERO, default=120, help="of a processor, for check of a mutant (%(default)s)"
+    )
+    parser.add_argument(
+        "--test-seconds", type=COUNT_OR_ZERO, default=120, help="of a processor, for its tests (%(default)s)"
+    )
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the tables there, in Markdown")
     parser.add_argument("--survivors", action="store_true", help="run those of the journal again that survived")
     parser.add_argument("--map", type=Path, nargs="+", metavar="TESTS", help="run tests and note the lines they run")

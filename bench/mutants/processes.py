@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 import torch
 
 Job = TypeVar("Job")
-Extend = Callable[[float], None]  # gives the job so many seconds from now on
+Extend = Callable[[float], None]  # gives the job so many seconds of its processor from now on
 FORK = multiprocessing.get_context("fork")
-START_SECONDS = 120.0  # that a job may take before it asks for more
+START_SECONDS = 60.0  # that a job may take before it asks for more
+IDLE = 20.0  # times as long in all is given to a job that waits for its processor, or for nothing
 POLL_SECONDS = 1.0
 
 
@@ -30,12 +31,27 @@ class Failed(str):
 
 @dataclass
 class Running:
-    """A job in its process, and when it will be given up, of `time.monotonic`."""
+    """A job in its process, and the seconds of its processor and of `time.monotonic` after which it is given up."""
 
     job: Any
     process: BaseProcess
     pipe: Connection
-    deadline: float
+    cpu_deadline: float = 0.0
+    deadline: float = 0.0
+
+    def extend(self, seconds: float) -> None:
+        self.cpu_deadline, self.deadline = self.cpu_seconds() + seconds, time.monotonic() + IDLE * seconds
+
+    def cpu_seconds(self) -> float:
+        """Returns the seconds of a processor that the process has taken; 0 where the system does not say."""
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def is_over(self) -> bool:
+        return self.cpu_seconds() > self.cpu_deadline or time.monotonic() > self.deadline
 
 
 def work(fn: Callable[[Any, Extend], Any], job: Any, pipe: Connection) -> None:
@@ -78,7 +94,7 @@ def run_processes(fn: Callable[[Job, Extend], Any], jobs: deque[Job], processes:
             wait([x.pipe for x in running], POLL_SECONDS)
             for x in list(running):
                 result = receive(x)
-                if result is None and time.monotonic() > x.deadline:
+                if result is None and x.is_over():
                     result = Failed("hung")
                 if result is not None:
                     running.remove(x)
@@ -95,7 +111,9 @@ def start(fn: Callable[[Any, Extend], Any], job: Any) -> Running:
     process = FORK.Process(target=work, args=(fn, job, sender), daemon=True)
     process.start()
     sender.close()
-    return Running(job, process, receiver, time.monotonic() + START_SECONDS)
+    running = Running(job, process, receiver)
+    running.extend(START_SECONDS)
+    return running
 
 
 def receive(x: Running) -> Any:
@@ -105,7 +123,7 @@ def receive(x: Running) -> Any:
             kind, value = x.pipe.recv()
             if kind == "result":
                 return value
-            x.deadline = time.monotonic() + value
+            x.extend(value)
     except EOFError:
         x.process.join()
         code = x.process.exitcode or 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutants import Plant, plant  # noqa: F401 (plant: a fixture)
+from mutants import Plant, by_rule, exchange, insert, plant  # noqa: F401 (plant: a fixture)
 
 from bench import check
 from bench.correctness import kept_coverage, repro_bundle
@@ -18,49 +18,41 @@ from bench.correctness.guarded_memory import MismatchError, tensors
 from bench.correctness.tiles import TileCoverage, launch_tilings
 from vila_triton.registry import OPS, Impl, IntRange, Unsupported, discover
 
-DOT = 'x, acc, input_precision="ieee")'
-STORED = "store_tile(acc, bias_ptr, out_ptr, offs_m, offs_n, M, N, stride_om)"
 ONE = "m=1 n=1 G=1 group=64 dtype=float32 order=sub bias=False"
-PLANTED = {  # op, the line, what becomes of it, what check finds, the case it shrinks to
+PLANTED = {  # op, the change of its kernel, what check finds, the case it shrinks to
     "swapped_nibbles": (
         "int4_matmul",
-        "tl.arange(0, 8) * 4",
-        "(tl.arange(0, 8) ^ 4) * 4",
+        exchange("tl.arange(0, 8) * 4", "(tl.arange(0, 8) ^ 4) * 4"),
         "beyond budget",
         ONE,
     ),
     "no_mask_n": (
         "int4_matmul",
-        STORED,
-        STORED.replace(" N,", " 2**20,"),
+        exchange("N", "2**20", call="store_tile"),
         "wrote outside",
         ONE,
     ),
     "half_precision_sum": (
         "int4_matmul",
-        DOT,
-        f"{DOT}.to(tl.float16).to(tl.float32)",
+        by_rule("dtype of a sum", "tl.dot"),
         "beyond budget",
         ONE,
     ),
     "one_tile": (
         "int4_matmul",
-        STORED,
-        STORED.replace("acc", "acc + (pid_m * pid_n == 1)"),
+        exchange("acc", "acc + (pid_m * pid_n == 1)", call="store_tile"),
         "beyond budget",
         ONE.replace("m=1 n=1", "m=17 n=65"),
     ),
     "one_token_ahead": (
         "prefill_attention",
-        "mask = tokens[None, :] <= position",
-        "mask = tokens[None, :] - 1 <= position",
+        by_rule("shift a bound", "tokens[None, :] <= position"),
         "beyond budget",
         "b=1 s=1 t=1 g=1 ratio=1 d=32 l=16 dtype=float32 kv=plain numerics=fast",
     ),
     "no_more_than_six_rows": (
         "swiglu",
-        "s, f = gate.shape\n",
-        "s, f = gate.shape\n    assert s < 7\n",
+        insert("assert s < 7", after="s, f = "),
         "crashed",
         "s=7 f=1 dtype=float32",
     ),
@@ -71,8 +63,8 @@ FIRST = {"one_tile": "[16, 64]", "one_token_ahead": "[0, 0, 0]", "swapped_nibble
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", PLANTED)
 def test_wrong_kernel_is_shrunk_saved_and_replayed(name: str, plant: Plant, tmp_path: Path, capsys) -> None:  # noqa: F811
-    op, old, new, kind, smallest = PLANTED[name]
-    plant(op, name, old, new)
+    op, edit, kind, smallest = PLANTED[name]
+    plant(op, name, edit)
     assert check.main([op, "--impl", name, "--config", "0", "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert re.search(rf"shrunk case  {smallest} seed=\d+\n", said), said
@@ -88,7 +80,7 @@ def test_wrong_kernel_is_shrunk_saved_and_replayed(name: str, plant: Plant, tmp_
 
 
 def test_report_describes_the_saved_call(plant: Plant, tmp_path: Path, capsys) -> None:  # noqa: F811
-    plant("int4_matmul", "nibbles", *PLANTED["swapped_nibbles"][1:3])
+    plant("int4_matmul", "nibbles", PLANTED["swapped_nibbles"][1])
     check.main(["int4_matmul", "--impl", "nibbles", "--config", "1", "--out", str(tmp_path)])
     said = re.search(r"first wrong  output 0\[0, 0\] is (\S+), expected (\S+) ±", capsys.readouterr().out)
     saved = repro_bundle.load(tmp_path / "int4_matmul-nibbles-1.bundle")
@@ -197,7 +189,7 @@ def test_only_triton_kernels_are_reported_as_interpreted(capsys) -> None:
 
 
 def test_read_outside_an_argument_names_it(plant: Plant) -> None:  # noqa: F811
-    plant("swiglu", "beyond", "mask = offs < F", "mask = offs <= F")
+    plant("swiglu", "beyond", by_rule("< becomes <=", "offs < F"))
     discover()
     refused = gate(OPS["swiglu"].impls["beyond"], OPS["swiglu"].impls["beyond"].configs[0])
     assert refused and "read outside argument gate, of shape [1, 1]" in refused
@@ -229,7 +221,7 @@ def test_flaky_kernel_is_reported_with_a_caveat() -> None:
 
 
 def test_check_stops_when_the_gpu_is_lost(plant: Plant, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # noqa: F811
-    plant("swiglu", "deadly", *PLANTED["no_more_than_six_rows"][1:3])
+    plant("swiglu", "deadly", PLANTED["no_more_than_six_rows"][1])
     monkeypatch.setattr("bench.correctness.find_failure.gpu_responds", lambda: False)
     assert check.main(["swiglu", "--impl", "deadly"]) == 1
     said = capsys.readouterr().out

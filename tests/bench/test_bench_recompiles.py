@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mutants import exchange, renamed
 
 from bench.recompiles import LaunchTrace, check_ops, key_differences, max_variants, size_sweep
 from vila_triton.registry import OPS, discover
@@ -36,8 +37,8 @@ def test_kernels_have_no_more_variants_than_allowed() -> None:
 def test_constant_that_follows_the_length_is_named_and_refused(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     text = (tmp_path / "kernels" / "swiglu.py").read_text()
-    mine = text.replace('impl("triton"', 'impl("mine"').replace("_swiglu_kernel", "_kernel")
-    mine = mine.replace("BLOCK=BLOCK", "BLOCK=16 * s")
+    mine = exchange("BLOCK", "16 * s", keyword="BLOCK")(renamed(text, "triton", "mine"))
+    mine = mine.replace("_swiglu_kernel", "_kernel")
     (tmp_path / "kernels" / "swiglu_mine.py").write_text(mine)
     done = recompiles("swiglu", "--kernels", str(tmp_path / "kernels"))
     assert done.returncode == 1

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bench.measure.rows import ROOT
-from bench.mutants import draw, line_map
+from bench.mutants import draw, line_map, processes
 from bench.mutants.__main__ import source_files
 from bench.mutants.find_mutant import modules_that_import
 from bench.mutants.kernel_rules import KERNEL_RULES
@@ -146,9 +146,11 @@ def test_helpers_are_searched_with_all_that_import_them() -> None:
 
 
 def misbehave(job: str, extend: Callable[[float], None]) -> str:
-    extend(0.1 if job == "hang" else 60.0)
+    extend(0.2 if job in ("hang", "spin") else 60.0)
     if job == "hang":
         time.sleep(60)
+    while job == "spin":
+        pass
     if job == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if job == "raise":
@@ -156,12 +158,15 @@ def misbehave(job: str, extend: Callable[[float], None]) -> str:
     return "well"
 
 
-def test_processes_that_hang_die_or_raise_are_told_apart() -> None:
-    jobs = deque(["hang", "die", "raise", "return"])
+def test_processes_that_hang_die_or_raise_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "IDLE", 10.0)
+    jobs = deque(["hang", "spin", "die", "raise", "return"])
     found: dict[str, Any] = dict(run_processes(misbehave, jobs, 2))
-    assert found["hang"] == "hung" and found["die"] == "crashed: signal 9" and found["return"] == "well"
+    assert (
+        found["hang"] == found["spin"] == "hung" and found["die"] == "crashed: signal 9" and found["return"] == "well"
+    )
     assert "KeyError: 'nothing'" in found["raise"]
-    assert {name for name, x in found.items() if isinstance(x, Failed)} == {"hang", "die", "raise"}
+    assert {name for name, x in found.items() if isinstance(x, Failed)} == {"hang", "spin", "die", "raise"}
 
 
 def test_line_map_names_the_tests_of_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

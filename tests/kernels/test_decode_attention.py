@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from mutants import Plant, plant  # noqa: F401 (a fixture)
+from mutants import Plant, by_rule, exchange, plant  # noqa: F401 (a fixture)
 from torch import Tensor
 
 from bench.correctness.error_budget import (
@@ -174,14 +174,16 @@ def check_invariance(impl: Impl, args: tuple) -> None:
 
 
 SHORTCUTS = {
-    "its config": ('if numerics == "batch_invariant"', 'if numerics == "never"'),
-    "one sequence alone": ("plan_splits(numerics, b * g, cap", 'plan_splits(numerics if b > 1 else "fast", b * g, cap'),
+    "its config": by_rule("< becomes <=", "numerics == 'batch_invariant'"),
+    "one sequence alone": exchange(
+        "numerics", "numerics if b > 1 else 'fast'", function="decode_attention_triton", call="plan_splits"
+    ),
 }
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_mutants_that_are_not_batch_invariant_are_detected(shortcut: str, plant: Plant) -> None:  # noqa: F811
-    plant("decode_attention", "unsteady", *SHORTCUTS[shortcut])
+    plant("decode_attention", "unsteady", SHORTCUTS[shortcut])
     discover()
     with pytest.raises(AssertionError):
         for seed in range(4):
@@ -189,16 +191,16 @@ def test_mutants_that_are_not_batch_invariant_are_detected(shortcut: str, plant:
 
 
 BUGS = {
-    "pages are not looked up ahead": ("stride_tp, n + BLOCK_N, end", "stride_tp, n, end"),
-    "splits overlap": ("begin = split * keys", "begin = tl.maximum(split * keys - BLOCK_N, 0)"),
-    "a head is not written": ("row_mask = rows < QUERIES_PER_KV", "row_mask = rows < QUERIES_PER_KV - 1"),
-    "sums of splits are halves": ("max_splits, d, dtype=torch.float32", "max_splits, d, dtype=torch.float16"),
+    "pages are not looked up ahead": exchange("n + BLOCK_N", "n", call="load_page_ids"),
+    "splits overlap": exchange("split * keys", "tl.maximum(split * keys - BLOCK_N, 0)"),
+    "a head is not written": by_rule("shift a bound", "rows < QUERIES_PER_KV"),
+    "sums of splits are halves": by_rule("dtype of a sum", "torch.float32", statement="acc = torch.empty"),
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_mutants_are_detected(bug: str, plant: Plant) -> None:  # noqa: F811
-    plant("decode_attention", "planted", *BUGS[bug])
+    plant("decode_attention", "planted", BUGS[bug])
     discover()
     impl = IMPLS["planted"]
     with pytest.raises(MismatchError):
