@@ -17,14 +17,15 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vila_triton.registry import IntRange, OneOf, Op
+from vila_triton.registry import IntRange, OneOf, Op, Unsupported
 
 from .covering_array import pairwise_rows
+from .error_budget import UNSUPPORTED_DTYPES, Example, shared_example
 from .guarded_memory import MEMORY_LAYOUTS, MemoryLayout
 from .tiles import MOST_TILES, Constants, Edge, TileCoverage, growing_size, launch_tilings
 
 MAX_FLOPS, MAX_BYTES = 5 * 10**7, 2**22  # of one call
-MAX_STEPS = 64  # a step is a tile, or a row that is not cut; twice as many where an edge is sought
+MAX_STEPS = 48  # a step is a tile, or a row that is not cut; twice as many where an edge is sought
 STEP_ELEMENTS = 2**18  # a tile of so many takes as long as two steps
 INSIDE_HEADS = ("r", "l")  # sizes that take no steps of their own
 FAR = 8  # times the domain's upper bound
@@ -35,20 +36,23 @@ Sizes = dict[str, Any]
 
 
 class ExamplePlan:
-    """Endless examples for one config; `observe` tells it what a call launched. Other seeds give other examples."""
+    """Endless examples for one config: sizes with their "seed", and "values" unless random; and a memory layout.
 
-    def __init__(self, op: Op, config: Mapping[str, Any], unsupported: Sequence[Any] = (), seed: int = 0):
+    `observe` tells the plan what a call launched. Other seeds give other examples. covered: edges that need no more.
+    """
+
+    def __init__(self, op: Op, config: Mapping[str, Any], seed: int = 0, covered: TileCoverage | None = None):
         self.op, self.config, self.seed = op, config, seed
         self.rng = random.Random(f"{op.name} {seed}")
         self.ranges = {name: axis for name, axis in op.domain.items() if isinstance(axis, IntRange)}
         self.lowest = {name: axis.low for name, axis in self.ranges.items()}
         self.choices: dict[str, Sequence[Any]] = {
-            name: [x for x in axis.values if x not in unsupported]
+            name: [x for x in axis.values if x not in UNSUPPORTED_DTYPES]
             for name, axis in op.domain.items()
             if isinstance(axis, OneOf)
         }
         self.choices |= {"values": ("random", *op.hard_cases), "layout": MEMORY_LAYOUTS}
-        self.coverage = TileCoverage()
+        self.coverage = covered or TileCoverage()
         self.contexts: dict[Edge, Sizes] = {}  # the sizes of the latest call that launched a kernel with such blocks
         self.attempts: dict[Edge, int] = {}
 
@@ -144,3 +148,17 @@ class ExamplePlan:
         steps = math.prod(max(1, x.tiles) for x in cut.values()) * math.prod(sizes[name] for name in uncut)
         elements = math.prod({x.constant: x.block for x in cut.values()}.values())
         return flops <= MAX_FLOPS and size <= MAX_BYTES and steps * (1 + elements / STEP_ELEMENTS) <= max_steps
+
+
+def planned_example(op: Op, sizes: Mapping[str, Any]) -> Example:
+    """The example of sizes from a plan. Errors: Unsupported if the op refuses sizes outside its domain."""
+    outside = {name: x for name, x in sizes.items() if name in op.domain and x not in op.domain[name]}
+    try:
+        example = shared_example(op, **sizes)
+        if outside:
+            op.check(*example.args)
+    except (TypeError, ValueError) as error:
+        if outside:
+            raise Unsupported(f"{op.name} refuses sizes outside its domain: {error}") from error
+        raise
+    return example

@@ -11,8 +11,8 @@ import torch
 
 from vila_triton.registry import Impl, IntRange, OneOf, Op, Unsupported
 
-from .error_budget import DEVICE, UNSUPPORTED_DTYPES, shared_example
-from .example_plan import ExamplePlan
+from .error_budget import DEVICE, UNSUPPORTED_DTYPES
+from .example_plan import ExamplePlan, planned_example
 from .guarded_memory import MEMORY_LAYOUTS, MemoryLayout, MismatchError
 from .tiles import TileCoverage, recorded_launches
 
@@ -64,7 +64,13 @@ class DeviceLost(BaseException):
 
 
 def find_failure(
-    op: Op, impl: Impl, config: Mapping[str, Any], count: int, seconds: float, seed: int = 0
+    op: Op,
+    impl: Impl,
+    config: Mapping[str, Any],
+    count: int,
+    seconds: float,
+    seed: int = 0,
+    covered: TileCoverage | None = None,
 ) -> SearchResult:
     """Check up to `count` examples of a plan (see `example_plan`) in about so many seconds; shrink the first failure.
 
@@ -72,7 +78,7 @@ def find_failure(
     """
     start, num_examples = time.monotonic(), 0
     reasons: set[str] = set()
-    plan = ExamplePlan(op, config, UNSUPPORTED_DTYPES, seed)
+    plan = ExamplePlan(op, config, seed, covered)
     for sizes, layout in islice(plan, MAX_DRAWS * count):
         if num_examples == count or (num_examples and time.monotonic() > start + seconds):
             break
@@ -178,7 +184,7 @@ def run_example(
 ) -> Failure | None:
     """The failure of an example, or None. Errors: Unsupported, DeviceLost."""
     try:
-        example = shared_example(op, **sizes)
+        example = planned_example(op, sizes)
         example.check(impl, config, layout, example.call_twice)
     except Unsupported:
         raise

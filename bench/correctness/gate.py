@@ -10,8 +10,8 @@ import torch
 from vila_triton.registry import OPS, Impl, Unsupported
 
 from ..measure.cases import Case, random_arguments
-from .error_budget import DEVICE, SHARED_EXAMPLES, UNSUPPORTED_DTYPES, Example, copy_into, shared_example
-from .example_plan import ExamplePlan
+from .error_budget import DEVICE, SHARED_EXAMPLES, Example, copy_into
+from .example_plan import ExamplePlan, planned_example
 from .failure_report import exception_line
 from .guarded_memory import MEMORY_LAYOUTS, MemoryLayout, map_tensors, tensors
 from .tiles import recorded_launches
@@ -97,13 +97,13 @@ def domain_gate(impl: Impl, config: tuple[tuple[str, Any], ...]) -> str | None:
     unsupported, that is the fault.
     """
     op = OPS[impl.op]
-    plan = ExamplePlan(op, dict(config), UNSUPPORTED_DTYPES)
+    plan = ExamplePlan(op, dict(config))
     reasons: set[str] = set()
     checked = 0
     for sizes, layout in islice(plan, MAX_DRAWS):
         try:
             with recorded_launches() as launches:
-                if fault := find_fault(shared_example(op, **sizes), impl, dict(config), layout):
+                if fault := find_fault(planned_example(op, sizes), impl, dict(config), layout):
                     return fault
         except Unsupported as reason:
             reasons.add(str(reason))

@@ -9,13 +9,13 @@ import torch
 from mutants import Plant, by_rule, exchange, insert, plant  # noqa: F401 (plant: a fixture)
 
 from bench import check
-from bench.correctness import repro_bundle
+from bench.correctness import kept_coverage, repro_bundle
 from bench.correctness.error_budget import argument_names, example_args
 from bench.correctness.failure_report import describe_first_wrong, error_map
 from bench.correctness.find_failure import find_failure
 from bench.correctness.gate import gate
 from bench.correctness.guarded_memory import MismatchError, tensors
-from bench.correctness.tile_coverage import coverage_lines
+from bench.correctness.tiles import TileCoverage, launch_tilings
 from vila_triton.registry import OPS, Impl, IntRange, Unsupported, discover
 
 ONE = "m=1 n=1 G=1 group=64 dtype=float32 order=sub bias=False"
@@ -103,18 +103,46 @@ def test_copied_kernel_file_is_checked_and_right(plant: Plant, capsys) -> None: 
 @pytest.mark.parametrize(
     ("config", "sizes", "said"),
     [
-        ({"BLOCK_M": 16}, [{"m": 1}, {"m": 16}], "m: 1 tile of 16, NEVER MORE THAN ONE"),
-        ({"BLOCK_M": 16}, [{"m": 1}, {"m": 33}], "m: 1–3 tiles of 16, last tile partial"),
-        ({"BLOCK_N": 32}, [{"n": 64}, {"n": 32}], "n: 1–2 tiles of 32, the last never partial"),
-        ({"BLOCK_K": 64}, [{"G": 5, "group": 80}, {"G": 1, "group": 64}], "k: 1–7 tiles of 64, last tile partial"),
-        ({"BLOCK_M": 16}, [{"s": 9, "ratio": 4, "t": 3}], "rows of queries: 3 tiles of 16, last tile partial"),
-        ({"BLOCK_N": 64}, [{"s": 9, "t": 100}, {"s": 1, "t": 0}], "keys, at most: 0–2 tiles of 64, last tile partial"),
-        ({"BLOCK_H": 4}, [{"g": 3, "ratio": 2}], "heads: 2 tiles of 4, last tile partial"),
-        ({"BLOCK_X": 4}, [{"m": 3}], "BLOCK_X: what it cuts is not known here"),
+        ({"BLOCK_M": 16}, [{"m": 1}, {"m": 16}], ["m: 1 tile of 16, NEVER MORE THAN ONE"]),
+        ({"BLOCK_M": 16}, [{"m": 1}, {"m": 33}], ["m: 1–3 tiles of 16, last tile partial"]),
+        ({"BLOCK_N": 32}, [{"n": 64}, {"n": 32}], ["n: 1–2 tiles of 32, THE LAST NEVER PARTIAL"]),
+        ({"BLOCK_K": 64}, [{"G": 5, "group": 80}, {"G": 1, "group": 64}], ["k: 1–7 tiles of 64, last tile partial"]),
+        ({"BLOCK_M": 16}, [{"s": 9, "ratio": 4, "t": 3}], ["rows of queries: 3 tiles of 16, last tile partial"]),
+        (
+            {"BLOCK_N": 64},
+            [{"s": 9, "t": 100}, {"s": 1, "t": 0}],
+            ["keys: 0–2 tiles of 64, last tile partial", "new keys: 1 tile of 64, NEVER MORE THAN ONE"],
+        ),
+        (
+            {"BLOCK_H": 4},
+            [{"g": 3, "ratio": 2}],
+            ["KV heads: 1 tile of 4, NEVER MORE THAN ONE", "heads: 2 tiles of 4, last tile partial"],
+        ),
+        (
+            {"BLOCK_K": 64, "SPLIT_K": 4},
+            [{"k": 257}],
+            ["k: 5 tiles of 64, last tile partial", "k: 2 tiles of 256, last tile partial"],
+        ),
+        ({"BLOCK_X": 4}, [{"m": 3}], ["BLOCK_X: what it cuts is not known here"]),
     ],
 )
-def test_coverage_counts_tiles(config: dict, sizes: list[dict], said: str) -> None:
-    assert list(coverage_lines({**config, "num_warps": 4}, sizes)) == [said]
+def test_coverage_counts_tiles(config: dict, sizes: list[dict], said: list[str]) -> None:
+    coverage = TileCoverage()
+    for x in sizes:
+        coverage.add(launch_tilings({**config, "num_warps": 4}, (), x))
+    assert list(coverage.lines(config)) == said
+
+
+def test_coverage_counts_the_tiles_of_launches_that_replace_the_configs() -> None:
+    coverage = TileCoverage()
+    coverage.add(
+        launch_tilings({"BLOCK_M": 64, "BLOCK_K": 32}, [{"BLOCK_M": 16}, {"BLOCK": 8}], {"m": 33, "k": 64, "n": 9})
+    )
+    assert list(coverage.lines({"BLOCK_M": 64})) == [
+        "n: 2 tiles of 8, last tile partial",
+        "k: 2 tiles of 32, THE LAST NEVER PARTIAL",
+        "m: 1–3 tiles of 16 or 64, last tile partial",
+    ]
 
 
 def test_coverage_knows_the_axis_of_every_block() -> None:
@@ -122,13 +150,36 @@ def test_coverage_knows_the_axis_of_every_block() -> None:
     for op in OPS.values():
         lowest = {name: axis.low if isinstance(axis, IntRange) else axis.values[0] for name, axis in op.domain.items()}
         for impl in op.impls.values():
-            assert not [text for text in coverage_lines(impl.configs[0], [lowest]) if "not known" in text], impl
+            coverage = TileCoverage()
+            coverage.add(launch_tilings(impl.configs[0], (), lowest))
+            assert not [text for text in coverage.lines(impl.configs[0]) if "not known" in text], impl
 
 
 def test_coverage_names_blocks_with_a_single_tile(capsys) -> None:
     assert check.main(["rms_norm", "--impl", "triton", "--config", "0", "--examples", "2"]) == 0
     said = capsys.readouterr().out
     assert "right        2 examples" in said and "\n  covered      e: 1 tile of 1024, NEVER MORE THAN ONE\n" in said
+
+
+def test_coverage_is_kept_between_runs_of_an_unchanged_kernel(plant: Plant, capsys) -> None:  # noqa: F811
+    plant("rms_norm", "mine")
+    said = []
+    for _ in range(2):
+        assert check.main(["rms_norm", "--impl", "mine", "--config", "1", "--examples", "4"]) == 0
+        said.append(capsys.readouterr().out)
+    assert "earlier runs" not in said[0] and "4 examples in" in said[1] and "after 1 earlier runs" in said[1]
+    tiles = [int(re.search(r"e: 1–(\d+) tiles of 128", text)[1]) for text in said]  # pyright: ignore
+    assert tiles[1] >= tiles[0] > 1
+    impl = OPS["rms_norm"].impls["mine"]
+    kept = kept_coverage.coverage_file(impl, impl.configs[1])
+    runs, coverage = kept_coverage.load_coverage(kept)
+    assert runs == 2 and any(x.tiles == 1 and x.offset == 1 for x in coverage.edges)
+    impl.file.write_text(impl.file.read_text() + "# changed\n")
+    assert kept_coverage.load_coverage(kept_coverage.coverage_file(impl, impl.configs[1])) == (0, TileCoverage())
+    kept.write_text("{}")
+    impl.file.write_text(impl.file.read_text().removesuffix("# changed\n"))
+    assert check.main(["rms_norm", "--impl", "mine", "--config", "1", "--examples", "4"]) == 2
+    assert f"{kept} does not hold what check covered" in capsys.readouterr().err
 
 
 def test_only_triton_kernels_are_reported_as_interpreted(capsys) -> None:

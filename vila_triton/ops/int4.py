@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vila_triton.registry import IntRange, OneOf, op
 
-from .dtypes import DTYPES, dtype_name, random_tensor, upcast
+from .dtypes import DTYPES, device_of_draws, dtype_name, random_tensor, upcast
 from .int4_tiles import pack_tiles, tiled_shape, unpack_tiles
 from .shapes import check_axes, check_floating, check_same_dtype
 
@@ -137,9 +137,10 @@ def _(x: Tensor, w: Int4, bias: Tensor | None = None) -> None:
 
 def random_int4(n: int, G: int, group_size: int, dtype: str, rounding: Any, rng: torch.Generator, device: str) -> Int4:
     """A random weight that uses all codes and zero points, of values of about 1."""
-    q = torch.randint(0, 16, (n, G * group_size), generator=rng)
-    scales = (torch.rand(G, n, generator=rng) + 0.5) / 15
-    zeros = torch.randint(0, 16, (G, n), generator=rng)
+    where = device_of_draws(device)
+    q = torch.randint(0, 16, (n, G * group_size), generator=rng, device=where)
+    scales = (torch.rand(G, n, generator=rng, device=where) + 0.5) / 15
+    zeros = torch.randint(0, 16, (G, n), generator=rng, device=where)
     scales, zeros = (x.to(device, getattr(torch, dtype)) for x in (scales, zeros))
     return Int4(pack_tiles(q).to(device), scales, zeros, group_size, rounding)
 
@@ -190,11 +191,11 @@ def _(args: tuple, rng: torch.Generator) -> tuple:
 def unlike_groups(x: Tensor, *weights: Int4) -> tuple[Tensor, tuple[Int4, ...]]:
     """(x, weights) with scales over twelve powers of two, and x the other way, so that every group counts.
 
-    Neither scale nor zero point is that of a group 2, 4, 8, 16, ... before; both are alike after 143 groups only.
+    Neither scale nor zero point is that of a group 1, 2, 4, 8, 16, ... before; both are alike after 77 groups only.
     """
     G, n = weights[0].scales.shape
     group, row = torch.arange(G, device=x.device)[:, None], torch.arange(n, device=x.device)
-    powers = 2.0 ** (5 * group % 13 - 9)  # [G, 1]
+    powers = 2.0 ** (2 * (3 * group % 7) - 9)  # [G, 1]
     x = (rearrange(x, "m (G i) -> m G i", G=G) / powers.to(x)).flatten(1)
     zeros = (5 * (group % 11) + 3 * row) % 16
     return x, tuple(
