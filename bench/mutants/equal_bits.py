@@ -29,8 +29,8 @@ Sizes = dict[str, Any]
 
 @dataclass(frozen=True)
 class Calls:
-    """`num_draws` examples for each config of each implementation that runs code of a file, in both memory layouts: of
-    the file as it is, at the sizes of the plan of each config; with a mutant in its place, at given sizes.
+    """Calls of every config of every implementation that runs code of a file, `num_draws` in all, each made in both
+    memory layouts: of the file as it is, at the sizes of the plan of each config; with a mutant, at given sizes.
     """
 
     file: str
@@ -59,7 +59,7 @@ def call_all(calls: Calls, extend: Extend) -> CallBits:
             plan = ExamplePlan(OPS[impl.op], config, UNSUPPORTED_DTYPES)
             draws = calls.sizes[number] if calls.mutant else (sizes for sizes, _ in plan)
             all_sizes.append([])
-            for sizes in islice(draws, calls.num_draws):
+            for sizes in islice(draws, -(-calls.num_draws // len(configs))):
                 extend(CALL_SECONDS)
                 all_sizes[-1].append(sizes)
                 with recorded_launches() as launches:
