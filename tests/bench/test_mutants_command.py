@@ -187,7 +187,8 @@ def test_line_map_names_the_tests_of_a_line(tmp_path: Path, monkeypatch: pytest.
     current["kernels/a.py"] = "2"
     assert list(LineMap(tmp_path / "map").tests("kernels/a.py", 5, 5)) == every
     current["test_a.py"] = "y"
-    assert not LineMap(tmp_path / "map").tests("kernels/a.py", 5, 5)
+    assert list(LineMap(tmp_path / "map").tests("kernels/a.py", 5, 5)) == ["test_a.py"]
+    assert not LineMap(tmp_path / "map").tests("kernels/b.py", 5, 5)
 
 
 def test_table_counts_what_found_each_mutant() -> None:
