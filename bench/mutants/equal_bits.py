@@ -12,7 +12,7 @@ import torch
 from vila_triton.hashing import short_hash
 from vila_triton.registry import OPS, Impl
 
-from ..correctness.error_budget import UNSUPPORTED_DTYPES, example_args
+from ..correctness.error_budget import example_args
 from ..correctness.example_plan import ExamplePlan
 from ..correctness.guarded_memory import MEMORY_LAYOUTS, MemoryLayout, bit_pattern, guard_tensor, map_tensors, tensors
 from ..correctness.tiles import recorded_launches
@@ -56,7 +56,7 @@ def call_all(calls: Calls, extend: Extend) -> CallBits:
             plant_text(calls.file, calls.mutant.apply((ROOT / calls.file).read_text()), Path(folder))
         configs = [(impl, config) for impl in impls_of(calls.file) for config in impl.configs]
         for number, (impl, config) in enumerate(configs):
-            plan = ExamplePlan(OPS[impl.op], config, UNSUPPORTED_DTYPES)
+            plan = ExamplePlan(OPS[impl.op], config)
             draws = calls.sizes[number] if calls.mutant else (sizes for sizes, _ in plan)
             all_sizes.append([])
             for sizes in islice(draws, -(-calls.num_draws // len(configs))):
