@@ -63,9 +63,7 @@ def test_references_are_faithful(op: Op) -> None:
 @EACH_OP
 def test_wrong_shapes_stop_at_the_op(op: Op) -> None:
     """One axis too many in any tensor is a ValueError before any implementation runs."""
-    sizes: dict[str, Any] = {
-        n: d.values[0] if isinstance(d, OneOf) else min(d.high, max(d.low, 2)) for n, d in op.domain.items()
-    }
+    sizes = {n: d.values[0] if isinstance(d, OneOf) else min(d.high, max(d.low, 2)) for n, d in op.domain.items()}
     args = example_args(op, seed=0, **sizes)
     for wrong in range(len(tensors(args))):
         left = iter(range(len(tensors(args))))
@@ -80,7 +78,7 @@ def test_float64_is_faithful_or_unsupported(op: Op, impl: Impl, config: dict) ->
     """A launcher says what it cannot do before it launches. One that takes float64 computes in it: its error is the
     budget of float32, as much smaller as float64 rounds finer, twice since the exact values are rounded to it as well.
     """
-    sizes: dict[str, Any] = {n: d.values[0] if isinstance(d, OneOf) else d.high for n, d in op.domain.items()}
+    sizes = {n: d.values[0] if isinstance(d, OneOf) else d.high for n, d in op.domain.items()}
     args = example_args(op, seed=0, **sizes)
     try:
         outputs = tensors(
