@@ -30,7 +30,7 @@ TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocab=SPELLIN
 TOKENIZER.backend_tokenizer.decoder = decoders.Fuse()
 PROMPTS = {"one": (6,), "several": (6, 1, 3), "single tokens": (1, 1)}
 SEED, DEFAULT_STOP = 11, 2
-FAVORED = torch.linspace(-0.5, 0.5, 61)[torch.randperm(61, generator=torch.Generator().manual_seed(5))]
+FAVORED = torch.linspace(-3, 3, 61)[torch.randperm(61, generator=torch.Generator().manual_seed(5))]
 CHOICES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": {"do_sample": True},
@@ -99,11 +99,15 @@ def choose(row: Row, logits: Tensor, text: list[int], rng: torch.Generator) -> t
     return scores, int(torch.multinomial(scores.softmax(0), 1, generator=rng))
 
 
+def positions_of(ids: list[list[int]]) -> list[int]:
+    """The numbers of positions of prompts, 9 for each image."""
+    return [len(tokens) + 8 * tokens.count(-200) for tokens in ids]
+
+
 def plain_answers(row: Row, ids: list[list[int]], images: list[list[Tensor]]) -> list[list[tuple[Tensor, int]]]:
     """The scores and the token of each step of `max_new_tokens`, for each prompt alone and without a stop."""
-    lengths = [len(tokens) + 8 * tokens.count(-200) for tokens in ids]
     answers = []
-    for i, (tokens, own, steps) in enumerate(zip(ids, images, steps_of_batch(lengths, row["chunk_size"]))):
+    for i, (tokens, own, steps) in enumerate(zip(ids, images, steps_of_batch(positions_of(ids), row["chunk_size"]))):
         rng = torch.Generator().manual_seed({"one": SEED + i, "one a prompt": SEED - i}.get(row["seed"] or "", SEED))
         embeddings, text = embed_row(PARAMS, CFG, tokens, own), [token for token in tokens if token >= 0]
         answer: list[tuple[Tensor, int]] = []
@@ -213,10 +217,14 @@ def test_answers_are_those_of_the_plain_pass(row: Row, monkeypatch: pytest.Monke
             stack.enter_context(torch.inference_mode())
         if row["kernels"] == "reference":
             stack.enter_context(use(**dict.fromkeys(OPS, "reference")))
+        calls = stack.enter_context(count_calls())
         torch.manual_seed(SEED)
         output = MODEL.generate(padded_ids, **given)
     found = output.sequences if row["return_dict_in_generate"] else output
     assert found.tolist() == [answer + [pad] * (width - len(answer)) for answer in expected]
+    num_steps = -(-max(positions_of(ids)) // (row["chunk_size"] or 99)) + width - 1
+    writes = sum(n for (op, _), n in calls.items() if op == "rope_kv_write")
+    assert writes == CFG.llm.num_hidden_layers * num_steps
     if row["streamer"]:
         text = [token for token in ids[0] if token >= 0]
         assert given["streamer"].tokens == [*text, *expected[0]] and given["streamer"].ended
