@@ -149,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()), help="folder for bundles")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="make the call of this bundle again")
     args = parser.parse_args(argv)
+    if DEVICE == "cpu":
+        torch.set_num_threads(1)  # examples are small: a second thread costs more than it gives
     mode = "interpreted (no GPU)" if DEVICE == "cpu" else f"compiled for {torch.cuda.get_device_name()}"
     if args.peers:
         from .peers import discover_peers

@@ -53,7 +53,7 @@ def load_block(ptr, offsets, mask, stride_d, BEGIN: tl.constexpr, BLOCK: tl.cons
     Returns [n, BLOCK]. A mask of None stands for one that is set everywhere.
     """
     dims = BEGIN + tl.arange(0, BLOCK)
-    ptrs = ptr + offsets[:, None] + dims[None, :] * stride_d
+    ptrs = ptr + offsets[:, None] + dims.to(tl.int64)[None, :] * stride_d
     full_mask = None
     if BEGIN + BLOCK > END:
         full_mask = (dims < END)[None, :]
@@ -71,7 +71,7 @@ def load_block(ptr, offsets, mask, stride_d, BEGIN: tl.constexpr, BLOCK: tl.cons
 def store_block(ptr, offsets, mask, stride_d, x, BEGIN: tl.constexpr, END: tl.constexpr):
     """The inverse of `load_block`, in the dtype of the pointer."""
     dims = BEGIN + tl.arange(0, x.shape[1])
-    ptrs = ptr + offsets[:, None] + dims[None, :] * stride_d
+    ptrs = ptr + offsets[:, None] + dims.to(tl.int64)[None, :] * stride_d
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask[:, None] & (dims < END)[None, :])
 
 
@@ -97,8 +97,8 @@ def store_heads(ptr, offsets, mask, stride_d, head, HEAD: tl.constexpr):
 def load_cos_sin(cos_ptr, sin_ptr, stride_cos, stride_sin, HEAD: tl.constexpr):
     """The cosines and sines of one token in float32, [1, d/2] each."""
     pairs = tl.arange(0, HEAD.BLOCK_D0)
-    cos = tl.load(cos_ptr + pairs * stride_cos, mask=pairs < HEAD.D0, other=0)
-    sin = tl.load(sin_ptr + pairs * stride_sin, mask=pairs < HEAD.D0, other=0)
+    cos = tl.load(cos_ptr + pairs.to(tl.int64) * stride_cos, mask=pairs < HEAD.D0, other=0)
+    sin = tl.load(sin_ptr + pairs.to(tl.int64) * stride_sin, mask=pairs < HEAD.D0, other=0)
     return cos.to(tl.float32)[None, :], sin.to(tl.float32)[None, :]
 
 

@@ -43,10 +43,10 @@ def load_page_ids(block_table_ptr, stride, n, end, PAGE_SIZE: tl.constexpr, BLOC
     block_table_ptr is the row of the sequence. Tokens from `end` on are not looked up.
     """
     if PAGE_SIZE % BLOCK_N == 0:
-        return tl.load(block_table_ptr + n // PAGE_SIZE * stride, mask=n < end, other=0)
+        return tl.load(block_table_ptr + tl.cast(n // PAGE_SIZE, tl.int64) * stride, mask=n < end, other=0)
     else:
         tokens = n + tl.arange(0, BLOCK_N)
-        return tl.load(block_table_ptr + tokens // PAGE_SIZE * stride, mask=tokens < end, other=0)
+        return tl.load(block_table_ptr + (tokens // PAGE_SIZE).to(tl.int64) * stride, mask=tokens < end, other=0)
 
 
 @triton.jit

@@ -119,7 +119,7 @@ def merge_splits_kernel(
         l_i = l_i * rescale + tl.sum(weights * split_l, 0)
         acc = acc * rescale + tl.sum(weights[:, None] * split_acc, 0)[None, :]
         m_i = m_new
-    out_ptr += sequence * stride_o[0] + head * stride_o[1] + offs_d[None, :] * stride_o[2]
+    out_ptr += sequence * stride_o[0] + head * stride_o[1] + offs_d.to(tl.int64)[None, :] * stride_o[2]
     tl.store(out_ptr, normalize((acc,), l_i)[0].to(out_ptr.dtype.element_ty), mask=mask_d[None, :])
     if lse_ptr is not None:
         tl.store(lse_ptr + program + tl.arange(0, 1), log_sum_exp(m_i, l_i))

@@ -34,7 +34,7 @@ def _reduce_splits_kernel(sums_ptr, bias_ptr, out_ptr, M, N, SPLITS: tl.constexp
     mask = offs_n < N
     acc = tl.zeros([BLOCK], tl.float32)
     for split in range(SPLITS):
-        acc += tl.load(sums_ptr + (split * M + row) * N + offs_n, mask=mask, other=0.0)
+        acc += tl.load(sums_ptr + (tl.cast(split, tl.int64) * M + row) * N + offs_n, mask=mask, other=0.0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * N + offs_n, acc.to(out_ptr.dtype.element_ty), mask=mask)

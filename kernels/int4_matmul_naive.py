@@ -50,8 +50,8 @@ def _int4_matmul_naive_kernel(
     tiles_k = (K + 63) // 64
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
-        row = start + tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + offs_m[:, None] * stride_xm + row[None, :].to(tl.int64) * stride_xk
+        row = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        x_ptrs = x_ptr + offs_m[:, None] * stride_xm + row[None, :] * stride_xk
         x = tl.load(x_ptrs, mask=mask_m & (row < K), other=0.0)
         offs_k = row[:, None]
         mask_w = (offs_k < K) & mask_n  # [BLOCK_K, BLOCK_N]

@@ -37,7 +37,7 @@ def statement_of(source: Source, node: ast.AST) -> ast.AST:
 
 
 def by_rule(rule: str, code: str, function: str = "", statement: str = "", after: str | None = None) -> Edit:
-    """What a rule makes of the shortest expression that contains this code, in a function of this name.
+    """The change that a rule makes of the shortest expression that contains this code, in a function of this name.
 
     statement: how the statement that it lies in begins
     after: which of several changes that the rule makes of it; default: the first

@@ -57,11 +57,12 @@ def example_strategy(op: Op) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({**{n: axis_strategy(d) for n, d in op.domain.items()}, "seed": st.integers(0, 2**16)})
 
 
-def example_args(op: Op, seed: int, *, values: str = "random", **sizes: Any) -> tuple:
-    """Arguments of the op at these sizes, on the device that is checked: random, or one of its hard cases by name.
+def example_args(op: Op, seed: int, **sizes: Any) -> tuple:
+    """Arguments of the op at these sizes, on the device that is checked.
 
-    Errors: KeyError if it has no hard case of that name.
+    They are random, or with `values` among the sizes the op's hard case of that name; KeyError if there is none.
     """
+    values = sizes.pop("values", "random")
     rng = torch.Generator().manual_seed(seed)
     args = op.make_example(**sizes, rng=rng, device=DEVICE)
     return args if values == "random" else op.hard_cases[values](args, rng)

@@ -142,6 +142,8 @@ class Shrinker:
             if "values" in self.simplest.sizes:
                 sizes = {name: x for name, x in self.simplest.sizes.items() if name != "values"}
                 self.fails(sizes, self.simplest.layout)
+            if self.simplest.sizes["seed"]:
+                self.fails_with("seed", 0)
             for name, axis in self.op.domain.items():
                 self.lower_size(name, axis) if isinstance(axis, IntRange) else self.simplify_choice(name, axis)
 

@@ -1,4 +1,4 @@
-"""What `check` covered of a config in earlier runs, so that the next one goes on with other examples.
+"""The coverage of a config in earlier runs of `check`, so that the next one goes on with other examples.
 
 It is kept until the kernel, the reference, the domain or the config changes, in a file for each config in FOLDER.
 """

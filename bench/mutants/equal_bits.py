@@ -12,7 +12,7 @@ import torch
 from vila_triton.hashing import short_hash
 from vila_triton.registry import OPS, Impl
 
-from ..correctness.error_budget import UNSUPPORTED_DTYPES, example_args
+from ..correctness.error_budget import example_args
 from ..correctness.example_plan import ExamplePlan
 from ..correctness.guarded_memory import MEMORY_LAYOUTS, MemoryLayout, bit_pattern, guard_tensor, map_tensors, tensors
 from ..correctness.tiles import recorded_launches
@@ -29,8 +29,8 @@ Sizes = dict[str, Any]
 
 @dataclass(frozen=True)
 class Calls:
-    """`num_draws` examples for each config of each implementation that runs code of a file, in both memory layouts: of
-    the file as it is, at the sizes of the plan of each config; with a mutant in its place, at given sizes.
+    """Calls of every config of every implementation that runs code of a file, `num_draws` in all, each made in both
+    memory layouts: of the file as it is, at the sizes of the plan of each config; with a mutant, at given sizes.
     """
 
     file: str
@@ -56,10 +56,10 @@ def call_all(calls: Calls, extend: Extend) -> CallBits:
             plant_text(calls.file, calls.mutant.apply((ROOT / calls.file).read_text()), Path(folder))
         configs = [(impl, config) for impl in impls_of(calls.file) for config in impl.configs]
         for number, (impl, config) in enumerate(configs):
-            plan = ExamplePlan(OPS[impl.op], config, UNSUPPORTED_DTYPES)
+            plan = ExamplePlan(OPS[impl.op], config)
             draws = calls.sizes[number] if calls.mutant else (sizes for sizes, _ in plan)
             all_sizes.append([])
-            for sizes in islice(draws, calls.num_draws):
+            for sizes in islice(draws, -(-calls.num_draws // len(configs))):
                 extend(CALL_SECONDS)
                 all_sizes[-1].append(sizes)
                 with recorded_launches() as launches:

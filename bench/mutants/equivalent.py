@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .equal_bits import CallBits
 
 FILE = Path(__file__).with_suffix(".toml")
-NUM_DRAWS = 300  # for each config of each implementation, each called in both memory layouts
+NUM_DRAWS = 300  # spread over the configs of the implementations, each called in both memory layouts
 
 Job = tuple[str, Mutant | None, Sequence[Sequence[dict[str, Any]]]]  # a file, and the mutant with its sizes
 

@@ -5,7 +5,7 @@ import io
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ HANG_SECONDS = 60.0  # what takes so much longer than it should hangs
 @dataclass(frozen=True)
 class Job:
     """A mutant, the seconds for `check` and for the tests, and the tests, each with the seconds it takes, the fastest
-    first.
+    first; `unfit` are tests to leave out.
 
     control: leave the mutant out, and only put the file where a mutant would be, with a comment more: a test that fails
     then as well has not found the mutant.
@@ -38,6 +38,7 @@ class Job:
     check_seconds: float  # of the processor, so that a machine that does other work finds as much; 0: without `check`
     test_seconds: float
     tests: Mapping[str, float]
+    unfit: Collection[str] = ()
     control: bool = False
 
 
@@ -165,6 +166,7 @@ def first_failing_test(job: Job, extend: Extend) -> tuple[str, int]:
     """Returns the first test that fails, "" if none does in the seconds of the job, and the number that ran."""
     plugin = Deadline(job, extend)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "--rootdir", str(ROOT)]
+    left_out = [f"--deselect={test}" for test in job.unfit]
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        pytest.main([*options, *plugin.seconds], [plugin])
+        pytest.main([*options, *left_out, *plugin.seconds], [plugin])
     return plugin.failed, plugin.tested

@@ -103,7 +103,7 @@ def test_files(paths: Iterable[Path]) -> list[str]:
 
 def build_map(paths: Iterable[Path], file: Path, processes: int) -> None:
     """Runs the tests at the paths and appends their rows to a file; those that are there for the same text stay."""
-    known = read_rows(file)
+    known = {row["test_file"] for row in read_rows(file) if is_current(row, row["test_file"])}
     missing = deque(test for test in test_files(paths) if test not in known)
     count = len(missing)
     for number, (test, row) in enumerate(run_processes(measure, missing, processes), 1):
@@ -113,44 +113,45 @@ def build_map(paths: Iterable[Path], file: Path, processes: int) -> None:
             rows.write(file, [row])
 
 
-def read_rows(file: Path) -> dict[str, dict[str, Any]]:
-    """Returns the latest row of each file of tests that is still as it was when it was run."""
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Returns the latest row of each file of tests that is still there."""
     found = {row["test_file"]: row for row in rows.read(file, kind="lines")} if file.exists() else {}
-    return {
-        test: row
-        for test, row in found.items()
-        if (rows.ROOT / test).exists() and file_hash(test) == row["hashes"][test]
-    }
+    return [row for test, row in found.items() if (rows.ROOT / test).exists()]
+
+
+def is_current(row: dict[str, Any], file: str) -> bool:
+    """Returns True if a file is as it was when the tests of a row ran."""
+    return row["hashes"].get(file) == file_hash(file)
 
 
 class LineMap:
     """The tests that run each line of a source file.
 
-    If the file has changed since the tests ran, or none runs just this line as a test (a constant is read as the file
-    is imported), these are all tests that run anything of it.
+    Of a file of tests that has changed since, these are all of its tests, if it ran anything of the source file. If the
+    source file has changed, or none runs just this line as a test (a constant is read as the file is imported), these
+    are all tests that ran anything of it.
     """
 
     def __init__(self, file: Path):
         self.rows = read_rows(file)
-        self.seconds = {test: time for row in self.rows.values() for test, time in row["seconds"].items()}
 
     def tests(self, file: str, first: int, last: int) -> dict[str, float]:
         """Returns the tests that run one of the lines from `first` to `last` of a file, and their seconds, the fastest
         first.
         """
-        current = file_hash(file)
-        found: set[str] = set()
-        anything: set[str] = set()
-        for row in self.rows.values():
-            by_test = row["lines"].get(file, {})
-            anything |= by_test.keys()
-            if row["hashes"].get(file) == current:
-                wanted = range(first, last + 1)
-                found |= {t for t, text in by_test.items() if any(overlap(r, wanted) for r in parse_lines(text))}
-            else:
-                found |= by_test.keys()
-        tests = {test: self.seconds.get(test, 0.0) for test in found or anything}
-        return dict(sorted(tests.items(), key=lambda pair: (pair[1], pair[0])))
+        wanted = range(first, last + 1)
+        found: dict[str, float] = {}
+        anything: dict[str, float] = {}
+        for row in self.rows:
+            by_test, seconds = row["lines"].get(file, {}), row["seconds"]
+            if by_test and not is_current(row, row["test_file"]):
+                found[row["test_file"]] = sum(seconds.values())
+                continue
+            anything |= {test: seconds.get(test, 0.0) for test in by_test}
+            changed = not is_current(row, file)
+            hits = (t for t, text in by_test.items() if changed or any(overlap(r, wanted) for r in parse_lines(text)))
+            found |= {test: seconds.get(test, 0.0) for test in hits}
+        return dict(sorted((found or anything).items(), key=lambda pair: (pair[1], pair[0])))
 
 
 def overlap(a: range, b: range) -> bool:

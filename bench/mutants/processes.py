@@ -72,11 +72,11 @@ def work(fn: Callable[[Any, Extend], Any], job: Any, pipe: Connection) -> None:
     os._exit(0)  # without atexit and threads of torch
 
 
-def prepare_to_fork() -> None:
-    """Imports what most jobs need, and lets torch start no threads, which a forked process would not have."""
+def prepare_to_fork(*modules: str) -> None:
+    """Imports what jobs need, and lets torch start no threads, which a forked process would not have."""
     os.environ["HYPOTHESIS_PROFILE"] = "ci"  # the same cases each time
     torch.set_num_threads(1)
-    for name in ("hypothesis", "pytest", "transformers", "triton"):
+    for name in ("hypothesis", "pytest", "triton", *modules):
         importlib.import_module(name)
 
 

@@ -58,16 +58,16 @@ def search_all(mutants: Sequence[Mutant], lines: LineMap, limits: Limits) -> Ite
     fit: set[tuple[str, str]] = set()
 
     def job_of(mutant: Mutant) -> Job:
-        tests = lines.tests(mutant.file, mutant.line, mutant.last_line)
-        tests = {test: seconds for test, seconds in tests.items() if (mutant.file, test) not in unfit}
-        return Job(mutant, limits.check_seconds, limits.test_seconds, tests)
+        tests = lines.tests(mutant.file, mutant.line, mutant.last_line) if limits.test_seconds else {}
+        left_out = [test for file, test in unfit if file == mutant.file]
+        return Job(mutant, limits.check_seconds, limits.test_seconds, tests, left_out)
 
     jobs = deque(map(job_of, mutants))
     for job, result in run_processes(find_mutant, jobs, limits.processes):
         outcome = outcome_of(result)
         key = (job.mutant.file, outcome.detail)
         if outcome.found_by == "tests" and key not in fit:
-            control = replace(job, check_seconds=0.0, tests={outcome.detail: 0.0}, control=True)
+            control = replace(job, check_seconds=0.0, tests={outcome.detail: 0.0}, unfit=(), control=True)
             ((_, answer),) = run_processes(find_mutant, deque([control]), 1)
             (unfit if outcome_of(answer).found_by else fit).add(key)
             if key in unfit:

@@ -179,7 +179,7 @@ def test_line_map_names_the_tests_of_a_line(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "test_a.py").touch()
     (tmp_path / "map").write_text(json.dumps(row))
     monkeypatch.setattr("bench.measure.rows.ROOT", tmp_path)
-    current = {"test_a.py": "x", "kernels/a.py": "1"}
+    current = {"test_a.py": "x", "kernels/a.py": "1", "kernels/b.py": "1"}
     monkeypatch.setattr(line_map, "file_hash", lambda file: current[file])
     assert list(LineMap(tmp_path / "map").tests("kernels/a.py", 4, 5)) == ["test_a.py::fast", "test_a.py::slow"]
     every = ["test_a.py::fast", "test_a.py::other", "test_a.py::slow"]
@@ -187,7 +187,8 @@ def test_line_map_names_the_tests_of_a_line(tmp_path: Path, monkeypatch: pytest.
     current["kernels/a.py"] = "2"
     assert list(LineMap(tmp_path / "map").tests("kernels/a.py", 5, 5)) == every
     current["test_a.py"] = "y"
-    assert not LineMap(tmp_path / "map").tests("kernels/a.py", 5, 5)
+    assert list(LineMap(tmp_path / "map").tests("kernels/a.py", 5, 5)) == ["test_a.py"]
+    assert not LineMap(tmp_path / "map").tests("kernels/b.py", 5, 5)
 
 
 def test_table_counts_what_found_each_mutant() -> None:

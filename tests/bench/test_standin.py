@@ -28,6 +28,7 @@ kernels/test_decode_attention.py::test_batch_invariant_bits_do_not_depend_on_bat
 kernels/test_prefill_attention.py::test_batch_invariant_bits_do_not_depend_on_chunks_pages_batch_or_config[triton]
 kernels/test_prefill_regressions.py::test_encoder_reaches_packed_images_beyond_32_bits[encoder_attention-triton]
 kernels/test_int4_regressions.py::test_x_with_offsets_beyond_32_bits[rows-int4_swiglu-triton-0]
+kernels/test_offsets_beyond_32_bits.py::test_offsets_beyond_32_bits[swiglu-triton-0]
 kernels/test_int4_metamorphic.py::test_rows_of_x_are_bitwise_independent_of_each_other[float32-sub-int4_matmul-splitk-0]
 models/test_batch_invariance.py::test_logits_bitwise_equal_for_every_batch_chunking_and_page_size[one layer-cuda-None]
 """

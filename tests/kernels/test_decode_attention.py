@@ -53,6 +53,18 @@ def test_any_number_of_splits_matches_the_reference(kv: str, num_splits: int, mo
     assert_matches_reference(DECODE, IMPLS["triton"], IMPLS["triton"].configs[0], drawn(kv=kv, t=410))
 
 
+def test_largest_score_is_kept_over_more_splits_than_are_merged_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 ** (score - largest) of an early split overflows if the largest score of the later ones takes its place."""
+    monkeypatch.setattr(kernel, "plan_splits", lambda *_: SplitPlan(26, 16, 2048, 26))
+    q, cache, _, scale = drawn(b=1, ratio=1, d=16, t=410, dtype="float32")
+    k = 0.1 * torch.randn(410, 1, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    k[7] += 120 * 16**0.5 / 16
+    slots = (cache.block_table[0].long()[:, None] * 16 + torch.arange(16, device=DEVICE)).flatten()[:410]
+    ops.kv_write.reference(k, k, cache.k_pages, cache.v_pages, slots)
+    args = (torch.ones_like(q), cache, torch.tensor([410], dtype=torch.int32, device=DEVICE), scale)
+    assert_matches_reference(DECODE, IMPLS["triton"], OTHER, args)
+
+
 @pytest.mark.on_gpu
 @KINDS
 def test_log_sum_exp_matches_the_reference(kv: str) -> None:

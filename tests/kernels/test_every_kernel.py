@@ -4,14 +4,10 @@
 """
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from far_memory import apart
 from hypothesis import given, settings
-from op_arguments import flat_arguments, grouped_arguments, parameters
-from torch import Tensor
 
 from bench.correctness.error_budget import (
     DEVICE,
@@ -24,7 +20,7 @@ from bench.correctness.error_budget import (
 )
 from bench.correctness.failure_report import format_settings
 from bench.correctness.find_failure import find_failure
-from bench.correctness.guarded_memory import bit_pattern, map_tensors, tensors
+from bench.correctness.guarded_memory import map_tensors, tensors
 from vila_triton.registry import OPS, REFERENCE, Impl, OneOf, Op, Unsupported, count_calls, discover
 
 discover()
@@ -38,7 +34,6 @@ CASES: list = [
 ]
 
 
-PAGED_CASES = [case for case in CASES if {"k_pages", "cache"} & {*parameters(case.values[0])}]
 EACH_OP = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
@@ -68,9 +63,7 @@ def test_references_are_faithful(op: Op) -> None:
 @EACH_OP
 def test_wrong_shapes_stop_at_the_op(op: Op) -> None:
     """One axis too many in any tensor is a ValueError before any implementation runs."""
-    sizes: dict[str, Any] = {
-        n: d.values[0] if isinstance(d, OneOf) else min(d.high, max(d.low, 2)) for n, d in op.domain.items()
-    }
+    sizes = {n: d.values[0] if isinstance(d, OneOf) else min(d.high, max(d.low, 2)) for n, d in op.domain.items()}
     args = example_args(op, seed=0, **sizes)
     for wrong in range(len(tensors(args))):
         left = iter(range(len(tensors(args))))
@@ -85,7 +78,7 @@ def test_float64_is_faithful_or_unsupported(op: Op, impl: Impl, config: dict) ->
     """A launcher says what it cannot do before it launches. One that takes float64 computes in it: its error is the
     budget of float32, as much smaller as float64 rounds finer, twice since the exact values are rounded to it as well.
     """
-    sizes: dict[str, Any] = {n: d.values[0] if isinstance(d, OneOf) else d.high for n, d in op.domain.items()}
+    sizes = {n: d.values[0] if isinstance(d, OneOf) else d.high for n, d in op.domain.items()}
     args = example_args(op, seed=0, **sizes)
     try:
         outputs = tensors(
@@ -97,24 +90,6 @@ def test_float64_is_faithful_or_unsupported(op: Op, impl: Impl, config: dict) ->
     finer = unit_roundoff(torch.float64) / unit_roundoff(torch.float32)
     for out, want, allowed in zip(outputs, *error_budget(op, args)):
         assert out.dtype == torch.float64 and ((out - want).abs() <= 2 * finer * allowed).all()
-
-
-@pytest.mark.on_gpu
-@pytest.mark.parametrize(
-    "op, impl, config", [case for case in CASES if {"k_pages", "cache"} & {*parameters(case.values[0])}]
-)
-def test_pages_beyond_32_bits(op: Op, impl: Impl, config: dict, far: Tensor) -> None:
-    """Pages so far apart that the offsets of the last ones, counted in elements, are more than an int32 holds."""
-    sizes: dict[str, Any] = {n: d.values[0] if isinstance(d, OneOf) else d.high for n, d in op.domain.items()}
-    reads = "t" in sizes
-    args = example_args(op, seed=0, **{**sizes, "dtype": "float16", **({"t": 400} if reads else {})})
-    far_args = flat_arguments(op, args)
-    for place, name in enumerate(("k_pages", "v_pages")):
-        # of the last three pages that are read one is never used, and one may be free
-        far_args[name] = apart(far_args[name], far, place, last=-3 if reads else -1)
-    far_outputs = impl(**grouped_arguments(op, far_args), config=config)
-    for near_out, far_out in zip(tensors(impl(*args, config=config)), tensors(far_outputs)):
-        assert torch.equal(bit_pattern(near_out), bit_pattern(far_out))
 
 
 @pytest.mark.skipif(not UNSUPPORTED_DTYPES, reason="kernels are compiled here, not interpreted")

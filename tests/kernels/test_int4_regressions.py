@@ -14,8 +14,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from far_memory import spread
-from torch import Tensor
+from far_memory import FarMemory
 from triton.runtime.interpreter import InterpreterBuilder
 
 from bench.correctness.error_budget import DEVICE, assert_matches_reference, example_args
@@ -63,22 +62,22 @@ def test_x_with_offsets_beyond_32_bits(
     impl: Impl,
     config: Config,
     strides: tuple,
-    far: Tensor,
+    far: FarMemory,
 ) -> None:
     """sgl-project/sglang#20389: a row's number times a stride, in 32 bits; here also a column's."""
     x, *weights = drawn(op, m=3, n=16)
-    there = spread(x, strides, far)
+    there = far.spread(x, strides)
     assert torch.equal(impl(there, *weights, config=config), impl(x, *weights, config=config))
 
 
 @EACH_KERNEL
-def test_result_with_offsets_beyond_32_bits(op: Op, impl: Impl, config: Config, far: Tensor) -> None:
+def test_result_with_offsets_beyond_32_bits(op: Op, impl: Impl, config: Config, far: FarMemory) -> None:
     """sgl-project/sglang#20389, where a kernel writes."""
     if impl.name == "dequant":
         pytest.skip("a library writes the result")
     args, config = drawn(op, m=3, n=16), {**config, **({"SPLIT_K": 1} if "SPLIT_K" in config else {})}
     want = impl(*args, config=config)
-    place = spread(torch.zeros_like(want), (2**30 + 1, 1), far)
+    place = far.spread(torch.zeros_like(want), (2**30 + 1, 1))
     with patch.object(torch, "empty", lambda *shape, **_: place):
         assert torch.equal(impl(*args, config=config), want)
 

@@ -1,7 +1,7 @@
 """Bugs of other projects' attention kernels, tested of prefill and of the towers' attention: one test for each report.
 
-Offsets beyond 2³¹ are reached by strided views of memory that is mostly never touched; pages that far apart are in
-`test_kernels.test_pages_beyond_32_bits`.
+Offsets beyond 2³¹ are reached by strided views of memory that is mostly never touched; those of all arguments, alone,
+in `test_offsets_beyond_32_bits`.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from far_memory import apart
-from torch import Tensor
+from far_memory import FarMemory
 
 from bench.correctness.error_budget import DEVICE, assert_matches_reference, example_args
 from bench.correctness.guarded_memory import bit_pattern
@@ -40,14 +39,14 @@ def faithful(impl: Impl, change: Callable[[tuple], tuple] = lambda args: args, *
 
 @pytest.mark.on_gpu
 @each(prefill_attention)
-def test_prefill_reaches_packed_tokens_beyond_32_bits(op: Op, impl: Impl, far: Tensor) -> None:
+def test_prefill_reaches_packed_tokens_beyond_32_bits(op: Op, impl: Impl, far: FarMemory) -> None:
     """An int32 query_start_loc times a stride; q, k and v as views of one product.
 
     https://github.com/sgl-project/sglang/issues/20389 https://github.com/thu-ml/SageAttention/issues/386
     https://github.com/pytorch/pytorch/issues/190857
     """
     q, k, v, *rest = example_args(op, **{**SIZES, "dtype": "float16", "b": 2})
-    views = apart(torch.cat((q, k, v), 1), far).split([3, 1, 1], 1)
+    views = far.apart(torch.cat((q, k, v), 1)).split([3, 1, 1], 1)
     config = impl.configs[0]
     assert torch.equal(
         bit_pattern(impl(*views, *rest, config=config)), bit_pattern(impl(q, k, v, *rest, config=config))
@@ -56,10 +55,10 @@ def test_prefill_reaches_packed_tokens_beyond_32_bits(op: Op, impl: Impl, far: T
 
 @pytest.mark.on_gpu
 @each(encoder_attention)
-def test_encoder_reaches_packed_images_beyond_32_bits(op: Op, impl: Impl, far: Tensor) -> None:
+def test_encoder_reaches_packed_images_beyond_32_bits(op: Op, impl: Impl, far: FarMemory) -> None:
     """https://github.com/thu-ml/SageAttention/issues/386"""
     q, k, v, scale = example_args(op, b=2, s=9, h=2, d=24, dtype="float16", seed=0)
-    views = apart(torch.stack((q, k, v), 2), far).unbind(2)
+    views = far.apart(torch.stack((q, k, v), 2)).unbind(2)
     config = impl.configs[0]
     assert torch.equal(
         bit_pattern(impl(*views, scale, config=config)), bit_pattern(impl(q, k, v, scale, config=config))

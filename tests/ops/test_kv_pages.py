@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 from importlib import import_module
-from itertools import count
 from typing import Any
 
 import pytest
 import torch
-from far_memory import apart
+from far_memory import FarMemory
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -104,7 +103,7 @@ def test_inconsistent_pages_are_refused_by_the_op() -> None:
 @pytest.mark.on_gpu
 @pytest.mark.parametrize("name", ["kv_write", "rope_kv_write"])
 @KINDS
-def test_kv_write_skips_negative_slots_and_reaches_pages_beyond_32_bits(name: str, kv: str, far: torch.Tensor) -> None:
+def test_kv_write_skips_negative_slots_and_reaches_pages_beyond_32_bits(name: str, kv: str, far: FarMemory) -> None:
     """vllm 47671: a page number times a stride, in 32 bits. By a strided view of memory that is mostly never touched:
     the last page of a pool begins more than 2³¹ elements from the first."""
     op = ops.kv_write if name == "kv_write" else ops.rope_kv_write
@@ -113,7 +112,7 @@ def test_kv_write_skips_negative_slots_and_reaches_pages_beyond_32_bits(name: st
     args[-1][::3] = -1
     pools = narrow(tuple(args[-3:-1]))
     args[-3:-1] = pools
-    there = [*args[:-3], *moved_apart(pools, far), args[-1]]
+    there = [*args[:-3], *map_tensors(far.apart, pools), args[-1]]
     impl = op.impls["triton"]
     for got, want in zip(
         tensors(impl(*there, config=impl.configs[0])), tensors(op.reference(*map_tensors(torch.clone, args)))
@@ -121,33 +120,27 @@ def test_kv_write_skips_negative_slots_and_reaches_pages_beyond_32_bits(name: st
         assert torch.equal(bit_pattern(got), bit_pattern(want))
 
 
-def moved_apart(pools: Any, far: torch.Tensor) -> Any:
-    """The pools as views of memory in which their last pages begin 2³¹ elements after the first."""
-    place = count()
-    return map_tensors(lambda x: apart(x, far, next(place)), pools)
-
-
 def narrow(pools: Any) -> Any:
-    """The pools with scales and zeros of two bytes each, as `far` has room for."""
+    """The pools with scales and zeros of two bytes each, as `far` has room for on a GPU."""
     return map_tensors(lambda x: x.half() if x.is_floating_point() else x, pools)
 
 
 @pytest.mark.on_gpu
 @KINDS
-def test_decode_reaches_pages_and_scales_beyond_32_bits(kv: str, far: torch.Tensor) -> None:
+def test_decode_reaches_pages_and_scales_beyond_32_bits(kv: str, far: FarMemory) -> None:
     """vllm 47671, 50427; vllm 49716: strides of scales of their own."""
     q, cache, *rest = example_args(ops.decode_attention, **{**DECODE, "kv": kv})
     cache = narrow(cache)
     near = TRITON(q, cache, *rest, config=TRITON.configs[0])
-    there = TRITON(q, replace(cache, k_pages=moved_apart(cache.k_pages, far)), *rest, config=TRITON.configs[0])
+    there = TRITON(q, replace(cache, k_pages=map_tensors(far.apart, cache.k_pages)), *rest, config=TRITON.configs[0])
     assert torch.equal(bit_pattern(near), bit_pattern(there))
 
 
 @pytest.mark.on_gpu
-def test_decode_reaches_queries_beyond_32_bits(far: torch.Tensor) -> None:
+def test_decode_reaches_queries_beyond_32_bits(far: FarMemory) -> None:
     """sglang 20389, SageAttention 386: an index of a query times its stride, of views that are not contiguous."""
     q, *rest = example_args(ops.decode_attention, **{**DECODE, "b": 3})
-    near, there = (TRITON(x, *rest, config=TRITON.configs[0]) for x in (q, apart(q, far)))
+    near, there = (TRITON(x, *rest, config=TRITON.configs[0]) for x in (q, far.apart(q)))
     assert torch.equal(bit_pattern(near), bit_pattern(there))
 
 

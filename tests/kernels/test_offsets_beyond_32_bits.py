@@ -1,0 +1,291 @@
+"""Offsets beyond 2³¹ elements in every argument, workspace and output of every Triton kernel, along every axis.
+
+Where a kernel takes strides, tensors are restrided so that index 2 of each axis lies beyond 2³¹. Where it takes a
+tensor to be contiguous, a call is lengthened by zeros in front: millions of rows or columns, of which only the last
+are computed, while outputs and workspaces span them all. Either way the bits are those of ordinary memory. What kernels
+touch beyond 2³¹ is recorded, and what they do not must be in UNREACHABLE.
+
+On a GPU, where memory is real, one axis of one tensor at a time is restrided if it fits, and no call is lengthened.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from far_memory import FarMemory, far_strides
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from watched_launches import Reach, watched_launches
+
+from bench.correctness.error_budget import DEVICE, argument_names, example_args
+from bench.correctness.guarded_memory import map_tensors, same_bits, tensors
+from vila_triton.ops.int4_tiles import TILE_N
+from vila_triton.registry import OPS, Impl, OneOf, Op, Unsupported, discover
+from vila_triton.registry.interpreter import uses_triton_kernels
+
+discover()
+CASES = [
+    pytest.param(op, impl, config, id=f"{op.name}-{impl.name}-{i}", marks=[pytest.mark.slow] * (i > 0))
+    for op in OPS.values()
+    for impl in op.impls.values()
+    if uses_triton_kernels(impl)
+    for i, config in enumerate(impl.configs)
+]
+# Axes of what kernels take, as `Reach` names them, and why no index along them alone lies beyond 2³¹ elements.
+UNREACHABLE = {
+    r".* (seq_lens|query_start_loc|context_lens)_ptr\[-1\]": "one a sequence, of which a grid holds fewer than 2³¹",
+    r"merge_splits_kernel lse_ptr\[-2\]": "one a program, of which a grid holds fewer than 2³¹",
+    # Of contiguous tensors, axes within one whose index does put elements beyond 2³¹:
+    r".* lse_ptr\[-1\]": "query heads",
+    r".* split_states\[.\]\[-[12]\]|merge_splits_kernel (acc|m|l)_ptr\[-[12]\]": "splits; numbers of a head",
+    r".* (gate_|up_)?w\[0\]\[-[123]\]": "tiles along k, which are looped over; lanes; words",
+    r"_int4_dequant_kernel out_ptr\[-1\]": "columns of a weight, of which there is a program for every few",
+}
+
+# Sizes of calls other than 3, or the first of a list: whole and partial tiles, several pages, splits or none.
+SIZES: dict[str, list[dict[str, Any]]] = {
+    "linear": [{"k": 130}],
+    "encoder_attention": [{"s": 70}],
+    "decode_attention": [{"t": 100, "ratio": 2}, {"t": 40}],
+    "prefill_attention": [{"b": 1, "s": 140, "t": 70, "g": 1}, {"t": 70, "ratio": 2}],
+    "kv_write": [{"s": 40}],
+    "rope_kv_write": [{"s": 40, "ratio": 2}],
+}
+VARIED = ("kv", "group", "order", "bias")  # sizes of which every value is tried, beside the others of the last call
+RESULT = "result"
+RESULT_AXES = {"linear": [0], "int4_matmul": [0], "int4_swiglu": [0]}  # those kernels take strides of; else all
+MAX_GROWTH = 2**29  # bytes of resident memory: that of a whole process then stays below 1 GB
+
+Arguments = tuple[Any, ...]
+Places = list[tuple[str, int]]  # an argument by its name, or RESULT, and an axis
+Allocate = Callable[[Tensor], Tensor]
+
+
+class PlacedAllocations(TorchDispatchMode):
+    """Inside, empty tensors are what `allocate` returns for ones like them on the meta device."""
+
+    factories = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
+    def __init__(self, allocate: Allocate) -> None:
+        super().__init__()
+        self.allocate = allocate
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.factories:
+            like = func(*args, **{**(kwargs or {}), "device": "meta"})
+            if like.numel():
+                return self.allocate(like)
+        return func(*args, **(kwargs or {}))
+
+
+def zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=like.dtype, device=DEVICE)
+
+
+def outputs(impl: Impl, args: Arguments, options: Mapping[str, Any], allocate: Allocate = zeros) -> list[Tensor]:
+    with PlacedAllocations(allocate):
+        return tensors(impl(*args, **options))
+
+
+def watched(reach: Reach | None = None, first: int = 4, last: int = 4) -> AbstractContextManager:
+    return watched_launches(reach or Reach(), first, last) if DEVICE == "cpu" else nullcontext()
+
+
+def map_named(op: Op, args: Arguments, fn: Callable[[str, Tensor], Tensor]) -> Arguments:
+    """The arguments with fn(name, x) for each tensor x."""
+    names = iter(argument_names(op, args))
+    return map_tensors(lambda x: fn(next(names), x), args)
+
+
+def examples(op: Op) -> Iterator[Arguments]:
+    """Small arguments in float16, with every format of pages and every kind of weight."""
+    usual = {n: d.values[0] if isinstance(d, OneOf) else min(d.high, 3) for n, d in op.domain.items()}
+    sizes = [usual | {"dtype": "float16"} | chosen for chosen in SIZES.get(op.name, [{}])]
+    for name in VARIED:
+        domain = op.domain.get(name)
+        sizes += [sizes[-1] | {name: value} for value in domain.values[1:]] if isinstance(domain, OneOf) else []
+    return (example_args(op, 0, **each) for each in sizes)
+
+
+def places_of(op: Op, impl: Impl, args: Arguments) -> Places:
+    """Every axis of three elements or more of each argument, and those of results that may have any strides."""
+    named = zip(argument_names(op, args), tensors(args))
+    places = [(name, axis) for name, x in named for axis in range(x.dim()) if x.shape[axis] > 2]
+    axes = [] if impl.name == "dequant" else RESULT_AXES.get(op.name, range(4))
+    return places + [(RESULT, axis) for axis in axes]
+
+
+def restrided_outputs(
+    op: Op, impl: Impl, args: Arguments, options: Any, places: Places, far: FarMemory
+) -> list[Tensor]:
+    """The outputs of a call with far strides at these places; results in float32 are contiguous by contract."""
+
+    def restride(name: str, x: Tensor) -> Tensor:
+        return far.spread(x, far_strides(x.shape, [axis for place, axis in places if place == name]))
+
+    def allocate(like: Tensor) -> Tensor:
+        axes = [axis for place, axis in places if place == RESULT and axis < like.dim() and like.shape[axis] > 2]
+        strides = far_strides(like.shape, axes if like.dtype == torch.float16 else [])
+        return far.empty_strided(like.shape, strides, like.dtype)
+
+    return outputs(impl, map_named(op, args, restride), options, allocate)
+
+
+def check_restrided(op: Op, impl: Impl, config: Mapping[str, Any], reach: Reach) -> None:
+    """Every place far at once, on a GPU one after the other; if bits differ, the places that make them differ."""
+    options = {"config": {**config, **({"SPLIT_K": 1} if "SPLIT_K" in config else {})}}
+    no_room = []
+    for args in examples(op) if DEVICE == "cpu" else islice(examples(op), 1):
+        try:
+            with watched():
+                expected = outputs(impl, map_tensors(torch.clone, args), options)
+        except Unsupported:
+            continue
+
+        def differs(places: Places, args: Arguments = args, expected: list[Tensor] = expected) -> bool:
+            try:
+                with FarMemory() as far, watched(reach):
+                    found = restrided_outputs(op, impl, args, options, places, far)
+                    return not all(map(same_bits, found, expected))
+            except pytest.skip.Exception:
+                no_room.extend(places)
+                return False
+
+        places = places_of(op, impl, args)
+        if DEVICE == "cuda" or differs(places):
+            wrong = [f"{name}[{axis}]" for name, axis in places if differs([(name, axis)])]
+            assert DEVICE == "cuda" and not wrong, f"wrong with far strides of {', '.join(wrong) or 'several'}"
+    if no_room:
+        pytest.skip(f"no room for {no_room}; the others have passed")
+
+
+@dataclass
+class Lengthened:
+    """A call, the same one with more rows in front, and so many first and last programs of its grids to run."""
+
+    args: Arguments
+    longer_args: Arguments
+    options: Mapping[str, Any]
+    first: int
+    last: int
+
+
+def lengthen(op: Op, args: Arguments, more: Mapping[str, tuple[int, int]], far: FarMemory) -> Arguments:
+    """The arguments with `more` rows of zeros in front: an axis and their number, by the name of an argument."""
+
+    def longer(name: str, x: Tensor) -> Tensor:
+        return far.lengthen(x, *more[name]) if name in more else x.clone()
+
+    return map_named(op, args, longer)
+
+
+def longer_products(op: Op, impl: Impl, config: Mapping[str, Any], far: FarMemory) -> Iterator[Lengthened]:
+    """More rows of w, 2³⁰ of every kind and 2³² of one; and of x where k is split, so that sums are far apart."""
+
+    def columns(count: int) -> dict[str, tuple[int, int]]:
+        more = {"w": (0, count), "bias": (0, count)}
+        for w in ("w", "gate", "up"):
+            more |= {f"{w}.qweight": (0, count // TILE_N), f"{w}.scales": (1, count), f"{w}.zeros": (1, count)}
+        return more
+
+    whole, split = ({"SPLIT_K": n} if "SPLIT_K" in config else {} for n in (1, 4))
+    kinds = [{"group": 64, "order": "sub"}, {"group": 32, "order": "sub"}, {"group": 64, "order": "fma"}]
+    calls = [(kind, columns(2**30), whole) for kind in kinds] + [({}, columns(2**32), whole)]
+    if split:
+        more = [{"x": (0, 2**26)}, {"x": (0, 2**30)}, columns(2**32)]
+        calls += [({"G": 12}, rows, split) for rows in more]
+    for chosen, more, splits in calls:
+        sizes = {"m": 1, "n": 24, "k": 70, "G": 3, "dtype": "float16", "bias": True} | kinds[0] | chosen
+        args = example_args(op, 0, **{name: sizes[name] for name in op.domain})
+        last = 3 if impl.name == "dequant" else 1  # the programs of the last rows of w
+        yield Lengthened(args, lengthen(op, args, more, far), {"config": {**config, **splits}}, 0, last)
+
+
+def longer_decodes(op: Op, impl: Impl, config: Mapping[str, Any], far: FarMemory) -> Iterator[Lengthened]:
+    """2²⁸ more sequences in one split; and 32 more in two, where the block table has room for 2²³."""
+    sizes = {"g": 1, "ratio": 8, "l": 16, "dtype": "float16", "kv": "plain", "numerics": "batch_invariant"}
+    options = {"config": config, "return_lse": True}
+
+    def longer(args: Arguments, count: int) -> Arguments:
+        return lengthen(op, args, {name: (0, count) for name in ("q", "seq_lens", "cache.block_table")}, far)
+
+    args = example_args(op, 0, **sizes, b=3, t=40, d=16)
+    yield Lengthened(args, longer(args, 2**28), options, 0, 3)
+    args = example_args(op, 0, **sizes, b=1, t=300, d=64)
+    q, cache, *others = longer(args, 32)
+    table = far.empty((33, 2**27), torch.int32)
+    table[:, : cache.block_table.shape[1]] = cache.block_table
+    yield Lengthened(args, (q, replace(cache, block_table=table), *others), options, 66, 8)
+
+
+def longer_prefills(op: Op, impl: Impl, config: Mapping[str, Any], far: FarMemory) -> Iterator[Lengthened]:
+    """Two more sequences, of 2²⁷ new tokens each."""
+    sizes = {"b": 3, "s": 1, "t": 20, "g": 1, "ratio": 8, "d": 16, "l": 16, "dtype": "float16", "kv": "plain"}
+    args = example_args(op, 0, **sizes, numerics="fast")
+    more = {name: (0, 2**28) for name in "qkv"}
+    more |= {name: (0, 2) for name in ("cache.block_table", "batch.query_start_loc", "batch.context_lens")}
+    longer_args = lengthen(op, args, more, far)
+    longer_args[4].query_start_loc[1:] += torch.tensor([2**27, *[2**28] * 4], device=DEVICE)
+    yield Lengthened(args, longer_args, {"config": config, "return_lse": True}, 4, 4)
+
+
+LONGER = {
+    "linear": longer_products,
+    "int4_matmul": longer_products,
+    "int4_swiglu": longer_products,
+    "decode_attention": longer_decodes,
+    "prefill_attention": longer_prefills,
+}
+
+
+def last_rows_linear(count: int) -> Any:
+    """Within, torch's products are of the last rows of a weight."""
+    linear = F.linear
+    return patch.object(F, "linear", lambda x, w, bias: linear(x, *(y[-count:].clone() for y in (w, bias))))
+
+
+def check_lengthened(op: Op, impl: Impl, config: Mapping[str, Any], reach: Reach) -> None:
+    """The last rows and columns of each output are those of the call that is not longer."""
+    with FarMemory() as far, last_rows_linear(24):
+        for call in LONGER[op.name](op, impl, config, far) if op.name in LONGER else ():
+            try:
+                expected = outputs(impl, call.args, call.options)
+            except Unsupported:
+                continue
+            with watched(reach, call.first, call.last):
+                found = outputs(impl, call.longer_args, call.options, lambda like: far.empty(like.shape, like.dtype))
+            for x, end in zip(found, expected, strict=True):
+                assert same_bits(x[tuple(slice(-n, None) for n in end.shape)], end)
+
+
+@contextmanager
+def bounded_growth() -> Iterator[None]:
+    """At no time has the process MAX_GROWTH more resident memory than at the beginning."""
+
+    def resident(name: str) -> int:
+        return 1024 * int(re.findall(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the highest, to the present one
+    before = resident("VmRSS")
+    yield
+    assert resident("VmHWM") - before < MAX_GROWTH
+
+
+@pytest.mark.on_gpu
+@pytest.mark.parametrize("op, impl, config", CASES)
+def test_offsets_beyond_32_bits(op: Op, impl: Impl, config: Mapping[str, Any]) -> None:
+    reach = Reach()
+    if DEVICE == "cuda":
+        return check_restrided(op, impl, config, reach)
+    with bounded_growth():
+        check_restrided(op, impl, config, reach)
+        check_lengthened(op, impl, config, reach)
+    assert reach.missing == {name for name in reach.axes if any(re.fullmatch(axes, name) for axes in UNREACHABLE)}
