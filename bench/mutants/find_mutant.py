@@ -158,8 +158,8 @@ class Deadline:
             self.failed = report.nodeid
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed:
-            self.failed = f"{report.nodeid} (as it is imported)"
+        if report.failed:  # as the file is imported
+            self.failed = report.nodeid
 
 
 def first_failing_test(job: Job, extend: Extend) -> tuple[str, int]:
@@ -167,6 +167,8 @@ def first_failing_test(job: Job, extend: Extend) -> tuple[str, int]:
     plugin = Deadline(job, extend)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "--rootdir", str(ROOT)]
     left_out = [f"--deselect={test}" for test in job.unfit]
+    if job.control and not any("::" in test for test in job.tests):
+        options.append("--collect-only")
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         pytest.main([*options, *left_out, *plugin.seconds], [plugin])
     return plugin.failed, plugin.tested
