@@ -27,8 +27,8 @@ HANG_SECONDS = 60.0  # what takes so much longer than it should hangs
 
 @dataclass(frozen=True)
 class Job:
-    """A mutant, the seconds for `check` and for the tests, and the tests, each with the seconds it takes, the fastest
-    first; `unfit` are tests to leave out.
+    """A mutant, the seconds for `check` and for the tests, and the tests in order, each with the seconds it takes;
+    `unfit` are tests to leave out.
 
     control: leave the mutant out, and only put the file where a mutant would be, with a comment more: a test that fails
     then as well has not found the mutant.
