@@ -27,8 +27,8 @@ HANG_SECONDS = 60.0  # what takes so much longer than it should hangs
 
 @dataclass(frozen=True)
 class Job:
-    """A mutant, the seconds for `check` and for the tests, and the tests, each with the seconds it takes, the fastest
-    first; `unfit` are tests to leave out.
+    """A mutant, the seconds for `check` and for the tests, and the tests in order, each with the seconds it takes;
+    `unfit` are tests to leave out.
 
     control: leave the mutant out, and only put the file where a mutant would be, with a comment more: a test that fails
     then as well has not found the mutant.
@@ -158,8 +158,8 @@ class Deadline:
             self.failed = report.nodeid
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed:
-            self.failed = f"{report.nodeid} (as it is imported)"
+        if report.failed:  # as the file is imported
+            self.failed = report.nodeid
 
 
 def first_failing_test(job: Job, extend: Extend) -> tuple[str, int]:
@@ -167,6 +167,8 @@ def first_failing_test(job: Job, extend: Extend) -> tuple[str, int]:
     plugin = Deadline(job, extend)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "--rootdir", str(ROOT)]
     left_out = [f"--deselect={test}" for test in job.unfit]
+    if job.control and not any("::" in test for test in job.tests):
+        options.append("--collect-only")
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         pytest.main([*options, *left_out, *plugin.seconds], [plugin])
     return plugin.failed, plugin.tested
