@@ -1,7 +1,9 @@
 """Check the kernels of one op on random examples: `python -m bench.check int4_matmul --impl packed`
 
 Every implementation but the reference, and every config of it, runs in guarded memory, aligned or with odd strides, and
-is compared with the reference within the computed error budget. A failure is shrunk to its simplest case, shown with a
+is compared with the reference within the computed error budget: at sizes just before, at and just past its tiles, on
+random and on hard values (see `correctness.example_plan`). What was covered is kept, and the next run of an unchanged
+kernel goes on with other examples. A failure is shrunk to its simplest case, shown with a
 map of its errors, and saved as a repro bundle; `--replay FILE` makes the same call again, on the kernel as it is now.
 Without a GPU kernels run in Triton's interpreter, which has no bfloat16. Exit code: 0 nothing is wrong, 1 something is
 wrong, 2 the command failed.
@@ -30,7 +32,7 @@ from .correctness import repro_bundle
 from .correctness.error_budget import DEVICE, Example, example_args
 from .correctness.failure_report import describe_elements, describe_failure, format_settings, label
 from .correctness.find_failure import DeviceLost, SearchResult, find_failure
-from .correctness.tile_coverage import coverage_lines
+from .correctness.kept_coverage import coverage_file, load_coverage, save_coverage
 
 ImplConfig = tuple[Impl, int]  # an implementation and the number of one of its configs
 
@@ -60,15 +62,19 @@ def check_pairs(pairs: Sequence[ImplConfig], examples: int, seconds: float, out:
         op, config = OPS[impl.op], impl.configs[number]
         seconds_each = (start + seconds + shrinking - time.monotonic()) / (len(pairs) - len(verdicts))
         print(f"{op.name} {impl.name}, config {number}: {format_settings(config)}", flush=True)
+        kept_file = coverage_file(impl, config)
+        runs, covered = load_coverage(kept_file)
         try:
-            verdict = find_failure(op, impl, config, examples, seconds_each)
+            verdict = find_failure(op, impl, config, examples, seconds_each, seed=runs, covered=covered)
         except DeviceLost as lost:
             print(f"{label('wrong')}crashed, and the GPU with it: nothing can be shrunk, nor checked after it: {lost}")
             return False
         shrinking += max(0.0, verdict.seconds - seconds_each) if verdict.simplest else 0.0
+        if verdict.num_examples and not verdict.simplest:
+            save_coverage(kept_file, runs + 1, verdict.coverage)
         file = out / f"{op.name}-{impl.name}-{number}.bundle"
         earlier = [v for (other, _), v in zip(pairs, verdicts) if other is impl]
-        for text in outcome_lines(op, impl, number, verdict, earlier, file):
+        for text in outcome_lines(op, impl, number, verdict, runs, earlier, file):
             print(text, flush=True)
         verdicts.append(verdict)
     wrong, unsupported = sum(bool(v.simplest) for v in verdicts), sum(not v.num_examples for v in verdicts)
@@ -77,16 +83,19 @@ def check_pairs(pairs: Sequence[ImplConfig], examples: int, seconds: float, out:
 
 
 def outcome_lines(
-    op: Op, impl: Impl, number: int, verdict: SearchResult, earlier: Sequence[SearchResult], file: Path
+    op: Op, impl: Impl, number: int, verdict: SearchResult, runs: int, earlier: Sequence[SearchResult], file: Path
 ) -> Iterator[str]:
-    """The result in lines. A failure is saved first; it is not described again if an `earlier` config failed alike."""
+    """The result in lines, after so many `runs` whose coverage was kept.
+
+    A failure is saved first; it is not described again if an `earlier` config failed alike.
+    """
     effort = f"{verdict.num_examples} examples in {verdict.seconds:.1f} s"
     shrunk, largest, config = verdict.simplest, verdict.largest, impl.configs[number]
     if not verdict.num_examples:
         yield f"{label('unsupported')}{'; '.join(sorted(verdict.reasons))}"
     elif not shrunk or not largest:
-        yield f"{label('right')}{effort}"
-        for text, head in zip(coverage_lines(config, verdict.calls), chain(["covered"], repeat(""))):
+        yield f"{label('right')}{effort}{f', after {runs} earlier runs' * bool(runs)}"
+        for text, head in zip(verdict.coverage.lines(config), chain(["covered"], repeat(""))):
             yield f"{label(head)}{text}"
     else:
         sizes = dict(shrunk.sizes)
@@ -113,7 +122,7 @@ def replay(file: Path) -> bool:
     print(f"{label('call')}{format_settings({**saved.sizes, 'seed': saved.seed})}, {saved.layout}, from {saved.origin}")
     print(f"{label('saved with')}{format_settings(saved.stamp)}")
     try:
-        sizes = saved.sizes if set(saved.sizes) == set(op.domain) else None
+        sizes = saved.sizes if set(saved.sizes) - {"values"} == set(op.domain) else None
         example = Example(op, saved.args, saved.seed, sizes)
         example.check(impl, saved.config, saved.layout, example.call_twice)
     except Unsupported as reason:
@@ -140,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()), help="folder for bundles")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="make the call of this bundle again")
     args = parser.parse_args(argv)
+    if DEVICE == "cpu":
+        torch.set_num_threads(1)  # examples are small: a second thread costs more than it gives
     mode = "interpreted (no GPU)" if DEVICE == "cpu" else f"compiled for {torch.cuda.get_device_name()}"
     if args.peers:
         from .peers import discover_peers

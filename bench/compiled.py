@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from itertools import product
 from typing import Any
@@ -68,6 +69,25 @@ def check_compiled(request: CompileRequest) -> list[dict[str, Any]]:
     return result.kernels
 
 
+def find_requests(
+    names: Collection[str], targets: Sequence[str], dtypes: Sequence[str]
+) -> dict[tuple[str, str, str], CompileRequest]:
+    """Returns the calls of the Triton kernels named op-impl-config, of all if there are no names, at their default
+    sizes for each target and dtype: (name, target, dtype) -> request.
+    """
+    requests = {}
+    for op in OPS.values():
+        for impl in filter(uses_triton_kernels, op.impls.values()):
+            for number, config in enumerate(impl.configs):
+                name = f"{op.name}-{impl.name}-{number}"
+                if not names or name in names:
+                    default_sizes = compile_spec(op, impl.name, config).sizes
+                    for dtype, target in product(dtypes, targets):
+                        sizes = {**default_sizes, "dtype": dtype}
+                        requests[name, target, dtype] = CompileRequest(op.name, impl.name, number, target, sizes)
+    return requests
+
+
 @tool
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,21 +98,12 @@ def main() -> int:
     parser.add_argument("--workers", type=COUNT, default=2)
     args = parser.parse_args()
     load_implementations(args.kernels, peers=False)
-    requests = {}
-    for op in OPS.values():
-        for impl in filter(uses_triton_kernels, op.impls.values()):
-            for number, config in enumerate(impl.configs):
-                name = f"{op.name}-{impl.name}-{number}"
-                if not args.only or name in args.only:
-                    default_sizes = compile_spec(op, impl.name, config).sizes
-                    for dtype, target in product(args.dtypes, args.targets):
-                        sizes = {**default_sizes, "dtype": dtype}
-                        requests[name, dtype, target] = CompileRequest(op.name, impl.name, number, target, sizes)
+    requests = find_requests(args.only, args.targets, args.dtypes)
     wrong = False
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TRITON_CACHE_DIR", folder)
         results = run_in_subprocesses(check_compiled, list(requests.values()), args.workers, args.kernels)
-        for (call, dtype, target), kernels in zip(requests, results):
+        for (call, target, dtype), kernels in zip(requests, results):
             for row in kernels:
                 print(json.dumps({"call": call, "target": target, "dtype": dtype, **row}))
                 wrong |= bool(row["wrong"])

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from vila_triton.limits import COUNT
 from vila_triton.paths import config_dir
 from vila_triton.registry import OPS, Op, Unsupported
 from vila_triton.registry.interpreter import uses_triton_kernels
@@ -137,8 +138,9 @@ def max_variants(kernel: str) -> int:
     return table.get(kernel, table["default"])
 
 
-def check_ops(ops: Sequence[str], folder: str | None) -> list[str]:
-    """Prints the variants of every kernel of the ops, or of all; returns a line for each kernel that has too many.
+def check_ops(ops: Sequence[str], folder: str | None, workers: int = 2) -> list[str]:
+    """Prints the variants of every kernel of the ops, or of all, traced in so many processes; returns a line for each
+    kernel that has too many.
 
     Errors: ValueError for an op that does not exist.
     """
@@ -148,7 +150,7 @@ def check_ops(ops: Sequence[str], folder: str | None) -> list[str]:
     selected = [OPS[name] for name in ops or OPS]
     impl_keys = [(op.name, impl.name) for op in selected for impl in op.impls.values() if uses_triton_kernels(impl)]
     too_many = []
-    for (op, impl), launches in zip(impl_keys, run_in_subprocesses(trace_launches, impl_keys, folder=folder)):
+    for (op, impl), launches in zip(impl_keys, run_in_subprocesses(trace_launches, impl_keys, workers, folder)):
         for kernel, variants in launches.variants.items():
             allowed = max_variants(kernel)
             print(f"{op} {impl} {kernel}: {launches.calls} calls, {len(variants)} variants, at most {allowed}")
@@ -167,8 +169,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all")
     parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
+    parser.add_argument("--workers", type=COUNT, default=2)
     args = parser.parse_args()
-    too_many = check_ops(args.ops, args.kernels)
+    too_many = check_ops(args.ops, args.kernels, args.workers)
     for line in too_many:
         print(f"bench.recompiles: {line}", file=sys.stderr)
     return int(bool(too_many))

@@ -6,6 +6,7 @@ same).
 """
 
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -85,3 +86,10 @@ def dots_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
         return TensorHandle(total, d.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_kept_between_tests(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """`check` goes on with other examples after an earlier run; here every run is the first."""
+    if (module := sys.modules.get("bench.correctness.kept_coverage")) is not None:
+        monkeypatch.setattr(module, "FOLDER", tmp_path_factory.mktemp("check"))

@@ -7,7 +7,8 @@ gate               the property test that an implementation must pass before it 
 find_failure       search for the simplest failing example
 failure_report     a failure in words, and a map of its errors
 covering_array     few rows of sizes and options in which every two values meet
-tile_coverage      the tiles of a config that the checked sizes covered
+tiles              the tiles of launches, the sizes at their edges, and what checked calls covered of them
+example_plan       the examples of an op that its implementations are checked at, by domain and config
 repro_bundle       one call with its arguments in a file, to be replayed
 shadow_recorder    a candidate beside the implementation that a model runs, call by call
 """

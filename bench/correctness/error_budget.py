@@ -58,8 +58,14 @@ def example_strategy(op: Op) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def example_args(op: Op, seed: int, **sizes: Any) -> tuple:
-    """Random arguments of the op at these sizes, on the device that is checked."""
-    return op.make_example(**sizes, rng=torch.Generator().manual_seed(seed), device=DEVICE)
+    """Arguments of the op at these sizes, on the device that is checked.
+
+    They are random, or with `values` among the sizes the op's hard case of that name; KeyError if there is none.
+    """
+    values = sizes.pop("values", "random")
+    rng = torch.Generator().manual_seed(seed)
+    args = op.make_example(**sizes, rng=rng, device=DEVICE)
+    return args if values == "random" else op.hard_cases[values](args, rng)
 
 
 def run_property(check: Callable[[], None]) -> None:

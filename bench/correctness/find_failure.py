@@ -1,22 +1,23 @@
-"""Search the domain of an op for the simplest example on which an implementation fails the property test."""
+"""Search for the simplest example on which an implementation fails the property test."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
-from hypothesis import strategies as st
-from hypothesis.errors import Flaky, Unsatisfiable
 
-from vila_triton.registry import Impl, IntRange, Op, Unsupported
+from vila_triton.registry import Impl, IntRange, OneOf, Op, Unsupported
 
-from .error_budget import DEVICE, example_strategy, shared_example
+from .error_budget import DEVICE, UNSUPPORTED_DTYPES
+from .example_plan import ExamplePlan, planned_example
 from .guarded_memory import MEMORY_LAYOUTS, MemoryLayout, MismatchError
+from .tiles import TileCoverage, recorded_launches
 
 SHRINK_SECONDS = 60.0  # seconds, counted from the first failure
+MAX_DRAWS = 10  # for each example that is asked for: of an implementation that supports little, most are unsupported
 
 
 @dataclass(frozen=True)
@@ -42,89 +43,137 @@ class Failure:
 class SearchResult:
     """The result of a search.
 
-    calls      the sizes of the examples that were checked; empty if all were unsupported, for these `reasons`
-    simplest   the simplest failing call; None if all calls match the reference
-    largest    the failing call of the same kind whose wrong tensor is largest, and shows a pattern of errors best
-    caveat     the reason why `simplest` may not be the simplest, or does not fail each time
+    num_examples  how many were checked; 0 if all were unsupported, for these `reasons`
+    coverage      what they covered of the tiles of the launches
+    simplest      the simplest failing call; None if all calls match the reference
+    largest       the failing call of the same kind whose wrong tensor is largest, and shows a pattern of errors best
+    caveat        the reason why `simplest` may not be the simplest, or does not fail each time
     """
 
-    calls: Sequence[Mapping[str, Any]]
+    num_examples: int
+    coverage: TileCoverage
     seconds: float
     reasons: frozenset[str]
     simplest: Failure | None = None
     largest: Failure | None = None
     caveat: str = ""
 
-    @property
-    def num_examples(self) -> int:
-        return len(self.calls)
-
 
 class DeviceLost(BaseException):
     """A kernel left the GPU unusable: whatever runs after it in this process fails too. Not for hypothesis to catch."""
 
 
-def find_failure(op: Op, impl: Impl, config: Mapping[str, Any], count: int, seconds: float) -> SearchResult:
-    """Check up to `count` examples, the same each time, in about so many seconds; shrink the first that fails.
+def find_failure(
+    op: Op,
+    impl: Impl,
+    config: Mapping[str, Any],
+    count: int,
+    seconds: float,
+    seed: int = 0,
+    covered: TileCoverage | None = None,
+) -> SearchResult:
+    """Check up to `count` examples of a plan (see `example_plan`) in about so many seconds; shrink the first failure.
 
     Errors: `DeviceLost`, from the failing call.
     """
-    start = time.monotonic()
-    end = start + seconds
-    failures: dict[tuple, Failure] = {}  # the latest last
-    checked: dict[tuple, Mapping[str, Any]] = {}
+    start, num_examples = time.monotonic(), 0
     reasons: set[str] = set()
-
-    @settings(
-        max_examples=count,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        report_multiple_bugs=False,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-    )
-    @given(sizes=example_strategy(op), layout=st.sampled_from(MEMORY_LAYOUTS))
-    def check(sizes: dict[str, Any], layout: MemoryLayout) -> None:
-        nonlocal end
-        sizes = {name: sizes[name] for name in (*op.domain, "seed")}  # while shrinking, hypothesis reorders them
-        key = (*sizes.values(), layout)
-        if time.monotonic() > end and checked and key not in failures:
-            return  # out of time
+    plan = ExamplePlan(op, config, seed, covered)
+    for sizes, layout in islice(plan, MAX_DRAWS * count):
+        if num_examples == count or (num_examples and time.monotonic() > start + seconds):
+            break
         try:
-            failure = run_example(op, impl, config, sizes, layout)
+            with recorded_launches() as launches:
+                failure = run_example(op, impl, config, sizes, layout)
         except Unsupported as reason:
             reasons.add(str(reason))
-            assume(False)
-            return
-        checked[key] = sizes
+            continue
+        num_examples += 1
+        plan.observe(sizes, launches)
         if failure:
-            if not failures:
-                end = time.monotonic() + SHRINK_SECONDS
-            failures.pop(key, None)
-            failures[key] = failure
-            raise failure.error
+            shrinker = Shrinker(op, impl, config, failure)
+            shrinker.shrink()
+            caveat, largest = shrinker.caveat(), shrinker.largest()
+            took = time.monotonic() - start
+            return SearchResult(
+                num_examples, plan.coverage, took, frozenset(reasons), shrinker.simplest, largest, caveat
+            )
+    return SearchResult(num_examples, plan.coverage, time.monotonic() - start, frozenset(reasons))
 
-    caveat = ""
-    try:
-        check()
-    except Unsatisfiable:
-        pass
-    except Flaky:
-        caveat = "the same arguments do not fail each time"
-    except Exception:  # that of a failing example, which hypothesis hands on; it is in `failures`
-        if not failures:
-            raise
-    if not caveat and time.monotonic() > end:
-        caveat = "shrinking ran out of time; simpler cases may fail too"
-    if not failures:
-        return SearchResult(list(checked.values()), time.monotonic() - start, frozenset(reasons))
-    simplest = list(failures.values())[-1]
-    with suppress(Unsupported):
-        if failure := run_example(op, impl, config, largest_sizes(op, simplest.sizes), simplest.layout):
-            failures[()] = failure
-    largest = max((f for f in failures.values() if f.kind == simplest.kind), key=lambda f: f.num_elements)
-    return SearchResult(list(checked.values()), time.monotonic() - start, frozenset(reasons), simplest, largest, caveat)
+
+class Shrinker:
+    """Makes a failing example simpler: every part of it in turn, for as long as that changes something.
+
+    A choice becomes the first of its values that still fails, a size the lowest that bisection finds. Only failures of
+    the first one's kind count.
+    """
+
+    def __init__(self, op: Op, impl: Impl, config: Mapping[str, Any], first: Failure):
+        self.op, self.impl, self.config = op, impl, config
+        self.simplest, self.failures = first, [first]
+        self.end = time.monotonic() + SHRINK_SECONDS
+
+    @property
+    def out_of_time(self) -> bool:
+        return time.monotonic() > self.end
+
+    def fails(self, sizes: Mapping[str, Any], layout: MemoryLayout) -> bool:
+        """Run a simpler example; if it fails alike, it is the simplest from now on."""
+        if self.out_of_time:
+            return False
+        failure = self.run(sizes, layout)
+        self.simplest = failure or self.simplest
+        return failure is not None
+
+    def run(self, sizes: Mapping[str, Any], layout: MemoryLayout) -> Failure | None:
+        with suppress(Unsupported):
+            failure = run_example(self.op, self.impl, self.config, sizes, layout)
+            if failure and failure.kind == self.simplest.kind:
+                self.failures.append(failure)
+                return failure
+        return None
+
+    def shrink(self) -> None:
+        before = None
+        while before is not self.simplest:
+            before = self.simplest
+            if self.simplest.layout != MEMORY_LAYOUTS[0]:
+                self.fails(self.simplest.sizes, MEMORY_LAYOUTS[0])
+            if "values" in self.simplest.sizes:
+                sizes = {name: x for name, x in self.simplest.sizes.items() if name != "values"}
+                self.fails(sizes, self.simplest.layout)
+            if self.simplest.sizes["seed"]:
+                self.fails_with("seed", 0)
+            for name, axis in self.op.domain.items():
+                self.lower_size(name, axis) if isinstance(axis, IntRange) else self.simplify_choice(name, axis)
+
+    def fails_with(self, name: str, value: Any) -> bool:
+        return self.fails({**self.simplest.sizes, name: value}, self.simplest.layout)
+
+    def simplify_choice(self, name: str, axis: OneOf) -> None:
+        values = [x for x in axis.values if x not in UNSUPPORTED_DTYPES]
+        simpler = values[: values.index(self.simplest.sizes[name])]
+        next((x for x in simpler if self.fails_with(name, x)), None)
+
+    def lower_size(self, name: str, axis: IntRange) -> None:
+        right = axis.low  # the highest size that is known not to fail
+        if self.simplest.sizes[name] > right and not self.fails_with(name, right):
+            while self.simplest.sizes[name] - right > axis.step and not self.out_of_time:
+                middle = right + (self.simplest.sizes[name] - right) // (2 * axis.step) * axis.step
+                if not self.fails_with(name, middle):
+                    right = middle
+
+    def caveat(self) -> str:
+        if self.out_of_time:
+            return "shrinking ran out of time; simpler cases may fail too"
+        again = self.run(self.simplest.sizes, self.simplest.layout)
+        return "" if again else "the same arguments do not fail each time"
+
+    def largest(self) -> Failure:
+        """The failure whose wrong tensor is largest, the simplest with every size at its upper bound included."""
+        if not self.out_of_time:
+            self.run(largest_sizes(self.op, self.simplest.sizes), self.simplest.layout)
+        return max(self.failures, key=lambda failure: failure.num_elements)
 
 
 def largest_sizes(op: Op, sizes: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +186,7 @@ def run_example(
 ) -> Failure | None:
     """The failure of an example, or None. Errors: Unsupported, DeviceLost."""
     try:
-        example = shared_example(op, **sizes)
+        example = planned_example(op, sizes)
         example.check(impl, config, layout, example.call_twice)
     except Unsupported:
         raise

@@ -1,19 +1,20 @@
 """The gate before timing: an implementation whose numbers are wrong is not timed. Used by `ops`, `tune` and `peers`."""
 
-import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from itertools import islice
 from typing import Any
 
 import torch
 
-from vila_triton.registry import OPS, Impl, IntRange, Op, Unsupported
+from vila_triton.registry import OPS, Impl, Unsupported
 
 from ..measure.cases import Case, random_arguments
-from .error_budget import DEVICE, SHARED_EXAMPLES, UNSUPPORTED_DTYPES, Example, copy_into, shared_example
+from .error_budget import DEVICE, SHARED_EXAMPLES, Example, copy_into
+from .example_plan import ExamplePlan, planned_example
 from .failure_report import exception_line
 from .guarded_memory import MEMORY_LAYOUTS, MemoryLayout, map_tensors, tensors
+from .tiles import recorded_launches
 
 NUM_EXAMPLES = 12
 MAX_DRAWS = 10 * NUM_EXAMPLES  # an implementation that does not support any of so many examples supports nothing
@@ -25,9 +26,9 @@ CASE_BYTES = {"cpu": 2**24, "cuda": 2**30}
 def gate(impl: Impl, config: Mapping[str, Any], case: Case | None = None) -> str | None:
     """The reason, in one line, that the implementation may not be timed with this config; None if it may.
 
-    It must match the reference (in guarded memory, within the error budget) on random examples of the op's whole
-    domain, the same each time and alternating between both memory layouts, and at the sizes of the case in both
-    layouts, unless they are too large for float64. Half of the examples, and the case, follow a call with other values
+    It must match the reference (in guarded memory, within the error budget) on the first examples of the plan of its
+    config, at the edges of its tiles and in both memory layouts, and at the sizes of the case in both layouts, unless
+    they are too large for float64. Half of the examples, and the case, follow a call with other values
     at the same addresses.
     """
     reason = domain_gate(impl, tuple(sorted(config.items())))
@@ -88,40 +89,26 @@ def fits_float64_check(case: Case) -> bool:
     return flops <= CASE_FLOPS[DEVICE] and size <= CASE_BYTES[DEVICE]
 
 
-def random_sizes(op: Op) -> Iterator[dict[str, Any]]:
-    """Endless random sizes of the domain, the same each time: the smallest first, and the ends of an axis often."""
-    rng = random.Random(op.name)
-    yield {**{n: d.low if isinstance(d, IntRange) else d.values[0] for n, d in op.domain.items()}, "seed": 0}
-    while True:
-        sizes = {}
-        for name, domain in op.domain.items():
-            if isinstance(domain, IntRange):
-                values = range(domain.low, domain.high + 1, domain.step)
-                sizes[name] = rng.choice((values[0], values[-1], rng.choice(values)))
-            else:
-                sizes[name] = rng.choice([value for value in domain.values if value not in UNSUPPORTED_DTYPES])
-        yield {**sizes, "seed": rng.randrange(2**16)}
-
-
 @cache
 def domain_gate(impl: Impl, config: tuple[tuple[str, Any], ...]) -> str | None:
-    """Returns the first fault of an implementation on random examples of its op's domain, in one line, or None.
+    """Returns the first fault of an implementation on examples of its op's domain, in one line, or None.
 
-    The examples are the same each time, and their memory layouts alternate. Unsupported ones are skipped; if all
-    are unsupported, that is the fault.
+    They are the first ones of the plan of this config (see `example_plan`). Unsupported ones are skipped; if all are
+    unsupported, that is the fault.
     """
     op = OPS[impl.op]
+    plan = ExamplePlan(op, dict(config))
     reasons: set[str] = set()
     checked = 0
-    for i, sizes in enumerate(islice(random_sizes(op), MAX_DRAWS)):
+    for sizes, layout in islice(plan, MAX_DRAWS):
         try:
-            if fault := find_fault(
-                shared_example(op, **sizes), impl, dict(config), MEMORY_LAYOUTS[i % len(MEMORY_LAYOUTS)]
-            ):
-                return fault
+            with recorded_launches() as launches:
+                if fault := find_fault(planned_example(op, sizes), impl, dict(config), layout):
+                    return fault
         except Unsupported as reason:
             reasons.add(str(reason))
             continue
+        plan.observe(sizes, launches)
         checked += 1
         if checked == NUM_EXAMPLES:
             return None

@@ -8,8 +8,9 @@ two medians is the noise, printed beside the figure.
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def time_call(call: Callable[..., Any], args: Any, device: torch.device, budget:
     for copy in arg_copies:  # compiles, allocates, and lets a library prepare each copy
         call(*copy)
     if device.type == "cpu":
-        runs = [sample_on_cpu(call, arg_copies, budget) for _ in range(2)]
+        turns = cycle(arg_copies)  # the second run goes on where the first ended, or its first copies would be warm
+        runs = [sample_on_cpu(call, turns, budget) for _ in range(2)]
         graph = False
     else:
         replay, graph = capture_cuda_graph(call, arg_copies)
@@ -76,12 +78,12 @@ def time_call(call: Callable[..., Any], args: Any, device: torch.device, budget:
     return Timing(statistics.median(samples), low, high, statistics.median(runs[1]), len(samples), cold, graph)
 
 
-def sample_on_cpu(call: Callable[..., Any], copies: Sequence[Any], budget: float) -> list[float]:
-    """Returns seconds per call, one sample per call."""
+def sample_on_cpu(call: Callable[..., Any], turns: Iterator[Any], budget: float) -> list[float]:
+    """Returns seconds per call, one sample per call, each with the next arguments of endless `turns`."""
     samples: list[float] = []
     end = time.perf_counter() + budget
     while len(samples) < 5 or time.perf_counter() < end:
-        copy = copies[len(samples) % len(copies)]
+        copy = next(turns)
         start = time.perf_counter()
         call(*copy)
         samples.append(time.perf_counter() - start)
@@ -164,5 +166,5 @@ def min_seconds(call: Callable[[], Any], device: torch.device, budget: float = 0
     """Returns the least seconds of a call."""
     call()
     if device.type == "cpu":
-        return min(sample_on_cpu(call, [()], budget))
+        return min(sample_on_cpu(call, repeat(()), budget))
     return min(sample_on_gpu(call, 1, budget))

@@ -6,61 +6,53 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutants import Plant, plant  # noqa: F401 (plant: a fixture)
+from mutants import Plant, by_rule, exchange, insert, plant  # noqa: F401 (plant: a fixture)
 
 from bench import check
-from bench.correctness import repro_bundle
+from bench.correctness import kept_coverage, repro_bundle
 from bench.correctness.error_budget import argument_names, example_args
 from bench.correctness.failure_report import describe_first_wrong, error_map
 from bench.correctness.find_failure import find_failure
 from bench.correctness.gate import gate
 from bench.correctness.guarded_memory import MismatchError, tensors
-from bench.correctness.tile_coverage import coverage_lines
+from bench.correctness.tiles import TileCoverage, launch_tilings
 from vila_triton.registry import OPS, Impl, IntRange, Unsupported, discover
 
-DOT = 'x, acc, input_precision="ieee")'
-STORED = "store_tile(acc, bias_ptr, out_ptr, offs_m, offs_n, M, N, stride_om)"
 ONE = "m=1 n=1 G=1 group=64 dtype=float32 order=sub bias=False"
-PLANTED = {  # op, the line, what becomes of it, what check finds, the case it shrinks to
+PLANTED = {  # op, the change of its kernel, what check finds, the case it shrinks to
     "swapped_nibbles": (
         "int4_matmul",
-        "tl.arange(0, 8) * 4",
-        "(tl.arange(0, 8) ^ 4) * 4",
+        exchange("tl.arange(0, 8) * 4", "(tl.arange(0, 8) ^ 4) * 4"),
         "beyond budget",
         ONE,
     ),
     "no_mask_n": (
         "int4_matmul",
-        STORED,
-        STORED.replace(" N,", " 2**20,"),
+        exchange("N", "2**20", call="store_tile"),
         "wrote outside",
         ONE,
     ),
     "half_precision_sum": (
         "int4_matmul",
-        DOT,
-        f"{DOT}.to(tl.float16).to(tl.float32)",
+        by_rule("dtype of a sum", "tl.dot"),
         "beyond budget",
         ONE,
     ),
     "one_tile": (
         "int4_matmul",
-        STORED,
-        STORED.replace("acc", "acc + (pid_m * pid_n == 1)"),
+        exchange("acc", "acc + (pid_m * pid_n == 1)", call="store_tile"),
         "beyond budget",
         ONE.replace("m=1 n=1", "m=17 n=65"),
     ),
     "one_token_ahead": (
         "prefill_attention",
-        "mask = tokens[None, :] <= position",
-        "mask = tokens[None, :] - 1 <= position",
+        by_rule("shift a bound", "tokens[None, :] <= position"),
         "beyond budget",
         "b=1 s=1 t=1 g=1 ratio=1 d=32 l=16 dtype=float32 kv=plain numerics=fast",
     ),
     "no_more_than_six_rows": (
         "swiglu",
-        "s, f = gate.shape\n",
-        "s, f = gate.shape\n    assert s < 7\n",
+        insert("assert s < 7", after="s, f = "),
         "crashed",
         "s=7 f=1 dtype=float32",
     ),
@@ -71,8 +63,8 @@ FIRST = {"one_tile": "[16, 64]", "one_token_ahead": "[0, 0, 0]", "swapped_nibble
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", PLANTED)
 def test_wrong_kernel_is_shrunk_saved_and_replayed(name: str, plant: Plant, tmp_path: Path, capsys) -> None:  # noqa: F811
-    op, old, new, kind, smallest = PLANTED[name]
-    plant(op, name, old, new)
+    op, edit, kind, smallest = PLANTED[name]
+    plant(op, name, edit)
     assert check.main([op, "--impl", name, "--config", "0", "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert re.search(rf"shrunk case  {smallest} seed=\d+\n", said), said
@@ -88,7 +80,7 @@ def test_wrong_kernel_is_shrunk_saved_and_replayed(name: str, plant: Plant, tmp_
 
 
 def test_report_describes_the_saved_call(plant: Plant, tmp_path: Path, capsys) -> None:  # noqa: F811
-    plant("int4_matmul", "nibbles", *PLANTED["swapped_nibbles"][1:3])
+    plant("int4_matmul", "nibbles", PLANTED["swapped_nibbles"][1])
     check.main(["int4_matmul", "--impl", "nibbles", "--config", "1", "--out", str(tmp_path)])
     said = re.search(r"first wrong  output 0\[0, 0\] is (\S+), expected (\S+) ±", capsys.readouterr().out)
     saved = repro_bundle.load(tmp_path / "int4_matmul-nibbles-1.bundle")
@@ -111,18 +103,46 @@ def test_copied_kernel_file_is_checked_and_right(plant: Plant, capsys) -> None: 
 @pytest.mark.parametrize(
     ("config", "sizes", "said"),
     [
-        ({"BLOCK_M": 16}, [{"m": 1}, {"m": 16}], "m: 1 tile of 16, NEVER MORE THAN ONE"),
-        ({"BLOCK_M": 16}, [{"m": 1}, {"m": 33}], "m: 1–3 tiles of 16, last tile partial"),
-        ({"BLOCK_N": 32}, [{"n": 64}, {"n": 32}], "n: 1–2 tiles of 32, the last never partial"),
-        ({"BLOCK_K": 64}, [{"G": 5, "group": 80}, {"G": 1, "group": 64}], "k: 1–7 tiles of 64, last tile partial"),
-        ({"BLOCK_M": 16}, [{"s": 9, "ratio": 4, "t": 3}], "rows of queries: 3 tiles of 16, last tile partial"),
-        ({"BLOCK_N": 64}, [{"s": 9, "t": 100}, {"s": 1, "t": 0}], "keys, at most: 0–2 tiles of 64, last tile partial"),
-        ({"BLOCK_H": 4}, [{"g": 3, "ratio": 2}], "heads: 2 tiles of 4, last tile partial"),
-        ({"BLOCK_X": 4}, [{"m": 3}], "BLOCK_X: what it cuts is not known here"),
+        ({"BLOCK_M": 16}, [{"m": 1}, {"m": 16}], ["m: 1 tile of 16, NEVER MORE THAN ONE"]),
+        ({"BLOCK_M": 16}, [{"m": 1}, {"m": 33}], ["m: 1–3 tiles of 16, last tile partial"]),
+        ({"BLOCK_N": 32}, [{"n": 64}, {"n": 32}], ["n: 1–2 tiles of 32, THE LAST NEVER PARTIAL"]),
+        ({"BLOCK_K": 64}, [{"G": 5, "group": 80}, {"G": 1, "group": 64}], ["k: 1–7 tiles of 64, last tile partial"]),
+        ({"BLOCK_M": 16}, [{"s": 9, "ratio": 4, "t": 3}], ["rows of queries: 3 tiles of 16, last tile partial"]),
+        (
+            {"BLOCK_N": 64},
+            [{"s": 9, "t": 100}, {"s": 1, "t": 0}],
+            ["keys: 0–2 tiles of 64, last tile partial", "new keys: 1 tile of 64, NEVER MORE THAN ONE"],
+        ),
+        (
+            {"BLOCK_H": 4},
+            [{"g": 3, "ratio": 2}],
+            ["KV heads: 1 tile of 4, NEVER MORE THAN ONE", "heads: 2 tiles of 4, last tile partial"],
+        ),
+        (
+            {"BLOCK_K": 64, "SPLIT_K": 4},
+            [{"k": 257}],
+            ["k: 5 tiles of 64, last tile partial", "k: 2 tiles of 256, last tile partial"],
+        ),
+        ({"BLOCK_X": 4}, [{"m": 3}], ["BLOCK_X: what it cuts is not known here"]),
     ],
 )
-def test_coverage_counts_tiles(config: dict, sizes: list[dict], said: str) -> None:
-    assert list(coverage_lines({**config, "num_warps": 4}, sizes)) == [said]
+def test_coverage_counts_tiles(config: dict, sizes: list[dict], said: list[str]) -> None:
+    coverage = TileCoverage()
+    for x in sizes:
+        coverage.add(launch_tilings({**config, "num_warps": 4}, (), x))
+    assert list(coverage.lines(config)) == said
+
+
+def test_coverage_counts_the_tiles_of_launches_that_replace_the_configs() -> None:
+    coverage = TileCoverage()
+    coverage.add(
+        launch_tilings({"BLOCK_M": 64, "BLOCK_K": 32}, [{"BLOCK_M": 16}, {"BLOCK": 8}], {"m": 33, "k": 64, "n": 9})
+    )
+    assert list(coverage.lines({"BLOCK_M": 64})) == [
+        "n: 2 tiles of 8, last tile partial",
+        "k: 2 tiles of 32, THE LAST NEVER PARTIAL",
+        "m: 1–3 tiles of 16 or 64, last tile partial",
+    ]
 
 
 def test_coverage_knows_the_axis_of_every_block() -> None:
@@ -130,13 +150,36 @@ def test_coverage_knows_the_axis_of_every_block() -> None:
     for op in OPS.values():
         lowest = {name: axis.low if isinstance(axis, IntRange) else axis.values[0] for name, axis in op.domain.items()}
         for impl in op.impls.values():
-            assert not [text for text in coverage_lines(impl.configs[0], [lowest]) if "not known" in text], impl
+            coverage = TileCoverage()
+            coverage.add(launch_tilings(impl.configs[0], (), lowest))
+            assert not [text for text in coverage.lines(impl.configs[0]) if "not known" in text], impl
 
 
 def test_coverage_names_blocks_with_a_single_tile(capsys) -> None:
     assert check.main(["rms_norm", "--impl", "triton", "--config", "0", "--examples", "2"]) == 0
     said = capsys.readouterr().out
     assert "right        2 examples" in said and "\n  covered      e: 1 tile of 1024, NEVER MORE THAN ONE\n" in said
+
+
+def test_coverage_is_kept_between_runs_of_an_unchanged_kernel(plant: Plant, capsys) -> None:  # noqa: F811
+    plant("rms_norm", "mine")
+    said = []
+    for _ in range(2):
+        assert check.main(["rms_norm", "--impl", "mine", "--config", "1", "--examples", "4"]) == 0
+        said.append(capsys.readouterr().out)
+    assert "earlier runs" not in said[0] and "4 examples in" in said[1] and "after 1 earlier runs" in said[1]
+    tiles = [int(re.search(r"e: 1–(\d+) tiles of 128", text)[1]) for text in said]  # pyright: ignore
+    assert tiles[1] >= tiles[0] > 1
+    impl = OPS["rms_norm"].impls["mine"]
+    kept = kept_coverage.coverage_file(impl, impl.configs[1])
+    runs, coverage = kept_coverage.load_coverage(kept)
+    assert runs == 2 and any(x.tiles == 1 and x.offset == 1 for x in coverage.edges)
+    impl.file.write_text(impl.file.read_text() + "# changed\n")
+    assert kept_coverage.load_coverage(kept_coverage.coverage_file(impl, impl.configs[1])) == (0, TileCoverage())
+    kept.write_text("{}")
+    impl.file.write_text(impl.file.read_text().removesuffix("# changed\n"))
+    assert check.main(["rms_norm", "--impl", "mine", "--config", "1", "--examples", "4"]) == 2
+    assert f"{kept} does not hold what check covered" in capsys.readouterr().err
 
 
 def test_only_triton_kernels_are_reported_as_interpreted(capsys) -> None:
@@ -146,7 +189,7 @@ def test_only_triton_kernels_are_reported_as_interpreted(capsys) -> None:
 
 
 def test_read_outside_an_argument_names_it(plant: Plant) -> None:  # noqa: F811
-    plant("swiglu", "beyond", "mask = offs < F", "mask = offs <= F")
+    plant("swiglu", "beyond", by_rule("< becomes <=", "offs < F"))
     discover()
     refused = gate(OPS["swiglu"].impls["beyond"], OPS["swiglu"].impls["beyond"].configs[0])
     assert refused and "read outside argument gate, of shape [1, 1]" in refused
@@ -178,7 +221,7 @@ def test_flaky_kernel_is_reported_with_a_caveat() -> None:
 
 
 def test_check_stops_when_the_gpu_is_lost(plant: Plant, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # noqa: F811
-    plant("swiglu", "deadly", *PLANTED["no_more_than_six_rows"][1:3])
+    plant("swiglu", "deadly", PLANTED["no_more_than_six_rows"][1])
     monkeypatch.setattr("bench.correctness.find_failure.gpu_responds", lambda: False)
     assert check.main(["swiglu", "--impl", "deadly"]) == 1
     said = capsys.readouterr().out

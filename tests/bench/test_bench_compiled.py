@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mutants import Edit, exchange, in_first_config
 
 from bench.compiler import inspect_peer as beside
 from bench.compiler.cross_compile import CompileRequest, CompileResult
@@ -37,28 +38,25 @@ def compiled(kernels: Path, call: str) -> tuple[int, list[dict[str, Any]]]:
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
 
-WORDS, SPLITK = "lane * 4 + word", "int4_matmul_splitk.py"
+SPLITK = "int4_matmul_splitk.py"
 PLANTED = {
-    "as it is": ("_int4_dequant.py", WORDS, WORDS, ""),
+    "as it is": ("_int4_dequant.py", lambda text: text, ""),
     "narrow": (
         "_int4_dequant.py",
-        WORDS,
-        "lane * 4 + (word ^ 2)",
+        exchange("word", "(word ^ 2)", function="word_pointers"),
         "loads 4 bytes of weights at a time, documented are 16",
     ),
-    "spills": (SPLITK, '"num_warps": 4', '"num_warps": 1', r"spills \d+ and uses \d+ registers"),
-    "shared memory": (SPLITK, '"num_stages": ', '"num_stages": 6', r"wants \d+ bytes of shared memory"),
-    "does not compile": (SPLITK, "acc = int4_gemm_tile(", "acc = int4_gemm_tiles(", "NameError"),
+    "spills": (SPLITK, in_first_config("num_warps", 1), r"spills \d+ and uses \d+ registers"),
+    "shared memory": (SPLITK, in_first_config("num_stages", 64), r"wants \d+ bytes of shared memory"),
+    "does not compile": (SPLITK, exchange("int4_gemm_tile", "int4_gemm_tiles"), "NameError"),
 }
 
 
-@pytest.mark.parametrize(("file", "old", "new", "wrong"), PLANTED.values(), ids=PLANTED)
-def test_planted_faults_are_reported(file: str, old: str, new: str, wrong: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("file", "edit", "wrong"), PLANTED.values(), ids=PLANTED)
+def test_planted_faults_are_reported(file: str, edit: Edit, wrong: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     planted = tmp_path / "kernels" / file
-    text = planted.read_text()
-    assert old in text
-    planted.write_text(text.replace(old, new, 1))
+    planted.write_text(edit(planted.read_text()))
     status, (main, *_) = compiled(tmp_path / "kernels", "int4_matmul-splitk-0")
     assert status == bool(wrong)
     assert re.search(wrong, " ".join(main["wrong"])) if wrong else main["wrong"] == [] and main["weight_bytes"] == 16

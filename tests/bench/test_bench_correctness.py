@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from mutants import Plant, plant  # noqa: F401 (plant: a fixture)
+from mutants import Plant, insert, plant  # noqa: F401 (plant: a fixture)
 
 from bench.correctness import default_kernels
 from bench.correctness.default_kernels import Item, all_items, check_item
@@ -75,8 +75,7 @@ def test_sizes_cover_more_than_one_tile_and_a_partial_one(item: Item) -> None:
 
 @pytest.mark.parametrize("layout", MEMORY_LAYOUTS)
 def test_item_wrong_in_one_layout_is_wrong(layout: MemoryLayout, plant: Plant) -> None:  # noqa: F811
-    one = "    out = gate / (1.0 + tl.exp(-gate)) * up\n"
-    plant("swiglu", "mine", one, f"{one}    out += (stride_gs == F) == {layout == 'aligned'}\n")
+    plant("swiglu", "mine", insert(f"out += (stride_gs == F) == {layout == 'aligned'}", after="out = gate"))
     discover()
     (item,) = (x for x in EVERY if x.op == "swiglu" and x.sizes["dtype"] == "float16")
     assert check_item(item)["state"] == "right"

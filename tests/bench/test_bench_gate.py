@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from mutants import Plant, plant  # noqa: F401 (plant: a fixture)
+from mutants import Plant, insert, plant  # noqa: F401 (plant: a fixture)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import check, ops
@@ -41,10 +41,9 @@ from vila_triton.registry import OPS, Impl, discover
 discover()
 SWIGLU = OPS["swiglu"]
 CASE = Case("swiglu", "test", {"s": 64, "f": 48, "dtype": "float16"})
-ONE = "    out = gate / (1.0 + tl.exp(-gate)) * up\n"
 WRONG = {  # in the kernel of swiglu, by the layout of the arguments that it is wrong for
-    "aligned": f"{ONE}    out += stride_gf == 1 and stride_gs == F\n",
-    "strided": f"{ONE}    out += stride_gs != F\n",
+    "aligned": insert("out += stride_gf == 1 and stride_gs == F", after="out = gate"),
+    "strided": insert("out += stride_gs != F", after="out = gate"),
 }
 
 
@@ -55,7 +54,7 @@ def test_kernel_wrong_in_one_layout_is_refused_found_and_replayed(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    plant("swiglu", layout, ONE, WRONG[layout])
+    plant("swiglu", layout, WRONG[layout])
     discover()
     impl = SWIGLU.impls[layout]
     refused = gate(impl, impl.configs[0])

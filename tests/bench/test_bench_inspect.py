@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mutants import exchange, renamed
 
 from bench import inspect
 from bench.compiler.cross_compile import CompileRequest
@@ -236,10 +237,8 @@ def test_format_config_orders_blocks_m_n_k() -> None:
 @pytest.mark.slow
 def test_planted_spill_shows_against_the_last_commit(repository: Path) -> None:
     file = repository / "kernels" / "int4_matmul_packed.py"
-    text = file.read_text()
     config = '{"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}'
-    assert config in text
-    file.write_text(text.replace(config, config.replace('warps": 4', 'warps": 1')))
+    file.write_text(exchange(config, config.replace('warps": 4', 'warps": 1'))(file.read_text()))
     tool = repository / "tool.py"  # the repository of the test in place of this one
     imports = "import sys\nfrom pathlib import Path\nfrom bench import inspect\nfrom bench.measure import rows\n"
     body = "if __name__ == '__main__':\n    rows.ROOT = Path.cwd()\n    sys.exit(inspect.main())\n"
@@ -262,7 +261,7 @@ def test_planted_spill_shows_against_the_last_commit(repository: Path) -> None:
 def test_copied_kernel_file_appears_and_equals_the_original(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=KERNELS)
     text = (tmp_path / "kernels" / "swiglu.py").read_text()
-    mine = text.replace('impl("triton"', 'impl("mine"').replace("tl.exp(-gate)", "tl.exp(-gate) + tl.exp(-up)")
+    mine = exchange("tl.exp(-gate)", "tl.exp(-gate) + tl.exp(-up)")(renamed(text, "triton", "mine"))
     (tmp_path / "kernels" / "swiglu_mine.py").write_text(mine)
     words = f"-m bench.inspect swiglu --config 0 --arch gfx942 --kernels {tmp_path / 'kernels'} --against triton"
     done = python(*words.split())

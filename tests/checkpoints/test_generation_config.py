@@ -120,7 +120,7 @@ def test_invalid_values_are_refused(config: Any, message: str, tmp_path: Path) -
 def test_prompt_longer_than_max_length_is_refused(tmp_path: Path) -> None:
     model = load(folder(tmp_path, {"max_length": LENGTH}))
     for loop in LOOPS:
-        with pytest.raises(ValueError, match=f"the prompt has {LENGTH} positions, but max_length in generation_config"):
+        with pytest.raises(ValueError, match=f"the prompt has {LENGTH} positions, but max_length is {LENGTH} "):
             model.generate(IDS, loop=loop)
 
 

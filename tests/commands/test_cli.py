@@ -1,13 +1,15 @@
-"""The commands, run as a user runs them."""
+"""The commands, run as a user runs them; those that fail or print text do so within this process."""
 
 import argparse
+import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
-from vila_triton.__main__ import build_parser
+from vila_triton.__main__ import build_parser, main
 from vila_triton.commands import QUESTIONS
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.tiny.examples import EXAMPLES_DIR
@@ -17,6 +19,21 @@ def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "vila_triton", *args]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, env=env)
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line in this process: its arguments and standard input -> exit code, standard output and error."""
+
+    def run_main(*args: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["vila-triton", *args])
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        return main(), *capsys.readouterr()
+
+    return run_main
 
 
 def test_ask_prints_the_answer_and_one_line_of_statistics():
@@ -36,10 +53,10 @@ def test_chat_continues_the_conversation_from_line_to_line():
     assert done.stderr.count("\n") == 2 and "cached" in done.stderr.splitlines()[1]
 
 
-def test_ops_lists_every_op_and_why_it_is_chosen():
-    done = run("ops", "--device", "cpu", "--set", "kernels.rope=triton")
-    assert done.returncode == 0, done.stderr
-    assert "int4_matmul" in done.stdout and "kernels/rope.py" in done.stdout and "--set" in done.stdout
+def test_ops_lists_every_op_and_why_it_is_chosen(run_here: Run):
+    status, out, err = run_here("ops", "--device", "cpu", "--set", "kernels.rope=triton")
+    assert status == 0, err
+    assert "int4_matmul" in out and "kernels/rope.py" in out and "--set" in out
 
 
 @pytest.mark.parametrize(
@@ -56,17 +73,17 @@ def test_ops_lists_every_op_and_why_it_is_chosen():
         (["ask", "--model", str(BUNDLED_CHECKPOINT), "<image> Why?"], "places for 1 images, but 0"),
     ],
 )
-def test_wrong_arguments_are_one_line_on_stderr(args, message):
-    done = run(*args, "--device", "cpu")
-    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+def test_wrong_arguments_are_one_line_on_stderr(args: list[str], message: str, run_here: Run):
+    status, _, err = run_here(*args, "--device", "cpu")
+    assert status == 1 and message in err and err.count("\n") == 1
 
 
-def test_wrong_line_does_not_end_a_chat():
+def test_wrong_line_does_not_end_a_chat(run_here: Run):
     lines = ("/image none.png", "/images", f"/image {EXAMPLES_DIR / 'a.png'}", "How many blue shapes are there?")
     talk = "\n".join((*lines, "/quit", "never asked", ""))
-    done = run("chat", "--device", "cpu", stdin=talk)
-    assert done.returncode == 0 and done.stdout == "2\n"
-    assert "none.png does not exist" in done.stderr and "no command '/images'" in done.stderr
+    status, out, err = run_here("chat", "--device", "cpu", stdin=talk)
+    assert status == 0 and out == "2\n"
+    assert "none.png does not exist" in err and "no command '/images'" in err
 
 
 OLD_AND_NEW = [

@@ -99,7 +99,8 @@ def test_memory_is_measured_whatever_the_heap_has_free(reader: str, tmp_path: Pa
     blocks = [bytearray(b"x") * 100_000 for _ in range(2000)]
     above = bytearray(b"x") * 100_000  # keeps the 200 MB below it in the heap when they are freed
     del blocks
-    test_mutated_reader_is_detected(*PLANTED[reader], tmp_path)
+    read, kind = PLANTED[reader]
+    test_mutated_reader_is_detected(read, kind, tmp_path)
     del above
 
 

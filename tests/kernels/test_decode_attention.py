@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from mutants import Plant, plant  # noqa: F401 (a fixture)
+from mutants import Plant, by_rule, exchange, plant  # noqa: F401 (a fixture)
 from torch import Tensor
 
 from bench.correctness.error_budget import (
@@ -51,6 +51,18 @@ def run(name: str, args: tuple, *more: Any, config: dict | None = None) -> Any:
 def test_any_number_of_splits_matches_the_reference(kv: str, num_splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "plan_splits", lambda *_: SplitPlan(num_splits, 64, 2048, num_splits))
     assert_matches_reference(DECODE, IMPLS["triton"], IMPLS["triton"].configs[0], drawn(kv=kv, t=410))
+
+
+def test_largest_score_is_kept_over_more_splits_than_are_merged_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 ** (score - largest) of an early split overflows if the largest score of the later ones takes its place."""
+    monkeypatch.setattr(kernel, "plan_splits", lambda *_: SplitPlan(26, 16, 2048, 26))
+    q, cache, _, scale = drawn(b=1, ratio=1, d=16, t=410, dtype="float32")
+    k = 0.1 * torch.randn(410, 1, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    k[7] += 120 * 16**0.5 / 16
+    slots = (cache.block_table[0].long()[:, None] * 16 + torch.arange(16, device=DEVICE)).flatten()[:410]
+    ops.kv_write.reference(k, k, cache.k_pages, cache.v_pages, slots)
+    args = (torch.ones_like(q), cache, torch.tensor([410], dtype=torch.int32, device=DEVICE), scale)
+    assert_matches_reference(DECODE, IMPLS["triton"], OTHER, args)
 
 
 @pytest.mark.on_gpu
@@ -174,14 +186,16 @@ def check_invariance(impl: Impl, args: tuple) -> None:
 
 
 SHORTCUTS = {
-    "its config": ('if numerics == "batch_invariant"', 'if numerics == "never"'),
-    "one sequence alone": ("plan_splits(numerics, b * g, cap", 'plan_splits(numerics if b > 1 else "fast", b * g, cap'),
+    "its config": by_rule("< becomes <=", "numerics == 'batch_invariant'"),
+    "one sequence alone": exchange(
+        "numerics", "numerics if b > 1 else 'fast'", function="decode_attention_triton", call="plan_splits"
+    ),
 }
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_mutants_that_are_not_batch_invariant_are_detected(shortcut: str, plant: Plant) -> None:  # noqa: F811
-    plant("decode_attention", "unsteady", *SHORTCUTS[shortcut])
+    plant("decode_attention", "unsteady", SHORTCUTS[shortcut])
     discover()
     with pytest.raises(AssertionError):
         for seed in range(4):
@@ -189,16 +203,16 @@ def test_mutants_that_are_not_batch_invariant_are_detected(shortcut: str, plant:
 
 
 BUGS = {
-    "pages are not looked up ahead": ("stride_tp, n + BLOCK_N, end", "stride_tp, n, end"),
-    "splits overlap": ("begin = split * keys", "begin = tl.maximum(split * keys - BLOCK_N, 0)"),
-    "a head is not written": ("row_mask = rows < QUERIES_PER_KV", "row_mask = rows < QUERIES_PER_KV - 1"),
-    "sums of splits are halves": ("max_splits, d, dtype=torch.float32", "max_splits, d, dtype=torch.float16"),
+    "pages are not looked up ahead": exchange("n + BLOCK_N", "n", call="load_page_ids"),
+    "splits overlap": exchange("split * keys", "tl.maximum(split * keys - BLOCK_N, 0)"),
+    "a head is not written": by_rule("shift a bound", "rows < QUERIES_PER_KV"),
+    "sums of splits are halves": by_rule("dtype of a sum", "torch.float32", statement="acc = torch.empty"),
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_mutants_are_detected(bug: str, plant: Plant) -> None:  # noqa: F811
-    plant("decode_attention", "planted", *BUGS[bug])
+    plant("decode_attention", "planted", BUGS[bug])
     discover()
     impl = IMPLS["planted"]
     with pytest.raises(MismatchError):

@@ -2,18 +2,18 @@
 computes in the precision it is asked for, and loads 4-bit weights as wide as its file says: `bench.compiled`."""
 
 import ast
-import json
 import os
 import subprocess
 import sys
 import textwrap
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.compiled import check_compiled, find_requests
+from bench.compiler.cross_compile import run_in_subprocesses
 from bench.compiler.gpus import TARGETS
 from vila_triton.registry import OPS, REFERENCE, discover
 
@@ -26,8 +26,9 @@ CALLS = [
     for config in range(len(impl.configs))
 ]
 CHECKED = {("sm_80", "bfloat16"), ("sm_90", "float16"), ("gfx942", "float16")}
+DTYPES = ("float32", "float16", "bfloat16")
 FLOAT32 = ("int4_matmul-splitk-0", "sm_100", "float32")  # of this Triton's compiler is tempted to make TF32
-CASES = [(call, target, dtype) for target in TARGETS for dtype in ("float32", "float16", "bfloat16") for call in CALLS]
+CASES = [(call, target, dtype) for target in TARGETS for dtype in DTYPES for call in CALLS]
 QUICK = [x for x in CASES if x[1:] in CHECKED or x == FLOAT32]
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,26 +37,19 @@ ROOT = Path(__file__).resolve().parents[2]
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, list[dict]]:
     """Compile the calls of the selected tests in another process: one that interprets kernels compiles none."""
     items: list[Any] = request.session.items
-    asked = [item.callspec.params for item in items if "found" in getattr(item, "fixturenames", ())]
-    calls: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
-    for p in asked:
-        calls[p["target"], p["dtype"]].add(p["call"])
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    rows = defaultdict(list)
-    for (target, dtype), names in sorted(calls.items()):
-        command = [sys.executable, "-m", "bench.compiled", "--targets", target, "--dtypes", dtype, "--only", *names]
-        out = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True).stdout
-        for row in map(json.loads, out.splitlines()):
-            rows[row["call"], target, dtype].append(row)
-    return rows
+    params = [item.callspec.params for item in items if "found" in getattr(item, "fixturenames", ())]
+    requests = find_requests([], list(TARGETS), DTYPES)
+    asked = [key for p in params if (key := (p["call"], p["target"], p["dtype"])) in requests]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        return dict(zip(asked, run_in_subprocesses(check_compiled, [requests[key] for key in asked], 1)))
 
 
 @pytest.mark.parametrize(
     "call, target, dtype", [pytest.param(*x, marks=() if x in QUICK else pytest.mark.slow) for x in CASES]
 )
 def test_compiles(call: str, target: str, dtype: str, found: dict[tuple, list[dict]]) -> None:
-    kernels = found[call, target, dtype]
+    kernels = found.get((call, target, dtype))
     if not kernels:
         pytest.skip("launches no Triton kernel for these arguments")
     for kernel in kernels:

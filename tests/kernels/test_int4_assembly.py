@@ -1,26 +1,25 @@
-"""Codes become numbers: the inline assembly of `_int4_dequant` and its twin without any, on all 65,536 half-words.
-
-The assembly is read by the few lines below, which know the instructions it is made of; on a GPU it runs.
+"""Codes become numbers: the inline assembly of `_int4_dequant` and its twin without any, on all 65,536 half-words, and
+in whole kernels. The assembly is emulated on the operands that kernels pass; on a GPU it runs.
 """
 
-import re
 import sys
 from collections.abc import Callable
 from types import FunctionType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from inline_assembly import emulated_inline_asm, run_assembly
 from torch import Tensor
-from triton.runtime.interpreter import TensorHandle
 
-from bench.correctness.error_budget import DEVICE, INTERPRETED, assert_matches_reference
-from bench.correctness.guarded_memory import bit_pattern
+from bench.correctness.error_budget import DEVICE, INTERPRETED, assert_matches_reference, example_args
+from bench.correctness.guarded_memory import MismatchError, bit_pattern
 from vila_triton.kernels import _int4_dequant, _launch  # pyright: ignore
 from vila_triton.ops.int4_tiles import unpack_nibbles
-from vila_triton.registry import OPS, discover
+from vila_triton.registry import OPS, Impl, Op, discover
 
 HALVES = torch.arange(2**16)
 WORDS = (
@@ -28,8 +27,8 @@ WORDS = (
 )  # each half takes all values
 TOP, LOW = torch.arange(16)[:, None], (torch.arange(16)[:, None] * 7 + 3) % 16  # zeros of the rows r and r + 8
 ORDER, OF_LOW_ROW = [0, 4, 1, 5, 2, 6, 3, 7], torch.tensor([0, 0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
-ASSEMBLY = {torch.float16: _int4_dequant.FLOAT16_ASM.value, torch.bfloat16: _int4_dequant.BFLOAT16_ASM.value}
-DTYPES = pytest.mark.parametrize("dtype", ASSEMBLY, ids=str)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 codes_minus_zero, opaque_copy = _int4_dequant.codes_minus_zero, _launch.opaque_copy
 discover()
 
@@ -40,62 +39,6 @@ def expected(dtype: torch.dtype) -> Tensor:
     return (codes - torch.where(OF_LOW_ROW[:, None, None], LOW, TOP)).to(dtype)
 
 
-def logic(a: Tensor, b: Tensor, c: Tensor, table: int) -> Tensor:
-    """lop3: bit i of the table is the result where the bits of a, b and c spell i."""
-    out = torch.zeros_like(a | b | c)
-    for i in range(8):
-        if table >> i & 1:
-            out |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
-    return out & 0xFFFFFFFF
-
-
-def by_halves(fn: Callable[..., Tensor], dtype: torch.dtype, *packed: Tensor) -> Tensor:
-    """fn in float64 of the numbers that lie in the halves of each register, rounded to dtype."""
-    out = 0
-    for shift in (0, 16):
-        exact = fn(*((x >> shift & 0xFFFF).to(torch.uint16).view(dtype).double() for x in packed))
-        rounded = exact.to(dtype)
-        assert torch.equal(rounded.double(), exact)  # nothing is rounded, so that the way it is cannot matter
-        out = out | bit_pattern(rounded).long() % 2**16 << shift
-    return torch.as_tensor(out)
-
-
-def executed(text: str, dtype: torch.dtype, *operands: Tensor) -> Tensor:
-    """The eight results of assembly for its operands $8, $9, $10, each held in int64: [8, 16 zeros, words]."""
-    held: dict[str, Tensor] = {f"${8 + i}": x for i, x in enumerate(operands)}
-
-    def value(name: str) -> Tensor:
-        if name.startswith("{"):
-            low, high = (value(x) for x in name.strip("{}").split(", "))
-            return low | high << 16
-        return torch.tensor(int(name, 0)) if name[0].isdigit() else held[name]
-
-    for line in re.findall(r"^(\w\S*) (.+);$", text, re.M):
-        opcode, names = line[0], re.findall(r"\{.*?\}|[^,\s]+", line[1])
-        a, *b = (value(x) for x in names[1:])
-        if opcode == "mov.b32" and names[0].startswith("{"):
-            held |= dict(zip(names[0].strip("{}").split(", "), (a & 0xFFFF, a >> 16)))
-        elif opcode == "mov.b32":
-            held[names[0]] = a
-        elif opcode == "shr.u32":
-            held[names[0]] = a >> b[0]
-        elif opcode == "lop3.b32":
-            held[names[0]] = logic(a, b[0], b[1], int(b[2]))
-        elif opcode == "sub.rn.f16x2":
-            held[names[0]] = by_halves(lambda x, y: x - y, torch.float16, a, *b)
-        else:
-            assert opcode == {torch.float16: "fma.rn.f16x2", torch.bfloat16: "fma.rn.bf16x2"}[dtype]
-            held[names[0]] = by_halves(lambda x, y, z: x * y + z, dtype, a, *b)
-    results = torch.broadcast_tensors(*(held[f"${i}"] for i in range(8)))
-    return torch.stack(results).to(torch.uint16).view(dtype)
-
-
-def operands(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return the operands that `differences` hands to the assembly: words, and numbers of the zeros of either row."""
-    top, low = (1024 + TOP, -64 - LOW) if dtype == torch.float16 else (-128 - TOP, -128 - LOW)
-    return WORDS.long() % 2**32, *(bit_pattern(x.to(dtype)).long() % 2**16 for x in (top, low))
-
-
 class Lanes(Tensor):
     """A tensor that can be cast as Triton's are."""
 
@@ -103,13 +46,20 @@ class Lanes(Tensor):
         return self.view(dtype) if bitcast else super().to(dtype)
 
 
-def in_torch(dtype: torch.dtype) -> Tensor:
-    """The twin itself, run on tensors of torch."""
-    names: dict[str, Any] = {"tl": SimpleNamespace(**{str(d)[6:]: d for d in (torch.int16, *ASSEMBLY)})}
+def in_torch(dtype: torch.dtype, asm: bool, run: Callable[..., Any] = run_assembly) -> Tensor:
+    """`codes_minus_zero` itself, run on tensors of torch, and its assembly by `run`: [8, 16 zeros, words]."""
+
+    def elementwise(text: str, constraints: str, args: list, dtypes: tuple, is_pure: bool, pack: int) -> list[Tensor]:
+        assert is_pure and pack == 1
+        return run(text, constraints, [x.as_subclass(Tensor) for x in args], dtypes)
+
+    dtypes = {str(d)[6:]: d for d in (torch.int16, *HALF_DTYPES)}
+    names: dict[str, Any] = {"tl": SimpleNamespace(inline_asm_elementwise=elementwise, **dtypes)}
+    names |= {name: getattr(_int4_dequant, name).value for name in ("FLOAT16_ASM", "BFLOAT16_ASM", "ASM_CONSTRAINTS")}
     for fn in (_int4_dequant.code_to_float16, _int4_dequant.code_to_bfloat16, _int4_dequant.codes_minus_zero):
         names[fn.fn.__name__] = FunctionType(fn.fn.__code__, names)
     lanes = (x.as_subclass(Lanes) for x in (WORDS, TOP, LOW))
-    return torch.stack([x.as_subclass(Tensor) for x in names["codes_minus_zero"](*lanes, dtype, False)])
+    return torch.stack([x.as_subclass(Tensor) for x in names["codes_minus_zero"](*lanes, dtype, asm)])
 
 
 @triton.jit
@@ -137,26 +87,10 @@ def launched(dtype: torch.dtype, asm: bool) -> Tensor:
 
 @pytest.fixture
 def assembly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter executes inline assembly: a move, in registers of as many bits as constraints say, or codes."""
+    """The interpreter executes inline assembly."""
     if not _launch.INTERPRETED:
         pytest.skip("kernels are compiled here, and assembly runs")
-
-    def result(data: Tensor, dtype: tl.dtype, like: Any) -> Any:
-        return tl.core.tensor(TensorHandle(data.numpy(), dtype), tl.block_type(dtype, like.shape))
-
-    def elementwise(asm: Any, constraints: Any, args: list, dtype: Any, **_: Any) -> Any:
-        values = [torch.from_numpy(x.handle.data) for x in args]
-        if move := re.fullmatch(r"mov\.b(16|32) \$0, \$1;", text := str(getattr(asm, "value", asm))):
-            width = {"=h,h": 16, "=r,r": 32}[constraints]
-            assert int(move[1]) == width
-            wide = values[0].element_size() == 4
-            kept = values[0].view(torch.int32 if wide else torch.int16).long() & (1 << width) - 1
-            return result(kept.to(torch.int32 if wide else torch.int16).view(values[0].dtype), dtype, args[0])
-        words, top, low = torch.broadcast_tensors(*values)
-        operands = (words.long() % 2**32, *(bit_pattern(x.contiguous()).long() % 2**16 for x in (top, low)))
-        return tuple(result(x, tl.float16, args[0]) for x in executed(text, torch.float16, *operands))
-
-    monkeypatch.setattr(tl, "inline_asm_elementwise", elementwise)
+    monkeypatch.setattr(tl, "inline_asm_elementwise", emulated_inline_asm)
 
 
 @triton.jit
@@ -173,28 +107,80 @@ def test_opaque_copy_keeps_all_bits(dtype: torch.dtype, assembly: None) -> None:
     assert torch.equal(bit_pattern(out), bit_pattern(x))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize(
-    "name", ["int4_matmul-gemv", "int4_matmul-splitk", "int4_matmul-prefill", "int4_swiglu-triton"]
+KERNELS = pytest.mark.parametrize(
+    "op, impl",
+    [
+        pytest.param(op, impl, id=f"{op.name}-{impl.name}")
+        for op in OPS.values()
+        for impl in op.impls.values()
+        if hasattr(sys.modules[impl.fn.__module__], "target_flags")
+    ],
 )
+
+
+def example(op: Op, dtype: str, order: str) -> tuple:
+    """Arguments of two groups and of a last tile with top rows only."""
+    bias = {"bias": True} if "bias" in op.domain else {}
+    return example_args(op, 0, **{"m": 2, "n": 20, "G": 2, "group": 64, "dtype": dtype, "order": order, **bias})
+
+
+@pytest.fixture
+def flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are launched as for sm_80 and sm_89, whose compiler may not see how tiles are put together."""
+    for case in KERNELS.args[1]:
+        module = sys.modules[case.values[1].fn.__module__]
+        monkeypatch.setattr(module, "target_flags", lambda: {"ASM": True, "OPAQUE": True})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@KERNELS
 def test_kernels_with_inline_assembly_match_the_reference(
-    name: str, dtype: str, assembly: None, monkeypatch: pytest.MonkeyPatch
+    op: Op, impl: Impl, dtype: str, assembly: None, flags: None
 ) -> None:
-    """As for sm_80 and sm_89, whose compiler may not see how tiles are put together."""
-    op_name, impl_name = name.split("-")
-    op, impl = OPS[op_name], OPS[op_name].impls[impl_name]
-    monkeypatch.setattr(sys.modules[impl.fn.__module__], "target_flags", lambda: {"ASM": True, "OPAQUE": True})
-    bias = {"bias": True} if op_name == "int4_matmul" else {}
-    sizes = {"m": 2, "n": 16, "G": 2, "group": 64, "dtype": dtype, "order": "sub", **bias}
-    args = op.make_example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu")
-    assert_matches_reference(op, impl, impl.configs[0], args)
+    for i in range(max(2, len(impl.configs))):
+        config = impl.configs[i % len(impl.configs)]
+        assert_matches_reference(op, impl, config, example(op, dtype, ("sub", "fma")[i % 2]))
+
+
+def test_operands_that_sm_100_may_not_see_through_are_copied(assembly: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of products in float32 that were loaded in fewer bits, see `ieee_operand`."""
+    copy = Mock(side_effect=emulated_inline_asm)
+    monkeypatch.setattr(tl, "inline_asm_elementwise", copy)
+    monkeypatch.setattr(_launch, "COMPILED", True)
+    monkeypatch.setattr(_launch, "cuda_capability_geq", lambda major: major <= 10)
+    sizes = {"b": 1, "t": 20, "g": 1, "ratio": 2, "d": 32, "l": 16, "kv": "int8", "numerics": "fast"}
+    quantized_kv = example_args(OPS["decode_attention"], 0, dtype="float32", **sizes)
+    for op, name, args in (
+        (OPS["int4_matmul"], "splitk", example(OPS["int4_matmul"], "float32", "sub")),
+        (OPS["decode_attention"], "triton", quantized_kv),
+    ):
+        assert_matches_reference(op, op.impls[name], op.impls[name].configs[0], args)
+        assert copy.call_args.args[0] == "mov.b32 $0, $1;"
+        copy.reset_mock()
+
+
+@pytest.mark.parametrize("order", ["sub", "fma"])
+@KERNELS
+def test_exchanged_operands_are_detected(
+    op: Op, impl: Impl, order: str, assembly: None, flags: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The zeros of the top and of the low rows, each as the other operand would have to be."""
+
+    def exchanged(asm: Any, constraints: Any, args: list, *more: Any, **kwargs: Any) -> Any:
+        if len(args) == 3:
+            words, zero, negative_low_zero = args
+            args = [words, 960 - negative_low_zero, 960 - zero]  # 1024 + low_zero, -64 - zero
+        return emulated_inline_asm(asm, constraints, args, *more, **kwargs)
+
+    monkeypatch.setattr(tl, "inline_asm_elementwise", exchanged)
+    with pytest.raises(MismatchError, match="elements are off"):
+        assert_matches_reference(op, impl, impl.configs[0], example(op, "float16", order))
 
 
 @DTYPES
-def test_assembly_and_triton_dequantize_every_half_word_alike(dtype: torch.dtype) -> None:
-    found = executed(ASSEMBLY[dtype], dtype, *operands(dtype))
-    assert torch.equal(bit_pattern(found), bit_pattern(in_torch(dtype)))
-    assert torch.equal(bit_pattern(found), bit_pattern(expected(dtype)))
+@pytest.mark.parametrize("asm", [False, True], ids=["triton", "assembly"])
+def test_every_half_word_is_dequantized_exactly(dtype: torch.dtype, asm: bool) -> None:
+    assert torch.equal(bit_pattern(in_torch(dtype, asm)), bit_pattern(expected(dtype)))
 
 
 def test_triton_dequantization_in_a_launched_kernel_is_bit_equal() -> None:
@@ -221,6 +207,31 @@ def test_assembly_and_triton_are_bit_equal_on_a_gpu(dtype: torch.dtype) -> None:
     ],
 )
 def test_assembly_with_one_instruction_changed_gives_other_bits(dtype: torch.dtype, old: str, new: str) -> None:
-    assert ASSEMBLY[dtype].count(old) == 1
-    found = executed(ASSEMBLY[dtype].replace(old, new), dtype, *operands(dtype))
-    assert not torch.equal(bit_pattern(found), bit_pattern(expected(dtype)))
+    def changed(text: str, *more: Any) -> list[Tensor]:
+        assert text.count(old) == 1
+        return run_assembly(text.replace(old, new), *more)
+
+    assert not torch.equal(bit_pattern(in_torch(dtype, True, changed)), bit_pattern(expected(dtype)))
+
+
+@DTYPES
+@pytest.mark.parametrize("order", [(0, 2, 1), (0, 1, 1), (0, 2, 2)])
+def test_operands_in_another_order_give_other_bits(dtype: torch.dtype, order: tuple[int, ...]) -> None:
+    def reordered(text: str, constraints: str, args: list[Tensor], dtypes: tuple) -> list[Tensor]:
+        return run_assembly(text, constraints, [args[i] for i in order], dtypes)
+
+    assert not torch.equal(bit_pattern(in_torch(dtype, True, reordered)), bit_pattern(expected(dtype)))
+
+
+@pytest.mark.parametrize(
+    ("constraints", "args", "dtypes"),
+    [
+        ("=r,r", [torch.ones(2, dtype=torch.float16)], [torch.float16]),
+        ("=h,h", [torch.ones(2)], [torch.float32]),
+        ("=h,r", [torch.ones(2)], [torch.float16]),
+        ("=r,r", [torch.ones(2)] * 2, [torch.float32]),
+    ],
+)
+def test_the_emulator_refuses_registers_of_another_width(constraints: str, args: list, dtypes: list) -> None:
+    with pytest.raises((AssertionError, ValueError)):
+        run_assembly("mov.b32 $0, $1;", constraints, args, dtypes)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
+from vila_triton.kernels._int4_launch import fit_block_k  # pyright: ignore
 
 from bench.correctness.error_budget import assert_matches_reference, example_args
 from vila_triton.ops import Int4, dequantize, int4_matmul, int4_swiglu
@@ -170,3 +171,14 @@ def test_weight_views_of_the_same_memory_are_packed_separately() -> None:
         )
         want = aten(x[:, : y.shape[1]], replace(y, qweight=y.qweight.clone()))
         assert torch.equal(aten(x[:, : y.shape[1]], y), want)
+
+
+@pytest.mark.parametrize(
+    ("group", "num_groups", "requested", "block_k"),
+    [(32, 8, 128, 128), (64, 4, 128, 64), (128, 4, 64, 64), (256, 2, 128, 128), (192, 2, 128, 64), (320, 1, 128, 128)],
+)
+def test_steps_lie_in_one_group_and_are_no_longer_than_requested(
+    group: int, num_groups: int, requested: int, block_k: int
+) -> None:
+    w = drawn(int4_matmul, G=num_groups, group=group)[1]
+    assert fit_block_k(requested, w) == block_k

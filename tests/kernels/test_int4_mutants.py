@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import test_int4_metamorphic as laws
 import test_int4_regressions as issues
-from mutants import plant  # noqa: F401 (a fixture)
+from mutants import Edit, by_rule, exchange, plant, renamed  # noqa: F401 (plant: a fixture)
 
 from vila_triton import kernels
 from vila_triton.ops import int4_matmul, int4_swiglu
@@ -16,30 +16,29 @@ from vila_triton.registry import Impl, Op
 SHARED = ("_int4_dequant", "_int4_gemm", "_int4_launch", "_splitk_reduce")
 
 
-def with_bug(folder: Path, op: Op, name: str, file: str, old: str, new: str) -> Impl:
-    """A copy of an implementation, and of the files it shares, with `old` in one of them made `new`."""
+def with_bug(folder: Path, op: Op, name: str, file: str, edit: Edit) -> Impl:
+    """A copy of an implementation, and of the files it shares, with one of them edited."""
     here = op.impls[name].file.parent
     for stem in (*SHARED, f"{op.name}_{name}" if name != "triton" else op.name):
         text = (here / f"{stem}.py").read_text()
         if stem == file:
-            assert text.count(old) == 1
-            text = text.replace(old, new)
+            text = edit(text)
+        if stem not in SHARED:
+            text = renamed(text, name, "mutant")
         for shared in SHARED:
             text = text.replace(f"from .{shared} ", f"from ._mutant{shared} ")
-        text = text.replace(f'impl("{name}"', 'impl("mutant"')
         (folder / (f"_mutant{stem}.py" if stem in SHARED else "mutant.py")).write_text(text)
     importlib.invalidate_caches()
     importlib.import_module(f"{kernels.__name__}.mutant")
     return op.impls["mutant"]
 
 
-BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
+BUGS: dict[str, tuple[Op, str, str, Edit, Callable[[Op, Impl], None]]] = {
     "two nibbles change places": (
         int4_matmul,
         "splitk",
         "_int4_dequant",
-        "tl.join(tl.join(a, b), tl.join(c, d))",
-        "tl.join(tl.join(c, b), tl.join(a, d))",
+        by_rule("swap operands", "tl.join(a, b)", function="lanes_to_tile"),
         lambda op, impl: laws.test_every_weight_is_rounded_as_int4_rounding_says(
             op, impl, impl.configs[0], "float16", "sub", 2, 64
         ),
@@ -48,8 +47,7 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
         int4_matmul,
         "gemv",
         "_int4_dequant",
-        "shifts = -(zeros * scales)",
-        "shifts = -(zeros.to(tl.float32) * scales.to(tl.float32))",
+        exchange("zeros * scales", "zeros.to(tl.float32) * scales.to(tl.float32)", function="apply_scale"),
         lambda op, impl: laws.test_every_weight_is_rounded_as_int4_rounding_says(
             op, impl, impl.configs[0], "float16", "fma", 2, 64
         ),
@@ -58,56 +56,49 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
         int4_matmul,
         "gemv",
         "_int4_dequant",
-        "tile_k * 2 + word // 2",
-        "tile_k * 2 + (word + 1) // 2",
+        exchange("word // 2", "(word + 1) // 2", function="group_ids"),
         lambda op, impl: issues.test_block_k_longer_than_a_group(op, impl, impl.configs[0], 5, 32),
     ),
     "a block of k spans groups": (
         int4_matmul,
         "splitk",
         "_int4_launch",
-        "max(64, min(requested, group_size & -group_size))",
-        "128",
+        exchange("max(64, min(requested, group_size & -group_size))", "128", function="fit_block_k"),
         lambda op, impl: issues.test_block_k_longer_than_a_group(op, impl, impl.configs[0], 3, 64),
     ),
     "the mask of x forgotten": (
         int4_matmul,
         "prefill",
         "_int4_gemm",
-        "mask=(start + tl.arange(0, BLOCK_K) < K)[:, None], other=0.0",
-        "",
+        by_rule("drop a mask", "tl.load", function="load_x"),
         lambda op, impl: issues.test_weights_of_partial_tiles_are_not_read_beyond(op, impl, impl.configs[0]),
     ),
     "the mask of rows of w forgotten": (
         int4_matmul,
         "gemv",
         "int4_matmul_gemv",
-        "& (row < N)[None]",
-        "",
+        by_rule("drop a mask", "(row < N)[None]", function="store_rows"),
         lambda op, impl: issues.test_weights_of_partial_tiles_are_not_read_beyond(op, impl, impl.configs[0]),
     ),
     "parts in half precision": (
         int4_matmul,
         "splitk",
         "_splitk_reduce",
-        "torch.empty(splits, *out.shape, dtype=torch.float32",
-        "torch.empty(splits, *out.shape, dtype=torch.float16",
+        by_rule("dtype of a sum", "torch.float32", function="partial_sums"),
         lambda op, impl: issues.test_splitk_partial_sums_are_float32(impl.name),
     ),
     "sums in half precision before their scale": (
         int4_swiglu,
         "triton",
         "_int4_gemm",
-        'acc + tl.dot(weights, x, input_precision="ieee") *',
-        'acc + tl.dot(weights, x, input_precision="ieee").to(x.dtype) *',
+        by_rule("dtype of a sum", "tl.dot", statement="return acc + tl.dot"),
         lambda op, impl: issues.test_sums_beyond_float16_with_results_within(op, impl, impl.configs[0]),
     ),
     "splits by the number of rows": (
         int4_matmul,
         "splitk",
         "int4_matmul_splitk",
-        "split_k(w.shape[1], block_k, SPLIT_K)",
-        "split_k(w.shape[1], block_k, 1 if len(rows) < 4 else SPLIT_K)",
+        exchange("SPLIT_K", "1 if len(rows) < 4 else SPLIT_K", call="split_k"),
         lambda op, impl: laws.test_rows_of_x_are_bitwise_independent_of_each_other(
             op, impl, impl.configs[0], "float32", "sub"
         ),
@@ -116,8 +107,7 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
         int4_matmul,
         "splitk",
         "_splitk_reduce",
-        "for split in range(SPLITS)",
-        "for split in range(SPLITS + 1)",
+        exchange("SPLITS", "SPLITS + 1", call="range"),
         lambda op, impl: laws.test_two_runs_are_bitwise_equal(op, impl, impl.configs[0], "float32", "sub"),
     ),
 }
@@ -127,8 +117,8 @@ BUGS: dict[str, tuple[Op, str, str, str, str, Callable[[Op, Impl], None]]] = {
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a kernel that reads past a row computes with garbage
 @pytest.mark.parametrize("bug", BUGS)
 def test_mutant_fails_its_test(bug: str, tmp_path: Path) -> None:
-    op, name, file, old, new, test = BUGS[bug]
+    op, name, file, edit, test = BUGS[bug]
     test(op, op.impls[name])
-    impl = with_bug(tmp_path, op, name, file, old, new)
+    impl = with_bug(tmp_path, op, name, file, edit)
     with pytest.raises(AssertionError):
         test(op, impl)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutants import Plant, plant  # noqa: F401 (a fixture)
+from mutants import Plant, by_rule, exchange, plant  # noqa: F401 (a fixture)
 from torch import Tensor
 
 from bench.correctness.error_budget import DEVICE, assert_matches_reference, error_budget, example_args
@@ -132,38 +132,26 @@ def test_context_lengths_around_every_page_size_match_the_reference(name: str, l
 
 
 BUGS = {
-    "the last cached token is left out": (
-        "cached, new = tokens < context_len,",
-        "cached, new = tokens < context_len - 1,",
+    "the last cached token is left out": by_rule("shift a bound", "tokens < context_len"),
+    "a query sees the next token": by_rule("shift a bound", "tokens[None, :] <= position"),
+    "the tile before the diagonal is skipped": by_rule(
+        "shift a bound", "range(begin, diagonal, BLOCK_N)", after="diagonal - BLOCK_N"
     ),
-    "a query sees the next token": (
-        "mask = tokens[None, :] <= position",
-        "mask = tokens[None, :] - 1 <= position",
+    "no mask on the diagonal": exchange(
+        "context_len + row // QUERIES_PER_KV + 1", "context_len + row // QUERIES_PER_KV + BLOCK_N"
     ),
-    "the tile before the diagonal is skipped": (
-        "in range(begin, diagonal, BLOCK_N)",
-        "in range(begin, diagonal - BLOCK_N, BLOCK_N)",
+    "the context begins at the second tile": by_rule(
+        "shift a bound", "range(0, full_end, BLOCK_N)", after="0 + BLOCK_N"
     ),
-    "no mask on the diagonal": (
-        "context_len + row // QUERIES_PER_KV + 1)",
-        "context_len + row // QUERIES_PER_KV + BLOCK_N)",
-    ),
-    "the context begins at the second tile": ("in range(0, full_end, BLOCK_N)", "in range(BLOCK_N, full_end, BLOCK_N)"),
-    "rows past the chunk": (
-        "(row + BLOCK_M - 1) // QUERIES_PER_KV + 1, num_queries)",
-        "(row + BLOCK_M - 1) // QUERIES_PER_KV + 1, num_queries + 1)",
-    ),
-    "heads of the next KV head": (
-        "head, row_mask = query_and_head(row, kv_head,",
-        "head, row_mask = query_and_head(row, kv_head + 1,",
-    ),
+    "rows past the chunk": by_rule("shift a bound", "tl.minimum((row + BLOCK_M - 1)", after="num_queries + 1"),
+    "heads of the next KV head": exchange("kv_head", "kv_head + 1", call="query_and_head"),
 }
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what reads too far computes with garbage
 @pytest.mark.parametrize("bug", BUGS)
 def test_mutants_are_detected(bug: str, plant: Plant) -> None:  # noqa: F811
-    plant("prefill_attention", "mine", *BUGS[bug])
+    plant("prefill_attention", "mine", BUGS[bug])
     discover()
     impl = prefill_attention.impls["mine"]
     with pytest.raises(MismatchError):
@@ -174,7 +162,8 @@ def test_mutants_are_detected(bug: str, plant: Plant) -> None:  # noqa: F811
 
 @pytest.mark.usefixtures("dots_in_order")
 def test_a_mutant_whose_tile_depends_on_the_config_is_detected(plant: Plant) -> None:  # noqa: F811
-    plant("prefill_attention", "mine", 'CONFIGS[0] if numerics == "batch_invariant" else config', "config")
+    edit = by_rule("< becomes <=", "numerics == 'batch_invariant'", function="prefill_attention_triton")
+    plant("prefill_attention", "mine", edit)
     discover()
     with pytest.raises(AssertionError):
         check_invariance(prefill_attention.impls["mine"], 8)

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from bench.correctness.error_budget import DEVICE, UNSUPPORTED_DTYPES, example_args
-from bench.correctness.guarded_memory import bit_pattern, map_tensors, tensors
+from bench.correctness.guarded_memory import (
+    MEMORY_LAYOUTS,
+    MemoryLayout,
+    bit_pattern,
+    guard_tensor,
+    map_tensors,
+    tensors,
+)
+from vila_triton.ops import KVPages
 from vila_triton.registry import OPS, Impl, OneOf, Op, discover
 
 discover()
@@ -43,20 +51,33 @@ def canonical(x: Tensor) -> Tensor:
     return bit_pattern(torch.where(x.isnan(), torch.nan, x) if x.is_floating_point() else x)
 
 
+def change_page_dtype(pages: KVPages, dtype: torch.dtype) -> KVPages:
+    """Plain pages in a dtype, or quantized ones with scales in it."""
+    return map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, pages)
+
+
 @pytest.mark.on_gpu
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, of interpreted kernels
+@pytest.mark.parametrize("layout", MEMORY_LAYOUTS)
 @pytest.mark.parametrize("dtype", [x for x in ("float32", "float16", "bfloat16") if x not in UNSUPPORTED_DTYPES])
 @pytest.mark.parametrize("op, kv, impl", CASES)
-def test_special_values_are_quantized_to_the_same_bits(op: Op, kv: str | None, impl: Impl, dtype: str) -> None:
+def test_special_values_are_moved_and_quantized_to_the_same_bits(
+    op: Op, kv: str | None, impl: Impl, dtype: str, layout: MemoryLayout
+) -> None:
+    """Aligned arguments meet the first config, and pages in another dtype, which may hold fewer numbers; strided ones
+    the last config, and pages in the dtype of the new tokens.
+    """
     usual = {n: d.values[0] if isinstance(d, OneOf) else min(d.high, 2) for n, d in op.domain.items()}
     sizes: dict[str, Any] = usual | ({"kv": kv} if kv else {}) | {"dtype": dtype, "s": 8}
     rng = torch.Generator().manual_seed(0)
     args = example_args(op, 0, **sizes)
     args = tuple(planted(x, rng) if isinstance(x, Tensor) and x.dim() == 3 else x for x in args)
-    if kv in ("int8", "int4"):  # so that numbers of float32 meet scales that cannot hold them
-        scales = torch.float16 if dtype == "float32" else torch.float32
-        args = (*args[:-3], *map_tensors(lambda x: x.to(scales) if x.is_floating_point() else x, args[-3:-1]), args[-1])
-    held, left = map_tensors(torch.clone, args), map_tensors(torch.clone, args)
-    got, want = tensors(impl(*held, config=impl.configs[0])), tensors(op.reference(*left))
-    for a, b in zip([*got, *tensors(held)], [*want, *tensors(left)], strict=True):
-        assert a.dtype == b.dtype and torch.equal(canonical(a), canonical(b))
+    if kv:
+        page_dtype = torch.float16 if (dtype == "float32") == (layout == "aligned") else torch.float32
+        args = (*args[:-3], *(change_page_dtype(pages, page_dtype) for pages in args[-3:-1]), args[-1])
+    config = impl.configs[0 if layout == "aligned" else -1]
+    actual_args = map_tensors(lambda x: guard_tensor(x, rng, layout).view, args)
+    expected_args = map_tensors(torch.clone, args)
+    actual, expected = tensors(impl(*actual_args, config=config)), tensors(op.reference(*expected_args))
+    for x, y in zip([*actual, *tensors(actual_args)], [*expected, *tensors(expected_args)], strict=True):
+        assert x.dtype == y.dtype and torch.equal(canonical(x), canonical(y))

@@ -179,7 +179,7 @@ def test_image_tokens_count_by_image_weight() -> None:
 
 @torch.no_grad()
 def test_outliers_cost_a_fifth_of_the_rtn_error() -> None:
-    subject = quality.load_subject("outliers", 64, 0)
+    subject = quality.add_outliers(quality.bundled_subject(64, 0, num_questions=60), 0)
     nearest, best = (
         quality.evaluate_model(subject, quality.quantize_model(subject, method, 128)) for method in ("rtn", "awq-gptq")
     )

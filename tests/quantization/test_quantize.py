@@ -9,6 +9,7 @@ import signal
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,16 +34,18 @@ from vila_triton.quantization.calibration_data import CalibrationSet, Sample, re
 from vila_triton.quantization.config import QuantizeConfig
 from vila_triton.tiny.config import CONFIG, PARAM_SPECS, config_files
 
+SHALLOW = replace(CONFIG, llm=replace(CONFIG.llm, num_hidden_layers=2))
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled geometry with random weights in float16."""
+    """The bundled geometry, two layers deep, with random weights in float16."""
     folder = tmp_path_factory.mktemp("source") / "vila"
     rng = torch.Generator().manual_seed(0)
     save_checkpoint(
         folder,
-        *config_files(CONFIG),
-        vila.Vila(**{n: init_tree(f(getattr(CONFIG, n), torch.float16), rng) for n, f in PARAM_SPECS.items()}),
+        *config_files(SHALLOW),
+        vila.Vila(**{n: init_tree(f(getattr(SHALLOW, n), torch.float16), rng) for n, f in PARAM_SPECS.items()}),
     )
     return folder
 
@@ -193,16 +196,16 @@ def test_work_folder_and_target_of_other_work_are_refused(source: Path, tmp_path
     out, work = tmp_path / "out", tmp_path / "out.quantizing"
     begun = ("--group-size", 64, "--samples", 4)
     awq.quantize_checkpoint(
-        open_checkpoint(BUNDLED_CHECKPOINT), work, QuantizeConfig(group_size=64), calibration_set(), torch.device("cpu")
+        open_checkpoint(source), work, QuantizeConfig(group_size=64), calibration_set(), torch.device("cpu")
     )
     with pytest.raises(ValueError, match=r"out\.quantizing holds the beginnings of other work"):
-        command(BUNDLED_CHECKPOINT, out, "--method", "rtn")
+        command(source, out, "--method", "rtn")
     shutil.move(work, tmp_path / "aside")
-    command(BUNDLED_CHECKPOINT, out, "--method", "rtn")
+    command(source, out, "--method", "rtn")
     before = contents(out)
     shutil.move(tmp_path / "aside", work)
     with pytest.raises(ValueError, match="is there already and not empty"):
-        command(BUNDLED_CHECKPOINT, out, *begun)
+        command(source, out, *begun)
     assert contents(out) == before and work.exists()
 
     copy = tmp_path / "copy"
@@ -239,10 +242,10 @@ def test_kill_after_writing_leaves_only_cleanup(tmp_path: Path) -> None:
 
 def test_broken_layer_is_named(tmp_path: Path) -> None:
     rng = torch.Generator().manual_seed(0)
-    p = vila.Vila(**{n: init_tree(f(getattr(CONFIG, n), torch.float16), rng) for n, f in PARAM_SPECS.items()})
-    p.llm.layers[2].up.weight[3, 5] = torch.nan
-    save_checkpoint(tmp_path / "source", *config_files(CONFIG), p)
-    with pytest.raises(ValueError, match=r"model\.layers\.2: .*NaN or infinit"):
+    p = vila.Vila(**{n: init_tree(f(getattr(SHALLOW, n), torch.float16), rng) for n, f in PARAM_SPECS.items()})
+    p.llm.layers[1].up.weight[3, 5] = torch.nan
+    save_checkpoint(tmp_path / "source", *config_files(SHALLOW), p)
+    with pytest.raises(ValueError, match=r"model\.layers\.1: .*NaN or infinit"):
         awq.quantize_checkpoint(
             open_checkpoint(tmp_path / "source"),
             tmp_path / "work",

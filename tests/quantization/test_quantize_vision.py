@@ -36,8 +36,10 @@ TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def saved(folder: Path, tower: dict[str, Any], more: dict[str, Any], **sizes: int) -> CheckpointSource:
-    """Save the bundled language model, random, behind another vision tower, whose MLPs are no whole groups of 32."""
-    top, parts = config_files(CONFIG)
+    """Save one layer of the bundled language model, random, behind another vision tower, whose MLPs are no whole groups
+    of 32.
+    """
+    top, parts = config_files(replace(CONFIG, llm=replace(CONFIG.llm, num_hidden_layers=1)))
     tower = tower | {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 4} | sizes
     width = tower["hidden_size"] * len(more.get("s2_scales", "20").split(","))
     top |= {"mm_hidden_size": width, **more}

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 from bench.correctness.error_budget import DEVICE
@@ -34,6 +35,21 @@ def test_a_loop_up_to_an_argument_runs_interpreted(monkeypatch: pytest.MonkeyPat
             rms_norm(x, weight, 1e-5)
         patch_scalar_index()
         torch.testing.assert_close(rms_norm(x, weight, 1e-5), rms_norm.reference(x, weight, 1e-5))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="kernels are compiled here, not interpreted")
+def test_the_language_is_patched_once_a_launch_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once a program, nor in each device function, of which `tl.sum` is one."""
+    discover()
+    patched, patch = Counter[str](), interpreter._patch_builtin
+    monkeypatch.setattr(interpreter, "_patch_builtin", lambda *args: (patched.update(["once"]), patch(*args)))
+    load, counts = tl.load, []
+    for rows in (1, 8):
+        patched.clear()
+        rms_norm.impls["triton"](torch.randn(rows, 40), torch.randn(40), 1e-5)
+        counts.append(patched["once"])
+        assert tl.load is load
+    assert 0 < counts[0] == counts[1]
 
 
 def test_the_chat_summary_reports_the_interpreter_only_for_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from torch.backends import mkldnn
 
 from bench.correctness.error_budget import (
     assert_matches_reference,
@@ -95,6 +96,41 @@ def test_unsupported_shapes_are_refused_with_a_reason(n: int, group: int, reason
     w = quantize_rtn(torch.randn(n, 512), group)
     with pytest.raises(Unsupported, match=reason):
         product((torch.randn(1, 512), w))
+
+
+def test_shifts_of_a_packed_weight_are_rounded_once() -> None:
+    w = quantize_rtn(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), 32)
+    w = replace(w, scales=w.scales.float() * 1.1)  # of 24 bits, so that a product with a zero is rounded
+    _, scales_and_shifts = int4.pack_for_aten(w, torch.float32)
+    exact = (8 - w.zeros.double()) * w.scales.double()
+    assert torch.equal(scales_and_shifts[..., 1], exact.float())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "product"),
+    [
+        ("float32", 1, "onednn"),
+        ("float32", 8, "onednn"),
+        ("float16", 7, "torch"),
+        ("float16", 8, "onednn"),
+        ("bfloat16", 1, "torch without onednn"),
+        ("bfloat16", 2, "torch"),
+        ("float64", 8, "torch"),
+    ],
+)
+def test_linear_runs_the_fastest_product_of_each_dtype(
+    dtype: str, rows: int, product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran, linear = [], F.linear
+
+    def recorded(*args: Any) -> torch.Tensor:
+        ran.append("torch" if mkldnn.enabled else "torch without onednn")
+        return linear(*args)
+
+    monkeypatch.setattr(F, "linear", recorded)
+    x = torch.ones(rows, 16, dtype=getattr(torch, dtype))
+    assert OPS["linear"].impls["aten"](x, x[:1]).shape == (rows, 1)
+    assert (ran or ["onednn"]) == [product]
 
 
 def test_gradients_flow_through_the_default_linear() -> None:

@@ -25,9 +25,14 @@ from ..lock import DeferringLock
 from ..models.config import LlamaConfig
 from ..models.llama import CosSin
 from ..models.params import tree_map
+from ..registry.gradients import without_gradient
 from .page_allocator import OutOfPages, PageAllocator
 
 DEFAULT_PAGE_SIZE = 16
+NO_GRADIENT = (
+    "keys and values that are read from the KV cache have no gradient; run whole sequences in one pass, with "
+    "use_cache=False and without batch_invariant numerics"
+)
 KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 
 
@@ -76,18 +81,28 @@ class PagedBatch:
     positions: Tensor  # [s] int64: of each new token in its sequence
     numerics: str
     phase: str  # see `step_phase`
+    is_differentiable: bool  # attention sees only the new keys and values, and sees them as they were computed
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: CosSin, scale: float) -> Tensor:
-        """See `models.llama.AttentionBackend`."""
+        """See `models.llama.AttentionBackend`. Asking for a gradient that would leave out what is cached raises
+        RuntimeError.
+        """
+        out = self._attend(layer, q, k, v, rotary, scale)
+        return out if self.is_differentiable or not out.requires_grad else without_gradient(out, NO_GRADIENT)
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: CosSin, scale: float) -> Tensor:
         destination = (self.k_pages[layer], self.v_pages[layer], self.slot_mapping)
         q, k, k_pages, v_pages = rope_kv_write(q, k, v, *rotary, *destination)
         cache = PagedKV(k_pages, v_pages, self.block_table)
         if self.phase == "decode":
             return decode_attention(q, cache, self.context_lens + 1, scale, self.numerics)
-        if self.numerics == "batch_invariant":
-            k, v = round_like_pages(k, k_pages), round_like_pages(v, v_pages)
+        k, v = self.as_attended(k, k_pages), self.as_attended(v, v_pages)
         batch = RaggedBatch(self.query_start_loc, self.context_lens)
         return prefill_attention(q, k, v, cache, batch, scale, self.numerics)
+
+    def as_attended(self, x: Tensor, pages: KVPages) -> Tensor:
+        """New keys or values [s, g, d] as the attention of this step takes them, if it is no decode step."""
+        return round_like_pages(x, pages) if self.numerics == "batch_invariant" else x
 
 
 class UncachedBatch:
@@ -114,7 +129,7 @@ class AttentionRecorder:
 
     def __init__(self, backend: PagedBatch | UncachedBatch, attentions: list[list[Tensor]]):
         if backend.context_lens.any():
-            raise ValueError("output_attentions needs the whole sequence in one pass, but part of it is cached already")
+            raise ValueError("attention weights are recorded of whole sequences, but a part of one is cached already")
         self.backend = backend
         self.phase = backend.phase
         self.attentions = attentions
@@ -122,10 +137,13 @@ class AttentionRecorder:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: CosSin, scale: float) -> Tensor:
         """Record the attention weights of the layer, and attend with the wrapped backend."""
         seq_lens = self.backend.query_start_loc.diff().tolist()
+        queries, keys = rope(q, *rotary), rope(k, *rotary)
+        if isinstance(self.backend, PagedBatch):
+            keys = self.backend.as_attended(keys, self.backend.k_pages[layer])
         self.attentions.append(
             [
                 attention_weights(qi, ki, scale, causal_mask(len(qi), len(ki), q.device)).flatten(0, 1).to(q.dtype)
-                for qi, ki in zip(rope(q, *rotary).split(seq_lens), rope(k, *rotary).split(seq_lens))
+                for qi, ki in zip(queries.split(seq_lens), keys.split(seq_lens))
             ]
         )
         return self.backend.attend(layer, q, k, v, rotary, scale)
@@ -289,6 +307,8 @@ class PagedKVCache:
         page_lists = [self.allocator[seq].pages for seq in counts]
         width = max(1, *map(len, page_lists)) if page_lists else 1
         new_lens = list(counts.values())
+        phase = step_phase(new_lens, self.numerics)
+        rounds = self.numerics == "batch_invariant" and not isinstance(self.k_pages, Tensor)
         return PagedBatch(
             self.k_pages,
             self.v_pages,
@@ -300,7 +320,8 @@ class PagedKVCache:
                 [torch.arange(context_lens[seq], context_lens[seq] + n, device=device) for seq, n in counts.items()]
             ),
             self.numerics,
-            step_phase(new_lens, self.numerics),
+            phase,
+            is_differentiable=phase != "decode" and not rounds and not any(context_lens[seq] for seq in counts),
         )
 
 

@@ -92,7 +92,7 @@ def sampling_arguments(
     """Merge arguments that are not None and a config into arguments of `SamplingParams.from_generate_kwargs`.
 
     prompt_length: the longest prompt's tokens; context_length: the model's.
-    Errors: ValueError for a prompt that is longer than the config's max_length.
+    Errors: ValueError for a prompt that leaves nothing of the config's max_length.
     """
     arguments = {name: value for name, value in arguments.items() if value is not None or name == "eos_token_id"}
     from_file = {name: config.get(name) for name in ("do_sample", *NEUTRAL_VALUES)}
@@ -105,9 +105,8 @@ def sampling_arguments(
         limit = min(config["max_length"], context_length)
         if limit <= prompt_length:
             raise ValueError(
-                f"the prompt has {prompt_length} positions, but max_length in {GENERATION_CONFIG_NAME} is "
-                f"{config['max_length']} and the model's context {context_length}; shorten the prompt or say "
-                "max_new_tokens"
+                f"the prompt has {prompt_length} positions, but max_length is {config['max_length']} and the model's "
+                f"context {context_length}; shorten the prompt or say max_new_tokens"
             )
         settings["max_new_tokens"] = limit - prompt_length
     return {"max_new_tokens": DEFAULT_NEW_TOKENS} | settings

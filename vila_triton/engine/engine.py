@@ -30,6 +30,7 @@ from ..registry import default_choices
 from ..registry.tuned_tables import default_choices_for
 from .stopping import StopStrings
 
+NEEDS_SAMPLING = "temperature, top_k and top_p need do_sample=True: else the likeliest token is taken"
 Batch = PagedBatch | UncachedBatch | AttentionRecorder
 
 
@@ -208,11 +209,12 @@ class SamplingParams:
         unpredictable one, which is then in `seeds`. Errors: ValueError naming the argument.
         """
         check_sampling_arguments(locals())
-        processors = LogitsProcessorList(logits_processor or [])
+        processors = LogitsProcessorList()  # in transformers' order
         if repetition_penalty != 1.0:
             processors.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
+        processors += logits_processor or []
         if not do_sample and (temperature != 1.0 or top_k is not None or top_p is not None):
-            raise ValueError("temperature, top_k and top_p need do_sample=True: else the likeliest token is taken")
+            raise ValueError(NEEDS_SAMPLING)
         if temperature != 1.0:
             processors.append(TemperatureLogitsWarper(float(temperature)))
         if top_k is not None:

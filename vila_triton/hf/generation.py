@@ -1,5 +1,6 @@
 """`generate` of `VilaLlamaForCausalLM`: our engine, or transformers' own loop over `forward`."""
 
+import copy
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from vila_triton.cache.paged_cache import PagedKVCache
 from vila_triton.checkpoints.generation_config import (
     GENERATION_CONFIG_NAME,
     HONORED_FIELDS,
+    NEUTRAL_VALUES,
+    SAMPLING_FIELDS,
     ignored_settings,
     sampling_arguments,
 )
@@ -29,6 +32,7 @@ from .unsupported import UNSUPPORTED_ARGUMENTS, check_device_and_dtype
 # The name of the cache in transformers' outputs and loop, which changed with version 5.24.
 CACHE_KEY = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 LOOPS = ("engine", "transformers")
+LENGTH_FIELDS = {"max_new_tokens", "max_length"}
 SAMPLING_ARGUMENTS = [
     name
     for name in inspect.signature(engine.SamplingParams.from_generate_kwargs).parameters
@@ -85,13 +89,17 @@ class VilaGenerationMixin(GenerationMixin):
                 "pad_token_id": options.get("pad_token_id", (stop_ids or [0])[0]),
             }
         context_length, prompt_length = self.vila_config.llm.max_position_embeddings, max(map(len, rows))
+        settings = self.generation_settings()
         if loop == "engine":
-            options = sampling_arguments(self.generation_settings(), options, prompt_length, context_length)
-        elif "max_length" not in options and "generation_config" not in options:
-            options["max_new_tokens"] = sampling_arguments(
-                self.generation_settings(), options, prompt_length, context_length
-            )["max_new_tokens"]
-        check_context_length(rows, options.get("max_new_tokens") or 1, context_length)
+            options = sampling_arguments(settings, options, prompt_length, context_length)
+            new_tokens = options["max_new_tokens"]
+        else:
+            given = explicit_settings(options)
+            check_sampling_fields(settings | given, given)
+            lengths = given if LENGTH_FIELDS & given.keys() else settings
+            new_tokens = sampling_arguments(lengths, {}, prompt_length, context_length)["max_new_tokens"]
+            options = with_new_tokens(options, new_tokens)
+        check_context_length(rows, new_tokens, context_length)
         generate_rows = self._generate_engine if loop == "engine" else self._generate_transformers
         return generate_rows(rows, image_features, streamer, chunk_prefilling, options)
 
@@ -256,6 +264,39 @@ def check_generate_arguments(loop: str, options: Mapping[str, Any]) -> None:
             f"generate: loop='engine' does not know {', '.join(unknown)}, only {', '.join(SAMPLING_ARGUMENTS)}, "
             "pad_token_id; loop='transformers' takes the arguments of transformers' generate"
         )
+
+
+def explicit_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `HONORED_FIELDS` that a call gives as arguments or else in its generation_config; if it says how
+    long an answer may be in both, the argument.
+    """
+    arguments, config = (
+        {name: value for name in HONORED_FIELDS if (value := get(name)) is not None}
+        for get in (options.get, lambda name: getattr(options.get("generation_config"), name, None))
+    )
+    both = LENGTH_FIELDS if LENGTH_FIELDS & arguments.keys() else set()
+    return {name: value for name, value in config.items() if name not in both} | arguments
+
+
+def check_sampling_fields(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Errors: ValueError if a call gives what counts in sampling only, and the settings do not say do_sample."""
+    changed = [name for name in SAMPLING_FIELDS if given.get(name, NEUTRAL_VALUES[name]) != NEUTRAL_VALUES[name]]
+    if changed and not settings.get("do_sample"):
+        raise ValueError(engine.NEEDS_SAMPLING)
+
+
+def with_new_tokens(options: Mapping[str, Any], new_tokens: int) -> dict[str, Any]:
+    """The arguments of transformers' `generate` with this limit of an answer in place of what they say of its length.
+
+    Of a max_length transformers would take the positions of images twice.
+    """
+    length = {"max_new_tokens": new_tokens, "max_length": None}
+    others = {name: value for name, value in options.items() if name not in length}
+    if (config := options.get("generation_config")) is None:
+        return others | length
+    config = copy.deepcopy(config)
+    config.update(**length)
+    return others | {"generation_config": config}
 
 
 def check_context_length(rows: Sequence[Tensor], new_tokens: int, context_length: int) -> None:

@@ -208,12 +208,14 @@ class VilaLlamaForCausalLM(UnsupportedMethods, PreTrainedModel, VilaGenerationMi
         if chunk_prefilling:
             check_chunked_prefill(chunk_size, output_attentions, output_hidden_states)
         inputs: Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore
-        image_features, tokens_per_image = self.image_features(images)
         cache, context_lens = resolve_past(self.cache, past_key_values, start_pos, len(inputs))
         if cache:
             self.check_cache(cache, any(context_lens))
         if output_attentions and any(context_lens):
-            raise ValueError("output_attentions needs the whole sequence in one pass, but part of it is cached already")
+            raise ValueError(
+                "output_attentions needs the whole sequence in one pass, but past_key_values or start_pos continue one"
+            )
+        image_features, tokens_per_image = self.image_features(images)
         args = inputs.to(self.device), attention_mask, position_ids, labels
         if inputs_embeds is not None:
             batch = unpad_embeddings(*args, self.padding_config["vocab_size"], context_lens=context_lens)

@@ -37,6 +37,7 @@ UNSUPPORTED_ARGUMENTS = {  # of `generate` with transformers' loop
     ),
     **dict_of_reasons("token_healing", "it changes tokens of a prompt whose embeddings are computed already"),
     **dict_of_reasons("output_attentions", "only a whole prompt has them: call the model itself"),
+    **dict_of_reasons("seed", "transformers draws from torch's global generator, which torch.manual_seed seeds"),
     **dict_of_reasons("encoder_repetition_penalty encoder_no_repeat_ngram_size", "there is no text encoder"),
 }
 

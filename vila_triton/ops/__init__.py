@@ -13,6 +13,7 @@ References run in any dtype, float64 included, on CPU or GPU. Sums are taken in 
     elementwise               rms_norm, layer_norm, rope, swiglu
     linear, int4              products with plain and with int4 weights
     attention                 what the three attentions share; merging their partial results
+    attention_cases           their hard cases, as arguments for tests
     prefill_attention, decode_attention, encoder_attention
     kv_pages                  the pages of the KV cache
     kv_write, rope_kv_write   new keys and values into pages, the second with the rotary embedding

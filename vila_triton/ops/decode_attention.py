@@ -1,12 +1,15 @@
 """Attention of one new token of each sequence to all of its cached tokens."""
 # pyright: reportInvalidTypeForm=false
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from vila_triton.registry import IntRange, op
 
 from .attention import HEAD_DIMS, NUMERICS, QUERIES_PER_KV, causal_attention, check_heads, check_numerics
+from .attention_cases import CHANGES, Change, change_cached_sequence
 from .dtypes import DTYPES, dtype_name, random_tensor, upcast
 from .indices import check_block_table
 from .kv_pages import KV_FORMATS, PAGE_SIZES, PagedKV, check_pages, kv_bytes, kv_format, random_pages
@@ -83,6 +86,29 @@ def _(
     cache = random_pages(seq_lens, l, g, d, dtype, rng, device, kv)
     q = random_tensor(b, g * ratio, d, dtype=dtype, rng=rng, device=device)
     return q, cache, torch.tensor(seq_lens, device=device).int(), d**-0.5, *([] if numerics == "fast" else [numerics])
+
+
+def _change_sequences(change: Change, args: tuple, rng: torch.Generator) -> tuple:
+    q, cache, seq_lens, *rest = args
+    no_new_tokens = q.new_empty(0, *cache.k_pages.shape[2:])
+    for i, t in enumerate(seq_lens.tolist()):
+        q[i : i + 1], _, _ = change_cached_sequence(
+            change, rng, q[i : i + 1], no_new_tokens, no_new_tokens, cache, i, t
+        )
+    return q, cache, seq_lens, *rest
+
+
+for _name, _change in CHANGES.items():
+    decode_attention.hard_case(_name)(partial(_change_sequences, _change))
+
+
+@decode_attention.hard_case("uneven_lengths")
+def _(args: tuple, rng: torch.Generator) -> tuple:
+    """Of every three sequences the second is empty, and the third has one token at most."""
+    q, cache, seq_lens, *rest = args
+    seq_lens[1::3] = 0
+    seq_lens[2::3].clamp_(max=1)
+    return q, cache, seq_lens, *rest
 
 
 decode_attention.fake_impl(lambda q, cache, seq_lens, softmax_scale, numerics, return_lse: q.new_empty(q.shape))

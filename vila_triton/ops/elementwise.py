@@ -34,6 +34,22 @@ def _(rows: IntRange(1, 40), e: IntRange(1, 300), dtype: DTYPES, *, rng: torch.G
     )
 
 
+@rms_norm.hard_case("uneven_rows")
+def _uneven_rows(args: tuple, rng: torch.Generator) -> tuple:
+    """Rows of numbers up to 40,000, whose squares float16 cannot hold, among rows down to a thousandth."""
+    x, *rest = args
+    return x * 2.0 ** torch.randint(-10, 14, (len(x), 1), generator=rng).to(x), *rest
+
+
+@rms_norm.hard_case("constant_rows")
+def _constant_rows(args: tuple, rng: torch.Generator) -> tuple:
+    """Rows of one number each, and every other row of zeros."""
+    x, *rest = args
+    x = x[:, :1].expand_as(x).clone()
+    x[1::2] = 0
+    return x, *rest
+
+
 rms_norm.fake_impl(lambda x, weight, eps: x.new_empty(x.shape))
 
 
@@ -64,6 +80,10 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
 def _(rows: IntRange(1, 40), e: IntRange(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
     x, weight, bias = (random_tensor(*s, dtype=dtype, rng=rng, device=device) for s in ((rows, e), (e,), (e,)))
     return x, weight, bias, 1e-6
+
+
+layer_norm.hard_case("uneven_rows")(_uneven_rows)
+layer_norm.hard_case("constant_rows")(_constant_rows)
 
 
 layer_norm.fake_impl(lambda x, weight, bias, eps: x.new_empty(x.shape))
@@ -106,6 +126,15 @@ def _(s: IntRange(1, 40), h: IntRange(1, 9), r: IntRange(1, 64), dtype: DTYPES, 
     return x, angles.cos().to(device), angles.sin().to(device)
 
 
+@rope.hard_case("quarter_turns")
+def _quarter_turns(args: tuple, rng: torch.Generator) -> tuple:
+    """Angles that are multiples of 90°, 0 among them, and large numbers."""
+    x, cos, sin = args
+    turns = torch.randint(4, cos.shape, generator=rng)
+    cos, sin = (torch.tensor(values)[turns].to(cos) for values in ([1.0, 0, -1, 0], [0.0, 1, 0, -1]))
+    return x * 2**12, cos, sin
+
+
 rope.fake_impl(lambda x, cos, sin: x.new_empty(x.shape))
 
 
@@ -137,6 +166,18 @@ def _(gate: Tensor, up: Tensor) -> None:
 def _(s: IntRange(1, 40), f: IntRange(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
     gate, up = (random_tensor(s, f, dtype=dtype, rng=rng, device=device, scale=3) for _ in range(2))
     return gate, up
+
+
+@swiglu.hard_case("extreme_gates")
+def _(args: tuple, rng: torch.Generator) -> tuple:
+    """Gates of 0, and beyond the numbers whose exponentials float32 holds, 88; large ones with values of `up` near 0.
+
+    None lies between -88 and -110, where silu is still a number, but not computed as the reference does it.
+    """
+    gate, up = args
+    gates = torch.tensor([0.0, -0.0, 20, -20, 88, -88, 110, -110, 1000, -1000, 60000, -60000])
+    gate = gates[torch.randint(len(gates), gate.shape, generator=rng)].to(gate)
+    return gate, up / gate.abs().clamp(min=1)
 
 
 swiglu.fake_impl(lambda gate, up: gate.new_empty(gate.shape))

@@ -1,6 +1,8 @@
 """Attention of the vision tower: every position of an image to every position of it."""
 # pyright: reportInvalidTypeForm=false
 
+from functools import partial
+
 import torch
 from einops import einsum
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch import Tensor
 from vila_triton.registry import IntRange, op
 
 from .attention import HEAD_DIMS
+from .attention_cases import CHANGES, Change, change_sequence
 from .dtypes import DTYPES, dtype_name, random_tensor, upcast
 from .shapes import check_axes, check_finite, check_floating, check_same_dtype
 
@@ -45,6 +48,16 @@ def _(
 ):
     q, k, v = (random_tensor(b, s, h, d, dtype=dtype, rng=rng, device=device) for _ in range(3))
     return q, k, v, d**-0.5
+
+
+def _change_images(change: Change, args: tuple, rng: torch.Generator) -> tuple:
+    *tensors, softmax_scale = args
+    images = [change_sequence(change, rng, *image) for image in zip(*tensors)]
+    return *map(torch.stack, zip(*images)), softmax_scale
+
+
+for _name, _change in CHANGES.items():
+    encoder_attention.hard_case(_name)(partial(_change_images, _change))
 
 
 encoder_attention.fake_impl(lambda q, k, v, softmax_scale: q.new_empty(q.shape))

@@ -1,7 +1,7 @@
 """Weights in 4 bits and their matrix products: x · wᵀ, and silu(x · gateᵀ) · (x · upᵀ) in one pass over x."""
 # pyright: reportInvalidTypeForm=false
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vila_triton.registry import IntRange, OneOf, op
 
-from .dtypes import DTYPES, dtype_name, random_tensor, upcast
+from .dtypes import DTYPES, device_of_draws, dtype_name, random_tensor, upcast
 from .int4_tiles import pack_tiles, tiled_shape, unpack_tiles
 from .shapes import check_axes, check_floating, check_same_dtype
 
@@ -137,9 +137,10 @@ def _(x: Tensor, w: Int4, bias: Tensor | None = None) -> None:
 
 def random_int4(n: int, G: int, group_size: int, dtype: str, rounding: Any, rng: torch.Generator, device: str) -> Int4:
     """A random weight that uses all codes and zero points, of values of about 1."""
-    q = torch.randint(0, 16, (n, G * group_size), generator=rng)
-    scales = (torch.rand(G, n, generator=rng) + 0.5) / 15
-    zeros = torch.randint(0, 16, (G, n), generator=rng)
+    where = device_of_draws(device)
+    q = torch.randint(0, 16, (n, G * group_size), generator=rng, device=where)
+    scales = (torch.rand(G, n, generator=rng, device=where) + 0.5) / 15
+    zeros = torch.randint(0, 16, (G, n), generator=rng, device=where)
     scales, zeros = (x.to(device, getattr(torch, dtype)) for x in (scales, zeros))
     return Int4(pack_tiles(q).to(device), scales, zeros, group_size, rounding)
 
@@ -160,6 +161,62 @@ def _(
     w = random_int4(n, G, group, dtype, order, rng, device)
     x = random_tensor(m, G * group, dtype=dtype, rng=rng, device=device)
     return x, w, random_tensor(n, dtype=dtype, rng=rng, device=device) if bias else None
+
+
+def cancelling_rows(x: Tensor) -> Tensor:
+    """Rows x [m, k] whose products with weights that are all about 1 come to 2¹⁸, four times what float16 holds, after
+    half of the columns, and to about 0 after the other half.
+    """
+    k = x.shape[1]
+    sign = torch.where(torch.arange(k, device=x.device) < k // 2, 1, -1)
+    return (x.abs() + min(2**19 / k, 2.0**14)) * sign
+
+
+def nearly_equal_weights(w: Int4, rng: torch.Generator) -> Int4:
+    """The weight with numbers of one sign and of about one size in every row, 12 to 15 times its first scale."""
+    is_positive = torch.randint(2, (w.shape[0],), generator=rng) > 0
+    codes = torch.randint(12, 16, w.shape, generator=rng)
+    qweight = pack_tiles(torch.where(is_positive[:, None], codes, 15 - codes)).to(w.qweight.device)
+    zeros = torch.where(is_positive, 0, 15).to(w.zeros).expand_as(w.zeros).clone()
+    return replace(w, qweight=qweight, scales=w.scales[:1].expand_as(w.scales).clone(), zeros=zeros)
+
+
+@int4_matmul.hard_case("cancelling_sums")
+def _(args: tuple, rng: torch.Generator) -> tuple:
+    """Sums beyond float16 that cancel, see `cancelling_rows`."""
+    x, w, bias = args
+    return cancelling_rows(x), nearly_equal_weights(w, rng), bias
+
+
+def unlike_groups(x: Tensor, *weights: Int4) -> tuple[Tensor, tuple[Int4, ...]]:
+    """(x, weights) with scales over twelve powers of two, and x the other way, so that every group counts.
+
+    Neither scale nor zero point is that of a group 1, 2, 4, 8, 16, ... before; both are alike after 77 groups only.
+    """
+    G, n = weights[0].scales.shape
+    group, row = torch.arange(G, device=x.device)[:, None], torch.arange(n, device=x.device)
+    powers = 2.0 ** (2 * (3 * group % 7) - 9)  # [G, 1]
+    x = (rearrange(x, "m (G i) -> m G i", G=G) / powers.to(x)).flatten(1)
+    zeros = (5 * (group % 11) + 3 * row) % 16
+    return x, tuple(
+        replace(w, scales=w.scales * powers.to(w.scales), zeros=(zeros + i).fmod(16).to(w.zeros))
+        for i, w in enumerate(weights)
+    )
+
+
+@int4_matmul.hard_case("unlike_groups")
+def _(args: tuple, rng: torch.Generator) -> tuple:
+    x, w, bias = args
+    x, weights = unlike_groups(x, w)
+    return x, *weights, bias
+
+
+@int4_matmul.hard_case("zero_rows")
+def zero_rows(args: tuple, rng: torch.Generator) -> tuple:
+    """Every other row of x is 0, the first among them."""
+    x, *rest = args
+    x[::2] = 0
+    return x, *rest
 
 
 int4_matmul.fake_impl(lambda x, w, bias: x.new_empty(*x.shape[:-1], w.shape[0]))
@@ -217,6 +274,31 @@ def _(
 ):
     weights = (random_int4(n, G, group, dtype, order, rng, device) for _ in range(2))
     return random_tensor(m, G * group, dtype=dtype, rng=rng, device=device, scale=(G * group) ** -0.5), *weights
+
+
+@int4_swiglu.hard_case("cancelling_sums")
+def _(args: tuple, rng: torch.Generator) -> tuple:
+    """Sums beyond float16 that cancel, see `cancelling_rows`; the gate is below 1 in the end."""
+    x, gate, up = args
+    gate, up = nearly_equal_weights(gate, rng), nearly_equal_weights(up, rng)
+    return cancelling_rows(x), replace(gate, scales=gate.scales / 2**14), up
+
+
+@int4_swiglu.hard_case("unlike_groups")
+def _(args: tuple, rng: torch.Generator) -> tuple:
+    x, gate, up = args
+    x, weights = unlike_groups(x, gate, up)
+    return x, *weights
+
+
+@int4_swiglu.hard_case("extreme_gates")
+def _(args: tuple, rng: torch.Generator) -> tuple:
+    """Gates of about 1000 or -1000, whose exponentials float32 does not hold."""
+    x, gate, up = args
+    return (1 + x.abs()) * (1000 / x.shape[1]), nearly_equal_weights(gate, rng), replace(up, scales=up.scales / 2**8)
+
+
+int4_swiglu.hard_case("zero_rows")(zero_rows)
 
 
 int4_swiglu.fake_impl(lambda x, gate, up: x.new_empty(*x.shape[:-1], gate.shape[0]))

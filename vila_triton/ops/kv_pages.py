@@ -20,7 +20,7 @@ from vila_triton.registry import OneOf
 from .dtypes import upcast
 from .shapes import check_axes
 
-PAGE_SIZES = OneOf(16, 32, 64, 128, 256)
+PAGE_SIZES = OneOf(16, 24, 32, 48, 64, 96, 128, 160, 256)
 KV_BITS = {"int8": 8, "int4": 4}
 KV_FORMATS = OneOf("plain", *KV_BITS)  # plain: in the dtype of the new tokens
 SCALE_DTYPES = (torch.float32, torch.float16, torch.float64)  # float64: for the oracles of tests
@@ -162,6 +162,13 @@ def quantize_kv(x: Tensor, like: KVPages) -> KVPages:
     low_codes, high_codes = codes.chunk(2, -1)
     values = low_codes | high_codes << 4
     return QuantizedKVPages(values, *(y.to(dtype).masked_fill(~is_finite, math.nan) for y in (scales, zeros)))
+
+
+def write_tokens(new: Tensor, pages: KVPages, slots: Tensor) -> None:
+    """Write keys or values [s, g, d] into the slots [s] of pages, in place, quantized as these are."""
+    page, row = slots // pages.shape[1], slots % pages.shape[1]
+    for page_tensor, values in zip(page_tensors(pages), page_tensors(quantize_kv(new, pages))):
+        page_tensor[page, row] = values
 
 
 def check_pages(op_name: str, k_pages: KVPages, v_pages: KVPages) -> None:

@@ -17,8 +17,8 @@ from .kv_pages import (
     empty_kv_pages,
     kv_bytes,
     kv_format,
-    page_tensors,
     quantize_kv,
+    write_tokens,
 )
 from .shapes import check_axes, check_dtype, check_floating
 
@@ -33,10 +33,8 @@ def kv_write(k: Tensor, v: Tensor, k_pages: KVPages, v_pages: KVPages, slot_mapp
     Raises ValueError for shapes, dtypes or devices that do not fit, IndexError for slots that do not exist.
     """
     is_cached = slot_mapping >= 0
-    page, row = slot_mapping[is_cached] // k_pages.shape[1], slot_mapping[is_cached] % k_pages.shape[1]
     for new, pages in ((k, k_pages), (v, v_pages)):
-        for page_tensor, values in zip(page_tensors(pages), page_tensors(quantize_kv(new[is_cached], pages))):
-            page_tensor[page, row] = values
+        write_tokens(new[is_cached], pages, slot_mapping[is_cached])
     return k_pages, v_pages
 
 
@@ -87,6 +85,35 @@ def _(
     slots = torch.randperm(pages * l, generator=rng)[:s]
     slots[torch.rand(s, generator=rng) < 1 / 8] = -1
     return k, v, *cached, slots.to(device)
+
+
+def special_heads(x: Tensor, rng: torch.Generator) -> Tensor:
+    """New heads x [s, g, d], each of them either as it is or replaced by a constant, zeros, subnormal numbers, numbers
+    near the largest, or numbers halfway between two codes, which are rounded up.
+    """
+    info = torch.finfo(x.dtype)
+    halves = torch.randint(-7, 7, x.shape, generator=rng).to(x) + 0.5
+    halves[..., 0], halves[..., 1] = torch.tensor([[-7, 127], [8, 0]])[
+        :, torch.randint(2, x.shape[:2], generator=rng)
+    ].to(x)
+    kinds = torch.stack(
+        (x, x[..., :1].expand_as(x), 0 * x, x * info.smallest_normal / 8, x.clamp(-2, 2) * (info.max / 8), halves)
+    )
+    kind = torch.randint(len(kinds), x.shape[:2], generator=rng).to(x.device)
+    return kinds.gather(0, kind[None, ..., None].expand_as(x[None]))[0]
+
+
+@kv_write.hard_case("special_heads")
+def _(args: tuple, rng: torch.Generator) -> tuple:
+    k, v, *rest = args
+    return special_heads(k, rng), special_heads(v, rng), *rest
+
+
+@kv_write.hard_case("no_slots")
+def no_slots(args: tuple, rng: torch.Generator) -> tuple:
+    """No token is cached."""
+    *rest, slot_mapping = args
+    return *rest, -1 - torch.randint(100, slot_mapping.shape, generator=rng).to(slot_mapping)
 
 
 kv_write.mutates("k_pages", "v_pages")

@@ -8,7 +8,7 @@ from torch import Tensor
 from vila_triton.registry import IntRange, op
 
 from .dtypes import DTYPES, dtype_name, random_tensor
-from .int4 import Int4, int4_matmul
+from .int4 import Int4, cancelling_rows, int4_matmul, zero_rows
 from .shapes import check_axes, check_floating
 
 
@@ -33,6 +33,16 @@ def _(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> None:
 def _(m: IntRange(1, 40), n: IntRange(1, 80), k: IntRange(1, 200), dtype: DTYPES, *, rng: torch.Generator, device: str):
     x, w, bias = (random_tensor(*s, dtype=dtype, rng=rng, device=device) for s in ((m, k), (n, k), (n,)))
     return x, w, bias
+
+
+@linear.hard_case("cancelling_sums")
+def _(args: tuple, rng: torch.Generator) -> tuple:
+    """Weights that are nearly 1, see `cancelling_rows`."""
+    x, w, bias = args
+    return cancelling_rows(x), 1 + w / 16, bias
+
+
+linear.hard_case("zero_rows")(zero_rows)
 
 
 linear.fake_impl(lambda x, w, bias: x.new_empty(*x.shape[:-1], len(w)))

@@ -1,12 +1,15 @@
 """Attention of a chunk of new tokens to the cached context of its sequence and to itself."""
 # pyright: reportInvalidTypeForm=false
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from vila_triton.registry import IntRange, op
 
 from .attention import HEAD_DIMS, NUMERICS, QUERIES_PER_KV, RaggedBatch, causal_attention, check_heads, check_numerics
+from .attention_cases import CHANGES, Change, change_cached_sequence
 from .dtypes import DTYPES, dtype_name, random_tensor, upcast
 from .indices import check_block_table, check_query_start_loc
 from .kv_pages import KV_FORMATS, PAGE_SIZES, PagedKV, check_pages, kv_bytes, kv_format, random_pages
@@ -101,6 +104,31 @@ def _(
     query_start_loc = torch.tensor([0, *new]).cumsum(0).to(device, torch.int32)
     batch = RaggedBatch(query_start_loc, torch.tensor(cached, device=device).int())
     return q, k, v, cache, batch, d**-0.5, *([] if numerics == "fast" else [numerics])
+
+
+def _change_sequences(change: Change, args: tuple, rng: torch.Generator) -> tuple:
+    q, k, v, cache, batch, *rest = args
+    for i, t in enumerate(batch.context_lens.tolist()):
+        rows = slice(*batch.query_start_loc[i : i + 2].tolist())
+        q[rows], k[rows], v[rows] = change_cached_sequence(change, rng, q[rows], k[rows], v[rows], cache, i, t)
+    return q, k, v, cache, batch, *rest
+
+
+for _name, _change in CHANGES.items():
+    prefill_attention.hard_case(_name)(partial(_change_sequences, _change))
+
+
+@prefill_attention.hard_case("uneven_lengths")
+def _(args: tuple, rng: torch.Generator) -> tuple:
+    """Of every three sequences the second has no new tokens, and perhaps no others; the third has no context.
+
+    The new tokens of the second are given to the first.
+    """
+    starts, context_lens = args[4].query_start_loc, args[4].context_lens
+    starts[1:-1:3] = starts[2::3]
+    context_lens[1::3] *= int(torch.randint(2, (), generator=rng))
+    context_lens[2::3] = 0
+    return args
 
 
 prefill_attention.fake_impl(lambda q, k, v, cache, batch, softmax_scale, numerics, return_lse: q.new_empty(q.shape))

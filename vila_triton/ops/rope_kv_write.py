@@ -11,7 +11,7 @@ from .dtypes import DTYPES, dtype_name, random_tensor
 from .elementwise import rope
 from .indices import check_slot_mapping
 from .kv_pages import KV_FORMATS, PAGE_SIZES, KVPages, kv_bytes, kv_format
-from .kv_write import check_kv_write_args, kv_write
+from .kv_write import check_kv_write_args, kv_write, no_slots, special_heads
 from .shapes import check_axes, check_floating, check_same_dtype
 
 
@@ -64,6 +64,17 @@ def _(
     k, v, *cached = kv_write.make_example(s, g, d, l, dtype, kv, rng=rng, device=device)
     q = random_tensor(s, g * ratio, d, dtype=dtype, rng=rng, device=device)
     return q, k, v, angles.cos().to(device), angles.sin().to(device), *cached
+
+
+@rope_kv_write.hard_case("special_heads")
+def _(args: tuple, rng: torch.Generator) -> tuple:
+    """Special heads of keys and values; every other token stays as it is, since its angles are 0."""
+    q, k, v, cos, sin, *rest = args
+    cos[::2], sin[::2] = 1, 0
+    return q, special_heads(k, rng), special_heads(v, rng), cos, sin, *rest
+
+
+rope_kv_write.hard_case("no_slots")(no_slots)
 
 
 rope_kv_write.mutates(

@@ -7,7 +7,7 @@ whole zero point 0 to 15. Scales are rounded to float16, so that the grid that i
 from dataclasses import dataclass
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor
 
 from vila_triton.ops import Int4
@@ -49,10 +49,11 @@ def group_min_max(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
     Errors: ValueError for a weight that holds NaN or infinity.
     """
-    if not torch.isfinite(w).all():
-        raise ValueError("the weight holds NaN or infinity")
     x = rearrange(w, "n (G i) -> n G i", i=group_size)
-    return x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+    low, high = x.amin(-1), x.amax(-1)
+    if not (low.isfinite().all() and high.isfinite().all()):  # extremes are NaN where a weight is
+        raise ValueError("the weight holds NaN or infinity")
+    return low.clamp(max=0), high.clamp(min=0)
 
 
 def group_hessian_loss(delta: Tensor, blocks: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def group_hessian_loss(delta: Tensor, blocks: Tensor) -> Tensor:
     -> [n, G].
     """
     x = rearrange(delta, "n (G i) -> G n i", i=blocks.shape[-1])
-    return einsum(x @ blocks, x, "G n i, G n i -> n G")
+    return ((x @ blocks) * x).sum(-1).t()
 
 
 def search_clipping(w: Tensor, group_size: int, blocks: Tensor, clip_ratios: tuple[float, ...]) -> QuantGrid:

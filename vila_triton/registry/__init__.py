@@ -9,6 +9,9 @@
     @rms_norm.example_inputs                          # tests and benchmarks draw sizes from the annotations
     def _(rows: IntRange(1, 64), dtype: OneOf("float32", "float16"), *, rng, device): return x, weight, eps
 
+    @rms_norm.hard_case("zero_rows")                  # tests draw these values as well as random ones
+    def _(args, rng): return torch.zeros_like(args[0]), *args[1:]
+
     @rms_norm.sizes_from_args("rows")                 # the inverse; "rows" differs from call to call of a model
     def _(x, weight, eps): return {"rows": len(x), "dtype": "float32"}
 

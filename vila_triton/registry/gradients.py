@@ -1,6 +1,6 @@
-"""Kernels have no gradient, and asking for one raises an error.
+"""Kernels have no gradient, nor has what lies in the KV cache, and asking for one raises an error.
 
-Without this, torch would silently treat the results of a kernel as constants.
+Without this, torch would silently treat the results of a kernel, and cached keys and values, as constants.
 """
 
 from dataclasses import fields, is_dataclass
@@ -23,6 +23,11 @@ class NoGradient(torch.autograd.Function):
         raise RuntimeError(ctx.message)
 
 
+def without_gradient(x: Tensor, message: str) -> Tensor:
+    """The same numbers; asking for their gradient raises RuntimeError with the message."""
+    return NoGradient.apply(message, x.detach(), torch.empty(0, requires_grad=True))  # pyright: ignore[reportReturnType]
+
+
 def forbid_gradient(op: str, impl: str, out: Any, *args: Any) -> Any:
     """The results of a call; asking them for the gradient that an argument requires raises RuntimeError."""
     if not torch.is_grad_enabled():
@@ -34,6 +39,6 @@ def forbid_gradient(op: str, impl: str, out: Any, *args: Any) -> Any:
 
     def forbid(x: Any) -> Any:
         is_new = isinstance(x, Tensor) and x.is_floating_point() and all(x is not y for y in args)
-        return NoGradient.apply(message, x, torch.empty(0, requires_grad=True)) if is_new and not x.requires_grad else x
+        return without_gradient(x, message) if is_new and not x.requires_grad else x
 
     return tuple(map(forbid, out)) if isinstance(out, tuple) else forbid(out)

@@ -114,6 +114,7 @@ class Op:
         self.domain: dict[str, IntRange | OneOf] = {}
         self.precondition: Callable[..., None] | None = None
         self.index_check: Callable[..., None] | None = None
+        self.hard_cases: dict[str, Callable[..., Any]] = {}
         self.make_example = self._not_registered("example_inputs")
         self.cost = self._missing_cost = self._not_registered("flops_and_bytes")
         self.sizes_of: Callable[..., dict[str, Any]] | None = None
@@ -256,6 +257,21 @@ class Op:
             raise TypeError(f"{self.name}.example_inputs: {bad} must be annotated with IntRange(...) or OneOf(...)")
         self.make_example = fn
         return fn
+
+    def hard_case(self, name: str) -> Callable[[Callable], Callable]:
+        """Register a function of example arguments and a `torch.Generator` as a hard case of the op.
+
+        It returns arguments of the same shapes and dtypes, of values that random ones do not meet; it may change those
+        it gets. Raises ValueError for a name that is taken, as "random" is by the arguments as they were drawn.
+        """
+
+        def attach(fn: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+            if name in ("random", *self.hard_cases):
+                raise ValueError(f"{self.name}: there already are example arguments that are called {name!r}")
+            self.hard_cases[name] = fn
+            return fn
+
+        return attach
 
     def sizes_from_args(self, *dynamic_sizes: str) -> Callable[[Callable], Callable]:
         """Register the inverse of `example_inputs`: arguments -> sizes, from shapes and dtypes alone, since it must not

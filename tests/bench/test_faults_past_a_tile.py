@@ -1,0 +1,81 @@
+"""`check` finds kernels that are right at small sizes only: in their first tile, their first groups, or few splits."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.correctness.find_failure import Shrinker, find_failure
+from vila_triton.registry import OPS, Impl, discover
+
+discover()
+SECONDS = 30.0  # in which `check` finds each
+
+
+def of_first_columns(count: int | str) -> Callable[..., Callable]:
+    """Faults that leave the columns past a count, or past a block of the config, at 0."""
+
+    def fault(fn: Callable, *args: Any, **config: Any) -> Tensor:
+        out = fn(*args, **config).clone()
+        out[..., count if isinstance(count, int) else config[count] :] = 0
+        return out
+
+    return lambda fn: lambda *args, **config: fault(fn, *args, **config)
+
+
+def first_row_tile(fn: Callable) -> Callable:
+    def fault(*args: Any, **config: Any) -> Tensor:
+        out = fn(*args, **config).clone()
+        out[config["BLOCK_M"] :] = 0
+        return out
+
+    return fault
+
+
+def zeros_past_group_16(fn: Callable) -> Callable:
+    def fault(x: Tensor, w: Any, bias: Tensor | None = None, **config: Any) -> Tensor:
+        zeros = torch.cat((w.zeros[:16], (w.zeros[16:] + 1) % 16))
+        return fn(x, replace(w, zeros=zeros), bias, **config)
+
+    return fault
+
+
+def partial_sums_in_float16(fn: Callable) -> Callable:
+    empty = torch.empty
+
+    def half(*shape: Any, dtype: Any = None, **options: Any) -> Tensor:
+        return empty(*shape, dtype=torch.float16 if dtype == torch.float32 else dtype, **options)
+
+    def fault(x: Tensor, *args: Any, **config: Any) -> Tensor:
+        if x.dtype != torch.float16:
+            return fn(x, *args, **config)
+        with patch.object(torch, "empty", half):
+            return fn(x, *args, **config)
+
+    return fault
+
+
+FAULTS: dict[str, tuple[str, str, Callable[[Callable], Callable]]] = {
+    "splitk computes its first 128 columns": ("int4_matmul", "splitk", of_first_columns(128)),
+    "int4 prefill computes its first row tile": ("int4_matmul", "prefill", first_row_tile),
+    "rms_norm computes its first block": ("rms_norm", "triton", of_first_columns("BLOCK")),
+    "swiglu computes its first block": ("swiglu", "triton", of_first_columns("BLOCK")),
+    "linear computes its first row tile": ("linear", "triton", first_row_tile),
+    "zeros are wrong past group 16": ("int4_matmul", "splitk", zeros_past_group_16),
+    "split-k parts are float16": ("int4_matmul", "splitk", partial_sums_in_float16),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of interpreted kernels on hard values
+@pytest.mark.parametrize("name", FAULTS)
+def test_check_finds_a_fault_past_a_tile(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Shrinker, "shrink", lambda self: None)
+    op, impl, fault = FAULTS[name]
+    right = OPS[op].impls[impl]
+    wrong = Impl(op, "wrong", fault(right.fn), right.configs, right.file)
+    result = find_failure(OPS[op], wrong, right.configs[0], 100, SECONDS)
+    assert result.simplest and result.simplest.kind in ("beyond budget", "NaN"), result.coverage
