@@ -53,7 +53,7 @@ UNREACHABLE = {
 # Sizes other than 3, or the first of a list: whole and partial tiles, pages of one and of many, splits or none.
 SIZES: dict[str, list[dict[str, Any]]] = {
     "linear": [{"k": 130}],
-    "encoder_attention": [{"s": 70}],
+    "encoder_attention": [{"b": 1, "s": 130, "h": 1}, {}],
     "decode_attention": [{"b": 1, "t": 140, "g": 1, "l": 64}, {"t": 100, "ratio": 2}, {"t": 40}],
     "prefill_attention": [{"b": 1, "s": 140, "t": 140, "g": 1, "l": 64}, {"t": 70, "ratio": 2}],
     "kv_write": [{"s": 40}],
@@ -62,7 +62,7 @@ SIZES: dict[str, list[dict[str, Any]]] = {
 VARIED = ("kv", "group", "order", "bias")  # sizes of which every value is tried, beside the others of the last call
 RESULT = "result"
 RESULT_AXES = {"linear": [0], "int4_matmul": [0], "int4_swiglu": [0]}  # those kernels take strides of; else all
-MAX_GROWTH = 2**29  # bytes of resident memory: that of a whole process then stays below 1 GB
+MAX_GROWTH = 2**28  # bytes of resident memory: that of a whole process then stays below 1 GB
 
 Places = list[tuple[str, int]]  # an argument by its name, or RESULT, and an axis
 Allocate = Callable[[Tensor], Tensor]
