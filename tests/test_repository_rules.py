@@ -10,6 +10,7 @@ import textwrap
 import tokenize
 import zipfile
 from collections.abc import Iterable
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
@@ -74,11 +75,17 @@ def folder_of(name: str) -> str:
     return inner.partition(".")[0] if package == "vila_triton" else package
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file, which several rules walk."""
+    return ast.parse(path.read_text())
+
+
 def imports(name: str, path: Path) -> set[str]:
     """The dotted names of the modules that a file imports anywhere in it, inside functions too."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     modules = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -161,7 +168,7 @@ EXEMPT = {  # words of the bundled model, and old spellings that are still read
 def test_functions_classes_and_modules_have_telling_names() -> None:
     names = {(name, name.rpartition(".")[2]) for name in FILES}
     for module, path in FILES.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 names.add((module, node.name))
     assert not {(module, name) for module, name in names if name.lower() in NOT_NAMES}
@@ -194,7 +201,7 @@ def test_identifiers_are_spelled_as_in_america() -> None:
 def test_docstrings_do_not_open_with_a_question_word() -> None:
     openings = set()
     for path in [*FILES.values(), *(ROOT / "tests").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 docstring = ast.get_docstring(node) or ""
                 if re.match(r"(What|How|Whether)\b", docstring):
@@ -205,7 +212,7 @@ def test_docstrings_do_not_open_with_a_question_word() -> None:
 def test_public_functions_of_modules_have_docstrings() -> None:
     undocumented = set()
     for module, path in FILES.items():
-        for node in ast.parse(path.read_text()).body:
+        for node in parsed(path).body:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or ast.get_docstring(node):
                 continue
             decorators = {ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list}

@@ -50,12 +50,12 @@ UNREACHABLE = {
     r"_int4_dequant_kernel out_ptr\[-1\]": "columns of a weight, of which there is a program for every few",
 }
 
-# Sizes of calls other than 3, or the first of a list: whole and partial tiles, several pages, splits or none.
+# Sizes other than 3, or the first of a list: whole and partial tiles, pages of one and of many, splits or none.
 SIZES: dict[str, list[dict[str, Any]]] = {
     "linear": [{"k": 130}],
     "encoder_attention": [{"s": 70}],
-    "decode_attention": [{"t": 100, "ratio": 2}, {"t": 40}],
-    "prefill_attention": [{"b": 1, "s": 140, "t": 70, "g": 1}, {"t": 70, "ratio": 2}],
+    "decode_attention": [{"b": 1, "t": 140, "g": 1, "l": 64}, {"t": 100, "ratio": 2}, {"t": 40}],
+    "prefill_attention": [{"b": 1, "s": 140, "t": 140, "g": 1, "l": 64}, {"t": 70, "ratio": 2}],
     "kv_write": [{"s": 40}],
     "rope_kv_write": [{"s": 40, "ratio": 2}],
 }

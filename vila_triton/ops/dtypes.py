@@ -18,14 +18,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def device_of_draws(device: str) -> str:
-    """The device on which random numbers for a tensor on `device` are drawn: the CPU, so that a seed gives the same on
-    every device. Tensors on the device "meta" hold no numbers, and none are drawn for them.
+def device_of_draws(device: str) -> str | None:
+    """The device on which random numbers for a tensor on `device` are drawn: None, the default one, which is the CPU
+    unless a caller sets another. Tensors on the device "meta" hold no numbers, and none are drawn for them.
     """
-    return "meta" if device == "meta" else "cpu"
+    return "meta" if device == "meta" else None
 
 
 def random_tensor(*shape: int, dtype: str, rng: torch.Generator, device: str, scale: float = 1.0) -> Tensor:
-    """Standard normal numbers times `scale`, the same for a seed on every device."""
+    """Standard normal numbers times `scale`; drawn on the CPU, so that a seed gives the same on every device."""
     drawn = torch.randn(*shape, generator=rng, device=device_of_draws(device))
     return (drawn * scale).to(device, getattr(torch, dtype))
