@@ -146,7 +146,7 @@ def int4_gemm_tile(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     word_ptrs, top, low = block_pointers(w[0], pid_n, begin, N, K, TILES_N, TILES_K)
     x_ptrs = x_pointers(x_ptr, offs_m, begin, M, stride_xm, stride_xk, BLOCK_K)
-    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # int64 if N is
     rows = tl.where(offs_n < N, offs_n, 0)
     acc = tl.zeros([BLOCK_N, offs_m.shape[0]], tl.float32)
     for start in range(begin, end, BLOCK_K):

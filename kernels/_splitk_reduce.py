@@ -30,7 +30,7 @@ def partial_sums(out: Tensor, splits: int) -> Tensor:
 def _reduce_splits_kernel(sums_ptr, bias_ptr, out_ptr, M, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     blocks = tl.cdiv(N, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    offs_n = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offs_n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)  # int64 if N is
     mask = offs_n < N
     acc = tl.zeros([BLOCK], tl.float32)
     for split in range(SPLITS):

@@ -18,6 +18,7 @@ def find_sequence(tile, query_start_loc_ptr, num_seqs, QUERIES_PER_KV: tl.conste
     """(i, row): the sequence that owns one of `max_tiles` tiles, and the first of its rows that the tile holds.
 
     The tiles of sequence i begin at query_start_loc[i] · QUERIES_PER_KV // BLOCK_M + i, which leaves each enough.
+    The rows of one sequence are counted in 32 bits, those of all in 64.
     """
     low, high = tl.full([], 0, tl.int32), num_seqs - 1
     while low < high:

@@ -69,7 +69,7 @@ def _int4_matmul_splitk_kernel(
     blocks_n = tl.cdiv(N, BLOCK_N)
     pid_m, pid_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # int64 if N is
     begin = tl.program_id(1) * K_PER_SPLIT
     end = tl.minimum(begin + K_PER_SPLIT, K)
     acc = int4_gemm_tile(

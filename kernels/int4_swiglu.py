@@ -74,7 +74,7 @@ def _int4_swiglu_kernel(
     blocks_n = tl.cdiv(N, BLOCK_N)
     pid_m, pid_n = tl.program_id(0) // blocks_n, tl.program_id(0) % blocks_n
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # int64 if N is
     rows = tl.where(offs_n < N, offs_n, 0)
     gate_ptrs, top, low = block_pointers(gate_w[0], pid_n, 0, N, K, TILES_N, TILES_K)
     up_ptrs, _, _ = block_pointers(up_w[0], pid_n, 0, N, K, TILES_N, TILES_K)

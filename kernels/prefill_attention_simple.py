@@ -63,11 +63,11 @@ def _prefill_attention_simple_kernel(
     kv_head = (tl.program_id(0) // tiles).to(tl.int64)
     start = tl.load(query_start_loc_ptr + sequence).to(tl.int64)
     num_queries = tl.load(query_start_loc_ptr + sequence + 1) - start
-    context_len = tl.load(context_lens_ptr + sequence).to(tl.int64)
+    context_len = tl.load(context_lens_ptr + sequence)
     if row >= num_queries * QUERIES_PER_KV:
         return
 
-    query, head, row_mask = query_and_head(row.to(tl.int64), kv_head, num_queries, QUERIES_PER_KV, BLOCK_M)
+    query, head, row_mask = query_and_head(row, kv_head, num_queries, QUERIES_PER_KV, BLOCK_M)
     q = load_heads(q_ptr, (start + query) * stride_q[0] + head * stride_q[1], row_mask, stride_q[2], HEAD)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     m_i, l_i, acc = init_softmax(BLOCK_M, HEAD)

@@ -1,6 +1,6 @@
 """Launches of interpreted kernels, watched: which of their arguments they reach beyond 2³¹ elements.
 
-Loop variables are then int32 as on a GPU; Triton's interpreter has Python's integers, which never overflow. And few
+Loop variables then have 32 bits as on a GPU; the interpreter's are Python's integers, which never overflow. And few
 programs of a grid run, so that it may have millions.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import triton.language as tl
 from far_memory import LIMIT
 from torch import Tensor
 from triton.runtime import interpreter
@@ -87,7 +88,7 @@ def watched_launches(reach: Reach, first: int, last: int) -> Iterator[None]:
 
     def patch_core_and_range(lang: Any, scope: Any) -> None:
         patch_core(lang, scope)
-        scope.set_attr(lang, "range", int32_range)
+        scope.set_attr(lang, "range", typed_range)
 
     def launch_some(self: Any, *args: Any, **kwargs: Any) -> None:
         arguments = tensor_arguments(self.fn, args, kwargs)
@@ -105,7 +106,7 @@ def watched_launches(reach: Reach, first: int, last: int) -> Iterator[None]:
             patch.object(self, "grid", (count, *grid[1:])),
             patch.object(shared_builder, "set_grid_dim", lambda *_: setattr(shared_builder, "grid_dim", grid)),
             patch.object(shared_builder, "set_grid_idx", set_grid_idx),
-            patch.dict(self.fn.__globals__, {"range": int32_range}),
+            patch.dict(self.fn.__globals__, {"range": typed_range}),
         ):
             launch(self, *args, **kwargs)
         for argument, x in arguments:
@@ -120,9 +121,12 @@ def watched_launches(reach: Reach, first: int, last: int) -> Iterator[None]:
         yield
 
 
-def int32_range(*bounds: Any, **_: Any) -> Iterator[Any]:
-    """`range` as it is on a GPU: of int32 scalars."""
-    return map(interpreter._implicit_cvt, range(*bounds))
+def typed_range(*bounds: Any, **_: Any) -> Iterator[Any]:
+    """`range` as it is on a GPU: of int64 scalars if a bound is one, else of int32."""
+    is_wide = any(isinstance(x, tl.tensor) and x.dtype == tl.int64 for x in bounds)
+    dtype, numpy_dtype = (tl.int64, np.int64) if is_wide else (tl.int32, np.int32)
+    for i in range(*bounds):
+        yield tl.tensor(interpreter.TensorHandle(np.array([i], numpy_dtype), dtype), dtype)
 
 
 def tensor_arguments(fn: Callable[..., Any], args: Any, kwargs: Any) -> list[tuple[str, Tensor]]:

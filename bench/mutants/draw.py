@@ -1,9 +1,10 @@
 """The mutants of files, and a draw of them that is spread over all files and rules."""
 
-import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+
+from vila_triton.hashing import short_hash
 
 from ..measure.rows import ROOT
 from .kernel_rules import KERNEL_RULES
@@ -36,10 +37,10 @@ def draw(files: Sequence[str], count: int | None, seed: int) -> list[Mutant]:
     The first are one of each rule. Then the file comes next that has the fewest so far, with the rule that has the
     fewest in it, and in all.
     """
-    pool = [mutant for file in sorted(files) for mutant in mutants_of(file)]
-    random.Random(seed).shuffle(pool)
+    pool = [mutant for file in files for mutant in mutants_of(file)]
+    pool.sort(key=lambda mutant: short_hash(f"{seed} {mutant.id}".encode()))  # so that an edit changes little of it
     first_of_rule = {mutant.rule: mutant for mutant in reversed(pool)}
-    drawn = list(first_of_rule.values())[:count]
+    drawn = [mutant for mutant in pool if mutant is first_of_rule[mutant.rule]][:count]
     taken: Counter[tuple[str, ...]] = Counter(key for mutant in drawn for key in keys(mutant))
     rest = [mutant for mutant in pool if mutant not in drawn]
     while rest and (count is None or len(drawn) < count):

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 import tempfile
 import time
 import warnings
@@ -27,8 +28,8 @@ HANG_SECONDS = 60.0  # what takes so much longer than it should hangs
 
 @dataclass(frozen=True)
 class Job:
-    """A mutant, the seconds for `check` and for the tests, and the tests, each with the seconds it takes, the fastest
-    first; `unfit` are tests to leave out.
+    """A mutant, the seconds for `check` and for the tests, and the tests in order, each with the seconds it takes;
+    `unfit` are tests to leave out.
 
     control: leave the mutant out, and only put the file where a mutant would be, with a comment more: a test that fails
     then as well has not found the mutant.
@@ -155,18 +156,31 @@ class Deadline:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.tested += report.when == "call"
         if report.failed:
-            self.failed = report.nodeid
+            self.failed = self.failed or report.nodeid
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed:
-            self.failed = f"{report.nodeid} (as it is imported)"
+        if report.failed:  # as the file is imported; that of the whole session comes after it
+            self.failed = self.failed or report.nodeid
 
 
 def first_failing_test(job: Job, extend: Extend) -> tuple[str, int]:
-    """Returns the first test that fails, "" if none does in the seconds of the job, and the number that ran."""
+    """Returns the first test that fails, "" if none does in the seconds of the job, and the number that ran.
+
+    Tests that are no longer there are left out. Errors: RuntimeError with what pytest says if it runs none.
+    """
     plugin = Deadline(job, extend)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "--rootdir", str(ROOT)]
-    left_out = [f"--deselect={test}" for test in job.unfit]
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        pytest.main([*options, *left_out, *plugin.seconds], [plugin])
+    options += [f"--deselect={test}" for test in job.unfit]
+    if job.control and not any("::" in test for test in job.tests):
+        options.append("--collect-only")
+    tests = list(plugin.seconds)
+    while tests:
+        with redirect_stdout(io.StringIO()) as printed, redirect_stderr(printed):
+            code = pytest.main([*options, *tests], [plugin])
+        if plugin.failed or code != pytest.ExitCode.USAGE_ERROR:
+            break
+        missing = set(re.findall(r"^ERROR: (?:not found:|found no collectors for) (.+)$", printed.getvalue(), re.M))
+        if not missing & set(tests):
+            raise RuntimeError(printed.getvalue())
+        tests = [test for test in tests if test not in missing]
     return plugin.failed, plugin.tested

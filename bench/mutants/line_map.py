@@ -136,9 +136,10 @@ class LineMap:
         self.rows = read_rows(file)
 
     def tests(self, file: str, first: int, last: int) -> dict[str, float]:
-        """Returns the tests that run one of the lines from `first` to `last` of a file, and their seconds, the fastest
-        first.
+        """Returns the tests that run one of the lines from `first` to `last` of a file, and their seconds: those of the
+        folder of the same name first, and of these the fastest.
         """
+        folder = Path(file).parent.name
         wanted = range(first, last + 1)
         found: dict[str, float] = {}
         anything: dict[str, float] = {}
@@ -151,7 +152,8 @@ class LineMap:
             changed = not is_current(row, file)
             hits = (t for t, text in by_test.items() if changed or any(overlap(r, wanted) for r in parse_lines(text)))
             found |= {test: seconds.get(test, 0.0) for test in hits}
-        return dict(sorted((found or anything).items(), key=lambda pair: (pair[1], pair[0])))
+        tests = (found or anything).items()
+        return dict(sorted(tests, key=lambda pair: (f"/{folder}/" not in pair[0], pair[1], pair[0])))
 
 
 def overlap(a: range, b: range) -> bool:

@@ -1,5 +1,6 @@
 """Jobs in processes that are forked from this one, which has imported torch and Triton once for all of them."""
 
+import ast
 import importlib
 import multiprocessing
 import os
@@ -17,12 +18,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..measure import rows
+
 Job = TypeVar("Job")
 Extend = Callable[[float], None]  # gives the job so many seconds of its processor from now on
 FORK = multiprocessing.get_context("fork")
 START_SECONDS = 60.0  # that a job may take before it asks for more
 IDLE = 20.0  # times as long in all is given to a job that waits for its processor, or for nothing
 POLL_SECONDS = 1.0
+PACKAGES = ("PIL", "einops", "safetensors.torch", "tokenizers", "torch.nn", "transformers", "triton")
 
 
 class Failed(str):
@@ -73,11 +77,18 @@ def work(fn: Callable[[Any, Extend], Any], job: Any, pipe: Connection) -> None:
 
 
 def prepare_to_fork(*modules: str) -> None:
-    """Imports what jobs need, and lets torch start no threads, which a forked process would not have."""
+    """Imports these modules and whatever vila_triton and the tests need of other packages, and lets torch start no
+    threads, which a forked process would not have.
+    """
     os.environ["HYPOTHESIS_PROFILE"] = "ci"  # the same cases each time
     torch.set_num_threads(1)
-    for name in ("hypothesis", "pytest", "triton", *modules):
+    for name in ("pytest", "hypothesis.strategies", *modules):
         importlib.import_module(name)
+    for file in (rows.ROOT / "vila_triton").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and not node.level and node.module in PACKAGES:
+                for alias in node.names:  # transformers imports what belongs to a name when it is asked for it
+                    getattr(importlib.import_module(node.module), alias.name, None)
 
 
 def run_processes(fn: Callable[[Job, Extend], Any], jobs: deque[Job], processes: int) -> Iterator[tuple[Job, Any]]:

@@ -31,10 +31,10 @@ WEIGHTS: dict[str, dict[str, Any]] = {"dense": LLM, "int4": LLM | INT4}
 PROMPTS = {"one": (5,), "several": (5, 1)}
 DEFAULTS = tomllib.loads((config_dir() / "kernels.toml").read_text())["cpu"]
 INVARIANT = {name: choice for name, choice in DEFAULTS.items() if isinstance(choice, str)} | DEFAULTS["batch_invariant"]
-TRITON = dict.fromkeys(("linear", "rms_norm", "swiglu", "rope_kv_write", "prefill_attention"), "triton")
+TRITON = ("linear", "rms_norm", "swiglu", "rope_kv_write", "prefill_attention", "decode_attention")
 CHOICES: dict[str, dict[str, Any]] = {
     "reference": dict.fromkeys(OPS, "reference"),
-    "triton": TRITON | {"int4_matmul": "splitk", "int4_swiglu": "triton", "decode_attention": "triton"},
+    "triton": dict.fromkeys(TRITON, "triton"),
     "by size": {"linear": [[2, "triton"], "aten"], "rms_norm": [[8, "rowwise"], "triton"]},
 }
 AXES: dict[str, Sequence[Any]] = {
@@ -180,7 +180,7 @@ def logits_of(model: VilaLlamaForCausalLM, rows: Sequence[Tensor], chunk_size: i
 @pytest.mark.parametrize("row", list(pairwise_rows(AXES, is_valid=is_valid)))
 @torch.no_grad()
 def test_each_call_runs_what_the_rules_say_and_logits_are_those_of_the_plain_pass(
-    row: Row, device: Path, calls: list[Call], monkeypatch: pytest.MonkeyPatch, dots_in_order: None
+    row: Row, device: Path, calls: list[Call], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     model = model_of(row["weights"])
     monkeypatch.setattr(model.config, "attention_numerics", row["numerics"])
@@ -189,6 +189,7 @@ def test_each_call_runs_what_the_rules_say_and_logits_are_those_of_the_plain_pas
     rows = [words(n + 1, seed=i) for i, n in enumerate(lengths)]
     with use(**CHOICES.get(row["use_around"], {})), use(**CHOICES.get(row["use"], {})):
         if row["numerics"] == "batch_invariant":  # alone, whole and without a table
+            request.getfixturevalue("dots_in_order")
             alone = [logits_of(model, [tokens], None)[0] for tokens in rows]
             calls.clear()
         if row["table"]:
