@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,7 +104,7 @@ def check_faults(job: Job, extend: Extend) -> Iterator[str]:
     numbers = range(max((len(impl.configs) for impl in impls), default=0))
     pairs = [(impl, number) for number in numbers for impl in impls if number < len(impl.configs)]
     end = time.process_time() + job.check_seconds
-    for seed, share in enumerate(chain(ROUNDS, repeat(ROUNDS[-1])) if pairs else ()):
+    for seed, share in enumerate(ROUNDS):
         for impl, number in pairs:
             if time.process_time() > end:
                 return
