@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 from page_allocator_model import World
 
-from vila_triton.cache.page_allocator import OutOfPages, PageAllocator
+from vila_triton.cache.page_allocator import OutOfPages, PageAllocator, SlotAllocation
 from vila_triton.cache.paged_cache import PagedKVCache
 
 CONFIG: Any = SimpleNamespace(num_hidden_layers=2, num_key_value_heads=1, head_dim=4)
@@ -242,3 +242,19 @@ def test_reorder_unknown_row_is_refused_and_forks_nothing(rows: list[int]) -> No
     with pytest.raises(ValueError, match="there are 1 sequences, and no row"):
         table.reorder(rows)
     assert list(table.sequences) == [0] and table.ref_counts.total() == 1
+
+
+def test_append_behind_all_registered_tokens_of_a_page_copies_nothing() -> None:
+    table = PageAllocator(4, 4)
+    seq = filled(table, [1, 2, 3])
+    assert table.append({seq: 1}) == SlotAllocation([table[seq].pages[0] * 4 + 3], [])
+    assert table.prefix_index.match([1, 2, 3]) == ([table[seq].pages[0]], 3)  # and all of them stay registered
+
+
+def test_page_is_not_registered_behind_another_prefix() -> None:
+    index = PageAllocator(4, 2).prefix_index
+    index.insert([0, 1], [1, 2, 3, 4])
+    for pages, tokens in (([2, 1], [5, 6, 3, 4]), ([0, 1], [1, 2, 3, 5]), ([1], [3, 4])):
+        with pytest.raises(ValueError, match=r"page [01] is registered with other tokens than these 2"):
+            index.insert(pages, tokens)
+        assert 2 not in index.pages

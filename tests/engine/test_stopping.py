@@ -46,3 +46,23 @@ def test_stop_strings_end_where_transformers_criterion_does() -> None:
         StopStrings(tokenizer, [""])
     with pytest.raises(ValueError, match="stop_strings need tokenizer="):
         StopStrings(None, "a")
+
+
+@pytest.mark.parametrize("texts", [["a", ""], ["a", 3], [], [b"a"]], ids=str)
+def test_one_wrong_stop_string_among_several_is_refused(texts: Any) -> None:
+    with pytest.raises(ValueError, match="expected a text or several, none of them empty"):
+        StopStrings(of_bytes(HEADERS), texts)
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize(
+    "text, stops", [("xab", True), ("xabx", False), ("abx", False), ("cc", True), ("cx", False), ("abab", True)]
+)
+def test_only_a_stop_string_that_the_last_token_completes_stops(text: str, stops: bool) -> None:
+    assert StopStrings(Letters(), ["ab", "c"]).completes_stop_string([*map(ord, text)]) == stops

@@ -198,6 +198,17 @@ def test_logits_to_keep_and_return_dict_shape_the_output() -> None:
     assert loss.ndim == 0 and cache.length(0) == cache.get_seq_length() == 31
 
 
+@torch.no_grad()
+def test_start_pos_0_of_one_row_keeps_what_is_cached_of_the_others() -> None:
+    first, then = words(2, 6), words(2, 4, seed=5)
+    MODEL(first, start_pos=0)
+    own = MODEL.cache
+    found = MODEL(then, start_pos=[0, 5]).logits
+    assert MODEL.cache is own and own is not None and [own.length(seq) for seq in own.allocator.sequences] == [4, 9]
+    same(found[:1], MODEL(then[:1], use_cache=False).logits)
+    same(found[1:], MODEL(torch.cat((first[1:, :5], then[1:]), dim=1), use_cache=False).logits[:, 5:])
+
+
 ONE, TWO = words(1, 5), words(2, 5)
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "start_pos beyond the cache": ({"input_ids": ONE, "start_pos": 40}, "40.* 5 "),
@@ -217,6 +228,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "images of another size": ({"input_ids": IDS, "images": PICTURE[..., 1:]}, r"images .*20, 19\].* 20, 20\]"),
     "a word that is not one": ({"input_ids": torch.tensor([[1, 61]])}, "61 is not in the vocabulary of 61"),
     "a gap": ({"input_ids": ONE, "attention_mask": torch.tensor([[1, 1, 0, 1, 1]])}, "attention_mask .* gap"),
+    "a gap in one row": (
+        {"input_ids": TWO, "attention_mask": torch.tensor([[1, 1, 0, 1, 1], [1] * 5])},
+        "attention_mask .* gap",
+    ),
     "an empty row": ({"input_ids": TWO, "attention_mask": torch.tensor([[1] * 5, [0] * 5])}, "without any token"),
     "a narrow mask": ({"input_ids": ONE, "attention_mask": torch.ones(1, 4)}, r"attention_mask .*\[1, 5\]"),
     "a mask of another past": (

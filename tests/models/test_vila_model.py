@@ -146,3 +146,16 @@ def test_gradients_of_every_part_equal_hugging_face() -> None:
                 assert part == "vision_tower" and (got is None or not got.any()), name
             else:
                 torch.testing.assert_close(got, p.grad, rtol=1e-7, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("ids, invalid", [([1, -5, 3], -5), ([1, 10, 0], 10), ([3, -1, 12], -1)], ids=str)
+def test_token_id_outside_of_the_vocabulary_is_named(ids: list[int], invalid: int) -> None:
+    with pytest.raises(ValueError, match=f"token id {invalid} is not in the vocabulary of 10"):
+        vila.splice_image_tokens([torch.tensor(ids)], [], vocab_size=10)
+
+
+def test_token_0_beside_an_image_has_its_own_embedding() -> None:
+    params, features = build().params, torch.randn(2, 32).double()
+    embedded = vila.embed_spliced(params, torch.tensor([0, -1, 5, -2, 0]), features)
+    text: Any = params.llm.embedding
+    assert torch.equal(embedded, torch.stack((text[0], features[0], text[5], features[1], text[0])))
