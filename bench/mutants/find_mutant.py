@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 import tempfile
 import time
 import warnings
@@ -21,7 +22,7 @@ from .processes import Extend
 from .source import Mutant
 
 CHECK_EXAMPLES = 100  # as `bench.check` draws them
-MIN_SECONDS = 5.0  # for `check` of a config
+ROUNDS = (3.0, 10.0, 30.0)  # seconds for `check` of each config, with other examples in each round
 HANG_SECONDS = 60.0  # what takes so much longer than it should hangs
 
 
@@ -91,7 +92,7 @@ def import_problem() -> str:
 
 def check_faults(job: Job, extend: Extend) -> Iterator[str]:
     """Yields the fault of each config of each implementation that runs code of the file, "" for none: first configs
-    first, each in its share of the time that is left.
+    first, in rounds of more and more seconds until those of the job are over.
     """
     from vila_triton.registry import OPS
 
@@ -103,14 +104,15 @@ def check_faults(job: Job, extend: Extend) -> Iterator[str]:
     numbers = range(max((len(impl.configs) for impl in impls), default=0))
     pairs = [(impl, number) for number in numbers for impl in impls if number < len(impl.configs)]
     end = time.process_time() + job.check_seconds
-    for i, (impl, number) in enumerate(pairs):
-        share = max(MIN_SECONDS, (end - time.process_time()) / min(len(pairs) - i, len(impls)))
-        if share > end - time.process_time() and i:
-            return
-        extend(2 * share + HANG_SECONDS)
-        with clock:
-            found = search_module.find_failure(OPS[impl.op], impl, impl.configs[number], CHECK_EXAMPLES, share).simplest
-        yield f"{impl.op} {impl.name} {number}: {found.kind}" if found else ""
+    for seed, share in enumerate(ROUNDS):
+        for impl, number in pairs:
+            if time.process_time() > end:
+                return
+            extend(2 * share + HANG_SECONDS)
+            with clock:
+                config = impl.configs[number]
+                found = search_module.find_failure(OPS[impl.op], impl, config, CHECK_EXAMPLES, share, seed).simplest
+            yield f"{impl.op} {impl.name} {number}: {found.kind}" if found else ""
 
 
 def impls_of(file: str) -> list[Any]:
@@ -155,20 +157,31 @@ class Deadline:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.tested += report.when == "call"
         if report.failed:
-            self.failed = report.nodeid
+            self.failed = self.failed or report.nodeid
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed:  # as the file is imported
-            self.failed = report.nodeid
+        if report.failed:  # as the file is imported; that of the whole session comes after it
+            self.failed = self.failed or report.nodeid
 
 
 def first_failing_test(job: Job, extend: Extend) -> tuple[str, int]:
-    """Returns the first test that fails, "" if none does in the seconds of the job, and the number that ran."""
+    """Returns the first test that fails, "" if none does in the seconds of the job, and the number that ran.
+
+    Tests that are no longer there are left out. Errors: RuntimeError with what pytest says if it runs none.
+    """
     plugin = Deadline(job, extend)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "--rootdir", str(ROOT)]
-    left_out = [f"--deselect={test}" for test in job.unfit]
+    options += [f"--deselect={test}" for test in job.unfit]
     if job.control and not any("::" in test for test in job.tests):
         options.append("--collect-only")
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        pytest.main([*options, *left_out, *plugin.seconds], [plugin])
+    tests = list(plugin.seconds)
+    while tests:
+        with redirect_stdout(io.StringIO()) as printed, redirect_stderr(printed):
+            code = pytest.main([*options, *tests], [plugin])
+        if plugin.failed or code != pytest.ExitCode.USAGE_ERROR:
+            break
+        missing = set(re.findall(r"^ERROR: (?:not found:|found no collectors for) (.+)$", printed.getvalue(), re.M))
+        if not missing & set(tests):
+            raise RuntimeError(printed.getvalue())
+        tests = [test for test in tests if test not in missing]
     return plugin.failed, plugin.tested

@@ -195,7 +195,7 @@ def test_texts_of_figures_do_not_overlap(name: str, tmp_path: Path) -> None:
     for row in crowded(name):
         found[row["kind"]].append(row)
     for plotted in plot.PLOTS[name][0](found):
-        save_figure(plotted.figure, tmp_path / plotted.name, HERE)
+        save_figure(plotted.figure, tmp_path / plotted.name, HERE, suffixes=())  # as it is laid out, without files
         for texts in boxes(plotted.figure):
             for (one, a), (other, b) in itertools.combinations(texts, 2):
                 across, up = (min(x1, y1) - max(x0, y0) for x0, x1, y0, y1 in zip(a.min, a.max, b.min, b.max))

@@ -1,12 +1,9 @@
 """Bugs that were reported of other projects' kernels: each report is a test here, and named in its docstring."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +14,7 @@ import triton.language as tl
 from far_memory import FarMemory
 from triton.runtime.interpreter import InterpreterBuilder
 
+from bench import inspect
 from bench.correctness.error_budget import DEVICE, assert_matches_reference, example_args
 from bench.correctness.guarded_memory import guarded_allocations
 from vila_triton.kernels import _int4_dequant  # pyright: ignore
@@ -45,7 +43,6 @@ EACH_CONFIG, EACH_KERNEL = each(OURS), each([case for case in OURS if case[2] is
 IMPLS = int4_matmul.impls
 EACH_SPLIT = pytest.mark.parametrize("name", ["gemv", "splitk"])
 SERVED = pytest.mark.parametrize("name", [name for name in IMPLS if name != REFERENCE])
-ROOT = Path(__file__).resolve().parents[2]
 word_pointers = _int4_dequant.word_pointers
 
 
@@ -212,9 +209,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     """Return the rows of bench.inspect, by variant, of kernels compiled for a Hopper GPU in bfloat16."""
     file = tmp_path_factory.mktemp("inspect") / "rows.jsonl"
     words = "int4_matmul --impl naive gemv splitk prefill --config 0 --size dtype=bfloat16 m=64 n=4096 G=32 --json"
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.inspect", *words.split(), str(file)]
-    subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", "the command sets this")
+        patch.setattr(sys, "argv", ["bench.inspect", *words.split(), str(file)])
+        assert inspect.main() == 0
     found = map(json.loads, file.read_text().splitlines())
     return {row["impl"]: row for row in found if row["kernel"].startswith("_int4_matmul")}
 

@@ -11,7 +11,6 @@ On a GPU, where memory is real, one axis of one tensor at a time is restrided if
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from far_memory import FarMemory, far_strides
+from lengthened_calls import LONGER, Arguments, map_named
+from mutants import Plant, by_rule, plant  # noqa: F401 (a fixture)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from watched_launches import Reach, watched_launches
 
 from bench.correctness.error_budget import DEVICE, argument_names, example_args
 from bench.correctness.guarded_memory import map_tensors, same_bits, tensors
-from vila_triton.ops.int4_tiles import TILE_N
 from vila_triton.registry import OPS, Impl, OneOf, Op, Unsupported, discover
 from vila_triton.registry.interpreter import uses_triton_kernels
 
@@ -53,7 +53,7 @@ UNREACHABLE = {
 # Sizes other than 3, or the first of a list: whole and partial tiles, pages of one and of many, splits or none.
 SIZES: dict[str, list[dict[str, Any]]] = {
     "linear": [{"k": 130}],
-    "encoder_attention": [{"s": 70}],
+    "encoder_attention": [{"b": 1, "s": 130, "h": 1}, {}],
     "decode_attention": [{"b": 1, "t": 140, "g": 1, "l": 64}, {"t": 100, "ratio": 2}, {"t": 40}],
     "prefill_attention": [{"b": 1, "s": 140, "t": 140, "g": 1, "l": 64}, {"t": 70, "ratio": 2}],
     "kv_write": [{"s": 40}],
@@ -62,9 +62,8 @@ SIZES: dict[str, list[dict[str, Any]]] = {
 VARIED = ("kv", "group", "order", "bias")  # sizes of which every value is tried, beside the others of the last call
 RESULT = "result"
 RESULT_AXES = {"linear": [0], "int4_matmul": [0], "int4_swiglu": [0]}  # those kernels take strides of; else all
-MAX_GROWTH = 2**29  # bytes of resident memory: that of a whole process then stays below 1 GB
+MAX_GROWTH = 2**28  # bytes of resident memory: that of a whole process then stays below 1 GB
 
-Arguments = tuple[Any, ...]
 Places = list[tuple[str, int]]  # an argument by its name, or RESULT, and an axis
 Allocate = Callable[[Tensor], Tensor]
 
@@ -97,12 +96,6 @@ def outputs(impl: Impl, args: Arguments, options: Mapping[str, Any], allocate: A
 
 def watched(reach: Reach | None = None, first: int = 4, last: int = 4) -> AbstractContextManager:
     return watched_launches(reach or Reach(), first, last) if DEVICE == "cpu" else nullcontext()
-
-
-def map_named(op: Op, args: Arguments, fn: Callable[[str, Tensor], Tensor]) -> Arguments:
-    """The arguments with fn(name, x) for each tensor x."""
-    names = iter(argument_names(op, args))
-    return map_tensors(lambda x: fn(next(names), x), args)
 
 
 def examples(op: Op) -> Iterator[Arguments]:
@@ -167,85 +160,6 @@ def check_restrided(op: Op, impl: Impl, config: Mapping[str, Any], reach: Reach)
         pytest.skip(f"no room for {no_room}; the others have passed")
 
 
-@dataclass
-class Lengthened:
-    """A call, the same one with more rows in front, and so many first and last programs of its grids to run."""
-
-    args: Arguments
-    longer_args: Arguments
-    options: Mapping[str, Any]
-    first: int
-    last: int
-
-
-def lengthen(op: Op, args: Arguments, more: Mapping[str, tuple[int, int]], far: FarMemory) -> Arguments:
-    """The arguments with `more` rows of zeros in front: an axis and their number, by the name of an argument."""
-
-    def longer(name: str, x: Tensor) -> Tensor:
-        return far.lengthen(x, *more[name]) if name in more else x.clone()
-
-    return map_named(op, args, longer)
-
-
-def longer_products(op: Op, impl: Impl, config: Mapping[str, Any], far: FarMemory) -> Iterator[Lengthened]:
-    """More rows of w, 2³⁰ of every kind and 2³² of one; and of x where k is split, so that sums are far apart."""
-
-    def columns(count: int) -> dict[str, tuple[int, int]]:
-        more = {"w": (0, count), "bias": (0, count)}
-        for w in ("w", "gate", "up"):
-            more |= {f"{w}.qweight": (0, count // TILE_N), f"{w}.scales": (1, count), f"{w}.zeros": (1, count)}
-        return more
-
-    whole, split = ({"SPLIT_K": n} if "SPLIT_K" in config else {} for n in (1, 4))
-    kinds = [{"group": 64, "order": "sub"}, {"group": 32, "order": "sub"}, {"group": 64, "order": "fma"}]
-    calls = [(kind, columns(2**30), whole) for kind in kinds] + [({}, columns(2**32), whole)]
-    if split:
-        more = [{"x": (0, 2**26)}, {"x": (0, 2**30)}, columns(2**32)]
-        calls += [({"G": 12}, rows, split) for rows in more]
-    for chosen, more, splits in calls:
-        sizes = {"m": 1, "n": 24, "k": 70, "G": 3, "dtype": "float16", "bias": True} | kinds[0] | chosen
-        args = example_args(op, 0, **{name: sizes[name] for name in op.domain})
-        last = 3 if impl.name == "dequant" else 1  # the programs of the last rows of w
-        yield Lengthened(args, lengthen(op, args, more, far), {"config": {**config, **splits}}, 0, last)
-
-
-def longer_decodes(op: Op, impl: Impl, config: Mapping[str, Any], far: FarMemory) -> Iterator[Lengthened]:
-    """2²⁸ more sequences in one split; and 32 more in two, where the block table has room for 2²³."""
-    sizes = {"g": 1, "ratio": 8, "l": 16, "dtype": "float16", "kv": "plain", "numerics": "batch_invariant"}
-    options = {"config": config, "return_lse": True}
-
-    def longer(args: Arguments, count: int) -> Arguments:
-        return lengthen(op, args, {name: (0, count) for name in ("q", "seq_lens", "cache.block_table")}, far)
-
-    args = example_args(op, 0, **sizes, b=3, t=40, d=16)
-    yield Lengthened(args, longer(args, 2**28), options, 0, 3)
-    args = example_args(op, 0, **sizes, b=1, t=300, d=64)
-    q, cache, *others = longer(args, 32)
-    table = far.empty((33, 2**27), torch.int32)
-    table[:, : cache.block_table.shape[1]] = cache.block_table
-    yield Lengthened(args, (q, replace(cache, block_table=table), *others), options, 66, 8)
-
-
-def longer_prefills(op: Op, impl: Impl, config: Mapping[str, Any], far: FarMemory) -> Iterator[Lengthened]:
-    """Two more sequences, of 2²⁷ new tokens each."""
-    sizes = {"b": 3, "s": 1, "t": 20, "g": 1, "ratio": 8, "d": 16, "l": 16, "dtype": "float16", "kv": "plain"}
-    args = example_args(op, 0, **sizes, numerics="fast")
-    more = {name: (0, 2**28) for name in "qkv"}
-    more |= {name: (0, 2) for name in ("cache.block_table", "batch.query_start_loc", "batch.context_lens")}
-    longer_args = lengthen(op, args, more, far)
-    longer_args[4].query_start_loc[1:] += torch.tensor([2**27, *[2**28] * 4], device=DEVICE)
-    yield Lengthened(args, longer_args, {"config": config, "return_lse": True}, 4, 4)
-
-
-LONGER = {
-    "linear": longer_products,
-    "int4_matmul": longer_products,
-    "int4_swiglu": longer_products,
-    "decode_attention": longer_decodes,
-    "prefill_attention": longer_prefills,
-}
-
-
 def last_rows_linear(count: int) -> Any:
     """Within, torch's products are of the last rows of a weight."""
     linear = F.linear
@@ -262,8 +176,10 @@ def check_lengthened(op: Op, impl: Impl, config: Mapping[str, Any], reach: Reach
                 continue
             with watched(reach, call.first, call.last):
                 found = outputs(impl, call.longer_args, call.options, lambda like: far.empty(like.shape, like.dtype))
+            shapes = [list(x.shape) for x in tensors(call.longer_args)]
             for x, end in zip(found, expected, strict=True):
-                assert same_bits(x[tuple(slice(-n, None) for n in end.shape)], end)
+                is_same = same_bits(x[tuple(slice(-n, None) for n in end.shape)], end)
+                assert is_same, f"wrong with {dict(zip(argument_names(op, call.args), shapes))}"
 
 
 @contextmanager
@@ -289,3 +205,18 @@ def test_offsets_beyond_32_bits(op: Op, impl: Impl, config: Mapping[str, Any]) -
         check_restrided(op, impl, config, reach)
         check_lengthened(op, impl, config, reach)
     assert reach.missing == {name for name in reach.axes if any(re.fullmatch(axes, name) for axes in UNREACHABLE)}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="no call is lengthened on a GPU")
+def test_dropped_casts_to_int64_are_found(plant: Plant) -> None:  # noqa: F811
+    """One of a kernel that takes strides, and one of a kernel that takes a weight to be contiguous."""
+    dropped = "drop a cast to int64"
+    plant("rms_norm", "row", by_rule(dropped, "tl.program_id(0).to(tl.int64)"))
+    plant("int4_matmul", "group", by_rule(dropped, "tl.full([1, 1], start // GROUP_SIZE, tl.int64)"))
+    discover()
+    impl = OPS["rms_norm"].impls["row"]
+    with pytest.raises(AssertionError, match=r"wrong with far strides of x\[0\], result\[0\]"):
+        check_restrided(OPS["rms_norm"], impl, impl.configs[0], Reach())
+    impl = OPS["int4_matmul"].impls["group"]
+    with pytest.raises(AssertionError, match=r"wrong with .*'w\.scales': \[3, 1073741848\]"):
+        check_lengthened(OPS["int4_matmul"], impl, impl.configs[0], Reach())

@@ -42,6 +42,16 @@ def falling_scores(q: Tensor, k: Tensor, v: Tensor, rng: torch.Generator) -> tup
 
 
 @change
+def first_key_far_above(q: Tensor, k: Tensor, v: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The first key has all of the weight, by so much that its exponential overflows float32 if the largest score of a
+    later tile is subtracted from it.
+    """
+    scores = torch.zeros(len(k))
+    scores[:1] = 200
+    return q.abs(), 0.1 * k + along_diagonal(scores, k), v
+
+
+@change
 def far_value(q: Tensor, k: Tensor, v: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """One value is 1000 times the others, and its weight about a thousandth of all."""
     if not len(k):
