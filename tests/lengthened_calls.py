@@ -16,6 +16,7 @@ from vila_triton.ops.int4_tiles import TILE_N
 from vila_triton.registry import Impl, Op
 
 Arguments = tuple[Any, ...]
+COLUMNS = 9  # of the small products: one block of rows of w, and a part of one
 
 
 def map_named(op: Op, args: Arguments, fn: Callable[[str, Tensor], Tensor]) -> Arguments:
@@ -57,10 +58,10 @@ def longer_products(op: Op, impl: Impl, config: Mapping[str, Any], far: FarMemor
     kinds = [{"group": 64, "order": "sub"}, {"group": 32, "order": "sub"}, {"group": 64, "order": "fma"}]
     calls = [(kind, columns(2**30), whole) for kind in kinds] + [({}, columns(2**32), whole)]
     if split:
-        more = [{"x": (0, 2**26)}, {"x": (0, 2**30)}, columns(2**32)]
+        more = [{"x": (0, 2**27)}, {"x": (0, 2**30)}, columns(2**32)]
         calls += [({"G": 12}, rows, split) for rows in more]
     for chosen, more, splits in calls:
-        sizes = {"m": 1, "n": 24, "k": 70, "G": 3, "dtype": "float16", "bias": True} | kinds[0] | chosen
+        sizes = {"m": 1, "n": COLUMNS, "k": 70, "G": 3, "dtype": "float16", "bias": True} | kinds[0] | chosen
         args = example_args(op, 0, **{name: sizes[name] for name in op.domain})
         last = 3 if impl.name == "dequant" else 1  # the programs of the last rows of w
         yield Lengthened(args, lengthen(op, args, more, far), {"config": {**config, **splits}}, 0, last)

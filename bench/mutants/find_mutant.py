@@ -22,7 +22,7 @@ from .processes import Extend
 from .source import Mutant
 
 CHECK_EXAMPLES = 100  # as `bench.check` draws them
-MIN_SECONDS = 5.0  # for `check` of a config
+ROUNDS = (3.0, 10.0, 30.0)  # seconds for `check` of each config, with other examples in each round
 HANG_SECONDS = 60.0  # what takes so much longer than it should hangs
 
 
@@ -92,7 +92,7 @@ def import_problem() -> str:
 
 def check_faults(job: Job, extend: Extend) -> Iterator[str]:
     """Yields the fault of each config of each implementation that runs code of the file, "" for none: first configs
-    first, each in its share of the time that is left.
+    first, in rounds of more and more seconds until those of the job are over.
     """
     from vila_triton.registry import OPS
 
@@ -104,14 +104,15 @@ def check_faults(job: Job, extend: Extend) -> Iterator[str]:
     numbers = range(max((len(impl.configs) for impl in impls), default=0))
     pairs = [(impl, number) for number in numbers for impl in impls if number < len(impl.configs)]
     end = time.process_time() + job.check_seconds
-    for i, (impl, number) in enumerate(pairs):
-        share = max(MIN_SECONDS, (end - time.process_time()) / min(len(pairs) - i, len(impls)))
-        if share > end - time.process_time() and i:
-            return
-        extend(2 * share + HANG_SECONDS)
-        with clock:
-            found = search_module.find_failure(OPS[impl.op], impl, impl.configs[number], CHECK_EXAMPLES, share).simplest
-        yield f"{impl.op} {impl.name} {number}: {found.kind}" if found else ""
+    for seed, share in enumerate(ROUNDS):
+        for impl, number in pairs:
+            if time.process_time() > end:
+                return
+            extend(2 * share + HANG_SECONDS)
+            with clock:
+                config = impl.configs[number]
+                found = search_module.find_failure(OPS[impl.op], impl, config, CHECK_EXAMPLES, share, seed).simplest
+            yield f"{impl.op} {impl.name} {number}: {found.kind}" if found else ""
 
 
 def impls_of(file: str) -> list[Any]:

@@ -11,7 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from page_allocator_model import World
 
 from vila_triton.cache.page_allocator import OutOfPages, PageAllocator, SlotAllocation
-from vila_triton.cache.paged_cache import PagedKVCache
+from vila_triton.cache.paged_cache import AttentionRecorder, PagedKVCache
 
 CONFIG: Any = SimpleNamespace(num_hidden_layers=2, num_key_value_heads=1, head_dim=4)
 
@@ -258,3 +258,20 @@ def test_page_is_not_registered_behind_another_prefix() -> None:
         with pytest.raises(ValueError, match=r"page [01] is registered with other tokens than these 2"):
             index.insert(pages, tokens)
         assert 2 not in index.pages
+
+
+def test_page_that_holds_none_of_the_tokens_is_not_registered() -> None:
+    index = PageAllocator(4, 2).prefix_index
+    for tokens in ([1, 2], [1, 2]):
+        index.insert([3, 1], tokens)
+        assert list(index.pages) == [3] and index.match([1, 2, 3]) == ([3], 2)
+
+
+def test_attention_weights_are_not_recorded_if_a_part_of_one_sequence_is_cached() -> None:
+    cache = PagedKVCache(CONFIG, 4)
+    new, old = (cache.allocator.add_sequence() for _ in range(2))
+    with cache.append_step({new: 2, old: 3}) as step:
+        AttentionRecorder(step, [])
+    cache.allocator.truncate(new, 0)
+    with cache.append_step({new: 2, old: 1}) as step, pytest.raises(ValueError, match="of whole sequences, but a part"):
+        AttentionRecorder(step, [])

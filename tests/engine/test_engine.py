@@ -126,6 +126,14 @@ def test_answer_ends_with_stop_string() -> None:
         assert generate(ROWS[1:2], stop_strings=strings, tokenizer=TOKENIZER) == [answer[:6]]
 
 
+@pytest.mark.parametrize("loop", ["engine", "transformers"])
+def test_answer_that_no_token_stops_is_padded_with_0(loop: str) -> None:
+    stop = spell(ANSWERS[1][4:6])
+    assert [stop in spell(answer) for answer in ANSWERS] == [False, True, False, False]
+    found = generate(ROWS, IMAGES, eos_token_id=None, stop_strings=stop, tokenizer=TOKENIZER, loop=loop)
+    assert found == [ANSWERS[0], ANSWERS[1][:6] + [0] * 6, *ANSWERS[2:]]
+
+
 @pytest.mark.parametrize("n", [1, 5])
 def test_answer_has_at_most_max_new_tokens(n: int) -> None:
     assert generate(ROWS, IMAGES, max_new_tokens=n) == [answer[:n] for answer in ANSWERS]

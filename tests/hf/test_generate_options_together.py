@@ -54,7 +54,7 @@ AXES: dict[str, Sequence[Any]] = {
     "logits_processor": (False, True),
     "said_by": ("arguments", "the model's generation config", "generation_config"),
     "max_new_tokens": (6, 1),
-    "stop": (None, "a token", "two tokens", "never", "a string", "a criterion"),
+    "stop": (None, "a token", "two tokens", "never", "a string", "only a string", "a criterion", "only a criterion"),
     "pad_token_id": (None, 60),
     "streamer": (False, True),
     "return_dict_in_generate": (False, True),
@@ -139,7 +139,9 @@ def stop_options(row: Row, answer: list[int]) -> tuple[dict[str, Any], set[int],
         "two tokens": ({"eos_token_id": [last, middle]}, {last, middle}, None),
         "never": ({"eos_token_id": None}, set[int](), None),
         "a string": ({"stop_strings": ["~", text]}, {DEFAULT_STOP}, text),
+        "only a string": ({"stop_strings": text, "eos_token_id": None}, set[int](), text),
         "a criterion": ({"stopping_criteria": [criterion]}, {DEFAULT_STOP, middle}, None),
+        "only a criterion": ({"stopping_criteria": [criterion], "eos_token_id": None}, {middle}, None),
     }[row["stop"]]
 
 

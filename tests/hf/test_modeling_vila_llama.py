@@ -220,6 +220,14 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "special_token": ({"input_ids": ONE, "special_token": True}, "special_token"),
     "labels for some": ({"input_ids": ONE, "labels": ONE, "logits_to_keep": 2}, "logits_to_keep"),
     "labels of another shape": ({"input_ids": ONE, "labels": TWO}, r"labels .*\[2, 5\], expected \[1, 5\]"),
+    "a label below 0": (
+        {"input_ids": TWO, "labels": TWO.clone().index_fill_(1, torch.tensor(3), -1)},
+        "label -1 is not",
+    ),
+    "a label beyond the vocabulary": (
+        {"input_ids": ONE, "labels": ONE + 61},
+        r"label \d+ is not in the vocabulary of 61",
+    ),
     "states in chunks": ({"input_ids": ONE, "output_hidden_states": True, "chunk_prefilling": True}, "output_hidden"),
     "weights with a past": ({"input_ids": ONE, "output_attentions": True, "start_pos": 5}, "output_attentions"),
     "too few images": ({"input_ids": torch.tensor([[1, -200, -200]]), "images": PICTURE}, "2 images, but 1 "),

@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -131,6 +132,53 @@ def test_linear_runs_the_fastest_product_of_each_dtype(
     x = torch.ones(rows, 16, dtype=getattr(torch, dtype))
     assert OPS["linear"].impls["aten"](x, x[:1]).shape == (rows, 1)
     assert (ran or ["onednn"]) == [product]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_blocks_of_a_weight_are_multiplied_in_the_dtype_that_is_quicker(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    multiplied, linear = set(), F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *args: multiplied.update({x.dtype, args[0].dtype}) or linear(x, *args))
+    int4_matmul.impls["blocked"](*example_args(int4_matmul, **SIZES | {"dtype": dtype}))
+    assert multiplied == {torch.float32 if dtype == "float16" else getattr(torch, dtype)}
+
+
+def test_rows_are_taken_one_at_a_time() -> None:
+    rowwise: Any = import_module("vila_triton.kernels.rowwise")
+    x, taken = torch.randn(2, 3, 4), []
+    assert torch.equal(rowwise.map_rows(lambda row: taken.append(row.shape) or 2 * row, x), 2 * x)
+    assert taken == 6 * [(1, 4)]
+
+
+@pytest.mark.parametrize(("s", "t", "masked"), [(3, 0, False), (1, 5, False), (3, 5, True)])
+def test_prefill_builds_a_mask_only_for_several_queries_behind_a_context(
+    s: int, t: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks, attention = [], F.scaled_dot_product_attention
+
+    def recorded(q: Any, k: Any, v: Any, mask: Any, **options: Any) -> torch.Tensor:
+        masks.append(mask is not None)
+        return attention(q, k, v, mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    op = OPS["prefill_attention"]
+    sizes: dict[str, Any] = {
+        "b": 1,
+        "s": s,
+        "t": t,
+        "g": 1,
+        "ratio": 1,
+        "d": 8,
+        "l": 16,
+        "dtype": "float32",
+        "kv": "plain",
+    }
+    q, k, v, cache, batch, scale, *_ = example_args(op, 0, **sizes, numerics="fast")
+    batch = replace(batch, query_start_loc=batch.query_start_loc * 0 + torch.tensor([0, s]).int())
+    batch = replace(batch, context_lens=batch.context_lens * 0 + t)
+    op.impls["aten"](q[:s], k[:s], v[:s], cache, batch, scale)
+    assert masks == [masked]
 
 
 def test_gradients_flow_through_the_default_linear() -> None:

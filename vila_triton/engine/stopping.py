@@ -37,3 +37,14 @@ class StopStrings(StoppingCriteria):
         common = sum(1 for _ in same)
         ends = range(common + 1, len(current) + 1)
         return any(current.endswith(text, 0, end) for text in self.stop_strings for end in ends)
+
+
+class PadStoppedRows(StoppingCriteria):
+    """Stops nothing. Beside it, transformers' loop pads a sequence that any criterion has stopped, which it otherwise
+    does only if there are stop tokens: it looks for a criterion with `eos_token_id`.
+    """
+
+    eos_token_id = None
+
+    def __call__(self, input_ids: Tensor, scores: Any = None, **kwargs: Any) -> Tensor:  # pyright: ignore
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

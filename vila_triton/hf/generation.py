@@ -23,7 +23,7 @@ from vila_triton.checkpoints.generation_config import (
     sampling_arguments,
 )
 from vila_triton.engine import engine
-from vila_triton.engine.stopping import StopStrings
+from vila_triton.engine.stopping import PadStoppedRows, StopStrings
 
 from ..models import vila
 from .padding import pad, require_tensor, token_mask, unpad
@@ -162,7 +162,7 @@ class VilaGenerationMixin(GenerationMixin):
             position_ids=row_mask.long().cumsum(1).masked_fill(~row_mask, 0) - 1,  # [b, t'], -1 at padding
             streamer=streamer,
             chunk_prefilling=chunk_prefilling,
-            stopping_criteria=StoppingCriteriaList(stopping_criteria or ()),
+            stopping_criteria=StoppingCriteriaList([*(stopping_criteria or ()), PadStoppedRows()]),
             **options,
         )
         if isinstance(output, Tensor):
