@@ -228,6 +228,12 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {"input_ids": ONE, "labels": ONE + 61},
         r"label \d+ is not in the vocabulary of 61",
     ),
+    "ids of one dimension": ({"input_ids": ONE[0]}, r"the input is torch.int64 of shape \[5\], expected"),
+    "no ids": ({"input_ids": ONE[:, :0]}, r"the input is torch.int64 of shape \[1, 0\], expected"),
+    "embeddings of two dimensions": (
+        {"inputs_embeds": torch.zeros(5, 32)},
+        r"the input is .* of shape \[5, 32\], expec",
+    ),
     "states in chunks": ({"input_ids": ONE, "output_hidden_states": True, "chunk_prefilling": True}, "output_hidden"),
     "weights with a past": ({"input_ids": ONE, "output_attentions": True, "start_pos": 5}, "output_attentions"),
     "too few images": ({"input_ids": torch.tensor([[1, -200, -200]]), "images": PICTURE}, "2 images, but 1 "),
