@@ -2,7 +2,7 @@
 
 Profiles, chosen with HYPOTHESIS_PROFILE: `dev` (the default: a few random cases each), `ci` (as many, always the same),
 `thorough` (hundreds), `compiled` (the default on a GPU, where nearly every case compiles a kernel: two, always the
-same).
+same), `standin` (one, on the stand-in for a GPU, which looks at what calls do and not at their numbers).
 """
 
 import os
@@ -35,6 +35,7 @@ settings.register_profile("dev", _common, max_examples=6)
 settings.register_profile("ci", _common, max_examples=6, derandomize=True)
 settings.register_profile("thorough", _common, max_examples=300)
 settings.register_profile("compiled", _common, max_examples=2, derandomize=True)
+settings.register_profile("standin", _common, max_examples=1, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "compiled" if torch.cuda.is_available() else "dev"))
 
 
