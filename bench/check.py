@@ -34,6 +34,7 @@ from .correctness.failure_report import describe_elements, describe_failure, for
 from .correctness.find_failure import DeviceLost, SearchResult, find_failure
 from .correctness.kept_coverage import coverage_file, load_coverage, save_coverage
 
+RUNS_TO_COVER = 4  # then every edge is sought again
 ImplConfig = tuple[Impl, int]  # an implementation and the number of one of its configs
 
 
@@ -64,6 +65,8 @@ def check_pairs(pairs: Sequence[ImplConfig], examples: int, seconds: float, out:
         print(f"{op.name} {impl.name}, config {number}: {format_settings(config)}", flush=True)
         kept_file = coverage_file(impl, config)
         runs, covered = load_coverage(kept_file)
+        if runs % RUNS_TO_COVER == 0:  # an edge was seen with few other values
+            covered.edges.clear()
         try:
             verdict = find_failure(op, impl, config, examples, seconds_each, seed=runs, covered=covered)
         except DeviceLost as lost:

@@ -21,11 +21,10 @@ from far_memory import far  # noqa: F401 (a fixture)
 
 from vila_triton.registry import Unsupported
 
-LONGEST = (
-    "test_standin",
-    "test_every_kernel_compiles",
-    "test_bench_tune",
-)  # first, so that no process is left with one at the end
+LONGEST = (  # begin first, in this order, so that no process is left with one at the end
+    *("test_every_kernel_compiles", "test_standin", "test_every_kernel", "test_metamorphic", "test_bench_tune"),
+    *("test_int4_regressions", "test_rounding", "test_repository_rules", "test_bench_plot", "test_quantize"),
+)
 torch.set_num_threads(1)  # tests compute on small tensors, where a second thread costs more than it gives
 _common = settings(
     deadline=None,
@@ -45,7 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Selected are the tests that need a GPU, which are marked `gpu` and skipped where there is none; and of the tests
     marked `on_gpu`, which run interpreted too, those with the first config of an implementation, or with none.
     """
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    order = {stem: i for i, stem in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
         if not torch.cuda.is_available():
             if item.get_closest_marker("gpu"):

@@ -2,9 +2,9 @@
 
 The first is the simplest. Then come, in turn,
 
-- rows of a covering array: every two values of different axes meet, among them the memory layout, the kind of values
-  (random, or one of the op's hard cases), and for each size its class: the lowest, one inside the domain, one at the
-  edge of a tile, one far outside the domain;
+- rows of a covering array: as far as the bound of work allows, every two values of different axes meet, among them the
+  memory layout, the kind of values (random, or one of the op's hard cases), and for each size its class: the lowest,
+  one inside the domain, one at the edge of a tile, one far outside the domain;
 - examples at the edges of tiles that no call has been at: j blocks, as little as possible less and as little as
   possible more, for j = 1 to 3. Blocks are those of the config and those that earlier examples launched kernels with.
 
@@ -14,7 +14,8 @@ takes a fraction of a second.
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from vila_triton.registry import IntRange, OneOf, Op, Unsupported
@@ -22,13 +23,13 @@ from vila_triton.registry import IntRange, OneOf, Op, Unsupported
 from .covering_array import pairwise_rows
 from .error_budget import UNSUPPORTED_DTYPES, Example, shared_example
 from .guarded_memory import MEMORY_LAYOUTS, MemoryLayout
-from .tiles import MOST_TILES, Constants, Edge, TileCoverage, growing_size, launch_tilings
+from .tiles import Constants, Edge, TileCoverage, edges, growing_size, launch_tilings
 
 MAX_FLOPS, MAX_BYTES = 5 * 10**7, 2**22  # of one call
 MAX_STEPS = 48  # a step is a tile, or a row that is not cut; twice as many where an edge is sought
 STEP_ELEMENTS = 2**18  # a tile of so many takes as long as two steps
 INSIDE_HEADS = ("r", "l")  # sizes that take no steps of their own
-FAR = 8  # times the domain's upper bound
+FAR = 8  # times the domain's upper bound, or the largest block
 SIZE_CLASSES = ("lowest", "inside", "edge", "far")
 ATTEMPTS = 2  # at an edge
 
@@ -55,10 +56,13 @@ class ExamplePlan:
         self.coverage = covered or TileCoverage()
         self.contexts: dict[Edge, Sizes] = {}  # the sizes of the latest call that launched a kernel with such blocks
         self.attempts: dict[Edge, int] = {}
+        self.served: set[tuple[str, Any]] = set()  # sizes and values that were in a call
+        self.refusals: Counter[tuple[str, Any]] = Counter()
 
     def __iter__(self) -> Iterator[tuple[Sizes, MemoryLayout]]:
         yield self.finish({name: values[0] for name, values in self.choices.items()}, {}, seed=0)
-        rows = pairwise_rows({**self.choices, **{name: SIZE_CLASSES for name in self.ranges}}, self.seed)
+        axes = {**self.choices, **{name: SIZE_CLASSES for name in self.ranges}}
+        rows = pairwise_rows(axes, self.seed, self.is_supported)
         while True:
             if row := next(rows, None):
                 yield self.at_row(row)
@@ -71,9 +75,16 @@ class ExamplePlan:
         """Take into account what a call of these sizes launched."""
         call = launch_tilings(self.config, launches, sizes)
         self.coverage.add(call)
-        for x in call:
-            for tiles in range(1, MOST_TILES + 1):
-                self.contexts |= {Edge(x.axis, x.block, tiles, offset): sizes for offset in (1, 0, -1)}
+        self.contexts |= {edge: sizes for x in call for edge in edges(x.axis, x.block)}
+        self.served.update(sizes.items())
+
+    def refuse(self, sizes: Sizes) -> None:
+        """Take into account that the implementation does not support an example of these sizes."""
+        self.refusals.update(sizes.items())
+
+    def is_supported(self, row: Mapping[str, Any]) -> bool:
+        """False for a row with a value that was refused more than once and never served."""
+        return not any(self.refusals[x] > 1 and x not in self.served for x in row.items())
 
     def next_edge(self) -> Edge | None:
         """The edge to be at next: of those tried least, one just past few tiles; None if all were tried enough."""
@@ -87,15 +98,18 @@ class ExamplePlan:
         self.attempts[edge] = self.attempts.get(edge, 0) + 1
         choices = {name: self.rng.choice(values) for name, values in self.choices.items()}
         if self.attempts[edge] == 1:  # the constants that were observed there are surest where they were observed
-            choices |= {name: x for name, x in self.contexts[edge].items() if name in self.choices}
+            choices |= {name: x for name, x in self.contexts[edge].items() if name in self.choices and name != "values"}
+        if self.rng.random() < 0.5:
+            choices["values"] = "random"
         size = self.size_of(edge, choices)
         others = {name: self.draw(name, self.rng.choice(SIZE_CLASSES[:3]), choices) for name in self.ranges}
-        return self.finish(choices, {**others, size: edge.value({**choices, **others})}, pinned=size)
+        return self.finish(choices, {**others, size: edge.value({**choices, **others})}, last=(size,))
 
     def at_row(self, row: Mapping[str, Any]) -> tuple[Sizes, MemoryLayout]:
         """An example of a row of the covering array; sizes without a class are drawn inside the domain."""
         choices = {name: row[name] for name in self.choices}
-        return self.finish(choices, {name: self.draw(name, row.get(name, "inside"), choices) for name in self.ranges})
+        sizes = {name: self.draw(name, row.get(name, "inside"), choices) for name in self.ranges}
+        return self.finish(choices, sizes, last=[name for name in self.ranges if row.get(name) in ("edge", "far")])
 
     def draw(self, name: str, size_class: str, choices: Mapping[str, Any]) -> int:
         """A size of a class; one inside the domain if no tile of this axis is known."""
@@ -103,12 +117,14 @@ class ExamplePlan:
         if size_class == "lowest":
             return axis.low
         if size_class == "far":
-            powers = range(axis.high.bit_length(), (FAR * axis.high).bit_length())
+            own = [x for x in self.contexts if x.tiles == 1 and self.size_of(x, choices) == name]
+            blocks = [x.value({**choices, **self.lowest}) for x in own]
+            powers = range(axis.high.bit_length(), (FAR * max([axis.high, *blocks])).bit_length())
             return 2 ** self.rng.choice(powers) + self.rng.choice((-1, 0, 1))
-        edges = [x for x in self.contexts if size_class == "edge" and self.size_of(x, choices) == name]
-        if edges:
-            uncovered = [x for x in edges if x not in self.coverage.edges]
-            return self.rng.choice(uncovered or edges).value({**choices, **self.lowest})
+        at_edges = [x for x in self.contexts if size_class == "edge" and self.size_of(x, choices) == name]
+        if at_edges:
+            uncovered = [x for x in at_edges if x not in self.coverage.edges]
+            return self.rng.choice(uncovered or at_edges).value({**choices, **self.lowest})
         return self.inside(name)
 
     def size_of(self, edge: Edge, choices: Mapping[str, Any]) -> str:
@@ -118,17 +134,24 @@ class ExamplePlan:
         return growing[0]
 
     def finish(
-        self, choices: Mapping[str, Any], sizes: Mapping[str, int], pinned: str = "", seed: int | None = None
+        self, choices: Mapping[str, Any], sizes: Mapping[str, int], last: Collection[str] = (), seed: int | None = None
     ) -> tuple[Sizes, MemoryLayout]:
-        """Round sizes to steps of their ranges, and lower them until the work is within its bound, the pinned last."""
+        """Round sizes to steps of their ranges, and lower them until the work is within its bound, `last` after all."""
         fitted: Sizes = {name: choices.get(name) for name in self.op.domain}
         for name, axis in self.ranges.items():
             fitted[name] = axis.low + max(0, sizes.get(name, axis.low) - axis.low) // axis.step * axis.step
-        names = self.rng.sample(sorted(self.ranges.keys() - {pinned}), len(self.ranges) - bool(pinned))
-        lower = [(name, min(fitted[name], self.inside(name))) for name in names]
-        lower += [(name, self.lowest[name]) for name in (*names, *([pinned] if pinned else []))]
+        names = self.rng.sample(list(self.ranges), len(self.ranges))
+        groups = [name for name in names if name not in last], [name for name in names if name in last]
+        lower = [
+            step
+            for group in groups
+            for step in (
+                *((name, min(fitted[name], self.inside(name))) for name in group),
+                *((name, self.lowest[name]) for name in group),
+            )
+        ]
         for name, value in lower:
-            if self.is_affordable(fitted, MAX_STEPS * (1 + bool(pinned))):
+            if self.is_affordable(fitted, MAX_STEPS * (1 + bool(last))):
                 break
             fitted[name] = value
         fitted["seed"] = self.rng.randrange(2**16) if seed is None else seed

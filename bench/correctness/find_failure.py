@@ -87,6 +87,7 @@ def find_failure(
                 failure = run_example(op, impl, config, sizes, layout)
         except Unsupported as reason:
             reasons.add(str(reason))
+            plan.refuse(sizes)
             continue
         num_examples += 1
         plan.observe(sizes, launches)

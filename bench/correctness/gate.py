@@ -107,6 +107,7 @@ def domain_gate(impl: Impl, config: tuple[tuple[str, Any], ...]) -> str | None:
                     return fault
         except Unsupported as reason:
             reasons.add(str(reason))
+            plan.refuse(sizes)
             continue
         plan.observe(sizes, launches)
         checked += 1

@@ -1,10 +1,12 @@
 """The coverage of a config in earlier runs of `check`, so that the next one goes on with other examples.
 
-It is kept until the kernel, the reference, the domain or the config changes, in a file for each config in FOLDER.
+It is kept until the kernel, an op, the config, Triton, the device or a check changes, in a file for each config in
+FOLDER.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from vila_triton.registry import OPS, Impl
 from vila_triton.registry.tuned_tables import kernel_hash
 
 from ..measure import rows
+from .error_budget import DEVICE, INTERPRETED
 from .tiles import Edge, TileCoverage
 
 FOLDER = rows.ROOT / ".cache" / "check"
@@ -23,7 +26,9 @@ FOLDER = rows.ROOT / ".cache" / "check"
 def coverage_file(impl: Impl, config: Mapping[str, Any]) -> Path:
     """The file of a config of an implementation, named after all that its coverage depends on."""
     op = OPS[impl.op]
-    parts = kernel_hash(impl), op.file.read_text(), repr(op.domain), canonical_json(dict(config))
+    sources = [*sorted(op.file.parent.glob("*.py")), *sorted(Path(__file__).parent.glob("*.py"))]
+    runs_on = f"{DEVICE} {INTERPRETED} {metadata.version('triton')}"
+    parts = kernel_hash(impl), repr(op.domain), canonical_json(dict(config)), runs_on, *map(Path.read_text, sources)
     return FOLDER / f"{op.name}-{impl.name}-{short_hash(*(part.encode() for part in parts))}.json"
 
 

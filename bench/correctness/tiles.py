@@ -49,6 +49,7 @@ DIVIDED_AXES: Mapping[str, tuple[str, ...]] = {
     "BLOCK_S": ("keys",),
 }
 COUNTED_IN = {"SPLIT_K": "BLOCK_K", "GROUP_M": "BLOCK_M", "BLOCK_S": "MIN_KEYS"}  # constants that count blocks
+NO_TILES = ("PROGRAMS_PER_SM",)  # constants of configs that cut no axis
 MOST_TILES = 3  # whose edges are sought
 
 
@@ -86,6 +87,11 @@ class Edge:
         assert growing, f"no axis {self.axis} at {sizes}"
         step, length = growing[1], self.tiles * self.block
         return {-1: -(-length // step) - 1, 0: -(-length // step), 1: length // step + 1}[self.offset]
+
+
+def edges(axis: str, block: int) -> list[Edge]:
+    """The edges that are sought for a block, simple ones first."""
+    return [Edge(axis, block, tiles, offset) for tiles in range(1, MOST_TILES + 1) for offset in (1, 0, -1)]
 
 
 @dataclass(frozen=True)
@@ -135,10 +141,10 @@ def tilings(constants: Constants, sizes: Sizes) -> list[Tiling]:
     return sorted(result, key=lambda x: (x.constant, x.axis, x.block))
 
 
-def launch_tilings(config: Mapping[str, Any], launches: Sequence[Constants], sizes: Sizes) -> set[Tiling]:
+def launch_tilings(config: Mapping[str, Any], launches: Sequence[Constants], sizes: Sizes) -> list[Tiling]:
     """The tilings of a call: those of its launches, each with the constants of the config that it does not replace."""
     own = {name: value for name, value in config.items() if type(value) is int}
-    return {x for launch in launches or [{}] for x in tilings({**own, **launch}, sizes)}
+    return list(dict.fromkeys(x for launch in launches or [{}] for x in tilings({**own, **launch}, sizes)))
 
 
 @dataclass
@@ -152,25 +158,27 @@ class TileCoverage:
     edges: set[Edge] = field(default_factory=set)
     tiles: dict[tuple[str, str], dict[int, set[int]]] = field(default_factory=dict)
 
-    def add(self, call: set[Tiling]) -> None:
+    def add(self, call: Sequence[Tiling]) -> None:
         for x in call:
             self.edges.update(x.edges())
             counts = self.tiles.setdefault((x.constant, x.axis), {}).setdefault(x.block, set())
             counts.add(-x.tiles if x.length % x.block else x.tiles)
 
     def lines(self, config: Mapping[str, Any]) -> Iterator[str]:
-        """A line for each constant and axis: its numbers of tiles, and what no call covered."""
+        """A line for each constant and axis: its numbers of tiles, and what no call covered; and the count of edges."""
         for name in config:
-            if name.startswith("BLOCK") and name not in (constant for constant, _ in self.tiles):
+            if name.isupper() and name not in (*NO_TILES, *(constant for constant, _ in self.tiles)):
                 yield f"{name}: what it cuts is not known here"
-        for (_, axis), blocks in sorted(self.tiles.items()):
+        for (constant, axis), blocks in sorted(self.tiles.items()):
             counts = {n for x in blocks.values() for n in x}
             least, most = min(map(abs, counts)), max(map(abs, counts))
             span = f"{least}" if least == most else f"{least}–{most}"
-            text = f"{axis}: {span} tile{'s' * (most > 1)} of {' or '.join(map(str, sorted(blocks)))}"
+            text = f"{axis}: {span} tile{'s' * (most > 1)} of {' or '.join(map(str, sorted(blocks)))} ({constant})"
             if most < 2:
                 yield f"{text}, NEVER MORE THAN ONE"
             elif any(n < -1 for n in counts):
                 yield f"{text}, last tile partial"
             else:
                 yield f"{text}, THE LAST NEVER PARTIAL"
+        if wanted := {x for (_, axis), blocks in self.tiles.items() for block in blocks for x in edges(axis, block)}:
+            yield f"edges of tiles: {len(wanted & self.edges)} of {len(wanted)}"

@@ -202,7 +202,7 @@ def test_table_counts_what_found_each_mutant() -> None:
 
 
 def test_command_finds_mutants_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.mutants", "kernels/swiglu.py", "--seed", "1", "--check-seconds", "20"]
+    command = [sys.executable, "-m", "bench.mutants", "kernels/swiglu.py", "--seed", "2", "--check-seconds", "20"]
     command += ["--journal", str(tmp_path / "journal"), "--table", str(tmp_path / "table.md"), "--processes", "1"]
     first = subprocess.run([*command, "--count", "2"], cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr

@@ -153,6 +153,16 @@ def test_splitk_partial_sums_are_float32(name: str) -> None:
 
 
 @EACH_SPLIT
+def test_last_split_of_whole_blocks_may_be_shorter(name: str) -> None:
+    """No step of it is masked, so none may lie beyond k."""
+    impl = IMPLS[name]
+    config = {**impl.configs[0], "SPLIT_K": 2}
+    groups = 3 * config["BLOCK_K"] // 64
+    args = example_args(int4_matmul, 0, m=1, n=16, G=groups, group=64, dtype="float16", order="sub", bias=False)
+    assert_matches_reference(int4_matmul, impl, config, args)
+
+
+@EACH_SPLIT
 def test_splitk_partial_sums_are_added_in_order(name: str) -> None:
     """sgl-project/sglang#39455: atomic additions, whose order is another each time, where equal results were promised.
     There are none: parts lie side by side until all are there."""

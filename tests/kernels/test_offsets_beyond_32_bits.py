@@ -204,6 +204,7 @@ def test_offsets_beyond_32_bits(op: Op, impl: Impl, config: Mapping[str, Any]) -
     with bounded_growth():
         check_restrided(op, impl, config, reach)
         check_lengthened(op, impl, config, reach)
+    assert reach.axes
     assert reach.missing == {name for name in reach.axes if any(re.fullmatch(axes, name) for axes in UNREACHABLE)}
 
 
