@@ -15,7 +15,7 @@ takes a fraction of a second.
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from vila_triton.registry import IntRange, OneOf, Op, Unsupported
@@ -103,12 +103,13 @@ class ExamplePlan:
             choices["values"] = "random"
         size = self.size_of(edge, choices)
         others = {name: self.draw(name, self.rng.choice(SIZE_CLASSES[:3]), choices) for name in self.ranges}
-        return self.finish(choices, {**others, size: edge.value({**choices, **others})}, pinned=size)
+        return self.finish(choices, {**others, size: edge.value({**choices, **others})}, last=(size,))
 
     def at_row(self, row: Mapping[str, Any]) -> tuple[Sizes, MemoryLayout]:
         """An example of a row of the covering array; sizes without a class are drawn inside the domain."""
         choices = {name: row[name] for name in self.choices}
-        return self.finish(choices, {name: self.draw(name, row.get(name, "inside"), choices) for name in self.ranges})
+        sizes = {name: self.draw(name, row.get(name, "inside"), choices) for name in self.ranges}
+        return self.finish(choices, sizes, last=[name for name in self.ranges if row.get(name) in ("edge", "far")])
 
     def draw(self, name: str, size_class: str, choices: Mapping[str, Any]) -> int:
         """A size of a class; one inside the domain if no tile of this axis is known."""
@@ -116,8 +117,9 @@ class ExamplePlan:
         if size_class == "lowest":
             return axis.low
         if size_class == "far":
-            largest = FAR * max(axis.high, *(x.block for x in self.contexts if self.size_of(x, choices) == name), 0)
-            powers = range(axis.high.bit_length(), largest.bit_length())
+            own = [x for x in self.contexts if x.tiles == 1 and self.size_of(x, choices) == name]
+            blocks = [x.value({**choices, **self.lowest}) for x in own]
+            powers = range(axis.high.bit_length(), (FAR * max([axis.high, *blocks])).bit_length())
             return 2 ** self.rng.choice(powers) + self.rng.choice((-1, 0, 1))
         at_edges = [x for x in self.contexts if size_class == "edge" and self.size_of(x, choices) == name]
         if at_edges:
@@ -132,17 +134,24 @@ class ExamplePlan:
         return growing[0]
 
     def finish(
-        self, choices: Mapping[str, Any], sizes: Mapping[str, int], pinned: str = "", seed: int | None = None
+        self, choices: Mapping[str, Any], sizes: Mapping[str, int], last: Collection[str] = (), seed: int | None = None
     ) -> tuple[Sizes, MemoryLayout]:
-        """Round sizes to steps of their ranges, and lower them until the work is within its bound, the pinned last."""
+        """Round sizes to steps of their ranges, and lower them until the work is within its bound, `last` after all."""
         fitted: Sizes = {name: choices.get(name) for name in self.op.domain}
         for name, axis in self.ranges.items():
             fitted[name] = axis.low + max(0, sizes.get(name, axis.low) - axis.low) // axis.step * axis.step
-        names = self.rng.sample(sorted(self.ranges.keys() - {pinned}), len(self.ranges) - bool(pinned))
-        lower = [(name, min(fitted[name], self.inside(name))) for name in names]
-        lower += [(name, self.lowest[name]) for name in (*names, *([pinned] if pinned else []))]
+        names = self.rng.sample(list(self.ranges), len(self.ranges))
+        groups = [name for name in names if name not in last], [name for name in names if name in last]
+        lower = [
+            step
+            for group in groups
+            for step in (
+                *((name, min(fitted[name], self.inside(name))) for name in group),
+                *((name, self.lowest[name]) for name in group),
+            )
+        ]
         for name, value in lower:
-            if self.is_affordable(fitted, MAX_STEPS * (1 + bool(pinned))):
+            if self.is_affordable(fitted, MAX_STEPS * (1 + bool(last))):
                 break
             fitted[name] = value
         fitted["seed"] = self.rng.randrange(2**16) if seed is None else seed

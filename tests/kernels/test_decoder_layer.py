@@ -1,7 +1,7 @@
-"""A decoder layer of Llama-3-8b's shape, int4 and random, is the same layer whatever runs its products.
+"""A decoder layer of VILA1.5-3b's shape, int4 and random, is the same layer whatever runs its products.
 
 At this shape an interpreted Triton kernel takes minutes. Those multiply a narrow slice instead: 16 rows of a weight,
-with all of their 4,096 columns.
+with all of their 2,560 columns.
 """
 
 from functools import cache
@@ -29,11 +29,11 @@ DTYPE = torch.float16
 GROUP = 128
 CFG = LlamaConfig(
     vocab_size=1,
-    hidden_size=4096,
-    intermediate_size=14336,
+    hidden_size=2560,
+    intermediate_size=6912,
     num_hidden_layers=1,
-    num_attention_heads=32,
-    num_key_value_heads=8,
+    num_attention_heads=20,
+    num_key_value_heads=20,
     head_dim=128,
 )
 ROWS = (1, 5)
