@@ -1,12 +1,11 @@
-"""Check the kernels of one op on random examples: `python -m bench.check int4_matmul --impl packed`
+"""Check the kernels of one op on examples: `python -m bench.check int4_matmul --impl packed`
 
 Every implementation but the reference, and every config of it, runs in guarded memory, aligned or with odd strides, and
 is compared with the reference within the computed error budget: at sizes just before, at and just past its tiles, on
 random and on hard values (see `correctness.example_plan`). What was covered is kept, and the next run of an unchanged
-kernel goes on with other examples. A failure is shrunk to its simplest case, shown with a
-map of its errors, and saved as a repro bundle; `--replay FILE` makes the same call again, on the kernel as it is now.
-Without a GPU kernels run in Triton's interpreter, which has no bfloat16. Exit code: 0 nothing is wrong, 1 something is
-wrong, 2 the command failed.
+kernel goes on with other examples. A failure is shrunk to its simplest case, shown with a map of its errors, and saved
+as a repro bundle; `--replay FILE` makes the same call again, on the kernel as it is now. Without a GPU kernels run in
+Triton's interpreter, which has no bfloat16. Exit code: 0 nothing is wrong, 1 something is wrong, 2 the command failed.
 """
 
 import argparse

@@ -28,8 +28,8 @@ def gate(impl: Impl, config: Mapping[str, Any], case: Case | None = None) -> str
 
     It must match the reference (in guarded memory, within the error budget) on the first examples of the plan of its
     config, at the edges of its tiles and in both memory layouts, and at the sizes of the case in both layouts, unless
-    they are too large for float64. Half of the examples, and the case, follow a call with other values
-    at the same addresses.
+    they are too large for float64. Half of the examples, and the case, follow a call with other values at the same
+    addresses.
     """
     reason = domain_gate(impl, tuple(sorted(config.items())))
     if reason or case is None or not fits_float64_check(case):

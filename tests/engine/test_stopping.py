@@ -66,3 +66,19 @@ class Letters:
 )
 def test_only_a_stop_string_that_the_last_token_completes_stops(text: str, stops: bool) -> None:
     assert StopStrings(Letters(), ["ab", "c"]).completes_stop_string([*map(ord, text)]) == stops
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    "stop", ["\N{GRINNING FACE}", "\N{GRINNING FACE}\N{WAVING HAND SIGN}", "\N{GRINNING FACE}" * 5]
+)
+def test_stop_string_of_characters_of_four_tokens_each_stops(stop: str) -> None:
+    row = [*f"a long text, {stop}".encode()]
+    assert StopStrings(Bytes(), [stop, "x"]).completes_stop_string(row)
+    assert not StopStrings(Bytes(), [stop, "x"]).completes_stop_string(row[:-1])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vila_triton import use
 from vila_triton.cache.paged_cache import PagedKVCache
+from vila_triton.hf.generation import CACHE_KEY
 from vila_triton.ops import linear, page_tensors, rms_norm
 from vila_triton.registry import Op
 
@@ -207,6 +208,16 @@ def test_start_pos_0_of_one_row_keeps_what_is_cached_of_the_others() -> None:
     assert MODEL.cache is own and own is not None and [own.length(seq) for seq in own.allocator.sequences] == [4, 9]
     same(found[:1], MODEL(then[:1], use_cache=False).logits)
     same(found[1:], MODEL(torch.cat((first[1:, :5], then[1:]), dim=1), use_cache=False).logits[:, 5:])
+
+
+@torch.no_grad()
+def test_values_lie_in_the_pages_of_values() -> None:
+    cache, layer = MODEL(IDS[:, 3:])[CACHE_KEY], MODEL.params.llm.layers[0]
+    words_in: Any = MODEL.params.llm.embedding[IDS[0, 3:]]
+    weight: Any = layer.v.weight
+    values = linear(rms_norm(words_in, layer.attention_norm, MODEL.vila_config.llm.rms_norm_eps), weight)  # [t, g·d]
+    (pages,) = (s.pages for s in cache.allocator.sequences.values())
+    same(page_tensors(cache.v_pages)[0][0, pages].flatten(0, 1)[: len(values)].flatten(1), values)
 
 
 ONE, TWO = words(1, 5), words(2, 5)

@@ -65,6 +65,20 @@ def test_largest_score_is_kept_over_more_splits_than_are_merged_at_a_time(monkey
     assert_matches_reference(DECODE, IMPLS["triton"], OTHER, args)
 
 
+@KINDS
+def test_slots_past_the_end_of_sequences_may_hold_nan(kv: str) -> None:
+    q, cache, lengths, scale = drawn(kv=kv, t=45, l=64, dtype="float32")
+    unused = torch.ones(cache.k_pages.shape[:2], dtype=torch.bool, device=DEVICE)
+    for pages, length in zip(cache.block_table.long(), lengths.tolist()):
+        tokens = torch.arange(length, device=DEVICE)
+        unused[pages[tokens // cache.page_size], tokens % cache.page_size] = False
+    for x in (*ops.page_tensors(cache.k_pages), *ops.page_tensors(cache.v_pages)):
+        if x.is_floating_point():
+            x[unused] = math.nan
+    for config in IMPLS["triton"].configs:
+        assert_matches_reference(DECODE, IMPLS["triton"], config, (q, cache, lengths, scale))
+
+
 @pytest.mark.on_gpu
 @KINDS
 def test_log_sum_exp_matches_the_reference(kv: str) -> None:
