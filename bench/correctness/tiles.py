@@ -149,7 +149,7 @@ def launch_tilings(config: Mapping[str, Any], launches: Sequence[Constants], siz
 
 @dataclass
 class TileCoverage:
-    """What checked calls covered of the tiles of their launches.
+    """The tiles of their launches that checked calls covered.
 
     edges    the edges that lengths were at
     tiles    by constant and axis the blocks, and the numbers of tiles there were; negative: the last one partial
