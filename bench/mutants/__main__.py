@@ -87,10 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--journal", type=Path, default=MAP_FILE.with_name("journal.jsonl"), help="(%(default)s)")
     parser.add_argument("--processes", type=COUNT, default=2, help="(default: %(default)s)")
     parser.add_argument(
-        "--check-seconds", type=COUNT_OR_ZERO, default=120, help="of a processor, for check of a mutant (%(default)s)"
+        "--check-seconds",
+        type=COUNT_OR_ZERO,
+        default=120,
+        help="of the processor, for check of a mutant (%(default)s); 0: none",
     )
     parser.add_argument(
-        "--test-seconds", type=COUNT_OR_ZERO, default=120, help="of a processor, for its tests (%(default)s)"
+        "--test-seconds", type=COUNT_OR_ZERO, default=120, help="of the processor, for its tests (%(default)s); 0: none"
     )
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the tables there, in Markdown")
     parser.add_argument("--survivors", action="store_true", help="run those of the journal again that survived")

@@ -163,7 +163,7 @@ def test_expected_result_is_computed_once_for_all_implementations(counted: list[
     once = counted.copy()
     assert once.count(torch.float64) >= 13 * (1 + budgets.NUM_PERTURBATIONS + 2)  # 12 examples and the case
     for impl in impls:
-        assert gate(impl, {"BLOCK": 1}, CASE) is None and case_error_gate(impl, {}, CASE) is None
+        assert gate(impl, {"num_warps": 1}, CASE) is None and case_error_gate(impl, {}, CASE) is None
     assert counted == once
 
 

@@ -24,6 +24,8 @@ ALLOWED = {  # option -> the values above that it takes
     "--tokens": {"0"},  # prefill alone (bench.shadow)
     "--count": {"0"},  # bytes alone (bench.kv_dtypes)
     "--chunks": {"0"},  # one pass
+    "--check-seconds": {"0"},  # without check (bench.mutants)
+    "--test-seconds": {"0"},  # without tests (bench.mutants)
     "--images": {"0"},
     "--pictures": {"0"},
     "--frozen-fraction": {"0"},

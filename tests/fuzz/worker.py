@@ -222,7 +222,8 @@ def prepared(reader: Reader, folder: Path, limits: Limits = Limits()) -> Iterato
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     whole = reader.prepare(folder)
     for content in whole:
-        assert not (fault := outcome(reader, folder, content, limits.memory)), fault
+        # Without a limit of memory: the peak of this process is that of all it ever did.
+        assert not (fault := outcome(reader, folder, content, sys.maxsize)), fault
     worker = Worker(reader, folder, limits)
     try:
         yield worker, whole

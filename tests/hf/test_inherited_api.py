@@ -10,6 +10,7 @@ from hf_reference import build, pictures
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, ProcessorMixin
 
 from vila_triton import VilaLlamaForCausalLM, VilaProcessor
+from vila_triton.checkpoints.generation_config import SAMPLING_FIELDS
 from vila_triton.hf.unsupported import UNSUPPORTED_ARGUMENTS, UNSUPPORTED_METHODS
 from vila_triton.models.config import ConfigError, LlamaConfig
 from vila_triton.paths import BUNDLED_CHECKPOINT
@@ -65,7 +66,8 @@ def test_inherited_methods_work_or_raise_with_a_reason() -> None:
 
 def test_generate_arguments_work_or_raise_with_a_reason() -> None:
     def everything(name: str) -> dict[str, Any]:
-        return {"max_new_tokens": 2, "loop": "transformers", name: VALUES[name]}
+        sampling = {"do_sample": True} if name in SAMPLING_FIELDS else {}
+        return {"max_new_tokens": 2, "loop": "transformers", **sampling, name: VALUES[name]}
 
     neutral = {"transformers_version", "forced_bos_token_id", "decoder_start_token_id", "bos_token_id", "max_length"}
     neutral |= {"compile_config", "disable_compile", "continuous_batching_config", "max_new_tokens"}
