@@ -31,7 +31,9 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     def run_main(*args: str, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["vila-triton", *args])
         monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-        return main(), *capsys.readouterr()
+        code = main()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
     return run_main
 

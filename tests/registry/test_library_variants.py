@@ -140,7 +140,7 @@ def test_blocks_of_a_weight_are_multiplied_in_the_dtype_that_is_quicker(
 ) -> None:
     multiplied, linear = set(), F.linear
     monkeypatch.setattr(F, "linear", lambda x, *args: multiplied.update({x.dtype, args[0].dtype}) or linear(x, *args))
-    int4_matmul.impls["blocked"](*example_args(int4_matmul, **SIZES | {"dtype": dtype}))
+    int4_matmul.impls["blocked"](*example_args(int4_matmul, **{**SIZES, "dtype": dtype}))
     assert multiplied == {torch.float32 if dtype == "float16" else getattr(torch, dtype)}
 
 
