@@ -96,7 +96,8 @@ def outcome_lines(
     if not verdict.num_examples:
         yield f"{label('unsupported')}{'; '.join(sorted(verdict.reasons))}"
     elif not shrunk or not largest:
-        yield f"{label('right')}{effort}{f', after {runs} earlier runs' * bool(runs)}"
+        earlier_runs = f", after {runs} earlier run{'s' * (runs > 1)}" if runs else ""
+        yield f"{label('right')}{effort}{earlier_runs}"
         for text, head in zip(verdict.coverage.lines(config), chain(["covered"], repeat(""))):
             yield f"{label(head)}{text}"
     else:

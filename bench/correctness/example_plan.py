@@ -8,7 +8,7 @@ The first is the simplest. Then come, in turn,
 - examples at the edges of tiles that no call has been at: j blocks, as little as possible less and as little as
   possible more, for j = 1 to 3. Blocks are those of the config and those that earlier examples launched kernels with.
 
-and in the end random ones. All are the same each time. Sizes are within a bound of work, so that an interpreted call
+and in the end rows at random. All are the same each time. Sizes are within a bound of work, so that an interpreted call
 takes a fraction of a second.
 """
 
@@ -28,7 +28,7 @@ from .tiles import Constants, Edge, TileCoverage, edges, growing_size, launch_ti
 MAX_FLOPS, MAX_BYTES = 5 * 10**7, 2**22  # of one call
 MAX_STEPS = 48  # a step is a tile, or a row that is not cut; twice as many where an edge is sought
 STEP_ELEMENTS = 2**18  # a tile of so many takes as long as two steps
-INSIDE_HEADS = ("r", "l")  # sizes that take no steps of their own
+INSIDE_HEADS = ("r",)  # sizes that take no steps of their own
 FAR = 8  # times the domain's upper bound, or the largest block
 SIZE_CLASSES = ("lowest", "inside", "edge", "far")
 ATTEMPTS = 2  # at an edge
@@ -69,7 +69,7 @@ class ExamplePlan:
             if edge := self.next_edge():
                 yield self.at_edge(edge)
             elif row is None:
-                yield self.at_row({name: self.rng.choice(values) for name, values in self.choices.items()})
+                yield self.at_row({name: self.rng.choice(values) for name, values in axes.items()})
 
     def observe(self, sizes: Sizes, launches: Sequence[Constants]) -> None:
         """Take into account what a call of these sizes launched."""
@@ -87,11 +87,23 @@ class ExamplePlan:
         return not any(self.refusals[x] > 1 and x not in self.served for x in row.items())
 
     def next_edge(self) -> Edge | None:
-        """The edge to be at next: of those tried least, one just past few tiles; None if all were tried enough."""
-        uncovered = [x for x in self.contexts.keys() - self.coverage.edges if self.attempts.get(x, 0) < ATTEMPTS]
-        return min(
-            uncovered, default=None, key=lambda x: (self.attempts.get(x, 0), x.offset != 1, x.tiles * x.block, repr(x))
-        )
+        """The edge to be at next, None if all were tried enough: of those tried least, the ones just past the first
+        tile of a block, so that the largest blocks do not wait for all edges of the others; then by length.
+        """
+
+        def rank(edge: Edge) -> tuple:
+            past_first = (edge.tiles, edge.offset) == (1, 1)
+            return (
+                self.attempts.get(edge, 0),
+                not past_first,
+                edge.tiles * edge.block,
+                -edge.offset,
+                edge.axis,
+                edge.block,
+            )
+
+        uncovered = self.contexts.keys() - self.coverage.edges
+        return min((x for x in uncovered if self.attempts.get(x, 0) < ATTEMPTS), default=None, key=rank)
 
     def at_edge(self, edge: Edge) -> tuple[Sizes, MemoryLayout]:
         """An example at an edge, where that fits the bound of work, and by chance at edges of other axes."""
@@ -106,10 +118,10 @@ class ExamplePlan:
         return self.finish(choices, {**others, size: edge.value({**choices, **others})}, last=(size,))
 
     def at_row(self, row: Mapping[str, Any]) -> tuple[Sizes, MemoryLayout]:
-        """An example of a row of the covering array; sizes without a class are drawn inside the domain."""
+        """An example of a row of the covering array."""
         choices = {name: row[name] for name in self.choices}
-        sizes = {name: self.draw(name, row.get(name, "inside"), choices) for name in self.ranges}
-        return self.finish(choices, sizes, last=[name for name in self.ranges if row.get(name) in ("edge", "far")])
+        sizes = {name: self.draw(name, row[name], choices) for name in self.ranges}
+        return self.finish(choices, sizes, last=[name for name in self.ranges if row[name] in ("edge", "far")])
 
     def draw(self, name: str, size_class: str, choices: Mapping[str, Any]) -> int:
         """A size of a class; one inside the domain if no tile of this axis is known."""

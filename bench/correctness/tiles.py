@@ -2,8 +2,8 @@
 
 The name of a constant tells which axis it divides: BLOCK_M rows, BLOCK_N columns or keys, BLOCK_K the sum of a product,
 BLOCK_H and BLOCK_G heads, BLOCK a row, MIN_KEYS and MAX_KEYS keys of a split, BLOCK_S splits that are merged at a time,
-SPLIT_K splits of k, GROUP_M row tiles that share columns. Constants are those of the config and those
-that kernels were launched with, which may be smaller. Lengths are those drawn: a sequence may be shorter than `t`.
+SPLIT_K splits of k, GROUP_M row tiles that share columns. Constants are those of the config and those that kernels were
+launched with, which may be smaller. Lengths are those drawn: a sequence may be shorter than `t`.
 """
 
 import math

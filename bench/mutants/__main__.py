@@ -118,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"left out     {number:4}  {reason}")
     again = {row["id"] for row in known.values() if not row["found_by"]} if args.survivors else set()
     mutants = [x for x in drawn if x.id not in equivalent and (x.id in again if args.survivors else x.id not in known)]
+    if older := sum(known[x.id].get("commit") != rows.commit() for x in drawn if x.id in known):
+        print(f"{older} results in {args.journal} are of other commits; remove it to search for all mutants again")
     print(f"{len(drawn)} mutants of {len(files)} files, {len(mutants)} to run", flush=True)
     if mutants:  # what is mutated must not be imported before a process is forked
         prepare_to_fork(*([] if any(x.file.startswith("vila_triton/") for x in mutants) else [CHECK]))

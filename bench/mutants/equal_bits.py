@@ -10,19 +10,21 @@ from typing import Any
 import torch
 
 from vila_triton.hashing import short_hash
-from vila_triton.registry import OPS, Impl
+from vila_triton.registry import OPS, Impl, Unsupported
 
 from ..correctness.error_budget import example_args
 from ..correctness.example_plan import ExamplePlan
+from ..correctness.find_failure import MAX_DRAWS
 from ..correctness.guarded_memory import MEMORY_LAYOUTS, MemoryLayout, bit_pattern, guard_tensor, map_tensors, tensors
 from ..correctness.tiles import recorded_launches
 from ..measure.rows import ROOT
 from .find_mutant import impls_of
-from .planted import plant_text
+from .module_text import replace_module_text
 from .processes import Extend
 from .source import Mutant
 
 CALL_SECONDS = 60.0
+UNSUPPORTED = Unsupported.__name__  # in place of the hash of a call that is refused
 
 Sizes = dict[str, Any]
 
@@ -30,7 +32,8 @@ Sizes = dict[str, Any]
 @dataclass(frozen=True)
 class Calls:
     """Calls of every config of every implementation that runs code of a file, `num_draws` in all, each made in both
-    memory layouts: of the file as it is, at the sizes of the plan of each config; with a mutant, at given sizes.
+    memory layouts: of the file as it is, at the sizes of the plan of each config that it supports; with a mutant, at
+    given sizes.
     """
 
     file: str
@@ -53,18 +56,26 @@ def call_all(calls: Calls, extend: Extend) -> CallBits:
     hashes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         if calls.mutant:
-            plant_text(calls.file, calls.mutant.apply((ROOT / calls.file).read_text()), Path(folder))
+            text = calls.mutant.apply((ROOT / calls.file).read_text())
+            replace_module_text(calls.file, text, Path(folder))
         configs = [(impl, config) for impl in impls_of(calls.file) for config in impl.configs]
         for number, (impl, config) in enumerate(configs):
             plan = ExamplePlan(OPS[impl.op], config)
             draws = calls.sizes[number] if calls.mutant else (sizes for sizes, _ in plan)
+            count = -(-calls.num_draws // len(configs))
             all_sizes.append([])
-            for sizes in islice(draws, -(-calls.num_draws // len(configs))):
+            for sizes in islice(draws, MAX_DRAWS * count):
+                if len(all_sizes[-1]) == count:
+                    break
                 extend(CALL_SECONDS)
-                all_sizes[-1].append(sizes)
                 with recorded_launches() as launches:
-                    hashes += [hash_of_call(impl, config, sizes, layout) for layout in MEMORY_LAYOUTS]
+                    bits = [hash_of_call(impl, config, sizes, layout) for layout in MEMORY_LAYOUTS]
+                if UNSUPPORTED in bits and not calls.mutant:
+                    plan.refuse(sizes)
+                    continue
                 plan.observe(sizes, launches)
+                all_sizes[-1].append(sizes)
+                hashes += bits
     return CallBits(all_sizes, hashes)
 
 

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import pytest
 
 from ..measure.rows import ROOT
-from .planted import module_name, plant_text
+from .module_text import module_name, replace_module_text
 from .processes import Extend
 from .source import Mutant
 
@@ -59,7 +59,8 @@ def find_mutant(job: Job, extend: Extend) -> Outcome:
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         text = (ROOT / job.mutant.file).read_text()
-        plant_text(job.mutant.file, f"{text}\n# a comment\n" if job.control else job.mutant.apply(text), Path(folder))
+        changed = f"{text}\n# a comment\n" if job.control else job.mutant.apply(text)
+        replace_module_text(job.mutant.file, changed, Path(folder))
         warnings.simplefilter("ignore")  # a kernel that reads beyond an argument computes with garbage
         found_by, detail, checked, tested = search(job, extend)
     return Outcome(found_by, detail, round(time.process_time() - start, 1), checked, tested)

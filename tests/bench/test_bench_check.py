@@ -186,7 +186,7 @@ def test_coverage_is_kept_between_runs_of_an_unchanged_kernel(plant: Plant, caps
     for _ in range(2):
         assert check.main(["rms_norm", "--impl", "mine", "--config", "1", "--examples", "4"]) == 0
         said.append(capsys.readouterr().out)
-    assert "earlier runs" not in said[0] and "4 examples in" in said[1] and "after 1 earlier runs" in said[1]
+    assert "earlier run" not in said[0] and "4 examples in" in said[1] and "after 1 earlier run\n" in said[1]
     tiles = [int(re.search(r"e: 1–(\d+) tiles of 128", text)[1]) for text in said]  # pyright: ignore
     assert tiles[1] >= tiles[0] > 1
     impl = OPS["rms_norm"].impls["mine"]

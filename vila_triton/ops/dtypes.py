@@ -26,6 +26,6 @@ def device_of_draws(device: str) -> str | None:
 
 
 def random_tensor(*shape: int, dtype: str, rng: torch.Generator, device: str, scale: float = 1.0) -> Tensor:
-    """Standard normal numbers times `scale`; drawn on the CPU, so that a seed gives the same on every device."""
+    """Standard normal numbers times `scale`, the same on every device for a seed (see `device_of_draws`)."""
     drawn = torch.randn(*shape, generator=rng, device=device_of_draws(device))
     return (drawn * scale).to(device, getattr(torch, dtype))

@@ -27,7 +27,7 @@ class MutantFinder(importlib.abc.MetaPathFinder):
         return importlib.util.spec_from_file_location(fullname, self.file) if fullname == self.name else None
 
 
-def plant_text(file: str, text: str, folder: Path) -> None:
+def replace_module_text(file: str, text: str, folder: Path) -> None:
     """Writes a text to a folder, where imports of the module of a file find it from now on; so does
     `inspect.getsource`, from which Triton's interpreter takes a kernel.
 
