@@ -1,4 +1,4 @@
-"""A decoder layer of VILA1.5-3b's shape, int4 and random, is the same layer whatever runs its products.
+"""A decoder layer of VILA1.5-3b's widths, int4 and random, is the same layer whatever runs its products.
 
 At this shape an interpreted Triton kernel takes minutes. Those multiply a narrow slice instead: 16 rows of a weight,
 with all of their 2,560 columns.
@@ -33,7 +33,7 @@ CFG = LlamaConfig(
     intermediate_size=6912,
     num_hidden_layers=1,
     num_attention_heads=20,
-    num_key_value_heads=20,
+    num_key_value_heads=5,  # grouped queries, which VILA1.5-3b has none of
     head_dim=128,
 )
 ROWS = (1, 5)
