@@ -44,7 +44,8 @@ FLOORS = (  # folders and modules of vila_triton, the lowest first: a file impor
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
 KERNELS_IMPORT = {"registry", "ops", "lock", "hashing", "paths"}
-PACKAGES = {  # folder or module -> packages it imports besides the standard library
+PACKAGES = {  # folder or module -> packages it imports besides the standard library; others, which README's commands do
+    # not install and pyright does not find, go through import_module
     "device": "torch",
     "registry": "torch triton",
     "ops": "torch einops",
@@ -60,8 +61,7 @@ PACKAGES = {  # folder or module -> packages it imports besides the standard lib
     "quantization": "torch einops PIL safetensors transformers",
     "commands": "torch PIL transformers",
     "kernels": "torch triton einops",
-    "bench": "bench torch transformers triton hypothesis numpy matplotlib cycler PIL einops safetensors"
-    " pytest coverage",
+    "bench": "bench torch transformers triton hypothesis numpy matplotlib cycler PIL einops safetensors pytest",
 }
 DISCOVERY = {  # imports the folders whose files it discovers, which import the registry
     ("vila_triton.registry.discovery", "vila_triton.ops"),

@@ -8,6 +8,7 @@ import io
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,7 @@ def measure(test_file: str, extend: Extend) -> dict[str, Any]:
     """Runs a file of tests and returns its row: the seconds of each test that passes, and by source file the lines that
     each test runs.
     """
-    import coverage  # not installed with the tests
-
+    coverage: Any = import_module("coverage")  # README's commands do not install it
     extend(SECONDS)
     include = [str(rows.ROOT / folder / "**" / "*.py") for folder in SOURCES]
     cover = coverage.Coverage(data_file=None, include=include, config_file=False)
