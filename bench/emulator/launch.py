@@ -1,24 +1,30 @@
 """Launches of Triton kernels on tensors of the CPU, compiled for a GPU and run by the emulator."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
-import torch
 from triton import knobs
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver
+from triton.runtime.errors import OutOfResources
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from ..compiler.cross_compile import intercept_launches
-from . import machine as trial_machine
+from .arguments import flatten_arguments, memory_regions, parameter_bits
 from .code import Code, granule
+from .compile import check_resources, compiling_to_ptx
 from .machine import Machine, Region
+from .machine import Report as MachineReport
 from .parse import parse
 from .report import Fault, KernelFault, Launch, Report
 
 LANES = 8192  # threads in lockstep
+MAX_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # blocks along each axis (CUDA C++ programming guide)
 
 
 @contextmanager
@@ -33,106 +39,127 @@ def emulating(
 ) -> Iterator[Report]:
     """Inside, kernels that are launched on tensors of the CPU are compiled for the target and emulated.
 
+    target        as "sm_80"
     checks        watch for what no kernel may do; off is faster
     counters      count sectors, wavefronts and bytes; off is faster
     raise_faults  raise `KernelFault` at the end of a launch that had faults; else they are in the report only
     seed          of the order in which blocks run; 0: by number
     edit          applied to the PTX before it runs, to plant faults
+
+    An autotuned kernel takes the first of its configs that the GPU has room for. Errors: ValueError, and
+    NotImplementedError for what is not emulated; RuntimeError for a kernel that is interpreted.
     """
     report = Report(target)
-    run = JITFunction.run
+    compile_only: Any = JITFunction.run
 
-    def launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        options = {"debug": kwargs.get("debug", self.debug) or knobs.runtime.debug}
-        options["instrumentation_mode"] = knobs.compilation.instrumentation_mode
-        binder = self.device_caches[driver.active.get_current_device()][4]
-        bound, _, _ = binder(*args, **kwargs, **options)
-        if callable(grid):
-            grid = grid(bound)
-        blocks = tuple(int(g) for g in grid) + (1,) * (3 - len(grid))
-        text = edit(compiled.asm["ptx"]) if edit else compiled.asm["ptx"]
-        if text not in programs:
-            programs[text] = Code(parse(text))
-        program = programs[text]
-        values: list[tuple[str, Any]] = []
-        flatten(bound, compiled.src.signature, values)
+        compiled = compile_only(kernel, *args, grid=grid, warmup=True, **kwargs)
+        if warmup:
+            return compiled
+        check_resources(compiled, target)
+        ptx = edit(compiled.asm["ptx"]) if edit else compiled.asm["ptx"]
+        program = translate_ptx(ptx)
         report.compile_seconds += time.perf_counter() - started
-        regions, params = {}, {}
-        for (label, value), (name, kind) in zip(values, program.kernel.params):
-            if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
-                if storage.nbytes():
-                    start = storage.data_ptr()
-                    regions.setdefault(start, Region(label, start, storage.nbytes(), element_map(start)))
-                params[name] = np.array([[value.data_ptr()]], np.uint64)
-            elif kind == "f32":
-                params[name] = np.array([[value]], np.float32).view(np.uint32)
-            else:
-                bits = int(kind[1:])
-                params[name] = np.array([[int(value) & (2**bits - 1)]], f"u{bits // 8}")
-        for name, _ in program.kernel.params[len(values) :]:
-            params[name] = np.zeros((1, 1), np.uint64)
-        old = trial_machine.Report()
-        started = time.perf_counter()
-        total, threads, shared = int(np.prod(blocks)), program.kernel.threads, compiled.metadata.shared
-        step = max(1, min(LANES // threads, 2**25 // max(shared, 1)))
-        with np.errstate(all="ignore"):
-            for first in range(0, total, step):
-                ids = np.arange(first, min(total, first + step))
-                Machine(
-                    program.kernel, program, params, regions.values(), blocks, ids, shared, old,
-                    granule(program.kernel), checks, counters,
-                ).run()  # fmt: skip
-        name = program.kernel.name
-        faults = [
-            Fault(kind, text, name, program.ins[i].text, program.ins[i].loc) for (kind, i), text in old.faults.items()
-        ]
-        seconds = time.perf_counter() - started
-        report.launches.append(
-            Launch(name, blocks, target, program, shared, seconds, faults, old.count, old.blocks)
-        )
-        if faults and raise_faults:
-            raise KernelFault(faults)
+        values = bind_arguments(kernel, args, kwargs)
+        blocks = grid_size(compiled.name, grid(values) if callable(grid) else grid)
+        arguments = flatten_arguments(values, compiled.src.signature)
+        ran = run_blocks(program, compiled, target, blocks, arguments, checks, counters, seed)
+        report.launches.append(ran)
+        if ran.faults and raise_faults:
+            raise KernelFault(ran.faults)
         return compiled
 
-    programs: dict[str, Code] = {}
-    with permit_cpu(), intercept_launches(target, launch):
+    with (
+        compiling_to_ptx(target),
+        patch.object(JITFunction, "run", launch),
+        patch.object(Autotuner, "run", run_first_config),
+        patch.object(InterpretedFunction, "run", refuse_interpreted),
+    ):
         yield report
 
 
-def element_map(start: int) -> np.ndarray | None:
-    """Which bytes of a buffer are elements of the tensor guarded in it; None if it is no guarded buffer."""
-    return None
+@lru_cache(maxsize=256)
+def translate_ptx(ptx: str) -> Code:
+    """The program that runs a PTX text."""
+    return Code(parse(ptx))
 
 
-@contextmanager
-def permit_cpu() -> Iterator[None]:
-    """The launchers' own check lets tensors of the CPU pass."""
-    from vila_triton.kernels import _launch
+def bind_arguments(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """{name: value} of all arguments of a kernel, defaults included, as Triton binds them."""
+    options = {"debug": False, "instrumentation_mode": knobs.compilation.instrumentation_mode}
+    active: Any = driver.active
+    bind = kernel.device_caches[active.get_current_device()][4]
+    return bind(*args, **options | kwargs)[0]
 
-    def check_supported(op_name: str, *tensors: Any) -> None:
-        for dtype in {x.dtype for x in tensors}:
-            if dtype not in DTYPES:  # noqa: F821
-                raise Unsupported(f"{op_name}: {dtype} is not one of {', '.join(map(str, DTYPES))}")  # noqa: F821
 
-    code = _launch.check_supported.__code__
-    _launch.check_supported.__code__ = check_supported.__code__
+def grid_size(kernel: str, grid: Any) -> tuple[int, int, int]:
+    """A grid of one to three axes as three. Errors: ValueError if an axis has more blocks than a GPU's may have."""
+    x, y, z = blocks = tuple(int(n) for n in grid) + (1,) * (3 - len(grid))
+    if any(n > most for n, most in zip(blocks, MAX_GRID)):
+        raise ValueError(f"{kernel}: a grid of {blocks} blocks, of which a GPU takes at most {MAX_GRID}")
+    return x, y, z
+
+
+def run_blocks(
+    program: Code,
+    compiled: Any,
+    target: str,
+    grid: tuple[int, int, int],
+    arguments: list[tuple[str, str, Any]],
+    checks: bool,
+    counters: bool,
+    seed: int,
+) -> Launch:
+    """Run all blocks of a launch, as many at once as `LANES` threads allow."""
+    kernel, shared, total = program.kernel, compiled.metadata.shared, int(np.prod(grid))
+    regions = memory_regions(kernel.name, arguments)
+    bits = [parameter_bits(kernel.name, *argument) for argument in arguments]
+    # behind its arguments Triton's kernels have memory that the launch allocates, and the profiler's
+    scratch = np.zeros(total * compiled.metadata.global_scratch_size + 128, np.uint8)
+    aligned = scratch.ctypes.data + -scratch.ctypes.data % 128
+    if compiled.metadata.global_scratch_size:
+        regions.append(Region("global scratch", aligned, scratch.nbytes - 128))
+    bits += [np.array([aligned], np.uint64), np.array([0], np.uint64)]
+    parameters = {name: value[None] for (name, _), value in zip(kernel.params, bits)}
+    found = MachineReport()
+    order = np.random.default_rng(seed).permutation(total) if seed else np.arange(total)
+    step = max(1, min(LANES // kernel.threads, 2**25 // max(shared, 1)))
+    started = time.perf_counter()
+    with np.errstate(all="ignore"):
+        for first in range(0, total, step):
+            Machine(
+                kernel, program, parameters, regions, grid, order[first : first + step], shared, found,
+                granule(kernel), checks, counters,
+            ).run()  # fmt: skip
+    seconds = time.perf_counter() - started
+    instructions = program.ins
+    faults = [
+        Fault(kind, message, kernel.name, instructions[i].text, instructions[i].loc)
+        for (kind, i), message in found.faults.items()
+    ]
+    return Launch(kernel.name, grid, target, program, shared, seconds, faults, found.count, found.blocks)
+
+
+def run_first_config(tuner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Launch an autotuned kernel with the first of its configs that the GPU has room for."""
+    tuner.nargs = dict(zip(tuner.arg_names, args))
     try:
-        yield
+        configs = tuner.prune_configs(kwargs)
+        for config in configs:
+            if config.pre_hook:
+                config.pre_hook({**tuner.nargs, **kwargs, **config.all_kwargs()})
+            try:
+                return tuner.fn.run(*args, **kwargs, **config.all_kwargs())
+            except OutOfResources:
+                if config is configs[-1]:
+                    raise
     finally:
-        _launch.check_supported.__code__ = code
+        tuner.nargs = None
 
 
-def flatten(values: Any, types: Any, out: list[tuple[str, Any]], label: str = "") -> None:
-    """(name, value) of the arguments that are no constants, in order."""
-    if isinstance(values, dict):
-        items = zip(values.items(), types.values())
-    else:
-        items = (((f"{label}[{i}]", v), t) for i, (v, t) in enumerate(zip(values, types)))
-    for (name, value), kind in items:
-        if isinstance(kind, tuple):
-            flatten(value, kind, out, name)
-        elif kind != "constexpr":
-            out.append((name, value))
+def refuse_interpreted(kernel: Any, *args: Any, **kwargs: Mapping[str, Any]) -> None:
+    raise RuntimeError(
+        f"{kernel.fn.__name__} is interpreted, not compiled: TRITON_INTERPRET was set when its file was imported. "
+        "Unset it and start again."
+    )

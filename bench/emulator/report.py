@@ -1,5 +1,6 @@
 """What an emulation reports: its launches, the faults of each, and counters by instruction."""
 
+import linecache
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,14 +24,28 @@ class Fault:
     source: str
 
     def __str__(self) -> str:
-        return f"{self.kernel}: {self.kind}: {self.message}\n    {self.source}\n    {self.instruction}"
+        return "\n".join(
+            (
+                f"{self.kind}: {self.message}",
+                f"    in {self.kernel}, {self.source}{source_text(self.source)}",
+                f"    PTX: {self.instruction}",
+            )
+        )
+
+
+def source_text(source: str) -> str:
+    """The line of Python at "file:line", after a colon; nothing if it cannot be read."""
+    file, _, line = source.rpartition(":")
+    text = linecache.getline(file, int(line)).strip() if line.isdigit() else ""
+    return text and f":  {text}"
 
 
 class KernelFault(AssertionError):
-    """A kernel did what no kernel may do. faults: all of them, of one launch."""
+    """A kernel did what no kernel may do. faults: all of them, of one launch; kind: that of the first."""
 
     def __init__(self, faults: list[Fault]):
-        super().__init__("\n".join(map(str, faults)))
+        number = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
+        super().__init__("\n".join((f"{faults[0].kernel} has {number}", *map(str, faults))))
         self.faults = faults
         self.kind = faults[0].kind
 
@@ -39,8 +54,15 @@ class KernelFault(AssertionError):
 class Launch:
     """One launch of a kernel, after it ran.
 
-    counts   (instruction id, counter) -> number, counters as in `counters`
-    entered  basic block -> warps that ran it
+    kernel        its name
+    grid          blocks along the three axes
+    target        the GPU it was compiled for, as "sm_80"
+    program       the compiled kernel as the emulator runs it
+    shared_bytes  of shared memory a block has
+    seconds       that it ran, without compiling
+    faults        what it did and no kernel may do
+    counts        (instruction id, counter) -> number, counters as in `counters`
+    entered       basic block -> warps that ran it
     """
 
     kernel: str
@@ -56,7 +78,7 @@ class Launch:
 
 @dataclass
 class Report:
-    """What ran inside `emulating`."""
+    """What ran inside `emulating`, in order."""
 
     target: str
     launches: list[Launch] = field(default_factory=list)
@@ -65,3 +87,12 @@ class Report:
     @property
     def faults(self) -> list[Fault]:
         return [fault for launch in self.launches for fault in launch.faults]
+
+    def __str__(self) -> str:
+        """A line for each launch, then its faults."""
+        lines = []
+        for launch in self.launches:
+            blocks = " x ".join(map(str, launch.grid))
+            lines.append(f"{launch.kernel}: {blocks} blocks on {self.target}, {launch.seconds:.2f} s")
+            lines += map(str, launch.faults)
+        return "\n".join(lines)
