@@ -3,6 +3,7 @@
 default_kernels    `python -m bench.correctness`: all implementations that run by default on this machine
 error_budget       examples of an op, the error budget of each output element, and the property test
 guarded_memory     tensors between margins of NaN, which reveal stray reads and writes
+compiled_calls     calls of kernels as compiled for a GPU that is not there
 gate               the property test that an implementation must pass before it is timed
 find_failure       search for the simplest failing example
 failure_report     a failure in words, and a map of its errors
