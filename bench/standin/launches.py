@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-import triton
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime import interpreter
 from triton.runtime.driver import driver
@@ -82,7 +81,7 @@ def interpret(target: str) -> None:
     """Lets Triton's interpreter run all kernels, for the rest of the process. Kernels to compile are counted as the
     target would need them.
     """
-    triton.runtime.driver.set_active(CrossCompileDriver(target))
+    driver.set_active(CrossCompileDriver(target))
     intercept(interpreter.InterpretedFunction, interpreter.InterpretedFunction.run)
 
 
@@ -92,6 +91,7 @@ def emulate(target: str) -> None:
     """
     from ..emulator import emulating
 
+    driver.set_active(CrossCompileDriver(target))  # else Triton looks for a GPU's, now that torch sees one
     atexit.register(for_the_process.close)
     report = for_the_process.enter_context(emulating(target, counters=False))
     run_emulated = JITFunction.run
