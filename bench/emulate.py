@@ -26,7 +26,6 @@ from vila_triton.registry.interpreter import uses_triton_kernels
 
 from ._tool import tool
 from .compiler.cross_compile import CompileRequest, load_implementations, run_in_subprocesses
-from .compiler.gpus import TARGETS
 from .compiler.inspect_text import format_sizes
 from .emulator.counters_table import counters_table
 from .emulator.counters_text import (
@@ -39,13 +38,12 @@ from .emulator.counters_text import (
     refusal_lines,
     total_lines,
 )
-from .emulator.emulated_call import emulate_call
+from .emulator.emulated_call import EMULATED_TARGETS, emulate_call
 from .emulator.emulated_sizes import emulated_sizes
 from .inspect import extract_kernels, is_commit, requests_in_commit, requests_of_impl, resolve_sizes
 from .measure import rows
 from .plots.emulated import plot_source_lines
 
-EMULATED_TARGETS = [name for name, spec in TARGETS.items() if spec.triton_target.backend == "cuda"]
 TABLE_TARGETS = ["sm_80", "sm_90"]
 
 
@@ -76,6 +74,8 @@ def build_requests(args: argparse.Namespace) -> list[CompileRequest]:
     names = args.impl or own
     if unknown := [name for name in names if name not in impls]:
         raise ValueError(f"{args.op} has no implementation {unknown[0]!r}; there are: {describe_available(impls)}")
+    if not own:
+        raise ValueError(f"{args.op} has no Triton kernel; its implementations: {', '.join(impls)}")
     if without := [name for name in names if name not in own]:
         raise ValueError(f"{args.op} {without[0]} has no Triton kernel; these have: {', '.join(own)}")
     requests = []
@@ -122,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
     old: list[EmulatedCall] = []
     baseline: list[CompileRequest] = []
     if args.against in OPS[args.op].impls:
+        requests = [x for x in requests if x.impl != args.against or args.impl]
         baseline = requests_of_impl(requests, args.against)
     elif args.against and is_commit(args.against):
         with tempfile.TemporaryDirectory() as folder:

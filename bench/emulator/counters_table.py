@@ -20,8 +20,8 @@ INTRODUCTION = """
 `python -m bench.emulate --table FILE`; {versions}. Sizes are those of configs/bench/emulate.toml, arguments random and
 aligned. Instructions are PTX, those of all threads for each unit of the call's work. Sectors stand beside the fewest
 that could hold the bytes of a request. Bytes are those of the sectors of all kernels of a call, and tensor-core work is
-that of all of them, both as multiples of what the op needs. **Bold**: an access of the kernel has more than {wavefronts}
-wavefronts, or {sectors} of its fewest sectors; it stands in the second table.
+that of all of them, both as multiples of what the op needs. **Bold**: an access of the kernel has more than
+{wavefronts} wavefronts, or {sectors} of its fewest sectors; it stands in the second table.
 """
 
 

@@ -24,6 +24,7 @@ from .counters import (
 from .launch import emulating
 from .report import KernelFault, Launch
 
+EMULATED_TARGETS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
 TRAFFIC = ("requests", "sectors", "fewest_sectors", "read_bytes", "written_bytes", "accesses", "wavefronts")
 
 
@@ -43,16 +44,15 @@ def useful_work(op: Op, sizes: Mapping[str, Any], args: Sequence[Any]) -> WorkUn
     """Returns the unit of the work of a call with these sizes and arguments."""
     if "attention" in op.name:  # a score is a product of d numbers, and its share of the output another
         return WorkUnit("score", op.cost(**sizes)[0] // (4 * sizes["d"]))
-    named = dict(zip(inspect.signature(op.reference).parameters, args))
-    matrices = [math.prod(x.shape) for x in args if isinstance(x, Int4)]
-    matrices += [x.numel() for name, x in named.items() if name == "weight" and x.dim() == 2]
+    named = zip(inspect.signature(op.reference).parameters, args)
+    matrices = [math.prod(x.shape) for name, x in named if name == "w" or isinstance(x, Int4)]
     return WorkUnit("weight", sum(matrices)) if matrices else WorkUnit("element", args[0].numel())
 
 
 def emulate_call(request: CompileRequest, checks: bool = True) -> CompileResult[dict[str, Any]]:
     """Runs the kernels of a call, compiled for its target, on random aligned arguments of its sizes, and returns a row
-    for each, or the reason why there is none: not supported, or an error, faults of kernels included if `checks` look for
-    them.
+    for each, or the reason why there is none: not supported, or an error, faults of kernels included if `checks` look
+    for them.
     """
     config: Mapping[str, Any] = {}
     try:

@@ -12,6 +12,7 @@ from ..emulator.counters_text import format_per_unit, format_sector_counts, form
 from .style import GRAY, new_figure, save_figure
 
 Row = Mapping[str, Any]
+MAX_NOTES = 2  # accesses of memory beside the bar of a line, marked ones first
 
 
 def plot_source_lines(rows: Sequence[Row], file: Path, count: int) -> list[Path]:
@@ -32,7 +33,7 @@ def plot_source_lines(rows: Sequence[Row], file: Path, count: int) -> list[Path]
         for line in lines:
             y += 1.0
             positions.append(y)
-            labels.append(f"{source_text(line)[:72]}   {line}")
+            labels.append(f"{source_text(line)[:56]}   {line}")
             draw_line(ax, y, row, line, longest)
     ax.set_yticks(positions, labels, fontsize=7, family="monospace")
     ax.grid(visible=False, axis="y")
@@ -71,8 +72,9 @@ def draw_line(ax: Axes, y: float, row: Row, line: str, longest: float) -> None:
         width = 100 * row["lines"][line].get(kind, 0) / row["instructions"]
         ax.barh(y, width, left=left, color=KIND_COLORS[kind], height=0.8)
         left += width
+    accesses = sorted((x for x in row["memory"] if x["source"] == line), key=is_marked, reverse=True)
     note = ax.text(left, y, " ", va="center", fontsize=7)
-    for x in (access for access in row["memory"] if access["source"] == line):
+    for x in accesses[:MAX_NOTES]:
         sectors = f", {format_sector_counts(x)} sectors" if x["requests"] else ""
         wavefronts = f", {format_wavefronts(x)} wavefronts" if x["accesses"] else ""
         note = ax.annotate(
@@ -83,3 +85,4 @@ def draw_line(ax: Axes, y: float, row: Row, line: str, longest: float) -> None:
             fontsize=7,
             color=RED if is_marked(x) else GRAY,
         )
+        note.set_in_layout(False)
