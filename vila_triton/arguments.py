@@ -110,7 +110,7 @@ def emulate_gpu(target: str) -> None:
     Errors: ValueError for a target that it does not know, or if the repository is not here.
     """
     try:
-        repository = data_dir("bench").parent
+        repository = data_dir("bench/standin").parents[1]
     except StopIteration:
         raise ValueError(f"--emulate {target}: the emulator is bench in this project's repository, not here") from None
     sys.path.insert(0, str(repository))
