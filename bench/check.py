@@ -35,9 +35,9 @@ from .correctness.error_budget import DEVICE, Example, example_args
 from .correctness.failure_report import describe_elements, describe_failure, format_settings, label
 from .correctness.find_failure import DeviceLost, SearchResult, find_failure
 from .correctness.kept_coverage import coverage_file, load_coverage, save_coverage
+from .emulator.compile import EMULATED_TARGETS
 
 RUNS_TO_COVER = 4  # then every edge is sought again
-EMULATED_TARGETS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
 ImplConfig = tuple[Impl, int]  # an implementation and the number of one of its configs
 
 
