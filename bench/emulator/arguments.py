@@ -11,10 +11,13 @@ from ..correctness.guarded_memory import find_guard
 from .machine import Region
 
 
-def flatten_arguments(values: Mapping[str, Any], signature: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    """(name, type, value) of each parameter of the compiled kernel, in order: constants are none, tuples are one each.
+def flatten_arguments(
+    kernel: str, values: Mapping[str, Any], signature: Mapping[str, Any]
+) -> list[tuple[str, str, Any]]:
+    """(name, type, value) of each parameter of the compiled kernel, in order: of a tuple one each, of constants none.
 
     signature: Triton's types by the names of arguments, as "*fp32", "i32", "constexpr", or a tuple of such.
+    Errors: NotImplementedError for tensor descriptors.
     """
     flat: list[tuple[str, str, Any]] = []
 
@@ -23,6 +26,8 @@ def flatten_arguments(values: Mapping[str, Any], signature: Mapping[str, Any]) -
             names = getattr(value, "_fields", range(len(kind)))
             for field, part_kind, part in zip(names, kind, value, strict=True):
                 add(f"{name}[{field}]", part_kind, part)
+        elif kind.startswith(("tensordesc", "nvTmaDesc")):
+            raise NotImplementedError(f"{kernel}: argument {name} is a tensor descriptor, which is not emulated")
         elif kind != "constexpr":
             flat.append((name, kind, value))
 
@@ -32,9 +37,7 @@ def flatten_arguments(values: Mapping[str, Any], signature: Mapping[str, Any]) -
 
 
 def parameter_bits(kernel: str, name: str, kind: str, value: Any) -> np.ndarray:
-    """The bits of one parameter, as a driver would pass them. Errors: NotImplementedError, ValueError."""
-    if kind.startswith(("tensordesc", "nvTmaDesc")):
-        raise NotImplementedError(f"{kernel}: argument {name} is a tensor descriptor, which is not emulated")
+    """The bits of one parameter, as a driver would pass them. Errors: NotImplementedError."""
     if hasattr(value, "data_ptr"):
         return np.array([value.data_ptr()], np.uint64)
     if kind.startswith("*"):  # an address as a number

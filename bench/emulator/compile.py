@@ -32,6 +32,12 @@ class EmulatorDriver(CrossCompileDriver):
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
+    def launcher_cls(self, *_: Any) -> Any:
+        """Triton asks for it where it would load a kernel, to launch it or to say how many registers it has."""
+        raise NotImplementedError(
+            "an emulated kernel has no machine code, so its registers are not known; see bench.inspect"
+        )
+
 
 @contextmanager
 def compiling_to_ptx(target: str) -> Iterator[None]:

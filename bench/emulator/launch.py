@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import numpy as np
 from triton import knobs
+from triton.compiler import CompiledKernel
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources
@@ -55,24 +56,31 @@ def emulating(
     def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         started = time.perf_counter()
         compiled = compile_only(kernel, *args, grid=grid, warmup=True, **kwargs)
-        if warmup:
-            return compiled
-        check_resources(compiled, target)
-        ptx = edit(compiled.asm["ptx"]) if edit else compiled.asm["ptx"]
-        program = translate_ptx(ptx)
         report.compile_seconds += time.perf_counter() - started
-        values = bind_arguments(kernel, args, kwargs)
+        if not warmup:
+            emulate(compiled, grid, bind_arguments(kernel, args, kwargs))
+        return compiled
+
+    def launch_compiled(compiled: Any, grid: Any) -> Any:
+        """What `kernel.warmup(...)` returned is launched with all arguments by position."""
+        return lambda *args: emulate(compiled, grid, dict(zip(compiled.src.signature, args)))
+
+    def emulate(compiled: Any, grid: Any, values: Mapping[str, Any]) -> None:
+        started = time.perf_counter()
+        check_resources(compiled, target)
+        arguments = flatten_arguments(compiled.name, values, compiled.src.signature)
+        program = translate_ptx(edit(compiled.asm["ptx"]) if edit else compiled.asm["ptx"])
+        report.compile_seconds += time.perf_counter() - started
         blocks = grid_size(compiled.name, grid(values) if callable(grid) else grid)
-        arguments = flatten_arguments(values, compiled.src.signature)
         ran = run_blocks(program, compiled, target, blocks, arguments, checks, counters, seed)
         report.launches.append(ran)
         if ran.faults and raise_faults:
             raise KernelFault(ran.faults)
-        return compiled
 
     with (
         compiling_to_ptx(target),
         patch.object(JITFunction, "run", launch),
+        patch.object(CompiledKernel, "__getitem__", launch_compiled),
         patch.object(Autotuner, "run", run_first_config),
         patch.object(InterpretedFunction, "run", refuse_interpreted),
     ):

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 import torch.nn.functional as F
@@ -69,13 +69,16 @@ def softmax(module: Any) -> Outputs:
 
 def matmul(module: Any) -> Outputs:
     """With its first config, 128 x 256 x 64 with 8 warps: on sm_90 that is `wgmma`."""
+
+    def grid(meta: Mapping[str, int]) -> tuple[int]:
+        return (triton.cdiv(150, meta["BLOCK_SIZE_M"]) * triton.cdiv(300, meta["BLOCK_SIZE_N"]),)
+
     a, b = torch.randn(150, 200).half(), torch.randn(200, 300).half()
     outputs: Outputs = {}
     for activation in ("", "leaky_relu"):
         out = torch.empty(150, 300, dtype=torch.float16)
-        module.matmul_kernel[lambda meta: (triton.cdiv(150, meta["BLOCK_SIZE_M"]) * triton.cdiv(300, meta["BLOCK_SIZE_N"]),)](
-            a, b, out, 150, 300, 200, *a.stride(), *b.stride(), *out.stride(), ACTIVATION=activation
-        )  # fmt: skip
+        sizes_and_strides = *(150, 300, 200), *a.stride(), *b.stride(), *out.stride()
+        module.matmul_kernel[grid](a, b, out, *sizes_and_strides, ACTIVATION=activation)
         apply: Callable[[Tensor], Tensor] = F.leaky_relu if activation else lambda x: x
         outputs[f"product {activation}".strip()] = out, apply(a @ b), apply(a.double() @ b.double())
     return outputs
@@ -209,8 +212,8 @@ def main() -> int:
                 continue
             started = time.perf_counter()
             torch.manual_seed(0)
-            capability = int(target[3:-1]), int(target[-1])
-            with emulating(target) as report, patch.object(torch.cuda, "get_device_capability", lambda: capability):
+            capability = Mock(return_value=(int(target[3:-1]), int(target[-1])))
+            with emulating(target) as report, patch.object(torch.cuda, "get_device_capability", capability):
                 outputs = launch(load_definitions(args.folder / f"{name}.py"))
             seconds = time.perf_counter() - started
             errors = {output: error_over_allowed(*results) for output, results in outputs.items()}
