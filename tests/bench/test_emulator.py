@@ -1,4 +1,4 @@
-"""The tests of compiled kernels, which the emulator runs, pass: tests/on_emulator, in a process that interprets none."""
+"""The tests of compiled kernels pass, which the emulator runs: tests/on_emulator, in a process that interprets none."""
 
 import os
 import re

@@ -3,8 +3,6 @@ the error budget, with nothing that the emulator faults. `python -m bench.compil
 layout.
 """
 
-from itertools import islice
-
 import pytest
 
 from bench.correctness.compiled_plan import choice_axes, draw_sizes
