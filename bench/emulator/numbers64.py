@@ -66,7 +66,8 @@ def divide(a, b, mode="rn"):
 def square_root(x, mode="rn"):
     near = np.sqrt(x)
     if mode != "rn":  # the sign of x - near * near says on which side the root lies
-        gap = fma(-near, near, x)
+        scale = np.where(x < 2.0**-600, 2.0**300, 1.0)  # the product of the last bits is in range, too
+        gap = fma(-near * scale, near * scale, x * scale * scale)
         step = {"rz": gap < 0, "rm": gap < 0, "rp": gap > 0}[mode]
         near = np.where(step, np.nextafter(near, np.inf if mode == "rp" else -np.inf), near)
     return near
@@ -91,7 +92,7 @@ def rounded_fraction(exact: Fraction, mode: str) -> float:
     try:
         near = float(exact)
     except OverflowError:
-        near = math.copysign(math.inf, exact)
+        near = math.inf if exact > 0 else -math.inf
     above = near > 0 if math.isinf(near) else Fraction(near) > exact
     below = near < 0 if math.isinf(near) else Fraction(near) < exact
     if above and (mode == "rm" or (mode == "rz" and exact > 0)):
