@@ -17,11 +17,13 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from .arguments import flatten_arguments, memory_regions, parameter_bits
-from .code import Code, granule
+from .code import Code
 from .compile import check_resources, compiling_to_ptx
-from .machine import Machine, Region
+from .global_memory import Regions
+from .machine import Machine
 from .machine import Report as MachineReport
 from .parse import parse
+from .regions import Region
 from .report import Fault, KernelFault, Launch, Report
 
 LANES = 8192  # threads in lockstep
@@ -130,18 +132,17 @@ def run_blocks(
         regions.append(Region("global scratch", aligned, scratch.nbytes - 128))
     bits += [np.array([aligned], np.uint64), np.array([0], np.uint64)]
     parameters = {name: value[None] for (name, _), value in zip(kernel.params, bits)}
-    found = MachineReport()
+    memory, found = Regions(regions), MachineReport()
     order = np.random.default_rng(seed).permutation(total) if seed else np.arange(total)
     step = max(1, min(LANES // kernel.threads, 2**25 // max(shared, 1)))
     started = time.perf_counter()
     with np.errstate(all="ignore"):
         for first in range(0, total, step):
             Machine(
-                kernel, program, parameters, regions, grid, order[first : first + step], shared, found,
-                granule(kernel), checks, counters,
-            ).run()  # fmt: skip
+                kernel, program, parameters, memory, grid, order[first : first + step], shared, found, checks, counters
+            ).run()
     seconds = time.perf_counter() - started
-    instructions = program.ins
+    instructions = program.instructions
     faults = [
         Fault(kind, message, kernel.name, instructions[i].text, instructions[i].loc)
         for (kind, i), message in found.faults.items()
