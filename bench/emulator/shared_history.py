@@ -56,7 +56,7 @@ class SharedHistory:
         warps = active.reshape(len(active), self.machine.warps, -1).any(2)
         for name in names:
             old = getattr(self, name)
-            mask = warps if name == "converged" else active.any(1)[:, None]
+            mask = warps if name == "converged" else np.any(active, axis=1, keepdims=True)
             setattr(self, name, np.where(mask, np.int32(self.time), old))
 
     def places(self, access: Access) -> tuple[np.ndarray, np.ndarray]:

@@ -292,7 +292,7 @@ class SharedMemory:
         for n, value in enumerate(values):
             value = np.broadcast_to(value, shape)
             parts = [value] if high is None else [value.astype(np.uint16), (value >> np.uint32(16)).astype(np.uint16)]
-            for half, (part, units) in enumerate(zip(parts, (low, high))):
+            for half, (part, units) in enumerate(zip(parts, (low, high or low))):
                 at = np.broadcast_to(units[n] + first, shape)
                 if held is None:
                     flat[at] = part
