@@ -72,8 +72,8 @@ def executed_instructions(launch: Launch) -> list[ExecutedInstruction]:
                     issued=issued,
                     requests=launch.counts[x.id, "requests"],
                     sectors=launch.counts[x.id, "sectors"],
-                    fewest_sectors=launch.counts[x.id, "ideal"],
-                    accesses=launch.counts[x.id, "phases"],
+                    fewest_sectors=launch.counts[x.id, "fewest_sectors"],
+                    accesses=launch.counts[x.id, "accesses"],
                     wavefronts=launch.counts[x.id, "wavefronts"],
                     flops=issued * flops_per_warp(x.op),
                 )

@@ -71,7 +71,7 @@ class SharedHistory:
             return at, who
         return (at + np.arange(self.rows)[:, None] * self.granules).ravel(), np.tile(who, self.rows)
 
-    def after(self, name: str, at: np.ndarray, warp: np.ndarray | None = None) -> np.ndarray:
+    def last_time(self, name: str, at: np.ndarray, warp: np.ndarray | None = None) -> np.ndarray:
         """The time of the last barrier of that name for each of the granules."""
         times = getattr(self, name)
         row = 0 if len(times) == 1 else at // self.granules
@@ -79,7 +79,7 @@ class SharedHistory:
 
     def unordered(self, at: np.ndarray, when: np.ndarray, old: np.ndarray, who: np.ndarray) -> np.ndarray | None:
         """Which accesses nothing orders with the present one: by other threads since the barrier that would."""
-        recent = when >= self.after("barrier", at)
+        recent = when >= self.last_time("barrier", at)
         if not recent.any():
             return None
         n = np.flatnonzero(recent)
@@ -87,7 +87,7 @@ class SharedHistory:
         warp_a, warp_b = (np.where(x >= WARP, x - WARP, x >> 5) for x in (a, b))
         same = (warp_a == warp_b) & (a < SEVERAL) & (b < SEVERAL)
         ordered = (a == b) & (a < WARP)
-        ordered |= same & (t < self.after("converged", at[n], np.where(same, warp_b, 0)))
+        ordered |= same & (t < self.last_time("converged", at[n], np.where(same, warp_b, 0)))
         n = n[~ordered]
         return n if len(n) else None
 
@@ -112,14 +112,14 @@ class SharedHistory:
         at, who = self.places(access)
         self.check_read(i, at, who, "reads")
         old, when = self.reader[at], self.read[at]
-        recent = when >= self.after("barrier", at)
+        recent = when >= self.last_time("barrier", at)
         if recent.any():
             other = recent & (old != who)
             if other.any():
                 a, b = old[other].astype(np.int64), who[other].astype(np.int64)
                 warp_a, warp_b = (np.where(x >= WARP, x - WARP, x >> 5) for x in (a, b))
                 same = (warp_a == warp_b) & (a < SEVERAL) & (b < SEVERAL)
-                fresh = when[other] >= self.after("converged", at[other], np.where(same, warp_b, 0))
+                fresh = when[other] >= self.last_time("converged", at[other], np.where(same, warp_b, 0))
                 who = who.copy()
                 who[other] = np.where(same, np.where(fresh, WARP + warp_b, b), SEVERAL)
         self.reader[at] = who
@@ -190,7 +190,7 @@ class SharedHistory:
         at, who = self.places(access)
         self.check_read(i, at, who, "wgmma reads")
         when = self.written[at]
-        late = (when > 0) & (when >= self.after("fence", at))
+        late = (when > 0) & (when >= self.last_time("fence", at))
         if late.any():
             self.fault(i, "no proxy fence", "wgmma reads {}, written since the last fence.proxy.async", at[late])
         self.streaming[at] += 1
