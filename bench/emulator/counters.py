@@ -63,19 +63,19 @@ def executed_instructions(launch: Launch) -> list[ExecutedInstruction]:
     executed = []
     for block in launch.program.kernel.blocks:
         issued = launch.entered[block.index]
-        for x in block.ins if issued else ():
+        for x in block.instructions if issued else ():
             executed.append(
                 ExecutedInstruction(
-                    opcode=x.op,
-                    kind=instruction_kind(x.op),
-                    source=source_line(x.loc),
+                    opcode=x.name,
+                    kind=instruction_kind(x.name),
+                    source=source_line(" ".join((x.source, *x.callers))),
                     issued=issued,
                     requests=launch.counts[x.id, "requests"],
                     sectors=launch.counts[x.id, "sectors"],
                     fewest_sectors=launch.counts[x.id, "fewest_sectors"],
                     accesses=launch.counts[x.id, "accesses"],
                     wavefronts=launch.counts[x.id, "wavefronts"],
-                    flops=issued * flops_per_warp(x.op),
+                    flops=issued * flops_per_warp(x.name),
                 )
             )
     return executed

@@ -17,14 +17,13 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from .arguments import flatten_arguments, memory_regions, parameter_bits
-from .code import Code
 from .compile import check_resources, compiling_to_ptx
 from .global_memory import Regions
-from .machine import Machine
-from .machine import Report as MachineReport
-from .parse import parse
+from .machine import Findings, Machine
+from .ptx import parse
 from .regions import Region
 from .report import Fault, KernelFault, Launch, Report
+from .translate import Program, translate
 
 LANES = 8192  # threads in lockstep
 MAX_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # blocks along each axis (CUDA C++ programming guide)
@@ -90,9 +89,9 @@ def emulating(
 
 
 @lru_cache(maxsize=256)
-def translate_ptx(ptx: str) -> Code:
+def translate_ptx(ptx: str) -> Program:
     """The program that runs a PTX text."""
-    return Code(parse(ptx))
+    return translate(parse(ptx))
 
 
 def bind_arguments(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def grid_size(kernel: str, grid: Any) -> tuple[int, int, int]:
 
 
 def run_blocks(
-    program: Code,
+    program: Program,
     compiled: Any,
     target: str,
     grid: tuple[int, int, int],
@@ -132,22 +131,21 @@ def run_blocks(
         regions.append(Region("global scratch", aligned, scratch.nbytes - 128))
     bits += [np.array([aligned], np.uint64), np.array([0], np.uint64)]
     parameters = {name: value[None] for (name, _), value in zip(kernel.params, bits)}
-    memory, found = Regions(regions), MachineReport()
+    findings, memory = Findings(), Regions(regions)
     order = np.random.default_rng(seed).permutation(total) if seed else np.arange(total)
     step = max(1, min(LANES // kernel.threads, 2**25 // max(shared, 1)))
     started = time.perf_counter()
     with np.errstate(all="ignore"):
         for first in range(0, total, step):
-            Machine(
-                kernel, program, parameters, memory, grid, order[first : first + step], shared, found, checks, counters
-            ).run()
+            blocks = order[first : first + step]
+            Machine(program, parameters, memory, grid, blocks, shared, findings, checks, counters).run()
     seconds = time.perf_counter() - started
     instructions = program.instructions
     faults = [
-        Fault(kind, message, kernel.name, instructions[i].text, instructions[i].loc)
-        for (kind, i), message in found.faults.items()
+        Fault(kind, message, kernel.name, instructions[i].text, instructions[i].source)
+        for (kind, i), message in findings.faults.items()
     ]
-    return Launch(kernel.name, grid, target, program, shared, seconds, faults, found.count, found.blocks)
+    return Launch(kernel.name, grid, target, program, shared, seconds, faults, findings.counts, findings.entered)
 
 
 def run_first_config(tuner: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,129 +1,277 @@
-"""The blocks of a grid that run in lockstep: their memory, what is checked of it and what is counted.
+"""Blocks of a grid that run in lockstep: their registers, and the control flow of their threads.
 
-Registers are numpy arrays [C, T], blocks by threads, or [C, 1] and [1, 1] where they are uniform.
+Registers are arrays [blocks, threads]; those that are the same for all threads of a block, or for all blocks, stay [blocks, 1],
+[1, threads] or [1, 1]. Where all threads of all blocks take the same way, one call runs a basic block for all of them. Where
+blocks part, each part becomes a machine of its own. Where threads of a block part, they run masked until they meet again.
+
+A thread's place is a basic block. Warps that advance on their own (barriers of some of the warps, mbarrier, bulk copies) would come
+in here: `run_parted` already keeps a place for each thread, and would leave those that wait where they are.
 """
 
+from __future__ import annotations
+
+import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from .global_memory import GlobalMemory
-from .numbers import u1, u2, u4, u8
+from .local_memory import LocalMemory
+from .ptx import END
 from .shared_memory import SharedMemory
+from .translate import Program
 
-VIEW = {1: u1, 2: u2, 4: u4, 8: u8}
+Array = np.ndarray
+u4, u8 = np.uint32, np.uint64
+GARBAGE = {1: False, 8: 0xDE, 16: 0xDEAD, 32: 0xDEADBEEF, 64: 0xDEADBEEFDEADBEEF}  # of registers that were never written
+DTYPES = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 
 @dataclass
-class Report:
-    """What a launch did."""
+class Findings:
+    """What a launch did. faults: (kind, instruction) -> message; counts: (instruction, counter) -> number; entered: block -> warps."""
 
-    faults: dict = field(default_factory=dict)  # (kind, instruction) -> message
-    count: Counter = field(default_factory=Counter)  # (instruction id, what) -> number
-    blocks: Counter = field(default_factory=Counter)  # basic block -> warps that ran it
+    faults: dict[tuple[str, int], str] = field(default_factory=dict)
+    counts: Counter = field(default_factory=Counter)
+    entered: Counter = field(default_factory=Counter)
+
+
+class Accumulators:
+    """Registers that wgmma computes until a wait: by the number of their group."""
+
+    def __init__(self) -> None:
+        self.groups: dict[str, int] = {}
+        self.committed = 0
+
+    def begin(self, names: Sequence[str]) -> None:
+        self.groups.update(dict.fromkeys(names, self.committed))
+
+    def copy_register(self, name: str, source: str) -> None:
+        if source in self.groups:
+            self.groups[name] = self.groups[source]
+        else:
+            self.groups.pop(name, None)
+
+    def forget(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.groups.pop(name, None)
+
+    def commit(self) -> None:
+        self.committed += 1
+
+    def wait(self, count: int) -> None:
+        """All but the last `count` groups are complete."""
+        self.groups = {name: group for name, group in self.groups.items() if group >= self.committed - count}
+
+    def copy(self) -> Accumulators:
+        new = Accumulators()
+        new.groups, new.committed = dict(self.groups), self.committed
+        return new
 
 
 class Machine:
-    def __init__(self, kernel, code, params, regions, grid, ids, shared, report, check=True, stats=True):
-        self.k, self.program, self.params, self.report = kernel, code, params, report
-        self.grid, self.checks, self.counters, self.counts = grid, check, stats, report.count
-        self.threads, self.warps = kernel.threads, -(-kernel.threads // 32)
-        self.block_ids, self.blocks = ids, len(ids)
-        x, y, z = grid
-        self.ctaid = [v.astype(u4)[:, None] for v in (ids % x, ids // x % y, ids // (x * y))]
-        self.tid = np.arange(self.threads, dtype=u4)[None]
-        self.R = [np.array([[0xDE if b == 8 else 0xDEAD if b == 16 else 0xDEADBEEF if b == 32 else 0xDEADBEEFDEADBEEF]], VIEW[b // 8])
-                  if b > 1 else np.zeros((1, 1), bool) for b in kernel.regs.values()]  # fmt: skip
-        self.active = None
-        self.global_memory = GlobalMemory(self, regions)
-        self.shared_memory = SharedMemory(self, shared)
+    """Some of the blocks of a launch.
 
-    def select(self, keep):
-        """A machine of some of the blocks."""
+    program        what they run
+    params         parameter -> array [1, 1]
+    regions        the memory that the launch may touch
+    grid           blocks along x, y and z
+    block_ids      the numbers of these blocks, counted along x first
+    shared_bytes   of each block
+    checks         watch for faults; counters: count what memory is asked for
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        params: dict[str, Array],
+        regions: Sequence[Any],
+        grid: tuple[int, int, int],
+        block_ids: Array,
+        shared_bytes: int,
+        findings: Findings,
+        checks: bool = True,
+        counters: bool = True,
+    ):
+        self.program, self.params, self.grid, self.findings = program, params, grid, findings
+        self.checks, self.counters, self.shared_bytes = checks, counters, shared_bytes
+        self.counts = findings.counts
+        self.threads = program.kernel.threads
+        self.warps = -(-self.threads // 32)
+        self.block_ids, self.blocks = block_ids, len(block_ids)
+        x, y, _ = grid
+        places = block_ids % x, block_ids // x % y, block_ids // (x * y)
+        self.ctaid = [place.astype(u4)[:, None] for place in places]
+        self.tid = np.arange(self.threads, dtype=u4)[None]
+        self.lane, self.warp = self.tid & u4(31), self.tid >> u4(5)
+        self.active: Array | None = None
+        self.accumulators = Accumulators()
+        self.registers: list[Array] = [np.array([[GARBAGE[bits]]], DTYPES[bits]) for bits in program.registers]
+        self.ticks = itertools.count()
+        self.global_memory = GlobalMemory(self, regions)
+        self.shared_memory = SharedMemory(self, shared_bytes)
+        self.local_memory = LocalMemory(self, program.kernel.local_bytes)
+
+    @property
+    def multiprocessor(self) -> Array:
+        return (self.block_ids % 128).astype(u4)[:, None]
+
+    def clock(self) -> int:
+        """A number that grows with every call."""
+        return 1000 * next(self.ticks)
+
+    def select(self, keep: Array) -> Machine:
+        """A machine of some of the blocks. keep: bool [blocks]"""
         new = object.__new__(Machine)
         new.__dict__.update(self.__dict__)
-        new.blocks, new.block_ids = int(keep.sum()), self.block_ids[keep]
-        new.ctaid = [v[keep] for v in self.ctaid]
-        new.R = [r[keep] if r.shape[0] == self.blocks and r.shape[0] > 1 else r for r in self.R]
+        new.blocks = int(keep.sum())
+        new.block_ids = self.block_ids[keep]
+        new.ctaid = [place[keep] for place in self.ctaid]
+        new.registers = [r[keep] if len(r) > 1 else r for r in self.registers]
+        new.accumulators = self.accumulators.copy()
         new.global_memory = self.global_memory.select(new, keep)
         new.shared_memory = self.shared_memory.select(new, keep)
+        new.local_memory = self.local_memory.select(new, keep)
         return new
 
-    # ---- control
-    def run(self, at=0):
-        """Run to the end; where blocks of the grid part, each part goes its own way."""
-        work = [(self, at)]
-        while work:
-            m, b = work.pop()
-            while b != -1:
-                code = m.program[b]
-                m.report.blocks[b] += m.blocks * m.warps
-                p = code.run(m, m.R, None)
-                if code.cond is None:
-                    b = code.target if code.target is not None else b + 1
-                    continue
-                p = np.broadcast_to(p, (p.shape[0], m.threads)) if p.shape[1] > 1 else p
-                some, every = p.any(1), p.all(1)
-                if every.all():
-                    b = code.target
-                elif not some.any():
-                    b = b + 1
-                elif (some == every).all():
-                    some = np.broadcast_to(some, (m.blocks,))
-                    work.append((m.select(~some), b + 1))
-                    m, b = m.select(some), code.target
-                else:
-                    b = m.diverged(b, np.where(p, code.target, b + 1))
+    # ---- control flow
 
-    def diverged(self, b, pc):
-        """Threads of a block part: the lowest place runs first, until they meet. Returns where they do."""
-        last = len(self.program)
-        pc = np.broadcast_to(np.where(pc == -1, last, pc), (self.blocks, self.threads)).copy()
-        self.report.count[b, "divergent"] += 1
+    def run(self) -> None:
+        """Run all blocks to their end."""
+        work = [(self, 0)]
+        while work:
+            machine, place = work.pop()
+            while place != END:
+                code = machine.program.blocks[place]
+                machine.findings.entered[place] += machine.blocks * machine.warps
+                taken = code.run(machine, machine.registers)
+                target = code.block.target
+                if taken is None:
+                    place = place + 1 if target is None else target
+                    continue
+                every, some = taken.all(1), taken.any(1)
+                if every.all():
+                    place = target
+                elif not some.any():
+                    place = place + 1
+                elif (some == every).all():
+                    some = np.broadcast_to(some, (machine.blocks,))
+                    work.append((machine.select(~some), place + 1))
+                    machine, place = machine.select(some), target
+                else:
+                    place = machine.run_parted(code.meeting, np.where(taken, target, place + 1))
+
+    def run_parted(self, meeting: int, places: Array) -> int:
+        """Run threads that have parted until all are at `meeting`; returns that.
+
+        places   the basic block that each thread comes to next, END behind the last
+        Of the places that are not the meeting point the first runs, those with a barrier last.
+        """
+        end = len(self.program.blocks)
+        meeting = end if meeting == END else meeting
+        places = np.broadcast_to(np.where(places == END, end, places), (self.blocks, self.threads)).copy()
+        self.findings.counts[-1, "parted"] += 1
         while True:
-            b = int(pc.min())
-            act = pc == b
-            if act.all():
-                self.active = None
-                return -1 if b == last else b
-            self.active = act
-            code = self.program[b]
-            self.report.blocks[b] += int(act.reshape(self.blocks, self.warps, -1).any(2).sum())
-            p = code.run(self, self.R, act)
-            there = last if code.target == -1 else b + 1 if code.target is None else code.target
-            pc[act] = there if code.cond is None else np.where(np.broadcast_to(p, act.shape), there, b + 1)[act]
+            waiting = np.unique(places)
+            ready = [int(n) for n in waiting if n not in (meeting, end)]
+            if not ready:
+                break
+            place = min(ready, key=lambda n: (self.program.blocks[n].has_barrier, n))
+            code = self.program.blocks[place]
+            active = places == place
+            self.active = active
+            self.findings.entered[place] += int(self.by_warp(active, False).any(2).sum())
+            taken = code.run(self, self.registers)
+            target = code.block.target
+            onward = place + 1 if target is None else end if target == END else target
+            if taken is not None:
+                onward = np.where(np.broadcast_to(taken, active.shape), onward, place + 1)[active]
+            places[active] = onward
+        self.active = None
+        if meeting == end or not (places == end).any():
+            return END if meeting == end else meeting
+        raise AssertionError("threads end before they meet")
+
+    # ---- threads of warps
+
+    def by_warp(self, x: Array, fill: Any = 0) -> Array:
+        """[blocks, warps, 32] of a register; lanes that a last warp lacks hold `fill`."""
+        x = np.broadcast_to(x, (self.blocks, self.threads))
+        if self.threads % 32:
+            x = np.pad(x, ((0, 0), (0, -self.threads % 32)), constant_values=fill)
+        return x.reshape(self.blocks, self.warps, 32)
+
+    def by_thread(self, x: Array) -> Array:
+        """The register of values [blocks, warps, 32 or 1]."""
+        whole = np.broadcast_to(x, (self.blocks, self.warps, 32))
+        return np.ascontiguousarray(whole).reshape(self.blocks, -1)[:, : self.threads]
+
+    def count_warps(self, mask: Array | None) -> int:
+        """The warps of which a thread runs."""
+        if mask is None and self.active is None:
+            return self.blocks * self.warps
+        runs = self.running(mask)
+        return int(self.by_warp(runs, False).any(2).sum())
+
+    def running(self, mask: Array | None) -> Array:
+        """The threads that run and whose guard is true."""
+        runs = np.ones((1, 1), bool) if self.active is None else self.active
+        return runs if mask is None else runs & mask
+
+    def present(self, i: int | None, mask: Array | None, members: Array | None) -> Array | None:
+        """As `lanes_present`, but None if those are all."""
+        if mask is None and self.active is None and members is None and self.threads % 32 == 0:
+            return None
+        return self.lanes_present(i, mask, members)
+
+    def lanes_present(self, i: int | None, mask: Array | None, members: Array | None) -> Array:
+        """[blocks, warps, 32]: the threads that run an instruction together. A thread that its mask of lanes names and that does
+        not run it is a fault, and so is one that runs it and is not named.
+        """
+        runs = self.by_warp(self.running(mask), False)
+        if members is None:
+            named = np.broadcast_to(self.by_warp(np.ones((1, 1), bool), False), runs.shape)
+        else:
+            named = (self.by_warp(members) >> np.arange(32, dtype=u4)) & u4(1) == 1
+        if i is not None:
+            missing = (named != runs) & runs.any(2, keepdims=True)
+            if missing.any():
+                text = "lanes that its mask names do not reach this instruction, or others do"
+                self.fault(i, "barrier", text, self.by_thread(missing))
+        return runs
+
+    def check_lanes(self, i: int, present: Array, origin: Array) -> None:
+        """A fault where a lane that runs reads from one that does not."""
+        read = np.take_along_axis(present, np.broadcast_to(origin, present.shape), 2)
+        bad = present & ~read
+        if bad.any():
+            self.fault(i, "register unwritten", "reads from a lane that does not run this", self.by_thread(bad))
 
     # ---- faults
-    def fault(self, i, kind, text, bad=None):
-        if (kind, i) in self.report.faults:
+
+    def check_written(self, i: int, written: Array, mask: Array | None) -> None:
+        """A fault where a thread reads a register that it has not written."""
+        if not written.all():
+            bad = ~written & self.running(mask)
+            if bad.any():
+                self.fault(i, "register unwritten", "reads a register that nothing has written", bad)
+
+    def check_awaited(self, i: int, names: Sequence[str], mask: Array | None) -> None:
+        """A fault where a register is read that wgmma may still be computing."""
+        if any(name in self.accumulators.groups for name in names):
+            text = "reads an accumulator of wgmma before its wait"
+            self.fault(i, "not waited for", text, self.running(mask))
+
+    def fault(self, i: int, kind: str, message: str, bad: Array | None = None) -> None:
+        """Note a fault of an instruction, once for each kind. bad: the threads it concerns"""
+        if (kind, i) in self.findings.faults:
             return
         if bad is not None:
             bad = np.broadcast_to(bad, (self.blocks, self.threads))
-            c, t = np.argwhere(bad)[0]
-            text += f"; block {tuple(int(v[c, 0]) for v in self.ctaid)} thread {int(t)}, {int(bad.sum())} threads in all"
-        self.report.faults[kind, i] = text
-
-    def shfl(self, i, mode, a, b, clamp):
-        if a.shape[1] == 1:
-            return a
-        if self.active is not None:
-            self.report.count[i, "shuffle while parted"] += 1
-        x = a.reshape(a.shape[0], -1, 32)
-        lane = np.arange(32)
-        b = np.asarray(b)
-        if b.size == 1:
-            v = int(b.ravel()[0]) & 31
-            if mode == "bfly":
-                j = lane ^ v
-            elif mode == "idx":
-                j = lane * 0 + v
-            elif mode == "down":
-                j = np.where(lane + v < 32, lane + v, lane)
-            else:
-                j = np.where(lane - v >= 0, lane - v, lane)
-            return np.ascontiguousarray(x[..., j]).reshape(a.shape)
-        if mode != "idx":
-            raise NotImplementedError("shfl by a register")
-        j = (np.broadcast_to(b, (self.blocks, self.threads)).reshape(self.blocks, -1, 32) & u4(31)).astype(np.int64)
-        return np.take_along_axis(np.broadcast_to(x, j.shape), j, 2).reshape(self.blocks, self.threads)
+            block, thread = np.argwhere(bad)[0]
+            place = tuple(int(axis[block, 0]) for axis in self.ctaid)
+            message += f" (block {place}, thread {thread}; {int(bad.sum())} threads in all)"
+        self.findings.faults[kind, i] = message
