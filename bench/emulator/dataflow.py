@@ -62,7 +62,7 @@ def _spread(
 
 
 def meeting_points(blocks: list[Block]) -> list[int]:
-    """For each block the nearest one that all paths from it to the end run through: its immediate post-dominator, or END."""
+    """For each block the nearest that all paths from it run through, its immediate post-dominator, or END."""
     last = len(blocks)  # stands for the end
     successors = [[n if 0 <= n < last else last for n in block.successors()] or [last] for block in blocks]
     for block in blocks:

@@ -33,7 +33,7 @@ class Regions:
         """The record of which block touched what, of regions that the kernel can write."""
         if self.races is None:
             instructions = machine.program.instructions.values()
-            texts = [x.text for x in instructions]
+            texts = [x.statement for x in instructions]
             written = written_parameters(texts)
             watched = set(self.regions)
             if written is not None and self.regions:

@@ -29,7 +29,7 @@ class LocalMemory:
         return new
 
     def places(self, i: int, address: Array, mask: Array | None, size: int) -> tuple[tuple[Array, Array, Array], Array]:
-        """The index of the bytes that each running thread touches [threads, size], and these threads [blocks, threads]."""
+        """The index of the bytes that running threads touch [running, size], and which run [blocks, threads]."""
         machine = self.machine
         shape = machine.blocks, machine.threads
         if self.bytes is None:

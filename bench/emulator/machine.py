@@ -1,11 +1,13 @@
 """Blocks of a grid that run in lockstep: their registers, and the control flow of their threads.
 
-Registers are arrays [blocks, threads]; those that are the same for all threads of a block, or for all blocks, stay [blocks, 1],
-[1, threads] or [1, 1]. Where all threads of all blocks take the same way, one call runs a basic block for all of them. Where
-blocks part, each part becomes a machine of its own. Where threads of a block part, they run masked until they meet again.
+Registers are arrays [blocks, threads]; those that are the same for all threads of a block, or for all blocks, stay
+[blocks, 1], [1, threads] or [1, 1]. Where all threads of all blocks take the same way, one call runs a basic block for
+all of them. Where blocks part, each part becomes a machine of its own. Where threads of a block part, they run masked
+until they meet again.
 
-A thread's place is a basic block. Warps that advance on their own (barriers of some of the warps, mbarrier, bulk copies) would come
-in here: `run_parted` already keeps a place for each thread, and would leave those that wait where they are.
+A thread's place is a basic block. Warps that advance on their own (barriers of some of the warps, mbarrier, bulk
+copies) would come in here: `run_parted` already keeps a place for each thread, and would leave those that wait where
+they are.
 """
 
 from __future__ import annotations
@@ -26,13 +28,24 @@ from .translate import Program
 
 Array = np.ndarray
 u4, u8 = np.uint32, np.uint64
-GARBAGE = {1: False, 8: 0xDE, 16: 0xDEAD, 32: 0xDEADBEEF, 64: 0xDEADBEEFDEADBEEF}  # of registers that were never written
+GARBAGE = {
+    1: False,
+    8: 0xDE,
+    16: 0xDEAD,
+    32: 0xDEADBEEF,
+    64: 0xDEADBEEFDEADBEEF,
+}  # of registers that were never written
 DTYPES = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 
 @dataclass
 class Findings:
-    """What a launch did. faults: (kind, instruction) -> message; counts: (instruction, counter) -> number; entered: block -> warps."""
+    """What a launch did.
+
+    faults    (kind, instruction) -> message
+    counts    (instruction, counter) -> number
+    entered   basic block -> warps that ran it
+    """
 
     faults: dict[tuple[str, int], str] = field(default_factory=dict)
     counts: Counter = field(default_factory=Counter)
@@ -141,16 +154,16 @@ class Machine:
 
     def run(self) -> None:
         """Run all blocks to their end."""
-        work = [(self, 0)]
+        work: list[tuple[Machine, int]] = [(self, 0)]
         while work:
             machine, place = work.pop()
             while place != END:
                 code = machine.program.blocks[place]
                 machine.findings.entered[place] += machine.blocks * machine.warps
                 taken = code.run(machine, machine.registers)
-                target = code.block.target
+                target = place + 1 if code.block.target is None else code.block.target
                 if taken is None:
-                    place = place + 1 if target is None else target
+                    place = target
                     continue
                 every, some = taken.all(1), taken.any(1)
                 if every.all():
@@ -185,8 +198,8 @@ class Machine:
             self.active = active
             self.findings.entered[place] += int(self.by_warp(active, False).any(2).sum())
             taken = code.run(self, self.registers)
-            target = code.block.target
-            onward = place + 1 if target is None else end if target == END else target
+            target = place + 1 if code.block.target is None else code.block.target
+            onward = end if target == END else target
             if taken is not None:
                 onward = np.where(np.broadcast_to(taken, active.shape), onward, place + 1)[active]
             places[active] = onward
@@ -228,8 +241,9 @@ class Machine:
         return self.lanes_present(i, mask, members)
 
     def lanes_present(self, i: int | None, mask: Array | None, members: Array | None) -> Array:
-        """[blocks, warps, 32]: the threads that run an instruction together. A thread that its mask of lanes names and that does
-        not run it is a fault, and so is one that runs it and is not named.
+        """[blocks, warps, 32]: the threads that run an instruction together.
+
+        A thread that its mask of lanes names and that does not run it is a fault, and so is one that is not named.
         """
         runs = self.by_warp(self.running(mask), False)
         if members is None:

@@ -1,14 +1,13 @@
 """Reads PTX: the text of a kernel becomes basic blocks of instructions.
 
-The first entry of a text is read. Registers get names that are unique in the kernel and valid in Python: `%r12` is `r12_`, and a
-register `t` of an inline assembly block is `t_3_`, 3 being the number of its scope.
+The first entry of a text is read. Registers get names that are unique in the kernel and valid in Python: `%r12` is
+`r12_`, and a register `t` of an inline assembly block is `t_3_`, 3 being the number of its scope.
 """
 
 import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-
 
 LABEL = re.compile(r"([A-Za-z_$%][\w$]*):(?!:)")
 GUARDED = re.compile(r"@(!?)\s*(%?[\w$]+) (.*)")
@@ -102,11 +101,18 @@ class Instruction:
     def name(self) -> str:
         return ".".join((self.opcode, *self.modifiers))
 
+    @property
+    def statement(self) -> str:
+        """Its text without the guard."""
+        return self.text.split(None, 1)[1] if self.guard else self.text
+
 
 @dataclass
 class Block:
-    """Instructions that run one after the other. Control goes to `target` if `condition` is None or true, else to the next block;
-    target is None without a branch, and END for the end of the kernel.
+    """Instructions that run one after the other.
+
+    Control goes to `target` if `condition` is None or true, else to the next block; target is None without a branch,
+    and END for the end of the kernel.
     """
 
     index: int

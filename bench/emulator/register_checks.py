@@ -1,9 +1,10 @@
-"""Adds to the Python of a kernel what finds registers that are used too early: before they are written, or, of wgmma, awaited.
+"""Adds to the Python of a kernel what finds registers that are used too early: before they are written, or awaited.
 
-Both are first looked for in the text: where every path to a use writes the register, nothing is added. Elsewhere a register gets a
-companion, a predicate that says in which threads its value comes from registers that were written. It follows values through
-arithmetic and shuffles, since compilers compute with what nothing is used of, and is checked where a value matters: in memory,
-tensor cores, guards and branches. For wgmma the machine keeps the number of each register's group, which a `mov` passes on.
+Both are first looked for in the text: where every path to a use writes the register, nothing is added. Elsewhere a
+register gets a companion, a predicate that says in which threads its value comes from registers that were written. It
+follows values through arithmetic and shuffles, since compilers compute much of which nothing is used, and is checked
+where a value matters: in memory, tensor cores, guards and branches. Of the accumulators of wgmma the machine keeps the
+group that they are awaited with, which a `mov` passes on.
 """
 
 from . import dataflow
@@ -27,8 +28,41 @@ def companion(name: str) -> str:
 # ---- registers that are not written
 
 PASS_ON = {  # opcodes that only compute: what they make of a value that is not written is not written
-    *("add", "sub", "mul", "mad", "fma", "div", "rem", "min", "max", "neg", "abs", "mul24", "mad24", "sad", "dp4a", "dp2a"),
-    *("ex2", "lg2", "sin", "cos", "tanh", "rcp", "sqrt", "rsqrt", "copysign", "testp", "cvt", "cvta", "mov", "selp", "slct"),
+    *(
+        "add",
+        "sub",
+        "mul",
+        "mad",
+        "fma",
+        "div",
+        "rem",
+        "min",
+        "max",
+        "neg",
+        "abs",
+        "mul24",
+        "mad24",
+        "sad",
+        "dp4a",
+        "dp2a",
+    ),
+    *(
+        "ex2",
+        "lg2",
+        "sin",
+        "cos",
+        "tanh",
+        "rcp",
+        "sqrt",
+        "rsqrt",
+        "copysign",
+        "testp",
+        "cvt",
+        "cvta",
+        "mov",
+        "selp",
+        "slct",
+    ),
     *("and", "or", "xor", "not", "cnot", "shl", "shr", "shf", "bfe", "bfi", "bmsk", "szext", "lop3", "prmt", "popc"),
     *("clz", "brev", "bfind", "setp", "set", "shfl"),
 }
@@ -39,8 +73,9 @@ def passes_on(step: Step) -> bool:
 
 
 def step_through(block: list[Step], known: set[str], unsure: list[tuple[Step, list[str]]] | None = None) -> set[str]:
-    """The registers that are surely written after a block, of those that are before it. Gathers in `unsure` the steps that read
-    others, with these.
+    """The registers that are surely written after a block, if `known` are before it.
+
+    Gathers in `unsure` the steps that read others, with these.
     """
     known = set(known)
     for step in block:
@@ -142,7 +177,9 @@ def add_accumulator_checks(kernel: Kernel, steps: Steps) -> None:
             if step.accumulators:
                 step.lines.append(f"M.accumulators.begin({tuple(step.accumulators)})")
             elif changed:
-                step.lines += [f"M.accumulators.copy_register({name!r}, {source!r})" for name, source in changed.items()]
+                step.lines += [
+                    f"M.accumulators.copy_register({name!r}, {source!r})" for name, source in changed.items()
+                ]
                 early -= set(changed.values())
             elif dropped := pending.intersection(step.writes):
                 step.lines.append(f"M.accumulators.forget({tuple(sorted(dropped))})")

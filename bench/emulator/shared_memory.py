@@ -32,7 +32,7 @@ class SharedMemory:
         padded = -(-max(size, 16) // 16) * 16
         self.bytes = np.full((machine.blocks, padded), UNWRITTEN, np.uint8)
         self.views = {width: self.bytes.view(word) for width, word in WORD.items()}
-        texts = [x.text for x in machine.program.instructions.values()]
+        texts = [x.statement for x in machine.program.instructions.values()]
         granule = smallest_access(texts)
         self.history = SharedHistory(machine, granule, padded // granule) if machine.checks else None
         self.accesses: dict = {}

@@ -1,8 +1,8 @@
 """Turns a kernel into Python: one function for each basic block.
 
-The function of a block takes the machine and its registers, a list of arrays. It loads those that it needs into local variables,
-runs, stores those that are needed afterwards, and returns the condition of its branch. Where not all threads run, it computes
-for all of them, and stores for those that do; what memory does is masked.
+The function of a block takes the machine and its registers, a list of arrays. It loads those that it needs into local
+variables, runs, stores those that are needed afterwards, and returns the condition of its branch. Where not all threads
+run, it computes for all of them, and stores for those that do; what memory does is masked.
 """
 
 from collections.abc import Callable
@@ -120,7 +120,7 @@ def continues_run(first: Instruction, i: Instruction) -> bool:
 
 
 def first_reads(steps: list[Step]) -> set[str]:
-    """The registers that a block needs from before it: read before they are written, or written for some threads only."""
+    """The registers that a block needs: read before they are written, or written for some threads only."""
     needed, written = set(), set()
     for step in steps:
         needed |= set(step.reads) - written
@@ -130,9 +130,7 @@ def first_reads(steps: list[Step]) -> set[str]:
     return needed
 
 
-def function_source(
-    block: Block, steps: list[Step], loaded: list[str], kept: list[str], index: dict[str, int]
-) -> str:
+def function_source(block: Block, steps: list[Step], loaded: list[str], kept: list[str], index: dict[str, int]) -> str:
     """The Python of a block's function."""
     lines = [f"{name} = R[{index[name]}]" for name in loaded]
     lines += [line for step in steps for line in step.lines]

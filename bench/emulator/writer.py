@@ -1,9 +1,11 @@
 """Writes Python for the instructions of a kernel: operands as expressions, results as assignments to local variables.
 
-A variable has the name of its register and holds, while a block runs, an array of the type of its last result: what is computed as
-float32 and used as float32 is never looked at as bits. `Writer.held` knows that type; at the end of a block every register is unsigned again.
+A variable has the name of its register and holds, while a block runs, an array of the type of its last result: what is
+computed as float32 and used as float32 is never looked at as bits. `Writer.held` knows that type; at the end of a block
+every register is unsigned again.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,8 +54,9 @@ SPECIAL_OF_AXIS = {  # a cluster is one block
 
 @dataclass
 class Step:
-    """The Python of an instruction. reads, writes: names of registers; a write under a guard leaves some threads as they were.
+    """The Python of an instruction.
 
+    reads, writes  names of registers; a write under a guard leaves some threads as they were
     accumulators  registers that are being computed until a wait, among the writes
     copies        destination -> source, where nothing is computed
     waits         of a wait for wgmma, how many groups it leaves
@@ -191,7 +194,7 @@ class Writer:
     # ---- results
 
     def assign(self, destination: Operand, expression: str, kind: Kind | str) -> None:
-        """Gives a register the value of an expression, in the numpy type of its kind; a wider register is filled by its sign."""
+        """Gives a register the value of an expression of its kind; a wider register is filled by its sign."""
         kind = kind_of(kind) if isinstance(kind, str) else kind
         if isinstance(destination, Sink):
             return
@@ -219,7 +222,7 @@ class Writer:
         self.step.writes.append(name)
 
     def registers(self, operand: Operand, bits: int = 32) -> list[str]:
-        """The names of the registers of a vector, all of these bits, brought to their unsigned type where they are something else."""
+        """Unsigned expressions for the registers of a vector, all of these bits."""
         items = operand.items if isinstance(operand, Vector) else (operand,)
         return [self.unsigned(item, bits) for item in items]
 
@@ -230,12 +233,12 @@ class Writer:
         return self.value(operand, f"b{bits}")
 
     def old_value(self, operand: Operand) -> str:
-        """An unsigned expression for what a register holds in threads that a guard masks off, which is no read of it."""
+        """An unsigned expression for what a register holds in threads that a guard masks off: no read of it."""
         assert isinstance(operand, Register)
         unsigned = UNSIGNED[operand.bits]
         return self.viewed(operand.name, self.held.get(operand.name, unsigned), unsigned)
 
-    def assign_list(self, destinations: list[Operand], expression: str) -> None:
+    def assign_list(self, destinations: Sequence[Operand], expression: str) -> None:
         """Gives registers the unsigned arrays of a list; the expression has taken care of the guard."""
         names = []
         for destination in destinations:

@@ -1,4 +1,4 @@
-"""Bits: logic, shifts, fields, permutations, counts. What numpy does not do in one step is in `bench.emulator.integers`."""
+"""Bits: logic, shifts, fields, permutations, counts. What numpy lacks is in `bench.emulator.integers`."""
 
 from ..kinds import kind_of
 from ..ptx import Instruction, UnknownPTX
@@ -102,7 +102,7 @@ def emit_logic_of_three(w: Writer, i: Instruction) -> None:
 
 
 def logic_of_three(a: str, b: str, c: str, table: int) -> str:
-    """An expression for bit 4 a + 2 b + c of a table: its ones, or, where these are more than its zeros, all but its zeros."""
+    """An expression for bit 4 a + 2 b + c of a table: by its ones, or by its zeros where they are fewer."""
     if table in LOGIC_OF_THREE:
         return LOGIC_OF_THREE[table].format(a=a, b=b, c=c)
     inverse = bin(table).count("1") > 4
@@ -134,7 +134,9 @@ def picked_bytes(w: Writer, a: str, b: str, selector: int) -> str:
         source, at, mask = b if pick & 4 else a, pick & 3, 0xFF << 8 * k
         if pick & 8:
             up = w.constant(24 - 8 * at, "u4")
-            terms.append(f"((({source} << {up}).view(i4) >> {w.constant(31, 'i4')}).view(u4) & {w.constant(mask, 'u4')})")
+            terms.append(
+                f"((({source} << {up}).view(i4) >> {w.constant(31, 'i4')}).view(u4) & {w.constant(mask, 'u4')})"
+            )
         else:
             moves[source, k - at] = moves.get((source, k - at), 0) | mask
     for (source, up), mask in moves.items():

@@ -12,7 +12,9 @@ def emit_branch(w: Writer, i: Instruction) -> None:
 
 @emits("bar", "barrier")
 def emit_barrier(w: Writer, i: Instruction) -> None:
-    """Barriers of all threads of a block, and of a warp. Others name some of the warps, which would have to run on their own."""
+    """Barriers of all threads of a block, and of a warp. Others are for some of the warps, which would have to run on
+    their own.
+    """
     if i.guard:
         raise UnknownPTX("a barrier under a guard")
     if "warp" in i.modifiers:

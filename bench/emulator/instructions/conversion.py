@@ -1,4 +1,4 @@
-"""cvt. What numpy does not do in one step is in `bench.emulator.conversions`."""
+"""cvt. What numpy lacks is in `bench.emulator.conversions`."""
 
 from ..conversions import conversion
 from ..kinds import Kind, is_kind, kind_of

@@ -1,4 +1,4 @@
-"""Arithmetic of integers. What numpy does not do in one step is in `bench.emulator.integers`."""
+"""Arithmetic of integers. What numpy lacks is in `bench.emulator.integers`."""
 
 from ..kinds import Kind, kind_of
 from ..ptx import Instruction, UnknownPTX

@@ -74,7 +74,11 @@ def emit_parameter(w: Writer, i: Instruction, kind: Kind) -> None:
     value = f"M.params[{symbol.name!r}]"
     if bits > kind.bits:
         value = f"{value}.astype({UNSIGNED[kind.bits]})"
-    w.assign(to, f"{value}.view({kind.dtype})" if kind.letter == "s" else value, kind if kind.letter == "s" else f"b{kind.bits}")
+    w.assign(
+        to,
+        f"{value}.view({kind.dtype})" if kind.letter == "s" else value,
+        kind if kind.letter == "s" else f"b{kind.bits}",
+    )
 
 
 @emits("st")
@@ -113,7 +117,8 @@ def emit_atomic(w: Writer, i: Instruction) -> None:
         values = listed([w.value(x[n], f"b{kind.bits}") for x in lists])
         d = destinations[n] if len(destinations) == count else Sink()
         old = w.old_value(d) if i.guard and isinstance(d, Register) else "None"
-        call = f"{OBJECTS[space]}.atomic({i.id}, {operation!r}, {kind.text!r}, {at}, {w.guard}, {values}, {old}, {order!r}, {scope!r})"
+        arguments = f"{i.id}, {operation!r}, {kind.text!r}, {at}, {w.guard}, {values}, {old}, {order!r}, {scope!r}"
+        call = f"{OBJECTS[space]}.atomic({arguments})"
         if isinstance(d, Register):
             w.assign_list([d], f"[{call}]")
         else:
@@ -159,9 +164,7 @@ def emit_copy(w: Writer, i: Instruction) -> None:
     if rest and isinstance(rest[0], Register) and rest[0].bits == 1:
         raise UnknownPTX("a copy that a predicate ignores")
     part = w.value(rest[0], "u32") if rest else "None"
-    w.line(
-        f"S.copy_async({i.id}, {w.address(to, 32)}, {w.address(source, 64)}, {w.guard}, {w.integer(size)}, {part})"
-    )
+    w.line(f"S.copy_async({i.id}, {w.address(to, 32)}, {w.address(source, 64)}, {w.guard}, {w.integer(size)}, {part})")
 
 
 @emits("ldmatrix", "stmatrix")

@@ -14,7 +14,6 @@ UNORDERED = {"equ": "~({0} < {1}) & ~({0} > {1})", "neu": "{0} != {1}", "ltu": "
              "gtu": "~({0} <= {1})", "geu": "~({0} < {1})"}  # fmt: skip
 
 
-
 @emits("setp", "set")
 def emit_comparison(w: Writer, i: Instruction) -> None:
     kind = kind_at_end(i)
@@ -67,7 +66,8 @@ def comparison_of(name: str, a: str, b: str, kind: Kind) -> str:
 def emit_choice(w: Writer, i: Instruction) -> None:
     kind = kind_of(f"b{kind_at_end(i).bits}")
     p = w.predicate(i.operands[3])
-    w.step.choice = p, *(x.name if isinstance(x, Register) else "" for x in i.operands[1:3])
+    yes, no = (x.name if isinstance(x, Register) else "" for x in i.operands[1:3])
+    w.step.choice = p, yes, no
     w.assign(i.operands[0], f"np.where({p}, {w.value(i.operands[1], kind)}, {w.value(i.operands[2], kind)})", kind)
 
 
@@ -75,9 +75,7 @@ def emit_choice(w: Writer, i: Instruction) -> None:
 def emit_choice_by_sign(w: Writer, i: Instruction) -> None:
     kind, by = kind_of(f"b{kind_of(i.modifiers[-2]).bits}"), kind_at_end(i)
     c = w.value(i.operands[3], by)
-    w.assign(
-        i.operands[0], f"np.where({c} >= 0, {w.value(i.operands[1], kind)}, {w.value(i.operands[2], kind)})", kind
-    )
+    w.assign(i.operands[0], f"np.where({c} >= 0, {w.value(i.operands[1], kind)}, {w.value(i.operands[2], kind)})", kind)
 
 
 @emits("mov")
@@ -129,5 +127,3 @@ def emit_address_conversion(w: Writer, i: Instruction) -> None:
     if space not in ("global", "local"):
         raise UnknownPTX(f"generic addresses of {space or 'an unknown'} memory")
     w.assign(i.operands[0], w.value(i.operands[1], "u64"), "u64")
-
-

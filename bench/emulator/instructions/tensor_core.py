@@ -15,7 +15,7 @@ ELEMENTS = ("f16", "bf16", "tf32", "s8", "u8", "e4m3", "e5m2")
 
 @dataclass
 class Products:
-    """mma.sync instructions of which each has an accumulator of its own: d += a b.
+    """Instructions mma.sync of which each has an accumulator of its own: d = a b + c.
 
     rows, columns  the distinct fragments a and b; at: accumulator d -> numbers of its row and column
     start          accumulator d -> registers c that it starts from, and if all of them are d themselves
@@ -59,10 +59,10 @@ def begins_run(i: Instruction) -> bool:
 
 
 def emit_run(w: Writer, run: list[Instruction]) -> None:
-    """Instructions mma.sync of one name that follow each other, as few products as the order of their accumulators allows.
+    """Instructions mma.sync of one name that follow each other, as few products as their accumulators allow.
 
-    Each product is a call S.mma(i, (rows, columns, steps, present), a, b, c): a holds the registers of `steps` times `rows` fragments,
-    b those of `steps` times `columns`, and c, like the result, those of the accumulators of `present` (row, column).
+    Each is a call S.mma(i, (rows, columns, steps, present), a, b, c): a holds the registers of `steps` times `rows`
+    fragments, b of `steps` times `columns`, and c, like the result, of the accumulators of `present` (row, column).
     """
     check_product(run[0])
     products: list[Products] = []
@@ -77,7 +77,11 @@ def emit_run(w: Writer, run: list[Instruction]) -> None:
     at = 0
     while at < len(products):
         steps = 1
-        while at + steps < len(products) and products[at + steps].continues(products[at]) and clear(products[at], products[at + steps]):
+        while (
+            at + steps < len(products)
+            and products[at + steps].continues(products[at])
+            and clear(products[at], products[at + steps])
+        ):
             steps += 1
         emit_products(w, run[0], products[at : at + steps])
         at += steps
@@ -121,7 +125,7 @@ def emit_product(w: Writer, i: Instruction) -> None:
 
 
 class WarpGroupProduct(NamedTuple):
-    """The form of a wgmma.mma_async. negate: the factor -1; transpose: for a descriptor, the other axis is contiguous."""
+    """The form of a wgmma.mma_async. negate: a factor -1; transpose: the other axis of a tile is contiguous."""
 
     m: int
     n: int
@@ -177,5 +181,6 @@ def warp_group_product(w: Writer, i: Instruction) -> WarpGroupProduct:
     transpose = [bool(n) for n in numbers[len(negate) :]]
     if isinstance(i.operands[1], Vector):
         transpose = [False, *transpose]
-    negate, transpose = ([*x, False, False][:2] for x in (negate, transpose))
-    return WarpGroupProduct(*map(int, shape.groups()), d, a, b, *negate, *transpose)
+    (negate_a, negate_b), (transpose_a, transpose_b) = ([*x, False, False][:2] for x in (negate, transpose))
+    m, n, k = map(int, shape.groups())
+    return WarpGroupProduct(m, n, k, d, a, b, negate_a, negate_b, transpose_a, transpose_b)

@@ -38,7 +38,9 @@ def emit_shuffle(w: Writer, i: Instruction) -> None:
 
 
 @called_by_code
-def source_lanes(mode: str, lane: np.ndarray, b: np.ndarray | int, c: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+def source_lanes(
+    mode: str, lane: np.ndarray, b: np.ndarray | int, c: np.ndarray | int
+) -> tuple[np.ndarray, np.ndarray]:
     """The lane that each lane reads, its own where that lies outside of its segment; and where it lies inside."""
     offset, clamp, segment = b & 31, c & 31, (c >> 8) & 31
     last = (lane & segment) | (clamp & ~segment & 31)
@@ -54,7 +56,7 @@ def source_lanes(mode: str, lane: np.ndarray, b: np.ndarray | int, c: np.ndarray
 
 @called_by_code
 def shuffle(m, i: int | None, x: np.ndarray, origin: np.ndarray, inside: np.ndarray, mask, member_mask) -> tuple:
-    """x of the lanes `origin` ([32] or [blocks, warps, 32]), and `inside` by thread. i is None: of a companion, nothing is checked."""
+    """x of the lanes `origin` ([32] or [blocks, warps, 32]), and `inside` by thread; without i nothing is checked."""
     if m.counters and i is not None:
         m.counts[i, "shuffles"] += m.count_warps(mask)
     present = m.present(i, mask, member_mask) if i is not None else None
