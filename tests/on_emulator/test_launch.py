@@ -64,9 +64,9 @@ def descriptor_kernel(desc, out_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def clock_kernel(out_ptr):
-    time = tl.inline_asm_elementwise("mov.u64 $0, %clock64;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
-    tl.store(out_ptr, time)
+def counter_kernel(out_ptr):
+    count = tl.inline_asm_elementwise("mov.u64 $0, %pm0_64;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+    tl.store(out_ptr, count)
 
 
 def line_of(kernel: Any, code: str) -> str:
@@ -155,8 +155,8 @@ def test_what_is_not_emulated_is_refused_by_name() -> None:
         with pytest.raises(NotImplementedError, match="clusters"):
             add_kernel[(4,)](x, x, out, 256, BLOCK=256, num_ctas=2)
         with pytest.raises(NotImplementedError) as error:
-            clock_kernel[(1,)](torch.zeros(1, dtype=torch.int64))
-    assert all(word in str(error.value) for word in ("clock64", "clock_kernel", line_of(clock_kernel, "time =")))
+            counter_kernel[(1,)](torch.zeros(1, dtype=torch.int64))
+    assert all(word in str(error.value) for word in ("pm0_64", "counter_kernel", line_of(counter_kernel, "count =")))
     with (
         pytest.raises(ValueError, match="'gfx942' is no target of the emulator; there are: sm_80, "),
         emulating("gfx942"),
