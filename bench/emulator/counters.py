@@ -124,7 +124,7 @@ def flops_per_warp(opcode: str) -> int:
 
 @dataclass(frozen=True)
 class MemoryTraffic:
-    """What several instructions moved: bytes are those of whole sectors, as the L2 cache delivers them."""
+    """The memory that several instructions touched: bytes are those of whole sectors, as the L2 cache delivers them."""
 
     requests: int
     sectors: int

@@ -30,7 +30,7 @@ TRAFFIC = ("requests", "sectors", "fewest_sectors", "read_bytes", "written_bytes
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """What the work of a call is counted in, and how many of it there are.
+    """The unit that the work of a call is counted in, and how many of it there are.
 
     "weight" where a matrix of weights is multiplied, "score" for attention (a query with a key), else "element", of the
     first argument.
