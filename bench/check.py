@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-if not torch.cuda.is_available() and not any(word.startswith("--compiled") for word in sys.argv):
+if __name__ == "__main__" and not (torch.cuda.is_available() or any(x.startswith("--compiled") for x in sys.argv)):
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
 from vila_triton.limits import COUNT, COUNT_OR_ZERO, POSITIVE

@@ -57,22 +57,24 @@ class Cell:
 class BlocksEntered:
     """The basic blocks of every kernel that was compiled, and the warps that entered each."""
 
-    entered: dict[Any, Counter[int]] = field(default_factory=dict)  # by program
+    programs: dict[int, Any] = field(default_factory=dict)  # by id
+    entered: dict[int, Counter[int]] = field(default_factory=dict)
 
     def add(self, launches: list[Launch]) -> None:
         for launch in launches:
-            self.entered.setdefault(launch.program, Counter()).update(launch.entered)
+            self.programs[id(launch.program)] = launch.program
+            self.entered.setdefault(id(launch.program), Counter()).update(launch.entered)
 
     def missing(self, program: Any) -> tuple[str, ...]:
         """Where the blocks of a program begin that were never entered. Empty blocks are none."""
         blocks = [block for block in program.kernel.blocks if block.instructions]
-        entered = self.entered[program]
+        entered = self.entered[id(program)]
         return tuple(block.instructions[0].source for block in blocks if not entered[block.index])
 
     def rows(self) -> list[dict[str, Any]]:
         return [
             {"kernel": program.kernel.name, "blocks": count_blocks(program), "missing": self.missing(program)}
-            for program in self.entered
+            for program in self.programs.values()
         ]
 
 
