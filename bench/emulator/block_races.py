@@ -17,6 +17,7 @@ from .regions import Part, Region
 Array = np.ndarray
 MANY = 2**30  # readers, or with a minus writers by atomics
 REGISTER = re.compile(r"(?<![\w.$])%?[A-Za-z_$][\w$]*(?:\.[xyz])?")
+MEMORY = "a value loaded from memory"
 Clock = dict[int, int]  # block -> the count of its releases that is known of
 
 
@@ -48,7 +49,7 @@ def written_parameters(texts: Iterable[str]) -> set[str] | None:
         end = rest.index("}") + 1 if rest.startswith("{") else rest.find(",") if "," in rest else len(rest)
         read = set(REGISTER.findall(rest[end:]))
         if kind == "ld" and "param" not in opcode:
-            read = {"memory"}
+            read = {MEMORY} if opcode.endswith("64") else set()  # fewer bits are no address
         for name in REGISTER.findall(rest[:end]):
             sources.setdefault(name, set()).update(read)
     found, todo = set(), list(stored)
@@ -57,7 +58,7 @@ def written_parameters(texts: Iterable[str]) -> set[str] | None:
         if name not in found:
             found.add(name)
             todo += sources.get(name, ())
-    return {name for name in found if "_param_" in name}
+    return None if MEMORY in found else {name for name in found if "_param_" in name}
 
 
 class BlockRaces:
@@ -107,7 +108,7 @@ class BlockRaces:
             for n in np.flatnonzero(bad):
                 knows = self.clocks.get(int(block[n]), {})
                 other = abs(int(old[n]))
-                bad[n] = not knows if other == MANY else knows.get(other, 0) < when[n]
+                bad[n] = len(knows) < 2 if other == MANY else knows.get(other, 0) < when[n]
         return bad
 
     def fault(self, machine: Lockstep, i: int, text: str, old: Array, block: Array) -> None:
@@ -138,7 +139,7 @@ class BlockRaces:
         """Check and note a store, which may be an atomic one."""
         modifiers = set(getattr(machine.program.instructions[i], "modifiers", ()))
         strong = bool(modifiers & {"release", "relaxed", "volatile"})
-        self._note_write(machine, i, part, at, size, strong, None)
+        self._note_write(machine, i, part, at, size, strong)
         if strong:
             self.synchronize(machine, part, at, size, acquire=None, release="release" in modifiers)
 
@@ -146,13 +147,11 @@ class BlockRaces:
         self, machine: Lockstep, i: int, part: Part, at: Array, size: int, order: str, wrote: Array | None
     ) -> None:
         """Check and note an atomic operation. `wrote`: where it did; None: everywhere."""
-        self._note_write(machine, i, part, at, size, True, wrote)
+        self._note_write(machine, i, part, at, size, True)
         acquire, release = order in ("acquire", "acq_rel"), order in ("release", "acq_rel")
         self.synchronize(machine, part, at, size, acquire, release, wrote)
 
-    def _note_write(
-        self, machine: Lockstep, i: int, part: Part, at: Array, size: int, strong: bool, wrote: Array | None
-    ) -> None:
+    def _note_write(self, machine: Lockstep, i: int, part: Part, at: Array, size: int, strong: bool) -> None:
         at, block, (writer, wrote_at, reader, read_at) = self.places(machine, part, at, size)
         old = writer[at]
         if strong:

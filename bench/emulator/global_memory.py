@@ -97,25 +97,25 @@ class GlobalMemory:
                 return None
             offset = offset[:1]
         rest = int(base[0, 0]) % SECTOR
-        key = (i, offset.tobytes(), None if mask is None else mask.tobytes(), rest)
+        key = (i, size, offset.tobytes(), None if mask is None else mask.tobytes(), rest)
         kept = self.regions.patterns.get(key)
         if kept is None:
             kept = self._pattern(offset + np.uint64(rest), mask, size)
             if len(self.regions.patterns) >= REMEMBERED:
                 self.regions.patterns.clear()
             self.regions.patterns[key] = kept
-        low, high, counted = kept
+        low, span, counted = kept
         if low is None:  # no thread takes part
             return []
         if ((base ^ base[:1]) & np.uint64(SECTOR - 1)).any() or counted is None:
             return None
         first = base - np.uint64(rest) + low
-        end = first + (high - low)
+        end = first + span
         n = int(np.searchsorted(self.regions.low, first[0, 0], "right")) - 1
         if n < 0 or (first < self.regions.low[n]).any() or (end > self.regions.high[n]).any() or (end < first).any():
             return None
         region = self.regions.regions[n]
-        if region.valid is not None:
+        if region.valid is not None and self.machine.checks:
             whole = region.elements(size)[self.unit(region, address, mask, size)]
             if not (whole if mask is None else whole | ~mask).all():
                 return None
@@ -124,7 +124,7 @@ class GlobalMemory:
         return [Part(region, mask)]
 
     def _pattern(self, offset: Array, mask: Array | None, size: int) -> tuple:
-        """(lowest offset, end, counts) of a row of offsets; counts None if one is misaligned."""
+        """(lowest offset, bytes to the end of the highest, counts) of a row of offsets; counts None if one is misaligned."""
         threads = self.machine.threads
         row = np.broadcast_to(offset, (1, threads))
         live = row if mask is None else row[np.broadcast_to(mask, row.shape)]
@@ -135,7 +135,7 @@ class GlobalMemory:
         counted = None
         if not (signed & (size - 1)).any():
             counted = count_sectors(row, None if mask is None else np.broadcast_to(mask, row.shape), size)
-        return np.uint64(low % 2**64), np.uint64(high % 2**64), counted
+        return np.uint64(low % 2**64), np.uint64(high - low), counted
 
     def count(self, i: int, counted: tuple[int, int, int, int], times: int) -> None:
         counts = self.machine.counts

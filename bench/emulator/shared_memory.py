@@ -304,11 +304,13 @@ class SharedMemory:
         """A run of mma.sync as one product; see `fragments.multiply`."""
         self.whole_warps(i)
         machine = self.machine
+        machine.counts[i, "mma"] += machine.blocks * machine.warps * len(plan[3]) * plan[2]
         return multiply(machine.program.instructions[i].modifiers, (machine.blocks, machine.warps), plan, a, b, c)
 
     def wgmma(self, i: int, plan: NamedTuple, old: list, a: Array | list, b: Array, scale: Array) -> list[Array]:
         """wgmma.mma_async: the product is there at once, but its operands are being read until it is waited for."""
         self.whole_warps(i, 4)
+        self.machine.counts[i, "mma"] += self.machine.blocks * (self.machine.threads // 128)
         left = a if isinstance(a, list) else self.tile(i, a, plan, "a")
         return multiply_warp_group(
             plan, (self.machine.blocks, self.machine.threads), old, left, self.tile(i, b, plan, "b"), scale
