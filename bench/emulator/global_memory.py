@@ -124,7 +124,7 @@ class GlobalMemory:
         return [Part(region, mask)]
 
     def _pattern(self, offset: Array, mask: Array | None, size: int) -> tuple:
-        """(lowest offset, bytes to the end of the highest, counts) of a row of offsets; counts None if one is misaligned."""
+        """(lowest offset, bytes to the end of the highest, counts) of a row; counts None if one is misaligned."""
         threads = self.machine.threads
         row = np.broadcast_to(offset, (1, threads))
         live = row if mask is None else row[np.broadcast_to(mask, row.shape)]
