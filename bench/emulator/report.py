@@ -75,6 +75,10 @@ class Launch:
     counts: Counter
     entered: Counter
 
+    def total(self, counter: str) -> int:
+        """A counter summed over all instructions, as "sectors" or "wavefronts"; 0 if nothing counted it."""
+        return sum(number for (_, name), number in self.counts.items() if name == counter)
+
 
 @dataclass
 class Report:
