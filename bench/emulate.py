@@ -11,11 +11,13 @@ op. `!` marks more than 1.15 of the fewest sectors and more than 1.1 wavefronts.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -125,7 +127,8 @@ def run(args: argparse.Namespace) -> int:
         requests = [x for x in requests if x.impl != args.against or args.impl]
         baseline = requests_of_impl(requests, args.against)
     elif args.against and is_commit(args.against):
-        with tempfile.TemporaryDirectory() as folder:
+        # A cache of its own, since Triton's keeps where the kernels lay.
+        with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, TRITON_CACHE_DIR=folder):
             kernels = extract_kernels(args.against, Path(folder))
             requests = requests_in_commit(requests, kernels, args.against)
             old = emulate_calls(requests, case, args.workers, kernels, args.against)

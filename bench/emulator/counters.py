@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import triton.language
+import triton
 
 from ..compiler.disassembly import BARRIER, CONVERT, FLOAT, GLOBAL, INTEGER, OTHER, SHARED, SPECIAL, SPILL, TENSOR
 from .report import Launch
@@ -22,7 +22,7 @@ SECTOR_BYTES = 32
 WARP_THREADS = 32
 MAX_WAVEFRONTS = 1.1  # for each access of shared memory; more is marked
 MAX_SECTORS = 1.15  # of the fewest that hold the bytes of a request; more is marked
-TRITON_FILES = frozenset(file.name for file in Path(triton.language.__file__).parent.rglob("*.py"))
+TRITON = Path(triton.__file__).parent
 SPECIAL_FUNCTIONS = {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "sin", "cos"}
 BIT_FUNCTIONS = {"cvt", "prmt", "lop3", "shl", "shr", "shf", "and", "or", "xor", "not", "bfe", "bfi", "bfind", "popc"}
 FLOATS = {"f16", "f16x2", "bf16", "bf16x2", "tf32", "f32", "f32x2", "f64"}
@@ -68,7 +68,7 @@ def executed_instructions(launch: Launch) -> list[ExecutedInstruction]:
                 ExecutedInstruction(
                     opcode=x.name,
                     kind=instruction_kind(x.name),
-                    source=source_line(" ".join((x.source, *x.callers))),
+                    source=source_line(x.source, *x.callers),
                     issued=issued,
                     requests=launch.counts[x.id, "requests"],
                     sectors=launch.counts[x.id, "sectors"],
@@ -81,13 +81,12 @@ def executed_instructions(launch: Launch) -> list[ExecutedInstruction]:
     return executed
 
 
-def source_line(location: str) -> str:
-    """Returns "file.py:12" of a location as Triton writes it: "standard.py:43:17 @[ file.py:12:26 ]", the innermost
-    line first. Lines of Triton's own library are skipped where a kernel calls it.
+def source_line(*lines: str) -> str:
+    """Returns "file.py:12" of "/folder/file.py:12" and its callers, innermost first: of the first that is not Triton's
+    own.
     """
-    lines = [(Path(file).name, line) for file, line in re.findall(r"([^\s\[\]:]+):(\d+)(?::\d+)?", location)]
-    file, line = next(((f, n) for f, n in lines if f not in TRITON_FILES), lines[0] if lines else ("?", "0"))
-    return f"{file}:{line}"
+    own = next((line for line in lines if TRITON not in Path(line).parents), lines[0])
+    return Path(own).name
 
 
 def instruction_kind(opcode: str) -> str:

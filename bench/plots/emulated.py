@@ -37,7 +37,7 @@ def plot_source_lines(rows: Sequence[Row], file: Path, count: int) -> list[Path]
             draw_line(ax, y, row, line, longest)
     ax.set_yticks(positions, labels, fontsize=7, family="monospace")
     ax.grid(visible=False, axis="y")
-    ax.set_ylim(0.5, y + 0.8)
+    ax.set_ylim(y + 0.8, 0.5)
     ax.set_xlim(0, 1.7 * longest)
     ax.set_xlabel("% of the instructions (PTX) that the kernel's warps issue")
     kinds = [kind for kind in KIND_COLORS if any(kind in row["kinds"] for row in rows)]

@@ -1,8 +1,10 @@
 """`bench.emulate`: kinds of PTX instructions, sums of counters, the text and the table of rows made by hand."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from bench import emulate
 from bench.compiler.cross_compile import CompileRequest
@@ -88,11 +90,11 @@ def test_flops_follow_from_the_shape(opcode: str, flops: int) -> None:
 
 
 def test_source_line_is_the_innermost_outside_of_triton() -> None:
-    assert source_line("standard.py:43:17 @[ mine.py:69:26 ]") == "mine.py:69"
-    assert source_line("_inner.py:12:3 @[ standard.py:9:1 @[ mine.py:7:2 ] ]") == "_inner.py:12"
-    assert source_line("/folder/mine.py:7") == "mine.py:7"
-    assert source_line("standard.py:43:17") == "standard.py:43"
-    assert source_line("") == "?:0"
+    library = f"{Path(triton.__file__).parent}/language/standard.py:43"
+    assert source_line("/kernels/mine.py:69") == "mine.py:69"
+    assert source_line(library, "/kernels/_inner.py:12", "/kernels/mine.py:7") == "_inner.py:12"
+    assert source_line(library) == "standard.py:43"
+    assert source_line("standard.py:43", "mine.py:7") == "standard.py:43"
 
 
 @pytest.mark.parametrize(
