@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bench.emulator.global_memory import GlobalMemory, Regions
+from bench.emulator.memory_facts import memory_facts
 from bench.emulator.regions import Region
 from bench.emulator.shared_memory import SharedMemory
 
@@ -26,6 +27,7 @@ class Instruction:
 class Program:
     def __init__(self, texts: Sequence[str]):
         self.instructions = dict(enumerate(map(Instruction, texts)))
+        self.memory = memory_facts(texts)
 
 
 class Blocks:

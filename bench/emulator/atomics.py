@@ -17,7 +17,7 @@ def apply_atomic(
     kind: str,
     values: list[Array],
     old: Array | None,
-) -> Array | None:
+) -> Array:
     """Apply an operation to elements of an unsigned array, and return the elements before.
 
     memory      [elements], unsigned, changed in place
@@ -26,7 +26,7 @@ def apply_atomic(
     operation   add, min, max, and, or, xor, exch, cas, inc, dec
     kind        of the numbers, as in PTX: f32, s64, b32, f16x2 …
     values      one operand, or for cas the compared and the new one; unsigned
-    old         what other threads get; None: nothing is returned
+    old         what other threads get; None: 0
     """
     shape = index.shape
     held = np.ones(shape, bool) if mask is None else mask
@@ -38,9 +38,7 @@ def apply_atomic(
         where = at[turn]
         before[turn] = memory[where]
         memory[where] = compute(kind, before[turn], *[x[turn] for x in operands])
-    if old is None:
-        return None
-    result = np.broadcast_to(old, shape).astype(memory.dtype)
+    result = np.zeros(shape, memory.dtype) if old is None else np.broadcast_to(old, shape).astype(memory.dtype)
     result[held] = before
     return result
 

@@ -5,8 +5,6 @@ atomics of that order, or others with a fence before or behind. The chain is fol
 counts its releases, and by what each block knows of the clocks of the others.
 """
 
-import re
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,49 +14,7 @@ from .regions import Part, Region
 
 Array = np.ndarray
 MANY = 2**30  # readers, or with a minus writers by atomics
-REGISTER = re.compile(r"(?<![\w.$])%?[A-Za-z_$][\w$]*(?:\.[xyz])?")
-MEMORY = "a value loaded from memory"
 Clock = dict[int, int]  # block -> the count of its releases that is known of
-
-
-def smallest_access(texts: Iterable[str]) -> int:
-    """The bytes, at most 16, that every access to global memory by these instructions is a multiple of."""
-    least = 16
-    for text in texts:
-        opcode = text.split(None, 1)[0].split(".")
-        if ("global" in opcode and opcode[0] in ("ld", "st", "atom", "red")) or opcode[:2] == ["cp", "async"]:
-            bits = [int(m[1]) for part in opcode if (m := re.fullmatch(r"[bsuf]f?(8|16|32|64|128)", part))]
-            least = min(least, (min(bits) if bits else 32) // 8)
-    return least
-
-
-def written_parameters(texts: Iterable[str]) -> set[str] | None:
-    """The parameters from which addresses of stores and atomics can derive; None: any, as one was loaded from memory.
-
-    Every register derives from all that an instruction reads which writes it, wherever it stands.
-    """
-    sources: dict[str, set[str]] = {}
-    stored: set[str] = set()
-    for text in texts:
-        opcode, _, rest = text.rstrip("; ").partition(" ")
-        kind = opcode.split(".")[0]
-        if kind in ("st", "red", "atom") and "shared" not in opcode:
-            stored |= set(REGISTER.findall(rest[rest.index("[") : rest.index("]")]))
-        if kind in ("st", "red", "bra", "bar", "cp", "ret") or not rest:
-            continue
-        end = rest.index("}") + 1 if rest.startswith("{") else rest.find(",") if "," in rest else len(rest)
-        read = set(REGISTER.findall(rest[end:]))
-        if kind == "ld" and "param" not in opcode:
-            read = {MEMORY} if opcode.endswith("64") else set()  # fewer bits are no address
-        for name in REGISTER.findall(rest[:end]):
-            sources.setdefault(name, set()).update(read)
-    found, todo = set(), list(stored)
-    while todo:
-        name = todo.pop()
-        if name not in found:
-            found.add(name)
-            todo += sources.get(name, ())
-    return None if MEMORY in found else {name for name in found if "_param_" in name}
 
 
 class BlockRaces:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from .atomics import apply_atomic
-from .block_races import BlockRaces, smallest_access, written_parameters
+from .block_races import BlockRaces
 from .coalescing import SECTOR, count_sectors
 from .lockstep import Lockstep
 from .regions import WORD, Part, Region
@@ -23,7 +23,8 @@ class Regions:
         self.regions = sorted(regions, key=lambda region: region.low)
         self.low = np.array([region.low for region in self.regions], np.uint64)
         self.high = np.array([region.high for region in self.regions], np.uint64)
-        self.patterns: dict = {}
+        self.patterns: dict = {}  # of addresses that were checked before
+        self.shared_accesses: dict = {}  # to shared memory, likewise
         self.races: BlockRaces | None = None
 
     def __iter__(self):
@@ -32,15 +33,13 @@ class Regions:
     def watch_blocks(self, machine: Lockstep) -> BlockRaces:
         """The record of which block touched what, of regions that the kernel can write."""
         if self.races is None:
-            instructions = machine.program.instructions.values()
-            texts = [x.statement for x in instructions]
-            written = written_parameters(texts)
+            written = machine.program.memory.written
             watched = set(self.regions)
             if written is not None and self.regions:
                 addresses = [int(machine.params[name].ravel()[0]) for name in written if name in machine.params]
                 places = np.searchsorted(self.low, np.array(addresses, np.uint64), "right") - 1
                 watched = {self.regions[max(0, n)] for n in places}
-            self.races = BlockRaces(watched, smallest_access(texts))
+            self.races = BlockRaces(watched, machine.program.memory.global_unit)
         return self.races
 
 
@@ -232,19 +231,18 @@ class GlobalMemory:
     def atomic(
         self, i: int, operation: str, kind: str, address: Array, mask: Array | None, values: list[Array],
         old: Array | None, order: str, scope: str,
-    ) -> Array | None:  # fmt: skip
+    ) -> Array:  # fmt: skip
         """An atomic operation, in the order of the blocks, then of the threads. Returns the values before."""
         mask, width = self.taking_part(mask), values[0].itemsize
-        wanted = old if old is not None else np.zeros((1, 1), values[0].dtype)
+        result = np.zeros((1, 1), values[0].dtype) if old is None else old
         for part in self.access(i, address, mask, width, "updates"):
             at = self.full(self.unit(part.region, address, part.mask, width))
             held = None if part.mask is None else self.full(part.mask)
-            before = apply_atomic(part.region.views[width], at, held, operation, kind, values, wanted)
-            if self.races and before is not None:
-                wrote = (before == values[0]) if operation == "cas" else None
+            result = apply_atomic(part.region.views[width], at, held, operation, kind, values, result)
+            if self.races:
+                wrote = (result == values[0]) if operation == "cas" else None
                 self.races.note_atomic(self.machine, i, part, at, width, order, wrote)
-            wanted = before if before is not None else wanted
-        return None if old is None else wanted
+        return result
 
     def fence(self, i: int, order: str, scope: str) -> None:
         """A fence of one block's memory operations for others."""

@@ -14,7 +14,7 @@ class Lockstep(Protocol):
     active                   bool [blocks, threads]; None: every thread
     checks, counters         if faults are looked for, and accesses counted
     counts                   (instruction id, counter) -> number
-    program                  .instructions: id -> instruction, with its text and modifiers
+    program                  .instructions: id -> instruction, with its modifiers; .memory: its MemoryFacts
     params                   name of a parameter -> its bits
     """
 

@@ -236,6 +236,7 @@ class Machine:
 
     def present(self, i: int | None, mask: Array | None, members: Array | None) -> Array | None:
         """As `lanes_present`, but None if those are all."""
+        self.shared_memory.converge()
         if mask is None and self.active is None and members is None and self.threads % 32 == 0:
             return None
         return self.lanes_present(i, mask, members)
@@ -245,6 +246,7 @@ class Machine:
 
         A thread that its mask of lanes names and that does not run it is a fault, and so is one that is not named.
         """
+        self.shared_memory.converge()
         runs = self.by_warp(self.running(mask), False)
         if members is None:
             named = np.broadcast_to(self.by_warp(np.ones((1, 1), bool), False), runs.shape)

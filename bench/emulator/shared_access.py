@@ -3,8 +3,6 @@
 Most addresses are the same in all blocks, so an access has one row of addresses for all of them, or a row a block.
 """
 
-import re
-from collections.abc import Iterable
 from functools import cached_property
 
 import numpy as np
@@ -12,21 +10,6 @@ import numpy as np
 WARP = 2048  # codes of who touched a granule: a thread; WARP + w for several threads of warp w; SEVERAL warps; ATOMIC
 SEVERAL = 8192
 ATOMIC = 8193  # operations, of any threads
-
-
-def smallest_access(texts: Iterable[str]) -> int:
-    """The bytes, at most 16, that every access to shared memory by these instructions is a multiple of."""
-    least = 16
-    for text in texts:
-        opcode = text.split(None, 1)[0].split(".")
-        if opcode[0] in ("ld", "st", "atom", "red") and any(part.split("::")[0] == "shared" for part in opcode):
-            bits = [int(m[1]) for part in opcode if (m := re.fullmatch(r"[bsuf]f?(8|16|32|64|128)(?:x2)?", part))]
-            width = max(1, (min(bits) if bits else 8) // 8)
-            vector = next((int(part[1]) for part in opcode if part in ("v2", "v4")), 1)
-            least = min(least, width * vector)
-        elif opcode[:2] == ["cp", "async"] and "shared" in text and "bulk" not in opcode:
-            least = min(least, int(text.rstrip("; ").split("]")[-1].split(",")[1].strip(), 0))
-    return least
 
 
 class Access:

@@ -53,7 +53,7 @@ class SharedHistory:
             for name in names:
                 getattr(self, name).fill(self.time)
             return
-        warps = active.reshape(len(active), self.machine.warps, -1).any(2)
+        warps = np.logical_or.reduceat(active, np.arange(0, self.machine.threads, 32), axis=1)
         for name in names:
             old = getattr(self, name)
             mask = warps if name == "converged" else np.any(active, axis=1, keepdims=True)

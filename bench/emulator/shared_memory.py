@@ -12,7 +12,7 @@ from .fragments import multiply, multiply_warp_group
 from .lockstep import Lockstep
 from .matrix_descriptors import read_descriptor
 from .regions import WORD
-from .shared_access import Access, smallest_access
+from .shared_access import Access
 from .shared_history import SharedHistory
 
 Array = np.ndarray
@@ -32,10 +32,9 @@ class SharedMemory:
         padded = -(-max(size, 16) // 16) * 16
         self.bytes = np.full((machine.blocks, padded), UNWRITTEN, np.uint8)
         self.views = {width: self.bytes.view(word) for width, word in WORD.items()}
-        texts = [x.statement for x in machine.program.instructions.values()]
-        granule = smallest_access(texts)
+        granule = machine.program.memory.shared_unit
         self.history = SharedHistory(machine, granule, padded // granule) if machine.checks else None
-        self.accesses: dict = {}
+        self.accesses = machine.global_memory.regions.shared_accesses
         self.groups: deque[list[Access]] = deque()
         self.open: list[Access] = []
         self.streams: deque[list[Access]] = deque()
@@ -200,7 +199,7 @@ class SharedMemory:
     def atomic(
         self, i: int, operation: str, kind: str, address: Array, mask: Array | None, values: list[Array],
         old: Array | None, order: str, scope: str,
-    ) -> Array | None:  # fmt: skip
+    ) -> Array:  # fmt: skip
         """An atomic operation, in the order of the blocks, then of the threads. Returns the values before."""
         width = values[0].itemsize
         access = self.access(i, address, mask, width, "updates")
@@ -376,11 +375,11 @@ class SharedMemory:
         active = self.machine.active
         if active is None:
             return
-        groups = active.reshape(len(active), -1, 32 * warps)
-        missing = groups.any(2, keepdims=True) & ~groups
+        reached = np.logical_or.reduceat(active, np.arange(0, self.machine.threads, 32 * warps), axis=1)
+        missing = reached.repeat(32 * warps, 1)[:, : self.machine.threads] & ~active
         if missing.any():
             text = f"not every thread of {'a warp' if warps == 1 else 'a warp group'} reaches this instruction"
-            self.machine.fault(i, "barrier", text, missing.reshape(active.shape))
+            self.machine.fault(i, "barrier", text, missing)
 
     def proxy_fence(self, i: int) -> None:
         """fence.proxy.async."""

@@ -16,6 +16,7 @@ from . import conversions, dataflow, integers, numbers, numbers64, register_chec
 from .instructions import bits, control, conversion, floating, integer, memory, moves, tensor_core, warp
 from .instructions.table import EMITTERS, RUNTIME
 from .kinds import UNSIGNED
+from .memory_facts import MemoryFacts, memory_facts
 from .ptx import Block, Instruction, Kernel, UnknownPTX
 from .writer import NUMPY, Step, Writer
 
@@ -41,6 +42,7 @@ class Program:
     blocks: list[BlockCode]
     instructions: dict[int, Instruction]
     registers: list[int]
+    memory: MemoryFacts
 
 
 def translate(kernel: Kernel) -> Program:
@@ -64,7 +66,8 @@ def translate(kernel: Kernel) -> Program:
         barrier = any(i.opcode in ("bar", "barrier") and "warp" not in i.modifiers for i in block.instructions)
         codes.append(BlockCode(block, space[f"block_{n}"], source, meeting[n], barrier))
     instructions = {i.id: i for block in kernel.blocks for i in block.instructions}
-    return Program(kernel, codes, instructions, list(registers.values()))
+    facts = memory_facts(x.statement for x in instructions.values())
+    return Program(kernel, codes, instructions, list(registers.values()), facts)
 
 
 def names_for_code() -> dict[str, Any]:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from emulated_blocks import Blocks, region
 
-from bench.emulator.block_races import smallest_access, written_parameters
 from bench.emulator.global_memory import Regions
+from bench.emulator.memory_facts import global_unit, written_parameters
 
 T = 32
 THREAD = np.arange(T, dtype=np.uint64)[None]
@@ -193,7 +193,7 @@ def test_written_parameters() -> None:
     lines = [line.strip() for line in text.strip().splitlines()]
     found = written_parameters(lines)
     assert found and found >= {"kernel_param_1", "kernel_param_2"} and "kernel_param_0" not in found
-    assert smallest_access(lines) == 4
+    assert global_unit(lines) == 4
     loaded = ["ld.param.b64 %rd1, [kernel_param_0]", "ld.global.b64 %rd2, [%rd1]", "st.global.b8 [%rd2], %rs1"]
     assert written_parameters(loaded) is None
-    assert smallest_access(loaded) == 1
+    assert global_unit(loaded) == 1

@@ -5,7 +5,7 @@ import pytest
 from emulated_blocks import Blocks, addresses, region
 
 from bench.emulator.global_memory import Regions
-from bench.emulator.shared_access import smallest_access
+from bench.emulator.memory_facts import shared_unit
 
 LANE = np.arange(64, dtype=np.uint32)
 WORDS = LANE[None] + np.arange(3, dtype=np.uint32)[:, None] * 1000  # [blocks, threads]
@@ -135,7 +135,6 @@ def test_atomics_are_ordered_by_block_and_thread() -> None:
         assert old.view(np.float32)[block, thread] == sums[block, thread % 5]
         sums[block, thread % 5] += values[block, thread]
     assert (m.shared_memory.views[4][:, :5].view(np.float32) == sums).all()
-    assert m.atomic_shared(1, "add", "f32", at, None, [values.view(np.uint32)], None, "relaxed", "cta") is None
     assert not m.faults
 
 
@@ -164,10 +163,10 @@ def test_wavefronts(at: np.ndarray, width: int, count: int, accesses: int, wavef
     assert m.counts[0, "wavefronts"] == 2 * 3 * wavefronts + 2 * wavefronts // 2
 
 
-def test_smallest_access() -> None:
+def test_shared_unit() -> None:
     copy = "cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x8, %r2;"
-    assert smallest_access(["st.shared.v4.b32 [%r1], {%r2}", copy, "ld.global.b8 %r1, [%rd1]"]) == 8
-    assert smallest_access([copy, "ld.shared::cta.v2.b16 {%rs1, %rs2}, [%r1]"]) == 4
-    assert smallest_access(["atom.shared.add.f32 %f1, [%r1], %f2"]) == 4
-    assert smallest_access(["ld.shared.s8 %rs1, [%r1]"]) == 1
-    assert smallest_access([]) == 16
+    assert shared_unit(["st.shared.v4.b32 [%r1], {%r2}", copy, "ld.global.b8 %r1, [%rd1]"]) == 8
+    assert shared_unit([copy, "ld.shared::cta.v2.b16 {%rs1, %rs2}, [%r1]"]) == 4
+    assert shared_unit(["atom.shared.add.f32 %f1, [%r1], %f2"]) == 4
+    assert shared_unit(["ld.shared.s8 %rs1, [%r1]"]) == 1
+    assert shared_unit([]) == 16
