@@ -230,7 +230,7 @@ class _Reader:
         for line in text.splitlines():
             code, _, comment = line.partition("//")
             code = code.strip()
-            if code.startswith(".loc"):
+            if code.split(None, 1)[:1] == [".loc"]:
                 self.locate(code, comment)
                 continue
             buffer += " " + code
