@@ -116,7 +116,9 @@ def emit_atomic(w: Writer, i: Instruction) -> None:
         at = f"({address} + {w.constant(n * kind.bits // 8, UNSIGNED[ADDRESS_BITS[space]])})" if n else address
         values = listed([w.value(x[n], f"b{kind.bits}") for x in lists])
         d = destinations[n] if len(destinations) == count else Sink()
-        old = w.old_value(d) if i.guard and isinstance(d, Register) else "None"
+        old = "None"  # which asks for no result
+        if isinstance(d, Register):
+            old = w.old_value(d) if i.guard else w.constant(0, kind.unsigned)
         arguments = f"{i.id}, {operation!r}, {kind.text!r}, {at}, {w.guard}, {values}, {old}, {order!r}, {scope!r}"
         call = f"{OBJECTS[space]}.atomic({arguments})"
         if isinstance(d, Register):
