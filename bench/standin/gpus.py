@@ -20,7 +20,7 @@ def properties_of(target: str, total_memory: int) -> SimpleNamespace:
     GPU's: `bench.measure.timing` makes as many copies of its arguments as overflow it, and here that would take long.
     """
     (name, multiprocessors, clock, memory_clock, bus), spec = GPUS[target], TARGETS[target]
-    major, minor = divmod(spec.triton_target.arch, 10)
+    major, minor = divmod(int(spec.triton_target.arch), 10)
     return SimpleNamespace(
         name=f"stand-in for {name}",
         major=major,

@@ -62,7 +62,8 @@ def specialization_key(function: Any, args: Any, kwargs: Any) -> str:
     """Returns the key of Triton's cache, which tells one compiled kernel of the function from another."""
     if not isinstance(function, JITFunction):
         function = compiled_twin(function)
-    binder = function.device_caches[driver.active.get_current_device()][-1]
+    active: Any = driver.active
+    binder = function.device_caches[active.get_current_device()][-1]
     _, key, options = binder(*args, **{**kwargs, "debug": False})
     return f"{key}{sorted(options.items())}"
 
