@@ -13,7 +13,7 @@ they are.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +28,7 @@ from .translate import Program
 
 Array = np.ndarray
 u4, u8 = np.uint32, np.uint64
+TURN = 256  # basic blocks that run before other blocks of the grid do
 GARBAGE = {
     1: False,
     8: 0xDE,
@@ -153,29 +154,35 @@ class Machine:
     # ---- control flow
 
     def run(self) -> None:
-        """Run all blocks to their end."""
-        work: list[tuple[Machine, int]] = [(self, 0)]
+        """Run all blocks to their end. Those that take different ways run by turns, as one may wait for another."""
+        work: deque[tuple[Machine, int]] = deque([(self, 0)])
         while work:
-            machine, place = work.pop()
-            while place != END:
-                code = machine.program.blocks[place]
-                machine.findings.entered[place] += machine.blocks * machine.warps
-                taken = code.run(machine, machine.registers)
-                target = place + 1 if code.block.target is None else code.block.target
-                if taken is None:
-                    place = target
-                    continue
-                every, some = taken.all(1), taken.any(1)
-                if every.all():
-                    place = target
-                elif not some.any():
-                    place = place + 1
-                elif (some == every).all():
-                    some = np.broadcast_to(some, (machine.blocks,))
-                    work.append((machine.select(~some), place + 1))
-                    machine, place = machine.select(some), target
-                else:
-                    place = machine.run_parted(code.meeting, np.where(taken, target, place + 1))
+            machine, place = work.popleft()
+            ways = [(machine, place)]
+            for _ in range(TURN) if work else itertools.count():
+                ways = machine.run_basic_block(place)
+                place = ways[0][1]
+                if len(ways) > 1 or place == END:
+                    break
+            work += [way for way in ways if way[1] != END]
+
+    def run_basic_block(self, place: int) -> list[tuple[Machine, int]]:
+        """Run a basic block; returns the one that comes next, and where blocks of the grid part, a machine for each."""
+        code = self.program.blocks[place]
+        self.findings.entered[place] += self.blocks * self.warps
+        taken = code.run(self, self.registers)
+        target = place + 1 if code.block.target is None else code.block.target
+        if taken is None:
+            return [(self, target)]
+        every, some = taken.all(1), taken.any(1)
+        if every.all():
+            return [(self, target)]
+        if not some.any():
+            return [(self, place + 1)]
+        if (some == every).all():
+            some = np.broadcast_to(some, (self.blocks,))
+            return [(self.select(some), target), (self.select(~some), place + 1)]
+        return [(self, self.run_parted(code.meeting, np.where(taken, target, place + 1)))]
 
     def run_parted(self, meeting: int, places: Array) -> int:
         """Run threads that have parted until all are at `meeting`; returns that.
