@@ -70,11 +70,6 @@ def sad(a, b, c):
     return c + np.where(a < b, b - a, a - b)
 
 
-def absolute(a):
-    """|a|; the least number stays itself."""
-    return np.abs(a)
-
-
 # ---- quotients
 
 
@@ -202,34 +197,6 @@ def brev(a):
     return a.byteswap()
 
 
-def lop3(a, b, c, table):
-    """Any function of three bits: bit 4 a + 2 b + c of `table`."""
-    if table in LOGIC:
-        return LOGIC[table](a, b, c)
-    out = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), a.dtype)
-    for k in range(8):
-        if table >> k & 1:
-            out |= (a if k & 4 else ~a) & (b if k & 2 else ~b) & (c if k & 1 else ~c)
-    return out
-
-
-LOGIC = {
-    0xEA: lambda a, b, c: (a & b) | c,
-    0xEC: lambda a, b, c: (a & c) | b,
-    0xF8: lambda a, b, c: a | (b & c),
-    0xC0: lambda a, b, c: a & b,
-    0x80: lambda a, b, c: a & b & c,
-    0xFC: lambda a, b, c: a | b,
-    0xFE: lambda a, b, c: a | b | c,
-    0x3C: lambda a, b, c: a ^ b,
-    0x96: lambda a, b, c: a ^ b ^ c,
-    0x6A: lambda a, b, c: (a & b) ^ c,
-    0x78: lambda a, b, c: a ^ (b & c),
-    0xCA: lambda a, b, c: (a & b) | (~a & c),
-    0xE2: lambda a, b, c: (b & a) | (~b & c),
-    0xE8: lambda a, b, c: (a & b) | (a & c) | (b & c),
-}
-
 # Modes of prmt: the bytes that each of the lowest two bits of the third operand stands for.
 PERMUTATIONS = {
     "f4e": (0x3210, 0x4321, 0x5432, 0x6543),
@@ -245,8 +212,6 @@ def prmt(a, b, select, mode=None):
     """Four of the eight bytes of b (above) and a, as they are or, where bit 3 of a place is set, copies of a sign."""
     if mode:
         select = np.array(PERMUTATIONS[mode], u4)[select & u4(3)]
-    if select.size == 1:
-        return _prmt_constant(a, b, int(select.flat[0]))
     pool = (b.astype(u8) << u8(32)) | a
     out = np.zeros(np.broadcast_shapes(a.shape, b.shape, select.shape), u4)
     for k in range(4):
@@ -254,27 +219,6 @@ def prmt(a, b, select, mode=None):
         byte = ((pool >> ((place & u4(7)).astype(u8) * u8(8))) & u8(255)).astype(u4)
         sign = np.where(byte & u4(0x80), u4(255), u4(0))
         out |= np.where(place & u4(8), sign, byte) << u4(8 * k)
-    return out
-
-
-def _prmt_constant(a, b, select):
-    """Bytes that move equally far move together."""
-    moves: dict = {}
-    out = np.zeros(np.broadcast_shapes(a.shape, b.shape), u4)
-    for k in range(4):
-        place = select >> 4 * k & 15
-        source = b if place & 4 else a
-        if place & 8:
-            sign = (source >> u4(8 * (place & 3) + 7)) & u4(1)
-            out |= sign * u4(255 << 8 * k)
-        else:
-            key = place & 4, k - (place & 3)
-            moves[key] = moves.get(key, 0) | 255 << 8 * k
-    for (upper, distance), mask in moves.items():
-        x = b if upper else a
-        if distance:
-            x = x << u4(8 * distance) if distance > 0 else x >> u4(-8 * distance)
-        out |= x & u4(mask)
     return out
 
 

@@ -28,7 +28,7 @@ from .translate import Program
 
 Array = np.ndarray
 u4, u8 = np.uint32, np.uint64
-TURN = 256  # basic blocks that run before other blocks of the grid do
+TURN = 256  # basic blocks that run before other blocks of the grid, or other threads of a block, do
 GARBAGE = {
     1: False,
     8: 0xDE,
@@ -188,18 +188,21 @@ class Machine:
         """Run threads that have parted until all are at `meeting`; returns that.
 
         places   the basic block that each thread comes to next, END behind the last
-        Of the places that are not the meeting point the first runs, those with a barrier last.
+        Of the places that are not the meeting point the first runs, those with a barrier last; but one that has had
+        its turn often lets the others run, since its threads may wait for what theirs write.
         """
         end = len(self.program.blocks)
         meeting = end if meeting == END else meeting
         places = np.broadcast_to(np.where(places == END, end, places), (self.blocks, self.threads)).copy()
         self.findings.counts[-1, "parted"] += 1
+        turns: Counter[int] = Counter()
         while True:
             waiting = np.unique(places)
             ready = [int(n) for n in waiting if n not in (meeting, end)]
             if not ready:
                 break
-            place = min(ready, key=lambda n: (self.program.blocks[n].has_barrier, n))
+            place = min(ready, key=lambda n: (self.program.blocks[n].has_barrier, turns[n] // TURN, n))
+            turns[place] += 1
             code = self.program.blocks[place]
             active = places == place
             self.active = active
