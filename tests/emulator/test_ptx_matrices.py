@@ -1,4 +1,4 @@
-"""ldmatrix, stmatrix and mma.sync: layouts by the figures of the PTX manual, element by element; naive sums of products."""
+"""ldmatrix, stmatrix and mma.sync: layouts by the PTX manual's figures, element by element; naive sums of products."""
 
 from collections.abc import Callable
 
