@@ -34,8 +34,8 @@ def compiled_for(target: str | None, impl: Impl, config: Mapping[str, Any]) -> I
         with emulating(target) as report:
             yield report
     except KernelFault as fault:
-        call = f"{impl.op} {impl.name} {format_settings(config)} for {target}"
-        raise MismatchError(fault.kind, f"{call}: {fault}") from fault
+        first, call = fault.faults[0], f"{impl.op} {impl.name} {format_settings(config)} for {target}"
+        raise MismatchError(fault.kind, f"{call}, {first.source}: {first.message}\n{fault}") from fault
 
 
 def repeat_compiled(module: str, words: Sequence[str], target: str) -> int:

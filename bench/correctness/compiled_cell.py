@@ -4,7 +4,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from .guarded_memory import MemoryLayout, MismatchError
 
 ATTEMPTS = 12  # at other choices and sizes, where some are unsupported
 MAX_VARIATIONS = 16  # of an example, to enter blocks that it did not
-MAX_SECONDS = 90  # of the processor, after which no more of them are run
+MAX_SECONDS = 40  # of the processor, after which no more of them are run
+MAX_WRONG = 3  # calls of a cell, after which no more are run
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,10 @@ class BlocksEntered:
     programs: dict[int, Any] = field(default_factory=dict)  # by id
     entered: dict[int, Counter[int]] = field(default_factory=dict)
 
-    def add(self, launches: list[Launch]) -> None:
+    def add(self, launches: list[Launch], only_known: bool) -> None:
         for launch in launches:
+            if only_known and id(launch.program) not in self.programs:
+                continue
             self.programs[id(launch.program)] = launch.program
             self.entered.setdefault(id(launch.program), Counter()).update(launch.entered)
 
@@ -94,12 +96,13 @@ class CellCheck:
     wrong: list[dict[str, Any]] = field(default_factory=list)
     unsupported: set[str] = field(default_factory=set)
     compiling: float = 0.0
-    given_up: set[tuple[str, str]] = field(
-        default_factory=set
-    )  # where a kernel's blocks begin that no variation enters
+    given_up: set[tuple[str, str]] = field(default_factory=set)  # where blocks begin that no variation enters
+    useful: list[str] = field(default_factory=list)  # what was changed where that entered more
 
-    def run(self, sizes: Sizes, layout: MemoryLayout) -> list[Launch]:
-        """Check a call; what it launched, until it failed. Errors: Unsupported."""
+    def run(self, sizes: Sizes, layout: MemoryLayout, variation: bool = False) -> list[Launch]:
+        """Check a call; what it launched, until it failed. Kernels that only a variation compiles count for no blocks.
+        Errors: Unsupported.
+        """
         op, impl, config = self.cell.resolve()
         example, report = planned_example(op, sizes), None
         try:
@@ -110,7 +113,7 @@ class CellCheck:
         except Exception as error:  # a kernel may fail in any way at all
             self.fail(sizes, layout, error)
         launches = report.launches if report else []
-        self.blocks.add(launches)
+        self.blocks.add(launches, only_known=variation)
         self.compiling += report.compile_seconds if report else 0.0
         self.checked.append(f"{format_settings(sizes)} {layout}")
         for launch in launches:
@@ -144,19 +147,22 @@ class CellCheck:
     def enter_more(self, sizes: Sizes, layout: MemoryLayout, launches: list[Launch], end: float) -> None:
         """Run variations of an example until every block of what it launched is entered, or none is left."""
         op, _, config = self.cell.resolve()
-        for changed in islice(variations(op, config, sizes), MAX_VARIATIONS):
-            if self.wrong or time.process_time() > end or not self.missing(launches) - self.given_up:
+        ordered = sorted(variations(op, config, sizes), key=lambda x: x[0] not in self.useful)
+        for what, changed in ordered[:MAX_VARIATIONS]:
+            before = self.missing(launches)
+            if time.process_time() > end or len(self.wrong) >= MAX_WRONG or not before - self.given_up:
                 return
             try:
-                self.run(changed, layout)
+                self.run(changed, layout, variation=True)
             except Unsupported:
                 continue
+            if self.missing(launches) < before and what not in self.useful:
+                self.useful.append(what)
         self.given_up |= self.missing(launches)
 
     def missing(self, launches: list[Launch]) -> set[tuple[str, str]]:
-        """Where the first block begins that no warp entered, of each kernel."""
-        found = {(x.kernel, self.blocks.missing(x.program)) for x in launches}
-        return {(kernel, sources[0]) for kernel, sources in found if sources}
+        """Where blocks begin that no warp entered, with their kernel."""
+        return {(x.kernel, source) for x in launches for source in self.blocks.missing(x.program)}
 
 
 def matrix_products(launch: Launch) -> Counter[str]:
@@ -185,7 +191,7 @@ def check_cell(work: tuple[Cell, Path, Path]) -> dict[str, Any]:
     check = CellCheck(cell, bundles)
     op, _, config = cell.resolve()
     for seed, (row, sizes) in enumerate(examples(op, config, cell.number)):
-        if ran := check.run_first(row, sizes, seed):
+        if len(check.wrong) < MAX_WRONG and (ran := check.run_first(row, sizes, seed)):
             check.enter_more(*ran, start + MAX_SECONDS)
     result = {
         **{"kind": "compiled_check", **vars(cell), "key": cell.key(), "examples": len(check.checked)},

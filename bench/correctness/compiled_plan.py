@@ -98,22 +98,25 @@ def round_up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def variations(op: Op, config: Mapping[str, Any], sizes: Sizes) -> Iterator[Sizes]:
-    """Calls of the code that was compiled for these sizes: other values, then one size or all of them changed."""
+def variations(op: Op, config: Mapping[str, Any], sizes: Sizes) -> Iterator[tuple[str, Sizes]]:
+    """Calls of the code that was compiled for these sizes, mostly: other values, then one size or all of them changed.
+
+    Yields what was changed in words, and the sizes.
+    """
     for values in ("random", *op.hard_cases):
         if values != sizes.get("values", "random"):
-            yield {**sizes, "values": values} if values != "random" else without(sizes, "values")
+            yield values, {**sizes, "values": values} if values != "random" else without(sizes, "values")
     ranges = {name: axis for name, axis in op.domain.items() if isinstance(axis, IntRange)}
     cut = tilings_by_size(op, config, sizes)
     small = {name: same_class(axis.low, sizes[name], axis.low) for name, axis in ranges.items()}
-    yield {**sizes, **small}
+    yield "all sizes", {**sizes, **small}
     for name, axis in ranges.items():
         blocks = [x.block // x.step for x in cut.get(name, ())] or [axis.high]
         lengths = {small[name], *(same_class(t * b, sizes[name], axis.low) for b in blocks for t in (1, 2, 4))}
         for length in sorted(lengths - {sizes[name]}):
             changed = {**sizes, name: length}
             if op.cost(**{x: changed[x] for x in op.domain})[0] <= MAX_FLOPS:
-                yield changed
+                yield name, changed
 
 
 def same_class(size: int, like: int, low: int) -> int:

@@ -21,7 +21,7 @@ from hypothesis.errors import Unsatisfiable
 from torch import Tensor
 from triton import knobs
 
-from vila_triton.ops import PagedKV, RaggedBatch
+from vila_triton.ops import PagedKV, QuantizedKVPages, RaggedBatch
 from vila_triton.registry import Impl, IntRange, OneOf, Op, Unsupported
 
 from .guarded_memory import (
@@ -106,11 +106,15 @@ def perturbed_args(args: Any, rng: torch.Generator, in_float64: bool) -> Iterato
     """Endless perturbations of the arguments: each number moves up or down by one rounding unit of its dtype.
 
     in_float64: return float64 tensors, each number moved by half of that. Integers stay as they are: they are codes,
-    and arithmetic on them is exact.
+    and arithmetic on them is exact. The scales of quantized pages move, in float64, by a rounding of the coarsest dtype
+    beside them, since references round to that what they dequantize.
     """
+    scales = {id(x) for x in quantized_scales(args)}
+    coarsest = max((unit_roundoff(x.dtype) for x in tensors(args) if x.is_floating_point()), default=0.0)
 
     def bounds(x: Tensor) -> tuple[Tensor, Tensor]:
-        step = unit_roundoff(x.dtype) * (1 if in_float64 else 2)
+        unit = coarsest if in_float64 and id(x) in scales else unit_roundoff(x.dtype)
+        step = unit * (1 if in_float64 else 2)
         exact, is_integer = x.double(), x == x.round()
         low, high = (torch.where(is_integer, exact, exact * (1 + s)) for s in (-step, step))
         return (low, high) if in_float64 else (low.to(x.dtype), high.to(x.dtype))
@@ -127,6 +131,16 @@ def perturbed_args(args: Any, rng: torch.Generator, in_float64: bool) -> Iterato
 def float64_reference(op: Op, args: Any) -> list[Tensor]:
     """The outputs of the reference, computed in float64 from the same values."""
     return tensors(op.reference(*map_tensors(lambda x: x.double() if x.is_floating_point() else x.clone(), args)))
+
+
+def quantized_scales(value: Any) -> Iterator[Tensor]:
+    """The scales of the quantized pages in a tree of arguments."""
+    if isinstance(value, QuantizedKVPages):
+        yield value.scales
+    elif is_dataclass(value) or isinstance(value, tuple | list):
+        inner = [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else value
+        for x in inner:
+            yield from quantized_scales(x)
 
 
 def conditioning(op: Op, args: Any, exact: Sequence[Tensor], rng: torch.Generator) -> list[Tensor]:
