@@ -300,7 +300,7 @@ class _Reader:
             self.local_symbols[local[2]] = start
             self.local_bytes = start + int(local[3])
         elif not text.startswith((".pragma", ".param", ".callprototype", ".noreturn")):
-            raise UnknownPTX(f"{text} ({self.kernel}, {self.source})")
+            raise UnknownPTX(f"this is not emulated: {text} ({self.kernel}, {self.source})")
 
     def declare(self, name: str, bits: int) -> None:
         python = re.sub(r"\W", "", name)
@@ -321,7 +321,7 @@ class _Reader:
         if opcode == "bra":
             self.branches[-1].append((block, rest.strip()))
         elif opcode in ("call", "brx"):
-            raise UnknownPTX(f"{text} ({self.kernel}, {self.source})")
+            raise UnknownPTX(f"this is not emulated: {text} ({self.kernel}, {self.source})")
         else:
             operands = tuple(self.operand(part) for part in split_operands(rest))
         block.instructions.append(

@@ -1,9 +1,11 @@
 """Floating-point arithmetic. The numbers themselves are those of `bench.emulator.numbers`."""
 
+import numpy as np
+
 from ..kinds import Kind, kind_of
 from ..ptx import Instruction, UnknownPTX
 from ..writer import Writer
-from .table import emits, kind_at_end
+from .table import called_by_code, emits, kind_at_end
 
 MODES = ("rn", "rz", "rm", "rp")
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*"}
@@ -51,6 +53,18 @@ def emit_floating(w: Writer, i: Instruction) -> None:
     if kind.lanes > 1:
         result = f"{'joined_pairs' if lane.bits == 32 else 'joined'}({result})"
     w.assign(i.operands[0], result, kind)
+
+
+@called_by_code
+def pairs(x: np.ndarray) -> np.ndarray:
+    """[..., T] of 64 bits -> [..., T, 2] of float32, low one first."""
+    return np.ascontiguousarray(x).reshape((*x.shape, 1)).view(np.float32)
+
+
+@called_by_code
+def joined_pairs(x: np.ndarray) -> np.ndarray:
+    """[..., T, 2] of float32 -> [..., T] of 64 bits."""
+    return np.ascontiguousarray(x).view(np.uint64)[..., 0]
 
 
 def saturated(result: str, kind: Kind) -> str:
