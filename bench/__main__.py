@@ -8,7 +8,7 @@ from pathlib import Path
 from ._tool import tool
 
 COMMANDS = {
-    "Is a kernel right?": ("check", "correctness", "accuracy", "shadow"),
+    "Is a kernel right?": ("check", "compiled_check", "correctness", "accuracy", "shadow"),
     "Would the checks and tests see it if it were not?": ("mutants",),
     "What did the compiler make of it?": ("inspect", "compiled", "compile_sweep", "recompiles"),
     "How fast is it?": ("ops", "goals", "tune", "peers"),
