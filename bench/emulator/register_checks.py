@@ -108,13 +108,14 @@ def add_unwritten_checks(kernel: Kernel, steps: Steps) -> set[str]:
 def watch_step(step: Step, unknown: list[str], written: list[str]) -> None:
     """Adds to a step the checks of registers that may be unwritten, or what it makes of their companions."""
     i, guard = step.instruction.id, step.guard
+    guarding = step.instruction.guard.name if step.instruction.guard else None
     if not passes_on(step):
         checked, value = unknown, "TRUE"
     else:
-        checked = [name for name in unknown if guard is not None and name == guard.lstrip("~")]
+        checked = [name for name in unknown if name == guarding]
         value = companions_value(step, [name for name in unknown if name not in checked])
     for name in checked:
-        mask = step.used_where.get(name, guard)
+        mask = "None" if name == guarding else step.used_where.get(name, guard)
         step.lines.insert(0, f"M.check_written({i}, {companion(name)}, {mask})")
     if written:
         step.lines.insert(0, f"written_ = {value}")  # before a result takes the place of an operand
