@@ -31,7 +31,7 @@ def live_at_exit(block: Block, live: list[set[str]]) -> set[str]:
 def known_at_entry(
     blocks: list[Block], transfer: Callable[[int, set[str]], set[str]], everything: Iterable[str]
 ) -> list[set[str]]:
-    """What holds on every path to a block, nothing at the first. transfer(n, before) is what holds after block n."""
+    """For each block, all that holds on every path to it. transfer(n, before) is what holds after block n."""
     full = set(everything)
     entry = [set(full) for _ in blocks]
     entry[0] = set()
@@ -39,7 +39,7 @@ def known_at_entry(
 
 
 def possible_at_entry(blocks: list[Block], transfer: Callable[[int, set[str]], set[str]]) -> list[set[str]]:
-    """What holds on some path to a block, nothing at the first. transfer(n, before) is what may hold after block n."""
+    """For each block, all that holds on some path to it. transfer(n, before) is what may hold after block n."""
     return _spread(blocks, [set() for _ in blocks], transfer, set.__or__)
 
 

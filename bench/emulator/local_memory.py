@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from .machine import Machine
+from .lockstep import Lockstep
 
 Array = np.ndarray
 WORD = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -16,12 +13,12 @@ WORD = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 class LocalMemory:
     """`size` bytes of each thread of a machine, made when they are first written."""
 
-    def __init__(self, machine: Machine, size: int):
+    def __init__(self, machine: Lockstep, size: int):
         self.machine, self.size = machine, size
         self.bytes: Array | None = None
         self.written: Array | None = None
 
-    def select(self, machine: Machine, keep: Array) -> LocalMemory:
+    def select(self, machine: Lockstep, keep: Array) -> LocalMemory:
         """The memory of some of the blocks."""
         new = LocalMemory(machine, self.size)
         if self.bytes is not None and self.written is not None:
@@ -35,7 +32,8 @@ class LocalMemory:
         if self.bytes is None:
             self.bytes = np.zeros((*shape, self.size), np.uint8)
             self.written = np.zeros((*shape, self.size), bool)
-        runs = np.broadcast_to(machine.running(mask), shape)
+        active = np.ones((1, 1), bool) if machine.active is None else machine.active
+        runs = np.broadcast_to(active if mask is None else active & mask, shape)
         address = np.broadcast_to(address, shape).astype(np.int64)
         for kind, bad in (("misaligned", address % size != 0), ("out of bounds", address + size > self.size)):
             if (bad & runs).any():

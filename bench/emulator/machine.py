@@ -41,7 +41,7 @@ DTYPES = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 @dataclass
 class Findings:
-    """What a launch did.
+    """The faults and the counters of a launch.
 
     faults    (kind, instruction) -> message
     counts    (instruction, counter) -> number

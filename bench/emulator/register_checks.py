@@ -69,6 +69,7 @@ PASS_ON = {  # opcodes that only compute: what they make of a value that is not 
 
 
 def passes_on(step: Step) -> bool:
+    """True if a step only computes, so that its result is as good as its operands."""
     return step.instruction.opcode in PASS_ON
 
 
@@ -146,6 +147,7 @@ def companions_value(step: Step, unknown: list[str]) -> str:
 
 
 def waits_for_all(step: Step) -> bool:
+    """True if no product of wgmma is unfinished behind a step."""
     i = step.instruction
     return i.opcode == "wgmma" and i.modifiers[0] == "wait_group" and step.waits == 0
 

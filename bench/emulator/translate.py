@@ -119,6 +119,7 @@ def write_block(writer: Writer, block: Block) -> list[Step]:
 
 
 def continues_run(first: Instruction, i: Instruction) -> bool:
+    """True for an instruction that is written together with the one before it."""
     return tensor_core.begins_run(i) and i.name == first.name
 
 

@@ -26,6 +26,7 @@ LOGIC_OF_THREE = {
 
 @emits("and", "or", "xor", "not", "cnot")
 def emit_logic(w: Writer, i: Instruction) -> None:
+    """and, or, xor, not and cnot, of predicates too."""
     kind = kind_at_end(i)
     a = w.value(i.operands[1], kind)
     if i.opcode == "not":
@@ -38,6 +39,7 @@ def emit_logic(w: Writer, i: Instruction) -> None:
 
 @emits("shl", "shr")
 def emit_shift(w: Writer, i: Instruction) -> None:
+    """shl and shr, by a number below the width or by any register."""
     kind = kind_at_end(i)
     kind = kind if i.opcode == "shr" else kind_of(f"b{kind.bits}")
     a, count = w.value(i.operands[1], kind), w.integer(i.operands[2])
@@ -48,6 +50,7 @@ def emit_shift(w: Writer, i: Instruction) -> None:
 
 @emits("shf")
 def emit_funnel_shift(w: Writer, i: Instruction) -> None:
+    """shf: a shift of two registers as one."""
     low, high, count = (w.value(x, "b32") for x in i.operands[1:4])
     left, wrap = i.modifiers[0] == "l", "wrap" in i.modifiers
     w.assign(i.operands[0], f"funnel_shift({low}, {high}, {count}, {left}, {wrap})", "b32")
@@ -55,6 +58,7 @@ def emit_funnel_shift(w: Writer, i: Instruction) -> None:
 
 @emits("bfe")
 def emit_extract(w: Writer, i: Instruction) -> None:
+    """bfe: a field of bits."""
     kind = kind_at_end(i)
     a = w.value(i.operands[1], kind)
     at, size = (w.integer(x) for x in i.operands[2:4])
@@ -71,6 +75,7 @@ def emit_extract(w: Writer, i: Instruction) -> None:
 
 @emits("bfi")
 def emit_insert(w: Writer, i: Instruction) -> None:
+    """bfi: a field of bits put into another number."""
     kind = kind_at_end(i)
     a, b = (w.value(x, kind) for x in i.operands[1:3])
     at, size = (w.integer(x) for x in i.operands[3:5])
@@ -84,6 +89,7 @@ def emit_insert(w: Writer, i: Instruction) -> None:
 
 @emits("bmsk", "szext")
 def emit_mask(w: Writer, i: Instruction) -> None:
+    """bmsk and szext."""
     kind, wrap = kind_at_end(i), "wrap" in i.modifiers
     name = "bit_mask" if i.opcode == "bmsk" else "sign_extend"
     a, b = w.value(i.operands[1], kind), w.value(i.operands[2], "u32")
@@ -92,6 +98,7 @@ def emit_mask(w: Writer, i: Instruction) -> None:
 
 @emits("lop3")
 def emit_logic_of_three(w: Writer, i: Instruction) -> None:
+    """lop3: any function of three bits."""
     if len(i.operands) != 5:
         raise UnknownPTX("lop3 with a predicate")
     a, b, c = (w.value(x, "b32") for x in i.operands[1:4])
@@ -117,6 +124,7 @@ def logic_of_three(a: str, b: str, c: str, table: int) -> str:
 
 @emits("prmt")
 def emit_permute(w: Writer, i: Instruction) -> None:
+    """prmt: any four of eight bytes."""
     mode = i.modifiers[-1] if i.modifiers[-1] != "b32" else None
     a, b, selector = (w.value(x, "b32") for x in i.operands[1:4])
     constant = w.integer(i.operands[3])
@@ -148,6 +156,7 @@ def picked_bytes(w: Writer, a: str, b: str, selector: int) -> str:
 
 @emits("popc", "clz", "brev", "bfind")
 def emit_count(w: Writer, i: Instruction) -> None:
+    """popc, clz, bfind and brev."""
     kind = kind_at_end(i)
     a = w.value(i.operands[1], kind)
     if i.opcode == "brev":

@@ -16,6 +16,7 @@ FREQUENT = {
 
 @emits("cvt")
 def emit_conversion(w: Writer, i: Instruction) -> None:
+    """cvt, of one number to one, of two to a pair, or of a pair to a pair."""
     kinds = [m for m in i.modifiers if is_kind(m)]
     modifiers = [m for m in i.modifiers if not is_kind(m)]
     if len(kinds) != 2 or len(i.operands) != (3 if kinds[0].endswith("x2") and not kinds[1].endswith("x2") else 2):

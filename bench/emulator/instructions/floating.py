@@ -35,6 +35,7 @@ def check_modifiers(i: Instruction) -> str:
 
 @emits("fma", "ex2", "lg2", "sin", "cos", "tanh", "rcp", "sqrt", "rsqrt", "copysign")
 def emit_floating(w: Writer, i: Instruction) -> None:
+    """Arithmetic of one number or of each lane of packed ones: flushed, computed, saturated, flushed."""
     kind, mode = kind_at_end(i), check_modifiers(i)
     values = [w.value(x, kind) for x in i.operands[1:]]
     lane = kind.lane
@@ -129,6 +130,7 @@ def double_expression(i: Instruction, mode: str, x: list[str]) -> str:
 
 @emits("testp")
 def emit_class_test(w: Writer, i: Instruction) -> None:
+    """testp: to which class a number belongs."""
     kind = kind_of(i.modifiers[-1])
     x, test = w.value(i.operands[1], kind), i.modifiers[0]
     tiny = w.constant(0x00800000 if kind.text == "f32" else 0x0010000000000000, kind.dtype)

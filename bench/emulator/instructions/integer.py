@@ -17,6 +17,7 @@ def check_modifiers(i: Instruction, *known: str) -> None:
 
 @emits("add", "sub", "mul", "min", "max", "neg", "abs", "mad", "div", "rem")
 def emit_arithmetic(w: Writer, i: Instruction) -> None:
+    """Opcodes that integers and floating-point numbers share."""
     kind = kind_at_end(i)
     if kind.is_float:
         emit_floating(w, i)
@@ -43,6 +44,7 @@ def emit_packed(w: Writer, i: Instruction, kind: Kind) -> None:
 
 
 def emit_sum(w: Writer, i: Instruction, kind: Kind) -> None:
+    """add and sub, and products of the same width, which wrap unless they saturate."""
     check_modifiers(i, "sat", "lo")
     if "sat" in i.modifiers:
         a, b = (w.value(x, kind) for x in i.operands[1:3])
@@ -60,6 +62,7 @@ def wide_product(w: Writer, i: Instruction, kind: Kind) -> tuple[str, Kind]:
 
 
 def emit_product(w: Writer, i: Instruction, kind: Kind) -> None:
+    """mul: the lower or upper half, or all of it."""
     check_modifiers(i, "wide", "hi", "lo")
     if "wide" in i.modifiers:
         product, wide = wide_product(w, i, kind)
@@ -72,6 +75,7 @@ def emit_product(w: Writer, i: Instruction, kind: Kind) -> None:
 
 
 def emit_multiply_add(w: Writer, i: Instruction, kind: Kind) -> None:
+    """mad: of the lower or upper half of a product, or of all of it."""
     check_modifiers(i, "wide", "hi", "lo", "sat")
     c = i.operands[3]
     if "wide" in i.modifiers:
@@ -85,12 +89,14 @@ def emit_multiply_add(w: Writer, i: Instruction, kind: Kind) -> None:
 
 
 def emit_quotient(w: Writer, i: Instruction, kind: Kind) -> None:
+    """div and rem."""
     check_modifiers(i)
     a, b = (w.value(x, kind) for x in i.operands[1:3])
     w.assign(i.operands[0], f"{kind.letter}{i.opcode}({a}, {b})", kind)
 
 
 def emit_extreme(w: Writer, i: Instruction, kind: Kind) -> None:
+    """min and max."""
     check_modifiers(i, "relu")
     a, b = (w.value(x, kind) for x in i.operands[1:3])
     e = f"np.{i.opcode}imum({a}, {b})"
@@ -98,6 +104,7 @@ def emit_extreme(w: Writer, i: Instruction, kind: Kind) -> None:
 
 
 def emit_sign(w: Writer, i: Instruction, kind: Kind) -> None:
+    """neg and abs."""
     check_modifiers(i)
     a = w.value(i.operands[1], kind)
     w.assign(i.operands[0], f"-{a}" if i.opcode == "neg" else f"np.abs({a})", kind)
@@ -111,6 +118,7 @@ INTEGER = {
 
 @emits("mul24", "mad24")
 def emit_24_bits(w: Writer, i: Instruction) -> None:
+    """mul24 and mad24."""
     check_modifiers(i, "lo", "hi")
     kind = kind_at_end(i)
     a, b = (w.value(x, kind) for x in i.operands[1:3])
@@ -120,6 +128,7 @@ def emit_24_bits(w: Writer, i: Instruction) -> None:
 
 @emits("sad")
 def emit_distance(w: Writer, i: Instruction) -> None:
+    """sad: the distance of two numbers, added to a third."""
     kind = kind_at_end(i)
     a, b, c = (w.value(x, kind) for x in i.operands[1:4])
     w.assign(i.operands[0], f"sad({a}, {b}, {c})", kind)
@@ -127,6 +136,7 @@ def emit_distance(w: Writer, i: Instruction) -> None:
 
 @emits("dp4a", "dp2a")
 def emit_byte_dot(w: Writer, i: Instruction) -> None:
+    """dp4a and dp2a: dot products of bytes, added to a number."""
     kinds = [kind_of(m) for m in i.modifiers if m not in ("lo", "hi")]
     a, b, c = (w.value(x, "b32") for x in i.operands[1:4])
     signed = ", ".join(str(kind.letter == "s") for kind in kinds)

@@ -37,11 +37,13 @@ def check_modifiers(i: Instruction) -> None:
 
 
 def listed(items: list[str]) -> str:
+    """The Python of a list."""
     return f"[{', '.join(items)}]"
 
 
 @emits("ld", "ldu")
 def emit_load(w: Writer, i: Instruction) -> None:
+    """ld of one register or a vector. What is narrower than its register is extended by zeros, or by its sign."""
     check_modifiers(i)
     kind, space = kind_at_end(i), space_of(i)
     if space == "param":
@@ -64,6 +66,7 @@ def emit_load(w: Writer, i: Instruction) -> None:
 
 
 def emit_parameter(w: Writer, i: Instruction, kind: Kind) -> None:
+    """ld.param of a number."""
     to, source = i.operands
     symbol = source.base if isinstance(source, Address) else source
     assert isinstance(source, Address)
@@ -83,6 +86,7 @@ def emit_parameter(w: Writer, i: Instruction, kind: Kind) -> None:
 
 @emits("st")
 def emit_store(w: Writer, i: Instruction) -> None:
+    """st of one register or a vector."""
     check_modifiers(i)
     kind, space = kind_at_end(i), space_of(i)
     to, source = i.operands[:2]
@@ -94,6 +98,7 @@ def emit_store(w: Writer, i: Instruction) -> None:
 
 @emits("atom", "red")
 def emit_atomic(w: Writer, i: Instruction) -> None:
+    """atom and red; vectors are updated element by element."""
     kind, space = kind_at_end(i), space_of(i)
     operation = next((m for m in i.modifiers if m in OPERATIONS), None)
     known = {*ORDERS, *SCOPES, *OPERATIONS, "noftz", "v2", "v4", "v8", "v1"}
@@ -129,6 +134,7 @@ def emit_atomic(w: Writer, i: Instruction) -> None:
 
 @emits("fence", "membar")
 def emit_fence(w: Writer, i: Instruction) -> None:
+    """fence and membar, and the fence between memory as threads and as tensor cores see it."""
     if i.guard:
         raise UnknownPTX("a fence under a guard")
     if "proxy" in i.modifiers:
@@ -150,6 +156,7 @@ def emit_fence(w: Writer, i: Instruction) -> None:
 
 @emits("cp")
 def emit_copy(w: Writer, i: Instruction) -> None:
+    """cp.async of 4, 8 or 16 bytes a thread, its groups and waits."""
     if i.modifiers[0] != "async" or "bulk" in i.modifiers or "mbarrier" in i.modifiers:
         raise UnknownPTX("bulk copies and their barriers")
     if i.modifiers[1:] == ("commit_group",):
@@ -171,6 +178,7 @@ def emit_copy(w: Writer, i: Instruction) -> None:
 
 @emits("ldmatrix", "stmatrix")
 def emit_matrix(w: Writer, i: Instruction) -> None:
+    """ldmatrix and stmatrix of 8 x 8 numbers of 16 bits."""
     count = next((int(m[1]) for m in i.modifiers if re.fullmatch(r"x[124]", m)), None)
     if "m8n8" not in i.modifiers or i.modifiers[-1] != "b16" or count is None:
         raise UnknownPTX("matrices of this shape")

@@ -16,6 +16,7 @@ UNORDERED = {"equ": "~({0} < {1}) & ~({0} > {1})", "neu": "{0} != {1}", "ltu": "
 
 @emits("setp", "set")
 def emit_comparison(w: Writer, i: Instruction) -> None:
+    """setp, with one or two results and another predicate to combine with, and set."""
     kind = kind_at_end(i)
     if kind.lanes > 1:
         raise UnknownPTX("comparisons of packed numbers")
@@ -64,6 +65,7 @@ def comparison_of(name: str, a: str, b: str, kind: Kind) -> str:
 
 @emits("selp")
 def emit_choice(w: Writer, i: Instruction) -> None:
+    """selp: one of two operands by a predicate."""
     kind = kind_of(f"b{kind_at_end(i).bits}")
     p = w.predicate(i.operands[3])
     yes, no = (x.name if isinstance(x, Register) else "" for x in i.operands[1:3])
@@ -73,6 +75,7 @@ def emit_choice(w: Writer, i: Instruction) -> None:
 
 @emits("slct")
 def emit_choice_by_sign(w: Writer, i: Instruction) -> None:
+    """slct: one of two operands by the sign of a third."""
     kind, by = kind_of(f"b{kind_of(i.modifiers[-2]).bits}"), kind_at_end(i)
     c = w.value(i.operands[3], by)
     w.assign(i.operands[0], f"np.where({c} >= 0, {w.value(i.operands[1], kind)}, {w.value(i.operands[2], kind)})", kind)
@@ -80,6 +83,7 @@ def emit_choice_by_sign(w: Writer, i: Instruction) -> None:
 
 @emits("mov")
 def emit_move(w: Writer, i: Instruction) -> None:
+    """mov, which packs and unpacks too. A copy of a register is noted as one."""
     kind, (to, source) = kind_at_end(i), i.operands
     if kind.letter == "pred":
         return w.assign(to, w.predicate(source), kind)

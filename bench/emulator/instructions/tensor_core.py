@@ -94,6 +94,7 @@ def clear(first: Products, later: Products) -> bool:
 
 
 def emit_products(w: Writer, i: Instruction, steps: list[Products]) -> None:
+    """The call for products that follow each other along k."""
     first = steps[0]
     order = list(first.at)
 
@@ -121,6 +122,7 @@ def check_product(i: Instruction) -> None:
 
 @emits("mma")
 def emit_product(w: Writer, i: Instruction) -> None:
+    """mma that is not part of a run."""
     raise UnknownPTX("mma under a guard")
 
 
@@ -141,6 +143,7 @@ class WarpGroupProduct(NamedTuple):
 
 @emits("wgmma")
 def emit_warp_group(w: Writer, i: Instruction) -> None:
+    """wgmma: its products, commits, waits and fences."""
     if i.guard:
         raise UnknownPTX("wgmma under a guard")
     if i.modifiers[0] == "fence":

@@ -1,4 +1,4 @@
-"""What the threads of a warp do together: shuffles, votes, matches, reductions."""
+"""The threads of a warp together: shuffles, votes, matches, reductions."""
 
 import numpy as np
 
@@ -18,6 +18,7 @@ def members(w: Writer, operand: Operand) -> str:
 
 @emits("shfl")
 def emit_shuffle(w: Writer, i: Instruction) -> None:
+    """shfl.sync in its four modes, with or without the predicate for lanes that read inside of their segment."""
     if i.modifiers[0] != "sync" or i.modifiers[-1] != "b32":
         raise UnknownPTX("this shuffle")
     mode = i.modifiers[1]
@@ -78,6 +79,7 @@ def shuffle(m, i: int | None, x: np.ndarray, origin: np.ndarray, inside: np.ndar
 
 @emits("vote")
 def emit_vote(w: Writer, i: Instruction) -> None:
+    """vote.sync."""
     if i.modifiers[0] != "sync":
         raise UnknownPTX("this vote")
     mode = i.modifiers[1]
@@ -100,6 +102,7 @@ def vote(m, i: int, mode: str, p: np.ndarray, mask, member_mask) -> np.ndarray:
 
 @emits("match")
 def emit_match(w: Writer, i: Instruction) -> None:
+    """match.sync, any or all."""
     kind = kind_at_end(i)
     if i.modifiers[1] != "sync":
         raise UnknownPTX("this match")
@@ -127,6 +130,7 @@ def match(m, i: int, every: bool, x: np.ndarray, mask, member_mask) -> tuple[np.
 
 @emits("redux")
 def emit_reduction(w: Writer, i: Instruction) -> None:
+    """redux.sync."""
     kind, operation = kind_at_end(i), i.modifiers[1]
     flags = i.modifiers[2:-1]
     x, mask = w.value(i.operands[1], kind), members(w, i.operands[2])
@@ -153,6 +157,7 @@ def reduce_warp(m, i: int, operation: str, x: np.ndarray, mask, member_mask, fla
 
 @emits("elect")
 def emit_election(w: Writer, i: Instruction) -> None:
+    """elect.sync, whose leader is the first lane."""
     if i.modifiers != ("sync",):
         raise UnknownPTX("this election")
     to, mask = i.operands[0], members(w, i.operands[1])
@@ -173,6 +178,7 @@ def elect(m, i: int, mask, member_mask) -> tuple[np.ndarray, np.ndarray]:
 
 @emits("activemask")
 def emit_active_mask(w: Writer, i: Instruction) -> None:
+    """activemask."""
     w.assign(i.operands[0], f"active_lanes(M, {w.guard})", "b32")
 
 
