@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .global_memory import GlobalMemory
+from .global_memory import GlobalMemory, Regions
 from .local_memory import LocalMemory
 from .ptx import END
+from .regions import Region
 from .shared_memory import SharedMemory
 from .translate import Program
 
@@ -102,7 +103,7 @@ class Machine:
         self,
         program: Program,
         params: dict[str, Array],
-        regions: Sequence[Any],
+        regions: Regions | Iterable[Region],
         grid: tuple[int, int, int],
         block_ids: Array,
         shared_bytes: int,
