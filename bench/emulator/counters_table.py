@@ -1,5 +1,6 @@
 """The table of `bench.emulate --table`: every kernel's counters, then each access that is marked."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,21 +18,21 @@ from .counters_text import (
 
 Row = Mapping[str, Any]
 INTRODUCTION = """
-`python -m bench.emulate --table FILE`; {versions}. Sizes are those of configs/bench/emulate.toml, arguments random and
-aligned. Instructions are PTX, those of all threads for each unit of the call's work. Sectors stand beside the fewest
-that could hold the bytes of a request. Bytes are those of the sectors of all kernels of a call, and tensor-core work is
-that of all of them, both as multiples of what the op needs. **Bold**: an access of the kernel has more than
-{wavefronts} wavefronts, or {sectors} of its fewest sectors; it stands in the second table.
+`python -m bench.emulate --table FILE`, commit {commit}, {date}, Triton {triton}. Sizes are those of
+configs/bench/emulate.toml, arguments random and aligned. Instructions are PTX, those of all threads for each unit of
+the call's work. Sectors stand beside the fewest that could hold the bytes of a request. Bytes are those of the sectors
+of all kernels of a call, and tensor-core FLOPs those of all of them, both as multiples of what the op needs. **Bold**:
+an access of the kernel has more than {max_wavefronts} wavefronts, or {max_sectors} of its fewest sectors; it stands in
+the second table.
 """
 
 
 def counters_table(calls: Sequence[EmulatedCall], stamp: Mapping[str, str]) -> Iterator[str]:
     """Yields the lines of the table, as Markdown."""
-    versions = ", ".join(f"{name} {stamp[name]}" for name in ("triton", "torch", "commit", "date"))
     kernels = [row for call in calls for row in call.rows]
     marked = sum(any(map(is_marked, row["memory"])) for row in kernels)
     yield "# What the default configs do, emulated"
-    yield INTRODUCTION.format(versions=versions, wavefronts=MAX_WAVEFRONTS, sectors=MAX_SECTORS)
+    yield INTRODUCTION.format(**stamp, max_wavefronts=MAX_WAVEFRONTS, max_sectors=MAX_SECTORS)
     yield f"{len(kernels)} kernels of {sum(bool(call.rows) for call in calls)} calls, {marked} with a marked access."
     yield ""
     names = ["op", "implementation", "config", "target", "kernel"]
@@ -48,15 +49,13 @@ def counters_table(calls: Sequence[EmulatedCall], stamp: Mapping[str, str]) -> I
             yield table_line([*kernel_cells(row), *of_call])
     if marked:
         yield from marked_accesses(kernels)
-    refused = [call for call in calls if not call.rows]
+    refused = Counter(f"{call.request.op} {call.request.impl}: {call.reason}" for call in calls if not call.rows)
     if refused:
         yield ""
-        yield "Not emulated:"
+        yield "Calls that were not emulated:"
         yield ""
-        for call in refused:
-            sizes = " ".join(f"{name}={value}" for name, value in call.request.sizes.items())
-            reason = call.refusal.splitlines()[0] if call.refusal else "launches no kernel"
-            yield f"- {call.request.op} {call.name} at {sizes}: {reason}"
+    for refusal, count in refused.items():
+        yield f"- {count} of {refusal}"
 
 
 def kernel_cells(row: Row) -> list[str]:

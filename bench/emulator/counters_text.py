@@ -34,6 +34,11 @@ class EmulatedCall:
         source = f"{self.source}: " if self.source else ""
         return f"{source}{self.request.impl} {self.request.config} {self.request.target}"
 
+    @property
+    def reason(self) -> str:
+        """The first line of the reason why there is no row."""
+        return self.refusal.splitlines()[0] if self.refusal else "launches no Triton kernel for these sizes"
+
 
 def format_bytes(count: float) -> str:
     """Returns bytes in the unit that suits them."""
@@ -96,7 +101,9 @@ def kernel_table(calls: Sequence[EmulatedCall]) -> Iterator[str]:
 
 
 def total_lines(calls: Sequence[EmulatedCall]) -> Iterator[str]:
-    """Yields a line per call: the bytes and the tensor-core work of all its kernels beside those of the op."""
+    """Yields a line per call: the bytes and the tensor-core work of all its kernels beside those of the op, whose cost
+    takes every sequence of a batch to be as long as the longest.
+    """
     for call in calls:
         if call.rows:
             moved = sum(row["read_bytes"] + row["written_bytes"] for row in call.rows)
@@ -156,8 +163,8 @@ def refusal_lines(calls: Sequence[EmulatedCall]) -> Iterator[str]:
     """Yields a line for each call that launched no kernel, with the reason."""
     for call in calls:
         if not call.rows:
-            reason = call.refusal or "launches no Triton kernel for these sizes"
-            yield f"{call.request.op} {call.name}: {'ERROR ' if call.is_error else ''}{reason}"
+            reason = f"ERROR {call.refusal}" if call.is_error else call.reason
+            yield f"{call.request.op} {call.name}: {reason}"
 
 
 def figures(row: Row) -> dict[str, Any]:

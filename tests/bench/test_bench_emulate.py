@@ -179,7 +179,7 @@ def test_table_has_each_kernel_and_each_marked_access() -> None:
     assert "| `_mine` | 7 a weight | **9.60 of 4.80** | **1.50** | 3.00 | 2.00 |" in text
     assert "| `_mine` | 7 a weight | 9.60 of 4.80 | 1.50 | 3.00 | 2.00 |" in text
     assert "| `ld.global.b16` | 8.00 of 2.00 | - |" in text and "| `ld.shared.b32` | - | 1.50 |" in text
-    assert "st.global" not in text and "- linear mine 0 sm_90 at m=1: no room" in text
+    assert "st.global" not in text and "- 1 of linear mine: no room" in text
 
 
 def test_comparison_names_what_changed() -> None:
