@@ -63,7 +63,7 @@ def emulating(
         return compiled
 
     def launch_compiled(compiled: Any, grid: Any) -> Any:
-        """What `kernel.warmup(...)` returned is launched with all arguments by position."""
+        """Launches a kernel that `kernel.warmup(...)` compiled, with all arguments by position."""
         return lambda *args: emulate(compiled, grid, dict(zip(compiled.src.signature, args)))
 
     def emulate(compiled: Any, grid: Any, values: Mapping[str, Any]) -> None:
@@ -165,7 +165,8 @@ def run_first_config(tuner: Any, *args: Any, **kwargs: Any) -> Any:
         tuner.nargs = None
 
 
-def refuse_interpreted(kernel: Any, *args: Any, **kwargs: Mapping[str, Any]) -> None:
+def refuse_interpreted(kernel: Any, *args: Any, **kwargs: Any) -> None:
+    """Raise RuntimeError with the reason that a kernel is not compiled."""
     raise RuntimeError(
         f"{kernel.fn.__name__} is interpreted, not compiled: TRITON_INTERPRET was set when its file was imported. "
         "Unset it and start again."

@@ -33,11 +33,13 @@ def pack_awq(codes: Tensor) -> Tensor:
 
 
 def lmdeploy(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
+    """x [m, k] times an AWQ weight, by lmdeploy."""
     kernels = import_single_file("lmdeploy.pytorch.kernels.cuda.awq_kernels")
     return kernels.awq_linear(x, qweight, scales, qzeros)
 
 
 def gptqmodel(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
+    """x [m, k] times an AWQ weight, by GPTQModel."""
     triton_files = "gptqmodel.quantization.awq.modules.triton"
     gemm = import_single_file(f"{triton_files}.gemm")
     scheduler = import_single_file(f"{triton_files}.scheduler")

@@ -1,4 +1,4 @@
-"""What an emulation reports: its launches, the faults of each, and counters by instruction."""
+"""The report of an emulation: its launches, the faults of each, and counters by instruction."""
 
 import linecache
 from collections import Counter
@@ -82,7 +82,7 @@ class Launch:
 
 @dataclass
 class Report:
-    """What ran inside `emulating`, in order."""
+    """The launches inside `emulating`, in order."""
 
     target: str
     launches: list[Launch] = field(default_factory=list)

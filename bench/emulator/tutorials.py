@@ -44,6 +44,7 @@ def load_definitions(file: Path) -> SimpleNamespace:
 
 
 def is_definition(node: ast.stmt) -> bool:
+    """True for imports, functions that are no tests, and what decorators ask for."""
     if isinstance(node, ast.If | ast.Assign):
         stored = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         return bool(stored & CONFIG_NAMES)
@@ -53,6 +54,7 @@ def is_definition(node: ast.stmt) -> bool:
 
 
 def vector_add(module: Any) -> Outputs:
+    """Three blocks of 1024, of which the last is cut off."""
     x, y = torch.randn(2, 3001)
     out = torch.empty_like(x)
     module.add_kernel[lambda meta: (triton.cdiv(3001, meta["BLOCK_SIZE"]),)](x, y, out, 3001, BLOCK_SIZE=1024)
@@ -60,6 +62,7 @@ def vector_add(module: Any) -> Outputs:
 
 
 def softmax(module: Any) -> Outputs:
+    """Eight programs over 37 rows, pipelined."""
     x = torch.randn(37, 781)
     out = torch.empty_like(x)
     module.softmax_kernel[(8,)](
@@ -86,6 +89,7 @@ def matmul(module: Any) -> Outputs:
 
 
 def dropout(module: Any) -> Outputs:
+    """With a mask, and with random numbers of the kernel's own."""
     x, p = torch.randn(3001), 0.25
     keep = (torch.rand(3001) > p).int()
     out, seeded = torch.empty_like(x), torch.empty_like(x)
@@ -99,8 +103,9 @@ def dropout(module: Any) -> Outputs:
 
 
 def uniform(seed: int, n: int) -> Tensor:
-    """What `tl.rand(seed, range(n))` draws: Philox-4x32-10 (Salmon et al., "Parallel random numbers", 2011), of whose
-    first word the 31 bits of its absolute value as a signed number become a float32 below 1.
+    """The numbers of `tl.rand(seed, range(n))`, by Philox-4x32-10 (Salmon et al., "Parallel random numbers", 2011).
+
+    Of its first word as a signed number, the 31 bits of the absolute value become a float32 below 1.
     """
     low_bits = 2**32 - 1
     counter = [torch.arange(n), *torch.zeros(3, n, dtype=torch.int64)]
