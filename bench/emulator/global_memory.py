@@ -159,7 +159,9 @@ class GlobalMemory:
             self.machine.fault(i, "out of bounds", self.describe(verb, size, int(address[bad][0])), bad)
             mask = inside if mask is None else inside & mask
         parts = []
-        numbers = np.unique(n if mask is None else n[mask])
+        touched = n if mask is None else n[mask]
+        one = touched.size and touched.min() == touched.max()
+        numbers = touched.ravel()[:1] if one else np.unique(touched)
         for number in numbers:
             region = self.regions.regions[number]
             held = mask if len(numbers) == 1 else (n == number) if mask is None else (n == number) & mask

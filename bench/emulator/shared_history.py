@@ -1,6 +1,11 @@
 """The history of shared memory: who wrote and read each granule since which barrier, and what that forbids.
 
 Time is counted in barriers of any kind. While all blocks of a machine do the same, they share one row of history.
+What nothing orders is a fault by PTX's memory model, with one allowance: instructions that a warp executes together
+(shuffles, ldmatrix, votes) count as an order of its threads, as they are on every GPU that there is.
+
+Warps that advance on their own would have a time of their last barrier each, in place of `barrier`: a named barrier or
+an mbarrier sets it for the warps that it releases.
 """
 
 from __future__ import annotations
