@@ -55,7 +55,7 @@ class Findings:
 
 
 class Accumulators:
-    """Registers that wgmma computes until a wait: by the number of their group."""
+    """Registers that wgmma computes, or reads, until a wait: by the number of their group."""
 
     def __init__(self) -> None:
         self.groups: dict[str, int] = {}
@@ -283,11 +283,12 @@ class Machine:
             if bad.any():
                 self.fault(i, "register unwritten", "reads a register that nothing has written", bad)
 
-    def check_awaited(self, i: int, names: Sequence[str], mask: Array | None) -> None:
-        """A fault where a register is read that wgmma may still be computing."""
+    def check_awaited(
+        self, i: int, names: Sequence[str], mask: Array | None, what: str = "reads an accumulator"
+    ) -> None:
+        """A fault where a register is read that wgmma may still be computing, or written that it may be reading."""
         if any(name in self.accumulators.groups for name in names):
-            text = "reads an accumulator of wgmma before its wait"
-            self.fault(i, "not waited for", text, self.running(mask))
+            self.fault(i, "not waited for", f"{what} of wgmma before its wait", self.running(mask))
 
     def fault(self, i: int, kind: str, message: str, bad: Array | None = None) -> None:
         """Note a fault of an instruction, once for each kind. bad: the threads it concerns"""

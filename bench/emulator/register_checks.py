@@ -16,6 +16,7 @@ Steps = list[list[Step]]
 
 def add_checks(kernel: Kernel, steps: Steps) -> set[str]:
     """Adds the checks to the steps of a kernel's blocks. Returns the names of the companions."""
+    add_source_checks(kernel, steps)
     add_accumulator_checks(kernel, steps)
     return add_unwritten_checks(kernel, steps)
 
@@ -189,3 +190,27 @@ def add_accumulator_checks(kernel: Kernel, steps: Steps) -> None:
             if early:
                 step.lines.insert(0, f"M.check_awaited({i}, {tuple(sorted(early))}, {step.guard})")
             pending = after
+
+
+def step_through_sources(block: list[Step], busy: set[str]) -> set[str]:
+    """The registers that wgmma may still be reading after a block, if it may be those before it."""
+    for step in block:
+        busy = set() if waits_for_all(step) else busy | set(step.sources)
+    return busy
+
+
+def add_source_checks(kernel: Kernel, steps: Steps) -> None:
+    """A check at each write of a register that wgmma may still be reading."""
+    if not any(step.sources for block in steps for step in block):
+        return
+    entry = dataflow.possible_at_entry(kernel.blocks, lambda n, busy: step_through_sources(steps[n], busy))
+    for block, busy in zip(steps, entry):
+        for step in block:
+            if changed := sorted(busy.intersection(step.writes)):
+                names = tuple(f"source {name}" for name in changed)
+                step.lines.insert(
+                    0, f"M.check_awaited({step.instruction.id}, {names}, {step.guard}, 'writes a source')"
+                )
+            if step.sources:
+                step.lines.append(f"M.accumulators.begin({tuple(f'source {name}' for name in step.sources)})")
+            busy = step_through_sources([step], busy)

@@ -182,6 +182,17 @@ class SharedHistory:
         self.written[at] = self.time
         self.writer[at] = ATOMIC
 
+    def bytes_of(self, memory: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """The bytes of granules, in every block if all share a row: [blocks, granules, bytes] or [granules, bytes]."""
+        granules = memory.reshape(len(memory), self.granules, self.granule)
+        return granules[:, at] if self.rows == 1 else granules[at // self.granules, at % self.granules]
+
+    def check_same(self, i: int, before: np.ndarray, after: np.ndarray, at: np.ndarray) -> None:
+        """A race, where a write changes granules that another thread wrote, unordered with it."""
+        if (changed := (before != after).any(-1)).any():
+            bad = at[changed.any(0)] if changed.ndim > 1 else at[changed]
+            self.fault(i, "race", "writes {}, where another thread wrote a different value since the last barrier", bad)
+
     def end_copy(self, access: Access) -> None:
         """A copy of cp.async has been waited for by the threads that asked for it."""
         at, who = self.places(access)

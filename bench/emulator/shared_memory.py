@@ -280,9 +280,9 @@ class SharedMemory:
         """stmatrix: the reverse of ldmatrix."""
         self.whole_warps(i)
         access = self.matrix_access(i, address, len(values), mask, "writes")
-        if self.history:
-            self.history.next_time(("converged",))
-            self.history.note_write(i, access)
+        self.converge()
+        conflict = self.history.note_write(i, access) if self.history else None
+        before = None if self.history is None or conflict is None else self.history.bytes_of(self.bytes, conflict)
         low, high = access.matrix_units(len(values), transposed)
         shape = (self.machine.blocks, self.machine.threads)
         width = 4 if high is None else 2
@@ -298,6 +298,8 @@ class SharedMemory:
                 else:
                     live = np.broadcast_to(held[half][n], shape)
                     flat[at[live]] = part[live]
+        if before is not None and self.history and conflict is not None:
+            self.history.check_same(i, before, self.history.bytes_of(self.bytes, conflict), conflict)
 
     def mma(self, i: int, plan: tuple, a: list, b: list, c: list) -> list[Array]:
         """A run of mma.sync as one product; see `fragments.multiply`."""

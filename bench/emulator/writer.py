@@ -58,6 +58,7 @@ class Step:
 
     reads, writes  names of registers; a write under a guard leaves some threads as they were
     accumulators  registers that are being computed until a wait, among the writes
+    sources       registers that are being read until a wait, among the reads
     copies        destination -> source, where nothing is computed
     waits         of a wait for wgmma, how many groups it leaves
     used_where    register -> expression for the threads in which its value matters, where that is not the guard
@@ -70,6 +71,7 @@ class Step:
     reads: list[str] = field(default_factory=list)
     writes: list[str] = field(default_factory=list)
     accumulators: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
     copies: dict[str, str] = field(default_factory=dict)
     waits: int | None = None
     used_where: dict[str, str] = field(default_factory=dict)

@@ -166,6 +166,7 @@ def emit_warp_group(w: Writer, i: Instruction) -> None:
     call = f"S.wgmma({i.id}, {w.share(plan, 'plan')}, [{old}], {left}, {w.value(b, 'b64')}, {scale})"
     w.assign_list(list(d.items), call)
     w.step.accumulators += w.step.writes
+    w.step.sources += registers_of(a) if isinstance(a, Vector) else []
     return None
 
 
