@@ -212,13 +212,17 @@ def prmt(a, b, select, mode=None):
     """Four of the eight bytes of b (above) and a, as they are or, where bit 3 of a place is set, copies of a sign."""
     if mode:
         select = np.array(PERMUTATIONS[mode], u4)[select & u4(3)]
-    pool = (b.astype(u8) << u8(32)) | a
-    out = np.zeros(np.broadcast_shapes(a.shape, b.shape, select.shape), u4)
+    pool = np.empty((*np.broadcast_shapes(a.shape, b.shape, select.shape), 2), u4)
+    pool[..., 0], pool[..., 1] = a, b
+    out = np.empty(pool.shape[:-1], u4)
+    pool, parts = pool.view(u1), out.view(u1).reshape(*out.shape, 4)
+    first = np.arange(0, pool.size, 8).reshape(out.shape)
     for k in range(4):
         place = (select >> u4(4 * k)) & u4(15)
-        byte = ((pool >> ((place & u4(7)).astype(u8) * u8(8))) & u8(255)).astype(u4)
-        sign = np.where(byte & u4(0x80), u4(255), u4(0))
-        out |= np.where(place & u4(8), sign, byte) << u4(8 * k)
+        byte = pool.reshape(-1).take(first + (place & u4(7)))
+        if (place & u4(8)).any():
+            byte = np.where(place & u4(8), np.where(byte & u1(0x80), u1(255), u1(0)), byte)
+        parts[..., k] = byte
     return out
 
 

@@ -130,8 +130,8 @@ def test_two_f32_in_a_register(name: str) -> None:
 def test_fma_relu(kind: str) -> None:
     form, x = FORMATS[kind], samples(kind, 3)
 
-    def one(*values: Number) -> Number:
-        rounded = form.decode(form.encode(fused(*values)))
+    def one(a: Number, b: Number, c: Number) -> Number:
+        rounded = form.decode(form.encode(fused(a, b, c)))
         return rounded if is_nan(rounded) or rounded > 0 else ZERO
 
     got = compute(written(f"fma.rn.relu.{kind}", 3), np.uint16, *x)

@@ -1,5 +1,7 @@
 """What the threads of a warp do together: shuffles, votes, matches, reductions; after the manual's programs."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from ptx_runner import compute
@@ -64,8 +66,9 @@ def bits_of(flags: np.ndarray) -> np.ndarray:
     return mask.repeat(32).astype(np.uint32)
 
 
-def by_warp(flags: np.ndarray) -> np.ndarray:
-    return flags.repeat(32)
+def by_warp(x: Any) -> np.ndarray:
+    """What each warp has, for its threads."""
+    return x.repeat(32)
 
 
 def test_votes() -> None:
