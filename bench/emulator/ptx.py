@@ -12,6 +12,7 @@ from pathlib import Path
 LABEL = re.compile(r"([A-Za-z_$%][\w$]*):(?!:)")
 GUARDED = re.compile(r"@(!?)\s*(%?[\w$]+) (.*)")
 ADDRESS = re.compile(r"\[\s*(.+?)\s*(?:([+-])\s*(-?\w+))?\s*\]")
+OPERAND = re.compile(r"(?:\{[^}]*\}|\[[^\]]*\]|\([^)]*\)|[^,{\[(])+")
 NUMBERED = re.compile(r"%([a-zA-Z_]+)(\d+)")
 
 
@@ -382,12 +383,4 @@ class _Reader:
 
 def split_operands(text: str) -> list[str]:
     """The operands of a list, which has commas inside of braces and brackets too."""
-    if "{" not in text and "[" not in text and "(" not in text:
-        return [part.strip() for part in text.split(",")] if text.strip() else []
-    parts, depth, start = [], 0, 0
-    for n, character in enumerate(text):
-        depth += (character in "{[(") - (character in "}])")
-        if character == "," and depth == 0:
-            parts.append(text[start:n].strip())
-            start = n + 1
-    return [*parts, last] if (last := text[start:].strip()) else parts
+    return [part.strip() for part in OPERAND.findall(text)]
