@@ -56,7 +56,7 @@ def stack_registers(registers: list[Array], kind: str, shape: tuple[int, int]) -
 
 
 def multiply(modifiers: Sequence[str], shape: tuple[int, int], plan: tuple, a: list, b: list, c: list) -> list[Array]:
-    """A run of mma.sync as one product of larger matrices.
+    """A run of mma.sync as products of larger matrices, one for each step along k, each rounded once.
 
     modifiers   of the instruction: sync, aligned, m16n8k16, row, col, and the kinds of d, a, b and c
     shape       (blocks, warps)
@@ -67,48 +67,58 @@ def multiply(modifiers: Sequence[str], shape: tuple[int, int], plan: tuple, a: l
     """
     d_kind, a_kind, b_kind, c_kind = modifiers[-4:]
     rows, columns, steps, present = plan
-    if d_kind == "f16" and steps > 1:  # which rounds after every step
-        for step in range(steps):
-            flat = multiply(modifiers, shape, (rows, columns, 1, present), [a[step]], [b[step]], c)
-            c = [flat[n : n + 2] for n in range(0, len(flat), 2)]
-        return flat
     blocks, warps = shape
     held_a, held_b = len(a[0][0]), len(b[0][0])
     x = stack_registers([r for step in a for tile in step for r in tile], a_kind, shape)
     y = stack_registers([r for step in b for tile in step for r in tile], b_kind, shape)
     each = x.shape[-1]
     # A: [steps, rows, k half, row half, warp, g, t, each]
-    # -> [warp, (rows, row half, g), (steps, k half, t, element)]
-    x = x.reshape(steps, rows, held_a // 2, 2, -1, 8, 4, each).transpose(4, 1, 3, 5, 0, 2, 6, 7)
-    x = numbers_of(np.ascontiguousarray(x), a_kind).reshape(blocks * warps, 16 * rows, -1)
-    # B: [steps, columns, k half, warp, g, t, element] -> [warp, (steps, k half, t, element), (columns, g)]
-    y = y.reshape(steps, columns, held_b, -1, 8, 4, each).transpose(3, 0, 2, 5, 6, 1, 4)
-    y = numbers_of(np.ascontiguousarray(y), b_kind).reshape(blocks * warps, -1, 8 * columns)
-    d = np.matmul(x, y)
-    # [warp, (rows, row half, g), (columns, t, element)] -> [rows, columns, row half, element, blocks, threads]
-    d = d.reshape(-1, rows, 2, 8, columns, 4, 2).transpose(1, 4, 2, 6, 0, 3, 5)
-    d = np.ascontiguousarray(d).reshape(rows, columns, 2, 2, blocks, warps * 32)
-    out = []
+    # -> [steps, warp, (rows, row half, g), (k half, t, element)]
+    x = x.reshape(steps, rows, held_a // 2, 2, -1, 8, 4, each).transpose(0, 4, 1, 3, 5, 2, 6, 7)
+    x = numbers_of(np.ascontiguousarray(x), a_kind).reshape(steps, blocks * warps, 16 * rows, -1)
+    # B: [steps, columns, k half, warp, g, t, element] -> [steps, warp, (k half, t, element), (columns, g)]
+    y = y.reshape(steps, columns, held_b, -1, 8, 4, each).transpose(0, 3, 2, 5, 6, 1, 4)
+    y = numbers_of(np.ascontiguousarray(y), b_kind).reshape(steps, blocks * warps, -1, 8 * columns)
+    # [rows, columns, row half, element, blocks, threads] <-> [warp, (rows, row half, g), (columns, t, element)]
+    sums = np.zeros((rows, columns, 4, blocks, warps * 32), NUMBERS[c_kind])
     for (row, column), registers in zip(present, c):
-        out += add_products(list(d[row, column].reshape(4, blocks, -1)), registers, d_kind, c_kind)
-    return out
+        for n, number in enumerate(accumulators_of(registers, c_kind)):
+            sums[row, column, n] = number
+    sums = sums.reshape(rows, columns, 2, 2, -1, 8, 4).transpose(4, 0, 2, 5, 1, 6, 3)
+    sums = sums.reshape(blocks * warps, 16 * rows, 8 * columns)
+    for left, right in zip(x, y):
+        sums = rounded_sum(sums, left, right, d_kind)
+    sums = sums.reshape(-1, rows, 2, 8, columns, 4, 2).transpose(1, 4, 2, 6, 0, 3, 5)
+    sums = np.ascontiguousarray(sums).reshape(rows, columns, 4, blocks, warps * 32)
+    return [register for place in present for register in registers_of(list(sums[place]), d_kind)]
 
 
-def add_products(products: list[Array], registers: list[Array], d_kind: str, c_kind: str) -> list[Array]:
-    """Accumulators plus products, one of each element; two f16 share a register."""
-    if d_kind == "s32":
-        return [x.view(np.uint32) + p.astype(np.int64).astype(np.uint32) for x, p in zip(registers, products)]
-    if c_kind == "f16":
-        registers = [
-            (x >> np.uint32(16 * half)).astype(np.uint16).view(np.float16).astype(np.float32)
-            for x in registers
-            for half in (0, 1)
-        ]
-    else:
-        registers = [x.view(np.float32) for x in registers]
-    if d_kind == "f32":
-        return [(x + p).view(np.uint32) for x, p in zip(registers, products)]
-    halves = [(x + p).astype(np.float16).view(np.uint16).astype(np.uint32) for x, p in zip(registers, products)]
+def rounded_sum(sums: Array, left: Array, right: Array, kind: str) -> Array:
+    """sums + left @ right, of which only the result is rounded: so it does not matter in which order numbers are added,
+    nor where in the matrices they lie. (Tensor cores round too, more coarsely, in ways that are not documented.)
+    """
+    total = np.matmul(left.astype(np.float64, copy=False), right.astype(np.float64, copy=False))
+    if kind == "s32":
+        return sums + total.astype(np.int64).astype(np.uint32)
+    total += sums
+    return total.astype(NUMBERS[kind])
+
+
+NUMBERS = {"f32": np.float32, "f16": np.float16, "s32": np.uint32}  # of accumulators
+
+
+def accumulators_of(registers: list[Array], kind: str) -> list[Array]:
+    """Registers as numbers of accumulators, two f16 of each."""
+    if kind != "f16":
+        return [x.view(NUMBERS[kind]) for x in registers]
+    return [(x >> np.uint32(16 * half)).astype(np.uint16).view(np.float16) for x in registers for half in (0, 1)]
+
+
+def registers_of(numbers: list[Array], kind: str) -> list[Array]:
+    """Numbers of accumulators as registers, two f16 in each."""
+    if kind != "f16":
+        return [x.view(np.uint32) for x in numbers]
+    halves = [x.view(np.uint16).astype(np.uint32) for x in numbers]
     return [low | high << np.uint32(16) for low, high in zip(halves[::2], halves[1::2])]
 
 
@@ -134,12 +144,15 @@ def multiply_warp_group(
     left, right = numbers_of(a, plan.a_kind), numbers_of(b, plan.b_kind)
     if plan.negate_a != plan.negate_b:
         left = -left
-    d = np.matmul(left, right.swapaxes(2, 3))  # [blocks, groups, 64, n]
-    # [block, group, warp, row half, g, column of 8, t, element] -> [column of 8, row half, element, blocks, threads]
-    d = d.reshape(blocks, groups, 4, 2, 8, n // 8, 4, 2).transpose(5, 3, 7, 0, 1, 2, 4, 6)
-    products = list(np.ascontiguousarray(d).reshape(n // 2, blocks, threads))
-    sums = add_products(products, old, plan.d_kind, plan.d_kind)
-    if scale.all():
-        return sums
-    zero = [np.zeros((1, 1), np.uint32)] * len(old)
-    return [np.where(scale, new, x) for new, x in zip(sums, add_products(products, zero, plan.d_kind, plan.d_kind))]
+    kept = accumulators_of(old, plan.d_kind)
+    if not scale.all():
+        kept = [np.where(scale, number, number.dtype.type(0)) for number in kept]
+    sums = np.empty((n // 2, blocks, threads), NUMBERS[plan.d_kind])
+    for i, number in enumerate(kept):
+        sums[i] = number
+    # [column of 8, row half, element, blocks, threads]
+    # <-> [block, group, (warp, row half, g), (column of 8, t, element)]
+    sums = sums.reshape(n // 8, 2, 2, blocks, groups, 4, 8, 4).transpose(3, 4, 5, 1, 6, 0, 7, 2)
+    sums = rounded_sum(sums.reshape(blocks, groups, 64, n), left, right.swapaxes(2, 3), plan.d_kind)
+    sums = sums.reshape(blocks, groups, 4, 2, 8, n // 8, 4, 2).transpose(5, 3, 7, 0, 1, 2, 4, 6)
+    return registers_of(list(np.ascontiguousarray(sums).reshape(n // 2, blocks, threads)), plan.d_kind)
