@@ -140,6 +140,28 @@ def test_rounding_of_tf32_and_of_sums() -> None:
     assert all((x == big).all() for x in out)
 
 
+def test_sums_do_not_depend_on_their_place_nor_on_what_runs_together() -> None:
+    """Numbers that round, in one run of several products and in a run for each."""
+    rng = np.random.default_rng(3)
+    modifiers = ("sync", "aligned", "m16n8k16", "row", "col", "f32", "f16", "f16", "f32")
+    rows, columns, steps = 2, 3, 4
+
+    def registers(count: int) -> list[np.ndarray]:
+        halves = rng.standard_normal((count, BLOCKS, WARPS * 32, 2)).astype(np.float16)
+        return list(halves.view(np.uint32)[..., 0])
+
+    a = [[registers(4) for _ in range(rows)] for _ in range(steps)]
+    b = [[registers(2) for _ in range(columns)] for _ in range(steps)]
+    present = [(i, j) for i in range(rows) for j in range(columns)]
+    c = [list(rng.standard_normal((4, BLOCKS, WARPS * 32)).astype(np.float32).view(np.uint32)) for _ in present]
+    together = multiply(modifiers, SHAPE, (rows, columns, steps, present), a, b, c)
+    for n, (i, j) in enumerate(present):
+        alone = c[n]
+        for step in range(steps):
+            alone = multiply(modifiers, SHAPE, (1, 1, 1, [(0, 0)]), [[a[step][i]]], [[b[step][j]]], [alone])
+        assert all((x == y).all() for x, y in zip(together[4 * n : 4 * n + 4], alone))
+
+
 class Plan(NamedTuple):
     m: int
     n: int
