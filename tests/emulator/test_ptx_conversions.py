@@ -107,6 +107,13 @@ def test_tf32(mode: str) -> None:
         want.append(0x7FFFFFFF if is_nan(value) else form.encode(value, mode) << 13)
     got = compute(f"cvt.{mode}.tf32.f32 {{d}}, {{a}};", np.uint32, x)
     assert_same_numbers("f32", got, want, [x])
+    got = compute(f"cvt.{mode}.satfinite.tf32.f32 {{d}}, {{a}};", np.uint32, x)
+    largest, infinity = form.largest << 13, form.infinity << 13
+    kept = [bits & 1 << 31 | largest if bits & 0x7FFFFFFF == infinity else bits for bits in want]
+    assert_same_numbers("f32", got, kept, [x])
+    if mode != "rna":
+        got = compute(f"cvt.{mode}.relu.tf32.f32 {{d}}, {{a}};", np.uint32, x)
+        assert_same_numbers("f32", got, [0 if bits >> 31 else bits for bits in want], [x])
 
 
 @pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
@@ -192,7 +199,7 @@ def test_between_integers(source: str, to: str) -> None:
             assert b == want & int(np.iinfo(register).max), (sat, hex(a), hex(b), want)
 
 
-@pytest.mark.parametrize("kind", ["f16", "f32", "f64"])
+@pytest.mark.parametrize("kind", ["f16", "bf16", "f32", "f64"])
 def test_to_whole_numbers_of_the_same_type(kind: str) -> None:
     x, form = values(kind, 100), FORMATS[kind]
     for whole, function in WHOLE.items():

@@ -211,7 +211,7 @@ def test_testp() -> None:
         "infinite": size == 0x7F800000,
         "number": size <= 0x7F800000,
         "notanumber": size > 0x7F800000,
-        "normal": (size >= 0x800000) & (size < 0x7F800000),
+        "normal": ((size >= 0x800000) & (size < 0x7F800000)) | (size == 0),
         "subnormal": (size < 0x800000) & (size > 0),
     }
     for name, want in classes.items():

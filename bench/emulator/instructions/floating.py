@@ -139,7 +139,7 @@ def emit_class_test(w: Writer, i: Instruction) -> None:
         "infinite": f"np.isinf({x})",
         "number": f"~np.isnan({x})",
         "notanumber": f"np.isnan({x})",
-        "normal": f"(np.isfinite({x}) & (np.abs({x}) >= {tiny}))",
+        "normal": f"(np.isfinite({x}) & ((np.abs({x}) >= {tiny}) | ({x} == 0)))",
         "subnormal": f"((np.abs({x}) < {tiny}) & ({x} != 0))",
     }
     w.assign(i.operands[0], tests[test], "pred")
