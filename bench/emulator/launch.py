@@ -1,5 +1,6 @@
 """Launches of Triton kernels on tensors of the CPU, compiled for a GPU and run by the emulator."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,13 +20,14 @@ from triton.runtime.jit import JITFunction
 from .arguments import flatten_arguments, memory_regions, parameter_bits
 from .compile import check_resources, compiling_to_ptx
 from .global_memory import Regions
-from .machine import Findings, Machine
+from .machine import Findings, Machine, Way, run_by_turns
 from .ptx import parse
 from .regions import Region
 from .report import Fault, KernelFault, Launch, Report
 from .translate import Program, translate
 
 LANES = 8192  # threads in lockstep
+PATIENCE = 256  # times that these may wait for others, before others begin
 MAX_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # blocks along each axis (CUDA C++ programming guide)
 
 
@@ -135,10 +137,13 @@ def run_blocks(
     order = np.random.default_rng(seed).permutation(total) if seed else np.arange(total)
     step = max(1, min(LANES // kernel.threads, 2**25 // max(shared, 1)))
     started = time.perf_counter()
+    ways: list[Way] = []
     with np.errstate(all="ignore"):
         for first in range(0, total, step):
             blocks = order[first : first + step]
-            Machine(program, parameters, memory, grid, blocks, shared, findings, checks, counters).run()
+            machine = Machine(program, parameters, memory, grid, blocks, shared, findings, checks, counters)
+            patience = PATIENCE * (len(ways) + 1) ** 2 if first + step < total else math.inf  # few are left behind
+            ways = run_by_turns([*ways, (machine, 0)], patience)
     seconds = time.perf_counter() - started
     instructions = program.instructions
     faults = [

@@ -13,6 +13,7 @@ they are.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -155,19 +156,10 @@ class Machine:
     # ---- control flow
 
     def run(self) -> None:
-        """Run all blocks to their end. Those that take different ways run by turns, as one may wait for another."""
-        work: deque[tuple[Machine, int]] = deque([(self, 0)])
-        while work:
-            machine, place = work.popleft()
-            ways = [(machine, place)]
-            for _ in range(TURN) if work else itertools.count():
-                ways = machine.run_basic_block(place)
-                place = ways[0][1]
-                if len(ways) > 1 or place == END:
-                    break
-            work += [way for way in ways if way[1] != END]
+        """Run all blocks to their end."""
+        run_by_turns([(self, 0)])
 
-    def run_basic_block(self, place: int) -> list[tuple[Machine, int]]:
+    def run_basic_block(self, place: int) -> list[Way]:
         """Run a basic block; returns the one that comes next, and where blocks of the grid part, a machine for each."""
         code = self.program.blocks[place]
         self.findings.entered[place] += self.blocks * self.warps
@@ -300,3 +292,26 @@ class Machine:
             place = tuple(int(axis[block, 0]) for axis in self.ctaid)
             message += f" (block {place}, thread {thread}; {int(bad.sum())} threads in all)"
         self.findings.faults[kind, i] = message
+
+
+Way = tuple[Machine, int]  # blocks of the grid, and the basic block that they come to next
+
+
+def run_by_turns(ways: Iterable[Way], patience: float = math.inf) -> list[Way]:
+    """Run blocks of the grid to their end, by turns where they take different ways, as one may wait for another.
+
+    patience  basic blocks that may run of those with atomics. Then blocks may be waiting for some that have not begun,
+              and the ways that have not ended are returned.
+    """
+    work = deque(ways)
+    while work and patience > 0:
+        machine, place = work.popleft()
+        ways = [(machine, place)]
+        for _ in range(TURN):
+            patience -= machine.program.blocks[place].may_wait
+            ways = machine.run_basic_block(place)
+            place = ways[0][1]
+            if len(ways) > 1 or place == END:
+                break
+        work += [way for way in ways if way[1] != END]
+    return list(work)

@@ -25,13 +25,19 @@ GROUPS: tuple[ModuleType, ...] = (bits, control, conversion, floating, integer, 
 
 @dataclass
 class BlockCode:
-    """A basic block as it runs. source: the Python. meeting: where threads that part at its end meet again."""
+    """A basic block as it runs.
+
+    source   the Python
+    meeting  where threads that part at its end meet again
+    may_wait  a loop that waits for other blocks of the grid may run it
+    """
 
     block: Block
     run: Callable[[Any, list], np.ndarray | None]
     source: str
     meeting: int
     has_barrier: bool
+    may_wait: bool
 
 
 @dataclass
@@ -64,10 +70,17 @@ def translate(kernel: Kernel) -> Program:
         source = function_source(block, block_steps, sorted(read_first[n]), kept, index)
         exec(compile(source, f"<{kernel.name}, block {n}>", "exec"), space)
         barrier = any(i.opcode in ("bar", "barrier") and "warp" not in i.modifiers for i in block.instructions)
-        codes.append(BlockCode(block, space[f"block_{n}"], source, meeting[n], barrier))
+        codes.append(
+            BlockCode(block, space[f"block_{n}"], source, meeting[n], barrier, any(map(may_wait, block.instructions)))
+        )
     instructions = {i.id: i for block in kernel.blocks for i in block.instructions}
     facts = memory_facts(x.statement for x in instructions.values())
     return Program(kernel, codes, instructions, list(registers.values()), facts)
+
+
+def may_wait(instruction: Instruction) -> bool:
+    """True for what a loop holds that waits for another block of the grid: an atomic, or a load that sees stores."""
+    return instruction.opcode == "atom" or not {"volatile", "relaxed", "acquire"}.isdisjoint(instruction.modifiers)
 
 
 def names_for_code() -> dict[str, Any]:

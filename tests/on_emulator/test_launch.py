@@ -69,6 +69,18 @@ def counter_kernel(out_ptr):
     tl.store(out_ptr, count)
 
 
+@triton.jit
+def last_block_first_kernel(flag_ptr, out_ptr):
+    """The first block waits for the last."""
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        tl.store(out_ptr, 5)
+        tl.atomic_xchg(flag_ptr, 1)
+    if tl.program_id(0) == 0:
+        while tl.atomic_add(flag_ptr, 0) == 0:
+            pass
+        tl.store(out_ptr + 1, tl.load(out_ptr) + 1)
+
+
 def line_of(kernel: Any, code: str) -> str:
     """ "file:line" of the line of a kernel that begins with `code`."""
     lines, first = inspect.getsourcelines(kernel.fn)
@@ -215,6 +227,14 @@ def test_guarded_tensors_may_be_touched_at_their_elements_only(
     assert {fault.kind for fault in report.faults} <= kinds[layout]
     assert bool(report.faults) == bool(kinds[layout])
     assert all("table" in fault.message for fault in report.faults)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_block_may_wait_for_one_far_behind_it(seed: int) -> None:
+    flag, out = torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    with emulating("sm_80", seed=seed):
+        last_block_first_kernel[(130,)](flag, out)
+    assert out.tolist() == [5, 6]
 
 
 def test_nothing_stays_changed() -> None:
