@@ -90,7 +90,7 @@ def emulating(
         yield report
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def translate_ptx(ptx: str) -> Program:
     """The program that runs a PTX text."""
     return translate(parse(ptx))

@@ -16,7 +16,7 @@ OPERAND = re.compile(r"(?:\{[^}]*\}|\[[^\]]*\]|\([^)]*\)|[^,{\[(])+")
 NUMBERED = re.compile(r"%([a-zA-Z_]+)(\d+)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Register:
     """bits: 1 for a predicate. negated: written with `!`."""
 
@@ -25,7 +25,7 @@ class Register:
     negated: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Immediate:
     text: str
 
@@ -41,21 +41,21 @@ class Immediate:
         return int(digits, 8 if octal else 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Special:
     """A register that the hardware fills, such as `%tid.x`."""
 
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Symbol:
     """The address of a variable, or a parameter."""
 
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Address:
     """`[base + offset]`"""
 
@@ -63,14 +63,14 @@ class Address:
     offset: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Vector:
     """`{a, b}`, or the two destinations `a|b`."""
 
     items: "tuple[Operand, ...]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sink:
     """`_`, a destination that takes nothing."""
 
@@ -78,7 +78,7 @@ class Sink:
 Operand = Register | Immediate | Special | Symbol | Address | Vector | Sink
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Instruction:
     """An instruction as it is written, with where it comes from.
 
