@@ -179,7 +179,7 @@ class GlobalMemory:
         """An access in words, by the region that is nearest."""
         region = min(self.regions, key=lambda r: max(r.low - address, address - r.high + 1, 0))
         span = region.high - region.low
-        return f"{verb} {size} bytes at {address - region.low:+} of {region.name}, whose elements span {span}"
+        return f"{verb} {size} bytes at {address - region.low:+} of {region.name}, whose elements span {span} bytes"
 
     def unit(self, region: Region, address: Array, mask: Array | None, size: int) -> Array:
         """The number of the element of that size, from the region's base; 0 for masked-off threads."""

@@ -142,7 +142,7 @@ def run_blocks(
         for first in range(0, total, step):
             blocks = order[first : first + step]
             machine = Machine(program, parameters, memory, grid, blocks, shared, findings, checks, counters)
-            patience = PATIENCE * (len(ways) + 1) ** 2 if first + step < total else math.inf  # few are left behind
+            patience = PATIENCE * max(1, len(ways)) ** 2 if first + step < total else math.inf  # few are left
             ways = run_by_turns([*ways, (machine, 0)], patience)
     seconds = time.perf_counter() - started
     instructions = program.instructions
