@@ -1,8 +1,6 @@
 """Races between the blocks of a grid: two that touch the same bytes of global memory, of which one writes them.
 
-Blocks run in any order on a GPU. What one wrote another may touch only behind a chain of a release and an acquire:
-atomics of that order, or others with a fence before or behind. The chain is followed by a clock for each block, which
-counts its releases, and by what each block knows of the clocks of the others.
+Blocks run in any order on a GPU. What one wrote another may touch only behind a chain of a release and an acquire.
 """
 
 from typing import Any
@@ -11,89 +9,105 @@ import numpy as np
 
 from .lockstep import Lockstep
 from .regions import Part, Region
+from .release_chains import ReleaseChains
 
 Array = np.ndarray
 MANY = 2**30  # readers, or with a minus writers by atomics
-Clock = dict[int, int]  # block -> the count of its releases that is known of
+
+
+class Record:
+    """Who touched each unit of a region last, and at which time of the block's: block + 1, with a minus for atomics."""
+
+    def __init__(self, units: int):
+        self.writer, self.wrote_at = np.zeros(units, np.int32), np.zeros(units, np.int32)
+        self.reader, self.read_at = np.zeros(units, np.int32), np.zeros(units, np.int32)
+        self.writing_thread, self.reading_thread = np.zeros(units, np.int16), np.zeros(units, np.int16)  # -1: several
+
+
+class Places:
+    """The units that an access touches, with the block + 1 and the thread that does."""
+
+    def __init__(self, machine: Lockstep, part: Part, at: Array, each: int):
+        shape = (machine.blocks, machine.threads)
+        at = np.broadcast_to(at, shape)
+        block = np.broadcast_to((machine.block_ids + 1).astype(np.int32)[:, None], shape)
+        thread = np.broadcast_to(np.arange(machine.threads, dtype=np.int16), shape)
+        if part.mask is not None:
+            held = np.broadcast_to(part.mask, shape)
+            at, block, thread = at[held], block[held], thread[held]
+        self.at = (at.reshape(-1, 1) * each + np.arange(each)).ravel()
+        self.block, self.thread = block.ravel().repeat(each), thread.ravel().repeat(each)
 
 
 class BlockRaces:
     """Which blocks wrote and read each unit of some regions.
 
-    A unit's writer is block + 1, with a minus if it wrote by an atomic; 0 is none.
+    chains   None for a kernel in which no release can order accesses
     """
 
-    def __init__(self, regions: set[Region], unit: int):
+    def __init__(self, regions: set[Region], unit: int, chains: bool):
         self.regions, self.unit = regions, unit
-        self.records: dict[Region, list[Array]] = {}  # writer, its clock then, reader, its clock then
-        self.clocks: dict[int, Clock] = {}  # what each block knows
-        self.released: dict[int, Clock] = {}  # what each block knew at the address
-        self.observed: dict[int, Clock] = {}  # what a fence of the block would make it know
-        self.fenced: dict[int, Clock] = {}  # what the block knew at its last fence
+        self.records: dict[Region, Record] = {}
+        self.chains = ReleaseChains() if chains else None
 
-    def places(self, machine: Lockstep, part: Part, at: Array, size: int) -> tuple[Array, Array, list]:
-        """The units that an access touches, the block that does, and their record."""
+    def places(self, machine: Lockstep, part: Part, at: Array, size: int) -> tuple[Places, Record]:
+        """The units that an access touches, and their record."""
         if part.region not in self.records:
-            units = len(part.region.views[1]) // self.unit
-            self.records[part.region] = [np.zeros(units, np.int32) for _ in range(4)]
+            self.records[part.region] = Record(len(part.region.views[1]) // self.unit)
             self.regions.add(part.region)
-        shape = (machine.blocks, machine.threads)
-        block = np.broadcast_to((machine.block_ids + 1).astype(np.int32)[:, None], shape)
-        at = np.broadcast_to(at, shape)
-        if part.mask is not None:
-            held = np.broadcast_to(part.mask, shape)
-            at, block = at[held], block[held]
-        each = max(1, size // self.unit)
-        return (
-            (at.reshape(-1, 1) * each + np.arange(each)).ravel(),
-            block.ravel().repeat(each),
-            self.records[part.region],
-        )
+        return Places(machine, part, at, max(1, size // self.unit)), self.records[part.region]
 
-    def own_clock(self, block: Array) -> Array:
-        """The count of releases of each of the blocks."""
-        if not self.clocks:
-            return np.ones(1, np.int32)
-        numbers, inverse = np.unique(block, return_inverse=True)
-        return np.array([self.clocks.get(int(b), {}).get(int(b), 1) for b in numbers], np.int32)[inverse]
+    def times(self, block: Array) -> Array | int:
+        return self.chains.times(block) if self.chains else 1
 
-    def unordered(self, old: Array, when: Array, block: Array) -> Array:
-        """Which of the accesses by `old` at its clock `when` are not known to `block`."""
-        bad = (old != 0) & (np.abs(old) != block)
-        if self.clocks and bad.any():
+    def unordered(self, old: Array, when: Array, thread: Array, x: Places) -> Array:
+        """Which of the accesses x are to what `thread` of the block `old` touched at `when`, and do not know of it."""
+        bad = (old != 0) & (np.abs(old) != x.block)
+        if self.chains and bad.any():
             for n in np.flatnonzero(bad):
-                knows = self.clocks.get(int(block[n]), {})
-                other = abs(int(old[n]))
-                bad[n] = len(knows) < 2 if other == MANY else knows.get(other, 0) < when[n]
+                block, other = int(x.block[n]), abs(int(old[n]))
+                if other == MANY:
+                    bad[n] = not self.chains.knows_any(block)
+                else:
+                    bad[n] = not self.chains.knows(block, int(x.thread[n]), other, int(thread[n]), int(when[n]))
         return bad
 
-    def fault(self, machine: Lockstep, i: int, text: str, old: Array, block: Array) -> None:
-        other = abs(int(old[0]))
-        other = "others" if other == MANY else f"block {other - 1}"
-        bad = (machine.block_ids + 1 == block[0])[:, None]
-        machine.fault(i, "blocks race", f"block {block[0] - 1} {text.format(other)}; {len(old)} such places", bad)
+    def check(self, machine: Lockstep, i: int, verbs: str, bad: Array, old: Array, x: Places) -> None:
+        """A fault, where an access is to what another block touched."""
+        if bad.any():
+            n = int(np.argmax(bad))
+            other = abs(int(old[n]))
+            verb, past = verbs.split()
+            who = "others" if other == MANY else f"block {other - 1}"
+            text = f"block {x.block[n] - 1} {verb} what {who} {past} in this launch, and nothing orders them"
+            mask = (machine.block_ids + 1 == x.block[n])[:, None]
+            machine.fault(i, "blocks race", f"{text}; {int(bad.sum())} such places", mask)
 
     def note_read(self, machine: Lockstep, i: int, part: Part, at: Array, size: int) -> None:
         """Check and note a load, which may be an atomic one."""
-        modifiers = set(getattr(machine.program.instructions[i], "modifiers", ()))
-        strong = modifiers & {"acquire", "relaxed", "volatile"}
+        modifiers = set(machine.program.instructions[i].modifiers)
+        strong = bool(modifiers & {"acquire", "relaxed", "volatile"})
         if strong:
             self.synchronize(machine, part, at, size, acquire="acquire" in modifiers, release=None)
-        at, block, (writer, wrote_at, reader, read_at) = self.places(machine, part, at, size)
-        old = writer[at]
-        bad = self.unordered(np.where(old < 0, 0, old) if strong else old, wrote_at[at], block)
-        if bad.any():
-            self.fault(machine, i, "reads what {} wrote in this launch, and nothing orders them", old[bad], block[bad])
+        x, record = self.places(machine, part, at, size)
+        old = record.writer[x.at]
+        if strong:
+            old = np.where(old < 0, 0, old)
+        bad = self.unordered(old, record.wrote_at[x.at], record.writing_thread[x.at], x)
+        self.check(machine, i, "reads wrote", bad, old, x)
         if strong:
             return
-        old = reader[at]
-        reader[at] = np.where((old == 0) | (old == block), block, MANY)
-        reader[at[(reader[at] != block)]] = MANY
-        read_at[at] = self.own_clock(block)
+        old = record.reader[x.at]
+        alone = (old == 0) | ((old == x.block) & (record.reading_thread[x.at] == x.thread))
+        record.reading_thread[x.at] = np.where(alone, x.thread, -1)
+        record.reader[x.at] = np.where((old == 0) | (old == x.block), x.block, MANY)
+        record.reader[x.at[record.reader[x.at] != x.block]] = MANY
+        record.reading_thread[x.at[record.reading_thread[x.at] != x.thread]] = -1
+        record.read_at[x.at] = self.times(x.block)
 
     def note_write(self, machine: Lockstep, i: int, part: Part, at: Array, size: int) -> None:
         """Check and note a store, which may be an atomic one."""
-        modifiers = set(getattr(machine.program.instructions[i], "modifiers", ()))
+        modifiers = set(machine.program.instructions[i].modifiers)
         strong = bool(modifiers & {"release", "relaxed", "volatile"})
         self._note_write(machine, i, part, at, size, strong)
         if strong:
@@ -103,72 +117,56 @@ class BlockRaces:
         self, machine: Lockstep, i: int, part: Part, at: Array, size: int, order: str, wrote: Array | None
     ) -> None:
         """Check and note an atomic operation. `wrote`: where it did; None: everywhere."""
-        self._note_write(machine, i, part, at, size, True)
         acquire, release = order in ("acquire", "acq_rel"), order in ("release", "acq_rel")
+        self._note_write(machine, i, part, at, size, True)
         self.synchronize(machine, part, at, size, acquire, release, wrote)
 
     def _note_write(self, machine: Lockstep, i: int, part: Part, at: Array, size: int, strong: bool) -> None:
-        at, block, (writer, wrote_at, reader, read_at) = self.places(machine, part, at, size)
-        old = writer[at]
+        x, record = self.places(machine, part, at, size)
+        old = record.writer[x.at]
         if strong:
             old = np.where(old < 0, 0, old)
-        bad = self.unordered(old, wrote_at[at], block)
-        if bad.any():
-            self.fault(machine, i, "writes what {} wrote in this launch, and nothing orders them", old[bad], block[bad])
-        old = reader[at]
-        bad = self.unordered(old, read_at[at], block)
-        if bad.any():
-            self.fault(machine, i, "writes what {} read in this launch, and nothing orders them", old[bad], block[bad])
-        old = writer[at]
-        writer[at] = np.where((old < 0) & (old != -block), -MANY, -block) if strong else block
-        wrote_at[at] = self.own_clock(block)
-        reader[at] = 0
-        other = np.abs(writer[at]) != block
-        if other.any() and strong:
-            writer[at[other]] = -MANY
-        elif other.any():
-            text = "writes what {} writes at the same time, and nothing orders them"
-            self.fault(machine, i, text, writer[at][other], block[other])
+        bad = self.unordered(old, record.wrote_at[x.at], record.writing_thread[x.at], x)
+        self.check(machine, i, "writes wrote", bad, old, x)
+        old = record.reader[x.at]
+        bad = self.unordered(old, record.read_at[x.at], record.reading_thread[x.at], x)
+        self.check(machine, i, "writes read", bad, old, x)
+        old = record.writer[x.at]
+        record.writer[x.at] = np.where((old < 0) & (old != -x.block), -MANY, -x.block) if strong else x.block
+        record.wrote_at[x.at] = self.times(x.block)
+        record.writing_thread[x.at] = x.thread
+        record.reader[x.at] = 0
+        other = np.abs(record.writer[x.at]) != x.block
+        if strong:
+            record.writer[x.at[other]] = -MANY
+        else:
+            self.check(machine, i, "writes writes", other, record.writer[x.at], x)
 
     def synchronize(
         self, machine: Lockstep, part: Part, at: Array, size: int, acquire: bool | None, release: bool | None,
         wrote: Any = None,
     ) -> None:  # fmt: skip
-        """Pass on what blocks know of each other by way of an address; None: it is not read, or not written."""
+        """Pass on what threads know by way of an address, in their order; None: it is not read, or not written."""
+        if not self.chains:
+            return
         shape = (machine.blocks, machine.threads)
         held = np.ones(shape, bool) if part.mask is None else np.broadcast_to(part.mask, shape)
         at = np.broadcast_to(at, shape)
         writes = held if wrote is None else np.broadcast_to(wrote, shape) & held
-        for n in np.flatnonzero(held.any(1)):
-            block = int(machine.block_ids[n]) + 1
-            known = self.clocks.setdefault(block, {block: 1})
-            for unit in np.unique(at[n][held[n]]):
-                address = part.region.base + int(unit) * size
-                if acquire is not None and address in self.released:
-                    join(known if acquire else self.observed.setdefault(block, {}), self.released[address])
-            if release is None:
-                continue
-            passed = known if release else self.fenced.get(block)
-            units = np.unique(at[n][writes[n]])
-            if passed and len(units):
-                for unit in units:
-                    join(self.released.setdefault(part.region.base + int(unit) * size, {}), passed)
-                if release:
-                    known[block] += 1
+        for n, thread in np.argwhere(held):
+            block, address = int(machine.block_ids[n]) + 1, part.region.base + int(at[n, thread]) * size
+            if acquire is not None:
+                self.chains.acquire(block, int(thread), address, acquire)
+            if release is not None and writes[n, thread]:
+                self.chains.release(block, int(thread), address, release)
 
-    def fence(self, machine: Lockstep) -> None:
-        """A fence of the active blocks, to both sides."""
-        active = machine.active
-        for n in range(machine.blocks) if active is None else np.flatnonzero(active.any(1)):
-            block = int(machine.block_ids[n]) + 1
-            known = self.clocks.setdefault(block, {block: 1})
-            join(known, self.observed.pop(block, {}))
-            self.fenced[block] = dict(known)
-            known[block] += 1
-
-
-def join(known: Clock, other: Clock) -> None:
-    """Add what `other` knows."""
-    for block, count in other.items():
-        if known.get(block, 0) < count:
-            known[block] = count
+    def at_barrier(self, machine: Lockstep, fence: bool = False) -> None:
+        """A barrier of the active blocks, or a fence."""
+        if self.chains:
+            active = machine.active
+            for n in range(machine.blocks) if active is None else np.flatnonzero(active.any(1)):
+                block = int(machine.block_ids[n]) + 1
+                if fence:
+                    self.chains.fence(block)
+                else:
+                    self.chains.at_barrier(block)

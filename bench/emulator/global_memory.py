@@ -39,7 +39,8 @@ class Regions:
                 addresses = [int(machine.params[name].ravel()[0]) for name in written if name in machine.params]
                 places = np.searchsorted(self.low, np.array(addresses, np.uint64), "right") - 1
                 watched = {self.regions[max(0, n)] for n in places}
-            self.races = BlockRaces(watched, machine.program.memory.global_unit)
+            facts = machine.program.memory
+            self.races = BlockRaces(watched, facts.global_unit, facts.releases)
         return self.races
 
 
@@ -249,4 +250,9 @@ class GlobalMemory:
     def fence(self, i: int, order: str, scope: str) -> None:
         """A fence of one block's memory operations for others."""
         if self.races:
-            self.races.fence(self.machine)
+            self.races.at_barrier(self.machine, fence=True)
+
+    def barrier(self) -> None:
+        """A barrier of all threads of a block."""
+        if self.races:
+            self.races.at_barrier(self.machine)

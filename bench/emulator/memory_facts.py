@@ -12,18 +12,24 @@ class MemoryFacts(NamedTuple):
     """shared_unit, global_unit: bytes, at most 16, that every access to that memory is a multiple of.
 
     written: the parameters from which addresses of stores and atomics can derive; None: any.
+    releases: if there are instructions that order the memory accesses of blocks, and others that they can order.
     """
 
     shared_unit: int
     global_unit: int
     written: frozenset[str] | None
+    releases: bool
 
 
 def memory_facts(statements: Iterable[str]) -> MemoryFacts:
     """The facts of a kernel, from its instructions without their guards."""
     texts = list(statements)
     written = written_parameters(texts)
-    return MemoryFacts(shared_unit(texts), global_unit(texts), None if written is None else frozenset(written))
+    opcodes = [set(text.split(None, 1)[0].split(".")) for text in texts]
+    orders = any(x & {"acquire", "release", "acq_rel", "membar"} or x >= {"fence", "gpu"} for x in opcodes)
+    plain = any(x >= {"st", "global"} for x in opcodes)
+    facts = shared_unit(texts), global_unit(texts), None if written is None else frozenset(written)
+    return MemoryFacts(*facts, orders and plain)
 
 
 def shared_unit(texts: Iterable[str]) -> int:

@@ -356,6 +356,7 @@ class SharedMemory:
                 self.machine.fault(i, "barrier", "not every thread of the block reaches this barrier", missing)
         if self.history:
             self.history.next_time(("barrier", "converged"))
+            self.machine.global_memory.barrier()
 
     def warp_barrier(self, i: int, member_mask: Array) -> None:
         """bar.warp.sync of the lanes of a mask."""

@@ -5,7 +5,7 @@ import pytest
 from emulated_blocks import Blocks, region
 
 from bench.emulator.global_memory import Regions
-from bench.emulator.memory_facts import global_unit, written_parameters
+from bench.emulator.memory_facts import global_unit, memory_facts, written_parameters
 
 T = 32
 THREAD = np.arange(T, dtype=np.uint64)[None]
@@ -116,9 +116,18 @@ def test_atomics_may_meet_but_no_other_access() -> None:
     assert launch.m.kinds() == ["blocks race"]
 
 
-@pytest.mark.parametrize("order", ["acq_rel", "relaxed", "fenced"])
-def test_a_lock(order: str) -> None:
-    """Block after block takes the lock, reads and writes what all share, and gives the lock back."""
+@pytest.mark.parametrize(
+    "order, barriers, right",
+    [
+        ("acq_rel", "behind before", True),
+        ("acq_rel", "before", False),  # only thread 0 knows of the others
+        ("acq_rel", "behind", False),  # the others may still be writing
+        ("relaxed", "behind before", False),
+        ("fenced", "behind before", True),
+    ],
+)
+def test_a_lock(order: str, barriers: str, right: bool) -> None:
+    """Thread 0 of block after block takes the lock, all read and write what blocks share, it gives the lock back."""
     launch = Launch()
     used = "relaxed" if order == "fenced" else order
     for block in range(3):
@@ -126,12 +135,16 @@ def test_a_lock(order: str) -> None:
         launch.atomic(block, CAS, "cas", [ZERO, ONE], used)
         if order == "fenced":
             launch.m.global_memory.fence(0, "acq_rel", "gpu")
+        if "behind" in barriers:
+            launch.m.barrier_shared(0)
         launch.load(SHARED)
         launch.store(SHARED)
+        if "before" in barriers:
+            launch.m.barrier_shared(0)
         if order == "fenced":
             launch.m.global_memory.fence(0, "acq_rel", "gpu")
         launch.atomic(block, CAS, "exch", [ZERO], used)
-    assert launch.m.kinds() == (["blocks race"] if order == "relaxed" else [])
+    assert launch.m.kinds() == ([] if right else ["blocks race"])
 
 
 def test_a_lock_that_is_not_taken() -> None:
@@ -164,8 +177,10 @@ def test_the_last_block_adds_up() -> None:
     """Each block writes its part and counts; the last one, which sees the count of all, reads all parts."""
     launch = Launch()
     launch.store(OWN)
+    launch.m.barrier_shared(0)
     for block in range(3):
         launch.atomic(block, ADD, "add", [ONE], "acq_rel")
+    launch.m.barrier_shared(0)
     launch.only(2)
     for part in range(3):
         launch.load(OWN[part : part + 1])
@@ -173,6 +188,27 @@ def test_the_last_block_adds_up() -> None:
     launch.only(0)
     launch.load(OWN[1:2])
     assert launch.m.kinds() == ["blocks race"]
+
+
+def test_one_thread_needs_no_barrier() -> None:
+    launch = Launch()
+    first = (THREAD == 0) & np.ones((3, T), bool)
+    for block in range(3):
+        launch.m.active = (block == BLOCK) & first
+        launch.atomic(block, CAS, "cas", [ZERO, ONE], "acq_rel")
+        launch.load(SHARED)
+        launch.store(SHARED)
+        launch.atomic(block, CAS, "exch", [ZERO], "acq_rel")
+    assert not launch.m.faults
+
+
+def test_chains_are_followed_where_there_are_some() -> None:
+    add = "atom.global.gpu.acq_rel.add.u32 %r1, [%rd1], %r2"
+    assert not memory_facts([add, "ld.global.b32 %r1, [%rd1]"]).releases
+    assert not memory_facts(["st.global.b32 [%rd1], %r1", add.replace("acq_rel", "relaxed")]).releases
+    assert memory_facts(["st.global.b32 [%rd1], %r1", add]).releases
+    assert memory_facts(["st.global.b32 [%rd1], %r1", "fence.acq_rel.gpu"]).releases
+    assert memory_facts(["st.global.b32 [%rd1], %r1", "membar.gl"]).releases
 
 
 def test_written_parameters() -> None:
