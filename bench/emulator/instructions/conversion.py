@@ -37,6 +37,8 @@ def converted(w: Writer, values: list[str], to: Kind, source: Kind, modifiers: l
             return f"{values[0]}.astype({to.dtype})"
         if call := FREQUENT.get((to.text, source.text)):
             return f"{call}({values[0]})"
+        if (to.text, source.text) == ("bf16x2", "f32"):
+            return f"f32_bf_pair({values[0]}, {values[1]})"
         if call := FREQUENT.get((to.text.removesuffix("x2"), source.text)):
             high, low = (f"{call}({x}).astype(u4)" for x in values)
             return f"({high} << {w.constant(16, 'u4')}) | {low}"
