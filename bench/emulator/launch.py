@@ -132,6 +132,7 @@ def run_blocks(
     if compiled.metadata.global_scratch_size:
         regions.append(Region("global scratch", aligned, scratch.nbytes - 128))
     bits += [np.array([aligned], np.uint64), np.array([0], np.uint64)]
+    regions += [Region(name, data.ctypes.data, data.nbytes) for name, data in program.variables.items()]
     parameters = {name: value[None] for (name, _), value in zip(kernel.params, bits)}
     findings, memory = Findings(), Regions(regions)
     order = np.random.default_rng(seed).permutation(total) if seed else np.arange(total)

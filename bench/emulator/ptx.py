@@ -5,9 +5,10 @@ The first entry of a text is read. Registers get names that are unique in the ke
 """
 
 import re
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from .variables import global_variables, number_bits, shared_variables
 
 LABEL = re.compile(r"([A-Za-z_$%][\w$]*):(?!:)")
 GUARDED = re.compile(r"@(!?)\s*(%?[\w$]+) (.*)")
@@ -31,14 +32,8 @@ class Immediate:
 
     @property
     def value(self) -> int:
-        """Its bits as an integer: of `0f…` and of a decimal fraction those of float32, of `0d…` those of float64."""
-        if self.text[:2].lower() in ("0f", "0d"):
-            return int(self.text[2:], 16)
-        if "." in self.text:
-            return struct.unpack("<I", struct.pack("<f", float(self.text)))[0]
-        digits = self.text.rstrip("U")
-        octal = re.fullmatch(r"-?0[0-7]+", digits)
-        return int(digits, 8 if octal else 0)
+        """Its bits as an integer."""
+        return number_bits(self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +129,13 @@ END = -1
 
 @dataclass
 class Kernel:
-    """params: (name, type), arrays as "b8[128]". shared_symbols: variables in shared memory and their addresses."""
+    """A kernel as it is written.
+
+    params                        (name, type), arrays as "b8[128]"
+    registers                     name -> bits, 1 for predicates
+    shared_symbols, local_symbols   variables and their addresses
+    global_variables              variable -> its bytes
+    """
 
     name: str
     params: list[tuple[str, str]]
@@ -144,6 +145,7 @@ class Kernel:
     shared_symbols: dict[str, int]
     local_symbols: dict[str, int]
     local_bytes: int
+    global_variables: dict[str, bytes]
 
 
 class UnknownPTX(NotImplementedError):
@@ -164,7 +166,7 @@ def parse(text: str) -> Kernel:
         count = 1
         for n in threads[1].split(","):
             count *= int(n)
-    reader = _Reader(entry[1], _files(text), _shared_symbols(text[: entry.start()]))
+    reader = _Reader(entry[1], _files(text), shared_variables(text[: entry.start()]))
     reader.read(text[opening + 1 :])
     return Kernel(
         name=entry[1],
@@ -175,6 +177,7 @@ def parse(text: str) -> Kernel:
         shared_symbols=reader.shared_symbols,
         local_symbols=reader.local_symbols,
         local_bytes=reader.local_bytes,
+        global_variables=global_variables(text),
     )
 
 
@@ -190,21 +193,6 @@ def _parameters(text: str) -> list[tuple[str, str]]:
             raise UnknownPTX(f"parameter {declaration.strip()}")
         params.append((found[2], found[1] + (found[3] or "")))
     return params
-
-
-def _shared_symbols(text: str) -> dict[str, int]:
-    """Variables in shared memory: those with a size first, then, all at one place, those that a launch gives a size."""
-    symbols, end, open_ended = {}, 0, []
-    for extern, align, size, name, count in re.findall(
-        r"(\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.b(\d+)\s+([\w$]+)\[(\d*)\]", text
-    ):
-        if extern or not count:
-            open_ended.append(name)
-            continue
-        end = -(-end // int(align)) * int(align)
-        symbols[name] = end
-        end += int(count) * int(size) // 8
-    return symbols | dict.fromkeys(open_ended, -(-end // 16) * 16)
 
 
 class _Reader:

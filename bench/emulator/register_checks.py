@@ -65,7 +65,7 @@ PASS_ON = {  # opcodes that only compute: what they make of a value that is not 
         "slct",
     ),
     *("and", "or", "xor", "not", "cnot", "shl", "shr", "shf", "bfe", "bfi", "bmsk", "szext", "lop3", "prmt", "popc"),
-    *("clz", "brev", "bfind", "setp", "set", "shfl"),
+    *("clz", "brev", "bfind", "setp", "set", "shfl", "addc", "subc", "madc"),
 }
 
 

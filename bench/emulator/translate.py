@@ -18,6 +18,7 @@ from .instructions.table import EMITTERS, RUNTIME
 from .kinds import UNSIGNED
 from .memory_facts import MemoryFacts, memory_facts
 from .ptx import Block, Instruction, Kernel, UnknownPTX
+from .variables import place_variables
 from .writer import NUMPY, Step, Writer
 
 GROUPS: tuple[ModuleType, ...] = (bits, control, conversion, floating, integer, memory, moves, tensor_core, warp)
@@ -42,19 +43,25 @@ class BlockCode:
 
 @dataclass
 class Program:
-    """A kernel that can run. registers: their bits, 1 for predicates, in the order in which machines hold them."""
+    """A kernel that can run.
+
+    registers   their bits, 1 for predicates, in the order in which machines hold them
+    variables   global variables: name -> bytes
+    """
 
     kernel: Kernel
     blocks: list[BlockCode]
     instructions: dict[int, Instruction]
     registers: list[int]
     memory: MemoryFacts
+    variables: dict[str, np.ndarray]
 
 
 def translate(kernel: Kernel) -> Program:
     """The program of a kernel. Errors: UnknownPTX for an instruction that is not emulated, with its source line."""
     space = names_for_code()
-    writer = Writer(kernel, space)
+    variables = place_variables(kernel.global_variables)
+    writer = Writer(kernel, space, {name: data.ctypes.data for name, data in variables.items()})
     steps = [write_block(writer, block) for block in kernel.blocks]
     companions = register_checks.add_checks(kernel, steps)
     registers = kernel.registers | dict.fromkeys(sorted(companions), 1)
@@ -75,7 +82,7 @@ def translate(kernel: Kernel) -> Program:
         )
     instructions = {i.id: i for block in kernel.blocks for i in block.instructions}
     facts = memory_facts(x.statement for x in instructions.values())
-    return Program(kernel, codes, instructions, list(registers.values()), facts)
+    return Program(kernel, codes, instructions, list(registers.values()), facts, variables)
 
 
 def may_wait(instruction: Instruction) -> bool:

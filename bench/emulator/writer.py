@@ -81,10 +81,10 @@ class Step:
 
 
 class Writer:
-    """space: the names that the code will find, to which constants are added."""
+    """space: the names that the code will find, to which constants are added. addresses: of global variables."""
 
-    def __init__(self, kernel: Kernel, space: dict):
-        self.kernel, self.space = kernel, space
+    def __init__(self, kernel: Kernel, space: dict, addresses: dict[str, int]):
+        self.kernel, self.space, self.addresses = kernel, space, addresses
         self.held: dict[str, str] = {}
         self.step: Step
 
@@ -173,7 +173,7 @@ class Writer:
         raise UnknownPTX(f"special register {name}")
 
     def symbol(self, name: str) -> int:
-        symbols = self.kernel.shared_symbols | self.kernel.local_symbols
+        symbols = self.kernel.shared_symbols | self.kernel.local_symbols | self.addresses
         if name not in symbols:
             raise UnknownPTX(f"variable {name}")
         return symbols[name]
@@ -182,8 +182,9 @@ class Writer:
         """An unsigned expression for `[base + offset]`."""
         if not isinstance(operand, Address):
             raise UnknownPTX(f"address {operand}")
-        if isinstance(operand.base, Register) and bits == 32 and operand.base.bits == 64:
-            base = self.value(operand.base, "u64") + ".astype(u4)"
+        if isinstance(operand.base, Register) and operand.base.bits in (32, 64):  # of which hardware takes either
+            base = self.value(operand.base, f"u{operand.base.bits}")
+            base = base if operand.base.bits == bits else f"{base}.astype(u{bits // 8})"
         else:
             base = self.value(operand.base, f"u{bits}")
         return f"({base} + {self.constant(operand.offset, f'u{bits // 8}')})" if operand.offset else base

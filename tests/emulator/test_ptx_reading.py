@@ -104,7 +104,7 @@ def test_lines_of_source_and_of_the_calls_around_them() -> None:
         ("ld.b32 %r1, [%rd1];", "generic"),
         ("ld.shared::cluster.b32 %r1, [%r2];", "cluster"),
         ("mov.u32 %r1, %pm0;", "%pm0"),
-        ("add.cc.u32 %r1, %r1, %r2;", "add.cc"),
+        ("add.sat.u32x2 %r1, %r1, %r2;", "add.sat"),
         ("cp.async.bulk.commit_group;", "cp.async.bulk"),
         ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%rd1,%rd2}, {%rd3}, {%rd4}, {%rd5,%rd6};", "m8n8k4"),
         (".surfref s;", ".surfref"),

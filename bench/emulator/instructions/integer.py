@@ -3,6 +3,7 @@
 from ..kinds import Kind, kind_of
 from ..ptx import Instruction, UnknownPTX
 from ..writer import Writer
+from .carries import emit_carry
 from .floating import emit_floating
 from .table import emits, kind_at_end
 
@@ -21,6 +22,8 @@ def emit_arithmetic(w: Writer, i: Instruction) -> None:
     kind = kind_at_end(i)
     if kind.is_float:
         emit_floating(w, i)
+    elif "cc" in i.modifiers:
+        emit_carry(w, i)
     elif kind.lanes > 1:
         emit_packed(w, i, kind)
     else:

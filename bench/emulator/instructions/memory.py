@@ -7,8 +7,8 @@ from ..ptx import Address, Instruction, Operand, Register, Sink, Symbol, Unknown
 from ..writer import Writer
 from .table import emits, kind_at_end
 
-OBJECTS = {"global": "G", "shared": "S", "local": "L"}
-ADDRESS_BITS = {"global": 64, "shared": 32, "local": 64}
+OBJECTS = {"global": "G", "const": "G", "shared": "S", "local": "L"}
+ADDRESS_BITS = {"global": 64, "const": 64, "shared": 32, "local": 64}
 ORDERS = ("relaxed", "acquire", "release", "acq_rel", "sc")
 SCOPES = ("cta", "cluster", "gpu", "sys")
 OPERATIONS = ("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")
@@ -20,7 +20,7 @@ KNOWN = {
 
 def space_of(i: Instruction) -> str:
     """The memory of an instruction; an error for generic addresses and for the shared memory of another block."""
-    spaces = [m.partition("::") for m in i.modifiers if m.split("::")[0] in ("global", "shared", "local", "param")]
+    spaces = [m.partition("::") for m in i.modifiers if m.split("::")[0] in (*OBJECTS, "param")]
     if not spaces:
         raise UnknownPTX("generic addresses")
     if any(part == "cluster" for _, _, part in spaces):
@@ -32,7 +32,7 @@ def check_modifiers(i: Instruction) -> None:
     """An error for a modifier that is no type, no space and none of KNOWN."""
     for m in i.modifiers:
         head = m.split("::")[0]
-        if not (m in KNOWN or head in ("global", "shared", "local", "param", "L1", "L2") or is_kind(m)):
+        if not (m in KNOWN or head in (*OBJECTS, "param", "L1", "L2") or is_kind(m)):
             raise UnknownPTX(f".{m}")
 
 
@@ -172,6 +172,8 @@ def emit_copy(w: Writer, i: Instruction) -> None:
     rest = i.operands[3:]
     if rest and isinstance(rest[0], Register) and rest[0].bits == 1:
         raise UnknownPTX("a copy that a predicate ignores")
+    if rest and isinstance(rest[0], Register) and rest[0].bits == 64:
+        rest = ()  # a hint for the cache
     part = w.value(rest[0], "u32") if rest else "None"
     w.line(f"S.copy_async({i.id}, {w.address(to, 32)}, {w.address(source, 64)}, {w.guard}, {w.integer(size)}, {part})")
 
