@@ -87,17 +87,22 @@ def multiply(modifiers: Sequence[str], shape: tuple[int, int], plan: tuple, a: l
     sums = sums.reshape(rows, columns, 2, 2, -1, 8, 4).transpose(4, 0, 2, 5, 1, 6, 3)
     sums = sums.reshape(blocks * warps, 16 * rows, 8 * columns)
     for left, right in zip(x, y):
-        sums = rounded_sum(sums, left, right, d_kind)
+        sums = rounded_sum(sums, left, right, d_kind, "satfinite" in modifiers)
     sums = sums.reshape(-1, rows, 2, 8, columns, 4, 2).transpose(1, 4, 2, 6, 0, 3, 5)
     sums = np.ascontiguousarray(sums).reshape(rows, columns, 4, blocks, warps * 32)
     return [register for place in present for register in registers_of(list(sums[place]), d_kind)]
 
 
-def rounded_sum(sums: Array, left: Array, right: Array, kind: str) -> Array:
+def rounded_sum(sums: Array, left: Array, right: Array, kind: str, saturate: bool = False) -> Array:
     """sums + left @ right, of which only the result is rounded: so it does not matter in which order numbers are added,
     nor where in the matrices they lie. (Tensor cores round too, more coarsely, in ways that are not documented.)
+
+    saturate: integers stop at their limits, instead of wrapping.
     """
     total = np.matmul(left.astype(np.float64, copy=False), right.astype(np.float64, copy=False))
+    if kind == "s32" and saturate:
+        limits = np.iinfo(np.int32)
+        return np.clip(sums.view(np.int32) + total, limits.min, limits.max).astype(np.int32).view(np.uint32)
     if kind == "s32":
         return sums + total.astype(np.int64).astype(np.uint32)
     total += sums

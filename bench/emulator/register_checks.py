@@ -7,7 +7,10 @@ where a value matters: in memory, tensor cores, guards and branches. Of the accu
 group that they are awaited with, which a `mov` passes on.
 """
 
+from collections.abc import Callable
+
 from . import dataflow
+from .demanded_bytes import demanded_bytes, operand_bytes
 from .ptx import Kernel
 from .writer import Step
 
@@ -74,14 +77,19 @@ def passes_on(step: Step) -> bool:
     return step.instruction.opcode in PASS_ON
 
 
-def step_through(block: list[Step], known: set[str], unsure: list[tuple[Step, list[str]]] | None = None) -> set[str]:
+def step_through(
+    block: list[Step],
+    known: set[str],
+    unsure: list[tuple[Step, list[str]]] | None = None,
+    matters: Callable[[Step, str], bool] = lambda step, name: True,
+) -> set[str]:
     """The registers that are surely written after a block, if `known` are before it.
 
-    Gathers in `unsure` the steps that read others, with these.
+    Gathers in `unsure` the steps that read others that matter there, with these.
     """
     known = set(known)
     for step in block:
-        unknown = [name for name in dict.fromkeys(step.reads) if name not in known]
+        unknown = [name for name in dict.fromkeys(step.reads) if name not in known and matters(step, name)]
         if unknown and unsure is not None:
             unsure.append((step, unknown))
         if unknown and passes_on(step):
@@ -93,10 +101,12 @@ def step_through(block: list[Step], known: set[str], unsure: list[tuple[Step, li
 
 def add_unwritten_checks(kernel: Kernel, steps: Steps) -> set[str]:
     """Companions for registers that some path leaves unwritten, and a check wherever one matters."""
-    entry = dataflow.known_at_entry(kernel.blocks, lambda n, known: step_through(steps[n], known), kernel.registers)
-    unsure: list[tuple[Step, list[str]]] = []
-    for block, known in zip(steps, entry):
-        step_through(block, known, unsure)
+    if not (unsure := unsure_steps(kernel, steps, lambda step, name: True)):
+        return set()
+    demanded = demanded_bytes((step for block in steps for step in block), passes_on)
+    unsure = unsure_steps(
+        kernel, steps, lambda step, name: bool(operand_bytes(step, demanded, passes_on(step)).get(name))
+    )
     unknown_of = {id(step): unknown for step, unknown in unsure}
     watched = {name for unknown in unknown_of.values() for name in unknown}
     for step in (step for block in steps for step in block):
@@ -105,6 +115,18 @@ def add_unwritten_checks(kernel: Kernel, steps: Steps) -> set[str]:
         if unknown or written:
             watch_step(step, unknown, [name for name in dict.fromkeys(step.writes) if name in written])
     return {companion(name) for name in watched}
+
+
+def unsure_steps(kernel: Kernel, steps: Steps, matters: Callable[[Step, str], bool]) -> list[tuple[Step, list[str]]]:
+    """The steps that read registers which some path leaves unwritten, with those that matter there."""
+
+    def known_behind(n: int, known: set[str]) -> set[str]:
+        return step_through(steps[n], known, matters=matters)
+
+    unsure: list[tuple[Step, list[str]]] = []
+    for block, known in zip(steps, dataflow.known_at_entry(kernel.blocks, known_behind, kernel.registers)):
+        step_through(block, known, unsure, matters)
+    return unsure
 
 
 def watch_step(step: Step, unknown: list[str], written: list[str]) -> None:

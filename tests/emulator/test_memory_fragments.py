@@ -124,6 +124,14 @@ def test_mma(d: str, a: str, b: str, k: int, rows: int, columns: int, steps: int
         assert (unpack(out[size * n : size * n + size], d) == expected).all()
 
 
+def test_sums_of_integers_wrap_or_stop_at_their_limits() -> None:
+    ones, largest = np.full((1, 32), 0x01010101, np.uint32), np.full((1, 32), 2**31 - 5, np.uint32)
+    for saturate, expected in (((), -(2**31) + 27), (("satfinite",), 2**31 - 1)):
+        modifiers = ("sync", "aligned", "m16n8k32", "row", "col", *saturate, "s32", "s8", "s8", "s32")
+        out = multiply(modifiers, (1, 1), (1, 1, 1, [(0, 0)]), [[[ones] * 4]], [[[ones] * 2]], [[largest] * 4])
+        assert all((x.view(np.int32) == expected).all() for x in out)
+
+
 def test_rounding_of_tf32_and_of_sums() -> None:
     """tf32 takes the upper 19 bits; f16 accumulators are rounded after every step."""
     one = np.full((1, 32), 0x3F801FFF, np.uint32)

@@ -20,6 +20,11 @@ WRITTEN = {
     "in the part that is chosen": "setp.lt.u32 %p1, %r0, 9; @%p1 mov.b32 %r8, 1; selp.b32 %r9, %r8, 7, %p1;",
     "in the lane that is read": """setp.lt.u32 %p1, %r0, 1; @%p1 mov.b32 %r8, 1;
         shfl.sync.idx.b32 %r9, %r8, 0, 31, -1;""",
+    "in the bytes that are picked": "mov.b32 %r7, 1; prmt.b32 %r6, %r7, %r8, 0x7610; prmt.b32 %r9, %r6, 0, 0x5410;",
+    "in the half that is unpacked": """mov.b32 %r7, 1; prmt.b32 %r6, %r7, %r8, 0x7610; mov.b32 {%h1, %h2}, %r6;
+        cvt.u32.u16 %r9, %h1;""",
+    "in the half that is masked": """mov.b16 %h1, 5; mov.b32 %r6, {%h1, %h2}; mov.b32 {%h3, %h4}, %r6;
+        mov.b32 %r9, {%h3, %h3};""",
     "before a loop": "mov.b32 %r9, 0; L: add.u32 %r9, %r9, 1; setp.lt.u32 %p1, %r9, %r0; @%p1 bra L;",
 }
 
@@ -38,6 +43,9 @@ UNWRITTEN = {
     "from a lane that has not": """setp.gt.u32 %p1, %r0, 0; @%p1 mov.b32 %r8, 1;
         shfl.sync.idx.b32 %r9, %r8, 0, 31, -1;""",
     "in the part that is not chosen": "setp.lt.u32 %p1, %r0, 9; @%p1 mov.b32 %r8, 1; selp.b32 %r9, 7, %r8, %p1;",
+    "in a byte that is picked": "mov.b32 %r7, 1; prmt.b32 %r6, %r7, %r8, 0x7610; prmt.b32 %r9, %r6, 0, 0x5430;",
+    "in the sign of a byte": "mov.b32 %r7, 1; prmt.b32 %r9, %r7, %r8, 0xf210;",
+    "in the half that is packed": "mov.b16 %h1, 5; mov.b32 %r9, {%h1, %h2};",
     "in a loop, under a guard": """mov.b32 %r7, 0; L: setp.eq.u32 %p2, %r7, 99; @%p2 mov.b32 %r9, 1;
         add.u32 %r7, %r7, 1; setp.lt.u32 %p1, %r7, 3; @%p1 bra L;""",
 }

@@ -71,9 +71,12 @@ def emit_parameter(w: Writer, i: Instruction, kind: Kind) -> None:
     symbol = source.base if isinstance(source, Address) else source
     assert isinstance(source, Address)
     types = dict(w.kernel.params)
-    if not isinstance(symbol, Symbol) or symbol.name not in types or "[" in types[symbol.name] or source.offset:
+    if not isinstance(symbol, Symbol) or symbol.name not in types or source.offset:
         raise UnknownPTX("this parameter")
-    bits = kind_of(types[symbol.name]).bits
+    element, _, count = types[symbol.name].rstrip("]").partition("[")
+    bits = kind_of(element).bits * int(count or 1)  # float16 is two bytes
+    if bits not in (8, 16, 32, 64):
+        raise UnknownPTX("this parameter")
     value = f"M.params[{symbol.name!r}]"
     if bits > kind.bits:
         value = f"{value}.astype({UNSIGNED[kind.bits]})"

@@ -113,7 +113,7 @@ def emit_products(w: Writer, i: Instruction, steps: list[Products]) -> None:
 
 def check_product(i: Instruction) -> None:
     """An error for a form of mma that is not computed."""
-    m = i.modifiers
+    m = tuple(x for x in i.modifiers if x != "satfinite")
     if m[:2] != ("sync", "aligned") or not re.fullmatch(r"m16n8k(4|8|16|32)", m[2]) or m[3:5] != ("row", "col"):
         raise UnknownPTX("this shape of mma")
     if len(m) != 9 or m[6] not in ELEMENTS or m[7] not in ELEMENTS or m[5] not in ("f32", "f16", "s32"):
