@@ -24,8 +24,8 @@ from .failure_report import exception_line, format_settings
 from .guarded_memory import MemoryLayout, MismatchError
 
 ATTEMPTS = 12  # at other choices and sizes, where some are unsupported
-MAX_VARIATIONS = 16  # of an example, to enter blocks that it did not
-MAX_SECONDS = 40  # of the processor, after which no more of them are run
+MAX_VARIATIONS = 12  # of an example, to enter blocks that it did not
+MAX_SECONDS = 20  # of the processor, after which no more of them are run
 MAX_WRONG = 3  # calls of a cell, after which no more are run
 
 
@@ -97,6 +97,7 @@ class CellCheck:
     unsupported: set[str] = field(default_factory=set)
     compiling: float = 0.0
     given_up: set[tuple[str, str]] = field(default_factory=set)  # where blocks begin that no variation enters
+    recompiled: set[str] = field(default_factory=set)  # what cannot be changed without compiling again
     useful: list[str] = field(default_factory=list)  # what was changed where that entered more
 
     def run(self, sizes: Sizes, layout: MemoryLayout, variation: bool = False) -> list[Launch]:
@@ -107,7 +108,7 @@ class CellCheck:
         example, report = planned_example(op, sizes), None
         try:
             with compiled_for(self.cell.target, impl, config) as report:
-                example.check(impl, config, layout, example.call_twice)
+                example.check(impl, config, layout, example.call_twice and not variation)
         except Unsupported:
             raise
         except Exception as error:  # a kernel may fail in any way at all
@@ -152,10 +153,14 @@ class CellCheck:
             before = self.missing(launches)
             if time.process_time() > end or len(self.wrong) >= MAX_WRONG or not before - self.given_up:
                 return
+            if what in self.recompiled:
+                continue
             try:
-                self.run(changed, layout, variation=True)
+                ran = self.run(changed, layout, variation=True)
             except Unsupported:
                 continue
+            if not any(id(launch.program) in self.blocks.programs for launch in ran):
+                self.recompiled.add(what)
             if self.missing(launches) < before and what not in self.useful:
                 self.useful.append(what)
         self.given_up |= self.missing(launches)

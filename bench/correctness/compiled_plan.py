@@ -19,8 +19,8 @@ from .tiles import Tiling, launch_tilings
 
 UNIT = 16  # Triton compiles another kernel where an integer is a multiple of it, and where it is 1
 MAX_FLOPS, MAX_BYTES = 6 * 10**7, 2**23  # of one call
-SUMMED = ("k", "keys")  # axes that the loop of a kernel runs along
-SIZES = ("whole", "ragged")  # multiples of UNIT; whatever else
+SUMMED = ("k", "keys", "new keys")  # axes that the loop of a kernel runs along
+SIZES = ("whole", "ragged")  # multiples of UNIT, though not of tiles; whatever else
 
 Sizes = dict[str, Any]
 
@@ -82,7 +82,7 @@ def tilings_by_size(op: Op, config: Mapping[str, Any], sizes: Sizes) -> dict[str
 
 def most_tiles(own: list[Tiling], config: Mapping[str, Any]) -> int:
     """As many tiles as fill the pipeline of a loop and one more; of an axis without a loop, two."""
-    return 2 + (config.get("num_stages", 1) if own[0].axis in SUMMED else 0)
+    return 2 + (config.get("num_stages", 1) if any(x.axis in SUMMED for x in own) else 0)
 
 
 def length_of(own: list[Tiling], tiles: int, sizes: str, rng: random.Random) -> int:
@@ -90,7 +90,9 @@ def length_of(own: list[Tiling], tiles: int, sizes: str, rng: random.Random) -> 
     small, large = min(own, key=lambda x: x.block), max(own, key=lambda x: x.block)
     length = max(small.block * tiles, large.block + small.block if large is not small else 0)
     if sizes == "whole":
-        return round_up(-(-length // small.step), 1 if small.step % UNIT == 0 else UNIT)
+        if small.step % UNIT == 0:
+            return -(-length // small.step)
+        return round_up(-(-length // small.step), UNIT) - (UNIT if small.block > UNIT else 0)
     return max(1, (length - rng.choice((1, small.block // 2 + 1, small.block - 1))) // small.step) | 1
 
 
