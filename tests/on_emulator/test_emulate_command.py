@@ -17,7 +17,7 @@ from vila_triton.registry import discover
 def test_matrix_product_does_the_work_of_its_op(target: str) -> None:
     discover()
     sizes = {"m": 64, "n": 64, "k": 128, "dtype": "bfloat16"}
-    (row,) = emulate_call(CompileRequest("linear", "triton", 0, target, sizes)).kernels
+    (row,) = emulate_call(CompileRequest("linear", "triton", 0, target, sizes), checks=False).kernels
     assert row["tensor_flops"] == row["op_flops"] == 2 * 64 * 64 * 128 and row["kinds"][TENSOR]
     assert (row["unit"], row["units"]) == ("weight", 64 * 128)
     bias = row["op_bytes"] - 2 * (64 * 128 + 64 * 128 + 64 * 64)
