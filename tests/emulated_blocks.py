@@ -28,6 +28,7 @@ class Program:
     def __init__(self, texts: Sequence[str]):
         self.instructions = dict(enumerate(map(Instruction, texts)))
         self.memory = memory_facts(texts)
+        self.remembered: dict[str, dict] = {}
 
 
 class Blocks:

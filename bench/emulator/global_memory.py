@@ -13,7 +13,7 @@ from .lockstep import Lockstep
 from .regions import WORD, Part, Region
 
 Array = np.ndarray
-REMEMBERED = 4096  # patterns of addresses of a launch, at most
+REMEMBERED = 4096  # patterns of addresses of a program, at most
 
 
 class Regions:
@@ -23,8 +23,6 @@ class Regions:
         self.regions = sorted(regions, key=lambda region: region.low)
         self.low = np.array([region.low for region in self.regions], np.uint64)
         self.high = np.array([region.high for region in self.regions], np.uint64)
-        self.patterns: dict = {}  # of addresses that were checked before
-        self.shared_accesses: dict = {}  # to shared memory, likewise
         self.races: BlockRaces | None = None
 
     def __iter__(self):
@@ -45,12 +43,16 @@ class Regions:
 
 
 class GlobalMemory:
-    """Global memory of a machine. Address, mask and values are arrays [1 or blocks, 1 or threads]."""
+    """Global memory of a machine. Address, mask and values are arrays [1 or blocks, 1 or threads].
+
+    patterns   of the program's addresses that were counted before
+    """
 
     def __init__(self, machine: Lockstep, regions: Regions | Iterable[Region]):
         self.machine = machine
         self.regions = regions if isinstance(regions, Regions) else Regions(regions)
         self.races = self.regions.watch_blocks(machine) if machine.checks else None
+        self.patterns: dict = machine.program.remembered.setdefault("global", {})
 
     def select(self, machine: Lockstep, keep: Array) -> GlobalMemory:
         """The memory as some of the blocks see it."""
@@ -98,12 +100,12 @@ class GlobalMemory:
             offset = offset[:1]
         rest = int(base[0, 0]) % SECTOR
         key = (i, size, offset.tobytes(), None if mask is None else mask.tobytes(), rest)
-        kept = self.regions.patterns.get(key)
+        kept = self.patterns.get(key)
         if kept is None:
             kept = self._pattern(offset + np.uint64(rest), mask, size)
-            if len(self.regions.patterns) >= REMEMBERED:
-                self.regions.patterns.clear()
-            self.regions.patterns[key] = kept
+            if len(self.patterns) >= REMEMBERED:
+                self.patterns.clear()
+            self.patterns[key] = kept
         low, span, counted = kept
         if low is None:  # no thread takes part
             return []

@@ -14,7 +14,8 @@ class Lockstep(Protocol):
     active                   bool [blocks, threads]; None: every thread
     checks, counters         if faults are looked for, and accesses counted
     counts                   (instruction id, counter) -> number
-    program                  .instructions: id -> instruction, with its modifiers; .memory: its MemoryFacts
+    program                  .instructions: id -> instruction, with its modifiers; .memory: its MemoryFacts;
+                             .remembered: accesses to each memory that were checked before
     params                   name of a parameter -> its bits
     """
 

@@ -31,14 +31,9 @@ from .translate import Program
 Array = np.ndarray
 u4, u8 = np.uint32, np.uint64
 TURN = 256  # basic blocks that run before other blocks of the grid, or other threads of a block, do
-GARBAGE = {
-    1: False,
-    8: 0xDE,
-    16: 0xDEAD,
-    32: 0xDEADBEEF,
-    64: 0xDEADBEEFDEADBEEF,
-}  # of registers that were never written
 DTYPES = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+GARBAGE = {1: False, 8: 0xDE, 16: 0xDEAD, 32: 0xDEADBEEF, 64: 0xDEADBEEFDEADBEEF}
+UNWRITTEN = {bits: np.array([[value]], DTYPES[bits]) for bits, value in GARBAGE.items()}  # registers; never changed
 
 
 @dataclass
@@ -125,7 +120,7 @@ class Machine:
         self.lane, self.warp = self.tid & u4(31), self.tid >> u4(5)
         self.active: Array | None = None
         self.accumulators = Accumulators()
-        self.registers: list[Array] = [np.array([[GARBAGE[bits]]], DTYPES[bits]) for bits in program.registers]
+        self.registers: list[Array] = [UNWRITTEN[bits] for bits in program.registers]
         self.ticks = itertools.count()
         self.global_memory = GlobalMemory(self, regions)
         self.shared_memory = SharedMemory(self, shared_bytes)

@@ -16,8 +16,8 @@ K_BYTES = 32  # of a row of either operand
 
 def read_descriptor(
     machine: Lockstep, i: int, descriptor: np.ndarray, plan: Any, side: str, size: int
-) -> tuple[Access, np.ndarray, tuple[int, int, int]]:
-    """The access of an operand, the number of each of its elements, and (warp groups, rows, columns).
+) -> tuple[Access, np.ndarray, tuple[int, int, int], bool]:
+    """The access of an operand, the number of each of its elements, (warp groups, rows, columns), and if it is correct.
 
     descriptor   u8 [1 or blocks, 1 or threads]; a warp group has one
     plan         m, n, transpose_a, transpose_b and the kinds of the operands
@@ -27,7 +27,8 @@ def read_descriptor(
     groups = machine.threads // 128
     blocks = len(descriptor)
     d = np.broadcast_to(descriptor, (blocks, machine.threads)).reshape(blocks, groups, 128)
-    if (d != d[..., :1]).any():
+    correct = bool((d == d[..., :1]).all())
+    if not correct:
         bad = (d != d[..., :1]).reshape(blocks, -1)
         machine.fault(i, "descriptor", "the threads of a warp group hold different matrix descriptors", bad)
     d = d[..., :1, None].astype(np.uint64)  # [blocks, groups, 1, 1]
@@ -52,9 +53,9 @@ def read_descriptor(
     if bad.any():
         text = f"wgmma reads shared byte {int(at[bad].max())} of {size}"
         machine.fault(i, "out of bounds", text, bad.any((2, 3)).repeat(128, 1))
-        at = np.where(bad, 0, at)
+        at, correct = np.where(bad, 0, at), False
     at = at.reshape(blocks, -1)
-    return StreamAccess(at, element, machine.threads), at // element, (groups, rows, plan.k)
+    return StreamAccess(at, element, machine.threads), at // element, (groups, rows, plan.k), correct
 
 
 class StreamAccess(Access):

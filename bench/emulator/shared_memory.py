@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ REMEMBERED = 4096  # accesses of a kernel, at most
 class SharedMemory:
     """Shared memory of a machine's blocks. Address, mask and values are arrays [1 or blocks, 1 or threads].
 
-    accesses   those that were checked before, by instruction, addresses and mask
+    accesses   those of the program that were checked before, by instruction, addresses and mask
     groups     the copies of cp.async that were committed, oldest first; open: those that were not
     """
 
@@ -34,7 +34,7 @@ class SharedMemory:
         self.views = {width: self.bytes.view(word) for width, word in WORD.items()}
         granule = machine.program.memory.shared_unit
         self.history = SharedHistory(machine, granule, padded // granule) if machine.checks else None
-        self.accesses = machine.global_memory.regions.shared_accesses
+        self.accesses: dict = machine.program.remembered.setdefault(f"shared, {size} bytes", {})
         self.groups: deque[list[Access]] = deque()
         self.open: list[Access] = []
         self.streams: deque[list[Access]] = deque()
@@ -67,11 +67,9 @@ class SharedMemory:
         key = (i, address.tobytes(), None if mask is None else mask.tobytes()) if alike else None
         access = self.accesses.get(key) if alike else None
         if access is None:
-            access = self._access(i, address.astype(np.int64), mask, size, verb)
-            if alike:
-                if len(self.accesses) >= REMEMBERED:
-                    self.accesses.clear()
-                self.accesses[key] = access
+            access, correct = self._access(i, address.astype(np.int64), mask, size, verb)
+            if alike and correct:
+                self.remember(key, access)
         if self.machine.counters:
             times = self.machine.blocks if access.rows == 1 else 1
             phases, wavefronts = access.wavefronts
@@ -79,8 +77,15 @@ class SharedMemory:
             self.machine.counts[i, "wavefronts"] += wavefronts * times
         return access
 
-    def _access(self, i: int, address: Array, mask: Array | None, size: int, verb: str) -> Access:
-        threads = self.machine.threads
+    def remember(self, key: Any, access: Any) -> None:
+        """Keep an access that is correct, so that it need not be checked again."""
+        if len(self.accesses) >= REMEMBERED:
+            self.accesses.clear()
+        self.accesses[key] = access
+
+    def _access(self, i: int, address: Array, mask: Array | None, size: int, verb: str) -> tuple[Access, bool]:
+        """The access without threads that may not, and if there are none such."""
+        threads, correct = self.machine.threads, True
         if mask is not None:
             mask = np.broadcast_to(mask, (len(mask), threads))
         for kind, bad, text in (
@@ -94,10 +99,11 @@ class SharedMemory:
                 first = int(np.broadcast_to(address, wrong.shape)[wrong][0])
                 text = f"{verb} {size} bytes of shared memory {text.format(f'byte {first}')}"
                 self.machine.fault(i, kind, text, wrong)
+                correct = False
             mask = np.broadcast_to(~bad if mask is None else ~bad & mask, (len(wrong), threads))
         if mask is not None:
             address = np.where(mask, address, 0)
-        return Access(address, mask, size, threads)
+        return Access(address, mask, size, threads), correct
 
     def gather(self, access: Access, width: int, count: int, old: list | None) -> list[Array]:
         """What is read, [1 or blocks, 1 or threads] each; masked-off threads keep `old`."""
@@ -325,9 +331,9 @@ class SharedMemory:
         kept = self.accesses.get(key) if key else None
         if kept is None:
             kept = read_descriptor(self.machine, i, descriptor, plan, side, self.size)
-            if key:
-                self.accesses[key] = kept
-        access, units, shape = kept
+            if key and kept[3]:
+                self.remember(key, kept)
+        access, units, shape, _ = kept
         if self.history:
             self.history.begin_stream(i, access)
             self.open_streams.append(access)

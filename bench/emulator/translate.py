@@ -6,7 +6,7 @@ run, it computes for all of them, and stores for those that do; what memory does
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -45,8 +45,9 @@ class BlockCode:
 class Program:
     """A kernel that can run.
 
-    registers   their bits, 1 for predicates, in the order in which machines hold them
-    variables   global variables: name -> bytes
+    registers    their bits, 1 for predicates, in the order in which machines hold them
+    variables    global variables: name -> bytes
+    remembered   accesses to each memory that were checked before
     """
 
     kernel: Kernel
@@ -55,6 +56,7 @@ class Program:
     registers: list[int]
     memory: MemoryFacts
     variables: dict[str, np.ndarray]
+    remembered: dict[str, dict] = field(default_factory=dict)
 
 
 def translate(kernel: Kernel) -> Program:
