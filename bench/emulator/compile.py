@@ -5,7 +5,7 @@ compiled in its own cache on disk, under a key of its sources, its version and a
 machine code is another one, so that nobody else is given it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
 
 from ..compiler.cross_compile import CrossCompileDriver
 from ..compiler.gpus import TARGETS
@@ -40,18 +41,29 @@ class EmulatorDriver(CrossCompileDriver):
 
 
 @contextmanager
-def compiling_to_ptx(target: str) -> Iterator[None]:
-    """Inside, Triton compiles for the target, as far as PTX with its line numbers. Errors: ValueError."""
+def compiling_to_ptx(target: str) -> Iterator[Callable[..., Any]]:
+    """Inside, Triton compiles for the target, as far as PTX with its line numbers. Errors: ValueError.
+
+    Yields a function that compiles a kernel for the arguments of a launch. The file of the kernel is a part of the keys, as PTX names it; otherwise a copy of the file would be given the PTX
+    of the first.
+    """
     if target not in EMULATED_TARGETS:
         raise ValueError(f"{target!r} is no target of the emulator; there are: {', '.join(EMULATED_TARGETS)}")
     runtime: Any = knobs.runtime
     others_hook = runtime.add_stages_inspection_hook
+    run: Any = JITFunction.run
+    file = ""
+
+    def compile_kernel(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal file
+        file = kernel.fn.__code__.co_filename
+        return run(kernel, *args, grid=None, warmup=True, **kwargs)
 
     def stop_at_ptx(*args: Any) -> Any:
         """Triton asks without arguments for a part of its keys, else with (backend, stages, …) to change the stages."""
         keys = others_hook(*args) if others_hook else ("", "")
         if not args:
-            return f"{keys[0]} {PTX_ONLY}", f"{keys[1]} {PTX_ONLY}"
+            return f"{keys[0]} {PTX_ONLY} {file}", f"{keys[1]} {PTX_ONLY} {file}"
         args[1]["cubin"] = lambda ptx, metadata: b""
 
     try:
@@ -64,7 +76,7 @@ def compiling_to_ptx(target: str) -> Iterator[None]:
         knobs.compilation.disable_line_info = False
         driver.set_active(EmulatorDriver(target))
         try:
-            yield
+            yield compile_kernel
         finally:
             driver.set_active(previous)
 

@@ -54,11 +54,10 @@ def emulating(
     NotImplementedError for what is not emulated; RuntimeError for a kernel that is interpreted.
     """
     report = Report(target)
-    compile_only: Any = JITFunction.run
 
     def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        compiled = compile_only(kernel, *args, grid=grid, warmup=True, **kwargs)
+        compiled = compile_kernel(kernel, *args, **kwargs)
         report.compile_seconds += time.perf_counter() - started
         if not warmup:
             emulate(compiled, grid, bind_arguments(kernel, args, kwargs))
@@ -81,7 +80,7 @@ def emulating(
             raise KernelFault(ran.faults)
 
     with (
-        compiling_to_ptx(target),
+        compiling_to_ptx(target) as compile_kernel,
         patch.object(JITFunction, "run", launch),
         patch.object(CompiledKernel, "__getitem__", launch_compiled),
         patch.object(Autotuner, "run", run_first_config),

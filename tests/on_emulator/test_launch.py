@@ -3,6 +3,8 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,6 +245,23 @@ def test_nothing_stays_changed() -> None:
         add_kernel[(4,)](x, x, x, N, BLOCK=256)
     with pytest.raises(RuntimeError, match="0 active drivers"):
         triton.runtime.driver.active  # noqa: B018
+
+
+def test_a_copy_of_a_file_has_its_own_lines(tmp_path: Path) -> None:
+    sources = []
+    for folder in ("a", "b"):
+        file = tmp_path / folder / "copied.py"
+        file.parent.mkdir()
+        lines = inspect.getsource(unmasked_copy_kernel.fn)
+        file.write_text(f"import triton\nimport triton.language as tl\n\n\n@triton.jit\n{lines.split(chr(10), 1)[1]}")
+        spec = spec_from_file_location("copied", file)
+        assert spec and spec.loader
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        with emulating("sm_80", raise_faults=False) as report:
+            module.unmasked_copy_kernel[(4,)](torch.zeros(N), torch.zeros(N), N, BLOCK=256)
+        sources += [Path(fault.source.rpartition(":")[0]) for fault in report.faults]
+    assert sources == [tmp_path / "a" / "copied.py", tmp_path / "b" / "copied.py"]
 
 
 def test_what_is_compiled_here_is_not_what_others_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
