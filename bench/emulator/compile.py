@@ -44,8 +44,8 @@ class EmulatorDriver(CrossCompileDriver):
 def compiling_to_ptx(target: str) -> Iterator[Callable[..., Any]]:
     """Inside, Triton compiles for the target, as far as PTX with its line numbers. Errors: ValueError.
 
-    Yields a function that compiles a kernel for the arguments of a launch. The file of the kernel is a part of the keys, as PTX names it; otherwise a copy of the file would be given the PTX
-    of the first.
+    Yields a function that compiles a kernel for the arguments of a launch. The kernel's file is a part of the keys, as
+    PTX names it: a copy of the file shall not be given the PTX of the first.
     """
     if target not in EMULATED_TARGETS:
         raise ValueError(f"{target!r} is no target of the emulator; there are: {', '.join(EMULATED_TARGETS)}")
