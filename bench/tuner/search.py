@@ -5,7 +5,7 @@ timed at each of them. Candidates go in rounds, so that a run that is stopped ea
 
 Where the cost model is the timer, nothing is timed, and only candidates that a table may name are gated: interpreted
 gates are then nearly all of the work, and the predictions for the others do not depend on them. There each candidate is
-emulated after it was compiled, and what it wastes is added to its predictions.
+emulated after it was compiled, and what it wastes is added to its predictions, by which it may be dropped after all.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -171,7 +171,7 @@ class Search:
         if self.plan.timer == COST_MODEL:
             if uses_triton_kernels(self.impl) and self.plan.gpu.arch in EMULATED_TARGETS:
                 batch = yield from self.run_stage("emulate", "emulated", batch, workers, deadline)
-                batch = [self.add_waste(c) for c in batch]
+                batch = self.drop_wasteful([self.add_waste(c) for c in batch])
             yield from self.gate_winners(batch, workers, deadline)
             return
         batch = yield from self.run_stage("gate", "gated", batch, workers, deadline)
@@ -199,6 +199,28 @@ class Search:
 
         timed_sizes = [(sizes, predict(sizes, seconds)) for sizes, seconds in candidate.timed_sizes]
         return replace(candidate, timed_sizes=timed_sizes)
+
+    def drop_wasteful(self, batch: Sequence[Candidate]) -> list[Candidate]:
+        """Returns the candidates that are kept now that their waste is known, as in `rank_candidates`; those that are
+        dropped get their rows.
+        """
+        known = [(row["sizes"], row["seconds"]) for row in self.journal.entries["tune"].values()]
+        best: dict[str, float] = {}
+        for sizes, seconds in [*known, *(x for c in batch for x in c.timed_sizes)]:
+            best[canonical_json(sizes)] = min(best.get(canonical_json(sizes), inf), seconds or inf)
+        kept = []
+        for c in batch:
+            sizes_left = []
+            for sizes, seconds in c.timed_sizes:
+                ratio = (seconds or 0.0) / best[canonical_json(sizes)]
+                if ratio > self.plan.worse_than and c.config not in self.impl.configs:
+                    reason = f"predicted {ratio:.1f} times as long as the best, with what it wastes"
+                    self.record(c.config, sizes, seconds, "cost", reason=reason)
+                else:
+                    sizes_left.append((sizes, seconds))
+            if sizes_left:
+                kept.append(replace(c, timed_sizes=sizes_left))
+        return kept
 
     def gate_winners(self, batch: Sequence[Candidate], workers: Workers, deadline: float) -> Iterator[None]:
         """Gates the candidates that are predicted to be the best so far at some of their sizes, until the best of all

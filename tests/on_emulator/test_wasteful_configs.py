@@ -141,21 +141,25 @@ def test_uncoalesced_and_conflicted_configs_waste_time(twice: Op) -> None:
     assert wasted(twice, UNCOALESCED | {"CONFLICT": True}) > wasted(twice, CONFLICTED)
 
 
-def test_clean_config_ranks_first_by_cost_model(twice: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("worse_than", [1.1, 100.0])
+def test_clean_config_ranks_first_by_cost_model(
+    worse_than: float, twice: Op, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Declared costs are the same for all, and the file's own config wastes most; of the others none is gated."""
     monkeypatch.setitem(STAGES, "compile", lambda job: {"reason": None})
     gated = list[dict]()
     monkeypatch.setitem(STAGES, "gate", lambda job: gated.append(job["config"]) or {"reason": None})
     gpu = cost_model.gpu_of_arch("sm_90")
     stamp = {"device": gpu.name, "date": "2026-01-01", "commit": "abc", "torch": "2"}
-    plan = search.SearchPlan(search.COST_MODEL, gpu.name, gpu, 3.0, 0.01, stamp)
+    plan = search.SearchPlan(search.COST_MODEL, gpu.name, gpu, worse_than, 0.01, stamp)
     looked = search.Search(twice.impls["blocks"], [Case("twice", "toy", sizes(1000))], plan, tmp_path / "out")
     assert len({seconds for c in looked.candidates for _, seconds in c.timed_sizes}) == 1
     looked.run(Inline(), inf, lambda: None)
-    seconds = {tuple(row["config"].items()): row["seconds"] for row in looked.journal.entries["tune"].values()}
-    ranked = [dict(config) for config in sorted(seconds, key=lambda config: seconds[config])]
-    assert ranked[0] == CLEAN and len(set(seconds.values())) == len(ranked) == 4
-    assert gated == [CLEAN]
+    assert gated == [CLEAN] and looked.num_done == len(looked.candidates) == 4
+    told = sorted(looked.journal.entries["tune"].values(), key=lambda row: row["predicted"])
+    assert told[0]["config"] == CLEAN and len({row["predicted"] for row in told}) == 4
+    others = ["cost", "cost", "predicted"] if worse_than < 2 else ["predicted"] * 3  # the file's own config is kept
+    assert [row["status"] for row in told] == ["timed", *others]
 
 
 def test_emulated_call_counts_what_the_op_needs(twice: Op) -> None:
