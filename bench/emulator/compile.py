@@ -1,8 +1,8 @@
 """Triton kernels compiled for a GPU that need not be there, as far as PTX, which is what the emulator runs.
 
-`ptxas`, which makes machine code of PTX, does not run: that is a fifth of the time. Triton keeps what it
-compiled in its own cache on disk, under a key of its sources, its version and all options; the key of a kernel without
-machine code is another one, so that nobody else is given it.
+`ptxas`, which makes machine code of PTX, does not run: that is a fifth of the time. Triton keeps what it compiled in its
+own cache on disk, under a key of its sources, its version and all options; the key of a kernel without machine code is
+another one, so that nobody else is given it.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from ..compiler.cross_compile import CrossCompileDriver
 from ..compiler.gpus import TARGETS
 
-PTX_ONLY = "PTX for bench.emulator, no cubin"  # part of the key of what is compiled here
+PTX_ONLY = "PTX for bench.emulator"  # begins the key of what is compiled here
 EMULATED_TARGETS = tuple(name for name, gpu in TARGETS.items() if gpu.triton_target.backend == "cuda")
 MAX_THREADS = 1024  # in a block, of every NVIDIA GPU (CUDA C++ programming guide)
 
@@ -44,27 +44,26 @@ class EmulatorDriver(CrossCompileDriver):
 def compiling_to_ptx(target: str) -> Iterator[Callable[..., Any]]:
     """Inside, Triton compiles for the target, as far as PTX with its line numbers. Errors: ValueError.
 
-    Yields a function that compiles a kernel for the arguments of a launch. The kernel's file is a part of the keys, as
-    PTX names it: a copy of the file shall not be given the PTX of the first.
+    Yields a function that compiles a kernel for the arguments of a launch. The key of the result holds the kernel's
+    file, as PTX names it: a copy of the file shall not be given the PTX of the first. The key stands where Triton has
+    options of `ptxas`, which all of its versions take as a part of their keys.
     """
     if target not in EMULATED_TARGETS:
         raise ValueError(f"{target!r} is no target of the emulator; there are: {', '.join(EMULATED_TARGETS)}")
     runtime: Any = knobs.runtime
     others_hook = runtime.add_stages_inspection_hook
     run: Any = JITFunction.run
-    file = ""
 
     def compile_kernel(kernel: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal file
-        file = kernel.fn.__code__.co_filename
-        return run(kernel, *args, grid=None, warmup=True, **kwargs)
+        key = f"{PTX_ONLY}, of {kernel.fn.__code__.co_filename}"
+        return run(kernel, *args, grid=None, warmup=True, **kwargs | {"ptx_options": key})
 
     def stop_at_ptx(*args: Any) -> Any:
-        """Triton asks without arguments for a part of its keys, else with (backend, stages, …) to change the stages."""
-        keys = others_hook(*args) if others_hook else ("", "")
-        if not args:
-            return f"{keys[0]} {PTX_ONLY} {file}", f"{keys[1]} {PTX_ONLY} {file}"
-        args[1]["cubin"] = lambda ptx, metadata: b""
+        """Triton asks with (backend, stages, …) to change the stages, some versions also without for parts of keys."""
+        answer = others_hook(*args) if others_hook else ("", "")
+        if args:
+            args[1]["cubin"] = lambda ptx, metadata: b""
+        return answer
 
     try:
         previous = driver.active
