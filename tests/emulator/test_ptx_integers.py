@@ -125,6 +125,26 @@ def test_products_of_bytes(kind_a: str, kind_b: str) -> None:
     check(f"dp2a.hi.{operands}", 32, lambda a, b, c: c + dot(parts(a, 16, kind_a), parts(b, 8, kind_b)[2:]), x)
 
 
+def test_sums_and_products_by_way_of_a_carry() -> None:
+    a, b = arguments(64, 2)
+    c, d = arguments(32, 2)
+    count = len(c)
+    halves = "mov.b64 {{ %r100, %r101 }}, {a}; mov.b64 {{ %r102, %r103 }}, {b}; "
+    end = "mov.b64 {d}, {{ %r104, %r105 }};"
+    code = halves + "add.cc.u32 %r104, %r100, %r102; addc.u32 %r105, %r101, %r103; " + end
+    check(code, 64, lambda x, y: x + y, [a, b])
+    code = halves + "sub.cc.u32 %r104, %r100, %r102; subc.u32 %r105, %r101, %r103; " + end
+    check(code, 64, lambda x, y: x - y, [a, b])
+    third = "add.cc.u32 %r104, %r100, %r102; addc.cc.u32 %r105, %r101, %r103; addc.u32 {d}, 0, 0;"
+    check(halves + third, 64, lambda x, y: (x + y) >> 64, [a, b], 32)
+    third = "sub.cc.u32 %r104, %r100, %r102; subc.cc.u32 %r105, %r101, %r103; subc.u32 {d}, 0, 0;"
+    check(halves + third, 64, lambda x, y: (x - y) >> 64, [a, b], 32)
+    code = "mov.b64 {{ %r100, %r101 }}, {c}; mad.lo.cc.u32 %r104, {a}, {b}, %r100; madc.hi.u32 %r105, {a}, {b}, %r101; "
+    check(code + end, 64, lambda x, y, z: x * y + z, [c, d, a[:count]])
+    product = "mad.lo.cc.u32 %r104, {a}, {b}, %r100; madc.hi.cc.u32 %r105, {a}, {b}, %r101; addc.u32 {d}, 0, 0;"
+    check("mov.b64 {{ %r100, %r101 }}, {c}; " + product, 64, lambda x, y, z: (x * y + z) >> 64, [c, d, a[:count]], 32)
+
+
 # ---- bits
 
 

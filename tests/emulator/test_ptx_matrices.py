@@ -244,3 +244,24 @@ def test_float16_accumulators_are_rounded() -> None:
     code += f"st.global.v2.b32 [%q11], {registers(40, 2)};"
     run_ptx(code, held, out)
     assert (out.view(np.float16) == 2048).all()
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+def test_sums_of_integers_wrap_or_saturate(saturates: bool) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-128, 128, (16, 32)), rng.integers(-128, 128, (32, 8))
+    c = rng.choice([2**31 - 1, -(2**31), 2**31 - 100000, 0], (16, 8))
+    _, place_a, count_a, place_b, count_b = FRAGMENTS["m16n8k32 8"]
+    held = [fragment(bits_of(a, "s8"), place_a, count_a), fragment(bits_of(b, "s8"), place_b, count_b)]
+    held.append(fragment(bits_of(c, "s32"), accumulator, 4))
+    held, out = np.ascontiguousarray(np.concatenate(held, 1)), np.zeros((32, 4), np.uint32)
+    code = f"mad.wide.u32 %q10, %r0, {4 * held.shape[1]}, %q0; mad.wide.u32 %q11, %r0, 16, %q1;\n"
+    code += "".join(f"ld.global.b32 %r{20 + n}, [%q10+{4 * n}];\n" for n in range(held.shape[1]))
+    operands = ", ".join((registers(40, 4), registers(20, 4), registers(24, 2), registers(26, 4)))
+    name = f"mma.sync.aligned.m16n8k32.row.col.{'satfinite.' if saturates else ''}s32.s8.s8.s32"
+    code += f"{name} {operands};\nst.global.v4.b32 [%q11], {registers(40, 4)};"
+    run_ptx(code, held, out)
+    total = a @ b + c
+    want = np.clip(total, -(2**31), 2**31 - 1) if saturates else (total + 2**31) % 2**32 - 2**31
+    assert (want != total).any()
+    assert (out == fragment(bits_of(want, "s32"), accumulator, 4)).all()

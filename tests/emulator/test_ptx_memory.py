@@ -329,6 +329,44 @@ def test_addresses_with_offsets_and_symbols() -> None:
     assert (out == [np.arange(32), 4 * np.arange(32)]).all()
 
 
+def test_variables_with_values() -> None:
+    values = np.arange(1, 33, dtype=np.uint32) * np.uint32(0x01030507)
+    out = np.zeros(32, np.uint32)
+    listed = ", ".join(map(str, values.view(np.uint8)))
+    declarations = f".global .align 4 .b8 table[128] = {{{listed}}};\n.global .align 8 .b64 pair[2] = {{5, 6}};"
+    code = """
+    mov.u64 %q10, table;
+    mad.wide.u32 %q10, %r0, 4, %q10;
+    ld.global.nc.b32 %r1, [%q10];
+    mov.u64 %q11, pair;
+    ld.global.b64 %q12, [%q11+8];
+    cvt.u32.u64 %r2, %q12;
+    add.u32 %r1, %r1, %r2;
+    mad.wide.u32 %q13, %r0, 4, %q0;
+    st.global.b32 [%q13], %r1;
+    """
+    launch = run_ptx(code, out, declarations=declarations)
+    assert not launch.faults and (out == values + np.uint32(6)).all()
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16x2"])
+def test_vectors_of_atomic_sums(kind: str) -> None:
+    """Each element of a vector is added to one of its own."""
+    dtype = {"f32": np.float32, "f16": np.float16, "bf16x2": np.uint32}[kind]
+    values = np.arange(4 * THREADS).reshape(THREADS, 4)
+    memory = np.ones((THREADS, 4), dtype) if kind != "bf16x2" else np.full((THREADS, 4), 0x3F803F80, np.uint32)
+    added = values.astype(dtype) if kind != "bf16x2" else np.full((THREADS, 4), 0x3F804000, np.uint32)
+    size, r = (16, "r") if kind != "f16" else (8, "h")
+    names = ", ".join(f"%{r}{10 + n}" for n in range(4))
+    code = f"mad.wide.u32 %q10, %r0, {size}, %q0; mad.wide.u32 %q11, %r0, {size}, %q1;\n"
+    code += f"ld.global.v4.b{2 * size} {{{names}}}, [%q11];\n"
+    flush = "" if kind == "f32" else ".noftz"
+    code += f"red.global.gpu.relaxed.add{flush}.v4.{kind} [%q10], {{{names}}};"
+    launch = run_ptx(code, memory, added, threads=THREADS)
+    want = (values + 1).astype(dtype) if kind != "bf16x2" else np.full((THREADS, 4), 0x40004040, np.uint32)
+    assert not launch.faults and (memory == want).all()
+
+
 def test_hints_are_no_errors() -> None:
     a = np.arange(32, dtype=np.uint32)
     code = "prefetch.global.L2 [%q0]; membar.gl; fence.acq_rel.gpu; fence.sc.cta; nanosleep.u32 20; mov.b32 {d}, {a};"
