@@ -1,8 +1,8 @@
 """Triton kernels compiled for a GPU that need not be there, as far as PTX, which is what the emulator runs.
 
 `ptxas`, which makes machine code of PTX, does not run: that is a fifth of the time. Triton keeps what it compiled in
-its own cache on disk, under a key of its sources, its version and all options; the key of a kernel without machine code is
-another one, so that nobody else is given it.
+its own cache on disk, under a key of its sources, its version and all options. The key of a kernel without machine code
+is another one, so that nobody else is given it.
 """
 
 from collections.abc import Callable, Iterator
