@@ -36,6 +36,7 @@ LARGEST = {"f16": 0x7BFF, "bf16": 0x7F7F, "tf32": 0x7F7FE000}
 
 
 def integer_dtype(t: str):
+    """The numpy type of an integer type of PTX; None for others."""
     return (SIGNED if t[0] == "s" else UNSIGNED)[int(t[1:]) // 8] if t[0] in "us" else None
 
 
@@ -80,7 +81,7 @@ def conversion(to: str, source: str, modifiers: Collection[str]) -> Callable:
 
 
 def _post(function: Callable, to: str, modifiers: Collection[str]) -> Callable:
-    """What happens to a result: .relu, .satfinite, .sat and .ftz."""
+    """The last steps of a result: .relu, .satfinite, .sat and .ftz."""
     function = _finite(_relu(function, to, modifiers), to, modifiers)
     if "sat" in modifiers:
         if to in WIDEN:
@@ -117,6 +118,7 @@ def _finite(function: Callable, to: str, modifiers: Collection[str]) -> Callable
 
 
 def widened(x, source: str):
+    """A half precision as float32; others as they are."""
     return WIDEN[source](x) if source in WIDEN else x
 
 
@@ -177,6 +179,7 @@ def to_int(x, dtype, how: str, wide: bool = False):
 
 
 def from_int(x, to: str, mode: str):
+    """An integer as a float type, rounded once."""
     if x.dtype.itemsize == 8:
         size = np.where(x < 0, -x, x).view(u8)
         sticky = (size & u8(0x7FF)) != 0

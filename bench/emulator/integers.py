@@ -13,10 +13,12 @@ SIGNED = {1: I1, 2: I2, 4: i4, 8: i8}
 
 
 def unsigned(x):
+    """The same bits as unsigned integers."""
     return x.view(UNSIGNED[x.dtype.itemsize])
 
 
 def width(x) -> int:
+    """The bits of each element."""
     return 8 * x.dtype.itemsize
 
 
@@ -54,14 +56,17 @@ def clamped(x, dtype):
 
 
 def add_sat(a, b):
+    """add.sat.s32: the sum, at most at the limits of its type."""
     return clamped(a.astype(i8) + b.astype(i8), i4)
 
 
 def sub_sat(a, b):
+    """sub.sat.s32: the difference, at most at the limits of its type."""
     return clamped(a.astype(i8) - b.astype(i8), i4)
 
 
 def mad_hi_sat(a, b, c):
+    """mad.hi.sat.s32: the upper half of a product plus c, at most at the limits of its type."""
     return add_sat(mul_hi(a, b), c)
 
 
@@ -167,6 +172,7 @@ def sign_extend(a, count, wrap):
 
 
 def popc(a):
+    """The number of ones."""
     return np.bitwise_count(a).astype(u4)
 
 
@@ -179,6 +185,7 @@ def highest(a):
 
 
 def clz(a):
+    """The number of zeros above the highest one."""
     return u4(width(a) - 1) - highest(a)
 
 

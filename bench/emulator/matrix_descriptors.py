@@ -59,7 +59,7 @@ def read_descriptor(
 
 
 class StreamAccess(Access):
-    """What a warp group reads of shared memory, not thread by thread."""
+    """Shared memory as a warp group reads it, not thread by thread."""
 
     def __init__(self, address: np.ndarray, size: int, threads: int):
         super().__init__(address, None, size, threads)

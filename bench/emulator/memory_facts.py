@@ -1,4 +1,4 @@
-"""What the instructions of a kernel tell of its accesses to memory before it runs."""
+"""Facts that the instructions of a kernel tell of its accesses to memory before it runs."""
 
 import re
 from collections.abc import Iterable

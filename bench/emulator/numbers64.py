@@ -31,7 +31,7 @@ def two_product(a, b):
 
 
 def moderate(*arrays) -> bool:
-    """Whether products and their errors stay in range: between 2**-300 and 2**300, or zero."""
+    """True if products and their errors stay in range: between 2**-300 and 2**300, or zero."""
     return all(((np.abs(x) < 2.0**300) & ((np.abs(x) > 2.0**-300) | (x == 0))).all() for x in arrays)
 
 
@@ -49,21 +49,25 @@ def fma(a, b, c, mode="rn"):
 
 
 def add(a, b, mode="rn"):
+    """a + b, rounded once."""
     if mode == "rn":
         return a + b
     return _each(lambda x, y: x + y, mode, a + b, np.signbit(a) != np.signbit(b), a, b)
 
 
 def mul(a, b, mode="rn"):
+    """a * b, rounded once."""
     return a * b if mode == "rn" else _each(lambda x, y: x * y, mode, a * b, False, a, b)
 
 
 def divide(a, b, mode="rn"):
+    """a / b, rounded once."""
     q = np.divide(a, b)
     return q if mode == "rn" else _each(lambda x, y: x / y if y else None, mode, q, False, a, b)
 
 
 def square_root(x, mode="rn"):
+    """The square root, rounded once."""
     near = np.sqrt(x)
     if mode != "rn":  # the sign of x - near * near says on which side the root lies
         scale = np.where(x < 2.0**-600, 2.0**300, 1.0)  # the product of the last bits is in range, too

@@ -106,7 +106,7 @@ class SharedMemory:
         return Access(address, mask, size, threads), correct
 
     def gather(self, access: Access, width: int, count: int, old: list | None) -> list[Array]:
-        """What is read, [1 or blocks, 1 or threads] each; masked-off threads keep `old`."""
+        """The values that are read, [1 or blocks, 1 or threads] each; masked-off threads keep `old`."""
         unit = access.units(access.size)
         got = self.take(access.size, unit)
         if count > 1:

@@ -43,7 +43,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a case took.
+    """The times and the work of a case.
 
     bare_seconds         of its launches, without checks and counters
     seconds              of its launches, with both
