@@ -8,7 +8,7 @@ PAGED = {"kv": "plain", "numerics": "fast", "b": 2, "ratio": 4, "d": 64, "l": 32
 MORE_SIZES: dict[str, tuple[dict[str, Any], ...]] = {
     "int4_matmul": ({"G": 4}, {"G": 2}),
     "decode_attention": ({"b": 1, "t": 64}, {"b": 1, "t": 96}),
-    "prefill_attention": ({"b": 1, "s": 32, "t": 32}, {"b": 1, "s": 64, "t": 64}),
+    "prefill_attention": ({"b": 1, "s": 64, "t": 64},),
 }
 TARGETS = ("sm_80", "sm_90")
 
@@ -41,7 +41,7 @@ def cases_for(target: str) -> list[Case]:
         ("int4_swiglu", "triton", 0): {**{k: v for k, v in INT4.items() if k != "bias"}, "m": 20},
         ("linear", "triton", 0): {"m": 80, "n": 96, "k": 272},
         ("decode_attention", "triton", 0): {**PAGED, "g": 2},
-        ("prefill_attention", "triton", 0): {**PAGED, "g": 1, "s": 40},
+        ("prefill_attention", "triton", 0): {**PAGED, "g": 1, "s": 80},
         ("encoder_attention", "triton", 0): {"b": 1, "s": 90, "h": 1, "d": 72},
         ("rms_norm", "triton", 0): {"rows": 3, "e": 1100},
     }

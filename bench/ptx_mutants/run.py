@@ -20,7 +20,7 @@ from .products import find_product_waits
 from .separators import find_separators
 
 FOUND, MISSED, CRASHED, HARMLESS, NOT_RUN = "found", "missed", "crashed", "harmless", "not run"
-LOADS_MORE = "loads more"
+LOADS_MORE, DISPUTED = "loads more", "disputed"
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Outcome:
     verdict  FOUND     a check of the emulator, or the error budget
              MISSED    ran, is a fault, and neither of them saw it
              LOADS_MORE  a bound that lets more elements be loaded, all of which exist, and leaves every store as it was
+             DISPUTED  found, though it separates no accesses of this call
              HARMLESS  no fault: it separates no accesses of this call, or changes nobody's access
              NOT_RUN   the call does not come by
              CRASHED   ended in another error, which is none to rely on
@@ -108,12 +109,10 @@ class Subject:
                 yield edit, edit.instruction.id in ran
 
     def plant(self, edit: Edit, ran: bool) -> Outcome:
-        """Runs the call with a fault, unless the fault cannot matter."""
+        """Runs the call with a fault, if it comes by."""
         if not ran:
             return self.outcome(edit, NOT_RUN, "its basic block is not entered")
         reasons = self.separators[edit.kernel].get(edit.instruction.id, set()) if edit.rule.orders else set[str]()
-        if edit.rule.orders and not reasons:
-            return self.outcome(edit, HARMLESS, "separates no accesses of two threads")
         same_masks = same_stores = True
         for example, logs_before in zip(self.examples if edit.rule.bound else self.examples[:1], self.logs):
             with logged_accesses() as logs:
@@ -121,10 +120,13 @@ class Subject:
             if crash:
                 return self.outcome(edit, CRASHED, crash)
             if kinds:
-                return self.outcome(edit, FOUND, ", ".join(kinds))
+                verdict = DISPUTED if edit.rule.orders and not reasons else FOUND
+                return self.outcome(edit, verdict, ", ".join(kinds))
             pairs = [(log, logs[kernel]) for kernel, log in logs_before.items() if kernel in logs]
             same_masks &= all(a.masks.digest() == b.masks.digest() for a, b in pairs)
             same_stores &= all(a.stores.digest() == b.stores.digest() and not b.strays for a, b in pairs)
+        if edit.rule.orders and not reasons:
+            return self.outcome(edit, HARMLESS, "separates no accesses of two threads")
         if edit.rule.bound and same_masks:
             return self.outcome(edit, HARMLESS, "changes nobody's access")
         if edit.rule.bound and same_stores:

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from .run import CRASHED, FOUND, HARMLESS, LOADS_MORE, MISSED, NOT_RUN, Outcome
+from .run import CRASHED, DISPUTED, FOUND, HARMLESS, LOADS_MORE, MISSED, NOT_RUN, Outcome
 
-VERDICTS = (FOUND, MISSED, CRASHED, LOADS_MORE, HARMLESS, NOT_RUN)
+VERDICTS = (FOUND, MISSED, CRASHED, DISPUTED, LOADS_MORE, HARMLESS, NOT_RUN)
 
 
 def share_found(outcomes: Sequence[Outcome]) -> float:
