@@ -27,13 +27,13 @@ LOADS_MORE, DISPUTED = "loads more", "disputed"
 class Outcome:
     """What became of a planted fault.
 
-    verdict  FOUND     a check of the emulator, or the error budget
-             MISSED    ran, is a fault, and neither of them saw it
+    verdict  FOUND       a check of the emulator, or the error budget
+             MISSED      ran, is a fault, and neither of them saw it
+             CRASHED     ended in another error, which is none to rely on
+             DISPUTED    found, though it separates no accesses of this call
              LOADS_MORE  a bound that lets more elements be loaded, all of which exist, and leaves every store as it was
-             DISPUTED  found, though it separates no accesses of this call
-             HARMLESS  no fault: it separates no accesses of this call, or changes nobody's access
-             NOT_RUN   the call does not come by
-             CRASHED   ended in another error, which is none to rely on
+             HARMLESS    no fault: it separates no accesses of this call, or changes nobody's access
+             NOT_RUN     the call does not come by
     detail   the kinds of faults that were found, or the reason
     """
 

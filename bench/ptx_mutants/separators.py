@@ -162,7 +162,11 @@ class Replay:
         self.product_groups[event.blocks] += 1
 
     def products_awaited(self, event: Event) -> None:
-        self.multiplying[self.landed(self.multiplying, self.product_groups, event)] = 0
+        """What was multiplied is read now, by warps each of which has waited for its own part only."""
+        block, byte = np.nonzero(self.landed(self.multiplying, self.product_groups, event))
+        several = np.full(block.shape, SEVERAL)
+        self.readers.add((block, byte), several, several)
+        self.multiplying[block, byte] = 0
 
     def landed(self, group: np.ndarray, groups: np.ndarray, event: Event) -> np.ndarray:
         """The bytes [blocks, bytes] of groups that the event waits for."""

@@ -76,8 +76,11 @@ def test_a_tensor_core_reads_behind_a_proxy_fence_until_it_is_waited_for() -> No
     product = access("tensor core read", 4, [SEVERAL], [0])
     before = [access("write", 1, [0], [0]), order("proxy fence", 2), order("barrier", 3), product]
     committed, awaited = order("products committed", 5), order("products awaited", 6)
-    assert separators(*before, committed, awaited, access("write", 7, [0], [0])) == {2, 3, 6}
-    assert separators(*before, committed, awaited, access("write", 7, [0], [1])) == {2, 3}
+    barrier = order("barrier", 7)
+    assert separators(*before, committed, awaited, barrier, access("write", 8, [0], [0])) == {2, 3, 6, 7}
+    assert separators(*before, committed, awaited, barrier, access("write", 8, [0], [1])) == {2, 3}
+    with pytest.raises(ValueError, match="write of what another thread read"):  # another warp may still multiply
+        separators(*before, committed, awaited, access("write", 8, [0], [0]))
 
 
 PTX = """
