@@ -154,7 +154,7 @@ def replay(file: Path) -> bool:
 
 
 def mode(target: str | None) -> str:
-    """How Triton kernels run here."""
+    """The way Triton kernels run here, in words."""
     if target:
         return f"compiled for {target}, emulated"
     return "interpreted (no GPU)" if DEVICE == "cpu" else f"compiled for {torch.cuda.get_device_name()}"

@@ -81,6 +81,7 @@ class BlocksEntered:
 
 
 def count_blocks(program: Any) -> int:
+    """The number of basic blocks that hold an instruction."""
     return sum(bool(block.instructions) for block in program.kernel.blocks)
 
 
@@ -171,7 +172,7 @@ class CellCheck:
 
 
 def matrix_products(launch: Launch) -> Counter[str]:
-    """How many instructions of tensor cores warps ran, by opcode."""
+    """The number of instructions of tensor cores that warps ran, by opcode."""
     blocks = launch.program.kernel.blocks
     return Counter(
         {
@@ -184,6 +185,7 @@ def matrix_products(launch: Launch) -> Counter[str]:
 
 
 def without_seed(sizes: Sizes) -> tuple[Sizes, int]:
+    """The sizes without their seed, and it."""
     drawn = dict(sizes)
     return drawn, drawn.pop("seed")
 

@@ -97,6 +97,7 @@ def length_of(own: list[Tiling], tiles: int, sizes: str, rng: random.Random) -> 
 
 
 def round_up(size: int, unit: int) -> int:
+    """The lowest multiple of the unit that is no less."""
     return -(-size // unit) * unit
 
 
@@ -130,4 +131,5 @@ def same_class(size: int, like: int, low: int) -> int:
 
 
 def without(sizes: Sizes, name: str) -> Sizes:
+    """The sizes but for one."""
     return {key: value for key, value in sizes.items() if key != name}

@@ -16,6 +16,7 @@ def table(results: Rows) -> str:
 
 
 def head(results: Rows) -> Iterator[str]:
+    """What was checked, in how many seconds, and with what."""
     cpu = sum(row["cpu_seconds"] for row in results.values())
     compiling = sum(row["compile_seconds"] for row in results.values())
     stamps = {", ".join(f"{name} {row[name]}" for name in STAMP if name != "device") for row in results.values()}
@@ -30,6 +31,7 @@ def head(results: Rows) -> Iterator[str]:
 
 
 def counts(results: Rows) -> Iterator[str]:
+    """A line for each implementation and target."""
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for cell, row in sorted(results.items(), key=lambda x: str(x[0])):
         groups[cell.op, cell.impl, cell.target].append(row)
@@ -50,6 +52,7 @@ def counts(results: Rows) -> Iterator[str]:
 
 
 def failures(results: Rows) -> Iterator[str]:
+    """What is wrong, and what is unsupported."""
     wrong = [(cell, failure) for cell, row in results.items() for failure in row["wrong"]]
     yield "## Wrong" if wrong else "Nothing is wrong."
     yield ""

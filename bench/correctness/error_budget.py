@@ -7,9 +7,9 @@ makes, see `error_budget`.
 
 import inspect
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from typing import Any
 from unittest import SkipTest
@@ -21,7 +21,7 @@ from hypothesis.errors import Unsatisfiable
 from torch import Tensor
 from triton import knobs
 
-from vila_triton.ops import PagedKV, QuantizedKVPages, RaggedBatch
+from vila_triton.ops import PagedKV, RaggedBatch
 from vila_triton.registry import Impl, IntRange, OneOf, Op, Unsupported
 
 from .guarded_memory import (
@@ -35,6 +35,7 @@ from .guarded_memory import (
     same_bits,
     tensors,
 )
+from .perturbation import perturbed_args, unit_roundoff
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = knobs.runtime.interpret
@@ -89,63 +90,14 @@ def call_or_reject(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 _unsupported_reasons: set[str] = set()
 
 
-def unit_roundoff(dtype: torch.dtype) -> float:
-    """Returns the largest relative error of rounding a number to a floating-point dtype: half its machine epsilon."""
-    return torch.finfo(dtype).eps / 2
-
-
-def random_bools(shape: torch.Size, rng: torch.Generator) -> Tensor:
-    """Fair coin tosses of this shape, drawn on the device of the generator, eight from a random byte."""
-    count = shape.numel()
-    random_bytes = torch.empty(-(-count // 8), dtype=torch.uint8, device=rng.device).random_(0, 256, generator=rng)
-    bit_masks = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=rng.device)
-    return (random_bytes & bit_masks[:, None]).ne(0).flatten()[:count].view(shape)
-
-
-def perturbed_args(args: Any, rng: torch.Generator, in_float64: bool) -> Iterator[Any]:
-    """Endless perturbations of the arguments: each number moves up or down by one rounding unit of its dtype.
-
-    in_float64: return float64 tensors, each number moved by half of that. Integers stay as they are: they are codes,
-    and arithmetic on them is exact. The scales of quantized pages move, in float64, by a rounding of the coarsest dtype
-    beside them, since references round to that what they dequantize.
-    """
-    scales = {id(x) for x in quantized_scales(args)}
-    coarsest = max((unit_roundoff(x.dtype) for x in tensors(args) if x.is_floating_point()), default=0.0)
-
-    def bounds(x: Tensor) -> tuple[Tensor, Tensor]:
-        unit = coarsest if in_float64 and id(x) in scales else unit_roundoff(x.dtype)
-        step = unit * (1 if in_float64 else 2)
-        exact, is_integer = x.double(), x == x.round()
-        low, high = (torch.where(is_integer, exact, exact * (1 + s)) for s in (-step, step))
-        return (low, high) if in_float64 else (low.to(x.dtype), high.to(x.dtype))
-
-    def pick_bound(pairs: Iterator[tuple[Tensor, Tensor] | None], x: Tensor) -> Tensor:
-        pair = next(pairs)
-        return torch.where(random_bools(x.shape, rng), *pair) if pair else x
-
-    pairs = [bounds(x) if x.is_floating_point() else None for x in tensors(args)]
-    while True:
-        yield map_tensors(partial(pick_bound, iter(pairs)), args)
-
-
 def float64_reference(op: Op, args: Any) -> list[Tensor]:
     """The outputs of the reference, computed in float64 from the same values."""
     return tensors(op.reference(*map_tensors(lambda x: x.double() if x.is_floating_point() else x.clone(), args)))
 
 
-def quantized_scales(value: Any) -> Iterator[Tensor]:
-    """The scales of the quantized pages in a tree of arguments."""
-    if isinstance(value, QuantizedKVPages):
-        yield value.scales
-    elif is_dataclass(value) or isinstance(value, tuple | list):
-        inner = [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else value
-        for x in inner:
-            yield from quantized_scales(x)
-
-
 def conditioning(op: Op, args: Any, exact: Sequence[Tensor], rng: torch.Generator) -> list[Tensor]:
-    """How far each element of the exact outputs moves when every input number moves by one rounding: the root mean
-    square of 16 draws, `S` of `error_budget`.
+    """The distance that each element of the exact outputs moves when every input number moves by one rounding: the root
+    mean square of 16 draws, `S` of `error_budget`.
     """
     squared_moves = [torch.zeros_like(x) for x in exact]
     for moved_args in islice(perturbed_args(args, rng, in_float64=True), NUM_PERTURBATIONS):

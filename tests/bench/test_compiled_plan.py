@@ -9,8 +9,9 @@ import torch
 from bench import compiled_check
 from bench.correctness.compiled_cell import Cell
 from bench.correctness.compiled_plan import UNIT, choice_axes, draw_sizes, examples, variations
-from bench.correctness.error_budget import example_args, perturbed_args, quantized_scales
+from bench.correctness.error_budget import example_args
 from bench.correctness.guarded_memory import MEMORY_LAYOUTS, tensors
+from bench.correctness.perturbation import perturbed_args, quantized_scales
 from bench.measure import rows
 from vila_triton.registry import OPS, IntRange, discover
 from vila_triton.registry.interpreter import uses_triton_kernels
