@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SPECIAL = """
 registry/test_custom_ops.py::test_a_decode_step_is_captured_in_a_cuda_graph[int4]
 registry/test_custom_ops.py::test_a_decode_step_is_captured_in_a_cuda_graph[dense]
-tiny/test_bundled_model.py::test_triton_kernels_give_the_answers_of_the_references
 ops/test_kv_pages.py::test_kv_write_skips_negative_slots_and_reaches_pages_beyond_32_bits[int4-rope_kv_write]
 ops/test_kv_pages.py::test_decode_reaches_pages_and_scales_beyond_32_bits[int8]
 ops/test_kv_pages.py::test_decode_ignores_nan_beyond_the_sequence_length[int4]
