@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .lockstep import Lockstep
@@ -68,3 +70,30 @@ class LocalMemory:
         rows = np.stack([np.broadcast_to(value, runs.shape)[runs] for value in values], 1)
         self.bytes[places] = np.ascontiguousarray(rows).view(np.uint8)
         self.written[places] = True
+
+
+class GenericMemory:
+    """Global and local memory by one kind of address: the first bytes are local memory, and no tensor lies there."""
+
+    def __init__(self, global_memory: Any, local_memory: LocalMemory):
+        self.global_memory, self.local_memory = global_memory, local_memory
+
+    def parts(self, address: Array, mask: Array | None) -> list[tuple[Any, Array | None]]:
+        """The memories that are touched, and by which threads."""
+        if not self.local_memory.size:
+            return [(self.global_memory, mask)]
+        local = address < np.uint64(self.local_memory.size)
+        parts = [(self.local_memory, local), (self.global_memory, ~local)]
+        return [(memory, part if mask is None else part & mask) for memory, part in parts if part.any()]
+
+    def load(self, i: int, address: Array, mask: Array | None, width: int, count: int, old: list | None) -> list[Array]:
+        """`count` elements of `width` bytes of each thread."""
+        values = old or [np.zeros((1, 1), WORD[width])] * count
+        for memory, part in self.parts(address, mask):
+            values = memory.load(i, address, part, width, count, values)
+        return values
+
+    def store(self, i: int, address: Array, mask: Array | None, width: int, values: list[Array]) -> None:
+        """Write elements of `width` bytes."""
+        for memory, part in self.parts(address, mask):
+            memory.store(i, address, part, width, values)

@@ -52,14 +52,16 @@ def global_unit(texts: Iterable[str]) -> int:
     least = 16
     for text in texts:
         opcode = text.split(None, 1)[0].split(".")
-        if ("global" in opcode and opcode[0] in ("ld", "st", "atom", "red")) or opcode[:2] == ["cp", "async"]:
+        elsewhere = any(part.split("::")[0] in ("shared", "local", "param") for part in opcode)
+        if (opcode[0] in ("ld", "st", "atom", "red") and not elsewhere) or opcode[:2] == ["cp", "async"]:
             bits = [int(m[1]) for part in opcode if (m := re.fullmatch(r"[bsuf]f?(8|16|32|64|128)", part))]
             least = min(least, (min(bits) if bits else 32) // 8)
     return least
 
 
 def written_parameters(texts: Iterable[str]) -> set[str] | None:
-    """The parameters from which addresses of stores and atomics can derive; None: any, as one was loaded from memory.
+    """The parameters from which addresses of stores and atomics can derive; None: any, as one was loaded from memory,
+    or passed to a function.
 
     Every register derives from all that an instruction reads which writes it, wherever it stands.
     """
@@ -68,6 +70,8 @@ def written_parameters(texts: Iterable[str]) -> set[str] | None:
     for text in texts:
         opcode, _, rest = text.rstrip("; ").partition(" ")
         kind = opcode.split(".")[0]
+        if opcode.startswith("st.param"):  # of a function, which may write wherever it likes
+            return None
         if kind in ("st", "red", "atom") and "shared" not in opcode:
             stored |= set(REGISTER.findall(rest[rest.index("[") : rest.index("]")]))
         if kind in ("st", "red", "bra", "bar", "cp", "ret") or not rest:

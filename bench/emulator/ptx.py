@@ -8,7 +8,16 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .variables import global_variables, number_bits, shared_variables
+from .declarations import (
+    Function,
+    UnknownPTX,
+    functions,
+    global_variables,
+    number_bits,
+    parameters,
+    shared_variables,
+    source_files,
+)
 
 LABEL = re.compile(r"([A-Za-z_$%][\w$]*):(?!:)")
 GUARDED = re.compile(r"@(!?)\s*(%?[\w$]+) (.*)")
@@ -148,10 +157,6 @@ class Kernel:
     global_variables: dict[str, bytes]
 
 
-class UnknownPTX(NotImplementedError):
-    """PTX that the emulator does not know: which instruction, of which kernel, from which line."""
-
-
 def parse(text: str) -> Kernel:
     """The first kernel of a PTX text."""
     entry = re.search(r"\.entry\s+([\w$]+)", text)
@@ -159,18 +164,18 @@ def parse(text: str) -> Kernel:
         raise UnknownPTX("no kernel (.entry) in this PTX")
     opening = text.index("{", entry.end())
     heading = text[entry.end() : opening]
-    parameters = re.search(r"\((.*?)\)", heading, re.DOTALL)
+    params = re.search(r"\((.*?)\)", heading, re.DOTALL)
     threads = re.search(r"\.(?:reqntid|maxntid)\s+([\d, ]+)", heading)
     count = 0
     if threads:
         count = 1
         for n in threads[1].split(","):
             count *= int(n)
-    reader = _Reader(entry[1], _files(text), shared_variables(text[: entry.start()]))
+    reader = _Reader(entry[1], source_files(text), shared_variables(text[: entry.start()]), functions(text))
     reader.read(text[opening + 1 :])
     return Kernel(
         name=entry[1],
-        params=_parameters(parameters[1] if parameters else ""),
+        params=parameters(params[1] if params else ""),
         threads=count,
         registers=reader.registers,
         blocks=reader.finished_blocks(),
@@ -181,25 +186,13 @@ def parse(text: str) -> Kernel:
     )
 
 
-def _files(text: str) -> dict[str, str]:
-    return {number: name for number, name in re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', text)}
-
-
-def _parameters(text: str) -> list[tuple[str, str]]:
-    params = []
-    for declaration in filter(str.strip, text.split(",")):
-        found = re.search(r"\.([bsuf]\d+)\b.*?([\w$]+)(\[\d+\])?\s*$", " ".join(declaration.split()))
-        if not found:
-            raise UnknownPTX(f"parameter {declaration.strip()}")
-        params.append((found[2], found[1] + (found[3] or "")))
-    return params
-
-
 class _Reader:
     """Reads the body of a kernel, a statement after the other."""
 
-    def __init__(self, kernel: str, files: dict[str, str], shared_symbols: dict[str, int]):
-        self.kernel, self.files, self.shared_symbols = kernel, files, shared_symbols
+    def __init__(
+        self, kernel: str, files: dict[str, str], shared_symbols: dict[str, int], functions: dict[str, Function]
+    ):
+        self.kernel, self.files, self.shared_symbols, self.functions = kernel, files, shared_symbols, functions
         self.folders = {Path(file).name: file for file in files.values()}
         self.registers: dict[str, int] = {}
         self.local_symbols: dict[str, int] = {}
@@ -209,6 +202,8 @@ class _Reader:
         self.instructions = 0
         self.scopes: list[dict[str, Register]] = [{}]
         self.families: dict[str, int] = {}  # of %r<100>: "r" -> 32
+        self.calls: list[str] = []  # the functions that are being read, and a suffix for the registers of the last
+        self.suffix = ""
         self.labels: list[dict[str, int]] = [{}]  # of the open scopes
         self.branches: list[list[tuple[Block, str]]] = [[]]
         self.scope_count = 0
@@ -288,6 +283,8 @@ class _Reader:
             start = -(-self.local_bytes // int(local[1])) * int(local[1])
             self.local_symbols[local[2]] = start
             self.local_bytes = start + int(local[3])
+        elif param := re.match(r"\.param (?:\.align \d+ )?\.[bsuf](\d+) ([\w$]+)$", text):
+            self.declare(param[2], max(16, int(param[1])))
         elif not text.startswith((".pragma", ".param", ".callprototype", ".noreturn")):
             raise UnknownPTX(f"this is not emulated: {text} ({self.kernel}, {self.source})")
 
@@ -307,8 +304,12 @@ class _Reader:
         opcode, *modifiers = name.split(".")
         block = self.blocks[-1]
         operands: tuple[Operand, ...] = ()
+        if opcode == "ret" and self.calls:
+            opcode, modifiers, rest = "bra", [], self.suffix
         if opcode == "bra":
             self.branches[-1].append((block, rest.strip()))
+        elif opcode == "call" and guard is None:
+            return self.call(text)
         elif opcode in ("call", "brx"):
             raise UnknownPTX(f"this is not emulated: {text} ({self.kernel}, {self.source})")
         else:
@@ -322,6 +323,26 @@ class _Reader:
         if opcode in ("bra", "ret", "exit"):
             block.condition, block.target = guard, END
             self.blocks.append(Block(len(self.blocks)))
+
+    def call(self, text: str) -> None:
+        """Reads the function that is called in the place of the call, its parameters being the caller's variables."""
+        parts = re.match(r"call(?:\.uni)? (?:\(([^)]*)\), )?([\w$]+)(?:, \(([^)]*)\))?$", text)
+        function = self.functions.get(parts[2]) if parts else None
+        if not parts or function is None or parts[2] in self.calls:
+            raise UnknownPTX(f"this is not emulated: {text} ({self.kernel}, {self.source})")
+        given = [self.operand(name) for names in (parts[1], parts[3]) for name in split_operands(names or "")]
+        taken = [*function.results, *function.params]
+        outside = self.families, self.suffix, self.source, self.callers
+        self.scope_count += 1
+        self.families, self.suffix = {}, f"call_{self.scope_count}_"
+        self.calls.append(parts[2])
+        self.statement_of("{")
+        self.scopes[-1].update({name: x for name, x in zip(taken, given, strict=True) if isinstance(x, Register)})
+        self.read(function.body)
+        self.statement_of(f"{self.suffix}: ")
+        self.close_scope()
+        self.calls.pop()
+        self.families, self.suffix, self.source, self.callers = outside
 
     def operand(self, text: str) -> Operand:
         """An operand; those outside of inline assembly mean the same wherever they stand."""
@@ -352,7 +373,7 @@ class _Reader:
             if text in scope:
                 return scope[text]
         if (numbered := NUMBERED.fullmatch(text)) and numbered[1] in self.families:
-            register = Register(f"{numbered[1]}{numbered[2]}_", self.families[numbered[1]])
+            register = Register(f"{numbered[1]}{numbered[2]}_{self.suffix}", self.families[numbered[1]])
             self.registers[register.name] = register.bits
             return register
         if text.startswith("%"):

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from . import conversions, dataflow, integers, numbers, numbers64, register_checks
+from .declarations import place_variables
 from .instructions import bits, control, conversion, floating, integer, memory, moves, tensor_core, warp
 from .instructions.table import EMITTERS, RUNTIME
 from .kinds import UNSIGNED
+from .local_memory import GenericMemory
 from .memory_facts import MemoryFacts, memory_facts
 from .ptx import Block, Instruction, Kernel, UnknownPTX
-from .variables import place_variables
 from .writer import NUMPY, Step, Writer
 
 GROUPS: tuple[ModuleType, ...] = (bits, control, conversion, floating, integer, memory, moves, tensor_core, warp)
@@ -98,7 +99,16 @@ def names_for_code() -> dict[str, Any]:
     for module in (numbers, integers, conversions):
         space.update({name: x for name, x in vars(module).items() if not name.startswith("_")})
     space.update(RUNTIME)
-    return space | NUMPY | {"u4_": array_of(np.uint32), "u8_": array_of(np.uint64), "TRUE": np.ones((1, 1), bool)}
+    return (
+        space
+        | NUMPY
+        | {
+            "u4_": array_of(np.uint32),
+            "u8_": array_of(np.uint64),
+            "TRUE": np.ones((1, 1), bool),
+            "GenericMemory": GenericMemory,
+        }
+    )
 
 
 def array_of(dtype: type) -> Callable[[list], np.ndarray]:

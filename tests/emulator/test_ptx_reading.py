@@ -101,7 +101,7 @@ def test_lines_of_source_and_of_the_calls_around_them() -> None:
         ("mbarrier.init.shared::cta.b64 [%r1], 1;", "mbarrier.init"),
         ("call.uni (retval0), __assertfail, (param0);", "__assertfail"),
         ("bar.sync 1, 64;", "bar.sync 1, 64"),
-        ("ld.b32 %r1, [%rd1];", "generic"),
+        ("atom.add.u32 %r1, [%rd1], 1;", "atom.add"),
         ("ld.shared::cluster.b32 %r1, [%r2];", "cluster"),
         ("mov.u32 %r1, %pm0;", "%pm0"),
         ("add.sat.u32x2 %r1, %r1, %r2;", "add.sat"),

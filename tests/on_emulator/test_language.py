@@ -29,6 +29,8 @@ def function_kernel(x_ptr, out_ptr, NAME: tl.constexpr, N: tl.constexpr):
         y = libdevice.log1p(tl.abs(x))
     elif NAME == "exp, float64":
         y = tl.exp(x.to(tl.float64)).to(tl.float32)
+    elif NAME == "sin, float64":  # calls a function
+        y = tl.sin(x.to(tl.float64) * 1e5).to(tl.float32)
     elif NAME == "divisions, int64":
         large = (x * 1e10).to(tl.int64)
         y = (large // 12345 - large % 678).to(tl.float32)
@@ -74,6 +76,7 @@ WANT: dict[str, Callable[[Tensor], Tensor]] = {
     "pow": lambda x: x.double().abs() ** x,
     "log1p": lambda x: x.double().abs().log1p(),
     "exp, float64": lambda x: x.double().exp().float(),
+    "sin, float64": lambda x: (x.double() * 1e5).sin().float(),
     "divisions, int64": int64_divisions,
     "divisions, int32": lambda x: (divided(i * 7919, i + 3) - i * 1000 % (i + 7)).float(),
     "upper half of a product": upper_halves,

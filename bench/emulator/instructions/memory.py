@@ -7,8 +7,8 @@ from ..ptx import Address, Instruction, Operand, Register, Sink, Symbol, Unknown
 from ..writer import Writer
 from .table import emits, kind_at_end
 
-OBJECTS = {"global": "G", "const": "G", "shared": "S", "local": "L"}
-ADDRESS_BITS = {"global": 64, "const": 64, "shared": 32, "local": 64}
+OBJECTS = {"global": "G", "const": "G", "shared": "S", "local": "L", "generic": "GenericMemory(G, L)"}
+ADDRESS_BITS = {"global": 64, "const": 64, "shared": 32, "local": 64, "generic": 64}
 ORDERS = ("relaxed", "acquire", "release", "acq_rel", "sc")
 SCOPES = ("cta", "cluster", "gpu", "sys")
 OPERATIONS = ("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")
@@ -19,10 +19,10 @@ KNOWN = {
 
 
 def space_of(i: Instruction) -> str:
-    """The memory of an instruction; an error for generic addresses and for the shared memory of another block."""
+    """The memory of an instruction, "generic" if it names none; an error for the shared memory of another block."""
     spaces = [m.partition("::") for m in i.modifiers if m.split("::")[0] in (*OBJECTS, "param")]
     if not spaces:
-        raise UnknownPTX("generic addresses")
+        return "generic"
     if any(part == "cluster" for _, _, part in spaces):
         raise UnknownPTX("shared memory of a cluster")
     return spaces[0][0]
@@ -70,6 +70,8 @@ def emit_parameter(w: Writer, i: Instruction, kind: Kind) -> None:
     to, source = i.operands
     symbol = source.base if isinstance(source, Address) else source
     assert isinstance(source, Address)
+    if isinstance(symbol, Register) and not source.offset:  # a variable of a call
+        return w.assign(to, w.value(symbol, kind), kind)
     types = dict(w.kernel.params)
     if not isinstance(symbol, Symbol) or symbol.name not in types or source.offset:
         raise UnknownPTX("this parameter")
@@ -93,6 +95,10 @@ def emit_store(w: Writer, i: Instruction) -> None:
     check_modifiers(i)
     kind, space = kind_at_end(i), space_of(i)
     to, source = i.operands[:2]
+    if space == "param":
+        if not isinstance(to, Address) or not isinstance(to.base, Register) or to.offset:
+            raise UnknownPTX("this parameter")
+        return w.assign(to.base, w.value(source, f"b{kind.bits}"), f"b{kind.bits}")
     items = source.items if isinstance(source, Vector) else (source,)
     values = [w.value(item, f"b{kind.bits}") for item in items]
     address = w.address(to, ADDRESS_BITS[space])
@@ -106,7 +112,7 @@ def emit_atomic(w: Writer, i: Instruction) -> None:
     operation = next((m for m in i.modifiers if m in OPERATIONS), None)
     known = {*ORDERS, *SCOPES, *OPERATIONS, "noftz", "v2", "v4", "v8", "v1"}
     unknown = [m for m in i.modifiers if m not in known and m.split("::")[0] not in OBJECTS and not is_kind(m)]
-    if unknown or operation is None or space == "local":
+    if unknown or operation is None or space in ("local", "generic"):
         raise UnknownPTX(f".{unknown[0]}" if unknown else "this atomic operation")
     order = next((m for m in i.modifiers if m in ORDERS), "relaxed")
     scope = next((m for m in i.modifiers if m in SCOPES), "gpu")

@@ -1,7 +1,8 @@
-"""Variables that PTX declares outside of its kernel: in shared memory, and in global or constant memory with values."""
+"""Declarations outside of the body of a kernel: parameters, variables with their values, functions, files."""
 
 import re
 import struct
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,7 +11,50 @@ GLOBAL = re.compile(
     r"\.(?:global|const)\s+(?:\.align\s+(?P<align>\d+)\s+)?\.[bsuf](?P<bits>\d+)\s+(?P<name>[\w$]+)"
     r"(?P<count>\[\d+\])?(?:\s*=\s*(?P<values>\{[^}]*\}|[^;{]+))?\s*;"
 )
+FUNCTION = re.compile(r"\.func\s*(?:\((?P<results>[^)]*)\)\s*)?(?P<name>[\w$]+)\s*(?:\((?P<params>[^)]*)\))?[^;{]*?\{")
 ALIGNED = 128
+
+
+class UnknownPTX(NotImplementedError):
+    """PTX that the emulator does not know: which instruction, of which kernel, from which line."""
+
+
+def source_files(text: str) -> dict[str, str]:
+    """The files of source lines, by their numbers."""
+    return dict(re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', text))
+
+
+def parameters(text: str) -> list[tuple[str, str]]:
+    """(name, type) of a list of parameters, arrays as "b8[128]"."""
+    params = []
+    for declaration in filter(str.strip, text.split(",")):
+        found = re.search(r"\.([bsuf]\d+)\b.*?([\w$]+)(\[\d+\])?\s*$", " ".join(declaration.split()))
+        if not found:
+            raise UnknownPTX(f"parameter {declaration.strip()}")
+        params.append((found[2], found[1] + (found[3] or "")))
+    return params
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function that a kernel calls: the names of its parameters and of its result, and the text of its body."""
+
+    params: tuple[str, ...]
+    results: tuple[str, ...]
+    body: str
+
+
+def functions(text: str) -> dict[str, Function]:
+    """The functions of a text that have a body."""
+    found = {}
+    for heading in FUNCTION.finditer(text):
+        results, params = (tuple(name for name, _ in parameters(heading[part] or "")) for part in ("results", "params"))
+        depth, end = 1, heading.end()
+        while depth and end < len(text):
+            depth += (text[end] == "{") - (text[end] == "}")
+            end += 1
+        found[heading["name"]] = Function(params, results, text[heading.end() : end - 1])
+    return found
 
 
 def number_bits(text: str) -> int:
