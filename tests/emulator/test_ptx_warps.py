@@ -1,4 +1,4 @@
-"""What the threads of a warp do together: shuffles, votes, matches, reductions; after the manual's programs."""
+"""Instructions of a whole warp: shuffles, votes, matches, reductions; after the programs of the PTX manual."""
 
 from typing import Any
 
@@ -67,7 +67,7 @@ def bits_of(flags: np.ndarray) -> np.ndarray:
 
 
 def by_warp(x: Any) -> np.ndarray:
-    """What each warp has, for its threads."""
+    """A row for each warp -> a row for each thread."""
     return x.repeat(32)
 
 
