@@ -161,7 +161,7 @@ def to_integer(x: Number, to: str, source: str, whole: str) -> int:
 @pytest.mark.parametrize("to", ["u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"])
 @pytest.mark.parametrize("source", ["f16", "bf16", "f32", "f64"])
 def test_floats_to_integers_saturate(source: str, to: str) -> None:
-    bits, x = int(to[1:]), values(source, 100)
+    bits, x = int(to[1:]), values(source, 60)
     for whole in WHOLE:
         got = compute(f"cvt.{whole}.{to}.{source} {{d}}, {{a}};", UNSIGNED[max(16, bits)], x)
         for a, b in zip(x.tolist(), got.tolist()):
@@ -173,7 +173,7 @@ def test_floats_to_integers_saturate(source: str, to: str) -> None:
 @pytest.mark.parametrize("source", ["u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"])
 def test_integers_to_floats_round_once(source: str, to: str) -> None:
     bits, form = int(source[1:]), FORMATS[to]
-    x = arguments(max(bits, 16), 1)[0]
+    x = arguments(max(bits, 16), 1)[0][::2].copy()
     if bits >= 32:
         ties = [(1 << k) + d for k in range(8, bits - 1) for d in (1, 3, (1 << max(k - form.mantissa - 1, 0)) + 1)]
         x = np.concatenate([x, np.array(ties, object).astype(x.dtype)])
@@ -188,7 +188,7 @@ def test_integers_to_floats_round_once(source: str, to: str) -> None:
 def test_between_integers(source: str, to: str) -> None:
     """Sign or zero extension, truncation, or .sat; a register that is wider than the type is filled by its sign."""
     bits, width, register = int(source[1:]), int(to[1:]), UNSIGNED[max(16, int(to[1:]))]
-    x = arguments(max(bits, 16), 1)[0]
+    x = arguments(max(bits, 16), 1)[0][::2].copy()
     low, high = (-(1 << (width - 1)), (1 << (width - 1)) - 1) if to[0] == "s" else (0, (1 << width) - 1)
     for sat in ("", ".sat"):
         got = compute(f"cvt{sat}.{to}.{source} {{d}}, {{a}};", register, x)
