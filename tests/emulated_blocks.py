@@ -51,8 +51,9 @@ class Blocks:
     ):
         self.blocks, self.threads, self.warps = blocks, threads, threads // 32
         self.block_ids = np.arange(first, first + blocks)
-        self.active = None
-        self.checks = self.counters = True
+        self.active: np.ndarray | None = None
+        self.checks: bool = True
+        self.counters: bool = True
         self.counts = Counter()
         self.program: Any = Program(texts)
         self.params = params or {}

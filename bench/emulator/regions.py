@@ -43,10 +43,11 @@ class Region:
     def elements(self, size: int) -> Array:
         """Which multiples of `size` bytes from the base hold elements only."""
         if size not in self.whole:
-            assert self.valid is not None
             every = np.zeros(len(self.views[1]), bool)
-            every[self.start - self.base : self.start - self.base + self.nbytes] = self.valid
-            self.whole[size] = every.reshape(-1, size).all(1)
+            every[self.start - self.base : self.start - self.base + self.nbytes] = (
+                True if self.valid is None else self.valid
+            )
+            self.whole[size] = np.logical_and.reduce(every.reshape(-1, size), axis=1)
         return self.whole[size]
 
 

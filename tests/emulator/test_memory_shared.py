@@ -1,5 +1,7 @@
 """Shared memory of emulated blocks: what is read, what is counted."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from emulated_blocks import Blocks, addresses, region
@@ -11,7 +13,7 @@ LANE = np.arange(64, dtype=np.uint32)
 WORDS = LANE[None] + np.arange(3, dtype=np.uint32)[:, None] * 1000  # [blocks, threads]
 
 
-def blocks(*texts: str, **options: int) -> Blocks:
+def blocks(*texts: str, **options: Any) -> Blocks:
     return Blocks(texts or ("st.shared.b32", "ld.shared.b32"), **{"blocks": 3, **options})
 
 
