@@ -64,21 +64,22 @@ def test_default_rounding_of_sums_and_products() -> None:
         assert_same_numbers("f32", got, expected("f32", TERMS[name], x), x, any_nan=True)
 
 
-def test_fused_products_of_f32_at_ties() -> None:
-    """Sums that lie in the middle of two float32 but for a last bit that float64 has no room for."""
-    one, ulp = Fraction(1), Fraction(1, 2**23)
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "f64"])
+def test_fused_products_in_the_middle_of_two_numbers(kind: str) -> None:
+    """A summand too small for a wider format to hold it beside the product still decides the rounding."""
+    form = FORMATS[kind]
+    half, least = Fraction(1, 2 ** ((form.mantissa + 1) // 2)), Fraction(2) ** (1 - form.bias - form.mantissa)
+    rest = Fraction(1, 2 ** (form.mantissa + 1)) / half  # half * rest is half a unit of the last place
     rows = []
-    for sign in (1, -1):
-        for tiny in (Fraction(1, 2**80), -Fraction(1, 2**80), ZERO):
-            for odd in (0, 1, 2, 3):
-                # (1 + 2**-12)(1 - 2**-12 ...) and plain: a * b is the middle, c the rest
-                rows.append((sign * (one + odd * ulp), one + Fraction(1, 2**23), tiny))
-                rows.append((sign * (2 + (2 * odd + 1) * 2 * ulp) / 2, one, sign * ulp / 2 + tiny))
-                rows.append((sign * Fraction(1, 2**12), Fraction(1, 2**12), sign * (one + odd * ulp) + 0 * tiny))
-                rows.append((sign * Fraction(1, 2**70), Fraction(1, 2**79 + 0), tiny * Fraction(1, 2**60)))
-    x = [np.array([FORMATS["f32"].encode(v) for v in column], np.uint32) for column in zip(*rows)]
-    got = compute(written("fma.rn.f32", 3), np.uint32, *x)
-    assert_same_numbers("f32", got, expected("f32", fused, x), x)
+    for m in (1, 3, 5, 7):
+        a, b = 1 + half, 1 + m * rest
+        assert (a * b * 2 ** (form.mantissa + 1)) % 2 == 1
+        for scale in (Fraction(1), Fraction(4), Fraction(1, 2)):
+            for tiny in (least, least * 2**5, Fraction(0)):
+                rows += [(s * a * scale, b, t * tiny) for s in (1, -1) for t in (1, -1)]
+    x = [np.array([form.encode(Fraction(v)) for v in column], dtype_of(kind)) for column in zip(*rows)]
+    got = compute(written(f"fma.rn.{kind}", 3), dtype_of(kind), *x)
+    assert_same_numbers(kind, got, expected(kind, fused, x), x)
 
 
 @pytest.mark.parametrize("name", ["add", "sub", "mul", "fma"])
