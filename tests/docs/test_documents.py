@@ -12,7 +12,7 @@ names its lane:
     <!-- slow -->      run by `pytest -m slow`
     <!-- real -->      the same, where the extra `real` is installed
     <!-- .ci/run -->   run by that script, which holds the block's commands
-    <!-- by hand -->   installs software, or is a script of `.ci`
+    <!-- by hand -->   installs software, takes long or wants a quiet machine, or is a script of `.ci`
     <!-- file NAME -->   of a python block: a file of that name, which the document's commands find
 ", with OPTIONS" behind the lane is appended to the block's last command, to make it shorter.
 """
@@ -32,6 +32,7 @@ from documents import DOCUMENTS, ROOT, Block, blocks, is_shown, name, without_nu
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
 MARKS = {"": [], "slow": [pytest.mark.slow], "real": [pytest.mark.slow, pytest.mark.real]}
 FILE = "file "  # begins the lane of a block that is a file
+BY_HAND = r"pip install |coverage |python -m bench\.(mutants|ptx_mutants|compiled_check|emulator\.speed)|\.ci/"
 COMMANDS = {  # in front of PATH: those of this environment, and `pytest` without running a test
     "python": 'exec {python} "$@"',
     "vila-triton": 'exec {python} -m vila_triton "$@"',
@@ -117,9 +118,7 @@ def test_blocks_of_other_lanes_stand_in_their_scripts() -> None:
             continue
         commands = [c for line in block.body.splitlines() for c in re.sub(r"\s+#.*", "", line).split(" && ")]
         if block.lane == "by hand":
-            assert all(
-                re.match(r"pip install |coverage |python -m bench\.mutants |\.ci/", command) for command in commands
-            )
+            assert all(re.match(BY_HAND, command) for command in commands)
         elif block.lane not in MARKS:
             script = (ROOT / block.lane).read_text().replace(" -q ", " ")
             missing = [command for command in commands if command not in script]
