@@ -31,7 +31,7 @@ MAX_WRONG = 3  # calls of a cell, after which no more are run
 
 @dataclass(frozen=True)
 class Cell:
-    """What one row is about. number: of the config."""
+    """The subject of one row. number: of the config."""
 
     op: str
     impl: str
@@ -68,7 +68,7 @@ class BlocksEntered:
             self.entered.setdefault(id(launch.program), Counter()).update(launch.entered)
 
     def missing(self, program: Any) -> tuple[str, ...]:
-        """Where the blocks of a program begin that were never entered. Empty blocks are none."""
+        """The source lines at which blocks of a program begin that were never entered. Empty blocks are none."""
         blocks = [block for block in program.kernel.blocks if block.instructions]
         entered = self.entered[id(program)]
         return tuple(block.instructions[0].source for block in blocks if not entered[block.index])
@@ -167,7 +167,7 @@ class CellCheck:
         self.given_up |= self.missing(launches)
 
     def missing(self, launches: list[Launch]) -> set[tuple[str, str]]:
-        """Where blocks begin that no warp entered, with their kernel."""
+        """The source lines at which blocks begin that no warp entered, with their kernel."""
         return {(x.kernel, source) for x in launches for source in self.blocks.missing(x.program)}
 
 

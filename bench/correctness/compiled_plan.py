@@ -43,7 +43,7 @@ def other_choices(op: Op, row: Row, seed: int) -> Row:
 
 
 def choice_axes(op: Op) -> dict[str, Sequence[Any]]:
-    """What is chosen beside sizes, with the memory layout and the kind of values."""
+    """All that is chosen beside sizes, with the memory layout and the kind of values."""
     choices = {name: axis.values for name, axis in op.domain.items() if isinstance(axis, OneOf)}
     return {**choices, "values": ("random", *op.hard_cases), "layout": MEMORY_LAYOUTS}
 

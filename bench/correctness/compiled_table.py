@@ -4,19 +4,19 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..measure.rows import STAMP
+from ..measure.rows import ROOT, STAMP
 from .compiled_cell import Cell
 
 Rows = Mapping[Cell, Mapping[str, Any]]
 
 
 def table(results: Rows) -> str:
-    """What was checked, for each implementation and target; what is wrong; the blocks that were never entered."""
+    """The document: counts for each implementation and target, failures, and the blocks that were never entered."""
     return "\n".join([*head(results), *counts(results), *failures(results), *never_entered(results)]) + "\n"
 
 
 def head(results: Rows) -> Iterator[str]:
-    """What was checked, in how many seconds, and with what."""
+    """The number of cells, their seconds and versions."""
     cpu = sum(row["cpu_seconds"] for row in results.values())
     compiling = sum(row["compile_seconds"] for row in results.values())
     stamps = {", ".join(f"{name} {row[name]}" for name in STAMP if name != "device") for row in results.values()}
@@ -24,7 +24,7 @@ def head(results: Rows) -> Iterator[str]:
     yield ""
     yield "Written by `python -m bench.compiled_check --table bench/results/compiled-check.md`."
     yield f"{len(results)} cells of a config and a target, {sum(row['examples'] for row in results.values())} examples,"
-    yield f"{cpu:.0f} seconds of one CPU in all, {compiling:.0f} of them until what was compiled could run."
+    yield f"{cpu:.0f} seconds of one CPU in all; {compiling:.0f} seconds passed while kernels were compiled."
     yield ""
     yield from sorted(stamps)
     yield ""
@@ -52,7 +52,7 @@ def counts(results: Rows) -> Iterator[str]:
 
 
 def failures(results: Rows) -> Iterator[str]:
-    """What is wrong, and what is unsupported."""
+    """All that is wrong, and all that is unsupported."""
     wrong = [(cell, failure) for cell, row in results.items() for failure in row["wrong"]]
     yield "## Wrong" if wrong else "Nothing is wrong."
     yield ""
@@ -72,9 +72,11 @@ def never_entered(results: Rows) -> Iterator[str]:
     for cell, row in results.items():
         for kernel in row["kernels"]:
             for source in kernel["missing"]:
-                found[kernel["kernel"], source][cell.target] += 1
+                found[kernel["kernel"], source.removeprefix(f"{ROOT}/")][cell.target] += 1
     yield "## Blocks that no example entered" if found else "Every basic block was entered."
     if found:
+        yield ""
+        yield "Line 0 is code that the compiler gave none. Many are ways around a loop that always runs."
         yield ""
         yield "| kernel | begins at | compiled kernels |"
         yield "|---|---|---|"
