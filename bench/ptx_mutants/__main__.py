@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,11 +22,19 @@ import torch
 from vila_triton.registry import discover
 
 from .._tool import tool
+from ..measure import rows
 from .cases import TARGETS, cases_for
 from .run import CRASHED, DISPUTED, MISSED, Outcome, plant_all
-from .table import line_of, report_lines, share_found
+from .table import report_lines, share_found
 
 GOAL = 0.95
+KIND = "ptx mutant"
+
+
+def read_journal(journal: Path | None) -> list[Outcome]:
+    """Returns the outcomes of a journal, none if there is no such file."""
+    known = rows.read(journal, kind=KIND) if journal and journal.exists() else ()
+    return [Outcome(**{name: row[name] for name in row if name != "kind"}) for row in known]
 
 
 @tool
@@ -34,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("cases", nargs="*", metavar="CASE", help="beginnings of names, as printed; default: all")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--rules", nargs="+", metavar="WORD", help="only faults whose rule has one of these words")
+    parser.add_argument("--journal", type=Path, metavar="FILE", help="keep outcomes there, and run no case it has")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the report there, in Markdown")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -42,17 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [case.name for case in cases]
     if unknown := [x for x in args.cases if not any(name.startswith(x) for name in names)]:
         raise ValueError(f"no case begins with {unknown[0]}; there are {', '.join(names)}")
-    outcomes: list[Outcome] = []
+    outcomes = read_journal(args.journal)
+    known = {x.case for x in outcomes}
     for case in cases:
-        if args.cases and not case.name.startswith(tuple(args.cases)):
+        if case.name in known or (args.cases and not case.name.startswith(tuple(args.cases))):
             continue
         start, first = time.perf_counter(), len(outcomes)
         for outcome in plant_all(case, lambda edit: not args.rules or set(args.rules) & set(edit.rule.name.split())):
             outcomes.append(outcome)
             if outcome.verdict in (MISSED, CRASHED, DISPUTED):
-                x = outcome.edit.instruction
-                fault = f"{outcome.edit.rule.name}: {line_of(x.source)}, instruction {x.id}: {x.text}"
+                fault = f"{outcome.rule}: {outcome.source}, instruction {outcome.instruction}: {outcome.text}"
                 print(f"{outcome.verdict.upper()}  {case.name} {fault} {outcome.detail}", flush=True)
+        if args.journal:
+            rows.write(args.journal, ({"kind": KIND, **asdict(x)} for x in outcomes[first:]))
         numbers = Counter(x.verdict for x in outcomes[first:])
         verdicts = ", ".join(f"{n} {verdict}" for verdict, n in numbers.items())
         print(f"{time.perf_counter() - start:6.1f} s  {case.name}: {verdicts}", flush=True)

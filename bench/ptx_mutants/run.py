@@ -25,7 +25,7 @@ LOADS_MORE, DISPUTED = "loads more", "disputed"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a planted fault.
+    """What became of a planted fault: in which kernel, by which rule, at which instruction.
 
     verdict  FOUND       a check of the emulator, or the error budget
              MISSED      ran, is a fault, and neither of them saw it
@@ -38,7 +38,11 @@ class Outcome:
     """
 
     case: str
-    edit: Edit
+    kernel: str
+    rule: str
+    instruction: int
+    text: str
+    source: str
     verdict: str
     detail: str
 
@@ -144,7 +148,9 @@ class Subject:
         return kinds, ""
 
     def outcome(self, edit: Edit, verdict: str, detail: str) -> Outcome:
-        return Outcome(self.case.name, edit, verdict, detail)
+        x = edit.instruction
+        source = x.source.rpartition("/")[2]  # without the folders of the file
+        return Outcome(self.case.name, edit.kernel, edit.rule.name, x.id, x.text, source, verdict, detail)
 
 
 def plant_all(case: Case, select: Callable[[Edit], Any] = lambda edit: True) -> Iterator[Outcome]:

@@ -127,7 +127,6 @@ class Replay:
         self.check_write(at, event)
         self.copying[at] = self.copy_groups[at[0]] + 1
         self.copier.warp[at], self.copier.thread[at] = event.warp, event.thread
-        self.unfenced[at] = True
 
     def tensor_core_read(self, event: Event) -> None:
         at = self.places(event)
@@ -156,7 +155,7 @@ class Replay:
         block, byte = np.nonzero(landed)
         at = (block, byte)
         self.writers.add(at, self.copier.thread[at], self.copier.warp[at])
-        self.copying[at] = 0
+        self.copying[at], self.unfenced[at] = 0, True
 
     def products_committed(self, event: Event) -> None:
         self.product_groups[event.blocks] += 1

@@ -30,16 +30,11 @@ def listed(outcomes: Sequence[Outcome], verdict: str) -> Iterator[str]:
     groups: dict[tuple[str, str, str, str], dict[str, list[str]]] = {}
     for x in outcomes:
         if x.verdict == verdict:
-            places = groups.setdefault((x.case, x.edit.kernel, x.edit.rule.name, x.detail), {})
-            places.setdefault(line_of(x.edit.instruction.source), []).append(str(x.edit.instruction.id))
+            places = groups.setdefault((x.case, x.kernel, x.rule, x.detail), {})
+            places.setdefault(x.source, []).append(str(x.instruction))
     for (case, kernel, rule, detail), places in groups.items():
         listing = ", ".join(f"{line} (instruction {', '.join(numbers)})" for line, numbers in places.items())
         yield f"- {case} {kernel}: {rule}: {detail}: {listing}"
-
-
-def line_of(source: str) -> str:
-    """Returns "file:line" without the folders of the file."""
-    return source.rpartition("/")[2]
 
 
 def report_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
@@ -50,7 +45,7 @@ def report_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
     if more := numbers[LOADS_MORE]:
         share = numbers[FOUND] / (ran + more)
         yield f"With {more} bounds that only load more of what exists, and store the same, it is {share:.1%}."
-    yield from ("", *counts("fault", outcomes, lambda x: x.edit.rule.name))
+    yield from ("", *counts("fault", outcomes, lambda x: x.rule))
     yield from ("", *counts("case", outcomes, lambda x: x.case))
     kinds = Counter(kind for x in outcomes if x.verdict == FOUND for kind in x.detail.split(", "))
     yield from ("", "Found by: " + ", ".join(f"{kind} {n}" for kind, n in kinds.most_common()) + ".")

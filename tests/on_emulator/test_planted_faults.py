@@ -24,8 +24,8 @@ def test_faults_planted_in_a_kernel_are_found(case: Case) -> None:
     discover()
     subject, outcomes = Subject(case), []
     for edit, ran in subject.edits():
-        known = [x for x in outcomes if x.edit.rule == edit.rule and x.verdict == FOUND]
+        known = [x for x in outcomes if x.rule == edit.rule.name and x.verdict == FOUND]
         if edit.rule.name in SELECTED[case.name] and (edit.rule.orders or not known):
             outcomes.append(subject.plant(edit, ran))
-    assert {x.edit.rule.name for x in outcomes if x.verdict == FOUND} == SELECTED[case.name]
+    assert {x.rule for x in outcomes if x.verdict == FOUND} == SELECTED[case.name]
     assert not [x for x in outcomes if x.verdict in (CRASHED, DISPUTED, MISSED)]
