@@ -30,7 +30,7 @@ ORDERING: dict[str, Kind] = {  # methods of SharedMemory
 
 @dataclass
 class KernelLog:
-    """What the launches of one kernel accessed.
+    """The accesses of the launches of one kernel.
 
     events      in shared memory, in order
     num_blocks  of the grid

@@ -25,7 +25,7 @@ LOADS_MORE, DISPUTED = "loads more", "disputed"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a planted fault: in which kernel, by which rule, at which instruction.
+    """The fate of a planted fault: in which kernel, by which rule, at which instruction.
 
     verdict  FOUND       a check of the emulator, or the error budget
              MISSED      ran, is a fault, and neither of them saw it

@@ -30,7 +30,7 @@ NOBODY, SEVERAL = -1, -2
 
 @dataclass(frozen=True)
 class Event:
-    """What one instruction did to shared memory in some blocks of a grid.
+    """The accesses of one instruction to shared memory in some blocks of a grid.
 
     instruction  its id
     blocks       [b] the numbers of the blocks
@@ -150,7 +150,7 @@ class Replay:
         self.copy_groups[event.blocks] += 1
 
     def copies_awaited(self, event: Event) -> None:
-        """What was copied is written now, by the thread that copied it."""
+        """Copied bytes are written now, by the thread that copied it."""
         landed = self.landed(self.copying, self.copy_groups, event)
         block, byte = np.nonzero(landed)
         at = (block, byte)
@@ -161,7 +161,7 @@ class Replay:
         self.product_groups[event.blocks] += 1
 
     def products_awaited(self, event: Event) -> None:
-        """What was multiplied is read now, by warps each of which has waited for its own part only."""
+        """Operands of products are read now, by warps each of which has waited for its own part only."""
         block, byte = np.nonzero(self.landed(self.multiplying, self.product_groups, event))
         several = np.full(block.shape, SEVERAL)
         self.readers.add((block, byte), several, several)

@@ -1,4 +1,4 @@
-"""What `bench.ptx_mutants` knows without the emulator: which instructions separate accesses, and where faults go."""
+"""The knowledge of `bench.ptx_mutants` without the emulator: which instructions separate accesses, and where faults go."""
 
 from collections.abc import Sequence
 
