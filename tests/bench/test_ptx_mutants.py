@@ -1,4 +1,4 @@
-"""The knowledge of `bench.ptx_mutants` without the emulator: which instructions separate accesses, and where faults go."""
+"""Tests of `bench.ptx_mutants` without the emulator: which instructions separate accesses, and where faults go."""
 
 from collections.abc import Sequence
 
