@@ -29,8 +29,11 @@ from vila_triton.registry.interpreter import uses_triton_kernels
 from ._tool import tool
 from .compiler.cross_compile import CompileRequest, load_implementations, run_in_subprocesses
 from .compiler.inspect_text import format_sizes
-from .emulator.counters_table import counters_table
-from .emulator.counters_text import (
+from .emulator.compile import EMULATED_TARGETS
+from .emulator.counters.emulated_call import emulate_call
+from .emulator.counters.emulated_sizes import emulated_sizes
+from .emulator.counters.table import counters_table
+from .emulator.counters.text import (
     EmulatedCall,
     access_table,
     compare_calls,
@@ -40,8 +43,6 @@ from .emulator.counters_text import (
     refusal_lines,
     total_lines,
 )
-from .emulator.emulated_call import EMULATED_TARGETS, emulate_call
-from .emulator.emulated_sizes import emulated_sizes
 from .inspect import extract_kernels, is_commit, requests_in_commit, requests_of_impl, resolve_sizes
 from .measure import rows
 from .plots.emulated import plot_source_lines

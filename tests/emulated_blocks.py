@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bench.emulator.global_memory import GlobalMemory, Regions
-from bench.emulator.memory_facts import memory_facts
-from bench.emulator.regions import Region
-from bench.emulator.shared_memory import SharedMemory
+from bench.emulator.memory.global_memory import GlobalMemory, Regions
+from bench.emulator.memory.regions import Region
+from bench.emulator.memory.shared_memory import SharedMemory
+from bench.emulator.program.memory_facts import memory_facts
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..correctness.guarded_memory import find_guard
-from .regions import Region
+from .memory.regions import Region
 
 
 def flatten_arguments(

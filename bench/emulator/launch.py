@@ -19,12 +19,12 @@ from triton.runtime.jit import JITFunction
 
 from .arguments import flatten_arguments, memory_regions, parameter_bits
 from .compile import check_resources, compiling_to_ptx
-from .global_memory import Regions
 from .machine import Findings, Machine, Way, run_by_turns
-from .ptx import parse
-from .regions import Region
+from .memory.global_memory import Regions
+from .memory.regions import Region
+from .program.ptx import parse
+from .program.translate import Program, translate
 from .report import Fault, KernelFault, Launch, Report
-from .translate import Program, translate
 
 LANES = 8192  # threads in lockstep
 PATIENCE = 256  # times that these may wait for others, before others begin

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from .global_memory import GlobalMemory, Regions
-from .local_memory import LocalMemory
-from .ptx import END
-from .regions import Region
-from .shared_memory import SharedMemory
-from .translate import Program
+from .memory.global_memory import GlobalMemory, Regions
+from .memory.local_memory import LocalMemory
+from .memory.regions import Region
+from .memory.shared_memory import SharedMemory
+from .program.ptx import END
+from .program.translate import Program
 
 Array = np.ndarray
 u4, u8 = np.uint32, np.uint64

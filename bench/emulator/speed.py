@@ -24,7 +24,7 @@ from .._tool import tool
 from ..compiler.cross_compile import run_in_subprocesses
 from ..correctness.error_budget import example_args
 from . import emulating
-from .counters import executed_instructions
+from .counters.sums import executed_instructions
 from .report import Launch
 
 GOAL_RATE = 15e6  # instructions of threads a second, with checks and counters

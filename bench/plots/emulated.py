@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from ..compiler.inspect_plot import KIND_COLORS, RED
-from ..emulator.counters_text import format_per_unit, format_sector_counts, format_wavefronts, is_marked, source_text
+from ..emulator.counters.text import format_per_unit, format_sector_counts, format_wavefronts, is_marked, source_text
 from .style import GRAY, new_figure, save_figure
 
 Row = Mapping[str, Any]

@@ -11,9 +11,9 @@ from unittest.mock import patch
 import numpy as np
 
 from ..correctness.guarded_memory import live_guards
-from ..emulator.global_memory import GlobalMemory
-from ..emulator.matrix_descriptors import read_descriptor
-from ..emulator.shared_memory import SharedMemory
+from ..emulator.memory.global_memory import GlobalMemory
+from ..emulator.memory.matrix_descriptors import read_descriptor
+from ..emulator.memory.shared_memory import SharedMemory
 from .separators import SEVERAL, Event, Kind
 
 VERBS: dict[str, Kind] = {"reads": "read", "writes": "write", "copies": "copy"}

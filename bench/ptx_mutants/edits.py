@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..emulator.ptx import Instruction, Kernel, Operand, Register, Vector
+from ..emulator.program.ptx import Instruction, Kernel, Operand, Register, Vector
 
 NEXT_COMPARISON = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
 MEMORY = {"ld", "st", "atom", "red", "cp"}

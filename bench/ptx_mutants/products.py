@@ -6,7 +6,7 @@ write the registers that hold its left operand, if registers do.
 
 from collections.abc import Collection
 
-from ..emulator.ptx import Instruction, Kernel, Vector
+from ..emulator.program.ptx import Instruction, Kernel, Vector
 from .edits import registers, written
 
 MOST_GROUPS = 4  # under way at once that are told apart; older ones count as one

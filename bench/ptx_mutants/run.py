@@ -11,7 +11,7 @@ from vila_triton.registry import OPS
 from ..correctness.error_budget import Example, example_args
 from ..correctness.guarded_memory import MismatchError
 from ..emulator import emulating
-from ..emulator.ptx import Kernel
+from ..emulator.program.ptx import Kernel
 from ..emulator.report import Report
 from .access_log import KernelLog, logged_accesses
 from .cases import Case

@@ -31,7 +31,7 @@ from vila_triton.registry import OPS, Impl
 from vila_triton.registry.search_space import LaunchCost
 
 from ..compiler.gpus import TARGETS
-from ..emulator.counters import SECTOR_BYTES
+from ..emulator.counters.sums import SECTOR_BYTES
 
 LATENCY = 8e-7  # seconds from a load to its data, memory being busy
 LAUNCH_SECONDS = 3e-6  # seconds

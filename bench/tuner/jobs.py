@@ -32,7 +32,7 @@ from ..compiler.gpus import TARGETS
 from ..compiler.resources import kernel_resources
 from ..correctness.failure_report import refusal_reason, release_memory
 from ..correctness.gate import gate
-from ..emulator.emulated_call import emulate_call
+from ..emulator.counters.emulated_call import emulate_call
 from ..measure.cases import Case, random_arguments
 from ..measure.timing import time_call
 

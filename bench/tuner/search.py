@@ -21,8 +21,8 @@ from vila_triton.registry.interpreter import uses_triton_kernels
 from vila_triton.registry.search_space import Config
 
 from ..correctness import error_budget, gate, guarded_memory
-from ..emulator import counters
-from ..emulator.emulated_call import EMULATED_TARGETS
+from ..emulator.compile import EMULATED_TARGETS
+from ..emulator.counters import sums
 from ..measure.cases import Case
 from . import cost_model
 from .jobs import COMPILERS, compile_equivalent_sizes
@@ -69,7 +69,7 @@ def search_fingerprint(impl: Impl, plan: SearchPlan) -> dict[str, Any]:
         "op": impl.op,
         "impl": impl.name,
         **tuned_tables.entry_fingerprint(impl),
-        "pruner": short_hash(source_hash(cost_model, counters).encode(), repr((plan.gpu, plan.worse_than)).encode()),
+        "pruner": short_hash(source_hash(cost_model, sums).encode(), repr((plan.gpu, plan.worse_than)).encode()),
         "gate": source_hash(gate, error_budget, guarded_memory),
         "device": plan.device,
         "timer": plan.timer,

@@ -20,7 +20,8 @@ from bench.compiler.disassembly import (
     SPILL,
     TENSOR,
 )
-from bench.emulator.counters import (
+from bench.emulator.counters.emulated_sizes import emulate_config, emulated_sizes
+from bench.emulator.counters.sums import (
     ExecutedInstruction,
     flops_per_warp,
     instruction_kind,
@@ -30,9 +31,8 @@ from bench.emulator.counters import (
     memory_traffic,
     source_line,
 )
-from bench.emulator.counters_table import counters_table
-from bench.emulator.counters_text import EmulatedCall, access_table, compare_calls, is_marked, total_lines
-from bench.emulator.emulated_sizes import emulate_config, emulated_sizes
+from bench.emulator.counters.table import counters_table
+from bench.emulator.counters.text import EmulatedCall, access_table, compare_calls, is_marked, total_lines
 from vila_triton.registry import OPS, discover
 from vila_triton.registry.interpreter import uses_triton_kernels
 

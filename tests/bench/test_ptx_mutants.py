@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from bench.emulator.ptx import parse
+from bench.emulator.program.ptx import parse
 from bench.ptx_mutants.edits import find_edits
 from bench.ptx_mutants.products import find_product_waits
 from bench.ptx_mutants.separators import SEVERAL, Event, Kind, find_separators

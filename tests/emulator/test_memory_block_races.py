@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from emulated_blocks import Blocks, region
 
-from bench.emulator.global_memory import Regions
-from bench.emulator.memory_facts import global_unit, memory_facts, written_parameters
+from bench.emulator.memory.global_memory import Regions
+from bench.emulator.program.memory_facts import global_unit, memory_facts, written_parameters
 
 T = 32
 THREAD = np.arange(T, dtype=np.uint64)[None]

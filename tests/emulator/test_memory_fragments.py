@@ -7,7 +7,7 @@ import pytest
 import torch
 from emulated_blocks import Blocks
 
-from bench.emulator.fragments import multiply
+from bench.emulator.arithmetic.fragments import multiply
 
 BLOCKS, WARPS = 2, 2
 SHAPE = (BLOCKS, WARPS)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from emulated_blocks import Blocks, region
 
-from bench.emulator.coalescing import count_sectors
-from bench.emulator.global_memory import Regions
+from bench.emulator.memory.coalescing import count_sectors
+from bench.emulator.memory.global_memory import Regions
 
 T = 64
 THREAD = np.arange(T, dtype=np.uint64)[None]

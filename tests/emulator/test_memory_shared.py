@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from emulated_blocks import Blocks, addresses, region
 
-from bench.emulator.global_memory import Regions
-from bench.emulator.memory_facts import shared_unit
+from bench.emulator.memory.global_memory import Regions
+from bench.emulator.program.memory_facts import shared_unit
 
 LANE = np.arange(64, dtype=np.uint32)
 WORDS = LANE[None] + np.arange(3, dtype=np.uint32)[:, None] * 1000  # [blocks, threads]

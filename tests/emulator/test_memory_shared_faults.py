@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from emulated_blocks import Blocks, addresses, region
 
-from bench.emulator.global_memory import Regions
+from bench.emulator.memory.global_memory import Regions
 
 T = 256
 THREAD = np.arange(T, dtype=np.uint32)

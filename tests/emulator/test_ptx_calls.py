@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ptx_runner import run_ptx
 
-from bench.emulator.ptx import UnknownPTX
+from bench.emulator.program.ptx import UnknownPTX
 
 FUNCTIONS = """
 .func (.param .b32 func_retval0) doubled(.param .b32 doubled_param_0);

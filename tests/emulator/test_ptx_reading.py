@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.emulator.ptx import END, Address, Immediate, Register, Symbol, UnknownPTX, Vector, parse
-from bench.emulator.translate import translate
+from bench.emulator.program.ptx import END, Address, Immediate, Register, Symbol, UnknownPTX, Vector, parse
+from bench.emulator.program.translate import translate
 
 KERNEL = """
 .version 8.7

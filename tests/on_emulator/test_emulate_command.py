@@ -8,7 +8,7 @@ import pytest
 from bench import emulate
 from bench.compiler.cross_compile import CompileRequest
 from bench.compiler.disassembly import TENSOR
-from bench.emulator.emulated_call import emulate_call
+from bench.emulator.counters.emulated_call import emulate_call
 from bench.measure import rows
 from vila_triton.registry import discover
 

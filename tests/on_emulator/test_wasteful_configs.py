@@ -11,8 +11,8 @@ import torch
 
 from bench.compiler.cross_compile import CompileRequest
 from bench.emulator import emulating
-from bench.emulator.counters import executed_instructions, memory_traffic
-from bench.emulator.emulated_call import emulate_call
+from bench.emulator.counters.emulated_call import emulate_call
+from bench.emulator.counters.sums import executed_instructions, memory_traffic
 from bench.measure.cases import Case
 from bench.tuner import cost_model, search
 from bench.tuner.jobs import STAGES, Answer, Job, run_job

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..arithmetic.fragments import multiply, multiply_warp_group
 from .atomics import apply_atomic
-from .fragments import multiply, multiply_warp_group
 from .lockstep import Lockstep
 from .matrix_descriptors import read_descriptor
 from .regions import WORD

@@ -9,10 +9,10 @@ from typing import Any
 
 from vila_triton import kernels as kernels_package
 
-from ..compiler.cross_compile import CompileRequest
-from ..compiler.inspect_text import format_table, round_float
-from .counters import MAX_SECTORS, MAX_WAVEFRONTS
+from ...compiler.cross_compile import CompileRequest
+from ...compiler.inspect_text import format_table, round_float
 from .emulated_call import instructions_per_unit
+from .sums import MAX_SECTORS, MAX_WAVEFRONTS
 
 Row = Mapping[str, Any]
 

@@ -1,6 +1,6 @@
 """cvt. What numpy lacks is in `bench.emulator.conversions`."""
 
-from ..conversions import conversion
+from ...arithmetic.conversions import conversion
 from ..kinds import Kind, is_kind, kind_of
 from ..ptx import Instruction, UnknownPTX
 from ..writer import Writer

@@ -4,17 +4,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..measure.format import format_config
-from .counters import MAX_SECTORS, MAX_WAVEFRONTS
-from .counters_text import (
-    EmulatedCall,
-    format_per_unit,
-    format_sector_counts,
-    format_wavefronts,
-    is_marked,
-    ratio,
-    source_text,
-)
+from ...measure.format import format_config
+from .sums import MAX_SECTORS, MAX_WAVEFRONTS
+from .text import EmulatedCall, format_per_unit, format_sector_counts, format_wavefronts, is_marked, ratio, source_text
 
 Row = Mapping[str, Any]
 INTRODUCTION = """

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import triton
 
-from ..compiler.disassembly import BARRIER, CONVERT, FLOAT, GLOBAL, INTEGER, OTHER, SHARED, SPECIAL, SPILL, TENSOR
-from .report import Launch
+from ...compiler.disassembly import BARRIER, CONVERT, FLOAT, GLOBAL, INTEGER, OTHER, SHARED, SPECIAL, SPILL, TENSOR
+from ..report import Launch
 
 SECTOR_BYTES = 32
 WARP_THREADS = 32

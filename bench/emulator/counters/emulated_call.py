@@ -11,9 +11,11 @@ import torch
 from vila_triton.ops import Int4
 from vila_triton.registry import OPS, Op, Unsupported
 
-from ..compiler.cross_compile import CompileRequest, CompileResult, resolve_request
-from ..measure.cases import Case, random_arguments
-from .counters import (
+from ...compiler.cross_compile import CompileRequest, CompileResult, resolve_request
+from ...measure.cases import Case, random_arguments
+from ..launch import emulating
+from ..report import KernelFault, Launch
+from .sums import (
     WARP_THREADS,
     executed_instructions,
     instructions_by_kind,
@@ -21,10 +23,7 @@ from .counters import (
     memory_accesses,
     memory_traffic,
 )
-from .launch import emulating
-from .report import KernelFault, Launch
 
-EMULATED_TARGETS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
 TRAFFIC = ("requests", "sectors", "fewest_sectors", "read_bytes", "written_bytes", "accesses", "wavefronts")
 
 

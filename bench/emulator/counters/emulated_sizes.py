@@ -8,7 +8,7 @@ from typing import Any
 from vila_triton.paths import config_dir
 from vila_triton.registry import Op
 
-from ..measure.cases import size_combinations
+from ...measure.cases import size_combinations
 
 
 @lru_cache

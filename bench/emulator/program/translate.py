@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from . import conversions, dataflow, integers, numbers, numbers64, register_checks
+from ..arithmetic import conversions, integers, numbers, numbers64
+from ..memory.local_memory import GenericMemory
+from . import dataflow, register_checks
 from .declarations import place_variables
 from .instructions import bits, control, conversion, floating, integer, memory, moves, tensor_core, warp
 from .instructions.table import EMITTERS, RUNTIME
 from .kinds import UNSIGNED
-from .local_memory import GenericMemory
 from .memory_facts import MemoryFacts, memory_facts
 from .ptx import Block, Instruction, Kernel, UnknownPTX
 from .writer import NUMPY, Step, Writer
