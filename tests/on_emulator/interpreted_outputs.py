@@ -29,7 +29,7 @@ def calls() -> Iterator[tuple[str, Impl, Example]]:
 
 
 def outputs_of(impl: Impl, example: Example) -> list[Tensor]:
-    """What a call returns and, of an op that writes in place, leaves in its arguments."""
+    """The outputs of a call and, as of an op that writes in place, its arguments after it."""
     args: Any = map_tensors(torch.clone, example.args)
     outputs = tensors(impl(*args, config=impl.configs[0]))
     return [*outputs, *tensors(args)]

@@ -1,4 +1,4 @@
-"""What a kernel computes compiled is what it computes interpreted, in both dtypes that the interpreter has."""
+"""Kernels compute compiled what they compute interpreted, in both dtypes that the interpreter has."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ TARGETS = {name: ("sm_80", "sm_90")[i // 2 % 2] for i, name in enumerate(CALLS)}
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Tensor]]:
-    """What all calls return interpreted, which a process does that interprets every kernel."""
+    """The outputs of all calls interpreted, from a process that interprets every kernel."""
     file = tmp_path_factory.mktemp("interpreted") / "outputs.pt"
     script, root = Path(__file__).with_name("interpreted_outputs.py"), Path(__file__).parents[2]
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}

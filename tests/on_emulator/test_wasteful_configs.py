@@ -1,4 +1,4 @@
-"""What a kernel wastes is counted, and ranks it behind its clean twin where the cost model is the timer."""
+"""The waste of a kernel is counted, and ranks it behind its clean twin where the cost model is the timer."""
 
 import sys
 from collections.abc import Iterator, Sequence
