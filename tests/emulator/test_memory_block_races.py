@@ -148,7 +148,7 @@ def test_a_lock(order: str, barriers: str, right: bool) -> None:
 
 
 def test_a_lock_that_is_not_taken() -> None:
-    """A failed compare-and-swap sees no release: block 1 goes on though block 0 has the lock."""
+    """The value that a failed compare-and-swap sees is no release: block 1 goes on though block 0 has the lock."""
     launch = Launch()
     launch.only(0)
     launch.atomic(0, CAS, "cas", [ZERO, ONE], "acq_rel")
