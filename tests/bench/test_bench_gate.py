@@ -20,9 +20,6 @@ from bench.correctness.error_budget import (
     ExampleCache,
     error_budget,
     example_args,
-    perturbed_args,
-    random_bools,
-    unit_roundoff,
 )
 from bench.correctness.find_failure import find_failure
 from bench.correctness.gate import case_error_gate, domain_gate, gate
@@ -35,6 +32,7 @@ from bench.correctness.guarded_memory import (
     map_tensors,
     tensors,
 )
+from bench.correctness.perturbation import perturbed_args, random_bools, unit_roundoff
 from bench.measure.cases import Case
 from vila_triton.registry import OPS, Impl, discover
 
