@@ -2,6 +2,7 @@
 
     correctness/  error budgets, guarded memory, the gate before a time, reports of a failure
     compiler/     cross-compiling kernels and reading what the compiler made of them
+    emulator/     compiled kernels run on the CPU: faults, and counters of what they do
     measure/      timing, rows of results, cases, models and steps to time
     peers/        other libraries' kernels as implementations of our ops
     plots/        figures from rows

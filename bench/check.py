@@ -5,7 +5,9 @@ is compared with the reference within the computed error budget: at sizes just b
 random and on hard values (see `correctness.example_plan`). What was covered is kept, and the next run of an unchanged
 kernel goes on with other examples. A failure is shrunk to its simplest case, shown with a map of its errors, and saved
 as a repro bundle; `--replay FILE` makes the same call again, on the kernel as it is now. Without a GPU kernels run in
-Triton's interpreter, which has no bfloat16. Exit code: 0 nothing is wrong, 1 something is wrong, 2 the command failed.
+Triton's interpreter, which has no bfloat16; with `--compiled sm_80`, what the compiler makes of them for that GPU runs
+in `bench.emulator`, in all dtypes, and is watched for races, stray accesses and missing waits. Exit code: 0 nothing is
+wrong, 1 something is wrong, 2 the command failed.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-if not torch.cuda.is_available():
+if __name__ == "__main__" and not (torch.cuda.is_available() or any(x.startswith("--compiled") for x in sys.argv)):
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
 from vila_triton.limits import COUNT, COUNT_OR_ZERO, POSITIVE
@@ -28,23 +30,26 @@ from vila_triton.registry.interpreter import uses_triton_kernels
 
 from ._tool import tool
 from .correctness import repro_bundle
+from .correctness.compiled_calls import RUNS_COMPILED, compiled_for, repeat_compiled
 from .correctness.error_budget import DEVICE, Example, example_args
 from .correctness.failure_report import describe_elements, describe_failure, format_settings, label
 from .correctness.find_failure import DeviceLost, SearchResult, find_failure
 from .correctness.kept_coverage import coverage_file, load_coverage, save_coverage
+from .emulator.compile import EMULATED_TARGETS
 
 RUNS_TO_COVER = 4  # then every edge is sought again
 ImplConfig = tuple[Impl, int]  # an implementation and the number of one of its configs
 
 
-def select_pairs(op: str, impl: str | None, config: int | None) -> list[ImplConfig]:
-    """The configs to check. Errors: ValueError naming the choices."""
+def select_pairs(op: str, impl: str | None, config: int | None, compiled: bool = False) -> list[ImplConfig]:
+    """The configs to check, `compiled`: of Triton kernels. Errors: ValueError naming the choices."""
     discover()
     if op not in OPS:
         raise ValueError(f"no op {op!r}; there are: {describe_available(OPS)}")
-    available = OPS[op].impls
+    available = {name: x for name, x in OPS[op].impls.items() if uses_triton_kernels(x) or not compiled}
     if impl is not None and impl not in available:
-        raise ValueError(f"{op} has no implementation {impl!r}; there are: {describe_available(available)}")
+        kind = "implementation with Triton kernels" if compiled else "implementation"
+        raise ValueError(f"{op} has no {kind} {impl!r}; there are: {describe_available(available)}")
     impls = [available[impl]] if impl else [x for x in available.values() if x.name != REFERENCE]
     pairs = [(x, i) for x in impls for i in range(len(x.configs)) if config in (None, i)]
     if impls and not pairs:
@@ -54,29 +59,31 @@ def select_pairs(op: str, impl: str | None, config: int | None) -> list[ImplConf
     return pairs
 
 
-def check_pairs(pairs: Sequence[ImplConfig], examples: int, seconds: float, out: Path) -> bool:
-    """Check each config and print the results; True if nothing is wrong."""
+def check_pairs(
+    pairs: Sequence[ImplConfig], examples: int, seconds: float, out: Path, target: str | None = None
+) -> bool:
+    """Check each config, compiled for a target if there is one, and print the results; True if nothing is wrong."""
     verdicts: list[SearchResult] = []
     start, shrinking = time.monotonic(), 0.0
     for impl, number in pairs:
         op, config = OPS[impl.op], impl.configs[number]
         seconds_each = (start + seconds + shrinking - time.monotonic()) / (len(pairs) - len(verdicts))
         print(f"{op.name} {impl.name}, config {number}: {format_settings(config)}", flush=True)
-        kept_file = coverage_file(impl, config)
+        kept_file = coverage_file(impl, config, target)
         runs, covered = load_coverage(kept_file)
         if runs % RUNS_TO_COVER == 0:  # an edge was seen with few other values
             covered.edges.clear()
         try:
-            verdict = find_failure(op, impl, config, examples, seconds_each, seed=runs, covered=covered)
+            verdict = find_failure(op, impl, config, examples, seconds_each, runs, covered, target)
         except DeviceLost as lost:
             print(f"{label('wrong')}crashed, and the GPU with it: nothing can be shrunk, nor checked after it: {lost}")
             return False
         shrinking += max(0.0, verdict.seconds - seconds_each) if verdict.simplest else 0.0
         if verdict.num_examples and not verdict.simplest:
             save_coverage(kept_file, runs + 1, verdict.coverage)
-        file = out / f"{op.name}-{impl.name}-{number}.bundle"
+        file = out / f"{'-'.join(filter(None, (op.name, impl.name, str(number), target)))}.bundle"
         earlier = [v for (other, _), v in zip(pairs, verdicts) if other is impl]
-        for text in outcome_lines(op, impl, number, verdict, runs, earlier, file):
+        for text in outcome_lines(op, impl, number, verdict, runs, earlier, file, target):
             print(text, flush=True)
         verdicts.append(verdict)
     wrong, unsupported = sum(bool(v.simplest) for v in verdicts), sum(not v.num_examples for v in verdicts)
@@ -85,7 +92,14 @@ def check_pairs(pairs: Sequence[ImplConfig], examples: int, seconds: float, out:
 
 
 def outcome_lines(
-    op: Op, impl: Impl, number: int, verdict: SearchResult, runs: int, earlier: Sequence[SearchResult], file: Path
+    op: Op,
+    impl: Impl,
+    number: int,
+    verdict: SearchResult,
+    runs: int,
+    earlier: Sequence[SearchResult],
+    file: Path,
+    target: str | None = None,
 ) -> Iterator[str]:
     """The result in lines, after so many `runs` whose coverage was kept.
 
@@ -104,7 +118,7 @@ def outcome_lines(
         sizes = dict(shrunk.sizes)
         args, seed = example_args(op, **sizes), sizes.pop("seed")
         file = repro_bundle.unused_path(file)
-        repro_bundle.save(file, impl, config, args, seed, shrunk.layout, sizes, "bench.check")
+        repro_bundle.save(file, impl, config, args, seed, shrunk.layout, sizes, "bench.check", target or "")
         yield f"{label('wrong')}{shrunk.kind}; {effort}"
         yield f"{label('shrunk case')}{format_settings(shrunk.sizes)}{verdict.caveat and f'  ({verdict.caveat})'}"
         yield f"{label('layout')}its arguments were {shrunk.layout}"
@@ -127,7 +141,8 @@ def replay(file: Path) -> bool:
     try:
         sizes = saved.sizes if set(saved.sizes) - {"values"} == set(op.domain) else None
         example = Example(op, saved.args, saved.seed, sizes)
-        example.check(impl, saved.config, saved.layout, example.call_twice)
+        with compiled_for(saved.target or None, impl, saved.config):
+            example.check(impl, saved.config, saved.layout, example.call_twice)
     except Unsupported as reason:
         print(f"{label('unsupported')}{reason}")
         return False
@@ -136,6 +151,13 @@ def replay(file: Path) -> bool:
         return False
     print(f"{label('right')}the call matches the reference now")
     return True
+
+
+def mode(target: str | None) -> str:
+    """The way Triton kernels run here, in words."""
+    if target:
+        return f"compiled for {target}, emulated"
+    return "interpreted (no GPU)" if DEVICE == "cpu" else f"compiled for {torch.cuda.get_device_name()}"
 
 
 @tool
@@ -148,13 +170,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--examples", type=COUNT, default=100, help="for each config, at most (default: %(default)s)")
     parser.add_argument("--seconds", type=POSITIVE, default=45, help="for all, but for shrinking (%(default)s)")
+    parser.add_argument("--compiled", choices=EMULATED_TARGETS, help="run what is compiled for this GPU, without one")
     parser.add_argument("--peers", action="store_true", help="other libraries' kernels too, where installed")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()), help="folder for bundles")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="make the call of this bundle again")
     args = parser.parse_args(argv)
     if DEVICE == "cpu":
         torch.set_num_threads(1)  # examples are small: a second thread costs more than it gives
-    mode = "interpreted (no GPU)" if DEVICE == "cpu" else f"compiled for {torch.cuda.get_device_name()}"
+    target = args.compiled or (repro_bundle.load(args.replay).target if args.replay else None)
+    if target and not RUNS_COMPILED:
+        words = sys.argv[1:] if argv is None else argv
+        return repeat_compiled("bench.check", words, target)
     if args.peers:
         from .peers import discover_peers
 
@@ -162,10 +188,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"peer {peer}: not here: {reason}")
     if (args.op is None) == (args.replay is None):
         raise ValueError("expected an OP to check or a bundle to --replay, and not both")
-    pairs = [] if args.replay else select_pairs(args.op, args.impl, args.config)
+    pairs = [] if args.replay else select_pairs(args.op, args.impl, args.config, bool(target))
     if not pairs or any(uses_triton_kernels(impl) for impl, _ in pairs):
-        print(f"Triton kernels run {mode}")
-    passed = replay(args.replay) if args.replay else check_pairs(pairs, args.examples, args.seconds, args.out)
+        print(f"Triton kernels run {mode(target)}")
+    passed = replay(args.replay) if args.replay else check_pairs(pairs, args.examples, args.seconds, args.out, target)
     return 0 if passed else 1
 
 

@@ -5,7 +5,9 @@ incumbent, which runs by default and whose result the model uses, and by the can
 the distance of their results, in units in the last place and relative, and the error of the candidate's worst element
 as a multiple of its budget (of the first call of the layer, and of each call that differs more than those before). The
 model then runs on the candidate alone with the same tokens, which shows the change of its logits. The inputs of the
-worst call are saved for `bench.check --replay`. Exit code: 0 all within budget, 1 not, 2 the command failed.
+worst call are saved for `bench.check --replay`. Without a GPU Triton kernels run in its interpreter; with `--compiled
+sm_80` the candidate's are those that the compiler makes for that GPU, emulated, in bfloat16 too.
+Exit code: 0 all within budget, 1 not, 2 the command failed.
 """
 
 import argparse
@@ -20,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and not any(word.startswith("--compiled") for word in sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
 
+from vila_triton.arguments import DTYPES
 from vila_triton.chat.conversation import ChatModel
 from vila_triton.console import print_progress
 from vila_triton.hf.chat_model import load_chat_model
@@ -33,9 +36,11 @@ from vila_triton.registry.interpreter import uses_triton_kernels
 
 from ._tool import tool
 from .correctness import repro_bundle
+from .correctness.compiled_calls import RUNS_COMPILED, compiled_for, repeat_compiled
 from .correctness.error_budget import DEVICE
 from .correctness.failure_report import exception_line
 from .correctness.shadow_recorder import ULP_BUCKETS, ShadowRecorder
+from .emulator.compile import EMULATED_TARGETS
 from .measure import prompts as questions
 from .measure import rows
 from .measure.prompts import Prompt
@@ -117,10 +122,18 @@ def comparison_table(recorder: ShadowRecorder) -> Iterator[str]:
 
 
 def run_shadow(
-    chat_model: ChatModel, impl: Impl, prompts: Sequence[Prompt], steps: int, only: Sequence[str]
+    chat_model: ChatModel,
+    impl: Impl,
+    prompts: Sequence[Prompt],
+    steps: int,
+    only: Sequence[str],
+    target: str | None = None,
 ) -> tuple[ShadowRecorder, set[str], list[LogitShift] | str]:
-    """Make both runs -> (the recorder, the incumbents, the logit shift of each prompt or the reason for none)."""
-    recorder = ShadowRecorder(OPS[impl.op], impl, chat_model.model.params, only)
+    """Make both runs -> (the recorder, the incumbents, the logit shift of each prompt or the reason for none).
+
+    target: the candidate runs as compiled for it, in the emulator.
+    """
+    recorder = ShadowRecorder(OPS[impl.op], impl, chat_model.model.params, only, target)
     shifts: list[LogitShift] = []
     with count_calls() as calls, recorder.recording():
         incumbent_runs = [
@@ -128,7 +141,7 @@ def run_shadow(
         ]
     incumbents = {name for op, name in calls if op == impl.op}
     try:
-        with use(**{impl.op: impl.name}):
+        with use(**{impl.op: impl.name}), compiled_for(target, impl, {}):
             for prompt, (logits, tokens, prefilled) in zip(with_progress(prompts, "alone"), incumbent_runs):
                 shifts.append(logit_shift(logits, run_prompt(chat_model, prompt, steps, tokens)[0], prefilled))
     except Exception as error:  # a kernel may fail in any way at all
@@ -176,7 +189,8 @@ def save_worst_call(recorder: ShadowRecorder, file: Path) -> None:
     worst = recorder.worst
     assert worst is not None
     origin = f"bench.shadow: {worst.name}, {worst.phase}"
-    repro_bundle.save(file, recorder.candidate, worst.config, worst.args, 0, "aligned", {}, origin)
+    target = recorder.target or ""
+    repro_bundle.save(file, recorder.candidate, worst.config, worst.args, 0, "aligned", {}, origin, target)
     print(f"worst call: {worst.name}, {worst.phase}: python -m bench.check --replay {file}")
 
 
@@ -185,7 +199,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", required=True)
     parser.add_argument("--impl", required=True, help="the candidate")
+    parser.add_argument(
+        "--compiled", choices=EMULATED_TARGETS, help="run the candidate as it is compiled for this GPU, without one"
+    )
     parser.add_argument("--model", type=Path, help="a VILA folder (default: a bundled one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of parameters and activations (default: as in config.json)")
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help='lines of {"question": ..., "images": [FILE, ...]}'
     )
@@ -203,18 +221,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 @tool
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.compiled and not RUNS_COMPILED:
+        return repeat_compiled("bench.shadow", sys.argv[1:] if argv is None else argv, args.compiled)
     validate_choices({args.op: args.impl})
     impl = OPS[args.op].impls[args.impl]
     folder = args.model or (
         BUNDLED_CHECKPOINT.with_name("checkpoint-int4") if args.op.startswith("int4") else BUNDLED_CHECKPOINT
     )
     prompts = questions.read_prompts(args.prompts) if args.prompts else questions.bundled_prompts(args.count, args.seed)
-    chat_model = load_chat_model(folder, DEVICE)
-    recorder, incumbents, shifts = run_shadow(chat_model, impl, prompts, args.tokens, args.layers)
+    chat_model = load_chat_model(folder, DEVICE, getattr(torch, args.dtype) if args.dtype else None)
+    recorder, incumbents, shifts = run_shadow(chat_model, impl, prompts, args.tokens, args.layers, args.compiled)
     if not recorder.layers:
         filter_text = f" in a layer named like {', '.join(args.layers)}" if args.layers else ""
         raise ValueError(f"{folder.name} makes no call of {args.op}{filter_text} on these prompts")
     mode = "interpreted (no GPU)" if DEVICE == "cpu" else "compiled"
+    if args.compiled:
+        mode = f"compiled for {args.compiled}, emulated"
     print(f"{args.op}: {args.impl} beside {' and '.join(sorted(incumbents))}; {folder.name}, prompts: {len(prompts)}")
     if any(uses_triton_kernels(OPS[args.op].impls[name]) for name in (args.impl, *incumbents)):
         print(f"Triton kernels run {mode}")

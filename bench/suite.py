@@ -145,9 +145,7 @@ def main() -> int:
     seconds = 60 * args.minutes - OWN_SECONDS
     plan = suite_steps((args.out or Path("out")).resolve(), toy)
     if args.estimate:
-        from ._suite_estimate import (
-            estimate_table,  # not above: without a GPU it turns the interpreter on, for steps too
-        )
+        from ._suite_estimate import estimate_table
 
         print(*estimate_table(plan, seconds), *left_out_lines(plan, seconds), sep="\n")
         return 0

@@ -3,8 +3,10 @@
 Candidates are the configs of an implementation and those of its search space (`SearchSpace`, in the kernel's file).
 Before anything is launched a candidate is dropped if the cost model (bench/tuner/cost_model.py) predicts --worse-than
 times the best prediction, or if, cross-compiled, it spills registers or wants more shared memory than there is. The
-others are gated and timed. Without a GPU only the cost model can time Triton kernels: then only candidates that it
-calls best at some sizes are gated, the table says so in the name of its device, and no call looks it up.
+others are gated and timed. Without a GPU only the cost model can time Triton kernels: then each candidate is emulated
+at small sizes, and its bank conflicts and uncoalesced accesses are added to the predictions, by which it may be dropped
+after all. Only candidates that are called best at some sizes are gated, the table says so in the name of its device,
+and no call looks it up.
 
 All results are kept in a journal (bench/tuner/journal.py), so that a run that was ended in any way goes on where it
 was. Ctrl-C, SIGTERM and the end of --minutes stop it at once, with the table of the best so far. The table goes to

@@ -22,7 +22,7 @@ COMPILED = tl.constexpr(not INTERPRETED)
 def check_supported(op_name: str, *tensors: Tensor) -> None:
     """Unsupported unless Triton can run on the device of the tensors and load their dtypes."""
     device = tensors[0].device
-    if device.type == "cpu" and not INTERPRETED:
+    if device.type == "cpu" and not INTERPRETED and not compiles_for_cpu():
         raise Unsupported(f"{op_name}: Triton runs on the CPU only interpreted (set TRITON_INTERPRET=1)")
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         raise Unsupported(
@@ -33,6 +33,14 @@ def check_supported(op_name: str, *tensors: Tensor) -> None:
             raise Unsupported(f"{op_name}: {dtype} is not one of {', '.join(map(str, DTYPES))}")
         if dtype == torch.bfloat16 and INTERPRETED:
             raise Unsupported(f"{op_name}: Triton's interpreter computes wrong numbers in bfloat16")
+
+
+def compiles_for_cpu() -> bool:
+    """True if Triton's active driver takes tensors of the CPU, as that of an emulated GPU does."""
+    try:
+        return triton.runtime.driver.active.get_active_torch_device().type == "cpu"
+    except RuntimeError:  # there is no driver
+        return False
 
 
 def rows_and_output(x: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,14 @@ from far_memory import far  # noqa: F401 (a fixture)
 from vila_triton.registry import Unsupported
 
 LONGEST = (  # begin first, in this order, so that no process is left with one at the end
-    *("test_every_kernel_compiles", "test_standin", "test_every_kernel", "test_metamorphic", "test_bench_tune"),
+    *(
+        "test_every_kernel_compiles",
+        "test_emulator",
+        "test_standin",
+        "test_every_kernel",
+        "test_metamorphic",
+        "test_bench_tune",
+    ),
     *("test_int4_regressions", "test_rounding", "test_repository_rules", "test_bench_plot", "test_quantize"),
 )
 torch.set_num_threads(1)  # tests compute on small tensors, where a second thread costs more than it gives

@@ -15,6 +15,7 @@ DOCUMENTS = [
         "vila_triton/quantization/README.md",
         "kernels/README.md",
         "bench/README.md",
+        "bench/emulator/README.md",
         "configs/README.md",
     )
 ]

@@ -33,7 +33,7 @@ def far_strides(shape: Sequence[int], axes: Collection[int]) -> tuple[int, ...]:
     On a CPU it is FAR_STRIDE, and index 2 lies beyond LIMIT; on a GPU, where memory is real, the last index just does.
     """
     return tuple(
-        stride + (FAR_STRIDE if DEVICE == "cpu" else LIMIT // (shape[axis] - 1) + 1) * (axis in axes)
+        stride + (FAR_STRIDE if DEVICE == "cpu" else LIMIT // max(shape[axis] - 1, 1) + 1) * (axis in axes)
         for axis, stride in enumerate(contiguous_strides(shape))
     )
 

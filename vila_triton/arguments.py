@@ -2,13 +2,15 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import note_new_spelling
-from .paths import BUNDLED_CHECKPOINT
+from .paths import BUNDLED_CHECKPOINT, data_dir
 
 if TYPE_CHECKING:
     import torch
@@ -49,11 +51,19 @@ def add_command(commands: Any, name: str, summary: str, details: str = "", **kwa
     return commands.add_parser(name, help=summary, description=description, formatter_class=wide, **kwargs)
 
 
-def kernel_arguments() -> argparse.ArgumentParser:
-    """Return a parent parser with --device and --set; `resolve_device_and_kernels` reads them."""
+def kernel_arguments(with_emulate: bool = False) -> argparse.ArgumentParser:
+    """Return a parent parser with --device and --set, and --emulate for commands that run a model.
+
+    `resolve_device_and_kernels` reads them.
+    """
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("where and with which kernels it runs")
     group.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    if with_emulate:
+        emulate = (
+            "an emulated GPU, as sm_80 or sm_90: its kernels, as compiled for it, run on the CPU; minutes an answer"
+        )
+        group.add_argument("--emulate", metavar="TARGET", help=emulate)
     group.add_argument(
         "--set",
         action="append",
@@ -66,7 +76,7 @@ def kernel_arguments() -> argparse.ArgumentParser:
 
 def model_arguments() -> argparse.ArgumentParser:
     """Return a parent parser with the arguments of `kernel_arguments`, --model and --dtype."""
-    parser = argparse.ArgumentParser(add_help=False, parents=[kernel_arguments()])
+    parser = argparse.ArgumentParser(add_help=False, parents=[kernel_arguments(with_emulate=True)])
     group = parser.add_argument_group("which model")
     folder = "a checkpoint folder (default: the bundled tiny model)"
     group.add_argument("--model", type=Path, default=BUNDLED_CHECKPOINT, metavar="FOLDER", help=folder)
@@ -93,8 +103,35 @@ def parse_kernel_settings(settings: list[str]) -> dict[str, str]:
     return choices
 
 
+def emulate_gpu(target: str) -> None:
+    """Make cuda a GPU that is emulated, for the rest of the process; before triton is first imported.
+
+    The emulator is no part of the package: it lies beside it in the repository, in bench.
+    Errors: ValueError for a target that it does not know, or if the repository is not here.
+    """
+    try:
+        repository = data_dir("bench/standin").parents[1]
+    except StopIteration:
+        raise ValueError(f"--emulate {target}: the emulator is bench in this project's repository, not here") from None
+    sys.path.insert(0, str(repository))
+    import_module("bench.standin").activate(target)
+
+
+def emulated_gpu() -> str | None:
+    """Return the target of the GPU that this process emulates, if it does."""
+    standin = sys.modules.get("bench.standin")
+    return standin.emulated if standin else None
+
+
 def resolve_device_and_kernels(args: argparse.Namespace) -> tuple["torch.device", dict[str, str]]:
-    """Return the device of --device and the implementations of --set. Errors: ValueError for what does not exist."""
+    """Return the device of --device or --emulate and the implementations of --set.
+
+    Errors: ValueError for what does not exist.
+    """
+    if args.emulate:
+        if args.device not in (None, "cuda"):
+            raise ValueError(f"--emulate {args.emulate} is a GPU, and --device {args.device} is another device")
+        emulate_gpu(args.emulate)
     from .device import pick_device
 
     device = pick_device(args.device)

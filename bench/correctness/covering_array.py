@@ -1,7 +1,7 @@
 """Covering arrays: few rows in which every two values of different axes meet (Cohen et al. 1997, AETG)."""
 
 import random
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -24,7 +24,7 @@ def pairwise_rows(
     left out.
     """
     rng = random.Random(seed)
-    left = {(a, x, b, y) for (a, xs), (b, ys) in combinations(axes.items(), 2) for x in xs for y in ys}
+    left = uncovered_pairs(axes)
     order = sorted(left, key=repr)
     rng.shuffle(order)
     for pair in order:
@@ -32,20 +32,37 @@ def pairwise_rows(
             continue
         left.discard(pair)
         row = {pair[0]: pair[1], pair[2]: pair[3]}
-        if not is_valid(row):
-            continue
-        others = [name for name in axes if name not in row]
-        rng.shuffle(others)
-        for name in others:
-            fitting = [x for x in axes[name] if is_valid({**row, name: x})]
-            if not fitting:
-                break
-            gain = {x: sum((p in left) for p in pairs_with(axes, row, name, x)) for x in fitting}
-            row[name] = rng.choice([x for x in fitting if gain[x] == max(gain.values())])
-        else:
-            row = {name: row[name] for name in axes}
-            left.difference_update(pairs_of(row))
-            yield row
+        if is_valid(row) and (whole := complete_row(axes, row, left, rng, is_valid)):
+            yield whole
+
+
+def uncovered_pairs(axes: Mapping[str, Collection[Hashable]]) -> set[Pair]:
+    """All pairs of values of different axes."""
+    return {(a, x, b, y) for (a, xs), (b, ys) in combinations(axes.items(), 2) for x in xs for y in ys}
+
+
+def complete_row(
+    axes: Mapping[str, Collection[Hashable]],
+    row: Row,
+    left: set[Pair],
+    rng: random.Random,
+    is_valid: Callable[[Row], bool] = lambda row: True,
+) -> Row | None:
+    """The row with values of the other axes that make most of the pairs that are left, which it removes from them; None
+    if no row is valid.
+    """
+    row = dict(row)
+    others = [name for name in axes if name not in row]
+    rng.shuffle(others)
+    for name in others:
+        fitting = [x for x in axes[name] if is_valid({**row, name: x})]
+        if not fitting:
+            return None
+        gain = {x: sum((p in left) for p in pairs_with(axes, row, name, x)) for x in fitting}
+        row[name] = rng.choice([x for x in fitting if gain[x] == max(gain.values())])
+    row = {name: row[name] for name in axes}
+    left.difference_update(pairs_of(row))
+    return row
 
 
 def pairs_with(axes: Mapping[str, Any], row: Row, name: str, value: Hashable) -> Iterator[Pair]:

@@ -7,9 +7,9 @@ makes, see `error_budget`.
 
 import inspect
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from typing import Any
 from unittest import SkipTest
@@ -35,6 +35,7 @@ from .guarded_memory import (
     same_bits,
     tensors,
 )
+from .perturbation import perturbed_args, unit_roundoff
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = knobs.runtime.interpret
@@ -89,44 +90,32 @@ def call_or_reject(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 _unsupported_reasons: set[str] = set()
 
 
-def unit_roundoff(dtype: torch.dtype) -> float:
-    """Returns the largest relative error of rounding a number to a floating-point dtype: half its machine epsilon."""
-    return torch.finfo(dtype).eps / 2
-
-
-def random_bools(shape: torch.Size, rng: torch.Generator) -> Tensor:
-    """Fair coin tosses of this shape, drawn on the device of the generator, eight from a random byte."""
-    count = shape.numel()
-    random_bytes = torch.empty(-(-count // 8), dtype=torch.uint8, device=rng.device).random_(0, 256, generator=rng)
-    bit_masks = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=rng.device)
-    return (random_bytes & bit_masks[:, None]).ne(0).flatten()[:count].view(shape)
-
-
-def perturbed_args(args: Any, rng: torch.Generator, in_float64: bool) -> Iterator[Any]:
-    """Endless perturbations of the arguments: each number moves up or down by one rounding unit of its dtype.
-
-    in_float64: return float64 tensors, each number moved by half of that. Integers stay as they are: they are codes,
-    and arithmetic on them is exact.
-    """
-
-    def bounds(x: Tensor) -> tuple[Tensor, Tensor]:
-        step = unit_roundoff(x.dtype) * (1 if in_float64 else 2)
-        exact, is_integer = x.double(), x == x.round()
-        low, high = (torch.where(is_integer, exact, exact * (1 + s)) for s in (-step, step))
-        return (low, high) if in_float64 else (low.to(x.dtype), high.to(x.dtype))
-
-    def pick_bound(pairs: Iterator[tuple[Tensor, Tensor] | None], x: Tensor) -> Tensor:
-        pair = next(pairs)
-        return torch.where(random_bools(x.shape, rng), *pair) if pair else x
-
-    pairs = [bounds(x) if x.is_floating_point() else None for x in tensors(args)]
-    while True:
-        yield map_tensors(partial(pick_bound, iter(pairs)), args)
-
-
 def float64_reference(op: Op, args: Any) -> list[Tensor]:
     """The outputs of the reference, computed in float64 from the same values."""
     return tensors(op.reference(*map_tensors(lambda x: x.double() if x.is_floating_point() else x.clone(), args)))
+
+
+def conditioning(op: Op, args: Any, exact: Sequence[Tensor], rng: torch.Generator) -> list[Tensor]:
+    """The distance that each element of the exact outputs moves when every input number moves by one rounding: the root
+    mean square of 16 draws, `S` of `error_budget`.
+    """
+    squared_moves = [torch.zeros_like(x) for x in exact]
+    for moved_args in islice(perturbed_args(args, rng, in_float64=True), NUM_PERTURBATIONS):
+        for total, want, move in zip(squared_moves, exact, float64_reference(op, moved_args)):
+            total += (move - want).square()
+    return [(total / NUM_PERTURBATIONS).sqrt() for total in squared_moves]
+
+
+def one_rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest error of rounding each number to the dtype, `R` of `error_budget`."""
+    return unit_roundoff(dtype) * exact.abs().clamp(min=torch.finfo(dtype).smallest_normal)
+
+
+def freedom_of_order(args: Any, rms_move: Tensor, dtype: torch.dtype) -> Tensor:
+    """The freedom to sum in any order in float32, `W` of `error_budget`, for outputs of a dtype."""
+    longest_axis = max((n for x in tensors(args) for n in x.shape), default=1)
+    factor = math.sqrt(2 * longest_axis * math.log(max(rms_move.numel(), 3)))
+    return factor * unit_roundoff(torch.float32) / unit_roundoff(dtype) * rms_move
 
 
 def error_budget(op: Op, args: Any, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
@@ -150,31 +139,25 @@ def error_budget(op: Op, args: Any, seed: int = 0) -> tuple[list[Tensor], list[T
     device = next((x.device for x in tensors(args)), torch.device(DEVICE))
     rng = torch.Generator(device).manual_seed(seed)
     exact = float64_reference(op, args)
-    squared_moves = [torch.zeros_like(x) for x in exact]
-    for moved_args in islice(perturbed_args(args, rng, in_float64=True), NUM_PERTURBATIONS):
-        for total, want, move in zip(squared_moves, exact, float64_reference(op, moved_args)):
-            total += (move - want).square()
+    moves = conditioning(op, args, exact, rng)
     perturbations = perturbed_args(args, rng, in_float64=False)
     reference = tensors(op.reference(*map_tensors(torch.clone, args)))
-    longest_axis = max((n for x in tensors(args) for n in x.shape), default=1)
     budgets = []
-    for i, (want, reference_out, total) in enumerate(zip(exact, reference, squared_moves)):
+    for i, (want, reference_out, rms_move) in enumerate(zip(exact, reference, moves)):
         if not want.numel():
             budgets.append(want)
             continue
         assert torch.isfinite(want).all() and torch.isfinite(reference_out).all(), (
             f"{op.name}: the reference is not finite"
         )
-        u = unit_roundoff(reference_out.dtype)
-        rounding = u * want.abs().clamp(min=torch.finfo(reference_out.dtype).smallest_normal)
-        rms_move = (total / NUM_PERTURBATIONS).sqrt()
+        rounding = one_rounding(want, reference_out.dtype)
         rho = ((reference_out.double() - want).abs() / (rms_move + rounding)).amax()
         for near_args in islice(perturbations, max(2, math.ceil(64 / want.numel()) - 1)):
             near_out = tensors(op.reference(*map_tensors(torch.clone, near_args)))[i].double()
             error = (near_out - float64_reference(op, near_args)[i]).abs()
             rho = torch.maximum(rho, (error / (rms_move + rounding)).amax())
-        summation = math.sqrt(2 * longest_axis * math.log(max(want.numel(), 3))) * unit_roundoff(torch.float32) / u
-        budgets.append(2 * (rho * (rms_move + rounding) + rounding + summation * rms_move))
+        freedom = freedom_of_order(args, rms_move, reference_out.dtype)
+        budgets.append(2 * (rho * (rms_move + rounding) + rounding + freedom))
     return exact, budgets
 
 

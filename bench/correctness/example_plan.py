@@ -8,8 +8,8 @@ The first is the simplest. Then come, in turn,
 - examples at the edges of tiles that no call has been at: j blocks, as little as possible less and as little as
   possible more, for j = 1 to 3. Blocks are those of the config and those that earlier examples launched kernels with.
 
-and in the end rows at random. All are the same each time. Sizes are within a bound of work, so that an interpreted call
-takes a fraction of a second.
+and in the end rows at random, half of them near a call that was served. All are the same each time. Sizes are within a
+bound of work, so that an interpreted call takes a fraction of a second.
 """
 
 import math
@@ -57,6 +57,7 @@ class ExamplePlan:
         self.contexts: dict[Edge, Sizes] = {}  # the sizes of the latest call that launched a kernel with such blocks
         self.attempts: dict[Edge, int] = {}
         self.served: set[tuple[str, Any]] = set()  # sizes and values that were in a call
+        self.latest: Sizes = {}  # those of the latest call
         self.refusals: Counter[tuple[str, Any]] = Counter()
 
     def __iter__(self) -> Iterator[tuple[Sizes, MemoryLayout]]:
@@ -69,7 +70,7 @@ class ExamplePlan:
             if edge := self.next_edge():
                 yield self.at_edge(edge)
             elif row is None:
-                yield self.at_row({name: self.rng.choice(values) for name, values in axes.items()})
+                yield self.at_row(self.random_row(axes))
 
     def observe(self, sizes: Sizes, launches: Sequence[Constants]) -> None:
         """Take into account what a call of these sizes launched."""
@@ -77,14 +78,23 @@ class ExamplePlan:
         self.coverage.add(call)
         self.contexts |= {edge: sizes for x in call for edge in edges(x.axis, x.block)}
         self.served.update(sizes.items())
+        self.latest = sizes
 
     def refuse(self, sizes: Sizes) -> None:
         """Take into account that the implementation does not support an example of these sizes."""
         self.refusals.update(sizes.items())
 
     def is_supported(self, row: Mapping[str, Any]) -> bool:
-        """False for a row with a value that was refused more than once and never served."""
-        return not any(self.refusals[x] > 1 and x not in self.served for x in row.items())
+        """False for a row with a value that was refused more than once and never served, once others were served."""
+        return not self.served or not any(self.refusals[x] > 1 and x not in self.served for x in row.items())
+
+    def random_row(self, axes: Mapping[str, Sequence[Any]]) -> Sizes:
+        """A row at random; every other one like the latest call in most choices, for where little is supported."""
+        row = {name: self.rng.choice(values) for name, values in axes.items()}
+        if self.rng.random() < 0.5:
+            kept = self.choices.keys() & self.latest.keys() - {"values"}
+            row |= {name: self.latest[name] for name in sorted(kept) if self.rng.random() < 0.75}
+        return row
 
     def next_edge(self) -> Edge | None:
         """The edge to be at next, None if all were tried enough: of those tried least, the ones just past the first

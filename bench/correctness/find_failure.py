@@ -11,6 +11,7 @@ import torch
 
 from vila_triton.registry import Impl, IntRange, OneOf, Op, Unsupported
 
+from .compiled_calls import compiled_for
 from .error_budget import DEVICE, UNSUPPORTED_DTYPES
 from .example_plan import ExamplePlan, planned_example
 from .guarded_memory import MEMORY_LAYOUTS, MemoryLayout, MismatchError
@@ -71,10 +72,11 @@ def find_failure(
     seconds: float,
     seed: int = 0,
     covered: TileCoverage | None = None,
+    target: str | None = None,
 ) -> SearchResult:
     """Check up to `count` examples of a plan (see `example_plan`) in about so many seconds; shrink the first failure.
 
-    Errors: `DeviceLost`, from the failing call.
+    target: kernels run as compiled for it, in the emulator. Errors: `DeviceLost`, from the failing call.
     """
     start, num_examples = time.monotonic(), 0
     reasons: set[str] = set()
@@ -84,7 +86,7 @@ def find_failure(
             break
         try:
             with recorded_launches() as launches:
-                failure = run_example(op, impl, config, sizes, layout)
+                failure = run_example(op, impl, config, sizes, layout, target)
         except Unsupported as reason:
             reasons.add(str(reason))
             plan.refuse(sizes)
@@ -92,7 +94,7 @@ def find_failure(
         num_examples += 1
         plan.observe(sizes, launches)
         if failure:
-            shrinker = Shrinker(op, impl, config, failure)
+            shrinker = Shrinker(op, impl, config, failure, target)
             shrinker.shrink()
             caveat, largest = shrinker.caveat(), shrinker.largest()
             took = time.monotonic() - start
@@ -109,8 +111,8 @@ class Shrinker:
     the first one's kind count.
     """
 
-    def __init__(self, op: Op, impl: Impl, config: Mapping[str, Any], first: Failure):
-        self.op, self.impl, self.config = op, impl, config
+    def __init__(self, op: Op, impl: Impl, config: Mapping[str, Any], first: Failure, target: str | None = None):
+        self.op, self.impl, self.config, self.target = op, impl, config, target
         self.simplest, self.failures = first, [first]
         self.end = time.monotonic() + SHRINK_SECONDS
 
@@ -128,7 +130,7 @@ class Shrinker:
 
     def run(self, sizes: Mapping[str, Any], layout: MemoryLayout) -> Failure | None:
         with suppress(Unsupported):
-            failure = run_example(self.op, self.impl, self.config, sizes, layout)
+            failure = run_example(self.op, self.impl, self.config, sizes, layout, self.target)
             if failure and failure.kind == self.simplest.kind:
                 self.failures.append(failure)
                 return failure
@@ -183,12 +185,18 @@ def largest_sizes(op: Op, sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_example(
-    op: Op, impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, Any], layout: MemoryLayout
+    op: Op,
+    impl: Impl,
+    config: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    layout: MemoryLayout,
+    target: str | None = None,
 ) -> Failure | None:
     """The failure of an example, or None. Errors: Unsupported, DeviceLost."""
     try:
         example = planned_example(op, sizes)
-        example.check(impl, config, layout, example.call_twice)
+        with compiled_for(target, impl, config):
+            example.check(impl, config, layout, example.call_twice)
     except Unsupported:
         raise
     except Exception as error:  # a kernel may fail in any way at all

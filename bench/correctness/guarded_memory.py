@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 from unittest.mock import patch
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -87,6 +89,7 @@ class GuardedTensor:
 
     def __post_init__(self) -> None:
         self.expected = self.buffer.clone()
+        live_guards[self.buffer.data_ptr()] = self
 
     def set_expected(self, values: Tensor) -> None:
         """Expect these values in the view from now on."""
@@ -102,6 +105,17 @@ class GuardedTensor:
         end = sum((n - 1) * stride for n, stride in zip(self.view.shape, self.view.stride()))
         return f"{len(changed)} elements, the first at {first:+}, the last at {last:+}; its own end at {end:+}"
 
+    @cached_property
+    def element_bytes(self) -> np.ndarray | None:
+        """Which bytes, from the first element's to the last one's, are of an element; None if all of them are."""
+        end = sum((n - 1) * stride for n, stride in zip(self.view.shape, self.view.stride())) + 1
+        if end == self.view.numel():
+            return None
+        is_element = np.zeros(end, bool)
+        strides = self.view.stride()  # in elements, each one byte of `is_element`
+        np.lib.stride_tricks.as_strided(is_element, self.view.shape, strides)[...] = True
+        return is_element.repeat(self.view.itemsize)
+
     def reads_outside(self, addresses: np.ndarray) -> bool:
         """True if one of the addresses is in the buffer, but not at an element of the view."""
         offsets = addresses.astype(np.int64) - self.buffer.data_ptr()
@@ -112,6 +126,14 @@ class GuardedTensor:
             index = np.minimum(remainders // stride, n - 1)
             remainders = remainders - index * stride
         return not (is_element & (remainders == 0)).all()
+
+
+live_guards: WeakValueDictionary[int, GuardedTensor] = WeakValueDictionary()  # address of a buffer -> its guard
+
+
+def find_guard(x: Tensor) -> GuardedTensor | None:
+    """The guard in whose buffer a tensor lies, or None."""
+    return live_guards.get(x.untyped_storage().data_ptr())
 
 
 def guard_tensor(x: Tensor, rng: torch.Generator, layout: MemoryLayout = "strided") -> GuardedTensor:

@@ -23,11 +23,14 @@ from .tiles import Edge, TileCoverage
 FOLDER = rows.ROOT / ".cache" / "check"
 
 
-def coverage_file(impl: Impl, config: Mapping[str, Any]) -> Path:
-    """The file of a config of an implementation, named after all that its coverage depends on."""
+def coverage_file(impl: Impl, config: Mapping[str, Any], target: str | None = None) -> Path:
+    """The file of a config of an implementation, named after all that its coverage depends on.
+
+    target: of what is compiled for it and emulated.
+    """
     op = OPS[impl.op]
     sources = [*sorted(op.file.parent.glob("*.py")), *sorted(Path(__file__).parent.glob("*.py"))]
-    runs_on = f"{DEVICE} {INTERPRETED} {metadata.version('triton')}"
+    runs_on = f"{target or DEVICE} {INTERPRETED} {metadata.version('triton')}"
     parts = kernel_hash(impl), repr(op.domain), canonical_json(dict(config)), runs_on, *map(Path.read_text, sources)
     return FOLDER / f"{op.name}-{impl.name}-{short_hash(*(part.encode() for part in parts))}.json"
 

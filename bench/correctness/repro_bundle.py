@@ -24,10 +24,10 @@ from ..measure.rows import stamp
 from .error_budget import DEVICE
 from .guarded_memory import MEMORY_LAYOUTS, MemoryLayout, map_tensors
 
-FORMAT = "vila-triton bundle 3"
+FORMAT = "vila-triton bundle 4"
 FIELDS = {
     "op": str, "impl": str, "config": dict, "args": tuple, "seed": int, "layout": str, "sizes": dict, "origin": str,
-    "stamp": dict,
+    "target": str, "stamp": dict,
 }  # fmt: skip
 
 
@@ -44,6 +44,7 @@ class Bundle:
     layout   the memory layout of the arguments
     sizes    the sizes that the arguments were drawn for; empty if they come from a model
     origin   a description of where the call comes from
+    target   the GPU that its kernels were compiled for, as sm_80; empty if they were not emulated
     stamp    versions and commit that it was saved under (`rows.stamp`)
     """
 
@@ -56,6 +57,7 @@ class Bundle:
     layout: MemoryLayout
     sizes: Mapping[str, Any]
     origin: str
+    target: str
     stamp: Mapping[str, str]
 
 
@@ -81,11 +83,12 @@ def save(
     layout: MemoryLayout,
     sizes: Mapping[str, Any],
     origin: str,
+    target: str = "",
 ) -> None:
     """Write a bundle; tensors are stored dense, on the CPU, whatever memory they are views of."""
     dense = map_tensors(lambda x: x.detach().cpu().clone(memory_format=torch.contiguous_format), args)
     versions = {name: str(value) for name, value in stamp(torch.device(DEVICE)).items()}  # torch's is no plain str
-    values = (impl.op, impl.name, dict(config), to_plain(dense), seed, layout, dict(sizes), origin, versions)
+    values = (impl.op, impl.name, dict(config), to_plain(dense), seed, layout, dict(sizes), origin, target, versions)
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"format": FORMAT, **dict(zip(FIELDS, values))}, file)
 

@@ -20,6 +20,7 @@ from vila_triton.models.layers import Affine
 from vila_triton.ops import Int4
 from vila_triton.registry import OPS, Impl, Op, discover
 
+from .compiled_calls import compiled_for
 from .error_budget import DEVICE, error_budget, error_over_budget, float64_reference
 from .failure_report import exception_line
 from .gate import CASE_BYTES
@@ -99,10 +100,13 @@ def weight_paths(tree: Any, path: str = "") -> Iterator[tuple[int, str]]:
 
 
 class ShadowRecorder:
-    """Compares the calls of one op inside `recording`; `layers` by name, in the order in which they first ran."""
+    """Compares the calls of one op inside `recording`; `layers` by name, in the order in which they first ran.
 
-    def __init__(self, op: Op, candidate: Impl, tree: Any, name_filters: Sequence[str] = ()):
-        self.op, self.candidate, self.name_filters = op, candidate, name_filters
+    target: the candidate runs as compiled for it, in the emulator.
+    """
+
+    def __init__(self, op: Op, candidate: Impl, tree: Any, name_filters: Sequence[str] = (), target: str | None = None):
+        self.op, self.candidate, self.name_filters, self.target = op, candidate, name_filters, target
         self.paths = dict(weight_paths(tree))
         self.layers: dict[str, LayerComparison] = {}
         self.largest_checked: dict[str, float] = {}  # by layer, the largest relative error of a checked call
@@ -154,7 +158,8 @@ class ShadowRecorder:
         multiple, relative, failure = 0.0, 0.0, ""
         try:
             config = self.candidate.resolve_config(*args)
-            outputs = tensors(self.candidate(*args, config=config))
+            with compiled_for(self.target, self.candidate, config):
+                outputs = tensors(self.candidate(*args, config=config))
         except Exception as error:  # a kernel may fail in any way at all
             outputs, failure = [], exception_line(error)
         got, expected = ([(list(x.shape), x.dtype) for x in xs] for xs in (outputs, result))

@@ -2,7 +2,6 @@
 
 import argparse
 import atexit
-import os
 import runpy
 import sys
 from importlib.util import find_spec
@@ -28,13 +27,15 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("bench.standin", description=package.__doc__, formatter_class=formatter)
     parser.add_argument("--counts", type=Path, metavar="FILE", help="write what was counted to this file, as JSON")
+    parser.add_argument(
+        "--emulate", choices=package.TARGETS, metavar="TARGET", help="run kernels as they are compiled for this GPU"
+    )
     parser.add_argument("module", help="as after `python -m`")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     if args.counts and not args.counts.resolve().parent.is_dir():
         parser.error(f"--counts: there is no folder {args.counts.resolve().parent}")
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports a kernel
-    from . import cuda, launches  # noqa: F401  (puts the stand-in in place)
+    package.activate(args.emulate)
     from .counts import counters
 
     if not is_runnable(args.module):

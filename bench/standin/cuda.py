@@ -1,4 +1,4 @@
-"""`torch.cuda` as an H100 would answer, over the tensors of `device`; importing this puts it in place."""
+"""`torch.cuda` as a GPU would answer, over the tensors of `device`; importing this puts it in place."""
 
 import contextlib
 import threading
@@ -6,7 +6,6 @@ import time
 import weakref
 from collections.abc import Iterator
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,30 +27,8 @@ from .device import (
     memories,
     note_wait,
 )
+from .gpus import properties_of
 
-DEVICE_NAME = "stand-in for an H100"  # no GPU has this name, so no table tuned on one is taken for it or written over
-CAPABILITY = (9, 0)
-# CUDA C++ programming guide and the data sheet of the H100 SXM, but for the cache: `bench.measure.timing` makes as
-# many copies of its arguments as overflow it, and here that would take long.
-PROPERTIES = SimpleNamespace(
-    name=DEVICE_NAME,
-    major=CAPABILITY[0],
-    minor=CAPABILITY[1],
-    multi_processor_count=132,
-    L2_cache_size=2**12,
-    total_memory=memories[0].total,
-    shared_memory_per_block=48 * 2**10,
-    shared_memory_per_block_optin=227 * 2**10,
-    shared_memory_per_multiprocessor=228 * 2**10,
-    regs_per_multiprocessor=2**16,
-    max_threads_per_multi_processor=2048,
-    max_threads_per_block=1024,
-    warp_size=32,
-    is_integrated=0,
-    clock_rate=1980000,
-    memory_clock_rate=2619000,
-    memory_bus_width=5120,
-)
 host_generator, host_tensor, host_as_tensor, host_to = torch.Generator, torch.tensor, torch.as_tensor, Tensor.to
 host_attention = torch.nn.functional.scaled_dot_product_attention
 
@@ -243,10 +220,6 @@ CUDA_FUNCTIONS = {
     "current_device": lambda: current_device[0],
     "set_device": set_device,
     "device": device,
-    "get_device_name": lambda device=None: DEVICE_NAME,
-    "get_device_capability": lambda device=None: CAPABILITY,
-    "get_device_properties": lambda device=None: PROPERTIES,
-    "get_arch_list": lambda: ["sm_90"],
     "is_bf16_supported": lambda including_emulation=True: True,
     "synchronize": synchronize,
     "empty_cache": lambda: None,
@@ -279,6 +252,15 @@ torch.nn.functional.scaled_dot_product_attention = attention
 torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to: `param.data = x` leaves what param says
 torch.Tensor.cuda = CudaTensor.cuda  # pyright: ignore
 run_thread = threading.Thread.run
+
+
+def become(target: str) -> None:
+    """Lets `torch.cuda` answer as the GPU that stands for an architecture."""
+    properties = properties_of(target, memories[0].total)
+    torch.cuda.get_device_name = lambda device=None: properties.name
+    torch.cuda.get_device_capability = lambda device=None: (properties.major, properties.minor)
+    torch.cuda.get_device_properties = lambda device=None: properties
+    torch.cuda.get_arch_list = lambda: [target]
 
 
 def run_on_standin(self: threading.Thread) -> None:

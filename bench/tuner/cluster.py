@@ -15,7 +15,7 @@ from .workers import ProcessPool
 RETRIES = 3  # of a task whose worker dies
 BATCH = 2  # jobs a task
 RAY_CONFIG = {"worker_niceness": 0}  # that of any process; Ray's workers have less
-GPUS_PER_TASK = {"compile": 0, "gate": 0.25, "time": 1}  # a task takes, where there are any
+GPUS_PER_TASK = {"compile": 0, "emulate": 0, "gate": 0.25, "time": 1}  # a task takes, where there are any
 
 
 _processes: dict[str, ProcessPool] = {}  # of a worker, by the GPUs it was given

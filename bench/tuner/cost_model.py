@@ -9,9 +9,12 @@ Programs run in waves, as many at a time as shared memory and warps allow. A wav
 
 whichever is longer, or their sum where num_stages is 1 and nothing is loaded ahead.
 
-The model knows no registers, bank conflicts, instruction counts or clocks, and takes L2 to be 2.5 times as fast as
-memory and one latency to be 0.8 us. It is for dropping hopeless candidates and for runs without a GPU; no tuned table
-that calls look up holds its seconds.
+To that comes what a candidate wastes, where it was emulated at small sizes (`wasted_seconds`): every sector beyond the
+fewest at the rate of the L2 cache, and every wavefront of shared memory beyond one for each access at one a clock.
+
+The model knows no registers or instruction counts, and takes L2 to be 2.5 times as fast as memory, one latency to be
+0.8 us and a clock to be 1.5 GHz. It is for dropping hopeless candidates and for runs without a GPU; no tuned table that
+calls look up holds its seconds.
 """
 
 import re
@@ -28,10 +31,12 @@ from vila_triton.registry import OPS, Impl
 from vila_triton.registry.search_space import LaunchCost
 
 from ..compiler.gpus import TARGETS
+from ..emulator.counters.sums import SECTOR_BYTES
 
 LATENCY = 8e-7  # seconds from a load to its data, memory being busy
 LAUNCH_SECONDS = 3e-6  # seconds
 L2_SPEEDUP = 2.5  # times the bandwidth of memory
+CLOCK = 1.5e9  # a second, of every SM
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,26 @@ def predict_seconds(impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, A
     return LAUNCH_SECONDS + sum(
         n * wave_seconds(p, launch, config, min_share, gpu, half_precision) for n, p in waves if p
     )
+
+
+def wasted_seconds(
+    impl: Impl,
+    config: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    emulated_sizes: Mapping[str, Any],
+    counts: Mapping[str, int],
+    gpu: GpuModel,
+) -> float:
+    """Returns the seconds that a launch loses to bank conflicts and uncoalesced accesses: `counts` of a launch at
+    `emulated_sizes`, as many times as a launch at `sizes` has as much to do by its declared costs.
+    """
+    assert impl.space and impl.space.launch_cost
+    small, large = (impl.space.launch_cost(config, **x) for x in (emulated_sizes, sizes))
+    times = large.programs * large.bytes / max(1, small.programs * small.bytes)
+    sectors = max(0, counts["sectors"] - counts["fewest_sectors"])
+    wavefronts = max(0, counts["wavefronts"] - counts["accesses"])
+    busy_sms = max(1, min(gpu.sms, large.programs))
+    return times * (SECTOR_BYTES * sectors / (L2_SPEEDUP * gpu.bandwidth) + wavefronts / (CLOCK * busy_sms))
 
 
 def programs_per_sm(launch: LaunchCost, config: Mapping[str, Any], gpu: GpuModel) -> int:

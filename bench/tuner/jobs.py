@@ -1,7 +1,9 @@
-"""The jobs of a search: compile a candidate, gate it, time it. A job and its answer are plain JSON.
+"""The jobs of a search: compile a candidate, emulate it, gate it, time it. A job and its answer are plain JSON.
 
     {"stage": "compile", "op": ..., "impl": ..., "config": {...}, "sizes": {...}, "arch": "sm_90"}
         -> {"reason": why it may not be launched or None, "registers": ..., "spills": ..., "shared": ...}
+    {"stage": "emulate", ...}
+        -> {"reason": why it cannot run or None, "sectors", "fewest_sectors", "accesses", "wavefronts": numbers of them}
     {"stage": "gate", ...}  -> {"reason": why its numbers are not those of the op, or None}
     {"stage": "time", ..., "budget": seconds}  -> {"seconds": ..., "again": ...} or {"reason": ...}
 
@@ -30,23 +32,25 @@ from ..compiler.gpus import TARGETS
 from ..compiler.resources import kernel_resources
 from ..correctness.failure_report import refusal_reason, release_memory
 from ..correctness.gate import gate
+from ..emulator.counters.emulated_call import emulate_call
 from ..measure.cases import Case, random_arguments
 from ..measure.timing import time_call
 
 Job = Mapping[str, Any]
 Answer = dict[str, Any]
+COMPILERS = ("compile", "emulate")  # stages that compile for a GPU which need not be there
 
 
 def command_prefix(stage: str) -> list[str]:
     """Returns the beginning of the command of a stage's processes; compilers never run on the stand-in."""
-    return [sys.executable, "-m"] if stage == "compile" else standin.command_prefix()
+    return [sys.executable, "-m"] if stage in COMPILERS else standin.command_prefix()
 
 
 def stage_environment(stage: str) -> dict[str, str]:
     """Returns the environment variables of a stage's processes; kernels are interpreted only to gate them on a CPU."""
-    interpreted = stage != "compile" and not torch.cuda.is_available()
+    interpreted = stage not in COMPILERS and not torch.cuda.is_available()
     threads = {} if stage == "time" else {"OMP_NUM_THREADS": "1"}
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if stage == "compile" else {}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if stage in COMPILERS else {}
     return {"TRITON_INTERPRET": str(int(interpreted)), **threads, **hidden}
 
 
@@ -94,6 +98,19 @@ def compile_job(job: Job) -> Answer:
 RESOURCE_FIELDS = ("registers", "spills", "shared")
 
 
+def emulate_job(job: Job) -> Answer:
+    """Runs the compiled kernels of a candidate in the emulator and counts what they do with memory."""
+    find_impl(job)
+    request = CompileRequest(job["op"], job["impl"], job["config"], job["arch"], job["sizes"])
+    result = emulate_call(request, checks=False)
+    if reason := result.error or result.unsupported:
+        return {"reason": reason.splitlines()[0]}
+    return {"reason": None} | {name: sum(row[name] for row in result.kernels) for name in TRAFFIC_FIELDS}
+
+
+TRAFFIC_FIELDS = ("sectors", "fewest_sectors", "accesses", "wavefronts")
+
+
 def current_device() -> torch.device:
     """Returns the current GPU, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,7 +146,12 @@ def time_job(job: Job) -> Answer:
     return {"reason": reason}
 
 
-STAGES: dict[str, Callable[[Job], Answer]] = {"compile": compile_job, "gate": gate_job, "time": time_job}
+STAGES: dict[str, Callable[[Job], Answer]] = {
+    "compile": compile_job,
+    "emulate": emulate_job,
+    "gate": gate_job,
+    "time": time_job,
+}
 
 
 def run_job(job: Job) -> Answer:

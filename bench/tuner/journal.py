@@ -4,10 +4,11 @@ The first row ("search") says what was searched and with what. The name of the f
 kernel, search space, cost model, gate, Triton or device has a journal of its own. Then come, in any order,
 
     compiled   config, sizes as the compiler sees them, registers, spills, shared, reason (null: may be launched)
+    emulated   config, sizes as above, reason (null: it ran), sectors, fewest_sectors, accesses, wavefronts
     gated      config, sizes as above, reason (null: may be timed)
     tune       config, sizes, status, reason, seconds, predicted, timer: one per candidate. The status is "timed",
                "predicted" for a candidate that the cost model does not call the best and that was not gated, or the
-               stage that it did not pass: cost, compile, gate, time
+               stage that it did not pass: cost, compile, emulate, gate, time
 
 A last line that was cut off is removed, and its result is computed again.
 """
@@ -29,6 +30,7 @@ TUNE_FORM = RESULT_FORM | dict.fromkeys(("status", "date", "commit", "torch"), s
 FORMS = {
     "search": {"op": str, "impl": str},
     "compiled": RESULT_FORM,
+    "emulated": RESULT_FORM,
     "gated": RESULT_FORM,
     "tune": TUNE_FORM,
 }  # of rows, by kind
@@ -76,7 +78,9 @@ class Journal:
     def __init__(self, folder: Path, search: Mapping[str, Any]):
         self.file = folder / f"{search['op']}-{search['impl']}-{short_hash(canonical_json(search).encode())}.jsonl"
         self.labels = {key: search[key] for key in ("op", "impl")}
-        self.entries: dict[str, dict[Key, dict[str, Any]]] = {"compiled": {}, "gated": {}, "tune": {}}
+        self.entries: dict[str, dict[Key, dict[str, Any]]] = {
+            kind: {} for kind in ("compiled", "emulated", "gated", "tune")
+        }
         old_rows = list(read_journal(self.file)) if self.file.exists() else []
         if old_rows and old_rows[0] != {"kind": "search", **search}:
             raise LoadError(f"{self.file}:1 is of another search than its name says")

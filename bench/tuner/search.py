@@ -4,11 +4,12 @@ A candidate is a config with the sizes for which the compiler makes one kernel o
 timed at each of them. Candidates go in rounds, so that a run that is stopped early has times for the best of them.
 
 Where the cost model is the timer, nothing is timed, and only candidates that a table may name are gated: interpreted
-gates are then nearly all of the work, and the predictions for the others do not depend on them.
+gates are then nearly all of the work, and the predictions for the others do not depend on them. There each candidate is
+emulated after it was compiled, and what it wastes is added to its predictions, by which it may be dropped after all.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from math import inf
 from pathlib import Path
@@ -20,9 +21,11 @@ from vila_triton.registry.interpreter import uses_triton_kernels
 from vila_triton.registry.search_space import Config
 
 from ..correctness import error_budget, gate, guarded_memory
+from ..emulator.compile import EMULATED_TARGETS
+from ..emulator.counters import sums
 from ..measure.cases import Case
 from . import cost_model
-from .jobs import compile_equivalent_sizes
+from .jobs import COMPILERS, compile_equivalent_sizes
 from .journal import Journal
 from .workers import Workers
 
@@ -66,7 +69,7 @@ def search_fingerprint(impl: Impl, plan: SearchPlan) -> dict[str, Any]:
         "op": impl.op,
         "impl": impl.name,
         **tuned_tables.entry_fingerprint(impl),
-        "pruner": short_hash(source_hash(cost_model).encode(), repr((plan.gpu, plan.worse_than)).encode()),
+        "pruner": short_hash(source_hash(cost_model, sums).encode(), repr((plan.gpu, plan.worse_than)).encode()),
         "gate": source_hash(gate, error_budget, guarded_memory),
         "device": plan.device,
         "timer": plan.timer,
@@ -166,6 +169,9 @@ class Search:
         if uses_triton_kernels(self.impl):
             batch = yield from self.run_stage("compile", "compiled", batch, workers, deadline)
         if self.plan.timer == COST_MODEL:
+            if uses_triton_kernels(self.impl) and self.plan.gpu.arch in EMULATED_TARGETS:
+                batch = yield from self.run_stage("emulate", "emulated", batch, workers, deadline)
+                batch = self.drop_wasteful([self.add_waste(c) for c in batch])
             yield from self.gate_winners(batch, workers, deadline)
             return
         batch = yield from self.run_stage("gate", "gated", batch, workers, deadline)
@@ -179,6 +185,42 @@ class Search:
         for i, answer in workers.run("time", jobs, deadline):
             self.record(*calls[i], "timed" if "seconds" in answer else "time", **answer)
             yield
+
+    def add_waste(self, candidate: Candidate) -> Candidate:
+        """Returns a candidate with the predictions that count what its emulation found wasted."""
+        counts = self.journal.get("emulated", candidate.config, candidate.compiled_sizes)
+        assert counts, f"no counts for {candidate}"
+
+        def predict(sizes: Mapping[str, Any], seconds: float | None) -> float | None:
+            if seconds is None:
+                return None
+            about = candidate.config, sizes, candidate.compiled_sizes
+            return seconds + cost_model.wasted_seconds(self.impl, *about, counts, self.plan.gpu)
+
+        timed_sizes = [(sizes, predict(sizes, seconds)) for sizes, seconds in candidate.timed_sizes]
+        return replace(candidate, timed_sizes=timed_sizes)
+
+    def drop_wasteful(self, batch: Sequence[Candidate]) -> list[Candidate]:
+        """Returns the candidates that are kept now that their waste is known, as in `rank_candidates`; those that are
+        dropped get their rows.
+        """
+        known = [(row["sizes"], row["seconds"]) for row in self.journal.entries["tune"].values()]
+        best: dict[str, float] = {}
+        for sizes, seconds in [*known, *(x for c in batch for x in c.timed_sizes)]:
+            best[canonical_json(sizes)] = min(best.get(canonical_json(sizes), inf), seconds or inf)
+        kept = []
+        for c in batch:
+            sizes_left = []
+            for sizes, seconds in c.timed_sizes:
+                ratio = (seconds or 0.0) / best[canonical_json(sizes)]
+                if ratio > self.plan.worse_than and c.config not in self.impl.configs:
+                    reason = f"predicted {ratio:.1f} times as long as the best, with what it wastes"
+                    self.record(c.config, sizes, seconds, "cost", reason=reason)
+                else:
+                    sizes_left.append((sizes, seconds))
+            if sizes_left:
+                kept.append(replace(c, timed_sizes=sizes_left))
+        return kept
 
     def gate_winners(self, batch: Sequence[Candidate], workers: Workers, deadline: float) -> Iterator[None]:
         """Gates the candidates that are predicted to be the best so far at some of their sizes, until the best of all
@@ -219,7 +261,7 @@ class Search:
             min((sizes for sizes, _ in c.timed_sizes), key=lambda s: OPS[self.impl.op].cost(**s)) for c in pending
         ]
         jobs = [
-            self.make_job(stage, c.config, c.compiled_sizes if stage == "compile" else s)
+            self.make_job(stage, c.config, c.compiled_sizes if stage in COMPILERS else s)
             for c, s in zip(pending, cheapest_sizes)
         ]
         for i, answer in workers.run(stage, jobs, deadline):

@@ -43,6 +43,7 @@ class TunedPoint:
         return self.seconds.get(config, inf) / self.seconds[self.best]
 
 
+REFUSED_STATUSES = ("cost", "compile", "emulate", "gate")
 TIMED_STATUSES = ("timed", "predicted")  # the second: by the cost model, and nobody looked whether it is right
 
 
@@ -159,7 +160,7 @@ def build_entry(search: Row, rows: Sequence[Row], varying: Sequence[str]) -> dic
     return {
         **{key: value for key, value in search.items() if key not in ("kind", "device")},
         **{key: last[key] for key in ("date", "commit", "torch")},
-        "candidates": {status: statuses.count(status) for status in ("cost", "compile", "gate", *TIMED_STATUSES)},
+        "candidates": {status: statuses.count(status) for status in REFUSED_STATUSES + TIMED_STATUSES},
         "ranges": table_ranges(points, varying),
         "otherwise": fallback_config(points, gated_configs(rows)),
     }

@@ -20,12 +20,10 @@ from bench.correctness.error_budget import (
     ExampleCache,
     error_budget,
     example_args,
-    perturbed_args,
-    random_bools,
-    unit_roundoff,
 )
+from bench.correctness.example_plan import ExamplePlan
 from bench.correctness.find_failure import find_failure
-from bench.correctness.gate import case_error_gate, domain_gate, gate
+from bench.correctness.gate import MAX_DRAWS, NUM_EXAMPLES, case_error_gate, domain_gate, gate
 from bench.correctness.guarded_memory import (
     ALIGNMENT,
     MEMORY_LAYOUTS,
@@ -35,6 +33,7 @@ from bench.correctness.guarded_memory import (
     map_tensors,
     tensors,
 )
+from bench.correctness.perturbation import perturbed_args, random_bools, unit_roundoff
 from bench.measure.cases import Case
 from vila_triton.registry import OPS, Impl, discover
 
@@ -237,3 +236,19 @@ def test_perturbation_moves_numbers_by_one_rounding_and_keeps_integers(wide: boo
 def test_random_bools_have_the_requested_shape(shape: tuple[int, ...]) -> None:
     drawn = random_bools(torch.Size(shape), torch.Generator(DEVICE).manual_seed(0))
     assert drawn.shape == shape and drawn.dtype == torch.bool
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("op", ["decode_attention", "prefill_attention"])
+def test_plan_finds_the_one_combination_that_is_supported(op: str, seed: int) -> None:
+    """As of a library's kernel, that serves plain pages in float16 with heads of 64 or 128 numbers, and no more."""
+    plan = ExamplePlan(OPS[op], {}, seed)
+    wanted = {"numerics": ("fast",), "kv": ("plain",), "dtype": ("float16",), "d": (64, 128)}
+    served = 0
+    for sizes, _ in islice(plan, MAX_DRAWS):
+        if all(sizes[name] in values for name, values in wanted.items()):
+            plan.observe(sizes, [])
+            served += 1
+        else:
+            plan.refuse(sizes)
+    assert served >= NUM_EXAMPLES

@@ -152,12 +152,18 @@ def test_candidates_ruled_out_by_cost_model_or_compiler_do_not_run(
     monkeypatch.setattr(search, "uses_triton_kernels", lambda impl: True)
     spilled = {"reason": "spills 8 bytes"}
     monkeypatch.setitem(STAGES, "compile", lambda job: spilled if job["config"]["BLOCK"] == 4 else {"reason": None})
+    monkeypatch.setitem(
+        STAGES, "emulate", lambda job: {"reason": "has a fault" if job["config"]["BLOCK"] == 2 else None}
+    )
+    monkeypatch.setattr(cost_model, "wasted_seconds", lambda *about: 0.0)
     workers = Inline()
     found = list(searched(doubled, tmp_path / "out", workers, plan).journal.entries["tune"].values())
     dropped = [row for row in found if row["status"] == "cost"]
     assert dropped and all(row["reason"].startswith("predicted") and row["config"]["BLOCK"] > 1 for row in dropped)
     assert {row["reason"] for row in found if row["status"] == "compile"} == {"spills 8 bytes"}
-    assert ("compile", 4) in workers.asked and ("gate", 4) not in workers.asked
+    assert {row["reason"] for row in found if row["status"] == "emulate"} == {"has a fault"}
+    assert ("compile", 4) in workers.asked and ("emulate", 4) not in workers.asked
+    assert ("emulate", 2) in workers.asked and not {2, 4} & {block for stage, block in workers.asked if stage == "gate"}
     run = {row["config"]["BLOCK"] for row in found if row["status"] == "timed"}
     assert set(sys.modules["toy_doubled"].ran) <= run
 

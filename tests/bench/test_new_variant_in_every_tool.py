@@ -30,7 +30,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("check swiglu --impl mine --examples 5", "swiglu mine, config 0"),
         ("inspect swiglu --impl mine --config 0 --arch sm_90", "mine 0 sm_90"),
         ("ops swiglu --case toy --budget 0.01", "  mine 1024"),
-        ("tune swiglu --impl mine --case toy --timer cost-model --minutes 0.1 --out tuned", "swiglu mine on"),
+        ("tune swiglu --impl mine --case toy --timer cost-model --minutes 1 --out tuned", "swiglu mine on"),
         ("shadow --op swiglu --impl mine --count 1 --tokens 1", "swiglu: mine beside aten"),
         ("recompiles swiglu", "swiglu mine"),
     ],

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +70,7 @@ def test_ops_lists_every_op_and_why_it_is_chosen(run_here: Run):
         (["ask", "--set", "kernels.rope=fast", "Why?"], "there are: reference, triton"),
         (["ask", "--set", "kernels.nope=triton", "Why?"], "no op 'nope'"),
         (["ask", "--set", "rope", "Why?"], "expected kernels.OP=NAME"),
+        (["ask", "--emulate", "sm_80", "Why?"], "--emulate sm_80 is a GPU, and --device cpu is another device"),
         (["ask", "--top-k", "5", "Why?"], "need a --temperature"),
         (["ask", " "], "the question is empty"),
         (["ops", "--set", "kernels.rope=fast"], "there are: reference, triton"),
@@ -78,6 +80,17 @@ def test_ops_lists_every_op_and_why_it_is_chosen(run_here: Run):
 def test_wrong_arguments_are_one_line_on_stderr(args: list[str], message: str, run_here: Run):
     status, _, err = run_here(*args, "--device", "cpu")
     assert status == 1 and message in err and err.count("\n") == 1
+
+
+def test_unknown_gpu_cannot_be_emulated(run_here: Run):
+    status, _, err = run_here("ask", "--emulate", "sm_75", "Why?")
+    assert status == 1 and "no GPU 'sm_75' can be emulated, only sm_80" in err and err.count("\n") == 1
+
+
+def test_gpu_cannot_be_emulated_without_the_repository(run_here: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("vila_triton.paths._package_dir", tmp_path / "vila_triton")
+    status, _, err = run_here("ask", "--emulate", "sm_80", "Why?")
+    assert status == 1 and "the emulator is bench in this project's repository" in err and err.count("\n") == 1
 
 
 def test_wrong_line_does_not_end_a_chat(run_here: Run):

@@ -12,7 +12,8 @@ names its lane:
     <!-- slow -->      run by `pytest -m slow`
     <!-- real -->      the same, where the extra `real` is installed
     <!-- .ci/run -->   run by that script, which holds the block's commands
-    <!-- by hand -->   installs software, or is a script of `.ci`
+    <!-- by hand -->   installs software, takes long or wants a quiet machine, or is a script of `.ci`
+    <!-- file NAME -->   of a python block: a file of that name, which the document's commands find
 ", with OPTIONS" behind the lane is appended to the block's last command, to make it shorter.
 """
 
@@ -30,6 +31,8 @@ from documents import DOCUMENTS, ROOT, Block, blocks, is_shown, name, without_nu
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
 MARKS = {"": [], "slow": [pytest.mark.slow], "real": [pytest.mark.slow, pytest.mark.real]}
+FILE = "file "  # begins the lane of a block that is a file
+BY_HAND = r"pip install |coverage |python -m bench\.(mutants|ptx_mutants|compiled_check|emulator\.speed)|\.ci/"
 COMMANDS = {  # in front of PATH: those of this environment, and `pytest` without running a test
     "python": 'exec {python} "$@"',
     "vila-triton": 'exec {python} -m vila_triton "$@"',
@@ -75,6 +78,9 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def test_commands_print_what_the_document_shows(block: Block, checkout: Path, environment: dict[str, str]) -> None:
     if block.lane == "real":
         pytest.importorskip("gguf")
+    for other in blocks(block.document):
+        if other.lane.startswith(FILE):
+            (checkout / other.lane.removeprefix(FILE)).write_text(other.body)
     for command, shown in block.commands():
         done = subprocess.run(
             ["bash", "-ec", f"{command.rstrip()} {block.options}"],
@@ -97,7 +103,7 @@ def test_commands_print_what_the_document_shows(block: Block, checkout: Path, en
 def test_python_snippets_print_what_the_document_shows(
     document: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = "\n".join(block.body for block in blocks(document) if block.language == "python")
+    program = "\n".join(block.body for block in blocks(document) if block.language == "python" and not block.lane)
     monkeypatch.chdir(checkout)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(program, name(document), "exec"), {"__name__": "snippet"})
@@ -107,11 +113,12 @@ def test_python_snippets_print_what_the_document_shows(
 
 def test_blocks_of_other_lanes_stand_in_their_scripts() -> None:
     for block in BLOCKS:
+        if block.lane.startswith(FILE):
+            assert block.language == "python"
+            continue
         commands = [c for line in block.body.splitlines() for c in re.sub(r"\s+#.*", "", line).split(" && ")]
         if block.lane == "by hand":
-            assert all(
-                re.match(r"pip install |coverage |python -m bench\.mutants |\.ci/", command) for command in commands
-            )
+            assert all(re.match(BY_HAND, command) for command in commands)
         elif block.lane not in MARKS:
             script = (ROOT / block.lane).read_text().replace(" -q ", " ")
             missing = [command for command in commands if command not in script]

@@ -1,4 +1,7 @@
-"""Ops that move or quantize numbers treat special values bit for bit alike: NaN, infinities, zeros, extremes."""
+"""Ops that move or quantize numbers treat special values bit for bit alike: NaN, infinities, zeros, extremes.
+
+Compiled, the products of a rotation are not rounded before they are added, so that other numbers of `rope` may differ.
+"""
 
 from typing import Any
 
@@ -6,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.correctness.error_budget import DEVICE, UNSUPPORTED_DTYPES, example_args
+from bench.correctness.error_budget import DEVICE, INTERPRETED, UNSUPPORTED_DTYPES, example_args
 from bench.correctness.guarded_memory import (
     MEMORY_LAYOUTS,
     MemoryLayout,
@@ -80,4 +83,7 @@ def test_special_values_are_moved_and_quantized_to_the_same_bits(
     expected_args = map_tensors(torch.clone, args)
     actual, expected = tensors(impl(*actual_args, config=config)), tensors(op.reference(*expected_args))
     for x, y in zip([*actual, *tensors(actual_args)], [*expected, *tensors(expected_args)], strict=True):
-        assert x.dtype == y.dtype and torch.equal(canonical(x), canonical(y))
+        same = canonical(x) == canonical(y)
+        if not op.bitwise_exact and not INTERPRETED:
+            same |= x.isfinite() & y.isfinite() & (x != 0) & (y != 0)
+        assert x.dtype == y.dtype and x.shape == y.shape and same.all()

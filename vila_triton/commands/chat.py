@@ -14,6 +14,7 @@ from vila_triton.arguments import (
     NUMERICS,
     OldOption,
     add_command,
+    emulated_gpu,
     model_arguments,
     renamed_values,
     resolve_device_and_kernels,
@@ -211,7 +212,14 @@ def kernels_summary(calls: Counter[tuple[str, str]]) -> str:
 
     ran = sorted(f"{op}={impl}" for op, impl in calls if impl != "reference")
     ran_triton = any(uses_triton_kernels(OPS[op].impls[impl]) for op, impl in calls)
-    interpreted = " (interpreted)" if os.environ.get("TRITON_INTERPRET") == "1" and ran_triton else ""
-    ran_text = "reference" if not ran else f"{', '.join(ran)}{interpreted}; else reference"
+    emulated = emulated_gpu()
+    how = (
+        f" (emulated, {emulated})"
+        if emulated
+        else " (interpreted)"
+        if os.environ.get("TRITON_INTERPRET") == "1"
+        else ""
+    )
+    ran_text = "reference" if not ran else f"{', '.join(ran)}{how if ran_triton else ''}; else reference"
     unused = sorted({*explicit_choices()} - {op for op, _ in calls})
     return f"kernels: {ran_text}" + (f"; nothing called {', '.join(unused)}" if unused else "")

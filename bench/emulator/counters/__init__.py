@@ -1,0 +1,1 @@
+"""The counters of emulated calls: sums, texts, the table of all configs."""
