@@ -131,8 +131,11 @@ def outcome_lines(
         yield f"{label('bundle')}python -m bench.check --replay {file}"
 
 
-def replay(file: Path) -> bool:
-    """Make the call of a bundle again and print the result; True if it is right. Errors: BundleError, OSError."""
+def replay(file: Path, target: str | None = None) -> bool:
+    """Make the call of a bundle again, compiled for a target if one is given, and print the result.
+
+    Returns True if it is right. Errors: BundleError, OSError.
+    """
     saved = repro_bundle.load(file)
     op, impl = repro_bundle.resolve(saved)
     print(f"{op.name} {impl.name}: {format_settings(saved.config)}")
@@ -141,7 +144,7 @@ def replay(file: Path) -> bool:
     try:
         sizes = saved.sizes if set(saved.sizes) - {"values"} == set(op.domain) else None
         example = Example(op, saved.args, saved.seed, sizes)
-        with compiled_for(saved.target or None, impl, saved.config):
+        with compiled_for(target, impl, saved.config):
             example.check(impl, saved.config, saved.layout, example.call_twice)
     except Unsupported as reason:
         print(f"{label('unsupported')}{reason}")
@@ -177,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if DEVICE == "cpu":
         torch.set_num_threads(1)  # examples are small: a second thread costs more than it gives
-    target = args.compiled or (repro_bundle.load(args.replay).target if args.replay else None)
+    target = args.compiled or (repro_bundle.load(args.replay).target or None if args.replay else None)
     if target and not RUNS_COMPILED:
         words = sys.argv[1:] if argv is None else argv
         return repeat_compiled("bench.check", words, target)
@@ -191,7 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = [] if args.replay else select_pairs(args.op, args.impl, args.config, bool(target))
     if not pairs or any(uses_triton_kernels(impl) for impl, _ in pairs):
         print(f"Triton kernels run {mode(target)}")
-    passed = replay(args.replay) if args.replay else check_pairs(pairs, args.examples, args.seconds, args.out, target)
+    if args.replay:
+        passed = replay(args.replay, target)
+    else:
+        passed = check_pairs(pairs, args.examples, args.seconds, args.out, target)
     return 0 if passed else 1
 
 

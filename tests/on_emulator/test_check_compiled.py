@@ -4,13 +4,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from mutants import Plant, exchange, plant  # noqa: F401 (plant: a fixture)
 
 from bench import check
-from bench.correctness import kept_coverage, repro_bundle
+from bench.correctness import compiled_calls, kept_coverage, repro_bundle
 from bench.correctness.compiled_cell import Cell, check_cell
 from bench.correctness.compiled_table import table
 from bench.correctness.gate import gate
@@ -55,6 +56,18 @@ def test_bundle_of_compiled_code_is_replayed_by_a_process_that_interprets(tmp_pa
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the call matches the reference now" in done.stdout and "compiled for sm_90, emulated" in done.stdout
+
+
+@pytest.mark.parametrize("saved_for", ["", "sm_90"])
+def test_bundle_is_replayed_for_another_target(saved_for: str, tmp_path: Path, capsys) -> None:
+    impl, file = OPS["swiglu"].impls["triton"], tmp_path / "x.bundle"
+    sizes = {"s": 1, "f": 16, "dtype": "float16"}
+    args = OPS["swiglu"].make_example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu")
+    repro_bundle.save(file, impl, impl.configs[0], args, 0, "aligned", sizes, "a test", saved_for)
+    targets = []
+    with patch.object(compiled_calls, "emulating", lambda target: targets.append(target) or emulating(target)):
+        assert check.main(["--replay", str(file), "--compiled", "sm_80"]) == 0, capsys.readouterr()
+    assert targets == ["sm_80"] and "compiled for sm_80, emulated" in capsys.readouterr().out
 
 
 def test_compiled_code_of_no_triton_kernel_is_refused(capsys) -> None:
