@@ -25,6 +25,7 @@ from ._tool import tool
 from .compiler.cross_compile import run_in_subprocesses
 from .correctness.compiled_cell import Cell, check_cell
 from .correctness.compiled_table import table
+from .emulator.compile import EMULATED_TARGETS
 from .measure import rows
 
 FOLDER = rows.ROOT / ".cache" / "compiled_check"
@@ -69,7 +70,9 @@ def select(cells: Sequence[Cell], words: Sequence[str]) -> list[Cell]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help="only these, or OP-IMPL; default: all")
-    parser.add_argument("--targets", nargs="+", default=DEFAULT_TARGETS, metavar="TARGET")
+    parser.add_argument(
+        "--targets", nargs="+", choices=EMULATED_TARGETS, default=DEFAULT_TARGETS, help="default: sm_80 and sm_90"
+    )
     parser.add_argument("--processes", type=COUNT, default=os.cpu_count(), help="at a time (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="do what was wrong again")
     parser.add_argument("--fresh", action="store_true", help="do all again, as after a change of the emulator")

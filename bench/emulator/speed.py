@@ -24,6 +24,7 @@ from .._tool import tool
 from ..compiler.cross_compile import run_in_subprocesses
 from ..correctness.error_budget import example_args
 from . import emulating
+from .compile import EMULATED_TARGETS
 from .counters.sums import executed_instructions
 from .report import Launch
 
@@ -106,7 +107,7 @@ def line_of(x: Measurement) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all")
-    parser.add_argument("--targets", nargs="+", default=["sm_80"])
+    parser.add_argument("--targets", nargs="+", choices=EMULATED_TARGETS, default=["sm_80"], help="default: sm_80")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each case instead")
     args = parser.parse_args(argv)
     if unknown := set(args.cases) - set(CASES):

@@ -71,3 +71,9 @@ def test_budget_moves_scales_of_pages_by_a_rounding_of_the_queries() -> None:
         ratio = (after / before).nan_to_num(1.0)
         assert ((ratio - 1).abs() > 2**-10).any() and ((ratio - 1).abs() < 2**-7).all()
     assert len(tensors(moved)) == len(tensors(args))
+
+
+def test_targets_that_cannot_be_emulated_are_refused(capsys) -> None:
+    with pytest.raises(SystemExit):
+        compiled_check.main(["rms_norm", "--targets", "sm_70"])
+    assert "invalid choice: 'sm_70'" in capsys.readouterr().err
