@@ -19,6 +19,7 @@ from .._tool import tool
 from ..peers._import_file import import_single_file
 from ..peers._offline import fake_gpu
 from . import emulating
+from .compile import EMULATED_TARGETS
 from .tutorials import error_over_allowed
 
 M, N, K, GROUP = 37, 256, 256, 64
@@ -58,7 +59,7 @@ def main() -> int:
         "python -m bench.emulator.peer_kernels", description=__doc__, formatter_class=formatter
     )
     parser.add_argument("peers", nargs="*", metavar="PEER", help=f"of {', '.join(PEERS)} (default: all)")
-    parser.add_argument("--target", action="append", help="default: sm_80 and sm_90")
+    parser.add_argument("--target", action="append", choices=EMULATED_TARGETS, help="default: sm_80 and sm_90")
     args = parser.parse_args()
     if unknown := set(args.peers) - PEERS.keys():
         parser.error(f"no peer {', '.join(sorted(unknown))}; there are: {', '.join(PEERS)}")
@@ -70,8 +71,14 @@ def main() -> int:
     for target in args.target or ("sm_80", "sm_90"):
         for peer in args.peers or PEERS:
             started = time.perf_counter()
-            with emulating(target) as report, fake_gpu():
-                out = PEERS[peer](x, pack_awq(codes), pack_awq(zeros), scales)
+            try:
+                with emulating(target) as report, fake_gpu():
+                    out = PEERS[peer](x, pack_awq(codes), pack_awq(zeros), scales)
+            except ModuleNotFoundError as error:
+                if args.peers:
+                    raise ValueError(f"{error}; bench/peers/{peer}.py says how to install it") from error
+                print(f"{target} {peer:10}  is not here: {error}")
+                continue
             error = error_over_allowed(out, x @ weight, x.double() @ weight.double())
             wrong += not error <= 1
             names = ", ".join(sorted({launch.kernel for launch in report.launches}))
