@@ -54,9 +54,12 @@ def parameter_bits(kernel: str, name: str, kind: str, value: Any) -> np.ndarray:
 
 def memory_regions(kernel: str, arguments: Iterable[tuple[str, str, Any]]) -> list[Region]:
     """The memory that arguments let a kernel touch: of a tensor in guarded memory its own elements, of any other its
-    whole storage, of which it may be a part. Errors: ValueError for tensors that are not in the CPU's memory.
+    whole storage, of which it may be a part. Storages that share bytes, as of two views of one numpy array, are one.
+
+    Errors: ValueError for tensors that are not in the CPU's memory.
     """
-    regions: dict[int, Region] = {}
+    guarded: dict[int, Region] = {}
+    storages: list[Region] = []
     for name, _, value in arguments:
         tensor = getattr(value, "base", value)  # `triton.reinterpret` wraps a tensor
         if not isinstance(tensor, Tensor):
@@ -66,18 +69,22 @@ def memory_regions(kernel: str, arguments: Iterable[tuple[str, str, Any]]) -> li
             raise ValueError(
                 f"{kernel}: argument {name} is on {tensor.device}; emulated kernels run on tensors of the CPU"
             )
-        region = memory_region(name, tensor)
-        if region.nbytes:
-            regions.setdefault(region.start, region)
-    return list(regions.values())
+        if (guard := find_guard(tensor)) is None:
+            storages.append(Region(name, storage.data_ptr(), storage.nbytes()))
+        else:
+            view, owned = guard.view, guard.element_bytes
+            nbytes = view.nbytes if owned is None else len(owned)
+            guarded.setdefault(view.data_ptr(), Region(guard.name or name, view.data_ptr(), nbytes, owned))
+    return [region for region in (*guarded.values(), *joined(storages)) if region.nbytes]
 
 
-def memory_region(name: str, tensor: Tensor) -> Region:
-    """See `memory_regions`."""
-    guard = find_guard(tensor)
-    if guard is None:
-        storage = tensor.untyped_storage()
-        return Region(name, storage.data_ptr(), storage.nbytes())
-    view, owned = guard.view, guard.element_bytes
-    nbytes = view.nbytes if owned is None else len(owned)
-    return Region(guard.name or name, view.data_ptr(), nbytes, owned)
+def joined(regions: Iterable[Region]) -> list[Region]:
+    """The regions, those that share bytes as one, with the name of that which begins first."""
+    result: list[Region] = []
+    for region in sorted(regions, key=lambda region: region.start):
+        last = result[-1] if result else None
+        if last is None or region.start >= last.high:
+            result.append(region)
+        elif region.high > last.high:
+            result[-1] = Region(last.name, last.start, region.high - last.start)
+    return result

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from operator import index
 from typing import Any
 from unittest.mock import patch
 
@@ -65,7 +66,14 @@ def emulating(
 
     def launch_compiled(compiled: Any, grid: Any) -> Any:
         """Launches a kernel that `kernel.warmup(...)` compiled, with all arguments by position."""
-        return lambda *args: emulate(compiled, grid, dict(zip(compiled.src.signature, args)))
+
+        def launch_with(*args: Any) -> None:
+            names = list(compiled.src.signature)
+            if len(args) != len(names):
+                raise TypeError(f"{compiled.name} takes {len(names)} arguments ({', '.join(names)}), not {len(args)}")
+            emulate(compiled, grid, dict(zip(names, args)))
+
+        return launch_with
 
     def emulate(compiled: Any, grid: Any, values: Mapping[str, Any]) -> None:
         started = time.perf_counter()
@@ -104,8 +112,14 @@ def bind_arguments(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def grid_size(kernel: str, grid: Any) -> tuple[int, int, int]:
-    """A grid of one to three axes as three. Errors: ValueError if an axis has more blocks than a GPU's may have."""
-    x, y, z = blocks = tuple(int(n) for n in grid) + (1,) * (3 - len(grid))
+    """A grid of one to three axes as three.
+
+    Errors: ValueError if there are more axes, or an axis has fewer than none or more blocks than a GPU's may have;
+    TypeError if their number is not whole.
+    """
+    x, y, z, *rest = blocks = tuple(index(n) for n in grid) + (1,) * (3 - len(grid))
+    if rest or min(blocks) < 0:
+        raise ValueError(f"{kernel}: a grid of {blocks} blocks, which should be up to three numbers from 0")
     if any(n > most for n, most in zip(blocks, MAX_GRID)):
         raise ValueError(f"{kernel}: a grid of {blocks} blocks, of which a GPU takes at most {MAX_GRID}")
     return x, y, z

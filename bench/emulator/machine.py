@@ -285,7 +285,8 @@ class Machine:
             bad = np.broadcast_to(bad, (self.blocks, self.threads))
             block, thread = np.argwhere(bad)[0]
             place = tuple(int(axis[block, 0]) for axis in self.ctaid)
-            message += f" (block {place}, thread {thread}; {int(bad.sum())} threads in all)"
+            count = int(bad.sum())
+            message += f" (block {place}, thread {thread}{f'; {count} threads in all' if count > 1 else ''})"
         self.findings.faults[kind, i] = message
 
 

@@ -68,12 +68,12 @@ class Launch:
     kernel: str
     grid: tuple[int, int, int]
     target: str
-    program: Any
+    program: Any = field(repr=False)
     shared_bytes: int
     seconds: float
     faults: list[Fault]
-    counts: Counter
-    entered: Counter
+    counts: Counter = field(repr=False)
+    entered: Counter = field(repr=False)
 
     def total(self, counter: str) -> int:
         """A counter summed over all instructions, as "sectors" or "wavefronts"; 0 if nothing counted it."""

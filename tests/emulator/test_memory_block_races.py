@@ -5,7 +5,7 @@ import pytest
 from emulated_blocks import Blocks, region
 
 from bench.emulator.memory.global_memory import Regions
-from bench.emulator.program.memory_facts import global_unit, memory_facts, written_parameters
+from bench.emulator.program.memory_facts import global_unit, guesses, memory_facts, written_parameters
 
 T = 32
 THREAD = np.arange(T, dtype=np.uint64)[None]
@@ -209,6 +209,13 @@ def test_chains_are_followed_where_there_are_some() -> None:
     assert memory_facts(["st.global.b32 [%rd1], %r1", add]).releases
     assert memory_facts(["st.global.b32 [%rd1], %r1", "fence.acq_rel.gpu"]).releases
     assert memory_facts(["st.global.b32 [%rd1], %r1", "membar.gl"]).releases
+
+
+def test_the_first_guess_of_a_loop_of_swaps_is_no_race() -> None:
+    load, swap = "ld.global.b32 %r1, [%rd1]", "atom.acq_rel.gpu.global.cas.b32 %r4, [%rd1], {}, %r3"
+    assert guesses([load, swap.format("%r1")]) == {0}
+    assert guesses(["mov.b32 %r2, %r1", load, "mov.b32 %r2, %r4", swap.format("%r2")]) == {1}
+    assert not guesses([load, swap.format("%r5")]) and not guesses(["ld.global.b32 %r1, [%rd2]", swap.format("%r1")])
 
 
 def test_written_parameters() -> None:

@@ -7,6 +7,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -83,6 +84,17 @@ def last_block_first_kernel(flag_ptr, out_ptr):
         tl.store(out_ptr + 1, tl.load(out_ptr) + 1)
 
 
+@triton.jit
+def sum_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.atomic_add(out_ptr + offs % 2, tl.load(x_ptr + tl.program_id(0) * BLOCK + offs))
+
+
+@triton.jit
+def first_element_kernel(out_ptr):
+    tl.store(out_ptr, tl.program_id(0))
+
+
 def line_of(kernel: Any, code: str) -> str:
     """ "file:line" of the line of a kernel that begins with `code`."""
     lines, first = inspect.getsourcelines(kernel.fn)
@@ -115,10 +127,55 @@ def test_arguments_may_be_none_tuples_floats_and_views() -> None:
     assert torch.equal(out[:512], x[:512] + 3) and torch.equal(values, x)
 
 
+def test_views_of_one_numpy_array_share_their_memory() -> None:
+    """Each has a storage of its own, which may begin where another does, or lie within it."""
+    memory = np.arange(N, dtype=np.float32)
+    head, inner, whole = (torch.from_numpy(part) for part in (memory[:10], memory[20:30], memory))
+    twice = whole * 2
+    with emulating("sm_80"):
+        add_kernel[(1,)](head, inner, torch.zeros(10), 10, BLOCK=16)
+        pair_kernel[(1,)]((head, inner), 1.0, 0, torch.zeros(8), BLOCK=8)
+        add_kernel[(4,)](whole, whole, whole, N, BLOCK=256)
+        assert torch.equal(whole, twice)
+        pair_kernel[(1,)]((whole, head), 0.5, 0, inner, BLOCK=8)
+        pair_kernel[(1,)]((inner, head), 0.5, 0, whole, BLOCK=8)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_blocks_may_add_up_by_atomics(dtype: torch.dtype, target: str) -> None:
+    """Sums of bfloat16 before sm_90 are loops, which begin with a load that is not atomic."""
+    x, out = torch.randint(-2, 3, (4, 64)).to(dtype), torch.zeros(2, dtype=dtype)
+    with emulating(target):
+        sum_kernel[(4,)](x, out, BLOCK=64)
+    assert torch.equal(out, x.view(-1, 2).sum(0))
+
+
+def test_a_race_of_blocks_names_its_threads() -> None:
+    out = torch.zeros(1, dtype=torch.int32)
+    with emulating("sm_80"), pytest.raises(KernelFault, match="block 0 writes what block 3 writes") as error:
+        first_element_kernel[(4,)](out)
+    assert "(block (0, 0, 0), thread 0)\n" in str(error.value)
+
+
+def test_a_report_is_short() -> None:
+    x = torch.zeros(N)
+    with emulating("sm_80") as report:
+        add_kernel[(4,)](x, x, x, N, BLOCK=256)
+    assert len(repr(report)) < 500
+
+
 def test_a_grid_without_blocks_runs_nothing() -> None:
     x = torch.zeros(N)
     with emulating("sm_80"):
         add_kernel[(0,)](x, x, x, N, BLOCK=256)
+
+
+@pytest.mark.parametrize(("grid", "error"), [((-1,), ValueError), ((1, 1, 1, 1), ValueError), ((2.5,), TypeError)])
+def test_grids_that_are_none_are_refused(grid: tuple, error: type[Exception]) -> None:
+    x = torch.zeros(N)
+    with emulating("sm_80"), pytest.raises(error):
+        add_kernel[grid](x, x, x, N, BLOCK=256)
 
 
 def test_a_kernel_compiled_ahead_is_launched() -> None:
@@ -127,6 +184,8 @@ def test_a_kernel_compiled_ahead_is_launched() -> None:
         compiled = add_kernel.warmup(x, x, out, N, BLOCK=256, grid=(1,))
         assert not report.launches
         compiled[(4,)](x, x, out, N, 256)
+        with pytest.raises(TypeError, match=r"add_kernel takes 5 arguments .*, not 4"):
+            compiled[(4,)](x, x, out, N)
         with pytest.raises(NotImplementedError, match="registers are not known"):
             compiled._init_handles()
     assert torch.equal(out, x + x)

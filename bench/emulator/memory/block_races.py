@@ -80,14 +80,17 @@ class BlockRaces:
             verb, past = verbs.split()
             who = "others" if other == MANY else f"block {other - 1}"
             text = f"block {x.block[n] - 1} {verb} what {who} {past} in this launch, and nothing orders them"
-            mask = (machine.block_ids + 1 == x.block[n])[:, None]
-            machine.fault(i, "blocks race", f"{text}; {int(bad.sum())} such places", mask)
+            mask = np.zeros((machine.blocks, machine.threads), bool)
+            own = bad & (x.block == x.block[n])
+            mask[machine.block_ids + 1 == x.block[n], x.thread[own]] = True
+            machine.fault(i, "blocks race", text, mask)
 
     def note_read(self, machine: Lockstep, i: int, part: Part, at: Array, size: int) -> None:
-        """Check and note a load, which may be an atomic one."""
+        """Check and note a load, which may be an atomic one, or the first guess of an atomic operation."""
         modifiers = set(machine.program.instructions[i].modifiers)
-        strong = bool(modifiers & {"acquire", "relaxed", "volatile"})
-        if strong:
+        ordered = bool(modifiers & {"acquire", "relaxed", "volatile"})
+        strong = ordered or i in machine.program.memory.guesses
+        if ordered:
             self.synchronize(machine, part, at, size, acquire="acquire" in modifiers, release=None)
         x, record = self.places(machine, part, at, size)
         old = record.writer[x.at]

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 REGISTER = re.compile(r"(?<![\w.$])%?[A-Za-z_$][\w$]*(?:\.[xyz])?")
 MEMORY = "a value loaded from memory"
+LOAD = re.compile(r"ld\.global\.b\d+\s+(?P<to>%\w+), (?P<place>\[[^\]]*\])")
+SWAP = re.compile(r"atom\.\S*global\S*\.cas\.b\d+\s+%\w+, (?P<place>\[[^\]]*\]), (?P<compared>%\w+),")
+COPY = re.compile(r"mov\.\w+\s+(?P<to>%\w+), (?P<source>%\w+)")
 
 
 class MemoryFacts(NamedTuple):
@@ -13,12 +16,14 @@ class MemoryFacts(NamedTuple):
 
     written: the parameters from which addresses of stores and atomics can derive; None: any.
     releases: if there are instructions that order the memory accesses of blocks, and others that they can order.
+    guesses: the numbers of loads whose value a compare-and-swap at the same address checks.
     """
 
     shared_unit: int
     global_unit: int
     written: frozenset[str] | None
     releases: bool
+    guesses: frozenset[int]
 
 
 def memory_facts(statements: Iterable[str]) -> MemoryFacts:
@@ -29,7 +34,7 @@ def memory_facts(statements: Iterable[str]) -> MemoryFacts:
     orders = any(x & {"acquire", "release", "acq_rel", "membar"} or x >= {"fence", "gpu"} for x in opcodes)
     plain = any(x >= {"st", "global"} for x in opcodes)
     facts = shared_unit(texts), global_unit(texts), None if written is None else frozenset(written)
-    return MemoryFacts(*facts, orders and plain)
+    return MemoryFacts(*facts, orders and plain, frozenset(guesses(texts)))
 
 
 def shared_unit(texts: Iterable[str]) -> int:
@@ -89,3 +94,20 @@ def written_parameters(texts: Iterable[str]) -> set[str] | None:
             found.add(name)
             todo += sources.get(name, ())
     return None if MEMORY in found else {name for name in found if "_param_" in name}
+
+
+def guesses(texts: Iterable[str]) -> set[int]:
+    """The loads, by number, whose value a compare-and-swap at the same address checks, as it was loaded or copied.
+
+    Compilers make a loop that begins with such a load of an atomic operation that the GPU lacks: sums of bfloat16
+    before sm_90. Another block may write there meanwhile.
+    """
+    texts = list(texts)
+    swaps = [swap for text in texts if (swap := SWAP.match(text))]
+    copies: dict[str, set[str]] = {}
+    for text in texts if swaps else ():
+        if copy := COPY.match(text):
+            copies.setdefault(copy["to"], {copy["to"]}).add(copy["source"])
+    compared = {(swap["place"], name) for swap in swaps for name in copies.get(swap["compared"], {swap["compared"]})}
+    loads = ((n, LOAD.match(text)) for n, text in enumerate(texts))
+    return {n for n, load in loads if load and (load["place"], load["to"]) in compared}
