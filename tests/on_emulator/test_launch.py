@@ -95,6 +95,20 @@ def first_element_kernel(out_ptr):
     tl.store(out_ptr, tl.program_id(0))
 
 
+@triton.jit
+def first_block_first_kernel(flag_ptr, out_ptr, STORE_SCOPE: tl.constexpr, LOAD_SCOPE: tl.constexpr, SEM: tl.constexpr):
+    """All others wait for the first block."""
+    if tl.program_id(0) == 0:
+        tl.store(out_ptr, 5)
+        tl.debug_barrier()
+        tl.atomic_xchg(flag_ptr, 1, sem=SEM, scope=STORE_SCOPE)
+    else:
+        while tl.atomic_add(flag_ptr, 0, sem=SEM, scope=LOAD_SCOPE) == 0:
+            pass
+        tl.debug_barrier()
+        tl.store(out_ptr + tl.program_id(0), tl.load(out_ptr))
+
+
 def line_of(kernel: Any, code: str) -> str:
     """ "file:line" of the line of a kernel that begins with `code`."""
     lines, first = inspect.getsourcelines(kernel.fn)
@@ -149,6 +163,24 @@ def test_blocks_may_add_up_by_atomics(dtype: torch.dtype, target: str) -> None:
     with emulating(target):
         sum_kernel[(4,)](x, out, BLOCK=64)
     assert torch.equal(out, x.view(-1, 2).sum(0))
+
+
+@pytest.mark.parametrize(
+    ("scopes", "sem", "right"),
+    [
+        (("gpu", "sys"), "acq_rel", True),
+        (("gpu", "gpu"), "relaxed", False),
+        (("cta", "gpu"), "acq_rel", False),
+        (("gpu", "cta"), "acq_rel", False),
+    ],
+)
+def test_atomics_with_the_scope_of_a_block_order_nothing_for_others(
+    scopes: tuple[str, str], sem: str, right: bool
+) -> None:
+    flag, out = torch.zeros(1, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    with emulating("sm_90", raise_faults=False) as report:
+        first_block_first_kernel[(4,)](flag, out, *scopes, sem)
+    assert {fault.kind for fault in report.faults} == (set() if right else {"blocks race"})
 
 
 def test_a_race_of_blocks_names_its_threads() -> None:

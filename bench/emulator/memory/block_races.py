@@ -1,6 +1,7 @@
 """Races between the blocks of a grid: two that touch the same bytes of global memory, of which one writes them.
 
 Blocks run in any order on a GPU. What one wrote another may touch only behind a chain of a release and an acquire.
+What has the scope of a block (`cta`) is atomic for its threads only, and orders nothing for other blocks.
 """
 
 from typing import Any
@@ -88,7 +89,7 @@ class BlockRaces:
     def note_read(self, machine: Lockstep, i: int, part: Part, at: Array, size: int) -> None:
         """Check and note a load, which may be an atomic one, or the first guess of an atomic operation."""
         modifiers = set(machine.program.instructions[i].modifiers)
-        ordered = bool(modifiers & {"acquire", "relaxed", "volatile"})
+        ordered = "cta" not in modifiers and bool(modifiers & {"acquire", "relaxed", "volatile"})
         strong = ordered or i in machine.program.memory.guesses
         if ordered:
             self.synchronize(machine, part, at, size, acquire="acquire" in modifiers, release=None)
@@ -111,18 +112,19 @@ class BlockRaces:
     def note_write(self, machine: Lockstep, i: int, part: Part, at: Array, size: int) -> None:
         """Check and note a store, which may be an atomic one."""
         modifiers = set(machine.program.instructions[i].modifiers)
-        strong = bool(modifiers & {"release", "relaxed", "volatile"})
+        strong = "cta" not in modifiers and bool(modifiers & {"release", "relaxed", "volatile"})
         self._note_write(machine, i, part, at, size, strong)
         if strong:
             self.synchronize(machine, part, at, size, acquire=None, release="release" in modifiers)
 
     def note_atomic(
-        self, machine: Lockstep, i: int, part: Part, at: Array, size: int, order: str, wrote: Array | None
+        self, machine: Lockstep, i: int, part: Part, at: Array, size: int, order: str, scope: str, wrote: Array | None
     ) -> None:
         """Check and note an atomic operation. `wrote`: where it did; None: everywhere."""
         acquire, release = order in ("acquire", "acq_rel"), order in ("release", "acq_rel")
-        self._note_write(machine, i, part, at, size, True)
-        self.synchronize(machine, part, at, size, acquire, release, wrote)
+        self._note_write(machine, i, part, at, size, scope != "cta")
+        if scope != "cta":
+            self.synchronize(machine, part, at, size, acquire, release, wrote)
 
     def _note_write(self, machine: Lockstep, i: int, part: Part, at: Array, size: int, strong: bool) -> None:
         x, record = self.places(machine, part, at, size)

@@ -246,12 +246,12 @@ class GlobalMemory:
             result = apply_atomic(part.region.views[width], at, held, operation, kind, values, result)
             if self.races:
                 wrote = (result == values[0]) if operation == "cas" else None
-                self.races.note_atomic(self.machine, i, part, at, width, order, wrote)
+                self.races.note_atomic(self.machine, i, part, at, width, order, scope, wrote)
         return result
 
     def fence(self, i: int, order: str, scope: str) -> None:
-        """A fence of one block's memory operations for others."""
-        if self.races:
+        """A fence of one block's memory operations, for other blocks unless its scope is the block."""
+        if self.races and scope != "cta":
             self.races.at_barrier(self.machine, fence=True)
 
     def barrier(self) -> None:
