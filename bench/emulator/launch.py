@@ -25,7 +25,7 @@ from .memory.global_memory import Regions
 from .memory.regions import Region
 from .program.ptx import parse
 from .program.translate import Program, translate
-from .report import Fault, KernelFault, Launch, Report
+from .report import Fault, KernelFault, Launch, Report, own_line
 
 LANES = 8192  # threads in lockstep
 PATIENCE = 256  # times that these may wait for others, before others begin
@@ -161,7 +161,9 @@ def run_blocks(
     seconds = time.perf_counter() - started
     instructions = program.instructions
     faults = [
-        Fault(kind, message, kernel.name, instructions[i].text, instructions[i].source)
+        Fault(
+            kind, message, kernel.name, instructions[i].text, own_line(instructions[i].source, *instructions[i].callers)
+        )
         for (kind, i), message in findings.faults.items()
     ]
     return Launch(kernel.name, grid, target, program, shared, seconds, faults, findings.counts, findings.entered)

@@ -3,7 +3,12 @@
 import linecache
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import triton
+
+TRITON = Path(triton.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -14,7 +19,7 @@ class Fault:
     message      a sentence: what, where, how many threads
     kernel       the name of the kernel
     instruction  the PTX instruction
-    source       "file:line" of the Python source that it comes from
+    source       "file:line" of the Python source that it comes from; of what Triton's library does, of its call
     """
 
     kind: str
@@ -31,6 +36,11 @@ class Fault:
                 f"    PTX: {self.instruction}",
             )
         )
+
+
+def own_line(*lines: str) -> str:
+    """Of a "file:line" and its callers, innermost first: the first that is not Triton's own, if there is one."""
+    return next((line for line in lines if TRITON not in Path(line).parents), lines[0])
 
 
 def source_text(source: str) -> str:

@@ -208,6 +208,7 @@ def test_chains_are_followed_where_there_are_some() -> None:
     assert not memory_facts(["st.global.b32 [%rd1], %r1", add.replace("acq_rel", "relaxed")]).releases
     assert memory_facts(["st.global.b32 [%rd1], %r1", add]).releases
     assert memory_facts(["st.global.b32 [%rd1], %r1", "fence.acq_rel.gpu"]).releases
+    assert memory_facts(["st.global.b32 [%rd1], %r1", "fence.sc.sys"]).releases
     assert memory_facts(["st.global.b32 [%rd1], %r1", "membar.gl"]).releases
 
 

@@ -1,6 +1,7 @@
 """Launches inside `emulating`: every kind of argument and grid, what is refused and why, and faults in plain words."""
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
@@ -88,6 +89,12 @@ def last_block_first_kernel(flag_ptr, out_ptr):
 def sum_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     tl.atomic_add(out_ptr + offs % 2, tl.load(x_ptr + tl.program_id(0) * BLOCK + offs))
+
+
+@triton.jit
+def row_sums_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
+    tl.store(out_ptr + tl.program_id(0), tl.sum(x, 0))
 
 
 @triton.jit
@@ -181,6 +188,17 @@ def test_atomics_with_the_scope_of_a_block_order_nothing_for_others(
     with emulating("sm_90", raise_faults=False) as report:
         first_block_first_kernel[(4,)](flag, out, *scopes, sem)
     assert {fault.kind for fault in report.faults} == (set() if right else {"blocks race"})
+
+
+def test_a_fault_in_a_function_of_triton_is_of_the_line_that_calls_it() -> None:
+    def without_barriers(ptx: str) -> str:
+        return re.sub(r"bar\.sync[^;]*;", "", ptx)
+
+    with emulating("sm_80", raise_faults=False, edit=without_barriers) as report:
+        row_sums_kernel[(4,)](torch.randn(4, 512), torch.zeros(4), BLOCK=512)
+    assert {(fault.kind, fault.source.rpartition("/")[2]) for fault in report.faults} == {
+        ("race", line_of(row_sums_kernel, "tl.store"))
+    }
 
 
 def test_a_race_of_blocks_names_its_threads() -> None:

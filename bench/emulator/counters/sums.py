@@ -13,16 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import triton
-
 from ...compiler.disassembly import BARRIER, CONVERT, FLOAT, GLOBAL, INTEGER, OTHER, SHARED, SPECIAL, SPILL, TENSOR
-from ..report import Launch
+from ..report import Launch, own_line
 
 SECTOR_BYTES = 32
 WARP_THREADS = 32
 MAX_WAVEFRONTS = 1.1  # for each access of shared memory; more is marked
 MAX_SECTORS = 1.15  # of the fewest that hold the bytes of a request; more is marked
-TRITON = Path(triton.__file__).parent
 SPECIAL_FUNCTIONS = {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "sin", "cos"}
 BIT_FUNCTIONS = {"cvt", "prmt", "lop3", "shl", "shr", "shf", "and", "or", "xor", "not", "bfe", "bfi", "bfind", "popc"}
 FLOATS = {"f16", "f16x2", "bf16", "bf16x2", "tf32", "f32", "f32x2", "f64"}
@@ -85,8 +82,7 @@ def source_line(*lines: str) -> str:
     """Returns "file.py:12" of "/folder/file.py:12" and its callers, innermost first: of the first that is not Triton's
     own.
     """
-    own = next((line for line in lines if TRITON not in Path(line).parents), lines[0])
-    return Path(own).name
+    return Path(own_line(*lines)).name
 
 
 def instruction_kind(opcode: str) -> str:

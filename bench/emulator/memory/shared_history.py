@@ -109,7 +109,7 @@ class SharedHistory:
 
     def race(self, i: int, at: np.ndarray, who: np.ndarray, verb: str, old: np.ndarray, past: str) -> None:
         """A fault of granules that `who` and `old` touch, of whom one writes."""
-        text = f"{describe(who[0])} {verb} {{}}, which {describe(old[0])} {past} since the last barrier"
+        text = f"{verb} {{}} ({describe(who[0])}), which {describe(old[0])} {past} since the last barrier"
         self.fault(i, "race", text, at)
 
     def note_read(self, i: int, access: Access) -> None:

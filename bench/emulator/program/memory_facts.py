@@ -31,7 +31,9 @@ def memory_facts(statements: Iterable[str]) -> MemoryFacts:
     texts = list(statements)
     written = written_parameters(texts)
     opcodes = [set(text.split(None, 1)[0].split(".")) for text in texts]
-    orders = any(x & {"acquire", "release", "acq_rel", "membar"} or x >= {"fence", "gpu"} for x in opcodes)
+    orders = any(
+        x & {"acquire", "release", "acq_rel", "membar"} or ("fence" in x and x & {"gpu", "sys"}) for x in opcodes
+    )
     plain = any(x >= {"st", "global"} for x in opcodes)
     facts = shared_unit(texts), global_unit(texts), None if written is None else frozenset(written)
     return MemoryFacts(*facts, orders and plain, frozenset(guesses(texts)))
