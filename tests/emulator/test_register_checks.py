@@ -25,6 +25,15 @@ WRITTEN = {
         cvt.u32.u16 %r9, %h1;""",
     "in the half that is masked": """mov.b16 %h1, 5; mov.b32 %r6, {%h1, %h2}; mov.b32 {%h3, %h4}, %r6;
         mov.b32 %r9, {%h3, %h3};""",
+    "in the byte that is stored": """mov.b32 %r6, 0f3F800000; cvt.rn.satfinite.e4m3x2.f32 %h1, %r7, %r6;
+        mad.wide.u32 %q10, %r0, 4, %q0; st.global.b8 [%q10], %h1; mov.b32 %r9, 0;""",
+    "in both halves": """mov.b32 %r6, 0f3F800000; cvt.rn.satfinite.e4m3x2.f32 %h1, %r6, %r6;
+        cvt.u32.u16 %r9, %h1;""",
+    "in the half that is rounded": """mov.b16 %h1, 5; mov.b32 %r6, {%h1, %h2}; cvt.rn.satfinite.e4m3x2.f16x2 %h3, %r6;
+        cvt.u32.u16 %r5, %h3; and.b32 %r9, %r5, 255;""",
+    "in the bytes below": """mov.b16 %h1, 5; mov.b32 %r6, {%h1, %h2}; add.u32 %r7, %r6, 9; cvt.u16.u32 %h3, %r7;
+        cvt.u32.u16 %r9, %h3;""",
+    "in the half that is shifted": "mov.b16 %h1, 5; mov.b32 %r6, {%h1, %h2}; shl.b32 %r9, %r6, 16;",
     "before a loop": "mov.b32 %r9, 0; L: add.u32 %r9, %r9, 1; setp.lt.u32 %p1, %r9, %r0; @%p1 bra L;",
 }
 
@@ -46,6 +55,13 @@ UNWRITTEN = {
     "in a byte that is picked": "mov.b32 %r7, 1; prmt.b32 %r6, %r7, %r8, 0x7610; prmt.b32 %r9, %r6, 0, 0x5430;",
     "in the sign of a byte": "mov.b32 %r7, 1; prmt.b32 %r9, %r7, %r8, 0xf210;",
     "in the half that is packed": "mov.b16 %h1, 5; mov.b32 %r9, {%h1, %h2};",
+    "in the number that is stored": """mov.b32 %r6, 0f3F800000; cvt.rn.satfinite.e4m3x2.f32 %h1, %r7, %r6;
+        cvt.u32.u16 %r9, %h1;""",
+    "in the half that is shifted": "mov.b16 %h1, 5; mov.b32 %r6, {%h2, %h1}; shl.b32 %r9, %r6, 15;",
+    "in the half that is shifted down": "mov.b16 %h1, 5; mov.b32 %r6, {%h1, %h2}; shr.u32 %r9, %r6, 9;",
+    "in the sign of what is extended": """mov.b16 %h1, 5; mov.b32 %r6, {%h1, %h2}; cvt.s64.s32 %q8, %r6;
+        shr.u64 %q9, %q8, 32; cvt.u32.u64 %r9, %q9;""",
+    "in the bytes below": "mov.b16 %h1, 5; mov.b32 %r6, {%h2, %h1}; add.u32 %r7, %r6, 9; shr.u32 %r9, %r7, 16;",
     "in a loop, under a guard": """mov.b32 %r7, 0; L: setp.eq.u32 %p2, %r7, 99; @%p2 mov.b32 %r9, 1;
         add.u32 %r7, %r7, 1; setp.lt.u32 %p1, %r7, 3; @%p1 bra L;""",
 }

@@ -101,3 +101,22 @@ def test_function(name: str) -> None:
     want = WANT[name](x)
     ulps = (out.double() - want.double()).abs().numpy() / np.spacing(want.float().abs().numpy())
     assert ulps.max() <= ULPS.get(name, 0) + (0.5 if want.dtype == torch.float64 else 0)
+
+
+@triton.jit
+def cast_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, tl.load(x_ptr + i).to(out_ptr.dtype.element_ty))
+
+
+@pytest.mark.parametrize(
+    ("source", "to"),
+    [(torch.float16, torch.float8_e5m2), (torch.float32, torch.float8_e4m3fn), (torch.float8_e4m3fn, torch.float16)],
+)
+def test_a_cast_of_fewer_numbers_than_its_instruction_takes(source: torch.dtype, to: torch.dtype) -> None:
+    """A thread has one; what is made of the rest, which nothing wrote, is never stored."""
+    x = torch.randn(128, generator=torch.Generator().manual_seed(0)).to(source)
+    out = torch.zeros(128).to(to)
+    with emulating("sm_90"):
+        cast_kernel[(1,)](x, out, N=128)
+    assert torch.equal(out.float(), x.float().to(to).float())
