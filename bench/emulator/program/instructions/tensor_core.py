@@ -117,7 +117,7 @@ def check_product(i: Instruction) -> None:
     if m[:2] != ("sync", "aligned") or not re.fullmatch(r"m16n8k(4|8|16|32)", m[2]) or m[3:5] != ("row", "col"):
         raise UnknownPTX("this shape of mma")
     if len(m) != 9 or m[6] not in ELEMENTS or m[7] not in ELEMENTS or m[5] not in ("f32", "f16", "s32"):
-        raise UnknownPTX("these types of mma")
+        raise UnknownPTX("mma of these types")
 
 
 @emits("mma")
@@ -177,7 +177,7 @@ def warp_group_product(w: Writer, i: Instruction) -> WarpGroupProduct:
         raise UnknownPTX("this form of wgmma")
     d, a, b = i.modifiers[4:7]
     if d not in ("f32", "f16", "s32") or a not in ELEMENTS or b not in ELEMENTS or kind_of(a).bits != kind_of(b).bits:
-        raise UnknownPTX("these types of wgmma")
+        raise UnknownPTX("wgmma of these types")
     numbers = [w.integer(x) for x in i.operands[4:]]
     if None in numbers:
         raise UnknownPTX("this form of wgmma")
