@@ -1,13 +1,12 @@
 """Products of tensor cores against the definition of their fragments, an element at a time."""
 
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 import torch
 from emulated_blocks import Blocks
 
 from bench.emulator.arithmetic.fragments import multiply
+from bench.emulator.program.instructions.tensor_core import WarpGroupProduct
 
 BLOCKS, WARPS = 2, 2
 SHAPE = (BLOCKS, WARPS)
@@ -170,19 +169,6 @@ def test_sums_do_not_depend_on_their_place_nor_on_what_runs_together() -> None:
         assert all((x == y).all() for x, y in zip(together[4 * n : 4 * n + 4], alone))
 
 
-class Plan(NamedTuple):
-    m: int
-    n: int
-    k: int
-    d_kind: str
-    a_kind: str
-    b_kind: str
-    negate_a: bool = False
-    negate_b: bool = False
-    transpose_a: bool = False
-    transpose_b: bool = False
-
-
 def swizzled(address: int, width: int) -> int:
     """Bits 4 and up exchanged with those from bit 7: one bit for 32 bytes, two for 64, three for 128."""
     bits = {0: 0, 32: 1, 64: 2, 128: 3}[width]
@@ -250,7 +236,7 @@ def test_wgmma(width: int, d: str, kind: str, n: int, transposed: tuple[bool, bo
         a_operand: np.ndarray | list = pack(tiles, a_elements(k, 4 // element))
     else:
         a_operand = write_matrix(memory, 0, a_bits, width, transposed[0], lead, stride)
-    plan = Plan(64, n, k, d, kind, kind, False, False, transposed[0] and left == "shared", transposed[1])
+    plan = WarpGroupProduct(64, n, k, d, kind, kind, False, False, transposed[0] and left == "shared", transposed[1])
     product = np.einsum("xmk,xnk->xmn", a, b)
     count = n // 4 if d == "f16" else n // 2
     zero = [np.zeros((1, 1), np.uint32)] * count

@@ -86,6 +86,14 @@ class BlockRaces:
             mask[machine.block_ids + 1 == x.block[n], x.thread[own]] = True
             machine.fault(i, "blocks race", text, mask)
 
+    def check_writer(self, machine: Lockstep, i: int, verbs: str, record: Record, x: Places, strong: bool) -> None:
+        """Check accesses against the last writes; `strong` ones may meet those of atomic operations."""
+        old = record.writer[x.at]
+        if strong:
+            old = np.where(old < 0, 0, old)
+        bad = self.unordered(old, record.wrote_at[x.at], record.writing_thread[x.at], x)
+        self.check(machine, i, verbs, bad, old, x)
+
     def note_read(self, machine: Lockstep, i: int, part: Part, at: Array, size: int) -> None:
         """Check and note a load, which may be an atomic one, or the first guess of an atomic operation."""
         modifiers = set(machine.program.instructions[i].modifiers)
@@ -94,11 +102,7 @@ class BlockRaces:
         if ordered:
             self.synchronize(machine, part, at, size, acquire="acquire" in modifiers, release=None)
         x, record = self.places(machine, part, at, size)
-        old = record.writer[x.at]
-        if strong:
-            old = np.where(old < 0, 0, old)
-        bad = self.unordered(old, record.wrote_at[x.at], record.writing_thread[x.at], x)
-        self.check(machine, i, "reads wrote", bad, old, x)
+        self.check_writer(machine, i, "reads wrote", record, x, strong)
         if strong:
             return
         old = record.reader[x.at]
@@ -128,11 +132,7 @@ class BlockRaces:
 
     def _note_write(self, machine: Lockstep, i: int, part: Part, at: Array, size: int, strong: bool) -> None:
         x, record = self.places(machine, part, at, size)
-        old = record.writer[x.at]
-        if strong:
-            old = np.where(old < 0, 0, old)
-        bad = self.unordered(old, record.wrote_at[x.at], record.writing_thread[x.at], x)
-        self.check(machine, i, "writes wrote", bad, old, x)
+        self.check_writer(machine, i, "writes wrote", record, x, strong)
         old = record.reader[x.at]
         bad = self.unordered(old, record.read_at[x.at], record.reading_thread[x.at], x)
         self.check(machine, i, "writes read", bad, old, x)

@@ -11,6 +11,7 @@ from .block_races import BlockRaces
 from .coalescing import SECTOR, count_sectors
 from .lockstep import Lockstep
 from .regions import WORD, Part, Region
+from .vectors import join_words, split_words
 
 Array = np.ndarray
 REMEMBERED = 4096  # patterns of addresses of a program, at most
@@ -198,12 +199,7 @@ class GlobalMemory:
             at = self.unit(part.region, address, part.mask, size)
             if self.races and part.region in self.races.regions:
                 self.races.note_read(self.machine, i, part, at, size)
-            got = part.region.views[size].take(at)
-            if count > 1:
-                parts = got.view(WORD[width]).reshape(*got.shape, count)
-                values = list(np.ascontiguousarray(np.moveaxis(parts, 2, 0)))
-            else:
-                values = [got]
+            values = split_words(part.region.views[size].take(at), width, count)
             if part.mask is None or result is None:
                 result = values
             else:
@@ -214,20 +210,13 @@ class GlobalMemory:
 
     def store(self, i: int, address: Array, mask: Array | None, width: int, values: list[Array]) -> None:
         """Write elements of `width` bytes."""
-        mask, count = self.taking_part(mask), len(values)
-        size, shape = width * count, (self.machine.blocks, self.machine.threads)
+        mask, size = self.taking_part(mask), width * len(values)
+        shape = (self.machine.blocks, self.machine.threads)
         for part in self.access(i, address, mask, size, "writes"):
             at = self.unit(part.region, address, part.mask, size)
             if self.races:
                 self.races.note_write(self.machine, i, part, at, size)
-            if count == 1:
-                value = np.broadcast_to(values[0], shape)
-            else:
-                pieces = np.empty((*shape, count), WORD[width])
-                for n, x in enumerate(values):
-                    pieces[:, :, n] = x
-                value = pieces.view(WORD[size])[:, :, 0]
-            at = np.broadcast_to(at, shape)
+            at, value = np.broadcast_to(at, shape), join_words(values, width, shape)
             if part.mask is not None:
                 held = np.broadcast_to(part.mask, shape)
                 at, value = at[held], value[held]

@@ -14,6 +14,7 @@ from .matrix_descriptors import read_descriptor
 from .regions import WORD
 from .shared_access import Access
 from .shared_history import SharedHistory
+from .vectors import join_words, split_words
 
 Array = np.ndarray
 UNWRITTEN = 0xA7  # of every byte
@@ -108,12 +109,7 @@ class SharedMemory:
     def gather(self, access: Access, width: int, count: int, old: list | None) -> list[Array]:
         """The values that are read, [1 or blocks, 1 or threads] each; masked-off threads keep `old`."""
         unit = access.units(access.size)
-        got = self.take(access.size, unit)
-        if count > 1:
-            parts = got.view(WORD[width]).reshape(*got.shape, count)
-            values = list(np.ascontiguousarray(np.moveaxis(parts, 2, 0)))
-        else:
-            values = [got]
+        values = split_words(self.take(access.size, unit), width, count)
         if access.mask is None or old is None:
             return values
         return [np.where(access.mask, value, kept) for value, kept in zip(values, old)]
@@ -132,13 +128,7 @@ class SharedMemory:
     def scatter(self, access: Access, values: list[Array], width: int) -> None:
         """Write the values of each thread; of several that write the same bytes the last one stays."""
         shape = (self.machine.blocks, self.machine.threads)
-        if len(values) == 1:
-            value = np.broadcast_to(values[0], shape)
-        else:
-            parts = np.empty((*shape, len(values)), WORD[width])
-            for n, x in enumerate(values):
-                parts[:, :, n] = x
-            value = parts.view(WORD[access.size])[:, :, 0]
+        value = join_words(values, width, shape)
         flat = self.views[access.size].reshape(-1)
         unit = access.units(access.size)
         if access.mask is None:

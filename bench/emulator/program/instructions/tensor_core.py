@@ -135,10 +135,10 @@ class WarpGroupProduct(NamedTuple):
     d_kind: str
     a_kind: str
     b_kind: str
-    negate_a: bool
-    negate_b: bool
-    transpose_a: bool
-    transpose_b: bool
+    negate_a: bool = False
+    negate_b: bool = False
+    transpose_a: bool = False
+    transpose_b: bool = False
 
 
 @emits("wgmma")
