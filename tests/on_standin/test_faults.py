@@ -165,7 +165,9 @@ FAULTS = {
     ),
     "a draw on the device by a generator of the CPU": Fault(engine.generate_tokens, DropCall("cpu"), answers, OF_CPU),
     "a token left on the CPU": Fault(engine.generate_tokens, DropCall("to"), answers, TWO),
-    "angles on the CPU": Fault(llama.rotary_cos_sin, DropCall("to"), answers, TWO),
+    "angles on the CPU": Fault(
+        llama.rotary_cos_sin, Prepend("positions = positions.cpu()"), answers, "cos is on cpu, expected cuda:0"
+    ),
     "slots and tables on the CPU": Fault(paged_cache.PagedKVCache._build_batch, DropKeyword("device"), waits, "cpu"),
     "a cache on the CPU": Fault(
         modeling_vila_llama.VilaLlamaForCausalLM.new_cache, DropKeyword("device"), waits, "cpu"

@@ -32,7 +32,6 @@ ROWS = [[1, 5, -200, 9, 30], [1, 7, 8]]
 # device, each row's token comes back, and whether it ends the answer.
 WAITS_A_STEP = {
     ("a copy of pageable memory to the device", "vila_triton/cache/paged_cache.py"): 4,
-    ("a copy of pageable memory to the device", "vila_triton/models/llama.py"): 1,
 }
 WAITS_A_ROW = {("item()", "vila_triton/engine/engine.py"): 2}
 

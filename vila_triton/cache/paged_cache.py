@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from ..models.config import LlamaConfig
 from ..models.llama import CosSin
 from ..models.params import tree_map
 from ..registry.gradients import without_gradient
-from .page_allocator import OutOfPages, PageAllocator
+from .page_allocator import OutOfPages, PageAllocator, SlotAllocation
 
 DEFAULT_PAGE_SIZE = 16
 NO_GRADIENT = (
@@ -78,6 +79,7 @@ class PagedBatch:
     block_table: Tensor  # [b, pages] int32
     query_start_loc: Tensor  # [b+1] int32
     context_lens: Tensor  # [b] int32
+    seq_lens: Tensor  # [b] int32: with the new tokens
     positions: Tensor  # [s] int64: of each new token in its sequence
     numerics: str
     phase: str  # see `step_phase`
@@ -95,7 +97,7 @@ class PagedBatch:
         q, k, k_pages, v_pages = rope_kv_write(q, k, v, *rotary, *destination)
         cache = PagedKV(k_pages, v_pages, self.block_table)
         if self.phase == "decode":
-            return decode_attention(q, cache, self.context_lens + 1, scale, self.numerics)
+            return decode_attention(q, cache, self.seq_lens, scale, self.numerics)
         k, v = self.as_attended(k, k_pages), self.as_attended(v, v_pages)
         batch = RaggedBatch(self.query_start_loc, self.context_lens)
         return prefill_attention(q, k, v, cache, batch, scale, self.numerics)
@@ -179,6 +181,7 @@ class PagedKVCache:
         self.settings = {"page_size": page_size, "kv_dtype": kv_dtype, "numerics": numerics}
         self.max_pages = max_pages
         self.parameter_versions: object = None  # `write_counts` of the model that the tokens were run with, if known
+        self.decode_steps: Any = None  # the engine's `DecodeSteps` over these pages, until the pool grows
         self.lock = DeferringLock()
         self.allocator = PageAllocator(num_pages, page_size)
         shape = (cfg.num_hidden_layers, num_pages, page_size, cfg.num_key_value_heads, cfg.head_dim)
@@ -249,6 +252,7 @@ class PagedKVCache:
         if num_pages:
             with outside_inference_mode():
                 self.k_pages, self.v_pages = tree_map(enlarge, self.k_pages), tree_map(enlarge, self.v_pages)
+            self.decode_steps = None
             self.allocator.add_pages(num_pages)
 
     @contextmanager
@@ -287,15 +291,48 @@ class PagedKVCache:
         Errors: `OutOfPages`, before anything is changed.
         """
         context_lens = {seq: self.length(seq) for seq in counts}
+        with self.append_slots(counts) as allocation:
+            yield self._build_batch(context_lens, counts, allocation.slots)
+
+    @contextmanager
+    def append_slots(self, counts: Mapping[int, int]) -> Iterator[SlotAllocation]:
+        """Append so many new tokens to each sequence, and yield their slots, in pages that nothing else has; all else
+        as `append_step`.
+        """
+        context_lens = {seq: self.length(seq) for seq in counts}
         allocation = self.allocator.append(counts)
         try:
             self._copy_pages(allocation.copies)
-            yield self._build_batch(context_lens, counts, allocation.slots)
+            yield allocation
         except BaseException:
             for seq, length in context_lens.items():
                 self.allocator.truncate(seq, length)
             self._copy_pages(allocation.copies)  # sequences keep their new pages, and the first copy may be incomplete
             raise
+
+    def decode_batch(self, block_table: Tensor, context_lens: Tensor, is_live: Tensor) -> PagedBatch:
+        """The batch of one new token of each row whose place is found on the device, from what lies there.
+
+        block_table [b, pages] int32; context_lens [b] int64, the position of the new token; is_live [b] bool: a row
+        that is not keeps nothing in the cache, and attends to nothing that is there.
+        """
+        page_size = self.allocator.page_size
+        context_lens = context_lens.masked_fill(~is_live, 0)
+        page = block_table.gather(1, (context_lens // page_size)[:, None])[:, 0]  # [b]
+        slots = page.long() * page_size + context_lens % page_size
+        return PagedBatch(
+            self.k_pages,
+            self.v_pages,
+            slots.masked_fill(~is_live, -1),
+            block_table,
+            torch.arange(len(block_table) + 1, dtype=torch.int32, device=block_table.device),
+            context_lens.int(),
+            (context_lens + is_live).int(),
+            context_lens,
+            self.numerics,
+            step_phase([1], self.numerics),
+            is_differentiable=False,
+        )
 
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:
@@ -307,6 +344,8 @@ class PagedKVCache:
         page_lists = [self.allocator[seq].pages for seq in counts]
         width = max(1, *map(len, page_lists)) if page_lists else 1
         new_lens = list(counts.values())
+        query_start_loc = torch.tensor([0, *new_lens], device=device).cumsum(0).int()
+        context = torch.tensor([context_lens[seq] for seq in counts], dtype=torch.int32, device=device)
         phase = step_phase(new_lens, self.numerics)
         rounds = self.numerics == "batch_invariant" and not isinstance(self.k_pages, Tensor)
         return PagedBatch(
@@ -314,8 +353,9 @@ class PagedKVCache:
             self.v_pages,
             torch.tensor(slots, dtype=torch.int64, device=device),
             torch.tensor([t + [0] * (width - len(t)) for t in page_lists], dtype=torch.int32, device=device),
-            torch.tensor([0, *new_lens], device=device).cumsum(0).int(),
-            torch.tensor([context_lens[seq] for seq in counts], dtype=torch.int32, device=device),
+            query_start_loc,
+            context,
+            context + query_start_loc.diff(),
             torch.cat(
                 [torch.arange(context_lens[seq], context_lens[seq] + n, device=device) for seq, n in counts.items()]
             ),

@@ -6,6 +6,7 @@ The new tokens of all sequences lie end to end in one ragged batch: x [s, e]. Th
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -104,9 +105,18 @@ def inverse_frequencies(cfg: LlamaConfig) -> Tensor:
     return (1 - blend) * inv_freq / scaling.factor + blend * inv_freq
 
 
+@lru_cache(maxsize=64)
+def frequencies_on_device(cfg: LlamaConfig, device: torch.device) -> Tensor:
+    """`inverse_frequencies` on a device, [d / 2] float32, computed on the CPU and copied once: a copy at every step
+    would wait for the device.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
+        return inverse_frequencies(cfg).to(device)
+
+
 def rotary_cos_sin(positions: Tensor, cfg: LlamaConfig) -> CosSin:
     """Cosine and sine of the rotary angles at positions [s] -> two tensors [s, d / 2] float32."""
-    theta = positions.float()[:, None] * inverse_frequencies(cfg).to(positions.device)
+    theta = positions.float()[:, None] * frequencies_on_device(cfg, positions.device)
     return theta.cos(), theta.sin()
 
 
