@@ -14,13 +14,17 @@ STANDIN_FOLDER = Path(__file__).resolve().parent
 
 @dataclass
 class Counts:
-    """Launches by kernel; compiled kernels by kernel and specialization; waits by (operation, file:line); operators by
-    name.
+    """Launches by kernel; compiled kernels by kernel and specialization; waits by (operation, file:line), those apart
+    during which the device has other work; operators by name; allocations of device memory by file:line.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
     compiled: set[tuple[str, str]] = field(default_factory=set)
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
+    overlapped_waits: Counter[tuple[str, str]] = field(default_factory=Counter)
+    allocations: Counter[str] = field(default_factory=Counter)
+    captures: int = 0  # of graphs
+    replays: int = 0
     operators: Counter[str] = field(default_factory=Counter)  # of torch, by name
 
     def write(self, file: Path) -> None:
@@ -29,6 +33,8 @@ class Counts:
             "launches": dict(self.launches),
             "compiled": dict(Counter(kernel for kernel, _ in self.compiled)),
             "waits": {f"{line}: {operation}": n for (operation, line), n in self.waits.most_common()},
+            "overlapped waits": {f"{line}: {what}": n for (what, line), n in self.overlapped_waits.most_common()},
+            "graphs": {"captures": self.captures, "replays": self.replays},
             "operators": dict(self.operators),
         }
         file.write_text(json.dumps(rows, indent=1) + "\n")
@@ -59,11 +65,33 @@ def calling_line() -> str:
     return "elsewhere"
 
 
-def count_wait(operation: str) -> None:
-    """Counts one wait of the host for the device, at the line that causes it."""
+def count_wait(operation: str, overlapped: bool = False) -> None:
+    """Counts one wait of the host for the device, at the line that causes it.
+
+    overlapped: the device has other work, queued behind what the host waits for.
+    """
     line = calling_line()
     for counts in counters:
-        counts.waits[operation, line] += 1
+        (counts.overlapped_waits if overlapped else counts.waits)[operation, line] += 1
+
+
+def count_allocation() -> None:
+    """Counts one allocation of device memory, at the line that causes it."""
+    line = calling_line() if len(counters) > 1 else "elsewhere"  # which takes time
+    for counts in counters:
+        counts.allocations[line] += 1
+
+
+def count_capture() -> None:
+    """Counts one graph that was captured."""
+    for counts in counters:
+        counts.captures += 1
+
+
+def count_replay() -> None:
+    """Counts one replay of a graph."""
+    for counts in counters:
+        counts.replays += 1
 
 
 def count_launch(kernel: str, specialization: str) -> None:

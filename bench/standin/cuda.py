@@ -6,12 +6,14 @@ import time
 import weakref
 from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._device import DeviceContext
 
+from .counts import count_capture
 from .device import (
     DEVICES,
     Capture,
@@ -28,6 +30,7 @@ from .device import (
     note_wait,
 )
 from .gpus import properties_of
+from .transfers import copy_from_host, is_asynchronous, is_pinned, pin, pin_memory, queued, wait_for
 
 host_generator, host_tensor, host_as_tensor, host_to = torch.Generator, torch.tensor, torch.as_tensor, Tensor.to
 host_attention = torch.nn.functional.scaled_dot_product_attention
@@ -56,6 +59,8 @@ class Generator(host_generator, metaclass=_AnyGenerator):
 def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
     """`torch.tensor`, which in C++ makes its tensor without asking `FactoryMode`."""
     device = default_device() if device is None else torch.device(device)
+    if kwargs.pop("pin_memory", False):
+        return pin(host_tensor(data, **kwargs))
     values = host_tensor(data.item() if isinstance(data, CudaTensor) else data, **kwargs)
     return values if device.type == "cpu" else values.to(device)
 
@@ -72,12 +77,15 @@ def to(self: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
     """`Tensor.to` of a CPU tensor, which in C++ asks the driver for the device first."""
     if args and isinstance(args[0], Tensor):
         args = (args[0].device, args[0].dtype, *args[1:])
-    device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
+    device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
     if device is None or device.type != "cuda":
         return host_to(self, *args, copy=copy, **kwargs)
     if self.is_meta:
         raise NotImplementedError("Cannot copy out of meta tensor; no data!")
-    note_wait("a copy of pageable memory to the device")
+    if is_asynchronous(self, self, non_blocking):
+        copy_from_host(self)
+    else:
+        note_wait("a copy of pageable memory to the device")
     order, index = layout or torch.preserve_format, device_index(device)
     move = partial(host_to, dtype=dtype or self.dtype, copy=True, memory_format=order)
     return DeviceCopy.apply(self, lambda x: device_view(move(x), index), host_view)  # pyright: ignore
@@ -102,13 +110,13 @@ class Event:
     """`torch.cuda.Event` by the clock of the host."""
 
     def __init__(self, enable_timing: bool = False, **_: Any) -> None:
-        self.enable_timing, self.recorded_at = enable_timing, 0.0
+        self.enable_timing, self.recorded_at, self.position = enable_timing, 0.0, 0
 
     def record(self, stream: Any = None) -> None:
-        self.recorded_at = time.perf_counter()
+        self.recorded_at, self.position = time.perf_counter(), queued[0]
 
     def synchronize(self) -> None:
-        note_wait("an event")
+        wait_for(self.position)
 
     def wait(self, stream: Any = None) -> None: ...
 
@@ -125,10 +133,10 @@ class Event:
 class Stream:
     """`torch.cuda.Stream` that runs everything at once."""
 
-    cuda_stream = 0
+    numbers = count(1)
 
     def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
-        self.device = torch.device("cuda", device_index(device or "cuda"))
+        self.device, self.cuda_stream = torch.device("cuda", device_index(device or "cuda")), next(self.numbers)
 
     def synchronize(self) -> None:
         note_wait("a stream")
@@ -143,9 +151,31 @@ class Stream:
         return event
 
     def __enter__(self) -> "Stream":
+        self.previous = current_streams.get(self.device)
+        current_streams[self.device] = self
         return self
 
-    def __exit__(self, *_: Any) -> None: ...
+    def __exit__(self, *_: Any) -> None:
+        current_streams[self.device] = self.previous
+
+
+default_streams: dict[torch.device, Stream] = {}
+current_streams: dict[torch.device, Stream | None] = {}
+
+
+def default_stream(device: Any = None) -> Stream:
+    """`torch.cuda.default_stream`."""
+    place = torch.device("cuda", device_index(device or "cuda"))
+    if place not in default_streams:
+        default_streams[place] = Stream(place)
+        default_streams[place].cuda_stream = 0
+    return default_streams[place]
+
+
+def current_stream(device: Any = None) -> Stream:
+    """`torch.cuda.current_stream`."""
+    default = default_stream(device)
+    return current_streams.get(default.device) or default
 
 
 class CUDAGraph(Capture):
@@ -167,9 +197,11 @@ def graph(
         raise RuntimeError("CUDA error: a graph is captured already")
     captures.append(cuda_graph)
     try:
-        yield
+        with stream or contextlib.nullcontext():
+            yield
     finally:
         captures.clear()
+    count_capture()
     for x in cuda_graph.results:
         if x.dtype != torch.bool:
             x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min)
@@ -235,9 +267,10 @@ CUDA_FUNCTIONS = {
     "memory_stats": lambda device=None: {"allocated_bytes.all.current": memory_of(device).allocated},
     "manual_seed": lambda seed: None,
     "manual_seed_all": lambda seed: None,
-    "current_stream": lambda device=None: Stream(device),
-    "default_stream": lambda device=None: Stream(device),
-    "stream": lambda stream: contextlib.nullcontext(),
+    "current_stream": current_stream,
+    "default_stream": default_stream,
+    "stream": lambda stream: stream or contextlib.nullcontext(),
+    "graph_pool_handle": lambda: (0, 0),
     "is_current_stream_capturing": lambda: bool(captures),
     "Event": Event,
     "Stream": Stream,
@@ -248,6 +281,7 @@ for name, answer in CUDA_FUNCTIONS.items():
     setattr(torch.cuda, name, answer)
 torch.Generator, torch.tensor, torch.as_tensor = Generator, tensor, as_tensor  # pyright: ignore
 torch.Tensor.to = to  # pyright: ignore
+torch.Tensor.pin_memory, torch.Tensor.is_pinned = pin_memory, is_pinned  # pyright: ignore
 torch.nn.functional.scaled_dot_product_attention = attention
 torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to: `param.data = x` leaves what param says
 torch.Tensor.cuda = CudaTensor.cuda  # pyright: ignore

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .counts import count_operator, count_wait
+from .counts import count_allocation, count_operator, count_replay, count_wait
+from .transfers import copy_from_host, copy_to_host, finish_transfers, is_asynchronous, pin, queued
 
 DEVICES = 2
 MEMORY = 80 * 2**30  # bytes of each device
@@ -58,6 +59,7 @@ class Memory:
                 f"CUDA out of memory. Tried to allocate {size} bytes; {self.total - self.allocated} of {self.total} "
                 "are free."
             )
+        count_allocation()
         self.storages.add(key)
         self.allocated += size
         self.peak = max(self.peak, self.allocated)
@@ -76,6 +78,8 @@ class Capture:
         self.results: list[Tensor] = []  # in memory of their own
 
     def replay(self) -> None:
+        count_replay()
+        queued[0] += 1
         for call, result in self.calls:
             for old, new in zip(tree_leaves(result), tree_leaves(call())):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
@@ -93,6 +97,7 @@ def note_wait(operation: str) -> None:
     count_wait(operation)
     if captures:
         raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({operation})")
+    finish_transfers()
 
 
 class CudaTensor(torch.Tensor):
@@ -230,9 +235,14 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
     check_generator(kwargs.get("generator"), target, bool(device_tensors))
     if not device_tensors and (target is None or target.type != "cuda"):
-        return func(*args, **kwargs)
+        return (
+            pin(func(*args, **{**kwargs, "pin_memory": False})) if kwargs.get("pin_memory") else func(*args, **kwargs)
+        )
     name = func.overloadpacket.__name__
     count_operator(name)
+    queued[0] += 1
+    if name == "copy_" and is_asynchronous(args[0], args[1], any((*args[2:], *kwargs.values()))):
+        return copy_asynchronously(args[0], args[1])
     if name in CPU_ONLY:
         raise NotImplementedError(f"Could not run 'aten::{name}' with arguments from the 'CUDA' backend.")
     if name in PRODUCTS and not (device_tensors[0].is_floating_point() or device_tensors[0].is_complex()):
@@ -278,6 +288,20 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         captures[0].results += [x for x in results if x.untyped_storage()._cdata not in operand_storages]
     return result
+
+
+def copy_asynchronously(target: Tensor, source: Tensor) -> Tensor:
+    """Copies between the device and pinned memory; the host does not wait. Errors: RuntimeError while a graph is
+    captured, which would copy from and to the same memory at every replay.
+    """
+    if captures:
+        raise RuntimeError("a copy of pinned memory is captured in a graph")
+    if isinstance(target, CudaTensor):
+        copy_from_host(source)
+        host_view(target).copy_(source)
+    else:
+        copy_to_host(target, host_view(source))
+    return target
 
 
 def is_written(argument: Any) -> bool:

@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction
 from ..compiler.cross_compile import CrossCompileDriver
 from .counts import count_launch
 from .device import CudaTensor, captures, current_device, host_view
+from .transfers import queued
 
 # Blocks along x, y and z: CUDA C++ programming guide, technical specifications per compute capability.
 LIMITS = (2**31 - 1, 65535, 65535)
@@ -44,6 +45,7 @@ def intercept(cls: Any, run: Callable[..., Any]) -> None:
                 f"{self.__name__}: Triton Error [CUDA]: invalid argument: a grid of {blocks}, at most {LIMITS}"
             )
         count_launch(self.__name__, specialization_key(self, args, kwargs))
+        queued[0] += 1
         if warmup or not all(blocks):
             return
 
