@@ -73,7 +73,7 @@ def find_requests(
     names: Collection[str], targets: Sequence[str], dtypes: Sequence[str]
 ) -> dict[tuple[str, str, str], CompileRequest]:
     """Returns the calls of the Triton kernels named op-impl-config, of all if there are no names, at their default
-    sizes for each target and dtype: (name, target, dtype) -> request.
+    sizes for each dtype and each target that a config suits: (name, target, dtype) -> request.
     """
     requests = {}
     for op in OPS.values():
@@ -82,7 +82,8 @@ def find_requests(
                 name = f"{op.name}-{impl.name}-{number}"
                 if not names or name in names:
                     default_sizes = compile_spec(op, impl.name, config).sizes
-                    for dtype, target in product(dtypes, targets):
+                    suited = [target for target in targets if impl.suits(number, target)]
+                    for dtype, target in product(dtypes, suited):
                         sizes = {**default_sizes, "dtype": dtype}
                         requests[name, target, dtype] = CompileRequest(op.name, impl.name, number, target, sizes)
     return requests

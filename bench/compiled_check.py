@@ -33,10 +33,11 @@ DEFAULT_TARGETS = ("sm_80", "sm_90")
 
 
 def all_cells(targets: Sequence[str]) -> list[Cell]:
-    """A cell for each target of each config of each Triton implementation; first configs first."""
+    """A cell for each config of each Triton implementation and each target that it suits; first configs first."""
     discover()
     impls = [impl for op in OPS.values() for impl in op.impls.values() if uses_triton_kernels(impl)]
-    cells = [Cell(x.op, x.name, i, target) for x in impls for i in range(len(x.configs)) for target in targets]
+    numbered = [(impl, i) for impl in impls for i in range(len(impl.configs))]
+    cells = [Cell(x.op, x.name, i, target) for x, i in numbered for target in targets if x.suits(i, target)]
     return sorted(cells, key=lambda cell: cell.number)
 
 

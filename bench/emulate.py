@@ -17,14 +17,16 @@ import tempfile
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from vila_triton.console import print_progress
 from vila_triton.limits import COUNT, COUNT_OR_ZERO
-from vila_triton.registry import OPS, describe_available
+from vila_triton.registry import OPS, Impl, describe_available
 from vila_triton.registry.interpreter import uses_triton_kernels
+from vila_triton.registry.search_space import Config
 
 from ._tool import tool
 from .compiler.cross_compile import CompileRequest, load_implementations, run_in_subprocesses
@@ -83,14 +85,27 @@ def build_requests(args: argparse.Namespace) -> list[CompileRequest]:
         raise ValueError(f"{args.op} {without[0]} has no Triton kernel; these have: {', '.join(own)}")
     requests = []
     for name in names:
-        for number in args.config:
-            if number not in range(len(impls[name].configs)):
-                count = len(impls[name].configs)
-                raise ValueError(f"{args.op} {name} has no config {number}; it has {count}, from 0")
-            default_sizes = emulated_sizes(OPS[args.op], name, impls[name].configs[number])[0]
-            sizes = resolve_sizes(args.op, default_sizes, args.case, args.size)
-            requests += [CompileRequest(args.op, name, number, target, sizes) for target in args.target]
+        for target in args.target:
+            for number in args.config or default_numbers(args, impls[name], target):
+                if number not in range(len(impls[name].configs)):
+                    count = len(impls[name].configs)
+                    raise ValueError(f"{args.op} {name} has no config {number}; it has {count}, from 0")
+                sizes = sizes_of_config(args, impls[name], impls[name].configs[number])
+                requests.append(CompileRequest(args.op, name, number, target, sizes))
     return requests
+
+
+def sizes_of_config(args: argparse.Namespace, impl: Impl, config: Config) -> dict[str, Any]:
+    """Returns the sizes that a config is emulated at."""
+    default_sizes = emulated_sizes(OPS[args.op], impl.name, config)[0]
+    return resolve_sizes(args.op, default_sizes, args.case, args.size)
+
+
+def default_numbers(args: argparse.Namespace, impl: Impl, target: str) -> list[int]:
+    """Returns the number of the config that a target runs by default at the sizes asked for, alone in a list."""
+    names = OPS[args.op].dynamic_sizes
+    size = sizes_of_config(args, impl, {})[names[0]] if names else 1
+    return [list(impl.configs).index(impl.default_config(target, size))]
 
 
 def table_requests(ops: Sequence[str], targets: Sequence[str]) -> list[CompileRequest]:
@@ -101,6 +116,7 @@ def table_requests(ops: Sequence[str], targets: Sequence[str]) -> list[CompileRe
         for impl in filter(uses_triton_kernels, OPS[op].impls.values())
         for target in targets
         for number, config in enumerate(impl.configs)
+        if impl.suits(number, target)
         for sizes in emulated_sizes(OPS[op], impl.name, config)
     ]
 
@@ -161,7 +177,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("op", nargs="?")
     parser.add_argument("--impl", nargs="+", help="default: all of kernels/ that launch a Triton kernel")
     parser.add_argument(
-        "--config", nargs="+", type=COUNT_OR_ZERO, default=[0], help="numbers of configs; default: 0, the default one"
+        "--config", nargs="+", type=COUNT_OR_ZERO, help="numbers of configs; default: the one that the target runs"
     )
     parser.add_argument("--target", nargs="+", choices=EMULATED_TARGETS, help="default: sm_90; of a table sm_80 too")
     parser.add_argument("--case", help="a case of configs/bench/OP.toml, of which the first sizes are taken")

@@ -32,6 +32,7 @@ from vila_triton.limits import COUNT_OR_ZERO
 from vila_triton.ops import Int4
 from vila_triton.registry import OPS, Op, describe_available
 from vila_triton.registry.interpreter import uses_triton_kernels
+from vila_triton.registry.target_configs import describe_choice
 
 from ._tool import tool
 from .compiler import inspect_peer
@@ -168,6 +169,14 @@ def build_requests(args: argparse.Namespace) -> list[CompileRequest]:
     return requests
 
 
+def default_config_lines(op: str, requests: Sequence[CompileRequest]) -> Iterator[str]:
+    """Yields which config each implementation runs by default on each architecture that names one."""
+    impls = OPS[op].impls
+    for impl, target in dict.fromkeys((x.impl, x.target) for x in requests):
+        if choice := impls[impl].by_target.get(target):
+            yield f"{impl} on {target} by default: {describe_choice(choice, ''.join(OPS[op].dynamic_sizes[:1]))}"
+
+
 def requests_of_impl(requests: Sequence[CompileRequest], impl: str) -> list[CompileRequest]:
     """Returns the same requests for another implementation; a number that it does not have becomes its first config."""
     count = len(OPS[requests[0].op].impls[impl].configs)
@@ -227,7 +236,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.op} at {case} sizes: {format_sizes([x.sizes for x in requests])}")
     if any(x.rows for x in [*old, *new]):
         print("", *kernel_table(old + new), "", *instruction_mix_table(old + new), sep="\n")
-    for line in (*refusal_lines(old + new), *(compare_calls(old, new, args.against) if old else ())):
+    default_lines = default_config_lines(args.op, [x.request for x in new])
+    for line in (*default_lines, *refusal_lines(old + new), *(compare_calls(old, new, args.against) if old else ())):
         print(line)
     if unusable is not None and not args.against:
         print("", *inspect_peer.peer_table(new, dict(zip(peer_requests, inspected_peers)), unusable), sep="\n")

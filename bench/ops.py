@@ -33,6 +33,7 @@ from vila_triton.limits import POSITIVE
 from vila_triton.ops.dtypes import DTYPES
 from vila_triton.registry import OPS, REFERENCE, Impl
 from vila_triton.registry.interpreter import uses_triton_kernels
+from vila_triton.registry.target_configs import current_target
 from vila_triton.registry.tuned_tables import default_choices_for, gpu_name, tuned_config_at
 
 from ._tool import tool
@@ -103,7 +104,13 @@ def default_impl(case: Case, device: torch.device) -> tuple[str, Mapping[str, An
     name = choice if isinstance(choice, str) else choice.lookup(case.sizes[op.dynamic_sizes[0]])
     table = gpu_name(device)
     tuned = tuned_config_at(op.impls[name], table, tuple(case.sizes.items())) if table else None
-    return name, tuned if tuned is not None else op.impls[name].configs[0]
+    return name, tuned if tuned is not None else op.impls[name].default_config(current_target(), first_size(case))
+
+
+def first_size(case: Case) -> int:
+    """Returns the size of a case that differs from call to call, or 1 if none does."""
+    names = OPS[case.op].dynamic_sizes
+    return case.sizes[names[0]] if names else 1
 
 
 def select_impls(
@@ -114,7 +121,7 @@ def select_impls(
         yield OPS[case.op].impls[default[0]], default[1]
     for impl in OPS[case.op].impls.values():
         if impl.name in impls or not (impls or default):
-            for config in impl.configs if all_configs else impl.configs[:1]:
+            for config in impl.configs if all_configs else [impl.default_config(current_target(), first_size(case))]:
                 if (impl.name, config) != default:
                     yield impl, config
 

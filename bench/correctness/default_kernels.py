@@ -45,6 +45,7 @@ from vila_triton.registry.interpreter import uses_triton_kernels
 from vila_triton.registry.kernel_config import PHASES, configured_choices
 from vila_triton.registry.search_space import Config
 from vila_triton.registry.size_ranges import implementation_names
+from vila_triton.registry.target_configs import current_target
 
 from .. import standin
 from .._tool import tool
@@ -106,13 +107,14 @@ def default_impls(device: torch.device) -> set[tuple[str, str]]:
 
 
 def configs_to_check(impl: Impl, device: torch.device) -> list[Config]:
-    """The first config, and those of the tuned table of this device."""
+    """The first config, the defaults of this device's target, and those of its tuned table."""
     name = tuned_tables.gpu_name(device)
     entry = tuned_tables.valid_entry(impl, name) if name else None
     tuned_configs = (
         [*(size_range["config"] for size_range in entry["ranges"]), entry["otherwise"]["config"]] if entry else []
     )
-    return list({canonical_json(dict(config)): config for config in (impl.configs[0], *tuned_configs)}.values())
+    own = [impl.configs[0], *impl.default_configs(current_target())]
+    return list({canonical_json(dict(config)): config for config in own + tuned_configs}.values())
 
 
 def all_items(device: torch.device) -> list[Item]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vila_triton.arguments import add_command, kernel_arguments, parse_kernel_settings
 from vila_triton.registry.size_ranges import implementation_names
+from vila_triton.registry.target_configs import describe_choice
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +70,12 @@ def print_ops(device: "torch.device", overrides: Mapping[str, str]) -> None:
             ]
             file = impl.file.relative_to(root) if impl.file.is_relative_to(root) else impl.file
             lines.append((name, impl.name, str(len(impl.configs)), "; ".join(runs_for) or "-", str(file)))
+            if device.type == "cuda" and impl.by_target:
+                by_target = "; ".join(
+                    f"{target} runs {describe_choice(x, op.dynamic_sizes[0] if op.dynamic_sizes else '')}"
+                    for target, x in impl.by_target.items()
+                )
+                lines.append(("", f"{impl.name} by default: {by_target}; otherwise config 0"))
         lines.append(("", f"because: {'--set' if name in overrides else choice_reason(device, name)}"))
     header = ("op", "implementation", "configs", f"chosen on {device.type} for", "file")
     widths = [max(len(line[i]) for line in [header, *lines] if len(line) > 2) + 2 for i in range(4)]

@@ -30,6 +30,7 @@ reference. There are no priorities and no fallback: an implementation that canno
 
     size_ranges    a choice: one implementation, or several by ranges of a size
     search_space   the configs of a kernel, and the cost of one launch
+    target_configs which of its configs an architecture runs
     gradients      kernels have none, which is said when one is asked for
     custom_ops     ops as `torch.library` custom ops, for torch.compile
     op             `Op` and `Impl`

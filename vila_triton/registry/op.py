@@ -4,13 +4,14 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from .search_space import Config, SearchSpace
 from .size_ranges import Choice
+from .target_configs import ConfigNumber, check_by_target, config_number, config_numbers, current_target
 
 REFERENCE = "reference"
 OPS: dict[str, "Op"] = {}
@@ -56,8 +57,9 @@ class OneOf:
 class Impl:
     """One implementation of an op.
 
-    A call runs the config it passes; else the one tuned for its device and sizes (see `tuned_tables`); else
-    `configs[0]`. With batch-invariant numerics (see `default_choices`) a call that passes no config runs `configs[0]`.
+    A call runs the config it passes; else the one tuned for its device and sizes (see `tuned_tables`); else that of
+    `by_target` (see `target_configs`), which is `configs[0]` for targets that it does not name. With batch-invariant
+    numerics (see `default_choices`) a call that passes no config runs the one that `by_target` names for size 1.
     `space` holds the configs that can be tuned; without it, these are `configs`.
 
     batch_invariant: a row of the result has the same bits whatever other rows are in the batch and wherever it lies
@@ -71,16 +73,38 @@ class Impl:
     file: Path
     space: SearchSpace | None = None
     batch_invariant: bool = False
+    by_target: Mapping[str, ConfigNumber] = field(default_factory=dict)
 
     def __call__(self, *args: Any, config: Config | None = None, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs, **(self.resolve_config(*args, **kwargs) if config is None else config))
 
     def resolve_config(self, *args: Any, **kwargs: Any) -> Config:
         """Return the config of a call that passes none."""
-        # A tuned config would depend on the number of rows.
-        if BATCH_INVARIANT.get() or (not self.space and len(self.configs) == 1):
+        if not self.space and len(self.configs) == 1:
             return self.configs[0]
-        return OPS[self.op].defaults.config(self, *args, **kwargs) or self.configs[0]
+        if BATCH_INVARIANT.get():  # a tuned config would depend on the number of rows
+            return self.default_config(current_target() if self.by_target else None, 1)
+        if tuned := OPS[self.op].defaults.config(self, *args, **kwargs):
+            return tuned
+        target = current_target() if self.by_target else None
+        if isinstance(self.by_target.get(target or "", 0), int):
+            return self.default_config(target, 1)
+        op = OPS[self.op]
+        assert op.sizes_of  # `Op.impl` has checked that there is a dynamic size
+        return self.default_config(target, op.sizes_of(*args, **kwargs)[op.dynamic_sizes[0]])
+
+    def default_config(self, target: str | None, size: int) -> Config:
+        """Return the config of a target ("sm_90"; None: interpreted) at a size, the first of the dynamic ones."""
+        return self.configs[config_number(self.by_target.get(target or "", 0), size)]
+
+    def default_configs(self, target: str | None) -> list[Config]:
+        """Return all configs that a target runs without a tuned table, each once, in the order of sizes."""
+        return [self.configs[i] for i in dict.fromkeys(config_numbers(self.by_target.get(target or "", 0)))]
+
+    def suits(self, number: int, target: str) -> bool:
+        """Return False for a config that only other targets name in `by_target`: it may not fit this one."""
+        named_for = {name for name, choice in self.by_target.items() if number in config_numbers(choice)}
+        return number == 0 or not named_for or target in named_for
 
 
 class Defaults:
@@ -190,12 +214,14 @@ class Op:
         configs: Sequence[Config] = ({},),
         space: SearchSpace | None = None,
         batch_invariant: bool = False,
+        by_target: Mapping[str, ConfigNumber] | None = None,
     ) -> Callable[[Callable], Callable]:
         """Attach the decorated function as implementation `name`.
 
         configs: keyword arguments of the function, the first the default. space: what `bench.tune` searches.
-        batch_invariant: see `Impl`.
-        Raises ValueError if another file has attached an implementation of that name, or if there are no configs.
+        batch_invariant: see `Impl`. by_target: the default configs of architectures, see `target_configs`.
+        Raises ValueError if another file has attached an implementation of that name, if there are no configs, and for
+        targets and configs that do not exist.
         """
 
         def attach(fn: Callable) -> Callable:
@@ -205,7 +231,12 @@ class Op:
                 raise ValueError(f"{self.name}: implementation {name!r} of {file} is already taken by {existing.file}")
             if not configs:
                 raise ValueError(f"{self.name}: implementation {name!r} of {file} has an empty list of configs")
-            self.impls[name] = Impl(self.name, name, fn, configs, file, space, batch_invariant)
+            choices = by_target or {}
+            try:
+                check_by_target(choices, len(configs), bool(self.dynamic_sizes))
+            except ValueError as error:
+                raise ValueError(f"{self.name}: implementation {name!r} of {file}: {error}") from None
+            self.impls[name] = Impl(self.name, name, fn, configs, file, space, batch_invariant, choices)
             return fn
 
         return attach
