@@ -162,9 +162,14 @@ def int4_gemm_tile(
 
 
 @triton.jit
-def store_tile(acc, bias_ptr, out_ptr, offs_m, offs_n, M, N, stride_om):
-    """Store acc [BLOCK_N, BLOCK_M], plus the bias unless that is None, to rows `offs_m` and columns `offs_n` of out."""
+def store_tile(acc, bias_ptr, residual_ptr, out_ptr, offs_m, offs_n, M, N, stride_om):
+    """Store acc [BLOCK_N, BLOCK_M], plus bias and residual unless they are None, to rows `offs_m` and columns `offs_n`
+    of out."""
+    mask = (offs_n < N)[:, None] & (offs_m < M)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
+    if residual_ptr is not None:
+        residual_ptrs = residual_ptr + offs_m[None, :] * N + offs_n[:, None]
+        acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
     out_ptrs = out_ptr + offs_m[None, :] * stride_om + offs_n[:, None]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)

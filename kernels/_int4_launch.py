@@ -27,10 +27,12 @@ def contiguous_tensors(w: Int4) -> tuple[Tensor, Tensor, Tensor]:
     return w.qweight.contiguous(), w.scales.contiguous(), w.zeros.contiguous()
 
 
-def matmul_args(rows: Tensor, w: Int4, bias: Tensor | None, out: Tensor) -> tuple[Any, ...]:
-    """x_ptr, w, bias_ptr, out_ptr, M, N, K, stride_xm, stride_xk and the strides of out but the last, which is 1."""
-    bias = None if bias is None else bias.contiguous()
-    return rows, contiguous_tensors(w), bias, out, len(rows), *w.shape, *rows.stride(), *out.stride()[:-1]
+def matmul_args(rows: Tensor, w: Int4, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> tuple[Any, ...]:
+    """x_ptr, w, bias_ptr, residual_ptr, out_ptr, M, N, K, stride_xm, stride_xk and the strides of out but the last,
+    which is 1. Bias and residual [m, n] are contiguous; copied only if they are not.
+    """
+    terms = (None if term is None else term.contiguous() for term in (bias, residual))
+    return rows, contiguous_tensors(w), *terms, out, len(rows), *w.shape, *rows.stride(), *out.stride()[:-1]
 
 
 def fit_block_k(requested: int, w: Int4) -> int:

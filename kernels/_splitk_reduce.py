@@ -27,7 +27,7 @@ def partial_sums(out: Tensor, splits: int) -> Tensor:
 
 
 @triton.jit(do_not_specialize_on_alignment=["M"])
-def _reduce_splits_kernel(sums_ptr, bias_ptr, out_ptr, M, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _reduce_splits_kernel(sums_ptr, bias_ptr, residual_ptr, out_ptr, M, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     blocks = tl.cdiv(N, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     offs_n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)  # int64 if N is
@@ -37,12 +37,14 @@ def _reduce_splits_kernel(sums_ptr, bias_ptr, out_ptr, M, N, SPLITS: tl.constexp
         acc += tl.load(sums_ptr + (tl.cast(split, tl.int64) * M + row) * N + offs_n, mask=mask, other=0.0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + row * N + offs_n, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * N + offs_n, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def reduce_splits(sums: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Write the sum of sums [splits, m, n] and of bias [n] to out [m, n]; all but the bias contiguous."""
+def reduce_splits(sums: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    """Write the sum of sums [splits, m, n], bias [n] and residual [m, n] to out [m, n]; sums and out are contiguous."""
     splits, m, n = sums.shape
-    bias = None if bias is None else bias.contiguous()
+    bias, residual = (None if term is None else term.contiguous() for term in (bias, residual))
     grid = (m * cdiv(n, BLOCK),)
-    _reduce_splits_kernel[grid](sums, bias, out, m, n, SPLITS=splits, BLOCK=BLOCK, num_warps=4)
+    _reduce_splits_kernel[grid](sums, bias, residual, out, m, n, SPLITS=splits, BLOCK=BLOCK, num_warps=4)

@@ -54,8 +54,8 @@ def packed_weight(w: Int4, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @int4_matmul.impl("aten")
-def int4_matmul_aten(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
-    """Return x · wᵀ + bias [..., n]; raises Unsupported for devices, dtypes, groups and shapes torch does not serve."""
+def int4_matmul_aten(x: Tensor, w: Int4, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Return x · wᵀ + bias + residual [..., n]; raises Unsupported for what torch does not serve."""
     (n, k), group_size = w.shape, w.group_size
     if x.device.type != "cpu":
         raise Unsupported(f"int4_matmul: this product is torch's for CPUs, but tensors are on {x.device}")
@@ -72,4 +72,6 @@ def int4_matmul_aten(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
         return x.new_empty(*x.shape[:-1], n)
     words, scales = packed_weight(w, x.dtype)
     out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, words, group_size, scales).view(*x.shape[:-1], n)
-    return out if bias is None else out + bias
+    for term in (bias, residual):
+        out = out if term is None else out + term
+    return out

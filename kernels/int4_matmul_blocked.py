@@ -1,4 +1,4 @@
-"""x · wᵀ + bias by torch's matrix product, the weight unpacked in blocks of rows that stay in the CPU's cache.
+"""x · wᵀ + bias + residual by torch's matrix product, w unpacked in blocks of rows that stay in the CPU's cache.
 
 A block of w, BLOCK_N rows of k columns, is unpacked and multiplied while it is in the cache, so that the whole weight
 is never in memory. It is rounded as in the reference, and every shape and dtype is served.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vila_triton.ops import Int4, int4_matmul
+from vila_triton.ops import Int4, int4_matmul, linear
 from vila_triton.ops.dtypes import upcast
 from vila_triton.ops.int4 import apply_scale_and_zero
 from vila_triton.ops.int4_tiles import TILE_K, TILE_N
@@ -30,8 +30,10 @@ def permute_to_byte_order(x: Tensor) -> Tensor:
 
 
 @int4_matmul.impl("blocked", configs=CONFIGS)
-def int4_matmul_blocked(x: Tensor, w: Int4, bias: Tensor | None = None, *, BLOCK_N: int) -> Tensor:
-    """Return x · wᵀ + bias [..., n] in x's dtype; raises Unsupported on a big-endian machine."""
+def int4_matmul_blocked(
+    x: Tensor, w: Int4, bias: Tensor | None = None, residual: Tensor | None = None, *, BLOCK_N: int
+) -> Tensor:
+    """Return x · wᵀ + bias + residual [..., n] in x's dtype; raises Unsupported on a big-endian machine."""
     if sys.byteorder != "little":
         raise Unsupported("int4_matmul: the bytes of a word are read low byte first, which this machine does not do")
     (n, k), rows = w.shape, x.reshape(-1, x.shape[-1])  # [m, k]
@@ -41,6 +43,7 @@ def int4_matmul_blocked(x: Tensor, w: Int4, bias: Tensor | None = None, *, BLOCK
     group_ids = permute_to_byte_order(torch.arange(k, device=x.device) // w.group_size)
     whole_groups = w.group_size % TILE_K == 0 or w.group_size == k  # a group is then a range of columns in either order
     out = x.new_empty(len(rows), n)
+    residual = None if residual is None else residual.reshape(out.shape)
     for start in range(0, n, BLOCK_N):
         block = slice(start, min(start + BLOCK_N, n))
         tile_bytes = w.qweight[start // TILE_N : -(-block.stop // TILE_N)].contiguous().view(torch.uint8)
@@ -56,6 +59,6 @@ def int4_matmul_blocked(x: Tensor, w: Int4, bias: Tensor | None = None, *, BLOCK
         weight = (
             q.sub_(zeros).mul_(scales) if w.rounding == "sub" else apply_scale_and_zero(q, scales, zeros, w.rounding)
         )
-        block_bias = None if bias is None else widen(bias[block])
-        out[:, block] = F.linear(inputs, widen(weight.view(len(q), -1)), block_bias).to(out.dtype)
+        terms = (None if term is None else widen(term[..., block]) for term in (bias, residual))
+        out[:, block] = linear.reference(inputs, widen(weight.view(len(q), -1)), *terms).to(out.dtype)
     return out.view(*x.shape[:-1], n)

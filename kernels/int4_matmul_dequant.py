@@ -1,15 +1,14 @@
-"""x · wᵀ + bias in two steps, for many rows of x: dequantize the weight, then torch's matrix product.
+"""x · wᵀ + bias + residual in two steps, for many rows of x: dequantize the weight, then torch's matrix product.
 
 The whole weight is in memory, in x's dtype and rounded as `Int4.rounding` says, for as long as the call takes.
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vila_triton.ops import Int4, int4_matmul
+from vila_triton.ops import Int4, int4_matmul, linear
 from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, SearchSpace, cdiv
 
 from ._int4_gemm import block_pointers, dequantize_block, load_words
@@ -71,9 +70,17 @@ def _int4_dequant_kernel(
 
 @int4_matmul.impl("dequant", configs=CONFIGS, space=SPACE)
 def int4_matmul_dequant(
-    x: Tensor, w: Int4, bias: Tensor | None = None, *, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int
+    x: Tensor,
+    w: Int4,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    BLOCK_N: int,
+    BLOCK_K: int,
+    num_warps: int,
+    num_stages: int,
 ) -> Tensor:
-    """Return x · wᵀ + bias [..., n]; raises Unsupported for dtypes, devices and groups it does not serve."""
+    """Return x · wᵀ + bias + residual [..., n]; raises Unsupported for dtypes, devices and groups it does not serve."""
     check_int4_call("int4_matmul", x, w)
     n, k = w.shape
     weight = torch.empty(n, k, dtype=x.dtype, device=x.device)
@@ -92,4 +99,4 @@ def int4_matmul_dequant(
             num_warps=num_warps,
             num_stages=num_stages,
         )
-    return F.linear(x, weight, bias)
+    return linear.reference(x, weight, bias, residual)

@@ -1,5 +1,5 @@
-"""x · wᵀ + bias for one row of x (blocks of up to 4 rows are possible), without tensor cores: every lane multiplies the
-weights it has loaded.
+"""x · wᵀ + bias + residual for one row of x (blocks of up to 4 rows are possible), without tensor cores: every lane
+multiplies the weights it has loaded.
 
 A program computes BLOCK_N results for BLOCK_M rows of x over one split of k; its warps lie side by side along k.
 Products and sums are float32, code - zero is exact, and scales multiply sums of four products, so no weight is rounded
@@ -80,11 +80,13 @@ def dot4(a, b, c, d, x0, x1, x2, x3):
 
 
 @triton.jit
-def store_rows(acc, row, offs_m, bias_ptr, out_ptr, M, N, stride_om):
+def store_rows(acc, row, offs_m, bias_ptr, residual_ptr, out_ptr, M, N, stride_om):
     """Store [BLOCK_M, TILES_N, 8] results of rows `row` [TILES_N, 8] of w."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)[None]
     mask = (offs_m < M)[:, None, None] & (row < N)[None]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + offs_m[:, None, None] * N + row[None], mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offs_m[:, None, None] * stride_om + row[None], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -93,6 +95,7 @@ def _int4_matmul_gemv_kernel(
     x_ptr,
     w,
     bias_ptr,
+    residual_ptr,
     out_ptr,
     M,
     N,
@@ -153,8 +156,8 @@ def _int4_matmul_gemv_kernel(
         word_ptrs += TILES_K * 128
     out_ptr += tl.program_id(1).to(tl.int64) * stride_os
     row = (first_tile + tl.arange(0, TILES_N)[:, None]) * 16 + tl.arange(0, 8)[None, :]
-    store_rows(reduce_lanes(acc), row, offs_m, bias_ptr, out_ptr, M, N, stride_om)
-    store_rows(reduce_lanes(low_acc), row + 8, offs_m, bias_ptr, out_ptr, M, N, stride_om)
+    store_rows(reduce_lanes(acc), row, offs_m, bias_ptr, residual_ptr, out_ptr, M, N, stride_om)
+    store_rows(reduce_lanes(low_acc), row + 8, offs_m, bias_ptr, residual_ptr, out_ptr, M, N, stride_om)
 
 
 @int4_matmul.impl("gemv", configs=CONFIGS, space=SPACE, batch_invariant=True)
@@ -162,6 +165,7 @@ def int4_matmul_gemv(
     x: Tensor,
     w: Int4,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     BLOCK_M: int,
     BLOCK_N: int,
@@ -170,14 +174,14 @@ def int4_matmul_gemv(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    """Return x · wᵀ + bias [..., n]; raises Unsupported for dtypes, devices and groups it does not serve."""
+    """Return x · wᵀ + bias + residual [..., n]; raises Unsupported for dtypes, devices and groups it does not serve."""
     check_int4_call("int4_matmul", x, w)
     rows, out = rows_and_output(x, w.shape[0])
     if out.numel():
         k_per_split, splits = split_k(w.shape[1], BLOCK_K, SPLIT_K)
         sums = partial_sums(out, splits)
         _int4_matmul_gemv_kernel[*grid(out, BLOCK_M, BLOCK_N), splits](
-            *matmul_args(rows, w, bias if splits == 1 else None, sums),
+            *matmul_args(rows, w, *((bias, residual) if splits == 1 else (None, None)), sums),
             k_per_split,
             GROUP_SIZE=w.group_size,
             ROUNDING=rounding_mode(w, scale_sums=True),
@@ -190,5 +194,5 @@ def int4_matmul_gemv(
             num_stages=num_stages,
         )
         if splits > 1:
-            reduce_splits(sums, bias, out)
+            reduce_splits(sums, bias, residual, out)
     return out.view(*x.shape[:-1], w.shape[0])

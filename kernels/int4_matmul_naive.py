@@ -1,4 +1,4 @@
-"""x · wᵀ + bias, the first rung: the word of each element of w is loaded on its own, and its code extracted.
+"""x · wᵀ + bias + residual, the first rung: the word of each element of w is loaded on its own, and its code extracted.
 
 One program computes a BLOCK_M by BLOCK_N tile of the product. It serves every group size and both roundings, and is
 slow: a word is loaded eight times, four bytes at a time.
@@ -27,6 +27,7 @@ def _int4_matmul_naive_kernel(
     x_ptr,
     w,
     bias_ptr,
+    residual_ptr,
     out_ptr,
     M,
     N,
@@ -66,6 +67,8 @@ def _int4_matmul_naive_kernel(
         acc = tl.dot(x, weights, acc, input_precision="ieee")
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + offs_m[:, None] * N + offs_n, mask=mask_m & mask_n, other=0.0).to(tl.float32)
     tl.store(out_ptr + offs_m[:, None] * stride_om + offs_n, acc.to(out_ptr.dtype.element_ty), mask=mask_m & mask_n)
 
 
@@ -74,6 +77,7 @@ def int4_matmul_naive(
     x: Tensor,
     w: Int4,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     BLOCK_M: int,
     BLOCK_N: int,
@@ -81,12 +85,12 @@ def int4_matmul_naive(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    """Return x · wᵀ + bias [..., n]; raises Unsupported for dtypes and devices it does not serve."""
+    """Return x · wᵀ + bias + residual [..., n]; raises Unsupported for dtypes and devices it does not serve."""
     check_supported("int4_matmul", x, w.scales, w.zeros)
     rows, out = rows_and_output(x, w.shape[0])
     if out.numel():
         _int4_matmul_naive_kernel[grid(out, BLOCK_M, BLOCK_N)](
-            *matmul_args(rows, w, bias, out),
+            *matmul_args(rows, w, bias, residual, out),
             GROUP_SIZE=w.group_size,
             ROUNDING=rounding_mode(w, scale_sums=False),
             BLOCK_M=BLOCK_M,

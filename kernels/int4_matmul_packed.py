@@ -1,4 +1,4 @@
-"""x · wᵀ + bias, the second rung: each lane loads four words, 16 bytes, and the codes are put in order afterwards.
+"""x · wᵀ + bias + residual, the second rung: a lane loads four words, 16 bytes; the codes are put in order afterwards.
 
 One program computes a BLOCK_M by BLOCK_N tile of the product and walks k in whole tiles of w that lie within one group,
 so that a step needs one scale and one zero per row of w; in groups of 32 each word has its own.
@@ -50,6 +50,7 @@ def _int4_matmul_packed_kernel(
     x_ptr,
     w,
     bias_ptr,
+    residual_ptr,
     out_ptr,
     M,
     N,
@@ -88,7 +89,7 @@ def _int4_matmul_packed_kernel(
         acc = tl.dot(weights, x, acc, input_precision="ieee")
         word_ptrs += TILES_K * 128
         x_ptrs += tl.full([1, 1], BLOCK_K, tl.int64) * stride_xk
-    store_tile(acc, bias_ptr, out_ptr, offs_m, offs_n, M, N, stride_om)
+    store_tile(acc, bias_ptr, residual_ptr, out_ptr, offs_m, offs_n, M, N, stride_om)
 
 
 @int4_matmul.impl("packed", configs=CONFIGS, space=SPACE, batch_invariant=True)
@@ -96,6 +97,7 @@ def int4_matmul_packed(
     x: Tensor,
     w: Int4,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     BLOCK_M: int,
     BLOCK_N: int,
@@ -103,13 +105,13 @@ def int4_matmul_packed(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    """Return x · wᵀ + bias [..., n]; raises Unsupported for dtypes, devices and groups it does not serve."""
+    """Return x · wᵀ + bias + residual [..., n]; raises Unsupported for dtypes, devices and groups it does not serve."""
     check_int4_call("int4_matmul", x, w)
     rows, out = rows_and_output(x, w.shape[0])
     block_k = fit_block_k(BLOCK_K, w)
     if out.numel():
         _int4_matmul_packed_kernel[grid(out, BLOCK_M, BLOCK_N)](
-            *matmul_args(rows, w, bias, out),
+            *matmul_args(rows, w, bias, residual, out),
             GROUP_SIZE=w.group_size,
             ROUNDING=rounding_mode(w, scale_sums=False),
             MASK_K=w.shape[1] % block_k != 0,

@@ -1,4 +1,4 @@
-"""x · wᵀ + bias for many rows of x: large tiles, pipelined, on tensor cores with w in registers (`wgmma` on sm_90).
+"""x · wᵀ + bias + residual for many rows of x: large pipelined tiles, w in registers of tensor cores (`wgmma`).
 
 A program multiplies BLOCK_N rows of w by BLOCK_M rows of x. Scales multiply weights, which are rounded as
 `Int4.rounding` says: that costs one operation for two weights, where scaling sums would need a second accumulator.
@@ -43,6 +43,7 @@ def _int4_matmul_prefill_kernel(
     x_ptr,
     w,
     bias_ptr,
+    residual_ptr,
     out_ptr,
     M,
     N,
@@ -84,7 +85,7 @@ def _int4_matmul_prefill_kernel(
         BLOCK_N,
         BLOCK_K,
     )
-    store_tile(acc, bias_ptr, out_ptr, offs_m, offs_n, M, N, stride_om)
+    store_tile(acc, bias_ptr, residual_ptr, out_ptr, offs_m, offs_n, M, N, stride_om)
 
 
 @int4_matmul.impl("prefill", configs=CONFIGS, space=SPACE, batch_invariant=True)
@@ -92,6 +93,7 @@ def int4_matmul_prefill(
     x: Tensor,
     w: Int4,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     BLOCK_M: int,
     BLOCK_N: int,
@@ -99,13 +101,13 @@ def int4_matmul_prefill(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    """Return x · wᵀ + bias [..., n]; raises Unsupported for dtypes, devices and groups it does not serve."""
+    """Return x · wᵀ + bias + residual [..., n]; raises Unsupported for dtypes, devices and groups it does not serve."""
     check_int4_call("int4_matmul", x, w)
     rows, out = rows_and_output(x, w.shape[0])
     block_k = fit_block_k(BLOCK_K, w)
     if out.numel():
         _int4_matmul_prefill_kernel[grid(out, BLOCK_M, BLOCK_N)](
-            *matmul_args(rows, w, bias, out),
+            *matmul_args(rows, w, bias, residual, out),
             GROUP_SIZE=w.group_size,
             ROUNDING=rounding_mode(w, scale_sums=False),
             **target_flags(),

@@ -1,4 +1,4 @@
-"""x · wᵀ + bias for 2 to 64 rows of x: k is split among programs, so that few tiles of w still fill the GPU.
+"""x · wᵀ + bias + residual for 2 to 64 rows of x: k is split among programs, so that few tiles of w still fill the GPU.
 
 A program multiplies BLOCK_N rows of w by BLOCK_M rows of x over one split of k. w is the left operand of `tl.dot`, so
 that codes become numbers in the registers that the tensor cores read. With SPLIT_K = 1 a program writes the result;
@@ -48,6 +48,7 @@ def _int4_matmul_splitk_kernel(
     x_ptr,
     w,
     bias_ptr,
+    residual_ptr,
     out_ptr,
     M,
     N,
@@ -93,7 +94,7 @@ def _int4_matmul_splitk_kernel(
         BLOCK_K,
     )
     out_ptr += tl.program_id(1).to(tl.int64) * stride_os
-    store_tile(acc, bias_ptr, out_ptr, offs_m, offs_n, M, N, stride_om)
+    store_tile(acc, bias_ptr, residual_ptr, out_ptr, offs_m, offs_n, M, N, stride_om)
 
 
 @int4_matmul.impl("splitk", configs=CONFIGS, space=SPACE, batch_invariant=True)
@@ -101,6 +102,7 @@ def int4_matmul_splitk(
     x: Tensor,
     w: Int4,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     BLOCK_M: int,
     BLOCK_N: int,
@@ -109,7 +111,7 @@ def int4_matmul_splitk(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    """Return x · wᵀ + bias [..., n]; raises Unsupported for dtypes, devices and groups it does not serve."""
+    """Return x · wᵀ + bias + residual [..., n]; raises Unsupported for dtypes, devices and groups it does not serve."""
     check_int4_call("int4_matmul", x, w)
     rows, out = rows_and_output(x, w.shape[0])
     block_k = fit_block_k(BLOCK_K, w)
@@ -117,7 +119,7 @@ def int4_matmul_splitk(
         k_per_split, splits = split_k(w.shape[1], block_k, SPLIT_K)
         sums = partial_sums(out, splits)
         _int4_matmul_splitk_kernel[*grid(out, BLOCK_M, BLOCK_N), splits](
-            *matmul_args(rows, w, bias if splits == 1 else None, sums),
+            *matmul_args(rows, w, *((bias, residual) if splits == 1 else (None, None)), sums),
             k_per_split,
             GROUP_SIZE=w.group_size,
             ROUNDING=rounding_mode(w, scale_sums=BLOCK_M < 64),
@@ -130,5 +132,5 @@ def int4_matmul_splitk(
             num_stages=num_stages,
         )
         if splits > 1:
-            reduce_splits(sums, bias, out)
+            reduce_splits(sums, bias, residual, out)
     return out.view(*x.shape[:-1], w.shape[0])

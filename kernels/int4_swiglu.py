@@ -97,7 +97,7 @@ def _int4_swiglu_kernel(
         up_ptrs += TILES_K * 128
         x_ptrs += tl.full([1, 1], BLOCK_K, tl.int64) * stride_xk
     out = gate / (1.0 + tl.exp(-gate)) * up
-    store_tile(out, None, out_ptr, offs_m, offs_n, M, N, stride_om)
+    store_tile(out, None, None, out_ptr, offs_m, offs_n, M, N, stride_om)
 
 
 @int4_swiglu.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)

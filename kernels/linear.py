@@ -1,10 +1,10 @@
-"""x · wᵀ + bias in tiles: a program multiplies BLOCK_M rows of x by BLOCK_N rows of w, BLOCK_K inputs at a time.
+"""x · wᵀ + bias + residual in tiles: a program multiplies BLOCK_M rows of x by BLOCK_N of w, BLOCK_K inputs at a time.
 
 The first config serves any number of rows in the same tiles, so that a row's sum runs over the same products in the
 same order whatever other rows there are: this is batch-invariant, and runs on a GPU where that is asked for. Programs
 that share rows of w are neighbours.
 
-x [m, k], w [n, k], any strides; bias [n]; sums in float32.
+x [m, k], w [n, k], any strides; bias [n], residual [m, n]; sums in float32.
 """
 
 import triton
@@ -24,7 +24,7 @@ CONFIGS = [
 ]
 
 
-def launch_cost(config: Config, m: int, n: int, k: int, dtype: str) -> LaunchCost:
+def launch_cost(config: Config, m: int, n: int, k: int, dtype: str, **_: object) -> LaunchCost:
     """Return the cost of multiplying x [m, k] by w [n, k]."""
     block_m, block_n, size = config["BLOCK_M"], config["BLOCK_N"], DTYPE_BYTES[dtype]
     k_steps = cdiv(k, config["BLOCK_K"])
@@ -56,6 +56,7 @@ def _linear_kernel(
     x_ptr,
     w_ptr,
     bias_ptr,
+    residual_ptr,
     out_ptr,
     M,
     N,
@@ -86,8 +87,12 @@ def _linear_kernel(
         w_ptrs += tl.cast(BLOCK_K, tl.int64) * stride_wk
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    if residual_ptr is not None:
+        residual_ptrs = residual_ptr + offs_m[:, None] * N + offs_n[None, :]
+        acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
     out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_n[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @linear.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
@@ -95,6 +100,7 @@ def linear_triton(
     x: Tensor,
     w: Tensor | Int4,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     BLOCK_M: int,
     BLOCK_N: int,
@@ -102,9 +108,9 @@ def linear_triton(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    """Return x · wᵀ + bias [..., n]; raises Unsupported unless x and w have one dtype that the kernel serves."""
+    """Return x · wᵀ + bias + residual [..., n]; raises Unsupported unless x and w are of one dtype, which it serves."""
     if isinstance(w, Int4):  # which has an op of its own
-        return linear.reference(x, w, bias)
+        return linear.reference(x, w, bias, residual)
     check_supported("linear", x, w, *(() if bias is None else (bias,)))
     if w.dtype != x.dtype:
         raise Unsupported(f"linear: w is {w.dtype}, expected {x.dtype} like x")
@@ -115,6 +121,7 @@ def linear_triton(
             rows,
             w,
             None if bias is None else bias.contiguous(),
+            None if residual is None else residual.contiguous(),
             out,
             len(rows),
             *w.shape,

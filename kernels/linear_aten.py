@@ -1,4 +1,4 @@
-"""x · wᵀ + bias by the fastest matrix product of torch for the dtype on a CPU, as measured on AMD CPUs.
+"""x · wᵀ + bias + residual by the fastest matrix product of torch for the dtype on a CPU, as measured on AMD CPUs.
 
 float32    oneDNN's; `F.linear` runs MKL's, which takes half as long again for many rows
 float16    `F.linear` for few rows; it is slow for many rows, which are multiplied in float32
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.backends import mkldnn  # which is what torch calls oneDNN
 
@@ -37,18 +36,22 @@ ONEDNN_OFF = SharedContext(without_onednn)
 
 
 @linear.impl("aten")
-def linear_aten(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> Tensor:
-    """Return x · wᵀ + bias [..., n] in x's dtype; raises Unsupported off the CPU and for a torch without oneDNN."""
+def linear_aten(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Return x · wᵀ + bias + residual [..., n] in x's dtype; raises Unsupported off the CPU and without oneDNN."""
     if x.device.type != "cpu" or not mkldnn.is_available():
         raise Unsupported(f"linear: this product is oneDNN's for CPUs, which this torch lacks on {x.device}")
     if isinstance(w, Int4):  # which has an op of its own
-        return linear.reference(x, w, bias)
+        return linear.reference(x, w, bias, residual)
     rows = x.shape[:-1].numel()
-    needs_grad = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, w, bias))
+    needs_grad = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, w, bias, residual))
     if not needs_grad and (x.dtype == torch.float32 or (x.dtype == torch.float16 and rows >= MANY_ROWS)):
-        bias = None if bias is None else bias.float().contiguous()  # oneDNN reads a bias as if it had no strides
-        return torch.ops.mkldnn._linear_pointwise(x.float(), w.float(), bias, "none", [], "").to(x.dtype)
+        # oneDNN reads a bias and a residual as if they had no strides.
+        bias, residual = (None if term is None else term.float().contiguous() for term in (bias, residual))
+        product = torch.ops.mkldnn._linear_pointwise
+        if residual is None:
+            return product(x.float(), w.float(), bias, "none", [], "").to(x.dtype)
+        return product.binary(x.float(), residual, w.float(), bias, "add").to(x.dtype)
     if not needs_grad and x.dtype == torch.bfloat16 and rows == 1:
         with ONEDNN_OFF:
-            return F.linear(x, w, bias)
-    return F.linear(x, w, bias)
+            return linear.reference(x, w, bias, residual)
+    return linear.reference(x, w, bias, residual)

@@ -25,18 +25,27 @@ def map_rows(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 @linear.impl("rowwise", batch_invariant=True)
-def linear_rowwise(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None) -> Tensor:
-    """Return x · wᵀ + bias [..., n], a product of its own for each row; an int4 weight goes to the op `int4_matmul`."""
+def linear_rowwise(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Return x · wᵀ + bias + residual [..., n], a product of its own for each row; an int4 weight goes to the op
+    `int4_matmul`.
+    """
     if isinstance(w, Int4):  # which has an op of its own
-        return linear.reference(x, w, bias)
-    return map_rows(lambda row: F.linear(row, w, bias), x)
+        return linear.reference(x, w, bias, residual)
+    terms = () if residual is None else (residual,)
+    return map_rows(lambda row, *term: linear.reference(row, w, bias, *term), x, *terms)
 
 
 @int4_matmul.impl("rowwise", batch_invariant=True)
-def int4_matmul_rowwise(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
-    """Return x · wᵀ + bias [..., n], with the weight dequantized once and a product of its own for each row."""
+def int4_matmul_rowwise(x: Tensor, w: Int4, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Return x · wᵀ + bias + residual [..., n], with the weight dequantized once and a product of its own for each
+    row.
+    """
     weight, upcast_bias = upcast(dequantize(w, x.dtype)), None if bias is None else upcast(bias)
-    return map_rows(lambda row: F.linear(upcast(row), weight, upcast_bias).to(x.dtype), x)
+
+    def multiply(row: Tensor, *term: Tensor) -> Tensor:
+        return sum(map(upcast, term), F.linear(upcast(row), weight, upcast_bias)).to(x.dtype)
+
+    return map_rows(multiply, x, *(() if residual is None else (residual,)))
 
 
 @int4_swiglu.impl("rowwise", batch_invariant=True)

@@ -46,22 +46,29 @@ def lengthen(op: Op, args: Arguments, more: Mapping[str, tuple[int, int]], far: 
 
 
 def longer_products(op: Op, impl: Impl, config: Mapping[str, Any], far: FarMemory) -> Iterator[Lengthened]:
-    """More rows of w, 2³⁰ of every kind and 2³² of one; and of x where k is split, so that sums are far apart."""
+    """More rows of w, 2³⁰ of every kind and 2³² of one; and of x where a residual is added to the result, or where k is
+    split, so that sums are far apart.
+    """
 
     def columns(count: int) -> dict[str, tuple[int, int]]:
-        more = {"w": (0, count), "bias": (0, count)}
+        more = {"w": (0, count), "bias": (0, count), "residual": (1, count)}
         for w in ("w", "gate", "up"):
             more |= {f"{w}.qweight": (0, count // TILE_N), f"{w}.scales": (1, count), f"{w}.zeros": (1, count)}
         return more
 
+    def rows(count: int) -> dict[str, tuple[int, int]]:
+        return {"x": (0, count), "residual": (0, count)}
+
+    residual = "residual" in op.domain and impl.name != "dequant"  # whose product is torch's
     whole, split = ({"SPLIT_K": n} if "SPLIT_K" in config else {} for n in (1, 4))
     kinds = [{"group": 64, "order": "sub"}, {"group": 32, "order": "sub"}, {"group": 64, "order": "fma"}]
     calls = [(kind, columns(2**30), whole) for kind in kinds] + [({}, columns(2**32), whole)]
+    calls += [({}, rows(2**28), whole)] if residual else []
     if split:
-        more = [{"x": (0, 2**27)}, {"x": (0, 2**30)}, columns(2**32)]
-        calls += [({"G": 12}, rows, split) for rows in more]
+        calls += [({"G": 12}, more, split) for more in (rows(2**27), rows(2**30), columns(2**32))]
     for chosen, more, splits in calls:
         sizes = {"m": 1, "n": COLUMNS, "k": 70, "G": 3, "dtype": "float16", "bias": True} | kinds[0] | chosen
+        sizes["residual"] = residual
         args = example_args(op, 0, **{name: sizes[name] for name in op.domain})
         last = 3 if impl.name == "dequant" else 1  # the programs of the last rows of w
         yield Lengthened(args, lengthen(op, args, more, far), {"config": {**config, **splits}}, 0, last)

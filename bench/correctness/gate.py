@@ -16,7 +16,7 @@ from .failure_report import exception_line
 from .guarded_memory import MEMORY_LAYOUTS, MemoryLayout, map_tensors, tensors
 from .tiles import recorded_launches
 
-NUM_EXAMPLES = 12
+NUM_EXAMPLES = 14
 MAX_DRAWS = 40 * NUM_EXAMPLES  # an implementation that does not support any of so many examples supports nothing
 # The sizes of a case are checked themselves if the call takes at most so many flops, and its arguments so many bytes.
 CASE_FLOPS = {"cpu": 10**8, "cuda": 10**12}

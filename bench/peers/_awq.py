@@ -35,9 +35,10 @@ def pad_rows(w: Int4, multiple: int) -> Int4:
     return replace(w, qweight=pack_tiles(F.pad(unpack_codes(w), (0, 0, 0, extra_rows))), scales=scales, zeros=zeros)
 
 
-def check_plain_call(peer: str, w: Int4, bias: Tensor | None) -> None:
-    """Unsupported for what the libraries are not asked to do: a bias, or llm-awq's rounding."""
-    if bias is not None:
-        raise Unsupported(f"{peer}: is compared without a bias")
+def check_plain_call(peer: str, w: Int4, bias: Tensor | None, residual: Tensor | None) -> None:
+    """Unsupported for what the libraries are not asked to do: a bias, a residual, or llm-awq's rounding."""
+    for name, term in {"bias": bias, "residual": residual}.items():
+        if term is not None:
+            raise Unsupported(f"{peer}: is compared without a {name}")
     if w.rounding != "sub":
         raise Unsupported(f"{peer}: is compared with the rounding 'sub', not {w.rounding!r}")

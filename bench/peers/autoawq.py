@@ -23,12 +23,12 @@ SPLIT_K = 8
 
 
 @int4_matmul.impl("autoawq")
-def int4_matmul_autoawq(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
+def int4_matmul_autoawq(x: Tensor, w: Int4, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Multiplies x [..., k] by the weight [n, k] with AutoAWQ's kernels and returns [..., n].
 
     Raises Unsupported for calls, dtypes and group sizes that they do not take.
     """
-    check_plain_call("autoawq", w, bias)
+    check_plain_call("autoawq", w, bias, residual)
     check_tensors("autoawq", x, w.scales, dtypes=[torch.float16])
     if w.group_size not in gemm.AWQ_TRITON_SUPPORTED_GROUP_SIZES and w.group_size != w.shape[1]:
         raise Unsupported(

@@ -4,16 +4,17 @@ Nothing to install. The weight is dequantized once, rounded to x's dtype as `Int
 Its GB/s count the bytes of the weight in 4 bits, as those of all peers do.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from vila_triton.ops import Int4, int4_matmul
+from vila_triton.ops import Int4, int4_matmul, linear
 from vila_triton.ops.int4 import dequantize
 
 from ._cached_conversion import convert_once
 
 
 @int4_matmul.impl("dense")
-def int4_matmul_dense(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
-    """Multiplies x [..., k] by the dequantized weight [n, k] with torch, adds a bias [n] and returns [..., n]."""
-    return F.linear(x, convert_once(dequantize, w, dtype=x.dtype), bias)
+def int4_matmul_dense(x: Tensor, w: Int4, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Multiplies x [..., k] by the dequantized weight [n, k] with torch, adds bias [n] and residual [..., n]; returns
+    [..., n].
+    """
+    return linear.reference(x, convert_once(dequantize, w, dtype=x.dtype), bias, residual)

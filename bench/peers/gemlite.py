@@ -81,17 +81,33 @@ def fake_gpu_queries(x: Tensor) -> Iterator[None]:
 
 
 @int4_matmul.impl("gemlite", configs=CONFIGS)
-def int4_matmul_gemlite(x: Tensor, w: Int4, bias: Tensor | None = None, *, tune: bool = False, **tile: int) -> Tensor:
+def int4_matmul_gemlite(
+    x: Tensor,
+    w: Int4,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    tune: bool = False,
+    **tile: int,
+) -> Tensor:
     """Multiplies x [..., k] by the weight [n, k] with gemlite as it is and returns [..., n]; see `run_gemlite`."""
-    return run_gemlite(x, w, bias, tune, tile)
+    check_plain_call("gemlite", w, bias, residual)
+    return run_gemlite(x, w, tune, tile)
 
 
 @int4_matmul.impl("gemlite_float32", configs=CONFIGS)
 def int4_matmul_gemlite_float32(
-    x: Tensor, w: Int4, bias: Tensor | None = None, *, tune: bool = False, **tile: int
+    x: Tensor,
+    w: Int4,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    tune: bool = False,
+    **tile: int,
 ) -> Tensor:
     """Multiplies as "gemlite" does, but adds up in float32 and converts the result to the dtype of x."""
-    return run_gemlite(x, w, bias, tune, tile, output_dtype=gemlite.DType.FP32).to(x.dtype)
+    check_plain_call("gemlite", w, bias, residual)
+    return run_gemlite(x, w, tune, tile, output_dtype=gemlite.DType.FP32).to(x.dtype)
 
 
 def override_config(config: triton.Config, tile: Mapping[str, int]) -> triton.Config:
@@ -115,16 +131,13 @@ def select_config(tune: bool, tile: Mapping[str, int]) -> Iterator[None]:
         yield
 
 
-def run_gemlite(
-    x: Tensor, w: Int4, bias: Tensor | None, tune: bool, tile: Mapping[str, int], output_dtype: Any = None
-) -> Tensor:
+def run_gemlite(x: Tensor, w: Int4, tune: bool, tile: Mapping[str, int], output_dtype: Any = None) -> Tensor:
     """Multiplies x [..., k] by the weight [n, k] with gemlite and returns [..., n].
 
     tune: the library times its own candidates. tile: blocks, warps and stages in place of the library's, if not empty.
     output_dtype: gemlite's, None for that of the weight. Raises Unsupported for calls, dtypes and group sizes that the
     library does not take and for tuning without a GPU, ValueError for tuning with a tile.
     """
-    check_plain_call("gemlite", w, bias)
     check_tensors("gemlite", x, w.scales, dtypes=[*DTYPES])
     if w.group_size % 32:
         raise Unsupported(f"gemlite: the group is {w.group_size}, expected a multiple of 32")

@@ -22,12 +22,12 @@ scheduler = import_single_file("gptqmodel.quantization.awq.modules.triton.schedu
 
 
 @int4_matmul.impl("gptqmodel")
-def int4_matmul_gptqmodel(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
+def int4_matmul_gptqmodel(x: Tensor, w: Int4, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Multiplies x [..., k] by the weight [n, k] with GPTQModel's kernels and returns [..., n].
 
     Raises Unsupported for calls, dtypes and group sizes that they do not take.
     """
-    check_plain_call("gptqmodel", w, bias)
+    check_plain_call("gptqmodel", w, bias, residual)
     check_tensors("gptqmodel", x, w.scales, dtypes=[torch.float16])
     if w.group_size not in scheduler.SUPPORTED_GROUP_SIZES:
         raise Unsupported(f"gptqmodel: the group is {w.group_size}, supported are {scheduler.SUPPORTED_GROUP_SIZES}")

@@ -22,12 +22,12 @@ kernels = import_single_file("lmdeploy.pytorch.kernels.cuda.awq_kernels")
 
 
 @int4_matmul.impl("lmdeploy")
-def int4_matmul_lmdeploy(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
+def int4_matmul_lmdeploy(x: Tensor, w: Int4, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Multiplies x [..., k] by the weight [n, k] with lmdeploy's kernel and returns [..., n].
 
     Raises Unsupported for calls, dtypes and group sizes that it does not take.
     """
-    check_plain_call("lmdeploy", w, bias)
+    check_plain_call("lmdeploy", w, bias, residual)
     check_tensors("lmdeploy", x, w.scales, dtypes=[torch.float16], interpreted=False)
     if w.group_size < 16 or w.group_size & (w.group_size - 1):
         raise Unsupported(

@@ -43,12 +43,12 @@ def pack_tinygemm(w: Int4) -> Tensor:
 
 
 @int4_matmul.impl("torchao")
-def int4_matmul_torchao(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
+def int4_matmul_torchao(x: Tensor, w: Int4, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Multiplies x [..., k] by the weight [n, k] with torchao's kernel and returns [..., n].
 
     Raises Unsupported for calls, dtypes and group sizes that it does not take.
     """
-    check_plain_call("torchao", w, bias)
+    check_plain_call("torchao", w, bias, residual)
     check_tensors("torchao", x, w.scales, dtypes=[torch.bfloat16], interpreted=False)
     if w.group_size not in GROUP_SIZES:
         raise Unsupported(f"torchao: the group is {w.group_size}, supported are {GROUP_SIZES}")

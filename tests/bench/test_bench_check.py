@@ -18,7 +18,7 @@ from bench.correctness.guarded_memory import MismatchError, tensors
 from bench.correctness.tiles import TileCoverage, launch_tilings
 from vila_triton.registry import OPS, Impl, IntRange, Unsupported, discover
 
-ONE = "m=1 n=1 G=1 group=64 dtype=float32 order=sub bias=False"
+ONE = "m=1 n=1 G=1 group=64 dtype=float32 order=sub bias=False residual=False"
 PLANTED = {  # op, the change of its kernel, what check finds, the case it shrinks to
     "swapped_nibbles": (
         "int4_matmul",

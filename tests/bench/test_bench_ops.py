@@ -130,7 +130,7 @@ def test_cases_are_all_combinations_and_unknown_names_are_errors() -> None:
     (first, *rest) = cases("int4_matmul", "decode")
     assert first.sizes == {
         **{"m": 1, "n": 4096, "G": 32, "group": 128, "dtype": "float16"},
-        **{"order": "sub", "bias": False},  # of what is no number the first, the simplest
+        **{"order": "sub", "bias": False, "residual": False},  # of what is no number the first, the simplest
     }
     assert len(rest) == 14
     op = OPS["int4_matmul"]

@@ -50,9 +50,9 @@ def test_reference_in_its_own_shadow_is_equal(capsys) -> None:
 def test_first_wrong_layer_is_named_and_its_worst_call_replayed(attach: Any, tmp_path: Path, capsys) -> None:
     calls = []
 
-    def wrong_from_layer_2_on(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
+    def wrong_from_layer_2_on(x: Tensor, w: Int4, *terms: Tensor | None) -> Tensor:
         calls.append(x)
-        out = OPS["int4_matmul"].reference(x, w, bias)
+        out = OPS["int4_matmul"].reference(x, w, *terms)
         return out if len(calls) <= 2 * LINEARS + 5 else out * 1.5
 
     attach("int4_matmul", wrong_from_layer_2_on)

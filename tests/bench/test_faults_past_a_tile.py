@@ -44,9 +44,9 @@ def first_row_tile(fn: Callable) -> Callable:
 
 
 def zeros_past_group_16(fn: Callable) -> Callable:
-    def fault(x: Tensor, w: Any, bias: Tensor | None = None, **config: Any) -> Tensor:
+    def fault(x: Tensor, w: Any, *terms: Tensor | None, **config: Any) -> Tensor:
         zeros = torch.cat((w.zeros[:16], (w.zeros[16:] + 1) % 16))
-        return fn(x, replace(w, zeros=zeros), bias, **config)
+        return fn(x, replace(w, zeros=zeros), *terms, **config)
 
     return fault
 

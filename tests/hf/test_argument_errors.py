@@ -35,7 +35,7 @@ def arguments(op: Op) -> dict[str, Any]:
     return flat_arguments(op, op.make_example(**sizes, rng=torch.Generator().manual_seed(0), device="cpu"))
 
 
-OPTIONAL = {"bias", "numerics", "return_lse"}
+OPTIONAL = {"bias", "residual", "numerics", "return_lse"}
 
 
 @pytest.mark.parametrize("name", sorted(OPS))

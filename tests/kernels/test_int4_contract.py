@@ -1,6 +1,6 @@
 """Arguments at the edge of what int4 products take: each works, or is refused in one sentence before any launch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -29,9 +29,11 @@ KERNELS = pytest.mark.parametrize("op, impl", [case for case in EACH if case.val
 
 
 def drawn(op: Op, **sizes: Any) -> list[Any]:
-    """x [2, 128], w [16, 128] and a bias, or gate and up."""
+    """x [2, 128], w [16, 128], a bias and a residual, or gate and up."""
     usual = {"m": 2, "n": 16, "G": 2, "group": 64, "dtype": "float16", "order": "sub", "seed": 0}
-    return list(example_args(op, **{**usual, **({"bias": True} if op is int4_matmul else {}), **sizes}))
+    return list(
+        example_args(op, **{**usual, **({"bias": True, "residual": True} if op is int4_matmul else {}), **sizes})
+    )
 
 
 @contextmanager
@@ -81,6 +83,11 @@ REFUSED = [  # the op, the place of an argument, what is done to it, and what is
     (int4_matmul, 2, lambda b: b[None], r"bias has shape \[1, 16\], expected \[n=16\]"),
     (int4_matmul, 2, lambda b: b.float(), "bias is torch.float32, expected torch.float16 like x"),
     (int4_matmul, 2, lambda b: b.to("meta"), "bias is on meta, expected"),
+    (int4_matmul, 3, lambda r: r[:1], r"residual has shape \[1, 16\], expected \[2, 16\]"),
+    (int4_matmul, 3, lambda r: r[:, :15], r"residual has shape \[2, 15\], expected \[2, 16\]"),
+    (int4_matmul, 3, lambda r: r[None], r"residual has shape \[1, 2, 16\], expected \[2, 16\]"),
+    (int4_matmul, 3, lambda r: r.float(), "residual is torch.float32, expected torch.float16 like x"),
+    (int4_matmul, 3, lambda r: r.to("meta"), "residual is on meta, expected"),
     (int4_swiglu, 0, lambda x: x[:, :120], r"x has 120 columns, but gate is \[16, 128\]"),
     (int4_swiglu, 1, leaf(zeros=lambda z: z[:, 1:]), r"gate.zeros has shape \[2, 15\]"),
     (int4_swiglu, 2, leaf(qweight=lambda q: q.to("meta")), "up.qweight is on meta"),
@@ -128,9 +135,15 @@ def test_groups_that_cut_a_tile_work_or_are_refused_before_a_launch(op: Op, impl
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (), (2, 1)], ids=str)
 def test_x_of_any_leading_axes_gives_their_shape(op: Op, impl: Impl, shape: tuple[int, ...]) -> None:
     """None too, or none of a length above 0."""
-    x, *rest = drawn(op)
+    args = drawn(op)
+    x = args[0]
+
+    def rows(f: Callable[[Tensor], Tensor]) -> list[Any]:
+        """The arguments with f of x and of the residual, if there is one."""
+        return [f(y) if i in (0, 3) else y for i, y in enumerate(args)]
+
     with use(**{op.name: impl.name}):
-        want, found = op(x[:1], *rest), op(x[0].expand(*shape, -1), *rest)
+        want, found = op(*rows(lambda y: y[:1])), op(*rows(lambda y: y[0].expand(*shape, -1)))
     assert found.shape == (*shape, 16) and found.dtype == x.dtype and found.is_contiguous()
     assert torch.equal(found, want[0].expand(*shape, -1)) or not impl.batch_invariant
 
@@ -160,7 +173,7 @@ def test_noncontiguous_arguments_give_the_same_result(op: Op, impl: Impl) -> Non
 
 def test_weight_views_of_the_same_memory_are_packed_separately() -> None:
     """The library's packed copy, kept beside a weight, is not taken for one of other strides, or in other groups."""
-    x, w, _ = drawn(int4_matmul, G=2, group=32)
+    x, w, *_ = drawn(int4_matmul, G=2, group=32)
     aten = OPS["int4_matmul"].impls["aten"]
     one = replace(w, scales=w.scales[:1].expand(2, -1))
     half = replace(w, scales=w.scales[:1], zeros=w.zeros[:1])

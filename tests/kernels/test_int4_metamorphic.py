@@ -84,9 +84,10 @@ SPLIT = each(
 @SPLIT
 def test_result_within_budget_for_any_number_of_splits(op: Op, impl: Impl, config: Config) -> None:
     """Nor does it for whole numbers, whose sums are exact in any order: there every bit stays."""
-    x, w, bias = drawn(op, 2, G=5, group=128, n=17, bias=True)
-    whole = (x * 4).round(), replace(w, scales=torch.ones_like(w.scales), rounding="fma"), (bias * 4).round()
-    for args in ((x, w, bias), whole):
+    x, w, *terms = drawn(op, 2, G=5, group=128, n=17, bias=True, residual=True)
+    ones = replace(w, scales=torch.ones_like(w.scales), rounding="fma")
+    whole = (x * 4).round(), ones, *((term * 4).round() for term in terms)
+    for args in ((x, w, *terms), whole):
         outs = [run(impl, {**config, "SPLIT_K": count}, *args) for count in (1, 2, 4, 8)]
         for out in outs[1:]:
             assert_close(out, outs[0], op, args)
@@ -115,7 +116,7 @@ def test_library_products_are_not_marked_batch_invariant() -> None:
 @pytest.mark.skipif(DEVICE != "cpu", reason="it says which product the CPU's library takes")
 def test_library_products_depend_on_the_batch() -> None:
     """They may choose another way to sum for another number of rows; float32 shows that this one does."""
-    x, w, _ = drawn(int4_matmul, 40, dtype="float32", G=9)
+    x, w, *_ = drawn(int4_matmul, 40, dtype="float32", G=9)
     blocked = int4_matmul.impls["blocked"]
     assert not same(blocked(x[:1], w), blocked(x, w)[:1])
 
@@ -146,10 +147,10 @@ def test_scales_times_four_multiply_the_result_by_four(op: Op, impl: Impl, confi
 
 
 @each([case for case in ALL if case[0] is int4_matmul])
-def test_bias_is_added_to_the_result(op: Op, impl: Impl, config: Config) -> None:
-    """Once the sum is complete, in float32, so that our kernels round as an addition of the result does."""
-    args = x, w, bias = drawn(op, dtype="float32", bias=True)
-    got, plus = run(impl, config, *args), run(impl, config, x, w) + bias
+def test_bias_and_residual_are_added_to_the_result(op: Op, impl: Impl, config: Config) -> None:
+    """Once the sum is complete, in float32, so that our kernels round as additions to the result do."""
+    args = x, w, bias, residual = drawn(op, dtype="float32", bias=True, residual=True)
+    got, plus = run(impl, config, *args), run(impl, config, x, w) + bias + residual
     assert_close(got, plus, op, args)
     assert same(got, plus) or impl.name in LIBRARY
 
@@ -171,7 +172,7 @@ def test_every_weight_is_rounded_as_int4_rounding_says(
     """An x of one 1 per row picks weights out: bit for bit those of `dequantize`, in either order. The scaled sums of a
     kernel that rounds no weight are here sums of one, and are rounded as they are written.
     """
-    _, w, _ = drawn(op, dtype=dtype, order=order, G=G, group=group)
+    w = drawn(op, dtype=dtype, order=order, G=G, group=group)[1]
     columns = torch.randperm(G * group, generator=torch.Generator().manual_seed(1))[:5].to(DEVICE)
     x = torch.eye(G * group, dtype=w.scales.dtype, device=DEVICE)[columns]
     assert torch.equal(run(impl, config, x, w), dequantize(w, x.dtype)[:, columns].t())

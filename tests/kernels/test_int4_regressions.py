@@ -144,7 +144,7 @@ def test_zeros_of_another_shape_are_refused(op: Op) -> None:
 def test_splitk_partial_sums_are_float32(name: str) -> None:
     """vllm-project/vllm#6795: parts of a split k were added in half precision. These are whole numbers that need more
     digits than it has, and nearly cancel."""
-    x, w, _ = drawn(int4_matmul, G=8, group=128)
+    x, w, *_ = drawn(int4_matmul, G=8, group=128)
     sign = torch.where(torch.arange(1024) < 512, 1, -1).to(DEVICE)
     w = replace(w, scales=torch.ones_like(w.scales), zeros=torch.zeros_like(w.zeros))
     x = ((x * 4).round().abs() * sign).to(x.dtype)
@@ -179,7 +179,7 @@ def test_splitk_partial_sums_are_added_in_order(name: str) -> None:
 def test_sums_beyond_float16_with_results_within(op: Op, impl: Impl, config: Config) -> None:
     """vllm-project/vllm#33972: sums beyond 65504 became infinite, before a scale or the rest of the sum made them small
     again. A gate is besides so far below 0 that its exponential is infinite."""
-    x, w, up = drawn(op, G=8)
+    x, w, up, *_ = drawn(op, G=8)
     x, w = 1000 + x.abs(), replace(w, zeros=torch.zeros_like(w.zeros))
     nearly = x * torch.where(torch.arange(512) < 260, 1, -1).to(DEVICE)
     small = replace(w, scales=w.scales / 512)

@@ -233,8 +233,8 @@ def test_int4_matmul_equals_linear_on_the_dequantized_weight(impl: str) -> None:
 
     @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
-        args = x, w, bias = example_args(op, **sizes)
-        assert_same(run(op, impl, *args), ops.linear.reference(x, ops.dequantize(w, x.dtype), bias), op, args)
+        args = x, w, *terms = example_args(op, **sizes)
+        assert_same(run(op, impl, *args), ops.linear.reference(x, ops.dequantize(w, x.dtype), *terms), op, args)
 
     run_property(check)
 

@@ -35,24 +35,29 @@ def planted(name: str, **only: Any) -> Callable[[Callable], Callable]:
 
 
 @planted("int4_matmul")
-def swapped_nibbles(x: Tensor, w: Int4, bias: Tensor | None) -> Tensor:
+def swapped_nibbles(x: Tensor, w: Int4, *terms: Tensor | None) -> Tensor:
     q = unpack_codes(w).unflatten(1, (-1, 2)).flip(-1).flatten(1)
-    return ops.int4_matmul.reference(x, replace(w, qweight=pack_tiles(q)), bias)
+    return ops.int4_matmul.reference(x, replace(w, qweight=pack_tiles(q)), *terms)
 
 
 @planted("int4_matmul")
-def code_15_read_as_14(x: Tensor, w: Int4, bias: Tensor | None) -> Tensor:
-    return ops.int4_matmul.reference(x, replace(w, qweight=pack_tiles(unpack_codes(w).clamp(max=14))), bias)
+def code_15_read_as_14(x: Tensor, w: Int4, *terms: Tensor | None) -> Tensor:
+    return ops.int4_matmul.reference(x, replace(w, qweight=pack_tiles(unpack_codes(w).clamp(max=14))), *terms)
 
 
 @planted("int4_matmul")
-def scale_of_the_next_group(x: Tensor, w: Int4, bias: Tensor | None) -> Tensor:
-    return ops.int4_matmul.reference(x, replace(w, scales=w.scales.roll(1, 0)), bias)
+def scale_of_the_next_group(x: Tensor, w: Int4, *terms: Tensor | None) -> Tensor:
+    return ops.int4_matmul.reference(x, replace(w, scales=w.scales.roll(1, 0)), *terms)
 
 
 @planted("int4_matmul")
-def bias_forgotten(x: Tensor, w: Int4, bias: Tensor | None) -> Tensor:
-    return ops.int4_matmul.reference(x, w)
+def bias_forgotten(x: Tensor, w: Int4, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return ops.int4_matmul.reference(x, w, None, residual)
+
+
+@planted("int4_matmul")
+def residual_forgotten(x: Tensor, w: Int4, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return ops.int4_matmul.reference(x, w, bias)
 
 
 @planted("int4_swiglu")
@@ -61,34 +66,34 @@ def gate_and_up_exchanged(x: Tensor, gate: Int4, up: Int4) -> Tensor:
 
 
 @planted("int4_matmul", dtype="float16", order="sub")  # in the other order weights are off by more than such sums
-def half_precision_sum(x: Tensor, w: Int4, bias: Tensor | None) -> Tensor:
+def half_precision_sum(x: Tensor, w: Int4, *terms: Tensor | None) -> Tensor:
     """Rounds the running sum as often as `tl.dot` with a float16 accumulator would."""
     plain = ops.dequantize(w, x.dtype)
     out = torch.zeros(len(x), len(plain), dtype=x.dtype, device=x.device)
     for k in range(0, plain.shape[1], 16):
         out += (x[:, k : k + 16].float() @ plain[:, k : k + 16].float().T).to(x.dtype)
-    return out if bias is None else out + bias
+    return sum((term for term in terms if term is not None), out)
 
 
 @planted("int4_matmul")
-def one_column_of_zeros(x: Tensor, w: Int4, bias: Tensor | None) -> Tensor:
-    out = ops.int4_matmul.reference(x, w, bias)
+def one_column_of_zeros(x: Tensor, w: Int4, *terms: Tensor | None) -> Tensor:
+    out = ops.int4_matmul.reference(x, w, *terms)
     out[:, -1] = 0
     return out
 
 
 @planted("int4_matmul")
-def last_column_unwritten(x: Tensor, w: Int4, bias: Tensor | None) -> Tensor:
+def last_column_unwritten(x: Tensor, w: Int4, *terms: Tensor | None) -> Tensor:
     out = torch.empty(len(x), w.shape[0], dtype=x.dtype, device=x.device)
-    out[:, :-1] = ops.int4_matmul.reference(x, w, bias)[:, :-1]
+    out[:, :-1] = ops.int4_matmul.reference(x, w, *terms)[:, :-1]
     return out
 
 
 @planted("int4_matmul")
-def one_element_past_the_output(x: Tensor, w: Int4, bias: Tensor | None) -> Tensor:
+def one_element_past_the_output(x: Tensor, w: Int4, *terms: Tensor | None) -> Tensor:
     out = torch.empty(len(x), w.shape[0], dtype=x.dtype, device=x.device)
     out.as_strided((out.numel() + 1,), (1,)).zero_()
-    return out.copy_(ops.int4_matmul.reference(x, w, bias))
+    return out.copy_(ops.int4_matmul.reference(x, w, *terms))
 
 
 @planted("prefill_attention")

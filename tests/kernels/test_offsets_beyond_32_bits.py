@@ -59,7 +59,8 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     "kv_write": [{"s": 40}],
     "rope_kv_write": [{"s": 40, "ratio": 2}],
 }
-VARIED = ("kv", "group", "order", "bias")  # sizes of which every value is tried, beside the others of the last call
+# Sizes of which every value is tried, beside the others of the last call.
+VARIED = ("kv", "group", "order", "bias", "residual")
 RESULT = "result"
 RESULT_AXES = {"linear": [0], "int4_matmul": [0], "int4_swiglu": [0]}  # those kernels take strides of; else all
 MAX_GROWTH = 2**28  # bytes of resident memory: that of a whole process then stays below 1 GB

@@ -154,6 +154,17 @@ def test_linear_takes_plain_and_int4_weights(bias: Tensor | None) -> None:
     close(ops.linear.reference(x, numbers(5, 32), bias), F.linear(x, numbers(5, 32), bias))
 
 
+@pytest.mark.parametrize("bias", [None, numbers(5)])
+def test_linear_adds_a_residual_to_plain_and_int4_products(bias: Tensor | None) -> None:
+    w, x, residual = quantize_rtn(numbers(5, 32), 16), numbers(2, 3, 32), numbers(5, 3, 2).permute(2, 1, 0)
+    close(ops.linear.reference(x, w, bias, residual), F.linear(x, dequantize(w, D), bias) + residual)
+    close(ops.linear.reference(x, numbers(5, 32), bias, residual), F.linear(x, numbers(5, 32), bias) + residual)
+    close(
+        ops.linear.reference(x[0, 0], numbers(5, 32), bias, residual[0, 0]),
+        F.linear(x[0, 0], numbers(5, 32), bias) + residual[0, 0],
+    )
+
+
 def example(name: str) -> list:
     op = OPS[name]
     sizes = {

@@ -54,6 +54,10 @@ def test_custom_op_without_the_optional_tensor_passes_opcheck() -> None:
     opcheck(ops.int4_matmul, order="fma", bias=False)
 
 
+def test_custom_op_with_every_optional_tensor_passes_opcheck() -> None:
+    opcheck(ops.int4_matmul, bias=True, residual=True)
+
+
 def test_every_op_of_a_model_is_a_custom_op() -> None:
     assert {name for name, op in OPS.items() if op.custom_op} >= set(OF_A_MODEL.split())
 

@@ -51,7 +51,7 @@ def product(args: Any) -> torch.Tensor:
 
 
 def test_a_weight_is_packed_once_and_again_after_a_write() -> None:
-    x, w, _ = example_args(int4_matmul, **SIZES)
+    x, w, *_ = example_args(int4_matmul, **SIZES)
     first = product((x, w))
     copy = int4._packed_weights[w.qweight][-1][0]
     assert torch.equal(product((x, w)), first) and int4._packed_weights[w.qweight][-1][0] is copy
@@ -63,7 +63,7 @@ def test_a_weight_is_packed_once_and_again_after_a_write() -> None:
 
 def test_the_same_codes_with_other_scales_are_packed_separately() -> None:
     """Also where the new scales come to lie at the address of those before."""
-    x, w, _ = example_args(int4_matmul, **SIZES)
+    x, w, *_ = example_args(int4_matmul, **SIZES)
     first = product((x, w))
     scaled = None
     for factor in (2, 4, 8, 16) * 10:
@@ -74,7 +74,7 @@ def test_the_same_codes_with_other_scales_are_packed_separately() -> None:
 
 
 def test_a_packed_copy_is_freed_with_its_weight() -> None:
-    x, w, _ = example_args(int4_matmul, **SIZES)
+    x, w, *_ = example_args(int4_matmul, **SIZES)
     product((x, w))
     before = len(int4._packed_weights)
     del w
@@ -84,7 +84,7 @@ def test_a_packed_copy_is_freed_with_its_weight() -> None:
 
 def test_a_weight_in_inference_mode_is_packed_every_time() -> None:
     with torch.inference_mode():
-        x, w, _ = example_args(int4_matmul, **SIZES)
+        x, w, *_ = example_args(int4_matmul, **SIZES)
         first = product((x, w))
         w.scales.mul_(2)
         assert torch.equal(product((x, w)), 2 * first) and w.qweight not in int4._packed_weights
@@ -183,10 +183,12 @@ def test_prefill_builds_a_mask_only_for_several_queries_behind_a_context(
 
 def test_gradients_flow_through_the_default_linear() -> None:
     """oneDNN's product has none, and is not taken where one is wanted."""
-    x, w, bias = (torch.randn(*shape, requires_grad=True) for shape in ((9, 16), (8, 16), (8,)))
-    want = torch.autograd.grad(F.linear(x, w, bias).square().sum(), (x, w, bias))
+    args = x, w, bias, residual = tuple(
+        torch.randn(*shape, requires_grad=True) for shape in ((9, 16), (8, 16), (8,), (9, 8))
+    )
+    want = torch.autograd.grad((F.linear(x, w, bias) + residual).square().sum(), args)
     with use(linear="aten"):
-        got = torch.autograd.grad(OPS["linear"](x, w, bias).square().sum(), (x, w, bias))
+        got = torch.autograd.grad(OPS["linear"](*args).square().sum(), args)
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 

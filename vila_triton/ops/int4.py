@@ -13,7 +13,7 @@ from vila_triton.registry import IntRange, OneOf, op
 
 from .dtypes import DTYPES, device_of_draws, dtype_name, random_tensor, upcast
 from .int4_tiles import pack_tiles, tiled_shape, unpack_tiles
-from .shapes import check_axes, check_floating, check_same_dtype
+from .shapes import check_axes, check_floating, check_residual, check_same_dtype
 
 ROUNDINGS = ("sub", "fma")
 SMALLEST_SCALE = 2.0**-24  # above 0 in float16
@@ -99,8 +99,12 @@ def quantize_rtn(w: Tensor, group_size: int) -> Int4:
     return Int4(pack_tiles(q.flatten(-2)), scales, zeros, group_size)
 
 
-def check_int4_args(op_name: str, x: Tensor, bias: Tensor | None = None, **weights: Int4) -> None:
-    """Raise ValueError unless the tensors of the weights [n, k] fit one another, x [..., k] and the bias [n]."""
+def check_int4_args(
+    op_name: str, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, **weights: Int4
+) -> None:
+    """Raise ValueError unless the tensors of the weights [n, k] fit one another, x [..., k], the bias [n] and the
+    residual [..., n].
+    """
     for name, w in weights.items():
         if not isinstance(w, Int4):
             raise ValueError(f"{op_name}: {name} is a {type(w).__name__}, expected an Int4")
@@ -122,17 +126,22 @@ def check_int4_args(op_name: str, x: Tensor, bias: Tensor | None = None, **weigh
         check_floating(op_name, x=x, **{leaf: y for leaf, (y, _) in group_tensors.items()})
     if bias is not None:
         check_same_dtype(op_name, x=x, bias=bias)
+    if residual is not None:
+        check_residual(op_name, x, residual, next(iter(weights.values())).shape[0])
 
 
 @op
-def int4_matmul(x: Tensor, w: Int4, bias: Tensor | None = None) -> Tensor:
-    """x · wᵀ + bias, w in 4 bits: x [..., k], w [n, k], bias [n] -> [..., n] in x's dtype. Lin et al. 2023 (AWQ)."""
-    return F.linear(upcast(x), upcast(dequantize(w, x.dtype)), None if bias is None else upcast(bias)).to(x.dtype)
+def int4_matmul(x: Tensor, w: Int4, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x · wᵀ + bias + residual, w in 4 bits: x [..., k], w [n, k], bias [n], residual [..., n] -> [..., n] in x's
+    dtype, rounded once. Lin et al. 2023 (AWQ).
+    """
+    out = F.linear(upcast(x), upcast(dequantize(w, x.dtype)), None if bias is None else upcast(bias))
+    return (out if residual is None else out + upcast(residual)).to(x.dtype)
 
 
 @int4_matmul.requires
-def _(x: Tensor, w: Int4, bias: Tensor | None = None) -> None:
-    check_int4_args("int4_matmul", x, bias, w=w)
+def _(x: Tensor, w: Int4, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
+    check_int4_args("int4_matmul", x, bias, residual, w=w)
 
 
 def random_int4(n: int, G: int, group_size: int, dtype: str, rounding: Any, rng: torch.Generator, device: str) -> Int4:
@@ -154,13 +163,15 @@ def _(
     dtype: DTYPES,
     order: OneOf("sub", "fma"),
     bias: OneOf(False, True),
+    residual: OneOf(False, True) = False,
     *,
     rng: torch.Generator,
     device: str,
 ):
     w = random_int4(n, G, group, dtype, order, rng, device)
     x = random_tensor(m, G * group, dtype=dtype, rng=rng, device=device)
-    return x, w, random_tensor(n, dtype=dtype, rng=rng, device=device) if bias else None
+    shapes = ((n,), bias), ((m, n), residual)
+    return x, w, *(random_tensor(*s, dtype=dtype, rng=rng, device=device) if given else None for s, given in shapes)
 
 
 def cancelling_rows(x: Tensor) -> Tensor:
@@ -184,8 +195,8 @@ def nearly_equal_weights(w: Int4, rng: torch.Generator) -> Int4:
 @int4_matmul.hard_case("cancelling_sums")
 def _(args: tuple, rng: torch.Generator) -> tuple:
     """Sums beyond float16 that cancel, see `cancelling_rows`."""
-    x, w, bias = args
-    return cancelling_rows(x), nearly_equal_weights(w, rng), bias
+    x, w, *rest = args
+    return cancelling_rows(x), nearly_equal_weights(w, rng), *rest
 
 
 def unlike_groups(x: Tensor, *weights: Int4) -> tuple[Tensor, tuple[Int4, ...]]:
@@ -206,9 +217,9 @@ def unlike_groups(x: Tensor, *weights: Int4) -> tuple[Tensor, tuple[Int4, ...]]:
 
 @int4_matmul.hard_case("unlike_groups")
 def _(args: tuple, rng: torch.Generator) -> tuple:
-    x, w, bias = args
+    x, w, *rest = args
     x, weights = unlike_groups(x, w)
-    return x, *weights, bias
+    return x, *weights, *rest
 
 
 @int4_matmul.hard_case("zero_rows")
@@ -219,11 +230,11 @@ def zero_rows(args: tuple, rng: torch.Generator) -> tuple:
     return x, *rest
 
 
-int4_matmul.fake_impl(lambda x, w, bias: x.new_empty(*x.shape[:-1], w.shape[0]))
+int4_matmul.fake_impl(lambda x, w, bias, residual: x.new_empty(*x.shape[:-1], w.shape[0]))
 
 
 @int4_matmul.sizes_from_args("m")
-def _(x, w, bias=None):
+def _(x, w, bias=None, residual=None):
     n, k = w.shape
     m = x.shape[:-1].numel()
     return dict(
@@ -234,13 +245,14 @@ def _(x, w, bias=None):
         dtype=dtype_name(x.dtype),
         order=w.rounding,
         bias=bias is not None,
+        residual=residual is not None,
     )
 
 
 @int4_matmul.flops_and_bytes
-def _(m, n, G, group, dtype, order, bias):
+def _(m, n, G, group, dtype, order, bias, residual=False):
     k, size = G * group, getattr(torch, dtype).itemsize
-    return 2 * m * n * k, n * k // 2 + (2 * n * G + m * k + m * n + n * bias) * size
+    return 2 * m * n * k, n * k // 2 + (2 * n * G + m * k + m * n * (1 + residual) + n * bias) * size
 
 
 @op

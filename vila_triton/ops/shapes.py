@@ -59,6 +59,16 @@ def check_same_dtype(op_name: str, **tensors: Tensor) -> None:
             raise ValueError(f"{op_name}: {name} is {y.dtype}, expected {x.dtype} like {first}")
 
 
+def check_residual(op_name: str, x: Tensor, residual: Tensor, n: int) -> None:
+    """Raise ValueError unless a residual is [..., n] for x [..., k], in its dtype and on its device; TypeError if it is
+    no tensor.
+    """
+    check_axes(op_name, x=(x, "... k"), residual=(residual, "... n"))
+    if residual.shape != (*x.shape[:-1], n):
+        raise ValueError(f"{op_name}: residual has shape {list(residual.shape)}, expected {[*x.shape[:-1], n]}")
+    check_same_dtype(op_name, x=x, residual=residual)
+
+
 def check_dtype(op_name: str, dtype: torch.dtype, **tensors: Tensor) -> None:
     """Raise ValueError unless all the tensors have this dtype."""
     for name, x in tensors.items():
