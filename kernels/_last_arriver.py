@@ -1,0 +1,55 @@
+"""One launch in place of two: programs leave partial results in memory, and the one that arrives last adds them up.
+
+Every program stores its part, then counts itself; whoever counts to the end finds all parts in memory and reads them
+in the order of the splits, so that the result has the same bits whoever came last. A counter is 0 before a launch and
+after it, so that a captured graph replays.
+"""
+
+import threading
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vila_triton.registry.search_space import next_power_of_2
+
+FEWEST = 4096  # counters of a new array: 16 KiB, more than most launches need
+_ARRAYS: dict[tuple[torch.device, int], list[Tensor]] = {}
+
+
+def arrival_counters(device: torch.device, count: int) -> Tensor:
+    """`count` counters or more, int32, all 0: for a launch on the current stream of `device` that leaves them at 0.
+
+    Each stream has its own, as its launches follow one another; so has each thread on a CPU. They are kept for the next
+    launch, and those that became too few are kept too, as captured graphs know their addresses: graphs that were
+    captured on one stream must not be replayed at the same time. A capture on a stream where there are none yet zeroes
+    some of its own, in a further launch at every replay; whoever warms up on the stream that captures has none.
+    """
+    if device.type == "cuda":
+        key = device, torch.cuda.current_stream(device).cuda_stream
+    else:
+        key = device, threading.get_ident()
+    arrays = _ARRAYS.get(key, [])
+    if arrays and arrays[-1].numel() >= count:
+        return arrays[-1]
+    counters = torch.zeros(max(FEWEST, next_power_of_2(count)), dtype=torch.int32, device=device)
+    if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        _ARRAYS[key] = [*arrays, counters]
+    return counters
+
+
+@triton.jit
+def arrives_last(counter_ptr, count):
+    """True in the last of `count` programs that call this with one counter, after all of their stores, which this one
+    may then load; it sets the counter to 0.
+
+    The barrier puts the stores of all threads before the count, whose release and acquire pass them on from program to
+    program; what all threads are told of the count waits for it in turn.
+    """
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == count - 1
+    tl.debug_barrier()
+    if is_last:
+        tl.store(counter_ptr, 0)
+    return is_last
