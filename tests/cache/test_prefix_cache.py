@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vila_triton.cache.paged_cache import PagedKVCache
-from vila_triton.engine.engine import SamplingParams, admit_sequences, generate_tokens, prefix_keys
+from vila_triton.engine.engine import admit_sequences, generate_tokens, prefix_keys
+from vila_triton.engine.sampling import SamplingParams
 from vila_triton.images.feature_cache import ImageFeatureCache, image_hash
 from vila_triton.models import llama
 from vila_triton.models.vila import splice_image_tokens

@@ -174,7 +174,7 @@ def test_kernel_choice_holds_in_threads_with_a_copy_of_the_context_only() -> Non
 
 def test_half_read_answer_leaves_the_context_unchanged() -> None:
     from vila_triton.engine import engine
-    from vila_triton.engine.engine import SamplingParams
+    from vila_triton.engine.sampling import SamplingParams
 
     cache = MODEL.new_cache(1)
     cache.ensure_capacity({0: 9})

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vila_triton import __main__ as commands
-from vila_triton.engine.engine import SamplingParams, check_sampling_arguments
+from vila_triton.engine.sampling import SamplingParams, check_sampling_arguments
 from vila_triton.hf.generation import check_generate_arguments
 from vila_triton.limits import Limits
 

@@ -15,6 +15,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from bench.correctness.covering_array import Row, pairwise_rows
 from vila_triton.cache.paged_cache import PagedKVCache
 from vila_triton.engine import engine
+from vila_triton.engine.sampling import SamplingParams
 from vila_triton.models.vila import splice_image_tokens
 
 MODEL = build(gain=3.0)
@@ -53,10 +54,10 @@ def run(
 
     engine.admit_sequences(cache, keys, num_new)
     assert cache.length(next(iter(rows))) == known
-    sampling = engine.SamplingParams(num_new, LogitsProcessorList([listen]))
+    sampling = SamplingParams(num_new, processors=LogitsProcessorList([listen]))
     answers: dict[int, list[tuple[Tensor, int]]] = {seq: [] for seq in rows}
     for seq, token in engine.generate_tokens(PARAMS, rows, CFG, cache, features, sampling, row["chunk_size"]):
-        answers[seq].append((seen[-1], token))
+        answers[seq].append((seen.pop(0), token))
     return answers
 
 

@@ -3,12 +3,14 @@ that the plain pass gives, run on the whole sequence for every token; options th
 """
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import pytest
+import sampling_oracle
 import torch
 from hf_reference import build, padded, pictures, words
 from plain_pass import Step, embed_row, plain_pass, steps_of_batch
@@ -78,7 +80,7 @@ def is_valid(row: Row) -> bool:
     )
 
 
-def choose(row: Row, logits: Tensor, text: list[int], rng: torch.Generator) -> tuple[Tensor, int]:
+def choose(row: Row, logits: Tensor, text: list[int], draw: Callable[..., Tensor]) -> tuple[Tensor, int]:
     """The scores [v] that the options make of logits [v] behind these text tokens, and the token that is chosen."""
     scores, options = logits.float().clone(), CHOICES[row["choice"]]
     for token in set(text) if row["repetition_penalty"] else ():
@@ -96,7 +98,7 @@ def choose(row: Row, logits: Tensor, text: list[int], rng: torch.Generator) -> t
         scores[by_size[:-1][tail[:-1]]] = float("-inf")
     if row["choice"] == "greedy":
         return scores, int(scores.argmax())
-    return scores, int(torch.multinomial(scores.softmax(0), 1, generator=rng))
+    return scores, int(draw(scores.softmax(0)[None], 1))
 
 
 def positions_of(ids: list[list[int]]) -> list[int]:
@@ -108,13 +110,15 @@ def plain_answers(row: Row, ids: list[list[int]], images: list[list[Tensor]]) ->
     """The scores and the token of each step of `max_new_tokens`, for each prompt alone and without a stop."""
     answers = []
     for i, (tokens, own, steps) in enumerate(zip(ids, images, steps_of_batch(positions_of(ids), row["chunk_size"]))):
-        rng = torch.Generator().manual_seed({"one": SEED + i, "one a prompt": SEED - i}.get(row["seed"] or "", SEED))
+        seed = {"one": SEED + i, "one a prompt": SEED - i}.get(row["seed"] or "", SEED)
+        of_torch = partial(torch.multinomial, generator=torch.Generator().manual_seed(seed))
+        draw = sampling_oracle.multinomial(seed) if row["loop"] == "engine" else of_torch
         embeddings, text = embed_row(PARAMS, CFG, tokens, own), [token for token in tokens if token >= 0]
         answer: list[tuple[Tensor, int]] = []
         for _ in range(row["max_new_tokens"]):
             how: dict[str, Any] = {"kv_dtype": row["kv_dtype"], "numerics": row["numerics"]}
             logits = plain_pass(PARAMS, CFG, embeddings, steps=steps, **how).logits[-1]
-            answer.append(choose(row, logits, text, rng))
+            answer.append(choose(row, logits, text, draw))
             text, token = [*text, answer[-1][1]], [answer[-1][1]]
             embeddings = torch.cat((embeddings, embed_row(PARAMS, CFG, token)))
             steps = [*steps, Step(1, is_decode=True)]

@@ -11,6 +11,7 @@ from torch import Tensor
 from bench.measure import smollm2
 from vila_triton.cache.paged_cache import PagedKVCache, UncachedBatch
 from vila_triton.engine import engine
+from vila_triton.engine.sampling import SamplingParams
 from vila_triton.models import llama, vila
 from vila_triton.models.config import LlamaConfig
 from vila_triton.registry import OPS, count_calls, discover, use
@@ -45,7 +46,7 @@ def answer(p: llama.Llama, cfg: LlamaConfig, ids: Tensor, count: int, **how: Any
     """Greedy tokens through the paged cache."""
     cache = PagedKVCache(cfg, 64, dtype=torch.float32)
     rows = {cache.allocator.add_sequence(): ids}
-    sampling = engine.SamplingParams.from_generate_kwargs(1, max_new_tokens=count, **how)
+    sampling = SamplingParams.from_generate_kwargs(1, max_new_tokens=count, **how)
     whole: Any = SimpleNamespace(llm=cfg)
     language_only = vila.Vila(p, None, None)  # pyright: ignore[reportArgumentType]
     return [t for _, t in engine.generate_tokens(language_only, rows, whole, cache, None, sampling)]

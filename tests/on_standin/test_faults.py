@@ -15,7 +15,7 @@ from hf_reference import build, padded, pictures
 from bench.measure import runners
 from vila_triton import VilaLlamaForCausalLM
 from vila_triton.cache import paged_cache
-from vila_triton.engine import engine
+from vila_triton.engine import draws, engine, sampling
 from vila_triton.hf import modeling_vila_llama
 from vila_triton.images import feature_cache as known_pictures
 from vila_triton.models import llama, vila
@@ -108,7 +108,7 @@ def answers(model: VilaLlamaForCausalLM) -> None:
 def waits(model: VilaLlamaForCausalLM) -> None:
     """A decoded token waits where it is known to."""
     with torch.no_grad():
-        test_paths.test_decode_step_waits_only_at_known_lines((None, model), 1)
+        test_paths.test_decode_step_waits_only_at_known_lines((None, model), 1, {})
 
 
 def captured(model: VilaLlamaForCausalLM) -> None:
@@ -158,13 +158,14 @@ FAULTS = {
         llama.attention, Prepend("assert x.sum().isfinite()"), captured, CAPTURING
     ),
     "a value read back at every step": Fault(
-        engine.generate_tokens, Prepend("bool((next(iter(pending.values())) > 0).any())"), waits, COUNTER
+        engine.extend, Prepend("bool((next(iter(rows.values())) > 0).any())"), waits, COUNTER
     ),
     "a mask that selects at every step": Fault(
         paged_cache.PagedKVCache._build_batch, Prepend("self.k_pages[self.k_pages != self.k_pages]"), waits, COUNTER
     ),
-    "a draw on the device by a generator of the CPU": Fault(engine.generate_tokens, DropCall("cpu"), answers, OF_CPU),
-    "a token left on the CPU": Fault(engine.generate_tokens, DropCall("to"), answers, TWO),
+    "seeds on the CPU": Fault(draws.seed_tensor, DropKeyword("device"), answers, TWO),
+    "numbers of draws on the CPU": Fault(engine.generate_tokens, DropKeyword("device"), answers, TWO),
+    "a draw that is looked at": Fault(sampling.draw_tokens, Prepend("bool(draw.any())"), waits, COUNTER),
     "angles on the CPU": Fault(
         llama.rotary_cos_sin, Prepend("positions = positions.cpu()"), answers, "cos is on cpu, expected cuda:0"
     ),

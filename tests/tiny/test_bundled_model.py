@@ -10,7 +10,8 @@ from PIL import Image
 from bench.correctness.error_budget import DEVICE, UNSUPPORTED_DTYPES
 from vila_triton.chat.conversation import ChatModel, Conversation
 from vila_triton.chat.prompts import insert_image_tokens, tokenize
-from vila_triton.engine.engine import SamplingParams, generate_tokens
+from vila_triton.engine.engine import generate_tokens
+from vila_triton.engine.sampling import SamplingParams
 from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.images.processing import ImageError, open_image
 from vila_triton.paths import BUNDLED_CHECKPOINT

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..cache.paged_cache import PagedKVCache
 from ..checkpoints.generation_config import sampling_arguments
-from ..engine.engine import SamplingParams, admit_sequences, check_sampling_arguments, generate_tokens, prefix_keys
+from ..engine.engine import admit_sequences, generate_tokens, prefix_keys
+from ..engine.sampling import SamplingParams, check_sampling_arguments
 from ..images.processing import ImageInput, list_images, load_image, preprocess_images
 from ..limits import COUNT
 from ..lock import DeferringLock
@@ -226,7 +227,7 @@ class Conversation:
                 f"context is {context_length} (max_position_embeddings in config.json); lower max_new_tokens or begin "
                 "a new one"
             )
-        params = SamplingParams.from_generate_kwargs(1, eos_token_id=stop_ids or None, device=model.device, **options)
+        params = SamplingParams.from_generate_kwargs(1, eos_token_id=stop_ids or None, **options)
         cache, seq, keys = self.cache, self.seq, prefix_keys(spliced_ids, feature_keys)
         with cache.lock:
             cached_length = cache.length(seq)

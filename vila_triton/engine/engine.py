@@ -3,34 +3,22 @@
 All functions take the parameters, the config and the cache, and keep no state of their own.
 """
 
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.generation.stopping_criteria import EosTokenCriteria, StoppingCriteriaList
+from transformers.generation.logits_process import LogitsProcessorList
 
 from ..cache.paged_cache import AttentionRecorder, PagedBatch, PagedKVCache, UncachedBatch, step_phase
-from ..checkpoints.generation_config import ARGUMENT_LIMITS
-from ..limits import SEED
 from ..models import llama, vila
 from ..models.config import VilaConfig
 from ..registry import default_choices
 from ..registry.tuned_tables import default_choices_for
-from .stopping import StopStrings
+from .sampling import NO_TOKEN, SamplingParams, draw_tokens, mark_seen, penalize, seen_tokens, warp
 
-NEEDS_SAMPLING = "temperature, top_k and top_p need do_sample=True: else the likeliest token is taken"
 Batch = PagedBatch | UncachedBatch | AttentionRecorder
 
 
@@ -161,81 +149,6 @@ def admit_sequences(cache: PagedKVCache, keys: Mapping[int, list[int]], max_new_
         cache.admit(keys, max_new_tokens)
 
 
-def check_sampling_arguments(options: Mapping[str, Any]) -> None:
-    """Errors: ValueError naming an argument of `SamplingParams.from_generate_kwargs` that is out of range."""
-    for name, limits in ARGUMENT_LIMITS.items():
-        if options.get(name) is not None:
-            limits.validate(name, options[name])
-    seed = options.get("seed")
-    for value in seed if isinstance(seed, Sequence) else () if seed is None else (seed,):
-        SEED.validate("seed", value)
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """The choice of the next token and of when to stop, as transformers' logits processors and stopping criteria.
-
-    `seeds`: one for each sequence, or None for greedy decoding. Each sequence draws from a generator of its own, on the
-    CPU.
-    """
-
-    max_new_tokens: int = 128
-    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
-    criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
-    seeds: Sequence[int] | None = None
-
-    @classmethod
-    def from_generate_kwargs(
-        cls,
-        batch_size: int,
-        *,
-        max_new_tokens: int = 128,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        seed: int | Sequence[int] | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        stop_strings: str | list[str] | None = None,
-        tokenizer: object = None,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        device: torch.device | str = "cpu",
-    ) -> "SamplingParams":
-        """Build the parameters from arguments named as in transformers' `generate`.
-
-        Decoding is greedy unless `do_sample`. Sequence i draws with seed + i, or with seed[i]; without a seed from an
-        unpredictable one, which is then in `seeds`. Errors: ValueError naming the argument.
-        """
-        check_sampling_arguments(locals())
-        processors = LogitsProcessorList()  # in transformers' order
-        if repetition_penalty != 1.0:
-            processors.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
-        processors += logits_processor or []
-        if not do_sample and (temperature != 1.0 or top_k is not None or top_p is not None):
-            raise ValueError(NEEDS_SAMPLING)
-        if temperature != 1.0:
-            processors.append(TemperatureLogitsWarper(float(temperature)))
-        if top_k is not None:
-            processors.append(TopKLogitsWarper(top_k))
-        if top_p is not None:
-            processors.append(TopPLogitsWarper(float(top_p)))
-        criteria = StoppingCriteriaList(stopping_criteria or [])
-        if eos_token_id is not None:
-            ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-            criteria.append(EosTokenCriteria(torch.tensor(ids, device=device)))
-        if stop_strings is not None:
-            criteria.append(StopStrings(tokenizer, stop_strings))
-        seeds = None
-        if do_sample:
-            seed = secrets.randbits(32) if seed is None else seed
-            seeds = [seed + i for i in range(batch_size)] if isinstance(seed, int) else list(seed)
-            if len(seeds) != batch_size:
-                raise ValueError(f"{len(seeds)} seeds for {batch_size} prompts")
-        return cls(max_new_tokens, processors, criteria, seeds)
-
-
 @torch.no_grad()
 def generate_tokens(
     p: vila.Vila,
@@ -249,36 +162,55 @@ def generate_tokens(
     """Continue sequences, yielding (sequence id, token) as tokens are chosen.
 
     rows: by sequence id, the spliced ids [t] of the whole prompt; positions that are cached already are not run again.
-    The last token of an answer is not cached. Logits processors and stopping criteria see text tokens only, without
-    images. Between two steps other threads may use the cache, and other iterators of this function may be advanced.
+    The last token of an answer is not cached. The repetition penalty, logits processors and stopping criteria see text
+    tokens only, without images. Between two steps other threads may use the cache, and other iterators of this function
+    may be advanced. Errors: ValueError, `OutOfPages`; RuntimeError if the model's scores are not finite numbers.
     """
     pending = {seq: row[cache.length(seq) :] for seq, row in rows.items()}
     for seq, row in pending.items():
         if not len(row):
             raise ValueError(f"sequence {seq}: all {len(rows[seq])} tokens of the prompt are cached, nothing is new")
-    text_ids: dict[int, Any] = {seq: row[row >= 0][None] for seq, row in rows.items()}
-    generators = {seq: torch.Generator().manual_seed(seed) for seq, seed in zip(rows, sampling.seeds or ())}
-    remaining = dict.fromkeys(rows, sampling.max_new_tokens)
+    text_ids = {seq: row[row >= 0].tolist() for seq, row in rows.items()}
+    device, vocab_size = p.llm.norm.device, cfg.llm.vocab_size
+    settings = sampling.rows(len(rows), device)
+    seen = seen_tokens([*text_ids.values()], vocab_size, device) if sampling.penalizes else None  # [b, v]
     try:
-        while pending:
+        for num_drawn in range(sampling.max_new_tokens):
+            if not pending:
+                break
             with cache.lock:
                 hidden = torch.cat(extend(p, pending, cfg, cache, image_features, chunk_size=chunk_size))
             with use_default_kernels(hidden.device, step_phase([1], cache.numerics)):
                 logits = llama.logits(p.llm, hidden).float()  # [b, v]
-            for seq, row_logits in zip(list(pending), logits.split(1)):
-                scores: Any = sampling.processors(text_ids[seq], row_logits)  # pyright: ignore[reportArgumentType]
-                if generators:
-                    token = torch.multinomial(scores.softmax(-1).cpu(), 1, generator=generators[seq]).to(scores.device)[
-                        0
-                    ]
-                else:
-                    token = scores.argmax(-1)
-                text_ids[seq] = torch.cat((text_ids[seq], token[None]), dim=1)
-                pending[seq], remaining[seq] = token, remaining[seq] - 1
-                yield seq, int(token)
-                if not remaining[seq] or (sampling.criteria and bool(sampling.criteria(text_ids[seq], scores).any())):
+            scores = logits if seen is None else penalize(logits, settings, seen)
+            if sampling.processors:
+                scores = process(scores, [text_ids[seq] for seq in pending], sampling.processors)
+            scores = warp(scores, settings)
+            tokens = draw_tokens(scores, settings, torch.full((len(pending),), num_drawn, device=device))  # [b]
+            if seen is not None:
+                mark_seen(seen, tokens)
+            is_last, remaining_rows = num_drawn + 1 == sampling.max_new_tokens, list[int]()
+            for i, (seq, token) in enumerate(zip(list(pending), tokens.tolist())):
+                if token == NO_TOKEN:
+                    raise RuntimeError(f"sequence {seq}: the model's scores of the next token are not finite numbers")
+                text_ids[seq].append(token)
+                pending[seq] = tokens[i : i + 1]
+                yield seq, token
+                if is_last or sampling.has_ended(text_ids[seq], scores[i]):
                     del pending[seq]
                     cache.lock.run_soon(partial(cache.allocator.release_reservation, seq))
+                else:
+                    remaining_rows.append(i)
+            if len(remaining_rows) < len(tokens):
+                index = torch.tensor(remaining_rows, dtype=torch.int64, device=device)
+                settings, seen = settings.select(index), seen if seen is None else seen[index]
     finally:
         for seq in pending:
             cache.lock.run_soon(partial(cache.allocator.release_reservation, seq))
+
+
+def process(scores: Tensor, text_ids: Sequence[list[int]], processors: LogitsProcessorList) -> Tensor:
+    """Apply logits processors to scores [b, v], each row with its own text tokens -> [b, v]."""
+    ids: Any = [torch.tensor([text], device=scores.device) for text in text_ids]
+    rows: Any = scores.split(1)
+    return torch.cat([processors(text, row) for text, row in zip(ids, rows)])

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vila_triton.cache.paged_cache import PagedKVCache
 from vila_triton.checkpoints.generation_config import (
+    ARGUMENT_LIMITS,
     GENERATION_CONFIG_NAME,
     HONORED_FIELDS,
     NEUTRAL_VALUES,
@@ -23,6 +24,7 @@ from vila_triton.checkpoints.generation_config import (
     sampling_arguments,
 )
 from vila_triton.engine import engine
+from vila_triton.engine.sampling import NEEDS_SAMPLING, SamplingParams, check_sampling_arguments
 from vila_triton.engine.stopping import PadStoppedRows, StopStrings
 
 from ..models import vila
@@ -34,9 +36,7 @@ CACHE_KEY = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ el
 LOOPS = ("engine", "transformers")
 LENGTH_FIELDS = {"max_new_tokens", "max_length"}
 SAMPLING_ARGUMENTS = [
-    name
-    for name in inspect.signature(engine.SamplingParams.from_generate_kwargs).parameters
-    if name not in ("batch_size", "device")
+    name for name in inspect.signature(SamplingParams.from_generate_kwargs).parameters if name != "batch_size"
 ]
 
 
@@ -116,7 +116,7 @@ class VilaGenerationMixin(GenerationMixin):
         if options.get("do_sample") and options.get("seed") is None:
             options["seed"] = int(torch.randint(2**32, ()))
         pad_id = options.pop("pad_token_id", model.generation_config.pad_token_id)
-        sampling = engine.SamplingParams.from_generate_kwargs(len(rows), device=model.device, **options)
+        sampling = SamplingParams.from_generate_kwargs(len(rows), **options)
         cache = self.new_cache(len(rows))
         cache.ensure_capacity({seq: len(row) + sampling.max_new_tokens for seq, row in enumerate(rows)})
         chunk_size = model.config.prefill_chunk_size if chunk_prefilling else None
@@ -248,8 +248,8 @@ def check_generate_arguments(loop: str, options: Mapping[str, Any]) -> None:
     if loop not in LOOPS:
         raise ValueError(f"generate: loop is {loop!r}; there are: {', '.join(LOOPS)}")
     # transformers' loop takes 0 for "not at all".
-    engine.check_sampling_arguments(
-        options if loop == "engine" else {name: options[name] for name in engine.ARGUMENT_LIMITS if options.get(name)}
+    check_sampling_arguments(
+        options if loop == "engine" else {name: options[name] for name in ARGUMENT_LIMITS if options.get(name)}
     )
     if loop == "transformers":
         config = options.get("generation_config")
@@ -282,7 +282,7 @@ def check_sampling_fields(settings: Mapping[str, Any], given: Mapping[str, Any])
     """Errors: ValueError if a call gives what counts in sampling only, and the settings do not say do_sample."""
     changed = [name for name in SAMPLING_FIELDS if given.get(name, NEUTRAL_VALUES[name]) != NEUTRAL_VALUES[name]]
     if changed and not settings.get("do_sample"):
-        raise ValueError(engine.NEEDS_SAMPLING)
+        raise ValueError(NEEDS_SAMPLING)
 
 
 def with_new_tokens(options: Mapping[str, Any], new_tokens: int) -> dict[str, Any]:
