@@ -39,13 +39,15 @@ def launch_cost(config: Config, m: int, n: int, G: int, group: int, dtype: str, 
 
 @triton.jit
 def block_pointers(qweight_ptr, pid_n, start, N, K, TILES_N: tl.constexpr, TILES_K: tl.constexpr):
-    """Pointers to the words of a block of w from input `start` on, [TILES_N, TILES_K, 32, 4], and the rows of w that
-    each lane holds codes of (`lane_rows`)."""
+    """Pointers to the words of a block of w from input `start` on, [TILES_N, TILES_K, 128], and the rows of w that each
+    lane holds codes of (`lane_rows`)."""
     tile = (pid_n.to(tl.int64) * TILES_N + tl.arange(0, TILES_N))[:, None, None, None]
-    tile_k = (start // 64 + tl.arange(0, TILES_K))[None, :, None, None]
-    lane = tl.arange(0, 32)[None, None, :, None]
-    top, low = lane_rows(tile, lane // 4, N)
-    return word_pointers(qweight_ptr, tile, tile_k, lane, tl.arange(0, 4)[None, None, None, :], N, K), top, low
+    tile_k = (start // 64 + tl.arange(0, TILES_K))[None, :, None]
+    top, low = lane_rows(tile, tl.arange(0, 32)[None, None, :, None] // 4, N)
+    word_ptrs = word_pointers(
+        qweight_ptr, tl.reshape(tile, [TILES_N, 1, 1]), tile_k, 0, tl.arange(0, 128)[None, None, :], N, K
+    )
+    return word_ptrs, top, low
 
 
 @triton.jit
@@ -58,9 +60,11 @@ def x_pointers(x_ptr, offs_m, start, M, stride_xm, stride_xk, BLOCK_K: tl.conste
 
 @triton.jit
 def load_words(word_ptrs, start, K, TILES_K: tl.constexpr, MASK_K: tl.constexpr):
-    """Codes past the last tile are 0."""
+    """Words [TILES_N, TILES_K, 128], those past the last tile 0. A tile is one axis, lanes and words, as Triton then
+    keeps it together in shared memory, where it would otherwise put the words of a lane of all tiles side by side: the
+    lanes of a warp would meet in the same banks."""
     if MASK_K:
-        tile_k = (start // 64 + tl.arange(0, TILES_K))[None, :, None, None]
+        tile_k = (start // 64 + tl.arange(0, TILES_K))[None, :, None]
         return tl.load(word_ptrs, mask=tile_k < (K + 63) // 64, other=0)
     else:
         return tl.load(word_ptrs)
@@ -92,8 +96,9 @@ def dequantize_block(
     TILES_N: tl.constexpr,
     TILES_K: tl.constexpr,
 ):
-    """Words of a step [TILES_N, TILES_K, 32, 4] and their rows (`lane_rows`) -> weights [BLOCK_N, BLOCK_K]."""
+    """Words of a step [TILES_N, TILES_K, 128] and their rows (`lane_rows`) -> weights [BLOCK_N, BLOCK_K]."""
     _, scales_ptr, zeros_ptr = w
+    words = tl.reshape(words, [TILES_N, TILES_K, 32, 4])
     tile_k = tl.arange(0, TILES_K)[None, :, None, None]
     group = group_ids(start, tile_k, tl.arange(0, 4)[None, None, None, :], K, GROUP_SIZE, 64 * TILES_K)
     zero = tl.load(zeros_ptr + group * N + top)
