@@ -28,11 +28,11 @@ def check_supported(op_name: str, *tensors: Tensor) -> None:
         raise Unsupported(
             f"{op_name}: tensors are on {device}, but kernels start on cuda:{torch.cuda.current_device()}"
         )
-    for dtype in {x.dtype for x in tensors}:
-        if dtype not in DTYPES:
-            raise Unsupported(f"{op_name}: {dtype} is not one of {', '.join(map(str, DTYPES))}")
-        if dtype == torch.bfloat16 and INTERPRETED:
+    for x in tensors:
+        if x.dtype == torch.bfloat16 and INTERPRETED:
             raise Unsupported(f"{op_name}: Triton's interpreter computes wrong numbers in bfloat16")
+        if x.dtype not in DTYPES:
+            raise Unsupported(f"{op_name}: {x.dtype} is not one of {', '.join(map(str, DTYPES))}")
 
 
 def compiles_for_cpu() -> bool:

@@ -34,6 +34,7 @@ reference. There are no priorities and no fallback: an implementation that canno
     gradients      kernels have none, which is said when one is asked for
     custom_ops     ops as `torch.library` custom ops, for torch.compile
     op             `Op` and `Impl`
+    signature      what a decision of an op may depend on
     discovery      imports the files of ops/ and kernels/, and checks that what is chosen exists
     kernel_config  configs/kernels.toml: the defaults by device and phase
     tuned_tables   configs/tuned/DEVICE.json: configs and choices by size, measured by `python -m bench.tune`

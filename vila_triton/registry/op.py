@@ -5,8 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from .search_space import Config, SearchSpace
@@ -14,6 +16,7 @@ from .size_ranges import Choice
 from .target_configs import ConfigNumber, check_by_target, config_number, config_numbers, current_target
 
 REFERENCE = "reference"
+MOST_DECISIONS = 4096  # that an op remembers
 OPS: dict[str, "Op"] = {}
 
 _NO_CHOICES: Mapping[str, Choice] = MappingProxyType({})
@@ -22,6 +25,12 @@ EXPLICIT_CHOICES: ContextVar[Mapping[str, Choice]] = ContextVar("explicit_choice
 DEFAULT_CHOICES: ContextVar[Mapping[str, Choice] | None] = ContextVar("default_choices", default=None)
 BATCH_INVARIANT: ContextVar[bool] = ContextVar("batch_invariant", default=False)
 CALL_COUNTER: ContextVar["Counter[tuple[str, str]] | None"] = ContextVar("call_counter", default=None)
+
+
+@cache
+def torch_part(name: str) -> ModuleType:
+    """A module of this package that imports torch, which importing the registry does not."""
+    return import_module(f".{name}", __package__)
 
 
 class Unsupported(ValueError):
@@ -119,6 +128,10 @@ class Defaults:
     def config(self, impl: Impl, *args: Any, **kwargs: Any) -> Config | None:
         return None
 
+    def table(self, *args: Any, **kwargs: Any) -> object:
+        """Return what `config` goes by for the device of a call: another object once that has changed."""
+        return None
+
 
 class Op:
     """A named operation: its reference, its domain, its cost and everything that implements it."""
@@ -143,6 +156,7 @@ class Op:
         self.cost = self._missing_cost = self._not_registered("flops_and_bytes")
         self.sizes_of: Callable[..., dict[str, Any]] | None = None
         self.dynamic_sizes: tuple[str, ...] = ()
+        self._decisions: dict[Any, tuple[Impl, Config, str | None, object]] = {}  # see `decide`
         self.custom_op: Callable[..., Any] | None = None  # what `torch.compile` sees of a call
         self.is_compiling: Callable[[], bool] = lambda: False
         self.__doc__ = reference.__doc__
@@ -158,12 +172,13 @@ class Op:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Check the arguments and run the implementation that is chosen for this call."""
-        self.check(*args, **kwargs)
-        impl = self.impls[self.choose_implementation(*args, **kwargs)]
+        impl, config = self.decide(args, kwargs)
+        if self.index_check:
+            self.index_check(*args, **kwargs)
         if (counter := CALL_COUNTER.get()) is not None:
             counter[self.name, impl.name] += 1
         try:
-            out = impl(*args, **kwargs)
+            out = impl.fn(*args, **kwargs, **config)
         except Unsupported as reason:
             # The advice is left out where the caller chose, and where an op that this one calls has given it.
             if self.name in EXPLICIT_CHOICES.get() or isinstance(reason.__cause__, Unsupported):
@@ -173,9 +188,35 @@ class Op:
             ) from reason
         if impl.name == REFERENCE:
             return out
-        from . import gradients  # not at import: it needs torch
+        return torch_part("gradients").forbid_gradient(self.name, impl.name, out, *args, *kwargs.values())
 
-        return gradients.forbid_gradient(self.name, impl.name, out, *args, *kwargs.values())
+    def decide(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Impl, Config]:
+        """Return the implementation and the config that a call runs, after the check of `requires`.
+
+        Calls of one signature (see `signature`) share a decision, until the tuned table or the target is another one.
+        """
+        choice = self.choice_in_context()
+        signature = torch_part("signature").call_signature(args, kwargs) if choice is not None else None
+        if signature is None:
+            return self._decide_afresh(args, kwargs)
+        key, table = (choice, BATCH_INVARIANT.get(), signature), self.defaults.table(*args, **kwargs)
+        found = self._decisions.get(key)
+        if found is not None:
+            impl, config, target, known_table = found
+            is_valid = known_table is table and self.impls.get(impl.name) is impl
+            if is_valid and (not impl.by_target or current_target() == target):
+                return impl, config
+        impl, config = self._decide_afresh(args, kwargs)
+        if len(self._decisions) >= MOST_DECISIONS:
+            self._decisions.clear()
+        self._decisions[key] = impl, config, current_target() if impl.by_target else None, table
+        return impl, config
+
+    def _decide_afresh(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Impl, Config]:
+        if self.precondition:
+            self.precondition(*args, **kwargs)
+        impl = self.impls[self.choose_implementation(*args, **kwargs)]
+        return impl, impl.resolve_config(*args, **kwargs)
 
     def check(self, *args: Any, **kwargs: Any) -> None:
         """Raise what `requires` and `bounds` raise for these arguments."""
@@ -184,13 +225,18 @@ class Op:
         if self.index_check:
             self.index_check(*args, **kwargs)
 
+    def choice_in_context(self) -> Choice | None:
+        """Return the choice of `use` or of the engine around a call; None where there is neither."""
+        choice = EXPLICIT_CHOICES.get().get(self.name)
+        if choice is None and (defaults := DEFAULT_CHOICES.get()) is not None:
+            return defaults.get(self.name, REFERENCE)
+        return choice
+
     def choose_implementation(self, *args: Any, **kwargs: Any) -> str:
         """Return the name of the implementation that a call with these arguments runs."""
-        defaults = DEFAULT_CHOICES.get()
-        choice = EXPLICIT_CHOICES.get().get(self.name)
+        choice = self.choice_in_context()
         if choice is None:
-            in_engine = defaults is not None
-            choice = defaults.get(self.name, REFERENCE) if in_engine else self.defaults.choice(self, *args, **kwargs)
+            choice = self.defaults.choice(self, *args, **kwargs)
         if BATCH_INVARIANT.get():
             self.check_batch_invariant(choice)
         if isinstance(choice, str):
@@ -269,6 +315,7 @@ class Op:
         """Register the check of shapes and dtypes before every call: it raises TypeError or ValueError, or returns."""
         fn.__qualname__ = self.name  # Python's own error for missing arguments then names the op
         self.precondition = fn
+        self._decisions.clear()
         return fn
 
     def bounds(self, fn: Callable[..., None]) -> Callable[..., None]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any, overload
 
 from .discovery import validate_choices
-from .op import BATCH_INVARIANT, CALL_COUNTER, DEFAULT_CHOICES, EXPLICIT_CHOICES, OPS, Defaults, Impl, Op
+from .op import BATCH_INVARIANT, CALL_COUNTER, DEFAULT_CHOICES, EXPLICIT_CHOICES, OPS, Defaults, Impl, Op, torch_part
 from .search_space import Config
 from .size_ranges import Choice
 
@@ -15,14 +15,13 @@ class TunedDefaults(Defaults):
     """Decides as configs/kernels.toml and the tuned tables say for the device of a call."""
 
     def choice(self, op: Op, *args: Any, **kwargs: Any) -> Choice:
-        from . import tuned_tables  # not at import: it needs torch
-
-        return tuned_tables.default_choice(op, *args, **kwargs)
+        return torch_part("tuned_tables").default_choice(op, *args, **kwargs)
 
     def config(self, impl: Impl, *args: Any, **kwargs: Any) -> Config | None:
-        from . import tuned_tables
+        return torch_part("tuned_tables").tuned_config(impl, *args, **kwargs)
 
-        return tuned_tables.tuned_config(impl, *args, **kwargs)
+    def table(self, *args: Any, **kwargs: Any) -> object:
+        return torch_part("tuned_tables").table_of(*args, **kwargs)
 
 
 @overload

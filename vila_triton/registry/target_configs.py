@@ -9,6 +9,8 @@ run; so do interpreted kernels.
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -64,13 +66,23 @@ def check_by_target(by_target: Mapping[str, ConfigNumber], num_configs: int, has
 
 def current_target() -> str | None:
     """Return the target that Triton compiles for here, as "sm_90"; None where kernels are interpreted or none run."""
-    import triton  # not at import: listing ops does not need it
-    from triton import knobs
-
-    if knobs.runtime.interpret:
+    if triton().knobs.runtime.interpret:
         return None
     try:
-        target: Any = triton.runtime.driver.active.get_current_target()
+        driver: Any = triton().runtime.driver.active
     except RuntimeError:  # there is no driver
         return None
+    return target_of_device(driver, driver.get_current_device())
+
+
+@cache
+def triton() -> Any:
+    """Triton, which listing ops does not need."""
+    return import_module("triton")
+
+
+@lru_cache
+def target_of_device(driver: Any, device: int) -> str:
+    """The target of a device of a driver, "sm_90" or "gfx942"; a device does not become another."""
+    target: Any = driver.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)

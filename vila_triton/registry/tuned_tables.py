@@ -247,6 +247,13 @@ def device_of(*args: Any, **kwargs: Any) -> torch.device | None:
     return next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
 
 
+def table_of(*args: Any, **kwargs: Any) -> Mapping[str, Any] | None:
+    """The tuned table of the device of a call, None without one."""
+    device = args[0].device if args and isinstance(args[0], Tensor) else device_of(*args, **kwargs)
+    gpu = gpu_name(device) if device is not None else None
+    return load_table(gpu) if gpu else None
+
+
 @lru_cache(maxsize=4096)
 def tuned_config_at(impl: Impl, device: str, sizes: tuple[tuple[str, Any], ...]) -> Config | None:
     """Return the config that was tuned for a device and sizes, or None; the latest 4096 answers are cached."""
