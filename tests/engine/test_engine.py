@@ -112,6 +112,14 @@ def test_unseeded_answers_differ_and_torch_manual_seed_repeats_them() -> None:
     assert SamplingParams.from_generate_kwargs(2).seeds is None
 
 
+@pytest.mark.parametrize("how", [{}, {"do_sample": True}, {"logits_processor": [lambda ids, scores: scores]}], ids=str)
+def test_scores_that_are_no_numbers_are_an_error(how: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = llama.logits
+    monkeypatch.setattr(llama, "logits", lambda p, hidden: whole(p, hidden).where(hidden[:, :1].isnan(), float("nan")))
+    with pytest.raises(RuntimeError, match="sequence 0: the model's scores of the next token are not finite numbers"):
+        generate(ROWS[1:2], **how)
+
+
 def test_answer_ends_with_stop_token_and_is_padded_with_it() -> None:
     stop = next(token for i, token in enumerate(ANSWERS[0][2:], 2) if token not in ANSWERS[0][:i])
     expected = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in ANSWERS]
