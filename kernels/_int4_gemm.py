@@ -38,15 +38,19 @@ def launch_cost(config: Config, m: int, n: int, G: int, group: int, dtype: str, 
 
 
 @triton.jit
-def block_pointers(qweight_ptr, pid_n, start, N, K, TILES_N: tl.constexpr, TILES_K: tl.constexpr):
+def block_pointers(qweight_ptr, pid_n, start, N, K, MASK_N: tl.constexpr, TILES_N: tl.constexpr, TILES_K: tl.constexpr):
     """Pointers to the words of a block of w from input `start` on, [TILES_N, TILES_K, 128], and the rows of w that each
-    lane holds codes of (`lane_rows`)."""
+    lane holds codes of, top and low (`lane_rows`). Without MASK_N n is whole tiles."""
     tile = (pid_n.to(tl.int64) * TILES_N + tl.arange(0, TILES_N))[:, None, None, None]
     tile_k = (start // 64 + tl.arange(0, TILES_K))[None, :, None]
-    top, low = lane_rows(tile, tl.arange(0, 32)[None, None, :, None] // 4, N)
-    word_ptrs = word_pointers(
-        qweight_ptr, tl.reshape(tile, [TILES_N, 1, 1]), tile_k, 0, tl.arange(0, 128)[None, None, :], N, K
-    )
+    lane = tl.arange(0, 32)[None, None, :, None]
+    if MASK_N:
+        top, low = lane_rows(tile, lane // 4, N)
+    else:
+        top = tl.where(tile * 16 < N, tile, 0) * 16 + lane // 4
+        low = top + 8
+    word = tl.arange(0, 128)[None, None, :]
+    word_ptrs = word_pointers(qweight_ptr, tl.reshape(tile, [TILES_N, 1, 1]), tile_k, 0, word, N, K)
     return word_ptrs, top, low
 
 
@@ -80,15 +84,27 @@ def load_x(x_ptrs, start, K, BLOCK_K: tl.constexpr, MASK_K: tl.constexpr):
 
 
 @triton.jit
+def load_group(w, top, low, start, N, K, GROUP_SIZE: tl.constexpr, ROUNDING: tl.constexpr, TILES_K: tl.constexpr):
+    """The zeros of rows `top` and `low` (`lane_rows`) for the step from input `start` on, then their scales; where they
+    are not used, zeros stand in for them. Past k, those of the last group."""
+    tile_k = tl.arange(0, TILES_K)[None, :, None, None]
+    start = tl.minimum(start, K - 1)
+    group = group_ids(start, tile_k, tl.arange(0, 4)[None, None, None, :], K, GROUP_SIZE, 64 * TILES_K)
+    zero = tl.load(w[2] + group * N + top)
+    low_zero = tl.load(w[2] + group * N + low)
+    if ROUNDING == UNSCALED:
+        return zero, low_zero, zero, low_zero
+    else:
+        return zero, low_zero, tl.load(w[1] + group * N + top), tl.load(w[1] + group * N + low)
+
+
+@triton.jit
 def dequantize_block(
     words,
-    w,
-    top,
-    low,
-    start,
-    N,
-    K,
-    GROUP_SIZE: tl.constexpr,
+    zero,
+    low_zero,
+    scale,
+    low_scale,
     ROUNDING: tl.constexpr,
     DTYPE: tl.constexpr,
     ASM: tl.constexpr,
@@ -96,19 +112,9 @@ def dequantize_block(
     TILES_N: tl.constexpr,
     TILES_K: tl.constexpr,
 ):
-    """Words of a step [TILES_N, TILES_K, 128] and their rows (`lane_rows`) -> weights [BLOCK_N, BLOCK_K]."""
-    _, scales_ptr, zeros_ptr = w
+    """Words of a step [TILES_N, TILES_K, 128] and their group (`load_group`) -> weights [BLOCK_N, BLOCK_K]."""
     words = tl.reshape(words, [TILES_N, TILES_K, 32, 4])
-    tile_k = tl.arange(0, TILES_K)[None, :, None, None]
-    group = group_ids(start, tile_k, tl.arange(0, 4)[None, None, None, :], K, GROUP_SIZE, 64 * TILES_K)
-    zero = tl.load(zeros_ptr + group * N + top)
-    low_zero = tl.load(zeros_ptr + group * N + low)
-    if ROUNDING == UNSCALED:  # scales are not used, and zeros stand in for them
-        a, b, c, d, e, f, g, h = lane_weights(words, zero, zero, zero, low_zero, ROUNDING, DTYPE, ASM)
-    else:
-        scale = tl.load(scales_ptr + group * N + top)
-        low_scale = tl.load(scales_ptr + group * N + low)
-        a, b, c, d, e, f, g, h = lane_weights(words, scale, low_scale, zero, low_zero, ROUNDING, DTYPE, ASM)
+    a, b, c, d, e, f, g, h = lane_weights(words, scale, low_scale, zero, low_zero, ROUNDING, DTYPE, ASM)
     return lanes_to_tile(a, b, c, d, e, f, g, h, OPAQUE, TILES_N, TILES_K)
 
 
@@ -140,27 +146,37 @@ def int4_gemm_tile(
     ROUNDING: tl.constexpr,
     ASM: tl.constexpr,
     OPAQUE: tl.constexpr,
+    MASK_N: tl.constexpr,
     MASK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_N rows of w times rows `offs_m` of x over the inputs from `begin` to `end`: [BLOCK_N, BLOCK_M] float32."""
+    """BLOCK_N rows of w times rows `offs_m` of x over the inputs from `begin` to `end`: [BLOCK_N, BLOCK_M] float32.
+
+    There is at least one input. Were that not known, the sums would be set to 0 on a second path to the end of the
+    loop, which lets the compiler for sm_90 wait for every product before the next begins. Zeros and scales, which are
+    too narrow to be copied ahead, are loaded a step before they are used.
+    """
     tl.static_assert(BLOCK_K % 64 == 0, "a block of k is whole tiles")
+    tl.assume(begin < end)
     TILES_N: tl.constexpr = BLOCK_N // 16
     TILES_K: tl.constexpr = BLOCK_K // 64
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    word_ptrs, top, low = block_pointers(w[0], pid_n, begin, N, K, TILES_N, TILES_K)
+    word_ptrs, top, low = block_pointers(w[0], pid_n, begin, N, K, MASK_N, TILES_N, TILES_K)
     x_ptrs = x_pointers(x_ptr, offs_m, begin, M, stride_xm, stride_xk, BLOCK_K)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # int64 if N is
     rows = tl.where(offs_n < N, offs_n, 0)
     acc = tl.zeros([BLOCK_N, offs_m.shape[0]], tl.float32)
+    group = load_group(w, top, low, begin, N, K, GROUP_SIZE, ROUNDING, TILES_K)
     for start in range(begin, end, BLOCK_K):
         words = load_words(word_ptrs, start, K, TILES_K, MASK_K)
         x = load_x(x_ptrs, start, K, BLOCK_K, MASK_K)
+        next_group = load_group(w, top, low, start + BLOCK_K, N, K, GROUP_SIZE, ROUNDING, TILES_K)
         weights = dequantize_block(
-            words, w, top, low, start, N, K, GROUP_SIZE, ROUNDING, DTYPE, ASM, OPAQUE, TILES_N, TILES_K
+            words, group[0], group[1], group[2], group[3], ROUNDING, DTYPE, ASM, OPAQUE, TILES_N, TILES_K
         )
         acc = multiply_add(weights, x, acc, w, rows, start, N, GROUP_SIZE, ROUNDING)
+        group = next_group
         word_ptrs += TILES_K * 128
         x_ptrs += tl.full([1, 1], BLOCK_K, tl.int64) * stride_xk
     return acc

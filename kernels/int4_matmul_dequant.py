@@ -11,7 +11,7 @@ from torch import Tensor
 from vila_triton.ops import Int4, int4_matmul, linear
 from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, SearchSpace, cdiv
 
-from ._int4_gemm import block_pointers, dequantize_block, load_words
+from ._int4_gemm import block_pointers, dequantize_block, load_group, load_words
 from ._int4_launch import check_int4_call, contiguous_tensors, rounding_mode, target_flags
 from ._launch import grid
 
@@ -48,6 +48,7 @@ def _int4_dequant_kernel(
     GROUP_SIZE: tl.constexpr,
     ROUNDING: tl.constexpr,
     ASM: tl.constexpr,
+    MASK_N: tl.constexpr,
     MASK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -58,11 +59,10 @@ def _int4_dequant_kernel(
     pid_n, pid_k = tl.program_id(0) // blocks_k, tl.program_id(0) % blocks_k
     start = pid_k * BLOCK_K
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    word_ptrs, top, low = block_pointers(w[0], pid_n, start, N, K, TILES_N, TILES_K)
+    word_ptrs, top, low = block_pointers(w[0], pid_n, start, N, K, MASK_N, TILES_N, TILES_K)
     words = load_words(word_ptrs, start, K, TILES_K, MASK_K)
-    weights = dequantize_block(
-        words, w, top, low, start, N, K, GROUP_SIZE, ROUNDING, DTYPE, ASM, False, TILES_N, TILES_K
-    )
+    zero, low_zero, scale, low_scale = load_group(w, top, low, start, N, K, GROUP_SIZE, ROUNDING, TILES_K)
+    weights = dequantize_block(words, zero, low_zero, scale, low_scale, ROUNDING, DTYPE, ASM, False, TILES_N, TILES_K)
     offs_n = (pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     offs_k = (start + tl.arange(0, BLOCK_K))[None, :]
     tl.store(out_ptr + offs_n * K + offs_k, weights, mask=(offs_n < N) & (offs_k < K))
@@ -93,6 +93,7 @@ def int4_matmul_dequant(
             GROUP_SIZE=w.group_size,
             ROUNDING=rounding_mode(w, scale_sums=False),
             ASM=target_flags()["ASM"],
+            MASK_N=n % 16 != 0,
             MASK_K=k % BLOCK_K != 0,
             BLOCK_N=BLOCK_N,
             BLOCK_K=BLOCK_K,

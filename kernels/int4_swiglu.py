@@ -20,6 +20,7 @@ from ._int4_gemm import (
     dequantize_block,
     is_promising,
     launch_cost,
+    load_group,
     load_words,
     load_x,
     multiply_add,
@@ -65,6 +66,7 @@ def _int4_swiglu_kernel(
     ROUNDING: tl.constexpr,
     ASM: tl.constexpr,
     OPAQUE: tl.constexpr,
+    MASK_N: tl.constexpr,
     MASK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -78,23 +80,49 @@ def _int4_swiglu_kernel(
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # int64 if N is
     rows = tl.where(offs_n < N, offs_n, 0)
-    gate_ptrs, top, low = block_pointers(gate_w[0], pid_n, 0, N, K, TILES_N, TILES_K)
-    up_ptrs, _, _ = block_pointers(up_w[0], pid_n, 0, N, K, TILES_N, TILES_K)
+    gate_ptrs, top, low = block_pointers(gate_w[0], pid_n, 0, N, K, MASK_N, TILES_N, TILES_K)
+    up_ptrs, _, _ = block_pointers(up_w[0], pid_n, 0, N, K, MASK_N, TILES_N, TILES_K)
     x_ptrs = x_pointers(x_ptr, offs_m, 0, M, stride_xm, stride_xk, BLOCK_K)
     gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    gate_group = load_group(gate_w, top, low, 0, N, K, GROUP_SIZE, ROUNDING, TILES_K)
+    up_group = load_group(up_w, top, low, 0, N, K, GROUP_SIZE, ROUNDING, TILES_K)
+    tl.assume(K > 0)  # see int4_gemm_tile
     for start in range(0, K, BLOCK_K):
         gate_words = load_words(gate_ptrs, start, K, TILES_K, MASK_K)
         up_words = load_words(up_ptrs, start, K, TILES_K, MASK_K)
         x = load_x(x_ptrs, start, K, BLOCK_K, MASK_K)
+        next_gate = load_group(gate_w, top, low, start + BLOCK_K, N, K, GROUP_SIZE, ROUNDING, TILES_K)
+        next_up = load_group(up_w, top, low, start + BLOCK_K, N, K, GROUP_SIZE, ROUNDING, TILES_K)
         gate_weights = dequantize_block(
-            gate_words, gate_w, top, low, start, N, K, GROUP_SIZE, ROUNDING, DTYPE, ASM, OPAQUE, TILES_N, TILES_K
+            gate_words,
+            gate_group[0],
+            gate_group[1],
+            gate_group[2],
+            gate_group[3],
+            ROUNDING,
+            DTYPE,
+            ASM,
+            OPAQUE,
+            TILES_N,
+            TILES_K,
         )
         up_weights = dequantize_block(
-            up_words, up_w, top, low, start, N, K, GROUP_SIZE, ROUNDING, DTYPE, ASM, OPAQUE, TILES_N, TILES_K
+            up_words,
+            up_group[0],
+            up_group[1],
+            up_group[2],
+            up_group[3],
+            ROUNDING,
+            DTYPE,
+            ASM,
+            OPAQUE,
+            TILES_N,
+            TILES_K,
         )
         gate = multiply_add(gate_weights, x, gate, gate_w, rows, start, N, GROUP_SIZE, ROUNDING)
         up = multiply_add(up_weights, x, up, up_w, rows, start, N, GROUP_SIZE, ROUNDING)
+        gate_group, up_group = next_gate, next_up
         gate_ptrs += TILES_K * 128
         up_ptrs += TILES_K * 128
         x_ptrs += tl.full([1, 1], BLOCK_K, tl.int64) * stride_xk
@@ -124,6 +152,7 @@ def int4_swiglu_triton(
             GROUP_SIZE=gate.group_size,
             ROUNDING=rounding_mode(gate, scale_sums=BLOCK_M == 16),
             **target_flags(),
+            MASK_N=n % 16 != 0,
             MASK_K=k % block_k != 0,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
