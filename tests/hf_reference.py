@@ -65,7 +65,7 @@ def build(
     model = VilaLlamaForCausalLM(cfg or config(**changes)).eval()
     for name, p in model.named_parameters():
         if name.endswith("zeros"):
-            p.data = torch.randint(0, 16, p.shape).to(p.dtype)
+            p.data.copy_(torch.randint(0, 16, p.shape))
         elif name.endswith("scales"):
             p.data.uniform_(0.01, 0.05)
         elif p.ndim == 1:

@@ -86,8 +86,9 @@ class RecordedCall:
 
 
 def weight_paths(tree: Any, path: str = "") -> Iterator[tuple[int, str]]:
-    """(address, path) of every tensor of a params tree; those of a linear or norm have the path of the linear or
-    norm."""
+    """(address, path) of every tensor of a params tree; those of a linear or norm have the path of the linear or norm,
+    and joined linears that of `qkv`.
+    """
     if isinstance(tree, Tensor):
         yield tree.data_ptr(), path
     elif isinstance(tree, tuple):
@@ -97,6 +98,8 @@ def weight_paths(tree: Any, path: str = "") -> Iterator[tuple[int, str]]:
         for f in fields(tree):
             child_path = path if isinstance(tree, Affine | Int4) else f"{path}.{f.name}".lstrip(".")
             yield from weight_paths(getattr(tree, f.name), child_path)
+        if getattr(tree, "qkv", None) is not None:
+            yield from weight_paths(tree.qkv, f"{path}.qkv")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ShadowRecorder:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vila_triton.files.reading import read_json, require_contained
-from vila_triton.models import vila
+from vila_triton.models import llama, vila
 from vila_triton.models.config import (
     LlamaConfig,
     ProjectorConfig,
@@ -74,14 +74,20 @@ def load_generation_config(folder: Path, vocab_size: int) -> dict[str, Any]:
 def load_params(folder: Path, cfg: VilaConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> vila.Vila:
     """Load all parameters of a folder, one at a time, onto the device.
 
-    On a CPU, those that have the dtype already stay on disk until they are touched.
+    On a CPU, those that have the dtype already stay on disk until they are touched, but for `llama.joined_leaves`.
     Errors: `LoadError`, with one message for each part.
     """
     source = open_checkpoint(folder)
     check_layer_counts(source, cfg)
     with name_folder_in_errors(folder):
         specs = vila.param_specs(cfg, dtype)
-    return vila.Vila(*(load_tree(getattr(specs, part), *part_tensors(source, cfg, part), device) for part in PARTS))
+    joined = {"llm": llama.joined_leaves(specs.llm)}
+    return vila.Vila(
+        *(
+            load_tree(getattr(specs, part), *part_tensors(source, cfg, part), device, joined.get(part, ()))
+            for part in PARTS
+        )
+    )
 
 
 def check_checkpoint(source: CheckpointSource) -> VilaConfig:

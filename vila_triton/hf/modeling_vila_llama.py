@@ -18,7 +18,7 @@ from vila_triton.device import pick_device
 from vila_triton.engine import engine
 from vila_triton.files.atomic import write_json
 
-from ..models import vila
+from ..models import llama, vila
 from ..models.config_fields import name_folder_in_errors
 from ..models.params import init_tree, write_counts
 from .configuration_vila_llama import AUTO_CLASS_ARGUMENTS, VilaLlamaConfig, parse_dtype
@@ -59,7 +59,8 @@ class VilaLlamaForCausalLM(UnsupportedMethods, PreTrainedModel, VilaGenerationMi
         specs = vila.param_specs(self.vila_config, parse_dtype(config.model_dtype))
         params = init_tree(specs) if params is None else params
         for part in loading.PARTS:
-            self.add_module(part, ParamsModule(getattr(specs, part), getattr(params, part)))
+            joined = llama.joined_leaves(specs.llm) if part == "llm" else ()
+            self.add_module(part, ParamsModule(getattr(specs, part), getattr(params, part), joined))
         self.padding_config = {
             "vocab_size": self.vila_config.llm.vocab_size,
             "max_length": part_configs["llm"].get("tokenizer_model_max_length"),

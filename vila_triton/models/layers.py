@@ -46,9 +46,9 @@ def norm_specs(e: int, key: str, dtype: torch.dtype) -> Affine:
     )
 
 
-def linear(p: Affine, x: Tensor) -> Tensor:
-    """Apply a linear map: x [..., k] -> [..., n]."""
-    return ops.linear(x, p.weight, p.bias)
+def linear(p: Affine, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Apply a linear map and add a residual, if one is given: x [..., k] and residual [..., n] -> [..., n]."""
+    return ops.linear(x, p.weight, p.bias, residual)
 
 
 LinearFn = Callable[[Affine, Tensor], Tensor]  # `linear`, or a function that also records or quantizes

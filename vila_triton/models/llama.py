@@ -5,9 +5,9 @@ The new tokens of all sequences lie end to end in one ragged batch: x [s, e]. Th
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from einops import rearrange
@@ -17,6 +17,7 @@ from vila_triton import ops
 from vila_triton.ops import Int4, int4_swiglu, rms_norm, swiglu
 
 from .config import LlamaConfig
+from .joined import Group, joined, leaf_groups, with_gradients
 from .layers import Affine, Leaf, linear, linear_specs
 from .params import ParameterSpec
 
@@ -33,7 +34,12 @@ class AttentionBackend(Protocol):
 
 @dataclass(frozen=True)
 class Layer:
-    """The parameters of one decoder layer."""
+    """The parameters of one decoder layer.
+
+    qkv: q, k and v as one linear, if they lie side by side in memory. It is no field, since it follows from these.
+    """
+
+    qkv: ClassVar[Affine | None] = None  # of a class of layers; each has its own
 
     attention_norm: Leaf  # [e]
     q: Affine  # [h·d, e]
@@ -44,6 +50,9 @@ class Layer:
     gate: Affine  # [f, e]
     up: Affine  # [f, e]
     down: Affine  # [e, f]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "qkv", joined(self.q, self.k, self.v))
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,11 @@ def param_specs(cfg: LlamaConfig, dtype: torch.dtype) -> Llama:
     )
 
 
+def joined_leaves(p: Llama) -> list[Group]:
+    """The leaves of a model, or their specs, that shall lie side by side in one storage: q, k and v of each layer."""
+    return [group for layer in p.layers for group in leaf_groups(layer.q, layer.k, layer.v)]
+
+
 def inverse_frequencies(cfg: LlamaConfig) -> Tensor:
     """Rotary frequencies in radians per position, [d / 2] float32, stretched as `rope_scaling` says."""
     inv_freq = 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)
@@ -125,19 +139,35 @@ def embed(p: Llama, ids: Tensor) -> Tensor:
     return p.embedding[ids]
 
 
+def qkv_projections(p: Layer, x: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values of normed hidden states: x [s, e] -> [s, h·d], [s, g·d] and [s, g·d], by one product if
+    their weights lie side by side.
+    """
+    if p.qkv is None:
+        return linear(p.q, x), linear(p.k, x), linear(p.v, x)
+    sizes = [w.weight.shape[0] for w in (p.q, p.k, p.v)]
+    return linear(with_gradients(p.qkv, p.q, p.k, p.v), x).split(sizes, -1)
+
+
 def attention_heads_output(
     p: Layer, x: Tensor, rotary: CosSin, layer_idx: int, cfg: LlamaConfig, backend: AttentionBackend
 ) -> Tensor:
     """Causal self-attention before the output projection: normed hidden states [s, e] -> heads end to end [s, h·d]."""
-    q, k, v = (rearrange(linear(w, x), "s (h d) -> s h d", d=cfg.head_dim) for w in (p.q, p.k, p.v))
+    q, k, v = (y.unflatten(-1, (-1, cfg.head_dim)) for y in qkv_projections(p, x))  # [s, h, d]
     return rearrange(backend.attend(layer_idx, q, k, v, rotary, cfg.head_dim**-0.5), "s h d -> s (h d)")
 
 
 def attention(
-    p: Layer, x: Tensor, rotary: CosSin, layer_idx: int, cfg: LlamaConfig, backend: AttentionBackend
+    p: Layer,
+    x: Tensor,
+    rotary: CosSin,
+    layer_idx: int,
+    cfg: LlamaConfig,
+    backend: AttentionBackend,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Causal self-attention: normed hidden states [s, e] -> [s, e]."""
-    return linear(p.o, attention_heads_output(p, x, rotary, layer_idx, cfg, backend))
+    """Causal self-attention, plus a residual [s, e]: normed hidden states [s, e] -> [s, e]."""
+    return linear(p.o, attention_heads_output(p, x, rotary, layer_idx, cfg, backend), residual)
 
 
 def mlp_hidden(p: Layer, x: Tensor) -> Tensor:
@@ -150,9 +180,9 @@ def mlp_hidden(p: Layer, x: Tensor) -> Tensor:
     return swiglu(linear(gate, x), linear(up, x))
 
 
-def mlp(p: Layer, x: Tensor) -> Tensor:
-    """The SwiGLU MLP (Shazeer 2020): normed hidden states [s, e] -> [s, e]."""
-    return linear(p.down, mlp_hidden(p, x))
+def mlp(p: Layer, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """The SwiGLU MLP (Shazeer 2020), plus a residual [s, e]: normed hidden states [s, e] -> [s, e]."""
+    return linear(p.down, mlp_hidden(p, x), residual)
 
 
 def forward(
@@ -172,8 +202,8 @@ def forward(
     rotary = rotary_cos_sin(positions, cfg)
     for i, layer in enumerate(p.layers):
         record(x)
-        x = x + attention(layer, rms_norm(x, layer.attention_norm, cfg.rms_norm_eps), rotary, i, cfg, backend)
-        x = x + mlp(layer, rms_norm(x, layer.mlp_norm, cfg.rms_norm_eps))
+        x = attention(layer, rms_norm(x, layer.attention_norm, cfg.rms_norm_eps), rotary, i, cfg, backend, x)
+        x = mlp(layer, rms_norm(x, layer.mlp_norm, cfg.rms_norm_eps), x)
     x = rms_norm(x, p.norm, cfg.rms_norm_eps)
     record(x)
     return x
@@ -188,7 +218,7 @@ def quantize_linears_rtn(p: Llama, group_size: int) -> Llama:
     """Quantize the linears of all layers to int4 by rounding to nearest; embedding, norms and head stay as they are."""
 
     def quantize_layer(layer: Layer) -> Layer:
-        linears = {name: p for name, p in vars(layer).items() if isinstance(p, Affine)}
+        linears = {f.name: p for f in fields(layer) if isinstance(p := getattr(layer, f.name), Affine)}
         return replace(
             layer, **{name: Affine(ops.quantize_rtn(p.weight, group_size), p.bias) for name, p in linears.items()}
         )

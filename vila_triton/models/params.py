@@ -18,6 +18,7 @@ from vila_triton.ops.int4 import check_int4_shape
 from vila_triton.ops.int4_tiles import tiled_shape
 
 from .config_fields import ConfigError
+from .side_by_side import joined_shape, split_storage
 
 Tree = TypeVar("Tree")
 CHECKSUM_WIDTH = 1024  # integers in a row
@@ -164,9 +165,16 @@ def num_parameters(tree: Any) -> int:
 
 
 def load_tree(
-    specs: Tree, tensors: LazyTensors, source: str, ignore: tuple[str, ...] = (), device: torch.device | str = "cpu"
+    specs: Tree,
+    tensors: LazyTensors,
+    source: str,
+    ignore: tuple[str, ...] = (),
+    device: torch.device | str = "cpu",
+    side_by_side: Sequence[tuple[Sequence[ParameterSpec], int]] = (),
 ) -> Tree:
     """Fill a tree of specs from a checkpoint, one tensor at a time, onto the device and in the declared dtypes.
+
+    side_by_side: specs whose tensors become views of one storage, joined along an axis.
 
     Errors: one `LoadError`, beginning with `source`, that lists every missing and misshapen tensor, every unexpected
     one whose name does not start with an entry of `ignore`, and every integer tensor where floating point was declared
@@ -174,9 +182,14 @@ def load_tree(
     """
     check_state_dict(specs, tensors.meta, source, ignore)
 
+    places: dict[str, Tensor] = {}
+    for parts, axis in side_by_side:
+        whole = torch.empty(joined_shape(parts, axis), dtype=parts[0].dtype, device=device)
+        places.update(zip((spec.key for spec in parts), split_storage(whole, parts, axis), strict=True))
+
     def load_leaf(spec: ParameterSpec) -> Tensor:
         x = tensors[spec.key]
-        leaf = x.to(device, spec.dtype)
+        leaf = places[spec.key].copy_(x) if spec.key in places else x.to(device, spec.dtype)
         if leaf.data_ptr() != x.data_ptr():
             tensors.release(spec.key)
         return leaf

@@ -1,0 +1,155 @@
+"""q, k and v as one linear: where their leaves lie, what may be joined, and that one product does what three did."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vila_triton import use
+from vila_triton.models.joined import INT4_AXES, joined, leaf_groups, with_gradients
+from vila_triton.models.layers import Affine, linear
+from vila_triton.models.side_by_side import lay_side_by_side, lie_side_by_side
+from vila_triton.ops import Int4, quantize_rtn
+
+ROWS = (32, 16, 16)
+KINDS = {
+    "plain": {},
+    "with biases": {"bias": True},
+    "int4": {"group": 32},
+    "int4 with biases": {"group": 32, "bias": True},
+}
+
+
+def linears(rows: tuple[int, ...] = ROWS, k: int = 64, group: int | None = None, bias: bool = False) -> list[Affine]:
+    """Apart, of numbers of their own."""
+    rng = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng)
+
+    weights = [drawn(n, k) for n in rows]
+    return [
+        Affine(w if group is None else quantize_rtn(w, group), drawn(n) if bias else None)
+        for n, w in zip(rows, weights, strict=True)
+    ]
+
+
+def laid(parts: list[Affine]) -> list[Affine]:
+    """The same, side by side."""
+    views = [lay_side_by_side(leaves, axis) for leaves, axis in leaf_groups(*parts)]
+    return [of_leaves([view[i] for view in views], part) for i, part in enumerate(parts)]
+
+
+def of_leaves(leaves: list[Tensor], like: Affine) -> Affine:
+    if isinstance(like.weight, Int4):
+        weight, rest = replace(like.weight, **dict(zip(INT4_AXES, leaves, strict=False))), leaves[3:]
+    else:
+        weight, *rest = leaves
+    return Affine(weight, *rest or [None])
+
+
+def leaves_of(p: Affine) -> list[Tensor]:
+    w = p.weight
+    return [*((w.qweight, w.scales, w.zeros) if isinstance(w, Int4) else (w,)), *([] if p.bias is None else [p.bias])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_product_of_joined_linears_is_the_products_of_all(kind: str) -> None:
+    apart = linears(**KINDS[kind])
+    assert joined(*apart) is None
+    parts = laid(apart)
+    whole = joined(*parts)
+    assert whole is not None
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    for found, want in zip(linear(whole, x).split(ROWS, -1), (linear(p, x) for p in apart), strict=True):
+        torch.testing.assert_close(found, want)
+    for old, new in zip(apart, parts, strict=True):
+        assert all(map(torch.equal, leaves_of(old), leaves_of(new)))
+    storages = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for p in (*parts, whole) for x in leaves_of(p)
+    }
+    assert sum(storages.values()) == sum(x.nbytes for p in apart for x in leaves_of(p))  # no byte twice
+
+
+def test_writes_to_a_part_are_writes_to_the_whole() -> None:
+    parts = laid(linears())
+    whole = joined(*parts)
+    assert whole is not None
+    parts[1].weight.fill_(7.0)
+    assert (whole.weight[32:48] == 7).all() and not (whole.weight[48:] == 7).any()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        linears((24, 16, 16), group=32),
+        [*linears(group=32)[:2], linears(group=64)[2]],
+        [*linears(group=32)[:2], linears()[2]],
+        [*linears()[:2], linears(bias=True)[2]],
+        [*linears()[:2], linears(k=32)[2]],
+        [*linears()[:2], Affine(linears()[2].weight.half(), None)],
+        [*linears(group=32)[:2], Affine(replace(linears(group=32)[2].weight, rounding="fma"), None)],
+    ],
+    ids=[
+        "part of a tile",
+        "another group",
+        "int4 and plain",
+        "a bias",
+        "other inputs",
+        "another dtype",
+        "another rounding",
+    ],
+)
+def test_linears_that_cannot_be_one_are_not(parts: list[Affine]) -> None:
+    assert leaf_groups(*parts) == [] and joined(*parts) is None
+
+
+def test_another_linear_in_the_place_of_a_part_is_not_taken_for_it() -> None:
+    """Also one that begins where the part did, one from elsewhere in the storage, and one in another order."""
+    q, k, v = laid(linears((16, 16, 16)))
+    other = linears((16, 16, 16))
+    assert joined(q, k, v) is not None
+    for wrong in ((q, other[1], v), (q, v, k), (k, q, v), (q, k, k), (q, v, v)):
+        assert joined(*wrong) is None
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_only_consecutive_parts_of_one_storage_lie_side_by_side(axis: int) -> None:
+    whole = torch.arange(48.0).view(6, 8)
+    parts = whole.split(2, axis)
+    assert lie_side_by_side(parts, axis) and not lie_side_by_side(parts[::-1], axis)
+    assert not lie_side_by_side(parts, 1 - axis) and not lie_side_by_side(parts[:1] + parts[2:], axis)
+    assert not lie_side_by_side([x.clone() for x in parts], axis)
+    assert lie_side_by_side(parts[:-1], axis) == (axis == 0)  # along columns they are no contiguous tensor
+    views = lay_side_by_side([x.clone() for x in parts], axis)
+    assert lie_side_by_side(views, axis) and all(map(torch.equal, views, parts))
+
+
+def test_what_has_no_memory_or_differs_stays_as_it_is() -> None:
+    x = torch.zeros(2, 3)
+    for parts in ([x.to("meta"), x.to("meta")], [x, x.half()], [x, torch.zeros(2, 4)]):
+        assert all(a is b for a, b in zip(lay_side_by_side(parts, 0), parts, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_one_product_reach_every_part(kind: str) -> None:
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+
+    def gradients(parts: list[Affine], multiply: Any) -> list[Tensor]:
+        floating = [leaf for p in parts for leaf in leaves_of(p) if leaf.is_floating_point()]
+        for leaf in floating:
+            leaf.requires_grad_()
+        return list(torch.autograd.grad(multiply(parts).square().sum(), floating))
+
+    def as_one(parts: list[Affine]) -> Tensor:
+        whole = joined(*parts)
+        assert whole is not None
+        return linear(with_gradients(whole, *parts), x)
+
+    with use(linear="reference", int4_matmul="reference"):
+        found = gradients(laid(linears(**KINDS[kind])), as_one)
+        want = gradients(linears(**KINDS[kind]), lambda parts: torch.cat([linear(p, x) for p in parts], -1))
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b)
