@@ -3,6 +3,7 @@
 config, vision_config, config_fields   the geometry of each part, read strictly from config.json
 params                                 parameter specs, trees of them, loading
 layers                                 linear maps and norms
+joined, side_by_side                   linear maps of one input as one, views of one storage
 llama                                  the language model
 vision, vision_*                       the vision towers (SigLIP, CLIP, InternViT), S2 scales
 projector                              image features to the width of the language model

@@ -52,7 +52,8 @@ def joined(*linears: Affine) -> Affine | None:
     """The linear of the outputs of all, a view of the storage in which their leaves lie side by side; None if they do
     not. It has no gradient: see `with_gradients`.
     """
-    groups = leaf_groups(*linears)
+    weights = [p.weight.scales if isinstance(p.weight, Int4) else p.weight for p in linears]
+    groups = leaf_groups(*linears) if all(isinstance(w, Tensor) for w in weights) else []
     if not groups or not all(lie_side_by_side(parts, axis) for parts, axis in groups):
         return None
     return affine_of([whole_of(parts, axis) for parts, axis in groups], linears[0])

@@ -48,6 +48,8 @@ def norm_specs(e: int, key: str, dtype: torch.dtype) -> Affine:
 
 def linear(p: Affine, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """Apply a linear map and add a residual, if one is given: x [..., k] and residual [..., n] -> [..., n]."""
+    if residual is not None and residual.dtype != x.dtype:  # under autocast, where products alone are in half precision
+        return ops.linear(x, p.weight, p.bias) + residual
     return ops.linear(x, p.weight, p.bias, residual)
 
 
