@@ -266,10 +266,14 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if target is not None and target.type == "meta":
         return run(*tree_map(lambda x: host_view(x) if isinstance(x, CudaTensor) else x, args), **kwargs)
 
+    # A graph knows addresses: not what a tensor is made to stand for later.
+    given = tree_map(lambda x: host_view(x) if isinstance(x, CudaTensor) else x, (args, kwargs)) if captures else None
+
     def call() -> Any:
+        run_args, run_kwargs = given or (args, kwargs)
         try:
             with torch._C._DisableTorchDispatch():
-                return run(*args, **kwargs)
+                return run(*run_args, **run_kwargs)
         except RuntimeError as error:
             if "can't allocate memory" in str(error):
                 raise torch.OutOfMemoryError(f"CUDA out of memory. {error}") from None

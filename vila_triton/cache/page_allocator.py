@@ -160,7 +160,7 @@ class PageAllocator:
             if n and s.length % self.page_size and self.ref_counts[s.pages[-1]] - copied[s.pages[-1]] > 1:
                 copied[s.pages[-1]] += 1
                 fresh += 1
-            fresh += -(-(s.length + n) // self.page_size) - len(s.pages)
+            fresh += max(0, -(-(s.length + n) // self.page_size) - len(s.pages))
         return fresh
 
     def append(self, counts: Mapping[int, int]) -> SlotAllocation:
@@ -191,8 +191,20 @@ class PageAllocator:
             s.length += n
         return SlotAllocation(slots, copies)
 
+    def unsettle(self, seq: int) -> None:
+        """Let the last token that was appended not count until `settle`, as nobody knows yet whether it stays; its page
+        remains with the sequence until it is truncated.
+        """
+        self[seq].length -= 1
+
+    def settle(self, seq: int) -> None:
+        """Let the token count whose page the sequence has had since `unsettle`."""
+        self[seq].length += 1
+
     def truncate(self, seq: int, length: int) -> None:
-        """Drop all tokens from `length` on. Errors: ValueError if the sequence is shorter."""
+        """Drop all tokens from `length` on, and pages that no token counts in. Errors: ValueError if the sequence is
+        shorter.
+        """
         s = self[seq]
         if not 0 <= length <= s.length:
             raise ValueError(f"sequence {seq} has {s.length} tokens; it cannot be cut to {length}")

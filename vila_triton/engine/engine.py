@@ -4,32 +4,20 @@ All functions take the parameters, the config and the cache, and keep no state o
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import LogitsProcessorList
 
-from ..cache.paged_cache import AttentionRecorder, PagedBatch, PagedKVCache, UncachedBatch, step_phase
+from ..cache.paged_cache import AttentionRecorder, PagedBatch, PagedKVCache, UncachedBatch
 from ..models import llama, vila
 from ..models.config import VilaConfig
-from ..registry import default_choices
-from ..registry.tuned_tables import default_choices_for
-from .sampling import NO_TOKEN, SamplingParams, draw_tokens, mark_seen, penalize, seen_tokens, warp
+from .decode_loop import decode_tokens
+from .default_kernels import use_default_kernels
+from .open_loop import decode_with_scores
+from .sampling import SamplingParams
 
 Batch = PagedBatch | UncachedBatch | AttentionRecorder
-
-
-def use_default_kernels(device: torch.device, phase: str = "prefill") -> AbstractContextManager[None]:
-    """Let ops run the implementations that the configs choose for this device and phase.
-
-    phase: "prefill", "decode" or "batch_invariant".
-    Errors: ValueError if phase is "batch_invariant" and `use` chose an implementation that is not, of an op that has
-    batch-invariant ones.
-    """
-    return default_choices(default_choices_for(device, phase), batch_invariant=phase == "batch_invariant")
 
 
 def encode_images(p: vila.Vila, pixels: Tensor, cfg: VilaConfig, numerics: str = "fast") -> Tensor:
@@ -164,53 +152,20 @@ def generate_tokens(
     rows: by sequence id, the spliced ids [t] of the whole prompt; positions that are cached already are not run again.
     The last token of an answer is not cached. The repetition penalty, logits processors and stopping criteria see text
     tokens only, without images. Between two steps other threads may use the cache, and other iterators of this function
-    may be advanced. Errors: ValueError, `OutOfPages`; RuntimeError if the model's scores are not finite numbers.
+    may be advanced. On a GPU the next step runs while a token is read. Errors: ValueError, `OutOfPages`; RuntimeError
+    if the model's scores are not finite numbers.
     """
     pending = {seq: row[cache.length(seq) :] for seq, row in rows.items()}
     for seq, row in pending.items():
         if not len(row):
             raise ValueError(f"sequence {seq}: all {len(rows[seq])} tokens of the prompt are cached, nothing is new")
     text_ids = {seq: row[row >= 0].tolist() for seq, row in rows.items()}
-    device, vocab_size = p.llm.norm.device, cfg.llm.vocab_size
-    settings = sampling.rows(len(rows), device)
-    seen = seen_tokens([*text_ids.values()], vocab_size, device) if sampling.penalizes else None  # [b, v]
     try:
-        for num_drawn in range(sampling.max_new_tokens):
-            if not pending:
-                break
-            with cache.lock:
-                hidden = torch.cat(extend(p, pending, cfg, cache, image_features, chunk_size=chunk_size))
-            with use_default_kernels(hidden.device, step_phase([1], cache.numerics)):
-                logits = llama.logits(p.llm, hidden).float()  # [b, v]
-            scores = logits if seen is None else penalize(logits, settings, seen)
-            if sampling.processors:
-                scores = process(scores, [text_ids[seq] for seq in pending], sampling.processors)
-            scores = warp(scores, settings)
-            tokens = draw_tokens(scores, settings, torch.full((len(pending),), num_drawn, device=device))  # [b]
-            if seen is not None:
-                mark_seen(seen, tokens)
-            is_last, remaining_rows = num_drawn + 1 == sampling.max_new_tokens, list[int]()
-            for i, (seq, token) in enumerate(zip(list(pending), tokens.tolist())):
-                if token == NO_TOKEN:
-                    raise RuntimeError(f"sequence {seq}: the model's scores of the next token are not finite numbers")
-                text_ids[seq].append(token)
-                pending[seq] = tokens[i : i + 1]
-                yield seq, token
-                if is_last or sampling.has_ended(text_ids[seq], scores[i]):
-                    del pending[seq]
-                    cache.lock.run_soon(partial(cache.allocator.release_reservation, seq))
-                else:
-                    remaining_rows.append(i)
-            if len(remaining_rows) < len(tokens):
-                index = torch.tensor(remaining_rows, dtype=torch.int64, device=device)
-                settings, seen = settings.select(index), seen if seen is None else seen[index]
-    finally:
-        for seq in pending:
+        with cache.lock:
+            hidden = torch.cat(extend(p, pending, cfg, cache, image_features, chunk_size=chunk_size))
+    except BaseException:
+        for seq in rows:
             cache.lock.run_soon(partial(cache.allocator.release_reservation, seq))
-
-
-def process(scores: Tensor, text_ids: Sequence[list[int]], processors: LogitsProcessorList) -> Tensor:
-    """Apply logits processors to scores [b, v], each row with its own text tokens -> [b, v]."""
-    ids: Any = [torch.tensor([text], device=scores.device) for text in text_ids]
-    rows: Any = scores.split(1)
-    return torch.cat([processors(text, row) for text, row in zip(ids, rows)])
+        raise
+    decode = decode_with_scores if sampling.needs_scores else decode_tokens
+    yield from decode(p.llm, cfg.llm, cache, hidden, text_ids, sampling)

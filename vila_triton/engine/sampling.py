@@ -258,3 +258,9 @@ def _integer_probabilities(scores: Tensor) -> Tensor:
     if scores.is_cuda and v % ALIGNED_ROWS:  # else the order of its sums depends on where the row lies
         scores = F.pad(scores, (0, -v % ALIGNED_ROWS), value=-torch.inf)
     return (scores.softmax(-1)[:, :v].double() * 2.0**PROBABILITY_BITS).long()
+
+
+def check_token(seq: int, token: int) -> None:
+    """Errors: RuntimeError for `NO_TOKEN`."""
+    if token == NO_TOKEN:
+        raise RuntimeError(f"sequence {seq}: the model's scores of the next token are not finite numbers")
