@@ -42,7 +42,8 @@ def gpu() -> VilaLlamaForCausalLM:
 
 def attend_in_one_call(q: Tensor, cache: PagedKV, seq_lens: Tensor, scale: float, *_: Any) -> Tensor:
     """Decode attention that waits for nothing: over all that the block table has room for."""
-    k, v = (pages[cache.block_table.long()].flatten(1, 2) for pages in (cache.k_pages, cache.v_pages))  # [b, t, g, d]
+    pages: Any = cache.k_pages, cache.v_pages
+    k, v = (x[cache.block_table.long()].flatten(1, 2) for x in pages)  # [b, t, g, d]
     queries = q.unflatten(1, (k.shape[2], -1))  # [b, g, n, d]
     scores = torch.einsum("bgnd,btgd->bgnt", queries, k) * scale
     is_cached = torch.arange(k.shape[1], device=q.device) < seq_lens[:, None]  # [b, t]
@@ -90,7 +91,7 @@ class Answers:
         self.how, self.tokens, self.n = {"eos_token_id": STOP, **how}, Tokens(), n
         self.tokens_of = self.begin(rows)
 
-    def begin(self, rows: int) -> Iterator[tuple[int, int]]:
+    def begin(self, rows: int) -> Any:
         """Another iterator over as many new sequences."""
         new = [self.cache.allocator.add_sequence() for _ in range(rows)]
         prompts = {seq: torch.tensor([1, 5, 7 + seq], device=self.model.device) for seq in new}
@@ -98,9 +99,9 @@ class Answers:
         self.tokens |= {seq: [] for seq in new}
         return engine.generate_tokens(self.model.params, prompts, self.model.vila_config, self.cache, None, sampling)
 
-    def read(self, count: int | None = None, tokens_of: Iterator[tuple[int, int]] | None = None) -> "Answers":
+    def read(self, count: int | None = None, tokens_of: Any = None) -> "Answers":
         """Read so many tokens, or all."""
-        with use(**KERNELS[self.model.device.type] | explicit_choices()):
+        with use(**{**KERNELS[self.model.device.type], **explicit_choices()}):
             for i, (seq, token) in enumerate(tokens_of or self.tokens_of, 1):
                 self.tokens[seq].append(token)
                 if i == count:
@@ -108,7 +109,7 @@ class Answers:
         return self
 
     def state(self) -> Any:
-        """What is left: answers, lengths and pages, and what the pages hold."""
+        """Answers, lengths and pages, and keys and values in them."""
         allocator = self.cache.allocator
         lengths = {seq: s.length for seq, s in allocator.sequences.items()}
         held = [
@@ -229,7 +230,8 @@ def check_other_kernels(gpu: VilaLlamaForCausalLM) -> None:
             theirs.read(3)
     finally:
         del attention["zero"]
-    ours.read(2), theirs.read(1)
+    ours.read(2)
+    theirs.read(1)
     assert ours.tokens[0][:19] == theirs.tokens[0][:19]
 
 

@@ -15,7 +15,7 @@ from hf_reference import build, padded, pictures
 from bench.measure import runners
 from vila_triton import VilaLlamaForCausalLM
 from vila_triton.cache import paged_cache
-from vila_triton.engine import draws, engine, sampling
+from vila_triton.engine import decode_loop, decode_step, draws, sampling
 from vila_triton.hf import modeling_vila_llama
 from vila_triton.images import feature_cache as known_pictures
 from vila_triton.models import llama, vila
@@ -106,9 +106,15 @@ def answers(model: VilaLlamaForCausalLM) -> None:
 
 
 def waits(model: VilaLlamaForCausalLM) -> None:
-    """A decoded token waits where it is known to."""
+    """A decoded token waits for nothing."""
     with torch.no_grad():
-        test_paths.test_decode_step_waits_only_at_known_lines((None, model), 1, {})
+        test_paths.test_decode_step_waits_for_nothing((None, model), 1, {}, 3)
+
+
+def many_pages(model: VilaLlamaForCausalLM) -> None:
+    """Nor does one that takes a new page."""
+    with torch.no_grad():
+        test_paths.test_decode_step_waits_for_nothing((None, model), 1, {}, 15)
 
 
 def captured(model: VilaLlamaForCausalLM) -> None:
@@ -158,18 +164,24 @@ FAULTS = {
         llama.attention, Prepend("assert x.sum().isfinite()"), captured, CAPTURING
     ),
     "a value read back at every step": Fault(
-        engine.extend, Prepend("bool((next(iter(rows.values())) > 0).any())"), waits, COUNTER
+        decode_loop.DecodeLoop._update, Prepend("bool(buffers.is_live.any())"), waits, COUNTER
     ),
     "a mask that selects at every step": Fault(
-        paged_cache.PagedKVCache._build_batch, Prepend("self.k_pages[self.k_pages != self.k_pages]"), waits, COUNTER
+        paged_cache.PagedKVCache.decode_batch, Prepend("block_table[block_table > 0]"), waits, COUNTER
     ),
-    "seeds on the CPU": Fault(draws.seed_tensor, DropKeyword("device"), answers, TWO),
-    "numbers of draws on the CPU": Fault(engine.generate_tokens, DropKeyword("device"), answers, TWO),
+    "pages sent from memory that is not pinned": Fault(decode_loop.pinned, DropCall("pin_memory"), many_pages, COUNTER),
+    "seeds on the CPU": Fault(draws.seed_tensor, DropKeyword("device"), answers, "on the same device"),
+    "numbers of draws on the CPU": Fault(
+        decode_step.StepBuffers.empty.__func__,  # pyright: ignore[reportFunctionMemberAccess]
+        DropKeyword("device"),
+        answers,
+        TWO,
+    ),
     "a draw that is looked at": Fault(sampling.draw_tokens, Prepend("bool(draw.any())"), waits, COUNTER),
     "angles on the CPU": Fault(
         llama.rotary_cos_sin, Prepend("positions = positions.cpu()"), answers, "cos is on cpu, expected cuda:0"
     ),
-    "slots and tables on the CPU": Fault(paged_cache.PagedKVCache._build_batch, DropKeyword("device"), waits, "cpu"),
+    "slots and tables on the CPU": Fault(paged_cache.PagedKVCache._build_batch, DropKeyword("device"), answers, "cpu"),
     "a cache on the CPU": Fault(
         modeling_vila_llama.VilaLlamaForCausalLM.new_cache, DropKeyword("device"), waits, "cpu"
     ),

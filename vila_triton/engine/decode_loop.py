@@ -96,7 +96,7 @@ class DecodeLoop:
         self.device = p.norm.device
         self.parameters: list[Tensor] = leaves(p)
         self.settings = sampling.rows(len(text_ids), self.device)
-        self.choosing = Choosing.of(sampling, self.settings)
+        self.choosing = Choosing.from_sampling(sampling, self.settings)
         self.rows = {seq: Row(seq, i, ids) for i, (seq, ids) in enumerate(text_ids.items())}
         self.ended: list[Row] = []  # since the last step
         self.num_chosen = 0  # tokens of each row, with those on their way

@@ -19,7 +19,7 @@ from .sampling import SamplingParams, SamplingRows, choose_tokens, mark_seen
 
 @dataclass(frozen=True)
 class Choosing:
-    """What is computed to choose tokens, for all rows of a step; the numbers are those of `SamplingRows`."""
+    """The parts of choosing that a step computes, for all of its rows; the numbers are those of `SamplingRows`."""
 
     samples: bool
     largest_top_k: int
@@ -27,7 +27,7 @@ class Choosing:
     penalizes: bool
 
     @classmethod
-    def of(cls, sampling: SamplingParams, rows: SamplingRows) -> "Choosing":
+    def from_sampling(cls, sampling: SamplingParams, rows: SamplingRows) -> "Choosing":
         return cls(rows.samples, rows.largest_top_k, rows.uses_top_p, sampling.penalizes)
 
 
