@@ -20,7 +20,6 @@ import triton.language as tl
 from vila_triton.registry.search_space import cdiv
 
 from ._online_softmax import log_sum_exp, normalize
-from ._quick_launch import quick_launch
 
 MIN_SPLIT, MAX_SPLIT = 64, 2048  # keys
 INVARIANT_SPLIT = 256  # keys of every split but the last of a sequence
@@ -74,7 +73,6 @@ def keys_per_split(seq_len, num_splits, MIN_KEYS: tl.constexpr, MAX_KEYS: tl.con
     return tl.minimum(tl.maximum(keys, MIN_KEYS), MAX_KEYS)
 
 
-@quick_launch
 @triton.jit(do_not_specialize=["num_splits", "max_splits"])
 def merge_splits_kernel(
     acc_ptr,

@@ -23,7 +23,6 @@ from ._heads import dot_layout, load_heads, store_heads
 from ._kv_pages import attend_paged_tile, check_pages_supported, kv_bits, load_page_ids, page_tensors_and_strides
 from ._launch import LOG2_E, dot_block, stages_for_dtype
 from ._online_softmax import init_softmax, log_sum_exp, normalize
-from ._quick_launch import quick_launch
 from ._split_kv import DEFAULT_NUM_SMS, keys_per_split, merge_splits_kernel, num_sms, plan_splits
 
 CONFIGS = [
@@ -69,7 +68,6 @@ def keys_per_tile(block_n: int, d: int, itemsize: int, quantized: bool) -> int:
     return max(16, block_n >> (dot_block(d) > 128) + (itemsize > 2))
 
 
-@quick_launch
 @triton.jit(do_not_specialize=["num_splits", "max_splits", "stride_tb"])  # these change with the longest sequence
 def _decode_attention_kernel(
     q_ptr,

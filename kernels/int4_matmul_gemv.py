@@ -24,7 +24,6 @@ from ._int4_dequant import UNSCALED, group_ids, lane_rows, lane_weights, word_po
 from ._int4_gemm import launch_cost as gemm_launch_cost
 from ._int4_launch import check_int4_call, matmul_args, rounding_mode, target_flags
 from ._launch import grid, rows_and_output
-from ._quick_launch import quick_launch
 from ._splitk_reduce import partial_sums, reduce_splits, split_k
 
 CONFIGS = [
@@ -91,7 +90,6 @@ def store_rows(acc, row, offs_m, bias_ptr, residual_ptr, out_ptr, M, N, stride_o
     tl.store(out_ptr + offs_m[:, None, None] * stride_om + row[None], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@quick_launch
 @triton.jit(do_not_specialize_on_alignment=["M"])
 def _int4_matmul_gemv_kernel(
     x_ptr,

@@ -29,7 +29,6 @@ from ._int4_gemm import (
 )
 from ._int4_launch import check_int4_call, contiguous_tensors, fit_block_k, rounding_mode, target_flags
 from ._launch import grid, rows_and_output
-from ._quick_launch import quick_launch
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
@@ -49,7 +48,6 @@ SPACE = SearchSpace(
 )
 
 
-@quick_launch
 @triton.jit(do_not_specialize_on_alignment=["M"])
 def _int4_swiglu_kernel(
     x_ptr,

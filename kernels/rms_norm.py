@@ -15,7 +15,6 @@ from vila_triton.ops import rms_norm
 from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, SearchSpace, cdiv, next_power_of_2
 
 from ._launch import check_supported
-from ._quick_launch import quick_launch
 
 CONFIGS = [
     {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
@@ -42,7 +41,6 @@ SPACE = SearchSpace(
 )
 
 
-@quick_launch
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, weight_ptr, out_ptr, E, eps, stride_xm, stride_xe, stride_we, stride_om, stride_oe, BLOCK: tl.constexpr

@@ -18,7 +18,6 @@ from vila_triton.registry.search_space import Config, LaunchCost, SearchSpace, c
 from ._heads import load_cos_sin, load_heads, rotate, store_heads
 from ._kv_pages import check_pages_supported, page_tensors_and_strides
 from ._kv_store import store_constants, store_paged_heads
-from ._quick_launch import quick_launch
 
 CONFIGS = [
     {"BLOCK_H": 8, "num_warps": 4, "num_stages": 1},
@@ -43,7 +42,6 @@ SPACE = SearchSpace(
 )
 
 
-@quick_launch
 @triton.jit
 def _rope_kv_write_kernel(
     q_ptr,

@@ -19,7 +19,7 @@ from ..compiler.gpus import TARGETS
 
 @dataclass(frozen=True)
 class DriverLaunch:
-    """A launch as the driver is given it: the machine code of a kernel, its grid and its arguments, constants included."""
+    """A launch as the driver is given it: the machine code of a kernel, its grid, and its arguments with constants."""
 
     kernel: str
     cubin: bytes

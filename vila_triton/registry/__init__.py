@@ -29,12 +29,14 @@ reference. There are no priorities and no fallback: an implementation that canno
 `Unsupported`, and the call fails.
 
     size_ranges    a choice: one implementation, or several by ranges of a size
+    domain         the values that a size may have
     search_space   the configs of a kernel, and the cost of one launch
     target_configs which of its configs an architecture runs
     gradients      kernels have none, which is said when one is asked for
     custom_ops     ops as `torch.library` custom ops, for torch.compile
     op             `Op` and `Impl`
-    signature      what a decision of an op may depend on
+    signature      what decisions and plans of an op may depend on
+    launch_plans   what an implementation launched for one signature, launched again without it
     discovery      imports the files of ops/ and kernels/, and checks that what is chosen exists
     kernel_config  configs/kernels.toml: the defaults by device and phase
     tuned_tables   configs/tuned/DEVICE.json: configs and choices by size, measured by `python -m bench.tune`
@@ -42,11 +44,12 @@ reference. There are no priorities and no fallback: an implementation that canno
     interpreter    Triton's interpreter, made safe for threads
 
 A module imports only from those above it. `import vila_triton.registry` does not import torch; `gradients`,
-`custom_ops` and `tuned_tables` do, and are imported when needed.
+`custom_ops`, `signature`, `launch_plans` and `tuned_tables` do, and are imported when needed.
 """
 
 from .discovery import describe_available, discover, problems, validate_choices
-from .op import OPS, REFERENCE, Impl, IntRange, OneOf, Op, Unsupported
+from .domain import IntRange, OneOf
+from .op import OPS, REFERENCE, Impl, Op, Unsupported
 from .registry import count_calls, default_choices, explicit_choices, op, use
 
 __all__ = [

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
+from .domain import IntRange, OneOf
 from .search_space import Config, SearchSpace
 from .size_ranges import Choice
 from .target_configs import ConfigNumber, check_by_target, config_number, config_numbers, current_target
@@ -35,31 +36,6 @@ def torch_part(name: str) -> ModuleType:
 
 class Unsupported(ValueError):
     """Raised by an implementation before it launches anything; the message is the reason it cannot serve this call."""
-
-
-@dataclass(frozen=True)
-class IntRange:
-    """The integers low, low + step, ... up to high (inclusive)."""
-
-    low: int
-    high: int
-    step: int = 1
-
-    def __contains__(self, value: object) -> bool:
-        return isinstance(value, int) and value in range(self.low, self.high + 1, self.step)
-
-
-class OneOf:
-    """One of the listed values; the first is the simplest, towards which a failing case shrinks."""
-
-    def __init__(self, *values: Any):
-        self.values = values
-
-    def __contains__(self, value: object) -> bool:
-        return value in self.values
-
-    def __repr__(self) -> str:
-        return f"OneOf{self.values}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +132,7 @@ class Op:
         self.cost = self._missing_cost = self._not_registered("flops_and_bytes")
         self.sizes_of: Callable[..., dict[str, Any]] | None = None
         self.dynamic_sizes: tuple[str, ...] = ()
-        self._decisions: dict[Any, tuple[Impl, Config, str | None, object]] = {}  # see `decide`
+        self._decisions: dict[Any, tuple[Impl, Config, Any, str | None, object]] = {}  # see `decide`
         self.custom_op: Callable[..., Any] | None = None  # what `torch.compile` sees of a call
         self.is_compiling: Callable[[], bool] = lambda: False
         self.__doc__ = reference.__doc__
@@ -172,13 +148,16 @@ class Op:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Check the arguments and run the implementation that is chosen for this call."""
-        impl, config = self.decide(args, kwargs)
+        impl, config, plans, tensors = self.decide(args, kwargs)
         if self.index_check:
             self.index_check(*args, **kwargs)
         if (counter := CALL_COUNTER.get()) is not None:
             counter[self.name, impl.name] += 1
         try:
-            out = impl.fn(*args, **kwargs, **config)
+            if plans is None:
+                out = impl.fn(*args, **kwargs, **config)
+            else:
+                out = plans.run(impl.fn, args, kwargs, config, tensors)
         except Unsupported as reason:
             # The advice is left out where the caller chose, and where an op that this one calls has given it.
             if self.name in EXPLICIT_CHOICES.get() or isinstance(reason.__cause__, Unsupported):
@@ -190,27 +169,30 @@ class Op:
             return out
         return torch_part("gradients").forbid_gradient(self.name, impl.name, out, *args, *kwargs.values())
 
-    def decide(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Impl, Config]:
-        """Return the implementation and the config that a call runs, after the check of `requires`.
+    def decide(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Impl, Config, Any, Any]:
+        """Return what a call runs, after the check of `requires`: the implementation, its config, and, if it launches
+        kernels, its `LaunchPlans` and the tensors that the arguments hold.
 
         Calls of one signature (see `signature`) share a decision, until the tuned table or the target is another one.
         """
         choice = self.choice_in_context()
-        signature = torch_part("signature").call_signature(args, kwargs) if choice is not None else None
-        if signature is None:
-            return self._decide_afresh(args, kwargs)
+        found = torch_part("signature").call_signature(args, kwargs) if choice is not None else None
+        if found is None:
+            return (*self._decide_afresh(args, kwargs), None, None)
+        signature, tensors = found
         key, table = (choice, BATCH_INVARIANT.get(), signature), self.defaults.table(*args, **kwargs)
-        found = self._decisions.get(key)
-        if found is not None:
-            impl, config, target, known_table = found
+        decision = self._decisions.get(key)
+        if decision is not None:
+            impl, config, plans, target, known_table = decision
             is_valid = known_table is table and self.impls.get(impl.name) is impl
             if is_valid and (not impl.by_target or current_target() == target):
-                return impl, config
+                return impl, config, plans, tensors
         impl, config = self._decide_afresh(args, kwargs)
+        plans = None if impl.name == REFERENCE else torch_part("launch_plans").LaunchPlans()
         if len(self._decisions) >= MOST_DECISIONS:
             self._decisions.clear()
-        self._decisions[key] = impl, config, current_target() if impl.by_target else None, table
-        return impl, config
+        self._decisions[key] = impl, config, plans, current_target() if impl.by_target else None, table
+        return impl, config, plans, tensors
 
     def _decide_afresh(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Impl, Config]:
         if self.precondition:
