@@ -19,7 +19,7 @@ from bench import standin
 from vila_triton import VilaLlamaForCausalLM
 from vila_triton.cache.page_allocator import PageAllocator
 from vila_triton.cache.paged_cache import PagedKVCache
-from vila_triton.engine import decode_graphs, engine
+from vila_triton.engine import current_parameters, decode_graphs, engine
 from vila_triton.engine.decode_loop import ChosenTokens, DecodeLoop
 from vila_triton.engine.sampling import SamplingParams
 from vila_triton.ops import PagedKV, rope
@@ -336,7 +336,7 @@ def grow_and_keep_graphs(cache: PagedKVCache, n: int) -> None:
 add_pages = PagedKVCache.add_pages
 FAULTS = {
     "a graph outlives the pool": (PagedKVCache, "add_pages", grow_and_keep_graphs, "growth"),
-    "a graph outlives the parameters": (decode_graphs, "addresses", lambda tensors: None, "new parameters"),
+    "a graph outlives the parameters": (current_parameters, "addresses", lambda tensors: None, "new parameters"),
     "a graph is replayed for other kernels": (decode_graphs, "chosen_kernels", lambda *_: None, "other kernels"),
     "rows of another are taken for one's own": (
         DecodeLoop,

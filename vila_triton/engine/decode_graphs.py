@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..models.config import LlamaConfig
 from ..ops.indices import can_read_values
 from ..registry import OPS, count_calls, explicit_choices
 from ..registry.op import CALL_COUNTER
@@ -45,11 +43,6 @@ def chosen_kernels(device: torch.device, phase: str) -> Hashable:
     return tuple(
         (op, choice, *(OPS[op].impls[name] for name in implementation_names(choice))) for op, choice in choices.items()
     )
-
-
-def addresses(tensors: list[Tensor]) -> list[tuple[int, torch.dtype]]:
-    """Where tensors lie, and what is there."""
-    return [(x.data_ptr(), x.dtype) for x in tensors]
 
 
 @dataclass(frozen=True)
@@ -94,16 +87,15 @@ class DecodeSteps:
                 current.wait_stream(self.last_stream)
             self.last_stream = current
 
-    def run(
-        self, step: Callable[[], None], shape: Hashable, cfg: LlamaConfig, parameters: list[Tensor], phase: str
-    ) -> None:
+    def run(self, step: Callable[[], None], shape: Hashable, model: Any, phase: str) -> None:
         """Run a step, or its graph.
 
         shape: all that the step depends on beside the model, the pages and the kernels that are chosen for its phase.
+        model: its config, and the addresses of its parameters.
         """
         if self.device.type != "cuda" or can_read_values(self.device):  # the values of indices are looked at
             return step()
-        now = cfg, addresses(parameters), load_table(gpu_name(self.device) or "")
+        now = model, load_table(gpu_name(self.device) or "")
         if now != self.captured_with:
             self.graphs.clear()
             self.captured_with = now

@@ -18,7 +18,7 @@ from ..cache.page_allocator import OutOfPages, PageAllocator
 from ..cache.paged_cache import PagedKVCache, step_phase
 from ..models import llama
 from ..models.config import LlamaConfig
-from ..models.params import leaves
+from .current_parameters import CurrentParameters
 from .decode_graphs import DecodeSteps, page_bucket, power_of_two_from, row_bucket
 from .decode_step import Choosing, StepBuffers, choose_next, next_logits, run_step
 from .sampling import SamplingParams, check_token, seen_tokens
@@ -92,9 +92,8 @@ class DecodeLoop:
         text_ids: Mapping[int, list[int]],
         sampling: SamplingParams,
     ):
-        self.p, self.cfg, self.cache, self.sampling = p, cfg, cache, sampling
+        self.parameters, self.cfg, self.cache, self.sampling = CurrentParameters(p), cfg, cache, sampling
         self.device = p.norm.device
-        self.parameters: list[Tensor] = leaves(p)
         self.settings = sampling.rows(len(text_ids), self.device)
         self.choosing = Choosing.from_sampling(sampling, self.settings)
         self.rows = {seq: Row(seq, i, ids) for i, (seq, ids) in enumerate(text_ids.items())}
@@ -106,7 +105,7 @@ class DecodeLoop:
     def choose_first(self, hidden: Tensor) -> ChosenTokens:
         """Choose the first token of each row by the last hidden states of its prompt, [b, e]."""
         with self.cache.lock:
-            logits = next_logits(self.p, hidden, self.cache.numerics)
+            logits = next_logits(self.parameters.get(), hidden, self.cache.numerics)
             buffers = self._load(self._pages_needed()).first_rows(len(hidden))
             choose_next(buffers, logits, self.choosing)
             self.num_chosen += 1
@@ -156,7 +155,7 @@ class DecodeLoop:
         return max(map(self.cache.length, self.rows)) // self.cache.allocator.page_size + 1
 
     def _is_loaded(self, pages: int) -> bool:
-        """Whether the buffers hold these rows as they are now, and a step takes no more rows than it must."""
+        """True if the buffers hold these rows as they are now, and a step takes no more rows than it must."""
         steps, buffers = self.cache.decode_steps, self.buffers
         return (
             buffers is not None
@@ -176,12 +175,11 @@ class DecodeLoop:
         try:
             with cache.append_slots(dict.fromkeys(self.rows, 1)):
                 self._update(buffers, rows)
-                width = page_bucket(pages)
+                width, p = page_bucket(pages), self.parameters.get()
                 steps.run(
-                    partial(run_step, self.p, self.cfg, cache, buffers, width, self.choosing),
+                    partial(run_step, p, self.cfg, cache, buffers, width, self.choosing),
                     (buffers.num_rows, width, self.choosing),
-                    self.cfg,
-                    self.parameters,
+                    (self.cfg, self.parameters.addresses),
                     step_phase([1], cache.numerics),
                 )
                 chosen = ChosenTokens(buffers.tokens, rows)

@@ -15,6 +15,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from ..cache.paged_cache import PagedKVCache
 from ..models import llama
 from ..models.config import LlamaConfig
+from .current_parameters import CurrentParameters
 from .decode_step import next_logits
 from .default_kernels import use_default_kernels
 from .sampling import SamplingParams, check_token, draw_tokens, mark_seen, penalize, seen_tokens, warp
@@ -33,11 +34,12 @@ def decode_with_scores(
     hidden: [b, e], the last hidden states of the prompts. text_ids: by sequence id, their text tokens, which are
     extended in place.
     """
-    pending, device = list(text_ids), hidden.device
+    pending, device, parameters = list(text_ids), hidden.device, CurrentParameters(p)
     settings = sampling.rows(len(pending), device)
     seen = seen_tokens([*text_ids.values()], cfg.vocab_size, device) if sampling.penalizes else None  # [b, v]
     try:
         for num_drawn in range(sampling.max_new_tokens):
+            p = parameters.get()
             logits = next_logits(p, hidden, cache.numerics)  # [b, v]
             scores = logits if seen is None else penalize(logits, settings, seen)
             if sampling.processors:
@@ -67,6 +69,7 @@ def decode_with_scores(
                 cache.append_step(dict.fromkeys(pending, 1)) as step,
                 use_default_kernels(device, step.phase),
             ):
+                p = parameters.get()
                 hidden = llama.forward(p, llama.embed(p, tokens), step.positions, cfg, step)
     finally:
         for seq in pending:
