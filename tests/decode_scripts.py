@@ -36,7 +36,7 @@ class Letters:
 def options(draw: Any) -> dict[str, Any]:
     """Arguments of `SamplingParams.from_generate_kwargs`; stops are likely."""
     given: dict[str, Any] = {"max_new_tokens": draw(st.integers(1, 20))}
-    given["eos_token_id"] = draw(st.lists(WORDS, max_size=6)) or None
+    given["eos_token_id"] = draw(st.lists(WORDS, max_size=4)) or None
     if draw(st.integers(0, 3)) == 0:
         texts = st.lists(st.text([chr(65 + token) for token in range(61)], min_size=1, max_size=2), min_size=1)
         given |= {"stop_strings": draw(texts), "tokenizer": Letters()}
@@ -60,31 +60,26 @@ class Script:
 
 
 @st.composite
-def scripts(draw: Any, reserves: bool | None = None) -> Script:
-    """Any script; on a GPU pages that are not reserved may be given to a step that is not needed."""
-    number = st.integers(0, 5)
+def scripts(draw: Any, on_gpu: bool = False) -> Script:
+    """Any script, or one for a GPU, where a step that is run ahead might take pages that are not reserved for it."""
+    number = st.integers(0, 3)
     rows = st.lists(st.tuples(st.one_of(st.none(), number), PROMPT), min_size=1, max_size=4)
-    actions = st.one_of(
-        st.tuples(st.just("ask"), rows, options()),
-        st.tuples(st.just("read"), number, st.integers(1, 12)),
-        st.tuples(st.just("read"), number, st.integers(1, 12)),
-        st.tuples(st.just("read"), number, st.integers(1, 40)),
-        st.tuples(st.just("close"), number),
-        st.tuples(st.just("fork"), number),
-        st.tuples(st.just("free"), number),
-        st.tuples(st.just("undo"), number, st.integers(1, 5)),
-    )
-    in_advance = draw(st.booleans()) if reserves is None else reserves
+    ask = st.tuples(st.just("ask"), rows, options())
+    read = st.tuples(st.just("read"), number, st.integers(1, 6))
+    others = [st.tuples(st.just(name), number) for name in ("close", "fork", "fork", "free")]
+    others += [st.tuples(st.just(name), number, st.integers(1, 5)) for name in ("undo", *(() if on_gpu else ("cut",)))]
+    actions = st.lists(st.one_of(ask, read, read, read, *others), min_size=4, max_size=12 if on_gpu else 24)
+    reserves = on_gpu or draw(st.booleans())
     return Script(
         {
             "page_size": draw(st.sampled_from([4, 1, 2, 16])),
-            "kv_dtype": draw(st.sampled_from([None, "int8", "int4", "float16"])),
-            "numerics": draw(st.sampled_from(["fast", "batch_invariant"])),
-            "max_pages": draw(st.sampled_from([None, 12, 30])) if in_advance else None,
+            "kv_dtype": None if on_gpu else draw(st.sampled_from([None, "int8", "int4", "float16"])),
+            "numerics": "fast" if on_gpu else draw(st.sampled_from(["fast", "batch_invariant"])),
+            "max_pages": draw(st.sampled_from([None, 12, 30])) if reserves else None,
         },
-        0 if in_advance else draw(st.integers(4, 90)),
-        in_advance,
-        [("ask", draw(rows), draw(options())), *draw(st.lists(actions, min_size=3, max_size=16))],
+        0 if reserves else draw(st.integers(4, 90)),
+        reserves,
+        [draw(ask), draw(ask), *draw(actions)],
     )
 
 
@@ -205,6 +200,16 @@ class Player:
             seq = idle[number % len(idle)]
             del self.texts[seq][-count:]
             self.cache.allocator.truncate(seq, min(self.cache.length(seq), len(self.texts[seq])))
+
+    def cut(self, number: int, count: int) -> None:
+        """Take cached tokens from a sequence that is being answered, those before the last one that was read."""
+        if self.live:
+            answer = self.live[number % len(self.live)]
+            seq = answer.sequences[count % len(answer.sequences)]
+            length = max(0, self.cache.length(seq) - count)
+            if answer.heard and seq not in self.idle:
+                self.texts[seq] = self.texts[seq][:length] + self.texts[seq][-1:]
+                self.cache.allocator.truncate(seq, length)
 
     def contents(self) -> dict[int, list[Tensor]]:
         """Return what the pages of each sequence hold, by token."""
