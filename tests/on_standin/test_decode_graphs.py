@@ -336,7 +336,7 @@ def grow_and_keep_graphs(cache: PagedKVCache, n: int) -> None:
 add_pages = PagedKVCache.add_pages
 FAULTS = {
     "a graph outlives the pool": (PagedKVCache, "add_pages", grow_and_keep_graphs, "growth"),
-    "a graph outlives the parameters": (current_parameters, "addresses", lambda tensors: None, "new parameters"),
+    "a graph outlives the parameters": (current_parameters, "addresses", lambda tensors: [], "new parameters"),
     "a graph is replayed for other kernels": (decode_graphs, "chosen_kernels", lambda *_: None, "other kernels"),
     "rows of another are taken for one's own": (
         DecodeLoop,

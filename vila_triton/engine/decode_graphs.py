@@ -91,7 +91,7 @@ class DecodeSteps:
         """Run a step, or its graph.
 
         shape: all that the step depends on beside the model, the pages and the kernels that are chosen for its phase.
-        model: its config, and the addresses of its parameters.
+        model: its config, and where its parameters lie.
         """
         if self.device.type != "cuda" or can_read_values(self.device):  # the values of indices are looked at
             return step()

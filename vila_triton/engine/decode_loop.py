@@ -179,7 +179,7 @@ class DecodeLoop:
                 steps.run(
                     partial(run_step, p, self.cfg, cache, buffers, width, self.choosing),
                     (buffers.num_rows, width, self.choosing),
-                    (self.cfg, self.parameters.addresses),
+                    (self.cfg, self.parameters.places),
                     step_phase([1], cache.numerics),
                 )
                 chosen = ChosenTokens(buffers.tokens, rows)
