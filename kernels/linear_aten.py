@@ -1,38 +1,19 @@
-"""x · wᵀ + bias + residual by the fastest matrix product of torch for the dtype on a CPU, as measured on AMD CPUs.
+"""x · wᵀ + bias + residual by the fastest product of torch for the dtype and the rows on a CPU, see `_cpu_product`.
 
-float32    oneDNN's; `F.linear` runs MKL's, which takes half as long again for many rows
-float16    `F.linear` for few rows; it is slow for many rows, which are multiplied in float32
-bfloat16   `F.linear`, which runs oneDNN's. That takes twice as long for one row as torch's own product, so oneDNN is
-           disabled for one row (in the whole process: a product in another thread may be slower, but not wrong)
-others     `F.linear`; also where a gradient is needed, which oneDNN's product does not have
+Other dtypes than float32 and half precision, and where a gradient is needed, which oneDNN's product does not have, go
+by `F.linear`.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.backends import mkldnn  # which is what torch calls oneDNN
 
-from vila_triton.lock import SharedContext
 from vila_triton.ops import Int4, linear
 from vila_triton.registry import Unsupported
 
-MANY_ROWS = 8  # from here on converting a float16 weight costs less than multiplying by it
+from ._cpu_product import float32_product, half_product, wants_gradient
 
-
-@contextmanager
-def without_onednn() -> Iterator[None]:
-    """Disable oneDNN in the whole process for the length of a block."""
-    was_enabled = mkldnn.enabled
-    mkldnn.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        mkldnn.enabled = was_enabled  # pyright: ignore[reportAttributeAccessIssue]
-
-
-ONEDNN_OFF = SharedContext(without_onednn)
+PRODUCTS = {torch.float32: float32_product, torch.float16: half_product, torch.bfloat16: half_product}
 
 
 @linear.impl("aten")
@@ -42,16 +23,8 @@ def linear_aten(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None, residua
         raise Unsupported(f"linear: this product is oneDNN's for CPUs, which this torch lacks on {x.device}")
     if isinstance(w, Int4):  # which has an op of its own
         return linear.reference(x, w, bias, residual)
-    rows = x.shape[:-1].numel()
-    needs_grad = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, w, bias, residual))
-    if not needs_grad and (x.dtype == torch.float32 or (x.dtype == torch.float16 and rows >= MANY_ROWS)):
-        # oneDNN reads a bias and a residual as if they had no strides.
-        bias, residual = (None if term is None else term.float().contiguous() for term in (bias, residual))
-        product = torch.ops.mkldnn._linear_pointwise
-        if residual is None:
-            return product(x.float(), w.float(), bias, "none", [], "").to(x.dtype)
-        return product.binary(x.float(), residual, w.float(), bias, "add").to(x.dtype)
-    if not needs_grad and x.dtype == torch.bfloat16 and rows == 1:
-        with ONEDNN_OFF:
-            return linear.reference(x, w, bias, residual)
-    return linear.reference(x, w, bias, residual)
+    num_rows = x.shape[:-1].numel()
+    if wants_gradient(x, w, bias, residual) or not num_rows or x.dtype not in PRODUCTS:
+        return linear.reference(x, w, bias, residual)
+    residual = None if residual is None else residual.reshape(num_rows, -1)
+    return PRODUCTS[x.dtype](x.reshape(num_rows, -1), w, bias, residual).view(*x.shape[:-1], -1)

@@ -7,6 +7,7 @@ format           times and configs in tables
 measured_points, goals_attention   rows against the goals of `bench.goals`
 model_configs    the models of configs/models
 runners          one model run by vila-triton and by Hugging Face
+vllm_runner, vllm_engine   the same by vLLM on a CPU, in a process of its own
 model_steps      the steps of a model that are timed
 step_cost        bytes and FLOPs that a step takes at least
 peak_memory      the peak memory of tensors on any device

@@ -11,6 +11,7 @@ from ..correctness.failure_report import refusal_reason, release_memory
 from .peak_memory import PeakMemory
 from .runners import Runner
 
+PAUSE = 0.05  # seconds until the threads of another process no longer spin
 QUESTION_TOKENS = 32  # tokens of a question in `stream`, as TinyChat counts
 
 
@@ -88,7 +89,8 @@ class RepeatedStep:
             self.state = self.runner.start(self.step.batch, self.capacity)
         start = synchronized_time(device)
         self.runner.step(self.state, self.new_ids)
-        self.seconds.append(synchronized_time(device) - start)
+        seconds = synchronized_time(device) - start
+        self.seconds.append(seconds if self.runner.own_seconds is None else self.runner.own_seconds)
         if self.step.cached_tokens:
             self.runner.truncate(self.state, self.step.cached_tokens)
 
@@ -101,9 +103,12 @@ def time_runners(
     the runners alternates between rounds.
     """
     repeated_steps = [RepeatedStep(runner, step) for runner in runners]
+    other_processes = any(runner.own_seconds is not None for runner in runners)
     for number in range(rounds + 2):
         for repeated in repeated_steps[:: -1 if number % 2 else 1]:
             if repeated.failure is None:
+                if other_processes:
+                    time.sleep(PAUSE)
                 try:
                     repeated.measure(device) if number else repeated.prepare()
                 except Exception as error:  # one may fail in any way; the others go on

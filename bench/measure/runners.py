@@ -66,6 +66,7 @@ class Runner(Protocol):
     name: str
     weights: list[Tensor]  # its weights
     weight_config: LlamaConfig  # what they are kept in
+    own_seconds: float | None  # the time of the last step by a clock of the runner's own, if it has one
 
     def start(self, batch: int, capacity: int) -> Any:
         """Returns a state without cached tokens, to which `capacity` tokens per sequence will be appended."""
@@ -82,6 +83,8 @@ class Runner(Protocol):
 
 class VilaTritonRunner:
     """vila-triton's model with the kernels of `choice`, as in `parse_kernel_choices`."""
+
+    own_seconds = None
 
     def __init__(self, model: RandomModel, choice: str):
         self.model, self.name, self.kernels = model, choice, parse_kernel_choices(choice)
@@ -127,6 +130,8 @@ def parse_kernel_choices(choice: str) -> Mapping[str, str]:
 
 class HuggingFaceRunner:
     """Hugging Face's eager model on the same weights, those of an int4 model dequantized."""
+
+    own_seconds = None
 
     def __init__(self, model: RandomModel):
         self.model = model

@@ -1,6 +1,7 @@
 """Whole models timed: every step and runner has its row, limits are as counted by hand, wrong logits get no time."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from bench.measure import model_configs, model_steps, step_cost
 from bench.measure.model_steps import ModelStep, peak_bytes, time_runners
 from bench.measure.runners import HF, HuggingFaceRunner, VilaTritonRunner, build_model, logits_error
 from bench.measure.timing import MachinePeaks
+from bench.measure.vllm_runner import VllmRunner
 from vila_triton.registry import OPS, REFERENCE, Impl, Unsupported
 
 CPU = torch.device("cpu")
@@ -139,6 +141,8 @@ def test_logits_error_passes_right_runners_and_sees_wrong_ones(weights: str) -> 
 class Counting:
     """A runner that only writes down its turns."""
 
+    own_seconds = None
+
     def __init__(self, name: str, turns: list[str]):
         self.model = build_model(model_configs.load_model("tiny", 1).llm, "float32", CPU)
         self.name, self.turns, self.length = name, turns, 0
@@ -162,6 +166,48 @@ def test_runners_take_turns_and_start_each_from_the_same_cache() -> None:
     assert turns[:2] == ["a0", "b0"]  # the history
     assert turns[2:] == ["b6", "a6", "a6", "b6", "b6", "a6"]
     assert [len(mine) for mine in found] == [2, 2]
+
+
+FAKE_VLLM = """#!{python}
+import json, sys, torch
+folder, tokens = sys.argv[2], []
+print("{{}}", flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    print(line, file=open(folder + "/asked", "a"))
+    if "prompts" in request:
+        tokens = [len(prompt) for prompt in request["prompts"]]
+    torch.save(torch.ones(len(tokens), 5), folder + "/logits.pt")
+    print(json.dumps({{"seconds": 0.25, "tokens": sum(tokens)}}), flush=True)
+    tokens = [1] * len(tokens)
+    if tokens[2:]:
+        sys.exit("three are too many")
+"""
+
+
+def test_vllm_is_asked_for_the_same_tokens_and_timed_by_its_own_clock(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(FAKE_VLLM.format(python=sys.executable))
+    python.chmod(0o755)
+    made = build_model(model_configs.load_model("tiny", 1).llm, "float32", CPU)
+    runner = VllmRunner(made, python, 64)
+    try:
+        (seconds,) = time_runners([runner], ModelStep("decode", 2, 1, 6), 2, CPU)
+        assert seconds == [0.25, 0.25]
+        asked = [json.loads(line) for line in (runner.folder / "asked").read_text().split("\n") if line]
+        cached, new = model_steps.random_tokens(runner, 2, 7).split([6, 1], 1)
+        assert asked[0] == {"prompts": cached.tolist(), "then": [0, 0], "steps": 1}
+        assert asked[1] == {"prompts": cached.tolist(), "then": new[:, 0].tolist(), "steps": 1}
+        assert asked[2:] == [{"steps": 1}] * 3
+        state = runner.start(3, 4)
+        assert runner.step(state, torch.zeros(3, 4, dtype=torch.int64)).shape == (3, 5)
+        with pytest.raises(RuntimeError, match="vLLM ended: three are too many"):
+            runner.step(state, torch.zeros(3, 1, dtype=torch.int64))
+    finally:
+        runner.close()
+    assert not runner.folder.exists()
+    with pytest.raises(ValueError, match="dense weights"):
+        VllmRunner(build_model(model_configs.load_model("tiny", 1).llm, "int4", CPU), python, 64)
 
 
 def test_peak_memory_counts_cache_and_activations_without_weights() -> None:

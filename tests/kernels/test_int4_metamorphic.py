@@ -29,7 +29,7 @@ ALL: list[tuple[Op, Impl, Config]] = [
     if impl.name != REFERENCE
     for config in impl.configs
 ]
-LIBRARY = {"aten", "blocked", "dequant", "unfused", "rowwise"}  # variants whose sums a library takes
+LIBRARY = {"aten", "bags", "blocked", "dequant", "unfused", "rowwise"}  # variants whose sums a library takes
 KINDS = pytest.mark.parametrize("dtype, order", [("float32", "sub"), ("float16", "fma")])
 ORDERS = pytest.mark.parametrize("order", ["sub", "fma"])
 

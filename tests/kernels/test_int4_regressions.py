@@ -24,7 +24,7 @@ from vila_triton.registry.kernel_config import configured_choices
 
 discover()
 Config = Mapping[str, Any]
-LIBRARY = (REFERENCE, "aten", "blocked", "unfused", "rowwise")  # no kernels of ours
+LIBRARY = (REFERENCE, "aten", "bags", "blocked", "unfused", "rowwise")  # no kernels of ours
 OURS: list[tuple[Op, Impl, Config]] = [
     (op, impl, config)
     for op in (int4_matmul, int4_swiglu)
@@ -252,7 +252,7 @@ def test_instructions_per_weight_are_less_than_half_of_naive(compiled: dict[str,
         assert compiled[name]["per_unit"] < compiled["naive"]["per_unit"] / 2
 
 
-@pytest.mark.parametrize("name", ["blocked", "aten"])
+@pytest.mark.parametrize("name", ["blocked", "aten", "bags"])
 def test_bfloat16_matches_the_reference(name: str, compiled: dict[str, dict[str, Any]]) -> None:
     """vllm-project/vllm#37387: float16 only. Here numbers are checked where they can be, and the instructions of the
     others are those of bfloat16; `test_int4_assembly` has the arithmetic between."""

@@ -13,6 +13,7 @@ from vila_triton import ops
 from vila_triton.engine import engine
 from vila_triton.registry import OPS, OneOf, Op, Unsupported, count_calls, discover, use
 from vila_triton.registry.kernel_config import configured_choices
+from vila_triton.registry.size_ranges import implementation_at
 
 discover()
 EACH = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
@@ -37,7 +38,9 @@ def test_a_call_runs_the_same_implementation_inside_and_outside_an_engine(op: Op
     for phase in ("prefill", "decode"):
         with engine.use_default_kernels(torch.device("cpu"), phase):
             assert ran(op, args) == outside
-    assert outside == configured_choices("cpu", None).get(op.name, "reference")
+    sizes = op.sizes_of(*args) if op.sizes_of else {}
+    choice = configured_choices("cpu", None).get(op.name, "reference")
+    assert outside == implementation_at(choice, sizes.get((*op.dynamic_sizes, None)[0], 0), sizes)
     with use(**{op.name: "reference"}):
         assert ran(op, args) == "reference"
 
@@ -127,7 +130,7 @@ def test_an_int4_product_on_a_cpu_does_not_run_the_reference() -> None:
         out = ops.int4_matmul(*args)
     (exact,), (allowed,) = error_budget(ops.int4_matmul, args)
     check_within_budget(0, out, exact, allowed)
-    assert calls == {("int4_matmul", "blocked"): 1}
+    assert calls == {("int4_matmul", "bags"): 1}
 
 
 def test_ops_command_shows_the_implementations_of_a_gpu(

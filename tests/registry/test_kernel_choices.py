@@ -28,7 +28,15 @@ from vila_triton.registry import (
     validate_choices,
 )
 from vila_triton.registry.kernel_config import PHASES, configured_choices, read_kernels_toml
-from vila_triton.registry.size_ranges import BoundedChoice, Choice, ChoiceBySize, implementation_at, parse_choice
+from vila_triton.registry.size_ranges import (
+    BoundedChoice,
+    Choice,
+    ChoiceByCase,
+    ChoiceBySize,
+    implementation_at,
+    parse_choice,
+    rename_implementations,
+)
 
 discover()
 GPU = "Toy GPU"
@@ -95,6 +103,43 @@ def test_a_bounded_choice_keeps_the_fallback_for_other_sizes(
         assert (
             all(a != b for a, b in zip(both.names, both.names[1:])) and parse_choice(table.choice_to_json(both)) == both
         )
+
+
+BY_CASE = [{"n": [1, 3], "run": [[4, "whole"], "blocks"]}, {"n": 2, "run": "blocks"}, [2, "reference"], "whole"]
+
+
+def test_a_choice_by_case_takes_the_first_case_that_fits_the_call() -> None:
+    choice = parse_choice(BY_CASE)
+    names = {n: [implementation_at(choice, size, {"n": n}) for size in (1, 4, 5)] for n in (1, 2, 3, 4)}
+    assert names[1] == names[3] == ["whole", "whole", "blocks"]
+    assert names[2] == ["blocks"] * 3 and names[4] == ["reference", "whole", "whole"]
+    assert isinstance(choice, ChoiceByCase)
+    assert choice.describe("whole", "m") == "n 1 or 3: m up to 4; otherwise m from 3"
+    assert choice.describe("blocks", "m") == "n 1 or 3: m from 5; n 2: always"
+    renamed = rename_implementations(choice, {"whole": "all"})
+    assert renamed.names == ("all", "blocks", "blocks", "reference", "all")
+    bounded = BoundedChoice(1, 3, "tuned").with_fallback(choice)
+    assert [implementation_at(bounded, size, {"n": 1}) for size in (1, 3, 4, 5)] == [
+        "tuned",
+        "tuned",
+        "whole",
+        "blocks",
+    ]
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ([{"n": 1, "run": "whole"}], "at the end, expected the choice for all other calls"),
+        ([{"n": 1}, "whole"], 'expected sizes and "run"'),
+        ([{"run": "whole"}, "whole"], 'expected sizes and "run"'),
+        ([{"size": 1, "run": "whole"}, "whole"], "no size 'size' in a case; there are: m, n, dtype"),
+        ([{"n": 1, "run": "nothing"}, "whole"], "no implementation 'nothing'"),
+    ],
+)
+def test_a_bad_case_is_named(doubled: Op, value: list, message: str) -> None:
+    with pytest.raises((ValueError, KeyError), match=re.escape(message)), use(doubled=value):
+        pass
 
 
 def test_describe_lists_the_ranges_of_a_name() -> None:

@@ -18,16 +18,16 @@ from bench.correctness.error_budget import (
     example_strategy,
     run_property,
 )
-from vila_triton.kernels import int4_matmul_aten as int4  # pyright: ignore
+from vila_triton.kernels import _cpu_product, _packed_copies, int4_matmul_aten, int4_matmul_bags  # pyright: ignore
 from vila_triton.ops import int4_matmul, quantize_rtn
-from vila_triton.registry import OPS, Impl, Op, Unsupported, discover, use
+from vila_triton.registry import OPS, Impl, Op, Unsupported, count_calls, discover, use
 
 discover()
 HERE: list = [
     pytest.param(op, impl, id=f"{op.name}-{impl.name}")
     for op in OPS.values()
     for impl in op.impls.values()
-    if impl.name in ("aten", "blocked", "unfused")
+    if impl.name in ("aten", "bags", "blocked", "unfused")
 ]
 SIZES = {"m": 3, "n": 32, "G": 2, "group": 64, "dtype": "bfloat16", "order": "sub", "bias": False, "seed": 0}
 
@@ -39,26 +39,40 @@ def test_library_variants_keep_the_error_budget_in_bfloat16(op: Op, impl: Impl) 
 
     @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
-        taken = {"n": 16 * -(-sizes["n"] // 16), "order": "sub"} if few else {}
+        taken = {"order": "sub"} if few else {}
         args = example_args(op, **{**sizes, **taken, "dtype": "bfloat16"})
         call_or_reject(assert_matches_reference, op, impl, impl.configs[0], args, sizes["seed"])
 
     run_property(check)
 
 
-def product(args: Any) -> torch.Tensor:
-    return int4_matmul.impls["aten"](*args)
+PACKING = {"aten": int4_matmul_aten.pack_for_aten, "bags": int4_matmul_bags.pack_for_bags}
 
 
-def test_a_weight_is_packed_once_and_again_after_a_write() -> None:
+def product(args: Any, name: str = "aten") -> torch.Tensor:
+    return int4_matmul.impls[name](*args)
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_a_weight_is_packed_once_and_again_after_a_write(name: str) -> None:
     x, w, *_ = example_args(int4_matmul, **SIZES)
-    first = product((x, w))
-    copy = int4._packed_weights[w.qweight][-1][0]
-    assert torch.equal(product((x, w)), first) and int4._packed_weights[w.qweight][-1][0] is copy
+    first = product((x, w), name)
+    copy = _packed_copies._copies[w.qweight][PACKING[name]][-1][0]
+    assert torch.equal(product((x, w), name), first)
+    assert _packed_copies._copies[w.qweight][PACKING[name]][-1][0] is copy
     w.scales.mul_(2)
-    assert torch.equal(product((x, w)), 2 * first)
+    assert torch.equal(product((x, w), name), 2 * first)
     w.qweight.data = torch.zeros_like(w.qweight)  # as `Module.to` replaces what a parameter holds
-    assert_matches_reference(int4_matmul, int4_matmul.impls["aten"], {}, (x, w))
+    assert_matches_reference(int4_matmul, int4_matmul.impls[name], {}, (x, w))
+
+
+def test_packed_copies_are_counted_each_once_and_as_large_as_the_codes() -> None:
+    x, w, *_ = example_args(int4_matmul, **{**SIZES, "n": 512, "G": 8})
+    codes = w.qweight.nbytes
+    assert _packed_copies.packed_bytes([x, w.qweight]) == 0
+    for name in ("aten", "bags", "aten"):
+        product((x, w), name)
+    assert 2 * codes < _packed_copies.packed_bytes([x, w.qweight]) < 2.2 * codes
 
 
 def test_the_same_codes_with_other_scales_are_packed_separately() -> None:
@@ -76,10 +90,10 @@ def test_the_same_codes_with_other_scales_are_packed_separately() -> None:
 def test_a_packed_copy_is_freed_with_its_weight() -> None:
     x, w, *_ = example_args(int4_matmul, **SIZES)
     product((x, w))
-    before = len(int4._packed_weights)
+    before = len(_packed_copies._copies)
     del w
     gc.collect()
-    assert len(int4._packed_weights) == before - 1
+    assert len(_packed_copies._copies) == before - 1
 
 
 def test_a_weight_in_inference_mode_is_packed_every_time() -> None:
@@ -87,12 +101,10 @@ def test_a_weight_in_inference_mode_is_packed_every_time() -> None:
         x, w, *_ = example_args(int4_matmul, **SIZES)
         first = product((x, w))
         w.scales.mul_(2)
-        assert torch.equal(product((x, w)), 2 * first) and w.qweight not in int4._packed_weights
+        assert torch.equal(product((x, w)), 2 * first) and w.qweight not in _packed_copies._copies
 
 
-@pytest.mark.parametrize(
-    ("n", "group", "reason"), [(24, 64, "24 rows"), (32, 16, "group is 16, but torch takes 32"), (32, 512, "is 512")]
-)
+@pytest.mark.parametrize(("n", "group", "reason"), [(32, 16, "group is 16, but torch takes 32"), (32, 512, "is 512")])
 def test_unsupported_shapes_are_refused_with_a_reason(n: int, group: int, reason: str) -> None:
     w = quantize_rtn(torch.randn(n, 512), group)
     with pytest.raises(Unsupported, match=reason):
@@ -102,7 +114,7 @@ def test_unsupported_shapes_are_refused_with_a_reason(n: int, group: int, reason
 def test_shifts_of_a_packed_weight_are_rounded_once() -> None:
     w = quantize_rtn(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), 32)
     w = replace(w, scales=w.scales.float() * 1.1)  # of 24 bits, so that a product with a zero is rounded
-    _, scales_and_shifts = int4.pack_for_aten(w, torch.float32)
+    _, scales_and_shifts = int4_matmul_aten.pack_for_aten(w, torch.float32)
     exact = (8 - w.zeros.double()) * w.scales.double()
     assert torch.equal(scales_and_shifts[..., 1], exact.float())
 
@@ -110,13 +122,16 @@ def test_shifts_of_a_packed_weight_are_rounded_once() -> None:
 @pytest.mark.parametrize(
     ("dtype", "rows", "product"),
     [
-        ("float32", 1, "onednn"),
-        ("float32", 8, "onednn"),
-        ("float16", 7, "torch"),
-        ("float16", 8, "onednn"),
-        ("bfloat16", 1, "torch without onednn"),
-        ("bfloat16", 2, "torch"),
+        ("float32", 1, "torch"),
+        ("float32", 2, "onednn"),
+        ("float16", 4, "torch"),
+        ("float16", 5, "onednn"),
+        ("bfloat16", 1, "torch"),
+        ("bfloat16", 5, "onednn"),
         ("float64", 8, "torch"),
+        ("bfloat16 instructions", 1, "torch without onednn"),
+        ("bfloat16 instructions", 2, "torch"),
+        ("bfloat16 instructions", 64, "torch"),
     ],
 )
 def test_linear_runs_the_fastest_product_of_each_dtype(
@@ -129,19 +144,40 @@ def test_linear_runs_the_fastest_product_of_each_dtype(
         return linear(*args)
 
     monkeypatch.setattr(F, "linear", recorded)
+    dtype, _, has_instructions = dtype.partition(" ")
+    monkeypatch.setattr(_cpu_product, "has_instructions_for", lambda _: bool(has_instructions))
     x = torch.ones(rows, 16, dtype=getattr(torch, dtype))
     assert OPS["linear"].impls["aten"](x, x[:1]).shape == (rows, 1)
     assert (ran or ["onednn"]) == [product]
 
 
+@pytest.mark.parametrize("has_instructions", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
-def test_blocks_of_a_weight_are_multiplied_in_the_dtype_that_is_quicker(
-    dtype: str, monkeypatch: pytest.MonkeyPatch
+def test_blocks_of_a_weight_are_multiplied_in_half_precision_where_the_cpu_can(
+    dtype: str, has_instructions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    multiplied, linear = set(), F.linear
-    monkeypatch.setattr(F, "linear", lambda x, *args: multiplied.update({x.dtype, args[0].dtype}) or linear(x, *args))
-    int4_matmul.impls["blocked"](*example_args(int4_matmul, **{**SIZES, "dtype": dtype}))
-    assert multiplied == {torch.float32 if dtype == "float16" else getattr(torch, dtype)}
+    multiplied, blocked = set(), import_module("vila_triton.kernels.int4_matmul_blocked")
+    for name in ("float32_product", "half_product"):
+        product = getattr(blocked, name)
+        monkeypatch.setattr(
+            blocked, name, lambda x, w, *rest, f=product: multiplied.update({x.dtype, w.dtype}) or f(x, w, *rest)
+        )
+    for module in (blocked, _cpu_product):
+        monkeypatch.setattr(module, "has_instructions_for", lambda _: has_instructions)
+    args = example_args(int4_matmul, **{**SIZES, "dtype": dtype})
+    assert_matches_reference(int4_matmul, int4_matmul.impls["blocked"], {"BLOCK_N": 32}, args)
+    assert multiplied == {getattr(torch, dtype) if has_instructions else torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [{}, {"group": 80}, {"order": "fma"}, {"n": 17}, {"m": 40}])
+def test_the_default_on_a_cpu_serves_every_shape(dtype: str, sizes: dict) -> None:
+    """`aten` refuses some; what runs instead is not the slowest there is, and needs no `use`."""
+    args = example_args(int4_matmul, **{**SIZES, "dtype": dtype, **sizes})
+    with count_calls() as calls:
+        int4_matmul(*args)
+    few = "aten" if dtype == "bfloat16" and not {"group", "order"} & sizes.keys() else "bags"
+    assert calls == {("int4_matmul", "blocked" if "m" in sizes else few): 1}
 
 
 def test_rows_are_taken_one_at_a_time() -> None:

@@ -145,10 +145,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     return ran
 
 
-def at_size(choice: Any, size: int) -> str:
-    """The name that a choice, one name or ranges, has for a size."""
+def at_sizes(choice: Any, size: int, sizes: Mapping[str, Any]) -> str:
+    """The name that a choice, one name, ranges or cases before them, has for a call."""
     if isinstance(choice, str):
         return choice
+    if isinstance(choice[0], dict):
+        case, *others = choice
+        fits = all(sizes[name] == x or sizes[name] in list(x) for name, x in case.items() if name != "run")
+        return at_sizes(case["run"] if fits else others, size, sizes)
     return next((name for last, name in choice[:-1] if size <= last), choice[-1])
 
 
@@ -160,7 +164,7 @@ def expected_call(row: Row, name: str, sizes: Mapping[str, Any]) -> tuple[str, d
     chosen = (INVARIANT if invariant else DEFAULTS).get(name, "reference")
     if row["table"] == "choices" and not invariant and name in TABLE and 1 <= size <= TABLE[name][1]:
         chosen = TABLE[name][0]
-    impl = OPS[name].impls[at_size(explicit.get(name, chosen), size)]
+    impl = OPS[name].impls[at_sizes(explicit.get(name, chosen), size, sizes)]
     if row["table"] is None or invariant or name not in TABLE or TABLE[name][0] != impl.name:
         return impl.name, dict(impl.configs[0])
     _, _, ranges, small, large = TABLE[name]

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from .op import OPS
-from .size_ranges import Choice, ChoiceBySize, implementation_names, parse_choice, rename_implementations
+from .size_ranges import Choice, ChoiceByCase, implementation_names, parse_choice, rename_implementations
 
 OLD_NAMES = {"apart": "unfused", "rows": "rowwise"}  # of implementations, accepted for one release
 _problems: dict[str, str] = {}  # a module or an op -> file, line and reason; "" if it has none
@@ -106,6 +106,9 @@ def _validate_choice(name: str, value: object) -> Choice:
     for impl in implementation_names(choice):
         if impl not in op.impls:
             raise KeyError(f"op {name!r} has no implementation {impl!r}; there are: {describe_available(op.impls)}")
-    if isinstance(choice, ChoiceBySize) and not op.dynamic_sizes:
+    if not isinstance(choice, str) and not op.dynamic_sizes:
         raise ValueError(f"op {name!r} has no size that varies from call to call, expected one name, not ranges")
+    for case in choice.cases if isinstance(choice, ChoiceByCase) else ():
+        if unknown := [size for size, _ in case.sizes if size not in op.domain]:
+            raise ValueError(f"op {name!r}: no size {unknown[0]!r} in a case; there are: {', '.join(op.domain)}")
     return choice

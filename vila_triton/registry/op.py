@@ -13,7 +13,7 @@ from typing import Any
 
 from .domain import IntRange, OneOf
 from .search_space import Config, SearchSpace
-from .size_ranges import Choice
+from .size_ranges import Choice, implementation_at
 from .target_configs import ConfigNumber, check_by_target, config_number, config_numbers, current_target
 
 REFERENCE = "reference"
@@ -224,7 +224,8 @@ class Op:
         if isinstance(choice, str):
             return choice
         assert self.sizes_of  # `discovery.validate_choices` has checked that there is a dynamic size
-        return choice.lookup(self.sizes_of(*args, **kwargs)[self.dynamic_sizes[0]])
+        sizes = self.sizes_of(*args, **kwargs)
+        return implementation_at(choice, sizes[self.dynamic_sizes[0]], sizes)
 
     def check_batch_invariant(self, choice: Choice) -> None:
         """Raise ValueError unless the choice is one batch-invariant implementation, if the op has any of these."""

@@ -37,7 +37,7 @@ from .discovery import validate_choices
 from .kernel_config import configured_choices
 from .op import EXPLICIT_CHOICES, OPS, REFERENCE, Impl, Op
 from .search_space import Config
-from .size_ranges import BoundedChoice, Choice, implementation_names
+from .size_ranges import BoundedChoice, Choice, ChoiceByCase, implementation_names
 
 
 class StaleTableError(RuntimeError):
@@ -186,7 +186,10 @@ def parse_table_choice(table: Mapping[str, Any], op: str, file: Path) -> Bounded
             )
         if not 0 <= value["first"] <= value["last"]:
             raise ValueError(f"op {op!r}: from {value['first']} to {value['last']} are no sizes")
-        bounded = BoundedChoice(value["first"], value["last"], validate_choices({op: value.get("choice")})[op])
+        choice = validate_choices({op: value.get("choice")})[op]
+        if isinstance(choice, ChoiceByCase):
+            raise ValueError(f"op {op!r}: a tuned choice goes by ranges of a size, not by cases")
+        bounded = BoundedChoice(value["first"], value["last"], choice)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}, choices: {error.args[0]}") from None
     entries = {e["impl"] for e in table["entries"] if e["op"] == op}

@@ -1,0 +1,78 @@
+"""x · wᵀ by the fastest product of torch for the dtype on a CPU, as measured on AMD CPUs (`python -m bench.model`).
+
+float32            one row: `F.linear`, a matrix times a vector by MKL, as fast as memory; more: oneDNN's, as `F.linear`
+                   runs MKL's, which takes half as long again
+bfloat16, float16  where the CPU has instructions for it, `F.linear`, which runs oneDNN's; but for one row torch's own,
+                   which takes half as long: oneDNN is disabled for one row (in the whole process: a product in another
+                   thread may be slower, but not wrong). A CPU without them takes up to four rows by torch's own loops
+                   and multiplies more in float32, the weight converted in blocks that stay in its cache
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.backends import mkldnn  # which is what torch calls oneDNN
+
+from vila_triton.lock import SharedContext
+from vila_triton.ops import linear
+
+FEW_ROWS = 4  # up to here torch's own loops over half precision take no longer than converting the weight
+BLOCK_N = 512  # rows of a weight that are converted at once
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Disable oneDNN in the whole process for the length of a block."""
+    was_enabled = mkldnn.enabled
+    mkldnn.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        mkldnn.enabled = was_enabled  # pyright: ignore[reportAttributeAccessIssue]
+
+
+ONEDNN_OFF = SharedContext(without_onednn)
+
+
+def has_instructions_for(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN multiplies numbers of a half-precision dtype on this CPU."""
+    is_supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return is_supported[dtype]()
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether a gradient is asked for, which neither oneDNN's products nor torch's for 4-bit codes have."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def float32_product(x: Tensor, w: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Return x · wᵀ + bias + residual [m, n] of float32 tensors x [m, k], w [n, k], bias [n], residual [m, n]."""
+    if len(x) == 1:
+        out = F.linear(x, w, bias)
+        return out if residual is None else out + residual
+    # oneDNN reads a bias and a residual as if they had no strides.
+    bias, residual = (None if term is None else term.contiguous() for term in (bias, residual))
+    product = torch.ops.mkldnn._linear_pointwise
+    if residual is None:
+        return product(x, w, bias, "none", [], "")
+    return product.binary(x, residual, w, bias, "add")
+
+
+def half_product(x: Tensor, w: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """Return x · wᵀ + bias + residual [m, n] in the half precision of x [m, k], w [n, k], bias [n], residual [m, n]."""
+    has_instructions = has_instructions_for(x.dtype)
+    if has_instructions or len(x) <= FEW_ROWS:
+        with ONEDNN_OFF if has_instructions and len(x) == 1 else nullcontext():
+            return linear.reference(x, w, bias, residual)
+    rows, out = x.float(), x.new_empty(len(x), len(w))
+    for start in range(0, len(w), BLOCK_N):
+        block = slice(start, start + BLOCK_N)
+        terms = (None if term is None else term[..., block].float() for term in (bias, residual))
+        out[:, block] = float32_product(rows, w[block].float(), *terms)
+    return out
