@@ -29,6 +29,14 @@ def doubled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Op:
 SIZE = st.integers(0, 5000)
 
 
+def test_range_holds_with_a_bias_or_a_residual_as_without() -> None:
+    tuned_at = {"m": [0, 4], "n": 16, "bias": False, "residual": False}
+    for bias, residual in product((False, True), repeat=2):
+        sizes = {"m": 3, "bias": bias, "residual": residual}
+        assert tuned_tables.sizes_match(tuned_at, {**sizes, "n": 16})
+        assert not tuned_tables.sizes_match(tuned_at, {**sizes, "n": 17})
+
+
 @given(st.sets(st.tuples(SIZE, SIZE), min_size=1, max_size=6))
 def test_every_size_lies_in_one_range_around_the_nearest_tuned_one(tuned_at: set[tuple[int, int]]) -> None:
     at = [table.TunedPoint({"b": b, "t": t, "d": 8}, {json.dumps({"id": [b, t]}): 1.0}) for b, t in tuned_at]

@@ -113,9 +113,13 @@ def check_range(tuned_range: Mapping[str, Any], op: str, where: str) -> None:
 
 
 def sizes_match(expected_sizes: Mapping[str, Any], sizes: Mapping[str, Any]) -> bool:
-    """Return True if each expected size is met: equal, or in a range [first, last] where None means no end."""
+    """Return True if each expected size is met: equal, or in a range [first, last] where None means no end. A choice of
+    yes or no, as a bias or a residual, is met by either: the best config hardly depends on it.
+    """
     for name, expected in expected_sizes.items():
         size = sizes.get(name)
+        if isinstance(expected, bool):
+            continue
         if isinstance(expected, list):
             first, last = expected
             if not isinstance(size, int) or size < first or (last is not None and size > last):
