@@ -14,6 +14,7 @@ COMMANDS = {
     "How fast is it?": ("ops", "goals", "tune", "peers"),
     "How fast is a model, and how much memory does it take?": (
         "model",
+        "decode_budget",
         "roofline",
         "kv_dtypes",
         "prefill_memory",

@@ -5,9 +5,11 @@ are compiled for the GPU and not launched (`no_launches`), and each operator of 
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +17,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vila_triton.cache.paged_cache import PagedKVCache
+from vila_triton.engine.decode_graphs import CapturedStep, DecodeSteps
+from vila_triton.engine.decode_loop import DecodeLoop
 from vila_triton.engine.decode_step import Choosing, StepBuffers, run_step
+from vila_triton.engine.sampling import SamplingParams
 from vila_triton.models import llama, params
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.side_by_side import joined_shape, split_storage
@@ -70,9 +75,12 @@ class DecodeStep:
         self.buffers.page_updates[:, 0] = pages  # the column of no sequence
         self.context = context
 
-    def run(self) -> None:
-        """Run the step, always at the same place."""
+    def go_back(self) -> None:
+        """Let the next step be at the same place as the first."""
         self.buffers.context_lens.fill_(self.context - 1)
+
+    def run(self) -> None:
+        """Run the step."""
         run_step(self.p, self.cfg, self.cache, self.buffers, self.pages, GREEDY)
 
 
@@ -85,10 +93,8 @@ def as_on_a_gpu() -> Iterator[None]:
     choices: dict[str, Any] = dict.fromkeys(OPS, REFERENCE) | dict(configured_choices("cuda", "decode"))
     can_read_values = indices.can_read_values
     with ExitStack() as stack:
-        for module in {indices}:
-            stack.enter_context(
-                patch.object(module, "can_read_values", lambda _: can_read_values(torch.device("cuda")))
-            )
+        gpu = torch.device("cuda")
+        stack.enter_context(patch.object(indices, "can_read_values", lambda _: can_read_values(gpu)))
         stack.enter_context(use(**choices))
         stack.enter_context(torch.inference_mode())
         yield
@@ -101,19 +107,14 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
         self.open: list[tuple[Op, str, dict[str, Any], Any]] = []  # calls of ops that run, the innermost last
+        self.last: object = None  # the call of an op that launched last
 
     def note(self, kernel: str, launch: DriverLaunch | None) -> None:
         """Add a launch to the innermost call of an op."""
-        op, impl, sizes, config = "", "", (), ()
-        if self.open:
-            op, impl = self.open[-1][0].name, self.open[-1][1]
-            sizes, config = tuple(self.open[-1][2].items()), tuple(self.open[-1][3].items())
-        key = id(self.open[-1][2]) if self.open else None
-        first = key is not None and key != self.last
-        self.last = key
-        self.calls.append(Call(op, impl, sizes, config, first, kernel, launch))
-
-    last: int | None = None
+        op, impl, sizes, config = self.open[-1] if self.open else (None, "", {}, {})
+        is_first, self.last = op is not None and sizes is not self.last, sizes
+        name = op.name if op else ""
+        self.calls.append(Call(name, impl, tuple(sizes.items()), tuple(config.items()), is_first, kernel, launch))
 
     def launched(self, launch: DriverLaunch) -> None:
         """Note a launch that the driver was given."""
@@ -140,11 +141,43 @@ def launches(cfg: LlamaConfig, dtype: torch.dtype, batch: int, context: int, tar
     with as_on_a_gpu(), without_launching(target, watch.launched):
         step = DecodeStep(cfg, dtype, batch, context)
         with patch.object(Op, "run", watched):
+            step.go_back()
             step.run()  # compiles
+            step.go_back()
             watch.calls.clear()
             with watch:
                 step.run()
     return watch.calls
+
+
+class AlwaysCaptured(dict[Any, Any]):
+    """Graphs of every step, which do nothing."""
+
+    def get(self, key: Any, default: Any = None) -> CapturedStep:
+        return CapturedStep(SimpleNamespace(replay=lambda: None), Counter())
+
+
+def graph_seconds(cfg: LlamaConfig, context: int, rounds: int) -> float:
+    """Returns the least time of this thread that the engine took for a token of one row besides the call that replays
+    its graph, in so many rounds.
+    """
+    narrow = replace(cfg, **NARROW, vocab_size=512)
+    seconds = []
+    with as_on_a_gpu():
+        p = empty_parameters(narrow, torch.bfloat16)
+        cache = PagedKVCache(narrow, -(-(context + rounds) // PAGE_SIZE) + 1, page_size=PAGE_SIZE, dtype=torch.bfloat16)
+        seq = cache.allocator.add_sequence()
+        with cache.append_slots({seq: context}):
+            pass
+        loop = DecodeLoop(p, narrow, cache, {seq: [1]}, SamplingParams(max_new_tokens=rounds + 1))
+        loop.choose_first(torch.zeros(1, narrow.hidden_size, dtype=torch.bfloat16)).read()
+        cache.decode_steps.device, cache.decode_steps.graphs = torch.device("cuda"), AlwaysCaptured()
+        with patch.object(DecodeSteps, "follow_stream", lambda _: None):
+            for _ in range(rounds):
+                start = time.thread_time()
+                loop.step().read()
+                seconds.append(time.thread_time() - start)
+    return min(seconds)
 
 
 def python_seconds(cfg: LlamaConfig, batch: int, context: int, target: str, rounds: int) -> float:
@@ -156,6 +189,7 @@ def python_seconds(cfg: LlamaConfig, batch: int, context: int, target: str, roun
     with as_on_a_gpu(), without_launching(target):
         step = DecodeStep(narrow, torch.bfloat16, batch, context)
         for _ in range(rounds + 5):
+            step.go_back()
             start = time.thread_time()
             step.run()
             seconds.append(time.thread_time() - start)

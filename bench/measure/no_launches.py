@@ -19,15 +19,17 @@ from ..compiler.gpus import TARGETS
 
 @dataclass(frozen=True)
 class DriverLaunch:
-    """A launch as the driver is given it: the machine code of a kernel, its grid, and its arguments with constants."""
+    """A launch as the driver is given it: a compiled kernel, its grid, and its arguments with constants."""
 
     kernel: str
-    cubin: bytes
+    compiled: Any  # Triton's, with `.asm` and `.metadata`
     grid: tuple[int, int, int]
     args: tuple[Any, ...]
 
-
-binaries: list[bytes] = []  # that were loaded; a handle is a position, from 1 up
+    @property
+    def cubin(self) -> bytes:
+        """The machine code."""
+        return self.compiled.asm["cubin"]
 
 
 class NoLaunchDriver(CrossCompileDriver):
@@ -53,9 +55,8 @@ class NoLaunchDriver(CrossCompileDriver):
         return {"max_shared_mem": TARGETS[self.target].max_shared_per_block}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        """(module, function, registers, spills, most threads)"""
-        binaries.append(binary)
-        return len(binaries), len(binaries), 0, 0, 1024
+        """(module, function, registers, spills, most threads): handles of nothing."""
+        return 1, 1, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> "NoLauncher":
         return NoLauncher(source, metadata)
@@ -71,12 +72,15 @@ class NoLauncher(CudaLauncher):
             for part in ("size", "align"):
                 setattr(self, f"{name}_{part}", getattr(metadata, f"{name}_{part}"))
         self.launch_cooperative_grid, self.launch_pdl = metadata.launch_cooperative_grid, metadata.launch_pdl
+        active: Any = driver.active
+        kernels = source.fn.device_caches[active.get_current_device()][0].values()
         self.name = source.fn.__name__
+        self.compiled = next(kernel for kernel in kernels if kernel.metadata is metadata)
 
     def launch(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
         """Hand the launch over; the arguments of the kernel are the last of `rest`."""
         active: Any = driver.active
-        active.launch(DriverLaunch(self.name, binaries[function - 1], (x, y, z), rest[-1]))
+        active.launch(DriverLaunch(self.name, self.compiled, (x, y, z), rest[-1]))
 
 
 @contextmanager

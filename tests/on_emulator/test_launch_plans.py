@@ -18,13 +18,21 @@ from bench.emulator.counters.emulated_sizes import emulated_sizes
 from bench.measure.no_launches import DriverLaunch, without_launching
 from vila_triton.registry import OPS, Impl, Unsupported, discover, use
 from vila_triton.registry.interpreter import uses_triton_kernels
+from vila_triton.registry.kernel_config import configured_choices
 from vila_triton.registry.launch_plans import CALLS_BEFORE, LaunchPlans, Plan
 from vila_triton.registry.signature import call_signature
+from vila_triton.registry.size_ranges import implementation_names
 
 TARGET = "sm_90"
 WITH_TORCH = ("dequant",)  # whose products are torch's
 discover()
 IMPLS = [impl for op in OPS.values() for impl in op.impls.values() if uses_triton_kernels(impl)]
+
+
+def decodes(impl: Impl) -> bool:
+    """Return True for what a GPU's decode step runs by default."""
+    choice = configured_choices("cuda", "decode").get(impl.op, "")
+    return impl.name in implementation_names(choice)
 
 
 def tensors_of(args: Sequence[Any]) -> list[Tensor]:
@@ -226,7 +234,9 @@ def test_an_op_runs_its_plan_and_its_checks(launches: list[DriverLaunch]) -> Non
     assert len(launches) == CALLS_BEFORE + 2 + 1
 
 
-@pytest.mark.parametrize("impl", IMPLS, ids=lambda impl: f"{impl.op}-{impl.name}")
+@pytest.mark.parametrize(
+    "impl", [pytest.param(x, id=f"{x.op}-{x.name}", marks=() if decodes(x) else pytest.mark.slow) for x in IMPLS]
+)
 def test_every_kernel_is_launched_by_plan_as_by_itself(impl: Impl) -> None:
     launches: list[DriverLaunch] = []
     plans, args = LaunchPlans(), example(impl, 0)
