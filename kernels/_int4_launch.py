@@ -36,10 +36,10 @@ def matmul_args(rows: Tensor, w: Int4, bias: Tensor | None, residual: Tensor | N
 
 
 def fit_block_k(requested: int, w: Int4) -> int:
-    """The inputs of a step: those requested, or fewer, so that a step lies in one group. A group of 32 is no hindrance,
-    as its scales are loaded by the word."""
+    """The inputs of a step: those requested, or fewer, so that a step lies in one group; a tile in groups of 32, whose
+    scales are loaded by the word: a thread could not hold those of more."""
     group_size = w.group_size
-    return requested if group_size in (32, w.shape[1]) else max(64, min(requested, group_size & -group_size))
+    return requested if group_size == w.shape[1] != 32 else max(64, min(requested, group_size & -group_size))
 
 
 def rounding_mode(w: Int4, scale_sums: bool) -> int:
@@ -49,11 +49,13 @@ def rounding_mode(w: Int4, scale_sums: bool) -> int:
     return UNSCALED.value if scale_sums and w.group_size != 32 else SUB.value
 
 
-def target_flags() -> dict[str, Any]:
+def target_flags(block_m: int = 64, num_warps: int = 4) -> dict[str, Any]:
     """ASM: the target has the instructions of `codes_minus_zero`. OPAQUE: its compiler must not see how a tile is put
-    together, or it would choose a layout for `tl.dot` that costs shuffles.
+    together, or it would choose a layout for `tl.dot` that costs shuffles; so it would for products that are no
+    `wgmma`, as all of those before sm_90, and later those of blocks of fewer than 16 rows or by fewer than 4 warps.
     """
     if INTERPRETED:
         return {"ASM": False, "OPAQUE": False}
     target: Any = triton.runtime.driver.active.get_current_target()
-    return {"ASM": target.backend == "cuda", "OPAQUE": target.backend == "cuda" and target.arch < 90}
+    is_cuda = target.backend == "cuda"
+    return {"ASM": is_cuda, "OPAQUE": is_cuda and (target.arch < 90 or block_m < 16 or num_warps < 4)}

@@ -28,16 +28,20 @@ from ._int4_gemm import (
     x_pointers,
 )
 from ._int4_launch import check_int4_call, contiguous_tensors, fit_block_k, rounding_mode, target_flags
-from ._launch import grid, rows_and_output
+from ._launch import grid, rows_and_output, stages_for_dtype
 
 CONFIGS = [
-    {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
-    {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-    {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+    {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 8, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 2, "num_stages": 3},
+    {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2},
+    {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2},
+    {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
 ]
+AMPERE = [[8, 1], [16, 0], [64, 2], 3]
+BY_TARGET = {"sm_80": AMPERE, "sm_86": AMPERE, "sm_87": AMPERE, "sm_89": AMPERE, "sm_90": [[8, 1], [16, 0], [64, 2], 4]}
 SPACE = SearchSpace(
     {
-        "BLOCK_M": [16, 32, 64, 128],
+        "BLOCK_M": [8, 16, 32, 64, 128],
         "BLOCK_N": [64, 128],
         "BLOCK_K": [64, 128],
         "num_warps": [4, 8],
@@ -128,7 +132,7 @@ def _int4_swiglu_kernel(
     store_tile(out, None, None, out_ptr, offs_m, offs_n, M, N, stride_om)
 
 
-@int4_swiglu.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
+@int4_swiglu.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True, by_target=BY_TARGET)
 def int4_swiglu_triton(
     x: Tensor, gate: Int4, up: Int4, *, BLOCK_M: int, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int
 ) -> Tensor:
@@ -148,14 +152,14 @@ def int4_swiglu_triton(
             *rows.stride(),
             out.stride(0),
             GROUP_SIZE=gate.group_size,
-            ROUNDING=rounding_mode(gate, scale_sums=BLOCK_M == 16),
-            **target_flags(),
+            ROUNDING=rounding_mode(gate, scale_sums=BLOCK_M < 64),
+            **target_flags(BLOCK_M, num_warps),
             MASK_N=n % 16 != 0,
             MASK_K=k % block_k != 0,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
             BLOCK_K=block_k,
             num_warps=num_warps,
-            num_stages=num_stages,
+            num_stages=stages_for_dtype(num_stages, x),
         )
     return out.view(*x.shape[:-1], n)
