@@ -21,14 +21,16 @@ CONFIGS = [
 ]
 
 
-def launch_cost(config: Config, n: int, G: int, group: int, dtype: str, **_: object) -> LaunchCost:
-    """Return the cost of dequantizing a weight [n, G · group]; torch's product that follows is not counted."""
-    block_n, block_k, k = config["BLOCK_N"], config["BLOCK_K"], G * group
+def launch_cost(config: Config, m: int, n: int, G: int, group: int, dtype: str, **_: object) -> LaunchCost:
+    """Return the cost of dequantizing a weight [n, G · group], and of torch's product with m rows of x."""
+    block_n, block_k, k, size = config["BLOCK_N"], config["BLOCK_K"], G * group, DTYPE_BYTES[dtype]
     return LaunchCost(
         programs=cdiv(n, block_n) * cdiv(k, block_k),
-        bytes=block_n * block_k * (1 + 2 * DTYPE_BYTES[dtype]) // 2,
+        bytes=block_n * block_k * (1 + 2 * size) // 2,
         bytes_per_stage=block_n * block_k // 2,
         elementwise_ops=4 * block_n * block_k,
+        library_flops=2 * m * n * k,
+        library_bytes=(m * k + n * k + m * n) * size,
     )
 
 

@@ -37,8 +37,9 @@ CONFIGS = [
     {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2},
     {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
 ]
-AMPERE = [[8, 1], [16, 0], [64, 2], 3]
-BY_TARGET = {"sm_80": AMPERE, "sm_86": AMPERE, "sm_87": AMPERE, "sm_89": AMPERE, "sm_90": [[8, 1], [16, 0], [64, 2], 4]}
+TILES = [[8, 1], [16, 0], [64, 2], 3]  # configs by rows of x
+BY_TARGET = dict.fromkeys(["sm_80", "sm_86", "sm_87", "sm_89", "sm_100", "sm_120"], TILES)
+BY_TARGET |= {"sm_90": [[8, 1], [16, 0], [64, 2], 4], "gfx942": [[16, 0], 2]}
 SPACE = SearchSpace(
     {
         "BLOCK_M": [8, 16, 32, 64, 128],

@@ -9,6 +9,8 @@ Programs run in waves, as many at a time as shared memory and warps allow. A wav
 
 whichever is longer, or their sum where num_stages is 1 and nothing is loaded ahead.
 
+A library's matrix product that follows takes a launch of its own and the longer of its FLOPs and its bytes.
+
 To that comes what a candidate wastes, where it was emulated at small sizes (`wasted_seconds`): every sector beyond the
 fewest at the rate of the L2 cache, and every wavefront of shared memory beyond one for each access at one a clock.
 
@@ -115,16 +117,19 @@ def predict_seconds(impl: Impl, config: Mapping[str, Any], sizes: Mapping[str, A
     launch = impl.space.launch_cost(config, **sizes)
     if not launch.programs:
         return LAUNCH_SECONDS
-    min_share = min(
-        1.0, OPS[impl.op].cost(**sizes)[1] / (launch.programs * launch.bytes)
-    )  # the share no kernel can spare
+    least_bytes = OPS[impl.op].cost(**sizes)[1]  # which no kernel can spare
+    min_share = min(1.0, least_bytes / (launch.programs * launch.bytes))
     slots = gpu.sms * programs_per_sm(launch, config, gpu)
     full_waves, remainder = divmod(launch.programs, slots)
     half_precision = sizes.get("dtype", "float32") != "float32"
     waves = [(full_waves, slots), (1, remainder)]
-    return LAUNCH_SECONDS + sum(
+    own = LAUNCH_SECONDS + sum(
         n * wave_seconds(p, launch, config, min_share, gpu, half_precision) for n, p in waves if p
     )
+    if not launch.library_flops:
+        return own
+    rate = gpu.dot_rate if half_precision else 2 * gpu.elementwise_rate  # float32 is multiplied on the lanes
+    return own + LAUNCH_SECONDS + max(launch.library_flops / rate, launch.library_bytes / gpu.bandwidth)
 
 
 def wasted_seconds(

@@ -242,8 +242,11 @@ def test_default_implementation_by_number_of_rows() -> None:
         choice: Any = configured_choices("cuda", phase)["int4_matmul"]
         assert [choice.lookup(m) for m in (1, 4, 5, 64)] == ["gemv", "splitk", "splitk", "splitk"]
         assert {choice.lookup(m) for m in (65, 4096, 2**20)} <= {"prefill", "dequant"}
-        gated: Any = configured_choices("cuda", phase)["int4_swiglu"]
-        assert [gated.lookup(m) for m in (1, 64, 65, 2**20)] == ["triton", "triton", "unfused", "unfused"]
+        assert configured_choices("cuda", phase)["int4_swiglu"] == "triton"
+    gated = int4_swiglu.impls["triton"]
+    for target in ("sm_80", "sm_89", "sm_90"):
+        rows = [gated.default_config(target, m)["BLOCK_M"] for m in (1, 8, 9, 64, 65, 2**20)]
+        assert rows == [8, 8, 16, 64, 128, 128]
 
 
 def test_instructions_per_weight_are_less_than_half_of_naive(compiled: dict[str, dict[str, Any]]) -> None:

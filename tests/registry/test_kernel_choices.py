@@ -194,7 +194,7 @@ def test_implementations_in_kernels_toml_exist(device: str, phase: str) -> None:
 
 
 def predicted(op: str, name: str, m: int, gpu: cost_model.GpuModel, choices: Mapping[str, Choice]) -> float:
-    """Seconds of the first config at sizes of Llama-3-VILA1.5-8b; "unfused" is the ops it is made of."""
+    """Seconds of the default config at sizes of Llama-3-VILA1.5-8b; "unfused" is the ops it is made of."""
     sizes: dict[str, Any] = dict(m=m, n=14336, G=32, group=128, dtype="float16", order="sub")
     if name == "unfused":
         swiglu = OPS["swiglu"].impls["triton"]
@@ -203,15 +203,14 @@ def predicted(op: str, name: str, m: int, gpu: cost_model.GpuModel, choices: Map
             cost_model.predict_seconds(swiglu, swiglu.configs[0], dict(s=m, f=14336, dtype="float16"), gpu) or 0
         )
     impl = OPS[op].impls[name]
-    return (
-        cost_model.predict_seconds(impl, impl.configs[0], sizes | ({"bias": False} if op == "int4_matmul" else {}), gpu)
-        or 0
-    )
+    sizes |= {"bias": False} if op == "int4_matmul" else {}
+    return cost_model.predict_seconds(impl, impl.default_config(gpu.arch, m), sizes, gpu) or 0
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
-    ("op", "impls"), [("int4_matmul", ("gemv", "splitk", "prefill")), ("int4_swiglu", ("triton", "unfused"))]
+    ("op", "impls"),
+    [("int4_matmul", ("gemv", "splitk", "prefill", "dequant")), ("int4_swiglu", ("triton", "unfused"))],
 )
 def test_no_other_implementation_is_predicted_to_take_half_the_time(op: str, impls: tuple[str, ...], arch: str) -> None:
     """From two rows on: at one, what counts is how loads and instructions overlap, and the model knows none of them."""

@@ -68,7 +68,10 @@ def test_no_size_matters_under_batch_invariant_numerics(scaled: Op, target: Any)
     attach(scaled, sm_90=[[8, 2], 3])
     target("sm_90")
     with default_choices({"scaled": "config"}, batch_invariant=True):
-        assert {OPS["scaled"](m) for m in range(1, 99)} == {5}
+        assert {OPS["scaled"](m) for m in range(1, 99)} == {2}
+    attach(scaled, sm_90=3)
+    with default_choices({"scaled": "config"}, batch_invariant=True):
+        assert {OPS["scaled"](m) for m in range(1, 99)} == {7}
 
 
 def test_interpreted_kernels_run_the_first_config(scaled: Op, target: Any, monkeypatch: pytest.MonkeyPatch) -> None:

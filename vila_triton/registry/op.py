@@ -44,7 +44,7 @@ class Impl:
 
     A call runs the config it passes; else the one tuned for its device and sizes (see `tuned_tables`); else that of
     `by_target` (see `target_configs`), which is `configs[0]` for targets that it does not name. With batch-invariant
-    numerics (see `default_choices`) a call that passes no config runs the one that `by_target` names for size 1.
+    numerics (see `default_choices`) a call that passes no config runs `configs[0]` where `by_target` has ranges of sizes.
     `space` holds the configs that can be tuned; without it, these are `configs`.
 
     batch_invariant: a row of the result has the same bits whatever other rows are in the batch and wherever it lies
@@ -67,8 +67,9 @@ class Impl:
         """Return the config of a call that passes none."""
         if not self.space and len(self.configs) == 1:
             return self.configs[0]
-        if BATCH_INVARIANT.get():  # a tuned config would depend on the number of rows
-            return self.default_config(current_target() if self.by_target else None, 1)
+        if BATCH_INVARIANT.get():  # nothing may depend on the number of rows
+            choice = self.by_target.get(current_target() or "", 0) if self.by_target else 0
+            return self.configs[choice if isinstance(choice, int) else 0]
         if tuned := OPS[self.op].defaults.config(self, *args, **kwargs):
             return tuned
         target = current_target() if self.by_target else None

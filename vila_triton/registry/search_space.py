@@ -26,6 +26,7 @@ class LaunchCost:
     bytes_per_stage  loaded by one iteration of the program's loop; `num_stages` iterations are in flight at a time
     dot_flops        of its `tl.dot`s, which run on tensor cores
     elementwise_ops  all other operations, each on one element
+    library_flops    of a library's matrix product that follows the launch, all of it, and `library_bytes` that it moves
     """
 
     programs: int
@@ -33,6 +34,8 @@ class LaunchCost:
     bytes_per_stage: int
     dot_flops: int = 0
     elementwise_ops: int = 0
+    library_flops: int = 0
+    library_bytes: int = 0
 
 
 def accept_all(config: Config, **sizes: Any) -> bool:
