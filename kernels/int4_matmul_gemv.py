@@ -3,8 +3,8 @@ multiplies the weights it has loaded.
 
 A program computes BLOCK_N results for BLOCK_M rows of x over one split of k; its warps lie side by side along k.
 Products and sums are float32, code - zero is exact, and scales multiply sums of four products, so no weight is rounded
-(with the rounding "fma" each is). Lanes add up their sums only at the end. With SPLIT_K > 1 a second kernel adds up the
-partial sums in the order of the splits.
+(with the rounding "fma" each is). Lanes add up their sums only at the end. With SPLIT_K > 1 the program of a block that
+arrives last adds up the sums of all, in the order of the splits.
 
 x [m, k], any strides; more rows than BLOCK_M take more programs, those that share rows of w side by side; a row of x
 does not change the result of another.
@@ -24,7 +24,7 @@ from ._int4_dequant import UNSCALED, group_ids, lane_rows, lane_weights, word_po
 from ._int4_gemm import launch_cost as gemm_launch_cost
 from ._int4_launch import check_int4_call, matmul_args, rounding_mode, target_flags
 from ._launch import grid, rows_and_output
-from ._splitk_reduce import partial_sums, reduce_splits, split_k
+from ._splitk_reduce import partial_sums, reduce_and_store, split_k
 
 CONFIGS = [
     {"BLOCK_M": 1, "BLOCK_N": 32, "BLOCK_K": 256, "SPLIT_K": 1, "num_warps": 4, "num_stages": 1},
@@ -79,17 +79,6 @@ def dot4(a, b, c, d, x0, x1, x2, x3):
     return a.to(tl.float32) * x0 + b.to(tl.float32) * x1 + c.to(tl.float32) * x2 + d.to(tl.float32) * x3
 
 
-@triton.jit
-def store_rows(acc, row, offs_m, bias_ptr, residual_ptr, out_ptr, M, N, stride_om):
-    """Store [BLOCK_M, TILES_N, 8] results of rows `row` [TILES_N, 8] of w."""
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)[None]
-    mask = (offs_m < M)[:, None, None] & (row < N)[None]
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + offs_m[:, None, None] * N + row[None], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offs_m[:, None, None] * stride_om + row[None], acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize_on_alignment=["M"])
 def _int4_matmul_gemv_kernel(
     x_ptr,
@@ -102,9 +91,10 @@ def _int4_matmul_gemv_kernel(
     K,
     stride_xm,
     stride_xk,
-    stride_os,
     stride_om,
+    parts,
     K_PER_SPLIT,
+    SPLITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     ROUNDING: tl.constexpr,
     ASM: tl.constexpr,
@@ -116,11 +106,12 @@ def _int4_matmul_gemv_kernel(
     TILES_N: tl.constexpr = BLOCK_N // 16
     TILES_K: tl.constexpr = BLOCK_K // 64
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    block, split = tl.program_id(0), tl.program_id(1)
     blocks_m = tl.cdiv(M, BLOCK_M)
-    first_tile = (tl.program_id(0) // blocks_m).to(tl.int64) * TILES_N
-    offs_m = (tl.program_id(0) % blocks_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_tile = (block // blocks_m).to(tl.int64) * TILES_N
+    offs_m = (block % blocks_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     qweight_ptr, scales_ptr, zeros_ptr = w
-    begin = tl.program_id(1) * K_PER_SPLIT
+    begin = split * K_PER_SPLIT
     # Axes: row of x, tile of rows of w, tile of k, r and c of the lane, word.
     tile = first_tile + tl.arange(0, TILES_N)[None, :, None, None, None, None]
     tile_k = tl.arange(0, TILES_K)[None, None, :, None, None, None]
@@ -154,10 +145,24 @@ def _int4_matmul_gemv_kernel(
             acc += partial
             low_acc += low_partial
         word_ptrs += TILES_K * 128
-    out_ptr += tl.program_id(1).to(tl.int64) * stride_os
-    row = (first_tile + tl.arange(0, TILES_N)[:, None]) * 16 + tl.arange(0, 8)[None, :]
-    store_rows(reduce_lanes(acc), row, offs_m, bias_ptr, residual_ptr, out_ptr, M, N, stride_om)
-    store_rows(reduce_lanes(low_acc), row + 8, offs_m, bias_ptr, residual_ptr, out_ptr, M, N, stride_om)
+    sums = tl.join(reduce_lanes(acc), reduce_lanes(low_acc))  # [BLOCK_M, TILES_N, 8, 2]
+    row = (first_tile + tl.arange(0, TILES_N)[:, None, None]) * 16
+    row += tl.arange(0, 8)[None, :, None] + tl.arange(0, 2)[None, None, :] * 8
+    reduce_and_store(
+        sums,
+        offs_m[:, None, None, None],
+        row[None],
+        block,
+        split,
+        parts,
+        bias_ptr,
+        residual_ptr,
+        out_ptr,
+        M,
+        N,
+        stride_om,
+        SPLITS,
+    )
 
 
 @int4_matmul.impl("gemv", configs=CONFIGS, space=SPACE, batch_invariant=True)
@@ -179,10 +184,12 @@ def int4_matmul_gemv(
     rows, out = rows_and_output(x, w.shape[0])
     if out.numel():
         k_per_split, splits = split_k(w.shape[1], BLOCK_K, SPLIT_K)
-        sums = partial_sums(out, splits)
-        _int4_matmul_gemv_kernel[*grid(out, BLOCK_M, BLOCK_N), splits](
-            *matmul_args(rows, w, *((bias, residual) if splits == 1 else (None, None)), sums),
+        (blocks,) = grid(out, BLOCK_M, BLOCK_N)
+        _int4_matmul_gemv_kernel[blocks, splits](
+            *matmul_args(rows, w, bias, residual, out),
+            partial_sums(out, splits, blocks),
             k_per_split,
+            SPLITS=splits,
             GROUP_SIZE=w.group_size,
             ROUNDING=rounding_mode(w, scale_sums=True),
             ASM=target_flags()["ASM"],
@@ -193,6 +200,4 @@ def int4_matmul_gemv(
             num_warps=num_warps,
             num_stages=num_stages,
         )
-        if splits > 1:
-            reduce_splits(sums, bias, residual, out)
     return out.view(*x.shape[:-1], w.shape[0])

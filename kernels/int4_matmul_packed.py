@@ -72,7 +72,7 @@ def _int4_matmul_packed_kernel(
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    word_ptrs, _, _ = block_pointers(w[0], pid_n, 0, N, K, TILES_N, TILES_K)
+    word_ptrs, _, _ = block_pointers(w[0], pid_n, 0, N, K, True, TILES_N, TILES_K)
     x_ptrs = x_pointers(x_ptr, offs_m, 0, M, stride_xm, stride_xk, BLOCK_K)
     row = tl.where(offs_n < N, offs_n, 0)[:, None]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
