@@ -46,6 +46,11 @@ def half_layout(d: int, kv_bits: int = 0) -> HeadLayout:
     return HeadLayout(d, half, next_power_of_2(half), next_power_of_2(half), kv_bits)
 
 
+def whole_layout(d: int) -> HeadLayout:
+    """One block of any width, for what no `tl.dot` takes."""
+    return HeadLayout(d, d, next_power_of_2(d))
+
+
 @triton.jit
 def load_block(ptr, offsets, mask, stride_d, BEGIN: tl.constexpr, BLOCK: tl.constexpr, END: tl.constexpr):
     """Numbers BEGIN to BEGIN + BLOCK of the heads at `offsets` [n], 0 from END on and where `mask` [n] is not set.

@@ -7,7 +7,8 @@ A sequence of seq_len keys is split on the device into splits of
 so a short sequence of a ragged batch is not cut into tiny splits, and no program walks more than max_keys keys, however
 long one sequence is. The host does not know the lengths, only the capacity of the block table in keys; from it, it
 chooses num_splits by a model of time, and with that the largest number of splits that there can be, for the grid and
-the workspace. Programs whose split does not exist return at once.
+the workspace. Programs whose split does not exist return at once; of the others the one that is done last merges what
+all have left, and where there is but one, it writes the output.
 """
 
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ import triton.language as tl
 
 from vila_triton.registry.search_space import cdiv
 
-from ._online_softmax import log_sum_exp, normalize
+from ._heads import load_heads
+from ._online_softmax import init_softmax
 
 MIN_SPLIT, MAX_SPLIT = 64, 2048  # keys
 INVARIANT_SPLIT = 256  # keys of every split but the last of a sequence
-SPLIT_OVERHEAD = 64  # starting a program and merging what it leaves takes as long as so many keys
+SPLIT_OVERHEAD = 64  # starting a program and storing what it leaves takes as long as so many keys
+MERGE_OVERHEAD = 2  # and reading it again, by the one program that merges the splits of a head
 DEFAULT_NUM_SMS = 132  # where there is no GPU to ask
 
 
@@ -43,9 +46,11 @@ def num_sms(device: torch.device) -> int:
 
 
 def estimated_time(programs: int, capacity: int, num_splits: int, min_keys: int, resident_programs: int) -> int:
-    """The time of decoding, in keys: waves of programs, times the keys of a split and SPLIT_OVERHEAD."""
-    keys = max(min_keys, min(MAX_SPLIT, cdiv(capacity, num_splits)))
-    return cdiv(programs * max(1, cdiv(capacity, keys)), resident_programs) * (keys + SPLIT_OVERHEAD)
+    """The time of decoding, in keys: waves of programs, times the keys of a split and SPLIT_OVERHEAD; and the merge."""
+    keys = min(MAX_SPLIT, max(min_keys, cdiv(cdiv(capacity, num_splits), min_keys) * min_keys))
+    splits = max(1, cdiv(capacity, keys))
+    waves = cdiv(programs * splits, resident_programs)
+    return waves * (keys + SPLIT_OVERHEAD) + MERGE_OVERHEAD * splits
 
 
 @lru_cache(maxsize=4096)
@@ -73,53 +78,30 @@ def keys_per_split(seq_len, num_splits, MIN_KEYS: tl.constexpr, MAX_KEYS: tl.con
     return tl.minimum(tl.maximum(keys, MIN_KEYS), MAX_KEYS)
 
 
-@triton.jit(do_not_specialize=["num_splits", "max_splits"])
-def merge_splits_kernel(
-    acc_ptr,
-    m_ptr,
-    l_ptr,
-    seq_lens_ptr,
-    out_ptr,
-    lse_ptr,
-    num_splits,
-    max_splits,
-    stride_o: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    MIN_KEYS: tl.constexpr,
-    MAX_KEYS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+@triton.jit
+def merge_splits(
+    split_states, first, count, mask, QUERIES_PER_KV: tl.constexpr, HEAD: tl.constexpr, AT_A_TIME: tl.constexpr
 ):
-    """One head of one sequence: merge its splits BLOCK_S at a time, in order.
+    """Merge `count` splits of the heads that share a KV head, in order: (m_i, l_i, acc) of those whose `mask` is set.
 
-    acc [b, h, max_splits, d], m and l [b, h, max_splits] float32; out [b, h, d]; lse [b, h] or None.
+    split_states are acc [n, h/g, d] and m_i and l_i, [n, 2, h/g], of all splits, of which these begin at `first`. The
+    loads of AT_A_TIME splits are under way at once; bits do not depend on it.
     """
-    program = tl.program_id(0).to(tl.int64)
-    sequence, head = program // H, program % H
-    seq_len = tl.load(seq_lens_ptr + sequence)
-    count = tl.cdiv(seq_len, keys_per_split(seq_len, num_splits, MIN_KEYS, MAX_KEYS))
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    m_i = tl.full([1], -1.0e38, tl.float32)
-    l_i = tl.zeros([1], tl.float32)
-    acc = tl.zeros([1, BLOCK_D], tl.float32)
-    for first in range(0, count, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        mask = split < count
-        offsets = program * max_splits + split  # [BLOCK_S] int64
-        split_m = tl.load(m_ptr + offsets, mask=mask, other=-1.0e38)
-        split_l = tl.load(l_ptr + offsets, mask=mask, other=0.0)
-        split_acc = tl.load(
-            acc_ptr + offsets[:, None] * D + offs_d[None, :], mask=mask[:, None] & mask_d[None, :], other=0.0
-        )  # [BLOCK_S, BLOCK_D]
-        m_new = tl.maximum(m_i, tl.max(split_m, 0))
-        weights = tl.exp2(split_m - m_new)  # [BLOCK_S]
-        rescale = tl.exp2(m_i - m_new)
-        l_i = l_i * rescale + tl.sum(weights * split_l, 0)
-        acc = acc * rescale + tl.sum(weights[:, None] * split_acc, 0)[None, :]
-        m_i = m_new
-    out_ptr += sequence * stride_o[0] + head * stride_o[1] + offs_d.to(tl.int64)[None, :] * stride_o[2]
-    tl.store(out_ptr, normalize((acc,), l_i)[0].to(out_ptr.dtype.element_ty), mask=mask_d[None, :])
-    if lse_ptr is not None:
-        tl.store(lse_ptr + program + tl.arange(0, 1), log_sum_exp(m_i, l_i))
+    rows = tl.arange(0, mask.shape[0])
+    m_i, l_i, acc = init_softmax(mask.shape[0], HEAD)
+    for begin in range(0, count, AT_A_TIME):
+        loaded = ()
+        for i in tl.static_range(AT_A_TIME):
+            split, split_mask = first + begin + i, mask & (begin + i < count)
+            sums_ptrs = split_states[1] + split * 2 * QUERIES_PER_KV + rows
+            split_m = tl.load(sums_ptrs, mask=split_mask, other=-1.0e38)
+            split_l = tl.load(sums_ptrs + QUERIES_PER_KV, mask=split_mask, other=0.0)
+            offsets = (split * QUERIES_PER_KV + rows) * HEAD.D  # int64
+            loaded += ((split_m, split_l, load_heads(split_states[0], offsets, split_mask, 1, HEAD)),)
+        for i in tl.static_range(AT_A_TIME):
+            m_new = tl.maximum(m_i, loaded[i][0])
+            rescale, weight = tl.exp2(m_i - m_new), tl.exp2(loaded[i][0] - m_new)
+            l_i = l_i * rescale + loaded[i][1] * weight
+            acc = (acc[0] * rescale[:, None] + loaded[i][2][0] * weight[:, None],)
+            m_i = m_new
+    return m_i, l_i, acc

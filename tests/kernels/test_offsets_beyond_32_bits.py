@@ -42,10 +42,10 @@ CASES = [
 # Axes of what kernels take, as `Reach` names them, and why no index along them alone lies beyond 2³¹ elements.
 UNREACHABLE = {
     r".* (seq_lens|query_start_loc|context_lens)_ptr\[-1\]": "one a sequence, of which a grid holds fewer than 2³¹",
-    r"merge_splits_kernel lse_ptr\[-2\]": "one a program, of which a grid holds fewer than 2³¹",
+    r".* counters_ptr\[-1\]": "one a program, of which a grid holds fewer than 2³¹",
     # Of contiguous tensors, axes within one whose index does put elements beyond 2³¹:
     r".* lse_ptr\[-1\]": "query heads",
-    r".* split_states\[.\]\[-[12]\]|merge_splits_kernel (acc|m|l)_ptr\[-[12]\]": "splits; numbers of a head",
+    r".* split_states\[.\]\[-[12]\]": "heads that share a KV head; numbers of a head",
     r".* (gate_|up_)?w\[0\]\[-[123]\]": "tiles along k, which are looped over; lanes; words",
     r"_int4_dequant_kernel out_ptr\[-1\]": "columns of a weight, of which there is a program for every few",
 }

@@ -57,21 +57,21 @@ def test_tile_of_prefill(d: int, dtype: torch.dtype, kv: Any, changes: dict) -> 
 
 
 @pytest.mark.parametrize(
-    ("block_n", "d", "itemsize", "quantized", "keys"),
+    ("config", "ratio", "d", "itemsize", "quantized", "tile"),
     [
-        (64, 128, 2, False, 64),
-        (64, 129, 2, False, 32),
-        (64, 64, 4, False, 32),
-        (64, 256, 4, False, 16),
-        (32, 256, 4, False, 16),
-        (64, 64, 2, True, 32),
-        (128, 64, 2, True, 64),
-        (32, 64, 2, True, 32),
-        (16, 64, 2, True, 16),
+        (0, 4, 128, 2, False, (32, 1, 3)),
+        (0, 32, 128, 2, False, (32, 2, 3)),
+        (0, 4, 129, 2, False, (16, 2, 3)),
+        (0, 4, 64, 2, True, (32, 2, 3)),
+        (1, 4, 128, 2, False, (64, 4, 3)),
+        (1, 4, 256, 2, True, (16, 4, 3)),
+        (1, 4, 64, 4, False, (16, 4, 1)),
+        (0, 4, 64, 4, True, (16, 2, 1)),
     ],
 )
-def test_keys_of_a_tile_of_decoding(block_n: int, d: int, itemsize: int, quantized: bool, keys: int) -> None:
-    assert decode.keys_per_tile(block_n, d, itemsize, quantized) == keys
+def test_tile_of_decoding(config: int, ratio: int, d: int, itemsize: int, quantized: bool, tile: Any) -> None:
+    fitted = decode.fit_tile(decode.CONFIGS[config], ratio, d, itemsize, quantized)
+    assert fitted == dict(zip(("BLOCK_N", "num_warps", "num_stages"), tile))
 
 
 def test_blocks_are_halved_in_float32_and_fit_a_product() -> None:
