@@ -20,6 +20,7 @@ reciprocal. Times mean nothing.
     gpus.py      the GPUs that it can stand in for
     device.py    the tensor, and what its operators refuse
     cuda.py      torch.cuda: properties, memory, events, streams, graphs, generators
+    division.py  division by a number
     transfers.py pinned memory, and copies that the host does not wait for
     launches.py  Triton launches
     counts.py    what is counted

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,13 +55,20 @@ def counting() -> Iterator[Counts]:
         counters.remove(counts)
 
 
+@cache
+def name_in_repository(file: str) -> str | None:
+    """Returns the name of a file of this repository, None for any other and for the stand-in's own."""
+    path = Path(file)
+    is_ours = path.is_relative_to(ROOT) and path.parent != STANDIN_FOLDER and "site-packages" not in path.parts
+    return str(path.relative_to(ROOT)) if is_ours else None
+
+
 def calling_line() -> str:
     """Returns file:line of the line of this repository that is running, the stand-in's own files left out."""
     frame = sys._getframe(1)
     while frame is not None:
-        file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(ROOT) and file.parent != STANDIN_FOLDER and "site-packages" not in file.parts:
-            return f"{file.relative_to(ROOT)}:{frame.f_lineno}"
+        if name := name_in_repository(frame.f_code.co_filename):
+            return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return "elsewhere"
 
@@ -77,7 +85,7 @@ def count_wait(operation: str, overlapped: bool = False) -> None:
 
 def count_allocation() -> None:
     """Counts one allocation of device memory, at the line that causes it."""
-    line = calling_line() if len(counters) > 1 else "elsewhere"  # which takes time
+    line = calling_line()
     for counts in counters:
         counts.allocations[line] += 1
 

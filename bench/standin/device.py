@@ -6,16 +6,17 @@ and make one.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from .counts import count_allocation, count_operator, count_replay, count_wait
+from .division import divide_by_reciprocal, divide_by_reciprocal_
 from .transfers import copy_from_host, copy_to_host, finish_transfers, is_asynchronous, pin, queued
 
 DEVICES = 2
@@ -74,16 +75,17 @@ class Capture:
     """The calls made while a CUDA graph was captured; they are made again when it is replayed."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Callable[[], Any], Any]] = []
+        self.calls: list[tuple[Callable[[], Any], list[Tensor]]] = []  # with their results, as CPU tensors
         self.results: list[Tensor] = []  # in memory of their own
 
     def replay(self) -> None:
         count_replay()
         queued[0] += 1
-        for call, result in self.calls:
-            for old, new in zip(tree_leaves(result), tree_leaves(call())):
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    host_view(old).copy_(host_view(new))
+        for call, results in self.calls:
+            again = call()
+            for old, new in zip(results, tensors_in((again,)) if results else ()):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(host_view(new))
 
 
 memories = [Memory() for _ in range(DEVICES)]
@@ -230,7 +232,7 @@ class FactoryMode(TorchDispatchMode):
 
 def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Runs an operator as CUDA would: refuses what CUDA refuses, counts waits, and returns tensors of the device."""
-    operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    operands = tensors_in(args) + tensors_in(kwargs.values())
     device_tensors = [x for x in operands if isinstance(x, CudaTensor)]
     target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
     check_generator(kwargs.get("generator"), target, bool(device_tensors))
@@ -283,13 +285,13 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         written = [arg for schema, arg in zip(func._schema.arguments, args) if is_written(schema)]
         written += [kwargs[s.name] for s in func._schema.arguments if is_written(s) and s.name in kwargs]
         if written:
-            captures[0].calls.append((call, None))
+            captures[0].calls.append((call, []))
             return written[0] if len(func._schema.returns) == 1 else tuple(written)
     result = tree_map(lambda x: device_view(x, index) if isinstance(x, Tensor) else x, call())
     if captures:
-        captures[0].calls.append((call, result))
+        results = tensors_in((result,))
+        captures[0].calls.append((call, [host_view(x) for x in results]))
         operand_storages = {x.untyped_storage()._cdata for x in operands}
-        results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         captures[0].results += [x for x in results if x.untyped_storage()._cdata not in operand_storages]
     return result
 
@@ -306,6 +308,17 @@ def copy_asynchronously(target: Tensor, source: Tensor) -> Tensor:
     else:
         copy_to_host(target, host_view(source))
     return target
+
+
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Returns the tensors among values of an operator's arguments, those in lists of them too."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_in(value)
+    return found
 
 
 def is_written(argument: Any) -> bool:
@@ -375,16 +388,3 @@ def divides_by_host_number(name: str, args: Any, kwargs: Any) -> bool:
         return False
     host = not isinstance(args[1], CudaTensor) and (not isinstance(args[1], Tensor) or not args[1].dim())
     return host and args[0].is_floating_point()
-
-
-def divide_by_reciprocal(x: Tensor, number: Any) -> Tensor:
-    """Returns x / number as CUDA computes it: times the reciprocal of the number, in float32 (in
-    float64 for float64).
-    """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return (x.to(dtype) * (1 / torch.tensor(float(number), dtype=dtype))).to(x.dtype)
-
-
-def divide_by_reciprocal_(x: Tensor, number: Any) -> Tensor:
-    """Divides x in place; see `divide_by_reciprocal`."""
-    return x.copy_(divide_by_reciprocal(x, number))

@@ -53,7 +53,7 @@ def intercept(cls: Any, run: Callable[..., Any]) -> None:
             run(self, *args, grid=blocks, warmup=False, **kwargs)
 
         if captures:
-            captures[0].calls.append((call, None))
+            captures[0].calls.append((call, []))
         else:
             call()
 

@@ -19,7 +19,7 @@ from bench import standin
 from vila_triton import VilaLlamaForCausalLM
 from vila_triton.cache.page_allocator import PageAllocator
 from vila_triton.cache.paged_cache import PagedKVCache
-from vila_triton.engine import current_parameters, decode_graphs, engine
+from vila_triton.engine import current_parameters, decode_graphs, decode_loop, engine
 from vila_triton.engine.decode_loop import ChosenTokens, DecodeLoop
 from vila_triton.engine.sampling import SamplingParams
 from vila_triton.ops import PagedKV, rope
@@ -148,12 +148,12 @@ def test_answers_of_replayed_steps_are_those_of_the_cpu(rows: int, how: dict, gp
 
 def test_a_bucket_is_captured_once(gpu: VilaLlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_graphs, "MIN_PAGES", 1)
-    ours, theirs = both(gpu, n=40, pages=6, eos_token_id=None)
+    ours, theirs = both(gpu, n=36, pages=6, eos_token_id=None)
     with counting() as counts:
         ours.read()
-        assert (counts.captures, counts.replays) == (3, 39 - 3)  # 1, 2 and 4 pages, each run once before
+        assert (counts.captures, counts.replays) == (3, 35 - 3)  # 1, 2 and 4 pages, each run once before
         ours.read(tokens_of=ours.begin(1))
-    assert (counts.captures, counts.replays) == (3, 39 - 3 + 39)
+    assert (counts.captures, counts.replays) == (3, 35 - 3 + 35)
     check_equal(ours, theirs.read().read(tokens_of=theirs.begin(1)))
 
 
@@ -164,10 +164,6 @@ def check_steady(gpu: VilaLlamaForCausalLM) -> None:
         ours.read(24)
     assert not counts.waits and not counts.allocations and not counts.captures
     assert counts.replays == counts.overlapped_waits.total() == 12
-
-
-def test_a_replayed_token_waits_for_nothing_and_allocates_nothing(gpu: VilaLlamaForCausalLM) -> None:
-    check_steady(gpu)
 
 
 def poison(tensors: list[Tensor]) -> None:
@@ -285,6 +281,7 @@ def check_full(gpu: VilaLlamaForCausalLM) -> None:
 
 
 CHECKS: dict[str, Callable[[VilaLlamaForCausalLM], Any]] = {
+    "steady": check_steady,
     "growth": check_growth,
     "new parameters": check_new_parameters,
     "new values": lambda gpu: check_new_parameters(gpu, in_place=True),
@@ -333,6 +330,10 @@ def grow_and_keep_graphs(cache: PagedKVCache, n: int) -> None:
     cache.decode_steps = steps
 
 
+def pageable(values: Any, dtype: torch.dtype, _: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
 add_pages = PagedKVCache.add_pages
 FAULTS = {
     "a graph outlives the pool": (PagedKVCache, "add_pages", grow_and_keep_graphs, "growth"),
@@ -347,10 +348,17 @@ FAULTS = {
     "a token is read before it is there": (ChosenTokens, "read", lambda x: x.tokens.tolist(), "stops"),
     "the page of a token run past a stop is kept": (PageAllocator, "truncate", lambda *_: None, "page boundary"),
     "a token run ahead counts at once": (PageAllocator, "unsettle", lambda *_: None, "stops"),
+    "pages are sent from memory that is not pinned": (
+        decode_loop,
+        "pinned",
+        lambda x, t, _: torch.tensor(x, dtype=t),
+        "steady",
+    ),
     "pages are not told to the device": (DecodeLoop, "_update", lambda loop, buffers, rows: None, "stops"),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault_is_found(name: str, gpu: VilaLlamaForCausalLM) -> None:
     owner, attribute, fault, check = FAULTS[name]
