@@ -95,6 +95,11 @@ def test_seeded_answer_does_not_depend_on_the_batch() -> None:
     assert generate(ROWS, IMAGES, do_sample=True, seed=[5, 6, 7, 8]) == alone
     others = generate(ROWS, IMAGES, do_sample=True, seed=[9, 6, 7, 8])
     assert others[1:] == alone[1:] and others[0] != alone[0]
+    stops = [alone[0][3], alone[2][6]]  # rows end at different tokens, and others go on
+    ends = [min([answer.index(stop) + 1 for stop in stops if stop in answer], default=12) for answer in alone]
+    assert len({*ends}) > 2
+    ended = generate(ROWS, IMAGES, do_sample=True, seed=5, eos_token_id=stops, pad_token_id=0)
+    assert ended == [answer[:end] + [0] * (max(ends) - end) for answer, end in zip(alone, ends)]
 
 
 def test_unseeded_answers_differ_and_torch_manual_seed_repeats_them() -> None:
@@ -112,7 +117,11 @@ def test_unseeded_answers_differ_and_torch_manual_seed_repeats_them() -> None:
     assert SamplingParams.from_generate_kwargs(2).seeds is None
 
 
-@pytest.mark.parametrize("how", [{}, {"do_sample": True}, {"logits_processor": [lambda ids, scores: scores]}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"do_sample": True}, {"logits_processor": [lambda ids, scores: scores]}],
+    ids=["greedy", "sampled", "open loop"],
+)
 def test_scores_that_are_no_numbers_are_an_error(how: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = llama.logits
     monkeypatch.setattr(llama, "logits", lambda p, hidden: whole(p, hidden).where(hidden[:, :1].isnan(), float("nan")))
