@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vila_triton import ops
+from vila_triton.ops import Int4
 
 from .params import ParameterSpec, weight_spec
 
@@ -48,9 +49,10 @@ def norm_specs(e: int, key: str, dtype: torch.dtype) -> Affine:
 
 def linear(p: Affine, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """Apply a linear map and add a residual, if one is given: x [..., k] and residual [..., n] -> [..., n]."""
+    product = ops.int4_matmul if isinstance(p.weight, Int4) else ops.linear  # to which `ops.linear` would go, too
     if residual is not None and residual.dtype != x.dtype:  # under autocast, where products alone are in half precision
-        return ops.linear(x, p.weight, p.bias) + residual
-    return ops.linear(x, p.weight, p.bias, residual)
+        return product(x, p.weight, p.bias) + residual
+    return product(x, p.weight, p.bias, residual)
 
 
 LinearFn = Callable[[Affine, Tensor], Tensor]  # `linear`, or a function that also records or quantizes

@@ -6,6 +6,7 @@ None their values, of a dataclass such as `Int4` its type and its fields. Two ca
 
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ def call_signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Signatur
     return (tuple(parts), tensors) if is_known else None
 
 
+@cache
+def is_record(kind: type) -> bool:
+    """Return True for dataclasses, whose fields describe them."""
+    return is_dataclass(kind)
+
+
 def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) -> bool:
     """Append what the values are, each beginning with its type or, for a tensor, its shape; False if one is unknown."""
     for x in values:
@@ -38,7 +45,7 @@ def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) ->
             tensors.append(x)
         elif kind in _SCALARS:
             parts += (kind, x)  # with its type: True, 1 and 1.0 are equal
-        elif is_dataclass(kind):
+        elif is_record(kind):
             parts.append(kind)
             if not _describe(vars(x).values(), parts, tensors):
                 return False
