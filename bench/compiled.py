@@ -32,19 +32,30 @@ from .compiler.cross_compile import (
     run_in_subprocesses,
 )
 from .compiler.gpus import DEFAULT_TARGETS, TARGETS
-from .compiler.kernel_stats import analyze_kernel
+from .compiler.kernel_stats import KernelAnalysis, analyze_kernel
 from .compiler.precision import find_imprecision
 from .compiler.production_sizes import compile_spec
 from .compiler.resources import kernel_resources
+
+
+def serialized_products(analysis: KernelAnalysis) -> list[str]:
+    """Returns a sentence if the main loop waits for every `wgmma` before the next begins, as ptxas makes it where it
+    does not see that the sums stay in their registers.
+    """
+    code = [analysis.instructions[i].text for i in analysis.main_loop]
+    products, waits = (sum(name in text for text in code) for name in ("HGMMA", "WARPGROUP.DEPBAR"))
+    serialized = products > 2 and waits >= products
+    return [f"waits {waits} times for {products} wgmma: they are serialized"] if serialized else []
 
 
 def check_compiled(request: CompileRequest) -> list[dict[str, Any]]:
     """Returns a row for each kernel of a call: its resources, and under `wrong` a sentence for each fault."""
 
     def analyze(kernel: Any) -> dict[str, Any]:
-        stats = analyze_kernel(kernel).stats if documented_bytes else None
-        width = stats.loops[0].weight_bytes if stats else None
+        analysis = analyze_kernel(kernel) if documented_bytes else None
+        width = analysis.stats.loops[0].weight_bytes if analysis else None
         wrong = find_imprecision(kernel.asm, OPS[request.op].bitwise_exact)
+        wrong += serialized_products(analysis) if analysis else []
         return {**asdict(kernel_resources(kernel)), "weight_bytes": width, "wrong": wrong}
 
     target = TARGETS[request.target]

@@ -38,8 +38,8 @@ SPACE = SearchSpace(
 
 @triton.jit
 def words_to_codes(words, TILES_N: tl.constexpr, TILES_K: tl.constexpr):
-    """[TILES_N, TILES_K, 32, 4] words -> codes [16 TILES_N, 64 TILES_K]."""
-    codes = (words[:, :, :, :, None] >> (tl.arange(0, 8) * 4)) & 0xF
+    """[TILES_N, TILES_K, 128] words -> codes [16 TILES_N, 64 TILES_K]."""
+    codes = (words[:, :, :, None] >> (tl.arange(0, 8) * 4)) & 0xF
     codes = tl.reshape(codes, [TILES_N, TILES_K, 8, 4, 4, 2, 2, 2])  # tile, tile_k, r, c, word, pair, side, half
     codes = tl.permute(codes, [0, 7, 2, 1, 4, 6, 3, 5])  # tile, half, r, tile_k, word, side, c, pair
     return tl.reshape(codes, [16 * TILES_N, 64 * TILES_K])
