@@ -34,6 +34,7 @@ RULES = (
     Rule("wait for copies dropped", r"cp\.async\.wait_group\s+\d+;", orders=True),
     Rule("wait for products dropped", r"wgmma\.wait_group\.sync\.aligned\s+\d+;", orders=True),
     Rule("proxy fence dropped", r"fence\.proxy\.async[\w.:]*;", orders=True),
+    Rule("order of a count dropped", r"atom\.global\.gpu\.acq_rel", "atom.global.gpu.relaxed"),
     Rule(
         "bound off by one",
         r"setp\.(l[te]|g[te])(?=\.[su]\d\d\s)",

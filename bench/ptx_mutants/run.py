@@ -124,7 +124,8 @@ class Subject:
             if crash:
                 return self.outcome(edit, CRASHED, crash)
             if kinds:
-                verdict = DISPUTED if edit.rule.orders and not reasons else FOUND
+                within_a_block = kinds != ["blocks race"]  # `separators` knows no others
+                verdict = DISPUTED if edit.rule.orders and not reasons and within_a_block else FOUND
                 return self.outcome(edit, verdict, ", ".join(kinds))
             pairs = [(log, logs[kernel]) for kernel, log in logs_before.items() if kernel in logs]
             same_masks &= all(a.masks.digest() == b.masks.digest() for a, b in pairs)
