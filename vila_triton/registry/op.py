@@ -44,7 +44,7 @@ class Impl:
 
     A call runs the config it passes; else the one tuned for its device and sizes (see `tuned_tables`); else that of
     `by_target` (see `target_configs`), which is `configs[0]` for targets that it does not name. With batch-invariant
-    numerics (see `default_choices`) a call that passes no config runs `configs[0]` where `by_target` has ranges of sizes.
+    numerics (see `default_choices`) a call that passes none runs `configs[0]` where `by_target` has ranges of sizes.
     `space` holds the configs that can be tuned; without it, these are `configs`.
 
     batch_invariant: a row of the result has the same bits whatever other rows are in the batch and wherever it lies
