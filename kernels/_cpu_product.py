@@ -1,7 +1,9 @@
 """x · wᵀ by the fastest product of torch for the dtype on a CPU, as measured on AMD CPUs (`python -m bench.model`).
 
-float32            one row: `F.linear`, a matrix times a vector by MKL, as fast as memory; more: oneDNN's, as `F.linear`
-                   runs MKL's, which takes half as long again
+float32            one row: `F.linear`, a matrix times a vector by MKL, as fast as memory. A few: oneDNN's with w as its
+                   left operand, which it reads as it lies; the right one, here x, it lays out anew, which for w takes
+                   as long as eight rows. Many: oneDNN's, or `F.linear`, MKL's, which is a tenth faster on a CPU of AMD
+                   without AVX-512, and by half slower on one with it
 bfloat16, float16  where the CPU has instructions for it, `F.linear`, which runs oneDNN's; but for one row torch's own,
                    which takes half as long: oneDNN is disabled for one row (in the whole process: a product in another
                    thread may be slower, but not wrong). A CPU without them takes up to four rows by torch's own loops
@@ -10,6 +12,7 @@ bfloat16, float16  where the CPU has instructions for it, `F.linear`, which runs
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,7 @@ from torch.backends import mkldnn  # which is what torch calls oneDNN
 from vila_triton.lock import SharedContext
 from vila_triton.ops import linear
 
+MANY_ROWS = 256  # of float32
 FEW_ROWS = 4  # up to here torch's own loops over half precision take no longer than converting the weight
 BLOCK_N = 512  # rows of a weight that are converted at once
 
@@ -46,6 +50,12 @@ def has_instructions_for(dtype: torch.dtype) -> bool:
     return is_supported[dtype]()
 
 
+@cache
+def has_avx512() -> bool:
+    """Return whether torch runs instructions of AVX-512 on this CPU."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Return whether a gradient is asked for, which neither oneDNN's products nor torch's for 4-bit codes have."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
@@ -53,12 +63,17 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def float32_product(x: Tensor, w: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Return x · wᵀ + bias + residual [m, n] of float32 tensors x [m, k], w [n, k], bias [n], residual [m, n]."""
-    if len(x) == 1:
+    product = torch.ops.mkldnn._linear_pointwise
+    if len(x) == 1 or (len(x) >= MANY_ROWS and not has_avx512()):
         out = F.linear(x, w, bias)
         return out if residual is None else out + residual
+    if len(x) < MANY_ROWS:
+        out = product(w, x.contiguous(), None, "none", [], "").t().contiguous()
+        for term in (bias, residual):
+            out = out if term is None else out.add_(term)
+        return out
     # oneDNN reads a bias and a residual as if they had no strides.
     bias, residual = (None if term is None else term.contiguous() for term in (bias, residual))
-    product = torch.ops.mkldnn._linear_pointwise
     if residual is None:
         return product(x, w, bias, "none", [], "")
     return product.binary(x, residual, w, bias, "add")

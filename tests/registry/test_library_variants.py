@@ -124,6 +124,8 @@ def test_shifts_of_a_packed_weight_are_rounded_once() -> None:
     [
         ("float32", 1, "torch"),
         ("float32", 2, "onednn"),
+        ("float32", 256, "torch"),
+        ("float32 avx512", 256, "onednn"),
         ("float16", 4, "torch"),
         ("float16", 5, "onednn"),
         ("bfloat16", 1, "torch"),
@@ -145,7 +147,8 @@ def test_linear_runs_the_fastest_product_of_each_dtype(
 
     monkeypatch.setattr(F, "linear", recorded)
     dtype, _, has_instructions = dtype.partition(" ")
-    monkeypatch.setattr(_cpu_product, "has_instructions_for", lambda _: bool(has_instructions))
+    monkeypatch.setattr(_cpu_product, "has_instructions_for", lambda _: has_instructions == "instructions")
+    monkeypatch.setattr(_cpu_product, "has_avx512", lambda: has_instructions == "avx512")
     x = torch.ones(rows, 16, dtype=getattr(torch, dtype))
     assert OPS["linear"].impls["aten"](x, x[:1]).shape == (rows, 1)
     assert (ran or ["onednn"]) == [product]
