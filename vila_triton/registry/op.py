@@ -14,7 +14,7 @@ from typing import Any
 from .domain import IntRange, OneOf
 from .search_space import Config, SearchSpace
 from .size_ranges import Choice, implementation_at
-from .target_configs import ConfigNumber, check_by_target, config_number, config_numbers, current_target
+from .target_configs import ConfigNumber, check_by_target, config_number, config_numbers, current_target, driver_in_use
 
 REFERENCE = "reference"
 MOST_DECISIONS = 4096  # that an op remembers
@@ -133,7 +133,7 @@ class Op:
         self.cost = self._missing_cost = self._not_registered("flops_and_bytes")
         self.sizes_of: Callable[..., dict[str, Any]] | None = None
         self.dynamic_sizes: tuple[str, ...] = ()
-        self._decisions: dict[Any, tuple[Impl, Config, Any, str | None, object]] = {}  # see `decide`
+        self._decisions: dict[Any, tuple[Impl, Config, Any, object, object]] = {}  # see `decide`
         self.custom_op: Callable[..., Any] | None = None  # what `torch.compile` sees of a call
         self.is_compiling: Callable[[], bool] = lambda: False
         self.__doc__ = reference.__doc__
@@ -174,7 +174,7 @@ class Op:
         """Return what a call runs, after the check of `requires`: the implementation, its config, and, if it launches
         kernels, its `LaunchPlans` and the tensors that the arguments hold.
 
-        Calls of one signature (see `signature`) share a decision, until the tuned table or the target is another one.
+        Calls of one signature (see `signature`) share a decision, until the tuned table or Triton's driver changes.
         """
         choice = self.choice_in_context()
         found = torch_part("signature").call_signature(args, kwargs) if choice is not None else None
@@ -184,15 +184,15 @@ class Op:
         key, table = (choice, BATCH_INVARIANT.get(), signature), self.defaults.table(*args, **kwargs)
         decision = self._decisions.get(key)
         if decision is not None:
-            impl, config, plans, target, known_table = decision
+            impl, config, plans, driver, known_table = decision
             is_valid = known_table is table and self.impls.get(impl.name) is impl
-            if is_valid and (not impl.by_target or current_target() == target):
+            if is_valid and (not impl.by_target or driver_in_use() is driver):
                 return impl, config, plans, tensors
         impl, config = self._decide_afresh(args, kwargs)
         plans = None if impl.name == REFERENCE else torch_part("launch_plans").LaunchPlans()
         if len(self._decisions) >= MOST_DECISIONS:
             self._decisions.clear()
-        self._decisions[key] = impl, config, plans, current_target() if impl.by_target else None, table
+        self._decisions[key] = impl, config, plans, driver_in_use() if impl.by_target else None, table
         return impl, config, plans, tensors
 
     def _decide_afresh(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Impl, Config]:

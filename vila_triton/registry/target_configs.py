@@ -75,6 +75,11 @@ def current_target() -> str | None:
     return target_of_device(driver, driver.get_current_device())
 
 
+def driver_in_use() -> object:
+    """Return the driver that Triton has now; None before it has one. A target is the same as long as it is."""
+    return triton().runtime.driver._active
+
+
 @cache
 def triton() -> Any:
     """Triton, which listing ops does not need."""
