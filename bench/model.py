@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from vila_triton.kernels._packed_copies import packed_bytes  # pyright: ignore[reportMissingImports]
 
 from vila_triton.arguments import OldOption
 from vila_triton.console import print_progress
 from vila_triton.device import pick_device
 from vila_triton.limits import COUNT
-from vila_triton.models import params
+from vila_triton.models import llama, params
 from vila_triton.paths import config_dir
 from vila_triton.registry import validate_choices
 
@@ -55,6 +56,11 @@ from .measure.vllm_runner import VLLM, VllmRunner
 WEIGHTS = ("float32", "float16", "bfloat16", "int4")
 Result = TypeVar("Result")
 GATE_TOKENS = 24  # tokens of the prompt whose logits are checked
+
+
+def multiplied_leaves(p: llama.Llama) -> list[Tensor]:
+    """The leaves of a model and of its joined linears, which are what a product is given."""
+    return [*params.leaves(p), *params.leaves(tuple(layer.qkv for layer in p.layers if layer.qkv is not None))]
 
 
 def time_steps(
@@ -87,7 +93,7 @@ def time_steps(
                 yield {"kind": "refused", **labels, "reason": result, **stamp}
                 continue
             if isinstance(result, int):
-                packed = packed_bytes(params.leaves(model.p)) if isinstance(runner, VilaTritonRunner) else 0
+                packed = packed_bytes(multiplied_leaves(model.p)) if isinstance(runner, VilaTritonRunner) else 0
                 yield {"kind": "model", **labels, "peak_bytes": result, "packed_bytes": packed, **stamp}
                 continue
             cost = step_cost.language_cost(

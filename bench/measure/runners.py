@@ -56,7 +56,8 @@ def build_model(cfg: LlamaConfig, weight_format: str, device: torch.device) -> R
             x = spec.init_tensor(rng)
             return x / (CODE_RMS * GROUP_SIZE**0.5) if spec.key.endswith(".scales") else x
 
-        return RandomModel(weight_format, dtype, cfg, params.tree_map(leaf, llama.param_specs(cfg, dtype)))
+        p = llama.join_leaves(params.tree_map(leaf, llama.param_specs(cfg, dtype)))
+        return RandomModel(weight_format, dtype, cfg, p)
 
 
 class Runner(Protocol):

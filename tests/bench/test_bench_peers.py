@@ -194,7 +194,7 @@ def test_conversion_is_made_once_and_freed_with_its_source() -> None:
         made.append(w.shape)
         return torch.ones(3) + add
 
-    _, w, _ = int4(m=1, n=8, G=1)
+    _, w, *_ = int4(m=1, n=8, G=1)
     result = convert_once(convert, w)
     assert convert_once(convert, w) is result and len(made) == 1
     assert convert_once(convert, w, add=1) is not result and convert_once(convert, w) is result and len(made) == 2
@@ -212,7 +212,7 @@ def test_conversion_is_made_once_and_freed_with_its_source() -> None:
 
 
 def test_awq_layout_equals_that_of_autoawq() -> None:
-    _, w, _ = int4(m=1, n=24, G=3)
+    _, w, *_ = int4(m=1, n=24, G=3)
     qweight, qzeros, scales = _awq.to_awq_layout(w, 8)
     assert unpack_codes(w).unique().tolist() == list(range(16))
     assert list(qweight.shape) == [96, 3] and list(qzeros.shape) == [3, 3] and torch.equal(scales, w.scales)
@@ -222,7 +222,7 @@ def test_awq_layout_equals_that_of_autoawq() -> None:
 
 
 def test_padding_adds_zeros_and_conversion_works_on_meta() -> None:
-    _, w, _ = int4(m=1, n=5, G=3)
+    _, w, *_ = int4(m=1, n=5, G=3)
     wide = _awq.pad_rows(w, 8)
     assert wide.shape == (8, 96) and wide.group_size == 32
     weight = dequantize(wide, torch.float16)

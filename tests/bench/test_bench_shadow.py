@@ -42,9 +42,7 @@ def test_reference_in_its_own_shadow_is_equal(capsys) -> None:
     said = capsys.readouterr().out
     assert "reference beside reference; checkpoint-int4" in said and "first layer beyond budget: none" in said
     assert "KL divergence 0.00e+00 nats on average, 0.00e+00 at most; 0 argmax flips" in said
-    assert all(
-        f"llm.layers[{i}].{name} " in said for i in range(4) for name in ("qkv", "o", "gate", "up", "down")
-    )
+    assert all(f"llm.layers[{i}].{name} " in said for i in range(4) for name in ("qkv", "o", "gate", "up", "down"))
 
 
 def test_first_wrong_layer_is_named_and_its_worst_call_replayed(attach: Any, tmp_path: Path, capsys) -> None:

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from vila_triton import use
+from vila_triton.models import llama
+from vila_triton.models.config import LlamaConfig
 from vila_triton.models.joined import INT4_AXES, joined, leaf_groups, with_gradients
 from vila_triton.models.layers import Affine, linear
+from vila_triton.models.params import init_tree, leaves
 from vila_triton.models.side_by_side import lay_side_by_side, lie_side_by_side
 from vila_triton.ops import Int4, quantize_rtn
 
@@ -153,3 +156,14 @@ def test_gradients_of_one_product_reach_every_part(kind: str) -> None:
         want = gradients(linears(**KINDS[kind]), lambda parts: torch.cat([linear(p, x) for p in parts], -1))
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_layers_of_a_tree_are_joined_without_another_copy() -> None:
+    sizes = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    cfg = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    specs = llama.param_specs(cfg, torch.float32)
+    apart = init_tree(specs, torch.Generator().manual_seed(0))
+    together = llama.join_leaves(apart)
+    assert all(layer.qkv is None for layer in apart.layers) and all(layer.qkv is not None for layer in together.layers)
+    assert all(map(torch.equal, leaves(apart), leaves(together)))
+    assert together.layers[0].o.weight is apart.layers[0].o.weight

@@ -90,6 +90,7 @@ def test_the_same_codes_with_other_scales_are_packed_separately() -> None:
 def test_a_packed_copy_is_freed_with_its_weight() -> None:
     x, w, *_ = example_args(int4_matmul, **SIZES)
     product((x, w))
+    gc.collect()  # of other tests
     before = len(_packed_copies._copies)
     del w
     gc.collect()

@@ -19,7 +19,8 @@ from vila_triton.ops import Int4, int4_swiglu, rms_norm, swiglu
 from .config import LlamaConfig
 from .joined import Group, joined, leaf_groups, with_gradients
 from .layers import Affine, Leaf, linear, linear_specs
-from .params import ParameterSpec
+from .params import ParameterSpec, tree_map
+from .side_by_side import lay_side_by_side
 
 CosSin = tuple[Tensor, Tensor]  # cosine and sine of the rotary angles of the new tokens, [s, d / 2] float32 each
 
@@ -101,6 +102,16 @@ def param_specs(cfg: LlamaConfig, dtype: torch.dtype) -> Llama:
 def joined_leaves(p: Llama) -> list[Group]:
     """The leaves of a model, or their specs, that shall lie side by side in one storage: q, k and v of each layer."""
     return [group for layer in p.layers for group in leaf_groups(layer.q, layer.k, layer.v)]
+
+
+def join_leaves(p: Llama) -> Llama:
+    """The same model with `joined_leaves` side by side, copied if they are not."""
+    moved = {
+        id(leaf): view
+        for parts, axis in joined_leaves(p)
+        for leaf, view in zip(parts, lay_side_by_side(parts, axis), strict=True)
+    }
+    return tree_map(lambda leaf: moved.get(id(leaf), leaf), p)
 
 
 def inverse_frequencies(cfg: LlamaConfig) -> Tensor:
