@@ -201,6 +201,21 @@ class World:
                     assert len(saved) == available - needed, "what is known was lost though there are pages"
                     self.known[page] = self.known[page][: lengths[seq]]
 
+    def run_ahead(self, seq: int, token: int, stays: bool) -> None:
+        """Append a token that does not count before it is known whether it stays."""
+        length = len(self.expected[seq])
+        self.append({seq: [token]})
+        if len(self.expected[seq]) == length:  # there was no page for it
+            return
+        self.allocator.unsettle(seq)
+        assert self.allocator[seq].length == length and not self.allocator.num_pages_needed({seq: 0})
+        with pytest.raises(ValueError, match=f"sequence {seq} has {length} tokens"):
+            self.allocator.register_prefix(seq, self.expected[seq])
+        if stays:
+            self.allocator.settle(seq)
+        else:
+            self.truncate(seq, length)
+
     def snapshot(self) -> object:
         table = self.allocator
         sequences = {seq: (list(s.pages), s.length) for seq, s in table.sequences.items()}

@@ -77,6 +77,10 @@ class Pages(RuleBasedStateMachine):
     def append(self, seqs: list[int], data: st.DataObject) -> None:
         self.world.append({seq: data.draw(TOKENS) for seq in seqs})
 
+    @rule(seq=alive, token=st.integers(0, 1), stays=st.booleans())
+    def run_ahead(self, seq: int, token: int, stays: bool) -> None:
+        self.world.run_ahead(seq, token, stays)
+
     @invariant()
     def all_is_as_the_model_has_it(self) -> None:
         self.world.check()
