@@ -1,79 +1,96 @@
-"""Predicts which implementation is fastest from how many rows on: `python -m bench.predict int4_matmul --gpu H100 4090`
+"""The predicted time of what runs by default on a GPU, and its share of the bandwidth: `python -m bench.predict OP`
 
-For every size that differs from call to call (m of a product), the cost model (bench/tuner/cost_model.py) predicts each
-implementation with the config it runs on that GPU by default; seconds are summed over the shapes of the case. `*` is
-the fastest, and the last column what configs/kernels.toml chooses. Nothing is run: so that file is written where no GPU
-can be asked, and `bench.tune` overrules it where one can.
+Each case of configs/bench/OP.toml is called with the GPU's implementation and config, compiled for it and not launched.
+A launch has the seconds that its bytes, instructions and latencies allow at least (bench/measure/token_time.py); behind
+all launches but the last lies the gap to the next in a graph. `of bandwidth`: the bytes that must move, over these
+seconds and the datasheet's bandwidth; the last line is the geometric mean of a case.
+
+    --case NAME     these cases only, as kernelbench_hard
+    --gpu NAME ...  on these GPUs
 """
 
 import argparse
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vila_triton.registry import OPS, describe_available
+import torch
+
+from vila_triton.registry import OPS, REFERENCE, Impl
 from vila_triton.registry.kernel_config import configured_choices
 from vila_triton.registry.size_ranges import implementation_at
 
 from ._tool import tool
-from .measure.cases import cases, op_names
-from .tuner.cost_model import GpuModel, known_gpus, predict_seconds
+from .compiler.cross_compile import meta_arguments
+from .compiler.inspect_text import format_table
+from .measure import launch_work, token_time
+from .measure.cases import Case, cases
+from .measure.decode_step import Call
+from .measure.no_launches import DriverLaunch, without_launching
+
+COLUMNS = ("sizes", "impl", "kernel", "programs", "MB", "us", "limit", "of bandwidth")
 
 
-def predicted_names(op: str, names: Sequence[str]) -> list[str]:
-    """Returns the implementations asked for, or all whose file declares the costs of a launch.
-
-    Errors: ValueError naming what is no implementation, or declares none.
-    """
-    impls = OPS[op].impls
-    declared = [name for name, impl in impls.items() if impl.space and impl.space.launch_cost]
-    if unknown := [name for name in names if name not in declared]:
-        raise ValueError(
-            f"{op}: no cost of a launch is declared for {unknown[0]!r}; it is for {describe_available(declared)}"
-        )
-    if not declared:
-        raise ValueError(f"{op}: no implementation declares the cost of a launch")
-    return list(names) or declared
+def gpu_impl(case: Case, target: str) -> tuple[Impl, Mapping[str, Any]]:
+    """Returns the implementation and the config that configs/kernels.toml and its file name for a GPU."""
+    op = OPS[case.op]
+    size = case.sizes[op.dynamic_sizes[0]] if op.dynamic_sizes else 1
+    choice = configured_choices("cuda", "decode").get(op.name, REFERENCE)
+    impl = op.impls[choice if isinstance(choice, str) else implementation_at(choice, size, case.sizes)]
+    return impl, impl.default_config(target, size)
 
 
-def total_seconds(op: str, name: str, all_sizes: Sequence[dict[str, Any]], gpu: GpuModel) -> float:
-    """Returns the predicted seconds of calls of these sizes together, each with its default config."""
-    impl, size_name = OPS[op].impls[name], OPS[op].dynamic_sizes[0]
-    configs = [impl.default_config(gpu.arch, sizes[size_name]) for sizes in all_sizes]
-    return sum(predict_seconds(impl, config, sizes, gpu) or 0.0 for config, sizes in zip(configs, all_sizes))
+def launches_of(case: Case, target: str) -> list[Call]:
+    """Returns the launches of the default implementation at the sizes of a case. Errors: ValueError if it has none."""
+    found: list[DriverLaunch] = []
+    impl, config = gpu_impl(case, target)
+    with without_launching(target, found.append), torch.inference_mode():
+        impl(*meta_arguments(case.op, tuple(case.sizes.items())), config=config)
+    if not found:
+        raise ValueError(f"{case}: {impl.name} launches no Triton kernel, there is nothing to predict")
+    sizes, settings = tuple(case.sizes.items()), tuple(config.items())
+    return [Call(case.op, impl.name, sizes, settings, i == 0, launch.kernel, launch) for i, launch in enumerate(found)]
 
 
-def prediction_lines(op: str, names: Sequence[str], case: str, sizes: Sequence[int], gpu: GpuModel) -> Iterator[str]:
-    """Yields a line for each value of the dynamic size."""
-    size_name = OPS[op].dynamic_sizes[0]
-    shapes = list({str({**x.sizes, size_name: 0}): dict(x.sizes) for x in cases(op, case)}.values())
-    choice = configured_choices("cuda", "prefill").get(op, "reference")
-    yield f"{gpu.name + ', us':32}" + "".join(f"{name:>12}" for name in names)
-    for size in sizes:
-        seconds = [total_seconds(op, name, [{**x, size_name: size} for x in shapes], gpu) for name in names]
-        cells = (f"{1e6 * s:11.1f}{'*' if s == min(seconds) else ' '}" for s in seconds)
-        yield f"{size_name}={size:<30}" + "".join(cells) + f"  {implementation_at(choice, size)}"
+def case_rows(case: Case, on: token_time.Gpu) -> tuple[list[tuple[str, ...]], float]:
+    """Returns a line for each launch of a case, and the share of the bandwidth that they reach together."""
+    calls = launches_of(case, on.arch)
+    predicted = [token_time.predict(launch_work.work_of(call), on) for call in calls]
+    seconds = sum(x.seconds for x in predicted) + (len(calls) - 1) * token_time.gap()
+    share = case.cost[1] / seconds / on.bandwidth
+    sizes = " ".join(f"{name}={size}" for name, size in case.sizes.items())
+    lines = []
+    for call, time in zip(calls, predicted):
+        assert call.launch
+        programs = math.prod(call.launch.grid)
+        figures = f"{programs}", f"{case.cost[1] / 1e6:.1f}", f"{time.seconds * 1e6:.2f}", time.limit
+        lines.append((sizes, call.impl, call.kernel, *figures, f"{share:.0%}"))
+    return lines, share
+
+
+def tables(op: str, case_name: str | None, gpu_names: Sequence[str]) -> Iterator[str]:
+    """Yields the table of each GPU, and under it the mean of each case."""
+    for name in gpu_names:
+        on, lines, shares = token_time.gpu(name), [COLUMNS], dict[str, list[float]]()
+        for case in cases(op, case_name):
+            found, share = case_rows(case, on)
+            lines += found
+            shares.setdefault(case.name, []).append(share)
+        yield f"\n{name} ({on.arch}), {on.bandwidth / 1e9:.0f} GB/s"
+        yield from format_table(lines)
+        for case_title, some in shares.items():
+            yield f"{case_title}: {math.exp(sum(map(math.log, some)) / len(some)):.1%} of bandwidth, geometric mean"
 
 
 @tool
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("op")
-    parser.add_argument("--impl", nargs="+", default=[], help="default: all that declare the costs of a launch")
-    parser.add_argument("--gpu", nargs="+", default=["H100"], help="of configs/bench/chips.toml; default: H100")
-    parser.add_argument("--case", default="prefill", help="a case of configs/bench/OP.toml; default: prefill")
-    parser.add_argument("--rows", nargs="+", type=int, help="values of the size that differs from call to call")
+    parser.add_argument("op", help="an op of which configs/bench has cases")
+    parser.add_argument("--case", help="a table of configs/bench/OP.toml")
+    parser.add_argument("--gpu", nargs="+", choices=token_time.known_names(), default=["H100"])
     args = parser.parse_args(argv)
-    if args.op not in op_names():
-        raise ValueError(f"no op {args.op!r}; there are: {', '.join(OPS)}")
-    if not OPS[args.op].dynamic_sizes:
-        raise ValueError(f"{args.op}: no size differs from call to call")
-    if unknown := [name for name in args.gpu if name not in known_gpus()]:
-        raise ValueError(f"no GPU {unknown[0]!r} in configs/bench/chips.toml; there are: {', '.join(known_gpus())}")
-    names = predicted_names(args.op, args.impl)
-    for name in args.gpu:
-        sizes = args.rows or [2**i for i in range(14)]
-        print(*prediction_lines(args.op, names, args.case, sizes, known_gpus()[name]), "", sep="\n")
+    print(*tables(args.op, args.case, args.gpu), sep="\n")
     return 0
 
 

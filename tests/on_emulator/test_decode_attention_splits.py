@@ -13,7 +13,7 @@ from vila_triton.registry import discover
 
 discover()
 TRITON = ops.decode_attention.impls["triton"]
-SIZES = dict(b=4, t=300, g=2, ratio=3, d=64, l=16, dtype="bfloat16", kv="plain", numerics="fast", seed=1)
+SIZES = dict(b=4, t=300, g=1, ratio=3, d=64, l=16, dtype="bfloat16", kv="plain", numerics="fast", seed=1)
 LENGTHS = [300, 0, 64, 65]  # five splits, none, one, and two
 
 
@@ -37,7 +37,7 @@ def test_attention_has_the_same_bits_in_any_order_of_blocks(target: str, number:
     torch.testing.assert_close(first, exact, atol=0.02, rtol=0.02)
     torch.testing.assert_close(first_lse, exact_lse)
     assert not first[1].any() and first_lse[1].isneginf().all()
-    for seed in range(1, 6):  # the counters are left at 0, or the next launch would merge too early
+    for seed in range(1, 4):  # the counters are left at 0, or the next launch would merge too early
         out, lse = run(args, target, number, seed)
         assert torch.equal(out, first) and torch.equal(lse, first_lse)
     assert not arrival_counters(torch.device("cpu"), 1).any()
