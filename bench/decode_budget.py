@@ -19,6 +19,7 @@ import torch
 
 from vila_triton.console import print_progress
 from vila_triton.limits import COUNT
+from vila_triton.registry import OPS
 
 from ._tool import tool
 from .measure import decode_step, launch_work, model_configs, rows, step_cost, token_time
@@ -41,8 +42,10 @@ class KernelRow:
     limit: str
 
 
-def kernel_rows(calls: Sequence[decode_step.Call], on: token_time.Gpu) -> list[KernelRow]:
-    """Returns the launches of a token, equal ones together, in the order in which they come."""
+def kernel_rows(calls: Sequence[decode_step.Call], on: token_time.Gpu, counters: bool = False) -> list[KernelRow]:
+    """Returns the launches of a token, equal ones together, in the order in which they come. counters: with the time
+    that those with a declared cost lose to memory that they access badly.
+    """
     groups: dict[Any, list[decode_step.Call]] = {}
     for call in calls:
         key = call.op, call.impl, call.sizes, call.first, call.kernel, call.launch and call.launch.grid
@@ -51,10 +54,14 @@ def kernel_rows(calls: Sequence[decode_step.Call], on: token_time.Gpu) -> list[K
     for group in groups.values():
         call = group[0]
         work = launch_work.work_of(call)
-        time = token_time.predict(work, on)
+        time, wasted = token_time.predict(work, on), 0.0
+        if counters and call.first and call.launch and OPS[call.op].impls[call.impl].space:
+            wasted = launch_work.wasted_by(call.op, call.impl, call.config, call.sizes, on.name)
         op = f"{call.op} {call.impl}" if call.op else "-"
         kernel = call.kernel if call.op else "operators of torch"
-        found.append(KernelRow(op, kernel, len(group), work.least_bytes, work.issued, time.seconds, time.limit))
+        found.append(
+            KernelRow(op, kernel, len(group), work.least_bytes, work.issued, time.seconds + wasted, time.limit)
+        )
     return found
 
 
@@ -91,7 +98,7 @@ def budget(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         on = token_time.gpu(name)
         print_progress(f"compiling for {name}", is_last=True)
         calls = decode_step.launches(model.llm, dtype, args.batch, args.context, on.arch)
-        found = kernel_rows(calls, on)
+        found = kernel_rows(calls, on, args.counters)
         kernels = sum(row.count * row.seconds for row in found)
         graph = max(kernels + len(calls) * token_time.gap(), with_graph)
         limit = cost.bytes / on.bandwidth
@@ -126,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=COUNT, default=1)
     parser.add_argument("--context", type=COUNT, default=512, help="tokens that a new one attends to, itself included")
     parser.add_argument("--gpu", nargs="+", choices=token_time.known_names(), default=list(GPUS))
+    parser.add_argument(
+        "--counters", action="store_true", help="emulate the kernels, too, for uncoalesced accesses and bank conflicts"
+    )
     parser.add_argument("--rounds", type=COUNT, default=30, help="steps of which Python's least time is taken")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     args = parser.parse_args(argv)

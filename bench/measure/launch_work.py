@@ -1,10 +1,15 @@
 """The work of the launches of a decoded token, for `token_time`: bytes of its op, instructions of its machine code."""
 
+from functools import lru_cache
 from typing import Any
 
 from vila_triton.registry import OPS
 
+from ..compiler.cross_compile import CompileRequest
 from ..compiler.kernel_stats import KernelStats, analyze_kernel, to_row
+from ..emulator.counters.emulated_call import emulate_call
+from ..emulator.counters.emulated_sizes import emulated_sizes
+from ..tuner.cost_model import known_gpus, wasted_seconds
 from .decode_step import Call
 from .token_time import Work
 
@@ -39,6 +44,20 @@ def issued_instructions(call: Call, stats: KernelStats, programs: int, turns: fl
     else:
         in_loop = 0 if stats.loops[0].whole else threads * stats.loops[0].instructions * turns
     return (threads * outside + in_loop) / WARP
+
+
+@lru_cache
+def wasted_by(op: str, impl: str, config: Any, sizes: Any, gpu: str) -> float:
+    """Returns the seconds that a call loses to sectors beyond the fewest and to bank conflicts, as the emulator counts
+    them at small sizes (see `wasted_seconds`). config and sizes: items. Errors: RuntimeError if it cannot be emulated.
+    """
+    small = emulated_sizes(OPS[op], impl, dict(config))[0]
+    result = emulate_call(CompileRequest(op, impl, dict(config), known_gpus()[gpu].arch, small), checks=False)
+    if not result.kernels:
+        raise RuntimeError(f"{op} {impl} was not emulated: {result.error or result.unsupported}")
+    names = ("sectors", "fewest_sectors", "wavefronts", "accesses")
+    counts = {name: sum(row[name] for row in result.kernels) for name in names}
+    return wasted_seconds(OPS[op].impls[impl], dict(config), dict(sizes), small, counts, known_gpus()[gpu])
 
 
 def work_of(call: Call) -> Work:
