@@ -11,7 +11,7 @@ COMMANDS = {
     "Is a kernel right?": ("check", "compiled_check", "correctness", "accuracy", "shadow"),
     "Would the checks and tests see it if it were not?": ("mutants", "ptx_mutants"),
     "What did the compiler make of it?": ("inspect", "compiled", "compile_sweep", "recompiles", "emulate"),
-    "How fast is it?": ("ops", "predict", "goals", "tune", "peers"),
+    "How fast is it?": ("ops", "predict", "goals", "tune", "choices", "peers"),
     "How fast is a model, and how much memory does it take?": (
         "model",
         "decode_budget",

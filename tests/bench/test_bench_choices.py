@@ -1,10 +1,10 @@
-"""`bench.predict`: the cost model's seconds of each implementation by the size that varies, beside what is chosen."""
+"""`bench.choices`: the cost model's seconds of each implementation by the size that varies, beside what is chosen."""
 
 import re
 
 import pytest
 
-from bench import predict
+from bench import choices
 from bench.measure.cases import cases
 from bench.tuner.cost_model import LAUNCH_SECONDS, known_gpus, predict_seconds
 from vila_triton.registry import OPS
@@ -12,7 +12,7 @@ from vila_triton.registry import OPS
 
 def test_many_rows_are_dequantized_from_where_the_model_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     options = "--impl prefill dequant --gpu H100 A100 --rows 256 2048 8192"
-    assert predict.main(["int4_matmul", *options.split()]) == 0
+    assert choices.main(["int4_matmul", *options.split()]) == 0
     lines = capsys.readouterr().out.splitlines()
     found = [re.match(r"m=(\d+) +([\d.]+)(.) +([\d.]+)(.) +(\w+)", line) for line in lines]
     rows = [x.groups() for x in found if x]
@@ -26,7 +26,7 @@ def test_a_prediction_is_the_sum_over_the_shapes_with_the_config_of_the_gpu() ->
     gpu, impl = known_gpus()["H100"], OPS["int4_matmul"].impls["prefill"]
     all_sizes = [dict(x.sizes) for x in cases("int4_matmul", "prefill") if x.sizes["m"] == 1024]
     each = [predict_seconds(impl, impl.default_config("sm_90", 1024), sizes, gpu) for sizes in all_sizes]
-    assert predict.total_seconds("int4_matmul", "prefill", all_sizes, gpu) == sum(x or 0 for x in each)
+    assert choices.total_seconds("int4_matmul", "prefill", all_sizes, gpu) == sum(x or 0 for x in each)
 
 
 def test_a_librarys_product_takes_a_launch_and_its_flops() -> None:
@@ -46,5 +46,5 @@ def test_a_librarys_product_takes_a_launch_and_its_flops() -> None:
     ],
 )
 def test_what_is_not_there_is_named(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert predict.main(arguments.split()) == 2
+    assert choices.main(arguments.split()) == 2
     assert message in capsys.readouterr().err
