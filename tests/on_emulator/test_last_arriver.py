@@ -10,8 +10,11 @@ import triton.language as tl
 from torch import Tensor
 from vila_triton.kernels._last_arriver import arrival_counters, arrives_last  # pyright: ignore
 
+from bench.correctness.error_budget import example_args
 from bench.emulator import emulating
 from bench.emulator.report import Report
+from vila_triton.ops import int4_matmul
+from vila_triton.registry import discover
 
 TILES, SPLITS, BLOCK = 3, 5, 256
 
@@ -107,3 +110,17 @@ def test_arrays_grow_and_are_kept() -> None:
     many = arrival_counters(device, few.numel() + 1)
     assert many.numel() > few.numel() and many.dtype == torch.int32
     assert arrival_counters(device, 3) is many and arrival_counters(device, many.numel()) is many
+
+
+def test_products_have_the_same_bits_in_any_order_of_blocks() -> None:
+    discover()
+    impl = int4_matmul.impls["splitk"]
+    args = example_args(
+        int4_matmul, 0, m=3, n=80, G=4, group=128, dtype="bfloat16", order="sub", bias=True, residual=True
+    )
+    found = []
+    for seed in range(3):
+        with emulating("sm_90", seed=seed):
+            found.append(impl(*args, config={**impl.configs[1], "SPLIT_K": 4}))
+    assert found[0].isfinite().all() and all(torch.equal(x, found[0]) for x in found)
+    assert not arrival_counters(torch.device("cpu"), 1).any()
