@@ -76,6 +76,7 @@ def _int4_matmul_packed_kernel(
     x_ptrs = x_pointers(x_ptr, offs_m, 0, M, stride_xm, stride_xk, BLOCK_K)
     row = tl.where(offs_n < N, offs_n, 0)[:, None]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    tl.assume(K > 0)  # see `int4_gemm_tile`
     for start in range(0, K, BLOCK_K):
         x = load_x(x_ptrs, start, K, BLOCK_K, MASK_K)
         codes = words_to_codes(load_words(word_ptrs, start, K, TILES_K, MASK_K), TILES_N, TILES_K).to(x.dtype)
