@@ -35,7 +35,9 @@ def packed_copy(w: Int4, dtype: torch.dtype, pack: Pack) -> tuple[Tensor, ...]:
     """Return the weight as `pack` packs it for inputs of a dtype, from memory unless it was written to since."""
     if any(x.is_inference() for x in weight_tensors(w)):
         return pack(w, dtype)
-    version, copies = weight_version(w, dtype), _copies.setdefault(w.qweight, {})
+    if w.qweight not in _copies:
+        _copies[w.qweight] = {}
+    version, copies = weight_version(w, dtype), _copies[w.qweight]
     if pack not in copies or copies[pack][0] != version:
         # The aliases keep the memory alive, so that no other tensor can be at these addresses while the copy is kept.
         copies[pack] = version, [x.detach() for x in weight_tensors(w)], pack(w, dtype)

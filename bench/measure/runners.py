@@ -85,7 +85,7 @@ class Runner(Protocol):
 class VilaTritonRunner:
     """vila-triton's model with the kernels of `choice`, as in `parse_kernel_choices`."""
 
-    own_seconds = None
+    own_seconds: float | None = None
 
     def __init__(self, model: RandomModel, choice: str):
         self.model, self.name, self.kernels = model, choice, parse_kernel_choices(choice)
@@ -132,7 +132,7 @@ def parse_kernel_choices(choice: str) -> Mapping[str, str]:
 class HuggingFaceRunner:
     """Hugging Face's eager model on the same weights, those of an int4 model dequantized."""
 
-    own_seconds = None
+    own_seconds: float | None = None
 
     def __init__(self, model: RandomModel):
         self.model = model

@@ -93,6 +93,7 @@ class TimedEngine:
         for _ in range(request.get("steps", 0)):
             self.engine.step()
         if request.get("steps"):
+            assert self.logits is not None
             torch.save(self.logits.float(), self.folder / "logits.pt")
         return {"seconds": self.seconds, "tokens": self.tokens}
 

@@ -43,7 +43,8 @@ class VllmRunner:
         if model.cfg.group_size:
             raise ValueError("vLLM on a CPU is timed on dense weights")
         self.model, self.name, self.weights, self.weight_config = model, VLLM, [], model.cfg
-        self.folder, self.own_seconds = Path(tempfile.mkdtemp(prefix="vllm-model-")), 0.0
+        self.folder = Path(tempfile.mkdtemp(prefix="vllm-model-"))
+        self.own_seconds: float | None = 0.0
         write_folder(HuggingFaceRunner(model).net, self.folder)
         dtype = str(model.dtype).removeprefix("torch.")
         command = [str(python), str(ENGINE), str(self.folder), dtype, str(max_length)]

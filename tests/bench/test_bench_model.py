@@ -141,7 +141,7 @@ def test_logits_error_passes_right_runners_and_sees_wrong_ones(weights: str) -> 
 class Counting:
     """A runner that only writes down its turns."""
 
-    own_seconds = None
+    own_seconds: float | None = None
 
     def __init__(self, name: str, turns: list[str]):
         self.model = build_model(model_configs.load_model("tiny", 1).llm, "float32", CPU)
