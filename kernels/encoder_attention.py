@@ -20,7 +20,7 @@ from vila_triton.registry import Unsupported
 from vila_triton.registry.search_space import Config, LaunchCost, SearchSpace, next_power_of_2
 
 from ._heads import dot_layout, load_heads, store_heads
-from ._launch import LOG2_E, MAX_GRID_YZ, attention_launch_cost, check_supported, rows_for_dtype
+from ._launch import LOG2_E, MAX_GRID_YZ, attention_launch_cost, check_supported
 from ._online_softmax import attend_tile, init_softmax, normalize
 
 CONFIGS = [
@@ -95,15 +95,17 @@ def fit_tile(config: Config, q: Tensor) -> dict[str, int]:
 
     d up to 128     as it is, but of one stage for 81 to 127: more spill on sm_100
     d above 128     64 queries at most, on 8 warps if they are 64, and 32 keys at most
-    float32         half the queries
+    float32         16 queries on 4 warps, which multiply on their lanes; 32 keys, or 16 for d above 80, in one stage
     """
-    tile = dict(config)
-    if 80 < q.shape[-1] < 128:
+    tile, d = dict(config), q.shape[-1]
+    if q.element_size() > 2:
+        return tile | {"BLOCK_M": 16, "BLOCK_N": 16 if d > 80 else 32, "num_warps": 4, "num_stages": 1}
+    if 80 < d < 128:
         tile["num_stages"] = 1
-    if q.shape[-1] > 128:
+    if d > 128:
         rows = min(tile["BLOCK_M"], 64)
         tile |= {"BLOCK_M": rows, "BLOCK_N": min(tile["BLOCK_N"], 32), "num_warps": 8 if rows == 64 else 4}
-    return tile | {"BLOCK_M": rows_for_dtype(tile["BLOCK_M"], q)}
+    return tile
 
 
 @encoder_attention.impl("triton", configs=CONFIGS, space=SPACE)

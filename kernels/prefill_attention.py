@@ -28,7 +28,7 @@ from vila_triton.registry.search_space import Config, LaunchCost, SearchSpace, n
 
 from ._heads import dot_layout, load_heads, store_heads
 from ._kv_pages import check_pages_supported, kv_bits, load_dequantized_heads, load_page_ids, page_tensors_and_strides
-from ._launch import LOG2_E, MAX_GRID_YZ, attention_launch_cost, check_supported, rows_for_dtype, stages_for_dtype
+from ._launch import LOG2_E, MAX_GRID_YZ, attention_launch_cost, check_supported
 from ._online_softmax import attend_tile, init_softmax, log_sum_exp, normalize
 from ._varlen import find_sequence, max_tiles, query_and_head, select_heads
 
@@ -161,17 +161,17 @@ def _prefill_attention_kernel(
 
 
 def fit_tile(config: Config, q: Tensor, pages: KVPages) -> dict[str, int]:
-    """The tile of a config for these operands: smaller where the registers would not hold it."""
+    """The tile of a config for these operands: smaller where the registers would not hold it (bench.compile_sweep)."""
     tile = dict(config)
+    if q.element_size() > 2:  # multiplied on the lanes
+        return tile | {"BLOCK_M": 16, "BLOCK_N": 16 if q.shape[-1] > 80 else 32, "num_warps": 4, "num_stages": 1}
     if q.shape[-1] > 128:
-        tile |= {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4}
-    elif isinstance(pages, QuantizedKVPages):
+        return tile | {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4}
+    if isinstance(pages, QuantizedKVPages):
         tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
-        if (
-            pages.bits == 8 and q.shape[-1] > 32
-        ):  # with fewer stages ptxas spills at some widths: see bench.compile_sweep
+        if pages.bits == 8 and q.shape[-1] > 32:  # with fewer stages ptxas spills at some widths
             tile["num_stages"] = max(tile["num_stages"], 4)
-    return tile | {"BLOCK_M": rows_for_dtype(tile["BLOCK_M"], q), "num_stages": stages_for_dtype(tile["num_stages"], q)}
+    return tile
 
 
 @prefill_attention.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)

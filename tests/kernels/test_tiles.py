@@ -30,8 +30,8 @@ def heads(d: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         (CONFIG, 128, torch.float16, {}),
         (CONFIG, 129, torch.float16, {"BLOCK_M": 64, "BLOCK_N": 32}),
         (SMALL, 256, torch.float16, {}),
-        (CONFIG, 64, torch.float32, {"BLOCK_M": 64}),
-        (SMALL, 256, torch.float32, {"BLOCK_M": 16}),
+        (CONFIG, 80, torch.float32, {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}),
+        (SMALL, 81, torch.float32, {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}),
     ],
 )
 def test_tile_of_the_encoder(config: dict, d: int, dtype: torch.dtype, changes: dict) -> None:
@@ -46,8 +46,8 @@ def test_tile_of_the_encoder(config: dict, d: int, dtype: torch.dtype, changes: 
         (64, torch.float16, "int4", {"BLOCK_N": 32}),
         (32, torch.float16, "int8", {"BLOCK_N": 32}),
         (40, torch.float16, "int8", {"BLOCK_N": 32, "num_stages": 4}),
-        (64, torch.float32, "plain", {"BLOCK_M": 64, "num_stages": 1}),
-        (256, torch.float32, "plain", {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}),
+        (80, torch.float32, "plain", {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}),
+        (81, torch.float32, "int8", {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}),
     ],
 )
 def test_tile_of_prefill(d: int, dtype: torch.dtype, kv: Any, changes: dict) -> None:
