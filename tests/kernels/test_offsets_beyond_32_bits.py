@@ -42,7 +42,7 @@ CASES = [
 # Axes of what kernels take, as `Reach` names them, and why no index along them alone lies beyond 2³¹ elements.
 UNREACHABLE = {
     r".* (seq_lens|query_start_loc|context_lens)_ptr\[-1\]": "one a sequence, of which a grid holds fewer than 2³¹",
-    r".* counters_ptr\[-1\]": "one a program, of which a grid holds fewer than 2³¹",
+    r".* (counters_ptr|parts\[1\])\[-1\]": "one a program, of which a grid holds fewer than 2³¹",
     # Of contiguous tensors, axes within one whose index does put elements beyond 2³¹:
     r".* lse_ptr\[-1\]": "query heads",
     r".* split_states\[.\]\[-[12]\]": "heads that share a KV head; numbers of a head",
