@@ -4,6 +4,7 @@ float32            one row: `F.linear`, a matrix times a vector by MKL, as fast 
                    left operand, which it reads as it lies; the right one, here x, it lays out anew, which for w takes
                    as long as eight rows. Many: oneDNN's, or `F.linear`, MKL's, which is a tenth faster on a CPU of AMD
                    without AVX-512, and by half slower on one with it
+                   Without oneDNN in torch, as on some laptops, always `F.linear`
 bfloat16, float16  where the CPU has instructions for it, `F.linear`, which runs oneDNN's; but for one row torch's own,
                    which takes half as long: oneDNN is disabled for one row (in the whole process: a product in another
                    thread may be slower, but not wrong). A CPU without them takes up to four rows by torch's own loops
@@ -42,7 +43,9 @@ ONEDNN_OFF = SharedContext(without_onednn)
 
 
 def has_instructions_for(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN multiplies numbers of a half-precision dtype on this CPU."""
+    """Return whether oneDNN is there and multiplies numbers of a half-precision dtype on this CPU."""
+    if not mkldnn.is_available():
+        return False
     is_supported = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
@@ -63,10 +66,10 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def float32_product(x: Tensor, w: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Return x · wᵀ + bias + residual [m, n] of float32 tensors x [m, k], w [n, k], bias [n], residual [m, n]."""
-    product = torch.ops.mkldnn._linear_pointwise
-    if len(x) == 1 or (len(x) >= MANY_ROWS and not has_avx512()):
+    if len(x) == 1 or (len(x) >= MANY_ROWS and not has_avx512()) or not mkldnn.is_available():
         out = F.linear(x, w, bias)
         return out if residual is None else out + residual
+    product = torch.ops.mkldnn._linear_pointwise
     if len(x) < MANY_ROWS:
         out = product(w, x.contiguous(), None, "none", [], "").t().contiguous()
         for term in (bias, residual):

@@ -155,6 +155,14 @@ def test_linear_runs_the_fastest_product_of_each_dtype(
     assert (ran or ["onednn"]) == [product]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_linear_runs_where_torch_has_no_onednn(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mkldnn, "is_available", lambda: False)
+    monkeypatch.delattr(torch.ops.mkldnn, "_linear_pointwise", raising=False)
+    args = example_args(OPS["linear"], m=8, n=24, k=16, dtype=dtype, bias=True, residual=True, seed=0)
+    assert_matches_reference(OPS["linear"], OPS["linear"].impls["aten"], {}, args)
+
+
 @pytest.mark.parametrize("has_instructions", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 def test_blocks_of_a_weight_are_multiplied_in_half_precision_where_the_cpu_can(
