@@ -16,10 +16,10 @@ from triton.runtime.jit import JITFunction
 from bench.emulator import emulating
 from bench.emulator.counters.emulated_sizes import emulated_sizes
 from bench.measure.no_launches import DriverLaunch, without_launching
-from vila_triton.registry import OPS, Impl, Unsupported, discover, use
+from vila_triton.registry import OPS, Impl, Unsupported, discover, launch_plans, use
 from vila_triton.registry.interpreter import uses_triton_kernels
 from vila_triton.registry.kernel_config import configured_choices
-from vila_triton.registry.launch_plans import CALLS_BEFORE, LaunchPlans, Plan
+from vila_triton.registry.launch_plans import CALLS_BEFORE, LaunchPlans, Plan, Recorder
 from vila_triton.registry.signature import call_signature
 from vila_triton.registry.size_ranges import implementation_names
 
@@ -127,7 +127,18 @@ def with_nothing_launched(x: Tensor, y: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-UNPLANNED = (with_a_copy, with_another_result, with_a_function_for_its_grid, with_nothing_launched)
+def with_an_operator_that_returns_nothing(x: Tensor, y: Tensor) -> Tensor:
+    torch._assert_async(x[0] == 0)
+    return copied(x, y)
+
+
+UNPLANNED = (
+    with_a_copy,
+    with_another_result,
+    with_a_function_for_its_grid,
+    with_nothing_launched,
+    with_an_operator_that_returns_nothing,
+)
 
 
 @pytest.mark.parametrize("fn", UNPLANNED, ids=lambda fn: fn.__name__)
@@ -159,6 +170,42 @@ def test_views_into_arguments_and_new_tensors_move_with_them(launches: list[Driv
     (x, first, *_), (y, second, *_) = (launch.args for launch in launches)
     assert x.data_ptr() == memory[12:].data_ptr() and y.data_ptr() == memory.data_ptr()
     assert out.shape == (8,) and out.data_ptr() == second.data_ptr() == first.data_ptr() + 32
+
+
+def test_parts_of_memory_that_arguments_share_are_not_planned(launches: list[DriverLaunch]) -> None:
+    """In the next call the arguments may lie elsewhere, as q, k and v of one product and of three."""
+
+    def second_half(x: Tensor, y: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        copy_kernel[(1,)](y[4:], out, 4, BLOCK=16)
+        return out
+
+    memory = torch.zeros(16)
+    plans, x, y = planned(second_half, memory[:8], memory[8:]), torch.zeros(8), torch.zeros(8)
+    launches.clear()
+    plans.run(second_half, (x, y), {}, {}, [x, y])
+    assert launches[0].args[0].data_ptr() == y[4:].data_ptr()
+
+
+def test_one_thread_records_at_a_time(launches: list[DriverLaunch], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first to end would take its watch from the other, between two launches of one call."""
+    x, y, run = torch.zeros(8), torch.ones(8), JITFunction.run
+    plans, other = planned(copied, x, y, calls=CALLS_BEFORE), LaunchPlans()
+
+    def call_from_another_thread(tensors: Sequence[Tensor]) -> Recorder:
+        monkeypatch.undo()
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        return Recorder(tensors)
+
+    def call() -> None:
+        for _ in range(CALLS_BEFORE + 1):
+            other.run(copied, (x, y), {}, {}, [x, y])
+
+    monkeypatch.setattr(launch_plans, "Recorder", call_from_another_thread)
+    plans.run(copied, (x, y), {}, {}, [x, y])
+    assert has_plan(plans) and not has_plan(other) and JITFunction.run is run
 
 
 def test_what_belongs_to_a_stream_or_a_thread_is_planned_for_each(launches: list[DriverLaunch]) -> None:

@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 
 CALLS_BEFORE = 2  # of a signature, before one is recorded: what is compiled or tuned at first is left out
 CONSTANTS = (int, float, bool, str, type(None), triton.language.dtype)
+RECORDING = threading.Lock()  # held by the thread that records: `JITFunction.run` is one for all
 NEW_TENSORS = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default}
 
 
@@ -142,10 +143,11 @@ class Recorder(TorchDispatchMode):
         for i, value in enumerate(self.values):
             if x.data_ptr() == value.data_ptr() and x.dtype == value.dtype:
                 return Value(i)
-        for i, value in enumerate(self.values):
-            if x.untyped_storage().data_ptr() == value.untyped_storage().data_ptr():
-                return view_of(i, value, x)
-        return x
+        memory = x.untyped_storage().data_ptr()
+        owners = [i for i, value in enumerate(self.values) if value.untyped_storage().data_ptr() == memory]
+        if len(owners) > 1:  # in another call they may lie elsewhere, each for itself
+            raise NotPlanned("a part of memory that several arguments share")
+        return view_of(owners[0], self.values[owners[0]], x) if owners else x
 
     def source(self, x: Any) -> Any:
         """The source of an argument of a kernel."""
@@ -214,8 +216,9 @@ def holds_tensor(source: Any) -> bool:
 
 def is_view(func: Any) -> bool:
     """Return True if an operator of torch returns another view of its argument, and writes nothing."""
-    aliases = [x.alias_info for x in (*func._schema.arguments, *func._schema.returns)]
-    return func._schema.returns[0].alias_info is not None and not any(a and a.is_write for a in aliases)
+    returns = [x.alias_info for x in func._schema.returns]
+    aliases = [*returns, *(x.alias_info for x in func._schema.arguments)]
+    return bool(returns) and returns[0] is not None and not any(a and a.is_write for a in aliases)
 
 
 def is_watched(hook: Any) -> bool:
@@ -283,12 +286,17 @@ class LaunchPlans:
         plan = self.plans.get(where, 0)
         if isinstance(plan, Plan):
             return plan.run(tensors, (*args, *kwargs.values()), stream)
-        if plan < 0 or plan < CALLS_BEFORE:
+        if plan < CALLS_BEFORE:
             self.plans[where] = plan if plan < 0 else plan + 1
             return fn(*args, **kwargs, **config)
-        recorder = Recorder(tensors)
-        with recording(recorder):
-            result = fn(*args, **kwargs, **config)
+        if not RECORDING.acquire(blocking=False):  # another time
+            return fn(*args, **kwargs, **config)
+        try:
+            recorder = Recorder(tensors)
+            with recording(recorder):
+                result = fn(*args, **kwargs, **config)
+        finally:
+            RECORDING.release()
         try:
             self.plans[where] = recorder.plan(result, (*args, *kwargs.values()))
         except NotPlanned:
