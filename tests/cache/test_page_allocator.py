@@ -239,6 +239,19 @@ def test_page_matches_only_behind_the_same_prefix() -> None:
     assert table.prefix_index.match([1, 2, 3, 4, 7])[1] == 4 and table.prefix_index.match([5, 6, 3, 4, 7])[1] == 5
 
 
+def test_a_fork_does_not_share_the_page_of_a_token_that_does_not_count_yet() -> None:
+    table = PageAllocator(4, 4)
+    seq = filled(table, [1, 2, 3, 4])
+    slots = table.append({seq: 1}).slots
+    table.unsettle(seq)
+    fork = table.fork(seq)
+    assert table.append({fork: 1}).slots != slots and table[seq].pages[0] == table[fork].pages[0]
+    table.settle(seq)
+    assert table.ref_counts == {
+        page: 1 + (page == table[seq].pages[0]) for page in {*table[seq].pages, *table[fork].pages}
+    }
+
+
 @pytest.mark.parametrize("rows", [[0, 7], [-1], [1]])
 def test_reorder_unknown_row_is_refused_and_forks_nothing(rows: list[int]) -> None:
     table = PageAllocator(4, 4)

@@ -271,6 +271,22 @@ def check_page_boundary(gpu: VilaLlamaForCausalLM) -> None:
     assert ours.cache.length(0) == 16 and ours.tokens[0] == tokens
 
 
+def check_cut(gpu: VilaLlamaForCausalLM) -> None:
+    """A sequence is cut to the length that it has, which drops the page of the token on its way; another takes it."""
+    ours, theirs = both(gpu, 1, 24, pages=40, eos_token_id=None)
+    for answers in (ours, theirs):
+        allocator = answers.cache.allocator
+        for _ in range(20):
+            answers.read(1)
+            with answers.cache.lock:
+                allocator.truncate(0, allocator[0].length)
+                allocator.append({allocator.add_sequence(): 1})
+        for seq in list(allocator.sequences)[1:]:
+            allocator.free_sequence(seq)
+        answers.read()
+    check_equal(ours, theirs)
+
+
 def check_full(gpu: VilaLlamaForCausalLM) -> None:
     """Pages run out: what was chosen is read first, and nothing is lost."""
     ours, theirs = both(gpu, 2, 40, pages=3, eos_token_id=None)
@@ -289,6 +305,7 @@ CHECKS: dict[str, Callable[[VilaLlamaForCausalLM], Any]] = {
     "interleaved": check_interleaved,
     "stops": check_stops,
     "page boundary": check_page_boundary,
+    "cut": check_cut,
     "full": check_full,
 }
 

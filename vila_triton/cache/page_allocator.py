@@ -72,14 +72,15 @@ class PageAllocator:
         return seq
 
     def fork(self, seq: int) -> int:
-        """Add a sequence with the same tokens that shares all pages; returns its id. Nothing is reserved for it.
+        """Add a sequence with the same tokens that shares their pages; returns its id. Nothing is reserved for it.
 
         Errors: `OutOfPages` if the copy of a shared page would take a page that is reserved.
         """
         parent = self[seq]
         child = self.add_sequence()
-        self.sequences[child] = SequencePages(list(parent.pages), parent.length)
-        self.ref_counts.update(parent.pages)
+        pages = parent.pages[: -(-parent.length // self.page_size)]  # none that was granted ahead, see `unsettle`
+        self.sequences[child] = SequencePages(pages, parent.length)
+        self.ref_counts.update(pages)
         if self.num_pages_missing({}):
             self.free_sequence(child)
             raise OutOfPages(f"sequence {seq} cannot be forked: all {self.num_available_pages} free pages are reserved")

@@ -137,7 +137,10 @@ class DecodeLoop:
         """
         with self.cache.lock:
             rows = [row for row in ahead.rows if row.seq in self.rows]
-            if all(self.cache.length(row.seq) == row.length - 1 for row in rows):
+            sequences = [self.cache.allocator[row.seq] for row in rows]
+            if all(
+                s.length == row.length - 1 and last_page(s.pages) == row.last_page for s, row in zip(sequences, rows)
+            ):
                 for row in rows:
                     self.cache.allocator.settle(row.seq)
                 return True
