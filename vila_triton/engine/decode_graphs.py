@@ -20,6 +20,7 @@ from ..registry.tuned_tables import default_choices_for, gpu_name, load_table
 from .decode_step import StepBuffers
 
 MIN_PAGES = 16  # columns of the smallest block table
+MOST_GRAPHS = 128  # kept at a time: any top_k has its own
 
 
 def power_of_two_from(n: int) -> int:
@@ -93,7 +94,9 @@ class DecodeSteps:
         shape: all that the step depends on beside the model, the pages and the kernels that are chosen for its phase.
         model: its config, and where its parameters lie.
         """
-        if self.device.type != "cuda" or can_read_values(self.device):  # the values of indices are looked at
+        kind = self.device.type
+        # Values of indices may be looked at; and autocast keeps cast weights that are gone when it ends.
+        if kind != "cuda" or can_read_values(self.device) or torch.is_autocast_enabled(kind):
             return step()
         now = model, load_table(gpu_name(self.device) or "")
         if now != self.captured_with:
@@ -102,6 +105,8 @@ class DecodeSteps:
         key = shape, chosen_kernels(self.device, phase)
         known = self.graphs.get(key)
         if known is None:
+            if len(self.graphs) >= MOST_GRAPHS:
+                self.graphs.clear()
             self._run_first(step)
             self.graphs[key] = "ran"
         elif known == "ran":

@@ -218,7 +218,8 @@ class DecodeLoop:
         steps = cache.decode_steps
         if steps is None or steps.buffers.num_rows < n or steps.buffers.num_pages < width:
             context = -(-self.cfg.max_position_embeddings // cache.allocator.page_size)
-            empty = StepBuffers.empty(power_of_two_from(n), max(width, context), self.cfg.vocab_size, device)
+            room = page_bucket(max(pages, context))
+            empty = StepBuffers.empty(power_of_two_from(n), room, self.cfg.vocab_size, device)
             steps = cache.decode_steps = DecodeSteps(empty)
         steps.follow_stream()
         steps.owner, buffers = self.owner, steps.buffers.first_rows(n)
