@@ -1,5 +1,7 @@
 """q, k and v as one linear: where their leaves lie, what may be joined, and that one product does what three did."""
 
+import pickle
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -159,7 +161,7 @@ def test_gradients_of_one_product_reach_every_part(kind: str) -> None:
 
 
 def test_layers_of_a_tree_are_joined_without_another_copy() -> None:
-    sizes = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     cfg = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
     specs = llama.param_specs(cfg, torch.float32)
     apart = init_tree(specs, torch.Generator().manual_seed(0))
@@ -167,3 +169,30 @@ def test_layers_of_a_tree_are_joined_without_another_copy() -> None:
     assert all(layer.qkv is None for layer in apart.layers) and all(layer.qkv is not None for layer in together.layers)
     assert all(map(torch.equal, leaves(apart), leaves(together)))
     assert together.layers[0].o.weight is apart.layers[0].o.weight
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda p: pickle.loads(pickle.dumps(p))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("leaf", [Tensor.clone, torch.nn.Parameter])
+def test_a_copy_of_a_layer_multiplies_by_its_own_leaves(leaf: Any, copied: Any) -> None:
+    norm = torch.ones(64)
+    q, k, v = (replace(p, weight=leaf(p.weight)) for p in laid(linears()))
+    layer = copied(llama.Layer(norm, q, k, v, q, norm, q, q, q))
+    with torch.no_grad():
+        layer.q.weight.fill_(7.0)
+    found = llama.qkv_projections(layer, norm[None])
+    torch.testing.assert_close(found[0], torch.full((1, 32), 7.0 * 64))
+
+
+@pytest.mark.parametrize("changed", range(3))
+def test_a_part_that_is_written_to_before_the_gradient_is_an_error(changed: int) -> None:
+    """As of any weight: its gradient would be one of other numbers."""
+    parts = [Affine(torch.nn.Parameter(p.weight), None) for p in linears()]
+    for p, view in zip(parts, laid(parts), strict=True):
+        p.weight.data = view.weight  # each goes on counting its own writes
+    whole = joined(*parts)
+    assert whole is not None
+    y = linear(with_gradients(whole, *parts), torch.ones(1, 64, requires_grad=True)).sum()
+    with torch.no_grad():
+        parts[changed].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified (by an )?inplace"):
+        y.backward()

@@ -64,12 +64,14 @@ class WholeOfParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, axis: int, *parts: Tensor) -> Tensor:
-        ctx.axis, ctx.sizes = axis, [x.shape[axis] for x in parts]
+        ctx.axis = axis
+        ctx.save_for_backward(*parts)
         return whole.view_as(whole)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, None, *grads[0].split(ctx.sizes, ctx.axis)
+        parts = ctx.saved_tensors  # torch raises RuntimeError here if one was written to since
+        return None, None, *grads[0].split([x.shape[ctx.axis] for x in parts], ctx.axis)
 
 
 def with_gradients(whole: Affine, *linears: Affine) -> Affine:

@@ -7,7 +7,7 @@ The new tokens of all sequences lie end to end in one ragged batch: x [s, e]. Th
 import math
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from einops import rearrange
@@ -54,6 +54,9 @@ class Layer:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "qkv", joined(self.q, self.k, self.v))
+
+    def __reduce__(self) -> Any:
+        return Layer, tuple(getattr(self, f.name) for f in fields(self))  # a copy works `qkv` out of its own leaves
 
 
 @dataclass(frozen=True)
