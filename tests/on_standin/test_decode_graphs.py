@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -288,42 +287,6 @@ def check_cut(gpu: VilaLlamaForCausalLM) -> None:
     check_equal(ours, theirs)
 
 
-def check_autocast(gpu: VilaLlamaForCausalLM) -> None:
-    """Products in half precision are asked for in the middle of an answer, and then no more."""
-    ours = Answers(gpu, 1, 24, eos_token_id=None).read(8)
-    with counting() as counts, torch.autocast("cuda", torch.bfloat16):
-        ours.read(4)
-    assert not counts.captures and not counts.replays
-    with counting() as counts:
-        ours.read(4)
-    assert not counts.captures and counts.replays == 4
-
-
-def check_many_graphs(gpu: VilaLlamaForCausalLM) -> None:
-    """There are no more graphs than may be kept, however many ways of choosing were asked for."""
-    ours, theirs = both(gpu, 1, 4, pages=8, eos_token_id=None)
-    for answers in (ours, theirs):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decode_graphs, "MOST_GRAPHS", 2)
-            answers.read()
-            for top_k in (3, 4, 5):
-                answers.how |= {"do_sample": True, "seed": 1, "top_k": top_k}
-                answers.read(tokens_of=answers.begin(1))
-    assert len(ours.cache.decode_steps.graphs) == 2
-    check_equal(ours, theirs)
-
-
-def check_context_that_is_no_power_of_two(gpu: VilaLlamaForCausalLM) -> None:
-    """Buffers have room for all sequences there can be, so that none replace them, and their graphs, later."""
-    cache = gpu.new_cache(0)
-    cfg = replace(gpu.vila_config.llm, max_position_embeddings=20 * cache.allocator.page_size)
-    cache.add_pages(20)
-    seq = cache.allocator.add_sequence()
-    loop = DecodeLoop(gpu.params.llm, cfg, cache, {seq: [1]}, SamplingParams())
-    steps = [loop._load(1) and cache.decode_steps, loop._load(20) and cache.decode_steps]
-    assert steps[0] is steps[1]
-
-
 def check_full(gpu: VilaLlamaForCausalLM) -> None:
     """Pages run out: what was chosen is read first, and nothing is lost."""
     ours, theirs = both(gpu, 2, 40, pages=3, eos_token_id=None)
@@ -343,9 +306,6 @@ CHECKS: dict[str, Callable[[VilaLlamaForCausalLM], Any]] = {
     "stops": check_stops,
     "page boundary": check_page_boundary,
     "cut": check_cut,
-    "many graphs": check_many_graphs,
-    "autocast": check_autocast,
-    "a context of 20 pages": check_context_that_is_no_power_of_two,
     "full": check_full,
 }
 

@@ -1,0 +1,52 @@
+"""How long the graphs of decode steps are kept, how many of them, and where there are none."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_decode_graphs import Answers, both, capturable, check_equal, gpu  # noqa: F401 (two are fixtures)
+
+from bench import standin
+from vila_triton.engine import decode_graphs
+from vila_triton.engine.decode_loop import DecodeLoop
+from vila_triton.engine.sampling import SamplingParams
+
+if standin.is_active():
+    from bench.standin.counts import counting
+
+
+def test_nothing_is_captured_or_replayed_under_autocast(gpu: Any) -> None:  # noqa: F811
+    """Products in half precision are asked for in the middle of an answer, and then no more."""
+    ours = Answers(gpu, 1, 24, eos_token_id=None).read(8)
+    with counting() as counts, torch.autocast("cuda", torch.bfloat16):
+        ours.read(4)
+    assert not counts.captures and not counts.replays
+    with counting() as counts:
+        ours.read(4)
+    assert not counts.captures and counts.replays == 4
+
+
+def test_graphs_are_dropped_when_there_are_too_many(gpu: Any) -> None:  # noqa: F811
+    """There are no more graphs than may be kept, however many ways of choosing were asked for."""
+    ours, theirs = both(gpu, 1, 4, pages=8, eos_token_id=None)
+    for answers in (ours, theirs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode_graphs, "MOST_GRAPHS", 2)
+            answers.read()
+            for top_k in (3, 4, 5):
+                answers.how |= {"do_sample": True, "seed": 1, "top_k": top_k}
+                answers.read(tokens_of=answers.begin(1))
+    assert len(ours.cache.decode_steps.graphs) == 2
+    check_equal(ours, theirs)
+
+
+def test_buffers_have_room_for_a_context_of_any_number_of_pages(gpu: Any) -> None:  # noqa: F811
+    """Buffers have room for all sequences there can be, so that none replace them, and their graphs, later."""
+    cache = gpu.new_cache(0)
+    cfg = replace(gpu.vila_config.llm, max_position_embeddings=20 * cache.allocator.page_size)
+    cache.add_pages(20)
+    seq = cache.allocator.add_sequence()
+    loop = DecodeLoop(gpu.params.llm, cfg, cache, {seq: [1]}, SamplingParams())
+    steps = [loop._load(1) and cache.decode_steps, loop._load(20) and cache.decode_steps]
+    assert steps[0] is steps[1]
