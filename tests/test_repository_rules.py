@@ -60,7 +60,7 @@ PACKAGES = {  # folder or module -> packages it imports besides the standard lib
     "tiny": "torch einops numpy PIL safetensors tokenizers transformers",
     "quantization": "torch einops PIL safetensors transformers",
     "commands": "torch PIL transformers",
-    "kernels": "torch triton einops",
+    "kernels": "torch triton einops numpy",
     "bench": "bench torch transformers triton hypothesis numpy matplotlib cycler PIL einops safetensors pytest vllm",
 }
 DISCOVERY = {  # imports the folders whose files it discovers, which import the registry
