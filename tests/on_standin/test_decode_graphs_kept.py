@@ -1,4 +1,4 @@
-"""How long the graphs of decode steps are kept, how many of them, and where there are none."""
+"""Graphs of decode steps that are kept: for how long, how many of them, and where there are none."""
 
 from dataclasses import replace
 from typing import Any
