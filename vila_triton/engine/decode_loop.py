@@ -216,7 +216,7 @@ class DecodeLoop:
         cache, rows, device = self.cache, list(self.rows.values()), self.device
         n, width = row_bucket(len(rows), device), page_bucket(pages)
         steps = cache.decode_steps
-        if steps is None or steps.buffers.num_rows < n or steps.buffers.num_pages < width:
+        if steps is None or not steps.buffers.have_room(n, width, self.cfg.vocab_size):
             context = -(-self.cfg.max_position_embeddings // cache.allocator.page_size)
             room = page_bucket(max(pages, context))
             empty = StepBuffers.empty(power_of_two_from(n), room, self.cfg.vocab_size, device)

@@ -84,6 +84,10 @@ class StepBuffers:
         """Pages that a sequence can have here."""
         return self.block_table.shape[1] - 1
 
+    def have_room(self, rows: int, pages: int, vocab_size: int) -> bool:
+        """True if a step of so many rows can be run here, of a model with just this vocabulary."""
+        return self.num_rows >= rows and self.num_pages >= pages and len(self.is_stop) == vocab_size
+
     def first_rows(self, n: int) -> "StepBuffers":
         """The first n rows, in the same memory."""
         columns = {
