@@ -248,9 +248,7 @@ class DecodeLoop:
         v, b = self.cfg.vocab_size, len(positions)
         stop_ids = [token for token in self.sampling.stop_token_ids if 0 <= token < v]
         buffers.is_stop.fill_(False)
-        buffers.is_stop.index_fill_(
-            0, upload(stop_ids, torch.int64, self.device).to(self.device, non_blocking=True), True
-        )
+        buffers.is_stop.index_fill_(0, upload(stop_ids, torch.int64, self.device), True)
         settings = self.settings.select(positions)
         for name in (f.name for f in fields(settings)):
             if isinstance(column := getattr(settings, name), Tensor):
