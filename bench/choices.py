@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from vila_triton.limits import COUNT
 from vila_triton.registry import OPS, describe_available
 from vila_triton.registry.kernel_config import configured_choices
 from vila_triton.registry.size_ranges import implementation_at
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--impl", nargs="+", default=[], help="default: all that declare the costs of a launch")
     parser.add_argument("--gpu", nargs="+", default=["H100"], help="of configs/bench/chips.toml; default: H100")
     parser.add_argument("--case", default="prefill", help="a case of configs/bench/OP.toml; default: prefill")
-    parser.add_argument("--rows", nargs="+", type=int, help="values of the size that differs from call to call")
+    parser.add_argument("--rows", nargs="+", type=COUNT, help="values of the size that differs from call to call")
     args = parser.parse_args(argv)
     if args.op not in op_names():
         raise ValueError(f"no op {args.op!r}; there are: {', '.join(OPS)}")

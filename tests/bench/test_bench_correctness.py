@@ -59,7 +59,7 @@ def test_all_defaults_are_checked_in_every_dtype_most_valuable_first() -> None:
                 assert all(x.config in OPS[op].impls[impl].configs for x in mine)
     assert {x.sizes["kv"] for x in EVERY if x.impl == "triton" and x.op == "kv_write"} == {"plain", "int8", "int4"}
     first = [x for x in EVERY if x.usual and x.default and x.sizes["dtype"] != "float32" and x.op in VALUABLE]
-    assert len(first) == 2 * (3 + 2 + 3) and EVERY[: len(first)] == first
+    assert len(first) == 2 * (3 + 1 + 3) and EVERY[: len(first)] == first
     assert EVERY[-1].sizes["dtype"] == "float32" and not EVERY[-1].usual
 
 

@@ -32,7 +32,7 @@ from documents import DOCUMENTS, ROOT, Block, blocks, is_shown, name, without_nu
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
 MARKS = {"": [], "slow": [pytest.mark.slow], "real": [pytest.mark.slow, pytest.mark.real]}
 FILE = "file "  # begins the lane of a block that is a file
-BY_HAND = r"pip install |coverage |python -m bench\.(mutants|ptx_mutants|compiled_check|emulator\.speed)|\.ci/"
+BY_HAND = r"pip install |coverage |python -m bench\.(model .*--vllm|mutants|ptx_mutants|compiled_check|emulator\.speed)|\.ci/"
 COMMANDS = {  # in front of PATH: those of this environment, and `pytest` without running a test
     "python": 'exec {python} "$@"',
     "vila-triton": 'exec {python} -m vila_triton "$@"',
@@ -116,7 +116,8 @@ def test_blocks_of_other_lanes_stand_in_their_scripts() -> None:
         if block.lane.startswith(FILE):
             assert block.language == "python"
             continue
-        commands = [c for line in block.body.splitlines() for c in re.sub(r"\s+#.*", "", line).split(" && ")]
+        lines = re.sub(r"\\\n\s*", "", block.body).splitlines()
+        commands = [c for line in lines for c in re.sub(r"\s+#.*", "", line).split(" && ")]
         if block.lane == "by hand":
             assert all(re.match(BY_HAND, command) for command in commands)
         elif block.lane not in MARKS:

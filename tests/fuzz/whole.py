@@ -260,7 +260,7 @@ def search_on(folder: Path) -> None:
 def whole_tables(folder: Path) -> list[bytes]:
     discover()
     sizes = {"n": 64, "G": 2, "group": 64, "dtype": "float16"}
-    for name in ("packed", "gemv"):
+    for name in ("splitk", "gemv"):
         impl = OPS["int4_matmul"].impls[name]
         ranges = [
             {"sizes": {**sizes, "m": m}, "tuned_at": {"m": at}, "config": dict(impl.configs[0]), "seconds": 1e-5 * at}
@@ -276,7 +276,7 @@ def whole_tables(folder: Path) -> list[bytes]:
         }
         file = table.write_table(folder, "Toy GPU", entry)
     content = json.loads(file.read_text())
-    content["choices"]["int4_matmul"] = {"first": 1, "last": 8, "choice": [[1, "gemv"], "packed"]}
+    content["choices"]["int4_matmul"] = {"first": 1, "last": 8, "choice": [[1, "gemv"], "splitk"]}
     return [json.dumps(content).encode()]
 
 
@@ -295,13 +295,13 @@ def look_up(folder: Path) -> None:
     ):
         for phase in ("prefill", "decode"):
             tuned_tables.default_choices_for(torch.device("cuda"), phase)
-        for name in ("packed", "gemv"):
+        for name in ("splitk", "gemv"):
             for m in (1, 8, 10**6):
                 sizes = {"m": m, "n": 64, "G": 2, "group": 64, "dtype": "float16"}
                 config = tuned_tables.tuned_config_at(OPS["int4_matmul"].impls[name], "Toy GPU", tuple(sizes.items()))
                 assert config is None or dict(**config)
     list(tune.stale_entries(folder))
-    kept = next((e for e in tuned_tables.read_table(folder / "toy-gpu.json")["entries"] if e["impl"] == "packed"), None)
+    kept = next((e for e in tuned_tables.read_table(folder / "toy-gpu.json")["entries"] if e["impl"] == "splitk"), None)
     if kept:
         table.write_table(folder, "Toy GPU", {**kept, "impl": "splitk"})
 

@@ -129,7 +129,7 @@ def flags(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are launched as for sm_80 and sm_89, whose compiler may not see how tiles are put together."""
     for case in KERNELS.args[1]:
         module = sys.modules[case.values[1].fn.__module__]
-        monkeypatch.setattr(module, "target_flags", lambda: {"ASM": True, "OPAQUE": True})
+        monkeypatch.setattr(module, "target_flags", lambda *_: {"ASM": True, "OPAQUE": True})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -28,7 +28,7 @@ def test_a_loop_up_to_an_argument_runs_interpreted(monkeypatch: pytest.MonkeyPat
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", refusing)
 
-    x, weight = torch.randn(2, 40), torch.randn(40)
+    x, weight = torch.randn(2, 1100), torch.randn(1100)  # more than one block, which takes a loop
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", without_index)
     with use(rms_norm="triton"):
         with pytest.raises(interpreter.InterpreterError, match="only 0-dimensional arrays"):
