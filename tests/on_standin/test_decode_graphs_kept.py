@@ -1,5 +1,9 @@
 """Graphs of decode steps that are kept: for how long, how many of them, and where there are none."""
 
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +13,9 @@ from test_decode_graphs import Answers, both, capturable, check_equal, gpu  # no
 
 from bench import standin
 from vila_triton.engine import decode_graphs
+from vila_triton.engine.decode_graphs import DecodeSteps
 from vila_triton.engine.decode_loop import DecodeLoop
+from vila_triton.engine.decode_step import StepBuffers
 from vila_triton.engine.sampling import SamplingParams
 
 if standin.is_active():
@@ -50,3 +56,27 @@ def test_buffers_have_room_for_a_context_of_any_number_of_pages(gpu: Any) -> Non
     loop = DecodeLoop(gpu.params.llm, cfg, cache, {seq: [1]}, SamplingParams())
     steps = [loop._load(1) and cache.decode_steps, loop._load(20) and cache.decode_steps]
     assert steps[0] is steps[1]
+
+
+def test_threads_capture_one_after_the_other(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Of two caches, whose locks do not know of each other."""
+    inside, most = list[int](), list[int]()
+
+    @contextmanager
+    def graph(*args: Any, **kwargs: Any) -> Iterator[None]:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    threads = [
+        threading.Thread(target=DecodeSteps(StepBuffers.empty(1, 1, 4, gpu.device))._capture, args=(lambda: None,))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]

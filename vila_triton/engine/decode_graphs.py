@@ -4,6 +4,7 @@ A graph repeats the launches it was captured with, over the memory it was captur
 follow from, and dropped when the parameters or the pages are no longer where they were.
 """
 
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -20,6 +21,7 @@ from ..registry.tuned_tables import default_choices_for, gpu_name, load_table
 from .decode_step import StepBuffers
 
 MIN_PAGES = 16  # columns of the smallest block table
+CAPTURING = threading.Lock()  # a capture begins by waiting for the device, which breaks any that is under way
 MOST_GRAPHS = 128  # kept at a time: any top_k has its own
 
 
@@ -130,6 +132,7 @@ class DecodeSteps:
         graph, capture = torch.cuda.CUDAGraph(), torch.cuda.graph
         try:
             with (
+                CAPTURING,
                 count_calls() as calls,
                 capture(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
             ):
