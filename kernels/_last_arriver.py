@@ -6,6 +6,8 @@ after it, so that a captured graph replays.
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,6 +21,12 @@ FEWEST = 4096  # counters of a new array: 16 KiB, more than most launches need
 _ARRAYS: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
+def _key(device: torch.device) -> tuple[torch.device, int]:
+    if device.type == "cuda":
+        return device, torch.cuda.current_stream(device).cuda_stream
+    return device, threading.get_ident()
+
+
 def arrival_counters(device: torch.device, count: int) -> Tensor:
     """`count` counters or more, int32, all 0: for a launch on the current stream of `device` that leaves them at 0.
 
@@ -27,10 +35,7 @@ def arrival_counters(device: torch.device, count: int) -> Tensor:
     captured on one stream must not be replayed at the same time. A capture on a stream where there are none yet zeroes
     some of its own, in a further launch at every replay; whoever warms up on the stream that captures has none.
     """
-    if device.type == "cuda":
-        key = device, torch.cuda.current_stream(device).cuda_stream
-    else:
-        key = device, threading.get_ident()
+    key = _key(device)
     arrays = _ARRAYS.get(key, [])
     if arrays and arrays[-1].numel() >= count:
         return arrays[-1]
@@ -42,6 +47,19 @@ def arrival_counters(device: torch.device, count: int) -> Tensor:
     if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         _ARRAYS[key] = [*arrays, counters]
     return counters
+
+
+@contextmanager
+def counting(device: torch.device) -> Iterator[None]:
+    """Around a launch that counts arrivals. One that is interpreted or emulated can end in an error between two
+    programs: its counters are then forgotten, as they would let later launches add up too early or never.
+    """
+    try:
+        yield
+    except BaseException:
+        if device.type == "cpu":  # on a GPU nothing was launched, and graphs may know the counters
+            _ARRAYS.pop(_key(device), None)
+        raise
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, S
 
 from ._heads import dot_layout, load_heads, store_heads, whole_layout
 from ._kv_pages import attend_paged_tile, check_pages_supported, kv_bits, load_page_ids, page_tensors_and_strides
-from ._last_arriver import arrival_counters, arrives_last
+from ._last_arriver import arrival_counters, arrives_last, counting
 from ._launch import LOG2_E, dot_block
 from ._online_softmax import init_softmax, log_sum_exp, normalize
 from ._split_kv import DEFAULT_NUM_SMS, keys_per_split, merge_splits, num_sms, plan_splits
@@ -213,34 +213,35 @@ def decode_attention_triton(
             sums = torch.empty(rows[0], 2, rows[1], dtype=torch.float32, device=q.device)
             split_states, counters = (acc, sums), arrival_counters(q.device, b * g)
         (k_pages, stride_k), (v_pages, stride_v) = map(page_tensors_and_strides, (cache.k_pages, cache.v_pages))
-        _decode_attention_kernel[(b * g * split_plan.max_splits,)](
-            q,
-            k_pages,
-            v_pages,
-            cache.block_table,
-            seq_lens,
-            out,
-            lse,
-            split_states,
-            counters,
-            softmax_scale * LOG2_E,
-            split_plan.num_splits,
-            split_plan.max_splits,
-            q.stride(),
-            stride_k,
-            stride_v,
-            *cache.block_table.stride(),
-            out.stride(),
-            G=g,
-            QUERIES_PER_KV=h // g,
-            PAGE_SIZE=page_size,
-            HEAD=dot_layout(d, kv_bits(cache.k_pages), single_block=True),
-            MIN_KEYS=split_plan.min_keys,
-            MAX_KEYS=split_plan.max_keys,
-            BLOCK_M=dot_block(h // g),
-            MERGED_ROWS=next_power_of_2(h // g),
-            MERGED_HEAD=whole_layout(d),
-            MERGED_SPLITS=splits_at_a_time(h // g, d, tile["num_warps"]),
-            **tile,
-        )
+        with counting(q.device):
+            _decode_attention_kernel[(b * g * split_plan.max_splits,)](
+                q,
+                k_pages,
+                v_pages,
+                cache.block_table,
+                seq_lens,
+                out,
+                lse,
+                split_states,
+                counters,
+                softmax_scale * LOG2_E,
+                split_plan.num_splits,
+                split_plan.max_splits,
+                q.stride(),
+                stride_k,
+                stride_v,
+                *cache.block_table.stride(),
+                out.stride(),
+                G=g,
+                QUERIES_PER_KV=h // g,
+                PAGE_SIZE=page_size,
+                HEAD=dot_layout(d, kv_bits(cache.k_pages), single_block=True),
+                MIN_KEYS=split_plan.min_keys,
+                MAX_KEYS=split_plan.max_keys,
+                BLOCK_M=dot_block(h // g),
+                MERGED_ROWS=next_power_of_2(h // g),
+                MERGED_HEAD=whole_layout(d),
+                MERGED_SPLITS=splits_at_a_time(h // g, d, tile["num_warps"]),
+                **tile,
+            )
     return out if lse is None else (out, lse)

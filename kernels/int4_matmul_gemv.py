@@ -23,6 +23,7 @@ from vila_triton.registry.search_space import Config, LaunchCost, SearchSpace, c
 from ._int4_dequant import UNSCALED, group_ids, lane_rows, lane_weights, word_pointers
 from ._int4_gemm import launch_cost as gemm_launch_cost
 from ._int4_launch import check_int4_call, matmul_args, rounding_mode, target_flags
+from ._last_arriver import counting
 from ._launch import grid, rows_and_output
 from ._splitk_reduce import partial_sums, reduce_and_store, split_k
 
@@ -185,19 +186,20 @@ def int4_matmul_gemv(
     if out.numel():
         k_per_split, splits = split_k(w.shape[1], BLOCK_K, SPLIT_K)
         (blocks,) = grid(out, BLOCK_M, BLOCK_N)
-        _int4_matmul_gemv_kernel[blocks, splits](
-            *matmul_args(rows, w, bias, residual, out),
-            partial_sums(out, splits, blocks),
-            k_per_split,
-            SPLITS=splits,
-            GROUP_SIZE=w.group_size,
-            ROUNDING=rounding_mode(w, scale_sums=True),
-            ASM=target_flags()["ASM"],
-            MASK_K=w.shape[1] % BLOCK_K != 0,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=BLOCK_K,
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
+        with counting(x.device):
+            _int4_matmul_gemv_kernel[blocks, splits](
+                *matmul_args(rows, w, bias, residual, out),
+                partial_sums(out, splits, blocks),
+                k_per_split,
+                SPLITS=splits,
+                GROUP_SIZE=w.group_size,
+                ROUNDING=rounding_mode(w, scale_sums=True),
+                ASM=target_flags()["ASM"],
+                MASK_K=w.shape[1] % BLOCK_K != 0,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                num_warps=num_warps,
+                num_stages=num_stages,
+            )
     return out.view(*x.shape[:-1], w.shape[0])

@@ -21,6 +21,7 @@ from vila_triton.registry.search_space import SearchSpace
 from ._int4_decode import int4_decode_tile
 from ._int4_gemm import is_promising, launch_cost
 from ._int4_launch import check_int4_call, fit_block_k, matmul_args, rounding_mode, target_flags
+from ._last_arriver import counting
 from ._launch import grid, rows_and_output
 from ._splitk_reduce import partial_sums, reduce_and_store, split_k
 
@@ -129,21 +130,22 @@ def int4_matmul_splitk(
         k_per_split, splits = split_k(w.shape[1], block_k, SPLIT_K)
         (blocks,) = grid(out, BLOCK_M, BLOCK_N)
         flags = target_flags()
-        _int4_matmul_splitk_kernel[blocks, splits](
-            *matmul_args(rows, w, bias, residual, out),
-            partial_sums(out, splits, blocks),
-            k_per_split,
-            SPLITS=splits,
-            GROUP_SIZE=w.group_size,
-            ROUNDING=rounding_mode(w, scale_sums=BLOCK_M < 64),
-            ASM=flags["ASM"],
-            OPAQUE=flags["OPAQUE"] or (flags["ASM"] and (BLOCK_M == 8 or num_warps < 4)),
-            MASK_N=w.shape[0] % 16 != 0,
-            MASK_K=w.shape[1] % block_k != 0,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
-            BLOCK_K=block_k,
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
+        with counting(x.device):
+            _int4_matmul_splitk_kernel[blocks, splits](
+                *matmul_args(rows, w, bias, residual, out),
+                partial_sums(out, splits, blocks),
+                k_per_split,
+                SPLITS=splits,
+                GROUP_SIZE=w.group_size,
+                ROUNDING=rounding_mode(w, scale_sums=BLOCK_M < 64),
+                ASM=flags["ASM"],
+                OPAQUE=flags["OPAQUE"] or (flags["ASM"] and (BLOCK_M == 8 or num_warps < 4)),
+                MASK_N=w.shape[0] % 16 != 0,
+                MASK_K=w.shape[1] % block_k != 0,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=block_k,
+                num_warps=num_warps,
+                num_stages=num_stages,
+            )
     return out.view(*x.shape[:-1], w.shape[0])
