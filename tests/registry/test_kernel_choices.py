@@ -135,6 +135,9 @@ def test_a_choice_by_case_takes_the_first_case_that_fits_the_call() -> None:
         ([{"run": "whole"}, "whole"], 'expected sizes and "run"'),
         ([{"size": 1, "run": "whole"}, "whole"], "no size 'size' in a case; there are: m, n, dtype"),
         ([{"n": 1, "run": "nothing"}, "whole"], "no implementation 'nothing'"),
+        ([{"n": "1", "run": "whole"}, "whole"], "a case for n ['1'], expected values of IntRange("),
+        ([{"n": [], "run": "whole"}, "whole"], "a case for n [], expected values of IntRange("),
+        ([{"dtype": ["float32", "bf16"], "run": "whole"}, "whole"], "expected values of OneOf('float32',)"),
     ],
 )
 def test_a_bad_case_is_named(doubled: Op, value: list, message: str) -> None:

@@ -97,6 +97,9 @@ def test_a_tuned_config_wins(scaled: Op, target: Any, monkeypatch: pytest.Monkey
         ({"sm_90": [[8, 1], [8, 2], 0]}, r"the ranges of sm_90 end at \[8, 8\]"),
         ({"sm_90": [8, 1]}, "is none, expected a number or"),
         ({"sm_90": []}, "is none, expected a number or"),
+        ({"sm_90": [[8.5, 1], 0]}, r"the ranges of sm_90 end at \[8.5\], expected increasing whole sizes"),
+        ({"sm_90": True}, "sm_90 names config True"),
+        (3, "3 is none, expected configs by target"),
         ({"sm_90": "1"}, "is none, expected a number or|names config '1'"),
     ],
 )
@@ -104,7 +107,7 @@ def test_what_is_no_choice_is_refused_where_it_is_attached(scaled: Op, by_target
     with pytest.raises(
         ValueError, match=f"implementation 'config' of .*test_target_configs.py: by_target: .*{message}"
     ):
-        attach(scaled, **by_target)
+        scaled.impl("config", configs=CONFIGS, by_target=by_target)(lambda m, times: times)
     scaled.dynamic_sizes = ()
     with pytest.raises(ValueError, match="no size of the op differs from call to call"):
         attach(scaled, sm_90=[[8, 1], 0])
@@ -126,10 +129,10 @@ def test_a_config_of_one_target_is_compiled_for_no_other() -> None:
 
 
 def test_ops_says_which_config_a_target_runs(scaled: Op, capsys: pytest.CaptureFixture[str]) -> None:
-    attach(scaled, sm_80=1, sm_90=[[8, 2], 3])
+    attach(scaled, sm_80=1, sm_90=[[8, 2], 3], sm_86=1)
     import torch
 
     print_ops(torch.device("cuda"), {})
-    expected = "config by default: sm_80 runs config 1; sm_90 runs config 2 for m up to 8, 3 beyond; otherwise config 0"
+    expected = "by default: sm_80, sm_86 config 1; sm_90 config 2 for m up to 8, 3 beyond; otherwise config 0"
     assert expected in capsys.readouterr().out
     assert describe_choice(3, "m") == "config 3"

@@ -71,10 +71,11 @@ def print_ops(device: "torch.device", overrides: Mapping[str, str]) -> None:
             file = impl.file.relative_to(root) if impl.file.is_relative_to(root) else impl.file
             lines.append((name, impl.name, str(len(impl.configs)), "; ".join(runs_for) or "-", str(file)))
             if device.type == "cuda" and impl.by_target:
-                by_target = "; ".join(
-                    f"{target} runs {describe_choice(x, op.dynamic_sizes[0] if op.dynamic_sizes else '')}"
-                    for target, x in impl.by_target.items()
-                )
+                targets: dict[str, list[str]] = {}
+                for target, x in impl.by_target.items():
+                    size_name = op.dynamic_sizes[0] if op.dynamic_sizes else ""
+                    targets.setdefault(describe_choice(x, size_name), []).append(target)
+                by_target = "; ".join(f"{', '.join(names)} {x}" for x, names in targets.items())
                 lines.append(("", f"{impl.name} by default: {by_target}; otherwise config 0"))
         lines.append(("", f"because: {'--set' if name in overrides else choice_reason(device, name)}"))
     header = ("op", "implementation", "configs", f"chosen on {device.type} for", "file")

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
+from .domain import may_be
 from .op import OPS
 from .size_ranges import Choice, ChoiceByCase, implementation_names, parse_choice, rename_implementations
 
@@ -111,4 +112,7 @@ def _validate_choice(name: str, value: object) -> Choice:
     for case in choice.cases if isinstance(choice, ChoiceByCase) else ():
         if unknown := [size for size, _ in case.sizes if size not in op.domain]:
             raise ValueError(f"op {name!r}: no size {unknown[0]!r} in a case; there are: {', '.join(op.domain)}")
+        for size, values in case.sizes:
+            if not values or not all(may_be(op.domain[size], x) for x in values):
+                raise ValueError(f"op {name!r}: a case for {size} {list(values)}, expected values of {op.domain[size]}")
     return choice

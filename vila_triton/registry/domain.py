@@ -27,3 +27,12 @@ class OneOf:
 
     def __repr__(self) -> str:
         return f"OneOf{self.values}"
+
+
+def may_be(domain: IntRange | OneOf, value: object) -> bool:
+    """Return whether a call may have this value: one of those listed, or any number from 0 on in place of numbers, of
+    which a domain lists those that are tested.
+    """
+    if isinstance(domain, IntRange) or type(domain.values[0]) is int:
+        return type(value) is int and value >= 0
+    return any(type(value) is type(x) and value == x for x in domain.values)

@@ -45,13 +45,15 @@ def check_by_target(by_target: Mapping[str, ConfigNumber], num_configs: int, has
 
     has_ranges: the op has a dynamic size, so there may be ranges of it.
     """
+    if not isinstance(by_target, Mapping):
+        raise ValueError(f"by_target: {by_target!r} is none, expected configs by target, such as {{'sm_90': 1}}")
     for target, choice in by_target.items():
         if not re.fullmatch(r"sm_\d+|gfx\w+", target):
             raise ValueError(f"by_target: {target!r} is no target, expected one such as 'sm_90' or 'gfx942'")
         try:
             numbers = config_numbers(choice)
             ends = [] if isinstance(choice, int) else [0, *(last for last, _ in choice[:-1])]
-            ordered = all(a < b for a, b in pairwise(ends))
+            ordered = all(a < b for a, b in pairwise(ends)) and all(type(end) is int for end in ends)
         except (TypeError, ValueError, IndexError):
             raise ValueError(
                 f"by_target: {choice!r} of {target} is none, expected a number or [[last size, number], ..., number]"
@@ -59,8 +61,8 @@ def check_by_target(by_target: Mapping[str, ConfigNumber], num_configs: int, has
         if not isinstance(choice, int) and not has_ranges:
             raise ValueError(f"by_target: {target} has ranges, but no size of the op differs from call to call")
         if not ordered:
-            raise ValueError(f"by_target: the ranges of {target} end at {ends[1:]}, expected increasing sizes")
-        if bad := [number for number in numbers if number not in range(num_configs)]:
+            raise ValueError(f"by_target: the ranges of {target} end at {ends[1:]}, expected increasing whole sizes")
+        if bad := [number for number in numbers if number not in range(num_configs) or type(number) is bool]:
             raise ValueError(f"by_target: {target} names config {bad[0]!r}, there are {num_configs}, from 0")
 
 
