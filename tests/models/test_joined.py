@@ -194,5 +194,5 @@ def test_a_part_that_is_written_to_before_the_gradient_is_an_error(changed: int)
     y = linear(with_gradients(whole, *parts), torch.ones(1, 64, requires_grad=True)).sum()
     with torch.no_grad():
         parts[changed].weight.mul_(2)
-    with pytest.raises(RuntimeError, match="modified (by an )?inplace"):
+    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
         y.backward()
