@@ -70,11 +70,12 @@ def work_of(call: Call) -> Work:
         return Work(1, least)
     programs = call.launch.grid[0] * call.launch.grid[1] * call.launch.grid[2]
     stats = analyze_kernel(call.launch.compiled).stats
+    warps, resident = stats.threads // WARP, max(1, stats.blocks)
     space = OPS[call.op].impls[call.impl].space
     cost: Any = space.launch_cost(config, **sizes) if call.first and space and space.launch_cost else None
     if cost is None:
         issued = issued_instructions(call, stats, programs, 1)
-        return Work(programs, least, 0, None, issued, stats.warps // max(1, stats.blocks), max(1, stats.blocks))
+        return Work(programs, least, 0, None, issued, warps, resident)
     stage = max(1, cost.bytes_per_stage)
     return Work(
         programs,
@@ -82,6 +83,6 @@ def work_of(call: Call) -> Work:
         programs * cost.bytes,
         stage * config.get("num_stages", 1),
         issued_instructions(call, stats, programs, max(1, cost.bytes / stage)),
-        stats.threads // WARP,
-        max(1, stats.blocks),
+        warps,
+        resident,
     )
