@@ -45,7 +45,7 @@ SPACE = SearchSpace(
         "BLOCK_M": [8, 16, 32, 64, 128],
         "BLOCK_N": [64, 128],
         "BLOCK_K": [64, 128],
-        "num_warps": [4, 8],
+        "num_warps": [2, 4, 8],
         "num_stages": [1, 2, 3, 4],
     },
     lambda config, **sizes: is_promising({**config, "BLOCK_N": 2 * config["BLOCK_N"]}, **sizes),

@@ -136,3 +136,14 @@ def test_ops_says_which_config_a_target_runs(scaled: Op, capsys: pytest.CaptureF
     expected = "by default: sm_80, sm_86 config 1; sm_90 config 2 for m up to 8, 3 beyond; otherwise config 0"
     assert expected in capsys.readouterr().out
     assert describe_choice(3, "m") == "config 3"
+
+
+def test_the_configs_of_a_kernel_are_candidates_of_its_search() -> None:
+    outside = [
+        (made.name, impl.name, number)
+        for made in OPS.values()
+        for impl in made.impls.values()
+        for number, config in enumerate(impl.configs)
+        if impl.space and any(config[name] not in values for name, values in impl.space.axes.items())
+    ]
+    assert not outside
