@@ -9,7 +9,7 @@ from vila_triton.ops import Int4
 from vila_triton.registry import Unsupported
 
 from ._int4_dequant import FMA, SUB, UNSCALED
-from ._launch import INTERPRETED, check_supported
+from ._launch import INTERPRETED, check_supported, stages_for_dtype
 
 
 def check_int4_call(op_name: str, x: Tensor, *weights: Int4) -> None:
@@ -40,6 +40,13 @@ def fit_block_k(requested: int, w: Int4) -> int:
     scales are loaded by the word: a thread could not hold those of more."""
     group_size = w.group_size
     return requested if group_size == w.shape[1] != 32 else max(64, min(requested, group_size & -group_size))
+
+
+def stages_for_group(stages: int, x: Tensor, w: Int4) -> int:
+    """The stages of a pipeline that loads x and w, see `stages_for_dtype`; 1 in groups of 32. There Triton would let
+    the products of a step, `wgmma` that read weights from registers, go on while the next step writes these registers.
+    """
+    return 1 if w.group_size == 32 else stages_for_dtype(stages, x)
 
 
 def rounding_mode(w: Int4, scale_sums: bool) -> int:

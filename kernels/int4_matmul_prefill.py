@@ -16,8 +16,8 @@ from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry.search_space import SearchSpace
 
 from ._int4_gemm import int4_gemm_tile, is_promising, launch_cost, store_tile
-from ._int4_launch import check_int4_call, fit_block_k, matmul_args, rounding_mode, target_flags
-from ._launch import grid, rows_and_output, stages_for_dtype
+from ._int4_launch import check_int4_call, fit_block_k, matmul_args, rounding_mode, stages_for_group, target_flags
+from ._launch import grid, rows_and_output
 
 GROUP_M = 8
 CONFIGS = [
@@ -124,6 +124,6 @@ def int4_matmul_prefill(
             BLOCK_N=BLOCK_N,
             BLOCK_K=block_k,
             num_warps=num_warps,
-            num_stages=stages_for_dtype(num_stages, x),
+            num_stages=stages_for_group(num_stages, x, w),
         )
     return out.view(*x.shape[:-1], w.shape[0])

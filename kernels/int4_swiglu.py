@@ -27,8 +27,15 @@ from ._int4_gemm import (
     store_tile,
     x_pointers,
 )
-from ._int4_launch import check_int4_call, contiguous_tensors, fit_block_k, rounding_mode, target_flags
-from ._launch import grid, rows_and_output, stages_for_dtype
+from ._int4_launch import (
+    check_int4_call,
+    contiguous_tensors,
+    fit_block_k,
+    rounding_mode,
+    stages_for_group,
+    target_flags,
+)
+from ._launch import grid, rows_and_output
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
@@ -161,6 +168,6 @@ def int4_swiglu_triton(
             BLOCK_N=BLOCK_N,
             BLOCK_K=block_k,
             num_warps=num_warps,
-            num_stages=stages_for_dtype(num_stages, x),
+            num_stages=stages_for_group(num_stages, x, gate),
         )
     return out.view(*x.shape[:-1], n)
