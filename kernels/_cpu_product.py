@@ -1,9 +1,9 @@
 """x · wᵀ by the fastest product of torch for the dtype on a CPU, as measured on AMD CPUs (`python -m bench.model`).
 
-float32            one row: `F.linear`, a matrix times a vector by MKL, as fast as memory. A few: oneDNN's with w as its
-                   left operand, which it reads as it lies; the right one, here x, it lays out anew, which for w takes
-                   as long as eight rows. Many: oneDNN's, or `F.linear`, MKL's, which is a tenth faster on a CPU of AMD
-                   without AVX-512, and by half slower on one with it
+float32            one row: oneDNN's, as fast as memory, where MKL's takes half as long again. A few: oneDNN's with w as
+                   its left operand, which it reads as it lies; the right one, here x, it lays out anew, which for w
+                   takes as long as eight rows. Many: oneDNN's, or `F.linear`, MKL's, which is a tenth faster on a CPU
+                   of AMD without AVX-512, and by half slower on one with it
                    Without oneDNN in torch, as on some laptops, always `F.linear`
 bfloat16, float16  where the CPU has instructions for it, `F.linear`, which runs oneDNN's; but for one row torch's own,
                    which takes half as long: oneDNN is disabled for one row (in the whole process: a product in another
@@ -66,11 +66,11 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def float32_product(x: Tensor, w: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Return x · wᵀ + bias + residual [m, n] of float32 tensors x [m, k], w [n, k], bias [n], residual [m, n]."""
-    if len(x) == 1 or (len(x) >= MANY_ROWS and not has_avx512()) or not mkldnn.is_available():
+    if not mkldnn.is_available() or (len(x) >= MANY_ROWS and not has_avx512()):
         out = F.linear(x, w, bias)
         return out if residual is None else out + residual
     product = torch.ops.mkldnn._linear_pointwise
-    if len(x) < MANY_ROWS:
+    if 1 < len(x) < MANY_ROWS:
         out = product(w, x.contiguous(), None, "none", [], "").t().contiguous()
         for term in (bias, residual):
             out = out if term is None else out.add_(term)

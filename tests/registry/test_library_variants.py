@@ -123,7 +123,7 @@ def test_shifts_of_a_packed_weight_are_rounded_once() -> None:
 @pytest.mark.parametrize(
     ("dtype", "rows", "product"),
     [
-        ("float32", 1, "torch"),
+        ("float32", 1, "onednn"),
         ("float32", 2, "onednn"),
         ("float32", 256, "torch"),
         ("float32 avx512", 256, "onednn"),
