@@ -18,7 +18,7 @@ from vila_triton.hashing import canonical_json
 from vila_triton.registry import OPS, REFERENCE
 from vila_triton.registry.kernel_config import configured_choices
 from vila_triton.registry.search_space import Config
-from vila_triton.registry.size_ranges import BoundedChoice, Choice, implementation_at, merge_ranges
+from vila_triton.registry.size_ranges import BoundedChoice, RangedChoice, implementation_at, merge_ranges
 from vila_triton.registry.tuned_tables import config_for_sizes, read_table, table_path
 
 from ..measure.format import format_config, format_seconds
@@ -143,7 +143,7 @@ def choose_impls(entries: Sequence[Row]) -> dict[str, Any]:
     return {op: {"first": w.first, "last": w.last, "choice": choice_to_json(w.choice)} for op, w in chosen.items() if w}
 
 
-def choice_to_json(choice: Choice) -> Any:
+def choice_to_json(choice: RangedChoice) -> Any:
     """Returns a choice as it stands in a file."""
     if isinstance(choice, str):
         return choice

@@ -50,7 +50,7 @@ def saved(model: VilaLlamaForCausalLM) -> VilaLlamaForCausalLM:
 
 MOVES: dict[str, Callable[[VilaLlamaForCausalLM], VilaLlamaForCausalLM]] = {
     "loaded": lambda model: model,
-    "to another dtype": lambda model: model.to(torch.bfloat16),  # pyright: ignore[reportCallIssue]
+    "to another dtype": lambda model: model.to(torch.bfloat16),  # pyright: ignore
     "half": lambda model: model.half(),
     "a copy": deepcopy,
     "a pickle": lambda model: pickle.loads(pickle.dumps(model)),
@@ -85,7 +85,7 @@ def test_saved_model_has_three_tensors_and_loads_to_the_same_bits(kind: str, tmp
 @each_kind
 def test_tree_is_made_anew_only_after_a_change(kind: str) -> None:
     model = load(kind, dtype=torch.float32)
-    q = model.llm.get_submodule("model.layers.0.self_attn.q_proj")  # pyright: ignore[reportCallIssue]
+    q = model.llm.get_submodule("model.layers.0.self_attn.q_proj")  # pyright: ignore
     name = "weight" if kind == "dense" else "scales"
     before = model.params.llm
     assert model.params.llm is before
@@ -115,12 +115,12 @@ def test_one_product_gives_the_queries_keys_and_values_of_three(kind: str) -> No
 
 def test_model_trains_as_one_whose_parameters_lie_apart() -> None:
     def trained(model: VilaLlamaForCausalLM) -> list[Tensor]:
-        optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.1)  # pyright: ignore[reportArgumentType]
+        optimizer = torch.optim.SGD(model.llm.parameters(), lr=0.1)  # pyright: ignore
         for _ in range(2):
             optimizer.zero_grad()
             model(words(2, 6), labels=words(2, 6)).loss.backward()
             optimizer.step()
-        return [x.detach() for x in model.llm.parameters()]  # pyright: ignore[reportCallIssue]
+        return [x.detach() for x in model.llm.parameters()]  # pyright: ignore
 
     together, apart = build(dtype=torch.float32), build(dtype=torch.float32)
     for layer in apart.params.llm.layers:

@@ -34,6 +34,7 @@ from vila_triton.registry.size_ranges import (
     ChoiceByCase,
     ChoiceBySize,
     implementation_at,
+    implementation_names,
     parse_choice,
     rename_implementations,
 )
@@ -79,8 +80,8 @@ def test_lookup_takes_the_first_range_that_ends_at_a_size_or_later(ends: set[int
     choice = parse_choice([*pairs, "beyond"])
     for size in range(102):
         want = next((name for end, name in pairs if size <= end), "beyond")
-        assert (choice if isinstance(choice, str) else choice.lookup(size)) == want
-    assert table.choice_to_json(choice) == ([*pairs, "beyond"] if pairs else "beyond")
+        assert (choice if isinstance(choice, str) else choice.lookup(size)) == want  # pyright: ignore
+    assert table.choice_to_json(choice) == ([*pairs, "beyond"] if pairs else "beyond")  # pyright: ignore
 
 
 CHOICES = st.lists(st.integers(0, 30), max_size=4, unique=True).flatmap(
@@ -117,7 +118,7 @@ def test_a_choice_by_case_takes_the_first_case_that_fits_the_call() -> None:
     assert choice.describe("whole", "m") == "n 1 or 3: m up to 4; otherwise m from 3"
     assert choice.describe("blocks", "m") == "n 1 or 3: m from 5; n 2: always"
     renamed = rename_implementations(choice, {"whole": "all"})
-    assert renamed.names == ("all", "blocks", "blocks", "reference", "all")
+    assert implementation_names(renamed) == ("all", "blocks", "blocks", "reference", "all")
     bounded = BoundedChoice(1, 3, "tuned").with_fallback(choice)
     assert [implementation_at(bounded, size, {"n": 1}) for size in (1, 3, 4, 5)] == [
         "tuned",
