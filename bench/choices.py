@@ -51,9 +51,11 @@ def prediction_lines(op: str, names: Sequence[str], case: str, sizes: Sequence[i
     choice = configured_choices("cuda", "prefill").get(op, "reference")
     yield f"{gpu.name + ', us':32}" + "".join(f"{name:>12}" for name in names)
     for size in sizes:
-        seconds = [total_seconds(op, name, [{**x, size_name: size} for x in shapes], gpu) for name in names]
+        calls = [{**x, size_name: size} for x in shapes]
+        seconds = [total_seconds(op, name, calls, gpu) for name in names]
         cells = (f"{1e6 * s:11.1f}{'*' if s == min(seconds) else ' '}" for s in seconds)
-        yield f"{size_name}={size:<30}" + "".join(cells) + f"  {implementation_at(choice, size)}"
+        chosen = dict.fromkeys(implementation_at(choice, size, sizes_of_call) for sizes_of_call in calls)
+        yield f"{size_name}={size:<30}" + "".join(cells) + f"  {' or '.join(chosen)}"
 
 
 @tool

@@ -37,7 +37,7 @@ def gpu_impl(case: Case, target: str) -> tuple[Impl, Mapping[str, Any]]:
     op = OPS[case.op]
     size = case.sizes[op.dynamic_sizes[0]] if op.dynamic_sizes else 1
     choice = configured_choices("cuda", "decode").get(op.name, REFERENCE)
-    impl = op.impls[choice if isinstance(choice, str) else implementation_at(choice, size, case.sizes)]
+    impl = op.impls[implementation_at(choice, size, case.sizes)]
     return impl, impl.default_config(target, size)
 
 

@@ -101,10 +101,7 @@ def load_group(w, top, low, start, N, K, GROUP_SIZE: tl.constexpr, ROUNDING: tl.
 @triton.jit
 def dequantize_block(
     words,
-    zero,
-    low_zero,
-    scale,
-    low_scale,
+    group,
     ROUNDING: tl.constexpr,
     DTYPE: tl.constexpr,
     ASM: tl.constexpr,
@@ -113,6 +110,7 @@ def dequantize_block(
     TILES_K: tl.constexpr,
 ):
     """Words of a step [TILES_N, TILES_K, 128] and their group (`load_group`) -> weights [BLOCK_N, BLOCK_K]."""
+    zero, low_zero, scale, low_scale = group
     words = tl.reshape(words, [TILES_N, TILES_K, 32, 4])
     a, b, c, d, e, f, g, h = lane_weights(words, scale, low_scale, zero, low_zero, ROUNDING, DTYPE, ASM)
     return lanes_to_tile(a, b, c, d, e, f, g, h, OPAQUE, TILES_N, TILES_K)
@@ -172,9 +170,7 @@ def int4_gemm_tile(
         words = load_words(word_ptrs, start, K, TILES_K, MASK_K)
         x = load_x(x_ptrs, start, K, BLOCK_K, MASK_K)
         next_group = load_group(w, top, low, start + BLOCK_K, N, K, GROUP_SIZE, ROUNDING, TILES_K)
-        weights = dequantize_block(
-            words, group[0], group[1], group[2], group[3], ROUNDING, DTYPE, ASM, OPAQUE, TILES_N, TILES_K
-        )
+        weights = dequantize_block(words, group, ROUNDING, DTYPE, ASM, OPAQUE, TILES_N, TILES_K)
         acc = multiply_add(weights, x, acc, w, rows, start, N, GROUP_SIZE, ROUNDING)
         group = next_group
         word_ptrs += TILES_K * 128

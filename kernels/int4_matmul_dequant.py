@@ -63,8 +63,8 @@ def _int4_dequant_kernel(
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     word_ptrs, top, low = block_pointers(w[0], pid_n, start, N, K, MASK_N, TILES_N, TILES_K)
     words = load_words(word_ptrs, start, K, TILES_K, MASK_K)
-    zero, low_zero, scale, low_scale = load_group(w, top, low, start, N, K, GROUP_SIZE, ROUNDING, TILES_K)
-    weights = dequantize_block(words, zero, low_zero, scale, low_scale, ROUNDING, DTYPE, ASM, False, TILES_N, TILES_K)
+    group = load_group(w, top, low, start, N, K, GROUP_SIZE, ROUNDING, TILES_K)
+    weights = dequantize_block(words, group, ROUNDING, DTYPE, ASM, False, TILES_N, TILES_K)
     offs_n = (pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     offs_k = (start + tl.arange(0, BLOCK_K))[None, :]
     tl.store(out_ptr + offs_n * K + offs_k, weights, mask=(offs_n < N) & (offs_k < K))

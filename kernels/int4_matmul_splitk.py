@@ -129,7 +129,6 @@ def int4_matmul_splitk(
     if out.numel():
         k_per_split, splits = split_k(w.shape[1], block_k, SPLIT_K)
         (blocks,) = grid(out, BLOCK_M, BLOCK_N)
-        flags = target_flags()
         with counting(x.device):
             _int4_matmul_splitk_kernel[blocks, splits](
                 *matmul_args(rows, w, bias, residual, out),
@@ -138,8 +137,7 @@ def int4_matmul_splitk(
                 SPLITS=splits,
                 GROUP_SIZE=w.group_size,
                 ROUNDING=rounding_mode(w, scale_sums=BLOCK_M < 64),
-                ASM=flags["ASM"],
-                OPAQUE=flags["OPAQUE"] or (flags["ASM"] and (BLOCK_M == 8 or num_warps < 4)),
+                **target_flags(BLOCK_M, num_warps),
                 MASK_N=w.shape[0] % 16 != 0,
                 MASK_K=w.shape[1] % block_k != 0,
                 BLOCK_M=BLOCK_M,

@@ -104,32 +104,8 @@ def _int4_swiglu_kernel(
         x = load_x(x_ptrs, start, K, BLOCK_K, MASK_K)
         next_gate = load_group(gate_w, top, low, start + BLOCK_K, N, K, GROUP_SIZE, ROUNDING, TILES_K)
         next_up = load_group(up_w, top, low, start + BLOCK_K, N, K, GROUP_SIZE, ROUNDING, TILES_K)
-        gate_weights = dequantize_block(
-            gate_words,
-            gate_group[0],
-            gate_group[1],
-            gate_group[2],
-            gate_group[3],
-            ROUNDING,
-            DTYPE,
-            ASM,
-            OPAQUE,
-            TILES_N,
-            TILES_K,
-        )
-        up_weights = dequantize_block(
-            up_words,
-            up_group[0],
-            up_group[1],
-            up_group[2],
-            up_group[3],
-            ROUNDING,
-            DTYPE,
-            ASM,
-            OPAQUE,
-            TILES_N,
-            TILES_K,
-        )
+        gate_weights = dequantize_block(gate_words, gate_group, ROUNDING, DTYPE, ASM, OPAQUE, TILES_N, TILES_K)
+        up_weights = dequantize_block(up_words, up_group, ROUNDING, DTYPE, ASM, OPAQUE, TILES_N, TILES_K)
         gate = multiply_add(gate_weights, x, gate, gate_w, rows, start, N, GROUP_SIZE, ROUNDING)
         up = multiply_add(up_weights, x, up, up_w, rows, start, N, GROUP_SIZE, ROUNDING)
         gate_group, up_group = next_gate, next_up

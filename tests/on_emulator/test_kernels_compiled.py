@@ -30,25 +30,28 @@ def example_of(impl: Impl, seed: int, **choices: object) -> Example:
     return planned_example(op, draw_sizes(op, impl.configs[0], row, "ragged", seed))
 
 
-@pytest.mark.parametrize(
-    "impl, target, layout", CASES, ids=[f"{impl.op}-{impl.name}-{target}" for impl, target, _ in CASES]
-)
-def test_every_kernel_in_bfloat16(impl: Impl, target: str, layout: MemoryLayout) -> None:
-    example = example_of(impl, 0, dtype="bfloat16")
+def assert_no_fault_but_fences(example: Example, impl: Impl, target: str, layout: MemoryLayout) -> None:
+    """The call is right, and the emulator faults nothing of it but the fences that this Triton leaves out."""
     known = {"no proxy fence"} if target == "sm_90" and not FENCES else set()
     with emulating(target, raise_faults=not known) as report:
         example.check(impl, impl.configs[0], layout)
     assert report.launches and {fault.kind for fault in report.faults} <= known
 
 
-@pytest.mark.skipif(not FENCES, reason="this Triton leaves out fences that the emulator misses")
+@pytest.mark.parametrize(
+    "impl, target, layout", CASES, ids=[f"{impl.op}-{impl.name}-{target}" for impl, target, _ in CASES]
+)
+def test_every_kernel_in_bfloat16(impl: Impl, target: str, layout: MemoryLayout) -> None:
+    example = example_of(impl, 0, dtype="bfloat16")
+    assert_no_fault_but_fences(example, impl, target, layout)
+
+
 @pytest.mark.parametrize("op, name", [("int4_matmul", "prefill"), ("int4_swiglu", "triton")])
 def test_products_in_groups_of_32_have_read_their_weights_before_others_are_written(op: str, name: str) -> None:
     impl = OPS[op].impls[name]
     sizes = {"m": 32, "n": 128, "G": 8, "group": 32, "dtype": "float16", "order": "sub"}
     terms = {name: False for name in ("bias", "residual") if name in OPS[op].domain}
-    with emulating("sm_90"):
-        shared_example(OPS[op], 0, **sizes, **terms).check(impl, impl.configs[0], "aligned")
+    assert_no_fault_but_fences(shared_example(OPS[op], 0, **sizes, **terms), impl, "sm_90", "aligned")
 
 
 @pytest.mark.parametrize("impl", ASSEMBLY, ids=[f"{impl.op}-{impl.name}" for impl in ASSEMBLY])
