@@ -104,7 +104,7 @@ def find_requests(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=DEFAULT_TARGETS)
-    parser.add_argument("--dtypes", nargs="+", default=["float16"])
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "float16", "bfloat16"), default=["float16"])
     parser.add_argument("--only", nargs="*", default=[], help="op-impl-config")
     parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
     parser.add_argument("--workers", type=COUNT, default=2)

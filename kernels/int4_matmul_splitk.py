@@ -27,14 +27,12 @@ from ._splitk_reduce import partial_sums, reduce_and_store, split_k
 
 CONFIGS = [
     {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT_K": 8, "num_warps": 4, "num_stages": 2},
-    {"BLOCK_M": 8, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT_K": 16, "num_warps": 2, "num_stages": 2},
     {"BLOCK_M": 8, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT_K": 16, "num_warps": 4, "num_stages": 2},
     {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT_K": 4, "num_warps": 4, "num_stages": 2},
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT_K": 2, "num_warps": 4, "num_stages": 2},
 ]
 BY_TARGET = {
-    **{target: [[8, 2], [16, 0], 3] for target in ("sm_80", "sm_86", "sm_87", "sm_89", "sm_120")},
-    **{target: [[8, 1], [16, 0], 3] for target in ("sm_90", "sm_100")},
+    target: [[8, 1], [16, 0], 2] for target in ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
 }
 SPACE = SearchSpace(
     {
