@@ -40,7 +40,15 @@ class Fault:
 
 def own_line(*lines: str) -> str:
     """Of a "file:line" and its callers, innermost first: the first that is not Triton's own, if there is one."""
-    return next((line for line in lines if TRITON not in Path(line).parents), lines[0])
+    return next((line for line in lines if not is_of_triton(line)), lines[0])
+
+
+def is_of_triton(line: str) -> bool:
+    """Whether a "file:line" is of Triton's library, in this environment or another: Triton's cache keeps the files'
+    places in the environment that compiled first.
+    """
+    file = Path(line.rpartition(":")[0])
+    return any(part.name == "triton" and (TRITON / file.relative_to(part)).exists() for part in file.parents)
 
 
 def source_text(source: str) -> str:

@@ -21,6 +21,7 @@ from bench.compiler import gpus
 from bench.compiler.cross_compile import CrossCompileDriver
 from bench.correctness.guarded_memory import MEMORY_LAYOUTS, MemoryLayout, guard_tensor
 from bench.emulator import KernelFault, emulating
+from bench.emulator.report import own_line
 
 N = 1000
 
@@ -199,6 +200,13 @@ def test_a_fault_in_a_function_of_triton_is_of_the_line_that_calls_it() -> None:
     assert {(fault.kind, fault.source.rpartition("/")[2]) for fault in report.faults} == {
         ("race", line_of(row_sums_kernel, "tl.store"))
     }
+
+
+def test_triton_of_another_environment_is_triton() -> None:
+    """Triton's cache keeps the files' places of the environment that compiled first, which may be gone."""
+    assert own_line("/gone/lib/triton/language/standard.py:43", "/gone/triton/kernels/swiglu.py:54") == (
+        "/gone/triton/kernels/swiglu.py:54"
+    )
 
 
 def test_a_race_of_blocks_names_its_threads() -> None:
