@@ -14,6 +14,7 @@ from vila_triton.ops import (
     RaggedBatch,
     decode_attention,
     empty_kv_pages,
+    kv_write,
     page_tensors,
     prefill_attention,
     rope,
@@ -62,6 +63,18 @@ def round_like_pages(x: Tensor, pages: KVPages) -> Tensor:
     return (encoded if isinstance(encoded, Tensor) else encoded.dequantize()).to(x.dtype)
 
 
+def uncached_attention(q: Tensor, k: Tensor, v: Tensor, query_start_loc: Tensor, scale: float, numerics: str) -> Tensor:
+    """Causal attention of whole sequences, laid end to end, to themselves: q [s, h, d], k and v [s, g, d] -> [s, h, d].
+
+    There are no pages to read, so it has a gradient.
+    """
+    num_seqs = len(query_start_loc) - 1
+    pages = k.new_empty(0, DEFAULT_PAGE_SIZE, *k.shape[1:])
+    cache = PagedKV(pages, pages, query_start_loc.new_empty(num_seqs, 0))
+    batch = RaggedBatch(query_start_loc, torch.zeros_like(query_start_loc[:-1]))
+    return prefill_attention(q, k, v, cache, batch, scale, numerics)
+
+
 @dataclass(frozen=True)
 class PagedBatch:
     """One step over a ragged batch of b sequences with s new tokens: attention metadata, and the pages it writes.
@@ -89,8 +102,15 @@ class PagedBatch:
         """See `models.llama.AttentionBackend`. Asking for a gradient that would leave out what is cached raises
         RuntimeError.
         """
-        out = self._attend(layer, q, k, v, rotary, scale)
-        return out if self.is_differentiable or not out.requires_grad else without_gradient(out, NO_GRADIENT)
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+            return self._attend(layer, q, k, v, rotary, scale)
+        if not self.is_differentiable:
+            return without_gradient(self._attend(layer, q.detach(), k.detach(), v.detach(), rotary, scale), NO_GRADIENT)
+        q, k = rope(q, *rotary), rope(k, *rotary)
+        k_pages, v_pages = self.k_pages[layer], self.v_pages[layer]
+        kv_write(k.detach(), v.detach(), k_pages, v_pages, self.slot_mapping)
+        k, v = self.as_attended(k, k_pages), self.as_attended(v, v_pages)
+        return uncached_attention(q, k, v, self.query_start_loc, scale, self.numerics)
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: CosSin, scale: float) -> Tensor:
         destination = (self.k_pages[layer], self.v_pages[layer], self.slot_mapping)
@@ -115,15 +135,11 @@ class UncachedBatch:
         self.phase = "batch_invariant" if numerics == "batch_invariant" else "prefill"
         self.query_start_loc = torch.tensor([0, *seq_lens], device=device).cumsum(0).int()
         self.context_lens = torch.zeros(len(seq_lens), dtype=torch.int32, device=device)
-        self.block_table = torch.zeros(len(seq_lens), 1, dtype=torch.int32, device=device)
         self.positions = torch.cat([torch.arange(n, device=device) for n in seq_lens])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: CosSin, scale: float) -> Tensor:
         """See `models.llama.AttentionBackend`; layer is ignored."""
-        pages = k.new_empty(1, DEFAULT_PAGE_SIZE, *k.shape[1:])
-        cache = PagedKV(pages, pages, self.block_table)
-        batch = RaggedBatch(self.query_start_loc, self.context_lens)
-        return prefill_attention(rope(q, *rotary), rope(k, *rotary), v, cache, batch, scale, self.numerics)
+        return uncached_attention(rope(q, *rotary), rope(k, *rotary), v, self.query_start_loc, scale, self.numerics)
 
 
 class AttentionRecorder:

@@ -111,7 +111,12 @@ def _(args: tuple, rng: torch.Generator) -> tuple:
     return q, cache, seq_lens, *rest
 
 
-decode_attention.fake_impl(lambda q, cache, seq_lens, softmax_scale, numerics, return_lse: q.new_empty(q.shape))
+@decode_attention.fake_impl
+def _(q, cache, seq_lens, softmax_scale, numerics, return_lse):
+    return (q.new_empty(q.shape), upcast(q.new_empty(q.shape[:2]))) if return_lse else q.new_empty(q.shape)
+
+
+decode_attention.no_gradient("keys and values in the KV cache have none, so it would not be that of the whole")
 
 
 @decode_attention.sizes_from_args("b", "t")

@@ -130,7 +130,7 @@ def check_int4_args(
         check_residual(op_name, x, residual, next(iter(weights.values())).shape[0])
 
 
-@op
+@op(autocasts=True)
 def int4_matmul(x: Tensor, w: Int4, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x · wᵀ + bias + residual, w in 4 bits: x [..., k], w [n, k], bias [n], residual [..., n] -> [..., n] in x's
     dtype, rounded once. Lin et al. 2023 (AWQ).
@@ -255,7 +255,7 @@ def _(m, n, G, group, dtype, order, bias, residual=False):
     return 2 * m * n * k, n * k // 2 + (2 * n * G + m * k + m * n * (1 + residual) + n * bias) * size
 
 
-@op
+@op(autocasts=True)
 def int4_swiglu(x: Tensor, gate: Int4, up: Int4) -> Tensor:
     """silu(x · gateᵀ) · (x · upᵀ): x [..., k], gate and up [n, k] in 4 bits -> [..., n]. Shazeer 2020 (SwiGLU)."""
     a, b = (F.linear(upcast(x), upcast(dequantize(w, x.dtype))) for w in (gate, up))

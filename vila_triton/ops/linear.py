@@ -12,7 +12,7 @@ from .int4 import Int4, cancelling_rows, int4_matmul, zero_rows
 from .shapes import check_axes, check_floating, check_residual
 
 
-@op
+@op(autocasts=True)
 def linear(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x · wᵀ + bias + residual: x [..., k], w [n, k], bias [n], residual [..., n] -> [..., n]; an `Int4` weight goes to
     `int4_matmul`.

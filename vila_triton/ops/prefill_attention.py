@@ -131,7 +131,9 @@ def _(args: tuple, rng: torch.Generator) -> tuple:
     return args
 
 
-prefill_attention.fake_impl(lambda q, k, v, cache, batch, softmax_scale, numerics, return_lse: q.new_empty(q.shape))
+@prefill_attention.fake_impl
+def _(q, k, v, cache, batch, softmax_scale, numerics, return_lse):
+    return (q.new_empty(q.shape), upcast(q.new_empty(q.shape[:2]))) if return_lse else q.new_empty(q.shape)
 
 
 @prefill_attention.sizes_from_args("b", "s", "t")

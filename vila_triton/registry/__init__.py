@@ -32,8 +32,9 @@ reference. There are no priorities and no fallback: an implementation that canno
     domain         the values that a size may have
     search_space   the configs of a kernel, and the cost of one launch
     target_configs which of its configs an architecture runs
-    gradients      kernels have none, which is said when one is asked for
+    gradients      calls of ops as nodes of torch's autograd
     custom_ops     ops as `torch.library` custom ops, for torch.compile
+    policy         what decides which implementation runs, kept for the backward pass
     op             `Op` and `Impl`
     signature      what decisions and plans of an op may depend on
     launch_plans   what an implementation launched for one signature, launched again without it
@@ -50,6 +51,7 @@ A module imports only from those above it. `import vila_triton.registry` does no
 from .discovery import describe_available, discover, problems, validate_choices
 from .domain import IntRange, OneOf
 from .op import OPS, REFERENCE, Impl, Op, Unsupported
+from .policy import keep_choices
 from .registry import count_calls, default_choices, explicit_choices, op, use
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "describe_available",
     "discover",
     "explicit_choices",
+    "keep_choices",
     "op",
     "problems",
     "use",

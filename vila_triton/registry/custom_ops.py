@@ -10,19 +10,20 @@ The schema is read off the annotations of the reference:
     a dataclass, as `Int4` or `PagedKV`            its fields one after the other, each named NAME_FIELD
     Tensor | a dataclass, also as a field          a Tensor; a call with the dataclass is traced through the reference
 
-A reference returns a Tensor or a tuple of Tensors, the arguments it writes in place last. A call with `return_lse`
-returns one tensor more than the schema says, so it runs uncompiled between two graphs. Results are contiguous. A custom
-op has no gradient and torch says so when one is asked for; references that run uncompiled have theirs.
+A reference returns a Tensor or a tuple of Tensors, the arguments it writes in place last. One with `return_lse` returns
+two tensors here, of which the log-sum-exp is empty unless it is asked for. Results are contiguous. Gradients are those
+of `gradients`, but the choices that hold as the backward pass runs decide what runs in it.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
+
+from .gradients import RecordedCall, needed_gradients, requires_gradient
 
 NAMESPACE = "vila_triton"
 SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool", str: "str"}
@@ -35,8 +36,10 @@ class OpLike(Protocol):
     name: str
     reference: Callable[..., Any]
     precondition: Callable[..., None] | None
+    keeps_lse: bool
 
-    def run(self, *args: Any, **kwargs: Any) -> Any: ...
+    def run_implementation(self, *args: Any, **kwargs: Any) -> Any: ...
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def schema_arguments(op: OpLike) -> tuple[SchemaArgument, ...]:
 
 
 def count_new_results(op: OpLike, mutated: Sequence[str]) -> tuple[int, bool]:
-    """The number of new tensors that a call returns by the reference's annotation, and True if it returns a tuple.
+    """The number of new tensors that a custom op returns by the reference's annotation, and True if that is a tuple.
 
     Raises TypeError for a result that no schema can express.
     """
@@ -87,9 +90,10 @@ def count_new_results(op: OpLike, mutated: Sequence[str]) -> tuple[int, bool]:
     returns_tuple = get_origin(hint) is tuple
     results = get_args(hint) if returns_tuple else (hint,)
     new_results = results[: len(results) - len(mutated)]
-    with_lse = Tensor | tuple[Tensor, Tensor]
+    if hint == Tensor | tuple[Tensor, Tensor] and not mutated:  # with `return_lse`
+        return 2, True
     several = returns_tuple and len(results) >= len(mutated)
-    if (mutated and not several) or any(x not in (Tensor, with_lse) for x in new_results):
+    if (mutated and not several) or any(x != Tensor for x in new_results):
         after = f", and after them {', '.join(mutated)}"
         expected = f"a tuple of Tensors{after}" if mutated else "a Tensor or a tuple of Tensors"
         raise TypeError(f"{op.name} returns {hint}, expected {expected}, as many as it always returns")
@@ -101,8 +105,7 @@ def format_schema(arguments: Sequence[SchemaArgument], mutated: Sequence[str], n
     parameters = []
     for i, a in enumerate(arguments):
         types = [f"Tensor(a{i}!)"] if a.name in mutated else a.schema_types
-        names = [f"{a.name}_{f}" for f in a.field_names] or [a.name]
-        parameters += [f"{t} {n}" for t, n in zip(types, names, strict=True)]
+        parameters += [f"{t} {n}" for t, n in zip(types, flatten_names([a]), strict=True)]
     return f"({', '.join(parameters)}) -> ({', '.join(['Tensor'] * num_new)})"
 
 
@@ -113,6 +116,11 @@ def flatten_args(arguments: Sequence[SchemaArgument], values: dict[str, Any]) ->
         value = values.get(a.name, a.default)
         flat += [getattr(value, f) for f in a.field_names] if a.field_names else [value]
     return flat
+
+
+def flatten_names(arguments: Sequence[SchemaArgument]) -> list[str]:
+    """The names of a custom op's arguments, as in its schema."""
+    return [name for a in arguments for name in ([f"{a.name}_{f}" for f in a.field_names] or [a.name])]
 
 
 def unflatten_args(arguments: Sequence[SchemaArgument], flat: Sequence[Any]) -> list[Any]:
@@ -141,29 +149,29 @@ class CustomOp:
         schema = format_schema(self.arguments, mutated, self.num_new)
         custom_op = torch.library.custom_op(f"{NAMESPACE}::{op.name}", self._run, mutates_args=mutated, schema=schema)
         custom_op.register_fake(self._run_fake)
+        if not mutated:
+            custom_op.register_autograd(self._backward, setup_context=self._setup_context)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), op.name).default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        values = dict(zip(self.names, args), **kwargs)
-        if len(args) > len(self.names) or any(name not in self.names for name in kwargs):
-            raise TypeError(f"{self.op.name} takes {', '.join(self.names)}")
-        if values.get("return_lse"):
-            return self._run_uncompiled(*args, **kwargs)
+        values = self.op.bind(args, kwargs)
+        returns_lse = values.get("return_lse", False)
+        if requires_gradient(args, kwargs):
+            needed_gradients(self.op, values)
+            values |= {"return_lse": True} if self.op.keeps_lse else {}
         flat = flatten_args(self.arguments, values)
         if any(map(is_dataclass, flat)):
             return self.op.reference(*args, **kwargs)
         out = self.overload(*flat)
+        if "return_lse" in values:
+            return out if returns_lse else out[0]
         if not self.returns_tuple:
             return out
         new = () if out is None else out if self.num_new > 1 else (out,)
         return (*new, *(values[name] for name in self.mutated))
 
-    @_disable_dynamo  # torch.compiler.disable, without the second and a half that importing the compiler takes
-    def _run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
-        return self.op.run(*args, **kwargs)
-
     def _run(self, *flat: Any) -> Any:
-        out = self.op.run(*unflatten_args(self.arguments, flat))
+        out = self.op.run_implementation(*unflatten_args(self.arguments, flat))
         return self._new_results(out[: len(out) - len(self.mutated)] if self.mutated else out)
 
     def _run_fake(self, *flat: Any) -> Any:
@@ -172,9 +180,24 @@ class CustomOp:
             self.op.precondition(*args)
         return self._new_results(self.fake_impl(*args) if self.fake_impl else ())
 
+    def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        values = dict(zip(self.names, unflatten_args(self.arguments, inputs), strict=True))
+        outs = output if isinstance(output, tuple) else (output,)
+        flat_names = flatten_names(self.arguments)
+        needs = [name for name, needed in zip(flat_names, ctx.needs_input_grad) if needed]
+        ctx.call, tensors = RecordedCall.record(self.op, values, needs, outs)
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(*outs[1:] if self.op.keeps_lse else ())
+
+    def _backward(self, ctx: Any, *grads: Any) -> Any:
+        found = ctx.call.gradients(grads, ctx.saved_tensors)
+        return tuple(found.get(name) for name in flatten_names(self.arguments))
+
     def _new_results(self, out: Any) -> Any:
         """The new tensors as torch takes them: a tuple only if there are several."""
         tensors = tuple(x.contiguous() for x in (out if isinstance(out, tuple) else (out,)))
+        if "return_lse" in self.names and len(tensors) == 1:
+            tensors = (*tensors, tensors[0].new_empty(0, dtype=torch.float32))
         if len(tensors) != self.num_new:
             raise TypeError(
                 f"{self.op.name} returns {len(tensors)} new tensors, "

@@ -1,17 +1,16 @@
 """An op: its plain-torch reference, the sizes it is tested at, its cost, and every implementation of it."""
 
 import inspect
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from .domain import IntRange, OneOf
+from .policy import BATCH_INVARIANT, CALL_COUNTER, DEFAULT_CHOICES, EXPLICIT_CHOICES
 from .search_space import Config, SearchSpace
 from .size_ranges import Choice, implementation_at
 from .target_configs import ConfigNumber, check_by_target, config_number, config_numbers, current_target, driver_in_use
@@ -19,13 +18,6 @@ from .target_configs import ConfigNumber, check_by_target, config_number, config
 REFERENCE = "reference"
 MOST_DECISIONS = 4096  # that an op remembers
 OPS: dict[str, "Op"] = {}
-
-_NO_CHOICES: Mapping[str, Choice] = MappingProxyType({})
-EXPLICIT_CHOICES: ContextVar[Mapping[str, Choice]] = ContextVar("explicit_choices", default=_NO_CHOICES)  # set by `use`
-# The next two are set by `default_choices`; None: outside of an engine.
-DEFAULT_CHOICES: ContextVar[Mapping[str, Choice] | None] = ContextVar("default_choices", default=None)
-BATCH_INVARIANT: ContextVar[bool] = ContextVar("batch_invariant", default=False)
-CALL_COUNTER: ContextVar["Counter[tuple[str, str]] | None"] = ContextVar("call_counter", default=None)
 
 
 @cache
@@ -119,6 +111,7 @@ class Op:
         bitwise_exact: bool,
         batch_invariant: bool = False,
         defaults: Defaults | None = None,
+        autocasts: bool = False,
     ):
         self.name = reference.__name__
         self.reference = reference
@@ -136,6 +129,11 @@ class Op:
         self._decisions: dict[Any, tuple[Impl, Config, Any, object, object]] = {}  # see `decide`
         self.custom_op: Callable[..., Any] | None = None  # what `torch.compile` sees of a call
         self.is_compiling: Callable[[], bool] = lambda: False
+        self.autocasts = autocasts
+        self.signature = inspect.signature(reference)
+        self.gradient_rule: Callable[..., Any] | None = None  # None: torch differentiates the reference, run again
+        self.gradient_refusal = ""  # the reason why no argument has a gradient
+        self._saved: dict[str, tuple[str, ...]] = {}  # by `gradient`
         self.__doc__ = reference.__doc__
         self.impl(REFERENCE, batch_invariant=batch_invariant)(reference)
 
@@ -148,7 +146,18 @@ class Op:
         return self.run(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Check the arguments and run the implementation that is chosen for this call."""
+        """Check the arguments and run the implementation that is chosen for this call; where an argument requires a
+        gradient, as a node of autograd's graph (see `gradients`).
+        """
+        gradients = torch_part("gradients")
+        if self.autocasts:
+            args, kwargs = gradients.cast_for_autocast(args, kwargs)
+        if gradients.requires_gradient(args, kwargs):
+            return gradients.run_recorded(self, args, kwargs)
+        return self.run_implementation(*args, **kwargs)
+
+    def run_implementation(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a call of which autograd is to see nothing."""
         impl, config, plans, tensors = self.decide(args, kwargs)
         if self.index_check:
             self.index_check(*args, **kwargs)
@@ -156,9 +165,8 @@ class Op:
             counter[self.name, impl.name] += 1
         try:
             if plans is None:
-                out = impl.fn(*args, **kwargs, **config)
-            else:
-                out = plans.run(impl.fn, args, kwargs, config, tensors)
+                return impl.fn(*args, **kwargs, **config)
+            return plans.run(impl.fn, args, kwargs, config, tensors)
         except Unsupported as reason:
             # The advice is left out where the caller chose, and where an op that this one calls has given it.
             if self.name in EXPLICIT_CHOICES.get() or isinstance(reason.__cause__, Unsupported):
@@ -166,9 +174,17 @@ class Op:
             raise Unsupported(
                 f'{reason} ({impl.name!r} runs here by default; `with use({self.name}="reference")` runs the reference)'
             ) from reason
-        if impl.name == REFERENCE:
-            return out
-        return torch_part("gradients").forbid_gradient(self.name, impl.name, out, *args, *kwargs.values())
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by name, in the order of the parameters, with defaults; raises TypeError for
+        others than the op takes.
+        """
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.name} takes {', '.join(self.signature.parameters)}: {error}") from None
+        bound.apply_defaults()
+        return bound.arguments
 
     def decide(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Impl, Config, Any, Any]:
         """Return what a call runs, after the check of `requires`: the implementation, its config, and, if it launches
@@ -357,6 +373,49 @@ class Op:
         self.cost = fn
         return fn
 
+    def gradient(self, **saved: str) -> Callable[[Callable], Callable]:
+        """Register the rule of the gradients: ``@linear.gradient(x="w", w="x", bias="", residual="")``.
+
+        saved: of each argument that can have a gradient, what its gradient is computed from, which autograd keeps:
+        arguments, "out" for the result, and "lse" for the second result of a call with `return_lse`.
+        The function gets these, `grad` of the result, `needs` (the names of the arguments whose gradient is asked for),
+        and all arguments that hold no tensors, by keyword; the others are None. It returns a tuple of a gradient for
+        each of `saved`, in this order; None will do where none is asked for. It should be made of ops, so that
+        implementations can be chosen.
+        """
+        names = {name: tuple(text.split()) for name, text in saved.items()}
+        known = {*self.signature.parameters, "out", "lse"}
+        if unknown := ", ".join(sorted({*names, *(n for ns in names.values() for n in ns)} - known)):
+            raise TypeError(f"{self.name}.gradient: no argument {unknown}; there are {', '.join(sorted(known))}")
+
+        def attach(fn: Callable[..., Any]) -> Callable[..., Any]:
+            self.gradient_rule, self._saved = fn, names
+            return fn
+
+        return attach
+
+    def no_gradient(self, reason: str) -> None:
+        """Register that no argument has a gradient: a call with one that requires it raises RuntimeError, which says
+        "but " and the reason.
+        """
+        self.gradient_refusal = reason
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """The arguments that can have a gradient."""
+        if self.gradient_refusal:
+            return ()
+        return tuple(self._saved) or tuple(self.signature.parameters)
+
+    def saved_for(self, name: str) -> tuple[str, ...]:
+        """What the gradient of an argument is computed from."""
+        return self._saved[name] if self._saved else tuple(self.signature.parameters)
+
+    @property
+    def keeps_lse(self) -> bool:
+        """True if gradients are computed from the log-sum-exp of the call."""
+        return any("lse" in names for names in self._saved.values())
+
     def fake_impl(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Register a function of the op's arguments that returns an empty tensor, or a tuple of them, shaped as the
         result.
@@ -369,8 +428,10 @@ class Op:
     def mutates(self, *names: str, fake_impl: Callable[..., tuple[Any, ...]] | None = None) -> None:
         """Register, as `fake_impl` does, an op that writes the arguments `names` in place.
 
-        It returns them, in this order, after the new tensors that `fake_impl` makes, if there are any.
+        It returns them, in this order, after the new tensors that `fake_impl` makes, if there are any. It has no
+        gradient, since torch cannot record what is written.
         """
+        self.no_gradient(f"what is written to {names[-1]} keeps none")
         self._register_custom_op(fake_impl, names)
 
     def _register_custom_op(self, fake_impl: Callable[..., Any] | None, mutated: tuple[str, ...] = ()) -> None:

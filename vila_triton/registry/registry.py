@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from typing import Any, overload
 
 from .discovery import validate_choices
-from .op import BATCH_INVARIANT, CALL_COUNTER, DEFAULT_CHOICES, EXPLICIT_CHOICES, OPS, Defaults, Impl, Op, torch_part
+from .op import OPS, Defaults, Impl, Op, torch_part
+from .policy import BATCH_INVARIANT, CALL_COUNTER, DEFAULT_CHOICES, EXPLICIT_CHOICES
 from .search_space import Config
 from .size_ranges import Choice
 
@@ -27,18 +28,25 @@ class TunedDefaults(Defaults):
 @overload
 def op(reference: Callable[..., Any]) -> Op: ...
 @overload
-def op(*, bitwise_exact: bool = False, batch_invariant: bool = False) -> Callable[[Callable[..., Any]], Op]: ...
 def op(
-    reference: Callable[..., Any] | None = None, *, bitwise_exact: bool = False, batch_invariant: bool = False
+    *, bitwise_exact: bool = False, batch_invariant: bool = False, autocasts: bool = False
+) -> Callable[[Callable[..., Any]], Op]: ...
+def op(
+    reference: Callable[..., Any] | None = None,
+    *,
+    bitwise_exact: bool = False,
+    batch_invariant: bool = False,
+    autocasts: bool = False,
 ) -> Op | Callable[[Callable[..., Any]], Op]:
     """Turn a plain-torch function into an `Op`.
 
     bitwise_exact: every implementation must equal the reference bit for bit.
     batch_invariant: the reference is batch-invariant on every device (see `Impl`).
+    autocasts: `torch.autocast` casts its arguments, as it does those of torch's products.
     """
 
     def register(fn: Callable[..., Any]) -> Op:
-        OPS[fn.__name__] = Op(fn, bitwise_exact, batch_invariant, TunedDefaults())
+        OPS[fn.__name__] = Op(fn, bitwise_exact, batch_invariant, TunedDefaults(), autocasts)
         return OPS[fn.__name__]
 
     return register if reference is None else register(reference)
