@@ -109,7 +109,7 @@ class OpNode(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        # Under the choices of the forward pass already as tensors are unpacked: a checkpoint then runs its forward anew.
+        # A checkpoint runs its forward pass anew as tensors are unpacked: that, too, is under the choices of the first.
         with ctx.call.policy.active(), torch.autocast(grads[0].device.type, enabled=False):
             found = ctx.call.gradients(grads, ctx.saved_tensors)
         return None, None, None, *(found[name] for name in ctx.call.needs)

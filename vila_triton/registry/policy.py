@@ -1,7 +1,7 @@
 """What decides which implementation a call runs, beside its arguments; and how code that runs later keeps it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
