@@ -36,8 +36,9 @@ class OpLike(Protocol):
     name: str
     reference: Callable[..., Any]
     precondition: Callable[..., None] | None
-    keeps_lse: bool
 
+    @property
+    def keeps_lse(self) -> bool: ...
     def run_implementation(self, *args: Any, **kwargs: Any) -> Any: ...
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]: ...
 
