@@ -64,39 +64,44 @@ def test_float64_is_computed_in_float64(op: Op) -> None:
     torch.testing.assert_close(op(*args), op.reference(*args), rtol=1e-12, atol=1e-12)
 
 
-def gradients(fn: Any, args: tuple) -> list[Tensor]:
-    """Of all arguments but pages and weights in 4 bits: of the sum of squares of what is returned."""
-    args = tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
-    learning = [x for x in args if isinstance(x, Tensor) and x.is_floating_point() and not x.isnan().any()]
-    for x in learning:
-        x.requires_grad_()
-    return list(torch.autograd.grad(fn(*args).square().sum(), learning, allow_unused=True, materialize_grads=True))
+def gradients(op: Op, fn: Any, args: tuple) -> list[Tensor]:
+    """Of the sum of squares of what is returned, of all arguments that can have one."""
+    values = {name: x.clone() if isinstance(x, Tensor) else x for name, x in op.bind(args, {}).items()}
+    tensors = [x for name, x in values.items() if name in op.differentiable and isinstance(x, Tensor)]
+    learning = [x.requires_grad_() for x in tensors if x.is_floating_point()]
+    return list(torch.autograd.grad(fn(*values.values()).square().sum(), learning))
 
 
 @CPU
 def test_gradients_equal_those_of_the_reference(op: Op) -> None:
-    args = example(op)
-    for got, want in zip(gradients(op, args), gradients(op.reference, args), strict=True):
+    args = example(op, **{"t": 0} if "t" in op.domain else {})
+    if not op.differentiable:
+        return
+    for got, want in zip(gradients(op, op, args), gradients(op, op.reference, args), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_asking_a_kernel_for_a_gradient_raises() -> None:
-    x, w = example(ops.rms_norm)[:2]
+def test_a_kernel_without_a_rule_gets_the_gradient_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.rms_norm, "gradient_rule", None)
+    monkeypatch.setattr(ops.rms_norm, "_saved", {})
+    args = example(ops.rms_norm)
+    want = gradients(ops.rms_norm, ops.rms_norm.reference, args)
     with use(rms_norm="triton"):
-        out = ops.rms_norm(x.requires_grad_(), w, 1e-5)
-        with pytest.raises(
-            RuntimeError, match=r"rms_norm: 'triton' has no gradient; `with use\(rms_norm=\"reference\"\)"
-        ):
-            out.sum().backward()
+        torch.testing.assert_close(gradients(ops.rms_norm, ops.rms_norm, args), want)
         with torch.no_grad():
-            assert not ops.rms_norm(x, w, 1e-5).requires_grad
-    args = list(example(OPS["rope_kv_write"]))
+            assert not ops.rms_norm(args[0].requires_grad_(), *args[1:]).requires_grad
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if not op.differentiable], ids=lambda op: op.name)
+def test_an_op_without_a_gradient_refuses_arguments_that_require_one(op: Op) -> None:
+    args = example(op)
     args[0].requires_grad_()
-    with use(rope_kv_write="triton"):
-        q, k, k_pages, v_pages = OPS["rope_kv_write"](*args)
-    assert q.requires_grad and k_pages is args[5] and v_pages is args[6] and not k_pages.requires_grad
-    with pytest.raises(RuntimeError, match="rope_kv_write: 'triton' has no gradient"):
-        (q.sum() + k.sum()).backward()
+    name = next(iter(op.signature.parameters))
+    with count_calls() as calls, pytest.raises(RuntimeError, match=f"{op.name}: {name} requires a gradient, but "):
+        op(*args)
+    assert not calls
+    with torch.no_grad():
+        op(*args)
 
 
 def test_an_unsupported_default_recommends_the_reference() -> None:
