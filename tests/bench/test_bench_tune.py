@@ -308,7 +308,7 @@ def test_ended_search_leaves_its_table_and_no_process(doubled: Op, checkout: Pat
     first = entry()
     assert first["ranges"] and first["candidates"]["timed"]
 
-    with hanging(checkout, out, "--minutes", "0.3") as process:
+    with hanging(checkout, out, "--minutes", "0.15") as process:
         assert ended(process) == 0
     assert "out of time with" in (out / "said").read_text()
     assert entry()["ranges"] == first["ranges"]
