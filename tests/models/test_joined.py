@@ -14,7 +14,7 @@ from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.joined import INT4_AXES, joined, leaf_groups, with_gradients
 from vila_triton.models.layers import Affine, linear
-from vila_triton.models.params import init_tree, leaves
+from vila_triton.models.params import init_tree, leaves, tree_map
 from vila_triton.models.side_by_side import lay_side_by_side, lie_side_by_side
 from vila_triton.ops import Int4, quantize_rtn
 
@@ -52,7 +52,7 @@ def of_leaves(leaves: list[Tensor], like: Affine) -> Affine:
         weight, rest = replace(like.weight, **dict(zip(INT4_AXES, leaves, strict=False))), leaves[3:]
     else:
         weight, *rest = leaves
-    return Affine(weight, *rest or [None])
+    return Affine(weight, next(iter(rest), None))
 
 
 def leaves_of(p: Affine) -> list[Tensor]:
@@ -140,13 +140,15 @@ def test_what_has_no_memory_or_differs_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_one_product_reach_every_part(kind: str) -> None:
-    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    apart = tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, tuple(linears(**KINDS[kind])))
 
     def gradients(parts: list[Affine], multiply: Any) -> list[Tensor]:
-        floating = [leaf for p in parts for leaf in leaves_of(p) if leaf.is_floating_point()]
-        for leaf in floating:
+        """Of the inputs and of all leaves but those of int4, which have none."""
+        trained = [x, *(leaf for p in parts for leaf in (p.weight, p.bias) if isinstance(leaf, Tensor))]
+        for leaf in trained:
             leaf.requires_grad_()
-        return list(torch.autograd.grad(multiply(parts).square().sum(), floating))
+        return list(torch.autograd.grad(multiply(parts).square().sum(), trained))
 
     def as_one(parts: list[Affine]) -> Tensor:
         whole = joined(*parts)
@@ -154,8 +156,8 @@ def test_gradients_of_one_product_reach_every_part(kind: str) -> None:
         return linear(with_gradients(whole, *parts), x)
 
     with use(linear="reference", int4_matmul="reference"):
-        found = gradients(laid(linears(**KINDS[kind])), as_one)
-        want = gradients(linears(**KINDS[kind]), lambda parts: torch.cat([linear(p, x) for p in parts], -1))
+        found = gradients(laid(list(apart)), as_one)
+        want = gradients(list(apart), lambda parts: torch.cat([linear(p, x) for p in parts], -1))
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -42,7 +42,7 @@ def leaf_groups(*linears: Affine) -> list[Group]:
 
 
 def affine_of(leaves: Sequence[Any], like: Affine) -> Affine:
-    """The linear of these leaves, in the order of `leaf_groups`, of the kind of another."""
+    """The linear of these leaves, in the order of `leaf_groups`, of the kind of another; without low-rank terms."""
     w, rest = like.weight, iter(leaves)
     weight = Int4(next(rest), next(rest), next(rest), w.group_size, w.rounding) if isinstance(w, Int4) else next(rest)
     return Affine(weight, next(rest, None))
@@ -50,7 +50,7 @@ def affine_of(leaves: Sequence[Any], like: Affine) -> Affine:
 
 def joined(*linears: Affine) -> Affine | None:
     """The linear of the outputs of all, a view of the storage in which their leaves lie side by side; None if they do
-    not. It has no gradient: see `with_gradients`.
+    not. It has no gradient: see `with_gradients`. Low-rank terms stay with the parts, to whose results they are added.
     """
     weights = [p.weight.scales if isinstance(p.weight, Int4) else p.weight for p in linears]
     groups = leaf_groups(*linears) if all(isinstance(w, Tensor) for w in weights) else []

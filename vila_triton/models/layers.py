@@ -1,10 +1,14 @@
-"""The two layers that all parts are made of: a weight with a bias, applied as a linear map or as a layer norm."""
+"""The two layers that all parts are made of: a weight with a bias, applied as a linear map or as a layer norm.
+
+A linear map may have low-rank terms beside its weight, the adapters of LoRA (Hu et al. 2021).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vila_triton import ops
@@ -17,11 +21,22 @@ Leaf = Any
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """A term scaling · b · a of a linear map [n, k], of rank r, that is added to its weight."""
+
+    a: Leaf  # [r, k]
+    b: Leaf  # [n, r]
+    scaling: float
+    dropout: float = 0.0  # the probability with which an input of this term, not of the weight, is 0; in training only
+
+
+@dataclass(frozen=True)
 class Affine:
     """A weight and a bias: of a linear map or of a norm."""
 
     weight: Leaf  # [n, k] of a linear map, [e] of a norm
     bias: Leaf | None  # [n] or [e]
+    low_rank: tuple[LowRank, ...] = ()  # of a linear map only
 
 
 def linear_specs(
@@ -51,8 +66,25 @@ def linear(p: Affine, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """Apply a linear map and add a residual, if one is given: x [..., k] and residual [..., n] -> [..., n]."""
     product = ops.int4_matmul if isinstance(p.weight, Int4) else ops.linear  # to which `ops.linear` would go, too
     if residual is not None and residual.dtype != x.dtype:  # under autocast, where products alone are in half precision
-        return product(x, p.weight, p.bias) + residual
-    return product(x, p.weight, p.bias, residual)
+        out = product(x, p.weight, p.bias) + residual
+    else:
+        out = product(x, p.weight, p.bias, residual)
+    return add_low_rank(p.low_rank, x, out) if p.low_rank else out
+
+
+def add_low_rank(terms: tuple[LowRank, ...], x: Tensor, out: Tensor) -> Tensor:
+    """Add the low-rank terms of a linear map to its result, in its dtype: x [..., k], out [..., n] -> [..., n].
+
+    A term is computed in its own dtype: peft keeps adapters of a model of 16 bits in float32.
+    """
+    for term in terms:
+        inputs = F.dropout(x.to(term.a.dtype), term.dropout) if term.dropout else x.to(term.a.dtype)
+        hidden = ops.linear(inputs, term.a) * term.scaling  # [..., r]
+        if hidden.dtype == out.dtype:
+            out = ops.linear(hidden, term.b, None, out)  # [..., n]
+        else:
+            out = (out + ops.linear(hidden, term.b)).to(out.dtype)  # [..., n]
+    return out
 
 
 LinearFn = Callable[[Affine, Tensor], Tensor]  # `linear`, or a function that also records or quantizes

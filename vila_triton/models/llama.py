@@ -18,7 +18,7 @@ from vila_triton.ops import Int4, int4_swiglu, rms_norm, swiglu
 
 from .config import LlamaConfig
 from .joined import Group, joined, leaf_groups, with_gradients
-from .layers import Affine, Leaf, linear, linear_specs
+from .layers import Affine, Leaf, add_low_rank, linear, linear_specs
 from .params import ParameterSpec, tree_map
 from .side_by_side import lay_side_by_side
 
@@ -157,10 +157,11 @@ def qkv_projections(p: Layer, x: Tensor) -> tuple[Tensor, ...]:
     """Queries, keys and values of normed hidden states: x [s, e] -> [s, h·d], [s, g·d] and [s, g·d], by one product if
     their weights lie side by side.
     """
+    parts = p.q, p.k, p.v
     if p.qkv is None:
-        return linear(p.q, x), linear(p.k, x), linear(p.v, x)
-    sizes = [w.weight.shape[0] for w in (p.q, p.k, p.v)]
-    return linear(with_gradients(p.qkv, p.q, p.k, p.v), x).split(sizes, -1)
+        return tuple(linear(part, x) for part in parts)
+    outs = linear(with_gradients(p.qkv, *parts), x).split([part.weight.shape[0] for part in parts], -1)
+    return tuple(add_low_rank(part.low_rank, x, out) for part, out in zip(parts, outs))
 
 
 def attention_heads_output(
@@ -186,10 +187,10 @@ def attention(
 
 def mlp_hidden(p: Layer, x: Tensor) -> Tensor:
     """Hidden activations of the SwiGLU MLP, silu(x gateᵀ) * (x upᵀ): [s, e] -> [s, f]; one fused op if gate and up are
-    int4 without biases.
+    int4 without biases and low-rank terms.
     """
     gate, up = p.gate, p.up
-    if isinstance(gate.weight, Int4) and isinstance(up.weight, Int4) and gate.bias is None and up.bias is None:
+    if all(isinstance(w.weight, Int4) and w.bias is None and not w.low_rank for w in (gate, up)):
         return int4_swiglu(x, gate.weight, up.weight)
     return swiglu(linear(gate, x), linear(up, x))
 
@@ -234,7 +235,8 @@ def quantize_linears_rtn(p: Llama, group_size: int) -> Llama:
     def quantize_layer(layer: Layer) -> Layer:
         linears = {f.name: p for f in fields(layer) if isinstance(p := getattr(layer, f.name), Affine)}
         return replace(
-            layer, **{name: Affine(ops.quantize_rtn(p.weight, group_size), p.bias) for name, p in linears.items()}
+            layer,
+            **{name: replace(p, weight=ops.quantize_rtn(p.weight, group_size)) for name, p in linears.items()},
         )
 
     return replace(p, layers=tuple(quantize_layer(layer) for layer in p.layers))

@@ -107,7 +107,7 @@ def tree_map(f: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     """Apply f to each leaf, and to the corresponding leaves of the other trees; everything that is no leaf stays as it
     is.
     """
-    if tree is None or isinstance(tree, int | str):
+    if tree is None or isinstance(tree, int | float | str):
         return tree
     if isinstance(tree, tuple):
         return tuple(tree_map(f, *parts) for parts in zip(tree, *others, strict=True))  # pyright: ignore
@@ -119,7 +119,7 @@ def tree_map(f: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
 
 def leaves(tree: Any) -> list[Any]:
     """The leaves of a tree in the order of declaration."""
-    if tree is None or isinstance(tree, int | str):
+    if tree is None or isinstance(tree, int | float | str):
         return []
     if is_dataclass(tree) and not isinstance(tree, ParameterSpec):
         tree = tuple(getattr(tree, field.name) for field in fields(tree))
