@@ -27,7 +27,8 @@ INNER = """add_model_tags barrier_after_gathered_checkpoint_save can_generate ge
     gather_sharded_state_dict_for_save destroy_cached_continuous_batching_manager named_non_persistent_buffers post_init
     register_for_auto_class retrieve_modules_from_names should_save_on_this_rank config_class get_decoder get_encoder
     warn_if_padding_and_no_attention_mask prepare_inputs_for_generation disable_input_require_grads
-    gradient_checkpointing_disable activation_checkpointing_disable"""
+    gradient_checkpointing_disable activation_checkpointing_disable enable_input_require_grads
+    gradient_checkpointing_enable activation_checkpointing_enable"""
 INNER_OF_PROCESSOR = """check_argument_for_proper_class create_mm_token_type_ids from_args_and_dict get_attributes
     get_possibly_dynamic_module get_processor_dict get_text_with_replacements prepare_inputs_layout replace_audio_token
     replace_image_token replace_video_token validate_init_kwargs validate_inputs register_for_auto_class

@@ -158,12 +158,11 @@ class AttentionRecorder:
         queries, keys = rope(q, *rotary), rope(k, *rotary)
         if isinstance(self.backend, PagedBatch):
             keys = self.backend.as_attended(keys, self.backend.k_pages[layer])
-        self.attentions.append(
-            [
-                attention_weights(qi, ki, scale, causal_mask(len(qi), len(ki), q.device)).flatten(0, 1).to(q.dtype)
-                for qi, ki in zip(queries.split(seq_lens), keys.split(seq_lens))
-            ]
-        )
+        weights = [
+            attention_weights(qi, ki, scale, causal_mask(len(qi), len(ki), q.device)).flatten(0, 1).to(q.dtype)
+            for qi, ki in zip(queries.split(seq_lens), keys.split(seq_lens))
+        ]
+        self.attentions[layer : layer + 1] = [weights]  # in the place of the same layer, if a checkpoint runs it anew
         return self.backend.attend(layer, q, k, v, rotary, scale)
 
 

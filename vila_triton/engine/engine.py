@@ -20,16 +20,18 @@ from .sampling import SamplingParams
 Batch = PagedBatch | UncachedBatch | AttentionRecorder
 
 
-def encode_images(p: vila.Vila, pixels: Tensor, cfg: VilaConfig, numerics: str = "fast") -> Tensor:
+def encode_images(
+    p: vila.Vila, pixels: Tensor, cfg: VilaConfig, numerics: str = "fast", checkpointing: bool = False
+) -> Tensor:
     """Encode images [n, c, H, W] -> image features [n, tokens, e], with the kernels configured for prefill.
 
     With numerics "batch_invariant" images are encoded one by one, so that the features of an image do not depend on the
-    others.
+    others. checkpointing: see `vision.forward`.
     """
     with use_default_kernels(pixels.device, "prefill"):
         if numerics == "batch_invariant" and len(pixels) > 1:
-            return torch.cat([vila.encode_images(p, image.clone(), cfg) for image in pixels.split(1)])
-        return vila.encode_images(p, pixels, cfg)
+            return torch.cat([vila.encode_images(p, image.clone(), cfg, checkpointing) for image in pixels.split(1)])
+        return vila.encode_images(p, pixels, cfg, checkpointing)
 
 
 def forward(
@@ -39,14 +41,15 @@ def forward(
     cfg: VilaConfig,
     batch: Batch,
     hidden_states: list[Tensor] | None = None,
+    checkpointing: bool = False,
 ) -> Tensor:
     """Run the language model in one pass: embeddings x [s, e] at positions [s] -> final hidden states [s, e].
 
-    `batch` writes keys and values to its pages in place, if it has any (`UncachedBatch` has none). `hidden_states`: see
-    `llama.forward`.
+    `batch` writes keys and values to its pages in place, if it has any (`UncachedBatch` has none). `hidden_states` and
+    `checkpointing`: see `llama.forward`.
     """
     with use_default_kernels(x.device, batch.phase):
-        return llama.forward(p.llm, x, positions, cfg.llm, batch, hidden_states)
+        return llama.forward(p.llm, x, positions, cfg.llm, batch, hidden_states, checkpointing)
 
 
 def extend(

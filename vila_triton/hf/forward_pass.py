@@ -29,7 +29,9 @@ def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, images:
         raise ValueError("inputs_embeds must not be whole numbers")
 
 
-def check_options(special_token: bool, labels: Tensor | None, logits_to_keep: int) -> None:
+def check_options(
+    special_token: bool, labels: Tensor | None, logits_to_keep: int, num_items_in_batch: int | Tensor | None
+) -> None:
     """Errors: ValueError for options that are not supported together, or at all."""
     if special_token:
         raise ValueError("special_token=True means nothing to this model; leave it False")
@@ -37,6 +39,8 @@ def check_options(special_token: bool, labels: Tensor | None, logits_to_keep: in
         raise ValueError("logits_to_keep must be 0 (all) or a count")
     if labels is not None and logits_to_keep:
         raise ValueError("labels need all logits, but logits_to_keep is set")
+    if num_items_in_batch is not None and not num_items_in_batch > 0:
+        raise ValueError(f"num_items_in_batch is {num_items_in_batch}, expected the number of labels of all batches")
 
 
 def check_chunked_prefill(chunk_size: int | None, output_attentions: bool, output_hidden_states: bool) -> None:
@@ -69,10 +73,10 @@ class ForwardPass:
     def __post_init__(self) -> None:
         self.num_kept = self.batch.mask[:, -self.logits_to_keep :].sum(1).tolist()
 
-    def run_uncached(self, device: torch.device) -> Sequence[Tensor]:
-        """Run without a cache -> the last logits [kept, v] of each sequence."""
+    def run_uncached(self, device: torch.device, checkpointing: bool) -> Sequence[Tensor]:
+        """Run without a cache -> the last logits [kept, v] of each sequence; checkpointing: see `llama.forward`."""
         step = UncachedBatch([len(row) for row in self.batch.rows], device)
-        return self._logits(self._run_step(step), step.numerics)
+        return self._logits(self._run_step(step, checkpointing), step.numerics)
 
     def run_cached(self, cache: PagedKVCache, sequences: Sequence[int], chunk_size: int | None) -> Sequence[Tensor]:
         """Append the batch to these sequences of a cache -> the last logits [kept, v] of each."""
@@ -95,21 +99,21 @@ class ForwardPass:
             )
         return self._logits(hidden, cache.numerics)
 
-    def outputs(self, logits: Sequence[Tensor]) -> dict[str, Any]:
-        """The padded outputs by their names in `CausalLMOutputWithPast`."""
+    def outputs(self, logits: Sequence[Tensor], num_items_in_batch: int | Tensor | None) -> dict[str, Any]:
+        """The padded outputs by their names in `CausalLMOutputWithPast`; num_items_in_batch: see `causal_loss`."""
         batch, lengths = self.batch, [len(row) for row in self.batch.rows]
         return {
-            "loss": causal_loss(logits, batch.labels) if batch.labels is not None else None,
+            "loss": causal_loss(logits, batch.labels, num_items_in_batch) if batch.labels is not None else None,
             "logits": pad(logits, batch.mask[:, -self.logits_to_keep :]),
             "hidden_states": tuple(pad(x.split(lengths), batch.mask) for x in self.hidden_states or ()) or None,
             "attentions": tuple(pad_attentions(x, batch.mask) for x in self.attentions or ()) or None,
         }
 
-    def _run_step(self, step: PagedBatch | UncachedBatch) -> list[Tensor]:
+    def _run_step(self, step: PagedBatch | UncachedBatch, checkpointing: bool = False) -> list[Tensor]:
         backend = step if self.attentions is None else AttentionRecorder(step, self.attentions)
         positions = torch.cat(self.batch.positions) if self.batch.positions else step.positions
         x = torch.cat([self.embed(row) for row in self.batch.rows])
-        hidden = engine.forward(self.p, x, positions, self.cfg, backend, self.hidden_states)
+        hidden = engine.forward(self.p, x, positions, self.cfg, backend, self.hidden_states, checkpointing)
         rows = hidden.split([len(row) for row in self.batch.rows])
         return [row[len(row) - n :] for row, n in zip(rows, self.num_kept)]
 

@@ -24,12 +24,13 @@ from ..models.params import init_tree, write_counts
 from .configuration_vila_llama import AUTO_CLASS_ARGUMENTS, VilaLlamaConfig, parse_dtype
 from .forward_pass import ForwardPass, check_chunked_prefill, check_inputs, check_options, keep_embeddings
 from .generation import CACHE_KEY, VilaGenerationMixin
-from .padding import require_tensor, unpad, unpad_embeddings
+from .padding import check_any_label, require_tensor, unpad, unpad_embeddings
 from .params_module import ParamsModule
+from .training import TrainingMixin, check_checkpointing, requiring_grads
 from .unsupported import UnsupportedMethods, check_device_and_dtype
 
 
-class VilaLlamaForCausalLM(UnsupportedMethods, PreTrainedModel, VilaGenerationMixin):
+class VilaLlamaForCausalLM(UnsupportedMethods, TrainingMixin, PreTrainedModel, VilaGenerationMixin):
     """VILA: `.vision_tower` and `.mm_projector` encode images to positions of `.llm`, which generates the answer."""
 
     config_class = VilaLlamaConfig
@@ -110,10 +111,19 @@ class VilaLlamaForCausalLM(UnsupportedMethods, PreTrainedModel, VilaGenerationMi
         model.apply_generation_config(loading.load_generation_config(Path(folder), cfg.llm.vocab_size), str(folder))
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, folder: str | Path, is_main_process: bool = True, state_dict: None = None
+    ) -> None:
         """Write a VILA folder that `from_pretrained` reads back to the same bits, with the tokenizer of the folder it
         was loaded from.
+
+        is_main_process: False writes nothing, as Hugging Face's `Trainer` asks of all processes but one. Errors:
+        ValueError for a state_dict.
         """
+        if state_dict is not None:
+            raise ValueError("save_pretrained writes the model's own parameters; leave state_dict None")
+        if not is_main_process:
+            return
         top_config = {k: v for k, v in self.config.to_diff_dict().items() if not k.endswith("_cfg")}
         top_config |= {"architectures": [type(self).__name__], "model_dtype": str(self.dtype)}
         source = Path(self.config._name_or_path) if self.config._name_or_path else None
@@ -160,7 +170,12 @@ class VilaLlamaForCausalLM(UnsupportedMethods, PreTrainedModel, VilaGenerationMi
             listing = ", ".join(f"{part} is in {dtype}" for part, dtype in dtypes.items())
             raise ValueError(f"{listing}; images need all parts in one dtype: model.to(dtype)")
         images, numerics = images.to(self.device, self.dtype), self.config.attention_numerics
-        return engine.encode_images(self.params, images, self.vila_config, numerics)
+        return engine.encode_images(self.params, images, self.vila_config, numerics, self.is_checkpointing)
+
+    @property
+    def is_checkpointing(self) -> bool:
+        """True if a forward pass that begins now keeps the inputs of layers alone for the backward pass."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     def image_features(self, images: Tensor | Sequence[Tensor] | None) -> tuple[Tensor | None, list[int]]:
         """The features of all images end to end [rows, e], and how many positions each image takes."""
@@ -186,14 +201,16 @@ class VilaLlamaForCausalLM(UnsupportedMethods, PreTrainedModel, VilaGenerationMi
         special_token: bool = False,
         chunk_prefilling: bool = False,
         logits_to_keep: int = 0,
+        num_items_in_batch: int | Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run the model -> logits [b, t, v] of every position, each image widened to its positions; 0 at padding.
 
         input_ids [b, t] with -200 for each image of `images`, or inputs_embeds [b, t, e]. The cache is
         `past_key_values` with one sequence per row; or, if `start_pos` is given, the model's own, continued from
         there: 0 starts anew, less than its length rolls it back (one number, or one for each row); or a new one.
-        use_cache=False reads the cache without adding to it. `chunk_prefilling` runs at most
-        `config.prefill_chunk_size` tokens of a sequence at a time. logits_to_keep=n returns the last n positions only.
+        use_cache=False, the default in training mode, reads the cache without adding to it. `chunk_prefilling` runs at
+        most `config.prefill_chunk_size` tokens of a sequence at a time. logits_to_keep=n returns the last n positions
+        only. The loss is the mean over all labels, or their sum divided by `num_items_in_batch`.
         Errors: ValueError naming the argument, before anything is changed.
         """
         check_device_and_dtype(self.device, self.dtype)
@@ -202,13 +219,16 @@ class VilaLlamaForCausalLM(UnsupportedMethods, PreTrainedModel, VilaGenerationMi
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         if use_cache is None:
-            use_cache = bool(getattr(self.config, "use_cache", True))
+            use_cache = bool(getattr(self.config, "use_cache", True)) and not self.training
         chunk_size = self.config.prefill_chunk_size if chunk_prefilling else None
         check_inputs(input_ids, inputs_embeds, images)
-        check_options(special_token, labels, logits_to_keep)
+        check_options(special_token, labels, logits_to_keep, num_items_in_batch)
         if chunk_prefilling:
             check_chunked_prefill(chunk_size, output_attentions, output_hidden_states)
         inputs: Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore
+        needs_cache = bool(chunk_size) or self.config.attention_numerics == "batch_invariant"
+        if self.is_checkpointing:
+            check_checkpointing(use_cache, needs_cache or past_key_values is not None or start_pos is not None)
         cache, context_lens = resolve_past(self.cache, past_key_values, start_pos, len(inputs))
         if cache:
             self.check_cache(cache, any(context_lens))
@@ -224,13 +244,16 @@ class VilaLlamaForCausalLM(UnsupportedMethods, PreTrainedModel, VilaGenerationMi
         else:
             batch = unpad(*args, tokens_per_image, context_lens=context_lens, **self.padding_config)
             embed = partial(vila.embed_spliced, self.params, image_features=image_features)
+        if batch.labels is not None and num_items_in_batch is None:
+            check_any_label(batch.labels)
+        embed = requiring_grads(embed) if self.inputs_require_grads else embed
         # With numerics "batch_invariant" keys and values are rounded to the format of pages, also if none are kept.
-        if cache is None and (use_cache or chunk_size or self.config.attention_numerics == "batch_invariant"):
+        if cache is None and (use_cache or needs_cache):
             cache = self.new_cache(len(inputs))
         states, attentions = [] if output_hidden_states else None, [] if output_attentions else None
         run = ForwardPass(self.params, self.vila_config, batch, embed, logits_to_keep, states, attentions)
         if cache is None:
-            logits = run.run_uncached(self.device)
+            logits = run.run_uncached(self.device, self.is_checkpointing)
         else:
             with cache.lock, cache.roll_back(context_lens, in_place=use_cache) as sequences:
                 logits = run.run_cached(cache, sequences, chunk_size)
@@ -238,7 +261,7 @@ class VilaLlamaForCausalLM(UnsupportedMethods, PreTrainedModel, VilaGenerationMi
             self.cache = cache
         if cache and use_cache:
             cache.parameter_versions = write_counts(list(self.parameters()))
-        outputs: dict[str, Any] = run.outputs(logits) | {CACHE_KEY: cache if use_cache else None}
+        outputs: dict[str, Any] = run.outputs(logits, num_items_in_batch) | {CACHE_KEY: cache if use_cache else None}
         output = CausalLMOutputWithPast(**outputs)
         as_dataclass = return_dict if return_dict is not None else self.config.return_dict
         return output if as_dataclass else output.to_tuple()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ..models.vila import IGNORE_INDEX, splice_image_tokens, splice_labels
 
@@ -105,6 +106,12 @@ def remove_padding(
     return mask, rows, None if labels is None else [row[m] for row, m in zip(labels.to(inputs.device), mask)]
 
 
+def check_any_label(labels: Sequence[Tensor]) -> None:
+    """Errors: ValueError if there is no label of which `causal_loss` takes the mean, which is then not a number."""
+    if not any((row[1:] != IGNORE_INDEX).any() for row in labels):
+        raise ValueError(f"labels: all are {IGNORE_INDEX} behind the first of each sequence, so there is no loss")
+
+
 def check_labels(labels: Sequence[Tensor] | None, vocab_size: int) -> None:
     """Errors: ValueError for a label that is neither in the vocabulary nor `IGNORE_INDEX`."""
     for row in labels or ():
@@ -154,12 +161,20 @@ def token_mask(lengths: Sequence[int], padding_side: str) -> Tensor:
     return columns < row_lengths if padding_side == "right" else columns >= max(lengths) - row_lengths
 
 
-def causal_loss(logits: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+def causal_loss(
+    logits: Sequence[Tensor], labels: Sequence[Tensor], num_items_in_batch: int | Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy of every label but the first of its sequence, under the logits one position before it: [t, v]
     and [t] each.
+
+    num_items_in_batch: what the sum is divided by instead of the number of these labels, where several batches make one
+    step.
     """
     shifted_logits = torch.cat([row[:-1] for row in logits])
     targets = torch.cat([row[1:] for row in labels]).to(shifted_logits.device)
     if shifted_logits.dtype != torch.float64:
         shifted_logits = shifted_logits.float()
-    return torch.nn.functional.cross_entropy(shifted_logits, targets, ignore_index=IGNORE_INDEX)
+    if num_items_in_batch is not None:
+        loss = cross_entropy(shifted_logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        return loss / num_items_in_batch
+    return cross_entropy(shifted_logits, targets, ignore_index=IGNORE_INDEX)

@@ -48,7 +48,7 @@ KERNELS_BY_OP = "kernels are chosen by op: `use(...)`, `vila-triton ops`"
 UNSUPPORTED_METHODS = {
     **dict_of_reasons(
         "resize_token_embeddings resize_position_embeddings get_position_embeddings set_input_embeddings "
-        "set_output_embeddings set_decoder set_encoder enable_input_require_grads",
+        "set_output_embeddings set_decoder set_encoder",
         FROZEN_TREE,
     ),
     **dict_of_reasons(
@@ -60,9 +60,6 @@ UNSUPPORTED_METHODS = {
     **dict_of_reasons("set_attn_implementation set_experts_implementation set_use_kernels", KERNELS_BY_OP),
     **dict_of_reasons("load_custom_generate adjust_generation_fn", "no code that a checkpoint brings is run"),
     **dict_of_reasons("heal_tokens", UNSUPPORTED_ARGUMENTS["token_healing"]),
-    **dict_of_reasons(
-        "gradient_checkpointing_enable activation_checkpointing_enable", "its forward pass is one function"
-    ),
     **dict_of_reasons("dequantize", "`vila-triton convert SOURCE TARGET --format dense` writes int4 weights out"),
     **dict_of_reasons("push_to_hub", "`save_pretrained` writes a folder, which huggingface_hub's upload_folder sends"),
     **dict_of_reasons("save_distributed_checkpoint prepare_distribute_model", "it runs on one device"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from vila_triton import ops
 from vila_triton.ops import Int4, int4_swiglu, rms_norm, swiglu
 
+from .checkpointing import layer_runner
 from .config import LlamaConfig
 from .joined import Group, joined, leaf_groups, with_gradients
 from .layers import Affine, Leaf, add_low_rank, linear, linear_specs
@@ -200,6 +201,12 @@ def mlp(p: Layer, x: Tensor, residual: Tensor | None = None) -> Tensor:
     return linear(p.down, mlp_hidden(p, x), residual)
 
 
+def block(p: Layer, x: Tensor, rotary: CosSin, layer_idx: int, cfg: LlamaConfig, backend: AttentionBackend) -> Tensor:
+    """Run one layer: hidden states x [s, e] -> [s, e]."""
+    x = attention(p, rms_norm(x, p.attention_norm, cfg.rms_norm_eps), rotary, layer_idx, cfg, backend, x)
+    return mlp(p, rms_norm(x, p.mlp_norm, cfg.rms_norm_eps), x)
+
+
 def forward(
     p: Llama,
     x: Tensor,
@@ -207,18 +214,19 @@ def forward(
     cfg: LlamaConfig,
     backend: AttentionBackend,
     hidden_states: list[Tensor] | None = None,
+    checkpointing: bool = False,
 ) -> Tensor:
     """Run all layers: embeddings x [s, e] at positions [s] -> hidden states after the final norm [s, e].
 
     `backend` stores keys and values in place. `hidden_states`, if given, is extended by the input of every layer and
-    the result, as `output_hidden_states` of Hugging Face has them.
+    the result, as `output_hidden_states` of Hugging Face has them. With `checkpointing` a backward pass runs every
+    layer anew, so `backend` must not store anything then.
     """
     record = hidden_states.append if hidden_states is not None else lambda _: None
-    rotary = rotary_cos_sin(positions, cfg)
+    rotary, run_layer = rotary_cos_sin(positions, cfg), layer_runner(block, checkpointing)
     for i, layer in enumerate(p.layers):
         record(x)
-        x = attention(layer, rms_norm(x, layer.attention_norm, cfg.rms_norm_eps), rotary, i, cfg, backend, x)
-        x = mlp(layer, rms_norm(x, layer.mlp_norm, cfg.rms_norm_eps), x)
+        x = run_layer(layer, x, rotary, i, cfg, backend)
     x = rms_norm(x, p.norm, cfg.rms_norm_eps)
     record(x)
     return x

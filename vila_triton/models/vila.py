@@ -45,9 +45,9 @@ def feature_rows(x: Tensor) -> Tensor:
     return -1 - x
 
 
-def encode_images(p: Vila, pixels: Tensor, cfg: VilaConfig) -> Tensor:
+def encode_images(p: Vila, pixels: Tensor, cfg: VilaConfig, checkpointing: bool = False) -> Tensor:
     """Encode images [n, c, H, W] -> image features [n, tokens, e], by the vision tower and the projector."""
-    features = vision.forward(p.vision_tower, pixels, cfg.vision_tower)
+    features = vision.forward(p.vision_tower, pixels, cfg.vision_tower, checkpointing)
     return projector.forward(p.mm_projector, features, cfg.mm_projector)
 
 
