@@ -114,6 +114,7 @@ def encoder_attention_triton(
     k: Tensor,
     v: Tensor,
     softmax_scale: float,
+    return_lse: bool = False,
     *,
     BLOCK_M: int,
     BLOCK_N: int,
@@ -122,6 +123,8 @@ def encoder_attention_triton(
 ) -> Tensor:
     """Return attention [b, s, h, d]; raises Unsupported for dtypes, heads and scales it does not serve."""
     check_supported("encoder_attention", q, k, v)
+    if return_lse:
+        raise Unsupported("encoder_attention: this kernel does not return the log-sum-exp")
     if not softmax_scale > 0:
         raise Unsupported(f"encoder_attention: softmax_scale is {softmax_scale}, expected a positive number")
     b, s, h, d = q.shape

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vila_triton.ops import PagedKV, RaggedBatch, prefill_attention
 from vila_triton.ops.attention import causal_mask
+from vila_triton.ops.dtypes import upcast
 from vila_triton.registry import Unsupported
 
-from ._sdpa import check_not_meta, upcast_on_cpu
+from ._sdpa import attention_and_lse, check_not_meta, upcast_on_cpu
 
 
 @prefill_attention.impl("aten")
@@ -26,15 +27,15 @@ def prefill_attention_aten(
     softmax_scale: float,
     numerics: str = "fast",
     return_lse: bool = False,
-) -> Tensor:
-    """Return attention [s, h, d] in q's dtype; raises Unsupported for `return_lse` and under "batch_invariant"."""
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return attention [s, h, d] in q's dtype, and with `return_lse`, on a CPU and without a context, its log-sum-exp
+    [s, h]; raises Unsupported for that elsewhere, and under "batch_invariant".
+    """
     check_not_meta("prefill_attention", q)
     if numerics == "batch_invariant":
         raise Unsupported("prefill_attention: torch's attention adds up in an order that changes with the chunks")
-    if return_lse:
-        raise Unsupported("prefill_attention: torch's attention does not return its log-sum-exp")
     g, queries_per_kv = k.shape[1], q.shape[1] // k.shape[1]
-    out = torch.empty_like(q)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=upcast(q[:0]).dtype, device=q.device)
     offsets = batch.query_start_loc.tolist()
     for i, t in enumerate(batch.context_lens.tolist()):
         rows = slice(offsets[i], offsets[i + 1])
@@ -42,6 +43,8 @@ def prefill_attention_aten(
         if not s:
             continue
         keys, values = k[rows], v[rows]
+        if t and return_lse:
+            raise Unsupported("prefill_attention: torch's attention returns no log-sum-exp over cached keys")
         if t:
             cached_k, cached_v = cache.gather(i, t)
             keys = torch.cat((cached_k.to(k.dtype), keys))
@@ -50,8 +53,12 @@ def prefill_attention_aten(
         keys, values = (  # [g, n, t, d]
             upcast_on_cpu(x).transpose(0, 1)[:, None].expand(-1, queries_per_kv, -1, -1) for x in (keys, values)
         )
+        if return_lse:
+            seq_out, seq_lse = attention_and_lse("prefill_attention", queries, keys, values, softmax_scale, True)
+            out[rows], lse[rows] = seq_out.permute(2, 0, 1, 3).flatten(1, 2), seq_lse.permute(2, 0, 1).flatten(1)
+            continue
         # Without a context the mask is the usual triangle, which torch need not read.
         mask = causal_mask(s, s + t, q.device) if t and s > 1 else None
         seq_out = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=not t, scale=softmax_scale)
         out[rows] = seq_out.permute(2, 0, 1, 3).flatten(1, 2)  # [g, n, s, d] -> [s, h, d]
-    return out
+    return (out, lse) if return_lse else out

@@ -22,6 +22,7 @@ from vila_triton.ops import (
 )
 from vila_triton.ops.attention import attention_weights, causal_mask, check_numerics
 from vila_triton.ops.kv_pages import quantize_kv
+from vila_triton.ops.prefill_attention import without_context
 
 from ..lock import DeferringLock
 from ..models.config import LlamaConfig
@@ -68,11 +69,7 @@ def uncached_attention(q: Tensor, k: Tensor, v: Tensor, query_start_loc: Tensor,
 
     There are no pages to read, so it has a gradient.
     """
-    num_seqs = len(query_start_loc) - 1
-    pages = k.new_empty(0, DEFAULT_PAGE_SIZE, *k.shape[1:])
-    cache = PagedKV(pages, pages, query_start_loc.new_empty(num_seqs, 0))
-    batch = RaggedBatch(query_start_loc, torch.zeros_like(query_start_loc[:-1]))
-    return prefill_attention(q, k, v, cache, batch, scale, numerics)
+    return prefill_attention(q, k, v, *without_context(k, query_start_loc), scale, numerics)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,11 @@ References run in any dtype, float64 included, on CPU or GPU. Sums are taken in 
     attention                 what the three attentions share; merging their partial results
     attention_cases           their hard cases, as arguments for tests
     prefill_attention, decode_attention, encoder_attention
+    backward                  the parts that ops of gradients share
+    elementwise_backward      rms_norm_backward, swiglu_backward
+    int4_backward             int4_matmul_backward
+    attention_backward        what the two below share
+    prefill_attention_backward, encoder_attention_backward
     kv_pages                  the pages of the KV cache
     kv_write, rope_kv_write   new keys and values into pages, the second with the rotary embedding
 
@@ -29,12 +34,16 @@ from vila_triton.registry.discovery import import_modules, record_problem
 from .attention import RaggedBatch, merge_attention_states
 from .decode_attention import decode_attention
 from .elementwise import layer_norm, rms_norm, rope, swiglu
+from .elementwise_backward import rms_norm_backward, swiglu_backward
 from .encoder_attention import encoder_attention
+from .encoder_attention_backward import encoder_attention_backward
 from .int4 import Int4, dequantize, int4_matmul, int4_swiglu, quantize_rtn
+from .int4_backward import int4_matmul_backward
 from .kv_pages import KVPages, PagedKV, QuantizedKVPages, empty_kv_pages, page_tensors
 from .kv_write import kv_write
 from .linear import linear
 from .prefill_attention import prefill_attention
+from .prefill_attention_backward import prefill_attention_backward
 from .rope_kv_write import rope_kv_write
 
 __all__ = [
@@ -47,7 +56,9 @@ __all__ = [
     "dequantize",
     "empty_kv_pages",
     "encoder_attention",
+    "encoder_attention_backward",
     "int4_matmul",
+    "int4_matmul_backward",
     "int4_swiglu",
     "kv_write",
     "layer_norm",
@@ -55,11 +66,14 @@ __all__ = [
     "merge_attention_states",
     "page_tensors",
     "prefill_attention",
+    "prefill_attention_backward",
     "quantize_rtn",
     "rms_norm",
+    "rms_norm_backward",
     "rope",
     "rope_kv_write",
     "swiglu",
+    "swiglu_backward",
 ]
 
 

@@ -4,7 +4,7 @@
 from functools import partial
 
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 from torch import Tensor
 
 from vila_triton.registry import IntRange, op
@@ -16,19 +16,22 @@ from .shapes import check_axes, check_finite, check_floating, check_same_dtype
 
 
 @op
-def encoder_attention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+def encoder_attention(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q kᵀ · softmax_scale) v of every position of an image over all positions of it.
 
-    q, k and v [b, s, h, d], b images of s positions; returns [b, s, h, d]. Raises ValueError for shapes, dtypes or
-    devices that do not fit.
+    q, k and v [b, s, h, d], b images of s positions; returns [b, s, h, d], and with `return_lse` also the log-sum-exp
+    of the scores, [b, s, h] float32. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     scores = einsum(upcast(q), upcast(k), "b s h d, b t h d -> b h s t") * softmax_scale
     p = upcast(scores.softmax(-1).to(v.dtype))
-    return einsum(p, upcast(v), "b h s t, b t h d -> b s h d").to(q.dtype)
+    out = einsum(p, upcast(v), "b h s t, b t h d -> b s h d").to(q.dtype)
+    return (out, rearrange(scores.logsumexp(-1), "b h s -> b s h")) if return_lse else out
 
 
 @encoder_attention.requires
-def _(q, k, v, softmax_scale) -> None:
+def _(q, k, v, softmax_scale, return_lse=False) -> None:
     check_axes("encoder_attention", q=(q, "b s h d"), k=(k, "b s h d"), v=(v, "b s h d"))
     check_floating("encoder_attention", q=q)
     check_same_dtype("encoder_attention", q=q, k=k, v=v)
@@ -60,11 +63,13 @@ for _name, _change in CHANGES.items():
     encoder_attention.hard_case(_name)(partial(_change_images, _change))
 
 
-encoder_attention.fake_impl(lambda q, k, v, softmax_scale: q.new_empty(q.shape))
+@encoder_attention.fake_impl
+def _(q, k, v, softmax_scale, return_lse):
+    return (q.new_empty(q.shape), upcast(q.new_empty(q.shape[:3]))) if return_lse else q.new_empty(q.shape)
 
 
 @encoder_attention.sizes_from_args("b")
-def _(q, k, v, softmax_scale):
+def _(q, k, v, softmax_scale, return_lse=False):
     b, s, h, d = q.shape
     return dict(b=b, s=s, h=h, d=d, dtype=dtype_name(q.dtype))
 

@@ -99,6 +99,32 @@ def quantize_rtn(w: Tensor, group_size: int) -> Int4:
     return Int4(pack_tiles(q.flatten(-2)), scales, zeros, group_size)
 
 
+def check_int4_weight(op_name: str, name: str, w: Int4, **beside: tuple[Tensor, str]) -> None:
+    """Raise ValueError unless the tensors of a weight [n, k] fit one another and those beside it, as `check_axes` takes
+    them: ``x=(x, "... k")``.
+    """
+    if not isinstance(w, Int4):
+        raise ValueError(f"{op_name}: {name} is a {type(w).__name__}, expected an Int4")
+    group_tensors = {f"{name}.scales": (w.scales, "G n"), f"{name}.zeros": (w.zeros, "G n")}
+    sizes = check_axes(op_name, **beside, **group_tensors)
+    check_int4_shape(sizes["G"] * w.group_size, w.group_size)
+    if w.rounding not in ROUNDINGS:
+        raise ValueError(f"{op_name}: {name}.rounding is {w.rounding!r}, expected one of {', '.join(ROUNDINGS)}")
+    if sizes.get("k", w.shape[1]) != w.shape[1]:
+        first = next(iter(beside))
+        raise ValueError(f"{op_name}: {first} has {sizes['k']} columns, but {name} is {list(w.shape)}")
+    if w.qweight.shape != tiled_shape(*w.shape):
+        raise ValueError(
+            f"{op_name}: {name}.qweight has shape {list(w.qweight.shape)}, expected {list(tiled_shape(*w.shape))}"
+        )
+    if w.qweight.dtype != torch.int32:
+        raise ValueError(f"{op_name}: {name}.qweight is {w.qweight.dtype}, expected torch.int32")
+    if w.qweight.device != w.scales.device:
+        device = f"{w.scales.device} like {next(iter(beside))}"
+        raise ValueError(f"{op_name}: {name}.qweight is on {w.qweight.device}, expected {device}")
+    check_floating(op_name, **{key: x for key, (x, _) in (*beside.items(), *group_tensors.items())})
+
+
 def check_int4_args(
     op_name: str, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, **weights: Int4
 ) -> None:
@@ -106,24 +132,7 @@ def check_int4_args(
     residual [..., n].
     """
     for name, w in weights.items():
-        if not isinstance(w, Int4):
-            raise ValueError(f"{op_name}: {name} is a {type(w).__name__}, expected an Int4")
-        group_tensors = {f"{name}.scales": (w.scales, "G n"), f"{name}.zeros": (w.zeros, "G n")}
-        sizes = check_axes(op_name, x=(x, "... k"), **group_tensors, **({} if bias is None else {"bias": (bias, "n")}))
-        check_int4_shape(sizes["G"] * w.group_size, w.group_size)
-        if w.rounding not in ROUNDINGS:
-            raise ValueError(f"{op_name}: {name}.rounding is {w.rounding!r}, expected one of {', '.join(ROUNDINGS)}")
-        if x.shape[-1] != w.shape[1]:
-            raise ValueError(f"{op_name}: x has {x.shape[-1]} columns, but {name} is {list(w.shape)}")
-        if w.qweight.shape != tiled_shape(*w.shape):
-            raise ValueError(
-                f"{op_name}: {name}.qweight has shape {list(w.qweight.shape)}, expected {list(tiled_shape(*w.shape))}"
-            )
-        if w.qweight.dtype != torch.int32:
-            raise ValueError(f"{op_name}: {name}.qweight is {w.qweight.dtype}, expected torch.int32")
-        if w.qweight.device != x.device:
-            raise ValueError(f"{op_name}: {name}.qweight is on {w.qweight.device}, expected {x.device} like x")
-        check_floating(op_name, x=x, **{leaf: y for leaf, (y, _) in group_tensors.items()})
+        check_int4_weight(op_name, name, w, x=(x, "... k"), **({} if bias is None else {"bias": (bias, "n")}))
     if bias is not None:
         check_same_dtype(op_name, x=x, bias=bias)
     if residual is not None:

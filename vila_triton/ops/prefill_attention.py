@@ -15,6 +15,8 @@ from .indices import check_block_table, check_query_start_loc
 from .kv_pages import KV_FORMATS, PAGE_SIZES, PagedKV, check_pages, kv_bytes, kv_format, random_pages
 from .shapes import check_axes, check_dtype, check_finite, check_floating, check_same_dtype, check_type
 
+EMPTY_PAGE_SIZE = 16  # of pages of which there are none
+
 
 @op(batch_invariant=True)
 def prefill_attention(
@@ -44,6 +46,13 @@ def prefill_attention(
         out.append(seq_out)
         lses += [] if seq_lse is None else [seq_lse]
     return (torch.cat(out), torch.cat(lses)) if return_lse else torch.cat(out)
+
+
+def without_context(k: Tensor, query_start_loc: Tensor) -> tuple[PagedKV, RaggedBatch]:
+    """The cache and the batch of whole sequences of which nothing is cached: k [s, g, d], query_start_loc [b+1]."""
+    pages = k.new_empty(0, EMPTY_PAGE_SIZE, *k.shape[1:])
+    cache = PagedKV(pages, pages, query_start_loc.new_empty(len(query_start_loc) - 1, 0))
+    return cache, RaggedBatch(query_start_loc, torch.zeros_like(query_start_loc[:-1]))
 
 
 @prefill_attention.requires

@@ -1,0 +1,85 @@
+"""References of backward ops are what torch's autograd makes of the forward op's reference, in float64.
+
+The second half of each test makes the same gradients by `backward()`: the rule of the forward op.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from bench.correctness.error_budget import example_args, example_strategy
+from bench.correctness.guarded_memory import map_tensors
+from vila_triton import ops
+from vila_triton.ops.prefill_attention import without_context
+from vila_triton.registry import OPS, use
+
+D = torch.float64
+
+
+def prefill_args(grad_out, q, k, v, out, lse, query_start_loc, scale) -> tuple:
+    return q, k, v, *without_context(k, query_start_loc), scale
+
+
+FORWARD_ARGS: dict[str, Callable[..., tuple]] = {
+    "rms_norm": lambda grad_out, *args: args,
+    "swiglu": lambda grad_out, *args: args,
+    "encoder_attention": lambda grad_out, q, k, v, out, lse, scale: (q, k, v, scale),
+    "prefill_attention": prefill_args,
+}
+
+
+def in_float64(args: Any) -> Any:
+    return map_tensors(lambda x: x.double() if x.is_floating_point() else x, args)
+
+
+def leaves(args: tuple) -> list[Tensor]:
+    """The arguments that have a gradient, which is asked for from now on."""
+    return [x.requires_grad_() for x in args if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def assert_close(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9 * max(1.0, float(y.abs().amax()) if y.numel() else 0))
+
+
+@pytest.mark.parametrize("name", FORWARD_ARGS)
+def test_gradients_are_those_of_the_forward_reference(name: str) -> None:
+    forward, backward = OPS[name], OPS[f"{name}_backward"]
+
+    @given(sizes=example_strategy(backward))
+    def check(sizes: dict) -> None:
+        for values in ("random", *backward.hard_cases):
+            args = in_float64(example_args(backward, **sizes, values=values))
+            forward_args = map_tensors(torch.clone, FORWARD_ARGS[name](*args))
+            inputs = leaves(forward_args)
+            out = forward.reference(*forward_args)
+            expected = torch.autograd.grad(out, inputs, args[0])
+            if "attention" in name:  # what the example holds was computed in another dtype
+                out, lse = forward.reference(*map_tensors(torch.detach, forward_args), return_lse=True)
+                args = (*args[:4], out, lse, *args[6:])
+            assert_close(backward.reference(*args), expected)
+            with use(**{name: "reference", f"{name}_backward": "reference"}):
+                assert_close(torch.autograd.grad(forward(*forward_args), inputs, args[0]), expected)
+
+    check()
+
+
+@given(sizes=example_strategy(OPS["int4_matmul_backward"]))
+def test_gradients_of_int4_products(sizes: dict) -> None:
+    grad_out, w = in_float64(example_args(OPS["int4_matmul_backward"], **sizes))
+    m, (n, k) = len(grad_out), w.shape
+    rng = torch.Generator().manual_seed(sizes["seed"])
+    x, bias, residual = (torch.randn(*s, dtype=D, generator=rng).requires_grad_() for s in ((m, k), (n,), (m, n)))
+    inputs = x, bias, residual
+    expected = torch.autograd.grad(ops.int4_matmul.reference(x, w, bias, residual), inputs, grad_out)
+    assert_close((ops.int4_matmul_backward.reference(grad_out, w),), expected[:1])
+    with use(int4_matmul="reference", int4_matmul_backward="reference", int4_swiglu="reference"):
+        assert_close(
+            torch.autograd.grad(ops.int4_matmul(x, w, bias, residual), inputs, grad_out), expected
+        )
+        expected = torch.autograd.grad(ops.int4_swiglu.reference(x, w, w), x, grad_out)
+        assert_close(torch.autograd.grad(ops.int4_swiglu(x, w, w), x, grad_out), expected)
