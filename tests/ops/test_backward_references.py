@@ -78,8 +78,6 @@ def test_gradients_of_int4_products(sizes: dict) -> None:
     expected = torch.autograd.grad(ops.int4_matmul.reference(x, w, bias, residual), inputs, grad_out)
     assert_close((ops.int4_matmul_backward.reference(grad_out, w),), expected[:1])
     with use(int4_matmul="reference", int4_matmul_backward="reference", int4_swiglu="reference"):
-        assert_close(
-            torch.autograd.grad(ops.int4_matmul(x, w, bias, residual), inputs, grad_out), expected
-        )
+        assert_close(torch.autograd.grad(ops.int4_matmul(x, w, bias, residual), inputs, grad_out), expected)
         expected = torch.autograd.grad(ops.int4_swiglu.reference(x, w, w), x, grad_out)
         assert_close(torch.autograd.grad(ops.int4_swiglu(x, w, w), x, grad_out), expected)
