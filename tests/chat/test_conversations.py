@@ -23,7 +23,7 @@ from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.models import llama, vila
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import count_calls
-from vila_triton.tiny.evaluate import held_out_question
+from vila_triton.tiny.evaluate import question_of_kind
 from vila_triton.tiny.scenes import draw_scene, random_scene
 
 RNG = random.Random(8)
@@ -36,7 +36,7 @@ KINDS = [
     ("description", 1),
     ("colour", 3),
 ]
-ASKED = [(found.qa.question, found.images) for found in (held_out_question(RNG, kind, n) for kind, n in KINDS)]
+ASKED = [(found.qa.question, found.images) for found in (question_of_kind(RNG, kind, n) for kind, n in KINDS)]
 ASKED.insert(2, ("How many shapes are there?", []))  # of no image at all
 IMAGES = [draw_scene(random_scene(RNG, "held_out"), RNG) for _ in range(3)]
 QUESTIONS = ["How many shapes are there?", "Describe the picture.", "What colour is the shape at the top?"]

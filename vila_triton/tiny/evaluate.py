@@ -24,7 +24,7 @@ from vila_triton.limits import COUNT, SEED
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import count_calls, use
 from vila_triton.tiny.questions import KIND_GROUPS, KINDS, QA, random_question
-from vila_triton.tiny.scenes import Scene, draw_scene, random_scene
+from vila_triton.tiny.scenes import Scene, Split, draw_scene, random_scene
 
 BATCH_SIZE = 50
 
@@ -42,10 +42,10 @@ class EvalQuestion:
         return self.qa.kind if n == 1 else f"{self.qa.kind}, {n} images"
 
 
-def held_out_question(rng: random.Random, kind: str, num_images: int) -> EvalQuestion:
-    """Return a question of a kind about held-out scenes; scenes that allow no such question are drawn again."""
+def question_of_kind(rng: random.Random, kind: str, num_images: int, split: Split = "held_out") -> EvalQuestion:
+    """Return a question of a kind about scenes of a split; scenes that allow no such question are drawn again."""
     while True:
-        scenes: list[Scene] = [random_scene(rng, "held_out") for _ in range(num_images)]
+        scenes: list[Scene] = [random_scene(rng, split) for _ in range(num_images)]
         try:
             return EvalQuestion(random_question(rng, scenes, kind), [draw_scene(scene, rng) for scene in scenes])
         except ValueError:
@@ -71,7 +71,7 @@ def build_questions(
 ) -> list[EvalQuestion]:
     """Return `per_kind` questions of every kind and number of images."""
     rng = random.Random(seed)
-    return [held_out_question(rng, kind, n) for _ in range(per_kind) for n in kinds for kind in kinds[n]]
+    return [question_of_kind(rng, kind, n) for _ in range(per_kind) for n in kinds for kind in kinds[n]]
 
 
 @torch.inference_mode()
