@@ -42,7 +42,7 @@ def _(grad_out, q, k, v, out, lse, softmax_scale) -> None:
     heads = {"grad_out": grad_out, "q": q, "k": k, "v": v, "out": out}
     check_axes("encoder_attention_backward", **{name: (x, "b s h d") for name, x in heads.items()}, lse=(lse, "b s h"))
     check_floating("encoder_attention_backward", q=q)
-    check_same_dtype("encoder_attention_backward", q=q, **heads)
+    check_same_dtype("encoder_attention_backward", **{"q": q, **heads})
     check_lse("encoder_attention_backward", q, lse)
     check_finite("encoder_attention_backward", softmax_scale=softmax_scale)
 
