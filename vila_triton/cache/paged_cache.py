@@ -67,9 +67,10 @@ def round_like_pages(x: Tensor, pages: KVPages) -> Tensor:
 def uncached_attention(q: Tensor, k: Tensor, v: Tensor, query_start_loc: Tensor, scale: float, numerics: str) -> Tensor:
     """Causal attention of whole sequences, laid end to end, to themselves: q [s, h, d], k and v [s, g, d] -> [s, h, d].
 
-    There are no pages to read, so it has a gradient.
+    There are no pages to read, so it has a gradient. A v that is a part of q, k and v as one product is copied, or the
+    backward pass would keep all of these.
     """
-    return prefill_attention(q, k, v, *without_context(k, query_start_loc), scale, numerics)
+    return prefill_attention(q, k, v.contiguous(), *without_context(k, query_start_loc), scale, numerics)
 
 
 @dataclass(frozen=True)

@@ -73,13 +73,15 @@ class ForwardPass:
     def __post_init__(self) -> None:
         self.num_kept = self.batch.mask[:, -self.logits_to_keep :].sum(1).tolist()
 
-    def run_uncached(self, device: torch.device, checkpointing: bool) -> Sequence[Tensor]:
-        """Run without a cache -> the last logits [kept, v] of each sequence; checkpointing: see `llama.forward`."""
+    def run_uncached(self, device: torch.device, checkpointing: bool) -> Tensor:
+        """Run without a cache -> the last logits of each sequence, end to end [s, v]; checkpointing: see
+        `llama.forward`.
+        """
         step = UncachedBatch([len(row) for row in self.batch.rows], device)
         return self._logits(self._run_step(step, checkpointing), step.numerics)
 
-    def run_cached(self, cache: PagedKVCache, sequences: Sequence[int], chunk_size: int | None) -> Sequence[Tensor]:
-        """Append the batch to these sequences of a cache -> the last logits [kept, v] of each."""
+    def run_cached(self, cache: PagedKVCache, sequences: Sequence[int], chunk_size: int | None) -> Tensor:
+        """Append the batch to these sequences of a cache -> the last logits of each, end to end [s, v]."""
         rows = dict(zip(sequences, self.batch.rows))
         counts = {seq: len(row) for seq, row in rows.items()}
         cache.ensure_capacity(counts)
@@ -99,25 +101,25 @@ class ForwardPass:
             )
         return self._logits(hidden, cache.numerics)
 
-    def outputs(self, logits: Sequence[Tensor], num_items_in_batch: int | Tensor | None) -> dict[str, Any]:
+    def outputs(self, logits: Tensor, num_items_in_batch: int | Tensor | None) -> dict[str, Any]:
         """The padded outputs by their names in `CausalLMOutputWithPast`; num_items_in_batch: see `causal_loss`."""
-        batch, lengths = self.batch, [len(row) for row in self.batch.rows]
+        batch = self.batch
         return {
             "loss": causal_loss(logits, batch.labels, num_items_in_batch) if batch.labels is not None else None,
             "logits": pad(logits, batch.mask[:, -self.logits_to_keep :]),
-            "hidden_states": tuple(pad(x.split(lengths), batch.mask) for x in self.hidden_states or ()) or None,
+            "hidden_states": tuple(pad(x, batch.mask) for x in self.hidden_states or ()) or None,
             "attentions": tuple(pad_attentions(x, batch.mask) for x in self.attentions or ()) or None,
         }
 
     def _run_step(self, step: PagedBatch | UncachedBatch, checkpointing: bool = False) -> list[Tensor]:
         backend = step if self.attentions is None else AttentionRecorder(step, self.attentions)
         positions = torch.cat(self.batch.positions) if self.batch.positions else step.positions
-        x = torch.cat([self.embed(row) for row in self.batch.rows])
+        x = self.embed(torch.cat(self.batch.rows))
         hidden = engine.forward(self.p, x, positions, self.cfg, backend, self.hidden_states, checkpointing)
         rows = hidden.split([len(row) for row in self.batch.rows])
         return [row[len(row) - n :] for row, n in zip(rows, self.num_kept)]
 
-    def _logits(self, hidden: Sequence[Tensor], numerics: str) -> Sequence[Tensor]:
+    def _logits(self, hidden: Sequence[Tensor], numerics: str) -> Tensor:
         x = torch.cat(list(hidden))
         with engine.use_default_kernels(x.device, step_phase(map(len, self.batch.rows), numerics)):
-            return llama.logits(self.p.llm, x).split(self.num_kept)
+            return llama.logits(self.p.llm, x)

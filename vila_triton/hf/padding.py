@@ -27,10 +27,14 @@ class UnpaddedBatch:
     mask: Tensor  # [b, longest] bool
 
 
-def pad(rows: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Pad sequences [t, ...] with zeros -> [b, longest, ...]; `mask` [b, longest] is true where their rows go."""
-    out = rows[0].new_zeros((*mask.shape, *rows[0].shape[1:]))
-    out[mask] = torch.cat(list(rows))
+def pad(x: Tensor, mask: Tensor) -> Tensor:
+    """Pad sequences that lie end to end, [s, ...], with zeros -> [b, longest, ...]; `mask` [b, longest] is true where
+    their rows go. Where there is no padding, the result is a view.
+    """
+    if len(x) == mask.numel():
+        return x.unflatten(0, mask.shape)
+    out = x.new_zeros((*mask.shape, *x.shape[1:]))
+    out[mask] = x
     return out
 
 
@@ -161,20 +165,17 @@ def token_mask(lengths: Sequence[int], padding_side: str) -> Tensor:
     return columns < row_lengths if padding_side == "right" else columns >= max(lengths) - row_lengths
 
 
-def causal_loss(
-    logits: Sequence[Tensor], labels: Sequence[Tensor], num_items_in_batch: int | Tensor | None = None
-) -> Tensor:
-    """Mean cross-entropy of every label but the first of its sequence, under the logits one position before it: [t, v]
-    and [t] each.
+def causal_loss(logits: Tensor, labels: Sequence[Tensor], num_items_in_batch: int | Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of every label but the first of its sequence, under the logits one position before it: [s, v]
+    of all sequences end to end, labels [t] of each. Labels are shifted and not logits, of which that would be a copy.
 
     num_items_in_batch: what the sum is divided by instead of the number of these labels, where several batches make one
     step.
     """
-    shifted_logits = torch.cat([row[:-1] for row in logits])
-    targets = torch.cat([row[1:] for row in labels]).to(shifted_logits.device)
-    if shifted_logits.dtype != torch.float64:
-        shifted_logits = shifted_logits.float()
+    targets = torch.cat([torch.cat((row[1:], row.new_full((1,), IGNORE_INDEX))) for row in labels]).to(logits.device)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
     if num_items_in_batch is not None:
-        loss = cross_entropy(shifted_logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        loss = cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
         return loss / num_items_in_batch
-    return cross_entropy(shifted_logits, targets, ignore_index=IGNORE_INDEX)
+    return cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)

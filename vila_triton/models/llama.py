@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -151,7 +152,7 @@ def rotary_cos_sin(positions: Tensor, cfg: LlamaConfig) -> CosSin:
 
 def embed(p: Llama, ids: Tensor) -> Tensor:
     """Embed token ids [s] -> [s, e]."""
-    return p.embedding[ids]
+    return F.embedding(ids, p.embedding)
 
 
 def qkv_projections(p: Layer, x: Tensor) -> tuple[Tensor, ...]:
