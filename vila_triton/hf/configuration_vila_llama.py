@@ -38,7 +38,7 @@ class VilaLlamaConfig(PreTrainedConfig):
     vision_tower_cfg: dict | str | None = None
     mm_projector_cfg: dict | str | None = None
     hidden_size: int | None = None
-    vocab_size: int | None = None  # the language model's, set by the model for transformers' beam search
+    vocab_size: int | None = None  # the language model's, for transformers' beam search and peft's saving
     mm_hidden_size: int | None = None
     mm_vision_select_layer: int | None = None
     mm_vision_select_feature: str | None = None
@@ -64,6 +64,15 @@ class VilaLlamaConfig(PreTrainedConfig):
             ) from None
 
     @classmethod
+    def from_pretrained(cls, folder: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Read the config of a folder, as transformers does, and the size of its vocabulary from that of its part."""
+        loaded = super().from_pretrained(folder, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if config.vocab_size is None and (llm := config.part_config("llm")):
+            config.vocab_size = llm.get("vocab_size")
+        return loaded
+
+    @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
         """Build a config from a config.json, as transformers' loaders do."""
         return super().from_dict(with_new_spellings(config_dict), **kwargs)
@@ -79,16 +88,15 @@ class VilaLlamaConfig(PreTrainedConfig):
 
         Errors: ValueError if one is neither here nor in a folder.
         """
-        root = self._name_or_path or self.resume_path
-        configs = {}
-        for part in loading.PARTS:
-            value = getattr(self, f"{part}_cfg")
-            folder = find_folder(Path(root), value if isinstance(value, str) else part) if root else None
-            if isinstance(value, dict):
-                configs[part] = value
-            elif folder and (folder / "config.json").exists():
-                configs[part] = loading.read_json(folder / "config.json")
-        if len(configs) != 3:
-            missing = ", ".join(f"`{part}_cfg`" for part in loading.PARTS if part not in configs)
+        configs = {part: self.part_config(part) for part in loading.PARTS}
+        if missing := ", ".join(f"`{part}_cfg`" for part, config in configs.items() if config is None):
             raise ValueError(f"`llm_cfg` `mm_projector_cfg` `vision_tower_cfg` not found in the config: no {missing}")
-        return configs
+        return {part: config for part, config in configs.items() if config is not None}
+
+    def part_config(self, part: str) -> dict[str, Any] | None:
+        """The nested config of a part, read from its folder where it is null here; None if it is not there either."""
+        root, value = self._name_or_path or self.resume_path, getattr(self, f"{part}_cfg")
+        if isinstance(value, dict):
+            return value
+        folder = find_folder(Path(root), value if isinstance(value, str) else part) if root else None
+        return loading.read_json(folder / "config.json") if folder and (folder / "config.json").exists() else None

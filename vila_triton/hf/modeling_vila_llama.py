@@ -70,6 +70,9 @@ class VilaLlamaForCausalLM(UnsupportedMethods, TrainingMixin, PreTrainedModel, V
         self.set_default_stop_tokens(part_configs["llm"].get("eos_token_id"))
         self.cache: PagedKVCache | None = None
 
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Nothing: `init_vlm` has drawn or loaded all parameters, and transformers would draw them again."""
+
     @classmethod
     @torch.inference_mode(False)
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -103,27 +103,32 @@ def weight_spec(
     )
 
 
-def tree_map(f: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
+def tree_map(f: Callable[..., Any], tree: Tree, *others: Tree, leaf_type: type | tuple[()] = ()) -> Tree:
     """Apply f to each leaf, and to the corresponding leaves of the other trees; everything that is no leaf stays as it
-    is.
+    is. What is of the type `leaf_type` is taken for a leaf, too.
     """
+    if isinstance(tree, leaf_type):
+        return f(tree, *others)
     if tree is None or isinstance(tree, int | float | str):
         return tree
     if isinstance(tree, tuple):
-        return tuple(tree_map(f, *parts) for parts in zip(tree, *others, strict=True))  # pyright: ignore
+        return tuple(tree_map(f, *parts, leaf_type=leaf_type) for parts in zip(tree, *others, strict=True))  # pyright: ignore
     if is_dataclass(tree) and not isinstance(tree, ParameterSpec):
         names = [field.name for field in fields(tree)]
-        return type(tree)(*(tree_map(f, getattr(tree, n), *(getattr(r, n) for r in others)) for n in names))
+        parts = ((getattr(x, name) for x in (tree, *others)) for name in names)
+        return type(tree)(*(tree_map(f, *values, leaf_type=leaf_type) for values in parts))
     return f(tree, *others)
 
 
-def leaves(tree: Any) -> list[Any]:
-    """The leaves of a tree in the order of declaration."""
+def leaves(tree: Any, leaf_type: type | tuple[()] = ()) -> list[Any]:
+    """The leaves of a tree in the order of declaration; what is of the type `leaf_type` is taken for one, too."""
+    if isinstance(tree, leaf_type):
+        return [tree]
     if tree is None or isinstance(tree, int | float | str):
         return []
     if is_dataclass(tree) and not isinstance(tree, ParameterSpec):
         tree = tuple(getattr(tree, field.name) for field in fields(tree))
-    return [leaf for part in tree for leaf in leaves(part)] if isinstance(tree, tuple) else [tree]
+    return [leaf for part in tree for leaf in leaves(part, leaf_type)] if isinstance(tree, tuple) else [tree]
 
 
 def checksum(parameters: Sequence[Tensor]) -> int:

@@ -1,0 +1,89 @@
+"""The linear maps of a model as torch modules under Hugging Face's names, such as peft adapts.
+
+The functional model does not call them; it reads their parameters. `forward` is there for those who do.
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from vila_triton import ops
+from vila_triton.models.layers import Affine
+from vila_triton.models.params import ParameterSpec
+from vila_triton.ops import Int4
+
+
+class FrozenInt4(Int4):
+    """An int4 weight as the `weight` of a module: peft asks for its dtype and device, and writes to its `data`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of inputs and results, of which peft makes adapters."""
+        return self.scales.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.scales.device
+
+    @property
+    def data(self) -> NoReturn:
+        """Errors: TypeError."""
+        raise TypeError(
+            "the weight of this linear map is int4: it is not trained, and no adapter can be merged into it "
+            "(`vila-triton convert SOURCE TARGET --format dense` writes a dense model, which takes adapters in)"
+        )
+
+
+class Int4Linear(nn.Linear):
+    """A linear map whose weight is int4 and frozen: codes, scales and zeros are not trained.
+
+    It is a kind of `nn.Linear`, so that what adapts these adapts it: peft needs no other class for it.
+    """
+
+    def __init__(self, weight: Int4, bias: Tensor | None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.group_size = weight.group_size
+        self.rounding: Any = weight.rounding
+        for name in ("qweight", "scales", "zeros"):
+            self.register_parameter(name, nn.Parameter(getattr(weight, name), requires_grad=False))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+
+    @property
+    def weight(self) -> FrozenInt4:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The weight [n, k]."""
+        return FrozenInt4(self.qweight, self.scales, self.zeros, self.group_size, self.rounding)
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """x [..., k] -> [..., n]."""
+        return ops.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes and groups, as `print(model)` shows them."""
+        return f"{super().extra_repr()}, group_size={self.group_size}"
+
+
+def is_linear(specs: Any) -> bool:
+    """Return True for the specs of a linear map, False for those of a norm or a convolution."""
+    if not isinstance(specs, Affine):
+        return False
+    return isinstance(specs.weight, Int4) or len(specs.weight.shape) == 2
+
+
+def linear_module(p: Affine) -> nn.Linear:
+    """The module of a linear map, which holds its tensors."""
+    if isinstance(p.weight, Int4):
+        return Int4Linear(p.weight, p.bias)
+    n, k = p.weight.shape
+    module = nn.Linear(k, n, bias=p.bias is not None, device="meta")
+    module.weight = nn.Parameter(p.weight)
+    if p.bias is not None:
+        module.bias = nn.Parameter(p.bias)
+    return module
+
+
+def name_of(specs: Affine) -> str:
+    """The name of a linear map or a norm in the checkpoint, of which its tensors have theirs."""
+    weight: ParameterSpec = specs.weight.qweight if isinstance(specs.weight, Int4) else specs.weight  # pyright: ignore
+    return weight.key.rpartition(".")[0]

@@ -1,0 +1,106 @@
+"""Read the parameters that a model's modules hold, peft's among them.
+
+The functional model calls no module, so one that it does not know is an error: what it computes would be left out.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vila_triton.models.layers import LowRank
+
+from .linear_modules import Int4Linear
+
+LORA, MODULES_TO_SAVE = "peft.tuners.lora.layer.Linear", "peft.utils.other.ModulesToSaveWrapper"
+LINEARS = (nn.Linear, Int4Linear)
+ADVICE = "adapters here are peft's plain LoRA of linear maps, and its modules_to_save"
+
+
+class ModuleReading:
+    """What a module and all below it hold.
+
+    tensors: parameters by the names they have without adapters. low_rank: the terms that active adapters add to linear
+    maps, by the names of these.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.tensors: dict[str, Tensor] = {}
+        self.low_rank: dict[str, tuple[LowRank, ...]] = {}
+        self._read(module, "")
+
+    def all_tensors(self) -> list[Tensor]:
+        """Those of low-rank terms as well."""
+        terms = [x for terms in self.low_rank.values() for term in terms for x in (term.a, term.b)]
+        return [*self.tensors.values(), *terms]
+
+    def constants(self) -> list[tuple[str, list[tuple[float, float]]]]:
+        """The numbers of low-rank terms that are no tensors."""
+        return [(name, [(term.scaling, term.dropout) for term in terms]) for name, terms in self.low_rank.items()]
+
+    def _read(self, module: nn.Module, prefix: str) -> None:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                self.tensors[prefix + name] = parameter
+        for name, child in module._modules.items():
+            if child is not None:
+                path = prefix + name
+                if type(child) is not nn.Module:
+                    child = self._unwrapped(child, path)
+                self._read(child, f"{path}.")
+
+    def _unwrapped(self, module: Any, path: str) -> nn.Module:
+        """The module that holds the parameters of this name; low-rank terms around it are noted."""
+        kind = class_path(module)
+        if kind == MODULES_TO_SAVE:
+            module = module_to_save(module)
+            return module if type(module) is nn.Module else self._unwrapped(module, path)
+        if kind == LORA:
+            check_not_hooked(module, path)
+            self.low_rank[path] = low_rank_terms(module, path)
+            module = module.base_layer
+        if type(module) not in LINEARS:
+            raise TypeError(f"{path} is a {class_path(module)}, which the model cannot take in; {ADVICE}")
+        check_not_hooked(module, path)
+        return module
+
+
+def class_path(module: object) -> str:
+    """The full name of an object's class: peft may not be installed."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def check_not_hooked(module: nn.Module, path: str) -> None:
+    """Errors: TypeError for a module with hooks of its forward pass, or another one, which nobody would call."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        raise TypeError(
+            f"{path} has hooks or another forward pass (as of peft's adapter_names, or of accelerate), but the model "
+            "reads its parameters and does not call it"
+        )
+
+
+def module_to_save(wrapper: Any) -> nn.Module:
+    """The module in whose place peft trains a copy: the copy of the active adapter, if there is one."""
+    active = wrapper.active_adapters
+    if wrapper.disable_adapters or not active or any(name not in wrapper.modules_to_save for name in active):
+        return wrapper.original_module
+    return wrapper.modules_to_save[active[0]]
+
+
+def low_rank_terms(wrapper: Any, path: str) -> tuple[LowRank, ...]:
+    """The terms that peft's LoRA of a linear map adds to it now. Errors: TypeError for other kinds of LoRA."""
+    if wrapper.disable_adapters and wrapper.merged:
+        wrapper.unmerge()  # as peft does in a forward pass
+    if wrapper.disable_adapters or wrapper.merged:
+        return ()
+    terms = []
+    for name in wrapper.active_adapters:
+        if name not in wrapper.lora_A:
+            continue
+        a, b, dropout = wrapper.lora_A[name], wrapper.lora_B[name], wrapper.lora_dropout[name]
+        if variant := wrapper.lora_variant.get(name):
+            raise TypeError(f"{path}: adapter {name!r} is a {class_path(variant)}, not plain LoRA; {ADVICE}")
+        if b.bias is not None:
+            raise TypeError(f"{path}: adapter {name!r} has lora_bias=True; {ADVICE}, without lora_bias")
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        terms.append(LowRank(a.weight, b.weight, wrapper.scaling[name], p))
+    return tuple(terms)
