@@ -4,8 +4,8 @@ One program takes BLOCK_M queries of one head of one image and walks all keys BL
 in base 2: whole tiles without a mask, then the rest of the image, if there is one (729 = 11 · 64 + 25), with it. A head
 of 72 or 80 numbers is a block of 64 and one of 16, so a third of the lanes that 128 would take is not there.
 
-q, k, v and out [b, s, h, d], any strides. Strides are compile-time constants: a vision tower has one of each, and
-unknown ones cost the registers that the tiles need.
+q, k, v and out [b, s, h, d], any strides, lse [b, s, h]. Strides are compile-time constants: a vision tower has one of
+each, and unknown ones cost the registers that the tiles need.
 
 Source: Dao et al., FlashAttention (2022) and FlashAttention-2 (2023).
 """
@@ -21,7 +21,7 @@ from vila_triton.registry.search_space import Config, LaunchCost, SearchSpace, n
 
 from ._heads import dot_layout, load_heads, store_heads
 from ._launch import LOG2_E, MAX_GRID_YZ, attention_launch_cost, check_supported
-from ._online_softmax import attend_tile, init_softmax, normalize
+from ._online_softmax import attend_tile, init_softmax, log_sum_exp, normalize
 
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
@@ -53,6 +53,7 @@ def _encoder_attention_kernel(
     k_ptr,
     v_ptr,
     out_ptr,
+    lse_ptr,  # [b, s, h] or None
     scale,
     S,
     stride_q: tl.constexpr,  # of b, s, h and d
@@ -88,6 +89,9 @@ def _encoder_attention_kernel(
 
     out_ptr += image * stride_o[0] + head * stride_o[2]
     store_heads(out_ptr, rows.to(tl.int64) * stride_o[1], rows < S, stride_o[3], normalize(acc, l_i), HEAD)
+    if lse_ptr is not None:
+        row = (image * S + rows) * tl.num_programs(1) + head
+        tl.store(lse_ptr + row, log_sum_exp(m_i, l_i), mask=rows < S)
 
 
 def fit_tile(config: Config, q: Tensor) -> dict[str, int]:
@@ -120,8 +124,11 @@ def encoder_attention_triton(
     BLOCK_N: int,
     num_warps: int,
     num_stages: int,
-) -> Tensor:
-    """Return attention [b, s, h, d]; raises Unsupported for dtypes, heads and scales it does not serve."""
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return attention [b, s, h, d], and with `return_lse` its log-sum-exp [b, s, h] in float32.
+
+    Raises Unsupported for dtypes, heads and scales it does not serve.
+    """
     check_supported("encoder_attention", q, k, v)
     if return_lse:
         raise Unsupported("encoder_attention: this kernel does not return the log-sum-exp")
@@ -131,6 +138,7 @@ def encoder_attention_triton(
     if h > MAX_GRID_YZ:
         raise Unsupported(f"encoder_attention: {h} heads, a launch has room for {MAX_GRID_YZ}")
     out = torch.empty(b, s, h, d, dtype=q.dtype, device=q.device)
+    lse = torch.empty(b, s, h, dtype=torch.float32, device=q.device) if return_lse else None
     config = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": num_stages}
     tile = fit_tile(config, q)
     for first in range(0, b if out.numel() else 0, MAX_GRID_YZ):
@@ -140,6 +148,7 @@ def encoder_attention_triton(
             k[images],
             v[images],
             out[images],
+            None if lse is None else lse[images],
             softmax_scale * LOG2_E,
             s,
             stride_q=q.stride(),
@@ -149,4 +158,4 @@ def encoder_attention_triton(
             HEAD=dot_layout(d),
             **tile,
         )
-    return out
+    return out if lse is None else (out, lse)
