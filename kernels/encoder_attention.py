@@ -130,8 +130,6 @@ def encoder_attention_triton(
     Raises Unsupported for dtypes, heads and scales it does not serve.
     """
     check_supported("encoder_attention", q, k, v)
-    if return_lse:
-        raise Unsupported("encoder_attention: this kernel does not return the log-sum-exp")
     if not softmax_scale > 0:
         raise Unsupported(f"encoder_attention: softmax_scale is {softmax_scale}, expected a positive number")
     b, s, h, d = q.shape
