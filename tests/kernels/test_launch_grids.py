@@ -76,6 +76,16 @@ def encoder(b: int, s: int, h: int) -> Any:
     return *(half(b, s, h, 32) for _ in range(3)), 0.25
 
 
+def prefill_backward(b: int, s: int, g: int) -> Any:
+    q, k = half(s, 4 * g, 16), half(s, g, 16)
+    return q, q, k, k, q, whole(s, 4 * g, dtype=torch.float32), whole(b + 1), 0.25
+
+
+def encoder_backward(b: int, s: int, h: int) -> Any:
+    x = half(b, s, h, 16)
+    return *(x,) * 5, whole(b, s, h, dtype=torch.float32), 0.25
+
+
 MANY = 2**17  # what no axis but the first has room for, as blocks of 16, 64 and 128 rows or columns below
 PRODUCTS = [(2**24, 64, 64), (1, 2**27, 64), (2**17, 2**15, 128)]
 HUGE: dict[str, tuple[Callable[..., Any], list[tuple]]] = {
@@ -97,6 +107,8 @@ HUGE: dict[str, tuple[Callable[..., Any], list[tuple]]] = {
     ),
     "prefill_attention": (prefill, [(MANY, 2**20, 4), (1, 2**26, 4), (2, 64, OTHERS)]),
     "encoder_attention": (encoder, [(MANY, 256, 16), (1, 2**26, 16), (1, 256, OTHERS)]),
+    "prefill_attention_backward": (prefill_backward, [(MANY, 2**20, 4), (1, 2**25, 4), (2, 64, OTHERS)]),
+    "encoder_attention_backward": (encoder_backward, [(MANY, 128, 16), (1, 2**25, 16), (1, 256, OTHERS)]),
 }
 
 
@@ -127,16 +139,24 @@ def test_grids_of_every_size_that_fits_a_gpu_are_within_limits(impl: Impl, monke
             assert 0 < grid[0] <= FIRST and all(0 < n <= OTHERS for n in grid[1:]), (sizes, grid)
 
 
-def test_images_in_several_launches_equal_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    op = OPS["encoder_attention"]
+@pytest.mark.parametrize("name", ["encoder_attention", "encoder_attention_backward"])
+def test_images_in_several_launches_equal_those_of_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = OPS[name]
     impl, args = op.impls["triton"], example_args(op, 0, b=5, s=20, h=2, d=32, dtype="float16")
-    one = impl(*args, config=impl.configs[0])
-    monkeypatch.setattr(import_module("vila_triton.kernels.encoder_attention"), "MAX_GRID_YZ", 2)
-    assert torch.equal(bit_pattern(impl(*args, config=impl.configs[0])), bit_pattern(one))
+    one = tensors(impl(*args, config=impl.configs[0]))
+    monkeypatch.setattr(import_module(f"vila_triton.kernels.{name}"), "MAX_GRID_YZ", 2)
+    several = tensors(impl(*args, config=impl.configs[0]))
+    assert all(torch.equal(bit_pattern(x), bit_pattern(y)) for x, y in zip(several, one, strict=True))
 
 
 def test_more_heads_than_a_grid_holds_are_unsupported() -> None:
-    for op, args in (("encoder_attention", encoder(1, 16, MANY)), ("prefill_attention", prefill(1, 16, MANY))):
+    calls = {
+        "encoder_attention": encoder(1, 16, MANY),
+        "prefill_attention": prefill(1, 16, MANY),
+        "encoder_attention_backward": encoder_backward(1, 16, MANY),
+        "prefill_attention_backward": prefill_backward(1, 16, MANY),
+    }
+    for op, args in calls.items():
         with pytest.raises(Unsupported, match=f"{op}: 131072 (KV )?heads, a launch has room for 65535"):
             OPS[op].impls["triton"](*args)
 
