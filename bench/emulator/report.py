@@ -44,7 +44,7 @@ def own_line(*lines: str) -> str:
 
 
 def is_of_triton(line: str) -> bool:
-    """Whether a "file:line" is of Triton's library, in this environment or another: Triton's cache keeps the files'
+    """True if a "file:line" is of Triton's library, in this environment or another: Triton's cache keeps the files'
     places in the environment that compiled first.
     """
     file = Path(line.rpartition(":")[0])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo import config as dynamo
 
@@ -192,14 +193,27 @@ def test_wrong_arguments_are_refused_while_tracing(fresh: None) -> None:
         ops.rms_norm.custom_op(torch.ones(2, 8), torch.ones(8), epsilon=1)
 
 
-def test_compiled_ops_have_the_gradients_of_eager_ones(fresh: None) -> None:
-    x, w = (torch.ones(s, requires_grad=True) for s in ((2, 8), (8,)))
+def squared_product(x: Tensor, w: Tensor) -> Tensor:
+    return ops.linear(F.silu(x), w).square().sum()
 
-    def norm(x: Tensor, w: Tensor) -> Tensor:
-        return ops.rms_norm(x, w, eps=1e-5).square().sum()
 
-    want = torch.autograd.grad(norm(x, w), (x, w))
-    got = torch.autograd.grad(torch.compile(norm, fullgraph=True, backend="eager")(x, w), (x, w))
+@pytest.mark.parametrize(
+    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=[COMPILER, pytest.mark.slow])]
+)
+def test_compiled_code_runs_ops_in_its_backward_pass(backend: str, fresh: None) -> None:
+    args = x, w = torch.ones(3, 8, requires_grad=True), torch.ones(5, 8, requires_grad=True)
+    want = torch.autograd.grad(squared_product(x, w), args)
+    with use(linear="reference"), count_calls() as calls:
+        got = torch.autograd.grad(torch.compile(squared_product, fullgraph=True, backend=backend)(x, w), args)
+    torch.testing.assert_close(got, want)
+    assert calls == {("linear", "reference"): 3}
+
+
+def test_compiled_products_are_cast_by_autocast(fresh: None) -> None:
+    args = x, w = torch.ones(3, 8, requires_grad=True), torch.ones(5, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = torch.autograd.grad(squared_product(x, w), args)
+        got = torch.autograd.grad(torch.compile(squared_product, fullgraph=True, backend="aot_eager")(x, w), args)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 

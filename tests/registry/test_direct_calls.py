@@ -11,6 +11,7 @@ from bench.correctness.error_budget import check_within_budget, error_budget, ex
 from bench.correctness.guarded_memory import map_tensors
 from vila_triton import ops
 from vila_triton.engine import engine
+from vila_triton.ops.backward import without_context
 from vila_triton.registry import OPS, OneOf, Op, Unsupported, count_calls, discover, use
 from vila_triton.registry.kernel_config import configured_choices
 from vila_triton.registry.size_ranges import implementation_at
@@ -74,9 +75,11 @@ def gradients(op: Op, fn: Any, args: tuple) -> list[Tensor]:
 
 @CPU
 def test_gradients_equal_those_of_the_reference(op: Op) -> None:
-    args = example(op, **{"t": 0} if "t" in op.domain else {})
     if not op.differentiable:
         return
+    args = example(op, **{"t": 0} if "t" in op.domain else {})
+    if op.name == "prefill_attention":  # of which only the case without pages to read from has a gradient
+        args = (*args[:3], *without_context(args[1], args[4].query_start_loc), *args[5:])
     for got, want in zip(gradients(op, op, args), gradients(op, op.reference, args), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 

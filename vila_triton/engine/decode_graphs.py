@@ -15,7 +15,7 @@ import torch
 
 from ..ops.indices import can_read_values
 from ..registry import OPS, count_calls, explicit_choices
-from ..registry.op import CALL_COUNTER
+from ..registry.policy import CALL_COUNTER
 from ..registry.size_ranges import implementation_names
 from ..registry.tuned_tables import default_choices_for, gpu_name, load_table
 from .decode_step import StepBuffers

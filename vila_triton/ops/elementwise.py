@@ -135,6 +135,12 @@ def _quarter_turns(args: tuple, rng: torch.Generator) -> tuple:
     return x * 2**12, cos, sin
 
 
+@rope.gradient(x="cos sin")
+def _(*, grad, needs, x, cos, sin):
+    """Angles turned round: a rotation's transpose is its inverse."""
+    return rope(grad, cos, -sin)
+
+
 rope.fake_impl(lambda x, cos, sin: x.new_empty(x.shape))
 
 

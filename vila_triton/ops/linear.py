@@ -9,6 +9,7 @@ from vila_triton.registry import IntRange, OneOf, op
 
 from .dtypes import DTYPES, dtype_name, random_tensor
 from .int4 import Int4, cancelling_rows, int4_matmul, zero_rows
+from .int4_backward import int4_matmul_backward
 from .shapes import check_axes, check_floating, check_residual
 
 
@@ -63,6 +64,21 @@ def _(args: tuple, rng: torch.Generator) -> tuple:
 
 
 linear.hard_case("zero_rows")(zero_rows)
+
+
+@linear.gradient(x="w", w="x", bias="", residual="")
+def _(*, grad, needs, x, w, bias, residual):
+    """x̄ = ȳ · w and w̄ = ȳᵀ · x: products of transposed views."""
+    grad_x = grad_w = grad_bias = None
+    rows = grad.reshape(-1, grad.shape[-1])
+    if "x" in needs:
+        grad_x = int4_matmul_backward(grad, w) if isinstance(w, Int4) else linear(grad, w.t())
+    if "w" in needs:
+        x = x.reshape(len(rows), -1)
+        grad_w = linear(rows.t(), x.t()) if len(rows) else rows.new_zeros(rows.shape[1], x.shape[1])
+    if "bias" in needs:
+        grad_bias = rows.sum(0)
+    return grad_x, grad_w, grad_bias, grad
 
 
 linear.fake_impl(lambda x, w, bias, residual: x.new_empty(*x.shape[:-1], len(w)))

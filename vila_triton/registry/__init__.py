@@ -35,6 +35,7 @@ reference. There are no priorities and no fallback: an implementation that canno
     gradients      calls of ops as nodes of torch's autograd
     custom_ops     ops as `torch.library` custom ops, for torch.compile
     policy         what decides which implementation runs, kept for the backward pass
+    declaration    what the decorators above say of an op
     op             `Op` and `Impl`
     signature      what decisions and plans of an op may depend on
     launch_plans   what an implementation launched for one signature, launched again without it

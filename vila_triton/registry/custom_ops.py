@@ -17,17 +17,24 @@ of `gradients`, but the choices that hold as the backward pass runs decide what 
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .gradients import RecordedCall, needed_gradients, requires_gradient
+from .gradients import RecordedCall, cast_for_autocast, needed_gradients, requires_gradient
 
 NAMESPACE = "vila_triton"
 SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool", str: "str"}
-is_compiling = torch.compiler.is_compiling
+_IN_BACKWARD: ContextVar[bool] = ContextVar("in_backward_of_a_custom_op", default=False)
+
+
+def is_compiling() -> bool:
+    """Return True where a call of an op shall be one of its custom op: while torch traces a forward or a backward."""
+    return torch.compiler.is_compiling() or _IN_BACKWARD.get()
 
 
 class OpLike(Protocol):
@@ -36,6 +43,7 @@ class OpLike(Protocol):
     name: str
     reference: Callable[..., Any]
     precondition: Callable[..., None] | None
+    autocasts: bool
 
     @property
     def keeps_lse(self) -> bool: ...
@@ -151,11 +159,11 @@ class CustomOp:
         custom_op = torch.library.custom_op(f"{NAMESPACE}::{op.name}", self._run, mutates_args=mutated, schema=schema)
         custom_op.register_fake(self._run_fake)
         if not mutated:
-            custom_op.register_autograd(self._backward, setup_context=self._setup_context)
+            custom_op.register_autograd(once_differentiable(self._backward), setup_context=self._setup_context)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), op.name).default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        values = self.op.bind(args, kwargs)
+        values = self.op.bind(*(cast_for_autocast(args, kwargs) if self.op.autocasts else (args, kwargs)))
         returns_lse = values.get("return_lse", False)
         if requires_gradient(args, kwargs):
             needed_gradients(self.op, values)
@@ -191,7 +199,11 @@ class CustomOp:
         ctx.mark_non_differentiable(*outs[1:] if self.op.keeps_lse else ())
 
     def _backward(self, ctx: Any, *grads: Any) -> Any:
-        found = ctx.call.gradients(grads, ctx.saved_tensors)
+        token = _IN_BACKWARD.set(True)  # which is traced without torch's `is_compiling` telling so
+        try:
+            found = ctx.call.gradients(grads, ctx.saved_tensors)
+        finally:
+            _IN_BACKWARD.reset(token)
         return tuple(found.get(name) for name in flatten_names(self.arguments))
 
     def _new_results(self, out: Any) -> Any:

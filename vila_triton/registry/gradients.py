@@ -8,11 +8,14 @@ anything runs: nothing is ever taken for a constant in silence. A second derivat
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .policy import Policy
@@ -25,8 +28,24 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [x for f in fields(value) for x in tensors_in(getattr(value, f.name))] if is_dataclass(value) else []
 
 
+def replace_leaves(value: Any, kind: type, fn: Callable[[Any], Any]) -> Any:
+    """The argument with whatever it consists of that is of this kind, itself or in fields of dataclasses, replaced."""
+    if isinstance(value, kind):
+        return fn(value)
+    if not is_dataclass(value):
+        return value
+    return replace(value, **{f.name: replace_leaves(getattr(value, f.name), kind, fn) for f in fields(value)})  # pyright: ignore[reportArgumentType]
+
+
 def requires_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Return True if torch records what is computed from these arguments."""
+    """Return True if torch records what is computed from these arguments.
+
+    Raises RuntimeError for arguments with tangents of torch's forward mode, which no op propagates.
+    """
+    if forward_ad._current_level >= 0:
+        values = [x for value in (*args, *kwargs.values()) for x in tensors_in(value)]
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in values):
+            raise RuntimeError("ops have no derivatives in forward mode, expected tensors without tangents")
     if not torch.is_grad_enabled():
         return False
     return any(x.requires_grad for value in (*args, *kwargs.values()) for x in tensors_in(value))
@@ -39,24 +58,31 @@ def needed_gradients(op: Any, values: Mapping[str, Any]) -> list[str]:
         if not any(x.requires_grad for x in tensors_in(value)):
             continue
         if not isinstance(value, Tensor) or name not in op.differentiable:
-            reason = op.gradient_refusal or f"only {', '.join(op.differentiable)} can have one"
+            only = [x for x in op.differentiable if not is_dataclass(values[x])]
+            reason = op.gradient_refusal or f"only {', '.join(only)} can have one"
             raise RuntimeError(f"{op.name}: {name} requires a gradient, but {reason}; pass it with requires_grad=False")
         needs.append(name)
     return needs
 
 
 @dataclass(frozen=True)
-class RecordedCall:
-    """What the backward pass of a call needs beside tensors, which autograd keeps.
+class Kept:
+    """The place of a tensor among those that autograd keeps for a call."""
 
-    values: all arguments by name, None in place of tensors and of what the gradients do not need. needs: the arguments
-    that need a gradient. kept: the names of the tensors that autograd keeps, "out" and "lse" for results among them.
+    index: int
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """All that the backward pass of a call needs beside tensors, which autograd keeps.
+
+    values: all arguments by name, with `Kept` in place of tensors, None for those that hold tensors which no gradient
+    needs; also "out" and "lse", the results, where they are needed. needs: the arguments that need a gradient.
     """
 
     op: Any
     values: Mapping[str, Any]
     needs: tuple[str, ...]
-    kept: tuple[str, ...]
     policy: Policy
 
     @staticmethod
@@ -65,54 +91,111 @@ class RecordedCall:
     ) -> "tuple[RecordedCall, list[Tensor]]":
         """Return the record of a call, and the tensors that autograd shall keep for it."""
         wanted = {name for need in needs for name in op.saved_for(need)}
-        tensors = {n: x for n, x in (*values.items(), *zip(("out", "lse"), outs)) if isinstance(x, Tensor)}
-        kept = tuple(name for name in tensors if name in wanted)
-        unneeded = {name for name, x in values.items() if tensors_in(x) and name not in wanted}
-        rest = {name: None if name in tensors or name in unneeded else x for name, x in values.items()}
-        return RecordedCall(op, rest, tuple(needs), kept, Policy.current()), [tensors[name] for name in kept]
+        tensors: list[Tensor] = []
 
-    def gradients(self, grads: tuple[Any, ...], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        def keep(x: Tensor) -> Kept:
+            tensors.append(x)
+            return Kept(len(tensors) - 1)
+
+        kept = {name: None if tensors_in(x) and name not in wanted else x for name, x in values.items()}
+        kept |= {name: x for name, x in zip(("out", "lse"), outs) if name in wanted}
+        kept = {name: replace_leaves(x, Tensor, keep) for name, x in kept.items()}
+        return RecordedCall(op, kept, tuple(needs), Policy.current()), tensors
+
+    def gradients(self, grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the gradients of the arguments that need one, by name; tensors: those that autograd kept."""
-        values = {**self.values, **dict(zip(self.kept, tensors, strict=True))}
+        values = {n: replace_leaves(x, Kept, lambda kept: tensors[kept.index]) for n, x in self.values.items()}
         rule = self.op.gradient_rule
         if rule is None:
-            return gradients_of_reference(self.op.reference, values, self.needs, grads)
+            return gradients_of_reference(self.op, values, self.needs, grads)
         found = rule(grad=grads[0], needs=self.needs, **values)
-        found = dict(zip(self.op.differentiable, found if isinstance(found, tuple) else (found,), strict=True))
-        return {name: found[name] for name in self.needs}
+        found = found if isinstance(found, tuple) else (found,)
+        names = self.op.differentiable
+        by_name = dict(zip(names, found))
+        if len(found) != len(names) or any(by_name[name] is None for name in self.needs):
+            given = ["None" if x is None else type(x).__name__ for x in found]
+            raise RuntimeError(
+                f"{self.op.name}: the rule of its gradient returns ({', '.join(given)}), expected Tensors for "
+                f"{', '.join(names)}, or None where no gradient is asked for, unlike {', '.join(self.needs)}"
+            )
+        return {name: by_name[name] for name in self.needs}
 
 
 def gradients_of_reference(
-    reference: Callable[..., Any], values: Mapping[str, Any], needs: Sequence[str], grads: Sequence[Tensor]
+    op: Any, values: Mapping[str, Any], needs: Sequence[str], grads: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """Run a reference again, and let torch differentiate it: the gradients of the arguments that need one, by name."""
+    """Run the reference of an op again, and let torch differentiate it: the gradients of the arguments that need one,
+    by name. Raises RuntimeError if nothing that the reference returns depends on them.
+    """
     with torch.enable_grad():
         leaves = {name: values[name].detach().requires_grad_() for name in needs}
-        out = reference(*{**values, **leaves}.values())
+        out = op.reference(*{**values, **leaves}.values())
         outs = out if isinstance(out, tuple) else (out,)
-        found = torch.autograd.grad(outs, tuple(leaves.values()), grads[: len(outs)], materialize_grads=True)
+        learned = [(x, grad) for x, grad in zip(outs, grads) if x.requires_grad]
+        if not learned:
+            raise RuntimeError(
+                f"{op.name}: what its reference returns has no gradient, as torch tells; declare it by "
+                f"{op.name}.no_gradient(reason), or @{op.name}.gradient(...)"
+            )
+        outs, grads = zip(*learned)
+        found = torch.autograd.grad(outs, tuple(leaves.values()), grads, materialize_grads=True)
     return dict(zip(leaves, found))
 
 
+_numbers = count()
+
+
+@cache
+def number_of(op_name: str, impl: str, config: str) -> tuple[int, Tensor]:
+    """A number of its own for what a call can run, also as a tensor, which autograd can keep."""
+    number = next(_numbers)
+    return number, torch.tensor(number)
+
+
 class OpNode(torch.autograd.Function):
-    """A call of an op as a node of autograd's graph."""
+    """A call of an op as a node of autograd's graph.
+
+    Beside what gradients need autograd keeps a number that tells which implementation ran: a checkpoint, which makes
+    anew what was kept, may run under other choices, and is then refused.
+    """
 
     @staticmethod
     def forward(ctx: Any, op: Any, values: Mapping[str, Any], needs: list[str], *_: Tensor) -> Any:
-        out = op.run_implementation(*values.values())
+        args = tuple(values.values())
+        decision = op.decide(args, {})
+        out = op.run_decided(decision, args, {})
         outs = out if isinstance(out, tuple) else (out,)
         ctx.call, tensors = RecordedCall.record(op, values, needs, outs)
-        ctx.save_for_backward(*tensors)
+        ctx.ran = op.name, decision[0].name, str(decision[1])
+        ctx.save_for_backward(*tensors, number_of(*ctx.ran)[1])
         ctx.mark_non_differentiable(*outs[1:] if op.keeps_lse else ())
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        # A checkpoint runs its forward pass anew as tensors are unpacked: that, too, is under the choices of the first.
+        # Under the choices of the forward pass already as tensors are unpacked, when a checkpoint runs it again.
         with ctx.call.policy.active(), torch.autocast(grads[0].device.type, enabled=False):
-            found = ctx.call.gradients(grads, ctx.saved_tensors)
+            *tensors, number = ctx.saved_tensors
+            if int(number) != number_of(*ctx.ran)[0]:
+                name, impl, _ = ctx.ran
+                raise RuntimeError(
+                    f"{name}: the forward pass ran {impl!r}, but a checkpoint ran it anew by another choice or config; "
+                    "pass context_fn=vila_triton.registry.keep_choices to torch.utils.checkpoint.checkpoint"
+                )
+            found = ctx.call.gradients(grads, tensors)
         return None, None, None, *(found[name] for name in ctx.call.needs)
+
+
+def check_not_reentrant(op: Any) -> None:
+    """RuntimeError for a call that a reentrant checkpoint makes: it cannot know the choices of the forward pass."""
+    if torch._C._current_graph_task_id() == -1:  # outside of a backward pass
+        return
+    if type(torch._C._current_autograd_node()).__name__ == "CheckpointFunctionBackward":
+        raise RuntimeError(
+            f"{op.name}: a checkpoint with use_reentrant=True does not keep the choices of implementations, expected "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=vila_triton.registry.keep_choices)"
+        )
 
 
 def run_recorded(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -120,6 +203,7 @@ def run_recorded(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
 
     Raises RuntimeError, before anything runs, if one of them has none.
     """
+    check_not_reentrant(op)
     values = op.bind(args, kwargs)
     needs = needed_gradients(op, values)
     returns_lse = bool(values.get("return_lse"))
@@ -154,6 +238,8 @@ def cast_for_autocast(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
     """The arguments with tensors of 16 and 32 bits in the dtype of `torch.autocast`, where that is enabled on their
     device; dataclasses, as int4 weights, stay.
     """
+    if not torch._C._is_any_autocast_enabled():
+        return args, kwargs
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     device = tensors[0].device.type if tensors else "cpu"
     if not torch.is_autocast_enabled(device):

@@ -1,4 +1,4 @@
-"""What decides which implementation a call runs, beside its arguments; and how code that runs later keeps it."""
+"""The choices that decide, beside the arguments, which implementation a call runs; code that runs later keeps them."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from .size_ranges import Choice
 
@@ -41,8 +42,23 @@ class Policy:
                 variable.reset(token)  # pyright: ignore
 
 
+class Recomputation(AbstractContextManager[None]):
+    """A policy for a checkpoint, which enters it once for each backward pass."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+        self.entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self.entered.append(self.policy.active())
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.entered.pop().__exit__(*error)
+
+
 def keep_choices() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The `context_fn` of `torch.utils.checkpoint.checkpoint`: what is run anew in the backward pass runs the
     implementations of the forward pass.
     """
-    return nullcontext(), Policy.current().active()
+    return nullcontext(), Recomputation(Policy.current())

@@ -35,7 +35,8 @@ from ..hashing import canonical_json, short_hash
 from ..paths import config_dir
 from .discovery import validate_choices
 from .kernel_config import configured_choices
-from .op import EXPLICIT_CHOICES, OPS, REFERENCE, Impl, Op
+from .op import OPS, REFERENCE, Impl, Op
+from .policy import EXPLICIT_CHOICES
 from .search_space import Config
 from .size_ranges import BoundedChoice, Choice, ChoiceByCase, implementation_names
 
