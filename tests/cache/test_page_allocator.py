@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 from page_allocator_model import World
 
+from vila_triton.cache.attention_recorder import AttentionRecorder
 from vila_triton.cache.page_allocator import OutOfPages, PageAllocator, SlotAllocation
-from vila_triton.cache.paged_cache import AttentionRecorder, PagedKVCache
+from vila_triton.cache.paged_cache import PagedKVCache
 
 CONFIG: Any = SimpleNamespace(num_hidden_layers=2, num_key_value_heads=1, head_dim=4)
 

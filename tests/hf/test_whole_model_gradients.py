@@ -24,7 +24,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 KERNELS = {
     "default": {},
     "reference": dict.fromkeys(OPS, "reference"),
-    "triton": {name: "triton" for name, op in OPS.items() if "triton" in op.impls and name not in ("linear", "encoder_attention")},
+    "triton": {
+        name: "triton"
+        for name, op in OPS.items()
+        if "triton" in op.impls and name not in ("linear", "encoder_attention")
+    },
 }
 
 
@@ -44,7 +48,7 @@ class Batch:
         return torch.tensor([[*row, *fill] if side == "right" else [*fill, *row] for row, fill in zip(rows, fills)])
 
     def arguments(self, model: VilaLlamaForCausalLM, side: str) -> dict[str, Any]:
-        """What `forward` of our model is given."""
+        """The arguments of `forward` of our model."""
         return {
             "input_ids": self.padded(self.rows, 0, side),
             "attention_mask": self.padded([[1] * len(row) for row in self.rows], 0, side),

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cache.paged_cache import AttentionRecorder, PagedBatch, PagedKVCache, UncachedBatch
+from ..cache.attention_recorder import AttentionRecorder
+from ..cache.paged_cache import PagedBatch, PagedKVCache, UncachedBatch
 from ..models import llama, vila
 from ..models.config import VilaConfig
 from .decode_loop import decode_tokens

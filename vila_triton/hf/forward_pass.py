@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache.paged_cache import AttentionRecorder, PagedBatch, PagedKVCache, UncachedBatch, step_phase
+from ..cache.attention_recorder import AttentionRecorder
+from ..cache.paged_cache import PagedBatch, PagedKVCache, UncachedBatch, step_phase
 from ..engine import engine
 from ..models import llama, vila
 from ..models.config import VilaConfig
