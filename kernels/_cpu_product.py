@@ -3,7 +3,8 @@
 float32            one row: oneDNN's, as fast as memory, where MKL's takes half as long again. A few: oneDNN's with w as
                    its left operand, which it reads as it lies; the right one, here x, it lays out anew, which for w
                    takes as long as eight rows. Many: oneDNN's, or `F.linear`, MKL's, which is a tenth faster on a CPU
-                   of AMD without AVX-512, and by half slower on one with it
+                   of AMD without AVX-512, and by half slower on one with it. A w that is not contiguous, as one that
+                   is transposed for a gradient, is multiplied as by many rows
                    Without oneDNN in torch, as on some laptops, always `F.linear`
 bfloat16, float16  where the CPU has instructions for it, `F.linear`, which runs oneDNN's; but for one row torch's own,
                    which takes half as long: oneDNN is disabled for one row (in the whole process: a product in another
@@ -59,18 +60,14 @@ def has_avx512() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Return whether a gradient is asked for, which neither oneDNN's products nor torch's for 4-bit codes have."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def float32_product(x: Tensor, w: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Return x · wᵀ + bias + residual [m, n] of float32 tensors x [m, k], w [n, k], bias [n], residual [m, n]."""
-    if not mkldnn.is_available() or (len(x) >= MANY_ROWS and not has_avx512()):
+    is_few = 1 < len(x) < MANY_ROWS and w.is_contiguous()
+    if not mkldnn.is_available() or not (is_few or len(x) == 1 or has_avx512()):
         out = F.linear(x, w, bias)
         return out if residual is None else out + residual
     product = torch.ops.mkldnn._linear_pointwise
-    if 1 < len(x) < MANY_ROWS:
+    if is_few:
         out = product(w, x.contiguous(), None, "none", [], "").t().contiguous()
         for term in (bias, residual):
             out = out if term is None else out.add_(term)

@@ -41,7 +41,7 @@ def launch_cost(config: Config, m: int, n: int, G: int, group: int, dtype: str, 
 def block_pointers(qweight_ptr, pid_n, start, N, K, MASK_N: tl.constexpr, TILES_N: tl.constexpr, TILES_K: tl.constexpr):
     """Pointers to the words of a block of w from input `start` on, [TILES_N, TILES_K, 128], and the rows of w that each
     lane holds codes of, top and low (`lane_rows`). Without MASK_N n is whole tiles."""
-    tile = (pid_n.to(tl.int64) * TILES_N + tl.arange(0, TILES_N))[:, None, None, None]
+    tile = (tl.cast(pid_n, tl.int64) * TILES_N + tl.arange(0, TILES_N))[:, None, None, None]
     tile_k = (start // 64 + tl.arange(0, TILES_K))[None, :, None]
     lane = tl.arange(0, 32)[None, None, :, None]
     if MASK_N:

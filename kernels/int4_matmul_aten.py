@@ -1,8 +1,7 @@
 """x · wᵀ by torch's own int4 product for CPUs, `aten::_weight_int4pack_mm_for_cpu`.
 
 It computes (code - 8) · scale + shift, where shift = (8 - zero) · scale is rounded to x's dtype, and sums in float32.
-It is vectorized only in bfloat16; in float32 and float16 it is a scalar loop, and `bags` is faster. Gradients are those
-of the reference.
+It is vectorized only in bfloat16; in float32 and float16 it is a scalar loop, and `bags` is faster.
 
 torch has a layout of its own for this, of multiples of 16 rows: rows of zeros are added. The packed copy of a weight
 takes as many bytes as the weight, see `_packed_copies`.
@@ -16,7 +15,6 @@ from vila_triton.ops import Int4, int4_matmul
 from vila_triton.ops.int4 import unpack_codes
 from vila_triton.registry import Unsupported
 
-from ._cpu_product import wants_gradient
 from ._packed_copies import packed_copy
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -45,8 +43,6 @@ def int4_matmul_aten(x: Tensor, w: Int4, bias: Tensor | None = None, residual: T
         raise Unsupported(f"int4_matmul: the group is {group_size}, but torch takes {', '.join(map(str, GROUP_SIZES))}")
     if w.rounding != "sub":
         raise Unsupported(f"int4_matmul: the rounding is {w.rounding!r}, but torch has its own formula")
-    if wants_gradient(x, bias, residual, w.scales, w.zeros):
-        return int4_matmul.reference(x, w, bias, residual)
     rows = x.reshape(-1, k).contiguous()  # [m, k]
     if not len(rows):
         return x.new_empty(*x.shape[:-1], n)

@@ -6,9 +6,8 @@ are applied to the sums of a group, so no weight is rounded:
     sub  y = Σ scale · (Σ code · x - zero · Σ x)          over groups, and over the inputs of each
     fma  y = Σ scale · Σ code · x + shift · Σ x           shift = -zero · scale, rounded
 
-Every dtype, group and shape is served, gradients by the reference; each row of x takes as long as the first, so this is
-for a few. The codes lie by inputs, k rows of n, which is a copy of the weight as large as its codes, see
-`_packed_copies`.
+Every dtype, group and shape is served; each row of x takes as long as the first, so this is for a few. The codes lie by
+inputs, k rows of n, which is a copy of the weight as large as its codes, see `_packed_copies`.
 """
 
 import torch
@@ -19,7 +18,6 @@ from vila_triton.ops import Int4, int4_matmul
 from vila_triton.ops.int4 import unpack_codes
 from vila_triton.registry import Unsupported
 
-from ._cpu_product import wants_gradient
 from ._packed_copies import packed_copy
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -43,8 +41,6 @@ def int4_matmul_bags(x: Tensor, w: Int4, bias: Tensor | None = None, residual: T
         raise Unsupported(f"int4_matmul: these sums are torch's for CPUs, but tensors are on {x.device}")
     if x.dtype not in DTYPES:
         raise Unsupported(f"int4_matmul: {x.dtype} is not one of {', '.join(map(str, DTYPES))}")
-    if wants_gradient(x, bias, residual, w.scales, w.zeros):
-        return int4_matmul.reference(x, w, bias, residual)
     (n, k), rows = w.shape, x.reshape(-1, x.shape[-1]).float().contiguous()  # [m, k]
     if not rows.numel() or not n:
         return x.new_empty(*x.shape[:-1], n)

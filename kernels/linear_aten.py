@@ -1,7 +1,6 @@
 """x · wᵀ + bias + residual by the fastest product of torch for the dtype and the rows on a CPU, see `_cpu_product`.
 
-Other dtypes than float32 and half precision, and where a gradient is needed, which oneDNN's product does not have, go
-by `F.linear`.
+Other dtypes than float32 and half precision go by `F.linear`.
 """
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from vila_triton.ops import Int4, linear
 from vila_triton.registry import Unsupported
 
-from ._cpu_product import float32_product, half_product, wants_gradient
+from ._cpu_product import float32_product, half_product
 
 PRODUCTS = {torch.float32: float32_product, torch.float16: half_product, torch.bfloat16: half_product}
 
@@ -23,7 +22,7 @@ def linear_aten(x: Tensor, w: Tensor | Int4, bias: Tensor | None = None, residua
     if isinstance(w, Int4):  # which has an op of its own
         return linear.reference(x, w, bias, residual)
     num_rows = x.shape[:-1].numel()
-    if wants_gradient(x, w, bias, residual) or not num_rows or x.dtype not in PRODUCTS:
+    if not num_rows or x.dtype not in PRODUCTS:
         return linear.reference(x, w, bias, residual)
     residual = None if residual is None else residual.reshape(num_rows, -1)
     return PRODUCTS[x.dtype](x.reshape(num_rows, -1), w, bias, residual).view(*x.shape[:-1], -1)
