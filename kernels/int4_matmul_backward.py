@@ -114,7 +114,7 @@ def _int4_matmul_backward_kernel(
     tl.store(grad_x_ptr + offs_m * K + offs_k, acc.to(DTYPE), mask=mask)
 
 
-@int4_matmul_backward.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
+@int4_matmul_backward.impl("triton", configs=CONFIGS, space=SPACE)
 def int4_matmul_backward_triton(
     grad_out: Tensor, w: Int4, *, BLOCK_M: int, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int
 ) -> Tensor:

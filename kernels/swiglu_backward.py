@@ -72,7 +72,7 @@ def _swiglu_backward_kernel(
     tl.store(grad_up_ptr + row * F + offs, grad_up.to(grad_up_ptr.dtype.element_ty), mask=mask)
 
 
-@swiglu_backward.impl("triton", configs=CONFIGS, space=SPACE, batch_invariant=True)
+@swiglu_backward.impl("triton", configs=CONFIGS, space=SPACE)
 def swiglu_backward_triton(
     grad_out: Tensor, gate: Tensor, up: Tensor, *, BLOCK: int, num_warps: int, num_stages: int
 ) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,8 @@ def _(grad_out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
 
 
 @rms_norm_backward.example_inputs
-def _(rows: IntRange(1, 40), e: IntRange(1, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
+def _(rows: IntRange(1, 40), e: IntRange(8, 300), dtype: DTYPES, *, rng: torch.Generator, device: str):
+    """Of fewer columns one may be nearly the whole norm; its grad_x is then what rounding leaves of a difference."""
     args = rms_norm.make_example(rows, e, dtype, rng=rng, device=device)
     return random_tensor(rows, e, dtype=dtype, rng=rng, device=device), *args
 
