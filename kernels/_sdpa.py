@@ -1,4 +1,4 @@
-"""The check, the dtype and the call that variants over torch's `scaled_dot_product_attention` share."""
+"""The checks, the dtype and the calls that variants over torch's `scaled_dot_product_attention` share."""
 
 import torch
 from torch import Tensor
@@ -17,20 +17,42 @@ def upcast_on_cpu(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def attention_and_lse(
-    op_name: str, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor]:
-    """softmax(q kᵀ · scale) v and the log-sum-exp of the scores: q, k and v [b, h, s, d] -> [b, h, s, d], [b, h, s].
+def check_on_cpu(op_name: str, x: Tensor) -> None:
+    """Unsupported off the CPU, the only place where torch's attention takes and returns its log-sum-exp as ours."""
+    if x.device.type != "cpu":
+        raise Unsupported(
+            f"{op_name}: torch's attention with its log-sum-exp runs on a CPU, but tensors are on {x.device}"
+        )
 
-    Raises Unsupported off the CPU, where torch's attention returns no log-sum-exp.
+
+def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ · scale) v, and the log-sum-exp of the scores, on a CPU: q, k and v [b, h, s, d] -> [b, h, s, d] in
+    their dtype, [b, h, s].
     """
-    if q.device.type != "cpu":
-        raise Unsupported(f"{op_name}: torch's attention does not return its log-sum-exp on {q.device}")
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *unit_strides(q, k, v), is_causal=is_causal, scale=softmax_scale
     )
 
 
+def attention_gradients(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v on a CPU, in the dtype of `upcast_on_cpu`; lse [b, s, h], all others [b, s, h, d]."""
+    heads = unit_strides(*(upcast_on_cpu(x).transpose(1, 2) for x in (grad_out, q, k, v, out)))
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *heads, lse.transpose(1, 2), 0.0, is_causal, scale=softmax_scale
+    )
+    grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grads)
+    return grad_q, grad_k, grad_v
+
+
 def unit_strides(*tensors: Tensor) -> list[Tensor]:
-    """The tensors [b, h, s, d], those copied whose last stride is not 1, which torch's attention for CPUs expects."""
+    """The tensors, those copied whose last stride is not 1, which torch's attention for CPUs expects."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vila_triton.ops import encoder_attention
 
-from ._sdpa import attention_and_lse, check_not_meta, upcast_on_cpu
+from ._sdpa import attention_and_lse, check_not_meta, check_on_cpu, upcast_on_cpu
 
 
 @encoder_attention.impl("aten")
@@ -18,6 +18,7 @@ def encoder_attention_aten(
     check_not_meta("encoder_attention", q)
     queries, keys, values = (upcast_on_cpu(x).transpose(1, 2) for x in (q, k, v))  # [b, h, s, d] each
     if return_lse:
-        out, lse = attention_and_lse("encoder_attention", queries, keys, values, softmax_scale, is_causal=False)
+        check_on_cpu("encoder_attention", q)
+        out, lse = attention_and_lse(queries, keys, values, softmax_scale, is_causal=False)
         return out.transpose(1, 2).to(q.dtype), lse.transpose(1, 2)
     return F.scaled_dot_product_attention(queries, keys, values, scale=softmax_scale).transpose(1, 2).to(q.dtype)

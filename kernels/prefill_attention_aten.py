@@ -14,7 +14,7 @@ from vila_triton.ops.attention import causal_mask
 from vila_triton.ops.dtypes import upcast
 from vila_triton.registry import Unsupported
 
-from ._sdpa import attention_and_lse, check_not_meta, upcast_on_cpu
+from ._sdpa import attention_and_lse, check_not_meta, check_on_cpu, upcast_on_cpu
 
 
 @prefill_attention.impl("aten")
@@ -34,6 +34,8 @@ def prefill_attention_aten(
     check_not_meta("prefill_attention", q)
     if numerics == "batch_invariant":
         raise Unsupported("prefill_attention: torch's attention adds up in an order that changes with the chunks")
+    if return_lse:
+        check_on_cpu("prefill_attention", q)
     g, queries_per_kv = k.shape[1], q.shape[1] // k.shape[1]
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=upcast(q[:0]).dtype, device=q.device)
     offsets = batch.query_start_loc.tolist()
@@ -54,7 +56,7 @@ def prefill_attention_aten(
             upcast_on_cpu(x).transpose(0, 1)[:, None].expand(-1, queries_per_kv, -1, -1) for x in (keys, values)
         )
         if return_lse:
-            seq_out, seq_lse = attention_and_lse("prefill_attention", queries, keys, values, softmax_scale, True)
+            seq_out, seq_lse = attention_and_lse(queries, keys, values, softmax_scale, is_causal=True)
             out[rows], lse[rows] = seq_out.permute(2, 0, 1, 3).flatten(1, 2), seq_lse.permute(2, 0, 1).flatten(1)
             continue
         # Without a context the mask is the usual triangle, which torch need not read.

@@ -23,10 +23,11 @@ def encoder_attention_backward(
     out and lse: what it returned with `return_lse`. grad_out, q, k, v and out [b, s, h, d], lse [b, s, h] float32 ->
     (grad_q, grad_k, grad_v), [b, s, h, d] each.
     """
-    images = zip(grad_out, q, k, v, out, lse)
-    gradients = [attention_gradients(*image, softmax_scale) for image in images]
-    grad_q, grad_k, grad_v = (torch.stack(x) for x in zip(*gradients))
-    return grad_q, grad_k, grad_v
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for i in range(len(q)):
+        for grad, x in zip(grads, attention_gradients(grad_out[i], q[i], k[i], v[i], out[i], lse[i], softmax_scale)):
+            grad[i] = x
+    return grads
 
 
 encoder_attention_backward.no_gradient(NO_SECOND_DERIVATIVE)

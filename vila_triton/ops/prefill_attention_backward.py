@@ -38,10 +38,10 @@ def prefill_attention_backward(
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     starts = query_start_loc.tolist()
     for start, end in pairwise(starts):
-        mask = causal_mask(end - start, end - start, q.device)
-        sequence = (x[start:end] for x in (grad_out, q, k, v, out, lse))
+        rows, mask = slice(start, end), causal_mask(end - start, end - start, q.device)
+        sequence = grad_out[rows], q[rows], k[rows], v[rows], out[rows], lse[rows]
         for grad, x in zip(grads, attention_gradients(*sequence, softmax_scale, mask)):
-            grad[start:end] = x
+            grad[rows] = x
     return grads
 
 
