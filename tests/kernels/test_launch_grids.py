@@ -95,6 +95,9 @@ HUGE: dict[str, tuple[Callable[..., Any], list[tuple]]] = {
     "linear": (lambda m, n, k: (half(m, k), half(n, k), half(n)), PRODUCTS),
     "int4_matmul": (product, PRODUCTS),
     "int4_swiglu": (lambda m, n, k: (half(m, k), int4(n, k), int4(n, k)), PRODUCTS),
+    "int4_matmul_backward": (lambda m, n, k: (half(m, n), int4(n, k)), PRODUCTS),
+    "rms_norm_backward": (lambda rows, e: (half(rows, e), half(rows, e), half(e), 1e-5), [(2**29, 64), (1, 2**16)]),
+    "swiglu_backward": (lambda s, f: (half(s, f),) * 3, [(2**29, 16), (1, 2**29), (MANY, 2**13)]),
     "kv_write": (write, [(2**24, 8, 64), (1, 64 * MANY, 16)]),
     "rope_kv_write": (rotate_and_write, [(2**22, 8, 64), (1, 64 * MANY, 16)]),
     "decode_attention": (

@@ -106,12 +106,12 @@ def check_int4_weight(op_name: str, name: str, w: Int4, **beside: tuple[Tensor, 
     if not isinstance(w, Int4):
         raise ValueError(f"{op_name}: {name} is a {type(w).__name__}, expected an Int4")
     group_tensors = {f"{name}.scales": (w.scales, "G n"), f"{name}.zeros": (w.zeros, "G n")}
-    sizes = check_axes(op_name, **beside, **group_tensors)
+    first, *others = beside
+    sizes = check_axes(op_name, **{first: beside[first]}, **group_tensors, **{key: beside[key] for key in others})
     check_int4_shape(sizes["G"] * w.group_size, w.group_size)
     if w.rounding not in ROUNDINGS:
         raise ValueError(f"{op_name}: {name}.rounding is {w.rounding!r}, expected one of {', '.join(ROUNDINGS)}")
     if sizes.get("k", w.shape[1]) != w.shape[1]:
-        first = next(iter(beside))
         raise ValueError(f"{op_name}: {first} has {sizes['k']} columns, but {name} is {list(w.shape)}")
     if w.qweight.shape != tiled_shape(*w.shape):
         raise ValueError(
@@ -120,8 +120,7 @@ def check_int4_weight(op_name: str, name: str, w: Int4, **beside: tuple[Tensor, 
     if w.qweight.dtype != torch.int32:
         raise ValueError(f"{op_name}: {name}.qweight is {w.qweight.dtype}, expected torch.int32")
     if w.qweight.device != w.scales.device:
-        device = f"{w.scales.device} like {next(iter(beside))}"
-        raise ValueError(f"{op_name}: {name}.qweight is on {w.qweight.device}, expected {device}")
+        raise ValueError(f"{op_name}: {name}.qweight is on {w.qweight.device}, expected {w.scales.device} like {first}")
     check_floating(op_name, **{key: x for key, (x, _) in (*beside.items(), *group_tensors.items())})
 
 
