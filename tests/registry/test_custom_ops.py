@@ -17,6 +17,7 @@ from vila_triton.engine import engine
 from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.params import init_tree, tree_map
+from vila_triton.ops.prefill_attention import without_context
 from vila_triton.registry import OPS, OneOf, Op, count_calls, custom_ops, discover, op, use
 
 discover()
@@ -34,10 +35,16 @@ OF_A_MODEL = """int4_matmul int4_swiglu linear rms_norm rope swiglu kv_write pre
 
 
 def example(op: Op, seed: int, **sizes: Any) -> tuple:
-    """Arguments of the custom op of an op."""
+    """Arguments of the custom op of an op; those that can have a gradient require it."""
     usual = {n: d.values[0] if isinstance(d, OneOf) else max(d.low, min(d.high, 3)) for n, d in op.domain.items()}
     takes = custom_ops.schema_arguments(op)
-    values = dict(zip((a.name for a in takes), example_args(op, seed, **usual | sizes)))
+    args = example_args(op, seed, **usual | sizes)
+    if op is ops.prefill_attention:  # what is read from pages has no gradient
+        args = (*args[:3], *without_context(args[1], args[4].query_start_loc), *args[5:])
+    values = op.bind(args, {}) | ({"return_lse": True} if op.keeps_lse else {})
+    for name in op.differentiable:
+        if isinstance(x := values[name], Tensor):
+            values[name] = x.requires_grad_()
     return tuple(custom_ops.flatten_args(takes, values))
 
 

@@ -192,6 +192,8 @@ class CustomOp:
     def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         values = dict(zip(self.names, unflatten_args(self.arguments, inputs), strict=True))
         outs = output if isinstance(output, tuple) else (output,)
+        if self.op.keeps_lse and not values["return_lse"]:
+            raise RuntimeError(f"{self.op.name}: the gradient is made of the log-sum-exp, expected return_lse=True")
         flat_names = flatten_names(self.arguments)
         needs = [name for name, needed in zip(flat_names, ctx.needs_input_grad) if needed]
         ctx.call, tensors = RecordedCall.record(self.op, values, needs, outs)

@@ -53,6 +53,11 @@ class Impl:
     by_target: Mapping[str, ConfigNumber] = field(default_factory=dict)
 
     def __call__(self, *args: Any, config: Config | None = None, **kwargs: Any) -> Any:
+        """Run this implementation of itself, without a place in autograd's graph: RuntimeError if one is needed."""
+        if self.name != REFERENCE and torch_part("gradients").requires_gradient(args, kwargs):
+            raise RuntimeError(
+                f"{self.op}: {self.name!r} has no gradient of itself, expected a call of the op in `use`"
+            )
         return self.fn(*args, **kwargs, **(self.resolve_config(*args, **kwargs) if config is None else config))
 
     def resolve_config(self, *args: Any, **kwargs: Any) -> Config:
