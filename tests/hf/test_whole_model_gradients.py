@@ -149,7 +149,7 @@ def test_gradients_are_hugging_faces(variant: str, kernels: str, checkpointed: b
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("kernels", ["default"])
+@pytest.mark.parametrize("kernels", ["default", "reference"])
 def test_gradients_under_autocast_are_as_near_to_float32_as_hugging_faces(kernels: str, checkpointed: bool) -> None:
     found = our_gradients("plain", torch.float32, kernels, checkpointed, casts=True)
     theirs, expected = (their_gradients("plain", torch.float32, "BATCH", how) for how in ("autocast", "stock"))

@@ -14,7 +14,7 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, autocast
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
@@ -175,7 +175,7 @@ class OpNode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         # Under the choices of the forward pass already as tensors are unpacked, when a checkpoint runs it again.
-        with ctx.call.policy.active(), torch.autocast(grads[0].device.type, enabled=False):
+        with ctx.call.policy.active(), autocast(grads[0].device.type, enabled=False):
             *tensors, number = ctx.saved_tensors
             if int(number) != number_of(*ctx.ran)[0]:
                 name, impl, _ = ctx.ran
@@ -234,15 +234,20 @@ def without_gradient(x: Tensor, message: str) -> Tensor:
     return NoGradient.apply(message, x.detach(), torch.empty(0, requires_grad=True))  # pyright: ignore[reportReturnType]
 
 
+def autocast_device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """The kind of device that the arguments lie on, if `torch.autocast` is enabled there; else ""."""
+    if not torch._C._is_any_autocast_enabled():
+        return ""
+    device = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), "cpu")
+    return device if torch.is_autocast_enabled(device) else ""
+
+
 def cast_for_autocast(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     """The arguments with tensors of 16 and 32 bits in the dtype of `torch.autocast`, where that is enabled on their
     device; dataclasses, as int4 weights, stay.
     """
-    if not torch._C._is_any_autocast_enabled():
-        return args, kwargs
-    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    device = tensors[0].device.type if tensors else "cpu"
-    if not torch.is_autocast_enabled(device):
+    device = autocast_device(args, kwargs)
+    if not device:
         return args, kwargs
     dtype = torch.get_autocast_dtype(device)
 

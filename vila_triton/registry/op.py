@@ -155,7 +155,11 @@ class Op(OpDeclaration):
     def run_decided(
         self, decision: tuple[Impl, Config, Any, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        """Run what `decide` returned for a call."""
+        """Run what `decide` returned for a call; torch casts nothing in it, since the arguments are cast."""
+        gradients = torch_part("gradients")
+        if device := gradients.autocast_device(args, kwargs):
+            with gradients.autocast(device, enabled=False):
+                return self.run_decided(decision, args, kwargs)
         impl, config, plans, tensors = decision
         if self.index_check:
             self.index_check(*args, **kwargs)
