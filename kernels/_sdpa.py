@@ -25,12 +25,15 @@ def check_on_cpu(op_name: str, x: Tensor) -> None:
         )
 
 
-def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """softmax(q kᵀ · scale) v, and the log-sum-exp of the scores, on a CPU: q, k and v [b, h, s, d] -> [b, h, s, d] in
-    their dtype, [b, h, s].
+def attention_and_lse(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | None = None, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ · scale) v, and the log-sum-exp of the scores, on a CPU: q [b, h, s, d], k and v [b, h, t, d], mask
+    [s, t] -> [b, h, s, d] in their dtype, [b, h, s].
     """
+    bias = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *unit_strides(q, k, v), is_causal=is_causal, scale=softmax_scale
+        *unit_strides(q, k, v), attn_mask=bias, is_causal=is_causal, scale=softmax_scale
     )
 
 

@@ -19,6 +19,6 @@ def encoder_attention_aten(
     queries, keys, values = (upcast_on_cpu(x).transpose(1, 2) for x in (q, k, v))  # [b, h, s, d] each
     if return_lse:
         check_on_cpu("encoder_attention", q)
-        out, lse = attention_and_lse(queries, keys, values, softmax_scale, is_causal=False)
+        out, lse = attention_and_lse(queries, keys, values, softmax_scale)
         return out.transpose(1, 2).to(q.dtype), lse.transpose(1, 2)
     return F.scaled_dot_product_attention(queries, keys, values, scale=softmax_scale).transpose(1, 2).to(q.dtype)

@@ -28,8 +28,8 @@ def prefill_attention_aten(
     numerics: str = "fast",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return attention [s, h, d] in q's dtype, and with `return_lse`, on a CPU and without a context, its log-sum-exp
-    [s, h]; raises Unsupported for that elsewhere, and under "batch_invariant".
+    """Return attention [s, h, d] in q's dtype, and with `return_lse`, on a CPU, its log-sum-exp [s, h];
+    raises Unsupported for that elsewhere, and under "batch_invariant".
     """
     check_not_meta("prefill_attention", q)
     if numerics == "batch_invariant":
@@ -45,8 +45,6 @@ def prefill_attention_aten(
         if not s:
             continue
         keys, values = k[rows], v[rows]
-        if t and return_lse:
-            raise Unsupported("prefill_attention: torch's attention returns no log-sum-exp over cached keys")
         if t:
             cached_k, cached_v = cache.gather(i, t)
             keys = torch.cat((cached_k.to(k.dtype), keys))
@@ -55,12 +53,12 @@ def prefill_attention_aten(
         keys, values = (  # [g, n, t, d]
             upcast_on_cpu(x).transpose(0, 1)[:, None].expand(-1, queries_per_kv, -1, -1) for x in (keys, values)
         )
-        if return_lse:
-            seq_out, seq_lse = attention_and_lse(queries, keys, values, softmax_scale, is_causal=True)
-            out[rows], lse[rows] = seq_out.permute(2, 0, 1, 3).flatten(1, 2), seq_lse.permute(2, 0, 1).flatten(1)
-            continue
         # Without a context the mask is the usual triangle, which torch need not read.
         mask = causal_mask(s, s + t, q.device) if t and s > 1 else None
-        seq_out = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=not t, scale=softmax_scale)
+        if return_lse:
+            seq_out, seq_lse = attention_and_lse(queries, keys, values, softmax_scale, mask, is_causal=not t)
+            lse[rows] = seq_lse.permute(2, 0, 1).flatten(1)
+        else:
+            seq_out = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=not t, scale=softmax_scale)
         out[rows] = seq_out.permute(2, 0, 1, 3).flatten(1, 2)  # [g, n, s, d] -> [s, h, d]
     return (out, lse) if return_lse else out

@@ -15,9 +15,10 @@ from bench.correctness.error_budget import example_args, example_strategy
 from bench.correctness.guarded_memory import map_tensors
 from vila_triton import ops
 from vila_triton.ops.prefill_attention import without_context
-from vila_triton.registry import OPS, use
+from vila_triton.registry import OPS, OneOf, count_calls, use
 
 D = torch.float64
+SIZES = {"b": 1, "s": 5, "g": 1, "ratio": 2, "d": 16, "dtype": "float32"}
 
 
 def prefill_args(grad_out, q, k, v, out, lse, query_start_loc, scale) -> tuple:
@@ -81,3 +82,34 @@ def test_gradients_of_int4_products(sizes: dict) -> None:
         assert_close(torch.autograd.grad(ops.int4_matmul(x, w, bias, residual), inputs, grad_out), expected)
         expected = torch.autograd.grad(ops.int4_swiglu.reference(x, w, w), x, grad_out)
         assert_close(torch.autograd.grad(ops.int4_swiglu(x, w, w), x, grad_out), expected)
+
+
+def test_what_is_read_from_pages_has_no_gradient() -> None:
+    q, k, v, cache, batch, scale = example_args(OPS["prefill_attention"], 0, **SIZES, t=3, l=16)
+    out = ops.prefill_attention(q.requires_grad_(), k, v, cache, batch, scale)
+    with pytest.raises(RuntimeError, match=r"prefill_attention: .* read from pages have no gradient"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("name", [*FORWARD_ARGS, "int4_matmul"])
+def test_a_second_derivative_is_refused(name: str) -> None:
+    backward = OPS[f"{name}_backward"]
+    sizes = {axis: values.values[0] if isinstance(values, OneOf) else 8 for axis, values in backward.domain.items()}
+    args = example_args(backward, 0, **sizes)
+    with count_calls() as calls, pytest.raises(RuntimeError, match=r"grad_out requires a gradient, but .* no second"):
+        backward(args[0].requires_grad_(), *args[1:])
+    assert not calls
+
+
+def test_nothing_at_all_has_gradients_of_nothing() -> None:
+    """No images, no sequences, sequences without tokens, and no rows."""
+    q = torch.ones(0, 5, 2, 16, requires_grad=True)
+    ops.encoder_attention(q, q, q, 1.0).sum().backward()
+    x = torch.ones(0, 2, 16, requires_grad=True)
+    for starts in ([0], [0, 0, 0]):
+        rest = without_context(x, torch.tensor(starts).int())
+        ops.prefill_attention(x, x, x, *rest, 1.0).sum().backward()
+    row = torch.ones(16, requires_grad=True)
+    ops.rms_norm(x[:, 0], row, 1e-5).sum().backward()
+    ops.swiglu(x[:, 0], x[:, 1]).sum().backward()
+    assert q.grad is not None and x.grad is not None and row.grad is not None and not row.grad.any()

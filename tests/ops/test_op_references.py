@@ -233,6 +233,16 @@ CONTRACTS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("int4_swiglu", {"up": lambda w: replace(w, scales=w.scales[:, 1:], zeros=w.zeros[:, 1:])}, r"up is \[1, 128\]"),
     ("int4_swiglu", {"gate": lambda w: replace(w, qweight=w.qweight.long())}, "gate.qweight is torch.int64"),
+    ("rms_norm_backward", {"grad_out": half}, "grad_out is torch.float16, expected torch.float32 like x"),
+    ("rms_norm_backward", {"grad_out": lambda x: x[None]}, r"x has shape \[2, 8\], expected \[1, 2, 8\]"),
+    ("swiglu_backward", {"grad_out": half}, "grad_out is torch.float16, expected torch.float32 like gate"),
+    ("encoder_attention_backward", {"lse": half}, "lse is torch.float16, expected torch.float32 for torch.float32"),
+    ("encoder_attention_backward", {"out": half}, "out is torch.float16, expected torch.float32 like q"),
+    ("prefill_attention_backward", {"lse": lambda x: x.double()}, "lse is torch.float64, expected torch.float32"),
+    ("prefill_attention_backward", {"query_start_loc": lambda x: x[:0]}, "query_start_loc is empty"),
+    ("prefill_attention_backward", {"query_start_loc": lambda x: x.long()}, "query_start_loc is torch.int64"),
+    ("int4_matmul_backward", {"grad_out": lambda x: x[:, 1:]}, r"w.scales has shape \[2, 2\], expected \[G, n=1\]"),
+    ("int4_matmul_backward", {"w": lambda w: dequantize(w, torch.float32)}, "w is a Tensor, expected an Int4"),
     ("linear", {"w": lambda w: quantize_rtn(torch.zeros(4, 32), 16), "bias": lambda b: b[:1]}, "bias has shape"),
 ]
 
