@@ -45,7 +45,7 @@ def compiles_for_cpu() -> bool:
 
 def rows_and_output(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """x [..., k] as rows [m, k], and an empty output [m, n] in its dtype."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows, torch.empty(len(rows), n, dtype=x.dtype, device=x.device)
 
 

@@ -19,13 +19,15 @@ CONFIGS = [{"BLOCK_K": 128}, {"BLOCK_K": 512}]
 def int4_matmul_backward_blocked(grad_out: Tensor, w: Int4, *, BLOCK_K: int) -> Tensor:
     """Return grad_out · w [..., k] in the dtype of grad_out; raises Unsupported on a big-endian machine."""
     check_byte_order("int4_matmul_backward")
-    (n, k), dtype = w.shape, grad_out.dtype
-    grads = grad_out.reshape(-1, n)  # [m, n]
+    n, k = w.shape
+    grads = grad_out.reshape(grad_out.shape[:-1].numel(), n)  # [m, n]
+    if not grads.numel():
+        return grad_out.new_zeros(*grad_out.shape[:-1], k)
     product = product_for(grads)
     inputs = grads if product is half_product else upcast(grads)
-    blocks = BlockedWeight(w, dtype, BLOCK_K)
+    blocks = BlockedWeight(w, grad_out.dtype, BLOCK_K)
     grad_x = grad_out.new_empty(len(grads), k)
-    for start in range(0, k if len(grads) else 0, BLOCK_K):
+    for start in range(0, k, BLOCK_K):
         columns = slice(start, min(start + BLOCK_K, whole_tiles(k)))
         weight = blocks.block(slice(0, n), columns).to(inputs.dtype)  # [n, k']
         grad_x[:, start : columns.stop] = restore_order(product(inputs, weight.t()))[:, : k - start]
