@@ -57,7 +57,7 @@ PACKAGES = {  # folder or module -> packages it imports besides the standard lib
     "chat": "torch PIL safetensors sentencepiece tokenizers transformers",
     "arguments": "torch",
     "hf": "torch transformers",
-    "tiny": "torch einops numpy PIL safetensors tokenizers transformers",
+    "tiny": "torch einops numpy peft PIL safetensors tokenizers transformers",
     "quantization": "torch einops PIL safetensors transformers",
     "commands": "torch PIL transformers",
     "kernels": "torch triton einops numpy",

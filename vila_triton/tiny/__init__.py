@@ -6,5 +6,6 @@ config              the geometry of the model and its checkpoint folder
 training_data       packed rows and batches
 train               trains it: `python -m vila_triton.tiny.train`
 evaluate            grades it: `python -m vila_triton.tiny.evaluate`
+finetune            teaches it a new kind of question by LoRA: `python -m vila_triton.tiny.finetune`
 examples            draws the example images
 """

@@ -11,7 +11,7 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -
         group["lr"] = group["base"] * factor
 
 
-def optimizer_step(loss: Tensor, weights: list[Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
+def optimizer_step(loss: Tensor, weights: Sequence[Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
     """Take a step of all optimizers, with gradients clipped to norm 1."""
     loss.backward()
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
