@@ -1,4 +1,4 @@
-"""Attention with `return_lse`, but that of one new token, which is tested with its splits: the output and the log-sum-exp of every implementation are within their budget."""
+"""Attention with `return_lse`: output and log-sum-exp of every implementation are within their budget."""
 
 import pytest
 
