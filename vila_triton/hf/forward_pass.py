@@ -12,7 +12,8 @@ from ..cache.paged_cache import PagedBatch, PagedKVCache, UncachedBatch, step_ph
 from ..engine import engine
 from ..models import llama, vila
 from ..models.config import VilaConfig
-from .padding import UnpaddedBatch, causal_loss, pad, pad_attentions, require_tensor
+from .causal_loss import causal_loss
+from .padding import UnpaddedBatch, pad, pad_attentions, require_tensor
 
 
 def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, images: object) -> None:

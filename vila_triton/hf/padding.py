@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ..models.vila import IGNORE_INDEX, splice_image_tokens, splice_labels
 
@@ -111,7 +110,7 @@ def remove_padding(
 
 
 def check_any_label(labels: Sequence[Tensor]) -> None:
-    """Errors: ValueError if there is no label of which `causal_loss` takes the mean, which is then not a number."""
+    """Errors: ValueError if there is no label of which the loss is the mean, which is then not a number."""
     if not any((row[1:] != IGNORE_INDEX).any() for row in labels):
         raise ValueError(f"labels: all are {IGNORE_INDEX} behind the first of each sequence, so there is no loss")
 
@@ -163,19 +162,3 @@ def token_mask(lengths: Sequence[int], padding_side: str) -> Tensor:
     """The mask [b, longest] of sequences of these lengths, padded on the given side: true at tokens."""
     columns, row_lengths = torch.arange(max(lengths)), torch.tensor(lengths)[:, None]
     return columns < row_lengths if padding_side == "right" else columns >= max(lengths) - row_lengths
-
-
-def causal_loss(logits: Tensor, labels: Sequence[Tensor], num_items_in_batch: int | Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of every label but the first of its sequence, under the logits one position before it: [s, v]
-    of all sequences end to end, labels [t] of each. Labels are shifted and not logits, of which that would be a copy.
-
-    num_items_in_batch: what the sum is divided by instead of the number of these labels, where several batches make one
-    step.
-    """
-    targets = torch.cat([torch.cat((row[1:], row.new_full((1,), IGNORE_INDEX))) for row in labels]).to(logits.device)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    if num_items_in_batch is not None:
-        loss = cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-        return loss / num_items_in_batch
-    return cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)

@@ -9,14 +9,13 @@ anything runs: nothing is ever taken for a constant in silence. A second derivat
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cache
+from functools import cache, wraps
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, autocast
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from .policy import Policy
 
@@ -152,6 +151,46 @@ def number_of(op_name: str, impl: str, config: str) -> tuple[int, Tensor]:
     return number, torch.tensor(number)
 
 
+class NoGradient(torch.autograd.Function):
+    """The identity, whose gradient raises an error; it keeps no graph of the arguments alive."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, out: Tensor, grad_anchor: Tensor) -> Tensor:
+        ctx.message = message
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(ctx.message)
+
+
+def without_gradient(x: Tensor, message: str) -> Tensor:
+    """The same numbers; asking for their gradient raises RuntimeError with the message."""
+    return NoGradient.apply(message, x.detach(), torch.empty(0, requires_grad=True))  # pyright: ignore[reportReturnType]
+
+
+def first_derivative_only(name: Callable[[Any], str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate the backward pass of a node: asking for a derivative of the gradients that it returns raises
+    RuntimeError, where torch's `once_differentiable` takes them for constants if those it gets are.
+
+    name: of the context, what the error names.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(backward)
+        def wrapper(ctx: Any, *grads: Any) -> Any:
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            if not torch.is_grad_enabled():  # which means that nobody asked for a graph
+                return found
+            message = f"{name(ctx)} has no second derivative"
+            return tuple(without_gradient(x, message) if isinstance(x, Tensor) else x for x in found)
+
+        return wrapper
+
+    return decorate
+
+
 class OpNode(torch.autograd.Function):
     """A call of an op as a node of autograd's graph.
 
@@ -172,7 +211,7 @@ class OpNode(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only(lambda ctx: ctx.call.op.name)
     def backward(ctx: Any, *grads: Any) -> Any:
         # Under the choices of the forward pass already as tensors are unpacked, when a checkpoint runs it again.
         with ctx.call.policy.active(), autocast(grads[0].device.type, enabled=False):
@@ -214,24 +253,6 @@ def run_recorded(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
     out, lse = out  # pyright: ignore[reportGeneralTypeIssues]
     message = f"{op.name}: the log-sum-exp has no gradient"
     return (out, without_gradient(lse, message)) if returns_lse else out
-
-
-class NoGradient(torch.autograd.Function):
-    """The identity, whose gradient raises an error; it keeps no graph of the arguments alive."""
-
-    @staticmethod
-    def forward(ctx: Any, message: str, out: Tensor, grad_anchor: Tensor) -> Tensor:
-        ctx.message = message
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(ctx.message)
-
-
-def without_gradient(x: Tensor, message: str) -> Tensor:
-    """The same numbers; asking for their gradient raises RuntimeError with the message."""
-    return NoGradient.apply(message, x.detach(), torch.empty(0, requires_grad=True))  # pyright: ignore[reportReturnType]
 
 
 def autocast_device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
