@@ -11,8 +11,9 @@ from hf_reference import build, padded, pictures, words
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from vila_triton import VilaLlamaForCausalLM, use
+from vila_triton import VilaLlamaConfig, VilaLlamaForCausalLM, use
 from vila_triton.checkpoints.loading import PARTS
+from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import count_calls
 
 MODEL = build(gain=2.0).train()
@@ -181,3 +182,7 @@ def test_trainer_does_the_steps_of_a_plain_loop(
     for name, p in plain.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), p, rtol=0, atol=1e-12)
         assert torch.equal(saved.get_parameter(name), model.get_parameter(name))
+
+
+def test_config_alone_knows_the_vocabulary_by_which_peft_tells_whether_embeddings_have_grown() -> None:
+    assert VilaLlamaConfig.from_pretrained(BUNDLED_CHECKPOINT).vocab_size == 128

@@ -68,6 +68,7 @@ class VilaLlamaConfig(PreTrainedConfig):
         """Read the config of a folder, as transformers does, and the size of its vocabulary from that of its part."""
         loaded = super().from_pretrained(folder, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config._name_or_path = config._name_or_path or str(folder)
         if config.vocab_size is None and (llm := config.part_config("llm")):
             config.vocab_size = llm.get("vocab_size")
         return loaded
