@@ -69,6 +69,15 @@ def test_gradients_are_those_of_the_forward_reference(name: str) -> None:
     check()
 
 
+@given(sizes=example_strategy(OPS["layer_norm"]))
+def test_gradients_of_layer_norm(sizes: dict) -> None:
+    for values in ("random", *ops.layer_norm.hard_cases):
+        args = in_float64(example_args(ops.layer_norm, **sizes, values=values))
+        inputs, grad_out = leaves(args), torch.randn(args[0].shape, dtype=D)
+        expected = torch.autograd.grad(ops.layer_norm.reference(*args), inputs, grad_out)
+        assert_close(torch.autograd.grad(ops.layer_norm(*args), inputs, grad_out), expected)
+
+
 @given(sizes=example_strategy(OPS["int4_matmul_backward"]))
 def test_gradients_of_int4_products(sizes: dict) -> None:
     grad_out, w = in_float64(example_args(OPS["int4_matmul_backward"], **sizes))

@@ -69,6 +69,19 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(upcast(x), weight.shape, upcast(weight), upcast(bias), eps).to(x.dtype)
 
 
+@layer_norm.gradient(x="x weight bias", weight="x weight bias", bias="x weight bias")
+def _(grad, needs, x, weight, bias, eps):
+    """By torch, with the mean and the variance of the forward pass computed again."""
+    x_upcast, affine = upcast(x), (upcast(weight), upcast(bias))
+    _, *statistics = torch.native_layer_norm(x_upcast, weight.shape, *affine, eps)
+    grads = torch.ops.aten.native_layer_norm_backward(
+        upcast(grad), x_upcast, weight.shape, *statistics, *affine, [name in needs for name in ("x", "weight", "bias")]
+    )
+    return tuple(
+        None if value is None else value.to(like.dtype) for value, like in zip(grads, (x, weight, bias), strict=True)
+    )
+
+
 @layer_norm.requires
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
     check_axes("layer_norm", x=(x, "... e"), weight=(weight, "e"), bias=(bias, "e"))
