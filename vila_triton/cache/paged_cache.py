@@ -169,7 +169,7 @@ class PagedKVCache:
         self.numerics = numerics
         self.settings = {"page_size": page_size, "kv_dtype": kv_dtype, "numerics": numerics}
         self.max_pages = max_pages
-        self.parameter_versions: object = None  # `write_counts` of the model that the tokens were run with, if known
+        self.parameter_versions: object = None  # of the model that the tokens were run with, if known
         self.decode_steps: Any = None  # the engine's `DecodeSteps` over these pages, until the pool grows
         self.lock = DeferringLock()
         self.allocator = PageAllocator(num_pages, page_size)

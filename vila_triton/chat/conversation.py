@@ -20,7 +20,6 @@ from ..engine.sampling import SamplingParams, check_sampling_arguments
 from ..images.processing import ImageInput, list_images, load_image, preprocess_images
 from ..limits import COUNT
 from ..lock import DeferringLock
-from ..models.params import write_counts
 from ..models.vila import splice_image_tokens
 from .model_memory import CacheSet, SharedCaches, VilaModel
 from .prompts import end_of_turn_ids, first_turn_ids, insert_image_tokens, next_turn_ids, stop_token_ids
@@ -202,8 +201,7 @@ class Conversation:
         with chat_model.tokenizer_lock:  # a tokenizer serves one thread at a time
             prompt = chat_model.prompt_ids(question, len(images), first_turn=not len(self.spliced_ids))
             stop_ids, turn_end = chat_model.stop_token_ids, end_of_turn_ids(chat_model.template, chat_model.tokenizer)
-        parameters = list(model.parameters())
-        initial_versions, caches = write_counts(parameters), chat_model.memory.current()
+        initial_versions, caches = model.parameter_versions(), chat_model.memory.current()
         if self.image_features is not None and self.model_state != caches.model_state:
             raise ValueError(
                 "the model's parameters, numerics or kernels have changed since it encoded the images of this "
@@ -245,7 +243,7 @@ class Conversation:
                 stats.answer_tokens, stats.seconds = len(answer), time.perf_counter() - start
                 stats.seconds_to_first_token = stats.seconds_to_first_token or stats.seconds
                 yield token
-            if write_counts(parameters) != initial_versions:
+            if model.parameter_versions() != initial_versions:
                 raise RuntimeError("the model's parameters changed while it answered; ask again")
             finished = True
         finally:

@@ -1,17 +1,16 @@
 """The caches that all conversations of a model share: KV pages and image features, for as long as they are valid."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cache.paged_cache import PagedKVCache
 from ..images.feature_cache import ImageFeatureCache
 from ..lock import DeferringLock
 from ..models.config import VilaConfig
-from ..models.params import checksum, write_counts
+from ..models.params import checksum, leaves
 from ..models.vila import Vila
 from ..registry import explicit_choices
 from ..registry.tuned_tables import default_choices_for
@@ -30,7 +29,7 @@ class VilaModel(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def params(self) -> Vila: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def parameter_versions(self) -> object: ...
     def state_dict(self) -> dict[str, Any]: ...
     def encode_images(self, images: Tensor) -> Tensor: ...
     def new_cache(self, num_sequences: int, *, max_pages: int | None = None) -> PagedKVCache: ...
@@ -53,9 +52,9 @@ class SharedCaches:
     """KV pages of all conversations, which share common prefixes, and features of the images asked about last.
 
     `max_pages` is the most pages there may be. The caches are replaced by empty ones when they no longer hold what the
-    model would compute: after a parameter was replaced or written to in any way, and when the config's numerics,
-    kv_dtype or page_size change; under batch-invariant numerics also when `use` chooses other kernels. The check reads
-    all parameters twice, which takes as long as about two tokens.
+    model would compute: after a parameter was replaced or written to in any way, when other adapters are active, when
+    the config's numerics, kv_dtype or page_size change; under batch-invariant numerics also when `use` chooses other
+    kernels. The check reads all parameters twice, which takes as long as about two tokens.
     """
 
     def __init__(self, model: VilaModel, max_pages: int | None = None):
@@ -72,14 +71,15 @@ class SharedCaches:
 
     def current(self) -> CacheSet:
         """Return the caches if they are still valid, else new and empty ones."""
-        model, parameters = self.model, list(self.model.parameters())
+        model = self.model
         numerics = model.config.attention_numerics
         kernels = (
             {**default_choices_for(model.device, numerics), **explicit_choices()}
             if numerics == "batch_invariant"
             else {}
         )
-        model_state = write_counts(parameters), checksum(parameters), model.vila_config, numerics, kernels
+        versions, numbers = model.parameter_versions(), checksum(leaves(model.params))
+        model_state = versions, numbers, model.vila_config, numerics, kernels
         with self._lock:
             caches = self._caches or self._empty()
             if caches.settings != model.config.cache_kwargs() or caches.model_state not in (None, model_state):

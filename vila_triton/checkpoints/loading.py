@@ -19,6 +19,7 @@ from vila_triton.models.config import (
     with_new_spellings,
 )
 from vila_triton.models.config_fields import name_folder_in_errors, nested_object
+from vila_triton.models.layers import Affine
 from vila_triton.models.params import LazyTensors, LoadError, check_state_dict, leaves, load_tree
 
 from .generation_config import read_generation_config
@@ -135,7 +136,13 @@ def save_checkpoint(
     """Write a VILA folder that `load_params` reads back to the same bits. The configs are written as they are given.
 
     source_folder: where the model came from; what lies beside its weights (tokenizer, image processor) is copied.
+    Errors: ValueError for linear maps with low-rank terms, for which a checkpoint has no place.
     """
+    if any(isinstance(p, Affine) and p.low_rank for p in leaves(params, Affine)):
+        raise ValueError(
+            "a checkpoint has no place for adapters: save them by peft's save_pretrained, and the model itself with "
+            "adapters disabled, or merged and unloaded"
+        )
     cfg = build_vila_config(config, part_configs)
     specs = vila.param_specs(cfg, leaves(params.llm)[0].dtype)
     prefix = "" if cfg.vision_tower.model_type.startswith("intern") else TOWER_PREFIX

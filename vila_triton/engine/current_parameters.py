@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..models.llama import Llama
-from ..models.params import leaves, tree_map
+from ..models.params import leaves, structure, tree_map
 
 
 def addresses(tensors: list[Tensor]) -> list[int]:
@@ -25,10 +25,10 @@ class CurrentParameters:
     def _take(self, p: Llama) -> None:
         self.tree = p
         self.held = [x.detach() for x in self.leaves]
-        self.places = addresses(self.leaves), [x.dtype for x in self.leaves]
+        self.places = addresses(self.leaves), [x.dtype for x in self.leaves], structure(p)
 
     def get(self) -> Llama:
-        """The tree for the next step; `places` then tells where its leaves lie, and in which dtypes."""
+        """The tree for the next step; `places` then tells what leaves it has, where they lie, and in which dtypes."""
         if addresses(self.leaves) != self.places[0]:
             self._take(tree_map(lambda x: x, self.tree))
         return self.tree

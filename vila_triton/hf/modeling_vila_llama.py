@@ -20,7 +20,7 @@ from vila_triton.files.atomic import write_json
 
 from ..models import llama, vila
 from ..models.config_fields import name_folder_in_errors
-from ..models.params import init_tree, write_counts
+from ..models.params import init_tree
 from .configuration_vila_llama import AUTO_CLASS_ARGUMENTS, VilaLlamaConfig, parse_dtype
 from .forward_pass import ForwardPass, check_chunked_prefill, check_inputs, check_options, keep_embeddings
 from .generation import CACHE_KEY, VilaGenerationMixin
@@ -156,6 +156,16 @@ class VilaLlamaForCausalLM(UnsupportedMethods, TrainingMixin, PreTrainedModel, V
         """The parameters as the tree that the functional model takes."""
         return vila.Vila(*(getattr(self, part).params for part in loading.PARTS))
 
+    def requires_grad_(self, requires_grad: bool = True) -> "VilaLlamaForCausalLM":
+        """As of any module; int4 weights stay frozen."""
+        for part in loading.PARTS:
+            getattr(self, part).requires_grad_(requires_grad)
+        return self
+
+    def parameter_versions(self) -> object:
+        """What changes with the parameters and with adapters, to be compared: see `ParamsModule.versions`."""
+        return [getattr(self, part).versions() for part in loading.PARTS]
+
     def encode_images(self, images: Tensor | Sequence[Tensor]) -> Tensor:
         """Encode images [n, c, H, W], or [b, n, c, H, W], or a list of either or of [c, H, W] -> image features [n,
         tokens, e].
@@ -263,7 +273,7 @@ class VilaLlamaForCausalLM(UnsupportedMethods, TrainingMixin, PreTrainedModel, V
         if start_pos is not None and use_cache:
             self.cache = cache
         if cache and use_cache:
-            cache.parameter_versions = write_counts(list(self.parameters()))
+            cache.parameter_versions = self.parameter_versions()
         outputs: dict[str, Any] = run.outputs(logits, num_items_in_batch) | {CACHE_KEY: cache if use_cache else None}
         output = CausalLMOutputWithPast(**outputs)
         as_dataclass = return_dict if return_dict is not None else self.config.return_dict
@@ -274,7 +284,7 @@ class VilaLlamaForCausalLM(UnsupportedMethods, TrainingMixin, PreTrainedModel, V
         model's own cache after its config changed.
         """
         cache.check_model(self.vila_config.llm, self.device)
-        if has_tokens and cache.parameter_versions not in (None, write_counts(list(self.parameters()))):
+        if has_tokens and cache.parameter_versions not in (None, self.parameter_versions()):
             raise ValueError(
                 "the cache holds keys and values of other parameters than the model now has; begin with a new cache"
             )

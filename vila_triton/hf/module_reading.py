@@ -20,22 +20,24 @@ class ModuleReading:
     """What a module and all below it hold.
 
     tensors: parameters by the names they have without adapters. low_rank: the terms that active adapters add to linear
-    maps, by the names of these.
+    maps, by the names of these. merged: the tensors of adapters that are part of a weight now, by its name and theirs.
     """
 
     def __init__(self, module: nn.Module):
         self.tensors: dict[str, Tensor] = {}
         self.low_rank: dict[str, tuple[LowRank, ...]] = {}
+        self.merged: dict[str, list[Tensor]] = {}
         self._read(module, "")
 
     def all_tensors(self) -> list[Tensor]:
-        """Those of low-rank terms as well."""
+        """Those of adapters as well."""
         terms = [x for terms in self.low_rank.values() for term in terms for x in (term.a, term.b)]
-        return [*self.tensors.values(), *terms]
+        return [*self.tensors.values(), *terms, *(x for merged in self.merged.values() for x in merged)]
 
-    def constants(self) -> list[tuple[str, list[tuple[float, float]]]]:
-        """The numbers of low-rank terms that are no tensors."""
-        return [(name, [(term.scaling, term.dropout) for term in terms]) for name, terms in self.low_rank.items()]
+    def adapters(self) -> object:
+        """All of adapters that is no tensor, to compare."""
+        terms = {name: [(term.scaling, term.dropout) for term in terms] for name, terms in self.low_rank.items()}
+        return terms, list(self.merged)
 
     def _read(self, module: nn.Module, prefix: str) -> None:
         for name, parameter in module._parameters.items():
@@ -50,13 +52,15 @@ class ModuleReading:
 
     def _unwrapped(self, module: Any, path: str) -> nn.Module:
         """The module that holds the parameters of this name; low-rank terms around it are noted."""
-        kind = class_path(module)
+        kind = None if type(module) in LINEARS else class_path(module)
         if kind == MODULES_TO_SAVE:
             module = module_to_save(module)
             return module if type(module) is nn.Module else self._unwrapped(module, path)
         if kind == LORA:
             check_not_hooked(module, path)
             self.low_rank[path] = low_rank_terms(module, path)
+            for name in module.merged_adapters:
+                self.merged[f"{path}.{name}"] = [module.lora_A[name].weight, module.lora_B[name].weight]
             module = module.base_layer
         if type(module) not in LINEARS:
             raise TypeError(f"{path} is a {class_path(module)}, which the model cannot take in; {ADVICE}")

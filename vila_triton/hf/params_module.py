@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..models.layers import Affine
-from ..models.params import ParameterSpec, leaves, tree_map
+from ..models.params import ParameterSpec, leaves, tree_map, write_counts
 from ..models.side_by_side import lay_side_by_side
 from .linear_modules import Int4Linear, is_linear, linear_module, name_of
 from .module_reading import ModuleReading
@@ -87,12 +87,19 @@ class ParamsModule(nn.Module):
         """
         reading = ModuleReading(self)
         counts = [(id(x), x.data_ptr(), None if x.is_inference() else x._version) for x in reading.all_tensors()]
-        made_of = counts, reading.constants()
+        made_of = counts, reading.adapters()
         previous, tree = self.latest
         if previous != made_of or any(version is None for *_, version in counts):
             tree = tree_of(self.specs, reading)
             self.latest = made_of, tree
         return tree
+
+    def versions(self) -> object:
+        """What changes with a parameter that is replaced or written to (see `write_counts`), and with the adapters that
+        are active or merged: to be compared.
+        """
+        reading = ModuleReading(self)
+        return write_counts(reading.all_tensors()), reading.adapters()
 
 
 def tree_of(specs: Any, reading: ModuleReading) -> Any:

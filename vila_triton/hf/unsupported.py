@@ -1,7 +1,7 @@
 """Methods and arguments of Hugging Face's models that `VilaLlamaForCausalLM` cannot honour, each with the reason.
 
-The model is a tree of parameters with pure functions over it, so there are no torch modules to swap or to wrap. Its
-cache is paged, so it cannot take another one.
+The model is a tree of parameters with pure functions over it, which call no torch module: what stands in the place of
+one is read (see `module_reading`) or refused. Its cache is paged, so it cannot take another one.
 """
 
 from typing import Any, NoReturn
@@ -42,7 +42,9 @@ UNSUPPORTED_ARGUMENTS = {  # of `generate` with transformers' loop
 }
 
 FROZEN_TREE = "its parameters are a frozen tree, whose sizes are the checkpoint's; change the checkpoint instead"
-PEFT = "adapters wrap torch modules, and its linears are functions; merge an adapter into the checkpoint instead"
+PEFT = (
+    "peft itself adds, loads and saves adapters: `get_peft_model(model, ...)`, `PeftModel.from_pretrained(model, ...)`"
+)
 OWN_ENGINE = "it has an engine of its own: `generate` takes a batch of prompts, `Conversation` shares a cache"
 KERNELS_BY_OP = "kernels are chosen by op: `use(...)`, `vila-triton ops`"
 UNSUPPORTED_METHODS = {

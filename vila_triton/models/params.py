@@ -131,6 +131,11 @@ def leaves(tree: Any, leaf_type: type | tuple[()] = ()) -> list[Any]:
     return [leaf for part in tree for leaf in leaves(part, leaf_type)] if isinstance(tree, tuple) else [tree]
 
 
+def structure(tree: Tree) -> Tree:
+    """What is left of a tree without its leaves, to compare: what there is, and the numbers that are no tensors."""
+    return tree_map(lambda leaf: None, tree)
+
+
 def checksum(parameters: Sequence[Tensor]) -> int:
     """A 64-bit checksum of the bytes of all parameters, independent of the device.
 
