@@ -37,8 +37,8 @@ def int4(dtype: torch.dtype = torch.float32) -> VilaLlamaForCausalLM:
 
 def adapted(model: VilaLlamaForCausalLM, seed: int = 0, **options: Any) -> Any:
     """With random adapters, of which peft makes half of each 0, so that they change nothing yet."""
-    model = get_peft_model(model, LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": TARGETS, **options}))
-    return randomized(model, "default", seed).eval()
+    peft_model = get_peft_model(model, LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": TARGETS, **options}))
+    return randomized(peft_model, "default", seed).eval()
 
 
 def randomized(model: Any, adapter: str, seed: int = 0) -> Any:
