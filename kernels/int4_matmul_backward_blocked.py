@@ -12,7 +12,7 @@ from vila_triton.ops.dtypes import upcast
 from ._cpu_product import half_product
 from ._int4_blocks import BlockedWeight, check_byte_order, product_for, restore_order, whole_tiles
 
-CONFIGS = [{"BLOCK_K": 128}, {"BLOCK_K": 512}]
+CONFIGS = [{"BLOCK_K": 256}, {"BLOCK_K": 64}]
 
 
 @int4_matmul_backward.impl("blocked", configs=CONFIGS)
