@@ -78,6 +78,7 @@ def _int4_matmul_backward_kernel(
     K,
     stride_om,
     stride_on,
+    stride_xm,
     GROUP_SIZE: tl.constexpr,
     ROUNDING: tl.constexpr,
     ASM: tl.constexpr,
@@ -111,7 +112,7 @@ def _int4_matmul_backward_kernel(
     offs_k = (start + tl.arange(0, BLOCK_K))[None, :]
     offs_m = offs_m[:, None]
     mask = (offs_m < M) & (offs_k < K)
-    tl.store(grad_x_ptr + offs_m * K + offs_k, acc.to(DTYPE), mask=mask)
+    tl.store(grad_x_ptr + offs_m * stride_xm + offs_k, acc.to(DTYPE), mask=mask)
 
 
 @int4_matmul_backward.impl("triton", configs=CONFIGS, space=SPACE)
@@ -132,6 +133,7 @@ def int4_matmul_backward_triton(
             n,
             k,
             *grads.stride(),
+            grad_x.stride(0),
             GROUP_SIZE=w.group_size,
             ROUNDING=rounding_mode(w, scale_sums=False),
             **target_flags(),

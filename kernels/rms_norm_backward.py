@@ -19,7 +19,7 @@ from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, S
 from ._launch import check_supported
 
 CONFIGS = [
-    {"ROWS": 16, "BLOCK": 512, "num_warps": 8, "num_stages": 1},
+    {"ROWS": 16, "BLOCK": 256, "num_warps": 8, "num_stages": 1},
     {"ROWS": 4, "BLOCK": 128, "num_warps": 4, "num_stages": 1},
 ]
 SUM_BLOCKS = {"PARTS": 16, "COLUMNS": 64}  # of the second kernel
@@ -72,6 +72,10 @@ def _rms_norm_backward_kernel(
     stride_xm,
     stride_xe,
     stride_we,
+    stride_om,
+    stride_oe,
+    stride_pm,
+    stride_pe,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -95,21 +99,23 @@ def _rms_norm_backward_kernel(
         weight = load_block(weight_ptr, 0, columns, 0, stride_we, 1, E)
         grad_x = rstd * (grad * weight - y * mean)
         mask = (rows < M) & (columns < E)
-        tl.store(grad_x_ptr + rows * E + columns, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_x_ptr + rows * stride_om + columns * stride_oe, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
         part = tl.sum(grad * y, 0)[None, :]  # [1, BLOCK]; rows past M are 0
-        tl.store(parts_ptr + pid * E + columns, part, mask=columns < E)
+        tl.store(parts_ptr + pid * stride_pm + columns * stride_pe, part, mask=columns < E)
 
 
 @triton.jit
-def _sum_parts_kernel(parts_ptr, out_ptr, NUM_PARTS, E, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
+def _sum_parts_kernel(
+    parts_ptr, out_ptr, NUM_PARTS, E, stride_pm, stride_pe, stride_oe, PARTS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """The sum [E] of parts [NUM_PARTS, E] float32."""
     columns = (tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]  # [1, COLUMNS]
     acc = tl.zeros([PARTS, COLUMNS], tl.float32)
     for start in range(0, NUM_PARTS, PARTS):
         part = (start + tl.arange(0, PARTS).to(tl.int64))[:, None]  # [PARTS, 1]
-        acc += load_block(parts_ptr, part, columns, E, 1, NUM_PARTS, E)
+        acc += load_block(parts_ptr, part, columns, stride_pm, stride_pe, NUM_PARTS, E)
     total = tl.sum(acc, 0)[None, :]
-    tl.store(out_ptr + columns, total.to(out_ptr.dtype.element_ty), mask=columns < E)
+    tl.store(out_ptr + columns * stride_oe, total.to(out_ptr.dtype.element_ty), mask=columns < E)
 
 
 @rms_norm_backward.impl("triton", configs=CONFIGS, space=SPACE)
@@ -136,12 +142,14 @@ def rms_norm_backward_triton(
             m,
             e,
             eps,
-            *(stride for tensor in (grads, rows, weight) for stride in tensor.stride()),
+            *(stride for tensor in (grads, rows, weight, grad_x, parts) for stride in tensor.stride()),
             ROWS=ROWS,
             BLOCK=BLOCK,
             num_warps=num_warps,
             num_stages=num_stages,
         )
     if e:
-        _sum_parts_kernel[(cdiv(e, SUM_BLOCKS["COLUMNS"]),)](parts, grad_weight, num_parts, e, **SUM_BLOCKS)
+        blocks = (cdiv(e, SUM_BLOCKS["COLUMNS"]),)
+        strides = (*parts.stride(), *grad_weight.stride())
+        _sum_parts_kernel[blocks](parts, grad_weight, num_parts, e, *strides, **SUM_BLOCKS)
     return grad_x.view(x.shape), grad_weight

@@ -54,6 +54,10 @@ def _swiglu_backward_kernel(
     stride_gf,
     stride_us,
     stride_uf,
+    stride_xs,
+    stride_xf,
+    stride_ys,
+    stride_yf,
     BLOCK: tl.constexpr,
 ):
     blocks = tl.cdiv(F, BLOCK)
@@ -68,8 +72,9 @@ def _swiglu_backward_kernel(
     rest = tl.where(gate >= 0, power, 1.0) / (1.0 + power)  # 1 - sigmoid
     grad_gate = grad_out * up * (sigmoid * (1.0 + gate * rest))
     grad_up = grad_out * (gate * sigmoid)
-    tl.store(grad_gate_ptr + row * F + offs, grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=mask)
-    tl.store(grad_up_ptr + row * F + offs, grad_up.to(grad_up_ptr.dtype.element_ty), mask=mask)
+    dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    tl.store(grad_gate_ptr + row * stride_xs + offs * stride_xf, grad_gate.to(dtype), mask=mask)
+    tl.store(grad_up_ptr + row * stride_ys + offs * stride_yf, grad_up.to(dtype), mask=mask)
 
 
 @swiglu_backward.impl("triton", configs=CONFIGS, space=SPACE)
@@ -81,7 +86,7 @@ def swiglu_backward_triton(
     s, f = gate.shape
     grad_gate, grad_up = (torch.empty(s, f, dtype=x.dtype, device=x.device) for x in (gate, up))
     if gate.numel():
-        strides = (*grad_out.stride(), *gate.stride(), *up.stride())
+        strides = (stride for x in (grad_out, gate, up, grad_gate, grad_up) for stride in x.stride())
         _swiglu_backward_kernel[(s * cdiv(f, BLOCK),)](
             grad_out,
             gate,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.correctness.error_budget import DEVICE, argument_names, example_args
 from bench.correctness.guarded_memory import map_tensors
-from vila_triton.ops.int4_tiles import TILE_N
+from vila_triton.ops.int4_tiles import TILE_K, TILE_N
 from vila_triton.registry import Impl, Op
 
 Arguments = tuple[Any, ...]
@@ -102,7 +102,16 @@ def longer_prefills(op: Op, impl: Impl, config: Mapping[str, Any], far: FarMemor
     yield Lengthened(args, longer_args, {"config": config, "return_lse": True}, 4, 4)
 
 
+def longer_gradients(op: Op, impl: Impl, config: Mapping[str, Any], far: FarMemory) -> Iterator[Lengthened]:
+    """2³³ more columns of w, and so of the gradient."""
+    for group, order in ((64, "sub"), (32, "sub"), (64, "fma")):
+        args = example_args(op, 0, m=1, n=40, G=3, group=group, dtype="float16", order=order)
+        more = {"w.qweight": (1, 2**33 // TILE_K), "w.scales": (0, 2**33 // group), "w.zeros": (0, 2**33 // group)}
+        yield Lengthened(args, lengthen(op, args, more, far), {"config": config}, 0, 3)
+
+
 LONGER = {
+    "int4_matmul_backward": longer_gradients,
     "linear": longer_products,
     "int4_matmul": longer_products,
     "int4_swiglu": longer_products,

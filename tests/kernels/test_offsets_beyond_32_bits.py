@@ -46,7 +46,9 @@ UNREACHABLE = {
     # Of contiguous tensors, axes within one whose index does put elements beyond 2³¹:
     r".* lse_ptr\[-1\]": "query heads",
     r".* split_states\[.\]\[-[12]\]": "heads that share a KV head; numbers of a head",
-    r".* (gate_|up_)?w\[0\]\[-[123]\]": "tiles along k, which are looped over; lanes; words",
+    r"(?!_int4_matmul_backward).* (gate_|up_)?w\[0\]\[-[123]\]": "tiles along k, which are looped over; lanes; words",
+    r"_int4_matmul_backward_kernel w\[0\]\[-[12]\]": "lanes; words",
+    r"_int4_matmul_backward_kernel w\[[12]\]\[-1\]": "rows of a weight, which are looped over",
     r"_int4_dequant_kernel out_ptr\[-1\]": "columns of a weight, of which there is a program for every few",
 }
 
@@ -56,13 +58,16 @@ SIZES: dict[str, list[dict[str, Any]]] = {
     "encoder_attention": [{"b": 1, "s": 130, "h": 1}, {}],
     "decode_attention": [{"b": 1, "t": 140, "g": 1, "l": 64}, {"t": 100, "ratio": 2}, {"t": 40}],
     "prefill_attention": [{"b": 1, "s": 140, "t": 140, "g": 1, "l": 64}, {"t": 70, "ratio": 2}],
+    "rms_norm_backward": [{"rows": 40}],
     "kv_write": [{"s": 40}],
     "rope_kv_write": [{"s": 40, "ratio": 2}],
 }
 # Sizes of which every value is tried, beside the others of the last call.
 VARIED = ("kv", "group", "order", "bias", "residual")
 RESULT = "result"
-RESULT_AXES = {"linear": [0], "int4_matmul": [0], "int4_swiglu": [0]}  # those kernels take strides of; else all
+# The axes of results that those kernels take strides of; of others, all.
+RESULT_AXES = {"linear": [0], "int4_matmul": [0], "int4_matmul_backward": [0], "int4_swiglu": [0]}
+STRIDED_SUMS = {"rms_norm_backward"}  # take strides of float32, too, which elsewhere is contiguous by contract
 MAX_GROWTH = 2**28  # bytes of resident memory: that of a whole process then stays below 1 GB
 
 Places = list[tuple[str, int]]  # an argument by its name, or RESULT, and an axis
@@ -120,14 +125,17 @@ def places_of(op: Op, impl: Impl, args: Arguments) -> Places:
 def restrided_outputs(
     op: Op, impl: Impl, args: Arguments, options: Any, places: Places, far: FarMemory
 ) -> list[Tensor]:
-    """The outputs of a call with far strides at these places; results in float32 are contiguous by contract."""
+    """The outputs of a call with far strides at these places."""
+
+    def is_strided(like: Tensor) -> bool:
+        return like.dtype == torch.float16 or op.name in STRIDED_SUMS
 
     def restride(name: str, x: Tensor) -> Tensor:
         return far.spread(x, far_strides(x.shape, [axis for place, axis in places if place == name]))
 
     def allocate(like: Tensor) -> Tensor:
         axes = [axis for place, axis in places if place == RESULT and axis < like.dim() and like.shape[axis] > 2]
-        strides = far_strides(like.shape, axes if like.dtype == torch.float16 else [])
+        strides = far_strides(like.shape, axes if is_strided(like) else [])
         return far.empty_strided(like.shape, strides, like.dtype)
 
     return outputs(impl, map_named(op, args, restride), options, allocate)
