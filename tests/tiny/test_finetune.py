@@ -157,16 +157,15 @@ def test_trainer_trains_the_adapter_and_what_it_saves_loads_to_the_same_logits(c
     assert len(losses) == 20 and sum(losses[-10:]) < sum(losses[:10]) and base_bytes(model) == before
     trainer.save_model(str(tmp_path / "adapter"))
 
-    fresh = load_chat_model(INT4_CHECKPOINT, "cpu", torch.float32)
-    loaded = PeftModel.from_pretrained(fresh.model, str(tmp_path / "adapter")).eval()
+    loaded = finetune.load_adapted(tmp_path / "adapter")
     inputs = build_inputs(chat_model, draw_questions(random.Random(1), SHORT))
     with torch.no_grad():
         logits = model.eval()(**inputs).logits
-        assert torch.equal(loaded(**inputs).logits, logits)
-        with loaded.disable_adapter():
-            assert not torch.equal(loaded(**inputs).logits, logits)
+        assert torch.equal(loaded.model(**inputs).logits, logits)
+        with model.disable_adapter():
+            assert not torch.equal(model(**inputs).logits, logits)
     questions = build_questions(2, 5, {1: list(NEW_KINDS)})
-    assert greedy_answers(fresh, questions) == greedy_answers(chat_model, questions)
+    assert greedy_answers(loaded, questions) == greedy_answers(chat_model, questions)
 
 
 def test_chart_of_the_losses_has_a_line_for_them_and_one_for_their_mean():
