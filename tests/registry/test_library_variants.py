@@ -168,13 +168,18 @@ def test_linear_runs_where_torch_has_no_onednn(dtype: str, monkeypatch: pytest.M
 def test_blocks_of_a_weight_are_multiplied_in_half_precision_where_the_cpu_can(
     dtype: str, has_instructions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    multiplied, blocked = set(), import_module("vila_triton.kernels.int4_matmul_blocked")
-    for name in ("float32_product", "half_product"):
-        product = getattr(blocked, name)
-        monkeypatch.setattr(
-            blocked, name, lambda x, w, *rest, f=product: multiplied.update({x.dtype, w.dtype}) or f(x, w, *rest)
-        )
-    for module in (blocked, _cpu_product):
+    multiplied = set()
+    modules = [import_module(f"vila_triton.kernels.{name}") for name in ("int4_matmul_blocked", "_int4_blocks")]
+    for product in (_cpu_product.float32_product, _cpu_product.half_product):
+
+        def recorded(x: torch.Tensor, w: torch.Tensor, *rest: Any, f: Any = product) -> torch.Tensor:
+            multiplied.update({x.dtype, w.dtype})
+            return f(x, w, *rest)
+
+        for module in modules:
+            if hasattr(module, product.__name__):
+                monkeypatch.setattr(module, product.__name__, recorded)
+    for module in (modules[1], _cpu_product):
         monkeypatch.setattr(module, "has_instructions_for", lambda _: has_instructions)
     args = example_args(int4_matmul, **{**SIZES, "dtype": dtype})
     assert_matches_reference(int4_matmul, int4_matmul.impls["blocked"], {"BLOCK_N": 32}, args)
