@@ -3,7 +3,7 @@
 The new kind is "Which colour has more shapes?", which the model never met and answers wrongly. Its int4 weights stay as
 they are; low-rank terms beside the linears of its language model learn (Hu et al. 2021; over a quantized base: Dettmers
 et al. 2023), by `peft`. Part of each batch are questions of the old kinds, so that they are not forgotten. DIR gets the
-adapter and loss.svg. Accuracy on held-out scenes is printed before and after, then of the adapter as it is loaded again.
+adapter and loss.svg. Accuracy on held-out scenes is printed before and after; after is with the adapter loaded again.
 """
 
 import argparse
