@@ -46,7 +46,9 @@ def test_every_kernel_in_bfloat16(impl: Impl, target: str, layout: MemoryLayout)
     assert_no_fault_but_fences(example, impl, target, layout)
 
 
-@pytest.mark.parametrize("op, name", [("int4_matmul", "prefill"), ("int4_swiglu", "triton")])
+@pytest.mark.parametrize(
+    "op, name", [("int4_matmul", "prefill"), ("int4_swiglu", "triton"), ("int4_matmul_backward", "triton")]
+)
 def test_products_in_groups_of_32_have_read_their_weights_before_others_are_written(op: str, name: str) -> None:
     impl = OPS[op].impls[name]
     sizes = {"m": 32, "n": 128, "G": 8, "group": 32, "dtype": "float16", "order": "sub"}
