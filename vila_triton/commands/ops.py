@@ -1,4 +1,4 @@
-"""`vila-triton ops`: every op, its implementations, which of them runs, and why."""
+"""`vila-triton ops`: every op, its implementations, which of them runs, and why; and where its gradient comes from."""
 
 import argparse
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from vila_triton.registry.target_configs import describe_choice
 if TYPE_CHECKING:
     import torch
 
+    from vila_triton.registry import Op
     from vila_triton.registry.size_ranges import Choice
 
 FOOTER = """A call runs what is chosen here, in an engine or outside of one. To choose another: --set kernels.OP=NAME in
@@ -47,7 +48,9 @@ def tuned_gpus() -> str:
 
 
 def print_ops(device: "torch.device", overrides: Mapping[str, str]) -> None:
-    """Print every op, its implementations, the phases that each is chosen for on the device, and the reason."""
+    """Print every op, its implementations, the phases that each is chosen for on the device, and the reason; and where
+    its gradient comes from.
+    """
     from vila_triton.registry import OPS, discover, problems, use, validate_choices
     from vila_triton.registry.kernel_config import PHASES
     from vila_triton.registry.tuned_tables import default_choices_for
@@ -78,6 +81,7 @@ def print_ops(device: "torch.device", overrides: Mapping[str, str]) -> None:
                 by_target = "; ".join(f"{', '.join(names)} {x}" for x, names in targets.items())
                 lines.append(("", f"{impl.name} by default: {by_target}; otherwise config 0"))
         lines.append(("", f"because: {'--set' if name in overrides else choice_reason(device, name)}"))
+        lines.append(("", f"gradient: {describe_gradient(op)}"))
     header = ("op", "implementation", "configs", f"chosen on {device.type} for", "file")
     widths = [max(len(line[i]) for line in [header, *lines] if len(line) > 2) + 2 for i in range(4)]
     for line in [header, *lines]:
@@ -88,6 +92,18 @@ def print_ops(device: "torch.device", overrides: Mapping[str, str]) -> None:
 def describe_sizes(choice: "Choice", name: str, varying: tuple[str, ...]) -> str:
     """Say at which sizes a choice is this implementation; empty for all sizes."""
     return "" if isinstance(choice, str) else choice.describe(name, varying[0])
+
+
+def describe_gradient(op: "Op") -> str:
+    """Say which arguments of an op have a gradient, and what computes it."""
+    from vila_triton.registry import OPS
+
+    if op.gradient_refusal:
+        return f"none, {op.gradient_refusal}"
+    if op.gradient_rule is None:
+        return "the reference is run again, and torch differentiates it"
+    made_of = ", ".join(name for name in op.gradient_rule.__code__.co_names if name in OPS)
+    return f"of {', '.join(op.differentiable)}, by {made_of or 'a rule'}"
 
 
 def choice_reason(device: "torch.device", op: str) -> str:
