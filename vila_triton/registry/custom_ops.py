@@ -17,7 +17,6 @@ of `gradients`, but the choices that hold as the backward pass runs decide what 
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
@@ -25,16 +24,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .gradients import RecordedCall, cast_for_autocast, needed_gradients, requires_gradient
+from .gradients import RecordedCall, autocast_device, cast_for_autocast, needed_gradients, requires_gradient
+from .policy import IN_COMPILED_BACKWARD
 
 NAMESPACE = "vila_triton"
 SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool", str: "str"}
-_IN_BACKWARD: ContextVar[bool] = ContextVar("in_backward_of_a_custom_op", default=False)
-
-
-def is_compiling() -> bool:
-    """Return True where a call of an op shall be one of its custom op: while torch traces a forward or a backward."""
-    return torch.compiler.is_compiling() or _IN_BACKWARD.get()
+is_compiling = torch.compiler.is_compiling
 
 
 class OpLike(Protocol):
@@ -163,7 +158,8 @@ class CustomOp:
         self.overload = getattr(getattr(torch.ops, NAMESPACE), op.name).default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        values = self.op.bind(*(cast_for_autocast(args, kwargs) if self.op.autocasts else (args, kwargs)))
+        device = autocast_device(args, kwargs) if self.op.autocasts else ""
+        values = self.op.bind(*(cast_for_autocast(args, kwargs, device) if device else (args, kwargs)))
         returns_lse = values.get("return_lse", False)
         if requires_gradient(args, kwargs):
             needed_gradients(self.op, values)
@@ -201,11 +197,11 @@ class CustomOp:
         ctx.mark_non_differentiable(*outs[1:] if self.op.keeps_lse else ())
 
     def _backward(self, ctx: Any, *grads: Any) -> Any:
-        token = _IN_BACKWARD.set(True)  # which is traced without torch's `is_compiling` telling so
+        token = IN_COMPILED_BACKWARD.set(True)
         try:
             found = ctx.call.gradients(grads, ctx.saved_tensors)
         finally:
-            _IN_BACKWARD.reset(token)
+            IN_COMPILED_BACKWARD.reset(token)
         return tuple(found.get(name) for name in flatten_names(self.arguments))
 
     def _new_results(self, out: Any) -> Any:

@@ -19,6 +19,8 @@ from torch.autograd import forward_ad
 
 from .policy import Policy
 
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
 
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors that an argument consists of: itself, or those in the fields of a dataclass."""
@@ -34,6 +36,11 @@ def replace_leaves(value: Any, kind: type, fn: Callable[[Any], Any]) -> Any:
     if not is_dataclass(value):
         return value
     return replace(value, **{f.name: replace_leaves(getattr(value, f.name), kind, fn) for f in fields(value)})  # pyright: ignore[reportArgumentType]
+
+
+def is_recording() -> bool:
+    """Return False where torch records nothing, whatever the arguments are."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def requires_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -257,19 +264,16 @@ def run_recorded(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
 
 def autocast_device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """The kind of device that the arguments lie on, if `torch.autocast` is enabled there; else ""."""
-    if not torch._C._is_any_autocast_enabled():
-        return ""
     device = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), "cpu")
     return device if torch.is_autocast_enabled(device) else ""
 
 
-def cast_for_autocast(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """The arguments with tensors of 16 and 32 bits in the dtype of `torch.autocast`, where that is enabled on their
-    device; dataclasses, as int4 weights, stay.
+def cast_for_autocast(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], device: str
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The arguments with tensors of 16 and 32 bits in the dtype of `torch.autocast` on a kind of device; dataclasses,
+    as int4 weights, stay.
     """
-    device = autocast_device(args, kwargs)
-    if not device:
-        return args, kwargs
     dtype = torch.get_autocast_dtype(device)
 
     def cast(x: Any) -> Any:

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from .declaration import OpDeclaration
-from .policy import BATCH_INVARIANT, CALL_COUNTER, DEFAULT_CHOICES, EXPLICIT_CHOICES
+from .policy import BATCH_INVARIANT, CALL_COUNTER, DEFAULT_CHOICES, EXPLICIT_CHOICES, IN_COMPILED_BACKWARD
 from .search_space import Config, SearchSpace
 from .size_ranges import Choice, implementation_at
 from .target_configs import ConfigNumber, check_by_target, config_number, config_numbers, current_target, driver_in_use
@@ -133,7 +133,7 @@ class Op(OpDeclaration):
         return f"Op({self.name}: {', '.join(self.impls)})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.custom_op is not None and self.is_compiling():
+        if self.custom_op is not None and (self.is_compiling() or IN_COMPILED_BACKWARD.get()):
             return self.custom_op(*args, **kwargs)
         return self.run(*args, **kwargs)
 
@@ -142,24 +142,27 @@ class Op(OpDeclaration):
         gradient, as a node of autograd's graph (see `gradients`).
         """
         gradients = torch_part("gradients")
-        if self.autocasts:
-            args, kwargs = gradients.cast_for_autocast(args, kwargs)
-        if gradients.requires_gradient(args, kwargs):
+        if gradients.is_any_autocast_enabled() and (device := gradients.autocast_device(args, kwargs)):
+            if self.autocasts:
+                args, kwargs = gradients.cast_for_autocast(args, kwargs, device)
+            with gradients.autocast(device, enabled=False):  # torch casts nothing inside
+                return self.run(*args, **kwargs)
+        if gradients.is_recording() and gradients.requires_gradient(args, kwargs):
             return gradients.run_recorded(self, args, kwargs)
-        return self.run_implementation(*args, **kwargs)
+        return self.run_decided(self.decide(args, kwargs), args, kwargs)
 
     def run_implementation(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a call of which autograd is to see nothing."""
+        """Run a call of which neither autograd nor autocast is to see anything."""
+        gradients = torch_part("gradients")
+        if gradients.is_any_autocast_enabled() and (device := gradients.autocast_device(args, kwargs)):
+            with gradients.autocast(device, enabled=False):
+                return self.run_implementation(*args, **kwargs)
         return self.run_decided(self.decide(args, kwargs), args, kwargs)
 
     def run_decided(
         self, decision: tuple[Impl, Config, Any, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        """Run what `decide` returned for a call; torch casts nothing in it, since the arguments are cast."""
-        gradients = torch_part("gradients")
-        if device := gradients.autocast_device(args, kwargs):
-            with gradients.autocast(device, enabled=False):
-                return self.run_decided(decision, args, kwargs)
+        """Run what `decide` returned for a call."""
         impl, config, plans, tensors = decision
         if self.index_check:
             self.index_check(*args, **kwargs)

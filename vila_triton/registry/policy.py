@@ -16,6 +16,8 @@ EXPLICIT_CHOICES: ContextVar[Mapping[str, Choice]] = ContextVar("explicit_choice
 DEFAULT_CHOICES: ContextVar[Mapping[str, Choice] | None] = ContextVar("default_choices", default=None)
 BATCH_INVARIANT: ContextVar[bool] = ContextVar("batch_invariant", default=False)
 CALL_COUNTER: ContextVar["Counter[tuple[str, str]] | None"] = ContextVar("call_counter", default=None)
+# True in the backward pass of a custom op, which torch may trace without `torch.compiler.is_compiling` telling so.
+IN_COMPILED_BACKWARD: ContextVar[bool] = ContextVar("in_compiled_backward", default=False)
 _VARIABLES = (EXPLICIT_CHOICES, DEFAULT_CHOICES, BATCH_INVARIANT, CALL_COUNTER)
 
 
