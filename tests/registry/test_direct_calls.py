@@ -154,4 +154,4 @@ def test_ops_command_shows_the_implementations_of_a_gpu(
     (line,) = [line for line in said.splitlines() if line.split()[:2] == ["rms_norm", "triton"]]
     assert "prefill and decode and batch_invariant" in line
     assert said.count(" gradient: ") == len(OPS) and "gradient: of x, weight, by rms_norm_backward" in said
-    assert "gradient: the reference is run again" in said and "gradient: none, what is written to v_pages" in said
+    assert "gradient: of x, weight, bias, by torch" in said and "gradient: none, what is written to v_pages" in said

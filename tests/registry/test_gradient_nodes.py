@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from vila_triton import ops
+from vila_triton.commands.ops import describe_gradient
 from vila_triton.registry import OPS, Op, count_calls, discover, keep_choices, op, use
 
 discover()
@@ -90,6 +91,7 @@ def test_an_op_without_a_rule_has_the_gradient_of_its_reference(third: Op) -> No
     got = torch.autograd.grad(loss, (x, y))
     assert torch.equal(got[0], y**2) and torch.equal(got[1], 2 * x * y)
     assert third.differentiable == ("x", "y", "power")
+    assert describe_gradient(third) == "the reference is run again, and torch differentiates it"
 
 
 def test_a_reference_that_torch_cannot_differentiate_says_what_to_declare(third: Op) -> None:

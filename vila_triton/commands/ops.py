@@ -103,7 +103,7 @@ def describe_gradient(op: "Op") -> str:
     if op.gradient_rule is None:
         return "the reference is run again, and torch differentiates it"
     made_of = ", ".join(name for name in op.gradient_rule.__code__.co_names if name in OPS)
-    return f"of {', '.join(op.differentiable)}, by {made_of or 'a rule'}"
+    return f"of {', '.join(op.differentiable)}, by {made_of or 'torch'}"
 
 
 def choice_reason(device: "torch.device", op: str) -> str:
