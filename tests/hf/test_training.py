@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hf_reference import build, padded, pictures, words
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -62,6 +63,28 @@ def test_checkpointed_layers_run_anew_with_the_kernels_of_the_forward_pass(model
     assert not model.is_gradient_checkpointing
     model.activation_checkpointing_enable()
     assert model.eval()(**given()).past_key_values is not None  # nothing is run anew where nothing is trained
+
+
+def test_dropout_of_an_adapter_is_the_same_where_a_layer_is_run_anew(model: VilaLlamaForCausalLM) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted: Any = get_peft_model(model, config).train()  # pyright: ignore[reportArgumentType]
+    results = []
+    for enable in (lambda: None, adapted.gradient_checkpointing_enable):
+        enable()
+        torch.manual_seed(1)
+        results.append({name: x.clone() for name, x in gradients(adapted).items()})
+    assert len(results[0]) == 12 and all("lora" in name for name in results[0])
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled_model_has_the_gradients_of_an_eager_one(model: VilaLlamaForCausalLM) -> None:
+    torch._dynamo.reset()
+    model.gradient_checkpointing_enable()
+    torch.compile(model, backend="aot_eager")(**given()).loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found, gradients(MODEL), rtol=0, atol=1e-12)
 
 
 REFUSED: dict[str, Callable[[Any], Any]] = {
