@@ -18,6 +18,9 @@
     @rms_norm.flops_and_bytes                         # of a call, from the same sizes
     def _(rows, dtype): return 4 * rows, 2 * rows
 
+    @rms_norm.gradient(x="x weight", weight="x weight")   # of each argument, and what autograd keeps for it
+    def _(*, grad, needs, x, weight, eps): return rms_norm_backward(grad, x, weight, eps)   # an op, too
+
     rms_norm.fake_impl(lambda x, weight, eps: x.new_empty(x.shape))   # the result's shape, for torch.compile
 
     @rms_norm.impl("triton", configs=[{"BLOCK": 128}], space=SPACE)   # in a file of kernels/
@@ -27,6 +30,11 @@ A call ``rms_norm(x, weight, eps)`` runs the implementation that `use` names. El
 decide, and outside of one configs/kernels.toml and the tuned table of the device. `rms_norm.reference` always runs the
 reference. There are no priorities and no fallback: an implementation that cannot serve a call raises
 `Unsupported`, and the call fails.
+
+Where an argument requires a gradient, a call is a node of torch's graph, whatever it runs. The backward pass runs under
+the choices of the forward pass, after its `with` or in another thread as well; a checkpoint keeps them with
+``context_fn=keep_choices``, and is refused where it would run something else. In code that `torch.compile` compiled
+the choices hold that are there when its backward pass runs.
 
     size_ranges    a choice: one implementation, or several by ranges of a size
     domain         the values that a size may have
