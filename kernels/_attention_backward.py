@@ -34,7 +34,7 @@ def fit_tile(config: Config, q: Tensor) -> dict[str, int]:
     """The tile of a config for these operands, one that the registers hold:
 
     d up to 64      as it is
-    d above 64      64 queries or keys at most, on 8 warps
+    d above 64      64 queries or keys at most, on 8 warps; in one stage 16 of the others at a time for 65 to 127
     d above 128     32 queries or keys, 16 of the others at a time, in one stage
     float32         16 and 16 on 4 warps, which multiply on their lanes, in one stage
     """
@@ -43,7 +43,11 @@ def fit_tile(config: Config, q: Tensor) -> dict[str, int]:
         return tile | {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     if d > 128:
         return tile | {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
-    return tile if d <= 64 else tile | {"BLOCK_M": min(tile["BLOCK_M"], 64), "num_warps": 8}
+    if d > 64:
+        tile |= {"BLOCK_M": min(tile["BLOCK_M"], 64), "num_warps": 8}
+        if d < 128 and tile["num_stages"] == 1:
+            tile["BLOCK_N"] = 16
+    return tile
 
 
 def backward_launch_cost(config: Config, heads: int, rows: int, keys: int, d: int, dtype: str) -> LaunchCost:

@@ -60,6 +60,7 @@ def _encoder_attention_kernel(
     stride_k: tl.constexpr,
     stride_v: tl.constexpr,
     stride_o: tl.constexpr,
+    stride_l: tl.constexpr,  # of b, s and h, if there is an lse
     HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -90,8 +91,8 @@ def _encoder_attention_kernel(
     out_ptr += image * stride_o[0] + head * stride_o[2]
     store_heads(out_ptr, rows.to(tl.int64) * stride_o[1], rows < S, stride_o[3], normalize(acc, l_i), HEAD)
     if lse_ptr is not None:
-        row = (image * S + rows) * tl.num_programs(1) + head
-        tl.store(lse_ptr + row, log_sum_exp(m_i, l_i), mask=rows < S)
+        lse_ptr += image * stride_l[0] + head * stride_l[2]
+        tl.store(lse_ptr + rows.to(tl.int64) * stride_l[1], log_sum_exp(m_i, l_i), mask=rows < S)
 
 
 def fit_tile(config: Config, q: Tensor) -> dict[str, int]:
@@ -153,6 +154,7 @@ def encoder_attention_triton(
             stride_k=k.stride(),
             stride_v=v.stride(),
             stride_o=out.stride(),
+            stride_l=None if lse is None else lse.stride(),
             HEAD=dot_layout(d),
             **tile,
         )

@@ -44,7 +44,7 @@ UNREACHABLE = {
     r".* (seq_lens|query_start_loc|context_lens)_ptr\[-1\]": "one a sequence, of which a grid holds fewer than 2³¹",
     r".* (counters_ptr|parts\[1\])\[-1\]": "one a program, of which a grid holds fewer than 2³¹",
     # Of contiguous tensors, axes within one whose index does put elements beyond 2³¹:
-    r".* lse_ptr\[-1\]": "query heads",
+    r"_(prefill|decode)_attention(_simple)?_kernel lse_ptr\[-1\]": "query heads",
     r".* split_states\[.\]\[-[12]\]": "heads that share a KV head; numbers of a head",
     r"(?!_int4_matmul_backward).* (gate_|up_)?w\[0\]\[-[123]\]": "tiles along k, which are looped over; lanes; words",
     r"_int4_matmul_backward_kernel w\[0\]\[-[12]\]": "lanes; words",
@@ -56,6 +56,8 @@ UNREACHABLE = {
 SIZES: dict[str, list[dict[str, Any]]] = {
     "linear": [{"k": 130}],
     "encoder_attention": [{"b": 1, "s": 130, "h": 1}, {}],
+    "encoder_attention_backward": [{"b": 1, "s": 70, "h": 1}, {}],
+    "prefill_attention_backward": [{"b": 1, "s": 70, "g": 1}, {"ratio": 2}],
     "decode_attention": [{"b": 1, "t": 140, "g": 1, "l": 64}, {"t": 100, "ratio": 2}, {"t": 40}],
     "prefill_attention": [{"b": 1, "s": 140, "t": 140, "g": 1, "l": 64}, {"t": 70, "ratio": 2}],
     "rms_norm_backward": [{"rows": 40}],
@@ -67,7 +69,8 @@ VARIED = ("kv", "group", "order", "bias", "residual")
 RESULT = "result"
 # The axes of results that those kernels take strides of; of others, all.
 RESULT_AXES = {"linear": [0], "int4_matmul": [0], "int4_matmul_backward": [0], "int4_swiglu": [0]}
-STRIDED_SUMS = {"rms_norm_backward"}  # take strides of float32, too, which elsewhere is contiguous by contract
+# These take strides of float32, too, which elsewhere is contiguous by contract.
+STRIDED_FLOAT32 = {"rms_norm_backward", "encoder_attention", "encoder_attention_backward", "prefill_attention_backward"}
 MAX_GROWTH = 2**28  # bytes of resident memory: that of a whole process then stays below 1 GB
 
 Places = list[tuple[str, int]]  # an argument by its name, or RESULT, and an axis
@@ -128,7 +131,7 @@ def restrided_outputs(
     """The outputs of a call with far strides at these places."""
 
     def is_strided(like: Tensor) -> bool:
-        return like.dtype == torch.float16 or op.name in STRIDED_SUMS
+        return like.dtype == torch.float16 or op.name in STRIDED_FLOAT32
 
     def restride(name: str, x: Tensor) -> Tensor:
         return far.spread(x, far_strides(x.shape, [axis for place, axis in places if place == name]))
@@ -143,7 +146,8 @@ def restrided_outputs(
 
 def check_restrided(op: Op, impl: Impl, config: Mapping[str, Any], reach: Reach) -> None:
     """Every place far at once, on a GPU one after the other; if bits differ, the places that make them differ."""
-    options = {"config": {**config, **({"SPLIT_K": 1} if "SPLIT_K" in config else {})}}
+    options: dict[str, Any] = {"config": {**config, **({"SPLIT_K": 1} if "SPLIT_K" in config else {})}}
+    options |= {"return_lse": True} if op.name == "encoder_attention" else {}
     no_room = []
     for args in examples(op) if DEVICE == "cpu" else islice(examples(op), 1):
         try:
