@@ -36,7 +36,7 @@ def fit_tile(config: Config, q: Tensor) -> dict[str, int]:
     d up to 64      as it is
     d above 64      64 queries or keys at most, on 8 warps; in one stage 16 of the others at a time for 65 to 127
     d above 128     32 queries or keys, 16 of the others at a time, in one stage
-    float32         16 on 4 warps, which multiply on their lanes, and 32 of the others, or 16 for d above 80, in one stage
+    float32         16 on 4 warps, which multiply on their lanes; 32 of the others, or 16 for d above 80, in one stage
     """
     tile, d = dict(config), q.shape[-1]
     if q.element_size() > 2:
