@@ -27,6 +27,8 @@ CONFIGS = [
     {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
 ]
+FEW_ROWS = [[256, 1], 0]  # more and smaller blocks, so that there are as many programs as a GPU runs at once
+BY_TARGET = dict.fromkeys(("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120"), FEW_ROWS)
 
 
 def is_promising(config: Config, m: int, group: int, dtype: str, **_: object) -> bool:
@@ -115,7 +117,7 @@ def _int4_matmul_backward_kernel(
     tl.store(grad_x_ptr + offs_m * stride_xm + offs_k, acc.to(DTYPE), mask=mask)
 
 
-@int4_matmul_backward.impl("triton", configs=CONFIGS, space=SPACE)
+@int4_matmul_backward.impl("triton", configs=CONFIGS, space=SPACE, by_target=BY_TARGET)
 def int4_matmul_backward_triton(
     grad_out: Tensor, w: Int4, *, BLOCK_M: int, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int
 ) -> Tensor:

@@ -18,10 +18,7 @@ from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, S
 
 from ._launch import check_supported
 
-CONFIGS = [
-    {"ROWS": 8, "BLOCK": 512, "num_warps": 8, "num_stages": 1},
-    {"ROWS": 4, "BLOCK": 128, "num_warps": 4, "num_stages": 1},
-]
+CONFIGS = [{"ROWS": 8, "BLOCK": 512, "num_warps": 8, "num_stages": 1}]
 SUM_BLOCKS = {"PARTS": 16, "COLUMNS": 64}  # of the second kernel
 
 

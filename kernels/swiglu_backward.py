@@ -18,10 +18,7 @@ from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, S
 
 from ._launch import check_supported
 
-CONFIGS = [
-    {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
-    {"BLOCK": 128, "num_warps": 1, "num_stages": 1},
-]
+CONFIGS = [{"BLOCK": 1024, "num_warps": 4, "num_stages": 1}]
 
 
 def launch_cost(config: Config, s: int, f: int, dtype: str) -> LaunchCost:
