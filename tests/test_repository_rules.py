@@ -61,7 +61,8 @@ PACKAGES = {  # folder or module -> packages it imports besides the standard lib
     "quantization": "torch einops PIL safetensors transformers",
     "commands": "torch PIL transformers",
     "kernels": "torch triton einops numpy",
-    "bench": "bench torch transformers triton hypothesis numpy matplotlib cycler PIL einops safetensors pytest vllm",
+    "bench": "bench torch transformers triton hypothesis numpy matplotlib cycler PIL einops safetensors pytest vllm"
+    " peft",
 }
 DISCOVERY = {  # imports the folders whose files it discovers, which import the registry
     ("vila_triton.registry.discovery", "vila_triton.ops"),

@@ -129,6 +129,26 @@ def parse_kernel_choices(choice: str) -> Mapping[str, str]:
     return parse_kernel_settings([f"kernels.{part}" for part in choice.split(",")])
 
 
+def hugging_face_model(p: llama.Llama, cfg: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
+    """Returns Hugging Face's eager model of the same weights, which it shares; int4 weights are dequantized."""
+    dense_config = replace(cfg, group_size=None)
+    skipped = ("group_size", "rope_theta", "rope_scaling")  # which Hugging Face has under other names, or not
+    arguments: dict[str, Any] = {
+        f.name: getattr(dense_config, f.name) for f in fields(dense_config) if f.name not in skipped
+    }
+    scaling = asdict(dense_config.rope_scaling) if dense_config.rope_scaling else {"rope_type": "default"}
+    arguments["rope_parameters"] = {"rope_theta": dense_config.rope_theta, **scaling}
+    arguments["attn_implementation"] = "eager"
+    config = TheirConfig(**arguments)
+    with torch.device("meta"):
+        net = LlamaForCausalLM(config)
+    specs = params.leaves(llama.param_specs(dense_config, dtype))
+    leaves = [leaf.detach() for leaf in params.leaves(dequantize_tree(p, dtype))]
+    net.load_state_dict({spec.key: leaf for spec, leaf in zip(specs, leaves, strict=True)}, assign=True)
+    net.model.rotary_emb = LlamaRotaryEmbedding(config).to(p.norm.device)
+    return net
+
+
 class HuggingFaceRunner:
     """Hugging Face's eager model on the same weights, those of an int4 model dequantized."""
 
@@ -137,25 +157,9 @@ class HuggingFaceRunner:
     def __init__(self, model: RandomModel):
         self.model = model
         self.name = f"{HF}, dequantized" if model.cfg.group_size else HF
-        dense_config = self.weight_config = replace(model.cfg, group_size=None)
-        skipped = ("group_size", "rope_theta", "rope_scaling")  # which Hugging Face has under other names, or not
-        arguments: dict[str, Any] = {
-            f.name: getattr(dense_config, f.name) for f in fields(dense_config) if f.name not in skipped
-        }
-        scaling = asdict(dense_config.rope_scaling) if dense_config.rope_scaling else {"rope_type": "default"}
-        arguments["rope_parameters"] = {"rope_theta": dense_config.rope_theta, **scaling}
-        arguments["attn_implementation"] = "eager"
-        config = TheirConfig(**arguments)
-        with torch.device("meta"):
-            self.net = LlamaForCausalLM(config).eval()
-        specs = params.leaves(llama.param_specs(dense_config, model.dtype))
-        values = {
-            spec.key: leaf
-            for spec, leaf in zip(specs, params.leaves(dequantize_tree(model.p, model.dtype)), strict=True)
-        }
-        self.net.load_state_dict(values, assign=True)
+        self.weight_config = replace(model.cfg, group_size=None)
+        self.net = hugging_face_model(model.p, model.cfg, model.dtype).eval()
         self.weights: list[Tensor] = [*self.net.parameters()]
-        self.net.model.rotary_emb = LlamaRotaryEmbedding(config).to(model.p.norm.device)
 
     def start(self, batch: int, capacity: int) -> DynamicCache:
         return DynamicCache(config=self.net.config)
