@@ -191,10 +191,10 @@ def float64_logits(model: RandomModel, ids: Tensor) -> Tensor:
     p: Any = replace(model.p, layers=(params.tree_map(to_float64, layer) for layer in model.p.layers))  # pyright: ignore
     p = replace(p, norm=to_float64(p.norm))
     past = UncachedBatch([len(ids)], ids.device)
-    head = p.embedding if p.head is None else p.head
+    head = params.tree_map(to_float64, llama.head(p))
     with use(**dict.fromkeys(OPS, REFERENCE)):
         x = llama.forward(p, to_float64(llama.embed(p, ids)), past.positions, model.cfg, past)[-1:]
-        return llama.logits(replace(p, head=to_float64(head)), x)[0]
+        return llama.logits(replace(p, head=head), x)[0]
 
 
 @torch.inference_mode()

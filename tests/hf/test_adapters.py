@@ -23,7 +23,7 @@ from vila_triton.models.params import leaves
 from vila_triton.ops.int4 import dequantize
 
 INT4 = Path(__file__).parents[2] / "vila_triton" / "tiny" / "checkpoint-int4"
-TARGETS = ["q_proj", "v_proj", "out_proj", "o_proj", "gate_proj", "down_proj", "mm_projector.layers.2"]
+TARGETS = ["q_proj", "v_proj", "out_proj", "o_proj", "gate_proj", "down_proj", "mm_projector.layers.2", "lm_head"]
 IDS = words(2, 6)
 
 
@@ -108,7 +108,7 @@ def test_int4_is_frozen_and_takes_no_adapter_in() -> None:
     peft_model = adapted(model)
     bits = {n: x.clone() for n, x in model.state_dict().items() if "lora" not in n}
     for merge in (peft_model.merge_and_unload, lambda: peft_model.merge_adapter(safe_merge=True)):
-        with pytest.raises(TypeError, match=r"is int4: .* no adapter can be merged into it"):
+        with pytest.raises(AttributeError, match=r"int4 weight has no data: .* be merged into it"):
             merge()
     peft_model(input_ids=IDS, labels=IDS).loss.backward()
     assert {n for n, p in model.named_parameters() if p.grad is not None} == {
@@ -161,7 +161,7 @@ def test_dropout_of_adapters_is_in_training_only() -> None:
 @pytest.mark.filterwarnings("error:.*save_embedding_layers")
 @pytest.mark.parametrize("make", [small, int4])
 def test_saved_adapter_loads_again(make: Callable[[], VilaLlamaForCausalLM], tmp_path: Path) -> None:
-    model = adapted(make())
+    model = adapted(make(), target_modules=TARGETS[:-1])
     model.save_pretrained(tmp_path)
     again: Any = PeftModel.from_pretrained(make(), str(tmp_path))
     assert torch.equal(logits(again), logits(model))
@@ -310,9 +310,15 @@ def test_an_adapter_for_each_row_is_an_error() -> None:
         adapted(small())(input_ids=IDS, adapter_names=["default", "__base__"])
 
 
+def test_all_linear_maps_but_the_head() -> None:
+    model = adapted(small(), target_modules="all-linear")
+    layers = 7 * LLM["num_hidden_layers"] + 2 + 6 * 3
+    assert len({n.partition(".lora_A")[0] for n, _ in model.named_parameters() if "lora_A" in n}) == layers
+
+
 def test_linear_maps_alone_are_linear_modules() -> None:
     model = small()
-    for part, count in (("llm", 7 * LLM["num_hidden_layers"]), ("mm_projector", 2), ("vision_tower", 6 * 3)):
+    for part, count in (("llm", 7 * LLM["num_hidden_layers"] + 1), ("mm_projector", 2), ("vision_tower", 6 * 3)):
         modules = [m for m in model.get_submodule(part).modules() if isinstance(m, nn.Linear)]
         linears = [
             p for p in leaves(getattr(model.params, part), Affine) if isinstance(p, Affine) and p.weight.ndim == 2

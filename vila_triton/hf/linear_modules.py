@@ -1,6 +1,6 @@
-"""The linear maps of a model as torch modules under Hugging Face's names, such as peft adapts.
+"""The modules under Hugging Face's names: linear maps, such as peft adapts, and what holds them and other parameters.
 
-The functional model does not call them; it reads their parameters. `forward` is there for those who do.
+The functional model calls none of them; it reads their parameters. Linear maps have a `forward` for those who do.
 """
 
 from typing import Any, NoReturn
@@ -14,8 +14,22 @@ from vila_triton.models.params import ParameterSpec
 from vila_triton.ops import Int4
 
 
+class Holder(nn.Module):
+    """A module that holds others or parameters, as those of a norm or of the embeddings."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Errors: NotImplementedError."""
+        raise NotImplementedError(
+            "the model reads the parameters of this module and does not call it; nor may others, such as peft's prompt "
+            "tuning: see `get_input_embeddings` for embeddings, and give the model inputs_embeds"
+        )
+
+
 class FrozenInt4(Int4):
-    """An int4 weight as the `weight` of a module: peft asks for its dtype and device, and writes to its `data`."""
+    """An int4 weight as the `weight` of a module, of which peft asks dtype and device.
+
+    Whoever takes it for a dense one, as peft does to merge an adapter into it, is told why it is not.
+    """
 
     @property
     def dtype(self) -> torch.dtype:
@@ -26,12 +40,10 @@ class FrozenInt4(Int4):
     def device(self) -> torch.device:
         return self.scales.device
 
-    @property
-    def data(self) -> NoReturn:
-        """Errors: TypeError."""
-        raise TypeError(
-            "the weight of this linear map is int4: it is not trained, and no adapter can be merged into it "
-            "(`vila-triton convert SOURCE TARGET --format dense` writes a dense model, which takes adapters in)"
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"an int4 weight has no {name}: it is not trained, and no adapter can begin with it or be merged into it "
+            "(`vila-triton convert SOURCE TARGET --format dense` writes a dense model)"
         )
 
 

@@ -143,12 +143,14 @@ class VilaLlamaForCausalLM(UnsupportedMethods, TrainingMixin, PreTrainedModel, V
         module.weight = weight
         return module
 
-    def get_output_embeddings(self) -> torch.nn.Linear:
-        """The language-model head as a torch module that shares the model's parameter."""
-        llm: Any = self.params.llm
-        weight = llm.embedding if llm.head is None else llm.head
-        head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        head.weight = weight
+    def get_output_embeddings(self) -> torch.nn.Module:
+        """The language-model head; one that shares the parameter of the embeddings where these serve as head."""
+        llm: Any = self.llm
+        if self.params.llm.head is not None:
+            return llm.lm_head
+        n, k = self.params.llm.embedding.shape
+        head = torch.nn.Linear(k, n, bias=False, device="meta")
+        head.weight = self.params.llm.embedding
         return head
 
     @property
@@ -163,7 +165,7 @@ class VilaLlamaForCausalLM(UnsupportedMethods, TrainingMixin, PreTrainedModel, V
         return self
 
     def parameter_versions(self) -> object:
-        """What changes with the parameters and with adapters, to be compared: see `ParamsModule.versions`."""
+        """A value that changes with the parameters and with adapters, to compare: see `ParamsModule.versions`."""
         return [getattr(self, part).versions() for part in loading.PARTS]
 
     def encode_images(self, images: Tensor | Sequence[Tensor]) -> Tensor:

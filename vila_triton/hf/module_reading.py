@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vila_triton.models.layers import LowRank
 
-from .linear_modules import Int4Linear
+from .linear_modules import Holder, Int4Linear
 
 LORA, MODULES_TO_SAVE = "peft.tuners.lora.layer.Linear", "peft.utils.other.ModulesToSaveWrapper"
 LINEARS = (nn.Linear, Int4Linear)
@@ -46,7 +46,7 @@ class ModuleReading:
         for name, child in module._modules.items():
             if child is not None:
                 path = prefix + name
-                if type(child) is not nn.Module:
+                if type(child) is not Holder:
                     child = self._unwrapped(child, path)
                 self._read(child, f"{path}.")
 
@@ -55,7 +55,7 @@ class ModuleReading:
         kind = None if type(module) in LINEARS else class_path(module)
         if kind == MODULES_TO_SAVE:
             module = module_to_save(module)
-            return module if type(module) is nn.Module else self._unwrapped(module, path)
+            return module if type(module) is Holder else self._unwrapped(module, path)
         if kind == LORA:
             check_not_hooked(module, path)
             self.low_rank[path] = low_rank_terms(module, path)

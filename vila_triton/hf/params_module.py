@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..models.layers import Affine
 from ..models.params import ParameterSpec, leaves, tree_map, write_counts
 from ..models.side_by_side import lay_side_by_side
-from .linear_modules import Int4Linear, is_linear, linear_module, name_of
+from .linear_modules import Holder, Int4Linear, is_linear, linear_module, name_of
 from .module_reading import ModuleReading
 
 
@@ -45,7 +45,7 @@ class ParamsModule(nn.Module):
         module: nn.Module = self
         for child in filter(None, path.split(".")):
             if child not in module._modules:
-                module.add_module(child, nn.Module())
+                module.add_module(child, Holder())
             module = module.get_submodule(child)
         return module
 
@@ -95,8 +95,8 @@ class ParamsModule(nn.Module):
         return tree
 
     def versions(self) -> object:
-        """What changes with a parameter that is replaced or written to (see `write_counts`), and with the adapters that
-        are active or merged: to be compared.
+        """A value that changes with a parameter that is replaced or written to (see `write_counts`), and with the
+        adapters that are active or merged: to compare.
         """
         reading = ModuleReading(self)
         return write_counts(reading.all_tensors()), reading.adapters()

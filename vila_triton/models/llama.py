@@ -68,7 +68,7 @@ class Llama:
     embedding: Leaf  # [v, e]
     layers: tuple[Layer, ...]
     norm: Leaf  # [e]
-    head: Leaf | None  # [v, e]; None: the embedding serves as head too
+    head: Affine | None  # [v, e], no bias; None: the embedding serves as head too
 
 
 def param_specs(cfg: LlamaConfig, dtype: torch.dtype) -> Llama:
@@ -100,7 +100,7 @@ def param_specs(cfg: LlamaConfig, dtype: torch.dtype) -> Llama:
         ParameterSpec((cfg.vocab_size, e), "model.embed_tokens.weight", dtype),
         tuple(layer_specs(i) for i in range(cfg.num_hidden_layers)),
         norm_spec("model.norm"),
-        None if cfg.tie_word_embeddings else ParameterSpec((cfg.vocab_size, e), "lm_head.weight", dtype),
+        None if cfg.tie_word_embeddings else linear_specs(cfg.vocab_size, e, "lm_head", dtype, bias=False),
     )
 
 
@@ -233,9 +233,14 @@ def forward(
     return x
 
 
+def head(p: Llama) -> Affine:
+    """The language-model head [v, e]."""
+    return Affine(p.embedding, None) if p.head is None else p.head
+
+
 def logits(p: Llama, x: Tensor) -> Tensor:
     """Apply the language-model head: hidden states [s, e] -> logits [s, v]."""
-    return ops.linear(x, p.embedding if p.head is None else p.head)
+    return linear(head(p), x)
 
 
 def quantize_linears_rtn(p: Llama, group_size: int) -> Llama:

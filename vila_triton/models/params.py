@@ -132,7 +132,7 @@ def leaves(tree: Any, leaf_type: type | tuple[()] = ()) -> list[Any]:
 
 
 def structure(tree: Tree) -> Tree:
-    """What is left of a tree without its leaves, to compare: what there is, and the numbers that are no tensors."""
+    """The tree without its leaves, to compare: what there is, and the numbers that are no tensors."""
     return tree_map(lambda leaf: None, tree)
 
 
