@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hf_reference import build
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from bench import standin
@@ -201,6 +202,32 @@ def check_new_parameters(gpu: VilaLlamaForCausalLM, in_place: bool = False) -> N
     check_equal(ours, theirs)
 
 
+def check_adapters(gpu: VilaLlamaForCausalLM) -> None:
+    """Adapters come, count for less, are merged and go between the answers over one cache."""
+    models = [deepcopy(model) for model in (gpu, MODEL)]
+    for model in models:
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"]), model)
+    theirs = dict(models[1].named_parameters())
+    for name, x in models[0].named_parameters():
+        if "lora_" in name:
+            theirs[name].data.normal_(generator=torch.Generator().manual_seed(len(name)))
+            x.data.copy_(theirs[name].data)
+    answers = [Answers(model.eval(), 1, 12, pages=10, eos_token_id=None) for model in models]
+
+    def change(name: str, *args: Any) -> None:
+        for layer in (x for model in models for x in model.modules() if hasattr(x, "lora_A")):
+            getattr(layer, name)(*args)
+
+    for step in (("set_scale", "default", 0.25), ("merge",), ("unmerge",), ("enable_adapters", False)):
+        for x in answers:
+            x.read(tokens_of=x.begin(1))
+        change(*step)
+    for x in answers:
+        x.read(tokens_of=x.begin(1)).read()
+    check_equal(*answers)
+    assert len({*map(tuple, answers[0].tokens.values())}) > 3  # they do change the answer
+
+
 def check_other_kernels(gpu: VilaLlamaForCausalLM) -> None:
     """Kernels are chosen anew in the middle of an answer, and the file of one is imported again."""
     ours, theirs = both(gpu, 1, 24, eos_token_id=None)
@@ -301,6 +328,7 @@ CHECKS: dict[str, Callable[[VilaLlamaForCausalLM], Any]] = {
     "growth": check_growth,
     "new parameters": check_new_parameters,
     "new values": lambda gpu: check_new_parameters(gpu, in_place=True),
+    "adapters": check_adapters,
     "other kernels": check_other_kernels,
     "interleaved": check_interleaved,
     "stops": check_stops,
@@ -355,6 +383,7 @@ add_pages = PagedKVCache.add_pages
 FAULTS = {
     "a graph outlives the pool": (PagedKVCache, "add_pages", grow_and_keep_graphs, "growth"),
     "a graph outlives the parameters": (current_parameters, "addresses", lambda tensors: [], "new parameters"),
+    "a graph outlives the scale of an adapter": (current_parameters, "structure", lambda p: None, "adapters"),
     "a graph is replayed for other kernels": (decode_graphs, "chosen_kernels", lambda *_: None, "other kernels"),
     "rows of another are taken for one's own": (
         DecodeLoop,
