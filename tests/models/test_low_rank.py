@@ -1,5 +1,6 @@
 """Low-rank terms of a linear map: it computes with them what it does with their sum merged into its weight."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from vila_triton.models.config import LlamaConfig
 from vila_triton.models.layers import Affine, LowRank, linear
 from vila_triton.models.params import init_tree, leaves, tree_map
 from vila_triton.ops.int4 import dequantize
+from vila_triton.registry import count_calls
 
 NAMES = "q", "k", "v", "o", "gate", "up", "down"
 CFG = LlamaConfig(
@@ -73,3 +75,17 @@ def test_terms_are_leaves_of_the_tree() -> None:
     assert [x.shape for x in leaves(p)] == [(4, 8), (1, 8), (4, 1), (4, 8), (4, 4)]
     doubled = tree_map(lambda x: 2 * x, p)
     assert doubled.low_rank[1].scaling == 0.125 and torch.equal(doubled.low_rank[1].a, 2 * p.low_rank[1].a)
+
+
+def test_int4_products_of_the_mlp_are_not_computed_again_in_the_backward_pass() -> None:
+    p = init_tree(llama.param_specs(CFG, torch.float64), torch.Generator().manual_seed(0))
+    layer, x = llama.quantize_linears_rtn(p, 32).layers[0], drawn(5, 64)
+    with count_calls() as calls:
+        want = llama.mlp_hidden(layer, x)
+    assert [op for op, _ in calls if op.startswith("int4_swiglu")] == ["int4_swiglu"]
+    with count_calls() as calls:
+        out = llama.mlp_hidden(layer, x.requires_grad_())
+        out.sum().backward()
+    ran = Counter(op for op, _ in calls.elements())
+    assert (ran["int4_swiglu"], ran["int4_matmul"], ran["int4_matmul_backward"]) == (0, 2, 2)
+    torch.testing.assert_close(out, want)

@@ -188,11 +188,14 @@ def attention(
 
 
 def mlp_hidden(p: Layer, x: Tensor) -> Tensor:
-    """Hidden activations of the SwiGLU MLP, silu(x gateᵀ) * (x upᵀ): [s, e] -> [s, f]; one fused op if gate and up are
-    int4 without biases and low-rank terms.
+    """Hidden activations of the SwiGLU MLP, silu(x gateᵀ) * (x upᵀ): [s, e] -> [s, f].
+
+    One fused op if gate and up are int4 without biases and low-rank terms, and no gradient is asked for: its backward
+    pass would compute both products again.
     """
     gate, up = p.gate, p.up
-    if all(isinstance(w.weight, Int4) and w.bias is None and not w.low_rank for w in (gate, up)):
+    has_gradient = torch.is_grad_enabled() and x.requires_grad
+    if not has_gradient and all(isinstance(w.weight, Int4) and w.bias is None and not w.low_rank for w in (gate, up)):
         return int4_swiglu(x, gate.weight, up.weight)
     return swiglu(linear(gate, x), linear(up, x))
 
