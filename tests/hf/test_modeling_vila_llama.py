@@ -231,6 +231,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "special_token": ({"input_ids": ONE, "special_token": True}, "special_token"),
     "labels for some": ({"input_ids": ONE, "labels": ONE, "logits_to_keep": 2}, "logits_to_keep"),
     "labels of another shape": ({"input_ids": ONE, "labels": TWO}, r"labels .*\[2, 5\], expected \[1, 5\]"),
+    "labels that are no integers": (
+        {"input_ids": ONE, "labels": ONE.float()},
+        r"labels are torch.float32, expected torch.int64",
+    ),
     "a label below 0": (
         {"input_ids": TWO, "labels": TWO.clone().index_fill_(1, torch.tensor(3), -1)},
         "label -1 is not",

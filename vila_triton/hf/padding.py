@@ -105,6 +105,8 @@ def remove_padding(
     mask = parse_attention_mask(inputs, attention_mask, context_lens)
     if labels is not None and labels.shape != inputs.shape[:2]:
         raise ValueError(f"labels have shape {list(labels.shape)}, expected {list(inputs.shape[:2])} like the inputs")
+    if labels is not None and labels.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"labels are {labels.dtype}, expected torch.int64, of token ids and {IGNORE_INDEX}")
     rows = [row[m] for row, m in zip(inputs, mask)]
     return mask, rows, None if labels is None else [row[m] for row, m in zip(labels.to(inputs.device), mask)]
 
