@@ -58,19 +58,27 @@ def assert_same(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@torch.no_grad()
 def test_adapters_of_all_parts_count_as_weights_that_they_are_merged_into() -> None:
     model, plain = adapted(small(), use_rslora=True, rank_pattern={"v_proj": 1}, alpha_pattern={"o_proj": 1}), small()
     row = torch.tensor([[3, -200, 5, 6]])
     before = logits(plain, row, images=pictures(plain, 1))
     with_adapters = logits(model, row, images=pictures(plain, 1))
     assert (with_adapters - before).abs().max() > 0.1
-    for name, module in model.base_model.model.named_modules():
-        if hasattr(module, "lora_A"):
-            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            r, alpha = (1 if "v_proj" in name else 3), (1 if "o_proj" in name else 6)
-            plain.get_parameter(f"{name}.weight").add_(b @ a * alpha / r**0.5)
+    around = {name: module for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    parts = {}
+    for name, module in around.items():
+        r, alpha = (1 if "v_proj" in name else 3), (1 if "o_proj" in name else 6)
+        parts[name] = module.lora_A["default"].weight, module.lora_B["default"].weight, alpha / r**0.5
+        a, b, scaling = parts[name]
+        plain.get_parameter(f"{name}.weight").data.add_(scaling * b @ a)
     assert_same(with_adapters, logits(plain, row, images=pictures(plain, 1)))
+    for trained in (model, plain):
+        trained(input_ids=row, images=pictures(plain, 1), labels=torch.tensor([[3, -100, 5, 6]])).loss.backward()
+    for name, (a, b, scaling) in parts.items():
+        grad = plain.get_parameter(f"{name}.weight").grad
+        if grad is not None:  # the last layer of the tower is not run
+            assert_same(a.grad, scaling * b.T @ grad)
+            assert_same(b.grad, scaling * grad @ a.T)
     assert_same(logits(model.merge_and_unload(), row, images=pictures(plain, 1)), with_adapters)
     assert type(model.base_model.model.llm.model.get_submodule("layers.0.self_attn.q_proj")) is nn.Linear
 

@@ -218,10 +218,11 @@ def check_adapters(gpu: VilaLlamaForCausalLM) -> None:
         for layer in (x for model in models for x in model.modules() if hasattr(x, "lora_A")):
             getattr(layer, name)(*args)
 
-    for step in (("set_scale", "default", 0.25), ("merge",), ("unmerge",), ("enable_adapters", False)):
+    steps = {"set_scale": ("default", 0.25), "merge": (), "unmerge": (), "enable_adapters": (False,)}
+    for name, args in steps.items():
         for x in answers:
             x.read(tokens_of=x.begin(1))
-        change(*step)
+        change(name, *args)
     for x in answers:
         x.read(tokens_of=x.begin(1)).read()
     check_equal(*answers)
