@@ -210,8 +210,12 @@ def squared_product(x: Tensor, w: Tensor) -> Tensor:
 def test_compiled_code_runs_ops_in_its_backward_pass(backend: str, fresh: None) -> None:
     args = x, w = torch.ones(3, 8, requires_grad=True), torch.ones(5, 8, requires_grad=True)
     want = torch.autograd.grad(squared_product(x, w), args)
+    compiled = torch.compile(squared_product, fullgraph=True, backend=backend)
+    with use(linear="triton"):
+        compiled(x, w).backward()
     with use(linear="reference"), count_calls() as calls:
-        got = torch.autograd.grad(torch.compile(squared_product, fullgraph=True, backend=backend)(x, w), args)
+        loss = compiled(x, w)
+    got = torch.autograd.grad(loss, args)  # after the `with`
     torch.testing.assert_close(got, want)
     assert calls == {("linear", "reference"): 3}
 

@@ -33,8 +33,7 @@ reference. There are no priorities and no fallback: an implementation that canno
 
 Where an argument requires a gradient, a call is a node of torch's graph, whatever it runs. The backward pass runs under
 the choices of the forward pass, after its `with` or in another thread as well; a checkpoint keeps them with
-``context_fn=keep_choices``, and is refused where it would run something else. In code that `torch.compile` compiled
-the choices hold that are there when its backward pass runs.
+``context_fn=keep_choices``, and is refused where it would run something else.
 
     size_ranges    a choice: one implementation, or several by ranges of a size
     domain         the values that a size may have

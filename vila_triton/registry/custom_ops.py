@@ -11,12 +11,16 @@ The schema is read off the annotations of the reference:
     Tensor | a dataclass, also as a field          a Tensor; a call with the dataclass is traced through the reference
 
 A reference returns a Tensor or a tuple of Tensors, the arguments it writes in place last. One with `return_lse` returns
-two tensors here, of which the log-sum-exp is empty unless it is asked for. Results are contiguous. Gradients are those
-of `gradients`, but the choices that hold as the backward pass runs decide what runs in it.
+two tensors here, of which the log-sum-exp is empty unless it is asked for. Results are contiguous.
+
+Gradients are those of `gradients`, made of custom ops. Where one is needed the choices are a value of the traced code,
+too: the number of a `Policy`, by `torch.ops.vila_triton.current_choices`, which ops get as their last argument,
+`choices`, those of the backward pass that of the forward pass.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
@@ -25,11 +29,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .gradients import RecordedCall, autocast_device, cast_for_autocast, needed_gradients, requires_gradient
-from .policy import IN_COMPILED_BACKWARD
+from .policy import COMPILED_CHOICES, Policy
 
 NAMESPACE = "vila_triton"
 SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool", str: "str"}
 is_compiling = torch.compiler.is_compiling
+
+
+POLICIES: list[Policy] = []  # that compiled code ran under; a process has few
+
+
+@torch.library.custom_op(f"{NAMESPACE}::current_choices", mutates_args=())
+def current_choices(x: Tensor) -> Tensor:
+    """The place of the policy that holds now in `POLICIES`, as an int64 tensor; x is there to say when that is."""
+    policy = Policy.current()
+    known = (i for i, other in enumerate(POLICIES) if policy.is_same_as(other))
+    number = next(known, len(POLICIES))
+    POLICIES[number:] = POLICIES[number:] or [policy]
+    return torch.tensor(number)
+
+
+current_choices.register_fake(lambda x: torch.empty((), dtype=torch.int64))
 
 
 class OpLike(Protocol):
@@ -105,11 +125,12 @@ def count_new_results(op: OpLike, mutated: Sequence[str]) -> tuple[int, bool]:
 
 
 def format_schema(arguments: Sequence[SchemaArgument], mutated: Sequence[str], num_new: int) -> str:
-    """The schema as torch writes it: "(Tensor x, Tensor w_qweight, int w_group, Tensor? bias) -> (Tensor)"."""
+    """The schema as torch writes it: "(Tensor x, Tensor w_qweight, int w_group, Tensor? choices=None) -> (Tensor)"."""
     parameters = []
     for i, a in enumerate(arguments):
         types = [f"Tensor(a{i}!)"] if a.name in mutated else a.schema_types
         parameters += [f"{t} {n}" for t, n in zip(types, flatten_names([a]), strict=True)]
+    parameters.append("Tensor? choices=None")
     return f"({', '.join(parameters)}) -> ({', '.join(['Tensor'] * num_new)})"
 
 
@@ -161,13 +182,15 @@ class CustomOp:
         device = autocast_device(args, kwargs) if self.op.autocasts else ""
         values = self.op.bind(*(cast_for_autocast(args, kwargs, device) if device else (args, kwargs)))
         returns_lse = values.get("return_lse", False)
+        choices = None if torch.compiler.is_dynamo_compiling() else COMPILED_CHOICES.get()  # dynamo cannot trace `get`
         if requires_gradient(args, kwargs):
-            needed_gradients(self.op, values)
+            needs = needed_gradients(self.op, values)
             values |= {"return_lse": True} if self.op.keeps_lse else {}
+            choices = torch.ops.vila_triton.current_choices(values[needs[0]])
         flat = flatten_args(self.arguments, values)
         if any(map(is_dataclass, flat)):
             return self.op.reference(*args, **kwargs)
-        out = self.overload(*flat)
+        out = self.overload(*flat, choices)
         if "return_lse" in values:
             return out if returns_lse else out[0]
         if not self.returns_tuple:
@@ -175,9 +198,16 @@ class CustomOp:
         new = () if out is None else out if self.num_new > 1 else (out,)
         return (*new, *(values[name] for name in self.mutated))
 
-    def _run(self, *flat: Any) -> Any:
-        out = self.op.run_implementation(*unflatten_args(self.arguments, flat))
+    def _run(self, *flat_and_choices: Any) -> Any:
+        flat, choices = self._split_choices(flat_and_choices)
+        with nullcontext() if choices is None else POLICIES[int(choices)].active():
+            out = self.op.run_implementation(*unflatten_args(self.arguments, flat))
         return self._new_results(out[: len(out) - len(self.mutated)] if self.mutated else out)
+
+    def _split_choices(self, flat: Sequence[Any]) -> tuple[Sequence[Any], Tensor | None]:
+        """The arguments of the op, flat, and the last one of the custom op, which torch leaves out where it is None."""
+        num_args = len(flatten_names(self.arguments))
+        return flat[:num_args], flat[num_args] if len(flat) > num_args else None
 
     def _run_fake(self, *flat: Any) -> Any:
         args = unflatten_args(self.arguments, flat)
@@ -193,16 +223,18 @@ class CustomOp:
         flat_names = flatten_names(self.arguments)
         needs = [name for name, needed in zip(flat_names, ctx.needs_input_grad) if needed]
         ctx.call, tensors = RecordedCall.record(self.op, values, needs, outs)
-        ctx.save_for_backward(*tensors)
+        choices = self._split_choices(inputs)[1]
+        ctx.save_for_backward(*tensors, torch.ops.vila_triton.current_choices(outs[0]) if choices is None else choices)
         ctx.mark_non_differentiable(*outs[1:] if self.op.keeps_lse else ())
 
     def _backward(self, ctx: Any, *grads: Any) -> Any:
-        token = IN_COMPILED_BACKWARD.set(True)
+        *tensors, choices = ctx.saved_tensors
+        token = COMPILED_CHOICES.set(choices)
         try:
-            found = ctx.call.gradients(grads, ctx.saved_tensors)
+            found = ctx.call.gradients(grads, tensors)
         finally:
-            IN_COMPILED_BACKWARD.reset(token)
-        return tuple(found.get(name) for name in flatten_names(self.arguments))
+            COMPILED_CHOICES.reset(token)
+        return *(found.get(name) for name in flatten_names(self.arguments)), None
 
     def _new_results(self, out: Any) -> Any:
         """The new tensors as torch takes them: a tuple only if there are several."""

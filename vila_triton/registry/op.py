@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from .declaration import OpDeclaration
-from .policy import BATCH_INVARIANT, CALL_COUNTER, DEFAULT_CHOICES, EXPLICIT_CHOICES, IN_COMPILED_BACKWARD
+from .policy import BATCH_INVARIANT, CALL_COUNTER, COMPILED_CHOICES, DEFAULT_CHOICES, EXPLICIT_CHOICES
 from .search_space import Config, SearchSpace
 from .size_ranges import Choice, implementation_at
 from .target_configs import ConfigNumber, check_by_target, config_number, config_numbers, current_target, driver_in_use
@@ -133,7 +133,7 @@ class Op(OpDeclaration):
         return f"Op({self.name}: {', '.join(self.impls)})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.custom_op is not None and (self.is_compiling() or IN_COMPILED_BACKWARD.get()):
+        if self.custom_op is not None and (self.is_compiling() or COMPILED_CHOICES.get() is not None):
             return self.custom_op(*args, **kwargs)
         return self.run(*args, **kwargs)
 

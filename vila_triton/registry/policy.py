@@ -16,8 +16,8 @@ EXPLICIT_CHOICES: ContextVar[Mapping[str, Choice]] = ContextVar("explicit_choice
 DEFAULT_CHOICES: ContextVar[Mapping[str, Choice] | None] = ContextVar("default_choices", default=None)
 BATCH_INVARIANT: ContextVar[bool] = ContextVar("batch_invariant", default=False)
 CALL_COUNTER: ContextVar["Counter[tuple[str, str]] | None"] = ContextVar("call_counter", default=None)
-# True in the backward pass of a custom op, which torch may trace without `torch.compiler.is_compiling` telling so.
-IN_COMPILED_BACKWARD: ContextVar[bool] = ContextVar("in_compiled_backward", default=False)
+# In the backward pass of a custom op, which torch may trace: a tensor that tells the choices of the forward pass.
+COMPILED_CHOICES: ContextVar[Any] = ContextVar("compiled_choices", default=None)
 _VARIABLES = (EXPLICIT_CHOICES, DEFAULT_CHOICES, BATCH_INVARIANT, CALL_COUNTER)
 
 
@@ -32,6 +32,11 @@ class Policy:
     @staticmethod
     def current() -> "Policy":
         return Policy(tuple(variable.get() for variable in _VARIABLES))
+
+    def is_same_as(self, other: "Policy") -> bool:
+        """Return True if both make the same choices, and count calls in the same counter."""
+        (*choices, counter), (*other_choices, other_counter) = self.values, other.values
+        return choices == other_choices and counter is other_counter
 
     @contextmanager
     def active(self) -> Iterator[None]:
