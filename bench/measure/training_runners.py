@@ -39,7 +39,7 @@ def build_model(cfg: LlamaConfig, weight_format: str, device: torch.device) -> V
     top, parts = config_files(replace(CONFIG, llm=llm, mm_projector=projector))
     top["model_dtype"] = f"torch.{half if is_int4 else weight_format}"
     torch.manual_seed(0)
-    model = VilaLlamaForCausalLM(VilaLlamaConfig.from_configs(top, parts))
+    model: Any = VilaLlamaForCausalLM(VilaLlamaConfig.from_configs(top, parts))
     with torch.no_grad():
         for name, x in model.llm.state_dict().items():
             if name.endswith(".scales"):  # outputs of linears are as large as inputs

@@ -91,9 +91,17 @@ def predict_rows() -> Iterator[dict[str, Any]]:
         yield {**about, "what": "decode", "context": 256, "seconds": 0.02, "beyond": beyond}
 
 
+def training_rows() -> Iterator[dict[str, Any]]:
+    for choice, checkpointed, weights in itertools.product(("default", "hf eager"), (False, True), ("float32", "int4")):
+        about = {"kind": "training", "model": "vila1.5-3b", "layers": 2, "weights": weights, "choice": choice}
+        figures = {"seconds": 4.0 + checkpointed, "peak_bytes": 10**9, "kept_bytes": 10 ** (8 - checkpointed)}
+        yield {**about, "checkpointed": checkpointed, "batch": 1, "tokens": 512, **figures}
+
+
 SOURCES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     "roofline": op_rows, "time": op_rows, "speedup": op_rows, "tuning": tune_rows,
     "memory": memory_rows, "model": model_rows, "predict": predict_rows, "quality": quality_rows,
+    "training": training_rows,
 }  # fmt: skip
 
 
@@ -139,6 +147,7 @@ WORDS = {
     "tuning": ["BLOCK_M", "BLOCK_N", "num_stages", "compile", "cost", "1.00", "(gpu)"],
     "memory": ["one pass, default, 4 layers", "chunks of 32, default, 4 layers", "the cache", "iB"],
     "model": ["aten, int4", "hf eager, float32", "limit of memory, int4", "tokens of the history", " MB", "batch 4"],
+    "training": ["float32, checkpointed", "hf eager", "ours", "time of a step", " GB", "1 x 512 tokens"],
     "predict": ["H100: 1 image, 32 text tokens", "4090: at 256 tokens", "beyond memory", "vila1.5-40b", "bounds"],
 }
 
