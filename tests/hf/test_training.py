@@ -185,7 +185,7 @@ def test_trainer_does_the_steps_of_a_plain_loop(
 ) -> None:
     """Also where the batches of a step have different numbers of labels; what it saves is loaded again."""
     images, labels = pictures(MODEL, 4), words(4, 6)
-    labels[1, 2:5] = labels[2, :5] = -100
+    labels[:, 0] = labels[1, 2:5] = labels[2, :5] = -100
     rows = [
         {"input_ids": torch.tensor([-200, *words(5, seed=i)]), "labels": labels[i], "images": images[i]}
         for i in range(4)
