@@ -149,7 +149,7 @@ def test_sizes_from_args_inverts_example_inputs(op: Op) -> None:
     @given(sizes=example_strategy(op))
     def check(sizes: dict) -> None:
         seed = sizes.pop("seed")
-        sizes = {**sizes, "b": 1} if "attention" in op.name and "t" in sizes else sizes
+        sizes = {**sizes, "b": 1} if "attention" in op.name and "s" in sizes else sizes
         found = sizes_of(*example_args(op, seed, **sizes))
         assert found.keys() == sizes.keys()
         assert all(found[name] == size for name, size in sizes.items() if name != "t")

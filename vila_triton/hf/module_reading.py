@@ -17,7 +17,7 @@ ADVICE = "adapters here are peft's plain LoRA of linear maps, and its modules_to
 
 
 class ModuleReading:
-    """What a module and all below it hold.
+    """All that a module and those below it hold.
 
     tensors: parameters by the names they have without adapters. low_rank: the terms that active adapters add to linear
     maps, by the names of these. merged: the tensors of adapters that are part of a weight now, by its name and theirs.
