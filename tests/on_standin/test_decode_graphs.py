@@ -6,7 +6,6 @@ whoever reads it later would find anything there.
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -363,21 +362,10 @@ def test_checked_indices_are_read_at_every_step(gpu: VilaLlamaForCausalLM, monke
     assert not counts.captures and counts.waits
 
 
-@contextmanager
-def planted(owner: Any, name: str, fault: Any) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, fault)
-        yield
-
-
 def grow_and_keep_graphs(cache: PagedKVCache, n: int) -> None:
     steps = cache.decode_steps
     add_pages(cache, n)
     cache.decode_steps = steps
-
-
-def pageable(values: Any, dtype: torch.dtype, _: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=dtype)
 
 
 add_pages = PagedKVCache.add_pages
@@ -386,12 +374,7 @@ FAULTS = {
     "a graph outlives the parameters": (current_parameters, "addresses", lambda tensors: [], "new parameters"),
     "a graph outlives the scale of an adapter": (current_parameters, "structure", lambda p: None, "adapters"),
     "a graph is replayed for other kernels": (decode_graphs, "chosen_kernels", lambda *_: None, "other kernels"),
-    "rows of another are taken for one's own": (
-        DecodeLoop,
-        "_is_loaded",
-        lambda loop, pages: loop.buffers is not None,
-        "interleaved",
-    ),
+    "another's rows are one's own": (DecodeLoop, "_is_loaded", lambda x, _: x.buffers is not None, "interleaved"),
     "a token is read before it is there": (ChosenTokens, "read", lambda x: x.tokens.tolist(), "stops"),
     "the page of a token run past a stop is kept": (PageAllocator, "truncate", lambda *_: None, "page boundary"),
     "a token run ahead counts at once": (PageAllocator, "unsettle", lambda *_: None, "stops"),
@@ -407,7 +390,8 @@ FAULTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_planted_fault_is_found(name: str, gpu: VilaLlamaForCausalLM) -> None:
+def test_planted_fault_is_found(name: str, gpu: VilaLlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, attribute, fault, check = FAULTS[name]
-    with planted(owner, attribute, fault), pytest.raises((AssertionError, RuntimeError, IndexError)):
+    monkeypatch.setattr(owner, attribute, fault)
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
         CHECKS[check](gpu)
