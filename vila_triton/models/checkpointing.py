@@ -4,16 +4,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..registry import keep_choices
 
 
+def keep_compiled_choices() -> Any:
+    """`keep_choices` for compiled code, of which the number of its choices is a value: that is kept, not made anew."""
+    return create_selective_checkpoint_contexts([torch.ops.vila_triton.current_choices.default])
+
+
 def run_checkpointed(block: Callable[..., Any], *args: Any) -> Any:
     """Run a layer, of which autograd keeps the arguments alone."""
-    if torch.compiler.is_compiling():  # compiled code runs its backward pass by the choices that hold there
-        return checkpoint(block, *args, use_reentrant=False)
-    return checkpoint(block, *args, use_reentrant=False, context_fn=keep_choices)
+    context_fn = keep_compiled_choices if torch.compiler.is_compiling() else keep_choices
+    return checkpoint(block, *args, use_reentrant=False, context_fn=context_fn)
 
 
 def layer_runner(block: Callable[..., Any], checkpointing: bool) -> Callable[..., Any]:
