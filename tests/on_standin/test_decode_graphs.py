@@ -43,7 +43,7 @@ def gpu() -> VilaLlamaForCausalLM:
 def attend_in_one_call(q: Tensor, cache: PagedKV, seq_lens: Tensor, scale: float, *_: Any) -> Tensor:
     """Decode attention that waits for nothing: over all that the block table has room for."""
     pages: Any = cache.k_pages, cache.v_pages
-    k, v = (x[cache.block_table.long()].flatten(1, 2) for x in pages)  # [b, t, g, d]
+    k, v = (x[cache.block_table.long()].flatten(1, 2).to(q.dtype) for x in pages)  # [b, t, g, d]
     queries = q.unflatten(1, (k.shape[2], -1))  # [b, g, n, d]
     scores = torch.einsum("bgnd,btgd->bgnt", queries, k) * scale
     is_cached = torch.arange(k.shape[1], device=q.device) < seq_lens[:, None]  # [b, t]
