@@ -8,9 +8,9 @@ import torch
 
 from vila_triton.ops import KVPages, empty_kv_pages
 
-encoder, prefill, decode, shared = (  # pyright sees no module behind that door
+encoder, prefill, decode, backward, shared = (  # pyright sees no module behind that door
     import_module(f"vila_triton.kernels.{name}")
-    for name in ("encoder_attention", "prefill_attention", "decode_attention", "_launch")
+    for name in ("encoder_attention", "prefill_attention", "decode_attention", "_attention_backward", "_launch")
 )
 CONFIG = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 SMALL = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3}
@@ -54,6 +54,23 @@ def test_tile_of_prefill(d: int, dtype: torch.dtype, kv: Any, changes: dict) -> 
     kind: Any = dtype if kv == "plain" else kv
     pages: KVPages = empty_kv_pages((1, 16, 1, d), kind, "cpu")
     assert prefill.fit_tile(CONFIG, heads(d, dtype), pages) == {**CONFIG, **changes}
+
+
+@pytest.mark.parametrize(
+    ("d", "dtype", "num_stages", "changes"),
+    [
+        (64, torch.bfloat16, 2, {}),
+        (65, torch.float16, 2, {"BLOCK_M": 64}),
+        (72, torch.float16, 1, {"BLOCK_M": 64, "BLOCK_N": 16}),
+        (128, torch.float16, 1, {"BLOCK_M": 64}),
+        (129, torch.float16, 2, {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}),
+        (80, torch.float32, 2, {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}),
+        (81, torch.float32, 2, {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}),
+    ],
+)
+def test_tile_of_the_gradients_of_attention(d: int, dtype: torch.dtype, num_stages: int, changes: dict) -> None:
+    config = CONFIG | {"num_stages": num_stages}
+    assert backward.fit_tile(config, heads(d, dtype)) == {**config, **changes}
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def _join(grad_out: Tensor, forward_args: tuple) -> tuple:
 def _(
     b: IntRange(1, 3),
     s: IntRange(1, 40),
-    g: IntRange(1, 3),
+    g: IntRange(1, 2),
     ratio: QUERIES_PER_KV,
     d: HEAD_DIMS,
     dtype: DTYPES,
