@@ -141,7 +141,7 @@ def test_trainer_trains_the_adapter_and_what_it_saves_loads_to_the_same_logits(c
         TrainingArguments(
             str(tmp_path),
             max_steps=20,
-            per_device_train_batch_size=2,
+            per_device_train_batch_size=1,
             learning_rate=3e-3,
             logging_steps=1,
             report_to=[],
@@ -150,7 +150,7 @@ def test_trainer_trains_the_adapter_and_what_it_saves_loads_to_the_same_logits(c
             disable_tqdm=True,
         ),
         data_collator=lambda questions: build_inputs(chat_model, questions),
-        train_dataset=QuestionDataset(Recipe(batch_size=40)),
+        train_dataset=QuestionDataset(Recipe(batch_size=20, old_fraction=0.2)),
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -164,7 +164,7 @@ def test_trainer_trains_the_adapter_and_what_it_saves_loads_to_the_same_logits(c
         assert torch.equal(loaded.model(**inputs).logits, logits)
         with model.disable_adapter():
             assert not torch.equal(model(**inputs).logits, logits)
-    questions = build_questions(2, 5, {1: list(NEW_KINDS)})
+    questions = build_questions(1, 5, {1: list(NEW_KINDS)})
     assert greedy_answers(loaded, questions) == greedy_answers(chat_model, questions)
 
 
