@@ -87,6 +87,17 @@ def test_the_gradient_of_one_argument_is_the_same_alone(op: Op) -> None:
         torch.testing.assert_close(gradients(op, op, grad_out, args, [name]), [want])
 
 
+@pytest.mark.parametrize("name", ["linear", "rms_norm", "layer_norm", "swiglu", "rope", "int4_matmul", "int4_swiglu"])
+def test_no_rows_have_gradients_too(name: str) -> None:
+    op = OPS[name]
+    rows = {"x", "gate", "up", "cos", "sin", "residual"} - ({"gate", "up"} if name == "int4_swiglu" else set())
+    given = op.bind(example(op), {})
+    args = tuple(x[:0] if n in rows and x is not None else x for n, x in given.items())
+    names = learning(op, args)
+    for name, grad in zip(names, gradients(op, op, op(*args), args, names)):
+        assert grad.shape == op.bind(args, {})[name].shape and not grad.any()
+
+
 @EACH
 def test_references_pass_gradcheck(op: Op) -> None:
     args = map_tensors(lambda x: x.double() if x.is_floating_point() else x, example(op))

@@ -74,7 +74,7 @@ def _(*, grad, needs, x, w, bias, residual):
     if "x" in needs:
         grad_x = int4_matmul_backward(grad, w) if isinstance(w, Int4) else linear(grad, w.t())
     if "w" in needs:
-        x = x.reshape(len(rows), -1)
+        x = x.reshape(-1, x.shape[-1])
         grad_w = linear(rows.t(), x.t()) if len(rows) else rows.new_zeros(rows.shape[1], x.shape[1])
     if "bias" in needs:
         grad_bias = rows.sum(0)

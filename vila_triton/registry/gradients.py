@@ -213,7 +213,8 @@ class OpNode(torch.autograd.Function):
         outs = out if isinstance(out, tuple) else (out,)
         ctx.call, tensors = RecordedCall.record(op, values, needs, outs)
         ctx.ran = op.name, decision[0].name, str(decision[1])
-        ctx.save_for_backward(*tensors, number_of(*ctx.ran)[1])
+        ctx.is_numbered = not torch.compiler.is_compiling()  # torch traces through `cache`, and would number anew
+        ctx.save_for_backward(*tensors, *((number_of(*ctx.ran)[1],) if ctx.is_numbered else ()))
         ctx.mark_non_differentiable(*outs[1:] if op.keeps_lse else ())
         return out
 
@@ -222,8 +223,8 @@ class OpNode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         # Under the choices of the forward pass already as tensors are unpacked, when a checkpoint runs it again.
         with ctx.call.policy.active(), autocast(grads[0].device.type, enabled=False):
-            *tensors, number = ctx.saved_tensors
-            if int(number) != number_of(*ctx.ran)[0]:
+            tensors = ctx.saved_tensors
+            if ctx.is_numbered and int(tensors[-1]) != number_of(*ctx.ran)[0]:
                 name, impl, _ = ctx.ran
                 raise RuntimeError(
                     f"{name}: the forward pass ran {impl!r}, but a checkpoint ran it anew by another choice or config; "
