@@ -233,7 +233,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     recorder, incumbents, shifts = run_shadow(chat_model, impl, prompts, args.tokens, args.layers, args.compiled)
     if not recorder.layers:
         filter_text = f" in a layer named like {', '.join(args.layers)}" if args.layers else ""
-        raise ValueError(f"{folder.name} makes no call of {args.op}{filter_text} on these prompts")
+        advice = ""
+        if args.op.endswith("_backward"):
+            advice = f"; whether a model's gradients notice: bench.training --kernels {args.op}={args.impl}"
+        raise ValueError(f"{folder.name} makes no call of {args.op}{filter_text} on these prompts{advice}")
     mode = "interpreted (no GPU)" if DEVICE == "cpu" else "compiled"
     if args.compiled:
         mode = f"compiled for {args.compiled}, emulated"
