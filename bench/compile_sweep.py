@@ -22,7 +22,6 @@ import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +103,9 @@ def build_requests(args: argparse.Namespace) -> Iterator[CompileRequest]:
             for impl in filter(uses_triton_kernels, OPS[name].impls.values()):
                 if args.impl and impl.name not in args.impl:
                     continue
-                for number, arch in product(range(len(impl.configs)), args.arch):
-                    if impl.suits(number, arch):
-                        yield CompileRequest(name, impl.name, number, arch, sizes)
+                for number in range(len(impl.configs)):
+                    suited = [arch for arch in args.arch if impl.suits(number, arch)]
+                    yield from (CompileRequest(name, impl.name, number, arch, sizes) for arch in suited)
 
 
 def run_sweep(args: argparse.Namespace) -> int:

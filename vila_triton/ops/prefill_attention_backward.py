@@ -6,9 +6,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vila_triton.registry import IntRange, op
+from vila_triton.registry import IntRange, OneOf, op
 
-from .attention import HEAD_DIMS, QUERIES_PER_KV, causal_mask, check_heads
+from .attention import HEAD_DIMS, causal_mask, check_heads
 from .attention_backward import attention_gradients, check_lse
 from .backward import NO_SECOND_DERIVATIVE, take_hard_cases
 from .dtypes import DTYPES, dtype_name, random_tensor, upcast
@@ -108,7 +108,7 @@ def _(
     b: IntRange(1, 3),
     s: IntRange(1, 40),
     g: IntRange(1, 2),
-    ratio: QUERIES_PER_KV,
+    ratio: OneOf(1, 2, 3, 4),
     d: HEAD_DIMS,
     dtype: DTYPES,
     *,
