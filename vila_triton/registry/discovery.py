@@ -97,6 +97,8 @@ def _validate_choice(name: str, value: object) -> Choice:
     if name not in OPS:
         raise KeyError(f"no op {name!r}; there are: {describe_available(sorted(OPS))}")
     op = OPS[name]
+    if isinstance(value, str) and value in op.impls:
+        return value
     try:
         choice = parse_choice(value)
     except ValueError as error:
