@@ -38,7 +38,7 @@ SMOOTHING = 0.9  # of the line over the losses of single steps
 
 @dataclass(frozen=True)
 class Recipe:
-    """The defaults take about two minutes on two cores."""
+    """The defaults stop after four minutes, of which an idle machine needs a part."""
 
     seed: int = 0
     minutes: float = 4.0  # the learning rate reaches zero by then, whatever the steps
