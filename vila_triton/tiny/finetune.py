@@ -38,7 +38,7 @@ SMOOTHING = 0.9  # of the line over the losses of single steps
 
 @dataclass(frozen=True)
 class Recipe:
-    """The defaults stop after four minutes, of which an idle machine needs a part."""
+    """The defaults stop training after four minutes at the latest."""
 
     seed: int = 0
     minutes: float = 4.0  # the learning rate reaches zero by then, whatever the steps
