@@ -1,5 +1,6 @@
 """The gradient of the loss is that of the plain pass, or asking for it is an error: never one that lacks a part."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -80,6 +81,19 @@ def test_gradient_that_would_leave_out_cached_tokens_is_refused(how: dict, monke
         arguments["start_pos"] = 2
     if "single" in how:
         arguments = {"input_ids": words(2, 1)}
+    parameters = list(MODEL.llm.parameters())
+    with pytest.raises(RuntimeError, match=NO_GRADIENT):
+        torch.autograd.grad(MODEL(**arguments).logits.sum(), parameters, allow_unused=True)
     output = MODEL(**arguments)
+    with pytest.raises(RuntimeError, match=NO_GRADIENT):
+        output.logits.sum().backward()
+
+
+def test_gradient_of_images_that_are_cached_is_refused_where_nothing_before_attention_is_trained() -> None:
+    model = copy.deepcopy(MODEL).requires_grad_(False)
+    model.mm_projector.requires_grad_(True)
+    model.get_output_embeddings().requires_grad_(True)
+    first = model(torch.tensor([[1, -200, 5]]), images=IMAGES[:1])
+    output = model(words(1, 3), past_key_values=first.past_key_values)
     with pytest.raises(RuntimeError, match=NO_GRADIENT):
         output.logits.sum().backward()

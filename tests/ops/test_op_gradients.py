@@ -98,6 +98,18 @@ def test_no_rows_have_gradients_too(name: str) -> None:
         assert grad.shape == op.bind(args, {})[name].shape and not grad.any()
 
 
+@pytest.mark.parametrize("name", ["linear", "rms_norm", "layer_norm", "int4_matmul", "int4_swiglu"])
+def test_a_row_alone_has_the_gradients_of_a_matrix_of_one_row(name: str) -> None:
+    op = OPS[name]
+    args = tuple(x[:1] if n in ("x", "residual") and x is not None else x for n, x in op.bind(example(op), {}).items())
+    row = tuple(x[0] if n in ("x", "residual") and x is not None else x for n, x in op.bind(args, {}).items())
+    names, grad_out = learning(op, args), torch.randn_like(op(*args))
+    with use(**dict.fromkeys(OPS, "reference")):
+        wants, found = gradients(op, op, grad_out, args, names), gradients(op, op, grad_out[0], row, names)
+    for name, want, got in zip(names, wants, found, strict=True):
+        torch.testing.assert_close(got, want.view_as(op.bind(row, {})[name]))
+
+
 @EACH
 def test_references_pass_gradcheck(op: Op) -> None:
     args = map_tensors(lambda x: x.double() if x.is_floating_point() else x, example(op))

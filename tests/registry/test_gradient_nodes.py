@@ -142,8 +142,17 @@ def test_second_derivatives_and_forward_mode_are_refused() -> None:
         (grad,) = torch.autograd.grad(loss, x, create_graph=True, retain_graph=True)
         with pytest.raises(RuntimeError, match="linear has no second derivative"):
             (grad.sum() + x.sum()).backward()
+        with pytest.raises(RuntimeError, match="linear has no second derivative"):
+            torch.autograd.grad(grad.sum() + out.sum(), w, retain_graph=True)  # runs no node that does not lead to w
     with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode"):
         ops.linear(forward_ad.make_dual(x, x), w)
+
+
+def test_the_log_sum_exp_has_no_gradient() -> None:
+    (q,) = tensors((1, 4, 2, 32))
+    out, lse = ops.encoder_attention(q, q, q, 0.2, return_lse=True)
+    with pytest.raises(RuntimeError, match="the log-sum-exp has no gradient"):
+        torch.autograd.grad(out.sum() + lse.sum(), q)
 
 
 def test_autocast_casts_the_arguments_of_products() -> None:

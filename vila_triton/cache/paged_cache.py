@@ -95,15 +95,20 @@ class PagedBatch:
     numerics: str
     phase: str  # see `step_phase`
     is_differentiable: bool  # attention sees only the new keys and values, and sees them as they were computed
+    detached_layers: set[int]  # the cache's own, see `PagedKVCache`
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: CosSin, scale: float) -> Tensor:
         """See `models.llama.AttentionBackend`. Asking for a gradient that would leave out what is cached raises
         RuntimeError.
         """
-        if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        reads_detached = not self.is_differentiable and layer in self.detached_layers
+        if not (torch.is_grad_enabled() and (reads_detached or any(x.requires_grad for x in (q, k, v)))):
             return self._attend(layer, q, k, v, rotary, scale)
+        if k.requires_grad or v.requires_grad:
+            self.detached_layers.add(layer)
         if not self.is_differentiable:
-            return without_gradient(self._attend(layer, q.detach(), k.detach(), v.detach(), rotary, scale), NO_GRADIENT)
+            out = self._attend(layer, q.detach(), k.detach(), v.detach(), rotary, scale)
+            return without_gradient(out, NO_GRADIENT, q, k, v)
         q, k = rope(q, *rotary), rope(k, *rotary)
         k_pages, v_pages = self.k_pages[layer], self.v_pages[layer]
         kv_write(k.detach(), v.detach(), k_pages, v_pages, self.slot_mapping)
@@ -170,6 +175,7 @@ class PagedKVCache:
         self.settings = {"page_size": page_size, "kv_dtype": kv_dtype, "numerics": numerics}
         self.max_pages = max_pages
         self.parameter_versions: object = None  # of the model that the tokens were run with, if known
+        self.detached_layers: set[int] = set()  # of which keys or values had a gradient when they were written
         self.decode_steps: Any = None  # the engine's `DecodeSteps` over these pages, until the pool grows
         self.lock = DeferringLock()
         self.allocator = PageAllocator(num_pages, page_size)
@@ -321,6 +327,7 @@ class PagedKVCache:
             self.numerics,
             step_phase([1], self.numerics),
             is_differentiable=False,
+            detached_layers=self.detached_layers,
         )
 
     def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -351,6 +358,7 @@ class PagedKVCache:
             self.numerics,
             phase,
             is_differentiable=phase != "decode" and not rounds and not any(context_lens[seq] for seq in counts),
+            detached_layers=self.detached_layers,
         )
 
 

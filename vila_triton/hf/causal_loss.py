@@ -47,7 +47,7 @@ class CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only(lambda ctx: "the loss")
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[tuple[Tensor, None], tuple[Tensor, ...]]:
         logits, targets, lse = ctx.saved_tensors
         weights = grads[0].expand_as(lse).masked_fill(targets == IGNORE_INDEX, 0)
         grad_logits = torch.empty_like(logits)
@@ -56,4 +56,4 @@ class CrossEntropySum(torch.autograd.Function):
             softmax = (x - row_lse).exp_()
             softmax.scatter_add_(1, target, torch.full_like(row_lse, -1))
             torch.mul(softmax, weight, out=out)
-        return grad_logits, None
+        return (grad_logits, None), (logits,)

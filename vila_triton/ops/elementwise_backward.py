@@ -23,7 +23,7 @@ def rms_norm_backward(grad_out: Tensor, x: Tensor, weight: Tensor, eps: float) -
     r = torch.rsqrt(x_upcast.square().mean(-1, keepdim=True) + eps)
     y, w = x_upcast * r, grad * upcast(weight)
     grad_x = r * (w - y * (w * y).mean(-1, keepdim=True))
-    return grad_x.to(x.dtype), (grad * y).flatten(0, -2).sum(0).to(weight.dtype)
+    return grad_x.to(x.dtype), (grad * y).reshape(-1, len(weight)).sum(0).to(weight.dtype)
 
 
 rms_norm_backward.no_gradient(NO_SECOND_DERIVATIVE)

@@ -39,7 +39,7 @@ int4_matmul_backward.no_gradient(NO_SECOND_DERIVATIVE)
 @int4_matmul.gradient(x="w", bias="", residual="")
 def _(grad, needs, x, w, bias, residual):
     grad_x = int4_matmul_backward(grad, w) if "x" in needs else None
-    return grad_x, grad.flatten(0, -2).sum(0) if "bias" in needs else None, grad
+    return grad_x, grad.reshape(-1, grad.shape[-1]).sum(0) if "bias" in needs else None, grad
 
 
 @int4_swiglu.gradient(x="x gate up")

@@ -159,10 +159,12 @@ def number_of(op_name: str, impl: str, config: str) -> tuple[int, Tensor]:
 
 
 class NoGradient(torch.autograd.Function):
-    """The identity, whose gradient raises an error; it keeps no graph of the arguments alive."""
+    """The identity, whose gradient raises an error. `torch.autograd.grad` only runs nodes on the way to its inputs, so
+    this one is behind what the result was computed from.
+    """
 
     @staticmethod
-    def forward(ctx: Any, message: str, out: Tensor, grad_anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, message: str, out: Tensor, *sources: Tensor) -> Tensor:
         ctx.message = message
         return out
 
@@ -171,14 +173,19 @@ class NoGradient(torch.autograd.Function):
         raise RuntimeError(ctx.message)
 
 
-def without_gradient(x: Tensor, message: str) -> Tensor:
-    """The same numbers; asking for their gradient raises RuntimeError with the message."""
-    return NoGradient.apply(message, x.detach(), torch.empty(0, requires_grad=True))  # pyright: ignore[reportReturnType]
+def without_gradient(x: Tensor, message: str, *sources: Tensor) -> Tensor:
+    """The same numbers; asking for their gradient raises RuntimeError with the message.
+
+    sources: what they were computed from.
+    """
+    learned = [source for source in sources if source.requires_grad] or [torch.empty(0, requires_grad=True)]
+    return NoGradient.apply(message, x.detach(), *learned)  # pyright: ignore[reportReturnType]
 
 
 def first_derivative_only(name: Callable[[Any], str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate the backward pass of a node: asking for a derivative of the gradients that it returns raises
-    RuntimeError, where torch's `once_differentiable` takes them for constants if those it gets are.
+    """Decorate the backward pass of a node, which returns gradients, and the tensors that the node has kept for them:
+    asking for a derivative of these gradients raises RuntimeError, where torch's `once_differentiable` takes them for
+    constants if those it gets are.
 
     name: of the context, what the error names.
     """
@@ -187,11 +194,12 @@ def first_derivative_only(name: Callable[[Any], str]) -> Callable[[Callable[...,
         @wraps(backward)
         def wrapper(ctx: Any, *grads: Any) -> Any:
             with torch.no_grad():
-                found = backward(ctx, *grads)
+                found, kept = backward(ctx, *grads)
             if not torch.is_grad_enabled():  # which means that nobody asked for a graph
                 return found
             message = f"{name(ctx)} has no second derivative"
-            return tuple(without_gradient(x, message) if isinstance(x, Tensor) else x for x in found)
+            sources = [x for x in (*grads, *kept) if x is not None]
+            return tuple(without_gradient(x, message, *sources) if isinstance(x, Tensor) else x for x in found)
 
         return wrapper
 
@@ -231,7 +239,7 @@ class OpNode(torch.autograd.Function):
                     "pass context_fn=vila_triton.registry.keep_choices to torch.utils.checkpoint.checkpoint"
                 )
             found = ctx.call.gradients(grads, tensors)
-        return None, None, None, *(found[name] for name in ctx.call.needs)
+        return (None, None, None, *(found[name] for name in ctx.call.needs)), tensors
 
 
 def check_not_reentrant(op: Any) -> None:
@@ -260,7 +268,7 @@ def run_recorded(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
         return out
     out, lse = out  # pyright: ignore[reportGeneralTypeIssues]
     message = f"{op.name}: the log-sum-exp has no gradient"
-    return (out, without_gradient(lse, message)) if returns_lse else out
+    return (out, without_gradient(lse, message, *(values[name] for name in needs))) if returns_lse else out
 
 
 def autocast_device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
