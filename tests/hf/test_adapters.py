@@ -277,8 +277,17 @@ def test_copies_that_peft_trains_in_full_count() -> None:
     assert_same(logits(model.merge_and_unload(), row, images=images), changed)
 
 
-def hooked(model: Any) -> Any:
-    model.get_submodule("llm.model.layers.0.mlp.up_proj").register_forward_hook(lambda *_: None)
+def hooked(name: str, how: str = "register_forward_hook") -> Callable[[Any], Any]:
+    def hook(model: Any) -> Any:
+        getattr(model.get_submodule(name), how)(lambda *_: None)
+        return model
+
+    return hook
+
+
+def with_a_bias(model: Any) -> Any:
+    mlp = model.get_submodule("llm.model.layers.0.mlp")
+    mlp.up_proj = nn.Linear(*reversed(mlp.up_proj.weight.shape), dtype=torch.float64)
     return model
 
 
@@ -299,7 +308,15 @@ UNKNOWN: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda m: get_peft_model(m, OFTConfig(target_modules=["q_proj"], oft_block_size=4)),
         "q_proj is a peft.*oft",
     ),
-    "a hook": (hooked, "up_proj has hooks or another forward pass"),
+    "a hook": (hooked("llm.model.layers.0.mlp.up_proj"), "up_proj has hooks or another forward pass"),
+    "a hook of a layer": (hooked("llm.model.layers.0"), "model.layers.0 has hooks"),
+    "a hook of a part": (hooked("mm_projector"), "ParamsModule has hooks"),
+    "a hook of gradients": (hooked("llm.model.norm", "register_full_backward_hook"), "model.norm has hooks"),
+    "a hook of an adapter": (
+        lambda m: hooked("base_model.model.llm.model.layers.0.self_attn.q_proj.lora_A.default")(adapted(m)),
+        "q_proj has hooks",
+    ),
+    "a bias that the model has not": (with_a_bias, "model.layers.0.mlp.up_proj.bias: the model has no such parameter"),
     "pruning": (pruned, "up_proj.weight is no parameter of its module any more"),
 }
 

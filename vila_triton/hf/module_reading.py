@@ -40,6 +40,7 @@ class ModuleReading:
         return terms, list(self.merged)
 
     def _read(self, module: nn.Module, prefix: str) -> None:
+        check_not_hooked(module, prefix.removesuffix(".") or type(module).__name__)
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 self.tensors[prefix + name] = parameter
@@ -64,7 +65,6 @@ class ModuleReading:
             module = module.base_layer
         if type(module) not in LINEARS:
             raise TypeError(f"{path} is a {class_path(module)}, which the model cannot take in; {ADVICE}")
-        check_not_hooked(module, path)
         return module
 
 
@@ -74,8 +74,9 @@ def class_path(module: object) -> str:
 
 
 def check_not_hooked(module: nn.Module, path: str) -> None:
-    """Errors: TypeError for a module with hooks of its forward pass, or another one, which nobody would call."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+    """Errors: TypeError for a module with hooks or another forward pass, which nobody would call."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    if any(hooks) or "forward" in module.__dict__:
         raise TypeError(
             f"{path} has hooks or another forward pass (as of peft's adapter_names, or of accelerate), but the model "
             "reads its parameters and does not call it"
@@ -103,6 +104,8 @@ def low_rank_terms(wrapper: Any, path: str) -> tuple[LowRank, ...]:
         a, b, dropout = wrapper.lora_A[name], wrapper.lora_B[name], wrapper.lora_dropout[name]
         if variant := wrapper.lora_variant.get(name):
             raise TypeError(f"{path}: adapter {name!r} is a {class_path(variant)}, not plain LoRA; {ADVICE}")
+        for part in (a, b, dropout):
+            check_not_hooked(part, path)
         if b.bias is not None:
             raise TypeError(f"{path}: adapter {name!r} has lora_bias=True; {ADVICE}, without lora_bias")
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0

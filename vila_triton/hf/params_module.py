@@ -103,7 +103,9 @@ class ParamsModule(nn.Module):
 
 
 def tree_of(specs: Any, reading: ModuleReading) -> Any:
-    """The tree that specs declare, of the tensors and low-rank terms that were read."""
+    """The tree that specs declare, of the tensors and low-rank terms that were read. Errors: TypeError for tensors that
+    are missing or that it has no place for.
+    """
 
     def with_low_rank(spec: Any) -> Any:
         return replace(spec, low_rank=reading.low_rank.get(name_of(spec), ())) if isinstance(spec, Affine) else spec
@@ -115,7 +117,10 @@ def tree_of(specs: Any, reading: ModuleReading) -> Any:
             raise TypeError(f"{spec.key} is no parameter of its module any more (as after pruning or weight_norm)")
         return reading.tensors[spec.key]
 
-    return tree_map(leaf, tree_map(with_low_rank, specs, leaf_type=Affine) if reading.low_rank else specs)
+    tree = tree_map(leaf, tree_map(with_low_rank, specs, leaf_type=Affine) if reading.low_rank else specs)
+    if unknown := reading.tensors.keys() - {spec.key for spec in leaves(specs)}:
+        raise TypeError(f"{', '.join(sorted(unknown))}: the model has no such parameter, and would leave it out")
+    return tree
 
 
 def join_after_loading(module: ParamsModule, incompatible_keys: Any) -> None:
