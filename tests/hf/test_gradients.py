@@ -81,7 +81,7 @@ def test_gradient_that_would_leave_out_cached_tokens_is_refused(how: dict, monke
         arguments["start_pos"] = 2
     if "single" in how:
         arguments = {"input_ids": words(2, 1)}
-    parameters = list(MODEL.llm.parameters())
+    parameters = list(MODEL.get_submodule("llm").parameters())
     with pytest.raises(RuntimeError, match=NO_GRADIENT):
         torch.autograd.grad(MODEL(**arguments).logits.sum(), parameters, allow_unused=True)
     output = MODEL(**arguments)

@@ -113,6 +113,14 @@ def test_what_training_does_not_take_is_refused(message: str, model: VilaLlamaFo
     assert model.cache is None and not Path("x").exists()
 
 
+def test_noise_on_embeddings_that_the_model_does_not_call_is_refused(
+    model: VilaLlamaForCausalLM, tmp_path: Path
+) -> None:
+    args = TrainingArguments(str(tmp_path), neftune_noise_alpha=5.0, report_to=[], use_cpu=True)
+    with pytest.raises(NotImplementedError, match=r"hooks of theirs .*neftune_noise_alpha"):
+        Trainer(model, args, train_dataset=[]).train()
+
+
 def test_data_parallel_is_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"VilaLlamaForCausalLM is not replicated by torch\.nn\.DataParallel"):
         MODEL._replicate_for_data_parallel()  # what DataParallel calls

@@ -1,4 +1,5 @@
-"""The modules under Hugging Face's names: linear maps, such as peft adapts, and what holds them and other parameters.
+"""The modules under Hugging Face's names: linear maps, such as peft adapts, what holds them and other parameters, and
+embeddings for others to call.
 
 The functional model calls none of them; it reads their parameters. Linear maps have a `forward` for those who do.
 """
@@ -23,6 +24,26 @@ class Holder(nn.Module):
             "the model reads the parameters of this module and does not call it; nor may others, such as peft's prompt "
             "tuning: see `get_input_embeddings` for embeddings, and give the model inputs_embeds"
         )
+
+
+class InputEmbeddings(nn.Embedding):
+    """The token embeddings for those who call them: the model itself takes rows of the parameter, so that a hook, as of
+    `neftune_noise_alpha` of `TrainingArguments`, would change nothing.
+    """
+
+    def __init__(self, weight: nn.Parameter):
+        num_embeddings, embedding_dim = weight.shape
+        super().__init__(num_embeddings, embedding_dim, device="meta")
+        self.weight = weight
+
+    def _refuse_hook(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            "the model does not call its embeddings, so hooks of theirs (as of neftune_noise_alpha) would be left out; "
+            "compute inputs_embeds, and give the model these"
+        )
+
+    register_forward_hook = register_forward_pre_hook = register_full_backward_hook = _refuse_hook
+    register_full_backward_pre_hook = _refuse_hook
 
 
 class FrozenInt4(Int4):

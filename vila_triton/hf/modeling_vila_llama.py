@@ -24,6 +24,7 @@ from ..models.params import init_tree
 from .configuration_vila_llama import AUTO_CLASS_ARGUMENTS, VilaLlamaConfig, parse_dtype
 from .forward_pass import ForwardPass, check_chunked_prefill, check_inputs, check_options, keep_embeddings
 from .generation import CACHE_KEY, VilaGenerationMixin
+from .linear_modules import InputEmbeddings
 from .padding import check_any_label, require_tensor, unpad, unpad_embeddings
 from .params_module import ParamsModule
 from .training import TrainingMixin, check_checkpointing, requiring_grads
@@ -137,11 +138,8 @@ class VilaLlamaForCausalLM(UnsupportedMethods, TrainingMixin, PreTrainedModel, V
             write_json(Path(folder) / GENERATION_CONFIG_NAME, {**settings, "eos_token_id": eos})
 
     def get_input_embeddings(self) -> torch.nn.Embedding:
-        """The token embeddings as a torch module that shares the model's parameter."""
-        weight: Any = self.params.llm.embedding
-        module = torch.nn.Embedding(*weight.shape, device="meta")
-        module.weight = weight
-        return module
+        """The token embeddings as a torch module that shares the model's parameter, and takes no hooks."""
+        return InputEmbeddings(self.params.llm.embedding)
 
     def get_output_embeddings(self) -> torch.nn.Module:
         """The language-model head; one that shares the parameter of the embeddings where these serve as head."""
