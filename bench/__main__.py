@@ -14,6 +14,7 @@ COMMANDS = {
     "How fast is it?": ("ops", "predict", "goals", "tune", "choices", "peers"),
     "How fast is a model, and how much memory does it take?": (
         "model",
+        "training",
         "decode_budget",
         "roofline",
         "kv_dtypes",

@@ -29,6 +29,7 @@ ALLOWED = {  # option -> the values above that it takes
     "--images": {"0"},
     "--pictures": {"0"},
     "--frozen-fraction": {"0"},
+    "--old-fraction": {"0"},
     "--frozen": {"0"},
     "--tower-lr-factor": {"0"},
     "--tower-factor": {"0"},
