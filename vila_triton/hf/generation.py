@@ -153,7 +153,7 @@ class VilaGenerationMixin(GenerationMixin):
         width = text_mask.shape[1]
         pad_ids = [text[:1] if len(text) else text.new_zeros(1) for text in text_rows]
         ids = torch.stack([torch.cat((pad.expand(width - len(row)), row)) for pad, row in zip(pad_ids, text_rows)])
-        embeddings = vila.embed_spliced(self.params, torch.cat(rows), image_features)
+        embeddings = vila.embed_spliced(self.params, torch.cat(list(rows)), image_features)
         parent: Any = super()
         output = parent.generate(
             input_ids=ids,  # [b, width]
