@@ -220,6 +220,14 @@ def test_compiled_code_runs_ops_in_its_backward_pass(backend: str, fresh: None) 
     assert calls == {("linear", "reference"): 3}
 
 
+def test_a_gradient_of_the_log_sum_exp_is_refused_behind_compiled_code(fresh: None) -> None:
+    q = torch.ones(1, 3, 2, 16, requires_grad=True)
+    out, lse = torch.compile(lambda q: ops.encoder_attention(q, q, q, 0.25, True), backend="eager")(q)
+    with pytest.raises(RuntimeError, match="log-sum-exp has no gradient"):
+        (out.sum() + lse.sum()).backward(retain_graph=True)
+    out.sum().backward()
+
+
 def test_compiled_products_are_cast_by_autocast(fresh: None) -> None:
     args = x, w = torch.ones(3, 8, requires_grad=True), torch.ones(5, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):

@@ -185,6 +185,8 @@ class CustomOp:
         choices = None if torch.compiler.is_dynamo_compiling() else COMPILED_CHOICES.get()  # dynamo cannot trace `get`
         if requires_gradient(args, kwargs):
             needs = needed_gradients(self.op, values)
+            if returns_lse and self.op.keeps_lse:  # torch runs the call uncompiled then, where that is refused
+                raise RuntimeError(f"{self.op.name}: compiled code cannot refuse a gradient of the log-sum-exp")
             values |= {"return_lse": True} if self.op.keeps_lse else {}
             choices = torch.ops.vila_triton.current_choices(values[needs[0]])
         flat = flatten_args(self.arguments, values)
