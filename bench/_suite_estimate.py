@@ -214,7 +214,8 @@ def count_model(arguments: Sequence[str], plan: Sequence[SuiteStep]) -> Counter[
     runners = len(weights) * (1 + (args.baseline == "hf"))
     size = step_cost.language_cost(cfg, 1, 1, 0).bytes
     default_kernels = [name for phase in ("prefill", "decode") for name in configured_choices("cuda", phase)]
-    total = counts(start=1, compile=len(weights) * len(default_kernels), byte=(len(weights) + 4 * runners) * size)
+    num_forward = sum(not name.endswith("_backward") for name in default_kernels)  # nothing is trained
+    total = counts(start=1, compile=len(weights) * num_forward, byte=(len(weights) + 4 * runners) * size)
     total["float64_flop"] = runners * step_cost.language_cost(cfg, 1, model.GATE_TOKENS, 0).flops
     for step in steps_of_model(args.prompts, args.histories, args.batches, args.contexts):
         for new, history, repeats in (

@@ -3,9 +3,9 @@
 Every kernel is compared with float64, with its first config and with the configs of a tuned table of this device, in
 three dtypes, in aligned and in strided memory, at the sizes of configs/bench/correctness.toml, which are a little more
 than a few tiles. The most valuable items come first: half precision before float32, defaults before other
-implementations, int4 and attention before the rest. Worker processes take one item after another; a worker that dies,
-or whose CUDA context breaks, costs only its item. Without a GPU the defaults of a GPU are checked in Triton's
-interpreter, which has no bfloat16.
+implementations, int4 and attention before the rest, gradients last. Worker processes take one item after another; a
+worker that dies, or whose CUDA context breaks, costs only its item. Without a GPU the defaults of a GPU are checked in
+Triton's interpreter, which has no bfloat16.
 
 Each item gives a line and, with --out, a row of kind "correctness". Exit code: 0 nothing is wrong, 1 something is wrong
 or nothing was reached, 2 the command failed.
@@ -83,7 +83,8 @@ class Item:
     def rank(self) -> tuple[bool, ...]:
         """A sort key: the most valuable first."""
         first = self.op.startswith("int4") or self.op.endswith("attention")
-        return self.sizes["dtype"] == "float32", not self.usual, not self.default, not first
+        gradient = self.op.endswith("_backward")
+        return self.sizes["dtype"] == "float32", not self.usual, not self.default, gradient, not first
 
 
 def sizes_to_check(op: Op, impl: str) -> list[dict[str, Any]]:

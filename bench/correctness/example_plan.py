@@ -188,7 +188,7 @@ class ExamplePlan:
     def is_affordable(self, sizes: Sizes, max_steps: int) -> bool:
         """True if a call of these sizes is within the bound of work."""
         flops, size = self.op.cost(**{name: sizes[name] for name in self.op.domain})
-        cut = {x.axis: x for x in launch_tilings(self.config, (), sizes) if x.constant.startswith("BLOCK")}
+        cut = {x.axis: x for x in launch_tilings(self.config, (), sizes) if x.constant.startswith(("BLOCK", "ROWS"))}
         uncut = self.ranges.keys() - {x.size for x in cut.values()} - set(INSIDE_HEADS)
         steps = math.prod(max(1, x.tiles) for x in cut.values()) * math.prod(sizes[name] for name in uncut)
         elements = math.prod({x.constant: x.block for x in cut.values()}.values())

@@ -2,8 +2,9 @@
 
 The name of a constant tells which axis it divides: BLOCK_M rows, BLOCK_N columns or keys, BLOCK_K the sum of a product,
 BLOCK_H and BLOCK_G heads, BLOCK a row, MIN_KEYS and MAX_KEYS keys of a split, BLOCK_S splits that are merged at a time,
-SPLIT_K splits of k, GROUP_M row tiles that share columns. Constants are those of the config and those that kernels were
-launched with, which may be smaller. Lengths are those drawn: a sequence may be shorter than `t`.
+SPLIT_K splits of k, GROUP_M row tiles that share columns, ROWS rows that a program sums, PARTS such sums that are added
+at a time, COLUMNS of them. Constants are those of the config and those that kernels were launched with, which may be
+smaller. Lengths are those drawn: a sequence may be shorter than `t`.
 """
 
 import math
@@ -27,6 +28,7 @@ AXES: Sequence[tuple[str, tuple[str, ...]]] = (
     ("k", ("G", "group")),
     ("e", ("e",)),
     ("f", ("f",)),
+    ("rows", ("rows",)),
     ("rows of queries", ("s", "ratio")),
     ("rows of queries", ("s",)),
     ("keys", ("t",)),
@@ -42,13 +44,17 @@ DIVIDED_AXES: Mapping[str, tuple[str, ...]] = {
     "BLOCK_H": ("heads", "KV heads"),
     "BLOCK_G": ("KV heads",),
     "BLOCK": ("e", "f", "n"),
+    "ROWS": ("rows",),
+    "PARTS": ("rows",),
+    "COLUMNS": ("e",),
     "SPLIT_K": ("k",),
     "GROUP_M": ("m",),
     "MIN_KEYS": ("keys",),
     "MAX_KEYS": ("keys",),
     "BLOCK_S": ("keys",),
 }
-COUNTED_IN = {"SPLIT_K": "BLOCK_K", "GROUP_M": "BLOCK_M", "BLOCK_S": "MIN_KEYS"}  # constants that count blocks
+# Constants that count blocks.
+COUNTED_IN = {"SPLIT_K": "BLOCK_K", "GROUP_M": "BLOCK_M", "BLOCK_S": "MIN_KEYS", "PARTS": "ROWS"}
 NO_TILES = ("PROGRAMS_PER_SM",)  # constants of configs that cut no axis
 MOST_TILES = 3  # whose edges are sought
 

@@ -139,6 +139,11 @@ def test_copied_kernel_file_is_checked_and_right(plant: Plant, capsys) -> None: 
             [{"k": 257}],
             ["k: 5 tiles of 64 (BLOCK_K), last tile partial", "k: 2 tiles of 256 (SPLIT_K), last tile partial"],
         ),
+        (
+            {"ROWS": 8, "PARTS": 16},
+            [{"rows": 150}],
+            ["rows: 2 tiles of 128 (PARTS), last tile partial", "rows: 19 tiles of 8 (ROWS), last tile partial"],
+        ),
         ({"BLOCK_X": 4}, [{"m": 3}], ["BLOCK_X: what it cuts is not known here"]),
     ],
 )
