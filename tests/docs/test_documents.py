@@ -33,7 +33,8 @@ BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
 MARKS = {"": [], "slow": [pytest.mark.slow], "real": [pytest.mark.slow, pytest.mark.real]}
 FILE = "file "  # begins the lane of a block that is a file
 BY_HAND = (
-    r"pip install |coverage |python -m bench\.(model .*--vllm|training|mutants|ptx_mutants|compiled_check|emulator\.speed)|\.ci/"
+    r"pip install |coverage |\.ci/|"
+    r"python -m bench\.(model .*--vllm|training|mutants|ptx_mutants|compiled_check|emulator\.speed)"
 )
 COMMANDS = {  # in front of PATH: those of this environment, and `pytest` without running a test
     "python": 'exec {python} "$@"',
