@@ -54,7 +54,7 @@ def load_block(ptr, rows, columns, stride_m, stride_e, M, E):
     return tl.load(ptr + rows * stride_m + columns * stride_e, mask=(rows < M) & (columns < E), other=0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _rms_norm_backward_kernel(
     grad_out_ptr,
     x_ptr,
@@ -101,7 +101,7 @@ def _rms_norm_backward_kernel(
         tl.store(parts_ptr + pid * stride_pm + columns * stride_pe, part, mask=columns < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["NUM_PARTS"])
 def _sum_parts_kernel(
     parts_ptr, out_ptr, NUM_PARTS, E, stride_pm, stride_pe, stride_oe, PARTS: tl.constexpr, COLUMNS: tl.constexpr
 ):

@@ -55,7 +55,8 @@ def _split(args: tuple) -> tuple[Tensor, tuple]:
 
 def _join(grad_out: Tensor, forward_args: tuple) -> tuple:
     q, k, v, softmax_scale = forward_args
-    return grad_out, q, k, v, *encoder_attention.reference(q, k, v, softmax_scale, return_lse=True), softmax_scale
+    out, lse = encoder_attention.reference(q, k, v, softmax_scale, return_lse=True)
+    return grad_out, q, k, v, out.contiguous(), lse.contiguous(), softmax_scale  # as kernels return them
 
 
 @encoder_attention_backward.example_inputs
