@@ -56,8 +56,8 @@ UNREACHABLE = {
 SIZES: dict[str, list[dict[str, Any]]] = {
     "linear": [{"k": 130}],
     "encoder_attention": [{"b": 1, "s": 130, "h": 1}, {}],
-    "encoder_attention_backward": [{"b": 1, "s": 70, "h": 1}, {}],
-    "prefill_attention_backward": [{"b": 1, "s": 70, "g": 1}, {"ratio": 2}],
+    "encoder_attention_backward": [{"b": 1, "s": 70, "h": 1}, {"b": 3, "h": 3}],
+    "prefill_attention_backward": [{"b": 1, "s": 70, "g": 1}, {"g": 3, "ratio": 2}],
     "decode_attention": [{"b": 1, "t": 140, "g": 1, "l": 64}, {"t": 100, "ratio": 2}, {"t": 40}],
     "prefill_attention": [{"b": 1, "s": 140, "t": 140, "g": 1, "l": 64}, {"t": 70, "ratio": 2}],
     "rms_norm_backward": [{"rows": 40}],

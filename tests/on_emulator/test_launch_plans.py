@@ -35,6 +35,13 @@ def decodes(impl: Impl) -> bool:
     return impl.name in implementation_names(choice)
 
 
+def signature(args: Sequence[Any]) -> Any:
+    """The signature of a call with these arguments: a plan serves the calls of one."""
+    found = call_signature(tuple(args), {})
+    assert found
+    return found[0]
+
+
 def tensors_of(args: Sequence[Any]) -> list[Tensor]:
     """All tensors of arguments, in order."""
     found = call_signature(tuple(args), {})
@@ -62,9 +69,9 @@ def described(launches: list[DriverLaunch], args: Sequence[Any], result: Any) ->
 
 
 def example(impl: Impl, seed: int) -> tuple[Any, ...]:
-    """Arguments of one signature for each implementation; bfloat16, which most kernels serve."""
+    """Arguments of one signature for each implementation; of one sequence, as the lengths of more are random."""
     op = OPS[impl.op]
-    sizes = emulated_sizes(op, impl.name, impl.configs[0])[0]
+    sizes = emulated_sizes(op, impl.name, impl.configs[0])[0] | ({"b": 1} if "b" in op.domain else {})
     return op.make_example(**sizes, rng=torch.Generator().manual_seed(seed), device="cpu")
 
 
@@ -295,6 +302,7 @@ def test_every_kernel_is_launched_by_plan_as_by_itself(impl: Impl) -> None:
         if impl.name in WITH_TORCH:
             return
         others = example(impl, 1)  # at other addresses
+        assert signature(others) == signature(args)
         launches.clear()
         direct = impl.fn(*others, **config)
         expected = described(list(launches), others, direct)
