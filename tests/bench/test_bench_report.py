@@ -155,6 +155,24 @@ def test_readme_speeds_equal_their_rows() -> None:
         assert len(cells) == len(WEIGHTS) and f"| {' | '.join([name, *cells])} |\n" in readme
 
 
+TRAINING = "2026-11-29-amd-epyc-training.jsonl"
+
+
+def test_readme_training_steps_equal_their_rows() -> None:
+    readme = (rows.ROOT / "bench" / "README.md").read_text()
+    assert TRAINING in readme
+    found = [row for row in rows.read(rows.RESULTS / TRAINING, kind="training") if row["choice"] == "default"]
+    assert len(found) == 2
+    for row in found:
+        cells = [
+            "checkpointed" if row["checkpointed"] else "each layer kept",
+            f"{row['seconds']:.2f} ({row['hf_seconds']:.2f})",
+            f"{row['peak_bytes'] / 2**20:.1f} ({row['hf_peak_bytes']:.2f})",
+            f"{row['kept_bytes'] / 2**20:.1f} ({row['hf_kept_bytes']:.2f})",
+        ]
+        assert f"| {' | '.join(cells)} |\n" in readme
+
+
 def test_default_kernels_are_listed_first() -> None:
     found = list(rows.read(rows.RESULTS / SPEEDS, kind="model"))
     shown = report.default_first(sorted(found, key=lambda row: row["choice"] == "default"))
