@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .gradients import RecordedCall, autocast_device, cast_for_autocast, needed_gradients, requires_gradient
+from .gradients import RecordedCall, autocast_device, cast_for_autocast, is_record, needed_gradients, requires_gradient
 from .policy import COMPILED_CHOICES, Policy
 
 NAMESPACE = "vila_triton"
@@ -190,7 +190,7 @@ class CustomOp:
             values |= {"return_lse": True} if self.op.keeps_lse else {}
             choices = torch.ops.vila_triton.current_choices(values[needs[0]])
         flat = flatten_args(self.arguments, values)
-        if any(map(is_dataclass, flat)):
+        if any(map(is_record, flat)):
             return self.op.reference(*args, **kwargs)
         out = self.overload(*flat, choices)
         if "return_lse" in values:

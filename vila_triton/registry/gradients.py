@@ -22,18 +22,23 @@ from .policy import Policy
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
+def is_record(value: Any) -> bool:
+    """Return True for a dataclass such as `Int4`. torch 2.11 cannot trace `is_dataclass(None)`."""
+    return value is not None and is_dataclass(value)
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors that an argument consists of: itself, or those in the fields of a dataclass."""
     if isinstance(value, Tensor):
         return [value]
-    return [x for f in fields(value) for x in tensors_in(getattr(value, f.name))] if is_dataclass(value) else []
+    return [x for f in fields(value) for x in tensors_in(getattr(value, f.name))] if is_record(value) else []
 
 
 def replace_leaves(value: Any, kind: type, fn: Callable[[Any], Any]) -> Any:
     """The argument with whatever it consists of that is of this kind, itself or in fields of dataclasses, replaced."""
     if isinstance(value, kind):
         return fn(value)
-    if not is_dataclass(value):
+    if not is_record(value):
         return value
     return replace(value, **{f.name: replace_leaves(getattr(value, f.name), kind, fn) for f in fields(value)})  # pyright: ignore[reportArgumentType]
 
@@ -64,7 +69,7 @@ def needed_gradients(op: Any, values: Mapping[str, Any]) -> list[str]:
         if not any(x.requires_grad for x in tensors_in(value)):
             continue
         if not isinstance(value, Tensor) or name not in op.differentiable:
-            only = [x for x in op.differentiable if not is_dataclass(values[x])]
+            only = [x for x in op.differentiable if not is_record(values[x])]
             reason = op.gradient_refusal or f"only {', '.join(only)} can have one"
             raise RuntimeError(f"{op.name}: {name} requires a gradient, but {reason}; pass it with requires_grad=False")
         needs.append(name)
