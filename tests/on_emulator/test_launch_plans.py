@@ -30,7 +30,9 @@ IMPLS = [impl for op in OPS.values() for impl in op.impls.values() if uses_trito
 
 
 def decodes(impl: Impl) -> bool:
-    """Return True for what a GPU's decode step runs by default."""
+    """Return True for what a GPU's decode step runs by default; configs/kernels.toml knows no phase of gradients."""
+    if impl.op.endswith("_backward"):
+        return False
     choice = configured_choices("cuda", "decode").get(impl.op, "")
     return impl.name in implementation_names(choice)
 
