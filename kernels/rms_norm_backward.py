@@ -97,7 +97,9 @@ def _rms_norm_backward_kernel(
         grad_x = rstd * (grad * weight - y * mean)
         mask = (rows < M) & (columns < E)
         tl.store(grad_x_ptr + rows * stride_om + columns * stride_oe, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
-        part = tl.sum(grad * y, 0)[None, :]  # [1, BLOCK]; rows past M are 0
+        # Rounded products: a product that is fused into the sum of two lanes is rounded in one of them only, so that
+        # lanes which hold the same sum would store different bits.
+        part = tl.sum(tl.fma(grad, y, 0.0), 0)[None, :]  # [1, BLOCK]; rows past M are 0
         tl.store(parts_ptr + pid * stride_pm + columns * stride_pe, part, mask=columns < E)
 
 

@@ -56,6 +56,13 @@ def test_products_in_groups_of_32_have_read_their_weights_before_others_are_writ
     assert_no_fault_but_fences(shared_example(OPS[op], 0, **sizes, **terms), impl, "sm_90", "aligned")
 
 
+def test_lanes_that_hold_the_same_sum_hold_the_same_bits() -> None:
+    """Of rows whose elements of a column lie in lanes of one warp, as they do at odd strides."""
+    impl = OPS["rms_norm_backward"].impls["triton"]
+    example = shared_example(OPS["rms_norm_backward"], 8, rows=11, e=513, dtype="bfloat16", values="constant_rows")
+    assert_no_fault_but_fences(example, impl, "sm_80", "strided")
+
+
 @pytest.mark.parametrize("impl", ASSEMBLY, ids=[f"{impl.op}-{impl.name}" for impl in ASSEMBLY])
 def test_kernels_with_inline_assembly(impl: Impl) -> None:
     """Those of int4 weights and pages, which interpreted are other code."""
