@@ -13,11 +13,13 @@ the left operands of the products that follow.
 Sources: Dao et al., FlashAttention (2022), appendix B.2, and FlashAttention-2 (2023), algorithm 2.
 """
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, cdiv
+from vila_triton.registry.search_space import DTYPE_BYTES, Config, LaunchCost, SearchSpace, cdiv, next_power_of_2
 
 from ._launch import dot_block
 from ._online_softmax import dot_qk
@@ -27,7 +29,15 @@ CONFIGS = [
     {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2},  # on gfx942 two stages spill
 ]
 BY_TARGET = dict.fromkeys(("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120"), 1)
-AXES = {"BLOCK_M": [32, 64, 128], "BLOCK_N": [16, 32, 64], "num_warps": [4, 8], "num_stages": [1, 2, 3]}
+
+
+def search_space(launch_cost: Callable[..., LaunchCost]) -> SearchSpace:
+    """The configs of a kernel of such a cost: with blocks that a sequence or an image can fill."""
+    return SearchSpace(
+        {"BLOCK_M": [32, 64, 128], "BLOCK_N": [16, 32, 64], "num_warps": [4, 8], "num_stages": [1, 2, 3]},
+        is_valid=lambda config, s, **_: max(config["BLOCK_M"], config["BLOCK_N"]) <= max(32, next_power_of_2(s)),
+        launch_cost=launch_cost,
+    )
 
 
 def fit_tile(config: Config, q: Tensor) -> dict[str, int]:

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from vila_triton.ops import encoder_attention_backward
 from vila_triton.registry import Unsupported
-from vila_triton.registry.search_space import Config, LaunchCost, SearchSpace, next_power_of_2
+from vila_triton.registry.search_space import Config, LaunchCost
 
 from ._attention_backward import (
-    AXES,
     BY_TARGET,
     CONFIGS,
     add_grad_kv,
@@ -29,6 +28,7 @@ from ._attention_backward import (
     fit_tile,
     load_lse,
     scale_heads,
+    search_space,
     sum_of_products,
     zero_heads,
 )
@@ -39,13 +39,6 @@ from ._launch import LOG2_E, MAX_GRID_YZ, check_supported
 def launch_cost(config: Config, b: int, s: int, h: int, d: int, dtype: str) -> LaunchCost:
     """Return the cost of both launches over b images of s positions each."""
     return backward_launch_cost(config, heads=b * h, rows=s, keys=s, d=d, dtype=dtype)
-
-
-SPACE = SearchSpace(
-    AXES,
-    is_valid=lambda config, s, **_: max(config["BLOCK_M"], config["BLOCK_N"]) <= max(32, next_power_of_2(s)),
-    launch_cost=launch_cost,
-)
 
 
 @triton.jit
@@ -165,7 +158,7 @@ def _encoder_attention_grad_kv_kernel(
     store_heads(grad_v_ptr, keys * stride_dv[1], mask_m, stride_dv[3], grad_v, HEAD)
 
 
-@encoder_attention_backward.impl("triton", configs=CONFIGS, by_target=BY_TARGET, space=SPACE)
+@encoder_attention_backward.impl("triton", configs=CONFIGS, by_target=BY_TARGET, space=search_space(launch_cost))
 def encoder_attention_backward_triton(
     grad_out: Tensor,
     q: Tensor,

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from vila_triton.ops import prefill_attention_backward
 from vila_triton.registry import Unsupported
-from vila_triton.registry.search_space import Config, LaunchCost, SearchSpace, next_power_of_2
+from vila_triton.registry.search_space import Config, LaunchCost
 
 from ._attention_backward import (
-    AXES,
     BY_TARGET,
     CONFIGS,
     add_grad_kv,
@@ -31,6 +30,7 @@ from ._attention_backward import (
     fit_tile,
     load_lse,
     scale_heads,
+    search_space,
     sum_of_products,
     zero_heads,
 )
@@ -42,13 +42,6 @@ from ._varlen import find_sequence, max_tiles, query_and_head
 def launch_cost(config: Config, b: int, s: int, g: int, ratio: int, d: int, dtype: str) -> LaunchCost:
     """Return the cost of both launches; a query sees half of its prompt on average."""
     return backward_launch_cost(config, heads=b * g, rows=s * ratio, keys=s // 2 + 1, d=d, dtype=dtype)
-
-
-SPACE = SearchSpace(
-    AXES,
-    is_valid=lambda config, s, **_: max(config["BLOCK_M"], config["BLOCK_N"]) <= max(32, next_power_of_2(s)),
-    launch_cost=launch_cost,
-)
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -187,7 +180,7 @@ def _prefill_attention_grad_kv_kernel(
     store_heads(grad_v_ptr, offsets, mask_m, stride_dv[2], grad_v, HEAD)
 
 
-@prefill_attention_backward.impl("triton", configs=CONFIGS, by_target=BY_TARGET, space=SPACE)
+@prefill_attention_backward.impl("triton", configs=CONFIGS, by_target=BY_TARGET, space=search_space(launch_cost))
 def prefill_attention_backward_triton(
     grad_out: Tensor,
     q: Tensor,
