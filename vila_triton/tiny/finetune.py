@@ -74,7 +74,7 @@ def load_adapted(folder: Path) -> ChatModel:
     from peft import PeftModel
 
     chat_model = load_chat_model(INT4_CHECKPOINT, "cpu", torch.float32)
-    PeftModel.from_pretrained(chat_model.model, str(folder))
+    PeftModel.from_pretrained(chat_model.model, str(folder))  # puts the adapter into the model itself
     return chat_model
 
 
