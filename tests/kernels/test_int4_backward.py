@@ -164,7 +164,7 @@ BUGS: dict[str, tuple[str, Edit]] = {
         "rms_norm_backward",
         exchange("grad * weight - y * mean", "grad * weight", function=NORM),
     ),
-    "rstd applied twice": ("rms_norm_backward", exchange("grad * y", "grad * y * rstd", call="tl.sum")),
+    "rstd applied twice": ("rms_norm_backward", exchange("y", "y * rstd", call="tl.fma")),
     "the rows of one program summed": (
         "rms_norm_backward",
         insert("num_parts = 1", after="parts = ", function="rms_norm_backward_triton"),
