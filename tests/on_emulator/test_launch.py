@@ -381,7 +381,9 @@ def test_a_copy_of_a_file_has_its_own_lines(tmp_path: Path) -> None:
     assert sources == [tmp_path / "a" / "copied.py", tmp_path / "b" / "copied.py"]
 
 
-def test_what_is_compiled_here_is_not_what_others_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compiled_here_is_not_what_others_are_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # An older cache may hold one of them from another folder, whose name is in its PTX.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     x = torch.zeros(N)
     with emulating("sm_80"):
         emulated = add_kernel.warmup(x, x, x, N, BLOCK=256, grid=(1,))

@@ -1,0 +1,35 @@
+"""VILA inside vLLM: the model, int4 linears and paged attention on the ops of this project.
+
+vLLM brings continuous batching, prefix caching, the OpenAI server, tensor and pipeline parallelism. It finds `register`
+by the entry point `vllm.general_plugins`, and calls it in each of its processes. Nothing else in this package imports
+vLLM.
+
+    model, processing     VILA as a multimodal model of vLLM: our vision tower and projector, vLLM's LLaMA
+    loading               the weights of a VILA folder under vLLM's names
+    chat                  conversations to token ids, by our templates
+    int4_linear           linears with int4 weights, as a quantization of vLLM
+    attention             attention over vLLM's KV cache, as a backend of vLLM
+    kernel_choices        which implementations run in the processes of vLLM
+    worker                counts of calls, asked from outside
+    server, middleware    `vila-triton serve`
+"""
+
+from importlib.metadata import version
+
+TESTED_VERSIONS = ("0.32",)  # of vLLM, whose classes for plug-ins change with every release
+
+
+def register() -> None:
+    """Register everything with vLLM. Errors: RuntimeError for a version of vLLM that this was not tested with."""
+    check_version()
+
+
+def check_version() -> None:
+    """Raise RuntimeError for a version of vLLM that the plug-in was not tested with."""
+    from vllm import __version__
+
+    if ".".join(__version__.split(".")[:2]) not in TESTED_VERSIONS:
+        raise RuntimeError(
+            f"vila-triton {version('vila-triton')} plugs into vLLM {', '.join(TESTED_VERSIONS)}, and this is {__version__}; "
+            "install one of these, or set VLLM_PLUGINS= to run vLLM without it"
+        )
