@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.ops.int4 import unpack_codes
+from vila_triton.ops.int4_weight import unpack_codes
 from vila_triton.registry import Unsupported
 
 from ._packed_copies import packed_copy

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vila_triton.checkpoints.int4_packing import pack_awq_gemm
 from vila_triton.ops import Int4
-from vila_triton.ops.int4 import unpack_codes
 from vila_triton.ops.int4_tiles import pack_tiles
+from vila_triton.ops.int4_weight import unpack_codes
 from vila_triton.registry import Unsupported
 
 

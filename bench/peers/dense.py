@@ -7,7 +7,7 @@ Its GB/s count the bytes of the weight in 4 bits, as those of all peers do.
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul, linear
-from vila_triton.ops.int4 import dequantize
+from vila_triton.ops.int4_weight import dequantize
 
 from ._cached_conversion import convert_once
 

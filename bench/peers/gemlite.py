@@ -30,7 +30,7 @@ import triton
 from torch import Tensor
 
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.ops.int4 import unpack_codes
+from vila_triton.ops.int4_weight import unpack_codes
 from vila_triton.registry import Unsupported
 
 from ._awq import check_plain_call, pad_rows

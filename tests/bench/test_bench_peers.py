@@ -22,7 +22,7 @@ from bench.peers import _awq, _import_file, _offline
 from bench.peers._cached_conversion import convert_once
 from bench.peers._repage import repage
 from vila_triton.ops import PagedKV, decode_attention, int4_matmul, prefill_attention
-from vila_triton.ops.int4 import dequantize, unpack_codes
+from vila_triton.ops.int4_weight import dequantize, unpack_codes
 from vila_triton.registry import OPS, Unsupported
 
 LIBRARIES = ("awq", "exllamav3", "flash_attn", "flashinfer", "gemlite", "gptqmodel", "lmdeploy", "sglang", "torchao")

@@ -19,8 +19,8 @@ from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
 from vila_triton.checkpoints.tensor_files import open_tensors
 from vila_triton.checkpoints.writing import write_checkpoint
 from vila_triton.ops import Int4, dequantize
-from vila_triton.ops.int4 import unpack_codes
 from vila_triton.ops.int4_tiles import pack_tiles
+from vila_triton.ops.int4_weight import unpack_codes
 
 LLM = {"hidden_size": 64, "intermediate_size": 192}
 LEFT = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"]

@@ -6,11 +6,20 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vila_triton.checkpoints.int4_layouts import AWQ_GEMM, AWQ_V1, AWQ_V2, LAYOUTS, NATIVE, Layout, detect_layout
+from vila_triton.checkpoints.int4_layouts import (
+    AWQ_GEMM,
+    AWQ_V1,
+    AWQ_V2,
+    LAYOUTS,
+    NATIVE,
+    Layout,
+    detect_layout,
+    read_linear,
+)
 from vila_triton.checkpoints.int4_packing import padded_scale_rows
 from vila_triton.ops import Int4, dequantize
-from vila_triton.ops.int4 import unpack_codes
 from vila_triton.ops.int4_tiles import pack_tiles
+from vila_triton.ops.int4_weight import unpack_codes
 
 FOREIGN = {name: layout for name, layout in LAYOUTS.items() if layout is not NATIVE}
 
@@ -42,7 +51,7 @@ def test_layout_round_trip_is_lossless(layout: Layout, size: tuple, dtype: torch
     leaves = layout.write(w)
     assert tuple(leaves) == layout.tensor_names or set(leaves) == set(layout.tensor_names)
     assert detect_layout(leaves) is layout and layout.read(leaves, 0).rounding == layout.rounding
-    again = layout.read(leaves, 0)
+    again = read_linear(leaves)
     assert same(again, w)
     assert all(torch.equal(x, y) for x, y in zip(leaves.values(), layout.write(again).values()))
     on_meta = layout.write(Int4(w.qweight.to("meta"), w.scales.to("meta"), w.zeros.to("meta"), group))

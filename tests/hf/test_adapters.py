@@ -20,7 +20,7 @@ from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.hf.linear_modules import Int4Linear
 from vila_triton.models.layers import Affine
 from vila_triton.models.params import leaves
-from vila_triton.ops.int4 import dequantize
+from vila_triton.ops.int4_weight import dequantize
 
 INT4 = Path(__file__).parents[2] / "vila_triton" / "tiny" / "checkpoint-int4"
 TARGETS = ["q_proj", "v_proj", "out_proj", "o_proj", "gate_proj", "down_proj", "mm_projector.layers.2", "lm_head"]

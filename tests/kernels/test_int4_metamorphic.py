@@ -16,8 +16,8 @@ from triton.runtime.interpreter import InterpreterBuilder
 from bench.correctness.error_budget import DEVICE, error_budget, example_args
 from bench.correctness.guarded_memory import bit_pattern, guarded_allocations, map_tensors
 from vila_triton.ops import Int4, dequantize, int4_matmul, int4_swiglu
-from vila_triton.ops.int4 import unpack_codes
 from vila_triton.ops.int4_tiles import pack_tiles
+from vila_triton.ops.int4_weight import unpack_codes
 from vila_triton.registry import REFERENCE, Impl, Op, Unsupported, discover
 
 discover()

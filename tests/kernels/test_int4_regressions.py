@@ -19,7 +19,7 @@ from bench import inspect
 from bench.correctness.error_budget import DEVICE, assert_matches_reference, example_args
 from bench.correctness.guarded_memory import guarded_allocations
 from vila_triton.kernels import _int4_dequant  # pyright: ignore
-from vila_triton.ops import int4_matmul, int4_swiglu, quantize_rtn
+from vila_triton.ops import Int4, int4_matmul, int4_swiglu
 from vila_triton.registry import REFERENCE, Impl, Op, discover
 from vila_triton.registry.kernel_config import configured_choices
 
@@ -207,7 +207,7 @@ def test_k_of_real_models_that_groups_of_128_do_not_divide(name: str, k: int) ->
     args = drawn(int4_matmul, m=1, n=16, G=k // 64)
     assert_matches_reference(int4_matmul, IMPLS[name], IMPLS[name].configs[0], args)
     with pytest.raises(ValueError, match=f"k = {k} and group_size = 128, but .* group_size divide k"):
-        quantize_rtn(torch.zeros(1, k), 128)
+        Int4.pack(torch.zeros(1, k), 128)
 
 
 @SERVED
@@ -219,7 +219,7 @@ def test_mlp_sizes_that_groups_do_not_divide(name: str) -> None:
     for sizes in ({"n": 107}, {"G": 1, "group": 1368}):
         assert_matches_reference(int4_matmul, IMPLS[name], IMPLS[name].configs[0], drawn(int4_matmul, **sizes))
     with pytest.raises(ValueError, match="k = 3420 and group_size = 3420, but k must be a positive multiple of 8"):
-        quantize_rtn(torch.zeros(1, 3420), 3420)
+        Int4.pack(torch.zeros(1, 3420), 3420)
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from bench.correctness.error_budget import (
 from bench.correctness.guarded_memory import map_tensors
 from vila_triton import ops
 from vila_triton.ops import PagedKV, RaggedBatch
-from vila_triton.ops.int4 import unpack_codes
 from vila_triton.ops.int4_tiles import pack_tiles
+from vila_triton.ops.int4_weight import unpack_codes
 from vila_triton.registry import Op, discover, use
 
 discover()
@@ -264,7 +264,7 @@ def test_quantized_weights_are_within_half_a_step(
     """The range is 15 steps and 0 is one of them, but the step is rounded, which moves the ends by 15 roundings."""
     rng = torch.Generator().manual_seed(seed)
     plain = (torch.randn(n, groups * group, generator=rng) + shift).to(DEVICE, dtype)
-    w = ops.quantize_rtn(plain, group)
+    w = ops.Int4.pack(plain, group)
     steps = w.scales.double().t().repeat_interleave(group, 1)
     off = (ops.dequantize(w, torch.float64) - plain.double()).abs() / steps
     assert off.max() <= 0.5 + 15 * unit_roundoff(dtype)

@@ -16,8 +16,8 @@ from bench.correctness.error_budget import UNSUPPORTED_DTYPES, assert_matches_re
 from vila_triton import ops
 from vila_triton.ops import Int4
 from vila_triton.ops.attention import masked_attention
-from vila_triton.ops.int4 import unpack_codes
 from vila_triton.ops.int4_tiles import pack_tiles
+from vila_triton.ops.int4_weight import unpack_codes
 from vila_triton.registry import OPS, Impl
 
 PLANTED: list = []

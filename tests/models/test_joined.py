@@ -16,7 +16,7 @@ from vila_triton.models.joined import INT4_AXES, joined, leaf_groups, with_gradi
 from vila_triton.models.layers import Affine, linear
 from vila_triton.models.params import init_tree, leaves, tree_map
 from vila_triton.models.side_by_side import lay_side_by_side, lie_side_by_side
-from vila_triton.ops import Int4, quantize_rtn
+from vila_triton.ops import Int4
 
 ROWS = (32, 16, 16)
 KINDS = {
@@ -36,7 +36,7 @@ def linears(rows: tuple[int, ...] = ROWS, k: int = 64, group: int | None = None,
 
     weights = [drawn(n, k) for n in rows]
     return [
-        Affine(w if group is None else quantize_rtn(w, group), drawn(n) if bias else None)
+        Affine(w if group is None else Int4.pack(w, group), drawn(n) if bias else None)
         for n, w in zip(rows, weights, strict=True)
     ]
 

@@ -11,7 +11,7 @@ from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.layers import Affine, LowRank, linear
 from vila_triton.models.params import init_tree, leaves, tree_map
-from vila_triton.ops.int4 import dequantize
+from vila_triton.ops.int4_weight import dequantize
 from vila_triton.registry import count_calls
 
 NAMES = "q", "k", "v", "o", "gate", "up", "down"

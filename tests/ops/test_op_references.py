@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from vila_triton import ops
-from vila_triton.ops import dequantize, quantize_rtn
+from vila_triton.ops import Int4, dequantize
 from vila_triton.registry import OPS, IntRange, count_calls
 
 D = torch.float64
@@ -149,14 +149,14 @@ def test_kv_write_writes_the_slots_of_its_mapping_and_no_other() -> None:
 
 @pytest.mark.parametrize("bias", [None, numbers(5)])
 def test_linear_takes_plain_and_int4_weights(bias: Tensor | None) -> None:
-    w, x = quantize_rtn(numbers(5, 32), 16), numbers(2, 3, 32)
+    w, x = Int4.pack(numbers(5, 32), 16), numbers(2, 3, 32)
     close(ops.linear.reference(x, w, bias), F.linear(x, dequantize(w, D), bias))
     close(ops.linear.reference(x, numbers(5, 32), bias), F.linear(x, numbers(5, 32), bias))
 
 
 @pytest.mark.parametrize("bias", [None, numbers(5)])
 def test_linear_adds_a_residual_to_plain_and_int4_products(bias: Tensor | None) -> None:
-    w, x, residual = quantize_rtn(numbers(5, 32), 16), numbers(2, 3, 32), numbers(5, 3, 2).permute(2, 1, 0)
+    w, x, residual = Int4.pack(numbers(5, 32), 16), numbers(2, 3, 32), numbers(5, 3, 2).permute(2, 1, 0)
     close(ops.linear.reference(x, w, bias, residual), F.linear(x, dequantize(w, D), bias) + residual)
     close(ops.linear.reference(x, numbers(5, 32), bias, residual), F.linear(x, numbers(5, 32), bias) + residual)
     close(
@@ -243,7 +243,7 @@ CONTRACTS: list[tuple[str, dict[str, Any], str]] = [
     ("prefill_attention_backward", {"query_start_loc": lambda x: x.long()}, "query_start_loc is torch.int64"),
     ("int4_matmul_backward", {"grad_out": lambda x: x[:, 1:]}, r"w.scales has shape \[2, 2\], expected \[G, n=1\]"),
     ("int4_matmul_backward", {"w": lambda w: dequantize(w, torch.float32)}, "w is a Tensor, expected an Int4"),
-    ("linear", {"w": lambda w: quantize_rtn(torch.zeros(4, 32), 16), "bias": lambda b: b[:1]}, "bias has shape"),
+    ("linear", {"w": lambda w: Int4.pack(torch.zeros(4, 32), 16), "bias": lambda b: b[:1]}, "bias has shape"),
 ]
 
 

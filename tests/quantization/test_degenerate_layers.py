@@ -12,7 +12,8 @@ from vila_triton.models.config import LlamaConfig
 from vila_triton.models.layers import Affine
 from vila_triton.models.llama import Layer
 from vila_triton.models.params import init_tree
-from vila_triton.ops import Int4, dequantize, int4
+from vila_triton.ops import Int4, dequantize
+from vila_triton.ops.int4_weight import SMALLEST_SCALE
 from vila_triton.quantization import awq_gptq, llm_awq
 from vila_triton.quantization.activations import CalibrationTokens
 from vila_triton.quantization.hessian import compute_hessian
@@ -29,7 +30,7 @@ def dead(w: Tensor) -> Tensor:
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "zero": lambda w: w * 0,
     "tiny": lambda w: w * 1e-5,
-    "the least": lambda w: torch.where(w > 0, int4.SMALLEST_SCALE, 0.0).to(w.dtype),
+    "the least": lambda w: torch.where(w > 0, SMALLEST_SCALE, 0.0).to(w.dtype),
     "dead rows": dead,
     "dead columns": lambda w: dead(w.T).T.contiguous(),
     "constant": lambda w: torch.full_like(w, 0.03125),
@@ -101,10 +102,10 @@ def test_no_scale_overflows_the_preceding_linear() -> None:
 @pytest.mark.parametrize("size", [2.0**-i for i in range(0, 25, 3)])
 def test_rtn_error_is_at_most_half_a_step_at_any_magnitude(size: float) -> None:
     w = (torch.rand(64, 64, generator=torch.Generator().manual_seed(3)) * 2 - 1).mul(size).half()
-    rounded = int4.quantize_rtn(w, GROUP)
+    rounded = Int4.pack(w, GROUP)
     steps = rounded.scales.float().T.repeat_interleave(GROUP, 1)
     assert ((dequantize(rounded, torch.float32) - w.float()).abs() <= 0.52 * steps).all()
-    assert (steps <= 2 * size / 15 + int4.SMALLEST_SCALE).all()
+    assert (steps <= 2 * size / 15 + SMALLEST_SCALE).all()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e-6, 1e6, 1e16])

@@ -13,7 +13,7 @@ from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.params import LoadError, init_tree, tree_map
 from vila_triton.ops import dequantize
-from vila_triton.ops.int4 import unpack_codes
+from vila_triton.ops.int4_weight import unpack_codes
 from vila_triton.quantization import awq_cache_file, llm_awq
 from vila_triton.quantization import pipeline as awq
 from vila_triton.quantization.activations import CalibrationTokens

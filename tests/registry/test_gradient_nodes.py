@@ -120,7 +120,7 @@ def test_mistakes_in_a_rule_are_named(third: Op) -> None:
 
 def test_only_what_gradients_need_is_kept_and_changing_it_is_an_error() -> None:
     x, w = tensors((3, 8), (5, 8))
-    int4 = ops.quantize_rtn(torch.randn(16, 32), 32)
+    int4 = ops.Int4.pack(torch.randn(16, 32), 32)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         ops.linear(x, w.detach())

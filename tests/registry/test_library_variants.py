@@ -19,7 +19,7 @@ from bench.correctness.error_budget import (
     run_property,
 )
 from vila_triton.kernels import _cpu_product, _packed_copies, int4_matmul_aten, int4_matmul_bags  # pyright: ignore
-from vila_triton.ops import int4_matmul, quantize_rtn
+from vila_triton.ops import Int4, int4_matmul
 from vila_triton.registry import OPS, Impl, Op, Unsupported, count_calls, discover, use
 
 discover()
@@ -107,13 +107,13 @@ def test_a_weight_in_inference_mode_is_packed_every_time() -> None:
 
 @pytest.mark.parametrize(("n", "group", "reason"), [(32, 16, "group is 16, but torch takes 32"), (32, 512, "is 512")])
 def test_unsupported_shapes_are_refused_with_a_reason(n: int, group: int, reason: str) -> None:
-    w = quantize_rtn(torch.randn(n, 512), group)
+    w = Int4.pack(torch.randn(n, 512), group)
     with pytest.raises(Unsupported, match=reason):
         product((torch.randn(1, 512), w))
 
 
 def test_shifts_of_a_packed_weight_are_rounded_once() -> None:
-    w = quantize_rtn(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), 32)
+    w = Int4.pack(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), 32)
     w = replace(w, scales=w.scales.float() * 1.1)  # of 24 bits, so that a product with a zero is rounded
     _, scales_and_shifts = int4_matmul_aten.pack_for_aten(w, torch.float32)
     exact = (8 - w.zeros.double()) * w.scales.double()

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from vila_triton.ops import Int4
-from vila_triton.ops.int4 import check_int4_shape
 from vila_triton.ops.int4_tiles import CODES_PER_WORD, TILE_K, TILE_N, pack_tiles, tiled_shape, unpack_tiles
+from vila_triton.ops.int4_weight import check_int4_shape
 
 from .int4_packing import (
     pack_awq_gemm,
@@ -277,3 +277,12 @@ def detect_layout(tensors: LinearTensors) -> Layout:
         if tensors["qweight"].shape[1] == tensors["qzeros"].shape[1]:  # n/8
             return AWQ_GEMM
     raise ValueError(f"{describe_shapes(tensors)} are of no layout that is known ({', '.join(LAYOUTS)})")
+
+
+def read_linear(tensors: LinearTensors, group_size: int = 0) -> Int4:
+    """Read an int4 linear of whichever layout, told by the last parts of the names of its tensors and their shapes.
+
+    group_size: as `Layout` takes it; the native layout needs it. Errors: ValueError for tensors of no layout, or of
+    several weights.
+    """
+    return detect_layout(tensors).read(tensors, group_size)

@@ -4,13 +4,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from vila_triton.models.params import LazyTensors, LoadError
 from vila_triton.ops import Int4, dequantize
-from vila_triton.ops.int4 import check_int4_shape, quantize_rtn
-from vila_triton.ops.int4_tiles import TILE_K, tiled_shape
+from vila_triton.ops.int4_tiles import TILE_K
 
 from .int4_layouts import LAYOUTS, NATIVE, Layout, detect_layout
 
@@ -124,14 +122,7 @@ def quantize_linears_rtn(tensors: LazyTensors, stems: Iterable[str], group_size:
     """View some linears as int4 in the native layout, rounded to nearest. Errors: ValueError for a group size."""
 
     def convert(stem: str, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        w = source[f"{stem}.weight"]
-        if not w.is_meta:
-            return NATIVE.write(quantize_rtn(w, group_size))
-        n, k = w.shape
-        check_int4_shape(k, group_size)
-        scales = torch.empty(k // group_size, n, dtype=w.dtype, device="meta")
-        qweight = torch.empty(tiled_shape(n, k), dtype=torch.int32, device="meta")
-        return {"qweight": qweight, "scales": scales, "zeros": scales}
+        return NATIVE.write(Int4.pack(source[f"{stem}.weight"], group_size))
 
     return ConvertedLinears(tensors, {stem: (f"{stem}.weight",) for stem in stems}, convert).view()
 

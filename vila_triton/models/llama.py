@@ -253,7 +253,7 @@ def quantize_linears_rtn(p: Llama, group_size: int) -> Llama:
         linears = {f.name: p for f in fields(layer) if isinstance(p := getattr(layer, f.name), Affine)}
         return replace(
             layer,
-            **{name: replace(p, weight=ops.quantize_rtn(p.weight, group_size)) for name, p in linears.items()},
+            **{name: replace(p, weight=ops.Int4.pack(p.weight, group_size)) for name, p in linears.items()},
         )
 
     return replace(p, layers=tuple(quantize_layer(layer) for layer in p.layers))

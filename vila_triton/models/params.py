@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vila_triton.files.reading import LoadError, join_items
 from vila_triton.ops import Int4
-from vila_triton.ops.int4 import check_int4_shape
 from vila_triton.ops.int4_tiles import tiled_shape
+from vila_triton.ops.int4_weight import check_int4_shape
 
 from .config_fields import ConfigError
 from .side_by_side import joined_shape, split_storage

@@ -11,6 +11,7 @@ References run in any dtype, float64 included, on CPU or GPU. Sums are taken in 
 
     dtypes, shapes, indices   dtypes and random examples; the checks that ops make of their arguments
     elementwise               rms_norm, layer_norm, rope, swiglu
+    int4_weight               `Int4`, a weight in 4 bits: quantizing and dequantizing it
     linear, int4              products with plain and with int4 weights
     attention                 what the three attentions share; merging their partial results
     attention_cases           their hard cases, as arguments for tests
@@ -37,8 +38,9 @@ from .elementwise import layer_norm, rms_norm, rope, swiglu
 from .elementwise_backward import rms_norm_backward, swiglu_backward
 from .encoder_attention import encoder_attention
 from .encoder_attention_backward import encoder_attention_backward
-from .int4 import Int4, dequantize, int4_matmul, int4_swiglu, quantize_rtn
+from .int4 import int4_matmul, int4_swiglu
 from .int4_backward import int4_matmul_backward
+from .int4_weight import Int4, dequantize
 from .kv_pages import KVPages, PagedKV, QuantizedKVPages, empty_kv_pages, page_tensors
 from .kv_write import kv_write
 from .linear import linear
@@ -67,7 +69,6 @@ __all__ = [
     "page_tensors",
     "prefill_attention",
     "prefill_attention_backward",
-    "quantize_rtn",
     "rms_norm",
     "rms_norm_backward",
     "rope",

@@ -1,8 +1,8 @@
-"""Weights in 4 bits and their matrix products: x · wᵀ, and silu(x · gateᵀ) · (x · upᵀ) in one pass over x."""
+"""Matrix products with weights in 4 bits: x · wᵀ, and silu(x · gateᵀ) · (x · upᵀ) in one pass over x."""
 # pyright: reportInvalidTypeForm=false
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,91 +12,9 @@ from torch import Tensor
 from vila_triton.registry import IntRange, OneOf, op
 
 from .dtypes import DTYPES, device_of_draws, dtype_name, random_tensor, upcast
-from .int4_tiles import pack_tiles, tiled_shape, unpack_tiles
+from .int4_tiles import pack_tiles, tiled_shape
+from .int4_weight import Int4, check_int4_shape, check_rounding, dequantize
 from .shapes import check_axes, check_floating, check_residual, check_same_dtype
-
-ROUNDINGS = ("sub", "fma")
-SMALLEST_SCALE = 2.0**-24  # above 0 in float16
-
-
-@dataclass(frozen=True)
-class Int4:
-    """A weight [n, k] in 4 bits: w[i, j] = (code[i, j] - zeros[j // group_size, i]) · scales[j // group_size, i].
-
-    qweight     [ceil(n/16), ceil(k/64), 32, 4] int32: the codes, 0 to 15, packed by `int4_tiles.pack_tiles`
-    scales      [k / group_size, n]
-    zeros       [k / group_size, n]: the code that stands for 0, a whole number 0 to 15 in the dtype of scales
-    group_size  columns that share a scale and a zero point; k: one scale a row
-    rounding    how a dequantized weight is rounded to the dtype of x:
-                "sub"  (code - zero) · scale, rounded once; code - zero is exact
-                "fma"  code · scale + shift, rounded once; shift = -zero · scale has been rounded, as in llm-awq
-                A kernel that multiplies sums of (code - zero) · x by the scale rounds no weight: it is for "sub" only.
-    """
-
-    qweight: Any  # a Tensor, or the `ParameterSpec` of one
-    scales: Any
-    zeros: Any
-    group_size: int
-    rounding: Literal["sub", "fma"] = "sub"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.scales.shape[1], self.scales.shape[0] * self.group_size
-
-
-def check_int4_shape(k: int, group_size: int) -> None:
-    """Raise ValueError unless a weight of k columns can be divided into groups of this size."""
-    if k <= 0 or k % 8 or group_size <= 0 or k % group_size or (group_size % 16 and group_size != k):
-        raise ValueError(
-            f"int4 weight: k = {k} and group_size = {group_size}, "
-            "but k must be a positive multiple of 8, and group_size divide k and be a multiple of 16, unless it is k"
-        )
-
-
-def unpack_codes(w: Int4) -> Tensor:
-    """The 4-bit codes as int32, [n, k]."""
-    return unpack_tiles(w.qweight, *w.shape)
-
-
-def apply_scale_and_zero(q: Tensor, scales: Tensor, zeros: Tensor, rounding: str) -> Tensor:
-    """Codes, scales and zeros of one dtype and of shapes that broadcast -> weights, rounded as `Int4.rounding` says."""
-    if rounding == "sub":
-        return (q - zeros) * scales
-    shifts = -(zeros * scales)
-    return (q.double() * scales.double() + shifts.double()).to(q.dtype)
-
-
-def dequantize(w: Int4, dtype: torch.dtype) -> Tensor:
-    """The weight as a plain tensor [n, k] of a dtype."""
-    q = rearrange(unpack_codes(w), "n (G i) -> n G i", i=w.group_size)
-    scales, zeros = (rearrange(x, "G n -> n G 1").to(dtype) for x in (w.scales, w.zeros))
-    return apply_scale_and_zero(q.to(dtype), scales, zeros, w.rounding).flatten(-2)
-
-
-def scale_for_range(value_range: Tensor, dtype: torch.dtype) -> Tensor:
-    """The step between sixteen levels that span a range, rounded to the dtype but never to 0 in float16."""
-    exact = (value_range / 15).clamp(min=SMALLEST_SCALE)
-    nearest = exact.to(dtype)
-    # Among the least numbers of float16 the nearest may be a third too small: then the levels would not reach the ends.
-    return torch.where(nearest.float() < exact * (1 - 2**-10), (nearest.float() + SMALLEST_SCALE).to(dtype), nearest)
-
-
-def quantize_rtn(w: Tensor, group_size: int) -> Int4:
-    """Quantize w [n, k] by rounding to nearest, with 16 levels a group whose range always includes 0.
-
-    Raises ValueError if k cannot be divided into groups of this size, or if w is not finite.
-    """
-    check_int4_shape(w.shape[1], group_size)
-    if not torch.isfinite(w).all():
-        raise ValueError("int4 weight: cannot quantize a weight that holds NaN or infinity")
-    x = rearrange(w.float(), "n (G i) -> n G i", i=group_size)
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    # The scale is rounded before it is used, so that the codes are nearest under the scale that is stored.
-    scales = scale_for_range(high - low, w.dtype)
-    zeros = (-low / scales.float()).round().clamp(0, 15)
-    q = ((x / scales.float()).round() + zeros).clamp(0, 15).to(torch.int32)
-    scales, zeros = (rearrange(y, "n G 1 -> G n").to(w.dtype).contiguous() for y in (scales, zeros))
-    return Int4(pack_tiles(q.flatten(-2)), scales, zeros, group_size)
 
 
 def check_int4_weight(op_name: str, name: str, w: Int4, **beside: tuple[Tensor, str]) -> None:
@@ -109,8 +27,7 @@ def check_int4_weight(op_name: str, name: str, w: Int4, **beside: tuple[Tensor, 
     first, *others = beside
     sizes = check_axes(op_name, **{first: beside[first]}, **group_tensors, **{key: beside[key] for key in others})
     check_int4_shape(sizes["G"] * w.group_size, w.group_size)
-    if w.rounding not in ROUNDINGS:
-        raise ValueError(f"{op_name}: {name}.rounding is {w.rounding!r}, expected one of {', '.join(ROUNDINGS)}")
+    check_rounding(op_name, w.rounding, f"{name}.rounding")
     if sizes.get("k", w.shape[1]) != w.shape[1]:
         raise ValueError(f"{op_name}: {first} has {sizes['k']} columns, but {name} is {list(w.shape)}")
     if w.qweight.shape != tiled_shape(*w.shape):

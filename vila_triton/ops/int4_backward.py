@@ -12,10 +12,8 @@ from .backward import NO_SECOND_DERIVATIVE
 from .dtypes import DTYPES, dtype_name, random_tensor, upcast
 from .elementwise_backward import swiglu_backward
 from .int4 import (
-    Int4,
     cancelling_rows,
     check_int4_weight,
-    dequantize,
     int4_matmul,
     int4_swiglu,
     random_int4,
@@ -23,6 +21,7 @@ from .int4 import (
     zero_rows,
 )
 from .int4_tiles import pack_tiles
+from .int4_weight import Int4, dequantize
 
 
 @op

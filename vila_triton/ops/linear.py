@@ -8,8 +8,9 @@ from torch import Tensor
 from vila_triton.registry import IntRange, OneOf, op
 
 from .dtypes import DTYPES, dtype_name, random_tensor
-from .int4 import Int4, cancelling_rows, int4_matmul, zero_rows
+from .int4 import cancelling_rows, int4_matmul, zero_rows
 from .int4_backward import int4_matmul_backward
+from .int4_weight import Int4
 from .shapes import check_axes, check_floating, check_residual
 
 

@@ -15,8 +15,8 @@ from vila_triton.models.layers import Affine, linear
 from vila_triton.models.llama import Layer, mlp_hidden
 from vila_triton.models.params import tree_map
 from vila_triton.ops import Int4, dequantize, rms_norm
-from vila_triton.ops.int4 import SMALLEST_SCALE
 from vila_triton.ops.int4_tiles import TILE_N
+from vila_triton.ops.int4_weight import SMALLEST_SCALE
 
 from .activations import CalibrationTokens, attention_output, capture_linear_inputs
 from .awq_scales import SCALE_GROUPS, apply_scales_to_linear, search_channel_scale, unscale_norms

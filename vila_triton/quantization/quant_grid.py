@@ -11,8 +11,8 @@ from einops import rearrange
 from torch import Tensor
 
 from vila_triton.ops import Int4
-from vila_triton.ops.int4 import check_int4_shape, scale_for_range
 from vila_triton.ops.int4_tiles import pack_tiles
+from vila_triton.ops.int4_weight import check_int4_shape, scale_for_range
 
 MAX_SCALE = torch.finfo(torch.float16).max
 
