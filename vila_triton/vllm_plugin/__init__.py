@@ -22,6 +22,7 @@ TESTED_VERSIONS = ("0.32",)  # of vLLM, whose classes for plug-ins change with e
 def register() -> None:
     """Register everything with vLLM. Errors: RuntimeError for a version of vLLM that this was not tested with."""
     check_version()
+    from . import int4_linear  # noqa: F401 (its classes register themselves)
 
 
 def check_version() -> None:
