@@ -32,7 +32,7 @@ from vila_triton.checkpoints.int4_layouts import AWQ_GEMM
 from vila_triton.checkpoints.quantization_config import AWQ_VERSIONS
 from vila_triton.models.config_fields import GroupSize, expected_instead
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.ops.int4 import ROUNDINGS, check_int4_shape
+from vila_triton.ops.int4_weight import ROUNDINGS, check_int4_shape
 from vila_triton.ops.int4_tiles import CODES_PER_WORD
 
 QUANTIZATION = "vila_triton"
