@@ -31,6 +31,6 @@ def check_version() -> None:
 
     if ".".join(__version__.split(".")[:2]) not in TESTED_VERSIONS:
         raise RuntimeError(
-            f"vila-triton {version('vila-triton')} plugs into vLLM {', '.join(TESTED_VERSIONS)}, and this is {__version__}; "
-            "install one of these, or set VLLM_PLUGINS= to run vLLM without it"
+            f"vila-triton {version('vila-triton')} plugs into vLLM {', '.join(TESTED_VERSIONS)}, and this is "
+            f"{__version__}; install one of these, or set VLLM_PLUGINS= to run vLLM without it"
         )

@@ -32,8 +32,8 @@ from vila_triton.checkpoints.int4_layouts import AWQ_GEMM
 from vila_triton.checkpoints.quantization_config import AWQ_VERSIONS
 from vila_triton.models.config_fields import GroupSize, expected_instead
 from vila_triton.ops import Int4, int4_matmul
-from vila_triton.ops.int4_weight import ROUNDINGS, check_int4_shape
 from vila_triton.ops.int4_tiles import CODES_PER_WORD
+from vila_triton.ops.int4_weight import ROUNDINGS, check_int4_shape
 
 QUANTIZATION = "vila_triton"
 UNLOADED_FORMATS = ("dummy", "sharded_state")  # of `--load-format`: the first has no checkpoint, the second tiles
@@ -62,7 +62,7 @@ class Int4Config(QuantizationConfig):
             raise ValueError(f"{QUANTIZATION}: rounding is {rounding!r}, expected one of {', '.join(ROUNDINGS)}")
         if weight_bits != 4 or zero_point is not True:
             raise ValueError(
-                f"{QUANTIZATION}: {weight_bits!r} bits, zero_point {zero_point!r} is not supported (4 bits with zeros is)"
+                f"{QUANTIZATION}: {weight_bits!r} bits, zero_point {zero_point!r}, expected 4 bits with zeros"
             )
         self.group_size, self.rounding = group_size, rounding
         self.modules_to_not_convert = list(modules_to_not_convert)
@@ -224,11 +224,10 @@ def checked_loader(name: str, num_rows: int, load: Callable[..., None]) -> Calla
     """
 
     def load_checked(parameter: nn.Parameter, loaded: Tensor, *shard: Any) -> None:
-        expected = "floats" if parameter.is_floating_point() else "integers"
-        if loaded.dim() != 2 or len(loaded) != num_rows or loaded.is_floating_point() != parameter.is_floating_point():
-            raise ValueError(
-                f"{name}: the checkpoint holds {list(loaded.shape)} {loaded.dtype}, expected {num_rows} rows of {expected}"
-            )
+        is_float = parameter.is_floating_point()
+        if loaded.dim() != 2 or len(loaded) != num_rows or loaded.is_floating_point() != is_float:
+            found, expected = f"{list(loaded.shape)} {loaded.dtype}", "floats" if is_float else "integers"
+            raise ValueError(f"{name}: the checkpoint holds {found}, expected {num_rows} rows of {expected}")
         load(parameter, loaded, *shard)
         parts = [part for x in shard or (None,) for part in (x if isinstance(x, tuple) else (x,))]
         vars(parameter).setdefault("loaded_shards", []).extend(parts)
