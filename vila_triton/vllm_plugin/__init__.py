@@ -24,6 +24,16 @@ def register() -> None:
     check_version()
     from . import int4_linear  # noqa: F401 (its classes register themselves)
 
+    register_attention()
+
+
+def register_attention() -> None:
+    """Register the attention backend, as CUSTOM and for CPUs; what other models run stays as it is."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.attention.PagedAttentionBackend")
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.attention.CPU_ATTN")
+
 
 def check_version() -> None:
     """Raise RuntimeError for a version of vLLM that the plug-in was not tested with."""
