@@ -27,6 +27,7 @@ ALLOWED = {  # option -> the values above that it takes
     "--check-seconds": {"0"},  # without check (bench.mutants)
     "--test-seconds": {"0"},  # without tests (bench.mutants)
     "--images": {"0"},
+    "--port": {"0"},  # any free one
     "--pictures": {"0"},
     "--frozen-fraction": {"0"},
     "--old-fraction": {"0"},

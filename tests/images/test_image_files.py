@@ -1,5 +1,6 @@
 """Picture and video files: every kind is seen as a viewer shows it, or refused by name."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vila_triton.images.processing import ImageError, load_video_frames, open_image, to_rgb
+from vila_triton.images.processing import ImageError, decode_image, load_video_frames, open_image, to_rgb
 
 RED, GREEN, CLEAR = (255, 0, 0, 255), (0, 128, 0, 128), (10, 20, 30, 0)
 
@@ -195,3 +196,32 @@ def test_image_as_video_and_video_as_image_are_refused(tmp_path: Path) -> None:
     for video, n, message in ((film(2), 0, "at least 1 frame, not 0"), ([], 2, "a video of no frames")):
         with pytest.raises(ValueError, match=message):
             load_video_frames(video, n)
+
+
+def test_bytes_are_decoded_as_the_same_file_is(tmp_path: Path):
+    image = Image.new("RGBA", (3, 2), (255, 0, 0, 128))
+    image.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    assert decode_image(data).tobytes() == open_image(tmp_path / "a.png").tobytes() != image.convert("RGB").tobytes()
+
+
+def test_bytes_that_are_no_image_are_refused_without_an_address_in_memory(monkeypatch: pytest.MonkeyPatch):
+    def encode(image: Image.Image, **options: Any) -> bytes:
+        file = BytesIO()
+        image.save(file, **options)
+        return file.getvalue()
+
+    png, gif = (encode(Image.new("RGB", (40, 40)), format=format) for format in ("png", "gif"))
+    animated = encode(Image.new("L", (4, 4)), format="gif", save_all=True, append_images=[Image.new("L", (4, 4), 9)])
+    for data, formats, message in (
+        (b"", None, "0 bytes that are no image"),
+        (png[:60], None, "cannot be read as an image"),
+        (gif, ("PNG",), "no image"),
+        (animated, None, "animated"),
+    ):
+        with pytest.raises(ImageError, match=message) as error:
+            decode_image(data, formats)
+        assert "0x" not in str(error.value)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1599)
+    with pytest.raises(ImageError, match="40 x 40 pixels, more than 1599"):
+        decode_image(png)

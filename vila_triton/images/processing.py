@@ -3,13 +3,14 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..checkpoints.loading import read_configs
@@ -70,8 +71,7 @@ def open_media(path: Path | str, description: str) -> Iterator[Image.Image]:
     try:
         require_file(Path(path))
         with Image.open(path) as image:
-            if (limit := Image.MAX_IMAGE_PIXELS) and image.width * image.height > limit:  # Pillow only warns
-                raise ImageError(f"it has {image.width} x {image.height} pixels, more than {limit}; make it smaller")
+            require_size(image)
             yield image
     except LoadError as error:
         raise ImageError(str(error)) from None
@@ -82,9 +82,36 @@ def open_media(path: Path | str, description: str) -> Iterator[Image.Image]:
 def open_image(path: Path | str) -> Image.Image:
     """Open an image as RGB. Errors: `ImageError` naming the file."""
     with open_media(path, "an image") as image:
-        if (count := getattr(image, "n_frames", 1)) > 1 and image.format in ANIMATED_FORMATS:
-            raise ImageError(f"it is animated ({count} frames); pass it as a video, or one frame of it")
-        return to_rgb(image)
+        return still_to_rgb(image)
+
+
+def decode_image(data: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """Decode the bytes of an image file as RGB, if it is in one of Pillow's formats (None: in any).
+    Errors: `ImageError`, for whatever is wrong with them.
+    """
+    try:
+        with Image.open(BytesIO(data), formats=formats) as image:
+            require_size(image)
+            return still_to_rgb(image)
+    except ImageError:
+        raise
+    except UnidentifiedImageError:  # whose message shows an address in memory
+        raise ImageError(f"{len(data)} bytes that are no image file") from None
+    except Exception as error:
+        raise ImageError(f"it cannot be read as an image: {error}") from None
+
+
+def require_size(image: Image.Image) -> None:
+    """Raise `ImageError` for more pixels than `MAX_IMAGE_PIXELS`, about which Pillow only warns."""
+    if (limit := Image.MAX_IMAGE_PIXELS) and image.width * image.height > limit:
+        raise ImageError(f"it has {image.width} x {image.height} pixels, more than {limit}; make it smaller")
+
+
+def still_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an open file to RGB. Errors: `ImageError` for an animation too."""
+    if (count := getattr(image, "n_frames", 1)) > 1 and image.format in ANIMATED_FORMATS:
+        raise ImageError(f"it is animated ({count} frames); pass it as a video, or one frame of it")
+    return to_rgb(image)
 
 
 def load_video_frames(video: Path | str | Sequence[Image.Image], num_frames: int) -> list[Image.Image]:
