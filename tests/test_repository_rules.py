@@ -39,6 +39,7 @@ FLOORS = (  # folders and modules of vila_triton, the lowest first: a file impor
     "arguments hf",
     "tiny",
     "quantization",
+    "vllm_plugin",
     "commands",
     "__main__",
 )
@@ -60,6 +61,7 @@ PACKAGES = {  # folder or module -> packages it imports besides the standard lib
     "tiny": "torch einops numpy peft PIL safetensors tokenizers transformers",
     "quantization": "torch einops PIL safetensors transformers",
     "commands": "torch PIL transformers",
+    "vllm_plugin": "torch transformers vllm",
     "kernels": "torch triton einops numpy",
     "bench": "bench torch transformers triton hypothesis numpy matplotlib cycler PIL einops safetensors pytest vllm"
     " peft",

@@ -7,7 +7,7 @@ vocabulary a text begins with a space, but "USER" right behind "</s>" has none a
 ids that it was generated with, even if the tokenizer would split its text in another way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..models.vila import IMAGE_TOKEN_INDEX
@@ -16,6 +16,7 @@ from .special_tokens import SpecialTokenAliases, alias_special_tokens, special_t
 from .templates import ChatTemplate, is_single_token
 
 IMAGE_TOKEN = "<image>"
+Message = tuple[str, str]  # role and text
 
 
 def insert_image_tokens(question: str, num_images: int) -> str:
@@ -97,6 +98,29 @@ def question_ids(
         return ids
     aliases = alias_special_tokens(tokenizer, template)
     return tokenize(render(template.with_aliases(aliases.aliases), question), tokenizer, add_bos, aliases)
+
+
+def conversation_ids(messages: Sequence[Message], template: ChatTemplate, tokenizer: Any) -> list[int]:
+    """Return the ids of a conversation up to where its next answer begins, with -200 for each `<image>`.
+
+    messages: (role, text) in order: one of the system may be the first, then "user" and "assistant" take turns, and the
+    last is the user's. Only the template spells special tokens; those of messages are text, answers included.
+    Errors: ValueError for another order of roles.
+    """
+    turns = [*messages]
+    aliases = alias_special_tokens(tokenizer, template)
+    spelled = template.with_aliases(aliases.aliases)
+    system = turns.pop(0)[1] if turns and turns[0][0] == "system" else spelled.system
+    roles = [role for role, _ in turns]
+    if roles != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        raise ValueError(
+            f"the roles of the messages are {', '.join(role for role, _ in messages) or 'none'}; expected user and "
+            "assistant in turn, with the user's as the last, and perhaps one of the system before them"
+        )
+    text = spelled.opening.replace("{system}", system)
+    for (_, question), (_, answer) in zip(turns[::2], turns[1::2]):
+        text += spelled.render_turn(question) + spelled.answer_prefix + answer + spelled.turn_end
+    return tokenize(text + spelled.render_turn(turns[-1][1]), tokenizer, aliases=aliases)
 
 
 def end_of_turn_ids(template: ChatTemplate, tokenizer: Any, end_conversation: bool = False) -> list[int]:

@@ -4,25 +4,37 @@ vLLM brings continuous batching, prefix caching, the OpenAI server, tensor and p
 by the entry point `vllm.general_plugins`, and calls it in each of its processes. Nothing else in this package imports
 vLLM.
 
+    config, loading       the config of a VILA folder as vLLM reads it, and its weights under vLLM's names
     model, processing     VILA as a multimodal model of vLLM: our vision tower and projector, vLLM's LLaMA
-    loading               the weights of a VILA folder under vLLM's names
     chat                  conversations to token ids, by our templates
     int4_linear           linears with int4 weights, as a quantization of vLLM
     attention             attention over vLLM's KV cache, as a backend of vLLM
-    kernel_choices        which implementations run in the processes of vLLM
+    kernel_choices        the implementations that run in the processes of vLLM
     worker                counts of calls, asked from outside
     server, middleware    `vila-triton serve`
 """
 
 from importlib.metadata import version
 
+MODE = "vila_triton"  # what vLLM calls our tokenizer and renderer: `tokenizer_mode`
 TESTED_VERSIONS = ("0.32",)  # of vLLM, whose classes for plug-ins change with every release
 
 
 def register() -> None:
     """Register everything with vLLM. Errors: RuntimeError for a version of vLLM that this was not tested with."""
     check_version()
+    from transformers import AutoConfig
+    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.renderers.registry import RENDERER_REGISTRY
+    from vllm.tokenizers.registry import TokenizerRegistry
+
     from . import int4_linear  # noqa: F401 (its classes register themselves)
+    from .config import VllmVilaConfig
+
+    AutoConfig.register(VllmVilaConfig.model_type, VllmVilaConfig, exist_ok=True)
+    ModelRegistry.register_model("VilaLlamaForCausalLM", f"{__name__}.model:VilaForVllm")
+    TokenizerRegistry.register(MODE, f"{__name__}.chat", "VilaTokenizer")
+    RENDERER_REGISTRY.register(MODE, f"{__name__}.chat", "VilaRenderer")
 
     register_attention()
 
@@ -41,6 +53,6 @@ def check_version() -> None:
 
     if ".".join(__version__.split(".")[:2]) not in TESTED_VERSIONS:
         raise RuntimeError(
-            f"vila-triton {version('vila-triton')} plugs into vLLM {', '.join(TESTED_VERSIONS)}, and this is "
-            f"{__version__}; install one of these, or set VLLM_PLUGINS= to run vLLM without it"
+            f"vila-triton {version('vila-triton')} plugs into vLLM {', '.join(TESTED_VERSIONS)}, not {__version__}; "
+            "install one of these, or set VLLM_PLUGINS= to run vLLM without it"
         )
