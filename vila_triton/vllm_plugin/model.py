@@ -16,7 +16,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from ..engine.engine import encode_images
 from ..models import vila
 from ..models.config import LlamaConfig
+from .attention import choose_attention
 from .int4_linear import Int4Config
+from .kernel_choices import kernel_choices
 from .loading import language_model_weights, vision_parameters
 from .processing import VilaDummyInputs, VilaMultiModalProcessor, VilaProcessingInfo
 
@@ -38,6 +40,8 @@ class VilaForVllm(nn.Module, SupportsMultiModal, SupportsPP):
         self.config = model_config.hf_config
         self.folder, self.dtype = Path(model_config.model), model_config.dtype
         self.cfg = self.config.geometry()
+        self.choices = kernel_choices(vllm_config)
+        choose_attention(vllm_config)
         self.configure_mm_token_handling(self.cfg.llm.vocab_size, [self.cfg.llm.vocab_size])
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
@@ -63,7 +67,8 @@ class VilaForVllm(nn.Module, SupportsMultiModal, SupportsPP):
             return ()
         pixels = torch.stack([*pixels]).to(self.dtype)
         params = vila.Vila(None, self.tower, self.projector)  # pyright: ignore[reportArgumentType]
-        return encode_images(params, pixels, self.cfg).unbind()
+        with self.choices.active(pixels.device, "prefill"):
+            return encode_images(params, pixels, self.cfg).unbind()
 
     def forward(
         self,
