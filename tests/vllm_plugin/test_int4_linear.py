@@ -1,0 +1,213 @@
+"""Int4 linears inside vLLM: an AutoAWQ folder is served by `int4_matmul`, whole and on two ranks.
+
+A tiny LLaMA is quantized by rounding; its answers are compared with those of transformers, and of vLLM, for the same
+weights written out.
+"""
+
+import gc
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vila_triton.checkpoints.int4_layouts import AWQ_GEMM
+from vila_triton.ops import Int4, dequantize, int4_matmul
+from vila_triton.registry import OPS, count_calls, use
+
+pytestmark = pytest.mark.vllm
+
+PROMPTS = [[1, 5, 9, 70, 3, 3, 44], [1, 7, 30]]
+NUM_TOKENS = 12
+SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.4,
+    "tie_word_embeddings": False,
+}
+
+
+def tiny_llama(group_size: int, biases: bool, dense: tuple[str, ...]) -> tuple[LlamaForCausalLM, dict[str, Tensor]]:
+    """A random LLaMA whose linears are rounded to int4, and the tensors of its AutoAWQ checkpoint."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=biases, mlp_bias=biases)).eval()
+    values, packed = model.state_dict(), {}
+    for name, x in values.items():
+        if name.endswith("_proj.bias"):
+            x.normal_(0, 0.3)
+        stem = name.removesuffix(".weight")
+        if stem.endswith("_proj") and not stem.endswith(dense or ("nothing",)):
+            weight = Int4.pack(x.half(), x.shape[1] if group_size == -1 else group_size)
+            x.copy_(dequantize(weight, torch.float32))
+            packed |= {f"{stem}.{leaf}": y for leaf, y in AWQ_GEMM.write(weight).items()}
+        else:
+            packed[name] = x
+    model.load_state_dict(values)
+    return model, packed
+
+
+def write_folder(folder: Path, model: LlamaForCausalLM, tensors: Mapping[str, Tensor], **quantization: Any) -> Path:
+    folder.mkdir()
+    save_file({name: x.clone() for name, x in tensors.items()}, folder / "model.safetensors")
+    config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
+    if quantization:
+        settings = {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}
+        config["quantization_config"] = settings | quantization
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Engines run in this process, so that its choices and counts are theirs, and are gone after the test."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    yield
+    gc.collect()
+
+
+def answer(folder: Path, **options: Any) -> tuple[list[list[int]], Counter[tuple[str, str]]]:
+    """Greedy answers of vLLM to the prompts, and how often each implementation ran."""
+    from vllm import LLM, SamplingParams
+
+    engine: dict[str, Any] = dict(dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=2)
+    llm = LLM(str(folder), **(engine | options), skip_tokenizer_init=True)
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False)
+    with count_calls() as counts:
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False)
+    llm.llm_engine.engine_core.shutdown()
+    return [list(x.outputs[0].token_ids) for x in outputs], counts
+
+
+@torch.no_grad()
+def answer_of_transformers(model: LlamaForCausalLM) -> list[list[int]]:
+    """Greedy answers of transformers."""
+    answers = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        for _ in range(NUM_TOKENS):
+            ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), 1)
+        answers.append(ids[0, len(prompt) :].tolist())
+    return answers
+
+
+@pytest.mark.parametrize("group_size, biases", [(32, False), (64, True), (128, False), (-1, True)])
+def test_answers_are_those_of_the_weights_written_out(group_size: int, biases: bool, tmp_path: Path) -> None:
+    model, tensors = tiny_llama(group_size, biases, dense=())
+    expected = answer_of_transformers(model)
+    assert len(set(expected[0])) > NUM_TOKENS // 2, "answers that repeat themselves say little"
+    folder = write_folder(tmp_path / "int4", model, tensors, group_size=group_size)
+    answers, counts = answer(folder, quantization="vila_triton")
+    assert answers == expected
+    num_products = 4 * SIZES["num_hidden_layers"] * NUM_TOKENS  # qkv, o, gate_up, down
+    assert counts.total() == num_products and {op for op, _ in counts} == {"int4_matmul"}
+
+
+def test_answers_are_those_of_vllm_with_dense_weights(tmp_path: Path) -> None:
+    model, tensors = tiny_llama(32, biases=True, dense=("down_proj",))
+    int4 = write_folder(tmp_path / "int4", model, tensors, group_size=32)  # which linears are dense is in the files
+    answers, counts = answer(int4, quantization="vila_triton")
+    assert counts.total() == 3 * SIZES["num_hidden_layers"] * NUM_TOKENS
+    dense, none = answer(write_folder(tmp_path / "dense", model, model.state_dict()))
+    assert answers == dense and not none
+
+
+@pytest.mark.parametrize("choice", ["packed", "splitk", "reference"])
+def test_the_chosen_kernel_runs(choice: str, tmp_path: Path) -> None:
+    model, tensors = tiny_llama(64, biases=True, dense=())
+    with use(int4_matmul=choice):
+        folder = write_folder(tmp_path / "int4", model, tensors, group_size=64)
+        answers, counts = answer(folder, quantization="vila_triton")
+    assert answers == answer_of_transformers(model) and set(counts) == {("int4_matmul", choice)}
+
+
+def test_a_wrong_kernel_changes_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tensors = tiny_llama(64, biases=False, dense=())
+
+    def first_group_everywhere(x: Tensor, w: Int4, *rest: Any) -> Tensor:
+        return int4_matmul.reference(x, replace(w, scales=w.scales[:1].expand_as(w.scales)), *rest)
+
+    wrong = replace(OPS["int4_matmul"].impls["aten"], name="wrong", fn=first_group_everywhere, configs=[{}])
+    monkeypatch.setitem(OPS["int4_matmul"].impls, "wrong", wrong)
+    with use(int4_matmul="wrong"):
+        answers, counts = answer(
+            write_folder(tmp_path / "int4", model, tensors, group_size=64), quantization="vila_triton"
+        )
+    assert answers != answer_of_transformers(model) and ("int4_matmul", "wrong") in counts
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_two_ranks_answer_alike(group_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    model, tensors = tiny_llama(group_size, biases=True, dense=())
+    folder = write_folder(tmp_path / "int4", model, tensors, group_size=group_size)
+    parallel = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    answers, _ = answer(folder, quantization="vila_triton", **parallel)
+    assert answers == answer_of_transformers(model)
+
+
+Share = tuple[nn.Module, Tensor]  # a linear as one rank holds it, and the rows and columns of the weight that are its
+
+
+def share(kind: str, group_size: int, rank: int, monkeypatch: pytest.MonkeyPatch, num_kv_heads: int = 2) -> Share:
+    """Load a linear of 128 or 256 inputs as one of two ranks does, and cut the same out of the whole weight."""
+    from vllm.model_executor import parameter
+    from vllm.model_executor.layers import linear
+
+    from vila_triton.vllm_plugin.int4_linear import Int4Config
+
+    for module in (parameter, linear):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 2)
+    options: dict[str, Any] = dict(bias=False, quant_config=Int4Config(group_size), prefix="a.b", return_bias=False)
+    rng = torch.Generator().manual_seed(1)
+
+    def load(n: int, k: int, *shard: Any) -> Tensor:
+        whole = Int4.pack(torch.randn(n, k, generator=rng), k if group_size == -1 else group_size)
+        for name, x in AWQ_GEMM.write(whole).items():
+            parameter = getattr(layer, name)
+            parameter.weight_loader(parameter, x, *shard)
+        return dequantize(whole, torch.float32)
+
+    def half(x: Tensor, dim: int = 0) -> Tensor:
+        return x.chunk(2, dim)[rank]
+
+    if kind == "qkv":
+        layer = linear.QKVParallelLinear(128, 32, 4, num_kv_heads, **options)
+        q, k, v = load(128, 128, "q"), load(32 * num_kv_heads, 128, "k"), load(32 * num_kv_heads, 128, "v")
+        expected = torch.cat((half(q), k, v) if num_kv_heads == 1 else (half(q), half(k), half(v)))
+    elif kind == "gate_up":
+        layer = linear.MergedColumnParallelLinear(128, [256, 256], **options)
+        expected = torch.cat([half(load(256, 128, i)) for i in (0, 1)])
+    elif kind == "row":
+        layer = linear.RowParallelLinear(256, 128, **options)
+        expected = half(load(128, 256), 1)
+    else:
+        layer = linear.ReplicatedLinear(256, 128, **options)
+        expected = load(128, 256)
+    return layer, expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("kind", ["qkv", "one kv head", "gate_up", "row", "replicated"])
+def test_a_rank_holds_its_part(kind: str, group_size: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = kind == "one kv head"
+    layer, expected = share("qkv" if one else kind, group_size, rank, monkeypatch, num_kv_heads=1 if one else 2)
+    method: Any = layer.quant_method
+    method.process_weights_after_loading(layer)
+    assert set(dict(layer.named_parameters())) == {"qweight", "scales", "zeros"}, "the packed tensors are gone"
+    one_hot = torch.eye(expected.shape[1])
+    assert torch.equal(method.apply(layer, one_hot), expected.T)
