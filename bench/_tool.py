@@ -1,15 +1,38 @@
-"""The way every command of bench ends, as `vila_triton.console` has it for the commands of vila-triton."""
+"""What the commands of bench share: the way they end, as `vila_triton.console` has it for the commands of vila-triton;
+and --kernels, which makes files of one's own known.
+"""
 
+import argparse
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
+from vila_triton.arguments import KERNELS_HELP
 from vila_triton.console import exit_code
+from vila_triton.registry import discover
 
 from .measure import rows
 
 P = ParamSpec("P")
 WRONG_COMMAND = 2  # since 1 is the answer that something is wrong
+
+
+class DiscoverAction(argparse.Action):
+    """Imports the kernels of a path as it is read, so that whatever a command looks for afterwards is there."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        discover(values)
+
+
+def kernels_option() -> argparse.ArgumentParser:
+    """Returns a parent parser with --kernels; every command that runs ops has it. Processes that a command starts get
+    the paths from `vila_triton.registry.sources.kernel_paths`.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--kernels", action=DiscoverAction, default=argparse.SUPPRESS, metavar="PATH", help=KERNELS_HELP
+    )
+    return parser
 
 
 def tool(main: Callable[P, int | None]) -> Callable[P, int]:

@@ -26,7 +26,7 @@ from vila_triton.paths import config_dir
 from vila_triton.registry import OPS, Impl, describe_available
 
 from . import peers
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .correctness.error_budget import DEVICE, UNSUPPORTED_DTYPES, example_args, float64_reference
 from .correctness.failure_report import refusal_reason, release_memory
 from .correctness.guarded_memory import map_tensors, tensors
@@ -121,7 +121,9 @@ def measure_and_print(args: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line of `python -m bench.accuracy`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("op", metavar="OP", help=f"of {', '.join(read_tables())}")
     parser.add_argument("--impl", action="append", default=[], help="only this implementation (may be repeated)")
     parser.add_argument("--configs", choices=("first", "all"), default="first")

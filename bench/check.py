@@ -28,7 +28,7 @@ from vila_triton.limits import COUNT, COUNT_OR_ZERO, POSITIVE
 from vila_triton.registry import OPS, REFERENCE, Impl, Op, Unsupported, describe_available, discover
 from vila_triton.registry.interpreter import uses_triton_kernels
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .correctness import repro_bundle
 from .correctness.compiled_calls import RUNS_COMPILED, compiled_for, repeat_compiled
 from .correctness.error_budget import DEVICE, Example, example_args
@@ -165,7 +165,9 @@ def mode(target: str | None) -> str:
 
 @tool
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("op", nargs="?", metavar="OP")
     parser.add_argument("--impl", metavar="NAME", help="only this implementation; default: all but the reference")
     parser.add_argument(

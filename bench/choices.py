@@ -16,7 +16,7 @@ from vila_triton.registry import OPS, describe_available
 from vila_triton.registry.kernel_config import configured_choices
 from vila_triton.registry.size_ranges import implementation_at
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .measure.cases import cases, op_names
 from .tuner.cost_model import GpuModel, known_gpus, predict_seconds
 
@@ -60,7 +60,9 @@ def prediction_lines(op: str, names: Sequence[str], case: str, sizes: Sequence[i
 
 @tool
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("op")
     parser.add_argument("--impl", nargs="+", default=[], help="default: all that declare the costs of a launch")
     parser.add_argument("--gpu", nargs="+", default=["H100"], help="of configs/bench/chips.toml; default: H100")

@@ -32,7 +32,7 @@ from vila_triton.paths import config_dir
 from vila_triton.registry import OPS
 from vila_triton.registry.interpreter import uses_triton_kernels
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .compiler.cross_compile import CompileRequest, compile_request, load_implementations, run_in_subprocesses
 from .compiler.gpus import DEFAULT_TARGETS, TARGETS
 from .compiler.inspect_text import format_table
@@ -110,11 +110,11 @@ def build_requests(args: argparse.Namespace) -> Iterator[CompileRequest]:
 
 def run_sweep(args: argparse.Namespace) -> int:
     """Compiles, prints and writes; returns 1 if a kernel has a fault."""
-    load_implementations(args.kernels, peers=False)
+    load_implementations(args.replace_kernels, peers=False)
     if not (requests := list(build_requests(args))):
         raise ValueError("no implementation and sizes are left to compile; see --impl and --size")
     rows: list[dict[str, Any]] = []
-    for i, call_rows in enumerate(run_in_subprocesses(compile_rows, requests, args.workers, args.kernels), 1):
+    for i, call_rows in enumerate(run_in_subprocesses(compile_rows, requests, args.workers, args.replace_kernels), 1):
         print_progress(f"{i} of {len(requests)} compiled")
         rows += call_rows
         if args.csv:
@@ -139,12 +139,14 @@ def append_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 @tool
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("op", nargs="*", help="default: all that configs/bench/compile_sweep.toml names")
     parser.add_argument("--impl", nargs="+", help="default: all of kernels/ that launch a Triton kernel")
     parser.add_argument("--arch", default=",".join(DEFAULT_TARGETS), help="default: %(default)s")
     parser.add_argument("--size", nargs="+", default=[], metavar="NAME=VALUE,...", help="only these of the sizes")
-    parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
+    parser.add_argument("--replace-kernels", metavar="FOLDER", help="take these implementations, not those of kernels/")
     parser.add_argument("--workers", type=COUNT, default=2)
     parser.add_argument("--csv", type=Path, help="append the lines to this file")
     args = parser.parse_args()

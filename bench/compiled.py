@@ -23,7 +23,7 @@ from vila_triton.limits import COUNT
 from vila_triton.registry import OPS
 from vila_triton.registry.interpreter import uses_triton_kernels
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .compiler.cross_compile import (
     CompileRequest,
     compile_request,
@@ -102,19 +102,21 @@ def find_requests(
 
 @tool
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=DEFAULT_TARGETS)
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "float16", "bfloat16"), default=["float16"])
     parser.add_argument("--only", nargs="*", default=[], help="op-impl-config")
-    parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
+    parser.add_argument("--replace-kernels", metavar="FOLDER", help="take these implementations, not those of kernels/")
     parser.add_argument("--workers", type=COUNT, default=2)
     args = parser.parse_args()
-    load_implementations(args.kernels, peers=False)
+    load_implementations(args.replace_kernels, peers=False)
     requests = find_requests(args.only, args.targets, args.dtypes)
     wrong = False
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TRITON_CACHE_DIR", folder)
-        results = run_in_subprocesses(check_compiled, list(requests.values()), args.workers, args.kernels)
+        results = run_in_subprocesses(check_compiled, list(requests.values()), args.workers, args.replace_kernels)
         for (call, target, dtype), kernels in zip(requests, results):
             for row in kernels:
                 print(json.dumps({"call": call, "target": target, "dtype": dtype, **row}))

@@ -21,14 +21,14 @@ from vila_triton.limits import COUNT
 from vila_triton.registry import OPS, describe_available, discover
 from vila_triton.registry.interpreter import uses_triton_kernels
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .compiler.cross_compile import run_in_subprocesses
 from .correctness.compiled_cell import Cell, check_cell
 from .correctness.compiled_table import table
 from .emulator.compile import EMULATED_TARGETS
 from .measure import rows
 
-FOLDER = rows.ROOT / ".cache" / "compiled_check"
+FOLDER = rows.CACHE / "compiled_check"
 DEFAULT_TARGETS = ("sm_80", "sm_90")
 
 
@@ -69,7 +69,9 @@ def select(cells: Sequence[Cell], words: Sequence[str]) -> list[Cell]:
 
 @tool
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("ops", nargs="*", metavar="OP", help="only these, or OP-IMPL; default: all")
     parser.add_argument(
         "--targets", nargs="+", choices=EMULATED_TARGETS, default=DEFAULT_TARGETS, help="default: sm_80 and sm_90"

@@ -21,7 +21,7 @@ from vila_triton.console import print_progress
 from vila_triton.limits import COUNT
 from vila_triton.registry import OPS
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .measure import decode_step, launch_work, model_configs, rows, step_cost, token_time
 from .standin.device import WAITING
 
@@ -126,7 +126,9 @@ def budget(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 @tool
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("--model", default="llama3-vila1.5-8b", help="a name of configs/models, or a .toml file")
     parser.add_argument("--layers", type=COUNT, help="only so many of the language model's")
     parser.add_argument("--weights", choices=GROUPS, default="int4")

@@ -28,7 +28,7 @@ from vila_triton.registry import OPS, Impl, describe_available
 from vila_triton.registry.interpreter import uses_triton_kernels
 from vila_triton.registry.search_space import Config
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .compiler.cross_compile import CompileRequest, load_implementations, run_in_subprocesses
 from .compiler.inspect_text import format_sizes
 from .emulator.compile import EMULATED_TARGETS
@@ -124,7 +124,7 @@ def table_requests(ops: Sequence[str], targets: Sequence[str]) -> list[CompileRe
 def write_table(args: argparse.Namespace) -> int:
     """Emulates all that the table holds and writes it; returns 1 if a kernel could not be emulated."""
     requests = table_requests([args.op] if args.op else list(OPS), args.target)
-    calls = emulate_calls(requests, "emulate.toml", args.workers, args.kernels)
+    calls = emulate_calls(requests, "emulate.toml", args.workers, args.replace_kernels)
     stamp = rows.stamp(torch.device("cpu"))
     args.table.parent.mkdir(parents=True, exist_ok=True)
     args.table.write_text("\n".join(counters_table(calls, stamp)) + "\n")
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
             old = emulate_calls(requests, case, args.workers, kernels, args.against)
     elif args.against:
         raise ValueError(f"--against {args.against}: {args.op} has no such implementation, nor is it a commit")
-    calls = iter(emulate_calls([*baseline, *requests], case, args.workers, args.kernels))
+    calls = iter(emulate_calls([*baseline, *requests], case, args.workers, args.replace_kernels))
     old += islice(calls, len(baseline))
     new = list(calls)
     print(f"{args.op} at {case} sizes: {format_sizes([x.request.sizes for x in new])}")
@@ -173,7 +173,9 @@ def run(args: argparse.Namespace) -> int:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("op", nargs="?")
     parser.add_argument("--impl", nargs="+", help="default: all of kernels/ that launch a Triton kernel")
     parser.add_argument(
@@ -184,7 +186,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", nargs="+", default=[], metavar="NAME=VALUE", help="other sizes, dtype among them")
     parser.add_argument("--against", metavar="COMMIT|IMPL")
     parser.add_argument("--lines", type=COUNT, default=12, help="source lines of each kernel to show; default: 12")
-    parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
+    parser.add_argument("--replace-kernels", metavar="FOLDER", help="take these implementations, not those of kernels/")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a plot, as .png and .svg")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write a table of all configs, as Markdown")
@@ -193,7 +195,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not args.op and not args.table:
         parser.error("name an OP, or a --table to write")
     if args.table and (args.impl or args.case or args.size or args.against or args.plot):
-        parser.error("--table takes OP, --target, --json, --kernels and --workers only")
+        parser.error("--table takes OP, --target, --json, --kernels, --replace-kernels and --workers only")
     args.target = args.target or (TABLE_TARGETS if args.table else ["sm_90"])
     return args
 
@@ -201,7 +203,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 @tool
 def main() -> int:
     args = parse_arguments()
-    load_implementations(args.kernels, peers=False)
+    load_implementations(args.replace_kernels, peers=False)
     if args.op and args.op not in OPS:
         raise ValueError(f"no op {args.op!r}; there are: {', '.join(OPS)}")
     return write_table(args) if args.table else run(args)

@@ -34,7 +34,7 @@ from vila_triton.registry import OPS, Op, describe_available
 from vila_triton.registry.interpreter import uses_triton_kernels
 from vila_triton.registry.target_configs import describe_choice
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .compiler import inspect_peer
 from .compiler.cross_compile import CompileRequest, compile_request, load_implementations, run_in_subprocesses
 from .compiler.gpus import TARGETS
@@ -191,13 +191,13 @@ def find_implementations(args: argparse.Namespace) -> dict[str, str] | None:
     """
     if args.op not in op_names():
         raise ValueError(f"no op {args.op!r}; there are: {', '.join(OPS)}")
-    load_implementations(args.kernels, peers=False)
+    load_implementations(args.replace_kernels, peers=False)
     impls = OPS[args.op].impls
     requested = {*(args.impl or []), *([args.against] if args.against and not is_commit(args.against) else [])}
     peer = compile_spec(OPS[args.op], "", {}).peer if not (args.against or args.asm) else None
     if requested <= impls.keys() and not peer:
         return None
-    unusable = load_implementations(args.kernels, peers=True)
+    unusable = load_implementations(args.replace_kernels, peers=True)
     for name in sorted(requested - impls.keys()):
         why = f" ({unusable[name]})" if name in unusable else ""
         or_commit = ", nor is it a commit" if name == args.against else ""
@@ -223,7 +223,9 @@ def run(args: argparse.Namespace) -> int:
             requests = requests_in_commit(requests, kernels, args.against)
             old = compile_and_analyze(requests, case, kernels, peers, args.against)
     peer_requests = inspect_peer.peer_requests(requests) if peers and not (args.against or args.asm) else {}
-    inspected = iter(compile_and_analyze([*baseline, *requests, *peer_requests.values()], case, args.kernels, peers))
+    inspected = iter(
+        compile_and_analyze([*baseline, *requests, *peer_requests.values()], case, args.replace_kernels, peers)
+    )
     old += islice(inspected, len(baseline))
     new = list(islice(inspected, len(requests)))
     inspected_peers = list(inspected)
@@ -250,14 +252,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def is_commit(name: str) -> bool:
-    """Returns whether a name is that of a commit."""
+    """Returns whether a name is that of a commit of this repository."""
     command = ["git", "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"]
-    return not subprocess.run(command, cwd=rows.ROOT, capture_output=True).returncode
+    return (rows.ROOT / ".git").exists() and not subprocess.run(command, cwd=rows.ROOT, capture_output=True).returncode
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("op")
     parser.add_argument("--impl", nargs="+", help="default: all of kernels/ that launch a Triton kernel")
     parser.add_argument("--config", nargs="+", type=COUNT_OR_ZERO, help="numbers of configs; default: all")
@@ -266,7 +270,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", nargs="+", default=[], metavar="NAME=VALUE", help="other sizes, dtype among them")
     parser.add_argument("--against", metavar="COMMIT|IMPL")
     parser.add_argument("--asm", nargs="?", const="loop", metavar="loop|all|LINE")
-    parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
+    parser.add_argument("--replace-kernels", metavar="FOLDER", help="take these implementations, not those of kernels/")
     parser.add_argument("--json", type=Path, help="append the rows to this file")
     parser.add_argument("--out", type=Path, help="a plot, as .png and .svg")
     args = parser.parse_args(argv)

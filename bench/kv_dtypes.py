@@ -22,7 +22,7 @@ from vila_triton.models.config import LlamaConfig
 from vila_triton.paths import BUNDLED_CHECKPOINT
 
 from . import shadow
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .measure import model_configs, rows
 from .measure.prompts import Prompt, bundled_prompts
 
@@ -56,7 +56,9 @@ def logits_error(chat_model: ChatModel, kv_dtype: str, prompts: Sequence[Prompt]
 
 @tool
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("--folder", type=Path, default=BUNDLED_CHECKPOINT, help="a VILA folder to measure the error on")
     parser.add_argument("--count", type=COUNT_OR_ZERO, default=20, help="questions; 0: bytes only")
     parser.add_argument("--steps", type=COUNT, default=32, help="tokens of an answer at most")

@@ -45,7 +45,7 @@ def smallest_model(min_bytes: float, group_size: int | None) -> dict[str, Any]:
 def measure_loading(folder: Path, dtype: str, device: str) -> tuple[int, int]:
     """Loads a folder in a fresh process; returns the peak bytes of loading and the bytes of the parameters."""
     command = [sys.executable, "-m", "bench.measure.load_once", str(folder), dtype, device]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=rows.ROOT)
+    process = subprocess.run(command, capture_output=True, text=True, cwd=rows.CHILD_FOLDER)
     if process.returncode:
         raise RuntimeError(process.stderr.strip().splitlines()[-1])
     peak, param_bytes = map(int, process.stdout.split())

@@ -37,7 +37,7 @@ from vila_triton.paths import config_dir
 from vila_triton.registry import validate_choices
 
 from . import roofline
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .correctness.failure_report import refusal_reason, release_memory
 from .measure import model_configs, rows, step_cost
 from .measure.model_steps import ModelStep, plan_steps, random_tokens, time_runners, try_peak_bytes
@@ -199,7 +199,7 @@ def time_models(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     longest = max(step.cached_tokens + step.new_tokens for step in planned_steps)
     if longest > config.llm.max_position_embeddings:
         raise ValueError(f"{longest} tokens, but {config.name} was made for {config.llm.max_position_embeddings}")
-    for choice in args.kernels:
+    for choice in args.choice:
         validate_choices(parse_kernel_choices(choice))
     peaks, stamp = measure_peaks(device, ()), rows.stamp(device)
     print(f"{config.name}, {config.llm.num_hidden_layers} layers, {stamp['device']}, {peaks.bandwidth / 1e9:.1f} GB/s")
@@ -222,7 +222,7 @@ def time_models(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
             continue
         runners += [
             VilaTritonRunner(model, choice)
-            for choice in args.kernels
+            for choice in args.choice
             if weights == "int4" or applies_without_int4(choice)
         ]
         if args.baseline == "hf":
@@ -265,13 +265,14 @@ def time_models(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line of `python -m bench.model`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("--model", default="vila1.5-3b", help="a name of configs/models, or a .toml file")
     parser.add_argument("--layers", type=COUNT, help="only so many of the language model's")
     parser.add_argument("--weights", default="float32,int4", help=f"of {', '.join(WEIGHTS)}, with commas")
     help_text = "default, reference or OP=NAME,OP=NAME; may be repeated"
-    kernels = parser.add_argument("--kernels", action="append", default=[], metavar="CHOICE", help=help_text)
-    parser.add_argument("--choice", action=OldOption, new=kernels)
+    parser.add_argument("--choice", action="append", default=[], metavar="CHOICE", help=help_text)
     parser.add_argument("--prompts", type=parse_lengths, default=[128, 512], help="lengths, with commas")
     parser.add_argument(
         "--histories", type=parse_lengths, default=[16, 64, 256], help="cached tokens before a question"
@@ -297,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ignored := [f"--{name}" for name in changed if name not in ("predict", "model")]:
             parser().error(f"--predict takes --model and nothing else, not {', '.join(ignored)}")
         return roofline.main(["--gpu", args.predict, "--model", args.model])
-    args.kernels = args.kernels or ["default"]
+    args.choice = args.choice or ["default"]
     with contextlib.ExitStack() as closing:  # ends the processes of runners
         return time_models(args, closing)
 

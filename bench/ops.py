@@ -37,7 +37,7 @@ from vila_triton.registry.size_ranges import implementation_at
 from vila_triton.registry.target_configs import current_target
 from vila_triton.registry.tuned_tables import default_choices_for, gpu_name, tuned_config_at
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .correctness.failure_report import refusal_reason, release_memory
 from .correctness.gate import case_error_gate, gate
 from .measure import rows
@@ -208,7 +208,9 @@ def select_cases(ops: Sequence[str], case_name: str | None, dtype: str, device: 
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line of `python -m bench.ops`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all")
     parser.add_argument("--impl", action="append", default=[], help="only this implementation (may be repeated)")
     parser.add_argument("--case", help="a name of configs/bench/OP.toml; default: all")

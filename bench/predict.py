@@ -21,7 +21,7 @@ from vila_triton.registry import OPS, REFERENCE, Impl
 from vila_triton.registry.kernel_config import configured_choices
 from vila_triton.registry.size_ranges import implementation_at
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .compiler.cross_compile import meta_arguments
 from .compiler.inspect_text import format_table
 from .measure import launch_work, token_time
@@ -85,7 +85,9 @@ def tables(op: str, case_name: str | None, gpu_names: Sequence[str]) -> Iterator
 
 @tool
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("op", help="an op of which configs/bench has cases")
     parser.add_argument("--case", help="a table of configs/bench/OP.toml")
     parser.add_argument("--gpu", nargs="+", choices=token_time.known_names(), default=["H100"])

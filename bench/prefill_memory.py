@@ -25,7 +25,7 @@ from vila_triton.ops import page_tensors
 from vila_triton.registry import use
 from vila_triton.tiny.config import CONFIG
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .measure import rows
 from .measure.peak_memory import PeakMemory
 
@@ -44,7 +44,9 @@ def measure_prefill(p: vila.Vila, cfg: VilaConfig, length: int, chunk: int, devi
 
 @tool
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("--lengths", type=COUNT, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--chunks", type=COUNT_OR_ZERO, nargs="+", default=[0, 128], help="0 is one pass")
     parser.add_argument("--layers", type=COUNT, default=CONFIG.llm.num_hidden_layers)

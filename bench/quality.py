@@ -35,7 +35,7 @@ from vila_triton.quantization.activations import CalibrationTokens
 from vila_triton.quantization.calibration_data import Sample, build_calibration_set, synthetic_samples
 from vila_triton.tiny.evaluate import SUPPORTED_KINDS, build_questions
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .measure import rows, smollm2
 
 NUM_QUESTIONS = 400  # about held-out scenes, of all kinds
@@ -214,7 +214,9 @@ def quality_rows(
 
 @tool
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument(
         "--model", nargs="+", choices=("bundled", "outliers", "smollm2"), default=["bundled", "outliers"]
     )

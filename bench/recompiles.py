@@ -23,7 +23,7 @@ from vila_triton.paths import config_dir
 from vila_triton.registry import OPS, Op, Unsupported
 from vila_triton.registry.interpreter import uses_triton_kernels
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .compiler.cross_compile import intercept_launches, load_implementations, run_in_subprocesses
 from .measure.cases import size_combinations
 
@@ -166,12 +166,14 @@ def check_ops(ops: Sequence[str], folder: str | None, workers: int = 2) -> list[
 
 @tool
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all")
-    parser.add_argument("--kernels", metavar="FOLDER", help="take the implementations from here, not from kernels/")
+    parser.add_argument("--replace-kernels", metavar="FOLDER", help="take these implementations, not those of kernels/")
     parser.add_argument("--workers", type=COUNT, default=2)
     args = parser.parse_args()
-    too_many = check_ops(args.ops, args.kernels, args.workers)
+    too_many = check_ops(args.ops, args.replace_kernels, args.workers)
     for line in too_many:
         print(f"bench.recompiles: {line}", file=sys.stderr)
     return int(bool(too_many))

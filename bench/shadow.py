@@ -34,7 +34,7 @@ from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import OPS, Impl, count_calls, use, validate_choices
 from vila_triton.registry.interpreter import uses_triton_kernels
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .correctness import repro_bundle
 from .correctness.compiled_calls import RUNS_COMPILED, compiled_for, repeat_compiled
 from .correctness.error_budget import DEVICE
@@ -196,7 +196,9 @@ def save_worst_call(recorder: ShadowRecorder, file: Path) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options of the command line of `python -m bench.shadow`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("--op", required=True)
     parser.add_argument("--impl", required=True, help="the candidate")
     parser.add_argument(
@@ -235,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         filter_text = f" in a layer named like {', '.join(args.layers)}" if args.layers else ""
         advice = ""
         if args.op.endswith("_backward"):
-            advice = f"; whether a model's gradients notice: bench.training --kernels {args.op}={args.impl}"
+            advice = f"; whether a model's gradients notice: bench.training --choice {args.op}={args.impl}"
         raise ValueError(f"{folder.name} makes no call of {args.op}{filter_text} on these prompts{advice}")
     mode = "interpreted (no GPU)" if DEVICE == "cpu" else "compiled"
     if args.compiled:

@@ -61,7 +61,7 @@ def run_step(step: SuiteStep, limit: float, log: Path) -> Outcome:
         file.flush()
         process = subprocess.Popen(
             [*PYTHON_COMMAND, *argv],
-            cwd=rows.ROOT,
+            cwd=rows.CHILD_FOLDER,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=file,

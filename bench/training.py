@@ -33,7 +33,7 @@ from vila_triton.limits import COUNT
 from vila_triton.models.config import LlamaConfig
 from vila_triton.registry import REFERENCE, validate_choices
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .measure import model_configs, rows
 from .measure.model_steps import synchronized_time
 from .measure.runners import HF, parse_kernel_choices
@@ -168,12 +168,14 @@ def kept_lines(row: Mapping[str, Any]) -> Iterator[str]:
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line of `python -m bench.training`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("--model", default="vila1.5-3b", help="a name of configs/models, or a .toml file")
     parser.add_argument("--layers", type=COUNT, help="only so many of the language model's")
     parser.add_argument("--weights", default="float32", help=f"of {', '.join(WEIGHTS)}, with commas")
     help_text = "default, reference or OP=NAME,OP=NAME; may be repeated"
-    parser.add_argument("--kernels", action="append", default=[], metavar="CHOICE", help=help_text)
+    parser.add_argument("--choice", action="append", default=[], metavar="CHOICE", help=help_text)
     parser.add_argument("--batch", type=COUNT, default=1)
     parser.add_argument("--tokens", type=COUNT, default=512, help="of each sequence")
     parser.add_argument("--baseline", choices=("hf", "none"), default="hf", help=HF)
@@ -191,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for given, known in ((args.weights, WEIGHTS), (args.measure, MEASURES)):
         if unknown := ", ".join(x for x in given.split(",") if x not in known):
             raise ValueError(f"no {unknown}; there are: {', '.join(known)}")
-    names = args.kernels or ["default"]
+    names = args.choice or ["default"]
     for name in names:
         validate_choices(parse_kernel_choices(name))
     names += [HF] if args.baseline == "hf" else []

@@ -33,8 +33,9 @@ from vila_triton.console import print_progress
 from vila_triton.limits import COUNT, POSITIVE, Limits
 from vila_triton.registry import OPS, Impl, describe_available, tuned_tables
 from vila_triton.registry.interpreter import uses_triton_kernels
+from vila_triton.registry.sources import kernel_paths, source_of
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .measure import rows
 from .measure.cases import cases, op_names
 from .tuner import cost_model, table
@@ -171,7 +172,8 @@ def tune_impl(impl: Impl, args: argparse.Namespace, workers: Workers | None, dea
         reasons = Counter(row["reason"] for row in tune_rows if row["status"] == status and row["reason"])
         most_frequent = "".join(f"; most often: {reason} ({n})" for reason, n in reasons.most_common(1))
         print(f"  {status:9}{count:6} candidates x sizes{most_frequent}")
-    entry = table.build_entry(fingerprint, tune_rows, OPS[impl.op].dynamic_sizes)
+    labels = {**fingerprint, "source": source_of(impl)}
+    entry = table.build_entry(labels, tune_rows, OPS[impl.op].dynamic_sizes)
     if entry is None:
         print("nothing was timed, so there is no table")
     else:
@@ -220,9 +222,9 @@ def stale_entries(folder: Path) -> Iterator[str]:
             yield f"{file.name}: was made on {tuned_table['device']}"
         for entry in tuned_table["entries"]:
             impl = OPS[entry["op"]].impls.get(entry["impl"]) if entry["op"] in OPS else None
-            reasons = (
-                list(tuned_tables.stale_reasons(entry, impl).values()) if impl else ["there is no such implementation"]
-            )
+            missing = tuned_tables.missing_kernels(tuned_table, entry["op"]).get(entry["impl"])
+            unknown = f"it is {missing}" if missing else "there is no such implementation"
+            reasons = list(tuned_tables.stale_reasons(entry, impl).values()) if impl else [unknown]
             if reasons:
                 yield f"{file.name}: {entry['op']} {entry['impl']}: {'; '.join(reasons)}"
         for op in tuned_table["choices"]:
@@ -234,7 +236,9 @@ def stale_entries(folder: Path) -> Iterator[str]:
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line of `python -m bench.tune`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all with something to tune")
     parser.add_argument("--impl", nargs="+", help="only these implementations")
     parser.add_argument("--case", help="a name of configs/bench/OP.toml; default: all")
@@ -281,7 +285,7 @@ def main() -> int:
             return 1 if stale_lines else 0
         impls = keep_timeable(impls, args)
         if not args.report:
-            workers = RayCluster(args.ray, args.workers) if args.ray else ProcessPool(args.workers)
+            workers = RayCluster(args.ray, args.workers) if args.ray else ProcessPool(args.workers, kernel_paths())
         timed = False
         for i, impl in enumerate(impls):
             start = time.monotonic()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import note_new_spelling
-from .paths import BUNDLED_CHECKPOINT, data_dir
+from .paths import BUNDLED_CHECKPOINT
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 KV_DTYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 NUMERICS = ("fast", "batch_invariant")
 DTYPES = ("float16", "bfloat16", "float32")
+KERNELS_HELP = "a .py file with kernels of your own, or a folder of them, which is run; may be repeated"
 
 
 class OldOption(argparse.Action):
@@ -52,7 +53,7 @@ def add_command(commands: Any, name: str, summary: str, details: str = "", **kwa
 
 
 def kernel_arguments(with_emulate: bool = False) -> argparse.ArgumentParser:
-    """Return a parent parser with --device and --set, and --emulate for commands that run a model.
+    """Return a parent parser with --device, --kernels and --set, and --emulate for commands that run a model.
 
     `resolve_device_and_kernels` reads them.
     """
@@ -64,6 +65,7 @@ def kernel_arguments(with_emulate: bool = False) -> argparse.ArgumentParser:
             "an emulated GPU, as sm_80 or sm_90: its kernels, as compiled for it, run on the CPU; minutes an answer"
         )
         group.add_argument("--emulate", metavar="TARGET", help=emulate)
+    add_kernels_argument(group)
     group.add_argument(
         "--set",
         action="append",
@@ -72,6 +74,19 @@ def kernel_arguments(with_emulate: bool = False) -> argparse.ArgumentParser:
         help="run this implementation of an op; kernels.*=NAME for every op that has one of that name",
     )
     return parser
+
+
+def add_kernels_argument(parser: argparse._ActionsContainer) -> None:
+    """Add --kernels, which `discover_kernels` reads."""
+    parser.add_argument("--kernels", action="append", default=[], metavar="PATH", help=KERNELS_HELP)
+
+
+def discover_kernels(args: argparse.Namespace) -> None:
+    """Make the kernels of --kernels known. Errors: what `registry.discover` raises."""
+    if args.kernels:
+        from .registry import discover
+
+        discover(*args.kernels)
 
 
 def model_arguments() -> argparse.ArgumentParser:
@@ -106,14 +121,8 @@ def parse_kernel_settings(settings: list[str]) -> dict[str, str]:
 def emulate_gpu(target: str) -> None:
     """Make cuda a GPU that is emulated, for the rest of the process; before triton is first imported.
 
-    The emulator is no part of the package: it lies beside it in the repository, in bench.
-    Errors: ValueError for a target that it does not know, or if the repository is not here.
+    Errors: ValueError for a target that the emulator, which lies in bench, does not know.
     """
-    try:
-        repository = data_dir("bench/standin").parents[1]
-    except StopIteration:
-        raise ValueError(f"--emulate {target}: the emulator is bench in this project's repository, not here") from None
-    sys.path.insert(0, str(repository))
     import_module("bench.standin").activate(target)
 
 
@@ -124,9 +133,9 @@ def emulated_gpu() -> str | None:
 
 
 def resolve_device_and_kernels(args: argparse.Namespace) -> tuple["torch.device", dict[str, str]]:
-    """Return the device of --device or --emulate and the implementations of --set.
+    """Return the device of --device or --emulate and the implementations of --set, once --kernels are discovered.
 
-    Errors: ValueError for what does not exist.
+    Errors: ValueError for what does not exist, and what `registry.discover` raises.
     """
     if args.emulate:
         if args.device not in (None, "cuda"):
@@ -138,4 +147,5 @@ def resolve_device_and_kernels(args: argparse.Namespace) -> tuple["torch.device"
     if device.type == "cpu" and args.set:
         # Must be set before triton is first imported; the line under an answer says that kernels ran interpreted.
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    discover_kernels(args)
     return device, parse_kernel_settings(args.set)

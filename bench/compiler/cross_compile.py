@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from vila_triton import kernels as kernels_package
 from vila_triton.registry import OPS, Impl, Unsupported, describe_available, discover
+from vila_triton.registry.sources import kernel_paths
 
 from .gpus import TARGETS
 
@@ -147,13 +148,17 @@ def compile_request(analyze: Callable[[Any], Result], request: CompileRequest) -
     return CompileResult(config, [analyze(kernel) for kernel in launched])
 
 
-def load_implementations(folder: str | None, peers: bool) -> dict[str, str]:
-    """Registers the implementations of `folder`, or of kernels/ if there is none, and with `peers` those of other
-    libraries. Returns {library: reason} of those libraries that cannot be used here.
+def load_implementations(folder: str | None, peers: bool, paths: Sequence[str] = ()) -> dict[str, str]:
+    """Registers the implementations of `folder`, or of kernels/ if there is none, those of `paths`, and with `peers`
+    those of other libraries. Returns {library: reason} of those libraries that cannot be used here.
+
+    Errors: ValueError for a folder beside paths, which were discovered with kernels/.
     """
     if folder:
+        if kernel_paths():
+            raise ValueError("--kernels adds to kernels/, and --replace-kernels takes others: expected one of the two")
         kernels_package.__path__[:] = [folder]
-    discover()
+    discover(*paths)
     if not peers:
         return {}
     from ..peers import discover_peers
@@ -173,7 +178,7 @@ def run_in_subprocesses(
     """
     interpret = os.environ.pop("TRITON_INTERPRET", None)  # a process inherits what is set as it starts
     other_children = set(active_children())
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), load_implementations, (folder, peers))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), load_implementations, (folder, peers, kernel_paths()))
     try:
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited as well
         try:

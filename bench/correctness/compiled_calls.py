@@ -43,7 +43,7 @@ def repeat_compiled(module: str, words: Sequence[str], target: str) -> int:
 
     Returns its exit code.
     """
-    paths = [str(rows.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [*([str(rows.ROOT)] if rows.IN_CHECKOUT else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
     env.pop("TRITON_INTERPRET", None)
     return subprocess.run([sys.executable, "-m", module, *words, "--compiled", target], env=env).returncode

@@ -45,10 +45,11 @@ from vila_triton.registry.interpreter import uses_triton_kernels
 from vila_triton.registry.kernel_config import PHASES, configured_choices
 from vila_triton.registry.search_space import Config
 from vila_triton.registry.size_ranges import implementation_names
+from vila_triton.registry.sources import kernel_paths
 from vila_triton.registry.target_configs import current_target
 
 from .. import standin
-from .._tool import tool
+from .._tool import kernels_option, tool
 from ..measure import rows
 from .error_budget import DEVICE, UNSUPPORTED_DTYPES, shared_example
 from .failure_report import format_settings
@@ -187,8 +188,8 @@ class Worker:
     def __init__(self) -> None:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the object)
         self.process = subprocess.Popen(
-            [*PYTHON_COMMAND, "bench.correctness", "--work"],
-            cwd=rows.ROOT,
+            [*PYTHON_COMMAND, "bench.correctness", "--work", *(f"--kernels={path}" for path in kernel_paths())],
+            cwd=rows.CHILD_FOLDER,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -307,7 +308,9 @@ def check_items(chosen: Sequence[Item], processes: int, seconds: float, out: Pat
 
 @tool
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("--op", action="append", default=[], help="only this op (may be repeated)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only items whose line holds this text")
     parser.add_argument("--processes", type=COUNT, default=os.cpu_count(), help="at a time (default: %(default)s)")

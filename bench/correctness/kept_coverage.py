@@ -20,7 +20,7 @@ from ..measure import rows
 from .error_budget import DEVICE, INTERPRETED
 from .tiles import Edge, TileCoverage
 
-FOLDER = rows.ROOT / ".cache" / "check"
+FOLDER = rows.CACHE / "check"
 
 
 def coverage_file(impl: Impl, config: Mapping[str, Any], target: str | None = None) -> Path:

@@ -22,8 +22,12 @@ from vila_triton.files.file_locks import exclusive_lock
 from vila_triton.files.reading import require_file
 
 ROOT = Path(__file__).resolve().parents[2]
+IN_CHECKOUT = (ROOT / "pyproject.toml").exists()  # else bench is installed, and ROOT the folder of packages
+CHILD_FOLDER = ROOT if IN_CHECKOUT else None  # to start `python -m bench.COMMAND` in; None: where this process is
+USER_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+CACHE = ROOT / ".cache" if IN_CHECKOUT else USER_CACHE / "vila-triton"  # of what makes the next run of a command better
 STAMP = ("device", "torch", "triton", "python", "commit", "date")  # where and when a row was measured
-RESULTS = ROOT / "bench" / "results"
+RESULTS = ROOT / "bench" / "results" if IN_CHECKOUT else Path("results")
 RENAMED_METHODS = {"upstream": "llm-awq", "ours": "awq-gptq"}  # of bench.quality
 WRITTEN_FILES: dict[Path, None] = {}  # the files this process wrote rows to, for who interrupts it
 
@@ -46,6 +50,8 @@ def cpu_info() -> list[str]:
 @lru_cache
 def commit() -> str:
     """Returns the commit checked out, with a + if tracked files differ from it; "unknown" outside a checkout."""
+    if not (ROOT / ".git").exists():  # git would look for one further up, that of another project
+        return "unknown"
     try:
         head, changed = (
             subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

@@ -8,7 +8,9 @@ from math import inf
 
 import torch
 
-from ..measure.rows import ROOT
+from vila_triton.registry.sources import kernel_paths
+
+from ..measure import rows
 from .jobs import Answer, Job
 from .workers import ProcessPool
 
@@ -21,17 +23,20 @@ GPUS_PER_TASK = {"compile": 0, "emulate": 0, "gate": 0.25, "time": 1}  # a task 
 _processes: dict[str, ProcessPool] = {}  # of a worker, by the GPUs it was given
 
 
-def run_jobs(stage: str, jobs: Sequence[Job]) -> list[Answer]:
-    """Does the jobs of one task in a process of the worker, one per stage, which the next task finds again."""
-    processes = _processes.setdefault(os.environ.get("CUDA_VISIBLE_DEVICES", ""), ProcessPool(1))
+def run_jobs(stage: str, jobs: Sequence[Job], paths: Sequence[str] = ()) -> list[Answer]:
+    """Does the jobs of one task in a process of the worker, one per stage, which the next task finds again.
+
+    paths: absolute ones of kernels, on every machine of the cluster.
+    """
+    processes = _processes.setdefault(os.environ.get("CUDA_VISIBLE_DEVICES", ""), ProcessPool(1, paths))
     return [processes.run_job(stage, job) for job in jobs]
 
 
 class RayCluster:
     """Tasks of a few jobs each. Ray gives a task to another worker if its own dies.
 
-    address: that of a running cluster whose GPUs, if any, are like the one here, to which this checkout is sent; or
-    "local" to start a cluster of `count` workers. Errors: ValueError if Ray is not installed or does not reach the
+    address: that of a running cluster whose GPUs, if any, are like the one here, to which this checkout is sent (an
+    installed package must be installed there, too); or "local" to start a cluster of `count` workers. Errors: ValueError if Ray is not installed or does not reach the
     cluster.
     """
 
@@ -41,11 +46,11 @@ class RayCluster:
         except ModuleNotFoundError:
             raise ValueError("--ray: Ray is not installed; pip install ray") from None
         if address == "local":
-            path = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+            path = {"env_vars": {"PYTHONPATH": str(rows.ROOT)}} if rows.IN_CHECKOUT else {}
             start = {"num_cpus": count, "include_dashboard": False, "runtime_env": path, "_system_config": RAY_CONFIG}
         else:
-            checkout = {"working_dir": str(ROOT), "excludes": [".git", "bench/results", "*.safetensors"]}
-            start = {"address": address, "runtime_env": checkout}
+            checkout = {"working_dir": str(rows.ROOT), "excludes": [".git", "bench/results", "*.safetensors"]}
+            start = {"address": address, "runtime_env": checkout if rows.IN_CHECKOUT else {}}
         try:
             self.ray.init(**start, log_to_driver=False, logging_level="error")
         except ConnectionError as error:
@@ -57,7 +62,7 @@ class RayCluster:
         gpus = GPUS_PER_TASK[stage] if torch.cuda.is_available() else 0
         task = self.task.options(num_gpus=gpus)
         batches = [range(i, min(i + BATCH, len(jobs))) for i in range(0, len(jobs), BATCH)]
-        running = {task.remote(stage, [jobs[i] for i in batch]): batch for batch in batches}
+        running = {task.remote(stage, [jobs[i] for i in batch], kernel_paths()): batch for batch in batches}
         while running:
             left = None if deadline == inf else max(0.0, deadline - time.monotonic())
             ready, _ = self.ray.wait(list(running), timeout=left)
@@ -73,7 +78,7 @@ class RayCluster:
                 if len(batch) == 1:
                     yield batch[0], {"reason": f"its process died {RETRIES + 1} times"}
                 else:  # a job of the batch kills its worker; which one, shows when each is a task
-                    running |= {task.remote(stage, [jobs[i]]): range(i, i + 1) for i in batch}
+                    running |= {task.remote(stage, [jobs[i]], kernel_paths()): range(i, i + 1) for i in batch}
 
     def close(self) -> None:
         self.ray.shutdown()

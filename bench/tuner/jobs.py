@@ -7,7 +7,7 @@
     {"stage": "gate", ...}  -> {"reason": why its numbers are not those of the op, or None}
     {"stage": "time", ..., "budget": seconds}  -> {"seconds": ..., "again": ...} or {"reason": ...}
 
-`python -m bench.tuner.jobs` answers the jobs on its standard input, one per line, and ends when that is closed, in the
+`python -m bench.tuner.jobs [PATH ...]` discovers the kernels of the paths, answers the jobs on its standard input, one per line, and ends when that is closed, in the
 middle of a job if need be. Each stage has processes of its own: their environments differ, and a kernel that kills its
 process or its CUDA context does not end the search.
 """
@@ -163,6 +163,7 @@ def main() -> None:
     """Answers jobs from standard input until it is closed."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what kernels print is no answer
+    discover(*sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the search to handle
     jobs: SimpleQueue[str] = SimpleQueue()
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from math import inf
 from typing import Protocol
 
-from ..measure.rows import ROOT
+from ..measure import rows
 from .jobs import Answer, Job, command_prefix, stage_environment
 
 MAX_TRIES = 2  # for a job whose process dies
@@ -36,14 +36,14 @@ class Workers(Protocol):
 
 
 class Process:
-    """One `python -m bench.tuner.jobs`."""
+    """One `python -m bench.tuner.jobs`, which discovers the kernels of some paths."""
 
-    def __init__(self, stage: str):
+    def __init__(self, stage: str, paths: Sequence[str] = ()):
         self.abandoned = False  # ended on purpose, so that nobody waits for its answer
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the object)
         self.process = subprocess.Popen(
-            [*command_prefix(stage), "bench.tuner.jobs"],
-            cwd=ROOT,
+            [*command_prefix(stage), "bench.tuner.jobs", *paths],
+            cwd=rows.CHILD_FOLDER,
             env={**os.environ, **stage_environment(stage)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -72,10 +72,13 @@ class Process:
 
 
 class ProcessPool:
-    """`count` processes per stage, but one for times, so that it has the machine to itself."""
+    """`count` processes per stage, but one for times, so that it has the machine to itself.
 
-    def __init__(self, count: int):
-        self.num_workers = count
+    paths: absolute ones of kernels that they discover.
+    """
+
+    def __init__(self, count: int, paths: Sequence[str] = ()):
+        self.num_workers, self.paths = count, paths
         self.idle: dict[str, queue.SimpleQueue[Process]] = {}
         self.all: set[Process] = set()
         self.busy: set[Process] = set()
@@ -116,7 +119,7 @@ class ProcessPool:
             if self.closed:
                 return None
             idle = self.idle.setdefault(stage, queue.SimpleQueue())
-            process = Process(stage) if idle.empty() else idle.get()
+            process = Process(stage, self.paths) if idle.empty() else idle.get()
             self.all.add(process)
             self.busy.add(process)
             return process

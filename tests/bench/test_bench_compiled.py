@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def compiled(kernels: Path, call: str) -> tuple[int, list[dict[str, Any]]]:
     """The exit status and the rows of bench.compiled on the kernels of a folder."""
-    command = f"-m bench.compiled --targets sm_90 --only {call} --kernels {kernels} --workers 1"
+    command = f"-m bench.compiled --targets sm_90 --only {call} --replace-kernels {kernels} --workers 1"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, env=env, capture_output=True, text=True)
     assert not done.stderr, done.stderr

@@ -38,7 +38,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path
 
 
 def test_every_step_has_a_row_for_every_runner(run: Any) -> None:
-    code, out, _, rows = run("--weights", "float32,int4", "--kernels", "default", "--kernels", "int4_matmul=aten")
+    code, out, _, rows = run("--weights", "float32,int4", "--choice", "default", "--choice", "int4_matmul=aten")
     assert code == 0
     made = {(row["what"], row["weights"], row["choice"]) for row in rows}
     ours = [("float32", "default"), ("int4", "default"), ("int4", "int4_matmul=aten")]
@@ -83,7 +83,7 @@ def test_runner_with_wrong_logits_gets_no_time(run: Any, monkeypatch: pytest.Mon
     """A variant that is a little off is named and not timed; the others are, and the exit code says so."""
     planted = Impl("swiglu", "leaky", lambda gate, up: OPS["swiglu"].reference(gate, up) * 1.001, ({},), Path(__file__))
     monkeypatch.setitem(OPS["swiglu"].impls, "leaky", planted)
-    code, out, _, rows = run("--weights", "float32", "--kernels", "swiglu=leaky", "--kernels", "default")
+    code, out, _, rows = run("--weights", "float32", "--choice", "swiglu=leaky", "--choice", "default")
     assert code == 1 and "float32 swiglu=leaky: no time, the logits of a prefill are off by" in out
     assert {row["choice"] for row in rows if row["kind"] == "model"} == {"default", HF}
     (refused,) = [row for row in rows if row["kind"] == "refused"]
@@ -95,7 +95,7 @@ def test_unsupported_kernel_choice_is_reported(run: Any, monkeypatch: pytest.Mon
         raise Unsupported("rms_norm: not on Mondays")
 
     monkeypatch.setitem(OPS["rms_norm"].impls, "monday", Impl("rms_norm", "monday", refuse, ({},), Path(__file__)))
-    code, out, _, rows = run("--weights", "float32", "--kernels", "rms_norm=monday", "--baseline", "none")
+    code, out, _, rows = run("--weights", "float32", "--choice", "rms_norm=monday", "--baseline", "none")
     assert code == 1 and [row["kind"] for row in rows] == ["refused"]
     assert "no time, unsupported: rms_norm: not on Mondays" in out
 
@@ -229,8 +229,8 @@ def test_published_lines_are_context_only() -> None:
     [
         (["--model", "nope"], "no model 'nope'"),
         (["--weights", "int3"], "no weights int3; there are: float32"),
-        (["--kernels", "rope=fast"], "there are: reference"),
-        (["--kernels", "fast"], "expected kernels.OP=NAME"),
+        (["--choice", "rope=fast"], "there are: reference"),
+        (["--choice", "fast"], "expected kernels.OP=NAME"),
         (["--prompts", "5000"], "5000 tokens, but tiny was made for 4096"),
     ],
 )

@@ -43,7 +43,7 @@ def test_constant_that_follows_the_length_is_named_and_refused(tmp_path: Path) -
     mine = exchange("BLOCK", "16 * s", keyword="BLOCK")(renamed(text, "triton", "mine"))
     mine = mine.replace("_swiglu_kernel", "_kernel")
     (tmp_path / "kernels" / "swiglu_mine.py").write_text(mine)
-    done = recompiles("swiglu", "--kernels", str(tmp_path / "kernels"), "--workers", "1")
+    done = recompiles("swiglu", "--replace-kernels", str(tmp_path / "kernels"), "--workers", "1")
     assert done.returncode == 1
     lengths = len(list(size_sweep(OPS["swiglu"])))
     assert f"swiglu mine _kernel: {lengths} calls, {lengths} variants" in done.stdout

@@ -72,7 +72,7 @@ def test_runner_with_wrong_gradients_gets_no_time(run: Any, monkeypatch: pytest.
     monkeypatch.setitem(
         OPS["swiglu_backward"].impls, "leaky", Impl("swiglu_backward", "leaky", leak, ({},), Path(__file__))
     )
-    choices = ["--kernels", "swiglu_backward=leaky", "--kernels", "default"]
+    choices = ["--choice", "swiglu_backward=leaky", "--choice", "default"]
     code, out, rows = run(*choices, "--measure", "memory", "--baseline", "none")
     assert code == 1 and re.search(r"float32 swiglu_backward=leaky +no time: the gradient of model\..* is off by", out)
     assert {row["choice"] for row in rows if row["kind"] == "training"} == {"default"}

@@ -273,7 +273,7 @@ def hanging(checkout: Path, out: Path, *options: str) -> Iterator[int]:
         sys.stdout = (out / "said").open("w")
         common = ["doubled", "--timer", "cpu", "--worse-than", "1e9", "--workers", "1", "--out", str(out)]
         sys.argv = ["bench.tune", *common, *options]
-        workers.ROOT, tune.ProcessPool = checkout, TimesHere
+        workers.rows.CHILD_FOLDER, tune.ProcessPool = checkout, TimesHere
         os._exit(tune.main())
     while not (out / "hangs").exists():
         time.sleep(0.05)

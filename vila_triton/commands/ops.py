@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vila_triton.arguments import add_command, kernel_arguments, parse_kernel_settings
@@ -25,14 +24,29 @@ SUMMARIES = {"ops": "list every op, its implementations, which of them runs, and
 
 def configure(commands: Any) -> None:
     """Add the parser of `vila-triton ops` to the commands."""
-    add_command(commands, "ops", SUMMARIES["ops"], parents=[kernel_arguments()]).set_defaults(run=run)
+    parser = add_command(commands, "ops", SUMMARIES["ops"], parents=[kernel_arguments()])
+    parser.add_argument("--file", metavar="OP=NAME", help="print the path of this implementation's file, and no more")
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table of ops for the device and the `--set` options of the command line."""
+    """Print the table of ops for the device and the `--set` options of the command line, or the path of `--file`.
+
+    Raises KeyError and ValueError for an op or an implementation that does not exist, and what `discover` raises.
+    """
     import torch
 
     from vila_triton.device import pick_device
+    from vila_triton.registry import OPS, discover, validate_choices
+
+    discover(*args.kernels)
+    if args.file:
+        op, is_named, name = args.file.partition("=")
+        if not is_named:
+            raise ValueError(f"--file {args.file}: expected OP=NAME")
+        validate_choices({op: name})
+        print(OPS[op].impls[name].file)
+        return
 
     no_gpu = args.device == "cuda" and not torch.cuda.is_available()
     print_ops(torch.device("cuda") if no_gpu else pick_device(args.device), parse_kernel_settings(args.set))
@@ -52,6 +66,7 @@ def print_ops(device: "torch.device", overrides: Mapping[str, str]) -> None:
     its gradient comes from.
     """
     from vila_triton.registry import OPS, discover, problems, use, validate_choices
+    from vila_triton.registry.imports import shown_path
     from vila_triton.registry.kernel_config import PHASES
     from vila_triton.registry.tuned_tables import default_choices_for
 
@@ -59,7 +74,6 @@ def print_ops(device: "torch.device", overrides: Mapping[str, str]) -> None:
     validate_choices(overrides)
     with use(**overrides):
         choices = {phase: {**default_choices_for(device, phase), **overrides} for phase in PHASES}
-    root = Path(__file__).resolve().parents[2]
     lines = []
     for name, op in OPS.items():
         phases = {phase: choices[phase].get(name, "reference") for phase in PHASES}
@@ -71,8 +85,7 @@ def print_ops(device: "torch.device", overrides: Mapping[str, str]) -> None:
             runs_for = [
                 " and ".join(names) + (f", {sizes}" if sizes else "") for sizes, names in phases_by_sizes.items()
             ]
-            file = impl.file.relative_to(root) if impl.file.is_relative_to(root) else impl.file
-            lines.append((name, impl.name, str(len(impl.configs)), "; ".join(runs_for) or "-", str(file)))
+            lines.append((name, impl.name, str(len(impl.configs)), "; ".join(runs_for) or "-", shown_path(impl.file)))
             if device.type == "cuda" and impl.by_target:
                 targets: dict[str, list[str]] = {}
                 for target, x in impl.by_target.items():

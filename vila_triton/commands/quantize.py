@@ -4,7 +4,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vila_triton.arguments import OldOption, add_command, note_new_spelling, renamed_values
+from vila_triton.arguments import (
+    OldOption,
+    add_command,
+    add_kernels_argument,
+    discover_kernels,
+    note_new_spelling,
+    renamed_values,
+)
 from vila_triton.console import Progress
 from vila_triton.limits import COUNT, SEED, Limits
 
@@ -69,6 +76,7 @@ def configure(commands: Any) -> None:
     cache = "apply the scales and clips of llm-awq's search instead of searching"
     how.add_argument("--awq-cache", type=Path, metavar="FILE.pt", help=cache)
     how.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    add_kernels_argument(how)
     parser.set_defaults(run=run)
 
 
@@ -84,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
     from vila_triton.quantization.config import QuantizeConfig
 
     check_options(args)
+    discover_kernels(args)
     source, device, target = open_checkpoint(args.source), pick_device(args.device), args.target.absolute()
     group_size, extra_parts = args.group_size, tuple(sorted(set(args.extra_parts)))
     propagates = not args.no_error_propagation

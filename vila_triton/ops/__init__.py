@@ -24,13 +24,15 @@ References run in any dtype, float64 included, on CPU or GPU. Sums are taken in 
     kv_pages                  the pages of the KV cache
     kv_write, rope_kv_write   new keys and values into pages, the second with the rotary embedding
 
-Every file here is discovered: an op in a new one is `vila_triton.ops.NAME` without being listed below.
+Every file here is discovered: an op in a new one is `vila_triton.ops.NAME` without being listed below. So is one in a
+file of kernels that was given by path or came with a distribution, unless a name above is the same.
 """
 
 import sys
+from typing import TYPE_CHECKING
 
-from vila_triton.registry import OPS
-from vila_triton.registry.discovery import import_modules, record_problem
+from vila_triton.registry import OPS, Op
+from vila_triton.registry.imports import import_modules, record_missing_parts
 
 from .attention import RaggedBatch, merge_attention_states
 from .decode_attention import decode_attention
@@ -83,9 +85,17 @@ def discover_ops() -> None:
     import_modules(sys.modules[__name__])
     for name, op in OPS.items():
         if op.reference.__module__.startswith(f"{__name__}."):
-            globals()[name] = op
-            missing = ", ".join(op.missing_parts)
-            record_problem(name, f"{op.file.name}: op {name!r} lacks {missing}" if missing else "")
+            globals()[name] = op  # not the module of that name
+    record_missing_parts()
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Op:
+        """An op of a file that is not listed above, wherever it lies, once it has been discovered."""
+        if name in OPS:
+            return OPS[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 discover_ops()

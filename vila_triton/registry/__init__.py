@@ -46,7 +46,9 @@ the choices of the forward pass, after its `with` or in another thread as well; 
     op             `Op` and `Impl`
     signature      what decisions and plans of an op may depend on
     launch_plans   what an implementation launched for one signature, launched again without it
-    discovery      imports the files of ops/ and kernels/, and checks that what is chosen exists
+    imports        imports files of ops and implementations, and reports those that fail
+    sources        files of others, by path or by an installed distribution, and where a kernel came from
+    discovery      finds all files, and checks that what is chosen exists
     kernel_config  configs/kernels.toml: the defaults by device and phase
     tuned_tables   configs/tuned/DEVICE.json: configs and choices by size, measured by `python -m bench.tune`
     registry       `op`, `use`, `default_choices`, `count_calls`
@@ -56,8 +58,9 @@ A module imports only from those above it. `import vila_triton.registry` does no
 `custom_ops`, `signature`, `launch_plans` and `tuned_tables` do, and are imported when needed.
 """
 
-from .discovery import describe_available, discover, problems, validate_choices
+from .discovery import describe_available, discover, validate_choices
 from .domain import IntRange, OneOf
+from .imports import problems
 from .op import OPS, REFERENCE, Impl, Op, Unsupported
 from .policy import keep_choices
 from .registry import count_calls, default_choices, explicit_choices, op, use

@@ -1,81 +1,40 @@
-"""Files of ops and implementations are found where they lie, in vila_triton/ops/ and kernels/.
-
-One that cannot be imported is named on standard error and skipped. Whatever is asked for and missing afterwards is
-reported together with it.
+"""Ops and implementations are found where they lie: in vila_triton/ops/ and kernels/, in modules that installed
+distributions name, and in files and folders given by path; and choices are checked against what was found.
 """
 
-import importlib
-import os
-import pkgutil
-import sys
-import traceback
 from collections.abc import Iterable, Mapping
-from types import ModuleType
+from os import PathLike
 from typing import Any
 
 from .domain import may_be
+from .imports import import_modules, problems, record_missing_parts
 from .op import OPS
 from .size_ranges import Choice, ChoiceByCase, implementation_names, parse_choice, rename_implementations
+from .sources import check_path, import_installed, import_path, import_paths
 
 OLD_NAMES = {"apart": "unfused", "rows": "rowwise"}  # of implementations, accepted for one release
-_problems: dict[str, str] = {}  # a module or an op -> file, line and reason; "" if it has none
 
 
-def discover() -> list[str]:
-    """Import every file of ops/ and kernels/, which attaches all implementations -> the modules of kernels/."""
+def discover(*paths: str | PathLike[str]) -> list[str]:
+    """Import all files of ops and kernels, which attaches every implementation -> the modules of implementations.
+
+    These are the files of kernels/, the modules that installed distributions name, and the paths, of now and of earlier
+    calls: .py files of one's own, or folders of them (see `sources`). A new op in such a file is found as well.
+
+    Raises FileNotFoundError and ValueError for a path that is neither, before anything is imported; RuntimeError, with
+    the line and the reason, for a file that is given itself and cannot be imported. Other files that cannot be are
+    named on standard error and left aside.
+    """
+    for path in paths:
+        check_path(path)
     from vila_triton import kernels, ops
 
     ops.discover_ops()
-    return import_modules(kernels)
-
-
-def import_modules(package: ModuleType) -> list[str]:
-    """Import every module of a package -> the names of those that could be; `problems` tells of the others."""
-    imported = []
-    for name in sorted(f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__)):
-        try:
-            importlib.import_module(name)
-        except (Exception, SystemExit) as error:  # a file that somebody is editing may fail in any way
-            unregister_module(name)
-            record_problem(name, f"left aside: {describe_import_error(error, package)}")
-        else:
-            record_problem(name, "")
-            imported.append(name)
-    return imported
-
-
-def record_problem(name: str, problem: str) -> None:
-    """Record the problem of a module or an op, "" for none, and print one that is new to standard error."""
-    if problem and problem not in _problems.values():
-        print(f"vila-triton: {problem}", file=sys.stderr)
-    _problems[name] = problem
-
-
-def unregister_module(module: str) -> None:
-    """Remove the ops and implementations that a module registered before it failed."""
-    for name, op in list(OPS.items()):
-        if op.reference.__module__ == module:
-            del OPS[name]
-        for impl in [impl for impl in op.impls.values() if impl.fn.__module__ == module]:
-            del op.impls[impl.name]
-
-
-def describe_import_error(error: BaseException, package: ModuleType) -> str:
-    """The file and line of the package at which an import failed, and the reason."""
-    if isinstance(error, SyntaxError) and error.filename:
-        file, line, reason = error.filename, error.lineno, error.msg
-    else:
-        frames = traceback.extract_tb(error.__traceback__)
-        places = [(f.filename, f.lineno) for f in frames if os.path.dirname(f.filename) in package.__path__]
-        file, line = places[-1] if places else (package.__name__, None)
-        reason = (str(error) or "no reason given").splitlines()[0]
-    relative = os.path.relpath(file)
-    return f"{file if relative.startswith('..') else relative}, line {line}: {type(error).__name__}: {reason}"
-
-
-def problems() -> list[str]:
-    """The recorded problems, one sentence each."""
-    return [problem for problem in dict.fromkeys(_problems.values()) if problem]
+    modules = [*import_modules(kernels), *import_installed(), *import_paths()]
+    for path in paths:
+        modules += import_path(path)
+    record_missing_parts()
+    return list(dict.fromkeys(modules))
 
 
 def describe_available(names: Iterable[str]) -> str:

@@ -43,11 +43,15 @@ def op(
     bitwise_exact: every implementation must equal the reference bit for bit.
     batch_invariant: the reference is batch-invariant on every device (see `Impl`).
     autocasts: `torch.autocast` casts its arguments, as it does those of torch's products.
+    Raises ValueError if another file has an op of that name.
     """
 
     def register(fn: Callable[..., Any]) -> Op:
-        OPS[fn.__name__] = Op(fn, bitwise_exact, batch_invariant, TunedDefaults(), autocasts)
-        return OPS[fn.__name__]
+        made, existing = Op(fn, bitwise_exact, batch_invariant, TunedDefaults(), autocasts), OPS.get(fn.__name__)
+        if existing and existing.file != made.file:
+            raise ValueError(f"op {made.name!r} of {made.file} is already taken by {existing.file}")
+        OPS[made.name] = made
+        return made
 
     return register if reference is None else register(reference)
 

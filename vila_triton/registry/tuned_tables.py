@@ -4,6 +4,7 @@ Nothing is tuned while serving: a call runs the config that the table holds for 
 
     {"device": ..., "choices": {"int4_matmul": {"first": 1, "last": 4096, "choice": [[4, "gemv"], "prefill"]}, ...},
      "entries": [{"op": ..., "impl": ..., "kernel": ..., "space": ..., "triton": ...,
+       "source": {"distribution": "", "file": "mine.py"},
        "ranges": [{"sizes": {"m": [0, 2], "n": 4096}, "tuned_at": {"m": 1}, "config": {...}, "seconds": ...}, ...],
        "otherwise": {"config": {...}, ...}}]}
 
@@ -16,6 +17,10 @@ the choice of configs/kernels.toml, from the first to the last size at which the
 An entry is valid for the source and the search space it was tuned with, and a choice while the entries of all its
 implementations are. When these have changed, a call that passes no config raises `StaleTableError`, and so does a step
 that the choice decides. When Triton has changed, the entry or the choice is ignored with a warning.
+
+The source says where an implementation came from (see `sources`). A step that is decided by a choice of one that this
+process does not know raises `KernelNotLoadedError`, which names it; a choice of an op that it does not know is a
+warning.
 """
 
 import re
@@ -32,17 +37,22 @@ from torch import Tensor
 from ..files.json_schema import is_json_type, require_schema
 from ..files.reading import LoadError, read_json, short_repr
 from ..hashing import canonical_json, short_hash
-from ..paths import config_dir
-from .discovery import validate_choices
+from ..paths import config_dir, data_dir
+from .discovery import discover, validate_choices
 from .kernel_config import configured_choices
 from .op import OPS, REFERENCE, Impl, Op
 from .policy import EXPLICIT_CHOICES
 from .search_space import Config
-from .size_ranges import BoundedChoice, Choice, ChoiceByCase, implementation_names
+from .size_ranges import BoundedChoice, Choice, ChoiceByCase, implementation_names, parse_choice
+from .sources import describe_missing
 
 
 class StaleTableError(RuntimeError):
     """A tuned table was measured for a kernel that has changed since."""
+
+
+class KernelNotLoadedError(StaleTableError):
+    """A tuned table chooses a kernel of a file or a distribution that this process does not know."""
 
 
 def tables_dir() -> Path:
@@ -56,8 +66,10 @@ def table_path(device: str, directory: Path) -> Path:
 
 
 def kernel_hash(impl: Impl) -> str:
-    """The hash of the file of an implementation and of the files _*.py beside it, which it may import."""
-    return short_hash(*(file.read_bytes() for file in [impl.file, *sorted(impl.file.parent.glob("_*.py"))]))
+    """The hash of the file of an implementation and of the files _*.py that it may import, beside it and of kernels/."""
+    folders = dict.fromkeys((impl.file.parent, data_dir("kernels")))
+    helpers = [file for folder in folders for file in sorted(folder.glob("_*.py"))]
+    return short_hash(*(file.read_bytes() for file in [impl.file, *helpers]))
 
 
 def space_hash(impl: Impl) -> str:
@@ -92,6 +104,8 @@ def read_table(file: Path) -> dict[str, Any]:
     table = {"choices": {}, **read_json(file)}
     require_schema(table, {"device": str, "choices": dict, "entries": [ENTRY_FIELDS]}, file)
     for i, entry in enumerate(table["entries"]):
+        if "source" in entry:
+            require_schema(entry["source"], {"distribution": str, "file": str}, f"{file}, entries {i}, source")
         for j, tuned_range in enumerate(entry["ranges"]):
             check_range(tuned_range, entry["op"], f"{file}, entries {i}, ranges {j}")
     return {name: table[name] for name in ("device", "choices", "entries")}
@@ -181,9 +195,10 @@ def has_config(config: Config, impl: Impl) -> bool:
 def parse_table_choice(table: Mapping[str, Any], op: str, file: Path) -> BoundedChoice:
     """The choice that a table holds for an op.
 
-    Raises ValueError naming the file, and `StaleTableError` if an implementation it names has no entry.
+    Raises ValueError naming the file, `KernelNotLoadedError` if an implementation with an entry is not known here, and
+    `StaleTableError` if one that it names has no entry.
     """
-    value = table["choices"][op]
+    value, missing = table["choices"][op], missing_kernels(table, op)
     try:
         if not isinstance(value, dict) or [type(value.get(key)) for key in ("first", "last")] != [int, int]:
             raise ValueError(
@@ -191,6 +206,12 @@ def parse_table_choice(table: Mapping[str, Any], op: str, file: Path) -> Bounded
             )
         if not 0 <= value["first"] <= value["last"]:
             raise ValueError(f"op {op!r}: from {value['first']} to {value['last']} are no sizes")
+        named = implementation_names(parse_choice(value.get("choice")))
+        if chosen := [name for name in named if name in missing]:
+            raise KernelNotLoadedError(
+                f"{op}: the tuned table {file.name} chooses {chosen[0]!r} {missing[chosen[0]]}; "
+                "or choose another explicitly, or delete the choice."
+            )
         choice = validate_choices({op: value.get("choice")})[op]
         if isinstance(choice, ChoiceByCase):
             raise ValueError(f"op {op!r}: a tuned choice goes by ranges of a size, not by cases")
@@ -204,6 +225,26 @@ def parse_table_choice(table: Mapping[str, Any], op: str, file: Path) -> Bounded
             f"Run `python -m bench.tune {op} --impl {missing[0]}`, choose explicitly, or delete the choice."
         )
     return bounded
+
+
+def missing_kernels(table: Mapping[str, Any], op: str) -> dict[str, str]:
+    """The implementations of an op that have an entry with a source and are not known here -> where each came from, and
+    what makes it known.
+    """
+    sources = {e["impl"]: e["source"] for e in table["entries"] if e["op"] == op and "source" in e}
+    known = OPS[op].impls if op in OPS else {}
+    if sources.keys() - known:
+        discover()
+        known = OPS[op].impls if op in OPS else {}
+    return {name: describe_missing(source) for name, source in sources.items() if name not in known}
+
+
+@lru_cache
+def warn_of_unknown_op(op: str, device: str) -> None:
+    """Warn, once, that the table of a device chooses implementations of an op that is not known here."""
+    missing = missing_kernels(load_table(device), op)
+    where = next(iter(missing.values()), "which does not exist")
+    warnings.warn(f"{table_path(device, tables_dir()).name} is about an op {op!r} {where}", stacklevel=2)
 
 
 @lru_cache
@@ -231,7 +272,10 @@ def default_choices_for(device: torch.device, phase: str | None, op_name: str | 
         gpu_name(device) if phase != "batch_invariant" else None,
     )
     ops = load_table(gpu)["choices"].keys() - EXPLICIT_CHOICES.get().keys() if gpu else ()
-    tuned = {op: choice for op in ops if op_name in (None, op) and (choice := table_choice(op, gpu or ""))}
+    for unknown in (op for op in ops if op not in OPS and op_name is None):
+        warn_of_unknown_op(unknown, gpu or "")
+    ops = [op for op in ops if op in OPS and op_name in (None, op)]
+    tuned = {op: choice for op in ops if (choice := table_choice(op, gpu or ""))}
     return {**choices, **{op: choice.with_fallback(choices.get(op, REFERENCE)) for op, choice in tuned.items()}}
 
 
