@@ -223,9 +223,8 @@ def run(args: argparse.Namespace) -> int:
             requests = requests_in_commit(requests, kernels, args.against)
             old = compile_and_analyze(requests, case, kernels, peers, args.against)
     peer_requests = inspect_peer.peer_requests(requests) if peers and not (args.against or args.asm) else {}
-    inspected = iter(
-        compile_and_analyze([*baseline, *requests, *peer_requests.values()], case, args.replace_kernels, peers)
-    )
+    together = [*baseline, *requests, *peer_requests.values()]
+    inspected = iter(compile_and_analyze(together, case, args.replace_kernels, peers))
     old += islice(inspected, len(baseline))
     new = list(islice(inspected, len(requests)))
     inspected_peers = list(inspected)

@@ -101,9 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify-equivalent", action="store_true", help="compare the bits of equivalent ones")
     args = parser.parse_args(argv)
     if not rows.IN_CHECKOUT:
-        raise ValueError(
-            "faults are planted in a checkout of the repository, and found by its tests: there is none here"
-        )
+        raise ValueError("faults are planted in a checkout of the repository, for its tests to find; this is none")
     start = time.monotonic()
     if args.map:
         prepare_to_fork()

@@ -36,8 +36,8 @@ class RayCluster:
     """Tasks of a few jobs each. Ray gives a task to another worker if its own dies.
 
     address: that of a running cluster whose GPUs, if any, are like the one here, to which this checkout is sent (an
-    installed package must be installed there, too); or "local" to start a cluster of `count` workers. Errors: ValueError if Ray is not installed or does not reach the
-    cluster.
+    installed package has to be installed there, too); or "local" to start a cluster of `count` workers. Errors:
+    ValueError if Ray is not installed or does not reach the cluster.
     """
 
     def __init__(self, address: str, count: int):

@@ -7,9 +7,9 @@
     {"stage": "gate", ...}  -> {"reason": why its numbers are not those of the op, or None}
     {"stage": "time", ..., "budget": seconds}  -> {"seconds": ..., "again": ...} or {"reason": ...}
 
-`python -m bench.tuner.jobs [PATH ...]` discovers the kernels of the paths, answers the jobs on its standard input, one per line, and ends when that is closed, in the
-middle of a job if need be. Each stage has processes of its own: their environments differ, and a kernel that kills its
-process or its CUDA context does not end the search.
+`python -m bench.tuner.jobs [PATH ...]` discovers the kernels of the paths, answers the jobs on its standard input, one
+per line, and ends when that is closed, in the middle of a job if need be. Each stage has processes of its own: their
+environments differ, and a kernel that kills its process or its CUDA context does not end the search.
 """
 
 import json

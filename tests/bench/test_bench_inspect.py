@@ -246,7 +246,7 @@ def test_planted_spill_shows_against_the_last_commit(repository: Path) -> None:
     words = (
         "int4_matmul --impl packed --config 1 --arch sm_90 --replace-kernels kernels --against HEAD --json found.jsonl"
     )
-    done = python(str(tool), *words.split(), cwd=repository)
+    done = python(str(tool), *words.split(), "--replace-kernels", "kernels", cwd=repository)
     assert done.returncode == 0, done.stderr
     diff = done.stdout.partition("compared with HEAD:")[2]
     assert re.search(r"config num_warps +4 -> 1\n", diff)

@@ -55,9 +55,8 @@ def check_path(path: str | PathLike[str]) -> Path:
     """
     file = Path(path).expanduser().resolve()
     if not file.exists():
-        raise FileNotFoundError(
-            f"kernels {fspath(path)}: no such file or folder, expected a .py file or a folder of them"
-        )
+        expected = "expected a .py file with kernels, or a folder of them"
+        raise FileNotFoundError(f"kernels {fspath(path)}: no such file or folder, {expected}")
     if file.is_dir() and not any(file.glob("*.py")):
         raise ValueError(f"kernels {fspath(path)}: there is no .py file in this folder")
     if not file.is_dir() and (file.suffix != ".py" or "." in file.stem):

@@ -66,7 +66,7 @@ def table_path(device: str, directory: Path) -> Path:
 
 
 def kernel_hash(impl: Impl) -> str:
-    """The hash of the file of an implementation and of the files _*.py that it may import, beside it and of kernels/."""
+    """The hash of the file of an implementation and of the files _*.py that it may import, its own and of kernels/."""
     folders = dict.fromkeys((impl.file.parent, data_dir("kernels")))
     helpers = [file for folder in folders for file in sorted(folder.glob("_*.py"))]
     return short_hash(*(file.read_bytes() for file in [impl.file, *helpers]))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vila_triton.arguments import KV_DTYPES, parse_kernel_settings
+from vila_triton.arguments import KV_DTYPES, add_kernels_argument, discover_kernels, parse_kernel_settings
 from vila_triton.chat.conversation import ChatModel
 from vila_triton.console import Progress, exit_code
 from vila_triton.hf.chat_model import load_chat_model
@@ -138,7 +138,9 @@ def run() -> None:
         metavar="kernels.OP=NAME",
         help="count the answers that these kernels change (on a CPU, Triton needs TRITON_INTERPRET=1)",
     )
+    add_kernels_argument(parser)
     args = parser.parse_args()
+    discover_kernels(args)
     chat_model = load_chat_model(args.model, args.device, args.dtype)
     chat_model.model.config.kv_dtype = args.kv_dtype
     questions = build_questions(args.count, args.seed, ALL_KINDS if args.all else SUPPORTED_KINDS)[: args.limit]
