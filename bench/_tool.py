@@ -1,4 +1,4 @@
-"""What the commands of bench share: the way they end, as `vila_triton.console` has it for the commands of vila-triton;
+"""Parts of all commands of bench: the way they end, as `vila_triton.console` has it for the commands of vila-triton;
 and --kernels, which makes files of one's own known.
 """
 

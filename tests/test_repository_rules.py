@@ -69,6 +69,7 @@ PACKAGES = {  # folder or module -> packages it imports besides the standard lib
 DISCOVERY = {  # imports the folders whose files it discovers, which import the registry
     ("vila_triton.registry.discovery", "vila_triton.ops"),
     ("vila_triton.registry.discovery", "vila_triton.kernels"),
+    ("vila_triton.registry.sources", "vila_triton.kernels"),
 }
 
 
@@ -325,7 +326,7 @@ def test_a_wheel_holds_kernels_and_configs_inside_the_package(tmp_path: Path) ->
     python("from setuptools import build_meta; build_meta.build_wheel('.')", cwd=copy)
     with zipfile.ZipFile(next(copy.glob("*.whl"))) as file:
         file.extractall(wheel)
-    assert {path.name for path in wheel.iterdir() if path.suffix != ".dist-info"} == {"vila_triton"}
+    assert {path.name for path in wheel.iterdir() if path.suffix != ".dist-info"} == {"vila_triton", "bench"}
     for folder in ("kernels", "configs"):
         held = {path.name for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".toml")}
         assert held <= {path.name for path in (wheel / "vila_triton" / folder).iterdir()}

@@ -121,9 +121,16 @@ def parse_kernel_settings(settings: list[str]) -> dict[str, str]:
 def emulate_gpu(target: str) -> None:
     """Make cuda a GPU that is emulated, for the rest of the process; before triton is first imported.
 
-    Errors: ValueError for a target that the emulator, which lies in bench, does not know.
+    Errors: ValueError for a target that the emulator does not know, or if its package, bench, is not found.
     """
-    import_module("bench.standin").activate(target)
+    try:
+        standin = import_module("bench.standin")
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("bench"):
+            raise
+        where = "the emulator is in bench, which is installed with vila-triton, and is not found here"
+        raise ValueError(f"--emulate {target}: {where}") from None
+    standin.activate(target)
 
 
 def emulated_gpu() -> str | None:

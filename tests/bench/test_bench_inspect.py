@@ -243,9 +243,7 @@ def test_planted_spill_shows_against_the_last_commit(repository: Path) -> None:
     imports = "import sys\nfrom pathlib import Path\nfrom bench import inspect\nfrom bench.measure import rows\n"
     body = "if __name__ == '__main__':\n    rows.ROOT = Path.cwd()\n    sys.exit(inspect.main())\n"
     tool.write_text(imports + body)
-    words = (
-        "int4_matmul --impl packed --config 1 --arch sm_90 --replace-kernels kernels --against HEAD --json found.jsonl"
-    )
+    words = "int4_matmul --impl packed --config 1 --arch sm_90 --against HEAD --json found.jsonl"
     done = python(str(tool), *words.split(), "--replace-kernels", "kernels", cwd=repository)
     assert done.returncode == 0, done.stderr
     diff = done.stdout.partition("compared with HEAD:")[2]
@@ -265,10 +263,8 @@ def test_copied_kernel_file_appears_and_equals_the_original(tmp_path: Path) -> N
     text = (tmp_path / "kernels" / "swiglu.py").read_text()
     mine = exchange("tl.exp(-gate)", "tl.exp(-gate) + tl.exp(-up)")(renamed(text, "triton", "mine"))
     (tmp_path / "kernels" / "swiglu_mine.py").write_text(mine)
-    words = (
-        f"-m bench.inspect swiglu --config 0 --arch gfx942 --replace-kernels {tmp_path / 'kernels'} --against triton"
-    )
-    done = python(*words.split())
+    words = "-m bench.inspect swiglu --config 0 --arch gfx942 --against triton"
+    done = python(*words.split(), "--replace-kernels", str(tmp_path / "kernels"))
     assert done.returncode == 0, done.stderr
     assert "swiglu mine 0 gfx942, compared with triton:" in done.stdout
     own, copy = (done.stdout.partition(f"swiglu {name} 0 gfx942, compared")[2] for name in ("triton", "mine"))

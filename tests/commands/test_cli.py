@@ -87,10 +87,12 @@ def test_unknown_gpu_cannot_be_emulated(run_here: Run):
     assert status == 1 and "no GPU 'sm_75' can be emulated, only sm_80" in err and err.count("\n") == 1
 
 
-def test_gpu_cannot_be_emulated_without_the_repository(run_here: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr("vila_triton.paths._package_dir", tmp_path / "vila_triton")
+def test_gpu_cannot_be_emulated_without_bench(run_here: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "bench.standin", None)  # as if it were not there
     status, _, err = run_here("ask", "--emulate", "sm_80", "Why?")
-    assert status == 1 and "the emulator is bench in this project's repository" in err and err.count("\n") == 1
+    assert (
+        status == 1 and "the emulator is in bench, which is installed with vila-triton" in err and err.count("\n") == 1
+    )
 
 
 def test_wrong_line_does_not_end_a_chat(run_here: Run):
