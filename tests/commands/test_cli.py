@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -90,9 +89,7 @@ def test_unknown_gpu_cannot_be_emulated(run_here: Run):
 def test_gpu_cannot_be_emulated_without_bench(run_here: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "bench.standin", None)  # as if it were not there
     status, _, err = run_here("ask", "--emulate", "sm_80", "Why?")
-    assert (
-        status == 1 and "the emulator is in bench, which is installed with vila-triton" in err and err.count("\n") == 1
-    )
+    assert status == 1 and "the emulator is in bench, which is installed with" in err and err.count("\n") == 1
 
 
 def test_wrong_line_does_not_end_a_chat(run_here: Run):
