@@ -10,22 +10,24 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vila_triton.checkpoints.int4_layouts import AWQ_GEMM
 from vila_triton.ops import Int4, dequantize, int4_matmul
-from vila_triton.registry import OPS, count_calls, use
+from vila_triton.registry import OPS
 
 pytestmark = pytest.mark.vllm
 
 PROMPTS = [[1, 5, 9, 70, 3, 3, 44], [1, 7, 30]]
 NUM_TOKENS = 12
+WORKER = "vila_triton.vllm_plugin.worker.KernelCounts"
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -78,17 +80,29 @@ def small_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.collect()
 
 
-def answer(folder: Path, **options: Any) -> tuple[list[list[int]], Counter[tuple[str, str]]]:
-    """Greedy answers of vLLM to the prompts, and how often each implementation ran."""
+def answer(folder: Path, kernels: Mapping[str, Any] = {}, **options: Any) -> tuple[list[list[int]], Counter[str]]:
+    """Greedy answers of vLLM to the prompts, and how often each implementation of int4_matmul ran for them."""
     from vllm import LLM, SamplingParams
 
     engine: dict[str, Any] = dict(dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=2)
+    engine |= {"additional_config": {"vila_triton": {"kernels": kernels}}, "worker_extension_cls": WORKER}
     llm = LLM(str(folder), **(engine | options), skip_tokenizer_init=True)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False)
-    with count_calls() as counts:
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False)
+    before = counted(llm)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False)
+    after = counted(llm)
     llm.llm_engine.engine_core.shutdown()
-    return [list(x.outputs[0].token_ids) for x in outputs], counts
+    return [list(x.outputs[0].token_ids) for x in outputs], after - before
+
+
+def counted(llm: Any) -> Counter[str]:
+    """The calls of int4_matmul by implementation, of all ranks."""
+    counts: Counter[str] = Counter()
+    for name, calls in (item for rank in llm.collective_rpc("kernel_counts") for item in rank.items()):
+        op, implementation = name.split("=")
+        if op == "int4_matmul":
+            counts[implementation] += calls
+    return counts
 
 
 @torch.no_grad()
@@ -111,8 +125,7 @@ def test_answers_are_those_of_the_weights_written_out(group_size: int, biases: b
     folder = write_folder(tmp_path / "int4", model, tensors, group_size=group_size)
     answers, counts = answer(folder, quantization="vila_triton")
     assert answers == expected
-    num_products = 4 * SIZES["num_hidden_layers"] * NUM_TOKENS  # qkv, o, gate_up, down
-    assert counts.total() == num_products and {op for op, _ in counts} == {"int4_matmul"}
+    assert counts.total() == 4 * SIZES["num_hidden_layers"] * NUM_TOKENS  # qkv, o, gate_up, down
 
 
 def test_answers_are_those_of_vllm_with_dense_weights(tmp_path: Path) -> None:
@@ -127,10 +140,9 @@ def test_answers_are_those_of_vllm_with_dense_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("choice", ["packed", "splitk", "reference"])
 def test_the_chosen_kernel_runs(choice: str, tmp_path: Path) -> None:
     model, tensors = tiny_llama(64, biases=True, dense=())
-    with use(int4_matmul=choice):
-        folder = write_folder(tmp_path / "int4", model, tensors, group_size=64)
-        answers, counts = answer(folder, quantization="vila_triton")
-    assert answers == answer_of_transformers(model) and set(counts) == {("int4_matmul", choice)}
+    folder = write_folder(tmp_path / "int4", model, tensors, group_size=64)
+    answers, counts = answer(folder, {"int4_matmul": choice}, quantization="vila_triton")
+    assert answers == answer_of_transformers(model) and set(counts) == {choice}
 
 
 def test_a_wrong_kernel_changes_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,11 +153,9 @@ def test_a_wrong_kernel_changes_the_answers(tmp_path: Path, monkeypatch: pytest.
 
     wrong = replace(OPS["int4_matmul"].impls["aten"], name="wrong", fn=first_group_everywhere, configs=[{}])
     monkeypatch.setitem(OPS["int4_matmul"].impls, "wrong", wrong)
-    with use(int4_matmul="wrong"):
-        answers, counts = answer(
-            write_folder(tmp_path / "int4", model, tensors, group_size=64), quantization="vila_triton"
-        )
-    assert answers != answer_of_transformers(model) and ("int4_matmul", "wrong") in counts
+    folder = write_folder(tmp_path / "int4", model, tensors, group_size=64)
+    answers, counts = answer(folder, {"int4_matmul": "wrong"}, quantization="vila_triton")
+    assert answers != answer_of_transformers(model) and set(counts) == {"wrong"}
 
 
 @pytest.mark.parametrize("group_size", [32, -1])
@@ -154,11 +164,12 @@ def test_two_ranks_answer_alike(group_size: int, tmp_path: Path, monkeypatch: py
     model, tensors = tiny_llama(group_size, biases=True, dense=())
     folder = write_folder(tmp_path / "int4", model, tensors, group_size=group_size)
     parallel = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    answers, _ = answer(folder, quantization="vila_triton", **parallel)
+    answers, counts = answer(folder, {"int4_matmul": "bags"}, quantization="vila_triton", **parallel)
     assert answers == answer_of_transformers(model)
+    assert counts == {"bags": 2 * 4 * SIZES["num_hidden_layers"] * NUM_TOKENS}
 
 
-Share = tuple[nn.Module, Tensor]  # a linear as one rank holds it, and the rows and columns of the weight that are its
+Share = tuple[Any, Tensor]  # a linear as one rank holds it, and the rows and columns of the weight that are its
 
 
 def share(kind: str, group_size: int, rank: int, monkeypatch: pytest.MonkeyPatch, num_kv_heads: int = 2) -> Share:
@@ -206,8 +217,87 @@ def share(kind: str, group_size: int, rank: int, monkeypatch: pytest.MonkeyPatch
 def test_a_rank_holds_its_part(kind: str, group_size: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     one = kind == "one kv head"
     layer, expected = share("qkv" if one else kind, group_size, rank, monkeypatch, num_kv_heads=1 if one else 2)
-    method: Any = layer.quant_method
-    method.process_weights_after_loading(layer)
+    layer.quant_method.process_weights_after_loading(layer)
     assert set(dict(layer.named_parameters())) == {"qweight", "scales", "zeros"}, "the packed tensors are gone"
     one_hot = torch.eye(expected.shape[1])
-    assert torch.equal(method.apply(layer, one_hot), expected.T)
+    assert torch.equal(layer.quant_method.apply(layer, one_hot), expected.T)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "message"),
+    [
+        ("columns", (128, [24, 24]), r"a\.b: 128 inputs over 2 .*\[12 \+ 12, 128\] to each, and its 12 outputs are no"),
+        ("row", (192, 128), r"a\.b: 192 inputs over 2 .*\[128, 96\] to each, and its 96 inputs do not .* groups of 64"),
+    ],
+)
+def test_parts_that_are_no_weight_are_refused(
+    kind: str, sizes: tuple[Any, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.layers import linear
+
+    from vila_triton.vllm_plugin.int4_linear import Int4Config
+
+    monkeypatch.setattr(linear, "get_tensor_model_parallel_rank", lambda: 1)
+    monkeypatch.setattr(linear, "get_tensor_model_parallel_world_size", lambda: 2)
+    make = linear.MergedColumnParallelLinear if kind == "columns" else linear.RowParallelLinear
+    with pytest.raises(ValueError, match=message):
+        make(*sizes, quant_config=Int4Config(64), prefix="a.b")
+
+
+@pytest.mark.parametrize("kind", ["row", "gate_up"])
+def test_a_checkpoint_of_other_groups_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = share(kind, 128, 0, monkeypatch)
+    k = layer.input_size
+    finer = AWQ_GEMM.write(Int4.pack(torch.randn(256, k), 64))  # its first groups would fit
+    with pytest.raises(ValueError, match=rf"a\.b\.scales: .*\[{k // 64}, 256\] .*, expected {k // 128} rows of floats"):
+        layer.scales.weight_loader(layer.scales, finer["scales"], *([0] if kind == "gate_up" else []))
+    with pytest.raises(ValueError, match=r"a\.b\.qzeros: .* torch\.float32, expected \d rows of integers"):
+        layer.qzeros.weight_loader(layer.qzeros, torch.ones(k // 128, 32), *([0] if kind == "gate_up" else []))
+
+
+def test_a_linear_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = share("gate_up", 64, 0, monkeypatch)
+    layer.qweight.loaded_shards = [0]
+    with pytest.raises(ValueError, match=r"a\.b\.qweight is not in the checkpoint, or only a part of it"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+GOOD = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 8}, "8 bits, zero_point True, expected 4 bits with zeros"),
+        ({"zero_point": False}, "4 bits, zero_point False, expected 4 bits with zeros"),
+        ({"group_size": "64"}, "group_size is '64', expected inputs, or -1 for all"),
+        ({"group_size": 0}, "group_size is 0, expected inputs, or -1 for all"),
+        ({"order": "add"}, "rounding is 'add', expected one of sub, fma"),
+        ({"version": "gemv"}, "version 'gemv'; .* convert --format awq-gemm"),
+        ({"lm_head": True}, "lm_head is quantized"),
+    ],
+)
+def test_configs_of_other_weights_are_refused(change: Mapping[str, Any], message: str) -> None:
+    from vila_triton.vllm_plugin.int4_linear import Int4Config
+
+    with pytest.raises(ValueError, match=f"^vila_triton: .*{message}"):
+        Int4Config.from_config({**GOOD, **change})
+
+
+def test_the_config_says_the_rounding_and_the_dense_linears(tmp_path: Path) -> None:
+    from vila_triton.vllm_plugin.int4_linear import Int4Config
+
+    model, tensors = tiny_llama(64, biases=False, dense=("q_proj", "k_proj", "v_proj"))
+    write_folder(tmp_path / "int4", model, tensors)
+    config = Int4Config.from_config({"w_bit": 4, "q_group_size": -1, "zero_point": True})
+    assert (config.group_size, config.rounding) == (-1, "sub")
+    config.maybe_update_config(str(tmp_path / "int4"), SimpleNamespace(int4_order="fma"))
+    assert config.rounding == "fma"
+    dense = {f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qkv"}
+    assert set(config.modules_to_not_convert) == dense
+    assert Int4Config.from_config(GOOD | {"order": "fma"}).rounding == "fma"
+    assert [Int4Config.override_quantization_method(GOOD, user) for user in ("vila_triton", "awq", None)] == [
+        "vila_triton",
+        None,
+        None,
+    ]

@@ -5,10 +5,11 @@ gives each rank its columns or rows. Behind that they become one `Int4` a linear
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
@@ -28,12 +29,13 @@ from vllm.model_executor.parameter import (
 )
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from vila_triton.checkpoints.int4_layouts import AWQ_GEMM
-from vila_triton.checkpoints.quantization_config import AWQ_VERSIONS
-from vila_triton.models.config_fields import GroupSize, expected_instead
-from vila_triton.ops import Int4, int4_matmul
-from vila_triton.ops.int4_tiles import CODES_PER_WORD
-from vila_triton.ops.int4_weight import ROUNDINGS, check_int4_shape
+from ..checkpoints.int4_layouts import AWQ_GEMM
+from ..checkpoints.quantization_config import AWQ_VERSIONS
+from ..models.config_fields import GroupSize, expected_instead
+from ..ops import Int4, int4_matmul
+from ..ops.int4_tiles import CODES_PER_WORD
+from ..ops.int4_weight import check_int4_shape, check_rounding
+from .kernel_choices import KernelChoices, kernel_choices
 
 QUANTIZATION = "vila_triton"
 UNLOADED_FORMATS = ("dummy", "sharded_state")  # of `--load-format`: the first has no checkpoint, the second tiles
@@ -50,7 +52,7 @@ class Int4Config(QuantizationConfig):
     def __init__(
         self,
         group_size: int,
-        rounding: Any = "sub",
+        rounding: Literal["sub", "fma"] = "sub",
         modules_to_not_convert: Sequence[str] = (),
         weight_bits: int = 4,
         zero_point: bool = True,
@@ -58,13 +60,13 @@ class Int4Config(QuantizationConfig):
         super().__init__()
         if expected_instead(GroupSize, group_size) or not group_size:
             raise ValueError(f"{QUANTIZATION}: group_size is {group_size!r}, expected inputs, or -1 for all of them")
-        if rounding not in ROUNDINGS:
-            raise ValueError(f"{QUANTIZATION}: rounding is {rounding!r}, expected one of {', '.join(ROUNDINGS)}")
+        check_rounding(QUANTIZATION, rounding)
         if weight_bits != 4 or zero_point is not True:
             raise ValueError(
                 f"{QUANTIZATION}: {weight_bits!r} bits, zero_point {zero_point!r}, expected 4 bits with zeros"
             )
-        self.group_size, self.rounding = group_size, rounding
+        self.group_size = group_size
+        self.rounding: Literal["sub", "fma"] = rounding
         self.modules_to_not_convert = list(modules_to_not_convert)
 
     @classmethod
@@ -95,6 +97,7 @@ class Int4Config(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Take what AWQ's config does not say: the rounding, which stands beside it, and the linears that are dense."""
         self.rounding = getattr(hf_config, "int4_order", self.rounding)
+        check_rounding(QUANTIZATION, self.rounding)
         if not self.modules_to_not_convert:
             tensors = get_safetensors_params_metadata(model_name, revision=revision)
             self.modules_to_not_convert = [x.removesuffix(".weight") for x in tensors if x.endswith("_proj.weight")]
@@ -137,10 +140,14 @@ class Int4LinearMethod(LinearMethodBase):
 
     def __init__(self, config: Int4Config):
         self.config = config
+        vllm_config = get_current_vllm_config_or_none()
+        self.choices = KernelChoices({}) if vllm_config is None else kernel_choices(vllm_config)
+        # A step of vLLM may hold tokens of both phases; the number of rows decides.
+        self.phase = "batch_invariant" if envs.VLLM_BATCH_INVARIANT else "prefill"
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -173,7 +180,7 @@ class Int4LinearMethod(LinearMethodBase):
         layer.qzeros = zeros_type(data=zeros, **along_k, **packing, **loader("qzeros", G))
         layer.scales = scales_type(data=scales, **along_k, **loader("scales", G))
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Turn the packed parameters into qweight, scales and zeros of an `Int4`, and free them.
 
         Errors: ValueError naming the linear if the checkpoint did not hold all of them.
@@ -186,10 +193,11 @@ class Int4LinearMethod(LinearMethodBase):
             setattr(layer, name, nn.Parameter(getattr(weight, name), requires_grad=False))
         layer.group_size = weight.group_size
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x · wᵀ + bias: x [..., k], w [n, k] -> [..., n], by the implementation of `int4_matmul` that is chosen."""
         weight = Int4(layer.qweight, layer.scales, layer.zeros, layer.group_size, self.config.rounding)
-        return int4_matmul(x, weight, bias)
+        with self.choices.active(x.device, self.phase):
+            return int4_matmul(x, weight, bias)
 
 
 def describe(layer: nn.Module) -> str:
@@ -197,7 +205,7 @@ def describe(layer: nn.Module) -> str:
     return getattr(layer, "prefix", "") or type(layer).__name__
 
 
-def check_share(layer: nn.Module, input_size: int, k: int, output_sizes: Sequence[int], group_size: int) -> None:
+def check_share(layer: Any, input_size: int, k: int, output_sizes: Sequence[int], group_size: int) -> None:
     """Raise ValueError unless the part of a linear that lies on one rank, [sum(output_sizes), k], is an int4 weight."""
     problem = ""
     if odd := [n for n in output_sizes if n % CODES_PER_WORD]:
@@ -235,7 +243,7 @@ def checked_loader(name: str, num_rows: int, load: Callable[..., None]) -> Calla
     return load_checked
 
 
-def check_loaded(layer: nn.Module) -> None:
+def check_loaded(layer: Any) -> None:
     """Raise ValueError unless all parts of the packed parameters were loaded; where there is nothing to load, pass."""
     config = get_current_vllm_config_or_none()
     if config is not None and config.load_config.load_format in UNLOADED_FORMATS:
