@@ -6,6 +6,7 @@ vLLM sends its config to each of its processes, so every worker chooses alike. A
 answers has no effect.
 """
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -95,6 +96,4 @@ def read_options(additional_config: Any) -> dict[str, Any]:
 
 @cache
 def _choices_of(kernels: str, kernel_paths: tuple[str, ...]) -> KernelChoices:
-    import json
-
     return KernelChoices(json.loads(kernels), kernel_paths)
