@@ -307,7 +307,7 @@ def test_a_quantized_output_is_refused(vllm_config: Any) -> None:
 # Engines. Prompts of mixed lengths, one of a single token, one of several chunks, two with a common beginning.
 PROMPTS = [[(7 * i + j * j) % (VOCAB_SIZE - 3) + 3 for j in range(n)] for i, n in enumerate([3, 40, 150, 1, 300, 40])]
 PROMPTS.append([*PROMPTS[4][:96], 5, 6, 7])
-CHUNKED = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
+CHUNKED: dict[str, Any] = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
 WRONG_KERNEL = """
 from vila_triton.ops import decode_attention
 
