@@ -28,7 +28,7 @@ def register() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
-    from . import int4_linear  # noqa: F401 (its classes register themselves)
+    from . import int4_linear, media  # noqa: F401 (their classes register themselves)
     from .config import VllmVilaConfig
 
     AutoConfig.register(VllmVilaConfig.model_type, VllmVilaConfig, exist_ok=True)

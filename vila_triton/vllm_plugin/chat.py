@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AddedToken, BatchEncoding
+from transformers import BatchEncoding
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
@@ -19,6 +19,7 @@ from ..chat.templates import ChatTemplate, resolve_template
 from ..chat.tokenizer import load_tokenizer
 from ..checkpoints.loading import read_configs
 from ..models.vila import IMAGE_TOKEN_INDEX
+from .config import add_image_token
 
 
 class VilaTokenizer:
@@ -29,13 +30,12 @@ class VilaTokenizer:
         """Load the tokenizer of a folder, with `<image>` as a token of it. Errors: `LoadError`, ValueError."""
         tokenizer = load_tokenizer(Path(folder))
         template = resolve_template(read_configs(Path(folder))[0].get("conversation_template"), tokenizer)
-        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
         return get_cached_tokenizer(with_images(tokenizer, template))
 
 
 def with_images(tokenizer: Any, template: ChatTemplate) -> Any:
     """Return a tokenizer that tokenizes the pieces of a text around each `<image>` on their own, as VILA does."""
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_id = add_image_token(tokenizer)
 
     class ImageTokenizer(type(tokenizer)):
         image_token_id: int = image_id
@@ -86,10 +86,11 @@ class VilaRenderer(BaseRenderer):
     def _render(self, params: Any, conversation: Any, mm_data: Any, mm_uuids: Any) -> Any:
         if params.chat_template is not None:
             raise VLLMValidationError("a VILA folder names its template, expected no chat_template")
-        if (params.chat_template_kwargs or {}).get("tools"):
-            raise VLLMValidationError("VILA calls no tools, expected none", parameter="tools")
+        refuse_template_options(params.chat_template_kwargs or {})
         try:
-            ids = self.get_tokenizer().conversation_ids([(m["role"], message_text(m)) for m in conversation])
+            messages = [(m["role"], message_text(m)) for m in conversation]
+            self.check_length(sum(len(text) for _, text in messages))
+            ids = self.get_tokenizer().conversation_ids(messages)
         except ValueError as error:
             raise VLLMValidationError(str(error), parameter="messages") from None
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
@@ -98,6 +99,12 @@ class VilaRenderer(BaseRenderer):
         if mm_uuids is not None:
             prompt["multi_modal_uuids"] = mm_uuids
         return conversation, prompt
+
+    def check_length(self, num_characters: int) -> None:
+        """Raise ValueError for texts that no tokenization makes fit: others would wait while they are tokenized."""
+        limit = self.model_config.max_model_len
+        if num_characters > limit * self.get_tokenizer().max_chars_per_token:
+            raise ValueError(f"the messages have {num_characters} characters, too many for a context of {limit} tokens")
 
     def _process_tokens(self, prompt: Any, **kwargs: Any) -> Any:
         self.check_images(prompt)
@@ -123,6 +130,17 @@ def parse_options(params: Any) -> dict[str, Any]:
     """The options with which vLLM parses messages: their contents as lists of texts and images, in order."""
     kwargs = {name: getattr(params, name) for name in ("media_io_kwargs", "mm_processor_kwargs")}
     return {"content_format": "openai", **kwargs}
+
+
+def refuse_template_options(options: Mapping[str, Any]) -> None:
+    """Raise VLLMValidationError for what a request asks of a template, other than the next answer."""
+    if options.get("tools"):
+        raise VLLMValidationError("VILA calls no tools, expected none", parameter="tools")
+    for name, expected in (("add_generation_prompt", True), ("continue_final_message", False)):
+        if options.get(name, expected) != expected:
+            raise VLLMValidationError(
+                f"{name} is {options[name]}, and VILA's templates know {expected}", parameter=name
+            )
 
 
 def message_text(message: Mapping[str, Any]) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig
+from transformers import AddedToken, LlamaConfig
 
-from ..chat.prompts import stop_token_ids
+from ..chat.prompts import IMAGE_TOKEN, stop_token_ids
 from ..chat.templates import resolve_template
 from ..chat.tokenizer import load_tokenizer
 from ..checkpoints.generation_config import read_generation_config
@@ -52,7 +52,7 @@ class VllmVilaConfig(VilaLlamaConfig):
 
 def text_config(source: CheckpointSource, config: VllmVilaConfig) -> LlamaConfig:
     """The config of the language model, with all tokens that end an answer: those of the template, the tokenizer and
-    the folder's configs.
+    the folder's configs; and with the token of an image in its vocabulary, as vLLM indexes logits by tokens of prompts.
     """
     llm = source.part_configs["llm"]
     values = {name: value for name, value in llm.items() if name not in FIELDS_OF_TOP_CONFIG}
@@ -61,4 +61,11 @@ def text_config(source: CheckpointSource, config: VllmVilaConfig) -> LlamaConfig
     generation = read_generation_config([source.folder, source.companion_dirs["llm"]], llm["vocab_size"])
     eos = stop_token_ids(template, tokenizer, llm.get("eos_token_id"), generation.get("eos_token_id"))
     values |= {"eos_token_id": eos, "architectures": ["LlamaForCausalLM"], "dtype": config.dtype}
+    values["vocab_size"] = max(llm["vocab_size"], add_image_token(tokenizer) + 1)
     return LlamaConfig.from_dict(values)
+
+
+def add_image_token(tokenizer: Any) -> int:
+    """Make `<image>` a token of a tokenizer, and return its id."""
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

@@ -17,13 +17,6 @@ from vllm.multimodal.media.base import MediaIO, MediaWithBytes
 
 from ..images.processing import decode_image
 
-NAME = "vila_triton"
-
-
-def register() -> None:
-    """Register `ImageConnector` with vLLM."""
-    MEDIA_CONNECTOR_REGISTRY.register(NAME)(ImageConnector)
-
 
 class ImageIO(MediaIO[Image]):
     """Encoded images to RGB. Errors: `ImageError`; ValueError for what is not base64."""
@@ -38,6 +31,7 @@ class ImageIO(MediaIO[Image]):
         return self.load_bytes(filepath.read_bytes())
 
 
+@MEDIA_CONNECTOR_REGISTRY.register("vila_triton")
 class ImageConnector(MediaConnector):
     """Where images come from. Every error is a `VLLMValidationError`, which the server answers by status 400."""
 

@@ -23,7 +23,7 @@ PAGE = Path(__file__).with_name("chat.html")
 MIB = 1 << 20
 MAX_BODY_MIB = 32  # of a request, unless the section below says another number
 SECTION = "vila_triton_server"  # of vLLM's additional_config
-SECONDS_TO_DISCARD = 5.0  # for the rest of a body that is refused
+SECONDS_TO_DISCARD, MIB_TO_DISCARD = 5.0, 256  # of the rest of a body that is refused
 
 
 class Middleware:
@@ -75,7 +75,7 @@ class Middleware:
 
 
 async def refuse_body(receive: Receive, send: Send, limit: int) -> None:
-    """Answer 413, then discard as much again of the body: a client that writes before it reads gets the answer."""
+    """Answer 413, then discard some of the body: a client that writes all of it before it reads gets the answer."""
     error = {
         "message": f"The body of the request is larger than {limit / MIB:g} MiB (--max-body-mib of vila-triton serve).",
         "type": "RequestEntityTooLargeError",
@@ -86,7 +86,7 @@ async def refuse_body(receive: Receive, send: Send, limit: int) -> None:
     discarded, more = 0, True
     with suppress(TimeoutError):
         async with asyncio.timeout(SECONDS_TO_DISCARD):
-            while more and discarded < limit:
+            while more and discarded < MIB_TO_DISCARD * MIB:
                 message = await receive()
                 discarded += len(message.get("body", b""))
                 more = message.get("more_body", False)

@@ -42,7 +42,6 @@ class VilaForVllm(nn.Module, SupportsMultiModal, SupportsPP):
         self.cfg = self.config.geometry()
         self.choices = kernel_choices(vllm_config)
         choose_attention(vllm_config)
-        self.configure_mm_token_handling(self.cfg.llm.vocab_size, [self.cfg.llm.vocab_size])
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=with_int4_linears(vllm_config, self.cfg.llm),
@@ -57,7 +56,9 @@ class VilaForVllm(nn.Module, SupportsMultiModal, SupportsPP):
         """
         device = next(self.language_model.parameters()).device
         self.tower, self.projector = vision_parameters(self.folder, self.cfg, self.dtype, device)
-        loaded = self.language_model.load_weights(language_model_weights(self.folder, self.cfg, self.dtype))
+        vocab_size = self.config.get_text_config().vocab_size
+        weights = language_model_weights(self.folder, self.cfg, self.dtype, vocab_size)
+        loaded = self.language_model.load_weights(weights)
         return {f"language_model.{name}" for name in loaded}
 
     def embed_multimodal(self, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -83,8 +84,11 @@ class VilaForVllm(nn.Module, SupportsMultiModal, SupportsPP):
         return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=embeddings)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Logits [s, v] of hidden states [s, e]."""
-        return self.language_model.compute_logits(hidden_states)
+        """Logits [s, v] of hidden states [s, e]; those of tokens that are not the model's are -inf."""
+        logits = self.language_model.compute_logits(hidden_states)
+        if logits is not None:  # None on ranks that do not sample
+            logits[:, self.cfg.llm.vocab_size :] = -torch.inf
+        return logits
 
 
 def with_int4_linears(vllm_config: VllmConfig, cfg: LlamaConfig) -> VllmConfig:

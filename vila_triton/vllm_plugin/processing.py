@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
 from transformers import BatchFeature
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import (
@@ -15,7 +16,7 @@ from vllm.multimodal.processing import (
 )
 
 from ..chat.prompts import IMAGE_TOKEN
-from ..images.processing import load_image, load_image_processor, preprocess_images
+from ..images.processing import load_image_processor, preprocess_images
 from .config import VllmVilaConfig
 
 cached_image_processor = lru_cache(4)(load_image_processor)
@@ -53,7 +54,9 @@ class VilaMultiModalProcessor(BaseMultiModalProcessor[VilaProcessingInfo]):
             raise ValueError(f"mm_processor_kwargs {', '.join(hf_kwargs)}: VILA's preprocessing takes none")
         folder = Path(self.info.ctx.model_config.model)
         mode = getattr(self.info.get_hf_config(), "image_aspect_ratio", None)
-        images = [load_image(image) for image in hf_data["images"]]
+        images = hf_data["images"]
+        if others := [type(image).__name__ for image in images if not isinstance(image, Image)]:
+            raise ValueError(f"an image of a prompt is a PIL image, not {others[0]}")  # such as the path of a file
         return BatchFeature({"images": preprocess_images(images, cached_image_processor(folder), mode)})
 
     def _get_mm_fields_config(self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:

@@ -19,7 +19,7 @@ MAX_IMAGES = 16
 MAX_ANSWERS = 64
 CPU_CACHE_BYTES, CPU_CACHE_SEQUENCES = 1 << 30, 2
 VLLM_SETTINGS = {  # environment variables of vLLM, where they are not set
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_MEDIA_CONNECTOR": "vila_triton",  # .media
     "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # away from the domains that are allowed
     "VLLM_MAX_N_SEQUENCES": str(MAX_ANSWERS),
