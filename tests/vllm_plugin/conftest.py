@@ -31,8 +31,8 @@ def vllm_environment() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaMA of two layers, 4 query and 2 KV heads of 32 numbers, whose weights are large enough that every
-    token of its answers depends on attention.
+    """A random LLaMA of two layers, 4 query and 2 KV heads of 32 numbers, whose weights are large enough that its
+    answers depend on what is attended to.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -53,7 +53,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
-                parameter.mul_(3)
+                parameter.mul_(8)
     folder = tmp_path_factory.mktemp("tiny_llama")
     model.save_pretrained(folder)
     return folder

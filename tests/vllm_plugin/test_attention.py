@@ -387,11 +387,6 @@ def test_a_wrong_choice_stops_the_start(start_engine: Engines) -> None:
         start_engine(attention_backend="CUSTOM", additional_config=options)
 
 
-def test_float16_answers_too(start_engine: Engines) -> None:
-    expected = answers(start_engine(dtype="float16"), PROMPTS)
-    assert answers(start_engine(attention_backend="CUSTOM", dtype="float16"), PROMPTS) == expected
-
-
 def test_who_does_not_choose_our_attention_runs_vllms_before_and_after(our_engine: Any, start_engine: Engines) -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
