@@ -45,15 +45,19 @@ def test_bundled_model_is_served_by_default(serve):
     assert json.loads(option(arguments, "--limit-mm-per-prompt")) == {"image": 16}
 
 
-def test_options_reach_vllm(serve, tmp_path: Path):
+def test_options_reach_vllm(serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "m").symlink_to(BUNDLED_CHECKPOINT)
     options = ("--name", "n", "--host", "::1", "--port", "0", "--dtype", "float32", "--max-images", "3")
-    kernels = ("--max-body-mib", "5", "--set", "kernels.rope=triton", "--set", "kernels.linear=aten")
+    discovered: list[str] = []
+    monkeypatch.setattr("vila_triton.registry.discover", lambda *paths: discovered.extend(paths))
+    monkeypatch.chdir(tmp_path)
+    kernels = ("--max-body-mib", "5", "--kernels", "mine.py", "--set", "kernels.rope=triton", "--kernels", "more")
     _, _, arguments = serve(str(tmp_path / "m"), *options, *kernels, "--", "--block-size", "32", "--port=1", "--", "x")
     assert option(arguments, "--host") == "::1" and option(arguments, "--dtype") == "float32"
     assert option(arguments, "--served-model-name") == "n"
     config = json.loads(option(arguments, "--additional-config"))
-    assert config["vila_triton"]["kernels"] == {"rope": "triton", "linear": "aten"}
+    assert config["vila_triton"]["kernels"] == {"rope": "triton"} and discovered == ["mine.py", "more"]
+    assert config["vila_triton"]["kernel_paths"] == [str(tmp_path / "mine.py"), str(tmp_path / "more")]
     assert config["vila_triton_server"] == {"max_body_mib": 5}
     assert arguments[-5:] == ["--block-size", "32", "--port=1", "--", "x"]
 
@@ -84,6 +88,7 @@ def test_cache_on_a_cpu_holds_two_contexts_and_is_the_operators_choice(monkeypat
         (["--set", "kernels.rope=fast"], "there are: reference, triton"),
         (["--set", "kernels.nope=triton"], "no op 'nope'"),
         (["--set", "rope"], "expected kernels.OP=NAME"),
+        (["--kernels", "nowhere.py"], "nowhere.py"),
         (["--", "--tokenizer_mode=hf"], "--tokenizer-mode of vLLM is made by vila-triton serve"),
         (["--", "--additional-config", "{}"], "--additional-config of vLLM is made by vila-triton serve"),
     ],

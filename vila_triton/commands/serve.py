@@ -6,7 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vila_triton.arguments import DTYPES, add_command, parse_kernel_settings
+from vila_triton.arguments import (
+    DTYPES,
+    add_command,
+    add_kernels_argument,
+    discover_kernels,
+    parse_kernel_settings,
+)
 from vila_triton.limits import COUNT, Limits
 from vila_triton.paths import BUNDLED_CHECKPOINT
 
@@ -29,6 +35,7 @@ def configure(commands: Any) -> None:
     parser.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help=dtypes)
     parser.add_argument("--max-images", type=COUNT, default=16, metavar="N", help="in a request (default: 16)")
     parser.add_argument("--max-body-mib", type=COUNT, default=32, metavar="N", help="of a request (default: 32)")
+    add_kernels_argument(parser)
     kernels = "run this implementation of an op; kernels.*=NAME for every op that has one of that name"
     parser.add_argument("--set", action="append", default=[], metavar="kernels.OP=NAME", help=kernels)
     keep_what_follows_dashes(parser, "vllm_options")
@@ -59,8 +66,9 @@ def run(args: argparse.Namespace) -> None:
     from vila_triton.registry import validate_choices
 
     on_cpu = pick_device().type == "cpu"
-    if on_cpu and args.set:
+    if on_cpu and (args.set or args.kernels):
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is first imported, here and in vLLM's processes
+    discover_kernels(args)
     kernels = parse_kernel_settings(args.set)
     validate_choices(kernels)
     settings = server.ServerSettings(
@@ -70,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
         args.port,
         args.dtype,
         kernels,
+        [Path(path) for path in args.kernels],
         max_images=args.max_images,
         max_body_mib=args.max_body_mib,
         on_cpu=on_cpu,

@@ -8,7 +8,7 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from PIL.Image import Image
+from PIL import Image
 from vllm import envs
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.image import ALLOWED_IMAGE_FORMATS
@@ -18,7 +18,7 @@ from vllm.multimodal.media.base import MediaIO, MediaWithBytes
 from ..images.processing import decode_image
 
 
-class ImageIO(MediaIO[Image]):
+class ImageIO(MediaIO[Image.Image]):
     """Encoded images to RGB. Errors: `ImageError`; ValueError for what is not base64."""
 
     def load_bytes(self, data: bytes) -> Any:
@@ -32,8 +32,8 @@ class ImageIO(MediaIO[Image]):
 
 
 @MEDIA_CONNECTOR_REGISTRY.register("vila_triton")
-class ImageConnector(MediaConnector):
-    """Where images come from. Every error is a `VLLMValidationError`, which the server answers by status 400."""
+class ImageSource(MediaConnector):
+    """The places that images come from. Every error is a `VLLMValidationError`, which is answered by status 400."""
 
     def load_from_url(self, url: str, media_io: Any, **kwargs: Any) -> Any:
         self.require_allowed(url)

@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from PIL.Image import Image
+from PIL import Image
 from transformers import BatchFeature
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import (
@@ -55,7 +55,7 @@ class VilaMultiModalProcessor(BaseMultiModalProcessor[VilaProcessingInfo]):
         folder = Path(self.info.ctx.model_config.model)
         mode = getattr(self.info.get_hf_config(), "image_aspect_ratio", None)
         images = hf_data["images"]
-        if others := [type(image).__name__ for image in images if not isinstance(image, Image)]:
+        if others := [type(image).__name__ for image in images if not isinstance(image, Image.Image)]:
             raise ValueError(f"an image of a prompt is a PIL image, not {others[0]}")  # such as the path of a file
         return BatchFeature({"images": preprocess_images(images, cached_image_processor(folder), mode)})
 
