@@ -15,7 +15,7 @@ from bench.correctness.error_budget import assert_matches_reference, example_arg
 from bench.correctness.find_failure import find_failure
 from vila_triton import ops
 from vila_triton.ops import Int4, dequantize, int4_matmul_backward
-from vila_triton.registry import OPS, Impl, Unsupported, count_calls, discover, use
+from vila_triton.registry import OPS, Impl, Op, Unsupported, count_calls, discover, use
 
 discover()
 BACKWARD: list = [pytest.param(impl, id=impl.name) for impl in int4_matmul_backward.impls.values()]
@@ -43,7 +43,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("place, change, message", REFUSED, ids=[case[2] for case in REFUSED])
 def test_invalid_arguments_are_refused(place: int, change: Callable[[Any], Any], message: str) -> None:
-    args = [*drawn()]
+    args: list[Any] = [*drawn()]
     args[place] = change(args[place])
     for name in int4_matmul_backward.impls:
         chosen, refused = use(int4_matmul_backward=name), pytest.raises(ValueError, match=message)
@@ -131,7 +131,12 @@ def test_scales_and_zeros_have_no_gradient(field: str) -> None:
     _, w = drawn()
     x = torch.randn(2, 128, dtype=torch.float16, requires_grad=True)
     trained: Any = leaf(**{field: lambda y: y.clone().requires_grad_()})(w)
-    for op, args in ((ops.linear, (x, trained)), (ops.int4_matmul, (x, trained)), (ops.int4_swiglu, (x, w, trained))):
+    calls: list[tuple[Op, tuple[Any, ...]]] = [
+        (ops.linear, (x, trained)),
+        (ops.int4_matmul, (x, trained)),
+        (ops.int4_swiglu, (x, w, trained)),
+    ]
+    for op, args in calls:
         with count_calls() as ran, pytest.raises(RuntimeError, match=r"\w+: (w|up) requires a gradient, but only"):
             op(*args)
         assert not ran

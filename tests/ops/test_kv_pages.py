@@ -86,9 +86,9 @@ def test_inconsistent_pages_are_refused_by_the_op() -> None:
         ),
         "k_pages has shape": (ops.QuantizedKVPages(k_pages.values[..., 1:], k_pages.scales, k_pages.zeros), v_pages),
     }
-    for message, pages in wrong.items():
+    for message, (k_wrong, v_wrong) in wrong.items():
         with pytest.raises(ValueError, match=f"kv_write: {message}"):
-            ops.kv_write(k, v, *pages, slots)
+            ops.kv_write(k, v, k_wrong, v_wrong, slots)
     with pytest.raises(ValueError, match="no pages in 'int3'; there are: int8, int4"):
         ops.empty_kv_pages((1, 16, 2, 8), "int3")
     with pytest.raises(ValueError, match="even head dim, got 7"):

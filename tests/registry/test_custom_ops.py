@@ -118,7 +118,11 @@ def test_a_wrong_number_of_results_is_an_error(doubled: Op, fresh: None) -> None
 def test_a_call_with_return_lse_runs_the_chosen_implementation_between_two_graphs(fresh: None) -> None:
     sizes = {"b": 2, "s": 4, "t": 3, "g": 1, "ratio": 1, "d": 32, "l": 16, "dtype": "float32"}
     args = ops.prefill_attention.make_example(**sizes, rng=torch.Generator().manual_seed(0), device=DEVICE)
-    compiled = torch.compile(lambda *args: ops.prefill_attention(*args, return_lse=True), backend="eager")
+
+    @torch.compile(backend="eager")
+    def compiled(*args: Any) -> Any:
+        return ops.prefill_attention(*args, return_lse=True)
+
     with use(prefill_attention="simple"), count_calls() as ran:
         out = compiled(*args)
     assert set(ran) == {("prefill_attention", "simple")}

@@ -47,7 +47,7 @@ def attach(scaled: Op, **by_target: Any) -> None:
     scaled.impl("config", configs=CONFIGS, batch_invariant=True, by_target=by_target)(lambda m, times: times)
 
 
-def run(m: int) -> int:
+def run(m: int) -> Any:
     with use(scaled="config"):
         return OPS["scaled"](m)
 

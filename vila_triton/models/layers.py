@@ -92,4 +92,5 @@ LinearFn = Callable[[Affine, Tensor], Tensor]  # `linear`, or a function that al
 
 def layer_norm(p: Affine, x: Tensor, eps: float) -> Tensor:
     """Apply a layer norm: x [..., e] -> [..., e]."""
+    assert p.bias is not None
     return ops.layer_norm(x, p.weight, p.bias, eps)

@@ -7,7 +7,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 from .declaration import OpDeclaration
 from .policy import BATCH_INVARIANT, CALL_COUNTER, COMPILED_CHOICES, DEFAULT_CHOICES, EXPLICIT_CHOICES
@@ -15,9 +15,14 @@ from .search_space import Config, SearchSpace
 from .size_ranges import Choice, implementation_at
 from .target_configs import ConfigNumber, check_by_target, config_number, config_numbers, current_target, driver_in_use
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 REFERENCE = "reference"
 MOST_DECISIONS = 4096  # that an op remembers
 OPS: dict[str, "Op"] = {}
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @cache
@@ -107,12 +112,14 @@ class Defaults:
         return None
 
 
-class Op(OpDeclaration):
-    """A named operation: what is declared of it, everything that implements it, and the choice among that."""
+class Op(OpDeclaration, Generic[P, R]):
+    """A named operation: what is declared of it, everything that implements it, and the choice among that. To a type
+    checker it is a function with the signature of its reference.
+    """
 
     def __init__(
         self,
-        reference: Callable[..., Any],
+        reference: Callable[P, R],
         bitwise_exact: bool,
         batch_invariant: bool = False,
         defaults: Defaults | None = None,
@@ -132,6 +139,12 @@ class Op(OpDeclaration):
     def __repr__(self) -> str:
         return f"Op({self.name}: {', '.join(self.impls)})"
 
+    @overload  # a tensor or, with `return_lse`, two: Any lets a caller who knows which take it as that
+    def __call__(
+        self: "Op[P, Tensor | tuple[Tensor, Tensor]]", *args: P.args, **kwargs: P.kwargs
+    ) -> "Tensor | Any": ...
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.custom_op is not None and (self.is_compiling() or COMPILED_CHOICES.get() is not None):
             return self.custom_op(*args, **kwargs)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any, overload
 
 from .discovery import validate_choices
-from .op import OPS, Defaults, Impl, Op, torch_part
+from .op import OPS, Defaults, Impl, Op, P, R, torch_part
 from .policy import BATCH_INVARIANT, CALL_COUNTER, DEFAULT_CHOICES, EXPLICIT_CHOICES
 from .search_space import Config
 from .size_ranges import Choice
@@ -26,11 +26,11 @@ class TunedDefaults(Defaults):
 
 
 @overload
-def op(reference: Callable[..., Any]) -> Op: ...
+def op(reference: Callable[P, R]) -> Op[P, R]: ...
 @overload
 def op(
     *, bitwise_exact: bool = False, batch_invariant: bool = False, autocasts: bool = False
-) -> Callable[[Callable[..., Any]], Op]: ...
+) -> Callable[[Callable[P, R]], Op[P, R]]: ...
 def op(
     reference: Callable[..., Any] | None = None,
     *,
