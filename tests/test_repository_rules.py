@@ -327,6 +327,7 @@ def test_a_wheel_holds_kernels_and_configs_inside_the_package(tmp_path: Path) ->
     with zipfile.ZipFile(next(copy.glob("*.whl"))) as file:
         file.extractall(wheel)
     assert {path.name for path in wheel.iterdir() if path.suffix != ".dist-info"} == {"vila_triton", "bench"}
+    assert (wheel / "vila_triton" / "py.typed").exists()
     for folder in ("kernels", "configs"):
         held = {path.name for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".toml")}
         assert held <= {path.name for path in (wheel / "vila_triton" / folder).iterdir()}
