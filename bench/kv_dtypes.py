@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from vila_triton.cache.paged_cache import DEFAULT_PAGE_SIZE, KV_DTYPES, PagedKVCache
+from vila_triton.cache.paged_cache import KV_DTYPES, PagedKVCache
+from vila_triton.cache.paged_tensors import DEFAULT_PAGE_SIZE
 from vila_triton.chat.conversation import ChatModel
 from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.limits import COUNT, COUNT_OR_ZERO, SEED

@@ -1,4 +1,4 @@
-"""The paged KV cache as tensors, and the attention of one step over it (PagedAttention, Kwon et al. 2023)."""
+"""The paged KV cache of a VILA, and the attention of one step over it (PagedAttention, Kwon et al. 2023)."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,11 +11,8 @@ from torch import Tensor
 from vila_triton.ops import (
     KVPages,
     PagedKV,
-    RaggedBatch,
     decode_attention,
-    empty_kv_pages,
     kv_write,
-    page_tensors,
     prefill_attention,
     rope,
     rope_kv_write,
@@ -29,9 +26,9 @@ from ..models.config import LlamaConfig
 from ..models.llama import CosSin
 from ..models.params import tree_map
 from ..registry.gradients import without_gradient
-from .page_allocator import OutOfPages, PageAllocator, SlotAllocation
+from .page_allocator import OutOfPages
+from .paged_tensors import DEFAULT_PAGE_SIZE, PagedCache, PagedStep, outside_inference_mode
 
-DEFAULT_PAGE_SIZE = 16
 NO_GRADIENT = (
     "keys and values that are read from the KV cache have no gradient; run whole sequences in one pass, with "
     "use_cache=False and without batch_invariant numerics"
@@ -47,15 +44,6 @@ def step_phase(new_lens: Iterable[int], numerics: str) -> str:
     if numerics == "batch_invariant":
         return "batch_invariant"
     return "decode" if all(n == 1 for n in new_lens) else "prefill"
-
-
-@contextmanager
-def outside_inference_mode() -> Iterator[None]:
-    """Create tensors inside that can be used and written later in any mode, even if `torch.inference_mode` is active
-    around it.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def round_like_pages(x: Tensor, pages: KVPages) -> Tensor:
@@ -74,8 +62,8 @@ def uncached_attention(q: Tensor, k: Tensor, v: Tensor, query_start_loc: Tensor,
 
 
 @dataclass(frozen=True)
-class PagedBatch:
-    """One step over a ragged batch of b sequences with s new tokens: attention metadata, and the pages it writes.
+class PagedBatch(PagedStep):
+    """A step of a VILA.
 
     `attend` rotates q and k, writes k and v into the pages in place, and returns the attention output. A step in which
     every sequence has one new token is a decode step, which has kernels of its own. With numerics "batch_invariant" no
@@ -84,14 +72,6 @@ class PagedBatch:
     was generated.
     """
 
-    k_pages: KVPages  # [layers, p, l, g, d]
-    v_pages: KVPages  # [layers, p, l, g, d]
-    slot_mapping: Tensor  # [s] int64
-    block_table: Tensor  # [b, pages] int32
-    query_start_loc: Tensor  # [b+1] int32
-    context_lens: Tensor  # [b] int32
-    seq_lens: Tensor  # [b] int32: with the new tokens
-    positions: Tensor  # [s] int64: of each new token in its sequence
     numerics: str
     phase: str  # see `step_phase`
     is_differentiable: bool  # attention sees only the new keys and values, and sees them as they were computed
@@ -122,8 +102,7 @@ class PagedBatch:
         if self.phase == "decode":
             return decode_attention(q, cache, self.seq_lens, scale, self.numerics)
         k, v = self.as_attended(k, k_pages), self.as_attended(v, v_pages)
-        batch = RaggedBatch(self.query_start_loc, self.context_lens)
-        return prefill_attention(q, k, v, cache, batch, scale, self.numerics)
+        return prefill_attention(q, k, v, cache, self.batch, scale, self.numerics)
 
     def as_attended(self, x: Tensor, pages: KVPages) -> Tensor:
         """New keys or values [s, g, d] as the attention of this step takes them, if it is no decode step."""
@@ -145,10 +124,10 @@ class UncachedBatch:
         return uncached_attention(rope(q, *rotary), rope(k, *rotary), v, self.query_start_loc, scale, self.numerics)
 
 
-class PagedKVCache:
-    """Keys and values of many sequences in pages of `page_size` tokens, for all layers of a model.
+class PagedKVCache(PagedCache):
+    """The cache of a VILA's language model. It grows.
 
-    `allocator` assigns pages to sequences. The object is changed in place by whoever runs a model on it, who must hold
+    The object is changed in place by whoever runs a model on it, who must hold
     `lock` meanwhile. Registered prefixes are only valid for one model, and until its parameters change.
 
     dtype: of the model. kv_dtype: of stored keys and values, one of `KV_DTYPES`, by default the model's. numerics: of
@@ -178,22 +157,15 @@ class PagedKVCache:
         self.detached_layers: set[int] = set()  # of which keys or values had a gradient when they were written
         self.decode_steps: Any = None  # the engine's `DecodeSteps` over these pages, until the pool grows
         self.lock = DeferringLock()
-        self.allocator = PageAllocator(num_pages, page_size)
-        shape = (cfg.num_hidden_layers, num_pages, page_size, cfg.num_key_value_heads, cfg.head_dim)
-        page_dtype = dtype if kv_dtype is None else getattr(torch, kv_dtype) if "float" in kv_dtype else kv_dtype
-        with outside_inference_mode():
-            self.k_pages = empty_kv_pages(shape, page_dtype, device)  # [layers, p, l, g, d]
-            self.v_pages = empty_kv_pages(shape, page_dtype, device)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all pages."""
-        return sum(x.nbytes for x in self.tensors)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors that the pages consist of, [layers, p, l, ...] each."""
-        return [*page_tensors(self.k_pages), *page_tensors(self.v_pages)]
+        super().__init__(
+            num_pages,
+            num_layers=cfg.num_hidden_layers,
+            num_kv_heads=cfg.num_key_value_heads,
+            head_dim=cfg.head_dim,
+            page_size=page_size,
+            dtype=dtype if kv_dtype is None else getattr(torch, kv_dtype) if "float" in kv_dtype else kv_dtype,
+            device=device,
+        )
 
     def check_model(self, cfg: LlamaConfig, device: torch.device) -> None:
         """Errors: ValueError if the pages have another shape or device than such a model needs."""
@@ -207,10 +179,6 @@ class PagedKVCache:
         )
         if cached != required:
             raise ValueError(f"the cache is of {cached}, but the model has {required}")
-
-    def length(self, seq: int) -> int:
-        """Cached tokens of a sequence."""
-        return self.allocator[seq].length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of the longest sequence, under the name of Hugging Face's caches."""
@@ -280,30 +248,18 @@ class PagedKVCache:
 
     @contextmanager
     def append_step(self, counts: Mapping[int, int]) -> Iterator[PagedBatch]:
-        """Append so many new tokens to each sequence, and yield the batch to run; if the `with` fails, every sequence
-        is as it was.
-
-        Errors: `OutOfPages`, before anything is changed.
-        """
-        context_lens = {seq: self.length(seq) for seq in counts}
-        with self.append_slots(counts) as allocation:
-            yield self._build_batch(context_lens, counts, allocation.slots)
-
-    @contextmanager
-    def append_slots(self, counts: Mapping[int, int]) -> Iterator[SlotAllocation]:
-        """Append so many new tokens to each sequence, and yield their slots, in pages that nothing else has; all else
-        as `append_step`.
-        """
-        context_lens = {seq: self.length(seq) for seq in counts}
-        allocation = self.allocator.append(counts)
-        try:
-            self._copy_pages(allocation.copies)
-            yield allocation
-        except BaseException:
-            for seq, length in context_lens.items():
-                self.allocator.truncate(seq, length)
-            self._copy_pages(allocation.copies)  # sequences keep their new pages, and the first copy may be incomplete
-            raise
+        """`PagedCache.append_step`, of which attention is that of the model."""
+        reads_context = any(self.length(seq) for seq in counts)
+        with super().append_step(counts) as step:
+            phase = step_phase(counts.values(), self.numerics)
+            rounds = self.numerics == "batch_invariant" and not isinstance(self.k_pages, Tensor)
+            yield PagedBatch(
+                **vars(step),
+                numerics=self.numerics,
+                phase=phase,
+                is_differentiable=phase != "decode" and not rounds and not reads_context,
+                detached_layers=self.detached_layers,
+            )
 
     def decode_batch(self, block_table: Tensor, context_lens: Tensor, is_live: Tensor) -> PagedBatch:
         """The batch of one new token of each row whose place is found on the device, from what lies there.
@@ -327,37 +283,6 @@ class PagedKVCache:
             self.numerics,
             step_phase([1], self.numerics),
             is_differentiable=False,
-            detached_layers=self.detached_layers,
-        )
-
-    def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
-        for source, target in copies:
-            for x in self.tensors:
-                x[:, target] = x[:, source]
-
-    def _build_batch(self, context_lens: Mapping[int, int], counts: Mapping[int, int], slots: list[int]) -> PagedBatch:
-        device = self.k_pages.device
-        page_lists = [self.allocator[seq].pages for seq in counts]
-        width = max(1, *map(len, page_lists)) if page_lists else 1
-        new_lens = list(counts.values())
-        query_start_loc = torch.tensor([0, *new_lens], device=device).cumsum(0).int()
-        context = torch.tensor([context_lens[seq] for seq in counts], dtype=torch.int32, device=device)
-        phase = step_phase(new_lens, self.numerics)
-        rounds = self.numerics == "batch_invariant" and not isinstance(self.k_pages, Tensor)
-        return PagedBatch(
-            self.k_pages,
-            self.v_pages,
-            torch.tensor(slots, dtype=torch.int64, device=device),
-            torch.tensor([t + [0] * (width - len(t)) for t in page_lists], dtype=torch.int32, device=device),
-            query_start_loc,
-            context,
-            context + query_start_loc.diff(),
-            torch.cat(
-                [torch.arange(context_lens[seq], context_lens[seq] + n, device=device) for seq, n in counts.items()]
-            ),
-            self.numerics,
-            phase,
-            is_differentiable=phase != "decode" and not rounds and not any(context_lens[seq] for seq in counts),
             detached_layers=self.detached_layers,
         )
 

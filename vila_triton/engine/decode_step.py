@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from ..cache.paged_cache import PagedKVCache, outside_inference_mode, step_phase
+from ..cache.paged_cache import PagedKVCache, step_phase
+from ..cache.paged_tensors import outside_inference_mode
 from ..models import llama
 from ..models.config import LlamaConfig
 from .default_kernels import use_default_kernels

@@ -6,7 +6,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from ..cache.paged_cache import outside_inference_mode
+from ..cache.paged_tensors import outside_inference_mode
 from ..lock import DeferringLock
 
 MAX_IMAGES = 64
