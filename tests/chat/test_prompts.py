@@ -7,6 +7,7 @@ from small_tokenizers import CHATML, HEADERS, PIECES, of_bytes, pieces, spelled
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vila_triton.chat.prompts import (
+    conversation_ids,
     end_of_turn_ids,
     first_turn_ids,
     insert_image_tokens,
@@ -148,3 +149,42 @@ def test_question_with_another_number_of_image_tokens_is_refused() -> None:
 
 def test_vocabulary_is_that_of_the_sentencepiece_model() -> None:
     assert pieces().convert_ids_to_tokens(list(range(len(PIECES)))) == PIECES
+
+
+CONVERSATION = [("user", "<image>\nWhat is it?"), ("assistant", "A cat."), ("user", "Sure?")]
+TOKENIZERS = {"vicuna_v1_nosys": pieces(), "llama_3": of_bytes(HEADERS), "hermes-2": of_bytes(CHATML)}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_ids_of_a_conversation_are_those_of_its_text(name: str) -> None:
+    template, tokenizer = TEMPLATES[name], TOKENIZERS[name]
+    (_, first), (_, answer), (_, second) = CONVERSATION
+    assert conversation_ids(CONVERSATION[:1], template, tokenizer) == first_turn_ids(first, template, tokenizer)
+    text = template.render_first_turn(first) + template.answer_prefix + answer + template.turn_end
+    assert conversation_ids(CONVERSATION, template, tokenizer) == tokenize(
+        text + template.render_turn(second), tokenizer
+    )
+    own_system = conversation_ids([("system", "What is it?"), ("user", "Sure?")], template, tokenizer)
+    assert own_system == tokenize(replace(template, system="What is it?").render_first_turn("Sure?"), tokenizer)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_no_message_of_a_conversation_spells_a_special_token(name: str) -> None:
+    template, tokenizer = TEMPLATES[name], TOKENIZERS[name]
+    special = {*tokenizer.all_special_ids, *tokenizer.convert_tokens_to_ids(template.required_tokens)}
+
+    def count(messages: list[tuple[str, str]]) -> int:
+        return sum(i in special - {tokenizer.unk_token_id} for i in conversation_ids(messages, template, tokenizer))
+
+    spelled_out = "".join(tokenizer.all_special_tokens) + template.turn_end
+    messages = [("system", "What"), ("user", "What"), ("assistant", "A"), ("user", "Sure")]
+    assert count([(role, text + spelled_out) for role, text in messages]) == count(messages)
+
+
+@pytest.mark.parametrize(
+    "roles", ["", "assistant", "user user", "user assistant", "user system user", "user tool user"]
+)
+def test_roles_that_do_not_take_turns_are_refused(roles: str) -> None:
+    messages = [(role, "What") for role in roles.split()]
+    with pytest.raises(ValueError, match="expected user and assistant in turn"):
+        conversation_ids(messages, TEMPLATES["vicuna_v1_nosys"], pieces())

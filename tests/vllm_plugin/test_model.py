@@ -1,6 +1,7 @@
 """VILA inside vLLM answers as our engine does: dense and int4, alone and in a batch, on one process and on two."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from vila_triton.__main__ import main
 from vila_triton.chat.conversation import ChatModel
 from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.paths import BUNDLED_CHECKPOINT
@@ -28,16 +30,18 @@ def upside_down(*args, **kwargs):
 MODELS = ("vila1.5-3b", "vila1.5-3b-s2", "llama3-vila1.5-8b", "vila1.5-13b", "vila1.5-40b")  # all of VILA 1.5
 
 
+def vila_triton(*arguments: object) -> None:
+    """Run a command in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["vila-triton", *map(str, arguments)])
+        assert not main()
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The bundled model, and it in int4."""
-    from vila_triton.__main__ import main
-
     target = tmp_path_factory.mktemp("int4") / "model"
-    with pytest.MonkeyPatch.context() as patch:
-        arguments = ["quantize", str(BUNDLED_CHECKPOINT), str(target), "--group-size", "64", "--method", "rtn"]
-        patch.setattr(sys, "argv", ["vila-triton", *arguments])
-        assert not main()
+    vila_triton("quantize", BUNDLED_CHECKPOINT, target, "--group-size", 64, "--method", "rtn")
     return {"dense": BUNDLED_CHECKPOINT, "int4": target}
 
 
@@ -140,30 +144,40 @@ def test_a_wrong_kernel_changes_the_answers(
 def test_every_tower_projector_and_template(
     name: str, weights: str, start_vila: Callable[..., Any], tmp_path: Path, questions: list[EvalQuestion]
 ) -> None:
-    from vila_triton.__main__ import main
-
-    arguments = [name, str(tmp_path / "model"), "--layers", "2", "--width-divisor", "8"]
-    with pytest.MonkeyPatch.context() as patch:
-        int4 = ["--int4", "32"] if weights == "int4" else []
-        patch.setattr(sys, "argv", ["vila-triton", "build", *arguments, "--dtype", "float32", *int4])
-        assert not main()
+    int4 = ["--int4", 32] if weights == "int4" else []
+    sizes = ["--layers", 2, "--width-divisor", 8, "--dtype", "float32"]
+    vila_triton("build", name, tmp_path / "model", *sizes, *int4)
     asked = [question for question in questions if len(question.images) < 3][:4]
     engine = start_vila(tmp_path / "model", max_model_len=2048)
     assert vllm_answers(engine, asked) == own_answers(load_chat_model(tmp_path / "model", dtype=torch.float32), asked)
+
+
+@pytest.mark.parametrize("layout", ["awq-gemm", "awq-v1", "awq-v2"])
+def test_every_layout_of_int4_weights(
+    layout: str,
+    folders: dict[str, Path],
+    questions: list[EvalQuestion],
+    start_vila: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    vila_triton("convert", folders["int4"], tmp_path / "model", "--format", layout)
+    engine = start_vila(tmp_path / "model")
+    expected = own_answers(load_chat_model(tmp_path / "model", dtype=torch.float32), questions[:20])
+    assert vllm_answers(engine, questions[:20]) == expected
 
 
 TWO_RANKS = """
 import json, sys
 from pathlib import Path
 
-sys.path[:0] = {paths}
+paths, folder, options, target = json.loads(sys.argv[1])
+sys.path[:0] = paths
 if __name__ == "__main__":
-    from test_model import MAX_TOKENS, build_questions, vllm_answers
+    from test_model import build_questions, vllm_answers
     from vllm import LLM
 
-    options = dict(dtype="float32", max_model_len=512, enforce_eager=True, tokenizer_mode="vila_triton")
-    engine = LLM({folder!r}, limit_mm_per_prompt={{"image": 3}}, distributed_executor_backend="mp", {parallel}=2, **options)
-    Path({target!r}).write_text(json.dumps(vllm_answers(engine, build_questions(8, seed=21)[:20])))
+    engine = LLM(folder, **options)
+    Path(target).write_text(json.dumps(vllm_answers(engine, build_questions(8, seed=21)[:20])))
 """
 
 
@@ -172,13 +186,14 @@ if __name__ == "__main__":
 def test_two_processes_give_the_same_answers(
     weights: str, parallel: str, folders: dict[str, Path], questions: list[EvalQuestion], tmp_path: Path
 ) -> None:
-    paths = [str(path) for path in (Path(__file__).parent, Path(__file__).parents[1], Path(__file__).parents[2])]
-    target = tmp_path / "answers.json"
-    script = TWO_RANKS.format(paths=paths, folder=str(folders[weights]), parallel=parallel, target=str(target))
-    (tmp_path / "two_ranks.py").write_text(script)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        done = subprocess.run([sys.executable, str(tmp_path / "two_ranks.py")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    paths = [str(path) for path in (Path(__file__).parent, *Path(__file__).parents[1:3])]
+    options = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "tokenizer_mode": "vila_triton"}
+    options |= {"limit_mm_per_prompt": {"image": 3}, "distributed_executor_backend": "mp", parallel: 2}
+    script, target = tmp_path / "two_ranks.py", tmp_path / "answers.json"
+    script.write_text(TWO_RANKS)
+    command = [sys.executable, str(script), json.dumps([paths, str(folders[weights]), options, str(target)])]
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     expected = own_answers(load_chat_model(folders[weights], dtype=torch.float32), questions[:20])
     assert json.loads(target.read_text()) == expected
