@@ -6,6 +6,7 @@
     measure/      timing, rows of results, cases, models and steps to time
     peers/        other libraries' kernels as implementations of our ops
     plots/        figures from rows
+    serving/      load on a server, and the servers to compare
     tuner/        the search for configs
     standin/      a stand-in for a CUDA GPU
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "How fast is a model, and how much memory does it take?": (
         "model",
         "training",
+        "serve",
         "decode_budget",
         "roofline",
         "kv_dtypes",

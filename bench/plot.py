@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ._tool import tool
 from .measure import rows
-from .plots import models, ops, quality, training, tuning
+from .plots import models, ops, quality, serving, training, tuning
 from .plots.figure import PlottedFigure, Row
 from .plots.style import save_figure
 from .tuner.table import TIMED_STATUSES
@@ -30,6 +30,7 @@ PLOTS: dict[str, tuple[Callable[[Mapping[str, Sequence[Row]]], Iterator[PlottedF
     "predict": (models.plot_bounds, ["predict"]),
     "quality": (quality.plot_quality, ["quality"]),
     "training": (training.plot_training, ["training"]),
+    "serve": (serving.plot_serving, ["serve"]),
 }
 RUN = "device date commit"
 # The fields that tell rows of a kind apart, and those that a figure needs besides.
@@ -45,6 +46,8 @@ FIELDS = {
     "model memory": ("model layers weights choice batch prompt", "peak_bytes"),
     "quality": ("model method group samples seed", "kl perplexity"),
     "training": ("model layers weights choice checkpointed batch tokens", ""),
+    "serve streams": ("model dtype choice streams", "tokens_per_s"),
+    "serve arrivals": ("model dtype choice rate", "tokens_per_s"),
     "predict prefill": ("gpu model weights images prompt", "source seconds beyond"),
     "predict decode": ("gpu model weights context", "source seconds beyond"),
 }

@@ -8,6 +8,7 @@ own part.
 
 import argparse
 import json
+import math
 import re
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from .plots.style import save_figure
 from .tuner.table import TIMED_STATUSES
 
 Row = Mapping[str, Any]
-PLOTS = ("roofline", "speedup", "time", "model", "memory", "quality")
+PLOTS = ("roofline", "speedup", "time", "model", "memory", "quality", "serve")
 GOAL_STYLES = {"MET": "good", "NOT MET": "bad", "NOT MEASURED": "none", "met where it was measured": "none"}
 
 
@@ -146,6 +147,27 @@ def model_tables(records: Sequence[Row]) -> Iterator[Html]:
         yield table(head, lines, "---nnnnn")
 
 
+def serving_tables(records: Sequence[Row]) -> Iterator[Html]:
+    """A table for each model: a line for each load and server, with times, throughput, right answers and ratios."""
+    for of_model in group_rows(records, "model", "dtype").values():
+        yield heading(3, f"{of_model[0]['model']}, {of_model[0]['dtype']}")
+        lines = []
+        for row in of_model:
+            load = f"{row['streams']} streams" if row["what"] == "streams" else f"{row['rate']:g} requests/s"
+            times = [format_seconds(row[key]) if key in row else "" for key in ("ttft", "ttft_p95", "tpot", "tpot_p95")]
+            rates = [f"{row['tokens_per_s']:.1f}", f"{row['requests_per_s']:.2f}"]
+            ratios = [
+                " ".join(f"{row.get(peer, {}).get(key, math.nan):.2f}" for key in ("ttft", "tpot", "tokens_per_s"))
+                for peer in ("ratio_vllm", "ratio_engine")
+            ]
+            lines.append(
+                [load, row["choice"], *times, *rates, percent(row["right"]), str(row["errors"])]
+                + [text.replace("nan", "-") for text in ratios]
+            )
+        head = ["load", "server", "first token", "95 %", "a token", "95 %", "tokens/s", "requests/s", "right", "errors"]
+        yield table([*head, "x vLLM: first, token, tokens/s", "x engine"], lines, "--nnnnnnnnnn")
+
+
 def tuning_tables(records: Sequence[Row]) -> Iterator[Html]:
     """The number of candidates of each search by status, and the best config at each of the sizes."""
     for of_search in group_rows(records, "op", "impl").values():
@@ -221,6 +243,7 @@ SECTIONS = {  # by kind of row, in the order of the page
     "ceiling": Section("Times", ceiling_paragraph, "bandwidth flops"),
     "op": Section("", time_tables, TIME),
     "model": Section("The model", model_tables, "model layers what weights choice"),
+    "serve": Section("Servers", serving_tables, "model dtype what choice tokens_per_s requests_per_s right errors"),
     "tune": Section("Searches", tuning_tables, "op impl config sizes status seconds timer"),
     "error": Section("Errors beside float64", error_table, "sizes impl config rms worst reason"),
     "refused": Section("Without a time", refused_groups, "reason"),
