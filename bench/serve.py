@@ -90,11 +90,11 @@ class Comparison:
         engine = BatchEngine(chat_model, self.limits.answer_tokens)
         self.targets.append(Target(ENGINE, engine.ask_all, is_server=False))
 
-    def add_server(self, name: str, extra: Sequence[str] = ()) -> None:
+    def add_server(self, name: str) -> None:
         """Starts a server; one that does not start is refused."""
         args, python = self.args, self.args.vllm
         url = f"http://127.0.0.1:{free_port()}"
-        command = server_command(name, python, args.model, url, args.dtype, extra)
+        command = server_command(name, python, args.model, url, args.dtype, args.set)
         print_progress(f"starting {name}", is_last=True)
         try:
             served = self.closing.enter_context(
@@ -205,7 +205,7 @@ def compare(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     if args.url:
         comparison.add_url(args.url, args.url)
     else:
-        comparison.add_server(OURS, [word for setting in args.set for word in ("--set", setting)])
+        comparison.add_server(OURS)
         if "vllm" in args.peers:
             comparison.add_server(VLLM)
     comparison.gate()

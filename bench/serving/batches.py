@@ -55,7 +55,7 @@ class BatchEngine:
     def answer(self, requests: Sequence[Request], starts: Sequence[float]) -> list[Outcome]:
         """Answers requests in one batch."""
         chat, model, cache = self.chat_model, self.chat_model.model, self.cache
-        images = [Image.open(io.BytesIO(file)) for request in requests for file in request.images]
+        images = [self.open_image(file) for request in requests for file in request.images]
         features, feature_keys = self.features(chat.preprocess_images(images).to(model.device, model.dtype))
         rows = splice_image_tokens(
             [torch.tensor(self.prompt_ids(request)) for request in requests],
@@ -84,6 +84,11 @@ class BatchEngine:
             Outcome(request, start, times[seq][0], times[seq][-1], len(answers[seq]), self.decode(answers[seq]))
             for request, start, seq in zip(requests, starts, prompts)
         ]
+
+    @staticmethod
+    def open_image(file: bytes) -> Image.Image:
+        """Returns the image of a PNG file."""
+        return Image.open(io.BytesIO(file))
 
     def decode(self, tokens: list[int]) -> str:
         """Returns the text of an answer."""

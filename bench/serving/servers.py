@@ -24,17 +24,18 @@ from vila_triton.files.reading import LoadError
 from .client import ServerError, served_model
 
 OURS, VLLM = "vila-triton", "vllm's kernels"
-OPTIONS = ("--enforce-eager", "--max-num-seqs", "16", "--disable-log-stats")
+OPTIONS = ("--max-num-seqs", "16", "--disable-log-stats")
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"  # of the engine alone, which a server runs in a process of its own
 
 
-def server_command(name: str, python: Path, model: Path, url: str, dtype: str, extra: Sequence[str]) -> list[str]:
-    """Returns the command of a server; `extra` are options of `vila-triton serve`, of ours alone."""
+def server_command(name: str, python: Path, model: Path, url: str, dtype: str, settings: Sequence[str]) -> list[str]:
+    """Returns the command of a server; `settings` are those of `--set`, for ours alone."""
     parts = urlsplit(url)
     address = ["--host", str(parts.hostname), "--port", str(parts.port)]
-    command = [str(python), "-m", "vila_triton", "serve", str(model), *address]
-    command += extra if name == OURS else ["--vllm-kernels"]
-    return [*command, "--", "--dtype", dtype, *OPTIONS]
+    command = [str(python), "-m", "vila_triton", "serve", str(model), *address, "--dtype", dtype]
+    if name == VLLM:
+        return [*command, "--", *OPTIONS, "--attention-backend", "CPU_ATTN"]
+    return [*command, *(word for setting in settings for word in ("--set", setting)), "--", *OPTIONS]
 
 
 def server_environment(python: Path) -> Mapping[str, str]:
