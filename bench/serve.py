@@ -25,23 +25,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vila_triton.arguments import DTYPES, parse_kernel_settings
 from vila_triton.console import print_progress
+from vila_triton.device import pick_device
 from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.hf.configuration_vila_llama import parse_dtype
 from vila_triton.limits import COUNT, POSITIVE, SEED, Limits
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.registry import use
+from vila_triton.registry.sources import kernel_paths
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .measure import rows
 from .serving.batches import BatchEngine
 from .serving.client import Load, Outcome, Server, ask_all, served_model
 from .serving.latency import Run, differing, figures, format_ratios, ratios, right_share, wrong_answers
 from .serving.other_load import OtherLoad
-from .serving.servers import OURS, VLLM, free_port, running, server_command, server_environment
+from .serving.servers import ATTENTION_OF_VLLM, OURS, VLLM, free_port, running, server_command, server_environment
 from .serving.trace import Request, build_trace, serve_config
 
 ENGINE = "engine"
@@ -78,7 +78,8 @@ class Comparison:
     def __init__(self, args: argparse.Namespace, closing: contextlib.ExitStack):
         self.args, self.closing = args, closing
         self.mix, self.limits = serve_config()
-        self.stamp = rows.stamp(torch.device("cpu"))
+        self.device = pick_device(args.device)
+        self.stamp = rows.stamp(self.device)
         self.labels: dict[str, Any] = {"model": "/".join(args.model.resolve().parts[-2:])}
         self.targets: list[Target] = []
         self.sessions: list[int] = []
@@ -86,7 +87,7 @@ class Comparison:
 
     def add_engine(self) -> None:
         """Loads the model into this process."""
-        chat_model = load_chat_model(self.args.model, "cpu", parse_dtype(f"torch.{self.args.dtype}"))
+        chat_model = load_chat_model(self.args.model, self.device, parse_dtype(f"torch.{self.args.dtype}"))
         engine = BatchEngine(chat_model, self.limits.answer_tokens)
         self.targets.append(Target(ENGINE, engine.ask_all, is_server=False))
 
@@ -94,7 +95,10 @@ class Comparison:
         """Starts a server; one that does not start is refused."""
         args, python = self.args, self.args.vllm
         url = f"http://127.0.0.1:{free_port()}"
-        command = server_command(name, python, args.model, url, args.dtype, args.set)
+        settings = [word for path in kernel_paths() for word in ("--kernels", str(path))]
+        settings += [word for setting in args.set for word in ("--set", setting)]
+        own = ["--attention-backend", ATTENTION_OF_VLLM[self.device.type]] if name == VLLM else []
+        command = server_command(python, args.model, url, args.dtype, settings, own)
         print_progress(f"starting {name}", is_last=True)
         try:
             served = self.closing.enter_context(
@@ -222,7 +226,9 @@ def compare(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line of `python -m bench.serve`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("--model", type=Path, default=BUNDLED_CHECKPOINT, metavar="FOLDER", help="(the bundled one)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     help_text = "the Python of an environment with vLLM and this package, which runs the servers (this one)"
@@ -240,6 +246,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--trace-seed", type=SEED, default=0, help="of the requests (0)")
     help_text = "the least share of right answers, 0 for a model that does not know such questions"
     parser.add_argument("--right", type=SHARE, help=help_text)
+    parser.add_argument("--device", help="of our engine, cpu or cuda; vLLM runs where it was built for")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     return parser
 

@@ -17,32 +17,33 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from bench.measure.rows import ROOT
+from bench.measure.rows import CHILD_FOLDER, IN_CHECKOUT, ROOT
 from bench.measure.vllm_engine import ENVIRONMENT
 from vila_triton.files.reading import LoadError
 
 from .client import ServerError, served_model
 
 OURS, VLLM = "vila-triton", "vllm's kernels"
+ATTENTION_OF_VLLM = {"cpu": "CPU_ATTN", "cuda": "FLASH_ATTN"}
 OPTIONS = ("--max-num-seqs", "16", "--disable-log-stats")
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"  # of the engine alone, which a server runs in a process of its own
 
 
-def server_command(name: str, python: Path, model: Path, url: str, dtype: str, settings: Sequence[str]) -> list[str]:
-    """Returns the command of a server; `settings` are those of `--set`, for ours alone."""
+def server_command(
+    python: Path, model: Path, url: str, dtype: str, settings: Sequence[str], vllm_options: Sequence[str]
+) -> list[str]:
+    """Returns the command of a server: settings are options of `vila-triton serve`, the others of vLLM."""
     parts = urlsplit(url)
     address = ["--host", str(parts.hostname), "--port", str(parts.port)]
     command = [str(python), "-m", "vila_triton", "serve", str(model), *address, "--dtype", dtype]
-    if name == VLLM:
-        return [*command, "--", *OPTIONS, "--attention-backend", "CPU_ATTN"]
-    return [*command, *(word for setting in settings for word in ("--set", setting)), "--", *OPTIONS]
+    return [*command, *settings, "--", *OPTIONS, *vllm_options]
 
 
 def server_environment(python: Path) -> Mapping[str, str]:
     """Returns the environment of a server."""
     preloaded = [str(file) for file in (python.absolute().parents[1] / "lib").glob("libiomp5.so")]
     variables = {name: value for name, value in ENVIRONMENT.items() if name != IN_PROCESS}
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT) if IN_CHECKOUT else "", os.environ.get("PYTHONPATH"))))
     return {**os.environ, **variables, "PYTHONPATH": path, "LD_PRELOAD": ":".join(preloaded)}
 
 
@@ -71,8 +72,8 @@ def running(
     """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, env=dict(environment), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, env=dict(environment), cwd=CHILD_FOLDER, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
             yield Served(wait_for_model(process, url, start_seconds, log), process.pid)

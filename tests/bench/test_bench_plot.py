@@ -98,10 +98,19 @@ def training_rows() -> Iterator[dict[str, Any]]:
         yield {**about, "checkpointed": checkpointed, "batch": 1, "tokens": 512, **figures}
 
 
+def serve_rows() -> Iterator[dict[str, Any]]:
+    for load, choice in itertools.product((1, 2, 16), ("vila-triton", "vllm's kernels", "engine")):
+        times = {"ttft": 0.01 * load, "ttft_p95": 0.02 * load, "tpot": 0.003, "tpot_p95": 0.004}
+        about = {"kind": "serve", "model": "tiny/checkpoint", "dtype": "float32", "choice": choice, **times}
+        yield {**about, "what": "streams", "streams": load, "tokens_per_s": 100.0 * load}
+        yield {**about, "what": "arrivals", "rate": load * 1.5, "tokens_per_s": 90.0 * load}
+    yield {**about, "what": "streams", "streams": 4, "tokens_per_s": 0.0, "choice": "one that fails"}
+
+
 SOURCES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     "roofline": op_rows, "time": op_rows, "speedup": op_rows, "tuning": tune_rows,
     "memory": memory_rows, "model": model_rows, "predict": predict_rows, "quality": quality_rows,
-    "training": training_rows,
+    "training": training_rows, "serve": serve_rows,
 }  # fmt: skip
 
 
@@ -148,6 +157,7 @@ WORDS = {
     "memory": ["one pass, default, 4 layers", "chunks of 32, default, 4 layers", "the cache", "iB"],
     "model": ["aten, int4", "hf eager, float32", "limit of memory, int4", "tokens of the history", " MB", "batch 4"],
     "training": ["float32, checkpointed", "hf eager", "ours", "time of a step", " GB", "1 x 512 tokens"],
+    "serve": ["engine, 95th percentile", "vllm's kernels, median", "requests at a time", "that come a second", " ms"],
     "predict": ["H100: 1 image, 32 text tokens", "4090: at 256 tokens", "beyond memory", "vila1.5-40b", "bounds"],
 }
 
@@ -175,6 +185,8 @@ def crowded(name: str) -> list[dict[str, Any]]:
         ]
     if name == "predict":
         found += [{**row, "gpu": f"H100 of another maker {i}"} for row in found for i in range(4)]
+    if name == "serve":
+        found += [{**found[0], "streams": n} for n in (3, 17, 18, 19)]
     if name == "tuning":
         found += [{**found[0], "config": {**found[0]["config"], "num_stages": 1000 + i}} for i in range(30)]
     if name == "quality":

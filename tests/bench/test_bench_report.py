@@ -91,6 +91,8 @@ def test_runs_are_separate_and_correctness_and_searches_have_tables(tmp_path: Pa
     file = tmp_path / "rows.jsonl"
     here = dict(zip(rows.STAMP, ("GPU one", "2.11", "3.6", "3.12", "abc", "2026-11-28")))
     tuned = {"kind": "tune", "op": "swiglu", "impl": "triton", "sizes": {"s": 8}, "timer": "gpu", "status": "timed"}
+    served = {"kind": "serve", "what": "streams", "model": "m", "dtype": "float32", "choice": "vila-triton"}
+    served |= {"ttft": 0.25, "ttft_p95": 0.5, "tokens_per_s": 75.0, "requests_per_s": 5.5, "right": 0.975, "errors": 3}
     rows.write(
         file,
         [
@@ -100,6 +102,7 @@ def test_runs_are_separate_and_correctness_and_searches_have_tables(tmp_path: Pa
             {"kind": "step", "step": "model", "state": "out of time", "seconds": 70.0, "last": "x", **here},
             {**tuned, "config": {"BLOCK": 1}, "seconds": 2e-6, **here},
             {**tuned, "config": {"BLOCK": 2}, "seconds": 1e-6, **here},
+            {**served, "streams": 8, "ratio_engine": {"ttft": 0.5, "tpot": 2.0, "tokens_per_s": 0.25}, **here},
             {"kind": "refused", "op": "rope", "reason": "OutOfMemoryError: 20 GiB", **here, "device": "GPU two"},
         ],
     )
@@ -112,6 +115,7 @@ def test_runs_are_separate_and_correctness_and_searches_have_tables(tmp_path: Pa
         and "MismatchError: off" in seen
         and "model out of time 70.0 s" in seen
     )
+    assert re.search(r"8 streams vila-triton 250\.00 ms 500\.00 ms 75\.0 5\.50 97\.5% 3 - - - 0\.50 2\.00 0\.25", seen)
     assert re.search(r"s=8 2 +1\.00 us 2\.00 2", seen) and "1 x OutOfMemoryError: 20 GiB" in seen
 
 
