@@ -12,9 +12,9 @@ def ask(page: Chromium, question: str) -> None:
     page.type("#question", question + KEYS["Enter"])
 
 
-def settled(page: Chromium, turns: int = 1) -> None:
+def settled(page: Chromium, turns: int = 1, seconds: float = 10.0) -> None:
     """Wait until so many answers are there, with what was measured."""
-    page.until(lambda: page.count("article[aria-busy=false] details:not([hidden])") == turns)
+    page.until(lambda: page.count("article[aria-busy=false] details:not([hidden])") == turns, seconds)
 
 
 def user(text: str, *images: Path) -> dict[str, Any]:

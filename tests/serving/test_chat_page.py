@@ -58,20 +58,20 @@ def test_an_answer_is_shown_while_it_streams(page: Chromium, server: ScriptedSer
 
 
 def test_later_turns_repeat_the_earlier_with_images_where_they_were(page: Chromium, server: ScriptedServer) -> None:
-    server.replies += [answer("t", "wo"), answer("three"), answer("four")]
+    server.replies += [answer(" ", " t", "w ", "o"), answer("three"), answer("four")]
     choose(page, B, A)
     ask(page, "Which?")
     settled(page, 1)
     ask(page, "And now?")
     settled(page, 2)
-    assert page.text(".answer") == "two\nthree"
+    assert page.text(".answer") == "tw o\nthree"
     page.click("#new")
     assert page.count("article") == 0 and "Drop an image" in page.text("#log")
     ask(page, "Again?")
     settled(page, 1)
     assert [request["messages"] for request in server.requests] == [
         [user("Which?", B, A)],
-        [user("Which?", B, A), {"role": "assistant", "content": "two"}, user("And now?")],
+        [user("Which?", B, A), {"role": "assistant", "content": "tw o"}, user("And now?")],
         [user("Again?")],
     ]
 
