@@ -14,6 +14,7 @@ DOCUMENTS = [
         "vila_triton/README.md",
         "vila_triton/quantization/README.md",
         "kernels/README.md",
+        "kernels/USE.md",
         "bench/README.md",
         "bench/emulator/README.md",
         "configs/README.md",

@@ -260,6 +260,9 @@ def test_everything_but_kernels_works_without_triton(tmp_path: Path) -> None:
     code = """
         import sys, vila_triton, vila_triton.registry, vila_triton.cache.page_allocator
         assert "torch" not in sys.modules, "the registry needs the standard library only"
+        from vila_triton import PagedCache
+        import vila_triton.ops, vila_triton.checkpoints.int4_layouts
+        assert "transformers" not in sys.modules, "ops on one's own tensors need torch only"
         import torch, vila_triton.models.llama
         from vila_triton import VilaLlamaForCausalLM, ops
         print(ops.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0).sum().item())

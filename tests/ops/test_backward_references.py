@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.correctness.error_budget import example_args, example_strategy
 from bench.correctness.guarded_memory import map_tensors
 from vila_triton import ops
-from vila_triton.ops.prefill_attention import without_context
+from vila_triton.ops import without_context
 from vila_triton.registry import OPS, OneOf, count_calls, use
 
 D = torch.float64

@@ -9,7 +9,7 @@ from torch import Tensor
 from bench.correctness.error_budget import DEVICE, error_budget, error_over_budget
 from bench.correctness.guarded_memory import map_tensors
 from vila_triton import ops
-from vila_triton.ops.prefill_attention import without_context
+from vila_triton.ops import without_context
 from vila_triton.registry import OPS, OneOf, Op, Unsupported, count_calls, discover, use
 
 discover()

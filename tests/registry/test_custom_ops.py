@@ -17,7 +17,7 @@ from vila_triton.engine import engine
 from vila_triton.models import llama
 from vila_triton.models.config import LlamaConfig
 from vila_triton.models.params import init_tree, tree_map
-from vila_triton.ops.prefill_attention import without_context
+from vila_triton.ops import without_context
 from vila_triton.registry import OPS, OneOf, Op, count_calls, custom_ops, discover, op, use
 
 discover()

@@ -11,7 +11,7 @@ from bench.correctness.error_budget import check_within_budget, error_budget, ex
 from bench.correctness.guarded_memory import map_tensors
 from vila_triton import ops
 from vila_triton.engine import engine
-from vila_triton.ops.prefill_attention import without_context
+from vila_triton.ops import without_context
 from vila_triton.registry import OPS, OneOf, Op, Unsupported, count_calls, discover, use
 from vila_triton.registry.kernel_config import configured_choices
 from vila_triton.registry.size_ranges import implementation_at

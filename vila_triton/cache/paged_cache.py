@@ -16,10 +16,10 @@ from vila_triton.ops import (
     prefill_attention,
     rope,
     rope_kv_write,
+    without_context,
 )
 from vila_triton.ops.attention import check_numerics
 from vila_triton.ops.kv_pages import quantize_kv
-from vila_triton.ops.prefill_attention import without_context
 
 from ..lock import DeferringLock
 from ..models.config import LlamaConfig

@@ -82,6 +82,8 @@ class PagedCache:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"PagedCache: {name} is {size}, expected 1 at least")
+        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+            raise ValueError(f"PagedCache: dtype is {dtype}, expected a floating-point one, 'int8' or 'int4'")
         self.allocator = PageAllocator(num_pages, page_size)
         shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
         with outside_inference_mode():

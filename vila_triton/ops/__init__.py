@@ -46,7 +46,7 @@ from .int4_weight import Int4, dequantize
 from .kv_pages import KVPages, PagedKV, QuantizedKVPages, empty_kv_pages, page_tensors
 from .kv_write import kv_write
 from .linear import linear
-from .prefill_attention import prefill_attention
+from .prefill_attention import prefill_attention, without_context
 from .prefill_attention_backward import prefill_attention_backward
 from .rope_kv_write import rope_kv_write
 
@@ -77,6 +77,7 @@ __all__ = [
     "rope_kv_write",
     "swiglu",
     "swiglu_backward",
+    "without_context",
 ]
 
 
