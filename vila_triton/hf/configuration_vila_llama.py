@@ -14,7 +14,7 @@ from vila_triton.files.reading import find_folder, short_repr
 from ..models.config import ConfigError, RunSettings, read_dataclass, with_new_spellings
 
 # Arguments that transformers' Auto classes add, and fields that describe a classifier, which this model is not.
-AUTO_CLASS_ARGUMENTS = ("_from_auto", "adapter_kwargs", "revision", "trust_remote_code")
+AUTO_CLASS_ARGUMENTS = ("_from_auto", "adapter_kwargs", "local_files_only", "revision", "trust_remote_code")
 LABEL_FIELDS = ("num_labels", "id2label", "label2id")
 DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 

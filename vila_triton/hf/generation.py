@@ -73,6 +73,8 @@ class VilaGenerationMixin(GenerationMixin):
         Errors: ValueError naming the argument, before any token is generated.
         """
         model: Any = self
+        if loop == "engine" and not options.get("return_dict_in_generate", True):
+            del options["return_dict_in_generate"]  # as pipelines say, and as it is
         check_generate_arguments(loop, options)
         check_device_and_dtype(model.device, model.dtype)
         require_tensor("input_ids", input_ids, "tensor of token ids [b, t]")

@@ -24,6 +24,8 @@ from .unsupported import unsupported_method
 
 PROCESSOR_CONFIG_NAME = "processor_config.json"
 PLAIN_TEMPLATE = TEMPLATES["plain"]  # has no special tokens
+# What transformers' loaders and pipelines add, and means nothing for a folder.
+LOADER_ARGUMENTS = ("_from_auto", "_from_pipeline", "dtype", "local_files_only", "revision", "use_fast")
 CONFIG_KEYS = ("conversation_template", "image_aspect_ratio")
 
 
@@ -59,7 +61,7 @@ class VilaProcessor(ProcessorMixin):
         Errors: `LoadError` if the folder is neither, `ConfigError` for values in its configs, TypeError for other
         arguments: none is honoured.
         """
-        if unknown := [name for name, value in kwargs.items() if value and name not in ("_from_auto", "revision")]:
+        if unknown := [name for name, value in kwargs.items() if value and name not in LOADER_ARGUMENTS]:
             raise TypeError(f"VilaProcessor.from_pretrained takes a folder, and not {', '.join(unknown)}")
         folder = Path(folder)
         files = [path for name in ("config.json", PROCESSOR_CONFIG_NAME) if (path := folder / name).exists()] or [
@@ -166,6 +168,12 @@ class VilaProcessor(ProcessorMixin):
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """Decode several sequences of token ids."""
         return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """The texts of answers, or of prompts [b, t], for pipelines."""
+        return self.batch_decode(generated_outputs, skip_special_tokens, **kwargs)
 
     push_to_hub = unsupported_method("push_to_hub", NO_HUB)
     parse_response = unsupported_method("parse_response", NO_PARSER)
