@@ -1,9 +1,9 @@
 """The attention of models of transformers by our ops: `attn_implementation="vila_triton"`.
 
 transformers hands over queries [b, h, s, d] and all keys and values [b, g, t, d], those of its cache among them; a
-cache of fixed size also those that are yet to come. Of these tensors nothing is copied in a decode step. Each KV head of
-a sequence is a sequence of its own there, whose tokens are rows of the cache: pages of one token, which the block table
-names, so that padding anywhere is left out, and a kernel sees the same strides at every length.
+cache of fixed size gives rows for tokens that are yet to come, too. A decode step copies nothing of these: to it, each
+KV head of a sequence is a sequence of its own, and a row of the cache a page of one token. The block table names the
+rows, so padding is left out wherever it lies, and a kernel sees the same strides at every length.
 """
 
 from typing import Any
@@ -137,7 +137,7 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, is_seen: Tensor | N
     """The attention of a prefill: query [b, h, s, d], is_seen [b, t] or None for all, key and value [b, g, t, d], of
     which the last s are the new ones; rows beyond t are not there yet -> [b, s, h, d].
     """
-    b, h, s, _ = query.shape
+    b, s = len(query), query.shape[2]
     t = key.shape[2] if is_seen is None else is_seen.shape[1]
     context_len = t - s
     parts = key.shape[1] if context_len else 1  # in which the heads of a sequence are taken, see `rows_as_pages`
@@ -164,8 +164,8 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, is_seen: Tensor | N
 def rows_as_pages(key: Tensor, value: Tensor, num_rows: int, is_seen: Tensor | None) -> tuple[PagedKV, Tensor]:
     """The first rows of keys and values [b, g, t, d] as b*g cached sequences of one KV head, and their lengths [b*g].
 
-    A page is one row of one head, so the pages are the tensors themselves, unless their rows lie unevenly, as those of no
-    cache do. is_seen [b, num_rows]: which rows are tokens of the sequence; None for all.
+    A page is one row of one head, so pages are the tensors as they lie in a cache; others are copied. is_seen
+    [b, num_rows]: which rows are tokens of the sequence; None for all.
     """
     b, g, t, d = key.shape
     rows = torch.arange(num_rows, device=key.device).expand(b, -1)

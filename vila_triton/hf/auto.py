@@ -1,8 +1,8 @@
 """Registers `llava_llama` with transformers' Auto classes when it is imported.
 
 `from vila_triton import VilaLlamaForCausalLM`, or another of the package's Hugging Face names, imports it. Code that
-only uses Auto classes or `pipeline("image-text-to-text")` must `import vila_triton.auto`. `import vila_triton` alone does
-not import it, since the classes take seconds to load.
+only uses Auto classes, or `pipeline("image-text-to-text")`, must `import vila_triton.auto`. `import vila_triton` alone
+does not import it, since the classes take seconds to load.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor

@@ -75,7 +75,14 @@ class VilaLlamaConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
-        """Build a config from a config.json, as transformers' loaders do."""
+        """Build a config from a config.json, as transformers' loaders do.
+
+        Errors: NotImplementedError for the server of transformers.
+        """
+        if "tqdm_class" in kwargs:  # given by that server alone, which would look for the class in transformers next
+            raise NotImplementedError(
+                "`transformers serve` serves classes of transformers only; `vila-triton serve FOLDER` serves this one"
+            )
         return super().from_dict(with_new_spellings(config_dict), **kwargs)
 
     def cache_kwargs(self) -> dict[str, Any]:

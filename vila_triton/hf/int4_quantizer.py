@@ -1,7 +1,7 @@
 """int4 linear maps in models of transformers: rounded as they load, or read from a checkpoint in any int4 layout.
 
-`registration.install` makes `Int4Quantizer` the one of `Int4Config`, and if asked of transformers' `AwqConfig`, for which
-gptqmodel would be needed else. transformers loads weights as they lie on disk; then each becomes an `Int4Linear`.
+`registration.install` makes `Int4Quantizer` the one of `Int4Config`, and if asked that of transformers' `AwqConfig`, in
+place of one that needs gptqmodel. transformers loads weights as they lie on disk; then each becomes an `Int4Linear`.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -29,11 +29,11 @@ from .linear_modules import Int4Linear
 
 
 class Int4Config(QuantizationConfigMixin):
-    """The `quantization_config` of a model whose linear maps are int4: on disk in the layout vila-triton, or dense there
-    and rounded to nearest as they load.
+    """The `quantization_config` of a model whose linear maps are int4: on disk, in the layout vila-triton, or dense
+    there and rounded to nearest as they load.
 
-    group_size: inputs that share a scale. modules_to_not_convert: names or patterns of linear maps that stay dense, beside
-    the head, which always does. order: see `Int4.rounding`. Errors: `ConfigError`, naming the value.
+    group_size: inputs that share a scale, -1 for all. modules_to_not_convert: names or patterns of linear maps that
+    stay dense, beside the head, which always does. order: see `Int4.rounding`. Errors: `ConfigError`, naming the value.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class StoredLinear(nn.Module):
         self.tensor_names = tuple(tensors)
         for name, x in tensors.items():
             self.register_parameter(name, nn.Parameter(x, requires_grad=False))
-        self.register_parameter("bias", dense.bias)
+        self.bias: nn.Parameter | None = dense.bias
         self.dtype = dense.weight.dtype
 
     def to_int4(self, layout: Layout, group_size: int, rounding: Any) -> Int4Linear:
@@ -81,8 +81,11 @@ class StoredLinear(nn.Module):
 class Int4Quantizer(HfQuantizer):
     """Makes linear maps of a model of transformers int4, which stay frozen; adapters beside them are trained."""
 
-    is_trainable = True
-    layout: Layout | None = None
+    layout: Layout = NATIVE
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
@@ -93,12 +96,16 @@ class Int4Quantizer(HfQuantizer):
             self.linears = linears_to_round(model, self.quantization_config)
             return
         if not checkpoint_files:
-            raise LoadError("int4 linear maps are read from files, and neither from a state_dict nor from anything else")
+            raise LoadError(
+                "int4 linear maps are read from files, and neither from a state_dict nor from anything else"
+            )
         where = str(Path(checkpoint_files[0]).parent)
         tensors = merged(open_tensors(Path(file)) for file in checkpoint_files)
         stored_config = json.loads(self.quantization_config.to_json_string())
         config = {"quantization_config": stored_config, "int4_order": getattr(model.config, "int4_order", None)}
-        native, self.layout = detect_quantization(config, tensors, where)
+        native, layout = detect_quantization(config, tensors, where)
+        assert layout is not None  # `quant_method` is one that is known
+        self.layout = layout
         self.quantization_config = Int4Config(**native["quantization_config"])
         for stem, names in int4_linears(tensors.meta).items():
             dense = dict(model.named_modules()).get(stem)
@@ -128,7 +135,7 @@ class Int4Quantizer(HfQuantizer):
     def _to_int4(self, stored: StoredLinear, name: str) -> Int4Linear:
         config = self.quantization_config
         try:
-            return stored.to_int4(self.layout or NATIVE, config.group_size, config.order)
+            return stored.to_int4(self.layout, config.group_size, config.order)
         except ValueError as error:
             raise LoadError(f"{name}: {error}") from None
 
@@ -138,7 +145,7 @@ class Int4Quantizer(HfQuantizer):
             if isinstance(module, Int4Linear):
                 n, k = module.weight.shape
                 dense = nn.Linear(k, n, device="meta")
-                dense.weight = nn.Parameter(dequantize(module.weight, dtype or module.scales.dtype))
+                dense.weight = nn.Parameter(dequantize(module.weight, dtype or module.weight.dtype))
                 dense.bias = module.bias
                 model.set_submodule(name, dense)
         return model

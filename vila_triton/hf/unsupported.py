@@ -45,7 +45,7 @@ FROZEN_TREE = "its parameters are a frozen tree, whose sizes are the checkpoint'
 PEFT = (
     "peft itself adds, loads and saves adapters: `get_peft_model(model, ...)`, `PeftModel.from_pretrained(model, ...)`"
 )
-OWN_ENGINE = "it has an engine of its own: `generate` takes a batch of prompts, `Conversation` shares a cache"
+OWN_ENGINE = "it has an engine of its own: `generate` takes a batch, `vila-triton serve` whatever requests come"
 KERNELS_BY_OP = "kernels are chosen by op: `use(...)`, `vila-triton ops`"
 UNSUPPORTED_METHODS = {
     **dict_of_reasons(
