@@ -23,8 +23,8 @@ from ..checkpoints.tensor_files import open_tensors
 from ..files.reading import LoadError
 from ..models.config_fields import QuantizationSettings, read_dataclass
 from ..models.params import LazyTensors
-from ..ops import dequantize, quantize_rtn
-from ..ops.int4 import check_int4_shape
+from ..ops import Int4, dequantize
+from ..ops.int4_weight import check_int4_shape
 from .linear_modules import Int4Linear
 
 
@@ -81,7 +81,8 @@ class StoredLinear(nn.Module):
 class Int4Quantizer(HfQuantizer):
     """Makes linear maps of a model of transformers int4, which stay frozen; adapters beside them are trained."""
 
-    layout: Layout = NATIVE
+    layout: Layout = NATIVE  # on disk
+    linears: Mapping[str, int] = {}  # those to round, with their group sizes
 
     @property
     def is_trainable(self) -> bool:
@@ -96,9 +97,7 @@ class Int4Quantizer(HfQuantizer):
             self.linears = linears_to_round(model, self.quantization_config)
             return
         if not checkpoint_files:
-            raise LoadError(
-                "int4 linear maps are read from files, and neither from a state_dict nor from anything else"
-            )
+            raise LoadError("int4 linear maps are read from the files of a checkpoint, and from nothing else")
         where = str(Path(checkpoint_files[0]).parent)
         tensors = merged(open_tensors(Path(file)) for file in checkpoint_files)
         stored_config = json.loads(self.quantization_config.to_json_string())
@@ -107,8 +106,9 @@ class Int4Quantizer(HfQuantizer):
         assert layout is not None  # `quant_method` is one that is known
         self.layout = layout
         self.quantization_config = Int4Config(**native["quantization_config"])
+        modules = dict(model.named_modules())
         for stem, names in int4_linears(tensors.meta).items():
-            dense = dict(model.named_modules()).get(stem)
+            dense = modules.get(stem)
             if not isinstance(dense, nn.Linear):
                 raise LoadError(f"{where}: {stem} is int4, but no linear map of {type(model).__name__}")
             stored = StoredLinear({last: tensors.meta[name] for last, name in names.items()}, dense)
@@ -126,8 +126,8 @@ class Int4Quantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, StoredLinear):
                 model.set_submodule(name, self._to_int4(module, name))
-            elif not self.pre_quantized and name in self.linears:
-                weight = quantize_rtn(module.weight.data, self.linears[name])
+            elif name in self.linears:
+                weight = Int4.pack(module.weight, self.linears[name])
                 model.set_submodule(name, Int4Linear(weight, module.bias))
         model.config.quantization_config = self.quantization_config
         return model
