@@ -158,6 +158,15 @@ def test_a_wrong_kernel_changes_the_answers(tmp_path: Path, monkeypatch: pytest.
     assert answers != answer_of_transformers(model) and set(counts) == {"wrong"}
 
 
+def test_code_that_vllm_compiles_runs_the_chosen_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    model, tensors = tiny_llama(64, biases=True, dense=())
+    folder = write_folder(tmp_path / "int4", model, tensors, group_size=64)
+    options = {"quantization": "vila_triton", "enforce_eager": False}
+    answers, counts = answer(folder, {"int4_matmul": [[1, "bags"], "blocked"]}, **options)
+    assert answers == answer_of_transformers(model) and counts["bags"] and counts["blocked"]
+
+
 @pytest.mark.parametrize("group_size", [32, -1])
 def test_two_ranks_answer_alike(group_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
@@ -221,6 +230,17 @@ def test_a_rank_holds_its_part(kind: str, group_size: int, rank: int, monkeypatc
     assert set(dict(layer.named_parameters())) == {"qweight", "scales", "zeros"}, "the packed tensors are gone"
     one_hot = torch.eye(expected.shape[1])
     assert torch.equal(layer.quant_method.apply(layer, one_hot), expected.T)
+
+
+def test_batch_invariant_numerics_run_a_kernel_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vila_triton.vllm_plugin.int4_linear import CHOICES
+
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    layer, _ = share("replicated", 64, 0, monkeypatch)
+    method = layer.quant_method
+    method.process_weights_after_loading(layer)
+    method.apply(layer, torch.randn(3, 256))
+    assert ("int4_matmul", "rowwise") in CHOICES[method.choices].counts
 
 
 @pytest.mark.parametrize(

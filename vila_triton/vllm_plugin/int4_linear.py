@@ -31,13 +31,15 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from ..checkpoints.int4_layouts import AWQ_GEMM
 from ..checkpoints.quantization_config import AWQ_VERSIONS
+from ..hashing import canonical_json
 from ..models.config_fields import GroupSize, expected_instead
 from ..ops import Int4, int4_matmul
 from ..ops.int4_tiles import CODES_PER_WORD
 from ..ops.int4_weight import check_int4_shape, check_rounding
-from .kernel_choices import KernelChoices, kernel_choices
+from .kernel_choices import KernelChoices, kernel_choices, read_options
 
 QUANTIZATION = "vila_triton"
+CHOICES: dict[str, KernelChoices] = {}  # by the JSON of the options in vLLM's additional_config
 UNLOADED_FORMATS = ("dummy", "sharded_state")  # of `--load-format`: the first has no checkpoint, the second tiles
 
 
@@ -141,9 +143,12 @@ class Int4LinearMethod(LinearMethodBase):
     def __init__(self, config: Int4Config):
         self.config = config
         vllm_config = get_current_vllm_config_or_none()
-        self.choices = KernelChoices({}) if vllm_config is None else kernel_choices(vllm_config)
+        self.choices = canonical_json(read_options(vllm_config and vllm_config.additional_config))
+        CHOICES[self.choices] = KernelChoices({}) if vllm_config is None else kernel_choices(vllm_config)
         # A step of vLLM may hold tokens of both phases; the number of rows decides.
         self.phase = "batch_invariant" if envs.VLLM_BATCH_INVARIANT else "prefill"
+        if vllm_config is not None:  # what is wrong with a choice is said now
+            CHOICES[self.choices].active(vllm_config.device_config.device, self.phase)
 
     def create_weights(
         self,
@@ -195,9 +200,31 @@ class Int4LinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x · wᵀ + bias: x [..., k], w [n, k] -> [..., n], by the implementation of `int4_matmul` that is chosen."""
-        weight = Int4(layer.qweight, layer.scales, layer.zeros, layer.group_size, self.config.rounding)
-        with self.choices.active(x.device, self.phase):
-            return int4_matmul(x, weight, bias)
+        run = traced_product if torch.compiler.is_compiling() else product
+        weight = layer.qweight, layer.scales, layer.zeros, layer.group_size, self.config.rounding
+        return run(x, bias, *weight, self.choices, self.phase)
+
+
+def product(
+    x: Tensor,
+    bias: Tensor | None,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group_size: int,
+    rounding: str,
+    choices: str,
+    phase: str,
+) -> Tensor:
+    """x · wᵀ + bias [..., n] in a phase, where w is the `Int4` of the next five arguments, under one of `CHOICES`."""
+    weight: Any = qweight, scales, zeros, group_size, rounding
+    with CHOICES[choices].active(x.device, phase):
+        return int4_matmul(x, Int4(*weight), bias)
+
+
+# In code that vLLM compiles this is one node: the choices are looked up when it runs.
+traced_product = torch.library.custom_op("vila_triton::vllm_int4_linear", product, mutates_args=())
+traced_product.register_fake(lambda x, bias, qweight, scales, *_: x.new_empty(*x.shape[:-1], scales.shape[1]))
 
 
 def describe(layer: nn.Module) -> str:
