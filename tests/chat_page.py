@@ -1,4 +1,4 @@
-"""What a user does with the chat page, and what a server is asked then."""
+"""The chat page in the hands of a user, and the message that a question makes."""
 
 import base64
 from pathlib import Path
