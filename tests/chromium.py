@@ -79,7 +79,7 @@ class Chromium:
         return base64.b64decode(self.command("/screenshot", "GET"))
 
     def messages(self) -> list[str]:
-        """What the console got since the last call, but for the requests that were refused."""
+        """Entries of the console since the last call, but for requests that were refused."""
         log = self.command("/se/log", type="browser")
         return [entry["message"] for entry in log if entry["source"] != "network"]
 
