@@ -23,6 +23,7 @@ SCALE = HEAD_DIM**-0.5
 MIXED = [(40, 1), (31, 1), (0, 1), (0, 17), (50, 20), (64, 5), (0, 70)]
 DECODE_ONLY = [(40, 1), (31, 1), (32, 1)]
 PREFILL_ONLY = [(0, 33), (32, 2)]
+UNSORTED = [(40, 1), (0, 17), (31, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,9 @@ def exact_and_budget(step: Step) -> tuple[Tensor, Tensor]:
     return exact, budget
 
 
-@pytest.mark.parametrize("lens", [MIXED, DECODE_ONLY, PREFILL_ONLY], ids=["mixed", "decode", "prefill"])
+@pytest.mark.parametrize(
+    "lens", [MIXED, DECODE_ONLY, PREFILL_ONLY, UNSORTED], ids=["mixed", "decode", "prefill", "unsorted"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_step_is_within_budget_as_vllms_own_is(vllm_config: Any, lens: Any, dtype: torch.dtype) -> None:
     step = random_step(lens, dtype)
@@ -218,7 +221,11 @@ def test_padding_keeps_out_and_the_cache_holds_the_new_tokens(vllm_config: Any, 
 def test_batch_invariant_bits_depend_on_neither_chunks_nor_company(
     vllm_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from vila_triton.vllm_plugin.kernel_choices import kernel_choices
+
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    counts = kernel_choices(vllm_config).counts
+    counts.clear()
     step = random_step([(0, 70), (40, 1), (31, 8)], torch.float32)
     together, _ = run_layer(vllm_config, step)
     for i, (cached, new) in enumerate(step.lens):
@@ -229,6 +236,7 @@ def test_batch_invariant_bits_depend_on_neither_chunks_nor_company(
             alone.keys, alone.values = [step.keys[i][: cached + end]], [step.values[i][: cached + end]]
             alone.k, alone.v = step.k[rows][begin:end], step.v[rows][begin:end]
             assert torch.equal(run_layer(vllm_config, alone)[0], together[rows][begin:end])
+    assert {op for op, _ in counts} == {"kv_write", "prefill_attention"}  # the sums of others are in another order
 
 
 def test_decode_rows_run_decode_attention_and_all_others_prefill_attention(vllm_config: Any) -> None:
