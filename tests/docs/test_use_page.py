@@ -2,10 +2,14 @@
 
 import contextlib
 import io
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +71,18 @@ def test_script_runs_by_itself_and_prints_what_the_page_shows(name: str) -> None
     shown = "".join(f"{line}\n" for line in re.findall(r"print\(.*\)  # (.*)$", SCRIPTS[name], re.M))
     assert "True" in printed and "False" not in printed
     assert without_numbers(printed) == without_numbers(shown)
+
+
+@pytest.mark.slow
+def test_a_type_checker_has_nothing_to_say_of_them(tmp_path: Path) -> None:
+    for name, body in SCRIPTS.items():
+        (tmp_path / f"{name}.py").write_text(body)
+    (tmp_path / "pyrightconfig.json").write_text(
+        json.dumps({"extraPaths": [str(ROOT)], "typeCheckingMode": "standard"})
+    )
+    command = [sys.executable, "-m", "pyright", "--project", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_page_has_three_scripts() -> None:
