@@ -18,6 +18,7 @@ DOCUMENTS = [
         "bench/README.md",
         "bench/emulator/README.md",
         "configs/README.md",
+        "vila_triton/vllm_plugin/README.md",
     )
 ]
 FENCE = re.compile(r"(?:^<!-- (?P<lane>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S)

@@ -1,13 +1,12 @@
 """Int4 linears inside vLLM: an AutoAWQ folder is served by `int4_matmul`, whole and on two ranks.
 
-A tiny LLaMA is quantized by rounding; its answers are compared with those of transformers, and of vLLM, for the same
+A small LLaMA is quantized by rounding; its answers are compared with those of transformers, and of vLLM, for the same
 weights written out.
 """
 
-import gc
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.vllm
 
 PROMPTS = [[1, 5, 9, 70, 3, 3, 44], [1, 7, 30]]
 NUM_TOKENS = 12
-WORKER = "vila_triton.vllm_plugin.worker.KernelCounts"
+Answer = Callable[..., tuple[list[list[int]], Counter[str]]]
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -41,7 +40,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-def tiny_llama(group_size: int, biases: bool, dense: tuple[str, ...]) -> tuple[LlamaForCausalLM, dict[str, Tensor]]:
+def small_llama(group_size: int, biases: bool, dense: tuple[str, ...]) -> tuple[LlamaForCausalLM, dict[str, Tensor]]:
     """A random LLaMA whose linears are rounded to int4, and the tensors of its AutoAWQ checkpoint."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=biases, mlp_bias=biases)).eval()
@@ -71,34 +70,27 @@ def write_folder(folder: Path, model: LlamaForCausalLM, tensors: Mapping[str, Te
     return folder
 
 
-@pytest.fixture(autouse=True)
-def small_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Engines run in this process, so that its choices and counts are theirs, and are gone after the test."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    yield
-    gc.collect()
-
-
-def answer(folder: Path, kernels: Mapping[str, Any] = {}, **options: Any) -> tuple[list[list[int]], Counter[str]]:
+@pytest.fixture
+def answer(start_engine: Callable[..., Any]) -> Answer:
     """Greedy answers of vLLM to the prompts, and how often each implementation of int4_matmul ran for them."""
-    from vllm import LLM, SamplingParams
 
-    engine: dict[str, Any] = dict(dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=2)
-    engine |= {"additional_config": {"vila_triton": {"kernels": kernels}}, "worker_extension_cls": WORKER}
-    llm = LLM(str(folder), **(engine | options), skip_tokenizer_init=True)
-    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False)
-    before = counted(llm)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False)
-    after = counted(llm)
-    llm.llm_engine.engine_core.shutdown()
-    return [list(x.outputs[0].token_ids) for x in outputs], after - before
+    def answer(folder: Path, kernels: Mapping[str, Any], **options: Any) -> tuple[list[list[int]], Counter[str]]:
+        from vllm import SamplingParams
+
+        options |= {"additional_config": {"vila_triton": {"kernels": dict(kernels)}}}
+        engine = start_engine(folder, max_model_len=64, max_num_seqs=2, **options)
+        before = counted(engine)
+        params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False)
+        outputs = engine.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False)
+        return [list(x.outputs[0].token_ids) for x in outputs], counted(engine) - before
+
+    return answer
 
 
-def counted(llm: Any) -> Counter[str]:
+def counted(engine: Any) -> Counter[str]:
     """The calls of int4_matmul by implementation, of all ranks."""
     counts: Counter[str] = Counter()
-    for name, calls in (item for rank in llm.collective_rpc("kernel_counts") for item in rank.items()):
+    for name, calls in (item for rank in engine.collective_rpc("kernel_counts") for item in rank.items()):
         op, implementation = name.split("=")
         if op == "int4_matmul":
             counts[implementation] += calls
@@ -118,35 +110,37 @@ def answer_of_transformers(model: LlamaForCausalLM) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("group_size, biases", [(32, False), (64, True), (128, False), (-1, True)])
-def test_answers_are_those_of_the_weights_written_out(group_size: int, biases: bool, tmp_path: Path) -> None:
-    model, tensors = tiny_llama(group_size, biases, dense=())
+def test_answers_are_those_of_the_weights_written_out(
+    answer: Answer, group_size: int, biases: bool, tmp_path: Path
+) -> None:
+    model, tensors = small_llama(group_size, biases, dense=())
     expected = answer_of_transformers(model)
     assert len(set(expected[0])) > NUM_TOKENS // 2, "answers that repeat themselves say little"
     folder = write_folder(tmp_path / "int4", model, tensors, group_size=group_size)
-    answers, counts = answer(folder, quantization="vila_triton")
+    answers, counts = answer(folder, {}, quantization="vila_triton")
     assert answers == expected
     assert counts.total() == 4 * SIZES["num_hidden_layers"] * NUM_TOKENS  # qkv, o, gate_up, down
 
 
-def test_answers_are_those_of_vllm_with_dense_weights(tmp_path: Path) -> None:
-    model, tensors = tiny_llama(32, biases=True, dense=("down_proj",))
+def test_answers_are_those_of_vllm_with_dense_weights(answer: Answer, tmp_path: Path) -> None:
+    model, tensors = small_llama(32, biases=True, dense=("down_proj",))
     int4 = write_folder(tmp_path / "int4", model, tensors, group_size=32)  # which linears are dense is in the files
-    answers, counts = answer(int4, quantization="vila_triton")
+    answers, counts = answer(int4, {}, quantization="vila_triton")
     assert counts.total() == 3 * SIZES["num_hidden_layers"] * NUM_TOKENS
-    dense, none = answer(write_folder(tmp_path / "dense", model, model.state_dict()))
+    dense, none = answer(write_folder(tmp_path / "dense", model, model.state_dict()), {})
     assert answers == dense and not none
 
 
 @pytest.mark.parametrize("choice", ["packed", "splitk", "reference"])
-def test_the_chosen_kernel_runs(choice: str, tmp_path: Path) -> None:
-    model, tensors = tiny_llama(64, biases=True, dense=())
+def test_the_chosen_kernel_runs(answer: Answer, choice: str, tmp_path: Path) -> None:
+    model, tensors = small_llama(64, biases=True, dense=())
     folder = write_folder(tmp_path / "int4", model, tensors, group_size=64)
     answers, counts = answer(folder, {"int4_matmul": choice}, quantization="vila_triton")
     assert answers == answer_of_transformers(model) and set(counts) == {choice}
 
 
-def test_a_wrong_kernel_changes_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tensors = tiny_llama(64, biases=False, dense=())
+def test_a_wrong_kernel_changes_the_answers(answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tensors = small_llama(64, biases=False, dense=())
 
     def first_group_everywhere(x: Tensor, w: Int4, *rest: Any) -> Tensor:
         return int4_matmul.reference(x, replace(w, scales=w.scales[:1].expand_as(w.scales)), *rest)
@@ -158,9 +152,11 @@ def test_a_wrong_kernel_changes_the_answers(tmp_path: Path, monkeypatch: pytest.
     assert answers != answer_of_transformers(model) and set(counts) == {"wrong"}
 
 
-def test_code_that_vllm_compiles_runs_the_chosen_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_vllm_compiles_runs_the_chosen_kernel(
+    answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
-    model, tensors = tiny_llama(64, biases=True, dense=())
+    model, tensors = small_llama(64, biases=True, dense=())
     folder = write_folder(tmp_path / "int4", model, tensors, group_size=64)
     options = {"quantization": "vila_triton", "enforce_eager": False}
     answers, counts = answer(folder, {"int4_matmul": [[2, "bags"], "blocked"]}, **options)
@@ -169,9 +165,11 @@ def test_code_that_vllm_compiles_runs_the_chosen_kernel(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("group_size", [32, -1])
-def test_two_ranks_answer_alike(group_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_answer_alike(
+    answer: Answer, group_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    model, tensors = tiny_llama(group_size, biases=True, dense=())
+    model, tensors = small_llama(group_size, biases=True, dense=())
     folder = write_folder(tmp_path / "int4", model, tensors, group_size=group_size)
     parallel = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     answers, counts = answer(folder, {"int4_matmul": "bags"}, quantization="vila_triton", **parallel)
@@ -308,7 +306,7 @@ def test_configs_of_other_weights_are_refused(change: Mapping[str, Any], message
 def test_the_config_says_the_rounding_and_the_dense_linears(tmp_path: Path) -> None:
     from vila_triton.vllm_plugin.int4_linear import Int4Config
 
-    model, tensors = tiny_llama(64, biases=False, dense=("q_proj", "k_proj", "v_proj"))
+    model, tensors = small_llama(64, biases=False, dense=("q_proj", "k_proj", "v_proj"))
     write_folder(tmp_path / "int4", model, tensors)
     config = Int4Config.from_config({"w_bit": 4, "q_group_size": -1, "zero_point": True})
     assert (config.group_size, config.rounding) == (-1, "sub")
