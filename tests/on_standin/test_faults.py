@@ -14,7 +14,7 @@ from hf_reference import build, padded, pictures
 
 from bench.measure import runners
 from vila_triton import VilaLlamaForCausalLM
-from vila_triton.cache import paged_cache
+from vila_triton.cache import paged_cache, paged_tensors
 from vila_triton.engine import decode_loop, decode_step, draws, sampling
 from vila_triton.hf import modeling_vila_llama
 from vila_triton.images import feature_cache as known_pictures
@@ -174,7 +174,9 @@ FAULTS = {
     "angles on the CPU": Fault(
         llama.rotary_cos_sin, Prepend("positions = positions.cpu()"), answers, "cos is on cpu, expected cuda:0"
     ),
-    "slots and tables on the CPU": Fault(paged_cache.PagedKVCache._build_batch, DropKeyword("device"), answers, "cpu"),
+    "slots and tables on the CPU": Fault(
+        paged_tensors.PagedCache._describe_step, DropKeyword("device"), answers, "cpu"
+    ),
     "a cache on the CPU": Fault(
         modeling_vila_llama.VilaLlamaForCausalLM.new_cache, DropKeyword("device"), waits, "cpu"
     ),
