@@ -47,11 +47,11 @@ def op(
     """
 
     def register(fn: Callable[..., Any]) -> Op:
-        made, existing = Op(fn, bitwise_exact, batch_invariant, TunedDefaults(), autocasts), OPS.get(fn.__name__)
-        if existing and existing.file != made.file:
-            raise ValueError(f"op {made.name!r} of {made.file} is already taken by {existing.file}")
-        OPS[made.name] = made
-        return made
+        new_op, existing = Op(fn, bitwise_exact, batch_invariant, TunedDefaults(), autocasts), OPS.get(fn.__name__)
+        if existing and existing.file != new_op.file:
+            raise ValueError(f"op {new_op.name!r} of {new_op.file} is already taken by {existing.file}")
+        OPS[new_op.name] = new_op
+        return new_op
 
     return register if reference is None else register(reference)
 
