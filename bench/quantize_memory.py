@@ -23,7 +23,7 @@ from vila_triton.quantization.calibration_data import CalibrationSet
 from vila_triton.quantization.config import QuantizeConfig
 from vila_triton.tiny.config import CONFIG, config_files
 
-from ._tool import tool
+from ._tool import kernels_option, tool
 from .measure import rows
 from .measure.peak_memory import PeakMemory
 
@@ -53,7 +53,9 @@ def measure_peak(layers: int, width: int, tokens: int, group_size: int) -> dict[
 
 @tool
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[kernels_option()]
+    )
     parser.add_argument("--layers", type=COUNT, nargs="+", default=[2, 16])
     parser.add_argument("--width", type=COUNT, default=512)
     parser.add_argument("--tokens", type=COUNT, default=512)

@@ -45,6 +45,18 @@ def test_every_command_has_the_tool_decorator() -> None:
             assert ast.unparse(tree.body[-1]).endswith("sys.exit(main())"), name
 
 
+RUN_NO_OPS = {  # or those of other libraries, what they plant themselves, or other commands of bench
+    *("goals", "load_memory", "plot", "report", "roofline", "suite", "standin.__main__", "__main__"),
+    *("emulator.peer_kernels", "emulator.speed", "emulator.tutorials", "peers.__main__"),
+    *("measure.load_once", "measure.vllm_engine", "mutants.__main__", "ptx_mutants.__main__", "tuner.jobs"),
+}
+
+
+def test_every_command_that_runs_ops_takes_files_of_ones_own() -> None:
+    with_option = {name.removeprefix("bench.") for name in TOOLS if "parents=[kernels_option()]" in source(name)}
+    assert {name.removeprefix("bench.") for name in TOOLS} - with_option == RUN_NO_OPS
+
+
 def test_python_m_bench_lists_every_command_once() -> None:
     listed = [name for names in COMMANDS.values() for name in names]
     found = {name.removeprefix("bench.").removesuffix(".__main__") for name in RUN} - {"bench"}

@@ -28,6 +28,13 @@ FILES += ("preprocessor_config", "chat_template", "video_preprocessor_config", "
 ONLY_WHERE_IT_IS = ("special_tokens_map", "added_tokens", "adapter_config", "chat_template", "preprocessor_config")
 
 
+def kernels_of(directory: Path) -> dict[str, Any]:
+    """The fields that could name a file of kernels, were any read from a checkpoint."""
+    paths = [str(directory / "mine.py")]
+    chosen = {"kernels": paths, "kernel_paths": paths}
+    return {**chosen, "vila_triton": chosen, "additional_config": {"vila_triton": chosen}, "vila_triton.kernels": paths}
+
+
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The bundled model with code in every folder, named in every file that could name it."""
@@ -43,7 +50,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             if file.exists() or name not in ONLY_WHERE_IT_IS:
                 values = json.loads(file.read_text()) if file.exists() else {}
                 named = {"auto_map": MAP, "custom_generate": "mine", "trust_remote_code": True}
-                file.write_text(json.dumps(values | named))
+                file.write_text(json.dumps(values | named | kernels_of(directory)))
 
     def asked(*args: Any) -> str:
         raise AssertionError("somebody was asked")

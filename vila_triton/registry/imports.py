@@ -15,6 +15,7 @@ from types import ModuleType
 from .op import OPS
 
 ImportErrors = (Exception, SystemExit)  # a file that somebody is editing may fail in any way
+MACHINERY = (os.path.dirname(__file__), os.path.dirname(importlib.__file__))  # files that import others
 _problems: dict[str, str] = {}  # a module or an op -> file, line and reason; "" if it has none
 _imported: set[str] = set()  # the modules that hold ops and implementations, or could
 
@@ -76,12 +77,17 @@ def unregister_module(module: str) -> None:
 
 
 def describe_import_error(error: BaseException, folders: Collection[str], name: str) -> str:
-    """The file and line at which the import of a module failed, in one of the folders, and the reason."""
+    """The file and line at which the import of a module failed, and the reason.
+
+    folders: the line is the last one in a file of these; empty: of the folder of the first file that was run.
+    """
     if isinstance(error, SyntaxError) and error.filename:
         file, line, reason = error.filename, error.lineno, error.msg
     else:
         frames = traceback.extract_tb(error.__traceback__)
-        places = [(f.filename, f.lineno) for f in frames if os.path.dirname(f.filename) in folders]
+        places = [(f.filename, f.lineno) for f in frames if not f.filename.startswith(("<frozen", *MACHINERY))]
+        within = folders or [os.path.dirname(file) for file, _ in places[:1]]
+        places = [(file, line) for file, line in places if os.path.dirname(file) in within]
         file, line = places[-1] if places else (name, None)
         reason = (str(error) or "no reason given").splitlines()[0]
     where = f"{shown_path(file)}, line {line}" if line else file

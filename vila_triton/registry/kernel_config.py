@@ -38,5 +38,8 @@ def read_kernels_toml(file: Path, device: str, phase: str | None, op_name: str |
             )
         choices = {op: value for op, value in {**table, **table.get(phase, {})}.items() if op not in PHASES}
         return validate_choices({op: value for op, value in choices.items() if op_name in (None, op)})
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
+        hint = "one of a file of your own is known after --kernels PATH, in Python after discover(PATH)"
+        raise ValueError(f"{file}, [{device}]: {error.args[0]}; {hint}") from None
+    except ValueError as error:
         raise ValueError(f"{file}, [{device}]: {error.args[0]}") from None
