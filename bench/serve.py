@@ -28,21 +28,19 @@ from typing import Any
 from vila_triton.arguments import DTYPES, parse_kernel_settings
 from vila_triton.console import print_progress
 from vila_triton.device import pick_device
-from vila_triton.hf.chat_model import load_chat_model
-from vila_triton.hf.configuration_vila_llama import parse_dtype
 from vila_triton.limits import COUNT, POSITIVE, SEED, Limits
 from vila_triton.paths import BUNDLED_CHECKPOINT
-from vila_triton.registry import use
+from vila_triton.registry import validate_choices
 from vila_triton.registry.sources import kernel_paths
 
 from ._tool import kernels_option, tool
 from .measure import rows
-from .serving.batches import BatchEngine
-from .serving.client import Load, Outcome, Server, ask_all, served_model
+from .serving.client import Load, Outcome, Server, ask_all, kernels_that_ran, served_model
+from .serving.engine_process import running_engine
 from .serving.latency import Run, differing, figures, format_ratios, ratios, right_share, wrong_answers
 from .serving.other_load import OtherLoad
 from .serving.servers import ATTENTION_OF_VLLM, OURS, VLLM, free_port, running, server_command, server_environment
-from .serving.trace import Request, build_trace, serve_config
+from .serving.trace import Segment, serve_config
 
 ENGINE = "engine"
 NAMES = ("vllm", "engine")  # of peers on the command line
@@ -51,25 +49,25 @@ GATE_LOAD, GATE_SEGMENT, GATE_REQUESTS = Load(streams=4), 0, 100
 SHARE = Limits(float, 0, 1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Target:
-    """Something that answers requests, in processes of these sessions or in this process."""
+    """Something that answers requests: a server, or our engine, which has no `url`."""
 
     name: str
-    ask: Callable[[Sequence[Request], Load], list[Outcome]]
-    is_server: bool = True
+    ask: Callable[[Segment, Load], list[Outcome]]
+    url: str | None = None
 
-    def run(self, requests: Sequence[Request], load: Load, sessions: Sequence[int]) -> Run:
-        """Answers requests under a load. What this process works is the client's, of a server."""
+    def run(self, segment: Segment, load: Load, sessions: Sequence[int]) -> Run:
+        """Answers the requests of a segment under a load. What this process works is the client's."""
         others, begin = OtherLoad(sessions), time.process_time()
-        outcomes = self.ask(requests, load)
-        own_seconds = time.process_time() - begin
-        return Run(outcomes, own_seconds * self.is_server, max(0.0, others.seconds() - own_seconds))
+        outcomes = self.ask(segment, load)
+        client_seconds = time.process_time() - begin
+        return Run(outcomes, client_seconds, max(0.0, others.seconds() - client_seconds))
 
 
-def ask_server(server: Server, requests: Sequence[Request], load: Load) -> list[Outcome]:
+def ask_server(server: Server, segment: Segment, load: Load) -> list[Outcome]:
     """Asks a server, in an event loop of its own."""
-    return asyncio.run(ask_all(server, requests, load))
+    return asyncio.run(ask_all(server, segment.requests, load))
 
 
 class Comparison:
@@ -77,33 +75,42 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace, closing: contextlib.ExitStack):
         self.args, self.closing = args, closing
-        self.mix, self.limits = serve_config()
+        self.limits = serve_config()[1]
         self.device = pick_device(args.device)
         self.stamp = rows.stamp(self.device)
+        self.environment = server_environment(args.vllm)
+        if args.set and self.device.type == "cpu":
+            self.environment = {**self.environment, "TRITON_INTERPRET": "1"}
         self.labels: dict[str, Any] = {"model": "/".join(args.model.resolve().parts[-2:])}
         self.targets: list[Target] = []
         self.sessions: list[int] = []
         self.num_refused = 0
 
+    @property
+    def settings(self) -> list[str]:
+        """The options that choose kernels, for processes."""
+        paths = [word for path in kernel_paths() for word in ("--kernels", path)]
+        return paths + [word for setting in self.args.set for word in ("--set", setting)]
+
     def add_engine(self) -> None:
-        """Loads the model into this process."""
-        chat_model = load_chat_model(self.args.model, self.device, parse_dtype(f"torch.{self.args.dtype}"))
-        engine = BatchEngine(chat_model, self.limits.answer_tokens)
-        self.targets.append(Target(ENGINE, engine.ask_all, is_server=False))
+        """Starts our engine."""
+        args = self.args
+        options = ["--model", str(args.model.resolve()), "--dtype", args.dtype, "--device", str(self.device)]
+        print_progress(f"starting {ENGINE}", is_last=True)
+        engine = self.closing.enter_context(running_engine(args.vllm, [*options, *self.settings], self.environment))
+        self.sessions.append(engine.process.pid)
+        self.targets.append(Target(ENGINE, engine.ask))
 
     def add_server(self, name: str) -> None:
         """Starts a server; one that does not start is refused."""
-        args, python = self.args, self.args.vllm
-        url = f"http://127.0.0.1:{free_port()}"
-        settings = [word for path in kernel_paths() for word in ("--kernels", str(path))]
-        settings += [word for setting in args.set for word in ("--set", setting)]
-        own = ["--attention-backend", ATTENTION_OF_VLLM[self.device.type]] if name == VLLM else []
-        command = server_command(python, args.model, url, args.dtype, settings, own)
+        args, url = self.args, f"http://127.0.0.1:{free_port()}"
+        settings, own = self.settings, list[str]()
+        if name == VLLM:
+            settings, own = [], ["--attention-backend", ATTENTION_OF_VLLM[self.device.type]]
+        command = server_command(args.vllm, args.model.resolve(), url, args.dtype, settings, own)
         print_progress(f"starting {name}", is_last=True)
         try:
-            served = self.closing.enter_context(
-                running(command, server_environment(python), url, self.limits.start_seconds)
-            )
+            served = self.closing.enter_context(running(command, self.environment, url, self.limits.start_seconds))
         except (OSError, RuntimeError) as error:
             self.refuse(name, "start", str(error))
             return
@@ -113,7 +120,7 @@ class Comparison:
     def add_url(self, name: str, url: str, model: str | None = None) -> None:
         """Adds a server that runs already."""
         server = Server(url, model or served_model(url), self.limits.answer_tokens, self.limits.request_seconds)
-        self.targets.append(Target(name, partial(ask_server, server)))
+        self.targets.append(Target(name, partial(ask_server, server), url))
 
     def refuse(self, name: str, what: str, reason: str, **labels: Any) -> None:
         """Says that a target gets no time, and why."""
@@ -126,10 +133,6 @@ class Comparison:
         if self.args.out:
             rows.write(self.args.out, [{**row, "dtype": self.args.dtype, **self.stamp}])
 
-    def segment(self, number: int, count: int) -> list[Request]:
-        """Returns the requests of a segment of the trace."""
-        return build_trace(self.mix, count, self.args.trace_seed, number)
-
     def least_right(self, engine_runs: Sequence[Run]) -> float:
         """Returns the share of right answers that a target must have: about that of our engine, if it was asked."""
         least = self.limits.right if self.args.right is None else self.args.right
@@ -137,10 +140,10 @@ class Comparison:
 
     def gate(self) -> None:
         """Leaves only targets whose answers are right, in a segment that is not timed and warms them up."""
-        requests, runs = self.segment(GATE_SEGMENT, GATE_REQUESTS), dict[str, list[Run]]()
+        segment, runs = Segment(self.args.trace_seed, GATE_SEGMENT, GATE_REQUESTS), dict[str, list[Run]]()
         for target in self.targets:
             print_progress(f"asking {target.name}, not timed")
-            runs[target.name] = [target.run(requests, GATE_LOAD, self.sessions)]
+            runs[target.name] = [target.run(segment, GATE_LOAD, self.sessions)]
         print_progress("")
         for name, mine in runs.items():
             if reason := wrong_answers(mine, self.least_right(runs.get(ENGINE, []))):
@@ -151,19 +154,23 @@ class Comparison:
         """Yields the row of every target under a load."""
         runs: dict[str, list[Run]] = {target.name: [] for target in self.targets}
         for i in range(self.args.rounds):
-            requests = self.segment(first_segment + i, self.args.requests)
+            segment = Segment(self.args.trace_seed, first_segment + i, self.args.requests)
+            _ = segment.requests  # made before the clock runs
             turn = i % len(self.targets)
             for target in (*self.targets[turn:], *self.targets[:turn]):
                 print_progress(f"{load}: round {i + 1} of {self.args.rounds}, {target.name}")
-                runs[target.name].append(target.run(requests, load, self.sessions))
+                runs[target.name].append(target.run(segment, load, self.sessions))
         print_progress("")
-        for name, mine in runs.items():
+        for target in self.targets:
+            name, mine = target.name, runs[target.name]
             labels = {**load.labels, **self.labels, "choice": name, "trace_seed": self.args.trace_seed}
             if reason := wrong_answers(mine, self.least_right(runs.get(ENGINE, []))):
                 yield {"kind": "refused", **labels, "reason": reason}
                 continue
             row = {"kind": "serve", **labels, "rounds": self.args.rounds, **figures(mine)}
             row |= {field: ratios(mine, runs[peer]) for peer, field in PEERS.items() if peer in runs}
+            if target.url:
+                row["kernels"] = kernels_that_ran(target.url)
             if ENGINE in runs:
                 row["differing"] = differing(mine, runs[ENGINE])
             yield row
@@ -195,8 +202,7 @@ def format_row(row: Mapping[str, Any]) -> str:
 
 def compare(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     """Starts, checks, times, prints and writes; returns 1 if something got no time."""
-    choices = parse_kernel_settings(args.set)
-    closing.enter_context(use(**choices))
+    validate_choices(parse_kernel_settings(args.set))
     comparison = Comparison(args, closing)
     load_average = os.getloadavg()[0]
     print(f"{comparison.labels['model']}, {args.dtype}, {comparison.stamp['device']}, load average {load_average:.1f}")

@@ -39,6 +39,8 @@ class StubServer:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         if head.startswith("GET /v1/models "):
             write_response(writer, json.dumps({"data": [{"id": "stub"}]}))
+        elif head.startswith("GET /kernels "):
+            write_response(writer, json.dumps({"counts": {"swiglu=aten": 3, "rms_norm=mine": 1}}))
         else:
             body = await reader.readexactly(int(head.lower().partition("content-length:")[2].split()[0]))
             asked = json.loads(body)

@@ -44,8 +44,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Load:
-    """How requests come: `streams` at any time, the next as soon as one has ended; or `rate` a second, at the times of
-    the trace, however many wait.
+    """The way in which requests come: `streams` at any time, the next as soon as one has ended; or `rate` a second, at
+    the times of the trace, however many wait.
     """
 
     streams: int | None = None
@@ -138,12 +138,12 @@ async def body_parts(reader: asyncio.StreamReader, headers: dict[str, str]) -> A
 
 
 async def split_lines(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yields lines without their ends."""
+    """Yields lines without the blanks around them."""
     rest = b""
     async for part in parts:
         *lines, rest = (rest + part).split(b"\n")
         for line in lines:
-            yield line.removesuffix(b"\r")
+            yield line.strip()
     if rest:
         yield rest
 
@@ -234,12 +234,25 @@ def arrival_times(requests: Sequence[Request], rate: float) -> list[float]:
 
 def served_model(url: str) -> str:
     """Returns the name of the first model that a server offers. Errors: ServerError, OSError, EOFError, LoadError."""
-
-    async def lines() -> bytes:
-        return b"\n".join([line async for line in exchange(url, "GET", "/v1/models")])
-
-    found = parse_json(asyncio.run(lines()), f"{url}/v1/models")
+    found = fetch_json(url, "/v1/models")
     try:
         return str(found["data"][0]["id"])
     except (KeyError, TypeError, IndexError):
         raise ServerError(f"{url}/v1/models lists no model") from None
+
+
+def kernels_that_ran(url: str) -> list[str]:
+    """Returns "OP=NAME" of all implementations that a server says ran since it started; none if it does not say so."""
+    try:
+        return sorted(fetch_json(url, "/kernels")["counts"])
+    except (OSError, EOFError, ServerError, LoadError, KeyError, TypeError):
+        return []
+
+
+def fetch_json(url: str, path: str) -> Any:
+    """Returns the JSON at a path of a server. Errors: ServerError, OSError, EOFError, LoadError."""
+
+    async def fetch() -> bytes:
+        return b"\n".join([line async for line in exchange(url, "GET", path)])
+
+    return parse_json(asyncio.run(fetch()), f"{url}{path}")

@@ -16,8 +16,8 @@ RATES = ("tokens_per_s", "requests_per_s")
 
 @dataclass(frozen=True)
 class Run:
-    """What became of the requests of one segment of the trace, and the seconds that the client and processes that have
-    nothing to do with it worked meanwhile.
+    """The outcomes of one segment of the trace, and the seconds that the client and processes that have nothing to do
+    with it worked meanwhile.
     """
 
     outcomes: Sequence[Outcome]

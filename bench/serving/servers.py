@@ -14,7 +14,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from bench.measure.rows import CHILD_FOLDER, IN_CHECKOUT, ROOT
@@ -101,7 +101,7 @@ def last_words(log: IO[bytes]) -> str:
     return " ".join((errors or lines)[-1].split())[-300:]
 
 
-def end_session(process: subprocess.Popen[bytes]) -> None:
+def end_session(process: subprocess.Popen[Any]) -> None:
     """Ends a process and all that it started: politely first."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):

@@ -9,7 +9,7 @@ import random
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from PIL.Image import Resampling
 
@@ -120,3 +120,22 @@ def draw_question(rng: random.Random, scenes: Sequence[Scene], descriptions: flo
             return random_question(rng, scenes, rng.choice(kinds))
         except ValueError:  # these scenes allow none of this kind
             continue
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The first `count` requests of a segment of the trace that a seed makes."""
+
+    seed: int
+    number: int
+    count: int
+
+    @property
+    def requests(self) -> list[Request]:
+        return segment_requests(self)
+
+
+@lru_cache(4)
+def segment_requests(segment: Segment) -> list[Request]:
+    """Returns the requests of a segment, with the shares of configs/bench/serve.toml."""
+    return build_trace(serve_config()[0], segment.count, segment.seed, segment.number)

@@ -7,9 +7,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from bench.serving.client import Load, Outcome, Server, ask_all, messages
 from bench.serving.latency import Run, differing, figures, percentile, ratios, wrong_answers
 from bench.serving.other_load import busy_seconds, session_seconds
 from bench.serving.servers import running
-from bench.serving.trace import Request, build_trace, serve_config
+from bench.serving.trace import Request, Segment, build_trace, serve_config
 from vila_triton.hf.chat_model import load_chat_model
 from vila_triton.paths import BUNDLED_CHECKPOINT
 from vila_triton.tiny.questions import QA
@@ -244,6 +246,7 @@ def run(
 ) -> Callable[..., tuple[int, str, list[dict[str, Any]]]]:
     """Run the command on a stub that answers with a function: (exit code, stdout, rows)."""
     monkeypatch.setattr(serve, "GATE_REQUESTS", 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of our engine's process
 
     def run(reply: Reply | None, *args: str) -> tuple[int, str, list[dict[str, Any]]]:
         trace = [r for segment in range(5) for r in build_trace(MIX, 8, 0, segment)]
@@ -255,7 +258,26 @@ def run(
     return run
 
 
-def test_every_load_has_a_row_for_every_server(run: Any) -> None:
+@contextmanager
+def instant_engine(*args: Any) -> Iterator[Any]:
+    """In place of our engine's process: right answers, each after a millisecond."""
+
+    def ask(segment: Segment, load: Load) -> list[Outcome]:
+        return [Outcome(r, 0, 0.001, 0.002, 2, r.answer) for r in segment.requests]
+
+    yield SimpleNamespace(ask=ask, process=SimpleNamespace(pid=-1))
+
+
+@pytest.mark.slow
+def test_engine_in_its_process_has_a_row_beside_the_server(run: Any) -> None:
+    code, out, rows = run(None, "--peers", "engine", "--streams", "2", "--right", "0.5")
+    assert code == 0, out
+    assert [row["choice"] for row in rows][0] == "engine" and rows[1]["ratio_engine"]["ttft"] > 0
+    assert all(row["kind"] == "serve" and row["right"] > 0.5 for row in rows)
+
+
+def test_every_load_has_a_row_for_every_server(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "running_engine", instant_engine)
     code, out, rows = run(None, "--peers", "engine", "--streams", "1,2", "--right", "0.5")
     assert code == 0, out
     assert [(row["streams"], row["choice"].startswith("http")) for row in rows] == [
@@ -265,6 +287,8 @@ def test_every_load_has_a_row_for_every_server(run: Any) -> None:
         assert row["kind"] == "serve" and row["what"] == "streams" and row["requests"] == 8 and row["errors"] == 0
         assert row["ttft"] > 0 and row["tokens_per_s"] > 0 and row["right"] >= 0.5 and row["other_cores"] >= 0
         assert row["ratio_engine"]["ttft"] > 0 and (row["ratio_engine"]["ttft"] == 1) == (row["choice"] == "engine")
+        if row["choice"] != "engine":
+            assert row["kernels"] == ["rms_norm=mine", "swiglu=aten"]
     assert "2 streams, 2 x 4 requests" in out
 
 
