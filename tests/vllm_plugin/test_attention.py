@@ -57,7 +57,7 @@ class Step:
         return self.block_table[i, position // PAGE_SIZE].long() * PAGE_SIZE + position % PAGE_SIZE
 
     def common_metadata(self, padding_tokens: int, padding_sequences: int) -> Any:
-        """What vLLM's runner makes of this step, padded as it may be."""
+        """vLLM's metadata of this step, padded as its runner may pad it."""
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
         pad = torch.nn.functional.pad

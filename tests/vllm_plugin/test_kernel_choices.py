@@ -1,4 +1,4 @@
-"""What `additional_config` may say about kernels; no vLLM is needed."""
+"""The choice of kernels by `additional_config`; no vLLM is needed."""
 
 import threading
 from collections.abc import Iterator

@@ -54,7 +54,7 @@ def __getattr__(name: str) -> type[AttentionBackend]:
 
 
 class PagedAttentionBackend(AttentionBackend):
-    """What vLLM may ask of this backend: the sizes and dtypes that the ops are tested at, any layout of the cache."""
+    """Describes this backend to vLLM: the sizes and dtypes that the ops are tested at, any layout of the cache."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [getattr(torch, name) for name in DTYPES.values]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]

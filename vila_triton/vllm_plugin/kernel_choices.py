@@ -1,4 +1,4 @@
-"""Which implementations of the ops run inside vLLM: `--additional-config`, and for the rest configs/kernels.toml.
+"""The implementations that ops run inside vLLM: those of `--additional-config`, for the rest configs/kernels.toml.
 
     additional_config={"vila_triton": {"kernels": {"decode_attention": "simple"}, "kernel_paths": ["mine.py"]}}
 

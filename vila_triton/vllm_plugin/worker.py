@@ -1,4 +1,4 @@
-"""What a worker of vLLM tells of the kernels that it runs: `--worker-extension-cls
+"""Counts of the kernels that a worker of vLLM has run: `--worker-extension-cls
 vila_triton.vllm_plugin.worker.KernelCounts`.
 """
 
