@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vila_triton.checkpoints.int4_layouts import AWQ_GEMM
 from vila_triton.ops import Int4, dequantize, int4_matmul
+from vila_triton.ops.int4_weight import ROUNDINGS
 from vila_triton.registry import OPS
 
 pytestmark = pytest.mark.vllm
@@ -177,19 +178,26 @@ def test_two_ranks_answer_alike(
     assert counts == {"bags": 2 * 4 * SIZES["num_hidden_layers"] * NUM_TOKENS}
 
 
+def be_rank(rank: int, num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let linears be made as on one of several ranks."""
+    from vllm.model_executor import parameter
+    from vllm.model_executor.layers import linear
+
+    for module in (parameter, linear):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: num_ranks)
+
+
 Share = tuple[Any, Tensor]  # a linear as one rank holds it, and the rows and columns of the weight that are its
 
 
 def share(kind: str, group_size: int, rank: int, monkeypatch: pytest.MonkeyPatch, num_kv_heads: int = 2) -> Share:
     """Load a linear of 128 or 256 inputs as one of two ranks does, and cut the same out of the whole weight."""
-    from vllm.model_executor import parameter
     from vllm.model_executor.layers import linear
 
     from vila_triton.vllm_plugin.int4_linear import Int4Config
 
-    for module in (parameter, linear):
-        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
-        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 2)
+    be_rank(rank, 2, monkeypatch)
     options: dict[str, Any] = dict(bias=False, quant_config=Int4Config(group_size), prefix="a.b", return_bias=False)
     rng = torch.Generator().manual_seed(1)
 
@@ -231,6 +239,24 @@ def test_a_rank_holds_its_part(kind: str, group_size: int, rank: int, monkeypatc
     assert torch.equal(layer.quant_method.apply(layer, one_hot), expected.T)
 
 
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_dtype_and_rounding(dtype: torch.dtype, rounding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    from vila_triton.vllm_plugin.int4_linear import Int4Config
+
+    be_rank(0, 1, monkeypatch)
+    weight = replace(Int4.pack(torch.randn(128, 256).to(dtype), 64), rounding=rounding)
+    config: Any = Int4Config(64, rounding)
+    layer: Any = ReplicatedLinear(256, 128, params_dtype=dtype, quant_config=config, prefix="a.b", return_bias=False)
+    for name, x in {**AWQ_GEMM.write(weight), "bias": torch.randn(128).to(dtype)}.items():
+        getattr(layer, name).weight_loader(getattr(layer, name), x)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(3, 256).to(dtype)
+    assert torch.equal(layer(x), int4_matmul(x, weight, layer.bias))
+
+
 def test_batch_invariant_numerics_run_a_kernel_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
     from vila_triton.vllm_plugin.int4_linear import CHOICES
 
@@ -256,8 +282,7 @@ def test_parts_that_are_no_weight_are_refused(
 
     from vila_triton.vllm_plugin.int4_linear import Int4Config
 
-    monkeypatch.setattr(linear, "get_tensor_model_parallel_rank", lambda: 1)
-    monkeypatch.setattr(linear, "get_tensor_model_parallel_world_size", lambda: 2)
+    be_rank(1, 2, monkeypatch)
     make = linear.MergedColumnParallelLinear if kind == "columns" else linear.RowParallelLinear
     with pytest.raises(ValueError, match=message):
         make(*sizes, quant_config=Int4Config(64), prefix="a.b")
