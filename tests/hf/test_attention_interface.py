@@ -8,7 +8,14 @@ import torch
 from small_hugging_face import CLASSES, random_ids, small_model
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, SiglipVisionConfig, SiglipVisionModel, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    StaticCache,
+)
 
 from bench.correctness.error_budget import unit_roundoff
 from vila_triton.hf import install
@@ -113,25 +120,27 @@ def test_gradient_behind_cached_tokens_is_refused_when_it_is_asked_for(models: t
             logits.sum().backward()
 
 
-def test_cache_that_a_caller_made_is_read_as_it_is(models: tuple[Any, Any]) -> None:
-    """The rows of a cache of fixed size are pages where they lie: no copy of them is made."""
-    ours = models[1]
-    cache: Any = StaticCache(config=ours.config, max_cache_len=16)
-    with torch.no_grad():
-        first = ours(IDS, **{CACHE_KEY: cache}).logits[:, -1:].argmax(-1)
-        pointers = {layer.keys.data_ptr() for layer in cache.layers}
-        seen = set[int]()
+@torch.no_grad()
+def test_rows_of_a_cache_are_pages_where_they_lie(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy of them is made, and strides, of which kernels are compiled, are the same at every length."""
+    ours, read, strides = models[1], set[int](), set[Any]()
 
-        def spy(q: Tensor, kv: Any, *args: Any, **kwargs: Any) -> Any:
-            seen.add(kv.k_pages.data_ptr())
-            return decode_attention.reference(q, kv, *args, **kwargs)
+    def spy(q: Tensor, kv: Any, *args: Any, **kwargs: Any) -> Any:
+        read.add(kv.k_pages.data_ptr())
+        strides.add((q.stride(), kv.page_size, kv.k_pages.stride(), kv.v_pages.stride(), kv.block_table.stride(1)))
+        return decode_attention.reference(q, kv, *args, **kwargs)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decode_attention, "impls", dict(decode_attention.impls))
-            decode_attention.impl("spy")(spy)
+    monkeypatch.setattr(decode_attention, "impls", dict(decode_attention.impls))
+    decode_attention.impl("spy")(spy)
+    for cache in (DynamicCache(config=ours.config), StaticCache(config=ours.config, max_cache_len=16)):
+        layers: Any = cache.layers
+        tokens = IDS
+        for _ in range(4):
+            read.clear()
             with use(decode_attention="spy"):
-                ours(first, **{CACHE_KEY: cache})
-    assert seen == pointers
+                tokens = ours(tokens, **{CACHE_KEY: cache}).logits[:, -1:].argmax(-1)
+        assert read == {layer.keys.data_ptr() for layer in layers}
+    assert len(strides) == 1
 
 
 def sliding() -> Any:

@@ -12,6 +12,7 @@ from bench.measure import smollm2
 from vila_triton.cache.paged_cache import PagedKVCache, UncachedBatch
 from vila_triton.engine import engine
 from vila_triton.engine.sampling import SamplingParams
+from vila_triton.hf import install
 from vila_triton.models import llama, vila
 from vila_triton.models.config import LlamaConfig
 from vila_triton.registry import OPS, count_calls, discover, use
@@ -90,3 +91,25 @@ def test_smollm2_int4_text_is_sensible(real):
     _, tokenizer, p, cfg = real
     found = answer(llama.quantize_linears_rtn(p, 32), cfg, prompt(tokenizer), 40, eos_token_id=tokenizer.eos_token_id)
     assert "Paris" in tokenizer.decode(found)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_smollm2_answers_as_with_sdpa_under_our_attention(real, cache: str):
+    """Transformers' own model, a batch of two prompts of which the shorter is padded on the left."""
+    model, tokenizer, *_ = real
+    rows = [prompt(tokenizer), prompt(tokenizer, "Tell me a long story about a lighthouse and a whale.")[:-4]]
+    longest = max(map(len, rows))
+    ids = torch.stack([torch.cat((row.new_zeros(longest - len(row)), row)) for row in rows])
+    mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
+    assert mask.min() == 0
+    how = {"do_sample": False, "max_new_tokens": 60, "eos_token_id": None, "cache_implementation": cache}
+    expected = model.generate(ids, attention_mask=mask, **how)
+    install()
+    try:
+        model.set_attn_implementation("vila_triton")
+        with count_calls() as calls:
+            found = model.generate(ids, attention_mask=mask, **how)
+    finally:
+        model.set_attn_implementation("sdpa")
+    assert torch.equal(found, expected)
+    assert calls["decode_attention", "aten"] == 59 * 30 and calls["prefill_attention", "aten"] == 30

@@ -113,7 +113,8 @@ def attention(
     if not is_causal:
         if query.shape != key.shape:
             raise refusal("cross-attention or grouped queries where all tokens see all")
-        return encoder_attention(*(x.transpose(1, 2) for x in (query, key, value)), scale), None
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return encoder_attention(q, k, v, scale), None
     is_seen = None if attention_mask is None else attention_mask[:, 0, 0].bool()
     s, t = query.shape[2], key.shape[2] if is_seen is None else is_seen.shape[1]
     attend = attend_one_token if s == 1 and t > 1 else attend_tokens
