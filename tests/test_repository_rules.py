@@ -331,6 +331,9 @@ def test_a_wheel_holds_kernels_and_configs_inside_the_package(tmp_path: Path) ->
         file.extractall(wheel)
     assert {path.name for path in wheel.iterdir() if path.suffix != ".dist-info"} == {"vila_triton", "bench"}
     assert (wheel / "vila_triton" / "py.typed").exists()
+    for name, path in FILES.items():
+        place = wheel.joinpath(*name.split("."))
+        assert (place / "__init__.py" if path.name == "__init__.py" else place.with_suffix(".py")).exists(), name
     for folder in ("kernels", "configs"):
         held = {path.name for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".toml")}
         assert held <= {path.name for path in (wheel / "vila_triton" / folder).iterdir()}
