@@ -258,9 +258,11 @@ def test_every_dtype_and_rounding(dtype: torch.dtype, rounding: Any, monkeypatch
 
 
 def test_batch_invariant_numerics_run_a_kernel_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import envs
+
     from vila_triton.vllm_plugin.int4_linear import CHOICES
 
-    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    monkeypatch.setitem(vars(envs), "VLLM_BATCH_INVARIANT", True)  # an engine keeps what it has read of os.environ
     layer, _ = share("replicated", 64, 0, monkeypatch)
     method = layer.quant_method
     method.process_weights_after_loading(layer)
