@@ -210,14 +210,14 @@ def compare(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         print("other processes work on this machine: times mean less")
     if not set(args.peers) <= {*NAMES}:
         raise ValueError(f"no peers {', '.join(args.peers)}; there are: {', '.join(NAMES)}")
-    if "engine" in args.peers:
-        comparison.add_engine()
     if args.url:
         comparison.add_url(args.url, args.url)
     else:
         comparison.add_server(OURS)
         if "vllm" in args.peers:
             comparison.add_server(VLLM)
+    if "engine" in args.peers:
+        comparison.add_engine()
     comparison.gate()
     print(HEAD)
     loads = [*(Load(streams=n) for n in args.streams), *(Load(rate=rate) for rate in args.rates)]
