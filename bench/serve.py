@@ -39,7 +39,7 @@ from .serving.client import Load, Outcome, Server, ask_all, kernels_that_ran, se
 from .serving.engine_process import running_engine
 from .serving.latency import Run, differing, figures, format_ratios, ratios, right_share, wrong_answers
 from .serving.other_load import OtherLoad
-from .serving.servers import ATTENTION_OF_VLLM, OURS, VLLM, free_port, running, server_command, server_environment
+from .serving.servers import OURS, VLLM, free_port, own_kernel_options, running, server_command, server_environment
 from .serving.trace import Segment, serve_config
 
 ENGINE = "engine"
@@ -106,7 +106,7 @@ class Comparison:
         args, url = self.args, f"http://127.0.0.1:{free_port()}"
         settings, own = self.settings, list[str]()
         if name == VLLM:
-            settings, own = [], ["--attention-backend", ATTENTION_OF_VLLM[self.device.type]]
+            settings, own = [], own_kernel_options(args.model, self.device.type)
         command = server_command(args.vllm, args.model.resolve(), url, args.dtype, settings, own)
         print_progress(f"starting {name}", is_last=True)
         try:

@@ -4,6 +4,7 @@ vLLM needs an environment of its own (vila_triton/README.md says how to make one
 Both servers get the same options and the same variables, those that vLLM's manual recommends for a CPU.
 """
 
+import json
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 
 from bench.measure.rows import CHILD_FOLDER, IN_CHECKOUT, ROOT
 from bench.measure.vllm_engine import ENVIRONMENT
+from vila_triton.checkpoints.loading import check_checkpoint, open_checkpoint
 from vila_triton.files.reading import LoadError
 
 from .client import ServerError, served_model
@@ -37,6 +39,20 @@ def server_command(
     address = ["--host", str(parts.hostname), "--port", str(parts.port)]
     command = [str(python), "-m", "vila_triton", "serve", str(model), *address, "--dtype", dtype]
     return [*command, *settings, "--", *OPTIONS, *vllm_options]
+
+
+def own_kernel_options(model: Path, device_type: str) -> list[str]:
+    """Returns options that make vLLM run its own attention, and its AWQ linears where a model's are int4.
+
+    Errors: those of a folder.
+    """
+    options = ["--attention-backend", ATTENTION_OF_VLLM[device_type]]
+    cfg = check_checkpoint(open_checkpoint(model)).llm
+    if not cfg.group_size:
+        return options
+    awq = {"quant_method": "awq", "bits": 4, "group_size": cfg.group_size, "zero_point": True}
+    awq |= {"modules_to_not_convert": list(cfg.dense_linears)}
+    return [*options, "--hf-overrides", json.dumps({"quantization_config": awq})]
 
 
 def server_environment(python: Path) -> Mapping[str, str]:

@@ -92,8 +92,12 @@ class VilaForVllm(nn.Module, SupportsMultiModal, SupportsPP):
 
 
 def with_int4_linears(vllm_config: VllmConfig, cfg: LlamaConfig) -> VllmConfig:
-    """The config for a language model whose linears are int4 where those of the folder are."""
-    if not cfg.group_size:
+    """The config for a language model whose linears are int4 where those of the folder are.
+
+    Who names a `quantization_config` in vLLM's `--hf-overrides` gets that one, to compare, such as vLLM's AWQ.
+    """
+    overrides = vllm_config.model_config.hf_overrides
+    if not cfg.group_size or (isinstance(overrides, dict) and "quantization_config" in overrides):
         return vllm_config
     quant_config = Int4Config(cfg.group_size, cfg.rounding, cfg.dense_linears)
     quant_config.packed_modules_mapping = LlamaForCausalLM.packed_modules_mapping
