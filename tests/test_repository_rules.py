@@ -9,6 +9,7 @@ import sys
 import textwrap
 import tokenize
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -57,7 +58,7 @@ PACKAGES = {  # folder or module -> packages it imports besides the standard lib
     "images": "torch numpy PIL transformers",
     "chat": "torch PIL safetensors sentencepiece tokenizers transformers",
     "arguments": "torch",
-    "hf": "torch transformers",
+    "hf": "torch einops transformers",
     "tiny": "torch einops numpy peft PIL safetensors tokenizers transformers",
     "quantization": "torch einops PIL safetensors transformers",
     "commands": "torch PIL transformers",
@@ -143,6 +144,11 @@ def test_imports_form_no_circle() -> None:
         list(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]  # pytest could not collect both
 
 
 NOT_NAMES = {  # words that say nothing of what is named

@@ -30,7 +30,7 @@ VLLM_SETTINGS = {  # environment variables of vLLM, where they are not set
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What `vila-triton serve` was asked for; `vllm_options` are further options of `vllm serve`."""
+    """The arguments of `vila-triton serve`; `vllm_options` are further options of `vllm serve`."""
 
     folder: Path
     name: str
