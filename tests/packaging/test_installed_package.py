@@ -161,7 +161,7 @@ def test_another_distribution_brings_a_kernel(run, mine: str, installed: Path, t
         (package / "swiglu.py").write_text("1 / 0\n")
         pip("--python", installed / "python", "install", *options, "--force-reinstall", package.parent)
         said = run("vila-triton ops")
-        assert "left aside: others-kernels" not in said and "swiglu.py, line 1: ZeroDivisionError" in said
+        assert "left aside: " in said and "others_kernels/swiglu.py, line 1: ZeroDivisionError" in said
     finally:
         pip("--python", installed / "python", "uninstall", "-q", "-y", "others-kernels")
 
