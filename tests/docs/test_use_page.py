@@ -161,9 +161,7 @@ def test_causal_attention_equals_torchs_with_its_gradients(impl: str) -> None:
         _, (budget,) = error_budget(prefill_attention, (*rows, *without_context(rows[1], starts), d**-0.5))
         budget = budget.unflatten(0, (b, t)).transpose(1, 2)  # [b, h, t, d]
         check_within_budget(0, out.detach(), torch_attention(*(x.double() for x in plain)), budget)
-        if (
-            t == 1
-        ):  # the gradients of q and k are 0, as differences of rounded numbers that torch's formula does not take
+        if t == 1:  # gradients of q and k are 0, a difference of rounded numbers that torch does not take
             return
         wants, budgets = error_budget(Op(torch_gradients, False), (grad_out, *plain))
         for grad, want, whole in zip(grads, wants, budgets, strict=True):  # as in tests/ops/test_op_gradients.py
