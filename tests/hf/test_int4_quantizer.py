@@ -100,10 +100,8 @@ def test_linear_maps_are_rounded_as_they_load_and_saved_as_they_are(dense_folder
     again = load(tmp_path)
     assert torch.equal(logits(again), expected)
     q_proj = load_file(dense_folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
-    torch.testing.assert_close(
-        dequantize(again.model.layers[0].self_attn.q_proj.weight, torch.float32),
-        dequantize(Int4.pack(q_proj, 32), torch.float32),
-    )
+    found, packed = again.model.layers[0].self_attn.q_proj.weight, Int4.pack(q_proj, 32)
+    assert torch.equal(dequantize(found, torch.float32), dequantize(packed, torch.float32))
     again.dequantize()
     assert not any(isinstance(m, Int4Linear) for m in again.modules())
     assert_as_near_as_dense(model, again)
@@ -163,22 +161,22 @@ def test_language_model_of_an_int4_vila_folder_answers_as_our_engine() -> None:
 
 
 def test_adapters_train_beside_int4_linear_maps(dense_folder: Path) -> None:
-    """Their gradients are those beside the dense weights that int4 ones stand for."""
+    """Their gradients are those beside the dense weights that int4 ones stand for, within twice the error of these."""
 
-    def adapted(model: Any) -> Any:
+    def gradients(model: Any) -> dict[str, Tensor]:
         torch.manual_seed(0)
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-        model(IDS, labels=IDS).loss.backward()
-        return model
+        lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        adapted = get_peft_model(model, lora).to(model.dtype)
+        adapted(IDS, labels=IDS).loss.backward()
+        return {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None and "lora" in name}
 
-    config = Int4Config(group_size=32)
-    int4 = adapted(load(dense_folder, quantization_config=config))
-    dense = adapted(load(dense_folder, quantization_config=config).dequantize())
-    grads = {name: p.grad for name, p in int4.named_parameters() if p.grad is not None}
-    assert len(grads) == 8 and all("lora" in name for name in grads)
-    for name, p in dense.named_parameters():
-        if p.grad is not None:
-            torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=float(p.grad.abs().max()) * 1e-4)
+    int4, dense, exact = (load(dense_folder, quantization_config=Int4Config(group_size=32)) for _ in range(3))
+    truth = gradients(exact.dequantize().double())
+    found, plain = gradients(int4), gradients(dense.dequantize())
+    assert len(found) == 8 and not any(p.requires_grad for n, p in int4.named_parameters() if "lora" not in n)
+    for name, x in truth.items():
+        budget = 2 * (plain[name] - x).abs().max() + unit_roundoff(torch.float32) * x.abs().max()
+        assert x.abs().max() and (found[name] - x).abs().max() <= budget, name
 
 
 def test_what_cannot_be_rounded_is_refused(dense_folder: Path) -> None:

@@ -9,7 +9,7 @@ rows, so padding is left out wherever it lies, and a kernel sees the same stride
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
@@ -146,7 +146,7 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, is_seen: Tensor | N
     q, k, v = (rearrange(x, "b (part n) s d -> (b part s) n d", part=parts).contiguous() for x in new)
     new_lens = torch.full((b * parts,), s, device=query.device)
     if is_seen is not None:
-        is_new = repeat(is_seen[:, context_len:], "b s -> (b part) s", part=parts)
+        is_new = is_seen[:, context_len:].repeat_interleave(parts, 0)  # [b*part, s]
         rows, new_lens = is_new.flatten().nonzero()[:, 0], is_new.sum(1)
         q, k, v = q[rows], k[rows], v[rows]
     query_start_loc = F.pad(new_lens.cumsum(0), (1, 0)).int()
@@ -169,6 +169,8 @@ def rows_as_pages(key: Tensor, value: Tensor, num_rows: int, is_seen: Tensor | N
     [b, num_rows]: which rows are tokens of the sequence; None for all.
     """
     b, g, t, d = key.shape
+    if b * g * t > 2**31:
+        raise refusal(f"{b * g * t} rows of a cache, whose numbers have 32 bits")
     rows = torch.arange(num_rows, device=key.device).expand(b, -1)
     seq_lens = torch.full((b,), num_rows, device=key.device)
     if is_seen is not None:
