@@ -34,6 +34,8 @@ SECONDS_TO_START = 400
 NUM_REQUESTS, NUM_BAD = 200, 20
 MEMORY_BOUND = 48 << 20  # bytes by which all processes together may grow in a round of requests, after two others
 MAX_BODY_MIB = 2
+# 256 pages: requests wait for some, and all have been written once before memory is compared.
+SMALL_CACHE = ("--block-size", "32", "--kv-cache-memory-bytes", "16M")
 ANY_LENGTH = {"ignore_eos": True, "max_tokens": 2000, "min_tokens": 2000}
 
 
@@ -95,7 +97,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_") and k != "TRITON_INTERPRET"}
     env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     command = [sys.executable, "-m", "vila_triton", "serve", "--port", "0", "--dtype", "float32"]
-    command += ["--max-body-mib", str(MAX_BODY_MIB), "--", "--block-size", "32"]
+    command += ["--max-body-mib", str(MAX_BODY_MIB), "--", *SMALL_CACHE]
     with (tmp_path_factory.mktemp("server") / "log").open("w+") as log:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log, env=env, text=True, start_new_session=True
