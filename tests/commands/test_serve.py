@@ -68,6 +68,7 @@ def test_name_of_a_model_is_its_folders(serve, tmp_path: Path, monkeypatch: pyte
 
 
 def test_cache_on_a_cpu_holds_two_contexts_and_is_the_operators_choice(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     settings = server.ServerSettings(BUNDLED_CHECKPOINT, "m", on_cpu=True)
     assert "--enforce-eager" in server.vllm_arguments(settings, CONFIG)
     assert option(server.vllm_arguments(settings, CONFIG), "--kv-cache-memory-bytes") == str(1 << 30)

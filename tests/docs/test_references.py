@@ -12,7 +12,10 @@ from vila_triton.__main__ import build_parser
 FOLDERS = ("vila_triton", "bench", "tests")
 SOURCES = "".join(path.read_text() for path in chain.from_iterable((ROOT / f).rglob("*.py") for f in FOLDERS))
 COMMANDS = next(action for action in build_parser()._actions if action.dest == "command").choices or ()
-FOREIGN = ("--no-deps", "--dist")  # options of pip and pytest
+FOREIGN = (  # options of pip, pytest and vLLM
+    *("--no-deps", "--dist", "--api-key", "--allowed-media-domains", "--allowed-local-media-path"),
+    *("--tensor-parallel-size", "--max-num-seqs"),
+)
 
 
 def prose(document: Path) -> str:
