@@ -9,6 +9,7 @@ from typing import Any
 
 from .client import Outcome
 
+LONG_ANSWER = 8  # tokens
 # Of figures, those of which less is better; of the others more is.
 TIMES = ("ttft", "ttft_p95", "tpot", "tpot_p95")
 RATES = ("tokens_per_s", "requests_per_s")
@@ -46,14 +47,17 @@ def figures(runs: Sequence[Run]) -> dict[str, Any]:
     """Returns the figures of the answers of all runs together; a time that no answer has is left out.
 
     TTFT runs from when a request was to be sent to its first text, TPOT from there to its end, for each token behind
-    the first; an answer of one token has none. Throughput counts what was answered without error.
+    the first, in answers of at least `LONG_ANSWER` tokens, as a server may send the few of a short one at once.
+    Throughput counts what was answered without error.
     """
     outcomes = [outcome for run in runs for outcome in run.outcomes]
     answers = [outcome for outcome in outcomes if not outcome.error]
     seconds = sum(run.seconds for run in runs)
     result: dict[str, Any] = {}
     ttft = [outcome.first - outcome.start for outcome in answers]
-    tpot = [(outcome.end - outcome.first) / (outcome.tokens - 1) for outcome in answers if outcome.tokens > 1]
+    tpot = [
+        (outcome.end - outcome.first) / (outcome.tokens - 1) for outcome in answers if outcome.tokens >= LONG_ANSWER
+    ]
     for name, values in (("ttft", ttft), ("tpot", tpot)):
         if values:
             result |= {name: statistics.median(values), f"{name}_p95": percentile(values, 95)}

@@ -53,9 +53,9 @@ def outcome(start: float, first: float, end: float, tokens: int, text: str = "he
 
 RUN = Run(
     [
-        outcome(10, 11, 13, 5),  # TTFT 1, TPOT 0.5
-        outcome(10, 13, 14, 2, "no"),  # 3, 1
-        outcome(12, 14, 14, 1),  # 2, none: one token
+        outcome(10, 11, 15, 9),  # TTFT 1, TPOT 0.5
+        outcome(10, 13, 20, 8, "no"),  # 3, 1
+        outcome(12, 14, 14, 7),  # 2, none: too short
         outcome(12, 0, 20, 0, "", "HTTP 400"),
     ],
     client_seconds=1.0,
@@ -67,12 +67,12 @@ def test_figures_of_answers_are_those_by_hand() -> None:
     assert figures([RUN]) == pytest.approx(
         {
             "ttft": 2, "ttft_p95": 2.9, "tpot": 0.75, "tpot_p95": 0.975,
-            "tokens_per_s": 8 / 10, "requests_per_s": 3 / 10, "requests": 4, "errors": 1, "right": 0.5,
+            "tokens_per_s": 24 / 10, "requests_per_s": 3 / 10, "requests": 4, "errors": 1, "right": 0.5,
             "client_cores": 0.1, "other_cores": 0.25,
         }
     )  # fmt: skip
     both = figures([RUN, Run([outcome(0, 1, 2, 2)])])
-    assert both["requests"] == 5 and both["tokens_per_s"] == pytest.approx(10 / 12)
+    assert both["requests"] == 5 and both["tokens_per_s"] == pytest.approx(26 / 12)
 
 
 def test_requests_that_all_fail_have_no_times() -> None:
@@ -82,8 +82,8 @@ def test_requests_that_all_fail_have_no_times() -> None:
 
 
 def test_ratios_are_medians_over_rounds() -> None:
-    rounds = [Run([outcome(0, ttft, ttft + 1, 2)]) for ttft in (1.0, 2.0, 9.0)]
-    baseline = [Run([outcome(0, ttft, ttft + 2, 2)]) for ttft in (1.0, 4.0, 3.0)]
+    rounds = [Run([outcome(0, ttft, ttft + 1, 8)]) for ttft in (1.0, 2.0, 9.0)]
+    baseline = [Run([outcome(0, ttft, ttft + 2, 8)]) for ttft in (1.0, 4.0, 3.0)]
     assert ratios(rounds, baseline)["ttft"] == 1.0  # of 1, 0.5 and 3
     assert ratios(rounds, baseline)["tpot"] == 0.5
     failed = [Run([outcome(0, 0, 5, 0, "", "refused")])] * 3

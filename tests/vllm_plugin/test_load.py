@@ -1,4 +1,4 @@
-"""`bench.serve` on servers of vLLM: with our kernels and with vLLM's own, which answer alike and run what they should."""
+"""`bench.serve` on servers of vLLM: with our kernels and with vLLM's own, which answer alike."""
 
 import json
 import sys
