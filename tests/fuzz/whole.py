@@ -34,6 +34,7 @@ from vila_triton.quantization import awq_cache_file, calibration_data, report, r
 from vila_triton.quantization import pipeline as awq
 from vila_triton.quantization.config import QuantizeConfig
 from vila_triton.registry import OPS, discover, tuned_tables
+from vila_triton.registry.sources import source_of
 from vila_triton.tiny.examples import EXAMPLES_DIR as EXAMPLES
 
 from . import mutate
@@ -271,6 +272,7 @@ def whole_tables(folder: Path) -> list[bytes]:
             "op": "int4_matmul",
             "impl": name,
             **tuned_tables.entry_fingerprint(impl),
+            "source": source_of(impl),
             "ranges": ranges,
             "otherwise": otherwise,
         }

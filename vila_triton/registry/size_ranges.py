@@ -19,6 +19,8 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
+from ..files.reading import short_repr
+
 
 @dataclass(frozen=True)
 class ChoiceBySize:
@@ -158,9 +160,9 @@ def parse_ranges(ranges: Any) -> RangedChoice:
     *bounded_ranges, last_name = ranges
     for pair in bounded_ranges:
         if not (isinstance(pair, Sequence) and [type(x) for x in pair] == [int, str]):
-            raise ValueError(f'{pair!r} is no range, expected [last size, "name"]')
+            raise ValueError(f'{short_repr(pair)} is no range, expected [last size, "name"]')
     if not isinstance(last_name, str):
-        raise ValueError(f"{last_name!r} is at the end, expected the name of what runs beyond the last range")
+        raise ValueError(f"{short_repr(last_name)} is at the end, expected the name of what runs beyond the last range")
     ends = tuple(pair[0] for pair in bounded_ranges)
     if any(a >= b for a, b in zip((-1, *ends), ends)):
         raise ValueError(f"the ranges end at {', '.join(map(str, ends))}, expected increasing sizes")

@@ -206,10 +206,10 @@ def parse_table_choice(table: Mapping[str, Any], op: str, file: Path) -> Bounded
             )
         if not 0 <= value["first"] <= value["last"]:
             raise ValueError(f"op {op!r}: from {value['first']} to {value['last']} are no sizes")
-        named = implementation_names(parse_choice(value.get("choice")))
+        named = implementation_names(parse_choice(value.get("choice"))) if missing else ()
         if chosen := [name for name in named if name in missing]:
             raise KernelNotLoadedError(
-                f"{op}: the tuned table {file.name} chooses {chosen[0]!r} {missing[chosen[0]]}; "
+                f"{op}: the tuned table {file.name} chooses {short_repr(chosen[0])} {missing[chosen[0]]}; "
                 "or choose another explicitly, or delete the choice."
             )
         choice = validate_choices({op: value.get("choice")})[op]
