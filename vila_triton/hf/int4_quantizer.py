@@ -129,7 +129,6 @@ class Int4Quantizer(HfQuantizer):
             elif name in self.linears:
                 weight = Int4.pack(module.weight, self.linears[name])
                 model.set_submodule(name, Int4Linear(weight, module.bias))
-        model.config.quantization_config = self.quantization_config
         return model
 
     def _to_int4(self, stored: StoredLinear, name: str) -> Int4Linear:
