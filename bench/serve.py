@@ -181,6 +181,7 @@ COLUMNS = {  # title: field, what it is shown in
     "p95": ("ttft_p95", 1e3),
     "TPOT ms": ("tpot", 1e3),
     "p95 ": ("tpot_p95", 1e3),
+    "whole ms": ("latency", 1e3),
     "tokens/s": ("tokens_per_s", 1),
     "requests/s": ("requests_per_s", 1),
     "client": ("client_cores", 1),

@@ -11,7 +11,7 @@ from .client import Outcome
 
 LONG_ANSWER = 8  # tokens
 # Of figures, those of which less is better; of the others more is.
-TIMES = ("ttft", "ttft_p95", "tpot", "tpot_p95")
+TIMES = ("ttft", "ttft_p95", "tpot", "tpot_p95", "latency", "latency_p95")
 RATES = ("tokens_per_s", "requests_per_s")
 
 
@@ -47,7 +47,8 @@ def figures(runs: Sequence[Run]) -> dict[str, Any]:
     """Returns the figures of the answers of all runs together; a time that no answer has is left out.
 
     TTFT runs from when a request was to be sent to its first text, TPOT from there to its end, for each token behind
-    the first, in answers of at least `LONG_ANSWER` tokens, as a server may send the few of a short one at once.
+    the first, in answers of at least `LONG_ANSWER` tokens, as a server may send the few of a short one at once; on
+    busy cores it does so with long ones, too; latency, from when a request was to be sent to its end, then says more.
     Throughput counts what was answered without error.
     """
     outcomes = [outcome for run in runs for outcome in run.outcomes]
@@ -58,7 +59,8 @@ def figures(runs: Sequence[Run]) -> dict[str, Any]:
     tpot = [
         (outcome.end - outcome.first) / (outcome.tokens - 1) for outcome in answers if outcome.tokens >= LONG_ANSWER
     ]
-    for name, values in (("ttft", ttft), ("tpot", tpot)):
+    latency = [outcome.end - outcome.start for outcome in answers]
+    for name, values in (("ttft", ttft), ("tpot", tpot), ("latency", latency)):
         if values:
             result |= {name: statistics.median(values), f"{name}_p95": percentile(values, 95)}
     result |= {

@@ -66,7 +66,7 @@ RUN = Run(
 def test_figures_of_answers_are_those_by_hand() -> None:
     assert figures([RUN]) == pytest.approx(
         {
-            "ttft": 2, "ttft_p95": 2.9, "tpot": 0.75, "tpot_p95": 0.975,
+            "ttft": 2, "ttft_p95": 2.9, "tpot": 0.75, "tpot_p95": 0.975, "latency": 5, "latency_p95": 9.5,
             "tokens_per_s": 24 / 10, "requests_per_s": 3 / 10, "requests": 4, "errors": 1, "right": 0.5,
             "client_cores": 0.1, "other_cores": 0.25,
         }
@@ -77,7 +77,7 @@ def test_figures_of_answers_are_those_by_hand() -> None:
 
 def test_requests_that_all_fail_have_no_times() -> None:
     found = figures([Run([outcome(0, 0, 5, 0, "", "refused")] * 2)])
-    assert not {"ttft", "tpot", "ttft_p95", "tpot_p95"} & found.keys()
+    assert not {"ttft", "tpot", "latency", "ttft_p95", "tpot_p95"} & found.keys()
     assert (found["errors"], found["right"], found["tokens_per_s"]) == (2, 0, 0)
 
 
