@@ -12,6 +12,7 @@ names its lane:
     <!-- slow -->      run by `pytest -m slow`
     <!-- real -->      the same, where the extra `real` is installed
     <!-- .ci/run -->   run by that script, which holds the block's commands
+    <!-- vllm -->      the same, inside vLLM, where it is installed: by tests/vllm_plugin/test_shown_requests.py
     <!-- by hand -->   installs software, takes long or wants a quiet machine, or is a script of `.ci`
     <!-- file NAME -->   of a python block: a file of that name, which the document's commands find
 ", with OPTIONS" behind the lane is appended to the block's last command, to make it shorter.
@@ -33,7 +34,7 @@ BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
 MARKS = {"": [], "slow": [pytest.mark.slow], "real": [pytest.mark.slow, pytest.mark.real]}
 FILE = "file "  # begins the lane of a block that is a file
 BY_HAND = (
-    r"pip install |coverage |\.ci/|"
+    r"pip install |python3\.11 -m venv |\. \.venv|coverage |\.ci/|"
     r"python -m bench\.(model .*--vllm|training|mutants|ptx_mutants|compiled_check|emulator\.speed)"
 )
 COMMANDS = {  # in front of PATH: those of this environment, and `pytest` without running a test
@@ -123,7 +124,7 @@ def test_blocks_of_other_lanes_stand_in_their_scripts() -> None:
         commands = [c for line in lines for c in re.sub(r"\s+#.*", "", line).split(" && ")]
         if block.lane == "by hand":
             assert all(re.match(BY_HAND, command) for command in commands)
-        elif block.lane not in MARKS:
+        elif block.lane != "vllm" and block.lane not in MARKS:
             script = (ROOT / block.lane).read_text().replace(" -q ", " ")
             missing = [command for command in commands if command not in script]
             assert not missing, f"{name(block.document)}:{block.line}: {block.lane} does not run {missing}"
