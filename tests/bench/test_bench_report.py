@@ -194,3 +194,29 @@ def test_documented_commands_write_only_ignored_files() -> None:
     command = ["git", "check-ignore", "--no-index", *targets]
     done = subprocess.run(command, cwd=rows.ROOT, capture_output=True, text=True)
     assert set(done.stdout.split()) == targets
+
+
+SERVING = "2026-11-29-amd-epyc-serve.jsonl"
+
+
+def test_readme_servers_equal_their_rows() -> None:
+    readme = (rows.ROOT / "bench" / "README.md").read_text()
+    assert SERVING in readme
+    found = [row for row in rows.read(rows.RESULTS / SERVING, kind="serve") if row["choice"] == "vila-triton"]
+    assert len(found) >= 5
+    for row in found:
+        ratios = {
+            name: f"({row['ratio_vllm'][name]:.2f}, {row['ratio_engine'][name]:.2f})"
+            for name in ("ttft", "latency", "tokens_per_s")
+        }
+        cells = [
+            "int4, bfloat16" if "int4" in row["model"] else row["dtype"],
+            f"{row['streams']} at a time" if row["what"] == "streams" else f"{row['rate']:g} a second",
+            f"{row['ttft'] * 1e3:.1f} {ratios['ttft']}",
+            f"{row['latency'] * 1e3:.0f} {ratios['latency']}",
+            f"{row['tpot'] * 1e3:.2f}",
+            f"{row['tokens_per_s']:.0f} {ratios['tokens_per_s']}",
+            f"{row['right']:.1%}",
+            f"{row['other_cores']:.1f}",
+        ]
+        assert f"| {' | '.join(cells)} |\n" in readme

@@ -35,7 +35,7 @@ MARKS = {"": [], "slow": [pytest.mark.slow], "real": [pytest.mark.slow, pytest.m
 FILE = "file "  # begins the lane of a block that is a file
 BY_HAND = (
     r"pip install |python3\.11 -m venv |\. \.venv|coverage |\.ci/|"
-    r"python -m bench\.(model .*--vllm|training|mutants|ptx_mutants|compiled_check|emulator\.speed)"
+    r"python -m bench\.(model .*--vllm|training|serve|mutants|ptx_mutants|compiled_check|emulator\.speed)"
 )
 COMMANDS = {  # in front of PATH: those of this environment, and `pytest` without running a test
     "python": 'exec {python} "$@"',
