@@ -25,6 +25,7 @@ from vila_triton.lock import SharedContext
 from vila_triton.ops import linear
 
 MANY_ROWS = 256  # of float32
+EXACT_ROWS, ROW_STEP = 16, 8  # a few rows of float32, beyond 16, are filled up to a multiple of 8 by rows of zeros
 FEW_ROWS = 4  # up to here torch's own loops over half precision take no longer than converting the weight
 BLOCK_N = 512  # rows of a weight that are converted at once
 
@@ -68,7 +69,7 @@ def float32_product(x: Tensor, w: Tensor, bias: Tensor | None = None, residual: 
         return out if residual is None else out + residual
     product = torch.ops.mkldnn._linear_pointwise
     if is_few:
-        out = product(w, x.contiguous(), None, "none", [], "").t().contiguous()
+        out = product(w, filled_up(x), None, "none", [], "").t()[: len(x)].contiguous()
         for term in (bias, residual):
             out = out if term is None else out.add_(term)
         return out
@@ -77,6 +78,14 @@ def float32_product(x: Tensor, w: Tensor, bias: Tensor | None = None, residual: 
     if residual is None:
         return product(x, w, bias, "none", [], "")
     return product.binary(x, residual, w, bias, "add")
+
+
+def filled_up(x: Tensor) -> Tensor:
+    """Return x [m, k] with rows of zeros behind it, so that there are few different m: oneDNN compiles a kernel for each,
+    and keeps half a megabyte for it.
+    """
+    missing = -len(x) % ROW_STEP if len(x) > EXACT_ROWS else 0
+    return F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
 
 
 def half_product(x: Tensor, w: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

@@ -163,6 +163,21 @@ def test_linear_runs_where_torch_has_no_onednn(dtype: str, monkeypatch: pytest.M
     assert_matches_reference(OPS["linear"], OPS["linear"].impls["aten"], {}, args)
 
 
+@pytest.mark.parametrize("m", [15, 17, 23, 100, 255])
+def test_rows_are_filled_up_so_that_onednn_keeps_few_kernels(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, product = set(), torch.ops.mkldnn._linear_pointwise
+
+    def recorded(w: torch.Tensor, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.add(len(x))
+        return product(w, x, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", recorded)
+    args = example_args(OPS["linear"], m=m, n=24, k=16, dtype="float32", bias=True, residual=True, seed=0)
+    assert_matches_reference(OPS["linear"], OPS["linear"].impls["aten"], {}, args)
+    assert rows == {15 if m == 15 else -(-m // 8) * 8}
+    assert len({len(_cpu_product.filled_up(torch.ones(m, 1))) for m in range(1, 256)}) == 46
+
+
 @pytest.mark.parametrize("has_instructions", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 def test_blocks_of_a_weight_are_multiplied_in_half_precision_where_the_cpu_can(
