@@ -169,6 +169,14 @@ def test_ids_of_a_conversation_are_those_of_its_text(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
+def test_answer_with_the_space_that_a_server_gives_it_has_the_same_ids(name: str) -> None:
+    question, (role, answer), next_question = CONVERSATION
+    as_served = [question, (role, TEMPLATES[name].answer_prefix + answer), next_question]
+    ids = [conversation_ids(messages, TEMPLATES[name], TOKENIZERS[name]) for messages in (as_served, CONVERSATION)]
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_no_message_of_a_conversation_spells_a_special_token(name: str) -> None:
     template, tokenizer = TEMPLATES[name], TOKENIZERS[name]
     special = {*tokenizer.all_special_ids, *tokenizer.convert_tokens_to_ids(template.required_tokens)}

@@ -119,6 +119,7 @@ def conversation_ids(messages: Sequence[Message], template: ChatTemplate, tokeni
         )
     text = spelled.opening.replace("{system}", system)
     for (_, question), (_, answer) in zip(turns[::2], turns[1::2]):
+        answer = answer.removeprefix(spelled.answer_prefix)  # vLLM's answers begin with it
         text += spelled.render_turn(question) + spelled.answer_prefix + answer + spelled.turn_end
     return tokenize(text + spelled.render_turn(turns[-1][1]), tokenizer, aliases=aliases)
 
