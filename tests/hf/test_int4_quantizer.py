@@ -102,6 +102,7 @@ def test_linear_maps_are_rounded_as_they_load_and_saved_as_they_are(dense_folder
     q_proj = load_file(dense_folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     found, packed = again.model.layers[0].self_attn.q_proj.weight, Int4.pack(q_proj, 32)
     assert torch.equal(dequantize(found, torch.float32), dequantize(packed, torch.float32))
+    again.save_pretrained(tmp_path / "again")  # its config spells the dtype from here on
     again.dequantize()
     assert not any(isinstance(m, Int4Linear) for m in again.modules())
     assert_as_near_as_dense(model, again)

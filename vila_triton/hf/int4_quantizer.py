@@ -25,6 +25,7 @@ from ..models.config_fields import QuantizationSettings, read_dataclass
 from ..models.params import LazyTensors
 from ..ops import Int4, dequantize
 from ..ops.int4_weight import check_int4_shape
+from .configuration_vila_llama import parse_dtype
 from .linear_modules import Int4Linear
 
 
@@ -138,8 +139,10 @@ class Int4Quantizer(HfQuantizer):
         except ValueError as error:
             raise LoadError(f"{name}: {error}") from None
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         """Make int4 linear maps dense, in place."""
+        if isinstance(dtype, str):  # that of a config which has been saved
+            dtype = parse_dtype(dtype)
         for name, module in list(model.named_modules()):
             if isinstance(module, Int4Linear):
                 n, k = module.weight.shape
