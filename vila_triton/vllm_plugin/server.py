@@ -78,6 +78,9 @@ def vllm_arguments(settings: ServerSettings, cfg: VilaConfig) -> list[str]:
         "--dtype": settings.dtype or "auto",
         "--max-model-len": cfg.llm.max_position_embeddings,
         "--limit-mm-per-prompt": json.dumps({"image": settings.max_images}),
+        # vLLM's cache of preprocessed images takes that of a refused request for one that its engine has, and answers
+        # the next one about it by 500.
+        "--mm-processor-cache-gb": 0,
         "--additional-config": json.dumps(additional_config),
         "--worker-extension-cls": f"{PACKAGE}.worker.KernelCounts",
         "--middleware": f"{PACKAGE}.middleware.Middleware",
