@@ -162,6 +162,12 @@ def test_page_and_the_kernels_that_ran(server: Served):
     assert counts["decode_attention=aten"] > 0 and counts["prefill_attention=aten"] > 0
 
 
+def named_image(url: str | None) -> dict[str, Any]:
+    """The body of a request with an image under a name of its own, by which vLLM would cache it."""
+    image = {"type": "image_url", "image_url": url and {"url": url}, "uuid": "mine"}
+    return {"messages": [{"role": "user", "content": [image, {"type": "text", "text": "?"}]}]}
+
+
 def bad_requests() -> dict[str, tuple[Any, int]]:
     """By what is wrong: a body, and the status of the answer."""
     image = data_url((EXAMPLES_DIR / "a.png").read_bytes())
@@ -194,6 +200,8 @@ def bad_requests() -> dict[str, tuple[Any, int]]:
         "unknown model": (chat("?", image, model="gpt"), 404),
         "too many answers": (chat("?", image, n=100_000, temperature=1), 400),
         "another role": ({"messages": [{"role": "assistant", "content": "2"}]}, 400),
+        "name of an image": (named_image(image), 400),
+        "name in the place of an image": (named_image(None), 400),
         "continuation of an answer": (chat("?", image, continue_final_message=True, add_generation_prompt=False), 400),
     }
 
@@ -205,6 +213,12 @@ def test_bad_request_is_refused_with_one_clear_answer(server: Served, wrong: str
     assert status == expected_status, text
     error = json.loads(text)["error"]
     assert error["code"] == expected_status and error["message"] and "Traceback" not in text
+
+
+def test_image_of_a_refused_request_can_be_asked_about(server: Served):
+    body = chat("Is there a star?", data_url(png(Image.new("RGB", (64, 64), "teal"))))
+    statuses = [server.request("/v1/chat/completions", {**body, **more})[0] for more in ({"bad_words": [""]}, {})]
+    assert statuses == [400, 200]
 
 
 def test_log_probabilities_of_a_prompt_with_an_image_do_not_end_the_engine(server: Served):

@@ -87,6 +87,7 @@ class VilaRenderer(BaseRenderer):
         if params.chat_template is not None:
             raise VLLMValidationError("a VILA folder names its template, expected no chat_template")
         refuse_template_options(params.chat_template_kwargs or {})
+        refuse_names_of_images(mm_uuids or {})
         try:
             messages = [(m["role"], message_text(m)) for m in conversation]
             self.check_length(sum(len(text) for _, text in messages))
@@ -96,8 +97,6 @@ class VilaRenderer(BaseRenderer):
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
         if mm_data is not None:
             prompt["multi_modal_data"] = mm_data
-        if mm_uuids is not None:
-            prompt["multi_modal_uuids"] = mm_uuids
         return conversation, prompt
 
     def check_length(self, num_characters: int) -> None:
@@ -141,6 +140,17 @@ def refuse_template_options(options: Mapping[str, Any]) -> None:
             raise VLLMValidationError(
                 f"{name} is {options[name]}, and VILA's templates know {expected}", parameter=name
             )
+
+
+def refuse_names_of_images(uuids: Mapping[str, Any]) -> None:
+    """Raise VLLMValidationError for an image with a `uuid`, under which vLLM would cache it: whoever gives another
+    image's gets answers about that one, or makes others get answers about theirs.
+    """
+    given = [uuid for each in uuids.values() for uuid in (each if isinstance(each, list | tuple) else [each])]
+    if any(uuid is not None for uuid in given):
+        raise VLLMValidationError(
+            "an image has a uuid, expected none: images are known by their pixels", parameter="uuid"
+        )
 
 
 def message_text(message: Mapping[str, Any]) -> str:
