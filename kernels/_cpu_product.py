@@ -25,7 +25,6 @@ from vila_triton.lock import SharedContext
 from vila_triton.ops import linear
 
 MANY_ROWS = 256  # of float32
-EXACT_ROWS, ROW_STEP = 16, 8  # a few rows of float32, beyond 16, are filled up to a multiple of 8 by rows of zeros
 FEW_ROWS = 4  # up to here torch's own loops over half precision take no longer than converting the weight
 BLOCK_N = 512  # rows of a weight that are converted at once
 
@@ -74,17 +73,17 @@ def float32_product(x: Tensor, w: Tensor, bias: Tensor | None = None, residual: 
             out = out if term is None else out.add_(term)
         return out
     # oneDNN reads a bias and a residual as if they had no strides.
-    bias, residual = (None if term is None else term.contiguous() for term in (bias, residual))
+    bias = None if bias is None else bias.contiguous()
     if residual is None:
-        return product(x, w, bias, "none", [], "")
-    return product.binary(x, residual, w, bias, "add")
+        return product(filled_up(x), w, bias, "none", [], "")[: len(x)]
+    return product.binary(filled_up(x), filled_up(residual), w, bias, "add")[: len(x)]
 
 
 def filled_up(x: Tensor) -> Tensor:
-    """Return x [m, k] with rows of zeros behind it, so that there are few different m: oneDNN compiles a kernel for each,
-    and keeps half a megabyte for it.
+    """Return x [m, k] with rows of zeros behind it, up to a number of four binary digits: oneDNN compiles a kernel for
+    each number of rows, and keeps half a megabyte for it.
     """
-    missing = -len(x) % ROW_STEP if len(x) > EXACT_ROWS else 0
+    missing = -len(x) % (1 << max(0, len(x).bit_length() - 4))
     return F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
 
 

@@ -163,19 +163,20 @@ def test_linear_runs_where_torch_has_no_onednn(dtype: str, monkeypatch: pytest.M
     assert_matches_reference(OPS["linear"], OPS["linear"].impls["aten"], {}, args)
 
 
-@pytest.mark.parametrize("m", [15, 17, 23, 100, 255])
-def test_rows_are_filled_up_so_that_onednn_keeps_few_kernels(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, product = set(), torch.ops.mkldnn._linear_pointwise
+@pytest.mark.parametrize("has_avx512", [False, True])
+@pytest.mark.parametrize(("m", "filled"), [(15, 15), (17, 18), (23, 24), (100, 104), (255, 256), (300, 320)])
+def test_rows_are_filled_up_so_that_onednn_keeps_few_kernels(
+    m: int, filled: int, has_avx512: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cpu_product, "has_avx512", lambda: has_avx512)
+    assert len(_cpu_product.filled_up(torch.ones(m, 1))) == filled
+    for terms in ({"bias": False}, {"bias": True}, {"bias": True, "residual": True}):
+        args = example_args(OPS["linear"], m=m, n=24, k=16, dtype="float32", seed=0, **terms)
+        assert_matches_reference(OPS["linear"], OPS["linear"].impls["aten"], {}, args)
 
-    def recorded(w: torch.Tensor, x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        rows.add(len(x))
-        return product(w, x, *rest)
 
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", recorded)
-    args = example_args(OPS["linear"], m=m, n=24, k=16, dtype="float32", bias=True, residual=True, seed=0)
-    assert_matches_reference(OPS["linear"], OPS["linear"].impls["aten"], {}, args)
-    assert rows == {15 if m == 15 else -(-m // 8) * 8}
-    assert len({len(_cpu_product.filled_up(torch.ones(m, 1))) for m in range(1, 256)}) == 46
+def test_few_numbers_of_rows_are_filled_up_to() -> None:
+    assert len({len(_cpu_product.filled_up(torch.ones(m, 1))) for m in range(1, 4097)}) == 80
 
 
 @pytest.mark.parametrize("has_instructions", [False, True])
