@@ -65,8 +65,8 @@ class Int4:
         """The weight of codes [n, k] that another quantizer has chosen, 0 to 15 in any integer dtype, with its scales
         and zeros [G, n], G groups of k / G columns; zeros may be integers, too.
 
-        Raises ValueError for shapes that are not those of one weight, for groups as `pack` does, and for codes or zeros
-        that are not whole numbers from 0 to 15.
+        Raises ValueError for shapes that are not those of one weight, for groups as `pack` does, for codes or zeros that
+        are not whole numbers from 0 to 15, and for scales that are not finite.
         """
         sizes = check_axes("Int4.from_codes", codes=(codes, "n k"), scales=(scales, "G n"), zeros=(zeros, "G n"))
         check_floating("Int4.from_codes", scales=scales)
@@ -78,6 +78,8 @@ class Int4:
         for name, x in (("codes", codes), ("zeros", zeros)):
             if not x.is_meta and not ((x == x.long()) & (x >= 0) & (x <= 15)).all():
                 raise ValueError(f"Int4.from_codes: {name} are not all whole numbers from 0 to 15")
+        if not scales.is_meta and not torch.isfinite(scales).all():
+            raise ValueError("Int4.from_codes: scales hold NaN or infinity")
         return Int4(pack_tiles(codes), scales.contiguous(), zeros.to(scales.dtype).contiguous(), k // G, rounding)
 
 
