@@ -65,8 +65,8 @@ class Int4:
         """The weight of codes [n, k] that another quantizer has chosen, 0 to 15 in any integer dtype, with its scales
         and zeros [G, n], G groups of k / G columns; zeros may be integers, too.
 
-        Raises ValueError for shapes that are not those of one weight, for groups as `pack` does, for codes or zeros that
-        are not whole numbers from 0 to 15, and for scales that are not finite.
+        Raises ValueError for shapes that are not those of one weight, for groups as `pack` does, for codes or zeros
+        that are not whole numbers from 0 to 15, and for scales that are not finite.
         """
         sizes = check_axes("Int4.from_codes", codes=(codes, "n k"), scales=(scales, "G n"), zeros=(zeros, "G n"))
         check_floating("Int4.from_codes", scales=scales)
