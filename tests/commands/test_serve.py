@@ -43,6 +43,7 @@ def test_bundled_model_is_served_by_default(serve):
     assert option(arguments, "--host") == "127.0.0.1" and option(arguments, "--port") == "8000"
     assert option(arguments, "--max-model-len") == "4096" and option(arguments, "--dtype") == "auto"
     assert json.loads(option(arguments, "--limit-mm-per-prompt")) == {"image": 16}
+    assert option(arguments, "--block-size") == "32"
 
 
 def test_options_reach_vllm(serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -139,6 +139,15 @@ def test_awq_checkpoint_loads_in_half_precision(version: str, dtype: torch.dtype
         assert torch.equal(getattr(found, part), getattr(expected, part).to(dtype))
 
 
+@pytest.mark.parametrize(("part", "value"), [("zeros", 16), ("zeros", 0.5), ("scales", float("nan"))])
+def test_values_that_no_int4_weight_has_are_refused(part: str, value: float, tmp_path: Path) -> None:
+    model = load(Path(BUNDLED_CHECKPOINT).with_name("checkpoint-int4") / "llm")
+    getattr(model.model.layers[0].mlp.up_proj.weight, part).data[0, 0] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{part} (hold NaN|are not all whole numbers)"):
+        load(tmp_path)
+
+
 def test_wrong_kernel_changes_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def doubled(x: Tensor, w: Int4, *rest: Any) -> Tensor:
         return int4_matmul.reference(2 * x, w, *rest)

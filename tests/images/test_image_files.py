@@ -222,6 +222,9 @@ def test_bytes_that_are_no_image_are_refused_without_an_address_in_memory(monkey
         with pytest.raises(ImageError, match=message) as error:
             decode_image(data, formats)
         assert "0x" not in str(error.value)
+    with pytest.raises(ImageError, match="40 x 40 pixels, more than 1000"):
+        decode_image(png, max_pixels=1000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1599)
-    with pytest.raises(ImageError, match="40 x 40 pixels, more than 1599"):
-        decode_image(png)
+    for max_pixels in (None, 5000):
+        with pytest.raises(ImageError, match="40 x 40 pixels, more than 1599"):
+            decode_image(png, max_pixels=max_pixels)

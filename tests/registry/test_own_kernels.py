@@ -371,3 +371,9 @@ def test_a_source_that_is_none_is_refused_with_its_place(table: dict[str, Any]) 
     write({**table, "entries": [{**table["entries"][0], "source": "mine.py"}]})
     with pytest.raises(ValueError, match=r"toy-gpu\.json, entries 0, source"):
         tuned_tables.load_table("Toy GPU")
+
+
+def test_a_file_that_registers_nothing_is_named(put: Put, capsys: pytest.CaptureFixture[str]) -> None:
+    file = put("nothing.py", "X = 1\n")
+    discover(file)
+    assert f"{file} registers no op and no implementation" in capsys.readouterr().err

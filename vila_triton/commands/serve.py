@@ -1,6 +1,7 @@
 """`vila-triton serve`: a model as an OpenAI server with a chat page, on vLLM."""
 
 import argparse
+import errno
 import os
 import sys
 from pathlib import Path
@@ -86,4 +87,9 @@ def run(args: argparse.Namespace) -> None:
     )
     arguments = server.vllm_arguments(settings, check_checkpoint(open_checkpoint(args.model)))
     print(f"starting vLLM with {settings.name} ...", file=sys.stderr, flush=True)
-    server.serve(arguments)
+    try:
+        server.serve(arguments)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise OSError(f"{args.host}:{args.port} is taken, expected --port N of a free one, or 0 for any") from None

@@ -24,7 +24,7 @@ from ..files.reading import LoadError
 from ..models.config_fields import QuantizationSettings, read_dataclass
 from ..models.params import LazyTensors
 from ..ops import Int4, dequantize
-from ..ops.int4_weight import check_int4_shape
+from ..ops.int4_weight import check_int4_shape, check_values
 from .configuration_vila_llama import parse_dtype
 from .linear_modules import Int4Linear
 
@@ -75,6 +75,7 @@ class StoredLinear(nn.Module):
     def to_int4(self, layout: Layout, group_size: int, rounding: Any) -> Int4Linear:
         """The module that runs. Errors: ValueError for tensors that are not one weight of this layout."""
         weight = layout.read({name: self.get_parameter(name).data for name in self.tensor_names}, group_size)
+        check_values("int4 linear map", weight.scales, zeros=weight.zeros)
         scales, zeros = weight.scales.to(self.dtype), weight.zeros.to(self.dtype)
         return Int4Linear(replace(weight, scales=scales, zeros=zeros, rounding=rounding), self.bias)
 

@@ -85,13 +85,14 @@ def open_image(path: Path | str) -> Image.Image:
         return still_to_rgb(image)
 
 
-def decode_image(data: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
+def decode_image(data: bytes, formats: tuple[str, ...] | None = None, max_pixels: int | None = None) -> Image.Image:
     """Decode the bytes of an image file as RGB, if it is in one of Pillow's formats (None: in any).
-    Errors: `ImageError`, for whatever is wrong with them.
+
+    max_pixels: a limit below `MAX_IMAGE_PIXELS`. Errors: `ImageError`, for whatever is wrong with them.
     """
     try:
         with Image.open(BytesIO(data), formats=formats) as image:
-            require_size(image)
+            require_size(image, max_pixels)
             return still_to_rgb(image)
     except ImageError:
         raise
@@ -101,9 +102,10 @@ def decode_image(data: bytes, formats: tuple[str, ...] | None = None) -> Image.I
         raise ImageError(f"it cannot be read as an image: {error}") from None
 
 
-def require_size(image: Image.Image) -> None:
-    """Raise `ImageError` for more pixels than `MAX_IMAGE_PIXELS`, about which Pillow only warns."""
-    if (limit := Image.MAX_IMAGE_PIXELS) and image.width * image.height > limit:
+def require_size(image: Image.Image, max_pixels: int | None = None) -> None:
+    """Raise `ImageError` for more pixels than `max_pixels` or `MAX_IMAGE_PIXELS`, about which Pillow only warns."""
+    limits = [limit for limit in (max_pixels, Image.MAX_IMAGE_PIXELS) if limit]
+    if limits and image.width * image.height > (limit := min(limits)):
         raise ImageError(f"it has {image.width} x {image.height} pixels, more than {limit}; make it smaller")
 
 

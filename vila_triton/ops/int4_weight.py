@@ -75,12 +75,19 @@ class Int4:
             raise ValueError(f"Int4.from_codes: {G} rows of scales do not divide k = {k} columns into groups")
         check_int4_shape(k, k // G)
         check_rounding("Int4.from_codes", rounding)
-        for name, x in (("codes", codes), ("zeros", zeros)):
-            if not x.is_meta and not ((x == x.long()) & (x >= 0) & (x <= 15)).all():
-                raise ValueError(f"Int4.from_codes: {name} are not all whole numbers from 0 to 15")
-        if not scales.is_meta and not torch.isfinite(scales).all():
-            raise ValueError("Int4.from_codes: scales hold NaN or infinity")
+        check_values("Int4.from_codes", scales, codes=codes, zeros=zeros)
         return Int4(pack_tiles(codes), scales.contiguous(), zeros.to(scales.dtype).contiguous(), k // G, rounding)
+
+
+def check_values(name: str, scales: Tensor, **whole_numbers: Tensor) -> None:
+    """Raise ValueError unless scales are finite, and codes and zeros whole numbers from 0 to 15; on the meta device
+    nothing is looked at.
+    """
+    for key, x in whole_numbers.items():
+        if not x.is_meta and not ((x == x.long()) & (x >= 0) & (x <= 15)).all():
+            raise ValueError(f"{name}: {key} are not all whole numbers from 0 to 15")
+    if not scales.is_meta and not torch.isfinite(scales).all():
+        raise ValueError(f"{name}: scales hold NaN or infinity")
 
 
 def check_int4_shape(k: int, group_size: int) -> None:

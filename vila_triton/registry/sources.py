@@ -27,8 +27,16 @@ from types import ModuleType
 from typing import TypedDict
 
 from ..hashing import short_hash
-from .imports import ImportErrors, describe_import_error, import_modules, record_import, try_import, unregister_module
-from .op import Impl
+from .imports import (
+    ImportErrors,
+    describe_import_error,
+    import_modules,
+    record_import,
+    record_problem,
+    try_import,
+    unregister_module,
+)
+from .op import OPS, Impl
 
 ENTRY_POINT_GROUP = "vila_triton.kernels"
 OWN_DISTRIBUTION = "vila-triton"
@@ -83,8 +91,16 @@ def import_path(path: str | PathLike[str]) -> list[str]:
             unregister_module(modules[0])
             raise RuntimeError(describe_import_error(error, package.__path__, modules[0])) from error
         record_import(modules[0])
+        if not registers(modules[0]):
+            record_problem(modules[0], f"{fspath(path)} registers no op and no implementation")
     _paths.setdefault(file, fspath(path))
     return modules
+
+
+def registers(module: str) -> bool:
+    """Return whether a module has registered an op or an implementation."""
+    functions = [fn for op in OPS.values() for fn in (op.reference, *(impl.fn for impl in op.impls.values()))]
+    return any(fn.__module__ == module for fn in functions)
 
 
 def import_file(name: str, file: Path) -> None:

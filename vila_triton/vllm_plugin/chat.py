@@ -46,6 +46,8 @@ def with_images(tokenizer: Any, template: ChatTemplate) -> Any:
             return self(text, *args, add_special_tokens=add_special_tokens, **kwargs)["input_ids"]
 
         def __call__(self, text: Any, *args: Any, add_special_tokens: bool = True, **kwargs: Any) -> Any:
+            if isinstance(text, list | tuple) and any(IMAGE_TOKEN in str(part) for part in text):
+                raise ValueError(f"{IMAGE_TOKEN} in a list of texts, expected in a prompt beside its image")
             if not (isinstance(text, str) and IMAGE_TOKEN in text):
                 return tokenizer(text, *args, add_special_tokens=add_special_tokens, **kwargs)
             return BatchEncoding({"input_ids": with_image_id(tokenize(text, tokenizer, add_special_tokens), image_id)})

@@ -19,10 +19,12 @@ from ..images.processing import decode_image
 
 
 class ImageIO(MediaIO[Image.Image]):
-    """Encoded images to RGB. Errors: `ImageError`; ValueError for what is not base64."""
+    """Encoded images to RGB. Errors: `ImageError`, also for more pixels than vLLM's own limit, since all images of a
+    request are in memory at once; ValueError for what is not base64.
+    """
 
     def load_bytes(self, data: bytes) -> Any:
-        return MediaWithBytes(decode_image(data, ALLOWED_IMAGE_FORMATS), data)
+        return MediaWithBytes(decode_image(data, ALLOWED_IMAGE_FORMATS, envs.VLLM_MAX_IMAGE_PIXELS), data)
 
     def load_base64(self, media_type: str, data: str) -> Any:
         return self.load_bytes(base64.b64decode(data, validate=True))

