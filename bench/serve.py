@@ -49,6 +49,14 @@ GATE_LOAD, GATE_SEGMENT, GATE_REQUESTS = Load(streams=4), 0, 100
 SHARE = Limits(float, 0, 1)
 
 
+def peer_names(text: str) -> list[str]:
+    """Parse the names of peers, with commas between them. Errors: ArgumentTypeError for others than there are."""
+    names = text.split(",") if text else []
+    if unknown := [name for name in names if name not in NAMES]:
+        raise argparse.ArgumentTypeError(f"no peer {unknown[0]!r}; there are: {', '.join(NAMES)}")
+    return names
+
+
 @dataclass(frozen=True)
 class Target:
     """Something that answers requests: a server, or our engine, which has no `url`."""
@@ -209,8 +217,6 @@ def compare(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     print(f"{comparison.labels['model']}, {args.dtype}, {comparison.stamp['device']}, load average {load_average:.1f}")
     if load_average > 0.5:
         print("other processes work on this machine: times mean less")
-    if not set(args.peers) <= {*NAMES}:
-        raise ValueError(f"no peers {', '.join(args.peers)}; there are: {', '.join(NAMES)}")
     if args.url:
         comparison.add_url(args.url, args.url)
     else:
@@ -242,7 +248,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--vllm", type=Path, default=Path(sys.executable), metavar="PYTHON", help=help_text)
     parser.add_argument("--url", help="time the server that answers there, and start none")
     help_text = "what is timed beside it, with commas: vllm, with its own kernels; engine, ours without a server (both)"
-    parser.add_argument("--peers", type=lambda text: text.split(",") if text else [], default=[*NAMES], help=help_text)
+    parser.add_argument("--peers", type=peer_names, default=[*NAMES], help=help_text)
     parser.add_argument(
         "--set", action="append", default=[], metavar="kernels.OP=NAME", help="for our server and our engine"
     )

@@ -312,8 +312,9 @@ def test_server_that_becomes_wrong_gets_no_time(run: Any) -> None:
 
 
 def test_unknown_peers_are_refused(capsys: pytest.CaptureFixture) -> None:
-    assert serve.main(["--peers", "sglang"]) == 2
-    assert "no peers sglang; there are: vllm, engine" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        serve.main(["--peers", "sglang"])
+    assert "no peer 'sglang'; there are: vllm, engine" in capsys.readouterr().err
 
 
 def test_engine_answers_as_generate_does_and_keeps_no_page() -> None:

@@ -27,6 +27,8 @@ ALLOWED = {  # option -> the values above that it takes
     "--check-seconds": {"0"},  # without check (bench.mutants)
     "--test-seconds": {"0"},  # without tests (bench.mutants)
     "--images": {"0"},
+    "--trace-seed": {"0"},
+    "--right": {"0"},  # any answers do (bench.serve)
     "--port": {"0"},  # any free one
     "--pictures": {"0"},
     "--frozen-fraction": {"0"},
@@ -35,6 +37,7 @@ ALLOWED = {  # option -> the values above that it takes
     "--tower-lr-factor": {"0"},
     "--tower-factor": {"0"},
     **{option: {""} for option in ("--prompts", "--histories", "--batches", "--contexts")},  # none (bench.model)
+    **{option: {""} for option in ("--streams", "--rates")},  # none (bench.serve)
 }
 
 
