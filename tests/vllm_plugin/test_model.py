@@ -181,14 +181,13 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("parallel", ["tensor_parallel_size", "pipeline_parallel_size"])
 @pytest.mark.parametrize("weights", ["dense", "int4"])
 def test_two_processes_give_the_same_answers(
-    weights: str, parallel: str, folders: dict[str, Path], questions: list[EvalQuestion], tmp_path: Path
+    weights: str, folders: dict[str, Path], questions: list[EvalQuestion], tmp_path: Path
 ) -> None:
     paths = [str(path) for path in (Path(__file__).parent, *Path(__file__).parents[1:3])]
     options = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "tokenizer_mode": "vila_triton"}
-    options |= {"limit_mm_per_prompt": {"image": 3}, "distributed_executor_backend": "mp", parallel: 2}
+    options |= {"limit_mm_per_prompt": {"image": 3}, "distributed_executor_backend": "mp", "tensor_parallel_size": 2}
     script, target = tmp_path / "two_ranks.py", tmp_path / "answers.json"
     script.write_text(TWO_RANKS)
     command = [sys.executable, str(script), json.dumps([paths, str(folders[weights]), options, str(target)])]
