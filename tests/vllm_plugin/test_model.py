@@ -14,7 +14,7 @@ import torch
 from vila_triton.__main__ import main
 from vila_triton.chat.conversation import ChatModel
 from vila_triton.hf.chat_model import load_chat_model
-from vila_triton.paths import BUNDLED_CHECKPOINT
+from vila_triton.paths import BUNDLED_CHECKPOINT, config_dir
 from vila_triton.tiny.evaluate import EvalQuestion, build_questions
 
 pytestmark = pytest.mark.vllm
@@ -26,6 +26,20 @@ from vila_triton.ops import decode_attention
 @decode_attention.impl("upside_down")
 def upside_down(*args, **kwargs):
     return -decode_attention.reference(*args, **kwargs)
+"""
+CLIP = """
+[vision_tower]
+model_type = "clip_vision_model"
+hidden_size = 1024
+intermediate_size = 4096
+num_hidden_layers = 24
+num_attention_heads = 16
+image_size = 336
+patch_size = 14
+select_layer = -2
+
+[mm_projector]
+mm_projector_type = "mlp2x_gelu"
 """
 MODELS = ("vila1.5-3b", "vila1.5-3b-s2", "llama3-vila1.5-8b", "vila1.5-13b", "vila1.5-40b")  # all of VILA 1.5
 
@@ -140,13 +154,16 @@ def test_a_wrong_kernel_changes_the_answers(
 
 
 @pytest.mark.parametrize("weights", ["dense", "int4"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "with CLIP"])
 def test_every_tower_projector_and_template(
     name: str, weights: str, start_vila: Callable[..., Any], tmp_path: Path, questions: list[EvalQuestion]
 ) -> None:
     int4 = ["--int4", 32] if weights == "int4" else []
     sizes = ["--layers", 2, "--width-divisor", 8, "--dtype", "float32"]
-    vila_triton("build", name, tmp_path / "model", *sizes, *int4)
+    if name == "with CLIP":
+        siglip = (config_dir() / "models" / "vila1.5-3b.toml").read_text()
+        (tmp_path / "clip.toml").write_text(siglip.partition("[vision_tower]")[0] + CLIP)
+    vila_triton("build", tmp_path / "clip.toml" if name == "with CLIP" else name, tmp_path / "model", *sizes, *int4)
     asked = [question for question in questions if len(question.images) < 3][:4]
     engine = start_vila(tmp_path / "model", max_model_len=2048)
     assert vllm_answers(engine, asked) == own_answers(load_chat_model(tmp_path / "model", dtype=torch.float32), asked)
