@@ -21,7 +21,6 @@ from .dtypes import upcast
 from .shapes import check_axes
 
 PAGE_SIZES = OneOf(16, 24, 32, 48, 64, 96, 128, 160, 256)
-READ_PAGE_SIZES = OneOf(*PAGE_SIZES.values, 1)  # 1: rows of the cache of a model of transformers
 KV_BITS = {"int8": 8, "int4": 4}
 KV_FORMATS = OneOf("plain", *KV_BITS)  # plain: in the dtype of the new tokens
 SCALE_DTYPES = (torch.float32, torch.float16, torch.float64)  # float64: for the oracles of tests

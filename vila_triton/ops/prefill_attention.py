@@ -12,7 +12,7 @@ from .attention import HEAD_DIMS, NUMERICS, QUERIES_PER_KV, RaggedBatch, causal_
 from .attention_cases import CHANGES, Change, change_cached_sequence
 from .dtypes import DTYPES, dtype_name, random_tensor, upcast
 from .indices import check_block_table, check_query_start_loc
-from .kv_pages import KV_FORMATS, READ_PAGE_SIZES, PagedKV, check_pages, kv_bytes, kv_format, random_pages
+from .kv_pages import KV_FORMATS, PAGE_SIZES, PagedKV, check_pages, kv_bytes, kv_format, random_pages
 from .shapes import check_axes, check_dtype, check_finite, check_floating, check_same_dtype, check_type
 
 EMPTY_PAGE_SIZE = 16  # of pages of which there are none
@@ -97,7 +97,7 @@ def _(
     g: IntRange(1, 3),
     ratio: QUERIES_PER_KV,
     d: HEAD_DIMS,
-    l: READ_PAGE_SIZES,
+    l: PAGE_SIZES,
     dtype: DTYPES,
     kv: KV_FORMATS = "plain",
     numerics: NUMERICS = "fast",
