@@ -27,5 +27,7 @@ SIZES: dict[str, dict[str, int]] = {
     ],
 )
 def test_attention_over_pages_of_one_token(impl: Impl, config: dict[str, Any]) -> None:
-    sizes = dict(**SIZES[impl.op], g=1, ratio=3, d=64, l=1, dtype="float32", kv="plain", numerics="fast", seed=0)
+    sizes: dict[str, Any] = dict(
+        **SIZES[impl.op], g=1, ratio=3, d=64, l=1, dtype="float32", kv="plain", numerics="fast", seed=0
+    )
     assert_matches_reference(OPS[impl.op], impl, config, example_args(OPS[impl.op], **sizes))

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.vllm
 MAX_TOKENS = 24
 SECONDS_TO_START = 400
 NUM_REQUESTS, NUM_BAD = 200, 20
-MEMORY_BOUND = 64 << 20  # bytes by which all processes together may grow in a round of requests, after two others
+MEMORY_BOUND = 32 << 20  # bytes by which all processes together may grow in a round of requests, after two others
 MAX_BODY_MIB = 2
 # 256 pages: requests wait for some, and all have been written once before memory is compared.
 SMALL_CACHE = ("--block-size", "32", "--kv-cache-memory-bytes", "16M")
