@@ -47,8 +47,8 @@ PLANTED = {
         "loads 4 bytes of weights at a time, documented are 16",
     ),
     "spills": (SPLITK, in_first_config("num_warps", 1), r"spills \d+ and uses \d+ registers"),
-    "shared memory": (SPLITK, in_first_config("num_stages", 64), r"wants \d+ bytes of shared memory"),
-    "does not compile": (SPLITK, exchange("int4_gemm_tile", "int4_gemm_tiles"), "NameError"),
+    "shared memory": ("int4_matmul_prefill.py", in_first_config("num_stages", 64), r"wants \d+ bytes of shared memory"),
+    "does not compile": (SPLITK, exchange("int4_decode_tile", "int4_decode_tiles"), "NameError"),
 }
 
 
@@ -57,7 +57,8 @@ def test_planted_faults_are_reported(file: str, edit: Edit, wrong: str, tmp_path
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     planted = tmp_path / "kernels" / file
     planted.write_text(edit(planted.read_text()))
-    status, (main, *_) = compiled(tmp_path / "kernels", "int4_matmul-splitk-0")
+    impl = "prefill" if "prefill" in file else "splitk"
+    status, (main, *_) = compiled(tmp_path / "kernels", f"int4_matmul-{impl}-0")
     assert status == bool(wrong)
     assert re.search(wrong, " ".join(main["wrong"])) if wrong else main["wrong"] == [] and main["weight_bytes"] == 16
 
