@@ -238,7 +238,8 @@ def test_format_config_orders_blocks_m_n_k() -> None:
 def test_planted_spill_shows_against_the_last_commit(repository: Path) -> None:
     file = repository / "kernels" / "int4_matmul_packed.py"
     config = '{"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}'
-    file.write_text(exchange(config, config.replace('warps": 4', 'warps": 1'))(file.read_text()))
+    planted = config.replace('warps": 4', 'warps": 1').replace('"BLOCK_N": 64', '"BLOCK_N": 128')
+    file.write_text(exchange(config, planted)(file.read_text()))
     tool = repository / "tool.py"  # the repository of the test in place of this one
     imports = "import sys\nfrom pathlib import Path\nfrom bench import inspect\nfrom bench.measure import rows\n"
     body = "if __name__ == '__main__':\n    rows.ROOT = Path.cwd()\n    sys.exit(inspect.main())\n"
