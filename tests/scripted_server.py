@@ -111,6 +111,18 @@ def scripted_server() -> Iterator[ScriptedServer]:
             server.shutdown()
 
 
+def endless(piece: str) -> Callable[[Reply], None]:
+    """A reply of this piece again and again, until the client goes away."""
+
+    def reply(to: Reply) -> None:
+        to.begin()
+        while True:
+            to.chunk(piece)
+            time.sleep(0.02)
+
+    return reply
+
+
 def answer(*pieces: str, tokens: int = 2) -> Callable[[Reply], None]:
     """A reply of these pieces."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from chat_page import ask, choose, hand_over, settled, user
 from chromium import KEYS, Chromium
-from scripted_server import Reply, ScriptedServer, answer
+from scripted_server import Reply, ScriptedServer, answer, endless
 
 from vila_triton.tiny.examples import EXAMPLES_DIR
 
@@ -80,13 +80,7 @@ def test_later_turns_repeat_the_earlier_with_images_where_they_were(page: Chromi
 def test_stop_closes_the_connection_and_keeps_what_was_said(
     stop: Callable[[Chromium], None], page: Chromium, server: ScriptedServer
 ) -> None:
-    def endless(to: Reply) -> None:
-        to.begin()
-        while True:
-            to.chunk("la ")
-            time.sleep(0.02)
-
-    server.replies += [endless, answer("fine")]
+    server.replies += [endless("la "), answer("fine")]
     ask(page, "Sing.")
     page.until(lambda: "la la" in page.text(".answer"))
     stop(page)
@@ -101,13 +95,7 @@ def test_stop_closes_the_connection_and_keeps_what_was_said(
 
 
 def test_a_question_stopped_before_its_answer_can_be_edited(page: Chromium, server: ScriptedServer) -> None:
-    def silent(to: Reply) -> None:
-        to.begin()
-        while True:
-            to.chunk("")
-            time.sleep(0.02)
-
-    server.replies += [silent, answer("yes")]
+    server.replies += [endless(""), answer("yes")]
     choose(page, A)
     ask(page, "Is this")
     page.until(lambda: server.requests)
@@ -123,13 +111,7 @@ def test_a_question_stopped_before_its_answer_can_be_edited(page: Chromium, serv
 
 @pytest.mark.parametrize("piece", ["la ", ""])
 def test_a_new_conversation_ends_the_answer_of_the_old_one(piece: str, page: Chromium, server: ScriptedServer) -> None:
-    def endless(to: Reply) -> None:
-        to.begin()
-        while True:
-            to.chunk(piece)
-            time.sleep(0.02)
-
-    server.replies += [endless, answer("new")]
+    server.replies += [endless(piece), answer("new")]
     ask(page, "Sing.")
     page.until(lambda: server.requests and piece in page.text(".answer"))
     page.click("#new")

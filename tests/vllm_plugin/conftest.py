@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from small_hugging_face import small_model
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process
@@ -31,31 +31,9 @@ def vllm_environment() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaMA of two layers, 4 query and 2 KV heads of 32 numbers, whose weights are large enough that its
-    answers depend on what is attended to.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)
+    """The folder of a small random LLaMA, whose answers depend on what is attended to."""
     folder = tmp_path_factory.mktemp("tiny_llama")
-    model.save_pretrained(folder)
+    small_model("llama", vocab_size=VOCAB_SIZE, max_position_embeddings=512).save_pretrained(folder)
     return folder
 
 
